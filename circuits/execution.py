@@ -1,0 +1,122 @@
+"""Running circuits: one door, which chooses the executor by graph and model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from circuits.ablation import Ablation, get_ablation
+from circuits.circuit import Circuit
+from circuits.errors import InputError
+from circuits.graph import Graph
+from circuits.metrics import Metric, check_finite, get_metric
+from circuits.models import Model, frozen, run_to_residual, unembed
+from circuits.patching import HookedExecutor
+from circuits.tasks.base import Task
+
+PROMPTS_PER_RUN = 256
+
+
+@runtime_checkable
+class Executor(Protocol):
+    """Runs circuits of one graph on one task, counterfactual outputs at hand."""
+
+    def logits(self, kept: Bool[Tensor, "variant edge"]) -> Float[Tensor, "variant scored vocab"]: ...
+
+
+def get_executor(
+    model: Model, graph: Graph, task: Task, *, ablation: str | Ablation = "resample", executor: str = "auto"
+) -> Executor:
+    """An executor that keeps what does not change between circuits.
+
+    Raises:
+        InputError: there is no such executor, or the model, graph and task do not fit together.
+    """
+    if executor not in ("auto", "hooks"):
+        raise InputError(f"there is no executor {executor!r}; choose 'auto' or 'hooks'.")
+    return HookedExecutor.prepare(model, graph, task, get_ablation(ablation))
+
+
+def run_circuits(
+    model: Model,
+    graph: Graph,
+    kept: Bool[Tensor, "variant edge"],
+    task: Task,
+    *,
+    ablation: str | Ablation = "resample",
+    executor: str = "auto",
+) -> Float[Tensor, "variant scored vocab"]:
+    """Logits at every scored row of many circuits: row i keeps the edges `kept[i]`, all others are ablated.
+
+    Raises:
+        InputError: `kept` does not fit the graph, the model, graph and task do not fit together, or the logits overflow.
+    """
+    if kept.dim() != 2 or kept.shape[1] != len(graph):
+        raise InputError(f"kept has shape {tuple(kept.shape)}; it must be [variant, edge] with the graph's {len(graph)} edges.")
+    return get_executor(model, graph, task, ablation=ablation, executor=executor).logits(kept)
+
+
+def run_circuit(
+    model: Model, circuit: Circuit, task: Task, *, ablation: str | Ablation = "resample", executor: str = "auto"
+) -> Float[Tensor, "scored vocab"]:
+    """Logits of one circuit at every scored row: the model computes with every edge outside the circuit ablated.
+
+    Raises:
+        InputError: the model, circuit and task do not fit together, or the logits overflow.
+    """
+    return run_circuits(model, circuit.graph, circuit.kept[None], task, ablation=ablation, executor=executor)[0]
+
+
+def model_logits(model: Model, task: Task, prompts: Literal["clean", "corrupted"] = "clean") -> Float[Tensor, "scored vocab"]:
+    """The whole model's logits at every scored row.
+
+    Raises:
+        InputError: the logits overflow.
+    """
+    task = task.to(model.cfg.device)
+    with frozen(model), torch.no_grad():
+        parts = [_plain_logits(model, task[start : start + PROMPTS_PER_RUN], prompts) for start in range(0, len(task), PROMPTS_PER_RUN)]
+    logits = torch.cat(parts)
+    check_finite(logits)
+    return logits
+
+
+def _plain_logits(model: Model, task: Task, prompts: str) -> Float[Tensor, "scored vocab"]:
+    tokens = task.clean if prompts == "clean" else task.corrupted
+    return unembed(model, run_to_residual(model, tokens, task.mask)[task.scored])
+
+
+@dataclass(frozen=True, eq=False)
+class DamageMeter:
+    """How much worse the metric gets with edges ablated: the mean over scored rows, in the metric's unit."""
+
+    executor: Executor
+    metric: Metric
+    clean_logits: Float[Tensor, "scored vocab"]
+    task: Task
+
+    @staticmethod
+    def prepare(
+        model: Model, graph: Graph, task: Task, *, metric: str | Metric | None, ablation: str | Ablation, executor: str = "auto"
+    ) -> DamageMeter:
+        """Run the clean and the counterfactual prompts once, for every circuit that follows.
+
+        Raises:
+            InputError: the model, graph and task do not fit together, there is no such metric or ablation, or the logits overflow.
+        """
+        task = task.to(model.cfg.device)
+        chosen = get_metric(metric, task)
+        clean = model_logits(model, task)
+        return DamageMeter(get_executor(model, graph, task, ablation=ablation, executor=executor), chosen, clean, task)
+
+    def __call__(self, kept: Bool[Tensor, "variant edge"]) -> Float[Tensor, "variant"]:
+        """Mean damage of every circuit."""
+        return self.by_row(kept).mean(-1)
+
+    def by_row(self, kept: Bool[Tensor, "variant edge"]) -> Float[Tensor, "variant scored"]:
+        """Damage of every circuit at every scored row."""
+        return torch.stack([self.metric.damage(logits, self.clean_logits, self.task) for logits in self.executor.logits(kept)]).cpu()

@@ -1,0 +1,494 @@
+"""Models: the only module that imports transformer_lens or reads a model's modules.
+
+Everything else names nodes; this module knows at which hook point a node writes or reads, which flags those hooks need, and what
+the parts of a block are. It never changes a model: flags, hooks, gradients and modes are put back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from circuits.errors import InputError
+from circuits.files import read_json, read_tensors, write_json, write_tensors
+from circuits.graph import NO_SLOT, SLOTS, Graph, ModelIdentity, build_graph
+from circuits.nodes import MLP, Embed, Head, Logits, Node, PosEmbed, TokenEmbed, at_position, check_position_name
+
+Model = HookedTransformer
+Hook = Callable[[Tensor], Tensor | None]
+"""Takes an activation, returns its replacement, or None to leave it."""
+
+EMBEDDED = "toy-world"
+REST = "rest"
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+FORMAT, FORMAT_VERSION = "circuits.model", 1
+POST_NORM_ARCHITECTURES = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
+SHAPE = ("n_layers", "n_heads", "n_key_value_heads", "d_model", "d_head", "d_mlp", "d_vocab", "attn_only", "parallel_attn_mlp")
+
+
+# Loading and saving
+
+
+def load_model(name_or_path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32) -> Model:
+    """A model by name or from a folder, its weights as trained (nothing folded or centred).
+
+    Args:
+        name_or_path: `toy-world`, the model that ships with this package; any name TransformerLens knows (`gpt2`); or a folder, written by
+            `save_model` or holding a Hugging Face checkpoint (config.json, safetensors weights, tokenizer files).
+        device: None takes CUDA when there is one, else the CPU.
+        dtype: of the weights.
+
+    Raises:
+        InputError: no such name or folder, no CUDA when asked for, a folder that holds no model, weights that cannot be fetched.
+    """
+    chosen = _device(device)
+    if name_or_path == EMBEDDED:
+        with resources.as_file(resources.files("circuits") / "assets" / EMBEDDED) as folder:
+            return _load_folder(folder, chosen, dtype)
+    if Path(name_or_path).is_dir():
+        return _load_folder(Path(name_or_path), chosen, dtype)
+    return _load_by_name(str(name_or_path), chosen, dtype)
+
+
+def build_model(
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Model:
+    """A model from HookedTransformerConfig's arguments and a state dict under TransformerLens names.
+
+    Raises:
+        InputError: weights are missing, left over or of another shape than the configuration asks for.
+    """
+    # A seed in the configuration would set the seeds of torch, numpy and random for the whole process.
+    settings = {**config, "seed": None, "init_weights": False, "dtype": dtype, "device": str(_device(device))}
+    model = HookedTransformer(HookedTransformerConfig(**settings), tokenizer)
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items() if not name.endswith(_BUFFERS)}
+    wrong = [
+        f"{name} ({'missing' if name not in weights else f'has shape {tuple(weights[name].shape)}, needs {tuple(shape)}'})"
+        for name, shape in expected.items()
+        if name not in weights or weights[name].shape != shape
+    ] + [f"{name} (unknown)" for name in weights if name not in expected and not name.endswith(_BUFFERS)]
+    if wrong:
+        raise InputError(f"the weights do not fit the configuration: {', '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''}.")
+    model.load_state_dict({name: weights[name].to(dtype) for name in expected}, strict=False)
+    return model.eval()
+
+
+def save_model(model: Model, folder: str | Path) -> None:
+    """Write config.json, model.safetensors and the tokenizer's files into `folder`, for `load_model`."""
+    config = {name: value for name, value in model.cfg.to_dict().items() if _is_json(value)}
+    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(_BUFFERS)}
+    write_tensors(Path(folder) / WEIGHTS_FILE, weights, {}, FORMAT, FORMAT_VERSION)
+    write_json(Path(folder) / CONFIG_FILE, {"config": config}, FORMAT, FORMAT_VERSION)
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(folder)
+
+
+# Buffers that TransformerLens derives from the configuration.
+_BUFFERS = (".mask", ".IGNORE", ".rotary_sin", ".rotary_cos")
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"device {str(device)!r} was asked for, but torch {torch.__version__} finds no CUDA here; use device='cpu' or a CUDA build."
+        )
+    return chosen
+
+
+def _load_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:
+    config = folder / CONFIG_FILE
+    if not config.is_file():
+        raise InputError(
+            f"the folder {folder} holds no model: it has no {CONFIG_FILE}; give a folder written by save_model or a checkpoint's."
+        )
+    try:
+        ours = json.loads(config.read_text()).get("format") == FORMAT
+    except ValueError as error:
+        raise InputError(f"{config} is truncated or not JSON ({error}); restore it.") from error
+    if not ours:
+        return _load_checkpoint(folder, device, dtype)
+    settings = read_json(config, FORMAT, FORMAT_VERSION)["config"]
+    weights = folder / WEIGHTS_FILE
+    tensors = read_tensors(weights, FORMAT, FORMAT_VERSION)[0]
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder) if (folder / "tokenizer.json").is_file() else None
+    return build_model(settings, tensors, tokenizer, device=device, dtype=dtype)
+
+
+def _load_checkpoint(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:
+    """A Hugging Face checkpoint in a folder."""
+    from transformer_lens import loading_from_pretrained as loading
+
+    try:
+        source = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the folder {folder} cannot be loaded as a checkpoint: {_first_line(error)}") from error
+    with tempfile.TemporaryDirectory() as neutral:
+        # TransformerLens guesses architectures from words in a path ("llama"); under a neutral name it reads config.json instead.
+        link = Path(neutral) / "checkpoint"
+        link.symlink_to(folder.resolve(), target_is_directory=True)
+        config = loading.get_pretrained_model_config(str(link), device=str(device), dtype=dtype)
+        weights = loading.get_pretrained_state_dict(str(link), config, source, dtype=dtype)
+    model = HookedTransformer(config, tokenizer, move_to_device=False)
+    keep_as_trained = {"fold_ln": False, "center_writing_weights": False, "center_unembed": False, "fold_value_biases": False}
+    model.load_and_process_state_dict(weights, **keep_as_trained)
+    model.cfg.model_name = folder.name
+    model.move_model_modules_to_device()
+    return model.eval()
+
+
+def _load_by_name(name: str, device: torch.device, dtype: torch.dtype) -> Model:
+    from transformer_lens import loading_from_pretrained as loading
+
+    known = loading.make_model_alias_map()
+    if name.lower() not in known:
+        near = difflib.get_close_matches(name.lower(), known, n=3)
+        meant = (
+            f"did you mean {' or '.join(near)}?"
+            if near
+            else f"use {EMBEDDED}, a name that TransformerLens knows (gpt2, pythia-160m) or a folder."
+        )
+        raise InputError(f"there is no model or folder {name!r}; {meant}")
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # TransformerLens prints, and our output may be read by a program
+            return HookedTransformer.from_pretrained_no_processing(name, device=str(device), dtype=dtype).eval()
+    except OSError as error:
+        raise InputError(
+            f"the weights of {name!r} cannot be had: {_first_line(error)} Download them elsewhere and give the folder."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _is_json(value: object) -> bool:
+    return (
+        value is None or isinstance(value, str | int | float | bool) or (isinstance(value, list) and all(_is_json(item) for item in value))
+    )
+
+
+# What a model is, and which edges its computation can have
+
+
+def identity(model: Model) -> ModelIdentity:
+    """The model's name, shape and a fingerprint of its weights (equal on every device, and whatever its flags)."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(_checksum(parameter.detach()))
+    shape = {name: getattr(model.cfg, name) for name in SHAPE}
+    return ModelIdentity(str(model.cfg.model_name), shape, digest.hexdigest())
+
+
+def check_fits(model: Model, graph: Graph) -> None:
+    """Refuse a graph made from a model of another shape; warn when only the weights differ.
+
+    Raises:
+        InputError: the shapes differ.
+    """
+    if graph.model is None:
+        return
+    here = identity(model)
+    differences = [
+        f"{name} {graph.model.shape.get(name)} there, {size} here"
+        for name, size in here.shape.items()
+        if graph.model.shape.get(name) != size
+    ]
+    if differences:
+        raise InputError(
+            f"this circuit belongs to {graph.model.name!r}, a model of another shape ({'; '.join(differences)}); "
+            "load that model, or discover a circuit in this one."
+        )
+    if here.weights != graph.model.weights:
+        warnings.warn(f"this circuit was found in {graph.model.name!r} with other weights than the model at hand has.", stacklevel=4)
+
+
+def component_graph(model: Model, *, split_embed: bool = False, positions: Sequence[str] | int | None = None) -> Graph:
+    """Every edge between components: embeddings, heads (read in q, k and v), MLPs and the logits.
+
+    Args:
+        split_embed: token and position embedding as two nodes (only where positions are learned embeddings).
+        positions: names of spans, and every edge is split by span, the rest of each prompt being the span `rest`; or a number of positions.
+
+    Raises:
+        InputError: the model's residual stream is not the plain sum of its nodes, or the options do not fit the model.
+    """
+    check_supported(model)
+    if split_embed and not has_position_embedding(model):
+        kind = model.cfg.positional_embedding_type
+        raise InputError(f"this model has no position embedding to split off (its positions are {kind}); use split_embed=False.")
+    spans = _spans(positions)
+    components = component_nodes(model, split_embed)
+    nodes = [at_position(node, span) for node in (*components, Logits()) for span in spans or (None,)]
+    width = len(spans) if spans else 1
+    edges = [
+        (u * width + p, r * width + p, slot)
+        for r, target in enumerate((*components, Logits()))
+        for slot in ((0, 1, 2) if isinstance(target, Head) else (NO_SLOT,))
+        if not isinstance(target, Embed | TokenEmbed | PosEmbed)
+        for p in range(width)
+        for u in range(sources_of(model, target, split_embed))
+    ]
+    return build_graph(nodes, edges, positions=spans, causal=model.cfg.attention_dir == "causal", model=identity(model))
+
+
+def component_nodes(model: Model, split_embed: bool) -> tuple[Node, ...]:
+    """The nodes that write, in order of computation."""
+    layers = [
+        node
+        for layer in range(model.cfg.n_layers)
+        for node in (*(Head(layer, head) for head in range(model.cfg.n_heads)), *(() if model.cfg.attn_only else (MLP(layer),)))
+    ]
+    return (*((TokenEmbed(), PosEmbed()) if split_embed else (Embed(),)), *layers)
+
+
+def sources_of(model: Model, target: Node, split_embed: bool) -> int:
+    """How many of `component_nodes` are sources of `target`: always the first ones."""
+    embeddings = 2 if split_embed else 1
+    per_layer = model.cfg.n_heads + (0 if model.cfg.attn_only else 1)
+    match target:
+        case Head(layer=layer):
+            return embeddings + layer * per_layer
+        case MLP(layer=layer):
+            # In a parallel block the MLP reads what the heads of its layer read, not what they write.
+            return embeddings + layer * per_layer + (0 if model.cfg.parallel_attn_mlp else model.cfg.n_heads)
+        case Logits():
+            return embeddings + model.cfg.n_layers * per_layer
+    return 0
+
+
+def has_position_embedding(model: Model) -> bool:
+    """Whether learned position embeddings are added to the residual stream."""
+    return bool(model.cfg.positional_embedding_type == "standard")
+
+
+def check_supported(model: Model) -> None:
+    """Refuse, by name, architectures whose residual stream is not the plain sum of their nodes.
+
+    Raises:
+        InputError: with every reason there is.
+    """
+    if not isinstance(model, HookedTransformer):
+        raise InputError(f"expected a HookedTransformer, got {type(model).__name__}; load it with circuits.load_model.")
+    cfg = model.cfg
+    reasons = {
+        "norms after attention and MLP, as in Gemma 2 and 3": cfg.use_normalization_before_and_after,
+        f"norms after attention and MLP ({cfg.original_architecture})": cfg.original_architecture in POST_NORM_ARCHITECTURES,
+        "shortformer positions, which enter queries and keys but not the residual stream": cfg.positional_embedding_type == "shortformer",
+        "query and key norms that mix heads (OLMoE)": cfg.original_architecture == "OlmoeForCausalLM",
+        "4-bit weights": cfg.load_in_4bit,
+        f"layers spread over {cfg.n_devices} devices": cfg.n_devices > 1,
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        raise InputError(
+            f"{cfg.model_name} has {' and '.join(found)}: its residual stream is not a sum of its components; no component graph exists."
+        )
+
+
+def _spans(positions: Sequence[str] | int | None) -> tuple[str | int, ...] | None:
+    if positions is None:
+        return None
+    if isinstance(positions, int):
+        if positions < 1:
+            raise InputError(f"positions={positions}: a graph needs at least one position; give the length of the prompts.")
+        return tuple(range(positions))
+    if isinstance(positions, str):
+        raise InputError(f"positions={positions!r} is one string; give a sequence of span names, such as ['S1', 'S2', 'END'].")
+    for name in positions:
+        check_position_name(name)
+    if len(set(positions)) != len(positions) or REST in positions:
+        raise InputError(f"span names must differ from each other and from {REST!r}; got {list(positions)}.")
+    return (REST, *positions)
+
+
+def _checksum(parameter: Tensor) -> bytes:
+    """Two exact integer sums over the bits, so that the result does not depend on device or order of summation."""
+    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
+    bits = parameter.contiguous().view(kind).flatten().long()
+    place = torch.arange(len(bits), device=bits.device) % 65_521 + 1
+    return int(bits.sum()).to_bytes(16, "little", signed=True) + int((bits * place).sum()).to_bytes(16, "little", signed=True)
+
+
+# Running a model with hooks
+
+
+def output_hook(node: Node) -> str:
+    """The hook point at which a component's output can be read. A head's is its z, whose product with W_O is what it writes."""
+    match node:
+        case TokenEmbed():
+            return "hook_embed"
+        case PosEmbed():
+            return "hook_pos_embed"
+        case Embed():
+            return "blocks.0.hook_resid_pre"
+        case Head(layer=layer):
+            return f"blocks.{layer}.attn.hook_z"
+        case MLP(layer=layer):
+            return f"blocks.{layer}.hook_mlp_out"
+    raise TypeError(f"{node} writes nothing to the residual stream.")
+
+
+def input_hook(model: Model, node: Node, slot: str | None) -> str:
+    """The hook point at which what a target reads can be changed; for heads, within `separate_inputs`."""
+    match node:
+        case Head(layer=layer) if slot in SLOTS:
+            return f"blocks.{layer}.hook_{slot}_input"
+        case MLP(layer=layer):
+            return f"blocks.{layer}.hook_mlp_in"
+        case Logits():
+            return f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    raise TypeError(f"{node} reads nothing in slot {slot}.")
+
+
+def attention_output_hook(layer: int) -> str:
+    """What a layer's heads and b_O add to the residual stream together."""
+    return f"blocks.{layer}.hook_attn_out"
+
+
+def residual_hook(layer: int) -> str:
+    """The residual stream as it enters a layer."""
+    return f"blocks.{layer}.hook_resid_pre"
+
+
+def projection_hook(layer: int, slot: str) -> str:
+    """A layer's q, k or v, one per head, before norms and rotations of their own."""
+    return f"blocks.{layer}.attn.hook_{slot}"
+
+
+@contextlib.contextmanager
+def separate_inputs(model: Model, *, heads: bool = True) -> Iterator[None]:
+    """Give every MLP, and with `heads` every head's q, k and v, an input of its own; the flags are put back.
+
+    Key and value heads that are shared are given one copy per query head either way.
+    """
+    flags = {
+        "use_hook_mlp_in": not model.cfg.attn_only,
+        "ungroup_grouped_query_attention": model.cfg.n_key_value_heads is not None,
+        "use_split_qkv_input": heads,
+        "use_attn_in": False,
+        "use_attn_result": False,
+    }
+    before = {name: getattr(model.cfg, name) for name in flags}
+    try:
+        for name, value in flags.items():
+            setattr(model.cfg, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(model.cfg, name, value)
+
+
+@contextlib.contextmanager
+def frozen(model: Model) -> Iterator[None]:
+    """Evaluation mode and no gradients into the weights; both are put back."""
+    training = [(module, module.training) for module in model.modules() if module.training]
+    requiring = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for module, _ in training:
+            module.training = False
+        for parameter in requiring:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+        for parameter in requiring:
+            parameter.requires_grad_(True)
+
+
+def run_to_residual(
+    model: Model, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"], hooks: Sequence[tuple[str, Hook]] = ()
+) -> Float[Tensor, "batch pos d_model"]:
+    """The residual stream after the last layer, with hooks that are removed again even when the forward pass raises.
+
+    Args:
+        mask: real tokens, as against padding on the right. What pads hold never reaches a real token.
+        hooks: (hook point, function) pairs.
+    """
+    every = [*hooks, *_padding_hooks(model, mask)]
+    # A tokenizer that pads on the left would make TransformerLens guess where the padding is.
+    left = model.tokenizer is not None and model.tokenizer.padding_side == "left"
+    attention_mask = torch.ones_like(tokens) if left else None
+    with model.hooks(fwd_hooks=[(name, _as_hook(function)) for name, function in every]):
+        return model(tokens, stop_at_layer=model.cfg.n_layers, attention_mask=attention_mask)
+
+
+def unembed(model: Model, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
+    """Logits from the final residual stream: final norm, unembedding, soft cap."""
+    rows = residual.reshape(1, -1, residual.shape[-1])
+    normed = rows if model.cfg.normalization_type is None else model.ln_final(rows)
+    logits = model.unembed(normed)
+    cap = model.cfg.output_logits_soft_cap
+    if cap is not None and cap > 0:
+        logits = cap * torch.tanh(logits / cap)
+    return logits.reshape(*residual.shape[:-1], -1)
+
+
+def _as_hook(function: Hook) -> Callable[..., Tensor | None]:
+    def hook(activation: Tensor, hook: object) -> Tensor | None:
+        return function(activation)
+
+    return hook
+
+
+def _padding_hooks(model: Model, mask: Bool[Tensor, "batch pos"]) -> list[tuple[str, Hook]]:
+    """Bidirectional attention would read pads on the right, and TransformerLens masks them only under causal attention."""
+    if model.cfg.attention_dir == "causal" or bool(mask.all()):
+        return []
+
+    def ignore_pads(scores: Float[Tensor, "batch head query key"]) -> Tensor:
+        return scores.masked_fill(~mask[:, None, None, :], -torch.inf)
+
+    return [(f"blocks.{layer}.attn.hook_attn_scores", ignore_pads) for layer in range(model.cfg.n_layers)]
+
+
+# The parts of a block
+
+
+@dataclass(frozen=True)
+class Components:
+    """A small read-only view of a model's parts, one layer at a time."""
+
+    model: Model
+
+    def attention_norm(self, layer: int, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """What a layer's heads project: the residual stream after the norm before attention."""
+        return self.model.blocks[layer].ln1(residual)
+
+    def projection(self, layer: int, slot: str) -> Float[Tensor, "head d_model d_head"]:
+        """W_Q, W_K or W_V of every query head (key-value heads that are shared are repeated)."""
+        return getattr(self.model.blocks[layer].attn, f"W_{slot.upper()}")
+
+    def output_projection(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+        """W_O."""
+        return self.model.blocks[layer].attn.W_O
+
+    def output_bias(self, layer: int) -> Float[Tensor, "d_model"]:
+        """b_O, which belongs to no node."""
+        return self.model.blocks[layer].attn.b_O

@@ -1,0 +1,218 @@
+"""The reference executor: run a model with edges ablated, by hook points.
+
+A node's input in circuit M is  x_r = b_r + sum over its sources u of  M[u, r] * out_u(M) + (1 - M[u, r]) * c_u,  with out_u(M) computed in
+the same run and c_u the counterfactual output. In a running model x_r holds the sum of the out_u(M) already, so a hook at the input adds
+(1 - M[u, r]) * (c_u - out_u(M)).  One hook per source records c_u - out_u(M); one hook per layer and slot adds what is ablated there.
+It is simple enough to be believed by reading, and the oracle for everything faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from circuits.ablation import Ablation, Counterfactuals
+from circuits.errors import InputError
+from circuits.graph import SLOTS, Graph
+from circuits.metrics import check_finite
+from circuits.models import (
+    Hook,
+    Model,
+    check_fits,
+    check_supported,
+    component_nodes,
+    frozen,
+    input_hook,
+    run_to_residual,
+    separate_inputs,
+    sources_of,
+    unembed,
+)
+from circuits.nodes import MLP, Head, Logits, Node, PosEmbed, TokenEmbed, at_position
+from circuits.outputs import recording_hooks
+from circuits.spans import token_spans
+from circuits.tasks.base import Task
+
+# Recorded differences of one chunk of variants and prompts stay below this many bytes.
+CHUNK_BYTES = 1 << 28
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeLayout:
+    """Where each edge of a component graph stands in a dense [span, target, source] array.
+
+    Targets are numbered by layer: the q, then k, then v inputs of its heads, then its MLP; the logits come last.
+    """
+
+    nodes: tuple[Node, ...]
+    targets: tuple[tuple[Node, str | None, int], ...]  # the first head (or node), the slot, the number of rows: one hook each
+    shape: tuple[int, int, int]
+    span: Int[Tensor, "edge"]
+    target: Int[Tensor, "edge"]
+    source: Int[Tensor, "edge"]
+
+    @staticmethod
+    def of(model: Model, graph: Graph) -> EdgeLayout:
+        """The layout for this model's components.
+
+        Raises:
+            InputError: the graph is not a component graph of this model.
+        """
+        nodes = component_nodes(model, split_embed=any(isinstance(node, TokenEmbed | PosEmbed) for node in graph.nodes))
+        targets = tuple(_targets(model))
+        row_of: dict[tuple[Node, str | None], int] = {}
+        for first, slot, count in targets:
+            for offset in range(count):
+                row_of[Head(first.layer, offset) if isinstance(first, Head) else first, slot] = len(row_of)
+        source_of = {node: index for index, node in enumerate(nodes)}
+        spans = {position: index for index, position in enumerate(graph.positions or (None,))}
+        try:
+            rows = [
+                (
+                    spans[edge.target.position],  # type: ignore[attr-defined]
+                    row_of[at_position(edge.target, None), edge.slot],
+                    source_of[at_position(edge.source, None)],
+                )
+                for edge in graph.edges
+            ]
+        except KeyError as error:
+            raise InputError(f"this graph is not a component graph of {model.cfg.model_name}: the model has no {error}.") from error
+        span, target, source = torch.tensor(rows, dtype=torch.long).reshape(-1, 3).T
+        return EdgeLayout(nodes, targets, (len(spans), len(row_of), len(nodes)), span, target, source)
+
+    def ablated(self, kept: Bool[Tensor, "variant edge"]) -> Bool[Tensor, "variant span target source"]:
+        """True where an edge of the graph is not kept; what the graph does not hold is never ablated."""
+        dense = torch.zeros(len(kept), *self.shape, dtype=torch.bool, device=kept.device)
+        dense[:, self.span, self.target, self.source] = ~kept
+        return dense
+
+
+def _targets(model: Model) -> Iterator[tuple[Node, str | None, int]]:
+    for layer in range(model.cfg.n_layers):
+        yield from ((Head(layer, 0), slot, model.cfg.n_heads) for slot in SLOTS)
+        if not model.cfg.attn_only:
+            yield MLP(layer), None, 1
+    yield Logits(), None, 1
+
+
+@dataclass(frozen=True, eq=False)
+class HookedExecutor:
+    """Runs circuits of one graph on the prompts of one task.
+
+    Attributes:
+        batches: the task in pieces, each with its counterfactual outputs and the span of each token (None without positions).
+    """
+
+    model: Model
+    layout: EdgeLayout
+    task: Task
+    batches: tuple[tuple[Task, Float[Tensor, "source batch pos d_model"], Int[Tensor, "batch pos"] | None], ...]
+
+    @staticmethod
+    def prepare(model: Model, graph: Graph, task: Task, ablation: Ablation) -> HookedExecutor:
+        """Run the counterfactual prompts once, for every circuit that follows.
+
+        Raises:
+            InputError: the model is not supported, or the graph does not belong to it.
+        """
+        check_supported(model)
+        check_fits(model, graph)
+        task = task.to(model.cfg.device)
+        layout = EdgeLayout.of(model, graph)
+        with frozen(model), torch.no_grad():
+            counterfactuals = Counterfactuals.prepare(model, layout.nodes, task, ablation)
+            spans = token_spans(graph, task)
+            per_prompt = len(layout.nodes) * task.clean.shape[1] * model.cfg.d_model * model.cfg.dtype.itemsize
+            size = max(1, CHUNK_BYTES // per_prompt)
+            pieces = [slice(start, start + size) for start in range(0, len(task), size)]
+            batches = [(task[piece], counterfactuals.on(task[piece], piece), None if spans is None else spans[piece]) for piece in pieces]
+        return HookedExecutor(model, layout, task, tuple(batches))
+
+    def logits(self, kept: Bool[Tensor, "variant edge"]) -> Float[Tensor, "variant scored vocab"]:
+        """Logits of every circuit at every scored row.
+
+        Raises:
+            InputError: the logits overflow.
+        """
+        with frozen(self.model), torch.no_grad(), separate_inputs(self.model):
+            parts = [self._batch_logits(kept, *batch) for batch in self.batches]
+        logits = torch.cat(parts, dim=1)
+        check_finite(logits)
+        return logits
+
+    def _batch_logits(
+        self,
+        kept: Bool[Tensor, "variant edge"],
+        task: Task,
+        counterfactuals: Float[Tensor, "source batch pos d_model"],
+        spans: Int[Tensor, "batch pos"] | None,
+    ) -> Float[Tensor, "variant scored vocab"]:
+        size = max(1, CHUNK_BYTES // max(1, counterfactuals.numel() * counterfactuals.element_size()))
+        chunks = kept.to(task.clean.device).split(size)
+        return torch.cat([_run(self.model, self.layout, self.layout.ablated(chunk), task, counterfactuals, spans) for chunk in chunks])
+
+
+def _run(
+    model: Model,
+    layout: EdgeLayout,
+    ablated: Bool[Tensor, "variant span target source"],
+    task: Task,
+    counterfactuals: Float[Tensor, "source batch pos d_model"],
+    spans: Int[Tensor, "batch pos"] | None,
+) -> Float[Tensor, "variant scored vocab"]:
+    variants = len(ablated)
+    outputs = torch.empty(
+        len(layout.nodes), variants, *counterfactuals.shape[1:], dtype=counterfactuals.dtype, device=counterfactuals.device
+    )
+    hooks = [*recording_hooks(model, layout.nodes, outputs), *_ablating_hooks(model, layout, ablated, counterfactuals, outputs, spans)]
+    tokens, mask = (repeat(tensor, "batch pos -> (variant batch) pos", variant=variants) for tensor in (task.clean, task.mask))
+    residual = rearrange(
+        run_to_residual(model, tokens, mask, hooks), "(variant batch) pos d_model -> variant batch pos d_model", variant=variants
+    )
+    return unembed(model, residual[:, task.scored])
+
+
+def _ablating_hooks(
+    model: Model,
+    layout: EdgeLayout,
+    ablated: Bool[Tensor, "variant span target source"],
+    counterfactuals: Float[Tensor, "source batch pos d_model"],
+    outputs: Float[Tensor, "source variant batch pos d_model"],
+    spans: Int[Tensor, "batch pos"] | None,
+) -> list[tuple[str, Hook]]:
+    hooks, row = [], 0
+    split_embed = isinstance(layout.nodes[0], TokenEmbed)
+    for node, slot, count in layout.targets:
+        sources = sources_of(model, node, split_embed)
+        mask = ablated[:, :, row : row + count, :sources]
+        if bool(mask.any()):
+            hooks.append(
+                (input_hook(model, node, slot), _ablator(mask, counterfactuals[:sources], outputs[:sources], spans, isinstance(node, Head)))
+            )
+        row += count
+    return hooks
+
+
+def _ablator(
+    mask: Bool[Tensor, "variant span target source"],
+    counterfactuals: Float[Tensor, "source batch pos d_model"],
+    outputs: Float[Tensor, "source variant batch pos d_model"],
+    spans: Int[Tensor, "batch pos"] | None,
+    has_heads: bool,
+) -> Hook:
+    def ablate(activation: Tensor) -> Tensor:
+        difference = counterfactuals[:, None] - outputs
+        weights = mask.to(difference.dtype)
+        if spans is None:
+            change = torch.einsum("vru,uvbpd->vbprd", weights[:, 0], difference)
+        else:
+            change = torch.einsum("vbpru,uvbpd->vbprd", weights[:, spans], difference)
+        change = change if has_heads else change.squeeze(-2)
+        return activation + change.reshape(activation.shape)
+
+    return ablate

@@ -1,0 +1,330 @@
+"""Running circuits with the reference executor: what must hold whatever the architecture."""
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, VOCAB, random_model, random_task
+
+import circuits
+from circuits.models import component_nodes
+from circuits.nodes import MLP, Head, Node
+from circuits.outputs import source_outputs
+from circuits.tasks.base import Task
+
+every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+
+def plain_logits(model, tokens, task) -> torch.Tensor:
+    """Straight from the model, prompt by prompt and without padding."""
+    with torch.no_grad():
+        rows = [model(tokens[i : i + 1, : task.lengths[i]])[0, task.scored[i, : task.lengths[i]]] for i in range(len(task))]
+    return torch.cat(rows)
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return random_task(ragged=True, several=True)
+
+
+@every_architecture
+def test_with_everything_kept_the_logits_are_the_models(architecture, task):
+    model = random_model(architecture)
+    whole = circuits.Circuit.full(circuits.component_graph(model))
+    torch.testing.assert_close(circuits.run_circuit(model, whole, task), plain_logits(model, task.clean, task), atol=1e-4, rtol=0)
+
+
+@every_architecture
+def test_with_everything_ablated_the_logits_are_the_corrupted_prompts(architecture, task):
+    model = random_model(architecture)
+    empty = circuits.Circuit.from_edges(circuits.component_graph(model), [])
+    torch.testing.assert_close(circuits.run_circuit(model, empty, task), plain_logits(model, task.corrupted, task), atol=1e-4, rtol=0)
+
+
+def nodes_of(model) -> list[Node]:
+    return [node for node in component_nodes(model, split_embed=False) if isinstance(node, Head | MLP)]
+
+
+def patched_logits(model, task, node: Node) -> torch.Tensor:
+    """The clean run with one node's output replaced by the corrupted run's, with TransformerLens' own hooks."""
+    name = f"blocks.{node.layer}.attn.hook_z" if isinstance(node, Head) else f"blocks.{node.layer}.hook_mlp_out"
+    rows = []
+    for i in range(len(task)):
+        _, cache = model.run_with_cache(task.corrupted[i : i + 1, : task.lengths[i]])
+
+        def patch(activation, hook, corrupted=cache[name]):
+            if isinstance(node, MLP):
+                return corrupted
+            activation[:, :, node.head] = corrupted[:, :, node.head]
+            return activation
+
+        with torch.no_grad():
+            logits = model.run_with_hooks(task.clean[i : i + 1, : task.lengths[i]], fwd_hooks=[(name, patch)])
+        rows.append(logits[0, task.scored[i, : task.lengths[i]]])
+    return torch.cat(rows)
+
+
+@every_architecture
+def test_ablating_every_edge_into_a_node_is_patching_its_output(architecture, task):
+    model = random_model(architecture)
+    graph = circuits.component_graph(model)
+    nodes = nodes_of(model)
+    kept = torch.stack([torch.tensor([edge.target != node for edge in graph.edges]) for node in nodes])
+    for node, logits in zip(nodes, circuits.run_circuits(model, graph, kept, task), strict=True):
+        torch.testing.assert_close(logits, patched_logits(model, task, node), atol=1e-4, rtol=0, msg=lambda text, node=node: f"{node}: {text}")
+
+
+@every_architecture
+def test_ablating_every_edge_out_of_a_node_is_patching_its_output(architecture, task):
+    model = random_model(architecture)
+    graph = circuits.component_graph(model)
+    nodes = nodes_of(model)
+    kept = torch.stack([torch.tensor([edge.source != node for edge in graph.edges]) for node in nodes])
+    for node, logits in zip(nodes, circuits.run_circuits(model, graph, kept, task), strict=True):
+        torch.testing.assert_close(logits, patched_logits(model, task, node), atol=1e-4, rtol=0, msg=lambda text, node=node: f"{node}: {text}")
+
+
+@every_architecture
+def test_node_outputs_and_biases_sum_to_the_residual_stream(architecture):
+    model, task = random_model(architecture), random_task()
+    outputs = source_outputs(model, component_nodes(model, split_embed=False), task.clean, task.mask)
+    biases = sum(block.attn.b_O for block in model.blocks)
+    with torch.no_grad():
+        residual = model(task.clean, stop_at_layer=model.cfg.n_layers)
+    torch.testing.assert_close(outputs.sum(0) + biases.detach(), residual, atol=1e-5, rtol=1e-5)
+
+
+def definition(model, graph, kept, task) -> torch.Tensor:
+    """x_r = b_r + sum of M out_u + (1 - M) c_u written out for a GPT-2-style model, one node at a time: an independent executor."""
+    nodes = component_nodes(model, split_embed=False)
+    corrupted = source_outputs(model, nodes, task.corrupted, task.mask)
+    outputs: dict[Node, torch.Tensor] = {nodes[0]: model.embed(task.clean) + model.pos_embed(task.clean)}
+    keeps = dict(zip(graph.edges, kept.tolist(), strict=True))
+
+    def read(target, slot, bias):
+        total = bias
+        for index, node in enumerate(nodes):
+            edge = circuits.Edge(node, target, slot)
+            if edge in keeps:
+                total = total + (outputs[node] if keeps[edge] else corrupted[index])
+        return total
+
+    bias = torch.zeros(model.cfg.d_model)
+    for layer, block in enumerate(model.blocks):
+        for head in range(model.cfg.n_heads):
+            attention = block.attn
+            q, k, v = (
+                block.ln1(read(Head(layer, head), slot, bias)) @ getattr(attention, f"W_{slot.upper()}")[head]
+                + getattr(attention, f"b_{slot.upper()}")[head]
+                for slot in "qkv"
+            )
+            scores = (q @ k.transpose(1, 2) / attention.attn_scale).masked_fill(~torch.ones(q.shape[1], q.shape[1]).tril().bool(), -torch.inf)
+            outputs[Head(layer, head)] = scores.softmax(-1) @ v @ attention.W_O[head]
+        bias = bias + block.attn.b_O
+        outputs[MLP(layer)] = block.mlp(block.ln2(read(MLP(layer), None, bias)))
+    final = read(circuits.Logits(), None, bias)
+    return model.unembed(model.ln_final(final))[task.scored].detach()
+
+
+def test_random_circuits_compute_what_the_definition_says():
+    model, task = random_model("gpt2"), random_task(several=True)
+    graph = circuits.component_graph(model)
+    kept = torch.rand(5, len(graph), generator=torch.Generator().manual_seed(3)) < torch.tensor([0.1, 0.3, 0.5, 0.8, 0.97])[:, None]
+    for mask, logits in zip(kept, circuits.run_circuits(model, graph, kept, task), strict=True):
+        torch.testing.assert_close(logits, definition(model, graph, mask, task), atol=1e-4, rtol=0)
+
+
+def test_circuits_run_together_compute_what_they_compute_alone(monkeypatch):
+    model, task = random_model("llama"), random_task(ragged=True)
+    graph = circuits.component_graph(model)
+    kept = torch.rand(7, len(graph), generator=torch.Generator().manual_seed(0)) < 0.6
+    together = circuits.run_circuits(model, graph, kept, task)
+    alone = torch.cat([circuits.run_circuits(model, graph, kept[i : i + 1], task) for i in range(7)])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+    monkeypatch.setattr("circuits.patching.CHUNK_BYTES", 1)  # one prompt and one circuit at a time
+    torch.testing.assert_close(circuits.run_circuits(model, graph, kept, task), together, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "bidirectional", "llama"])
+def test_padding_changes_nothing(architecture):
+    model, task = random_model(architecture), random_task(ragged=True)
+    graph = circuits.component_graph(model)
+    kept = torch.rand(1, len(graph), generator=torch.Generator().manual_seed(5)) < 0.5
+    padded = circuits.run_circuits(model, graph, kept, task)[0]
+    for i in range(len(task)):
+        length = int(task.lengths[i])
+        alone = Task.from_tokens(task.clean[i : i + 1, :length], task.corrupted[i : i + 1, :length])
+        torch.testing.assert_close(circuits.run_circuits(model, graph, kept, alone)[0], padded[i : i + 1], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "bidirectional"])
+def test_a_split_by_position_with_every_position_treated_alike_is_the_plain_graph(architecture):
+    model, task = random_model(architecture), random_task(ragged=True)
+    plain, split = circuits.component_graph(model), circuits.component_graph(model, positions=8)
+    kept = torch.rand(len(plain), generator=torch.Generator().manual_seed(0)) < 0.6
+    by_name = {str(edge): bool(keep) for edge, keep in zip(plain.edges, kept, strict=True)}
+    split_kept = torch.tensor([by_name["->".join(part.split("@")[0] for part in str(edge).split("->"))] for edge in split.edges])
+    torch.testing.assert_close(
+        circuits.run_circuits(model, split, split_kept[None], task), circuits.run_circuits(model, plain, kept[None], task), atol=1e-5, rtol=0
+    )
+
+
+def test_an_edge_at_one_position_is_ablated_there_only():
+    model, task = random_model("gpt2"), random_task()
+    graph = circuits.component_graph(model, positions=8)
+    without = ~graph.mask(["m0@3->m1@3"])
+
+    def ablate(activation, hook):
+        activation[:, 3] += (corrupted["blocks.0.hook_mlp_out"] - clean["blocks.0.hook_mlp_out"])[:, 3]
+        return activation
+
+    _, corrupted = model.run_with_cache(task.corrupted)
+    _, clean = model.run_with_cache(task.clean)
+    model.cfg.use_hook_mlp_in = True
+    expected = model.run_with_hooks(task.clean, fwd_hooks=[("blocks.1.hook_mlp_in", ablate)])[task.scored]
+    model.cfg.use_hook_mlp_in = False
+    torch.testing.assert_close(circuits.run_circuits(model, graph, without[None], task)[0], expected.detach(), atol=1e-4, rtol=0)
+
+
+def test_splitting_the_embedding_changes_nothing_when_both_parts_are_treated_alike():
+    model, task = random_model("gpt2"), random_task()
+    plain, split = circuits.component_graph(model), circuits.component_graph(model, split_embed=True)
+    kept = torch.rand(len(plain), generator=torch.Generator().manual_seed(0)) < 0.6
+    by_name = {str(edge): bool(keep) for edge, keep in zip(plain.edges, kept, strict=True)}
+    names = [str(edge).replace("tok_embed", "embed").replace("pos_embed", "embed") for edge in split.edges]
+    split_kept = torch.tensor([by_name[name] for name in names])
+    torch.testing.assert_close(
+        circuits.run_circuits(model, split, split_kept[None], task, ablation="zero"),
+        circuits.run_circuits(model, plain, kept[None], task, ablation="zero"),
+        atol=1e-5,
+        rtol=0,
+    )
+
+
+def test_mean_ablation_uses_each_nodes_own_mean_over_real_tokens():
+    model, task = random_model("gpt2"), random_task(ragged=True)
+    graph = circuits.component_graph(model)
+    nodes = component_nodes(model, split_embed=False)
+    outputs = source_outputs(model, nodes, task.clean, task.mask)
+    by_hand = {
+        node: torch.stack([outputs[index, i, : task.lengths[i]].sum(0) for i in range(len(task))]).sum(0) / task.lengths.sum()
+        for index, node in enumerate(nodes)
+    }
+    kept = torch.rand(1, len(graph), generator=torch.Generator().manual_seed(0)) < 0.5
+    torch.testing.assert_close(
+        circuits.run_circuits(model, graph, kept, task, ablation="mean"),
+        circuits.run_circuits(model, graph, kept, task, ablation=circuits.Ablation("given", outputs=by_hand)),
+        atol=1e-5,
+        rtol=0,
+    )
+
+
+def test_mean_by_position_averages_over_the_prompts_that_reach_a_position():
+    model, task = random_model("gpt2"), random_task(ragged=True)
+    graph = circuits.component_graph(model)
+    nodes = component_nodes(model, split_embed=False)
+    outputs = source_outputs(model, nodes, task.corrupted, task.mask)
+    by_hand = {
+        node: torch.stack([outputs[index, task.lengths > position, position].mean(0) for position in range(8)])
+        for index, node in enumerate(nodes)
+    }
+    kept = torch.rand(1, len(graph), generator=torch.Generator().manual_seed(0)) < 0.5
+    torch.testing.assert_close(
+        circuits.run_circuits(model, graph, kept, task, ablation=circuits.Ablation("mean_by_position", over="corrupted")),
+        circuits.run_circuits(model, graph, kept, task, ablation=circuits.Ablation("given", outputs=by_hand)),
+        atol=1e-5,
+        rtol=0,
+    )
+
+
+def test_zero_ablation_leaves_the_attention_bias():
+    model, task = random_model("gpt2"), random_task()
+    empty = circuits.Circuit.from_edges(circuits.component_graph(model), [])
+    biases = sum(block.attn.b_O for block in model.blocks)
+    expected = model.unembed(model.ln_final(biases[None, None]))[0].detach().expand(len(task), VOCAB)
+    torch.testing.assert_close(circuits.run_circuit(model, empty, task, ablation="zero"), expected, atol=1e-4, rtol=0)
+
+
+def test_the_model_is_left_as_it_was(task):
+    model = random_model("llama")
+    calls = []
+    model.add_hook("hook_embed", lambda activation, hook: calls.append("user"))
+    model.cfg.use_attn_in, model.cfg.use_attn_result = False, True
+    model.train()
+    model.blocks[0].eval()
+    next(model.parameters()).requires_grad_(False)
+    flags = {name: value for name, value in vars(model.cfg).items() if name.startswith(("use_", "ungroup"))}
+    before = [(p.requires_grad, p.grad, p.clone()) for p in model.parameters()]
+    modes = [module.training for module in model.modules()]
+    random_state = torch.get_rng_state()
+    graph = circuits.component_graph(model)
+    circuits.run_circuits(model, graph, torch.zeros(1, len(graph), dtype=torch.bool), task)
+    circuits.EAP().discover(model, task)
+    assert {name: value for name, value in vars(model.cfg).items() if name.startswith(("use_", "ungroup"))} == flags
+    assert [module.training for module in model.modules()] == modes
+    for parameter, (requires_grad, grad, value) in zip(model.parameters(), before, strict=True):
+        assert parameter.requires_grad == requires_grad
+        assert parameter.grad is grad
+        assert torch.equal(parameter, value)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert {name: len(point.fwd_hooks) for name, point in model.hook_dict.items() if point.fwd_hooks} == {"hook_embed": 1}
+    assert all(not point.bwd_hooks for point in model.hook_dict.values())
+
+
+def test_hooks_are_removed_when_the_forward_pass_raises(task, monkeypatch):
+    model = random_model("gpt2")
+    graph = circuits.component_graph(model)
+    monkeypatch.setattr(model.blocks[1].mlp, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
+    with pytest.raises(RuntimeError, match="broken"):
+        circuits.run_circuits(model, graph, torch.zeros(1, len(graph), dtype=torch.bool), task)
+    assert all(not point.fwd_hooks for point in model.hook_dict.values())
+    assert not model.cfg.use_split_qkv_input
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"use_normalization_before_and_after": True, "normalization_type": "RMS"}, "norms after attention and MLP"),
+        ({"original_architecture": "Olmo2ForCausalLM", "normalization_type": "RMS"}, "Olmo2ForCausalLM"),
+        ({"positional_embedding_type": "shortformer"}, "shortformer"),
+    ],
+)
+def test_a_residual_stream_that_is_no_sum_of_nodes_is_refused_by_name(changes, named, task):
+    model = random_model("gpt2", **changes)
+    with pytest.raises(circuits.InputError, match=named):
+        circuits.component_graph(model)
+
+
+def test_a_model_whose_outputs_do_not_sum_up_is_caught_when_it_runs(task):
+    model = random_model("gpt2")
+    graph = circuits.component_graph(model)
+    model.add_hook("blocks.0.hook_resid_post", lambda activation, hook: activation * 1.5)
+    with pytest.raises(circuits.InputError, match="do not sum to the residual stream"):
+        circuits.run_circuits(model, graph, torch.zeros(1, len(graph), dtype=torch.bool), task)
+
+
+def test_logits_that_overflow_in_half_precision_are_an_error(task):
+    model = random_model("gpt2", dtype=torch.float16)
+    model.unembed.W_U.data.mul_(60_000)
+    with pytest.raises(circuits.InputError, match=r"overflows.*float32"):
+        circuits.run_circuit(model, circuits.Circuit.full(circuits.component_graph(model)), task)
+
+
+def test_an_unknown_executor_or_ablation_is_named(task):
+    model = random_model("gpt2")
+    whole = circuits.Circuit.full(circuits.component_graph(model))
+    with pytest.raises(circuits.InputError, match=r"no ablation 'random'.*resample"):
+        circuits.run_circuit(model, whole, task, ablation="random")
+    with pytest.raises(circuits.InputError, match=r"kept has shape"):
+        circuits.run_circuits(model, whole.graph, whole.kept[None, :-1], task)
+
+
+def test_outputs_given_must_name_every_source_and_fit(task):
+    model = random_model("gpt2")
+    whole = circuits.Circuit.full(circuits.component_graph(model))
+    with pytest.raises(circuits.InputError, match="no outputs are given for embed"):
+        circuits.run_circuit(model, whole, task, ablation=circuits.Ablation("given", outputs={"m0": torch.zeros(24)}))
+    sources = {str(node): torch.zeros(24) for node in component_nodes(model, split_embed=False)}
+    with pytest.raises(circuits.InputError, match=r"m1 has shape \(3,\)"):
+        circuits.run_circuit(model, whole, task, ablation=circuits.Ablation("given", outputs={**sources, "m1": torch.zeros(3)}))
+    with pytest.raises(circuits.InputError, match="m9"):
+        circuits.run_circuit(model, whole, task, ablation=circuits.Ablation("given", outputs={**sources, "m9": torch.zeros(24)}))
