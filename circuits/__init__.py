@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from circuits.algorithms.eap import EAP, EAPIG
     from circuits.algorithms.random_scores import RandomScores
     from circuits.circuit import Circuit
+    from circuits.component_graph import component_graph
     from circuits.discoverer import Checkpoint, CircuitDiscoverer, discoverers
     from circuits.edge_scores import EdgeAttribution
     from circuits.errors import InputError
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from circuits.execution import model_logits, run_circuit, run_circuits
     from circuits.graph import Edge, Graph, parse_edge
     from circuits.metrics import METRICS, Metric
-    from circuits.models import build_model, component_graph, load_model, save_model
+    from circuits.models import build_model, load_model, save_model
     from circuits.nodes import MLP, Embed, Error, Feature, Head, Logits, PosEmbed, TokenEmbed, parse_node
     from circuits.tasks import load_task, task_names
     from circuits.tasks.base import PromptPair, Task, TaskFamily
@@ -47,7 +48,8 @@ _MODULES = {
     "execution": ["model_logits", "run_circuit", "run_circuits"],
     "graph": ["Edge", "Graph", "parse_edge"],
     "metrics": ["METRICS", "Metric"],
-    "models": ["build_model", "component_graph", "load_model", "save_model"],
+    "component_graph": ["component_graph"],
+    "models": ["build_model", "load_model", "save_model"],
     "nodes": ["MLP", "Embed", "Error", "Feature", "Head", "Logits", "PosEmbed", "TokenEmbed", "parse_node"],
     "tasks": ["load_task", "task_names"],
     "tasks.base": ["PromptPair", "Task", "TaskFamily"],

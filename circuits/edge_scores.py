@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.ablation import Ablation, Counterfactuals, get_ablation
+from circuits.component_graph import check_fits, check_supported, sources_of
 from circuits.errors import InputError
 from circuits.execution import model_logits
 from circuits.graph import SLOTS, Graph
@@ -26,8 +27,6 @@ from circuits.models import (
     Hook,
     Model,
     attention_output_hook,
-    check_fits,
-    check_supported,
     frozen,
     input_hook,
     output_hook,
@@ -35,7 +34,6 @@ from circuits.models import (
     residual_hook,
     run_to_residual,
     separate_inputs,
-    sources_of,
     unembed,
 )
 from circuits.nodes import MLP, Embed, Head, Node, PosEmbed, TokenEmbed
@@ -223,7 +221,10 @@ class _Engine:
         return [gradient / len(self.points) for gradient in total]
 
     def _override(
-        self, point: GradientPoint, clean: Float[Tensor, "source batch pos d_model"], counterfactuals: Float[Tensor, "source batch pos d_model"]
+        self,
+        point: GradientPoint,
+        clean: Float[Tensor, "source batch pos d_model"],
+        counterfactuals: Float[Tensor, "source batch pos d_model"],
     ) -> dict[Node, Float[Tensor, "batch pos d_model"]]:
         """What nodes write at this point. The embeddings are always among them: gradients start there, the weights having none."""
         moved = point.nodes or tuple(node for node in self.layout.nodes if isinstance(node, Embed | TokenEmbed | PosEmbed))

@@ -98,12 +98,12 @@ def evaluate(
         InputError: the model, circuit and task do not fit together, or a metric does not fit the task.
     """
     task = task.to(model.cfg.device)
-    chosen = [get_metric(metric, task) for metric in (_default_metrics(task) if metrics is None else metrics)]
+    chosen = [get_metric(metric, task) for metric in (default_metrics(task) if metrics is None else metrics)]
     whole = model_logits(model, task)
     kept = torch.stack([circuit.kept, torch.zeros_like(circuit.kept)])
-    logits = {"circuit": None, "empty": None, "model": whole}
-    logits["circuit"], logits["empty"] = get_executor(model, circuit.graph, task, ablation=ablation).logits(kept)
-    values = {name: {metric.name: metric(found, whole, task).cpu() for metric in chosen} for name, found in logits.items()}
+    found, empty = get_executor(model, circuit.graph, task, ablation=ablation).logits(kept)
+    logits = {"circuit": found, "model": whole, "empty": empty}
+    values = {name: {metric.name: metric(at, whole, task).cpu() for metric in chosen} for name, at in logits.items()}
     return Evaluation(values["circuit"], values["model"], values["empty"], task.row_prompt.cpu(), len(circuit))
 
 
@@ -156,7 +156,13 @@ def faithfulness_points(
     kls = [float(get_metric("kl", task)(found, whole, task).mean()) for found in logits]
     *found, empty, at_model = values
     rows = [
-        {"edges": len(circuit), "fraction": len(circuit) / len(graph), "kl": divergence, chosen.name: value, "faithfulness": faithfulness(value, at_model, empty)}
+        {
+            "edges": len(circuit),
+            "fraction": len(circuit) / len(graph),
+            "kl": divergence,
+            chosen.name: value,
+            "faithfulness": faithfulness(value, at_model, empty),
+        }
         for circuit, value, divergence in zip(circuits, found, kls[:-1], strict=True)
     ]
     return pd.DataFrame(rows)
@@ -201,12 +207,11 @@ def recovery(circuit: Circuit, truth: Sequence[Edge | str]) -> Recovery:
         node_rank.scatter_reduce_(0, column, rank, "amax")
     precision, recall = _precision_recall(chosen.kept, true)
     node_precision, node_recall = _precision_recall(chosen_nodes, true_nodes)
-    return Recovery(
-        precision, recall, node_precision, node_recall, _area(rank, true), _area(node_rank, true_nodes), _roc(rank, true)
-    )
+    return Recovery(precision, recall, node_precision, node_recall, _area(rank, true), _area(node_rank, true_nodes), _roc(rank, true))
 
 
-def _default_metrics(task: Task) -> list[str]:
+def default_metrics(task: Task) -> list[str]:
+    """KL, the logit difference where the task has answers and wrong answers, and the task's own metric."""
     both = task.answers is not None and task.wrong_answers is not None
     return list(dict.fromkeys(["kl", *(["logit_difference"] if both else []), task.metric]))
 
@@ -249,5 +254,3 @@ def _roc(rank: Float[Tensor, "item"], true: Bool[Tensor, "item"]) -> pd.DataFram
     false = (counts["count"] - counts["sum"]) / max(1, int((~true).sum()))
     points = pd.DataFrame({"false_positive_rate": false, "true_positive_rate": counts["sum"] / int(true.sum())}).reset_index(drop=True)
     return pd.concat([pd.DataFrame({"false_positive_rate": [0.0], "true_positive_rate": [0.0]}), points], ignore_index=True)
-
-

@@ -28,9 +28,7 @@ class Executor(Protocol):
     def logits(self, kept: Bool[Tensor, "variant edge"]) -> Float[Tensor, "variant scored vocab"]: ...
 
 
-def get_executor(
-    model: Model, graph: Graph, task: Task, *, ablation: str | Ablation = "resample", executor: str = "auto"
-) -> Executor:
+def get_executor(model: Model, graph: Graph, task: Task, *, ablation: str | Ablation = "resample", executor: str = "auto") -> Executor:
     """An executor that keeps what does not change between circuits.
 
     Raises:

@@ -17,22 +17,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.ablation import Ablation, Counterfactuals
+from circuits.component_graph import check_fits, check_supported, component_nodes, sources_of
 from circuits.errors import InputError
 from circuits.graph import SLOTS, Graph
 from circuits.metrics import check_finite
-from circuits.models import (
-    Hook,
-    Model,
-    check_fits,
-    check_supported,
-    component_nodes,
-    frozen,
-    input_hook,
-    run_to_residual,
-    separate_inputs,
-    sources_of,
-    unembed,
-)
+from circuits.models import Hook, Model, frozen, input_hook, run_to_residual, separate_inputs, unembed
 from circuits.nodes import MLP, Head, Logits, Node, PosEmbed, TokenEmbed, at_position
 from circuits.outputs import recording_hooks
 from circuits.spans import token_spans

@@ -28,10 +28,6 @@ GREY, RULE = "#8b919c", "#d9dce2"
 LOG_FROM = 30  # largest size over smallest, from which a linear axis would squeeze most points together
 LOG_TICKS = [digit * 10**power for power in range(7) for digit in (1, 2, 5)]
 LOG_AXIS: dict[str, Any] = {"type": "log", "tickmode": "array", "tickvals": LOG_TICKS}
-    "type": "log",
-    "tickmode": "array",
-    "tickvals": [digit * 10**power for power in range(7) for digit in (1, 2, 5)],
-}
 LINEAR_AXIS: dict[str, Any] = {"type": "linear", "tickmode": "auto"}
 MOST_SVG_POINTS = 5000
 
@@ -85,7 +81,9 @@ def report_page(
     _check_max_edges(max_edges)
     sections = [("Comparison", data_table(table))]
     if len(curves):
-        sections.append(("Faithfulness by size", FAITHFULNESS_IN_WORDS + _embedded(faithfulness_figure(curves))))
+        sections.append(
+            ("Faithfulness by size", f'{FAITHFULNESS_IN_WORDS}<div class="figure">{_embedded(faithfulness_figure(curves))}</div>')
+        )
     if circuits:
         sections.append(("Circuits", methods_panel(circuits, max_edges=max_edges)))
     body = "\n".join(f"<section><h2>{heading}</h2>\n{content}\n</section>" for heading, content in sections)
@@ -113,7 +111,7 @@ def faithfulness_figure(curves: pandas.DataFrame) -> go.Figure:
     measured = [name for name in names if not _is_random(name)]
     traces = [_curve(_of_method(curves, name), name, measured.index(name) if name in measured else None) for name in names]
     sizes = curves.loc[curves["edges"] > 0, "edges"]
-    logarithmic = len(sizes) > 0 and sizes.max() >= LOG_FROM * sizes.min()
+    logarithmic = bool(sizes.max() >= LOG_FROM * sizes.min())  # False without sizes: NaN compares so
     figure = go.Figure(traces)
     figure.update_layout(_look(height=460), updatemenus=_menus(curves, names, logarithmic), hovermode="closest")
     figure.update_xaxes(_axis("edges in the circuit"), **(LOG_AXIS if logarithmic else LINEAR_AXIS))
@@ -126,13 +124,15 @@ def score_scatter(frame: pandas.DataFrame, *, x_name: str = "x", y_name: str = "
     """Two methods' scores of the same edges against each other, with their correlations in the title.
 
     Args:
-        frame: columns `edge`, `x`, `y`; optionally `group`, which gives each group its colour. Edges without both scores are left out.
+        frame: columns `edge` (or an index of that name), `x`, `y`; optionally `group`, which gives each group its
+            colour. Edges without both scores are left out.
         x_name: what `x` is, for example `exact patching`.
         y_name: what `y` is, for example `EAP`.
 
     Raises:
         InputError: a column is missing.
     """
+    frame = frame.reset_index() if frame.index.name == "edge" else frame
     _check_columns(frame, ("edge", "x", "y"), "a score scatter")
     scored = frame[frame["x"].notna() & frame["y"].notna()]
     groups = scored.groupby("group", sort=False) if "group" in scored else [("", scored)]
@@ -222,12 +222,12 @@ def _correlation(x: pandas.Series, y: pandas.Series) -> float:
 def _look(height: int) -> dict[str, Any]:
     return {
         "height": height,
-        "margin": {"l": 68, "r": 24, "t": 56, "b": 56},
+        "margin": {"l": 68, "r": 24, "t": 56, "b": 84},
         "template": "none",
         "paper_bgcolor": "#ffffff",
         "plot_bgcolor": "#ffffff",
         "font": {"family": SANS, "size": 14, "color": INK},
-        "legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.0, "yanchor": "bottom"},
+        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top"},
     }
 
 

@@ -31,7 +31,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 def random_model(architecture: str = "gpt2", *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> HookedTransformer:
     """A model with random weights and biases, large enough that every component matters."""
-    config = HookedTransformerConfig(**{**SMALL, **ARCHITECTURES[architecture], **changes, "init_weights": False, "device": "cpu", "dtype": dtype})
+    config = HookedTransformerConfig(
+        **{**SMALL, **ARCHITECTURES[architecture], **changes, "init_weights": False, "device": "cpu", "dtype": dtype}
+    )
     model = HookedTransformer(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -5,7 +5,7 @@ import torch
 from architectures import ARCHITECTURES, VOCAB, random_model, random_task
 
 import circuits
-from circuits.models import component_nodes
+from circuits.component_graph import component_nodes
 from circuits.nodes import MLP, Head, Node
 from circuits.outputs import source_outputs
 from circuits.tasks.base import Task
@@ -69,7 +69,9 @@ def test_ablating_every_edge_into_a_node_is_patching_its_output(architecture, ta
     nodes = nodes_of(model)
     kept = torch.stack([torch.tensor([edge.target != node for edge in graph.edges]) for node in nodes])
     for node, logits in zip(nodes, circuits.run_circuits(model, graph, kept, task), strict=True):
-        torch.testing.assert_close(logits, patched_logits(model, task, node), atol=1e-4, rtol=0, msg=lambda text, node=node: f"{node}: {text}")
+        torch.testing.assert_close(
+            logits, patched_logits(model, task, node), atol=1e-4, rtol=0, msg=lambda text, node=node: f"{node}: {text}"
+        )
 
 
 @every_architecture
@@ -79,7 +81,9 @@ def test_ablating_every_edge_out_of_a_node_is_patching_its_output(architecture, 
     nodes = nodes_of(model)
     kept = torch.stack([torch.tensor([edge.source != node for edge in graph.edges]) for node in nodes])
     for node, logits in zip(nodes, circuits.run_circuits(model, graph, kept, task), strict=True):
-        torch.testing.assert_close(logits, patched_logits(model, task, node), atol=1e-4, rtol=0, msg=lambda text, node=node: f"{node}: {text}")
+        torch.testing.assert_close(
+            logits, patched_logits(model, task, node), atol=1e-4, rtol=0, msg=lambda text, node=node: f"{node}: {text}"
+        )
 
 
 @every_architecture
@@ -116,7 +120,9 @@ def definition(model, graph, kept, task) -> torch.Tensor:
                 + getattr(attention, f"b_{slot.upper()}")[head]
                 for slot in "qkv"
             )
-            scores = (q @ k.transpose(1, 2) / attention.attn_scale).masked_fill(~torch.ones(q.shape[1], q.shape[1]).tril().bool(), -torch.inf)
+            scores = (q @ k.transpose(1, 2) / attention.attn_scale).masked_fill(
+                ~torch.ones(q.shape[1], q.shape[1]).tril().bool(), -torch.inf
+            )
             outputs[Head(layer, head)] = scores.softmax(-1) @ v @ attention.W_O[head]
         bias = bias + block.attn.b_O
         outputs[MLP(layer)] = block.mlp(block.ln2(read(MLP(layer), None, bias)))
@@ -163,7 +169,10 @@ def test_a_split_by_position_with_every_position_treated_alike_is_the_plain_grap
     by_name = {str(edge): bool(keep) for edge, keep in zip(plain.edges, kept, strict=True)}
     split_kept = torch.tensor([by_name["->".join(part.split("@")[0] for part in str(edge).split("->"))] for edge in split.edges])
     torch.testing.assert_close(
-        circuits.run_circuits(model, split, split_kept[None], task), circuits.run_circuits(model, plain, kept[None], task), atol=1e-5, rtol=0
+        circuits.run_circuits(model, split, split_kept[None], task),
+        circuits.run_circuits(model, plain, kept[None], task),
+        atol=1e-5,
+        rtol=0,
     )
 
 

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from circuits.ablation import Ablation
 from circuits.circuit import Circuit
+from circuits.component_graph import component_graph
 from circuits.discoverer import Checkpoint, CircuitDiscoverer, Progress
 from circuits.edge_order import OrderName, Trial, edge_order
 from circuits.errors import InputError
 from circuits.execution import DamageMeter
 from circuits.graph import Graph
 from circuits.metrics import Metric
-from circuits.models import Model, component_graph
+from circuits.models import Model
 from circuits.tasks.base import Task
 
 State = dict[str, Tensor]

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from circuits.ablation import Ablation
 from circuits.circuit import Circuit
+from circuits.component_graph import component_graph
 from circuits.discoverer import Checkpoint, CircuitDiscoverer, Progress
 from circuits.execution import DamageMeter
 from circuits.graph import Graph
 from circuits.metrics import Metric
-from circuits.models import Model, component_graph
+from circuits.models import Model
 from circuits.nodes import Node
 from circuits.tasks.base import Task
 

@@ -15,12 +15,13 @@ from typing import ClassVar, Literal
 
 from circuits.ablation import Ablation
 from circuits.circuit import Circuit
+from circuits.component_graph import component_graph, component_nodes
 from circuits.discoverer import Checkpoint, CircuitDiscoverer, Progress
 from circuits.edge_scores import EdgeAttribution, GradientPoint, attribute_edges
 from circuits.errors import InputError
 from circuits.graph import Graph
 from circuits.metrics import Metric, get_metric
-from circuits.models import Model, component_graph, component_nodes
+from circuits.models import Model
 from circuits.nodes import MLP, Head, Node, PosEmbed, TokenEmbed
 from circuits.tasks.base import Task
 

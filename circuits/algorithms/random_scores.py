@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 
 from circuits.circuit import Circuit
+from circuits.component_graph import component_graph
 from circuits.discoverer import Checkpoint, CircuitDiscoverer, Progress
 from circuits.graph import Graph
-from circuits.models import Model, component_graph
+from circuits.models import Model
 from circuits.tasks.base import Task
 
 

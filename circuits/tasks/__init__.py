@@ -1,0 +1,105 @@
+"""Tasks by name. A file in this folder that defines a `TaskFamily` adds its task to all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from importlib import import_module
+from itertools import islice
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any, cast
+
+from circuits.errors import InputError
+
+if TYPE_CHECKING:
+    from circuits.tasks.base import Task, TaskFamily
+
+DRAWS_PER_PROMPT = 20
+"""How many prompts are drawn, at most, for one that this model's tokenizer can hold."""
+WORDS_SHOWN = 8
+
+
+def task_families() -> dict[str, type[TaskFamily]]:
+    """Every kind of task by name: the shipped ones and your own."""
+    for module in iter_modules(__path__):
+        import_module(f"{__name__}.{module.name}")
+    from circuits.tasks.base import REGISTRY
+
+    return dict(sorted(REGISTRY.items()))
+
+
+def task_names() -> tuple[str, ...]:
+    """The names that `load_task` knows."""
+    return tuple(task_families())
+
+
+def load_task(name: str, model: Any, *, n: int, seed: int = 0, split: str = "test", **options: Any) -> Task:
+    """A task by name, on the device of the model.
+
+    The text is drawn from the seed, the same for every model. Prompts whose answers are not single tokens of this model, or whose two
+    versions differ in length here, are left out, and the next ones of the same stream taken.
+
+    Args:
+        name: one of `task_names()`.
+        model: it has the tokenizer.
+        n: the number of prompts.
+        split: "train" or "test". No prompt, clean or corrupted, of one is in the other, whatever the seeds; words are shared.
+        options: the family's fields, such as `corruption="swapped"` for ioi.
+
+    Raises:
+        InputError: there is no such task, split or option, or it gives too few prompts for this model (with the words to blame).
+    """
+    from circuits.tasks.base import Task
+    from circuits.tasks.encoding import DoesNotFit, Encoder
+    from circuits.tasks.prompts import SPLITS
+
+    family = make_family(name, **options)
+    if split not in SPLITS:
+        raise InputError(f"there is no split {split!r}; choose {' or '.join(map(repr, SPLITS))}.")
+    if n < 1:
+        raise InputError(f"n={n}: a task needs at least one prompt.")
+    encoder = Encoder.of(model)
+    encoded, misfits, drawn = [], dict[str, None](), 0
+    for pair in islice(family.stream(seed, cast(Any, split)), DRAWS_PER_PROMPT * n):
+        drawn += 1
+        try:
+            encoded.append(encoder.encode(pair))
+        except DoesNotFit as misfit:
+            misfits |= dict.fromkeys(misfit.words)
+        if len(encoded) == n:
+            return Task._from_encoded(encoded, name, family.metric, model)
+    raise InputError(_too_few(name, n, len(encoded), drawn, list(misfits), encoder.model_name))
+
+
+def make_family(name: str, **options: Any) -> TaskFamily:
+    """The kind of task of that name, with its options.
+
+    Raises:
+        InputError: there is none, or it has no such option.
+    """
+    families = task_families()
+    if name not in families:
+        raise InputError(f"there is no task {name!r}; {_did_you_mean(name, families)}")
+    known = [field.name for field in dataclasses.fields(families[name])]
+    for option in options:
+        if option not in known:
+            raise InputError(f"task {name!r} has no option {option!r}; {_did_you_mean(option, known)}")
+    return families[name](**options)
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"{f'did you mean {near[0]!r}? ' if near else ''}there {'are ' + ', '.join(known) if known else 'is none'}."
+
+
+def _too_few(name: str, n: int, found: int, drawn: int, words: list[str], model_name: str) -> str:
+    if found == drawn:
+        return f"task {name!r} has only {found} different prompts in this split; ask for n={found} or fewer."
+    more = f" and {len(words) - WORDS_SHOWN} more" if len(words) > WORDS_SHOWN else ""
+    shown = ", ".join(map(repr, words[:WORDS_SHOWN])) + more
+    return (
+        f"task {name!r}: of {drawn} prompts only {found} of the {n} asked for fit {model_name}; {shown} are not single tokens here, or make the "
+        "two prompts of a pair differ in length; ask for fewer prompts or use another model."
+    )

@@ -1,0 +1,55 @@
+"""The `circuits` command. `circuits --help` answers without importing torch; each command's own help lists its options."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+HELP = """\
+Find, evaluate and compare circuits in transformer language models.
+
+usage: circuits COMMAND [options]        circuits COMMAND --help
+
+commands:
+  discover   find a circuit with one method, into a run folder
+  evaluate   run a circuit on held-out prompts and print its metrics
+  compare    several methods on one task: a table, and an HTML report with curves and drawn circuits
+  list       methods, tasks, metrics and ablations, with what they are
+
+examples:
+  circuits discover --method acdc --threshold 0.01 --task ioi
+  circuits discover --method eap-ig --task ioi --size 50
+  circuits evaluate runs/ioi/acdc-1a2b3c4d --n 64
+  circuits compare --task ioi --methods acdc,eap,eap-ig,random
+  circuits discover --method my_method.py --task ioi      your own method: a file with a CircuitDiscoverer
+  circuits list
+"""
+COMMANDS = ("discover", "evaluate", "compare", "list")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0, or 2 for a mistake in what was given, which is told in one line."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        sys.stdout.write(HELP)
+        return 0
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        sys.stdout.write(f"circuits {version('circuits')}\n")
+        return 0
+    if words[0] not in COMMANDS:
+        sys.stderr.write(f"circuits: there is no command {words[0]!r}; there are {', '.join(COMMANDS)}. Try circuits --help.\n")
+        return 2
+    from circuits import commands
+    from circuits.errors import InputError
+
+    try:
+        commands.run_command(words[0], words[1:])
+    except InputError as error:
+        sys.stderr.write(f"circuits: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("circuits: interrupted; the same command goes on where it stopped.\n")
+        return 130
+    return 0

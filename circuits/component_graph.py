@@ -1,0 +1,159 @@
+"""The component graph: embeddings, heads, MLPs and logits, and which of them read what which others write."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from circuits.errors import InputError
+from circuits.graph import NO_SLOT, Graph, ModelIdentity, build_graph
+from circuits.models import Model
+from circuits.nodes import MLP, Embed, Head, Logits, Node, PosEmbed, TokenEmbed, at_position, check_position_name
+
+REST = "rest"
+POST_NORM_ARCHITECTURES = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
+SHAPE = ("n_layers", "n_heads", "n_key_value_heads", "d_model", "d_head", "d_mlp", "d_vocab", "attn_only", "parallel_attn_mlp")
+
+
+def component_graph(model: Model, *, split_embed: bool = False, positions: Sequence[str] | int | None = None) -> Graph:
+    """Every edge between components: embeddings, heads (read in q, k and v), MLPs and the logits.
+
+    Args:
+        split_embed: token and position embedding as two nodes (only where positions are learned embeddings).
+        positions: names of spans, and every edge is split by span, the rest of each prompt being the span `rest`; or a number of positions.
+
+    Raises:
+        InputError: the model's residual stream is not the plain sum of its nodes, or the options do not fit the model.
+    """
+    check_supported(model)
+    if split_embed and not has_position_embedding(model):
+        kind = model.cfg.positional_embedding_type
+        raise InputError(f"this model has no position embedding to split off (its positions are {kind}); use split_embed=False.")
+    spans = _spans(positions)
+    components = component_nodes(model, split_embed)
+    nodes = [at_position(node, span) for node in (*components, Logits()) for span in spans or (None,)]
+    width = len(spans) if spans else 1
+    edges = [
+        (u * width + p, r * width + p, slot)
+        for r, target in enumerate((*components, Logits()))
+        for slot in ((0, 1, 2) if isinstance(target, Head) else (NO_SLOT,))
+        if not isinstance(target, Embed | TokenEmbed | PosEmbed)
+        for p in range(width)
+        for u in range(sources_of(model, target, split_embed))
+    ]
+    return build_graph(nodes, edges, positions=spans, causal=model.cfg.attention_dir == "causal", model=identity(model))
+
+
+def component_nodes(model: Model, split_embed: bool) -> tuple[Node, ...]:
+    """The nodes that write, in order of computation."""
+    layers = [
+        node
+        for layer in range(model.cfg.n_layers)
+        for node in (*(Head(layer, head) for head in range(model.cfg.n_heads)), *(() if model.cfg.attn_only else (MLP(layer),)))
+    ]
+    return (*((TokenEmbed(), PosEmbed()) if split_embed else (Embed(),)), *layers)
+
+
+def sources_of(model: Model, target: Node, split_embed: bool) -> int:
+    """How many of `component_nodes` are sources of `target`: always the first ones."""
+    embeddings = 2 if split_embed else 1
+    per_layer = model.cfg.n_heads + (0 if model.cfg.attn_only else 1)
+    match target:
+        case Head(layer=layer):
+            return embeddings + layer * per_layer
+        case MLP(layer=layer):
+            # In a parallel block the MLP reads what the heads of its layer read, not what they write.
+            return embeddings + layer * per_layer + (0 if model.cfg.parallel_attn_mlp else model.cfg.n_heads)
+        case Logits():
+            return embeddings + model.cfg.n_layers * per_layer
+    return 0
+
+
+def has_position_embedding(model: Model) -> bool:
+    """Whether learned position embeddings are added to the residual stream."""
+    return bool(model.cfg.positional_embedding_type == "standard")
+
+
+def check_supported(model: Model) -> None:
+    """Refuse, by name, architectures whose residual stream is not the plain sum of their nodes.
+
+    Raises:
+        InputError: with every reason there is.
+    """
+    if not isinstance(model, Model):
+        raise InputError(f"expected a HookedTransformer, got {type(model).__name__}; load it with circuits.load_model.")
+    cfg = model.cfg
+    reasons = {
+        "norms after attention and MLP, as in Gemma 2 and 3": cfg.use_normalization_before_and_after,
+        f"norms after attention and MLP ({cfg.original_architecture})": cfg.original_architecture in POST_NORM_ARCHITECTURES,
+        "shortformer positions, which enter queries and keys but not the residual stream": cfg.positional_embedding_type == "shortformer",
+        "query and key norms that mix heads (OLMoE)": cfg.original_architecture == "OlmoeForCausalLM",
+        "4-bit weights": cfg.load_in_4bit,
+        f"layers spread over {cfg.n_devices} devices": cfg.n_devices > 1,
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        raise InputError(
+            f"{cfg.model_name} has {' and '.join(found)}: its residual stream is not a sum of its components; no component graph exists."
+        )
+
+
+def check_fits(model: Model, graph: Graph) -> None:
+    """Refuse a graph made from a model of another shape; warn when only the weights differ.
+
+    Raises:
+        InputError: the shapes differ.
+    """
+    if graph.model is None:
+        return
+    here = identity(model)
+    differences = [
+        f"{name} {graph.model.shape.get(name)} there, {size} here"
+        for name, size in here.shape.items()
+        if graph.model.shape.get(name) != size
+    ]
+    if differences:
+        raise InputError(
+            f"this circuit belongs to {graph.model.name!r}, a model of another shape ({'; '.join(differences)}); "
+            "load that model, or discover a circuit in this one."
+        )
+    if here.weights != graph.model.weights:
+        warnings.warn(f"this circuit was found in {graph.model.name!r} with other weights than the model at hand has.", stacklevel=4)
+
+
+def identity(model: Model) -> ModelIdentity:
+    """The model's name, shape and a fingerprint of its weights (equal on every device, and whatever its flags)."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(_checksum(parameter.detach()))
+    shape = {name: getattr(model.cfg, name) for name in SHAPE}
+    return ModelIdentity(str(model.cfg.model_name), shape, digest.hexdigest())
+
+
+def _spans(positions: Sequence[str] | int | None) -> tuple[str | int, ...] | None:
+    if positions is None:
+        return None
+    if isinstance(positions, int):
+        if positions < 1:
+            raise InputError(f"positions={positions}: a graph needs at least one position; give the length of the prompts.")
+        return tuple(range(positions))
+    if isinstance(positions, str):
+        raise InputError(f"positions={positions!r} is one string; give a sequence of span names, such as ['S1', 'S2', 'END'].")
+    for name in positions:
+        check_position_name(name)
+    if len(set(positions)) != len(positions) or REST in positions:
+        raise InputError(f"span names must differ from each other and from {REST!r}; got {list(positions)}.")
+    return (REST, *positions)
+
+
+def _checksum(parameter: Tensor) -> bytes:
+    """Two exact integer sums over the bits, so that the result does not depend on device or order of summation."""
+    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
+    bits = parameter.contiguous().view(kind).flatten().long()
+    place = torch.arange(len(bits), device=bits.device) % 65_521 + 1
+    return int(bits.sum()).to_bytes(16, "little", signed=True) + int((bits * place).sum()).to_bytes(16, "little", signed=True)

@@ -1,0 +1,205 @@
+"""One run: a method on a task, in a folder that is found again instead of computed again.
+
+    <out>/<task>/<method>-<digest>/
+        circuit.safetensors   the circuit
+        record.json           every setting, versions, seeds, counts and times
+        metrics.json          evaluations, by the prompts they were made on
+        circuit.html          the circuit drawn
+        checkpoint.safetensors, only while the run is unfinished: what it goes on from after being killed
+
+The digest covers what the result depends on: method and settings, model weights, prompts, graph. Processes that meet in one folder take turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from circuits.ablation import Ablation
+from circuits.circuit import FILE, Circuit
+from circuits.component_graph import component_graph, identity
+from circuits.discoverer import CircuitDiscoverer, Progress, as_json
+from circuits.errors import InputError
+from circuits.evaluation import evaluate
+from circuits.files import read_json, write_bytes, write_json
+from circuits.graph import Graph
+from circuits.metrics import Metric
+from circuits.models import Model
+from circuits.plot import circuit_page
+from circuits.tasks.base import Task
+
+RECORD, METRICS, PAGE, CHECKPOINT, LOCK = "record.json", "metrics.json", "circuit.html", "checkpoint.safetensors", ".lock"
+RECORD_FORMAT, METRICS_FORMAT, FORMAT_VERSION = "circuits.run", "circuits.metrics", 1
+PACKAGES = ("circuits", "torch", "transformer-lens", "transformers")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        folder: where it lies.
+        circuit: what was found.
+        record: what `record.json` says.
+        reused: it was there already.
+    """
+
+    folder: Path
+    circuit: Circuit
+    record: Mapping[str, Any]
+    reused: bool
+
+
+def run(
+    discoverer: CircuitDiscoverer,
+    model: Model,
+    task: Task,
+    *,
+    out: str | Path = "runs",
+    graph: Graph | None = None,
+    progress: Progress | None = None,
+    notes: Mapping[str, Any] | None = None,
+) -> Run:
+    """Discover a circuit into a run folder, or take the one that is there; an interrupted run goes on where it stopped.
+
+    Args:
+        out: the folder of all runs.
+        graph: None takes the component graph.
+        notes: more to record, such as the names and seeds that model and task were loaded with.
+
+    Raises:
+        InputError: settings cannot be used, or the folder holds a damaged file or one from a newer version.
+    """
+    graph = component_graph(model) if graph is None else graph
+    folder = Path(out) / task.name / f"{discoverer.name}-{_digest(discoverer, model, task, graph)[:8]}"
+    with _turn(folder):
+        if (folder / RECORD).exists():
+            return load_run(folder)
+        resumed = (folder / CHECKPOINT).exists()
+        with counting_passes(model) as passes:
+            started = time.perf_counter()
+            circuit = discoverer.discover(model, task, graph=graph, checkpoint=folder / CHECKPOINT, progress=progress)
+            seconds = time.perf_counter() - started
+        record = {**_circumstances(discoverer, model, task, graph), **circuit.record, **passes, "seconds": seconds, "resumed": resumed}
+        record |= {"edges": len(circuit), "notes": dict(notes or {})}
+        circuit.save(folder)
+        write_bytes(folder / PAGE, circuit_page(circuit, title=f"{discoverer.name} on {task.name}", details=_details(record)).encode())
+        # The record comes last: where it stands, the run is whole.
+        write_json(folder / RECORD, record, RECORD_FORMAT, FORMAT_VERSION)
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+        return Run(folder, circuit, record, reused=False)
+
+
+def load_run(folder: str | Path) -> Run:
+    """A finished run.
+
+    Raises:
+        InputError: the folder holds no finished run, a damaged file, or one from a newer version.
+    """
+    folder = Path(folder)
+    if not (folder / RECORD).exists():
+        unfinished = " (it is unfinished: give the same discover command again, and it goes on)" if (folder / CHECKPOINT).exists() else ""
+        raise InputError(f"{folder} holds no finished run{unfinished}; give a folder with {RECORD} and {FILE}.")
+    return Run(folder, Circuit.load(folder), read_json(folder / RECORD, RECORD_FORMAT, FORMAT_VERSION), reused=True)
+
+
+def evaluate_run(
+    found: Run,
+    model: Model,
+    task: Task,
+    *,
+    metrics: Sequence[str | Metric] | None = None,
+    ablation: str | Ablation = "resample",
+    size: int | None = None,
+) -> dict[str, Any]:
+    """Evaluate a run's circuit on other prompts into its `metrics.json`, or take the evaluation that is there.
+
+    Args:
+        size: how many of the highest-scored edges to keep; None takes the circuit as it is.
+
+    Raises:
+        InputError: the circuit, model and task do not fit together, or the file is damaged.
+    """
+    circuit = found.circuit if size is None else found.circuit.top(size)
+    names = [as_json(metric) for metric in metrics] if metrics is not None else None
+    settings = {"task": task.name, "prompts": task.digest(), "metrics": names, "ablation": as_json(ablation), "size": size}
+    key = hashlib.blake2b(json.dumps([settings, identity(model).weights]).encode(), digest_size=8).hexdigest()
+    path = found.folder / METRICS
+    with _turn(found.folder):
+        known = read_json(path, METRICS_FORMAT, FORMAT_VERSION)["evaluations"] if path.exists() else {}
+        if key not in known:
+            evaluation = evaluate(model, circuit, task, metrics=metrics, ablation=ablation)
+            table = evaluation.table().to_dict(orient="index")
+            # JSON has no NaN; a faithfulness that is not defined is null.
+            values = {name: {column: None if value != value else value for column, value in row.items()} for name, row in table.items()}
+            known[key] = {**settings, "n_prompts": len(task), "edges": len(circuit), "values": values}
+            write_json(path, {"evaluations": known}, METRICS_FORMAT, FORMAT_VERSION)
+    return known[key]
+
+
+@contextlib.contextmanager
+def counting_passes(model: Model) -> Iterator[dict[str, int]]:
+    """Counts the model's forward passes, and the prompts in them (a circuit run on a prompt is one), into the dictionary it gives."""
+    counts = {"forward_passes": 0, "prompts_run": 0}
+
+    def count(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        counts["forward_passes"] += 1
+        counts["prompts_run"] += len(arguments[0])
+
+    handle = model.register_forward_pre_hook(count)
+    try:
+        yield counts
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """Wait until no other process works in this folder. The lock goes with its process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / LOCK):
+        yield
+
+
+def _digest(discoverer: CircuitDiscoverer, model: Model, task: Task, graph: Graph) -> str:
+    digest = hashlib.blake2b(json.dumps([discoverer.record(), identity(model).weights, task.digest(), graph.positions]).encode())
+    for column in (graph.source, graph.target, graph.slot):
+        digest.update(column.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _circumstances(discoverer: CircuitDiscoverer, model: Model, task: Task, graph: Graph) -> dict[str, Any]:
+    who = identity(model)
+    return {
+        "method": discoverer.name,
+        "settings": discoverer.settings(),
+        "model": {"name": who.name, "shape": dict(who.shape), "weights": who.weights, "dtype": str(model.cfg.dtype)},
+        "task": {"name": task.name, "prompts": len(task), "digest": task.digest()},
+        "graph": {"edges": len(graph), "positions": graph.positions},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "device": str(model.cfg.device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _details(record: Mapping[str, Any]) -> dict[str, str]:
+    settings = ", ".join(f"{name}={value}" for name, value in record["settings"].items())
+    return {
+        "method": f"{record['method']}({settings})",
+        "model": record["model"]["name"],
+        "task": f"{record['task']['name']}, {record['task']['prompts']} prompts",
+        "edges": f"{record['edges']:,} of {record['graph']['edges']:,}",
+        "forward passes": f"{record['forward_passes']:,}",
+        "seconds": f"{record['seconds']:.1f}",
+    }

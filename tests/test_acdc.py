@@ -1,0 +1,126 @@
+"""ACDC against the original code, compiled and hand-wired models, and its own definition."""
+
+import pytest
+import torch
+from architectures import random_model, random_task
+from published import COMPILED, HAND_WIRED, case, case_model, our_edge, scored_everywhere_task
+
+import circuits
+from circuits.algorithms.acdc import ACDC
+from circuits.edge_order import edge_order
+from circuits.execution import DamageMeter
+
+ORIGINAL = case("acdc_case/case")
+RUNS = [pytest.param(run, id=f"{run['ablation']}-{run['threshold']}") for run in ORIGINAL["runs"]]
+
+
+@pytest.fixture(scope="module")
+def original_case():
+    model = case_model(ORIGINAL["config"], "acdc_case/model")
+    return model, circuits.Task.from_tokens(torch.tensor(ORIGINAL["clean"]), torch.tensor(ORIGINAL["corrupted"]))
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_original_order_gives_the_original_codes_circuit_edge_for_edge(original_case, run):
+    model, task = original_case
+    ablation = {"corrupted": "resample", "zero": "zero"}[run["ablation"]]
+    circuit = ACDC(run["threshold"], order="original", ablation=ablation).discover(model, task)
+    # Edges inside a head (its input to its q, k or v) are the original's group tests, not edges of our graph.
+    expected = {our_edge(source, target, embed="embed") for source, target in run["kept_edges"] if not source.endswith("_input")}
+    assert {str(edge) for edge in circuit.edges} == expected
+    assert circuit.record["evaluations"] == run["edge_evaluations"]
+    assert circuit.record["damage"] == pytest.approx(run["final_metric"], abs=1e-4)
+    assert circuits.evaluate(model, circuit, task, ablation=ablation).kl == pytest.approx(run["final_metric"], abs=1e-4)
+
+
+@pytest.mark.parametrize("run", RUNS[1:3])
+def test_the_original_order_measures_what_the_original_code_measured(original_case, run):
+    model, task = original_case
+    circuit = ACDC(run["threshold"], order="original").discover(model, task)
+    single = [
+        (our_edge(source, target, embed="embed"), effect)
+        for source, target, effect, _ in run["evaluations"]
+        if not source.endswith("_input")
+    ]
+    measured = {str(edge): score for edge, score in zip(circuit.graph.edges, circuit.scores.tolist(), strict=True)}
+    for edge, effect in single:
+        assert measured[edge] == pytest.approx(effect, abs=1e-4), edge
+
+
+@pytest.mark.parametrize("mode", ["resample", "resample_pad", "zero"])
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_tiny_threshold_keeps_exactly_the_minimal_circuit_of_a_compiled_program(name, mode):
+    content = case(f"tracr/{name}")
+    model, task = case_model(content["config"], f"tracr/{name}"), scored_everywhere_task(content, mode)
+    graph = circuits.component_graph(model, split_embed=True)
+    circuit = ACDC(1e-3, metric="squared_error", ablation="zero" if mode == "zero" else "resample").discover(model, task, graph=graph)
+    assert {str(edge) for edge in circuit.edges} == {our_edge(*edge) for edge in content["minimal"][mode]}
+
+
+@pytest.mark.parametrize("mode", ["resample", "zero"])
+@pytest.mark.parametrize("name", HAND_WIRED)
+def test_a_tiny_threshold_keeps_exactly_the_minimal_circuit_of_a_hand_wired_model_rotated_or_not(name, mode):
+    content = case(f"known_circuits/{name}")
+    model, task = case_model(content["config"], f"known_circuits/{name}"), scored_everywhere_task(content, mode)
+    graph = circuits.component_graph(model, split_embed=True)
+    circuit = ACDC(1e-3, metric="squared_error", ablation=mode).discover(model, task, graph=graph)
+    assert {str(edge) for edge in circuit.edges} == {our_edge(*edge) for edge in content["ground_truth"][f"minimal_{mode}"]}
+
+
+def replayed(model, task, graph, threshold: float, absolute: bool = False) -> set[str]:
+    """ACDC from its definition: one evaluation per edge from the logits up, dead targets included."""
+    damage = DamageMeter.prepare(model, graph, task, metric="kl", ablation="resample")
+    kept = torch.ones(len(graph), dtype=torch.bool)
+    current = float(damage(kept[None])[0])
+    for trial in edge_order(graph, "topological"):
+        for edge in trial.edges:
+            without = kept.clone()
+            without[edge] = False
+            increase = float(damage(without[None])[0]) - current
+            if (abs(increase) if absolute else increase) < threshold:
+                kept, current = without, current + increase
+    return {str(edge) for edge in circuits.Circuit(graph, torch.full((len(graph),), torch.nan), kept).edges}
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("architecture", ["gpt2", "pythia", "attention_only"])
+def test_targets_that_no_longer_reach_the_logits_could_have_been_tried_with_the_same_result(architecture, absolute):
+    model, task = random_model(architecture, n_heads=2, d_head=12), random_task(batch=4)
+    graph = circuits.component_graph(model)
+    circuit = ACDC(0.02, absolute=absolute).discover(model, task, graph=graph)
+    assert {str(edge) for edge in circuit.edges} == replayed(model, task, graph, 0.02, absolute)
+    assert 0 < len(circuit) < len(graph)
+    assert circuit.record["evaluations"] <= len(graph)
+
+
+def test_the_kept_circuit_does_the_damage_on_record():
+    model, task = random_model("gpt2"), random_task()
+    circuit = ACDC(0.02).discover(model, task)
+    assert circuits.evaluate(model, circuit, task).kl == pytest.approx(circuit.record["damage"], abs=1e-5)
+    assert circuit.selected
+    assert circuit.connected() == circuit  # nothing dangling is left
+
+
+def test_the_topological_order_goes_from_the_logits_up():
+    graph = circuits.component_graph(random_model("gpt2", n_heads=2, d_head=12), split_embed=True)
+    order = [str(graph.edges[edge]) for trial in edge_order(graph, "topological") for edge in trial.edges]
+    assert order[:4] == ["m1->logits", "a1.h1->logits", "a1.h0->logits", "m0->logits"]
+    assert order[8:12] == ["a1.h1->m1", "a1.h0->m1", "m0->m1", "a0.h1->m1"]
+    first = [order.index(edge) for edge in ("m0->a1.h1.v", "m0->a1.h1.k", "m0->a1.h1.q", "m0->a1.h0.v", "a0.h1->m0")]
+    assert first == sorted(first)
+    assert order[-2:] == ["pos_embed->a0.h0.q", "tok_embed->a0.h0.q"]
+    assert sorted(order) == sorted(map(str, graph.edges))
+
+
+def test_with_positions_the_last_position_is_tried_first():
+    graph = circuits.component_graph(random_model("gpt2", n_heads=2, d_head=12), positions=3)
+    order = [str(graph.edges[edge]) for trial in edge_order(graph, "topological") for edge in trial.edges]
+    assert order[0] == "m1@2->logits@2"
+    assert order.index("m0@2->m1@2") < order.index("m0@1->m1@1") < order.index("m0@0->m1@0") < order.index("m0@2->a1.h1.v@2")
+    assert sorted(order) == sorted(map(str, graph.edges))
+
+
+def test_a_threshold_that_is_no_number_is_refused():
+    for threshold in (-0.1, float("nan")):
+        with pytest.raises(circuits.InputError, match="threshold"):
+            ACDC(threshold)

@@ -1,0 +1,183 @@
+"""The contract: what holds for every registered method, shipped or a user's."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from typing import ClassVar
+
+import pytest
+import torch
+from architectures import random_model, random_task
+
+import circuits
+from circuits.discoverer import CircuitDiscoverer
+
+REQUIRED = {"acdc": {"threshold": 0.02}}
+
+
+@dataclasses.dataclass(frozen=True)
+class InputOnly(CircuitDiscoverer):
+    """Keep the edges out of the embedding: a user's method in one class.
+
+    Reference: none; an example.
+
+    Attributes:
+        floor: the score of every other edge.
+    """
+
+    name: ClassVar[str] = "input-only"
+    floor: float = 0.0
+
+    def discover(self, model, task, *, graph=None, checkpoint=None, progress=None):
+        graph = circuits.component_graph(model) if graph is None else graph
+        from_input = graph.source == 0
+        return circuits.Circuit(graph, torch.where(from_input, 1.0, self.floor), from_input, record=self.record())
+
+
+METHODS = circuits.discoverers()
+every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+
+
+def made(method: type[CircuitDiscoverer]) -> CircuitDiscoverer:
+    return method(**REQUIRED.get(method.name, {}))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model("gpt2")
+
+
+def test_the_shipped_methods_and_a_users_class_are_registered():
+    assert {"acdc", "activation-patching", "eap", "eap-ig", "random", "input-only"} <= set(METHODS)
+
+
+@every_method
+def test_a_method_is_a_frozen_dataclass_that_says_what_it_is_and_where_it_comes_from(method):
+    discoverer = made(method)
+    assert dataclasses.is_dataclass(method)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        discoverer.anything = 1  # type: ignore[attr-defined]
+    documentation = method.__doc__ or ""
+    assert "Reference:" in documentation
+    for field in dataclasses.fields(method):
+        assert f"{field.name}: " in documentation, f"{method.__name__} does not say what {field.name} is"
+
+
+@every_method
+def test_the_result_is_over_the_given_graph_and_says_how_it_was_found(method, model):
+    graph = circuits.component_graph(model, split_embed=True)
+    circuit = made(method).discover(model, random_task(), graph=graph)
+    assert circuit.graph == graph
+    assert circuit.record["method"] == method.name
+    assert set(circuit.record["settings"]) == {field.name for field in dataclasses.fields(method)}
+    assert circuit.selected or len(circuit) == len(graph)
+
+
+@every_method
+def test_a_graph_split_by_position_works(method, model):
+    circuit = made(method).discover(model, random_task(ragged=True), graph=circuits.component_graph(model, positions=8))
+    assert len(circuit.graph) == 8 * 110
+
+
+@every_method
+def test_the_same_run_twice_gives_the_same_circuit_and_leaves_seeds_alone(method, model):
+    state = torch.get_rng_state()
+    assert made(method).discover(model, random_task()) == made(method).discover(model, random_task())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@every_method
+def test_an_interrupted_run_resumed_equals_an_uninterrupted_one(method, model, tmp_path):
+    task, path = random_task(), tmp_path / "checkpoint.safetensors"
+    uninterrupted = made(method).discover(model, task)
+    steps: list[int] = []
+
+    def stop_now_and_then(done: int, total: int) -> None:
+        steps.append(done)
+        if len(steps) % 5 == 0:
+            raise KeyboardInterrupt
+
+    for _ in range(200):
+        try:
+            resumed = made(method).discover(model, task, checkpoint=path, progress=stop_now_and_then)
+            break
+        except KeyboardInterrupt:
+            continue
+    assert resumed == uninterrupted
+    assert resumed.record == uninterrupted.record
+    assert steps == sorted(set(steps)), "a step was taken twice"
+
+
+def test_a_checkpoint_of_another_run_is_refused_rather_than_continued(model, tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    circuits.ACDC(0.02).discover(model, random_task(), checkpoint=path)
+    for other in (
+        lambda: circuits.ACDC(0.03).discover(model, random_task(), checkpoint=path),
+        lambda: circuits.ACDC(0.02).discover(model, random_task(seed=9), checkpoint=path),
+        lambda: circuits.ACDC(0.02).discover(random_model("gpt2", seed=4), random_task(), checkpoint=path),
+    ):
+        with pytest.raises(circuits.InputError, match="belongs to a run with other settings, model or prompts"):
+            other()
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(circuits.InputError, match="truncated"):
+        circuits.ACDC(0.02).discover(model, random_task(), checkpoint=path)
+
+
+def test_what_a_failing_metric_leaves_is_resumed(model, tmp_path):
+    """Nothing already computed is lost when a run stops with an error."""
+    path, task, calls = tmp_path / "checkpoint.safetensors", random_task(), []
+
+    def sometimes_nan(logits, clean_logits, task):
+        calls.append(1)
+        return (logits - clean_logits).square().mean(-1) * (float("nan") if len(calls) == 30 else 1.0)
+
+    metric = circuits.Metric("sometimes", sometimes_nan, "higher_is_damage")
+    with pytest.raises(circuits.InputError, match="NaN"):
+        circuits.ACDC(0.002, metric=metric).discover(model, task, checkpoint=path)
+    before = len(calls)
+    resumed = circuits.ACDC(0.002, metric=metric).discover(model, task, checkpoint=path)
+    assert len(calls) - before < resumed.record["evaluations"]
+    assert resumed.kept.equal(circuits.ACDC(0.002, metric="squared_error").discover(model, task).kept)
+
+
+def test_results_do_not_depend_on_the_hash_seed():
+    script = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "from architectures import random_model, random_task\n"
+        "import circuits, hashlib\n"
+        "model, task = random_model('gpt2'), random_task()\n"
+        "for method in (circuits.ACDC(0.02), circuits.ACDC(0.02, order='original'), circuits.EAP(), circuits.RandomScores()):\n"
+        "    circuit = method.discover(model, task)\n"
+        "    print([str(edge) for edge in circuit.edges], circuit.scores.tolist())\n"
+        "print(task.digest(), circuit.graph.model.weights)\n"
+    )
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", script],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert outputs[0] == outputs[1]
+    assert "->" in outputs[0]
+
+
+def test_two_methods_of_one_name_are_refused():
+    with pytest.raises(circuits.InputError, match="two methods are named 'eap'"):
+
+        @dataclasses.dataclass(frozen=True)
+        class Other(CircuitDiscoverer):
+            name: ClassVar[str] = "eap"
+
+            def discover(self, model, task, *, graph=None, checkpoint=None, progress=None):
+                raise AssertionError("never called")
+
+
+def test_random_scores_are_the_seeds_and_nothing_elses(model):
+    a, b = (circuits.RandomScores(seed=seed).discover(model, random_task()).scores for seed in (0, 1))
+    assert not torch.equal(a, b)
+    assert torch.equal(a, circuits.RandomScores().discover(random_model("gpt2", seed=7), random_task(seed=3)).scores)

@@ -1,0 +1,219 @@
+"""EAP, EAP-IG and exact patching against EAP-IG's package, compiled models, finite differences and each other."""
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, random_model, random_task
+from published import COMPILED, case, case_model, our_edge, scored_everywhere_task
+
+import circuits
+from circuits.algorithms.eap import EAP, EAPIG
+from circuits.algorithms.eap import _sub_layers as sub_layers
+from circuits.component_graph import component_nodes
+from circuits.edge_scores import GradientPoint, attribute_edges
+from circuits.metrics import METRICS, get_metric
+from circuits.outputs import source_outputs
+from circuits.patching import EdgeLayout
+
+PUBLISHED = case("eap_case/case")
+PROMPTS = len(PUBLISHED["clean"])
+
+
+@pytest.fixture(scope="module")
+def published_case():
+    model = case_model(PUBLISHED["config"], "eap_case/model")
+    labels = torch.tensor(PUBLISHED["labels"])
+    task = circuits.Task.from_tokens(torch.tensor(PUBLISHED["clean"]), torch.tensor(PUBLISHED["corrupt"]), labels[:, 0], labels[:, 1])
+    return model, task, circuits.component_graph(model, split_embed=True)
+
+
+def assert_scores_are_published(scores, graph, name: str) -> None:
+    """Their scores are divided by the number of prompts once more than ours, those of exact patching are not."""
+    scale = 1 if name == "exact" else PROMPTS
+    theirs = {our_edge(source, target): score * scale for source, target, score in PUBLISHED["scores"][name]}
+    ours = dict(zip(map(str, graph.edges), scores.tolist(), strict=True))
+    assert set(theirs) == {edge for edge in ours if not edge.startswith("pos_embed")}
+    largest = max(map(abs, theirs.values()))
+    assert max(abs(ours[edge] - score) for edge, score in theirs.items()) <= 1e-5 * largest
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        (EAP(), "EAP"),
+        (EAP(ablation="zero"), "EAP-zero"),
+        (EAP(gradient_at="both"), "clean-corrupted"),
+        (EAPIG(quadrature="left"), "EAP-IG-inputs"),
+        (EAPIG(quadrature="left", metric="kl"), "EAP-IG-inputs-KL"),
+        (circuits.ActivationPatching(), "exact"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_scores_are_those_of_the_eap_ig_package_on_every_edge(published_case, method, name):
+    model, task, graph = published_case
+    assert_scores_are_published(method.discover(model, task, graph=graph).scores, graph, name)
+
+
+def test_activation_lines_are_those_of_the_eap_ig_package_at_its_points(published_case):
+    """There, points along activations are k/m, k = 1..m: the other end than along inputs."""
+    model, task, graph = published_case
+    lines = sub_layers(component_nodes(model, split_embed=True))
+    points = [GradientPoint(step / 5, line) for line in lines for step in range(1, 6)]
+    scores = attribute_edges(model, graph, task, metric=METRICS["logit_difference"], ablation="resample", points=points).edges
+    assert_scores_are_published(scores, graph, "EAP-IG-activations")
+
+
+@pytest.mark.parametrize("mode", ["resample", "resample_pad", "zero"])
+@pytest.mark.parametrize("name", COMPILED)
+def test_exact_patching_gives_the_effect_tables_of_compiled_programs(name, mode):
+    content = case(f"tracr/{name}")
+    model, task = case_model(content["config"], f"tracr/{name}"), scored_everywhere_task(content, mode)
+    graph = circuits.component_graph(model, split_embed=True)
+    method = circuits.ActivationPatching(metric="squared_error", ablation="zero" if mode == "zero" else "resample")
+    scores = dict(zip(map(str, graph.edges), method.discover(model, task, graph=graph).scores.tolist(), strict=True))
+    column = content["edge_table"]["columns"].index(f"{mode}_l2")
+    table = {our_edge(*row[:2]): row[column] for row in content["edge_table"]["rows"]}
+    assert set(table) == set(scores)
+    for edge, effect in table.items():
+        # The tables hold four decimals.
+        assert scores[edge] == pytest.approx(effect, abs=1e-4 * abs(effect) + 5e-5), edge
+
+
+def differentiated_by_hand(model, graph, task, metric) -> torch.Tensor:
+    """d damage / d ablation of every edge, by autograd through the definition: hooks that mix in each source's change by a weight per edge."""
+    layout = EdgeLayout.of(model, graph)
+    clean = source_outputs(model, layout.nodes, task.clean, task.mask)
+    corrupted = source_outputs(model, layout.nodes, task.corrupted, task.mask)
+    step = 1e-4
+    scores = []
+    damage = get_metric(metric, task)
+    whole = circuits.model_logits(model, task)
+    for edge in graph.edges:
+        values = []
+        for sign in (1, -1):
+            change = sign * step * (corrupted - clean)[layout.nodes.index(edge.source)]
+            values.append(float(damage.damage(nudged_logits(model, task, edge, change), whole, task).mean()))
+        scores.append((values[0] - values[1]) / (2 * step))
+    return torch.tensor(scores)
+
+
+def nudged_logits(model, task, edge, change) -> torch.Tensor:
+    """The clean run with `change` added to what one slot of one target reads."""
+
+    def nudge(activation, hook):
+        if edge.slot is None:
+            return activation + change
+        return activation.index_add(2, torch.tensor([edge.target.head]), change[:, :, None])
+
+    layer = getattr(edge.target, "layer", model.cfg.n_layers - 1)
+    name = {None: "hook_mlp_in"}.get(edge.slot, f"hook_{edge.slot}_input")
+    name = "hook_resid_post" if isinstance(edge.target, circuits.Logits) else name
+    flags = ("use_split_qkv_input", "use_hook_mlp_in", "ungroup_grouped_query_attention")
+    for flag in flags:
+        setattr(model.cfg, flag, flag != "use_hook_mlp_in" or not model.cfg.attn_only)
+    with torch.no_grad():
+        logits = model.run_with_hooks(task.clean, fwd_hooks=[(f"blocks.{layer}.{name}", nudge)])[task.scored]
+    for flag in flags:
+        setattr(model.cfg, flag, False)
+    return logits
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "bidirectional"])
+def test_eap_is_the_derivative_of_the_damage_with_respect_to_ablating_an_edge(architecture):
+    model, task = random_model(architecture, dtype=torch.float64, n_layers=2), random_task(several=True)
+    graph = circuits.component_graph(model)
+    expected = differentiated_by_hand(model, graph, task, "logit_difference")
+    scores = EAP().discover(model, task, graph=graph).scores
+    torch.testing.assert_close(scores, expected.float(), atol=2e-6 * float(expected.abs().max()), rtol=1e-4)
+
+
+def test_a_nodes_score_is_the_sum_of_its_edges_scores():
+    model, task = random_model("gpt2"), random_task(several=True)
+    attribution = EAP().attribute(model, task)
+    of_node = attribution.node_scores()
+    sums: dict[circuits.nodes.Node, float] = {}
+    for edge, score in zip(attribution.graph.edges, attribution.edges.tolist(), strict=True):
+        sums[edge.source] = sums.get(edge.source, 0.0) + score
+    assert of_node == pytest.approx(sums, abs=1e-5)
+    # The same number by another way: the change of the node's output times the gradient there.
+    by_position = torch.tensordot(attribution.rows / attribution.rows.sum(), attribution.sources_by_position, dims=1).sum(-1)
+    for node, score, neurons in zip(attribution.nodes, by_position.tolist(), attribution.neurons.sum(-1).tolist(), strict=True):
+        assert of_node[node] == pytest.approx(score, abs=1e-5)
+        assert of_node[node] == pytest.approx(neurons, abs=1e-5)
+    assert attribution.heads()[1, 2] == pytest.approx(of_node[circuits.Head(1, 2)], abs=1e-5)
+    assert attribution.layers()[0, 1] == pytest.approx(of_node[circuits.MLP(0)], abs=1e-5)
+
+
+@pytest.mark.parametrize("method", [EAP(), EAPIG(), EAPIG(along="activations", steps=2), EAP(ablation="mean")], ids=repr)
+def test_scores_depend_neither_on_the_batch_size_nor_on_the_order_of_prompts(method, monkeypatch):
+    model, task = random_model("llama"), random_task(ragged=True, several=True)
+    together = method.attribute(model, task)
+    order = torch.tensor([3, 1, 5, 0, 2, 4])
+    shuffled = method.attribute(model, task[order])
+    torch.testing.assert_close(shuffled.edges, together.edges, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(shuffled.edges_by_prompt, together.edges_by_prompt[order], atol=1e-5, rtol=1e-4)
+    monkeypatch.setattr("circuits.edge_scores.BATCH_BYTES", 1)
+    one_by_one = method.attribute(model, task)
+    torch.testing.assert_close(one_by_one.edges, together.edges, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(one_by_one.neurons, together.neurons, atol=1e-5, rtol=1e-4)
+    doubled = method.attribute(model, task[torch.cat([order, order])])
+    torch.testing.assert_close(doubled.edges, together.edges, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "bidirectional"])
+def test_scores_of_an_edge_split_by_position_sum_to_its_score(architecture):
+    model, task = random_model(architecture), random_task(ragged=True)
+    plain = EAP().discover(model, task)
+    split = EAP().discover(model, task, graph=circuits.component_graph(model, positions=8))
+    sums = dict.fromkeys(map(str, plain.graph.edges), 0.0)
+    for edge, score in zip(split.graph.edges, split.scores.tolist(), strict=True):
+        sums["->".join(part.split("@")[0] for part in str(edge).split("->"))] += score
+    torch.testing.assert_close(torch.tensor(list(sums.values())), plain.scores, atol=1e-5, rtol=1e-4)
+
+
+def test_midpoint_integration_adds_up_to_the_whole_effect_of_the_embedding():
+    """Completeness of integrated gradients: the embedding's edges sum to damage(corrupted) - damage(clean)."""
+    model, task = random_model("gpt2", dtype=torch.float64), random_task()
+    scores = EAPIG(steps=200).attribute(model, task)
+    metric, whole = METRICS["logit_difference"], circuits.model_logits(model, task)
+    ends = [float(metric.damage(circuits.model_logits(model, task, prompts), whole, task).mean()) for prompts in ("clean", "corrupted")]
+    # Only the direct paths from the embedding see the whole change of their own source: compare through the embedding's total gradient.
+    embed = float(torch.tensordot(scores.rows / scores.rows.sum(), scores.sources_by_position[:, 0].sum(-1), dims=1))
+    assert embed == pytest.approx(ends[1] - ends[0], rel=1e-2)
+
+
+def test_a_bootstrap_over_prompts_runs_no_model():
+    model, task = random_model("gpt2"), random_task(several=True)
+    attribution = EAP().attribute(model, task)
+    samples = attribution.bootstrap(500, seed=1)
+    assert torch.equal(samples, attribution.bootstrap(500, seed=1))
+    spread = samples.std(0)
+    assert ((samples.mean(0) - attribution.edges).abs() < 0.3 * spread + 1e-3).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("metric", ["kl", "squared_error"])
+def test_a_metric_whose_gradient_vanishes_at_the_clean_run_is_refused_there(metric):
+    model, task = random_model("gpt2"), random_task()
+    with pytest.raises(circuits.InputError, match=r"vanishes.*gradient_at='corrupted'.*EAPIG"):
+        EAP(metric=metric).discover(model, task)
+    for method in (EAP(metric=metric, gradient_at="corrupted"), EAP(metric=metric, gradient_at="both"), EAPIG(metric=metric)):
+        assert method.discover(model, task).scores.abs().max() > 1e-3
+
+
+def test_a_metric_without_a_gradient_is_refused():
+    model, task = random_model("gpt2"), random_task()
+    with pytest.raises(circuits.InputError, match=r"'accuracy' has no gradient"):
+        EAP(metric="accuracy").discover(model, task)
+
+
+def test_patching_a_whole_node_is_not_the_sum_of_its_edges():
+    model, task = random_model("gpt2"), random_task()
+    method = circuits.ActivationPatching()
+    whole = method.node_scores(model, task)
+    edges = method.discover(model, task)
+    graph = edges.graph
+    kept = torch.stack([graph.source != graph.node_index[circuits.MLP(0)], torch.ones(len(graph), dtype=torch.bool)])
+    patched, unharmed = circuits.run_circuits(model, graph, kept, task)
+    metric, clean = METRICS["logit_difference"], circuits.model_logits(model, task)
+    expected = float((metric.damage(patched, clean, task) - metric.damage(unharmed, clean, task)).mean())
+    assert whole[circuits.MLP(0)] == pytest.approx(expected, abs=1e-5)
+    assert abs(whole[circuits.MLP(0)] - float(edges.scores[~kept[0]].sum())) > 1e-3
