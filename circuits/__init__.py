@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from circuits.algorithms.eap import EAP, EAPIG
     from circuits.algorithms.random_scores import RandomScores
     from circuits.circuit import Circuit
-    from circuits.component_graph import component_graph
+    from circuits.components import component_graph
     from circuits.discoverer import Checkpoint, CircuitDiscoverer, discoverers
     from circuits.edge_scores import EdgeAttribution
     from circuits.errors import InputError
     from circuits.evaluation import Evaluation, Recovery, evaluate, faithfulness_curve, faithfulness_points, recovery
     from circuits.execution import model_logits, run_circuit, run_circuits
     from circuits.graph import Edge, Graph, parse_edge
+    from circuits.interchange import load_eap_ig, save_eap_ig
     from circuits.metrics import METRICS, Metric
     from circuits.models import build_model, load_model, save_model
     from circuits.nodes import MLP, Embed, Error, Feature, Head, Logits, PosEmbed, TokenEmbed, parse_node
@@ -47,8 +48,9 @@ _MODULES = {
     "evaluation": ["Evaluation", "Recovery", "evaluate", "faithfulness_curve", "faithfulness_points", "recovery"],
     "execution": ["model_logits", "run_circuit", "run_circuits"],
     "graph": ["Edge", "Graph", "parse_edge"],
+    "interchange": ["load_eap_ig", "save_eap_ig"],
     "metrics": ["METRICS", "Metric"],
-    "component_graph": ["component_graph"],
+    "components": ["component_graph"],
     "models": ["build_model", "load_model", "save_model"],
     "nodes": ["MLP", "Embed", "Error", "Feature", "Head", "Logits", "PosEmbed", "TokenEmbed", "parse_node"],
     "tasks": ["load_task", "task_names"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 HELP = """\
 Find, evaluate and compare circuits in transformer language models.
@@ -24,7 +25,7 @@ examples:
   circuits discover --method my_method.py --task ioi      your own method: a file with a CircuitDiscoverer
   circuits list
 """
-COMMANDS = ("discover", "evaluate", "compare", "list")
+COMMANDS = {"discover": "discover", "evaluate": "evaluate", "compare": "compare", "list": "list_choices"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,11 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         sys.stderr.write(f"circuits: there is no command {words[0]!r}; there are {', '.join(COMMANDS)}. Try circuits --help.\n")
         return 2
-    from circuits import commands
     from circuits.errors import InputError
 
+    command = getattr(import_module(f"circuits.commands.{words[0]}"), COMMANDS[words[0]])
     try:
-        commands.run_command(words[0], words[1:])
+        command(words[1:])
     except InputError as error:
         sys.stderr.write(f"circuits: {error}\n")
         return 2

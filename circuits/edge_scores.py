@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.ablation import Ablation, Counterfactuals, get_ablation
-from circuits.component_graph import check_fits, check_supported, sources_of
+from circuits.components import check_fits, check_supported, sources_of
 from circuits.errors import InputError
 from circuits.execution import model_logits
 from circuits.graph import SLOTS, Graph

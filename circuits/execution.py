@@ -25,7 +25,9 @@ PROMPTS_PER_RUN = 256
 class Executor(Protocol):
     """Runs circuits of one graph on one task, counterfactual outputs at hand."""
 
-    def logits(self, kept: Bool[Tensor, "variant edge"]) -> Float[Tensor, "variant scored vocab"]: ...
+    def logits(self, kept: Bool[Tensor, "variant edge"]) -> Float[Tensor, "variant scored vocab"]:
+        """Logits of every circuit at every scored row."""
+        ...
 
 
 def get_executor(model: Model, graph: Graph, task: Task, *, ablation: str | Ablation = "resample", executor: str = "auto") -> Executor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from circuits.circuit import Circuit
-from circuits.component_graph import component_graph
+from circuits.components import component_graph
 from circuits.errors import InputError
 from circuits.files import write_bytes
 from circuits.graph import Edge, Graph, parse_edge

@@ -146,8 +146,11 @@ def _load_checkpoint(folder: Path, device: torch.device, dtype: torch.dtype) -> 
         # TransformerLens guesses architectures from words in a path ("llama"); under a neutral name it reads config.json instead.
         link = Path(neutral) / "checkpoint"
         link.symlink_to(folder.resolve(), target_is_directory=True)
-        config = loading.get_pretrained_model_config(str(link), device=str(device), dtype=dtype)
-        weights = loading.get_pretrained_state_dict(str(link), config, source, dtype=dtype)
+        try:
+            config = loading.get_pretrained_model_config(str(link), device=str(device), dtype=dtype)
+            weights = loading.get_pretrained_state_dict(str(link), config, source, dtype=dtype)
+        except (NotImplementedError, ValueError, AttributeError, KeyError) as error:
+            raise InputError(f"TransformerLens cannot convert the checkpoint in {folder}: {_first_line(error)}") from error
     model = HookedTransformer(config, tokenizer, move_to_device=False)
     keep_as_trained = {"fold_ln": False, "center_writing_weights": False, "center_unembed": False, "fold_value_biases": False}
     model.load_and_process_state_dict(weights, **keep_as_trained)

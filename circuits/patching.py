@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.ablation import Ablation, Counterfactuals
-from circuits.component_graph import check_fits, check_supported, component_nodes, sources_of
+from circuits.components import check_fits, check_supported, component_nodes, sources_of
 from circuits.errors import InputError
 from circuits.graph import SLOTS, Graph
 from circuits.metrics import check_finite

@@ -28,7 +28,7 @@ from filelock import FileLock
 
 from circuits.ablation import Ablation
 from circuits.circuit import FILE, Circuit
-from circuits.component_graph import component_graph, identity
+from circuits.components import component_graph, identity
 from circuits.discoverer import CircuitDiscoverer, Progress, as_json
 from circuits.errors import InputError
 from circuits.evaluation import evaluate

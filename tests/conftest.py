@@ -1,5 +1,8 @@
 """Shared by all tests: one thread each (the suite runs one process per core), and the embedded model loaded once."""
 
+from collections.abc import Iterator
+
+import jaxtyping
 import pytest
 import torch
 
@@ -11,3 +14,11 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def toy_world():
     return circuits.load_model("toy-world", device="cpu")
+
+
+@pytest.fixture
+def unchecked_types() -> Iterator[None]:
+    """Without the runtime type checks of the test suite: what a user sees who passes something of a wrong type."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -5,7 +5,7 @@ import torch
 from architectures import ARCHITECTURES, VOCAB, random_model, random_task
 
 import circuits
-from circuits.component_graph import component_nodes
+from circuits.components import component_nodes
 from circuits.nodes import MLP, Head, Node
 from circuits.outputs import source_outputs
 from circuits.tasks.base import Task

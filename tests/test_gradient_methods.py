@@ -8,7 +8,7 @@ from published import COMPILED, case, case_model, our_edge, scored_everywhere_ta
 import circuits
 from circuits.algorithms.eap import EAP, EAPIG
 from circuits.algorithms.eap import _sub_layers as sub_layers
-from circuits.component_graph import component_nodes
+from circuits.components import component_nodes
 from circuits.edge_scores import GradientPoint, attribute_edges
 from circuits.metrics import METRICS, get_metric
 from circuits.outputs import source_outputs
@@ -217,3 +217,18 @@ def test_patching_a_whole_node_is_not_the_sum_of_its_edges():
     expected = float((metric.damage(patched, clean, task) - metric.damage(unharmed, clean, task)).mean())
     assert whole[circuits.MLP(0)] == pytest.approx(expected, abs=1e-5)
     assert abs(whole[circuits.MLP(0)] - float(edges.scores[~kept[0]].sum())) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: EAP(gradient_at="middle"),
+        lambda: EAPIG(steps=0),
+        lambda: EAPIG(along="weights"),
+        lambda: EAPIG(quadrature="right"),
+        lambda: circuits.ACDC(0.1, order="random").discover(random_model("gpt2"), random_task()),
+    ],
+)
+def test_settings_that_do_not_exist_are_refused_with_those_that_do(make, unchecked_types):
+    with pytest.raises(circuits.InputError, match=r"choose|at least one"):
+        make()

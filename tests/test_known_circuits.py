@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from circuits.errors import InputError
-from circuits.component_graph import component_graph
+from circuits.components import component_graph
 from circuits.models import Model
 from circuits.tasks.known_circuits import known_circuit, known_circuits
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from circuits.graph import Edge, parse_edge
-from circuits.component_graph import component_graph
+from circuits.components import component_graph
 from circuits.models import Model
 from circuits.nodes import MLP, Head, Logits, Node, PosEmbed, TokenEmbed
 from circuits.tasks.known_circuits import known_circuit, known_circuits

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from circuits.ablation import Ablation
 from circuits.circuit import Circuit
-from circuits.component_graph import component_graph
+from circuits.components import component_graph
 from circuits.discoverer import Checkpoint, CircuitDiscoverer, Progress
 from circuits.edge_order import OrderName, Trial, edge_order
 from circuits.errors import InputError

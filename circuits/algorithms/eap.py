@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 
 from circuits.ablation import Ablation
 from circuits.circuit import Circuit
-from circuits.component_graph import component_graph, component_nodes
+from circuits.components import component_graph, component_nodes
 from circuits.discoverer import Checkpoint, CircuitDiscoverer, Progress
 from circuits.edge_scores import EdgeAttribution, GradientPoint, attribute_edges
 from circuits.errors import InputError

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from circuits.circuit import Circuit
-from circuits.component_graph import component_graph
+from circuits.components import component_graph
 from circuits.discoverer import Checkpoint, CircuitDiscoverer, Progress
 from circuits.graph import Graph
 from circuits.models import Model

@@ -39,6 +39,7 @@ class Stroke:
 
     @property
     def text(self) -> str:
+        """The edge's name and score, for the tooltip."""
         return f"{self.edge}  {score_text(self.score)}"
 
 

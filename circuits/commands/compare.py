@@ -1,0 +1,136 @@
+"""circuits compare."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+
+from circuits.commands.console import frame_table, print_json, progress_bar
+from circuits.commands.methods import find_method, options_of
+from circuits.commands.options import AblationName, Common, chosen_model, chosen_task, notes, parse
+from circuits.compare import Comparison
+from circuits.compare import compare as compare_circuits
+from circuits.discoverer import CircuitDiscoverer
+from circuits.errors import InputError
+from circuits.files import write_bytes, write_json
+from circuits.plot import report_page
+from circuits.run import Run, run
+from circuits.tasks.base import Task
+
+RANDOM_SEEDS = 5
+
+
+@dataclass(frozen=True)
+class CompareOptions(Common):
+    """Discover with several methods on the same prompts and judge them on the same held-out ones."""
+
+    methods: str = "acdc,eap,eap-ig,random"
+    """Methods separated by commas, with settings after colons: acdc:threshold=0.02:order=original,eap."""
+    n: int = 16
+    """Prompts to discover on."""
+    n_eval: int = 64
+    """Held-out prompts to evaluate on."""
+    thresholds: str = "0.01,0.003,0.03,0.1"
+    """Sweep of methods that take a threshold and are given none; the table shows the first."""
+    size: int | None = None
+    """Edges to give methods that only score; by default as many as the first selecting method keeps."""
+    ablation: AblationName = "resample"
+    """What edges outside a circuit carry."""
+    out: Path = Path("runs")
+    """The folder of all runs, the report's among them."""
+
+
+def compare(words: Sequence[str]) -> None:
+    """Several methods on one task: a table, and a report.
+
+    Raises:
+        InputError: something given cannot be used.
+    """
+    options: CompareOptions = parse(CompareOptions, "compare", words)
+    model = chosen_model(options)
+    task = chosen_task(options, model, options.n, "train")
+    held_out = task if options.data else chosen_task(options, model, options.n_eval, "test")
+    sweeps = {label: sweep for spec in options.methods.split(",") for label, sweep in [_sweep(spec, options)]}
+    runs: dict[str, list[Run]] = {}
+    for label, sweep in sweeps.items():
+        runs[label] = []
+        for discoverer in sweep:
+            with progress_bar(_label(discoverer), quiet=options.json) as progress:
+                runs[label].append(run(discoverer, model, task, out=options.out, progress=progress, notes=notes(options)))
+    found = {label: [finished.circuit for finished in several] for label, several in runs.items()}
+    comparison = compare_circuits(model, found, held_out, size=options.size, ablation=options.ablation)
+    seconds = {label: float(several[0].record["seconds"]) for label, several in runs.items()}
+    passes = {label: int(several[0].record["forward_passes"]) for label, several in runs.items()}
+    table = comparison.table.assign(**{"forward passes": pd.Series(passes), "seconds": pd.Series(seconds)})
+    folder = options.out / task.name / f"compare-{_comparison_digest(options, runs, held_out)}"
+    report = _write_report(folder, comparison, table, options, task, held_out)
+    if options.json:
+        print_json({"report": str(report), "table": json.loads(table.to_json(orient="index"))})
+        return
+    console = Console()
+    console.print(frame_table(table, f"{task.name} in {options.model}: found on {len(task)} prompts, judged on {len(held_out)} others"))
+    console.print(frame_table(comparison.overlap, "Overlap of the circuits (Jaccard)"))
+    console.print(f"Report: {report}", soft_wrap=True)
+
+
+def _sweep(spec: str, options: CompareOptions) -> tuple[str, list[CircuitDiscoverer]]:
+    """The discoverers that one entry of --methods means: a sweep of thresholds, several seeds, or one."""
+    name, *settings = spec.strip().split(":")
+    kind = find_method(name)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    given = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or key not in fields:
+            raise InputError(
+                f"--methods {spec!r}: {setting!r} is no setting of {kind.name}; it has {', '.join(fields)}, written threshold=0.01."
+            )
+        given[key] = value
+    words = [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", value)]
+    if "threshold" in fields and "threshold" not in given:
+        return kind.name, [_make(kind, [*words, "--threshold", threshold]) for threshold in options.thresholds.split(",")]
+    if kind.name == "random" and not given:
+        return kind.name, [_make(kind, ["--seed", str(seed)]) for seed in range(RANDOM_SEEDS)]
+    return spec if settings else kind.name, [_make(kind, words)]
+
+
+def _make(kind: type[CircuitDiscoverer], words: Sequence[str]) -> CircuitDiscoverer:
+    return kind(**dataclasses.asdict(parse(options_of(kind), f"compare (settings of {kind.name})", words)))
+
+
+def _label(discoverer: CircuitDiscoverer) -> str:
+    varied = [f"{name}={getattr(discoverer, name)}" for name in ("threshold", "seed") if hasattr(discoverer, name)]
+    return " ".join([discoverer.name, *varied])
+
+
+def _comparison_digest(options: CompareOptions, runs: Mapping[str, Sequence[Run]], held_out: Task) -> str:
+    parts = [[str(found.folder) for several in runs.values() for found in several], held_out.digest(), options.size, options.ablation]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=4).hexdigest()
+
+
+def _write_report(folder: Path, comparison: Comparison, table: pd.DataFrame, options: CompareOptions, task: Task, held_out: Task) -> Path:
+    details = {
+        "model": options.model,
+        "task": task.name,
+        "found on": f"{len(task)} prompts" if options.data else f"{len(task)} prompts of the train split, seed {options.seed}",
+        "judged on": "the same prompts" if options.data else f"{len(held_out)} prompts of the test split",
+        "ablation": options.ablation,
+        "random": f"mean of {RANDOM_SEEDS} seeds",
+    }
+    content = {
+        "details": details,
+        "table": json.loads(table.to_json(orient="index")),
+        "curves": json.loads(comparison.curves.to_json(orient="records")),
+    }
+    write_json(folder / "comparison.json", content, "circuits.comparison", 1)
+    page = report_page(
+        title=f"{task.name} in {options.model}", table=table, curves=comparison.curves, circuits=comparison.circuits, details=details
+    )
+    return write_bytes(folder / "report.html", page.encode())

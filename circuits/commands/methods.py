@@ -1,0 +1,79 @@
+"""Methods on the command line: by name or from a file; their options are their dataclass fields, the help their docstring."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+import docstring_parser
+import tyro
+
+from circuits.commands.options import AblationName
+from circuits.discoverer import CircuitDiscoverer, discoverers
+from circuits.errors import InputError
+
+
+def find_method(name: str) -> type[CircuitDiscoverer]:
+    """A method by its name, or the one that a Python file defines (`file.py`, or `file.py:name` where it defines several).
+
+    Raises:
+        InputError: there is no such method or file, or the file defines none or several.
+    """
+    path, _, chosen = name.partition(":") if ".py" in name else ("", "", name)
+    known = discoverers()
+    if path:
+        before = set(known)
+        _import_file(Path(path))
+        known = {method: kind for method, kind in discoverers().items() if method not in before}
+        if not chosen and len(known) == 1:
+            return next(iter(known.values()))
+    if chosen not in known:
+        where = f"{path} defines" if path else "there is no method " + repr(chosen) + "; there are"
+        raise InputError(
+            f"{where} {', '.join(known) or 'no CircuitDiscoverer with a name of its own'}. Give --method NAME or FILE.py:NAME."
+        )
+    return known[chosen]
+
+
+def _import_file(path: Path) -> None:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise InputError(f"there is no Python file {path}.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+
+
+def options_of(kind: type[CircuitDiscoverer]) -> type:
+    """A dataclass of a method's fields that can be written on a command line, with the help its docstring gives."""
+    hints = get_type_hints(kind)
+    described = {entry.arg_name: entry.description for entry in docstring_parser.parse(kind.__doc__ or "").params}
+    fields: list[Any] = []
+    for field in dataclasses.fields(kind):
+        kind_of_field: Any = _command_line_type(field.name, hints[field.name])
+        annotated: Any = Annotated[kind_of_field, tyro.conf.arg(help=described.get(field.name, ""))]
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        fields.append(
+            (field.name, annotated) if default is dataclasses.MISSING else (field.name, annotated, dataclasses.field(default=default))
+        )
+    made = dataclasses.make_dataclass(f"{kind.__name__}Options", fields, frozen=True)
+    made.__doc__ = first_line(kind)
+    return made
+
+
+def _command_line_type(name: str, hint: Any) -> Any:
+    """What a field is on the command line: objects with names, such as metrics, are given by them."""
+    choices = get_args(hint)
+    if str not in choices:
+        return hint
+    if name == "ablation":
+        return AblationName
+    return str | None if type(None) in choices else str
+
+
+def first_line(kind: type) -> str:
+    """The first line of a class's docstring."""
+    return kind.__doc__.strip().splitlines()[0] if kind.__doc__ else ""

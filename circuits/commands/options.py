@@ -1,0 +1,58 @@
+"""What every command takes, and how it is turned into a model and a task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from circuits.models import EMBEDDED, Model, load_model
+from circuits.tasks import load_task
+from circuits.tasks.base import Task
+
+AblationName = Literal["resample", "zero", "mean", "mean_by_position"]
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Common:
+    """What every command takes."""
+
+    model: str = EMBEDDED
+    """toy-world, a name TransformerLens knows (gpt2, pythia-160m), or a folder."""
+    task: str = "ioi"
+    """A task's name; `circuits list` shows them."""
+    data: Path | None = None
+    """Your own prompts instead of a task: a JSONL file, one object with clean, corrupted, answer, wrong_answer a line."""
+    seed: int = 0
+    """Of the prompts drawn."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, ...; by default CUDA where there is one."""
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+    """Of the weights."""
+    json: bool = False
+    """Print JSON for programs instead of tables."""
+
+
+def parse(kind: Any, name: str, words: Sequence[str]) -> Any:
+    """A command's options from its words; help and mistakes in form end the program."""
+    return tyro.cli(kind, prog=f"circuits {name}", args=list(words))
+
+
+def chosen_model(options: Common) -> Model:
+    """The model that was asked for."""
+    return load_model(options.model, device=options.device, dtype=DTYPES[options.dtype])
+
+
+def chosen_task(options: Common, model: Model, n: int, split: str) -> Task:
+    """Prompts of one split of a task, or the user's own."""
+    return Task.from_jsonl(options.data, model) if options.data else load_task(options.task, model, n=n, seed=options.seed, split=split)
+
+
+def notes(options: Common) -> dict[str, Any]:
+    """What a record says of how model and prompts were chosen."""
+    return {"model": options.model, "task": options.task, "data": str(options.data) if options.data else None, "seed": options.seed}

@@ -1,0 +1,188 @@
+"""The command: help without torch, options from dataclass fields, mistakes told in one line."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import circuits
+from circuits.cli import main
+
+METHOD_OF_ONES_OWN = '''
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+import torch
+import circuits
+
+@dataclass(frozen=True)
+class LayerDepth(circuits.CircuitDiscoverer):
+    """Score edges by how late their source is.
+
+    Reference: none; a test.
+
+    Attributes:
+        sign: which way is up.
+        scale: multiplies every score.
+    """
+
+    name: ClassVar[str] = "layer-depth"
+    sign: Literal["late", "early"] = "late"
+    scale: float = 1.0
+
+    def discover(self, model, task, *, graph=None, checkpoint=None, progress=None):
+        graph = circuits.component_graph(model) if graph is None else graph
+        scores = self.scale * graph.source.float() * (1 if self.sign == "late" else -1)
+        return circuits.Circuit.full(graph, scores, record=self.record())
+'''
+
+
+def run_here(capsys, *words: str) -> tuple[int, str, str]:
+    status = main(words)
+    output, errors = capsys.readouterr()
+    return status, output, errors
+
+
+def test_help_answers_without_importing_torch():
+    script = "import sys; from circuits.cli import main; main(['--help']); assert 'torch' not in sys.modules"
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    for name in ("discover", "evaluate", "compare", "list", "examples:"):
+        assert name in output
+
+
+@pytest.mark.parametrize("name", ["discover", "evaluate", "compare", "list"])
+def test_every_command_has_help_of_its_own(capsys, name):
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    assert stopped.value.code == 0
+    output = capsys.readouterr().out
+    if name != "list":
+        for option in ("--model", "--task", "--data", "--device"):
+            assert option in output
+
+
+def test_a_methods_options_are_its_fields_and_their_help_its_docstring(capsys):
+    with pytest.raises(SystemExit):
+        main(["discover", "--method", "eap-ig", "--help"])
+    output = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    for option in (
+        "--steps",
+        "--along {inputs,activations}",
+        "--quadrature {midpoint,left}",
+        "--ablation {resample,zero,mean,mean-by-position}",
+    ):
+        assert option.replace("mean-by-position", "mean_by_position") in output
+    assert "gradients taken along each line" in output
+
+
+def test_discover_evaluate_and_find_again(capsys, tmp_path):
+    words = ("discover", "--method", "eap", "--task", "ioi", "--n", "8", "--n-eval", "8", "--size", "40", "--out", str(tmp_path), "--json")
+    status, output, _ = run_here(capsys, *words)
+    found = json.loads(output)
+    assert (status, found["reused"], found["edges"]) == (0, False, 40)
+    assert json.loads(run_here(capsys, *words)[1])["reused"]
+    status, output, _ = run_here(capsys, "evaluate", found["folder"], "--n", "8", "--size", "40", "--json")
+    assert json.loads(output)["values"]["kl"] == found["values"]["kl"]
+    status, output, _ = run_here(capsys, "evaluate", found["folder"], "--n", "8", "--size", "40", "--metrics", "accuracy")
+    assert "accuracy" in output
+    assert "logit difference" not in output
+
+
+def test_a_method_that_only_scores_shows_its_strongest_edges_and_asks_for_a_size(capsys, tmp_path):
+    status, output, _ = run_here(capsys, "discover", "--method", "random", "--n", "4", "--out", str(tmp_path))
+    assert status == 0
+    assert "give --size N" in output
+    assert len(re.findall(r"->", output)) == 15
+
+
+def test_compare_prints_a_table_and_writes_a_report(capsys, tmp_path):
+    few = ("--n", "8", "--n-eval", "8", "--size", "30", "--out", str(tmp_path))
+    words = ("compare", "--task", "ioi", "--methods", "eap,eap-ig:steps=2,random", *few)
+    status, output, _ = run_here(capsys, *words)
+    assert status == 0
+    assert "eap-ig:steps=2" in output
+    report = Path(re.search(r"Report: (.*report\.html)", output)[1])
+    page = report.read_text()
+    assert "eap-ig" in page
+    assert "faithfulness" in page.lower()
+    assert not re.search(r'(src|href)="https?:', page)
+    table = json.loads(run_here(capsys, *words, "--json")[1])["table"]
+    assert {row["edges"] for row in table.values()} == {30}
+
+
+def test_a_users_method_in_one_file_works_with_options_and_help(capsys, tmp_path):
+    file = tmp_path / "layer_depth.py"
+    file.write_text(METHOD_OF_ONES_OWN)
+    words = ("discover", "--method", str(file), "--n", "4", "--n-eval", "4", "--size", "10", "--out", str(tmp_path), "--json")
+    status, output, _ = run_here(capsys, *words, "--sign", "early", "--scale", "2")
+    assert status == 0
+    record = json.loads((Path(json.loads(output)["folder"]) / "record.json").read_text())
+    assert record["settings"] == {"sign": "early", "scale": 2.0}
+    few = ("--n", "4", "--n-eval", "4", "--size", "9", "--out", str(tmp_path), "--json")
+    output = run_here(capsys, "compare", "--methods", f"{file},random", *few)[1]
+    assert set(json.loads(output)["table"]) == {"layer-depth", "random"}
+
+
+def test_positions_and_a_split_embedding_can_be_asked_for(capsys, tmp_path):
+    words = ("discover", "--method", "eap", "--n", "4", "--n-eval", "4", "--size", "12", "--out", str(tmp_path), "--json")
+    output = run_here(capsys, *words, "--positions", "IO,S1,S2,END", "--split-embed")[1]
+    circuit = circuits.Circuit.load(json.loads(output)["folder"])
+    assert circuit.graph.positions == ("rest", "IO", "S1", "S2", "END")
+    assert any(isinstance(node, circuits.TokenEmbed) for node in circuit.graph.nodes)
+
+
+def test_ones_own_prompts_come_from_a_file(capsys, tmp_path):
+    data = tmp_path / "mine.jsonl"
+    prompt = "So {} is a really great friend, isn't"
+    pairs = [(prompt.format(a), prompt.format(b)) for a, b in (("Mary", "John"), ("Sarah", "James"))]
+    lines = [{"clean": clean, "corrupted": corrupted, "answer": " she", "wrong_answer": " he"} for clean, corrupted in pairs]
+    data.write_text("\n".join(json.dumps(line) for line in lines))
+    status, output, errors = run_here(
+        capsys, "discover", "--method", "eap", "--data", str(data), "--size", "20", "--out", str(tmp_path), "--json"
+    )
+    assert (status, errors) == (0, "")
+    assert json.loads(output)["n_prompts"] == 2
+    data.write_text("\n".join([json.dumps(lines[0]), '{"clean": "So']))
+    status, _, errors = run_here(capsys, "discover", "--method", "eap", "--data", str(data), "--out", str(tmp_path))
+    assert status == 2
+    assert "mine.jsonl, line 2" in errors
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["fly"], "there is no command 'fly'; there are discover"),
+        (["discover", "--method", "acdcd", "--threshold", "0.1"], "there is no method 'acdcd'; there are acdc"),
+        (["discover", "--method", "missing.py"], "there is no Python file missing.py"),
+        (["discover", "--method", "random", "--task", "ioii"], "there is no task 'ioii'; did you mean 'ioi'"),
+        (["discover", "--method", "random", "--model", "toy-word"], "there is no model or folder 'toy-word'"),
+        (["discover", "--method", "acdc", "--threshold", "-1"], "threshold=-1.0 must be"),
+        (["discover", "--method", "eap", "--metric", "kl", "--n", "2"], "the gradient of kl vanishes"),
+        (["discover", "--method", "random", "--positions", "S3", "--n", "2", "--size", "5"], "has no span 'S3'"),
+        (["evaluate", "missing-folder"], "missing-folder holds no finished run"),
+        (["compare", "--methods", "eap:speed=3"], "'speed=3' is no setting of eap; it has metric"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_with_status_2(capsys, tmp_path, monkeypatch, words, told):
+    monkeypatch.chdir(tmp_path)
+    status, _, errors = run_here(capsys, *words)
+    assert status == 2
+    assert told in errors
+    assert errors.count("\n") == 1 or "%" in errors  # a progress bar may stand before it
+    assert "Traceback" not in errors
+
+
+def test_cuda_that_is_not_there_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    status, _, errors = run_here(capsys, "discover", "--method", "random", "--device", "cuda")
+    assert status == 2
+    assert "finds no CUDA here; use device='cpu'" in errors
+
+
+def test_list_names_what_there_is(capsys):
+    content = json.loads(run_here(capsys, "list", "--json")[1])
+    assert {"acdc", "eap", "eap-ig", "random", "activation-patching"} <= set(content["methods"])
+    assert {"ioi", "greater_than", "docstring", "induction", "gendered_pronoun", "two_hop"} <= set(content["tasks"])
+    assert "kl" in content["metrics"]

@@ -1,0 +1,149 @@
+"""Runs: folders that are found again, resumed after being killed, and shared by processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import random_model, random_task
+
+import circuits
+from circuits.files import read_json, write_json
+from circuits.run import CHECKPOINT, METRICS, PAGE, RECORD, counting_passes, evaluate_run, load_run, run
+
+DISCOVER = ["discover", "--method", "acdc", "--threshold", "0.03", "--task", "ioi", "--n", "4", "--n-eval", "4", "--json"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model("gpt2")
+
+
+def command(*words: str, folder: Path) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = (sys.executable, "-m", "circuits", *words, "--out", str(folder))
+    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def answer(process: subprocess.Popen) -> dict:
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return json.loads(output)
+
+
+def test_a_run_leaves_circuit_record_and_picture(model, tmp_path):
+    found = run(circuits.ACDC(0.02), model, random_task(), out=tmp_path, notes={"seed": 3})
+    assert {path.name for path in found.folder.iterdir()} == {"circuit.safetensors", RECORD, PAGE, ".lock"}
+    assert found.folder.parent == tmp_path / "custom"
+    record = read_json(found.folder / RECORD, "circuits.run", 1)
+    assert record["method"] == "acdc"
+    assert record["settings"] == {"threshold": 0.02, "metric": "kl", "ablation": "resample", "order": "topological", "absolute": False}
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["notes"] == {"seed": 3}
+    assert record["evaluations"] > 0
+    assert record["edges"] == len(found.circuit)
+    assert str(found.circuit.edges[0]) in (found.folder / PAGE).read_text().replace("&gt;", ">")
+
+
+def test_a_finished_run_is_found_again_and_not_computed_again(model, tmp_path):
+    first = run(circuits.EAP(), model, random_task(), out=tmp_path)
+    with counting_passes(model) as passes:
+        second = run(circuits.EAP(), model, random_task(), out=tmp_path)
+    assert passes["forward_passes"] == 0
+    assert (first.reused, second.reused) == (False, True)
+    assert second.circuit == first.circuit
+    assert second.record == first.record
+
+
+def test_other_settings_prompts_weights_or_graphs_are_other_runs(model, tmp_path):
+    task = random_task()
+    folders = {
+        run(circuits.EAP(), model, task, out=tmp_path).folder,
+        run(circuits.EAP(gradient_at="both"), model, task, out=tmp_path).folder,
+        run(circuits.EAP(), model, random_task(seed=5), out=tmp_path).folder,
+        run(circuits.EAP(), random_model("gpt2", seed=2), task, out=tmp_path).folder,
+        run(circuits.EAP(), model, task, out=tmp_path, graph=circuits.component_graph(model, split_embed=True)).folder,
+        run(circuits.EAP(), model, task, out=tmp_path, graph=circuits.component_graph(model, positions=8)).folder,
+    }
+    assert len(folders) == 6
+
+
+def test_passes_and_prompts_are_counted(model):
+    with counting_passes(model) as passes:
+        model(torch.zeros(3, 5, dtype=torch.long))
+        model(torch.zeros(2, 5, dtype=torch.long))
+    assert passes == {"forward_passes": 2, "prompts_run": 5}
+    model(torch.zeros(2, 5, dtype=torch.long))
+    assert passes["forward_passes"] == 2
+
+
+def test_an_evaluation_is_kept_by_what_it_depends_on(model, tmp_path):
+    found = run(circuits.EAP(), model, random_task(), out=tmp_path)
+    first = evaluate_run(found, model, random_task(seed=2), size=20)
+    with counting_passes(model) as passes:
+        again = evaluate_run(found, model, random_task(seed=2), size=20)
+    assert again == first
+    assert passes["forward_passes"] == 0
+    assert first["values"]["kl"]["circuit"] == pytest.approx(circuits.evaluate(model, found.circuit.top(20), random_task(seed=2)).kl)
+    evaluate_run(found, model, random_task(seed=2), size=30)
+    evaluate_run(found, model, random_task(seed=2), size=30, ablation="zero")
+    assert len(read_json(found.folder / METRICS, "circuits.metrics", 1)["evaluations"]) == 3
+
+
+def test_folders_without_a_finished_run_say_so(model, tmp_path):
+    with pytest.raises(circuits.InputError, match="holds no finished run"):
+        load_run(tmp_path)
+    (tmp_path / CHECKPOINT).write_bytes(b"")
+    with pytest.raises(circuits.InputError, match=r"unfinished: give the same discover command again"):
+        load_run(tmp_path)
+
+
+def test_damaged_and_newer_run_folders_are_one_clear_line(model, tmp_path):
+    found = run(circuits.EAP(), model, random_task(), out=tmp_path)
+    record = (found.folder / RECORD).read_text()
+    (found.folder / RECORD).write_text(record[:100])
+    with pytest.raises(circuits.InputError, match=r"record\.json is truncated"):
+        load_run(found.folder)
+    write_json(found.folder / RECORD, {}, "circuits.run", 2)
+    with pytest.raises(circuits.InputError, match=r"format version 2.*upgrade"):
+        load_run(found.folder)
+    (found.folder / RECORD).write_text(record)
+    circuit = found.folder / "circuit.safetensors"
+    circuit.write_bytes(circuit.read_bytes()[:-5])
+    with pytest.raises(circuits.InputError, match="truncated"):
+        run(circuits.EAP(), model, random_task(), out=tmp_path)
+
+
+def test_killed_in_the_middle_of_acdc_and_started_again_the_circuit_is_the_same(tmp_path):
+    process = command(*DISCOVER, folder=tmp_path / "killed")
+    deadline = time.monotonic() + 240
+    while not (found := list((tmp_path / "killed").rglob(CHECKPOINT))) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert found[0].exists(), "the run was over before it could be killed"
+    assert not (found[0].parent / RECORD).exists()
+    resumed = answer(command(*DISCOVER, folder=tmp_path / "killed"))
+    whole = answer(command(*DISCOVER, folder=tmp_path / "whole"))
+    a, b = (load_run(Path(each["folder"])) for each in (resumed, whole))
+    assert a.circuit == b.circuit
+    assert a.record["resumed"]
+    assert a.record["evaluations"] == b.record["evaluations"]
+    # What had been tried before was not tried again.
+    assert a.record["forward_passes"] < b.record["forward_passes"]
+    assert not list(tmp_path.rglob(CHECKPOINT))
+
+
+def test_two_processes_on_one_run_folder_take_turns(tmp_path):
+    answers = [answer(process) for process in [command(*DISCOVER, folder=tmp_path) for _ in range(2)]]
+    assert answers[0]["folder"] == answers[1]["folder"]
+    assert answers[0]["values"] == answers[1]["values"]
+    assert sorted(each["reused"] for each in answers) == [False, True]
+    assert load_run(Path(answers[0]["folder"])).record["edges"] == answers[0]["edges"]
