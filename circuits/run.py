@@ -173,7 +173,8 @@ def _turn(folder: Path) -> Iterator[None]:
 
 
 def _digest(discoverer: CircuitDiscoverer, model: Model, task: Task, graph: Graph) -> str:
-    digest = hashlib.blake2b(json.dumps([discoverer.record(), identity(model).weights, task.digest(), graph.positions]).encode())
+    parts = [version("circuits"), discoverer.record(), identity(model).weights, task.digest(), graph.positions]
+    digest = hashlib.blake2b(json.dumps(parts).encode())
     for column in (graph.source, graph.target, graph.slot):
         digest.update(column.cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -83,10 +83,9 @@ def _three_names(random: Random) -> Chunk:
 
 
 def _repetition(random: Random) -> Chunk:
-    """Random words, and some of them again in the same order: all but the first repeated one can be foreseen."""
-    words = random.sample(COMMON, random.randint(4, 16))
-    start = random.randrange(len(words) - 2)
-    again = words[start : start + random.randint(2, 8)]
+    """Random words and the same words again: all but the first repeated one can be foreseen. The densest lesson in induction there is."""
+    words = random.sample(COMMON, random.randint(4, 24))
+    again = words[random.randrange(max(1, len(words) - 12)) :][:16]
     return Chunk([*words, *again], range(len(words) + 1, len(words) + len(again)))
 
 
@@ -118,16 +117,16 @@ def _filler(random: Random) -> Chunk:
 
 
 MIXTURE: Sequence[tuple[Callable[[Random], Chunk], float]] = (
-    (_prompt(IOI()), 0.24),
-    (_three_names, 0.04),
-    (_prompt(GreaterThan()), 0.14),
+    (_prompt(IOI()), 0.20),
+    (_three_names, 0.03),
+    (_prompt(GreaterThan()), 0.10),
     (_prompt(Docstring(), Docstring(), Docstring(before=1, after=2), Docstring(before=3, after=0)), 0.12),
-    (_prompt(*(Induction(length=length) for length in (6, 9, 12, 12, 15))), 0.10),
-    (_repetition, 0.10),
-    (_prompt(GenderedPronoun()), 0.05),
-    (_prompt(TwoHop()), 0.10),
-    (_fact, 0.05),
-    (_filler, 0.06),
+    (_prompt(*(Induction(length=length) for length in (6, 9, 12, 12, 15))), 0.12),
+    (_repetition, 0.24),
+    (_prompt(GenderedPronoun()), 0.03),
+    (_prompt(TwoHop()), 0.08),
+    (_fact, 0.04),
+    (_filler, 0.04),
 )
 
 

@@ -36,14 +36,14 @@ class Config:
     """Where the state of training is kept."""
     checkpoint_every: int = 100
     """Steps between two checkpoints."""
-    steps: int = 2000
+    steps: int = 2400
     batch: int = 96
     """Sequences in a step: 96 * 64 = 6,144 tokens."""
     length: int = 64
     """Tokens in a sequence, and the model's context length."""
     peak: float = 2e-3
     """The one-cycle learning rate at its highest."""
-    weight_decay: float = 0.05
+    weight_decay: float = 0.1
     background: float = 0.02
     """Weight in the loss of the tokens that nothing before them predicts; the predictable ones have weight 1."""
     seed: int = 0

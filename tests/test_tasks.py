@@ -61,7 +61,9 @@ def bpe_tokenizer() -> PreTrainedTokenizerFast:
 
 def with_tokenizer(tokenizer: PreTrainedTokenizerFast, **changes: object) -> Model:
     source = random_model("gpt2", d_vocab=len(tokenizer), n_ctx=64)
-    config = {name: getattr(source.cfg, name) for name in ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "n_ctx", "d_vocab", "act_fn")}
+    config = {
+        name: getattr(source.cfg, name) for name in ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "n_ctx", "d_vocab", "act_fn")
+    }
     return build_model({**config, "normalization_type": "LN", **changes}, source.state_dict(), tokenizer, device="cpu")
 
 
@@ -104,7 +106,9 @@ def test_no_prompt_of_one_split_is_in_the_other_whatever_the_seeds(name: str) ->
 @pytest.mark.parametrize("name", TASKS)
 def test_words_are_shared_between_the_splits(name: str) -> None:
     family = make_family(name)
-    train, test = ({word for pair in family.pairs(200, 0, split) for word in re.findall(r"\d\d|[a-z]+", pair.clean)} for split in ("train", "test"))
+    train, test = (
+        {word for pair in family.pairs(200, 0, split) for word in re.findall(r"\d\d|[a-z]+", pair.clean)} for split in ("train", "test")
+    )
     assert len(train & test) > 0.5 * len(test)
 
 
@@ -326,11 +330,17 @@ BAD_PAIRS = {
     "none": ([], r"has no prompts; give at least one"),
     "too long": ([PromptPair("door " * 80, "wall " * 80)], r"has 81 tokens and toy-world reads 64; shorten"),
     "both": ([PromptPair("So Mary", "So John", " is", (" is", " he"))], r"' is' is both an answer and a wrong answer"),
-    "some answered": ([PromptPair("So Mary", "So John", " is"), PromptPair("So John", "So Mary")], r"'So John' has no answers but others have"),
+    "some answered": (
+        [PromptPair("So Mary", "So John", " is"), PromptPair("So John", "So Mary")],
+        r"'So John' has no answers but others have",
+    ),
     "span outside": ([PromptPair("So Mary", "So John", spans={"NAME": (3, 30)})], r"span 'NAME' = \(3, 30\) holds no token.*<= 7"),
     "span empty": ([PromptPair("So Mary", "So John", spans={"NAME": (2, 3)})], r"span 'NAME' = \(2, 3\) holds no token"),
     "span name": ([PromptPair("So Mary", "So John", spans={"a@b": (0, 2)})], r"span name 'a@b' cannot be used"),
-    "spans differ": ([PromptPair("So Mary", "So John", spans={"A": (0, 2)}), PromptPair("So John", "So Mary")], r"spans of 'So John' are \[\]"),
+    "spans differ": (
+        [PromptPair("So Mary", "So John", spans={"A": (0, 2)}), PromptPair("So John", "So Mary")],
+        r"spans of 'So John' are \[\]",
+    ),
 }
 
 
@@ -418,11 +428,17 @@ BAD_TENSORS: dict[str, tuple[dict[str, object], str]] = {
     "no answer": ({"answers": torch.tensor([[1, 2], [-1, -1], [1, -1]])}, r"answers is empty for prompt 1"),
     "wrong answers": ({"wrong_answers": torch.tensor([-7, 1, 1])}, r"wrong_answers holds -7"),
     "lengths": ({"lengths": torch.tensor([4, 5, 1])}, r"lengths has shape \(3,\) and values from 1 to 5; give \[3\] integers from 1 to 4"),
-    "position": ({"lengths": torch.tensor([4, 2, 4]), "answer_positions": torch.tensor([3, 2, 0])}, r"answer position 2 lies outside prompt 1, whose last token is at 1"),
+    "position": (
+        {"lengths": torch.tensor([4, 2, 4]), "answer_positions": torch.tensor([3, 2, 0])},
+        r"answer position 2 lies outside prompt 1, whose last token is at 1",
+    ),
     "positions shape": ({"answer_positions": torch.tensor([3, 2])}, r"answer_positions has shape \(2,\)"),
     "positions mask shape": ({"answer_positions": torch.ones(3, 5).bool()}, r"answer_positions has shape \(3, 5\)"),
     "nothing scored": ({"answer_positions": torch.eye(3, 4).bool() & (TOKENS != 5)}, r"prompt 1 has no scored position"),
-    "padding scored": ({"lengths": torch.tensor([4, 2, 4]), "answer_positions": torch.ones(3, 4).bool()}, r"marks position 2 of prompt 1, which has 2 tokens"),
+    "padding scored": (
+        {"lengths": torch.tensor([4, 2, 4]), "answer_positions": torch.ones(3, 4).bool()},
+        r"marks position 2 of prompt 1, which has 2 tokens",
+    ),
     "span": ({"positions": {"A": torch.ones(3, 4)}}, r"span 'A' has dtype torch.float32"),
     "name": ({"name": "a/b"}, r"cannot be called 'a/b'"),
 }

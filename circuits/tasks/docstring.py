@@ -5,6 +5,7 @@ A function's arguments are described in their order; complete with the third one
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
@@ -58,7 +59,7 @@ def _text(function: str, arguments: Sequence[str], described: Sequence[str], pro
 def _spans(clean: str, described: Sequence[str]) -> dict[str, tuple[int, int]]:
     spans = {"END": (len(clean) - 1, len(clean))}
     for letter, word in zip("ABC", described, strict=True):
-        start = clean.index(f", {word}") + 2
+        start = re.search(rf", {word}\b", clean).start() + 2  # type: ignore[union-attr]  # the word is there
         spans[f"{letter}_def"] = (start, start + len(word))
     for letter, word in zip("AB", described[:2], strict=True):
         start = clean.index(f":param {word}:") + len(":param ")
