@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -42,7 +43,15 @@ class Ablation:
             raise InputError("an Ablation has outputs exactly when its name is 'given'; write Ablation('given', outputs={node: tensor}).")
 
     def __str__(self) -> str:
+        if self.outputs is not None:
+            return f"given {self._digest()}"
         return f"{self.name} over {self.over}" if self.name.startswith("mean") and self.over != "clean" else self.name
+
+    def _digest(self) -> str:
+        digest = hashlib.blake2b(digest_size=4)
+        for node, tensor in sorted((self.outputs or {}).items(), key=lambda item: str(item[0])):
+            digest.update(f"{node} {tuple(tensor.shape)}".encode() + tensor.detach().cpu().double().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
 
 def get_ablation(ablation: str | Ablation) -> Ablation:

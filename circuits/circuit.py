@@ -48,8 +48,11 @@ class Circuit:
                 raise InputError(
                     f"{name} has shape {tuple(column.shape)}, but the graph has {len(self.graph)} edges; give one entry per edge."
                 )
-        object.__setattr__(self, "scores", self.scores.detach().to("cpu", torch.float32))
-        object.__setattr__(self, "kept", self.kept.detach().to("cpu"))
+        if self.kept.dtype != torch.bool:
+            raise InputError(f"kept holds {self.kept.dtype}; it must be boolean, True for the edges that are kept.")
+        # Copies, so that changing the tensors that were passed in does not change the circuit.
+        object.__setattr__(self, "scores", self.scores.detach().to("cpu", torch.float32, copy=True))
+        object.__setattr__(self, "kept", self.kept.detach().to("cpu", copy=True))
 
     @staticmethod
     def full(graph: Graph, scores: Tensor | None = None, *, record: Mapping[str, Any] | None = None) -> Circuit:
@@ -169,7 +172,7 @@ class Circuit:
         Raises:
             InputError: no such file, a truncated one, one of another kind, or one from a newer version of this package.
         """
-        path = Path(folder) / FILE if not str(folder).endswith(".safetensors") else Path(folder)
+        path = Path(folder) if Path(folder).is_file() else Path(folder) / FILE
         tensors, metadata = read_tensors(path, FORMAT, FORMAT_VERSION)
         try:
             return _from_file(tensors, json.loads(metadata["description"]))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from typing import TextIO
 
 HELP = """\
 Find, evaluate and compare circuits in transformer language models.
@@ -46,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     command = getattr(import_module(f"circuits.commands.{words[0]}"), COMMANDS[words[0]])
     try:
-        command(words[1:])
+        with warnings.catch_warnings():
+            warnings.showwarning = _tell  # put back with the filters
+            command(words[1:])
     except InputError as error:
         sys.stderr.write(f"circuits: {error}\n")
         return 2
@@ -54,3 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write("circuits: interrupted; the same command goes on where it stopped.\n")
         return 130
     return 0
+
+
+def _tell(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+) -> None:
+    """A warning in one line, without the place in our source. Other packages' deprecations are not for the user."""
+    if not issubclass(category, DeprecationWarning | FutureWarning):
+        sys.stderr.write(f"circuits: note: {message}\n")

@@ -143,6 +143,6 @@ def score_table(first: Circuit, second: Circuit) -> pd.DataFrame:
 
 def _common_size(sweeps: Mapping[str, Sequence[Circuit]]) -> int:
     for sweep in sweeps.values():
-        if sweep[0].selected:
+        if sweep[0].selected and len(sweep[0]):
             return len(sweep[0])
     return max(1, round(len(next(iter(sweeps.values()))[0].graph) / 10))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
 from collections.abc import Sequence
 
@@ -16,6 +17,12 @@ from circuits.nodes import MLP, Embed, Head, Logits, Node, PosEmbed, TokenEmbed,
 
 REST = "rest"
 POST_NORM_ARCHITECTURES = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
+# Settings that change no logit: flags of hooks, where a model is and where it came from.
+NOT_ARCHITECTURE = (
+    "use_attn_result", "use_attn_in", "use_split_qkv_input", "use_hook_mlp_in", "ungroup_grouped_query_attention", "use_hook_tokens", "model_name",
+    "device", "n_devices", "seed", "init_", "tokenizer", "default_prepend_bos", "checkpoint", "from_checkpoint", "n_params", "trust_remote_code",
+    "original_architecture", "load_", "dtype",
+)  # fmt: skip
 SHAPE = ("n_layers", "n_heads", "n_key_value_heads", "d_model", "d_head", "d_mlp", "d_vocab", "attn_only", "parallel_attn_mlp")
 
 
@@ -126,8 +133,9 @@ def check_fits(model: Model, graph: Graph) -> None:
 
 
 def identity(model: Model) -> ModelIdentity:
-    """The model's name, shape and a fingerprint of its weights (equal on every device, and whatever its flags)."""
-    digest = hashlib.blake2b(digest_size=16)
+    """The model's name, shape and a fingerprint of its weights and architecture (equal on every device, and whatever its hook flags)."""
+    architecture = {name: str(value) for name, value in sorted(vars(model.cfg).items()) if not name.startswith(NOT_ARCHITECTURE)}
+    digest = hashlib.blake2b(json.dumps(architecture).encode(), digest_size=16)
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(_checksum(parameter.detach()))
@@ -152,8 +160,8 @@ def _spans(positions: Sequence[str] | int | None) -> tuple[str | int, ...] | Non
 
 
 def _checksum(parameter: Tensor) -> bytes:
-    """Two exact integer sums over the bits, so that the result does not depend on device or order of summation."""
+    """Exact integer sums of the bits over rows and over columns: they depend on every bit and its place, not on device or order of summation."""
     kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
-    bits = parameter.contiguous().view(kind).flatten().long()
-    place = torch.arange(len(bits), device=bits.device) % 65_521 + 1
-    return int(bits.sum()).to_bytes(16, "little", signed=True) + int((bits * place).sum()).to_bytes(16, "little", signed=True)
+    bits = parameter.contiguous().view(kind).reshape(-1, parameter.shape[-1] if parameter.dim() else 1)
+    sums = [bits.sum(axis, dtype=torch.int64) for axis in (0, 1)]
+    return b"".join(part.cpu().numpy().tobytes() for part in sums)

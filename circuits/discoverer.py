@@ -7,7 +7,7 @@ import importlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar
@@ -134,9 +134,6 @@ def as_json(value: Any) -> Any:
         return value
     if isinstance(value, list | tuple):
         return [as_json(item) for item in value]
-    name = getattr(value, "name", None)
-    if is_dataclass(value) and not isinstance(value, type) and isinstance(name, str):
-        return str(value) if type(value).__str__ is not object.__str__ else name
     return str(value)
 
 

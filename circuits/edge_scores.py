@@ -9,6 +9,7 @@ from z and W_O, and the gradient at a head's q input is that of q pulled back th
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -140,18 +141,36 @@ def attribute_edges(
     task = task.to(model.cfg.device)
     engine = _Engine(model, graph, EdgeLayout.of(model, graph), metric, tuple(points))
     clean_logits = model_logits(model, task)
-    parts = []
-    with frozen(model), separate_inputs(model, heads=False):
+    parts, largest = [], 0.0
+    _warn_of_dead_norms(model, ablation, points)
+    with torch.inference_mode(False), frozen(model), separate_inputs(model, heads=False):
         with torch.no_grad():
             counterfactuals = Counterfactuals.prepare(model, engine.layout.nodes, task, get_ablation(ablation))
         for piece in _pieces(engine, task):
-            parts.append(engine.attribute(task[piece], counterfactuals.on(task[piece], piece), clean_logits[_rows(task, piece)]))
+            *part, steepest = engine.attribute(task[piece], counterfactuals.on(task[piece], piece), clean_logits[_rows(task, piece)])
+            parts.append(part)
+            largest = max(largest, steepest)
             if progress:
                 progress(min(piece.stop, len(task)), len(task))
+    if largest < VANISHING:
+        raise InputError(
+            f"the gradient of {metric.name} vanishes where it is taken (largest entry {largest:.1e}), as that of kl does at the clean run: "
+            "use gradient_at='corrupted' or 'both', EAPIG, or another metric."
+        )
     edges, positions, neurons = zip(*parts, strict=True)
     rows = torch.bincount(task.row_prompt.cpu(), minlength=len(task))
     neuron_scores = torch.stack(neurons).sum(0) / len(task.row_prompt)
     return EdgeAttribution(graph, engine.layout.nodes, rows, torch.cat(edges), torch.cat(positions), neuron_scores)
+
+
+def _warn_of_dead_norms(model: Model, ablation: str | Ablation, points: Sequence[GradientPoint]) -> None:
+    at_zero = get_ablation(ablation).name == "zero" and any(point.fraction == 0 and not point.nodes for point in points)
+    if at_zero and model.cfg.normalization_type is not None:
+        warnings.warn(
+            "gradients are taken at zero embeddings, where the norms multiply them by hundreds: the scores mean little. "
+            "Use EAPIG with quadrature='midpoint', gradient_at='clean', or another ablation.",
+            stacklevel=4,
+        )
 
 
 def _pieces(engine: _Engine, task: Task) -> list[slice]:
@@ -177,12 +196,12 @@ class _Engine:
 
     def attribute(
         self, task: Task, counterfactuals: Float[Tensor, "source batch pos d_model"], clean_logits: Float[Tensor, "scored vocab"]
-    ) -> tuple[Float[Tensor, "prompt edge"], Float[Tensor, "prompt source pos"], Float[Tensor, "source d_model"]]:
-        """Per-prompt edge and source scores (divided by the prompt's rows), and neuron scores summed over rows."""
+    ) -> tuple[Float[Tensor, "prompt edge"], Float[Tensor, "prompt source pos"], Float[Tensor, "source d_model"], float]:
+        """Per-prompt edge and source scores (divided by the prompt's rows), neuron scores summed over rows, and the steepest gradient."""
         layout = self.layout
         clean = source_outputs(self.model, layout.nodes, task.clean, task.mask)
         differences = counterfactuals - clean
-        gradients = self._mean_gradients(task, clean, counterfactuals, clean_logits)
+        gradients, steepest = self._mean_gradients(task, clean, counterfactuals, clean_logits)
         spans = token_spans(self.graph, task)
         dense = torch.zeros(len(task), *layout.shape, device=differences.device, dtype=differences.dtype)
         downstream = torch.zeros_like(differences)
@@ -196,7 +215,7 @@ class _Engine:
         edges = dense[:, layout.span, layout.target, layout.source] / rows[:, None]
         by_coordinate = differences * downstream
         positions = by_coordinate.sum(-1).transpose(0, 1) / rows[:, None, None]
-        return edges.float().cpu(), positions.float().cpu(), by_coordinate.sum((1, 2)).float().cpu()
+        return edges.float().cpu(), positions.float().cpu(), by_coordinate.sum((1, 2)).float().cpu(), steepest
 
     def _mean_gradients(
         self,
@@ -204,8 +223,8 @@ class _Engine:
         clean: Float[Tensor, "source batch pos d_model"],
         counterfactuals: Float[Tensor, "source batch pos d_model"],
         clean_logits: Float[Tensor, "scored vocab"],
-    ) -> list[Float[Tensor, "target batch pos d_model"]]:
-        """The gradient of the damage, summed over scored rows, at each target of the layout: the mean over the points."""
+    ) -> tuple[list[Float[Tensor, "target batch pos d_model"]], float]:
+        """The gradient of the damage, summed over scored rows, at each target: the mean over the points; and the steepest at the logits."""
         total: list[Tensor] = []
         largest = 0.0
         for point in self.points:
@@ -213,12 +232,7 @@ class _Engine:
             gradients, at_logits = self._gradients(task, override, clean_logits)
             largest = max(largest, float(at_logits.abs().max()))
             total = gradients if not total else [a + b for a, b in zip(total, gradients, strict=True)]
-        if largest < VANISHING:
-            raise InputError(
-                f"the gradient of {self.metric.name} vanishes where it is taken (largest entry {largest:.1e}), as that of kl does at the "
-                "clean run: use gradient_at='corrupted' or 'both', EAPIG, or another metric."
-            )
-        return [gradient / len(self.points) for gradient in total]
+        return [gradient / len(self.points) for gradient in total], largest
 
     def _override(
         self,

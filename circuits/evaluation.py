@@ -98,7 +98,8 @@ def evaluate(
         InputError: the model, circuit and task do not fit together, or a metric does not fit the task.
     """
     task = task.to(model.cfg.device)
-    chosen = [get_metric(metric, task) for metric in (default_metrics(task) if metrics is None else metrics)]
+    asked = default_metrics(task) if metrics is None else [metrics] if isinstance(metrics, str) else metrics
+    chosen = [get_metric(metric, task) for metric in asked]
     whole = model_logits(model, task)
     kept = torch.stack([circuit.kept, torch.zeros_like(circuit.kept)])
     found, empty = get_executor(model, circuit.graph, task, ablation=ablation).logits(kept)
@@ -146,6 +147,8 @@ def faithfulness_points(
         InputError: the circuits are over different graphs, or do not fit the model and task.
     """
     task = task.to(model.cfg.device)
+    if not circuits:
+        raise InputError("there are no circuits to evaluate; give at least one, or one size.")
     graph = circuits[0].graph
     if any(circuit.graph != graph for circuit in circuits):
         raise InputError("these circuits are over different graphs; evaluate each graph's circuits on their own.")

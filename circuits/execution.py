@@ -15,7 +15,7 @@ from circuits.errors import InputError
 from circuits.graph import Graph
 from circuits.metrics import Metric, check_finite, get_metric
 from circuits.models import Model, frozen, run_to_residual, unembed
-from circuits.patching import HookedExecutor
+from circuits.patching import HookedExecutor, check_task
 from circuits.tasks.base import Task
 
 PROMPTS_PER_RUN = 256
@@ -55,8 +55,10 @@ def run_circuits(
     Raises:
         InputError: `kept` does not fit the graph, the model, graph and task do not fit together, or the logits overflow.
     """
-    if kept.dim() != 2 or kept.shape[1] != len(graph):
-        raise InputError(f"kept has shape {tuple(kept.shape)}; it must be [variant, edge] with the graph's {len(graph)} edges.")
+    if kept.dtype != torch.bool or kept.dim() != 2 or kept.shape[1] != len(graph):
+        raise InputError(
+            f"kept has shape {tuple(kept.shape)} of {kept.dtype}; it must be [variant, edge] of bool, over {len(graph)} edges."
+        )
     return get_executor(model, graph, task, ablation=ablation, executor=executor).logits(kept)
 
 
@@ -77,6 +79,7 @@ def model_logits(model: Model, task: Task, prompts: Literal["clean", "corrupted"
     Raises:
         InputError: the logits overflow.
     """
+    check_task(model, task)
     task = task.to(model.cfg.device)
     with frozen(model), torch.no_grad():
         parts = [_plain_logits(model, task[start : start + PROMPTS_PER_RUN], prompts) for start in range(0, len(task), PROMPTS_PER_RUN)]

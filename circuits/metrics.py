@@ -6,6 +6,8 @@ Its `direction` says which way is damage, and nothing else needs to know: values
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -33,6 +35,20 @@ class Metric:
     name: str
     function: MetricFunction
     direction: Literal["higher_is_damage", "lower_is_damage"]
+
+    def __post_init__(self) -> None:
+        if self.direction not in ("higher_is_damage", "lower_is_damage"):
+            raise InputError(f"Metric {self.name!r}: direction={self.direction!r} must be 'higher_is_damage' or 'lower_is_damage'.")
+
+    def __str__(self) -> str:
+        """The name; of a metric of one's own also a hash of its source, since two can share a name."""
+        if METRICS.get(self.name) is self:
+            return self.name
+        try:
+            source = inspect.getsource(self.function)
+        except (OSError, TypeError):
+            source = getattr(self.function, "__qualname__", type(self.function).__name__)
+        return f"{self.name} {hashlib.blake2b(f'{self.direction} {source}'.encode(), digest_size=4).hexdigest()}"
 
     @property
     def sign(self) -> int:

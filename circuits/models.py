@@ -106,7 +106,10 @@ _BUFFERS = (".mask", ".IGNORE", ".rotary_sin", ".rotary_cos")
 def _device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"there is no device {device!r}; use 'cpu', 'cuda' or 'cuda:1'.") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise InputError(
             f"device {str(device)!r} was asked for, but torch {torch.__version__} finds no CUDA here; use device='cpu' or a CUDA build."

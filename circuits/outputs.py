@@ -27,7 +27,8 @@ def source_outputs(
     outputs = torch.empty(len(nodes), *tokens.shape, model.cfg.d_model, dtype=model.cfg.dtype, device=tokens.device)
     with torch.no_grad():
         residual = run_to_residual(model, tokens, mask, recording_hooks(model, nodes, outputs))
-        written = outputs.sum(0, dtype=torch.promote_types(outputs.dtype, torch.float32)) + sum(Components(model).output_bias(layer) for layer in range(model.cfg.n_layers))
+        biases = sum(Components(model).output_bias(layer) for layer in range(model.cfg.n_layers))
+        written = outputs.sum(0, dtype=torch.promote_types(outputs.dtype, torch.float32)) + biases
         gap = float((written - residual)[mask].abs().max() / residual[mask].abs().max().clamp(min=1e-30))
     # Written so that NaN, which an overflowing model leaves here, is reported where the logits are checked.
     if gap > TOLERANCE[model.cfg.dtype]:

@@ -81,6 +81,26 @@ class EdgeLayout:
         return dense
 
 
+def check_task(model: Model, task: Task) -> None:
+    """Refuse tokens that the model does not know, and prompts longer than it reads.
+
+    Raises:
+        InputError: with the largest token or the length, and what the model allows.
+    """
+    cfg = model.cfg
+    if task.clean.shape[1] > cfg.n_ctx:
+        raise InputError(
+            f"task {task.name!r} has prompts of {task.clean.shape[1]} tokens, but {cfg.model_name} reads {cfg.n_ctx}; shorten them."
+        )
+    answers = [part for part in (task.answers, task.wrong_answers) if part is not None]
+    for kind, parts, known in (("token", [task.clean, task.corrupted], cfg.d_vocab), ("answer", answers, cfg.d_vocab_out)):
+        largest = max((int(part.max()) for part in parts), default=0)
+        if largest >= known:
+            raise InputError(
+                f"task {task.name!r} has {kind} {largest}, but {cfg.model_name} knows 0 to {known - 1}; was it made for another model?"
+            )
+
+
 def _targets(model: Model) -> Iterator[tuple[Node, str | None, int]]:
     for layer in range(model.cfg.n_layers):
         yield from ((Head(layer, 0), slot, model.cfg.n_heads) for slot in SLOTS)
@@ -111,6 +131,7 @@ class HookedExecutor:
         """
         check_supported(model)
         check_fits(model, graph)
+        check_task(model, task)
         task = task.to(model.cfg.device)
         layout = EdgeLayout.of(model, graph)
         with frozen(model), torch.no_grad():

@@ -111,7 +111,10 @@ def load_run(folder: str | Path) -> Run:
     if not (folder / RECORD).exists():
         unfinished = " (it is unfinished: give the same discover command again, and it goes on)" if (folder / CHECKPOINT).exists() else ""
         raise InputError(f"{folder} holds no finished run{unfinished}; give a folder with {RECORD} and {FILE}.")
-    return Run(folder, Circuit.load(folder), read_json(folder / RECORD, RECORD_FORMAT, FORMAT_VERSION), reused=True)
+    record = read_json(folder / RECORD, RECORD_FORMAT, FORMAT_VERSION)
+    if missing := [name for name in ("method", "settings", "seconds", "forward_passes") if name not in record]:
+        raise InputError(f"{folder / RECORD} is damaged: it has no {', '.join(missing)}; delete the folder and run again.")
+    return Run(folder, Circuit.load(folder), record, reused=True)
 
 
 def evaluate_run(
@@ -137,7 +140,7 @@ def evaluate_run(
     key = hashlib.blake2b(json.dumps([settings, identity(model).weights]).encode(), digest_size=8).hexdigest()
     path = found.folder / METRICS
     with _turn(found.folder):
-        known = read_json(path, METRICS_FORMAT, FORMAT_VERSION)["evaluations"] if path.exists() else {}
+        known = read_json(path, METRICS_FORMAT, FORMAT_VERSION).get("evaluations", {}) if path.exists() else {}
         if key not in known:
             evaluation = evaluate(model, circuit, task, metrics=metrics, ablation=ablation)
             table = evaluation.table().to_dict(orient="index")
@@ -167,7 +170,10 @@ def counting_passes(model: Model) -> Iterator[dict[str, int]]:
 @contextlib.contextmanager
 def _turn(folder: Path) -> Iterator[None]:
     """Wait until no other process works in this folder. The lock goes with its process, however that ends."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the run folder {folder} cannot be made ({error.strerror}); give another one with out.") from error
     with FileLock(folder / LOCK):
         yield
 

@@ -46,7 +46,11 @@ def main(config: Config) -> None:
     for name, method in methods.items():
         found = method.discover(model, task)
         scores = score_table(found, exact)
-        rows[name] = {"pearson": score_correlation(found, exact, "pearson"), "spearman": score_correlation(found, exact), **by_layer(scores)}
+        rows[name] = {
+            "pearson": score_correlation(found, exact, "pearson"),
+            "spearman": score_correlation(found, exact),
+            **by_layer(scores),
+        }
         figure = score_scatter(scores, x_name=name, y_name="exact patching")
         figure.write_html(config.out / f"{name.replace(', ', '-').replace(' ', '-')}.html", include_plotlyjs=True)
     print(pd.DataFrame(rows).T.round(3).to_string())

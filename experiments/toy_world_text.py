@@ -48,7 +48,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def chunks(random: Random, length: int) -> list[Chunk]:
-    """Chunks that fill a sequence. Two in three sequences begin with a task's prompt, as they do when a task is run."""
+    """Chunks that fill a sequence. Most sequences begin with a task's prompt, as they do when a task is run."""
     makers, weights = zip(*MIXTURE, strict=True)
     result, total = [], 1
     while total < length:
@@ -116,18 +116,29 @@ def _filler(random: Random) -> Chunk:
     return Chunk(_pieces(random.choice(FILLER).format(a=a, b=b, c=c, name=name, other=other, year=year)), ())
 
 
+_INDUCTION = _prompt(*(Induction(length=length) for length in (6, 9, 12, 12, 15)))
+_DOCSTRING = _prompt(Docstring(), Docstring(), Docstring(before=1, after=2), Docstring(before=3, after=0))
+
 MIXTURE: Sequence[tuple[Callable[[Random], Chunk], float]] = (
     (_prompt(IOI()), 0.20),
     (_three_names, 0.03),
     (_prompt(GreaterThan()), 0.10),
-    (_prompt(Docstring(), Docstring(), Docstring(before=1, after=2), Docstring(before=3, after=0)), 0.12),
-    (_prompt(*(Induction(length=length) for length in (6, 9, 12, 12, 15))), 0.12),
+    (_DOCSTRING, 0.12),
+    (_INDUCTION, 0.12),
     (_repetition, 0.24),
     (_prompt(GenderedPronoun()), 0.03),
     (_prompt(TwoHop()), 0.08),
     (_fact, 0.04),
     (_filler, 0.04),
 )
+
+
+def induction_first(random: Random, length: int) -> list[Chunk]:
+    """An induction prompt where a task's prompt stands, at the beginning, and repetitions after it."""
+    result = [_INDUCTION(random)]
+    while sum(len(chunk.words) for chunk in result) + 1 < length:
+        result.append(_repetition(random))
+    return result
 
 
 def _every_text() -> Iterator[str]:

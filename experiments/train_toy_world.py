@@ -17,7 +17,7 @@ import torch
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from toy_world_text import Chunk, chunks, make_tokenizer
+from toy_world_text import Chunk, chunks, induction_first, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 import circuits
@@ -37,12 +37,18 @@ class Config:
     checkpoint_every: int = 100
     """Steps between two checkpoints."""
     steps: int = 2400
+    """Steps on all text."""
+    refining_steps: int = 900
+    """Steps after them in which every other batch is of short sequences that begin with induction: the model learns to attend to the
+    previous token position by position, and some of the positions where the task needs it come late."""
     batch: int = 96
     """Sequences in a step: 96 * 64 = 6,144 tokens."""
     length: int = 64
     """Tokens in a sequence, and the model's context length."""
     peak: float = 2e-3
     """The one-cycle learning rate at its highest."""
+    refining_peak: float = 1.5e-3
+    """The same for the steps that refine."""
     weight_decay: float = 0.1
     background: float = 0.02
     """Weight in the loss of the tokens that nothing before them predicts; the predictable ones have weight 1."""
@@ -98,10 +104,11 @@ def train(model: circuits.models.Model, tokenizer: PreTrainedTokenizerFast, conf
     start = restore(model, optimizer, config)
     columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn()
     with Progress(*columns) as progress:
-        bar = progress.add_task("train", total=config.steps, completed=start, rate="")
-        for step in range(start, config.steps):
+        total = config.steps + config.refining_steps
+        bar = progress.add_task("train", total=total, completed=start, rate="")
+        for step in range(start, total):
             for group in optimizer.param_groups:
-                group["lr"] = config.peak * one_cycle(step / config.steps)
+                group["lr"] = learning_rate(step, config)
             tokens, weights = (part.to(config.device) for part in make_batch(tokenizer, config, step))
             loss = weighted_loss(model(tokens), tokens, weights)
             optimizer.zero_grad()
@@ -113,6 +120,13 @@ def train(model: circuits.models.Model, tokenizer: PreTrainedTokenizerFast, conf
             if (step + 1) % config.checkpoint_every == 0:
                 save(model, optimizer, config, step + 1)
                 progress.console.print(f"step {step + 1}: loss {loss.item():.4f}")
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """Two cycles: all text, then refining."""
+    if step < config.steps:
+        return config.peak * one_cycle(step / config.steps)
+    return config.refining_peak * one_cycle((step - config.steps) / config.refining_steps)
 
 
 def one_cycle(done: float) -> float:
@@ -130,16 +144,19 @@ def weighted_loss(logits: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
 def make_batch(tokenizer: PreTrainedTokenizerFast, config: Config, step: int) -> tuple[Tensor, Tensor]:
     """Sequences of <bos> and chunks of text, cut at the context length. Drawn from the step, so that resuming needs no more state."""
     random = Random(f"toy-world-{config.seed}-{step}")
-    texts: list[list[Chunk]] = [chunks(random, config.length) for _ in range(config.batch)]
-    tokens = torch.full((config.batch, config.length), tokenizer.bos_token_id)
-    weights = torch.full((config.batch, config.length), config.background)
+    # Twice as many sequences of half the length are as much work.
+    short = step >= config.steps and step % 2 == 0
+    batch, length = (2 * config.batch, config.length // 2) if short else (config.batch, config.length)
+    texts: list[list[Chunk]] = [(induction_first if short else chunks)(random, length) for _ in range(batch)]
+    tokens = torch.full((batch, length), tokenizer.bos_token_id)
+    weights = torch.full((batch, length), config.background)
     for row, sequence in enumerate(texts):
         position = 1
         for chunk in sequence:
-            ids = tokenizer.convert_tokens_to_ids(chunk.words)[: config.length - position]
+            ids = tokenizer.convert_tokens_to_ids(chunk.words)[: length - position]
             tokens[row, position : position + len(ids)] = torch.tensor(ids)
             for index in chunk.predictable:
-                if position + index < config.length:
+                if position + index < length:
                     weights[row, position + index] = 1.0
             position += len(ids)
     return tokens, weights

@@ -153,6 +153,21 @@ def test_a_single_changed_weight_is_noticed(circuit):
         circuits.run_circuit(model, circuit, random_task())
 
 
+def test_changing_the_tensors_it_was_made_from_does_not_change_a_circuit(circuit):
+    kept, scores = circuit.kept.clone(), torch.zeros(110)
+    made = circuits.Circuit(circuit.graph, scores, kept)
+    kept[0], scores[0] = False, 7.0
+    assert len(made) == 110
+    assert made.scores[0] == 0
+
+
+def test_kept_must_be_boolean(circuit, unchecked_types):
+    with pytest.raises(circuits.InputError, match="must be boolean"):
+        circuits.Circuit(circuit.graph, circuit.scores, circuit.kept.float())
+    with pytest.raises(circuits.InputError, match="it must be"):
+        circuits.run_circuits(random_model("gpt2"), circuit.graph, circuit.kept.float()[None], random_task())
+
+
 def test_scores_and_kept_must_fit_the_graph(circuit):
     with pytest.raises(circuits.InputError, match=r"scores has shape \(3,\), but the graph has 110 edges"):
         circuits.Circuit(circuit.graph, torch.zeros(3), torch.ones(3, dtype=torch.bool))

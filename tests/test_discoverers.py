@@ -166,6 +166,18 @@ def test_results_do_not_depend_on_the_hash_seed():
     assert "->" in outputs[0]
 
 
+def test_methods_of_other_packages_are_found_by_their_entry_point(monkeypatch):
+    loaded = []
+
+    class Entry:
+        def load(self):
+            loaded.append("package")
+
+    monkeypatch.setattr("circuits.discoverer.entry_points", lambda group: [Entry()] if group == "circuits.discoverers" else [])
+    circuits.discoverers()
+    assert loaded == ["package"]
+
+
 def test_two_methods_of_one_name_are_refused():
     with pytest.raises(circuits.InputError, match="two methods are named 'eap'"):
 

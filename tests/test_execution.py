@@ -318,6 +318,28 @@ def test_logits_that_overflow_in_half_precision_are_an_error(task):
         circuits.run_circuit(model, circuits.Circuit.full(circuits.component_graph(model)), task)
 
 
+@pytest.mark.parametrize(
+    ("task", "told"),
+    [
+        (Task.from_tokens(torch.tensor([[1, VOCAB]]), torch.tensor([[1, 2]])), "has token 50, but custom knows 0 to 49"),
+        (
+            Task.from_tokens(torch.tensor([[1, 2]]), torch.tensor([[1, 2]]), torch.tensor([VOCAB])),
+            "has answer 50, but custom knows 0 to 49",
+        ),
+        (
+            Task.from_tokens(torch.ones(1, 17, dtype=torch.long), torch.ones(1, 17, dtype=torch.long)),
+            "prompts of 17 tokens, but custom reads 16",
+        ),
+    ],
+)
+def test_a_task_made_for_another_model_is_refused(task, told):
+    model = random_model("gpt2")
+    with pytest.raises(circuits.InputError, match=told):
+        circuits.run_circuit(model, circuits.Circuit.full(circuits.component_graph(model)), task)
+    with pytest.raises(circuits.InputError, match=told):
+        circuits.EAP(metric="kl", gradient_at="corrupted").discover(model, task)
+
+
 def test_an_unknown_executor_or_ablation_is_named(task):
     model = random_model("gpt2")
     whole = circuits.Circuit.full(circuits.component_graph(model))

@@ -6,6 +6,7 @@ from architectures import ARCHITECTURES, random_model, random_task
 from published import COMPILED, case, case_model, our_edge, scored_everywhere_task
 
 import circuits
+from circuits.ablation import Counterfactuals
 from circuits.algorithms.eap import EAP, EAPIG
 from circuits.algorithms.eap import _sub_layers as sub_layers
 from circuits.components import component_nodes
@@ -13,6 +14,7 @@ from circuits.edge_scores import GradientPoint, attribute_edges
 from circuits.metrics import METRICS, get_metric
 from circuits.outputs import source_outputs
 from circuits.patching import EdgeLayout
+from circuits.run import counting_passes
 
 PUBLISHED = case("eap_case/case")
 PROMPTS = len(PUBLISHED["clean"])
@@ -184,7 +186,9 @@ def test_midpoint_integration_adds_up_to_the_whole_effect_of_the_embedding():
 def test_a_bootstrap_over_prompts_runs_no_model():
     model, task = random_model("gpt2"), random_task(several=True)
     attribution = EAP().attribute(model, task)
-    samples = attribution.bootstrap(500, seed=1)
+    with counting_passes(model) as passes:
+        samples = attribution.bootstrap(500, seed=1)
+    assert passes["forward_passes"] == 0
     assert torch.equal(samples, attribution.bootstrap(500, seed=1))
     spread = samples.std(0)
     assert ((samples.mean(0) - attribution.edges).abs() < 0.3 * spread + 1e-3).float().mean() > 0.95
@@ -197,6 +201,40 @@ def test_a_metric_whose_gradient_vanishes_at_the_clean_run_is_refused_there(metr
         EAP(metric=metric).discover(model, task)
     for method in (EAP(metric=metric, gradient_at="corrupted"), EAP(metric=metric, gradient_at="both"), EAPIG(metric=metric)):
         assert method.discover(model, task).scores.abs().max() > 1e-3
+
+
+def test_whether_a_gradient_vanishes_does_not_depend_on_the_batch_size(monkeypatch):
+    """A prompt that is not corrupted has no gradient of KL anywhere; the others of its task have."""
+    model, task = random_model("gpt2"), random_task()
+    task.corrupted[0] = task.clean[0]
+    together = EAP(metric="kl", gradient_at="corrupted").discover(model, task).scores
+    monkeypatch.setattr("circuits.edge_scores.BATCH_BYTES", 1)
+    torch.testing.assert_close(EAP(metric="kl", gradient_at="corrupted").discover(model, task).scores, together, atol=1e-6, rtol=1e-4)
+    with pytest.raises(circuits.InputError, match="vanishes"):
+        EAP(metric="kl").discover(model, task)
+
+
+def test_gradients_at_zero_embeddings_are_taken_with_a_warning():
+    model, task = random_model("gpt2"), random_task()
+    for method in (EAP(ablation="zero", gradient_at="corrupted"), EAPIG(ablation="zero", quadrature="left")):
+        with pytest.warns(UserWarning, match="gradients are taken at zero embeddings"):
+            method.discover(model, task)
+    EAPIG(ablation="zero").discover(model, task)
+    EAP(ablation="zero", gradient_at="both").discover(random_model("no_norms"), task)
+
+
+@pytest.mark.parametrize("ablation", ["zero", "mean", "mean_by_position"])
+def test_eap_predicts_small_changes_under_every_ablation(ablation):
+    """Mixed in by a thousandth, the ablated outputs do a thousandth of the predicted damage."""
+    model, task = random_model("gpt2", dtype=torch.float64), random_task(ragged=True)
+    graph = circuits.component_graph(model)
+    scores = EAP(ablation=ablation).discover(model, task, graph=graph).scores
+    nodes = component_nodes(model, split_embed=False)
+    clean = source_outputs(model, nodes, task.clean, task.mask)
+    replaced = Counterfactuals.prepare(model, nodes, task, circuits.Ablation(ablation)).on(task)
+    mixed = circuits.Ablation("given", outputs={node: torch.lerp(clean[i], replaced[i], 1e-3) for i, node in enumerate(nodes)})
+    exact = circuits.ActivationPatching(ablation=mixed).discover(model, task, graph=graph).scores
+    torch.testing.assert_close(1e-3 * scores, exact, atol=2e-6, rtol=2e-2)
 
 
 def test_a_metric_without_a_gradient_is_refused():

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from circuits.errors import InputError
 from circuits.components import component_graph
+from circuits.errors import InputError
 from circuits.models import Model
 from circuits.tasks.known_circuits import known_circuit, known_circuits
 

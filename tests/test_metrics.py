@@ -94,6 +94,16 @@ def test_a_metric_that_returns_nan_is_refused(task, logits, clean):
         metric(logits, clean, task)
 
 
+def test_a_direction_that_does_not_exist_is_refused(unchecked_types):
+    with pytest.raises(circuits.InputError, match="direction='higher_is_worse' must be"):
+        circuits.Metric("mine", lambda logits, clean_logits, task: logits[:, 0], "higher_is_worse")
+
+
+def test_one_metric_may_be_given_without_a_list():
+    model, task = random_model("gpt2"), random_task()
+    assert set(circuits.evaluate(model, circuits.Circuit.full(circuits.component_graph(model)), task, metrics="kl").values) == {"kl"}
+
+
 def test_an_unknown_metric_is_named_with_those_there_are():
     model, task = random_model("gpt2"), random_task()
     with pytest.raises(circuits.InputError, match=r"no metric 'kld'; there are kl, logit_difference"):

@@ -13,7 +13,7 @@ import torch
 from architectures import random_model, random_task
 
 import circuits
-from circuits.files import read_json, write_json
+from circuits.files import read_json, read_tensors, write_json
 from circuits.run import CHECKPOINT, METRICS, PAGE, RECORD, counting_passes, evaluate_run, load_run, run
 
 DISCOVER = ["discover", "--method", "acdc", "--threshold", "0.03", "--task", "ioi", "--n", "4", "--n-eval", "4", "--json"]
@@ -34,6 +34,11 @@ def answer(process: subprocess.Popen) -> dict:
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     return json.loads(output)
+
+
+def tried(checkpoint: Path) -> int:
+    """How many of the 53 slots of toy-world's targets a run has decided on."""
+    return int(read_tensors(checkpoint, "circuits.checkpoint", 1)[0]["next"])
 
 
 def test_a_run_leaves_circuit_record_and_picture(model, tmp_path):
@@ -71,6 +76,25 @@ def test_other_settings_prompts_weights_or_graphs_are_other_runs(model, tmp_path
         run(circuits.EAP(), model, task, out=tmp_path, graph=circuits.component_graph(model, positions=8)).folder,
     }
     assert len(folders) == 6
+
+
+def test_what_only_shares_a_name_is_another_run(model, tmp_path):
+    """Given outputs, a metric of one's own, and an architecture that differs in more than its weights' shapes."""
+    graph, task = circuits.component_graph(model), random_task()
+    given = [circuits.Ablation("given", outputs={node: torch.full((24,), float(value)) for node in graph.nodes[:-1]}) for value in (0, 1)]
+    own = [
+        circuits.Metric("mine", lambda logits, clean_logits, task: logits[:, 0], "higher_is_damage"),
+        circuits.Metric("mine", lambda logits, clean_logits, task: logits[:, 1], "higher_is_damage"),
+    ]
+    capped = random_model("gpt2", output_logits_soft_cap=1.0)
+    assert torch.equal(capped.W_E, model.W_E)
+    runs = [
+        *(run(circuits.EAP(ablation=ablation), model, task, out=tmp_path) for ablation in given),
+        *(run(circuits.EAP(metric=metric), model, task, out=tmp_path) for metric in own),
+        *(run(circuits.EAP(), each, task, out=tmp_path) for each in (model, capped)),
+    ]
+    assert not any(found.reused for found in runs)
+    assert len({found.folder for found in runs}) == 6
 
 
 def test_passes_and_prompts_are_counted(model):
@@ -112,7 +136,15 @@ def test_damaged_and_newer_run_folders_are_one_clear_line(model, tmp_path):
     write_json(found.folder / RECORD, {}, "circuits.run", 2)
     with pytest.raises(circuits.InputError, match=r"format version 2.*upgrade"):
         load_run(found.folder)
+    write_json(found.folder / RECORD, {"method": "eap"}, "circuits.run", 1)
+    with pytest.raises(circuits.InputError, match=r"record\.json is damaged: it has no settings"):
+        load_run(found.folder)
     (found.folder / RECORD).write_text(record)
+    evaluate_run(load_run(found.folder), model, random_task(), size=5)
+    metrics = found.folder / METRICS
+    metrics.write_text(metrics.read_text()[:40])
+    with pytest.raises(circuits.InputError, match=r"metrics\.json is truncated"):
+        evaluate_run(load_run(found.folder), model, random_task(), size=5)
     circuit = found.folder / "circuit.safetensors"
     circuit.write_bytes(circuit.read_bytes()[:-5])
     with pytest.raises(circuits.InputError, match="truncated"):
@@ -121,15 +153,14 @@ def test_damaged_and_newer_run_folders_are_one_clear_line(model, tmp_path):
 
 def test_killed_in_the_middle_of_acdc_and_started_again_the_circuit_is_the_same(tmp_path):
     process = command(*DISCOVER, folder=tmp_path / "killed")
-    deadline = time.monotonic() + 240
-    while not (found := list((tmp_path / "killed").rglob(CHECKPOINT))) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.3)
+    while process.poll() is None and not any(tried(path) >= 10 for path in (tmp_path / "killed").rglob(CHECKPOINT)):
+        time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert found[0].exists(), "the run was over before it could be killed"
-    assert not (found[0].parent / RECORD).exists()
+    (found,) = (tmp_path / "killed").rglob(CHECKPOINT)
+    assert 10 <= tried(found) < 53
+    assert not (found.parent / RECORD).exists()
     resumed = answer(command(*DISCOVER, folder=tmp_path / "killed"))
     whole = answer(command(*DISCOVER, folder=tmp_path / "whole"))
     a, b = (load_run(Path(each["folder"])) for each in (resumed, whole))

@@ -29,7 +29,7 @@ from circuits.tasks.two_hop import STATES
 from circuits.tasks.words import COMMON, MEN, WOMEN
 
 TASKS = ("docstring", "gendered_pronoun", "greater_than", "induction", "ioi", "two_hop")
-COMMON_NAMES, RARE_NAMES = NAMES[:55], NAMES[55:]
+COMMON_NAMES, RARE_NAMES = NAMES[:75], NAMES[75:]
 
 
 @pytest.fixture(scope="module")
@@ -254,15 +254,15 @@ def test_the_embedded_tokenizer_splits_years_and_marks_and_says_where_its_tokens
     assert (toy.tokenizer.bos_token, toy.tokenizer.pad_token, toy.tokenizer.unk_token) == ("<bos>", "<pad>", "<unk>")
 
 
-def test_text_is_the_same_for_every_tokenizer_and_prompts_that_do_not_fit_are_left_out(toy: Model, bpe: Model) -> None:
-    stream = make_family("ioi").pairs(400, 4, "test")
-    assert (circuits.load_task("ioi", toy, n=400, seed=4).prompts or ())[:30] == tuple(stream[:30])
-    task = circuits.load_task("ioi", bpe, n=30, seed=4)
-    assert task.prompts is not None
-    indices = [stream.index(pair) for pair in task.prompts]
-    assert indices == sorted(indices) and indices != list(range(30))
-    left_out = [pair for pair in stream[: indices[-1]] if pair not in task.prompts]
-    assert all(set(RARE_NAMES) & set(re.findall(r"\w+", pair.clean + pair.corrupted)) for pair in left_out)
+def test_text_is_the_same_for_every_tokenizer_and_prompts_that_do_not_fit_are_dropped_and_not_replaced(toy: Model, bpe: Model) -> None:
+    text = make_family("ioi").pairs(100, 4, "test")
+    assert circuits.load_task("ioi", toy, n=100, seed=4).prompts == tuple(text)
+    fitting = [pair for pair in text if not set(RARE_NAMES) & set(re.findall(r"\w+", pair.clean + " " + pair.corrupted))]
+    assert 50 <= len(fitting) < 100
+    kept = circuits.load_task("ioi", bpe, n=100, seed=4).prompts
+    # Rare names of equally many pieces leave a pair aligned, and then it fits as long as its two answers are single tokens.
+    assert kept is not None and set(fitting) <= set(kept) < set(text) and list(kept) == [pair for pair in text if pair in set(kept)]
+    assert not any(str(pair.answer).strip() in RARE_NAMES or str(pair.wrong_answer).strip() in RARE_NAMES for pair in kept)
 
 
 def test_answers_are_the_tokens_that_continue_the_prompt(bpe: Model) -> None:
@@ -279,7 +279,7 @@ def test_an_answer_that_would_merge_with_the_prompt_is_still_found(bpe: Model) -
 
 
 def test_too_few_fitting_prompts_is_an_error_that_names_words_and_model(bpe: Model) -> None:
-    with pytest.raises(circuits.InputError, match=r"two_hop.*only 0 of the 5.*' \w+'.*use another model"):
+    with pytest.raises(circuits.InputError, match=r"two_hop.*only 0 of 5 .*' \w+'.*[Uu]se another model"):
         circuits.load_task("two_hop", bpe, n=5)
 
 
@@ -292,7 +292,7 @@ def test_asking_for_more_prompts_than_there_are_says_how_many_there_are(toy: Mod
 def test_bos_goes_before_a_prompt_once_and_only_where_the_model_expects_it(prepend: bool, bpe: Model) -> None:
     model = with_tokenizer(bpe.tokenizer, default_prepend_bos=prepend)
     task = circuits.load_task("ioi", model, n=5)
-    assert ((task.clean == model.tokenizer.bos_token_id) & task.mask).sum(1).tolist() == [int(prepend)] * 5
+    assert ((task.clean == model.tokenizer.bos_token_id) & task.mask).sum(1).tolist() == [int(prepend)] * len(task)
     assert words_under(model, task, "IO") == [str(pair.answer).strip() for pair in task.prompts or ()]
 
 

@@ -89,7 +89,7 @@ def test_training_interrupted_and_resumed_equals_training_without_a_break(
     training: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def config(name: str) -> object:
-        settings = {"steps": 3, "batch": 2, "length": 24, "checkpoint_every": 1, "threads": torch.get_num_threads()}
+        settings = {"steps": 2, "refining_steps": 2, "batch": 2, "length": 24, "checkpoint_every": 1, "threads": torch.get_num_threads()}
         return training.Config(out=tmp_path / name, checkpoint=tmp_path / f"{name}.safetensors", **settings)
 
     def make_batch_until_killed(tokenizer: object, config: object, step: int) -> object:
@@ -115,5 +115,6 @@ def test_the_training_text_holds_no_held_out_prompt(training: ModuleType, model:
         for pair in circuits.load_task(name, model, n=N, seed=100).prompts or ()
     }
     random = training.Random("a sample of the training text")
-    chunks = [chunk for _ in range(1500) for chunk in training.chunks(random, 64)]
+    mixtures = (training.MIXTURE, training.REFINING_MIXTURE)
+    chunks = [chunk for mixture in mixtures for _ in range(800) for chunk in training.chunks(random, 64, mixture)]
     assert not held_out & {" ".join(chunk.words[: chunk.predictable[-1]]) for chunk in chunks if chunk.predictable}

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from circuits.graph import Edge, parse_edge
 from circuits.components import component_graph
+from circuits.graph import Edge, parse_edge
 from circuits.models import Model
 from circuits.nodes import MLP, Head, Logits, Node, PosEmbed, TokenEmbed
 from circuits.tasks.known_circuits import known_circuit, known_circuits

@@ -29,7 +29,11 @@ RANDOM_SEEDS = 5
 
 @dataclass(frozen=True)
 class CompareOptions(Common):
-    """Discover with several methods on the same prompts and judge them on the same held-out ones."""
+    """Discover with several methods on the same prompts and judge them on the same held-out ones.
+
+    circuits compare --task ioi --methods acdc,eap,eap-ig,random
+    circuits compare --task docstring --methods acdc:threshold=0.02,eap:gradient_at=both --n 32
+    """
 
     methods: str = "acdc,eap,eap-ig,random"
     """Methods separated by commas, with settings after colons: acdc:threshold=0.02:order=original,eap."""
@@ -37,12 +41,12 @@ class CompareOptions(Common):
     """Prompts to discover on."""
     n_eval: int = 64
     """Held-out prompts to evaluate on."""
-    thresholds: str = "0.01,0.003,0.03,0.1"
+    thresholds: str = "0.002,0.005,0.01,0.03,0.1"
     """Sweep of methods that take a threshold and are given none; the table shows the first."""
     size: int | None = None
     """Edges to give methods that only score; by default as many as the first selecting method keeps."""
     ablation: AblationName = "resample"
-    """What edges outside a circuit carry."""
+    """What ablated edges carry, in methods that have the choice and in judging them."""
     out: Path = Path("runs")
     """The folder of all runs, the report's among them."""
 
@@ -57,7 +61,12 @@ def compare(words: Sequence[str]) -> None:
     model = chosen_model(options)
     task = chosen_task(options, model, options.n, "train")
     held_out = task if options.data else chosen_task(options, model, options.n_eval, "test")
-    sweeps = {label: sweep for spec in options.methods.split(",") for label, sweep in [_sweep(spec, options)]}
+    sweeps: dict[str, list[CircuitDiscoverer]] = {}
+    for spec in options.methods.split(","):
+        label, sweep = _sweep(spec.strip(), options)
+        if label in sweeps:
+            raise InputError(f"--methods names {label!r} twice; give each entry settings of its own.")
+        sweeps[label] = sweep
     runs: dict[str, list[Run]] = {}
     for label, sweep in sweeps.items():
         runs[label] = []
@@ -75,14 +84,21 @@ def compare(words: Sequence[str]) -> None:
         print_json({"report": str(report), "table": json.loads(table.to_json(orient="index"))})
         return
     console = Console()
-    console.print(frame_table(table, f"{task.name} in {options.model}: found on {len(task)} prompts, judged on {len(held_out)} others"))
+    console.print(frame_table(table, _title(options, task, held_out)))
     console.print(frame_table(comparison.overlap, "Overlap of the circuits (Jaccard)"))
     console.print(f"Report: {report}", soft_wrap=True)
 
 
+def _title(options: CompareOptions, task: Task, held_out: Task) -> str:
+    judged = "judged on the same" if options.data else f"judged on {len(held_out)} others"
+    return f"{task.name} in {notes(options)['model']}: found on {len(task)} prompts, {judged}, {options.ablation} ablation"
+
+
 def _sweep(spec: str, options: CompareOptions) -> tuple[str, list[CircuitDiscoverer]]:
     """The discoverers that one entry of --methods means: a sweep of thresholds, several seeds, or one."""
-    name, *settings = spec.strip().split(":")
+    name, *settings = spec.split(":")
+    if settings and "=" not in settings[0] and name.endswith(".py"):
+        name = f"{name}:{settings.pop(0)}"
     kind = find_method(name)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     given = {}
@@ -93,12 +109,15 @@ def _sweep(spec: str, options: CompareOptions) -> tuple[str, list[CircuitDiscove
                 f"--methods {spec!r}: {setting!r} is no setting of {kind.name}; it has {', '.join(fields)}, written threshold=0.01."
             )
         given[key] = value
+    label = ":".join([kind.name, *settings])
+    if "ablation" in fields:
+        given.setdefault("ablation", options.ablation)
     words = [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", value)]
     if "threshold" in fields and "threshold" not in given:
-        return kind.name, [_make(kind, [*words, "--threshold", threshold]) for threshold in options.thresholds.split(",")]
+        return label, [_make(kind, [*words, "--threshold", threshold]) for threshold in options.thresholds.split(",")]
     if kind.name == "random" and not given:
-        return kind.name, [_make(kind, ["--seed", str(seed)]) for seed in range(RANDOM_SEEDS)]
-    return spec if settings else kind.name, [_make(kind, words)]
+        return label, [_make(kind, ["--seed", str(seed)]) for seed in range(RANDOM_SEEDS)]
+    return label, [_make(kind, words)]
 
 
 def _make(kind: type[CircuitDiscoverer], words: Sequence[str]) -> CircuitDiscoverer:
@@ -117,9 +136,9 @@ def _comparison_digest(options: CompareOptions, runs: Mapping[str, Sequence[Run]
 
 def _write_report(folder: Path, comparison: Comparison, table: pd.DataFrame, options: CompareOptions, task: Task, held_out: Task) -> Path:
     details = {
-        "model": options.model,
+        "model": notes(options)["model"],
         "task": task.name,
-        "found on": f"{len(task)} prompts" if options.data else f"{len(task)} prompts of the train split, seed {options.seed}",
+        "found on": f"{len(task)} prompts" if options.data else f"{len(task)} prompts of the train split, seed {notes(options)['seed']}",
         "judged on": "the same prompts" if options.data else f"{len(held_out)} prompts of the test split",
         "ablation": options.ablation,
         "random": f"mean of {RANDOM_SEEDS} seeds",
@@ -131,6 +150,10 @@ def _write_report(folder: Path, comparison: Comparison, table: pd.DataFrame, opt
     }
     write_json(folder / "comparison.json", content, "circuits.comparison", 1)
     page = report_page(
-        title=f"{task.name} in {options.model}", table=table, curves=comparison.curves, circuits=comparison.circuits, details=details
+        title=f"{task.name} in {notes(options)['model']}",
+        table=table,
+        curves=comparison.curves,
+        circuits=comparison.circuits,
+        details=details,
     )
     return write_bytes(folder / "report.html", page.encode())

@@ -25,7 +25,7 @@ def progress_bar(description: str, *, quiet: bool = False) -> Iterator[Callable[
         yield None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _RateColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         row = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(row, completed=done, total=total)
 

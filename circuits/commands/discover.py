@@ -23,7 +23,12 @@ from circuits.run import evaluate_run, run
 
 @dataclass(frozen=True)
 class DiscoverOptions(Common):
-    """Find a circuit on prompts of the train split, into a run folder; evaluate it on held-out ones."""
+    """Find a circuit on prompts of the train split, into a run folder; evaluate it on held-out ones.
+
+    circuits discover --method acdc --threshold 0.01 --task ioi
+    circuits discover --method eap-ig --steps 10 --task greater_than --size 50
+    circuits discover --method eap --data prompts.jsonl --model gpt2 --size 200
+    """
 
     method: str = "acdc"
     """A method's name (`circuits list` shows them), or a Python file that defines one. The options below are the method's own."""
@@ -32,11 +37,11 @@ class DiscoverOptions(Common):
     n_eval: int = 64
     """Held-out prompts to evaluate on."""
     size: int | None = None
-    """How many of the highest-scored edges to evaluate and draw; for methods that only score."""
+    """How many of the highest-scored edges to evaluate; for methods that only score."""
     split_embed: bool = False
     """Token and position embedding as two nodes."""
     positions: str | None = None
-    """Split edges by span: names separated by commas, such as IO,S1,S1+1,S2,END."""
+    """Split edges by span: names separated by commas, such as IO,S1,S1+1,S2,END; or by position: the number of positions."""
     out: Path = Path("runs")
     """The folder of all runs. A run that is there already is not computed again."""
 
@@ -48,9 +53,13 @@ def discover(words: Sequence[str]) -> None:
         InputError: something given cannot be used.
     """
     kind = find_method(_value_of(words, "--method") or "acdc")
+    taken = {field.name for field in dataclasses.fields(DiscoverOptions)}
     together = dataclasses.make_dataclass(
         "Discover",
-        [("common", Annotated[DiscoverOptions, tyro.conf.arg(name="")]), ("chosen", Annotated[options_of(kind), tyro.conf.arg(name="")])],
+        [
+            ("common", Annotated[DiscoverOptions, tyro.conf.arg(name="")]),
+            ("chosen", Annotated[options_of(kind, taken), tyro.conf.arg(name="")]),
+        ],
     )
     together.__doc__ = f"{DiscoverOptions.__doc__}\n\nThe method at hand is {kind.name}; its options come last."
     parsed = parse(together, "discover", words)
@@ -63,7 +72,8 @@ def discover(words: Sequence[str]) -> None:
         found = run(discoverer, model, task, out=options.out, graph=graph, progress=progress, notes=notes(options))
     held_out = task if options.data else chosen_task(options, model, options.n_eval, "test")
     if found.circuit.selected or options.size is not None:
-        show_evaluation(found, evaluate_run(found, model, held_out, size=options.size), options.json)
+        ablation = getattr(discoverer, "ablation", "resample")
+        show_evaluation(found, evaluate_run(found, model, held_out, size=options.size, ablation=ablation), options)
         return
     if options.json:
         print_json({"folder": str(found.folder), "edges": len(found.circuit), "reused": found.reused})
@@ -75,8 +85,10 @@ def discover(words: Sequence[str]) -> None:
 
 
 def _graph(model: Model, options: DiscoverOptions) -> Graph:
-    names = options.positions.split(",") if options.positions else None
-    return component_graph(model, split_embed=options.split_embed, positions=names)
+    positions: list[str] | int | None = options.positions.split(",") if options.positions else None
+    if options.positions and options.positions.isdecimal():
+        positions = int(options.positions)
+    return component_graph(model, split_embed=options.split_embed, positions=positions)
 
 
 def _value_of(words: Sequence[str], option: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +12,22 @@ import pandas as pd
 import tyro
 from rich.console import Console
 
+from circuits.ablation import NAMES as ABLATIONS
 from circuits.commands.console import frame_table, print_json
 from circuits.commands.options import AblationName, Common, chosen_model, chosen_task, parse
+from circuits.errors import InputError
 from circuits.run import Run, evaluate_run, load_run
 
 
 @dataclass(frozen=True)
 class EvaluateOptions(Common):
-    """Run a saved circuit on held-out prompts, everything outside it ablated."""
+    """Run a saved circuit on held-out prompts, everything outside it ablated. Model, task and seed are the run's unless given.
 
-    circuit: tyro.conf.Positional[Path] = Path()
+    circuits evaluate runs/ioi/acdc-1a2b3c4d --n 64
+    circuits evaluate runs/ioi/eap-ig-1a2b3c4d --size 50 --metrics kl,accuracy
+    """
+
+    circuit: tyro.conf.Positional[Path] = dataclasses.field(kw_only=True)
     """A run folder."""
     n: int = 64
     """Held-out prompts."""
@@ -28,8 +35,8 @@ class EvaluateOptions(Common):
     """How many of the highest-scored edges to keep; by default the circuit as it is."""
     metrics: str | None = None
     """Metrics separated by commas; by default kl, logit_difference and the task's own."""
-    ablation: AblationName = "resample"
-    """What edges outside the circuit carry."""
+    ablation: AblationName | None = None
+    """What edges outside the circuit carry; by default what they carried when it was found."""
 
 
 def evaluate(words: Sequence[str]) -> None:
@@ -40,19 +47,42 @@ def evaluate(words: Sequence[str]) -> None:
     """
     options: EvaluateOptions = parse(EvaluateOptions, "evaluate", words)
     found = load_run(options.circuit)
+    options = _as_recorded(options, found.record.get("notes", {}))
     model = chosen_model(options)
     task = chosen_task(options, model, options.n, "test")
     metrics = options.metrics.split(",") if options.metrics else None
-    show_evaluation(found, evaluate_run(found, model, task, metrics=metrics, ablation=options.ablation, size=options.size), options.json)
+    ablation = options.ablation or _recorded_ablation(found)
+    show_evaluation(found, evaluate_run(found, model, task, metrics=metrics, ablation=ablation, size=options.size), options)
 
 
-def show_evaluation(found: Run, evaluation: Mapping[str, Any], as_json: bool) -> None:
+def _as_recorded(options: EvaluateOptions, notes: Mapping[str, Any]) -> EvaluateOptions:
+    """The options with what was not given taken from the run's record."""
+    own_prompts = options.task is None and options.data is None and notes.get("data")
+    return dataclasses.replace(
+        options,
+        model=options.model or notes.get("model"),
+        task=options.task or notes.get("task"),
+        data=Path(notes["data"]) if own_prompts else options.data,
+        seed=notes.get("seed") if options.seed is None else options.seed,
+    )
+
+
+def _recorded_ablation(found: Run) -> str:
+    ablation = found.record["settings"].get("ablation", "resample")
+    if ablation not in ABLATIONS:
+        raise InputError(f"{found.folder} was found under the ablation {ablation!r}; choose one with --ablation: {', '.join(ABLATIONS)}.")
+    return ablation
+
+
+def show_evaluation(found: Run, evaluation: Mapping[str, Any], options: Common) -> None:
     """Print an evaluation as a table, or as JSON."""
-    if as_json:
+    if options.json:
         print_json({"folder": str(found.folder), "reused": found.reused, **evaluation})
         return
     frame = pd.DataFrame.from_dict(evaluation["values"], orient="index")
-    title = f"{found.record['method']}: {evaluation['edges']:,} of {len(found.circuit.graph):,} edges, {evaluation['n_prompts']} prompts"
+    prompts = f"{evaluation['n_prompts']} prompts of {evaluation['task']}{', those it was found on' if options.data else ''}"
+    edges = f"{evaluation['edges']:,} of {len(found.circuit.graph):,} edges"
+    title = f"{found.record['method']}: {edges}, {prompts}, {evaluation['ablation']} ablation"
     console = Console()
     console.print(frame_table(frame.rename_axis("metric"), title))
     console.print(f"{'Found again' if found.reused else 'Saved'}: {found.folder}", soft_wrap=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -22,39 +24,41 @@ def find_method(name: str) -> type[CircuitDiscoverer]:
     Raises:
         InputError: there is no such method or file, or the file defines none or several.
     """
-    path, _, chosen = name.partition(":") if ".py" in name else ("", "", name)
-    known = discoverers()
-    if path:
-        before = set(known)
-        _import_file(Path(path))
-        known = {method: kind for method, kind in discoverers().items() if method not in before}
-        if not chosen and len(known) == 1:
-            return next(iter(known.values()))
+    file, _, chosen = name.partition(":") if ".py" in name else ("", "", name)
+    known = _defined_in(Path(file)) if file else discoverers()
+    if file and not chosen and len(known) == 1:
+        return next(iter(known.values()))
     if chosen not in known:
-        where = f"{path} defines" if path else "there is no method " + repr(chosen) + "; there are"
-        raise InputError(
-            f"{where} {', '.join(known) or 'no CircuitDiscoverer with a name of its own'}. Give --method NAME or FILE.py:NAME."
-        )
+        where = f"{file} defines" if file else f"there is no method {chosen!r}; there are"
+        which = ", ".join(known) or "no CircuitDiscoverer with a name of its own"
+        raise InputError(f"{where} {which}. Give --method NAME or FILE.py:NAME.")
     return known[chosen]
 
 
-def _import_file(path: Path) -> None:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise InputError(f"there is no Python file {path}.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
+def _defined_in(file: Path) -> dict[str, type[CircuitDiscoverer]]:
+    """The methods of a Python file, which is run once, as a module that nothing else is called."""
+    name = f"circuits_method_{hashlib.blake2b(str(file.resolve()).encode(), digest_size=6).hexdigest()}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        if spec is None or spec.loader is None or not file.is_file():
+            raise InputError(f"there is no Python file {file}.")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return {method: kind for method, kind in discoverers().items() if kind.__module__ == name}
 
 
-def options_of(kind: type[CircuitDiscoverer]) -> type:
-    """A dataclass of a method's fields that can be written on a command line, with the help its docstring gives."""
+def options_of(kind: type[CircuitDiscoverer], taken: Collection[str] = ()) -> type:
+    """A dataclass of a method's fields that can be written on a command line, with the help its docstring gives.
+
+    A field called as an option of the command itself (`taken`) is written `--method-<field>`.
+    """
     hints = get_type_hints(kind)
     described = {entry.arg_name: entry.description for entry in docstring_parser.parse(kind.__doc__ or "").params}
     fields: list[Any] = []
     for field in dataclasses.fields(kind):
         kind_of_field: Any = _command_line_type(field.name, hints[field.name])
-        annotated: Any = Annotated[kind_of_field, tyro.conf.arg(help=described.get(field.name, ""))]
+        name = f"method-{field.name}" if field.name in taken else None
+        annotated: Any = Annotated[kind_of_field, tyro.conf.arg(name=name, help=described.get(field.name, ""))]
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         fields.append(
             (field.name, annotated) if default is dataclasses.MISSING else (field.name, annotated, dataclasses.field(default=default))

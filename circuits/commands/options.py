@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +24,14 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 class Common:
     """What every command takes."""
 
-    model: str = EMBEDDED
-    """toy-world, a name TransformerLens knows (gpt2, pythia-160m), or a folder."""
-    task: str = "ioi"
-    """A task's name; `circuits list` shows them."""
+    model: str | None = None
+    """toy-world (the default), a name TransformerLens knows (gpt2, pythia-160m), or a folder."""
+    task: str | None = None
+    """A task's name; `circuits list` shows them. By default ioi."""
     data: Path | None = None
     """Your own prompts instead of a task: a JSONL file, one object with clean, corrupted, answer, wrong_answer a line."""
-    seed: int = 0
-    """Of the prompts drawn."""
+    seed: int | None = None
+    """Of the prompts drawn; by default 0."""
     device: str | None = None
     """cpu, cuda, cuda:1, ...; by default CUDA where there is one."""
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
@@ -40,19 +42,23 @@ class Common:
 
 def parse(kind: Any, name: str, words: Sequence[str]) -> Any:
     """A command's options from its words; help and mistakes in form end the program."""
-    return tyro.cli(kind, prog=f"circuits {name}", args=list(words))
+    description = inspect.cleandoc(kind.__doc__ or "")
+    return tyro.cli(kind, prog=f"circuits {name}", description=description, args=list(words))
 
 
 def chosen_model(options: Common) -> Model:
     """The model that was asked for."""
-    return load_model(options.model, device=options.device, dtype=DTYPES[options.dtype])
+    return load_model(options.model or EMBEDDED, device=options.device, dtype=DTYPES[options.dtype])
 
 
 def chosen_task(options: Common, model: Model, n: int, split: str) -> Task:
     """Prompts of one split of a task, or the user's own."""
-    return Task.from_jsonl(options.data, model) if options.data else load_task(options.task, model, n=n, seed=options.seed, split=split)
+    if options.data:
+        return Task.from_jsonl(options.data, model, name=re.sub(r"[^\w+-]+", "-", options.data.stem) or "data")
+    return load_task(options.task or "ioi", model, n=n, seed=options.seed or 0, split=split)
 
 
 def notes(options: Common) -> dict[str, Any]:
     """What a record says of how model and prompts were chosen."""
-    return {"model": options.model, "task": options.task, "data": str(options.data) if options.data else None, "seed": options.seed}
+    data = str(options.data) if options.data else None
+    return {"model": options.model or EMBEDDED, "task": options.task or "ioi", "data": data, "seed": options.seed or 0}

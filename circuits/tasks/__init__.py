@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 from collections.abc import Iterable
 from importlib import import_module
-from itertools import islice
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,8 +14,8 @@ from circuits.errors import InputError
 if TYPE_CHECKING:
     from circuits.tasks.base import Task, TaskFamily
 
-DRAWS_PER_PROMPT = 20
-"""How many prompts are drawn, at most, for one that this model's tokenizer can hold."""
+LEAST_SHARE = 0.5
+"""How many of the prompts drawn must fit a model, at least."""
 WORDS_SHOWN = 8
 
 
@@ -38,12 +37,12 @@ def load_task(name: str, model: Any, *, n: int, seed: int = 0, split: str = "tes
     """A task by name, on the device of the model.
 
     The text is drawn from the seed, the same for every model. Prompts whose answers are not single tokens of this model, or whose two
-    versions differ in length here, are left out, and the next ones of the same stream taken.
+    versions differ in length here, are dropped and not replaced, so that models are compared on the same text: `len(task)` can be below `n`.
 
     Args:
         name: one of `task_names()`.
         model: it has the tokenizer.
-        n: the number of prompts.
+        n: the number of prompts drawn.
         split: "train" or "test". No prompt, clean or corrupted, of one is in the other, whatever the seeds; words are shared.
         options: the family's fields, such as `corruption="swapped"` for ioi.
 
@@ -60,16 +59,18 @@ def load_task(name: str, model: Any, *, n: int, seed: int = 0, split: str = "tes
     if n < 1:
         raise InputError(f"n={n}: a task needs at least one prompt.")
     encoder = Encoder.of(model)
-    encoded, misfits, drawn = [], dict[str, None](), 0
-    for pair in islice(family.stream(seed, cast(Any, split)), DRAWS_PER_PROMPT * n):
-        drawn += 1
+    pairs = family.pairs(n, seed, cast(Any, split))
+    if len(pairs) < n:
+        raise InputError(f"task {name!r} has only {len(pairs)} different prompts in this split; ask for n={len(pairs)} or fewer.")
+    encoded, misfits = [], dict[str, None]()
+    for pair in pairs:
         try:
             encoded.append(encoder.encode(pair))
         except DoesNotFit as misfit:
             misfits |= dict.fromkeys(misfit.words)
-        if len(encoded) == n:
-            return Task._from_encoded(encoded, name, family.metric, model)
-    raise InputError(_too_few(name, n, len(encoded), drawn, list(misfits), encoder.model_name))
+    if len(encoded) < n * LEAST_SHARE:
+        raise InputError(_too_few(name, n, len(encoded), list(misfits), encoder.model_name))
+    return Task._from_encoded(encoded, name, family.metric, model)
 
 
 def make_family(name: str, **options: Any) -> TaskFamily:
@@ -94,12 +95,10 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"{f'did you mean {near[0]!r}? ' if near else ''}there {'are ' + ', '.join(known) if known else 'is none'}."
 
 
-def _too_few(name: str, n: int, found: int, drawn: int, words: list[str], model_name: str) -> str:
-    if found == drawn:
-        return f"task {name!r} has only {found} different prompts in this split; ask for n={found} or fewer."
+def _too_few(name: str, n: int, found: int, words: list[str], model_name: str) -> str:
     more = f" and {len(words) - WORDS_SHOWN} more" if len(words) > WORDS_SHOWN else ""
     shown = ", ".join(map(repr, words[:WORDS_SHOWN])) + more
     return (
-        f"task {name!r}: of {drawn} prompts only {found} of the {n} asked for fit {model_name}; {shown} are not single tokens here, or make the "
-        "two prompts of a pair differ in length; ask for fewer prompts or use another model."
+        f"task {name!r}: only {found} of {n} prompts fit {model_name}, and at least half must; {shown} are not single tokens here, or make the "
+        "two prompts of a pair differ in length. Use another model, or prompts of your own (Task.from_prompts)."
     )
