@@ -58,7 +58,7 @@ def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
         raise InputError(f"{path} is truncated or not JSON ({error}); restore it or make it again.") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no {kind}: expected a JSON object, found {type(content).__name__}.")
-    _check_format(path, content.get("format"), content.get("format_version"), kind, version)
+    _check_format(path, content.pop("format", None), content.pop("format_version", None), kind, version)
     return content
 
 

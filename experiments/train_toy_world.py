@@ -1,6 +1,6 @@
 """Trains the embedded model and writes circuits/assets/toy-world: tokenizer, configuration and weights.
 
-    python experiments/train_toy_world.py                      # two CPU cores: about 15 minutes; a GPU: one or two
+    python experiments/train_toy_world.py                      # about 30 minutes on two CPU cores
     python experiments/train_toy_world.py --steps 50 --out /elsewhere
 
 Killed and started again with the same settings, it goes on from its last checkpoint. Expected at the end: what the model card says.

@@ -115,6 +115,6 @@ def test_the_training_text_holds_no_held_out_prompt(training: ModuleType, model:
         for pair in circuits.load_task(name, model, n=N, seed=100).prompts or ()
     }
     random = training.Random("a sample of the training text")
-    mixtures = (training.MIXTURE, training.REFINING_MIXTURE)
-    chunks = [chunk for mixture in mixtures for _ in range(800) for chunk in training.chunks(random, 64, mixture)]
+    sequences = [draw(random, length) for draw, length in ((training.chunks, 64), (training.induction_first, 32)) for _ in range(800)]
+    chunks = [chunk for sequence in sequences for chunk in sequence]
     assert not held_out & {" ".join(chunk.words[: chunk.predictable[-1]]) for chunk in chunks if chunk.predictable}
