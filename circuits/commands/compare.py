@@ -84,7 +84,7 @@ def compare(words: Sequence[str]) -> None:
         print_json({"report": str(report), "table": json.loads(table.to_json(orient="index"))})
         return
     console = Console()
-    console.print(frame_table(table, _title(options, task, held_out)))
+    console.print(frame_table(table.drop(columns="of"), _title(options, task, held_out)))
     console.print(frame_table(comparison.overlap, "Overlap of the circuits (Jaccard)"))
     console.print(f"Report: {report}", soft_wrap=True)
 

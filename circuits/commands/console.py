@@ -41,7 +41,7 @@ def frame_table(frame: pd.DataFrame, title: str) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column(str(frame.index.name or ""))
     for column in frame.columns:
-        table.add_column(str(column).replace("_", " "), justify="right")
+        table.add_column(str(column).replace("_", " "), justify="right", overflow="fold")
     for name, row in zip(frame.index, frame.itertuples(index=False), strict=True):
         table.add_row(str(name), *(_cell(value) for value in row))
     return table
