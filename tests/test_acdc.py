@@ -67,6 +67,18 @@ def test_a_tiny_threshold_keeps_exactly_the_minimal_circuit_of_a_hand_wired_mode
     assert {str(edge) for edge in circuit.edges} == {our_edge(*edge) for edge in content["ground_truth"][f"minimal_{mode}"]}
 
 
+@pytest.mark.parametrize("ablation", ["resample", "zero"])
+@pytest.mark.parametrize("name", ["induction", "proportion", "and", "or"])
+def test_known_circuits_are_recovered_as_far_as_their_ablation_can_find_them(name, ablation):
+    known = circuits.known_circuit(name, n_prompts=16)
+    graph = circuits.component_graph(known.model, split_embed=True)
+    circuit = ACDC(1e-3, metric="squared_error", ablation=ablation).discover(known.model, known.task, graph=graph)
+    assert {str(edge) for edge in circuit.edges} == set(known.minimal[ablation])
+    recovered = circuits.recovery(circuit, known.edges)
+    assert recovered.precision == recovered.node_precision == 1
+    assert recovered.recall == len(known.minimal[ablation]) / len(known.edges)
+
+
 def replayed(model, task, graph, threshold: float, absolute: bool = False) -> set[str]:
     """ACDC from its definition: one evaluation per edge from the logits up, dead targets included."""
     damage = DamageMeter.prepare(model, graph, task, metric="kl", ablation="resample")
