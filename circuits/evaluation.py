@@ -54,6 +54,8 @@ class Evaluation:
 
     def faithfulness(self, metric: str) -> float:
         """(m(circuit) - m(empty)) / (m(model) - m(empty)), m = mean over scored rows: 1 for the whole model, 0 for the empty circuit."""
+        if metric not in self.values:
+            raise InputError(f"this evaluation has no metric {metric!r}; it has {', '.join(self.values)}.")
         whole, empty = (float(values[metric].mean()) for values in (self.model_values, self.empty_values))
         return faithfulness(float(self.values[metric].mean()), whole, empty)
 

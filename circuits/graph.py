@@ -41,12 +41,13 @@ class Edge:
 
 
 def parse_edge(text: str) -> Edge:
-    """The edge that `text` names.
+    """The edge that `text` names; a slot may also be written as EAP-IG does, `a5.h5->a9.h9<q>`.
 
     Raises:
         InputError: the text names no edge.
     """
-    match = re.fullmatch(r"(?P<source>.+?)->(?P<target>[^@]+?)(?:\.(?P<slot>[qkv]))?(?P<position>@.+)?", text.strip())
+    text = re.sub(r"<([qkv])>$", r".\1", text.strip())  # as EAP-IG writes slots
+    match = re.fullmatch(r"(?P<source>.+?)->(?P<target>[^@]+?)(?:\.(?P<slot>[qkv]))?(?P<position>@.+)?", text)
     if match is None:
         raise InputError(f"{text!r} names no edge; edges are written like a5.h5->a9.h9.q, m0->logits or a5.h5@S2->a9.h9.q@END.")
     source, target = parse_node(match["source"]), parse_node(match["target"] + (match["position"] or ""))

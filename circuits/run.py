@@ -91,6 +91,8 @@ def run(
             started = time.perf_counter()
             circuit = discoverer.discover(model, task, graph=graph, checkpoint=folder / CHECKPOINT, progress=progress)
             seconds = time.perf_counter() - started
+        if not isinstance(circuit, Circuit):
+            raise InputError(f"method {discoverer.name!r} returned {type(circuit).__name__}; discover must return a Circuit.")
         record = {**_circumstances(discoverer, model, task, graph), **circuit.record, **passes, "seconds": seconds, "resumed": resumed}
         record |= {"edges": len(circuit), "notes": dict(notes or {})}
         circuit.save(folder)

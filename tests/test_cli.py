@@ -212,6 +212,42 @@ def test_a_users_method_in_one_file_works_with_options_and_help(capsys, tmp_path
     assert set(json.loads(output)["table"]) == {"layer-depth", "random"}
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("def f(:", "cannot be run: SyntaxError"),
+        (
+            METHOD_OF_ONES_OWN.replace("layer-depth", "no-circuit").replace("return circuits.Circuit", "None and circuits.Circuit"),
+            "returned NoneType",
+        ),
+    ],
+)
+def test_a_method_file_with_a_fault_is_told_in_one_line(capsys, tmp_path, content, told):
+    (tmp_path / "mine.py").write_text(content)
+    status, _, errors = run_here(capsys, "discover", "--method", str(tmp_path / "mine.py"), "--n", "2", "--out", str(tmp_path))
+    assert status == 2
+    assert told in errors
+
+
+def test_evaluating_a_run_that_chose_no_edges_asks_for_a_size(capsys, tmp_path):
+    found = json.loads(run_here(capsys, "discover", "--method", "eap", "--n", "2", "--out", str(tmp_path), "--json")[1])
+    status, _, errors = run_here(capsys, "evaluate", found["folder"])
+    assert status == 2
+    assert "give --size N" in errors
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    readme = (Path(circuits.__file__).parents[1] / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    assert len(blocks) == 3
+    (tmp_path / "readme.py").write_text(
+        "\n".join(blocks).replace("threshold=0.002", "threshold=0.1").replace("n=16", "n=2").replace("n=64", "n=4")
+    )
+    output = subprocess.run([sys.executable, "-W", "ignore", "readme.py"], capture_output=True, text=True, check=True).stdout
+    assert "of 479 edges" in output
+
+
 def test_positions_and_a_split_embedding_can_be_asked_for(capsys, tmp_path):
     words = ("discover", "--method", "eap", "--n", "4", "--n-eval", "4", "--size", "12", "--out", str(tmp_path), "--json")
     output = run_here(capsys, *words, "--positions", "IO,S1,S2,END", "--split-embed")[1]
@@ -248,6 +284,7 @@ def test_ones_own_prompts_come_from_a_file(capsys, tmp_path):
         (["discover", "--method", "acdc", "--threshold", "-1"], "threshold=-1.0 must be"),
         (["discover", "--method", "eap", "--metric", "kl", "--n", "2"], "the gradient of kl vanishes"),
         (["discover", "--method", "random", "--positions", "S3", "--n", "2", "--size", "5"], "has no span 'S3'"),
+        (["discover", "--method", "random", "--task", "ioi", "--data", "x.jsonl"], "were both given"),
         (["evaluate", "missing-folder"], "missing-folder holds no finished run"),
         (["discover", "--method", "random", "--device", "gpu"], "there is no device 'gpu'"),
         (["discover", "--method", "random", "--n", "2", "--out", "/dev/null/runs"], "cannot be made"),

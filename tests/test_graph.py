@@ -51,6 +51,10 @@ def test_edges_are_written_with_the_slot_before_the_position():
     assert str(circuits.Edge(circuits.MLP(0), circuits.Logits())) == "m0->logits"
 
 
+def test_a_slot_may_be_written_as_eap_ig_does():
+    assert circuits.parse_edge("a5.h5->a9.h9<q>") == circuits.parse_edge("a5.h5->a9.h9.q")
+
+
 @pytest.mark.parametrize("text", ["a5.h5", "a5.h5->a9.h9", "m0->m1.q", "m0-logits", "a5.h5->a9.h9.x", "->m0"])
 def test_a_text_that_names_no_edge_is_refused(text):
     with pytest.raises(circuits.InputError, match="names no"):

@@ -20,8 +20,8 @@ from circuits.circuit import Circuit
 
 @contextlib.contextmanager
 def progress_bar(description: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on standard error with the rate and the remaining time; nothing when `quiet`."""
-    if quiet:
+    """A bar on standard error with the rate and the remaining time; nothing when `quiet` or when nobody watches."""
+    if quiet or not sys.stderr.isatty():
         yield None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _RateColumn(), TimeRemainingColumn())
@@ -50,7 +50,7 @@ def frame_table(frame: pd.DataFrame, title: str) -> Table:
 def _cell(value: Any) -> str:
     if value is None or value != value:
         return "-"
-    return f"{value:,}" if isinstance(value, int) or (float(value).is_integer() and abs(value) >= 10) else f"{value:.3f}"
+    return f"{value:,}" if isinstance(value, int) or (float(value).is_integer() and abs(value) >= 10) else f"{round(value, 3) + 0.0:.3f}"
 
 
 def edge_table(circuit: Circuit, n: int = 15) -> Table:

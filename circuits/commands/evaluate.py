@@ -47,6 +47,10 @@ def evaluate(words: Sequence[str]) -> None:
     """
     options: EvaluateOptions = parse(EvaluateOptions, "evaluate", words)
     found = load_run(options.circuit)
+    if not found.circuit.selected and options.size is None:
+        raise InputError(
+            f"{found.record['method']} scores every edge and chooses none: give --size N to evaluate the N highest-scored ones."
+        )
     options = _as_recorded(options, found.record.get("notes", {}))
     model = chosen_model(options)
     task = chosen_task(options, model, options.n, "test")
@@ -61,7 +65,7 @@ def _as_recorded(options: EvaluateOptions, notes: Mapping[str, Any]) -> Evaluate
     return dataclasses.replace(
         options,
         model=options.model or notes.get("model"),
-        task=options.task or notes.get("task"),
+        task=options.task or (None if own_prompts or options.data else notes.get("task")),
         data=Path(notes["data"]) if own_prompts else options.data,
         seed=notes.get("seed") if options.seed is None else options.seed,
     )
@@ -85,4 +89,4 @@ def show_evaluation(found: Run, evaluation: Mapping[str, Any], options: Common) 
     title = f"{found.record['method']}: {edges}, {prompts}, {evaluation['ablation']} ablation"
     console = Console()
     console.print(frame_table(frame.rename_axis("metric"), title))
-    console.print(f"{'Found again' if found.reused else 'Saved'}: {found.folder}", soft_wrap=True)
+    console.print(f"Run folder: {found.folder}", soft_wrap=True)

@@ -42,8 +42,13 @@ def _defined_in(file: Path) -> dict[str, type[CircuitDiscoverer]]:
         spec = importlib.util.spec_from_file_location(name, file)
         if spec is None or spec.loader is None or not file.is_file():
             raise InputError(f"there is no Python file {file}.")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[name]
+            raise InputError(f"{file} cannot be run: {type(error).__name__}: {error}.") from error
     return {method: kind for method, kind in discoverers().items() if kind.__module__ == name}
 
 

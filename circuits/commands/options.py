@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from circuits.errors import InputError
 from circuits.models import EMBEDDED, Model, load_model
 from circuits.tasks import load_task
 from circuits.tasks.base import Task
@@ -29,7 +30,8 @@ class Common:
     task: str | None = None
     """A task's name; `circuits list` shows them. By default ioi."""
     data: Path | None = None
-    """Your own prompts instead of a task: a JSONL file, one object with clean, corrupted, answer, wrong_answer a line."""
+    """Your own prompts instead of a task: a JSONL file, one object with clean, corrupted, answer, wrong_answer a line.
+    All of its prompts are discovered and judged on."""
     seed: int | None = None
     """Of the prompts drawn; by default 0."""
     device: str | None = None
@@ -53,6 +55,8 @@ def chosen_model(options: Common) -> Model:
 
 def chosen_task(options: Common, model: Model, n: int, split: str) -> Task:
     """Prompts of one split of a task, or the user's own."""
+    if options.data and options.task:
+        raise InputError(f"--task {options.task} and --data {options.data} were both given; give one of them.")
     if options.data:
         return Task.from_jsonl(options.data, model, name=re.sub(r"[^\w+-]+", "-", options.data.stem) or "data")
     return load_task(options.task or "ioi", model, n=n, seed=options.seed or 0, split=split)
