@@ -24,6 +24,9 @@ from circuits.tasks.base import Task
 ENTRY_POINTS = "circuits.discoverers"
 FORMAT, FORMAT_VERSION = "circuits.checkpoint", 1
 
+SPEED_ONLY = {"speed_only": True}
+"""Metadata of fields that change how fast a method runs and not what it finds: `field(default=..., metadata=SPEED_ONLY)`."""
+
 Progress = Callable[[int, int], None]
 """Called with (done, total) while a method runs."""
 
@@ -72,6 +75,11 @@ class CircuitDiscoverer(ABC):
     def settings(self) -> dict[str, Any]:
         """The hyperparameters as JSON values."""
         return {field.name: as_json(getattr(self, field.name)) for field in fields(self)}
+
+    def identity(self) -> dict[str, Any]:
+        """What the result depends on: the method and its settings, without those that only make it faster (`SPEED_ONLY`)."""
+        faster = {field.name for field in fields(self) if field.metadata.get("speed_only")}
+        return {"method": self.name, "settings": {name: value for name, value in self.settings().items() if name not in faster}}
 
     def record(self, **found: Any) -> dict[str, Any]:
         """What a circuit says of how it was found: method, settings and whatever the run counted."""
@@ -140,7 +148,7 @@ def as_json(value: Any) -> Any:
 def _digest(discoverer: CircuitDiscoverer, graph: Graph, task: Task) -> str:
     digest = hashlib.blake2b(digest_size=16)
     model = None if graph.model is None else [graph.model.name, graph.model.weights]
-    digest.update(json.dumps([discoverer.record(), model, [str(node) for node in graph.nodes], task.digest()]).encode())
+    digest.update(json.dumps([discoverer.identity(), model, [str(node) for node in graph.nodes], task.digest()]).encode())
     for column in (graph.source, graph.target, graph.slot):
         digest.update(column.cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -181,7 +181,7 @@ def _turn(folder: Path) -> Iterator[None]:
 
 
 def _digest(discoverer: CircuitDiscoverer, model: Model, task: Task, graph: Graph) -> str:
-    parts = [version("circuits"), discoverer.record(), identity(model).weights, task.digest(), graph.positions]
+    parts = [version("circuits"), discoverer.identity(), identity(model).weights, task.digest(), graph.positions]
     digest = hashlib.blake2b(json.dumps(parts).encode())
     for column in (graph.source, graph.target, graph.slot):
         digest.update(column.cpu().numpy().tobytes())
