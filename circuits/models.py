@@ -13,13 +13,15 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -27,6 +29,7 @@ from circuits.errors import InputError
 from circuits.files import read_json, read_tensors, write_json, write_tensors
 from circuits.graph import SLOTS
 from circuits.nodes import MLP, Embed, Head, Logits, Node, PosEmbed, TokenEmbed
+from circuits.sublayers import Attention, FeedForward, Norm, Rotation, Unembedding
 
 Model = HookedTransformer
 Hook = Callable[[Tensor], Tensor | None]
@@ -350,3 +353,55 @@ class Components:
     def output_bias(self, layer: int) -> Float[Tensor, "d_model"]:
         """b_O, which belongs to no node."""
         return self.model.blocks[layer].attn.b_O
+
+    def attention(self, layer: int) -> Attention | None:
+        """The heads of a layer as functions of tensors; None where they depend on the length of the prompt in other ways than these know."""
+        cfg, block = self.model.cfg, self.model.blocks[layer]
+        kind = cfg.positional_embedding_type
+        if kind not in ("standard", "rotary", "alibi") or cfg.use_logn_attn or cfg.use_dynamic_ntk_rope:
+            return None
+        module = cast(Any, block.attn)
+        return Attention(
+            norm=_norm(block.ln1),
+            weights={slot: self.projection(layer, slot) for slot in SLOTS},
+            biases={slot: getattr(module, f"b_{slot.upper()}") for slot in SLOTS},
+            output=module.W_O,
+            scale=float(module.attn_scale),
+            soft_cap=float(cfg.attn_scores_soft_cap or 0),
+            clip=cfg.clip_qkv,
+            norms={"q": _norm(module.q_norm), "k": _norm(module.k_norm)} if cfg.use_qk_norm else {},
+            rotation=Rotation(module.rotary_cos, module.rotary_sin, cfg.rotary_adjacent_pairs) if kind == "rotary" else None,
+            slopes=module.create_alibi_multipliers(cfg.n_heads, cfg.device) if kind == "alibi" else None,
+            sinks=module.sinks if cfg.use_attention_sinks else None,
+            causal=cfg.attention_dir == "causal",
+            reach=cfg.window_size if module.attn_type == "local" else None,
+        )
+
+    def feed_forward(self, layer: int) -> FeedForward:
+        """The MLP of a layer, with the norm before it, as a function of tensors."""
+        block = self.model.blocks[layer]
+        norm, mlp = _norm(block.ln2), cast(Any, block.mlp)
+        plain = type(mlp).__name__ in ("MLP", "GatedMLP") and not self.model.cfg.is_layer_norm_activation()
+        if not plain:
+            return FeedForward(norm, None, None, None, None, None, None, whole=mlp)
+        gate = mlp.W_gate if type(mlp).__name__ == "GatedMLP" else None
+        # TransformerLens' own version of this activation takes eight passes over memory, torch's one.
+        activation = partial(functional.gelu, approximate="tanh") if self.model.cfg.act_fn in ("gelu_new", "gelu_fast") else mlp.act_fn
+        return FeedForward(norm, mlp.W_in, mlp.b_in, gate, mlp.W_out, mlp.b_out, activation)
+
+    def unembedding(self) -> Unembedding:
+        """The final norm and the unembedding as a function of tensors."""
+        cfg, module = self.model.cfg, self.model.unembed
+        norm: Norm = (lambda x: x) if cfg.normalization_type is None else _norm(self.model.ln_final)
+        return Unembedding(norm, module.W_U, module.b_U, float(cfg.output_logits_soft_cap or 0))
+
+
+def _norm(module: torch.nn.Module) -> Norm:
+    """A norm as one fused operation where torch has it; otherwise the module itself."""
+    kind, width = type(module).__name__, getattr(module, "length", None)
+    weight, bias, eps = getattr(module, "w", None), getattr(module, "b", None), getattr(module, "eps", 0.0)
+    if kind in ("LayerNorm", "LayerNormPre"):
+        return lambda x: functional.layer_norm(x, (width or x.shape[-1],), weight, bias, eps)
+    if kind in ("RMSNorm", "RMSNormPre"):
+        return lambda x: functional.rms_norm(x, (width or x.shape[-1],), weight, eps)
+    return module

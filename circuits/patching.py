@@ -80,6 +80,12 @@ class EdgeLayout:
         dense[:, self.span, self.target, self.source] = ~kept
         return dense
 
+    def possible(self, model: Model) -> Bool[Tensor, "target source"]:
+        """True where a source stands upstream of a target, whether or not the graph holds the edge."""
+        split_embed = isinstance(self.nodes[0], TokenEmbed)
+        counts = torch.tensor([sources_of(model, node, split_embed) for node, _, rows in self.targets for _ in range(rows)])
+        return torch.arange(self.shape[2]) < counts[:, None]
+
 
 def check_task(model: Model, task: Task) -> None:
     """Refuse tokens that the model does not know, and prompts longer than it reads.

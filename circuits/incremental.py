@@ -1,0 +1,380 @@
+"""The incremental executor: run circuits by recomputing only what changes. Exact, like the reference in `patching`.
+
+It keeps a base run: what every node writes and reads in one circuit. In another circuit a target reads
+
+    x_r = base x_r + sum over changed sources u of  M[u, r] * (out_u - base out_u)
+                   + sum over edges that changed of  (M[u, r] - base M[u, r]) * (base out_u - c_u)
+
+and only nodes whose input changed and which still reach the logits are computed again (`propagation`), at tokens that can change and matter
+(`window`), the heads of a layer together, many circuits at a time. The smaller the circuit, the less there is to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from circuits.ablation import Ablation, Counterfactuals
+from circuits.base_run import Parts, State, UnsupportedError
+from circuits.components import check_fits, check_supported
+from circuits.graph import SLOTS, Graph
+from circuits.memory import memory_budget, shrinking
+from circuits.metrics import check_finite
+from circuits.models import Model, frozen
+from circuits.outputs import TOLERANCE, source_outputs
+from circuits.patching import EdgeLayout, check_task
+from circuits.propagation import Needs, Plan, Read, Step, plan
+from circuits.spans import token_spans
+from circuits.tasks.base import Task
+from circuits.window import Window
+
+
+@dataclass(frozen=True, eq=False)
+class IncrementalExecutor:
+    """Runs circuits of one graph on the prompts of one task, each from the nearest one known.
+
+    Attributes:
+        parts: the model as functions of tensors.
+        counterfactuals: what replaces each source's output, in the window.
+        possible: where there can be edges, by target and source.
+        whole: the state of the whole model.
+        bases: the states of other circuits: "empty" and, after `near`, "near".
+        max_memory: bytes that one step may take; None chooses from what is free.
+        counts: node evaluations so far (one node in one variant), and batches.
+    """
+
+    parts: Parts
+    counterfactuals: Float[Tensor, "source batch window d_model"]
+    spans: Int[Tensor, "batch window"] | None
+    possible: np.ndarray
+    whole: State
+    max_memory: int | None
+    bases: dict[str, State] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=lambda: {"node_evaluations": 0, "batches": 0})
+
+    @staticmethod
+    def prepare(model: Model, graph: Graph, task: Task, ablation: Ablation, *, max_memory: int | None = None) -> IncrementalExecutor:
+        """Run the clean and the counterfactual prompts once, for every circuit that follows.
+
+        Raises:
+            InputError: the model is not supported, or the graph does not belong to it.
+            UnsupportedError: the model computes something that this executor does not know.
+        """
+        check_supported(model)
+        check_fits(model, graph)
+        check_task(model, task)
+        task = task.to(model.cfg.device)
+        layout = EdgeLayout.of(model, graph)
+        resample = ablation.name == "resample"
+        window = Window.of(task, causal=model.cfg.attention_dir == "causal", from_first_difference=resample)
+        with frozen(model), torch.no_grad():
+            clean = source_outputs(model, layout.nodes, task.clean, task.mask)
+            counterfactuals = window.cut(Counterfactuals.prepare(model, layout.nodes, task, ablation).on(task)).contiguous()
+            parts = Parts.of(model, layout, window, clean)
+            possible = layout.possible(model).numpy()
+            kept = torch.ones(len(graph), dtype=torch.bool)
+            clean = window.cut(clean)
+            whole = parts.state(kept, ~layout.ablated(kept[None])[0].numpy() & possible, clean, clean)
+            _compare(whole.outputs, clean, window)
+            spans = token_spans(graph, task)
+            if spans is not None:
+                spans = spans.gather(1, window.positions)
+        return IncrementalExecutor(parts, counterfactuals, spans, possible, whole, max_memory)
+
+    def logits(self, kept: Bool[Tensor, "variant edge"]) -> Float[Tensor, "variant scored vocab"]:
+        """Logits of every circuit at every scored row.
+
+        Raises:
+            InputError: the logits overflow.
+        """
+        return self.map(kept, lambda logits: logits)
+
+    def map(self, kept: Bool[Tensor, "variant edge"], function: Callable[[Tensor], Tensor]) -> Tensor:
+        """`function` of the logits of some circuits at a time, one after the other, so that not all logits need be held.
+
+        Raises:
+            InputError: the logits overflow.
+        """
+        kept = kept.cpu()
+        base = self._base(kept)
+        budget = memory_budget(self.counterfactuals.device, self.max_memory)
+        size = max(1, min(len(kept), budget // self._run(base, kept).bytes_per_variant()))
+        results: list[Tensor] = []
+        done = 0
+        while done < len(kept):
+            result, size = shrinking(partial(self._apply, function, base, kept[done:]), size, "circuit")
+            results.append(result)
+            done += size
+        return torch.cat(results)
+
+    def near(self, kept: Bool[Tensor, "edge"]) -> None:
+        """Circuits that follow are mostly subsets of this one: compute them from here."""
+        state = self.bases.get("near")
+        if state is None or bool((kept & ~state.kept).any()):
+            state = self.bases["near"] = self.whole.copy()
+        if not torch.equal(kept, state.kept):
+            with torch.no_grad():
+                self._run(state, kept[None]).execute(commit=True)
+            mask = self._mask(kept)
+            state.become(kept, mask, Needs.of(self.parts.places, np.any(mask, axis=0)))
+
+    def _base(self, kept: Bool[Tensor, "variant edge"]) -> State:
+        near = self.bases.get("near")
+        if near is not None and not bool((kept & ~near.kept).any()):
+            return near
+        if int(kept.sum()) * 2 > kept.numel():
+            return self.whole
+        if "empty" not in self.bases:
+            none = torch.zeros(kept.shape[1], dtype=torch.bool)
+            with torch.no_grad():
+                self.bases["empty"] = self.parts.state(none, self._mask(none), self.whole.outputs, self.counterfactuals)
+        return self.bases["empty"]
+
+    def _mask(self, kept: Bool[Tensor, "edge"]) -> np.ndarray:
+        """Edges kept, by span, target and source."""
+        return ~self.parts.layout.ablated(kept[None])[0].numpy() & self.possible
+
+    def _apply(self, function: Callable[[Tensor], Tensor], base: State, kept: Bool[Tensor, "variant edge"], size: int) -> Tensor:
+        with torch.no_grad():
+            logits = self._run(base, kept[:size]).execute()
+        self.counts["batches"] += 1
+        check_finite(logits)
+        return function(logits)
+
+    def _run(self, base: State, kept: Bool[Tensor, "variant edge"]) -> _Run:
+        flips = Flips.of(self.parts.layout, base, kept, self.counterfactuals, self.possible)
+        if base is not self.bases.get("near"):
+            mask = np.any(self._mask(kept.any(0)), axis=0)
+            return _Run(self, base, kept, flips, plan(self.parts.places, mask, Needs.of(self.parts.places, mask), flips.targets))
+        key = flips.rows.tobytes()
+        if key not in base.plans:
+            base.plans[key] = plan(self.parts.places, np.any(base.mask, axis=0), base.needs, flips.targets)
+        return _Run(self, base, kept, flips, base.plans[key])
+
+
+@dataclass(frozen=True, eq=False)
+class Flips:
+    """Edges that differ from a base in some variant.
+
+    Attributes:
+        targets: whether edges into a target do.
+        edges: whether one between a target and a source does.
+        rows, columns: the targets and sources they connect.
+        signs: kept minus kept in the base.
+        ablated: what the sources write in the base, minus their counterfactuals.
+    """
+
+    targets: np.ndarray
+    edges: np.ndarray
+    rows: np.ndarray
+    columns: np.ndarray
+    signs: Float[Tensor, "variant span row column"]
+    ablated: Float[Tensor, "column batch window d_model"]
+
+    @staticmethod
+    def of(layout: EdgeLayout, base: State, kept: Bool[Tensor, "variant edge"], counterfactuals: Tensor, possible: np.ndarray) -> Flips:
+        """How the variants differ from the base."""
+        changed = (kept != base.kept).any(0).nonzero()[:, 0]
+        target, source = layout.target[changed].numpy(), layout.source[changed].numpy()
+        edges = np.zeros_like(possible)
+        edges[target, source] = True
+        rows, row = np.unique(target, return_inverse=True)
+        columns, column = np.unique(source, return_inverse=True)
+        signs = torch.zeros(len(kept), layout.shape[0], len(rows), len(columns), dtype=counterfactuals.dtype)
+        values = kept[:, changed].to(signs.dtype) - base.kept[changed].to(signs.dtype)
+        signs[:, layout.span[changed], torch.from_numpy(row), torch.from_numpy(column)] = values
+        index = torch.from_numpy(columns).to(counterfactuals.device)
+        return Flips(
+            np.any(edges, axis=1), edges, rows, columns, signs.to(counterfactuals.device), base.outputs[index] - counterfactuals[index]
+        )
+
+
+@dataclass(eq=False)
+class _Run:
+    """One batch of variants, computed from a base."""
+
+    executor: IncrementalExecutor
+    base: State
+    kept: Bool[Tensor, "variant edge"]
+    flips: Flips
+    plan: Plan
+    wide: Tensor = field(init=False)
+    narrow: Tensor = field(init=False)
+    normed: dict[Key | None, Tensor] = field(default_factory=dict)
+
+    def execute(self, *, commit: bool = False) -> Float[Tensor, "variant scored vocab"]:
+        """Walk down the model. With `commit` (of one variant) the base becomes its state, but for what `State.become` sets."""
+        window, shape = self.executor.parts.window, self.base.outputs.shape
+        batch, width, d_model = shape[1:]
+        self.wide = self.base.outputs.new_empty(len(self.plan.wide), len(self.kept), batch, width, d_model)
+        self.narrow = self.base.outputs.new_empty(len(self.plan.changed), len(self.kept), batch, window.scored.shape[1], d_model)
+        done = wide = 0
+        for step in self.plan.steps:
+            if not len(step.sources):
+                return self._unembed(step, commit)
+            written = self._written(step, commit)
+            index = self._index(step.sources)
+            old = self.base.outputs[index]
+            change = written - (old if step.wide else window.narrow(old))[:, None]
+            if commit:
+                window.put(self.base.outputs, index, written[:, 0], step.wide)
+            if step.wide:
+                self.wide[wide : wide + len(index)] = change
+                wide += len(index)
+            self.narrow[done : done + len(index)] = window.narrow(change) if step.wide else change
+            done += len(index)
+            self.executor.counts["node_evaluations"] += len(index) * len(self.kept)
+        residual = window.narrow(self.base.inputs[self.executor.parts.model.cfg.n_layers, None])
+        return self._to_logits(residual).expand(len(self.kept), -1, -1)
+
+    def bytes_per_variant(self) -> int:
+        """About how much memory one more variant takes."""
+        parts, window, outputs = self.executor.parts, self.executor.parts.window, self.base.outputs
+        cfg = parts.model.cfg
+        tokens = {True: window.positions.numel(), False: window.scored.numel()}
+        held = (len(self.plan.wide) * tokens[True] + len(self.plan.changed) * tokens[False]) * cfg.d_model
+        peak = 0
+        for step in self.plan.steps:
+            size = sum(len(read.rows) * tokens[read.wide] * (4 * cfg.d_model + 3 * cfg.d_head) for read in step.reads)
+            if not len(step.sources):
+                size += 5 * len(window.rows) * cfg.d_vocab_out
+            elif step.reads[0].place.slot is None:
+                size += tokens[step.wide] * 3 * (cfg.d_mlp or 0)
+            else:
+                size += len(step.sources) * tokens[step.wide] * (3 * window.keys.shape[1] + 2 * cfg.d_model)
+            peak = max(peak, size)
+        return max(1, (held + peak) * outputs.element_size())
+
+    def _written(self, step: Step, commit: bool) -> Float[Tensor, "source variant batch token d_model"]:
+        parts, layer = self.executor.parts, step.layer
+        first = step.reads[0].place
+        if first.slot is None:
+            return parts.feed_forward[layer](self._input(step.reads[0], commit)[0])[None]
+        heads = self._index(step.sources - first.source)
+        projected: dict[str, Tensor] = {str(read.place.slot): self._projected(read, heads, commit) for read in step.reads}
+        for slot in SLOTS:
+            if slot not in projected:
+                held = self.base.projected[layer, slot][heads][:, None]
+                projected[slot] = parts.window.narrow(held) if slot == "q" and not step.wide else held
+        return parts.heads(layer, heads, projected, wide=step.wide)
+
+    def _projected(self, read: Read, heads: Int[Tensor, "head"], commit: bool) -> Float[Tensor, "head variant batch token d_head"]:
+        """New q, k or v of some heads."""
+        parts, place = self.executor.parts, read.place
+        assert place.slot is not None
+        part = parts.attention[place.layer]
+        residual, key = self._input(read, commit)
+        normed = self.normed[key] if key in self.normed else part.norm(residual)
+        if key is not None:
+            self.normed = {key: normed}
+        result = part.project(place.slot, heads, normed, parts.window.at(read.wide))
+        if commit:
+            held = self.base.writable(self.base.projected, (place.layer, place.slot), place.rows)
+            parts.window.put(held, heads, result[:, 0], read.wide)
+        return result
+
+    def _input(self, read: Read, commit: bool) -> tuple[Float[Tensor, "#target variant batch token d_model"], Key | None]:
+        """What some targets read, or one row where all read the same, with a key that equal inputs of a layer share."""
+        window, place = self.executor.parts.window, read.place
+        slot = (place.layer, place.slot)
+        stored = self.base.inputs[slot]
+        rows = self._index(read.rows - place.row)
+        base = stored if len(stored) == 1 else stored[rows]
+        change, weights = self._propagated(read)
+        ablated = self._ablated(read)
+        key = (id(stored), read.wide, weights) if len(stored) == 1 and ablated is None and (change is None or len(change) == 1) else None
+        residual = (base if read.wide else window.narrow(base))[:, None]
+        for part in (change, ablated):
+            residual = residual if part is None else residual + part
+        if commit:
+            window.put(self.base.writable(self.base.inputs, slot, place.rows), rows, residual[:, 0], read.wide)
+        return residual, key
+
+    def _propagated(self, read: Read) -> tuple[Float[Tensor, "#target variant batch token d_model"] | None, bytes]:
+        """What changed sources bring along kept edges, and the weights with which they do."""
+        columns = (self.plan.wide if read.wide else self.plan.changed)[: read.changed]
+        if not len(columns):
+            return None, b""
+        changes = (self.wide if read.wide else self.narrow)[: read.changed]
+        if self.flips.edges[np.ix_(read.rows, columns)].any():
+            dense = ~self.executor.parts.layout.ablated(self.kept)[:, :, read.rows][..., columns]
+            dense &= torch.from_numpy(self.executor.possible[np.ix_(read.rows, columns)])
+            return self._sum(dense.to(changes), changes, read.wide), b""
+        weights = self.base.mask[:, read.rows][..., columns]
+        if not weights.any():
+            return None, b""
+        if (weights == weights[:, :1]).all():
+            weights = weights[:, :1]
+        if read not in self.plan.weights:
+            self.plan.weights[read] = torch.from_numpy(weights).to(changes)
+        return self._sum(self.plan.weights[read][None], changes, read.wide), weights.tobytes()
+
+    def _ablated(self, read: Read) -> Float[Tensor, "target variant batch token d_model"] | None:
+        """What edges that changed bring: their sources' base outputs instead of the counterfactual ones, or the other way round."""
+        flips = self.flips
+        hit = np.flatnonzero(flips.targets[read.rows])
+        if not len(hit):
+            return None
+        where = self._index(np.searchsorted(flips.rows, read.rows[hit]))
+        ablated = flips.ablated if read.wide else self.executor.parts.window.narrow(flips.ablated)
+        change = self._sum(flips.signs[:, :, where], ablated[:, None], read.wide)
+        if len(hit) == len(read.rows):
+            return change
+        result = change.new_zeros(len(read.rows), *change.shape[1:])
+        result[self._index(hit)] = change
+        return result
+
+    def _sum(
+        self,
+        weights: Float[Tensor, "#variant span target source"],
+        values: Float[Tensor, "source _ batch token d_model"],
+        wide: bool,
+    ) -> Float[Tensor, "target variant batch token d_model"]:
+        """Weighted sums over sources, each token by the weights of its span."""
+        window, spans = self.executor.parts.window, self.executor.spans
+        if spans is not None:
+            here = spans if wide else spans.gather(1, window.scored)
+            shape = (max(len(weights), values.shape[1]), *values.shape[2:])
+            by_token = weights[:, here].expand(shape[0], -1, -1, -1, -1)
+            return torch.einsum("vbtru,uvbtd->rvbtd", by_token, values.expand(-1, *shape))
+        matrix, flat = weights[:, 0], values.flatten(2)
+        if len(matrix) == 1:
+            return (matrix[0] @ flat.flatten(1)).view(-1, *values.shape[1:])
+        if values.shape[1] == 1:
+            summed = matrix.transpose(0, 1).flatten(0, 1) @ flat[:, 0]
+        else:
+            summed = torch.bmm(matrix, flat.transpose(0, 1)).transpose(0, 1)
+        return summed.reshape(matrix.shape[1], len(matrix), *values.shape[2:])
+
+    def _unembed(self, step: Step, commit: bool) -> Float[Tensor, "variant scored vocab"]:
+        return self._to_logits(self._input(step.reads[0], commit)[0][0])
+
+    def _to_logits(self, residual: Float[Tensor, "variant batch token d_model"]) -> Float[Tensor, "variant scored vocab"]:
+        parts = self.executor.parts
+        return parts.unembedding(residual.flatten(1, 2)[:, parts.window.rows])
+
+    def _index(self, rows: np.ndarray) -> Int[Tensor, "row"]:
+        return torch.from_numpy(rows).to(self.base.outputs.device)
+
+
+Key = tuple[int, bool, bytes]
+
+
+def _compare(
+    found: Float[Tensor, "source batch window d_model"], clean: Float[Tensor, "source batch window d_model"], window: Window
+) -> None:
+    """Refuse models whose nodes compute something else than `sublayers` does: their own run on the clean prompts tells.
+
+    Raises:
+        UnsupportedError: the outputs differ by more than rounding.
+    """
+    readable = window.readable[:, window.before :]
+    gap = float((found - clean)[:, readable].abs().max() / clean[:, readable].abs().max().clamp(min=1e-30))
+    if gap > TOLERANCE[found.dtype]:
+        raise UnsupportedError(f"its components compute something that is not known (outputs differ by {gap:.1%})")

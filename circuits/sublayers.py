@@ -1,0 +1,212 @@
+"""What one layer computes, as plain functions of tensors: attention with its heads apart, and the MLP.
+
+A model's own modules compute all heads of a layer from one input and all tokens of a prompt at once. These take any heads, each with an
+input of its own, many variants of it, and only those tokens that matter. `models.Components` fills them from a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Norm = Callable[[Tensor], Tensor]
+Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(x [head n d_in] or [n d_in], weight [head d_in d_out] or [d_in d_out], heads or None) -> x @ weight[heads]."""
+
+
+def multiply(x: Tensor, weight: Tensor, heads: Int[Tensor, "head"] | None = None) -> Tensor:
+    """The plain product, in the weights' precision."""
+    return x @ (weight if heads is None else weight[heads])
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """Rotary position embeddings.
+
+    Attributes:
+        cos, sin: by position.
+        adjacent: pairs are neighbours, as in GPT-J, instead of half the rotated width apart.
+    """
+
+    cos: Float[Tensor, "ctx rotated"]
+    sin: Float[Tensor, "ctx rotated"]
+    adjacent: bool
+
+    def __call__(
+        self, x: Float[Tensor, "head variant batch pos d_head"], positions: Int[Tensor, "batch pos"]
+    ) -> Float[Tensor, "head variant batch pos d_head"]:
+        """Rotate queries or keys that stand at `positions`."""
+        width = self.cos.shape[-1]
+        turned, rest = x[..., :width], x[..., width:]
+        if self.adjacent:
+            flipped = torch.stack([-turned[..., 1::2], turned[..., ::2]], dim=-1).flatten(-2)
+        else:
+            flipped = torch.cat([-turned[..., width // 2 :], turned[..., : width // 2]], dim=-1)
+        return torch.cat([turned * self.cos[positions] + flipped * self.sin[positions], rest], dim=-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Keys:
+    """What queries look at: tokens before the window, the same for every variant, and those in it.
+
+    Attributes:
+        before, within: keys or values; the variants of `within` may be one that all share.
+    """
+
+    before: Float[Tensor, "head batch before d_head"]
+    within: Float[Tensor, "head variant batch window d_head"]
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """The heads of one layer.
+
+    Attributes:
+        norm: of the residual stream, before the projections.
+        weights, biases: of the projections, by slot; key-value heads that are shared are repeated.
+        output: W_O.
+        scale: what scores are divided by.
+        soft_cap: bounds the scores where it is positive.
+        clip: bounds q, k and v.
+        norms: of q and k, each head's on its own.
+        slopes: ALiBi's, per head.
+        sinks: a score per head that takes a share of the attention and brings nothing.
+        causal: tokens look at earlier ones only; with `reach`, at the last few.
+    """
+
+    norm: Norm
+    weights: Mapping[str, Float[Tensor, "head d_model d_head"]]
+    biases: Mapping[str, Float[Tensor, "head d_head"]]
+    output: Float[Tensor, "head d_head d_model"]
+    scale: float
+    soft_cap: float
+    clip: float | None
+    norms: Mapping[str, Norm]
+    rotation: Rotation | None
+    slopes: Float[Tensor, "head"] | None
+    sinks: Float[Tensor, "head"] | None
+    causal: bool
+    reach: int | None
+
+    def project(
+        self,
+        slot: str,
+        heads: Int[Tensor, "head"],
+        normed: Float[Tensor, "#head variant batch pos d_model"],
+        positions: Int[Tensor, "batch pos"],
+        multiply: Multiply = multiply,
+    ) -> Float[Tensor, "head variant batch pos d_head"]:
+        """q, k or v of some heads, ready for use: normed, clipped and rotated. Heads may share one input."""
+        flat = multiply(normed.reshape(len(normed), -1, normed.shape[-1]), self.weights[slot], heads)
+        projected = flat.add_(self.biases[slot][heads, None]).view(len(heads), *normed.shape[1:-1], flat.shape[-1])
+        if slot in self.norms:
+            projected = self.norms[slot](projected)
+        if self.clip is not None:
+            projected = projected.clamp(-self.clip, self.clip)
+        return projected if self.rotation is None or slot == "v" else self.rotation(projected, positions)
+
+    def bias(
+        self, queries: Int[Tensor, "batch query"], keys: Int[Tensor, "batch key"], readable: Bool[Tensor, "batch key"]
+    ) -> Float[Tensor, "#head batch query key"]:
+        """What is added to the scores: ALiBi, and minus infinity where a query may not look."""
+        distance = keys[:, None, :] - queries[:, :, None]
+        seen = readable[:, None, :].expand(distance.shape)
+        if self.causal:
+            seen = seen & (distance <= 0)
+            if self.reach is not None:
+                seen = seen & (distance > -self.reach)
+        slopes = self.output.new_zeros(1) if self.slopes is None else self.slopes.to(self.output.dtype)
+        return (slopes[:, None, None, None] * distance.clamp(max=0)).masked_fill(~seen, -torch.inf)
+
+    def attend(
+        self,
+        heads: Int[Tensor, "head"],
+        queries: Float[Tensor, "head variant batch query d_head"],
+        keys: Keys,
+        values: Keys,
+        bias: Float[Tensor, "#all_heads batch query key"],
+    ) -> Float[Tensor, "head variant batch query d_head"]:
+        """z of some heads."""
+        before = keys.before.shape[-2]
+        scores = _each_with_all(queries, keys.within.transpose(-1, -2))
+        if before:
+            earlier = _each_with_all(queries, keys.before[:, None].transpose(-1, -2))
+            scores = torch.cat([earlier.expand(-1, scores.shape[1], -1, -1, -1), scores], dim=-1)
+        scores = scores / self.scale
+        if self.soft_cap > 0:
+            scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
+        scores = scores + (bias[heads] if len(bias) > 1 else bias)[:, None]
+        if self.sinks is not None:
+            sink = self.sinks[heads].to(scores.dtype)[:, None, None, None, None].expand(*scores.shape[:-1], 1)
+            pattern = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
+        else:
+            pattern = scores.softmax(-1)
+        pattern = pattern.to(values.within.dtype)
+        z = _each_with_all(pattern[..., before:], values.within)
+        return z + _each_with_all(pattern[..., :before], values.before[:, None]) if before else z
+
+
+def _each_with_all(
+    a: Float[Tensor, "head variant_a batch rows inner"], b: Float[Tensor, "head variant_b batch inner columns"]
+) -> Float[Tensor, "head variant batch rows columns"]:
+    """a @ b, where either may have one variant for all; what is shared is not copied."""
+    if a.shape[1] > 1 and b.shape[1] == 1:
+        head, variant, batch, rows, inner = a.shape
+        together = a.transpose(1, 2).reshape(head, batch, variant * rows, inner) @ b[:, 0]
+        return together.view(head, batch, variant, rows, -1).transpose(1, 2)
+    return a @ b
+
+
+@dataclass(frozen=True, eq=False)
+class FeedForward:
+    """The MLP of one layer, the norm before it included.
+
+    Attributes:
+        weight_gate: where the MLP is gated.
+        activation: between the two products.
+        whole: computes an MLP of another kind, such as a mixture of experts; then there are no weights.
+    """
+
+    norm: Norm
+    weight_in: Float[Tensor, "d_model d_mlp"] | None
+    bias_in: Float[Tensor, "d_mlp"] | None
+    weight_gate: Float[Tensor, "d_model d_mlp"] | None
+    weight_out: Float[Tensor, "d_mlp d_model"] | None
+    bias_out: Float[Tensor, "d_model"] | None
+    activation: Callable[[Tensor], Tensor] | None
+    whole: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, residual: Float[Tensor, "*batch d_model"], multiply: Multiply = multiply) -> Float[Tensor, "*batch d_model"]:
+        """What the MLP writes when it reads `residual`."""
+        normed = self.norm(residual).reshape(-1, residual.shape[-1])
+        if self.whole is not None:
+            return self.whole(normed[None]).view(residual.shape)
+        assert self.weight_in is not None and self.bias_in is not None and self.weight_out is not None and self.activation is not None
+        hidden = multiply(normed, self.weight_in, None)
+        if self.weight_gate is None:
+            hidden = self.activation(hidden.add_(self.bias_in))
+        else:
+            hidden = self.activation(multiply(normed, self.weight_gate, None)).mul_(hidden).add_(self.bias_in)
+        assert self.bias_out is not None
+        return multiply(hidden, self.weight_out, None).add_(self.bias_out).view(residual.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Unembedding:
+    """From the final residual stream to logits."""
+
+    norm: Norm
+    weight: Float[Tensor, "d_model vocab"]
+    bias: Float[Tensor, "vocab"]
+    soft_cap: float
+
+    def __call__(self, residual: Float[Tensor, "*batch d_model"], multiply: Multiply = multiply) -> Float[Tensor, "*batch vocab"]:
+        """The logits at each row."""
+        logits = multiply(self.norm(residual).reshape(-1, residual.shape[-1]), self.weight, None).add_(self.bias)
+        if self.soft_cap > 0:
+            logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
+        return logits.view(*residual.shape[:-1], -1)
