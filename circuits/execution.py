@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.ablation import Ablation, get_ablation
+from circuits.base_run import UnsupportedError
 from circuits.circuit import Circuit
 from circuits.errors import InputError
 from circuits.graph import Graph
+from circuits.incremental import IncrementalExecutor
 from circuits.metrics import Metric, check_finite, get_metric
 from circuits.models import Model, frozen, run_to_residual, unembed
 from circuits.patching import HookedExecutor, check_task
@@ -20,25 +24,61 @@ from circuits.tasks.base import Task
 
 PROMPTS_PER_RUN = 256
 
+ExecutorName = Literal["auto", "incremental", "hooks"]
+
 
 @runtime_checkable
 class Executor(Protocol):
     """Runs circuits of one graph on one task, counterfactual outputs at hand."""
 
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Nodes computed so far (one node in one circuit), and batches of circuits."""
+        ...
+
     def logits(self, kept: Bool[Tensor, "variant edge"]) -> Float[Tensor, "variant scored vocab"]:
         """Logits of every circuit at every scored row."""
         ...
 
+    def map(self, kept: Bool[Tensor, "variant edge"], function: Callable[[Tensor], Tensor]) -> Tensor:
+        """`function` of the logits, some circuits at a time."""
+        ...
 
-def get_executor(model: Model, graph: Graph, task: Task, *, ablation: str | Ablation = "resample", executor: str = "auto") -> Executor:
+    def near(self, kept: Bool[Tensor, "edge"]) -> None:
+        """A hint: circuits that follow are mostly subsets of this one."""
+        ...
+
+
+def get_executor(
+    model: Model,
+    graph: Graph,
+    task: Task,
+    *,
+    ablation: str | Ablation = "resample",
+    executor: ExecutorName = "auto",
+    max_memory: int | None = None,
+) -> Executor:
     """An executor that keeps what does not change between circuits.
+
+    Args:
+        executor: "incremental" recomputes only what changes; "hooks" runs the model's own modules, and is the reference; "auto" takes the
+            first where it knows the architecture, and says so where it does not.
+        max_memory: bytes that one step may take; None chooses from what is free.
 
     Raises:
         InputError: there is no such executor, or the model, graph and task do not fit together.
     """
-    if executor not in ("auto", "hooks"):
-        raise InputError(f"there is no executor {executor!r}; choose 'auto' or 'hooks'.")
-    return HookedExecutor.prepare(model, graph, task, get_ablation(ablation))
+    if executor not in get_args(ExecutorName):
+        raise InputError(f"there is no executor {executor!r}; choose 'auto', 'incremental' or 'hooks'.")
+    chosen = get_ablation(ablation)
+    if executor != "hooks":
+        try:
+            return IncrementalExecutor.prepare(model, graph, task, chosen, max_memory=max_memory)
+        except UnsupportedError as error:
+            if executor == "incremental":
+                raise InputError(f"{model.cfg.model_name} cannot be run incrementally: {error}; use executor='auto'.") from error
+            warnings.warn(f"{model.cfg.model_name} is run by the reference executor, which is slower: {error}.", stacklevel=3)
+    return HookedExecutor.prepare(model, graph, task, chosen, max_memory=max_memory)
 
 
 def run_circuits(
@@ -48,9 +88,13 @@ def run_circuits(
     task: Task,
     *,
     ablation: str | Ablation = "resample",
-    executor: str = "auto",
+    executor: ExecutorName = "auto",
+    max_memory: int | None = None,
 ) -> Float[Tensor, "variant scored vocab"]:
     """Logits at every scored row of many circuits: row i keeps the edges `kept[i]`, all others are ablated.
+
+    Args:
+        executor, max_memory: see `get_executor`.
 
     Raises:
         InputError: `kept` does not fit the graph, the model, graph and task do not fit together, or the logits overflow.
@@ -59,18 +103,27 @@ def run_circuits(
         raise InputError(
             f"kept has shape {tuple(kept.shape)} of {kept.dtype}; it must be [variant, edge] of bool, over {len(graph)} edges."
         )
-    return get_executor(model, graph, task, ablation=ablation, executor=executor).logits(kept)
+    return get_executor(model, graph, task, ablation=ablation, executor=executor, max_memory=max_memory).logits(kept)
 
 
 def run_circuit(
-    model: Model, circuit: Circuit, task: Task, *, ablation: str | Ablation = "resample", executor: str = "auto"
+    model: Model,
+    circuit: Circuit,
+    task: Task,
+    *,
+    ablation: str | Ablation = "resample",
+    executor: ExecutorName = "auto",
+    max_memory: int | None = None,
 ) -> Float[Tensor, "scored vocab"]:
     """Logits of one circuit at every scored row: the model computes with every edge outside the circuit ablated.
+
+    Args:
+        executor, max_memory: see `get_executor`.
 
     Raises:
         InputError: the model, circuit and task do not fit together, or the logits overflow.
     """
-    return run_circuits(model, circuit.graph, circuit.kept[None], task, ablation=ablation, executor=executor)[0]
+    return run_circuits(model, circuit.graph, circuit.kept[None], task, ablation=ablation, executor=executor, max_memory=max_memory)[0]
 
 
 def model_logits(model: Model, task: Task, prompts: Literal["clean", "corrupted"] = "clean") -> Float[Tensor, "scored vocab"]:
@@ -104,7 +157,14 @@ class DamageMeter:
 
     @staticmethod
     def prepare(
-        model: Model, graph: Graph, task: Task, *, metric: str | Metric | None, ablation: str | Ablation, executor: str = "auto"
+        model: Model,
+        graph: Graph,
+        task: Task,
+        *,
+        metric: str | Metric | None,
+        ablation: str | Ablation,
+        executor: ExecutorName = "auto",
+        max_memory: int | None = None,
     ) -> DamageMeter:
         """Run the clean and the counterfactual prompts once, for every circuit that follows.
 
@@ -114,7 +174,8 @@ class DamageMeter:
         task = task.to(model.cfg.device)
         chosen = get_metric(metric, task)
         clean = model_logits(model, task)
-        return DamageMeter(get_executor(model, graph, task, ablation=ablation, executor=executor), chosen, clean, task)
+        ready = get_executor(model, graph, task, ablation=ablation, executor=executor, max_memory=max_memory)
+        return DamageMeter(ready, chosen, clean, task)
 
     def __call__(self, kept: Bool[Tensor, "variant edge"]) -> Float[Tensor, "variant"]:
         """Mean damage of every circuit."""
@@ -122,4 +183,8 @@ class DamageMeter:
 
     def by_row(self, kept: Bool[Tensor, "variant edge"]) -> Float[Tensor, "variant scored"]:
         """Damage of every circuit at every scored row."""
-        return torch.stack([self.metric.damage(logits, self.clean_logits, self.task) for logits in self.executor.logits(kept)]).cpu()
+        return self.executor.map(kept, lambda logits: self.metric.damages(logits, self.clean_logits, self.task)).cpu()
+
+    def near(self, kept: Bool[Tensor, "edge"]) -> None:
+        """A hint: circuits that follow are mostly subsets of this one."""
+        self.executor.near(kept)

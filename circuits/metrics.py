@@ -10,7 +10,7 @@ import hashlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -65,26 +65,38 @@ class Metric:
         """
         logits, clean_logits = _at_least_float32(logits), _at_least_float32(clean_logits)
         check_finite(logits)
-        values = self.function(logits, clean_logits, task)
-        if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
-            found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-            raise InputError(
-                f"metric {self.name!r} returned {found}; it must return one number per scored row, "
-                f"shape ({len(logits)},), and leave the averaging to the caller."
-            )
-        if not bool(values.isfinite().all()):
-            bad = int((~values.isfinite()).sum())
-            raise InputError(
-                f"metric {self.name!r} is NaN or infinite on {bad} of {len(values)} scored rows "
-                "although the logits are finite; mend the metric."
-            )
-        return values.to(logits.dtype)
+        return self._checked(self.function(logits, clean_logits, task), logits)
 
     def damage(
         self, logits: Float[Tensor, "scored vocab"], clean_logits: Float[Tensor, "scored vocab"], task: Task
     ) -> Float[Tensor, "scored"]:
         """The metric with the sign that makes more of it worse."""
         return self.sign * self(logits, clean_logits, task)
+
+    def damages(
+        self, logits: Float[Tensor, "variant scored vocab"], clean_logits: Float[Tensor, "scored vocab"], task: Task
+    ) -> Float[Tensor, "variant scored"]:
+        """The damage in each of several circuits, whose logits are known to be finite."""
+        if METRICS.get(self.name) is not self:
+            return torch.stack([self.damage(each, clean_logits, task) for each in logits])
+        logits, clean_logits = _at_least_float32(logits), _at_least_float32(clean_logits)
+        # The functions of this module treat rows alike, however many axes of them there are.
+        return self.sign * self._checked(self.function(logits, clean_logits, task), logits)
+
+    def _checked(self, values: Any, logits: Float[Tensor, "*variant scored vocab"]) -> Tensor:
+        if not isinstance(values, Tensor) or values.shape != logits.shape[:-1]:
+            found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+            raise InputError(
+                f"metric {self.name!r} returned {found}; it must return one number per scored row, "
+                f"shape ({logits.shape[-2]},), and leave the averaging to the caller."
+            )
+        if not bool(values.isfinite().all()):
+            bad = int((~values.isfinite()).sum())
+            raise InputError(
+                f"metric {self.name!r} is NaN or infinite on {bad} of {values.numel()} scored rows "
+                "although the logits are finite; mend the metric."
+            )
+        return values.to(logits.dtype)
 
 
 def get_metric(metric: str | Metric | None, task: Task) -> Metric:
@@ -114,44 +126,48 @@ def check_finite(logits: Float[Tensor, "*rows vocab"]) -> None:
         )
 
 
-def kl(logits: Float[Tensor, "scored vocab"], clean_logits: Float[Tensor, "scored vocab"], task: Task) -> Float[Tensor, "scored"]:
+def kl(
+    logits: Float[Tensor, "*variant scored vocab"], clean_logits: Float[Tensor, "scored vocab"], task: Task
+) -> Float[Tensor, "*variant scored"]:
     """KL(model || circuit) in nats, summed over the vocabulary."""
     clean = clean_logits.log_softmax(-1)
     return (clean.exp() * (clean - logits.log_softmax(-1))).sum(-1)
 
 
 def logit_difference(
-    logits: Float[Tensor, "scored vocab"], clean_logits: Float[Tensor, "scored vocab"], task: Task
-) -> Float[Tensor, "scored"]:
+    logits: Float[Tensor, "*variant scored vocab"], clean_logits: Float[Tensor, "scored vocab"], task: Task
+) -> Float[Tensor, "*variant scored"]:
     """Mean logit of the answers minus mean logit of the wrong answers."""
     return _mean_over(logits, _answers(task)) - _mean_over(logits, _wrong_answers(task))
 
 
 def probability_difference(
-    logits: Float[Tensor, "scored vocab"], clean_logits: Float[Tensor, "scored vocab"], task: Task
-) -> Float[Tensor, "scored"]:
+    logits: Float[Tensor, "*variant scored vocab"], clean_logits: Float[Tensor, "scored vocab"], task: Task
+) -> Float[Tensor, "*variant scored"]:
     """Summed probability of the answers minus that of the wrong answers."""
     probabilities = logits.softmax(-1)
     return _sum_over(probabilities, _answers(task)) - _sum_over(probabilities, _wrong_answers(task))
 
 
 def negative_log_probability(
-    logits: Float[Tensor, "scored vocab"], clean_logits: Float[Tensor, "scored vocab"], task: Task
-) -> Float[Tensor, "scored"]:
+    logits: Float[Tensor, "*variant scored vocab"], clean_logits: Float[Tensor, "scored vocab"], task: Task
+) -> Float[Tensor, "*variant scored"]:
     """Minus the log of the answers' summed probability, in nats."""
     answers = _answers(task)
-    chosen = logits.log_softmax(-1).gather(-1, answers.clamp(min=0))
+    chosen = _gather(logits.log_softmax(-1), answers)
     return -chosen.masked_fill(answers < 0, -torch.inf).logsumexp(-1)
 
 
-def accuracy(logits: Float[Tensor, "scored vocab"], clean_logits: Float[Tensor, "scored vocab"], task: Task) -> Float[Tensor, "scored"]:
+def accuracy(
+    logits: Float[Tensor, "*variant scored vocab"], clean_logits: Float[Tensor, "scored vocab"], task: Task
+) -> Float[Tensor, "*variant scored"]:
     """1 where the most likely token is an answer, else 0."""
     return (logits.argmax(-1, keepdim=True) == _answers(task)).any(-1).to(logits.dtype)
 
 
 def squared_error(
-    logits: Float[Tensor, "scored vocab"], clean_logits: Float[Tensor, "scored vocab"], task: Task
-) -> Float[Tensor, "scored"]:
+    logits: Float[Tensor, "*variant scored vocab"], clean_logits: Float[Tensor, "scored vocab"], task: Task
+) -> Float[Tensor, "*variant scored"]:
     """Mean over the vocabulary of the squared difference to the model's logits."""
     return (logits - clean_logits).square().mean(-1)
 
@@ -178,11 +194,15 @@ def _wrong_answers(task: Task) -> Int[Tensor, "scored k"]:
     return task.row_wrong_answers
 
 
-def _sum_over(values: Float[Tensor, "scored vocab"], tokens: Int[Tensor, "scored k"]) -> Float[Tensor, "scored"]:
-    return values.gather(-1, tokens.clamp(min=0)).masked_fill(tokens < 0, 0).sum(-1)
+def _gather(values: Float[Tensor, "*variant scored vocab"], tokens: Int[Tensor, "scored k"]) -> Float[Tensor, "*variant scored k"]:
+    return values.gather(-1, tokens.clamp(min=0).expand(*values.shape[:-1], -1))
 
 
-def _mean_over(values: Float[Tensor, "scored vocab"], tokens: Int[Tensor, "scored k"]) -> Float[Tensor, "scored"]:
+def _sum_over(values: Float[Tensor, "*variant scored vocab"], tokens: Int[Tensor, "scored k"]) -> Float[Tensor, "*variant scored"]:
+    return _gather(values, tokens).masked_fill(tokens < 0, 0).sum(-1)
+
+
+def _mean_over(values: Float[Tensor, "*variant scored vocab"], tokens: Int[Tensor, "scored k"]) -> Float[Tensor, "*variant scored"]:
     return _sum_over(values, tokens) / (tokens >= 0).sum(-1)
 
 

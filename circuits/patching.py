@@ -8,8 +8,9 @@ It is simple enough to be believed by reading, and the oracle for everything fas
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from einops import rearrange, repeat
@@ -20,15 +21,13 @@ from circuits.ablation import Ablation, Counterfactuals
 from circuits.components import check_fits, check_supported, component_nodes, sources_of
 from circuits.errors import InputError
 from circuits.graph import SLOTS, Graph
+from circuits.memory import memory_budget, shrinking
 from circuits.metrics import check_finite
 from circuits.models import Hook, Model, frozen, input_hook, run_to_residual, separate_inputs, unembed
 from circuits.nodes import MLP, Head, Logits, Node, PosEmbed, TokenEmbed, at_position
 from circuits.outputs import recording_hooks
 from circuits.spans import token_spans
 from circuits.tasks.base import Task
-
-# Recorded differences of one chunk of variants and prompts stay below this many bytes.
-CHUNK_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,9 +126,11 @@ class HookedExecutor:
     layout: EdgeLayout
     task: Task
     batches: tuple[tuple[Task, Float[Tensor, "source batch pos d_model"], Int[Tensor, "batch pos"] | None], ...]
+    max_memory: int | None = None
+    counts: dict[str, int] = field(default_factory=lambda: {"node_evaluations": 0, "batches": 0})
 
     @staticmethod
-    def prepare(model: Model, graph: Graph, task: Task, ablation: Ablation) -> HookedExecutor:
+    def prepare(model: Model, graph: Graph, task: Task, ablation: Ablation, *, max_memory: int | None = None) -> HookedExecutor:
         """Run the counterfactual prompts once, for every circuit that follows.
 
         Raises:
@@ -144,10 +145,10 @@ class HookedExecutor:
             counterfactuals = Counterfactuals.prepare(model, layout.nodes, task, ablation)
             spans = token_spans(graph, task)
             per_prompt = len(layout.nodes) * task.clean.shape[1] * model.cfg.d_model * model.cfg.dtype.itemsize
-            size = max(1, CHUNK_BYTES // per_prompt)
+            size = max(1, memory_budget(model.cfg.device, max_memory) // per_prompt)
             pieces = [slice(start, start + size) for start in range(0, len(task), size)]
             batches = [(task[piece], counterfactuals.on(task[piece], piece), None if spans is None else spans[piece]) for piece in pieces]
-        return HookedExecutor(model, layout, task, tuple(batches))
+        return HookedExecutor(model, layout, task, tuple(batches), max_memory)
 
     def logits(self, kept: Bool[Tensor, "variant edge"]) -> Float[Tensor, "variant scored vocab"]:
         """Logits of every circuit at every scored row.
@@ -159,7 +160,20 @@ class HookedExecutor:
             parts = [self._batch_logits(kept, *batch) for batch in self.batches]
         logits = torch.cat(parts, dim=1)
         check_finite(logits)
+        self.counts["node_evaluations"] += len(kept) * len(self.layout.nodes)
+        self.counts["batches"] += 1
         return logits
+
+    def map(self, kept: Bool[Tensor, "variant edge"], function: Callable[[Tensor], Tensor]) -> Tensor:
+        """`function` of the logits.
+
+        Raises:
+            InputError: the logits overflow.
+        """
+        return function(self.logits(kept))
+
+    def near(self, kept: Bool[Tensor, "edge"]) -> None:
+        """Nothing is kept from circuit to circuit."""
 
     def _batch_logits(
         self,
@@ -168,9 +182,20 @@ class HookedExecutor:
         counterfactuals: Float[Tensor, "source batch pos d_model"],
         spans: Int[Tensor, "batch pos"] | None,
     ) -> Float[Tensor, "variant scored vocab"]:
-        size = max(1, CHUNK_BYTES // max(1, counterfactuals.numel() * counterfactuals.element_size()))
-        chunks = kept.to(task.clean.device).split(size)
-        return torch.cat([_run(self.model, self.layout, self.layout.ablated(chunk), task, counterfactuals, spans) for chunk in chunks])
+        budget = memory_budget(self.model.cfg.device, self.max_memory)
+        size = max(1, budget // max(1, counterfactuals.numel() * counterfactuals.element_size()))
+        ablated = self.layout.ablated(kept.to(task.clean.device))
+
+        def run(start: int, count: int) -> Tensor:
+            return _run(self.model, self.layout, ablated[start : start + count], task, counterfactuals, spans)
+
+        parts: list[Tensor] = []
+        done = 0
+        while done < len(kept):
+            part, size = shrinking(partial(run, done), size, "circuit")
+            parts.append(part)
+            done += size
+        return torch.cat(parts)
 
 
 def _run(

@@ -7,17 +7,20 @@ damage by less than a threshold, given all that was removed before. A target tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from circuits.ablation import Ablation
 from circuits.circuit import Circuit
 from circuits.components import component_graph
-from circuits.discoverer import Checkpoint, CircuitDiscoverer, Progress
+from circuits.discoverer import SPEED_ONLY, Checkpoint, CircuitDiscoverer, Progress
 from circuits.edge_order import OrderName, Trial, edge_order
 from circuits.errors import InputError
 from circuits.execution import DamageMeter
@@ -28,12 +31,18 @@ from circuits.tasks.base import Task
 
 State = dict[str, Tensor]
 
+# How many edges are speculated on at first, and at most.
+FIRST_BATCH, LARGEST_BATCH = 8, 256
+
 
 @dataclass(frozen=True)
 class ACDC(CircuitDiscoverer):
     """Remove, one at a time from the logits up, every edge whose removal does less damage than the threshold.
 
     Scores are the measured increases in damage, each in the state the search was in; edges never tried on their own stay unscored.
+    The sequential decisions are found in batches, by speculation: guess the next ones, measure each in the state in which the guess
+    would leave the search, and accept as many as turn out as guessed, and the first that does not. Whatever the guess, every decision
+    was measured in the state of the sequential search.
 
     Reference: Conmy et al. 2023, https://arxiv.org/abs/2304.14997
 
@@ -42,7 +51,9 @@ class ACDC(CircuitDiscoverer):
         metric: what damage is measured in.
         ablation: what a removed edge carries instead.
         order: in which order edges are tried; "original" is that of the authors' code, with its group tests.
+        speculate: measure several decisions at once; False measures one after the other.
         absolute: compare the size of the change with the threshold, so that edges which hurt are kept too.
+        max_memory: bytes that one step may take; by default chosen from what is free.
     """
 
     name: ClassVar[str] = "acdc"
@@ -50,7 +61,9 @@ class ACDC(CircuitDiscoverer):
     metric: str | Metric = "kl"
     ablation: str | Ablation = "resample"
     order: OrderName = "topological"
+    speculate: bool = field(default=True, metadata=SPEED_ONLY)
     absolute: bool = False
+    max_memory: int | None = field(default=None, kw_only=True, metadata=SPEED_ONLY)
 
     def __post_init__(self) -> None:
         if not self.threshold >= 0:
@@ -66,39 +79,92 @@ class ACDC(CircuitDiscoverer):
         progress: Progress | None = None,
     ) -> Circuit:
         graph = component_graph(model) if graph is None else graph
-        trials = edge_order(graph, self.order)
         saved = Checkpoint.open(checkpoint, self, graph, task)
-        damage = DamageMeter.prepare(model, graph, task, metric=self.metric, ablation=self.ablation)
+        damage = DamageMeter.prepare(model, graph, task, metric=self.metric, ablation=self.ablation, max_memory=self.max_memory)
+        return self._search(graph, damage, saved, progress, torch.zeros(len(graph), dtype=torch.bool))
+
+    def _search(
+        self, graph: Graph, damage: DamageMeter, saved: Checkpoint, progress: Progress | None, guess: Bool[Tensor, "edge"]
+    ) -> Circuit:
+        """The search itself, with `guess` the edges that it is expected to keep."""
+        chains = list(_chains(graph, edge_order(graph, self.order)))
         kept = torch.ones(len(graph), dtype=torch.bool)
         start = {"kept": kept, "scores": torch.full((len(graph),), torch.nan), "damage": damage(kept[None])[0].double()}
-        state = saved.restore({**start, "next": torch.tensor(0), "evaluations": torch.tensor(0)})
-        for number in range(int(state["next"]), len(trials)):
-            self._try(trials[number], state, graph, damage)
+        counts = {name: torch.tensor(0) for name in ("next", *COUNTS)}
+        state = saved.restore({**start, **counts})
+        for number in range(int(state["next"]), len(chains)):
+            before = dict(damage.executor.counts)
+            self._follow(chains[number], state, graph, damage, guess)
+            for name, value in damage.executor.counts.items():
+                state[name] = state[name] + value - before[name]
             state["next"] = torch.tensor(number + 1)
             saved.save(state)
             if progress:
-                progress(number + 1, len(trials))
-        counts = {"evaluations": int(state["evaluations"]), "damage": float(state["damage"])}
-        return Circuit(graph, state["scores"], state["kept"], record=self.record(**counts))
+                progress(number + 1, len(chains))
+        return Circuit(graph, state["scores"], state["kept"], record=self.record(**_summary(state, graph)))
 
-    def _try(self, trial: Trial, state: State, graph: Graph, damage: DamageMeter) -> None:
-        """Decide on one target's slot, and write the decisions into `state`."""
-        edges = [edge for edge in trial.edges if state["kept"][edge]]
-        if not edges:
-            return
-        if not graph.reaching_logits(state["kept"])[edges].any():
-            state["kept"][edges] = False
-            return
-        for group in [edges] if trial.together else [[edge] for edge in edges]:
-            self._decide(group, state, damage)
+    def _follow(self, chain: list[Trial], state: State, graph: Graph, damage: DamageMeter, guess: Bool[Tensor, "edge"]) -> None:
+        """Decide on the edges of a chain, and write the decisions into `state`."""
+        live = graph.reaching_logits(state["kept"])
+        groups: list[list[int]] = []
+        for trial in chain:
+            edges = [edge for edge in trial.edges if state["kept"][edge]]
+            if not edges:
+                continue
+            if not live[edges].any():
+                state["kept"][edges] = False
+                continue
+            groups += [edges] if trial.together else [[edge] for edge in edges]
+        damage.near(state["kept"])
+        done, size = 0, FIRST_BATCH if self.speculate else 1
+        while done < len(groups):
+            batch = groups[done : done + size]
+            decided = self._decide(batch, state, damage, guess)
+            done += decided
+            if self.speculate:
+                size = min(LARGEST_BATCH, 2 * size) if decided == len(batch) else max(FIRST_BATCH // 2, decided)
 
-    def _decide(self, group: list[int], state: State, damage: DamageMeter) -> None:
-        without = state["kept"].clone()
-        without[group] = False
-        new = damage(without[None])[0].double()
-        increase = new - state["damage"]
-        state["evaluations"] = state["evaluations"] + 1
-        if len(group) == 1:
-            state["scores"][group] = increase.float()
-        if (increase.abs() if self.absolute else increase) < self.threshold:
-            state["kept"], state["damage"] = without, new
+    def _decide(self, groups: list[list[int]], state: State, damage: DamageMeter, guess: Bool[Tensor, "edge"]) -> int:
+        """Measure each removal as if those before it went as guessed; how many decisions were measured in the state they are made in."""
+        expected = state["kept"].clone()
+        without = expected.repeat(len(groups), 1)
+        for row, group in enumerate(groups):
+            without[row] = expected
+            without[row, group] = False
+            if not guess[group].any():
+                expected[group] = False
+        measured = damage(without).double()
+        state["measured"] = state["measured"] + len(groups)
+        for row, group in enumerate(groups):
+            increase = measured[row] - state["damage"]
+            state["evaluations"] = state["evaluations"] + 1
+            if len(group) == 1:
+                state["scores"][group] = increase.float()
+            removed = bool((increase.abs() if self.absolute else increase) < self.threshold)
+            if removed:
+                state["kept"], state["damage"] = without[row].clone(), measured[row]
+            if removed == bool(guess[group].any()):
+                return row + 1
+        return len(groups)
+
+
+COUNTS = ("evaluations", "measured", "batches", "node_evaluations")
+
+
+def _chains(graph: Graph, trials: list[Trial]) -> Iterator[list[Trial]]:
+    """Trials whose decisions can be speculated on together: into one layer's heads, or into one other target."""
+    for _, chain in groupby(trials, key=lambda trial: (graph.target[trial.edges[0]].item(), trial.edges[0], trial.together)):
+        yield list(chain)
+
+
+def _summary(state: State, graph: Graph) -> dict[str, Any]:
+    """What the record says of the search."""
+    counts = {name: int(state[name]) for name in COUNTS}
+    nodes = len(graph.nodes) - 1
+    return {
+        **counts,
+        "accepted": counts["evaluations"] / max(1, counts["measured"]),
+        # Against one forward pass, which computes every node, for every edge.
+        "saving": len(graph) * nodes / max(1, counts["node_evaluations"]),
+        "damage": float(state["damage"]),
+    }

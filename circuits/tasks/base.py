@@ -7,6 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -157,22 +158,22 @@ class Task:
         prompts = None if self.prompts is None else tuple(self.prompts[i] for i in index.tolist())
         return replace(self._with(chosen), prompts=prompts)
 
-    @property
+    @cached_property
     def mask(self) -> Bool[Tensor, "batch pos"]:
         """Real tokens, as against padding."""
         return torch.arange(self.clean.shape[1], device=self.clean.device) < self.lengths[:, None]
 
-    @property
+    @cached_property
     def row_prompt(self) -> Int[Tensor, "scored"]:
         """The prompt each row of logits belongs to. Rows are ordered by prompt, then by position."""
         return self.scored.nonzero()[:, 0]
 
-    @property
+    @cached_property
     def row_answers(self) -> Int[Tensor, "scored k"] | None:
         """The right tokens of each row, padded with -1."""
         return None if self.answers is None else self.answers[self.row_prompt]
 
-    @property
+    @cached_property
     def row_wrong_answers(self) -> Int[Tensor, "scored k_wrong"] | None:
         """The wrong tokens of each row, padded with -1."""
         return None if self.wrong_answers is None else self.wrong_answers[self.row_prompt]
