@@ -6,15 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.graph import SLOTS
 from circuits.models import Components, Model
 from circuits.patching import EdgeLayout
 from circuits.propagation import Needs, Place, Plan, places
-from circuits.sublayers import Attention, FeedForward, Keys, Unembedding, multiply
+from circuits.sublayers import Attention, FeedForward, Keys, Rows, Unembedding, multiply
 from circuits.window import Window
 
 Slot = tuple[int, str | None]
@@ -57,12 +56,13 @@ class State:
         self.kept, self.mask, self.needs = kept.clone(), mask, needs
         self.plans.clear()
 
-    def writable(self, held: dict[Slot, Tensor], slot: Slot, rows: int) -> Tensor:
-        """One of `inputs` or `projected`, to be written to, a row per head."""
+    def put(self, held: dict[Slot, Tensor], place: Place, window: Window, rows: Rows, values: Tensor, wide: bool) -> None:
+        """Write some heads' rows of `inputs` or `projected`, at all tokens or at the scored ones."""
+        slot = (place.layer, place.slot)
         if (id(held), slot) not in self._own:
-            held[slot] = held[slot].expand(rows, *held[slot].shape[1:]).clone()
+            held[slot] = held[slot].expand(place.rows, *held[slot].shape[1:]).clone()
             self._own.add((id(held), slot))
-        return held[slot]
+        window.put(held[slot], rows, values, wide)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +96,7 @@ class Parts:
         attention = [part for part in map(components.attention, layers) if part is not None]
         if len(attention) < len(layers):
             raise UnsupportedError("positions enter its attention in a way that is not known")
-        everyone = torch.arange(model.cfg.n_heads, device=clean.device)
+        everyone = slice(0, model.cfg.n_heads)
         earlier = window.keys[:, : window.before]
         before: dict[Slot, Tensor] = {}
         inputs = running_inputs(model, places(layout), clean[:, :, : window.before])
@@ -120,7 +120,7 @@ class Parts:
         written: Float[Tensor, "source batch window d_model"],
     ) -> State:
         """The state of a circuit in which every target reads the sum of `written`: nothing is ablated, or everything."""
-        everyone = torch.arange(self.model.cfg.n_heads, device=written.device)
+        everyone = slice(0, self.model.cfg.n_heads)
         inputs = running_inputs(self.model, self.places, written)
         projected: dict[Slot, Tensor] = {}
         # Embeddings read nothing. The others are computed here, so that they round as in every run that follows.
@@ -138,7 +138,7 @@ class Parts:
         return State(kept, mask, outputs, inputs, projected, Needs.of(self.places, np.any(mask, axis=0)))
 
     def heads(
-        self, layer: int, heads: Int[Tensor, "head"], projected: Mapping[str, Float[Tensor, "head _ batch _ d_head"]], *, wide: bool
+        self, layer: int, heads: Rows, projected: Mapping[str, Float[Tensor, "head _ batch _ d_head"]], *, wide: bool
     ) -> Float[Tensor, "head variant batch query d_model"]:
         """What some heads write, given their q, k and v in the window; queries at every token of it, or at the scored ones."""
         part = self.attention[layer]

@@ -12,8 +12,9 @@ and only nodes whose input changed and which still reach the logits are computed
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from circuits.outputs import TOLERANCE, source_outputs
 from circuits.patching import EdgeLayout, check_task
 from circuits.propagation import Needs, Plan, Read, Step, plan
 from circuits.spans import token_spans
+from circuits.sublayers import Rows
 from circuits.tasks.base import Task
 from circuits.window import Window
 
@@ -45,7 +47,7 @@ class IncrementalExecutor:
         possible: where there can be edges, by target and source.
         whole: the state of the whole model.
         bases: the states of other circuits: "empty" and, after `near`, "near".
-        max_memory: bytes that one step may take; None chooses from what is free.
+        budget: bytes that one step may take.
         counts: node evaluations so far (one node in one variant), and batches.
     """
 
@@ -54,7 +56,7 @@ class IncrementalExecutor:
     spans: Int[Tensor, "batch window"] | None
     possible: np.ndarray
     whole: State
-    max_memory: int | None
+    budget: int
     bases: dict[str, State] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=lambda: {"node_evaluations": 0, "batches": 0})
 
@@ -85,7 +87,8 @@ class IncrementalExecutor:
             spans = token_spans(graph, task)
             if spans is not None:
                 spans = spans.gather(1, window.positions)
-        return IncrementalExecutor(parts, counterfactuals, spans, possible, whole, max_memory)
+        budget = memory_budget(model.cfg.device, max_memory)
+        return IncrementalExecutor(parts, counterfactuals, spans, possible, whole, budget)
 
     def logits(self, kept: Bool[Tensor, "variant edge"]) -> Float[Tensor, "variant scored vocab"]:
         """Logits of every circuit at every scored row.
@@ -102,16 +105,15 @@ class IncrementalExecutor:
             InputError: the logits overflow.
         """
         kept = kept.cpu()
-        base = self._base(kept)
-        budget = memory_budget(self.counterfactuals.device, self.max_memory)
-        size = max(1, min(len(kept), budget // self._run(base, kept).bytes_per_variant()))
+        run = self._run(self._base(kept), kept)
+        size = max(1, min(len(kept), self.budget // run.bytes_per_variant()))
         results: list[Tensor] = []
         done = 0
         while done < len(kept):
-            result, size = shrinking(partial(self._apply, function, base, kept[done:]), size, "circuit")
+            result, size = shrinking(partial(self._apply, function, run, done), size, "circuit")
             results.append(result)
             done += size
-        return torch.cat(results)
+        return results[0] if len(results) == 1 else torch.cat(results)
 
     def near(self, kept: Bool[Tensor, "edge"]) -> None:
         """Circuits that follow are mostly subsets of this one: compute them from here."""
@@ -120,7 +122,7 @@ class IncrementalExecutor:
             state = self.bases["near"] = self.whole.copy()
         if not torch.equal(kept, state.kept):
             with torch.no_grad():
-                self._run(state, kept[None]).execute(commit=True)
+                self._run(state, kept[None]).commit()
             mask = self._mask(kept)
             state.become(kept, mask, Needs.of(self.parts.places, np.any(mask, axis=0)))
 
@@ -140,15 +142,15 @@ class IncrementalExecutor:
         """Edges kept, by span, target and source."""
         return ~self.parts.layout.ablated(kept[None])[0].numpy() & self.possible
 
-    def _apply(self, function: Callable[[Tensor], Tensor], base: State, kept: Bool[Tensor, "variant edge"], size: int) -> Tensor:
+    def _apply(self, function: Callable[[Tensor], Tensor], run: _Run, start: int, size: int) -> Tensor:
         with torch.no_grad():
-            logits = self._run(base, kept[:size]).execute()
+            logits = run.only(slice(start, start + size)).execute()
         self.counts["batches"] += 1
         check_finite(logits)
         return function(logits)
 
     def _run(self, base: State, kept: Bool[Tensor, "variant edge"]) -> _Run:
-        flips = Flips.of(self.parts.layout, base, kept, self.counterfactuals, self.possible)
+        flips = Flips.of(self, base, kept)
         if base is not self.bases.get("near"):
             mask = np.any(self._mask(kept.any(0)), axis=0)
             return _Run(self, base, kept, flips, plan(self.parts.places, mask, Needs.of(self.parts.places, mask), flips.targets))
@@ -167,7 +169,7 @@ class Flips:
         edges: whether one between a target and a source does.
         rows, columns: the targets and sources they connect.
         signs: kept minus kept in the base.
-        ablated: what the sources write in the base, minus their counterfactuals.
+        ablated: what the sources write in the base, minus their counterfactuals: at the scored tokens, and at all of them where needed.
     """
 
     targets: np.ndarray
@@ -175,24 +177,28 @@ class Flips:
     rows: np.ndarray
     columns: np.ndarray
     signs: Float[Tensor, "variant span row column"]
-    ablated: Float[Tensor, "column batch window d_model"]
+    ablated: Callable[[bool], Float[Tensor, "column batch token d_model"]]
 
     @staticmethod
-    def of(layout: EdgeLayout, base: State, kept: Bool[Tensor, "variant edge"], counterfactuals: Tensor, possible: np.ndarray) -> Flips:
+    def of(executor: IncrementalExecutor, base: State, kept: Bool[Tensor, "variant edge"]) -> Flips:
         """How the variants differ from the base."""
+        layout, counterfactuals = executor.parts.layout, executor.counterfactuals
         changed = (kept != base.kept).any(0).nonzero()[:, 0]
         target, source = layout.target[changed].numpy(), layout.source[changed].numpy()
-        edges = np.zeros_like(possible)
+        edges = np.zeros_like(executor.possible)
         edges[target, source] = True
         rows, row = np.unique(target, return_inverse=True)
         columns, column = np.unique(source, return_inverse=True)
         signs = torch.zeros(len(kept), layout.shape[0], len(rows), len(columns), dtype=counterfactuals.dtype)
         values = kept[:, changed].to(signs.dtype) - base.kept[changed].to(signs.dtype)
         signs[:, layout.span[changed], torch.from_numpy(row), torch.from_numpy(column)] = values
-        index = torch.from_numpy(columns).to(counterfactuals.device)
-        return Flips(
-            np.any(edges, axis=1), edges, rows, columns, signs.to(counterfactuals.device), base.outputs[index] - counterfactuals[index]
-        )
+
+        def ablated(wide: bool) -> Tensor:
+            index, window = torch.from_numpy(columns).to(counterfactuals.device), executor.parts.window
+            written, replaced = (part if wide else window.narrow(part) for part in (base.outputs, counterfactuals))
+            return written[index] - replaced[index]
+
+        return Flips(np.any(edges, axis=1), edges, rows, columns, signs.to(counterfactuals.device), cache(ablated))
 
 
 @dataclass(eq=False)
@@ -207,9 +213,25 @@ class _Run:
     wide: Tensor = field(init=False)
     narrow: Tensor = field(init=False)
     normed: dict[Key | None, Tensor] = field(default_factory=dict)
+    writes: list[Callable[[], None]] | None = None
 
-    def execute(self, *, commit: bool = False) -> Float[Tensor, "variant scored vocab"]:
-        """Walk down the model. With `commit` (of one variant) the base becomes its state, but for what `State.become` sets."""
+    def only(self, variants: slice) -> _Run:
+        """The run of some of the variants."""
+        if len(self.kept[variants]) == len(self.kept):
+            return self
+        flips = replace(self.flips, signs=self.flips.signs[variants])
+        return _Run(self.executor, self.base, self.kept[variants], flips, self.plan)
+
+    def commit(self) -> None:
+        """Make the base the state of the first variant, but for what `State.become` sets."""
+        self.writes = []
+        self.execute()
+        # Only now: what is computed last still reads the base as it was.
+        for write in self.writes:
+            write()
+
+    def execute(self) -> Float[Tensor, "variant scored vocab"]:
+        """Walk down the model."""
         window, shape = self.executor.parts.window, self.base.outputs.shape
         batch, width, d_model = shape[1:]
         self.wide = self.base.outputs.new_empty(len(self.plan.wide), len(self.kept), batch, width, d_model)
@@ -217,19 +239,18 @@ class _Run:
         done = wide = 0
         for step in self.plan.steps:
             if not len(step.sources):
-                return self._unembed(step, commit)
-            written = self._written(step, commit)
+                return self._unembed(step)
+            written = self._written(step)
             index = self._index(step.sources)
             old = self.base.outputs[index]
             change = written - (old if step.wide else window.narrow(old))[:, None]
-            if commit:
-                window.put(self.base.outputs, index, written[:, 0], step.wide)
+            self._note(window.put, self.base.outputs, index, written, step.wide)
             if step.wide:
-                self.wide[wide : wide + len(index)] = change
-                wide += len(index)
-            self.narrow[done : done + len(index)] = window.narrow(change) if step.wide else change
-            done += len(index)
-            self.executor.counts["node_evaluations"] += len(index) * len(self.kept)
+                self.wide[wide : wide + len(change)] = change
+                wide += len(change)
+            self.narrow[done : done + len(change)] = window.narrow(change) if step.wide else change
+            done += len(change)
+            self.executor.counts["node_evaluations"] += len(change) * len(self.kept)
         residual = window.narrow(self.base.inputs[self.executor.parts.model.cfg.n_layers, None])
         return self._to_logits(residual).expand(len(self.kept), -1, -1)
 
@@ -251,35 +272,33 @@ class _Run:
             peak = max(peak, size)
         return max(1, (held + peak) * outputs.element_size())
 
-    def _written(self, step: Step, commit: bool) -> Float[Tensor, "source variant batch token d_model"]:
+    def _written(self, step: Step) -> Float[Tensor, "source variant batch token d_model"]:
         parts, layer = self.executor.parts, step.layer
         first = step.reads[0].place
         if first.slot is None:
-            return parts.feed_forward[layer](self._input(step.reads[0], commit)[0])[None]
+            return parts.feed_forward[layer](self._input(step.reads[0])[0])[None]
         heads = self._index(step.sources - first.source)
-        projected: dict[str, Tensor] = {str(read.place.slot): self._projected(read, heads, commit) for read in step.reads}
+        projected: dict[str, Tensor] = {str(read.place.slot): self._projected(read, heads) for read in step.reads}
         for slot in SLOTS:
             if slot not in projected:
                 held = self.base.projected[layer, slot][heads][:, None]
                 projected[slot] = parts.window.narrow(held) if slot == "q" and not step.wide else held
         return parts.heads(layer, heads, projected, wide=step.wide)
 
-    def _projected(self, read: Read, heads: Int[Tensor, "head"], commit: bool) -> Float[Tensor, "head variant batch token d_head"]:
+    def _projected(self, read: Read, heads: Rows) -> Float[Tensor, "head variant batch token d_head"]:
         """New q, k or v of some heads."""
         parts, place = self.executor.parts, read.place
         assert place.slot is not None
         part = parts.attention[place.layer]
-        residual, key = self._input(read, commit)
+        residual, key = self._input(read)
         normed = self.normed[key] if key in self.normed else part.norm(residual)
         if key is not None:
             self.normed = {key: normed}
         result = part.project(place.slot, heads, normed, parts.window.at(read.wide))
-        if commit:
-            held = self.base.writable(self.base.projected, (place.layer, place.slot), place.rows)
-            parts.window.put(held, heads, result[:, 0], read.wide)
+        self._note(self.base.put, self.base.projected, place, parts.window, heads, result, read.wide)
         return result
 
-    def _input(self, read: Read, commit: bool) -> tuple[Float[Tensor, "#target variant batch token d_model"], Key | None]:
+    def _input(self, read: Read) -> tuple[Float[Tensor, "#target variant batch token d_model"], Key | None]:
         """What some targets read, or one row where all read the same, with a key that equal inputs of a layer share."""
         window, place = self.executor.parts.window, read.place
         slot = (place.layer, place.slot)
@@ -292,8 +311,7 @@ class _Run:
         residual = (base if read.wide else window.narrow(base))[:, None]
         for part in (change, ablated):
             residual = residual if part is None else residual + part
-        if commit:
-            window.put(self.base.writable(self.base.inputs, slot, place.rows), rows, residual[:, 0], read.wide)
+        self._note(self.base.put, self.base.inputs, place, window, rows, residual, read.wide)
         return residual, key
 
     def _propagated(self, read: Read) -> tuple[Float[Tensor, "#target variant batch token d_model"] | None, bytes]:
@@ -322,8 +340,7 @@ class _Run:
         if not len(hit):
             return None
         where = self._index(np.searchsorted(flips.rows, read.rows[hit]))
-        ablated = flips.ablated if read.wide else self.executor.parts.window.narrow(flips.ablated)
-        change = self._sum(flips.signs[:, :, where], ablated[:, None], read.wide)
+        change = self._sum(flips.signs[:, :, where], flips.ablated(read.wide)[:, None], read.wide)
         if len(hit) == len(read.rows):
             return change
         result = change.new_zeros(len(read.rows), *change.shape[1:])
@@ -352,14 +369,23 @@ class _Run:
             summed = torch.bmm(matrix, flat.transpose(0, 1)).transpose(0, 1)
         return summed.reshape(matrix.shape[1], len(matrix), *values.shape[2:])
 
-    def _unembed(self, step: Step, commit: bool) -> Float[Tensor, "variant scored vocab"]:
-        return self._to_logits(self._input(step.reads[0], commit)[0][0])
+    def _unembed(self, step: Step) -> Float[Tensor, "variant scored vocab"]:
+        return self._to_logits(self._input(step.reads[0])[0][0])
 
     def _to_logits(self, residual: Float[Tensor, "variant batch token d_model"]) -> Float[Tensor, "variant scored vocab"]:
         parts = self.executor.parts
         return parts.unembedding(residual.flatten(1, 2)[:, parts.window.rows])
 
-    def _index(self, rows: np.ndarray) -> Int[Tensor, "row"]:
+    def _note(self, write: Callable[..., None], *arguments: Any) -> None:
+        """A write to the base, of the first variant of the tensor before the last argument."""
+        if self.writes is not None:
+            *where, values, wide = arguments
+            self.writes.append(partial(write, *where, values[:, 0], wide))
+
+    def _index(self, rows: np.ndarray) -> Rows:
+        """Some rows of a tensor; a slice, which copies nothing, where they stand side by side."""
+        if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
+            return slice(int(rows[0]), int(rows[-1]) + 1)
         return torch.from_numpy(rows).to(self.base.outputs.device)
 
 

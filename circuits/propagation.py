@@ -149,11 +149,15 @@ def plan(layout_places: tuple[Place, ...], kept: Mask, needs: Needs, flipped: Ma
     changed: list[int] = []
     wide: list[int] = []
     touched = flipped.copy()
+    if not touched.any():
+        return Plan((), np.array([], dtype=int), np.array([], dtype=int))
 
     def reads(place: Place, rows: np.ndarray, at_all: bool) -> Read:
         return Read(place, rows, at_all, len(wide if at_all else changed))
 
-    index = 0
+    # Whole layers of heads at a time, from the first with a flipped row.
+    first = int(touched.argmax())
+    index = next(i for i, place in enumerate(layout_places) if place.row + (3 if place.slot == "q" else 1) * place.rows > first)
     while index < len(layout_places):
         group = layout_places[index : index + (len(SLOTS) if layout_places[index].slot else 1)]
         index += len(group)
@@ -180,7 +184,7 @@ def _steps(group: tuple[Place, ...], touched: Mask, needs: Needs, reads: Callabl
     slots = np.stack([touched[place.row : place.row + place.rows] for place in group])
     kinds = slots.T.astype(int) @ (1 << np.arange(len(group))) * 2 + needs.wide[own]
     kinds[~needs.live[own] | ~slots.any(0)] = 0
-    for kind in np.unique(kinds[kinds > 1]).tolist():
+    for kind in sorted({kind for kind in kinds.tolist() if kind > 1}):
         chosen, at_all = heads[kinds == kind], bool(kind % 2)
         made = tuple(
             reads(place, place.row + chosen, at_all or place.slot in ("k", "v"))

@@ -14,11 +14,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Norm = Callable[[Tensor], Tensor]
-Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Rows = slice | Tensor
+"""Some rows of a tensor: a slice of them, or their numbers."""
+
+Multiply = Callable[[Tensor, Tensor, Rows | None], Tensor]
 """(x [head n d_in] or [n d_in], weight [head d_in d_out] or [d_in d_out], heads or None) -> x @ weight[heads]."""
 
 
-def multiply(x: Tensor, weight: Tensor, heads: Int[Tensor, "head"] | None = None) -> Tensor:
+def multiply(x: Tensor, weight: Tensor, heads: Rows | None = None) -> Tensor:
     """The plain product, in the weights' precision."""
     return x @ (weight if heads is None else weight[heads])
 
@@ -95,14 +98,14 @@ class Attention:
     def project(
         self,
         slot: str,
-        heads: Int[Tensor, "head"],
+        heads: Rows,
         normed: Float[Tensor, "#head variant batch pos d_model"],
         positions: Int[Tensor, "batch pos"],
         multiply: Multiply = multiply,
     ) -> Float[Tensor, "head variant batch pos d_head"]:
         """q, k or v of some heads, ready for use: normed, clipped and rotated. Heads may share one input."""
         flat = multiply(normed.reshape(len(normed), -1, normed.shape[-1]), self.weights[slot], heads)
-        projected = flat.add_(self.biases[slot][heads, None]).view(len(heads), *normed.shape[1:-1], flat.shape[-1])
+        projected = flat.add_(self.biases[slot][heads][:, None]).view(len(flat), *normed.shape[1:-1], flat.shape[-1])
         if slot in self.norms:
             projected = self.norms[slot](projected)
         if self.clip is not None:
@@ -124,7 +127,7 @@ class Attention:
 
     def attend(
         self,
-        heads: Int[Tensor, "head"],
+        heads: Rows,
         queries: Float[Tensor, "head variant batch query d_head"],
         keys: Keys,
         values: Keys,

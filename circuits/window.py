@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from circuits.sublayers import Rows
 from circuits.tasks.base import Task
 
 
@@ -72,14 +73,15 @@ class Window:
             return activation[..., -1:, :]
         return activation[..., self._prompts, self.scored, :]
 
-    def put(self, into: Float[Tensor, "rows batch window width"], rows: Int[Tensor, "row"], values: Tensor, wide: bool) -> None:
+    def put(self, into: Float[Tensor, "rows batch window width"], rows: Rows, values: Tensor, wide: bool) -> None:
         """Write values at all tokens of the window, or at the scored ones, of some rows."""
         if wide:
             into[rows] = values
         elif self.at_end:
             into[rows, :, -1:] = values
         else:
-            into[rows[:, None, None], self._prompts, self.scored] = values
+            index = torch.arange(len(into), device=into.device)[rows]
+            into[index[:, None, None], self._prompts, self.scored] = values
 
     def at(self, wide: bool) -> Int[Tensor, "batch token"]:
         """Positions of all tokens of the window, or of the scored ones."""

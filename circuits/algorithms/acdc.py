@@ -31,8 +31,9 @@ from circuits.tasks.base import Task
 
 State = dict[str, Tensor]
 
-# How many edges are speculated on at first, and at most.
-FIRST_BATCH, LARGEST_BATCH = 8, 256
+# Edges are speculated on until about this many wrong guesses are to be expected among them; a guess that rests on a measurement made in
+# a neighbouring state is wrong this often; and never more edges than this at once.
+WRONG_GUESSES, WRONG_AFTER_MEASURING, LARGEST_BATCH = 1.0, 0.05, 256
 
 
 @dataclass(frozen=True)
@@ -116,44 +117,62 @@ class ACDC(CircuitDiscoverer):
                 continue
             groups += [edges] if trial.together else [[edge] for edge in edges]
         damage.near(state["kept"])
-        done, size = 0, FIRST_BATCH if self.speculate else 1
+        expected = [bool(guess[group].any()) for group in groups]
+        done = surveyed = 0
         while done < len(groups):
-            batch = groups[done : done + size]
-            decided = self._decide(batch, state, damage, guess)
+            part = slice(done, done + self._batch_size(state, max(0, surveyed - done)))
+            decided, expected[part] = self._decide(groups[part], expected[part], state, damage)
+            surveyed = max(surveyed, done + len(groups[part]))
             done += decided
-            if self.speculate:
-                size = min(LARGEST_BATCH, 2 * size) if decided == len(batch) else max(FIRST_BATCH // 2, decided)
 
-    def _decide(self, groups: list[list[int]], state: State, damage: DamageMeter, guess: Bool[Tensor, "edge"]) -> int:
-        """Measure each removal as if those before it went as guessed; how many decisions were measured in the state they are made in."""
-        expected = state["kept"].clone()
-        without = expected.repeat(len(groups), 1)
-        for row, group in enumerate(groups):
-            without[row] = expected
+    def _batch_size(self, state: State, surveyed: int) -> int:
+        """How many edges to speculate on, when the next `surveyed` have been measured in a state near to theirs."""
+        if not self.speculate:
+            return 1
+        # As often as guesses failed so far; at first, one in eight.
+        wrong = (int(state["wrong"]) + 1) / (int(state["evaluations"]) + 8)
+        budget = WRONG_GUESSES - surveyed * WRONG_AFTER_MEASURING
+        return max(1, min(LARGEST_BATCH, surveyed + int(budget / wrong) if budget > 0 else int(WRONG_GUESSES / WRONG_AFTER_MEASURING)))
+
+    def _decide(self, groups: list[list[int]], expected: list[bool], state: State, damage: DamageMeter) -> tuple[int, list[bool]]:
+        """Measure each removal as if those before it went as expected (True: kept).
+
+        Returns:
+            How many decisions were measured in the state they are made in, at least one; and what was seen of all, a better guess.
+        """
+        kept = state["kept"].clone()
+        without = kept.repeat(len(groups), 1)
+        for row, (group, stays) in enumerate(zip(groups, expected, strict=True)):
+            without[row] = kept
             without[row, group] = False
-            if not guess[group].any():
-                expected[group] = False
+            if not stays:
+                kept[group] = False
         measured = damage(without).double()
         state["measured"] = state["measured"] + len(groups)
-        for row, group in enumerate(groups):
-            increase = measured[row] - state["damage"]
-            state["evaluations"] = state["evaluations"] + 1
-            if len(group) == 1:
-                state["scores"][group] = increase.float()
-            removed = bool((increase.abs() if self.absolute else increase) < self.threshold)
-            if removed:
-                state["kept"], state["damage"] = without[row].clone(), measured[row]
-            if removed == bool(guess[group].any()):
-                return row + 1
-        return len(groups)
+        current, seen, decided = float(state["damage"]), [], 0
+        for group, stays, found in zip(groups, expected, measured.tolist(), strict=True):
+            increase = found - current
+            seen.append((abs(increase) if self.absolute else increase) >= self.threshold)
+            if decided == len(seen) - 1 and seen[:-1] == expected[:decided]:
+                decided += 1
+                if len(group) == 1:
+                    state["scores"][group] = increase
+                if not seen[-1]:
+                    state["kept"][group] = False
+                    state["damage"] = measured[decided - 1]
+            current = current if stays else found
+        state["evaluations"] = state["evaluations"] + decided
+        state["wrong"] = state["wrong"] + int(seen[decided - 1] != expected[decided - 1])
+        return decided, seen
 
 
-COUNTS = ("evaluations", "measured", "batches", "node_evaluations")
+COUNTS = ("evaluations", "measured", "wrong", "batches", "node_evaluations")
 
 
 def _chains(graph: Graph, trials: list[Trial]) -> Iterator[list[Trial]]:
     """Trials whose decisions can be speculated on together: into one layer's heads, or into one other target."""
-    for _, chain in groupby(trials, key=lambda trial: (graph.target[trial.edges[0]].item(), trial.edges[0], trial.together)):
+    targets = graph.target.tolist()
+    for _, chain in groupby(trials, key=lambda trial: targets[trial.edges[0]]):
         yield list(chain)
 
 
