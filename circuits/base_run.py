@@ -34,6 +34,7 @@ class State:
         outputs: what each source writes.
         inputs: what each target reads: a row per head, or one while all heads read the same.
         projected: q, k and v of each head.
+        changed: sources that write something else than in the whole model.
         needs: what matters in this circuit; the rest may be out of date, so that only subsets can be computed from it.
         plans: made before, by the rows into which edges change.
     """
@@ -43,16 +44,18 @@ class State:
     outputs: Float[Tensor, "source batch window d_model"]
     inputs: dict[Slot, Tensor]
     projected: dict[Slot, Tensor]
+    changed: np.ndarray
     needs: Needs
     plans: dict[bytes, Plan] = field(default_factory=dict)
     _own: set[tuple[int, Slot]] = field(default_factory=set)
 
     def copy(self) -> State:
         """A state that can be changed without changing this one."""
-        return State(self.kept, self.mask, self.outputs.clone(), dict(self.inputs), dict(self.projected), self.needs)
+        return State(self.kept, self.mask, self.outputs.clone(), dict(self.inputs), dict(self.projected), self.changed.copy(), self.needs)
 
-    def become(self, kept: Bool[Tensor, "edge"], mask: np.ndarray, needs: Needs) -> None:
-        """Be the state of another circuit, whose tensors have been written."""
+    def become(self, kept: Bool[Tensor, "edge"], mask: np.ndarray, needs: Needs, changed: np.ndarray) -> None:
+        """Be the state of another circuit, whose tensors have been written; `changed` are the sources among them."""
+        self.changed[changed] = True
         self.kept, self.mask, self.needs = kept.clone(), mask, needs
         self.plans.clear()
 
@@ -135,7 +138,15 @@ class Parts:
                 outputs[place.own] = self.heads(place.layer, everyone, everything, wide=True)[:, 0]
             elif place.slot is None and place.source is not None:
                 outputs[place.own] = self.feed_forward[place.layer](inputs[place.layer, None])
-        return State(kept, mask, outputs, inputs, projected, Needs.of(self.places, np.any(mask, axis=0)))
+        return State(
+            kept,
+            mask,
+            outputs,
+            inputs,
+            projected,
+            ~kept.all().numpy() & np.ones(len(written), dtype=bool),
+            Needs.of(self.places, np.any(mask, axis=0)),
+        )
 
     def heads(
         self, layer: int, heads: Rows, projected: Mapping[str, Float[Tensor, "head _ batch _ d_head"]], *, wide: bool

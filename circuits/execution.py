@@ -173,8 +173,8 @@ class DamageMeter:
         """
         task = task.to(model.cfg.device)
         chosen = get_metric(metric, task)
-        clean = model_logits(model, task)
         ready = get_executor(model, graph, task, ablation=ablation, executor=executor, max_memory=max_memory)
+        clean = ready.logits(torch.ones(1, len(graph), dtype=torch.bool))[0]
         return DamageMeter(ready, chosen, clean, task)
 
     def __call__(self, kept: Bool[Tensor, "variant edge"]) -> Float[Tensor, "variant"]:

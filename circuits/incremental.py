@@ -44,6 +44,7 @@ class IncrementalExecutor:
     Attributes:
         parts: the model as functions of tensors.
         counterfactuals: what replaces each source's output, in the window.
+        removed: what each source of the whole model writes, minus its counterfactual: at the scored tokens, and at all of the window.
         possible: where there can be edges, by target and source.
         whole: the state of the whole model.
         bases: the states of other circuits: "empty" and, after `near`, "near".
@@ -53,6 +54,7 @@ class IncrementalExecutor:
 
     parts: Parts
     counterfactuals: Float[Tensor, "source batch window d_model"]
+    removed: tuple[Float[Tensor, "source batch scored d_model"], Float[Tensor, "source batch window d_model"]]
     spans: Int[Tensor, "batch window"] | None
     possible: np.ndarray
     whole: State
@@ -87,8 +89,10 @@ class IncrementalExecutor:
             spans = token_spans(graph, task)
             if spans is not None:
                 spans = spans.gather(1, window.positions)
+            removed = whole.outputs - counterfactuals
         budget = memory_budget(model.cfg.device, max_memory)
-        return IncrementalExecutor(parts, counterfactuals, spans, possible, whole, budget)
+        removals = (window.narrow(removed).contiguous(), removed)
+        return IncrementalExecutor(parts, counterfactuals, removals, spans, possible, whole, budget)
 
     def logits(self, kept: Bool[Tensor, "variant edge"]) -> Float[Tensor, "variant scored vocab"]:
         """Logits of every circuit at every scored row.
@@ -122,9 +126,10 @@ class IncrementalExecutor:
             state = self.bases["near"] = self.whole.copy()
         if not torch.equal(kept, state.kept):
             with torch.no_grad():
-                self._run(state, kept[None]).commit()
+                run = self._run(state, kept[None])
+                run.commit()
             mask = self._mask(kept)
-            state.become(kept, mask, Needs.of(self.parts.places, np.any(mask, axis=0)))
+            state.become(kept, mask, Needs.of(self.parts.places, np.any(mask, axis=0)), run.plan.changed)
 
     def _base(self, kept: Bool[Tensor, "variant edge"]) -> State:
         near = self.bases.get("near")
@@ -168,7 +173,7 @@ class Flips:
         targets: whether edges into a target do.
         edges: whether one between a target and a source does.
         rows, columns: the targets and sources they connect.
-        signs: kept minus kept in the base.
+        signs: kept minus kept in the base, by variant, span, row and column.
         ablated: what the sources write in the base, minus their counterfactuals: at the scored tokens, and at all of them where needed.
     """
 
@@ -176,7 +181,7 @@ class Flips:
     edges: np.ndarray
     rows: np.ndarray
     columns: np.ndarray
-    signs: Float[Tensor, "variant span row column"]
+    signs: np.ndarray
     ablated: Callable[[bool], Float[Tensor, "column batch token d_model"]]
 
     @staticmethod
@@ -188,17 +193,29 @@ class Flips:
         edges = np.zeros_like(executor.possible)
         edges[target, source] = True
         rows, row = np.unique(target, return_inverse=True)
-        columns, column = np.unique(source, return_inverse=True)
-        signs = torch.zeros(len(kept), layout.shape[0], len(rows), len(columns), dtype=counterfactuals.dtype)
-        values = kept[:, changed].to(signs.dtype) - base.kept[changed].to(signs.dtype)
-        signs[:, layout.span[changed], torch.from_numpy(row), torch.from_numpy(column)] = values
+        columns = np.unique(source)
+        if len(columns) and columns[-1] - columns[0] < 2 * len(columns):
+            columns = np.arange(columns[0], columns[-1] + 1)  # side by side, so that they need not be copied
+        signs = np.zeros((len(kept), layout.shape[0], len(rows), len(columns)), dtype=np.float32)
+        values = kept[:, changed].numpy().astype(np.float32) - base.kept[changed].numpy()
+        signs[:, layout.span[changed].numpy(), row, np.searchsorted(columns, source)] = values
 
         def ablated(wide: bool) -> Tensor:
-            index, window = torch.from_numpy(columns).to(counterfactuals.device), executor.parts.window
+            index = contiguous(columns, counterfactuals.device)
+            if not base.changed[columns].any():
+                return executor.removed[wide][index]
+            window = executor.parts.window
             written, replaced = (part if wide else window.narrow(part) for part in (base.outputs, counterfactuals))
             return written[index] - replaced[index]
 
-        return Flips(np.any(edges, axis=1), edges, rows, columns, signs.to(counterfactuals.device), cache(ablated))
+        return Flips(np.any(edges, axis=1), edges, rows, columns, signs, cache(ablated))
+
+
+def contiguous(rows: np.ndarray, device: torch.device) -> Rows:
+    """Some rows of a tensor; a slice, which copies nothing, where they stand side by side."""
+    if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return torch.from_numpy(rows).to(device)
 
 
 @dataclass(eq=False)
@@ -290,27 +307,46 @@ class _Run:
         parts, place = self.executor.parts, read.place
         assert place.slot is not None
         part = parts.attention[place.layer]
-        residual, key = self._input(read)
+        variants, which = self._variants(read)
+        residual, key = self._input(read, variants)
         normed = self.normed[key] if key in self.normed else part.norm(residual)
         if key is not None:
             self.normed = {key: normed}
         result = part.project(place.slot, heads, normed, parts.window.at(read.wide))
         self._note(self.base.put, self.base.projected, place, parts.window, heads, result, read.wide)
-        return result
+        return result if which is None else result[:, which]
 
-    def _input(self, read: Read) -> tuple[Float[Tensor, "#target variant batch token d_model"], Key | None]:
-        """What some targets read, or one row where all read the same, with a key that equal inputs of a layer share."""
+    def _variants(self, read: Read) -> tuple[np.ndarray, Tensor | None]:
+        """Variants that differ in what some targets read, and which of them each variant is like (None: all differ).
+
+        Where nothing upstream changed, variants of one search share what was decided before.
+        """
+        everyone = np.arange(len(self.kept))
+        if read.changed or len(everyone) == 1:
+            return everyone, None
+        signs = self.flips.signs[:, :, np.isin(self.flips.rows, read.rows)]
+        seen: dict[bytes, int] = {}
+        which = [seen.setdefault(each.tobytes(), len(seen)) for each in signs]
+        if len(seen) == len(everyone):
+            return everyone, None
+        return np.unique(which, return_index=True)[1], torch.tensor(which, device=self.base.outputs.device)
+
+    def _input(
+        self, read: Read, variants: np.ndarray | None = None
+    ) -> tuple[Float[Tensor, "#target variant batch token d_model"], Key | None]:
+        """What some targets read in some variants, or one row where all read the same, with a key that equal inputs of a layer share."""
         window, place = self.executor.parts.window, read.place
         slot = (place.layer, place.slot)
         stored = self.base.inputs[slot]
         rows = self._index(read.rows - place.row)
         base = stored if len(stored) == 1 else stored[rows]
-        change, weights = self._propagated(read)
-        ablated = self._ablated(read)
-        key = (id(stored), read.wide, weights) if len(stored) == 1 and ablated is None and (change is None or len(change) == 1) else None
         residual = (base if read.wide else window.narrow(base))[:, None]
-        for part in (change, ablated):
-            residual = residual if part is None else residual + part
+        change, weights = self._propagated(read)
+        residual = residual if change is None else residual + change
+        flipped = self.flips.targets[read.rows].any()
+        key = (id(stored), read.wide, weights) if len(residual) == len(stored) == 1 and not flipped else None
+        if flipped:
+            residual = self._flipped(read, residual, variants)
         self._note(self.base.put, self.base.inputs, place, window, rows, residual, read.wide)
         return residual, key
 
@@ -333,18 +369,23 @@ class _Run:
             self.plan.weights[read] = torch.from_numpy(weights).to(changes)
         return self._sum(self.plan.weights[read][None], changes, read.wide), weights.tobytes()
 
-    def _ablated(self, read: Read) -> Float[Tensor, "target variant batch token d_model"] | None:
-        """What edges that changed bring: their sources' base outputs instead of the counterfactual ones, or the other way round."""
+    def _flipped(
+        self, read: Read, residual: Float[Tensor, "#target _ batch token d_model"], variants: np.ndarray | None
+    ) -> Float[Tensor, "target variant batch token d_model"]:
+        """Inputs with what edges that changed bring: their sources' base outputs instead of the counterfactual ones, or the reverse."""
         flips = self.flips
         hit = np.flatnonzero(flips.targets[read.rows])
-        if not len(hit):
-            return None
-        where = self._index(np.searchsorted(flips.rows, read.rows[hit]))
-        change = self._sum(flips.signs[:, :, where], flips.ablated(read.wide)[:, None], read.wide)
+        signs = flips.signs if variants is None else flips.signs[variants]
+        weights = torch.from_numpy(signs[:, :, np.searchsorted(flips.rows, read.rows[hit])]).to(residual)
+        ablated = flips.ablated(read.wide)
+        if self.executor.spans is None and len(read.rows) == 1 and residual.shape[1] == 1:
+            summed = torch.addmm(residual.reshape(1, -1), weights[:, 0, 0], ablated.flatten(1))
+            return summed.view(1, len(weights), *residual.shape[2:])
+        change = self._sum(weights, ablated[:, None], read.wide)
         if len(hit) == len(read.rows):
-            return change
-        result = change.new_zeros(len(read.rows), *change.shape[1:])
-        result[self._index(hit)] = change
+            return residual + change
+        result = residual.expand(len(read.rows), change.shape[1], *change.shape[2:]).clone()
+        result[self._index(hit)] += change
         return result
 
     def _sum(
@@ -383,10 +424,7 @@ class _Run:
             self.writes.append(partial(write, *where, values[:, 0], wide))
 
     def _index(self, rows: np.ndarray) -> Rows:
-        """Some rows of a tensor; a slice, which copies nothing, where they stand side by side."""
-        if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
-            return slice(int(rows[0]), int(rows[-1]) + 1)
-        return torch.from_numpy(rows).to(self.base.outputs.device)
+        return contiguous(rows, self.base.outputs.device)
 
 
 Key = tuple[int, bool, bytes]

@@ -33,7 +33,7 @@ State = dict[str, Tensor]
 
 # Edges are speculated on until about this many wrong guesses are to be expected among them; a guess that rests on a measurement made in
 # a neighbouring state is wrong this often; and never more edges than this at once.
-WRONG_GUESSES, WRONG_AFTER_MEASURING, LARGEST_BATCH = 1.0, 0.05, 256
+WRONG_GUESSES, WRONG_AFTER_MEASURING, LARGEST_BATCH = 0.75, 0.08, 256
 
 
 @dataclass(frozen=True)
