@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from circuits.graph import SLOTS
 from circuits.models import Components, Model
 from circuits.patching import EdgeLayout
 from circuits.propagation import Needs, Place, Plan, places
-from circuits.sublayers import Attention, FeedForward, Keys, Rows, Unembedding, multiply
+from circuits.sublayers import Attention, FeedForward, Rows, Unembedding, multiply
 from circuits.window import Window
 
 Slot = tuple[int, str | None]
@@ -33,7 +34,7 @@ class State:
         mask: the same by span, target and source, False where there can be no edge.
         outputs: what each source writes.
         inputs: what each target reads: a row per head, or one while all heads read the same.
-        projected: q, k and v of each head.
+        projected: q of each head in the window, and k and v of everything it attends to.
         changed: sources that write something else than in the whole model.
         needs: what matters in this circuit; the rest may be out of date, so that only subsets can be computed from it.
         plans: made before, by the rows into which edges change.
@@ -65,7 +66,8 @@ class State:
         if (id(held), slot) not in self._own:
             held[slot] = held[slot].expand(place.rows, *held[slot].shape[1:]).clone()
             self._own.add((id(held), slot))
-        window.put(held[slot], rows, values, wide)
+        tokens = held[slot].shape[2] - window.positions.shape[1]  # keys and values begin before the window
+        window.put(held[slot][:, :, tokens:], rows, values, wide)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +133,8 @@ class Parts:
         for layer, part in enumerate(self.attention):
             normed = part.norm(inputs[layer, "q"][:, None])
             for slot in SLOTS:
-                projected[layer, slot] = part.project(slot, everyone, normed, self.window.positions)[:, 0]
+                found = part.project(slot, everyone, normed, self.window.positions)
+                projected[layer, slot] = (found if slot == "q" else self.from_start(layer, slot, everyone, found))[:, 0]
         for place in self.places:
             if place.slot == "q":
                 everything = {slot: projected[place.layer, slot][:, None] for slot in SLOTS}
@@ -151,11 +154,17 @@ class Parts:
     def heads(
         self, layer: int, heads: Rows, projected: Mapping[str, Float[Tensor, "head _ batch _ d_head"]], *, wide: bool
     ) -> Float[Tensor, "head variant batch query d_model"]:
-        """What some heads write, given their q, k and v in the window; queries at every token of it, or at the scored ones."""
+        """What some heads write, given their q at every token of the window or at the scored ones, and k and v from the start."""
         part = self.attention[layer]
-        keys, values = (Keys(self.before[layer, slot][heads], projected[slot]) for slot in ("k", "v"))
-        z = part.attend(heads, projected["q"], keys, values, self.biases[layer, wide])
+        z = part.attend(heads, projected["q"], projected["k"], projected["v"], self.biases[layer, wide])
         return multiply(z.reshape(len(z), -1, z.shape[-1]), part.output, heads).view(*z.shape[:-1], -1)
+
+    def from_start(
+        self, layer: int, slot: str, heads: Rows, found: Float[Tensor, "head variant batch window d_head"]
+    ) -> Float[Tensor, "head variant batch key d_head"]:
+        """Keys or values in the window, with those of the tokens before it."""
+        before = self.before[layer, slot][heads][:, None].expand(-1, found.shape[1], -1, -1, -1)
+        return torch.cat([before, found], dim=-2) if self.window.before else found
 
 
 def running_inputs(

@@ -179,7 +179,7 @@ class DamageMeter:
 
     def __call__(self, kept: Bool[Tensor, "variant edge"]) -> Float[Tensor, "variant"]:
         """Mean damage of every circuit."""
-        return self.by_row(kept).mean(-1)
+        return self.by_row(kept).mean(-1, dtype=torch.float64)
 
     def by_row(self, kept: Bool[Tensor, "variant edge"]) -> Float[Tensor, "variant scored"]:
         """Damage of every circuit at every scored row."""

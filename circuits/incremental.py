@@ -188,8 +188,9 @@ class Flips:
     def of(executor: IncrementalExecutor, base: State, kept: Bool[Tensor, "variant edge"]) -> Flips:
         """How the variants differ from the base."""
         layout, counterfactuals = executor.parts.layout, executor.counterfactuals
-        changed = (kept != base.kept).any(0).nonzero()[:, 0]
-        target, source = layout.target[changed].numpy(), layout.source[changed].numpy()
+        wanted, held = kept.numpy(), base.kept.numpy()
+        changed = np.flatnonzero((wanted != held).any(axis=0))
+        target, source = layout.target.numpy()[changed], layout.source.numpy()[changed]
         edges = np.zeros_like(executor.possible)
         edges[target, source] = True
         rows, row = np.unique(target, return_inverse=True)
@@ -197,8 +198,8 @@ class Flips:
         if len(columns) and columns[-1] - columns[0] < 2 * len(columns):
             columns = np.arange(columns[0], columns[-1] + 1)  # side by side, so that they need not be copied
         signs = np.zeros((len(kept), layout.shape[0], len(rows), len(columns)), dtype=np.float32)
-        values = kept[:, changed].numpy().astype(np.float32) - base.kept[changed].numpy()
-        signs[:, layout.span[changed].numpy(), row, np.searchsorted(columns, source)] = values
+        values = wanted[:, changed].astype(np.float32) - held[changed]
+        signs[:, layout.span.numpy()[changed], row, np.searchsorted(columns, source)] = values
 
         def ablated(wide: bool) -> Tensor:
             index = contiguous(columns, counterfactuals.device)
@@ -314,6 +315,8 @@ class _Run:
             self.normed = {key: normed}
         result = part.project(place.slot, heads, normed, parts.window.at(read.wide))
         self._note(self.base.put, self.base.projected, place, parts.window, heads, result, read.wide)
+        if place.slot != "q":
+            result = parts.from_start(place.layer, place.slot, heads, result)
         return result if which is None else result[:, which]
 
     def _variants(self, read: Read) -> tuple[np.ndarray, Tensor | None]:

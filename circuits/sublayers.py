@@ -53,18 +53,6 @@ class Rotation:
 
 
 @dataclass(frozen=True, eq=False)
-class Keys:
-    """What queries look at: tokens before the window, the same for every variant, and those in it.
-
-    Attributes:
-        before, within: keys or values; the variants of `within` may be one that all share.
-    """
-
-    before: Float[Tensor, "head batch before d_head"]
-    within: Float[Tensor, "head variant batch window d_head"]
-
-
-@dataclass(frozen=True, eq=False)
 class Attention:
     """The heads of one layer.
 
@@ -128,29 +116,22 @@ class Attention:
     def attend(
         self,
         heads: Rows,
-        queries: Float[Tensor, "head variant batch query d_head"],
-        keys: Keys,
-        values: Keys,
+        queries: Float[Tensor, "head _ batch query d_head"],
+        keys: Float[Tensor, "head _ batch key d_head"],
+        values: Float[Tensor, "head _ batch key d_head"],
         bias: Float[Tensor, "#all_heads batch query key"],
     ) -> Float[Tensor, "head variant batch query d_head"]:
-        """z of some heads."""
-        before = keys.before.shape[-2]
-        scores = _each_with_all(queries, keys.within.transpose(-1, -2))
-        if before:
-            earlier = _each_with_all(queries, keys.before[:, None].transpose(-1, -2))
-            scores = torch.cat([earlier.expand(-1, scores.shape[1], -1, -1, -1), scores], dim=-1)
-        scores = scores / self.scale
+        """z of some heads. Queries, keys and values may each have one variant for all."""
+        scores = _each_with_all(queries, keys.transpose(-1, -2)).div_(self.scale)
         if self.soft_cap > 0:
             scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
-        scores = scores + (bias[heads] if len(bias) > 1 else bias)[:, None]
+        scores += (bias[heads] if len(bias) > 1 else bias)[:, None]
         if self.sinks is not None:
             sink = self.sinks[heads].to(scores.dtype)[:, None, None, None, None].expand(*scores.shape[:-1], 1)
             pattern = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
         else:
             pattern = scores.softmax(-1)
-        pattern = pattern.to(values.within.dtype)
-        z = _each_with_all(pattern[..., before:], values.within)
-        return z + _each_with_all(pattern[..., :before], values.before[:, None]) if before else z
+        return _each_with_all(pattern, values)
 
 
 def _each_with_all(

@@ -140,29 +140,27 @@ class ACDC(CircuitDiscoverer):
         Returns:
             How many decisions were measured in the state they are made in, at least one; and what was seen of all, a better guess.
         """
-        kept = state["kept"].clone()
-        without = kept.repeat(len(groups), 1)
+        without = state["kept"].repeat(len(groups), 1)
+        masks = without.numpy()
         for row, (group, stays) in enumerate(zip(groups, expected, strict=True)):
-            without[row] = kept
-            without[row, group] = False
-            if not stays:
-                kept[group] = False
-        measured = damage(without).double()
-        state["measured"] = state["measured"] + len(groups)
-        current, seen, decided = float(state["damage"]), [], 0
-        for group, stays, found in zip(groups, expected, measured.tolist(), strict=True):
-            increase = found - current
-            seen.append((abs(increase) if self.absolute else increase) >= self.threshold)
-            if decided == len(seen) - 1 and seen[:-1] == expected[:decided]:
-                decided += 1
-                if len(group) == 1:
-                    state["scores"][group] = increase
-                if not seen[-1]:
-                    state["kept"][group] = False
-                    state["damage"] = measured[decided - 1]
+            masks[row if stays else slice(row, None), group] = False
+        measured = damage(without).tolist()
+        increases, seen = [], []
+        current = float(state["damage"])
+        for stays, found in zip(expected, measured, strict=True):
+            increases.append(found - current)
+            seen.append((abs(found - current) if self.absolute else found - current) >= self.threshold)
             current = current if stays else found
-        state["evaluations"] = state["evaluations"] + decided
-        state["wrong"] = state["wrong"] + int(seen[decided - 1] != expected[decided - 1])
+        decided = next((row + 1 for row in range(len(groups)) if seen[row] != expected[row]), len(groups))
+        for group, increase, stays, found in zip(groups[:decided], increases, seen, measured, strict=False):
+            if len(group) == 1:
+                state["scores"][group[0]] = increase
+            if not stays:
+                state["kept"][group] = False
+                state["damage"] = torch.tensor(found, dtype=torch.float64)
+        counted = {"measured": len(groups), "evaluations": decided, "wrong": int(seen[decided - 1] != expected[decided - 1])}
+        for name, more in counted.items():
+            state[name] += more
         return decided, seen
 
 
