@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.graph import SLOTS
@@ -34,7 +34,7 @@ class State:
         mask: the same by span, target and source, False where there can be no edge.
         outputs: what each source writes.
         inputs: what each target reads: a row per head, or one while all heads read the same.
-        projected: q of each head in the window, and k and v of everything it attends to.
+        projected: q of each head, by token; k and v, by position of every prompt.
         changed: sources that write something else than in the whole model.
         needs: what matters in this circuit; the rest may be out of date, so that only subsets can be computed from it.
         plans: made before, by the rows into which edges change.
@@ -42,7 +42,7 @@ class State:
 
     kept: Bool[Tensor, "edge"]
     mask: np.ndarray
-    outputs: Float[Tensor, "source batch window d_model"]
+    outputs: Float[Tensor, "source token d_model"]
     inputs: dict[Slot, Tensor]
     projected: dict[Slot, Tensor]
     changed: np.ndarray
@@ -66,8 +66,10 @@ class State:
         if (id(held), slot) not in self._own:
             held[slot] = held[slot].expand(place.rows, *held[slot].shape[1:]).clone()
             self._own.add((id(held), slot))
-        tokens = held[slot].shape[2] - window.positions.shape[1]  # keys and values begin before the window
-        window.put(held[slot][:, :, tokens:], rows, values, wide)
+        if held is self.projected and place.slot != "q":
+            held[slot][rows] = values
+        else:
+            window.put(held[slot], rows, values, wide)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +78,7 @@ class Parts:
 
     Attributes:
         layout, places: where edges and targets stand.
-        before: keys and values of the tokens before the window.
+        window: the tokens that are computed.
         biases: of attention, by layer and by whether queries are at every token.
     """
 
@@ -87,12 +89,11 @@ class Parts:
     attention: Sequence[Attention]
     feed_forward: Sequence[FeedForward]
     unembedding: Unembedding
-    before: Mapping[Slot, Float[Tensor, "head batch before d_head"]]
     biases: Mapping[tuple[int, bool], Float[Tensor, "#head batch query key"]]
 
     @staticmethod
-    def of(model: Model, layout: EdgeLayout, window: Window, clean: Float[Tensor, "source batch pos d_model"]) -> Parts:
-        """The parts of a model, with `clean` what its sources write on the clean prompts.
+    def of(model: Model, layout: EdgeLayout, window: Window) -> Parts:
+        """The parts of a model.
 
         Raises:
             UnsupportedError: a layer computes something that is not known here.
@@ -101,87 +102,88 @@ class Parts:
         attention = [part for part in map(components.attention, layers) if part is not None]
         if len(attention) < len(layers):
             raise UnsupportedError("positions enter its attention in a way that is not known")
-        everyone = slice(0, model.cfg.n_heads)
-        earlier = window.keys[:, : window.before]
-        before: dict[Slot, Tensor] = {}
-        inputs = running_inputs(model, places(layout), clean[:, :, : window.before])
-        for layer, part in enumerate(attention):
-            normed = part.norm(inputs[layer, "k"][:, None])
-            for slot in ("k", "v"):
-                before[layer, slot] = part.project(slot, everyone, normed, earlier)[:, 0]
+        keys = torch.arange(window.readable.shape[1], device=window.readable.device).expand(window.readable.shape)
         biases = {
-            (layer, wide): part.bias(window.at(wide), window.keys, window.readable)
+            (layer, wide): part.bias(window.layouts[wide].positions, keys, window.readable)
             for layer, part in enumerate(attention)
             for wide in (True, False)
         }
         feed_forward = [] if model.cfg.attn_only else [components.feed_forward(layer) for layer in layers]
-        return Parts(model, layout, places(layout), window, attention, feed_forward, components.unembedding(), before, biases)
+        return Parts(model, layout, places(layout), window, attention, feed_forward, components.unembedding(), biases)
 
-    def state(
-        self,
-        kept: Bool[Tensor, "edge"],
-        mask: np.ndarray,
-        clean: Float[Tensor, "source batch window d_model"],
-        written: Float[Tensor, "source batch window d_model"],
-    ) -> State:
-        """The state of a circuit in which every target reads the sum of `written`: nothing is ablated, or everything."""
-        everyone = slice(0, self.model.cfg.n_heads)
-        inputs = running_inputs(self.model, self.places, written)
-        projected: dict[Slot, Tensor] = {}
-        # Embeddings read nothing. The others are computed here, so that they round as in every run that follows.
-        outputs = clean.clone()
-        for layer, part in enumerate(self.attention):
-            normed = part.norm(inputs[layer, "q"][:, None])
-            for slot in SLOTS:
-                found = part.project(slot, everyone, normed, self.window.positions)
-                projected[layer, slot] = (found if slot == "q" else self.from_start(layer, slot, everyone, found))[:, 0]
+    def run(self, written: Float[Tensor, "some_sources token d_model"], known: Mapping[Slot, Tensor]) -> Tensors:
+        """Every node's input and output with nothing ablated; or, where `written` has all sources, with everything replaced by it.
+
+        Args:
+            written: what is read of each source; where there are only embeddings, the rest is computed.
+            known: keys and values of tokens outside of the window.
+        """
+        outputs = written.new_empty(len(self.layout.nodes), *written.shape[1:])
+        outputs[: len(written)] = written
+        read = outputs if len(written) < len(outputs) else written
+        result = Tensors(outputs, {}, {})
+        stream = written[: self.embeddings].sum(0, keepdim=True)
         for place in self.places:
+            result.inputs[place.layer, place.slot] = stream
             if place.slot == "q":
-                everything = {slot: projected[place.layer, slot][:, None] for slot in SLOTS}
-                outputs[place.own] = self.heads(place.layer, everyone, everything, wide=True)[:, 0]
-            elif place.slot is None and place.source is not None:
-                outputs[place.own] = self.feed_forward[place.layer](inputs[place.layer, None])
-        return State(
-            kept,
-            mask,
-            outputs,
-            inputs,
-            projected,
-            ~kept.all().numpy() & np.ones(len(written), dtype=bool),
-            Needs.of(self.places, np.any(mask, axis=0)),
-        )
+                below = stream
+                self._all_heads(place, stream, known, result)
+                stream = stream + read[place.own].sum(0) + Components(self.model).output_bias(place.layer)
+            elif place.slot is not None:
+                result.inputs[place.layer, place.slot] = below
+            elif place.source is not None:
+                if self.model.cfg.parallel_attn_mlp:
+                    result.inputs[place.layer, None] = below
+                outputs[place.own] = self.feed_forward[place.layer](result.inputs[place.layer, None])
+                stream = stream + read[place.own]
+        return result
+
+    @property
+    def embeddings(self) -> int:
+        """How many sources are embeddings, which read nothing."""
+        return min(place.source for place in self.places if place.source is not None)
+
+    def _all_heads(self, place: Place, stream: Float[Tensor, "1 token d_model"], known: Mapping[Slot, Tensor], result: Tensors) -> None:
+        part, everyone = self.attention[place.layer], slice(0, place.rows)
+        normed = part.norm(stream[:, None])
+        projected = {}
+        for slot in SLOTS:
+            found = part.project(slot, everyone, normed, self.window.position)
+            projected[slot] = found if slot == "q" else self.window.into_keys(known[place.layer, slot], found)
+            result.projected[place.layer, slot] = projected[slot][:, 0]
+        result.outputs[place.own] = self.heads(place.layer, everyone, projected, wide=True)[:, 0]
 
     def heads(
-        self, layer: int, heads: Rows, projected: Mapping[str, Float[Tensor, "head _ batch _ d_head"]], *, wide: bool
-    ) -> Float[Tensor, "head variant batch query d_model"]:
-        """What some heads write, given their q at every token of the window or at the scored ones, and k and v from the start."""
-        part = self.attention[layer]
-        z = part.attend(heads, projected["q"], projected["k"], projected["v"], self.biases[layer, wide])
-        return multiply(z.reshape(len(z), -1, z.shape[-1]), part.output, heads).view(*z.shape[:-1], -1)
+        self, layer: int, heads: Rows, projected: Mapping[str, Float[Tensor, "head _ ..."]], *, wide: bool
+    ) -> Float[Tensor, "head variant token d_model"]:
+        """What some heads write, given their q at every token or at the scored ones, and k and v at every position of the prompts."""
+        part, layout = self.attention[layer], self.window.layouts[wide]
+        z = part.attend(heads, layout.to_prompts(projected["q"]), projected["k"], projected["v"], self.biases[layer, wide])
+        z = layout.to_tokens(z)
+        return multiply(z.reshape(len(z), -1, z.shape[-1]), part.output, None, heads).view(*z.shape[:-1], -1)
 
-    def from_start(
-        self, layer: int, slot: str, heads: Rows, found: Float[Tensor, "head variant batch window d_head"]
-    ) -> Float[Tensor, "head variant batch key d_head"]:
-        """Keys or values in the window, with those of the tokens before it."""
-        before = self.before[layer, slot][heads][:, None].expand(-1, found.shape[1], -1, -1, -1)
-        return torch.cat([before, found], dim=-2) if self.window.before else found
+    def no_keys(self) -> dict[Slot, Float[Tensor, "head batch key d_head"]]:
+        """Keys and values where none are known yet."""
+        cfg = self.model.cfg
+        nothing = self.attention[0].output.new_zeros(cfg.n_heads, *self.window.readable.shape, cfg.d_head)
+        return {(layer, slot): nothing for layer in range(cfg.n_layers) for slot in ("k", "v")}
 
 
-def running_inputs(
-    model: Model, layout_places: Sequence[Place], written: Float[Tensor, "source batch pos d_model"]
-) -> dict[Slot, Float[Tensor, "1 batch pos d_model"]]:
-    """What each layer's targets read when sources write `written`: the residual stream, one row for all heads of a layer."""
-    result: dict[Slot, Tensor] = {}
-    first = min(place.source for place in layout_places if place.source is not None)
-    stream = written[:first].sum(0, keepdim=True)
-    for place in layout_places:
-        if place.slot is not None:
-            result[place.layer, place.slot] = stream
-            if place.slot == "v":
-                below, stream = stream, stream + written[place.own].sum(0) + Components(model).output_bias(place.layer)
-        elif place.source is not None:
-            result[place.layer, None] = below if model.cfg.parallel_attn_mlp else stream
-            stream = stream + written[place.own]
-        else:
-            result[place.layer, None] = stream
-    return result
+@dataclass(frozen=True, eq=False)
+class Tensors:
+    """What a run leaves: outputs of sources, inputs of targets, and q, k and v, as a `State` holds them."""
+
+    outputs: Float[Tensor, "source token d_model"]
+    inputs: dict[Slot, Tensor]
+    projected: dict[Slot, Tensor]
+
+    def at(self, tokens: Int[Tensor, "token"]) -> Tensors:
+        """At some of the tokens only; keys and values stay whole."""
+        inputs = {slot: read[:, tokens] for slot, read in self.inputs.items()}
+        projected = {slot: part[:, tokens] if slot[1] == "q" else part for slot, part in self.projected.items()}
+        return Tensors(self.outputs[:, tokens], inputs, projected)
+
+    def state(self, kept: Bool[Tensor, "edge"], mask: np.ndarray, layout_places: tuple[Place, ...]) -> State:
+        """The state of a circuit whose run this is."""
+        changed = np.full(len(self.outputs), not bool(kept.all()))
+        return State(kept, mask, self.outputs, self.inputs, self.projected, changed, Needs.of(layout_places, np.any(mask, axis=0)))

@@ -28,13 +28,15 @@ from circuits.graph import SLOTS, Graph
 from circuits.memory import memory_budget, shrinking
 from circuits.metrics import check_finite
 from circuits.models import Model, frozen
-from circuits.outputs import TOLERANCE, source_outputs
+from circuits.outputs import TOLERANCE, embedding_outputs, source_outputs
 from circuits.patching import EdgeLayout, check_task
 from circuits.propagation import Needs, Plan, Read, Step, plan
 from circuits.spans import token_spans
 from circuits.sublayers import Rows
 from circuits.tasks.base import Task
 from circuits.window import Window
+
+CHECKED_PROMPTS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +55,9 @@ class IncrementalExecutor:
     """
 
     parts: Parts
-    counterfactuals: Float[Tensor, "source batch window d_model"]
-    removed: tuple[Float[Tensor, "source batch scored d_model"], Float[Tensor, "source batch window d_model"]]
-    spans: Int[Tensor, "batch window"] | None
+    counterfactuals: Float[Tensor, "source token d_model"]
+    removed: tuple[Float[Tensor, "source scored d_model"], Float[Tensor, "source token d_model"]]
+    spans: Int[Tensor, "token"] | None
     possible: np.ndarray
     whole: State
     budget: int
@@ -75,24 +77,28 @@ class IncrementalExecutor:
         check_task(model, task)
         task = task.to(model.cfg.device)
         layout = EdgeLayout.of(model, graph)
-        resample = ablation.name == "resample"
-        window = Window.of(task, causal=model.cfg.attention_dir == "causal", from_first_difference=resample)
+        causal, resample = model.cfg.attention_dir == "causal", ablation.name == "resample"
+        window = Window.of(task, causal=causal, from_first_difference=resample)
+        everywhere = Window.of(task, causal=causal, from_first_difference=False)
+        possible, kept = layout.possible(model).numpy(), torch.ones(len(graph), dtype=torch.bool)
+        mask = ~layout.ablated(kept[None])[0].numpy() & possible
         with frozen(model), torch.no_grad():
-            clean = source_outputs(model, layout.nodes, task.clean, task.mask)
-            counterfactuals = window.cut(Counterfactuals.prepare(model, layout.nodes, task, ablation).on(task)).contiguous()
-            parts = Parts.of(model, layout, window, clean)
-            possible = layout.possible(model).numpy()
-            kept = torch.ones(len(graph), dtype=torch.bool)
-            clean = window.cut(clean)
-            whole = parts.state(kept, ~layout.ablated(kept[None])[0].numpy() & possible, clean, clean)
-            _compare(whole.outputs, clean, window)
-            spans = token_spans(graph, task)
-            if spans is not None:
-                spans = spans.gather(1, window.positions)
+            all_parts = Parts.of(model, layout, everywhere)
+            clean = all_parts.run(everywhere.cut(embedding_outputs(model, layout.nodes, task.clean, task.mask)), all_parts.no_keys())
+            _check(model, layout, task, everywhere, clean.outputs)
+            parts = Parts.of(model, layout, window)
+            whole = clean.at(window.within(everywhere)).state(kept, mask, parts.places)
+            if resample:
+                corrupted = window.cut(embedding_outputs(model, layout.nodes, task.corrupted, task.mask))
+                counterfactuals = parts.run(corrupted, whole.projected).outputs
+            else:
+                counterfactuals = window.cut(Counterfactuals.prepare(model, layout.nodes, task, ablation).on(task)).contiguous()
             removed = whole.outputs - counterfactuals
-        budget = memory_budget(model.cfg.device, max_memory)
+        spans = token_spans(graph, task)
+        if spans is not None:
+            spans = spans[window.prompt, window.position]
         removals = (window.narrow(removed).contiguous(), removed)
-        return IncrementalExecutor(parts, counterfactuals, removals, spans, possible, whole, budget)
+        return IncrementalExecutor(parts, counterfactuals, removals, spans, possible, whole, memory_budget(model.cfg.device, max_memory))
 
     def logits(self, kept: Bool[Tensor, "variant edge"]) -> Float[Tensor, "variant scored vocab"]:
         """Logits of every circuit at every scored row.
@@ -140,7 +146,9 @@ class IncrementalExecutor:
         if "empty" not in self.bases:
             none = torch.zeros(kept.shape[1], dtype=torch.bool)
             with torch.no_grad():
-                self.bases["empty"] = self.parts.state(none, self._mask(none), self.whole.outputs, self.counterfactuals)
+                found = self.parts.run(self.counterfactuals, self.whole.projected)
+            found.outputs[: self.parts.embeddings] = self.whole.outputs[: self.parts.embeddings]
+            self.bases["empty"] = found.state(none, self._mask(none), self.parts.places)
         return self.bases["empty"]
 
     def _mask(self, kept: Bool[Tensor, "edge"]) -> np.ndarray:
@@ -182,7 +190,7 @@ class Flips:
     rows: np.ndarray
     columns: np.ndarray
     signs: np.ndarray
-    ablated: Callable[[bool], Float[Tensor, "column batch token d_model"]]
+    ablated: Callable[[bool], Float[Tensor, "column token d_model"]]
 
     @staticmethod
     def of(executor: IncrementalExecutor, base: State, kept: Bool[Tensor, "variant edge"]) -> Flips:
@@ -250,10 +258,9 @@ class _Run:
 
     def execute(self) -> Float[Tensor, "variant scored vocab"]:
         """Walk down the model."""
-        window, shape = self.executor.parts.window, self.base.outputs.shape
-        batch, width, d_model = shape[1:]
-        self.wide = self.base.outputs.new_empty(len(self.plan.wide), len(self.kept), batch, width, d_model)
-        self.narrow = self.base.outputs.new_empty(len(self.plan.changed), len(self.kept), batch, window.scored.shape[1], d_model)
+        window, variants, d_model = self.executor.parts.window, len(self.kept), self.base.outputs.shape[-1]
+        self.wide = self.base.outputs.new_empty(len(self.plan.wide), variants, len(window), d_model)
+        self.narrow = self.base.outputs.new_empty(len(self.plan.changed), variants, window.scored, d_model)
         done = wide = 0
         for step in self.plan.steps:
             if not len(step.sources):
@@ -276,21 +283,21 @@ class _Run:
         """About how much memory one more variant takes."""
         parts, window, outputs = self.executor.parts, self.executor.parts.window, self.base.outputs
         cfg = parts.model.cfg
-        tokens = {True: window.positions.numel(), False: window.scored.numel()}
+        tokens = {True: len(window), False: window.scored}
         held = (len(self.plan.wide) * tokens[True] + len(self.plan.changed) * tokens[False]) * cfg.d_model
         peak = 0
         for step in self.plan.steps:
             size = sum(len(read.rows) * tokens[read.wide] * (4 * cfg.d_model + 3 * cfg.d_head) for read in step.reads)
             if not len(step.sources):
-                size += 5 * len(window.rows) * cfg.d_vocab_out
+                size += 5 * window.scored * cfg.d_vocab_out
             elif step.reads[0].place.slot is None:
                 size += tokens[step.wide] * 3 * (cfg.d_mlp or 0)
             else:
-                size += len(step.sources) * tokens[step.wide] * (3 * window.keys.shape[1] + 2 * cfg.d_model)
+                size += len(step.sources) * tokens[step.wide] * (3 * window.readable.shape[1] + 2 * cfg.d_model)
             peak = max(peak, size)
         return max(1, (held + peak) * outputs.element_size())
 
-    def _written(self, step: Step) -> Float[Tensor, "source variant batch token d_model"]:
+    def _written(self, step: Step) -> Float[Tensor, "source variant token d_model"]:
         parts, layer = self.executor.parts, step.layer
         first = step.reads[0].place
         if first.slot is None:
@@ -303,7 +310,7 @@ class _Run:
                 projected[slot] = parts.window.narrow(held) if slot == "q" and not step.wide else held
         return parts.heads(layer, heads, projected, wide=step.wide)
 
-    def _projected(self, read: Read, heads: Rows) -> Float[Tensor, "head variant batch token d_head"]:
+    def _projected(self, read: Read, heads: Rows) -> Float[Tensor, "head variant token d_head"]:
         """New q, k or v of some heads."""
         parts, place = self.executor.parts, read.place
         assert place.slot is not None
@@ -314,9 +321,9 @@ class _Run:
         if key is not None:
             self.normed = {key: normed}
         result = part.project(place.slot, heads, normed, parts.window.at(read.wide))
-        self._note(self.base.put, self.base.projected, place, parts.window, heads, result, read.wide)
         if place.slot != "q":
-            result = parts.from_start(place.layer, place.slot, heads, result)
+            result = parts.window.into_keys(self.base.projected[place.layer, place.slot][heads], result)
+        self._note(self.base.put, self.base.projected, place, parts.window, heads, result, read.wide)
         return result if which is None else result[:, which]
 
     def _variants(self, read: Read) -> tuple[np.ndarray, Tensor | None]:
@@ -334,9 +341,7 @@ class _Run:
             return everyone, None
         return np.unique(which, return_index=True)[1], torch.tensor(which, device=self.base.outputs.device)
 
-    def _input(
-        self, read: Read, variants: np.ndarray | None = None
-    ) -> tuple[Float[Tensor, "#target variant batch token d_model"], Key | None]:
+    def _input(self, read: Read, variants: np.ndarray | None = None) -> tuple[Float[Tensor, "#target variant token d_model"], Key | None]:
         """What some targets read in some variants, or one row where all read the same, with a key that equal inputs of a layer share."""
         window, place = self.executor.parts.window, read.place
         slot = (place.layer, place.slot)
@@ -353,7 +358,7 @@ class _Run:
         self._note(self.base.put, self.base.inputs, place, window, rows, residual, read.wide)
         return residual, key
 
-    def _propagated(self, read: Read) -> tuple[Float[Tensor, "#target variant batch token d_model"] | None, bytes]:
+    def _propagated(self, read: Read) -> tuple[Float[Tensor, "#target variant token d_model"] | None, bytes]:
         """What changed sources bring along kept edges, and the weights with which they do."""
         columns = (self.plan.wide if read.wide else self.plan.changed)[: read.changed]
         if not len(columns):
@@ -373,8 +378,8 @@ class _Run:
         return self._sum(self.plan.weights[read][None], changes, read.wide), weights.tobytes()
 
     def _flipped(
-        self, read: Read, residual: Float[Tensor, "#target _ batch token d_model"], variants: np.ndarray | None
-    ) -> Float[Tensor, "target variant batch token d_model"]:
+        self, read: Read, residual: Float[Tensor, "#target _ token d_model"], variants: np.ndarray | None
+    ) -> Float[Tensor, "target variant token d_model"]:
         """Inputs with what edges that changed bring: their sources' base outputs instead of the counterfactual ones, or the reverse."""
         flips = self.flips
         hit = np.flatnonzero(flips.targets[read.rows])
@@ -394,16 +399,15 @@ class _Run:
     def _sum(
         self,
         weights: Float[Tensor, "#variant span target source"],
-        values: Float[Tensor, "source _ batch token d_model"],
+        values: Float[Tensor, "source _ token d_model"],
         wide: bool,
-    ) -> Float[Tensor, "target variant batch token d_model"]:
+    ) -> Float[Tensor, "target variant token d_model"]:
         """Weighted sums over sources, each token by the weights of its span."""
         window, spans = self.executor.parts.window, self.executor.spans
         if spans is not None:
-            here = spans if wide else spans.gather(1, window.scored)
+            here = spans if wide else spans[-window.scored :]
             shape = (max(len(weights), values.shape[1]), *values.shape[2:])
-            by_token = weights[:, here].expand(shape[0], -1, -1, -1, -1)
-            return torch.einsum("vbtru,uvbtd->rvbtd", by_token, values.expand(-1, *shape))
+            return torch.einsum("vtru,uvtd->rvtd", weights[:, here].expand(shape[0], -1, -1, -1), values.expand(-1, *shape))
         matrix, flat = weights[:, 0], values.flatten(2)
         if len(matrix) == 1:
             return (matrix[0] @ flat.flatten(1)).view(-1, *values.shape[1:])
@@ -416,9 +420,8 @@ class _Run:
     def _unembed(self, step: Step) -> Float[Tensor, "variant scored vocab"]:
         return self._to_logits(self._input(step.reads[0])[0][0])
 
-    def _to_logits(self, residual: Float[Tensor, "variant batch token d_model"]) -> Float[Tensor, "variant scored vocab"]:
-        parts = self.executor.parts
-        return parts.unembedding(residual.flatten(1, 2)[:, parts.window.rows])
+    def _to_logits(self, residual: Float[Tensor, "variant token d_model"]) -> Float[Tensor, "variant scored vocab"]:
+        return self.executor.parts.unembedding(residual)
 
     def _note(self, write: Callable[..., None], *arguments: Any) -> None:
         """A write to the base, of the first variant of the tensor before the last argument."""
@@ -433,15 +436,16 @@ class _Run:
 Key = tuple[int, bool, bytes]
 
 
-def _compare(
-    found: Float[Tensor, "source batch window d_model"], clean: Float[Tensor, "source batch window d_model"], window: Window
-) -> None:
-    """Refuse models whose nodes compute something else than `sublayers` does: their own run on the clean prompts tells.
+def _check(model: Model, layout: EdgeLayout, task: Task, window: Window, found: Float[Tensor, "source token d_model"]) -> None:
+    """Refuse models whose nodes compute something else than `sublayers` does: their own run of a few prompts tells.
 
     Raises:
+        InputError: the outputs do not sum to the residual stream.
         UnsupportedError: the outputs differ by more than rounding.
     """
-    readable = window.readable[:, window.before :]
-    gap = float((found - clean)[:, readable].abs().max() / clean[:, readable].abs().max().clamp(min=1e-30))
+    few = task[:CHECKED_PROMPTS]
+    here = window.prompt < len(few)
+    expected = source_outputs(model, layout.nodes, few.clean, few.mask)[:, window.prompt[here], window.position[here]]
+    gap = float((found[:, here] - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
     if gap > TOLERANCE[found.dtype]:
         raise UnsupportedError(f"its components compute something that is not known (outputs differ by {gap:.1%})")

@@ -284,9 +284,14 @@ def frozen(model: Model) -> Iterator[None]:
 
 
 def run_to_residual(
-    model: Model, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"], hooks: Sequence[tuple[str, Hook]] = ()
+    model: Model,
+    tokens: Int[Tensor, "batch pos"],
+    mask: Bool[Tensor, "batch pos"],
+    hooks: Sequence[tuple[str, Hook]] = (),
+    *,
+    layers: int | None = None,
 ) -> Float[Tensor, "batch pos d_model"]:
-    """The residual stream after the last layer, with hooks that are removed again even when the forward pass raises.
+    """The residual stream after the last layer, or after the first few, with hooks that are removed again even when the forward pass raises.
 
     Args:
         mask: real tokens, as against padding on the right. What pads hold never reaches a real token.
@@ -297,7 +302,7 @@ def run_to_residual(
     left = model.tokenizer is not None and model.tokenizer.padding_side == "left"
     attention_mask = torch.ones_like(tokens) if left else None
     with model.hooks(fwd_hooks=[(name, _as_hook(function)) for name, function in every]):
-        return model(tokens, stop_at_layer=model.cfg.n_layers, attention_mask=attention_mask)
+        return model(tokens, stop_at_layer=model.cfg.n_layers if layers is None else layers, attention_mask=attention_mask)
 
 
 def unembed(model: Model, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from circuits.errors import InputError
 from circuits.models import Components, Hook, Model, output_hook, run_to_residual
-from circuits.nodes import Head, Node
+from circuits.nodes import Embed, Head, Node, PosEmbed, TokenEmbed
 
 # Rounding may part the sum of the outputs from the residual stream by this much of its size; a missing term parts them by far more.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
@@ -37,6 +37,19 @@ def source_outputs(
             "so no component graph describes this model."
         )
     return outputs
+
+
+def embedding_outputs(
+    model: Model, nodes: Sequence[Node], tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]
+) -> Float[Tensor, "embedding batch pos d_model"]:
+    """What the embeddings among `nodes` write; the layers are not run."""
+    embeddings = [node for node in nodes if isinstance(node, Embed | TokenEmbed | PosEmbed)]
+    outputs = torch.empty(len(embeddings), *tokens.shape, model.cfg.d_model, dtype=model.cfg.dtype, device=tokens.device)
+    with torch.no_grad():
+        residual = run_to_residual(
+            model, tokens, mask, recording_hooks(model, [node for node in embeddings if not isinstance(node, Embed)], outputs), layers=0
+        )
+    return outputs if len(embeddings) > 1 else residual[None]
 
 
 def recording_hooks(model: Model, nodes: Sequence[Node], outputs: Float[Tensor, "source *batch pos d_model"]) -> list[tuple[str, Hook]]:

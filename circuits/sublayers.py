@@ -17,13 +17,16 @@ Norm = Callable[[Tensor], Tensor]
 Rows = slice | Tensor
 """Some rows of a tensor: a slice of them, or their numbers."""
 
-Multiply = Callable[[Tensor, Tensor, Rows | None], Tensor]
-"""(x [head n d_in] or [n d_in], weight [head d_in d_out] or [d_in d_out], heads or None) -> x @ weight[heads]."""
+Multiply = Callable[..., Tensor]
+"""(x [head n d_in] or [n d_in], weight [head d_in d_out] or [d_in d_out], bias or None, heads or None) -> x @ weight + bias, of these heads."""
 
 
-def multiply(x: Tensor, weight: Tensor, heads: Rows | None = None) -> Tensor:
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None, heads: Rows | None = None) -> Tensor:
     """The plain product, in the weights' precision."""
-    return x @ (weight if heads is None else weight[heads])
+    if heads is None:
+        return x @ weight if bias is None else torch.addmm(bias, x, weight)
+    product = x @ weight[heads]
+    return product if bias is None else product.add_(bias[heads][:, None])
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +43,8 @@ class Rotation:
     adjacent: bool
 
     def __call__(
-        self, x: Float[Tensor, "head variant batch pos d_head"], positions: Int[Tensor, "batch pos"]
-    ) -> Float[Tensor, "head variant batch pos d_head"]:
+        self, x: Float[Tensor, "head variant token d_head"], positions: Int[Tensor, "token"]
+    ) -> Float[Tensor, "head variant token d_head"]:
         """Rotate queries or keys that stand at `positions`."""
         width = self.cos.shape[-1]
         turned, rest = x[..., :width], x[..., width:]
@@ -87,13 +90,13 @@ class Attention:
         self,
         slot: str,
         heads: Rows,
-        normed: Float[Tensor, "#head variant batch pos d_model"],
-        positions: Int[Tensor, "batch pos"],
+        normed: Float[Tensor, "#head variant token d_model"],
+        positions: Int[Tensor, "token"],
         multiply: Multiply = multiply,
-    ) -> Float[Tensor, "head variant batch pos d_head"]:
+    ) -> Float[Tensor, "head variant token d_head"]:
         """q, k or v of some heads, ready for use: normed, clipped and rotated. Heads may share one input."""
-        flat = multiply(normed.reshape(len(normed), -1, normed.shape[-1]), self.weights[slot], heads)
-        projected = flat.add_(self.biases[slot][heads][:, None]).view(len(flat), *normed.shape[1:-1], flat.shape[-1])
+        flat = multiply(normed.reshape(len(normed), -1, normed.shape[-1]), self.weights[slot], self.biases[slot], heads)
+        projected = flat.view(len(flat), *normed.shape[1:-1], flat.shape[-1])
         if slot in self.norms:
             projected = self.norms[slot](projected)
         if self.clip is not None:
@@ -170,13 +173,11 @@ class FeedForward:
         if self.whole is not None:
             return self.whole(normed[None]).view(residual.shape)
         assert self.weight_in is not None and self.bias_in is not None and self.weight_out is not None and self.activation is not None
-        hidden = multiply(normed, self.weight_in, None)
         if self.weight_gate is None:
-            hidden = self.activation(hidden.add_(self.bias_in))
+            hidden = self.activation(multiply(normed, self.weight_in, self.bias_in))
         else:
-            hidden = self.activation(multiply(normed, self.weight_gate, None)).mul_(hidden).add_(self.bias_in)
-        assert self.bias_out is not None
-        return multiply(hidden, self.weight_out, None).add_(self.bias_out).view(residual.shape)
+            hidden = self.activation(multiply(normed, self.weight_gate)).mul_(multiply(normed, self.weight_in)).add_(self.bias_in)
+        return multiply(hidden, self.weight_out, self.bias_out).view(residual.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,7 +191,7 @@ class Unembedding:
 
     def __call__(self, residual: Float[Tensor, "*batch d_model"], multiply: Multiply = multiply) -> Float[Tensor, "*batch vocab"]:
         """The logits at each row."""
-        logits = multiply(self.norm(residual).reshape(-1, residual.shape[-1]), self.weight, None).add_(self.bias)
+        logits = multiply(self.norm(residual).reshape(-1, residual.shape[-1]), self.weight, self.bias)
         if self.soft_cap > 0:
             logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
         return logits.view(*residual.shape[:-1], -1)
