@@ -41,11 +41,11 @@ class State:
     """
 
     kept: Bool[Tensor, "edge"]
-    mask: np.ndarray
+    mask: Bool[np.ndarray, "span target source"]
     outputs: Float[Tensor, "source token d_model"]
     inputs: dict[Slot, Tensor]
     projected: dict[Slot, Tensor]
-    changed: np.ndarray
+    changed: Bool[np.ndarray, "source"]
     needs: Needs
     plans: dict[bytes, Plan] = field(default_factory=dict)
     _own: set[tuple[int, Slot]] = field(default_factory=set)
@@ -54,7 +54,9 @@ class State:
         """A state that can be changed without changing this one."""
         return State(self.kept, self.mask, self.outputs.clone(), dict(self.inputs), dict(self.projected), self.changed.copy(), self.needs)
 
-    def become(self, kept: Bool[Tensor, "edge"], mask: np.ndarray, needs: Needs, changed: np.ndarray) -> None:
+    def become(
+        self, kept: Bool[Tensor, "edge"], mask: Bool[np.ndarray, "span target source"], needs: Needs, changed: Int[np.ndarray, "changed"]
+    ) -> None:
         """Be the state of another circuit, whose tensors have been written; `changed` are the sources among them."""
         self.changed[changed] = True
         self.kept, self.mask, self.needs = kept.clone(), mask, needs
@@ -183,7 +185,7 @@ class Tensors:
         projected = {slot: part[:, tokens] if slot[1] == "q" else part for slot, part in self.projected.items()}
         return Tensors(self.outputs[:, tokens], inputs, projected)
 
-    def state(self, kept: Bool[Tensor, "edge"], mask: np.ndarray, layout_places: tuple[Place, ...]) -> State:
+    def state(self, kept: Bool[Tensor, "edge"], mask: Bool[np.ndarray, "span target source"], layout_places: tuple[Place, ...]) -> State:
         """The state of a circuit whose run this is."""
         changed = np.full(len(self.outputs), not bool(kept.all()))
         return State(kept, mask, self.outputs, self.inputs, self.projected, changed, Needs.of(layout_places, np.any(mask, axis=0)))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from circuits.errors import InputError
@@ -53,6 +55,27 @@ def component_graph(model: Model, *, split_embed: bool = False, positions: Seque
         for u in range(sources_of(model, target, split_embed))
     ]
     return build_graph(nodes, edges, positions=spans, causal=model.cfg.attention_dir == "causal", model=identity(model))
+
+
+def reaching_logits(model: Model, graph: Graph) -> Callable[[Bool[Tensor, "edge"]], Bool[Tensor, "edge"]]:
+    """A function from the kept edges to those of them from which a path leads to the logits.
+
+    Where the graph lacks edges of the model, which are then never ablated, paths lead along them as well.
+    """
+    names = None if graph.positions is None else [name for name in graph.positions if name != REST]
+    spans: Any = len(names) if names and isinstance(names[0], int) else names
+    whole = component_graph(model, split_embed=any(isinstance(node, TokenEmbed | PosEmbed) for node in graph.nodes), positions=spans)
+    if len(whole) == len(graph):
+        return graph.reaching_logits
+    edges = {edge: index for index, edge in enumerate(whole.edges)}
+    place = torch.tensor([edges[edge] for edge in graph.edges])
+
+    def reaching(kept: Bool[Tensor, "edge"]) -> Bool[Tensor, "edge"]:
+        everywhere = torch.ones(len(whole), dtype=torch.bool)
+        everywhere[place] = kept
+        return whole.reaching_logits(everywhere)[place]
+
+    return reaching
 
 
 def component_nodes(model: Model, split_embed: bool) -> tuple[Node, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from circuits.ablation import Ablation, get_ablation
 from circuits.base_run import UnsupportedError
 from circuits.circuit import Circuit
+from circuits.components import reaching_logits
 from circuits.errors import InputError
 from circuits.graph import Graph
 from circuits.incremental import IncrementalExecutor
@@ -77,8 +79,13 @@ def get_executor(
         except UnsupportedError as error:
             if executor == "incremental":
                 raise InputError(f"{model.cfg.model_name} cannot be run incrementally: {error}; use executor='auto'.") from error
-            warnings.warn(f"{model.cfg.model_name} is run by the reference executor, which is slower: {error}.", stacklevel=3)
+            _say_once(f"{model.cfg.model_name} is run by the reference executor, which is slower: {error}.")
     return HookedExecutor.prepare(model, graph, task, chosen, max_memory=max_memory)
+
+
+@cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
 
 
 def run_circuits(
@@ -148,12 +155,17 @@ def _plain_logits(model: Model, task: Task, prompts: str) -> Float[Tensor, "scor
 
 @dataclass(frozen=True, eq=False)
 class DamageMeter:
-    """How much worse the metric gets with edges ablated: the mean over scored rows, in the metric's unit."""
+    """How much worse the metric gets with edges ablated: the mean over scored rows, in the metric's unit.
+
+    Attributes:
+        reaching_logits: from kept edges to those of them that can matter.
+    """
 
     executor: Executor
     metric: Metric
     clean_logits: Float[Tensor, "scored vocab"]
     task: Task
+    reaching_logits: Callable[[Bool[Tensor, "edge"]], Bool[Tensor, "edge"]]
 
     @staticmethod
     def prepare(
@@ -175,7 +187,7 @@ class DamageMeter:
         chosen = get_metric(metric, task)
         ready = get_executor(model, graph, task, ablation=ablation, executor=executor, max_memory=max_memory)
         clean = ready.logits(torch.ones(1, len(graph), dtype=torch.bool))[0]
-        return DamageMeter(ready, chosen, clean, task)
+        return DamageMeter(ready, chosen, clean, task, reaching_logits(model, graph))
 
     def __call__(self, kept: Bool[Tensor, "variant edge"]) -> Float[Tensor, "variant"]:
         """Mean damage of every circuit."""

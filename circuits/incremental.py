@@ -58,7 +58,7 @@ class IncrementalExecutor:
     counterfactuals: Float[Tensor, "source token d_model"]
     removed: tuple[Float[Tensor, "source scored d_model"], Float[Tensor, "source token d_model"]]
     spans: Int[Tensor, "token"] | None
-    possible: np.ndarray
+    possible: Bool[np.ndarray, "target source"]
     whole: State
     budget: int
     bases: dict[str, State] = field(default_factory=dict)
@@ -141,17 +141,18 @@ class IncrementalExecutor:
         near = self.bases.get("near")
         if near is not None and not bool((kept & ~near.kept).any()):
             return near
-        if int(kept.sum()) * 2 > kept.numel():
+        none = torch.zeros(kept.shape[1], dtype=torch.bool)
+        # Where the graph lacks edges, which are then always kept, nodes read a mixture even in the empty circuit.
+        if int(kept.sum()) * 2 > kept.numel() or len(none) < int(self.possible.sum()) * self.parts.layout.shape[0]:
             return self.whole
         if "empty" not in self.bases:
-            none = torch.zeros(kept.shape[1], dtype=torch.bool)
             with torch.no_grad():
                 found = self.parts.run(self.counterfactuals, self.whole.projected)
             found.outputs[: self.parts.embeddings] = self.whole.outputs[: self.parts.embeddings]
             self.bases["empty"] = found.state(none, self._mask(none), self.parts.places)
         return self.bases["empty"]
 
-    def _mask(self, kept: Bool[Tensor, "edge"]) -> np.ndarray:
+    def _mask(self, kept: Bool[Tensor, "edge"]) -> Bool[np.ndarray, "span target source"]:
         """Edges kept, by span, target and source."""
         return ~self.parts.layout.ablated(kept[None])[0].numpy() & self.possible
 
@@ -185,11 +186,11 @@ class Flips:
         ablated: what the sources write in the base, minus their counterfactuals: at the scored tokens, and at all of them where needed.
     """
 
-    targets: np.ndarray
-    edges: np.ndarray
-    rows: np.ndarray
-    columns: np.ndarray
-    signs: np.ndarray
+    targets: Bool[np.ndarray, "target"]
+    edges: Bool[np.ndarray, "target source"]
+    rows: Int[np.ndarray, "row"]
+    columns: Int[np.ndarray, "column"]
+    signs: Float[np.ndarray, "variant span row column"]
     ablated: Callable[[bool], Float[Tensor, "column token d_model"]]
 
     @staticmethod
@@ -220,7 +221,7 @@ class Flips:
         return Flips(np.any(edges, axis=1), edges, rows, columns, signs, cache(ablated))
 
 
-def contiguous(rows: np.ndarray, device: torch.device) -> Rows:
+def contiguous(rows: Int[np.ndarray, "row"], device: torch.device) -> Rows:
     """Some rows of a tensor; a slice, which copies nothing, where they stand side by side."""
     if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
         return slice(int(rows[0]), int(rows[-1]) + 1)
@@ -301,7 +302,7 @@ class _Run:
         parts, layer = self.executor.parts, step.layer
         first = step.reads[0].place
         if first.slot is None:
-            return parts.feed_forward[layer](self._input(step.reads[0])[0])[None]
+            return parts.feed_forward[layer](self._input(step.reads[0])[0])
         heads = self._index(step.sources - first.source)
         projected: dict[str, Tensor] = {str(read.place.slot): self._projected(read, heads) for read in step.reads}
         for slot in SLOTS:
@@ -310,7 +311,7 @@ class _Run:
                 projected[slot] = parts.window.narrow(held) if slot == "q" and not step.wide else held
         return parts.heads(layer, heads, projected, wide=step.wide)
 
-    def _projected(self, read: Read, heads: Rows) -> Float[Tensor, "head variant token d_head"]:
+    def _projected(self, read: Read, heads: Rows) -> Float[Tensor, "head variant ... d_head"]:
         """New q, k or v of some heads."""
         parts, place = self.executor.parts, read.place
         assert place.slot is not None
@@ -326,7 +327,7 @@ class _Run:
         self._note(self.base.put, self.base.projected, place, parts.window, heads, result, read.wide)
         return result if which is None else result[:, which]
 
-    def _variants(self, read: Read) -> tuple[np.ndarray, Tensor | None]:
+    def _variants(self, read: Read) -> tuple[Int[np.ndarray, "different"], Tensor | None]:
         """Variants that differ in what some targets read, and which of them each variant is like (None: all differ).
 
         Where nothing upstream changed, variants of one search share what was decided before.
@@ -341,8 +342,10 @@ class _Run:
             return everyone, None
         return np.unique(which, return_index=True)[1], torch.tensor(which, device=self.base.outputs.device)
 
-    def _input(self, read: Read, variants: np.ndarray | None = None) -> tuple[Float[Tensor, "#target variant token d_model"], Key | None]:
-        """What some targets read in some variants, or one row where all read the same, with a key that equal inputs of a layer share."""
+    def _input(
+        self, read: Read, variants: Int[np.ndarray, "different"] | None = None
+    ) -> tuple[Float[Tensor, "_ variant token d_model"], Key | None]:
+        """What some targets read in some variants; or one row where all read the same, with a key that equal inputs share."""
         window, place = self.executor.parts.window, read.place
         slot = (place.layer, place.slot)
         stored = self.base.inputs[slot]
@@ -378,7 +381,7 @@ class _Run:
         return self._sum(self.plan.weights[read][None], changes, read.wide), weights.tobytes()
 
     def _flipped(
-        self, read: Read, residual: Float[Tensor, "#target _ token d_model"], variants: np.ndarray | None
+        self, read: Read, residual: Float[Tensor, "#target _ token d_model"], variants: Int[np.ndarray, "different"] | None
     ) -> Float[Tensor, "target variant token d_model"]:
         """Inputs with what edges that changed bring: their sources' base outputs instead of the counterfactual ones, or the reverse."""
         flips = self.flips
@@ -429,7 +432,7 @@ class _Run:
             *where, values, wide = arguments
             self.writes.append(partial(write, *where, values[:, 0], wide))
 
-    def _index(self, rows: np.ndarray) -> Rows:
+    def _index(self, rows: Int[np.ndarray, "row"]) -> Rows:
         return contiguous(rows, self.base.outputs.device)
 
 

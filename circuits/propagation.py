@@ -11,14 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from circuits.graph import SLOTS
 from circuits.nodes import MLP, Head
 from circuits.patching import EdgeLayout
-
-Mask = np.ndarray[Any, Any]
-"""Booleans [target, source] or [source]."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +61,11 @@ def places(layout: EdgeLayout) -> tuple[Place, ...]:
 class Needs:
     """Which sources reach the logits, and which of them are read at every token."""
 
-    live: Mask
-    wide: Mask
+    live: Bool[np.ndarray, "source"]
+    wide: Bool[np.ndarray, "source"]
 
     @staticmethod
-    def of(layout_places: tuple[Place, ...], kept: Mask) -> Needs:
+    def of(layout_places: tuple[Place, ...], kept: Bool[np.ndarray, "target source"]) -> Needs:
         """From the edges that are kept, walking up from the logits."""
         live, wide = (np.zeros(kept.shape[1], dtype=bool) for _ in range(2))
         for place in reversed(layout_places):
@@ -96,7 +94,7 @@ class Read:
     """
 
     place: Place
-    rows: np.ndarray
+    rows: Int[np.ndarray, "row"]
     wide: bool
     changed: int
 
@@ -112,7 +110,7 @@ class Step:
     """
 
     reads: tuple[Read, ...]
-    sources: np.ndarray
+    sources: Int[np.ndarray, "source"]
     wide: bool
 
     @property
@@ -133,12 +131,14 @@ class Plan:
     """
 
     steps: tuple[Step, ...]
-    changed: np.ndarray
-    wide: np.ndarray
+    changed: Int[np.ndarray, "changed"]
+    wide: Int[np.ndarray, "wide"]
     weights: dict[Read, Tensor] = field(default_factory=dict)
 
 
-def plan(layout_places: tuple[Place, ...], kept: Mask, needs: Needs, flipped: Mask) -> Plan:
+def plan(
+    layout_places: tuple[Place, ...], kept: Bool[np.ndarray, "target source"], needs: Needs, flipped: Bool[np.ndarray, "target"]
+) -> Plan:
     """What to compute when edges into some rows change.
 
     Args:
@@ -152,7 +152,7 @@ def plan(layout_places: tuple[Place, ...], kept: Mask, needs: Needs, flipped: Ma
     if not touched.any():
         return Plan((), np.array([], dtype=int), np.array([], dtype=int))
 
-    def reads(place: Place, rows: np.ndarray, at_all: bool) -> Read:
+    def reads(place: Place, rows: Any, at_all: bool) -> Read:
         return Read(place, rows, at_all, len(wide if at_all else changed))
 
     # Whole layers of heads at a time, from the first with a flipped row.
@@ -172,7 +172,9 @@ def plan(layout_places: tuple[Place, ...], kept: Mask, needs: Needs, flipped: Ma
     return Plan(tuple(steps), np.array(changed, dtype=int), np.array(wide, dtype=int))
 
 
-def _steps(group: tuple[Place, ...], touched: Mask, needs: Needs, reads: Callable[[Place, np.ndarray, bool], Read]) -> Iterator[Step]:
+def _steps(
+    group: tuple[Place, ...], touched: Bool[np.ndarray, "target"], needs: Needs, reads: Callable[[Place, Any, bool], Read]
+) -> Iterator[Step]:
     """The heads of a layer sorted by which of their slots changed and where they are needed; or the MLP; or the logits."""
     first = group[0]
     if first.source is None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from architectures import random_model, random_task
 from published import COMPILED, HAND_WIRED, case, case_model, our_edge, scored_everywhere_task
+from replay import assert_sequential
 
 import circuits
 from circuits.algorithms.acdc import ACDC
@@ -136,3 +137,50 @@ def test_a_threshold_that_is_no_number_is_refused():
     for threshold in (-0.1, float("nan")):
         with pytest.raises(circuits.InputError, match="threshold"):
             ACDC(threshold)
+
+
+class TestSpeculation:
+    """Whatever is guessed, every decision is the sequential loop's."""
+
+    @pytest.mark.parametrize("threshold", [0.003, 0.05])
+    @pytest.mark.parametrize("name", circuits.task_names())
+    def test_decisions_are_those_of_the_replayed_sequential_search(self, toy_world, name, threshold):
+        task = circuits.load_task(name, toy_world, n=8, split="train")
+        circuit = ACDC(threshold).discover(toy_world, task)
+        assert assert_sequential(circuit, toy_world, task, threshold) == circuit.record["evaluations"]
+        assert 0 < len(circuit) < len(circuit.graph) / 2
+
+    @pytest.mark.parametrize("architecture", ["llama", "alibi", "bidirectional"])
+    def test_in_the_original_order_too(self, architecture):
+        model, task = random_model(architecture), random_task(ragged=True)
+        circuit = ACDC(0.02, order="original").discover(model, task)
+        assert_sequential(circuit, model, task, 0.02, order="original")
+
+    def test_on_a_model_of_gpt2_smalls_shape_and_some_of_its_edges(self):
+        model = random_model("gpt2", n_layers=12, d_model=768, n_heads=12, d_head=64, d_mlp=3072, act_fn="gelu_new")
+        task = random_task(batch=2, length=6)
+        whole = circuits.component_graph(model)
+        assert len(whole) == 32_491
+        order = [edge for trial in edge_order(whole, "topological") for edge in trial.edges]
+        some = torch.tensor(sorted(order[:157:12] + order[1000:20_000:1500] + order[-30:]))
+        graph = circuits.Graph(whole.nodes, whole.source[some], whole.target[some], whole.slot[some], model=whole.model)
+        circuit = ACDC(1e-4).discover(model, task, graph=graph)
+        assert_sequential(circuit, model, task, 1e-4)
+        assert 0 < len(circuit) < len(graph)
+
+    def test_one_decision_at_a_time_gives_the_same_circuit(self, toy_world):
+        task = circuits.load_task("docstring", toy_world, n=8, split="train")
+        guessed, sequential = (ACDC(0.01, speculate=speculate).discover(toy_world, task) for speculate in (True, False))
+        assert torch.equal(guessed.kept, sequential.kept)
+        torch.testing.assert_close(guessed.scores, sequential.scores, atol=1e-5, rtol=0, equal_nan=True)
+        assert sequential.record["accepted"] == 1
+        assert sequential.record["batches"] == sequential.record["evaluations"]
+
+    def test_the_record_counts_what_was_done(self, toy_world):
+        task = circuits.load_task("ioi", toy_world, n=8, split="train")
+        record = ACDC(0.01).discover(toy_world, task).record
+        assert record["evaluations"] <= record["measured"] < len(circuits.component_graph(toy_world))
+        assert record["accepted"] == record["evaluations"] / record["measured"]
+        assert record["batches"] < record["evaluations"] / 2
+        nodes = 1 + 4 * 5
+        assert record["saving"] == 479 * nodes / record["node_evaluations"] > 4

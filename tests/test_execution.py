@@ -1,4 +1,4 @@
-"""Running circuits with the reference executor: what must hold whatever the architecture."""
+"""Running circuits: what must hold whatever the architecture and the executor."""
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from circuits.outputs import source_outputs
 from circuits.tasks.base import Task
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+every_executor = pytest.mark.parametrize("executor", ["hooks", "incremental"])
 
 
 def plain_logits(model, tokens, task) -> torch.Tensor:
@@ -25,18 +26,24 @@ def task() -> Task:
     return random_task(ragged=True, several=True)
 
 
+@every_executor
 @every_architecture
-def test_with_everything_kept_the_logits_are_the_models(architecture, task):
+def test_with_everything_kept_the_logits_are_the_models(architecture, task, executor):
     model = random_model(architecture)
     whole = circuits.Circuit.full(circuits.component_graph(model))
-    torch.testing.assert_close(circuits.run_circuit(model, whole, task), plain_logits(model, task.clean, task), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        circuits.run_circuit(model, whole, task, executor=executor), plain_logits(model, task.clean, task), atol=1e-4, rtol=0
+    )
 
 
+@every_executor
 @every_architecture
-def test_with_everything_ablated_the_logits_are_the_corrupted_prompts(architecture, task):
+def test_with_everything_ablated_the_logits_are_the_corrupted_prompts(architecture, task, executor):
     model = random_model(architecture)
     empty = circuits.Circuit.from_edges(circuits.component_graph(model), [])
-    torch.testing.assert_close(circuits.run_circuit(model, empty, task), plain_logits(model, task.corrupted, task), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        circuits.run_circuit(model, empty, task, executor=executor), plain_logits(model, task.corrupted, task), atol=1e-4, rtol=0
+    )
 
 
 def nodes_of(model) -> list[Node]:
@@ -62,25 +69,27 @@ def patched_logits(model, task, node: Node) -> torch.Tensor:
     return torch.cat(rows)
 
 
+@every_executor
 @every_architecture
-def test_ablating_every_edge_into_a_node_is_patching_its_output(architecture, task):
+def test_ablating_every_edge_into_a_node_is_patching_its_output(architecture, task, executor):
     model = random_model(architecture)
     graph = circuits.component_graph(model)
     nodes = nodes_of(model)
     kept = torch.stack([torch.tensor([edge.target != node for edge in graph.edges]) for node in nodes])
-    for node, logits in zip(nodes, circuits.run_circuits(model, graph, kept, task), strict=True):
+    for node, logits in zip(nodes, circuits.run_circuits(model, graph, kept, task, executor=executor), strict=True):
         torch.testing.assert_close(
             logits, patched_logits(model, task, node), atol=1e-4, rtol=0, msg=lambda text, node=node: f"{node}: {text}"
         )
 
 
+@every_executor
 @every_architecture
-def test_ablating_every_edge_out_of_a_node_is_patching_its_output(architecture, task):
+def test_ablating_every_edge_out_of_a_node_is_patching_its_output(architecture, task, executor):
     model = random_model(architecture)
     graph = circuits.component_graph(model)
     nodes = nodes_of(model)
     kept = torch.stack([torch.tensor([edge.source != node for edge in graph.edges]) for node in nodes])
-    for node, logits in zip(nodes, circuits.run_circuits(model, graph, kept, task), strict=True):
+    for node, logits in zip(nodes, circuits.run_circuits(model, graph, kept, task, executor=executor), strict=True):
         torch.testing.assert_close(
             logits, patched_logits(model, task, node), atol=1e-4, rtol=0, msg=lambda text, node=node: f"{node}: {text}"
         )
@@ -130,53 +139,60 @@ def definition(model, graph, kept, task) -> torch.Tensor:
     return model.unembed(model.ln_final(final))[task.scored].detach()
 
 
-def test_random_circuits_compute_what_the_definition_says():
+@every_executor
+def test_random_circuits_compute_what_the_definition_says(executor):
     model, task = random_model("gpt2"), random_task(several=True)
     graph = circuits.component_graph(model)
     kept = torch.rand(5, len(graph), generator=torch.Generator().manual_seed(3)) < torch.tensor([0.1, 0.3, 0.5, 0.8, 0.97])[:, None]
-    for mask, logits in zip(kept, circuits.run_circuits(model, graph, kept, task), strict=True):
+    for mask, logits in zip(kept, circuits.run_circuits(model, graph, kept, task, executor=executor), strict=True):
         torch.testing.assert_close(logits, definition(model, graph, mask, task), atol=1e-4, rtol=0)
 
 
-def test_circuits_run_together_compute_what_they_compute_alone(monkeypatch):
+@every_executor
+def test_circuits_run_together_compute_what_they_compute_alone(executor):
     model, task = random_model("llama"), random_task(ragged=True)
     graph = circuits.component_graph(model)
     kept = torch.rand(7, len(graph), generator=torch.Generator().manual_seed(0)) < 0.6
-    together = circuits.run_circuits(model, graph, kept, task)
-    alone = torch.cat([circuits.run_circuits(model, graph, kept[i : i + 1], task) for i in range(7)])
+    together = circuits.run_circuits(model, graph, kept, task, executor=executor)
+    alone = torch.cat([circuits.run_circuits(model, graph, kept[i : i + 1], task, executor=executor) for i in range(7)])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
-    monkeypatch.setattr("circuits.patching.CHUNK_BYTES", 1)  # one prompt and one circuit at a time
-    torch.testing.assert_close(circuits.run_circuits(model, graph, kept, task), together, atol=1e-5, rtol=0)
+    one_by_one = circuits.run_circuits(model, graph, kept, task, executor=executor, max_memory=1)
+    torch.testing.assert_close(one_by_one, together, atol=1e-5, rtol=0)
 
 
+@every_executor
 @pytest.mark.parametrize("architecture", ["gpt2", "bidirectional", "llama"])
-def test_padding_changes_nothing(architecture):
+def test_padding_changes_nothing(architecture, executor):
     model, task = random_model(architecture), random_task(ragged=True)
     graph = circuits.component_graph(model)
     kept = torch.rand(1, len(graph), generator=torch.Generator().manual_seed(5)) < 0.5
-    padded = circuits.run_circuits(model, graph, kept, task)[0]
+    padded = circuits.run_circuits(model, graph, kept, task, executor=executor)[0]
     for i in range(len(task)):
         length = int(task.lengths[i])
         alone = Task.from_tokens(task.clean[i : i + 1, :length], task.corrupted[i : i + 1, :length])
-        torch.testing.assert_close(circuits.run_circuits(model, graph, kept, alone)[0], padded[i : i + 1], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            circuits.run_circuits(model, graph, kept, alone, executor=executor)[0], padded[i : i + 1], atol=1e-4, rtol=0
+        )
 
 
+@every_executor
 @pytest.mark.parametrize("architecture", ["gpt2", "bidirectional"])
-def test_a_split_by_position_with_every_position_treated_alike_is_the_plain_graph(architecture):
+def test_a_split_by_position_with_every_position_treated_alike_is_the_plain_graph(architecture, executor):
     model, task = random_model(architecture), random_task(ragged=True)
     plain, split = circuits.component_graph(model), circuits.component_graph(model, positions=8)
     kept = torch.rand(len(plain), generator=torch.Generator().manual_seed(0)) < 0.6
     by_name = {str(edge): bool(keep) for edge, keep in zip(plain.edges, kept, strict=True)}
     split_kept = torch.tensor([by_name["->".join(part.split("@")[0] for part in str(edge).split("->"))] for edge in split.edges])
     torch.testing.assert_close(
-        circuits.run_circuits(model, split, split_kept[None], task),
-        circuits.run_circuits(model, plain, kept[None], task),
+        circuits.run_circuits(model, split, split_kept[None], task, executor=executor),
+        circuits.run_circuits(model, plain, kept[None], task, executor=executor),
         atol=1e-5,
         rtol=0,
     )
 
 
-def test_an_edge_at_one_position_is_ablated_there_only():
+@every_executor
+def test_an_edge_at_one_position_is_ablated_there_only(executor):
     model, task = random_model("gpt2"), random_task()
     graph = circuits.component_graph(model, positions=8)
     without = ~graph.mask(["m0@3->m1@3"])
@@ -190,10 +206,13 @@ def test_an_edge_at_one_position_is_ablated_there_only():
     model.cfg.use_hook_mlp_in = True
     expected = model.run_with_hooks(task.clean, fwd_hooks=[("blocks.1.hook_mlp_in", ablate)])[task.scored]
     model.cfg.use_hook_mlp_in = False
-    torch.testing.assert_close(circuits.run_circuits(model, graph, without[None], task)[0], expected.detach(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        circuits.run_circuits(model, graph, without[None], task, executor=executor)[0], expected.detach(), atol=1e-4, rtol=0
+    )
 
 
-def test_splitting_the_embedding_changes_nothing_when_both_parts_are_treated_alike():
+@every_executor
+def test_splitting_the_embedding_changes_nothing_when_both_parts_are_treated_alike(executor):
     model, task = random_model("gpt2"), random_task()
     plain, split = circuits.component_graph(model), circuits.component_graph(model, split_embed=True)
     kept = torch.rand(len(plain), generator=torch.Generator().manual_seed(0)) < 0.6
@@ -201,14 +220,15 @@ def test_splitting_the_embedding_changes_nothing_when_both_parts_are_treated_ali
     names = [str(edge).replace("tok_embed", "embed").replace("pos_embed", "embed") for edge in split.edges]
     split_kept = torch.tensor([by_name[name] for name in names])
     torch.testing.assert_close(
-        circuits.run_circuits(model, split, split_kept[None], task, ablation="zero"),
-        circuits.run_circuits(model, plain, kept[None], task, ablation="zero"),
-        atol=1e-5,
+        circuits.run_circuits(model, split, split_kept[None], task, ablation="zero", executor=executor),
+        circuits.run_circuits(model, plain, kept[None], task, ablation="zero", executor=executor),
+        atol=1e-4,
         rtol=0,
     )
 
 
-def test_mean_ablation_uses_each_nodes_own_mean_over_real_tokens():
+@every_executor
+def test_mean_ablation_uses_each_nodes_own_mean_over_real_tokens(executor):
     model, task = random_model("gpt2"), random_task(ragged=True)
     graph = circuits.component_graph(model)
     nodes = component_nodes(model, split_embed=False)
@@ -219,14 +239,15 @@ def test_mean_ablation_uses_each_nodes_own_mean_over_real_tokens():
     }
     kept = torch.rand(1, len(graph), generator=torch.Generator().manual_seed(0)) < 0.5
     torch.testing.assert_close(
-        circuits.run_circuits(model, graph, kept, task, ablation="mean"),
-        circuits.run_circuits(model, graph, kept, task, ablation=circuits.Ablation("given", outputs=by_hand)),
+        circuits.run_circuits(model, graph, kept, task, ablation="mean", executor=executor),
+        circuits.run_circuits(model, graph, kept, task, ablation=circuits.Ablation("given", outputs=by_hand), executor=executor),
         atol=1e-5,
         rtol=0,
     )
 
 
-def test_mean_by_position_averages_over_the_prompts_that_reach_a_position():
+@every_executor
+def test_mean_by_position_averages_over_the_prompts_that_reach_a_position(executor):
     model, task = random_model("gpt2"), random_task(ragged=True)
     graph = circuits.component_graph(model)
     nodes = component_nodes(model, split_embed=False)
@@ -237,19 +258,22 @@ def test_mean_by_position_averages_over_the_prompts_that_reach_a_position():
     }
     kept = torch.rand(1, len(graph), generator=torch.Generator().manual_seed(0)) < 0.5
     torch.testing.assert_close(
-        circuits.run_circuits(model, graph, kept, task, ablation=circuits.Ablation("mean_by_position", over="corrupted")),
-        circuits.run_circuits(model, graph, kept, task, ablation=circuits.Ablation("given", outputs=by_hand)),
+        circuits.run_circuits(
+            model, graph, kept, task, ablation=circuits.Ablation("mean_by_position", over="corrupted"), executor=executor
+        ),
+        circuits.run_circuits(model, graph, kept, task, ablation=circuits.Ablation("given", outputs=by_hand), executor=executor),
         atol=1e-5,
         rtol=0,
     )
 
 
-def test_zero_ablation_leaves_the_attention_bias():
+@every_executor
+def test_zero_ablation_leaves_the_attention_bias(executor):
     model, task = random_model("gpt2"), random_task()
     empty = circuits.Circuit.from_edges(circuits.component_graph(model), [])
     biases = sum(block.attn.b_O for block in model.blocks)
     expected = model.unembed(model.ln_final(biases[None, None]))[0].detach().expand(len(task), VOCAB)
-    torch.testing.assert_close(circuits.run_circuit(model, empty, task, ablation="zero"), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(circuits.run_circuit(model, empty, task, ablation="zero", executor=executor), expected, atol=1e-4, rtol=0)
 
 
 def test_the_model_is_left_as_it_was(task):
@@ -303,19 +327,21 @@ def test_a_residual_stream_that_is_no_sum_of_nodes_is_refused_by_name(changes, n
         circuits.component_graph(model)
 
 
-def test_a_model_whose_outputs_do_not_sum_up_is_caught_when_it_runs(task):
+@every_executor
+def test_a_model_whose_outputs_do_not_sum_up_is_caught_when_it_runs(task, executor):
     model = random_model("gpt2")
     graph = circuits.component_graph(model)
     model.add_hook("blocks.0.hook_resid_post", lambda activation, hook: activation * 1.5)
     with pytest.raises(circuits.InputError, match="do not sum to the residual stream"):
-        circuits.run_circuits(model, graph, torch.zeros(1, len(graph), dtype=torch.bool), task)
+        circuits.run_circuits(model, graph, torch.zeros(1, len(graph), dtype=torch.bool), task, executor=executor)
 
 
-def test_logits_that_overflow_in_half_precision_are_an_error(task):
+@every_executor
+def test_logits_that_overflow_in_half_precision_are_an_error(task, executor):
     model = random_model("gpt2", dtype=torch.float16)
     model.unembed.W_U.data.mul_(60_000)
     with pytest.raises(circuits.InputError, match=r"overflows.*float32"):
-        circuits.run_circuit(model, circuits.Circuit.full(circuits.component_graph(model)), task)
+        circuits.run_circuit(model, circuits.Circuit.full(circuits.component_graph(model)), task, executor=executor)
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ class ACDC(CircuitDiscoverer):
         state = saved.restore({**start, **counts})
         for number in range(int(state["next"]), len(chains)):
             before = dict(damage.executor.counts)
-            self._follow(chains[number], state, graph, damage, guess)
+            self._follow(chains[number], state, damage, guess)
             for name, value in damage.executor.counts.items():
                 state[name] = state[name] + value - before[name]
             state["next"] = torch.tensor(number + 1)
@@ -104,9 +104,9 @@ class ACDC(CircuitDiscoverer):
                 progress(number + 1, len(chains))
         return Circuit(graph, state["scores"], state["kept"], record=self.record(**_summary(state, graph)))
 
-    def _follow(self, chain: list[Trial], state: State, graph: Graph, damage: DamageMeter, guess: Bool[Tensor, "edge"]) -> None:
+    def _follow(self, chain: list[Trial], state: State, damage: DamageMeter, guess: Bool[Tensor, "edge"]) -> None:
         """Decide on the edges of a chain, and write the decisions into `state`."""
-        live = graph.reaching_logits(state["kept"])
+        live = damage.reaching_logits(state["kept"])
         groups: list[list[int]] = []
         for trial in chain:
             edges = [edge for edge in trial.edges if state["kept"][edge]]

@@ -1,0 +1,203 @@
+"""The incremental executor against the reference, and what it does when it cannot go on."""
+
+import warnings
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, random_model, random_task
+
+import circuits
+from circuits.ablation import get_ablation
+from circuits.execution import _say_once
+from circuits.incremental import IncrementalExecutor, _Run
+from circuits.patching import HookedExecutor
+
+ABLATIONS = ["resample", "zero", "mean"]
+
+
+def executors(model, graph, task, ablation="resample"):
+    chosen = get_ablation(ablation)
+    return HookedExecutor.prepare(model, graph, task, chosen), IncrementalExecutor.prepare(model, graph, task, chosen)
+
+
+def random_masks(graph, *shares: float, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.rand(len(graph), generator=generator) < share for share in shares])
+
+
+def assert_equal(reference, incremental, kept) -> None:
+    torch.testing.assert_close(incremental.logits(kept), reference.logits(kept), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_random_circuits_are_those_of_the_reference(architecture, ablation):
+    model, task = random_model(architecture), random_task(ragged=True, several=True)
+    for graph in (circuits.component_graph(model), circuits.component_graph(model, positions=8)):
+        reference, incremental = executors(model, graph, task, ablation)
+        assert_equal(reference, incremental, random_masks(graph, 1, 0.97, 0.8, 0.6))
+        assert_equal(reference, incremental, random_masks(graph, 0.4, 0.2, 0.05, 0))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_candidates_near_a_circuit_are_those_of_the_reference(architecture):
+    model, task = random_model(architecture), random_task(ragged=True)
+    graph = circuits.component_graph(model)
+    reference, incremental = executors(model, graph, task)
+    kept = torch.ones(len(graph), dtype=torch.bool)
+    for round_number in range(4):  # smaller and smaller, as in a search
+        kept = kept & random_masks(graph, 0.7, seed=round_number)[0]
+        incremental.near(kept)
+        assert_equal(reference, incremental, kept & random_masks(graph, 1, 0.98, 0.9, 0.5, seed=10 + round_number))
+    # What lies elsewhere is right as well, and nothing of it is kept.
+    assert_equal(reference, incremental, random_masks(graph, 0.9, 0.3, seed=20))
+    assert_equal(reference, incremental, kept[None])
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "pythia", "qwen3"])
+def test_every_edge_alone_is_as_in_the_reference(architecture):
+    model, task = random_model(architecture), random_task()
+    graph = circuits.component_graph(model)
+    reference, incremental = executors(model, graph, task)
+    assert_equal(reference, incremental, ~torch.eye(len(graph), dtype=torch.bool))
+
+
+def test_edges_between_named_spans_and_split_embeddings_are_ablated_as_in_the_reference(toy_world):
+    task = circuits.load_task("ioi", toy_world, n=6)
+    for options in ({"positions": ["S1", "S2", "END"]}, {"split_embed": True}):
+        graph = circuits.component_graph(toy_world, **options)
+        reference, incremental = executors(toy_world, graph, task)
+        assert_equal(reference, incremental, random_masks(graph, 0.95, 0.6, 0.2))
+
+
+def test_a_graph_that_lacks_edges_leaves_them_alone():
+    model, task = random_model("gpt2"), random_task()
+    whole = circuits.component_graph(model)
+    some = torch.arange(0, len(whole), 3)
+    graph = circuits.Graph(whole.nodes, whole.source[some], whole.target[some], whole.slot[some], model=whole.model)
+    reference, incremental = executors(model, graph, task)
+    assert_equal(reference, incremental, random_masks(graph, 0.7, 0.1))
+
+
+def test_prompts_scored_before_they_differ_and_prompts_that_do_not_differ_are_as_in_the_reference():
+    model, task = random_model("gpt2"), random_task(batch=3)
+    scored = torch.zeros_like(task.clean, dtype=torch.bool)
+    scored[:, 0] = scored[:, 5] = True
+    corrupted = task.corrupted.clone()
+    corrupted[1] = task.clean[1]
+    same = circuits.Task.from_tokens(task.clean, corrupted, answer_positions=scored)
+    graph = circuits.component_graph(model)
+    reference, incremental = executors(model, graph, same)
+    assert_equal(reference, incremental, random_masks(graph, 0.9, 0.5, 0.1))
+
+
+def test_a_double_precision_model_is_computed_in_double_precision():
+    model, task = random_model("llama", dtype=torch.float64), random_task()
+    graph = circuits.component_graph(model)
+    reference, incremental = executors(model, graph, task)
+    kept = random_masks(graph, 0.8, 0.3)
+    torch.testing.assert_close(incremental.logits(kept), reference.logits(kept), atol=1e-12, rtol=0)
+
+
+def test_the_work_falls_with_the_circuit():
+    model, task = random_model("gpt2", n_layers=4), random_task()
+    graph = circuits.component_graph(model)
+    _, incremental = executors(model, graph, task)
+
+    def work(kept) -> int:
+        before = incremental.counts["node_evaluations"]
+        incremental.near(kept)
+        without = kept.clone()
+        without[int(kept.nonzero()[-1])] = False
+        incremental.logits(without[None])
+        return incremental.counts["node_evaluations"] - before
+
+    path = graph.mask(["embed->m0", "m0->a3.h0.v", "a3.h0->m3", "m3->logits"])
+    assert work(torch.ones(len(graph), dtype=torch.bool)) == 0  # only the logits read the last edge
+    incremental.near(path)
+    before = incremental.counts["node_evaluations"]
+    incremental.logits((path & ~graph.mask(["embed->m0"]))[None])
+    assert incremental.counts["node_evaluations"] - before == 3  # m0, a3.h0, m3
+
+
+class TestWhatCannotBeRunIncrementally:
+    @pytest.fixture(autouse=True)
+    def nothing_said_yet(self):
+        _say_once.cache_clear()
+
+    def changed(self):
+        """A model with a hook of the user's that changes what heads write: no node computes what its weights say."""
+        model = random_model("gpt2")
+        model.add_hook("blocks.0.attn.hook_z", lambda activation, hook: activation * 1.5)
+        return model
+
+    def test_falls_back_to_the_reference_and_says_so(self):
+        model, task = self.changed(), random_task()
+        graph = circuits.component_graph(model)
+        kept = random_masks(graph, 0.5)
+        with pytest.warns(UserWarning, match=r"run by the reference executor.*outputs differ"):
+            found = circuits.run_circuits(model, graph, kept, task)
+        torch.testing.assert_close(found, circuits.run_circuits(model, graph, kept, task, executor="hooks"))
+
+    def test_is_said_once(self):
+        model, task = self.changed(), random_task()
+        whole = circuits.Circuit.full(circuits.component_graph(model))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            for _ in range(3):
+                circuits.run_circuit(model, whole, task)
+        assert len([warning for warning in caught if "reference executor" in str(warning.message)]) == 1
+
+    def test_is_refused_where_the_incremental_executor_is_asked_for(self):
+        model, task = self.changed(), random_task()
+        with pytest.raises(circuits.InputError, match=r"cannot be run incrementally.*executor='auto'"):
+            circuits.run_circuit(model, circuits.Circuit.full(circuits.component_graph(model)), task, executor="incremental")
+
+    def test_positions_that_depend_on_the_length_of_the_prompt_are_left_to_the_reference(self):
+        model, task = random_model("gpt2", use_logn_attn=True), random_task()
+        with pytest.warns(UserWarning, match="positions enter its attention"):
+            circuits.run_circuit(model, circuits.Circuit.full(circuits.component_graph(model)), task)
+
+
+class TestMemory:
+    def test_a_smaller_budget_takes_smaller_steps_to_the_same_logits(self):
+        model, task = random_model("gpt2"), random_task()
+        graph = circuits.component_graph(model)
+        kept = random_masks(graph, *[0.9] * 12)
+        roomy, tight = (
+            IncrementalExecutor.prepare(model, graph, task, get_ablation("resample"), max_memory=bytes_) for bytes_ in (1 << 30, 1 << 20)
+        )
+        torch.testing.assert_close(tight.logits(kept), roomy.logits(kept), atol=1e-5, rtol=0)
+        assert roomy.counts["batches"] == 1 < tight.counts["batches"]
+
+    def test_running_out_of_memory_makes_steps_smaller_and_loses_nothing(self, monkeypatch):
+        model, task = random_model("gpt2"), random_task()
+        graph = circuits.component_graph(model)
+        kept = random_masks(graph, *[0.9] * 8)
+        executor = IncrementalExecutor.prepare(model, graph, task, get_ablation("resample"))
+        expected, whole, sizes = executor.logits(kept), _Run.execute, []
+
+        def failing(run):
+            sizes.append(len(run.kept))
+            if len(run.kept) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+            return whole(run)
+
+        monkeypatch.setattr(_Run, "execute", failing)
+        torch.testing.assert_close(executor.logits(kept), expected, atol=1e-5, rtol=0)
+        assert sizes == [8, 4, 2, 2, 2, 2]
+
+    def test_memory_that_is_too_small_for_one_circuit_is_an_error_of_the_user(self, monkeypatch):
+        model, task = random_model("gpt2"), random_task()
+
+        def failing(run):
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory")
+
+        monkeypatch.setattr(_Run, "execute", failing)
+        with pytest.raises(circuits.InputError, match="memory runs out even with one circuit"):
+            circuits.run_circuit(model, circuits.Circuit.full(circuits.component_graph(model)), task)
+
+    def test_a_budget_that_is_no_number_of_bytes_is_refused(self):
+        model, task = random_model("gpt2"), random_task()
+        with pytest.raises(circuits.InputError, match="max_memory=0"):
+            circuits.run_circuit(model, circuits.Circuit.full(circuits.component_graph(model)), task, max_memory=0)
