@@ -253,7 +253,7 @@ def separate_inputs(model: Model) -> Iterator[None]:
 @contextlib.contextmanager
 def plain_inputs(model: Model) -> Iterator[None]:
     """Without the flags that make a forward pass slow, whatever the user has set; they are put back."""
-    with _flags(model):
+    with _flags(model), _shared_norms(model):
         yield
 
 
@@ -268,11 +268,39 @@ def separate_gradients(model: Model) -> Iterator[None]:
     try:
         for attention in attentions:
             attention.repeat_kv_heads = 1
-        with _flags(model, use_hook_mlp_in=not model.cfg.attn_only):
+        with _flags(model, use_hook_mlp_in=not model.cfg.attn_only), _shared_norms(model):
             yield
     finally:
         for attention, repeats in zip(attentions, before, strict=True):
             attention.repeat_kv_heads = repeats
+
+
+@contextlib.contextmanager
+def _shared_norms(model: Model) -> Iterator[None]:
+    """Compute the norm before attention once for q, k and v, where TransformerLens computes it three times; modules are put back."""
+    norms = [block.ln1 for block in model.blocks]
+    before = [dict(vars(norm)).get("forward") for norm in norms]
+    try:
+        for norm in norms:
+            norm.forward = _remembered(norm.forward)
+        yield
+    finally:
+        for norm, forward in zip(norms, before, strict=True):
+            del norm.forward
+            if forward is not None:
+                norm.forward = forward
+
+
+def _remembered(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The same function, which gives its last result again to the next two calls on the very same tensor, and then forgets it."""
+    last: list[tuple[Tensor, Tensor]] = []
+
+    def remembering(given: Tensor) -> Tensor:
+        if not last or last[0][0] is not given:
+            last[:] = [(given, forward(given))] * 3
+        return last.pop()[1]
+
+    return remembering
 
 
 def copies_per_head(model: Model, slot: str) -> int:
