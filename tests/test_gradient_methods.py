@@ -153,7 +153,7 @@ def test_scores_depend_neither_on_the_batch_size_nor_on_the_order_of_prompts(met
     shuffled = method.attribute(model, task[order])
     torch.testing.assert_close(shuffled.edges, together.edges, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(shuffled.edges_by_prompt, together.edges_by_prompt[order], atol=1e-5, rtol=1e-4)
-    monkeypatch.setattr("circuits.edge_scores.BATCH_BYTES", 1)
+    monkeypatch.setattr("circuits.edge_scores.memory_budget", lambda *_, **__: 1)
     one_by_one = method.attribute(model, task)
     torch.testing.assert_close(one_by_one.edges, together.edges, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(one_by_one.neurons, together.neurons, atol=1e-5, rtol=1e-4)
@@ -208,7 +208,7 @@ def test_whether_a_gradient_vanishes_does_not_depend_on_the_batch_size(monkeypat
     model, task = random_model("gpt2"), random_task()
     task.corrupted[0] = task.clean[0]
     together = EAP(metric="kl", gradient_at="corrupted").discover(model, task).scores
-    monkeypatch.setattr("circuits.edge_scores.BATCH_BYTES", 1)
+    monkeypatch.setattr("circuits.edge_scores.memory_budget", lambda *_, **__: 1)
     torch.testing.assert_close(EAP(metric="kl", gradient_at="corrupted").discover(model, task).scores, together, atol=1e-6, rtol=1e-4)
     with pytest.raises(circuits.InputError, match="vanishes"):
         EAP(metric="kl").discover(model, task)

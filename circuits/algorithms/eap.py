@@ -9,15 +9,15 @@ We differ from the published code in scale and sign: a score is the predicted da
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from circuits.ablation import Ablation
 from circuits.circuit import Circuit
-from circuits.components import component_graph, component_nodes
-from circuits.discoverer import Checkpoint, CircuitDiscoverer, Progress
-from circuits.edge_scores import EdgeAttribution, GradientPoint, attribute_edges
+from circuits.components import check_fits, check_supported, component_graph, component_nodes
+from circuits.discoverer import SPEED_ONLY, Checkpoint, CircuitDiscoverer, Progress
+from circuits.edge_scores import EdgeAttribution, GradientPoint, attribute_edges, score_edges
 from circuits.errors import InputError
 from circuits.graph import Graph
 from circuits.metrics import Metric, get_metric
@@ -32,6 +32,7 @@ class GradientMethod(CircuitDiscoverer):
 
     metric: str | Metric = "logit_difference"
     ablation: str | Ablation = "resample"
+    max_memory: int | None = field(default=None, kw_only=True, metadata=SPEED_ONLY)
 
     @abstractmethod
     def points(self, nodes: tuple[Node, ...]) -> list[GradientPoint]:
@@ -46,20 +47,32 @@ class GradientMethod(CircuitDiscoverer):
         checkpoint: Checkpoint | str | Path | None = None,
         progress: Progress | None = None,
     ) -> Circuit:
-        attribution = self.attribute(model, task, graph=graph, progress=progress)
-        return Circuit.full(attribution.graph, attribution.edges, record=self.record())
+        graph = self._graph(model, graph)
+        scores = score_edges(model, graph, task, **self._settings(model, graph, task), progress=progress)
+        return Circuit.full(graph, scores, record=self.record())
 
     def attribute(self, model: Model, task: Task, *, graph: Graph | None = None, progress: Progress | None = None) -> EdgeAttribution:
         """What one score per edge cannot hold: scores by prompt, node, head, position and neuron.
 
         Raises:
-            InputError: the model, graph and task do not fit together; the metric has no gradient or one that vanishes.
+            InputError: the model, graph and task do not fit together; the metric has no gradient or one that vanishes; not even one
+                prompt fits into `max_memory`.
         """
-        graph = component_graph(model) if graph is None else graph
+        graph = self._graph(model, graph)
+        return attribute_edges(model, graph, task, **self._settings(model, graph, task), progress=progress)
+
+    def _graph(self, model: Model, graph: Graph | None) -> Graph:
+        # One that is made here fits: reading all weights a second time would tell nothing new.
+        if graph is None:
+            return component_graph(model)
+        check_supported(model)
+        check_fits(model, graph)
+        return graph
+
+    def _settings(self, model: Model, graph: Graph, task: Task) -> dict[str, Any]:
         split_embed = any(isinstance(node, TokenEmbed | PosEmbed) for node in graph.nodes)
         points = self.points(component_nodes(model, split_embed))
-        metric = get_metric(self.metric, task)
-        return attribute_edges(model, graph, task, metric=metric, ablation=self.ablation, points=points, progress=progress)
+        return {"metric": get_metric(self.metric, task), "ablation": self.ablation, "points": points, "max_memory": self.max_memory}
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,7 @@ class EAP(GradientMethod):
         metric: what damage is measured in.
         ablation: what an ablated edge carries instead.
         gradient_at: on which run the gradient is taken; "both" is the mean of the two.
+        max_memory: bytes that a run may take on top of model and task, to within a fifth; None chooses from what is free.
     """
 
     name: ClassVar[str] = "eap"
@@ -101,6 +115,7 @@ class EAPIG(GradientMethod):
         steps: gradients taken along each line.
         along: "inputs" moves the embeddings; "activations" moves what one sub-layer writes, each in turn: 2 n_layers + 1 lines.
         quadrature: "midpoint" takes the middles of equal pieces of the line; "left" their corrupted ends, as the published code does.
+        max_memory: bytes that a run may take on top of model and task, to within a fifth; None chooses from what is free.
     """
 
     name: ClassVar[str] = "eap-ig"

@@ -1,0 +1,182 @@
+"""What gradient methods cost: passes of the model, and memory against `max_memory`."""
+
+import re
+from functools import partial
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, random_model, random_task
+
+import circuits
+from circuits.algorithms.eap import EAP, EAPIG
+from circuits.edge_scores import _bound as bound
+from circuits.edge_scores import _Engine as Engine
+from circuits.memory import AllocationMeter
+from circuits.run import counting_passes
+
+MODEL = {"n_layers": 4, "d_model": 48, "n_heads": 6, "d_head": 8, "d_mlp": 96}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model("gpt2", **MODEL)
+
+
+@pytest.fixture(scope="module")
+def task():
+    return random_task(batch=16, length=12, several=True)
+
+
+def most_allocated(call) -> int:
+    """The most bytes that torch's allocator gave out at one time, above what it had given out before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def smallest_memory(method, model, task) -> int:
+    """What one prompt needs, as the error says it."""
+    with pytest.raises(circuits.InputError, match="one prompt of 12 tokens needs") as caught:
+        method(max_memory=1).discover(model, task)
+    return int(re.search(r"needs ([\d,]+) bytes", str(caught.value))[1].replace(",", ""))
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """The number of prompts of each batch that is run."""
+    sizes: list[int] = []
+    batch = Engine.batch
+
+    def noting(self, task, indices, meter):
+        sizes.append(len(task[indices]))
+        return batch(self, task, indices, meter)
+
+    monkeypatch.setattr(Engine, "batch", noting)
+    return sizes
+
+
+@pytest.mark.parametrize("method", [EAP, partial(EAPIG, steps=2)], ids=["eap", "eap-ig"])
+def test_memory_stays_within_a_fifth_of_max_memory_and_more_of_it_means_larger_batches(method, model, task, batches):
+    graph = circuits.component_graph(model)
+    whole = method().discover(model, task, graph=graph)
+    assert batches == [len(task)]
+    one = smallest_memory(method, model, task)
+    largest = []
+    for max_memory in (one, 3 * one, 6 * one):
+        batches.clear()
+        found = []
+        peak = most_allocated(lambda: found.append(method(max_memory=max_memory).discover(model, task, graph=graph)))  # noqa: B023
+        assert peak <= 1.2 * max_memory
+        assert sum(batches) == len(task)
+        largest.append(max(batches))
+        torch.testing.assert_close(found[0].scores, whole.scores, atol=1e-6, rtol=1e-4)
+    assert largest == sorted(set(largest)), "more memory, larger batches"
+
+
+def test_details_stay_within_max_memory_and_do_not_depend_on_it(model, task):
+    whole = EAP().attribute(model, task)
+    max_memory = 3 * smallest_memory(EAP, model, task)
+    found = []
+    assert most_allocated(lambda: found.append(EAP(max_memory=max_memory).attribute(model, task))) <= 1.2 * max_memory
+    for name in ("edges_by_prompt", "sources_by_position", "neurons"):
+        torch.testing.assert_close(getattr(found[0], name), getattr(whole, name), atol=1e-5, rtol=1e-4)
+
+
+def test_when_the_changes_of_all_sources_do_not_fit_they_come_in_pieces(model, task, monkeypatch):
+    """Bounded to what the model's passes take, a prompt's products are made from some layers' sources at a time."""
+    whole = EAP().discover(model, task[:1])
+    pieces = []
+    outputs = circuits.ablation.Changes.outputs
+
+    def noting(self, rows):
+        pieces.append(rows)
+        return outputs(self, rows)
+
+    monkeypatch.setattr("circuits.ablation.Changes.outputs", noting)
+    monkeypatch.setattr("circuits.edge_scores.memory_budget", lambda *_, **__: 1)
+    torch.testing.assert_close(EAP().discover(model, task[:1]).scores, whole.scores, atol=1e-6, rtol=1e-4)
+    # The embedding, and for each layer its heads together and its MLP.
+    assert [(rows.start, rows.stop) for rows in pieces][:4] == [(0, 1), (1, 7), (7, 8), (8, 14)]
+
+
+@pytest.mark.parametrize("method", [EAP(), EAPIG(steps=3)], ids=["eap", "eap-ig"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_bound_by_which_the_first_batch_is_chosen_is_never_too_small(architecture, method, monkeypatch):
+    model, task = random_model(architecture, **({} if architecture == "attention_only" else {"d_mlp": 96})), random_task(batch=4)
+    meter, bounds = AllocationMeter(model.parameters()), []
+    batch = Engine.batch
+    monkeypatch.setattr(Engine, "batch", lambda self, task, indices, _: batch(self, task, indices, meter))
+    monkeypatch.setattr("circuits.edge_scores._bound", lambda *arguments: bounds.append(bound(*arguments)) or bounds[-1])
+    method.attribute(model, task)
+    assert meter.fixed <= bounds[0].fixed
+    assert meter.growing <= 4 * bounds[0].per_prompt
+
+
+def test_a_meter_counts_what_is_held_and_tells_copies_of_weights_apart():
+    weight, data = torch.ones(100, 50), torch.ones(10, 50)
+    with AllocationMeter([weight]) as meter:
+        transposed = weight.T.contiguous()
+        assert (meter.fixed, meter.growing) == (4 * 5000, 0)
+        product = data @ transposed
+        del product
+        other = data + 1
+        view = other[:5]
+        assert view.shape[0] == 5
+    assert (meter.fixed, meter.growing) == (4 * 5000, 4 * 1000)
+
+
+def test_when_memory_runs_out_batches_are_halved(model, task, batches, monkeypatch):
+    whole = EAP().discover(model, task).scores
+    batches.clear()
+    counted = Engine.batch
+
+    def failing(self, task, indices, meter):
+        result = counted(self, task, indices, meter)
+        if batches[-1] > 4:
+            raise torch.OutOfMemoryError("out of memory")
+        return result
+
+    monkeypatch.setattr(Engine, "batch", failing)
+    torch.testing.assert_close(EAP().discover(model, task).scores, whole, atol=1e-6, rtol=1e-4)
+    assert batches == [16, 8, 4, 4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("method", "passes"),
+    [
+        (EAP(), 2),
+        (EAP(metric="kl", gradient_at="corrupted"), 2),
+        (EAP(gradient_at="both"), 2),
+        (EAP(ablation="zero"), 1),
+        (EAPIG(steps=5), 7),
+        (EAPIG(steps=5, quadrature="left"), 6),
+    ],
+    ids=repr,
+)
+def test_no_pass_is_made_twice(method, passes, model, task):
+    graph = circuits.component_graph(model)
+    with counting_passes(model) as counted:
+        method.discover(model, task, graph=graph)
+    assert counted["forward_passes"] == passes
+
+
+def test_a_users_flags_of_hooks_change_nothing_and_are_put_back(task):
+    model = random_model("llama")
+    graph, plain = circuits.component_graph(model), EAP().discover(model, random_task()).scores
+    flags = ("use_split_qkv_input", "use_attn_result", "use_hook_mlp_in", "ungroup_grouped_query_attention")
+    for flag in flags:
+        setattr(model.cfg, flag, True)
+    torch.testing.assert_close(EAP().discover(model, random_task(), graph=graph).scores, plain)
+    assert all(getattr(model.cfg, flag) for flag in flags)
+    assert model.blocks[0].attn.repeat_kv_heads == 2
+
+
+def test_memory_that_is_no_number_of_bytes_is_refused(model, task):
+    with pytest.raises(circuits.InputError, match="positive number of bytes"):
+        EAP(max_memory=0).discover(model, task)
+    assert EAP(max_memory=1 << 30).identity() == EAP().identity()
