@@ -449,7 +449,7 @@ class Components:
         module = cast(Any, block.attn)
         return Attention(
             norm=_norm(block.ln1),
-            weights={slot: self.projection(layer, slot) for slot in SLOTS},
+            weights={slot: getattr(module, f"W_{slot.upper()}") for slot in SLOTS},
             biases={slot: getattr(module, f"b_{slot.upper()}") for slot in SLOTS},
             output=module.W_O,
             scale=float(module.attn_scale),
