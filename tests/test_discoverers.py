@@ -126,19 +126,38 @@ def test_a_checkpoint_of_another_run_is_refused_rather_than_continued(model, tmp
 
 def test_what_a_failing_metric_leaves_is_resumed(model, tmp_path):
     """Nothing already computed is lost when a run stops with an error."""
-    path, task, calls = tmp_path / "checkpoint.safetensors", random_task(), []
+    path, task, calls, mended = tmp_path / "checkpoint.safetensors", random_task(), [], []
 
     def sometimes_nan(logits, clean_logits, task):
         calls.append(1)
-        return (logits - clean_logits).square().mean(-1) * (float("nan") if len(calls) == 30 else 1.0)
+        return (logits - clean_logits).square().mean(-1) * (float("nan") if len(calls) > 30 and not mended else 1.0)
 
     metric = circuits.Metric("sometimes", sometimes_nan, "higher_is_damage")
     with pytest.raises(circuits.InputError, match="NaN"):
         circuits.ACDC(0.002, metric=metric).discover(model, task, checkpoint=path)
+    mended.append(True)
     before = len(calls)
     resumed = circuits.ACDC(0.002, metric=metric).discover(model, task, checkpoint=path)
-    assert len(calls) - before < resumed.record["evaluations"]
+    assert len(calls) - before < resumed.record["measured"] - 10
     assert resumed.kept.equal(circuits.ACDC(0.002, metric="squared_error").discover(model, task).kept)
+
+
+def test_a_guess_that_leads_where_the_metric_has_no_value_does_not_stop_the_search(model):
+    task, seen, without_value = random_task(), [], []
+
+    def recording(logits, clean_logits, task):
+        seen.append(float((logits - clean_logits).square().mean()))
+        return (logits - clean_logits).square().mean(-1)
+
+    def without_value_elsewhere(logits, clean_logits, task):
+        values = (logits - clean_logits).square().mean(-1)
+        without_value.append(float(values.mean()) > max(seen) * 1.001)
+        return values * float("nan") if without_value[-1] else values
+
+    first, second = (circuits.Metric(f.__name__, f, "higher_is_damage") for f in (recording, without_value_elsewhere))
+    sequential = circuits.ACDC(0.02, metric=first, speculate=False).discover(model, task)
+    assert circuits.ACDC(0.02, metric=second).discover(model, task).kept.equal(sequential.kept)
+    assert any(without_value)
 
 
 def test_results_do_not_depend_on_the_hash_seed():

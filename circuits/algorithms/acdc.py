@@ -89,50 +89,72 @@ class ACDC(CircuitDiscoverer):
     ) -> Circuit:
         """The search itself, with `guess` the edges that it is expected to keep."""
         chains = list(_chains(graph, edge_order(graph, self.order)))
-        kept = torch.ones(len(graph), dtype=torch.bool)
-        start = {"kept": kept, "scores": torch.full((len(graph),), torch.nan), "damage": damage(kept[None])[0].double()}
-        counts = {name: torch.tensor(0) for name in ("next", *COUNTS)}
-        state = saved.restore({**start, **counts})
+        state = saved.restore(self._start(graph, damage, len(chains)))
+        for number in range(int(state["next"])):
+            damage.near(state["removed_in"] >= number)  # along the same way, so that rounding is the same as without a break
         for number in range(int(state["next"]), len(chains)):
-            before = dict(damage.executor.counts)
-            self._follow(chains[number], state, damage, guess)
-            for name, value in damage.executor.counts.items():
-                state[name] = state[name] + value - before[name]
+            damage.near(state["removed_in"] >= number)
+            for _ in self._follow(chains[number], state, damage, guess):
+                saved.save(state)
             state["next"] = torch.tensor(number + 1)
+            state["decided"], state["surveyed"] = torch.tensor(0), torch.tensor(0)
             saved.save(state)
             if progress:
                 progress(number + 1, len(chains))
         return Circuit(graph, state["scores"], state["kept"], record=self.record(**_summary(state, graph)))
 
-    def _follow(self, chain: list[Trial], state: State, damage: DamageMeter, guess: Bool[Tensor, "edge"]) -> None:
-        """Decide on the edges of a chain, and write the decisions into `state`."""
-        live = damage.reaching_logits(state["kept"])
+    def _start(self, graph: Graph, damage: DamageMeter, chains: int) -> State:
+        """The whole graph, nothing tried. `removed_in` is the chain in which an edge went, or their number.
+
+        Of the chain at hand, `decided` groups of edges are done and `surveyed` have been measured; `expected` says of each whether it stays.
+        """
+        kept = torch.ones(len(graph), dtype=torch.bool)
+        start = {"kept": kept, "scores": torch.full((len(graph),), torch.nan), "damage": damage(kept[None])[0].double()}
+        chain = {"removed_in": torch.full((len(graph),), chains), "expected": torch.zeros_like(kept)}
+        return {**start, **chain, **{name: torch.tensor(0) for name in ("next", "decided", "surveyed", *COUNTS)}}
+
+    def _follow(self, chain: list[Trial], state: State, damage: DamageMeter, guess: Bool[Tensor, "edge"]) -> Iterator[None]:
+        """Decide on the edges of a chain, a batch at a time, and write the decisions into `state`."""
+        groups = self._groups(chain, state, damage)
+        if not int(state["surveyed"]):
+            state["expected"][: len(groups)] = torch.tensor([bool(guess[group].any()) for group in groups], dtype=torch.bool)
+        while (done := int(state["decided"])) < len(groups):
+            before = dict(damage.executor.counts)
+            batch = groups[done : done + self._batch_size(state)]
+            decided, seen = self._decide(batch, state["expected"][done : done + len(batch)].tolist(), state, damage)
+            state["expected"][done : done + len(seen)] = torch.tensor(seen)
+            state["surveyed"] = torch.tensor(max(int(state["surveyed"]), done + len(seen)))
+            state["decided"] = state["decided"] + decided
+            for name, value in damage.executor.counts.items():
+                state[name] = state[name] + value - before[name]
+            yield
+
+    def _groups(self, chain: list[Trial], state: State, damage: DamageMeter) -> list[list[int]]:
+        """The edges of a chain that are removed together, most of them alone, as they stood when it began; dead ones go at once."""
+        kept = state["removed_in"] >= state["next"]
+        live = damage.reaching_logits(kept)
         groups: list[list[int]] = []
         for trial in chain:
-            edges = [edge for edge in trial.edges if state["kept"][edge]]
-            if not edges:
-                continue
-            if not live[edges].any():
-                state["kept"][edges] = False
-                continue
-            groups += [edges] if trial.together else [[edge] for edge in edges]
-        damage.near(state["kept"])
-        expected = [bool(guess[group].any()) for group in groups]
-        done = surveyed = 0
-        while done < len(groups):
-            part = slice(done, done + self._batch_size(state, max(0, surveyed - done)))
-            decided, expected[part] = self._decide(groups[part], expected[part], state, damage)
-            surveyed = max(surveyed, done + len(groups[part]))
-            done += decided
+            edges = [edge for edge in trial.edges if kept[edge]]
+            if edges and not live[edges].any():
+                self._remove(edges, state)
+            elif edges:
+                groups += [edges] if trial.together else [[edge] for edge in edges]
+        return groups
 
-    def _batch_size(self, state: State, surveyed: int) -> int:
-        """How many edges to speculate on, when the next `surveyed` have been measured in a state near to theirs."""
+    def _remove(self, edges: list[int], state: State) -> None:
+        state["kept"][edges] = False
+        state["removed_in"][edges] = state["next"]
+
+    def _batch_size(self, state: State) -> int:
+        """How many decisions to speculate on."""
         if not self.speculate:
             return 1
-        # As often as guesses failed so far; at first, one in eight.
+        # Guesses fail as often as they did so far; at first, one in eight.
         wrong = (int(state["wrong"]) + 1) / (int(state["evaluations"]) + 8)
-        budget = WRONG_GUESSES - surveyed * WRONG_AFTER_MEASURING
-        return max(1, min(LARGEST_BATCH, surveyed + int(budget / wrong) if budget > 0 else int(WRONG_GUESSES / WRONG_AFTER_MEASURING)))
+        surveyed = max(0, int(state["surveyed"] - state["decided"]))
+        unknown = (WRONG_GUESSES - surveyed * WRONG_AFTER_MEASURING) / wrong
+        return min(LARGEST_BATCH, max(1, surveyed + int(unknown) if unknown > 0 else int(WRONG_GUESSES / WRONG_AFTER_MEASURING)))
 
     def _decide(self, groups: list[list[int]], expected: list[bool], state: State, damage: DamageMeter) -> tuple[int, list[bool]]:
         """Measure each removal as if those before it went as expected (True: kept).
@@ -144,7 +166,13 @@ class ACDC(CircuitDiscoverer):
         masks = without.numpy()
         for row, (group, stays) in enumerate(zip(groups, expected, strict=True)):
             masks[row if stays else slice(row, None), group] = False
-        measured = damage(without).tolist()
+        try:
+            measured = damage(without).tolist()
+        except InputError:
+            if len(groups) == 1:
+                raise
+            # What cannot be measured may be a state in which the search would never be.
+            return self._decide(groups[:1], expected[:1], state, damage)
         increases, seen = [], []
         current = float(state["damage"])
         for stays, found in zip(expected, measured, strict=True):
@@ -156,7 +184,7 @@ class ACDC(CircuitDiscoverer):
             if len(group) == 1:
                 state["scores"][group[0]] = increase
             if not stays:
-                state["kept"][group] = False
+                self._remove(group, state)
                 state["damage"] = torch.tensor(found, dtype=torch.float64)
         counted = {"measured": len(groups), "evaluations": decided, "wrong": int(seen[decided - 1] != expected[decided - 1])}
         for name, more in counted.items():
