@@ -50,6 +50,10 @@ class Executor(Protocol):
         """A hint: circuits that follow are mostly subsets of this one."""
         ...
 
+    def fixed_cost(self, kept: Bool[Tensor, "variant edge"]) -> float:
+        """About what a batch of such circuits costs on top of what each of them does, in circuits."""
+        ...
+
 
 def get_executor(
     model: Model,

@@ -37,6 +37,8 @@ from circuits.tasks.base import Task
 from circuits.window import Window
 
 CHECKED_PROMPTS = 8
+# What could be multiplied and added in the time that a step costs however little it computes, on a CPU and on a GPU.
+OVERHEAD = (1e7, 1e9)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +138,11 @@ class IncrementalExecutor:
                 run.commit()
             mask = self._mask(kept)
             state.become(kept, mask, Needs.of(self.parts.places, np.any(mask, axis=0)), run.plan.changed)
+
+    def fixed_cost(self, kept: Bool[Tensor, "variant edge"]) -> float:
+        """About what a batch of such circuits costs on top of what each of them does, in circuits."""
+        run = self._run(self._base(kept), kept)
+        return OVERHEAD[self.counterfactuals.device.type == "cuda"] * (1 + len(run.plan.steps)) / run.products_per_variant()
 
     def _base(self, kept: Bool[Tensor, "variant edge"]) -> State:
         near = self.bases.get("near")
@@ -297,6 +304,21 @@ class _Run:
                 size += len(step.sources) * tokens[step.wide] * (3 * window.readable.shape[1] + 2 * cfg.d_model)
             peak = max(peak, size)
         return max(1, (held + peak) * outputs.element_size())
+
+    def products_per_variant(self) -> int:
+        """About how many multiplications one more variant takes."""
+        parts, cfg = self.executor.parts, self.executor.parts.model.cfg
+        tokens = {True: len(parts.window), False: parts.window.scored}
+        total = 0
+        for step in self.plan.steps:
+            total += sum(len(read.rows) * tokens[read.wide] * (cfg.d_head * cfg.d_model if read.place.slot else 0) for read in step.reads)
+            if not len(step.sources):
+                total += tokens[False] * cfg.d_model * cfg.d_vocab_out
+            elif step.reads[0].place.slot is None:
+                total += tokens[step.wide] * cfg.d_model * (2 + cfg.gated_mlp) * (cfg.d_mlp or 0)
+            else:
+                total += len(step.sources) * tokens[step.wide] * cfg.d_head * cfg.d_model
+        return max(1, total)
 
     def _written(self, step: Step) -> Float[Tensor, "source variant token d_model"]:
         parts, layer = self.executor.parts, step.layer

@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
@@ -29,7 +28,7 @@ from circuits.errors import InputError
 from circuits.files import read_json, read_tensors, write_json, write_tensors
 from circuits.graph import SLOTS
 from circuits.nodes import MLP, Embed, Head, Logits, Node, PosEmbed, TokenEmbed
-from circuits.sublayers import Attention, FeedForward, Norm, Rotation, Unembedding
+from circuits.sublayers import Attention, FeedForward, Norm, Rotation, Unembedding, gelu_tanh
 
 Model = HookedTransformer
 Hook = Callable[[Tensor], Tensor | None]
@@ -471,8 +470,8 @@ class Components:
         if not plain:
             return FeedForward(norm, None, None, None, None, None, None, whole=mlp)
         gate = mlp.W_gate if type(mlp).__name__ == "GatedMLP" else None
-        # TransformerLens' own version of this activation takes eight passes over memory, torch's one.
-        activation = partial(functional.gelu, approximate="tanh") if self.model.cfg.act_fn in ("gelu_new", "gelu_fast") else mlp.act_fn
+        # TransformerLens' own version of this activation takes eight passes over memory.
+        activation = gelu_tanh if self.model.cfg.act_fn in ("gelu_new", "gelu_fast", "gelu_pytorch_tanh") else mlp.act_fn
         return FeedForward(norm, mlp.W_in, mlp.b_in, gate, mlp.W_out, mlp.b_out, activation)
 
     def unembedding(self) -> Unembedding:

@@ -173,6 +173,10 @@ class HookedExecutor:
     def near(self, kept: Bool[Tensor, "edge"]) -> None:
         """Nothing is kept from circuit to circuit."""
 
+    def fixed_cost(self, kept: Bool[Tensor, "variant edge"]) -> float:
+        """Every circuit is a whole run; there is little on top."""
+        return 0.1
+
     def _batch_logits(
         self,
         kept: Bool[Tensor, "variant edge"],

@@ -6,12 +6,14 @@ input of its own, many variants of it, and only those tokens that matter. `model
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 Norm = Callable[[Tensor], Tensor]
 Rows = slice | Tensor
@@ -27,6 +29,16 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None, heads: Rows 
         return x @ weight if bias is None else torch.addmm(bias, x, weight)
     product = x @ weight[heads]
     return product if bias is None else product.add_(bias[heads][:, None])
+
+
+def gelu_tanh(x: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_mlp"]:
+    """GELU in its tanh approximation, as GPT-2 has it: x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3).
+
+    On a CPU torch's own version spends most of its time in tanh; this takes a third of it, and differs in the last bit.
+    """
+    if x.device.type != "cpu":
+        return functional.gelu(x, approximate="tanh")
+    return torch.addcmul(x, x * x, x, value=0.044715).mul_(2 * math.sqrt(2 / math.pi)).sigmoid_().mul_(x)
 
 
 @dataclass(frozen=True, eq=False)

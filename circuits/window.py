@@ -123,5 +123,4 @@ class Window:
     ) -> Float[Tensor, "head variant batch key d_head"]:
         """Keys or values of whole prompts: new ones at these tokens, known ones elsewhere."""
         result = known.flatten(1, 2)[:, None].repeat(1, found.shape[1], 1, 1)
-        result[:, :, self.prompt * known.shape[2] + self.position] = found
-        return result.unflatten(2, known.shape[1:3])
+        return result.index_copy_(2, self.prompt * known.shape[2] + self.position, found).unflatten(2, known.shape[1:3])

@@ -169,7 +169,7 @@ def test_killed_in_the_middle_of_acdc_and_started_again_the_circuit_is_the_same(
     assert a.record["resumed"]
     assert a.record["evaluations"] == b.record["evaluations"]
     # What had been tried before was not tried again.
-    assert a.record["forward_passes"] < b.record["forward_passes"]
+    assert a.record["measured"] == b.record["measured"]  # nothing was measured twice
     assert not list(tmp_path.rglob(CHECKPOINT))
 
 

@@ -27,13 +27,14 @@ from circuits.execution import DamageMeter
 from circuits.graph import Graph
 from circuits.metrics import Metric
 from circuits.models import Model
+from circuits.nodes import Head
 from circuits.tasks.base import Task
 
 State = dict[str, Tensor]
 
-# Edges are speculated on until about this many wrong guesses are to be expected among them; a guess that rests on a measurement made in
-# a neighbouring state is wrong this often; and never more edges than this at once.
-WRONG_GUESSES, WRONG_AFTER_MEASURING, LARGEST_BATCH = 0.75, 0.08, 256
+# How often a guess fails that rests on a measurement in a neighbouring state; and the most edges to speculate on at once.
+WRONG_AFTER_MEASURING, LARGEST_BATCH = 0.08, 256
+NEVER = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -89,38 +90,45 @@ class ACDC(CircuitDiscoverer):
     ) -> Circuit:
         """The search itself, with `guess` the edges that it is expected to keep."""
         chains = list(_chains(graph, edge_order(graph, self.order)))
-        state = saved.restore(self._start(graph, damage, len(chains)))
-        for number in range(int(state["next"])):
-            damage.near(state["removed_in"] >= number)  # along the same way, so that rounding is the same as without a break
+        state = saved.restore(self._start(graph, damage))
+        for commit in range(int(state["commits"])):
+            damage.near(state["removed_at"] > commit)  # along the same way, so that rounding is the same as without a break
         for number in range(int(state["next"]), len(chains)):
-            damage.near(state["removed_in"] >= number)
-            for _ in self._follow(chains[number], state, damage, guess):
+            for _ in self._follow(chains[number], state, graph, damage, guess):
                 saved.save(state)
             state["next"] = torch.tensor(number + 1)
-            state["decided"], state["surveyed"] = torch.tensor(0), torch.tensor(0)
+            for name in ("decided", "surveyed"):
+                state[name] = torch.tensor(0)
+            state["began"] = state["commits"].clone()
             saved.save(state)
             if progress:
                 progress(number + 1, len(chains))
         return Circuit(graph, state["scores"], state["kept"], record=self.record(**_summary(state, graph)))
 
-    def _start(self, graph: Graph, damage: DamageMeter, chains: int) -> State:
-        """The whole graph, nothing tried. `removed_in` is the chain in which an edge went, or their number.
+    def _start(self, graph: Graph, damage: DamageMeter) -> State:
+        """The whole graph, nothing tried.
 
-        Of the chain at hand, `decided` groups of edges are done and `surveyed` have been measured; `expected` says of each whether it stays.
+        `commits` counts the states that the executor was told of, `removed_at` says after how many an edge went (NEVER: it is kept). Of the
+        chain at hand, which `began` after so many, `decided` groups of edges are done and `surveyed` have been measured; `expected` says of
+        each whether it stays.
         """
         kept = torch.ones(len(graph), dtype=torch.bool)
         start = {"kept": kept, "scores": torch.full((len(graph),), torch.nan), "damage": damage(kept[None])[0].double()}
-        chain = {"removed_in": torch.full((len(graph),), chains), "expected": torch.zeros_like(kept)}
-        return {**start, **chain, **{name: torch.tensor(0) for name in ("next", "decided", "surveyed", *COUNTS)}}
+        chain = {"removed_at": torch.full((len(graph),), NEVER), "expected": torch.zeros_like(kept)}
+        return {**start, **chain, **{name: torch.tensor(0) for name in ("next", "commits", "began", "decided", "surveyed", *COUNTS)}}
 
-    def _follow(self, chain: list[Trial], state: State, damage: DamageMeter, guess: Bool[Tensor, "edge"]) -> Iterator[None]:
+    def _follow(self, chain: list[Trial], state: State, graph: Graph, damage: DamageMeter, guess: Bool[Tensor, "edge"]) -> Iterator[None]:
         """Decide on the edges of a chain, a batch at a time, and write the decisions into `state`."""
         groups = self._groups(chain, state, damage)
+        targets = [int(graph.target[group[0]]) for group in groups]
         if not int(state["surveyed"]):
             state["expected"][: len(groups)] = torch.tensor([bool(guess[group].any()) for group in groups], dtype=torch.bool)
         while (done := int(state["decided"])) < len(groups):
             before = dict(damage.executor.counts)
-            batch = groups[done : done + self._batch_size(state)]
+            if done == 0 or targets[done] != targets[done - 1]:
+                damage.near(state["kept"])
+                state["commits"] = state["commits"] + 1
+            batch = groups[done : done + self._batch_size(state, damage, groups[done:])]
             decided, seen = self._decide(batch, state["expected"][done : done + len(batch)].tolist(), state, damage)
             state["expected"][done : done + len(seen)] = torch.tensor(seen)
             state["surveyed"] = torch.tensor(max(int(state["surveyed"]), done + len(seen)))
@@ -131,7 +139,7 @@ class ACDC(CircuitDiscoverer):
 
     def _groups(self, chain: list[Trial], state: State, damage: DamageMeter) -> list[list[int]]:
         """The edges of a chain that are removed together, most of them alone, as they stood when it began; dead ones go at once."""
-        kept = state["removed_in"] >= state["next"]
+        kept = state["removed_at"] > state["began"]
         live = damage.reaching_logits(kept)
         groups: list[list[int]] = []
         for trial in chain:
@@ -144,17 +152,25 @@ class ACDC(CircuitDiscoverer):
 
     def _remove(self, edges: list[int], state: State) -> None:
         state["kept"][edges] = False
-        state["removed_in"][edges] = state["next"]
+        state["removed_at"][edges] = state["commits"]
 
-    def _batch_size(self, state: State) -> int:
-        """How many decisions to speculate on."""
+    def _batch_size(self, state: State, damage: DamageMeter, groups: list[list[int]]) -> int:
+        """How many decisions to speculate on: as many as make the cost of a decision that will hold the smallest."""
         if not self.speculate:
             return 1
+        without = state["kept"].clone()
+        without[groups[0]] = False
+        fixed = damage.executor.fixed_cost(without[None])
         # Guesses fail as often as they did so far; at first, one in eight.
         wrong = (int(state["wrong"]) + 1) / (int(state["evaluations"]) + 8)
-        surveyed = max(0, int(state["surveyed"] - state["decided"]))
-        unknown = (WRONG_GUESSES - surveyed * WRONG_AFTER_MEASURING) / wrong
-        return min(LARGEST_BATCH, max(1, surveyed + int(unknown) if unknown > 0 else int(WRONG_GUESSES / WRONG_AFTER_MEASURING)))
+        surveyed = int(state["surveyed"] - state["decided"])
+        best, best_size, holding, accepted = 0.0, 1, 1.0, 0.0
+        for size in range(1, min(LARGEST_BATCH, len(groups)) + 1):
+            accepted += holding
+            holding *= 1 - (WRONG_AFTER_MEASURING if size <= surveyed else wrong)
+            if accepted / (fixed + size) > best:
+                best, best_size = accepted / (fixed + size), size
+        return best_size
 
     def _decide(self, groups: list[list[int]], expected: list[bool], state: State, damage: DamageMeter) -> tuple[int, list[bool]]:
         """Measure each removal as if those before it went as expected (True: kept).
@@ -196,9 +212,14 @@ COUNTS = ("evaluations", "measured", "wrong", "batches", "node_evaluations")
 
 
 def _chains(graph: Graph, trials: list[Trial]) -> Iterator[list[Trial]]:
-    """Trials whose decisions can be speculated on together: into one layer's heads, or into one other target."""
-    targets = graph.target.tolist()
-    for _, chain in groupby(trials, key=lambda trial: targets[trial.edges[0]]):
+    """Trials whose decisions are speculated on together: into one target, or the group tests of one layer."""
+
+    def place(trial: Trial) -> tuple[bool, object]:
+        target = int(graph.target[trial.edges[0]])
+        node = graph.nodes[target]
+        return trial.together, node.layer if trial.together and isinstance(node, Head) else target
+
+    for _, chain in groupby(trials, key=place):
         yield list(chain)
 
 
