@@ -30,7 +30,7 @@ from circuits.models import Model
 from circuits.nodes import Head
 from circuits.tasks.base import Task
 
-State = dict[str, Tensor]
+State = dict[str, Any]
 
 # How often a guess fails that rests on a measurement in a neighbouring state; and the most edges to speculate on at once.
 WRONG_AFTER_MEASURING, LARGEST_BATCH = 0.08, 256
@@ -90,17 +90,15 @@ class ACDC(CircuitDiscoverer):
     ) -> Circuit:
         """The search itself, with `guess` the edges that it is expected to keep."""
         chains = list(_chains(graph, edge_order(graph, self.order)))
-        state = saved.restore(self._start(graph, damage))
-        for commit in range(int(state["commits"])):
+        start = {name: torch.as_tensor(value) for name, value in self._start(graph, damage).items()}
+        state: State = {name: value if value.dim() else value.item() for name, value in saved.restore(start).items()}
+        for commit in range(state["commits"]):
             damage.near(state["removed_at"] > commit)  # along the same way, so that rounding is the same as without a break
-        for number in range(int(state["next"]), len(chains)):
+        for number in range(state["next"], len(chains)):
             for _ in self._follow(chains[number], state, graph, damage, guess):
-                saved.save(state)
-            state["next"] = torch.tensor(number + 1)
-            for name in ("decided", "surveyed"):
-                state[name] = torch.tensor(0)
-            state["began"] = state["commits"].clone()
-            saved.save(state)
+                _save(saved, state)
+            state |= {"next": number + 1, "decided": 0, "surveyed": 0, "began": state["commits"]}
+            _save(saved, state)
             if progress:
                 progress(number + 1, len(chains))
         return Circuit(graph, state["scores"], state["kept"], record=self.record(**_summary(state, graph)))
@@ -113,34 +111,37 @@ class ACDC(CircuitDiscoverer):
         each whether it stays.
         """
         kept = torch.ones(len(graph), dtype=torch.bool)
-        start = {"kept": kept, "scores": torch.full((len(graph),), torch.nan), "damage": damage(kept[None])[0].double()}
+        start = {"kept": kept, "scores": torch.full((len(graph),), torch.nan), "damage": float(damage(kept[None])[0])}
         chain = {"removed_at": torch.full((len(graph),), NEVER), "expected": torch.zeros_like(kept)}
-        return {**start, **chain, **{name: torch.tensor(0) for name in ("next", "commits", "began", "decided", "surveyed", *COUNTS)}}
+        return {**start, **chain, **dict.fromkeys(("next", "commits", "began", "decided", "surveyed", *COUNTS), 0)}
 
     def _follow(self, chain: list[Trial], state: State, graph: Graph, damage: DamageMeter, guess: Bool[Tensor, "edge"]) -> Iterator[None]:
         """Decide on the edges of a chain, a batch at a time, and write the decisions into `state`."""
         groups = self._groups(chain, state, damage)
         targets = [int(graph.target[group[0]]) for group in groups]
-        if not int(state["surveyed"]):
+        fixed_costs: dict[int, float] = {}
+        if not state["surveyed"]:
             state["expected"][: len(groups)] = torch.tensor([bool(guess[group].any()) for group in groups], dtype=torch.bool)
-        while (done := int(state["decided"])) < len(groups):
+        while (done := state["decided"]) < len(groups):
             before = dict(damage.executor.counts)
             if done == 0 or targets[done] != targets[done - 1]:
                 damage.near(state["kept"])
-                state["commits"] = state["commits"] + 1
-            batch = groups[done : done + self._batch_size(state, damage, groups[done:])]
+                state["commits"] += 1
+            if self.speculate and targets[done] not in fixed_costs:
+                fixed_costs[targets[done]] = damage.executor.fixed_cost(_without(state["kept"], groups[done : done + 1]))
+            size = self._batch_size(state, fixed_costs[targets[done]]) if self.speculate else 1
+            batch = groups[done : done + size]
             decided, seen = self._decide(batch, state["expected"][done : done + len(batch)].tolist(), state, damage)
             state["expected"][done : done + len(seen)] = torch.tensor(seen)
-            state["surveyed"] = torch.tensor(max(int(state["surveyed"]), done + len(seen)))
-            state["decided"] = state["decided"] + decided
+            state |= {"surveyed": max(state["surveyed"], done + len(seen)), "decided": done + decided}
             for name, value in damage.executor.counts.items():
-                state[name] = state[name] + value - before[name]
+                state[name] += value - before[name]
             yield
 
     def _groups(self, chain: list[Trial], state: State, damage: DamageMeter) -> list[list[int]]:
         """The edges of a chain that are removed together, most of them alone, as they stood when it began; dead ones go at once."""
-        kept = state["removed_at"] > state["began"]
-        live = damage.reaching_logits(kept)
+        standing = state["removed_at"] > state["began"]
+        kept, live = standing.numpy(), damage.reaching_logits(standing).numpy()
         groups: list[list[int]] = []
         for trial in chain:
             edges = [edge for edge in trial.edges if kept[edge]]
@@ -151,25 +152,21 @@ class ACDC(CircuitDiscoverer):
         return groups
 
     def _remove(self, edges: list[int], state: State) -> None:
-        state["kept"][edges] = False
-        state["removed_at"][edges] = state["commits"]
+        # Through numpy, whose indexing takes a tenth of the time.
+        state["kept"].numpy()[edges] = False
+        state["removed_at"].numpy()[edges] = state["commits"]
 
-    def _batch_size(self, state: State, damage: DamageMeter, groups: list[list[int]]) -> int:
+    def _batch_size(self, state: State, fixed_cost: float) -> int:
         """How many decisions to speculate on: as many as make the cost of a decision that will hold the smallest."""
-        if not self.speculate:
-            return 1
-        without = state["kept"].clone()
-        without[groups[0]] = False
-        fixed = damage.executor.fixed_cost(without[None])
         # Guesses fail as often as they did so far; at first, one in eight.
-        wrong = (int(state["wrong"]) + 1) / (int(state["evaluations"]) + 8)
-        surveyed = int(state["surveyed"] - state["decided"])
+        wrong = (state["wrong"] + 1) / (state["evaluations"] + 8)
+        surveyed = state["surveyed"] - state["decided"]
         best, best_size, holding, accepted = 0.0, 1, 1.0, 0.0
-        for size in range(1, min(LARGEST_BATCH, len(groups)) + 1):
+        for size in range(1, LARGEST_BATCH + 1):
             accepted += holding
             holding *= 1 - (WRONG_AFTER_MEASURING if size <= surveyed else wrong)
-            if accepted / (fixed + size) > best:
-                best, best_size = accepted / (fixed + size), size
+            if accepted / (fixed_cost + size) > best:
+                best, best_size = accepted / (fixed_cost + size), size
         return best_size
 
     def _decide(self, groups: list[list[int]], expected: list[bool], state: State, damage: DamageMeter) -> tuple[int, list[bool]]:
@@ -179,7 +176,7 @@ class ACDC(CircuitDiscoverer):
             How many decisions were measured in the state they are made in, at least one; and what was seen of all, a better guess.
         """
         without = state["kept"].repeat(len(groups), 1)
-        masks = without.numpy()
+        masks, scores = without.numpy(), state["scores"].numpy()
         for row, (group, stays) in enumerate(zip(groups, expected, strict=True)):
             masks[row if stays else slice(row, None), group] = False
         try:
@@ -190,7 +187,7 @@ class ACDC(CircuitDiscoverer):
             # What cannot be measured may be a state in which the search would never be.
             return self._decide(groups[:1], expected[:1], state, damage)
         increases, seen = [], []
-        current = float(state["damage"])
+        current = state["damage"]
         for stays, found in zip(expected, measured, strict=True):
             increases.append(found - current)
             seen.append((abs(found - current) if self.absolute else found - current) >= self.threshold)
@@ -198,10 +195,10 @@ class ACDC(CircuitDiscoverer):
         decided = next((row + 1 for row in range(len(groups)) if seen[row] != expected[row]), len(groups))
         for group, increase, stays, found in zip(groups[:decided], increases, seen, measured, strict=False):
             if len(group) == 1:
-                state["scores"][group[0]] = increase
+                scores[group[0]] = increase
             if not stays:
                 self._remove(group, state)
-                state["damage"] = torch.tensor(found, dtype=torch.float64)
+                state["damage"] = found
         counted = {"measured": len(groups), "evaluations": decided, "wrong": int(seen[decided - 1] != expected[decided - 1])}
         for name, more in counted.items():
             state[name] += more
@@ -223,14 +220,26 @@ def _chains(graph: Graph, trials: list[Trial]) -> Iterator[list[Trial]]:
         yield list(chain)
 
 
+def _without(kept: Bool[Tensor, "edge"], groups: list[list[int]]) -> Bool[Tensor, "variant edge"]:
+    """The circuit without each of the groups."""
+    masks = kept.repeat(len(groups), 1)
+    for mask, group in zip(masks, groups, strict=True):
+        mask[group] = False
+    return masks
+
+
+def _save(saved: Checkpoint, state: State) -> None:
+    saved.save({name: torch.as_tensor(value) for name, value in state.items()})
+
+
 def _summary(state: State, graph: Graph) -> dict[str, Any]:
     """What the record says of the search."""
-    counts = {name: int(state[name]) for name in COUNTS}
+    counts = {name: state[name] for name in COUNTS}
     nodes = len(graph.nodes) - 1
     return {
         **counts,
         "accepted": counts["evaluations"] / max(1, counts["measured"]),
         # Against one forward pass, which computes every node, for every edge.
         "saving": len(graph) * nodes / max(1, counts["node_evaluations"]),
-        "damage": float(state["damage"]),
+        "damage": state["damage"],
     }
