@@ -14,7 +14,8 @@ states; where a rate is 0 or 1 a bootstrap has no width, and the interval is Wil
 
 Path lengths (after Veit, Wilber and Belongie 2016, https://arxiv.org/abs/1605.06431): the circuit that ACDC found is cut down to the union of
 its paths of at most k edges from an embedding to the logits, and the share of the effect is (KL(empty) - KL(cut)) / (KL(empty) - KL(circuit)).
-Edges of short paths can also join into longer ones, so this bounds from above what the short paths need; a share can leave 0 to 1.
+Edges of short paths also join into longer ones, which the cut then has too (the table counts them); for k up to 2 there are none. A share can
+leave 0 to 1, since removing a path can help.
 """
 
 import math
@@ -54,7 +55,7 @@ class Config:
     seed: int = 0
     """Of states, pairs and the bootstrap."""
     out: Path = Path("runs/edge-independence")
-    """Where the pairs (CSV), the figure (HTML) and the tables (markdown) go."""
+    """Where the pairs and rates (CSV), the figure (HTML) and the tables (markdown) go."""
 
 
 def main(config: Config) -> None:
@@ -76,15 +77,17 @@ def main(config: Config) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     frame.to_csv(config.out / "pairs.csv", index=False)
     lengths = pd.DataFrame(paths)
+    lengths.to_csv(config.out / "paths.csv", index=False)
+    rates(frame, ["task", "threshold", "relation"], random).to_csv(config.out / "by-task-and-relation.csv", index=False)
+    by_relation = rates(frame, ["threshold", "relation"], random)
     tables = {
-        "by relation": rates(frame, ["threshold", "relation"], random),
-        "by task": rates(frame, ["task", "threshold"], random),
-        "by task and relation": rates(frame, ["task", "threshold", "relation"], random),
-        "paths of the kept circuits": lengths,
+        "By relation": with_intervals(by_relation),
+        "By task": with_intervals(rates(frame, ["task", "threshold"], random)),
+        "Share of the effect by k (longer paths in the cut)": by_k(lengths),
     }
-    text = "\n".join(f"## {title[0].upper()}{title[1:]}\n\n{markdown(with_intervals(table))}" for title, table in tables.items())
+    text = "\n".join(f"## {title}\n\n{markdown(table)}" for title, table in tables.items())
     (config.out / "tables.md").write_text(text)
-    figure(tables["by relation"], lengths).write_html(config.out / "edge-independence.html", include_plotlyjs=True)
+    figure(by_relation, lengths).write_html(config.out / "edge-independence.html", include_plotlyjs=True)
     print(text)
 
 
@@ -161,19 +164,16 @@ def interval(pairs: pd.DataFrame, random: np.random.Generator, draws: int = 2000
 def by_path_length(circuit: circuits.Circuit, meter: DamageMeter) -> list[dict[str, object]]:
     """For every k, how many paths of k edges the circuit has, and the share of its effect that its paths of at most k edges keep."""
     graph, kept = circuit.graph, circuit.kept.nonzero().flatten().tolist()
-    source, target = graph.source.tolist(), graph.target.tolist()
-    logits, longest = len(graph.nodes) - 1, len(graph.nodes)
-    counts = np.zeros((len(graph.nodes), longest + 1), dtype=np.int64)
-    counts[[index for index, node in enumerate(graph.nodes) if isinstance(node, circuits.Embed)], 0] = 1
-    below, above = np.where(counts[:, 0] == 1, 0, longest), np.full(len(graph.nodes), longest)
-    above[logits] = 0
+    source, target, far = graph.source.tolist(), graph.target.tolist(), len(graph.nodes)
+    below = [0 if isinstance(node, circuits.Embed) else far for node in graph.nodes]  # edges to the next embedding
+    above = [0 if isinstance(node, circuits.Logits) else far for node in graph.nodes]
     for edge in kept:  # graph order: every edge into a node stands before those out of it
-        counts[target[edge], 1:] += counts[source[edge], :-1]
         below[target[edge]] = min(below[target[edge]], below[source[edge]] + 1)
     for edge in reversed(kept):
         above[source[edge]] = min(above[source[edge]], above[target[edge]] + 1)
     through = torch.tensor([below[source[edge]] + 1 + above[target[edge]] for edge in kept])
-    lengths = range(1, int(np.flatnonzero(counts[logits]).max(initial=0)) + 1)
+    counts = paths_by_length(graph, kept)
+    lengths = range(1, int(np.flatnonzero(counts).max(initial=0)) + 1)
     cuts = torch.zeros(len(lengths) + 2, len(graph), dtype=torch.bool)
     for row, length in enumerate(lengths):
         cuts[row, torch.tensor(kept)[through <= length]] = True
@@ -182,12 +182,22 @@ def by_path_length(circuit: circuits.Circuit, meter: DamageMeter) -> list[dict[s
     return [
         {
             "k": k,
-            "paths of k edges": int(counts[logits, k]),
+            "paths of k edges": int(counts[k]),
             "edges on paths of at most k": int(cut.sum()),
+            "longer paths of these edges": int(paths_by_length(graph, cut.nonzero().flatten().tolist())[k + 1 :].sum()),
             "share of the effect": (empty - damage) / (empty - whole),
         }
         for k, cut, damage in zip(lengths, cuts, damages, strict=False)
     ]
+
+
+def paths_by_length(graph: circuits.Graph, kept: list[int]) -> np.ndarray:
+    """How many paths of so many edges lead from an embedding to the logits; a head read in two slots gives two."""
+    counts = np.zeros((len(graph.nodes), len(graph.nodes) + 1), dtype=np.int64)
+    counts[[index for index, node in enumerate(graph.nodes) if isinstance(node, circuits.Embed)], 0] = 1
+    for edge in kept:
+        counts[graph.target[edge], 1:] += counts[graph.source[edge], :-1]
+    return counts[[index for index, node in enumerate(graph.nodes) if isinstance(node, circuits.Logits)]].sum(0)
 
 
 def figure(by_relation: pd.DataFrame, lengths: pd.DataFrame) -> go.Figure:
@@ -216,6 +226,13 @@ def with_intervals(table: pd.DataFrame) -> pd.DataFrame:
             parts = table[[f"{subset}: {each}" for each in ("flips", "low", "high", "pairs")]].to_numpy()
             columns[f"flips, {subset}"] = [f"{rate:.1%} ({low:.1%} to {high:.1%}) of {pairs:.0f}" for rate, low, high, pairs in parts]
     return pd.DataFrame(columns)
+
+
+def by_k(lengths: pd.DataFrame) -> pd.DataFrame:
+    """A row per circuit, a column per k."""
+    cells = [f"{share:.3f} ({longer:.0f})" for share, longer in lengths[["share of the effect", "longer paths of these edges"]].to_numpy()]
+    wide = lengths.assign(cell=cells).pivot(index=["task", "threshold"], columns="k", values="cell")
+    return wide.fillna("").rename(columns=lambda k: f"k = {k}").reset_index()
 
 
 def markdown(table: pd.DataFrame) -> str:
