@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from circuits.ablation import Ablation
     from circuits.algorithms.acdc import ACDC
     from circuits.algorithms.activation_patching import ActivationPatching
+    from circuits.algorithms.batched_acdc import BatchedACDC
     from circuits.algorithms.eap import EAP, EAPIG
     from circuits.algorithms.random_scores import RandomScores
     from circuits.circuit import Circuit
@@ -39,6 +40,7 @@ _MODULES = {
     "ablation": ["Ablation"],
     "algorithms.acdc": ["ACDC"],
     "algorithms.activation_patching": ["ActivationPatching"],
+    "algorithms.batched_acdc": ["BatchedACDC"],
     "algorithms.eap": ["EAP", "EAPIG"],
     "algorithms.random_scores": ["RandomScores"],
     "circuit": ["Circuit"],

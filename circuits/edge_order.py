@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal, get_args
 
 from circuits.errors import InputError
@@ -15,6 +16,7 @@ from circuits.graph import Graph
 from circuits.nodes import MLP, Head, Logits, Node
 
 OrderName = Literal["topological", "original"]
+GroupName = Literal["target", "layer"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,35 @@ def edge_order(graph: Graph, order: OrderName) -> list[Trial]:
         raise InputError("the original code knows no positions; use order='topological' for a graph split by position.")
     slots = _edges_by_slot(graph)
     return list(_topological(graph, slots) if order == "topological" else _original(slots))
+
+
+def edge_groups(graph: Graph, group: GroupName | int) -> list[tuple[int, ...]]:
+    """The topological order, cut into groups of edges that follow each other.
+
+    "target": the edges into one node, a head's v, k and q together; split by position, into that node at one position.
+    "layer": the edges into a layer's MLP, into all heads of a layer, or into the logits. A number: so many edges, wherever they lead.
+
+    Raises:
+        InputError: there is no such group, or the graph has other targets than those of a component graph.
+    """
+    check_group(group)
+    edges = [edge for trial in edge_order(graph, "topological") for edge in trial.edges]
+    if isinstance(group, int):
+        return [tuple(edges[start : start + group]) for start in range(0, len(edges), group)]
+    targets = graph.target.tolist()
+    places = {target: _place(graph.nodes[target]) if group == "layer" else target for target in set(targets)}
+    return [tuple(part) for _, part in groupby(edges, key=lambda edge: places[targets[edge]])]
+
+
+def check_group(group: GroupName | int) -> None:
+    """Refuse what names no group.
+
+    Raises:
+        InputError: it is neither a name nor a number of edges.
+    """
+    number = isinstance(group, int) and not isinstance(group, bool)
+    if group not in get_args(GroupName) and not (number and group >= 1):  # type: ignore[operator]
+        raise InputError(f"group={group!r} is no way to group edges; choose 'target', 'layer' or a number of edges of at least 1.")
 
 
 Target = tuple[Node, str | None]

@@ -13,7 +13,7 @@ from architectures import random_model, random_task
 import circuits
 from circuits.discoverer import CircuitDiscoverer
 
-REQUIRED = {"acdc": {"threshold": 0.02}}
+REQUIRED = {"acdc": {"threshold": 0.02}, "batched-acdc": {"threshold": 0.02, "verify": True}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ def model():
 
 
 def test_the_shipped_methods_and_a_users_class_are_registered():
-    assert {"acdc", "activation-patching", "eap", "eap-ig", "random", "input-only"} <= set(METHODS)
+    assert {"acdc", "activation-patching", "batched-acdc", "eap", "eap-ig", "random", "input-only"} <= set(METHODS)
 
 
 @every_method
