@@ -128,7 +128,8 @@ class ACDC(CircuitDiscoverer):
                 damage.near(state["kept"])
                 state["commits"] += 1
             if self.speculate and targets[done] not in fixed_costs:
-                fixed_costs[targets[done]] = damage.executor.fixed_cost(_without(state["kept"], groups[done : done + 1]))
+                first = groups[targets.index(targets[done])]
+                fixed_costs[targets[done]] = damage.executor.fixed_cost(_without(state["removed_at"] >= state["commits"], [first]))
             size = self._batch_size(state, fixed_costs[targets[done]]) if self.speculate else 1
             batch = groups[done : done + size]
             decided, seen = self._decide(batch, state["expected"][done : done + len(batch)].tolist(), state, damage)
