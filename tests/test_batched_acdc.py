@@ -5,6 +5,8 @@ import torch
 from architectures import random_model, random_task
 
 import circuits
+from circuits.commands.methods import options_of
+from circuits.commands.options import parse
 from circuits.edge_order import edge_groups, edge_order
 from circuits.execution import DamageMeter
 
@@ -246,3 +248,9 @@ def test_what_names_no_group_is_refused(group, unchecked_types):
 def test_a_threshold_that_is_no_number_is_refused(threshold):
     with pytest.raises(circuits.InputError, match=f"threshold={threshold} must be"):
         circuits.BatchedACDC(threshold)
+
+
+@pytest.mark.parametrize(("word", "group"), [("layer", "layer"), ("target", "target"), ("16", 16)])
+def test_the_group_is_an_option_of_the_command(word, group):
+    options = parse(options_of(circuits.BatchedACDC), "discover", ["--threshold", "0.01", "--group", word, "--verify"])
+    assert (options.group, options.verify) == (group, True)
