@@ -21,6 +21,7 @@ from circuits.ablation import Ablation
 from circuits.circuit import Circuit
 from circuits.components import component_graph
 from circuits.discoverer import SPEED_ONLY, Checkpoint, CircuitDiscoverer, Progress
+from circuits.distributed import ranks, totals
 from circuits.edge_order import OrderName, Trial, edge_order
 from circuits.errors import InputError
 from circuits.execution import DamageMeter
@@ -32,7 +33,7 @@ from circuits.tasks.base import Task
 State = dict[str, Tensor]
 
 # Edges are speculated on until about this many wrong guesses are to be expected among them; a guess that rests on a measurement made in
-# a neighbouring state is wrong this often; and never more edges than this at once.
+# a neighbouring state is wrong this often; and never more edges than this at once. Several ranks, which share them, take as many times more.
 WRONG_GUESSES, WRONG_AFTER_MEASURING, LARGEST_BATCH = 0.75, 0.08, 256
 
 
@@ -125,8 +126,8 @@ class ACDC(CircuitDiscoverer):
             state["expected"][done : done + len(seen)] = torch.tensor(seen)
             state["surveyed"] = torch.tensor(max(int(state["surveyed"]), done + len(seen)))
             state["decided"] = state["decided"] + decided
-            for name, value in damage.executor.counts.items():
-                state[name] = state[name] + value - before[name]
+            for name, value in totals({name: value - before[name] for name, value in damage.executor.counts.items()}).items():
+                state[name] = state[name] + value
             yield
 
     def _groups(self, chain: list[Trial], state: State, damage: DamageMeter) -> list[list[int]]:
@@ -153,8 +154,10 @@ class ACDC(CircuitDiscoverer):
         # Guesses fail as often as they did so far; at first, one in eight.
         wrong = (int(state["wrong"]) + 1) / (int(state["evaluations"]) + 8)
         surveyed = max(0, int(state["surveyed"] - state["decided"]))
-        unknown = (WRONG_GUESSES - surveyed * WRONG_AFTER_MEASURING) / wrong
-        return min(LARGEST_BATCH, max(1, surveyed + int(unknown) if unknown > 0 else int(WRONG_GUESSES / WRONG_AFTER_MEASURING)))
+        world = ranks().world
+        unknown = (WRONG_GUESSES * world - surveyed * WRONG_AFTER_MEASURING) / wrong
+        size = surveyed + int(unknown) if unknown > 0 else int(WRONG_GUESSES * world / WRONG_AFTER_MEASURING)
+        return min(LARGEST_BATCH * world, max(1, size))
 
     def _decide(self, groups: list[list[int]], expected: list[bool], state: State, damage: DamageMeter) -> tuple[int, list[bool]]:
         """Measure each removal as if those before it went as expected (True: kept).
