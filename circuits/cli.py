@@ -26,7 +26,7 @@ examples:
   circuits compare --task ioi --methods acdc,eap,eap-ig,random
   circuits discover --method my_method.py --task ioi      your own method: a file with a CircuitDiscoverer
   circuits list
-  torchrun --nproc-per-node=4 -m circuits discover ...    one process per device, which share the work
+  torchrun --nproc-per-node=4 -m -- circuits discover ...    one process per device, which share the work
 """
 COMMANDS = {"discover": "discover", "evaluate": "evaluate", "compare": "compare", "list": "list_choices"}
 # What the processes that torchrun starts do together; the rest the first does alone.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from circuits.ablation import Ablation, Changes, Counterfactuals, get_ablation
 from circuits.components import check_supported, component_nodes
-from circuits.distributed import gathered, share
+from circuits.distributed import SharedError, gathered, share
 from circuits.edge_products import BatchProducts, EdgeProducts, Needed
 from circuits.errors import InputError
 from circuits.gradients import Gradients, gradient_pass, is_embedding, written_hook
@@ -205,7 +205,7 @@ def _joined(measure: Callable[[], tuple[_Sums, float]], metric: Metric, *, detai
 
     edges, positions, neurons, slopes = gathered(tensors)
     if (steepest := float(slopes.max())) < VANISHING:
-        raise InputError(
+        raise SharedError(
             f"the gradient of {metric.name} vanishes where it is taken (largest entry {steepest:.1e}), as that of kl does at the clean run: "
             "use gradient_at='corrupted' or 'both', EAPIG, or another metric."
         )
