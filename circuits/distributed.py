@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -215,8 +216,9 @@ def _reaching() -> Iterator[None]:
     except RuntimeError as error:
         rank, world = ranks()
         who = f"rank {1 - rank}" if world == 2 else "another rank"
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RankError(f"{who} ended or cannot be reached ({why[:200]})") from error
+        # Such as "[.../pair.cc:537] Read error [127.0.0.1]:10652: Connection reset by peer. This is typically ...".
+        why = re.sub(r"^\[[^\]]*\] ", "", str(error)).split("\n")[0].split(". ")[0]
+        raise RankError(f"{who} ended or cannot be reached ({why})") from error
 
 
 @contextlib.contextmanager

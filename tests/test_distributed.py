@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -134,6 +135,34 @@ def test_when_a_rank_is_killed_the_other_says_where_to_go_on_and_the_circuit_is_
         assert torch.equal(resumed.circuit.kept, whole.circuit.kept)
         torch.testing.assert_close(resumed.circuit.scores, whole.circuit.scores, rtol=1e-5, atol=1e-5, equal_nan=True)
     assert not list((tmp_path / "killed").rglob(CHECKPOINT))
+
+
+ENDS = """
+import os, signal
+from circuits.distributed import RankError, exchanged, ranks, start
+with start():
+    assert exchanged(lambda: ranks().rank) == [0, 1]
+    if ranks().rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        exchanged(lambda: 0)
+    except RankError as error:
+        print(error)
+"""
+
+
+def test_a_rank_that_ends_is_noticed_without_torchruns_help():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    first, second = (
+        subprocess.Popen([sys.executable, "-c", ENDS], env={**environment, "RANK": rank}, stdout=subprocess.PIPE, text=True)
+        for rank in "01"
+    )
+    assert first.communicate(timeout=120)[0].startswith("rank 1 ended or cannot be reached (")
+    second.communicate(timeout=120)
+    assert (first.returncode, second.returncode) == (0, -signal.SIGKILL)
 
 
 def test_a_mistake_is_told_once(tmp_path):
