@@ -26,12 +26,15 @@ examples:
   circuits compare --task ioi --methods acdc,eap,eap-ig,random
   circuits discover --method my_method.py --task ioi      your own method: a file with a CircuitDiscoverer
   circuits list
+  torchrun --nproc-per-node=4 -m -- circuits discover ...    one process per device, which share the work
 """
 COMMANDS = {"discover": "discover", "evaluate": "evaluate", "compare": "compare", "list": "list_choices"}
+# What the processes that torchrun starts do together; the rest the first does alone.
+TOGETHER = ("discover", "compare")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, or 2 for a mistake in what was given, which is told in one line."""
+    """Run one command. Returns the exit status: 0, 2 for a mistake in what was given, or 1 when another rank ended, each told in one line."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         sys.stdout.write(HELP)
@@ -44,16 +47,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         sys.stderr.write(f"circuits: there is no command {words[0]!r}; there are {', '.join(COMMANDS)}. Try circuits --help.\n")
         return 2
+    from circuits.distributed import RankError, SharedError, is_first, start
     from circuits.errors import InputError
 
-    command = getattr(import_module(f"circuits.commands.{words[0]}"), COMMANDS[words[0]])
+    first = True
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _tell  # put back with the filters
-            command(words[1:])
+        with warnings.catch_warnings(), start():
+            first = is_first()
+            warnings.showwarning = _tell if first else _say_nothing  # put back with the filters
+            if first or words[0] in TOGETHER:
+                getattr(import_module(f"circuits.commands.{words[0]}"), COMMANDS[words[0]])(words[1:])
     except InputError as error:
-        sys.stderr.write(f"circuits: {error}\n")
+        if first or not isinstance(error, SharedError):
+            sys.stderr.write(f"circuits: {error}\n")
         return 2
+    except RankError as error:
+        sys.stderr.write(f"circuits: {error}.\n")
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write("circuits: interrupted; the same command goes on where it stopped.\n")
         return 130
@@ -66,3 +76,7 @@ def _tell(
     """A warning in one line, without the place in our source. Other packages' deprecations are not for the user."""
     if not issubclass(category, DeprecationWarning | FutureWarning):
         sys.stderr.write(f"circuits: note: {message}\n")
+
+
+def _say_nothing(*_: object, **__: object) -> None:
+    """What the first rank says already."""

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from circuits.circuit import Circuit
+from circuits.distributed import is_first, on_first
 from circuits.errors import InputError
 from circuits.files import read_tensors, write_tensors
 from circuits.graph import Graph
@@ -99,7 +100,7 @@ def discoverers() -> dict[str, type[CircuitDiscoverer]]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a long run in one file, replaced atomically.
+    """The state of a long run in one file, replaced atomically. Of several ranks the first reads and writes it, for all.
 
     Attributes:
         path: None keeps nothing.
@@ -121,6 +122,9 @@ class Checkpoint:
         Raises:
             InputError: the file is damaged or belongs to another run.
         """
+        return on_first(lambda: self._read(start))
+
+    def _read(self, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.path is None or not self.path.exists():
             return dict(start)
         state, metadata = read_tensors(self.path, FORMAT, FORMAT_VERSION)
@@ -132,7 +136,7 @@ class Checkpoint:
 
     def save(self, state: Mapping[str, Tensor]) -> None:
         """Replace the saved state."""
-        if self.path is not None:
+        if self.path is not None and is_first():
             write_tensors(self.path, state, {"key": self.key}, FORMAT, FORMAT_VERSION)
 
 

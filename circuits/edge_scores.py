@@ -21,6 +21,7 @@ from torch import Tensor
 
 from circuits.ablation import Ablation, Changes, Counterfactuals, get_ablation
 from circuits.components import check_supported, component_nodes
+from circuits.distributed import SharedError, gathered, share
 from circuits.edge_products import BatchProducts, EdgeProducts, Needed
 from circuits.errors import InputError
 from circuits.gradients import Gradients, gradient_pass, is_embedding, written_hook
@@ -135,7 +136,7 @@ def attribute_edges(
         InputError: the model, graph and task do not fit together; the metric has no gradient, or one that vanishes at every point; not
             even one prompt fits into `max_memory`.
     """
-    sums = _sums(model, graph, task, metric, ablation, points, max_memory, progress, details=True)
+    sums = _joined(lambda: _sums(model, graph, task, metric, ablation, points, max_memory, progress, details=True), metric, details=True)
     rows = torch.bincount(task.row_prompt.cpu(), minlength=len(task))
     weights = rows * len(points)
     return EdgeAttribution(
@@ -160,7 +161,7 @@ def score_edges(
     progress: Callable[[int, int], None] | None = None,
 ) -> Float[Tensor, "edge"]:
     """The scores alone; arguments and errors are those of `attribute_edges`."""
-    sums = _sums(model, graph, task, metric, ablation, points, max_memory, progress, details=False)
+    sums = _joined(lambda: _sums(model, graph, task, metric, ablation, points, max_memory, progress, details=False), metric, details=False)
     return sums.edges[0] / (len(task.row_prompt) * len(points))
 
 
@@ -173,10 +174,11 @@ class _Sums:
     neurons: Float[Tensor, "node d_model"]
 
     @staticmethod
-    def start(products: EdgeProducts, task: Task) -> _Sums:
-        prompts, nodes = (len(task), products.layout.shape[2]) if products.details else (0, 0)
+    def start(products: EdgeProducts, task: Task, prompts: int) -> _Sums:
+        """Zeros, for so many prompts of the task."""
+        prompts, nodes = (prompts, products.layout.shape[2]) if products.details else (0, 0)
         return _Sums(
-            torch.zeros(max(prompts, 1), len(products.graph)),
+            torch.zeros(prompts if products.details else 1, len(products.graph)),
             torch.zeros(prompts, nodes, task.clean.shape[1]),
             torch.zeros(nodes, products.model.cfg.d_model),
         )
@@ -190,6 +192,29 @@ class _Sums:
         self.neurons.add_(batch.neurons.float().cpu())
 
 
+def _joined(measure: Callable[[], tuple[_Sums, float]], metric: Metric, *, details: bool) -> _Sums:
+    """The sums over all prompts, each rank having measured those of its share.
+
+    Raises:
+        InputError: the metric's gradient vanishes everywhere.
+    """
+
+    def tensors() -> list[Tensor]:
+        sums, steepest = measure()
+        return [sums.edges, sums.positions, sums.neurons[None], torch.tensor([steepest], dtype=torch.float64)]
+
+    edges, positions, neurons, slopes = gathered(tensors)
+    if (steepest := float(slopes.max())) < VANISHING:
+        raise SharedError(
+            f"the gradient of {metric.name} vanishes where it is taken (largest entry {steepest:.1e}), as that of kl does at the clean run: "
+            "use gradient_at='corrupted' or 'both', EAPIG, or another metric."
+        )
+    # Without details every rank has one row of its own.
+    return _Sums(
+        edges if details or len(edges) == 1 else edges.sum(0, keepdim=True), positions, neurons.sum(0) if len(neurons) > 1 else neurons[0]
+    )
+
+
 def _sums(
     model: Model,
     graph: Graph,
@@ -201,38 +226,42 @@ def _sums(
     progress: Callable[[int, int], None] | None,
     *,
     details: bool,
-) -> _Sums:
-    """Batch by batch, each as large as memory allows."""
+) -> tuple[_Sums, float]:
+    """Of this rank's share of the prompts, batch by batch, each as large as memory allows; and the steepest gradient.
+
+    Means that ablation takes are over all prompts.
+    """
     check_supported(model)
     check_task(model, task)
     task, ablation = task.to(model.cfg.device), get_ablation(ablation)
     _warn_of_dead_norms(model, ablation, points)
     budget = memory_budget(model.cfg.device, max_memory, cpu_bytes=CPU_BYTES)
     products = EdgeProducts.of(model, graph, details=details, budget=budget)
-    needed = _bound(products, task, points)
-    sums, start, steepest = _Sums.start(products, task), 0, 0.0
+    needed, mine = _bound(products, task, points), share(len(task))
+    count = mine.stop - mine.start
+    sums, done, steepest = _Sums.start(products, task, count), 0, 0.0
     with torch.inference_mode(False), torch.no_grad(), frozen(model):
         size = min(len(task), needed.prompts(budget))
         counterfactuals = Counterfactuals.prepare(model, products.layout.nodes, task, ablation, prompts_per_run=size)
-        engine = _Engine(products, metric, tuple(points), counterfactuals)
-        while start < len(task):
+        engine, size = _Engine(products, metric, tuple(points), counterfactuals), min(size, count)
+        while done < count:
             # The bound is generous: when not all fits by it, the first batch is measured, so that the others fill the memory.
-            meter = AllocationMeter(model.parameters()) if start == 0 and needed.of(len(task)) > budget else None
-            (batch, slope), size = shrinking(lambda some: engine.batch(task, slice(start, start + some), meter), size, "prompt")  # noqa: B023
-            sums.add(batch, slice(start, start + size))
+            meter = AllocationMeter(model.parameters()) if done == 0 and needed.of(count) > budget else None
+            start = mine.start + done
+            (batch, slope), size = shrinking(
+                lambda some: engine.batch(task, slice(start, min(start + some, mine.stop)), meter),  # noqa: B023
+                size,
+                "prompt",
+            )
+            sums.add(batch, slice(done, done + size))
             del batch
-            start, steepest = min(start + size, len(task)), max(steepest, slope)
+            done, steepest = min(done + size, count), max(steepest, slope)
             if meter is not None:
                 needed = Needed(meter.fixed, ceil(meter.growing / size)) | products.least_bytes(task.clean.shape[1], _together(points))
-                size = min(len(task) - start, _checked(needed, task, max_memory).prompts(budget))
+                size = min(count - done, _checked(needed, task, max_memory).prompts(budget))
             if progress:
-                progress(start, len(task))
-    if steepest < VANISHING:
-        raise InputError(
-            f"the gradient of {metric.name} vanishes where it is taken (largest entry {steepest:.1e}), as that of kl does at the clean run: "
-            "use gradient_at='corrupted' or 'both', EAPIG, or another metric."
-        )
-    return sums
+                progress(done, count)
+    return sums, steepest
 
 
 def _checked(needed: Needed, task: Task, max_memory: int | None) -> Needed:
@@ -273,7 +302,7 @@ def _warn_of_dead_norms(model: Model, ablation: Ablation, points: Sequence[Gradi
         warnings.warn(
             "gradients are taken at zero embeddings, where the norms multiply them by hundreds: the scores mean little. "
             "Use EAPIG with quadrature='midpoint', gradient_at='clean', or another ablation.",
-            stacklevel=5,
+            stacklevel=8,
         )
 
 

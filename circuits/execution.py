@@ -16,6 +16,7 @@ from circuits.ablation import Ablation, get_ablation
 from circuits.base_run import UnsupportedError
 from circuits.circuit import Circuit
 from circuits.components import reaching_logits
+from circuits.distributed import in_slices
 from circuits.errors import InputError
 from circuits.graph import Graph
 from circuits.incremental import IncrementalExecutor
@@ -198,8 +199,12 @@ class DamageMeter:
         return self.by_row(kept).mean(-1, dtype=torch.float64)
 
     def by_row(self, kept: Bool[Tensor, "variant edge"]) -> Float[Tensor, "variant scored"]:
-        """Damage of every circuit at every scored row."""
-        return self.executor.map(kept, lambda logits: self.metric.damages(logits, self.clean_logits, self.task)).cpu()
+        """Damage of every circuit at every scored row; several ranks measure some circuits each."""
+
+        def measure(mine: slice) -> Tensor:
+            return self.executor.map(kept[mine], lambda logits: self.metric.damages(logits, self.clean_logits, self.task))
+
+        return in_slices(len(kept), measure).cpu()
 
     def near(self, kept: Bool[Tensor, "edge"]) -> None:
         """A hint: circuits that follow are mostly subsets of this one."""

@@ -24,6 +24,7 @@ from torch.nn import functional
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from circuits.distributed import own_gpu
 from circuits.errors import InputError
 from circuits.files import read_json, read_tensors, write_json, write_tensors
 from circuits.graph import SLOTS
@@ -48,7 +49,7 @@ def load_model(name_or_path: str | Path, *, device: str | torch.device | None = 
     Args:
         name_or_path: `toy-world`, the model that ships with this package; any name TransformerLens knows (`gpt2`); or a folder, written by
             `save_model` or holding a Hugging Face checkpoint (config.json, safetensors weights, tokenizer files).
-        device: None takes CUDA when there is one, else the CPU.
+        device: None takes CUDA when there is one, else the CPU. "cuda" is the GPU of this rank where several processes work together.
         dtype: of the weights.
 
     Raises:
@@ -107,7 +108,7 @@ _BUFFERS = (".mask", ".IGNORE", ".rotary_sin", ".rotary_cos")
 
 def _device(device: str | torch.device | None) -> torch.device:
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return own_gpu() if torch.cuda.is_available() else torch.device("cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
@@ -116,7 +117,7 @@ def _device(device: str | torch.device | None) -> torch.device:
         raise InputError(
             f"device {str(device)!r} was asked for, but torch {torch.__version__} finds no CUDA here; use device='cpu' or a CUDA build."
         )
-    return chosen
+    return own_gpu() if chosen == torch.device("cuda") else chosen
 
 
 def _load_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:

@@ -8,6 +8,7 @@
         checkpoint.safetensors, only while the run is unfinished: what it goes on from after being killed
 
 The digest covers what the result depends on: method and settings, model weights, prompts, graph. Processes that meet in one folder take turns.
+Where several ranks make one run together, the first one alone reads and writes the folder.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from circuits.ablation import Ablation
 from circuits.circuit import FILE, Circuit
 from circuits.components import component_graph, identity
 from circuits.discoverer import CircuitDiscoverer, Progress, as_json
+from circuits.distributed import RankError, on_first, ranks, totals
 from circuits.errors import InputError
 from circuits.evaluation import evaluate
 from circuits.files import read_json, write_bytes, write_json
@@ -41,6 +43,7 @@ from circuits.tasks.base import Task
 
 RECORD, METRICS, PAGE, CHECKPOINT, LOCK = "record.json", "metrics.json", "circuit.html", "checkpoint.safetensors", ".lock"
 RECORD_FORMAT, METRICS_FORMAT, FORMAT_VERSION = "circuits.run", "circuits.metrics", 1
+WAIT = 60  # seconds
 PACKAGES = ("circuits", "torch", "transformer-lens", "transformers")
 
 
@@ -80,27 +83,52 @@ def run(
 
     Raises:
         InputError: settings cannot be used, or the folder holds a damaged file or one from a newer version.
+        RankError: another rank ended; the message says where the state is.
     """
     graph = component_graph(model) if graph is None else graph
     folder = Path(out) / task.name / f"{discoverer.name}-{_digest(discoverer, model, task, graph)[:8]}"
     with _turn(folder):
-        if (folder / RECORD).exists():
-            return load_run(folder)
+        if on_first(lambda: (folder / RECORD).exists()):
+            return on_first(lambda: load_run(folder))
         resumed = (folder / CHECKPOINT).exists()
         with counting_passes(model) as passes:
             started = time.perf_counter()
-            circuit = discoverer.discover(model, task, graph=graph, checkpoint=folder / CHECKPOINT, progress=progress)
+            circuit = _discovered(discoverer, model, task, graph, folder / CHECKPOINT, progress)
             seconds = time.perf_counter() - started
-        if not isinstance(circuit, Circuit):
-            raise InputError(f"method {discoverer.name!r} returned {type(circuit).__name__}; discover must return a Circuit.")
-        record = {**_circumstances(discoverer, model, task, graph), **circuit.record, **passes, "seconds": seconds, "resumed": resumed}
+        record = {
+            **_circumstances(discoverer, model, task, graph),
+            **circuit.record,
+            **totals(passes),
+            "seconds": seconds,
+            "resumed": resumed,
+        }
         record |= {"edges": len(circuit), "notes": dict(notes or {})}
-        circuit.save(folder)
-        write_bytes(folder / PAGE, circuit_page(circuit, title=f"{discoverer.name} on {task.name}", details=_details(record)).encode())
-        # The record comes last: where it stands, the run is whole.
-        write_json(folder / RECORD, record, RECORD_FORMAT, FORMAT_VERSION)
-        (folder / CHECKPOINT).unlink(missing_ok=True)
-        return Run(folder, circuit, record, reused=False)
+        return on_first(lambda: _write(Run(folder, circuit, record, reused=False)))
+
+
+def _discovered(
+    discoverer: CircuitDiscoverer, model: Model, task: Task, graph: Graph, checkpoint: Path, progress: Progress | None
+) -> Circuit:
+    try:
+        circuit = discoverer.discover(model, task, graph=graph, checkpoint=checkpoint, progress=progress)
+    except RankError as error:
+        kept = f"the state is in {checkpoint}" if checkpoint.exists() else "nothing was saved yet"
+        raise RankError(f"{error}; {kept}: run the same command again") from error
+    if not isinstance(circuit, Circuit):
+        raise InputError(f"method {discoverer.name!r} returned {type(circuit).__name__}; discover must return a Circuit.")
+    return circuit
+
+
+def _write(found: Run) -> Run:
+    """Put a run that has just finished into its folder."""
+    folder, circuit, record = found.folder, found.circuit, found.record
+    circuit.save(folder)
+    title = f"{record['method']} on {record['task']['name']}"
+    write_bytes(folder / PAGE, circuit_page(circuit, title=title, details=_details(record)).encode())
+    # The record comes last: where it stands, the run is whole.
+    write_json(folder / RECORD, record, RECORD_FORMAT, FORMAT_VERSION)
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    return found
 
 
 def load_run(folder: str | Path) -> Run:
@@ -141,7 +169,7 @@ def evaluate_run(
     settings = {"task": task.name, "prompts": task.digest(), "metrics": names, "ablation": as_json(ablation), "size": size}
     key = hashlib.blake2b(json.dumps([settings, identity(model).weights]).encode(), digest_size=8).hexdigest()
     path = found.folder / METRICS
-    with _turn(found.folder):
+    with _lock(found.folder):
         known = read_json(path, METRICS_FORMAT, FORMAT_VERSION).get("evaluations", {}) if path.exists() else {}
         if key not in known:
             evaluation = evaluate(model, circuit, task, metrics=metrics, ablation=ablation)
@@ -171,13 +199,29 @@ def counting_passes(model: Model) -> Iterator[dict[str, int]]:
 
 @contextlib.contextmanager
 def _turn(folder: Path) -> Iterator[None]:
-    """Wait until no other process works in this folder. The lock goes with its process, however that ends."""
+    """Wait until no other run is made in this folder. Of several ranks the first holds the lock, for all."""
+    with contextlib.ExitStack() as stack:
+        # The others hear from it now and then, so that they do not take it for dead.
+        while not on_first(lambda: _acquired(folder, stack)):
+            pass
+        yield
+
+
+def _acquired(folder: Path, stack: contextlib.ExitStack) -> bool:
+    try:
+        stack.enter_context(_lock(folder).acquire(timeout=WAIT))
+    except Timeout:
+        return False
+    return True
+
+
+def _lock(folder: Path) -> FileLock:
+    """A lock on the folder, which is made. It goes with its process, however that ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"the run folder {folder} cannot be made ({error.strerror}); give another one with out.") from error
-    with FileLock(folder / LOCK):
-        yield
+    return FileLock(folder / LOCK)
 
 
 def _digest(discoverer: CircuitDiscoverer, model: Model, task: Task, graph: Graph) -> str:
@@ -199,6 +243,7 @@ def _circumstances(discoverer: CircuitDiscoverer, model: Model, task: Task, grap
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "device": str(model.cfg.device),
         "threads": torch.get_num_threads(),
+        "ranks": ranks().world,
     }
 
 

@@ -21,6 +21,7 @@ from circuits.ablation import Ablation
 from circuits.circuit import Circuit
 from circuits.components import component_graph
 from circuits.discoverer import SPEED_ONLY, Checkpoint, CircuitDiscoverer, Progress
+from circuits.distributed import ranks, totals
 from circuits.edge_order import OrderName, Trial, edge_order
 from circuits.errors import InputError
 from circuits.execution import DamageMeter
@@ -32,7 +33,8 @@ from circuits.tasks.base import Task
 
 State = dict[str, Any]
 
-# How often a guess fails that rests on a measurement in a neighbouring state; and the most edges to speculate on at once.
+# How often a guess fails that rests on a measurement in a neighbouring state; and the most edges to speculate on at once, for each
+# of the ranks that share them.
 WRONG_AFTER_MEASURING, LARGEST_BATCH = 0.08, 256
 NEVER = 1 << 62
 
@@ -135,8 +137,8 @@ class ACDC(CircuitDiscoverer):
             decided, seen = self._decide(batch, state["expected"][done : done + len(batch)].tolist(), state, damage)
             state["expected"][done : done + len(seen)] = torch.tensor(seen)
             state |= {"surveyed": max(state["surveyed"], done + len(seen)), "decided": done + decided}
-            for name, value in damage.executor.counts.items():
-                state[name] += value - before[name]
+            for name, value in totals({name: value - before[name] for name, value in damage.executor.counts.items()}).items():
+                state[name] += value
             yield
 
     def _groups(self, chain: list[Trial], state: State, damage: DamageMeter) -> list[list[int]]:
@@ -162,8 +164,9 @@ class ACDC(CircuitDiscoverer):
         # Guesses fail as often as they did so far; at first, one in eight.
         wrong = (state["wrong"] + 1) / (state["evaluations"] + 8)
         surveyed = state["surveyed"] - state["decided"]
+        fixed_cost *= (world := ranks().world)  # ranks share what circuits cost, and each has the rest
         best, best_size, holding, accepted = 0.0, 1, 1.0, 0.0
-        for size in range(1, LARGEST_BATCH + 1):
+        for size in range(1, LARGEST_BATCH * world + 1):
             accepted += holding
             holding *= 1 - (WRONG_AFTER_MEASURING if size <= surveyed else wrong)
             if accepted / (fixed_cost + size) > best:

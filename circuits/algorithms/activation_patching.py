@@ -18,6 +18,7 @@ from circuits.ablation import Ablation
 from circuits.circuit import Circuit
 from circuits.components import component_graph
 from circuits.discoverer import Checkpoint, CircuitDiscoverer, Progress
+from circuits.distributed import ranks
 from circuits.execution import DamageMeter
 from circuits.graph import Graph
 from circuits.metrics import Metric
@@ -59,8 +60,9 @@ class ActivationPatching(CircuitDiscoverer):
         damage = DamageMeter.prepare(model, graph, task, metric=self.metric, ablation=self.ablation)
         unharmed = damage(torch.ones(1, len(graph), dtype=torch.bool))
         state = saved.restore({"next": torch.tensor(0), "scores": torch.full((len(graph),), torch.nan)})
-        for start in range(int(state["next"]), len(graph), EDGES_PER_STEP):
-            edges = torch.arange(start, min(start + EDGES_PER_STEP, len(graph)))
+        step = EDGES_PER_STEP * ranks().world
+        for start in range(int(state["next"]), len(graph), step):
+            edges = torch.arange(start, min(start + step, len(graph)))
             state["scores"][edges] = (damage(_without_each(edges, len(graph))) - unharmed).float()
             state["next"] = edges[-1] + 1
             saved.save(state)

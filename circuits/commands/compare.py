@@ -18,6 +18,7 @@ from circuits.commands.options import AblationName, Common, chosen_model, chosen
 from circuits.compare import Comparison
 from circuits.compare import compare as compare_circuits
 from circuits.discoverer import CircuitDiscoverer
+from circuits.distributed import is_first
 from circuits.errors import InputError
 from circuits.files import write_bytes, write_json
 from circuits.plot import report_page
@@ -73,6 +74,8 @@ def compare(words: Sequence[str]) -> None:
         for discoverer in sweep:
             with progress_bar(_label(discoverer), quiet=options.json) as progress:
                 runs[label].append(run(discoverer, model, task, out=options.out, progress=progress, notes=notes(options)))
+    if not is_first():
+        return
     found = {label: [finished.circuit for finished in several] for label, several in runs.items()}
     comparison = compare_circuits(model, found, held_out, size=options.size, ablation=options.ablation)
     seconds = {label: float(several[0].record["seconds"]) for label, several in runs.items()}

@@ -16,12 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from circuits.circuit import Circuit
+from circuits.distributed import is_first
 
 
 @contextlib.contextmanager
 def progress_bar(description: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on standard error with the rate and the remaining time; nothing when `quiet` or when nobody watches."""
-    if quiet or not sys.stderr.isatty():
+    """A bar on standard error with the rate and the remaining time; nothing when `quiet`, when nobody watches or on other ranks than the first."""
+    if quiet or not is_first() or not sys.stderr.isatty():
         yield None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _RateColumn(), TimeRemainingColumn())

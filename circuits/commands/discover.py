@@ -16,6 +16,7 @@ from circuits.commands.evaluate import show_evaluation
 from circuits.commands.methods import find_method, options_of
 from circuits.commands.options import Common, chosen_model, chosen_task, notes, parse
 from circuits.components import component_graph
+from circuits.distributed import is_first
 from circuits.graph import Graph
 from circuits.models import Model
 from circuits.run import evaluate_run, run
@@ -70,6 +71,8 @@ def discover(words: Sequence[str]) -> None:
     task = chosen_task(options, model, options.n, "train")
     with progress_bar(f"{kind.name} on {task.name}", quiet=options.json) as progress:
         found = run(discoverer, model, task, out=options.out, graph=graph, progress=progress, notes=notes(options))
+    if not is_first():
+        return
     held_out = task if options.data else chosen_task(options, model, options.n_eval, "test")
     if found.circuit.selected or options.size is not None:
         ablation = getattr(discoverer, "ablation", "resample")
