@@ -179,7 +179,7 @@ class TestSpeculation:
     def test_the_record_counts_what_was_done(self, toy_world):
         task = circuits.load_task("ioi", toy_world, n=8, split="train")
         record = ACDC(0.01).discover(toy_world, task).record
-        assert record["evaluations"] <= record["measured"] < len(circuits.component_graph(toy_world))
+        assert record["evaluations"] <= record["measured"] < 3 * record["evaluations"]
         assert record["accepted"] == record["evaluations"] / record["measured"]
         assert record["batches"] < record["evaluations"] / 2
         nodes = 1 + 4 * 5

@@ -92,15 +92,15 @@ class ACDC(CircuitDiscoverer):
     ) -> Circuit:
         """The search itself, with `guess` the edges that it is expected to keep."""
         chains = list(_chains(graph, edge_order(graph, self.order)))
-        start = {name: torch.as_tensor(value) for name, value in self._start(graph, damage).items()}
+        start = _as_tensors(self._start(graph, damage))
         state: State = {name: value if value.dim() else value.item() for name, value in saved.restore(start).items()}
         for commit in range(state["commits"]):
             damage.near(state["removed_at"] > commit)  # along the same way, so that rounding is the same as without a break
         for number in range(state["next"], len(chains)):
             for _ in self._follow(chains[number], state, graph, damage, guess):
-                _save(saved, state)
+                saved.save(_as_tensors(state))
             state |= {"next": number + 1, "decided": 0, "surveyed": 0, "began": state["commits"]}
-            _save(saved, state)
+            saved.save(_as_tensors(state))
             if progress:
                 progress(number + 1, len(chains))
         return Circuit(graph, state["scores"], state["kept"], record=self.record(**_summary(state, graph)))
@@ -232,8 +232,11 @@ def _without(kept: Bool[Tensor, "edge"], groups: list[list[int]]) -> Bool[Tensor
     return masks
 
 
-def _save(saved: Checkpoint, state: State) -> None:
-    saved.save({name: torch.as_tensor(value) for name, value in state.items()})
+def _as_tensors(state: State) -> dict[str, Tensor]:
+    return {
+        name: torch.tensor(value, dtype=torch.float64) if isinstance(value, float) else torch.as_tensor(value)
+        for name, value in state.items()
+    }
 
 
 def _summary(state: State, graph: Graph) -> dict[str, Any]:
