@@ -19,6 +19,9 @@ Norm = Callable[[Tensor], Tensor]
 Rows = slice | Tensor
 """Some rows of a tensor: a slice of them, or their numbers."""
 
+# On a CPU an MLP's hidden layer is computed in pieces of so many numbers, which stay in its caches.
+CACHED_NUMBERS = 1 << 18
+
 Multiply = Callable[..., Tensor]
 """(x [head n d_in] or [n d_in], weight [head d_in d_out] or [d_in d_out], bias or None, heads or None) -> x @ weight + bias, of these heads."""
 
@@ -181,15 +184,23 @@ class FeedForward:
 
     def __call__(self, residual: Float[Tensor, "*batch d_model"], multiply: Multiply = multiply) -> Float[Tensor, "*batch d_model"]:
         """What the MLP writes when it reads `residual`."""
-        normed = self.norm(residual).reshape(-1, residual.shape[-1])
+        rows = residual.reshape(-1, residual.shape[-1])
         if self.whole is not None:
-            return self.whole(normed[None]).view(residual.shape)
+            return self.whole(self.norm(rows)[None]).view(residual.shape)
+        assert self.weight_in is not None
+        size = max(256, CACHED_NUMBERS // self.weight_in.shape[1]) if rows.device.type == "cpu" else len(rows)
+        if len(rows) <= size:
+            return self._rows(rows, multiply).view(residual.shape)
+        return torch.cat([self._rows(some, multiply) for some in rows.split(size)]).view(residual.shape)
+
+    def _rows(self, rows: Float[Tensor, "row d_model"], multiply: Multiply) -> Float[Tensor, "row d_model"]:
         assert self.weight_in is not None and self.bias_in is not None and self.weight_out is not None and self.activation is not None
+        normed = self.norm(rows)
         if self.weight_gate is None:
             hidden = self.activation(multiply(normed, self.weight_in, self.bias_in))
         else:
             hidden = self.activation(multiply(normed, self.weight_gate)).mul_(multiply(normed, self.weight_in)).add_(self.bias_in)
-        return multiply(hidden, self.weight_out, self.bias_out).view(residual.shape)
+        return multiply(hidden, self.weight_out, self.bias_out)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,8 +13,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from circuits.ablation import Ablation
@@ -44,8 +45,8 @@ class ACDC(CircuitDiscoverer):
     """Remove, one at a time from the logits up, every edge whose removal does less damage than the threshold.
 
     Scores are the measured increases in damage, each in the state the search was in; edges never tried on their own stay unscored.
-    The sequential decisions are found in batches, by speculation: guess the next ones, measure each in the state in which the guess
-    would leave the search, and accept as many as turn out as guessed, and the first that does not. Whatever the guess, every decision
+    The sequential decisions are found in batches, by speculation: guess the next ones (an edge shares the fate of the last one from its
+    source into such a slot), measure each in the state in which the guess would leave the search, and accept as many as turn out as guessed, and the first that does not. Whatever the guess, every decision
     was measured in the state of the sequential search.
 
     Reference: Conmy et al. 2023, https://arxiv.org/abs/2304.14997
@@ -85,19 +86,20 @@ class ACDC(CircuitDiscoverer):
         graph = component_graph(model) if graph is None else graph
         saved = Checkpoint.open(checkpoint, self, graph, task)
         damage = DamageMeter.prepare(model, graph, task, metric=self.metric, ablation=self.ablation, max_memory=self.max_memory)
-        return self._search(graph, damage, saved, progress, torch.zeros(len(graph), dtype=torch.bool))
+        return self._search(graph, damage, saved, progress)
 
     def _search(
-        self, graph: Graph, damage: DamageMeter, saved: Checkpoint, progress: Progress | None, guess: Bool[Tensor, "edge"]
+        self, graph: Graph, damage: DamageMeter, saved: Checkpoint, progress: Progress | None, guess: Bool[Tensor, "edge"] | None = None
     ) -> Circuit:
-        """The search itself, with `guess` the edges that it is expected to keep."""
+        """The search itself, with `guess` the edges that it is expected to keep; None: guess from its own decisions."""
         chains = list(_chains(graph, edge_order(graph, self.order)))
-        start = _as_tensors(self._start(graph, damage))
+        start = _as_tensors(self._start(graph, damage, guess))
+        alike = None if guess is not None else _alike(graph)
         state: State = {name: value if value.dim() else value.item() for name, value in saved.restore(start).items()}
         for commit in range(state["commits"]):
             damage.near(state["removed_at"] > commit)  # along the same way, so that rounding is the same as without a break
         for number in range(state["next"], len(chains)):
-            for _ in self._follow(chains[number], state, graph, damage, guess):
+            for _ in self._follow(chains[number], state, graph, damage, alike):
                 saved.save(_as_tensors(state))
             state |= {"next": number + 1, "decided": 0, "surveyed": 0, "began": state["commits"]}
             saved.save(_as_tensors(state))
@@ -105,25 +107,27 @@ class ACDC(CircuitDiscoverer):
                 progress(number + 1, len(chains))
         return Circuit(graph, state["scores"], state["kept"], record=self.record(**_summary(state, graph)))
 
-    def _start(self, graph: Graph, damage: DamageMeter) -> State:
+    def _start(self, graph: Graph, damage: DamageMeter, guess: Bool[Tensor, "edge"] | None) -> State:
         """The whole graph, nothing tried.
 
         `commits` counts the states that the executor was told of, `removed_at` says after how many an edge went (NEVER: it is kept). Of the
         chain at hand, which `began` after so many, `decided` groups of edges are done and `surveyed` have been measured; `expected` says of
-        each whether it stays.
+        each whether it stays, `guess` of each edge of the graph.
         """
         kept = torch.ones(len(graph), dtype=torch.bool)
         start = {"kept": kept, "scores": torch.full((len(graph),), torch.nan), "damage": float(damage(kept[None])[0])}
         chain = {"removed_at": torch.full((len(graph),), NEVER), "expected": torch.zeros_like(kept)}
+        chain["guess"] = torch.zeros_like(kept) if guess is None else guess
         return {**start, **chain, **dict.fromkeys(("next", "commits", "began", "decided", "surveyed", *COUNTS), 0)}
 
-    def _follow(self, chain: list[Trial], state: State, graph: Graph, damage: DamageMeter, guess: Bool[Tensor, "edge"]) -> Iterator[None]:
+    def _follow(
+        self, chain: list[Trial], state: State, graph: Graph, damage: DamageMeter, alike: Int[np.ndarray, "edge"] | None
+    ) -> Iterator[None]:
         """Decide on the edges of a chain, a batch at a time, and write the decisions into `state`."""
         groups = self._groups(chain, state, damage)
         targets = [int(graph.target[group[0]]) for group in groups]
         fixed_costs: dict[int, float] = {}
-        if not state["surveyed"]:
-            state["expected"][: len(groups)] = torch.tensor([bool(guess[group].any()) for group in groups], dtype=torch.bool)
+        guess, expected = state["guess"].numpy(), state["expected"].numpy()
         while (done := state["decided"]) < len(groups):
             before = dict(damage.executor.counts)
             if done == 0 or targets[done] != targets[done - 1]:
@@ -134,8 +138,13 @@ class ACDC(CircuitDiscoverer):
                 fixed_costs[targets[done]] = damage.executor.fixed_cost(_without(state["removed_at"] >= state["commits"], [first]))
             size = self._batch_size(state, fixed_costs[targets[done]]) if self.speculate else 1
             batch = groups[done : done + size]
-            decided, seen = self._decide(batch, state["expected"][done : done + len(batch)].tolist(), state, damage)
-            state["expected"][done : done + len(seen)] = torch.tensor(seen)
+            for row in range(max(done, state["surveyed"]), done + len(batch)):
+                expected[row] = guess[groups[row]].any()
+            decided, seen = self._decide(batch, expected[done : done + len(batch)].tolist(), state, damage)
+            expected[done : done + len(seen)] = seen
+            if alike is not None:
+                for group, stays in zip(batch[:decided], seen, strict=False):
+                    guess[alike == alike[group[0]]] = stays
             state |= {"surveyed": max(state["surveyed"], done + len(seen)), "decided": done + decided}
             for name, value in totals({name: value - before[name] for name, value in damage.executor.counts.items()}).items():
                 state[name] += value
@@ -222,6 +231,11 @@ def _chains(graph: Graph, trials: list[Trial]) -> Iterator[list[Trial]]:
 
     for _, chain in groupby(trials, key=place):
         yield list(chain)
+
+
+def _alike(graph: Graph) -> Int[np.ndarray, "edge"]:
+    """The same number for edges from one source into the same slot of any target: they are often decided alike."""
+    return (graph.source * 4 + graph.slot).numpy()
 
 
 def _without(kept: Bool[Tensor, "edge"], groups: list[list[int]]) -> Bool[Tensor, "variant edge"]:
