@@ -14,7 +14,7 @@ from circuits.graph import SLOTS
 from circuits.models import Components, Model
 from circuits.patching import EdgeLayout
 from circuits.propagation import Needs, Place, Plan, places
-from circuits.sublayers import Attention, FeedForward, Rows, Unembedding, multiply
+from circuits.sublayers import Attention, FeedForward, Multiply, Rows, Unembedding, multiply
 from circuits.window import Window
 
 Slot = tuple[int, str | None]
@@ -113,12 +113,15 @@ class Parts:
         feed_forward = [] if model.cfg.attn_only else [components.feed_forward(layer) for layer in layers]
         return Parts(model, layout, places(layout), window, attention, feed_forward, components.unembedding(), biases)
 
-    def run(self, written: Float[Tensor, "some_sources token d_model"], known: Mapping[Slot, Tensor]) -> Tensors:
+    def run(
+        self, written: Float[Tensor, "some_sources token d_model"], known: Mapping[Slot, Tensor], multiply: Multiply = multiply
+    ) -> Tensors:
         """Every node's input and output with nothing ablated; or, where `written` has all sources, with everything replaced by it.
 
         Args:
             written: what is read of each source; where there are only embeddings, the rest is computed.
             known: keys and values of tokens outside of the window.
+            multiply: how to compute products.
         """
         outputs = written.new_empty(len(self.layout.nodes), *written.shape[1:])
         outputs[: len(written)] = written
@@ -129,14 +132,14 @@ class Parts:
             result.inputs[place.layer, place.slot] = stream
             if place.slot == "q":
                 below = stream
-                self._all_heads(place, stream, known, result)
+                self._all_heads(place, stream, known, result, multiply)
                 stream = stream + read[place.own].sum(0) + Components(self.model).output_bias(place.layer)
             elif place.slot is not None:
                 result.inputs[place.layer, place.slot] = below
             elif place.source is not None:
                 if self.model.cfg.parallel_attn_mlp:
                     result.inputs[place.layer, None] = below
-                outputs[place.own] = self.feed_forward[place.layer](result.inputs[place.layer, None])
+                outputs[place.own] = self.feed_forward[place.layer](result.inputs[place.layer, None], multiply)
                 stream = stream + read[place.own]
         return result
 
@@ -145,18 +148,20 @@ class Parts:
         """How many sources are embeddings, which read nothing."""
         return min(place.source for place in self.places if place.source is not None)
 
-    def _all_heads(self, place: Place, stream: Float[Tensor, "1 token d_model"], known: Mapping[Slot, Tensor], result: Tensors) -> None:
+    def _all_heads(
+        self, place: Place, stream: Float[Tensor, "1 token d_model"], known: Mapping[Slot, Tensor], result: Tensors, multiply: Multiply
+    ) -> None:
         part, everyone = self.attention[place.layer], slice(0, place.rows)
         normed = part.norm(stream[:, None])
         projected = {}
         for slot in SLOTS:
-            found = part.project(slot, everyone, normed, self.window.position)
+            found = part.project(slot, everyone, normed, self.window.position, multiply)
             projected[slot] = found if slot == "q" else self.window.into_keys(known[place.layer, slot], found)
             result.projected[place.layer, slot] = projected[slot][:, 0]
-        result.outputs[place.own] = self.heads(place.layer, everyone, projected, wide=True)[:, 0]
+        result.outputs[place.own] = self.heads(place.layer, everyone, projected, multiply, wide=True)[:, 0]
 
     def heads(
-        self, layer: int, heads: Rows, projected: Mapping[str, Float[Tensor, "head _ ..."]], *, wide: bool
+        self, layer: int, heads: Rows, projected: Mapping[str, Float[Tensor, "head _ ..."]], multiply: Multiply = multiply, *, wide: bool
     ) -> Float[Tensor, "head variant token d_model"]:
         """What some heads write, given their q at every token or at the scored ones, and k and v at every position of the prompts."""
         part, layout = self.attention[layer], self.window.layouts[wide]
@@ -189,3 +194,33 @@ class Tensors:
         """The state of a circuit whose run this is."""
         changed = np.full(len(self.outputs), not bool(kept.all()))
         return State(kept, mask, self.outputs, self.inputs, self.projected, changed, Needs.of(layout_places, np.any(mask, axis=0)))
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What all runs on a task share.
+
+    Attributes:
+        parts: the model as functions of tensors.
+        counterfactuals: what replaces each source's output, in the window.
+        removed: what each source of the whole model writes, minus its counterfactual: at the scored tokens, and at all of the window.
+        spans: the span of each token, where edges are split by spans.
+        possible: where there can be edges, by target and source.
+    """
+
+    parts: Parts
+    counterfactuals: Float[Tensor, "source token d_model"]
+    removed: tuple[Float[Tensor, "source scored d_model"], Float[Tensor, "source token d_model"]]
+    spans: Int[Tensor, "token"] | None
+    possible: Bool[np.ndarray, "target source"]
+
+    def mask(self, kept: Bool[Tensor, "edge"]) -> Bool[np.ndarray, "span target source"]:
+        """Edges kept, by span, target and source."""
+        return ~self.parts.layout.ablated(kept[None])[0].numpy() & self.possible
+
+
+def contiguous(rows: Int[np.ndarray, "row"], device: torch.device) -> Rows:
+    """Some rows of a tensor; a slice, which copies nothing, where they stand side by side."""
+    if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return torch.from_numpy(rows).to(device)

@@ -34,6 +34,9 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None, heads: Rows 
     return product if bias is None else product.add_(bias[heads][:, None])
 
 
+PLAIN = multiply
+
+
 def gelu_tanh(x: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_mlp"]:
     """GELU in its tanh approximation, as GPT-2 has it: x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3).
 
@@ -188,8 +191,8 @@ class FeedForward:
         if self.whole is not None:
             return self.whole(self.norm(rows)[None]).view(residual.shape)
         assert self.weight_in is not None
-        size = max(256, CACHED_NUMBERS // self.weight_in.shape[1]) if rows.device.type == "cpu" else len(rows)
-        if len(rows) <= size:
+        size = max(256, CACHED_NUMBERS // self.weight_in.shape[1])
+        if len(rows) <= size or rows.device.type != "cpu" or multiply is not PLAIN:
             return self._rows(rows, multiply).view(residual.shape)
         return torch.cat([self._rows(some, multiply) for some in rows.split(size)]).view(residual.shape)
 

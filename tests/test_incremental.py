@@ -9,7 +9,8 @@ from architectures import ARCHITECTURES, random_model, random_task
 import circuits
 from circuits.ablation import get_ablation
 from circuits.execution import _say_once
-from circuits.incremental import IncrementalExecutor, _Run
+from circuits.incremental import IncrementalExecutor
+from circuits.incremental_run import Run
 from circuits.patching import HookedExecutor
 
 ABLATIONS = ["resample", "zero", "mean"]
@@ -175,7 +176,7 @@ class TestMemory:
         graph = circuits.component_graph(model)
         kept = random_masks(graph, *[0.9] * 8)
         executor = IncrementalExecutor.prepare(model, graph, task, get_ablation("resample"))
-        expected, whole, sizes = executor.logits(kept), _Run.execute, []
+        expected, whole, sizes = executor.logits(kept), Run.execute, []
 
         def failing(run):
             sizes.append(len(run.kept))
@@ -183,7 +184,7 @@ class TestMemory:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
             return whole(run)
 
-        monkeypatch.setattr(_Run, "execute", failing)
+        monkeypatch.setattr(Run, "execute", failing)
         torch.testing.assert_close(executor.logits(kept), expected, atol=1e-5, rtol=0)
         assert sizes == [8, 4, 2, 2, 2, 2]
 
@@ -193,7 +194,7 @@ class TestMemory:
         def failing(run):
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory")
 
-        monkeypatch.setattr(_Run, "execute", failing)
+        monkeypatch.setattr(Run, "execute", failing)
         with pytest.raises(circuits.InputError, match="memory runs out even with one circuit"):
             circuits.run_circuit(model, circuits.Circuit.full(circuits.component_graph(model)), task)
 

@@ -46,8 +46,8 @@ class ACDC(CircuitDiscoverer):
 
     Scores are the measured increases in damage, each in the state the search was in; edges never tried on their own stay unscored.
     The sequential decisions are found in batches, by speculation: guess the next ones (an edge shares the fate of the last one from its
-    source into such a slot), measure each in the state in which the guess would leave the search, and accept as many as turn out as guessed, and the first that does not. Whatever the guess, every decision
-    was measured in the state of the sequential search.
+    source into such a slot), measure each in the state in which the guess would leave the search, and accept as many as turn out as
+    guessed, and the first that does not. Whatever the guess, every decision was measured in the state of the sequential search.
 
     Reference: Conmy et al. 2023, https://arxiv.org/abs/2304.14997
 

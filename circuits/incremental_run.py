@@ -1,0 +1,236 @@
+"""One batch of circuits, computed from a base by recomputing only what changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from circuits.base_run import Known, State, contiguous
+from circuits.cost import Cost
+from circuits.flips import Flips
+from circuits.graph import SLOTS
+from circuits.precision import Background
+from circuits.propagation import Plan, Read, Step
+from circuits.sublayers import Multiply, Rows, multiply
+
+Key = tuple[int, bool, bytes]
+
+
+@dataclass(eq=False)
+class Run:
+    """One batch of variants of a base.
+
+    Attributes:
+        known: what all runs on the task share.
+        flips: how the variants differ from the base.
+        plan: what is computed.
+        background: how products are computed that need not be exact; then the first variant must be the base itself, unless it computes
+            whole values.
+    """
+
+    known: Known
+    base: State
+    kept: Bool[Tensor, "variant edge"]
+    flips: Flips
+    plan: Plan
+    background: Background | None = None
+    wide: Tensor = field(init=False)
+    narrow: Tensor = field(init=False)
+    normed: dict[Key | None, Tensor] = field(default_factory=dict)
+    writes: list[Callable[[], None]] | None = None
+
+    @property
+    def cost(self) -> Cost:
+        """What one more variant takes."""
+        return Cost.of(self.plan, self.known.parts)
+
+    def only(self, variants: slice) -> Run:
+        """The run of some of the variants."""
+        if len(self.kept[variants]) == len(self.kept):
+            return self
+        return Run(self.known, self.base, self.kept[variants], self.flips.only(variants), self.plan, self.background)
+
+    def commit(self) -> None:
+        """Make the base the state of the first variant, but for what `State.become` sets."""
+        self.writes = []
+        self.execute()
+        # Only now: what is computed last still reads the base as it was.
+        for write in self.writes:
+            write()
+
+    def execute(self) -> Float[Tensor, "variant scored vocab"]:
+        """Walk down the model."""
+        if self.background is None or self.background.whole:
+            return self._execute()
+        kept = torch.cat([self.base.kept[None], self.kept])
+        return Run(self.known, self.base, kept, self.flips.after_base(), self.plan, self.background)._execute()[1:]
+
+    def _execute(self) -> Float[Tensor, "variant scored vocab"]:
+        window, variants, d_model = self.known.parts.window, len(self.kept), self.base.outputs.shape[-1]
+        self.wide = self.base.outputs.new_empty(len(self.plan.wide), variants, len(window), d_model)
+        self.narrow = self.base.outputs.new_empty(len(self.plan.changed), variants, window.scored, d_model)
+        done = wide = 0
+        for step in self.plan.steps:
+            if not len(step.sources):
+                return self.known.parts.unembedding(self._input(step.reads[0])[0][0], self._multiply(step, wide=False))
+            written = self._written(step)
+            index = self._index(step.sources)
+            old = self.base.outputs[index]
+            change = written - (old if step.wide else window.narrow(old))[:, None]
+            self._note(window.put, self.base.outputs, index, written, step.wide)
+            if step.wide:
+                self.wide[wide : wide + len(change)] = change
+                wide += len(change)
+            self.narrow[done : done + len(change)] = window.narrow(change) if step.wide else change
+            done += len(change)
+        residual = window.narrow(self.base.inputs[self.known.parts.model.cfg.n_layers, None])
+        product = multiply if self.background is None or not self.background.whole else self.background.product
+        return self.known.parts.unembedding(residual, product).expand(variants, -1, -1)
+
+    def _multiply(self, step: Step, *, wide: bool) -> Multiply:
+        """How a step multiplies: nodes into which edges change are under investigation, and stay as exact as the rest is without a background."""
+        if self.background is None:
+            return multiply
+        if self.background.whole:
+            return self.background.product
+        if any(self.flips.targets[read.rows].any() for read in step.reads):
+            return multiply
+        return self.background.increments(len(self.known.parts.window.at(wide)))
+
+    def _written(self, step: Step) -> Float[Tensor, "source variant token d_model"]:
+        parts, layer = self.known.parts, step.layer
+        first = step.reads[0].place
+        if first.slot is None:
+            return parts.feed_forward[layer](self._input(step.reads[0])[0], self._multiply(step, wide=step.wide))
+        heads = self._index(step.sources - first.source)
+        projected: dict[str, Tensor] = {str(read.place.slot): self._projected(step, read, heads) for read in step.reads}
+        for slot in SLOTS:
+            if slot not in projected:
+                held = self.base.projected[layer, slot][heads][:, None]
+                projected[slot] = parts.window.narrow(held) if slot == "q" and not step.wide else held
+        return parts.heads(layer, heads, projected, self._multiply(step, wide=step.wide), wide=step.wide)
+
+    def _projected(self, step: Step, read: Read, heads: Rows) -> Float[Tensor, "head variant ... d_head"]:
+        """New q, k or v of some heads."""
+        parts, place = self.known.parts, read.place
+        assert place.slot is not None
+        part = parts.attention[place.layer]
+        variants, which = self._variants(read)
+        residual, key = self._input(read, variants)
+        normed = self.normed[key] if key in self.normed else part.norm(residual)
+        if key is not None:
+            self.normed = {key: normed}
+        result = part.project(place.slot, heads, normed, parts.window.at(read.wide), self._multiply(step, wide=read.wide))
+        if place.slot != "q":
+            result = parts.window.into_keys(self.base.projected[place.layer, place.slot][heads], result)
+        self._note(self.base.put, self.base.projected, place, parts.window, heads, result, read.wide)
+        return result if which is None else result[:, which]
+
+    def _variants(self, read: Read) -> tuple[Int[np.ndarray, "different"], Tensor | None]:
+        """Variants that differ in what some targets read, and which of them each variant is like (None: all differ).
+
+        Where nothing upstream changed, variants of one search share what was decided before.
+        """
+        everyone = np.arange(len(self.kept))
+        if read.changed or len(everyone) == 1:
+            return everyone, None
+        signs = self.flips.signs[:, :, np.isin(self.flips.rows, read.rows)]
+        seen: dict[bytes, int] = {}
+        which = [seen.setdefault(each.tobytes(), len(seen)) for each in signs]
+        if len(seen) == len(everyone):
+            return everyone, None
+        return np.unique(which, return_index=True)[1], torch.tensor(which, device=self.base.outputs.device)
+
+    def _input(
+        self, read: Read, variants: Int[np.ndarray, "different"] | None = None
+    ) -> tuple[Float[Tensor, "_ variant token d_model"], Key | None]:
+        """What some targets read in some variants; or one row where all read the same, with a key that equal inputs share."""
+        window, place = self.known.parts.window, read.place
+        slot = (place.layer, place.slot)
+        stored = self.base.inputs[slot]
+        rows = self._index(read.rows - place.row)
+        base = stored if len(stored) == 1 else stored[rows]
+        residual = (base if read.wide else window.narrow(base))[:, None]
+        change, weights = self._propagated(read)
+        residual = residual if change is None else residual + change
+        flipped = self.flips.targets[read.rows].any()
+        key = (id(stored), read.wide, weights) if len(residual) == len(stored) == 1 and not flipped else None
+        if flipped:
+            residual = self._flipped(read, residual, variants)
+        self._note(self.base.put, self.base.inputs, place, window, rows, residual, read.wide)
+        return residual, key
+
+    def _propagated(self, read: Read) -> tuple[Float[Tensor, "#target variant token d_model"] | None, bytes]:
+        """What changed sources bring along kept edges, and the weights with which they do."""
+        columns = (self.plan.wide if read.wide else self.plan.changed)[: read.changed]
+        if not len(columns):
+            return None, b""
+        changes = (self.wide if read.wide else self.narrow)[: read.changed]
+        if self.flips.edges[np.ix_(read.rows, columns)].any():
+            dense = ~self.known.parts.layout.ablated(self.kept)[:, :, read.rows][..., columns]
+            dense &= torch.from_numpy(self.known.possible[np.ix_(read.rows, columns)])
+            return self._sum(dense.to(changes), changes, read.wide), b""
+        weights = self.base.mask[:, read.rows][..., columns]
+        if not weights.any():
+            return None, b""
+        if (weights == weights[:, :1]).all():
+            weights = weights[:, :1]
+        if read not in self.plan.weights:
+            self.plan.weights[read] = torch.from_numpy(weights).to(changes)
+        return self._sum(self.plan.weights[read][None], changes, read.wide), weights.tobytes()
+
+    def _flipped(
+        self, read: Read, residual: Float[Tensor, "#target _ token d_model"], variants: Int[np.ndarray, "different"] | None
+    ) -> Float[Tensor, "target variant token d_model"]:
+        """Inputs with what edges that changed bring: their sources' base outputs instead of the counterfactual ones, or the reverse."""
+        flips = self.flips
+        hit = np.flatnonzero(flips.targets[read.rows])
+        signs = flips.signs if variants is None else flips.signs[variants]
+        weights = torch.from_numpy(signs[:, :, np.searchsorted(flips.rows, read.rows[hit])]).to(residual)
+        ablated = flips.ablated(read.wide)
+        if self.known.spans is None and len(read.rows) == 1 and residual.shape[1] == 1:
+            summed = torch.addmm(residual.reshape(1, -1), weights[:, 0, 0], ablated.flatten(1))
+            return summed.view(1, len(weights), *residual.shape[2:])
+        change = self._sum(weights, ablated[:, None], read.wide)
+        if len(hit) == len(read.rows):
+            return residual + change
+        result = residual.expand(len(read.rows), change.shape[1], *change.shape[2:]).clone()
+        result[self._index(hit)] += change
+        return result
+
+    def _sum(
+        self,
+        weights: Float[Tensor, "#variant span target source"],
+        values: Float[Tensor, "source _ token d_model"],
+        wide: bool,
+    ) -> Float[Tensor, "target variant token d_model"]:
+        """Weighted sums over sources, each token by the weights of its span."""
+        window, spans = self.known.parts.window, self.known.spans
+        if spans is not None:
+            here = spans if wide else spans[-window.scored :]
+            shape = (max(len(weights), values.shape[1]), *values.shape[2:])
+            return torch.einsum("vtru,uvtd->rvtd", weights[:, here].expand(shape[0], -1, -1, -1), values.expand(-1, *shape))
+        matrix, flat = weights[:, 0], values.flatten(2)
+        if len(matrix) == 1:
+            return (matrix[0] @ flat.flatten(1)).view(-1, *values.shape[1:])
+        if values.shape[1] == 1:
+            summed = matrix.transpose(0, 1).flatten(0, 1) @ flat[:, 0]
+        else:
+            summed = torch.bmm(matrix, flat.transpose(0, 1)).transpose(0, 1)
+        return summed.reshape(matrix.shape[1], len(matrix), *values.shape[2:])
+
+    def _note(self, write: Callable[..., None], *arguments: Any) -> None:
+        """A write to the base, of the first variant of the tensor before the last argument."""
+        if self.writes is not None:
+            *where, values, wide = arguments
+            self.writes.append(partial(write, *where, values[:, 0], wide))
+
+    def _index(self, rows: Int[np.ndarray, "row"]) -> Rows:
+        return contiguous(rows, self.base.outputs.device)
