@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal, Protocol, get_args, runtime_checkable
 
@@ -23,6 +23,7 @@ from circuits.incremental import IncrementalExecutor
 from circuits.metrics import Metric, check_finite, get_metric
 from circuits.models import Model, frozen, run_to_residual, unembed
 from circuits.patching import HookedExecutor, check_task
+from circuits.precision import Precision
 from circuits.tasks.base import Task
 
 PROMPTS_PER_RUN = 256
@@ -64,6 +65,7 @@ def get_executor(
     ablation: str | Ablation = "resample",
     executor: ExecutorName = "auto",
     max_memory: int | None = None,
+    precision: Precision | None = None,
 ) -> Executor:
     """An executor that keeps what does not change between circuits.
 
@@ -71,17 +73,22 @@ def get_executor(
         executor: "incremental" recomputes only what changes; "hooks" runs the model's own modules, and is the reference; "auto" takes the
             first where it knows the architecture, and says so where it does not.
         max_memory: bytes that one step may take; None chooses from what is free.
+        precision: of the incremental executor; None is float32 throughout.
 
     Raises:
-        InputError: there is no such executor, or the model, graph and task do not fit together.
+        InputError: there is no such executor, it has no such precision, or the model, graph and task do not fit together.
     """
     if executor not in get_args(ExecutorName):
         raise InputError(f"there is no executor {executor!r}; choose 'auto', 'incremental' or 'hooks'.")
     chosen = get_ablation(ablation)
+    if executor == "hooks" and precision is not None:
+        raise InputError(f"precision={str(precision)!r} needs the incremental executor; leave out executor='hooks' or the precision.")
     if executor != "hooks":
         try:
-            return IncrementalExecutor.prepare(model, graph, task, chosen, max_memory=max_memory)
+            return IncrementalExecutor.prepare(model, graph, task, chosen, max_memory=max_memory, precision=precision)
         except UnsupportedError as error:
+            if precision is not None:
+                raise InputError(f"{model.cfg.model_name} cannot be run incrementally: {error}; leave out the precision.") from error
             if executor == "incremental":
                 raise InputError(f"{model.cfg.model_name} cannot be run incrementally: {error}; use executor='auto'.") from error
             _say_once(f"{model.cfg.model_name} is run by the reference executor, which is slower: {error}.")
@@ -164,6 +171,7 @@ class DamageMeter:
 
     Attributes:
         reaching_logits: from kept edges to those of them that can matter.
+        exact: the same in float32, where this one rounds changes.
     """
 
     executor: Executor
@@ -171,6 +179,7 @@ class DamageMeter:
     clean_logits: Float[Tensor, "scored vocab"]
     task: Task
     reaching_logits: Callable[[Bool[Tensor, "edge"]], Bool[Tensor, "edge"]]
+    exact: DamageMeter | None = None
 
     @staticmethod
     def prepare(
@@ -182,6 +191,7 @@ class DamageMeter:
         ablation: str | Ablation,
         executor: ExecutorName = "auto",
         max_memory: int | None = None,
+        precision: Precision | None = None,
     ) -> DamageMeter:
         """Run the clean and the counterfactual prompts once, for every circuit that follows.
 
@@ -190,9 +200,12 @@ class DamageMeter:
         """
         task = task.to(model.cfg.device)
         chosen = get_metric(metric, task)
-        ready = get_executor(model, graph, task, ablation=ablation, executor=executor, max_memory=max_memory)
+        ready = get_executor(model, graph, task, ablation=ablation, executor=executor, max_memory=max_memory, precision=precision)
         clean = ready.logits(torch.ones(1, len(graph), dtype=torch.bool))[0]
-        return DamageMeter(ready, chosen, clean, task, reaching_logits(model, graph))
+        meter = DamageMeter(ready, chosen, clean, task, reaching_logits(model, graph))
+        if isinstance(ready, IncrementalExecutor) and ready.background is not None and not ready.background.whole:
+            return replace(meter, exact=replace(meter, executor=ready.exact()))
+        return meter
 
     def __call__(self, kept: Bool[Tensor, "variant edge"]) -> Float[Tensor, "variant"]:
         """Mean damage of every circuit."""

@@ -61,6 +61,8 @@ class Precision:
             raise InputError(
                 f"investigated={self.investigated!r} must be 'float32', or {self.background!r} as the background is, which is plain low precision."
             )
+        if self.confirm and self.investigated != "float32":
+            raise InputError(f"plain {self.background} has nothing in float32 to confirm with; set confirm=False.")
 
     def __str__(self) -> str:
         plain = "" if self.investigated == "float32" else ", plain"

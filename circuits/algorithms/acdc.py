@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.ablation import Ablation
@@ -30,6 +30,7 @@ from circuits.graph import Graph
 from circuits.metrics import Metric
 from circuits.models import Model
 from circuits.nodes import Head
+from circuits.precision import Precision, get_precision
 from circuits.tasks.base import Task
 
 State = dict[str, Any]
@@ -38,6 +39,9 @@ State = dict[str, Any]
 # of the ranks that share them.
 WRONG_AFTER_MEASURING, LARGEST_BATCH = 0.08, 256
 NEVER = 1 << 62
+# In each batch so many increases are measured in float32 whatever they are; what is within the largest error seen lately, times the margin, is
+# too; what was seen counts a little less with each batch.
+NOISE_SAMPLE, NOISE_MARGIN, FORGETTING = 2, 5.0, 0.95
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class ACDC(CircuitDiscoverer):
         order: in which order edges are tried; "original" is that of the authors' code, with its group tests.
         speculate: measure several decisions at once; False measures one after the other.
         absolute: compare the size of the change with the threshold, so that edges which hurt are kept too.
+        precision: how exactly to compute: the name of a type, such as "bfloat16", or a `Precision`; None is float32 throughout.
         max_memory: bytes that one step may take; by default chosen from what is free.
     """
 
@@ -68,9 +73,11 @@ class ACDC(CircuitDiscoverer):
     order: OrderName = "topological"
     speculate: bool = field(default=True, metadata=SPEED_ONLY)
     absolute: bool = False
+    precision: str | Precision | None = None
     max_memory: int | None = field(default=None, kw_only=True, metadata=SPEED_ONLY)
 
     def __post_init__(self) -> None:
+        get_precision(self.precision)
         if not self.threshold >= 0:
             raise InputError(f"threshold={self.threshold} must be a number of at least 0; 0.01 is a usual one for KL.")
 
@@ -85,7 +92,15 @@ class ACDC(CircuitDiscoverer):
     ) -> Circuit:
         graph = component_graph(model) if graph is None else graph
         saved = Checkpoint.open(checkpoint, self, graph, task)
-        damage = DamageMeter.prepare(model, graph, task, metric=self.metric, ablation=self.ablation, max_memory=self.max_memory)
+        damage = DamageMeter.prepare(
+            model,
+            graph,
+            task,
+            metric=self.metric,
+            ablation=self.ablation,
+            max_memory=self.max_memory,
+            precision=get_precision(self.precision),
+        )
         return self._search(graph, damage, saved, progress)
 
     def _search(
@@ -105,7 +120,12 @@ class ACDC(CircuitDiscoverer):
             saved.save(_as_tensors(state))
             if progress:
                 progress(number + 1, len(chains))
-        return Circuit(graph, state["scores"], state["kept"], record=self.record(**_summary(state, graph)))
+        if damage.exact is not None:
+            state["damage"] = float(damage.exact(state["kept"][None])[0])
+        summary = _summary(state, graph)
+        if damage.exact is not None:
+            summary |= {"confirmed": state["confirmed"], "noise": state["noise"]}
+        return Circuit(graph, state["scores"], state["kept"], record=self.record(**summary))
 
     def _start(self, graph: Graph, damage: DamageMeter, guess: Bool[Tensor, "edge"] | None) -> State:
         """The whole graph, nothing tried.
@@ -118,7 +138,12 @@ class ACDC(CircuitDiscoverer):
         start = {"kept": kept, "scores": torch.full((len(graph),), torch.nan), "damage": float(damage(kept[None])[0])}
         chain = {"removed_at": torch.full((len(graph),), NEVER), "expected": torch.zeros_like(kept)}
         chain["guess"] = torch.zeros_like(kept) if guess is None else guess
-        return {**start, **chain, **dict.fromkeys(("next", "commits", "began", "decided", "surveyed", *COUNTS), 0)}
+        return {
+            **start,
+            **chain,
+            "noise": 0.0,
+            **dict.fromkeys(("next", "commits", "began", "decided", "surveyed", "confirmed", *COUNTS), 0),
+        }
 
     def _follow(
         self, chain: list[Trial], state: State, graph: Graph, damage: DamageMeter, alike: Int[np.ndarray, "edge"] | None
@@ -130,9 +155,11 @@ class ACDC(CircuitDiscoverer):
         guess, expected = state["guess"].numpy(), state["expected"].numpy()
         while (done := state["decided"]) < len(groups):
             before = dict(damage.executor.counts)
-            if done == 0 or targets[done] != targets[done - 1]:
+            if done == 0 or targets[done] != targets[done - 1] or damage.exact is not None:
                 damage.near(state["kept"])
                 state["commits"] += 1
+                if damage.exact is not None:
+                    state["damage"] = float(damage.exact(state["kept"][None])[0])
             if self.speculate and targets[done] not in fixed_costs:
                 first = groups[targets.index(targets[done])]
                 fixed_costs[targets[done]] = damage.executor.fixed_cost(_without(state["removed_at"] >= state["commits"], [first]))
@@ -199,14 +226,18 @@ class ACDC(CircuitDiscoverer):
                 raise
             # What cannot be measured may be a state in which the search would never be.
             return self._decide(groups[:1], expected[:1], state, damage)
-        increases, seen = [], []
-        current = state["damage"]
-        for stays, found in zip(expected, measured, strict=True):
-            increases.append(found - current)
-            seen.append((abs(found - current) if self.absolute else found - current) >= self.threshold)
-            current = current if stays else found
+        # What each is compared with: the last one before it that is expected to go, or the present state, which comes last.
+        before, last = [], len(groups)
+        for row, stays in enumerate(expected):
+            before.append(last)
+            last = last if stays else row
+        values = np.array([*measured, state["damage"]])
+        increases = values[:-1] - values[before]
+        if damage.exact is not None and self._confirms:
+            self._confirm(without, values, np.array(before), increases, state, damage.exact)
+        seen = (self._compared(increases) >= self.threshold).tolist()
         decided = next((row + 1 for row in range(len(groups)) if seen[row] != expected[row]), len(groups))
-        for group, increase, stays, found in zip(groups[:decided], increases, seen, measured, strict=False):
+        for group, increase, stays, found in zip(groups[:decided], increases, seen, values.tolist(), strict=False):
             if len(group) == 1:
                 scores[group[0]] = increase
             if not stays:
@@ -216,6 +247,47 @@ class ACDC(CircuitDiscoverer):
         for name, more in counted.items():
             state[name] += more
         return decided, seen
+
+    def _compared(self, increases: Float[np.ndarray, "row"]) -> Float[np.ndarray, "row"]:
+        """What is compared with the threshold."""
+        return np.abs(increases) if self.absolute else increases
+
+    @property
+    def _confirms(self) -> bool:
+        precision = get_precision(self.precision)
+        return precision is not None and precision.confirm
+
+    def _confirm(
+        self,
+        without: Bool[Tensor, "row edge"],
+        values: Float[np.ndarray, "row_and_present"],
+        before: Int[np.ndarray, "row"],
+        increases: Float[np.ndarray, "row"],
+        state: State,
+        exact: DamageMeter,
+    ) -> None:
+        """Measure in float32 the increases nearest to the threshold, which tells the noise, and all others that are within it."""
+        known = np.zeros(len(values), dtype=bool)
+        known[-1] = True
+        confirmed = np.zeros(len(increases), dtype=bool)
+        noise = FORGETTING * state["noise"]
+        while True:
+            distance = np.where(confirmed, np.inf, np.abs(self._compared(increases) - self.threshold))
+            doubtful = distance <= NOISE_MARGIN * noise
+            if not confirmed.any():
+                doubtful[np.argsort(distance)[:NOISE_SAMPLE]] = True
+            if not doubtful.any():
+                break
+            rows = np.unique(np.concatenate([np.flatnonzero(doubtful), before[doubtful]]))
+            rows = rows[~known[rows]]
+            if len(rows):
+                values[rows] = exact(without[torch.from_numpy(rows)]).numpy()
+                known[rows] = True
+                state["confirmed"] += len(rows)
+            found = values[:-1][doubtful] - values[before[doubtful]]
+            noise = max(noise, float(np.abs(found - increases[doubtful]).max()))
+            increases[doubtful], confirmed = found, confirmed | doubtful
+        state["noise"] = noise
 
 
 COUNTS = ("evaluations", "measured", "wrong", "batches", "node_evaluations")
