@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from circuits.metrics import METRICS, Metric
     from circuits.models import build_model, load_model, save_model
     from circuits.nodes import MLP, Embed, Error, Feature, Head, Logits, PosEmbed, TokenEmbed, parse_node
+    from circuits.precision import Precision
     from circuits.tasks import load_task, task_names
     from circuits.tasks.base import PromptPair, Task, TaskFamily
     from circuits.tasks.known_circuits import KnownCircuit, known_circuit
@@ -55,6 +56,7 @@ _MODULES = {
     "components": ["component_graph"],
     "models": ["build_model", "load_model", "save_model"],
     "nodes": ["MLP", "Embed", "Error", "Feature", "Head", "Logits", "PosEmbed", "TokenEmbed", "parse_node"],
+    "precision": ["Precision"],
     "tasks": ["load_task", "task_names"],
     "tasks.base": ["PromptPair", "Task", "TaskFamily"],
     "tasks.known_circuits": ["KnownCircuit", "known_circuit"],

@@ -98,7 +98,7 @@ def test_the_public_names_are_these():
     assert circuits.__all__ == [
         "ACDC", "Ablation", "ActivationPatching", "BatchedACDC", "Checkpoint", "Circuit", "CircuitDiscoverer", "EAP", "EAPIG", "Edge",
         "EdgeAttribution", "Embed", "Error", "Evaluation", "Feature", "Graph", "Head", "InputError", "KnownCircuit", "Logits", "METRICS",
-        "MLP", "Metric", "PosEmbed", "PromptPair", "RandomScores", "Recovery", "Task", "TaskFamily", "TokenEmbed", "build_model",
+        "MLP", "Metric", "PosEmbed", "Precision", "PromptPair", "RandomScores", "Recovery", "Task", "TaskFamily", "TokenEmbed", "build_model",
         "component_graph", "discoverers", "evaluate", "faithfulness_curve", "faithfulness_points", "known_circuit", "load_eap_ig",
         "load_model", "load_task", "model_logits", "parse_edge", "parse_node", "recovery", "run_circuit", "run_circuits", "save_eap_ig",
         "save_model", "task_names",
