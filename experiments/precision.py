@@ -134,11 +134,10 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
 def markdown(table: pd.DataFrame) -> str:
     """The table as markdown, numbers to three digits."""
-    cells = [[str(name), *(f"{value:.3g}" if value == value else "" for value in line)] for name, line in zip(table.index, table.to_numpy(float), strict=True)]  # fmt: skip
-    return (
-        "\n".join("| " + " | ".join(line) + " |" for line in [["precision", *table.columns], ["---"] * (len(table.columns) + 1), *cells])
-        + "\n"
-    )
+    cells = [[f"{value:.3g}" if value == value else "" for value in line] for line in table.to_numpy(float)]
+    lines = [["precision", *table.columns], ["---"] * (len(table.columns) + 1)]
+    lines += [[str(name), *line] for name, line in zip(table.index, cells, strict=True)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 if __name__ == "__main__":
