@@ -155,11 +155,9 @@ class ACDC(CircuitDiscoverer):
         guess, expected = state["guess"].numpy(), state["expected"].numpy()
         while (done := state["decided"]) < len(groups):
             before = dict(damage.executor.counts)
-            if done == 0 or targets[done] != targets[done - 1] or damage.exact is not None:
+            if done == 0 or targets[done] != targets[done - 1]:
                 damage.near(state["kept"])
                 state["commits"] += 1
-                if damage.exact is not None:
-                    state["damage"] = float(damage.exact(state["kept"][None])[0])
             if self.speculate and targets[done] not in fixed_costs:
                 first = groups[targets.index(targets[done])]
                 fixed_costs[targets[done]] = damage.executor.fixed_cost(_without(state["removed_at"] >= state["commits"], [first]))
@@ -219,6 +217,8 @@ class ACDC(CircuitDiscoverer):
         masks, scores = without.numpy(), state["scores"].numpy()
         for row, (group, stays) in enumerate(zip(groups, expected, strict=True)):
             masks[row if stays else slice(row, None), group] = False
+        if damage.exact is not None:
+            without = torch.cat([without, state["kept"][None]])  # the present state too, since rounding depends on the base
         try:
             measured = damage(without).tolist()
         except InputError:
@@ -231,7 +231,7 @@ class ACDC(CircuitDiscoverer):
         for row, stays in enumerate(expected):
             before.append(last)
             last = last if stays else row
-        values = np.array([*measured, state["damage"]])
+        values = np.array(measured if damage.exact is not None else [*measured, state["damage"]])
         increases = values[:-1] - values[before]
         if damage.exact is not None and self._confirms:
             self._confirm(without, values, np.array(before), increases, state, damage.exact)
@@ -268,7 +268,6 @@ class ACDC(CircuitDiscoverer):
     ) -> None:
         """Measure in float32 the increases nearest to the threshold, which tells the noise, and all others that are within it."""
         known = np.zeros(len(values), dtype=bool)
-        known[-1] = True
         confirmed = np.zeros(len(increases), dtype=bool)
         noise = FORGETTING * state["noise"]
         while True:
