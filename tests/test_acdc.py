@@ -80,6 +80,12 @@ def test_known_circuits_are_recovered_as_far_as_their_ablation_can_find_them(nam
     assert recovered.recall == len(known.minimal[ablation]) / len(known.edges)
 
 
+def assert_same(found: circuits.Circuit, expected: circuits.Circuit) -> None:
+    """The same edges kept, and the same increases measured, but for rounding, which depends on what is measured together."""
+    assert torch.equal(found.kept, expected.kept)
+    torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=0, equal_nan=True)
+
+
 def replayed(model, task, graph, threshold: float, absolute: bool = False) -> set[str]:
     """ACDC from its definition: one evaluation per edge from the logits up, dead targets included."""
     damage = DamageMeter.prepare(model, graph, task, metric="kl", ablation="resample")
@@ -171,8 +177,7 @@ class TestSpeculation:
     def test_one_decision_at_a_time_gives_the_same_circuit(self, toy_world):
         task = circuits.load_task("docstring", toy_world, n=8, split="train")
         guessed, sequential = (ACDC(0.01, speculate=speculate).discover(toy_world, task) for speculate in (True, False))
-        assert torch.equal(guessed.kept, sequential.kept)
-        torch.testing.assert_close(guessed.scores, sequential.scores, atol=1e-5, rtol=0, equal_nan=True)
+        assert_same(guessed, sequential)
         assert sequential.record["accepted"] == 1
         assert sequential.record["batches"] == sequential.record["evaluations"]
 
@@ -184,3 +189,102 @@ class TestSpeculation:
         assert record["batches"] < record["evaluations"] / 2
         nodes = 1 + 4 * 5
         assert record["saving"] == 479 * nodes / record["node_evaluations"] > 4
+
+    @pytest.mark.parametrize("absolute", [False, True])
+    def test_every_guess_gives_the_same_circuit(self, toy_world, absolute):
+        task = circuits.load_task("induction", toy_world, n=8, split="train")
+        own, removed, eap = (ACDC(0.01, absolute=absolute, guess=guess).discover(toy_world, task) for guess in ("own", "removed", "eap"))
+        assert_same(own, removed)
+        assert_same(own, eap)
+        assert len({(circuit.record["wrong"], circuit.record["measured"]) for circuit in (own, removed, eap)}) == 3
+        assert own.record["wrong"] < removed.record["wrong"]
+
+    def test_a_guess_that_cannot_be_is_refused(self, toy_world, unchecked_types):
+        with pytest.raises(circuits.InputError, match="guess='random': choose 'own', 'removed' or 'eap'"):
+            ACDC(0.01, guess="random")
+        task = circuits.load_task("induction", toy_world, n=2, split="train")
+        with pytest.raises(circuits.InputError, match=r"guess='eap' cannot be had: .* Or take guess='own'"):
+            ACDC(0.01, metric="accuracy", guess="eap").discover(toy_world, task)
+
+
+THRESHOLDS = (0.01, 0.1, 0.003)
+
+
+@pytest.fixture(scope="module")
+def task(toy_world):
+    return circuits.load_task("ioi", toy_world, n=8, split="train")
+
+
+@pytest.fixture(scope="module")
+def swept(toy_world, task):
+    return ACDC(1.0).sweep(toy_world, task, THRESHOLDS)
+
+
+@pytest.fixture(scope="module")
+def alone(toy_world, task):
+    return [ACDC(threshold).discover(toy_world, task) for threshold in THRESHOLDS]
+
+
+class TestSweep:
+    """Circuits of several thresholds, each search warm-started by the one before."""
+
+    def test_each_circuit_is_that_of_a_search_at_its_threshold(self, swept, alone):
+        for circuit, expected in zip(swept, alone, strict=True):
+            assert_same(circuit, expected)
+            assert circuit.record["settings"] == expected.record["settings"]
+            assert circuit.record["evaluations"] == expected.record["evaluations"]
+            assert circuit.record["damage"] == pytest.approx(expected.record["damage"], abs=1e-5)
+
+    def test_after_the_first_search_fewer_guesses_are_wrong_and_fewer_edges_measured(self, swept, alone):
+        lowest_and_middle, highest = (2, 0), 1
+        assert swept[highest].record == alone[highest].record, "the highest threshold comes first"
+        for later in lowest_and_middle:
+            for count in ("measured", "wrong", "batches"):
+                assert swept[later].record[count] < alone[later].record[count]
+
+    def test_it_does_not_matter_what_the_first_search_is_expected_to_keep(self, toy_world, task, swept):
+        for circuit, expected in zip(ACDC(1.0, guess="eap").sweep(toy_world, task, THRESHOLDS), swept, strict=True):
+            assert_same(circuit, expected)
+        (again,) = ACDC(1.0).sweep(toy_world, task, [0.01], guess=swept[0])
+        assert_same(again, swept[0])
+        assert again.record["wrong"] == 0
+        assert again.record["measured"] == again.record["evaluations"]
+
+    def test_a_sweep_that_was_interrupted_goes_on(self, toy_world, task, swept, tmp_path):
+        steps: list[tuple[int, int]] = []
+
+        def stop_now_and_then(done: int, total: int) -> None:
+            steps.append((done, total))
+            if len(steps) % 11 == 0:
+                raise KeyboardInterrupt
+
+        for _ in range(100):
+            try:
+                resumed = ACDC(1.0).sweep(toy_world, task, THRESHOLDS, checkpoint=tmp_path, progress=stop_now_and_then)
+                break
+            except KeyboardInterrupt:
+                continue
+        assert resumed == swept
+        assert [circuit.record for circuit in resumed] == [circuit.record for circuit in swept]
+        assert steps == [(done, steps[-1][0]) for done in range(1, steps[-1][0] + 1)], "a step was taken twice"
+        # Each file is that of a search at its threshold, so that more thresholds, or one alone, start from what is there.
+        steps.clear()
+        file = tmp_path / "0.01.safetensors"
+        assert ACDC(0.01).discover(toy_world, task, checkpoint=file, progress=stop_now_and_then) == swept[0]
+        assert not steps
+
+    def test_thresholds_may_come_twice_and_in_any_order(self, toy_world, task, swept):
+        assert ACDC(1.0).sweep(toy_world, task, (0.003, 0.01, 0.1, 0.01)) == [swept[2], swept[0], swept[1], swept[0]]
+
+    @pytest.mark.parametrize(("thresholds", "told"), [([], "no thresholds"), ([0.01, -1.0], "threshold=-1.0"), ([float("nan")], "nan")])
+    def test_thresholds_that_cannot_be_are_refused(self, toy_world, task, thresholds, told):
+        with pytest.raises(circuits.InputError, match=told):
+            ACDC(1.0).sweep(toy_world, task, thresholds)
+
+    def test_a_guess_over_another_graph_and_a_file_for_a_folder_are_refused(self, toy_world, task, swept, tmp_path):
+        split = circuits.component_graph(toy_world, split_embed=True)
+        with pytest.raises(circuits.InputError, match=r"guess is over another graph \(479 edges"):
+            ACDC(1.0).sweep(toy_world, task, [0.01], graph=split, guess=swept[0])
+        (tmp_path / "file").touch()
+        with pytest.raises(circuits.InputError, match="is a file; a sweep has a file for each threshold: give a folder"):
+            ACDC(1.0).sweep(toy_world, task, [0.01], checkpoint=tmp_path / "file")

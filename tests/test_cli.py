@@ -85,6 +85,13 @@ def test_no_method_has_an_option_that_clashes_with_the_commands_own(capsys, meth
     assert method in capsys.readouterr().out
 
 
+def test_what_only_makes_a_method_faster_is_an_option_and_finds_the_same_run(capsys, tmp_path):
+    words = ("discover", "--method", "acdc", "--threshold", "0.1", "--n", "2", "--n-eval", "2", "--out", str(tmp_path), "--json")
+    folders = [json.loads(run_here(capsys, *words, *more)[1])["folder"] for more in (("--guess", "eap"), ("--guess", "own"))]
+    assert folders[0] == folders[1]
+    assert json.loads((Path(folders[0]) / "record.json").read_text())["settings"]["guess"] == "eap"
+
+
 def test_a_field_called_like_an_option_of_the_command_is_written_with_its_methods_prefix(capsys, tmp_path):
     words = ("discover", "--method", "random", "--n", "2", "--seed", "1", "--method-seed", "7", "--out", str(tmp_path), "--json")
     record = json.loads((Path(json.loads(run_here(capsys, *words)[1])["folder"]) / "record.json").read_text())

@@ -7,11 +7,11 @@ damage by less than a threshold, given all that was removed before. A target tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -21,27 +21,29 @@ from torch import Tensor
 from circuits.ablation import Ablation
 from circuits.circuit import Circuit
 from circuits.components import component_graph
+from circuits.confirmation import confirm
 from circuits.discoverer import SPEED_ONLY, Checkpoint, CircuitDiscoverer, Progress
 from circuits.distributed import ranks, totals
 from circuits.edge_order import OrderName, Trial, edge_order
+from circuits.edge_scores import GradientPoint, score_edges
 from circuits.errors import InputError
 from circuits.execution import DamageMeter
 from circuits.graph import Graph
-from circuits.metrics import Metric
+from circuits.metrics import Metric, get_metric
 from circuits.models import Model
 from circuits.nodes import Head
 from circuits.precision import Precision, get_precision
 from circuits.tasks.base import Task
 
 State = dict[str, Any]
+GuessName = Literal["own", "removed", "eap"]
 
 # How often a guess fails that rests on a measurement in a neighbouring state; and the most edges to speculate on at once, for each
 # of the ranks that share them.
 WRONG_AFTER_MEASURING, LARGEST_BATCH = 0.08, 256
 NEVER = 1 << 62
-# In each batch so many increases are measured in float32 whatever they are; what is within the largest error seen lately, times the margin, is
-# too; what was seen counts a little less with each batch.
-NOISE_SAMPLE, NOISE_MARGIN, FORGETTING = 2, 5.0, 0.95
+# At one end alone some metrics have no slope: KL has none at the clean run.
+BOTH_ENDS = (GradientPoint(0.0), GradientPoint(1.0))
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,9 @@ class ACDC(CircuitDiscoverer):
     """Remove, one at a time from the logits up, every edge whose removal does less damage than the threshold.
 
     Scores are the measured increases in damage, each in the state the search was in; edges never tried on their own stay unscored.
-    The sequential decisions are found in batches, by speculation: guess the next ones (an edge shares the fate of the last one from its
-    source into such a slot), measure each in the state in which the guess would leave the search, and accept as many as turn out as
-    guessed, and the first that does not. Whatever the guess, every decision was measured in the state of the sequential search.
+    The sequential decisions are found in batches, by speculation: guess the next ones, measure each in the state in which the guess would
+    leave the search, and accept as many as turn out as guessed, and the first that does not. Whatever the guess, every decision was
+    measured in the state of the sequential search.
 
     Reference: Conmy et al. 2023, https://arxiv.org/abs/2304.14997
 
@@ -63,6 +65,8 @@ class ACDC(CircuitDiscoverer):
         speculate: measure several decisions at once; False measures one after the other.
         absolute: compare the size of the change with the threshold, so that edges which hurt are kept too.
         precision: how exactly to compute: the name of a type, such as "bfloat16", or a `Precision`; None is float32 throughout.
+        guess: what decisions are expected to be. "own": that of an edge is the last one on an edge from its source into such a slot;
+            "removed": every edge goes; "eap": an edge stays whose EAP score (gradient taken at both ends) reaches the threshold.
         max_memory: bytes that one step may take; by default chosen from what is free.
     """
 
@@ -74,12 +78,15 @@ class ACDC(CircuitDiscoverer):
     speculate: bool = field(default=True, metadata=SPEED_ONLY)
     absolute: bool = False
     precision: str | Precision | None = None
+    guess: GuessName = field(default="own", kw_only=True, metadata=SPEED_ONLY)
     max_memory: int | None = field(default=None, kw_only=True, metadata=SPEED_ONLY)
 
     def __post_init__(self) -> None:
         get_precision(self.precision)
         if not self.threshold >= 0:
             raise InputError(f"threshold={self.threshold} must be a number of at least 0; 0.01 is a usual one for KL.")
+        if self.guess not in get_args(GuessName):
+            raise InputError(f"guess={self.guess!r}: choose 'own', 'removed' or 'eap'; a circuit is given to `sweep`.")
 
     def discover(
         self,
@@ -92,26 +99,83 @@ class ACDC(CircuitDiscoverer):
     ) -> Circuit:
         graph = component_graph(model) if graph is None else graph
         saved = Checkpoint.open(checkpoint, self, graph, task)
-        damage = DamageMeter.prepare(
-            model,
-            graph,
-            task,
-            metric=self.metric,
-            ablation=self.ablation,
-            max_memory=self.max_memory,
-            precision=get_precision(self.precision),
-        )
-        return self._search(graph, damage, saved, progress)
+        guess = self._guess(model, graph, task)
+        return self._search(graph, self._meter(model, graph, task), saved, progress, guess)
+
+    def sweep(
+        self,
+        model: Model,
+        task: Task,
+        thresholds: Sequence[float],
+        *,
+        graph: Graph | None = None,
+        guess: Circuit | None = None,
+        checkpoint: str | Path | None = None,
+        progress: Progress | None = None,
+    ) -> list[Circuit]:
+        """What `discover` finds at each of some thresholds, in the order given; this method's own threshold plays no part.
+
+        Clean and counterfactual prompts are run once for all. The searches go from the highest threshold down, and each is expected to keep
+        what the one before it kept, which is wrong less often than what a search expects on its own.
+
+        Args:
+            graph: the edges to consider; None takes the component graph.
+            guess: what the search at the highest threshold is expected to keep, such as a circuit found on fewer prompts; None takes the
+                method's own guess.
+            checkpoint: a folder with a file for each threshold, from which a sweep goes on when it was interrupted.
+            progress: called with (done, total), over all thresholds.
+
+        Raises:
+            InputError: there is no threshold, or one below 0; `guess` is over another graph; `checkpoint` is a file, or holds another
+                sweep's; the model, task, graph or settings cannot be used.
+        """
+        methods = [replace(self, threshold=threshold) for threshold in sorted(set(thresholds), reverse=True)]
+        if not methods:
+            raise InputError("there are no thresholds to sweep over; give at least one, such as 0.01.")
+        if checkpoint is not None and Path(checkpoint).is_file():
+            raise InputError(f"checkpoint={checkpoint} is a file; a sweep has a file for each threshold: give a folder.")
+        graph = component_graph(model) if graph is None else graph
+        if guess is not None and guess.graph != graph:
+            raise InputError(
+                f"guess is over another graph ({len(guess.graph)} edges, positions {guess.graph.positions}) than the sweep ({len(graph)} edges, "
+                f"positions {graph.positions}); give a circuit over the same one."
+            )
+        expected = methods[0]._guess(model, graph, task) if guess is None else guess.kept
+        damage = self._meter(model, graph, task)
+        found: dict[float, Circuit] = {}
+        for method in methods:
+            file = None if checkpoint is None else Path(checkpoint) / f"{method.threshold}.safetensors"
+            part = _part_of(progress, len(found), len(methods))
+            circuit = method._search(graph, damage, Checkpoint.open(file, method, graph, task), part, expected)
+            found[method.threshold], expected = circuit, circuit.kept
+        return [found[threshold] for threshold in thresholds]
+
+    def _meter(self, model: Model, graph: Graph, task: Task) -> DamageMeter:
+        memory, precision = self.max_memory, get_precision(self.precision)
+        return DamageMeter.prepare(model, graph, task, metric=self.metric, ablation=self.ablation, max_memory=memory, precision=precision)
+
+    def _guess(self, model: Model, graph: Graph, task: Task) -> Bool[Tensor, "edge"] | None:
+        """The edges that the search is expected to keep; None where it learns that on its way."""
+        if self.guess == "own":
+            return None
+        if self.guess == "removed":
+            return torch.zeros(len(graph), dtype=torch.bool)
+        metric = get_metric(self.metric, task)
+        try:
+            scores = score_edges(model, graph, task, metric=metric, ablation=self.ablation, points=BOTH_ENDS, max_memory=self.max_memory)
+        except InputError as error:
+            raise InputError(f"guess='eap' cannot be had: {error} Or take guess='own', which needs no gradient.") from error
+        return (scores.abs() if self.absolute else scores) >= self.threshold
 
     def _search(
-        self, graph: Graph, damage: DamageMeter, saved: Checkpoint, progress: Progress | None, guess: Bool[Tensor, "edge"] | None = None
+        self, graph: Graph, damage: DamageMeter, saved: Checkpoint, progress: Progress | None, guess: Bool[Tensor, "edge"] | None
     ) -> Circuit:
-        """The search itself, with `guess` the edges that it is expected to keep; None: guess from its own decisions."""
+        """The search itself, with `guess` the edges that it is expected to keep; None: at first none, then as its own decisions go."""
         chains = list(_chains(graph, edge_order(graph, self.order)))
         start = _as_tensors(self._start(graph, damage, guess))
-        alike = None if guess is not None else _alike(graph)
+        alike = _alike(graph) if guess is None else None
         state: State = {name: value if value.dim() else value.item() for name, value in saved.restore(start).items()}
-        for commit in range(state["commits"]):
+        for commit in range(state["commits"] if state["next"] < len(chains) else 0):
             damage.near(state["removed_at"] > commit)  # along the same way, so that rounding is the same as without a break
         for number in range(state["next"], len(chains)):
             for _ in self._follow(chains[number], state, graph, damage, alike):
@@ -120,12 +184,10 @@ class ACDC(CircuitDiscoverer):
             saved.save(_as_tensors(state))
             if progress:
                 progress(number + 1, len(chains))
+        in_float32 = {}
         if damage.exact is not None:
-            state["damage"] = float(damage.exact(state["kept"][None])[0])
-        summary = _summary(state, graph)
-        if damage.exact is not None:
-            summary |= {"confirmed": state["confirmed"], "noise": state["noise"]}
-        return Circuit(graph, state["scores"], state["kept"], record=self.record(**summary))
+            in_float32 = {"damage": float(damage.exact(state["kept"][None])[0]), "confirmed": state["confirmed"], "noise": state["noise"]}
+        return Circuit(graph, state["scores"], state["kept"], record=self.record(**_summary(state, graph) | in_float32))
 
     def _start(self, graph: Graph, damage: DamageMeter, guess: Bool[Tensor, "edge"] | None) -> State:
         """The whole graph, nothing tried.
@@ -233,8 +295,17 @@ class ACDC(CircuitDiscoverer):
             last = last if stays else row
         values = np.array(measured if damage.exact is not None else [*measured, state["damage"]])
         increases = values[:-1] - values[before]
-        if damage.exact is not None and self._confirms:
-            self._confirm(without, values, np.array(before), increases, state, damage.exact)
+        exact, precision = damage.exact, get_precision(self.precision)
+        if exact is not None and precision is not None and precision.confirm:
+            state["noise"], more = confirm(
+                increases,
+                values,
+                np.array(before),
+                lambda increases: np.abs(self._compared(increases) - self.threshold),
+                lambda states: exact(without[torch.from_numpy(states)]).numpy(),
+                state["noise"],
+            )
+            state["confirmed"] += more
         seen = (self._compared(increases) >= self.threshold).tolist()
         decided = next((row + 1 for row in range(len(groups)) if seen[row] != expected[row]), len(groups))
         for group, increase, stays, found in zip(groups[:decided], increases, seen, values.tolist(), strict=False):
@@ -252,42 +323,6 @@ class ACDC(CircuitDiscoverer):
         """What is compared with the threshold."""
         return np.abs(increases) if self.absolute else increases
 
-    @property
-    def _confirms(self) -> bool:
-        precision = get_precision(self.precision)
-        return precision is not None and precision.confirm
-
-    def _confirm(
-        self,
-        without: Bool[Tensor, "row edge"],
-        values: Float[np.ndarray, "row_and_present"],
-        before: Int[np.ndarray, "row"],
-        increases: Float[np.ndarray, "row"],
-        state: State,
-        exact: DamageMeter,
-    ) -> None:
-        """Measure in float32 the increases nearest to the threshold, which tells the noise, and all others that are within it."""
-        known = np.zeros(len(values), dtype=bool)
-        confirmed = np.zeros(len(increases), dtype=bool)
-        noise = FORGETTING * state["noise"]
-        while True:
-            distance = np.where(confirmed, np.inf, np.abs(self._compared(increases) - self.threshold))
-            doubtful = distance <= NOISE_MARGIN * noise
-            if not confirmed.any():
-                doubtful[np.argsort(distance)[:NOISE_SAMPLE]] = True
-            if not doubtful.any():
-                break
-            rows = np.unique(np.concatenate([np.flatnonzero(doubtful), before[doubtful]]))
-            rows = rows[~known[rows]]
-            if len(rows):
-                values[rows] = exact(without[torch.from_numpy(rows)]).numpy()
-                known[rows] = True
-                state["confirmed"] += len(rows)
-            found = values[:-1][doubtful] - values[before[doubtful]]
-            noise = max(noise, float(np.abs(found - increases[doubtful]).max()))
-            increases[doubtful], confirmed = found, confirmed | doubtful
-        state["noise"] = noise
-
 
 COUNTS = ("evaluations", "measured", "wrong", "batches", "node_evaluations")
 
@@ -302,6 +337,11 @@ def _chains(graph: Graph, trials: list[Trial]) -> Iterator[list[Trial]]:
 
     for _, chain in groupby(trials, key=place):
         yield list(chain)
+
+
+def _part_of(progress: Progress | None, number: int, parts: int) -> Progress | None:
+    """The progress of one of several searches, each of as many steps, as that of all."""
+    return progress and (lambda done, total: progress(number * total + done, parts * total))
 
 
 def _alike(graph: Graph) -> Int[np.ndarray, "edge"]:
