@@ -137,7 +137,7 @@ def show(measured: list[dict[str, Any]]) -> None:
     """A table for each size that varies."""
     for name in ("layers", "prompts", "tokens"):
         rows = []
-        for point in (point for point in measured if name in point["varied"]):
+        for point in sorted((point for point in measured if name in point["varied"]), key=lambda point: point[name]):
             medians = {method: pd.DataFrame(clocks).median() for method, clocks in point["seconds"].items()}
             row = {"layers": point["layers"], "edges": point["edges"], "prompts": point["prompts"], "tokens": point["tokens"]}
             row |= {"kept": point["kept"] / point["edges"]}

@@ -86,7 +86,9 @@ def _circumstances(found: Results) -> str:
         tf32 = "with" if found.get("allow_tf32") else "without"
         machine = [f"{hardware['gpu']}, driver {hardware.get('driver')}, {tf32} TF32", *machine]
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return f"Measured on {'; '.join(machine)}; {packages}; commit {(found['commit'] or 'unknown')[:10]}.\n"
+    commit = found["commit"] or "unknown"
+    commit = commit[:10] + ", with changes" * commit.endswith("+")
+    return f"Measured on {'; '.join(machine)}; {packages}; commit {commit}.\n"
 
 
 # One function a benchmark: what comes before each of its tables, and their rows.
