@@ -111,7 +111,7 @@ def main(config: Config) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False  # float32 is to mean float32
     size = FULL if torch.device(config.device).type == "cuda" else REDUCED
     settings = {**asdict(config), **asdict(size), "scaling": {**asdict(size.scaling), "out": None}, "out": None}
-    results: Results = {"config": settings, **circumstances(config.device), "parts": {}}
+    results: Results = {"config": settings, **circumstances(config.device), "parts": {name: {"skipped": "not reached"} for name in PARTS}}
     model = random_model(size.shape, config.device, sharpness=SHARPNESS)
     case = Case(config, size, start + config.limit, model, random_task(model, size.prompts, 16), circuits.component_graph(model))
     for name, part in PARTS.items():

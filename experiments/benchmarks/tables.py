@@ -20,6 +20,8 @@ import tyro
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- tables -->", "<!-- /tables -->"
+# Why a part of the suite found nothing, or not all.
+NOTHING = {"skipped", "failed", "stopped"}
 
 Results = Mapping[str, Any]
 Rows = list[dict[str, object]]
@@ -162,7 +164,8 @@ def _size(point: Results) -> dict[str, object]:
 def _gpu_suite(found: Results) -> Tables:
     size, parts = found["config"], found["parts"]
     yield f"{size['shape']}, {size['prompts']} prompts of 16 tokens.", []
-    yield "", [{"part": name, "found": _checked(part)} for name, part in parts.items() if "seconds" not in part and "points" not in part]
+    checks = {name: part for name, part in parts.items() if not {"seconds", "points"} & part.keys() or NOTHING & part.keys()}
+    yield "", [{"part": name, "found": _checked(part)} for name, part in checks.items()]
     clock = "wall" if found["hardware"]["gpu"] else "cpu"
     searches = [(name, parts[f"exact ACDC, {name}"]) for name in ("some edges", "all edges")]
     yield "", [_search(name, part, clock) for name, part in searches if "incremental" in part.get("seconds", ())]
@@ -184,9 +187,8 @@ def _whole_search(part: Results) -> dict[str, object]:
 
 def _checked(part: Results) -> str:
     """What a part found, in words; or why it found nothing."""
-    for why in ("skipped", "failed", "stopped"):
-        if why in part:
-            return f"{why}: {part[why] if isinstance(part[why], str) else part[why][-1]}"
+    for why in NOTHING & part.keys():
+        return f"{why}: {part[why] if isinstance(part[why], str) else part[why][-1]}"
     if "largest_differences" in part:
         return f"logits differ by {max(part['largest_differences']):.1e} at most, the largest being {part['largest_logit']:.1f}"
     if "compared" in part:
