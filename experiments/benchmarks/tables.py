@@ -98,14 +98,17 @@ Tables = Iterator[tuple[str, Rows]]
 
 
 def _exact_acdc(found: Results) -> Tables:
-    clock = "wall" if found["hardware"]["gpu"] else "cpu"
-    yield "", [_search(case["case"], case, clock) for case in found["cases"]]
+    yield "", [_search(case["case"], case, _clock(found)) for case in found["cases"]]
+
+
+def _clock(found: Results) -> str:
+    """On a CPU its seconds say more than those on the wall, which other programs lengthen."""
+    return "wall" if found["hardware"]["gpu"] else "cpu"
 
 
 def _search(name: str, case: Results, clock: str) -> dict[str, object]:
     seconds = {program: clocks[clock] for program, clocks in case["seconds"].items()}
-    unit = "s" if clock == "wall" else "CPU s"
-    fast = "incremental + speculation"
+    unit, fast = UNITS[clock], "incremental + speculation"
     row: dict[str, object] = {"case": name, "edges": f"{case['edges']:,}", "kept": f"{case['kept']:,}"}
     row["decisions that differ"] = case["decisions_that_differ"]
     row |= {f"{program}, {unit}": _times(seconds[program]) for program in ("naive", "incremental", fast) if program in seconds}
@@ -145,17 +148,21 @@ def _eap_peers(found: Results) -> Tables:
 
 
 def _scaling(found: Results) -> Tables:
+    yield from _sizes(found["points"], _clock(found))
+
+
+def _sizes(points: Sequence[Results], clock: str) -> Tables:
     for varied in ("layers", "prompts", "tokens"):
-        through = [point for point in found["points"] if varied in point["varied"]]
-        yield f"By {varied}:", [_size(point) for point in sorted(through, key=lambda point: point[varied])]
+        through = [point for point in points if varied in point["varied"]]
+        yield f"By {varied}:", [_size(point, clock) for point in sorted(through, key=lambda point: point[varied])]
 
 
-def _size(point: Results) -> dict[str, object]:
+def _size(point: Results, clock: str) -> dict[str, object]:
     row: dict[str, object] = {name: f"{point[name]:,}" for name in ("layers", "edges", "prompts", "tokens")}
     row["kept"] = f"{point['kept'] / point['edges']:.0%}"
     for method, clocks in point["seconds"].items():
         memory = point["memory"][method]
-        row |= {f"{method}, s": _times(clocks["wall"]), f"{method}, MB": f"{memory['peak'] / 1e6:.0f}"}
+        row |= {f"{method}, {UNITS[clock]}": _times(clocks[clock]), f"{method}, MB": f"{memory['peak'] / 1e6:.0f}"}
         limited = memory["peak_with_max_memory"]
         row[f"{method}, MB (max_memory {memory['max_memory'] / 1e6:.0f})"] = "refused" if limited is None else f"{limited / 1e6:.0f}"
     return row
@@ -166,14 +173,14 @@ def _gpu_suite(found: Results) -> Tables:
     yield f"{size['shape']}, {size['prompts']} prompts of 16 tokens.", []
     checks = {name: part for name, part in parts.items() if not {"seconds", "points"} & part.keys() or NOTHING & part.keys()}
     yield "", [{"part": name, "found": _checked(part)} for name, part in checks.items()]
-    clock = "wall" if found["hardware"]["gpu"] else "cpu"
+    clock = _clock(found)
     searches = [(name, parts[f"exact ACDC, {name}"]) for name in ("some edges", "all edges")]
     yield "", [_search(name, part, clock) for name, part in searches if "incremental" in part.get("seconds", ())]
     if "record" in (whole := parts["exact ACDC, all edges"]):
         yield "", [_whole_search(whole)]
     if "seconds" in (part := parts["EAP against its floor"]):
         yield "", [_attribution("EAP", part, (part["prompts"], 16))]
-    yield from _scaling(parts["scaling"]) if "points" in parts["scaling"] else ()
+    yield from _sizes(parts["scaling"]["points"], clock) if "points" in parts["scaling"] else ()
 
 
 def _whole_search(part: Results) -> dict[str, object]:
@@ -211,6 +218,7 @@ BENCHMARKS: dict[str, tuple[str, Callable[[Results], Tables]]] = {
     "scaling": ("Scaling", _scaling),
     "gpu-suite": ("The suite for a GPU", _gpu_suite),
 }
+UNITS = {"wall": "s", "cpu": "CPU s"}
 ON_CPU_ALONE = ("eap-peers",)
 
 
