@@ -9,15 +9,17 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformer_lens import HookedTransformerConfig
 
 import circuits
 from circuits.models import Model, build_model
+
+Result = TypeVar("Result")
 
 PACKAGES = ("torch", "transformer-lens", "circuits")
 
@@ -28,15 +30,25 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def random_model(shape: str, device: str, *, seed: int = 0) -> Model:
-    """A model of that shape whose weights are drawn from the seed, scaled so that activations stay of order one."""
-    config = {**SHAPES[shape], "act_fn": "gelu_new", "normalization_type": "LN", "positional_embedding_type": "standard"}
+def random_model(
+    shape: str | Mapping[str, Any], device: str, *, seed: int = 0, sharpness: float = 1.0, dtype: torch.dtype = torch.float32
+) -> Model:
+    """A model of that shape whose weights are drawn from the seed, scaled so that activations stay of order one.
+
+    Args:
+        shape: one of `SHAPES`, by name, or another like them.
+        sharpness: the standard deviation of the logits. At one, edges of a large model do so little damage that rounding shows in it.
+        dtype: what the weights, drawn in float32, are converted to.
+    """
+    sizes = SHAPES[shape] if isinstance(shape, str) else shape
+    config = {**sizes, "act_fn": "gelu_new", "normalization_type": "LN", "positional_embedding_type": "standard"}
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, size in _parameter_shapes(config).items():
         fan = 1 if name.endswith(("W_E", "W_pos")) or len(size) == 1 else size[-2]
         weights[name] = torch.randn(size, generator=generator) / fan**0.5 if len(size) > 1 else torch.full(size, float(name.endswith(".w")))
-    return build_model(config, weights, device=device)
+    weights["unembed.W_U"] *= sharpness
+    return build_model(config, weights, device=device, dtype=dtype)
 
 
 def random_task(model: Model, prompts: int, tokens: int, *, seed: int = 0) -> circuits.Task:
@@ -48,10 +60,25 @@ def random_task(model: Model, prompts: int, tokens: int, *, seed: int = 0) -> ci
     return circuits.Task.from_tokens(clean, corrupted, answers[:, 0], answers[:, 1], name="random").to(model.cfg.device)
 
 
+def truncated(graph: circuits.Graph, edges: int) -> circuits.Graph:
+    """So many of a graph's edges, evenly spread: a search tries these, and the others stay."""
+    some = torch.linspace(0, len(graph) - 1, min(edges, len(graph))).long()
+    return circuits.Graph(graph.nodes, graph.source[some], graph.target[some], graph.slot[some], model=graph.model)
+
+
 def _parameter_shapes(config: Mapping[str, Any]) -> dict[str, torch.Size]:
     with torch.device("meta"):
         settings = HookedTransformerConfig(**config, init_weights=False, device="meta")
         return {name: parameter.shape for name, parameter in Model(settings, move_to_device=False).named_parameters()}
+
+
+def clocked(program: Callable[[], Result], device: str) -> tuple[Result, dict[str, float]]:
+    """What a program gives, and the seconds it took by the clock on the wall and of the CPU (of all threads, not of a GPU)."""
+    _wait(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = program()
+    _wait(device)
+    return result, {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
 
 
 def paired_times(programs: Mapping[str, Callable[[], object]], repeats: int, device: str) -> dict[str, list[float]]:
@@ -59,12 +86,9 @@ def paired_times(programs: Mapping[str, Callable[[], object]], repeats: int, dev
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for repetition in range(repeats + 1):
         for name, program in programs.items():
-            _wait(device)
-            start = time.perf_counter()
-            program()
-            _wait(device)
+            took = clocked(program, device)[1]
             if repetition:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(took["wall"])
     return seconds
 
 
@@ -76,11 +100,11 @@ def paired_ratio(seconds: Mapping[str, Sequence[float]], name: str, to: str) -> 
 def most_allocated(program: Callable[[], object], device: str) -> int:
     """The most bytes that torch's allocator gave out at one time, above what it had given out before."""
     if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         program()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         program()
     held = most = 0
@@ -92,11 +116,13 @@ def most_allocated(program: Callable[[], object], device: str) -> int:
 
 
 def circumstances(device: str) -> dict[str, Any]:
-    """Hardware, versions and commit."""
-    gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
+    """Hardware, versions, whether float32 is float32 on a GPU, and commit."""
+    on_gpu = torch.device(device).type == "cuda"
+    gpu = {"gpu": torch.cuda.get_device_name(device) if on_gpu else None, "driver": _driver() if on_gpu else None}
     return {
-        "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "gpu": gpu, "threads": torch.get_num_threads()},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), **gpu, "threads": torch.get_num_threads()},
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}, "cuda": torch.version.cuda},
+        "allow_tf32": torch.backends.cuda.matmul.allow_tf32,
         "commit": _commit(),
     }
 
@@ -109,7 +135,7 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
 
 def _wait(device: str) -> None:
     if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def _cpu() -> str:
@@ -119,8 +145,26 @@ def _cpu() -> str:
     return names[0] if names else platform.processor()
 
 
+def _version(package: str) -> str | None:
+    """None where it is run from a folder, not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
 def _commit() -> str | None:
-    """The commit of this checkout, with `+` when files differ from it; None outside of a checkout."""
+    """The commit of this checkout, with `+` when files differ from it; None outside of a checkout, unless CIRCUITS_COMMIT says it."""
+    if "CIRCUITS_COMMIT" in os.environ:
+        return os.environ["CIRCUITS_COMMIT"]
     folder = Path(__file__).parent
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()

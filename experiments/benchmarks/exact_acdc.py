@@ -9,7 +9,6 @@ a random model for which that code's counts and CPU-seconds were recorded on one
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
-from common import circumstances, random_model, random_task, write_results
+from common import circumstances, clocked, random_model, random_task, truncated, write_results
 
 import circuits
 from circuits.edge_order import edge_order
@@ -77,8 +76,7 @@ def cases(config: Config) -> dict[str, Callable[[], Case]]:
         model = random_model("gpt2-small", config.device)
         graph = circuits.component_graph(model)
         if config.gpt2_edges:
-            some = torch.linspace(0, len(graph) - 1, config.gpt2_edges).long()
-            graph = circuits.Graph(graph.nodes, graph.source[some], graph.target[some], graph.slot[some], model=graph.model)
+            graph = truncated(graph, config.gpt2_edges)
         return model, random_task(model, config.gpt2_prompts, 16), graph, 1e-4, "topological"
 
     def original(threshold: float) -> Case:
@@ -146,10 +144,9 @@ def measure(model: Model, task: circuits.Task, graph: circuits.Graph, threshold:
     for repetition in range(max(repeats.values())):
         for name, program in programs.items():
             if repetition < repeats[name]:
-                wall, cpu = time.perf_counter(), time.process_time()
-                found[name] = program()
-                seconds[name]["cpu"].append(time.process_time() - cpu)
-                seconds[name]["wall"].append(time.perf_counter() - wall)
+                found[name], took = clocked(program, config.device)
+                for clock, value in took.items():
+                    seconds[name][clock].append(value)
     fast = found["incremental + speculation"]
     other = found.get("naive", found["incremental"])
     return {

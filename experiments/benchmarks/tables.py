@@ -1,0 +1,226 @@
+"""Tables of the results, for the README beside this file.
+
+    python experiments/benchmarks/tables.py            # writes them between the README's markers
+    python experiments/benchmarks/tables.py --check    # fails if the README has other ones
+
+Results are `results/BENCHMARK-MACHINE.json`, as the benchmarks write them. A time is the median of its repetitions, then the range of them.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- tables -->", "<!-- /tables -->"
+# Why a part of the suite found nothing, or not all.
+NOTHING = {"skipped", "failed", "stopped"}
+
+Results = Mapping[str, Any]
+Rows = list[dict[str, object]]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is read, and what is written."""
+
+    check: bool = False
+    """Write nothing; fail if the README differs from what the results give."""
+    results: Path = HERE / "results"
+    """The folder of results."""
+    readme: Path = HERE / "README.md"
+    """The file with the markers."""
+
+
+def main(config: Config) -> None:
+    before = config.readme.read_text()
+    after = updated(before, config.results)
+    if config.check and after != before:
+        sys.exit(f"{config.readme} differs from what {config.results} gives: run `python experiments/benchmarks/tables.py`.")
+    if not config.check:
+        config.readme.write_text(after)
+
+
+def updated(readme: str, results: Path) -> str:
+    """The README with the tables of these results between its markers."""
+    start, _, rest = readme.partition(BEGIN)
+    _, _, end = rest.partition(END)
+    return f"{start}{BEGIN}\n\n{tables(results)}\n{END}{end}"
+
+
+def tables(results: Path) -> str:
+    """Every benchmark's tables, one for each machine it ran on."""
+    return "\n".join(_section(name, sorted(results.glob(f"{name}-*.json"))) for name in BENCHMARKS)
+
+
+def _section(name: str, files: Iterable[Path]) -> str:
+    title, tabulate = BENCHMARKS[name]
+    measured = [json.loads(file.read_text()) for file in files if file.stem.rpartition("-")[0] == name]
+    parts = [f"### {title}\n"]
+    for found in measured:
+        for caption, rows in tabulate(found):
+            parts += [f"{caption}\n"] * bool(caption) + [_table(rows)] * bool(rows)
+        parts.append(_circumstances(found))
+    if not measured:
+        parts.append("Not yet measured.\n")
+    if name not in ON_CPU_ALONE and not any(found["hardware"]["gpu"] for found in measured):
+        parts.append("Not yet measured on a GPU.\n")
+    return "\n".join(parts)
+
+
+def _table(rows: Rows) -> str:
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = [columns, ["---"] * len(columns), *([str(row.get(column, "")) for column in columns] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _circumstances(found: Results) -> str:
+    hardware, versions = found["hardware"], {name: version for name, version in found["versions"].items() if version}
+    machine = [f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} of torch's threads"]
+    if hardware["gpu"]:
+        tf32 = "with" if found.get("allow_tf32") else "without"
+        machine = [f"{hardware['gpu']}, driver {hardware.get('driver')}, {tf32} TF32", *machine]
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    commit = found["commit"] or "unknown"
+    commit = commit[:10] + ", with changes" * commit.endswith("+")
+    return f"Measured on {'; '.join(machine)}; {packages}; commit {commit}.\n"
+
+
+# One function a benchmark: what comes before each of its tables, and their rows.
+Tables = Iterator[tuple[str, Rows]]
+
+
+def _exact_acdc(found: Results) -> Tables:
+    yield "", [_search(case["case"], case, _clock(found)) for case in found["cases"]]
+
+
+def _clock(found: Results) -> str:
+    """On a CPU its seconds say more than those on the wall, which other programs lengthen."""
+    return "wall" if found["hardware"]["gpu"] else "cpu"
+
+
+def _search(name: str, case: Results, clock: str) -> dict[str, object]:
+    seconds = {program: clocks[clock] for program, clocks in case["seconds"].items()}
+    unit, fast = UNITS[clock], "incremental + speculation"
+    row: dict[str, object] = {"case": name, "edges": f"{case['edges']:,}", "kept": f"{case['kept']:,}"}
+    row["decisions that differ"] = case["decisions_that_differ"]
+    row |= {f"{program}, {unit}": _times(seconds[program]) for program in ("naive", "incremental", fast) if program in seconds}
+    if "naive" in seconds:
+        row["naive / speculation"] = f"{statistics.median(seconds['naive']) / statistics.median(seconds[fast]):.1f}"
+    row |= {"evaluations": f"{case['record'][fast]['evaluations']:,}", "batches": f"{case['record'][fast]['batches']:,}"}
+    if original := case.get("original_code"):
+        row["original code, CPU s (recorded elsewhere)"] = original["cpu_seconds"]
+    return row
+
+
+def _eap(found: Results) -> Tables:
+    yield "", [_attribution(case["case"], case, case["tokens"]) for case in found["cases"]]
+
+
+def _attribution(name: str, case: Results, tokens: Sequence[int]) -> dict[str, object]:
+    row: dict[str, object] = {"case": name, "prompts": tokens[0], "tokens": tokens[1], "edges": f"{case['edges']:,}"}
+    for program, seconds in case["seconds"].items():
+        row[f"{program}, s"] = _times(seconds)
+    row |= {f"{program} / floor": f"{ratio:.2f}" for program, ratio in case["over_floor"].items() if program != "floor"}
+    if "memory" in case:
+        row["peak / max_memory, at most"] = f"{max(each['peak'] / each['max_memory'] for each in case['memory']):.2f}"
+    return row
+
+
+def _eap_peers(found: Results) -> Tables:
+    rows: Rows = []
+    for name, peer in found["peers"].items():
+        if "failed" in peer:
+            rows.append({"package": name, "version": f"failed: {peer['failed'][-1]}"})
+            continue
+        row: dict[str, object] = {"package": name, "version": peer["versions"][name], "edges": f"{peer['edges']['shared']:,}"}
+        row |= {f"{who}, s": _times(seconds) for who, seconds in peer["seconds"].items()}
+        row |= {"theirs / ours": f"{peer['times_slower']:.1f}"}
+        rows.append({**row, "largest difference / largest score": f"{peer['largest_difference_over_largest_score']:.1e}"})
+    yield f"{found['shape']}, {found['prompts']} prompts of 16 tokens.", rows
+
+
+def _scaling(found: Results) -> Tables:
+    yield from _sizes(found["points"], _clock(found))
+
+
+def _sizes(points: Sequence[Results], clock: str) -> Tables:
+    for varied in ("layers", "prompts", "tokens"):
+        through = [point for point in points if varied in point["varied"]]
+        yield f"By {varied}:", [_size(point, clock) for point in sorted(through, key=lambda point: point[varied])]
+
+
+def _size(point: Results, clock: str) -> dict[str, object]:
+    row: dict[str, object] = {name: f"{point[name]:,}" for name in ("layers", "edges", "prompts", "tokens")}
+    row["kept"] = f"{point['kept'] / point['edges']:.0%}"
+    for method, clocks in point["seconds"].items():
+        memory = point["memory"][method]
+        row |= {f"{method}, {UNITS[clock]}": _times(clocks[clock]), f"{method}, MB": f"{memory['peak'] / 1e6:.0f}"}
+        limited = memory["peak_with_max_memory"]
+        row[f"{method}, MB (max_memory {memory['max_memory'] / 1e6:.0f})"] = "refused" if limited is None else f"{limited / 1e6:.0f}"
+    return row
+
+
+def _gpu_suite(found: Results) -> Tables:
+    size, parts = found["config"], found["parts"]
+    yield f"{size['shape']}, {size['prompts']} prompts of 16 tokens.", []
+    checks = {name: part for name, part in parts.items() if not {"seconds", "points"} & part.keys() or NOTHING & part.keys()}
+    yield "", [{"part": name, "found": _checked(part)} for name, part in checks.items()]
+    clock = _clock(found)
+    searches = [(name, parts[f"exact ACDC, {name}"]) for name in ("some edges", "all edges")]
+    yield "", [_search(name, part, clock) for name, part in searches if "incremental" in part.get("seconds", ())]
+    if "record" in (whole := parts["exact ACDC, all edges"]):
+        yield "", [_whole_search(whole)]
+    if "seconds" in (part := parts["EAP against its floor"]):
+        yield "", [_attribution("EAP", part, (part["prompts"], 16))]
+    yield from _sizes(parts["scaling"]["points"], clock) if "points" in parts["scaling"] else ()
+
+
+def _whole_search(part: Results) -> dict[str, object]:
+    """The search over all edges, which is made once."""
+    row: dict[str, object] = {name: f"{part[name]:,}" for name in ("edges", "prompts", "tokens", "kept")}
+    row |= {"exact ACDC, s": f"{part['seconds']['wall']:.1f}", "CPU s": f"{part['seconds']['cpu']:.1f}"}
+    row |= {"peak, MB": f"{part['peak'] / 1e6:.0f}"} if part["peak"] else {}
+    row |= {name: f"{part['record'][name]:,}" for name in ("evaluations", "batches")}
+    return {**row, "replayed by the reference": _checked(part["replayed"])} if "replayed" in part else row
+
+
+def _checked(part: Results) -> str:
+    """What a part found, in words; or why it found nothing."""
+    for why in NOTHING & part.keys():
+        return f"{why}: {part[why] if isinstance(part[why], str) else part[why][-1]}"
+    if "largest_differences" in part:
+        return f"logits differ by {max(part['largest_differences']):.1e} at most, the largest being {part['largest_logit']:.1f}"
+    if "compared" in part:
+        return f"of {part['compared']} decisions {part['within_band']} are within 1e-5 of the threshold; of the others {part['different']} differ"
+    if "correlation" in part:
+        return f"scores differ by {part['largest_difference']:.1e} at most, the largest being {part['largest_score']:.1e}"
+    return f"{part['decisions_that_differ']} of {part['edges']:,} decisions differ"
+
+
+def _times(seconds: Sequence[float]) -> str:
+    digits = 3 if statistics.median(seconds) < 1 else 2
+    median, least, most = (f"{value:.{digits}f}" for value in (statistics.median(seconds), min(seconds), max(seconds)))
+    return f"{median} ({least} to {most})" if len(seconds) > 1 else median
+
+
+BENCHMARKS: dict[str, tuple[str, Callable[[Results], Tables]]] = {
+    "exact-acdc": ("Exact ACDC", _exact_acdc),
+    "eap": ("EAP against its floor", _eap),
+    "eap-peers": ("EAP in other packages", _eap_peers),
+    "scaling": ("Scaling", _scaling),
+    "gpu-suite": ("The suite for a GPU", _gpu_suite),
+}
+UNITS = {"wall": "s", "cpu": "CPU s"}
+ON_CPU_ALONE = ("eap-peers",)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
