@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float, Int
 
-# In each batch so many increases are measured in float32 wherever they lie; what is nearer to the threshold than the largest error seen lately,
-# times the margin, is too; what was seen counts a little less with each batch.
-SAMPLE, MARGIN, FORGETTING = 2, 5.0, 0.95
+# What is nearer to the threshold than the largest error seen lately, times the margin, is measured in float32. So are the nearest of each first
+# batch of a target, wherever they lie; then what was seen earlier counts a little less.
+SAMPLE, MARGIN, FORGETTING = 3, 5.0, 0.9
 
 
 def confirm(
@@ -19,6 +19,8 @@ def confirm(
     distance: Callable[[Float[np.ndarray, "row"]], Float[np.ndarray, "row"]],
     measure: Callable[[Int[np.ndarray, "some"]], Float[np.ndarray, "some"]],
     noise: float,
+    *,
+    sample: bool,
 ) -> tuple[float, int]:
     """Replace increases in damage that might lie on the wrong side of a threshold by those measured in float32.
 
@@ -29,16 +31,17 @@ def confirm(
         distance: how far increases are from the threshold.
         measure: damages of some of the states in float32.
         noise: the largest error of an increase that was seen in earlier batches, in the metric's unit.
+        sample: measure the increases nearest to the threshold wherever they lie.
 
     Returns:
         The largest error seen so far, older ones counting less, and how many states were measured.
     """
     known, confirmed = np.zeros(len(values), dtype=bool), np.zeros(len(increases), dtype=bool)
-    noise *= FORGETTING
+    noise *= FORGETTING if sample else 1
     while True:
         away = np.where(confirmed, np.inf, distance(increases))
         doubtful = away <= MARGIN * noise
-        if not confirmed.any():
+        if sample and not confirmed.any():
             doubtful[np.argsort(away)[:SAMPLE]] = True
         if not doubtful.any():
             return noise, int(known.sum())

@@ -6,7 +6,7 @@
 
 Decisions are compared with those of float32 on the same prompts. AUC is that of the kept edges against the true edges of the hand-wired
 models (mean over them), where threshold and ablation are those of the search. Without kernels for a type, its rounding is simulated: seconds
-and memory are then those of the simulation, and say nothing of the type.
+are then those of the simulation and say nothing of the type. Memory is measured on GPUs.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main(config: Config) -> None:
     print(table.round(5).to_string())
     simulated = ", ".join(results["simulated"]) or "none"
     lines = [f"{config.model}, tasks {config.tasks}, {config.n} prompts, thresholds {config.thresholds}, on {results['hardware']}.",
-             f"Simulated, so that their seconds and bytes mean nothing: {simulated}.", "", markdown(table)]  # fmt: skip
+             f"Simulated, so that their seconds mean nothing: {simulated}.", "", markdown(table)]  # fmt: skip
     (config.out / "means.md").write_text("\n".join(lines))
 
 
@@ -101,7 +101,8 @@ def search_rows(
     for name, circuit in found.items():
         row = {"precision": name, "task": task.name, "threshold": threshold, "edges": len(circuit), "seconds": seconds[name]}
         row["decisions changed"] = int((circuit.kept != found["float32"].kept).sum())
-        row["peak bytes"] = most_allocated(programs[name], config.device)
+        if torch.device(config.device).type == "cuda":
+            row["peak bytes"] = most_allocated(programs[name], config.device)
         # Judged in float32, whatever it was found in.
         row["kl"] = circuits.evaluate(model, circuit, task, metrics=["kl"]).kl
         rows.append({**row, **{key: circuit.record.get(key) for key in ("evaluations", "measured", "confirmed", "noise")}})
@@ -125,7 +126,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """Sums of decisions and means of the rest, by precision."""
     rows = rows.assign(seconds=rows["seconds"].map(statistics.median))
     groups = rows.groupby("precision", sort=False)
-    table = groups[["seconds", "peak bytes", "edges", "kl", "noise"]].mean()
+    table = groups[[name for name in ("seconds", "peak bytes", "edges", "kl", "noise") if name in rows]].mean()
     table.insert(0, "decisions changed", groups["decisions changed"].sum())
     table.insert(1, "searches changed", groups["decisions changed"].agg(lambda changed: int((changed > 0).sum())))
     table["confirmed, share of measured"] = groups["confirmed"].sum() / groups["measured"].sum()

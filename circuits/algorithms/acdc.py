@@ -217,17 +217,17 @@ class ACDC(CircuitDiscoverer):
         guess, expected = state["guess"].numpy(), state["expected"].numpy()
         while (done := state["decided"]) < len(groups):
             before = dict(damage.executor.counts)
-            if done == 0 or targets[done] != targets[done - 1]:
+            if first := done == 0 or targets[done] != targets[done - 1]:
                 damage.near(state["kept"])
                 state["commits"] += 1
             if self.speculate and targets[done] not in fixed_costs:
-                first = groups[targets.index(targets[done])]
-                fixed_costs[targets[done]] = damage.executor.fixed_cost(_without(state["removed_at"] >= state["commits"], [first]))
+                group = groups[targets.index(targets[done])]
+                fixed_costs[targets[done]] = damage.executor.fixed_cost(_without(state["removed_at"] >= state["commits"], [group]))
             size = self._batch_size(state, fixed_costs[targets[done]]) if self.speculate else 1
             batch = groups[done : done + size]
             for row in range(max(done, state["surveyed"]), done + len(batch)):
                 expected[row] = guess[groups[row]].any()
-            decided, seen = self._decide(batch, expected[done : done + len(batch)].tolist(), state, damage)
+            decided, seen = self._decide(batch, expected[done : done + len(batch)].tolist(), state, damage, first=first)
             expected[done : done + len(seen)] = seen
             if alike is not None:
                 for group, stays in zip(batch[:decided], seen, strict=False):
@@ -269,8 +269,10 @@ class ACDC(CircuitDiscoverer):
                 best, best_size = accepted / (fixed_cost + size), size
         return best_size
 
-    def _decide(self, groups: list[list[int]], expected: list[bool], state: State, damage: DamageMeter) -> tuple[int, list[bool]]:
-        """Measure each removal as if those before it went as expected (True: kept).
+    def _decide(
+        self, groups: list[list[int]], expected: list[bool], state: State, damage: DamageMeter, *, first: bool
+    ) -> tuple[int, list[bool]]:
+        """Measure each removal as if those before it went as expected (True: kept); the first of a target tell how noisy it is.
 
         Returns:
             How many decisions were measured in the state they are made in, at least one; and what was seen of all, a better guess.
@@ -287,7 +289,7 @@ class ACDC(CircuitDiscoverer):
             if len(groups) == 1:
                 raise
             # What cannot be measured may be a state in which the search would never be.
-            return self._decide(groups[:1], expected[:1], state, damage)
+            return self._decide(groups[:1], expected[:1], state, damage, first=first)
         # What each is compared with: the last one before it that is expected to go, or the present state, which comes last.
         before, last = [], len(groups)
         for row, stays in enumerate(expected):
@@ -304,6 +306,7 @@ class ACDC(CircuitDiscoverer):
                 lambda increases: np.abs(self._compared(increases) - self.threshold),
                 lambda states: exact(without[torch.from_numpy(states)]).numpy(),
                 state["noise"],
+                sample=first,
             )
             state["confirmed"] += more
         seen = (self._compared(increases) >= self.threshold).tolist()

@@ -16,19 +16,20 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import eap
 import exact_acdc
 import scaling
 import torch
 import tyro
-from common import circumstances, clocked, most_allocated, random_model, random_task, truncated, write_results
+from common import circumstances, clocked, most_allocated, paired_times, random_model, random_task, truncated, write_results
 
 import circuits
 from circuits.edge_order import edge_order
 from circuits.execution import DamageMeter
 from circuits.models import Model
+from circuits.precision import Background, TypeName
 
 Results = dict[str, Any]
 
@@ -256,6 +257,23 @@ class OutOfTimeError(Exception):
     """The search over all edges has taken too long."""
 
 
+def mixed_precision(case: Case) -> Iterator[Results]:
+    """Exact ACDC in float32 and in mixed precision with confirmation, in turns, a share of the edges being tried."""
+    graph = truncated(case.graph, 10 * case.size.some)
+    names: list[circuits.Precision | None] = [None, *(circuits.Precision(name) for name in get_args(TypeName))]
+    searches = {str(name or "float32"): replace(case.acdc, precision=name) for name in names}
+    found: dict[str, circuits.Circuit] = {}
+    result: Results = {"edges": len(graph), "decisions_that_differ": {}, "confirmed": {}, "kernels": {}}
+    for precision, (name, search) in zip(names, searches.items(), strict=True):
+        found[name] = search.discover(case.model, case.task, graph=graph)
+        result["decisions_that_differ"][name] = int((found[name].kept != found["float32"].kept).sum())
+        result["confirmed"][name] = found[name].record.get("confirmed")
+        result["kernels"][name] = precision is None or Background.of(precision, case.config.device).kernel
+        yield result
+    programs = {name: lambda search=search: search.discover(case.model, case.task, graph=graph) for name, search in searches.items()}
+    yield {**result, "seconds": paired_times(programs, case.size.repeats, case.config.device)}  # type: ignore[arg-type]
+
+
 def eap_times(case: Case) -> Iterator[Results]:
     """EAP against its floor, and what it allocates."""
     config = eap.Config(device=case.config.device, repeats=2 * case.size.repeats)
@@ -272,8 +290,7 @@ def sizes(case: Case) -> Iterator[Results]:
         yield {"points": measured}
 
 
-# In this order. Searches in mixed precision belong after `all_edges`, as a part of their own: seconds beside those of float32, and how many
-# decisions are other ones.
+# In this order.
 PARTS: dict[str, Callable[[Case], Iterator[Results]]] = {
     "toy-world as on the CPU": toy_world,
     "executor against hooks": executors,
@@ -281,6 +298,7 @@ PARTS: dict[str, Callable[[Case], Iterator[Results]]] = {
     "EAP against double precision": eap_scores,
     "exact ACDC, some edges": some_edges,
     "exact ACDC, all edges": all_edges,
+    "mixed precision": mixed_precision,
     "EAP against its floor": eap_times,
     "scaling": sizes,
 }
