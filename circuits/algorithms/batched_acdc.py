@@ -21,6 +21,7 @@ from circuits.ablation import Ablation
 from circuits.circuit import Circuit
 from circuits.components import component_graph
 from circuits.discoverer import SPEED_ONLY, Checkpoint, CircuitDiscoverer, Progress
+from circuits.distributed import totals
 from circuits.edge_order import GroupName, check_group, edge_groups
 from circuits.errors import InputError
 from circuits.execution import DamageMeter
@@ -89,8 +90,8 @@ class BatchedACDC(CircuitDiscoverer):
             damage.near(state["kept"])
             before = dict(damage.executor.counts)
             self._try(groups[number], state, damage)
-            for name, value in damage.executor.counts.items():
-                state[name] = state[name] + value - before[name]
+            for name, value in totals({name: value - before[name] for name, value in damage.executor.counts.items()}).items():
+                state[name] += value
             state["next"] = torch.tensor(number + 1)
             saved.save(state)
             if progress:
