@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.errors import InputError
-from circuits.models import Model
+from circuits.models import Model, frozen
 from circuits.nodes import Node, parse_node
 from circuits.outputs import Written, run_and_record, source_outputs
 from circuits.tasks.base import Task
@@ -61,6 +61,15 @@ def get_ablation(ablation: str | Ablation) -> Ablation:
         InputError: there is none.
     """
     return ablation if isinstance(ablation, Ablation) else Ablation(ablation)
+
+
+def with_means_taken(model: Model, nodes: tuple[Node, ...], task: Task, ablation: Ablation, *, prompts_per_run: int) -> Ablation:
+    """The same ablation for any part of a task: of one that takes means, the outputs given, which are means over all of its prompts."""
+    if not ablation.name.startswith("mean"):
+        return ablation
+    with frozen(model), torch.no_grad():
+        means = _means(model, nodes, task, ablation, prompts_per_run).outputs()
+    return Ablation("given", outputs=dict(zip(nodes, means, strict=True)))
 
 
 @dataclass(frozen=True, eq=False)

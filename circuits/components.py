@@ -96,6 +96,11 @@ def component_nodes(model: Model, split_embed: bool) -> tuple[Node, ...]:
     return (*((TokenEmbed(), PosEmbed()) if split_embed else (Embed(),)), *layers)
 
 
+def computed_nodes(graph: Graph) -> int:
+    """How many nodes a run of the model computes: heads and MLPs, each counted once where edges are split by position."""
+    return len({at_position(node, None) for node in graph.nodes if isinstance(node, Head | MLP)})
+
+
 def sources_of(model: Model, target: Node, split_embed: bool) -> int:
     """How many of `component_nodes` are sources of `target`: always the first ones."""
     embeddings = 2 if split_embed else 1

@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 
 from circuits.ablation import Ablation
 from circuits.circuit import FILE, Circuit
-from circuits.components import component_graph, identity
+from circuits.components import component_graph, computed_nodes, identity
 from circuits.discoverer import CircuitDiscoverer, Progress, as_json
 from circuits.distributed import RankError, on_first, ranks, totals
 from circuits.errors import InputError
@@ -62,6 +62,12 @@ class Run:
     circuit: Circuit
     record: Mapping[str, Any]
     reused: bool
+
+    @property
+    def model_runs(self) -> float:
+        """How often the model was run forward, what was computed of it in part (`node_evaluations`) counting as that share of a run."""
+        partial = self.record.get("node_evaluations", 0) / max(1, computed_nodes(self.circuit.graph))
+        return float(self.record["forward_passes"]) + partial
 
 
 def run(
@@ -124,7 +130,7 @@ def _write(found: Run) -> Run:
     folder, circuit, record = found.folder, found.circuit, found.record
     circuit.save(folder)
     title = f"{record['method']} on {record['task']['name']}"
-    write_bytes(folder / PAGE, circuit_page(circuit, title=title, details=_details(record)).encode())
+    write_bytes(folder / PAGE, circuit_page(circuit, title=title, details=_details(found)).encode())
     # The record comes last: where it stands, the run is whole.
     write_json(folder / RECORD, record, RECORD_FORMAT, FORMAT_VERSION)
     (folder / CHECKPOINT).unlink(missing_ok=True)
@@ -247,13 +253,14 @@ def _circumstances(discoverer: CircuitDiscoverer, model: Model, task: Task, grap
     }
 
 
-def _details(record: Mapping[str, Any]) -> dict[str, str]:
+def _details(found: Run) -> dict[str, str]:
+    record = found.record
     settings = ", ".join(f"{name}={value}" for name, value in record["settings"].items())
     return {
         "method": f"{record['method']}({settings})",
         "model": record["model"]["name"],
         "task": f"{record['task']['name']}, {record['task']['prompts']} prompts",
         "edges": f"{record['edges']:,} of {record['graph']['edges']:,}",
-        "forward passes": f"{record['forward_passes']:,}",
+        "model runs": f"{found.model_runs:,.0f}",
         "seconds": f"{record['seconds']:.1f}",
     }

@@ -137,6 +137,25 @@ def test_the_circuit_is_that_of_the_definition(architecture, group, verify):
     assert circuit.connected() == circuit  # nothing dangling is left
 
 
+def test_an_edge_into_a_target_that_went_with_its_own_group_goes_too_whatever_its_score():
+    """Alone it does damage; without the edges out of its target, removed in the same batch, nobody reads what it brings."""
+    model, task, threshold, size = small_model("gpt2"), random_task(batch=4), 0.02, 25
+    circuit = circuits.BatchedACDC(threshold, group=size).discover(model, task)
+    graph, kept = circuit.graph, circuit.kept
+    harmful_but_gone = (~kept & (circuit.scores >= threshold)).nonzero().flatten().tolist()
+    assert [str(graph.edges[edge]) for edge in harmful_but_gone] == ["a0.h0->a1.h1.v"]
+    (edge,) = harmful_but_gone
+    (group,) = (set(part) for part in edge_groups(graph, size) if edge in part)
+    onward = [out for out in range(len(graph)) if graph.edges[out].source == graph.edges[edge].target]
+    assert not kept[onward].any()
+    assert any(out in group and circuit.scores[out] < threshold for out in onward)
+    assert torch.equal(graph.reaching_logits(kept), kept), "an edge is left that cannot reach the logits"
+    with_it = kept.clone()
+    with_it[edge] = True
+    without, restored = reference_meter(model, task, graph)(torch.stack([kept, with_it])).tolist()
+    assert restored == pytest.approx(without, abs=ROUNDING) == circuit.record["damage"]
+
+
 def excesses(circuit, meter, threshold: float) -> list[float]:
     """By group, the joint increase of what was removed for being harmless minus the sum of the scores, measured anew."""
     groups, states = edge_groups(circuit.graph, group_of(circuit)), [torch.ones(len(circuit.graph), dtype=torch.bool)]

@@ -204,6 +204,9 @@ def test_compare_prints_a_table_and_writes_a_report(capsys, tmp_path):
     assert not re.search(r'(src|href)="https?:', re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL))  # plotly.js is inlined
     table = json.loads(run_here(capsys, *words, "--json")[1])["table"]
     assert {row["edges"] for row in table.values()} == {30}
+    assert {name: row["model runs"] for name, row in table.items()} == {"eap": 2, "eap-ig:steps=2": 4, "random": 0}
+    assert "model runs: forward passes" in output
+    assert "backward passes do not count" in page
 
 
 def test_a_users_method_in_one_file_works_with_options_and_help(capsys, tmp_path):

@@ -1,10 +1,13 @@
 """Running circuits: what must hold whatever the architecture and the executor."""
 
+import pandas.testing
 import pytest
 import torch
 from architectures import ARCHITECTURES, VOCAB, random_model, random_task
 
 import circuits
+from circuits import execution
+from circuits.ablation import NAMES
 from circuits.components import component_nodes
 from circuits.nodes import MLP, Head, Node
 from circuits.outputs import source_outputs
@@ -385,3 +388,69 @@ def test_outputs_given_must_name_every_source_and_fit(task):
         circuits.run_circuit(model, whole, task, ablation=circuits.Ablation("given", outputs={**sources, "m1": torch.zeros(3)}))
     with pytest.raises(circuits.InputError, match="m9"):
         circuits.run_circuit(model, whole, task, ablation=circuits.Ablation("given", outputs={**sources, "m9": torch.zeros(24)}))
+
+
+class TestManyPromptsAreRunInPieces:
+    @pytest.fixture
+    def pieces(self, monkeypatch) -> list[int]:
+        """How many prompts each executor that is prepared is for."""
+        sizes: list[int] = []
+        prepare = execution.get_executor
+
+        def noted(model, graph, task, **options):
+            sizes.append(len(task))
+            return prepare(model, graph, task, **options)
+
+        monkeypatch.setattr(execution, "get_executor", noted)
+        return sizes
+
+    @every_executor
+    @pytest.mark.parametrize("ablation", [*NAMES, circuits.Ablation("mean", over="corrupted")], ids=str)
+    def test_the_logits_are_those_of_all_prompts_at_once(self, pieces, ablation, executor):
+        """Means among them: they are taken over all prompts, whatever the pieces."""
+        model, task = random_model(), random_task(batch=7, ragged=True, several=True)
+        graph = circuits.component_graph(model)
+        kept = torch.rand(3, len(graph), generator=torch.Generator().manual_seed(0)) < 0.5
+        whole, parts = (
+            circuits.run_circuits(model, graph, kept, task, ablation=ablation, executor=executor, max_memory=bound)
+            for bound in (None, 150_000)
+        )
+        assert pieces == [7, 2, 2, 2, 1]
+        torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+
+    def test_edges_split_by_span_and_outputs_given_for_every_prompt_stay_with_their_prompts(self, pieces, toy_world):
+        task = circuits.load_task("ioi", toy_world, n=5, split="train")
+        graph = circuits.component_graph(toy_world, positions=["S1", "S2", "END"])
+        circuit = circuits.Circuit.from_edges(graph, [edge for edge in graph.edges if edge.source.position != "S2"])
+        nodes = component_nodes(toy_world, split_embed=False)
+        given = circuits.Ablation(
+            "given", outputs=dict(zip(nodes, source_outputs(toy_world, nodes, task.corrupted, task.mask), strict=True))
+        )
+        whole, parts, from_given = (
+            circuits.run_circuit(toy_world, circuit, task, ablation=ablation, max_memory=bound)
+            for ablation, bound in (("resample", None), ("resample", 1), (given, 1))
+        )
+        assert pieces == [5, 1, 1, 1, 1, 1, 5]
+        torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(from_given, whole, atol=1e-4, rtol=1e-4)
+
+    def test_evaluations_and_curves_are_the_same(self, pieces):
+        model, task = random_model(), random_task(several=True)
+        ranked = circuits.EAP().discover(model, task)
+        whole, parts = (circuits.evaluate(model, ranked.top(30), task, ablation="mean", max_memory=bound) for bound in (None, 1))
+        pandas.testing.assert_frame_equal(parts.table(), whole.table(), atol=1e-5)
+        pandas.testing.assert_frame_equal(parts.by_prompt(), whole.by_prompt(), atol=1e-5)
+        curves = [circuits.faithfulness_curve(model, ranked, task, [10, 50], max_memory=bound) for bound in (None, 1)]
+        pandas.testing.assert_frame_equal(*curves, atol=1e-5)
+        assert pieces == [6, *[1] * 6] * 2
+
+    def test_what_does_not_fit_is_refused_as_ever(self, pieces):
+        model, task = random_model(), random_task()
+        with pytest.raises(circuits.InputError, match="has prompts of 8 tokens"):
+            circuits.run_circuit(
+                random_model(n_ctx=4), circuits.Circuit.full(circuits.component_graph(random_model(n_ctx=4))), task, max_memory=1
+            )
+        with pytest.raises(circuits.InputError, match="a model of another shape"):
+            circuits.run_circuit(random_model(n_layers=1), circuits.Circuit.full(circuits.component_graph(model)), task, max_memory=1)
+        with pytest.raises(circuits.InputError, match="max_memory=0 must be a positive number"):
+            circuits.run_circuit(model, circuits.Circuit.full(circuits.component_graph(model)), task, max_memory=0)

@@ -257,6 +257,18 @@ def test_patching_a_whole_node_is_not_the_sum_of_its_edges():
     assert abs(whole[circuits.MLP(0)] - float(edges.scores[~kept[0]].sum())) > 1e-3
 
 
+def test_patching_takes_a_step_for_each_component_and_no_more_memory_than_it_may(toy_world):
+    task = circuits.load_task("ioi", toy_world, n=4, split="train")
+    steps: list[int] = []
+    free = circuits.ActivationPatching().discover(toy_world, task, progress=lambda done, total: steps.append(done))
+    targets = free.graph.target.tolist()
+    assert steps == [index + 1 for index in range(479) if index == 478 or targets[index] != targets[index + 1]]
+    bounded = circuits.ActivationPatching(max_memory=1_000_000).discover(toy_world, task)
+    torch.testing.assert_close(bounded.scores, free.scores, atol=1e-5, rtol=0)
+    # Each edge changes its target and what is downstream of it, and nothing else is computed.
+    assert bounded.record["node_evaluations"] == free.record["node_evaluations"] < 479 * 20 / 3
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -107,6 +107,14 @@ def test_passes_and_prompts_are_counted(model):
     assert passes["forward_passes"] == 2
 
 
+def test_a_model_run_is_a_forward_pass_or_as_many_node_evaluations_as_the_model_has_heads_and_mlps(model, tmp_path):
+    graph = circuits.component_graph(model, positions=8)
+    eap, acdc = (run(method, model, random_task(), out=tmp_path, graph=graph) for method in (circuits.EAP(), circuits.ACDC(0.02)))
+    assert eap.model_runs == eap.record["forward_passes"] > 0
+    assert acdc.model_runs == acdc.record["forward_passes"] + acdc.record["node_evaluations"] / (2 * 5)
+    assert f"{acdc.model_runs:,.0f}" in (acdc.folder / PAGE).read_text()
+
+
 def test_an_evaluation_is_kept_by_what_it_depends_on(model, tmp_path):
     found = run(circuits.EAP(), model, random_task(), out=tmp_path)
     first = evaluate_run(found, model, random_task(seed=2), size=20)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from circuits.ablation import Ablation
 from circuits.circuit import Circuit
-from circuits.components import component_graph
+from circuits.components import component_graph, computed_nodes
 from circuits.confirmation import confirm
 from circuits.discoverer import SPEED_ONLY, Checkpoint, CircuitDiscoverer, Progress
 from circuits.distributed import ranks, totals
@@ -370,7 +370,7 @@ def _as_tensors(state: State) -> dict[str, Tensor]:
 def _summary(state: State, graph: Graph) -> dict[str, Any]:
     """What the record says of the search."""
     counts = {name: state[name] for name in COUNTS}
-    nodes = len(graph.nodes) - 1
+    nodes = computed_nodes(graph)
     return {
         **counts,
         "accepted": counts["evaluations"] / max(1, counts["measured"]),

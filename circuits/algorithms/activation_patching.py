@@ -6,7 +6,9 @@ Wang et al. 2022, "Interpretability in the Wild" (https://arxiv.org/abs/2211.005
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,16 +19,20 @@ from torch import Tensor
 from circuits.ablation import Ablation
 from circuits.circuit import Circuit
 from circuits.components import component_graph
-from circuits.discoverer import Checkpoint, CircuitDiscoverer, Progress
-from circuits.distributed import ranks
+from circuits.discoverer import SPEED_ONLY, Checkpoint, CircuitDiscoverer, Progress
+from circuits.distributed import ranks, totals
 from circuits.execution import DamageMeter
 from circuits.graph import Graph
 from circuits.metrics import Metric
 from circuits.models import Model
-from circuits.nodes import Node
+from circuits.nodes import Node, at_position
 from circuits.tasks.base import Task
 
-EDGES_PER_STEP = 32
+# Circuits measured in one go, for each of the ranks that share them: split by position, thousands of edges lead into a component of a large
+# model, and each circuit is a row of all its edges.
+LARGEST_STEP = 256
+# Circuits without a node share all that is computed downstream of the first one.
+NODES_PER_STEP = 32
 
 
 @dataclass(frozen=True)
@@ -40,11 +46,13 @@ class ActivationPatching(CircuitDiscoverer):
     Attributes:
         metric: what damage is measured in.
         ablation: what an ablated edge carries instead.
+        max_memory: bytes that one step may take; by default chosen from what is free.
     """
 
     name: ClassVar[str] = "activation-patching"
     metric: str | Metric = "logit_difference"
     ablation: str | Ablation = "resample"
+    max_memory: int | None = field(default=None, kw_only=True, metadata=SPEED_ONLY)
 
     def discover(
         self,
@@ -57,31 +65,47 @@ class ActivationPatching(CircuitDiscoverer):
     ) -> Circuit:
         graph = component_graph(model) if graph is None else graph
         saved = Checkpoint.open(checkpoint, self, graph, task)
-        damage = DamageMeter.prepare(model, graph, task, metric=self.metric, ablation=self.ablation)
+        damage = self._damage(model, graph, task)
         unharmed = damage(torch.ones(1, len(graph), dtype=torch.bool))
-        state = saved.restore({"next": torch.tensor(0), "scores": torch.full((len(graph),), torch.nan)})
-        step = EDGES_PER_STEP * ranks().world
-        for start in range(int(state["next"]), len(graph), step):
-            edges = torch.arange(start, min(start + step, len(graph)))
-            state["scores"][edges] = (damage(_without_each(edges, len(graph))) - unharmed).float()
-            state["next"] = edges[-1] + 1
+        state = saved.restore({"scores": torch.full((len(graph),), torch.nan), "node_evaluations": torch.tensor(0)})
+        scores, counts = state["scores"], damage.executor.counts
+        for step in _steps(graph):
+            if not scores[step].isnan().any():
+                continue  # measured before the run was interrupted
+            before = counts["node_evaluations"]
+            scores[step] = (damage(_without_each(step, len(graph))) - unharmed).float()
+            state["node_evaluations"] += totals({"node_evaluations": counts["node_evaluations"] - before})["node_evaluations"]
             saved.save(state)
             if progress:
-                progress(int(state["next"]), len(graph))
-        return Circuit.full(graph, state["scores"], record=self.record(evaluations=len(graph)))
+                progress(int((~scores.isnan()).sum()), len(graph))
+        return Circuit.full(graph, scores, record=self.record(evaluations=len(graph), node_evaluations=int(state["node_evaluations"])))
 
     def node_scores(self, model: Model, task: Task, *, graph: Graph | None = None) -> dict[Node, float]:
         """The damage of ablating every outgoing edge of a node at once, for each node that has any: patching its output."""
         graph = component_graph(model) if graph is None else graph
-        damage = DamageMeter.prepare(model, graph, task, metric=self.metric, ablation=self.ablation)
+        damage = self._damage(model, graph, task)
         sources = graph.source.unique()
         kept = graph.source[None] != sources[:, None]
         unharmed = damage(torch.ones(1, len(graph), dtype=torch.bool))
-        scores = torch.cat([damage(part) for part in kept.split(EDGES_PER_STEP)]) - unharmed
+        scores = torch.cat([damage(part) for part in kept.split(NODES_PER_STEP)]) - unharmed
         return {graph.nodes[source]: score for source, score in zip(sources.tolist(), scores.tolist(), strict=True)}
 
+    def _damage(self, model: Model, graph: Graph, task: Task) -> DamageMeter:
+        return DamageMeter.prepare(model, graph, task, metric=self.metric, ablation=self.ablation, max_memory=self.max_memory)
 
-def _without_each(edges: Tensor, total: int) -> Bool[Tensor, "variant edge"]:
-    kept = torch.ones(len(edges), total, dtype=torch.bool)
-    kept[torch.arange(len(edges)), edges] = False
+
+def _steps(graph: Graph) -> Iterator[slice]:
+    """The edges into one component after the other: without any of them the same nodes are to be computed again, so that no work is wasted."""
+    largest, start = LARGEST_STEP * ranks().world, 0
+    components = [at_position(node, None) for node in graph.nodes]
+    for _, group in groupby(graph.target.tolist(), key=components.__getitem__):
+        stop = start + sum(1 for _ in group)
+        yield from (slice(first, min(first + largest, stop)) for first in range(start, stop, largest))
+        start = stop
+
+
+def _without_each(edges: slice, total: int) -> Bool[Tensor, "variant edge"]:
+    """A circuit without each of some edges."""
+    kept = torch.ones(edges.stop - edges.start, total, dtype=torch.bool)
+    kept[:, edges].fill_diagonal_(False)
     return kept

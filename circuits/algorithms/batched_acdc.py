@@ -21,6 +21,7 @@ from circuits.ablation import Ablation
 from circuits.circuit import Circuit
 from circuits.components import component_graph
 from circuits.discoverer import SPEED_ONLY, Checkpoint, CircuitDiscoverer, Progress
+from circuits.distributed import totals
 from circuits.edge_order import GroupName, check_group, edge_groups
 from circuits.errors import InputError
 from circuits.execution import DamageMeter
@@ -41,7 +42,8 @@ COUNTS = ("evaluations", "joint_measurements", "bisections", "batches", "node_ev
 class BatchedACDC(CircuitDiscoverer):
     """Measure a group of edges each on its own, and remove at once all whose removal does less damage than the threshold.
 
-    Groups come in ACDC's topological order; edges into a target that no longer reaches the logits when its group's turn comes go untried.
+    Groups come in ACDC's topological order; edges into a target that no longer reaches the logits when its group's turn comes go untried,
+    and those into one that loses its way to the logits with their own group go with it, whatever their score.
     Scores are the measured increases in damage of each edge's removal alone. With `verify`, a joint removal has to do at most the threshold
     more damage than the sum of what its edges do alone; one that does more is bisected, and its parts are tried one after the other.
 
@@ -89,8 +91,8 @@ class BatchedACDC(CircuitDiscoverer):
             damage.near(state["kept"])
             before = dict(damage.executor.counts)
             self._try(groups[number], state, damage)
-            for name, value in damage.executor.counts.items():
-                state[name] = state[name] + value - before[name]
+            for name, value in totals({name: value - before[name] for name, value in damage.executor.counts.items()}).items():
+                state[name] += value
             state["next"] = torch.tensor(number + 1)
             saved.save(state)
             if progress:

@@ -26,6 +26,9 @@ from circuits.run import Run, run
 from circuits.tasks.base import Task
 
 RANDOM_SEEDS = 5
+MODEL_RUNS_IN_WORDS = (
+    "forward passes on all prompts; of one that computes only some heads and MLPs, that share; backward passes do not count"
+)
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,8 @@ def compare(words: Sequence[str]) -> None:
     found = {label: [finished.circuit for finished in several] for label, several in runs.items()}
     comparison = compare_circuits(model, found, held_out, size=options.size, ablation=options.ablation)
     seconds = {label: float(several[0].record["seconds"]) for label, several in runs.items()}
-    passes = {label: int(several[0].record["forward_passes"]) for label, several in runs.items()}
-    table = comparison.table.assign(**{"forward passes": pd.Series(passes), "seconds": pd.Series(seconds)})
+    model_runs = {label: round(several[0].model_runs) for label, several in runs.items()}
+    table = comparison.table.assign(**{"model runs": pd.Series(model_runs), "seconds": pd.Series(seconds)})
     folder = options.out / task.name / f"compare-{_comparison_digest(options, runs, held_out)}"
     report = _write_report(folder, comparison, table, options, task, held_out)
     if options.json:
@@ -88,6 +91,7 @@ def compare(words: Sequence[str]) -> None:
         return
     console = Console()
     console.print(frame_table(table.drop(columns="of"), _title(options, task, held_out)))
+    console.print(f"model runs: {MODEL_RUNS_IN_WORDS}")
     console.print(frame_table(comparison.overlap, "Overlap of the circuits (Jaccard)"))
     console.print(f"Report: {report}", soft_wrap=True)
 
@@ -145,6 +149,7 @@ def _write_report(folder: Path, comparison: Comparison, table: pd.DataFrame, opt
         "judged on": "the same prompts" if options.data else f"{len(held_out)} prompts of the test split",
         "ablation": options.ablation,
         "random": f"mean of {RANDOM_SEEDS} seeds",
+        "model runs": MODEL_RUNS_IN_WORDS,
     }
     content = {
         "details": details,

@@ -29,6 +29,9 @@ class DiscoverOptions(Common):
     circuits discover --method acdc --threshold 0.01 --task ioi
     circuits discover --method eap-ig --steps 10 --task greater_than --size 50
     circuits discover --method eap --data prompts.jsonl --model gpt2 --size 200
+    torchrun --nproc-per-node=4 -m -- circuits discover --method acdc --threshold 0.01 --n 64
+
+    The last one shares the work among four devices; without `--`, torchrun takes `--n` for an option of its own.
     """
 
     method: str = "acdc"
