@@ -48,7 +48,7 @@ def test_a_run_leaves_circuit_record_and_picture(model, tmp_path):
     record = read_json(found.folder / RECORD, "circuits.run", 1)
     assert record["method"] == "acdc"
     settings = {"threshold": 0.02, "metric": "kl", "ablation": "resample", "order": "topological", "absolute": False}
-    assert record["settings"] == {**settings, "speculate": True, "max_memory": None}
+    assert record["settings"] == {**settings, "speculate": True, "guess": "own", "max_memory": None}
     assert record["versions"]["torch"] == torch.__version__
     assert record["notes"] == {"seed": 3}
     assert record["evaluations"] > 0
