@@ -40,7 +40,7 @@ def confirm(
     noise *= FORGETTING if sample else 1
     while True:
         away = np.where(confirmed, np.inf, distance(increases))
-        doubtful = away <= MARGIN * noise
+        doubtful = ~confirmed & (away <= MARGIN * noise)
         if sample and not confirmed.any():
             doubtful[np.argsort(away)[:SAMPLE]] = True
         if not doubtful.any():

@@ -23,6 +23,7 @@ from torch import Tensor
 from circuits.ablation import Ablation, Counterfactuals
 from circuits.base_run import Known, Parts, State, UnsupportedError
 from circuits.components import check_fits, check_supported
+from circuits.errors import InputError
 from circuits.flips import Flips
 from circuits.graph import Graph
 from circuits.incremental_run import Run
@@ -80,6 +81,11 @@ class IncrementalExecutor:
         check_supported(model)
         check_fits(model, graph)
         check_task(model, task)
+        if precision is not None and model.cfg.dtype not in (torch.float32, torch.float64):
+            raise InputError(
+                f"precision={str(precision)!r} needs a model in float32, and {model.cfg.model_name} is in {model.cfg.dtype}; "
+                "load it with dtype=torch.float32, or leave out the precision."
+            )
         task = task.to(model.cfg.device)
         background = None if precision is None else Background.of(precision, model.cfg.device)
         product = background.product if background is not None and background.whole else multiply
@@ -130,7 +136,8 @@ class IncrementalExecutor:
         """
         kept = kept.cpu()
         run = self._run(self._base(kept), kept)
-        size = max(1, min(len(kept), self.budget // run.cost.bytes))
+        base = int(self._rounds_changes)  # which is run along
+        size = max(1, min(len(kept), self.budget // run.cost.bytes - base))
         results: list[Tensor] = []
         done = 0
         while done < len(kept):
@@ -145,10 +152,10 @@ class IncrementalExecutor:
         if state is None or bool((kept & ~state.kept).any()):
             state = self.bases["near"] = self.whole.copy()
         if not torch.equal(kept, state.kept):
-            with torch.no_grad():
+            with torch.inference_mode():
                 run = self._run(state, kept[None])
                 # What others are computed from is exact, unless everything is in the background's type.
-                run.background = run.background if run.background is not None and run.background.whole else None
+                run.background = None if self._rounds_changes else run.background
                 run.commit()
             self._count(run)
             mask = self.known.mask(kept)
@@ -157,6 +164,10 @@ class IncrementalExecutor:
     def fixed_cost(self, kept: Bool[Tensor, "variant edge"]) -> float:
         """About what a batch of such circuits costs on top of what each of them does, in circuits."""
         return self._run(self._base(kept), kept).cost.fixed
+
+    @property
+    def _rounds_changes(self) -> bool:
+        return self.background is not None and not self.background.whole
 
     def _base(self, kept: Bool[Tensor, "variant edge"]) -> State:
         near = self.bases.get("near")
@@ -169,7 +180,7 @@ class IncrementalExecutor:
         if "empty" not in self.bases:
             parts = self.known.parts
             product = self.background.product if self.background is not None and self.background.whole else multiply
-            with torch.no_grad():
+            with torch.inference_mode():
                 found = parts.run(self.known.counterfactuals, self.whole.projected, product)
             found.outputs[: parts.embeddings] = self.whole.outputs[: parts.embeddings]
             self.bases["empty"] = found.state(none, self.known.mask(none), parts.places)
@@ -177,15 +188,17 @@ class IncrementalExecutor:
 
     def _apply(self, function: Callable[[Tensor], Tensor], run: Run, start: int, size: int) -> Tensor:
         some = run.only(slice(start, start + size))
-        with torch.no_grad():
-            logits = some.execute()
+        with torch.inference_mode():
+            found = some.execute()
+        logits = found.clone()  # which, made out here, whoever gets it may write to
         self._count(some)
         self.counts["batches"] += 1
         check_finite(logits)
         return function(logits)
 
     def _count(self, run: Run) -> None:
-        self.counts["node_evaluations"] += len(run.plan.changed) * len(run.kept)
+        base = int(run.background is not None and not run.background.whole)
+        self.counts["node_evaluations"] += len(run.plan.changed) * (len(run.kept) + base)
 
     def _run(self, base: State, kept: Bool[Tensor, "variant edge"]) -> Run:
         known, places = self.known, self.known.parts.places

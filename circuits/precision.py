@@ -43,7 +43,7 @@ class Precision:
 
     Attributes:
         background: the type of the bulk of the products: of the changes downstream of what is investigated. 8-bit types are scaled per row of
-            the activations and per column of the weights.
+            the activations and per column of the weights; 8-bit kernels serve MLPs, other products of such numbers are bfloat16's.
         investigated: the type of the target under test and its head; the same as `background` computes everything in that type and whole
             values instead of changes, which is plain low precision, to compare with.
         confirm: measure again in float32 whatever is nearer to the threshold than the noise seen in this run, so that the circuit is that of
@@ -65,17 +65,22 @@ class Precision:
             raise InputError(f"plain {self.background} has nothing in float32 to confirm with; set confirm=False.")
 
     def __str__(self) -> str:
-        plain = "" if self.investigated == "float32" else ", plain"
-        return f"{self.background}{plain}{', confirmed' if self.confirm else ''}"
+        # The default by its name alone, so that a search knows itself again whichever way it was asked for.
+        kind = ", plain" if self.investigated != "float32" else "" if self.confirm else ", unconfirmed"
+        return f"{self.background}{kind}"
 
 
 def get_precision(precision: str | Precision | None) -> Precision | None:
     """A precision, by the name of its background type.
 
     Raises:
-        InputError: there is no such type.
+        InputError: there is no such type, or it is neither a name nor a precision.
     """
-    return Precision(precision) if isinstance(precision, str) else precision
+    if isinstance(precision, str):
+        return Precision(precision)
+    if precision is not None and not isinstance(precision, Precision):
+        raise InputError(f"precision={precision!r} must be a name such as 'bfloat16', or a circuits.Precision.")
+    return precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,11 +136,9 @@ class Background:
     def _weight(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         key = id(weight)
         if key not in self._weights:
-            held, scale = _rounded(weight, self.dtype, -2)
+            held, scale = _stored(weight, self.dtype) if self.kernel else _rounded(weight, self.dtype, -2)
             if not self.kernel:
                 held = held.to(weight.dtype)
-            elif self.dtype in LARGEST:
-                held = held.transpose(-1, -2).contiguous().transpose(-1, -2)  # by columns, as the kernels want it
             self._weights[key] = weight, held, scale  # with the weight itself, so that its number is not given to another
         return self._weights[key]
 
@@ -149,16 +152,26 @@ def _rounded(x: Tensor, dtype: torch.dtype, axis: int) -> tuple[Tensor, Tensor |
     return (scaled.round_() if dtype == torch.int8 else scaled).to(dtype), scale
 
 
+def _stored(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """A weight as the kernels want it: 8-bit numbers by columns; where there is no kernel for its shape, in bfloat16, which holds them exactly."""
+    held, scale = _rounded(weight, dtype, -2)
+    if dtype not in LARGEST:
+        return held, scale
+    if weight.dim() > 2 or weight.shape[0] % ALIGNMENT or weight.shape[1] % ALIGNMENT:
+        return held.to(torch.bfloat16), scale
+    return held.transpose(-1, -2).contiguous().transpose(-1, -2), scale
+
+
 def _matmul(a: Tensor, b: Tensor) -> Float[Tensor, "*batch row column"]:
     """a @ b on a GPU with float32 sums, by tensor cores."""
-    if a.dim() == 2 and a.dtype in LARGEST and a.shape[0] > ALIGNMENT and not (a.shape[1] % ALIGNMENT or b.shape[1] % ALIGNMENT):
+    if a.dim() == 2 and b.dtype in LARGEST and a.shape[0] > ALIGNMENT:
         if a.dtype == torch.int8:
             return torch._int_mm(a, b).float()
         ones = a.new_ones((), dtype=torch.float32)
         by_tensor = functional.ScalingType.TensorWise
         return functional.scaled_mm(a, b, ones, by_tensor, ones, by_tensor, output_dtype=torch.float32)
     if a.dtype in LARGEST:
-        a, b = a.to(torch.bfloat16), b.to(torch.bfloat16)  # which holds any 8-bit number exactly
+        a, b = a.to(torch.bfloat16), b.to(torch.bfloat16)
     if b.dim() == 2:
         return torch.mm(a.reshape(-1, a.shape[-1]), b, out_dtype=torch.float32).view(*a.shape[:-1], -1)
     return torch.bmm(a.expand(len(b), -1, -1), b, out_dtype=torch.float32)
@@ -170,15 +183,19 @@ def _has_kernel(dtype: torch.dtype, device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     generator = torch.Generator().manual_seed(0)
+    # 8-bit floats are summed with fewer digits; what is computed wrongly is off by the size of the numbers themselves.
+    tolerance = 1e-2 if dtype == torch.float8_e4m3fn else 1e-4
     try:
-        for shape in ((), (2,)):
+        for shape, heads in (((), slice(None)), ((2,), torch.tensor([1, 0]))):
             a, b = (torch.randn(*shape, 64, 64, generator=generator).to(device) for _ in range(2))
-            (a, _), (b, _) = _rounded(a, dtype, -1), _rounded(b, dtype, -2)
-            b = b.transpose(-1, -2).contiguous().transpose(-1, -2)
+            (a, _), (b, _) = _rounded(a, dtype, -1), _stored(b, dtype)
+            b = b[heads.to(device)] if isinstance(heads, torch.Tensor) else b
             expected = a.double() @ b.double()
-            if float((_matmul(a, b).double() - expected).abs().max() / expected.abs().max()) > 1e-4:
+            if float((_matmul(a, b).double() - expected).abs().max() / expected.abs().max()) > tolerance:
                 return False
-    except (RuntimeError, NotImplementedError, TypeError, AttributeError):
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError):
         return False
     return True
 

@@ -65,9 +65,12 @@ class Run:
 
     @property
     def model_runs(self) -> float:
-        """How often the model was run forward, what was computed of it in part (`node_evaluations`) counting as that share of a run."""
+        """How often the model was run forward, what was computed of it in part (`node_evaluations`) counting as that share of a run.
+
+        Where whole runs computed those nodes, which is when the architecture has no faster way, they are not counted twice.
+        """
         partial = self.record.get("node_evaluations", 0) / max(1, computed_nodes(self.circuit.graph))
-        return float(self.record["forward_passes"]) + partial
+        return max(float(self.record["forward_passes"]), partial)
 
 
 def run(

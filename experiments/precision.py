@@ -1,12 +1,12 @@
 """What does low precision change in a search? float32, plain low precision, mixed, and mixed with confirmation, by type.
 
-    python experiments/precision.py                                       # toy-world's six tasks: about five minutes on one core
+    python experiments/precision.py                                       # toy-world's six tasks: about ten minutes on one core
     python experiments/precision.py --types bfloat16 --tasks ioi --n 8    # part of it
-    python experiments/precision.py --device cuda --n 256                 # where there are kernels: times mean something
+    python experiments/precision.py --device cuda --n 256                 # with seconds and memory
 
 Decisions are compared with those of float32 on the same prompts. AUC is that of the kept edges against the true edges of the hand-wired
-models (mean over them), where threshold and ablation are those of the search. Without kernels for a type, its rounding is simulated: seconds
-are then those of the simulation and say nothing of the type. Memory is measured on GPUs.
+models (mean over them). Without kernels for a type its rounding is simulated, on every CPU; seconds and memory, which would be those of the
+simulation, are measured on GPUs only.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main(config: Config) -> None:
     print(table.round(5).to_string())
     simulated = ", ".join(results["simulated"]) or "none"
     lines = [f"{config.model}, tasks {config.tasks}, {config.n} prompts, thresholds {config.thresholds}, on {results['hardware']}.",
-             f"Simulated, so that their seconds mean nothing: {simulated}.", "", markdown(table)]  # fmt: skip
+             f"Simulated, with nothing to be said of their speed: {simulated}.", "", markdown(table)]  # fmt: skip
     (config.out / "means.md").write_text("\n".join(lines))
 
 
@@ -96,12 +96,14 @@ def search_rows(
     searches = {name: circuits.ACDC(threshold, precision=precision) for name, precision in methods.items()}
     found = {name: search.discover(model, task, graph=graph) for name, search in searches.items()}
     programs = {name: lambda search=search: search.discover(model, task, graph=graph) for name, search in searches.items()}
-    seconds = paired_times(programs, config.repeats, config.device)
+    on_gpu = torch.device(config.device).type == "cuda"
+    seconds = paired_times(programs, config.repeats, config.device) if on_gpu else {}
     rows = []
     for name, circuit in found.items():
-        row = {"precision": name, "task": task.name, "threshold": threshold, "edges": len(circuit), "seconds": seconds[name]}
+        row = {"precision": name, "task": task.name, "threshold": threshold, "edges": len(circuit)}
         row["decisions changed"] = int((circuit.kept != found["float32"].kept).sum())
-        if torch.device(config.device).type == "cuda":
+        if on_gpu:
+            row["seconds"] = seconds[name]
             row["peak bytes"] = most_allocated(programs[name], config.device)
         # Judged in float32, whatever it was found in.
         row["kl"] = circuits.evaluate(model, circuit, task, metrics=["kl"]).kl
@@ -124,7 +126,8 @@ def known_auc(precision: circuits.Precision | None, device: str) -> float:
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """Sums of decisions and means of the rest, by precision."""
-    rows = rows.assign(seconds=rows["seconds"].map(statistics.median))
+    if "seconds" in rows:
+        rows = rows.assign(seconds=rows["seconds"].map(statistics.median))
     groups = rows.groupby("precision", sort=False)
     table = groups[[name for name in ("seconds", "peak bytes", "edges", "kl", "noise") if name in rows]].mean()
     table.insert(0, "decisions changed", groups["decisions changed"].sum())

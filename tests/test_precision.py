@@ -1,11 +1,13 @@
 """Mixed precision: products in a small type, searches whose circuit stays that of float32."""
 
+import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, random_model, random_task
 
 import circuits
 from circuits.ablation import get_ablation
+from circuits.confirmation import confirm
 from circuits.execution import DamageMeter
 from circuits.incremental import IncrementalExecutor
 from circuits.precision import DTYPES, Background, Precision, _say_once
@@ -105,6 +107,47 @@ class TestRuns:
         assert 1e-4 < float((plain.clean_logits - whole.clean_logits).abs().max()) < 1
 
 
+class TestConfirmation:
+    """Synthetic errors: `truth` is what float32 would find, `values` what low precision found."""
+
+    def confirmed(self, truth, errors, before, threshold, *, noise=0.0, sample=True):
+        truth, values = np.array(truth, dtype=float), np.add(truth, errors, dtype=float)
+        increases, asked = values[:-1] - values[before], []
+
+        def measure(states):
+            asked.extend(states.tolist())
+            return truth[states]
+
+        noise, count = confirm(increases, values, np.array(before), lambda found: np.abs(found - threshold), measure, noise, sample=sample)
+        assert count == len(asked) == len(set(asked))
+        return increases, noise, asked
+
+    def test_what_is_nearest_to_the_threshold_is_measured_and_tells_the_noise(self):
+        increases, noise, asked = self.confirmed([9, 0.5, 0.2, 0.1, 7, 0], [0, 0, 0.01, 0, 0, 0], [5] * 5, 0.15)
+        assert set(asked) == {1, 2, 3, 5}
+        assert noise == pytest.approx(0.01)
+        assert increases == pytest.approx([9, 0.5, 0.2, 0.1, 7])
+
+    def test_an_error_makes_others_doubtful_until_none_is_left(self):
+        # The nearest are off by 0.1, so that what seems to lie up to 0.5 from the threshold is measured; one of them is off by 1.6, and so on.
+        truth, errors = [0, 0.1, 0.2, 2, 4, 40, 0], [0, 0.1, 0, -1.6, 0, 0, 0]
+        increases, noise, asked = self.confirmed(truth, errors, [6] * 6, 0.05)
+        assert set(asked) == {0, 1, 2, 3, 4, 6}
+        assert noise == pytest.approx(1.6)
+        assert increases[:5] == pytest.approx(truth[:5])
+
+    def test_a_state_is_compared_with_the_one_before_it_both_in_float32(self):
+        increases, _, asked = self.confirmed([1, 1.2, 0], [0.5, 0.5, 0.5], [2, 0], 0.1)
+        assert set(asked) == {0, 1, 2}
+        assert increases == pytest.approx([1, 0.2])
+
+    def test_beyond_the_noise_nothing_is_measured(self):
+        assert self.confirmed([1, 2, 0], [0, 0, 0], [2, 2], 0.1, noise=0.01, sample=False)[2] == []
+
+    def test_with_noise_beyond_bounds_everything_is_measured_once(self):
+        assert set(self.confirmed([1, 2, 0], [0.1, 0, 0], [2, 2], 0.1, noise=np.inf, sample=False)[2]) == {0, 1, 2}
+
+
 class TestSearches:
     @pytest.mark.parametrize("task", ["ioi", "docstring"])
     def test_confirmed_the_circuit_is_that_of_float32(self, toy_world, task):
@@ -117,14 +160,14 @@ class TestSearches:
             assert 0 < found.record["confirmed"] < found.record["measured"]
             assert 0 < found.record["noise"] < 0.05
 
-    def test_increases_within_the_noise_are_measured_in_float32(self, toy_world):
-        # A threshold exactly at an increase: any noise would decide.
+    def test_without_confirmation_low_precision_decides_otherwise(self, toy_world):
         task = circuits.load_task("ioi", toy_world, n=8)
-        scores = circuits.ACDC(0.03).discover(toy_world, task).scores
-        at = float(scores[scores.isfinite()].sub(0.03).abs().min() + 0.03) + 1e-4
-        exact = circuits.ACDC(at).discover(toy_world, task)
-        for name in ("bfloat16", "float8_e4m3"):
-            assert torch.equal(circuits.ACDC(at, precision=name).discover(toy_world, task).kept, exact.kept)
+        exact, mixed, confirmed = (
+            circuits.ACDC(0.03, precision=precision).discover(toy_world, task)
+            for precision in (None, Precision("float8_e4m3", confirm=False), Precision("float8_e4m3"))
+        )
+        assert not torch.equal(mixed.kept, exact.kept)
+        assert torch.equal(confirmed.kept, exact.kept)
 
     def test_an_interrupted_search_resumed_equals_an_uninterrupted_one(self, toy_world, tmp_path):
         task, path = circuits.load_task("ioi", toy_world, n=4), tmp_path / "checkpoint.safetensors"
@@ -144,9 +187,14 @@ class TestSearches:
     def test_the_record_says_how_exactly_it_was_computed(self, toy_world):
         task = circuits.load_task("ioi", toy_world, n=2)
         found = circuits.ACDC(1.0, precision=Precision("float16", confirm=False)).discover(toy_world, task)
-        assert found.record["settings"]["precision"] == "float16"
-        assert found.record["confirmed"] == 0
-        assert "confirmed" not in circuits.ACDC(1.0).discover(toy_world, task).record
+        assert found.record["settings"]["precision"] == "float16, unconfirmed"
+        assert "confirmed" not in found.record
+
+    def test_searches_of_different_precision_are_not_taken_for_each_other(self):
+        methods = [circuits.ACDC(0.1, precision=each) for each in (None, "int8", Precision("int8", confirm=False), "float16")]
+        methods.append(circuits.ACDC(0.1, precision=Precision("int8", "int8", confirm=False)))
+        assert len({str(method.identity()) for method in methods}) == len(methods)
+        assert circuits.ACDC(0.1, precision="int8").identity() == circuits.ACDC(0.1, precision=Precision("int8")).identity()
 
 
 class TestMistakes:
@@ -165,6 +213,15 @@ class TestMistakes:
     def test_a_name_is_checked_before_anything_runs(self):
         with pytest.raises(circuits.InputError, match="no background precision 'double'"):
             circuits.ACDC(0.1, precision="double")
+
+    @pytest.mark.parametrize("precision", [3, torch.bfloat16])
+    def test_a_precision_is_a_name_or_a_precision(self, precision, unchecked_types):
+        with pytest.raises(circuits.InputError, match=r"must be a name such as 'bfloat16', or a circuits.Precision"):
+            circuits.ACDC(0.1, precision=precision)
+
+    def test_a_model_in_half_precision_is_refused(self):
+        with pytest.raises(circuits.InputError, match=r"needs a model in float32, and .* is in torch.bfloat16"):
+            circuits.ACDC(0.1, precision="int8").discover(random_model("gpt2", dtype=torch.bfloat16), random_task())
 
     def test_the_reference_executor_has_no_precision(self, toy_world):
         task, graph = circuits.load_task("ioi", toy_world, n=2), circuits.component_graph(toy_world)

@@ -64,7 +64,8 @@ class ACDC(CircuitDiscoverer):
         order: in which order edges are tried; "original" is that of the authors' code, with its group tests.
         speculate: measure several decisions at once; False measures one after the other.
         absolute: compare the size of the change with the threshold, so that edges which hurt are kept too.
-        precision: how exactly to compute: the name of a type, such as "bfloat16", or a `Precision`; None is float32 throughout.
+        precision: the type of what lies downstream of the edges under test: "bfloat16", "float16", "float8_e4m3" or "int8", or in Python a
+            `Precision`; None is float32 throughout. Whatever comes near the threshold is measured in float32.
         guess: what decisions are expected to be. "own": that of an edge is the last one on an edge from its source into such a slot;
             "removed": every edge goes; "eap": an edge stays whose EAP score (gradient taken at both ends) reaches the threshold.
         max_memory: bytes that one step may take; by default chosen from what is free.
@@ -129,6 +130,7 @@ class ACDC(CircuitDiscoverer):
             InputError: there is no threshold, or one below 0; `guess` is over another graph; `checkpoint` is a file, or holds another
                 sweep's; the model, task, graph or settings cannot be used.
         """
+        thresholds = [float(threshold) for threshold in thresholds]
         methods = [replace(self, threshold=threshold) for threshold in sorted(set(thresholds), reverse=True)]
         if not methods:
             raise InputError("there are no thresholds to sweep over; give at least one, such as 0.01.")
@@ -175,18 +177,25 @@ class ACDC(CircuitDiscoverer):
         start = _as_tensors(self._start(graph, damage, guess))
         alike = _alike(graph) if guess is None else None
         state: State = {name: value if value.dim() else value.item() for name, value in saved.restore(start).items()}
+
+        def keep() -> None:
+            if saved.path is not None:
+                saved.save(_as_tensors(state))
+
         for commit in range(state["commits"] if state["next"] < len(chains) else 0):
             damage.near(state["removed_at"] > commit)  # along the same way, so that rounding is the same as without a break
         for number in range(state["next"], len(chains)):
             for _ in self._follow(chains[number], state, graph, damage, alike):
-                saved.save(_as_tensors(state))
+                keep()
             state |= {"next": number + 1, "decided": 0, "surveyed": 0, "began": state["commits"]}
-            saved.save(_as_tensors(state))
+            keep()
             if progress:
                 progress(number + 1, len(chains))
         in_float32 = {}
         if damage.exact is not None:
-            in_float32 = {"damage": float(damage.exact(state["kept"][None])[0]), "confirmed": state["confirmed"], "noise": state["noise"]}
+            in_float32 = {"damage": float(damage.exact(state["kept"][None])[0])}
+            if self._confirms:
+                in_float32 |= {"confirmed": state["confirmed"], "noise": state["noise"]}
         return Circuit(graph, state["scores"], state["kept"], record=self.record(**_summary(state, graph) | in_float32))
 
     def _start(self, graph: Graph, damage: DamageMeter, guess: Bool[Tensor, "edge"] | None) -> State:
@@ -281,34 +290,21 @@ class ACDC(CircuitDiscoverer):
         masks, scores = without.numpy(), state["scores"].numpy()
         for row, (group, stays) in enumerate(zip(groups, expected, strict=True)):
             masks[row if stays else slice(row, None), group] = False
-        if damage.exact is not None:
-            without = torch.cat([without, state["kept"][None]])  # the present state too, since rounding depends on the base
-        try:
-            measured = damage(without).tolist()
-        except InputError:
-            if len(groups) == 1:
-                raise
-            # What cannot be measured may be a state in which the search would never be.
-            return self._decide(groups[:1], expected[:1], state, damage, first=first)
         # What each is compared with: the last one before it that is expected to go, or the present state, which comes last.
         before, last = [], len(groups)
         for row, stays in enumerate(expected):
             before.append(last)
             last = last if stays else row
-        values = np.array(measured if damage.exact is not None else [*measured, state["damage"]])
-        increases = values[:-1] - values[before]
-        exact, precision = damage.exact, get_precision(self.precision)
-        if exact is not None and precision is not None and precision.confirm:
-            state["noise"], more = confirm(
-                increases,
-                values,
-                np.array(before),
-                lambda increases: np.abs(self._compared(increases) - self.threshold),
-                lambda states: exact(without[torch.from_numpy(states)]).numpy(),
-                state["noise"],
-                sample=first,
-            )
-            state["confirmed"] += more
+        try:
+            increases, values = self._measure(without, np.array(before), state, damage, first=first)
+        except InputError:
+            if len(groups) > 1:
+                # What cannot be measured may be a state in which the search would never be.
+                return self._decide(groups[:1], expected[:1], state, damage, first=first)
+            if damage.exact is None:
+                raise
+            in_float32 = replace(damage, executor=damage.exact.executor)
+            increases, values = self._measure(without, np.array(before), state, in_float32, first=first)
         seen = (self._compared(increases) >= self.threshold).tolist()
         decided = next((row + 1 for row in range(len(groups)) if seen[row] != expected[row]), len(groups))
         for group, increase, stays, found in zip(groups[:decided], increases, seen, values.tolist(), strict=False):
@@ -321,6 +317,35 @@ class ACDC(CircuitDiscoverer):
         for name, more in counted.items():
             state[name] += more
         return decided, seen
+
+    def _measure(
+        self, without: Bool[Tensor, "row edge"], before: Int[np.ndarray, "row"], state: State, damage: DamageMeter, *, first: bool
+    ) -> tuple[Float[np.ndarray, "row"], Float[np.ndarray, "state"]]:
+        """Increases in damage, and the damage in every state, the present one last."""
+        exact = damage.exact
+        if exact is None:
+            values = np.array([*damage(without).tolist(), state["damage"]])
+            return values[:-1] - values[before], values
+        without = torch.cat([without, state["kept"][None]])  # the present state too, since rounding depends on the base
+        values = damage(without).numpy().copy()
+        increases = values[:-1] - values[before]
+        if self._confirms:
+            state["noise"], more = confirm(
+                increases,
+                values,
+                before,
+                lambda increases: np.abs(self._compared(increases) - self.threshold),
+                lambda states: exact(without[torch.from_numpy(states)]).numpy(),
+                state["noise"],
+                sample=first,
+            )
+            state["confirmed"] += more
+        return increases, values
+
+    @property
+    def _confirms(self) -> bool:
+        precision = get_precision(self.precision)
+        return precision is not None and precision.confirm
 
     def _compared(self, increases: Float[np.ndarray, "row"]) -> Float[np.ndarray, "row"]:
         """What is compared with the threshold."""

@@ -171,13 +171,18 @@ def _size(point: Results, clock: str) -> dict[str, object]:
 def _gpu_suite(found: Results) -> Tables:
     size, parts = found["config"], found["parts"]
     yield f"{size['shape']}, {size['prompts']} prompts of 16 tokens.", []
-    checks = {name: part for name, part in parts.items() if not {"seconds", "points"} & part.keys() or NOTHING & part.keys()}
+    checks = {name: part for name, part in parts.items() if not {"seconds", "points", "precisions"} & part.keys() or NOTHING & part.keys()}
     yield "", [{"part": name, "found": _checked(part)} for name, part in checks.items()]
     clock = _clock(found)
     searches = [(name, parts[f"exact ACDC, {name}"]) for name in ("some edges", "all edges")]
     yield "", [_search(name, part, clock) for name, part in searches if "incremental" in part.get("seconds", ())]
     if "record" in (whole := parts["exact ACDC, all edges"]):
         yield "", [_whole_search(whole)]
+    if "precisions" in (part := parts["mixed precision"]):
+        yield (
+            f"Exact ACDC in mixed precision, {part['edges']:,} edges being tried.",
+            [_precision(*row) for row in part["precisions"].items()],
+        )
     if "seconds" in (part := parts["EAP against its floor"]):
         yield "", [_attribution("EAP", part, (part["prompts"], 16))]
     yield from _sizes(parts["scaling"]["points"], clock) if "points" in parts["scaling"] else ()
@@ -190,6 +195,12 @@ def _whole_search(part: Results) -> dict[str, object]:
     row |= {"peak, MB": f"{part['peak'] / 1e6:.0f}"} if part["peak"] else {}
     row |= {name: f"{part['record'][name]:,}" for name in ("evaluations", "batches")}
     return {**row, "replayed by the reference": _checked(part["replayed"])} if "replayed" in part else row
+
+
+def _precision(name: str, row: Results) -> dict[str, object]:
+    """Exact ACDC with one background type; where its rounding is simulated, there is nothing to be said of its speed."""
+    seconds = _times(row["seconds"]) if row["kernel"] else "simulated"
+    return {"type": name, "exact ACDC, s": seconds, **{count: row[count] for count in ("decisions_that_differ", "measured", "confirmed")}}
 
 
 def _checked(part: Results) -> str:
