@@ -17,12 +17,13 @@ from functools import partial
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.ablation import Ablation, Counterfactuals
 from circuits.base_run import Known, Parts, State, UnsupportedError
 from circuits.components import check_fits, check_supported
+from circuits.cost import Cost
 from circuits.errors import InputError
 from circuits.flips import Flips
 from circuits.graph import Graph
@@ -33,7 +34,7 @@ from circuits.models import Model, frozen
 from circuits.outputs import TOLERANCE, embedding_outputs, source_outputs
 from circuits.patching import EdgeLayout, check_task
 from circuits.precision import Background, Precision
-from circuits.propagation import Needs, plan
+from circuits.propagation import Needs, Plan, plan
 from circuits.spans import token_spans
 from circuits.sublayers import multiply
 from circuits.tasks.base import Task
@@ -163,7 +164,10 @@ class IncrementalExecutor:
 
     def fixed_cost(self, kept: Bool[Tensor, "variant edge"]) -> float:
         """About what a batch of such circuits costs on top of what each of them does, in circuits."""
-        return self._run(self._base(kept), kept).cost.fixed
+        base = self._base(kept)
+        changed = (kept.numpy() != base.kept.numpy()).any(0)
+        rows = np.unique(self.known.parts.layout.target.numpy()[changed])
+        return Cost.of(self._plan(base, kept, rows), self.known.parts).fixed
 
     @property
     def _rounds_changes(self) -> bool:
@@ -182,7 +186,7 @@ class IncrementalExecutor:
             product = self.background.product if self.background is not None and self.background.whole else multiply
             with torch.inference_mode():
                 found = parts.run(self.known.counterfactuals, self.whole.projected, product)
-            found.outputs[: parts.embeddings] = self.whole.outputs[: parts.embeddings]
+                found.outputs[: parts.embeddings] = self.whole.outputs[: parts.embeddings]
             self.bases["empty"] = found.state(none, self.known.mask(none), parts.places)
         return self.bases["empty"]
 
@@ -201,17 +205,22 @@ class IncrementalExecutor:
         self.counts["node_evaluations"] += len(run.plan.changed) * (len(run.kept) + base)
 
     def _run(self, base: State, kept: Bool[Tensor, "variant edge"]) -> Run:
-        known, places = self.known, self.known.parts.places
-        flips = Flips.of(known, base, kept)
-        if base is not self.bases.get("near"):
-            mask = np.any(known.mask(kept.any(0)), axis=0)
-            made = plan(places, mask, Needs.of(places, mask), flips.targets)
-        else:
-            key = flips.rows.tobytes()
-            if key not in base.plans:
-                base.plans[key] = plan(places, np.any(base.mask, axis=0), base.needs, flips.targets)
-            made = base.plans[key]
-        return Run(known, base, kept, flips, made, self.background)
+        flips = Flips.of(self.known, base, kept)
+        return Run(self.known, base, kept, flips, self._plan(base, kept, flips.rows), self.background)
+
+    def _plan(self, base: State, kept: Bool[Tensor, "variant edge"], rows: Int[np.ndarray, "row"]) -> Plan:
+        """What to compute when edges into some rows change; near a base once for all variants that follow."""
+        places, key = self.known.parts.places, rows.tobytes()
+        near = base is self.bases.get("near")
+        if near and key in base.plans:
+            return base.plans[key]
+        mask = np.any(base.mask if near else self.known.mask(kept.any(0)), axis=0)
+        flipped = np.zeros(len(mask), dtype=bool)
+        flipped[rows] = True
+        made = plan(places, mask, base.needs if near else Needs.of(places, mask), flipped)
+        if near:
+            base.plans[key] = made
+        return made
 
 
 def _check(model: Model, layout: EdgeLayout, task: Task, window: Window, found: Float[Tensor, "source token d_model"]) -> None:
