@@ -214,6 +214,26 @@ class Known:
     spans: Int[Tensor, "token"] | None
     possible: Bool[np.ndarray, "target source"]
 
+    def summed(
+        self,
+        weights: Float[Tensor, "#variant span target source"],
+        values: Float[Tensor, "source _ token d_model"],
+        wide: bool,
+    ) -> Float[Tensor, "target variant token d_model"]:
+        """Sums over sources, each token by the weights of its span."""
+        if self.spans is not None:
+            here = self.spans if wide else self.spans[-self.parts.window.scored :]
+            shape = (max(len(weights), values.shape[1]), *values.shape[2:])
+            return torch.einsum("vtru,uvtd->rvtd", weights[:, here].expand(shape[0], -1, -1, -1), values.expand(-1, *shape))
+        matrix, flat = weights[:, 0], values.flatten(2)
+        if len(matrix) == 1:
+            return (matrix[0] @ flat.flatten(1)).view(-1, *values.shape[1:])
+        if values.shape[1] == 1:
+            summed = matrix.transpose(0, 1).flatten(0, 1) @ flat[:, 0]
+        else:
+            summed = torch.bmm(matrix, flat.transpose(0, 1)).transpose(0, 1)
+        return summed.reshape(matrix.shape[1], len(matrix), *values.shape[2:])
+
     def mask(self, kept: Bool[Tensor, "edge"]) -> Bool[np.ndarray, "span target source"]:
         """Edges kept, by span, target and source."""
         return ~self.parts.layout.ablated(kept[None])[0].numpy() & self.possible

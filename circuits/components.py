@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,17 +45,20 @@ def component_graph(model: Model, *, split_embed: bool = False, positions: Seque
     spans = _spans(positions)
     components = component_nodes(model, split_embed)
     nodes = [at_position(node, span) for node in (*components, Logits()) for span in spans or (None,)]
-    # Columns of integers, not edges one by one: a model of a hundred layers has millions.
-    reads = [
-        (row, slot, sources_of(model, target, split_embed))
-        for row, target in enumerate((*components, Logits()))
-        for slot in ((0, 1, 2) if isinstance(target, Head) else (NO_SLOT,))
-        if not isinstance(target, Embed | TokenEmbed | PosEmbed)
-    ]
     width = len(spans) if spans else 1
-    source, target, slot = torch.cat([_incoming(row, slot, sources, width) for row, slot, sources in reads], dim=1)
+    # Columns of integers, not edges one by one: a model of a hundred layers has millions.
+    columns = [_incoming(row, slot, sources, width) for row, slot, sources in _reads(model, split_embed)]
+    source, target, slot = torch.cat(columns, dim=1)
     causal = model.cfg.attention_dir == "causal"
     return Graph(tuple(nodes), source.contiguous(), target.contiguous(), slot.contiguous(), spans, causal, identity(model))
+
+
+def _reads(model: Model, split_embed: bool) -> Iterator[tuple[int, int, int]]:
+    """Each slot of each component, by their numbers, and how many sources it has."""
+    for row, target in enumerate((*component_nodes(model, split_embed), Logits())):
+        if not isinstance(target, Embed | TokenEmbed | PosEmbed):
+            for slot in (0, 1, 2) if isinstance(target, Head) else (NO_SLOT,):
+                yield row, slot, sources_of(model, target, split_embed)
 
 
 def _incoming(target: int, slot: int, sources: int, width: int) -> Int[Tensor, "column edge"]:
@@ -70,11 +73,12 @@ def reaching_logits(model: Model, graph: Graph) -> Callable[[Bool[Tensor, "edge"
 
     Where the graph lacks edges of the model, which are then never ablated, paths lead along them as well.
     """
+    split_embed = any(isinstance(node, TokenEmbed | PosEmbed) for node in graph.nodes)
+    if len(graph) == sum(sources for _, _, sources in _reads(model, split_embed)) * len(graph.positions or (None,)):
+        return graph.reaching_logits
     names = None if graph.positions is None else [name for name in graph.positions if name != REST]
     spans: Any = len(names) if names and isinstance(names[0], int) else names
-    whole = component_graph(model, split_embed=any(isinstance(node, TokenEmbed | PosEmbed) for node in graph.nodes), positions=spans)
-    if len(whole) == len(graph):
-        return graph.reaching_logits
+    whole = component_graph(model, split_embed=split_embed, positions=spans)
     edges = {edge: index for index, edge in enumerate(whole.edges)}
     place = torch.tensor([edges[edge] for edge in graph.edges])
 

@@ -84,7 +84,8 @@ def _edges_by_slot(graph: Graph) -> Slots:
     slots: dict[Target, list[int]] = {}
     for index, edge in enumerate(graph.edges):
         slots.setdefault((edge.target, edge.slot), []).append(index)
-    return {target: tuple(sorted(edges, key=lambda edge: int(graph.source[edge]), reverse=True)) for target, edges in slots.items()}
+    sources = graph.source.tolist()
+    return {target: tuple(sorted(edges, key=sources.__getitem__, reverse=True)) for target, edges in slots.items()}
 
 
 def _topological(graph: Graph, slots: Slots) -> Iterator[Trial]:

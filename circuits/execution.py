@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal, Protocol, get_args, runtime_checkable
@@ -55,8 +55,8 @@ class Executor(Protocol):
         """A hint: circuits that follow are mostly subsets of this one."""
         ...
 
-    def fixed_cost(self, kept: Bool[Tensor, "variant edge"]) -> float:
-        """About what a batch of such circuits costs on top of what each of them does, in circuits."""
+    def fixed_cost(self, edges: Sequence[int]) -> float:
+        """About what a batch costs on top of what each circuit in it does, in circuits, where they lack such edges of the one told of."""
         ...
 
 

@@ -41,13 +41,13 @@ class Flips:
         target, source = layout.target.numpy()[changed], layout.source.numpy()[changed]
         edges = np.zeros_like(known.possible)
         edges[target, source] = True
-        rows, row = np.unique(target, return_inverse=True)
-        columns = np.unique(source)
+        targets = np.any(edges, axis=1)
+        rows, columns = np.flatnonzero(targets), np.flatnonzero(np.any(edges, axis=0))
         if len(columns) and columns[-1] - columns[0] < 2 * len(columns):
             columns = np.arange(columns[0], columns[-1] + 1)  # side by side, so that they need not be copied
         signs = np.zeros((len(kept), layout.shape[0], len(rows), len(columns)), dtype=np.float32)
         values = wanted[:, changed].astype(np.float32) - held[changed]
-        signs[:, layout.span.numpy()[changed], row, np.searchsorted(columns, source)] = values
+        signs[:, layout.span.numpy()[changed], np.searchsorted(rows, target), np.searchsorted(columns, source)] = values
 
         def ablated(wide: bool) -> Tensor:
             index = contiguous(columns, counterfactuals.device)
@@ -57,7 +57,11 @@ class Flips:
             written, replaced = (part if wide else window.narrow(part) for part in (base.outputs, counterfactuals))
             return written[index] - replaced[index]
 
-        return Flips(np.any(edges, axis=1), edges, rows, columns, signs, cache(ablated))
+        return Flips(targets, edges, rows, columns, signs, cache(ablated))
+
+    def signs_into(self, rows: Int[np.ndarray, "*rows"]) -> Float[np.ndarray, "variant span *rows column"]:
+        """The signs of edges into some of the rows."""
+        return self.signs[:, :, np.searchsorted(self.rows, rows)]
 
     def only(self, variants: slice) -> Flips:
         """Of some of the variants."""

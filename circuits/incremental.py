@@ -11,7 +11,7 @@ and only nodes whose input changed and which still reach the logits are computed
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -158,16 +158,15 @@ class IncrementalExecutor:
                 # What others are computed from is exact, unless everything is in the background's type.
                 run.background = None if self._rounds_changes else run.background
                 run.commit()
-            self._count(run)
+            self.counts["node_evaluations"] += run.evaluated
             mask = self.known.mask(kept)
             state.become(kept, mask, Needs.of(self.known.parts.places, np.any(mask, axis=0)), run.plan.changed)
 
-    def fixed_cost(self, kept: Bool[Tensor, "variant edge"]) -> float:
-        """About what a batch of such circuits costs on top of what each of them does, in circuits."""
-        base = self._base(kept)
-        changed = (kept.numpy() != base.kept.numpy()).any(0)
-        rows = np.unique(self.known.parts.layout.target.numpy()[changed])
-        return Cost.of(self._plan(base, kept, rows), self.known.parts).fixed
+    def fixed_cost(self, edges: Sequence[int]) -> float:
+        """About what a batch costs on top of what each circuit in it does, in circuits, where they differ from the base in such edges."""
+        base = self.bases.get("near", self.whole)
+        rows = np.unique(self.known.parts.layout.target.numpy()[edges])
+        return Cost.of(self._plan(base, base.kept[None], rows), self.known.parts).fixed
 
     @property
     def _rounds_changes(self) -> bool:
@@ -195,14 +194,10 @@ class IncrementalExecutor:
         with torch.inference_mode():
             found = some.execute()
         logits = found.clone()  # which, made out here, whoever gets it may write to
-        self._count(some)
+        self.counts["node_evaluations"] += some.evaluated
         self.counts["batches"] += 1
         check_finite(logits)
         return function(logits)
-
-    def _count(self, run: Run) -> None:
-        base = int(run.background is not None and not run.background.whole)
-        self.counts["node_evaluations"] += len(run.plan.changed) * (len(run.kept) + base)
 
     def _run(self, base: State, kept: Bool[Tensor, "variant edge"]) -> Run:
         flips = Flips.of(self.known, base, kept)

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.base_run import Known, State, contiguous
+from circuits.cases import Cases
 from circuits.cost import Cost
 from circuits.flips import Flips
 from circuits.graph import SLOTS
@@ -21,6 +22,9 @@ from circuits.propagation import Plan, Read, Step
 from circuits.sublayers import Multiply, Rows, multiply
 
 Key = tuple[int, bool, bytes]
+
+# Heads are computed once for each different input if there are at most so many of them, of one for each variant: each has its overhead.
+WORTHWHILE = 0.75
 
 
 @dataclass(eq=False)
@@ -33,6 +37,7 @@ class Run:
         plan: what is computed.
         background: how products are computed that need not be exact; then the first variant must be the base itself, unless it computes
             whole values.
+        evaluated: how many times some node was computed.
     """
 
     known: Known
@@ -44,12 +49,14 @@ class Run:
     wide: Tensor = field(init=False)
     narrow: Tensor = field(init=False)
     normed: dict[Key | None, Tensor] = field(default_factory=dict)
+    cases: dict[Step, Cases | None] = field(default_factory=dict)
     writes: list[Callable[[], None]] | None = None
+    evaluated: int = 0
 
     @property
     def cost(self) -> Cost:
         """What one more variant takes."""
-        return Cost.of(self.plan, self.known.parts)
+        return Cost.of(self.plan, self.known.parts, lambda step: self._computed(step) / len(self.kept))
 
     def only(self, variants: slice) -> Run:
         """The run of some of the variants."""
@@ -60,7 +67,7 @@ class Run:
     def commit(self) -> None:
         """Make the base the state of the first variant, but for what `State.become` sets."""
         self.writes = []
-        self.execute()
+        self._walk()
         # Only now: what is computed last still reads the base as it was.
         for write in self.writes:
             write()
@@ -68,31 +75,54 @@ class Run:
     def execute(self) -> Float[Tensor, "variant scored vocab"]:
         """Walk down the model."""
         if self.background is None or self.background.whole:
-            return self._execute()
+            return self._logits()
         kept = torch.cat([self.base.kept[None], self.kept])
-        return Run(self.known, self.base, kept, self.flips.after_base(), self.plan, self.background)._execute()[1:]
+        run = Run(self.known, self.base, kept, self.flips.after_base(), self.plan, self.background)
+        logits = run._logits()[1:]
+        self.evaluated = run.evaluated
+        return logits
 
-    def _execute(self) -> Float[Tensor, "variant scored vocab"]:
+    def _cases(self, step: Step) -> Cases | None:
+        """The different inputs of a step's heads, where they are so few that each is computed on its own."""
+        if step not in self.cases:
+            found = None
+            # Where edges change into one row alone, it is what the variants differ in.
+            if len(self.kept) > 1 and len(self.flips.rows) > 1 and step.reads[0].place.slot and not step.reads[0].changed:
+                found = Cases.of(self.flips, step)
+            self.cases[step] = found if found is not None and len(found) <= WORTHWHILE * len(step.sources) * len(self.kept) else None
+        return self.cases[step]
+
+    def _computed(self, step: Step) -> int:
+        """How many times some node is computed in a step."""
+        cases = self._cases(step)
+        return len(step.sources) * len(self.kept) if cases is None else len(cases)
+
+    def _logits(self) -> Float[Tensor, "variant scored vocab"]:
+        residual, product = self._walk()
+        return self.known.parts.unembedding(residual, product)
+
+    def _walk(self) -> tuple[Float[Tensor, "variant scored d_model"], Multiply]:
+        """The residual stream after the last layer, and how to multiply it."""
         window, variants, d_model = self.known.parts.window, len(self.kept), self.base.outputs.shape[-1]
         self.wide = self.base.outputs.new_empty(len(self.plan.wide), variants, len(window), d_model)
         self.narrow = self.base.outputs.new_empty(len(self.plan.changed), variants, window.scored, d_model)
         done = wide = 0
         for step in self.plan.steps:
             if not len(step.sources):
-                return self.known.parts.unembedding(self._input(step.reads[0])[0][0], self._multiply(step, wide=False))
-            written = self._written(step)
-            index = self._index(step.sources)
-            old = self.base.outputs[index]
-            change = written - (old if step.wide else window.narrow(old))[:, None]
-            self._note(window.put, self.base.outputs, index, written, step.wide)
+                return self._input(step.reads[0])[0][0], self._multiply(step, wide=False)
+            count = len(step.sources)
+            here = self.narrow[done : done + count]
             if step.wide:
-                self.wide[wide : wide + len(change)] = change
-                wide += len(change)
-            self.narrow[done : done + len(change)] = window.narrow(change) if step.wide else change
-            done += len(change)
+                self._change(step, into=self.wide[wide : wide + count])
+                here.copy_(window.narrow(self.wide[wide : wide + count]))
+                wide += count
+            else:
+                self._change(step, into=here)
+            done += count
+            self.evaluated += self._computed(step)
         residual = window.narrow(self.base.inputs[self.known.parts.model.cfg.n_layers, None])
         product = multiply if self.background is None or not self.background.whole else self.background.product
-        return self.known.parts.unembedding(residual, product).expand(variants, -1, -1)
+        return residual.expand(variants, -1, -1), product
 
     def _multiply(self, step: Step, *, wide: bool) -> Multiply:
         """How a step multiplies: nodes into which edges change are under investigation, and stay as exact as the rest is without a background."""
@@ -103,6 +133,17 @@ class Run:
         if any(self.flips.targets[read.rows].any() for read in step.reads):
             return multiply
         return self.background.increments(len(self.known.parts.window.at(wide)))
+
+    def _change(self, step: Step, into: Float[Tensor, "source variant token d_model"]) -> None:
+        """Find what a step's nodes write, less what they write in the base."""
+        index = self._index(step.sources)
+        old = self.base.outputs[index] if step.wide else self.known.parts.window.narrow(self.base.outputs[index])
+        if (cases := self._cases(step)) is not None:
+            cases.changes(self.known, self.base, self.flips, step, self._multiply(step, wide=step.wide), old, into)
+            return
+        written = self._written(step)
+        self._note(self.known.parts.window.put, self.base.outputs, index, written, step.wide)
+        torch.sub(written.expand_as(into), old[:, None], out=into)
 
     def _written(self, step: Step) -> Float[Tensor, "source variant token d_model"]:
         parts, layer = self.known.parts, step.layer
@@ -122,8 +163,7 @@ class Run:
         parts, place = self.known.parts, read.place
         assert place.slot is not None
         part = parts.attention[place.layer]
-        variants, which = self._variants(read)
-        residual, key = self._input(read, variants)
+        residual, key = self._input(read)
         normed = self.normed[key] if key in self.normed else part.norm(residual)
         if key is not None:
             self.normed = {key: normed}
@@ -131,26 +171,9 @@ class Run:
         if place.slot != "q":
             result = parts.window.into_keys(self.base.projected[place.layer, place.slot][heads], result)
         self._note(self.base.put, self.base.projected, place, parts.window, heads, result, read.wide)
-        return result if which is None else result[:, which]
+        return result
 
-    def _variants(self, read: Read) -> tuple[Int[np.ndarray, "different"], Tensor | None]:
-        """Variants that differ in what some targets read, and which of them each variant is like (None: all differ).
-
-        Where nothing upstream changed, variants of one search share what was decided before.
-        """
-        everyone = np.arange(len(self.kept))
-        if read.changed or len(everyone) == 1:
-            return everyone, None
-        signs = self.flips.signs[:, :, np.isin(self.flips.rows, read.rows)]
-        seen: dict[bytes, int] = {}
-        which = [seen.setdefault(each.tobytes(), len(seen)) for each in signs]
-        if len(seen) == len(everyone):
-            return everyone, None
-        return np.unique(which, return_index=True)[1], torch.tensor(which, device=self.base.outputs.device)
-
-    def _input(
-        self, read: Read, variants: Int[np.ndarray, "different"] | None = None
-    ) -> tuple[Float[Tensor, "_ variant token d_model"], Key | None]:
+    def _input(self, read: Read) -> tuple[Float[Tensor, "_ variant token d_model"], Key | None]:
         """What some targets read in some variants; or one row where all read the same, with a key that equal inputs share."""
         window, place = self.known.parts.window, read.place
         slot = (place.layer, place.slot)
@@ -163,7 +186,7 @@ class Run:
         flipped = self.flips.targets[read.rows].any()
         key = (id(stored), read.wide, weights) if len(residual) == len(stored) == 1 and not flipped else None
         if flipped:
-            residual = self._flipped(read, residual, variants)
+            residual = self._flipped(read, residual)
         self._note(self.base.put, self.base.inputs, place, window, rows, residual, read.wide)
         return residual, key
 
@@ -176,7 +199,7 @@ class Run:
         if self.flips.edges[np.ix_(read.rows, columns)].any():
             dense = ~self.known.parts.layout.ablated(self.kept)[:, :, read.rows][..., columns]
             dense &= torch.from_numpy(self.known.possible[np.ix_(read.rows, columns)])
-            return self._sum(dense.to(changes), changes, read.wide), b""
+            return self.known.summed(dense.to(changes), changes, read.wide), b""
         weights = self.base.mask[:, read.rows][..., columns]
         if not weights.any():
             return None, b""
@@ -184,47 +207,23 @@ class Run:
             weights = weights[:, :1]
         if read not in self.plan.weights:
             self.plan.weights[read] = torch.from_numpy(weights).to(changes)
-        return self._sum(self.plan.weights[read][None], changes, read.wide), weights.tobytes()
+        return self.known.summed(self.plan.weights[read][None], changes, read.wide), weights.tobytes()
 
-    def _flipped(
-        self, read: Read, residual: Float[Tensor, "#target _ token d_model"], variants: Int[np.ndarray, "different"] | None
-    ) -> Float[Tensor, "target variant token d_model"]:
+    def _flipped(self, read: Read, residual: Float[Tensor, "#target _ token d_model"]) -> Float[Tensor, "target variant token d_model"]:
         """Inputs with what edges that changed bring: their sources' base outputs instead of the counterfactual ones, or the reverse."""
         flips = self.flips
         hit = np.flatnonzero(flips.targets[read.rows])
-        signs = flips.signs if variants is None else flips.signs[variants]
-        weights = torch.from_numpy(signs[:, :, np.searchsorted(flips.rows, read.rows[hit])]).to(residual)
+        weights = torch.from_numpy(flips.signs_into(read.rows[hit])).to(residual)
         ablated = flips.ablated(read.wide)
         if self.known.spans is None and len(read.rows) == 1 and residual.shape[1] == 1:
             summed = torch.addmm(residual.reshape(1, -1), weights[:, 0, 0], ablated.flatten(1))
             return summed.view(1, len(weights), *residual.shape[2:])
-        change = self._sum(weights, ablated[:, None], read.wide)
+        change = self.known.summed(weights, ablated[:, None], read.wide)
         if len(hit) == len(read.rows):
             return residual + change
         result = residual.expand(len(read.rows), change.shape[1], *change.shape[2:]).clone()
         result[self._index(hit)] += change
         return result
-
-    def _sum(
-        self,
-        weights: Float[Tensor, "#variant span target source"],
-        values: Float[Tensor, "source _ token d_model"],
-        wide: bool,
-    ) -> Float[Tensor, "target variant token d_model"]:
-        """Weighted sums over sources, each token by the weights of its span."""
-        window, spans = self.known.parts.window, self.known.spans
-        if spans is not None:
-            here = spans if wide else spans[-window.scored :]
-            shape = (max(len(weights), values.shape[1]), *values.shape[2:])
-            return torch.einsum("vtru,uvtd->rvtd", weights[:, here].expand(shape[0], -1, -1, -1), values.expand(-1, *shape))
-        matrix, flat = weights[:, 0], values.flatten(2)
-        if len(matrix) == 1:
-            return (matrix[0] @ flat.flatten(1)).view(-1, *values.shape[1:])
-        if values.shape[1] == 1:
-            summed = matrix.transpose(0, 1).flatten(0, 1) @ flat[:, 0]
-        else:
-            summed = torch.bmm(matrix, flat.transpose(0, 1)).transpose(0, 1)
-        return summed.reshape(matrix.shape[1], len(matrix), *values.shape[2:])
 
     def _note(self, write: Callable[..., None], *arguments: Any) -> None:
         """A write to the base, of the first variant of the tensor before the last argument."""

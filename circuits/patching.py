@@ -8,7 +8,7 @@ It is simple enough to be believed by reading, and the oracle for everything fas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -173,7 +173,7 @@ class HookedExecutor:
     def near(self, kept: Bool[Tensor, "edge"]) -> None:
         """Nothing is kept from circuit to circuit."""
 
-    def fixed_cost(self, kept: Bool[Tensor, "variant edge"]) -> float:
+    def fixed_cost(self, edges: Sequence[int]) -> float:
         """Every circuit is a whole run; there is little on top."""
         return 0.1
 

@@ -164,6 +164,8 @@ def plan(
         here = slice(group[0].row, group[-1].row + group[-1].rows)
         if changed:
             touched[here] |= kept[here][:, changed].any(1)
+        if not touched[here].any():
+            continue
         found = list(_steps(group, touched, needs, reads))
         steps += found
         for step in found:
@@ -178,8 +180,7 @@ def _steps(
     """The heads of a layer sorted by which of their slots changed and where they are needed; or the MLP; or the logits."""
     first = group[0]
     if first.source is None:
-        if touched[first.row]:
-            yield Step((reads(first, np.array([first.row]), False),), np.array([], dtype=int), False)
+        yield Step((reads(first, np.array([first.row]), False),), np.array([], dtype=int), False)
         return
     heads = np.arange(first.rows)
     own = first.own

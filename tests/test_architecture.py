@@ -14,7 +14,7 @@ PACKAGE = Path(circuits.__file__).parent
 # A module imports only from entries above its own; modules of one entry do not import each other unless listed in ONE_CONCEPT.
 ORDER = (
     "errors", "distributed", "memory", "files", "nodes", "graph", "circuit", "sublayers", "precision", "models", "components", "tasks", "metrics",
-    "spans", "outputs", "ablation", "patching", "window", "propagation", "base_run", "cost", "flips", "incremental_run",
+    "spans", "outputs", "ablation", "patching", "window", "propagation", "base_run", "cost", "flips", "cases", "incremental_run",
     "incremental", "execution", "gradients", "edge_products", "edge_scores", "edge_order", "discoverer", "confirmation", "algorithms",
     "evaluation", "compare", "interchange", "viewer", "plot",
     "run", "commands", "cli",

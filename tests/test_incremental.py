@@ -63,6 +63,36 @@ def test_every_edge_alone_is_as_in_the_reference(architecture):
     assert_equal(reference, incremental, ~torch.eye(len(graph), dtype=torch.bool))
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_circuits_that_share_what_heads_read_are_those_of_the_reference(architecture):
+    model, task = random_model(architecture), random_task(ragged=True, several=True)
+    for graph in (circuits.component_graph(model), circuits.component_graph(model, positions=8)):
+        into_heads = torch.tensor([isinstance(node, circuits.Head) and node.layer == 1 for node in graph.nodes])[graph.target]
+        base = random_masks(graph, 0.9)[0]
+        few = random_masks(graph, 0.8, 0.8, 0.5) | ~into_heads
+        kept = torch.stack([base, *(base & few), base & few[0] & few[1], base & few[1] & (graph.slot != 1), base])
+        reference, incremental = executors(model, graph, task)
+        incremental.near(base)
+        assert_equal(reference, incremental, kept)
+
+
+def test_a_head_that_reads_the_same_in_many_circuits_is_computed_once():
+    model, task = random_model("gpt2"), random_task()
+    graph = circuits.component_graph(model)
+    _, incremental = executors(model, graph, task)
+    kept = torch.ones(len(graph), dtype=torch.bool)
+    incremental.near(kept)
+    kept = kept.repeat(10, 1)
+    kept[:5, graph.index("embed->a1.h0.q")] = False
+    kept[5:, graph.index("embed->a1.h1.v")] = False
+    kept[:, graph.index("embed->a1.h2.k")] = kept[:, graph.index("embed->a1.h3.v")] = False
+    without_mlp = kept & ~graph.mask([f"a1.h{head}->m1" for head in range(4)])
+    incremental.near(without_mlp.any(0))
+    before = incremental.counts["node_evaluations"]
+    incremental.logits(without_mlp)
+    assert incremental.counts["node_evaluations"] - before == 2
+
+
 def test_edges_between_named_spans_and_split_embeddings_are_ablated_as_in_the_reference(toy_world):
     task = circuits.load_task("ioi", toy_world, n=6)
     for options in ({"positions": ["S1", "S2", "END"]}, {"split_embed": True}):

@@ -230,8 +230,7 @@ class ACDC(CircuitDiscoverer):
                 damage.near(state["kept"])
                 state["commits"] += 1
             if self.speculate and targets[done] not in fixed_costs:
-                group = groups[targets.index(targets[done])]
-                fixed_costs[targets[done]] = damage.executor.fixed_cost(_without(state["removed_at"] >= state["commits"], [group]))
+                fixed_costs[targets[done]] = damage.executor.fixed_cost(groups[done])
             size = self._batch_size(state, fixed_costs[targets[done]]) if self.speculate else 1
             batch = groups[done : done + size]
             for row in range(max(done, state["surveyed"]), done + len(batch)):
@@ -375,14 +374,6 @@ def _part_of(progress: Progress | None, number: int, parts: int) -> Progress | N
 def _alike(graph: Graph) -> Int[np.ndarray, "edge"]:
     """The same number for edges from one source into the same slot of any target: they are often decided alike."""
     return (graph.source * 4 + graph.slot).numpy()
-
-
-def _without(kept: Bool[Tensor, "edge"], groups: list[list[int]]) -> Bool[Tensor, "variant edge"]:
-    """The circuit without each of the groups."""
-    masks = kept.repeat(len(groups), 1)
-    for mask, group in zip(masks, groups, strict=True):
-        mask[group] = False
-    return masks
 
 
 def _as_tensors(state: State) -> dict[str, Tensor]:
