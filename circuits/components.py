@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -26,6 +27,8 @@ NOT_ARCHITECTURE = (
     "original_architecture", "load_", "dtype",
 )  # fmt: skip
 SHAPE = ("n_layers", "n_heads", "n_key_value_heads", "d_model", "d_head", "d_mlp", "d_vocab", "attn_only", "parallel_attn_mlp")
+# Of parameters with at most so many numbers the fingerprint takes the bits as they are.
+SMALL = 1 << 12
 
 
 def component_graph(model: Model, *, split_embed: bool = False, positions: Sequence[str] | int | None = None) -> Graph:
@@ -48,9 +51,8 @@ def component_graph(model: Model, *, split_embed: bool = False, positions: Seque
     width = len(spans) if spans else 1
     # Columns of integers, not edges one by one: a model of a hundred layers has millions.
     columns = [_incoming(row, slot, sources, width) for row, slot, sources in _reads(model, split_embed)]
-    source, target, slot = torch.cat(columns, dim=1)
-    causal = model.cfg.attention_dir == "causal"
-    return Graph(tuple(nodes), source.contiguous(), target.contiguous(), slot.contiguous(), spans, causal, identity(model))
+    source, target, slot = (torch.from_numpy(column.copy()) for column in np.concatenate(columns, axis=1))
+    return Graph(tuple(nodes), source, target, slot, spans, model.cfg.attention_dir == "causal", identity(model))
 
 
 def _reads(model: Model, split_embed: bool) -> Iterator[tuple[int, int, int]]:
@@ -61,11 +63,10 @@ def _reads(model: Model, split_embed: bool) -> Iterator[tuple[int, int, int]]:
                 yield row, slot, sources_of(model, target, split_embed)
 
 
-def _incoming(target: int, slot: int, sources: int, width: int) -> Int[Tensor, "column edge"]:
+def _incoming(target: int, slot: int, sources: int, width: int) -> Int[np.ndarray, "column edge"]:
     """Source, target and slot of the edges into one slot of one component, for each of `width` spans its first `sources` components."""
-    spans, components = torch.meshgrid(torch.arange(width), torch.arange(sources), indexing="ij")
-    source, ones = (components * width + spans).flatten(), torch.ones(width * sources, dtype=torch.long)
-    return torch.stack([source, (target * width + spans).flatten(), slot * ones])
+    spans, components = np.repeat(np.arange(width), sources), np.tile(np.arange(sources), width)
+    return np.stack([components * width + spans, target * width + spans, np.full(width * sources, slot)])
 
 
 def reaching_logits(model: Model, graph: Graph) -> Callable[[Bool[Tensor, "edge"]], Bool[Tensor, "edge"]]:
@@ -200,12 +201,15 @@ def _spans(positions: Sequence[str] | int | None) -> tuple[str | int, ...] | Non
 
 
 def _checksum(parameter: Tensor) -> bytes:
-    """Integer sums of the bits over rows and over columns: they depend on every bit and its place, not on device or order of summation.
+    """The bits of small parameters; of others integer sums of them over rows and over columns.
 
-    Sums wrap around in the width of the bits, which keeps them exact in any order and is twenty times faster than summing in 64 bits.
+    These depend on every bit and its place, not on device or order of summation. Sums wrap around in the width of the bits, which keeps
+    them exact in any order and is twenty times faster than summing in 64 bits.
     """
     kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
     bits = parameter.contiguous().view(kind).reshape(-1, parameter.shape[-1] if parameter.dim() else 1)
+    if bits.numel() <= SMALL:
+        return bits.cpu().numpy().tobytes()
     if kind is torch.int16 and bits.shape[1] % 2 == 0:
         bits = bits.view(torch.int32)
     width = torch.int64 if kind is torch.int64 else torch.int32
