@@ -1,7 +1,7 @@
-"""Tables of the results, for the README beside this file.
+"""Tables of the results: all of them for the README beside this file, a few of the rows for the project's.
 
-    python experiments/benchmarks/tables.py            # writes them between the README's markers
-    python experiments/benchmarks/tables.py --check    # fails if the README has other ones
+    python experiments/benchmarks/tables.py            # writes them between the READMEs' markers
+    python experiments/benchmarks/tables.py --check    # fails if a README has other ones
 
 Results are `results/BENCHMARK-MACHINE.json`, as the benchmarks write them. A time is the median of its repetitions, then the range of them.
 """
@@ -36,28 +36,59 @@ class Config:
     results: Path = HERE / "results"
     """The folder of results."""
     readme: Path = HERE / "README.md"
-    """The file with the markers."""
+    """The file that all tables go into."""
+    summary: Path = HERE.parents[1] / "README.md"
+    """The file that a few rows go into."""
 
 
 def main(config: Config) -> None:
-    before = config.readme.read_text()
-    after = updated(before, config.results)
-    if config.check and after != before:
-        sys.exit(f"{config.readme} differs from what {config.results} gives: run `python experiments/benchmarks/tables.py`.")
-    if not config.check:
-        config.readme.write_text(after)
+    for readme, text in ((config.readme, tables(config.results)), (config.summary, summary(config.results))):
+        before = readme.read_text()
+        after = updated(before, text)
+        if config.check and after != before:
+            sys.exit(f"{readme} differs from what {config.results} gives: run `python experiments/benchmarks/tables.py`.")
+        if not config.check:
+            readme.write_text(after)
 
 
-def updated(readme: str, results: Path) -> str:
-    """The README with the tables of these results between its markers."""
+def updated(readme: str, text: str) -> str:
+    """The README with a text between its markers."""
     start, _, rest = readme.partition(BEGIN)
     _, _, end = rest.partition(END)
-    return f"{start}{BEGIN}\n\n{tables(results)}\n{END}{end}"
+    return f"{start}{BEGIN}\n\n{text}\n{END}{end}"
 
 
 def tables(results: Path) -> str:
     """Every benchmark's tables, one for each machine it ran on."""
     return "\n".join(_section(name, sorted(results.glob(f"{name}-*.json"))) for name in BENCHMARKS)
+
+
+def summary(results: Path) -> str:
+    """The cases that say most, by what else one would run."""
+    rows: Rows = []
+    for file in sorted(results.glob("exact-acdc-*.json")):
+        found = json.loads(file.read_text())
+        clock = _clock(found)
+        for case in found["cases"]:
+            if case["case"] in SUMMARIZED:
+                ours, naive = (case["seconds"][program][clock] for program in ("incremental + speculation", "naive"))
+                name = f"exact ACDC: {case['case']} ({case['edges']:,} edges, {case['kept'] / case['edges']:.0%} kept)"
+                times = statistics.median(naive) / statistics.median(ours)
+                rows.append(_against(name, "one hooked forward pass per edge", naive, ours, times, found))
+    for file in sorted(results.glob("eap-peers-*.json")):
+        found = json.loads(file.read_text())
+        for package, peer in found["peers"].items():
+            if "seconds" in peer:
+                (ours, theirs), edges = peer["seconds"].values(), peer["edges"]["shared"]
+                name = f"EAP: {found['shape']}, {found['prompts']} prompts ({edges:,} edges)"
+                rows.append(_against(name, f"{package} {peer['versions'][package]}", theirs, ours, peer["times_slower"], found))
+    return _table(rows)
+
+
+def _against(case: str, other: str, theirs: Sequence[float], ours: Sequence[float], times: float, found: Results) -> dict[str, object]:
+    seconds = {who: f"{statistics.median(each):.3g}" for who, each in (("theirs, s", theirs), ("ours, s", ours))}
+    on = found["hardware"]["gpu"] or f"CPU, threads: {found['hardware']['threads']}"
+    return {"case": case, "compared with": other, **seconds, "times": f"{times:.1f}", "on": on}
 
 
 def _section(name: str, files: Iterable[Path]) -> str:
@@ -200,7 +231,11 @@ def _whole_search(part: Results) -> dict[str, object]:
 def _precision(name: str, row: Results) -> dict[str, object]:
     """Exact ACDC with one background type; where its rounding is simulated, there is nothing to be said of its speed."""
     seconds = _times(row["seconds"]) if row["kernel"] else "simulated"
-    row = {"decisions that differ": row["decisions_that_differ"], "measured": row["measured"], "of these in float32 too": row["confirmed"]}
+    row = {
+        "decisions that differ": row["decisions_that_differ"],
+        "measured": row["measured"],
+        "of these in float32 too": row["confirmed"] or "",
+    }
     return {"type": name, "exact ACDC, s": seconds, **row}
 
 
@@ -230,6 +265,7 @@ BENCHMARKS: dict[str, tuple[str, Callable[[Results], Tables]]] = {
     "scaling": ("Scaling", _scaling),
     "gpu-suite": ("The suite for a GPU", _gpu_suite),
 }
+SUMMARIZED = ("toy-world, IOI, 64 prompts, 0.01", "4 layers of 8 heads, original order, 0.01", "random, gpt2-small")
 UNITS = {"wall": "s", "cpu": "CPU s"}
 ON_CPU_ALONE = ("eap-peers",)
 
