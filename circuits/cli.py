@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -47,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         sys.stderr.write(f"circuits: there is no command {words[0]!r}; there are {', '.join(COMMANDS)}. Try circuits --help.\n")
         return 2
+    if arguments is None:
+        # This process is ours. Threads that spin while they wait make small models many times slower wherever a core is busy otherwise.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from circuits.distributed import RankError, SharedError, is_first, start
     from circuits.errors import InputError
 

@@ -1,6 +1,7 @@
 """The command: help without torch, options from dataclass fields, mistakes told in one line."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -50,6 +51,16 @@ def test_help_answers_without_importing_torch():
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     for name in ("discover", "evaluate", "compare", "list", "examples:"):
         assert name in output
+
+
+def test_only_the_command_itself_says_how_threads_wait_and_only_where_the_user_does_not(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    main(["list"])
+    assert "OMP_WAIT_POLICY" not in os.environ
+    script = "import os, sys; from circuits.cli import main; sys.argv = ['circuits', 'list']; main(); print(os.environ['OMP_WAIT_POLICY'])"
+    for given, expected in ({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"):
+        output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=os.environ | given).stdout
+        assert output.splitlines()[-1] == expected
 
 
 @pytest.mark.parametrize("name", ["discover", "evaluate", "compare", "list"])
