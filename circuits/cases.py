@@ -14,8 +14,12 @@ from torch import Tensor
 
 from circuits.base_run import Known, State
 from circuits.flips import Flips
+from circuits.graph import SLOTS
 from circuits.propagation import Read, Step
 from circuits.sublayers import Multiply, Rows
+
+# The share of different inputs up to which they are computed alone: those of several heads each need weights and keys of their own, copied.
+WORTHWHILE, WORTHWHILE_OF_SEVERAL = 0.75, 0.25
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +66,13 @@ class Cases:
         """How many there are."""
         return len(self.whole.node)
 
+    def worthwhile(self, variants: int) -> bool:
+        """Whether computing them is less work than computing every head in every variant."""
+        if len(self.heads) == 1:
+            # All by the same weights: what counts is how many different inputs a slot has.
+            return sum(len(slot.node) for slot in self.slots) <= WORTHWHILE * len(self.slots) * variants
+        return len(self) <= WORTHWHILE_OF_SEVERAL * len(self.heads) * variants
+
     @staticmethod
     def of(flips: Flips, step: Step) -> Cases:
         """The cases of a step before which nothing changed."""
@@ -98,21 +109,21 @@ class Cases:
             into.zero_()
             return
         parts, layer, rows = known.parts, step.layer, self._rows(self.whole, old.device)
-        held = {slot: base.projected[layer, slot] for slot in ("q", "k", "v")}
-        projected = {slot: part[rows][:, None] for slot, part in held.items()}
+        held = {slot: base.projected[layer, slot] for slot in SLOTS}
         if not step.wide:
-            projected["q"] = parts.window.narrow(projected["q"])
+            held["q"] = parts.window.narrow(held["q"])
+        projected: dict[str, Tensor] = {}
         for read, different in zip(step.reads, self.slots, strict=True):
-            slot = str(read.place.slot)
             if not len(different.node):
                 continue
-            found = self._projected(known, base, flips, read, different, multiply)
-            if different is not self.whole:
-                unchanged = held[slot][torch.from_numpy(self.heads)]
-                unchanged = unchanged if slot != "q" or read.wide else parts.window.narrow(unchanged)
-                found = torch.cat([found.flatten(0, 1), unchanged])[torch.from_numpy(different.number).to(old.device)]
-                found = self._arranged(found)
-            projected[slot] = found
+            slot = str(read.place.slot)
+            projected[slot] = self._projected(known, base, flips, read, different, multiply)
+            # One for all variants of one head is left as it is.
+            if different is not self.whole and (len(self.heads) > 1 or different.number.any()):
+                unchanged = held[slot][torch.from_numpy(self.heads).to(old.device)]
+                table = torch.cat([projected[slot].flatten(0, 1), unchanged])
+                projected[slot] = self._arranged(table[torch.from_numpy(different.number).to(old.device)])
+        projected |= {slot: held[slot][rows][:, None] for slot in SLOTS if slot not in projected}
         written = parts.heads(layer, rows, projected, multiply, wide=step.wide).flatten(0, 1)
         change = old.new_empty(len(written) + len(old), *old.shape[1:])
         torch.sub(written, old[torch.from_numpy(self.whole.node).to(old.device)], out=change[: len(written)])

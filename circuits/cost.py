@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from circuits.base_run import Parts
-from circuits.propagation import Plan, Step
+from circuits.propagation import Plan
 
 # What could be multiplied and added in the time that a step takes however little it computes. The figure for a CPU was measured; that for a
 # GPU, whose steps take about as long but multiply a hundred times as fast, was not.
@@ -29,8 +27,8 @@ class Cost:
     fixed: float
 
     @staticmethod
-    def of(plan: Plan, parts: Parts, computed: Callable[[Step], float] = lambda step: len(step.sources)) -> Cost:
-        """The cost of running a plan, given how many nodes are computed for one circuit in each step, fewer where circuits share them."""
+    def of(plan: Plan, parts: Parts) -> Cost:
+        """The cost of running a plan, if no circuits share what some nodes read."""
         cfg, window, output = parts.model.cfg, parts.window, parts.unembedding.weight
         tokens = {True: len(window), False: window.scored}
         held = (len(plan.wide) * tokens[True] + len(plan.changed) * tokens[False]) * cfg.d_model
@@ -48,7 +46,6 @@ class Cost:
             else:
                 numbers += 3 * read * cfg.d_head + len(step.sources) * here * (3 * window.readable.shape[1] + 2 * cfg.d_model)
                 products += (read + len(step.sources) * here) * cfg.d_head * cfg.d_model
-                numbers = math.ceil(numbers * computed(step) / len(step.sources))
             peak = max(peak, numbers)
         products = max(1, products)
         overhead = OVERHEAD.get(output.device.type, OVERHEAD["cuda"]) * (1 + len(plan.steps))

@@ -23,9 +23,6 @@ from circuits.sublayers import Multiply, Rows, multiply
 
 Key = tuple[int, bool, bytes]
 
-# Heads are computed once for each different input if there are at most so many of them, of one for each variant: each has its overhead.
-WORTHWHILE = 0.75
-
 
 @dataclass(eq=False)
 class Run:
@@ -56,12 +53,10 @@ class Run:
     @property
     def cost(self) -> Cost:
         """What one more variant takes."""
-        return Cost.of(self.plan, self.known.parts, lambda step: self._computed(step) / len(self.kept))
+        return Cost.of(self.plan, self.known.parts)
 
     def only(self, variants: slice) -> Run:
-        """The run of some of the variants."""
-        if len(self.kept[variants]) == len(self.kept):
-            return self
+        """The run of some of the variants; nothing that it makes is kept by this one."""
         return Run(self.known, self.base, self.kept[variants], self.flips.only(variants), self.plan, self.background)
 
     def commit(self) -> None:
@@ -83,13 +78,13 @@ class Run:
         return logits
 
     def _cases(self, step: Step) -> Cases | None:
-        """The different inputs of a step's heads, where they are so few that each is computed on its own."""
+        """The different inputs of a step's heads, where that saves computing."""
         if step not in self.cases:
             found = None
             # Where edges change into one row alone, it is what the variants differ in.
             if len(self.kept) > 1 and len(self.flips.rows) > 1 and step.reads[0].place.slot and not step.reads[0].changed:
                 found = Cases.of(self.flips, step)
-            self.cases[step] = found if found is not None and len(found) <= WORTHWHILE * len(step.sources) * len(self.kept) else None
+            self.cases[step] = found if found is not None and found.worthwhile(len(self.kept)) else None
         return self.cases[step]
 
     def _computed(self, step: Step) -> int:

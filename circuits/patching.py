@@ -30,7 +30,7 @@ from circuits.spans import token_spans
 from circuits.tasks.base import Task
 
 # Circuits run together on a CPU while what all their sources write stays about in its caches; four times as many are three times slower each.
-CPU_BYTES = 1 << 24
+CACHED_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +187,7 @@ class HookedExecutor:
         counterfactuals: Float[Tensor, "source batch pos d_model"],
         spans: Int[Tensor, "batch pos"] | None,
     ) -> Float[Tensor, "variant scored vocab"]:
-        budget = memory_budget(self.model.cfg.device, self.max_memory, cpu_bytes=CPU_BYTES)
+        budget = memory_budget(self.model.cfg.device, self.max_memory, cpu_bytes=CACHED_BYTES)
         size = max(1, budget // max(1, counterfactuals.numel() * counterfactuals.element_size()))
         ablated = self.layout.ablated(kept.to(task.clean.device))
 

@@ -230,7 +230,7 @@ class ACDC(CircuitDiscoverer):
                 damage.near(state["kept"])
                 state["commits"] += 1
             if self.speculate and targets[done] not in fixed_costs:
-                fixed_costs[targets[done]] = damage.executor.fixed_cost(groups[done])
+                fixed_costs[targets[done]] = damage.executor.fixed_cost(groups[targets.index(targets[done])])
             size = self._batch_size(state, fixed_costs[targets[done]]) if self.speculate else 1
             batch = groups[done : done + size]
             for row in range(max(done, state["surveyed"]), done + len(batch)):
