@@ -8,6 +8,7 @@ from architectures import ARCHITECTURES, random_model, random_task
 
 import circuits
 from circuits.ablation import get_ablation
+from circuits.cases import Cases
 from circuits.execution import _say_once
 from circuits.incremental import IncrementalExecutor
 from circuits.incremental_run import Run
@@ -64,16 +65,21 @@ def test_every_edge_alone_is_as_in_the_reference(architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_circuits_that_share_what_heads_read_are_those_of_the_reference(architecture):
+def test_circuits_that_share_what_heads_read_are_those_of_the_reference(architecture, monkeypatch):
+    whole, used = Cases.changes, []
+    monkeypatch.setattr(Cases, "worthwhile", lambda cases, variants: True)
+    monkeypatch.setattr(Cases, "changes", lambda cases, *arguments: used.append(cases) or whole(cases, *arguments))
     model, task = random_model(architecture), random_task(ragged=True, several=True)
     for graph in (circuits.component_graph(model), circuits.component_graph(model, positions=8)):
         into_heads = torch.tensor([isinstance(node, circuits.Head) and node.layer == 1 for node in graph.nodes])[graph.target]
         base = random_masks(graph, 0.9)[0]
         few = random_masks(graph, 0.8, 0.8, 0.5) | ~into_heads
-        kept = torch.stack([base, *(base & few), base & few[0] & few[1], base & few[1] & (graph.slot != 1), base])
+        of_one_slot = [base & (few[0] | (graph.slot != slot)) for slot in range(3)]
+        kept = torch.stack([base, *(base & few), base & few[0] & few[1], *of_one_slot, base])
         reference, incremental = executors(model, graph, task)
         incremental.near(base)
         assert_equal(reference, incremental, kept)
+    assert any(len(cases.heads) > 1 for cases in used)
 
 
 def test_a_head_that_reads_the_same_in_many_circuits_is_computed_once():
