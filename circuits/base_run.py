@@ -50,6 +50,10 @@ class State:
     plans: dict[bytes, Plan] = field(default_factory=dict)
     _own: set[tuple[int, Slot]] = field(default_factory=set)
 
+    def holds(self, kept: Bool[Tensor, "*variants edge"]) -> bool:
+        """Whether there are no edges but these."""
+        return not bool((kept.numpy() > self.kept.numpy()).any())
+
     def copy(self) -> State:
         """A state that can be changed without changing this one."""
         return State(self.kept, self.mask, self.outputs.clone(), dict(self.inputs), dict(self.projected), self.changed.copy(), self.needs)
@@ -167,7 +171,7 @@ class Parts:
         part, layout = self.attention[layer], self.window.layouts[wide]
         z = part.attend(heads, layout.to_prompts(projected["q"]), projected["k"], projected["v"], self.biases[layer, wide])
         z = layout.to_tokens(z)
-        return multiply(z.reshape(len(z), -1, z.shape[-1]), part.output, None, heads).view(*z.shape[:-1], -1)
+        return multiply(z.flatten(1, -2), part.output, None, heads).view(*z.shape[:-1], -1)
 
     def no_keys(self) -> dict[Slot, Float[Tensor, "head batch key d_head"]]:
         """Keys and values where none are known yet."""
@@ -226,7 +230,7 @@ class Known:
             shape = (max(len(weights), values.shape[1]), *values.shape[2:])
             return torch.einsum("vtru,uvtd->rvtd", weights[:, here].expand(shape[0], -1, -1, -1), values.expand(-1, *shape))
         matrix, flat = weights[:, 0], values.flatten(2)
-        if len(matrix) == 1:
+        if matrix.shape[0] == 1:
             return (matrix[0] @ flat.flatten(1)).view(-1, *values.shape[1:])
         if values.shape[1] == 1:
             summed = matrix.transpose(0, 1).flatten(0, 1) @ flat[:, 0]

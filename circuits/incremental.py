@@ -150,7 +150,7 @@ class IncrementalExecutor:
     def near(self, kept: Bool[Tensor, "edge"]) -> None:
         """Circuits that follow are mostly subsets of this one: compute them from here."""
         state = self.bases.get("near")
-        if state is None or bool((kept & ~state.kept).any()):
+        if state is None or not state.holds(kept):
             state = self.bases["near"] = self.whole.copy()
         if not torch.equal(kept, state.kept):
             with torch.inference_mode():
@@ -174,7 +174,7 @@ class IncrementalExecutor:
 
     def _base(self, kept: Bool[Tensor, "variant edge"]) -> State:
         near = self.bases.get("near")
-        if near is not None and not bool((kept & ~near.kept).any()):
+        if near is not None and near.holds(kept):
             return near
         none = torch.zeros(kept.shape[1], dtype=torch.bool)
         # Where the graph lacks edges, which are then always kept, nodes read a mixture even in the empty circuit.

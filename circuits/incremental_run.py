@@ -174,24 +174,24 @@ class Run:
         slot = (place.layer, place.slot)
         stored = self.base.inputs[slot]
         rows = self._index(read.rows - place.row)
-        base = stored if len(stored) == 1 else stored[rows]
+        base = stored if stored.shape[0] == 1 else stored[rows]
         residual = (base if read.wide else window.narrow(base))[:, None]
-        change, weights = self._propagated(read)
+        flipped = bool(self.flips.targets[read.rows].any())
+        change, weights = self._propagated(read, flipped)
         residual = residual if change is None else residual + change
-        flipped = self.flips.targets[read.rows].any()
-        key = (id(stored), read.wide, weights) if len(residual) == len(stored) == 1 and not flipped else None
+        key = (id(stored), read.wide, weights) if residual.shape[0] == stored.shape[0] == 1 and not flipped else None
         if flipped:
             residual = self._flipped(read, residual)
         self._note(self.base.put, self.base.inputs, place, window, rows, residual, read.wide)
         return residual, key
 
-    def _propagated(self, read: Read) -> tuple[Float[Tensor, "#target variant token d_model"] | None, bytes]:
-        """What changed sources bring along kept edges, and the weights with which they do."""
+    def _propagated(self, read: Read, flipped: bool) -> tuple[Float[Tensor, "#target variant token d_model"] | None, bytes]:
+        """What changed sources bring along kept edges, and the weights with which they do; `flipped`: edges into these rows change."""
         columns = (self.plan.wide if read.wide else self.plan.changed)[: read.changed]
         if not len(columns):
             return None, b""
         changes = (self.wide if read.wide else self.narrow)[: read.changed]
-        if self.flips.edges[np.ix_(read.rows, columns)].any():
+        if flipped and self.flips.edges[np.ix_(read.rows, columns)].any():
             dense = ~self.known.parts.layout.ablated(self.kept)[:, :, read.rows][..., columns]
             dense &= torch.from_numpy(self.known.possible[np.ix_(read.rows, columns)])
             return self.known.summed(dense.to(changes), changes, read.wide), b""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -90,7 +91,7 @@ class Metric:
                 f"metric {self.name!r} returned {found}; it must return one number per scored row, "
                 f"shape ({logits.shape[-2]},), and leave the averaging to the caller."
             )
-        if not bool(values.isfinite().all()):
+        if not _all_finite(values):
             bad = int((~values.isfinite()).sum())
             raise InputError(
                 f"metric {self.name!r} is NaN or infinite on {bad} of {values.numel()} scored rows "
@@ -119,12 +120,16 @@ def check_finite(logits: Float[Tensor, "*rows vocab"]) -> None:
     Raises:
         InputError: some are NaN or infinite.
     """
-    # A sum is finite only if all of its terms are, and is quicker to have.
-    if not bool(logits.sum().isfinite()) and not bool(logits.isfinite().all()):
+    if not _all_finite(logits):
         raise InputError(
             f"{int((~logits.isfinite()).sum())} of {logits.numel()} logits are NaN or infinite: the model overflows in its dtype; "
             "load it with dtype=torch.float32 (or torch.bfloat16, whose range is as wide)."
         )
+
+
+def _all_finite(values: Float[Tensor, "*rows"]) -> bool:
+    # A sum is finite only if all of its terms are, and is quicker to have; but it may overflow.
+    return math.isfinite(float(values.detach().sum())) or bool(values.isfinite().all())
 
 
 def kl(

@@ -67,19 +67,28 @@ class Needs:
     @staticmethod
     def of(layout_places: tuple[Place, ...], kept: Bool[np.ndarray, "target source"]) -> Needs:
         """From the edges that are kept, walking up from the logits."""
-        live, wide = (np.zeros(kept.shape[1], dtype=bool) for _ in range(2))
+        # A set of sources is a number with a bit for each: a graph has many short rows, on which numpy's operations are mostly overhead.
+        packed = np.packbits(kept, axis=1, bitorder="little").tobytes()
+        width = len(packed) // len(kept)
+        reads = [int.from_bytes(packed[start : start + width], "little") for start in range(0, len(packed), width)]
+        live = wide = 0
         for place in reversed(layout_places):
-            reads = kept[place.row : place.row + place.rows]
             if place.source is None:
-                live |= reads[0]
+                live |= reads[place.row]
                 continue
-            own = place.own
-            if not live[own].any():
-                continue
-            here = reads[live[own]].any(0)
-            live |= here
-            wide |= here if place.slot in ("k", "v") else reads[wide[own]].any(0)
-        return Needs(live, wide)
+            live_here, wide_here = live >> place.source, wide >> place.source
+            for offset in range(place.rows):
+                if live_here >> offset & 1:
+                    read = reads[place.row + offset]
+                    live |= read
+                    if place.slot in ("k", "v") or wide_here >> offset & 1:
+                        wide |= read
+        return Needs(*(_members(bits, kept.shape[1]) for bits in (live, wide)))
+
+
+def _members(bits: int, size: int) -> Bool[np.ndarray, "source"]:
+    packed = np.frombuffer(bits.to_bytes(size // 8 + 1, "little"), dtype=np.uint8)
+    return np.unpackbits(packed, count=size, bitorder="little").astype(bool)
 
 
 @dataclass(frozen=True, eq=False)

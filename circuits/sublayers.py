@@ -113,8 +113,8 @@ class Attention:
         multiply: Multiply = multiply,
     ) -> Float[Tensor, "head variant token d_head"]:
         """q, k or v of some heads, ready for use: normed, clipped and rotated. Heads may share one input."""
-        flat = multiply(normed.reshape(len(normed), -1, normed.shape[-1]), self.weights[slot], self.biases[slot], heads)
-        projected = flat.view(len(flat), *normed.shape[1:-1], flat.shape[-1])
+        flat = multiply(normed.flatten(1, -2), self.weights[slot], self.biases[slot], heads)
+        projected = flat.view(-1, *normed.shape[1:-1], flat.shape[-1])
         if slot in self.norms:
             projected = self.norms[slot](projected)
         if self.clip is not None:
@@ -146,7 +146,7 @@ class Attention:
         scores = _each_with_all(queries, keys.transpose(-1, -2)).div_(self.scale)
         if self.soft_cap > 0:
             scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
-        scores += (bias[heads] if len(bias) > 1 else bias)[:, None]
+        scores += (bias[heads] if bias.shape[0] > 1 else bias)[:, None]
         if self.sinks is not None:
             sink = self.sinks[heads].to(scores.dtype)[:, None, None, None, None].expand(*scores.shape[:-1], 1)
             pattern = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]

@@ -221,7 +221,7 @@ class ACDC(CircuitDiscoverer):
     ) -> Iterator[None]:
         """Decide on the edges of a chain, a batch at a time, and write the decisions into `state`."""
         groups = self._groups(chain, state, damage)
-        targets = [int(graph.target[group[0]]) for group in groups]
+        targets = graph.target.numpy()[[group[0] for group in groups]].tolist()
         fixed_costs: dict[int, float] = {}
         guess, expected = state["guess"].numpy(), state["expected"].numpy()
         while (done := state["decided"]) < len(groups):
@@ -269,13 +269,11 @@ class ACDC(CircuitDiscoverer):
         wrong = (state["wrong"] + 1) / (state["evaluations"] + 8)
         surveyed = state["surveyed"] - state["decided"]
         fixed_cost *= (world := ranks().world)  # ranks share what circuits cost, and each has the rest
-        best, best_size, holding, accepted = 0.0, 1, 1.0, 0.0
-        for size in range(1, LARGEST_BATCH * world + 1):
-            accepted += holding
-            holding *= 1 - (WRONG_AFTER_MEASURING if size <= surveyed else wrong)
-            if accepted / (fixed_cost + size) > best:
-                best, best_size = accepted / (fixed_cost + size), size
-        return best_size
+        sizes = np.arange(1, LARGEST_BATCH * world + 1)
+        # Of so many decisions that many will be accepted: one, and one more for each guess before it that holds.
+        holding = np.where(sizes <= surveyed, 1 - WRONG_AFTER_MEASURING, 1 - wrong).cumprod()
+        accepted = 1 + holding.cumsum() - holding
+        return int(sizes[(accepted / (fixed_cost + sizes)).argmax()])
 
     def _decide(
         self, groups: list[list[int]], expected: list[bool], state: State, damage: DamageMeter, *, first: bool
@@ -285,10 +283,7 @@ class ACDC(CircuitDiscoverer):
         Returns:
             How many decisions were measured in the state they are made in, at least one; and what was seen of all, a better guess.
         """
-        without = state["kept"].repeat(len(groups), 1)
-        masks, scores = without.numpy(), state["scores"].numpy()
-        for row, (group, stays) in enumerate(zip(groups, expected, strict=True)):
-            masks[row if stays else slice(row, None), group] = False
+        without = _without(state["kept"], groups, expected)
         # What each is compared with: the last one before it that is expected to go, or the present state, which comes last.
         before, last = [], len(groups)
         for row, stays in enumerate(expected):
@@ -306,12 +301,11 @@ class ACDC(CircuitDiscoverer):
             increases, values = self._measure(without, np.array(before), state, in_float32, first=first)
         seen = (self._compared(increases) >= self.threshold).tolist()
         decided = next((row + 1 for row in range(len(groups)) if seen[row] != expected[row]), len(groups))
-        for group, increase, stays, found in zip(groups[:decided], increases, seen, values.tolist(), strict=False):
-            if len(group) == 1:
-                scores[group[0]] = increase
-            if not stays:
-                self._remove(group, state)
-                state["damage"] = found
+        alone = [row for row in range(decided) if len(groups[row]) == 1]
+        state["scores"].numpy()[[groups[row][0] for row in alone]] = increases[alone]
+        if gone := [row for row in range(decided) if not seen[row]]:
+            self._remove([edge for row in gone for edge in groups[row]], state)
+            state["damage"] = float(values[gone[-1]])
         counted = {"measured": len(groups), "evaluations": decided, "wrong": int(seen[decided - 1] != expected[decided - 1])}
         for name, more in counted.items():
             state[name] += more
@@ -364,6 +358,15 @@ def _chains(graph: Graph, trials: list[Trial]) -> Iterator[list[Trial]]:
 
     for _, chain in groupby(trials, key=place):
         yield list(chain)
+
+
+def _without(kept: Bool[Tensor, "edge"], groups: list[list[int]], expected: list[bool]) -> Bool[Tensor, "row edge"]:
+    """What is measured to decide on groups of kept edges: each row lacks one, and those before it that are expected to go."""
+    row, group = np.arange(len(groups))[:, None], np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+    gone = (row == group) | (row > group) & ~np.array(expected)[group]
+    without = np.repeat(kept.numpy()[None], len(groups), axis=0)
+    without[:, np.concatenate(groups)] = ~gone
+    return torch.from_numpy(without)
 
 
 def _part_of(progress: Progress | None, number: int, parts: int) -> Progress | None:
