@@ -51,7 +51,7 @@ class State:
     _own: set[tuple[int, Slot]] = field(default_factory=set)
 
     def holds(self, kept: Bool[Tensor, "*variants edge"]) -> bool:
-        """Whether there are no edges but these."""
+        """Whether every variant keeps a subset of this circuit's edges."""
         return not bool((kept.numpy() > self.kept.numpy()).any())
 
     def copy(self) -> State:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
@@ -20,7 +20,7 @@ from circuits.distributed import in_slices
 from circuits.errors import InputError
 from circuits.graph import Graph
 from circuits.incremental import IncrementalExecutor
-from circuits.memory import memory_budget
+from circuits.memory import memory_budget, shrinking
 from circuits.metrics import Metric, check_finite, get_metric
 from circuits.models import Model, frozen, run_to_residual, unembed
 from circuits.patching import EdgeLayout, HookedExecutor, check_task
@@ -79,7 +79,7 @@ def get_executor(
         precision: of the incremental executor; None is float32 throughout.
 
     Raises:
-        InputError: there is no such executor, it has no such precision, or the model, graph and task do not fit together.
+        InputError: there is no such executor, it has no such precision, the model, graph and task do not fit together, or memory runs out.
     """
     if executor not in get_args(ExecutorName):
         raise InputError(f"there is no executor {executor!r}; choose 'auto', 'incremental' or 'hooks'.")
@@ -88,14 +88,20 @@ def get_executor(
         raise InputError(f"precision={str(precision)!r} needs the incremental executor; leave out executor='hooks' or the precision.")
     if executor != "hooks":
         try:
-            return IncrementalExecutor.prepare(model, graph, task, chosen, max_memory=max_memory, precision=precision)
+            return _prepared(partial(IncrementalExecutor.prepare, precision=precision), model, graph, task, chosen, max_memory)
         except UnsupportedError as error:
             if precision is not None:
                 raise InputError(f"{model.cfg.model_name} cannot be run incrementally: {error}; leave out the precision.") from error
             if executor == "incremental":
                 raise InputError(f"{model.cfg.model_name} cannot be run incrementally: {error}; use executor='auto'.") from error
             _say_once(f"{model.cfg.model_name} is run by the reference executor, which is slower: {error}.")
-    return HookedExecutor.prepare(model, graph, task, chosen, max_memory=max_memory)
+    return _prepared(HookedExecutor.prepare, model, graph, task, chosen, max_memory)
+
+
+def _prepared(
+    prepare: Callable[..., Executor], model: Model, graph: Graph, task: Task, ablation: Ablation, max_memory: int | None
+) -> Executor:
+    return shrinking(lambda _: prepare(model, graph, task, ablation, max_memory=max_memory), 1, "run of the prompts")[0]
 
 
 @cache

@@ -148,7 +148,11 @@ class IncrementalExecutor:
         return results[0] if len(results) == 1 else torch.cat(results)
 
     def near(self, kept: Bool[Tensor, "edge"]) -> None:
-        """Circuits that follow are mostly subsets of this one: compute them from here."""
+        """Circuits that follow are mostly subsets of this one: compute them from here.
+
+        Raises:
+            InputError: memory runs out.
+        """
         state = self.bases.get("near")
         if state is None or not state.holds(kept):
             state = self.bases["near"] = self.whole.copy()
@@ -157,7 +161,7 @@ class IncrementalExecutor:
                 run = self._run(state, kept[None])
                 # What others are computed from is exact, unless everything is in the background's type.
                 run.background = None if self._rounds_changes else run.background
-                run.commit()
+                shrinking(lambda _: run.commit(), 1, "circuit")
             self.counts["node_evaluations"] += run.evaluated
             mask = self.known.mask(kept)
             state.become(kept, mask, Needs.of(self.known.parts.places, np.any(mask, axis=0)), run.plan.changed)

@@ -87,7 +87,7 @@ class Needs:
 
 
 def _members(bits: int, size: int) -> Bool[np.ndarray, "source"]:
-    packed = np.frombuffer(bits.to_bytes(size // 8 + 1, "little"), dtype=np.uint8)
+    packed = np.frombuffer(bits.to_bytes(-(-size // 8), "little"), dtype=np.uint8)
     return np.unpackbits(packed, count=size, bitorder="little").astype(bool)
 
 

@@ -2,20 +2,26 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from architectures import random_model, random_task
 
 import circuits
 from circuits.distributed import RankError, ranks, start
+from circuits.incremental_run import Run
 from circuits.run import run
 
 METHODS: dict[str, circuits.CircuitDiscoverer] = {
     "acdc": circuits.ACDC(0.02),
     # One candidate at a time: more ranks than candidates.
     "acdc-one": circuits.ACDC(0.02, speculate=False),
+    "acdc-bfloat16": circuits.ACDC(0.02, precision="bfloat16"),
+    "batched-acdc": circuits.BatchedACDC(0.02, group="layer", verify=True),
     "eap": circuits.EAP(),
     "eap-mean": circuits.EAP(gradient_at="corrupted", ablation="mean_by_position"),
     "eap-ig": circuits.EAPIG(),
@@ -24,17 +30,35 @@ METHODS: dict[str, circuits.CircuitDiscoverer] = {
 TASKS = {"several": lambda: random_task(batch=5, ragged=True, several=True), "one prompt": lambda: random_task(batch=1)}
 
 
-def failing(error: type[Exception]) -> circuits.Metric:
-    """A metric that cannot be computed on the second rank, but for the whole model."""
+def failing(error: type[Exception] | None) -> circuits.Metric:
+    """A metric that cannot be computed on the second rank, but for the whole model; None: it is NaN there."""
     seen = []
 
     def values(logits: torch.Tensor, clean_logits: torch.Tensor, task: circuits.Task) -> torch.Tensor:
         seen.append(logits)
         if ranks().rank == 1 and len(seen) > 1:
+            if error is None:
+                return logits[..., 0] * torch.nan
             raise error("no number here")
         return logits[..., 0]
 
     return circuits.Metric("failing", values, "higher_is_damage")
+
+
+@contextmanager
+def little_memory() -> Iterator[None]:
+    """The second rank has none for more than two circuits at a time."""
+    whole, failed = Run.execute, []
+
+    def execute(run: Run) -> torch.Tensor:
+        if ranks().rank == 1 and len(run.kept) > 2:
+            failed.append(run)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return whole(run)
+
+    with patch.object(Run, "execute", execute):
+        yield
+    assert bool(failed) == (ranks().rank == 1)
 
 
 def told(discoverer: circuits.CircuitDiscoverer) -> str:
@@ -53,6 +77,8 @@ def main(folder: Path) -> None:
         for task_name, task in TASKS.items():
             for name, discoverer in METHODS.items():
                 discoverer.discover(random_model(), task()).save(mine / task_name / name)
+        with little_memory():
+            METHODS["acdc"].discover(random_model(), TASKS["several"]()).save(mine / "little memory")
         details = circuits.EAP().attribute(random_model(), TASKS["several"]())
         summary: dict[str, Any] = {
             "world": ranks().world,
@@ -63,6 +89,7 @@ def main(folder: Path) -> None:
             "vanishing": told(circuits.EAP(metric="kl")),
             "input error": told(circuits.ActivationPatching(metric=failing(circuits.InputError))),
             "mistake": told(circuits.ActivationPatching(metric=failing(ValueError))),
+            "nan": told(circuits.ACDC(0.02, metric=failing(None))),
         }
         (mine / "summary.json").write_text(json.dumps(summary))
 

@@ -54,6 +54,7 @@ def summaries(found) -> list[dict]:
     return [json.loads((found / str(rank) / "summary.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.filterwarnings("ignore:bfloat16 is simulated")
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("method", METHODS)
 def test_two_ranks_find_the_circuit_of_one_process(found, method, task):
@@ -88,9 +89,20 @@ def test_an_error_on_one_rank_is_raised_on_both(summaries):
     assert first["vanishing"] == second["vanishing"]
     assert "the gradient of kl vanishes" in first["vanishing"]
     assert first["input error"] == second["input error"] == "SharedError: no number here"
+    assert first["nan"] == second["nan"]
+    assert "metric 'failing' is NaN or infinite on" in first["nan"]
     # What is not for the user to mend keeps its traceback where it happened.
     assert second["mistake"] == "ValueError: no number here"
     assert first["mistake"] == "RankError: rank 1 failed: ValueError: no number here"
+
+
+def test_a_rank_that_runs_out_of_memory_takes_smaller_steps_to_the_same_circuit(found):
+    first, second = (circuits.Circuit.load(found / str(rank) / "little memory") for rank in range(2))
+    expected = circuits.Circuit.load(found / "0" / "several" / "acdc")
+    assert torch.equal(first.kept, expected.kept)
+    assert torch.equal(second.kept, expected.kept)
+    torch.testing.assert_close(first.scores, expected.scores, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert first.record["batches"] > expected.record["batches"]
 
 
 def rank_of(process: psutil.Process) -> str | None:

@@ -8,6 +8,7 @@ from architectures import ARCHITECTURES, random_model, random_task
 
 import circuits
 from circuits.ablation import get_ablation
+from circuits.base_run import Parts
 from circuits.cases import Cases
 from circuits.execution import _say_once
 from circuits.incremental import IncrementalExecutor
@@ -224,15 +225,21 @@ class TestMemory:
         torch.testing.assert_close(executor.logits(kept), expected, atol=1e-5, rtol=0)
         assert sizes == [8, 4, 2, 2, 2, 2]
 
-    def test_memory_that_is_too_small_for_one_circuit_is_an_error_of_the_user(self, monkeypatch):
-        model, task = random_model("gpt2"), random_task()
-
-        def failing(run):
+    @pytest.mark.parametrize(
+        ("owner", "step", "message"),
+        [
+            (Run, "execute", "memory runs out even with one circuit"),
+            (Run, "commit", "memory runs out even with one circuit"),
+            (Parts, "run", "memory runs out even with one run of the prompts"),
+        ],
+    )
+    def test_memory_that_is_too_small_for_one_circuit_is_an_error_of_the_user(self, monkeypatch, owner, step, message):
+        def failing(*arguments):
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory")
 
-        monkeypatch.setattr(Run, "execute", failing)
-        with pytest.raises(circuits.InputError, match="memory runs out even with one circuit"):
-            circuits.run_circuit(model, circuits.Circuit.full(circuits.component_graph(model)), task)
+        monkeypatch.setattr(owner, step, failing)
+        with pytest.raises(circuits.InputError, match=message):
+            circuits.ACDC(0.02).discover(random_model("gpt2"), random_task())
 
     def test_a_budget_that_is_no_number_of_bytes_is_refused(self):
         model, task = random_model("gpt2"), random_task()

@@ -361,7 +361,7 @@ def _chains(graph: Graph, trials: list[Trial]) -> Iterator[list[Trial]]:
 
 
 def _without(kept: Bool[Tensor, "edge"], groups: list[list[int]], expected: list[bool]) -> Bool[Tensor, "row edge"]:
-    """What is measured to decide on groups of kept edges: each row lacks one, and those before it that are expected to go."""
+    """What is measured to decide on disjoint groups of kept edges: each row lacks one, and those before it that are expected to go."""
     row, group = np.arange(len(groups))[:, None], np.repeat(np.arange(len(groups)), [len(group) for group in groups])
     gone = (row == group) | (row > group) & ~np.array(expected)[group]
     without = np.repeat(kept.numpy()[None], len(groups), axis=0)
