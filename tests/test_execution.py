@@ -435,7 +435,8 @@ class TestManyPromptsAreRunInPieces:
         torch.testing.assert_close(from_given, whole, atol=1e-4, rtol=1e-4)
 
     def test_evaluations_and_curves_are_the_same(self, pieces):
-        model, task = random_model(), random_task(several=True)
+        # Faithfulness divides by what the whole model does better than the empty circuit: on these prompts enough for its digits to hold.
+        model, task = random_model(), random_task(several=True, seed=4)
         ranked = circuits.EAP().discover(model, task)
         whole, parts = (circuits.evaluate(model, ranked.top(30), task, ablation="mean", max_memory=bound) for bound in (None, 1))
         pandas.testing.assert_frame_equal(parts.table(), whole.table(), atol=1e-5)
