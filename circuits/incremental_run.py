@@ -191,7 +191,7 @@ class Run:
         if not len(columns):
             return None, b""
         changes = (self.wide if read.wide else self.narrow)[: read.changed]
-        # Without the first question, which only saves the second, the answer is the same.
+        # `flipped` follows from the rest, and saves asking for most reads.
         if flipped and self.flips.edges[np.ix_(read.rows, columns)].any():
             dense = ~self.known.parts.layout.ablated(self.kept)[:, :, read.rows][..., columns]
             dense &= torch.from_numpy(self.known.possible[np.ix_(read.rows, columns)])

@@ -449,7 +449,7 @@ class Components:
         module = cast(Any, block.attn)
         return Attention(
             norm=_norm(block.ln1),
-            weights={slot: _quick_to_read(getattr(module, f"W_{slot.upper()}")) for slot in SLOTS},
+            weights={slot: getattr(module, f"W_{slot.upper()}") for slot in SLOTS},
             biases={slot: getattr(module, f"b_{slot.upper()}") for slot in SLOTS},
             output=module.W_O,
             scale=float(module.attn_scale),
@@ -480,13 +480,6 @@ class Components:
         cfg, module = self.model.cfg, self.model.unembed
         norm: Norm = (lambda x: x) if cfg.normalization_type is None else _norm(self.model.ln_final)
         return Unembedding(norm, module.W_U, module.b_U, float(cfg.output_logits_soft_cap or 0))
-
-
-def _quick_to_read(weights: Float[Tensor, "head d_model d_head"]) -> Float[Tensor, "head d_model d_head"]:
-    """The same, column by column in memory where columns are few: a CPU multiplies by those in two thirds of the time."""
-    if weights.device.type != "cpu" or weights.shape[-1] >= 16:
-        return weights
-    return weights.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _norm(module: torch.nn.Module) -> Norm:

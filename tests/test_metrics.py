@@ -94,6 +94,13 @@ def test_a_metric_that_returns_nan_is_refused(task, logits, clean):
         metric(logits, clean, task)
 
 
+def test_values_so_large_that_their_sum_overflows_are_finite_all_the_same(task, logits, clean):
+    metric = circuits.Metric("mine", lambda logits, clean_logits, task: torch.full_like(logits[:, 0], 3e38), "higher_is_damage")
+    values = metric(logits, clean, task)
+    assert values.isfinite().all()
+    assert values.sum().isinf()
+
+
 def test_a_direction_that_does_not_exist_is_refused(unchecked_types):
     with pytest.raises(circuits.InputError, match="direction='higher_is_worse' must be"):
         circuits.Metric("mine", lambda logits, clean_logits, task: logits[:, 0], "higher_is_worse")

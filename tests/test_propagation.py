@@ -1,0 +1,38 @@
+"""What matters in a circuit, against paths found by networkx."""
+
+import networkx as nx
+import numpy as np
+import pytest
+import torch
+from architectures import random_model
+
+import circuits
+from circuits.patching import EdgeLayout
+from circuits.propagation import Needs, places
+
+LOGITS = "logits"
+
+
+@pytest.mark.parametrize("kept_share", [0.05, 0.15, 0.4, 1.0])
+@pytest.mark.parametrize("architecture", ["gpt2", "pythia", "attention_only"])
+def test_a_source_matters_if_it_reaches_the_logits_and_everywhere_if_keys_or_values_carry_it(architecture, kept_share):
+    model = random_model(architecture, n_layers=3)
+    layout = EdgeLayout.of(model, circuits.component_graph(model))
+    possible = layout.possible(model).numpy()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        kept = possible & (torch.rand(possible.shape, generator=generator) < kept_share).numpy()
+        needs = Needs.of(places(layout), kept)
+        # A path remembers whether attention carried it to another token.
+        paths = nx.DiGraph()
+        paths.add_nodes_from([(LOGITS, False), (LOGITS, True)])
+        for place in places(layout):
+            for row, source in np.argwhere(kept[place.row : place.row + place.rows]).tolist():
+                reader = LOGITS if place.source is None else place.source + row
+                for moved in (False, True):
+                    paths.add_edge((source, moved), (reader, moved or place.slot in ("k", "v")))
+        carried = nx.ancestors(paths, (LOGITS, True))
+        reaching = carried | nx.ancestors(paths, (LOGITS, False))
+        sources = range(len(layout.nodes))
+        assert needs.live.tolist() == [(source, False) in reaching for source in sources]
+        assert needs.wide.tolist() == [(source, False) in carried for source in sources]
