@@ -64,7 +64,9 @@ def test_two_ranks_find_the_circuit_of_one_process(found, method, task):
     assert torch.equal(first.scores.nan_to_num(), second.scores.nan_to_num())
     alone = METHODS[method].discover(random_model(), TASKS[task]())
     assert torch.equal(first.kept, alone.kept)
-    torch.testing.assert_close(first.scores, alone.scores, rtol=1e-5, atol=1e-5, equal_nan=True)
+    # What is computed together changes last bits; scores that are far from the threshold are not confirmed, and left in the low precision.
+    tolerance = 1e-5 if getattr(METHODS[method], "precision", None) is None else 1e-3
+    torch.testing.assert_close(first.scores, alone.scores, rtol=1e-5, atol=tolerance, equal_nan=True)
     assert first.record.get("evaluations") == alone.record.get("evaluations")
 
 
