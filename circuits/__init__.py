@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from circuits.ablation import Ablation
     from circuits.algorithms.acdc import ACDC
     from circuits.algorithms.activation_patching import ActivationPatching
+    from circuits.algorithms.attribution_graph import AttributionGraph
     from circuits.algorithms.batched_acdc import BatchedACDC
     from circuits.algorithms.eap import EAP, EAPIG
     from circuits.algorithms.random_scores import RandomScores
+    from circuits.attribution import Direction
     from circuits.circuit import Circuit
     from circuits.components import component_graph
     from circuits.discoverer import Checkpoint, CircuitDiscoverer, discoverers
@@ -27,8 +29,11 @@ if TYPE_CHECKING:
     from circuits.errors import InputError
     from circuits.evaluation import Evaluation, Recovery, evaluate, faithfulness_curve, faithfulness_points, recovery
     from circuits.execution import model_logits, run_circuit, run_circuits
+    from circuits.feature_graph import FeatureGraph
     from circuits.graph import Edge, Graph, parse_edge
+    from circuits.influence import completeness_score, node_influence, prune, pruned, replacement_score
     from circuits.interchange import load_eap_ig, save_eap_ig
+    from circuits.interventions import Intervened, Intervention, direct_effects, generate, intervene
     from circuits.metrics import METRICS, Metric
     from circuits.models import build_model, load_model, save_model
     from circuits.nodes import MLP, Embed, Error, Feature, Head, Logits, PosEmbed, TokenEmbed, parse_node
@@ -36,11 +41,22 @@ if TYPE_CHECKING:
     from circuits.tasks import load_task, task_names
     from circuits.tasks.base import PromptPair, Task, TaskFamily
     from circuits.tasks.known_circuits import KnownCircuit, known_circuit
+    from circuits.transcoders.base import Transcoders
+    from circuits.transcoders.loading import load_transcoders
+    from circuits.transcoders.saving import save_transcoders
 
 _MODULES = {
     "ablation": ["Ablation"],
     "algorithms.acdc": ["ACDC"],
     "algorithms.activation_patching": ["ActivationPatching"],
+    "algorithms.attribution_graph": ["AttributionGraph"],
+    "attribution": ["Direction"],
+    "feature_graph": ["FeatureGraph"],
+    "interventions": ["Intervened", "Intervention", "direct_effects", "generate", "intervene"],
+    "influence": ["completeness_score", "node_influence", "prune", "pruned", "replacement_score"],
+    "transcoders.base": ["Transcoders"],
+    "transcoders.loading": ["load_transcoders"],
+    "transcoders.saving": ["save_transcoders"],
     "algorithms.batched_acdc": ["BatchedACDC"],
     "algorithms.eap": ["EAP", "EAPIG"],
     "algorithms.random_scores": ["RandomScores"],

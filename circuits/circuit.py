@@ -15,7 +15,7 @@ from torch import Tensor
 
 from circuits.errors import InputError
 from circuits.files import read_tensors, write_tensors
-from circuits.graph import Edge, Graph, ModelIdentity
+from circuits.graph import Edge, Graph, ModelIdentity, TranscodersIdentity
 from circuits.nodes import parse_node
 
 FILE = "circuit.safetensors"
@@ -160,6 +160,7 @@ class Circuit:
             "positions": graph.positions,
             "causal": graph.causal,
             "model": asdict(graph.model) if graph.model else None,
+            "transcoders": asdict(graph.transcoders) if graph.transcoders else None,
             "selected": self.selected,
             "record": dict(self.record),
         }
@@ -181,7 +182,7 @@ class Circuit:
 
 
 def _from_file(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> Circuit:
-    positions, model = description["positions"], description["model"]
+    positions, model, transcoders = description["positions"], description["model"], description.get("transcoders")
     graph = Graph(
         nodes=tuple(parse_node(text) for text in description["nodes"]),
         source=tensors["source"],
@@ -190,5 +191,6 @@ def _from_file(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) ->
         positions=None if positions is None else tuple(positions),
         causal=description["causal"],
         model=None if model is None else ModelIdentity(**model),
+        transcoders=None if transcoders is None else TranscodersIdentity(**transcoders),
     )
     return Circuit(graph, tensors["scores"], tensors["kept"], description["selected"], description["record"])

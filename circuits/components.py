@@ -179,7 +179,7 @@ def identity(model: Model) -> ModelIdentity:
     digest = hashlib.blake2b(json.dumps(architecture).encode(), digest_size=16)
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(_checksum(parameter.detach()))
+        digest.update(checksum(parameter.detach()))
     shape = {name: getattr(model.cfg, name) for name in SHAPE}
     return ModelIdentity(str(model.cfg.model_name), shape, digest.hexdigest())
 
@@ -200,7 +200,7 @@ def _spans(positions: Sequence[str] | int | None) -> tuple[str | int, ...] | Non
     return (REST, *positions)
 
 
-def _checksum(parameter: Tensor) -> bytes:
+def checksum(parameter: Tensor) -> bytes:
     """The bits of small parameters; of others integer sums of them over rows and over columns.
 
     These depend on every bit and its place, not on device or order of summation. Sums wrap around in the width of the bits, which keeps

@@ -41,6 +41,8 @@ class CircuitDiscoverer(ABC):
     """
 
     name: ClassVar[str]
+    makes_own_graph: ClassVar[bool] = False
+    """Whether the method finds the nodes itself, so that it takes no graph."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -19,6 +19,7 @@ from circuits.graph import Edge
 from circuits.metrics import Metric, get_metric
 from circuits.models import Model
 from circuits.tasks.base import Task
+from circuits.transcoders.base import Transcoders
 
 CURVE_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 # Scores below this fraction of the largest count as zero, so that rounding noise ranks nothing.
@@ -91,12 +92,13 @@ def evaluate(
     metrics: Sequence[str | Metric] | None = None,
     ablation: str | Ablation = "resample",
     max_memory: int | None = None,
+    transcoders: Transcoders | None = None,
 ) -> Evaluation:
     """Run a circuit, everything outside it ablated, and judge its logits. Nothing in the circuit changes.
 
     Args:
         metrics: None takes `kl`, `logit_difference` where the task has answers and wrong answers, and the task's own metric.
-        max_memory: see `run_circuits`.
+        max_memory, transcoders: see `run_circuits`.
 
     Raises:
         InputError: the model, circuit and task do not fit together, or a metric does not fit the task.
@@ -106,7 +108,7 @@ def evaluate(
     chosen = [get_metric(metric, task) for metric in asked]
     whole = model_logits(model, task)
     kept = torch.stack([circuit.kept, torch.zeros_like(circuit.kept)])
-    found, empty = run_circuits(model, circuit.graph, kept, task, ablation=ablation, max_memory=max_memory)
+    found, empty = run_circuits(model, circuit.graph, kept, task, ablation=ablation, max_memory=max_memory, transcoders=transcoders)
     logits = {"circuit": found, "model": whole, "empty": empty}
     values = {name: {metric.name: metric(at, whole, task).cpu() for metric in chosen} for name, at in logits.items()}
     return Evaluation(values["circuit"], values["model"], values["empty"], task.row_prompt.cpu(), len(circuit))
@@ -122,6 +124,7 @@ def faithfulness_curve(
     ablation: str | Ablation = "resample",
     by: Literal["magnitude", "signed"] = "magnitude",
     max_memory: int | None = None,
+    transcoders: Transcoders | None = None,
 ) -> pd.DataFrame:
     """How faithful the highest-scored edges are, by how many of them are kept.
 
@@ -129,7 +132,7 @@ def faithfulness_curve(
         sizes: numbers of edges, or fractions (floats up to 1.0) of the circuit's edges; None takes the ten fractions of the MIB benchmark.
         metric: None takes the task's own.
         by: what edges are ranked by.
-        max_memory: see `run_circuits`.
+        max_memory, transcoders: see `run_circuits`.
 
     Returns:
         A row per size, ascending: `edges`, `fraction` (of the graph), the metric's mean under its name, `kl`, `faithfulness`.
@@ -139,7 +142,7 @@ def faithfulness_curve(
     """
     numbers = sorted({_number_of_edges(size, len(circuit)) for size in (CURVE_FRACTIONS if sizes is None else sizes)})
     ranked = [circuit.top(number, by=by) for number in numbers]
-    return faithfulness_points(model, ranked, task, metric=metric, ablation=ablation, max_memory=max_memory)
+    return faithfulness_points(model, ranked, task, metric=metric, ablation=ablation, max_memory=max_memory, transcoders=transcoders)
 
 
 def faithfulness_points(
@@ -150,12 +153,13 @@ def faithfulness_points(
     metric: str | Metric | None = None,
     ablation: str | Ablation = "resample",
     max_memory: int | None = None,
+    transcoders: Transcoders | None = None,
 ) -> pd.DataFrame:
     """How faithful each of some circuits over one graph is: the points of a threshold sweep, or of a curve.
 
     Args:
         metric: None takes the task's own.
-        max_memory: see `run_circuits`.
+        max_memory, transcoders: see `run_circuits`.
 
     Returns:
         A row per circuit: `edges`, `fraction` (of the graph), the metric's mean under its name, `kl`, `faithfulness`.
@@ -171,7 +175,7 @@ def faithfulness_points(
         raise InputError("these circuits are over different graphs; evaluate each graph's circuits on their own.")
     chosen, whole = get_metric(metric, task), model_logits(model, task)
     kept = torch.stack([*(circuit.kept for circuit in circuits), torch.zeros(len(graph), dtype=torch.bool)])
-    logits = run_circuits(model, graph, kept, task, ablation=ablation, max_memory=max_memory)
+    logits = run_circuits(model, graph, kept, task, ablation=ablation, max_memory=max_memory, transcoders=transcoders)
     values = [float(chosen(found, whole, task).mean()) for found in [*logits, whole]]
     kls = [float(get_metric("kl", task)(found, whole, task).mean()) for found in logits]
     *found, empty, at_model = values

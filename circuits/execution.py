@@ -18,6 +18,7 @@ from circuits.circuit import Circuit
 from circuits.components import check_fits, check_supported, component_nodes, reaching_logits
 from circuits.distributed import in_slices
 from circuits.errors import InputError
+from circuits.feature_circuits import FeatureExecutor
 from circuits.graph import Graph
 from circuits.incremental import IncrementalExecutor
 from circuits.memory import memory_budget, shrinking
@@ -26,6 +27,7 @@ from circuits.models import Model, frozen, run_to_residual, unembed
 from circuits.patching import EdgeLayout, HookedExecutor, check_task
 from circuits.precision import Precision
 from circuits.tasks.base import Task
+from circuits.transcoders.base import Transcoders
 
 PROMPTS_PER_RUN = 256
 # More than a step takes: what is prepared once is the faster the more prompts it is prepared for.
@@ -69,6 +71,7 @@ def get_executor(
     executor: ExecutorName = "auto",
     max_memory: int | None = None,
     precision: Precision | None = None,
+    transcoders: Transcoders | None = None,
 ) -> Executor:
     """An executor that keeps what does not change between circuits.
 
@@ -77,6 +80,7 @@ def get_executor(
             first where it knows the architecture, and says so where it does not.
         max_memory: bytes that one step may take; None chooses from what is free.
         precision: of the incremental executor; None is float32 throughout.
+        transcoders: of a graph of features, which has one executor of its own; None loads those the graph remembers.
 
     Raises:
         InputError: there is no such executor, it has no such precision, the model, graph and task do not fit together, or memory runs out.
@@ -84,6 +88,10 @@ def get_executor(
     if executor not in get_args(ExecutorName):
         raise InputError(f"there is no executor {executor!r}; choose 'auto', 'incremental' or 'hooks'.")
     chosen = get_ablation(ablation)
+    if graph.transcoders is not None:
+        if executor == "incremental" or precision is not None:
+            raise InputError("circuits of features are run by hooks, in the model's precision; use executor='auto'.")
+        return FeatureExecutor.prepare(model, graph, task, chosen, transcoders=transcoders, max_memory=max_memory)
     if executor == "hooks" and precision is not None:
         raise InputError(f"precision={str(precision)!r} needs the incremental executor; leave out executor='hooks' or the precision.")
     if executor != "hooks":
@@ -118,6 +126,7 @@ def run_circuits(
     ablation: str | Ablation = "resample",
     executor: ExecutorName = "auto",
     max_memory: int | None = None,
+    transcoders: Transcoders | None = None,
 ) -> Float[Tensor, "variant scored vocab"]:
     """Logits at every scored row of many circuits: row i keeps the edges `kept[i]`, all others are ablated.
 
@@ -126,6 +135,7 @@ def run_circuits(
     Args:
         executor: see `get_executor`.
         max_memory: bytes that what is kept of a piece may take, and again as many for one step; None chooses from what is free.
+        transcoders: see `get_executor`.
 
     Raises:
         InputError: `kept` does not fit the graph, the model, graph and task do not fit together, or the logits overflow.
@@ -134,6 +144,10 @@ def run_circuits(
         raise InputError(
             f"kept has shape {tuple(kept.shape)} of {kept.dtype}; it must be [variant, edge] of bool, over {len(graph)} edges."
         )
+    if graph.transcoders is not None:
+        return get_executor(
+            model, graph, task, ablation=ablation, executor=executor, max_memory=max_memory, transcoders=transcoders
+        ).logits(kept)
     chosen, size = get_ablation(ablation), _prompts_at_once(model, max_memory, task)
     # Outputs that are given are at hand for all prompts at once.
     if size >= len(task) or chosen.name == "given":
@@ -168,16 +182,19 @@ def run_circuit(
     ablation: str | Ablation = "resample",
     executor: ExecutorName = "auto",
     max_memory: int | None = None,
+    transcoders: Transcoders | None = None,
 ) -> Float[Tensor, "scored vocab"]:
     """Logits of one circuit at every scored row: the model computes with every edge outside the circuit ablated.
 
     Args:
-        executor, max_memory: see `run_circuits`.
+        executor, max_memory, transcoders: see `run_circuits`.
 
     Raises:
         InputError: the model, circuit and task do not fit together, or the logits overflow.
     """
-    return run_circuits(model, circuit.graph, circuit.kept[None], task, ablation=ablation, executor=executor, max_memory=max_memory)[0]
+    return run_circuits(
+        model, circuit.graph, circuit.kept[None], task, ablation=ablation, executor=executor, max_memory=max_memory, transcoders=transcoders
+    )[0]
 
 
 def model_logits(model: Model, task: Task, prompts: Literal["clean", "corrupted"] = "clean") -> Float[Tensor, "scored vocab"]:

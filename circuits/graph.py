@@ -68,6 +68,22 @@ class ModelIdentity:
     weights: str
 
 
+@dataclass(frozen=True)
+class TranscodersIdentity:
+    """Which transcoders a graph of features was made with.
+
+    Attributes:
+        source: where they came from; empty where they were made in memory.
+        weights: a fingerprint.
+        leading: so many first positions of a prompt have no features.
+    """
+
+    name: str
+    source: str
+    weights: str
+    leading: int = 1
+
+
 @dataclass(frozen=True, eq=False)
 class Graph:
     """Edges as columns of integers into `nodes`.
@@ -79,6 +95,7 @@ class Graph:
         positions: the spans that edges are split by (names, or numbers), in order; None when they are not split.
         causal: whether a head's output at a position depends on what it reads at earlier ones only.
         model: the model the graph was made from, if it was made from one.
+        transcoders: whose features are nodes, in a graph of features.
     """
 
     nodes: tuple[Node, ...]
@@ -88,6 +105,13 @@ class Graph:
     positions: tuple[str | int, ...] | None = None
     causal: bool = True
     model: ModelIdentity | None = field(default=None)
+    transcoders: TranscodersIdentity | None = None
+
+    @staticmethod
+    def empty(model: ModelIdentity | None = None) -> Graph:
+        """A graph of nothing, for methods that make their own."""
+        nothing = torch.zeros(0, dtype=torch.long)
+        return Graph((), nothing, nothing, nothing, model=model)
 
     def __len__(self) -> int:
         return len(self.source)

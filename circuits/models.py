@@ -29,7 +29,7 @@ from circuits.errors import InputError
 from circuits.files import read_json, read_tensors, write_json, write_tensors
 from circuits.graph import SLOTS
 from circuits.nodes import MLP, Embed, Head, Logits, Node, PosEmbed, TokenEmbed
-from circuits.sublayers import Attention, FeedForward, Norm, Rotation, Unembedding, gelu_tanh
+from circuits.sublayers import Attention, FeedForward, LinearNorm, Norm, Rotation, Unembedding, gelu_tanh
 
 Model = HookedTransformer
 Hook = Callable[[Tensor], Tensor | None]
@@ -242,6 +242,41 @@ def projection_hook(layer: int, slot: str) -> str:
     return f"blocks.{layer}.attn.hook_{slot}"
 
 
+def pattern_hook(layer: int) -> str:
+    """How much each query of a layer's heads attends to each key."""
+    return f"blocks.{layer}.attn.hook_pattern"
+
+
+def mlp_residual_hook(model: Model, layer: int) -> str:
+    """The residual stream that an MLP reads, before its norm: in a parallel block what its heads read too."""
+    return f"blocks.{layer}.{'hook_resid_pre' if model.cfg.parallel_attn_mlp else 'hook_resid_mid'}"
+
+
+def mlp_output_hook(model: Model, layer: int, *, before_norm: bool = False) -> str:
+    """What an MLP adds to the residual stream, or what it gives to a norm that follows it."""
+    return f"blocks.{layer}.{'mlp' if before_norm and _norms_after(model) else 'hook_mlp_out'}"
+
+
+NORMS = ("ln1", "ln1_post", "ln2", "ln2_post")
+"""The norms of a block: before and after attention, before and after the MLP."""
+
+
+def scale_hooks(model: Model) -> dict[tuple[int, str], str]:
+    """Where what each norm of each block divides by can be read, by layer and norm; the final norm's is `FINAL_SCALE`."""
+    if model.cfg.normalization_type is None:
+        return {}
+    absent = {*(() if _norms_after(model) else ("ln1_post", "ln2_post")), *(("ln2", "ln2_post") if model.cfg.attn_only else ())}
+    names = [name for name in NORMS if name not in absent]
+    return {(layer, name): f"blocks.{layer}.{name}.hook_scale" for layer in range(model.cfg.n_layers) for name in names}
+
+
+FINAL_SCALE = "ln_final.hook_scale"
+
+
+def _norms_after(model: Model) -> bool:
+    return bool(model.cfg.use_normalization_before_and_after)
+
+
 @contextlib.contextmanager
 def separate_inputs(model: Model) -> Iterator[None]:
     """Give every MLP and every head's q, k and v an input of its own; the flags are put back.
@@ -360,12 +395,25 @@ def run_to_residual(
         mask: real tokens, as against padding on the right. What pads hold never reaches a real token.
         hooks: (hook point, function) pairs.
     """
-    every = [*hooks, *_padding_hooks(model, mask)]
     # A tokenizer that pads on the left would make TransformerLens guess where the padding is.
     left = model.tokenizer is not None and model.tokenizer.padding_side == "left"
     attention_mask = torch.ones_like(tokens) if left else None
-    with model.hooks(fwd_hooks=[(name, _as_hook(function)) for name, function in every]):
+    with hooked(model, [*hooks, *_padding_hooks(model, mask)]):
         return model(tokens, stop_at_layer=model.cfg.n_layers if layers is None else layers, attention_mask=attention_mask)
+
+
+@contextlib.contextmanager
+def hooked(model: Model, hooks: Sequence[tuple[str, Hook]]) -> Iterator[None]:
+    """With these (hook point or module, function) pairs in place; a module's function takes what the module gives."""
+    points: list[Any] = [(name, _as_hook(function)) for name, function in hooks if name in model.hook_dict]
+    modules = [(model.get_submodule(name), function) for name, function in hooks if name not in model.hook_dict]
+    handles = [module.register_forward_hook(_as_module_hook(function)) for module, function in modules]
+    try:
+        with model.hooks(fwd_hooks=points):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def unembed(model: Model, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
@@ -382,6 +430,13 @@ def unembed(model: Model, residual: Float[Tensor, "*batch d_model"]) -> Float[Te
 def _as_hook(function: Hook) -> Callable[..., Tensor | None]:
     def hook(activation: Tensor, hook: object) -> Tensor | None:
         return function(activation)
+
+    return hook
+
+
+def _as_module_hook(function: Hook) -> Callable[..., Tensor | None]:
+    def hook(module: torch.nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return function(output)
 
     return hook
 
@@ -427,6 +482,23 @@ class Components:
         if norm_weight is not None:
             weight = weight * norm_weight.detach()[:, None]
         return weight - weight.mean(1, keepdim=True) if self._centres else weight
+
+    def linear_norm(self, layer: int | None, name: str, scale: Float[Tensor, "*batch 1"] | None) -> LinearNorm:
+        """One of the `NORMS` of a layer, or with None and "ln_final" the last one, its divisor held at `scale`; None where it is absent."""
+        module = self.model if layer is None else self.model.blocks[layer]
+        parts = getattr(module, name, None) if scale is not None else None
+        weight, bias = (None if parts is None or not hasattr(parts, kind) else getattr(parts, kind).detach() for kind in ("w", "b"))
+        return LinearNorm(scale, self._centres, weight, bias)
+
+    def value_constant(self, layer: int) -> Float[Tensor, "head d_head"]:
+        """What every head's values hold whatever the residual stream is: b_V, and the norm's bias through W_V."""
+        attention, norm_bias = self.model.blocks[layer].attn, getattr(self.model.blocks[layer].ln1, "b", None)
+        constant = attention.b_V.detach()
+        return constant if norm_bias is None else constant + torch.einsum("d,hde->he", norm_bias.detach(), attention.W_V.detach())
+
+    def mlp_input(self, layer: int, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream after the norm before the MLP."""
+        return _norm(self.model.blocks[layer].ln2)(residual)
 
     @property
     def _centres(self) -> bool:

@@ -87,14 +87,15 @@ def run(
 
     Args:
         out: the folder of all runs.
-        graph: None takes the component graph.
+        graph: None takes the component graph, or lets the method make its own.
         notes: more to record, such as the names and seeds that model and task were loaded with.
 
     Raises:
         InputError: settings cannot be used, or the folder holds a damaged file or one from a newer version.
         RankError: another rank ended; the message says where the state is.
     """
-    graph = component_graph(model) if graph is None else graph
+    if graph is None:
+        graph = Graph.empty(identity(model)) if discoverer.makes_own_graph else component_graph(model)
     folder = Path(out) / task.name / f"{discoverer.name}-{_digest(discoverer, model, task, graph)[:8]}"
     with _turn(folder):
         if on_first(lambda: (folder / RECORD).exists()):
@@ -105,7 +106,7 @@ def run(
             circuit = _discovered(discoverer, model, task, graph, folder / CHECKPOINT, progress)
             seconds = time.perf_counter() - started
         record = {
-            **_circumstances(discoverer, model, task, graph),
+            **_circumstances(discoverer, model, task, circuit.graph),
             **circuit.record,
             **totals(passes),
             "seconds": seconds,
@@ -119,7 +120,8 @@ def _discovered(
     discoverer: CircuitDiscoverer, model: Model, task: Task, graph: Graph, checkpoint: Path, progress: Progress | None
 ) -> Circuit:
     try:
-        circuit = discoverer.discover(model, task, graph=graph, checkpoint=checkpoint, progress=progress)
+        given = None if discoverer.makes_own_graph and not graph.nodes else graph
+        circuit = discoverer.discover(model, task, graph=given, checkpoint=checkpoint, progress=progress)
     except RankError as error:
         kept = f"the state is in {checkpoint}" if checkpoint.exists() else "nothing was saved yet"
         raise RankError(f"{error}; {kept}: run the same command again") from error

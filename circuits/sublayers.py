@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -164,6 +164,42 @@ def _each_with_all(
         together = a.transpose(1, 2).reshape(head, batch, variant * rows, inner) @ b[:, 0]
         return together.view(head, batch, variant, rows, -1).transpose(1, 2)
     return a @ b
+
+
+@dataclass(frozen=True, eq=False)
+class LinearNorm:
+    """A norm whose divisor is held fixed, which makes it a linear map and a constant.
+
+    Attributes:
+        scale: what it divides by; None where there is no norm.
+        centres: it subtracts the mean first, as LayerNorm does.
+        weight, bias: None where there are none.
+    """
+
+    scale: Float[Tensor, "*batch 1"] | None
+    centres: bool
+    weight: Float[Tensor, "d_model"] | None
+    bias: Float[Tensor, "d_model"] | None
+
+    def __getitem__(self, positions: Rows) -> LinearNorm:
+        """The norm at some positions, the last axis of `scale` but one."""
+        return self if self.scale is None else replace(self, scale=self.scale[..., positions, :])
+
+    def linear(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The linear part: what is divided by the scale and multiplied by the weight."""
+        if self.scale is None:
+            return x
+        return self._weighted((x - x.mean(-1, keepdim=True) if self.centres else x) / self.scale)
+
+    def transposed(self, gradient: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The transpose of `linear`: from a direction in its output to the same one in its input."""
+        if self.scale is None:
+            return gradient
+        gradient = self._weighted(gradient) / self.scale
+        return gradient - gradient.mean(-1, keepdim=True) if self.centres else gradient
+
+    def _weighted(self, x: Tensor) -> Tensor:
+        return x if self.weight is None else x * self.weight
 
 
 @dataclass(frozen=True, eq=False)

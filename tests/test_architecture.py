@@ -13,13 +13,14 @@ PACKAGE = Path(circuits.__file__).parent
 
 # A module imports only from entries above its own; modules of one entry do not import each other unless listed in ONE_CONCEPT.
 ORDER = (
-    "errors", "distributed", "memory", "files", "nodes", "graph", "circuit", "sublayers", "precision", "models", "components", "tasks", "metrics",
-    "spans", "outputs", "ablation", "patching", "window", "propagation", "base_run", "cost", "flips", "cases", "incremental_run",
-    "incremental", "execution", "gradients", "edge_products", "edge_scores", "edge_order", "discoverer", "confirmation", "algorithms",
-    "evaluation", "compare", "interchange", "viewer", "plot",
+    "errors", "distributed", "memory", "files", "nodes", "graph", "circuit", "sublayers", "precision", "models", "components", "tasks",
+    "metrics", "spans", "outputs", "transcoders", "ablation", "patching", "window", "propagation", "base_run", "cost", "flips", "cases",
+    "incremental_run", "incremental", "replacement", "active_features", "linear_sweep", "feature_graph", "influence", "attribution",
+    "feature_pooling", "feature_circuits", "interventions", "execution", "gradients", "edge_products", "edge_scores", "edge_order",
+    "discoverer", "confirmation", "algorithms", "evaluation", "compare", "interchange", "neuronpedia", "virtual_weights", "viewer", "plot",
     "run", "commands", "cli",
 )  # fmt: skip
-ONE_CONCEPT = ("tasks", "viewer", "commands")
+ONE_CONCEPT = ("tasks", "transcoders", "viewer", "commands")
 ENTRANCES = ("__init__", "__main__")
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py"))
 
@@ -97,12 +98,14 @@ def test_functions_stay_short(path):
 
 def test_the_public_names_are_these():
     assert circuits.__all__ == [
-        "ACDC", "Ablation", "ActivationPatching", "BatchedACDC", "Checkpoint", "Circuit", "CircuitDiscoverer", "EAP", "EAPIG", "Edge",
-        "EdgeAttribution", "Embed", "Error", "Evaluation", "Feature", "Graph", "Head", "InputError", "KnownCircuit", "Logits", "METRICS",
-        "MLP", "Metric", "PosEmbed", "Precision", "PromptPair", "RandomScores", "Recovery", "Task", "TaskFamily", "TokenEmbed", "build_model",
-        "component_graph", "discoverers", "evaluate", "faithfulness_curve", "faithfulness_points", "known_circuit", "load_eap_ig",
-        "load_model", "load_task", "model_logits", "parse_edge", "parse_node", "recovery", "run_circuit", "run_circuits", "save_eap_ig",
-        "save_model", "task_names",
+        "ACDC", "Ablation", "ActivationPatching", "AttributionGraph", "BatchedACDC", "Checkpoint", "Circuit", "CircuitDiscoverer",
+        "Direction", "EAP", "EAPIG", "Edge", "EdgeAttribution", "Embed", "Error", "Evaluation", "Feature", "FeatureGraph", "Graph",
+        "Head", "InputError", "Intervened", "Intervention", "KnownCircuit", "Logits", "METRICS", "MLP", "Metric", "PosEmbed", "Precision",
+        "PromptPair", "RandomScores", "Recovery", "Task", "TaskFamily", "TokenEmbed", "Transcoders", "build_model", "completeness_score",
+        "component_graph", "direct_effects", "discoverers", "evaluate", "faithfulness_curve", "faithfulness_points", "generate",
+        "intervene", "known_circuit", "load_eap_ig", "load_model", "load_task", "load_transcoders", "model_logits", "node_influence",
+        "parse_edge", "parse_node", "prune", "pruned", "recovery", "replacement_score", "run_circuit", "run_circuits", "save_eap_ig",
+        "save_model", "save_transcoders", "task_names",
     ]  # fmt: skip
     for name in circuits.__all__:
         assert getattr(circuits, name) is not None
@@ -131,7 +134,7 @@ def test_every_public_function_and_class_has_a_docstring(path):
 @pytest.mark.parametrize("name", [name for name in circuits.__all__ if inspect.isfunction(getattr(circuits, name))])
 def test_public_functions_say_what_they_raise(name):
     function = getattr(circuits, name)
-    if name not in {"discoverers", "task_names", "save_model"}:
+    if name not in {"discoverers", "task_names", "save_model", "node_influence", "replacement_score", "completeness_score"}:
         assert "Raises:" in (inspect.getdoc(function) or "")
 
 

@@ -9,11 +9,16 @@ from typing import ClassVar
 import pytest
 import torch
 from architectures import random_model, random_task
+from random_transcoders import random_transcoders
 
 import circuits
 from circuits.discoverer import CircuitDiscoverer
 
-REQUIRED = {"acdc": {"threshold": 0.02}, "batched-acdc": {"threshold": 0.02, "verify": True}}
+REQUIRED = {
+    "acdc": {"threshold": 0.02},
+    "batched-acdc": {"threshold": 0.02, "verify": True},
+    "attribution-graph": {"transcoders": random_transcoders(random_model("gpt2"))},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +42,8 @@ class InputOnly(CircuitDiscoverer):
 
 METHODS = circuits.discoverers()
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+ON_A_GRAPH = {name: method for name, method in METHODS.items() if not method.makes_own_graph}
+every_method_on_a_graph = pytest.mark.parametrize("method", ON_A_GRAPH.values(), ids=ON_A_GRAPH)
 
 
 def made(method: type[CircuitDiscoverer]) -> CircuitDiscoverer:
@@ -64,7 +71,7 @@ def test_a_method_is_a_frozen_dataclass_that_says_what_it_is_and_where_it_comes_
         assert f"{field.name}: " in documentation, f"{method.__name__} does not say what {field.name} is"
 
 
-@every_method
+@every_method_on_a_graph
 def test_the_result_is_over_the_given_graph_and_says_how_it_was_found(method, model):
     graph = circuits.component_graph(model, split_embed=True)
     circuit = made(method).discover(model, random_task(), graph=graph)
@@ -74,7 +81,16 @@ def test_the_result_is_over_the_given_graph_and_says_how_it_was_found(method, mo
     assert circuit.selected or len(circuit) == len(graph)
 
 
-@every_method
+def test_a_method_that_makes_its_own_graph_says_how_it_was_found_and_takes_no_other(model):
+    (method,) = [method for method in METHODS.values() if method.makes_own_graph]
+    circuit = made(method).discover(model, random_task())
+    assert circuit.record["method"] == method.name
+    assert set(circuit.record["settings"]) == {field.name for field in dataclasses.fields(method)}
+    with pytest.raises(circuits.InputError, match="makes its graph of features itself"):
+        made(method).discover(model, random_task(), graph=circuits.component_graph(model))
+
+
+@every_method_on_a_graph
 def test_a_graph_split_by_position_works(method, model):
     circuit = made(method).discover(model, random_task(ragged=True), graph=circuits.component_graph(model, positions=8))
     assert len(circuit.graph) == 8 * 110

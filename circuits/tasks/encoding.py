@@ -5,8 +5,13 @@ The tokenizer is called directly: a model's own conversion pads on a side that d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from circuits.errors import InputError
 from circuits.models import Model
@@ -72,7 +77,7 @@ class Encoder:
             DoesNotFit: an answer is not one token here, the prompts differ in length, or a word is unknown.
             InputError: a prompt is empty or too long, or a span is outside the prompt.
         """
-        clean, corrupted = (self._prompt(text, role) for text, role in ((pair.clean, "clean"), (pair.corrupted, "corrupted")))
+        clean, corrupted = (self.prompt(text, role) for text, role in ((pair.clean, "clean"), (pair.corrupted, "corrupted")))
         if both := set(pair.answers) & set(pair.wrong_answers):
             raise InputError(
                 f"{', '.join(map(repr, sorted(both)))} is both an answer and a wrong answer of {shorten(pair.clean)}; drop it from one."
@@ -86,7 +91,13 @@ class Encoder:
             )
         return EncodedPair(pair, clean, corrupted, answers, wrong, self._spans(pair) if pair.spans else {})
 
-    def _prompt(self, text: str, role: str) -> list[int]:
+    def prompt(self, text: str, role: str = "given") -> list[int]:
+        """A prompt as tokens, <bos> included where the model expects one.
+
+        Raises:
+            DoesNotFit: a word is unknown.
+            InputError: it is empty or too long.
+        """
         if not text.strip():
             raise InputError(f"a {role} prompt is empty ({text!r}); give it some text.")
         ids = [*self.bos, *self._ids(text)]
@@ -127,6 +138,18 @@ class Encoder:
             )
         return list(dict.fromkeys(token for token in found.values() if token is not None))
 
+    def answer(self, prompt: str, word: str) -> int:
+        """The one token by which `word` continues `prompt`.
+
+        Raises:
+            DoesNotFit: it is not one token.
+        """
+        return self._answers(prompt, self.prompt(prompt), (word,))[0]
+
+    def words(self, tokens: Sequence[int]) -> tuple[str, ...]:
+        """The text of each token."""
+        return tuple(str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False)) for token in tokens)
+
     def _answer(self, prompt: str, ids: list[int], word: str) -> int | None:
         """The one token by which `word` continues the prompt, or None."""
         together = [*self.bos, *self._ids(prompt + word)]
@@ -161,3 +184,16 @@ class Encoder:
     def _differing_words(self, pair: PromptPair) -> tuple[str, ...]:
         words = (*pair.clean.split(), *pair.corrupted.split())
         return tuple(dict.fromkeys(word for word in words if not (word in pair.clean.split() and word in pair.corrupted.split())))
+
+
+def prompt_tokens(model: Model, prompt: str | Sequence[int] | Int[Tensor, "pos"]) -> Int[Tensor, "pos"]:
+    """A prompt as token ids on the CPU: text with <bos> where the model expects one, ids as they are.
+
+    Raises:
+        InputError: the text is empty or too long or has unknown words, or the model has no tokenizer.
+    """
+    return (
+        torch.tensor(Encoder.of(model).prompt(prompt))
+        if isinstance(prompt, str)
+        else torch.as_tensor(prompt, dtype=torch.long).cpu().flatten()
+    )

@@ -1,0 +1,233 @@
+"""Attribution graphs: which features, at which positions, made the model say this token (Ameisen et al. 2025; Lindsey et al. 2025).
+
+For one prompt, attention patterns and the divisors of norms are held fixed and every MLP is replaced by transcoder features and an error. What is
+left is linear, so the weight of every edge is exact within that model; `circuits.linear_sweep` computes them without autograd. For a task, the
+graphs of its prompts are pooled into one circuit, which can be run like any other.
+
+We differ from circuit-tracer (Hanna et al. 2025), whose numbers the tests compare with, in speed and in what is kept: what is in no node
+(biases, position embeddings, the MLPs at the first position) is kept as constants, so that the edges into a node account for its whole
+pre-activation, and every edge knows the part of it that attention carries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from circuits.active_features import active_features
+from circuits.attribution import Budget, Direction, build_graph, difference_direction, token_direction, top_logits
+from circuits.circuit import Circuit
+from circuits.components import REST, identity
+from circuits.discoverer import SPEED_ONLY, Checkpoint, CircuitDiscoverer, Progress
+from circuits.errors import InputError
+from circuits.feature_graph import FeatureGraph
+from circuits.feature_pooling import Pooled, spans_of
+from circuits.graph import Graph, TranscodersIdentity
+from circuits.influence import prune
+from circuits.models import Model
+from circuits.replacement import LocalModel, freeze
+from circuits.tasks.base import Task
+from circuits.tasks.encoding import Encoder, prompt_tokens
+from circuits.transcoders.base import Transcoders
+from circuits.transcoders.loading import load_transcoders
+
+PROMPTS_AT_ONCE = 16
+
+Explained = str | int | tuple[str | int, str | int] | Direction
+"""What a graph explains: a token (its text or id), a token against another, or any direction after the last norm."""
+
+
+@dataclass(frozen=True)
+class AttributionGraph(CircuitDiscoverer):
+    """Attribute what a model says to the transcoder features that fire on the way, and to the tokens they come from.
+
+    Reference: Ameisen, Lindsey et al. 2025, Circuit tracing, https://transformer-circuits.pub/2025/attribution-graphs/methods.html
+
+    Attributes:
+        transcoders: a folder, a hub address (hf://owner/name), the name of embedded ones, or loaded ones.
+        budget: how many features get edges into them, the most influential ones; None: all active features.
+        at_a_time: with a budget, how many features are chosen before influence is computed anew.
+        most_logits: the graph explains the most probable next tokens, at most so many,
+        probability: and no more than reach this probability together.
+        node_threshold: the share of influence that the kept nodes make.
+        edge_threshold: the share that the kept edges make of what is then left.
+        leading: so many first positions have no features and errors (beginning-of-sequence tokens; 4 for instruction-tuned Gemma 3).
+        by_position: pool the features of a task's prompts by named position; None: where the task names positions.
+        max_memory: bytes that carrying targets down may take; None chooses from what is free.
+    """
+
+    name: ClassVar[str] = "attribution-graph"
+    makes_own_graph: ClassVar[bool] = True
+    transcoders: str | Path | Transcoders
+    budget: int | None = None
+    at_a_time: int = 512
+    most_logits: int = 10
+    probability: float = 0.95
+    node_threshold: float = 0.8
+    edge_threshold: float = 0.98
+    leading: int = 1
+    by_position: bool | None = None
+    max_memory: int | None = field(default=None, metadata=SPEED_ONLY)
+
+    def __post_init__(self) -> None:
+        for name, least in (("budget", 1), ("at_a_time", 1), ("most_logits", 1), ("leading", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{name}={value}: give {least} or more.")
+        for name in ("probability", "node_threshold", "edge_threshold"):
+            if not 0 < getattr(self, name) <= 1:
+                raise InputError(f"{name}={getattr(self, name)}: give a share above 0 and up to 1.")
+
+    def identity(self) -> dict[str, Any]:
+        """Method and settings, and which weights the transcoders have."""
+        return {**super().identity(), "transcoders": self.loaded.identity.weights}
+
+    @property
+    def loaded(self) -> Transcoders:
+        """The transcoders themselves."""
+        return self.transcoders if isinstance(self.transcoders, Transcoders) else load_transcoders(self.transcoders)
+
+    def attribute(
+        self, model: Model, prompt: str | Sequence[int] | Int[Tensor, "pos"], *, explain: Sequence[Explained] | None = None
+    ) -> FeatureGraph:
+        """The graph of one prompt, unpruned; `circuits.pruned` keeps what matters.
+
+        Args:
+            prompt: text, or token ids as they are.
+            explain: what it leads up to; None: the most probable next tokens.
+
+        Raises:
+            InputError: the transcoders do not fit the model; the prompt is empty or too long, or no feature fires on it; what is to be
+                explained is not one token.
+        """
+        return self.attribute_all(model, [prompt], explain=None if explain is None else [explain])[0]
+
+    def attribute_all(
+        self,
+        model: Model,
+        prompts: Sequence[str | Sequence[int] | Int[Tensor, "_"]],
+        *,
+        explain: Sequence[Sequence[Explained] | None] | None = None,
+    ) -> list[FeatureGraph]:
+        """The graphs of several prompts, which are run together.
+
+        Raises:
+            InputError: see `attribute`; or `explain` has another length than `prompts`.
+        """
+        wanted = [None] * len(prompts) if explain is None else list(explain)
+        if len(wanted) != len(prompts):
+            raise InputError(f"there are {len(prompts)} prompts and {len(wanted)} entries in explain; give one for each.")
+        transcoders, who, graphs = self.loaded, identity(model), []
+        tokens = [prompt_tokens(model, prompt) for prompt in prompts]
+        settings = {name: value for name, value in self.settings().items() if name not in ("by_position", "max_memory")}
+        for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+            some = slice(start, start + PROMPTS_AT_ONCE)
+            locals_ = freeze(model, transcoders, tokens[some])
+            for local, features, asked in zip(
+                locals_, active_features(locals_, transcoders, leading=self.leading), wanted[some], strict=True
+            ):
+                directions = self._most_probable(model, local) if asked is None else [_direction(model, local, one) for one in asked]
+                graph = self._graph(model, transcoders, local, features, directions)
+                graphs.append(replace(graph, model=who, transcoders=self._made_with(transcoders), settings=settings))
+        return graphs
+
+    def discover(
+        self,
+        model: Model,
+        task: Task,
+        *,
+        graph: Graph | None = None,
+        checkpoint: Checkpoint | str | Path | None = None,
+        progress: Progress | None = None,
+    ) -> Circuit:
+        if graph is not None:
+            raise InputError(f"{self.name} makes its graph of features itself and takes none; leave out graph, split_embed and positions.")
+        transcoders, names = self.loaded, self._spans(task)
+        spans = None if names is None else spans_of(task.positions, names)
+        who = identity(model)
+        state = Checkpoint.open(checkpoint, self, Graph.empty(who), task)
+        start = state.restore({"next": torch.tensor(0), **vars(Pooled.nothing())})
+        pooled, first = Pooled(**{name: part for name, part in start.items() if name != "next"}), int(start["next"])
+        label = "top" if task.answers is None else "answer"
+        for begin in range(first, len(task), PROMPTS_AT_ONCE):
+            rows = range(begin, min(begin + PROMPTS_AT_ONCE, len(task)))
+            locals_ = freeze(model, transcoders, [task.clean[row, : int(task.lengths[row])] for row in rows])
+            for row, local, features in zip(rows, locals_, active_features(locals_, transcoders, leading=self.leading), strict=True):
+                found = self._graph(model, transcoders, local, features, self._scored(model, local, task, row))
+                kept = prune(found, node_threshold=self.node_threshold, edge_threshold=self.edge_threshold)
+                pooled = pooled.with_graph(found, kept.edges, None if spans is None else spans[row])
+            state.save({"next": torch.tensor(rows.stop), **vars(pooled)})
+            if progress is not None:
+                progress(rows.stop, len(task))
+        whole, place = pooled.graph(names, label, who, self._made_with(transcoders))
+        keeping = pooled.keeping[place]
+        record = self.record(prompts=len(task), kept_by_prompts=keeping[keeping > 0].tolist())
+        return Circuit(whole, (pooled.scores[place] / int(task.scored.sum())).float(), keeping > 0, record=record)
+
+    def _made_with(self, transcoders: Transcoders) -> TranscodersIdentity:
+        return replace(transcoders.identity, leading=self.leading)
+
+    def _graph(
+        self, model: Model, transcoders: Transcoders, local: LocalModel, features: Any, directions: Sequence[Direction]
+    ) -> FeatureGraph:
+        words = Encoder.of(model).words(local.tokens.tolist()) if model.tokenizer is not None else [f"#{t}" for t in local.tokens.tolist()]
+        return build_graph(
+            local,
+            transcoders,
+            features,
+            directions,
+            words=words,
+            budget=Budget(self.budget, self.at_a_time),
+            leading=self.leading,
+            max_memory=self.max_memory,
+        )
+
+    def _most_probable(self, model: Model, local: LocalModel, position: int | None = None, share: float = 1.0) -> list[Direction]:
+        tokens = top_logits(local, most=self.most_logits, probability=self.probability, position=position)
+        return [token_direction(local, token, _word(model, token), weight * share, position) for token, weight in tokens]
+
+    def _scored(self, model: Model, local: LocalModel, task: Task, row: int) -> list[Direction]:
+        """What one prompt of a task is judged by: answers against wrong answers, answers alone, or what the model says."""
+        directions = []
+        for position in task.scored[row].nonzero().flatten().tolist():
+            right, wrong = (None if part is None else part[row][part[row] >= 0].tolist() for part in (task.answers, task.wrong_answers))
+            if right is None:
+                directions += self._most_probable(model, local, position)
+            else:
+                directions.append(difference_direction(local, right, wrong, "answer", position))
+        return directions
+
+    def _spans(self, task: Task) -> tuple[str, ...] | None:
+        by_position = bool(task.positions) if self.by_position is None else self.by_position
+        if by_position and not task.positions:
+            raise InputError(f"by_position=True, but the task {task.name!r} names no positions; use by_position=False.")
+        return (REST, *task.positions) if by_position else None
+
+
+def _word(model: Model, token: int) -> str:
+    return f"#{token}" if model.tokenizer is None else Encoder.of(model).words([token])[0]
+
+
+def _direction(model: Model, local: LocalModel, wanted: Explained) -> Direction:
+    if isinstance(wanted, Direction):
+        return wanted
+    if isinstance(wanted, tuple):
+        right, wrong = (_token(model, local, one) for one in wanted)
+        return difference_direction(local, [right], [wrong], f"{_word(model, right)} - {_word(model, wrong)}")
+    token = _token(model, local, wanted)
+    return token_direction(local, token, _word(model, token), float(local.logits[-1].float().softmax(-1)[token]))
+
+
+def _token(model: Model, local: LocalModel, wanted: str | int) -> int:
+    if isinstance(wanted, str):
+        encoder = Encoder.of(model)
+        return encoder.answer(str(encoder.tokenizer.decode(local.tokens.tolist(), skip_special_tokens=True)), wanted)
+    if not 0 <= wanted < local.logits.shape[-1]:
+        raise InputError(f"token {wanted} is none of this model's; give one from 0 to {local.logits.shape[-1] - 1}.")
+    return wanted

@@ -1,0 +1,208 @@
+"""Attribution graphs of prompts: from a model, transcoders and what is to be explained to `FeatureGraph`s.
+
+For each prompt: the local replacement model (`replacement`), its active features (`active_features`), the rows of edges into features and targets
+(`linear_sweep`), all of them or those into a budget of the most influential features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from circuits.active_features import ActiveFeatures, gather_sources
+from circuits.errors import InputError
+from circuits.feature_graph import EMBEDDING, ERROR, FEATURE, TARGET, FeatureGraph, Nodes, Target
+from circuits.influence import SMALLEST_SUM
+from circuits.linear_sweep import CONSTANTS, LinearSweep, Rows, Targets, direct_weights, feature_targets, logit_targets
+from circuits.replacement import LocalModel
+from circuits.transcoders.base import Transcoders
+
+UNSELECTED = "unselected_features"
+"""The constant that holds the edges from features outside the budget."""
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """A direction in the output of the last norm to be explained.
+
+    Attributes:
+        label: for people.
+        vector: the direction.
+        bias: what the explained number holds besides.
+        weight: what it counts for in influence.
+        position: where; None is the prompt's last position.
+        token: the token whose logit it is, if it is one's.
+    """
+
+    label: str
+    vector: Float[Tensor, "d_model"]
+    bias: float = 0.0
+    weight: float = 1.0
+    position: int | None = None
+    token: int | None = None
+
+
+def top_logits(model: LocalModel, *, most: int, probability: float, position: int | None = None) -> list[tuple[int, float]]:
+    """The fewest most probable next tokens that reach `probability` together, at most so many, each with its probability."""
+    probabilities = model.logits[-1 if position is None else position].float().softmax(-1)
+    values, tokens = probabilities.topk(min(most, len(probabilities)))
+    number = min(len(values), int(torch.searchsorted(values.cumsum(0), probability)) + 1)
+    return list(zip(tokens[:number].tolist(), values[:number].tolist(), strict=True))
+
+
+def token_direction(model: LocalModel, token: int, label: str, weight: float, position: int | None = None) -> Direction:
+    """A token's logit less the mean logit."""
+    vector = model.unembedding[:, token] - model.unembedding.mean(1)
+    bias = float(model.unembedding_bias[token] - model.unembedding_bias.mean())
+    return Direction(label, vector, bias, weight, position, token)
+
+
+def difference_direction(
+    model: LocalModel, right: Sequence[int], wrong: Sequence[int] | None, label: str, position: int | None = None
+) -> Direction:
+    """The mean logit of some tokens less that of others, or of all (None)."""
+    others = slice(None) if wrong is None else list(wrong)
+    vector = model.unembedding[:, list(right)].mean(1) - model.unembedding[:, others].mean(1)
+    bias = float(model.unembedding_bias[list(right)].mean() - model.unembedding_bias[others].mean())
+    return Direction(label, vector, bias, 1.0, position)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many features get rows of incoming edges (None: all), and how many of them are chosen at a time by the influence known so far."""
+
+    features: int | None = None
+    at_a_time: int = 512
+
+
+@torch.no_grad()
+def build_graph(
+    model: LocalModel,
+    transcoders: Transcoders,
+    features: ActiveFeatures,
+    directions: Sequence[Direction],
+    *,
+    words: Sequence[str],
+    budget: Budget,
+    leading: int = 1,
+    max_memory: int | None = None,
+) -> FeatureGraph:
+    """One prompt's graph.
+
+    Raises:
+        InputError: no feature is active.
+    """
+    if not len(features):
+        raise InputError(
+            f"no feature of {transcoders.name!r} is active on the prompt {''.join(words)!r}: there is no graph; give a longer prompt or "
+            "transcoders that were trained on this model."
+        )
+    sources = gather_sources(model, transcoders, features, leading=leading)
+    every, logits = feature_targets(model, transcoders, features), _direction_targets(model, directions)
+    probability = torch.tensor([one.weight for one in directions], dtype=torch.float32, device=every.vector.device)
+    rows, selected = _rows(LinearSweep(model, sources, max_memory), every, logits, probability, budget)
+    direct = direct_weights(model, sources, every[selected] + logits, selected)
+    nodes = _nodes(model, features, selected, directions, logits.position, probability)
+    # Rows are features, then directions; columns are features, errors and embeddings: nodes in their order.
+    number = torch.arange(len(nodes), device=selected.device)
+    number = torch.cat([number[: len(selected)], number[len(nodes) - len(directions) :]])
+    weights, stays = _columns(rows, rows.features[:, selected]), _columns(direct, direct.features)
+    place = weights.nonzero()
+    return FeatureGraph(
+        nodes=nodes,
+        source=place[:, 1].contiguous(),
+        target=number[place[:, 0]],
+        weight=weights[place[:, 0], place[:, 1]],
+        direct=stays[place[:, 0], place[:, 1]],
+        constants=_constants(rows, selected, number, len(nodes)),
+        constant_names=(*CONSTANTS, UNSELECTED),
+        tokens=model.tokens,
+        words=tuple(words),
+        targets=tuple(Target(one.label, one.token) for one in directions),
+        n_layers=len(model.layers),
+    )
+
+
+def _columns(rows: Rows, features: Float[Tensor, "target selected"]) -> Float[Tensor, "target source"]:
+    return torch.cat([features, rows.errors.flatten(1), rows.embeddings], 1)
+
+
+def _constants(
+    rows: Rows, selected: Int[Tensor, "selected"], number: Int[Tensor, "target"], n_nodes: int
+) -> Float[Tensor, "node constant"]:
+    """By node, what its pre-activation holds besides edges; features that were not selected among it."""
+    unselected = torch.ones(rows.features.shape[1], dtype=torch.bool, device=selected.device).index_fill_(0, selected, False)
+    known = torch.cat([rows.constants, rows.features[:, unselected].sum(1, keepdim=True)], 1)
+    constants = known.new_zeros(n_nodes, known.shape[1])
+    constants[number] = known
+    return constants
+
+
+def _direction_targets(model: LocalModel, directions: Sequence[Direction]) -> Targets:
+    like, last = model.embedding, len(model.tokens) - 1
+    positions = torch.tensor([last if one.position is None else one.position for one in directions], device=like.device)
+    biases = torch.tensor([one.bias for one in directions], dtype=like.dtype, device=like.device)
+    return logit_targets(model, torch.stack([one.vector.to(like) for one in directions]), biases, positions)
+
+
+def _rows(
+    sweep: LinearSweep, every: Targets, logits: Targets, probability: Float[Tensor, "target"], budget: Budget
+) -> tuple[Rows, Int[Tensor, "selected"]]:
+    """Edges into the chosen features, in order, and into the directions; and which features those are."""
+    n = len(every)
+    if budget.features is None or budget.features >= n:
+        return sweep.rows(every + logits), torch.arange(n, device=every.layer.device)
+    found, chosen = sweep.rows(logits), torch.zeros(0, dtype=torch.long, device=every.layer.device)
+    while len(chosen) < budget.features:
+        rank = _partial_influence(found, chosen, probability, sweep.model)
+        rank[chosen] = -1.0
+        order = torch.argsort(rank, descending=True, stable=True)
+        following = order[: min(budget.at_a_time, budget.features - len(chosen))]
+        found, chosen = found + sweep.rows(every[following]), torch.cat([chosen, following])
+    order = torch.argsort(chosen)
+    into_directions = torch.arange(len(logits), device=order.device)
+    return found[torch.cat([len(logits) + order, into_directions])], chosen[order]
+
+
+def _partial_influence(
+    rows: Rows, chosen: Int[Tensor, "chosen"], probability: Float[Tensor, "target"], model: LocalModel
+) -> Float[Tensor, "feature"]:
+    """Influence of every feature as far as it flows through features whose rows are known; the others are dead ends."""
+    sizes = rows.features.abs()
+    sums = sizes.sum(1) + rows.errors.abs().sum((1, 2)) + rows.embeddings.abs().sum(1)
+    shares = sizes / sums.clamp(min=SMALLEST_SUM)[:, None]
+    flow = probability @ shares[: len(probability)]
+    reached = flow.clone()
+    for _ in model.layers:
+        flow = flow[chosen] @ shares[len(probability) :]
+        reached += flow
+    return reached
+
+
+def _nodes(
+    model: LocalModel,
+    features: ActiveFeatures,
+    selected: Int[Tensor, "selected"],
+    directions: Sequence[Direction],
+    positions: Int[Tensor, "target"],
+    probability: Float[Tensor, "target"],
+) -> Nodes:
+    device, length, layers = selected.device, len(model.tokens), len(model.layers)
+    place, level = torch.arange(length, device=device), torch.arange(layers, device=device)
+    counts = torch.tensor([len(selected), layers * length, length, len(directions)], device=device)
+    kind = torch.tensor([FEATURE, ERROR, EMBEDDING, TARGET], device=device).repeat_interleave(counts)
+    others = torch.full((len(kind) - len(selected),), torch.nan, device=device)
+    layer = [features.layer[selected], level.repeat_interleave(length), torch.full_like(place, -1), torch.full_like(positions, layers)]
+    index = [features.index[selected], torch.zeros_like(place).repeat(layers), model.tokens, torch.arange(len(directions), device=device)]
+    return Nodes(
+        kind=kind,
+        layer=torch.cat(layer),
+        position=torch.cat([features.position[selected], place.repeat(layers), place, positions]),
+        index=torch.cat(index),
+        activation=torch.cat([features.activation[selected].float(), others]),
+        probability=torch.cat([torch.zeros(len(kind) - len(directions), device=device), probability]),
+    )

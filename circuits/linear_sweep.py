@@ -1,0 +1,240 @@
+"""Edges of an attribution graph by one linear sweep from each target down to the embeddings: no autograd, no run of the model.
+
+A target is a direction in the residual stream at some layer and position. Carried downwards it becomes one direction at every position; its
+product with what a source writes is the weight of that source's edge. Targets are taken in blocks of one layer and neighbouring positions, so
+that nothing above a target's layer or after its position is touched, and all work is products of matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from circuits.active_features import ActiveFeatures, Sources
+from circuits.memory import memory_budget
+from circuits.replacement import LocalModel
+from circuits.transcoders.base import Transcoders
+
+CONSTANTS = ("attention_bias", "mlp_bias", "position_embedding", "own_bias")
+"""What is in no node: biases of attention (its norm's and b_V, b_O); the MLPs' (decoder bias, the skip's constant, at the leading positions
+the whole output); the learned position embedding; and the target's own (b_enc, or the logit's)."""
+
+# A block has at least so many targets where there are so many, and on a CPU at most so many rows (targets times positions).
+TARGETS_PER_BLOCK = 48
+CPU_ROWS = 1 << 13
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """Directions whose incoming edges are wanted.
+
+    Attributes:
+        layer: whose input is read; the number of layers for logits.
+        position: where.
+        vector: the direction in the residual stream that is read.
+        bias: what the target's value holds besides its product with the residual stream.
+    """
+
+    layer: Int[Tensor, "target"]
+    position: Int[Tensor, "target"]
+    vector: Float[Tensor, "target d_model"]
+    bias: Float[Tensor, "target"]
+
+    def __len__(self) -> int:
+        return len(self.layer)
+
+    def __getitem__(self, chosen: Tensor) -> Targets:
+        return Targets(self.layer[chosen], self.position[chosen], self.vector[chosen], self.bias[chosen])
+
+    def __add__(self, other: Targets) -> Targets:
+        """These and those after them."""
+        return Targets(*(torch.cat([mine, theirs]) for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The weights of all edges into some targets."""
+
+    features: Float[Tensor, "target feature"]
+    errors: Float[Tensor, "target layer pos"]
+    embeddings: Float[Tensor, "target pos"]
+    constants: Float[Tensor, "target constant"]
+
+    def __add__(self, other: Rows) -> Rows:
+        """The rows of these targets and of those after them."""
+        return Rows(*(torch.cat([mine, theirs]) for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def __getitem__(self, chosen: Tensor) -> Rows:
+        return Rows(*(part[chosen] for part in vars(self).values()))
+
+    def sums(self) -> Float[Tensor, "target"]:
+        """All edges and constants together: each target's pre-activation."""
+        return self.features.sum(1) + self.errors.sum((1, 2)) + self.embeddings.sum(1) + self.constants.sum(1)
+
+
+def feature_targets(model: LocalModel, transcoders: Transcoders, features: ActiveFeatures) -> Targets:
+    """What each active feature reads along, carried into the residual stream."""
+    like = model.embedding
+    vectors = like.new_empty(len(features), like.shape[1])
+    biases = like.new_empty(len(features))
+    for layer, frozen in enumerate(model.layers):
+        mine = (features.layer == layer).nonzero().flatten()
+        rows = transcoders.encoder_rows(layer, features.index[mine], like)
+        bias = transcoders.encoders[layer].bias
+        biases[mine] = bias[features.index[mine].to(bias.device)].to(like)
+        if frozen.reading.bias is not None:
+            biases[mine] += rows @ frozen.reading.bias
+        vectors[mine] = frozen.reading[features.position[mine]].transposed(rows)
+    return Targets(features.layer, features.position, vectors, biases)
+
+
+def logit_targets(
+    model: LocalModel, directions: Float[Tensor, "target d_model"], biases: Float[Tensor, "target"], positions: Int[Tensor, "target"]
+) -> Targets:
+    """Directions in the output of the last norm, such as a logit less the mean logit, carried into the residual stream."""
+    if model.final.bias is not None:
+        biases = biases + directions @ model.final.bias
+    return Targets(torch.full_like(positions, len(model.layers)), positions, model.final[positions].transposed(directions), biases)
+
+
+@dataclass(frozen=True, eq=False)
+class LinearSweep:
+    """Carries targets down through one prompt's local model, reading off the sources on the way."""
+
+    model: LocalModel
+    sources: Sources
+    max_memory: int | None = None
+
+    @torch.no_grad()
+    def rows(self, targets: Targets) -> Rows:
+        """The weights of all edges into `targets`."""
+        n, layers, length = len(targets), len(self.model.layers), len(self.model.tokens)
+        like = self.model.embedding
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        features = torch.zeros(n, len(self.sources.order), dtype=dtype, device=like.device)
+        errors, embeddings = features.new_zeros(n, layers, length), features.new_zeros(n, length)
+        constants = features.new_zeros(n, len(CONSTANTS))
+        constants[:, 3] = targets.bias
+        back = torch.empty_like(self.sources.order)
+        back[self.sources.order] = torch.arange(len(back), device=back.device)
+        for block in self._blocks(targets):
+            part = _Block(self, targets[block], dtype)
+            part.run()
+            features[block] = part.features[:, back]
+            errors[block, :, : part.length] = part.errors
+            embeddings[block, : part.length] = part.embeddings
+            constants[block] += part.constants
+        return Rows(features, errors, embeddings, constants)
+
+    def _blocks(self, targets: Targets) -> Iterator[Int[Tensor, "target"]]:
+        """Targets of one layer at neighbouring positions, few enough for the memory."""
+        like = self.model.embedding
+        per_row = 4 * like.shape[1] * like.element_size()
+        most = max(1, memory_budget(like.device, self.max_memory, cpu_bytes=CPU_ROWS * per_row) // per_row)
+        order = torch.argsort(targets.layer * len(self.model.tokens) + targets.position, stable=True)
+        layers, positions = targets.layer[order].tolist(), targets.position[order].tolist()
+        start = 0
+        while start < len(order):
+            stop = start + 1
+            while stop < len(order) and layers[stop] == layers[start]:
+                new_place, enough = positions[stop] != positions[stop - 1], stop - start >= TARGETS_PER_BLOCK
+                if (new_place and enough) or (stop + 1 - start) * (positions[stop] + 1) > most:
+                    break
+                stop += 1
+            yield order[start:stop]
+            start = stop
+
+
+class _Block:
+    """Some targets of one layer on their way down."""
+
+    def __init__(self, sweep: LinearSweep, targets: Targets, dtype: torch.dtype) -> None:
+        self.model, self.sources, self.targets = sweep.model, sweep.sources, targets
+        self.layer = int(targets.layer[0])
+        self.length = int(targets.position.max()) + 1 if sweep.model.causal else len(sweep.model.tokens)
+        n, vectors = len(targets), targets.vector
+        self.gradient = vectors.new_zeros(self.length, n, vectors.shape[1])
+        self.gradient[targets.position, torch.arange(n, device=vectors.device)] = vectors
+        self.spread = False  # not yet beyond the targets' own positions
+        self.features = vectors.new_zeros(n, len(sweep.sources.order), dtype=dtype)
+        self.errors = vectors.new_zeros(n, len(sweep.model.layers), self.length, dtype=dtype)
+        self.embeddings = vectors.new_zeros(n, self.length, dtype=dtype)
+        self.constants = vectors.new_zeros(n, len(CONSTANTS), dtype=dtype)
+
+    def run(self) -> None:
+        """From the targets' layer to the embeddings."""
+        if self.layer < len(self.model.layers) and not self.model.parallel:
+            self._attention(self.layer)
+        for layer in reversed(range(self.layer)):
+            self._read_off(layer)
+            frozen = self.model.layers[layer]
+            skipped = None if frozen.skip is None else frozen.skip_transposed(self.gradient)
+            # In a parallel block the MLP reads what attention reads; otherwise what it writes too.
+            if skipped is not None and not self.model.parallel:
+                self.gradient += skipped
+            self._attention(layer)
+            if skipped is not None and self.model.parallel:
+                self.gradient += skipped
+        vectors = [self.model.embedding, *([] if self.model.position_embedding is None else [self.model.position_embedding])]
+        embedding, *position = self._products(vectors)
+        self.embeddings += embedding
+        self.constants[:, 2] += position[0].sum(1) if position else 0.0
+
+    def _attention(self, layer: int) -> None:
+        frozen = self.model.layers[layer]
+        self.constants[:, 0] += self._products([frozen.attention_constant])[0].sum(1)
+        if self.spread:
+            frozen.attention_transposed(self.gradient)
+        else:
+            frozen.attention_transposed_from(self.gradient, self.targets.position)
+        self.spread = True
+
+    def _read_off(self, layer: int) -> None:
+        for position in range(self.length):
+            rows, columns = self.sources.written[layer].at(position)
+            into = self.features[:, columns]
+            if into.dtype == rows.dtype:
+                into.addmm_(self.gradient[position], rows.T)
+            else:
+                into += self.gradient[position] @ rows.T
+        error, constant = self._products([self.sources.errors[layer], self.sources.mlp_constants[layer]])
+        self.errors[:, layer] += error
+        self.constants[:, 1] += constant.sum(1)
+
+    def _products(self, vectors: Sequence[Float[Tensor, "pos d_model"]]) -> list[Float[Tensor, "target seen"]]:
+        """Of every target's direction with some vectors at each position."""
+        together = torch.stack([vector[: self.length] for vector in vectors], dim=-1)
+        return list(torch.bmm(self.gradient, together).permute(2, 1, 0))
+
+
+@torch.no_grad()
+def direct_weights(model: LocalModel, sources: Sources, targets: Targets, chosen: Int[Tensor, "column"]) -> Rows:
+    """The part of every edge that stays at its position: through the residual stream and the skips, not through attention.
+
+    Args:
+        chosen: the features whose columns are wanted.
+    """
+    n, layers, length = len(targets), len(model.layers), len(model.tokens)
+    features = targets.vector.new_zeros(n, len(chosen))
+    errors, embeddings = features.new_zeros(n, layers, length), features.new_zeros(n, length)
+    column = torch.full_like(sources.order, -1)
+    column[chosen] = torch.arange(len(chosen), device=column.device)
+    for position in targets.position.unique().tolist():
+        here = (targets.position == position).nonzero().flatten()
+        here = here[torch.argsort(targets.layer[here], descending=True, stable=True)]
+        above, gradient = targets.layer[here].tolist(), targets.vector[here]
+        for layer in reversed(range(layers)):
+            live = sum(reader > layer for reader in above)
+            rows, numbers = sources.written[layer].at(position)
+            into = column[sources.order[numbers]]
+            kept = into >= 0
+            features[here[:live, None], into[kept]] += gradient[:live] @ rows[kept].T
+            errors[here[:live], layer, position] = gradient[:live] @ sources.errors[layer, position]
+            if model.layers[layer].skip is not None:
+                gradient[:live] += model.layers[layer].skip_transposed_at(position, gradient[:live])
+        embeddings[here, position] = gradient @ model.embedding[position]
+    return Rows(features, errors, embeddings, features.new_zeros(n, 0))

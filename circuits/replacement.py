@@ -1,0 +1,279 @@
+"""The local replacement model of a prompt: everything that is not linear held at what it was, so that what is left is a linear map.
+
+Attention patterns and the divisors of norms are frozen. Each MLP is replaced by the transcoder features that fire there and an error, so that
+their sum, with the transcoder's bias and skip, is exactly what the MLP wrote. From embeddings, features and errors to the pre-activation of any
+feature and to any logit leads then a linear map, the sum over all paths through residual stream and attention (Ameisen et al. 2025,
+https://transformer-circuits.pub/2025/attribution-graphs/methods.html). What is in none of these nodes is a named constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from circuits.errors import InputError
+from circuits.models import (
+    Components,
+    Model,
+    frozen,
+    mlp_output_hook,
+    mlp_residual_hook,
+    output_hook,
+    pattern_hook,
+    plain_inputs,
+    run_to_residual,
+    scale_hooks,
+    unembed,
+)
+from circuits.nodes import PosEmbed, TokenEmbed
+from circuits.outputs import keeper
+from circuits.sublayers import LinearNorm
+from circuits.transcoders.base import Transcoders
+
+POST_NORM_ONLY = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenLayer:
+    """One layer of one prompt, as a linear map.
+
+    Attributes:
+        mixing: how much of each key's value reaches each query, with what the norms before and after attention divide by.
+        value: W_V, with the linear part of the norm before it; heads that share it have one copy.
+        output: W_O, with the linear part of a norm after it.
+        attention_constant: what attention writes whatever the residual stream is.
+        before_mlp: the norm before the MLP.
+        reading: from the residual stream to what features read: that norm, a part of it, or nothing.
+        writing: from what features write to the residual stream: a norm, or nothing.
+        skip: W_skip.
+        feature_input: what features read.
+        mlp_output: what the MLP adds to the residual stream.
+    """
+
+    mixing: Float[Tensor, "head key query"]
+    value: Float[Tensor, "kv_head d_model d_head"]
+    output: Float[Tensor, "head d_head d_model"]
+    attention_constant: Float[Tensor, "pos d_model"]
+    reading: LinearNorm
+    writing: LinearNorm
+    skip: Float[Tensor, "d_out d_in"] | None
+    feature_input: Float[Tensor, "pos d_model"]
+    mlp_output: Float[Tensor, "pos d_model"]
+
+    def attention_transposed(self, gradient: Float[Tensor, "pos target d_model"]) -> None:
+        """From directions in the residual stream after attention to the same ones before it, in place. Later positions may be left out."""
+        flat, positions = gradient.view(-1, gradient.shape[-1]), gradient.shape[0]
+        z = torch.matmul(flat[None], self.output.transpose(1, 2))
+        mixed = torch.bmm(self.mixing[:, :positions, :positions], z.view(len(z), positions, -1))
+        self._through_values(mixed, flat)
+
+    def attention_transposed_from(self, gradient: Float[Tensor, "pos target d_model"], positions: Int[Tensor, "target"]) -> None:
+        """The same where each target's direction stands at one position only."""
+        flat, vectors = gradient.view(-1, gradient.shape[-1]), gradient[positions, torch.arange(len(positions), device=positions.device)]
+        z = torch.matmul(vectors[None], self.output.transpose(1, 2))
+        mixed = self.mixing[:, : len(gradient)].index_select(2, positions)[..., None] * z[:, None]
+        self._through_values(mixed.flatten(2), flat)
+
+    def _through_values(self, mixed: Float[Tensor, "head pos target_and_d_head"], flat: Float[Tensor, "row d_model"]) -> None:
+        shared, width = len(self.value), self.value.shape[-1]
+        if len(mixed) != shared:
+            mixed = mixed.view(shared, -1, *mixed.shape[1:]).sum(1)
+        for head in range(shared):
+            flat.addmm_(mixed[head].view(-1, width), self.value[head].T)
+
+    def attention(self, residual: Float[Tensor, "pos *source d_model"]) -> Float[Tensor, "pos *source d_model"]:
+        """What frozen attention makes of a change of the residual stream."""
+        values = torch.einsum("k...d,hde->hk...e", residual, self.value)
+        values = values.repeat_interleave(len(self.mixing) // len(values), 0)
+        return torch.einsum("hkq,hk...e,hed->q...d", self.mixing, values, self.output)
+
+    def skip_transposed(self, gradient: Float[Tensor, "pos target d_model"]) -> Float[Tensor, "pos target d_model"]:
+        """From directions in the MLP's output to the same ones in the residual stream that the skip reads."""
+        assert self.skip is not None
+        reading, writing = (_by_position(norm[: len(gradient)]) for norm in (self.reading, self.writing))
+        return reading.transposed(writing.transposed(gradient) @ self.skip)
+
+    def skip_transposed_at(self, position: int, gradient: Float[Tensor, "target d_model"]) -> Float[Tensor, "target d_model"]:
+        """The same at one position."""
+        assert self.skip is not None
+        here = slice(position, position + 1)
+        return self.reading[here].transposed(self.writing[here].transposed(gradient) @ self.skip)
+
+
+@dataclass(frozen=True, eq=False)
+class LocalModel:
+    """One prompt's linear map, and the parts it does not hold.
+
+    Attributes:
+        tokens: of the prompt.
+        layers: from the first.
+        final: the last norm.
+        embedding: what the token embedding writes.
+        position_embedding: what a learned position embedding writes; None without one.
+        logits: at each position.
+        unembedding, unembedding_bias: from the last norm's output to logits.
+        parallel: the MLP reads what attention reads, not what it writes.
+        causal: no position reads later ones.
+    """
+
+    tokens: Int[Tensor, "pos"]
+    layers: Sequence[FrozenLayer]
+    final: LinearNorm
+    embedding: Float[Tensor, "pos d_model"]
+    position_embedding: Float[Tensor, "pos d_model"] | None
+    logits: Float[Tensor, "pos vocab"]
+    unembedding: Float[Tensor, "d_model vocab"]
+    unembedding_bias: Float[Tensor, "vocab"]
+    parallel: bool
+    causal: bool
+
+
+def check_transcoders(model: Model, transcoders: Transcoders) -> None:
+    """Refuse models without the parts that are replaced or frozen here, and transcoders of another shape.
+
+    Raises:
+        InputError: with what does not fit.
+    """
+    if not isinstance(model, Model):
+        raise InputError(f"expected a HookedTransformer, got {type(model).__name__}; load it with circuits.load_model.")
+    cfg = model.cfg
+    reasons = {
+        "no MLPs": cfg.attn_only,
+        "values that are clipped, which no linear map describes": cfg.clip_qkv is not None,
+        f"norms only after attention and MLP ({cfg.original_architecture})": cfg.original_architecture in POST_NORM_ONLY,
+        "shortformer positions": cfg.positional_embedding_type == "shortformer",
+        f"layers spread over {cfg.n_devices} devices": cfg.n_devices > 1,
+    }
+    if found := [reason for reason, holds in reasons.items() if holds]:
+        raise InputError(f"{cfg.model_name} has {' and '.join(found)}: no attribution graph can be made of it.")
+    if (transcoders.n_layers, transcoders.d_model) != (cfg.n_layers, cfg.d_model):
+        raise InputError(
+            f"the transcoders {transcoders.name!r} are for {transcoders.n_layers} layers of width {transcoders.d_model}, and "
+            f"{cfg.model_name} has {cfg.n_layers} of width {cfg.d_model}; load those that were trained on this model."
+        )
+
+
+@torch.no_grad()
+def freeze(model: Model, transcoders: Transcoders, prompts: Sequence[Int[Tensor, "_"]]) -> list[LocalModel]:
+    """The local replacement models of some prompts, from one run of them all.
+
+    Raises:
+        InputError: the transcoders do not fit the model, or a prompt is empty, too long, or gives values that are not finite.
+    """
+    check_transcoders(model, transcoders)
+    tokens, mask = padded(model, prompts)
+    recorded: dict[str, Tensor] = {}
+    names = [*_recorded_hooks(model, transcoders), *scale_hooks(model).values()]
+    with frozen(model), plain_inputs(model):
+        residual = run_to_residual(model, tokens, mask, [(name, keeper(recorded, name)) for name in names])
+        logits = unembed(model, residual)
+    lengths = mask.sum(1).tolist()
+    for row, length in enumerate(lengths):
+        if not torch.isfinite(logits[row, :length]).all():
+            raise InputError(f"prompt {row} gives logits that are not finite; load the model in float32, or check its weights.")
+    return [
+        _local_model(model, transcoders, {name: value[row] for name, value in recorded.items()}, residual[row], logits[row], tokens[row], n)
+        for row, n in enumerate(lengths)
+    ]
+
+
+def padded(model: Model, prompts: Sequence[Int[Tensor, "_"]]) -> tuple[Int[Tensor, "batch pos"], Tensor]:
+    """Prompts of different lengths as one tensor on the model's device, and where they are real.
+
+    Raises:
+        InputError: a prompt is empty or longer than the model's context, or holds a token the model does not have.
+    """
+    if not prompts:
+        raise InputError("there are no prompts; give at least one.")
+    for prompt in prompts:
+        if not 1 <= len(prompt) <= model.cfg.n_ctx:
+            what = "is empty" if not len(prompt) else f"has {len(prompt)} tokens"
+            raise InputError(f"a prompt {what}; {model.cfg.model_name} takes from 1 to {model.cfg.n_ctx} tokens.")
+        if not 0 <= int(prompt.min()) <= int(prompt.max()) < model.cfg.d_vocab:
+            raise InputError(f"a prompt holds a token outside 0 to {model.cfg.d_vocab - 1}; tokenize it with this model's tokenizer.")
+    tokens = torch.nn.utils.rnn.pad_sequence([prompt.long().cpu() for prompt in prompts], batch_first=True)
+    mask = torch.arange(tokens.shape[1]) < torch.tensor([len(prompt) for prompt in prompts])[:, None]
+    return tokens.to(model.cfg.device), mask.to(model.cfg.device)
+
+
+def _recorded_hooks(model: Model, transcoders: Transcoders) -> list[str]:
+    names = [output_hook(TokenEmbed())]
+    if model.cfg.positional_embedding_type == "standard":
+        names.append(output_hook(PosEmbed()))
+    for layer in range(model.cfg.n_layers):
+        names += [pattern_hook(layer), mlp_residual_hook(model, layer), mlp_output_hook(model, layer)]
+    return names
+
+
+def _local_model(
+    model: Model, transcoders: Transcoders, recorded: dict[str, Tensor], residual: Tensor, logits: Tensor, tokens: Tensor, length: int
+) -> LocalModel:
+    parts = Components(model)
+    unembedding = parts.unembedding()
+    normed = parts.normalized(0, residual[:length])
+    return LocalModel(
+        tokens=tokens[:length],
+        layers=[_frozen_layer(model, transcoders, recorded, layer, length) for layer in range(model.cfg.n_layers)],
+        final=parts.linear_norm(None, "ln_final", None if normed is None else normed[1].to(model.cfg.dtype)),
+        embedding=recorded[output_hook(TokenEmbed())][:length],
+        position_embedding=recorded[output_hook(PosEmbed())][:length] if output_hook(PosEmbed()) in recorded else None,
+        logits=logits[:length],
+        unembedding=unembedding.weight.detach(),
+        unembedding_bias=unembedding.bias.detach(),
+        parallel=model.cfg.parallel_attn_mlp,
+        causal=model.cfg.attention_dir == "causal",
+    )
+
+
+def _frozen_layer(model: Model, transcoders: Transcoders, recorded: dict[str, Tensor], layer: int, length: int) -> FrozenLayer:
+    parts, dtype, scales = Components(model), model.cfg.dtype, scale_hooks(model)
+    norms = {
+        name: parts.linear_norm(layer, name, recorded[scales[layer, name]][:length].to(dtype) if (layer, name) in scales else None)
+        for name in ("ln1", "ln1_post", "ln2", "ln2_post")
+    }
+    pattern = recorded[pattern_hook(layer)][:, :length, :length]
+    output, bias = parts.output_projection(layer).detach(), parts.output_bias(layer).detach()
+    # What attention writes where the residual stream is zero: the constants of its values, W_O, b_O, and a norm after it.
+    written = torch.einsum("hqk,he,hed->qd", pattern, parts.value_constant(layer), output) + bias
+    mixing, after = pattern.transpose(1, 2), norms["ln1_post"]
+    if after.scale is not None:
+        written = after.linear(written) + (0.0 if after.bias is None else after.bias)
+        mixing = mixing / after.scale[:, 0]
+        output = replace(after, scale=torch.ones_like(after.scale[:1])).linear(output)
+    if norms["ln1"].scale is not None:
+        mixing = mixing / norms["ln1"].scale
+    read = recorded[mlp_residual_hook(model, layer)][:length]
+    reading, feature_input = read_by_features(transcoders, norms["ln2"], read)
+    return FrozenLayer(
+        mixing=mixing.contiguous(),
+        value=parts.projection_after_norm(layer, "v"),
+        output=output,
+        attention_constant=written,
+        reading=reading,
+        writing=norms["ln2_post"] if transcoders.writes == "mlp" else replace(norms["ln2_post"], scale=None),
+        skip=None if transcoders.skips is None else transcoders.skips[layer].to(read),
+        feature_input=feature_input,
+        mlp_output=recorded[mlp_output_hook(model, layer)][:length],
+    )
+
+
+def read_by_features(
+    transcoders: Transcoders, norm: LinearNorm, residual: Float[Tensor, "*batch d_model"]
+) -> tuple[LinearNorm, Float[Tensor, "*batch d_model"]]:
+    """From the residual stream to what features read, as a linear map, and what they read."""
+    match transcoders.reads:
+        case "residual":
+            return replace(norm, scale=None, bias=None), residual
+        case "normalized":
+            bare = replace(norm, weight=None, bias=None)
+            return bare, bare.linear(residual)
+    return norm, norm.linear(residual) + (0.0 if norm.bias is None else norm.bias)
+
+
+def _by_position(norm: LinearNorm) -> LinearNorm:
+    """The norm, for tensors whose axis of targets stands between position and width."""
+    return norm if norm.scale is None else replace(norm, scale=norm.scale[:, None])

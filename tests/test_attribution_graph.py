@@ -1,0 +1,247 @@
+"""Attribution graphs: circuit-tracer's numbers, and what holds of any graph because the local model is linear."""
+
+import pytest
+import torch
+from architectures import random_task
+from attribution_case import RUNS, Run, case_model, case_tokens, case_transcoders
+from random_transcoders import KINDS, WITH_MLPS, model_of, random_transcoders
+
+import circuits
+from circuits.active_features import active_features, gather_sources
+from circuits.feature_graph import FEATURE, FeatureGraph
+from circuits.influence import completeness_score, node_influence, prune, pruned, replacement_score
+from circuits.linear_sweep import LinearSweep, feature_targets
+from circuits.replacement import freeze
+
+PROMPT = [3, 14, 15, 9, 26, 5, 35, 8]
+
+
+@pytest.fixture(scope="module", params=RUNS, ids=lambda run: f"{run[0]}-{run[1]}")
+def published(request) -> tuple[Run, FeatureGraph]:
+    run = Run(*request.param)
+    budget, at_a_time = run.budget
+    method = circuits.AttributionGraph(case_transcoders(run.case, run.kind), budget=budget, at_a_time=at_a_time)
+    return run, method.attribute(case_model(run.case), case_tokens(run.case))
+
+
+def test_features_logits_and_adjacency_are_circuit_tracers(published):
+    run, graph = published
+    features = graph.nodes[graph.is_kind(FEATURE)]
+    chosen = run.expected("selected_features").long()
+    assert torch.equal(torch.stack([features.layer, features.position, features.index], 1), run.expected("active_features")[chosen].long())
+    torch.testing.assert_close(features.activation, run.expected("activation_values")[chosen], rtol=0, atol=1e-5)
+    assert [target.token for target in graph.targets] == run.expected("logit_tokens").tolist()
+    torch.testing.assert_close(graph.nodes.probability[-len(graph.targets) :], run.expected("logit_probs"), rtol=0, atol=1e-6)
+    torch.testing.assert_close(graph.adjacency(), run.adjacency(), rtol=0, atol=1e-5)
+
+
+def test_influence_masks_and_scores_are_circuit_tracers(published):
+    run, graph = published
+    torch.testing.assert_close(node_influence(graph).float(), run.expected("node_influence"), rtol=0, atol=1e-6)
+    kept = prune(graph)
+    assert torch.equal(kept.nodes, run.expected("node_mask").bool())
+    if run.name.endswith("full"):
+        assert int(kept.edges.sum()) == run.settings["kept_edges"]
+    else:
+        edges = torch.zeros(len(graph.nodes), len(graph.nodes), dtype=torch.bool)
+        edges[graph.target[kept.edges], graph.source[kept.edges]] = True
+        assert torch.equal(edges, run.expected("edge_mask").bool())
+    if "replacement_score" in run.settings:
+        assert replacement_score(graph) == pytest.approx(run.settings["replacement_score"], abs=1e-4)
+        assert completeness_score(graph) == pytest.approx(run.settings["completeness_score"], abs=1e-4)
+
+
+def preactivations(model, transcoders, graph: FeatureGraph) -> torch.Tensor:
+    """Of the graph's features, from what they read when the model runs; and each target's logit less the mean."""
+    (local,) = freeze(model, transcoders, [graph.tokens])
+    pre = [transcoders.preactivations(layer, frozen.feature_input) for layer, frozen in enumerate(local.layers)]
+    of_features = [
+        pre[layer][position, index]
+        for layer, position, index in zip(
+            graph.nodes.layer.tolist(), graph.nodes.position.tolist(), graph.nodes.index.tolist(), strict=True
+        )
+        if 0 <= layer < len(pre)
+    ]
+    # Before a soft cap on the logits.
+    last = model.ln_final(local_residual(model, graph)) if model.cfg.normalization_type else local_residual(model, graph)
+    logits = (last @ model.W_U + model.b_U)[-1]
+    return torch.stack(of_features[: int(graph.is_kind(FEATURE).sum())]), torch.stack(
+        [logits[t.token] - logits.mean() for t in graph.targets]
+    )
+
+
+def local_residual(model, graph: FeatureGraph) -> torch.Tensor:
+    return model(graph.tokens[None], stop_at_layer=model.cfg.n_layers)[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", WITH_MLPS)
+@torch.no_grad()
+def test_the_edges_into_a_node_and_its_constants_sum_to_its_preactivation(architecture, kind):
+    model = model_of(architecture, n_layers=3)
+    transcoders = random_transcoders(model, kind)
+    graph = circuits.AttributionGraph(transcoders).attribute(model, PROMPT)
+    sums = torch.zeros(len(graph.nodes)).index_add_(0, graph.target, graph.weight) + graph.constants.sum(1)
+    features, targets = preactivations(model, transcoders, graph)
+    assert len(features) > 50
+    for found, expected in ((sums[: len(features)], features), (sums[-len(targets) :], targets)):
+        assert float(((found - expected).abs() / expected.abs().clamp(min=1.0)).max()) < 1e-4
+
+
+@pytest.mark.parametrize("reads", ["residual", "normalized", "mlp_input"])
+@torch.no_grad()
+def test_it_holds_wherever_features_read_and_however_they_fire(reads):
+    for architecture, activation in (("gpt2", "relu"), ("llama", "topk"), ("gemma2", "batch_topk")):
+        model = model_of(architecture, n_layers=3)
+        transcoders = random_transcoders(model, "skip-plt", activation=activation, reads=reads)
+        graph = circuits.AttributionGraph(transcoders).attribute(model, PROMPT)
+        sums = torch.zeros(len(graph.nodes)).index_add_(0, graph.target, graph.weight) + graph.constants.sum(1)
+        features, _ = preactivations(model, transcoders, graph)
+        assert float(((sums[: len(features)] - features).abs() / features.abs().clamp(min=1.0)).max()) < 1e-4
+
+
+@torch.no_grad()
+def test_edges_out_of_a_budget_are_a_constant_of_what_they_lead_to():
+    model = model_of("gpt2", n_layers=3)
+    transcoders = random_transcoders(model)
+    whole = circuits.AttributionGraph(transcoders).attribute(model, PROMPT)
+    some = circuits.AttributionGraph(transcoders, budget=30, at_a_time=7).attribute(model, PROMPT)
+    assert int(some.is_kind(FEATURE).sum()) == 30
+    sums = torch.zeros(len(some.nodes)).index_add_(0, some.target, some.weight) + some.constants.sum(1)
+    everything = torch.zeros(len(whole.nodes)).index_add_(0, whole.target, whole.weight) + whole.constants.sum(1)
+    for number in range(30):
+        assert float(sums[number]) == pytest.approx(float(everything[whole.find(some.node(number))]), rel=1e-4, abs=1e-4)
+    names = {str(some.node(number)) for number in range(len(some.nodes))}
+    for edge in range(0, len(some), 17):
+        source, target = str(some.node(int(some.source[edge]))), str(some.node(int(some.target[edge])))
+        same = (whole.source == whole.find(source)) & (whole.target == whole.find(target))
+        assert float(whole.weight[same]) == pytest.approx(float(some.weight[edge]), abs=1e-5)
+    assert len(names) == len(some.nodes)
+
+
+@torch.no_grad()
+def test_a_budget_of_all_features_is_no_budget_and_blocks_do_not_matter():
+    model = model_of("llama", n_layers=3)
+    transcoders = random_transcoders(model, "clt")
+    whole = circuits.AttributionGraph(transcoders).attribute(model, PROMPT)
+    n = int(whole.is_kind(FEATURE).sum())
+    for method in (circuits.AttributionGraph(transcoders, budget=n + 5), circuits.AttributionGraph(transcoders, max_memory=1)):
+        torch.testing.assert_close(method.attribute(model, PROMPT).adjacency(), whole.adjacency(), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["skip-plt", "clt"])
+def test_the_direct_part_is_what_is_left_where_attention_writes_nothing(kind):
+    """W_O = 0 with the same active features would change them; so the attention of the frozen model is cut instead."""
+    model = model_of("gpt2", n_layers=3)
+    transcoders = random_transcoders(model, kind)
+    graph = circuits.AttributionGraph(transcoders).attribute(model, PROMPT)
+    (local,) = freeze(model, transcoders, [torch.tensor(PROMPT)])
+    for layer in local.layers:
+        layer.mixing.zero_()
+    (features,) = active_features([local], transcoders)
+    rows = LinearSweep(local, gather_sources(local, transcoders, features)).rows(feature_targets(local, transcoders, features))
+    n = len(features)
+    dense = torch.zeros(len(graph.nodes), len(graph.nodes))
+    dense[graph.target, graph.source] = graph.direct
+    torch.testing.assert_close(dense[:n, :n], rows.features, rtol=0, atol=1e-5)
+    torch.testing.assert_close(dense[:n, n : n + rows.errors[0].numel()], rows.errors.flatten(1), rtol=0, atol=1e-5)
+    assert 0 < int((dense[:n] != 0).sum()) < int((graph.adjacency()[:n] != 0).sum())
+
+
+@torch.no_grad()
+def test_prompts_of_different_lengths_run_together_give_what_each_gives_alone():
+    model = model_of("gpt2")
+    method = circuits.AttributionGraph(random_transcoders(model, "clt"))
+    prompts = [PROMPT, PROMPT[:5], PROMPT[3:]]
+    for together, prompt in zip(method.attribute_all(model, prompts), prompts, strict=True):
+        alone = method.attribute(model, prompt)
+        assert together.tokens.tolist() == prompt
+        torch.testing.assert_close(together.adjacency(), alone.adjacency(), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_graph_explains_given_tokens_differences_and_directions():
+    model = model_of("gpt2")
+    method = circuits.AttributionGraph(random_transcoders(model))
+    one, other = (method.attribute(model, PROMPT, explain=[token]) for token in (7, 21))
+    both = method.attribute(model, PROMPT, explain=[(7, 21)])
+    rows = [graph.adjacency()[-1, :-1] for graph in (one, other, both)]
+    torch.testing.assert_close(rows[0] - rows[1], rows[2], rtol=0, atol=1e-5)
+    assert (str(one.node(len(one.nodes) - 1)), both.targets[0].label) == ("logits:7@7", "#7 - #21")
+    direction = circuits.Direction("mine", model.W_U[:, 7] - model.W_U[:, 21], position=4)
+    earlier = method.attribute(model, PROMPT, explain=[direction])
+    assert int(earlier.nodes.position[earlier.source[earlier.target == len(earlier.nodes) - 1]].max()) <= 4
+
+
+@torch.no_grad()
+def test_pruning_keeps_what_lies_on_paths_and_more_with_higher_thresholds():
+    model = model_of("gpt2", n_layers=3)
+    graph = circuits.AttributionGraph(random_transcoders(model)).attribute(model, PROMPT)
+    sizes = [len(pruned(graph, node_threshold=share, edge_threshold=0.98).nodes) for share in (0.3, 0.6, 0.9)]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+    small = pruned(graph)
+    into, out = (torch.bincount(column, minlength=len(small.nodes)) for column in (small.target, small.source))
+    features = small.is_kind(FEATURE)
+    assert bool((into[features] > 0).all()) and bool((out[features] > 0).all())
+    assert 0 < replacement_score(small) <= 1 and 0 < completeness_score(small) <= 1
+    with pytest.raises(circuits.InputError, match=r"node_threshold=1.5: choose the share"):
+        prune(graph, node_threshold=1.5)
+
+
+@torch.no_grad()
+def test_a_graph_survives_saving(tmp_path):
+    model = model_of("gpt2")
+    graph = circuits.AttributionGraph(random_transcoders(model)).attribute(model, PROMPT)
+    path = graph.save(tmp_path)
+    again = FeatureGraph.load(tmp_path)
+    for name, column in vars(graph.nodes).items():
+        torch.testing.assert_close(getattr(again.nodes, name), column, rtol=0, atol=0, equal_nan=True)
+    for name in ("source", "target", "weight", "direct", "constants", "tokens"):
+        assert torch.equal(getattr(again, name), getattr(graph, name))
+    assert (again.words, again.targets, again.model, again.transcoders) == (graph.words, graph.targets, graph.model, graph.transcoders)
+    assert again.settings == graph.settings and again.settings["leading"] == 1
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(circuits.InputError, match="truncated"):
+        FeatureGraph.load(tmp_path)
+    path.write_bytes(content.replace(b'"format_version":"1"', b'"format_version":"9"'))
+    with pytest.raises(circuits.InputError, match="format version 9"):
+        FeatureGraph.load(tmp_path)
+
+
+def test_what_cannot_be_explained_is_said_in_one_line(unchecked_types):
+    model = model_of("gpt2")
+    transcoders = random_transcoders(model)
+    method = circuits.AttributionGraph(transcoders)
+    for prompt, message in (
+        ([], "a prompt is empty"),
+        (list(range(17)), "a prompt has 17 tokens"),
+        ([1, 99], "a token outside 0 to 49"),
+        ([1], "no feature of 'random plt' is active"),
+        ("text", "has no tokenizer"),
+    ):
+        with pytest.raises(circuits.InputError, match=message):
+            method.attribute(model, prompt)
+    with pytest.raises(circuits.InputError, match="for 2 layers of width 24, and custom has 3 of width 24"):
+        method.attribute(model_of("gpt2", n_layers=3), PROMPT)
+    with pytest.raises(circuits.InputError, match="no MLPs"):
+        method.attribute(model_of("attention_only"), PROMPT)
+    with pytest.raises(circuits.InputError, match="token 77 is none of this model's"):
+        method.attribute(model, PROMPT, explain=[77])
+    for settings in ({"budget": 0}, {"probability": 0.0}, {"node_threshold": 1.2}, {"leading": -1}):
+        with pytest.raises(circuits.InputError, match=next(iter(settings))):
+            circuits.AttributionGraph(transcoders, **settings)
+    broken = model_of("gpt2")
+    broken.blocks[1].mlp.W_out.data[0, 0] = float("nan")
+    with pytest.raises(circuits.InputError, match="not finite"):
+        method.attribute(broken, PROMPT)
+
+
+def test_the_graphs_of_a_task_become_one_circuit_scored_by_predicted_damage():
+    model, task = model_of("gpt2"), random_task(ragged=True)
+    circuit = circuits.AttributionGraph(random_transcoders(model)).discover(model, task)
+    assert circuit.selected and 0 < len(circuit) < len(circuit.graph)
+    assert circuit.record["prompts"] == 6 and len(circuit.record["kept_by_prompts"]) == len(circuit)
+    assert str(circuit.graph.nodes[-1]) == "logits:answer"
+    assert circuit.graph.transcoders.name == "random plt"

@@ -1,0 +1,208 @@
+"""Running circuits of features: all kept is the model, nothing kept is the corrupted prompt, and in between what the definition says."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from architectures import random_task
+from random_transcoders import KINDS, WITH_MLPS, model_of, random_transcoders
+
+import circuits
+from circuits.feature_pooling import effects
+from circuits.interventions import Intervention, direct_effects
+from circuits.nodes import Feature
+
+
+def ranked(circuit: circuits.Circuit) -> circuits.Circuit:
+    """Every edge of its graph, by score."""
+    return circuits.Circuit.full(circuit.graph, circuit.scores)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", WITH_MLPS)
+def test_everything_kept_is_the_model_and_nothing_kept_the_corrupted_prompt(architecture, kind):
+    model, task = model_of(architecture), random_task(ragged=True, several=True)
+    transcoders = random_transcoders(model, kind)
+    circuit = circuits.AttributionGraph(transcoders).discover(model, task)
+    none = replace(circuit, kept=torch.zeros_like(circuit.kept))
+    everything = ranked(circuit)
+    logits = [circuits.run_circuit(model, each, task, transcoders=transcoders) for each in (everything, none, circuit)]
+    whole, corrupted = (circuits.model_logits(model, task, prompts) for prompts in ("clean", "corrupted"))
+    torch.testing.assert_close(logits[0], whole, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits[1], corrupted, rtol=1e-4, atol=1e-3)
+    assert not torch.allclose(logits[2], logits[0]) and not torch.allclose(logits[2], logits[1])
+
+
+class Definition:
+    """y_l = MLP_l(x) + sum over nodes outside the circuit of (c - out(x)): one prompt of a sequential model at a time, node by node."""
+
+    def __init__(self, model, transcoders, kept_nodes, ablation: str) -> None:
+        self.model, self.transcoders, self.kept, self.ablation = model, transcoders, kept_nodes, ablation
+        self.layers = range(transcoders.n_layers)
+
+    def logits(self, task, spans=None) -> torch.Tensor:
+        rows = []
+        for prompt, n in enumerate(task.lengths.tolist()):
+            label = [None] * n if spans is None else spans[prompt]
+            rows.append(self.prompt(task.clean[prompt, :n], task.corrupted[prompt, :n], label)[task.scored[prompt, :n]])
+        return torch.cat(rows)
+
+    def read(self, layer, residual):
+        return self.model.blocks[layer].ln2(residual) if self.transcoders.reads == "mlp_input" else residual
+
+    def active(self, layer, residual):
+        activations = self.transcoders.encode(layer, self.read(layer, residual[None]))[0]
+        activations[0] = 0
+        return activations
+
+    def explained(self, layer, activations, inputs):
+        total = self.transcoders.decoder_biases[layer] + self.transcoders.skip(layer, inputs)
+        for source in self.layers:
+            if layer in self.transcoders.written_by(source):
+                total = total + activations[source] @ self.transcoders.decoders[source][:, layer - source]
+        return total
+
+    def recorded(self, tokens):
+        _, cache = self.model.run_with_cache(tokens[None])
+        residuals = [cache[f"blocks.{layer}.hook_resid_mid"][0] for layer in self.layers]
+        activations = [self.active(layer, residuals[layer]) for layer in self.layers]
+        explained = [self.explained(layer, activations, self.read(layer, residuals[layer])) for layer in self.layers]
+        errors = [cache[f"blocks.{layer}.hook_mlp_out"][0] - explained[layer] for layer in self.layers]
+        return activations, errors, cache["hook_embed"][0]
+
+    def prompt(self, clean, corrupted, label):
+        clean_features, _, _ = self.recorded(clean)
+        features, errors, tokens = self.recorded(corrupted)
+        if self.ablation == "zero":
+            features, errors, tokens = [0 * part for part in features], [0 * part for part in errors], 0 * tokens
+        now, inputs = {}, {}
+
+        def embed(value, hook):
+            return torch.stack([value[0, p] if circuits.TokenEmbed(label[p]) in self.kept else tokens[p] for p in range(len(label))])[None]
+
+        def reader(value, hook, layer):
+            now[layer], inputs[layer] = self.active(layer, value[0]), self.read(layer, value)[0]
+
+        def writer(value, hook, layer):
+            result, error = value[0].clone(), value[0] - self.explained(layer, now, inputs[layer])
+            for position in range(1, len(label)):
+                if circuits.Error(layer, label[position]) not in self.kept:
+                    result[position] += errors[layer][position] - error[position]
+                for source in self.layers[: layer + 1]:
+                    for index in range(self.transcoders.n_features if layer in self.transcoders.written_by(source) else 0):
+                        stays = Feature(source, index, label[position]) in self.kept and clean_features[source][position, index] > 0
+                        change = features[source][position, index] - now[source][position, index]
+                        result[position] += 0 if stays else change * self.transcoders.decoders[source][index, layer - source]
+            return result[None]
+
+        hooks = [("hook_embed", embed)]
+        hooks += [(f"blocks.{layer}.hook_resid_mid", partial(reader, layer=layer)) for layer in self.layers]
+        hooks += [(f"blocks.{layer}.hook_mlp_out", partial(writer, layer=layer)) for layer in self.layers]
+        return self.model.run_with_hooks(clean[None], fwd_hooks=hooks)[0]
+
+
+@pytest.mark.parametrize("ablation", ["resample", "zero"])
+@pytest.mark.parametrize("kind", ["skip-plt", "clt"])
+@torch.no_grad()
+def test_a_circuit_computes_what_its_definition_says(kind, ablation):
+    model, task = model_of("gpt2"), random_task(batch=2, length=6, ragged=True)
+    transcoders = random_transcoders(model, kind, features=12)
+    circuit = ranked(circuits.AttributionGraph(transcoders).discover(model, task)).top(12)
+    kept = {node for edge in circuit.edges for node in (edge.source, edge.target)}
+    found = circuits.run_circuit(model, circuit, task, ablation=ablation, transcoders=transcoders)
+    torch.testing.assert_close(found, Definition(model, transcoders, kept, ablation).logits(task), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_circuit_split_by_positions_keeps_its_nodes_where_they_are_named():
+    model, task = model_of("gpt2"), random_task(batch=3, length=6)
+    first, last = torch.zeros(3, 6, dtype=torch.bool), torch.zeros(3, 6, dtype=torch.bool)
+    first[:, 1:3], last[:, 5] = True, True
+    task = replace(task, positions={"EARLY": first, "END": last})
+    transcoders = random_transcoders(model, "plt", features=12)
+    circuit = circuits.AttributionGraph(transcoders).discover(model, task)
+    assert circuit.graph.positions == ("rest", "EARLY", "END")
+    assert circuits.AttributionGraph(transcoders, by_position=False).discover(model, task).graph.positions is None
+    few = ranked(circuit).top(12)
+    kept = {node for edge in few.edges for node in (edge.source, edge.target)}
+    spans = [["rest", "EARLY", "EARLY", "rest", "rest", "END"]] * 3
+    found = circuits.run_circuit(model, few, task, transcoders=transcoders)
+    torch.testing.assert_close(found, Definition(model, transcoders, kept, "resample").logits(task, spans), rtol=1e-4, atol=1e-4)
+    with pytest.raises(circuits.InputError, match=r"split by the positions \['EARLY', 'END'\], which the task 'custom' does not name"):
+        circuits.run_circuit(model, few, random_task(batch=3, length=6), transcoders=transcoders)
+
+
+@torch.no_grad()
+def test_mean_ablation_takes_means_over_real_tokens_of_all_prompts():
+    model, task = model_of("gpt2"), random_task(ragged=True)
+    transcoders = random_transcoders(model, "clt")
+    circuit = circuits.AttributionGraph(transcoders).discover(model, task)
+    none = replace(circuit, kept=torch.zeros_like(circuit.kept))
+    runs = {
+        ablation: circuits.run_circuit(model, none, task, ablation=ablation, transcoders=transcoders, max_memory=memory)
+        for ablation, memory in (("mean", None), ("mean_by_position", None), (circuits.Ablation("mean", over="corrupted"), None))
+    }
+    values = list(runs.values())
+    # Nothing of a prompt is left, but where it ends: the mean at each position is the same for all.
+    ends = task.lengths == task.lengths[0]
+    for logits in values:
+        rows = logits[ends]
+        torch.testing.assert_close(rows, rows[:1].expand_as(rows), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(values[0], values[1]) and not torch.allclose(values[0], values[2])
+    again = circuits.run_circuit(model, none, task, ablation="mean", transcoders=transcoders, max_memory=1)
+    torch.testing.assert_close(again, values[0], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_an_edges_score_is_the_damage_of_the_linear_model_when_its_source_is_ablated():
+    """Over all its outgoing edges a feature's scores sum to its direct effect on the explained logits, over all paths."""
+    model = model_of("gpt2", n_layers=3)
+    transcoders = random_transcoders(model, "plt", activation="relu")
+    graph = circuits.AttributionGraph(transcoders).attribute(model, [3, 14, 15, 9, 26, 5], explain=[(7, 21)])
+    total, edges = effects(graph)
+    last = len(graph.nodes) - 1
+    direct = graph.adjacency()[last]
+    late = [n for n in range(last) if int(graph.nodes.layer[n]) == 2 and isinstance(graph.node(n), Feature)]
+    torch.testing.assert_close(total[late].float(), direct[late], rtol=1e-4, atol=1e-5)
+    early = next(n for n in range(last) if int(graph.nodes.layer[n]) == 0)
+    paths = direct[early].double()
+    for middle in range(last):
+        weight = graph.adjacency()[middle, early].double()
+        if weight != 0:
+            paths = paths + weight / graph.nodes.activation[middle].double() * total[middle]
+    assert float(total[early]) == pytest.approx(float(paths), rel=1e-4)
+    assert float(edges[graph.source == early].sum()) == pytest.approx(float(total[early]), rel=1e-6)
+    run = direct_effects(model, transcoders, graph.tokens, [[], [Intervention.ablate(graph.node(late[0]))]])
+    fall = (run.logits[0, -1, 7] - run.logits[0, -1, 21]) - (run.logits[1, -1, 7] - run.logits[1, -1, 21])
+    assert float(fall) == pytest.approx(float(total[late[0]]), abs=1e-4)
+
+
+def test_circuits_of_features_are_evaluated_like_any_other():
+    model, task = model_of("gpt2"), random_task()
+    transcoders = random_transcoders(model, "plt")
+    circuit = circuits.AttributionGraph(transcoders).discover(model, task)
+    evaluation = circuits.evaluate(model, circuit, task, transcoders=transcoders)
+    assert evaluation.kl > 0 and evaluation.faithfulness("logit_difference") != 1
+    curve = circuits.faithfulness_curve(model, ranked(circuit), task, [0, 10, 1.0], transcoders=transcoders)
+    assert curve["faithfulness"].iloc[0] == pytest.approx(0, abs=1e-4) and curve["faithfulness"].iloc[-1] == pytest.approx(1, abs=1e-4)
+
+
+def test_a_circuit_finds_its_transcoders_again_and_refuses_others(tmp_path):
+    model, task = model_of("gpt2"), random_task()
+    transcoders = random_transcoders(model, "plt")
+    circuit = circuits.AttributionGraph(transcoders).discover(model, task)
+    with pytest.raises(circuits.InputError, match="not loaded from a file; hand them over"):
+        circuits.run_circuit(model, circuit, task)
+    with pytest.raises(circuits.InputError, match="other weights"):
+        circuits.run_circuit(model, circuit, task, transcoders=random_transcoders(model, "plt", seed=9))
+    with pytest.raises(circuits.InputError, match="run by hooks"):
+        circuits.run_circuit(model, circuit, task, transcoders=transcoders, executor="incremental")
+    circuits.save_transcoders(transcoders, tmp_path / "plt")
+    kept = circuits.AttributionGraph(tmp_path / "plt").discover(model, task)
+    kept.save(tmp_path / "run")
+    again = circuits.Circuit.load(tmp_path / "run")
+    assert again == kept and again.graph.transcoders == kept.graph.transcoders
+    torch.testing.assert_close(
+        circuits.run_circuit(model, again, task), circuits.run_circuit(model, circuit, task, transcoders=transcoders), rtol=1e-5, atol=1e-5
+    )
