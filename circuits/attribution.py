@@ -7,7 +7,7 @@ For each prompt: the local replacement model (`replacement`), its active feature
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -17,7 +17,7 @@ from circuits.active_features import ActiveFeatures, gather_sources
 from circuits.errors import InputError
 from circuits.feature_graph import EMBEDDING, ERROR, FEATURE, TARGET, FeatureGraph, Nodes, Target
 from circuits.influence import SMALLEST_SUM
-from circuits.linear_sweep import CONSTANTS, LinearSweep, Rows, Targets, direct_weights, feature_targets, logit_targets
+from circuits.linear_sweep import CONSTANTS, LinearSweep, Rows, Targets, feature_targets, logit_targets
 from circuits.replacement import LocalModel
 from circuits.transcoders.base import Transcoders
 
@@ -104,21 +104,27 @@ def build_graph(
     sources = gather_sources(model, transcoders, features, leading=leading)
     every, logits = feature_targets(model, transcoders, features), _direction_targets(model, directions)
     probability = torch.tensor([one.weight for one in directions], dtype=torch.float32, device=every.vector.device)
-    rows, selected = _rows(LinearSweep(model, sources, max_memory), every, logits, probability, budget)
-    direct = direct_weights(model, sources, every[selected] + logits, selected)
+    sweep = LinearSweep(model, sources, max_memory)
+    if budget.features is None or budget.features >= len(features):
+        selected, targets = torch.arange(len(features), device=features.layer.device), every + logits
+        edges = _Edges.joined([_edges(sweep, targets[block], block, rows, selected) for block, rows in sweep.blocks(targets)])
+    else:
+        rows, selected = _most_influential(sweep, every, logits, probability, budget)
+        targets = every[selected] + logits
+        edges = _Edges.joined([_edges(sweep, targets[block], block, rows[block], selected) for block in sweep.split(targets)])
     nodes = _nodes(model, features, selected, directions, logits.position, probability)
-    # Rows are features, then directions; columns are features, errors and embeddings: nodes in their order.
+    # Targets are features, then directions: with errors and embeddings between them, they are the nodes.
     number = torch.arange(len(nodes), device=selected.device)
     number = torch.cat([number[: len(selected)], number[len(nodes) - len(directions) :]])
-    weights, stays = _columns(rows, rows.features[:, selected]), _columns(direct, direct.features)
-    place = weights.nonzero()
+    constants = edges.constants.new_zeros(len(nodes), edges.constants.shape[1])
+    constants[number] = edges.constants
     return FeatureGraph(
         nodes=nodes,
-        source=place[:, 1].contiguous(),
-        target=number[place[:, 0]],
-        weight=weights[place[:, 0], place[:, 1]],
-        direct=stays[place[:, 0], place[:, 1]],
-        constants=_constants(rows, selected, number, len(nodes)),
+        source=edges.source,
+        target=number[edges.target],
+        weight=edges.weight,
+        direct=edges.direct,
+        constants=constants,
         constant_names=(*CONSTANTS, UNSELECTED),
         tokens=model.tokens,
         words=tuple(words),
@@ -127,19 +133,45 @@ def build_graph(
     )
 
 
-def _columns(rows: Rows, features: Float[Tensor, "target selected"]) -> Float[Tensor, "target source"]:
-    return torch.cat([features, rows.errors.flatten(1), rows.embeddings], 1)
+@dataclass(frozen=True, eq=False)
+class _Edges:
+    """Edges that are not zero, by target and then source, and each target's constants."""
+
+    target: Int[Tensor, "edge"]
+    source: Int[Tensor, "edge"]
+    weight: Float[Tensor, "edge"]
+    direct: Float[Tensor, "edge"]
+    constants: Float[Tensor, "target constant"]
+
+    @staticmethod
+    def joined(parts: Sequence[_Edges]) -> _Edges:
+        return _Edges(*(torch.cat(columns) for columns in zip(*(vars(part).values() for part in parts), strict=True)))
 
 
-def _constants(
-    rows: Rows, selected: Int[Tensor, "selected"], number: Int[Tensor, "target"], n_nodes: int
-) -> Float[Tensor, "node constant"]:
-    """By node, what its pre-activation holds besides edges; features that were not selected among it."""
-    unselected = torch.ones(rows.features.shape[1], dtype=torch.bool, device=selected.device).index_fill_(0, selected, False)
-    known = torch.cat([rows.constants, rows.features[:, unselected].sum(1, keepdim=True)], 1)
-    constants = known.new_zeros(n_nodes, known.shape[1])
-    constants[number] = known
-    return constants
+def _edges(sweep: LinearSweep, targets: Targets, numbers: Int[Tensor, "block"], rows: Rows, selected: Int[Tensor, "selected"]) -> _Edges:
+    """The edges in some rows; those from features that were not selected are a constant."""
+    direct, unselected = sweep.direct(targets), rows.constants.new_zeros(len(numbers), 1)
+    if len(selected) < rows.features.shape[1]:
+        # Summed apart: a difference of two sums would lose digits.
+        others = torch.ones(rows.features.shape[1], dtype=torch.bool, device=selected.device).index_fill_(0, selected, False)
+        unselected = rows.features[:, others].sum(1, keepdim=True)
+        rows, direct = (replace(part, features=part.features.index_select(1, selected)) for part in (rows, direct))
+    weights, stays = _columns(rows), _columns(direct)
+    places = weights.flatten().nonzero().flatten()
+    counts = (weights != 0).sum(1)
+    row = torch.arange(len(numbers), device=numbers.device).repeat_interleave(counts, output_size=len(places))
+    return _Edges(
+        target=numbers[row],
+        source=places - row * weights.shape[1],
+        weight=weights.flatten()[places],
+        direct=stays.flatten()[places],
+        constants=torch.cat([rows.constants, unselected], 1),
+    )
+
+
+def _columns(rows: Rows) -> Float[Tensor, "target source"]:
+    """A column per node that writes, in the order of nodes."""
+    return torch.cat([rows.features, rows.errors.flatten(1), rows.embeddings], 1)
 
 
 def _direction_targets(model: LocalModel, directions: Sequence[Direction]) -> Targets:
@@ -149,13 +181,11 @@ def _direction_targets(model: LocalModel, directions: Sequence[Direction]) -> Ta
     return logit_targets(model, torch.stack([one.vector.to(like) for one in directions]), biases, positions)
 
 
-def _rows(
+def _most_influential(
     sweep: LinearSweep, every: Targets, logits: Targets, probability: Float[Tensor, "target"], budget: Budget
 ) -> tuple[Rows, Int[Tensor, "selected"]]:
-    """Edges into the chosen features, in order, and into the directions; and which features those are."""
-    n = len(every)
-    if budget.features is None or budget.features >= n:
-        return sweep.rows(every + logits), torch.arange(n, device=every.layer.device)
+    """The rows of the most influential features, in order, and of the directions; and which features those are."""
+    assert budget.features is not None
     found, chosen = sweep.rows(logits), torch.zeros(0, dtype=torch.long, device=every.layer.device)
     while len(chosen) < budget.features:
         rank = _partial_influence(found, chosen, probability, sweep.model)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +21,7 @@ from circuits.replacement import LocalModel
 from circuits.transcoders.base import Transcoders
 
 CONSTANTS = ("attention_bias", "mlp_bias", "position_embedding", "own_bias")
+ATTENTION_BIAS, MLP_BIAS, POSITION_EMBEDDING, OWN_BIAS = range(4)
 """What is in no node: biases of attention (its norm's and b_V, b_O); the MLPs' (decoder bias, the skip's constant, at the leading positions
 the whole output); the learned position embedding; and the target's own (b_enc, or the logit's)."""
 
@@ -109,32 +111,51 @@ class LinearSweep:
     sources: Sources
     max_memory: int | None = None
 
-    @torch.no_grad()
     def rows(self, targets: Targets) -> Rows:
         """The weights of all edges into `targets`."""
-        n, layers, length = len(targets), len(self.model.layers), len(self.model.tokens)
-        like = self.model.embedding
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        features = torch.zeros(n, len(self.sources.order), dtype=dtype, device=like.device)
-        errors, embeddings = features.new_zeros(n, layers, length), features.new_zeros(n, length)
-        constants = features.new_zeros(n, len(CONSTANTS))
-        constants[:, 3] = targets.bias
-        back = torch.empty_like(self.sources.order)
-        back[self.sources.order] = torch.arange(len(back), device=back.device)
-        for block in self._blocks(targets):
-            part = _Block(self, targets[block], dtype)
-            part.run()
-            features[block] = part.features[:, back]
-            errors[block, :, : part.length] = part.errors
-            embeddings[block, : part.length] = part.embeddings
-            constants[block] += part.constants
-        return Rows(features, errors, embeddings, constants)
+        parts = list(self.blocks(targets))
+        back = torch.argsort(torch.cat([block for block, _ in parts]))
+        return Rows(*(torch.cat(columns)[back] for columns in zip(*(vars(rows).values() for _, rows in parts), strict=True)))
 
-    def _blocks(self, targets: Targets) -> Iterator[Int[Tensor, "target"]]:
+    @torch.no_grad()
+    def blocks(self, targets: Targets) -> Iterator[tuple[Int[Tensor, "block"], Rows]]:
+        """The same, some targets at a time, by layer and position: their numbers and rows."""
+        for block in self.split(targets):
+            part = _Block(self, targets[block])
+            part.run()
+            yield block, Rows(part.features.index_select(1, self._places), part.errors, part.embeddings, part.constants)
+
+    @torch.no_grad()
+    def direct(self, block: Targets) -> Rows:
+        """Of the edges into one block of `split`, the part that stays at its position: through residual stream and skips, not attention."""
+        n, like = len(block), block.vector
+        features = like.new_zeros(n, len(self.sources.order))
+        errors, embeddings = like.new_zeros(n, *self.sources.errors.shape[:2]), like.new_zeros(n, len(self.model.tokens))
+        places, counts = block.position.unique_consecutive(return_counts=True)
+        start = 0
+        for position, count in zip(places.tolist(), counts.tolist(), strict=True):
+            here, start = slice(start, start + count), start + count
+            gradient = block.vector[here].clone()
+            for layer in reversed(range(int(block.layer[0]))):
+                rows, columns = self.sources.written[layer].at(position)
+                features[here, columns].addmm_(gradient, rows.T)
+                errors[here, layer, position] = gradient @ self.sources.errors[layer, position]
+                if self.model.layers[layer].skip is not None:
+                    gradient += self.model.layers[layer].skip_transposed_at(position, gradient)
+            embeddings[here, position] = gradient @ self.model.embedding[position]
+        return Rows(features.index_select(1, self._places), errors, embeddings, features.new_zeros(n, 0))
+
+    @cached_property
+    def _places(self) -> Int[Tensor, "feature"]:
+        """Where each feature stands in `Sources.order`."""
+        return torch.argsort(self.sources.order)
+
+    def split(self, targets: Targets) -> Iterator[Int[Tensor, "target"]]:
         """Targets of one layer at neighbouring positions, few enough for the memory."""
         like = self.model.embedding
         per_row = 4 * like.shape[1] * like.element_size()
         most = max(1, memory_budget(like.device, self.max_memory, cpu_bytes=CPU_ROWS * per_row) // per_row)
+        # Features come in this order, so that it mostly changes nothing.
         order = torch.argsort(targets.layer * len(self.model.tokens) + targets.position, stable=True)
         layers, positions = targets.layer[order].tolist(), targets.position[order].tolist()
         start = 0
@@ -152,18 +173,20 @@ class LinearSweep:
 class _Block:
     """Some targets of one layer on their way down."""
 
-    def __init__(self, sweep: LinearSweep, targets: Targets, dtype: torch.dtype) -> None:
+    def __init__(self, sweep: LinearSweep, targets: Targets) -> None:
         self.model, self.sources, self.targets = sweep.model, sweep.sources, targets
-        self.layer = int(targets.layer[0])
-        self.length = int(targets.position.max()) + 1 if sweep.model.causal else len(sweep.model.tokens)
+        self.layer, whole = int(targets.layer[0]), len(sweep.model.tokens)
+        self.length = int(targets.position.max()) + 1 if sweep.model.causal else whole
         n, vectors = len(targets), targets.vector
+        dtype = torch.promote_types(vectors.dtype, torch.float32)
         self.gradient = vectors.new_zeros(self.length, n, vectors.shape[1])
         self.gradient[targets.position, torch.arange(n, device=vectors.device)] = vectors
         self.spread = False  # not yet beyond the targets' own positions
         self.features = vectors.new_zeros(n, len(sweep.sources.order), dtype=dtype)
-        self.errors = vectors.new_zeros(n, len(sweep.model.layers), self.length, dtype=dtype)
-        self.embeddings = vectors.new_zeros(n, self.length, dtype=dtype)
+        self.errors = vectors.new_zeros(n, len(sweep.model.layers), whole, dtype=dtype)
+        self.embeddings = vectors.new_zeros(n, whole, dtype=dtype)
         self.constants = vectors.new_zeros(n, len(CONSTANTS), dtype=dtype)
+        self.constants[:, OWN_BIAS] = targets.bias
 
     def run(self) -> None:
         """From the targets' layer to the embeddings."""
@@ -181,12 +204,12 @@ class _Block:
                 self.gradient += skipped
         vectors = [self.model.embedding, *([] if self.model.position_embedding is None else [self.model.position_embedding])]
         embedding, *position = self._products(vectors)
-        self.embeddings += embedding
-        self.constants[:, 2] += position[0].sum(1) if position else 0.0
+        self.embeddings[:, : self.length] = embedding
+        self.constants[:, POSITION_EMBEDDING] = position[0].sum(1) if position else 0.0
 
     def _attention(self, layer: int) -> None:
         frozen = self.model.layers[layer]
-        self.constants[:, 0] += self._products([frozen.attention_constant])[0].sum(1)
+        self.constants[:, ATTENTION_BIAS] += self._products([frozen.attention_constant])[0].sum(1)
         if self.spread:
             frozen.attention_transposed(self.gradient)
         else:
@@ -202,39 +225,10 @@ class _Block:
             else:
                 into += self.gradient[position] @ rows.T
         error, constant = self._products([self.sources.errors[layer], self.sources.mlp_constants[layer]])
-        self.errors[:, layer] += error
-        self.constants[:, 1] += constant.sum(1)
+        self.errors[:, layer, : self.length] = error
+        self.constants[:, MLP_BIAS] += constant.sum(1)
 
     def _products(self, vectors: Sequence[Float[Tensor, "pos d_model"]]) -> list[Float[Tensor, "target seen"]]:
         """Of every target's direction with some vectors at each position."""
         together = torch.stack([vector[: self.length] for vector in vectors], dim=-1)
         return list(torch.bmm(self.gradient, together).permute(2, 1, 0))
-
-
-@torch.no_grad()
-def direct_weights(model: LocalModel, sources: Sources, targets: Targets, chosen: Int[Tensor, "column"]) -> Rows:
-    """The part of every edge that stays at its position: through the residual stream and the skips, not through attention.
-
-    Args:
-        chosen: the features whose columns are wanted.
-    """
-    n, layers, length = len(targets), len(model.layers), len(model.tokens)
-    features = targets.vector.new_zeros(n, len(chosen))
-    errors, embeddings = features.new_zeros(n, layers, length), features.new_zeros(n, length)
-    column = torch.full_like(sources.order, -1)
-    column[chosen] = torch.arange(len(chosen), device=column.device)
-    for position in targets.position.unique().tolist():
-        here = (targets.position == position).nonzero().flatten()
-        here = here[torch.argsort(targets.layer[here], descending=True, stable=True)]
-        above, gradient = targets.layer[here].tolist(), targets.vector[here]
-        for layer in reversed(range(layers)):
-            live = sum(reader > layer for reader in above)
-            rows, numbers = sources.written[layer].at(position)
-            into = column[sources.order[numbers]]
-            kept = into >= 0
-            features[here[:live, None], into[kept]] += gradient[:live] @ rows[kept].T
-            errors[here[:live], layer, position] = gradient[:live] @ sources.errors[layer, position]
-            if model.layers[layer].skip is not None:
-                gradient[:live] += model.layers[layer].skip_transposed_at(position, gradient[:live])
-        embeddings[here, position] = gradient @ model.embedding[position]
-    return Rows(features, errors, embeddings, features.new_zeros(n, 0))
