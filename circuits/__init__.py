@@ -31,11 +31,14 @@ if TYPE_CHECKING:
     from circuits.execution import model_logits, run_circuit, run_circuits
     from circuits.feature_graph import FeatureGraph
     from circuits.graph import Edge, Graph, parse_edge
+    from circuits.graph_run import GraphRun, load_graph_run, run_graph
+    from circuits.by_head import head_shares
     from circuits.influence import completeness_score, node_influence, prune, pruned, replacement_score
     from circuits.interchange import load_eap_ig, save_eap_ig
     from circuits.interventions import Intervened, Intervention, direct_effects, generate, intervene
     from circuits.metrics import METRICS, Metric
     from circuits.models import build_model, load_model, save_model
+    from circuits.neuronpedia import ImportedGraph, load_neuronpedia, save_neuronpedia
     from circuits.nodes import MLP, Embed, Error, Feature, Head, Logits, PosEmbed, TokenEmbed, parse_node
     from circuits.precision import Precision
     from circuits.tasks import load_task, task_names
@@ -53,6 +56,9 @@ _MODULES = {
     "attribution": ["Direction"],
     "feature_graph": ["FeatureGraph"],
     "interventions": ["Intervened", "Intervention", "direct_effects", "generate", "intervene"],
+    "neuronpedia": ["ImportedGraph", "load_neuronpedia", "save_neuronpedia"],
+    "graph_run": ["GraphRun", "load_graph_run", "run_graph"],
+    "by_head": ["head_shares"],
     "influence": ["completeness_score", "node_influence", "prune", "pruned", "replacement_score"],
     "transcoders.base": ["Transcoders"],
     "transcoders.loading": ["load_transcoders"],

@@ -129,6 +129,7 @@ def build_graph(
         tokens=model.tokens,
         words=tuple(words),
         targets=tuple(Target(one.label, one.token) for one in directions),
+        directions=torch.stack([one.vector for one in directions]).to(model.embedding),
         n_layers=len(model.layers),
     )
 

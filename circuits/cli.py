@@ -18,6 +18,8 @@ commands:
   discover   find a circuit with one method, into a run folder
   evaluate   run a circuit on held-out prompts and print its metrics
   compare    several methods on one task: a table, and an HTML report with curves and drawn circuits
+  graph      which features made the model say this token: an attribution graph, and a page to explore it
+  view       look at a graph in the browser, whatever its size
   list       methods, tasks, metrics and ablations, with what they are
 
 examples:
@@ -26,10 +28,11 @@ examples:
   circuits evaluate runs/ioi/acdc-1a2b3c4d --n 64
   circuits compare --task ioi --methods acdc,eap,eap-ig,random
   circuits discover --method my_method.py --task ioi      your own method: a file with a CircuitDiscoverer
+  circuits graph "The capital of the state containing Dallas is"
   circuits list
   torchrun --nproc-per-node=4 -m -- circuits discover ...    one process per device, which share the work
 """
-COMMANDS = {"discover": "discover", "evaluate": "evaluate", "compare": "compare", "list": "list_choices"}
+COMMANDS = {"discover": "discover", "evaluate": "evaluate", "compare": "compare", "graph": "graph", "view": "view", "list": "list_choices"}
 # What the processes that torchrun starts do together; the rest the first does alone.
 TOGETHER = ("discover", "compare")
 

@@ -8,6 +8,7 @@ from itertools import combinations
 from typing import Literal
 
 import pandas as pd
+import torch
 
 from circuits.ablation import Ablation
 from circuits.circuit import Circuit
@@ -15,6 +16,7 @@ from circuits.errors import InputError
 from circuits.evaluation import default_metrics, evaluate, faithfulness_curve, faithfulness_points
 from circuits.metrics import Metric, get_metric
 from circuits.models import Model
+from circuits.nodes import MLP, Embed, Error, Feature, Node, PosEmbed, TokenEmbed, at_position
 from circuits.tasks.base import Task
 
 
@@ -27,12 +29,14 @@ class Comparison:
         curves: `method`, and the columns of `faithfulness_curve`; a method that selects instead of ranking has a row per circuit it found.
         overlap: the Jaccard overlap of every two methods' circuits.
         circuits: the circuit of each method that the table speaks of.
+        notes: what else to know before reading these numbers.
     """
 
     table: pd.DataFrame
     curves: pd.DataFrame
     overlap: pd.DataFrame
     circuits: Mapping[str, Circuit]
+    notes: tuple[str, ...] = ()
 
 
 def compare(
@@ -50,7 +54,8 @@ def compare(
     Args:
         found: by method, its circuit, or several: of a method that selects, a threshold sweep, whose first circuit is tabulated; of a
             method that ranks, several seeds, which are averaged.
-        size: how many edges to give methods that only score; None takes the size of the first selected circuit, or a tenth of the graph.
+        size: how many edges to give methods that only score; None takes the size of the first selected circuit over a graph of the same
+            kind, or a tenth of the graph.
         sizes: of the faithfulness curves; None takes the fractions of the MIB benchmark.
         metric: of the faithfulness; None takes the task's own.
 
@@ -60,15 +65,26 @@ def compare(
     if not found:
         raise InputError("there is nothing to compare; give at least one method's circuit.")
     sweeps = {name: [circuits] if isinstance(circuits, Circuit) else list(circuits) for name, circuits in found.items()}
-    chosen_size = _common_size(sweeps) if size is None else size
-    chosen = {name: [circuit if circuit.selected else circuit.top(chosen_size) for circuit in sweep] for name, sweep in sweeps.items()}
+    sizes_of = {name: _common_size(sweeps, sweep[0]) if size is None else size for name, sweep in sweeps.items()}
+    chosen = {name: [circuit if circuit.selected else circuit.top(sizes_of[name]) for circuit in sweep] for name, sweep in sweeps.items()}
     # The table speaks of one circuit of a threshold sweep, and of the mean over the seeds of a ranking.
     spoken_of = {name: sweep[:1] if sweeps[name][0].selected else sweep for name, sweep in chosen.items()}
     table = {name: _mean_row(model, circuits, task, metric, ablation) for name, circuits in spoken_of.items()}
     curves = [_curve(model, sweep, task, sizes, metric, ablation).assign(method=name) for name, sweep in sweeps.items()]
     circuits = {name: sweep[0] for name, sweep in chosen.items()}
     frame = pd.DataFrame.from_dict(table, orient="index").rename_axis("method").astype({"edges": int, "of": int})
-    return Comparison(frame, pd.concat(curves, ignore_index=True), overlap_table(circuits), circuits)
+    return Comparison(frame, pd.concat(curves, ignore_index=True), overlap_table(circuits), circuits, _notes(circuits))
+
+
+def _notes(circuits: Mapping[str, Circuit]) -> tuple[str, ...]:
+    of_features = [name for name, circuit in circuits.items() if circuit.graph.transcoders is not None]
+    if not of_features or len(circuits) == 1:
+        return ()
+    return (
+        f"{', '.join(of_features)}: edges between features, whose number is not that of edges between components. Their overlap with other "
+        "circuits is that of the shares of |score| that leave each MLP and embedding: a layer's features and error count as its MLP, and "
+        "heads, which are no features, are left out.",
+    )
 
 
 def _mean_row(
@@ -109,12 +125,61 @@ def overlap(first: Circuit, second: Circuit) -> float:
 
 
 def overlap_table(circuits: Mapping[str, Circuit]) -> pd.DataFrame:
-    """The overlap of every two circuits over the same graph; NaN where the graphs differ."""
+    """The overlap of every two circuits over the same graph; of components with features `coarse_overlap`, elsewhere NaN."""
     table = pd.DataFrame(1.0, index=list(circuits), columns=list(circuits))
     for a, b in combinations(circuits, 2):
-        same = circuits[a].graph == circuits[b].graph
-        table.loc[a, b] = table.loc[b, a] = overlap(circuits[a], circuits[b]) if same else float("nan")
+        first, second = circuits[a], circuits[b]
+        with_features = first.graph.transcoders is not None or second.graph.transcoders is not None
+        if first.graph == second.graph:
+            table.loc[a, b] = table.loc[b, a] = overlap(first, second)
+        else:
+            table.loc[a, b] = table.loc[b, a] = coarse_overlap(first, second) if with_features else float("nan")
     return table
+
+
+def coarsened(circuit: Circuit) -> dict[Node, float]:
+    """The share of a circuit's |score| that leaves each MLP and embedding: where circuits of features and of components can meet.
+
+    A layer's features and its error are its MLP, token and position embeddings are the embedding, heads are left out. Edges of a circuit
+    without scores count alike.
+    """
+    graph, size = circuit.graph, circuit.scores[circuit.kept].double().abs()
+    size = torch.ones_like(size) if bool(size.isnan().any()) or not bool(size.sum()) else size
+    totals = torch.zeros(len(graph.nodes), dtype=torch.double).index_add_(0, graph.source[circuit.kept], size)
+    shares: dict[Node, float] = {}
+    for node, total in zip(graph.nodes, totals.tolist(), strict=True):
+        coarse = _coarse(node)
+        if coarse is not None and total:
+            shares[coarse] = shares.get(coarse, 0.0) + total
+    whole = sum(shares.values())
+    return {node: share / whole for node, share in shares.items()}
+
+
+def coarse_overlap(first: Circuit, second: Circuit) -> float:
+    """Weighted Jaccard overlap of `coarsened`: the sum of the smaller shares over that of the larger.
+
+    By position only where both circuits are split by the same ones.
+    """
+    by_position = first.graph.positions == second.graph.positions
+    here, there = (_anywhere(coarsened(circuit)) if not by_position else coarsened(circuit) for circuit in (first, second))
+    pairs = [(here.get(node, 0.0), there.get(node, 0.0)) for node in {**here, **there}]
+    return sum(map(min, pairs)) / sum(map(max, pairs)) if pairs else 1.0
+
+
+def _anywhere(shares: Mapping[Node, float]) -> dict[Node, float]:
+    result: dict[Node, float] = {}
+    for node, share in shares.items():
+        result[at_position(node, None)] = result.get(at_position(node, None), 0.0) + share
+    return result
+
+
+def _coarse(node: Node) -> Node | None:
+    match node:
+        case MLP(layer=layer, position=position) | Feature(layer=layer, position=position) | Error(layer=layer, position=position):
+            return MLP(layer, position)
+        case Embed(position=position) | TokenEmbed(position=position) | PosEmbed(position=position):
+            return Embed(position)
+    return None
 
 
 def score_correlation(first: Circuit, second: Circuit, method: Literal["spearman", "pearson"] = "spearman") -> float:
@@ -141,8 +206,10 @@ def score_table(first: Circuit, second: Circuit) -> pd.DataFrame:
     return pd.DataFrame({"x": first.scores[both].double(), "y": second.scores[both].double()}, index=pd.Index(names, name="edge"))
 
 
-def _common_size(sweeps: Mapping[str, Sequence[Circuit]]) -> int:
+def _common_size(sweeps: Mapping[str, Sequence[Circuit]], like: Circuit) -> int:
+    """The size of the first selected circuit of components, or of features, as `like` is; or a tenth of its graph."""
     for sweep in sweeps.values():
-        if sweep[0].selected and len(sweep[0]):
-            return len(sweep[0])
-    return max(1, round(len(next(iter(sweeps.values()))[0].graph) / 10))
+        same_kind = (sweep[0].graph.transcoders is None) == (like.graph.transcoders is None)
+        if same_kind and sweep[0].selected and len(sweep[0]):
+            return min(len(sweep[0]), len(like))
+    return max(1, round(len(like.graph) / 10))

@@ -89,6 +89,7 @@ class FeatureGraph:
         words: their text.
         targets: what the graph explains.
         n_layers: of the model.
+        directions: of each of `targets`, in the output of the last norm; None in a graph from another program.
         model: which one.
         transcoders: which ones.
         settings: of the method, JSON values only.
@@ -105,6 +106,7 @@ class FeatureGraph:
     words: tuple[str, ...]
     targets: tuple[Target, ...]
     n_layers: int
+    directions: Float[Tensor, "explained d_model"] | None = None
     model: ModelIdentity | None = None
     transcoders: TranscodersIdentity | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -218,7 +220,8 @@ class FeatureGraph:
 
     def to(self, device: str | torch.device) -> FeatureGraph:
         """The same graph with its tensors on `device`."""
-        columns = {name: getattr(self, name).to(device) for name in ("source", "target", "weight", "direct", "constants", "tokens")}
+        names = ("source", "target", "weight", "direct", "constants", "directions", "tokens")
+        columns = {name: getattr(self, name).to(device) for name in names if getattr(self, name) is not None}
         return replace(self, nodes=Nodes(**{name: column.to(device) for name, column in vars(self.nodes).items()}), **columns)
 
     def save(self, folder: str | Path) -> Path:
@@ -226,6 +229,7 @@ class FeatureGraph:
         tensors = {f"nodes.{name}": column for name, column in vars(self.nodes).items()}
         tensors |= {"source": self.source.int(), "target": self.target.int(), "weight": self.weight, "direct": self.direct}
         tensors |= {"constants": self.constants, "tokens": self.tokens}
+        tensors |= {} if self.directions is None else {"directions": self.directions}
         description = {
             "words": self.words,
             "targets": [asdict(target) for target in self.targets],
@@ -268,6 +272,7 @@ def _from_file(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) ->
         tokens=tensors["tokens"],
         words=tuple(description["words"]),
         targets=tuple(Target(**target) for target in description["targets"]),
+        directions=tensors.get("directions"),
         n_layers=description["n_layers"],
         model=None if model is None else ModelIdentity(**model),
         transcoders=None if transcoders is None else TranscodersIdentity(**transcoders),

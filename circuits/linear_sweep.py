@@ -211,9 +211,10 @@ class _Block:
         frozen = self.model.layers[layer]
         self.constants[:, ATTENTION_BIAS] += self._products([frozen.attention_constant])[0].sum(1)
         if self.spread:
-            frozen.attention_transposed(self.gradient)
+            values = frozen.values_transposed(self.gradient)
         else:
-            frozen.attention_transposed_from(self.gradient, self.targets.position)
+            values = frozen.values_transposed_from(self.gradient, self.targets.position)
+        frozen.add_through_values(values, self.gradient)
         self.spread = True
 
     def _read_off(self, layer: int) -> None:

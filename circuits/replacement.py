@@ -64,32 +64,42 @@ class FrozenLayer:
     feature_input: Float[Tensor, "pos d_model"]
     mlp_output: Float[Tensor, "pos d_model"]
 
-    def attention_transposed(self, gradient: Float[Tensor, "pos target d_model"]) -> None:
-        """From directions in the residual stream after attention to the same ones before it, in place. Later positions may be left out."""
-        flat, positions = gradient.view(-1, gradient.shape[-1]), gradient.shape[0]
-        z = torch.matmul(flat[None], self.output.transpose(1, 2))
+    def values_transposed(self, gradient: Float[Tensor, "pos target d_model"]) -> Float[Tensor, "head pos target d_head"]:
+        """From directions in the residual stream after attention to the same ones in each head's values. Later positions may be left out."""
+        positions, targets, width = gradient.shape
+        z = torch.matmul(gradient.view(1, -1, width), self.output.transpose(1, 2))
         mixed = torch.bmm(self.mixing[:, :positions, :positions], z.view(len(z), positions, -1))
-        self._through_values(mixed, flat)
+        return mixed.view(len(z), positions, targets, -1)
 
-    def attention_transposed_from(self, gradient: Float[Tensor, "pos target d_model"], positions: Int[Tensor, "target"]) -> None:
+    def values_transposed_from(
+        self, gradient: Float[Tensor, "pos target d_model"], positions: Int[Tensor, "target"]
+    ) -> Float[Tensor, "head pos target d_head"]:
         """The same where each target's direction stands at one position only."""
-        flat, vectors = gradient.view(-1, gradient.shape[-1]), gradient[positions, torch.arange(len(positions), device=positions.device)]
+        vectors = gradient[positions, torch.arange(len(positions), device=positions.device)]
         z = torch.matmul(vectors[None], self.output.transpose(1, 2))
-        mixed = self.mixing[:, : len(gradient)].index_select(2, positions)[..., None] * z[:, None]
-        self._through_values(mixed.flatten(2), flat)
+        return self.mixing[:, : len(gradient)].index_select(2, positions)[..., None] * z[:, None]
 
-    def _through_values(self, mixed: Float[Tensor, "head pos target_and_d_head"], flat: Float[Tensor, "row d_model"]) -> None:
-        shared, width = len(self.value), self.value.shape[-1]
-        if len(mixed) != shared:
-            mixed = mixed.view(shared, -1, *mixed.shape[1:]).sum(1)
+    def add_through_values(self, values: Float[Tensor, "head pos target d_head"], gradient: Float[Tensor, "pos target d_model"]) -> None:
+        """From directions in the values on to the residual stream before attention, added to `gradient`."""
+        flat, shared, width = gradient.view(-1, gradient.shape[-1]), len(self.value), values.shape[-1]
+        if len(values) != shared:
+            values = values.view(shared, -1, *values.shape[1:]).sum(1)
         for head in range(shared):
-            flat.addmm_(mixed[head].view(-1, width), self.value[head].T)
+            flat.addmm_(values[head].view(-1, width), self.value[head].T)
 
-    def attention(self, residual: Float[Tensor, "pos *source d_model"]) -> Float[Tensor, "pos *source d_model"]:
-        """What frozen attention makes of a change of the residual stream."""
-        values = torch.einsum("k...d,hde->hk...e", residual, self.value)
-        values = values.repeat_interleave(len(self.mixing) // len(values), 0)
-        return torch.einsum("hkq,hk...e,hed->q...d", self.mixing, values, self.output)
+    def values(self, residual: Float[Tensor, "pos source d_model"]) -> Float[Tensor, "head pos source d_head"]:
+        """Every head's values for changes of the residual stream, without its constants."""
+        found = torch.einsum("ksd,hde->hkse", residual, self.value)
+        return found.repeat_interleave(len(self.mixing) // len(found), 0)
+
+    def attention(self, values: Float[Tensor, "head pos source d_head"]) -> Float[Tensor, "pos source d_model"]:
+        """What frozen attention makes of values."""
+        return torch.einsum("hkq,hkse,hed->qsd", self.mixing, values, self.output)
+
+    def skipped(self, residual: Float[Tensor, "pos source d_model"]) -> Float[Tensor, "pos source d_model"]:
+        """What the skip adds for changes of the residual stream that it reads."""
+        assert self.skip is not None
+        return _by_position(self.writing).linear(_by_position(self.reading).linear(residual) @ self.skip.T)
 
     def skip_transposed(self, gradient: Float[Tensor, "pos target d_model"]) -> Float[Tensor, "pos target d_model"]:
         """From directions in the MLP's output to the same ones in the residual stream that the skip reads."""

@@ -180,7 +180,7 @@ def evaluate_run(
     settings = {"task": task.name, "prompts": task.digest(), "metrics": names, "ablation": as_json(ablation), "size": size}
     key = hashlib.blake2b(json.dumps([settings, identity(model).weights]).encode(), digest_size=8).hexdigest()
     path = found.folder / METRICS
-    with _lock(found.folder):
+    with locked(found.folder):
         known = read_json(path, METRICS_FORMAT, FORMAT_VERSION).get("evaluations", {}) if path.exists() else {}
         if key not in known:
             evaluation = evaluate(model, circuit, task, metrics=metrics, ablation=ablation)
@@ -220,14 +220,18 @@ def _turn(folder: Path) -> Iterator[None]:
 
 def _acquired(folder: Path, stack: contextlib.ExitStack) -> bool:
     try:
-        stack.enter_context(_lock(folder).acquire(timeout=WAIT))
+        stack.enter_context(locked(folder).acquire(timeout=WAIT))
     except Timeout:
         return False
     return True
 
 
-def _lock(folder: Path) -> FileLock:
-    """A lock on the folder, which is made. It goes with its process, however that ends."""
+def locked(folder: Path) -> FileLock:
+    """A lock on the folder, which is made. It goes with its process, however that ends.
+
+    Raises:
+        InputError: the folder cannot be made.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

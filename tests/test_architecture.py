@@ -16,9 +16,9 @@ ORDER = (
     "errors", "distributed", "memory", "files", "nodes", "graph", "circuit", "sublayers", "precision", "models", "components", "tasks",
     "metrics", "spans", "outputs", "transcoders", "ablation", "patching", "window", "propagation", "base_run", "cost", "flips", "cases",
     "incremental_run", "incremental", "replacement", "active_features", "linear_sweep", "feature_graph", "influence", "attribution",
-    "feature_pooling", "feature_circuits", "interventions", "execution", "gradients", "edge_products", "edge_scores", "edge_order",
+    "by_head", "feature_pooling", "feature_circuits", "interventions", "execution", "gradients", "edge_products", "edge_scores", "edge_order",
     "discoverer", "confirmation", "algorithms", "evaluation", "compare", "interchange", "neuronpedia", "virtual_weights", "viewer", "plot",
-    "run", "commands", "cli",
+    "run", "graph_run", "commands", "cli",
 )  # fmt: skip
 ONE_CONCEPT = ("tasks", "transcoders", "viewer", "commands")
 ENTRANCES = ("__init__", "__main__")

@@ -93,6 +93,8 @@ def compare(words: Sequence[str]) -> None:
     console.print(frame_table(table.drop(columns="of"), _title(options, task, held_out)))
     console.print(f"model runs: {MODEL_RUNS_IN_WORDS}")
     console.print(frame_table(comparison.overlap, "Overlap of the circuits (Jaccard)"))
+    for note in comparison.notes:
+        console.print(note)
     console.print(f"Report: {report}", soft_wrap=True)
 
 
@@ -150,6 +152,7 @@ def _write_report(folder: Path, comparison: Comparison, table: pd.DataFrame, opt
         "ablation": options.ablation,
         "random": f"mean of {RANDOM_SEEDS} seeds",
         "model runs": MODEL_RUNS_IN_WORDS,
+        **({"note": " ".join(comparison.notes)} if comparison.notes else {}),
     }
     content = {
         "details": details,

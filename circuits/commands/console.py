@@ -51,6 +51,8 @@ def frame_table(frame: pd.DataFrame, title: str) -> Table:
 def _cell(value: Any) -> str:
     if value is None or value != value:
         return "-"
+    if isinstance(value, str):
+        return value
     return f"{value:,}" if isinstance(value, int) or (float(value).is_integer() and abs(value) >= 10) else f"{round(value, 3) + 0.0:.3f}"
 
 

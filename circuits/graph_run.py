@@ -1,0 +1,143 @@
+"""One attribution graph, in a folder that is found again instead of computed again.
+
+<out>/graphs/<first words of the prompt>-<digest>/
+    graph.safetensors   the whole graph
+    record.json         every setting, versions, scores, counts and times
+    graph.html          the pruned graph, to be explored; it works from the file, offline
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from circuits.algorithms.attribution_graph import AttributionGraph, Explained
+from circuits.components import identity
+from circuits.discoverer import as_json
+from circuits.errors import InputError
+from circuits.feature_graph import FEATURE, FILE, FeatureGraph
+from circuits.files import read_json, write_bytes, write_json
+from circuits.influence import completeness_score, pruned, replacement_score
+from circuits.models import Model
+from circuits.run import PACKAGES, RECORD, locked
+from circuits.tasks.encoding import prompt_tokens
+from circuits.viewer.graph_page import graph_page
+
+PAGE = "graph.html"
+RECORD_FORMAT, FORMAT_VERSION = "circuits.graph_run", 1
+SLUG = 40  # characters
+
+
+@dataclass(frozen=True)
+class GraphRun:
+    """A finished graph.
+
+    Attributes:
+        folder: where it lies.
+        graph: the whole of it.
+        record: what `record.json` says.
+        reused: it was there already.
+    """
+
+    folder: Path
+    graph: FeatureGraph
+    record: Mapping[str, Any]
+    reused: bool
+
+
+def run_graph(
+    method: AttributionGraph,
+    model: Model,
+    prompt: str,
+    *,
+    explain: Sequence[Explained] | None = None,
+    out: str | Path = "runs",
+    notes: Mapping[str, Any] | None = None,
+) -> GraphRun:
+    """Make a prompt's graph into a folder, or take the one that is there.
+
+    Raises:
+        InputError: see `AttributionGraph.attribute`; or the folder holds a damaged file or one from a newer version.
+    """
+    method = replace(method, transcoders=method.loaded)
+    folder = Path(out) / "graphs" / f"{_slug(prompt)}-{_digest(method, model, prompt, explain)}"
+    with locked(folder):
+        if (folder / RECORD).exists():
+            record = read_json(folder / RECORD, RECORD_FORMAT, FORMAT_VERSION)
+            return GraphRun(folder, FeatureGraph.load(folder), record, reused=True)
+        started = time.perf_counter()
+        graph = method.attribute(model, prompt, explain=explain)
+        seconds = time.perf_counter() - started
+        small = pruned(graph, node_threshold=method.node_threshold, edge_threshold=method.edge_threshold)
+        record = {**_circumstances(method, model, prompt, graph, small), "seconds": seconds, "notes": dict(notes or {})}
+        graph.save(folder)
+        write_bytes(folder / PAGE, graph_page(graph, title=prompt, details=_details(record)).encode())
+        # The record comes last: where it stands, the run is whole.
+        write_json(folder / RECORD, record, RECORD_FORMAT, FORMAT_VERSION)
+    return GraphRun(folder, graph, record, reused=False)
+
+
+def load_graph_run(folder: str | Path) -> GraphRun:
+    """A finished graph.
+
+    Raises:
+        InputError: the folder holds none, a damaged file, or one from a newer version.
+    """
+    folder = Path(folder)
+    if not (folder / RECORD).exists():
+        raise InputError(f"{folder} holds no finished graph; give a folder with {RECORD} and {FILE}, as `circuits graph` writes it.")
+    record = read_json(folder / RECORD, RECORD_FORMAT, FORMAT_VERSION)
+    return GraphRun(folder, FeatureGraph.load(folder), record, reused=True)
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:SLUG].strip("-") or "prompt"
+
+
+def _digest(method: AttributionGraph, model: Model, prompt: str, explain: Sequence[Explained] | None) -> str:
+    explained = None if explain is None else [as_json(one) for one in explain]
+    parts = [version("circuits"), method.identity(), identity(model).weights, prompt_tokens(model, prompt).tolist(), explained]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=4).hexdigest()
+
+
+def _circumstances(method: AttributionGraph, model: Model, prompt: str, graph: FeatureGraph, small: FeatureGraph) -> dict[str, Any]:
+    who, made_with = identity(model), graph.transcoders
+    assert made_with is not None
+    return {
+        "method": method.name,
+        "settings": method.settings(),
+        "model": {"name": who.name, "shape": dict(who.shape), "weights": who.weights, "dtype": str(model.cfg.dtype)},
+        "transcoders": vars(made_with),
+        "prompt": prompt,
+        "tokens": graph.tokens.tolist(),
+        "explained": [target.label for target in graph.targets],
+        "features": int(graph.is_kind(FEATURE).sum()),
+        "edges": len(graph),
+        "kept_features": int(small.is_kind(FEATURE).sum()),
+        "kept_edges": len(small),
+        "replacement_score": replacement_score(graph),
+        "completeness_score": completeness_score(graph),
+        "kept_replacement_score": replacement_score(small),
+        "kept_completeness_score": completeness_score(small),
+        "versions": {name: version(name) for name in PACKAGES},
+        "device": str(model.cfg.device),
+    }
+
+
+def _details(record: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "model": record["model"]["name"],
+        "transcoders": record["transcoders"]["name"],
+        "explains": ", ".join(record["explained"]),
+        "features": f"{record['features']:,}, {record['kept_features']:,} after pruning",
+        "edges": f"{record['edges']:,}, {record['kept_edges']:,} after pruning",
+        "replacement score": f"{record['replacement_score']:.2f}",
+        "completeness score": f"{record['completeness_score']:.2f}",
+    }
