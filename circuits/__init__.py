@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from circuits.algorithms.eap import EAP, EAPIG
     from circuits.algorithms.random_scores import RandomScores
     from circuits.attribution import Direction
+    from circuits.by_head import head_shares
     from circuits.circuit import Circuit
     from circuits.components import component_graph
     from circuits.discoverer import Checkpoint, CircuitDiscoverer, discoverers
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from circuits.feature_graph import FeatureGraph
     from circuits.graph import Edge, Graph, parse_edge
     from circuits.graph_run import GraphRun, load_graph_run, run_graph
-    from circuits.by_head import head_shares
     from circuits.influence import completeness_score, node_influence, prune, pruned, replacement_score
     from circuits.interchange import load_eap_ig, save_eap_ig
     from circuits.interventions import Intervened, Intervention, direct_effects, generate, intervene

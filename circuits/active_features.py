@@ -38,18 +38,21 @@ def active_features(models: Sequence[LocalModel], transcoders: Transcoders, *, l
     """
     lengths = [len(model.tokens) for model in models]
     found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in models]
+    finite: list[Tensor] = []
     for layer in range(transcoders.n_layers):
         pre = transcoders.preactivations(layer, torch.cat([model.layers[layer].feature_input for model in models]))
+        # Of pre-activations: one that is not a number fires nowhere, and would be missed without a word.
+        finite.append(torch.isfinite(pre).all())
         for row, one in enumerate(pre.split(lengths)):
             activations = transcoders.encoders[layer].activation(one[None])[0]
             activations[:leading] = 0
             places = activations.nonzero()
             found[row].append((places, activations[places[:, 0], places[:, 1]]))
+    if not torch.stack(finite).all():
+        raise InputError(f"features of {transcoders.name!r} have pre-activations that are not finite; load model and transcoders in float32.")
     result = []
     for parts in found:
         values = torch.cat([values for _, values in parts])
-        if not torch.isfinite(values).all():
-            raise InputError("features fire with activations that are not finite; load model and transcoders in float32.")
         places = torch.cat([places for places, _ in parts])
         counts = torch.tensor([len(values) for _, values in parts], device=places.device)
         layers = torch.arange(len(parts), device=places.device).repeat_interleave(counts)

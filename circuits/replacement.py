@@ -160,6 +160,7 @@ def check_transcoders(model: Model, transcoders: Transcoders) -> None:
     }
     if found := [reason for reason, holds in reasons.items() if holds]:
         raise InputError(f"{cfg.model_name} has {' and '.join(found)}: no attribution graph can be made of it.")
+    transcoders.check()
     if (transcoders.n_layers, transcoders.d_model) != (cfg.n_layers, cfg.d_model):
         raise InputError(
             f"the transcoders {transcoders.name!r} are for {transcoders.n_layers} layers of width {transcoders.d_model}, and "

@@ -1,5 +1,7 @@
 """Attribution graphs: circuit-tracer's numbers, and what holds of any graph because the local model is linear."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from architectures import random_task
@@ -232,6 +234,13 @@ def test_what_cannot_be_explained_is_said_in_one_line(unchecked_types):
     for settings in ({"budget": 0}, {"probability": 0.0}, {"node_threshold": 1.2}, {"leading": -1}):
         with pytest.raises(circuits.InputError, match=next(iter(settings))):
             circuits.AttributionGraph(transcoders, **settings)
+    overflowing = random_transcoders(model)
+    overflowing.encoders[1].weight[3] = float("inf")
+    with pytest.raises(circuits.InputError, match="features of 'random plt' have pre-activations that are not finite"):
+        circuits.AttributionGraph(overflowing).attribute(model, PROMPT)
+    misshapen = replace(transcoders, decoders=[decoder[:, :, :5] for decoder in transcoders.decoders])
+    with pytest.raises(circuits.InputError, match=r"layer 0: the decoder has shape \(40, 1, 5\).*it must be \(40, 1, 24\)"):
+        circuits.AttributionGraph(misshapen).attribute(model, PROMPT)
     broken = model_of("gpt2")
     broken.blocks[1].mlp.W_out.data[0, 0] = float("nan")
     with pytest.raises(circuits.InputError, match="not finite"):

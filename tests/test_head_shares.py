@@ -6,13 +6,17 @@ from random_transcoders import model_of, random_transcoders
 
 import circuits
 from circuits.active_features import active_features, gather_sources
-from circuits.feature_graph import FEATURE
 from circuits.by_head import head_shares
+from circuits.feature_graph import FEATURE
 from circuits.influence import pruned
 from circuits.linear_sweep import LinearSweep, feature_targets
 from circuits.replacement import freeze
 
 PROMPT = [3, 14, 15, 9, 26, 5]
+
+
+def keys(columns) -> list[tuple[int, int, int]]:
+    return list(zip(columns.layer.tolist(), columns.position.tolist(), columns.index.tolist(), strict=True))
 
 
 @pytest.mark.parametrize("kind", ["skip-plt", "clt"])
@@ -25,18 +29,10 @@ def test_a_heads_share_is_what_an_edge_loses_without_it(architecture, kind):
     shares = head_shares(model, transcoders, graph)
     (local,) = freeze(model, transcoders, [torch.tensor(PROMPT)])
     (features,) = active_features([local], transcoders)
-    names = [
-        (layer, position, index)
-        for layer, position, index in zip(*(c.tolist() for c in (features.layer, features.position, features.index)))
-    ]
-    number = {name: place for place, name in enumerate(names)}
+    number = {key: place for place, key in enumerate(keys(features))}
     kinds = graph.nodes.kind
     between = (kinds[graph.source] == FEATURE) & (kinds[graph.target] == FEATURE)
-    where = [
-        number[key] if key in number else -1
-        for key in zip(*(c.tolist() for c in (graph.nodes.layer, graph.nodes.position, graph.nodes.index)))
-    ]
-    place = torch.tensor(where)
+    place = torch.tensor([number.get(key, -1) for key in keys(graph.nodes)])
     source, target = place[graph.source[between]], place[graph.target[between]]
 
     def weights() -> torch.Tensor:

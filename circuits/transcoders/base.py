@@ -126,8 +126,13 @@ class Transcoders:
             activations: by layer; layers that do not write there are ignored.
         """
         writing = [layer for layer in sorted(activations) if written in self.written_by(layer)]
-        parts = [activations[layer] @ self.decoders[layer][:, written - layer].to(activations[layer]) for layer in writing]
+        parts = [self._decoded(layer, activations[layer], written) for layer in writing]
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+    def _decoded(self, layer: int, activations: Float[Tensor, "*batch feature"], written: int) -> Float[Tensor, "*batch d_model"]:
+        """Rows of features that fire nowhere are not read: they may lie in a file."""
+        firing = activations.flatten(0, -2).any(0).nonzero().flatten()
+        return activations[..., firing] @ self.decoder_rows(layer, firing, written, activations)
 
     def skip(self, layer: int, inputs: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The linear part that goes around the features; zero without one."""
