@@ -107,7 +107,7 @@ def build_graph(
     sweep = LinearSweep(model, sources, max_memory)
     if budget.features is None or budget.features >= len(features):
         selected, targets = torch.arange(len(features), device=features.layer.device), every + logits
-        edges = _Edges.joined([_edges(sweep, targets[block], block, rows, selected) for block, rows in sweep.blocks(targets)])
+        edges = _Edges.joined([_edges(sweep, targets[block], block, rows, selected) for block, rows in sweep.by_block(targets)])
     else:
         rows, selected = _most_influential(sweep, every, logits, probability, budget)
         targets = every[selected] + logits

@@ -113,12 +113,12 @@ class LinearSweep:
 
     def rows(self, targets: Targets) -> Rows:
         """The weights of all edges into `targets`."""
-        parts = list(self.blocks(targets))
+        parts = list(self.by_block(targets))
         back = torch.argsort(torch.cat([block for block, _ in parts]))
         return Rows(*(torch.cat(columns)[back] for columns in zip(*(vars(rows).values() for _, rows in parts), strict=True)))
 
     @torch.no_grad()
-    def blocks(self, targets: Targets) -> Iterator[tuple[Int[Tensor, "block"], Rows]]:
+    def by_block(self, targets: Targets) -> Iterator[tuple[Int[Tensor, "block"], Rows]]:
         """The same, some targets at a time, by layer and position: their numbers and rows."""
         for block in self.split(targets):
             part = _Block(self, targets[block])

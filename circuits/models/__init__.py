@@ -1,0 +1,73 @@
+"""Models: the only package that imports transformer_lens or reads a model's modules.
+
+Everything else names nodes; this knows at which hook point a node writes or reads, which flags those hooks need, and what the parts of a
+block are. It never changes a model: flags, hooks, gradients and modes are put back.
+"""
+
+from circuits.models.hook_points import (
+    FINAL_SCALE,
+    NORMS,
+    attention_output_hook,
+    input_hook,
+    mlp_output_hook,
+    mlp_residual_hook,
+    output_hook,
+    pattern_hook,
+    projection_hook,
+    residual_hook,
+    scale_hooks,
+)
+from circuits.models.loading import (
+    CONFIG_FILE,
+    EMBEDDED,
+    WEIGHTS_FILE,
+    Model,
+    build_model,
+    load_model,
+    save_model,
+)
+from circuits.models.parts import (
+    Components,
+)
+from circuits.models.running import (
+    Hook,
+    copies_per_head,
+    frozen,
+    hooked,
+    plain_inputs,
+    run_to_residual,
+    separate_gradients,
+    separate_inputs,
+    unembed,
+)
+
+__all__ = [
+    "CONFIG_FILE",
+    "EMBEDDED",
+    "FINAL_SCALE",
+    "NORMS",
+    "WEIGHTS_FILE",
+    "Components",
+    "Hook",
+    "Model",
+    "attention_output_hook",
+    "build_model",
+    "copies_per_head",
+    "frozen",
+    "hooked",
+    "input_hook",
+    "load_model",
+    "mlp_output_hook",
+    "mlp_residual_hook",
+    "output_hook",
+    "pattern_hook",
+    "plain_inputs",
+    "projection_hook",
+    "residual_hook",
+    "run_to_residual",
+    "save_model",
+    "scale_hooks",
+    "separate_gradients",
+    "separate_inputs",
+    "unembed",
+]
