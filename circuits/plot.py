@@ -15,6 +15,8 @@ import plotly.graph_objects as go
 
 from circuits.circuit import Circuit
 from circuits.errors import InputError
+from circuits.feature_graph import FeatureGraph
+from circuits.viewer.graph_page import graph_page
 from circuits.viewer.marks import INK, QUIET, SANS
 from circuits.viewer.pages import circuit_panel, data_table, methods_panel, page
 from circuits.viewer.svg import draw
@@ -56,6 +58,15 @@ def circuit_page(circuit: Circuit, *, title: str, details: Mapping[str, str] | N
     """
     _check_max_edges(max_edges)
     return page(title=title, details=details or {}, body=circuit_panel(circuit, label=title, max_edges=max_edges))
+
+
+def attribution_page(graph: FeatureGraph, *, title: str, details: Mapping[str, str] | None = None) -> str:
+    """A self-contained HTML page of an attribution graph, to be explored: see `circuits.viewer.graph_page`.
+
+    Args:
+        details: settings and results to show under the title, as text.
+    """
+    return graph_page(graph, title=title, details=details)
 
 
 def report_page(
