@@ -16,6 +16,7 @@ from circuits.commands.options import parse
 from circuits.discoverer import discoverers
 from circuits.metrics import METRICS
 from circuits.tasks import task_families
+from circuits.transcoders.loading import embedded_transcoders
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class ListOptions:
 
 
 def list_choices(words: Sequence[str]) -> None:
-    """Methods, tasks, metrics and ablations, with what they are."""
+    """Methods, tasks, metrics, ablations and embedded transcoders, with what they are."""
     options: ListOptions = parse(ListOptions, "list", words)
     methods = {name: first_line(kind) for name, kind in discoverers().items()}
     content: dict[str, Any] = {
@@ -35,6 +36,7 @@ def list_choices(words: Sequence[str]) -> None:
         "tasks": {name: first_line(kind) for name, kind in task_families().items()},
         "metrics": {name: (metric.function.__doc__ or "").strip() for name, metric in METRICS.items()},
         "ablations": list(ABLATIONS),
+        "transcoders that ship with the package": list(embedded_transcoders()),
     }
     if options.json:
         print_json(content)

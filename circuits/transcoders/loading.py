@@ -78,6 +78,12 @@ class _Place:
     source: str
 
 
+def embedded_transcoders() -> tuple[str, ...]:
+    """The names of the sets that ship with the package."""
+    assets = resources.files("circuits") / "assets" / "transcoders"
+    return tuple(sorted(item.name for item in assets.iterdir() if (item / CONFIG).is_file())) if assets.is_dir() else ()
+
+
 @contextlib.contextmanager
 def _located(where: str | Path) -> Iterator[_Place]:
     assets = resources.files("circuits") / "assets" / "transcoders"
@@ -92,7 +98,7 @@ def _located(where: str | Path) -> Iterator[_Place]:
     elif path.is_dir():
         yield _in_folder(path, path.resolve().name, str(path.resolve()))
     else:
-        shipped = ", ".join(sorted(item.name for item in assets.iterdir() if (item / CONFIG).is_file())) if assets.is_dir() else ""
+        shipped = ", ".join(embedded_transcoders())
         named = f", one of the sets that ship with this package ({shipped})" if shipped else ""
         raise InputError(f"there are no transcoders {str(where)!r}; give a folder{named} or an address hf://owner/repo.")
 

@@ -82,6 +82,14 @@ def summary(results: Path) -> str:
                 (ours, theirs), edges = peer["seconds"].values(), peer["edges"]["shared"]
                 name = f"EAP: {found['shape']}, {found['prompts']} prompts ({edges:,} edges)"
                 rows.append(_against(name, f"{package} {peer['versions'][package]}", theirs, ours, peer["times_slower"], found))
+    for file in sorted(results.glob("attribution-graph-*.json")):
+        found = json.loads(file.read_text())
+        clock = _clock(found)
+        for case in found["cases"]:
+            ours, theirs = (case["seconds"][program][clock] for program in ("ours", "circuit-tracer"))
+            name = f"attribution graph: {case['case'].partition(': ')[2]} ({case['edges']:,} edges)"
+            other = f"circuit-tracer {case['versions']['circuit-tracer']}, its default batch"
+            rows.append(_against(name, other, theirs, ours, case["times_slower"]["circuit-tracer"][clock], found))
     return _table(rows)
 
 
@@ -252,6 +260,57 @@ def _checked(part: Results) -> str:
     return f"{part['decisions_that_differ']} of {part['edges']:,} decisions differ"
 
 
+def _attribution_graph(found: Results) -> Tables:
+    clock, tokens = _clock(found), found["tokens"]
+    yield (
+        f"The full graph of one prompt, every active feature a target; random cases have {tokens} tokens.",
+        [_graph_case(case, clock) for case in found["cases"]],
+    )
+    yield "Ours alone, by prompt length and active features:", [_graph_alone(point, clock) for point in found["alone"]]
+
+
+def _graph_case(case: Results, clock: str) -> dict[str, object]:
+    row: dict[str, object] = {"case": case["case"], "nodes": f"{case['nodes']:,}", "edges": f"{case['edges']:,}"}
+    row["largest difference / largest edge"] = f"{case['largest_difference'] / case['largest_edge']:.0e}"
+    row |= {f"{name}, {UNITS[clock]}": _times(clocks[clock]) for name, clocks in case["seconds"].items()}
+    row |= {f"{name} / ours": f"{times[clock]:.1f}" for name, times in case["times_slower"].items()}
+    return row | {f"{name}, peak MB": f"{size / 1e6:.0f}" for name, size in case["peak_above_loaded_bytes"].items()}
+
+
+def _graph_alone(point: Results, clock: str) -> dict[str, object]:
+    row: dict[str, object] = {"case": point["case"], "tokens": point["tokens"], "active": f"{point['active']:.0%}"}
+    row |= {name: f"{point[name]:,}" for name in ("features", "edges")}
+    return row | {UNITS[clock]: f"{point['seconds'][clock]:.2f}", "peak MB": f"{point['peak_bytes'] / 1e6:.0f}"}
+
+
+def _gemma_graph(found: Results) -> Tables:
+    sizes = found["sizes"]
+    yield (
+        f"{sizes['n_layers']} layers, d_model {sizes['d_model']}, {found['features']:,} features a layer, {found['dtype']}.",
+        [
+            {
+                **{name: f"{run[name]:,}" for name in ("tokens", "targets", "at_a_time", "nodes", "edges")},
+                "s": _times([each["wall"] for each in run["seconds"]]),
+                "peak, MB": f"{run['peak_bytes'] / 1e6:.0f}",
+            }
+            for run in found["runs"]
+        ],
+    )
+
+
+def _feature_extraction(found: Results) -> Tables:
+    clock = _clock(found)
+    yield "", [_extraction(case, clock) for case in found["cases"]]
+
+
+def _extraction(case: Results, clock: str) -> dict[str, object]:
+    shape = f"{case['layers']} layers of {case['features']:,} features, d_model {case['d_model']}, {case['positions']} positions, {case['dtype']}"
+    row: dict[str, object] = {"case": f"{shape}, {case['case']}", "nodes": f"{case['nodes']:,}"}
+    programs = case["compared_with_the_loop"]
+    row |= {f"{program}, ms": f"{1e3 * statistics.median(case['seconds'][program][clock]):.1f}" for program in programs}
+    return row | {"floor, ms": f"{1e3 * case['floor']['seconds']:.1f}"}
+
+
 def _times(seconds: Sequence[float]) -> str:
     digits = 3 if statistics.median(seconds) < 1 else 2
     median, least, most = (f"{value:.{digits}f}" for value in (statistics.median(seconds), min(seconds), max(seconds)))
@@ -263,11 +322,14 @@ BENCHMARKS: dict[str, tuple[str, Callable[[Results], Tables]]] = {
     "eap": ("EAP against its floor", _eap),
     "eap-peers": ("EAP in other packages", _eap_peers),
     "scaling": ("Scaling", _scaling),
+    "attribution-graph": ("Attribution graphs against circuit-tracer", _attribution_graph),
+    "gemma-graph": ("Attribution graphs at Gemma-2-2b's shape", _gemma_graph),
+    "feature-extraction": ("Feature extraction", _feature_extraction),
     "gpu-suite": ("The suite for a GPU", _gpu_suite),
 }
 SUMMARIZED = ("toy-world, IOI, 64 prompts, 0.01", "4 layers of 8 heads, original order, 0.01", "random, gpt2-small")
 UNITS = {"wall": "s", "cpu": "CPU s"}
-ON_CPU_ALONE = ("eap-peers",)
+ON_CPU_ALONE = ("eap-peers", "attribution-graph")
 
 
 if __name__ == "__main__":

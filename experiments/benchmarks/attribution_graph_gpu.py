@@ -1,0 +1,131 @@
+"""How long does a graph take on a model of Gemma-2-2b's shape, with 16,384 features a layer, 64 tokens and 7,500 targets?
+
+    python experiments/benchmarks/attribution_graph_gpu.py --device cuda --out experiments/benchmarks/results/gemma-graph-NAME.json
+    python experiments/benchmarks/attribution_graph_gpu.py                    # a reduced size, which shows that it runs
+
+Weights of model and per-layer transcoders are random, and thresholds such that the given share of features fires. The features with edges
+into them are chosen by influence, some at a time, and, beside it, all at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from common import circumstances, clocked, most_allocated, write_results
+from transformer_lens import HookedTransformerConfig
+
+import circuits
+from circuits.models import Model, frozen, mlp_residual_hook, run_to_residual
+from circuits.outputs import keeper
+from circuits.transcoders.activations import JumpReLU
+from circuits.transcoders.base import Encoder, Transcoders
+
+GEMMA = {
+    "act_fn": "gelu_pytorch_tanh",
+    "normalization_type": "RMS",
+    "gated_mlp": True,
+    "positional_embedding_type": "rotary",
+    "use_normalization_before_and_after": True,
+    "attn_scores_soft_cap": 50.0,
+    "output_logits_soft_cap": 30.0,
+}
+FULL = {
+    "n_layers": 26,
+    "d_model": 2304,
+    "n_heads": 8,
+    "n_key_value_heads": 4,
+    "d_head": 256,
+    "rotary_dim": 256,
+    "d_mlp": 9216,
+    "d_vocab": 256000,
+}
+REDUCED = {
+    "n_layers": 6,
+    "d_model": 256,
+    "n_heads": 8,
+    "n_key_value_heads": 4,
+    "d_head": 32,
+    "rotary_dim": 32,
+    "d_mlp": 1024,
+    "d_vocab": 4000,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is measured."""
+
+    device: str = "cpu"
+    """On cuda at the full size, on cpu at a reduced one."""
+    tokens: int = 64
+    """Of the prompt."""
+    targets: int = 7500
+    """Features with edges into them; a tenth at the reduced size."""
+    active: float = 0.005
+    """The share of features that fire: 80 of 16,384."""
+    dtype: str = "float32"
+    """Of model and transcoders."""
+    repeats: int = 3
+    """Counted repetitions; one more comes first."""
+    out: Path = Path("runs/benchmarks/gemma-graph.json")
+    """The file of results."""
+
+
+@torch.no_grad()
+def main(config: Config) -> None:
+    full, dtype = torch.device(config.device).type == "cuda", getattr(torch, config.dtype)
+    sizes, features, targets = (FULL, 16384, config.targets) if full else (REDUCED, 2048, config.targets // 10)
+    generator = torch.Generator(config.device).manual_seed(0)
+    model = random_model(sizes, config.device, dtype, generator)
+    tokens = torch.randint(model.cfg.d_vocab, (config.tokens,), generator=generator, device=config.device)
+    transcoders = random_transcoders(model, tokens, features, config.active, generator)
+    results: dict[str, Any] = {**circumstances(config.device), "sizes": sizes, "features": features, "dtype": config.dtype, "runs": []}
+    for at_a_time in (1024, targets):
+        method = circuits.AttributionGraph(transcoders, budget=targets, at_a_time=at_a_time)
+        took = [clocked(lambda method=method: method.attribute(model, tokens), config.device) for _ in range(config.repeats + 1)][1:]
+        peak = most_allocated(lambda method=method: method.attribute(model, tokens), config.device)
+        graph = took[0][0]
+        seconds = [each for _, each in took]
+        run = {"targets": targets, "at_a_time": at_a_time, "tokens": config.tokens, "nodes": len(graph.nodes), "edges": len(graph)}
+        results["runs"].append({**run, "seconds": seconds, "peak_bytes": peak})
+        print(results["runs"][-1], flush=True)
+        write_results(config.out, results)
+
+
+def random_model(sizes: dict[str, int], device: str, dtype: torch.dtype, generator: torch.Generator) -> Model:
+    """Made where it will be: two billion numbers are not carried over."""
+    model = Model(HookedTransformerConfig(**GEMMA, **sizes, n_ctx=128, init_weights=False, device=device, dtype=dtype))
+    for name, parameter in model.named_parameters():
+        fan = 1 if name.endswith("W_E") else parameter.shape[-2] if parameter.dim() > 1 else 1
+        parameter.normal_(0.0, fan**-0.5, generator=generator) if parameter.dim() > 1 else parameter.fill_(float(name.endswith(".w")))
+    return model.eval()
+
+
+def random_transcoders(model: Model, tokens: torch.Tensor, features: int, active: float, generator: torch.Generator) -> Transcoders:
+    """Per layer, reading after the norm, as the published ones of this model do."""
+    seen: dict[str, torch.Tensor] = {}
+    layers, width = range(model.cfg.n_layers), model.cfg.d_model
+    names = [mlp_residual_hook(model, layer) for layer in layers]
+    with frozen(model):
+        run_to_residual(
+            model, tokens[None], torch.ones_like(tokens[None], dtype=torch.bool), [(name, keeper(seen, name)) for name in names]
+        )
+    like = {"device": tokens.device, "dtype": model.cfg.dtype}
+    encoders, decoders = [], []
+    for name in names:
+        residual = seen[name][0, 1:].float()
+        normed = (residual / residual.square().mean(-1, keepdim=True).sqrt()).to(model.cfg.dtype)
+        weight = torch.randn(features, width, generator=generator, **like) * width**-0.5
+        pre = (normed @ weight.T).float()
+        threshold = pre.flatten().kthvalue(int(pre.numel() * (1 - active))).values.expand(features)
+        encoders.append(Encoder(weight, torch.zeros(features, **like), JumpReLU(threshold.to(model.cfg.dtype).clone())))
+        decoders.append(torch.randn(features, 1, width, generator=generator, **like) * 0.2 * width**-0.5)
+    return Transcoders(encoders, decoders, [torch.zeros(width, **like)] * len(names), reads="normalized")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
