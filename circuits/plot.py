@@ -21,7 +21,7 @@ from circuits.viewer.marks import INK, QUIET, SANS
 from circuits.viewer.pages import circuit_panel, data_table, methods_panel, page
 from circuits.viewer.svg import draw
 
-MOST_DRAWN = 200
+MOST_DRAWN, MOST_BETWEEN_FEATURES = 200, 50
 RANDOM = "random"
 # Okabe and Ito's colours again; the symbols differ as well, for readers and printers without colour.
 LINE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#1f2430")
@@ -34,20 +34,19 @@ LINEAR_AXIS: dict[str, Any] = {"type": "linear", "tickmode": "auto"}
 MOST_SVG_POINTS = 5000
 
 
-def draw_circuit(circuit: Circuit, *, title: str | None = None, max_edges: int = MOST_DRAWN) -> str:
+def draw_circuit(circuit: Circuit, *, title: str | None = None, max_edges: int | None = None) -> str:
     """The circuit as a standalone SVG: layers as rows, embeddings at the bottom, logits on top, positions as columns.
 
     Colour tells the slot an edge is read in, width its |score|, dashes a score below 0; tooltips name edges and nodes with their scores.
-    When more than `max_edges` are kept, the strongest are drawn and the picture says so.
+    When more than `max_edges` are kept (None: 200, between features 50), the strongest are drawn and the picture says so.
 
     Raises:
         InputError: `max_edges` is negative.
     """
-    _check_max_edges(max_edges)
-    return draw(circuit, title=title, max_edges=max_edges)
+    return draw(circuit, title=title, max_edges=_most(circuit, max_edges))
 
 
-def circuit_page(circuit: Circuit, *, title: str, details: Mapping[str, str] | None = None, max_edges: int = MOST_DRAWN) -> str:
+def circuit_page(circuit: Circuit, *, title: str, details: Mapping[str, str] | None = None, max_edges: int | None = None) -> str:
     """A self-contained HTML page: the drawing, explored by pointing and by a slider over sizes, and a table of the kept edges.
 
     Args:
@@ -56,8 +55,7 @@ def circuit_page(circuit: Circuit, *, title: str, details: Mapping[str, str] | N
     Raises:
         InputError: `max_edges` is negative.
     """
-    _check_max_edges(max_edges)
-    return page(title=title, details=details or {}, body=circuit_panel(circuit, label=title, max_edges=max_edges))
+    return page(title=title, details=details or {}, body=circuit_panel(circuit, label=title, max_edges=_most(circuit, max_edges)))
 
 
 def attribution_page(graph: FeatureGraph, *, title: str, details: Mapping[str, str] | None = None) -> str:
@@ -76,7 +74,7 @@ def report_page(
     curves: pandas.DataFrame,
     circuits: Mapping[str, Circuit],
     details: Mapping[str, str] | None = None,
-    max_edges: int = MOST_DRAWN,
+    max_edges: int | None = None,
 ) -> str:
     """The report of a comparison, self-contained: settings, table, faithfulness figure and the circuits each method drew.
 
@@ -89,14 +87,14 @@ def report_page(
     Raises:
         InputError: `curves` lacks a column, or `max_edges` is negative.
     """
-    _check_max_edges(max_edges)
+    most = {name: _most(circuit, max_edges) for name, circuit in circuits.items()}
     sections = [("Comparison", data_table(table))]
     if len(curves):
         sections.append(
             ("Faithfulness by size", f'{FAITHFULNESS_IN_WORDS}<div class="figure">{_embedded(faithfulness_figure(curves))}</div>')
         )
     if circuits:
-        sections.append(("Circuits", methods_panel(circuits, max_edges=max_edges)))
+        sections.append(("Circuits", methods_panel(circuits, max_edges=most)))
     body = "\n".join(f"<section><h2>{heading}</h2>\n{content}\n</section>" for heading, content in sections)
     return page(title=title, details=details or {}, body=body)
 
@@ -271,6 +269,10 @@ def _check_columns(frame: pandas.DataFrame, needed: tuple[str, ...], what: str) 
         raise InputError(f"{what} need the columns {', '.join(needed)}; {', '.join(missing)} not found among {found}.")
 
 
-def _check_max_edges(max_edges: int) -> None:
+def _most(circuit: Circuit, max_edges: int | None) -> int:
+    """How many edges are drawn. Features stand side by side, so that fewer fit on a page."""
+    if max_edges is None:
+        return MOST_DRAWN if circuit.graph.transcoders is None else MOST_BETWEEN_FEATURES
     if max_edges < 0:
         raise InputError(f"max_edges={max_edges} is negative; give the number of edges to draw at most, for example {MOST_DRAWN}.")
+    return max_edges

@@ -51,10 +51,11 @@ def circuit_panel(circuit: Circuit, *, label: str, max_edges: int) -> str:
     )
 
 
-def methods_panel(circuits: Mapping[str, Circuit], *, max_edges: int) -> str:
+def methods_panel(circuits: Mapping[str, Circuit], *, max_edges: Mapping[str, int]) -> str:
     """The circuits of several methods: one at a time behind buttons, or all side by side."""
     panels = [
-        f'<div class="method" data-method="{number}"><h3>{escape(name)}</h3>{circuit_panel(circuit, label=name, max_edges=max_edges)}</div>'
+        f'<div class="method" data-method="{number}"><h3>{escape(name)}</h3>'
+        f"{circuit_panel(circuit, label=name, max_edges=max_edges[name])}</div>"
         for number, (name, circuit) in enumerate(circuits.items())
     ]
     choices = [*((str(number), name) for number, name in enumerate(circuits)), *([("all", "Side by side")] if len(circuits) > 1 else [])]
