@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from circuits.evaluation import Evaluation, Recovery, evaluate, faithfulness_curve, faithfulness_points, recovery
     from circuits.execution import model_logits, run_circuit, run_circuits
     from circuits.feature_graph import FeatureGraph
+    from circuits.global_graph import Coactivation, VirtualWeights, expected_coactivation, virtual_weights
     from circuits.graph import Edge, Graph, parse_edge
     from circuits.graph_run import GraphRun, load_graph_run, run_graph
     from circuits.influence import completeness_score, node_influence, prune, pruned, replacement_score
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from circuits.tasks.base import PromptPair, Task, TaskFamily
     from circuits.tasks.known_circuits import KnownCircuit, known_circuit
     from circuits.transcoders.base import Transcoders
+    from circuits.transcoders.extraction import ExtractedFeatures, extract_features
     from circuits.transcoders.loading import load_transcoders
     from circuits.transcoders.saving import save_transcoders
 
@@ -57,6 +59,8 @@ _MODULES = {
     "feature_graph": ["FeatureGraph"],
     "interventions": ["Intervened", "Intervention", "direct_effects", "generate", "intervene"],
     "neuronpedia": ["ImportedGraph", "load_neuronpedia", "save_neuronpedia"],
+    "global_graph": ["Coactivation", "VirtualWeights", "expected_coactivation", "virtual_weights"],
+    "transcoders.extraction": ["ExtractedFeatures", "extract_features"],
     "graph_run": ["GraphRun", "load_graph_run", "run_graph"],
     "by_head": ["head_shares"],
     "influence": ["completeness_score", "node_influence", "prune", "pruned", "replacement_score"],

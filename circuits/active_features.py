@@ -49,7 +49,9 @@ def active_features(models: Sequence[LocalModel], transcoders: Transcoders, *, l
             places = activations.nonzero()
             found[row].append((places, activations[places[:, 0], places[:, 1]]))
     if not torch.stack(finite).all():
-        raise InputError(f"features of {transcoders.name!r} have pre-activations that are not finite; load model and transcoders in float32.")
+        raise InputError(
+            f"features of {transcoders.name!r} have pre-activations that are not finite; load model and transcoders in float32."
+        )
     result = []
     for parts in found:
         values = torch.cat([values for _, values in parts])

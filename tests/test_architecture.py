@@ -17,7 +17,7 @@ ORDER = (
     "metrics", "spans", "outputs", "transcoders", "ablation", "patching", "window", "propagation", "base_run", "cost", "flips", "cases",
     "incremental_run", "incremental", "replacement", "active_features", "linear_sweep", "feature_graph", "influence", "attribution",
     "by_head", "feature_pooling", "feature_circuits", "interventions", "execution", "gradients", "edge_products", "edge_scores", "edge_order",
-    "discoverer", "confirmation", "algorithms", "evaluation", "compare", "interchange", "neuronpedia", "virtual_weights", "viewer", "plot",
+    "discoverer", "confirmation", "algorithms", "evaluation", "compare", "interchange", "neuronpedia", "global_graph", "viewer", "plot",
     "run", "graph_run", "commands", "cli",
 )  # fmt: skip
 ONE_CONCEPT = ("models", "tasks", "transcoders", "viewer", "commands")
@@ -99,14 +99,15 @@ def test_functions_stay_short(path):
 def test_the_public_names_are_these():
     assert circuits.__all__ == [
         "ACDC", "Ablation", "ActivationPatching", "AttributionGraph", "BatchedACDC", "Checkpoint", "Circuit", "CircuitDiscoverer",
-        "Direction", "EAP", "EAPIG", "Edge", "EdgeAttribution", "Embed", "Error", "Evaluation", "Feature", "FeatureGraph", "Graph",
-        "GraphRun", "Head", "ImportedGraph", "InputError", "Intervened", "Intervention", "KnownCircuit", "Logits", "METRICS", "MLP",
-        "Metric", "PosEmbed", "Precision", "PromptPair", "RandomScores", "Recovery", "Task", "TaskFamily", "TokenEmbed", "Transcoders",
-        "build_model", "completeness_score", "component_graph", "direct_effects", "discoverers", "evaluate", "faithfulness_curve",
+        "Coactivation", "Direction", "EAP", "EAPIG", "Edge", "EdgeAttribution", "Embed", "Error", "Evaluation", "ExtractedFeatures",
+        "Feature", "FeatureGraph", "Graph", "GraphRun", "Head", "ImportedGraph", "InputError", "Intervened", "Intervention",
+        "KnownCircuit", "Logits", "METRICS", "MLP", "Metric", "PosEmbed", "Precision", "PromptPair", "RandomScores", "Recovery", "Task",
+        "TaskFamily", "TokenEmbed", "Transcoders", "VirtualWeights", "build_model", "completeness_score", "component_graph",
+        "direct_effects", "discoverers", "evaluate", "expected_coactivation", "extract_features", "faithfulness_curve",
         "faithfulness_points", "generate", "head_shares", "intervene", "known_circuit", "load_eap_ig", "load_graph_run", "load_model",
         "load_neuronpedia", "load_task", "load_transcoders", "model_logits", "node_influence", "parse_edge", "parse_node", "prune",
         "pruned", "recovery", "replacement_score", "run_circuit", "run_circuits", "run_graph", "save_eap_ig", "save_model",
-        "save_neuronpedia", "save_transcoders", "task_names",
+        "save_neuronpedia", "save_transcoders", "task_names", "virtual_weights",
     ]  # fmt: skip
     for name in circuits.__all__:
         assert getattr(circuits, name) is not None
