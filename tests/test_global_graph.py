@@ -9,12 +9,12 @@ from architectures import random_model
 import circuits
 from circuits.algorithms.attribution_graph import AttributionGraph
 from circuits.feature_graph import FEATURE
+from circuits.global_graph import expected_coactivation, virtual_weights
 from circuits.memory import AllocationMeter
 from circuits.replacement import freeze
 from circuits.transcoders.activations import JumpReLU, ReLU
 from circuits.transcoders.base import Encoder, Transcoders
 from circuits.transcoders.extraction import extract_features
-from circuits.global_graph import expected_coactivation, virtual_weights
 
 LAYERS, FEATURES, WIDTH = 4, 40, 6
 KINDS = ["PLT", "PLT with skip", "CLT"]
