@@ -20,7 +20,7 @@ ORDER = (
     "discoverer", "confirmation", "algorithms", "evaluation", "compare", "interchange", "neuronpedia", "global_graph", "viewer", "plot",
     "run", "graph_run", "commands", "cli",
 )  # fmt: skip
-ONE_CONCEPT = ("models", "tasks", "transcoders", "viewer", "commands")
+ONE_CONCEPT = ("models", "tasks", "transcoders", "neuronpedia", "viewer", "commands")
 ENTRANCES = ("__init__", "__main__")
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py"))
 

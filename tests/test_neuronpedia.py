@@ -21,7 +21,8 @@ from published import DATA
 import circuits
 from circuits.feature_graph import EMBEDDING, ERROR, FEATURE, TARGET, FeatureGraph, Target
 from circuits.influence import node_influence, prune, pruned
-from circuits.neuronpedia import FIRST_CUSTOM, load_neuronpedia, save_neuronpedia
+from circuits.neuronpedia import load_neuronpedia, save_neuronpedia
+from circuits.neuronpedia.format import FIRST_CUSTOM
 
 RUN = Run(SMALL, "clt_top128", "clt")
 THEIRS = DATA / SMALL / "graph.json"
