@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from circuits.active_features import active_features
+from circuits.active_features import ActiveFeatures, active_features
 from circuits.attribution import Budget, Direction, build_graph, difference_direction, token_direction, top_logits
 from circuits.circuit import Circuit
 from circuits.components import REST, identity
@@ -96,7 +96,7 @@ class AttributionGraph(CircuitDiscoverer):
     def attribute(
         self, model: Model, prompt: str | Sequence[int] | Int[Tensor, "pos"], *, explain: Sequence[Explained] | None = None
     ) -> FeatureGraph:
-        """The graph of one prompt, unpruned; `circuits.pruned` keeps what matters.
+        """The graph of one prompt, unpruned, on the CPU; `circuits.pruned` keeps what matters.
 
         Args:
             prompt: text, or token ids as they are.
@@ -134,7 +134,7 @@ class AttributionGraph(CircuitDiscoverer):
             ):
                 directions = self._most_probable(model, local) if asked is None else [_direction(model, local, one) for one in asked]
                 graph = self._graph(model, transcoders, local, features, directions)
-                graphs.append(replace(graph, model=who, transcoders=self._made_with(transcoders), settings=settings))
+                graphs.append(replace(graph.to("cpu"), model=who, transcoders=self._made_with(transcoders), settings=settings))
         return graphs
 
     def discover(
@@ -174,7 +174,7 @@ class AttributionGraph(CircuitDiscoverer):
         return replace(transcoders.identity, leading=self.leading)
 
     def _graph(
-        self, model: Model, transcoders: Transcoders, local: LocalModel, features: Any, directions: Sequence[Direction]
+        self, model: Model, transcoders: Transcoders, local: LocalModel, features: ActiveFeatures, directions: Sequence[Direction]
     ) -> FeatureGraph:
         words = Encoder.of(model).words(local.tokens.tolist()) if model.tokenizer is not None else [f"#{t}" for t in local.tokens.tolist()]
         return build_graph(
