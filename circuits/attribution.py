@@ -48,7 +48,7 @@ class Direction:
 
 def top_logits(model: LocalModel, *, most: int, probability: float, position: int | None = None) -> list[tuple[int, float]]:
     """The fewest most probable next tokens that reach `probability` together, at most so many, each with its probability."""
-    probabilities = model.logits[-1 if position is None else position].float().softmax(-1)
+    probabilities = model.logits(-1 if position is None else position).softmax(-1)
     values, tokens = probabilities.topk(min(most, len(probabilities)))
     number = min(len(values), int(torch.searchsorted(values.cumsum(0), probability)) + 1)
     return list(zip(tokens[:number].tolist(), values[:number].tolist(), strict=True))
@@ -56,7 +56,7 @@ def top_logits(model: LocalModel, *, most: int, probability: float, position: in
 
 def token_direction(model: LocalModel, token: int, label: str, weight: float, position: int | None = None) -> Direction:
     """A token's logit less the mean logit."""
-    vector = model.unembedding[:, token] - model.unembedding.mean(1)
+    vector = model.unembedding[:, token].to(model.mean_unembedding) - model.mean_unembedding
     bias = float(model.unembedding_bias[token] - model.unembedding_bias.mean())
     return Direction(label, vector, bias, weight, position, token)
 
@@ -65,8 +65,9 @@ def difference_direction(
     model: LocalModel, right: Sequence[int], wrong: Sequence[int] | None, label: str, position: int | None = None
 ) -> Direction:
     """The mean logit of some tokens less that of others, or of all (None)."""
-    others = slice(None) if wrong is None else list(wrong)
-    vector = model.unembedding[:, list(right)].mean(1) - model.unembedding[:, others].mean(1)
+    like, others = model.mean_unembedding, slice(None) if wrong is None else list(wrong)
+    against = like if wrong is None else model.unembedding[:, others].to(like).mean(1)
+    vector = model.unembedding[:, list(right)].to(like).mean(1) - against
     bias = float(model.unembedding_bias[list(right)].mean() - model.unembedding_bias[others].mean())
     return Direction(label, vector, bias, 1.0, position)
 
@@ -117,7 +118,7 @@ def build_graph(
     number = torch.arange(len(nodes), device=selected.device)
     number = torch.cat([number[: len(selected)], number[len(nodes) - len(directions) :]])
     constants = edges.constants.new_zeros(len(nodes), edges.constants.shape[1])
-    constants[number] = edges.constants
+    constants[number[edges.numbers]] = edges.constants
     return FeatureGraph(
         nodes=nodes,
         source=edges.source,
@@ -136,8 +137,9 @@ def build_graph(
 
 @dataclass(frozen=True, eq=False)
 class _Edges:
-    """Edges that are not zero, by target and then source, and each target's constants."""
+    """Edges that are not zero, by target and then source; and the numbers of targets, with their constants."""
 
+    numbers: Int[Tensor, "target"]
     target: Int[Tensor, "edge"]
     source: Int[Tensor, "edge"]
     weight: Float[Tensor, "edge"]
@@ -146,7 +148,13 @@ class _Edges:
 
     @staticmethod
     def joined(parts: Sequence[_Edges]) -> _Edges:
-        return _Edges(*(torch.cat(columns) for columns in zip(*(vars(part).values() for part in parts), strict=True)))
+        together = _Edges(*(torch.cat(columns) for columns in zip(*(vars(part).values() for part in parts), strict=True)))
+        if bool((together.target.diff() >= 0).all()):
+            return together
+        # Directions at several positions are carried down in another order than they were given in.
+        order = torch.argsort(together.target, stable=True)
+        sorted_columns = {name: getattr(together, name)[order] for name in ("target", "source", "weight", "direct")}
+        return replace(together, **sorted_columns)
 
 
 def _edges(sweep: LinearSweep, targets: Targets, numbers: Int[Tensor, "block"], rows: Rows, selected: Int[Tensor, "selected"]) -> _Edges:
@@ -162,6 +170,7 @@ def _edges(sweep: LinearSweep, targets: Targets, numbers: Int[Tensor, "block"], 
     counts = (weights != 0).sum(1)
     row = torch.arange(len(numbers), device=numbers.device).repeat_interleave(counts, output_size=len(places))
     return _Edges(
+        numbers=numbers,
         target=numbers[row],
         source=places - row * weights.shape[1],
         weight=weights.flatten()[places],
@@ -206,7 +215,7 @@ def _partial_influence(
     sizes = rows.features.abs()
     sums = sizes.sum(1) + rows.errors.abs().sum((1, 2)) + rows.embeddings.abs().sum(1)
     shares = sizes / sums.clamp(min=SMALLEST_SUM)[:, None]
-    flow = probability @ shares[: len(probability)]
+    flow = probability.to(shares) @ shares[: len(probability)]
     reached = flow.clone()
     for _ in model.layers:
         flow = flow[chosen] @ shares[len(probability) :]

@@ -18,6 +18,7 @@ from circuits.metrics import Metric, get_metric
 from circuits.models import Model
 from circuits.nodes import MLP, Embed, Error, Feature, Node, PosEmbed, TokenEmbed, at_position
 from circuits.tasks.base import Task
+from circuits.transcoders.base import Transcoders
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +49,7 @@ def compare(
     sizes: Sequence[int | float] | None = None,
     metric: str | Metric | None = None,
     ablation: str | Ablation = "resample",
+    transcoders: Mapping[str, Transcoders] | None = None,
 ) -> Comparison:
     """Judge what several methods found on the same prompts.
 
@@ -58,6 +60,7 @@ def compare(
             kind, or a tenth of the graph.
         sizes: of the faithfulness curves; None takes the fractions of the MIB benchmark.
         metric: of the faithfulness; None takes the task's own.
+        transcoders: by method, those of circuits of features that do not come from a file.
 
     Raises:
         InputError: nothing was found, or the circuits do not fit the model and task.
@@ -65,12 +68,13 @@ def compare(
     if not found:
         raise InputError("there is nothing to compare; give at least one method's circuit.")
     sweeps = {name: [circuits] if isinstance(circuits, Circuit) else list(circuits) for name, circuits in found.items()}
+    given = transcoders or {}
     sizes_of = {name: _common_size(sweeps, sweep[0]) if size is None else size for name, sweep in sweeps.items()}
     chosen = {name: [circuit if circuit.selected else circuit.top(sizes_of[name]) for circuit in sweep] for name, sweep in sweeps.items()}
     # The table speaks of one circuit of a threshold sweep, and of the mean over the seeds of a ranking.
     spoken_of = {name: sweep[:1] if sweeps[name][0].selected else sweep for name, sweep in chosen.items()}
-    table = {name: _mean_row(model, circuits, task, metric, ablation) for name, circuits in spoken_of.items()}
-    curves = [_curve(model, sweep, task, sizes, metric, ablation).assign(method=name) for name, sweep in sweeps.items()]
+    table = {name: _mean_row(model, circuits, task, metric, ablation, given.get(name)) for name, circuits in spoken_of.items()}
+    curves = [_curve(model, sweep, task, sizes, metric, ablation, given.get(name)).assign(method=name) for name, sweep in sweeps.items()]
     circuits = {name: sweep[0] for name, sweep in chosen.items()}
     frame = pd.DataFrame.from_dict(table, orient="index").rename_axis("method").astype({"edges": int, "of": int})
     return Comparison(frame, pd.concat(curves, ignore_index=True), overlap_table(circuits), circuits, _notes(circuits))
@@ -88,12 +92,18 @@ def _notes(circuits: Mapping[str, Circuit]) -> tuple[str, ...]:
 
 
 def _mean_row(
-    model: Model, circuits: Sequence[Circuit], task: Task, metric: str | Metric | None, ablation: str | Ablation
+    model: Model,
+    circuits: Sequence[Circuit],
+    task: Task,
+    metric: str | Metric | None,
+    ablation: str | Ablation,
+    transcoders: Transcoders | None,
 ) -> dict[str, float]:
     chosen = get_metric(metric, task)
     rows = []
     for circuit in circuits:
-        evaluation = evaluate(model, circuit, task, metrics=list(dict.fromkeys([*default_metrics(task), chosen.name])), ablation=ablation)
+        metrics = list(dict.fromkeys([*default_metrics(task), chosen.name]))
+        evaluation = evaluate(model, circuit, task, metrics=metrics, ablation=ablation, transcoders=transcoders)
         rows.append(
             {"edges": len(circuit), "of": len(circuit.graph), **evaluation.mean(), "faithfulness": evaluation.faithfulness(chosen.name)}
         )
@@ -107,10 +117,13 @@ def _curve(
     sizes: Sequence[int | float] | None,
     metric: str | Metric | None,
     ablation: str | Ablation,
+    transcoders: Transcoders | None,
 ) -> pd.DataFrame:
     if sweep[0].selected:
-        return faithfulness_points(model, sweep, task, metric=metric, ablation=ablation).assign(selected=True)
-    curves = [faithfulness_curve(model, circuit, task, sizes, metric=metric, ablation=ablation) for circuit in sweep]
+        return faithfulness_points(model, sweep, task, metric=metric, ablation=ablation, transcoders=transcoders).assign(selected=True)
+    curves = [
+        faithfulness_curve(model, circuit, task, sizes, metric=metric, ablation=ablation, transcoders=transcoders) for circuit in sweep
+    ]
     return pd.concat(curves).groupby("edges", as_index=False).mean().assign(selected=False)
 
 

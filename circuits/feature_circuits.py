@@ -7,7 +7,8 @@ becomes
 
 out(x) is what the node writes in this very run (a feature's activation times its decoder rows, or the error) and c what it writes on the
 corrupted prompt, zero, or its mean. Biases and skips stay as they are. Token embeddings outside the circuit are replaced likewise.
-Features that are inactive on the clean prompt are outside every circuit, except the one that keeps every node of its graph: that is the model.
+Features that are inactive on the clean prompt are outside every circuit but one: a circuit that keeps every edge of a graph with all active features
+is the model itself. With a single edge less, such features take their values on the corrupted prompt, so curves over sizes jump at their last point.
 """
 
 from __future__ import annotations
@@ -36,13 +37,12 @@ from circuits.models import (
     output_hook,
     plain_inputs,
     run_to_residual,
-    scale_hooks,
     unembed,
 )
 from circuits.nodes import Error, Feature, TokenEmbed
 from circuits.outputs import keeper
 from circuits.patching import check_task
-from circuits.replacement import check_transcoders, read_by_features
+from circuits.replacement import check_transcoders, read_by_features, wide
 from circuits.tasks.base import Task
 from circuits.transcoders.base import Transcoders
 from circuits.transcoders.loading import load_transcoders
@@ -132,7 +132,7 @@ class FeatureExecutor:
 
     def map(self, kept: Bool[Tensor, "variant edge"], function: Callable[[Tensor], Tensor]) -> Tensor:
         """`function` of the logits, one circuit at a time."""
-        nodes = [self._nodes(row) for row in kept]
+        nodes = [None if self._is_model(row) else self._touched(row) for row in kept]
         pieces = [
             self._piece(slice(start, start + self._prompts_at_once), nodes) for start in range(0, len(self.task), self._prompts_at_once)
         ]
@@ -147,15 +147,16 @@ class FeatureExecutor:
         """A circuit is a run of the model."""
         return 0.0
 
-    def _nodes(self, kept: Bool[Tensor, "edge"]) -> Bool[Tensor, "node"] | None:
-        """The nodes that kept edges touch; None where these are all, which is the model itself."""
+    def _is_model(self, kept: Bool[Tensor, "edge"]) -> bool:
+        assert self.graph.transcoders is not None
+        return self.graph.transcoders.whole and bool(kept.all())
+
+    def _touched(self, kept: Bool[Tensor, "edge"]) -> Bool[Tensor, "node"]:
+        """The nodes that kept edges touch."""
         touched = torch.zeros(len(self.graph.nodes), dtype=torch.bool)
         touched[self.graph.source[kept]] = True
         touched[self.graph.target[kept]] = True
-        possible = torch.zeros_like(touched)
-        possible[self.graph.source] = True
-        possible[self.graph.target] = True
-        return None if torch.equal(touched, possible) else touched
+        return touched
 
     @property
     def _prompts_at_once(self) -> int:
@@ -187,7 +188,7 @@ class FeatureExecutor:
         names = [output_hook(TokenEmbed())] + [hook(layer) for layer in layers for hook in (self._reads, self._writes)]
         run_to_residual(self.model, tokens, piece.mask, [(name, keeper(seen, name)) for name in names])
         inputs = {layer: self._inputs(layer, seen[self._reads(layer)]) for layer in layers}
-        features = {layer: self._encode(layer, inputs[layer]) for layer in layers}
+        features = {layer: self._encode(layer, inputs[layer], piece) for layer in layers}
         errors = [seen[self._writes(layer)] - self._reconstruction(layer, features, inputs[layer]) for layer in layers]
         for error in errors:
             error[:, : self.leading] = 0
@@ -211,8 +212,8 @@ class FeatureExecutor:
         def reader(layer: int) -> Hook:
             def read(residual: Tensor) -> None:
                 inputs[layer] = self._inputs(layer, residual)
-                features[layer] = self._encode(layer, inputs[layer])
-                stays = keep.features(layer) & (clean.features[layer] > 0)
+                features[layer] = self._encode(layer, inputs[layer], piece)
+                stays = keep.features(layer) & (clean.features[layer] != 0)
                 changes[layer] = torch.where(stays, 0.0, replaced.features[layer] - features[layer])
                 changes[layer][:, : self.leading] = 0
 
@@ -223,7 +224,7 @@ class FeatureExecutor:
                 error = output - self._reconstruction(layer, features, inputs[layer])
                 gone = torch.where(keep.errors(layer)[..., None], 0.0, replaced.errors[layer] - error)
                 gone[:, : self.leading] = 0
-                return output + gone + self.transcoders.decode(changes, layer)
+                return output + (gone + self.transcoders.decode(changes, layer)).to(output)
 
             return write
 
@@ -243,12 +244,12 @@ class FeatureExecutor:
 
     def _inputs(self, layer: int, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         parts = Components(self.model)
-        normalized = parts.normalized(layer, residual) if (layer, "ln2") in scale_hooks(self.model) else None
-        scale = None if normalized is None else normalized[1].to(residual.dtype)
-        return read_by_features(self.transcoders, parts.linear_norm(layer, "ln2", scale), residual)[1]
+        normalized = parts.normalized(layer, residual)
+        norm = parts.linear_norm(layer, "ln2", None if normalized is None else normalized[1])
+        return read_by_features(self.transcoders, norm, residual.to(wide(self.model)))[1]
 
-    def _encode(self, layer: int, inputs: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos feature"]:
-        activations = self.transcoders.encode(layer, inputs)
+    def _encode(self, layer: int, inputs: Float[Tensor, "batch pos d_model"], piece: Task) -> Float[Tensor, "batch pos feature"]:
+        activations = self.transcoders.encode(layer, inputs, piece.mask)
         activations[:, : self.leading] = 0
         return activations
 
@@ -258,20 +259,33 @@ class FeatureExecutor:
 
     def _with_means(self) -> FeatureExecutor:
         """Means over all prompts, of the clean or the corrupted ones, padding left out."""
-        total, count = None, torch.zeros((), device=self.model.cfg.device)
+        total, counts = None, [torch.zeros((), device=self.model.cfg.device)] * 2
         axes = (0, 1) if self.ablation.name == "mean" else (0,)
         for start in range(0, len(self.task), self._prompts_at_once):
             piece = self.task[start : start + self._prompts_at_once]
             with frozen(self.model), plain_inputs(self.model), torch.no_grad():
                 part = self._record(piece.clean if self.ablation.over == "clean" else piece.corrupted, piece)
-            weight = piece.mask.to(part.tokens.dtype)[..., None]
-            summed = part.mapped(lambda value, weight=weight: (value * weight).sum(axes, keepdim=True))  # type: ignore[misc]
-            count = count + weight.sum(axes, keepdim=True)
+            # There are no features and errors at the leading positions, which do not count in their means.
+            late = piece.mask & (torch.arange(piece.mask.shape[1], device=piece.mask.device) >= self.leading)
+            everywhere, later = (weight.to(wide(self.model))[..., None] for weight in (piece.mask, late))
+            summed = Recorded(
+                [(value * later).sum(axes, keepdim=True) for value in part.features],
+                [(value * later).sum(axes, keepdim=True) for value in part.errors],
+                (part.tokens * everywhere).sum(axes, keepdim=True),
+            )
+            counts = [count + weight.sum(axes, keepdim=True) for count, weight in zip(counts, (later, everywhere), strict=True)]
             total = summed if total is None else _added(total, summed)
         assert total is not None
-        size = count.clamp(min=1)
+        of_features, of_tokens = (count.clamp(min=1) for count in counts)
         length = self.task.clean.shape[1]
-        return replace(self, means=total.mapped(lambda value: (value / size).expand(1, length, -1)))
+        return replace(
+            self,
+            means=Recorded(
+                [(value / of_features).expand(1, length, -1) for value in total.features],
+                [(value / of_features).expand(1, length, -1) for value in total.errors],
+                (total.tokens / of_tokens).expand(1, length, -1),
+            ),
+        )
 
 
 def _added(a: Recorded, b: Recorded) -> Recorded:

@@ -1,13 +1,14 @@
 """From the attribution graphs of many prompts to one circuit: nodes pooled by feature, and by named position where there is one.
 
 An edge's score is the fall of what is explained that its ablation predicts in the local linear model: its weight, times what a unit of its target's
-pre-activation adds to the explained logits over all paths below the frozen attention. Scores are summed within a prompt and averaged over prompts.
+pre-activation adds to the explained logits over all paths below the frozen attention. Scores are summed within a prompt and averaged over scored
+rows. With a budget, paths through features outside it are not known and not counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -60,28 +61,39 @@ class Pooled:
         empty = torch.zeros(0, dtype=torch.long)
         return Pooled(empty.view(0, 4), empty.view(0, 2), torch.zeros(0, dtype=torch.double), empty)
 
-    def with_graph(self, graph: FeatureGraph, kept: Bool[Tensor, "edge"], spans: Int[Tensor, "pos"] | None) -> Pooled:
-        """These and one more prompt's.
+    @staticmethod
+    def of(graph: FeatureGraph, kept: Bool[Tensor, "edge"], spans: Int[Tensor, "pos"] | None, *, kept_only: bool = False) -> Pooled:
+        """One prompt's graph.
 
         Args:
             kept: the edges of its pruned graph.
             spans: the number of the span each position belongs to; None pools over positions.
+            kept_only: leave the other edges out.
         """
-        graph, (_, scores) = graph.to("cpu"), effects(graph)
-        nodes = graph.nodes
+        _, scores = effects(graph)
+        chosen = kept if kept_only else torch.ones_like(kept)
+        columns = (graph.source[chosen], graph.target[chosen], scores[chosen], kept[chosen].long())
+        source, target, scores, keeping = (column.cpu() for column in columns)
+        nodes = graph.to("cpu").nodes
         # A token is pooled with other tokens at its place; errors have no number.
         index = torch.where(nodes.kind == FEATURE, nodes.index, 0)
         span = torch.full_like(index, ANYWHERE) if spans is None else spans[nodes.position]
-        keys = torch.stack([nodes.kind, nodes.layer, index, span], 1)
-        every, place = torch.cat([self.nodes, keys]).unique(dim=0, return_inverse=True)
-        before, here = place[: len(self.nodes)], place[len(self.nodes) :]
-        edges = torch.cat([before[self.edges], torch.stack([here[graph.source], here[graph.target]], 1)])
-        flat, where = (edges[:, 0] * len(every) + edges[:, 1]).unique(return_inverse=True)
-        old, new = where[: len(self.edges)], where[len(self.edges) :]
-        total = torch.zeros(len(flat), dtype=torch.double).index_add_(0, old, self.scores).index_add_(0, new, scores.cpu())
-        keeping = torch.zeros(len(flat), dtype=torch.long).index_add_(0, old, self.keeping)
-        keeping[new[kept.cpu()].unique()] += 1
-        return Pooled(every, torch.stack([flat // len(every), flat % len(every)], 1), total, keeping)
+        keys, place = torch.stack([nodes.kind, nodes.layer, index, span], 1).unique(dim=0, return_inverse=True)
+        one = Pooled(keys, torch.stack([place[source], place[target]], 1), scores, keeping)
+        # A prompt counts once, however many instances of an edge it keeps.
+        pooled = Pooled.together([one])
+        return replace(pooled, keeping=pooled.keeping.clamp(max=1))
+
+    @staticmethod
+    def together(parts: Sequence[Pooled]) -> Pooled:
+        """Several of them as one: scores and counts are summed."""
+        every, place = torch.cat([part.nodes for part in parts]).unique(dim=0, return_inverse=True)
+        starts = torch.tensor([0, *(len(part.nodes) for part in parts)]).cumsum(0).tolist()
+        flat = torch.cat([_flat(place[start:][part.edges], len(every)) for part, start in zip(parts, starts, strict=False)])
+        edges, where = flat.unique(return_inverse=True)
+        scores = torch.zeros(len(edges), dtype=torch.double).index_add_(0, where, torch.cat([part.scores for part in parts]))
+        keeping = torch.zeros(len(edges), dtype=torch.long).index_add_(0, where, torch.cat([part.keeping for part in parts]))
+        return Pooled(every, torch.stack([edges // len(every), edges % len(every)], 1), scores, keeping)
 
     def graph(
         self, spans: tuple[str, ...] | None, label: str, model: ModelIdentity | None, transcoders: TranscodersIdentity | None
@@ -117,6 +129,11 @@ class Pooled:
             case 2:
                 return TokenEmbed(position)
         return Logits(label, position)
+
+
+def _flat(edges: Int[Tensor, "edge 2"], n: int) -> Int[Tensor, "edge"]:
+    """An edge as one number."""
+    return edges[:, 0] * n + edges[:, 1]
 
 
 def spans_of(positions: Mapping[str, Bool[Tensor, "batch pos"]], names: tuple[str, ...]) -> Int[Tensor, "batch pos"]:

@@ -76,12 +76,14 @@ class TranscodersIdentity:
         source: where they came from; empty where they were made in memory.
         weights: a fingerprint.
         leading: so many first positions of a prompt have no features.
+        whole: every active feature is a node, as against those in a budget, or on edges that pruning kept.
     """
 
     name: str
     source: str
     weights: str
     leading: int = 1
+    whole: bool = True
 
 
 @dataclass(frozen=True, eq=False)

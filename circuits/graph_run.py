@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from circuits.algorithms.attribution_graph import AttributionGraph, Explained
+from circuits.attribution import Direction
 from circuits.components import identity
 from circuits.discoverer import as_json
 from circuits.errors import InputError
@@ -102,9 +103,17 @@ def _slug(prompt: str) -> str:
 
 
 def _digest(method: AttributionGraph, model: Model, prompt: str, explain: Sequence[Explained] | None) -> str:
-    explained = None if explain is None else [as_json(one) for one in explain]
+    explained = None if explain is None else [_in_full(one) for one in explain]
     parts = [version("circuits"), method.identity(), identity(model).weights, prompt_tokens(model, prompt).tolist(), explained]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=4).hexdigest()
+
+
+def _in_full(explained: Explained) -> Any:
+    """What is explained as a JSON value that differs where it does."""
+    if isinstance(explained, Direction):
+        vector = hashlib.blake2b(explained.vector.double().cpu().contiguous().numpy().tobytes()).hexdigest()
+        return [explained.label, vector, explained.bias, explained.weight, explained.position, explained.token]
+    return as_json(explained)
 
 
 def _circumstances(method: AttributionGraph, model: Model, prompt: str, graph: FeatureGraph, small: FeatureGraph) -> dict[str, Any]:

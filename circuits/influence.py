@@ -122,7 +122,7 @@ def _cut(scores: Float[Tensor, "n"], threshold: float) -> float:
 
     The scores are halved into those above and below until few are left, so that millions need not be sorted.
     """
-    if not len(scores):
+    if not len(scores) or threshold >= 1:
         return 0.0
     wanted, above, rest = threshold * float(scores.sum()), 0.0, scores
     while len(rest) > SORTED_AT_ONCE:

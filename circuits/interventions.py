@@ -32,7 +32,7 @@ from circuits.models import (
 )
 from circuits.nodes import Feature, parse_node
 from circuits.outputs import keeper
-from circuits.replacement import check_transcoders, padded, read_by_features
+from circuits.replacement import check_transcoders, padded, read_by_features, wide
 from circuits.tasks.encoding import prompt_tokens
 from circuits.transcoders.base import Transcoders
 
@@ -104,7 +104,7 @@ def intervene(
 
     Args:
         prompt: text, or token ids as they are.
-        variants: the interventions of each run; none of them is the model itself.
+        variants: the interventions of each run; none of them is the model itself. Of two on one feature the later holds.
         freeze_attention: attention patterns stay what they are without interventions.
         frozen_layers: in these layers MLPs write what they write without interventions, and what is intervened; elsewhere they see the change.
             Features write their change only into these layers, where any are given.
@@ -117,7 +117,9 @@ def intervene(
     check_transcoders(model, transcoders)
     tokens = prompt_tokens(model, prompt)
     for change in (change for variant in variants for change in variant):
-        _check(change, transcoders, len(tokens))
+        _check(change, transcoders, len(tokens), leading)
+    if wrong := [layer for layer in frozen_layers if not 0 <= layer < transcoders.n_layers]:
+        raise InputError(f"frozen_layers holds {wrong[0]}, and the model has layers 0 to {transcoders.n_layers - 1}.")
     rows, mask = padded(model, [tokens] * max(1, len(variants)))
     run = _Run(model, transcoders, variants, set(frozen_layers), leading)
     with frozen(model), plain_inputs(model), torch.no_grad():
@@ -130,7 +132,12 @@ def intervene(
 
 
 def direct_effects(
-    model: Model, transcoders: Transcoders, prompt: str | Sequence[int] | Int[Tensor, "pos"], variants: Sequence[Sequence[Intervention]]
+    model: Model,
+    transcoders: Transcoders,
+    prompt: str | Sequence[int] | Int[Tensor, "pos"],
+    variants: Sequence[Sequence[Intervention]],
+    *,
+    leading: int = 1,
 ) -> Intervened:
     """`intervene` with attention, norms and all MLPs frozen: what an attribution graph's edges predict.
 
@@ -138,7 +145,7 @@ def direct_effects(
         InputError: see `intervene`.
     """
     layers = range(transcoders.n_layers)
-    return intervene(model, transcoders, prompt, variants, frozen_layers=layers, freeze_norms=True)
+    return intervene(model, transcoders, prompt, variants, frozen_layers=layers, freeze_norms=True, leading=leading)
 
 
 def generate(
@@ -150,6 +157,7 @@ def generate(
     new_tokens: int = 20,
     temperature: float = 0.0,
     seed: int = 0,
+    leading: int = 1,
 ) -> Int[Tensor, "pos"]:
     """Continue a prompt under interventions, which act on the tokens that come too where their position is open. Nothing is frozen.
 
@@ -157,13 +165,18 @@ def generate(
         new_tokens: how many, fewer where the context ends.
         temperature: 0 takes the most probable token each time.
         seed: of the draws, when the temperature is positive.
+        leading: see `intervene`.
 
     Raises:
         InputError: see `intervene`.
     """
     tokens, generator = prompt_tokens(model, prompt), torch.Generator().manual_seed(seed)
+    check_transcoders(model, transcoders)
+    padded(model, [tokens])
+    for change in interventions:
+        _check(change, transcoders, len(tokens), leading)
     for _ in range(min(new_tokens, model.cfg.n_ctx - len(tokens))):
-        logits = intervene(model, transcoders, tokens, [interventions], freeze_attention=False).logits[0, -1].float().cpu()
+        logits = intervene(model, transcoders, tokens, [interventions], freeze_attention=False, leading=leading).logits[0, -1].float().cpu()
         if temperature > 0:
             following = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
         else:
@@ -235,8 +248,8 @@ class _Run:
         """What features read, through the norm's frozen divisor where it is frozen."""
         parts, name = Components(self.model), scale_hooks(self.model).get((layer, "ln2"), "")
         normalized = parts.normalized(layer, residual)
-        scale = before.get(name, None if normalized is None else normalized[1].to(residual.dtype))
-        return read_by_features(self.transcoders, parts.linear_norm(layer, "ln2", scale), residual)[1]
+        scale = before.get(name, None if normalized is None else normalized[1])
+        return read_by_features(self.transcoders, parts.linear_norm(layer, "ln2", scale), residual.to(wide(self.model)))[1]
 
     def _change(self, layer: int, current: Float[Tensor, "variant pos feature"]) -> Float[Tensor, "variant pos feature"]:
         change = torch.zeros_like(current)
@@ -254,10 +267,11 @@ class _Run:
             if layer in self.frozen_layers:
                 was = self._inputs(layer, before[self._reads(layer)], before)
                 # The skip is part of the linear map, so it goes on seeing changes.
-                output = before[self._writes(layer)] + self.transcoders.skip(layer, self.inputs[layer] - was)
+                skipped = self.transcoders.skip(layer, self.inputs[layer] - was)
+                output = before[self._writes(layer)] + skipped.to(output)
             if self.frozen_layers and layer not in self.frozen_layers:
                 return output
-            return output + self.transcoders.decode(self.changes, layer)
+            return output + self.transcoders.decode(self.changes, layer).to(output)
 
         return write
 
@@ -276,11 +290,20 @@ def _place(feature: Feature | str) -> tuple[int, int, int | None]:
     return node.layer, node.index, node.position
 
 
-def _check(change: Intervention, transcoders: Transcoders, length: int) -> None:
-    if isinstance(change.position, int) and not -length <= change.position < length:
-        raise InputError(f"f{change.layer}.{change.index} is to be changed at position {change.position} of a prompt of {length} tokens.")
+def _check(change: Intervention, transcoders: Transcoders, length: int, leading: int) -> None:
+    name = f"f{change.layer}.{change.index}"
     if not (0 <= change.layer < transcoders.n_layers and 0 <= change.index < transcoders.n_features):
         raise InputError(
-            f"there is no feature f{change.layer}.{change.index}: {transcoders.name!r} has {transcoders.n_layers} layers of "
-            f"{transcoders.n_features} features."
+            f"there is no feature {name}: {transcoders.name!r} has {transcoders.n_layers} layers of {transcoders.n_features} features."
         )
+    if isinstance(change.position, slice):
+        # One that is open at the end may begin where text is yet to come.
+        if change.position.stop is not None and not len(range(length)[change.position]):
+            raise InputError(f"{name} is to be changed at positions {change.position} of a prompt of {length} tokens, which are none.")
+    elif change.position is not None:
+        if not isinstance(change.position, int) or not -length <= change.position < length:
+            raise InputError(f"{name} is to be changed at position {change.position!r} of a prompt of {length} tokens.")
+        if change.position % length < leading:
+            raise InputError(
+                f"{name} is to be changed at position {change.position}, and the first {leading} have no features; see leading."
+            )

@@ -8,7 +8,7 @@ https://transformer-circuits.pub/2025/attribution-graphs/methods.html). What is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from circuits.errors import InputError
 from circuits.models import (
+    NORMS,
     Components,
     Model,
     frozen,
@@ -27,7 +28,6 @@ from circuits.models import (
     plain_inputs,
     run_to_residual,
     scale_hooks,
-    unembed,
 )
 from circuits.nodes import PosEmbed, TokenEmbed
 from circuits.outputs import keeper
@@ -124,8 +124,10 @@ class LocalModel:
         final: the last norm.
         embedding: what the token embedding writes.
         position_embedding: what a learned position embedding writes; None without one.
-        logits: at each position.
+        residual: after the last layer.
         unembedding, unembedding_bias: from the last norm's output to logits.
+        mean_unembedding: the mean of the unembedding over the vocabulary.
+        soft_cap: bounds the logits where it is positive.
         parallel: the MLP reads what attention reads, not what it writes.
         causal: no position reads later ones.
     """
@@ -135,11 +137,20 @@ class LocalModel:
     final: LinearNorm
     embedding: Float[Tensor, "pos d_model"]
     position_embedding: Float[Tensor, "pos d_model"] | None
-    logits: Float[Tensor, "pos vocab"]
+    residual: Float[Tensor, "pos d_model"]
     unembedding: Float[Tensor, "d_model vocab"]
     unembedding_bias: Float[Tensor, "vocab"]
+    mean_unembedding: Float[Tensor, "d_model"]
+    soft_cap: float
     parallel: bool
     causal: bool
+
+    def logits(self, position: int = -1) -> Float[Tensor, "vocab"]:
+        """What the model says at a position."""
+        here = slice(position % len(self.tokens), position % len(self.tokens) + 1)
+        normed = self.final[here].linear(self.residual[here]) + (0.0 if self.final.bias is None else self.final.bias)
+        logits = (normed.to(self.unembedding) @ self.unembedding)[0].to(self.residual) + self.unembedding_bias
+        return self.soft_cap * torch.tanh(logits / self.soft_cap) if self.soft_cap > 0 else logits
 
 
 def check_transcoders(model: Model, transcoders: Transcoders) -> None:
@@ -178,18 +189,23 @@ def freeze(model: Model, transcoders: Transcoders, prompts: Sequence[Int[Tensor,
     check_transcoders(model, transcoders)
     tokens, mask = padded(model, prompts)
     recorded: dict[str, Tensor] = {}
-    names = [*_recorded_hooks(model, transcoders), *scale_hooks(model).values()]
+    names = [*_recorded_hooks(model), *scale_hooks(model).values()]
     with frozen(model), plain_inputs(model):
         residual = run_to_residual(model, tokens, mask, [(name, keeper(recorded, name)) for name in names])
-        logits = unembed(model, residual)
-    lengths = mask.sum(1).tolist()
-    for row, length in enumerate(lengths):
-        if not torch.isfinite(logits[row, :length]).all():
-            raise InputError(f"prompt {row} gives logits that are not finite; load the model in float32, or check its weights.")
-    return [
-        _local_model(model, transcoders, {name: value[row] for name, value in recorded.items()}, residual[row], logits[row], tokens[row], n)
-        for row, n in enumerate(lengths)
-    ]
+    if not torch.isfinite(residual[mask]).all():
+        raise InputError("a prompt gives values that are not finite; load the model in float32, or check its weights.")
+    weights = [_Weights.of(model, transcoders, layer) for layer in range(model.cfg.n_layers)]
+    mean = Components(model).unembedding().weight.detach().mean(1, dtype=wide(model))
+    models = []
+    for row, length in enumerate(mask.sum(1).tolist()):
+        seen = {name: value[row] for name, value in recorded.items()}
+        models.append(_local_model(model, transcoders, weights, mean, _Seen(seen, residual[row], tokens[row], length, wide(model))))
+    return models
+
+
+def wide(model: Model) -> torch.dtype:
+    """What everything here is computed in: float32, whatever rounding the model's own run has, or float64 where the model is."""
+    return torch.promote_types(model.cfg.dtype, torch.float32)
 
 
 def padded(model: Model, prompts: Sequence[Int[Tensor, "_"]]) -> tuple[Int[Tensor, "batch pos"], Tensor]:
@@ -211,7 +227,7 @@ def padded(model: Model, prompts: Sequence[Int[Tensor, "_"]]) -> tuple[Int[Tenso
     return tokens.to(model.cfg.device), mask.to(model.cfg.device)
 
 
-def _recorded_hooks(model: Model, transcoders: Transcoders) -> list[str]:
+def _recorded_hooks(model: Model) -> list[str]:
     names = [output_hook(TokenEmbed())]
     if model.cfg.positional_embedding_type == "standard":
         names.append(output_hook(PosEmbed()))
@@ -220,55 +236,93 @@ def _recorded_hooks(model: Model, transcoders: Transcoders) -> list[str]:
     return names
 
 
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What the run of one prompt has left; pads are cut off."""
+
+    recorded: Mapping[str, Tensor]
+    residual: Float[Tensor, "padded d_model"]
+    tokens: Int[Tensor, "padded"]
+    length: int
+    dtype: torch.dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.recorded[name][: self.length].to(self.dtype)
+
+    def pattern(self, layer: int) -> Float[Tensor, "head query key"]:
+        return self.recorded[pattern_hook(layer)][:, : self.length, : self.length].to(self.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class _Weights:
+    """What all prompts share of a layer's attention and skip."""
+
+    value: Float[Tensor, "kv_head d_model d_head"]
+    value_constant: Float[Tensor, "head d_head"]
+    output: Float[Tensor, "head d_head d_model"]
+    output_after_norm: Float[Tensor, "head d_head d_model"]
+    output_bias: Float[Tensor, "d_model"]
+    skip: Float[Tensor, "d_out d_in"] | None
+
+    @staticmethod
+    def of(model: Model, transcoders: Transcoders, layer: int) -> _Weights:
+        parts, like = Components(model), torch.zeros((), dtype=wide(model), device=model.cfg.device)
+        output = parts.output_projection(layer).detach().to(like)
+        after = parts.linear_norm(layer, "ln1_post", like.new_ones(1, 1) if (layer, "ln1_post") in scale_hooks(model) else None)
+        return _Weights(
+            value=parts.projection_after_norm(layer, "v").to(like),
+            value_constant=parts.value_constant(layer).to(like),
+            output=output,
+            output_after_norm=after.linear(output),
+            output_bias=parts.output_bias(layer).detach().to(like),
+            skip=None if transcoders.skips is None else transcoders.skips[layer].to(like),
+        )
+
+
 def _local_model(
-    model: Model, transcoders: Transcoders, recorded: dict[str, Tensor], residual: Tensor, logits: Tensor, tokens: Tensor, length: int
+    model: Model, transcoders: Transcoders, weights: Sequence[_Weights], mean: Float[Tensor, "d_model"], seen: _Seen
 ) -> LocalModel:
-    parts = Components(model)
+    parts, residual, positions = Components(model), seen.residual[: seen.length].to(seen.dtype), output_hook(PosEmbed())
     unembedding = parts.unembedding()
-    normed = parts.normalized(0, residual[:length])
     return LocalModel(
-        tokens=tokens[:length],
-        layers=[_frozen_layer(model, transcoders, recorded, layer, length) for layer in range(model.cfg.n_layers)],
-        final=parts.linear_norm(None, "ln_final", None if normed is None else normed[1].to(model.cfg.dtype)),
-        embedding=recorded[output_hook(TokenEmbed())][:length],
-        position_embedding=recorded[output_hook(PosEmbed())][:length] if output_hook(PosEmbed()) in recorded else None,
-        logits=logits[:length],
+        tokens=seen.tokens[: seen.length],
+        layers=[_frozen_layer(model, transcoders, weights[layer], layer, seen) for layer in range(model.cfg.n_layers)],
+        final=parts.linear_norm(None, "ln_final", parts.final_scale(residual)),
+        embedding=seen[output_hook(TokenEmbed())],
+        position_embedding=seen[positions] if positions in seen.recorded else None,
+        residual=residual,
         unembedding=unembedding.weight.detach(),
-        unembedding_bias=unembedding.bias.detach(),
+        unembedding_bias=unembedding.bias.detach().to(seen.dtype),
+        mean_unembedding=mean,
+        soft_cap=unembedding.soft_cap,
         parallel=model.cfg.parallel_attn_mlp,
         causal=model.cfg.attention_dir == "causal",
     )
 
 
-def _frozen_layer(model: Model, transcoders: Transcoders, recorded: dict[str, Tensor], layer: int, length: int) -> FrozenLayer:
-    parts, dtype, scales = Components(model), model.cfg.dtype, scale_hooks(model)
-    norms = {
-        name: parts.linear_norm(layer, name, recorded[scales[layer, name]][:length].to(dtype) if (layer, name) in scales else None)
-        for name in ("ln1", "ln1_post", "ln2", "ln2_post")
-    }
-    pattern = recorded[pattern_hook(layer)][:, :length, :length]
-    output, bias = parts.output_projection(layer).detach(), parts.output_bias(layer).detach()
+def _frozen_layer(model: Model, transcoders: Transcoders, weights: _Weights, layer: int, seen: _Seen) -> FrozenLayer:
+    parts, scales = Components(model), scale_hooks(model)
+    norms = {name: parts.linear_norm(layer, name, seen[scales[layer, name]] if (layer, name) in scales else None) for name in NORMS}
+    pattern, before, after = seen.pattern(layer), norms["ln1"], norms["ln1_post"]
     # What attention writes where the residual stream is zero: the constants of its values, W_O, b_O, and a norm after it.
-    written = torch.einsum("hqk,he,hed->qd", pattern, parts.value_constant(layer), output) + bias
-    mixing, after = pattern.transpose(1, 2), norms["ln1_post"]
+    written = torch.einsum("hqk,he,hed->qd", pattern, weights.value_constant, weights.output) + weights.output_bias
+    mixing = pattern.transpose(1, 2)
     if after.scale is not None:
         written = after.linear(written) + (0.0 if after.bias is None else after.bias)
         mixing = mixing / after.scale[:, 0]
-        output = replace(after, scale=torch.ones_like(after.scale[:1])).linear(output)
-    if norms["ln1"].scale is not None:
-        mixing = mixing / norms["ln1"].scale
-    read = recorded[mlp_residual_hook(model, layer)][:length]
-    reading, feature_input = read_by_features(transcoders, norms["ln2"], read)
+    if before.scale is not None:
+        mixing = mixing / before.scale
+    reading, feature_input = read_by_features(transcoders, norms["ln2"], seen[mlp_residual_hook(model, layer)])
     return FrozenLayer(
         mixing=mixing.contiguous(),
-        value=parts.projection_after_norm(layer, "v"),
-        output=output,
+        value=weights.value,
+        output=weights.output_after_norm,
         attention_constant=written,
         reading=reading,
         writing=norms["ln2_post"] if transcoders.writes == "mlp" else replace(norms["ln2_post"], scale=None),
-        skip=None if transcoders.skips is None else transcoders.skips[layer].to(read),
+        skip=weights.skip,
         feature_input=feature_input,
-        mlp_output=recorded[mlp_output_hook(model, layer)][:length],
+        mlp_output=seen[mlp_output_hook(model, layer)],
     )
 
 

@@ -4,15 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from architectures import random_task
+from architectures import random_model, random_task
 from attribution_case import RUNS, Run, case_model, case_tokens, case_transcoders
 from random_transcoders import KINDS, WITH_MLPS, model_of, random_transcoders
 
 import circuits
 from circuits.active_features import active_features, gather_sources
-from circuits.feature_graph import FEATURE, FeatureGraph
+from circuits.feature_graph import ERROR, FEATURE, FeatureGraph
+from circuits.feature_pooling import effects
 from circuits.influence import completeness_score, node_influence, prune, pruned, replacement_score
+from circuits.interventions import Intervention, direct_effects
 from circuits.linear_sweep import LinearSweep, feature_targets
+from circuits.nodes import at_position
 from circuits.replacement import freeze
 
 PROMPT = [3, 14, 15, 9, 26, 5, 35, 8]
@@ -177,6 +180,68 @@ def test_a_graph_explains_given_tokens_differences_and_directions():
 
 
 @torch.no_grad()
+def test_directions_at_several_positions_keep_their_rows_and_constants_in_whatever_order_they_come():
+    model = model_of("gpt2")
+    method = circuits.AttributionGraph(random_transcoders(model, "skip-plt"))
+    directions = [
+        circuits.Direction(f"at {position}", model.W_U[:, token], position=position) for position, token in ((5, 7), (3, 21), (7, 2))
+    ]
+    graph = method.attribute(model, PROMPT, explain=directions)
+    assert bool((graph.target.diff() >= 0).all())
+    residual = model(torch.tensor([PROMPT]), stop_at_layer=2)
+    normed = model.ln_final(residual)[0]
+    sums = torch.zeros(len(graph.nodes)).index_add_(0, graph.target, graph.weight) + graph.constants.sum(1)
+    expected = torch.stack([normed[one.position] @ one.vector for one in directions])
+    torch.testing.assert_close(sums[-3:], expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("leading", [0, 3])
+def test_as_many_leading_positions_as_asked_have_no_features_and_all_else_adds_up(leading):
+    model = model_of("gpt2", n_layers=3)
+    transcoders = random_transcoders(model, "skip-plt")
+    graph = circuits.AttributionGraph(transcoders, leading=leading).attribute(model, PROMPT)
+    assert int(graph.nodes.position[graph.is_kind(FEATURE)].min()) == leading
+    from_errors = graph.is_kind(ERROR)[graph.source]
+    assert int(graph.nodes.position[graph.source[from_errors]].min()) == leading
+    sums = torch.zeros(len(graph.nodes)).index_add_(0, graph.target, graph.weight) + graph.constants.sum(1)
+    features, _ = preactivations(model, transcoders, graph)
+    assert float(((sums[: len(features)] - features).abs() / features.abs().clamp(min=1.0)).max()) < 1e-4
+    between = graph.is_kind(FEATURE)[graph.source] & graph.is_kind(FEATURE)[graph.target]
+    edge = int((graph.weight.abs() * between).argmax())
+    source, target = (graph.node(int(column[edge])) for column in (graph.source, graph.target))
+    run = direct_effects(model, transcoders, PROMPT, [[], [Intervention.scale(source, 2.0)]], leading=leading)
+    before, after = run.preactivations[target.layer][:, target.position, target.index].tolist()
+    assert after - before == pytest.approx(float(graph.weight[edge]), rel=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_precisions_give_graphs_and_pages_too(dtype):
+    model = random_model("llama", dtype=dtype)
+    transcoders = random_transcoders(model, "clt")
+    graph = circuits.AttributionGraph(transcoders).attribute(model, PROMPT)
+    assert graph.weight.dtype == graph.direct.dtype == torch.promote_types(dtype, torch.float32)
+    assert len(graph.incoming(graph.node(len(graph.nodes) - 1), 5)) == 5
+    assert int(circuits.AttributionGraph(transcoders, budget=20).attribute(model, PROMPT).is_kind(FEATURE).sum()) == 20
+    if dtype == torch.float64:
+        narrow = random_model("llama")
+        single = circuits.AttributionGraph(transcoders).attribute(narrow, PROMPT)
+        torch.testing.assert_close(graph.weight.float(), single.weight, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_last_norm_of_another_kind_is_taken_as_it_is():
+    for kind in ("LN", "RMS"):
+        model = model_of("gpt2", normalization_type=kind, final_rms=True)
+        transcoders = random_transcoders(model)
+        graph = circuits.AttributionGraph(transcoders).attribute(model, PROMPT)
+        sums = torch.zeros(len(graph.nodes)).index_add_(0, graph.target, graph.weight) + graph.constants.sum(1)
+        _, targets = preactivations(model, transcoders, graph)
+        torch.testing.assert_close(sums[-len(targets) :], targets, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_pruning_keeps_what_lies_on_paths_and_more_with_higher_thresholds():
     model = model_of("gpt2", n_layers=3)
     graph = circuits.AttributionGraph(random_transcoders(model)).attribute(model, PROMPT)
@@ -229,8 +294,23 @@ def test_what_cannot_be_explained_is_said_in_one_line(unchecked_types):
         method.attribute(model_of("gpt2", n_layers=3), PROMPT)
     with pytest.raises(circuits.InputError, match="no MLPs"):
         method.attribute(model_of("attention_only"), PROMPT)
-    with pytest.raises(circuits.InputError, match="token 77 is none of this model's"):
-        method.attribute(model, PROMPT, explain=[77])
+    vector = model.W_U[:, 7]
+    for explain, message in (
+        ([77], "77 is no token of this model's"),
+        ([], "give a list of tokens"),
+        (7, "give a list of tokens"),
+        (" Austin", "give a list of tokens"),
+        ([None], "None is no token"),
+        ([(7,)], "a pair is"),
+        ([7, 7], "explain holds 7 twice"),
+        ([circuits.Direction("mine", vector[:5])], r"a vector of shape \(5,\); it must be 24 finite numbers"),
+        ([circuits.Direction("mine", vector * float("nan"))], "24 finite numbers"),
+        ([circuits.Direction("mine", vector, position=8)], "at position 8 of a prompt of 8 tokens"),
+        ([circuits.Direction("7", vector)], "cannot be called '7'"),
+        ([circuits.Direction("a@b", vector)], "cannot be called 'a@b'"),
+    ):
+        with pytest.raises(circuits.InputError, match=message):
+            method.attribute(model, PROMPT, explain=explain)
     for settings in ({"budget": 0}, {"probability": 0.0}, {"node_threshold": 1.2}, {"leading": -1}):
         with pytest.raises(circuits.InputError, match=next(iter(settings))):
             circuits.AttributionGraph(transcoders, **settings)
@@ -247,10 +327,55 @@ def test_what_cannot_be_explained_is_said_in_one_line(unchecked_types):
         method.attribute(broken, PROMPT)
 
 
+@torch.no_grad()
 def test_the_graphs_of_a_task_become_one_circuit_scored_by_predicted_damage():
-    model, task = model_of("gpt2"), random_task(ragged=True)
-    circuit = circuits.AttributionGraph(random_transcoders(model)).discover(model, task)
+    """Scores are those of each prompt's graph of what it is judged by, where it is judged, summed and divided by the scored rows."""
+    model, task = model_of("gpt2"), random_task(ragged=True, several=True)
+    method = circuits.AttributionGraph(random_transcoders(model))
+    circuit = method.discover(model, task)
     assert circuit.selected and 0 < len(circuit) < len(circuit.graph)
-    assert circuit.record["prompts"] == 6 and len(circuit.record["kept_by_prompts"]) == len(circuit)
-    assert str(circuit.graph.nodes[-1]) == "logits:answer"
-    assert circuit.graph.transcoders.name == "random plt"
+    assert str(circuit.graph.nodes[-1]) == "logits:answer" and circuit.graph.transcoders.name == "random plt"
+    expected, keeping = {}, {}
+    for prompt in range(len(task)):
+        right, wrong = (model.W_U[:, part[prompt]].mean(1) for part in (task.answers, task.wrong_answers))
+        positions = task.scored[prompt].nonzero().flatten().tolist()
+        directions = [circuits.Direction(f"answer {p}", right - wrong, position=p) for p in positions]
+        graph = method.attribute(model, task.clean[prompt, : int(task.lengths[prompt])], explain=directions)
+        kept, here = prune(graph).edges, set()
+        for number, score in enumerate(effects(graph)[1].tolist()):
+            ends = [at_position(graph.node(int(column[number])), None) for column in (graph.source, graph.target)]
+            name = "->".join("logits:answer" if isinstance(end, circuits.Logits) else str(end) for end in ends)
+            expected[name] = expected.get(name, 0.0) + score / int(task.scored.sum())
+            here |= {name} if kept[number] else set()
+        keeping = {name: keeping.get(name, 0) + (name in here) for name in keeping.keys() | here}
+    found = dict(zip(map(str, circuit.graph.edges), circuit.scores.tolist(), strict=True))
+    assert found.keys() == expected.keys()
+    assert max(abs(found[name] - expected[name]) for name in found) < 1e-5
+    assert {str(edge): n for edge, n in zip(circuit.edges, circuit.record["kept_by_prompts"], strict=True)} == {
+        k: n for k, n in keeping.items() if n
+    }
+
+
+def test_a_search_over_many_prompts_is_resumed_where_it_stopped(tmp_path):
+    model, task, path = model_of("gpt2", n_layers=1), random_task(batch=40, length=5), tmp_path / "checkpoint.safetensors"
+    method = circuits.AttributionGraph(random_transcoders(model, features=10))
+    seen = []
+
+    def stop(done: int, total: int) -> None:
+        seen.append(done)
+        if len(seen) < 3:
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            method.discover(model, task, checkpoint=path, progress=stop)
+    assert method.discover(model, task, checkpoint=path, progress=stop) == method.discover(model, task)
+    assert seen == [16, 32, 40]
+
+
+def test_only_what_pruning_keeps_can_be_pooled():
+    model, task = model_of("gpt2"), random_task()
+    transcoders = random_transcoders(model)
+    whole, small = (circuits.AttributionGraph(transcoders, kept_only=kept).discover(model, task) for kept in (False, True))
+    assert [str(edge) for edge in small.edges] == [str(edge) for edge in whole.edges] and len(small) == len(small.graph)
+    assert whole.graph.transcoders.whole and not small.graph.transcoders.whole

@@ -9,6 +9,7 @@ from architectures import random_task
 from random_transcoders import KINDS, WITH_MLPS, model_of, random_transcoders
 
 import circuits
+from circuits.compare import coarse_overlap, coarsened, compare
 from circuits.feature_pooling import effects
 from circuits.interventions import Intervention, direct_effects
 from circuits.nodes import Feature
@@ -118,7 +119,8 @@ def test_a_circuit_computes_what_its_definition_says(kind, ablation):
 def test_a_circuit_split_by_positions_keeps_its_nodes_where_they_are_named():
     model, task = model_of("gpt2"), random_task(batch=3, length=6)
     first, last = torch.zeros(3, 6, dtype=torch.bool), torch.zeros(3, 6, dtype=torch.bool)
-    first[:, 1:3], last[:, 5] = True, True
+    # Where spans overlap, the one that is named first has the position.
+    first[:, 1:3], last[:, 2], last[:, 5] = True, True, True
     task = replace(task, positions={"EARLY": first, "END": last})
     transcoders = random_transcoders(model, "plt", features=12)
     circuit = circuits.AttributionGraph(transcoders).discover(model, task)
@@ -135,23 +137,69 @@ def test_a_circuit_split_by_positions_keeps_its_nodes_where_they_are_named():
 
 @torch.no_grad()
 def test_mean_ablation_takes_means_over_real_tokens_of_all_prompts():
+    """Of the embedding alone, everything else kept: against the mean embedding put there by hand."""
     model, task = model_of("gpt2"), random_task(ragged=True)
     transcoders = random_transcoders(model, "clt")
-    circuit = circuits.AttributionGraph(transcoders).discover(model, task)
+    circuit = ranked(circuits.AttributionGraph(transcoders).discover(model, task))
     none = replace(circuit, kept=torch.zeros_like(circuit.kept))
-    runs = {
-        ablation: circuits.run_circuit(model, none, task, ablation=ablation, transcoders=transcoders, max_memory=memory)
-        for ablation, memory in (("mean", None), ("mean_by_position", None), (circuits.Ablation("mean", over="corrupted"), None))
-    }
-    values = list(runs.values())
-    # Nothing of a prompt is left, but where it ends: the mean at each position is the same for all.
-    ends = task.lengths == task.lengths[0]
-    for logits in values:
-        rows = logits[ends]
-        torch.testing.assert_close(rows, rows[:1].expand_as(rows), rtol=1e-3, atol=1e-3)
-    assert not torch.allclose(values[0], values[1]) and not torch.allclose(values[0], values[2])
+    found = circuits.run_circuit(model, none, task, ablation="mean", transcoders=transcoders)
+    torch.testing.assert_close(found, mean_by_hand(model, transcoders, task), rtol=1e-4, atol=1e-3)
     again = circuits.run_circuit(model, none, task, ablation="mean", transcoders=transcoders, max_memory=1)
-    torch.testing.assert_close(again, values[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(again, found, rtol=1e-4, atol=1e-4)
+    for other in ("mean_by_position", circuits.Ablation("mean", over="corrupted")):
+        assert not torch.allclose(circuits.run_circuit(model, none, task, ablation=other, transcoders=transcoders), found)
+    with pytest.raises(circuits.InputError, match="outputs cannot be given"):
+        circuits.run_circuit(model, none, task, ablation=circuits.Ablation("given", outputs={}), transcoders=transcoders)
+
+
+def mean_by_hand(model, transcoders, task) -> torch.Tensor:
+    """Nothing kept: every MLP writes its bias and the mean of what features and errors write, over all tokens but pads and the first."""
+    definition = Definition(model, transcoders, set(), "mean")
+    tokens, features, errors = [], [], []
+    for prompt, n in enumerate(task.lengths.tolist()):
+        acts, errs, embed = definition.recorded(task.clean[prompt, :n])
+        tokens.append(embed)
+        features.append([part[1:] for part in acts])
+        errors.append([part[1:] for part in errs])
+    mean_token = torch.cat(tokens).mean(0)
+    written = []
+    for layer in range(transcoders.n_layers):
+        total = transcoders.decoder_biases[layer] + torch.cat([part[layer] for part in errors]).mean(0)
+        for source in range(layer + 1):
+            total = total + torch.cat([part[source] for part in features]).mean(0) @ transcoders.decoders[source][:, layer - source]
+        written.append(total)
+
+    def late(value, hook, layer):
+        return torch.cat([value[:, :1], written[layer].expand(1, value.shape[1] - 1, -1)], 1)
+
+    rows = []
+    for prompt, n in enumerate(task.lengths.tolist()):
+        hooks = [("hook_embed", lambda value, hook: mean_token.expand_as(value))]
+        hooks += [(f"blocks.{layer}.hook_mlp_out", partial(late, layer=layer)) for layer in range(transcoders.n_layers)]
+        rows.append(model.run_with_hooks(task.clean[prompt, :n][None], fwd_hooks=hooks)[0][task.scored[prompt, :n]])
+    return torch.cat(rows)
+
+
+@torch.no_grad()
+def test_what_fires_in_a_prompt_does_not_depend_on_its_pads():
+    model, task = model_of("gpt2"), random_task(ragged=True)
+    transcoders = random_transcoders(model, "plt", activation="batch_topk")
+    circuit = ranked(circuits.AttributionGraph(transcoders).discover(model, task)).top(30)
+    together = circuits.run_circuit(model, circuit, task, transcoders=transcoders)
+    alone = []
+    for prompt, n in enumerate(task.lengths.tolist()):
+        one = task[prompt : prompt + 1]
+        cut = {name: getattr(one, name)[:, :n] for name in ("clean", "corrupted", "scored")}
+        alone.append(circuits.run_circuit(model, circuit, replace(one, **cut), transcoders=transcoders))
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_everything_in_a_budget_is_not_the_model():
+    model, task = model_of("gpt2"), random_task()
+    transcoders = random_transcoders(model)
+    everything = ranked(circuits.AttributionGraph(transcoders, budget=3).discover(model, task))
+    assert circuits.evaluate(model, everything, task, transcoders=transcoders).kl > 0.01
 
 
 @torch.no_grad()
@@ -206,3 +254,30 @@ def test_a_circuit_finds_its_transcoders_again_and_refuses_others(tmp_path):
     torch.testing.assert_close(
         circuits.run_circuit(model, again, task), circuits.run_circuit(model, circuit, task, transcoders=transcoders), rtol=1e-5, atol=1e-5
     )
+
+
+def test_circuits_of_features_stand_beside_circuits_of_components():
+    model, task = model_of("gpt2"), random_task()
+    transcoders = random_transcoders(model)
+    features = circuits.AttributionGraph(transcoders).discover(model, task)
+    components = circuits.EAP().discover(model, task)
+    found = {"features": features, "eap": components}
+    comparison = compare(model, found, task, transcoders={"features": transcoders})
+    assert comparison.notes and "features: edges between features" in comparison.notes[0]
+    assert comparison.table.loc["eap", "edges"] == round(len(components) / 10)
+    assert comparison.overlap.loc["features", "eap"] == pytest.approx(coarse_overlap(features, comparison.circuits["eap"]))
+    shares = coarsened(features)
+    assert set(shares) == {circuits.Embed(), circuits.MLP(0), circuits.MLP(1)} and sum(shares.values()) == pytest.approx(1)
+    of_errors = sum(
+        float(score)
+        for edge, score in zip(features.edges, features.scores[features.kept].abs(), strict=True)
+        if isinstance(edge.source, circuits.Error) and edge.source.layer == 1
+    )
+    of_features = sum(
+        float(score)
+        for edge, score in zip(features.edges, features.scores[features.kept].abs(), strict=True)
+        if isinstance(edge.source, Feature) and edge.source.layer == 1
+    )
+    assert shares[circuits.MLP(1)] == pytest.approx((of_errors + of_features) / float(features.scores[features.kept].abs().sum()), rel=1e-4)
+    assert of_errors > 0 and coarse_overlap(features, features) == pytest.approx(1)
+    assert not compare(model, {"eap": components}, task).notes

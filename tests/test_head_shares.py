@@ -23,8 +23,8 @@ def keys(columns) -> list[tuple[int, int, int]]:
 @pytest.mark.parametrize("architecture", ["gpt2", "pythia", "llama", "gemma2", "bidirectional"])
 @torch.no_grad()
 def test_a_heads_share_is_what_an_edge_loses_without_it(architecture, kind):
-    model = model_of(architecture, n_layers=3)
-    transcoders = random_transcoders(model, kind)
+    model = model_of(architecture, n_layers=4)
+    transcoders = random_transcoders(model, kind, features=24)
     graph = pruned(circuits.AttributionGraph(transcoders).attribute(model, PROMPT), node_threshold=0.9)
     shares = head_shares(model, transcoders, graph)
     (local,) = freeze(model, transcoders, [torch.tensor(PROMPT)])
@@ -41,8 +41,8 @@ def test_a_heads_share_is_what_an_edge_loses_without_it(architecture, kind):
 
     whole = weights()
     torch.testing.assert_close(whole, graph.weight[between], rtol=1e-4, atol=1e-5)
-    for layer in range(3):
-        for head in range(0, model.cfg.n_heads, 2):
+    for layer in range(4):
+        for head in range(0, model.cfg.n_heads, 3):
             kept = local.layers[layer].mixing[head].clone()
             local.layers[layer].mixing[head] = 0
             lost = whole - weights()

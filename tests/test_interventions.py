@@ -95,6 +95,20 @@ def test_frozen_attention_and_frozen_layers_keep_the_change_from_spreading():
 
 
 @torch.no_grad()
+def test_the_direct_effects_of_several_features_add_up():
+    """Each is changed from what it is without the others: nothing is live in a frozen layer."""
+    model = model_of("gpt2", n_layers=3)
+    transcoders = random_transcoders(model, "clt")
+    graph = circuits.AttributionGraph(transcoders).attribute(model, PROMPT)
+    chosen = [graph.node(number) for number in range(0, int(graph.is_kind(FEATURE).sum()), 25)]
+    assert len({node.layer for node in chosen}) == 3
+    changes = [Intervention.ablate(node) for node in chosen]
+    run = direct_effects(model, transcoders, PROMPT, [[], changes, *([change] for change in changes)])
+    alone = run.logits[2:] - run.logits[0]
+    torch.testing.assert_close(run.logits[1] - run.logits[0], alone.sum(0), rtol=1e-4, atol=1e-3)
+
+
+@torch.no_grad()
 def test_the_model_is_left_as_it_was():
     model = model_of("llama")
     flags, hooks = vars(model.cfg).copy(), [len(point.fwd_hooks) for point in model.hook_dict.values()]
@@ -125,9 +139,17 @@ def test_what_cannot_be_changed_is_said():
         ([Intervention(2, 0, value=1.0)], "there is no feature f2.0: 'random plt' has 2 layers of 40 features"),
         ([Intervention(0, 40, value=1.0)], "there is no feature f0.40"),
         ([Intervention(0, 3, 12, value=1.0)], "at position 12 of a prompt of 8 tokens"),
+        ([Intervention(0, 3, 0, value=1.0)], "the first 1 have no features"),
+        ([Intervention(0, 3, slice(9, 12), value=1.0)], "which are none"),
     ):
         with pytest.raises(circuits.InputError, match=message):
             intervene(model, transcoders, PROMPT, [change])
+    with pytest.raises(circuits.InputError, match="frozen_layers holds 9, and the model has layers 0 to 1"):
+        intervene(model, transcoders, PROMPT, [[]], frozen_layers=[0, 9])
+    with pytest.raises(circuits.InputError, match=r"there is no feature f5\.0"):
+        generate(model, transcoders, PROMPT, [Intervention(5, 0, value=1.0)], new_tokens=0)
+    with pytest.raises(circuits.InputError, match="a prompt has 17 tokens"):
+        generate(model, transcoders, [1] * 17, [])
     with pytest.raises(circuits.InputError, match="either a value or a factor"):
         Intervention(0, 1)
     with pytest.raises(circuits.InputError, match="m3 is no feature"):

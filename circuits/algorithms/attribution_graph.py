@@ -57,8 +57,10 @@ class AttributionGraph(CircuitDiscoverer):
         probability: and no more than reach this probability together.
         node_threshold: the share of influence that the kept nodes make.
         edge_threshold: the share that the kept edges make of what is then left.
-        leading: so many first positions have no features and errors (beginning-of-sequence tokens; 4 for instruction-tuned Gemma 3).
+        leading: so many first positions have no features and errors: 1 for a beginning-of-sequence token, 4 for instruction-tuned Gemma 3, 0
+            for models whose prompts begin with a word.
         by_position: pool the features of a task's prompts by named position; None: where the task names positions.
+        kept_only: only edges that pruning keeps enter the pooled graph of a task, which with wide transcoders has far too many otherwise.
         max_memory: bytes that carrying targets down may take; None chooses from what is free.
     """
 
@@ -73,6 +75,7 @@ class AttributionGraph(CircuitDiscoverer):
     edge_threshold: float = 0.98
     leading: int = 1
     by_position: bool | None = None
+    kept_only: bool = False
     max_memory: int | None = field(default=None, metadata=SPEED_ONLY)
 
     def __post_init__(self) -> None:
@@ -125,14 +128,15 @@ class AttributionGraph(CircuitDiscoverer):
             raise InputError(f"there are {len(prompts)} prompts and {len(wanted)} entries in explain; give one for each.")
         transcoders, who, graphs = self.loaded, identity(model), []
         tokens = [prompt_tokens(model, prompt) for prompt in prompts]
-        settings = {name: value for name, value in self.settings().items() if name not in ("by_position", "max_memory")}
+        of_tasks = ("by_position", "kept_only", "max_memory")
+        settings = {name: value for name, value in self.settings().items() if name not in of_tasks}
         for start in range(0, len(prompts), PROMPTS_AT_ONCE):
             some = slice(start, start + PROMPTS_AT_ONCE)
             locals_ = freeze(model, transcoders, tokens[some])
             for local, features, asked in zip(
                 locals_, active_features(locals_, transcoders, leading=self.leading), wanted[some], strict=True
             ):
-                directions = self._most_probable(model, local) if asked is None else [_direction(model, local, one) for one in asked]
+                directions = self._most_probable(model, local) if asked is None else _directions(model, local, asked)
                 graph = self._graph(model, transcoders, local, features, directions)
                 graphs.append(replace(graph.to("cpu"), model=who, transcoders=self._made_with(transcoders), settings=settings))
         return graphs
@@ -158,10 +162,13 @@ class AttributionGraph(CircuitDiscoverer):
         for begin in range(first, len(task), PROMPTS_AT_ONCE):
             rows = range(begin, min(begin + PROMPTS_AT_ONCE, len(task)))
             locals_ = freeze(model, transcoders, [task.clean[row, : int(task.lengths[row])] for row in rows])
+            parts = []
             for row, local, features in zip(rows, locals_, active_features(locals_, transcoders, leading=self.leading), strict=True):
                 found = self._graph(model, transcoders, local, features, self._scored(model, local, task, row))
                 kept = prune(found, node_threshold=self.node_threshold, edge_threshold=self.edge_threshold)
-                pooled = pooled.with_graph(found, kept.edges, None if spans is None else spans[row])
+                parts.append(Pooled.of(found, kept.edges, None if spans is None else spans[row], kept_only=self.kept_only))
+            # Many at once: each time the whole union is sorted.
+            pooled = Pooled.together([pooled, *parts])
             state.save({"next": torch.tensor(rows.stop), **vars(pooled)})
             if progress is not None:
                 progress(rows.stop, len(task))
@@ -171,7 +178,7 @@ class AttributionGraph(CircuitDiscoverer):
         return Circuit(whole, (pooled.scores[place] / int(task.scored.sum())).float(), keeping > 0, record=record)
 
     def _made_with(self, transcoders: Transcoders) -> TranscodersIdentity:
-        return replace(transcoders.identity, leading=self.leading)
+        return replace(transcoders.identity, leading=self.leading, whole=self.budget is None and not self.kept_only)
 
     def _graph(
         self, model: Model, transcoders: Transcoders, local: LocalModel, features: ActiveFeatures, directions: Sequence[Direction]
@@ -214,20 +221,56 @@ def _word(model: Model, token: int) -> str:
     return f"#{token}" if model.tokenizer is None else Encoder.of(model).words([token])[0]
 
 
+def _directions(model: Model, local: LocalModel, wanted: Sequence[Explained]) -> list[Direction]:
+    """What was asked for, as directions.
+
+    Raises:
+        InputError: nothing was, or something that is no token, pair or direction of this model, or twice the same.
+    """
+    if isinstance(wanted, str | int | Direction) or not len(wanted):
+        raise InputError(f"explain={wanted!r}: give a list of tokens, pairs of tokens or Directions, at least one.")
+    found = [_direction(model, local, one) for one in wanted]
+    names = [(one.label if one.token is None else one.token, one.position) for one in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"explain holds {twice[0][0]!r} twice; give each once, and Directions different labels.")
+    return found
+
+
 def _direction(model: Model, local: LocalModel, wanted: Explained) -> Direction:
     if isinstance(wanted, Direction):
-        return wanted
+        return _checked(local, wanted)
     if isinstance(wanted, tuple):
+        if len(wanted) != 2:
+            raise InputError(f"explain holds {wanted!r}; a pair is (token, other token), whose logits' difference is explained.")
         right, wrong = (_token(model, local, one) for one in wanted)
-        return difference_direction(local, [right], [wrong], f"{_word(model, right)} - {_word(model, wrong)}")
+        label = f"{_word(model, right)} - {_word(model, wrong)}"
+        return difference_direction(local, [right], [wrong], label if _names_a_node(label) else f"#{right} - #{wrong}")
     token = _token(model, local, wanted)
-    return token_direction(local, token, _word(model, token), float(local.logits[-1].float().softmax(-1)[token]))
+    return token_direction(local, token, _word(model, token), float(local.logits().softmax(-1)[token]))
+
+
+def _checked(local: LocalModel, wanted: Direction) -> Direction:
+    width, length = local.embedding.shape[1], len(local.tokens)
+    if wanted.vector.shape != (width,) or not torch.isfinite(wanted.vector).all():
+        raise InputError(
+            f"the Direction {wanted.label!r} has a vector of shape {tuple(wanted.vector.shape)}; it must be {width} finite numbers."
+        )
+    if wanted.position is not None and not 0 <= wanted.position < length:
+        raise InputError(f"the Direction {wanted.label!r} is at position {wanted.position} of a prompt of {length} tokens.")
+    if wanted.token is None and not _names_a_node(wanted.label):
+        raise InputError(f"a Direction cannot be called {wanted.label!r}, because nodes are: use a word that is no number, without @.")
+    return wanted
+
+
+def _names_a_node(label: str) -> bool:
+    return bool(label) and "@" not in label and not label.isdecimal()
 
 
 def _token(model: Model, local: LocalModel, wanted: str | int) -> int:
     if isinstance(wanted, str):
         encoder = Encoder.of(model)
         return encoder.answer(str(encoder.tokenizer.decode(local.tokens.tolist(), skip_special_tokens=True)), wanted)
-    if not 0 <= wanted < local.logits.shape[-1]:
-        raise InputError(f"token {wanted} is none of this model's; give one from 0 to {local.logits.shape[-1] - 1}.")
+    vocabulary = local.unembedding.shape[1]
+    if not isinstance(wanted, int) or not 0 <= wanted < vocabulary:
+        raise InputError(f"{wanted!r} is no token of this model's; give its text, or an id from 0 to {vocabulary - 1}.")
     return wanted

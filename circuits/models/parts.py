@@ -29,9 +29,15 @@ class Components:
         """
         if self.model.cfg.normalization_type is None:
             return None
+        return self._divided(residual, self._centres)
+
+    def final_scale(self, residual: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch 1"] | None:
+        """What the last norm divides by, in float32 at least; None without one."""
+        return None if self.model.cfg.normalization_type is None else self._divided(residual, self._final_centres)[1]
+
+    def _divided(self, residual: Float[Tensor, "*batch d_model"], centres: bool) -> tuple[Tensor, Tensor]:
         wide = residual.to(torch.promote_types(residual.dtype, torch.float32))
-        if self._centres:
-            wide = wide - wide.mean(-1, keepdim=True)
+        wide = wide - wide.mean(-1, keepdim=True) if centres else wide
         scale = (wide.square().mean(-1, keepdim=True) + float(self.model.cfg.eps)).sqrt()
         return wide / scale, scale
 
@@ -49,7 +55,7 @@ class Components:
         module = self.model if layer is None else self.model.blocks[layer]
         parts = getattr(module, name, None) if scale is not None else None
         weight, bias = (None if parts is None or not hasattr(parts, kind) else getattr(parts, kind).detach() for kind in ("w", "b"))
-        return LinearNorm(scale, self._centres, weight, bias)
+        return LinearNorm(scale, self._final_centres if layer is None else self._centres, weight, bias)
 
     def value_constant(self, layer: int) -> Float[Tensor, "head d_head"]:
         """What every head's values hold whatever the residual stream is: b_V, and the norm's bias through W_V."""
@@ -60,6 +66,11 @@ class Components:
     def mlp_input(self, layer: int, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream after the norm before the MLP."""
         return _norm(self.model.blocks[layer].ln2)(residual)
+
+    @property
+    def _final_centres(self) -> bool:
+        """The last norm may be of another kind than the others."""
+        return type(getattr(self.model, "ln_final", None)).__name__ in ("LayerNorm", "LayerNormPre")
 
     @property
     def _centres(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.errors import InputError
@@ -67,9 +67,20 @@ class BatchTopK:
     def __post_init__(self) -> None:
         _check_k(self.k)
 
-    def __call__(self, pre: Float[Tensor, "batch pos feature"]) -> Float[Tensor, "batch pos feature"]:
-        """The activations."""
-        return _largest(pre.relu().flatten(1), self.k * pre.shape[1]).view(pre.shape)
+    def __call__(
+        self, pre: Float[Tensor, "batch pos feature"], mask: Bool[Tensor, "batch pos"] | None = None
+    ) -> Float[Tensor, "batch pos feature"]:
+        """The activations.
+
+        Args:
+            mask: real tokens, where prompts are padded.
+        """
+        if mask is None or bool(mask.all()):
+            return _largest(pre.relu().flatten(1), self.k * pre.shape[1]).view(pre.shape)
+        result = torch.zeros_like(pre)
+        for row, real in enumerate(mask):
+            result[row, real] = self(pre[row, real][None])[0]
+        return result
 
 
 Activation = ReLU | JumpReLU | TopK | BatchTopK

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.components import checksum
@@ -29,8 +29,8 @@ Reads = Literal["residual", "normalized", "mlp_input"]
 Writes = Literal["residual", "mlp"]
 """Where they write: into the residual stream, or into what the MLP writes before a norm that follows it (the same where there is none)."""
 
-# Tensors of more bytes than this are fingerprinted by some of their rows, so that a set of 100 GB need not be read.
-READ_WHOLE, SAMPLED_ROWS = 1 << 28, 4096
+# Tensors of more numbers than this are fingerprinted by some of their rows, so that a set of 100 GB need not be read.
+READ_WHOLE, SAMPLED_ROWS = 1 << 26, 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,9 +107,16 @@ class Transcoders:
         encoder = self.encoders[layer]
         return torch.nn.functional.linear(inputs, encoder.weight.to(inputs), encoder.bias.to(inputs))
 
-    def encode(self, layer: int, inputs: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos feature"]:
-        """The activations of a layer's features on what they read."""
-        return self.encoders[layer].activation(self.preactivations(layer, inputs))
+    def encode(
+        self, layer: int, inputs: Float[Tensor, "batch pos d_model"], mask: Bool[Tensor, "batch pos"] | None = None
+    ) -> Float[Tensor, "batch pos feature"]:
+        """The activations of a layer's features on what they read.
+
+        Args:
+            mask: real tokens, where prompts are padded: what fires in a prompt does not depend on its pads.
+        """
+        activation, pre = self.encoders[layer].activation, self.preactivations(layer, inputs)
+        return activation(pre, mask) if isinstance(activation, BatchTopK) else activation(pre)
 
     def encoder_rows(self, layer: int, features: Int[Tensor, "n"], like: Tensor) -> Float[Tensor, "n d_model"]:
         """What some features of a layer read along, on the device and in the precision of `like`."""
@@ -212,7 +219,7 @@ class Transcoders:
 def _fingerprint(tensor: Tensor) -> bytes:
     """Shape and bits in float32 of a tensor, however it is stored; of one too large to be read whole, of rows spread over it."""
     rows = tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]
-    if tensor.numel() * tensor.element_size() > READ_WHOLE:
+    if tensor.numel() > READ_WHOLE:
         rows = rows[torch.linspace(0, len(rows) - 1, SAMPLED_ROWS).long().to(rows.device)]
     return str(tuple(tensor.shape)).encode() + checksum(rows.float())
 
