@@ -18,6 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Int
+from torch import Tensor
+
 from circuits.algorithms.attribution_graph import AttributionGraph, Explained
 from circuits.attribution import Direction
 from circuits.components import identity
@@ -56,7 +59,7 @@ class GraphRun:
 def run_graph(
     method: AttributionGraph,
     model: Model,
-    prompt: str,
+    prompt: str | Sequence[int] | Int[Tensor, "pos"],
     *,
     explain: Sequence[Explained] | None = None,
     out: str | Path = "runs",
@@ -68,18 +71,20 @@ def run_graph(
         InputError: see `AttributionGraph.attribute`; or the folder holds a damaged file or one from a newer version.
     """
     method = replace(method, transcoders=method.loaded)
-    folder = Path(out) / "graphs" / f"{_slug(prompt)}-{_digest(method, model, prompt, explain)}"
+    tokens = prompt_tokens(model, prompt)
+    text = prompt if isinstance(prompt, str) else " ".join(map(str, tokens.tolist()))
+    folder = Path(out) / "graphs" / f"{_slug(text)}-{_digest(method, model, tokens, explain)}"
     with locked(folder):
         if (folder / RECORD).exists():
             record = read_json(folder / RECORD, RECORD_FORMAT, FORMAT_VERSION)
             return GraphRun(folder, FeatureGraph.load(folder), record, reused=True)
         started = time.perf_counter()
-        graph = method.attribute(model, prompt, explain=explain)
+        graph = method.attribute(model, tokens, explain=explain)
         seconds = time.perf_counter() - started
         small = pruned(graph, node_threshold=method.node_threshold, edge_threshold=method.edge_threshold)
-        record = {**_circumstances(method, model, prompt, graph, small), "seconds": seconds, "notes": dict(notes or {})}
+        record = {**_circumstances(method, model, text, graph, small), "seconds": seconds, "notes": dict(notes or {})}
         graph.save(folder)
-        write_bytes(folder / PAGE, graph_page(graph, title=prompt, details=_details(record)).encode())
+        write_bytes(folder / PAGE, graph_page(graph, title=text, details=_details(record)).encode())
         # The record comes last: where it stands, the run is whole.
         write_json(folder / RECORD, record, RECORD_FORMAT, FORMAT_VERSION)
     return GraphRun(folder, graph, record, reused=False)
@@ -102,9 +107,9 @@ def _slug(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:SLUG].strip("-") or "prompt"
 
 
-def _digest(method: AttributionGraph, model: Model, prompt: str, explain: Sequence[Explained] | None) -> str:
+def _digest(method: AttributionGraph, model: Model, tokens: Int[Tensor, "pos"], explain: Sequence[Explained] | None) -> str:
     explained = None if explain is None else [_in_full(one) for one in explain]
-    parts = [version("circuits"), method.identity(), identity(model).weights, prompt_tokens(model, prompt).tolist(), explained]
+    parts = [version("circuits"), method.identity(), identity(model).weights, tokens.tolist(), explained]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=4).hexdigest()
 
 
