@@ -99,7 +99,7 @@ def build_graph(
     """
     if not len(features):
         raise InputError(
-            f"no feature of {transcoders.name!r} is active on the prompt {''.join(words)!r}: there is no graph; give a longer prompt or "
+            f"no feature of {transcoders.name!r} is active on the prompt {' '.join(words)!r}: there is no graph; give a longer prompt or "
             "transcoders that were trained on this model."
         )
     sources = gather_sources(model, transcoders, features, leading=leading)

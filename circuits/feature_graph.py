@@ -27,6 +27,8 @@ from circuits.nodes import Error, Feature, Logits, Node, TokenEmbed, parse_node
 FILE = "graph.safetensors"
 FORMAT, FORMAT_VERSION = "circuits.feature_graph", 1
 
+MOST_LAYERS = 10_000
+
 FEATURE, ERROR, EMBEDDING, TARGET = range(4)
 """Kinds of nodes, in the order in which they stand."""
 
@@ -253,7 +255,7 @@ class FeatureGraph:
         try:
             graph = _from_file(tensors, json.loads(metadata["description"]))
             _check(graph)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
             raise InputError(f"{path} is damaged ({error}); make the graph again or restore the file.") from error
         return graph
 
@@ -281,16 +283,56 @@ def _from_file(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) ->
 
 
 def _check(graph: FeatureGraph) -> None:
-    """Refuse columns that do not fit together: a file that was changed or put together by hand."""
-    n, edges = len(graph.nodes), len(graph)
-    columns: Sequence[Tensor] = list(vars(graph.nodes).values())
+    """Refuse what does not fit together: a file that was changed or put together by hand."""
+    nodes, n, edges = graph.nodes, len(graph.nodes), len(graph)
+    columns: Sequence[Tensor] = list(vars(nodes).values())
     if any(column.shape != (n,) for column in columns) or any(
         column.shape != (edges,) for column in (graph.target, graph.weight, graph.direct)
     ):
         raise ValueError("its columns differ in length")
-    if edges and not (0 <= int(torch.min(graph.source)) and max(int(graph.source.max()), int(graph.target.max())) < n):
-        raise ValueError("an edge leads to a node that is not there")
-    if len(graph.words) != len(graph.tokens) or len(graph.constants) != n:
-        raise ValueError("its words or constants are incomplete")
-    if any(not 0 <= number < len(graph.targets) for number in graph.nodes.index[graph.nodes.kind == TARGET].tolist()):
+    texts = (*graph.words, *(target.label for target in graph.targets), *graph.constant_names)
+    if not all(isinstance(text, str) for text in texts) or len(graph.words) != len(graph.tokens):
+        raise ValueError("its words are incomplete")
+    if graph.constants.shape != (n, len(graph.constant_names)):
+        raise ValueError("its constants are incomplete")
+    if type(graph.n_layers) is not int or not 0 < graph.n_layers <= MOST_LAYERS:
+        raise ValueError(f"it is of {graph.n_layers} layers")
+    _check_nodes(graph)
+    _check_edges(graph)
+
+
+def _check_nodes(graph: FeatureGraph) -> None:
+    nodes = graph.nodes
+    for name, column, low, high in (
+        ("kind", nodes.kind, FEATURE, TARGET),
+        ("layer", nodes.layer, -1, graph.n_layers),
+        ("position", nodes.position, 0, len(graph.tokens) - 1),
+    ):
+        if len(column) and not low <= int(column.min()) <= int(column.max()) <= high:
+            raise ValueError(f"a node's {name} is outside {low} to {high}")
+    if any(not 0 <= number < len(graph.targets) for number in nodes.index[nodes.kind == TARGET].tolist()):
         raise ValueError("a target has no name")
+    inner = (nodes.kind == FEATURE) | (nodes.kind == ERROR)
+    if not bool((nodes.layer[inner] >= 0).all() and (nodes.layer[inner] < graph.n_layers).all()):
+        raise ValueError("a feature or error is in no layer")
+    if not bool(torch.isfinite(nodes.probability).all() and (nodes.probability >= 0).all()):
+        raise ValueError("a target's probability is no number from 0 up")
+    if len(graph._numbers) != len(nodes):
+        raise ValueError("a node is there twice")
+
+
+def _check_edges(graph: FeatureGraph) -> None:
+    if not len(graph):
+        return
+    source, target = graph.source, graph.target
+    if int(torch.min(source.min(), target.min())) < 0 or int(torch.max(source.max(), target.max())) >= len(graph.nodes):
+        raise ValueError("an edge leads to a node that is not there")
+    if not torch.isfinite(graph.weight).all():
+        raise ValueError("a weight is no number")
+    order = target * len(graph.nodes) + source
+    if not bool((order.diff() > 0).all()):
+        raise ValueError("its edges are not in order")
+    rank = torch.where(graph.nodes.kind == TARGET, graph.n_layers, torch.where(graph.nodes.kind == FEATURE, graph.nodes.layer, -1))
+    ends = graph.nodes.kind[target]
+    if bool(((ends == ERROR) | (ends == EMBEDDING) | (rank[source] >= rank[target])).any()):
+        raise ValueError("an edge leads downwards")

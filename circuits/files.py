@@ -54,7 +54,7 @@ def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
         raise InputError(f"there is no file {path}; check the path.")
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is truncated or not JSON ({error}); restore it or make it again.") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no {kind}: expected a JSON object, found {type(content).__name__}.")

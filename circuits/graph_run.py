@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -76,8 +77,10 @@ def run_graph(
     folder = Path(out) / "graphs" / f"{_slug(text)}-{_digest(method, model, tokens, explain)}"
     with locked(folder):
         if (folder / RECORD).exists():
-            record = read_json(folder / RECORD, RECORD_FORMAT, FORMAT_VERSION)
-            return GraphRun(folder, FeatureGraph.load(folder), record, reused=True)
+            found = load_graph_run(folder)
+            if not (folder / PAGE).exists():
+                write_bytes(folder / PAGE, graph_page(found.graph, title=text, details=_details(found.record)).encode())
+            return found
         started = time.perf_counter()
         graph = method.attribute(model, tokens, explain=explain)
         seconds = time.perf_counter() - started
@@ -136,13 +139,23 @@ def _circumstances(method: AttributionGraph, model: Model, prompt: str, graph: F
         "edges": len(graph),
         "kept_features": int(small.is_kind(FEATURE).sum()),
         "kept_edges": len(small),
-        "replacement_score": replacement_score(graph),
-        "completeness_score": completeness_score(graph),
-        "kept_replacement_score": replacement_score(small),
-        "kept_completeness_score": completeness_score(small),
+        "replacement_score": _number(replacement_score(graph)),
+        "completeness_score": _number(completeness_score(graph)),
+        "kept_replacement_score": _number(replacement_score(small)),
+        "kept_completeness_score": _number(completeness_score(small)),
         "versions": {name: version(name) for name in PACKAGES},
         "device": str(model.cfg.device),
     }
+
+
+def _number(score: float) -> float | None:
+    """JSON has no NaN; a score that is not defined is null."""
+    return None if math.isnan(score) else score
+
+
+def score_text(score: float | None) -> str:
+    """A score as people read it."""
+    return "undefined" if score is None else f"{score:.2f}"
 
 
 def _details(record: Mapping[str, Any]) -> dict[str, str]:
@@ -152,6 +165,6 @@ def _details(record: Mapping[str, Any]) -> dict[str, str]:
         "explains": ", ".join(record["explained"]),
         "features": f"{record['features']:,}, {record['kept_features']:,} after pruning",
         "edges": f"{record['edges']:,}, {record['kept_edges']:,} after pruning",
-        "replacement score": f"{record['replacement_score']:.2f}",
-        "completeness score": f"{record['completeness_score']:.2f}",
+        "replacement score": score_text(record["replacement_score"]),
+        "completeness score": score_text(record["completeness_score"]),
     }

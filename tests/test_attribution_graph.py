@@ -1,5 +1,6 @@
 """Attribution graphs: circuit-tracer's numbers, and what holds of any graph because the local model is linear."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from architectures import random_model, random_task
 from attribution_case import RUNS, Run, case_model, case_tokens, case_transcoders
 from random_transcoders import KINDS, WITH_MLPS, model_of, random_transcoders
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import circuits
 from circuits.active_features import active_features, gather_sources
@@ -275,6 +278,44 @@ def test_a_graph_survives_saving(tmp_path):
     path.write_bytes(content.replace(b'"format_version":"1"', b'"format_version":"9"'))
     with pytest.raises(circuits.InputError, match="format version 9"):
         FeatureGraph.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"source": lambda t: t + 10_000}, "a node that is not there"),
+        ({"source": lambda t: t.flip(0)}, "not in order"),
+        ({"weight": lambda t: t * float("nan")}, "a weight is no number"),
+        ({"weight": lambda t: t[1:]}, "differ in length"),
+        ({"nodes.kind": lambda t: t + 4}, "kind is outside 0 to 3"),
+        ({"nodes.position": lambda t: t + 100}, "position is outside 0 to 7"),
+        ({"nodes.probability": lambda t: t - 1}, "probability is no number from 0 up"),
+        ({"nodes.index": lambda t: t * 0}, "a node is there twice"),
+        ({"constants": lambda t: t[:, 1:]}, "constants are incomplete"),
+        ({"n_layers": 10**9}, "it is of 1000000000 layers"),
+        ({"words": [1] * 8}, "words are incomplete"),
+        ({"settings": "[" * 100_000}, "is damaged"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+@torch.no_grad()
+def test_a_graph_whose_contents_do_not_fit_together_is_refused_in_one_line(tmp_path, unchecked_types, damage, message):
+    model = model_of("gpt2")
+    path = circuits.AttributionGraph(random_transcoders(model)).attribute(model, PROMPT).save(tmp_path)
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    description = json.loads(metadata["description"])
+    for name, change in damage.items():
+        if name in tensors:
+            tensors[name] = change(tensors[name]).contiguous()
+        else:
+            description[name] = change
+    text = metadata["description"] if isinstance(damage.get("settings"), str) else json.dumps(description)
+    metadata["description"] = damage["settings"] if isinstance(damage.get("settings"), str) else text
+    save_file(tensors, path, metadata)
+    with pytest.raises(circuits.InputError, match=message) as refused:
+        FeatureGraph.load(tmp_path)
+    assert "\n" not in str(refused.value)
 
 
 def test_what_cannot_be_explained_is_said_in_one_line(unchecked_types):

@@ -54,7 +54,7 @@ def test_other_settings_make_another_folder(capsys, tmp_path):
         (("The xylophone is",), "does not know 'xylophone'"),
         ((PROMPT, "--explain", " New York"), "answers must be one token"),
         ((PROMPT, "--model", "gpt2"), "which transcoders of gpt2?"),
-        ((PROMPT, "--task", "ioi"), "takes one prompt and no --task"),
+        ((PROMPT, "--explain", "Austin/Austin"), "a token against itself"),
         ((PROMPT, "--node-threshold", "2"), "node_threshold=2.0"),
         ((PROMPT, "--leading", "20"), "no feature of 'toy-world-clt' is active"),
     ],
@@ -63,6 +63,18 @@ def test_mistakes_are_told_in_one_line(capsys, tmp_path, words, message):
     status, output, errors = run_here(capsys, "graph", *words, "--out", str(tmp_path), "--device", "cpu")
     assert (status, output) == (2, "")
     assert message in errors and errors.count("\n") == 1, errors
+
+
+def test_the_page_starts_at_the_thresholds_that_were_asked_for_and_is_made_again_where_it_is_missing(capsys, tmp_path):
+    words = ("graph", PROMPT, "--explain", "Austin", "--node-threshold", "0.3", "--out", str(tmp_path), "--device", "cpu", "--json")
+    assert main(words) == 0
+    (folder,) = (tmp_path / "graphs").iterdir()
+    page = (folder / "graph.html").read_text()
+    assert 'id="node-threshold" min="0" max="1" step="0.01" value="0.3"' in page
+    (folder / "graph.html").unlink()
+    assert main(words) == 0
+    assert (folder / "graph.html").read_text() == page
+    capsys.readouterr()
 
 
 def test_a_damaged_folder_is_refused_and_left_alone(capsys, tmp_path):

@@ -33,7 +33,7 @@ from circuits.influence import prune
 from circuits.models import Model
 from circuits.replacement import LocalModel, freeze
 from circuits.tasks.base import Task
-from circuits.tasks.encoding import Encoder, prompt_tokens
+from circuits.tasks.encoding import DoesNotFit, Encoder, prompt_tokens
 from circuits.transcoders.base import Transcoders
 from circuits.transcoders.loading import load_transcoders
 
@@ -243,6 +243,8 @@ def _direction(model: Model, local: LocalModel, wanted: Explained) -> Direction:
         if len(wanted) != 2:
             raise InputError(f"explain holds {wanted!r}; a pair is (token, other token), whose logits' difference is explained.")
         right, wrong = (_token(model, local, one) for one in wanted)
+        if right == wrong:
+            raise InputError(f"explain holds {wanted!r}: a token against itself; give two different ones.")
         label = f"{_word(model, right)} - {_word(model, wrong)}"
         return difference_direction(local, [right], [wrong], label if _names_a_node(label) else f"#{right} - #{wrong}")
     token = _token(model, local, wanted)
@@ -269,7 +271,14 @@ def _names_a_node(label: str) -> bool:
 def _token(model: Model, local: LocalModel, wanted: str | int) -> int:
     if isinstance(wanted, str):
         encoder = Encoder.of(model)
-        return encoder.answer(str(encoder.tokenizer.decode(local.tokens.tolist(), skip_special_tokens=True)), wanted)
+        prompt = str(encoder.tokenizer.decode(local.tokens.tolist(), skip_special_tokens=True))
+        try:
+            return encoder.answer(prompt, wanted)
+        except DoesNotFit:
+            if wanted.startswith(" "):
+                raise
+            # Words are shown without the space before them.
+            return encoder.answer(prompt, f" {wanted}")
     vocabulary = local.unembedding.shape[1]
     if not isinstance(wanted, int) or not 0 <= wanted < vocabulary:
         raise InputError(f"{wanted!r} is no token of this model's; give its text, or an id from 0 to {vocabulary - 1}.")

@@ -13,10 +13,10 @@ from rich.console import Console
 
 from circuits.algorithms.attribution_graph import AttributionGraph, Explained
 from circuits.commands.console import frame_table, print_json
-from circuits.commands.options import Common, chosen_model, parse
+from circuits.commands.options import ModelOptions, chosen_model, parse
 from circuits.errors import InputError
 from circuits.feature_graph import FEATURE, FeatureGraph
-from circuits.graph_run import PAGE, GraphRun, run_graph
+from circuits.graph_run import PAGE, GraphRun, run_graph, score_text
 from circuits.influence import node_influence
 from circuits.models import EMBEDDED
 from circuits.neuronpedia import save_neuronpedia
@@ -26,7 +26,7 @@ SHOWN = 12
 
 
 @dataclass(frozen=True)
-class GraphOptions(Common):
+class GraphOptions(ModelOptions):
     """Which features, at which positions, made the model say this: an attribution graph, into a folder with a page to explore it.
 
     circuits graph "The capital of the state containing Dallas is"
@@ -62,10 +62,6 @@ def graph(words: Sequence[str]) -> None:
         InputError: something given cannot be used.
     """
     options: GraphOptions = parse(GraphOptions, "graph", words)
-    if options.task or options.data:
-        raise InputError(
-            "circuits graph takes one prompt and no --task or --data; circuits discover --method attribution-graph takes those."
-        )
     method = AttributionGraph(
         _transcoders(options),
         budget=options.budget,
@@ -114,8 +110,8 @@ def _show(found: GraphRun) -> None:
     console.print(frame_table(_features(found.graph), title))
     console.print(
         f"After pruning {record['kept_features']:,} features and {record['kept_edges']:,} of {record['edges']:,} edges are left. "
-        f"Replacement score {record['replacement_score']:.2f} (share of influence from tokens, not errors), "
-        f"completeness score {record['completeness_score']:.2f}."
+        f"Replacement score {score_text(record['replacement_score'])} (share of influence from tokens, not errors), "
+        f"completeness score {score_text(record['completeness_score'])}."
     )
     console.print(f"{'Found again' if found.reused else 'Saved'}: {found.folder / PAGE}", soft_wrap=True)
 

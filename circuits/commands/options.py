@@ -22,18 +22,11 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 
 
 @dataclass(frozen=True)
-class Common:
-    """What every command takes."""
+class ModelOptions:
+    """Which model, and how."""
 
     model: str | None = None
     """toy-world (the default), a name TransformerLens knows (gpt2, pythia-160m), or a folder."""
-    task: str | None = None
-    """A task's name; `circuits list` shows them. By default ioi."""
-    data: Path | None = None
-    """Your own prompts instead of a task: a JSONL file, one object with clean, corrupted, answer, wrong_answer a line.
-    All of its prompts are discovered and judged on."""
-    seed: int | None = None
-    """Of the prompts drawn; by default 0."""
     device: str | None = None
     """cpu, cuda, cuda:1, ...; by default CUDA where there is one."""
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
@@ -42,13 +35,26 @@ class Common:
     """Print JSON for programs instead of tables."""
 
 
+@dataclass(frozen=True)
+class Common(ModelOptions):
+    """What every command on a task takes."""
+
+    task: str | None = None
+    """A task's name; `circuits list` shows them. By default ioi."""
+    data: Path | None = None
+    """Your own prompts instead of a task: a JSONL file, one object with clean, corrupted, answer, wrong_answer a line.
+    All of its prompts are discovered and judged on."""
+    seed: int | None = None
+    """Of the prompts drawn; by default 0."""
+
+
 def parse(kind: Any, name: str, words: Sequence[str]) -> Any:
     """A command's options from its words; help and mistakes in form end the program."""
     description = inspect.cleandoc(kind.__doc__ or "")
     return tyro.cli(kind, prog=f"circuits {name}", description=description, args=list(words))
 
 
-def chosen_model(options: Common) -> Model:
+def chosen_model(options: ModelOptions) -> Model:
     """The model that was asked for."""
     return load_model(options.model or EMBEDDED, device=options.device, dtype=DTYPES[options.dtype])
 

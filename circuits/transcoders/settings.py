@@ -58,7 +58,7 @@ def read_settings(file: Path, source: str) -> Settings:
     """
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
         raise InputError(f"{source} cannot be read as YAML ({' '.join(str(error).split())}); correct or restore it.") from error
     if not isinstance(content, dict):
         raise InputError(f"{source} holds {type(content).__name__} and no settings; expected lines like model_kind: transcoder_set.")

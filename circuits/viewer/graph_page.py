@@ -33,6 +33,8 @@ SCRIPTS = (
     "graph_input.js",
     "graph.js",
 )
+THRESHOLDS = {"node_threshold": 0.8, "edge_threshold": 0.98}
+"""Where the sliders stand at first, unless the graph's settings say otherwise."""
 SERVED_SCRIPT = "graph_served.js"
 """What asks the server. A page that is opened from a file does not have it."""
 
@@ -81,6 +83,7 @@ def _page(
         policy=policy,
         details="".join(f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in details.items()),
         note=escape(note),
+        **{name: str(float(data.graph.settings.get(name, default))) for name, default in THRESHOLDS.items()},
         about=_json({**data.about(), "title": title}),
         held=_json(held),
         style=style,
@@ -94,7 +97,7 @@ def _what_is_left_out(data: GraphData, held: Mapping[str, Any]) -> str:
     if here == there:
         return ""
     nodes = f"the {here[0]:,} most influential of {there[0]:,} nodes" if here[0] < there[0] else f"all {there[0]:,} nodes"
-    return f"This page holds {nodes} and, between them, the {here[1]:,} most influential of {there[1]:,} edges; circuits view shows all."
+    return f"This page holds {nodes} and, between them, the {here[1]:,} most influential of {there[1]:,} edges; circuits view has all."
 
 
 def _policy(style: str, script: str, *, served: bool) -> str:
