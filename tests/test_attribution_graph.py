@@ -346,6 +346,7 @@ def test_what_cannot_be_explained_is_said_in_one_line(unchecked_types):
         ([7, 7], "explain holds 7 twice"),
         ([circuits.Direction("mine", vector[:5])], r"a vector of shape \(5,\); it must be 24 finite numbers"),
         ([circuits.Direction("mine", vector * float("nan"))], "24 finite numbers"),
+        ([circuits.Direction("mine", vector * 0)], "not all zero"),
         ([circuits.Direction("mine", vector, position=8)], "at position 8 of a prompt of 8 tokens"),
         ([circuits.Direction("7", vector)], "cannot be called '7'"),
         ([circuits.Direction("a@b", vector)], "cannot be called 'a@b'"),

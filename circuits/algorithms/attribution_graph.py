@@ -253,10 +253,9 @@ def _direction(model: Model, local: LocalModel, wanted: Explained) -> Direction:
 
 def _checked(local: LocalModel, wanted: Direction) -> Direction:
     width, length = local.embedding.shape[1], len(local.tokens)
-    if wanted.vector.shape != (width,) or not torch.isfinite(wanted.vector).all():
-        raise InputError(
-            f"the Direction {wanted.label!r} has a vector of shape {tuple(wanted.vector.shape)}; it must be {width} finite numbers."
-        )
+    if wanted.vector.shape != (width,) or not torch.isfinite(wanted.vector).all() or not wanted.vector.any():
+        shape = tuple(wanted.vector.shape)
+        raise InputError(f"the Direction {wanted.label!r} has a vector of shape {shape}; it must be {width} finite numbers, not all zero.")
     if wanted.position is not None and not 0 <= wanted.position < length:
         raise InputError(f"the Direction {wanted.label!r} is at position {wanted.position} of a prompt of {length} tokens.")
     if wanted.token is None and not _names_a_node(wanted.label):
