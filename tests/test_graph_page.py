@@ -66,9 +66,7 @@ def test_the_page_holds_every_node_and_edge_of_a_small_graph(graph: FeatureGraph
 
 def test_of_a_large_graph_the_page_holds_the_most_influential_and_says_so(graph: FeatureGraph) -> None:
     page = graph_page(graph, title="cut", max_nodes=50, max_edges=100)
-    assert (
-        "the 50 most influential of 168 nodes and, between them, the 100 most influential of 2,000 edges; circuits view has all" in page
-    )
+    assert "the 50 most influential of 168 nodes and, between them, the 100 most influential of 2,000 edges; circuits view has all" in page
     kept = torch.tensor(held(page, "held")["nodes"]["id"])
     always = graph.is_kind(EMBEDDING, TARGET)
     assert always[kept].sum() == always.sum()
