@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -70,16 +71,35 @@ class Written:
         rows: activation times decoder, by position, then as `Sources.order` has them.
         bounds: `rows[bounds[p] : bounds[p + 1]]` are those at position p.
         columns: where the first of them stands in `Sources.order`; the others follow it.
+        places: where each row stands in `Sources.order`.
     """
 
     rows: Float[Tensor, "row d_model"]
     bounds: Sequence[int]
     columns: Sequence[int]
+    places: Int[Tensor, "row"]
 
     def at(self, position: int) -> tuple[Float[Tensor, "row d_model"], slice]:
         """What is written at a position, and where those that write it stand in `Sources.order`."""
         start, stop, column = self.bounds[position], self.bounds[position + 1], self.columns[position]
         return self.rows[start:stop], slice(column, column + stop - start)
+
+    @cached_property
+    def slots(self) -> Int[Tensor, "pos slot"]:
+        """The rows at each position, with as many slots for all as the fullest needs; what is in a slot too many is no row of that position."""
+        bounds = torch.tensor(self.bounds, device=self.rows.device)
+        return bounds[:-1, None] + torch.arange(int(bounds.diff().max()), device=bounds.device)
+
+    @cached_property
+    def filled(self) -> Int[Tensor, "row"]:
+        """The slot of each row, all positions' slots in one line."""
+        bounds = torch.tensor(self.bounds, device=self.rows.device)
+        return (self.slots < bounds[1:, None]).flatten().nonzero().flatten()
+
+    def together(self, positions: slice) -> Float[Tensor, "pos slot d_model"]:
+        """The rows at some positions, in their slots; anything in slots too many."""
+        slots = self.slots[positions]
+        return self.rows.index_select(0, slots.clamp(max=len(self.rows) - 1).flatten()).unflatten(0, slots.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +151,7 @@ def _written(model: LocalModel, transcoders: Transcoders, features: ActiveFeatur
     before = torch.bincount(positions[layers < writing[0]], minlength=length)
     starts = torch.bincount(positions, minlength=length).cumsum(0).roll(1)
     starts[0] = 0
-    return Written(rows, [0, *ends.tolist()], (starts + before).tolist())
+    return Written(rows, [0, *ends.tolist()], (starts + before).tolist(), chosen)
 
 
 def _rest(

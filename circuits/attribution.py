@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.active_features import ActiveFeatures, gather_sources
+from circuits.active_features import ActiveFeatures, Sources, gather_sources
 from circuits.errors import InputError
 from circuits.feature_graph import EMBEDDING, ERROR, FEATURE, TARGET, FeatureGraph, Nodes, Target
 from circuits.influence import SMALLEST_SUM
@@ -159,7 +159,7 @@ class _Edges:
 
 def _edges(sweep: LinearSweep, targets: Targets, numbers: Int[Tensor, "block"], rows: Rows, selected: Int[Tensor, "selected"]) -> _Edges:
     """The edges in some rows; those from features that were not selected are a constant."""
-    direct, unselected = sweep.direct(targets), rows.constants.new_zeros(len(numbers), 1)
+    (direct, row_of), unselected = sweep.direct(targets), rows.constants.new_zeros(len(numbers), 1)
     if len(selected) < rows.features.shape[1]:
         # Summed apart: a difference of two sums would lose digits.
         others = torch.ones(rows.features.shape[1], dtype=torch.bool, device=selected.device).index_fill_(0, selected, False)
@@ -169,12 +169,14 @@ def _edges(sweep: LinearSweep, targets: Targets, numbers: Int[Tensor, "block"], 
     places = weights.flatten().nonzero().flatten()
     counts = (weights != 0).sum(1)
     row = torch.arange(len(numbers), device=numbers.device).repeat_interleave(counts, output_size=len(places))
+    source = places - row * weights.shape[1]
+    here = _standing(sweep.sources, selected)[source] == targets.position[row]
     return _Edges(
         numbers=numbers,
         target=numbers[row],
-        source=places - row * weights.shape[1],
+        source=source,
         weight=weights.flatten()[places],
-        direct=stays.flatten()[places],
+        direct=torch.where(here, stays[row_of[row], source], 0.0),
         constants=torch.cat([rows.constants, unselected], 1),
     )
 
@@ -182,6 +184,12 @@ def _edges(sweep: LinearSweep, targets: Targets, numbers: Int[Tensor, "block"], 
 def _columns(rows: Rows) -> Float[Tensor, "target source"]:
     """A column per node that writes, in the order of nodes."""
     return torch.cat([rows.features, rows.errors.flatten(1), rows.embeddings], 1)
+
+
+def _standing(sources: Sources, selected: Int[Tensor, "selected"]) -> Int[Tensor, "source"]:
+    """The position of each column's node."""
+    layers, length, _ = sources.errors.shape
+    return torch.cat([sources.features.position[selected], torch.arange(length, device=selected.device).repeat(layers + 1)])
 
 
 def _direction_targets(model: LocalModel, directions: Sequence[Direction]) -> Targets:

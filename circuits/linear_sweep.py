@@ -28,6 +28,9 @@ the whole output); the learned position embedding; and the target's own (b_enc, 
 # A block has at least so many targets where there are so many, and on a CPU at most so many rows (targets times positions).
 TARGETS_PER_BLOCK = 48
 CPU_ROWS = 1 << 13
+# On these devices one call for all positions is faster than one for each, though it goes over padding: at most so many times the work.
+PADDED_ON = {"cuda"}
+MOST_PADDED = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,32 +124,33 @@ class LinearSweep:
     def by_block(self, targets: Targets) -> Iterator[tuple[Int[Tensor, "block"], Rows]]:
         """The same, some targets at a time, by layer and position: their numbers and rows."""
         for block in self.split(targets):
-            part = _Block(self, targets[block])
-            part.run()
-            yield block, Rows(part.features.index_select(1, self._places), part.errors, part.embeddings, part.constants)
+            some = targets[block]
+            length = int(some.position.max()) + 1 if self.model.causal else len(self.model.tokens)
+            gradient = some.vector.new_zeros(length, len(some), some.vector.shape[1])
+            gradient[some.position, torch.arange(len(some), device=gradient.device)] = some.vector
+            rows = _Descent(self, int(some.layer[0]), gradient, starts=some.position).to_embeddings()
+            rows.constants[:, OWN_BIAS] = some.bias
+            yield block, rows
 
     @torch.no_grad()
-    def direct(self, block: Targets) -> Rows:
-        """Of the edges into one block of `split`, the part that stays at its position: through residual stream and skips, not attention."""
-        n, like = len(block), block.vector
-        features = like.new_zeros(n, len(self.sources.order))
-        errors, embeddings = like.new_zeros(n, *self.sources.errors.shape[:2]), like.new_zeros(n, len(self.model.tokens))
-        places, counts = block.position.unique_consecutive(return_counts=True)
-        start = 0
-        for position, count in zip(places.tolist(), counts.tolist(), strict=True):
-            here, start = slice(start, start + count), start + count
-            gradient = block.vector[here].clone()
-            for layer in reversed(range(int(block.layer[0]))):
-                rows, columns = self.sources.written[layer].at(position)
-                features[here, columns].addmm_(gradient, rows.T)
-                errors[here, layer, position] = gradient @ self.sources.errors[layer, position]
-                if self.model.layers[layer].skip is not None:
-                    gradient += self.model.layers[layer].skip_transposed_at(position, gradient)
-            embeddings[here, position] = gradient @ self.model.embedding[position]
-        return Rows(features.index_select(1, self._places), errors, embeddings, features.new_zeros(n, 0))
+    def direct(self, block: Targets) -> tuple[Rows, Int[Tensor, "target"]]:
+        """Of the edges into one block of `split`, the part that stays at its position: through residual stream and skips, not attention.
+
+        Every source stands at one position, so that one row serves a target of each position.
+
+        Returns:
+            Rows, and the number of each target's row: it holds its edges from sources at its own position, and edges of other targets.
+        """
+        first = int(block.position[0])
+        place = block.position - first
+        counts = torch.bincount(place)
+        slot = torch.arange(len(block), device=place.device) - (counts.cumsum(0) - counts)[place]
+        gradient = block.vector.new_zeros(len(counts), int(counts.max()), block.vector.shape[1])
+        gradient[place, slot] = block.vector
+        return _Descent(self, int(block.layer[0]), gradient, first).to_embeddings(), slot
 
     @cached_property
-    def _places(self) -> Int[Tensor, "feature"]:
+    def places(self) -> Int[Tensor, "feature"]:
         """Where each feature stands in `Sources.order`."""
         return torch.argsort(self.sources.order)
 
@@ -170,32 +174,39 @@ class LinearSweep:
             start = stop
 
 
-class _Block:
-    """Some targets of one layer on their way down."""
+class _Descent:
+    """Some directions of one layer on their way down, at neighbouring positions."""
 
-    def __init__(self, sweep: LinearSweep, targets: Targets) -> None:
-        self.model, self.sources, self.targets = sweep.model, sweep.sources, targets
-        self.layer, whole = int(targets.layer[0]), len(sweep.model.tokens)
-        self.length = int(targets.position.max()) + 1 if sweep.model.causal else whole
-        n, vectors = len(targets), targets.vector
-        dtype = torch.promote_types(vectors.dtype, torch.float32)
-        self.gradient = vectors.new_zeros(self.length, n, vectors.shape[1])
-        self.gradient[targets.position, torch.arange(n, device=vectors.device)] = vectors
-        self.spread = False  # not yet beyond the targets' own positions
-        self.features = vectors.new_zeros(n, len(sweep.sources.order), dtype=dtype)
-        self.errors = vectors.new_zeros(n, len(sweep.model.layers), whole, dtype=dtype)
-        self.embeddings = vectors.new_zeros(n, whole, dtype=dtype)
-        self.constants = vectors.new_zeros(n, len(CONSTANTS), dtype=dtype)
-        self.constants[:, OWN_BIAS] = targets.bias
+    def __init__(
+        self,
+        sweep: LinearSweep,
+        layer: int,
+        gradient: Float[Tensor, "pos target d_model"],
+        first: int = 0,
+        starts: Int[Tensor, "target"] | None = None,
+    ) -> None:
+        """
+        Args:
+            gradient: overwritten.
+            first: its first position.
+            starts: where each direction stands, there alone; None: they do not go through attention.
+        """
+        self.model, self.sources, self.places = sweep.model, sweep.sources, sweep.places
+        self.layer, self.gradient, self.starts = layer, gradient, starts
+        self.spread = False  # not yet beyond their own positions
+        self.positions, whole, n = slice(first, first + len(gradient)), len(sweep.model.tokens), gradient.shape[1]
+        self.features = gradient.new_zeros(n, len(sweep.sources.order))
+        self.errors, self.embeddings = gradient.new_zeros(n, len(sweep.model.layers), whole), gradient.new_zeros(n, whole)
+        self.constants = gradient.new_zeros(n, len(CONSTANTS))
 
-    def run(self) -> None:
-        """From the targets' layer to the embeddings."""
+    def to_embeddings(self) -> Rows:
+        """What is met on the way."""
         if self.layer < len(self.model.layers) and not self.model.parallel:
             self._attention(self.layer)
         for layer in reversed(range(self.layer)):
             self._read_off(layer)
             frozen = self.model.layers[layer]
-            skipped = None if frozen.skip is None else frozen.skip_transposed(self.gradient)
+            skipped = None if frozen.skip is None else frozen.skip_transposed(self.gradient, self.positions)
             # In a parallel block the MLP reads what attention reads; otherwise what it writes too.
             if skipped is not None and not self.model.parallel:
                 self.gradient += skipped
@@ -204,32 +215,38 @@ class _Block:
                 self.gradient += skipped
         vectors = [self.model.embedding, *([] if self.model.position_embedding is None else [self.model.position_embedding])]
         embedding, *position = self._products(vectors)
-        self.embeddings[:, : self.length] = embedding
+        self.embeddings[:, self.positions] = embedding
         self.constants[:, POSITION_EMBEDDING] = position[0].sum(1) if position else 0.0
+        return Rows(self.features.index_select(1, self.places), self.errors, self.embeddings, self.constants)
 
     def _attention(self, layer: int) -> None:
+        if self.starts is None:
+            return
         frozen = self.model.layers[layer]
         self.constants[:, ATTENTION_BIAS] += self._products([frozen.attention_constant])[0].sum(1)
         if self.spread:
             values = frozen.values_transposed(self.gradient)
         else:
-            values = frozen.values_transposed_from(self.gradient, self.targets.position)
+            values = frozen.values_transposed_from(self.gradient, self.starts)
         frozen.add_through_values(values, self.gradient)
         self.spread = True
 
     def _read_off(self, layer: int) -> None:
-        for position in range(self.length):
-            rows, columns = self.sources.written[layer].at(position)
-            into = self.features[:, columns]
-            if into.dtype == rows.dtype:
-                into.addmm_(self.gradient[position], rows.T)
-            else:
-                into += self.gradient[position] @ rows.T
+        written = self.sources.written[layer]
+        if self.gradient.device.type in PADDED_ON and written.slots.numel() <= MOST_PADDED * len(written.rows):
+            products = torch.bmm(self.gradient, written.together(self.positions).transpose(1, 2)).transpose(0, 1).flatten(1)
+            rows = slice(written.bounds[self.positions.start], written.bounds[self.positions.stop])
+            filled = written.filled[rows] - self.positions.start * written.slots.shape[1]
+            self.features.index_add_(1, written.places[rows], products.index_select(1, filled))
+        else:
+            for gradient, position in zip(self.gradient, range(self.positions.start, self.positions.stop), strict=True):
+                numbers, columns = written.at(position)
+                self.features[:, columns].addmm_(gradient, numbers.T)
         error, constant = self._products([self.sources.errors[layer], self.sources.mlp_constants[layer]])
-        self.errors[:, layer, : self.length] = error
+        self.errors[:, layer, self.positions] = error
         self.constants[:, MLP_BIAS] += constant.sum(1)
 
     def _products(self, vectors: Sequence[Float[Tensor, "pos d_model"]]) -> list[Float[Tensor, "target seen"]]:
         """Of every target's direction with some vectors at each position."""
-        together = torch.stack([vector[: self.length] for vector in vectors], dim=-1)
+        together = torch.stack([vector[self.positions] for vector in vectors], dim=-1)
         return list(torch.bmm(self.gradient, together).permute(2, 1, 0))

@@ -101,17 +101,13 @@ class FrozenLayer:
         assert self.skip is not None
         return _by_position(self.writing).linear(_by_position(self.reading).linear(residual) @ self.skip.T)
 
-    def skip_transposed(self, gradient: Float[Tensor, "pos target d_model"]) -> Float[Tensor, "pos target d_model"]:
-        """From directions in the MLP's output to the same ones in the residual stream that the skip reads."""
+    def skip_transposed(
+        self, gradient: Float[Tensor, "some target d_model"], positions: slice = slice(None)
+    ) -> Float[Tensor, "some target d_model"]:
+        """From directions in the MLP's output at some positions to the same ones in the residual stream that the skip reads."""
         assert self.skip is not None
-        reading, writing = (_by_position(norm[: len(gradient)]) for norm in (self.reading, self.writing))
+        reading, writing = (_by_position(norm[positions]) for norm in (self.reading, self.writing))
         return reading.transposed(writing.transposed(gradient) @ self.skip)
-
-    def skip_transposed_at(self, position: int, gradient: Float[Tensor, "target d_model"]) -> Float[Tensor, "target d_model"]:
-        """The same at one position."""
-        assert self.skip is not None
-        here = slice(position, position + 1)
-        return self.reading[here].transposed(self.writing[here].transposed(gradient) @ self.skip)
 
 
 @dataclass(frozen=True, eq=False)

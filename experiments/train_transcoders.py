@@ -36,7 +36,7 @@ from circuits.transcoders.training import Batches, Kind, Training, quality, trai
 
 FAMILIES = (IOI(), GenderedPronoun(), TwoHop(), Docstring(), Induction(), GreaterThan())
 SHIPPED: dict[Kind, tuple[tuple[float, ...], int]] = {
-    "plt": ((11, 11, 12, 7), 3500),
+    "plt": ((11, 11, 12, 5), 3500),
     "skip-plt": ((4, 6, 10, 5), 3500),
     "clt": ((11, 8, 10, 5), 2500),
 }
@@ -71,6 +71,8 @@ class Config:
     """Tokens in a sequence."""
     learning_rate: float = 4e-3
     """At its highest."""
+    dead_after: int = 15_000
+    """A feature that has not fired for so many tokens is dead. More for text in which features may be rarer than in toy-world's."""
     seed: int = 0
     device: str = "cpu"
     threads: int = 1
@@ -83,9 +85,8 @@ def main(config: Config) -> None:
     learn, held_out = toy_world_text(model, config) if config.text is None else text_of_file(model, config)
     for kind in SHIPPED if config.kind == "all" else (config.kind,):
         (k, steps), name = SHIPPED[kind], f"{Path(config.model).name}-{kind}"
-        settings = Training(
-            kind, config.features, k=config.k or k, steps=config.steps or steps, learning_rate=config.learning_rate, seed=config.seed
-        )
+        same = {"learning_rate": config.learning_rate, "dead_after": config.dead_after, "seed": config.seed}
+        settings = Training(kind, config.features, k=config.k or k, steps=config.steps or steps, **same)
         with Progress(
             TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn()
         ) as bars:

@@ -158,6 +158,21 @@ def test_the_direct_part_is_what_is_left_where_attention_writes_nothing(kind):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["skip-plt", "clt"])
+@pytest.mark.parametrize("prompt", [PROMPT, [3, 14]], ids=["prompt", "two tokens"])
+def test_reading_all_positions_in_one_call_as_on_a_gpu_changes_nothing(kind, prompt, monkeypatch):
+    model = model_of("gpt2", n_layers=3)
+    method = circuits.AttributionGraph(random_transcoders(model, kind))
+    expected = method.attribute(model, prompt)
+    monkeypatch.setattr("circuits.linear_sweep.PADDED_ON", {"cpu"})
+    found = method.attribute(model, prompt)
+    assert torch.equal(found.source, expected.source) and torch.equal(found.target, expected.target)
+    torch.testing.assert_close(found.weight, expected.weight, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.direct, expected.direct, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.constants, expected.constants, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
 def test_prompts_of_different_lengths_run_together_give_what_each_gives_alone():
     model = model_of("gpt2")
     method = circuits.AttributionGraph(random_transcoders(model, "clt"))

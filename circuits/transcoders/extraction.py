@@ -24,7 +24,7 @@ from torch import Tensor
 
 from circuits.errors import InputError
 from circuits.memory import memory_budget
-from circuits.transcoders.activations import BatchTopK
+from circuits.transcoders.activations import BatchTopK, ReLU
 from circuits.transcoders.base import Encoder, Transcoders
 
 # The largest of a row are looked for among the blocks of so many neighbours that hold them.
@@ -127,8 +127,10 @@ def largest(values: Float[Tensor, "row n"], k: int) -> tuple[Float[Tensor, "row 
         places = _first_largest(values, k)
         return values.gather(1, places), places
     blocks = values.unflatten(1, (n // block, block))
+    # Reductions of a GPU are slow over so few numbers.
+    maxima = torch.nn.functional.max_pool1d(values[:, None], block)[:, 0] if values.is_cuda else blocks.amax(-1)
     # A block left out has a smaller maximum than each that is taken, or an equal one and stands later: none of its numbers precedes theirs.
-    chosen = _first_largest(blocks.amax(-1), k)
+    chosen = _first_largest(maxima, k)
     candidates = blocks[torch.arange(len(values), device=values.device)[:, None], chosen].flatten(1)
     places = _first_largest(candidates, k)
     return candidates.gather(1, places), chosen.gather(1, places // block) * block + places % block
@@ -146,9 +148,9 @@ def _first_largest(values: Float[Tensor, "row n"], k: int) -> Int[Tensor, "row k
     if size == 2 and n > 1 << 16:
         return _first_largest(values.float(), k)
     narrow, wide = (torch.int16, torch.int32) if size == 2 else (torch.int32, torch.int64)
-    keys = values.view(narrow).to(wide).bitwise_left_shift_(8 * size)
-    keys |= torch.arange(n - 1, -1, -1, dtype=wide, device=values.device)
-    return keys.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
+    places = torch.arange(n - 1, -1, -1, dtype=wide, device=values.device)
+    keys = torch.add(places, values.view(narrow), alpha=1 << 8 * size)
+    return keys.topk(k, dim=1, sorted=False).indices.to(wide).sort(dim=1).values.long()
 
 
 class _Activations:
@@ -183,18 +185,20 @@ class _Activations:
 
     def __call__(self, layers: Sequence[int], tokens: slice) -> Float[Tensor, "row feature"]:
         """A row for each layer and token."""
-        parts = [self._of_layer(layer, self.states[layer][tokens]) for layer in layers]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _of_layer(self, layer: int, read: Float[Tensor, "token d_model"]) -> Float[Tensor, "token feature"]:
-        # A layer in several pieces has its encoder brought once.
-        if self.current[0] != layer:
-            self.current = layer, self._brought(layer)
-        encoder = self.current[1]
-        pre = _product(encoder, read, self.held)
-        self.highest.append((layer, pre.amax()))
-        prompts = pre.unflatten(0, (-1, self.length)) if self._takes_prompts(layer) else pre[None]
-        return encoder.activation(prompts).view(pre.shape)
+        reads = [self.states[layer][tokens] for layer in layers]
+        pre = reads[0].new_empty(len(layers), len(reads[0]), self.transcoders.n_features)
+        for layer, read, into in zip(layers, reads, pre, strict=True):
+            # A layer in several pieces has its encoder brought once.
+            if self.current[0] != layer:
+                self.current = layer, self._brought(layer)
+            _product(self.current[1], read, self.held, into)
+        self.highest += zip(layers, pre.flatten(1).amax(1), strict=True)
+        for layer, into in zip(layers, pre, strict=True):
+            activation = self.transcoders.encoders[layer].activation
+            # What is below zero is not selected anyway.
+            if not isinstance(activation, ReLU):
+                into.copy_(activation(into.unflatten(0, (-1, self.length)) if self._takes_prompts(layer) else into[None]).view(into.shape))
+        return pre.flatten(0, 1)
 
     def check_finite(self) -> None:
         """Refuse what is not finite, waiting for the device once. The largest of some numbers is NaN if one of them is."""
@@ -218,17 +222,16 @@ class _Activations:
         return Encoder(encoder.weight.to(like), encoder.bias.to(like), encoder.activation)
 
 
-def _product(encoder: Encoder, read: Float[Tensor, "token d_model"], held: int) -> Float[Tensor, "token feature"]:
+def _product(encoder: Encoder, read: Float[Tensor, "token d_model"], held: int, into: Float[Tensor, "token feature"]) -> None:
     """weight @ x + bias, bringing only some rows of the weight at a time to the device and precision of `read` where they are elsewhere."""
     weight, bias = encoder.weight, encoder.bias.to(read)
     if (weight.device, weight.dtype) == (read.device, read.dtype):
-        return torch.nn.functional.linear(read, weight, bias)
-    result = read.new_empty(len(read), len(weight))
+        torch.addmm(bias, read, weight.T, out=into)
+        return
     step = max(1, held // (weight.shape[1] * read.element_size()))
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
-        result[:, rows] = torch.nn.functional.linear(read, weight[rows].to(read), bias[rows])
-    return result
+        into[:, rows] = torch.nn.functional.linear(read, weight[rows].to(read), bias[rows])
 
 
 def _compacted(

@@ -40,7 +40,7 @@ Progress = Callable[[int, float], None]
 
 CALIBRATION_BATCHES = 16
 TANH_SCALE = 10
-AUXILIARY_FEATURES, AUXILIARY_WEIGHT = 64, 1 / 32
+AUXILIARY_FEATURES, AUXILIARY_WEIGHT = 64, 0.2
 
 
 @dataclass(frozen=True)

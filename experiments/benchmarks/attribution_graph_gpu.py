@@ -4,11 +4,14 @@
     python experiments/benchmarks/attribution_graph_gpu.py                    # a reduced size, which shows that it runs
 
 Weights of model and per-layer transcoders are random, and thresholds such that the given share of features fires. The features with edges
-into them are chosen by influence, some at a time, and, beside it, all at once.
+into them are chosen by influence, some at a time, and, beside it, all at once; that also in TF32, which is the user's to allow. The floor is
+the time of all products of the run at the speed of a large one.
 """
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from typing import Any
 import torch
 import tyro
 from common import circumstances, clocked, most_allocated, write_results
+from torch.utils.flop_counter import FlopCounterMode
 from transformer_lens import HookedTransformerConfig
 
 import circuits
@@ -84,16 +88,38 @@ def main(config: Config) -> None:
     tokens = torch.randint(model.cfg.d_vocab, (config.tokens,), generator=generator, device=config.device)
     transcoders = random_transcoders(model, tokens, features, config.active, generator)
     results: dict[str, Any] = {**circumstances(config.device), "sizes": sizes, "features": features, "dtype": config.dtype, "runs": []}
-    for at_a_time in (1024, targets):
+    for at_a_time, tf32 in ((1024, False), (targets, False), (targets, True)):
         method = circuits.AttributionGraph(transcoders, budget=targets, at_a_time=at_a_time)
-        took = [clocked(lambda method=method: method.attribute(model, tokens), config.device) for _ in range(config.repeats + 1)][1:]
-        peak = most_allocated(lambda method=method: method.attribute(model, tokens), config.device)
-        graph = took[0][0]
-        seconds = [each for _, each in took]
-        run = {"targets": targets, "at_a_time": at_a_time, "tokens": config.tokens, "nodes": len(graph.nodes), "edges": len(graph)}
-        results["runs"].append({**run, "seconds": seconds, "peak_bytes": peak})
+        before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, tf32
+        found = measured(lambda method=method: method.attribute(model, tokens), config)
+        torch.backends.cuda.matmul.allow_tf32 = before
+        results["runs"].append({"targets": targets, "at_a_time": at_a_time, "tokens": config.tokens, "allow_tf32": tf32, **found})
         print(results["runs"][-1], flush=True)
         write_results(config.out, results)
+
+
+def measured(program: Callable[[], circuits.FeatureGraph], config: Config) -> dict[str, Any]:
+    """Size of the graph, seconds, memory, and the seconds that its products take at the speed of a large product."""
+    took = [clocked(program, config.device) for _ in range(config.repeats + 1)][1:]
+    graph = took[0][0]
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
+        program()
+    left, right = (torch.randn(4096, 4096, device=config.device) for _ in range(2))
+    products = [clocked(lambda: left @ right, config.device)[1]["wall"] for _ in range(config.repeats + 1)][1:]
+    rate = 2 * 4096**3 / statistics.median(products)
+    floor = {"flop": counter.get_total_flops(), "flop_per_second": rate, "seconds": counter.get_total_flops() / rate}
+    return {
+        "nodes": len(graph.nodes),
+        "edges": len(graph),
+        "seconds": [seconds for _, seconds in took],
+        "floor": floor,
+        "peak_bytes": most_allocated(program, config.device),
+    }
+
+
+def in_place(into: torch.Size, left: torch.Size, right: torch.Size, **rest: Any) -> int:
+    """Operations of `addmm_`, which torch's counter does not know."""
+    return 2 * left[0] * left[1] * right[1]
 
 
 def random_model(sizes: dict[str, int], device: str, dtype: torch.dtype, generator: torch.Generator) -> Model:

@@ -1,0 +1,130 @@
+"""What a GPU finds is what the CPU finds. Run where there is one, skipped elsewhere: the only tests that need more than the package."""
+
+import pytest
+import torch
+from random_transcoders import model_of, random_transcoders
+
+import circuits
+from circuits.feature_graph import FEATURE
+from circuits.interventions import Intervention, direct_effects
+from circuits.transcoders.training import Training, train
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+SETS = ("toy-world-plt", "toy-world-skip-plt", "toy-world-clt")
+
+
+@pytest.fixture(autouse=True)
+def float32_is_float32():
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def on_both(make):
+    """What `make` gives for a device and toy-world on it: on the CPU, then on the GPU."""
+    return [make(device, circuits.load_model("toy-world", device=device)) for device in ("cpu", "cuda")]
+
+
+def assert_same_graph(here, there, tolerance=2e-5):
+    for column in ("kind", "layer", "position", "index"):
+        assert torch.equal(getattr(here.nodes, column), getattr(there.nodes, column)), column
+    torch.testing.assert_close(there.adjacency(), here.adjacency(), rtol=0, atol=tolerance)
+    torch.testing.assert_close(there.constants, here.constants, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("budget", [None, 20])
+@pytest.mark.parametrize("name", SETS)
+def test_a_graph_is_the_same(name, budget):
+    def graph(device, model):
+        method = circuits.AttributionGraph(circuits.load_transcoders(name, device=device), budget=budget, at_a_time=8)
+        prompts = circuits.load_task("ioi", model, n=3, split="test")
+        rows = [prompts.clean[row, : int(prompts.lengths[row])] for row in range(3)]
+        return method.attribute_all(model, rows)
+
+    for here, there in zip(*on_both(graph), strict=True):
+        assert int(here.is_kind(FEATURE).sum()) > 15
+        assert_same_graph(here, there)
+        torch.testing.assert_close(circuits.node_influence(there), circuits.node_influence(here), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["plt", "skip-plt", "clt"])
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "pythia"])
+def test_architectures(architecture, kind):
+    graphs = []
+    for device in ("cpu", "cuda"):
+        model = model_of(architecture)
+        transcoders = random_transcoders(model, kind)
+        graphs.append(circuits.AttributionGraph(transcoders.to(device)).attribute(model.to(device), [3, 14, 15, 9, 26, 5]))
+    assert_same_graph(*graphs)
+
+
+def test_a_circuit_of_features_has_the_same_damage():
+    def damage(device, model):
+        method = circuits.AttributionGraph(circuits.load_transcoders("toy-world-clt", device=device))
+        task = circuits.load_task("ioi", model, n=4, split="test")
+        circuit = method.discover(model, task)
+        return circuit, circuits.evaluate(model, circuit, task, transcoders=method.loaded)
+
+    (circuit, here), (other, there) = on_both(damage)
+    assert torch.equal(circuit.kept, other.kept)
+    assert there.kl == pytest.approx(here.kl, abs=1e-4)
+    assert there.logit_difference == pytest.approx(here.logit_difference, abs=1e-3)
+
+
+def test_direct_effects_are_the_same():
+    def effects(device, model):
+        transcoders = circuits.load_transcoders("toy-world-clt", device=device)
+        prompt = circuits.load_task("two_hop", model, n=1, split="test").clean[0]
+        graph = circuits.AttributionGraph(transcoders).attribute(model, prompt)
+        return direct_effects(model, transcoders, prompt, [[], [Intervention.scale(graph.node(0), 2.0)]]).logits.cpu()
+
+    torch.testing.assert_close(*on_both(effects), rtol=0, atol=1e-4)
+
+
+def test_edges_are_carried_by_the_same_heads():
+    def shares(device, model):
+        transcoders = circuits.load_transcoders("toy-world-clt", device=device)
+        prompt = circuits.load_task("ioi", model, n=1, split="test").clean[0]
+        return circuits.head_shares(model, transcoders, circuits.pruned(circuits.AttributionGraph(transcoders).attribute(model, prompt)))
+
+    here, there = on_both(shares)
+    torch.testing.assert_close(there.cpu(), here, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_features_are_found_in_the_same_places(top_k):
+    transcoders = circuits.load_transcoders("toy-world-plt")
+    states = {layer: torch.randn(2, 40, 128, generator=torch.Generator().manual_seed(layer)) for layer in range(4)}
+    found = [
+        circuits.extract_features({layer: each.to(device) for layer, each in states.items()}, transcoders.to(device), top_k=top_k).table()
+        for device in ("cpu", "cuda")
+    ]
+    assert len(found[0]) > 300
+    assert found[0].drop(columns="activation").equals(found[1].drop(columns="activation"))
+    assert abs(found[0].activation - found[1].activation).max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["plt", "skip-plt", "clt"])
+def test_transcoders_are_trained_there(kind):
+    def trained(device, model):
+        def batches(step):
+            generator = torch.Generator().manual_seed(step)
+            tokens = torch.randint(5, 600, (4, 20), generator=generator)
+            return tokens.to(device), torch.ones_like(tokens, dtype=torch.bool).to(device)
+
+        return train(model, batches, Training(kind, 32, k=(4,), steps=5))
+
+    here, there = on_both(trained)
+    for mine, theirs in zip(here.encoders, there.encoders, strict=True):
+        assert theirs.weight.device.type == "cuda"
+        torch.testing.assert_close(theirs.weight.cpu(), mine.weight, rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("method", [circuits.ACDC(0.01), circuits.EAP(), circuits.BatchedACDC(0.01)], ids=lambda method: method.name)
+def test_component_circuits_are_the_same(method):
+    (here, there) = on_both(lambda device, model: method.discover(model, circuits.load_task("ioi", model, n=8, split="train")))
+    if here.kept is not None:
+        assert int((here.kept != there.kept).sum()) <= 2  # an edge within rounding of the threshold may fall on either side
+    same = ~here.scores.isnan() & ~there.scores.isnan()
+    torch.testing.assert_close(there.scores.cpu()[same], here.scores[same], rtol=0, atol=2e-4)
