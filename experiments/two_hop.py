@@ -1,13 +1,15 @@
 """Does the attribution graph of "the capital of the state containing Dallas is" show Texas, and does the answer go by way of it?
 
-    python experiments/two_hop.py                     # 100 held-out prompts: about two minutes on one core
+    python experiments/two_hop.py                     # 100 held-out prompts: about three minutes on one core
     python experiments/two_hop.py --transcoders toy-world-plt --n 20
 
 A state's own features are those that fire on its name, where one-hop prompts name it, and on the names of at most `--others` other states. For each
-two-hop prompt: does the pruned graph that explains the answer hold one, so that it lies on a path to the answer? And by how much does the
-answer's logit (less the mean logit) fall when all of the state's features that are active are ablated, against ablating as many random active
-features of the same layers? Attention is not frozen and all MLPs see the change. The same is done with the facts given in the prompt,
-"Dallas lies in the state of Texas. The capital of the state containing Dallas is", where the state has to pass through its name or not at all.
+prompt: does the pruned graph that explains the answer hold one, so that it lies on a path to the answer? And by how much does the answer's logit
+(less the mean logit) fall when all of the state's features that are active are ablated, against ablating as many other active features of the same
+layers at random? Attention is not frozen and all MLPs see the change.
+
+The same is done with the fact given before the question, and with facts chained so that the state's name is what is asked about. Both are asked
+with a wrong state too: where the answer stays that of the city's own state, the model has memorised the composed fact and does not use the one given.
 """
 
 import json
@@ -24,7 +26,11 @@ import circuits
 from circuits.tasks.two_hop import STATES
 
 ONE_HOP = ("The capital of {state} is", "{state} is governed from")
-GIVEN = "{city} lies in the state of {state} . {prompt}"
+FAMILIES = {
+    "two-hop": "{prompt}",
+    "fact given": "{city} lies in the state of {state} . {prompt}",
+    "facts chained": "{city} lies in the state of {state} . The capital of {state} is",
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Config:
     """Embedded ones, or a folder."""
     n: int = 100
     """Held-out prompts."""
-    others: int = 3
+    others: int = 7
     """A state's own features fire on the names of at most so many other states."""
     draws: int = 5
     """Random sets of features for each prompt."""
@@ -50,22 +56,49 @@ def main(config: Config) -> None:
           f"{sum(map(len, own.values())) / len(own):.1f} on average")  # fmt: skip
     pairs = circuits.load_task("two_hop", model, n=config.n, split="test").prompts or ()
     results = {}
-    for family in ("two-hop", "facts given"):
+    for family in FAMILIES:
         rows = pd.DataFrame([row(model, transcoders, own, pair, family, config) for pair in pairs])
-        results[family] = {
-            "prompts": len(rows),
-            "answered": int(rows["answered"].sum()),
-            "state's features active": int((rows["active"] > 0).sum()),
-            "in the pruned graph": int(rows["in graph"].sum()),
-            **{f"mean {name}": float(rows[name].mean()) for name in ("active", "fall", "random fall")},
-            **{f"mean {name} where active": float(rows.loc[rows["active"] > 0, name].mean()) for name in ("fall", "random fall")},
-            "answer changes": int(rows["changed"].sum()),
-            "answer changes at random": float(rows["random changed"].sum()),
-        }
+        results[family] = summarized(rows) | (wrong_state(model, pairs, family) if family != "two-hop" else {})
         print(family, json.dumps(results[family], indent=1), flush=True)
         config.out.mkdir(parents=True, exist_ok=True)
         rows.to_csv(config.out / f"{family.replace(' ', '-')}.csv", index=False)
     (config.out / "results.json").write_text(json.dumps({"config": {**asdict(config), "out": None}, **results}, indent=1) + "\n")
+
+
+def summarized(rows: pd.DataFrame) -> dict[str, float]:
+    """What a family's prompts come to."""
+    shown = rows[rows["active"] > 0]
+    return {
+        "prompts": len(rows),
+        "answered": int(rows["answered"].sum()),
+        "state's features active": len(shown),
+        "in the pruned graph": int(rows["in graph"].sum()),
+        **{f"mean {name}": float(rows[name].mean()) for name in ("logit", "active", "fall", "random fall")},
+        **{f"mean {name} where active": float(shown[name].mean()) for name in ("fall", "random fall")},
+        "answer changes": int(rows["changed"].sum()),
+        "answer changes at random": float(rows["random changed"].sum()),
+    }
+
+
+def wrong_state(model: object, pairs: Sequence[circuits.PromptPair], family: str) -> dict[str, int]:
+    """How often the answer is the capital of the city's state, and how often that of another state which is named instead."""
+    random, follows = Random(f"two-hop {family}"), {"the city": 0, "the state named": 0}
+    for pair in pairs:
+        state, city = whereabouts(pair)
+        other = random.choice([name for name in STATES if name != state])
+        prompt = FAMILIES[family].format(city=city, state=other, prompt=pair.clean)
+        with torch.no_grad():
+            said = model.to_string(model(model.to_tokens(prompt))[0, -1].argmax()).strip()
+        follows["the city"] += said == STATES[state][0]
+        follows["the state named"] += said == STATES[other][0]
+    return {f"with a wrong state, the answer follows {what}": count for what, count in follows.items()}
+
+
+def whereabouts(pair: circuits.PromptPair) -> tuple[str, str]:
+    """The state and the city."""
+    (answer,) = pair.answers
+    state = next(state for state, (capital, _) in STATES.items() if capital == answer.strip())
+    return state, next(city for city in STATES[state][1] if city in pair.clean)
 
 
 def own_features(model: object, transcoders: circuits.Transcoders, others: int) -> dict[str, set[tuple[int, int]]]:
@@ -95,23 +128,18 @@ def row(
     config: Config,
 ) -> dict[str, float | bool | str]:
     """One prompt's numbers."""
-    (answer,) = pair.answers
-    state = next(state for state, (capital, _) in STATES.items() if capital == answer.strip())
-    city = next(city for city in STATES[state][1] if city in pair.clean)
-    prompt = pair.clean if family == "two-hop" else GIVEN.format(city=city, state=state, prompt=pair.clean)
+    (answer,), (state, city) = pair.answers, whereabouts(pair)
+    prompt = FAMILIES[family].format(city=city, state=state, prompt=pair.clean)
     graph = circuits.AttributionGraph(transcoders).attribute(model, prompt, explain=[answer])
-    names = model.to_str_tokens(prompt)
-    given = names.index(state) if state in names else -1
-    active = {(n.layer, n.index, n.position) for n in features_of(graph) if (n.layer, n.index) in own[state] and n.position != given}
-    kept = {(n.layer, n.index, n.position) for n in features_of(circuits.pruned(graph))}
-    falls, changed = ablated(model, transcoders, prompt, answer, graph, sorted(active), config)
-    top = circuits.intervene(model, transcoders, prompt, [[]]).logits[0, -1].argmax()
+    active = {place for place in places(graph) if place[:2] in own[state]}
+    logit, falls, changed, answered = ablated(model, transcoders, prompt, graph, active, config)
     return {
         "prompt": prompt,
         "state": state,
-        "answered": int(top) == graph.targets[0].token,
+        "answered": answered,
         "active": len(active),
-        "in graph": bool(active & kept),
+        "in graph": bool(active & places(circuits.pruned(graph))),
+        "logit": logit,
         "fall": falls[0],
         "random fall": sum(falls[1:]) / config.draws,
         "changed": changed[0],
@@ -119,32 +147,34 @@ def row(
     }
 
 
-def features_of(graph: circuits.FeatureGraph) -> list[circuits.Feature]:
-    """A graph's features."""
-    return [node for node in map(graph.node, range(len(graph.nodes))) if isinstance(node, circuits.Feature)]
+def places(graph: circuits.FeatureGraph) -> set[tuple[int, int, int]]:
+    """Layer, index and position of a graph's features."""
+    nodes = map(graph.node, range(len(graph.nodes)))
+    return {(node.layer, node.index, node.position) for node in nodes if isinstance(node, circuits.Feature)}
 
 
 def ablated(
     model: object,
     transcoders: circuits.Transcoders,
     prompt: str,
-    answer: str,
     graph: circuits.FeatureGraph,
-    active: Sequence[tuple[int, int, int]],
+    active: set[tuple[int, int, int]],
     config: Config,
-) -> tuple[list[float], list[bool]]:
-    """Falls of the answer's logit, and whether the most probable token changes: without the state's features, and without random ones."""
+) -> tuple[float, list[float], list[bool], bool]:
+    """The answer's logit; its falls, and whether the most probable token changes, without the state's features and without random ones; whether the
+    answer is the most probable token."""
     random, token = Random(f"two-hop {prompt}"), graph.targets[0].token
-    pool = {layer: sorted(str(node) for node in features_of(graph) if node.layer == layer) for layer in range(graph.n_layers)}
-    sets = [[f"f{layer}.{index}@{position}" for layer, index, position in active]]
+    others = sorted(places(graph) - active)
+    sets = [sorted(active)]
     for _ in range(config.draws):
-        counts = {layer: sum(one[0] == layer for one in active) for layer in pool}
-        sets.append([name for layer, count in counts.items() for name in random.sample(pool[layer], count)])
-    variants = [[], *([circuits.Intervention.ablate(name) for name in some] for some in sets)]
+        layers = [layer for layer, _, _ in sorted(active)]
+        pools = {layer: [place for place in others if place[0] == layer] for layer in set(layers)}
+        sets.append([place for layer in sorted(pools) for place in random.sample(pools[layer], layers.count(layer))])
+    variants = [[circuits.Intervention.ablate(f"f{layer}.{index}@{position}") for layer, index, position in some] for some in [[], *sets]]
     with torch.no_grad():
         last = circuits.intervene(model, transcoders, prompt, variants, freeze_attention=False).logits[:, -1]
-    logit = last[:, token] - last.mean(-1)
-    return (logit[0] - logit[1:]).tolist(), (last.argmax(-1)[1:] != last[0].argmax()).tolist()
+    logit, said = last[:, token] - last.mean(-1), last.argmax(-1)
+    return float(logit[0]), (logit[0] - logit[1:]).tolist(), (said[1:] != said[0]).tolist(), int(said[0]) == token
 
 
 if __name__ == "__main__":

@@ -86,10 +86,21 @@ def summary(results: Path) -> str:
         found = json.loads(file.read_text())
         clock = _clock(found)
         for case in found["cases"]:
-            ours, theirs = (case["seconds"][program][clock] for program in ("ours", "circuit-tracer"))
-            name = f"attribution graph: {case['case'].partition(': ')[2]} ({case['edges']:,} edges)"
-            other = f"circuit-tracer {case['versions']['circuit-tracer']}, its default batch"
-            rows.append(_against(name, other, theirs, ours, case["times_slower"]["circuit-tracer"][clock], found))
+            name, version = (
+                f"attribution graph: {case['case'].partition(': ')[2]} ({case['edges']:,} edges)",
+                case["versions"]["circuit-tracer"],
+            )
+            for program, batch in (("circuit-tracer", "its default batch"), ("circuit-tracer, batch 64", "batch 64")):
+                ours, theirs = (case["seconds"][one][clock] for one in ("ours", program))
+                rows.append(_against(name, f"circuit-tracer {version}, {batch}", theirs, ours, case["times_slower"][program][clock], found))
+    for file in sorted(results.glob("feature-extraction-*.json")):
+        found = json.loads(file.read_text())
+        clock, case = _clock(found), found["cases"][0]
+        for program in ("loop, .item()", "vectorised"):
+            ours, theirs = (case["seconds"][one][clock] for one in ("ours", program))
+            times = statistics.median(theirs) / statistics.median(ours)
+            name = f"features of {case['layers']} layers, {case['features']:,} each, {case['positions']} positions"
+            rows.append(_against(name, f"published program: {program}", theirs, ours, times, found))
     return _table(rows)
 
 
@@ -286,11 +297,14 @@ def _graph_alone(point: Results, clock: str) -> dict[str, object]:
 def _gemma_graph(found: Results) -> Tables:
     sizes = found["sizes"]
     yield (
-        f"{sizes['n_layers']} layers, d_model {sizes['d_model']}, {found['features']:,} features a layer, {found['dtype']}.",
+        f"{sizes['n_layers']} layers, d_model {sizes['d_model']}, {found['features']:,} features a layer, {found['dtype']}. The floor is the time of the "
+        "products alone. In TF32, which is the user's to allow, products are less exact.",
         [
             {
+                "products": "TF32" if run["allow_tf32"] else "float32",
                 **{name: f"{run[name]:,}" for name in ("tokens", "targets", "at_a_time", "nodes", "edges")},
                 "s": _times([each["wall"] for each in run["seconds"]]),
+                "floor, s": f"{run['floor']['seconds']:.2f}",
                 "peak, MB": f"{run['peak_bytes'] / 1e6:.0f}",
             }
             for run in found["runs"]
@@ -307,8 +321,8 @@ def _extraction(case: Results, clock: str) -> dict[str, object]:
     shape = f"{case['layers']} layers of {case['features']:,} features, d_model {case['d_model']}, {case['positions']} positions, {case['dtype']}"
     row: dict[str, object] = {"case": f"{shape}, {case['case']}", "nodes": f"{case['nodes']:,}"}
     programs = case["compared_with_the_loop"]
-    row |= {f"{program}, ms": f"{1e3 * statistics.median(case['seconds'][program][clock]):.1f}" for program in programs}
-    return row | {"floor, ms": f"{1e3 * case['floor']['seconds']:.1f}"}
+    row |= {f"{program}, ms": f"{1e3 * statistics.median(case['seconds'][program][clock]):.2f}" for program in programs}
+    return row | {"floor, ms": f"{1e3 * case['floor']['seconds']:.2f}"}
 
 
 def _times(seconds: Sequence[float]) -> str:
