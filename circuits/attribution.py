@@ -6,7 +6,7 @@ For each prompt: the local replacement model (`replacement`), its active feature
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -106,23 +106,24 @@ def build_graph(
     every, logits = feature_targets(model, transcoders, features), _direction_targets(model, directions)
     probability = torch.tensor([one.weight for one in directions], dtype=torch.float32, device=every.vector.device)
     sweep = LinearSweep(model, sources, max_memory)
+    found: Iterable[tuple[Tensor, Rows]]
     if budget.features is None or budget.features >= len(features):
         selected, targets = torch.arange(len(features), device=features.layer.device), every + logits
-        edges = _Edges.joined([_edges(sweep, targets[block], block, rows, selected) for block, rows in sweep.by_block(targets)])
+        found = sweep.by_block(targets)
     else:
-        rows, selected = _most_influential(sweep, every, logits, probability, budget)
+        every_row, selected = _most_influential(sweep, every, logits, probability, budget)
         targets = every[selected] + logits
-        edges = _Edges.joined([_edges(sweep, targets[block], block, rows[block], selected) for block in sweep.split(targets)])
-    nodes = _nodes(model, features, selected, directions, logits.position, probability)
+        found = ((block, every_row[block]) for block in sweep.split(targets))
+    nodes, columns = _nodes(model, features, selected, directions, logits.position, probability), _Columns.of_sources(sources, selected)
     # Targets are features, then directions: with errors and embeddings between them, they are the nodes.
-    number = torch.arange(len(nodes), device=selected.device)
-    number = torch.cat([number[: len(selected)], number[len(nodes) - len(directions) :]])
+    number = torch.cat([torch.arange(len(selected)), torch.arange(len(nodes) - len(directions), len(nodes))]).to(selected.device)
+    edges = _Edges.joined([_edges(sweep, targets[block], number[block], rows, columns) for block, rows in found])
     constants = edges.constants.new_zeros(len(nodes), edges.constants.shape[1])
-    constants[number[edges.numbers]] = edges.constants
+    constants[edges.numbers] = edges.constants
     return FeatureGraph(
         nodes=nodes,
         source=edges.source,
-        target=number[edges.target],
+        target=edges.target,
         weight=edges.weight,
         direct=edges.direct,
         constants=constants,
@@ -137,7 +138,7 @@ def build_graph(
 
 @dataclass(frozen=True, eq=False)
 class _Edges:
-    """Edges that are not zero, by target and then source; and the numbers of targets, with their constants."""
+    """Edges that are not zero, by target and then source; and which nodes are targets, with their constants."""
 
     numbers: Int[Tensor, "target"]
     target: Int[Tensor, "edge"]
@@ -149,7 +150,7 @@ class _Edges:
     @staticmethod
     def joined(parts: Sequence[_Edges]) -> _Edges:
         together = _Edges(*(torch.cat(columns) for columns in zip(*(vars(part).values() for part in parts), strict=True)))
-        if bool((together.target.diff() >= 0).all()):
+        if bool((together.numbers.diff() >= 0).all()):
             return together
         # Directions at several positions are carried down in another order than they were given in.
         order = torch.argsort(together.target, stable=True)
@@ -157,39 +158,49 @@ class _Edges:
         return replace(together, **sorted_columns)
 
 
-def _edges(sweep: LinearSweep, targets: Targets, numbers: Int[Tensor, "block"], rows: Rows, selected: Int[Tensor, "selected"]) -> _Edges:
+def _edges(sweep: LinearSweep, targets: Targets, numbers: Int[Tensor, "block"], rows: Rows, columns: _Columns) -> _Edges:
     """The edges in some rows; those from features that were not selected are a constant."""
-    (direct, row_of), unselected = sweep.direct(targets), rows.constants.new_zeros(len(numbers), 1)
-    if len(selected) < rows.features.shape[1]:
+    direct, row_of = sweep.direct(targets)
+    unselected = rows.constants.new_zeros(len(numbers), 1)
+    if len(columns.selected) < rows.features.shape[1]:
         # Summed apart: a difference of two sums would lose digits.
-        others = torch.ones(rows.features.shape[1], dtype=torch.bool, device=selected.device).index_fill_(0, selected, False)
+        others = torch.ones(rows.features.shape[1], dtype=torch.bool, device=numbers.device).index_fill_(0, columns.selected, False)
         unselected = rows.features[:, others].sum(1, keepdim=True)
-        rows, direct = (replace(part, features=part.features.index_select(1, selected)) for part in (rows, direct))
-    weights, stays = _columns(rows), _columns(direct)
-    places = weights.flatten().nonzero().flatten()
-    counts = (weights != 0).sum(1)
-    row = torch.arange(len(numbers), device=numbers.device).repeat_interleave(counts, output_size=len(places))
-    source = places - row * weights.shape[1]
-    here = _standing(sweep.sources, selected)[source] == targets.position[row]
+    below = columns.layer < targets.layer[0]
+    sources = (below & (columns.position <= targets.position.max()) if sweep.model.causal else below).nonzero().flatten()
+    weights, stays = columns.of(rows, sources), columns.of(direct, sources).index_select(0, row_of)
+    found = weights != 0
+    here = columns.position[sources] == targets.position[:, None]
     return _Edges(
         numbers=numbers,
-        target=numbers[row],
-        source=source,
-        weight=weights.flatten()[places],
-        direct=torch.where(here, stays[row_of[row], source], 0.0),
+        target=numbers.repeat_interleave(found.sum(1)),
+        source=sources.expand(found.shape).masked_select(found),
+        weight=weights.masked_select(found),
+        direct=(stays * here).masked_select(found),
         constants=torch.cat([rows.constants, unselected], 1),
     )
 
 
-def _columns(rows: Rows) -> Float[Tensor, "target source"]:
-    """A column per node that writes, in the order of nodes."""
-    return torch.cat([rows.features, rows.errors.flatten(1), rows.embeddings], 1)
+@dataclass(frozen=True, eq=False)
+class _Columns:
+    """The nodes that write, in the order of nodes: the selected features, then errors and embeddings; where each stands."""
 
+    selected: Int[Tensor, "selected"]
+    layer: Int[Tensor, "source"]
+    position: Int[Tensor, "source"]
 
-def _standing(sources: Sources, selected: Int[Tensor, "selected"]) -> Int[Tensor, "source"]:
-    """The position of each column's node."""
-    layers, length, _ = sources.errors.shape
-    return torch.cat([sources.features.position[selected], torch.arange(length, device=selected.device).repeat(layers + 1)])
+    @staticmethod
+    def of_sources(sources: Sources, selected: Int[Tensor, "selected"]) -> _Columns:
+        layers, length, _ = sources.errors.shape
+        level, place = (torch.arange(n, device=selected.device) for n in (layers, length))
+        layer = [sources.features.layer[selected], level.repeat_interleave(length), torch.full_like(place, -1)]
+        return _Columns(selected, torch.cat(layer), torch.cat([sources.features.position[selected], place.repeat(layers + 1)]))
+
+    def of(self, rows: Rows, sources: Int[Tensor, "some"]) -> Float[Tensor, "target some"]:
+        """Some nodes' columns."""
+        features = int(torch.searchsorted(sources, len(self.selected)))
+        others = torch.cat([rows.errors.flatten(1), rows.embeddings], 1).index_select(1, sources[features:] - len(self.selected))
+        return torch.cat([rows.features.index_select(1, self.selected[sources[:features]]), others], 1)
 
 
 def _direction_targets(model: LocalModel, directions: Sequence[Direction]) -> Targets:

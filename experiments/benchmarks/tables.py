@@ -297,8 +297,8 @@ def _graph_alone(point: Results, clock: str) -> dict[str, object]:
 def _gemma_graph(found: Results) -> Tables:
     sizes = found["sizes"]
     yield (
-        f"{sizes['n_layers']} layers, d_model {sizes['d_model']}, {found['features']:,} features a layer, {found['dtype']}. The floor is the time of the "
-        "products alone. In TF32, which is the user's to allow, products are less exact.",
+        f"{sizes['n_layers']} layers, d_model {sizes['d_model']}, {found['features']:,} features a layer, {found['dtype']}. "
+        "The floor is the time of the products alone. In TF32, which is the user's to allow, products are less exact.",
         [
             {
                 "products": "TF32" if run["allow_tf32"] else "float32",
