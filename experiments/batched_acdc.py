@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import tyro
+from markdown_tables import markdown
 
 import circuits
 from circuits.compare import overlap
@@ -74,13 +75,6 @@ def row(
     counts = {name: found.record.get(name, 0) for name in COUNTS}
     setting = {"task": train.name, "threshold": threshold, "group": group, "verify": verify}
     return {**setting, **agreement, "kl": both[0], "kl_held_out": both[1], **counts}
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """The table as markdown, numbers to three digits."""
-    cells = [[f"{value:.3g}" if isinstance(value, float) and value < 1000 else f"{value:.0f}" if isinstance(value, float) else str(value)
-              for value in line] for line in table.itertuples(index=False)]  # fmt: skip
-    return "\n".join("| " + " | ".join(line) + " |" for line in [list(table.columns), ["---"] * len(table.columns), *cells]) + "\n"
 
 
 if __name__ == "__main__":

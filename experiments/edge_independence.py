@@ -27,6 +27,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 import tyro
+from markdown_tables import markdown
 from plotly.subplots import make_subplots
 
 import circuits
@@ -233,12 +234,6 @@ def by_k(lengths: pd.DataFrame) -> pd.DataFrame:
     cells = [f"{share:.3f} ({longer:.0f})" for share, longer in lengths[["share of the effect", "longer paths of these edges"]].to_numpy()]
     wide = lengths.assign(cell=cells).pivot(index=["task", "threshold"], columns="k", values="cell")
     return wide.fillna("").rename(columns=lambda k: f"k = {k}").reset_index()
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """The table as markdown, numbers to three digits."""
-    cells = [[f"{value:.3g}" if isinstance(value, float) else str(value) for value in row] for row in table.itertuples(index=False)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [list(table.columns), ["---"] * len(table.columns), *cells]) + "\n"
 
 
 if __name__ == "__main__":

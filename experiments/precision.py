@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 import tyro
 from benchmarks.common import circumstances, most_allocated, paired_times, write_results
+from markdown_tables import markdown
 
 import circuits
 from circuits.precision import Background, TypeName
@@ -70,7 +71,8 @@ def main(config: Config) -> None:
     print(table.round(5).to_string())
     simulated = ", ".join(results["simulated"]) or "none"
     lines = [f"{config.model}, tasks {config.tasks}, {config.n} prompts, thresholds {config.thresholds}, on {results['hardware']}.",
-             f"Simulated, with nothing to be said of their speed: {simulated}.", "", markdown(table)]  # fmt: skip
+             f"Simulated, with nothing to be said of their speed: {simulated}.", "",
+             markdown(table.rename_axis("precision").reset_index())]  # fmt: skip
     (config.out / "means.md").write_text("\n".join(lines))
 
 
@@ -134,14 +136,6 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     table.insert(1, "searches changed", groups["decisions changed"].agg(lambda changed: int((changed > 0).sum())))
     table["confirmed, share of measured"] = groups["confirmed"].sum() / groups["measured"].sum()
     return table
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """The table as markdown, numbers to three digits."""
-    cells = [[f"{value:.3g}" if value == value else "" for value in line] for line in table.to_numpy(float)]
-    lines = [["precision", *table.columns], ["---"] * (len(table.columns) + 1)]
-    lines += [[str(name), *line] for name, line in zip(table.index, cells, strict=True)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from random import Random
 import pandas as pd
 import torch
 import tyro
+from markdown_tables import markdown
 
 import circuits
 from circuits.tasks.two_hop import STATES
@@ -62,6 +63,7 @@ def main(config: Config) -> None:
         print(family, json.dumps(results[family], indent=1), flush=True)
         config.out.mkdir(parents=True, exist_ok=True)
         rows.to_csv(config.out / f"{family.replace(' ', '-')}.csv", index=False)
+    (config.out / "results.md").write_text(markdown(pd.DataFrame(results).rename_axis("").reset_index()))
     (config.out / "results.json").write_text(json.dumps({"config": {**asdict(config), "out": None}, **results}, indent=1) + "\n")
 
 
