@@ -28,9 +28,10 @@ the whole output); the learned position embedding; and the target's own (b_enc, 
 # A block has at least so many targets where there are so many, and on a CPU at most so many rows (targets times positions).
 TARGETS_PER_BLOCK = 48
 CPU_ROWS = 1 << 13
-# On these devices one call for all positions is faster than one for each, though it goes over padding: at most so many times the work.
+# On these devices one call for all positions is faster than one for each, though it goes over padding: at most so many times the work, and at most so
+# many rows, which are copied for it.
 PADDED_ON = {"cuda"}
-MOST_PADDED = 4
+MOST_PADDED, PADDED_ROWS = 4, 1 << 17
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,9 +234,10 @@ class _Descent:
 
     def _read_off(self, layer: int) -> None:
         written = self.sources.written[layer]
-        if self.gradient.device.type in PADDED_ON and written.slots.numel() <= MOST_PADDED * len(written.rows):
+        rows = slice(written.bounds[self.positions.start], written.bounds[self.positions.stop])
+        padded = written.slots.shape[1] * len(self.gradient)
+        if self.gradient.device.type in PADDED_ON and padded <= min(MOST_PADDED * (rows.stop - rows.start), PADDED_ROWS):
             products = torch.bmm(self.gradient, written.together(self.positions).transpose(1, 2)).transpose(0, 1).flatten(1)
-            rows = slice(written.bounds[self.positions.start], written.bounds[self.positions.stop])
             filled = written.filled[rows] - self.positions.start * written.slots.shape[1]
             self.features.index_add_(1, written.places[rows], products.index_select(1, filled))
         else:

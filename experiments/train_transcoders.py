@@ -55,14 +55,14 @@ class Config:
     """A name or a folder."""
     text: Path | None = None
     """A text file to train on; its last tenth is held out. Without, toy-world's own text."""
-    out: Path = Path("circuits/assets/transcoders")
-    """The sets go into folders there, named after model and kind."""
+    out: Path | None = None
+    """The sets go into folders there, named after model and kind. None: where those that ship are, or for another model runs/transcoders/trained."""
     checkpoints: Path = Path("runs/transcoders")
     """Where the state of training is kept."""
     features: int = 512
     """Features in each layer."""
     k: tuple[float, ...] | None = None
-    """How many features fire at a token, on average: one number, or one for each layer. None: as in the sets that ship."""
+    """How many features fire at a token, on average: one number, or one for each layer. None: as in the sets that ship, for toy-world alone."""
     steps: int | None = None
     """None: as in the sets that ship."""
     batch: int = 24
@@ -80,7 +80,12 @@ class Config:
 
 
 def main(config: Config) -> None:
+    if config.model != EMBEDDED and config.k is None:
+        raise circuits.InputError(
+            f"how many features should fire at a token in {config.model}? Give --k, one number or one for each layer."
+        )
     torch.set_num_threads(config.threads)
+    out = config.out or Path("circuits/assets/transcoders" if config.model == EMBEDDED else "runs/transcoders/trained")
     model = circuits.load_model(config.model, device=config.device)
     learn, held_out = toy_world_text(model, config) if config.text is None else text_of_file(model, config)
     for kind in SHIPPED if config.kind == "all" else (config.kind,):
@@ -94,8 +99,8 @@ def main(config: Config) -> None:
             checkpoint = config.checkpoints / f"{name}.safetensors"
             show = lambda done, loss: bars.update(bar, completed=done, loss=f"loss {loss:.3f}")  # noqa: B023, E731
             trained = train(model, learn, settings, checkpoint=checkpoint, progress=show)
-        save_transcoders(trained, config.out / name, model_name=config.model, dtype=torch.bfloat16)
-        report(model, config, config.out / name, held_out)
+        save_transcoders(trained, out / name, model_name=config.model, dtype=torch.bfloat16)
+        report(model, config, out / name, held_out)
 
 
 def report(model: Model, config: Config, folder: Path, held_out: tuple[Tensor, Tensor]) -> None:

@@ -29,7 +29,7 @@ class Config:
     """Names of tasks, separated by commas."""
     n: int = 16
     """Prompts to find circuits on, and as many held-out ones to judge on."""
-    sizes: str = "10,100,1000,3000"
+    sizes: str = "3,10,100,1000,3000"
     """Numbers of edges, separated by commas."""
     out: Path = Path("runs/transcoders-compared")
     """Where the tables go."""

@@ -8,8 +8,9 @@ prompt: does the pruned graph that explains the answer hold one, so that it lies
 (less the mean logit) fall when all of the state's features that are active are ablated, against ablating as many other active features of the same
 layers at random? Attention is not frozen and all MLPs see the change.
 
-The same is done with the fact given before the question, and with facts chained so that the state's name is what is asked about. Both are asked
-with a wrong state too: where the answer stays that of the city's own state, the model has memorised the composed fact and does not use the one given.
+The same is done with the fact given before the question, and with facts chained so that the state's name is what is asked about; there, features
+that fire on the name itself count too. Both are asked with a wrong state as well: where the answer stays that of the city's own state, the model has
+memorised the composed fact and does not use the one given.
 """
 
 import json
@@ -51,6 +52,8 @@ class Config:
 
 
 def main(config: Config) -> None:
+    if config.draws < 1:
+        raise circuits.InputError(f"draws={config.draws}: give 1 or more random sets for each prompt.")
     model, transcoders = circuits.load_model("toy-world"), circuits.load_transcoders(config.transcoders)
     own = own_features(model, transcoders, config.others)
     print(f"features of their own: {sum(bool(features) for features in own.values())} of {len(own)} states, "
@@ -67,7 +70,7 @@ def main(config: Config) -> None:
     (config.out / "results.json").write_text(json.dumps({"config": {**asdict(config), "out": None}, **results}, indent=1) + "\n")
 
 
-def summarized(rows: pd.DataFrame) -> dict[str, float]:
+def summarized(rows: pd.DataFrame) -> dict[str, float | None]:
     """What a family's prompts come to."""
     shown = rows[rows["active"] > 0]
     return {
@@ -76,7 +79,7 @@ def summarized(rows: pd.DataFrame) -> dict[str, float]:
         "state's features active": len(shown),
         "in the pruned graph": int(rows["in graph"].sum()),
         **{f"mean {name}": float(rows[name].mean()) for name in ("logit", "active", "fall", "random fall")},
-        **{f"mean {name} where active": float(shown[name].mean()) for name in ("fall", "random fall")},
+        **{f"mean {name} where active": float(shown[name].mean()) if len(shown) else None for name in ("fall", "random fall")},
         "answer changes": int(rows["changed"].sum()),
         "answer changes at random": float(rows["random changed"].sum()),
     }

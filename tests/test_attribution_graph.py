@@ -234,16 +234,17 @@ def test_as_many_leading_positions_as_asked_have_no_features_and_all_else_adds_u
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_precisions_give_graphs_and_pages_too(dtype):
-    model = random_model("llama", dtype=dtype)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions_give_graphs_and_pages_too(dtype, architecture):
+    model = random_model(architecture, dtype=dtype)
     transcoders = random_transcoders(model, "clt")
     graph = circuits.AttributionGraph(transcoders).attribute(model, PROMPT)
     assert graph.weight.dtype == graph.direct.dtype == torch.promote_types(dtype, torch.float32)
     assert len(graph.incoming(graph.node(len(graph.nodes) - 1), 5)) == 5
     assert int(circuits.AttributionGraph(transcoders, budget=20).attribute(model, PROMPT).is_kind(FEATURE).sum()) == 20
     if dtype == torch.float64:
-        narrow = random_model("llama")
+        narrow = random_model(architecture)
         single = circuits.AttributionGraph(transcoders).attribute(narrow, PROMPT)
         torch.testing.assert_close(graph.weight.float(), single.weight, rtol=1e-3, atol=1e-3)
 

@@ -7,6 +7,8 @@ from random_transcoders import model_of, random_transcoders
 import circuits
 from circuits.feature_graph import FEATURE
 from circuits.interventions import Intervention, direct_effects
+from circuits.transcoders.activations import JumpReLU, ReLU
+from circuits.transcoders.base import Encoder, Transcoders
 from circuits.transcoders.training import Training, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -105,6 +107,26 @@ def test_features_are_found_in_the_same_places(top_k):
     assert abs(found[0].activation - found[1].activation).max() < 1e-4
 
 
+@pytest.mark.parametrize("max_memory", [None, 1 << 14])
+@pytest.mark.parametrize("activation", ["relu", "jump_relu"])
+def test_of_equal_activations_the_same_are_taken(activation, max_memory):
+    """Whole numbers, which have no rounding in bfloat16, and of which many are equal."""
+    generator = torch.Generator().manual_seed(0)
+    fires = {"relu": ReLU(), "jump_relu": JumpReLU(torch.full((96,), 2.5))}[activation]
+    weights = [torch.randint(-1, 2, (96, 8), generator=generator).bfloat16() for _ in range(3)]
+    nothing = torch.zeros(96, 1, 8).bfloat16()
+    transcoders = Transcoders([Encoder(weight, weight[:, 0] * 0, fires) for weight in weights], [nothing] * 3, [nothing[0, 0]] * 3)
+    states = {layer: torch.randint(-2, 3, (2, 30, 8), generator=generator).bfloat16() for layer in range(3)}
+    here, there = (
+        circuits.extract_features(
+            {layer: each.to(device) for layer, each in states.items()}, transcoders.to(device), 2, 1.0, max_memory=max_memory
+        ).table()
+        for device in ("cpu", "cuda")
+    )
+    assert len(here) > 250
+    assert here.equals(there)
+
+
 @pytest.mark.parametrize("kind", ["plt", "skip-plt", "clt"])
 def test_transcoders_are_trained_there(kind):
     def trained(device, model):
@@ -118,7 +140,8 @@ def test_transcoders_are_trained_there(kind):
     here, there = on_both(trained)
     for mine, theirs in zip(here.encoders, there.encoders, strict=True):
         assert theirs.weight.device.type == "cuda"
-        torch.testing.assert_close(theirs.weight.cpu(), mine.weight, rtol=0, atol=5e-3)
+        # Adam's first steps are signs of gradients, so that rounding can turn single ones around.
+        assert float((theirs.weight.cpu() - mine.weight).abs().mean()) < 1e-4
 
 
 @pytest.mark.parametrize("method", [circuits.ACDC(0.01), circuits.EAP(), circuits.BatchedACDC(0.01)], ids=lambda method: method.name)
@@ -127,4 +150,5 @@ def test_component_circuits_are_the_same(method):
     if here.kept is not None:
         assert int((here.kept != there.kept).sum()) <= 2  # an edge within rounding of the threshold may fall on either side
     same = ~here.scores.isnan() & ~there.scores.isnan()
+    assert int(same.sum()) > 200
     torch.testing.assert_close(there.scores.cpu()[same], here.scores[same], rtol=0, atol=2e-4)

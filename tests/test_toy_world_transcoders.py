@@ -18,9 +18,9 @@ from circuits.transcoders.training import quality
 FOLDER = Path(circuits.__file__).parent / "assets" / "transcoders"
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 L0 = {
-    "toy-world-plt": (9.4, 8.4, 11.1, 5.1),
+    "toy-world-plt": (9.2, 8.3, 11.2, 5.1),
     "toy-world-skip-plt": (3.8, 4.8, 9.2, 5.1),
-    "toy-world-clt": (9.4, 5.6, 9.8, 4.4),
+    "toy-world-clt": (9.4, 5.5, 9.9, 4.4),
 }
 """Features that fire at a token, by layer, as the model card says."""
 TASKS = ("ioi", "gendered_pronoun", "two_hop", "docstring", "induction", "greater_than")

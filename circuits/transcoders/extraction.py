@@ -77,7 +77,8 @@ def extract_features(
 
     A feature is found where its activation is above zero and not below `threshold`: a number equal to it counts, as in published loops. (That is
     apart from the threshold of a `JumpReLU`, which an activation must exceed for the feature to fire at all.) Where the memory does not hold the
-    activations of all layers, they are computed in pieces; the result is the same, but the host waits once for each piece if `top_k` is None.
+    activations of all layers, they are computed in pieces; the result is the same but for
+    rounding, and the host waits once for each piece if `top_k` is None.
 
     Args:
         hidden_states: what the features of each layer read. Layers may be missing and lie on different devices; what pads hold is not told apart.

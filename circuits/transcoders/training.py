@@ -262,4 +262,5 @@ def _schedule(done: float) -> float:
 def _key(model: Model, config: Training, tokens: Tensor) -> str:
     """What the state of training depends on: settings, model, and the text, of which the first batch stands for all."""
     settings = {name: value for name, value in asdict(config).items() if name != "checkpoint_every"}
+    settings["auxiliary"] = AUXILIARY_FEATURES, AUXILIARY_WEIGHT
     return f"{settings} {identity(model)} {hashlib.blake2b(checksum(tokens), digest_size=8).hexdigest()}"

@@ -88,7 +88,7 @@ def main(config: Config) -> None:
     tokens = torch.randint(model.cfg.d_vocab, (config.tokens,), generator=generator, device=config.device)
     transcoders = random_transcoders(model, tokens, features, config.active, generator)
     results: dict[str, Any] = {**circumstances(config.device), "sizes": sizes, "features": features, "dtype": config.dtype, "runs": []}
-    for at_a_time, tf32 in ((1024, False), (targets, False), (targets, True)):
+    for at_a_time, tf32 in ((1024, False), (targets, False), *([(targets, True)] if full else [])):
         method = circuits.AttributionGraph(transcoders, budget=targets, at_a_time=at_a_time)
         before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, tf32
         found = measured(lambda method=method: method.attribute(model, tokens), config)
@@ -104,6 +104,7 @@ def measured(program: Callable[[], circuits.FeatureGraph], config: Config) -> di
     graph = took[0][0]
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
         program()
+    # Whatever the model's precision, all is in float32 from where the graph begins.
     left, right = (torch.randn(4096, 4096, device=config.device) for _ in range(2))
     products = [clocked(lambda: left @ right, config.device)[1]["wall"] for _ in range(config.repeats + 1)][1:]
     rate = 2 * 4096**3 / statistics.median(products)
