@@ -51,8 +51,8 @@ class Components:
         return weight - weight.mean(1, keepdim=True) if self._centres else weight
 
     def linear_norm(self, layer: int | None, name: str, scale: Float[Tensor, "*batch 1"] | None) -> LinearNorm:
-        """One of the `NORMS` of a layer, or with None and "ln_final" the last one, its divisor held at `scale`, in whose precision it is; None where it
-        is absent."""
+        """One of the `NORMS` of a layer, or with None and "ln_final" the last one, its divisor held at `scale` and in its precision; None where it is
+        absent."""
         module = self.model if layer is None else self.model.blocks[layer]
         parts = getattr(module, name, None) if scale is not None else None
         weight, bias = (
