@@ -33,6 +33,8 @@ from circuits.influence import completeness_score, pruned, replacement_score
 from circuits.models import Model
 from circuits.run import PACKAGES, RECORD, locked
 from circuits.tasks.encoding import prompt_tokens
+from circuits.viewer.graph_data import GraphData
+from circuits.viewer.graph_groups import load_groups
 from circuits.viewer.graph_page import graph_page
 
 PAGE = "graph.html"
@@ -55,6 +57,18 @@ class GraphRun:
     graph: FeatureGraph
     record: Mapping[str, Any]
     reused: bool
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """The supernodes that a reader made where `circuits view` served the folder: nodes by name, as `save_neuronpedia` takes them.
+
+        Raises:
+            InputError: `groups.json` is damaged.
+        """
+        groups: dict[str, list[str]] = {}
+        for one in load_groups(self.folder, GraphData.of(self.graph))["supernodes"]:
+            groups[one["name"]] = groups.get(one["name"], []) + one["nodes"]
+        return groups
 
 
 def run_graph(

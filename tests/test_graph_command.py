@@ -7,6 +7,7 @@ import pytest
 
 import circuits
 from circuits.cli import main
+from circuits.viewer.server import open_server
 
 PROMPT = "The capital of the state containing Dallas is"
 
@@ -35,6 +36,19 @@ def test_a_graph_is_written_shown_and_found_again(capsys, tmp_path):
     assert len(graph) == found["edges"] and graph.targets[0].label == "Austin"
     assert circuits.load_neuronpedia(folder / "neuronpedia.json").graph.words == graph.words
     assert "Austin" in (folder / "graph.html").read_text()
+
+
+def test_groups_made_on_the_served_page_go_to_neuronpedia(toy_world, tmp_path):
+    run = circuits.run_graph(circuits.AttributionGraph("toy-world-clt"), toy_world, PROMPT, out=tmp_path)
+    assert run.groups == {}
+    small = circuits.pruned(run.graph)
+    one, two = (str(small.node(number)) for number in range(2))
+    server = open_server(run.folder, 0)
+    server.keep({"pinned": [], "supernodes": [{"name": "Texas", "nodes": [one]}, {"name": "Texas", "nodes": [two]}]})
+    server.server_close()
+    assert circuits.load_graph_run(run.folder).groups == run.groups == {"Texas": [one, two]}
+    path = circuits.save_neuronpedia(run.graph, tmp_path / "graph.json", slug="texas", groups=run.groups)
+    assert {str(node) for node in circuits.load_neuronpedia(path).groups["Texas"]} == {one, two}
 
 
 def test_other_settings_make_another_folder(capsys, tmp_path):
