@@ -95,7 +95,7 @@ def build_graph(
     """One prompt's graph.
 
     Raises:
-        InputError: no feature is active.
+        InputError: no feature is active, or edges are not finite.
     """
     if not len(features):
         raise InputError(
@@ -118,6 +118,10 @@ def build_graph(
     # Targets are features, then directions: with errors and embeddings between them, they are the nodes.
     number = torch.cat([torch.arange(len(selected)), torch.arange(len(nodes) - len(directions), len(nodes))]).to(selected.device)
     edges = _Edges.joined([_edges(sweep, targets[block], number[block], rows, columns) for block, rows in found])
+    if not torch.isfinite(edges.weight).all():
+        raise InputError(
+            f"some edges are not finite numbers: check the decoders of {transcoders.name!r}, or load model and transcoders in float32."
+        )
     constants = edges.constants.new_zeros(len(nodes), edges.constants.shape[1])
     constants[edges.numbers] = edges.constants
     return FeatureGraph(

@@ -14,11 +14,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.active_features import ActiveFeatures, Sources, active_features, gather_sources
+from circuits.components import identity
 from circuits.errors import InputError
 from circuits.feature_graph import EMBEDDING, ERROR, FEATURE, TARGET, FeatureGraph
 from circuits.linear_sweep import Targets, feature_targets, logit_targets
 from circuits.models import Model
-from circuits.replacement import LocalModel, freeze
+from circuits.replacement import LocalModel, check_transcoders, freeze
 from circuits.transcoders.base import Transcoders
 
 AT_ONCE = 128
@@ -35,6 +36,10 @@ def head_shares(model: Model, transcoders: Transcoders, graph: FeatureGraph) -> 
     """
     if graph.directions is None:
         raise InputError("this graph came from another program and does not say what it explains; make it here to split its edges by head.")
+    check_transcoders(model, transcoders)
+    for what, made_with, given in (("a model", graph.model, identity(model)), ("transcoders", graph.transcoders, transcoders.identity)):
+        if made_with is not None and made_with.weights != given.weights:
+            raise InputError(f"the graph was made with {what} of other weights than {given.name!r} has; give those it was made with.")
     leading = 1 if graph.transcoders is None else graph.transcoders.leading
     (local,) = freeze(model, transcoders, [graph.tokens.cpu()])
     (features,) = active_features([local], transcoders, leading=leading)

@@ -151,8 +151,9 @@ class FeatureGraph:
         """
         wanted = parse_node(node) if isinstance(node, str) else node
         if wanted not in self._numbers:
-            some = ", ".join(str(self.node(number)) for number in range(min(3, len(self.nodes))))
-            raise InputError(f"the graph has no node {wanted}; it has {some}, ... ({len(self.nodes):,} nodes).")
+            some = [*range(min(3, len(self.nodes) - len(self.targets))), *self.is_kind(TARGET).nonzero().flatten().tolist()[:3]]
+            names = ", ".join(str(self.node(number)) for number in some)
+            raise InputError(f"the graph has no node {wanted}; it has {len(self.nodes):,}, such as {names}.")
         return self._numbers[wanted]
 
     @cached_property
@@ -204,6 +205,8 @@ class FeatureGraph:
         return self._strongest(self.source == self.find(node), self.target, n)
 
     def _strongest(self, chosen: Bool[Tensor, "edge"], other: Int[Tensor, "edge"], n: int) -> pd.DataFrame:
+        if n < 0:
+            raise InputError(f"n={n}: how many of the strongest edges? Give 0 or more.")
         edges = chosen.nonzero().flatten()
         edges = edges[torch.argsort(self.weight[edges].abs(), descending=True, stable=True)[:n]]
         weight, direct = self.weight[edges].cpu(), self.direct[edges].cpu()

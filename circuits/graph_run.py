@@ -8,12 +8,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +32,7 @@ from circuits.feature_graph import FEATURE, FILE, FeatureGraph
 from circuits.files import read_json, write_bytes, write_json
 from circuits.influence import completeness_score, pruned, replacement_score
 from circuits.models import Model
-from circuits.run import PACKAGES, RECORD, locked
+from circuits.run import LOCK, PACKAGES, RECORD, locked
 from circuits.tasks.encoding import prompt_tokens
 from circuits.viewer.graph_data import GraphData
 from circuits.viewer.graph_groups import load_groups
@@ -89,9 +90,9 @@ def run_graph(
     tokens = prompt_tokens(model, prompt)
     text = prompt if isinstance(prompt, str) else " ".join(map(str, tokens.tolist()))
     folder = Path(out) / "graphs" / f"{_slug(text)}-{_digest(method, model, tokens, explain)}"
-    with locked(folder):
+    with _gone_if_empty(folder), locked(folder):
         if (folder / RECORD).exists():
-            found = load_graph_run(folder)
+            found = _found_again(folder)
             if not (folder / PAGE).exists():
                 write_bytes(folder / PAGE, graph_page(found.graph, title=text, details=_details(found.record)).encode())
             return found
@@ -105,6 +106,26 @@ def run_graph(
         # The record comes last: where it stands, the run is whole.
         write_json(folder / RECORD, record, RECORD_FORMAT, FORMAT_VERSION)
     return GraphRun(folder, graph, record, reused=False)
+
+
+@contextlib.contextmanager
+def _gone_if_empty(folder: Path) -> Iterator[None]:
+    """A folder of which nothing came is not left behind."""
+    try:
+        yield
+    except InputError:
+        with contextlib.suppress(OSError):
+            if {path.name for path in folder.iterdir()} <= {LOCK}:
+                (folder / LOCK).unlink(missing_ok=True)
+                folder.rmdir()
+        raise
+
+
+def _found_again(folder: Path) -> GraphRun:
+    try:
+        return load_graph_run(folder)
+    except InputError as error:
+        raise InputError(f"{error} To have it made again, delete the folder {folder}.") from error
 
 
 def load_graph_run(folder: str | Path) -> GraphRun:

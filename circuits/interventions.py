@@ -7,8 +7,9 @@ norms frozen only the direct effects are left, which are the columns of an attri
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -43,7 +44,8 @@ class Intervention:
 
     Attributes:
         layer, index: which feature.
-        position: where: a position, a slice of them (open at the end, it goes on while text is generated), or None: everywhere.
+        position: where: a position, a slice of them (open at the end, it goes on while text is generated), or None: everywhere. Negative ones count
+            from the end of the prompt, also while text is generated.
         value: what it is set to; or
         factor: what it is multiplied by: 0 ablates.
     """
@@ -57,6 +59,9 @@ class Intervention:
     def __post_init__(self) -> None:
         if (self.value is None) == (self.factor is None):
             raise InputError(f"an intervention on f{self.layer}.{self.index} has either a value or a factor; give one of them.")
+        given = self.factor if self.value is None else self.value
+        if not isinstance(given, int | float) or not math.isfinite(given):
+            raise InputError(f"f{self.layer}.{self.index} cannot be set to or multiplied by {given!r}; give a finite number.")
 
     @staticmethod
     def set(feature: Feature | str, value: float) -> Intervention:
@@ -116,10 +121,29 @@ def intervene(
     """
     check_transcoders(model, transcoders)
     tokens = prompt_tokens(model, prompt)
-    for change in (change for variant in variants for change in variant):
-        _check(change, transcoders, len(tokens), leading)
-    if wrong := [layer for layer in frozen_layers if not 0 <= layer < transcoders.n_layers]:
-        raise InputError(f"frozen_layers holds {wrong[0]}, and the model has layers 0 to {transcoders.n_layers - 1}.")
+    if not isinstance(variants, Sequence) or not all(
+        isinstance(variant, Sequence) and not isinstance(variant, str) for variant in variants
+    ):
+        raise InputError("variants is a list with a list of interventions for each run; for one run, give [[intervention, ...]].")
+    placed = [[_placed(change, transcoders, len(tokens), len(tokens), leading) for change in variant] for variant in variants]
+    if isinstance(frozen_layers, int | str):
+        raise InputError(f"frozen_layers={frozen_layers!r}: give a list of layers, such as [0, 1] or range(model.cfg.n_layers).")
+    if wrong := [layer for layer in frozen_layers if layer not in range(transcoders.n_layers)]:
+        raise InputError(f"frozen_layers holds {wrong[0]!r}, and the model has layers 0 to {transcoders.n_layers - 1}.")
+    return _intervened(model, transcoders, tokens, placed, freeze_attention, frozen_layers, freeze_norms, leading)
+
+
+def _intervened(
+    model: Model,
+    transcoders: Transcoders,
+    tokens: Int[Tensor, "pos"],
+    variants: Sequence[Sequence[Intervention]],
+    freeze_attention: bool,
+    frozen_layers: Sequence[int] = (),
+    freeze_norms: bool = False,
+    leading: int = 1,
+) -> Intervened:
+    """`intervene` with what has been checked; positions are slices, which may reach beyond the text."""
     rows, mask = padded(model, [tokens] * max(1, len(variants)))
     run = _Run(model, transcoders, variants, set(frozen_layers), leading)
     with frozen(model), plain_inputs(model), torch.no_grad():
@@ -173,10 +197,16 @@ def generate(
     tokens, generator = prompt_tokens(model, prompt), torch.Generator().manual_seed(seed)
     check_transcoders(model, transcoders)
     padded(model, [tokens])
-    for change in interventions:
-        _check(change, transcoders, len(tokens), leading)
-    for _ in range(min(new_tokens, model.cfg.n_ctx - len(tokens))):
-        logits = intervene(model, transcoders, tokens, [interventions], freeze_attention=False, leading=leading).logits[0, -1].float().cpu()
+    if not isinstance(new_tokens, int) or new_tokens < 0:
+        raise InputError(f"new_tokens={new_tokens!r}: give a whole number, 0 or more.")
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"temperature={temperature}: give 0 for the most probable token each time, or more.")
+    if not isinstance(interventions, Sequence):
+        raise InputError("interventions is a list of them; for a single one, give [intervention].")
+    reach = min(len(tokens) + new_tokens, model.cfg.n_ctx)
+    placed = [_placed(change, transcoders, len(tokens), reach, leading) for change in interventions]
+    for _ in range(reach - len(tokens)):
+        logits = _intervened(model, transcoders, tokens, [placed], freeze_attention=False, leading=leading).logits[0, -1].float().cpu()
         if temperature > 0:
             following = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
         else:
@@ -256,7 +286,7 @@ class _Run:
         for row, interventions in enumerate(self.variants):
             for one in interventions:
                 if one.layer == layer:
-                    where = slice(None) if one.position is None else one.position
+                    where = one.position
                     now = current[row, where, one.index]
                     change[row, where, one.index] = (now * one.factor if one.value is None else torch.full_like(now, one.value)) - now  # type: ignore[operator]
         change[:, : self.leading] = 0
@@ -290,20 +320,42 @@ def _place(feature: Feature | str) -> tuple[int, int, int | None]:
     return node.layer, node.index, node.position
 
 
-def _check(change: Intervention, transcoders: Transcoders, length: int, leading: int) -> None:
+def _placed(change: Intervention, transcoders: Transcoders, length: int, reach: int, leading: int) -> Intervention:
+    """An intervention that has been checked, its position a slice from the start of the prompt.
+
+    Args:
+        length: of the prompt.
+        reach: the length that it may grow to.
+    """
+    if not isinstance(change, Intervention):
+        raise InputError(f"{change!r} is no intervention; make one of a feature, such as circuits.Intervention.ablate({str(change)!r}).")
+    if not isinstance(leading, int) or leading < 0:
+        raise InputError(f"leading={leading!r}: give a whole number, 0 or more.")
     name = f"f{change.layer}.{change.index}"
-    if not (0 <= change.layer < transcoders.n_layers and 0 <= change.index < transcoders.n_features):
+    if change.layer not in range(transcoders.n_layers) or change.index not in range(transcoders.n_features):
         raise InputError(
             f"there is no feature {name}: {transcoders.name!r} has {transcoders.n_layers} layers of {transcoders.n_features} features."
         )
-    if isinstance(change.position, slice):
-        # One that is open at the end may begin where text is yet to come.
-        if change.position.stop is not None and not len(range(length)[change.position]):
-            raise InputError(f"{name} is to be changed at positions {change.position} of a prompt of {length} tokens, which are none.")
-    elif change.position is not None:
-        if not isinstance(change.position, int) or not -length <= change.position < length:
-            raise InputError(f"{name} is to be changed at position {change.position!r} of a prompt of {length} tokens.")
-        if change.position % length < leading:
-            raise InputError(
-                f"{name} is to be changed at position {change.position}, and the first {leading} have no features; see leading."
-            )
+    where = _slice(change.position, length)
+    covered = range(reach)[where] if where is not None else range(0)
+    if where is None or not len(covered):
+        raise InputError(f"{name} is to be changed at position {change.position!r} of a prompt of {length} tokens, which it does not have.")
+    if covered[-1] < leading:
+        raise InputError(f"{name} is to be changed at position {change.position!r}, and the first {leading} have no features; see leading.")
+    return replace(change, position=where)
+
+
+def _slice(position: int | slice | None, length: int) -> slice | None:
+    """A position, or some, counted from the start of a prompt of that length; None where it is none."""
+    if position is None:
+        return slice(None)
+    if isinstance(position, slice):
+        parts = (position.start, position.stop, position.step)
+        if not all(part is None or isinstance(part, int) for part in parts) or (position.step is not None and position.step < 1):
+            return None
+        start, stop = (part if part is None or part >= 0 else max(0, part + length) for part in (position.start, position.stop))
+        return slice(start, stop, position.step)
+    if not isinstance(position, int) or position < -length:
+        return None
+    start = position % length if position < 0 else position
+    return slice(start, start + 1)

@@ -167,6 +167,8 @@ def check_transcoders(model: Model, transcoders: Transcoders) -> None:
     }
     if found := [reason for reason, holds in reasons.items() if holds]:
         raise InputError(f"{cfg.model_name} has {' and '.join(found)}: no attribution graph can be made of it.")
+    if not isinstance(transcoders, Transcoders):
+        raise InputError(f"expected transcoders, got {transcoders!r}; load them with circuits.load_transcoders.")
     transcoders.check()
     if (transcoders.n_layers, transcoders.d_model) != (cfg.n_layers, cfg.d_model):
         raise InputError(

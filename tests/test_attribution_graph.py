@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 import circuits
 from circuits.active_features import active_features, gather_sources
+from circuits.attribution import Direction
 from circuits.feature_graph import ERROR, FEATURE, FeatureGraph
 from circuits.feature_pooling import effects
 from circuits.influence import completeness_score, node_influence, prune, pruned, replacement_score
@@ -231,6 +232,32 @@ def test_as_many_leading_positions_as_asked_have_no_features_and_all_else_adds_u
     run = direct_effects(model, transcoders, PROMPT, [[], [Intervention.scale(source, 2.0)]], leading=leading)
     before, after = run.preactivations[target.layer][:, target.position, target.index].tolist()
     assert after - before == pytest.approx(float(graph.weight[edge]), rel=1e-3)
+
+
+def test_what_would_give_a_wrong_graph_is_refused(unchecked_types):
+    model = model_of("gpt2")
+    transcoders = random_transcoders(model, "plt")
+    nans = replace(transcoders, decoders=[decoder * torch.nan for decoder in transcoders.decoders])
+    method, vector = circuits.AttributionGraph(transcoders), torch.ones(model.cfg.d_model)
+    for run, message in (
+        (lambda: circuits.AttributionGraph(nans).attribute(model, PROMPT), "edges are not finite.*check the decoders"),
+        (lambda: circuits.AttributionGraph(replace(transcoders, reads="resid")).attribute(model, PROMPT), "reads='resid' is none of"),
+        (lambda: circuits.AttributionGraph(replace(transcoders, writes="resid")).attribute(model, PROMPT), "writes='resid' is none of"),
+        (lambda: method.attribute(model, torch.tensor([PROMPT, PROMPT])), "are no prompt"),
+        (lambda: method.attribute_all(model, "some text"), "takes a list of prompts"),
+        *((lambda weight=weight: method.attribute(model, PROMPT, explain=[Direction("x", vector, weight=weight)]), "the weight above 0")
+          for weight in (0.0, -1.0, torch.nan, torch.inf)),
+        (lambda: method.attribute(model, PROMPT, explain=[Direction("x", [1.0] * 16)]), "give a tensor of"),
+        (lambda: circuits.AttributionGraph(transcoders, budget=2.5), "budget=2.5: give a whole number"),
+        (lambda: circuits.AttributionGraph(transcoders, node_threshold="a"), "node_threshold='a'"),
+        (lambda: circuits.AttributionGraph(None), "transcoders=None"),
+    ):  # fmt: skip
+        with pytest.raises(circuits.InputError, match=message):
+            run()
+    graph = method.attribute(model, torch.tensor([PROMPT]))
+    assert torch.equal(graph.adjacency(), method.attribute(model, PROMPT).adjacency())
+    with pytest.raises(circuits.InputError, match=r"no node f9\.1@7; it has .*, such as .*logits:"):
+        graph.find("f9.1@7")
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Edges split by head: against the same edge where that head is cut out of the frozen model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from random_transcoders import model_of, random_transcoders
@@ -59,5 +61,11 @@ def test_a_graph_of_another_model_is_refused():
     model = model_of("gpt2")
     transcoders = random_transcoders(model)
     graph = pruned(circuits.AttributionGraph(transcoders).attribute(model, PROMPT))
-    with pytest.raises(circuits.InputError, match="does not fire in this model"):
+    with pytest.raises(circuits.InputError, match="made with a model of other weights"):
         head_shares(model_of("gpt2", seed=5), transcoders, graph)
+    with pytest.raises(circuits.InputError, match="made with transcoders of other weights"):
+        head_shares(model, random_transcoders(model, seed=5), graph)
+    imported = replace(graph, model=None, transcoders=None)
+    assert torch.equal(head_shares(model, transcoders, imported), head_shares(model, transcoders, graph))
+    with pytest.raises(circuits.InputError, match="does not fire in this model"):
+        head_shares(model_of("gpt2", seed=5), transcoders, imported)

@@ -1,5 +1,7 @@
 """Interventions on features. The physical test of attribution graphs: direct effects are the columns of the adjacency."""
 
+import math
+
 import pytest
 import torch
 from random_transcoders import KINDS, WITH_MLPS, model_of, random_transcoders
@@ -132,6 +134,46 @@ def test_text_is_generated_under_interventions_that_go_on():
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("counted", "from_start"), [(-1, 7), (slice(-2, None), slice(6, None)), (slice(-3, -1), slice(5, 7)), (slice(9, 12), slice(9, 12))]
+)
+def test_positions_are_those_of_the_prompt_also_while_text_is_generated(counted, from_start):
+    model = model_of("gpt2")
+    transcoders = random_transcoders(model, "plt")
+    texts = []
+    for position in (counted, from_start):
+        tokens = torch.tensor(PROMPT)
+        texts.append(generate(model, transcoders, PROMPT, [Intervention(0, 4, position, value=300.0)], new_tokens=6).tolist())
+    for _ in range(6):
+        steered = [at for at in range(len(tokens))[from_start]] if isinstance(from_start, slice) else [from_start]
+        changes = [Intervention(0, 4, at, value=300.0) for at in steered]
+        logits = intervene(model, transcoders, tokens, [changes], freeze_attention=False).logits
+        tokens = torch.cat([tokens, logits[0, -1].argmax()[None]])
+    assert texts[0] == texts[1] == tokens.tolist()
+    assert texts[0] != generate(model, transcoders, PROMPT, [], new_tokens=6).tolist()
+
+
+def test_things_of_another_kind_are_refused_in_one_line(unchecked_types):
+    model = model_of("gpt2")
+    transcoders = random_transcoders(model, "plt")
+    change = Intervention.ablate("f0.1")
+    for run, message in (
+        (lambda: intervene(model, "toy-world-clt", PROMPT, [[]]), "load them with circuits.load_transcoders"),
+        (lambda: intervene(model, transcoders, PROMPT, [change]), "a list of interventions for each run"),
+        (lambda: intervene(model, transcoders, PROMPT, [["f0.1@3"]]), "is no intervention; make one of a feature"),
+        (lambda: intervene(model, transcoders, PROMPT, [[]], frozen_layers=1), "give a list of layers"),
+        (lambda: intervene(model, transcoders, PROMPT, [[Intervention(0.5, 1, factor=0.0)]]), "there is no feature f0.5.1"),
+        (lambda: intervene(model, transcoders, [PROMPT, PROMPT], [[]]), "are no prompt"),
+        (lambda: intervene(model, transcoders, [0.0, 1.5], [[]]), "are no prompt"),
+        (lambda: intervene(model, transcoders, None, [[]]), "None is no prompt"),
+        (lambda: generate(model, transcoders, PROMPT, change), "a list of them"),
+        (lambda: Intervention(0, 1, value="2"), "give a finite number"),
+    ):
+        with pytest.raises(circuits.InputError, match=message):
+            run()
+
+
 def test_what_cannot_be_changed_is_said():
     model = model_of("gpt2")
     transcoders = random_transcoders(model, "plt")
@@ -140,7 +182,11 @@ def test_what_cannot_be_changed_is_said():
         ([Intervention(0, 40, value=1.0)], "there is no feature f0.40"),
         ([Intervention(0, 3, 12, value=1.0)], "at position 12 of a prompt of 8 tokens"),
         ([Intervention(0, 3, 0, value=1.0)], "the first 1 have no features"),
-        ([Intervention(0, 3, slice(9, 12), value=1.0)], "which are none"),
+        ([Intervention(0, 3, slice(9, 12), value=1.0)], "which it does not have"),
+        ([Intervention(0, 3, slice(9, None), value=1.0)], "which it does not have"),
+        ([Intervention(0, 3, slice(0, 1), value=1.0)], "the first 1 have no features"),
+        ([Intervention(0, 3, slice(None, None, -1), value=1.0)], "which it does not have"),
+        ([Intervention(0, 3, -9, value=1.0)], "at position -9 of a prompt of 8 tokens"),
     ):
         with pytest.raises(circuits.InputError, match=message):
             intervene(model, transcoders, PROMPT, [change])
@@ -150,6 +196,16 @@ def test_what_cannot_be_changed_is_said():
         generate(model, transcoders, PROMPT, [Intervention(5, 0, value=1.0)], new_tokens=0)
     with pytest.raises(circuits.InputError, match="a prompt has 17 tokens"):
         generate(model, transcoders, [1] * 17, [])
+    for temperature in (-1.0, math.nan):
+        with pytest.raises(circuits.InputError, match="give 0 for the most probable token"):
+            generate(model, transcoders, PROMPT, [], temperature=temperature)
+    with pytest.raises(circuits.InputError, match="new_tokens=-1"):
+        generate(model, transcoders, PROMPT, [], new_tokens=-1)
+    with pytest.raises(circuits.InputError, match="leading=-1"):
+        intervene(model, transcoders, PROMPT, [[Intervention.ablate("f0.1")]], leading=-1)
+    for number in (math.nan, math.inf):
+        with pytest.raises(circuits.InputError, match="give a finite number"):
+            Intervention.scale("f0.1", number)
     with pytest.raises(circuits.InputError, match="either a value or a factor"):
         Intervention(0, 1)
     with pytest.raises(circuits.InputError, match="m3 is no feature"):

@@ -11,6 +11,7 @@ pre-activation, and every edge knows the part of it that attention carries.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -81,11 +82,16 @@ class AttributionGraph(CircuitDiscoverer):
     def __post_init__(self) -> None:
         for name, least in (("budget", 1), ("at_a_time", 1), ("most_logits", 1), ("leading", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"{name}={value}: give {least} or more.")
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise InputError(f"{name}={value!r}: give a whole number, {least} or more.")
         for name in ("probability", "node_threshold", "edge_threshold"):
-            if not 0 < getattr(self, name) <= 1:
-                raise InputError(f"{name}={getattr(self, name)}: give a share above 0 and up to 1.")
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value <= 1:
+                raise InputError(f"{name}={value!r}: give a share above 0 and up to 1.")
+        if not isinstance(self.transcoders, str | Path | Transcoders):
+            raise InputError(
+                f"transcoders={self.transcoders!r}: give loaded ones, a folder, or the name of a set that ships with this package."
+            )
 
     def identity(self) -> dict[str, Any]:
         """Method and settings, and which weights the transcoders have."""
@@ -103,7 +109,8 @@ class AttributionGraph(CircuitDiscoverer):
 
         Args:
             prompt: text, or token ids as they are.
-            explain: what it leads up to; None: the most probable next tokens.
+            explain: what it leads up to; None: the most probable next tokens. Of a token it is the logit less the mean of all logits, which the
+                softmax does not see; of a pair of tokens the difference of their logits.
 
         Raises:
             InputError: the transcoders do not fit the model; the prompt is empty or too long, or no feature fires on it; what is to be
@@ -123,6 +130,8 @@ class AttributionGraph(CircuitDiscoverer):
         Raises:
             InputError: see `attribute`; or `explain` has another length than `prompts`.
         """
+        if isinstance(prompts, str):
+            raise InputError(f"attribute_all takes a list of prompts; for one, attribute(model, {prompts!r}).")
         wanted = [None] * len(prompts) if explain is None else list(explain)
         if len(wanted) != len(prompts):
             raise InputError(f"there are {len(prompts)} prompts and {len(wanted)} entries in explain; give one for each.")
@@ -253,6 +262,12 @@ def _direction(model: Model, local: LocalModel, wanted: Explained) -> Direction:
 
 def _checked(local: LocalModel, wanted: Direction) -> Direction:
     width, length = local.embedding.shape[1], len(local.tokens)
+    if not isinstance(wanted.vector, Tensor):
+        raise InputError(f"the Direction {wanted.label!r} has {wanted.vector!r} for a vector; give a tensor of {width} numbers.")
+    if not math.isfinite(wanted.bias) or not 0 < wanted.weight < math.inf:
+        raise InputError(
+            f"the Direction {wanted.label!r} has bias {wanted.bias} and weight {wanted.weight}: give finite ones, the weight above 0."
+        )
     if wanted.vector.shape != (width,) or not torch.isfinite(wanted.vector).all() or not wanted.vector.any():
         shape = tuple(wanted.vector.shape)
         raise InputError(f"the Direction {wanted.label!r} has a vector of shape {shape}; it must be {width} finite numbers, not all zero.")

@@ -37,6 +37,7 @@ class CompareOptions(Common):
 
     circuits compare --task ioi --methods acdc,eap,eap-ig,random
     circuits compare --task docstring --methods acdc:threshold=0.02,eap:gradient_at=both --n 32
+    circuits compare --task two_hop --methods acdc,attribution-graph:transcoders=toy-world-clt
     """
 
     methods: str = "acdc,eap,eap-ig,random"
@@ -118,6 +119,11 @@ def _sweep(spec: str, options: CompareOptions) -> tuple[str, list[CircuitDiscove
                 f"--methods {spec!r}: {setting!r} is no setting of {kind.name}; it has {', '.join(fields)}, written threshold=0.01."
             )
         given[key] = value
+    needed = [
+        name for name, field in fields.items() if field.default is field.default_factory is dataclasses.MISSING and name != "threshold"
+    ]
+    if missing := [name for name in needed if name not in given]:
+        raise InputError(f"--methods {spec!r}: {kind.name} needs {missing[0]}; write {kind.name}:{missing[0]}=..., with what it is.")
     label = ":".join([kind.name, *settings])
     if "ablation" in fields:
         given.setdefault("ablation", options.ablation)

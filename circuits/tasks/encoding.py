@@ -187,13 +187,20 @@ class Encoder:
 
 
 def prompt_tokens(model: Model, prompt: str | Sequence[int] | Int[Tensor, "pos"]) -> Int[Tensor, "pos"]:
-    """A prompt as token ids on the CPU: text with <bos> where the model expects one, ids as they are.
+    """A prompt as token ids on the CPU: text with <bos> where the model expects one, ids (also as a batch of one) as they are.
 
     Raises:
-        InputError: the text is empty or too long or has unknown words, or the model has no tokenizer.
+        InputError: the text is empty or too long or has unknown words, the model has no tokenizer, or the ids are no whole numbers of one prompt.
     """
-    return (
-        torch.tensor(Encoder.of(model).prompt(prompt))
-        if isinstance(prompt, str)
-        else torch.as_tensor(prompt, dtype=torch.long).cpu().flatten()
-    )
+    if isinstance(prompt, str):
+        return torch.tensor(Encoder.of(model).prompt(prompt))
+    try:
+        tokens = torch.as_tensor(prompt).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{prompt!r} is no prompt: give text, or a list of token ids.") from error
+    tokens = tokens[0] if tokens.dim() == 2 and len(tokens) == 1 else tokens
+    if tokens.dim() != 1 or (len(tokens) and (tokens.is_floating_point() or tokens.dtype == torch.bool)):
+        raise InputError(
+            f"token ids of shape {tuple(tokens.shape)} and type {tokens.dtype} are no prompt: give whole numbers, one list of them."
+        )
+    return tokens.long()

@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -192,6 +192,9 @@ class Transcoders:
         Raises:
             InputError: with the layer, the part, the shape it should have and the one it has.
         """
+        for part, name, known in (("reads", self.reads, get_args(Reads)), ("writes", self.writes, get_args(Writes))):
+            if name not in known:
+                raise InputError(f"{self.name}: {part}={name!r} is none of {', '.join(known)}.")
         n, features, width = self.n_layers, self.n_features, self.d_model
         for part, given in (("decoders", self.decoders), ("decoder_biases", self.decoder_biases), ("skips", self.skips)):
             if given is not None and len(given) != n:

@@ -261,6 +261,10 @@ def _number_below(threshold: float, dtype: torch.dtype) -> float:
 
 
 def _check(hidden_states: Mapping[int, Tensor], transcoders: Transcoders, top_k: int | None, threshold: float) -> None:
+    if not isinstance(hidden_states, Mapping):
+        raise InputError(
+            "give hidden states as a mapping from layers to tensors: of a list that begins with layer 0, dict(enumerate(states))."
+        )
     if not hidden_states:
         raise InputError("there are no hidden states; give a mapping from layers to tensors [batch, pos, d_model].")
     if top_k is not None and top_k < 1:
@@ -269,7 +273,7 @@ def _check(hidden_states: Mapping[int, Tensor], transcoders: Transcoders, top_k:
         raise InputError(f"threshold={threshold}: give a number from 0 up; features that do not fire have activation 0.")
     if unknown := [layer for layer in hidden_states if layer not in range(transcoders.n_layers)]:
         raise InputError(
-            f"layer {unknown[0]} is none of those of {transcoders.name!r}; give hidden states of layers 0 to {transcoders.n_layers - 1}."
+            f"layer {unknown[0]!r} is none of those of {transcoders.name!r}; give hidden states of layers 0 to {transcoders.n_layers - 1}."
         )
     first, like = next(iter(hidden_states.items()))
     for layer, states in hidden_states.items():
