@@ -1,6 +1,6 @@
 """Trains transcoders of the embedded model, or of any other, and says how they do on text they were not trained on.
 
-    python experiments/train_transcoders.py                               # the three sets that ship: 15 minutes each on one CPU core
+    python experiments/train_transcoders.py                               # the three sets that ship: 10 to 30 minutes each on one CPU core
     python experiments/train_transcoders.py --kind plt --k 8 --out /elsewhere
     python experiments/train_transcoders.py --model gpt2 --text corpus.txt --features 6144 --k 32 --steps 10000 --out /elsewhere
 
