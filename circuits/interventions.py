@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 
 import torch
 from jaxtyping import Float, Int
@@ -60,7 +61,7 @@ class Intervention:
         if (self.value is None) == (self.factor is None):
             raise InputError(f"an intervention on f{self.layer}.{self.index} has either a value or a factor; give one of them.")
         given = self.factor if self.value is None else self.value
-        if not isinstance(given, int | float) or not math.isfinite(given):
+        if not isinstance(given, Real) or not math.isfinite(given):
             raise InputError(f"f{self.layer}.{self.index} cannot be set to or multiplied by {given!r}; give a finite number.")
 
     @staticmethod
