@@ -70,19 +70,24 @@ class Written:
     Attributes:
         rows: activation times decoder, by position, then as `Sources.order` has them.
         bounds: `rows[bounds[p] : bounds[p + 1]]` are those at position p.
-        columns: where the first of them stands in `Sources.order`; the others follow it.
-        places: where each row stands in `Sources.order`.
+        places: where each row stands in `Sources.order`; those at one position stand together.
     """
 
     rows: Float[Tensor, "row d_model"]
     bounds: Sequence[int]
-    columns: Sequence[int]
     places: Int[Tensor, "row"]
 
     def at(self, position: int) -> tuple[Float[Tensor, "row d_model"], slice]:
         """What is written at a position, and where those that write it stand in `Sources.order`."""
-        start, stop, column = self.bounds[position], self.bounds[position + 1], self.columns[position]
+        start, stop = self.bounds[position], self.bounds[position + 1]
+        column = self._columns[position]
         return self.rows[start:stop], slice(column, column + stop - start)
+
+    @cached_property
+    def _columns(self) -> Sequence[int]:
+        """Where the first row of each position stands in `Sources.order`; any number where a position has none."""
+        first = torch.tensor(self.bounds[:-1], device=self.places.device)
+        return torch.cat([self.places, self.places.new_zeros(1)])[first].tolist()
 
     @cached_property
     def slots(self) -> Int[Tensor, "pos slot"]:
@@ -120,6 +125,11 @@ class Sources:
     errors: Float[Tensor, "layer pos d_model"]
     mlp_constants: Float[Tensor, "layer pos d_model"]
 
+    @cached_property
+    def places(self) -> Int[Tensor, "feature"]:
+        """Where each feature stands in `order`."""
+        return torch.argsort(self.order)
+
 
 @torch.no_grad()
 def gather_sources(model: LocalModel, transcoders: Transcoders, features: ActiveFeatures, *, leading: int = 1) -> Sources:
@@ -144,14 +154,9 @@ def _written(model: LocalModel, transcoders: Transcoders, features: ActiveFeatur
         rows[mine] = transcoders.decoder_rows(source, numbers[mine], layer, like)
     rows *= features.activation[order[chosen], None]
     rows = frozen.writing[positions[chosen]].linear(rows)
-    length = len(model.tokens)
-    counts = torch.bincount(positions[chosen], minlength=length)
-    ends = counts.cumsum(0)
+    ends = torch.bincount(positions[chosen], minlength=len(model.tokens)).cumsum(0)
     # A layer's writers at a position stand together in `order`: they are the layers from writing[0] to this one, whole.
-    before = torch.bincount(positions[layers < writing[0]], minlength=length)
-    starts = torch.bincount(positions, minlength=length).cumsum(0).roll(1)
-    starts[0] = 0
-    return Written(rows, [0, *ends.tolist()], (starts + before).tolist(), chosen)
+    return Written(rows, [0, *ends.tolist()], chosen)
 
 
 def _rest(

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.active_features import ActiveFeatures, Sources, gather_sources
+from circuits.active_features import ActiveFeatures, gather_sources
 from circuits.errors import InputError
 from circuits.feature_graph import EMBEDDING, ERROR, FEATURE, TARGET, FeatureGraph, Nodes, Target
 from circuits.influence import SMALLEST_SUM
@@ -111,10 +111,11 @@ def build_graph(
         selected, targets = torch.arange(len(features), device=features.layer.device), every + logits
         found = sweep.by_block(targets)
     else:
-        every_row, selected = _most_influential(sweep, every, logits, probability, budget)
+        known, row_of, selected = _most_influential(sweep, every, logits, probability, budget)
         targets = every[selected] + logits
-        found = ((block, every_row[block]) for block in sweep.split(targets))
-    nodes, columns = _nodes(model, features, selected, directions, logits.position, probability), _Columns.of_sources(sources, selected)
+        found = ((block, known[row_of[block]]) for block in sweep.split(targets))
+    nodes = _nodes(model, features, selected, directions, logits.position, probability)
+    columns = _Columns(selected, nodes.layer[: -len(directions)], nodes.position[: -len(directions)])
     # Targets are features, then directions: with errors and embeddings between them, they are the nodes.
     number = torch.cat([torch.arange(len(selected)), torch.arange(len(nodes) - len(directions), len(nodes))]).to(selected.device)
     edges = _Edges.joined([_edges(sweep, targets[block], number[block], rows, columns) for block, rows in found])
@@ -170,9 +171,12 @@ def _edges(sweep: LinearSweep, targets: Targets, numbers: Int[Tensor, "block"], 
         # Summed apart: a difference of two sums would lose digits.
         others = torch.ones(rows.features.shape[1], dtype=torch.bool, device=numbers.device).index_fill_(0, columns.selected, False)
         unselected = rows.features[:, others].sum(1, keepdim=True)
-    below = columns.layer < targets.layer[0]
-    sources = (below & (columns.position <= targets.position.max()) if sweep.model.causal else below).nonzero().flatten()
-    weights, stays = columns.of(rows, sources), columns.of(direct, sources).index_select(0, row_of)
+    reaching = columns.layer < targets.layer[0]
+    if sweep.model.causal:
+        reaching &= columns.position <= targets.position.max()
+    sources = reaching.nonzero().flatten()
+    n_features = int(reaching[: len(columns.selected)].sum())
+    weights, stays = (columns.of(part, sources, n_features) for part in (rows, direct))
     found = weights != 0
     here = columns.position[sources] == targets.position[:, None]
     return _Edges(
@@ -180,7 +184,7 @@ def _edges(sweep: LinearSweep, targets: Targets, numbers: Int[Tensor, "block"], 
         target=numbers.repeat_interleave(found.sum(1)),
         source=sources.expand(found.shape).masked_select(found),
         weight=weights.masked_select(found),
-        direct=(stays * here).masked_select(found),
+        direct=(stays.index_select(0, row_of) * here).masked_select(found),
         constants=torch.cat([rows.constants, unselected], 1),
     )
 
@@ -193,18 +197,10 @@ class _Columns:
     layer: Int[Tensor, "source"]
     position: Int[Tensor, "source"]
 
-    @staticmethod
-    def of_sources(sources: Sources, selected: Int[Tensor, "selected"]) -> _Columns:
-        layers, length, _ = sources.errors.shape
-        level, place = (torch.arange(n, device=selected.device) for n in (layers, length))
-        layer = [sources.features.layer[selected], level.repeat_interleave(length), torch.full_like(place, -1)]
-        return _Columns(selected, torch.cat(layer), torch.cat([sources.features.position[selected], place.repeat(layers + 1)]))
-
-    def of(self, rows: Rows, sources: Int[Tensor, "some"]) -> Float[Tensor, "target some"]:
-        """Some nodes' columns."""
-        features = int(torch.searchsorted(sources, len(self.selected)))
-        others = torch.cat([rows.errors.flatten(1), rows.embeddings], 1).index_select(1, sources[features:] - len(self.selected))
-        return torch.cat([rows.features.index_select(1, self.selected[sources[:features]]), others], 1)
+    def of(self, rows: Rows, sources: Int[Tensor, "some"], n_features: int) -> Float[Tensor, "target some"]:
+        """Some nodes' columns, of which so many are features."""
+        others = torch.cat([rows.errors.flatten(1), rows.embeddings], 1).index_select(1, sources[n_features:] - len(self.selected))
+        return torch.cat([rows.features.index_select(1, self.selected[sources[:n_features]]), others], 1)
 
 
 def _direction_targets(model: LocalModel, directions: Sequence[Direction]) -> Targets:
@@ -216,8 +212,8 @@ def _direction_targets(model: LocalModel, directions: Sequence[Direction]) -> Ta
 
 def _most_influential(
     sweep: LinearSweep, every: Targets, logits: Targets, probability: Float[Tensor, "target"], budget: Budget
-) -> tuple[Rows, Int[Tensor, "selected"]]:
-    """The rows of the most influential features, in order, and of the directions; and which features those are."""
+) -> tuple[Rows, Int[Tensor, "row"], Int[Tensor, "selected"]]:
+    """The rows of the most influential features and of the directions; the row of each, in their order; and which features those are."""
     assert budget.features is not None
     found, chosen = sweep.rows(logits), torch.zeros(0, dtype=torch.long, device=every.layer.device)
     while len(chosen) < budget.features:
@@ -228,7 +224,7 @@ def _most_influential(
         found, chosen = found + sweep.rows(every[following]), torch.cat([chosen, following])
     order = torch.argsort(chosen)
     into_directions = torch.arange(len(logits), device=order.device)
-    return found[torch.cat([len(logits) + order, into_directions])], chosen[order]
+    return found, torch.cat([len(logits) + order, into_directions]), chosen[order]
 
 
 def _partial_influence(

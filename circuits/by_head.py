@@ -112,7 +112,6 @@ def _carried_up(
     tokens = (nodes.kind == EMBEDDING).to(place.device)
     position = nodes.position.to(place.device)
     residual[position[tokens], column[tokens]] = local.embedding[position[tokens]]
-    order = torch.argsort(sources.order)
     for layer, frozen in enumerate(local.layers):
         values = frozen.values(residual)
         yield values
@@ -125,7 +124,7 @@ def _carried_up(
         written = sources.written[layer]
         for number in (place[some.to(place.device)] >= 0).nonzero().flatten().tolist():
             rows, columns = written.at(int(position[number]))
-            row = int(order[place[some[number]]]) - columns.start
+            row = int(sources.places[place[some[number]]]) - columns.start
             if 0 <= row < len(rows):
                 residual[position[number], number] += rows[row]
 

@@ -13,7 +13,7 @@ is the model itself. With a single edge less, such features take their values on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -91,8 +91,9 @@ class FeatureExecutor:
     """Runs circuits of one graph of features on one task.
 
     Attributes:
+        leading: at so many first positions there are no features.
         means: of the ablation, taken once over all prompts.
-        whole: a row per node, true where it is a feature, error or token and so can be kept.
+        counts: of model runs.
     """
 
     model: Model
@@ -189,7 +190,7 @@ class FeatureExecutor:
         run_to_residual(self.model, tokens, piece.mask, [(name, keeper(seen, name)) for name in names])
         inputs = {layer: self._inputs(layer, seen[self._reads(layer)]) for layer in layers}
         features = {layer: self._encode(layer, inputs[layer], piece) for layer in layers}
-        errors = [seen[self._writes(layer)] - self._reconstruction(layer, features, inputs[layer]) for layer in layers]
+        errors = [seen[self._writes(layer)] - self.transcoders.output(layer, features, inputs[layer]) for layer in layers]
         for error in errors:
             error[:, : self.leading] = 0
         return Recorded(list(features.values()), errors, seen[output_hook(TokenEmbed())])
@@ -221,7 +222,7 @@ class FeatureExecutor:
 
         def writer(layer: int) -> Hook:
             def write(output: Tensor) -> Tensor:
-                error = output - self._reconstruction(layer, features, inputs[layer])
+                error = output - self.transcoders.output(layer, features, inputs[layer])
                 gone = torch.where(keep.errors(layer)[..., None], 0.0, replaced.errors[layer] - error)
                 gone[:, : self.leading] = 0
                 return output + (gone + self.transcoders.decode(changes, layer)).to(output)
@@ -252,10 +253,6 @@ class FeatureExecutor:
         activations = self.transcoders.encode(layer, inputs, piece.mask)
         activations[:, : self.leading] = 0
         return activations
-
-    def _reconstruction(self, layer: int, features: Mapping[int, Tensor], inputs: Tensor) -> Float[Tensor, "batch pos d_model"]:
-        bias = self.transcoders.decoder_biases[layer].to(inputs)
-        return self.transcoders.decode(features, layer) + bias + self.transcoders.skip(layer, inputs)
 
     def _with_means(self) -> FeatureExecutor:
         """Means over all prompts, of the clean or the corrupted ones, padding left out."""

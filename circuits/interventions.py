@@ -121,6 +121,7 @@ def intervene(
         InputError: the transcoders do not fit the model, the prompt cannot be used, or an intervention names what is not there.
     """
     check_transcoders(model, transcoders)
+    _check_leading(leading)
     tokens = prompt_tokens(model, prompt)
     if not isinstance(variants, Sequence) or not all(
         isinstance(variant, Sequence) and not isinstance(variant, str) for variant in variants
@@ -169,6 +170,7 @@ def direct_effects(
     Raises:
         InputError: see `intervene`.
     """
+    check_transcoders(model, transcoders)
     layers = range(transcoders.n_layers)
     return intervene(model, transcoders, prompt, variants, frozen_layers=layers, freeze_norms=True, leading=leading)
 
@@ -197,6 +199,7 @@ def generate(
     """
     tokens, generator = prompt_tokens(model, prompt), torch.Generator().manual_seed(seed)
     check_transcoders(model, transcoders)
+    _check_leading(leading)
     padded(model, [tokens])
     if not isinstance(new_tokens, int) or new_tokens < 0:
         raise InputError(f"new_tokens={new_tokens!r}: give a whole number, 0 or more.")
@@ -330,8 +333,6 @@ def _placed(change: Intervention, transcoders: Transcoders, length: int, reach: 
     """
     if not isinstance(change, Intervention):
         raise InputError(f"{change!r} is no intervention; make one of a feature, such as circuits.Intervention.ablate({str(change)!r}).")
-    if not isinstance(leading, int) or leading < 0:
-        raise InputError(f"leading={leading!r}: give a whole number, 0 or more.")
     name = f"f{change.layer}.{change.index}"
     if change.layer not in range(transcoders.n_layers) or change.index not in range(transcoders.n_features):
         raise InputError(
@@ -344,6 +345,11 @@ def _placed(change: Intervention, transcoders: Transcoders, length: int, reach: 
     if covered[-1] < leading:
         raise InputError(f"{name} is to be changed at position {change.position!r}, and the first {leading} have no features; see leading.")
     return replace(change, position=where)
+
+
+def _check_leading(leading: int) -> None:
+    if not isinstance(leading, int) or leading < 0:
+        raise InputError(f"leading={leading!r}: give a whole number, 0 or more.")
 
 
 def _slice(position: int | slice | None, length: int) -> slice | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -150,11 +149,6 @@ class LinearSweep:
         gradient[place, slot] = block.vector
         return _Descent(self, int(block.layer[0]), gradient, first).to_embeddings(), slot
 
-    @cached_property
-    def places(self) -> Int[Tensor, "feature"]:
-        """Where each feature stands in `Sources.order`."""
-        return torch.argsort(self.sources.order)
-
     def split(self, targets: Targets) -> Iterator[Int[Tensor, "target"]]:
         """Targets of one layer at neighbouring positions, few enough for the memory."""
         like = self.model.embedding
@@ -192,7 +186,7 @@ class _Descent:
             first: its first position.
             starts: where each direction stands, there alone; None: they do not go through attention.
         """
-        self.model, self.sources, self.places = sweep.model, sweep.sources, sweep.places
+        self.model, self.sources = sweep.model, sweep.sources
         self.layer, self.gradient, self.starts = layer, gradient, starts
         self.spread = False  # not yet beyond their own positions
         self.positions, whole, n = slice(first, first + len(gradient)), len(sweep.model.tokens), gradient.shape[1]
@@ -218,7 +212,7 @@ class _Descent:
         embedding, *position = self._products(vectors)
         self.embeddings[:, self.positions] = embedding
         self.constants[:, POSITION_EMBEDDING] = position[0].sum(1) if position else 0.0
-        return Rows(self.features.index_select(1, self.places), self.errors, self.embeddings, self.constants)
+        return Rows(self.features.index_select(1, self.sources.places), self.errors, self.embeddings, self.constants)
 
     def _attention(self, layer: int) -> None:
         if self.starts is None:

@@ -160,6 +160,7 @@ def test_things_of_another_kind_are_refused_in_one_line(unchecked_types):
     change = Intervention.ablate("f0.1")
     for run, message in (
         (lambda: intervene(model, "toy-world-clt", PROMPT, [[]]), "load them with circuits.load_transcoders"),
+        (lambda: direct_effects(model, "toy-world-clt", PROMPT, [[]]), "load them with circuits.load_transcoders"),
         (lambda: intervene(model, transcoders, PROMPT, [change]), "a list of interventions for each run"),
         (lambda: intervene(model, transcoders, PROMPT, [["f0.1@3"]]), "is no intervention; make one of a feature"),
         (lambda: intervene(model, transcoders, PROMPT, [[]], frozen_layers=1), "give a list of layers"),
@@ -201,8 +202,9 @@ def test_what_cannot_be_changed_is_said():
             generate(model, transcoders, PROMPT, [], temperature=temperature)
     with pytest.raises(circuits.InputError, match="new_tokens=-1"):
         generate(model, transcoders, PROMPT, [], new_tokens=-1)
-    with pytest.raises(circuits.InputError, match="leading=-1"):
-        intervene(model, transcoders, PROMPT, [[Intervention.ablate("f0.1")]], leading=-1)
+    for variant in ([], [Intervention.ablate("f0.1")]):
+        with pytest.raises(circuits.InputError, match="leading=-1"):
+            intervene(model, transcoders, PROMPT, [variant], leading=-1)
     for number in (math.nan, math.inf):
         with pytest.raises(circuits.InputError, match="give a finite number"):
             Intervention.scale("f0.1", number)

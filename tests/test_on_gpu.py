@@ -1,4 +1,4 @@
-"""What a GPU finds is what the CPU finds. Run where there is one, skipped elsewhere: the only tests that need more than the package."""
+"""What a GPU finds is what the CPU finds. Run where there is one, skipped elsewhere."""
 
 import pytest
 import torch

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from circuits.distributed import own_gpu
+from circuits.distributed import device_called
 from circuits.errors import InputError
 from circuits.files import read_json, read_tensors, write_json, write_tensors
 
@@ -92,17 +92,7 @@ _BUFFERS = (".mask", ".IGNORE", ".rotary_sin", ".rotary_cos")
 
 
 def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return own_gpu() if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"there is no device {device!r}; use 'cpu', 'cuda' or 'cuda:1'.") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            f"device {str(device)!r} was asked for, but torch {torch.__version__} finds no CUDA here; use device='cpu' or a CUDA build."
-        )
-    return own_gpu() if chosen == torch.device("cuda") else chosen
+    return device_called(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _load_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:

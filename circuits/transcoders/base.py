@@ -148,10 +148,13 @@ class Transcoders:
     def reconstruct(self, inputs: Mapping[int, Float[Tensor, "batch pos d_model"]]) -> dict[int, Float[Tensor, "batch pos d_model"]]:
         """What transcoders make of every layer's MLP output, from what the features of all layers read."""
         activations = {layer: self.encode(layer, inputs[layer]) for layer in range(self.n_layers)}
-        return {
-            layer: self.decode(activations, layer) + self.decoder_biases[layer].to(inputs[layer]) + self.skip(layer, inputs[layer])
-            for layer in range(self.n_layers)
-        }
+        return {layer: self.output(layer, activations, inputs[layer]) for layer in range(self.n_layers)}
+
+    def output(
+        self, layer: int, activations: Mapping[int, Float[Tensor, "*batch feature"]], inputs: Float[Tensor, "*batch d_model"]
+    ) -> Float[Tensor, "*batch d_model"]:
+        """The same for one layer, where the activations of the features that write there are known."""
+        return self.decode(activations, layer) + self.decoder_biases[layer].to(inputs) + self.skip(layer, inputs)
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Transcoders:
         """The same, all tensors read from their files and brought to a device and precision."""

@@ -36,13 +36,14 @@ def quality(
     for start in range(0, len(tokens), prompts_at_once):
         part = slice(start, start + prompts_at_once)
         inputs, outputs = record(model, transcoders.reads, transcoders.writes, tokens[part], mask[part])
-        made = transcoders.reconstruct({layer: inputs[layer][None] for layer in layers})
+        activations = {layer: transcoders.encode(layer, inputs[layer][None]) for layer in layers}
         n += inputs.shape[1]
         for layer in layers:
-            error[layer] += (outputs[layer] - made[layer][0]).double().square().sum(0).cpu()
+            made = transcoders.output(layer, activations, inputs[layer][None])[0]
+            error[layer] += (outputs[layer] - made).double().square().sum(0).cpu()
             squares[layer] += outputs[layer].double().square().sum(0).cpu()
             sums[layer] += outputs[layer].double().sum(0).cpu()
-            fired[layer] += (transcoders.encode(layer, inputs[layer][None])[0] != 0).double().sum(0).cpu()
+            fired[layer] += (activations[layer][0] != 0).double().sum(0).cpu()
     deviations = (squares - sums.square() / n).sum(1)
     columns = {"explained_variance": 1 - error.sum(1) / deviations, "l0": fired.sum(1) / n, "dead": (fired == 0).double().mean(1)}
     return pd.DataFrame({name: column.numpy() for name, column in columns.items()}, index=pd.RangeIndex(len(layers), name="layer"))

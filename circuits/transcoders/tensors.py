@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from circuits.distributed import own_gpu
+from circuits.distributed import device_called
 from circuits.errors import InputError
 
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
@@ -54,13 +54,7 @@ def placement(device: str | torch.device | None, dtype: torch.dtype | None, mapp
         )
     if dtype is not None and not dtype.is_floating_point:
         raise InputError(f"weights cannot be of dtype {dtype}; use torch.float32, torch.bfloat16 or torch.float16.")
-    try:
-        chosen = torch.device("cpu" if device is None else device)
-    except RuntimeError as error:
-        raise InputError(f"there is no device {device!r}; use 'cpu', 'cuda' or 'cuda:1'.") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {str(device)!r} was asked for, but torch {torch.__version__} finds no CUDA here; use device='cpu'.")
-    return Placement(own_gpu() if chosen == torch.device("cuda") else chosen, dtype or torch.float32, mapped)
+    return Placement(device_called("cpu" if device is None else device), dtype or torch.float32, mapped)
 
 
 @dataclass(frozen=True)

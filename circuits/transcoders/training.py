@@ -60,7 +60,7 @@ class Training:
     steps: int = 4000
     learning_rate: float = 4e-3
     """At its highest, for Adam; it rises over the first twentieth of the steps and falls to zero over the last half."""
-    dead_after: int = 40_000
+    dead_after: int = 15_000
     """A feature that has not fired for so many tokens is dead, and learns from what the others leave."""
     seed: int = 0
     """Of the first weights."""
