@@ -310,6 +310,7 @@ def test_ones_own_prompts_come_from_a_file(capsys, tmp_path):
         (["discover", "--method", "random", "--device", "gpu"], "there is no device 'gpu'"),
         (["discover", "--method", "random", "--n", "2", "--out", "/dev/null/runs"], "cannot be made"),
         (["compare", "--methods", "eap:speed=3"], "'speed=3' is no setting of eap; it has metric"),
+        (["compare", "--methods", "attribution-graph"], "needs transcoders; write attribution-graph:transcoders=..."),
     ],
 )
 def test_a_mistake_is_told_in_one_line_with_status_2(capsys, tmp_path, monkeypatch, words, told):

@@ -51,6 +51,19 @@ def test_groups_made_on_the_served_page_go_to_neuronpedia(toy_world, tmp_path):
     assert {str(node) for node in circuits.load_neuronpedia(path).groups["Texas"]} == {one, two}
 
 
+def test_a_graph_that_fails_leaves_no_folder_and_a_damaged_one_says_how_to_make_it_again(capsys, tmp_path):
+    words = ("graph", PROMPT, "--out", str(tmp_path), "--device", "cpu")
+    assert run_here(capsys, *words, "--explain", " New York")[0] == 2
+    assert list((tmp_path / "graphs").iterdir()) == []
+    assert run_here(capsys, *words)[0] == 0
+    (folder,) = (tmp_path / "graphs").iterdir()
+    file = folder / "graph.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    status, _, errors = run_here(capsys, *words)
+    assert status == 2 and errors.count("\n") == 1 and f"To have it made again, delete the folder {folder}." in errors
+    assert file.exists()
+
+
 def test_other_settings_make_another_folder(capsys, tmp_path):
     common = ("--out", str(tmp_path), "--device", "cpu", "--json")
     for words in ((), ("--explain", " Austin/ Sacramento"), ("--budget", "40"), ("--transcoders", "toy-world-plt")):
