@@ -3,7 +3,7 @@
 import os
 import sys
 
-from circuits.cli import main
+from circuits.cli.main import main
 
 status = main()
 if "TORCHELASTIC_RUN_ID" in os.environ:

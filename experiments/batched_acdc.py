@@ -14,9 +14,17 @@ import tyro
 from markdown_tables import markdown
 
 import circuits
-from circuits.compare import overlap
+from circuits.evaluation.similarity import overlap
 
-COUNTS = ("evaluations", "joint_measurements", "bisections", "batches", "node_evaluations", "largest_excess", "excess_left")
+COUNTS = (
+    "evaluations",
+    "joint_measurements",
+    "bisections",
+    "batches",
+    "node_evaluations",
+    "largest_excess",
+    "excess_left",
+)
 
 
 @dataclass(frozen=True)
@@ -41,20 +49,40 @@ def main(config: Config) -> None:
     model = circuits.load_model(config.model)
     rows = []
     for name in config.tasks.split(","):
-        train, test = (circuits.load_task(name, model, n=config.n, split=split) for split in ("train", "test"))
+        train, test = (
+            circuits.load_task(name, model, n=config.n, split=split) for split in ("train", "test")
+        )
         for threshold in map(float, config.thresholds.split(",")):
             exact = circuits.ACDC(threshold).discover(model, train)
             rows.append(row(model, exact, exact, train, test, threshold, "exact", False))
             for group in config.groups.split(","):
                 for verify in (False, True):
-                    method = circuits.BatchedACDC(threshold, group=int(group) if group.isdecimal() else group, verify=verify)
-                    rows.append(row(model, method.discover(model, train), exact, train, test, threshold, group, verify))
+                    method = circuits.BatchedACDC(
+                        threshold, group=int(group) if group.isdecimal() else group, verify=verify
+                    )
+                    rows.append(
+                        row(
+                            model,
+                            method.discover(model, train),
+                            exact,
+                            train,
+                            test,
+                            threshold,
+                            group,
+                            verify,
+                        )
+                    )
         print(f"{name} done", flush=True)
     table = pd.DataFrame(rows)
     config.out.mkdir(parents=True, exist_ok=True)
     table.to_csv(config.out / "by-task.csv", index=False)
     table.to_json(config.out / "by-task.json", orient="records", indent=1)
-    means = table.drop(columns="task").groupby(["threshold", "group", "verify"], sort=False).mean().reset_index()
+    means = (
+        table.drop(columns="task")
+        .groupby(["threshold", "group", "verify"], sort=False)
+        .mean()
+        .reset_index()
+    )
     print(means.round(3).to_string(index=False))
     (config.out / "means.md").write_text(markdown(means))
 
@@ -71,7 +99,11 @@ def row(
 ) -> dict[str, object]:
     """One search against the exact one."""
     both = [circuits.evaluate(model, found, task, metrics=["kl"]).kl for task in (train, test)]
-    agreement = {"edges": len(found), "flipped": int((found.kept != exact.kept).sum()), "jaccard": overlap(found, exact)}
+    agreement = {
+        "edges": len(found),
+        "flipped": int((found.kept != exact.kept).sum()),
+        "jaccard": overlap(found, exact),
+    }
     counts = {name: found.record.get(name, 0) for name in COUNTS}
     setting = {"task": train.name, "threshold": threshold, "group": group, "verify": verify}
     return {**setting, **agreement, "kl": both[0], "kl_held_out": both[1], **counts}

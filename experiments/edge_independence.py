@@ -31,8 +31,8 @@ from markdown_tables import markdown
 from plotly.subplots import make_subplots
 
 import circuits
-from circuits.edge_order import edge_order
-from circuits.execution import DamageMeter
+from circuits.discovery.search.edge_order import edge_order
+from circuits.running.damage import DamageMeter
 
 RELATIONS = ("same target", "same layer", "different layer")
 
@@ -66,9 +66,17 @@ def main(config: Config) -> None:
         task = circuits.load_task(name, model, n=config.n, split="train")
         for threshold in map(float, config.thresholds.split(",")):
             circuit = circuits.ACDC(threshold).discover(model, task)
-            meter = DamageMeter.prepare(model, circuit.graph, task, metric="kl", ablation="resample")
-            paths += [{"task": name, "threshold": threshold, **row} for row in by_path_length(circuit, meter)]
-            pairs += [{"task": name, "threshold": threshold, **row} for row in sampled_pairs(circuit, meter, config, random)]
+            meter = DamageMeter.prepare(
+                model, circuit.graph, task, metric="kl", ablation="resample"
+            )
+            paths += [
+                {"task": name, "threshold": threshold, **row}
+                for row in by_path_length(circuit, meter)
+            ]
+            pairs += [
+                {"task": name, "threshold": threshold, **row}
+                for row in sampled_pairs(circuit, meter, config, random)
+            ]
         print(f"{name} done", flush=True)
     frame = pd.DataFrame(pairs)
     for name in ("h", "h_without_e1"):
@@ -79,7 +87,9 @@ def main(config: Config) -> None:
     frame.to_csv(config.out / "pairs.csv", index=False)
     lengths = pd.DataFrame(paths)
     lengths.to_csv(config.out / "paths.csv", index=False)
-    rates(frame, ["task", "threshold", "relation"], random).to_csv(config.out / "by-task-and-relation.csv", index=False)
+    rates(frame, ["task", "threshold", "relation"], random).to_csv(
+        config.out / "by-task-and-relation.csv", index=False
+    )
     by_relation = rates(frame, ["threshold", "relation"], random)
     tables = {
         "By relation": with_intervals(by_relation),
@@ -88,41 +98,65 @@ def main(config: Config) -> None:
     }
     text = "\n".join(f"## {title}\n\n{markdown(table)}" for title, table in tables.items())
     (config.out / "tables.md").write_text(text)
-    figure(by_relation, lengths).write_html(config.out / "edge-independence.html", include_plotlyjs=True)
+    figure(by_relation, lengths).write_html(
+        config.out / "edge-independence.html", include_plotlyjs=True
+    )
     print(text)
 
 
-def sampled_pairs(circuit: circuits.Circuit, meter: DamageMeter, config: Config, random: np.random.Generator) -> list[dict[str, object]]:
+def sampled_pairs(
+    circuit: circuits.Circuit, meter: DamageMeter, config: Config, random: np.random.Generator
+) -> list[dict[str, object]]:
     """Increases of e2's removal in states of the search, with and without e1, in the order of the search."""
     graph, rows = circuit.graph, []
     order = [edge for trial in edge_order(graph, "topological") for edge in trial.edges]
     tried = [turn for turn, edge in enumerate(order) if not circuit.scores[edge].isnan()]
-    turns = sorted(random.choice(tried, size=min(config.states, len(tried)), replace=False).tolist())
+    turns = sorted(
+        random.choice(tried, size=min(config.states, len(tried)), replace=False).tolist()
+    )
     for turn in turns:
         kept = torch.ones(len(graph), dtype=torch.bool)
         kept[order[:turn]] = circuit.kept[order[:turn]]
         meter.near(kept)
         live, first = meter.reaching_logits(kept), order[turn]
-        chosen = draw([edge for edge in order[turn + 1 :] if live[edge]], first, graph, config.pairs, random)
+        chosen = draw(
+            [edge for edge in order[turn + 1 :] if live[edge]], first, graph, config.pairs, random
+        )
         without = kept.repeat(2 + 2 * len(chosen), 1)
         without[1::2, first] = False  # every second row is the one before it, without e1
         for number, (second, _) in enumerate(chosen):
             without[2 + 2 * number : 4 + 2 * number, second] = False
         whole, alone, *found = meter(without).tolist()
         for (second, relation), one, both in zip(chosen, found[::2], found[1::2], strict=True):
-            edges = {"state": turn, "e1": str(graph.edges[first]), "e2": str(graph.edges[second]), "relation": relation}
-            rows.append({**edges, "increase_of_e1": alone - whole, "increase_in_h": one - whole, "increase_in_h_without_e1": both - alone})
+            edges = {
+                "state": turn,
+                "e1": str(graph.edges[first]),
+                "e2": str(graph.edges[second]),
+                "relation": relation,
+            }
+            rows.append(
+                {
+                    **edges,
+                    "increase_of_e1": alone - whole,
+                    "increase_in_h": one - whole,
+                    "increase_in_h_without_e1": both - alone,
+                }
+            )
     return rows
 
 
-def draw(edges: list[int], first: int, graph: circuits.Graph, most: int, random: np.random.Generator) -> list[tuple[int, str]]:
+def draw(
+    edges: list[int], first: int, graph: circuits.Graph, most: int, random: np.random.Generator
+) -> list[tuple[int, str]]:
     """Some of the edges for each relation that their targets have with that of `first`."""
     by_relation: dict[str, list[int]] = {relation: [] for relation in RELATIONS}
     target = graph.edges[first].target
     for edge in edges:
         other = graph.edges[edge].target
         same_layer = getattr(other, "layer", None) == getattr(target, "layer", None)
-        by_relation[RELATIONS[0] if other == target else RELATIONS[1] if same_layer else RELATIONS[2]].append(edge)
+        by_relation[
+            RELATIONS[0] if other == target else RELATIONS[1] if same_layer else RELATIONS[2]
+        ].append(edge)
     return [
         (edge, relation)
         for relation, among in by_relation.items()
@@ -132,22 +166,42 @@ def draw(edges: list[int], first: int, graph: circuits.Graph, most: int, random:
 
 def rates(frame: pd.DataFrame, by: list[str], random: np.random.Generator) -> pd.DataFrame:
     """Flip rates with intervals of 95%: of all pairs, of those where an increase is above T/10, and of those whose e1 is harmless."""
-    matters = frame[["increase_of_e1", "increase_in_h", "increase_in_h_without_e1"]].max(axis=1) > frame["threshold"] / 10
-    subsets = {"all": frame, "matter": frame[matters], "e1 harmless": frame[frame["increase_of_e1"] < frame["threshold"]]}
+    matters = (
+        frame[["increase_of_e1", "increase_in_h", "increase_in_h_without_e1"]].max(axis=1)
+        > frame["threshold"] / 10
+    )
+    subsets = {
+        "all": frame,
+        "matter": frame[matters],
+        "e1 harmless": frame[frame["increase_of_e1"] < frame["threshold"]],
+    }
     rows = []
     for key, part in frame.groupby(by, observed=True):
         row: dict[str, object] = dict(zip(by, key, strict=True))
         for name, subset in subsets.items():
             here = subset.loc[subset.index.intersection(part.index)]
             low, high = interval(here, random)
-            row |= {f"{name}: pairs": len(here), f"{name}: flips": here["flip"].mean(), f"{name}: low": low, f"{name}: high": high}
+            row |= {
+                f"{name}: pairs": len(here),
+                f"{name}: flips": here["flip"].mean(),
+                f"{name}: low": low,
+                f"{name}: high": high,
+            }
         flips = part[part["flip"]]
         interaction = (part["increase_in_h_without_e1"] - part["increase_in_h"]).abs()
-        rows.append({**row, "flips to harmful": flips["harmless_in_h"].mean(), "interaction, 95th percentile": interaction.quantile(0.95)})
+        rows.append(
+            {
+                **row,
+                "flips to harmful": flips["harmless_in_h"].mean(),
+                "interaction, 95th percentile": interaction.quantile(0.95),
+            }
+        )
     return pd.DataFrame(rows)
 
 
-def interval(pairs: pd.DataFrame, random: np.random.Generator, draws: int = 2000) -> tuple[float, float]:
+def interval(
+    pairs: pd.DataFrame, random: np.random.Generator, draws: int = 2000
+) -> tuple[float, float]:
     """Of the flip rate, by a bootstrap over states (of every task and threshold); Wilson's over states where nothing varies."""
     states = pairs.groupby(["task", "threshold", "state"])["flip"].agg(["sum", "count"]).to_numpy()
     if not len(states):
@@ -166,7 +220,9 @@ def by_path_length(circuit: circuits.Circuit, meter: DamageMeter) -> list[dict[s
     """For every k, how many paths of k edges the circuit has, and the share of its effect that its paths of at most k edges keep."""
     graph, kept = circuit.graph, circuit.kept.nonzero().flatten().tolist()
     source, target, far = graph.source.tolist(), graph.target.tolist(), len(graph.nodes)
-    below = [0 if isinstance(node, circuits.Embed) else far for node in graph.nodes]  # edges to the next embedding
+    below = [
+        0 if isinstance(node, circuits.Embed) else far for node in graph.nodes
+    ]  # edges to the next embedding
     above = [0 if isinstance(node, circuits.Logits) else far for node in graph.nodes]
     for edge in kept:  # graph order: every edge into a node stands before those out of it
         below[target[edge]] = min(below[target[edge]], below[source[edge]] + 1)
@@ -185,7 +241,9 @@ def by_path_length(circuit: circuits.Circuit, meter: DamageMeter) -> list[dict[s
             "k": k,
             "paths of k edges": int(counts[k]),
             "edges on paths of at most k": int(cut.sum()),
-            "longer paths of these edges": int(paths_by_length(graph, cut.nonzero().flatten().tolist())[k + 1 :].sum()),
+            "longer paths of these edges": int(
+                paths_by_length(graph, cut.nonzero().flatten().tolist())[k + 1 :].sum()
+            ),
             "share of the effect": (empty - damage) / (empty - whole),
         }
         for k, cut, damage in zip(lengths, cuts, damages, strict=False)
@@ -195,25 +253,55 @@ def by_path_length(circuit: circuits.Circuit, meter: DamageMeter) -> list[dict[s
 def paths_by_length(graph: circuits.Graph, kept: list[int]) -> np.ndarray:
     """How many paths of so many edges lead from an embedding to the logits; a head read in two slots gives two."""
     counts = np.zeros((len(graph.nodes), len(graph.nodes) + 1), dtype=np.int64)
-    counts[[index for index, node in enumerate(graph.nodes) if isinstance(node, circuits.Embed)], 0] = 1
+    counts[
+        [index for index, node in enumerate(graph.nodes) if isinstance(node, circuits.Embed)], 0
+    ] = 1
     for edge in kept:
         counts[graph.target[edge], 1:] += counts[graph.source[edge], :-1]
-    return counts[[index for index, node in enumerate(graph.nodes) if isinstance(node, circuits.Logits)]].sum(0)
+    return counts[
+        [index for index, node in enumerate(graph.nodes) if isinstance(node, circuits.Logits)]
+    ].sum(0)
 
 
 def figure(by_relation: pd.DataFrame, lengths: pd.DataFrame) -> go.Figure:
     """Flip rates by threshold and relation, and the share of the effect by path length."""
     middle = sorted(lengths["threshold"].unique())[lengths["threshold"].nunique() // 2]
-    titles = ("Flips among pairs that matter", f"Effect of paths of at most k edges, T = {middle:g}")
+    titles = (
+        "Flips among pairs that matter",
+        f"Effect of paths of at most k edges, T = {middle:g}",
+    )
     result = make_subplots(cols=2, subplot_titles=titles)
     for relation, part in by_relation.groupby("relation", sort=False):
         rate = part["matter: flips"]
-        bars = {"type": "data", "array": part["matter: high"] - rate, "arrayminus": rate - part["matter: low"]}
-        result.add_scatter(x=part["threshold"], y=rate, error_y=bars, name=str(relation), mode="lines+markers", row=1, col=1)
+        bars = {
+            "type": "data",
+            "array": part["matter: high"] - rate,
+            "arrayminus": rate - part["matter: low"],
+        }
+        result.add_scatter(
+            x=part["threshold"],
+            y=rate,
+            error_y=bars,
+            name=str(relation),
+            mode="lines+markers",
+            row=1,
+            col=1,
+        )
     for task, part in lengths[lengths["threshold"] == middle].groupby("task", sort=False):
-        result.add_scatter(x=part["k"], y=part["share of the effect"], name=str(task), mode="lines+markers", row=1, col=2)
-    result.update_xaxes(title="threshold (nats)", type="log", col=1).update_xaxes(title="k", dtick=1, col=2)
-    return result.update_yaxes(title="flip rate", rangemode="tozero", col=1).update_yaxes(title="share", col=2)
+        result.add_scatter(
+            x=part["k"],
+            y=part["share of the effect"],
+            name=str(task),
+            mode="lines+markers",
+            row=1,
+            col=2,
+        )
+    result.update_xaxes(title="threshold (nats)", type="log", col=1).update_xaxes(
+        title="k", dtick=1, col=2
+    )
+    return result.update_yaxes(title="flip rate", rangemode="tozero", col=1).update_yaxes(
+        title="share", col=2
+    )
 
 
 def with_intervals(table: pd.DataFrame) -> pd.DataFrame:
@@ -224,14 +312,24 @@ def with_intervals(table: pd.DataFrame) -> pd.DataFrame:
         if not what:
             columns[str(name)] = table[name]
         elif what == "flips":
-            parts = table[[f"{subset}: {each}" for each in ("flips", "low", "high", "pairs")]].to_numpy()
-            columns[f"flips, {subset}"] = [f"{rate:.1%} ({low:.1%} to {high:.1%}) of {pairs:.0f}" for rate, low, high, pairs in parts]
+            parts = table[
+                [f"{subset}: {each}" for each in ("flips", "low", "high", "pairs")]
+            ].to_numpy()
+            columns[f"flips, {subset}"] = [
+                f"{rate:.1%} ({low:.1%} to {high:.1%}) of {pairs:.0f}"
+                for rate, low, high, pairs in parts
+            ]
     return pd.DataFrame(columns)
 
 
 def by_k(lengths: pd.DataFrame) -> pd.DataFrame:
     """A row per circuit, a column per k."""
-    cells = [f"{share:.3f} ({longer:.0f})" for share, longer in lengths[["share of the effect", "longer paths of these edges"]].to_numpy()]
+    cells = [
+        f"{share:.3f} ({longer:.0f})"
+        for share, longer in lengths[
+            ["share of the effect", "longer paths of these edges"]
+        ].to_numpy()
+    ]
     wide = lengths.assign(cell=cells).pivot(index=["task", "threshold"], columns="k", values="cell")
     return wide.fillna("").rename(columns=lambda k: f"k = {k}").reset_index()
 

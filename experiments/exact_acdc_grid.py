@@ -17,8 +17,8 @@ import torch
 import tyro
 
 import circuits
-from circuits.edge_order import edge_order
-from circuits.execution import DamageMeter
+from circuits.discovery.search.edge_order import edge_order
+from circuits.running.damage import DamageMeter
 
 COUNTS = ("evaluations", "measured", "batches")
 
@@ -48,7 +48,12 @@ def main(config: Config) -> None:
         task = circuits.load_task(name, model, n=config.n, split="train")
         for threshold in map(float, config.thresholds.split(",")):
             circuit = circuits.ACDC(threshold).discover(model, task)
-            found = {"task": name, "threshold": threshold, "edges": len(circuit), **{count: circuit.record[count] for count in COUNTS}}
+            found = {
+                "task": name,
+                "threshold": threshold,
+                "edges": len(circuit),
+                **{count: circuit.record[count] for count in COUNTS},
+            }
             found |= against_the_loop(model, circuit, task, threshold, config.band)
             rows += [] if rows else [line(found), line(["---"] * len(found))]
             rows.append(line(found.values()))
@@ -58,11 +63,17 @@ def main(config: Config) -> None:
 
 
 def against_the_loop(
-    model: circuits.models.Model, circuit: circuits.Circuit, task: circuits.Task, threshold: float, band: float
+    model: circuits.models.Model,
+    circuit: circuits.Circuit,
+    task: circuits.Task,
+    threshold: float,
+    band: float,
 ) -> dict[str, object]:
     """How many decisions of a search the sequential loop takes too, each in the state that the decisions before it led to."""
     graph = circuit.graph
-    damage = DamageMeter.prepare(model, graph, task, metric="kl", ablation="resample", executor="hooks")
+    damage = DamageMeter.prepare(
+        model, graph, task, metric="kl", ablation="resample", executor="hooks"
+    )
     kept = torch.ones(len(graph), dtype=torch.bool)
     tried, states, within, different, gap = [], [kept], 0, 0, 0.0
     for trial in edge_order(graph, "topological"):
@@ -75,7 +86,9 @@ def against_the_loop(
             tried.append(edge)
             states.append(without(kept, [edge]))
             kept = kept if circuit.kept[edge] else states[-1]
-    current, *measured = [float(damage(state[None])[0]) for state in states]  # one after the other, as the loop does
+    current, *measured = [
+        float(damage(state[None])[0]) for state in states
+    ]  # one after the other, as the loop does
     for edge, new in zip(tried, measured, strict=True):
         stays, increase = bool(circuit.kept[edge]), new - current
         gap = max(gap, abs(increase - float(circuit.scores[edge])))
@@ -97,7 +110,11 @@ def without(kept: torch.Tensor, edges: list[int]) -> torch.Tensor:
 
 def line(cells: Iterable[object]) -> str:
     """A row of a markdown table, numbers to three digits."""
-    return "| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |"
+    return (
+        "| "
+        + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells)
+        + " |"
+    )
 
 
 if __name__ == "__main__":

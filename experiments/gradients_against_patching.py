@@ -13,8 +13,8 @@ import pandas as pd
 import tyro
 
 import circuits
-from circuits.compare import score_correlation, score_table
-from circuits.plot import score_scatter
+from circuits.evaluation.similarity import score_correlation, score_table
+from circuits.plotting.figures import score_scatter
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,19 @@ def main(config: Config) -> None:
             **by_layer(scores),
         }
         figure = score_scatter(scores, x_name=name, y_name="exact patching")
-        figure.write_html(config.out / f"{name.replace(', ', '-').replace(' ', '-')}.html", include_plotlyjs=True)
+        figure.write_html(
+            config.out / f"{name.replace(', ', '-').replace(' ', '-')}.html", include_plotlyjs=True
+        )
     print(pd.DataFrame(rows).T.round(3).to_string())
 
 
 def by_layer(scores: pd.DataFrame) -> dict[str, float]:
     """Pearson's correlation among the edges into each layer, and into the logits."""
     targets = [circuits.parse_edge(edge).target for edge in scores.index]
-    layers = [f"layer {target.layer}" if isinstance(target, circuits.Head | circuits.MLP) else "logits" for target in targets]
+    layers = [
+        f"layer {target.layer}" if isinstance(target, circuits.Head | circuits.MLP) else "logits"
+        for target in targets
+    ]
     return {str(layer): group["x"].corr(group["y"]) for layer, group in scores.groupby(layers)}
 
 

@@ -5,7 +5,11 @@ import pandas as pd
 
 def markdown(table: pd.DataFrame) -> str:
     """The table, numbers to three digits or whole; cells without one are empty."""
-    lines = [list(table.columns), ["---"] * len(table.columns), *([cell(value) for value in row] for row in table.itertuples(index=False))]
+    lines = [
+        list(table.columns),
+        ["---"] * len(table.columns),
+        *([cell(value) for value in row] for row in table.itertuples(index=False)),
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 

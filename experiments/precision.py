@@ -24,8 +24,8 @@ from benchmarks.common import circumstances, most_allocated, paired_times, write
 from markdown_tables import markdown
 
 import circuits
-from circuits.precision import Background, TypeName
-from circuits.tasks.known_circuits import known_circuits
+from circuits.running.precision import Background, TypeName
+from circuits.tasks.known_circuits.circuits import known_circuits
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,15 @@ def main(config: Config) -> None:
     warnings.filterwarnings("ignore", message=".*simulated")  # the table says it
     model = circuits.load_model(config.model, device=config.device)
     methods = settings(config)
-    results = {"settings": {name: str(value) for name, value in vars(config).items() if name != "out"}, **circumstances(config.device)}
-    results["simulated"] = [name for name in config.types.split(",") if not Background.of(circuits.Precision(name), config.device).kernel]
+    results = {
+        "settings": {name: str(value) for name, value in vars(config).items() if name != "out"},
+        **circumstances(config.device),
+    }
+    results["simulated"] = [
+        name
+        for name in config.types.split(",")
+        if not Background.of(circuits.Precision(name), config.device).kernel
+    ]
     rows: list[dict[str, object]] = []
     for name in config.tasks.split(","):
         task = circuits.load_task(name, model, n=config.n, split="train").to(model.cfg.device)
@@ -67,7 +74,9 @@ def main(config: Config) -> None:
             write_results(config.out / "rows.json", {**results, "rows": rows})
         print(f"{name} done", flush=True)
     table = summary(pd.DataFrame(rows))
-    table["AUC, known circuits"] = [known_auc(precision, config.device) for precision in methods.values()]
+    table["AUC, known circuits"] = [
+        known_auc(precision, config.device) for precision in methods.values()
+    ]
     print(table.round(5).to_string())
     simulated = ", ".join(results["simulated"]) or "none"
     lines = [f"{config.model}, tasks {config.tasks}, {config.n} prompts, thresholds {config.thresholds}, on {results['hardware']}.",
@@ -95,9 +104,14 @@ def search_rows(
 ) -> list[dict[str, object]]:
     """One task at one threshold: what each way found, in how much time and memory."""
     graph = circuits.component_graph(model)
-    searches = {name: circuits.ACDC(threshold, precision=precision) for name, precision in methods.items()}
+    searches = {
+        name: circuits.ACDC(threshold, precision=precision) for name, precision in methods.items()
+    }
     found = {name: search.discover(model, task, graph=graph) for name, search in searches.items()}
-    programs = {name: lambda search=search: search.discover(model, task, graph=graph) for name, search in searches.items()}
+    programs = {
+        name: lambda search=search: search.discover(model, task, graph=graph)
+        for name, search in searches.items()
+    }
     on_gpu = torch.device(config.device).type == "cuda"
     seconds = paired_times(programs, config.repeats, config.device) if on_gpu else {}
     rows = []
@@ -109,7 +123,15 @@ def search_rows(
             row["peak bytes"] = most_allocated(programs[name], config.device)
         # Judged in float32, whatever it was found in.
         row["kl"] = circuits.evaluate(model, circuit, task, metrics=["kl"]).kl
-        rows.append({**row, **{key: circuit.record.get(key) for key in ("evaluations", "measured", "confirmed", "noise")}})
+        rows.append(
+            {
+                **row,
+                **{
+                    key: circuit.record.get(key)
+                    for key in ("evaluations", "measured", "confirmed", "noise")
+                },
+            }
+        )
     return rows
 
 
@@ -120,7 +142,9 @@ def known_auc(precision: circuits.Precision | None, device: str) -> float:
         known = circuits.known_circuit(name, n_prompts=16, device=device)
         graph = circuits.component_graph(known.model, split_embed=True)
         for ablation in ("resample", "zero"):
-            method = circuits.ACDC(1e-3, metric="squared_error", ablation=ablation, precision=precision)
+            method = circuits.ACDC(
+                1e-3, metric="squared_error", ablation=ablation, precision=precision
+            )
             found = method.discover(known.model, known.task, graph=graph)
             areas.append(circuits.recovery(found, known.minimal[ablation]).edge_auc)
     return statistics.mean(areas)
@@ -131,9 +155,15 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     if "seconds" in rows:
         rows = rows.assign(seconds=rows["seconds"].map(statistics.median))
     groups = rows.groupby("precision", sort=False)
-    table = groups[[name for name in ("seconds", "peak bytes", "edges", "kl", "noise") if name in rows]].mean()
+    table = groups[
+        [name for name in ("seconds", "peak bytes", "edges", "kl", "noise") if name in rows]
+    ].mean()
     table.insert(0, "decisions changed", groups["decisions changed"].sum())
-    table.insert(1, "searches changed", groups["decisions changed"].agg(lambda changed: int((changed > 0).sum())))
+    table.insert(
+        1,
+        "searches changed",
+        groups["decisions changed"].agg(lambda changed: int((changed > 0).sum())),
+    )
     table["confirmed, share of measured"] = groups["confirmed"].sum() / groups["measured"].sum()
     return table
 

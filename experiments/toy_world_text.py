@@ -10,15 +10,15 @@ from random import Random
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from circuits.tasks.base import TaskFamily
-from circuits.tasks.docstring import Docstring
-from circuits.tasks.gendered_pronoun import GenderedPronoun
-from circuits.tasks.greater_than import GreaterThan
-from circuits.tasks.induction import Induction
-from circuits.tasks.ioi import IOI, NAMES
+from circuits.tasks.families.docstring import Docstring
+from circuits.tasks.families.gendered_pronoun import GenderedPronoun
+from circuits.tasks.families.greater_than import GreaterThan
+from circuits.tasks.families.induction import Induction
+from circuits.tasks.families.ioi import IOI, NAMES
+from circuits.tasks.families.two_hop import STATES, TwoHop
+from circuits.tasks.families.words import COMMON
+from circuits.tasks.family import TaskFamily
 from circuits.tasks.prompts import split_of
-from circuits.tasks.two_hop import STATES, TwoHop
-from circuits.tasks.words import COMMON
 
 # Two digits, a word with its apostrophe, three quotes, or one other mark.
 PIECE = r"\d{1,2}|[A-Za-z]+(?:'[a-z]+)?|\"\"\"|[^\sA-Za-z\d]"
@@ -42,9 +42,18 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     pieces = pre_tokenizers.Split(Regex(PIECE), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pieces])
-    tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])])
-    special = {"bos_token": "<bos>", "eos_token": "<bos>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, add_bos_token=True, padding_side="right", **special)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
+    )
+    special = {
+        "bos_token": "<bos>",
+        "eos_token": "<bos>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, add_bos_token=True, padding_side="right", **special
+    )
 
 
 def chunks(random: Random, length: int) -> list[Chunk]:
@@ -93,7 +102,11 @@ def _fact(random: Random) -> Chunk:
     state, (capital, cities) = random.choice(list(STATES.items()))
     city = random.choice(cities)
     text = random.choice(
-        (f"{city} lies in the state of {state}", f"The capital of {state} is {capital}", f"{state} is governed from {capital}")
+        (
+            f"{city} lies in the state of {state}",
+            f"The capital of {state} is {capital}",
+            f"{state} is governed from {capital}",
+        )
     )
     words = _pieces(text)
     return Chunk([*words, "."], (len(words) - 1,))
@@ -113,11 +126,15 @@ def _filler(random: Random) -> Chunk:
     a, b, c = random.sample(COMMON, 3)
     name, other = random.sample(NAMES, 2)
     year = f"{random.randint(11, 17)}{random.randint(0, 99):02d}"
-    return Chunk(_pieces(random.choice(FILLER).format(a=a, b=b, c=c, name=name, other=other, year=year)), ())
+    return Chunk(
+        _pieces(random.choice(FILLER).format(a=a, b=b, c=c, name=name, other=other, year=year)), ()
+    )
 
 
 _INDUCTION = _prompt(*(Induction(length=length) for length in (6, 9, 12, 12, 15)))
-_DOCSTRING = _prompt(Docstring(), Docstring(), Docstring(before=1, after=2), Docstring(before=3, after=0))
+_DOCSTRING = _prompt(
+    Docstring(), Docstring(), Docstring(before=1, after=2), Docstring(before=3, after=0)
+)
 
 MIXTURE: Sequence[tuple[Callable[[Random], Chunk], float]] = (
     (_prompt(IOI()), 0.20),

@@ -23,16 +23,16 @@ from toy_world_text import PIECE, chunks
 
 import circuits
 from circuits.models import EMBEDDED, Model
-from circuits.tasks.docstring import Docstring
-from circuits.tasks.gendered_pronoun import GenderedPronoun
-from circuits.tasks.greater_than import GreaterThan
-from circuits.tasks.induction import Induction
-from circuits.tasks.ioi import IOI
+from circuits.tasks.families.docstring import Docstring
+from circuits.tasks.families.gendered_pronoun import GenderedPronoun
+from circuits.tasks.families.greater_than import GreaterThan
+from circuits.tasks.families.induction import Induction
+from circuits.tasks.families.ioi import IOI
+from circuits.tasks.families.two_hop import TwoHop
 from circuits.tasks.prompts import Split, split_of
-from circuits.tasks.two_hop import TwoHop
-from circuits.transcoders.loading import load_transcoders
-from circuits.transcoders.saving import save_transcoders
-from circuits.transcoders.training import Batches, Kind, Training, quality, train
+from circuits.transcoders.io.load import load_transcoders
+from circuits.transcoders.io.save import save_transcoders
+from circuits.transcoders.training.train import Batches, Kind, Training, quality, train
 
 FAMILIES = (IOI(), GenderedPronoun(), TwoHop(), Docstring(), Induction(), GreaterThan())
 SHIPPED: dict[Kind, tuple[tuple[float, ...], int]] = {
@@ -85,15 +85,29 @@ def main(config: Config) -> None:
             f"how many features should fire at a token in {config.model}? Give --k, one number or one for each layer."
         )
     torch.set_num_threads(config.threads)
-    out = config.out or Path("circuits/assets/transcoders" if config.model == EMBEDDED else "runs/transcoders/trained")
+    out = config.out or Path(
+        "circuits/assets/transcoders" if config.model == EMBEDDED else "runs/transcoders/trained"
+    )
     model = circuits.load_model(config.model, device=config.device)
-    learn, held_out = toy_world_text(model, config) if config.text is None else text_of_file(model, config)
+    learn, held_out = (
+        toy_world_text(model, config) if config.text is None else text_of_file(model, config)
+    )
     for kind in SHIPPED if config.kind == "all" else (config.kind,):
         (k, steps), name = SHIPPED[kind], f"{Path(config.model).name}-{kind}"
-        same = {"learning_rate": config.learning_rate, "dead_after": config.dead_after, "seed": config.seed}
-        settings = Training(kind, config.features, k=config.k or k, steps=config.steps or steps, **same)
+        same = {
+            "learning_rate": config.learning_rate,
+            "dead_after": config.dead_after,
+            "seed": config.seed,
+        }
+        settings = Training(
+            kind, config.features, k=config.k or k, steps=config.steps or steps, **same
+        )
         with Progress(
-            TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn()
+            TextColumn(name),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
+            TimeRemainingColumn(),
         ) as bars:
             bar = bars.add_task("train", total=settings.steps, loss="")
             checkpoint = config.checkpoints / f"{name}.safetensors"
@@ -106,26 +120,39 @@ def main(config: Config) -> None:
 def report(model: Model, config: Config, folder: Path, held_out: tuple[Tensor, Tensor]) -> None:
     """Print how the stored set does on held-out text, and on the tasks' held-out prompts."""
     transcoders = load_transcoders(folder, device=config.device)
-    print(f"{folder}, held-out text:\n{quality(model, transcoders, *held_out).round(3).to_string()}")
+    print(
+        f"{folder}, held-out text:\n{quality(model, transcoders, *held_out).round(3).to_string()}"
+    )
     for family in FAMILIES if config.text is None else ():
         task = circuits.load_task(family.name, model, n=250, seed=100, split="test")
         columns = quality(model, transcoders, task.clean, task.mask).round(3).to_dict("list")
-        print(f"{family.name:17s}", *(f"{name} {columns[name]}" for name in ("explained_variance", "l0")))
+        print(
+            f"{family.name:17s}",
+            *(f"{name} {columns[name]}" for name in ("explained_variance", "l0")),
+        )
 
 
 def toy_world_text(model: Model, config: Config) -> tuple[Batches, tuple[Tensor, Tensor]]:
     """Sequences that begin with a task's prompt of the train split and go on with the text toy-world learned from; and held-out ones,
     prompts of the test split one after the other."""
     if config.model != EMBEDDED:
-        raise circuits.InputError(f"this text is {EMBEDDED}'s; give one for {config.model} with --text.")
+        raise circuits.InputError(
+            f"this text is {EMBEDDED}'s; give one for {config.model} with --text."
+        )
 
     def learn(step: int) -> tuple[Tensor, Tensor]:
         random = Random(f"transcoders-{config.seed}-{step}")
-        rest = ([word for chunk in chunks(random, config.length) for word in chunk.words] for _ in range(config.batch))
+        rest = (
+            [word for chunk in chunks(random, config.length) for word in chunk.words]
+            for _ in range(config.batch)
+        )
         return encoded(model, [[*prompt(random, "train"), *words] for words in rest], config.length)
 
     random = Random("held-out text for transcoders")
-    held_out = [[word for _ in range(config.length // 8) for word in prompt(random, "test")] for _ in range(HELD_OUT)]
+    held_out = [
+        [word for _ in range(config.length // 8) for word in prompt(random, "test")]
+        for _ in range(HELD_OUT)
+    ]
     return learn, encoded(model, held_out, config.length)
 
 
@@ -134,29 +161,47 @@ def prompt(random: Random, split: Split) -> list[str]:
     family = random.choice(FAMILIES)
     while {split_of((pair := family.draw(random)).clean), split_of(pair.corrupted)} != {split}:
         pass
-    return re.findall(PIECE, f"{random.choice((pair.clean, pair.clean, pair.corrupted))} {random.choice(pair.answers)} .")
+    return re.findall(
+        PIECE,
+        f"{random.choice((pair.clean, pair.clean, pair.corrupted))} {random.choice(pair.answers)} .",
+    )
 
 
 def encoded(model: Model, texts: list[list[str]], length: int) -> tuple[Tensor, Tensor]:
     """Words as tokens after <bos>, cut at `length`: all are real."""
-    rows = [[model.tokenizer.bos_token_id, *model.tokenizer.convert_tokens_to_ids(words)][:length] for words in texts]
+    rows = [
+        [model.tokenizer.bos_token_id, *model.tokenizer.convert_tokens_to_ids(words)][:length]
+        for words in texts
+    ]
     return torch.tensor(rows), torch.ones(len(rows), length, dtype=torch.bool)
 
 
 def text_of_file(model: Model, config: Config) -> tuple[Batches, tuple[Tensor, Tensor]]:
     """Stretches of the first nine tenths of a file, each after <bos> where the model expects it; and held-out ones, of its last tenth."""
-    ids = torch.tensor(model.tokenizer(config.text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"])
-    bos = torch.tensor([model.tokenizer.bos_token_id] if model.cfg.default_prepend_bos else [], dtype=torch.long)
+    ids = torch.tensor(
+        model.tokenizer(config.text.read_text(encoding="utf-8"), add_special_tokens=False)[
+            "input_ids"
+        ]
+    )
+    bos = torch.tensor(
+        [model.tokenizer.bos_token_id] if model.cfg.default_prepend_bos else [], dtype=torch.long
+    )
     width, cut = config.length - len(bos), len(ids) * 9 // 10
     if len(ids) - cut <= width:
-        raise circuits.InputError(f"{config.text} has {len(ids)} tokens; give a longer text or a smaller --length.")
+        raise circuits.InputError(
+            f"{config.text} has {len(ids)} tokens; give a longer text or a smaller --length."
+        )
 
     def draw(random: Random, part: range, n: int) -> tuple[Tensor, Tensor]:
-        tokens = torch.stack([torch.cat([bos, ids[start : start + width]]) for start in random.choices(part, k=n)])
+        tokens = torch.stack(
+            [torch.cat([bos, ids[start : start + width]]) for start in random.choices(part, k=n)]
+        )
         return tokens, torch.ones_like(tokens, dtype=torch.bool)
 
     held_out = draw(Random("held-out text for transcoders"), range(cut, len(ids) - width), HELD_OUT)
-    return lambda step: draw(Random(f"transcoders-{config.seed}-{step}"), range(cut - width), config.batch), held_out
+    return lambda step: draw(
+        Random(f"transcoders-{config.seed}-{step}"), range(cut - width), config.batch
+    ), held_out
 
 
 if __name__ == "__main__":

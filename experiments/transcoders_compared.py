@@ -16,7 +16,7 @@ import tyro
 from markdown_tables import markdown
 
 import circuits
-from circuits.feature_graph import FEATURE
+from circuits.attribution.feature_graph import FEATURE
 
 KINDS = ("toy-world-plt", "toy-world-skip-plt", "toy-world-clt")
 
@@ -39,11 +39,18 @@ def main(config: Config) -> None:
     model = circuits.load_model("toy-world")
     rows = []
     for name in config.tasks.split(","):
-        train, test = (circuits.load_task(name, model, n=config.n, split=split) for split in ("train", "test"))
+        train, test = (
+            circuits.load_task(name, model, n=config.n, split=split) for split in ("train", "test")
+        )
         for kind in KINDS:
             method = circuits.AttributionGraph(circuits.load_transcoders(kind))
             rows.append(
-                {"task": name, "transcoders": kind, **graphs(method, model, test), **faithfulness(method, model, train, test, config)}
+                {
+                    "task": name,
+                    "transcoders": kind,
+                    **graphs(method, model, test),
+                    **faithfulness(method, model, train, test, config),
+                }
             )
             print(pd.DataFrame(rows[-1:]).round(3).to_string(index=False), flush=True)
     table = pd.DataFrame(rows)
@@ -54,7 +61,9 @@ def main(config: Config) -> None:
     print(means.to_string())
 
 
-def graphs(method: circuits.AttributionGraph, model: object, task: circuits.Task) -> dict[str, float]:
+def graphs(
+    method: circuits.AttributionGraph, model: object, task: circuits.Task
+) -> dict[str, float]:
     """Means over the prompts of a task, explaining the most probable next tokens."""
     prompts = [task.clean[row, : int(task.lengths[row])] for row in range(len(task))]
     found = method.attribute_all(model, prompts)
@@ -75,14 +84,21 @@ def graphs(method: circuits.AttributionGraph, model: object, task: circuits.Task
 
 
 def faithfulness(
-    method: circuits.AttributionGraph, model: object, train: circuits.Task, test: circuits.Task, config: Config
+    method: circuits.AttributionGraph,
+    model: object,
+    train: circuits.Task,
+    test: circuits.Task,
+    config: Config,
 ) -> dict[str, float]:
     """KL at each size, and faithfulness in the task's metric at the largest."""
     found = method.discover(model, train)
     ranked = circuits.Circuit.full(found.graph, found.scores)
     sizes = [min(int(size), len(ranked)) for size in config.sizes.split(",")]
     curve = circuits.faithfulness_curve(model, ranked, test, sizes)
-    kls = {f"KL at {size:,} edges": float(curve.loc[curve["edges"] == size, "kl"].iloc[0]) for size in sizes}
+    kls = {
+        f"KL at {size:,} edges": float(curve.loc[curve["edges"] == size, "kl"].iloc[0])
+        for size in sizes
+    }
     return {**kls, f"faithfulness at {sizes[-1]:,}": float(curve["faithfulness"].iloc[-1])}
 
 

@@ -25,7 +25,7 @@ import tyro
 from markdown_tables import markdown
 
 import circuits
-from circuits.tasks.two_hop import STATES
+from circuits.tasks.families.two_hop import STATES
 
 ONE_HOP = ("The capital of {state} is", "{state} is governed from")
 FAMILIES = {
@@ -53,8 +53,13 @@ class Config:
 
 def main(config: Config) -> None:
     if config.draws < 1:
-        raise circuits.InputError(f"draws={config.draws}: give 1 or more random sets for each prompt.")
-    model, transcoders = circuits.load_model("toy-world"), circuits.load_transcoders(config.transcoders)
+        raise circuits.InputError(
+            f"draws={config.draws}: give 1 or more random sets for each prompt."
+        )
+    model, transcoders = (
+        circuits.load_model("toy-world"),
+        circuits.load_transcoders(config.transcoders),
+    )
     own = own_features(model, transcoders, config.others)
     print(f"features of their own: {sum(bool(features) for features in own.values())} of {len(own)} states, "
           f"{sum(map(len, own.values())) / len(own):.1f} on average")  # fmt: skip
@@ -62,12 +67,18 @@ def main(config: Config) -> None:
     results = {}
     for family in FAMILIES:
         rows = pd.DataFrame([row(model, transcoders, own, pair, family, config) for pair in pairs])
-        results[family] = summarized(rows) | (wrong_state(model, pairs, family) if family != "two-hop" else {})
+        results[family] = summarized(rows) | (
+            wrong_state(model, pairs, family) if family != "two-hop" else {}
+        )
         print(family, json.dumps(results[family], indent=1), flush=True)
         config.out.mkdir(parents=True, exist_ok=True)
         rows.to_csv(config.out / f"{family.replace(' ', '-')}.csv", index=False)
-    (config.out / "results.md").write_text(markdown(pd.DataFrame(results).rename_axis("").reset_index()))
-    (config.out / "results.json").write_text(json.dumps({"config": {**asdict(config), "out": None}, **results}, indent=1) + "\n")
+    (config.out / "results.md").write_text(
+        markdown(pd.DataFrame(results).rename_axis("").reset_index())
+    )
+    (config.out / "results.json").write_text(
+        json.dumps({"config": {**asdict(config), "out": None}, **results}, indent=1) + "\n"
+    )
 
 
 def summarized(rows: pd.DataFrame) -> dict[str, float | None]:
@@ -78,8 +89,14 @@ def summarized(rows: pd.DataFrame) -> dict[str, float | None]:
         "answered": int(rows["answered"].sum()),
         "state's features active": len(shown),
         "in the pruned graph": int(rows["in graph"].sum()),
-        **{f"mean {name}": float(rows[name].mean()) for name in ("logit", "active", "fall", "random fall")},
-        **{f"mean {name} where active": float(shown[name].mean()) if len(shown) else None for name in ("fall", "random fall")},
+        **{
+            f"mean {name}": float(rows[name].mean())
+            for name in ("logit", "active", "fall", "random fall")
+        },
+        **{
+            f"mean {name} where active": float(shown[name].mean()) if len(shown) else None
+            for name in ("fall", "random fall")
+        },
         "answer changes": int(rows["changed"].sum()),
         "answer changes at random": float(rows["random changed"].sum()),
     }
@@ -96,7 +113,9 @@ def wrong_state(model: object, pairs: Sequence[circuits.PromptPair], family: str
             said = model.to_string(model(model.to_tokens(prompt))[0, -1].argmax()).strip()
         follows["the city"] += said == STATES[state][0]
         follows["the state named"] += said == STATES[other][0]
-    return {f"with a wrong state, the answer follows {what}": count for what, count in follows.items()}
+    return {
+        f"with a wrong state, the answer follows {what}": count for what, count in follows.items()
+    }
 
 
 def whereabouts(pair: circuits.PromptPair) -> tuple[str, str]:
@@ -106,22 +125,39 @@ def whereabouts(pair: circuits.PromptPair) -> tuple[str, str]:
     return state, next(city for city in STATES[state][1] if city in pair.clean)
 
 
-def own_features(model: object, transcoders: circuits.Transcoders, others: int) -> dict[str, set[tuple[int, int]]]:
+def own_features(
+    model: object, transcoders: circuits.Transcoders, others: int
+) -> dict[str, set[tuple[int, int]]]:
     """By state, the (layer, feature) pairs that fire on its name in every one-hop prompt, and on few other states' names in any."""
-    fires = {state: [on_name(model, transcoders, prompt.format(state=state), state) for prompt in ONE_HOP] for state in STATES}
+    fires = {
+        state: [
+            on_name(model, transcoders, prompt.format(state=state), state) for prompt in ONE_HOP
+        ]
+        for state in STATES
+    }
     everywhere = {state: set.intersection(*found) for state, found in fires.items()}
     anywhere = {state: set.union(*found) for state, found in fires.items()}
     return {
-        state: {feature for feature in features if sum(feature in anywhere[other] for other in STATES if other != state) <= others}
+        state: {
+            feature
+            for feature in features
+            if sum(feature in anywhere[other] for other in STATES if other != state) <= others
+        }
         for state, features in everywhere.items()
     }
 
 
-def on_name(model: object, transcoders: circuits.Transcoders, prompt: str, state: str) -> set[tuple[int, int]]:
+def on_name(
+    model: object, transcoders: circuits.Transcoders, prompt: str, state: str
+) -> set[tuple[int, int]]:
     """What fires where the prompt has the state's name."""
     position = model.to_str_tokens(prompt).index(state)
     activations = circuits.intervene(model, transcoders, prompt, [[]]).activations
-    return {(layer, index) for layer, part in enumerate(activations) for index in part[0, position].nonzero().flatten().tolist()}
+    return {
+        (layer, index)
+        for layer, part in enumerate(activations)
+        for index in part[0, position].nonzero().flatten().tolist()
+    }
 
 
 def row(
@@ -155,7 +191,11 @@ def row(
 def places(graph: circuits.FeatureGraph) -> set[tuple[int, int, int]]:
     """Layer, index and position of a graph's features."""
     nodes = map(graph.node, range(len(graph.nodes)))
-    return {(node.layer, node.index, node.position) for node in nodes if isinstance(node, circuits.Feature)}
+    return {
+        (node.layer, node.index, node.position)
+        for node in nodes
+        if isinstance(node, circuits.Feature)
+    }
 
 
 def ablated(
@@ -174,12 +214,31 @@ def ablated(
     for _ in range(config.draws):
         layers = [layer for layer, _, _ in sorted(active)]
         pools = {layer: [place for place in others if place[0] == layer] for layer in set(layers)}
-        sets.append([place for layer in sorted(pools) for place in random.sample(pools[layer], layers.count(layer))])
-    variants = [[circuits.Intervention.ablate(f"f{layer}.{index}@{position}") for layer, index, position in some] for some in [[], *sets]]
+        sets.append(
+            [
+                place
+                for layer in sorted(pools)
+                for place in random.sample(pools[layer], layers.count(layer))
+            ]
+        )
+    variants = [
+        [
+            circuits.Intervention.ablate(f"f{layer}.{index}@{position}")
+            for layer, index, position in some
+        ]
+        for some in [[], *sets]
+    ]
     with torch.no_grad():
-        last = circuits.intervene(model, transcoders, prompt, variants, freeze_attention=False).logits[:, -1]
+        last = circuits.intervene(
+            model, transcoders, prompt, variants, freeze_attention=False
+        ).logits[:, -1]
     logit, said = last[:, token] - last.mean(-1), last.argmax(-1)
-    return float(logit[0]), (logit[0] - logit[1:]).tolist(), (said[1:] != said[0]).tolist(), int(said[0]) == token
+    return (
+        float(logit[0]),
+        (logit[0] - logit[1:]).tolist(),
+        (said[1:] != said[0]).tolist(),
+        int(said[0]) == token,
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from transformer_lens import HookedTransformer
 
 from circuits.models import build_model
 from circuits.transcoders.activations import JumpReLU
-from circuits.transcoders.base import Encoder, Transcoders
+from circuits.transcoders.transcoder import Encoder, Transcoders
 
 SMALL, LARGE = "attribution_graph_case", "attribution_graph_case_large"
 # (case, run, transcoders)
@@ -24,7 +24,18 @@ RUNS = [
     (SMALL, "pltskip_top128", "pltskip"),
     (LARGE, "clt_top512", "clt"),
 ]
-SHAPE = ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "n_ctx", "act_fn", "normalization_type", "eps")
+SHAPE = (
+    "n_layers",
+    "d_model",
+    "n_heads",
+    "d_head",
+    "d_mlp",
+    "d_vocab",
+    "n_ctx",
+    "act_fn",
+    "normalization_type",
+    "eps",
+)
 
 
 @dataclass(frozen=True)
@@ -52,9 +63,13 @@ class Run:
         files = case_files(self.case)[1]
         if f"{self.name}.adjacency" in files:
             return files[f"{self.name}.adjacency"]
-        starts, columns, values = (self.expected(f"adj_{part}") for part in ("rowptr", "cols_i16", "values"))
+        starts, columns, values = (
+            self.expected(f"adj_{part}") for part in ("rowptr", "cols_i16", "values")
+        )
         dense = torch.zeros(len(starts) - 1, len(starts) - 1)
-        dense[torch.arange(len(dense)).repeat_interleave(starts.long().diff()), columns.long()] = values
+        dense[torch.arange(len(dense)).repeat_interleave(starts.long().diff()), columns.long()] = (
+            values
+        )
         return dense
 
 
@@ -72,7 +87,13 @@ def case_model(case: str) -> HookedTransformer:
     weights, _, content = case_files(case)
     config = {name: content["config"][name] for name in SHAPE}
     return build_model(
-        config, {name.removeprefix("model."): part for name, part in weights.items() if name.startswith("model.")}, device="cpu"
+        config,
+        {
+            name.removeprefix("model."): part
+            for name, part in weights.items()
+            if name.startswith("model.")
+        },
+        device="cpu",
     )
 
 
@@ -89,10 +110,14 @@ def case_transcoders(case: str, kind: str) -> Transcoders:
 
     encoders = [
         Encoder(weight, bias, JumpReLU(threshold))
-        for weight, bias, threshold in zip(part("W_enc"), part("b_enc"), part("threshold"), strict=True)
+        for weight, bias, threshold in zip(
+            part("W_enc"), part("b_enc"), part("threshold"), strict=True
+        )
     ]
     if kind == "clt":
-        return Transcoders(encoders, [weights[f"clt.W_dec_{layer}"] for layer in layers], part("b_dec"), name="clt")
+        return Transcoders(
+            encoders, [weights[f"clt.W_dec_{layer}"] for layer in layers], part("b_dec"), name="clt"
+        )
     return Transcoders(
         encoders,
         [decoder[:, None] for decoder in part("W_dec")],

@@ -38,7 +38,9 @@ def find_chromium() -> str:
     """The path of a Chromium; without one the test is skipped, or fails where CIRCUITS_REQUIRE_BROWSER=1 says that it must run."""
     found = next((path for name in NAMES if (path := shutil.which(name))), None)
     if found is None:
-        message = "no Chromium found; get one, for example with apt-get install chromium chromium-driver"
+        message = (
+            "no Chromium found; get one, for example with apt-get install chromium chromium-driver"
+        )
         if os.environ.get(REQUIRE) == "1":
             pytest.fail(f"{message} ({REQUIRE}=1 is set)")
         pytest.skip(message)
@@ -51,11 +53,22 @@ class Browser:
     def __init__(self, folder: Path) -> None:
         commands_read, self._commands = os.pipe()
         self._answers, answers_write = os.pipe()
-        words = [sys.executable, "-c", LAUNCH, str(commands_read), str(answers_write), find_chromium(), *FLAGS]
+        words = [
+            sys.executable,
+            "-c",
+            LAUNCH,
+            str(commands_read),
+            str(answers_write),
+            find_chromium(),
+            *FLAGS,
+        ]
         self.profile = tempfile.mkdtemp(dir=folder)
         words += [f"--user-data-dir={self.profile}", "about:blank"]
         self._process = subprocess.Popen(
-            words, pass_fds=(commands_read, answers_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            words,
+            pass_fds=(commands_read, answers_write),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         os.close(commands_read)
         os.close(answers_write)
@@ -77,7 +90,12 @@ class Browser:
         """Send one command and return its answer."""
         self._number += 1
         number = self._number
-        message = {"id": number, "method": method, "params": parameters, **({"sessionId": self.session} if self.session else {})}
+        message = {
+            "id": number,
+            "method": method,
+            "params": parameters,
+            **({"sessionId": self.session} if self.session else {}),
+        }
         os.write(self._commands, json.dumps(message).encode() + b"\0")
         deadline = time.monotonic() + PATIENCE
         while True:
@@ -122,11 +140,19 @@ class Browser:
 
     def resize(self, width: int, height: int) -> None:
         """Give the window another size."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
 
     def js(self, expression: str) -> Any:
         """The value of an expression on the page; promises are awaited."""
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        answer = self.call(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         if "exceptionDetails" in answer:
             raise RuntimeError(f"{expression}: {answer['exceptionDetails']}")
         return answer["result"].get("value")
@@ -152,23 +178,36 @@ class Browser:
             if event.get("method") == "Runtime.exceptionThrown":
                 details = parameters["exceptionDetails"]
                 found.append(details.get("exception", {}).get("description", details["text"]))
-            elif event.get("method") == "Log.entryAdded" and parameters["entry"]["level"] in ("error", "warning"):
+            elif event.get("method") == "Log.entryAdded" and parameters["entry"]["level"] in (
+                "error",
+                "warning",
+            ):
                 found.append(parameters["entry"]["text"])
-            elif event.get("method") == "Runtime.consoleAPICalled" and parameters["type"] in ("error", "warning", "assert"):
+            elif event.get("method") == "Runtime.consoleAPICalled" and parameters["type"] in (
+                "error",
+                "warning",
+                "assert",
+            ):
                 found.append(str(parameters["args"]))
         return found
 
     def requests(self) -> list[str]:
         """Addresses that were asked for since the page was opened, data: and blob: aside."""
         self.js("0")
-        asked = [event["params"]["request"]["url"] for event in self.events if event.get("method") == "Network.requestWillBeSent"]
+        asked = [
+            event["params"]["request"]["url"]
+            for event in self.events
+            if event.get("method") == "Network.requestWillBeSent"
+        ]
         return [address for address in asked if not address.startswith(("data:", "blob:"))]
 
     # What a reader does
 
     def place(self, selector: str) -> tuple[float, float]:
         """The middle of an element in the window."""
-        box = self.js(f"document.querySelector({json.dumps(selector)}).getBoundingClientRect().toJSON()")
+        box = self.js(
+            f"document.querySelector({json.dumps(selector)}).getBoundingClientRect().toJSON()"
+        )
         return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
 
     def point(self, selector: str) -> None:
@@ -178,20 +217,48 @@ class Browser:
 
     def click(self, selector: str, *, shift: bool = False) -> None:
         """Press and let go over the middle of an element, brought into view."""
-        self.js(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'nearest', inline: 'nearest'}})")
+        self.js(
+            f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'nearest', inline: 'nearest'}})"
+        )
         x, y = self.place(selector)
         for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
             pressed = {} if kind == "mouseMoved" else {"button": "left", "clickCount": 1}
-            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, modifiers=8 if shift else 0, **pressed)
+            self.call(
+                "Input.dispatchMouseEvent",
+                type=kind,
+                x=x,
+                y=y,
+                modifiers=8 if shift else 0,
+                **pressed,
+            )
 
     def press(self, key: str, *, shift: bool = False) -> None:
         """Press a key, such as Enter or p."""
-        code = {"Enter": 13, "Escape": 27, "Tab": 9, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}.get(
-            key, ord(key[0].upper())
-        )
+        code = {
+            "Enter": 13,
+            "Escape": 27,
+            "Tab": 9,
+            "ArrowLeft": 37,
+            "ArrowUp": 38,
+            "ArrowRight": 39,
+            "ArrowDown": 40,
+        }.get(key, ord(key[0].upper()))
         text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
-        self.call("Input.dispatchKeyEvent", type="keyDown", key=key, text=text, windowsVirtualKeyCode=code, modifiers=8 if shift else 0)
-        self.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code, modifiers=8 if shift else 0)
+        self.call(
+            "Input.dispatchKeyEvent",
+            type="keyDown",
+            key=key,
+            text=text,
+            windowsVirtualKeyCode=code,
+            modifiers=8 if shift else 0,
+        )
+        self.call(
+            "Input.dispatchKeyEvent",
+            type="keyUp",
+            key=key,
+            windowsVirtualKeyCode=code,
+            modifiers=8 if shift else 0,
+        )
 
     def write(self, text: str) -> None:
         """Type text where the focus is."""
@@ -200,11 +267,15 @@ class Browser:
     def slide(self, selector: str, value: float) -> None:
         """Move a slider."""
         slider = f"document.querySelector({json.dumps(selector)})"
-        self.js(f"{slider}.value = {value}; {slider}.dispatchEvent(new Event('input', {{bubbles: true}}))")
+        self.js(
+            f"{slider}.value = {value}; {slider}.dispatchEvent(new Event('input', {{bubbles: true}}))"
+        )
 
     def screenshot(self, path: Path) -> Path:
         """A picture of the window."""
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
+        path.write_bytes(
+            base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
+        )
         return path
 
     def downloads_into(self, folder: Path) -> None:

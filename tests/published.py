@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformer_lens import HookedTransformer
 
 from circuits.models import build_model
-from circuits.tasks.base import Task
+from circuits.tasks.task import Task
 
 DATA = Path(__file__).parent / "data"
 COMPILED = tuple(sorted(path.stem for path in (DATA / "tracr").glob("*.json")))
@@ -20,7 +20,9 @@ def case(path: str) -> dict[str, Any]:
     return json.loads((DATA / f"{path}.json").read_text())
 
 
-def case_model(config: dict[str, Any], weights: str, dtype: torch.dtype = torch.float32) -> HookedTransformer:
+def case_model(
+    config: dict[str, Any], weights: str, dtype: torch.dtype = torch.float32
+) -> HookedTransformer:
     return build_model(config, load_file(DATA / f"{weights}.safetensors"), dtype=dtype)
 
 

@@ -7,12 +7,14 @@ from architectures import ARCHITECTURES, random_model
 from transformer_lens import HookedTransformer
 
 from circuits.transcoders.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
-from circuits.transcoders.base import Encoder, Transcoders
+from circuits.transcoders.transcoder import Encoder, Transcoders
 
 KINDS = ("plt", "skip-plt", "clt", "skip-clt")
 
 # Architectures with MLPs, and those whose residual stream is no sum of components, which the local replacement model can follow all the same.
-WITH_MLPS: dict[str, dict[str, Any]] = {name: config for name, config in ARCHITECTURES.items() if name != "attention_only"} | {
+WITH_MLPS: dict[str, dict[str, Any]] = {
+    name: config for name, config in ARCHITECTURES.items() if name != "attention_only"
+} | {
     "gemma2": {
         **ARCHITECTURES["gemma"],
         "use_normalization_before_and_after": True,
@@ -27,7 +29,9 @@ def model_of(architecture: str, **changes: Any) -> HookedTransformer:
     if architecture == "local_attention" and "n_layers" in changes:
         changes["attn_types"] = (["global", "local"] * changes["n_layers"])[: changes["n_layers"]]
     base = architecture if architecture in ARCHITECTURES else "gpt2"
-    return random_model(base, **{**({} if architecture in ARCHITECTURES else WITH_MLPS[architecture]), **changes})
+    return random_model(
+        base, **{**({} if architecture in ARCHITECTURES else WITH_MLPS[architecture]), **changes}
+    )
 
 
 def random_transcoders(
@@ -57,10 +61,20 @@ def random_transcoders(
 
     across = kind.endswith("clt")
     return Transcoders(
-        encoders=[Encoder(drawn(features, width, scale=width**-0.5), drawn(features, scale=0.3), fires(layer)) for layer in range(layers)],
-        decoders=[drawn(features, layers - layer if across else 1, width, scale=0.5) for layer in range(layers)],
+        encoders=[
+            Encoder(
+                drawn(features, width, scale=width**-0.5), drawn(features, scale=0.3), fires(layer)
+            )
+            for layer in range(layers)
+        ],
+        decoders=[
+            drawn(features, layers - layer if across else 1, width, scale=0.5)
+            for layer in range(layers)
+        ],
         decoder_biases=[drawn(width, scale=0.3) for _ in range(layers)],
-        skips=[drawn(width, width, scale=0.3 * width**-0.5) for _ in range(layers)] if kind.startswith("skip") else None,
+        skips=[drawn(width, width, scale=0.3 * width**-0.5) for _ in range(layers)]
+        if kind.startswith("skip")
+        else None,
         reads=reads or ("residual" if across else "mlp_input"),
         writes="residual" if across else "mlp",
         name=f"random {kind}",

@@ -12,9 +12,9 @@ import torch
 from architectures import random_model, random_task
 
 import circuits
-from circuits.distributed import RankError, ranks, start
-from circuits.incremental_run import Run
-from circuits.run import run
+from circuits.running.incremental.batch import Run
+from circuits.runs.circuit_run import run
+from circuits.system.ranks import RankError, ranks, start
 
 METHODS: dict[str, circuits.CircuitDiscoverer] = {
     "acdc": circuits.ACDC(0.02),
@@ -27,14 +27,19 @@ METHODS: dict[str, circuits.CircuitDiscoverer] = {
     "eap-ig": circuits.EAPIG(),
     "patching": circuits.ActivationPatching(),
 }
-TASKS = {"several": lambda: random_task(batch=5, ragged=True, several=True), "one prompt": lambda: random_task(batch=1)}
+TASKS = {
+    "several": lambda: random_task(batch=5, ragged=True, several=True),
+    "one prompt": lambda: random_task(batch=1),
+}
 
 
 def failing(error: type[Exception] | None) -> circuits.Metric:
     """A metric that cannot be computed on the second rank, but for the whole model; None: it is NaN there."""
     seen = []
 
-    def values(logits: torch.Tensor, clean_logits: torch.Tensor, task: circuits.Task) -> torch.Tensor:
+    def values(
+        logits: torch.Tensor, clean_logits: torch.Tensor, task: circuits.Task
+    ) -> torch.Tensor:
         seen.append(logits)
         if ranks().rank == 1 and len(seen) > 1:
             if error is None:
@@ -78,14 +83,19 @@ def main(folder: Path) -> None:
             for name, discoverer in METHODS.items():
                 discoverer.discover(random_model(), task()).save(mine / task_name / name)
         with little_memory():
-            METHODS["acdc"].discover(random_model(), TASKS["several"]()).save(mine / "little memory")
+            METHODS["acdc"].discover(random_model(), TASKS["several"]()).save(
+                mine / "little memory"
+            )
         details = circuits.EAP().attribute(random_model(), TASKS["several"]())
         summary: dict[str, Any] = {
             "world": ranks().world,
             "by_prompt": details.edges_by_prompt.tolist(),
             "positions": details.sources_by_position.tolist(),
             "neurons": details.neurons.tolist(),
-            "reused": [run(circuits.EAP(), random_model(), random_task(), out=folder / "runs").reused for _ in range(2)],
+            "reused": [
+                run(circuits.EAP(), random_model(), random_task(), out=folder / "runs").reused
+                for _ in range(2)
+            ],
             "vanishing": told(circuits.EAP(metric="kl")),
             "input error": told(circuits.ActivationPatching(metric=failing(circuits.InputError))),
             "mistake": told(circuits.ActivationPatching(metric=failing(ValueError))),

@@ -12,15 +12,21 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import circuits
-from circuits.active_features import active_features, gather_sources
-from circuits.attribution import Direction
-from circuits.feature_graph import ERROR, FEATURE, FeatureGraph
-from circuits.feature_pooling import effects
-from circuits.influence import completeness_score, node_influence, prune, pruned, replacement_score
-from circuits.interventions import Intervention, direct_effects
-from circuits.linear_sweep import LinearSweep, feature_targets
-from circuits.nodes import at_position
-from circuits.replacement import freeze
+from circuits.attribution.active_features import active_features, gather_sources
+from circuits.attribution.build import Direction
+from circuits.attribution.feature_graph import ERROR, FEATURE, FeatureGraph
+from circuits.attribution.influence import (
+    completeness_score,
+    node_influence,
+    prune,
+    pruned,
+    replacement_score,
+)
+from circuits.attribution.interventions import Intervention, direct_effects
+from circuits.attribution.linear_sweep import LinearSweep, feature_targets
+from circuits.attribution.local_model import freeze
+from circuits.attribution.pooling import effects
+from circuits.graph.nodes import at_position
 
 PROMPT = [3, 14, 15, 9, 26, 5, 35, 8]
 
@@ -29,7 +35,9 @@ PROMPT = [3, 14, 15, 9, 26, 5, 35, 8]
 def published(request) -> tuple[Run, FeatureGraph]:
     run = Run(*request.param)
     budget, at_a_time = run.budget
-    method = circuits.AttributionGraph(case_transcoders(run.case, run.kind), budget=budget, at_a_time=at_a_time)
+    method = circuits.AttributionGraph(
+        case_transcoders(run.case, run.kind), budget=budget, at_a_time=at_a_time
+    )
     return run, method.attribute(case_model(run.case), case_tokens(run.case))
 
 
@@ -37,16 +45,28 @@ def test_features_logits_and_adjacency_are_circuit_tracers(published):
     run, graph = published
     features = graph.nodes[graph.is_kind(FEATURE)]
     chosen = run.expected("selected_features").long()
-    assert torch.equal(torch.stack([features.layer, features.position, features.index], 1), run.expected("active_features")[chosen].long())
-    torch.testing.assert_close(features.activation, run.expected("activation_values")[chosen], rtol=0, atol=1e-5)
+    assert torch.equal(
+        torch.stack([features.layer, features.position, features.index], 1),
+        run.expected("active_features")[chosen].long(),
+    )
+    torch.testing.assert_close(
+        features.activation, run.expected("activation_values")[chosen], rtol=0, atol=1e-5
+    )
     assert [target.token for target in graph.targets] == run.expected("logit_tokens").tolist()
-    torch.testing.assert_close(graph.nodes.probability[-len(graph.targets) :], run.expected("logit_probs"), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        graph.nodes.probability[-len(graph.targets) :],
+        run.expected("logit_probs"),
+        rtol=0,
+        atol=1e-6,
+    )
     torch.testing.assert_close(graph.adjacency(), run.adjacency(), rtol=0, atol=1e-5)
 
 
 def test_influence_masks_and_scores_are_circuit_tracers(published):
     run, graph = published
-    torch.testing.assert_close(node_influence(graph).float(), run.expected("node_influence"), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        node_influence(graph).float(), run.expected("node_influence"), rtol=0, atol=1e-6
+    )
     kept = prune(graph)
     assert torch.equal(kept.nodes, run.expected("node_mask").bool())
     if run.name.endswith("full"):
@@ -56,23 +76,37 @@ def test_influence_masks_and_scores_are_circuit_tracers(published):
         edges[graph.target[kept.edges], graph.source[kept.edges]] = True
         assert torch.equal(edges, run.expected("edge_mask").bool())
     if "replacement_score" in run.settings:
-        assert replacement_score(graph) == pytest.approx(run.settings["replacement_score"], abs=1e-4)
-        assert completeness_score(graph) == pytest.approx(run.settings["completeness_score"], abs=1e-4)
+        assert replacement_score(graph) == pytest.approx(
+            run.settings["replacement_score"], abs=1e-4
+        )
+        assert completeness_score(graph) == pytest.approx(
+            run.settings["completeness_score"], abs=1e-4
+        )
 
 
 def preactivations(model, transcoders, graph: FeatureGraph) -> torch.Tensor:
     """Of the graph's features, from what they read when the model runs; and each target's logit less the mean."""
     (local,) = freeze(model, transcoders, [graph.tokens])
-    pre = [transcoders.preactivations(layer, frozen.feature_input) for layer, frozen in enumerate(local.layers)]
+    pre = [
+        transcoders.preactivations(layer, frozen.feature_input)
+        for layer, frozen in enumerate(local.layers)
+    ]
     of_features = [
         pre[layer][position, index]
         for layer, position, index in zip(
-            graph.nodes.layer.tolist(), graph.nodes.position.tolist(), graph.nodes.index.tolist(), strict=True
+            graph.nodes.layer.tolist(),
+            graph.nodes.position.tolist(),
+            graph.nodes.index.tolist(),
+            strict=True,
         )
         if 0 <= layer < len(pre)
     ]
     # Before a soft cap on the logits.
-    last = model.ln_final(local_residual(model, graph)) if model.cfg.normalization_type else local_residual(model, graph)
+    last = (
+        model.ln_final(local_residual(model, graph))
+        if model.cfg.normalization_type
+        else local_residual(model, graph)
+    )
     logits = (last @ model.W_U + model.b_U)[-1]
     return torch.stack(of_features[: int(graph.is_kind(FEATURE).sum())]), torch.stack(
         [logits[t.token] - logits.mean() for t in graph.targets]
@@ -90,7 +124,9 @@ def test_the_edges_into_a_node_and_its_constants_sum_to_its_preactivation(archit
     model = model_of(architecture, n_layers=3)
     transcoders = random_transcoders(model, kind)
     graph = circuits.AttributionGraph(transcoders).attribute(model, PROMPT)
-    sums = torch.zeros(len(graph.nodes)).index_add_(0, graph.target, graph.weight) + graph.constants.sum(1)
+    sums = torch.zeros(len(graph.nodes)).index_add_(
+        0, graph.target, graph.weight
+    ) + graph.constants.sum(1)
     features, targets = preactivations(model, transcoders, graph)
     assert len(features) > 50
     for found, expected in ((sums[: len(features)], features), (sums[-len(targets) :], targets)):
@@ -104,9 +140,14 @@ def test_it_holds_wherever_features_read_and_however_they_fire(reads):
         model = model_of(architecture, n_layers=3)
         transcoders = random_transcoders(model, "skip-plt", activation=activation, reads=reads)
         graph = circuits.AttributionGraph(transcoders).attribute(model, PROMPT)
-        sums = torch.zeros(len(graph.nodes)).index_add_(0, graph.target, graph.weight) + graph.constants.sum(1)
+        sums = torch.zeros(len(graph.nodes)).index_add_(
+            0, graph.target, graph.weight
+        ) + graph.constants.sum(1)
         features, _ = preactivations(model, transcoders, graph)
-        assert float(((sums[: len(features)] - features).abs() / features.abs().clamp(min=1.0)).max()) < 1e-4
+        assert (
+            float(((sums[: len(features)] - features).abs() / features.abs().clamp(min=1.0)).max())
+            < 1e-4
+        )
 
 
 @torch.no_grad()
@@ -116,13 +157,22 @@ def test_edges_out_of_a_budget_are_a_constant_of_what_they_lead_to():
     whole = circuits.AttributionGraph(transcoders).attribute(model, PROMPT)
     some = circuits.AttributionGraph(transcoders, budget=30, at_a_time=7).attribute(model, PROMPT)
     assert int(some.is_kind(FEATURE).sum()) == 30
-    sums = torch.zeros(len(some.nodes)).index_add_(0, some.target, some.weight) + some.constants.sum(1)
-    everything = torch.zeros(len(whole.nodes)).index_add_(0, whole.target, whole.weight) + whole.constants.sum(1)
+    sums = torch.zeros(len(some.nodes)).index_add_(
+        0, some.target, some.weight
+    ) + some.constants.sum(1)
+    everything = torch.zeros(len(whole.nodes)).index_add_(
+        0, whole.target, whole.weight
+    ) + whole.constants.sum(1)
     for number in range(30):
-        assert float(sums[number]) == pytest.approx(float(everything[whole.find(some.node(number))]), rel=1e-4, abs=1e-4)
+        assert float(sums[number]) == pytest.approx(
+            float(everything[whole.find(some.node(number))]), rel=1e-4, abs=1e-4
+        )
     names = {str(some.node(number)) for number in range(len(some.nodes))}
     for edge in range(0, len(some), 17):
-        source, target = str(some.node(int(some.source[edge]))), str(some.node(int(some.target[edge])))
+        source, target = (
+            str(some.node(int(some.source[edge]))),
+            str(some.node(int(some.target[edge]))),
+        )
         same = (whole.source == whole.find(source)) & (whole.target == whole.find(target))
         assert float(whole.weight[same]) == pytest.approx(float(some.weight[edge]), abs=1e-5)
     assert len(names) == len(some.nodes)
@@ -134,8 +184,13 @@ def test_a_budget_of_all_features_is_no_budget_and_blocks_do_not_matter():
     transcoders = random_transcoders(model, "clt")
     whole = circuits.AttributionGraph(transcoders).attribute(model, PROMPT)
     n = int(whole.is_kind(FEATURE).sum())
-    for method in (circuits.AttributionGraph(transcoders, budget=n + 5), circuits.AttributionGraph(transcoders, max_memory=1)):
-        torch.testing.assert_close(method.attribute(model, PROMPT).adjacency(), whole.adjacency(), rtol=1e-5, atol=1e-5)
+    for method in (
+        circuits.AttributionGraph(transcoders, budget=n + 5),
+        circuits.AttributionGraph(transcoders, max_memory=1),
+    ):
+        torch.testing.assert_close(
+            method.attribute(model, PROMPT).adjacency(), whole.adjacency(), rtol=1e-5, atol=1e-5
+        )
 
 
 @torch.no_grad()
@@ -149,12 +204,16 @@ def test_the_direct_part_is_what_is_left_where_attention_writes_nothing(kind):
     for layer in local.layers:
         layer.mixing.zero_()
     (features,) = active_features([local], transcoders)
-    rows = LinearSweep(local, gather_sources(local, transcoders, features)).rows(feature_targets(local, transcoders, features))
+    rows = LinearSweep(local, gather_sources(local, transcoders, features)).rows(
+        feature_targets(local, transcoders, features)
+    )
     n = len(features)
     dense = torch.zeros(len(graph.nodes), len(graph.nodes))
     dense[graph.target, graph.source] = graph.direct
     torch.testing.assert_close(dense[:n, :n], rows.features, rtol=0, atol=1e-5)
-    torch.testing.assert_close(dense[:n, n : n + rows.errors[0].numel()], rows.errors.flatten(1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        dense[:n, n : n + rows.errors[0].numel()], rows.errors.flatten(1), rtol=0, atol=1e-5
+    )
     assert 0 < int((dense[:n] != 0).sum()) < int((graph.adjacency()[:n] != 0).sum())
 
 
@@ -165,7 +224,7 @@ def test_reading_all_positions_in_one_call_as_on_a_gpu_changes_nothing(kind, pro
     model = model_of("gpt2", n_layers=3)
     method = circuits.AttributionGraph(random_transcoders(model, kind))
     expected = method.attribute(model, prompt)
-    monkeypatch.setattr("circuits.linear_sweep.PADDED_ON", {"cpu"})
+    monkeypatch.setattr("circuits.attribution.linear_sweep.PADDED_ON", {"cpu"})
     found = method.attribute(model, prompt)
     assert torch.equal(found.source, expected.source) and torch.equal(found.target, expected.target)
     torch.testing.assert_close(found.weight, expected.weight, rtol=0, atol=1e-5)
@@ -195,7 +254,10 @@ def test_a_graph_explains_given_tokens_differences_and_directions():
     assert (str(one.node(len(one.nodes) - 1)), both.targets[0].label) == ("logits:7@7", "#7 - #21")
     direction = circuits.Direction("mine", model.W_U[:, 7] - model.W_U[:, 21], position=4)
     earlier = method.attribute(model, PROMPT, explain=[direction])
-    assert int(earlier.nodes.position[earlier.source[earlier.target == len(earlier.nodes) - 1]].max()) <= 4
+    assert (
+        int(earlier.nodes.position[earlier.source[earlier.target == len(earlier.nodes) - 1]].max())
+        <= 4
+    )
 
 
 @torch.no_grad()
@@ -203,13 +265,16 @@ def test_directions_at_several_positions_keep_their_rows_and_constants_in_whatev
     model = model_of("gpt2")
     method = circuits.AttributionGraph(random_transcoders(model, "skip-plt"))
     directions = [
-        circuits.Direction(f"at {position}", model.W_U[:, token], position=position) for position, token in ((5, 7), (3, 21), (7, 2))
+        circuits.Direction(f"at {position}", model.W_U[:, token], position=position)
+        for position, token in ((5, 7), (3, 21), (7, 2))
     ]
     graph = method.attribute(model, PROMPT, explain=directions)
     assert bool((graph.target.diff() >= 0).all())
     residual = model(torch.tensor([PROMPT]), stop_at_layer=2)
     normed = model.ln_final(residual)[0]
-    sums = torch.zeros(len(graph.nodes)).index_add_(0, graph.target, graph.weight) + graph.constants.sum(1)
+    sums = torch.zeros(len(graph.nodes)).index_add_(
+        0, graph.target, graph.weight
+    ) + graph.constants.sum(1)
     expected = torch.stack([normed[one.position] @ one.vector for one in directions])
     torch.testing.assert_close(sums[-3:], expected, rtol=1e-4, atol=1e-4)
 
@@ -223,13 +288,20 @@ def test_as_many_leading_positions_as_asked_have_no_features_and_all_else_adds_u
     assert int(graph.nodes.position[graph.is_kind(FEATURE)].min()) == leading
     from_errors = graph.is_kind(ERROR)[graph.source]
     assert int(graph.nodes.position[graph.source[from_errors]].min()) == leading
-    sums = torch.zeros(len(graph.nodes)).index_add_(0, graph.target, graph.weight) + graph.constants.sum(1)
+    sums = torch.zeros(len(graph.nodes)).index_add_(
+        0, graph.target, graph.weight
+    ) + graph.constants.sum(1)
     features, _ = preactivations(model, transcoders, graph)
-    assert float(((sums[: len(features)] - features).abs() / features.abs().clamp(min=1.0)).max()) < 1e-4
+    assert (
+        float(((sums[: len(features)] - features).abs() / features.abs().clamp(min=1.0)).max())
+        < 1e-4
+    )
     between = graph.is_kind(FEATURE)[graph.source] & graph.is_kind(FEATURE)[graph.target]
     edge = int((graph.weight.abs() * between).argmax())
     source, target = (graph.node(int(column[edge])) for column in (graph.source, graph.target))
-    run = direct_effects(model, transcoders, PROMPT, [[], [Intervention.scale(source, 2.0)]], leading=leading)
+    run = direct_effects(
+        model, transcoders, PROMPT, [[], [Intervention.scale(source, 2.0)]], leading=leading
+    )
     before, after = run.preactivations[target.layer][:, target.position, target.index].tolist()
     assert after - before == pytest.approx(float(graph.weight[edge]), rel=1e-3)
 
@@ -269,7 +341,15 @@ def test_other_precisions_give_graphs_and_pages_too(dtype, architecture):
     graph = circuits.AttributionGraph(transcoders).attribute(model, PROMPT)
     assert graph.weight.dtype == graph.direct.dtype == torch.promote_types(dtype, torch.float32)
     assert len(graph.incoming(graph.node(len(graph.nodes) - 1), 5)) == 5
-    assert int(circuits.AttributionGraph(transcoders, budget=20).attribute(model, PROMPT).is_kind(FEATURE).sum()) == 20
+    assert (
+        int(
+            circuits.AttributionGraph(transcoders, budget=20)
+            .attribute(model, PROMPT)
+            .is_kind(FEATURE)
+            .sum()
+        )
+        == 20
+    )
     if dtype == torch.float64:
         narrow = random_model(architecture)
         single = circuits.AttributionGraph(transcoders).attribute(narrow, PROMPT)
@@ -282,7 +362,9 @@ def test_a_last_norm_of_another_kind_is_taken_as_it_is():
         model = model_of("gpt2", normalization_type=kind, final_rms=True)
         transcoders = random_transcoders(model)
         graph = circuits.AttributionGraph(transcoders).attribute(model, PROMPT)
-        sums = torch.zeros(len(graph.nodes)).index_add_(0, graph.target, graph.weight) + graph.constants.sum(1)
+        sums = torch.zeros(len(graph.nodes)).index_add_(
+            0, graph.target, graph.weight
+        ) + graph.constants.sum(1)
         _, targets = preactivations(model, transcoders, graph)
         torch.testing.assert_close(sums[-len(targets) :], targets, rtol=1e-4, atol=1e-4)
 
@@ -291,10 +373,16 @@ def test_a_last_norm_of_another_kind_is_taken_as_it_is():
 def test_pruning_keeps_what_lies_on_paths_and_more_with_higher_thresholds():
     model = model_of("gpt2", n_layers=3)
     graph = circuits.AttributionGraph(random_transcoders(model)).attribute(model, PROMPT)
-    sizes = [len(pruned(graph, node_threshold=share, edge_threshold=0.98).nodes) for share in (0.3, 0.6, 0.9)]
+    sizes = [
+        len(pruned(graph, node_threshold=share, edge_threshold=0.98).nodes)
+        for share in (0.3, 0.6, 0.9)
+    ]
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
     small = pruned(graph)
-    into, out = (torch.bincount(column, minlength=len(small.nodes)) for column in (small.target, small.source))
+    into, out = (
+        torch.bincount(column, minlength=len(small.nodes))
+        for column in (small.target, small.source)
+    )
     features = small.is_kind(FEATURE)
     assert bool((into[features] > 0).all()) and bool((out[features] > 0).all())
     assert 0 < replacement_score(small) <= 1 and 0 < completeness_score(small) <= 1
@@ -309,10 +397,17 @@ def test_a_graph_survives_saving(tmp_path):
     path = graph.save(tmp_path)
     again = FeatureGraph.load(tmp_path)
     for name, column in vars(graph.nodes).items():
-        torch.testing.assert_close(getattr(again.nodes, name), column, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            getattr(again.nodes, name), column, rtol=0, atol=0, equal_nan=True
+        )
     for name in ("source", "target", "weight", "direct", "constants", "tokens"):
         assert torch.equal(getattr(again, name), getattr(graph, name))
-    assert (again.words, again.targets, again.model, again.transcoders) == (graph.words, graph.targets, graph.model, graph.transcoders)
+    assert (again.words, again.targets, again.model, again.transcoders) == (
+        graph.words,
+        graph.targets,
+        graph.model,
+        graph.transcoders,
+    )
     assert again.settings == graph.settings and again.settings["leading"] == 1
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
@@ -342,9 +437,13 @@ def test_a_graph_survives_saving(tmp_path):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
 @torch.no_grad()
-def test_a_graph_whose_contents_do_not_fit_together_is_refused_in_one_line(tmp_path, unchecked_types, damage, message):
+def test_a_graph_whose_contents_do_not_fit_together_is_refused_in_one_line(
+    tmp_path, unchecked_types, damage, message
+):
     model = model_of("gpt2")
-    path = circuits.AttributionGraph(random_transcoders(model)).attribute(model, PROMPT).save(tmp_path)
+    path = (
+        circuits.AttributionGraph(random_transcoders(model)).attribute(model, PROMPT).save(tmp_path)
+    )
     with safe_open(path, "pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
     description = json.loads(metadata["description"])
@@ -353,8 +452,14 @@ def test_a_graph_whose_contents_do_not_fit_together_is_refused_in_one_line(tmp_p
             tensors[name] = change(tensors[name]).contiguous()
         else:
             description[name] = change
-    text = metadata["description"] if isinstance(damage.get("settings"), str) else json.dumps(description)
-    metadata["description"] = damage["settings"] if isinstance(damage.get("settings"), str) else text
+    text = (
+        metadata["description"]
+        if isinstance(damage.get("settings"), str)
+        else json.dumps(description)
+    )
+    metadata["description"] = (
+        damage["settings"] if isinstance(damage.get("settings"), str) else text
+    )
     save_file(tensors, path, metadata)
     with pytest.raises(circuits.InputError, match=message) as refused:
         FeatureGraph.load(tmp_path)
@@ -374,7 +479,9 @@ def test_what_cannot_be_explained_is_said_in_one_line(unchecked_types):
     ):
         with pytest.raises(circuits.InputError, match=message):
             method.attribute(model, prompt)
-    with pytest.raises(circuits.InputError, match="for 2 layers of width 24, and custom has 3 of width 24"):
+    with pytest.raises(
+        circuits.InputError, match="for 2 layers of width 24, and custom has 3 of width 24"
+    ):
         method.attribute(model_of("gpt2", n_layers=3), PROMPT)
     with pytest.raises(circuits.InputError, match="no MLPs"):
         method.attribute(model_of("attention_only"), PROMPT)
@@ -387,7 +494,10 @@ def test_what_cannot_be_explained_is_said_in_one_line(unchecked_types):
         ([None], "None is no token"),
         ([(7,)], "a pair is"),
         ([7, 7], "explain holds 7 twice"),
-        ([circuits.Direction("mine", vector[:5])], r"a vector of shape \(5,\); it must be 24 finite numbers"),
+        (
+            [circuits.Direction("mine", vector[:5])],
+            r"a vector of shape \(5,\); it must be 24 finite numbers",
+        ),
         ([circuits.Direction("mine", vector * float("nan"))], "24 finite numbers"),
         ([circuits.Direction("mine", vector * 0)], "not all zero"),
         ([circuits.Direction("mine", vector, position=8)], "at position 8 of a prompt of 8 tokens"),
@@ -401,10 +511,18 @@ def test_what_cannot_be_explained_is_said_in_one_line(unchecked_types):
             circuits.AttributionGraph(transcoders, **settings)
     overflowing = random_transcoders(model)
     overflowing.encoders[1].weight[3] = float("inf")
-    with pytest.raises(circuits.InputError, match="features of 'random plt' have pre-activations that are not finite"):
+    with pytest.raises(
+        circuits.InputError,
+        match="features of 'random plt' have pre-activations that are not finite",
+    ):
         circuits.AttributionGraph(overflowing).attribute(model, PROMPT)
-    misshapen = replace(transcoders, decoders=[decoder[:, :, :5] for decoder in transcoders.decoders])
-    with pytest.raises(circuits.InputError, match=r"layer 0: the decoder has shape \(40, 1, 5\).*it must be \(40, 1, 24\)"):
+    misshapen = replace(
+        transcoders, decoders=[decoder[:, :, :5] for decoder in transcoders.decoders]
+    )
+    with pytest.raises(
+        circuits.InputError,
+        match=r"layer 0: the decoder has shape \(40, 1, 5\).*it must be \(40, 1, 24\)",
+    ):
         circuits.AttributionGraph(misshapen).attribute(model, PROMPT)
     broken = model_of("gpt2")
     broken.blocks[1].mlp.W_out.data[0, 0] = float("nan")
@@ -419,30 +537,49 @@ def test_the_graphs_of_a_task_become_one_circuit_scored_by_predicted_damage():
     method = circuits.AttributionGraph(random_transcoders(model))
     circuit = method.discover(model, task)
     assert circuit.selected and 0 < len(circuit) < len(circuit.graph)
-    assert str(circuit.graph.nodes[-1]) == "logits:answer" and circuit.graph.transcoders.name == "random plt"
+    assert (
+        str(circuit.graph.nodes[-1]) == "logits:answer"
+        and circuit.graph.transcoders.name == "random plt"
+    )
     expected, keeping = {}, {}
     for prompt in range(len(task)):
-        right, wrong = (model.W_U[:, part[prompt]].mean(1) for part in (task.answers, task.wrong_answers))
+        right, wrong = (
+            model.W_U[:, part[prompt]].mean(1) for part in (task.answers, task.wrong_answers)
+        )
         positions = task.scored[prompt].nonzero().flatten().tolist()
-        directions = [circuits.Direction(f"answer {p}", right - wrong, position=p) for p in positions]
-        graph = method.attribute(model, task.clean[prompt, : int(task.lengths[prompt])], explain=directions)
+        directions = [
+            circuits.Direction(f"answer {p}", right - wrong, position=p) for p in positions
+        ]
+        graph = method.attribute(
+            model, task.clean[prompt, : int(task.lengths[prompt])], explain=directions
+        )
         kept, here = prune(graph).edges, set()
         for number, score in enumerate(effects(graph)[1].tolist()):
-            ends = [at_position(graph.node(int(column[number])), None) for column in (graph.source, graph.target)]
-            name = "->".join("logits:answer" if isinstance(end, circuits.Logits) else str(end) for end in ends)
+            ends = [
+                at_position(graph.node(int(column[number])), None)
+                for column in (graph.source, graph.target)
+            ]
+            name = "->".join(
+                "logits:answer" if isinstance(end, circuits.Logits) else str(end) for end in ends
+            )
             expected[name] = expected.get(name, 0.0) + score / int(task.scored.sum())
             here |= {name} if kept[number] else set()
         keeping = {name: keeping.get(name, 0) + (name in here) for name in keeping.keys() | here}
     found = dict(zip(map(str, circuit.graph.edges), circuit.scores.tolist(), strict=True))
     assert found.keys() == expected.keys()
     assert max(abs(found[name] - expected[name]) for name in found) < 1e-5
-    assert {str(edge): n for edge, n in zip(circuit.edges, circuit.record["kept_by_prompts"], strict=True)} == {
-        k: n for k, n in keeping.items() if n
-    }
+    assert {
+        str(edge): n
+        for edge, n in zip(circuit.edges, circuit.record["kept_by_prompts"], strict=True)
+    } == {k: n for k, n in keeping.items() if n}
 
 
 def test_a_search_over_many_prompts_is_resumed_where_it_stopped(tmp_path):
-    model, task, path = model_of("gpt2", n_layers=1), random_task(batch=40, length=5), tmp_path / "checkpoint.safetensors"
+    model, task, path = (
+        model_of("gpt2", n_layers=1),
+        random_task(batch=40, length=5),
+        tmp_path / "checkpoint.safetensors",
+    )
     method = circuits.AttributionGraph(random_transcoders(model, features=10))
     seen = []
 
@@ -454,13 +591,20 @@ def test_a_search_over_many_prompts_is_resumed_where_it_stopped(tmp_path):
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             method.discover(model, task, checkpoint=path, progress=stop)
-    assert method.discover(model, task, checkpoint=path, progress=stop) == method.discover(model, task)
+    assert method.discover(model, task, checkpoint=path, progress=stop) == method.discover(
+        model, task
+    )
     assert seen == [16, 32, 40]
 
 
 def test_only_what_pruning_keeps_can_be_pooled():
     model, task = model_of("gpt2"), random_task()
     transcoders = random_transcoders(model)
-    whole, small = (circuits.AttributionGraph(transcoders, kept_only=kept).discover(model, task) for kept in (False, True))
-    assert [str(edge) for edge in small.edges] == [str(edge) for edge in whole.edges] and len(small) == len(small.graph)
+    whole, small = (
+        circuits.AttributionGraph(transcoders, kept_only=kept).discover(model, task)
+        for kept in (False, True)
+    )
+    assert [str(edge) for edge in small.edges] == [str(edge) for edge in whole.edges] and len(
+        small
+    ) == len(small.graph)
     assert whole.graph.transcoders.whole and not small.graph.transcoders.whole

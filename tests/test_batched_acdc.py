@@ -5,10 +5,10 @@ import torch
 from architectures import random_model, random_task
 
 import circuits
-from circuits.commands.methods import options_of
-from circuits.commands.options import parse
-from circuits.edge_order import edge_groups, edge_order
-from circuits.execution import DamageMeter
+from circuits.cli.methods import options_of
+from circuits.cli.options import parse
+from circuits.discovery.search.edge_order import edge_groups, edge_order
+from circuits.running.damage import DamageMeter
 
 # Batch sizes change the last bits.
 ROUNDING = 1e-5
@@ -21,7 +21,9 @@ def small_model(architecture: str):
 
 
 def reference_meter(model, task, graph, metric="kl", ablation="resample") -> DamageMeter:
-    return DamageMeter.prepare(model, graph, task, metric=metric, ablation=ablation, executor="hooks")
+    return DamageMeter.prepare(
+        model, graph, task, metric=metric, ablation=ablation, executor="hooks"
+    )
 
 
 class Definition:
@@ -39,7 +41,9 @@ class Definition:
             live = [edge for edge in edges if reaching[edge]]
             self.kept[edges] = False
             self.kept[live] = True
-            start, *found = self.meter(torch.stack([self.kept, *(self.without([edge]) for edge in live)])).tolist()
+            start, *found = self.meter(
+                torch.stack([self.kept, *(self.without([edge]) for edge in live)])
+            ).tolist()
             self.alone = {edge: damage - start for edge, damage in zip(live, found, strict=True)}
             self.spent = 0.0
             harmless = [edge for edge in live if self.below(self.alone[edge])]
@@ -88,13 +92,18 @@ def cut_from_definition(graph, group):
 
 def test_groups_are_cut_from_the_topological_order():
     graph = circuits.component_graph(small_model("gpt2"))
-    names = {group: [[str(graph.edges[edge]) for edge in part] for part in edge_groups(graph, group)] for group in ("target", "layer", 4)}
+    names = {
+        group: [[str(graph.edges[edge]) for edge in part] for part in edge_groups(graph, group)]
+        for group in ("target", "layer", 4)
+    }
     assert [len(part) for part in names["layer"]] == [7, 6, 4 * 6, 3, 6]
     assert [len(part) for part in names["target"]] == [7, 6, 12, 12, 3, 3, 3]
     assert names["target"][6] == ["embed->a0.h0.v", "embed->a0.h0.k", "embed->a0.h0.q"]
     assert names[4][1] == ["a0.h1->logits", "a0.h0->logits", "embed->logits", "a1.h1->m1"]
     for group in ("target", "layer", 4):
-        assert edge_groups(graph, group) == [tuple(part) for part in cut_from_definition(graph, group)]
+        assert edge_groups(graph, group) == [
+            tuple(part) for part in cut_from_definition(graph, group)
+        ]
 
 
 def test_split_by_position_a_target_is_a_node_at_one_position():
@@ -107,16 +116,27 @@ def test_split_by_position_a_target_is_a_node_at_one_position():
 @pytest.mark.parametrize("architecture", ["gpt2", "pythia", "bidirectional"])
 def test_groups_of_one_edge_are_acdc(architecture, verify):
     model, task = small_model(architecture), random_task(batch=4)
-    exact, batched = circuits.ACDC(0.01).discover(model, task), circuits.BatchedACDC(0.01, group=1, verify=verify).discover(model, task)
+    exact, batched = (
+        circuits.ACDC(0.01).discover(model, task),
+        circuits.BatchedACDC(0.01, group=1, verify=verify).discover(model, task),
+    )
     assert torch.equal(batched.kept, exact.kept)
     torch.testing.assert_close(batched.scores, exact.scores, atol=ROUNDING, rtol=0, equal_nan=True)
     assert batched.record["evaluations"] == exact.record["evaluations"]
-    assert batched.record["joint_measurements"] == batched.record["bisections"] == batched.record["largest_excess"] == 0
+    assert (
+        batched.record["joint_measurements"]
+        == batched.record["bisections"]
+        == batched.record["largest_excess"]
+        == 0
+    )
 
 
 def test_groups_of_one_edge_are_acdc_on_toy_world(toy_world):
     task = circuits.load_task("ioi", toy_world, n=8, split="train")
-    exact, batched = circuits.ACDC(0.01).discover(toy_world, task), circuits.BatchedACDC(0.01, group=1).discover(toy_world, task)
+    exact, batched = (
+        circuits.ACDC(0.01).discover(toy_world, task),
+        circuits.BatchedACDC(0.01, group=1).discover(toy_world, task),
+    )
     assert torch.equal(batched.kept, exact.kept)
     assert batched.record["damage"] == pytest.approx(exact.record["damage"], abs=ROUNDING)
 
@@ -129,8 +149,12 @@ def test_the_circuit_is_that_of_the_definition(architecture, group, verify):
     graph = circuits.component_graph(model)
     definition = Definition(model, task, graph, 0.005, group, verify)
     expected = definition.run()
-    assert definition.closest > ROUNDING, "a decision too close to the threshold to be compared; choose another seed"
-    circuit = circuits.BatchedACDC(0.005, group=group, verify=verify).discover(model, task, graph=graph)
+    assert definition.closest > ROUNDING, (
+        "a decision too close to the threshold to be compared; choose another seed"
+    )
+    circuit = circuits.BatchedACDC(0.005, group=group, verify=verify).discover(
+        model, task, graph=graph
+    )
     assert torch.equal(circuit.kept, expected)
     assert 0 < len(circuit) < len(graph)
     assert circuit.record["damage"] == pytest.approx(definition.damage(expected), abs=ROUNDING)
@@ -146,10 +170,14 @@ def test_an_edge_into_a_target_that_went_with_its_own_group_goes_too_whatever_it
     assert [str(graph.edges[edge]) for edge in harmful_but_gone] == ["a0.h0->a1.h1.v"]
     (edge,) = harmful_but_gone
     (group,) = (set(part) for part in edge_groups(graph, size) if edge in part)
-    onward = [out for out in range(len(graph)) if graph.edges[out].source == graph.edges[edge].target]
+    onward = [
+        out for out in range(len(graph)) if graph.edges[out].source == graph.edges[edge].target
+    ]
     assert not kept[onward].any()
     assert any(out in group and circuit.scores[out] < threshold for out in onward)
-    assert torch.equal(graph.reaching_logits(kept), kept), "an edge is left that cannot reach the logits"
+    assert torch.equal(graph.reaching_logits(kept), kept), (
+        "an edge is left that cannot reach the logits"
+    )
     with_it = kept.clone()
     with_it[edge] = True
     without, restored = reference_meter(model, task, graph)(torch.stack([kept, with_it])).tolist()
@@ -158,13 +186,21 @@ def test_an_edge_into_a_target_that_went_with_its_own_group_goes_too_whatever_it
 
 def excesses(circuit, meter, threshold: float) -> list[float]:
     """By group, the joint increase of what was removed for being harmless minus the sum of the scores, measured anew."""
-    groups, states = edge_groups(circuit.graph, group_of(circuit)), [torch.ones(len(circuit.graph), dtype=torch.bool)]
+    groups, states = (
+        edge_groups(circuit.graph, group_of(circuit)),
+        [torch.ones(len(circuit.graph), dtype=torch.bool)],
+    )
     for part in map(list, groups):
         states.append(states[-1].clone())
         states[-1][part] = circuit.kept[part]
-    removed = [[edge for edge in part if circuit.scores[edge] < threshold and not circuit.kept[edge]] for part in groups]
+    removed = [
+        [edge for edge in part if circuit.scores[edge] < threshold and not circuit.kept[edge]]
+        for part in groups
+    ]
     together = [number for number, edges in enumerate(removed) if len(edges) > 1]
-    before, after = (meter(torch.stack([states[number + later] for number in together])) for later in (0, 1))
+    before, after = (
+        meter(torch.stack([states[number + later] for number in together])) for later in (0, 1)
+    )
     alone = torch.stack([circuit.scores[removed[number]].double().sum() for number in together])
     return (after - before - alone).tolist()
 
@@ -174,19 +210,35 @@ def group_of(circuit):
 
 
 @pytest.mark.parametrize(
-    ("name", "group"), [("docstring", "layer"), ("docstring", 64), ("docstring", "target"), ("ioi", "layer"), ("two_hop", 64)]
+    ("name", "group"),
+    [
+        ("docstring", "layer"),
+        ("docstring", 64),
+        ("docstring", "target"),
+        ("ioi", "layer"),
+        ("two_hop", 64),
+    ],
 )
-def test_verified_no_group_does_more_damage_than_its_edges_alone_and_the_threshold(toy_world, name, group):
+def test_verified_no_group_does_more_damage_than_its_edges_alone_and_the_threshold(
+    toy_world, name, group
+):
     threshold, task = 0.005, circuits.load_task(name, toy_world, n=4, split="train")
     graph = circuits.component_graph(toy_world)
     meter = reference_meter(toy_world, task, graph)
     trusted, verified = (
-        circuits.BatchedACDC(threshold, group=group, verify=verify).discover(toy_world, task, graph=graph) for verify in (False, True)
+        circuits.BatchedACDC(threshold, group=group, verify=verify).discover(
+            toy_world, task, graph=graph
+        )
+        for verify in (False, True)
     )
     assert max(excesses(verified, meter, threshold)) <= threshold + ROUNDING
     assert verified.record["excess_left"] <= threshold
-    assert max(0, *excesses(verified, meter, threshold)) == pytest.approx(verified.record["excess_left"], abs=ROUNDING)
-    assert max(0, *excesses(trusted, meter, threshold)) == pytest.approx(trusted.record["excess_left"], abs=ROUNDING)
+    assert max(0, *excesses(verified, meter, threshold)) == pytest.approx(
+        verified.record["excess_left"], abs=ROUNDING
+    )
+    assert max(0, *excesses(trusted, meter, threshold)) == pytest.approx(
+        trusted.record["excess_left"], abs=ROUNDING
+    )
     assert trusted.record["largest_excess"] == trusted.record["excess_left"]
     assert trusted.record["bisections"] == 0
     assert (verified.record["bisections"] > 0) == (verified.record["largest_excess"] > threshold)
@@ -201,9 +253,14 @@ def test_of_two_edges_that_do_the_same_work_one_stays_when_verified(group):
     graph = circuits.component_graph(known.model, split_embed=True)
     options = {"metric": "squared_error", "ablation": "zero", "group": group}
     trusted, verified = (
-        circuits.BatchedACDC(1e-3, verify=verify, **options).discover(known.model, known.task, graph=graph) for verify in (False, True)
+        circuits.BatchedACDC(1e-3, verify=verify, **options).discover(
+            known.model, known.task, graph=graph
+        )
+        for verify in (False, True)
     )
-    exact = circuits.ACDC(1e-3, metric="squared_error", ablation="zero").discover(known.model, known.task, graph=graph)
+    exact = circuits.ACDC(1e-3, metric="squared_error", ablation="zero").discover(
+        known.model, known.task, graph=graph
+    )
     assert verified.record["bisections"] > 0
     assert verified.record["damage"] < 1e-3 < trusted.record["largest_excess"]
     assert trusted.record["damage"] > 0.01
@@ -213,7 +270,11 @@ def test_of_two_edges_that_do_the_same_work_one_stays_when_verified(group):
 
 @pytest.mark.parametrize("group", ["target", 7])
 def test_interrupted_after_any_group_the_run_goes_on_bit_for_bit(group, tmp_path):
-    model, task, path = small_model("llama"), random_task(batch=4, ragged=True), tmp_path / "checkpoint.safetensors"
+    model, task, path = (
+        small_model("llama"),
+        random_task(batch=4, ragged=True),
+        tmp_path / "checkpoint.safetensors",
+    )
     method = circuits.BatchedACDC(0.005, group=group, verify=True)
     uninterrupted = method.discover(model, task)
     assert uninterrupted.record["bisections"] > 0
@@ -246,12 +307,17 @@ def test_the_record_counts_what_was_done(toy_world):
     assert record["evaluations"] == int((~circuit.scores.isnan()).sum())
     assert record["joint_measurements"] <= len(edge_groups(circuit.graph, "layer"))
     assert record["batches"] < circuits.ACDC(0.01).discover(toy_world, task).record["batches"]
-    assert circuits.evaluate(toy_world, circuit, task).kl == pytest.approx(record["damage"], abs=ROUNDING)
+    assert circuits.evaluate(toy_world, circuit, task).kl == pytest.approx(
+        record["damage"], abs=ROUNDING
+    )
 
 
 def test_memory_changes_the_batches_and_not_the_circuit(toy_world):
     task = circuits.load_task("ioi", toy_world, n=8, split="train")
-    free, bounded = (circuits.BatchedACDC(0.05, group="layer", max_memory=bound).discover(toy_world, task) for bound in (None, 8_000_000))
+    free, bounded = (
+        circuits.BatchedACDC(0.05, group="layer", max_memory=bound).discover(toy_world, task)
+        for bound in (None, 8_000_000)
+    )
     assert torch.equal(free.kept, bounded.kept)
     assert free.record["evaluations"] == bounded.record["evaluations"]
     assert free.record["batches"] < bounded.record["batches"]
@@ -259,7 +325,10 @@ def test_memory_changes_the_batches_and_not_the_circuit(toy_world):
 
 @pytest.mark.parametrize("group", ["node", 0, -3, True, 2.5, None])
 def test_what_names_no_group_is_refused(group, unchecked_types):
-    with pytest.raises(circuits.InputError, match=rf"group={group!r} is no way to group edges; choose 'target', 'layer' or a number"):
+    with pytest.raises(
+        circuits.InputError,
+        match=rf"group={group!r} is no way to group edges; choose 'target', 'layer' or a number",
+    ):
         circuits.BatchedACDC(0.01, group=group)
 
 
@@ -271,5 +340,9 @@ def test_a_threshold_that_is_no_number_is_refused(threshold):
 
 @pytest.mark.parametrize(("word", "group"), [("layer", "layer"), ("target", "target"), ("16", 16)])
 def test_the_group_is_an_option_of_the_command(word, group):
-    options = parse(options_of(circuits.BatchedACDC), "discover", ["--threshold", "0.01", "--group", word, "--verify"])
+    options = parse(
+        options_of(circuits.BatchedACDC),
+        "discover",
+        ["--threshold", "0.01", "--group", word, "--verify"],
+    )
     assert (options.group, options.verify) == (group, True)

@@ -14,4 +14,6 @@ def test_the_tables_are_those_of_the_results():
     spec.loader.exec_module(tables)
     for folder, text in ((FOLDER, tables.tables), (FOLDER.parents[1], tables.summary)):
         readme = (folder / "README.md").read_text()
-        assert tables.updated(readme, text(FOLDER / "results")) == readme, "run `python experiments/benchmarks/tables.py`"
+        assert tables.updated(readme, text(FOLDER / "results")) == readme, (
+            "run `python experiments/benchmarks/tables.py`"
+        )

@@ -8,8 +8,8 @@ import torch
 from architectures import random_model, random_task
 
 import circuits
-from circuits.circuit import FILE
-from circuits.files import write_tensors
+from circuits.graph.circuit import FILE
+from circuits.system.files import write_tensors
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,12 @@ def circuit(model) -> circuits.Circuit:
 
 def test_top_keeps_the_edges_of_largest_magnitude_or_largest_score(circuit):
     known = circuit.scores.nan_to_num(nan=0.0)
-    assert set(circuit.top(10).kept.nonzero().flatten().tolist()) == set(known.abs().topk(10).indices.tolist())
-    assert set(circuit.top(10, by="signed").kept.nonzero().flatten().tolist()) == set(known.topk(10).indices.tolist())
+    assert set(circuit.top(10).kept.nonzero().flatten().tolist()) == set(
+        known.abs().topk(10).indices.tolist()
+    )
+    assert set(circuit.top(10, by="signed").kept.nonzero().flatten().tolist()) == set(
+        known.topk(10).indices.tolist()
+    )
     assert circuit.top(10).selected
     assert not circuit.selected
 
@@ -70,8 +74,16 @@ def test_circuits_combine_as_sets(circuit):
 
 def test_methods_return_new_values_and_change_nothing(circuit):
     before = (circuit.scores.clone(), circuit.kept.clone())
-    circuit.top(3), circuit.above(0.1), circuit.connected(from_inputs=True), circuit & circuit, circuit.to_networkx()
-    torch.testing.assert_close((circuit.scores, circuit.kept), before, equal_nan=True, rtol=0, atol=0)
+    (
+        circuit.top(3),
+        circuit.above(0.1),
+        circuit.connected(from_inputs=True),
+        circuit & circuit,
+        circuit.to_networkx(),
+    )
+    torch.testing.assert_close(
+        (circuit.scores, circuit.kept), before, equal_nan=True, rtol=0, atol=0
+    )
     with pytest.raises(dataclasses.FrozenInstanceError):
         circuit.kept = before[1]  # type: ignore[misc]
 
@@ -94,18 +106,26 @@ def test_networkx_gets_every_kept_edge_with_slot_and_score(circuit):
     assert data["score"] == pytest.approx(float(strongest.scores[strongest.kept]))
 
 
-@pytest.mark.parametrize("options", [{}, {"split_embed": True}, {"positions": ["IO", "S1+1", "END"]}, {"positions": 5}])
+@pytest.mark.parametrize(
+    "options", [{}, {"split_embed": True}, {"positions": ["IO", "S1+1", "END"]}, {"positions": 5}]
+)
 def test_a_circuit_saved_and_loaded_is_the_same(model, options, tmp_path):
     graph = circuits.component_graph(model, **options)
     scores = torch.randn(len(graph), generator=torch.Generator().manual_seed(1))
     scores[3] = torch.nan
-    circuit = circuits.Circuit(graph, scores, scores > 0, record={"method": "mine", "settings": {"threshold": 0.1}})
+    circuit = circuits.Circuit(
+        graph, scores, scores > 0, record={"method": "mine", "settings": {"threshold": 0.1}}
+    )
     circuit.save(tmp_path / "deep" / "folder")
     loaded = circuits.Circuit.load(tmp_path / "deep" / "folder")
     assert loaded == circuit
     assert loaded.graph.nodes == graph.nodes
     assert loaded.graph.edges == graph.edges
-    assert (loaded.graph.positions, loaded.graph.causal, loaded.graph.model) == (graph.positions, graph.causal, graph.model)
+    assert (loaded.graph.positions, loaded.graph.causal, loaded.graph.model) == (
+        graph.positions,
+        graph.causal,
+        graph.model,
+    )
     assert loaded.record == circuit.record
 
 
@@ -133,12 +153,20 @@ def test_a_missing_truncated_or_foreign_file_is_one_clear_line(circuit, tmp_path
 
 
 def test_a_file_from_a_newer_version_says_to_upgrade(circuit, tmp_path):
-    write_tensors(tmp_path / FILE, {"kept": circuit.kept}, {"description": json.dumps({})}, "circuits.circuit", 2)
+    write_tensors(
+        tmp_path / FILE,
+        {"kept": circuit.kept},
+        {"description": json.dumps({})},
+        "circuits.circuit",
+        2,
+    )
     with pytest.raises(circuits.InputError, match=r"format version 2.*reads up to 1; upgrade"):
         circuits.Circuit.load(tmp_path)
 
 
-def test_a_circuit_on_a_model_of_another_shape_is_an_error_and_with_other_weights_a_warning(circuit):
+def test_a_circuit_on_a_model_of_another_shape_is_an_error_and_with_other_weights_a_warning(
+    circuit,
+):
     task = random_task()
     with pytest.raises(circuits.InputError, match=r"another shape \(n_layers 2 there, 3 here"):
         circuits.run_circuit(random_model("gpt2", n_layers=3), circuit, task)
@@ -165,9 +193,13 @@ def test_kept_must_be_boolean(circuit, unchecked_types):
     with pytest.raises(circuits.InputError, match="must be boolean"):
         circuits.Circuit(circuit.graph, circuit.scores, circuit.kept.float())
     with pytest.raises(circuits.InputError, match="it must be"):
-        circuits.run_circuits(random_model("gpt2"), circuit.graph, circuit.kept.float()[None], random_task())
+        circuits.run_circuits(
+            random_model("gpt2"), circuit.graph, circuit.kept.float()[None], random_task()
+        )
 
 
 def test_scores_and_kept_must_fit_the_graph(circuit):
-    with pytest.raises(circuits.InputError, match=r"scores has shape \(3,\), but the graph has 110 edges"):
+    with pytest.raises(
+        circuits.InputError, match=r"scores has shape \(3,\), but the graph has 110 edges"
+    ):
         circuits.Circuit(circuit.graph, torch.zeros(3), torch.ones(3, dtype=torch.bool))

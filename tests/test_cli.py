@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import circuits
-from circuits.cli import main
+from circuits.cli.main import main
 
 METHOD_OF_ONES_OWN = '''
 from dataclasses import dataclass
@@ -48,18 +48,28 @@ def run_here(capsys, *words: str) -> tuple[int, str, str]:
 
 def test_help_answers_without_importing_torch():
     script = "import sys; from circuits.cli import main; main(['--help']); assert 'torch' not in sys.modules"
-    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout
     for name in ("discover", "evaluate", "compare", "list", "examples:"):
         assert name in output
 
 
-def test_only_the_command_itself_says_how_threads_wait_and_only_where_the_user_does_not(monkeypatch):
+def test_only_the_command_itself_says_how_threads_wait_and_only_where_the_user_does_not(
+    monkeypatch,
+):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     main(["list"])
     assert "OMP_WAIT_POLICY" not in os.environ
     script = "import os, sys; from circuits.cli import main; sys.argv = ['circuits', 'list']; main(); print(os.environ['OMP_WAIT_POLICY'])"
     for given, expected in ({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"):
-        output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=os.environ | given).stdout
+        output = subprocess.run(
+            [sys.executable, "-c", script],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | given,
+        ).stdout
         assert output.splitlines()[-1] == expected
 
 
@@ -97,15 +107,48 @@ def test_no_method_has_an_option_that_clashes_with_the_commands_own(capsys, meth
 
 
 def test_what_only_makes_a_method_faster_is_an_option_and_finds_the_same_run(capsys, tmp_path):
-    words = ("discover", "--method", "acdc", "--threshold", "0.1", "--n", "2", "--n-eval", "2", "--out", str(tmp_path), "--json")
-    folders = [json.loads(run_here(capsys, *words, *more)[1])["folder"] for more in (("--guess", "eap"), ("--guess", "own"))]
+    words = (
+        "discover",
+        "--method",
+        "acdc",
+        "--threshold",
+        "0.1",
+        "--n",
+        "2",
+        "--n-eval",
+        "2",
+        "--out",
+        str(tmp_path),
+        "--json",
+    )
+    folders = [
+        json.loads(run_here(capsys, *words, *more)[1])["folder"]
+        for more in (("--guess", "eap"), ("--guess", "own"))
+    ]
     assert folders[0] == folders[1]
     assert json.loads((Path(folders[0]) / "record.json").read_text())["settings"]["guess"] == "eap"
 
 
-def test_a_field_called_like_an_option_of_the_command_is_written_with_its_methods_prefix(capsys, tmp_path):
-    words = ("discover", "--method", "random", "--n", "2", "--seed", "1", "--method-seed", "7", "--out", str(tmp_path), "--json")
-    record = json.loads((Path(json.loads(run_here(capsys, *words)[1])["folder"]) / "record.json").read_text())
+def test_a_field_called_like_an_option_of_the_command_is_written_with_its_methods_prefix(
+    capsys, tmp_path
+):
+    words = (
+        "discover",
+        "--method",
+        "random",
+        "--n",
+        "2",
+        "--seed",
+        "1",
+        "--method-seed",
+        "7",
+        "--out",
+        str(tmp_path),
+        "--json",
+    )
+    record = json.loads(
+        (Path(json.loads(run_here(capsys, *words)[1])["folder"]) / "record.json").read_text()
+    )
     assert record["settings"] == {"seed": 7}
     assert record["notes"]["seed"] == 1
 
@@ -130,17 +173,38 @@ def test_evaluate_takes_model_task_seed_and_ablation_from_the_run(capsys, tmp_pa
     )
     found = json.loads(run_here(capsys, *words, "--out", str(tmp_path), "--json")[1])
     assert (found["task"], found["ablation"]) == ("two_hop", "zero")
-    again = json.loads(run_here(capsys, "evaluate", found["folder"], "--n", "4", "--size", "60", "--json")[1])
+    again = json.loads(
+        run_here(capsys, "evaluate", found["folder"], "--n", "4", "--size", "60", "--json")[1]
+    )
     assert again["values"] == found["values"]
-    assert (again["task"], again["ablation"], again["prompts"]) == ("two_hop", "zero", found["prompts"])
-    printed = run_here(capsys, "evaluate", found["folder"], "--n", "4", "--size", "60", "--task", "ioi", "--ablation", "mean")[1]
+    assert (again["task"], again["ablation"], again["prompts"]) == (
+        "two_hop",
+        "zero",
+        found["prompts"],
+    )
+    printed = run_here(
+        capsys,
+        "evaluate",
+        found["folder"],
+        "--n",
+        "4",
+        "--size",
+        "60",
+        "--task",
+        "ioi",
+        "--ablation",
+        "mean",
+    )[1]
     assert "4 prompts of ioi, mean ablation" in " ".join(printed.split())
 
 
 def test_compare_tells_variants_of_a_method_apart_and_refuses_the_same_twice(capsys, tmp_path):
     few = ("--n", "2", "--n-eval", "2", "--size", "9", "--out", str(tmp_path), "--json")
     words = ("compare", "--methods", "eap:gradient_at=clean,eap:gradient_at=both", *few)
-    assert set(json.loads(run_here(capsys, *words)[1])["table"]) == {"eap:gradient_at=clean", "eap:gradient_at=both"}
+    assert set(json.loads(run_here(capsys, *words)[1])["table"]) == {
+        "eap:gradient_at=clean",
+        "eap:gradient_at=both",
+    }
     status, _, errors = run_here(capsys, "compare", "--methods", "eap,eap", *few)
     assert status == 2
     assert "names 'eap' twice" in errors
@@ -148,13 +212,25 @@ def test_compare_tells_variants_of_a_method_apart_and_refuses_the_same_twice(cap
 
 def test_a_file_can_define_several_methods_and_be_named_several_times(capsys, tmp_path):
     file = tmp_path / "torch.py"  # the name of a module that is in use must do no harm
-    first, second = METHOD_OF_ONES_OWN.replace("layer-depth", "layer-depth-two"), METHOD_OF_ONES_OWN.replace("layer-depth", "second-depth")
+    first, second = (
+        METHOD_OF_ONES_OWN.replace("layer-depth", "layer-depth-two"),
+        METHOD_OF_ONES_OWN.replace("layer-depth", "second-depth"),
+    )
     file.write_text(first + second.replace("LayerDepth", "Second"))
     few = ("--n", "2", "--n-eval", "2", "--size", "9", "--out", str(tmp_path), "--json")
-    words = ("compare", "--methods", f"{file}:layer-depth-two,{file}:second-depth:scale=2,{file}:second-depth", *few)
+    words = (
+        "compare",
+        "--methods",
+        f"{file}:layer-depth-two,{file}:second-depth:scale=2,{file}:second-depth",
+        *few,
+    )
     status, output, errors = run_here(capsys, *words)
     assert status == 0, errors
-    assert set(json.loads(output)["table"]) == {"layer-depth-two", "second-depth:scale=2", "second-depth"}
+    assert set(json.loads(output)["table"]) == {
+        "layer-depth-two",
+        "second-depth:scale=2",
+        "second-depth",
+    }
     status, _, errors = run_here(capsys, "discover", "--method", str(file), *few)
     assert status == 2
     assert "torch.py defines layer-depth-two, second-depth" in errors
@@ -183,20 +259,41 @@ def test_a_note_is_one_line_without_a_place_in_our_source(capsys, tmp_path):
 
 
 def test_discover_evaluate_and_find_again(capsys, tmp_path):
-    words = ("discover", "--method", "eap", "--task", "ioi", "--n", "8", "--n-eval", "8", "--size", "40", "--out", str(tmp_path), "--json")
+    words = (
+        "discover",
+        "--method",
+        "eap",
+        "--task",
+        "ioi",
+        "--n",
+        "8",
+        "--n-eval",
+        "8",
+        "--size",
+        "40",
+        "--out",
+        str(tmp_path),
+        "--json",
+    )
     status, output, _ = run_here(capsys, *words)
     found = json.loads(output)
     assert (status, found["reused"], found["edges"]) == (0, False, 40)
     assert json.loads(run_here(capsys, *words)[1])["reused"]
-    status, output, _ = run_here(capsys, "evaluate", found["folder"], "--n", "8", "--size", "40", "--json")
+    status, output, _ = run_here(
+        capsys, "evaluate", found["folder"], "--n", "8", "--size", "40", "--json"
+    )
     assert json.loads(output)["values"]["kl"] == found["values"]["kl"]
-    status, output, _ = run_here(capsys, "evaluate", found["folder"], "--n", "8", "--size", "40", "--metrics", "accuracy")
+    status, output, _ = run_here(
+        capsys, "evaluate", found["folder"], "--n", "8", "--size", "40", "--metrics", "accuracy"
+    )
     assert "accuracy" in output
     assert "logit difference" not in output
 
 
 def test_a_method_that_only_scores_shows_its_strongest_edges_and_asks_for_a_size(capsys, tmp_path):
-    status, output, _ = run_here(capsys, "discover", "--method", "random", "--n", "4", "--out", str(tmp_path))
+    status, output, _ = run_here(
+        capsys, "discover", "--method", "random", "--n", "4", "--out", str(tmp_path)
+    )
     assert status == 0
     assert "give --size N" in output
     assert len(re.findall(r"->", output)) == 15
@@ -212,10 +309,16 @@ def test_compare_prints_a_table_and_writes_a_report(capsys, tmp_path):
     page = report.read_text()
     assert "eap-ig" in page
     assert "faithfulness" in page.lower()
-    assert not re.search(r'(src|href)="https?:', re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL))  # plotly.js is inlined
+    assert not re.search(
+        r'(src|href)="https?:', re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    )  # plotly.js is inlined
     table = json.loads(run_here(capsys, *words, "--json")[1])["table"]
     assert {row["edges"] for row in table.values()} == {30}
-    assert {name: row["model runs"] for name, row in table.items()} == {"eap": 2, "eap-ig:steps=2": 4, "random": 0}
+    assert {name: row["model runs"] for name, row in table.items()} == {
+        "eap": 2,
+        "eap-ig:steps=2": 4,
+        "random": 0,
+    }
     assert "model runs: forward passes" in output
     assert "backward passes do not count" in page
 
@@ -223,7 +326,20 @@ def test_compare_prints_a_table_and_writes_a_report(capsys, tmp_path):
 def test_a_users_method_in_one_file_works_with_options_and_help(capsys, tmp_path):
     file = tmp_path / "layer_depth.py"
     file.write_text(METHOD_OF_ONES_OWN)
-    words = ("discover", "--method", str(file), "--n", "4", "--n-eval", "4", "--size", "10", "--out", str(tmp_path), "--json")
+    words = (
+        "discover",
+        "--method",
+        str(file),
+        "--n",
+        "4",
+        "--n-eval",
+        "4",
+        "--size",
+        "10",
+        "--out",
+        str(tmp_path),
+        "--json",
+    )
     status, output, _ = run_here(capsys, *words, "--sign", "early", "--scale", "2")
     assert status == 0
     record = json.loads((Path(json.loads(output)["folder"]) / "record.json").read_text())
@@ -238,20 +354,35 @@ def test_a_users_method_in_one_file_works_with_options_and_help(capsys, tmp_path
     [
         ("def f(:", "cannot be run: SyntaxError"),
         (
-            METHOD_OF_ONES_OWN.replace("layer-depth", "no-circuit").replace("return circuits.Circuit", "None and circuits.Circuit"),
+            METHOD_OF_ONES_OWN.replace("layer-depth", "no-circuit").replace(
+                "return circuits.Circuit", "None and circuits.Circuit"
+            ),
             "returned NoneType",
         ),
     ],
 )
 def test_a_method_file_with_a_fault_is_told_in_one_line(capsys, tmp_path, content, told):
     (tmp_path / "mine.py").write_text(content)
-    status, _, errors = run_here(capsys, "discover", "--method", str(tmp_path / "mine.py"), "--n", "2", "--out", str(tmp_path))
+    status, _, errors = run_here(
+        capsys,
+        "discover",
+        "--method",
+        str(tmp_path / "mine.py"),
+        "--n",
+        "2",
+        "--out",
+        str(tmp_path),
+    )
     assert status == 2
     assert told in errors
 
 
 def test_evaluating_a_run_that_chose_no_edges_asks_for_a_size(capsys, tmp_path):
-    found = json.loads(run_here(capsys, "discover", "--method", "eap", "--n", "2", "--out", str(tmp_path), "--json")[1])
+    found = json.loads(
+        run_here(
+            capsys, "discover", "--method", "eap", "--n", "2", "--out", str(tmp_path), "--json"
+        )[1]
+    )
     status, _, errors = run_here(capsys, "evaluate", found["folder"])
     assert status == 2
     assert "give --size N" in errors
@@ -263,14 +394,32 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
     assert len(blocks) == 4
     (tmp_path / "readme.py").write_text(
-        "\n".join(blocks).replace("threshold=0.002", "threshold=0.1").replace("n=16", "n=2").replace("n=64", "n=4")
+        "\n".join(blocks)
+        .replace("threshold=0.002", "threshold=0.1")
+        .replace("n=16", "n=2")
+        .replace("n=64", "n=4")
     )
-    output = subprocess.run([sys.executable, "-W", "ignore", "readme.py"], capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(
+        [sys.executable, "-W", "ignore", "readme.py"], capture_output=True, text=True, check=True
+    ).stdout
     assert "of 479 edges" in output and "attention" in output
 
 
 def test_positions_and_a_split_embedding_can_be_asked_for(capsys, tmp_path):
-    words = ("discover", "--method", "eap", "--n", "4", "--n-eval", "4", "--size", "12", "--out", str(tmp_path), "--json")
+    words = (
+        "discover",
+        "--method",
+        "eap",
+        "--n",
+        "4",
+        "--n-eval",
+        "4",
+        "--size",
+        "12",
+        "--out",
+        str(tmp_path),
+        "--json",
+    )
     output = run_here(capsys, *words, "--positions", "IO,S1,S2,END", "--split-embed")[1]
     circuit = circuits.Circuit.load(json.loads(output)["folder"])
     assert circuit.graph.positions == ("rest", "IO", "S1", "S2", "END")
@@ -280,16 +429,33 @@ def test_positions_and_a_split_embedding_can_be_asked_for(capsys, tmp_path):
 def test_ones_own_prompts_come_from_a_file(capsys, tmp_path):
     data = tmp_path / "mine.jsonl"
     prompt = "So {} is a really great friend, isn't"
-    pairs = [(prompt.format(a), prompt.format(b)) for a, b in (("Mary", "John"), ("Sarah", "James"))]
-    lines = [{"clean": clean, "corrupted": corrupted, "answer": " she", "wrong_answer": " he"} for clean, corrupted in pairs]
+    pairs = [
+        (prompt.format(a), prompt.format(b)) for a, b in (("Mary", "John"), ("Sarah", "James"))
+    ]
+    lines = [
+        {"clean": clean, "corrupted": corrupted, "answer": " she", "wrong_answer": " he"}
+        for clean, corrupted in pairs
+    ]
     data.write_text("\n".join(json.dumps(line) for line in lines))
     status, output, errors = run_here(
-        capsys, "discover", "--method", "eap", "--data", str(data), "--size", "20", "--out", str(tmp_path), "--json"
+        capsys,
+        "discover",
+        "--method",
+        "eap",
+        "--data",
+        str(data),
+        "--size",
+        "20",
+        "--out",
+        str(tmp_path),
+        "--json",
     )
     assert (status, errors) == (0, "")
     assert json.loads(output)["n_prompts"] == 2
     data.write_text("\n".join([json.dumps(lines[0]), '{"clean": "So']))
-    status, _, errors = run_here(capsys, "discover", "--method", "eap", "--data", str(data), "--out", str(tmp_path))
+    status, _, errors = run_here(
+        capsys, "discover", "--method", "eap", "--data", str(data), "--out", str(tmp_path)
+    )
     assert status == 2
     assert "mine.jsonl, line 2" in errors
 
@@ -298,19 +464,43 @@ def test_ones_own_prompts_come_from_a_file(capsys, tmp_path):
     ("words", "told"),
     [
         (["fly"], "there is no command 'fly'; there are discover"),
-        (["discover", "--method", "acdcd", "--threshold", "0.1"], "there is no method 'acdcd'; there are acdc"),
+        (
+            ["discover", "--method", "acdcd", "--threshold", "0.1"],
+            "there is no method 'acdcd'; there are acdc",
+        ),
         (["discover", "--method", "missing.py"], "there is no Python file missing.py"),
-        (["discover", "--method", "random", "--task", "ioii"], "there is no task 'ioii'; did you mean 'ioi'"),
-        (["discover", "--method", "random", "--model", "toy-word"], "there is no model or folder 'toy-word'"),
+        (
+            ["discover", "--method", "random", "--task", "ioii"],
+            "there is no task 'ioii'; did you mean 'ioi'",
+        ),
+        (
+            ["discover", "--method", "random", "--model", "toy-word"],
+            "there is no model or folder 'toy-word'",
+        ),
         (["discover", "--method", "acdc", "--threshold", "-1"], "threshold=-1.0 must be"),
-        (["discover", "--method", "eap", "--metric", "kl", "--n", "2"], "the gradient of kl vanishes"),
-        (["discover", "--method", "random", "--positions", "S3", "--n", "2", "--size", "5"], "has no span 'S3'"),
-        (["discover", "--method", "random", "--task", "ioi", "--data", "x.jsonl"], "were both given"),
+        (
+            ["discover", "--method", "eap", "--metric", "kl", "--n", "2"],
+            "the gradient of kl vanishes",
+        ),
+        (
+            ["discover", "--method", "random", "--positions", "S3", "--n", "2", "--size", "5"],
+            "has no span 'S3'",
+        ),
+        (
+            ["discover", "--method", "random", "--task", "ioi", "--data", "x.jsonl"],
+            "were both given",
+        ),
         (["evaluate", "missing-folder"], "missing-folder holds no finished run"),
         (["discover", "--method", "random", "--device", "gpu"], "there is no device 'gpu'"),
-        (["discover", "--method", "random", "--n", "2", "--out", "/dev/null/runs"], "cannot be made"),
+        (
+            ["discover", "--method", "random", "--n", "2", "--out", "/dev/null/runs"],
+            "cannot be made",
+        ),
         (["compare", "--methods", "eap:speed=3"], "'speed=3' is no setting of eap; it has metric"),
-        (["compare", "--methods", "attribution-graph"], "needs transcoders; write attribution-graph:transcoders=..."),
+        (
+            ["compare", "--methods", "attribution-graph"],
+            "needs transcoders; write attribution-graph:transcoders=...",
+        ),
     ],
 )
 def test_a_mistake_is_told_in_one_line_with_status_2(capsys, tmp_path, monkeypatch, words, told):
@@ -332,5 +522,7 @@ def test_cuda_that_is_not_there_is_one_line(capsys, monkeypatch):
 def test_list_names_what_there_is(capsys):
     content = json.loads(run_here(capsys, "list", "--json")[1])
     assert {"acdc", "eap", "eap-ig", "random", "activation-patching"} <= set(content["methods"])
-    assert {"ioi", "greater_than", "docstring", "induction", "gendered_pronoun", "two_hop"} <= set(content["tasks"])
+    assert {"ioi", "greater_than", "docstring", "induction", "gendered_pronoun", "two_hop"} <= set(
+        content["tasks"]
+    )
     assert "kl" in content["metrics"]

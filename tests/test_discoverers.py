@@ -12,7 +12,7 @@ from architectures import random_model, random_task
 from random_transcoders import random_transcoders
 
 import circuits
-from circuits.discoverer import CircuitDiscoverer
+from circuits.discovery.discoverer import CircuitDiscoverer
 
 REQUIRED = {
     "acdc": {"threshold": 0.02},
@@ -37,7 +37,9 @@ class InputOnly(CircuitDiscoverer):
     def discover(self, model, task, *, graph=None, checkpoint=None, progress=None):
         graph = circuits.component_graph(model) if graph is None else graph
         from_input = graph.source == 0
-        return circuits.Circuit(graph, torch.where(from_input, 1.0, self.floor), from_input, record=self.record())
+        return circuits.Circuit(
+            graph, torch.where(from_input, 1.0, self.floor), from_input, record=self.record()
+        )
 
 
 METHODS = circuits.discoverers()
@@ -56,7 +58,15 @@ def model():
 
 
 def test_the_shipped_methods_and_a_users_class_are_registered():
-    assert {"acdc", "activation-patching", "batched-acdc", "eap", "eap-ig", "random", "input-only"} <= set(METHODS)
+    assert {
+        "acdc",
+        "activation-patching",
+        "batched-acdc",
+        "eap",
+        "eap-ig",
+        "random",
+        "input-only",
+    } <= set(METHODS)
 
 
 @every_method
@@ -68,7 +78,9 @@ def test_a_method_is_a_frozen_dataclass_that_says_what_it_is_and_where_it_comes_
     documentation = method.__doc__ or ""
     assert "Reference:" in documentation
     for field in dataclasses.fields(method):
-        assert f"{field.name}: " in documentation, f"{method.__name__} does not say what {field.name} is"
+        assert f"{field.name}: " in documentation, (
+            f"{method.__name__} does not say what {field.name} is"
+        )
 
 
 @every_method_on_a_graph
@@ -92,14 +104,18 @@ def test_a_method_that_makes_its_own_graph_says_how_it_was_found_and_takes_no_ot
 
 @every_method_on_a_graph
 def test_a_graph_split_by_position_works(method, model):
-    circuit = made(method).discover(model, random_task(ragged=True), graph=circuits.component_graph(model, positions=8))
+    circuit = made(method).discover(
+        model, random_task(ragged=True), graph=circuits.component_graph(model, positions=8)
+    )
     assert len(circuit.graph) == 8 * 110
 
 
 @every_method
 def test_the_same_run_twice_gives_the_same_circuit_and_leaves_seeds_alone(method, model):
     state = torch.get_rng_state()
-    assert made(method).discover(model, random_task()) == made(method).discover(model, random_task())
+    assert made(method).discover(model, random_task()) == made(method).discover(
+        model, random_task()
+    )
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -116,7 +132,9 @@ def test_an_interrupted_run_resumed_equals_an_uninterrupted_one(method, model, t
 
     for _ in range(200):
         try:
-            resumed = made(method).discover(model, task, checkpoint=path, progress=stop_now_and_then)
+            resumed = made(method).discover(
+                model, task, checkpoint=path, progress=stop_now_and_then
+            )
             break
         except KeyboardInterrupt:
             continue
@@ -131,9 +149,13 @@ def test_a_checkpoint_of_another_run_is_refused_rather_than_continued(model, tmp
     for other in (
         lambda: circuits.ACDC(0.03).discover(model, random_task(), checkpoint=path),
         lambda: circuits.ACDC(0.02).discover(model, random_task(seed=9), checkpoint=path),
-        lambda: circuits.ACDC(0.02).discover(random_model("gpt2", seed=4), random_task(), checkpoint=path),
+        lambda: circuits.ACDC(0.02).discover(
+            random_model("gpt2", seed=4), random_task(), checkpoint=path
+        ),
     ):
-        with pytest.raises(circuits.InputError, match="belongs to a run with other settings, model or prompts"):
+        with pytest.raises(
+            circuits.InputError, match="belongs to a run with other settings, model or prompts"
+        ):
             other()
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(circuits.InputError, match="truncated"):
@@ -146,7 +168,9 @@ def test_what_a_failing_metric_leaves_is_resumed(model, tmp_path):
 
     def sometimes_nan(logits, clean_logits, task):
         calls.append(1)
-        return (logits - clean_logits).square().mean(-1) * (float("nan") if len(calls) > 30 and not mended else 1.0)
+        return (logits - clean_logits).square().mean(-1) * (
+            float("nan") if len(calls) > 30 and not mended else 1.0
+        )
 
     metric = circuits.Metric("sometimes", sometimes_nan, "higher_is_damage")
     with pytest.raises(circuits.InputError, match="NaN"):
@@ -155,7 +179,9 @@ def test_what_a_failing_metric_leaves_is_resumed(model, tmp_path):
     before = len(calls)
     resumed = circuits.ACDC(0.002, metric=metric).discover(model, task, checkpoint=path)
     assert len(calls) - before < resumed.record["measured"] - 10
-    assert resumed.kept.equal(circuits.ACDC(0.002, metric="squared_error").discover(model, task).kept)
+    assert resumed.kept.equal(
+        circuits.ACDC(0.002, metric="squared_error").discover(model, task).kept
+    )
 
 
 def test_a_guess_that_leads_where_the_metric_has_no_value_does_not_stop_the_search(model):
@@ -170,7 +196,10 @@ def test_a_guess_that_leads_where_the_metric_has_no_value_does_not_stop_the_sear
         without_value.append(float(values.mean()) > max(seen) * 1.001)
         return values * float("nan") if without_value[-1] else values
 
-    first, second = (circuits.Metric(f.__name__, f, "higher_is_damage") for f in (recording, without_value_elsewhere))
+    first, second = (
+        circuits.Metric(f.__name__, f, "higher_is_damage")
+        for f in (recording, without_value_elsewhere)
+    )
     sequential = circuits.ACDC(0.02, metric=first, speculate=False).discover(model, task)
     assert circuits.ACDC(0.02, metric=second).discover(model, task).kept.equal(sequential.kept)
     assert any(without_value)
@@ -208,7 +237,10 @@ def test_methods_of_other_packages_are_found_by_their_entry_point(monkeypatch):
         def load(self):
             loaded.append("package")
 
-    monkeypatch.setattr("circuits.discoverer.entry_points", lambda group: [Entry()] if group == "circuits.discoverers" else [])
+    monkeypatch.setattr(
+        "circuits.discovery.registry.entry_points",
+        lambda group: [Entry()] if group == "circuits.discoverers" else [],
+    )
     circuits.discoverers()
     assert loaded == ["package"]
 
@@ -225,6 +257,11 @@ def test_two_methods_of_one_name_are_refused():
 
 
 def test_random_scores_are_the_seeds_and_nothing_elses(model):
-    a, b = (circuits.RandomScores(seed=seed).discover(model, random_task()).scores for seed in (0, 1))
+    a, b = (
+        circuits.RandomScores(seed=seed).discover(model, random_task()).scores for seed in (0, 1)
+    )
     assert not torch.equal(a, b)
-    assert torch.equal(a, circuits.RandomScores().discover(random_model("gpt2", seed=7), random_task(seed=3)).scores)
+    assert torch.equal(
+        a,
+        circuits.RandomScores().discover(random_model("gpt2", seed=7), random_task(seed=3)).scores,
+    )

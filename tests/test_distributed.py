@@ -18,12 +18,32 @@ from architectures import random_model
 from several_ranks import METHODS, TASKS
 
 import circuits
-from circuits.distributed import exchanged, gathered, in_slices, on_first, ranks, share, start
-from circuits.files import read_tensors
-from circuits.run import CHECKPOINT, RECORD, load_run
+from circuits.runs.circuit_run import CHECKPOINT, RECORD, load_run
+from circuits.system.files import read_tensors
+from circuits.system.ranks import exchanged, gathered, in_slices, on_first, ranks, share, start
 
-DISCOVER = ["discover", "--method", "acdc", "--threshold", "0.03", "--task", "ioi", "--n", "4", "--n-eval", "4", "--json"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d"]
+DISCOVER = [
+    "discover",
+    "--method",
+    "acdc",
+    "--threshold",
+    "0.03",
+    "--task",
+    "ioi",
+    "--n",
+    "4",
+    "--n-eval",
+    "4",
+    "--json",
+]
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--nproc-per-node=2",
+    "--master-port=0",
+    "--rdzv-backend=c10d",
+]
 TORCHRUN += ["--rdzv-endpoint=localhost:0"]
 # The `--` keeps torchrun from taking --n for an option of its own.
 COMMAND = [*TORCHRUN, "-m", "--", "circuits", *DISCOVER]
@@ -31,7 +51,9 @@ COMMAND = [*TORCHRUN, "-m", "--", "circuits", *DISCOVER]
 
 def begin(words: list[str]) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def finish(words: list[str]) -> str:
@@ -66,7 +88,9 @@ def test_two_ranks_find_the_circuit_of_one_process(found, method, task):
     assert torch.equal(first.kept, alone.kept)
     # What is computed together changes last bits; scores that are far from the threshold are not confirmed, and left in the low precision.
     tolerance = 1e-5 if getattr(METHODS[method], "precision", None) is None else 1e-3
-    torch.testing.assert_close(first.scores, alone.scores, rtol=1e-5, atol=tolerance, equal_nan=True)
+    torch.testing.assert_close(
+        first.scores, alone.scores, rtol=1e-5, atol=tolerance, equal_nan=True
+    )
     assert first.record.get("evaluations") == alone.record.get("evaluations")
 
 
@@ -99,7 +123,9 @@ def test_an_error_on_one_rank_is_raised_on_both(summaries):
 
 
 def test_a_rank_that_runs_out_of_memory_takes_smaller_steps_to_the_same_circuit(found):
-    first, second = (circuits.Circuit.load(found / str(rank) / "little memory") for rank in range(2))
+    first, second = (
+        circuits.Circuit.load(found / str(rank) / "little memory") for rank in range(2)
+    )
     expected = circuits.Circuit.load(found / "0" / "several" / "acdc")
     assert torch.equal(first.kept, expected.kept)
     assert torch.equal(second.kept, expected.kept)
@@ -118,7 +144,8 @@ def kill_second_rank(words: list[str], folder: Path) -> tuple[int, str]:
     """Start two ranks and kill one when ten decisions are made: the exit status, and what was said."""
     process = begin([*words, "--out", str(folder)])
     while process.poll() is None and not any(
-        int(read_tensors(path, "circuits.checkpoint", 1)[0]["evaluations"]) >= 10 for path in folder.rglob(CHECKPOINT)
+        int(read_tensors(path, "circuits.checkpoint", 1)[0]["evaluations"]) >= 10
+        for path in folder.rglob(CHECKPOINT)
     ):
         time.sleep(0.005)
     (second,) = (child for child in psutil.Process(process.pid).children() if rank_of(child) == "1")
@@ -139,21 +166,27 @@ def test_when_a_rank_is_killed_the_other_says_where_to_go_on_and_the_circuit_is_
     shutil.copytree(tmp_path / "killed", tmp_path / "alone")
     folders = [
         json.loads(finish([*COMMAND, "--out", str(tmp_path / "killed")]))["folder"],
-        json.loads(finish([sys.executable, "-m", "circuits", *DISCOVER, "--out", str(tmp_path / "alone")]))["folder"],
-        json.loads(finish([sys.executable, "-m", "circuits", *DISCOVER, "--out", str(tmp_path / "whole")]))["folder"],
+        json.loads(
+            finish([sys.executable, "-m", "circuits", *DISCOVER, "--out", str(tmp_path / "alone")])
+        )["folder"],
+        json.loads(
+            finish([sys.executable, "-m", "circuits", *DISCOVER, "--out", str(tmp_path / "whole")])
+        )["folder"],
     ]
     together, alone, whole = (load_run(folder) for folder in folders)
     assert [each.record["resumed"] for each in (together, alone, whole)] == [True, True, False]
     assert [each.record["ranks"] for each in (together, alone, whole)] == [2, 1, 1]
     for resumed in (together, alone):
         assert torch.equal(resumed.circuit.kept, whole.circuit.kept)
-        torch.testing.assert_close(resumed.circuit.scores, whole.circuit.scores, rtol=1e-5, atol=1e-5, equal_nan=True)
+        torch.testing.assert_close(
+            resumed.circuit.scores, whole.circuit.scores, rtol=1e-5, atol=1e-5, equal_nan=True
+        )
     assert not list((tmp_path / "killed").rglob(CHECKPOINT))
 
 
 ENDS = """
 import os, signal
-from circuits.distributed import RankError, exchanged, ranks, start
+from circuits.system.ranks.import RankError, exchanged, ranks, start
 with start():
     assert exchanged(lambda: ranks().rank) == [0, 1]
     if ranks().rank == 1:
@@ -169,9 +202,20 @@ def test_a_rank_that_ends_is_noticed_without_torchruns_help():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    environment = {
+        **os.environ,
+        "TORCHELASTIC_RUN_ID": "test",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": "2",
+    }
     first, second = (
-        subprocess.Popen([sys.executable, "-c", ENDS], env={**environment, "RANK": rank}, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", ENDS],
+            env={**environment, "RANK": rank},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for rank in "01"
     )
     assert first.communicate(timeout=120)[0].startswith("rank 1 ended or cannot be reached (")
@@ -181,12 +225,35 @@ def test_a_rank_that_ends_is_noticed_without_torchruns_help():
 
 def test_a_mistake_is_told_once(tmp_path):
     process = begin(
-        [*TORCHRUN, "-m", "--", "circuits", "discover", "--method", "eap", "--metric", "kl", "--n", "2", "--out", str(tmp_path)]
+        [
+            *TORCHRUN,
+            "-m",
+            "--",
+            "circuits",
+            "discover",
+            "--method",
+            "eap",
+            "--metric",
+            "kl",
+            "--n",
+            "2",
+            "--out",
+            str(tmp_path),
+        ]
     )
     output, errors = process.communicate(timeout=300)
     assert process.returncode != 0
     assert output == ""
-    assert len([line for line in errors.splitlines() if line.startswith("circuits: the gradient of kl vanishes")]) == 1
+    assert (
+        len(
+            [
+                line
+                for line in errors.splitlines()
+                if line.startswith("circuits: the gradient of kl vanishes")
+            ]
+        )
+        == 1
+    )
 
 
 def test_a_process_that_works_alone_measures_everything_itself_and_exchanges_nothing():
@@ -207,7 +274,10 @@ def test_shares_cover_the_work_and_differ_by_one_at_most(monkeypatch, world):
         done = []
         sizes = []
         for rank in range(world):
-            monkeypatch.setattr("circuits.distributed.ranks", lambda rank=rank: circuits.distributed.Ranks(rank, world))
+            monkeypatch.setattr(
+                "circuits.system.ranks.ranks",
+                lambda rank=rank: circuits.system.ranks.Ranks(rank, world),
+            )
             done += list(range(total))[share(total)]
             sizes.append(len(range(total)[share(total)]))
         assert done == list(range(total))

@@ -8,11 +8,11 @@ import torch
 from architectures import ARCHITECTURES, random_model, random_task
 
 import circuits
-from circuits.algorithms.eap import EAP, EAPIG
-from circuits.edge_scores import _bound as bound
-from circuits.edge_scores import _Engine as Engine
-from circuits.memory import AllocationMeter
-from circuits.run import counting_passes
+from circuits.discovery.gradients.edge_scores import _bound as bound
+from circuits.discovery.gradients.edge_scores import _Engine as Engine
+from circuits.discovery.methods.eap import EAP, EAPIG
+from circuits.runs.circuit_run import counting_passes
+from circuits.system.memory import AllocationMeter
 
 MODEL = {"n_layers": 4, "d_model": 48, "n_heads": 6, "d_head": 8, "d_mlp": 96}
 
@@ -29,9 +29,13 @@ def task():
 
 def most_allocated(call) -> int:
     """The most bytes that torch's allocator gave out at one time, above what it had given out before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
         call()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [
+        event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     held = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
@@ -61,7 +65,9 @@ def batches(monkeypatch):
 
 
 @pytest.mark.parametrize("method", [EAP, partial(EAPIG, steps=2)], ids=["eap", "eap-ig"])
-def test_memory_stays_within_a_fifth_of_max_memory_and_more_of_it_means_larger_batches(method, model, task, batches):
+def test_memory_stays_within_a_fifth_of_max_memory_and_more_of_it_means_larger_batches(
+    method, model, task, batches
+):
     graph = circuits.component_graph(model)
     whole = method().discover(model, task, graph=graph)
     assert batches == [len(task)]
@@ -70,7 +76,9 @@ def test_memory_stays_within_a_fifth_of_max_memory_and_more_of_it_means_larger_b
     for max_memory in (one, 3 * one, 6 * one):
         batches.clear()
         found = []
-        peak = most_allocated(lambda: found.append(method(max_memory=max_memory).discover(model, task, graph=graph)))  # noqa: B023
+        peak = most_allocated(
+            lambda: found.append(method(max_memory=max_memory).discover(model, task, graph=graph))  # noqa: B023
+        )
         assert peak <= 1.2 * max_memory
         assert sum(batches) == len(task)
         largest.append(max(batches))
@@ -82,36 +90,55 @@ def test_details_stay_within_max_memory_and_do_not_depend_on_it(model, task):
     whole = EAP().attribute(model, task)
     max_memory = 3 * smallest_memory(EAP, model, task)
     found = []
-    assert most_allocated(lambda: found.append(EAP(max_memory=max_memory).attribute(model, task))) <= 1.2 * max_memory
+    assert (
+        most_allocated(lambda: found.append(EAP(max_memory=max_memory).attribute(model, task)))
+        <= 1.2 * max_memory
+    )
     for name in ("edges_by_prompt", "sources_by_position", "neurons"):
-        torch.testing.assert_close(getattr(found[0], name), getattr(whole, name), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            getattr(found[0], name), getattr(whole, name), atol=1e-5, rtol=1e-4
+        )
 
 
 def test_when_the_changes_of_all_sources_do_not_fit_they_come_in_pieces(model, task, monkeypatch):
     """Bounded to what the model's passes take, a prompt's products are made from some layers' sources at a time."""
     whole = EAP().discover(model, task[:1])
     pieces = []
-    outputs = circuits.ablation.Changes.outputs
+    outputs = circuits.running.ablation.Changes.outputs
 
     def noting(self, rows):
         pieces.append(rows)
         return outputs(self, rows)
 
-    monkeypatch.setattr("circuits.ablation.Changes.outputs", noting)
-    monkeypatch.setattr("circuits.edge_scores.memory_budget", lambda *_, **__: 1)
-    torch.testing.assert_close(EAP().discover(model, task[:1]).scores, whole.scores, atol=1e-6, rtol=1e-4)
+    monkeypatch.setattr("circuits.running.ablation.Changes.outputs", noting)
+    monkeypatch.setattr(
+        "circuits.discovery.gradients.edge_scores.memory_budget", lambda *_, **__: 1
+    )
+    torch.testing.assert_close(
+        EAP().discover(model, task[:1]).scores, whole.scores, atol=1e-6, rtol=1e-4
+    )
     # The embedding, and for each layer its heads together and its MLP.
     assert [(rows.start, rows.stop) for rows in pieces][:4] == [(0, 1), (1, 7), (7, 8), (8, 14)]
 
 
 @pytest.mark.parametrize("method", [EAP(), EAPIG(steps=3)], ids=["eap", "eap-ig"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_bound_by_which_the_first_batch_is_chosen_is_never_too_small(architecture, method, monkeypatch):
-    model, task = random_model(architecture, **({} if architecture == "attention_only" else {"d_mlp": 96})), random_task(batch=4)
+def test_the_bound_by_which_the_first_batch_is_chosen_is_never_too_small(
+    architecture, method, monkeypatch
+):
+    model, task = (
+        random_model(architecture, **({} if architecture == "attention_only" else {"d_mlp": 96})),
+        random_task(batch=4),
+    )
     meter, bounds = AllocationMeter(model.parameters()), []
     batch = Engine.batch
-    monkeypatch.setattr(Engine, "batch", lambda self, task, indices, _: batch(self, task, indices, meter))
-    monkeypatch.setattr("circuits.edge_scores._bound", lambda *arguments: bounds.append(bound(*arguments)) or bounds[-1])
+    monkeypatch.setattr(
+        Engine, "batch", lambda self, task, indices, _: batch(self, task, indices, meter)
+    )
+    monkeypatch.setattr(
+        "circuits.discovery.gradients.edge_scores._bound",
+        lambda *arguments: bounds.append(bound(*arguments)) or bounds[-1],
+    )
     method.attribute(model, task)
     assert meter.fixed <= bounds[0].fixed
     assert meter.growing <= 4 * bounds[0].per_prompt
@@ -168,7 +195,12 @@ def test_no_pass_is_made_twice(method, passes, model, task):
 def test_a_users_flags_of_hooks_change_nothing_and_are_put_back(task):
     model = random_model("llama")
     graph, plain = circuits.component_graph(model), EAP().discover(model, random_task()).scores
-    flags = ("use_split_qkv_input", "use_attn_result", "use_hook_mlp_in", "ungroup_grouped_query_attention")
+    flags = (
+        "use_split_qkv_input",
+        "use_attn_result",
+        "use_hook_mlp_in",
+        "ungroup_grouped_query_attention",
+    )
     for flag in flags:
         setattr(model.cfg, flag, True)
     torch.testing.assert_close(EAP().discover(model, random_task(), graph=graph).scores, plain)

@@ -5,8 +5,9 @@ import torch
 from architectures import random_model, random_task
 
 import circuits
-from circuits.compare import compare, overlap, score_correlation, score_table
-from circuits.metrics import METRICS
+from circuits.evaluation.compare import compare
+from circuits.evaluation.similarity import overlap, score_correlation, score_table
+from circuits.tasks.metrics import METRICS
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +35,18 @@ def test_an_evaluation_is_the_metrics_of_the_circuits_logits(model, task, ranked
         assert getattr(evaluation, name) == pytest.approx(float(by_row.mean()))
     by_prompt = evaluation.by_prompt()
     assert by_prompt.shape == (len(task), 2)
-    assert by_prompt["kl"][0] == pytest.approx(float(evaluation.values["kl"][task.row_prompt == 0].mean()))
+    assert by_prompt["kl"][0] == pytest.approx(
+        float(evaluation.values["kl"][task.row_prompt == 0].mean())
+    )
     with pytest.raises(AttributeError, match="no metric 'accuracy'; it has kl, logit_difference"):
         evaluation.accuracy  # noqa: B018
 
 
 def test_the_whole_model_is_fully_faithful_and_the_empty_circuit_not_at_all(model, task, ranked):
-    whole, empty = circuits.evaluate(model, ranked, task), circuits.evaluate(model, ranked.top(0), task)
+    whole, empty = (
+        circuits.evaluate(model, ranked, task),
+        circuits.evaluate(model, ranked.top(0), task),
+    )
     assert whole.faithfulness("logit_difference") == pytest.approx(1, abs=1e-4)
     assert whole.kl == pytest.approx(0, abs=1e-5)
     assert empty.faithfulness("logit_difference") == pytest.approx(0, abs=1e-4)
@@ -52,7 +58,9 @@ def test_a_faithfulness_curve_has_a_row_per_size(model, task, ranked):
     assert curve["edges"].tolist() == [0, 10, 50, 110]
     assert curve["fraction"].tolist() == pytest.approx([0, 10 / 110, 50 / 110, 1])
     assert curve["faithfulness"].iloc[[0, -1]].tolist() == pytest.approx([0, 1], abs=1e-4)
-    assert curve["logit_difference"][2] == pytest.approx(circuits.evaluate(model, ranked.top(50), task).logit_difference)
+    assert curve["logit_difference"][2] == pytest.approx(
+        circuits.evaluate(model, ranked.top(50), task).logit_difference
+    )
     assert curve["kl"][1] == pytest.approx(circuits.evaluate(model, ranked.top(10), task).kl)
     by_fraction = circuits.faithfulness_curve(model, ranked, task)
     assert len(by_fraction) <= 10
@@ -84,12 +92,20 @@ def test_recovery_of_a_ranking_is_its_area_under_the_curve(model):
     graph = circuits.component_graph(model)
     truth = ["embed->m0", "m0->m1"]
     scores = torch.zeros(len(graph))
-    scores[graph.index("embed->m0")], scores[graph.index("m0->m1")], scores[graph.index("m1->logits")] = 3.0, -1.0, 2.0
+    (
+        scores[graph.index("embed->m0")],
+        scores[graph.index("m0->m1")],
+        scores[graph.index("m1->logits")],
+    ) = 3.0, -1.0, 2.0
     recovered = circuits.recovery(circuits.Circuit.full(graph, scores), truth)
-    assert recovered.precision == recovered.recall == 0.5  # the two highest |scores| hold one of the two
+    assert (
+        recovered.precision == recovered.recall == 0.5
+    )  # the two highest |scores| hold one of the two
     assert recovered.edge_auc == pytest.approx((108 + 107) / (2 * 108))
     assert recovered.edge_roc["true_positive_rate"].tolist() == pytest.approx([0, 0.5, 0.5, 1, 1])
-    assert recovered.edge_roc["false_positive_rate"].tolist() == pytest.approx([0, 0, 1 / 108, 1 / 108, 1])
+    assert recovered.edge_roc["false_positive_rate"].tolist() == pytest.approx(
+        [0, 0, 1 / 108, 1 / 108, 1]
+    )
     area = torch.trapezoid(
         torch.tensor(recovered.edge_roc["true_positive_rate"].to_numpy()),
         torch.tensor(recovered.edge_roc["false_positive_rate"].to_numpy()),
@@ -114,16 +130,28 @@ def test_overlap_and_correlation_compare_circuits_over_the_same_graph(model, tas
     table = score_table(ranked, exact)
     assert len(table) == 110
     assert score_correlation(ranked, exact, "pearson") == pytest.approx(table["x"].corr(table["y"]))
-    assert score_correlation(ranked, exact) == pytest.approx(table["x"].rank().corr(table["y"].rank()))
+    assert score_correlation(ranked, exact) == pytest.approx(
+        table["x"].rank().corr(table["y"].rank())
+    )
 
 
-def test_a_comparison_gives_rankings_the_size_of_the_selection_and_averages_seeds(model, task, ranked):
+def test_a_comparison_gives_rankings_the_size_of_the_selection_and_averages_seeds(
+    model, task, ranked
+):
     sweep = [circuits.ACDC(threshold).discover(model, task) for threshold in (0.02, 0.005)]
     seeds = [circuits.RandomScores(seed).discover(model, task) for seed in range(3)]
-    comparison = compare(model, {"acdc": sweep, "eap": ranked, "random": seeds}, task, sizes=[5, 50, 1.0])
+    comparison = compare(
+        model, {"acdc": sweep, "eap": ranked, "random": seeds}, task, sizes=[5, 50, 1.0]
+    )
     assert comparison.table["edges"].tolist() == [len(sweep[0])] * 3
     by_hand = sum(circuits.evaluate(model, seed.top(len(sweep[0])), task).kl for seed in seeds) / 3
     assert comparison.table.loc["random", "kl"] == pytest.approx(by_hand)
-    assert comparison.curves.groupby("method").size().to_dict() == {"acdc": 2, "eap": 3, "random": 3}
+    assert comparison.curves.groupby("method").size().to_dict() == {
+        "acdc": 2,
+        "eap": 3,
+        "random": 3,
+    }
     assert comparison.overlap.loc["acdc", "acdc"] == 1
-    assert comparison.overlap.loc["acdc", "eap"] == pytest.approx(overlap(sweep[0], ranked.top(len(sweep[0]))))
+    assert comparison.overlap.loc["acdc", "eap"] == pytest.approx(
+        overlap(sweep[0], ranked.top(len(sweep[0])))
+    )

@@ -9,10 +9,11 @@ from architectures import random_task
 from random_transcoders import KINDS, WITH_MLPS, model_of, random_transcoders
 
 import circuits
-from circuits.compare import coarse_overlap, coarsened, compare
-from circuits.feature_pooling import effects
-from circuits.interventions import Intervention, direct_effects
-from circuits.nodes import Feature
+from circuits.attribution.interventions import Intervention, direct_effects
+from circuits.attribution.pooling import effects
+from circuits.evaluation.compare import compare
+from circuits.evaluation.similarity import coarse_overlap, coarsened
+from circuits.graph.nodes import Feature
 
 
 def ranked(circuit: circuits.Circuit) -> circuits.Circuit:
@@ -28,8 +29,13 @@ def test_everything_kept_is_the_model_and_nothing_kept_the_corrupted_prompt(arch
     circuit = circuits.AttributionGraph(transcoders).discover(model, task)
     none = replace(circuit, kept=torch.zeros_like(circuit.kept))
     everything = ranked(circuit)
-    logits = [circuits.run_circuit(model, each, task, transcoders=transcoders) for each in (everything, none, circuit)]
-    whole, corrupted = (circuits.model_logits(model, task, prompts) for prompts in ("clean", "corrupted"))
+    logits = [
+        circuits.run_circuit(model, each, task, transcoders=transcoders)
+        for each in (everything, none, circuit)
+    ]
+    whole, corrupted = (
+        circuits.model_logits(model, task, prompts) for prompts in ("clean", "corrupted")
+    )
     torch.testing.assert_close(logits[0], whole, rtol=0, atol=1e-4)
     torch.testing.assert_close(logits[1], corrupted, rtol=1e-4, atol=1e-3)
     assert not torch.allclose(logits[2], logits[0]) and not torch.allclose(logits[2], logits[1])
@@ -39,18 +45,31 @@ class Definition:
     """y_l = MLP_l(x) + sum over nodes outside the circuit of (c - out(x)): one prompt of a sequential model at a time, node by node."""
 
     def __init__(self, model, transcoders, kept_nodes, ablation: str) -> None:
-        self.model, self.transcoders, self.kept, self.ablation = model, transcoders, kept_nodes, ablation
+        self.model, self.transcoders, self.kept, self.ablation = (
+            model,
+            transcoders,
+            kept_nodes,
+            ablation,
+        )
         self.layers = range(transcoders.n_layers)
 
     def logits(self, task, spans=None) -> torch.Tensor:
         rows = []
         for prompt, n in enumerate(task.lengths.tolist()):
             label = [None] * n if spans is None else spans[prompt]
-            rows.append(self.prompt(task.clean[prompt, :n], task.corrupted[prompt, :n], label)[task.scored[prompt, :n]])
+            rows.append(
+                self.prompt(task.clean[prompt, :n], task.corrupted[prompt, :n], label)[
+                    task.scored[prompt, :n]
+                ]
+            )
         return torch.cat(rows)
 
     def read(self, layer, residual):
-        return self.model.blocks[layer].ln2(residual) if self.transcoders.reads == "mlp_input" else residual
+        return (
+            self.model.blocks[layer].ln2(residual)
+            if self.transcoders.reads == "mlp_input"
+            else residual
+        )
 
     def active(self, layer, residual):
         activations = self.transcoders.encode(layer, self.read(layer, residual[None]))[0]
@@ -61,26 +80,43 @@ class Definition:
         total = self.transcoders.decoder_biases[layer] + self.transcoders.skip(layer, inputs)
         for source in self.layers:
             if layer in self.transcoders.written_by(source):
-                total = total + activations[source] @ self.transcoders.decoders[source][:, layer - source]
+                total = (
+                    total
+                    + activations[source] @ self.transcoders.decoders[source][:, layer - source]
+                )
         return total
 
     def recorded(self, tokens):
         _, cache = self.model.run_with_cache(tokens[None])
         residuals = [cache[f"blocks.{layer}.hook_resid_mid"][0] for layer in self.layers]
         activations = [self.active(layer, residuals[layer]) for layer in self.layers]
-        explained = [self.explained(layer, activations, self.read(layer, residuals[layer])) for layer in self.layers]
-        errors = [cache[f"blocks.{layer}.hook_mlp_out"][0] - explained[layer] for layer in self.layers]
+        explained = [
+            self.explained(layer, activations, self.read(layer, residuals[layer]))
+            for layer in self.layers
+        ]
+        errors = [
+            cache[f"blocks.{layer}.hook_mlp_out"][0] - explained[layer] for layer in self.layers
+        ]
         return activations, errors, cache["hook_embed"][0]
 
     def prompt(self, clean, corrupted, label):
         clean_features, _, _ = self.recorded(clean)
         features, errors, tokens = self.recorded(corrupted)
         if self.ablation == "zero":
-            features, errors, tokens = [0 * part for part in features], [0 * part for part in errors], 0 * tokens
+            features, errors, tokens = (
+                [0 * part for part in features],
+                [0 * part for part in errors],
+                0 * tokens,
+            )
         now, inputs = {}, {}
 
         def embed(value, hook):
-            return torch.stack([value[0, p] if circuits.TokenEmbed(label[p]) in self.kept else tokens[p] for p in range(len(label))])[None]
+            return torch.stack(
+                [
+                    value[0, p] if circuits.TokenEmbed(label[p]) in self.kept else tokens[p]
+                    for p in range(len(label))
+                ]
+            )[None]
 
         def reader(value, hook, layer):
             now[layer], inputs[layer] = self.active(layer, value[0]), self.read(layer, value)[0]
@@ -91,15 +127,31 @@ class Definition:
                 if circuits.Error(layer, label[position]) not in self.kept:
                     result[position] += errors[layer][position] - error[position]
                 for source in self.layers[: layer + 1]:
-                    for index in range(self.transcoders.n_features if layer in self.transcoders.written_by(source) else 0):
-                        stays = Feature(source, index, label[position]) in self.kept and clean_features[source][position, index] > 0
+                    for index in range(
+                        self.transcoders.n_features
+                        if layer in self.transcoders.written_by(source)
+                        else 0
+                    ):
+                        stays = (
+                            Feature(source, index, label[position]) in self.kept
+                            and clean_features[source][position, index] > 0
+                        )
                         change = features[source][position, index] - now[source][position, index]
-                        result[position] += 0 if stays else change * self.transcoders.decoders[source][index, layer - source]
+                        result[position] += (
+                            0
+                            if stays
+                            else change * self.transcoders.decoders[source][index, layer - source]
+                        )
             return result[None]
 
         hooks = [("hook_embed", embed)]
-        hooks += [(f"blocks.{layer}.hook_resid_mid", partial(reader, layer=layer)) for layer in self.layers]
-        hooks += [(f"blocks.{layer}.hook_mlp_out", partial(writer, layer=layer)) for layer in self.layers]
+        hooks += [
+            (f"blocks.{layer}.hook_resid_mid", partial(reader, layer=layer))
+            for layer in self.layers
+        ]
+        hooks += [
+            (f"blocks.{layer}.hook_mlp_out", partial(writer, layer=layer)) for layer in self.layers
+        ]
         return self.model.run_with_hooks(clean[None], fwd_hooks=hooks)[0]
 
 
@@ -112,7 +164,9 @@ def test_a_circuit_computes_what_its_definition_says(kind, ablation):
     circuit = ranked(circuits.AttributionGraph(transcoders).discover(model, task)).top(12)
     kept = {node for edge in circuit.edges for node in (edge.source, edge.target)}
     found = circuits.run_circuit(model, circuit, task, ablation=ablation, transcoders=transcoders)
-    torch.testing.assert_close(found, Definition(model, transcoders, kept, ablation).logits(task), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        found, Definition(model, transcoders, kept, ablation).logits(task), rtol=1e-4, atol=1e-4
+    )
 
 
 @torch.no_grad()
@@ -125,13 +179,26 @@ def test_a_circuit_split_by_positions_keeps_its_nodes_where_they_are_named():
     transcoders = random_transcoders(model, "plt", features=12)
     circuit = circuits.AttributionGraph(transcoders).discover(model, task)
     assert circuit.graph.positions == ("rest", "EARLY", "END")
-    assert circuits.AttributionGraph(transcoders, by_position=False).discover(model, task).graph.positions is None
+    assert (
+        circuits.AttributionGraph(transcoders, by_position=False)
+        .discover(model, task)
+        .graph.positions
+        is None
+    )
     few = ranked(circuit).top(12)
     kept = {node for edge in few.edges for node in (edge.source, edge.target)}
     spans = [["rest", "EARLY", "EARLY", "rest", "rest", "END"]] * 3
     found = circuits.run_circuit(model, few, task, transcoders=transcoders)
-    torch.testing.assert_close(found, Definition(model, transcoders, kept, "resample").logits(task, spans), rtol=1e-4, atol=1e-4)
-    with pytest.raises(circuits.InputError, match=r"split by the positions \['EARLY', 'END'\], which the task 'custom' does not name"):
+    torch.testing.assert_close(
+        found,
+        Definition(model, transcoders, kept, "resample").logits(task, spans),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+    with pytest.raises(
+        circuits.InputError,
+        match=r"split by the positions \['EARLY', 'END'\], which the task 'custom' does not name",
+    ):
         circuits.run_circuit(model, few, random_task(batch=3, length=6), transcoders=transcoders)
 
 
@@ -144,12 +211,22 @@ def test_mean_ablation_takes_means_over_real_tokens_of_all_prompts():
     none = replace(circuit, kept=torch.zeros_like(circuit.kept))
     found = circuits.run_circuit(model, none, task, ablation="mean", transcoders=transcoders)
     torch.testing.assert_close(found, mean_by_hand(model, transcoders, task), rtol=1e-4, atol=1e-3)
-    again = circuits.run_circuit(model, none, task, ablation="mean", transcoders=transcoders, max_memory=1)
+    again = circuits.run_circuit(
+        model, none, task, ablation="mean", transcoders=transcoders, max_memory=1
+    )
     torch.testing.assert_close(again, found, rtol=1e-4, atol=1e-4)
     for other in ("mean_by_position", circuits.Ablation("mean", over="corrupted")):
-        assert not torch.allclose(circuits.run_circuit(model, none, task, ablation=other, transcoders=transcoders), found)
+        assert not torch.allclose(
+            circuits.run_circuit(model, none, task, ablation=other, transcoders=transcoders), found
+        )
     with pytest.raises(circuits.InputError, match="outputs cannot be given"):
-        circuits.run_circuit(model, none, task, ablation=circuits.Ablation("given", outputs={}), transcoders=transcoders)
+        circuits.run_circuit(
+            model,
+            none,
+            task,
+            ablation=circuits.Ablation("given", outputs={}),
+            transcoders=transcoders,
+        )
 
 
 def mean_by_hand(model, transcoders, task) -> torch.Tensor:
@@ -164,9 +241,15 @@ def mean_by_hand(model, transcoders, task) -> torch.Tensor:
     mean_token = torch.cat(tokens).mean(0)
     written = []
     for layer in range(transcoders.n_layers):
-        total = transcoders.decoder_biases[layer] + torch.cat([part[layer] for part in errors]).mean(0)
+        total = transcoders.decoder_biases[layer] + torch.cat(
+            [part[layer] for part in errors]
+        ).mean(0)
         for source in range(layer + 1):
-            total = total + torch.cat([part[source] for part in features]).mean(0) @ transcoders.decoders[source][:, layer - source]
+            total = (
+                total
+                + torch.cat([part[source] for part in features]).mean(0)
+                @ transcoders.decoders[source][:, layer - source]
+            )
         written.append(total)
 
     def late(value, hook, layer):
@@ -175,8 +258,15 @@ def mean_by_hand(model, transcoders, task) -> torch.Tensor:
     rows = []
     for prompt, n in enumerate(task.lengths.tolist()):
         hooks = [("hook_embed", lambda value, hook: mean_token.expand_as(value))]
-        hooks += [(f"blocks.{layer}.hook_mlp_out", partial(late, layer=layer)) for layer in range(transcoders.n_layers)]
-        rows.append(model.run_with_hooks(task.clean[prompt, :n][None], fwd_hooks=hooks)[0][task.scored[prompt, :n]])
+        hooks += [
+            (f"blocks.{layer}.hook_mlp_out", partial(late, layer=layer))
+            for layer in range(transcoders.n_layers)
+        ]
+        rows.append(
+            model.run_with_hooks(task.clean[prompt, :n][None], fwd_hooks=hooks)[0][
+                task.scored[prompt, :n]
+            ]
+        )
     return torch.cat(rows)
 
 
@@ -190,7 +280,9 @@ def test_what_fires_in_a_prompt_does_not_depend_on_its_pads():
     for prompt, n in enumerate(task.lengths.tolist()):
         one = task[prompt : prompt + 1]
         cut = {name: getattr(one, name)[:, :n] for name in ("clean", "corrupted", "scored")}
-        alone.append(circuits.run_circuit(model, circuit, replace(one, **cut), transcoders=transcoders))
+        alone.append(
+            circuits.run_circuit(model, circuit, replace(one, **cut), transcoders=transcoders)
+        )
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
 
 
@@ -207,11 +299,17 @@ def test_an_edges_score_is_the_damage_of_the_linear_model_when_its_source_is_abl
     """Over all its outgoing edges a feature's scores sum to its direct effect on the explained logits, over all paths."""
     model = model_of("gpt2", n_layers=3)
     transcoders = random_transcoders(model, "plt", activation="relu")
-    graph = circuits.AttributionGraph(transcoders).attribute(model, [3, 14, 15, 9, 26, 5], explain=[(7, 21)])
+    graph = circuits.AttributionGraph(transcoders).attribute(
+        model, [3, 14, 15, 9, 26, 5], explain=[(7, 21)]
+    )
     total, edges = effects(graph)
     last = len(graph.nodes) - 1
     direct = graph.adjacency()[last]
-    late = [n for n in range(last) if int(graph.nodes.layer[n]) == 2 and isinstance(graph.node(n), Feature)]
+    late = [
+        n
+        for n in range(last)
+        if int(graph.nodes.layer[n]) == 2 and isinstance(graph.node(n), Feature)
+    ]
     torch.testing.assert_close(total[late].float(), direct[late], rtol=1e-4, atol=1e-5)
     early = next(n for n in range(last) if int(graph.nodes.layer[n]) == 0)
     paths = direct[early].double()
@@ -221,8 +319,12 @@ def test_an_edges_score_is_the_damage_of_the_linear_model_when_its_source_is_abl
             paths = paths + weight / graph.nodes.activation[middle].double() * total[middle]
     assert float(total[early]) == pytest.approx(float(paths), rel=1e-4)
     assert float(edges[graph.source == early].sum()) == pytest.approx(float(total[early]), rel=1e-6)
-    run = direct_effects(model, transcoders, graph.tokens, [[], [Intervention.ablate(graph.node(late[0]))]])
-    fall = (run.logits[0, -1, 7] - run.logits[0, -1, 21]) - (run.logits[1, -1, 7] - run.logits[1, -1, 21])
+    run = direct_effects(
+        model, transcoders, graph.tokens, [[], [Intervention.ablate(graph.node(late[0]))]]
+    )
+    fall = (run.logits[0, -1, 7] - run.logits[0, -1, 21]) - (
+        run.logits[1, -1, 7] - run.logits[1, -1, 21]
+    )
     assert float(fall) == pytest.approx(float(total[late[0]]), abs=1e-4)
 
 
@@ -232,8 +334,12 @@ def test_circuits_of_features_are_evaluated_like_any_other():
     circuit = circuits.AttributionGraph(transcoders).discover(model, task)
     evaluation = circuits.evaluate(model, circuit, task, transcoders=transcoders)
     assert evaluation.kl > 0 and evaluation.faithfulness("logit_difference") != 1
-    curve = circuits.faithfulness_curve(model, ranked(circuit), task, [0, 10, 1.0], transcoders=transcoders)
-    assert curve["faithfulness"].iloc[0] == pytest.approx(0, abs=1e-4) and curve["faithfulness"].iloc[-1] == pytest.approx(1, abs=1e-4)
+    curve = circuits.faithfulness_curve(
+        model, ranked(circuit), task, [0, 10, 1.0], transcoders=transcoders
+    )
+    assert curve["faithfulness"].iloc[0] == pytest.approx(0, abs=1e-4) and curve[
+        "faithfulness"
+    ].iloc[-1] == pytest.approx(1, abs=1e-4)
 
 
 def test_a_circuit_finds_its_transcoders_again_and_refuses_others(tmp_path):
@@ -243,7 +349,9 @@ def test_a_circuit_finds_its_transcoders_again_and_refuses_others(tmp_path):
     with pytest.raises(circuits.InputError, match="not loaded from a file; hand them over"):
         circuits.run_circuit(model, circuit, task)
     with pytest.raises(circuits.InputError, match="other weights"):
-        circuits.run_circuit(model, circuit, task, transcoders=random_transcoders(model, "plt", seed=9))
+        circuits.run_circuit(
+            model, circuit, task, transcoders=random_transcoders(model, "plt", seed=9)
+        )
     with pytest.raises(circuits.InputError, match="run by hooks"):
         circuits.run_circuit(model, circuit, task, transcoders=transcoders, executor="incremental")
     circuits.save_transcoders(transcoders, tmp_path / "plt")
@@ -252,7 +360,10 @@ def test_a_circuit_finds_its_transcoders_again_and_refuses_others(tmp_path):
     again = circuits.Circuit.load(tmp_path / "run")
     assert again == kept and again.graph.transcoders == kept.graph.transcoders
     torch.testing.assert_close(
-        circuits.run_circuit(model, again, task), circuits.run_circuit(model, circuit, task, transcoders=transcoders), rtol=1e-5, atol=1e-5
+        circuits.run_circuit(model, again, task),
+        circuits.run_circuit(model, circuit, task, transcoders=transcoders),
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 
@@ -265,9 +376,13 @@ def test_circuits_of_features_stand_beside_circuits_of_components():
     comparison = compare(model, found, task, transcoders={"features": transcoders})
     assert comparison.notes and "features: edges between features" in comparison.notes[0]
     assert comparison.table.loc["eap", "edges"] == round(len(components) / 10)
-    assert comparison.overlap.loc["features", "eap"] == pytest.approx(coarse_overlap(features, comparison.circuits["eap"]))
+    assert comparison.overlap.loc["features", "eap"] == pytest.approx(
+        coarse_overlap(features, comparison.circuits["eap"])
+    )
     shares = coarsened(features)
-    assert set(shares) == {circuits.Embed(), circuits.MLP(0), circuits.MLP(1)} and sum(shares.values()) == pytest.approx(1)
+    assert set(shares) == {circuits.Embed(), circuits.MLP(0), circuits.MLP(1)} and sum(
+        shares.values()
+    ) == pytest.approx(1)
     of_errors = sum(
         float(score)
         for edge, score in zip(features.edges, features.scores[features.kept].abs(), strict=True)
@@ -278,6 +393,8 @@ def test_circuits_of_features_stand_beside_circuits_of_components():
         for edge, score in zip(features.edges, features.scores[features.kept].abs(), strict=True)
         if isinstance(edge.source, Feature) and edge.source.layer == 1
     )
-    assert shares[circuits.MLP(1)] == pytest.approx((of_errors + of_features) / float(features.scores[features.kept].abs().sum()), rel=1e-4)
+    assert shares[circuits.MLP(1)] == pytest.approx(
+        (of_errors + of_features) / float(features.scores[features.kept].abs().sum()), rel=1e-4
+    )
     assert of_errors > 0 and coarse_overlap(features, features) == pytest.approx(1)
     assert not compare(model, {"eap": components}, task).notes

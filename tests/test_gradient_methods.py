@@ -6,15 +6,15 @@ from architectures import ARCHITECTURES, random_model, random_task
 from published import COMPILED, case, case_model, our_edge, scored_everywhere_task
 
 import circuits
-from circuits.ablation import Counterfactuals
-from circuits.algorithms.eap import EAP, EAPIG
-from circuits.algorithms.eap import _sub_layers as sub_layers
-from circuits.components import component_nodes
-from circuits.edge_scores import GradientPoint, attribute_edges
-from circuits.metrics import METRICS, get_metric
-from circuits.outputs import source_outputs
-from circuits.patching import EdgeLayout
-from circuits.run import counting_passes
+from circuits.discovery.gradients.edge_scores import GradientPoint, attribute_edges
+from circuits.discovery.methods.eap import EAP, EAPIG
+from circuits.discovery.methods.eap import _sub_layers as sub_layers
+from circuits.models.component_graph import component_nodes
+from circuits.models.source_outputs import source_outputs
+from circuits.running.ablation import Counterfactuals
+from circuits.running.edge_layout import EdgeLayout
+from circuits.runs.circuit_run import counting_passes
+from circuits.tasks.metrics import METRICS, get_metric
 
 PUBLISHED = case("eap_case/case")
 PROMPTS = len(PUBLISHED["clean"])
@@ -24,14 +24,22 @@ PROMPTS = len(PUBLISHED["clean"])
 def published_case():
     model = case_model(PUBLISHED["config"], "eap_case/model")
     labels = torch.tensor(PUBLISHED["labels"])
-    task = circuits.Task.from_tokens(torch.tensor(PUBLISHED["clean"]), torch.tensor(PUBLISHED["corrupt"]), labels[:, 0], labels[:, 1])
+    task = circuits.Task.from_tokens(
+        torch.tensor(PUBLISHED["clean"]),
+        torch.tensor(PUBLISHED["corrupt"]),
+        labels[:, 0],
+        labels[:, 1],
+    )
     return model, task, circuits.component_graph(model, split_embed=True)
 
 
 def assert_scores_are_published(scores, graph, name: str) -> None:
     """Their scores are divided by the number of prompts once more than ours, those of exact patching are not."""
     scale = 1 if name == "exact" else PROMPTS
-    theirs = {our_edge(source, target): score * scale for source, target, score in PUBLISHED["scores"][name]}
+    theirs = {
+        our_edge(source, target): score * scale
+        for source, target, score in PUBLISHED["scores"][name]
+    }
     ours = dict(zip(map(str, graph.edges), scores.tolist(), strict=True))
     assert set(theirs) == {edge for edge in ours if not edge.startswith("pos_embed")}
     largest = max(map(abs, theirs.values()))
@@ -60,7 +68,9 @@ def test_activation_lines_are_those_of_the_eap_ig_package_at_its_points(publishe
     model, task, graph = published_case
     lines = sub_layers(component_nodes(model, split_embed=True))
     points = [GradientPoint(step / 5, line) for line in lines for step in range(1, 6)]
-    scores = attribute_edges(model, graph, task, metric=METRICS["logit_difference"], ablation="resample", points=points).edges
+    scores = attribute_edges(
+        model, graph, task, metric=METRICS["logit_difference"], ablation="resample", points=points
+    ).edges
     assert_scores_are_published(scores, graph, "EAP-IG-activations")
 
 
@@ -68,10 +78,21 @@ def test_activation_lines_are_those_of_the_eap_ig_package_at_its_points(publishe
 @pytest.mark.parametrize("name", COMPILED)
 def test_exact_patching_gives_the_effect_tables_of_compiled_programs(name, mode):
     content = case(f"tracr/{name}")
-    model, task = case_model(content["config"], f"tracr/{name}"), scored_everywhere_task(content, mode)
+    model, task = (
+        case_model(content["config"], f"tracr/{name}"),
+        scored_everywhere_task(content, mode),
+    )
     graph = circuits.component_graph(model, split_embed=True)
-    method = circuits.ActivationPatching(metric="squared_error", ablation="zero" if mode == "zero" else "resample")
-    scores = dict(zip(map(str, graph.edges), method.discover(model, task, graph=graph).scores.tolist(), strict=True))
+    method = circuits.ActivationPatching(
+        metric="squared_error", ablation="zero" if mode == "zero" else "resample"
+    )
+    scores = dict(
+        zip(
+            map(str, graph.edges),
+            method.discover(model, task, graph=graph).scores.tolist(),
+            strict=True,
+        )
+    )
     column = content["edge_table"]["columns"].index(f"{mode}_l2")
     table = {our_edge(*row[:2]): row[column] for row in content["edge_table"]["rows"]}
     assert set(table) == set(scores)
@@ -93,7 +114,9 @@ def differentiated_by_hand(model, graph, task, metric) -> torch.Tensor:
         values = []
         for sign in (1, -1):
             change = sign * step * (corrupted - clean)[layout.nodes.index(edge.source)]
-            values.append(float(damage.damage(nudged_logits(model, task, edge, change), whole, task).mean()))
+            values.append(
+                float(damage.damage(nudged_logits(model, task, edge, change), whole, task).mean())
+            )
         scores.append((values[0] - values[1]) / (2 * step))
     return torch.tensor(scores)
 
@@ -113,49 +136,68 @@ def nudged_logits(model, task, edge, change) -> torch.Tensor:
     for flag in flags:
         setattr(model.cfg, flag, flag != "use_hook_mlp_in" or not model.cfg.attn_only)
     with torch.no_grad():
-        logits = model.run_with_hooks(task.clean, fwd_hooks=[(f"blocks.{layer}.{name}", nudge)])[task.scored]
+        logits = model.run_with_hooks(task.clean, fwd_hooks=[(f"blocks.{layer}.{name}", nudge)])[
+            task.scored
+        ]
     for flag in flags:
         setattr(model.cfg, flag, False)
     return logits
 
 
-@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "bidirectional"])
+@pytest.mark.parametrize(
+    "architecture", [name for name in ARCHITECTURES if name != "bidirectional"]
+)
 def test_eap_is_the_derivative_of_the_damage_with_respect_to_ablating_an_edge(architecture):
-    model, task = random_model(architecture, dtype=torch.float64, n_layers=2), random_task(several=True)
+    model, task = (
+        random_model(architecture, dtype=torch.float64, n_layers=2),
+        random_task(several=True),
+    )
     graph = circuits.component_graph(model)
     expected = differentiated_by_hand(model, graph, task, "logit_difference")
     scores = EAP().discover(model, task, graph=graph).scores
-    torch.testing.assert_close(scores, expected.float(), atol=2e-6 * float(expected.abs().max()), rtol=1e-4)
+    torch.testing.assert_close(
+        scores, expected.float(), atol=2e-6 * float(expected.abs().max()), rtol=1e-4
+    )
 
 
 def test_a_nodes_score_is_the_sum_of_its_edges_scores():
     model, task = random_model("gpt2"), random_task(several=True)
     attribution = EAP().attribute(model, task)
     of_node = attribution.node_scores()
-    sums: dict[circuits.nodes.Node, float] = {}
+    sums: dict[circuits.graph.nodes.Node, float] = {}
     for edge, score in zip(attribution.graph.edges, attribution.edges.tolist(), strict=True):
         sums[edge.source] = sums.get(edge.source, 0.0) + score
     assert of_node == pytest.approx(sums, abs=1e-5)
     # The same number by another way: the change of the node's output times the gradient there.
-    by_position = torch.tensordot(attribution.rows / attribution.rows.sum(), attribution.sources_by_position, dims=1).sum(-1)
-    for node, score, neurons in zip(attribution.nodes, by_position.tolist(), attribution.neurons.sum(-1).tolist(), strict=True):
+    by_position = torch.tensordot(
+        attribution.rows / attribution.rows.sum(), attribution.sources_by_position, dims=1
+    ).sum(-1)
+    for node, score, neurons in zip(
+        attribution.nodes, by_position.tolist(), attribution.neurons.sum(-1).tolist(), strict=True
+    ):
         assert of_node[node] == pytest.approx(score, abs=1e-5)
         assert of_node[node] == pytest.approx(neurons, abs=1e-5)
     assert attribution.heads()[1, 2] == pytest.approx(of_node[circuits.Head(1, 2)], abs=1e-5)
     assert attribution.layers()[0, 1] == pytest.approx(of_node[circuits.MLP(0)], abs=1e-5)
 
 
-@pytest.mark.parametrize("method", [EAP(), EAPIG(), EAPIG(along="activations", steps=2), EAP(ablation="mean")], ids=repr)
+@pytest.mark.parametrize(
+    "method", [EAP(), EAPIG(), EAPIG(along="activations", steps=2), EAP(ablation="mean")], ids=repr
+)
 def test_scores_depend_neither_on_the_batch_size_nor_on_the_order_of_prompts(method, monkeypatch):
     model, task = random_model("llama"), random_task(ragged=True, several=True)
     together = method.attribute(model, task)
     order = torch.tensor([3, 1, 5, 0, 2, 4])
     shuffled = method.attribute(model, task[order])
     torch.testing.assert_close(shuffled.edges, together.edges, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(shuffled.edges_by_prompt, together.edges_by_prompt[order], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        shuffled.edges_by_prompt, together.edges_by_prompt[order], atol=1e-5, rtol=1e-4
+    )
     doubled = method.attribute(model, task[torch.cat([order, order])])
     torch.testing.assert_close(doubled.edges, together.edges, atol=1e-5, rtol=1e-4)
-    monkeypatch.setattr("circuits.edge_scores.memory_budget", lambda *_, **__: 1)
+    monkeypatch.setattr(
+        "circuits.discovery.gradients.edge_scores.memory_budget", lambda *_, **__: 1
+    )
     one_by_one = method.attribute(model, task)
     torch.testing.assert_close(one_by_one.edges, together.edges, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(one_by_one.neurons, together.neurons, atol=1e-5, rtol=1e-4)
@@ -169,7 +211,9 @@ def test_scores_of_an_edge_split_by_position_sum_to_its_score(architecture):
     sums = dict.fromkeys(map(str, plain.graph.edges), 0.0)
     for edge, score in zip(split.graph.edges, split.scores.tolist(), strict=True):
         sums["->".join(part.split("@")[0] for part in str(edge).split("->"))] += score
-    torch.testing.assert_close(torch.tensor(list(sums.values())), plain.scores, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        torch.tensor(list(sums.values())), plain.scores, atol=1e-5, rtol=1e-4
+    )
 
 
 def test_midpoint_integration_adds_up_to_the_whole_effect_of_the_embedding():
@@ -177,9 +221,16 @@ def test_midpoint_integration_adds_up_to_the_whole_effect_of_the_embedding():
     model, task = random_model("gpt2", dtype=torch.float64), random_task()
     scores = EAPIG(steps=50).attribute(model, task)
     metric, whole = METRICS["logit_difference"], circuits.model_logits(model, task)
-    ends = [float(metric.damage(circuits.model_logits(model, task, prompts), whole, task).mean()) for prompts in ("clean", "corrupted")]
+    ends = [
+        float(metric.damage(circuits.model_logits(model, task, prompts), whole, task).mean())
+        for prompts in ("clean", "corrupted")
+    ]
     # Only the direct paths from the embedding see the whole change of their own source: compare through the embedding's total gradient.
-    embed = float(torch.tensordot(scores.rows / scores.rows.sum(), scores.sources_by_position[:, 0].sum(-1), dims=1))
+    embed = float(
+        torch.tensordot(
+            scores.rows / scores.rows.sum(), scores.sources_by_position[:, 0].sum(-1), dims=1
+        )
+    )
     assert embed == pytest.approx(ends[1] - ends[0], rel=1e-2)
 
 
@@ -199,7 +250,11 @@ def test_a_metric_whose_gradient_vanishes_at_the_clean_run_is_refused_there(metr
     model, task = random_model("gpt2"), random_task()
     with pytest.raises(circuits.InputError, match=r"vanishes.*gradient_at='corrupted'.*EAPIG"):
         EAP(metric=metric).discover(model, task)
-    for method in (EAP(metric=metric, gradient_at="corrupted"), EAP(metric=metric, gradient_at="both"), EAPIG(metric=metric)):
+    for method in (
+        EAP(metric=metric, gradient_at="corrupted"),
+        EAP(metric=metric, gradient_at="both"),
+        EAPIG(metric=metric),
+    ):
         assert method.discover(model, task).scores.abs().max() > 1e-3
 
 
@@ -208,15 +263,25 @@ def test_whether_a_gradient_vanishes_does_not_depend_on_the_batch_size(monkeypat
     model, task = random_model("gpt2"), random_task()
     task.corrupted[0] = task.clean[0]
     together = EAP(metric="kl", gradient_at="corrupted").discover(model, task).scores
-    monkeypatch.setattr("circuits.edge_scores.memory_budget", lambda *_, **__: 1)
-    torch.testing.assert_close(EAP(metric="kl", gradient_at="corrupted").discover(model, task).scores, together, atol=1e-6, rtol=1e-4)
+    monkeypatch.setattr(
+        "circuits.discovery.gradients.edge_scores.memory_budget", lambda *_, **__: 1
+    )
+    torch.testing.assert_close(
+        EAP(metric="kl", gradient_at="corrupted").discover(model, task).scores,
+        together,
+        atol=1e-6,
+        rtol=1e-4,
+    )
     with pytest.raises(circuits.InputError, match="vanishes"):
         EAP(metric="kl").discover(model, task)
 
 
 def test_gradients_at_zero_embeddings_are_taken_with_a_warning():
     model, task = random_model("gpt2"), random_task()
-    for method in (EAP(ablation="zero", gradient_at="corrupted"), EAPIG(ablation="zero", quadrature="left")):
+    for method in (
+        EAP(ablation="zero", gradient_at="corrupted"),
+        EAPIG(ablation="zero", quadrature="left"),
+    ):
         with pytest.warns(UserWarning, match="gradients are taken at zero embeddings"):
             method.discover(model, task)
     EAPIG(ablation="zero").discover(model, task)
@@ -232,7 +297,10 @@ def test_eap_predicts_small_changes_under_every_ablation(ablation):
     nodes = component_nodes(model, split_embed=False)
     clean = source_outputs(model, nodes, task.clean, task.mask)
     replaced = Counterfactuals.prepare(model, nodes, task, circuits.Ablation(ablation)).on(task)
-    mixed = circuits.Ablation("given", outputs={node: torch.lerp(clean[i], replaced[i], 1e-3) for i, node in enumerate(nodes)})
+    mixed = circuits.Ablation(
+        "given",
+        outputs={node: torch.lerp(clean[i], replaced[i], 1e-3) for i, node in enumerate(nodes)},
+    )
     exact = circuits.ActivationPatching(ablation=mixed).discover(model, task, graph=graph).scores
     torch.testing.assert_close(1e-3 * scores, exact, atol=2e-6, rtol=2e-2)
 
@@ -249,10 +317,17 @@ def test_patching_a_whole_node_is_not_the_sum_of_its_edges():
     whole = method.node_scores(model, task)
     edges = method.discover(model, task)
     graph = edges.graph
-    kept = torch.stack([graph.source != graph.node_index[circuits.MLP(0)], torch.ones(len(graph), dtype=torch.bool)])
+    kept = torch.stack(
+        [
+            graph.source != graph.node_index[circuits.MLP(0)],
+            torch.ones(len(graph), dtype=torch.bool),
+        ]
+    )
     patched, unharmed = circuits.run_circuits(model, graph, kept, task)
     metric, clean = METRICS["logit_difference"], circuits.model_logits(model, task)
-    expected = float((metric.damage(patched, clean, task) - metric.damage(unharmed, clean, task)).mean())
+    expected = float(
+        (metric.damage(patched, clean, task) - metric.damage(unharmed, clean, task)).mean()
+    )
     assert whole[circuits.MLP(0)] == pytest.approx(expected, abs=1e-5)
     assert abs(whole[circuits.MLP(0)] - float(edges.scores[~kept[0]].sum())) > 1e-3
 
@@ -260,9 +335,13 @@ def test_patching_a_whole_node_is_not_the_sum_of_its_edges():
 def test_patching_takes_a_step_for_each_component_and_no_more_memory_than_it_may(toy_world):
     task = circuits.load_task("ioi", toy_world, n=4, split="train")
     steps: list[int] = []
-    free = circuits.ActivationPatching().discover(toy_world, task, progress=lambda done, total: steps.append(done))
+    free = circuits.ActivationPatching().discover(
+        toy_world, task, progress=lambda done, total: steps.append(done)
+    )
     targets = free.graph.target.tolist()
-    assert steps == [index + 1 for index in range(479) if index == 478 or targets[index] != targets[index + 1]]
+    assert steps == [
+        index + 1 for index in range(479) if index == 478 or targets[index] != targets[index + 1]
+    ]
     bounded = circuits.ActivationPatching(max_memory=1_000_000).discover(toy_world, task)
     torch.testing.assert_close(bounded.scores, free.scores, atol=1e-5, rtol=0)
     # Each edge changes its target and what is downstream of it, and nothing else is computed.

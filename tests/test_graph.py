@@ -5,7 +5,7 @@ import torch
 from architectures import ARCHITECTURES, random_model
 
 import circuits
-from circuits.nodes import check_position_name
+from circuits.graph.nodes import check_position_name
 
 NODES = [
     circuits.Embed(),
@@ -33,7 +33,9 @@ def test_nodes_are_written_as_the_field_writes_them():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", ["", "a9", "a9.h", "h6", "m", "mlp3", "a9.h6@", "logits:", "f2", "embedding", "a-1.h0"])
+@pytest.mark.parametrize(
+    "text", ["", "a9", "a9.h", "h6", "m", "mlp3", "a9.h6@", "logits:", "f2", "embedding", "a-1.h0"]
+)
 def test_a_text_that_names_no_node_is_refused_with_the_forms_there_are(text):
     with pytest.raises(circuits.InputError, match=r"names no node; nodes are written like embed"):
         circuits.parse_node(text)
@@ -41,7 +43,10 @@ def test_a_text_that_names_no_node_is_refused_with_the_forms_there_are(text):
 
 def test_the_text_of_every_edge_round_trips():
     model = random_model("gpt2")
-    for graph in (circuits.component_graph(model, split_embed=True), circuits.component_graph(model, positions=["IO", "S1+1", "END"])):
+    for graph in (
+        circuits.component_graph(model, split_embed=True),
+        circuits.component_graph(model, positions=["IO", "S1+1", "END"]),
+    ):
         assert tuple(circuits.parse_edge(str(edge)) for edge in graph.edges) == graph.edges
 
 
@@ -55,7 +60,9 @@ def test_a_slot_may_be_written_as_eap_ig_does():
     assert circuits.parse_edge("a5.h5->a9.h9<q>") == circuits.parse_edge("a5.h5->a9.h9.q")
 
 
-@pytest.mark.parametrize("text", ["a5.h5", "a5.h5->a9.h9", "m0->m1.q", "m0-logits", "a5.h5->a9.h9.x", "->m0"])
+@pytest.mark.parametrize(
+    "text", ["a5.h5", "a5.h5->a9.h9", "m0->m1.q", "m0-logits", "a5.h5->a9.h9.x", "->m0"]
+)
 def test_a_text_that_names_no_edge_is_refused(text):
     with pytest.raises(circuits.InputError, match="names no"):
         circuits.parse_edge(text)
@@ -64,9 +71,28 @@ def test_a_text_that_names_no_edge_is_refused(text):
 @pytest.mark.parametrize(
     ("changes", "edges", "sources"),
     [
-        ({"n_layers": 12, "n_heads": 12, "d_head": 2}, 32_491, 157),  # GPT-2 small, as EAP-IG and MIB count it
-        ({"n_layers": 12, "n_heads": 12, "d_head": 2, "parallel_attn_mlp": True}, 32_347, 157),  # Pythia-160m
-        ({"n_layers": 4, "n_heads": 8, "d_head": 3, "attn_only": True, "d_mlp": None, "act_fn": None}, 1_281, 33),  # attn-only-4l
+        (
+            {"n_layers": 12, "n_heads": 12, "d_head": 2},
+            32_491,
+            157,
+        ),  # GPT-2 small, as EAP-IG and MIB count it
+        (
+            {"n_layers": 12, "n_heads": 12, "d_head": 2, "parallel_attn_mlp": True},
+            32_347,
+            157,
+        ),  # Pythia-160m
+        (
+            {
+                "n_layers": 4,
+                "n_heads": 8,
+                "d_head": 3,
+                "attn_only": True,
+                "d_mlp": None,
+                "act_fn": None,
+            },
+            1_281,
+            33,
+        ),  # attn-only-4l
         ({"n_layers": 2, "n_heads": 4, "d_head": 6}, 110, 11),
     ],
 )
@@ -79,8 +105,13 @@ def test_edges_are_counted_as_in_the_fields_other_tools(changes, edges, sources)
 
 def test_splitting_the_embedding_doubles_its_edges():
     model = random_model("gpt2")
-    plain, split = circuits.component_graph(model), circuits.component_graph(model, split_embed=True)
-    assert len(split) - len(plain) == sum(isinstance(edge.source, circuits.Embed) for edge in plain.edges)
+    plain, split = (
+        circuits.component_graph(model),
+        circuits.component_graph(model, split_embed=True),
+    )
+    assert len(split) - len(plain) == sum(
+        isinstance(edge.source, circuits.Embed) for edge in plain.edges
+    )
 
 
 def test_a_model_without_position_embedding_has_none_to_split():
@@ -112,7 +143,9 @@ def test_an_mlp_hears_the_heads_of_its_layer_unless_the_block_is_parallel():
 
 
 def test_key_and_value_slots_are_per_query_head_under_grouped_queries():
-    assert {"m0->a1.h0.k", "m0->a1.h1.k"} <= set(map(str, circuits.component_graph(random_model("llama")).edges))
+    assert {"m0->a1.h0.k", "m0->a1.h1.k"} <= set(
+        map(str, circuits.component_graph(random_model("llama")).edges)
+    )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -132,15 +165,26 @@ def test_an_edge_the_graph_lacks_is_named_with_the_reason():
 
 def test_edges_that_cannot_reach_the_logits_are_dropped():
     graph = circuits.component_graph(random_model("gpt2"))
-    circuit = circuits.Circuit.from_edges(graph, ["embed->m0", "m0->m1", "a0.h1->a1.h0.q", "m1->logits", "embed->a0.h3.v"])
-    assert [str(edge) for edge in circuit.connected().edges] == ["embed->m0", "m0->m1", "m1->logits"]
+    circuit = circuits.Circuit.from_edges(
+        graph, ["embed->m0", "m0->m1", "a0.h1->a1.h0.q", "m1->logits", "embed->a0.h3.v"]
+    )
+    assert [str(edge) for edge in circuit.connected().edges] == [
+        "embed->m0",
+        "m0->m1",
+        "m1->logits",
+    ]
 
 
 def test_edges_that_no_input_reaches_are_dropped_on_request():
     graph = circuits.component_graph(random_model("gpt2"))
-    circuit = circuits.Circuit.from_edges(graph, ["embed->m0", "m0->logits", "a0.h1->m1", "m1->logits"])
+    circuit = circuits.Circuit.from_edges(
+        graph, ["embed->m0", "m0->logits", "a0.h1->m1", "m1->logits"]
+    )
     assert len(circuit.connected()) == 4
-    assert [str(edge) for edge in circuit.connected(from_inputs=True).edges] == ["embed->m0", "m0->logits"]
+    assert [str(edge) for edge in circuit.connected(from_inputs=True).edges] == [
+        "embed->m0",
+        "m0->logits",
+    ]
 
 
 def test_what_a_head_reads_through_k_or_v_feeds_its_outputs_at_that_position_and_later_ones():
@@ -154,7 +198,12 @@ def test_what_a_head_reads_through_k_or_v_feeds_its_outputs_at_that_position_and
         "a0.h0@2->logits@2",
     ]
     circuit = circuits.Circuit.from_edges(graph, kept)
-    expected = {"embed@0->a0.h0.k@0", "embed@2->a0.h0.v@2", "embed@2->a0.h0.q@2", "a0.h0@2->logits@2"}
+    expected = {
+        "embed@0->a0.h0.k@0",
+        "embed@2->a0.h0.v@2",
+        "embed@2->a0.h0.q@2",
+        "a0.h0@2->logits@2",
+    }
     assert {str(edge) for edge in circuit.connected().edges} == expected
     only_later = circuits.Circuit.from_edges(graph, ["embed@3->a0.h0.v@3", "a0.h0@2->logits@2"])
     assert len(only_later.connected(from_inputs=True)) == 0
@@ -167,7 +216,9 @@ def test_under_bidirectional_attention_and_between_named_spans_every_position_fe
         (circuits.component_graph(random_model("bidirectional"), positions=4), "3", "1"),
         (circuits.component_graph(random_model("gpt2"), positions=["S1", "IO"]), "IO", "S1"),
     ):
-        circuit = circuits.Circuit.from_edges(graph, [f"embed@{late}->a0.h0.k@{late}", f"a0.h0@{early}->logits@{early}"])
+        circuit = circuits.Circuit.from_edges(
+            graph, [f"embed@{late}->a0.h0.k@{late}", f"a0.h0@{early}->logits@{early}"]
+        )
         assert len(circuit.connected(from_inputs=True)) == 2
 
 
@@ -177,10 +228,18 @@ def test_what_connected_drops_changes_no_logit(architecture):
 
     model, task = random_model(architecture), random_task()
     for graph in (circuits.component_graph(model), circuits.component_graph(model, positions=8)):
-        kept = torch.rand(4, len(graph), generator=torch.Generator().manual_seed(2)) < torch.tensor([0.02, 0.05, 0.1, 0.3])[:, None]
-        whole = [circuits.Circuit(graph, torch.full((len(graph),), torch.nan), mask) for mask in kept]
+        kept = (
+            torch.rand(4, len(graph), generator=torch.Generator().manual_seed(2))
+            < torch.tensor([0.02, 0.05, 0.1, 0.3])[:, None]
+        )
+        whole = [
+            circuits.Circuit(graph, torch.full((len(graph),), torch.nan), mask) for mask in kept
+        ]
         pruned = torch.stack([circuit.connected(from_inputs=True).kept for circuit in whole])
         assert bool((pruned != kept).any())
         torch.testing.assert_close(
-            circuits.run_circuits(model, graph, kept, task), circuits.run_circuits(model, graph, pruned, task), atol=1e-5, rtol=0
+            circuits.run_circuits(model, graph, kept, task),
+            circuits.run_circuits(model, graph, pruned, task),
+            atol=1e-5,
+            rtol=0,
         )

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import circuits
-from circuits.cli import main
-from circuits.viewer.server import open_server
+from circuits.cli.main import main
+from circuits.plotting.graph_page.server import open_server
 
 PROMPT = "The capital of the state containing Dallas is"
 
@@ -19,13 +19,28 @@ def run_here(capsys, *words: str) -> tuple[int, str, str]:
 
 
 def test_a_graph_is_written_shown_and_found_again(capsys, tmp_path):
-    words = ("graph", PROMPT, "--explain", " Austin", "--out", str(tmp_path), "--device", "cpu", "--neuronpedia")
+    words = (
+        "graph",
+        PROMPT,
+        "--explain",
+        " Austin",
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+        "--neuronpedia",
+    )
     status, output, errors = run_here(capsys, *words)
     assert (status, errors) == (0, "")
     assert "Replacement score" in output and "f0." in output
     (folder,) = (tmp_path / "graphs").iterdir()
     assert folder.name.startswith("the-capital-of-the-state-containing")
-    assert {path.name for path in folder.iterdir()} >= {"graph.safetensors", "record.json", "graph.html", "neuronpedia.json"}
+    assert {path.name for path in folder.iterdir()} >= {
+        "graph.safetensors",
+        "record.json",
+        "graph.html",
+        "neuronpedia.json",
+    }
     before = (folder / "record.json").read_bytes()
     status, output, _ = run_here(capsys, *words, "--json")
     found = json.loads(output)
@@ -39,19 +54,30 @@ def test_a_graph_is_written_shown_and_found_again(capsys, tmp_path):
 
 
 def test_groups_made_on_the_served_page_go_to_neuronpedia(toy_world, tmp_path):
-    run = circuits.run_graph(circuits.AttributionGraph("toy-world-clt"), toy_world, PROMPT, out=tmp_path)
+    run = circuits.run_graph(
+        circuits.AttributionGraph("toy-world-clt"), toy_world, PROMPT, out=tmp_path
+    )
     assert run.groups == {}
     small = circuits.pruned(run.graph)
     one, two = (str(small.node(number)) for number in range(2))
     server = open_server(run.folder, 0)
-    server.keep({"pinned": [], "supernodes": [{"name": "Texas", "nodes": [one]}, {"name": "Texas", "nodes": [two]}]})
+    server.keep(
+        {
+            "pinned": [],
+            "supernodes": [{"name": "Texas", "nodes": [one]}, {"name": "Texas", "nodes": [two]}],
+        }
+    )
     server.server_close()
     assert circuits.load_graph_run(run.folder).groups == run.groups == {"Texas": [one, two]}
-    path = circuits.save_neuronpedia(run.graph, tmp_path / "graph.json", slug="texas", groups=run.groups)
+    path = circuits.save_neuronpedia(
+        run.graph, tmp_path / "graph.json", slug="texas", groups=run.groups
+    )
     assert {str(node) for node in circuits.load_neuronpedia(path).groups["Texas"]} == {one, two}
 
 
-def test_a_graph_that_fails_leaves_no_folder_and_a_damaged_one_says_how_to_make_it_again(capsys, tmp_path):
+def test_a_graph_that_fails_leaves_no_folder_and_a_damaged_one_says_how_to_make_it_again(
+    capsys, tmp_path
+):
     words = ("graph", PROMPT, "--out", str(tmp_path), "--device", "cpu")
     assert run_here(capsys, *words, "--explain", " New York")[0] == 2
     assert list((tmp_path / "graphs").iterdir()) == []
@@ -60,13 +86,22 @@ def test_a_graph_that_fails_leaves_no_folder_and_a_damaged_one_says_how_to_make_
     file = folder / "graph.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     status, _, errors = run_here(capsys, *words)
-    assert status == 2 and errors.count("\n") == 1 and f"To have it made again, delete the folder {folder}." in errors
+    assert (
+        status == 2
+        and errors.count("\n") == 1
+        and f"To have it made again, delete the folder {folder}." in errors
+    )
     assert file.exists()
 
 
 def test_other_settings_make_another_folder(capsys, tmp_path):
     common = ("--out", str(tmp_path), "--device", "cpu", "--json")
-    for words in ((), ("--explain", " Austin/ Sacramento"), ("--budget", "40"), ("--transcoders", "toy-world-plt")):
+    for words in (
+        (),
+        ("--explain", " Austin/ Sacramento"),
+        ("--budget", "40"),
+        ("--transcoders", "toy-world-plt"),
+    ):
         assert main(("graph", PROMPT, *words, *common)) == 0
     assert len(list((tmp_path / "graphs").iterdir())) == 4
     capsys.readouterr()
@@ -87,13 +122,29 @@ def test_other_settings_make_another_folder(capsys, tmp_path):
     ],
 )
 def test_mistakes_are_told_in_one_line(capsys, tmp_path, words, message):
-    status, output, errors = run_here(capsys, "graph", *words, "--out", str(tmp_path), "--device", "cpu")
+    status, output, errors = run_here(
+        capsys, "graph", *words, "--out", str(tmp_path), "--device", "cpu"
+    )
     assert (status, output) == (2, "")
     assert message in errors and errors.count("\n") == 1, errors
 
 
-def test_the_page_starts_at_the_thresholds_that_were_asked_for_and_is_made_again_where_it_is_missing(capsys, tmp_path):
-    words = ("graph", PROMPT, "--explain", "Austin", "--node-threshold", "0.3", "--out", str(tmp_path), "--device", "cpu", "--json")
+def test_the_page_starts_at_the_thresholds_that_were_asked_for_and_is_made_again_where_it_is_missing(
+    capsys, tmp_path
+):
+    words = (
+        "graph",
+        PROMPT,
+        "--explain",
+        "Austin",
+        "--node-threshold",
+        "0.3",
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+        "--json",
+    )
     assert main(words) == 0
     (folder,) = (tmp_path / "graphs").iterdir()
     page = (folder / "graph.html").read_text()
@@ -118,12 +169,32 @@ def test_a_damaged_folder_is_refused_and_left_alone(capsys, tmp_path):
         circuits.load_graph_run(Path(tmp_path))
 
 
-def test_a_task_is_discovered_on_the_command_line_and_evaluated_with_the_transcoders_it_remembers(capsys, tmp_path):
-    words = ("discover", "--method", "attribution-graph", "--transcoders", "toy-world-plt", "--task", "ioi", "--n", "4", "--n-eval", "8")
-    status, output, errors = run_here(capsys, *words, "--out", str(tmp_path), "--device", "cpu", "--json")
+def test_a_task_is_discovered_on_the_command_line_and_evaluated_with_the_transcoders_it_remembers(
+    capsys, tmp_path
+):
+    words = (
+        "discover",
+        "--method",
+        "attribution-graph",
+        "--transcoders",
+        "toy-world-plt",
+        "--task",
+        "ioi",
+        "--n",
+        "4",
+        "--n-eval",
+        "8",
+    )
+    status, output, errors = run_here(
+        capsys, *words, "--out", str(tmp_path), "--device", "cpu", "--json"
+    )
     assert status == 0, errors
     folder = Path(json.loads(output)["folder"])
-    status, output, _ = run_here(capsys, "evaluate", str(folder), "--n", "8", "--device", "cpu", "--json")
+    status, output, _ = run_here(
+        capsys, "evaluate", str(folder), "--n", "8", "--device", "cpu", "--json"
+    )
     assert json.loads(output)["values"]["kl"]["circuit"] > 0
-    status, _, errors = run_here(capsys, *words, "--split-embed", "--out", str(tmp_path), "--device", "cpu")
+    status, _, errors = run_here(
+        capsys, *words, "--split-embed", "--out", str(tmp_path), "--device", "cpu"
+    )
     assert status == 2 and "makes its graph of features itself" in errors

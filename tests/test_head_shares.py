@@ -7,18 +7,20 @@ import torch
 from random_transcoders import model_of, random_transcoders
 
 import circuits
-from circuits.active_features import active_features, gather_sources
-from circuits.by_head import head_shares
-from circuits.feature_graph import FEATURE
-from circuits.influence import pruned
-from circuits.linear_sweep import LinearSweep, feature_targets
-from circuits.replacement import freeze
+from circuits.attribution.active_features import active_features, gather_sources
+from circuits.attribution.feature_graph import FEATURE
+from circuits.attribution.head_shares import head_shares
+from circuits.attribution.influence import pruned
+from circuits.attribution.linear_sweep import LinearSweep, feature_targets
+from circuits.attribution.local_model import freeze
 
 PROMPT = [3, 14, 15, 9, 26, 5]
 
 
 def keys(columns) -> list[tuple[int, int, int]]:
-    return list(zip(columns.layer.tolist(), columns.position.tolist(), columns.index.tolist(), strict=True))
+    return list(
+        zip(columns.layer.tolist(), columns.position.tolist(), columns.index.tolist(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("kind", ["skip-plt", "clt"])
@@ -27,7 +29,9 @@ def keys(columns) -> list[tuple[int, int, int]]:
 def test_a_heads_share_is_what_an_edge_loses_without_it(architecture, kind):
     model = model_of(architecture, n_layers=4)
     transcoders = random_transcoders(model, kind, features=24)
-    graph = pruned(circuits.AttributionGraph(transcoders).attribute(model, PROMPT), node_threshold=0.9)
+    graph = pruned(
+        circuits.AttributionGraph(transcoders).attribute(model, PROMPT), node_threshold=0.9
+    )
     shares = head_shares(model, transcoders, graph)
     (local,) = freeze(model, transcoders, [torch.tensor(PROMPT)])
     (features,) = active_features([local], transcoders)
@@ -66,6 +70,8 @@ def test_a_graph_of_another_model_is_refused():
     with pytest.raises(circuits.InputError, match="made with transcoders of other weights"):
         head_shares(model, random_transcoders(model, seed=5), graph)
     imported = replace(graph, model=None, transcoders=None)
-    assert torch.equal(head_shares(model, transcoders, imported), head_shares(model, transcoders, graph))
+    assert torch.equal(
+        head_shares(model, transcoders, imported), head_shares(model, transcoders, graph)
+    )
     with pytest.raises(circuits.InputError, match="does not fire in this model"):
         head_shares(model_of("gpt2", seed=5), transcoders, imported)

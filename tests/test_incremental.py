@@ -7,20 +7,22 @@ import torch
 from architectures import ARCHITECTURES, random_model, random_task
 
 import circuits
-from circuits.ablation import get_ablation
-from circuits.base_run import Parts
-from circuits.cases import Cases
-from circuits.execution import _say_once
-from circuits.incremental import IncrementalExecutor
-from circuits.incremental_run import Run
-from circuits.patching import HookedExecutor
+from circuits.running.ablation import get_ablation
+from circuits.running.executor import _say_once
+from circuits.running.hooked import HookedExecutor
+from circuits.running.incremental.batch import Run
+from circuits.running.incremental.executor import IncrementalExecutor
+from circuits.running.incremental.shared_inputs import Cases
+from circuits.running.incremental.sublayer_run import Parts
 
 ABLATIONS = ["resample", "zero", "mean"]
 
 
 def executors(model, graph, task, ablation="resample"):
     chosen = get_ablation(ablation)
-    return HookedExecutor.prepare(model, graph, task, chosen), IncrementalExecutor.prepare(model, graph, task, chosen)
+    return HookedExecutor.prepare(model, graph, task, chosen), IncrementalExecutor.prepare(
+        model, graph, task, chosen
+    )
 
 
 def random_masks(graph, *shares: float, seed: int = 0) -> torch.Tensor:
@@ -51,7 +53,11 @@ def test_candidates_near_a_circuit_are_those_of_the_reference(architecture):
     for round_number in range(4):  # smaller and smaller, as in a search
         kept = kept & random_masks(graph, 0.7, seed=round_number)[0]
         incremental.near(kept)
-        assert_equal(reference, incremental, kept & random_masks(graph, 1, 0.98, 0.9, 0.5, seed=10 + round_number))
+        assert_equal(
+            reference,
+            incremental,
+            kept & random_masks(graph, 1, 0.98, 0.9, 0.5, seed=10 + round_number),
+        )
     # What lies elsewhere is right as well, and nothing of it is kept.
     assert_equal(reference, incremental, random_masks(graph, 0.9, 0.3, seed=20))
     assert_equal(reference, incremental, kept[None])
@@ -69,10 +75,14 @@ def test_every_edge_alone_is_as_in_the_reference(architecture):
 def test_circuits_that_share_what_heads_read_are_those_of_the_reference(architecture, monkeypatch):
     whole, used = Cases.changes, []
     monkeypatch.setattr(Cases, "worthwhile", lambda cases, variants: True)
-    monkeypatch.setattr(Cases, "changes", lambda cases, *arguments: used.append(cases) or whole(cases, *arguments))
+    monkeypatch.setattr(
+        Cases, "changes", lambda cases, *arguments: used.append(cases) or whole(cases, *arguments)
+    )
     model, task = random_model(architecture), random_task(ragged=True, several=True)
     for graph in (circuits.component_graph(model), circuits.component_graph(model, positions=8)):
-        into_heads = torch.tensor([isinstance(node, circuits.Head) and node.layer == 1 for node in graph.nodes])[graph.target]
+        into_heads = torch.tensor(
+            [isinstance(node, circuits.Head) and node.layer == 1 for node in graph.nodes]
+        )[graph.target]
         base = random_masks(graph, 0.9)[0]
         few = random_masks(graph, 0.8, 0.8, 0.5) | ~into_heads
         of_one_slot = [base & (few[0] | (graph.slot != slot)) for slot in range(3)]
@@ -112,7 +122,9 @@ def test_a_graph_that_lacks_edges_leaves_them_alone():
     model, task = random_model("gpt2"), random_task()
     whole = circuits.component_graph(model)
     some = torch.arange(0, len(whole), 3)
-    graph = circuits.Graph(whole.nodes, whole.source[some], whole.target[some], whole.slot[some], model=whole.model)
+    graph = circuits.Graph(
+        whole.nodes, whole.source[some], whole.target[some], whole.slot[some], model=whole.model
+    )
     reference, incremental = executors(model, graph, task)
     assert_equal(reference, incremental, random_masks(graph, 0.7, 0.1))
 
@@ -175,7 +187,9 @@ class TestWhatCannotBeRunIncrementally:
         kept = random_masks(graph, 0.5)
         with pytest.warns(UserWarning, match=r"run by the reference executor.*outputs differ"):
             found = circuits.run_circuits(model, graph, kept, task)
-        torch.testing.assert_close(found, circuits.run_circuits(model, graph, kept, task, executor="hooks"))
+        torch.testing.assert_close(
+            found, circuits.run_circuits(model, graph, kept, task, executor="hooks")
+        )
 
     def test_is_said_once(self):
         model, task = self.changed(), random_task()
@@ -184,17 +198,29 @@ class TestWhatCannotBeRunIncrementally:
             warnings.simplefilter("default")
             for _ in range(3):
                 circuits.run_circuit(model, whole, task)
-        assert len([warning for warning in caught if "reference executor" in str(warning.message)]) == 1
+        assert (
+            len([warning for warning in caught if "reference executor" in str(warning.message)])
+            == 1
+        )
 
     def test_is_refused_where_the_incremental_executor_is_asked_for(self):
         model, task = self.changed(), random_task()
-        with pytest.raises(circuits.InputError, match=r"cannot be run incrementally.*executor='auto'"):
-            circuits.run_circuit(model, circuits.Circuit.full(circuits.component_graph(model)), task, executor="incremental")
+        with pytest.raises(
+            circuits.InputError, match=r"cannot be run incrementally.*executor='auto'"
+        ):
+            circuits.run_circuit(
+                model,
+                circuits.Circuit.full(circuits.component_graph(model)),
+                task,
+                executor="incremental",
+            )
 
     def test_positions_that_depend_on_the_length_of_the_prompt_are_left_to_the_reference(self):
         model, task = random_model("gpt2", use_logn_attn=True), random_task()
         with pytest.warns(UserWarning, match="positions enter its attention"):
-            circuits.run_circuit(model, circuits.Circuit.full(circuits.component_graph(model)), task)
+            circuits.run_circuit(
+                model, circuits.Circuit.full(circuits.component_graph(model)), task
+            )
 
 
 class TestMemory:
@@ -203,7 +229,10 @@ class TestMemory:
         graph = circuits.component_graph(model)
         kept = random_masks(graph, *[0.9] * 12)
         roomy, tight = (
-            IncrementalExecutor.prepare(model, graph, task, get_ablation("resample"), max_memory=bytes_) for bytes_ in (1 << 30, 1 << 20)
+            IncrementalExecutor.prepare(
+                model, graph, task, get_ablation("resample"), max_memory=bytes_
+            )
+            for bytes_ in (1 << 30, 1 << 20)
         )
         torch.testing.assert_close(tight.logits(kept), roomy.logits(kept), atol=1e-5, rtol=0)
         assert roomy.counts["batches"] == 1 < tight.counts["batches"]
@@ -233,9 +262,13 @@ class TestMemory:
             (Parts, "run", "memory runs out even with one run of the prompts"),
         ],
     )
-    def test_memory_that_is_too_small_for_one_circuit_is_an_error_of_the_user(self, monkeypatch, owner, step, message):
+    def test_memory_that_is_too_small_for_one_circuit_is_an_error_of_the_user(
+        self, monkeypatch, owner, step, message
+    ):
         def failing(*arguments):
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory")
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"
+            )
 
         monkeypatch.setattr(owner, step, failing)
         with pytest.raises(circuits.InputError, match=message):
@@ -244,4 +277,6 @@ class TestMemory:
     def test_a_budget_that_is_no_number_of_bytes_is_refused(self):
         model, task = random_model("gpt2"), random_task()
         with pytest.raises(circuits.InputError, match="max_memory=0"):
-            circuits.run_circuit(model, circuits.Circuit.full(circuits.component_graph(model)), task, max_memory=0)
+            circuits.run_circuit(
+                model, circuits.Circuit.full(circuits.component_graph(model)), task, max_memory=0
+            )

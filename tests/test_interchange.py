@@ -8,7 +8,7 @@ from architectures import random_model
 from published import DATA, case, case_model
 
 import circuits
-from circuits.interchange import edge_from_eap_ig, edge_to_eap_ig, load_eap_ig, save_eap_ig
+from circuits.formats.eap_ig import edge_from_eap_ig, edge_to_eap_ig, load_eap_ig, save_eap_ig
 
 PUBLISHED = case("eap_case/case")
 
@@ -36,7 +36,11 @@ def test_a_graph_that_their_package_wrote_is_read(model):
         index = circuit.graph.index(edge_from_eap_ig(name))
         assert float(circuit.scores[index]) == pytest.approx(entry["score"] * 8)
         assert bool(circuit.kept[index]) == entry["in_graph"]
-    split = load_eap_ig(DATA / "eap_case" / "graph.json", model, graph=circuits.component_graph(model, split_embed=True))
+    split = load_eap_ig(
+        DATA / "eap_case" / "graph.json",
+        model,
+        graph=circuits.component_graph(model, split_embed=True),
+    )
     assert len(split) == 50
     assert int(split.scores.isnan().sum()) == len(split.graph) - len(circuit.graph)
 
@@ -46,7 +50,10 @@ def test_what_is_written_is_of_their_form_and_read_back_the_same(model, tmp_path
     scores = torch.randn(len(graph), generator=torch.Generator().manual_seed(0))
     circuit = circuits.Circuit.full(graph, scores).top(30)
     path = save_eap_ig(circuit, tmp_path / "graph.json", n_prompts=4)
-    theirs, ours = json.loads((DATA / "eap_case" / "graph.json").read_text()), json.loads(path.read_text())
+    theirs, ours = (
+        json.loads((DATA / "eap_case" / "graph.json").read_text()),
+        json.loads(path.read_text()),
+    )
     assert set(ours["edges"]) == set(theirs["edges"])
     assert set(ours["nodes"]) == set(theirs["nodes"])
     assert ours["cfg"] == theirs["cfg"]
@@ -56,7 +63,10 @@ def test_what_is_written_is_of_their_form_and_read_back_the_same(model, tmp_path
 
 
 def test_what_their_files_cannot_hold_is_refused(model, tmp_path):
-    for graph in (circuits.component_graph(model, split_embed=True), circuits.component_graph(model, positions=3)):
+    for graph in (
+        circuits.component_graph(model, split_embed=True),
+        circuits.component_graph(model, positions=3),
+    ):
         with pytest.raises(circuits.InputError, match="EAP-IG's files cannot hold"):
             save_eap_ig(circuits.Circuit.full(graph), tmp_path / "graph.json")
 

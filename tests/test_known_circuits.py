@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from circuits.components import component_graph
-from circuits.errors import InputError
 from circuits.models import Model
-from circuits.tasks.known_circuits import known_circuit, known_circuits
+from circuits.models.component_graph import component_graph
+from circuits.system.errors import InputError
+from circuits.tasks.known_circuits.circuits import known_circuit, known_circuits
 
 DATA = Path(__file__).parent / "data" / "known_circuits"
 NAMES = ("induction", "proportion", "and", "or")
@@ -42,8 +42,12 @@ def induction(words: list[int]) -> list[list[float]]:
     """The mean of the tokens after earlier occurrences of each word; none, or BOS, gives zeros."""
     rows = []
     for here, word in enumerate(words):
-        followers = [words[place + 1] for place in range(here) if words[place] == word and word != 0]
-        rows.append([followers.count(token) / len(followers) if followers else 0.0 for token in range(9)])
+        followers = [
+            words[place + 1] for place in range(here) if words[place] == word and word != 0
+        ]
+        rows.append(
+            [followers.count(token) / len(followers) if followers else 0.0 for token in range(9)]
+        )
     return rows
 
 
@@ -99,7 +103,9 @@ def test_soft_attention_blurs_the_logits_but_little(name: str) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_leaks_change_the_logits_by_thousandths(name: str, seed: int) -> None:
     prompts = every_prompt(name)
-    change = on_cpu(name, leak=0.001, seed=seed).model(prompts) - on_cpu(name, seed=seed).model(prompts)
+    change = on_cpu(name, leak=0.001, seed=seed).model(prompts) - on_cpu(name, seed=seed).model(
+        prompts
+    )
     assert 1e-5 < change.abs().max() < 1e-2
 
 
@@ -109,7 +115,12 @@ def test_the_logits_are_those_of_the_file(name: str, variant: str) -> None:
     model = on_cpu(name, **VARIANTS[variant]).model
     # Leaks are random, so with them only their size is the same.
     tolerance = 5e-5 if variant in ("plain", "rot") else 1e-2
-    torch.testing.assert_close(model(torch.tensor(file["clean"])), torch.tensor(file["expected_logits"]), atol=tolerance, rtol=0)
+    torch.testing.assert_close(
+        model(torch.tensor(file["clean"])),
+        torch.tensor(file["expected_logits"]),
+        atol=tolerance,
+        rtol=0,
+    )
 
 
 # The edges
@@ -126,11 +137,21 @@ def test_the_edges_are_those_of_the_file(name: str, variant: str) -> None:
 
 
 def test_the_edges_of_the_other_two_are_those_of_the_published_table() -> None:
-    proportion_circuit, and_circuit, or_circuit = (on_cpu(name) for name in ("proportion", "and", "or"))
+    proportion_circuit, and_circuit, or_circuit = (
+        on_cpu(name) for name in ("proportion", "and", "or")
+    )
     three = ("tok_embed->m0", "m0->a1.h0.v", "a1.h0->logits")
-    assert proportion_circuit.edges == proportion_circuit.minimal["resample"] == proportion_circuit.minimal["zero"] == three
+    assert (
+        proportion_circuit.edges
+        == proportion_circuit.minimal["resample"]
+        == proportion_circuit.minimal["zero"]
+        == three
+    )
     assert and_circuit.edges == and_circuit.minimal["zero"] == or_circuit.edges
-    assert set(and_circuit.edges) - set(and_circuit.minimal["resample"]) == {"pos_embed->a0.h0.k", "pos_embed->a0.h3.k"}
+    assert set(and_circuit.edges) - set(and_circuit.minimal["resample"]) == {
+        "pos_embed->a0.h0.k",
+        "pos_embed->a0.h3.k",
+    }
 
 
 @every_name
@@ -143,14 +164,20 @@ def test_the_edges_are_distinct_edges_of_the_component_graph_and_connected(name:
     assert all(set(edges) <= set(known.edges) for edges in known.minimal.values())
 
 
-@pytest.mark.parametrize(("name", "size"), [("induction", 106), ("proportion", 61), ("and", 37), ("or", 37)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("induction", 106), ("proportion", 61), ("and", 37), ("or", 37)]
+)
 def test_the_graphs_have_the_published_numbers_of_edges(name: str, size: int) -> None:
     assert len(component_graph(on_cpu(name).model, split_embed=True)) == size
 
 
 @every_name
 def test_rotation_and_decoys_change_neither_the_logits_nor_the_edges(name: str) -> None:
-    variants = [on_cpu(name, rotate=rotate, decoys=decoys) for rotate in (False, True) for decoys in (False, True)]
+    variants = [
+        on_cpu(name, rotate=rotate, decoys=decoys)
+        for rotate in (False, True)
+        for decoys in (False, True)
+    ]
     logits = [variant.model(every_prompt(name)) for variant in variants]
     for variant, found in zip(variants[1:], logits[1:], strict=True):
         assert (variant.edges, variant.minimal) == (variants[0].edges, variants[0].minimal)
@@ -164,16 +191,27 @@ def test_rotation_and_decoys_change_neither_the_logits_nor_the_edges(name: str) 
 def test_the_task_runs_through_the_circuit(name: str) -> None:
     known = on_cpu(name)
     task = known.task
-    clean, corrupted = known.model(task.clean)[task.scored], known.model(task.corrupted)[task.scored]
+    clean, corrupted = (
+        known.model(task.clean)[task.scored],
+        known.model(task.corrupted)[task.scored],
+    )
     assert (clean - corrupted).square().mean() > 0.05
     assert (task.metric, len(task), task.name) == ("squared_error", 64, f"known-{name}")
     assert (task.clean[:, 0] == 0).all() and (task.clean[:, 1:] > 0).all()
 
 
 @pytest.mark.parametrize(
-    ("name", "positions"), [("induction", list(range(1, 11))), ("proportion", list(range(1, 7))), ("and", [5]), ("or", [5])]
+    ("name", "positions"),
+    [
+        ("induction", list(range(1, 11))),
+        ("proportion", list(range(1, 7))),
+        ("and", [5]),
+        ("or", [5]),
+    ],
 )
-def test_bos_is_never_scored_and_gates_are_scored_at_the_end(name: str, positions: list[int]) -> None:
+def test_bos_is_never_scored_and_gates_are_scored_at_the_end(
+    name: str, positions: list[int]
+) -> None:
     assert all(row.nonzero().flatten().tolist() == positions for row in on_cpu(name).task.scored)
 
 
@@ -185,7 +223,10 @@ def test_gates_are_fed_both_bits_or_neither(name: str) -> None:
 
 
 def test_some_word_comes_again_in_every_induction_prompt() -> None:
-    assert all(any(sum(row) > 0 for row in induction(words)) for words in every_prompt("induction").tolist())
+    assert all(
+        any(sum(row) > 0 for row in induction(words))
+        for words in every_prompt("induction").tolist()
+    )
 
 
 # Seeds and bad input
@@ -196,14 +237,20 @@ def test_the_seed_decides_everything_and_nothing_global_changes(name: str) -> No
     state = torch.get_rng_state()
     first, again, other = on_cpu(name, seed=1), on_cpu(name, seed=1), on_cpu(name, seed=2)
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(tensor, again.model.state_dict()[key]) for key, tensor in first.model.state_dict().items())
+    assert all(
+        torch.equal(tensor, again.model.state_dict()[key])
+        for key, tensor in first.model.state_dict().items()
+    )
     assert torch.equal(first.task.clean, again.task.clean)
     assert not torch.equal(first.task.clean, other.task.clean)
     assert not torch.equal(first.model.W_E, other.model.W_E)
 
 
 def test_prompts_do_not_depend_on_the_model() -> None:
-    assert torch.equal(on_cpu("or", rotate=False, decoys=False).task.clean, on_cpu("or", leak=0.01, soft=True).task.clean)
+    assert torch.equal(
+        on_cpu("or", rotate=False, decoys=False).task.clean,
+        on_cpu("or", leak=0.01, soft=True).task.clean,
+    )
 
 
 def test_there_are_as_many_prompts_as_asked_for() -> None:
@@ -215,7 +262,9 @@ def test_names_are_listed() -> None:
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_names() -> None:
-    with pytest.raises(InputError, match="no known circuit 'xor'; there are induction, proportion, and, or"):
+    with pytest.raises(
+        InputError, match="no known circuit 'xor'; there are induction, proportion, and, or"
+    ):
         on_cpu("xor")
 
 

@@ -5,8 +5,8 @@ import torch
 from architectures import random_model, random_task
 
 import circuits
-from circuits.metrics import METRICS
-from circuits.tasks.base import Task
+from circuits.tasks.metrics import METRICS
+from circuits.tasks.task import Task
 
 VOCAB = 7
 
@@ -16,7 +16,10 @@ def task() -> Task:
     """Three prompts, four scored rows: the first prompt has two."""
     scored = torch.tensor([[False, True, True], [False, False, True], [False, False, True]])
     tokens = torch.tensor([[1, 2, 3], [1, 2, 3], [4, 5, 6]])
-    answers, wrong = torch.tensor([[0, 1], [2, -1], [3, -1]]), torch.tensor([[2, -1], [0, 1], [5, 6]])
+    answers, wrong = (
+        torch.tensor([[0, 1], [2, -1], [3, -1]]),
+        torch.tensor([[2, -1], [0, 1], [5, 6]]),
+    )
     return Task.from_tokens(tokens, tokens.flip(0), answers, wrong, answer_positions=scored)
 
 
@@ -34,16 +37,22 @@ ANSWERS = [[0, 1], [0, 1], [2], [3]]
 WRONG = [[2], [2], [0, 1], [5, 6]]
 
 
-def test_kl_is_from_the_model_to_the_circuit_summed_over_the_vocabulary_in_nats(task, logits, clean):
+def test_kl_is_from_the_model_to_the_circuit_summed_over_the_vocabulary_in_nats(
+    task, logits, clean
+):
     p, q = clean.softmax(-1), logits.softmax(-1)
-    by_hand = torch.tensor([sum(float(p[i, v] * (p[i, v] / q[i, v]).log()) for v in range(VOCAB)) for i in range(4)])
+    by_hand = torch.tensor(
+        [sum(float(p[i, v] * (p[i, v] / q[i, v]).log()) for v in range(VOCAB)) for i in range(4)]
+    )
     torch.testing.assert_close(METRICS["kl"](logits, clean, task), by_hand)
     torch.testing.assert_close(METRICS["kl"](clean, clean, task), torch.zeros(4), atol=1e-6, rtol=0)
 
 
 def test_a_set_of_answers_counts_by_its_mean_logit_and_its_summed_probability(task, logits, clean):
     p = logits.softmax(-1)
-    difference = torch.stack([logits[i, ANSWERS[i]].mean() - logits[i, WRONG[i]].mean() for i in range(4)])
+    difference = torch.stack(
+        [logits[i, ANSWERS[i]].mean() - logits[i, WRONG[i]].mean() for i in range(4)]
+    )
     torch.testing.assert_close(METRICS["logit_difference"](logits, clean, task), difference)
     probability = torch.stack([p[i, ANSWERS[i]].sum() - p[i, WRONG[i]].sum() for i in range(4)])
     torch.testing.assert_close(METRICS["probability_difference"](logits, clean, task), probability)
@@ -58,13 +67,17 @@ def test_accuracy_asks_whether_the_most_likely_token_is_an_answer(task, clean):
 
 
 def test_squared_error_is_the_mean_over_the_vocabulary(task, logits, clean):
-    torch.testing.assert_close(METRICS["squared_error"](logits, clean, task), ((logits - clean) ** 2).mean(-1))
+    torch.testing.assert_close(
+        METRICS["squared_error"](logits, clean, task), ((logits - clean) ** 2).mean(-1)
+    )
 
 
 def test_damage_is_larger_when_the_metric_gets_worse(task, logits, clean):
     for metric in METRICS.values():
         value, damage = metric(logits, clean, task), metric.damage(logits, clean, task)
-        torch.testing.assert_close(damage, value if metric.direction == "higher_is_damage" else -value)
+        torch.testing.assert_close(
+            damage, value if metric.direction == "higher_is_damage" else -value
+        )
     assert {name for name, metric in METRICS.items() if metric.direction == "higher_is_damage"} == {
         "kl", "negative_log_probability", "squared_error",
     }  # fmt: skip
@@ -83,19 +96,32 @@ def test_a_metric_that_needs_answers_says_so_when_there_are_none(name, logits, c
 
 
 def test_a_metric_that_returns_a_scalar_is_refused(task, logits, clean):
-    metric = circuits.Metric("mine", lambda logits, clean_logits, task: logits.mean(), "higher_is_damage")
-    with pytest.raises(circuits.InputError, match=r"'mine' returned shape \(\); it must return one number per scored row, shape \(4,\)"):
+    metric = circuits.Metric(
+        "mine", lambda logits, clean_logits, task: logits.mean(), "higher_is_damage"
+    )
+    with pytest.raises(
+        circuits.InputError,
+        match=r"'mine' returned shape \(\); it must return one number per scored row, shape \(4,\)",
+    ):
         metric(logits, clean, task)
 
 
 def test_a_metric_that_returns_nan_is_refused(task, logits, clean):
-    metric = circuits.Metric("mine", lambda logits, clean_logits, task: (logits[:, 0] - 100).log(), "higher_is_damage")
-    with pytest.raises(circuits.InputError, match="'mine' is NaN or infinite on 4 of 4 scored rows"):
+    metric = circuits.Metric(
+        "mine", lambda logits, clean_logits, task: (logits[:, 0] - 100).log(), "higher_is_damage"
+    )
+    with pytest.raises(
+        circuits.InputError, match="'mine' is NaN or infinite on 4 of 4 scored rows"
+    ):
         metric(logits, clean, task)
 
 
 def test_values_so_large_that_their_sum_overflows_are_finite_all_the_same(task, logits, clean):
-    metric = circuits.Metric("mine", lambda logits, clean_logits, task: torch.full_like(logits[:, 0], 3e38), "higher_is_damage")
+    metric = circuits.Metric(
+        "mine",
+        lambda logits, clean_logits, task: torch.full_like(logits[:, 0], 3e38),
+        "higher_is_damage",
+    )
     values = metric(logits, clean, task)
     assert values.isfinite().all()
     assert values.sum().isinf()
@@ -108,18 +134,35 @@ def test_a_direction_that_does_not_exist_is_refused(unchecked_types):
 
 def test_one_metric_may_be_given_without_a_list():
     model, task = random_model("gpt2"), random_task()
-    assert set(circuits.evaluate(model, circuits.Circuit.full(circuits.component_graph(model)), task, metrics="kl").values) == {"kl"}
+    assert set(
+        circuits.evaluate(
+            model, circuits.Circuit.full(circuits.component_graph(model)), task, metrics="kl"
+        ).values
+    ) == {"kl"}
 
 
 def test_an_unknown_metric_is_named_with_those_there_are():
     model, task = random_model("gpt2"), random_task()
-    with pytest.raises(circuits.InputError, match=r"no metric 'kld'; there are kl, logit_difference"):
-        circuits.evaluate(model, circuits.Circuit.full(circuits.component_graph(model)), task, metrics=["kld"])
+    with pytest.raises(
+        circuits.InputError, match=r"no metric 'kld'; there are kl, logit_difference"
+    ):
+        circuits.evaluate(
+            model, circuits.Circuit.full(circuits.component_graph(model)), task, metrics=["kld"]
+        )
 
 
 def test_a_metric_of_ones_own_works_in_every_method():
     model, task = random_model("gpt2"), random_task()
-    margin = circuits.Metric("margin", lambda logits, clean_logits, task: logits.max(-1).values - logits.mean(-1), "lower_is_damage")
+    margin = circuits.Metric(
+        "margin",
+        lambda logits, clean_logits, task: logits.max(-1).values - logits.mean(-1),
+        "lower_is_damage",
+    )
     assert len(circuits.ACDC(0.05, metric=margin).discover(model, task).edges) < 110
     assert circuits.EAP(metric=margin).discover(model, task).scores.isfinite().all()
-    assert circuits.evaluate(model, circuits.EAP(metric=margin).discover(model, task).top(10), task, metrics=[margin]).margin > 0
+    assert (
+        circuits.evaluate(
+            model, circuits.EAP(metric=margin).discover(model, task).top(10), task, metrics=[margin]
+        ).margin
+        > 0
+    )

@@ -9,7 +9,7 @@ from architectures import random_model
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import circuits
-from circuits.components import identity
+from circuits.models.identity import identity
 
 
 def byte_pair_tokenizer(folder) -> transformers.PreTrainedTokenizerFast:
@@ -17,18 +17,35 @@ def byte_pair_tokenizer(folder) -> transformers.PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     text = ["When Mary and John went to the store, John gave a drink to Mary"] * 10
-    tokenizer.train_from_iterator(text, trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False))
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    tokenizer.train_from_iterator(
+        text,
+        trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False),
+    )
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+    )
     fast.save_pretrained(folder)
     return fast
 
 
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 32}
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 32,
+}
 CHECKPOINTS = {
-    "gpt2": lambda vocab: transformers.GPT2Config(vocab_size=vocab, n_embd=32, n_layer=2, n_head=4, n_positions=32, n_ctx=32),
+    "gpt2": lambda vocab: transformers.GPT2Config(
+        vocab_size=vocab, n_embd=32, n_layer=2, n_head=4, n_positions=32, n_ctx=32
+    ),
     "pythia": lambda vocab: transformers.GPTNeoXConfig(vocab_size=vocab, **SMALL),
-    "llama": lambda vocab: transformers.LlamaConfig(vocab_size=vocab, num_key_value_heads=2, **SMALL),
-    "qwen2": lambda vocab: transformers.Qwen2Config(vocab_size=vocab, num_key_value_heads=2, **SMALL),
+    "llama": lambda vocab: transformers.LlamaConfig(
+        vocab_size=vocab, num_key_value_heads=2, **SMALL
+    ),
+    "qwen2": lambda vocab: transformers.Qwen2Config(
+        vocab_size=vocab, num_key_value_heads=2, **SMALL
+    ),
 }
 
 
@@ -36,7 +53,9 @@ CHECKPOINTS = {
 def test_a_checkpoint_in_a_folder_gives_its_own_logits_and_finds_circuits(family, tmp_path):
     tokenizer = byte_pair_tokenizer(tmp_path)
     generator_state = torch.get_rng_state()
-    source = transformers.AutoModelForCausalLM.from_config(CHECKPOINTS[family](len(tokenizer))).eval()
+    source = transformers.AutoModelForCausalLM.from_config(
+        CHECKPOINTS[family](len(tokenizer))
+    ).eval()
     source.save_pretrained(tmp_path)
     torch.set_rng_state(generator_state)
     model = circuits.load_model(tmp_path, device="cpu")
@@ -53,7 +72,9 @@ def test_a_checkpoint_that_transformer_lens_cannot_convert_is_one_clear_line(tmp
     config = transformers.GemmaConfig(vocab_size=20, num_key_value_heads=1, head_dim=8, **SMALL)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     byte_pair_tokenizer(tmp_path)
-    with pytest.raises(circuits.InputError, match=r"TransformerLens cannot convert .*GemmaForCausalLM"):
+    with pytest.raises(
+        circuits.InputError, match=r"TransformerLens cannot convert .*GemmaForCausalLM"
+    ):
         circuits.load_model(tmp_path, device="cpu")
 
 
@@ -69,7 +90,10 @@ def test_a_model_saved_and_loaded_is_the_same(tmp_path):
 
 def test_building_a_model_sets_no_seed():
     model = random_model("gpt2")
-    config = {**{name: value for name, value in model.cfg.to_dict().items() if name != "dtype"}, "seed": 7}
+    config = {
+        **{name: value for name, value in model.cfg.to_dict().items() if name != "dtype"},
+        "seed": 7,
+    }
     state = torch.get_rng_state()
     circuits.build_model(config, model.state_dict(), device="cpu")
     assert torch.equal(torch.get_rng_state(), state)
@@ -87,7 +111,9 @@ def test_weights_that_do_not_fit_are_named():
 
 
 def test_an_unknown_name_suggests_what_was_meant():
-    with pytest.raises(circuits.InputError, match=r"no model or folder 'gpt2-smal'; did you mean gpt2-small"):
+    with pytest.raises(
+        circuits.InputError, match=r"no model or folder 'gpt2-smal'; did you mean gpt2-small"
+    ):
         circuits.load_model("gpt2-smal", device="cpu")
 
 

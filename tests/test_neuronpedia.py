@@ -19,19 +19,30 @@ from attribution_case import SMALL, Run, case_model, case_tokens, case_transcode
 from published import DATA
 
 import circuits
-from circuits.feature_graph import EMBEDDING, ERROR, FEATURE, TARGET, FeatureGraph, Target
-from circuits.influence import node_influence, prune, pruned
-from circuits.neuronpedia import load_neuronpedia, save_neuronpedia
-from circuits.neuronpedia.format import FIRST_CUSTOM
+from circuits.attribution.feature_graph import (
+    EMBEDDING,
+    ERROR,
+    FEATURE,
+    TARGET,
+    FeatureGraph,
+    LogitTarget,
+)
+from circuits.attribution.influence import node_influence, prune, pruned
+from circuits.formats.neuronpedia import load_neuronpedia, save_neuronpedia
+from circuits.formats.neuronpedia.format import FIRST_CUSTOM
 
 RUN = Run(SMALL, "clt_top128", "clt")
 THEIRS = DATA / SMALL / "graph.json"
-SCHEMA = jsonschema.Draft202012Validator(json.loads((Path(__file__).parent / "neuronpedia_graph.schema.json").read_text()))
+SCHEMA = jsonschema.Draft202012Validator(
+    json.loads((Path(__file__).parent / "neuronpedia_graph.schema.json").read_text())
+)
 
 
 def attribution_graph(**options: Any) -> FeatureGraph:
     budget, at_a_time = RUN.budget
-    method = circuits.AttributionGraph(case_transcoders(SMALL, "clt"), budget=budget, at_a_time=at_a_time)
+    method = circuits.AttributionGraph(
+        case_transcoders(SMALL, "clt"), budget=budget, at_a_time=at_a_time
+    )
     return method.attribute(case_model(SMALL), case_tokens(SMALL), **options)
 
 
@@ -49,7 +60,7 @@ def graph() -> FeatureGraph:
     """The graph whose export is THEIRS, with its words."""
     words = [f"w{token}" for token in case_tokens(SMALL).tolist()]
     found = attribution_graph()
-    named = tuple(Target(f"w{target.token}", target.token) for target in found.targets)
+    named = tuple(LogitTarget(f"w{target.token}", target.token) for target in found.targets)
     return replace(found, words=("<bos>", *words[1:]), targets=named)
 
 
@@ -65,7 +76,11 @@ def without_error_ids(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for node in content["nodes"]:
         is_error = node["feature_type"] == "mlp reconstruction error"
         name = f"error {node['layer']} {node['ctx_idx']}" if is_error else node["node_id"]
-        result[name] = {key: value for key, value in node.items() if not is_error or key not in ("node_id", "jsNodeId")}
+        result[name] = {
+            key: value
+            for key, value in node.items()
+            if not is_error or key not in ("node_id", "jsNodeId")
+        }
     return result
 
 
@@ -83,13 +98,22 @@ def test_circuit_tracers_file_is_the_graph_of_its_arrays():
     assert torch.equal(graph.target, number[target])
     torch.testing.assert_close(graph.weight, RUN.adjacency()[links], rtol=0, atol=0)
     features, targets = graph.nodes[graph.is_kind(FEATURE)], graph.nodes[graph.is_kind(TARGET)]
-    chosen = RUN.expected("selected_features").long()[kept[: len(RUN.expected("selected_features"))]]
-    assert torch.equal(torch.stack([features.layer, features.position, features.index], 1), RUN.expected("active_features")[chosen].long())
-    torch.testing.assert_close(features.activation, RUN.expected("activation_values")[chosen], rtol=0, atol=0)
+    chosen = RUN.expected("selected_features").long()[
+        kept[: len(RUN.expected("selected_features"))]
+    ]
+    assert torch.equal(
+        torch.stack([features.layer, features.position, features.index], 1),
+        RUN.expected("active_features")[chosen].long(),
+    )
+    torch.testing.assert_close(
+        features.activation, RUN.expected("activation_values")[chosen], rtol=0, atol=0
+    )
     torch.testing.assert_close(targets.probability, RUN.expected("logit_probs"), rtol=0, atol=0)
     assert [target.token for target in graph.targets] == RUN.expected("logit_tokens").tolist()
     inner = ~graph.is_kind(TARGET)
-    torch.testing.assert_close(imported.cumulative[inner], RUN.expected("cumulative_scores")[kept][inner], rtol=0, atol=0)
+    torch.testing.assert_close(
+        imported.cumulative[inner], RUN.expected("cumulative_scores")[kept][inner], rtol=0, atol=0
+    )
     assert graph.n_layers == 3
     assert torch.equal(graph.tokens, case_tokens(SMALL))
 
@@ -97,9 +121,15 @@ def test_circuit_tracers_file_is_the_graph_of_its_arrays():
 def test_what_their_files_do_not_say_is_missing_by_name():
     imported = load_neuronpedia(THEIRS)
     graph = imported.graph
-    assert (imported.slug, imported.scan, imported.groups, imported.pinned, imported.labels) == ("tiny-clt", "tiny/clt", {}, (), {})
+    assert (imported.slug, imported.scan, imported.groups, imported.pinned, imported.labels) == (
+        "tiny-clt",
+        "tiny/clt",
+        {},
+        (),
+        {},
+    )
     assert graph.prompt == theirs()["metadata"]["prompt"]
-    assert graph.targets[0] == Target("w403", 403)
+    assert graph.targets[0] == LogitTarget("w403", 403)
     assert graph.direct.isnan().all()
     assert (graph.constants.shape, graph.constant_names) == ((len(graph.nodes), 0), ())
     assert (graph.model, graph.transcoders) == (None, None)
@@ -115,7 +145,10 @@ def test_an_imported_graph_is_pruned_saved_and_asked_like_any_other(tmp_path):
     read = FeatureGraph.load(graph.save(tmp_path).parent)
     assert torch.equal(read.weight, graph.weight)
     assert read.constants.shape == graph.constants.shape
-    assert list(graph.incoming("logits:403@11", 3)["weight"].abs()) == sorted(graph.incoming("logits:403@11", 3)["weight"].abs())[::-1]
+    assert (
+        list(graph.incoming("logits:403@11", 3)["weight"].abs())
+        == sorted(graph.incoming("logits:403@11", 3)["weight"].abs())[::-1]
+    )
 
 
 def test_our_file_of_the_same_graph_is_theirs(graph, tmp_path):
@@ -128,9 +161,14 @@ def test_our_file_of_the_same_graph_is_theirs(graph, tmp_path):
     for name, node in expected.items():
         for field, value in node.items():
             close = {"influence": 1e-3, "activation": 1e-5, "token_prob": 1e-6}.get(field)
-            assert nodes[name][field] == (value if close is None or value is None else pytest.approx(value, abs=close)), (name, field)
+            assert nodes[name][field] == (
+                value if close is None or value is None else pytest.approx(value, abs=close)
+            ), (name, field)
     assert len(ours["links"]) == len(published["links"])
-    ids = {old["node_id"]: new["node_id"] for old, new in zip(published["nodes"], ours["nodes"], strict=True)}
+    ids = {
+        old["node_id"]: new["node_id"]
+        for old, new in zip(published["nodes"], ours["nodes"], strict=True)
+    }
     for mine, link in zip(ours["links"], published["links"], strict=True):
         assert (mine["source"], mine["target"]) == (ids[link["source"]], ids[link["target"]])
         assert mine["weight"] == pytest.approx(link["weight"], abs=1e-5)
@@ -147,18 +185,36 @@ def test_what_is_written_and_what_circuit_tracer_wrote_fit_the_schema(graph, dif
         {"groups": {"say it": ["logits:403@11"]}, "source_set": "tiny", "labels": {"f0.5": "w"}},
     ]
     for number, kwargs in enumerate(options):
-        SCHEMA.validate(json.loads(save_neuronpedia(graph, tmp_path / f"{number}.json", slug="a", **kwargs).read_text()))
-    SCHEMA.validate(json.loads(save_neuronpedia(differences, tmp_path / "differences.json", slug="a").read_text()))
+        SCHEMA.validate(
+            json.loads(
+                save_neuronpedia(graph, tmp_path / f"{number}.json", slug="a", **kwargs).read_text()
+            )
+        )
+    SCHEMA.validate(
+        json.loads(
+            save_neuronpedia(differences, tmp_path / "differences.json", slug="a").read_text()
+        )
+    )
     for part in ("metadata", "links"):
-        assert not SCHEMA.is_valid({name: value for name, value in theirs().items() if name != part})
-    for field, value in (("layer", 0), ("feature", None), ("feature_type", "lorsa"), ("node_id", "a0.h1"), ("influence", "all")):
+        assert not SCHEMA.is_valid(
+            {name: value for name, value in theirs().items() if name != part}
+        )
+    for field, value in (
+        ("layer", 0),
+        ("feature", None),
+        ("feature_type", "lorsa"),
+        ("node_id", "a0.h1"),
+        ("influence", "all"),
+    ):
         content = theirs()
         content["nodes"][0][field] = value
         assert not SCHEMA.is_valid(content), field
 
 
 def test_a_file_is_compact_has_no_nan_and_says_how_it_was_made(graph, tmp_path):
-    text = save_neuronpedia(graph, tmp_path / "graph.json", slug="a", source_set="tiny-set").read_text()
+    text = save_neuronpedia(
+        graph, tmp_path / "graph.json", slug="a", source_set="tiny-set"
+    ).read_text()
     assert "\n" not in text
     assert ": " not in text.replace('": "', "")
     assert len(text) < 0.65 * len(THEIRS.read_text())
@@ -177,43 +233,92 @@ def test_a_file_is_compact_has_no_nan_and_says_how_it_was_made(graph, tmp_path):
     assert metadata["pruning_settings"] == {"node_threshold": 0.8, "edge_threshold": 0.98}
 
 
-@pytest.mark.parametrize("thresholds", [{}, {"node_threshold": 0.5, "edge_threshold": 0.9}, {"prune": False}], ids=str)
+@pytest.mark.parametrize(
+    "thresholds", [{}, {"node_threshold": 0.5, "edge_threshold": 0.9}, {"prune": False}], ids=str
+)
 def test_what_is_written_comes_back(graph, tmp_path, thresholds):
     groups = {"say it": ("logits:403@11", "logits:382@11"), 'quoted "name"': ("tok_embed@3",)}
     label = 'w with "quotes" (p=0.5)\nand lines'
-    named = replace(graph, targets=(Target(label, 403), *graph.targets[1:]))
+    named = replace(graph, targets=(LogitTarget(label, 403), *graph.targets[1:]))
     path = save_neuronpedia(
-        named, tmp_path / "deep" / "graph.json", slug="slug", groups=groups, pinned=["tok_embed@4"], labels={"f0.5": "five"}, **thresholds
+        named,
+        tmp_path / "deep" / "graph.json",
+        slug="slug",
+        groups=groups,
+        pinned=["tok_embed@4"],
+        labels={"f0.5": "five"},
+        **thresholds,
     )
     kept = prune(named, **{name: value for name, value in thresholds.items() if name != "prune"})
     expected = named if "prune" in thresholds else named.subgraph(kept.nodes, kept.edges)
     imported = load_neuronpedia(path)
     for name in ("kind", "layer", "position", "index", "activation", "probability"):
-        torch.testing.assert_close(getattr(imported.graph.nodes, name), getattr(expected.nodes, name), rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            getattr(imported.graph.nodes, name),
+            getattr(expected.nodes, name),
+            rtol=0,
+            atol=0,
+            equal_nan=True,
+        )
     for name in ("source", "target", "weight", "tokens"):
         assert torch.equal(getattr(imported.graph, name), getattr(expected, name)), name
-    assert (imported.graph.words, imported.graph.targets, imported.graph.n_layers) == (named.words, named.targets, named.n_layers)
+    assert (imported.graph.words, imported.graph.targets, imported.graph.n_layers) == (
+        named.words,
+        named.targets,
+        named.n_layers,
+    )
     cumulative = kept.cumulative if "prune" in thresholds else kept.cumulative[kept.nodes]
     inner = ~expected.is_kind(TARGET)
     torch.testing.assert_close(imported.cumulative[inner], cumulative[inner].float())
-    assert imported.groups == {name: tuple(circuits.parse_node(node) for node in nodes) for name, nodes in groups.items()}
-    assert [str(node) for node in imported.pinned] == ["tok_embed@4", "logits:403@11", "logits:382@11", "tok_embed@3"]
-    fives = {str(node) for node in map(expected.node, range(len(expected.nodes))) if str(node).startswith("f0.5@")}
-    assert {str(node): label for node, label in imported.labels.items()} == dict.fromkeys(fives, "five")
+    assert imported.groups == {
+        name: tuple(circuits.parse_node(node) for node in nodes) for name, nodes in groups.items()
+    }
+    assert [str(node) for node in imported.pinned] == [
+        "tok_embed@4",
+        "logits:403@11",
+        "logits:382@11",
+        "tok_embed@3",
+    ]
+    fives = {
+        str(node)
+        for node in map(expected.node, range(len(expected.nodes)))
+        if str(node).startswith("f0.5@")
+    }
+    assert {str(node): label for node, label in imported.labels.items()} == dict.fromkeys(
+        fives, "five"
+    )
     assert imported.slug == "slug"
     assert imported.graph.settings["budget"] == 128
     again = save_neuronpedia(
-        imported.graph, tmp_path / "again.json", slug="slug", prune=False, groups=imported.groups, labels=imported.labels
+        imported.graph,
+        tmp_path / "again.json",
+        slug="slug",
+        prune=False,
+        groups=imported.groups,
+        labels=imported.labels,
     )
     assert json.loads(again.read_text())["links"] == json.loads(path.read_text())["links"]
 
 
 def test_a_label_at_a_position_comes_before_one_for_all_of_them(graph, tmp_path):
-    features = [str(graph.node(number)) for number in range(len(graph.nodes)) if graph.nodes.kind[number] == FEATURE]
+    features = [
+        str(graph.node(number))
+        for number in range(len(graph.nodes))
+        if graph.nodes.kind[number] == FEATURE
+    ]
     wherever = [name for name in features if name.split("@")[0] == features[0].split("@")[0]]
-    labels = {features[0].split("@")[0]: "anywhere", circuits.parse_node(features[0]): "here", "f2.255": "not in the graph"}
-    imported = load_neuronpedia(save_neuronpedia(graph, tmp_path / "graph.json", slug="a", prune=False, labels=labels))
-    assert {str(node): label for node, label in imported.labels.items()} == {**dict.fromkeys(wherever, "anywhere"), features[0]: "here"}
+    labels = {
+        features[0].split("@")[0]: "anywhere",
+        circuits.parse_node(features[0]): "here",
+        "f2.255": "not in the graph",
+    }
+    imported = load_neuronpedia(
+        save_neuronpedia(graph, tmp_path / "graph.json", slug="a", prune=False, labels=labels)
+    )
+    assert {str(node): label for node, label in imported.labels.items()} == {
+        **dict.fromkeys(wherever, "anywhere"),
+        features[0]: "here",
+    }
 
 
 def test_errors_never_have_the_ids_of_features(graph, tmp_path):
@@ -222,27 +327,48 @@ def test_errors_never_have_the_ids_of_features(graph, tmp_path):
     features = graph.nodes.index.clone()
     features[:3] = torch.tensor([0, 1, 2])
     crowded = replace(graph, nodes=replace(graph.nodes, index=features))
-    content = json.loads(save_neuronpedia(crowded, tmp_path / "graph.json", slug="a", prune=False).read_text())
+    content = json.loads(
+        save_neuronpedia(crowded, tmp_path / "graph.json", slug="a", prune=False).read_text()
+    )
     for field in ("node_id", "jsNodeId"):
-        of_errors = {node[field] for node in content["nodes"] if node["feature_type"] == "mlp reconstruction error"}
+        of_errors = {
+            node[field]
+            for node in content["nodes"]
+            if node["feature_type"] == "mlp reconstruction error"
+        }
         assert len(of_errors) == len(errors)
-        assert not of_errors & {node[field] for node in content["nodes"] if node["feature_type"] != "mlp reconstruction error"}
+        assert not of_errors & {
+            node[field]
+            for node in content["nodes"]
+            if node["feature_type"] != "mlp reconstruction error"
+        }
 
 
 def test_targets_that_are_no_token_have_ids_beyond_any_vocabulary(differences, tmp_path):
     path = save_neuronpedia(differences, tmp_path / "graph.json", slug="a", prune=False)
-    token, difference = (node for node in json.loads(path.read_text())["nodes"] if node["feature_type"] == "logit")
+    token, difference = (
+        node for node in json.loads(path.read_text())["nodes"] if node["feature_type"] == "logit"
+    )
     assert (token["node_id"], token["feature"], token["is_target_logit"]) == ("4_435_11", 435, True)
-    assert (difference["node_id"], difference["feature"]) == (f"4_{FIRST_CUSTOM + 1}_11", FIRST_CUSTOM + 1)
+    assert (difference["node_id"], difference["feature"]) == (
+        f"4_{FIRST_CUSTOM + 1}_11",
+        FIRST_CUSTOM + 1,
+    )
     assert difference["jsNodeId"] == f"L_{FIRST_CUSTOM + 1}-11"
     assert difference["clerp"] == 'Output "#403 - #382" (p=1.000)'
-    assert load_neuronpedia(path).graph.targets == differences.targets == (Target("#435", 435), Target("#403 - #382"))
+    assert (
+        load_neuronpedia(path).graph.targets
+        == differences.targets
+        == (LogitTarget("#435", 435), LogitTarget("#403 - #382"))
+    )
 
 
 def test_a_feature_that_is_not_written_cannot_be_in_a_group(graph, tmp_path):
     dropped = str(graph.node(int((~prune(graph).nodes).nonzero()[0])))
     for kwargs in ({"groups": {"one": [dropped]}}, {"pinned": [dropped]}):
-        with pytest.raises(circuits.InputError, match=f"{dropped} is not among the 52 nodes that are written"):
+        with pytest.raises(
+            circuits.InputError, match=f"{dropped} is not among the 52 nodes that are written"
+        ):
             save_neuronpedia(graph, tmp_path / "graph.json", slug="a", **kwargs)
         save_neuronpedia(graph, tmp_path / "graph.json", slug="a", prune=False, **kwargs)
     with pytest.raises(circuits.InputError, match="names no node"):
@@ -263,7 +389,9 @@ def test_graphs_that_cannot_be_written_are_refused(graph, tmp_path):
         with pytest.raises(circuits.InputError, match=told) as raised:
             save_neuronpedia(broken, tmp_path / "graph.json", **{"slug": "a", **kwargs})
         assert "\n" not in str(raised.value)
-    with pytest.raises(circuits.InputError, match=r"is a folder; give the file's name, such as .*a\.json"):
+    with pytest.raises(
+        circuits.InputError, match=r"is a folder; give the file's name, such as .*a\.json"
+    ):
         save_neuronpedia(graph, tmp_path, slug="a")
     assert list(tmp_path.iterdir()) == []
 
@@ -273,11 +401,22 @@ def test_graphs_that_cannot_be_written_are_refused(graph, tmp_path):
 
 def test_new_and_old_ids_of_errors_mean_the_same(tmp_path):
     content = theirs()
-    new = {node["node_id"]: f"{node['layer']}_-1_{node['ctx_idx']}" for node in content["nodes"] if node["feature"] == -1}
-    content["nodes"] = [{**node, "node_id": new.get(node["node_id"], node["node_id"])} for node in content["nodes"]]
-    content["links"] = [{**link, "source": new.get(link["source"], link["source"])} for link in content["links"]]
+    new = {
+        node["node_id"]: f"{node['layer']}_-1_{node['ctx_idx']}"
+        for node in content["nodes"]
+        if node["feature"] == -1
+    }
+    content["nodes"] = [
+        {**node, "node_id": new.get(node["node_id"], node["node_id"])} for node in content["nodes"]
+    ]
+    content["links"] = [
+        {**link, "source": new.get(link["source"], link["source"])} for link in content["links"]
+    ]
     assert new
-    old, recent = load_neuronpedia(THEIRS).graph, load_neuronpedia(written(tmp_path / "new.json", content)).graph
+    old, recent = (
+        load_neuronpedia(THEIRS).graph,
+        load_neuronpedia(written(tmp_path / "new.json", content)).graph,
+    )
     assert torch.equal(old.adjacency(), recent.adjacency())
     assert torch.equal(old.nodes.layer, recent.nodes.layer)
     assert int((old.nodes.kind == ERROR).sum()) == len(new)
@@ -287,24 +426,46 @@ def test_what_their_schema_leaves_open_is_read(tmp_path):
     """Numbers as layers, nodes and fields in another order or absent, outputs named otherwise, subgraphs that name what is not there."""
     content = theirs()
     content["nodes"] = [
-        {**{key: node[key] for key in reversed(node) if key not in ("run_idx", "influence", "token_prob")}, "extra": 1}
+        {
+            **{
+                key: node[key]
+                for key in reversed(node)
+                if key not in ("run_idx", "influence", "token_prob")
+            },
+            "extra": 1,
+        }
         for node in reversed(content["nodes"])
     ]
     for node in content["nodes"]:
         node["layer"] = int(node["layer"]) if node["layer"].isdecimal() else node["layer"]
         node["clerp"] = f"say {node['feature']}" if node["feature_type"] == "logit" else ""
     content["links"].reverse()
-    content["qParams"] = {"supernodes": [["one", "0_5_11", "9_9_9"], ["one", "E_1_0"]], "pinnedIds": ["E_1_0", "virtual-diff"]}
+    content["qParams"] = {
+        "supernodes": [["one", "0_5_11", "9_9_9"], ["one", "E_1_0"]],
+        "pinnedIds": ["E_1_0", "virtual-diff"],
+    }
     del content["metadata"]["schema_version"], content["metadata"]["scan"]
-    expected, imported = load_neuronpedia(THEIRS).graph, load_neuronpedia(written(tmp_path / "graph.json", content))
+    expected, imported = (
+        load_neuronpedia(THEIRS).graph,
+        load_neuronpedia(written(tmp_path / "graph.json", content)),
+    )
     graph = imported.graph
-    assert [target.label for target in graph.targets] == [f"say {target.token}" for target in reversed(expected.targets)]
+    assert [target.label for target in graph.targets] == [
+        f"say {target.token}" for target in reversed(expected.targets)
+    ]
     assert graph.nodes.probability[graph.is_kind(TARGET)].unique().tolist() == [1.0]
     assert imported.cumulative.isnan().all()
     others = ~expected.is_kind(TARGET)
-    torch.testing.assert_close(graph.nodes[others].activation, expected.nodes[others].activation, equal_nan=True)
-    assert float(graph.adjacency().sum()) == pytest.approx(float(expected.adjacency().sum()), abs=1e-3)
-    assert imported.groups == {"one": (circuits.Feature(0, 5, 11),), "one (2)": (circuits.TokenEmbed(0),)}
+    torch.testing.assert_close(
+        graph.nodes[others].activation, expected.nodes[others].activation, equal_nan=True
+    )
+    assert float(graph.adjacency().sum()) == pytest.approx(
+        float(expected.adjacency().sum()), abs=1e-3
+    )
+    assert imported.groups == {
+        "one": (circuits.Feature(0, 5, 11),),
+        "one (2)": (circuits.TokenEmbed(0),),
+    }
     assert imported.pinned == (circuits.TokenEmbed(0),)
     assert imported.scan is None
 
@@ -321,13 +482,21 @@ def test_positions_without_an_embedding_have_no_token(tmp_path):
 FIRST_ERROR = next(index for index, node in enumerate(theirs()["nodes"]) if node["feature"] == -1)
 BROKEN: list[tuple[tuple[str | int, ...], Any, str]] = [
     (("metadata", "schema_version"), 2, "schema version 2, and version 1 is read here"),
-    (("metadata", "prompt_tokens"), "w1 w2", "prompt_tokens is 'w1 w2'; it must be a list of texts"),
+    (
+        ("metadata", "prompt_tokens"),
+        "w1 w2",
+        "prompt_tokens is 'w1 w2'; it must be a list of texts",
+    ),
     (("metadata", "prompt_tokens"), [], "prompt_tokens is empty"),
     (("metadata",), [], "it has no metadata"),
     (("nodes",), None, "it has no nodes"),
     (("nodes", 0), "0_5_11", "a node has no text node_id"),
     (("nodes", 0, "node_id"), 7, "a node has no text node_id"),
-    (("nodes", 0, "node_id"), "0_16_11", "two nodes are called '0_16_11', a cross layer transcoder and a cross layer transcoder"),
+    (
+        ("nodes", 0, "node_id"),
+        "0_16_11",
+        "two nodes are called '0_16_11', a cross layer transcoder and a cross layer transcoder",
+    ),
     (
         ("nodes", FIRST_ERROR, "node_id"),
         "0_5_11",
@@ -335,8 +504,16 @@ BROKEN: list[tuple[tuple[str | int, ...], Any, str]] = [
     ),
     (("nodes", 0, "node_id"), "1_5_11", "its id must be 0_<number>_11"),
     (("nodes", 0, "node_id"), "5", "its id must be 0_<number>_11"),
-    (("nodes", 0, "feature_type"), "lorsa", "'lorsa': graphs with Lorsa's attention features cannot be read"),
-    (("nodes", 0, "feature_type"), "lorsa error", "'lorsa error': graphs with Lorsa's attention features cannot be read"),
+    (
+        ("nodes", 0, "feature_type"),
+        "lorsa",
+        "'lorsa': graphs with Lorsa's attention features cannot be read",
+    ),
+    (
+        ("nodes", 0, "feature_type"),
+        "lorsa error",
+        "'lorsa error': graphs with Lorsa's attention features cannot be read",
+    ),
     (("nodes", 0, "feature_type"), ["logit"], "types that can be read are cross layer transcoder"),
     (("nodes", 0, "ctx_idx"), 12, "ctx_idx is 12; it must be a whole number from 0 to 11"),
     (("nodes", 0, "ctx_idx"), True, "ctx_idx is True"),
@@ -378,7 +555,10 @@ def test_a_file_that_is_wrong_is_one_line_that_says_where(tmp_path, place, value
         ("[" * 100_000, "is truncated or not JSON"),
         ("[1, 2]", "it has no metadata or qParams or nodes or links"),
         (THEIRS.read_text().replace("0.7927415370941162", "NaN"), "NaN is no number in JSON"),
-        (THEIRS.read_text().replace("-0.0831870585680008", "-Infinity"), "-Infinity is no number in JSON"),
+        (
+            THEIRS.read_text().replace("-0.0831870585680008", "-Infinity"),
+            "-Infinity is no number in JSON",
+        ),
         (THEIRS.read_text().replace("-0.0831870585680008", "-1e999"), "holds the number -inf"),
     ],
     ids=lambda part: part[:20],

@@ -24,15 +24,27 @@ def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
     before = sorted(path.parent.iterdir())
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
-    shown = {kind for cell in notebook.cells for output in cell.get("outputs", []) for kind in output.get("data", {})}
+    NotebookClient(
+        notebook,
+        timeout=300,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}},
+    ).execute()
+    shown = {
+        kind
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        for kind in output.get("data", {})
+    }
     assert {"text/html", "application/vnd.plotly.v1+json"} <= shown
     assert sorted(path.parent.iterdir()) == before
 
 
 @every_notebook
 def test_a_notebook_is_kept_without_outputs(path):
-    assert [cell.id for cell in code_cells(path) if cell.outputs or cell.execution_count is not None] == []
+    assert [
+        cell.id for cell in code_cells(path) if cell.outputs or cell.execution_count is not None
+    ] == []
 
 
 @every_notebook

@@ -5,11 +5,11 @@ import torch
 from random_transcoders import model_of, random_transcoders
 
 import circuits
-from circuits.feature_graph import FEATURE
-from circuits.interventions import Intervention, direct_effects
+from circuits.attribution.feature_graph import FEATURE
+from circuits.attribution.interventions import Intervention, direct_effects
 from circuits.transcoders.activations import JumpReLU, ReLU
-from circuits.transcoders.base import Encoder, Transcoders
-from circuits.transcoders.training import Training, train
+from circuits.transcoders.training.train import Training, train
+from circuits.transcoders.transcoder import Encoder, Transcoders
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 SETS = ("toy-world-plt", "toy-world-skip-plt", "toy-world-clt")
@@ -25,7 +25,9 @@ def float32_is_float32():
 
 def on_both(make):
     """What `make` gives for a device and toy-world on it: on the CPU, then on the GPU."""
-    return [make(device, circuits.load_model("toy-world", device=device)) for device in ("cpu", "cuda")]
+    return [
+        make(device, circuits.load_model("toy-world", device=device)) for device in ("cpu", "cuda")
+    ]
 
 
 def assert_same_graph(here, there, tolerance=2e-5):
@@ -39,7 +41,9 @@ def assert_same_graph(here, there, tolerance=2e-5):
 @pytest.mark.parametrize("name", SETS)
 def test_a_graph_is_the_same(name, budget):
     def graph(device, model):
-        method = circuits.AttributionGraph(circuits.load_transcoders(name, device=device), budget=budget, at_a_time=8)
+        method = circuits.AttributionGraph(
+            circuits.load_transcoders(name, device=device), budget=budget, at_a_time=8
+        )
         prompts = circuits.load_task("ioi", model, n=3, split="test")
         rows = [prompts.clean[row, : int(prompts.lengths[row])] for row in range(3)]
         return method.attribute_all(model, rows)
@@ -47,7 +51,9 @@ def test_a_graph_is_the_same(name, budget):
     for here, there in zip(*on_both(graph), strict=True):
         assert int(here.is_kind(FEATURE).sum()) > 15
         assert_same_graph(here, there)
-        torch.testing.assert_close(circuits.node_influence(there), circuits.node_influence(here), rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            circuits.node_influence(there), circuits.node_influence(here), rtol=0, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("kind", ["plt", "skip-plt", "clt"])
@@ -57,13 +63,19 @@ def test_architectures(architecture, kind):
     for device in ("cpu", "cuda"):
         model = model_of(architecture)
         transcoders = random_transcoders(model, kind)
-        graphs.append(circuits.AttributionGraph(transcoders.to(device)).attribute(model.to(device), [3, 14, 15, 9, 26, 5]))
+        graphs.append(
+            circuits.AttributionGraph(transcoders.to(device)).attribute(
+                model.to(device), [3, 14, 15, 9, 26, 5]
+            )
+        )
     assert_same_graph(*graphs)
 
 
 def test_a_circuit_of_features_has_the_same_damage():
     def damage(device, model):
-        method = circuits.AttributionGraph(circuits.load_transcoders("toy-world-clt", device=device))
+        method = circuits.AttributionGraph(
+            circuits.load_transcoders("toy-world-clt", device=device)
+        )
         task = circuits.load_task("ioi", model, n=4, split="test")
         circuit = method.discover(model, task)
         return circuit, circuits.evaluate(model, circuit, task, transcoders=method.loaded)
@@ -79,7 +91,9 @@ def test_direct_effects_are_the_same():
         transcoders = circuits.load_transcoders("toy-world-clt", device=device)
         prompt = circuits.load_task("two_hop", model, n=1, split="test").clean[0]
         graph = circuits.AttributionGraph(transcoders).attribute(model, prompt)
-        return direct_effects(model, transcoders, prompt, [[], [Intervention.scale(graph.node(0), 2.0)]]).logits.cpu()
+        return direct_effects(
+            model, transcoders, prompt, [[], [Intervention.scale(graph.node(0), 2.0)]]
+        ).logits.cpu()
 
     torch.testing.assert_close(*on_both(effects), rtol=0, atol=1e-4)
 
@@ -88,7 +102,11 @@ def test_edges_are_carried_by_the_same_heads():
     def shares(device, model):
         transcoders = circuits.load_transcoders("toy-world-clt", device=device)
         prompt = circuits.load_task("ioi", model, n=1, split="test").clean[0]
-        return circuits.head_shares(model, transcoders, circuits.pruned(circuits.AttributionGraph(transcoders).attribute(model, prompt)))
+        return circuits.head_shares(
+            model,
+            transcoders,
+            circuits.pruned(circuits.AttributionGraph(transcoders).attribute(model, prompt)),
+        )
 
     here, there = on_both(shares)
     torch.testing.assert_close(there.cpu(), here, rtol=0, atol=2e-5)
@@ -97,9 +115,16 @@ def test_edges_are_carried_by_the_same_heads():
 @pytest.mark.parametrize("top_k", [None, 5])
 def test_features_are_found_in_the_same_places(top_k):
     transcoders = circuits.load_transcoders("toy-world-plt")
-    states = {layer: torch.randn(2, 40, 128, generator=torch.Generator().manual_seed(layer)) for layer in range(4)}
+    states = {
+        layer: torch.randn(2, 40, 128, generator=torch.Generator().manual_seed(layer))
+        for layer in range(4)
+    }
     found = [
-        circuits.extract_features({layer: each.to(device) for layer, each in states.items()}, transcoders.to(device), top_k=top_k).table()
+        circuits.extract_features(
+            {layer: each.to(device) for layer, each in states.items()},
+            transcoders.to(device),
+            top_k=top_k,
+        ).table()
         for device in ("cpu", "cuda")
     ]
     assert len(found[0]) > 300
@@ -115,11 +140,22 @@ def test_of_equal_activations_the_same_are_taken(activation, max_memory):
     fires = {"relu": ReLU(), "jump_relu": JumpReLU(torch.full((96,), 2.5))}[activation]
     weights = [torch.randint(-1, 2, (96, 8), generator=generator).bfloat16() for _ in range(3)]
     nothing = torch.zeros(96, 1, 8).bfloat16()
-    transcoders = Transcoders([Encoder(weight, weight[:, 0] * 0, fires) for weight in weights], [nothing] * 3, [nothing[0, 0]] * 3)
-    states = {layer: torch.randint(-2, 3, (2, 30, 8), generator=generator).bfloat16() for layer in range(3)}
+    transcoders = Transcoders(
+        [Encoder(weight, weight[:, 0] * 0, fires) for weight in weights],
+        [nothing] * 3,
+        [nothing[0, 0]] * 3,
+    )
+    states = {
+        layer: torch.randint(-2, 3, (2, 30, 8), generator=generator).bfloat16()
+        for layer in range(3)
+    }
     here, there = (
         circuits.extract_features(
-            {layer: each.to(device) for layer, each in states.items()}, transcoders.to(device), 2, 1.0, max_memory=max_memory
+            {layer: each.to(device) for layer, each in states.items()},
+            transcoders.to(device),
+            2,
+            1.0,
+            max_memory=max_memory,
         ).table()
         for device in ("cpu", "cuda")
     )
@@ -144,11 +180,21 @@ def test_transcoders_are_trained_there(kind):
         assert float((theirs.weight.cpu() - mine.weight).abs().mean()) < 1e-4
 
 
-@pytest.mark.parametrize("method", [circuits.ACDC(0.01), circuits.EAP(), circuits.BatchedACDC(0.01)], ids=lambda method: method.name)
+@pytest.mark.parametrize(
+    "method",
+    [circuits.ACDC(0.01), circuits.EAP(), circuits.BatchedACDC(0.01)],
+    ids=lambda method: method.name,
+)
 def test_component_circuits_are_the_same(method):
-    (here, there) = on_both(lambda device, model: method.discover(model, circuits.load_task("ioi", model, n=8, split="train")))
+    (here, there) = on_both(
+        lambda device, model: method.discover(
+            model, circuits.load_task("ioi", model, n=8, split="train")
+        )
+    )
     if here.kept is not None:
-        assert int((here.kept != there.kept).sum()) <= 2  # an edge within rounding of the threshold may fall on either side
+        assert (
+            int((here.kept != there.kept).sum()) <= 2
+        )  # an edge within rounding of the threshold may fall on either side
     same = ~here.scores.isnan() & ~there.scores.isnan()
     assert int(same.sum()) > 200
     torch.testing.assert_close(there.scores.cpu()[same], here.scores[same], rtol=0, atol=2e-4)

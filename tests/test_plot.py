@@ -13,13 +13,14 @@ import pytest
 import torch
 from plotly.offline import get_plotlyjs
 
-from circuits import plot
-from circuits.circuit import Circuit
-from circuits.errors import InputError
-from circuits.graph import SLOTS, Edge, Graph, build_graph
-from circuits.nodes import MLP, Embed, Feature, Head, Logits, Node, TokenEmbed, at_position
-from circuits.viewer.layout import Skeleton, crossings, skeleton
-from circuits.viewer.placement import BOX_HEIGHT, place, separated
+from circuits.graph.circuit import Circuit
+from circuits.graph.edges import SLOTS, Edge
+from circuits.graph.graph import Graph, graph_from_triples
+from circuits.graph.nodes import MLP, Embed, Feature, Head, Logits, Node, TokenEmbed, at_position
+from circuits.plotting import pages
+from circuits.plotting.circuit_drawing.coordinates import BOX_HEIGHT, place, separated
+from circuits.plotting.circuit_drawing.rows import Skeleton, crossings, skeleton
+from circuits.system.errors import InputError
 
 SVG = "{http://www.w3.org/2000/svg}"
 SPANS = ("IO", "S1", "S1+1", "<x>&")
@@ -33,7 +34,10 @@ def components(layers: int, heads: int, spans: Sequence[str] | None = None) -> G
     order.append(Logits())
     copies = spans or (None,)
     # The heads of a layer read what stood before the layer; an MLP and the logits everything before themselves.
-    sources_of = {node: 1 + node.layer * (heads + 1) if isinstance(node, Head) else index for index, node in enumerate(order)}
+    sources_of = {
+        node: 1 + node.layer * (heads + 1) if isinstance(node, Head) else index
+        for index, node in enumerate(order)
+    }
     nodes = [at_position(node, span) for node in order for span in copies]
     edges = [
         (source * len(copies) + copy, order.index(target) * len(copies) + copy, slot)
@@ -42,7 +46,7 @@ def components(layers: int, heads: int, spans: Sequence[str] | None = None) -> G
         for copy in range(len(copies))
         for source in range(sources)
     ]
-    return build_graph(nodes, edges, positions=None if spans is None else tuple(spans))
+    return graph_from_triples(nodes, edges, positions=None if spans is None else tuple(spans))
 
 
 def scored(graph: Graph, size: int, seed: int = 0) -> Circuit:
@@ -57,14 +61,28 @@ def circuit() -> Circuit:
 
 def edge_marks(svg: str) -> dict[str, ElementTree.Element]:
     """The path of each drawn edge, by the edge's name."""
-    groups = [group for group in ElementTree.fromstring(svg).iter(f"{SVG}g") if group.get("class") == "edge"]
-    return {group.findtext(f"{SVG}title", "").split("  ")[0]: group.find(f"{SVG}path") for group in groups}  # type: ignore[misc]
+    groups = [
+        group
+        for group in ElementTree.fromstring(svg).iter(f"{SVG}g")
+        if group.get("class") == "edge"
+    ]
+    return {
+        group.findtext(f"{SVG}title", "").split("  ")[0]: group.find(f"{SVG}path")
+        for group in groups
+    }  # type: ignore[misc]
 
 
 def boxes(svg: str) -> dict[str, ElementTree.Element]:
     """The rectangle of each drawn node, by the node's name."""
-    groups = [group for group in ElementTree.fromstring(svg).iter(f"{SVG}g") if group.get("class") == "node"]
-    return {group.findtext(f"{SVG}title", "").split("\n")[0]: group.find(f"{SVG}rect") for group in groups}  # type: ignore[misc]
+    groups = [
+        group
+        for group in ElementTree.fromstring(svg).iter(f"{SVG}g")
+        if group.get("class") == "node"
+    ]
+    return {
+        group.findtext(f"{SVG}title", "").split("\n")[0]: group.find(f"{SVG}rect")
+        for group in groups
+    }  # type: ignore[misc]
 
 
 def top_of(box: ElementTree.Element) -> float:
@@ -77,14 +95,17 @@ def visible_text(svg: str) -> str:
 
 def loads(page: str) -> list[str]:
     """Whatever in a page could make a browser fetch something."""
-    return re.findall(r"(?:\bsrc|\bhref)\s*=\s*[^\s>]+|url\([^)]*\)|@import|<link\b|<iframe\b|\bfetch\(|XMLHttpRequest", page)
+    return re.findall(
+        r"(?:\bsrc|\bhref)\s*=\s*[^\s>]+|url\([^)]*\)|@import|<link\b|<iframe\b|\bfetch\(|XMLHttpRequest",
+        page,
+    )
 
 
 # The drawing
 
 
 def test_every_kept_edge_is_drawn_with_its_name_and_score(circuit: Circuit) -> None:
-    svg = plot.draw_circuit(circuit)
+    svg = pages.draw_circuit(circuit)
     titles = [title.text or "" for title in ElementTree.fromstring(svg).iter(f"{SVG}title")]
     for edge, score in zip(circuit.edges, circuit.scores[circuit.kept].tolist(), strict=True):
         assert f"{edge}  {score:+.4g}" in titles
@@ -94,12 +115,19 @@ def test_every_kept_edge_is_drawn_with_its_name_and_score(circuit: Circuit) -> N
 def test_only_nodes_with_edges_are_drawn() -> None:
     circuit = scored(components(4, 4), 8)
     used = {str(node) for edge in circuit.edges for node in (edge.source, edge.target)}
-    assert set(boxes(plot.draw_circuit(circuit))) == used
+    assert set(boxes(pages.draw_circuit(circuit))) == used
     assert len(used) < len(circuit.graph.nodes)
 
 
-def test_logits_stand_on_top_embeddings_at_the_bottom_and_mlps_above_the_heads_of_their_layer() -> None:
-    tops = {name: top_of(box) for name, box in boxes(plot.draw_circuit(Circuit.full(components(3, 2)), max_edges=10**6)).items()}
+def test_logits_stand_on_top_embeddings_at_the_bottom_and_mlps_above_the_heads_of_their_layer() -> (
+    None
+):
+    tops = {
+        name: top_of(box)
+        for name, box in boxes(
+            pages.draw_circuit(Circuit.full(components(3, 2)), max_edges=10**6)
+        ).items()
+    }
     rows = ["embed", "a0.h0", "m0", "a1.h0", "m1", "a2.h0", "m2", "logits"]
     assert [tops[name] for name in rows] == sorted((tops[name] for name in rows), reverse=True)
     assert len({tops[name] for name in rows}) == len(rows)
@@ -107,10 +135,13 @@ def test_logits_stand_on_top_embeddings_at_the_bottom_and_mlps_above_the_heads_o
 
 
 def test_an_edge_starts_on_its_source_and_ends_under_its_target(circuit: Circuit) -> None:
-    svg = plot.draw_circuit(circuit)
+    svg = pages.draw_circuit(circuit)
     rectangles = boxes(svg)
     for edge in circuit.edges:
-        numbers = [float(number) for number in re.findall(r"-?[\d.]+", edge_marks(svg)[str(edge)].get("d", ""))]
+        numbers = [
+            float(number)
+            for number in re.findall(r"-?[\d.]+", edge_marks(svg)[str(edge)].get("d", ""))
+        ]
         source, target = rectangles[str(edge.source)], rectangles[str(edge.target)]
         assert numbers[1] == pytest.approx(top_of(source), abs=0.1)
         assert numbers[-1] == pytest.approx(top_of(target) + BOX_HEIGHT, abs=0.1)
@@ -119,7 +150,11 @@ def test_an_edge_starts_on_its_source_and_ends_under_its_target(circuit: Circuit
 
 def test_a_head_is_entered_in_q_k_and_v_from_left_to_right_in_three_colours() -> None:
     graph = components(2, 1)
-    svg = plot.draw_circuit(Circuit.from_edges(graph, ["embed->a1.h0.q", "embed->a1.h0.k", "embed->a1.h0.v", "a1.h0->logits"]))
+    svg = pages.draw_circuit(
+        Circuit.from_edges(
+            graph, ["embed->a1.h0.q", "embed->a1.h0.k", "embed->a1.h0.v", "a1.h0->logits"]
+        )
+    )
     marks = edge_marks(svg)
     ends = {}
     for slot in SLOTS:
@@ -130,31 +165,36 @@ def test_a_head_is_entered_in_q_k_and_v_from_left_to_right_in_three_colours() ->
 
 
 def test_stronger_edges_are_wider(circuit: Circuit) -> None:
-    marks = edge_marks(plot.draw_circuit(circuit))
-    pairs = sorted(zip(circuit.scores[circuit.kept].abs().tolist(), circuit.edges, strict=True), key=lambda pair: pair[0])
+    marks = edge_marks(pages.draw_circuit(circuit))
+    pairs = sorted(
+        zip(circuit.scores[circuit.kept].abs().tolist(), circuit.edges, strict=True),
+        key=lambda pair: pair[0],
+    )
     widths = [float(marks[str(edge)].get("stroke-width", "nan")) for _, edge in pairs]
     assert widths == sorted(widths)
     assert widths[-1] > 2 * widths[0]
 
 
 def test_edges_with_a_score_below_zero_are_dashed(circuit: Circuit) -> None:
-    marks = edge_marks(plot.draw_circuit(circuit))
+    marks = edge_marks(pages.draw_circuit(circuit))
     for edge, score in zip(circuit.edges, circuit.scores[circuit.kept].tolist(), strict=True):
         assert (marks[str(edge)].get("stroke-dasharray") is not None) == (score < 0)
 
 
-def test_when_more_edges_are_kept_than_drawn_the_strongest_are_drawn_and_the_picture_says_so() -> None:
+def test_when_more_edges_are_kept_than_drawn_the_strongest_are_drawn_and_the_picture_says_so() -> (
+    None
+):
     circuit = scored(components(12, 12), 1204)
-    svg = plot.draw_circuit(circuit, max_edges=200)
+    svg = pages.draw_circuit(circuit, max_edges=200)
     assert set(edge_marks(svg)) == {str(edge) for edge in circuit.top(200).edges}
     assert "200 strongest of 1,204 edges" in visible_text(svg)
-    assert "strongest of" not in visible_text(plot.draw_circuit(circuit.top(200)))
+    assert "strongest of" not in visible_text(pages.draw_circuit(circuit.top(200)))
 
 
 def test_an_empty_circuit_says_that_no_edges_are_kept() -> None:
     circuit = Circuit.from_edges(components(1, 1), [])
-    assert "No edges kept" in visible_text(plot.draw_circuit(circuit, title="nothing"))
-    assert "No edges kept" in plot.circuit_page(circuit, title="nothing")
+    assert "No edges kept" in visible_text(pages.draw_circuit(circuit, title="nothing"))
+    assert "No edges kept" in pages.circuit_page(circuit, title="nothing")
 
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf"), 0.0], ids=str)
@@ -162,15 +202,17 @@ def test_scores_that_are_missing_infinite_or_zero_are_drawn_too(score: float) ->
     graph = components(2, 2)
     scores = torch.full((len(graph),), score)
     for values in (scores, torch.cat([torch.ones(1), scores[1:]])):
-        svg = plot.draw_circuit(Circuit.full(graph, values), max_edges=len(graph))
+        svg = pages.draw_circuit(Circuit.full(graph, values), max_edges=len(graph))
         assert len(edge_marks(svg)) == len(graph)
-        assert all(0 < float(mark.get("stroke-width", "nan")) < 20 for mark in edge_marks(svg).values())
+        assert all(
+            0 < float(mark.get("stroke-width", "nan")) < 20 for mark in edge_marks(svg).values()
+        )
         assert ("not scored" in svg) == (score != score)
         assert "nan" not in "".join(mark.get("d", "") for mark in edge_marks(svg).values())
 
 
 def test_positions_are_columns_in_the_graphs_order() -> None:
-    svg = plot.draw_circuit(scored(components(2, 2, SPANS), 60))
+    svg = pages.draw_circuit(scored(components(2, 2, SPANS), 60))
     lefts: dict[str, list[float]] = {span: [] for span in SPANS}
     for name, box in boxes(svg).items():
         lefts[name.partition("@")[2]].append(float(box.get("x", "nan")))
@@ -181,34 +223,44 @@ def test_positions_are_columns_in_the_graphs_order() -> None:
 
 def test_numbered_positions_are_columns_in_numeric_order_whatever_the_graphs_order() -> None:
     nodes = [TokenEmbed(10), TokenEmbed(2), Feature(0, 7, 10), Logits("answer", 10)]
-    graph = build_graph(nodes, [(0, 2, -1), (1, 2, -1), (2, 3, -1)])
-    drawn = boxes(plot.draw_circuit(Circuit.full(graph, torch.tensor([1.0, 2.0, 3.0]))))
-    assert float(drawn["tok_embed@2"].get("x", "nan")) < float(drawn["tok_embed@10"].get("x", "nan"))
-    assert top_of(drawn["tok_embed@2"]) > top_of(drawn["f0.7@10"]) > top_of(drawn["logits:answer@10"])
+    graph = graph_from_triples(nodes, [(0, 2, -1), (1, 2, -1), (2, 3, -1)])
+    drawn = boxes(pages.draw_circuit(Circuit.full(graph, torch.tensor([1.0, 2.0, 3.0]))))
+    assert float(drawn["tok_embed@2"].get("x", "nan")) < float(
+        drawn["tok_embed@10"].get("x", "nan")
+    )
+    assert (
+        top_of(drawn["tok_embed@2"]) > top_of(drawn["f0.7@10"]) > top_of(drawn["logits:answer@10"])
+    )
 
 
 def test_text_is_escaped_everywhere() -> None:
     circuit = scored(components(2, 2, SPANS), 40)
     title = "<script>alert('&')</script>"
-    svg = plot.draw_circuit(circuit, title=title)
+    svg = pages.draw_circuit(circuit, title=title)
     assert title in visible_text(svg)
     table = pandas.DataFrame({title: [title]})
     curves = pandas.DataFrame({"method": [title], "edges": [3], "faithfulness": [0.5]})
-    pages = [
-        plot.circuit_page(circuit, title=title, details={title: title}),
-        plot.report_page(title=title, table=table, curves=curves, circuits={title: circuit}, details={title: title}),
+    drawn = [
+        pages.circuit_page(circuit, title=title, details={title: title}),
+        pages.report_page(
+            title=title,
+            table=table,
+            curves=curves,
+            circuits={title: circuit},
+            details={title: title},
+        ),
     ]
-    for page in pages:
+    for page in drawn:
         assert "<script>alert" not in page and "<x>" not in page
 
 
 def test_the_same_circuit_gives_the_same_picture(circuit: Circuit) -> None:
-    assert plot.draw_circuit(circuit) == plot.draw_circuit(scored(components(4, 4), 50))
+    assert pages.draw_circuit(circuit) == pages.draw_circuit(scored(components(4, 4), 50))
 
 
 def test_a_negative_number_of_edges_to_draw_is_refused(circuit: Circuit) -> None:
     with pytest.raises(InputError, match="max_edges=-1"):
-        plot.draw_circuit(circuit, max_edges=-1)
+        pages.draw_circuit(circuit, max_edges=-1)
 
 
 # The layout
@@ -217,19 +269,29 @@ def test_a_negative_number_of_edges_to_draw_is_refused(circuit: Circuit) -> None
 def laid_out(edges: Sequence[Edge], width: float = 4.0) -> Skeleton:
     nodes = list(dict.fromkeys(node for edge in edges for node in (edge.source, edge.target)))
     columns = list(dict.fromkeys(node.position for node in nodes))  # type: ignore[attr-defined]
-    return skeleton(nodes, edges, box_widths=dict.fromkeys(nodes, 60.0), edge_widths=[width] * len(edges), columns=columns)
+    return skeleton(
+        nodes,
+        edges,
+        box_widths=dict.fromkeys(nodes, 60.0),
+        edge_widths=[width] * len(edges),
+        columns=columns,
+    )
 
 
 @pytest.mark.parametrize("spans", [None, SPANS], ids=["one column", "four columns"])
 def test_edges_pass_between_boxes_and_boxes_do_not_overlap(spans: Sequence[str] | None) -> None:
     edges = scored(components(5, 4, spans), 120).edges
     drawing = laid_out(edges)
-    placement = place(drawing, edges, column_widths=[0.0] * len({box.column for box in drawing.stops}))
+    placement = place(
+        drawing, edges, column_widths=[0.0] * len({box.column for box in drawing.stops})
+    )
     for a, b in itertools.combinations(placement.boxes, 2):
         assert a.y != b.y or abs(a.x - b.x) >= (a.width + b.width) / 2
     for edge, route in zip(edges, placement.routes, strict=True):
         for (x, y), box in itertools.product(route[1:-1], placement.boxes):
-            assert abs(y - box.y) > BOX_HEIGHT / 2 or abs(x - box.x) > box.width / 2, f"{edge} runs behind {box.node}"
+            assert abs(y - box.y) > BOX_HEIGHT / 2 or abs(x - box.x) > box.width / 2, (
+                f"{edge} runs behind {box.node}"
+            )
 
 
 def test_the_order_of_nodes_untangles_what_can_be_untangled() -> None:
@@ -245,21 +307,33 @@ def test_separated_places_are_the_nearest_that_keep_their_distance() -> None:
     generator = random.Random(0)
     for _ in range(50):
         size = generator.randint(1, 7)
-        wanted, weights = [generator.gauss(0, 3) for _ in range(size)], [generator.uniform(0.5, 4) for _ in range(size)]
+        wanted, weights = (
+            [generator.gauss(0, 3) for _ in range(size)],
+            [generator.uniform(0.5, 4) for _ in range(size)],
+        )
         gaps = [generator.uniform(0.1, 2) for _ in range(size - 1)]
         placed = separated(wanted, weights, gaps)
-        assert all(b - a >= gap - 1e-9 for (a, b), gap in zip(itertools.pairwise(placed), gaps, strict=True))
+        assert all(
+            b - a >= gap - 1e-9
+            for (a, b), gap in zip(itertools.pairwise(placed), gaps, strict=True)
+        )
         cost = sum(w * (x - y) ** 2 for w, x, y in zip(weights, placed, wanted, strict=True))
         for _ in range(50):
-            other = separated([x + generator.gauss(0, 0.3) for x in placed], [1.0] * size, gaps)  # another allowed placement
-            assert cost <= sum(w * (x - y) ** 2 for w, x, y in zip(weights, other, wanted, strict=True)) + 1e-9
+            other = separated(
+                [x + generator.gauss(0, 0.3) for x in placed], [1.0] * size, gaps
+            )  # another allowed placement
+            assert (
+                cost
+                <= sum(w * (x - y) ** 2 for w, x, y in zip(weights, other, wanted, strict=True))
+                + 1e-9
+            )
 
 
 # Pages
 
 
 def test_a_circuit_page_is_small_loads_nothing_and_lists_every_edge(circuit: Circuit) -> None:
-    page = plot.circuit_page(circuit, title="ACDC on IOI", details={"threshold": "0.01"})
+    page = pages.circuit_page(circuit, title="ACDC on IOI", details={"threshold": "0.01"})
     assert loads(page) == []
     assert len(page) < 100_000
     assert "<dt>threshold</dt><dd>0.01</dd>" in page
@@ -268,24 +342,34 @@ def test_a_circuit_page_is_small_loads_nothing_and_lists_every_edge(circuit: Cir
     assert {name.replace("&gt;", ">") for _, name in rows} == {str(edge) for edge in circuit.edges}
 
 
-def test_the_rows_of_a_page_and_the_edges_of_its_drawing_have_the_same_ranks(circuit: Circuit) -> None:
-    page = plot.circuit_page(circuit, title="ACDC on IOI")
+def test_the_rows_of_a_page_and_the_edges_of_its_drawing_have_the_same_ranks(
+    circuit: Circuit,
+) -> None:
+    page = pages.circuit_page(circuit, title="ACDC on IOI")
     rows = dict(re.findall(r'<tr data-rank="(\d+)"><td>([^<]+)</td>', page))
     marks = dict(re.findall(r'<g class="edge" data-rank="(\d+)"[^>]*><title>([^ ]+)  ', page))
     assert rows == marks
 
 
 def test_a_long_table_of_edges_is_cut_and_says_so() -> None:
-    page = plot.circuit_page(scored(components(12, 12), 1500), title="many")
+    page = pages.circuit_page(scored(components(12, 12), 1500), title="many")
     assert "The 1,000 strongest of 1,500 edges" in page
     assert page.count("<tr data-rank=") == 1000
 
 
 def test_a_report_works_offline_with_plotlys_script_inside_once(circuit: Circuit) -> None:
-    curves = pandas.DataFrame({"method": ["eap"] * 2, "edges": [5, 50], "faithfulness": [0.2, 0.8], "kl": [2.0, 0.3]})
-    table = pandas.DataFrame({"method": ["acdc", "random"], "edges": [50, 1204], "KL": [0.0712345, float("nan")]})
-    report = plot.report_page(
-        title="IOI", table=table, curves=curves, circuits={"acdc": circuit, "random": circuit.top(9)}, details={"seed": "0"}
+    curves = pandas.DataFrame(
+        {"method": ["eap"] * 2, "edges": [5, 50], "faithfulness": [0.2, 0.8], "kl": [2.0, 0.3]}
+    )
+    table = pandas.DataFrame(
+        {"method": ["acdc", "random"], "edges": [50, 1204], "KL": [0.0712345, float("nan")]}
+    )
+    report = pages.report_page(
+        title="IOI",
+        table=table,
+        curves=curves,
+        circuits={"acdc": circuit, "random": circuit.top(9)},
+        details={"seed": "0"},
     )
     assert report.count(get_plotlyjs()) == 1
     ours = report.replace(get_plotlyjs(), "")
@@ -296,5 +380,10 @@ def test_a_report_works_offline_with_plotlys_script_inside_once(circuit: Circuit
 
 
 def test_a_report_without_curves_or_circuits_has_no_empty_sections() -> None:
-    report = plot.report_page(title="IOI", table=pandas.DataFrame({"method": ["acdc"]}), curves=pandas.DataFrame(), circuits={})
+    report = pages.report_page(
+        title="IOI",
+        table=pandas.DataFrame({"method": ["acdc"]}),
+        curves=pandas.DataFrame(),
+        circuits={},
+    )
     assert re.findall("<h2>(.*?)</h2>", report) == ["Comparison"]

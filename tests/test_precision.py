@@ -6,11 +6,11 @@ import torch
 from architectures import ARCHITECTURES, random_model, random_task
 
 import circuits
-from circuits.ablation import get_ablation
-from circuits.confirmation import confirm
-from circuits.execution import DamageMeter
-from circuits.incremental import IncrementalExecutor
-from circuits.precision import DTYPES, Background, Precision, _say_once
+from circuits.discovery.search.confirmation import confirm
+from circuits.running.ablation import get_ablation
+from circuits.running.damage import DamageMeter
+from circuits.running.incremental.executor import IncrementalExecutor
+from circuits.running.precision import DTYPES, Background, Precision, _say_once
 
 # The simulation says so once, in whichever test comes first.
 pytestmark = pytest.mark.filterwarnings("ignore:.*simulated:UserWarning")
@@ -48,7 +48,9 @@ class TestProducts:
         x, weight, bias = tensor(2, 10, 24), tensor(4, 24, 6, seed=1), tensor(4, 6, seed=2)
         found = background.product(x, weight, bias, torch.tensor([3, 1]))
         for row, head in enumerate((3, 1)):
-            torch.testing.assert_close(found[row], background.product(x[row], weight[head], bias[head]))
+            torch.testing.assert_close(
+                found[row], background.product(x[row], weight[head], bias[head])
+            )
 
     @pytest.mark.parametrize("name", TYPES)
     def test_increments_are_exact_at_the_base_and_round_only_what_changed(self, name):
@@ -56,12 +58,20 @@ class TestProducts:
         change = 1e-4 * tensor(3, 7, 24, seed=3)
         change[1] = 0
         x = torch.cat([base, base + change]).double()
-        found = Background.of(Precision(name), "cpu").increments(7)(x.flatten(0, 1), weight.double(), bias.double()).view(4, 7, 16)
+        found = (
+            Background.of(Precision(name), "cpu")
+            .increments(7)(x.flatten(0, 1), weight.double(), bias.double())
+            .view(4, 7, 16)
+        )
         exact = x @ weight.double() + bias.double()
         assert torch.equal(found[2], found[0])
         torch.testing.assert_close(found[0], exact[0])
         # As large as the rounding of the change allows, which is ten thousand times smaller than that of the values.
-        assert 0 < (found - exact).abs().max() < 2.1 * LARGEST_ERROR[name] * 24 * change.abs().max() * weight.abs().max()
+        assert (
+            0
+            < (found - exact).abs().max()
+            < 2.1 * LARGEST_ERROR[name] * 24 * change.abs().max() * weight.abs().max()
+        )
 
     def test_each_weight_is_rounded_once(self):
         background, weight = Background.of(Precision("int8"), "cpu"), tensor(24, 16)
@@ -74,12 +84,16 @@ class TestRuns:
     def test_changes_of_logits_are_those_of_float32_but_for_rounding(self, architecture):
         model, task = random_model(architecture), random_task(ragged=True)
         graph = circuits.component_graph(model)
-        target = int(graph.target.min())  # edges into one target, far up: everything downstream is in the background
+        target = int(
+            graph.target.min()
+        )  # edges into one target, far up: everything downstream is in the background
         base = torch.ones(len(graph), dtype=torch.bool)
         kept = base.repeat(3, 1)
         for row, edge in enumerate((graph.target == target).nonzero()[:3, 0]):
             kept[row, edge] = False
-        mixed = IncrementalExecutor.prepare(model, graph, task, get_ablation("resample"), precision=Precision("bfloat16"))
+        mixed = IncrementalExecutor.prepare(
+            model, graph, task, get_ablation("resample"), precision=Precision("bfloat16")
+        )
         mixed.near(base)
         exact = mixed.exact().logits(kept)
         changes = (exact - mixed.exact().logits(base[None])).abs().max()
@@ -90,17 +104,27 @@ class TestRuns:
     def test_what_is_investigated_is_in_float32(self, toy_world):
         # Nothing is downstream of edges into the logits but the unembedding, which is under test itself.
         task, graph = circuits.load_task("ioi", toy_world, n=4), circuits.component_graph(toy_world)
-        into_logits = [edge for edge in range(len(graph)) if str(graph.edges[edge]).endswith("->logits")]
+        into_logits = [
+            edge for edge in range(len(graph)) if str(graph.edges[edge]).endswith("->logits")
+        ]
         kept = torch.ones(len(into_logits), len(graph), dtype=torch.bool)
         kept[torch.arange(len(into_logits)), into_logits] = False
-        mixed = IncrementalExecutor.prepare(toy_world, graph, task, get_ablation("resample"), precision=Precision("int8"))
+        mixed = IncrementalExecutor.prepare(
+            toy_world, graph, task, get_ablation("resample"), precision=Precision("int8")
+        )
         assert torch.equal(mixed.logits(kept), mixed.exact().logits(kept))
 
     def test_plain_low_precision_is_a_model_of_its_own(self, toy_world):
         task, graph = circuits.load_task("ioi", toy_world, n=4), circuits.component_graph(toy_world)
         kept = torch.ones(1, len(graph), dtype=torch.bool)
         options = {"metric": "kl", "ablation": "resample"}
-        plain = DamageMeter.prepare(toy_world, graph, task, precision=Precision("bfloat16", "bfloat16", confirm=False), **options)
+        plain = DamageMeter.prepare(
+            toy_world,
+            graph,
+            task,
+            precision=Precision("bfloat16", "bfloat16", confirm=False),
+            **options,
+        )
         whole = DamageMeter.prepare(toy_world, graph, task, **options)
         assert plain.exact is None
         assert float(plain(kept)[0]) == 0
@@ -118,12 +142,22 @@ class TestConfirmation:
             asked.extend(states.tolist())
             return truth[states]
 
-        noise, count = confirm(increases, values, np.array(before), lambda found: np.abs(found - threshold), measure, noise, sample=sample)
+        noise, count = confirm(
+            increases,
+            values,
+            np.array(before),
+            lambda found: np.abs(found - threshold),
+            measure,
+            noise,
+            sample=sample,
+        )
         assert count == len(asked) == len(set(asked))
         return increases, noise, asked
 
     def test_what_is_nearest_to_the_threshold_is_measured_and_tells_the_noise(self):
-        increases, noise, asked = self.confirmed([9, 0.5, 0.2, 0.1, 7, 0], [0, 0, 0.01, 0, 0, 0], [5] * 5, 0.15)
+        increases, noise, asked = self.confirmed(
+            [9, 0.5, 0.2, 0.1, 7, 0], [0, 0, 0.01, 0, 0, 0], [5] * 5, 0.15
+        )
         assert set(asked) == {1, 2, 3, 5}
         assert noise == pytest.approx(0.01)
         assert increases == pytest.approx([9, 0.5, 0.2, 0.1, 7])
@@ -145,7 +179,9 @@ class TestConfirmation:
         assert self.confirmed([1, 2, 0], [0, 0, 0], [2, 2], 0.1, noise=0.01, sample=False)[2] == []
 
     def test_with_noise_beyond_bounds_everything_is_measured_once(self):
-        assert set(self.confirmed([1, 2, 0], [0.1, 0, 0], [2, 2], 0.1, noise=np.inf, sample=False)[2]) == {0, 1, 2}
+        assert set(
+            self.confirmed([1, 2, 0], [0.1, 0, 0], [2, 2], 0.1, noise=np.inf, sample=False)[2]
+        ) == {0, 1, 2}
 
 
 class TestSearches:
@@ -164,7 +200,11 @@ class TestSearches:
         task = circuits.load_task("ioi", toy_world, n=8)
         exact, mixed, confirmed = (
             circuits.ACDC(0.03, precision=precision).discover(toy_world, task)
-            for precision in (None, Precision("float8_e4m3", confirm=False), Precision("float8_e4m3"))
+            for precision in (
+                None,
+                Precision("float8_e4m3", confirm=False),
+                Precision("float8_e4m3"),
+            )
         )
         assert not torch.equal(mixed.kept, exact.kept)
         assert torch.equal(confirmed.kept, exact.kept)
@@ -186,15 +226,23 @@ class TestSearches:
 
     def test_the_record_says_how_exactly_it_was_computed(self, toy_world):
         task = circuits.load_task("ioi", toy_world, n=2)
-        found = circuits.ACDC(1.0, precision=Precision("float16", confirm=False)).discover(toy_world, task)
+        found = circuits.ACDC(1.0, precision=Precision("float16", confirm=False)).discover(
+            toy_world, task
+        )
         assert found.record["settings"]["precision"] == "float16, unconfirmed"
         assert "confirmed" not in found.record
 
     def test_searches_of_different_precision_are_not_taken_for_each_other(self):
-        methods = [circuits.ACDC(0.1, precision=each) for each in (None, "int8", Precision("int8", confirm=False), "float16")]
+        methods = [
+            circuits.ACDC(0.1, precision=each)
+            for each in (None, "int8", Precision("int8", confirm=False), "float16")
+        ]
         methods.append(circuits.ACDC(0.1, precision=Precision("int8", "int8", confirm=False)))
         assert len({str(method.identity()) for method in methods}) == len(methods)
-        assert circuits.ACDC(0.1, precision="int8").identity() == circuits.ACDC(0.1, precision=Precision("int8")).identity()
+        assert (
+            circuits.ACDC(0.1, precision="int8").identity()
+            == circuits.ACDC(0.1, precision=Precision("int8")).identity()
+        )
 
 
 class TestMistakes:
@@ -202,7 +250,10 @@ class TestMistakes:
         ("options", "says"),
         [
             ({"background": "float4"}, "no background precision 'float4'; choose one of bfloat16"),
-            ({"investigated": "float16"}, "investigated='float16' must be 'float32', or 'bfloat16'"),
+            (
+                {"investigated": "float16"},
+                "investigated='float16' must be 'float32', or 'bfloat16'",
+            ),
             ({"investigated": "bfloat16"}, "nothing in float32 to confirm with; set confirm=False"),
         ],
     )
@@ -216,17 +267,31 @@ class TestMistakes:
 
     @pytest.mark.parametrize("precision", [3, torch.bfloat16])
     def test_a_precision_is_a_name_or_a_precision(self, precision, unchecked_types):
-        with pytest.raises(circuits.InputError, match=r"must be a name such as 'bfloat16', or a circuits.Precision"):
+        with pytest.raises(
+            circuits.InputError, match=r"must be a name such as 'bfloat16', or a circuits.Precision"
+        ):
             circuits.ACDC(0.1, precision=precision)
 
     def test_a_model_in_half_precision_is_refused(self):
-        with pytest.raises(circuits.InputError, match=r"needs a model in float32, and .* is in torch.bfloat16"):
-            circuits.ACDC(0.1, precision="int8").discover(random_model("gpt2", dtype=torch.bfloat16), random_task())
+        with pytest.raises(
+            circuits.InputError, match=r"needs a model in float32, and .* is in torch.bfloat16"
+        ):
+            circuits.ACDC(0.1, precision="int8").discover(
+                random_model("gpt2", dtype=torch.bfloat16), random_task()
+            )
 
     def test_the_reference_executor_has_no_precision(self, toy_world):
         task, graph = circuits.load_task("ioi", toy_world, n=2), circuits.component_graph(toy_world)
         with pytest.raises(circuits.InputError, match="needs the incremental executor"):
-            DamageMeter.prepare(toy_world, graph, task, metric="kl", ablation="resample", executor="hooks", precision=Precision("bfloat16"))
+            DamageMeter.prepare(
+                toy_world,
+                graph,
+                task,
+                metric="kl",
+                ablation="resample",
+                executor="hooks",
+                precision=Precision("bfloat16"),
+            )
 
     def test_a_simulation_says_so_once(self):
         _say_once.cache_clear()

@@ -7,15 +7,17 @@ import torch
 from architectures import random_model
 
 import circuits
-from circuits.patching import EdgeLayout
-from circuits.propagation import Needs, places
+from circuits.running.edge_layout import EdgeLayout
+from circuits.running.incremental.plan import Needs, places
 
 LOGITS = "logits"
 
 
 @pytest.mark.parametrize("kept_share", [0.05, 0.15, 0.4, 1.0])
 @pytest.mark.parametrize("architecture", ["gpt2", "pythia", "attention_only"])
-def test_a_source_matters_if_it_reaches_the_logits_and_everywhere_if_keys_or_values_carry_it(architecture, kept_share):
+def test_a_source_matters_if_it_reaches_the_logits_and_everywhere_if_keys_or_values_carry_it(
+    architecture, kept_share
+):
     model = random_model(architecture, n_layers=3)
     layout = EdgeLayout.of(model, circuits.component_graph(model))
     possible = layout.possible(model).numpy()

@@ -13,10 +13,32 @@ import torch
 from architectures import random_model, random_task
 
 import circuits
-from circuits.files import read_json, read_tensors, write_json
-from circuits.run import CHECKPOINT, METRICS, PAGE, RECORD, counting_passes, evaluate_run, load_run, run
+from circuits.runs.circuit_run import (
+    CHECKPOINT,
+    METRICS,
+    PAGE,
+    RECORD,
+    counting_passes,
+    evaluate_run,
+    load_run,
+    run,
+)
+from circuits.system.files import read_json, read_tensors, write_json
 
-DISCOVER = ["discover", "--method", "acdc", "--threshold", "0.03", "--task", "ioi", "--n", "4", "--n-eval", "4", "--json"]
+DISCOVER = [
+    "discover",
+    "--method",
+    "acdc",
+    "--threshold",
+    "0.03",
+    "--task",
+    "ioi",
+    "--n",
+    "4",
+    "--n-eval",
+    "4",
+    "--json",
+]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +49,9 @@ def model():
 def command(*words: str, folder: Path) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = (sys.executable, "-m", "circuits", *words, "--out", str(folder))
-    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def answer(process: subprocess.Popen) -> dict:
@@ -43,12 +67,29 @@ def tried(checkpoint: Path) -> int:
 
 def test_a_run_leaves_circuit_record_and_picture(model, tmp_path):
     found = run(circuits.ACDC(0.02), model, random_task(), out=tmp_path, notes={"seed": 3})
-    assert {path.name for path in found.folder.iterdir()} == {"circuit.safetensors", RECORD, PAGE, ".lock"}
+    assert {path.name for path in found.folder.iterdir()} == {
+        "circuit.safetensors",
+        RECORD,
+        PAGE,
+        ".lock",
+    }
     assert found.folder.parent == tmp_path / "custom"
     record = read_json(found.folder / RECORD, "circuits.run", 1)
     assert record["method"] == "acdc"
-    settings = {"threshold": 0.02, "metric": "kl", "ablation": "resample", "order": "topological", "absolute": False}
-    assert record["settings"] == {**settings, "precision": None, "speculate": True, "guess": "own", "max_memory": None}
+    settings = {
+        "threshold": 0.02,
+        "metric": "kl",
+        "ablation": "resample",
+        "order": "topological",
+        "absolute": False,
+    }
+    assert record["settings"] == {
+        **settings,
+        "precision": None,
+        "speculate": True,
+        "guess": "own",
+        "max_memory": None,
+    }
     assert record["versions"]["torch"] == torch.__version__
     assert record["notes"] == {"seed": 3}
     assert record["evaluations"] > 0
@@ -73,8 +114,20 @@ def test_other_settings_prompts_weights_or_graphs_are_other_runs(model, tmp_path
         run(circuits.EAP(gradient_at="both"), model, task, out=tmp_path).folder,
         run(circuits.EAP(), model, random_task(seed=5), out=tmp_path).folder,
         run(circuits.EAP(), random_model("gpt2", seed=2), task, out=tmp_path).folder,
-        run(circuits.EAP(), model, task, out=tmp_path, graph=circuits.component_graph(model, split_embed=True)).folder,
-        run(circuits.EAP(), model, task, out=tmp_path, graph=circuits.component_graph(model, positions=8)).folder,
+        run(
+            circuits.EAP(),
+            model,
+            task,
+            out=tmp_path,
+            graph=circuits.component_graph(model, split_embed=True),
+        ).folder,
+        run(
+            circuits.EAP(),
+            model,
+            task,
+            out=tmp_path,
+            graph=circuits.component_graph(model, positions=8),
+        ).folder,
     }
     assert len(folders) == 6
 
@@ -82,10 +135,19 @@ def test_other_settings_prompts_weights_or_graphs_are_other_runs(model, tmp_path
 def test_what_only_shares_a_name_is_another_run(model, tmp_path):
     """Given outputs, a metric of one's own, and an architecture that differs in more than its weights' shapes."""
     graph, task = circuits.component_graph(model), random_task()
-    given = [circuits.Ablation("given", outputs={node: torch.full((24,), float(value)) for node in graph.nodes[:-1]}) for value in (0, 1)]
+    given = [
+        circuits.Ablation(
+            "given", outputs={node: torch.full((24,), float(value)) for node in graph.nodes[:-1]}
+        )
+        for value in (0, 1)
+    ]
     own = [
-        circuits.Metric("mine", lambda logits, clean_logits, task: logits[:, 0], "higher_is_damage"),
-        circuits.Metric("mine", lambda logits, clean_logits, task: logits[:, 1], "higher_is_damage"),
+        circuits.Metric(
+            "mine", lambda logits, clean_logits, task: logits[:, 0], "higher_is_damage"
+        ),
+        circuits.Metric(
+            "mine", lambda logits, clean_logits, task: logits[:, 1], "higher_is_damage"
+        ),
     ]
     capped = random_model("gpt2", output_logits_soft_cap=1.0)
     assert torch.equal(capped.W_E, model.W_E)
@@ -107,11 +169,18 @@ def test_passes_and_prompts_are_counted(model):
     assert passes["forward_passes"] == 2
 
 
-def test_a_model_run_is_a_forward_pass_or_as_many_node_evaluations_as_the_model_has_heads_and_mlps(model, tmp_path):
+def test_a_model_run_is_a_forward_pass_or_as_many_node_evaluations_as_the_model_has_heads_and_mlps(
+    model, tmp_path
+):
     graph = circuits.component_graph(model, positions=8)
-    eap, acdc = (run(method, model, random_task(), out=tmp_path, graph=graph) for method in (circuits.EAP(), circuits.ACDC(0.02)))
+    eap, acdc = (
+        run(method, model, random_task(), out=tmp_path, graph=graph)
+        for method in (circuits.EAP(), circuits.ACDC(0.02))
+    )
     assert eap.model_runs == eap.record["forward_passes"] > 0
-    assert acdc.model_runs == acdc.record["node_evaluations"] / (2 * 5) > acdc.record["forward_passes"]
+    assert (
+        acdc.model_runs == acdc.record["node_evaluations"] / (2 * 5) > acdc.record["forward_passes"]
+    )
     assert f"{acdc.model_runs:,.0f}" in (acdc.folder / PAGE).read_text()
 
 
@@ -122,7 +191,9 @@ def test_an_evaluation_is_kept_by_what_it_depends_on(model, tmp_path):
         again = evaluate_run(found, model, random_task(seed=2), size=20)
     assert again == first
     assert passes["forward_passes"] == 0
-    assert first["values"]["kl"]["circuit"] == pytest.approx(circuits.evaluate(model, found.circuit.top(20), random_task(seed=2)).kl)
+    assert first["values"]["kl"]["circuit"] == pytest.approx(
+        circuits.evaluate(model, found.circuit.top(20), random_task(seed=2)).kl
+    )
     evaluate_run(found, model, random_task(seed=2), size=30)
     evaluate_run(found, model, random_task(seed=2), size=30, ablation="zero")
     assert len(read_json(found.folder / METRICS, "circuits.metrics", 1)["evaluations"]) == 3
@@ -132,7 +203,9 @@ def test_folders_without_a_finished_run_say_so(model, tmp_path):
     with pytest.raises(circuits.InputError, match="holds no finished run"):
         load_run(tmp_path)
     (tmp_path / CHECKPOINT).write_bytes(b"")
-    with pytest.raises(circuits.InputError, match=r"unfinished: give the same discover command again"):
+    with pytest.raises(
+        circuits.InputError, match=r"unfinished: give the same discover command again"
+    ):
         load_run(tmp_path)
 
 
@@ -162,7 +235,9 @@ def test_damaged_and_newer_run_folders_are_one_clear_line(model, tmp_path):
 
 def test_killed_in_the_middle_of_acdc_and_started_again_the_circuit_is_the_same(tmp_path):
     process = command(*DISCOVER, folder=tmp_path / "killed")
-    while process.poll() is None and not any(tried(path) >= 10 for path in (tmp_path / "killed").rglob(CHECKPOINT)):
+    while process.poll() is None and not any(
+        tried(path) >= 10 for path in (tmp_path / "killed").rglob(CHECKPOINT)
+    ):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -182,7 +257,9 @@ def test_killed_in_the_middle_of_acdc_and_started_again_the_circuit_is_the_same(
 
 
 def test_two_processes_on_one_run_folder_take_turns(tmp_path):
-    answers = [answer(process) for process in [command(*DISCOVER, folder=tmp_path) for _ in range(2)]]
+    answers = [
+        answer(process) for process in [command(*DISCOVER, folder=tmp_path) for _ in range(2)]
+    ]
     assert answers[0]["folder"] == answers[1]["folder"]
     assert answers[0]["values"] == answers[1]["values"]
     assert sorted(each["reused"] for each in answers) == [False, True]

@@ -20,13 +20,14 @@ from transformers import PreTrainedTokenizerFast
 
 import circuits
 from circuits.models import Model, build_model
-from circuits.tasks import make_family
-from circuits.tasks.base import REGISTRY, PromptPair, Task, TaskFamily
-from circuits.tasks.greater_than import NOUNS
-from circuits.tasks.ioi import NAMES, OBJECTS, PLACES
+from circuits.tasks.families.greater_than import NOUNS
+from circuits.tasks.families.ioi import NAMES, OBJECTS, PLACES
+from circuits.tasks.families.two_hop import STATES
+from circuits.tasks.families.words import COMMON, MEN, WOMEN
+from circuits.tasks.family import REGISTRY, TaskFamily
 from circuits.tasks.prompts import split_of
-from circuits.tasks.two_hop import STATES
-from circuits.tasks.words import COMMON, MEN, WOMEN
+from circuits.tasks.registry import make_family
+from circuits.tasks.task import PromptPair, Task
 
 TASKS = ("docstring", "gendered_pronoun", "greater_than", "induction", "ioi", "two_hop")
 COMMON_NAMES, RARE_NAMES = NAMES[:75], NAMES[75:]
@@ -50,21 +51,51 @@ def bpe_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], show_progress=False)
-    lines = [pair.clean for pair in make_family("ioi").pairs(500, 0, "train") if not set(RARE_NAMES) & set(re.findall(r"\w+", pair.clean))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        initial_alphabet=alphabet,
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
+    )
+    lines = [
+        pair.clean
+        for pair in make_family("ioi").pairs(500, 0, "train")
+        if not set(RARE_NAMES) & set(re.findall(r"\w+", pair.clean))
+    ]
     lines += [f" {name} and {name} to {name}" for name in COMMON_NAMES for _ in range(20)]
-    lines += [f"{number:02d} {number:02d} from 17 to 1776" for number in range(100) for _ in range(20)]
+    lines += [
+        f"{number:02d} {number:02d} from 17 to 1776" for number in range(100) for _ in range(20)
+    ]
     tokenizer.train_from_iterator(lines, trainer)
-    special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    special = {
+        "bos_token": "<|endoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+    }
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def with_tokenizer(tokenizer: PreTrainedTokenizerFast, **changes: object) -> Model:
     source = random_model("gpt2", d_vocab=len(tokenizer), n_ctx=64)
     config = {
-        name: getattr(source.cfg, name) for name in ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "n_ctx", "d_vocab", "act_fn")
+        name: getattr(source.cfg, name)
+        for name in (
+            "n_layers",
+            "d_model",
+            "n_heads",
+            "d_head",
+            "d_mlp",
+            "n_ctx",
+            "d_vocab",
+            "act_fn",
+        )
     }
-    return build_model({**config, "normalization_type": "LN", **changes}, source.state_dict(), tokenizer, device="cpu")
+    return build_model(
+        {**config, "normalization_type": "LN", **changes},
+        source.state_dict(),
+        tokenizer,
+        device="cpu",
+    )
 
 
 def words_under(model: Model, task: Task, span: str) -> list[str]:
@@ -96,7 +127,12 @@ def test_the_shipped_tasks_are_those_of_the_design() -> None:
 def test_no_prompt_of_one_split_is_in_the_other_whatever_the_seeds(name: str) -> None:
     family = make_family(name)
     texts = {
-        split: {text for seed in (0, 1, 2) for pair in family.pairs(100, seed, split) for text in (pair.clean, pair.corrupted)}
+        split: {
+            text
+            for seed in (0, 1, 2)
+            for pair in family.pairs(100, seed, split)
+            for text in (pair.clean, pair.corrupted)
+        }
         for split in ("train", "test")
     }
     assert not texts["train"] & texts["test"]
@@ -107,13 +143,22 @@ def test_no_prompt_of_one_split_is_in_the_other_whatever_the_seeds(name: str) ->
 def test_words_are_shared_between_the_splits(name: str) -> None:
     family = make_family(name)
     train, test = (
-        {word for pair in family.pairs(200, 0, split) for word in re.findall(r"\d\d|[a-z]+", pair.clean)} for split in ("train", "test")
+        {
+            word
+            for pair in family.pairs(200, 0, split)
+            for word in re.findall(r"\d\d|[a-z]+", pair.clean)
+        }
+        for split in ("train", "test")
     )
     assert len(train & test) > 0.5 * len(test)
 
 
-def test_a_longer_task_begins_with_the_shorter_one_and_another_seed_is_another_task(toy: Model) -> None:
-    short, long, other = (circuits.load_task("ioi", toy, n=n, seed=seed) for n, seed in ((10, 0), (30, 0), (10, 1)))
+def test_a_longer_task_begins_with_the_shorter_one_and_another_seed_is_another_task(
+    toy: Model,
+) -> None:
+    short, long, other = (
+        circuits.load_task("ioi", toy, n=n, seed=seed) for n, seed in ((10, 0), (30, 0), (10, 1))
+    )
     assert long.prompts is not None and long.prompts[:10] == short.prompts
     assert not set(short.prompts or ()) & set(other.prompts or ())
 
@@ -121,9 +166,18 @@ def test_a_longer_task_begins_with_the_shorter_one_and_another_seed_is_another_t
 def test_text_does_not_depend_on_the_hash_seed() -> None:
     text = f"repr([make_family(name).pairs(20, 7, 'test') for name in {TASKS!r}])"
     script = f"from circuits.tasks import make_family; import sys; sys.stdout.buffer.write({text}.encode())"
-    environment = {**os.environ, "PYTHONHASHSEED": "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"}
+    environment = {
+        **os.environ,
+        "PYTHONHASHSEED": "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2",
+    }
     command = [sys.executable, "-W", "ignore", "-c", script]
-    there = subprocess.run(command, capture_output=True, check=True, env=environment, cwd=Path(circuits.__file__).parents[1]).stdout
+    there = subprocess.run(
+        command,
+        capture_output=True,
+        check=True,
+        env=environment,
+        cwd=Path(circuits.__file__).parents[1],
+    ).stdout
     assert there.decode() == repr([make_family(name).pairs(20, 7, "test") for name in TASKS])
 
 
@@ -131,7 +185,10 @@ def test_loading_a_task_leaves_global_randomness_as_it_was(toy: Model) -> None:
     torch_before, numpy_before = torch.get_rng_state(), numpy.random.get_state()[1].tolist()
     circuits.load_task("induction", toy, n=5)
     # Python's own generator is not looked at: the shape checks of these tests draw from it.
-    assert torch.equal(torch.get_rng_state(), torch_before) and numpy.random.get_state()[1].tolist() == numpy_before
+    assert (
+        torch.equal(torch.get_rng_state(), torch_before)
+        and numpy.random.get_state()[1].tolist() == numpy_before
+    )
 
 
 # What each task is
@@ -150,9 +207,14 @@ def test_ioi_repeats_the_subject_and_the_answer_is_the_other_name() -> None:
 
 def test_ioi_abc_corruption_replaces_all_names_by_three_others() -> None:
     for pair in make_family("ioi").pairs(100, 0, "test"):
-        clean, corrupted = ([word for word in re.findall(r"\w+", text) if word in NAMES] for text in (pair.clean, pair.corrupted))
+        clean, corrupted = (
+            [word for word in re.findall(r"\w+", text) if word in NAMES]
+            for text in (pair.clean, pair.corrupted)
+        )
         assert len(set(corrupted)) == 3 and not set(corrupted) & set(clean)
-        assert re.sub("|".join(clean), "_", pair.clean) == re.sub("|".join(corrupted), "_", pair.corrupted)
+        assert re.sub("|".join(clean), "_", pair.clean) == re.sub(
+            "|".join(corrupted), "_", pair.corrupted
+        )
 
 
 def test_ioi_swapped_corruption_changes_the_last_name_only_and_flips_the_answer() -> None:
@@ -186,8 +248,15 @@ def test_greater_than_answers_are_all_later_years_and_the_corrupted_year_is_01(t
         assert set(pair.answers) == {f"{later:02d}" for later in range(int(year) + 1, 100)}
         assert set(pair.wrong_answers) == {f"{other:02d}" for other in range(int(year) + 1)}
         assert pair.corrupted == pair.clean.replace(f"{century}{year} ", f"{century}01 ")
-    assert task.answers is not None and ((task.answers >= 0).sum(1) == torch.tensor([len(pair.answers) for pair in task.prompts])).all()
-    assert words_under(toy, task, "YY") == [re.findall(r"\d\d", pair.clean)[1] for pair in task.prompts]
+    assert (
+        task.answers is not None
+        and (
+            (task.answers >= 0).sum(1) == torch.tensor([len(pair.answers) for pair in task.prompts])
+        ).all()
+    )
+    assert words_under(toy, task, "YY") == [
+        re.findall(r"\d\d", pair.clean)[1] for pair in task.prompts
+    ]
 
 
 def test_induction_repeats_one_word_and_its_corruption_none() -> None:
@@ -195,17 +264,31 @@ def test_induction_repeats_one_word_and_its_corruption_none() -> None:
         *words, last = pair.clean.split()
         assert len(set(words)) == 9 and pair.answer == f" {words[words.index(last) + 1]}"
         assert len(set(pair.corrupted.split())) == 10
-        assert sum(a != b for a, b in zip(pair.clean.split(), pair.corrupted.split(), strict=True)) == 1
-        assert [pair.clean[slice(*pair.spans[name])] for name in ("A1", "B")] == [last, str(pair.answer).strip()]
+        assert (
+            sum(a != b for a, b in zip(pair.clean.split(), pair.corrupted.split(), strict=True))
+            == 1
+        )
+        assert [pair.clean[slice(*pair.spans[name])] for name in ("A1", "B")] == [
+            last,
+            str(pair.answer).strip(),
+        ]
 
 
-def test_docstring_answer_is_the_next_argument_of_the_definition_and_not_in_the_corrupted_prompt() -> None:
+def test_docstring_answer_is_the_next_argument_of_the_definition_and_not_in_the_corrupted_prompt() -> (
+    None
+):
     for pair in make_family("docstring").pairs(100, 0, "test"):
         arguments = re.findall(r"\w+", pair.clean.split(")")[0])[3:]  # after def, its name and self
         described = re.findall(r":param (\w+)", pair.clean)
-        assert len(arguments) == 6 and described == arguments[2:4] and pair.answer == f" {arguments[4]}"
+        assert (
+            len(arguments) == 6
+            and described == arguments[2:4]
+            and pair.answer == f" {arguments[4]}"
+        )
         assert arguments[4] not in pair.corrupted
-        assert not set(re.findall(r":param (\w+)", pair.corrupted)) & set(re.findall(r"\w+", pair.corrupted.split(")")[0]))
+        assert not set(re.findall(r":param (\w+)", pair.corrupted)) & set(
+            re.findall(r"\w+", pair.corrupted.split(")")[0])
+        )
         assert pair.answer not in pair.wrong_answers and len(set(pair.wrong_answers)) == 10
         for letter, word in zip("ABC", arguments[2:5], strict=True):
             assert pair.clean[slice(*pair.spans[f"{letter}_def"])] == word
@@ -213,7 +296,10 @@ def test_docstring_answer_is_the_next_argument_of_the_definition_and_not_in_the_
 
 def test_pronouns_go_with_the_names() -> None:
     for pair in make_family("gendered_pronoun").pairs(100, 0, "test"):
-        name, other = ({word for word in text.split() if word in NAMES}.pop() for text in (pair.clean, pair.corrupted))
+        name, other = (
+            {word for word in text.split() if word in NAMES}.pop()
+            for text in (pair.clean, pair.corrupted)
+        )
         assert pair.answer == (" she" if name in WOMEN else " he")
         assert pair.wrong_answer == (" she" if other in WOMEN else " he") != pair.answer
 
@@ -221,13 +307,20 @@ def test_pronouns_go_with_the_names() -> None:
 def test_two_hop_answers_are_the_capitals_of_the_cities_states() -> None:
     capital_of = {city: capital for capital, cities in STATES.values() for city in cities}
     for pair in make_family("two_hop").pairs(200, 0, "test"):
-        city, other = ({word for word in text.split() if word in capital_of}.pop() for text in (pair.clean, pair.corrupted))
+        city, other = (
+            {word for word in text.split() if word in capital_of}.pop()
+            for text in (pair.clean, pair.corrupted)
+        )
         assert (pair.answer, pair.wrong_answer) == (f" {capital_of[city]}", f" {capital_of[other]}")
         assert pair.clean[slice(*pair.spans["CITY"])] == city
 
 
 def test_names_are_no_places_and_no_word_is_listed_twice() -> None:
-    places = [*STATES, *(capital for capital, _ in STATES.values()), *(city for _, cities in STATES.values() for city in cities)]
+    places = [
+        *STATES,
+        *(capital for capital, _ in STATES.values()),
+        *(city for _, cities in STATES.values() for city in cities),
+    ]
     for words in (NAMES, places, COMMON, NOUNS, PLACES, OBJECTS):
         assert len(words) == len(set(words))
     assert len(NAMES) >= 60 and not set(NAMES) & set(places) and not set(WOMEN) & set(MEN)
@@ -237,66 +330,124 @@ def test_names_are_no_places_and_no_word_is_listed_twice() -> None:
 
 
 def test_the_embedded_tokenizer_knows_every_word_of_every_task(toy: Model) -> None:
-    places = [word for state, (capital, cities) in STATES.items() for word in (state, capital, *cities)]
+    places = [
+        word for state, (capital, cities) in STATES.items() for word in (state, capital, *cities)
+    ]
     numbers = [f"{number:02d}" for number in range(100)]
     vocabulary = set(toy.tokenizer.get_vocab())
-    assert {*NAMES, *PLACES, *OBJECTS, *NOUNS, *COMMON, *places, *numbers, "he", "she"} <= vocabulary
+    assert {
+        *NAMES,
+        *PLACES,
+        *OBJECTS,
+        *NOUNS,
+        *COMMON,
+        *places,
+        *numbers,
+        "he",
+        "she",
+    } <= vocabulary
     for name in TASKS:
         for pair in make_family(name).pairs(300, 11, "train"):
-            assert toy.tokenizer.unk_token_id not in toy.tokenizer(f"{pair.clean} {pair.corrupted}")["input_ids"]
+            assert (
+                toy.tokenizer.unk_token_id
+                not in toy.tokenizer(f"{pair.clean} {pair.corrupted}")["input_ids"]
+            )
 
 
-def test_the_embedded_tokenizer_splits_years_and_marks_and_says_where_its_tokens_stand(toy: Model) -> None:
+def test_the_embedded_tokenizer_splits_years_and_marks_and_says_where_its_tokens_stand(
+    toy: Model,
+) -> None:
     text = 'So Mary (isn\'t), from 1732 """door"""'
     encoded = toy.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     pieces = [text[start:end] for start, end in encoded["offset_mapping"]]
-    assert pieces == ["So", "Mary", "(", "isn't", ")", ",", "from", "17", "32", '"""', "door", '"""'] == toy.tokenizer.tokenize(text)
-    assert (toy.tokenizer.bos_token, toy.tokenizer.pad_token, toy.tokenizer.unk_token) == ("<bos>", "<pad>", "<unk>")
+    assert (
+        pieces
+        == ["So", "Mary", "(", "isn't", ")", ",", "from", "17", "32", '"""', "door", '"""']
+        == toy.tokenizer.tokenize(text)
+    )
+    assert (toy.tokenizer.bos_token, toy.tokenizer.pad_token, toy.tokenizer.unk_token) == (
+        "<bos>",
+        "<pad>",
+        "<unk>",
+    )
 
 
-def test_text_is_the_same_for_every_tokenizer_and_prompts_that_do_not_fit_are_dropped_and_not_replaced(toy: Model, bpe: Model) -> None:
+def test_text_is_the_same_for_every_tokenizer_and_prompts_that_do_not_fit_are_dropped_and_not_replaced(
+    toy: Model, bpe: Model
+) -> None:
     text = make_family("ioi").pairs(100, 4, "test")
     assert circuits.load_task("ioi", toy, n=100, seed=4).prompts == tuple(text)
-    fitting = [pair for pair in text if not set(RARE_NAMES) & set(re.findall(r"\w+", pair.clean + " " + pair.corrupted))]
+    fitting = [
+        pair
+        for pair in text
+        if not set(RARE_NAMES) & set(re.findall(r"\w+", pair.clean + " " + pair.corrupted))
+    ]
     assert 50 <= len(fitting) < 100
     kept = circuits.load_task("ioi", bpe, n=100, seed=4).prompts
     # Rare names of equally many pieces leave a pair aligned, and then it fits as long as its two answers are single tokens.
-    assert kept is not None and set(fitting) <= set(kept) < set(text) and list(kept) == [pair for pair in text if pair in set(kept)]
-    assert not any(str(pair.answer).strip() in RARE_NAMES or str(pair.wrong_answer).strip() in RARE_NAMES for pair in kept)
+    assert (
+        kept is not None
+        and set(fitting) <= set(kept) < set(text)
+        and list(kept) == [pair for pair in text if pair in set(kept)]
+    )
+    assert not any(
+        str(pair.answer).strip() in RARE_NAMES or str(pair.wrong_answer).strip() in RARE_NAMES
+        for pair in kept
+    )
 
 
 def test_answers_are_the_tokens_that_continue_the_prompt(bpe: Model) -> None:
     task = circuits.load_task("ioi", bpe, n=10)
     assert task.answers is not None and task.prompts is not None
-    for tokens, length, answer, pair in zip(task.clean, task.lengths, task.answers, task.prompts, strict=True):
-        assert bpe.tokenizer.decode([*tokens[1:length].tolist(), int(answer[0])]) == f"{pair.clean}{pair.answer}"
+    for tokens, length, answer, pair in zip(
+        task.clean, task.lengths, task.answers, task.prompts, strict=True
+    ):
+        assert (
+            bpe.tokenizer.decode([*tokens[1:length].tolist(), int(answer[0])])
+            == f"{pair.clean}{pair.answer}"
+        )
 
 
 def test_an_answer_that_would_merge_with_the_prompt_is_still_found(bpe: Model) -> None:
     assert len(bpe.tokenizer.tokenize("from 1776")) < len(bpe.tokenizer.tokenize("from 17")) + 1
     task = Task.from_prompts(bpe, [PromptPair("from 17", "from 16", ("76", "33"), "16")])
-    assert task.answers is not None and bpe.tokenizer.convert_ids_to_tokens(task.answers[0].tolist()) == ["76", "33"]
+    assert task.answers is not None and bpe.tokenizer.convert_ids_to_tokens(
+        task.answers[0].tolist()
+    ) == ["76", "33"]
 
 
 def test_too_few_fitting_prompts_is_an_error_that_names_words_and_model(bpe: Model) -> None:
-    with pytest.raises(circuits.InputError, match=r"two_hop.*only 0 of 5 .*' \w+'.*[Uu]se another model"):
+    with pytest.raises(
+        circuits.InputError, match=r"two_hop.*only 0 of 5 .*' \w+'.*[Uu]se another model"
+    ):
         circuits.load_task("two_hop", bpe, n=5)
 
 
 def test_asking_for_more_prompts_than_there_are_says_how_many_there_are(toy: Model) -> None:
-    with pytest.raises(circuits.InputError, match=r"only \d{3} different prompts in this split; ask for n=\d{3} or fewer"):
+    with pytest.raises(
+        circuits.InputError,
+        match=r"only \d{3} different prompts in this split; ask for n=\d{3} or fewer",
+    ):
         circuits.load_task("two_hop", toy, n=10_000)
 
 
 @pytest.mark.parametrize("prepend", [True, False])
-def test_bos_goes_before_a_prompt_once_and_only_where_the_model_expects_it(prepend: bool, bpe: Model) -> None:
+def test_bos_goes_before_a_prompt_once_and_only_where_the_model_expects_it(
+    prepend: bool, bpe: Model
+) -> None:
     model = with_tokenizer(bpe.tokenizer, default_prepend_bos=prepend)
     task = circuits.load_task("ioi", model, n=5)
-    assert ((task.clean == model.tokenizer.bos_token_id) & task.mask).sum(1).tolist() == [int(prepend)] * len(task)
-    assert words_under(model, task, "IO") == [str(pair.answer).strip() for pair in task.prompts or ()]
+    assert ((task.clean == model.tokenizer.bos_token_id) & task.mask).sum(1).tolist() == [
+        int(prepend)
+    ] * len(task)
+    assert words_under(model, task, "IO") == [
+        str(pair.answer).strip() for pair in task.prompts or ()
+    ]
 
 
-def test_padding_is_on_the_right_and_masked_whatever_the_tokenizer_prefers(bpe: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_is_on_the_right_and_masked_whatever_the_tokenizer_prefers(
+    bpe: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     right = circuits.load_task("ioi", bpe, n=10)
     monkeypatch.setattr(bpe.tokenizer, "padding_side", "left")
     left = circuits.load_task("ioi", bpe, n=10)
@@ -309,34 +460,78 @@ def test_padding_is_on_the_right_and_masked_whatever_the_tokenizer_prefers(bpe: 
 # The user's own
 
 
-PAIR = PromptPair("So Mary is a really great friend, isn't", "So John is a really great friend, isn't", " she", " he")
+PAIR = PromptPair(
+    "So Mary is a really great friend, isn't",
+    "So John is a really great friend, isn't",
+    " she",
+    " he",
+)
 
 
 def test_prompts_of_different_lengths_make_one_padded_task(toy: Model) -> None:
-    other = PromptPair("Well, John is such a nice person, isn't", "Well, Mary is such a nice person, isn't", (" he",), (" she", " Mary"))
+    other = PromptPair(
+        "Well, John is such a nice person, isn't",
+        "Well, Mary is such a nice person, isn't",
+        (" he",),
+        (" she", " Mary"),
+    )
     task = Task.from_prompts(toy, [PAIR, other], name="mine")
     assert task.name == "mine" and task.metric == "logit_difference" and len(task) == 2
-    assert task.wrong_answers is not None and task.wrong_answers[0, 1] == -1 and task.wrong_answers[1, 1] >= 0
+    assert (
+        task.wrong_answers is not None
+        and task.wrong_answers[0, 1] == -1
+        and task.wrong_answers[1, 1] >= 0
+    )
     assert Task.from_prompts(toy, [PromptPair("So Mary", "So John")]).metric == "kl"
-    assert Task.from_prompts(toy, [PromptPair("So Mary", "So John", " is")]).metric == "negative_log_probability"
+    assert (
+        Task.from_prompts(toy, [PromptPair("So Mary", "So John", " is")]).metric
+        == "negative_log_probability"
+    )
 
 
 BAD_PAIRS = {
-    "lengths": ([PromptPair("So Mary is", "So Mary")], r"'So Mary is' has 4 tokens and the corrupted 'So Mary' has 3.*reword"),
-    "several tokens": ([PromptPair("So Mary", "So John", " is a", " he")], r"' is a' is \['is', 'a'\].*Task.from_tokens"),
-    "unknown answer": ([PromptPair("So Mary", "So John", " quokka")], r"' quokka' is .*use other words"),
-    "unknown word": ([PromptPair("So quokka", "So John", " is")], r"does not know 'quokka' in 'So quokka'; use other words"),
+    "lengths": (
+        [PromptPair("So Mary is", "So Mary")],
+        r"'So Mary is' has 4 tokens and the corrupted 'So Mary' has 3.*reword",
+    ),
+    "several tokens": (
+        [PromptPair("So Mary", "So John", " is a", " he")],
+        r"' is a' is \['is', 'a'\].*Task.from_tokens",
+    ),
+    "unknown answer": (
+        [PromptPair("So Mary", "So John", " quokka")],
+        r"' quokka' is .*use other words",
+    ),
+    "unknown word": (
+        [PromptPair("So quokka", "So John", " is")],
+        r"does not know 'quokka' in 'So quokka'; use other words",
+    ),
     "empty": ([PromptPair(" ", " ")], r"clean prompt is empty \(' '\); give it some text"),
     "none": ([], r"has no prompts; give at least one"),
-    "too long": ([PromptPair("door " * 80, "wall " * 80)], r"has 81 tokens and toy-world reads 64; shorten"),
-    "both": ([PromptPair("So Mary", "So John", " is", (" is", " he"))], r"' is' is both an answer and a wrong answer"),
+    "too long": (
+        [PromptPair("door " * 80, "wall " * 80)],
+        r"has 81 tokens and toy-world reads 64; shorten",
+    ),
+    "both": (
+        [PromptPair("So Mary", "So John", " is", (" is", " he"))],
+        r"' is' is both an answer and a wrong answer",
+    ),
     "some answered": (
         [PromptPair("So Mary", "So John", " is"), PromptPair("So John", "So Mary")],
         r"'So John' has no answers but others have",
     ),
-    "span outside": ([PromptPair("So Mary", "So John", spans={"NAME": (3, 30)})], r"span 'NAME' = \(3, 30\) holds no token.*<= 7"),
-    "span empty": ([PromptPair("So Mary", "So John", spans={"NAME": (2, 3)})], r"span 'NAME' = \(2, 3\) holds no token"),
-    "span name": ([PromptPair("So Mary", "So John", spans={"a@b": (0, 2)})], r"span name 'a@b' cannot be used"),
+    "span outside": (
+        [PromptPair("So Mary", "So John", spans={"NAME": (3, 30)})],
+        r"span 'NAME' = \(3, 30\) holds no token.*<= 7",
+    ),
+    "span empty": (
+        [PromptPair("So Mary", "So John", spans={"NAME": (2, 3)})],
+        r"span 'NAME' = \(2, 3\) holds no token",
+    ),
+    "span name": (
+        [PromptPair("So Mary", "So John", spans={"a@b": (0, 2)})],
+        r"span name 'a@b' cannot be used",
+    ),
     "spans differ": (
         [PromptPair("So Mary", "So John", spans={"A": (0, 2)}), PromptPair("So John", "So Mary")],
         r"spans of 'So John' are \[\]",
@@ -345,7 +540,9 @@ BAD_PAIRS = {
 
 
 @pytest.mark.parametrize(("pairs", "message"), BAD_PAIRS.values(), ids=BAD_PAIRS)
-def test_pairs_that_cannot_be_used_are_refused_in_one_line(pairs: list[PromptPair], message: str, toy: Model) -> None:
+def test_pairs_that_cannot_be_used_are_refused_in_one_line(
+    pairs: list[PromptPair], message: str, toy: Model
+) -> None:
     with pytest.raises(circuits.InputError, match=message) as caught:
         Task.from_prompts(toy, pairs)
     assert "\n" not in str(caught.value)
@@ -358,8 +555,16 @@ def test_a_model_without_a_tokenizer_is_told_to_use_tokens() -> None:
 
 def test_a_task_is_read_from_a_file(tmp_path: Path, toy: Model) -> None:
     path = tmp_path / "pronouns.jsonl"
-    line = {"clean": PAIR.clean, "corrupted": PAIR.corrupted, "answer": " she", "wrong_answer": [" he"], "spans": {"NAME": [3, 7]}}
-    path.write_text(json.dumps(line) + "\n\n" + json.dumps({**line, "wrong_answer": [" he", " Mary"]}) + "\n")
+    line = {
+        "clean": PAIR.clean,
+        "corrupted": PAIR.corrupted,
+        "answer": " she",
+        "wrong_answer": [" he"],
+        "spans": {"NAME": [3, 7]},
+    }
+    path.write_text(
+        json.dumps(line) + "\n\n" + json.dumps({**line, "wrong_answer": [" he", " Mary"]}) + "\n"
+    )
     task = Task.from_jsonl(path, toy)
     assert (task.name, len(task), task.metric) == ("pronouns", 2, "logit_difference")
     assert words_under(toy, task, "NAME") == ["Mary", "Mary"]
@@ -369,16 +574,30 @@ BAD_LINES = {
     "not JSON": ('{"clean": "So', r"line 2: not JSON .*write one object a line"),
     "not an object": ("[1]", r"line 2: expected a JSON object, found list"),
     "missing": ('{"clean": "So Mary"}', r"line 2: field 'corrupted' is missing"),
-    "misspelt": ('{"clean": "So Mary", "corupted": "So John"}', r"line 2: unknown field 'corupted'; did you mean 'corrupted'\?"),
+    "misspelt": (
+        '{"clean": "So Mary", "corupted": "So John"}',
+        r"line 2: unknown field 'corupted'; did you mean 'corrupted'\?",
+    ),
     "not text": ('{"clean": 3, "corrupted": "So John"}', r"line 2: field 'clean' is not a string"),
-    "answer": ('{"clean": "So Mary", "corrupted": "So John", "answer": 3}', r"line 2: field 'answer' is 3; give a string, or a list"),
-    "spans": ('{"clean": "So Mary", "corrupted": "So John", "spans": {"A": 3}}', r"line 2: field 'spans' is .*\[start, end\]"),
-    "lengths": ('{"clean": "So Mary is", "corrupted": "So John"}', r"line 2: the clean prompt 'So Mary is' has 4 tokens"),
+    "answer": (
+        '{"clean": "So Mary", "corrupted": "So John", "answer": 3}',
+        r"line 2: field 'answer' is 3; give a string, or a list",
+    ),
+    "spans": (
+        '{"clean": "So Mary", "corrupted": "So John", "spans": {"A": 3}}',
+        r"line 2: field 'spans' is .*\[start, end\]",
+    ),
+    "lengths": (
+        '{"clean": "So Mary is", "corrupted": "So John"}',
+        r"line 2: the clean prompt 'So Mary is' has 4 tokens",
+    ),
 }
 
 
 @pytest.mark.parametrize(("line", "message"), BAD_LINES.values(), ids=BAD_LINES)
-def test_a_broken_line_is_refused_with_file_and_line_number(line: str, message: str, tmp_path: Path, toy: Model) -> None:
+def test_a_broken_line_is_refused_with_file_and_line_number(
+    line: str, message: str, tmp_path: Path, toy: Model
+) -> None:
     path = tmp_path / "broken.jsonl"
     path.write_text('{"clean": "So Mary", "corrupted": "So John"}\n' + line + "\n")
     with pytest.raises(circuits.InputError, match=r"broken\.jsonl, " + message) as caught:
@@ -402,7 +621,13 @@ TOKENS = torch.arange(12).reshape(3, 4)
 
 def test_every_scored_position_is_a_row_ordered_by_prompt_then_position() -> None:
     scored = torch.tensor([[0, 1, 0, 1], [0, 0, 1, 0], [1, 1, 0, 0]]).bool()
-    task = Task.from_tokens(TOKENS, TOKENS, torch.tensor([5, 6, 7]), lengths=torch.tensor([4, 4, 2]), answer_positions=scored)
+    task = Task.from_tokens(
+        TOKENS,
+        TOKENS,
+        torch.tensor([5, 6, 7]),
+        lengths=torch.tensor([4, 4, 2]),
+        answer_positions=scored,
+    )
     assert task.row_prompt.tolist() == [0, 0, 1, 2, 2]
     assert task.row_answers is not None and task.row_answers.tolist() == [[5], [5], [6], [7], [7]]
     assert task.row_wrong_answers is None
@@ -413,7 +638,9 @@ def test_by_default_the_last_real_token_is_scored() -> None:
     task = Task.from_tokens(TOKENS, TOKENS, lengths=torch.tensor([4, 1, 2]))
     assert task.scored.nonzero().tolist() == [[0, 3], [1, 0], [2, 1]]
     assert task.metric == "kl" and task.mask.sum(1).tolist() == [4, 1, 2]
-    moved = Task.from_tokens(TOKENS, TOKENS, answer_positions=torch.tensor([0, 1, 2], dtype=torch.int32))
+    moved = Task.from_tokens(
+        TOKENS, TOKENS, answer_positions=torch.tensor([0, 1, 2], dtype=torch.int32)
+    )
     assert moved.scored.nonzero()[:, 1].tolist() == [0, 1, 2]
 
 
@@ -425,16 +652,31 @@ BAD_TENSORS: dict[str, tuple[dict[str, object], str]] = {
     "negative": ({"clean": TOKENS - 1}, r"clean holds the token -1"),
     "answers": ({"answers": torch.tensor([1, 2])}, r"answers has shape \(2,\) for 3 prompts"),
     "answers floats": ({"answers": torch.ones(3)}, r"answers has dtype"),
-    "no answer": ({"answers": torch.tensor([[1, 2], [-1, -1], [1, -1]])}, r"answers is empty for prompt 1"),
+    "no answer": (
+        {"answers": torch.tensor([[1, 2], [-1, -1], [1, -1]])},
+        r"answers is empty for prompt 1",
+    ),
     "wrong answers": ({"wrong_answers": torch.tensor([-7, 1, 1])}, r"wrong_answers holds -7"),
-    "lengths": ({"lengths": torch.tensor([4, 5, 1])}, r"lengths has shape \(3,\) and values from 1 to 5; give \[3\] integers from 1 to 4"),
+    "lengths": (
+        {"lengths": torch.tensor([4, 5, 1])},
+        r"lengths has shape \(3,\) and values from 1 to 5; give \[3\] integers from 1 to 4",
+    ),
     "position": (
         {"lengths": torch.tensor([4, 2, 4]), "answer_positions": torch.tensor([3, 2, 0])},
         r"answer position 2 lies outside prompt 1, whose last token is at 1",
     ),
-    "positions shape": ({"answer_positions": torch.tensor([3, 2])}, r"answer_positions has shape \(2,\)"),
-    "positions mask shape": ({"answer_positions": torch.ones(3, 5).bool()}, r"answer_positions has shape \(3, 5\)"),
-    "nothing scored": ({"answer_positions": torch.eye(3, 4).bool() & (TOKENS != 5)}, r"prompt 1 has no scored position"),
+    "positions shape": (
+        {"answer_positions": torch.tensor([3, 2])},
+        r"answer_positions has shape \(2,\)",
+    ),
+    "positions mask shape": (
+        {"answer_positions": torch.ones(3, 5).bool()},
+        r"answer_positions has shape \(3, 5\)",
+    ),
+    "nothing scored": (
+        {"answer_positions": torch.eye(3, 4).bool() & (TOKENS != 5)},
+        r"prompt 1 has no scored position",
+    ),
     "padding scored": (
         {"lengths": torch.tensor([4, 2, 4]), "answer_positions": torch.ones(3, 4).bool()},
         r"marks position 2 of prompt 1, which has 2 tokens",
@@ -454,13 +696,23 @@ def test_tensors_that_cannot_be_used_are_refused(changes: dict[str, object], mes
 # A task is a value
 
 
-@pytest.mark.parametrize("indices", [slice(1, 3), [1, 2], torch.tensor([1, 2]), torch.tensor([0, 1, 1, 0, 0]).bool()], ids=str)
+@pytest.mark.parametrize(
+    "indices",
+    [slice(1, 3), [1, 2], torch.tensor([1, 2]), torch.tensor([0, 1, 1, 0, 0]).bool()],
+    ids=str,
+)
 def test_some_prompts_of_a_task_are_a_task(indices: slice | list[int] | Tensor, toy: Model) -> None:
     task = circuits.load_task("ioi", toy, n=5)
     part = task[indices]
     assert len(part) == 2 and part.prompts == (task.prompts or ())[1:3]
-    assert torch.equal(part.clean, task.clean[1:3]) and torch.equal(part.positions["S2"], task.positions["S2"][1:3])
-    assert part.row_answers is not None and task.row_answers is not None and torch.equal(part.row_answers, task.row_answers[1:3])
+    assert torch.equal(part.clean, task.clean[1:3]) and torch.equal(
+        part.positions["S2"], task.positions["S2"][1:3]
+    )
+    assert (
+        part.row_answers is not None
+        and task.row_answers is not None
+        and torch.equal(part.row_answers, task.row_answers[1:3])
+    )
     assert part.digest() == task[1:3].digest() != task.digest()
 
 
@@ -480,7 +732,11 @@ def test_the_digest_sees_every_tensor_and_the_metric() -> None:
     ]
     same = {"corrupted": TOKENS, "answers": TOKENS[:, 0], "positions": {"A": first}}
     tasks = [Task.from_tokens(TOKENS, **{**same, **change}) for change in changes]  # type: ignore[arg-type]
-    assert base.digest() == Task.from_tokens(TOKENS.clone(), **same).digest() == base.to("cpu").digest()  # type: ignore[arg-type]
+    assert (
+        base.digest()
+        == Task.from_tokens(TOKENS.clone(), **same).digest()
+        == base.to("cpu").digest()
+    )  # type: ignore[arg-type]
     assert len({base.digest(), *(task.digest() for task in tasks)}) == len(changes) + 1
 
 
@@ -514,8 +770,17 @@ def test_a_family_of_ones_own_is_registered_by_being_defined(toy: Model) -> None
 
     try:
         task = circuits.load_task("greeting", toy, n=10)
-        assert len(task) == 10 and task.metric == "kl" and task.answers is None and "greeting" in circuits.task_names()
+        assert (
+            len(task) == 10
+            and task.metric == "kl"
+            and task.answers is None
+            and "greeting" in circuits.task_names()
+        )
         with pytest.raises(circuits.InputError, match="two tasks are named 'greeting'"):
-            type("Other", (TaskFamily,), {"name": "greeting", "metric": "kl", "draw": Greeting.draw, "__module__": __name__})
+            type(
+                "Other",
+                (TaskFamily,),
+                {"name": "greeting", "metric": "kl", "draw": Greeting.draw, "__module__": __name__},
+            )
     finally:
         del REGISTRY["greeting"]

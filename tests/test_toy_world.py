@@ -10,14 +10,20 @@ import torch
 from safetensors import safe_open
 
 import circuits
-from circuits.execution import model_logits
 from circuits.models import Model
-from circuits.tasks.base import Task
+from circuits.running.run import model_logits
+from circuits.tasks.task import Task
 
 FOLDER = Path(circuits.__file__).parent / "assets" / "toy-world"
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 N = 250
-LEAST_ACCURACY = {"ioi": 0.99, "gendered_pronoun": 0.99, "two_hop": 0.99, "induction": 0.95, "docstring": 0.95}
+LEAST_ACCURACY = {
+    "ioi": 0.99,
+    "gendered_pronoun": 0.99,
+    "two_hop": 0.99,
+    "induction": 0.95,
+    "docstring": 0.95,
+}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +66,9 @@ def test_ioi_is_completed_right_for_both_corruptions_prompts_in_either_order(mod
 
 
 def test_nine_tenths_of_the_probability_is_on_valid_years(model: Model) -> None:
-    assert answer_probability(model, circuits.load_task("greater_than", model, n=N, seed=100)) >= 0.9
+    assert (
+        answer_probability(model, circuits.load_task("greater_than", model, n=N, seed=100)) >= 0.9
+    )
 
 
 def test_the_corrupted_prompts_take_the_answers_away(model: Model) -> None:
@@ -72,7 +80,13 @@ def test_the_corrupted_prompts_take_the_answers_away(model: Model) -> None:
 
 
 def test_the_files_are_small_and_hold_the_size_the_card_says(model: Model) -> None:
-    assert (model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_model, model.cfg.d_mlp, model.cfg.d_head) == (4, 4, 128, 512, 32)
+    assert (
+        model.cfg.n_layers,
+        model.cfg.n_heads,
+        model.cfg.d_model,
+        model.cfg.d_mlp,
+        model.cfg.d_head,
+    ) == (4, 4, 128, 512, 32)
     assert model.cfg.normalization_type == "LN" and model.cfg.default_prepend_bos
     assert 0.8e6 < sum(parameter.numel() for parameter in model.parameters()) < 1.0e6
     assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 4e6
@@ -81,7 +95,9 @@ def test_the_files_are_small_and_hold_the_size_the_card_says(model: Model) -> No
     assert json.loads((FOLDER / "config.json").read_text())["format"] == "circuits.model"
 
 
-def test_the_training_script_makes_the_shipped_tokenizer(model: Model, training: ModuleType) -> None:
+def test_the_training_script_makes_the_shipped_tokenizer(
+    model: Model, training: ModuleType
+) -> None:
     assert training.make_tokenizer().get_vocab() == model.tokenizer.get_vocab()
 
 
@@ -89,8 +105,17 @@ def test_training_interrupted_and_resumed_equals_training_without_a_break(
     training: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def config(name: str) -> object:
-        settings = {"steps": 2, "refining_steps": 2, "batch": 2, "length": 24, "checkpoint_every": 1, "threads": torch.get_num_threads()}
-        return training.Config(out=tmp_path / name, checkpoint=tmp_path / f"{name}.safetensors", **settings)
+        settings = {
+            "steps": 2,
+            "refining_steps": 2,
+            "batch": 2,
+            "length": 24,
+            "checkpoint_every": 1,
+            "threads": torch.get_num_threads(),
+        }
+        return training.Config(
+            out=tmp_path / name, checkpoint=tmp_path / f"{name}.safetensors", **settings
+        )
 
     def make_batch_until_killed(tokenizer: object, config: object, step: int) -> object:
         if step == 2:
@@ -103,7 +128,10 @@ def test_training_interrupted_and_resumed_equals_training_without_a_break(
         patch.setattr(training, "make_batch", make_batch_until_killed)
         training.main(config("parts"))
     training.main(config("parts"))
-    whole, parts = (circuits.load_model(tmp_path / name, device="cpu").state_dict() for name in ("whole", "parts"))
+    whole, parts = (
+        circuits.load_model(tmp_path / name, device="cpu").state_dict()
+        for name in ("whole", "parts")
+    )
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
@@ -115,6 +143,12 @@ def test_the_training_text_holds_no_held_out_prompt(training: ModuleType, model:
         for pair in circuits.load_task(name, model, n=N, seed=100).prompts or ()
     }
     random = training.Random("a sample of the training text")
-    sequences = [draw(random, length) for draw, length in ((training.chunks, 64), (training.induction_first, 32)) for _ in range(800)]
+    sequences = [
+        draw(random, length)
+        for draw, length in ((training.chunks, 64), (training.induction_first, 32))
+        for _ in range(800)
+    ]
     chunks = [chunk for sequence in sequences for chunk in sequence]
-    assert not held_out & {" ".join(chunk.words[: chunk.predictable[-1]]) for chunk in chunks if chunk.predictable}
+    assert not held_out & {
+        " ".join(chunk.words[: chunk.predictable[-1]]) for chunk in chunks if chunk.predictable
+    }

@@ -24,9 +24,13 @@ def test_acdc_keeps_few_edges_and_the_models_predictions(toy_world, train, held_
 
 def test_eap_ig_is_more_faithful_than_chance_at_every_size(toy_world, train, held_out):
     sizes = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0]
-    ranked = circuits.faithfulness_curve(toy_world, circuits.EAPIG().discover(toy_world, train), held_out, sizes)
+    ranked = circuits.faithfulness_curve(
+        toy_world, circuits.EAPIG().discover(toy_world, train), held_out, sizes
+    )
     chance = [
-        circuits.faithfulness_curve(toy_world, circuits.RandomScores(seed).discover(toy_world, train), held_out, sizes)["faithfulness"]
+        circuits.faithfulness_curve(
+            toy_world, circuits.RandomScores(seed).discover(toy_world, train), held_out, sizes
+        )["faithfulness"]
         for seed in range(5)
     ]
     by_chance = sum(chance) / 5

@@ -9,13 +9,13 @@ import pytest
 import torch
 from architectures import VOCAB, random_model
 
-from circuits.errors import InputError
-from circuits.models import Components, Model
-from circuits.transcoders import training
+from circuits.models import Model, ModelWeights
+from circuits.system.errors import InputError
 from circuits.transcoders.activations import JumpReLU, ReLU
-from circuits.transcoders.base import Transcoders
-from circuits.transcoders.learned import Units, Weights
-from circuits.transcoders.training import Kind, Training, quality, record, train
+from circuits.transcoders.training import train as training
+from circuits.transcoders.training.parameters import Units, Weights
+from circuits.transcoders.training.train import Kind, Training, quality, record, train
+from circuits.transcoders.transcoder import Transcoders
 
 KINDS: tuple[Kind, ...] = ("plt", "skip-plt", "clt")
 SMALL = Training(n_features=48, k=(6,), steps=40, learning_rate=2e-2)
@@ -32,8 +32,18 @@ def batches(step: int, prompts: int = 24, length: int = 12) -> tuple[torch.Tenso
 def tensors(transcoders: Transcoders) -> list[torch.Tensor]:
     """Every number of a set."""
     parts = [part for encoder in transcoders.encoders for part in (encoder.weight, encoder.bias)]
-    thresholds = [encoder.activation.threshold for encoder in transcoders.encoders if isinstance(encoder.activation, JumpReLU)]
-    return [*parts, *thresholds, *transcoders.decoders, *transcoders.decoder_biases, *(transcoders.skips or ())]
+    thresholds = [
+        encoder.activation.threshold
+        for encoder in transcoders.encoders
+        if isinstance(encoder.activation, JumpReLU)
+    ]
+    return [
+        *parts,
+        *thresholds,
+        *transcoders.decoders,
+        *transcoders.decoder_biases,
+        *(transcoders.skips or ()),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +57,12 @@ def trained(model: Model) -> dict[Kind, Transcoders]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_explained_variance_rises_with_training(kind: Kind, model: Model, trained: dict[Kind, Transcoders]) -> None:
+def test_explained_variance_rises_with_training(
+    kind: Kind, model: Model, trained: dict[Kind, Transcoders]
+) -> None:
     early, late = (
-        quality(model, made, *batches(999)) for made in (train(model, batches, replace(SMALL, kind=kind, steps=3)), trained[kind])
+        quality(model, made, *batches(999))
+        for made in (train(model, batches, replace(SMALL, kind=kind, steps=3)), trained[kind])
     )
     assert (late.explained_variance > early.explained_variance + 0.05).all()
     assert (late.explained_variance > 0.4).all()
@@ -62,12 +75,17 @@ def test_all_kinds_learn_on_other_architectures(architecture: str, kind: Kind) -
     made = train(model, batches, replace(SMALL, kind=kind, steps=20))
     assert (quality(model, made, *batches(999)).explained_variance > 0.15).all()
     assert made.kind == {"plt": "PLT", "skip-plt": "PLT with skip", "clt": "CLT"}[kind]
-    assert (made.reads, made.writes) == (("residual", "residual") if kind == "clt" else ("mlp_input", "mlp"))
+    assert (made.reads, made.writes) == (
+        ("residual", "residual") if kind == "clt" else ("mlp_input", "mlp")
+    )
 
 
 @pytest.mark.parametrize("sparsity", ["l1", "tanh"])
 def test_a_higher_price_leaves_fewer_features_that_fire(sparsity: str, model: Model) -> None:
-    cheap, dear = (train(model, batches, replace(SMALL, sparsity=sparsity, penalty=(price,), steps=25)) for price in (1e-4, 0.1))  # type: ignore[arg-type]
+    cheap, dear = (
+        train(model, batches, replace(SMALL, sparsity=sparsity, penalty=(price,), steps=25))
+        for price in (1e-4, 0.1)
+    )  # type: ignore[arg-type]
     assert all(isinstance(encoder.activation, ReLU) for encoder in cheap.encoders)
     cheap_quality, dear_quality = (quality(model, one, *batches(999)) for one in (cheap, dear))
     assert (dear_quality.l0 < 0.8 * cheap_quality.l0).all()
@@ -77,11 +95,15 @@ def test_a_higher_price_leaves_fewer_features_that_fire(sparsity: str, model: Mo
 def test_the_jump_relu_keeps_as_many_features_as_were_trained(model: Model) -> None:
     made = train(model, batches, replace(SMALL, k=(3, 7.5)))
     assert all(isinstance(encoder.activation, JumpReLU) for encoder in made.encoders)
-    assert quality(model, made, *batches(999, prompts=200)).l0.tolist() == pytest.approx([3, 7.5], rel=0.1)
+    assert quality(model, made, *batches(999, prompts=200)).l0.tolist() == pytest.approx(
+        [3, 7.5], rel=0.1
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_interrupted_training_resumed_equals_an_uninterrupted_one(kind: Kind, model: Model, tmp_path: Path) -> None:
+def test_an_interrupted_training_resumed_equals_an_uninterrupted_one(
+    kind: Kind, model: Model, tmp_path: Path
+) -> None:
     config = replace(SMALL, kind=kind, steps=12, checkpoint_every=2, dead_after=300)
     whole = train(model, batches, config)
 
@@ -94,15 +116,25 @@ def test_an_interrupted_training_resumed_equals_an_uninterrupted_one(kind: Kind,
     with pytest.raises(KeyboardInterrupt):
         train(model, until_killed, config, checkpoint=checkpoint)
     seen: list[int] = []
-    parts = train(model, batches, config, checkpoint=checkpoint, progress=lambda done, loss: seen.append(done))
+    parts = train(
+        model, batches, config, checkpoint=checkpoint, progress=lambda done, loss: seen.append(done)
+    )
     assert seen == list(range(7, 13))
-    assert all(torch.equal(one, other) for one, other in zip(tensors(whole), tensors(parts), strict=True))
+    assert all(
+        torch.equal(one, other) for one, other in zip(tensors(whole), tensors(parts), strict=True)
+    )
 
 
 def test_a_finished_training_is_not_repeated(model: Model, tmp_path: Path) -> None:
     config, steps = replace(SMALL, steps=3, dead_after=100), []
     parts = [
-        train(model, batches, config, checkpoint=tmp_path / "state.safetensors", progress=lambda done, loss: steps.append(done))
+        train(
+            model,
+            batches,
+            config,
+            checkpoint=tmp_path / "state.safetensors",
+            progress=lambda done, loss: steps.append(done),
+        )
         for _ in range(2)
     ]
     assert steps == [1, 2, 3]
@@ -111,14 +143,20 @@ def test_a_finished_training_is_not_repeated(model: Model, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("across", [False, True])
 def test_dead_features_alone_learn_to_leave_less_of_what_was_missed(across: bool) -> None:
-    weights = Weights.first(2, 10, 8, across=across, skip=False, seed=0, dtype=torch.float64, device="cpu")
-    inputs, missed = torch.randn(2, 2, 30, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    weights = Weights.first(
+        2, 10, 8, across=across, skip=False, seed=0, dtype=torch.float64, device="cpu"
+    )
+    inputs, missed = torch.randn(
+        2, 2, 30, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    )
     dead = torch.zeros(2, 10, dtype=torch.bool)
     assert training.auxiliary_loss(weights, inputs, missed, dead) == 0
     dead[:, 7:] = True
     before = training.auxiliary_loss(weights, inputs, missed, dead)
     gradients = torch.autograd.grad(before, [weights.encoder, *weights.decoders])
-    assert all((gradient[..., :7, :] == 0).all() for gradient in gradients[:1]) and all((part[:7] == 0).all() for part in gradients[1:])
+    assert all((gradient[..., :7, :] == 0).all() for gradient in gradients[:1]) and all(
+        (part[:7] == 0).all() for part in gradients[1:]
+    )
     assert (gradients[0][:, 7:] != 0).any() and all((part[7:] != 0).any() for part in gradients[1:])
     with torch.no_grad():
         for tensor, gradient in zip([weights.encoder, *weights.decoders], gradients, strict=True):
@@ -129,7 +167,12 @@ def test_dead_features_alone_learn_to_leave_less_of_what_was_missed(across: bool
 def test_a_checkpoint_of_other_settings_is_refused(model: Model, tmp_path: Path) -> None:
     train(model, batches, replace(SMALL, steps=1), checkpoint=tmp_path / "state.safetensors")
     with pytest.raises(InputError, match="written with other settings"):
-        train(model, batches, replace(SMALL, steps=1, seed=1), checkpoint=tmp_path / "state.safetensors")
+        train(
+            model,
+            batches,
+            replace(SMALL, steps=1, seed=1),
+            checkpoint=tmp_path / "state.safetensors",
+        )
 
 
 @pytest.mark.parametrize(
@@ -141,7 +184,9 @@ def test_a_checkpoint_of_other_settings_is_refused(model: Model, tmp_path: Path)
         ({"steps": 0}, "must be positive"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(change: dict, message: str, model: Model, unchecked_types: None) -> None:
+def test_settings_that_do_not_fit_are_refused(
+    change: dict, message: str, model: Model, unchecked_types: None
+) -> None:
     with pytest.raises(InputError, match=message):
         train(model, batches, replace(SMALL, **change))
 
@@ -165,9 +210,15 @@ def test_the_model_is_left_as_it_was(model: Model) -> None:
         assert model.cfg.use_hook_mlp_in
     finally:
         model.cfg.use_hook_mlp_in = False
-    assert torch.equal(torch.get_rng_state(), generator) and torch.is_grad_enabled() and torch.get_num_threads() == threads
+    assert (
+        torch.equal(torch.get_rng_state(), generator)
+        and torch.is_grad_enabled()
+        and torch.get_num_threads() == threads
+    )
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert all(
+        parameter.requires_grad and parameter.grad is None for parameter in model.parameters()
+    )
     assert not any(point.fwd_hooks or point.bwd_hooks for point in model.hook_dict.values())
 
 
@@ -180,13 +231,24 @@ def test_it_trains_where_gradients_are_switched_off(model: Model) -> None:
 def test_decoder_rows_have_length_one(trained: dict[Kind, Transcoders]) -> None:
     for made in trained.values():
         for decoder in made.decoders:
-            torch.testing.assert_close(decoder.flatten(1).norm(dim=1), torch.ones(48), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                decoder.flatten(1).norm(dim=1), torch.ones(48), rtol=1e-4, atol=1e-4
+            )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_learned_and_what_is_given_are_the_same_function(kind: Kind) -> None:
     """In the units of training and in the model's."""
-    weights = Weights.first(2, 20, 8, across=kind == "clt", skip=kind == "skip-plt", seed=0, dtype=torch.float64, device="cpu")
+    weights = Weights.first(
+        2,
+        20,
+        8,
+        across=kind == "clt",
+        skip=kind == "skip-plt",
+        seed=0,
+        dtype=torch.float64,
+        device="cpu",
+    )
     generator = torch.Generator().manual_seed(1)
     inputs, outputs = torch.randn(2, 2, 30, 8, generator=generator, dtype=torch.float64) * 3 + 1
     with torch.no_grad():
@@ -210,13 +272,26 @@ def test_what_is_recorded_is_what_the_mlp_reads_and_writes(architecture: str) ->
     kept = mask.clone()
     kept[:, 0] = False
     before = "hook_resid_pre" if architecture == "pythia" else "hook_resid_mid"
-    for reads, name in (("residual", before), ("normalized", "ln2.hook_normalized"), ("mlp_input", None)):
+    for reads, name in (
+        ("residual", before),
+        ("normalized", "ln2.hook_normalized"),
+        ("mlp_input", None),
+    ):
         inputs, outputs = record(model, reads, "mlp", tokens, mask)  # type: ignore[arg-type]
         for layer in range(2):
             residual = cache[f"blocks.{layer}.{before}"]
-            expected = Components(model).mlp_input(layer, residual) if name is None else cache[f"blocks.{layer}.{name}"]
+            expected = (
+                ModelWeights(model).mlp_input(layer, residual)
+                if name is None
+                else cache[f"blocks.{layer}.{name}"]
+            )
             torch.testing.assert_close(inputs[layer], expected[kept].detach(), rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(outputs[layer], cache[f"blocks.{layer}.hook_mlp_out"][kept].detach(), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                outputs[layer],
+                cache[f"blocks.{layer}.hook_mlp_out"][kept].detach(),
+                rtol=1e-4,
+                atol=1e-5,
+            )
 
 
 def test_quality_agrees_with_its_definition(model: Model, trained: dict[Kind, Transcoders]) -> None:
@@ -225,9 +300,18 @@ def test_quality_agrees_with_its_definition(model: Model, trained: dict[Kind, Tr
     inputs, outputs = record(model, made.reads, made.writes, tokens, mask)
     for layer in range(2):
         activations = made.encode(layer, inputs[layer][None])[0]
-        errors = outputs[layer] - activations @ made.decoders[layer][:, 0] - made.decoder_biases[layer]
-        assert found.explained_variance[layer] == pytest.approx(
-            float(1 - errors.square().sum() / (outputs[layer] - outputs[layer].mean(0)).square().sum()), abs=1e-4
+        errors = (
+            outputs[layer] - activations @ made.decoders[layer][:, 0] - made.decoder_biases[layer]
         )
-        assert found.l0[layer] == pytest.approx(float((activations > 0).float().sum(1).mean()), rel=1e-3)
-        assert found.dead[layer] == pytest.approx(float((activations == 0).all(0).float().mean()), abs=0.03)
+        assert found.explained_variance[layer] == pytest.approx(
+            float(
+                1 - errors.square().sum() / (outputs[layer] - outputs[layer].mean(0)).square().sum()
+            ),
+            abs=1e-4,
+        )
+        assert found.l0[layer] == pytest.approx(
+            float((activations > 0).float().sum(1).mean()), rel=1e-3
+        )
+        assert found.dead[layer] == pytest.approx(
+            float((activations == 0).all(0).float().mean()), abs=0.03
+        )

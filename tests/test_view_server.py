@@ -20,14 +20,18 @@ import pytest
 from browser import Browser, wait_for
 from synthetic_feature_graph import SENTENCE, synthetic_graph
 
-from circuits.commands.view import view
-from circuits.errors import InputError
-from circuits.feature_graph import EMBEDDING, TARGET, FeatureGraph
-from circuits.influence import prune
-from circuits.viewer.graph_data import GraphData
-from circuits.viewer.server import LARGEST_BODY, GraphServer, open_server
+from circuits.attribution.feature_graph import EMBEDDING, TARGET, FeatureGraph
+from circuits.attribution.influence import prune
+from circuits.cli.view import view
+from circuits.plotting.graph_page.data import GraphData
+from circuits.plotting.graph_page.server import LARGEST_BODY, GraphServer, open_server
+from circuits.system.errors import InputError
 
-GROUPS = {"pinned": ["f3.7185@12"], "supernodes": [{"name": "say a capital", "nodes": ["f0.2173@3", "f0.6007@3"]}], "node_threshold": 0.7}
+GROUPS = {
+    "pinned": ["f3.7185@12"],
+    "supernodes": [{"name": "say a capital", "nodes": ["f0.2173@3", "f0.6007@3"]}],
+    "node_threshold": 0.7,
+}
 JSON = {"Content-Type": "application/json"}
 Start = Callable[[FeatureGraph], GraphServer]
 
@@ -44,7 +48,9 @@ def start(tmp_path: Path) -> Iterator[Start]:
     def started(graph: FeatureGraph) -> GraphServer:
         graph.save(tmp_path)
         running.append(open_server(tmp_path, 0))
-        threading.Thread(target=running[-1].serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=running[-1].serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
         return running[-1]
 
     yield started
@@ -59,13 +65,27 @@ def server(start: Start, graph: FeatureGraph) -> GraphServer:
 
 
 def ask(
-    server: GraphServer, path: str, *, method: str = "GET", body: bytes | None = None, **headers: str
+    server: GraphServer,
+    path: str,
+    *,
+    method: str = "GET",
+    body: bytes | None = None,
+    **headers: str,
 ) -> tuple[int, bytes, dict[str, str]]:
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
     try:
-        connection.request(method, path, body=body, headers={name.replace("_", "-"): value for name, value in headers.items()})
+        connection.request(
+            method,
+            path,
+            body=body,
+            headers={name.replace("_", "-"): value for name, value in headers.items()},
+        )
         response = connection.getresponse()
-        return response.status, response.read(), {name.lower(): value for name, value in response.getheaders()}
+        return (
+            response.status,
+            response.read(),
+            {name.lower(): value for name, value in response.getheaders()},
+        )
     finally:
         connection.close()
 
@@ -78,7 +98,13 @@ def answer(server: GraphServer, path: str) -> Any:
 
 def send(server: GraphServer, content: Any, **headers: str) -> tuple[int, str]:
     body = content if isinstance(content, bytes) else json.dumps(content).encode()
-    status, text, _ = ask(server, "/api/groups", method="POST", body=body, **{"Content-Type": "application/json", **headers})
+    status, text, _ = ask(
+        server,
+        "/api/groups",
+        method="POST",
+        body=body,
+        **{"Content-Type": "application/json", **headers},
+    )
     return status, text.decode()
 
 
@@ -96,49 +122,88 @@ def raw(server: GraphServer, request: bytes) -> bytes:
 
 def status_of(server: GraphServer, target: bytes) -> int:
     host = f"127.0.0.1:{server.server_port}".encode()
-    return int(raw(server, b"GET " + target + b" HTTP/1.1\r\nHost: " + host + b"\r\nConnection: close\r\n\r\n").split(b" ")[1])
+    return int(
+        raw(
+            server,
+            b"GET " + target + b" HTTP/1.1\r\nHost: " + host + b"\r\nConnection: close\r\n\r\n",
+        ).split(b" ")[1]
+    )
 
 
 # What it answers
 
 
-def test_the_page_and_the_data_come_with_headers_that_keep_other_pages_out(server: GraphServer) -> None:
-    for path, kind in (("/", "text/html; charset=utf-8"), ("/api/nodes", "application/json"), ("/nothing", "text/plain; charset=utf-8")):
+def test_the_page_and_the_data_come_with_headers_that_keep_other_pages_out(
+    server: GraphServer,
+) -> None:
+    for path, kind in (
+        ("/", "text/html; charset=utf-8"),
+        ("/api/nodes", "application/json"),
+        ("/nothing", "text/plain; charset=utf-8"),
+    ):
         _, body, headers = ask(server, path)
         assert headers["content-type"] == kind and int(headers["content-length"]) == len(body)
-        assert headers["x-content-type-options"] == "nosniff" and headers["x-frame-options"] == "DENY"
+        assert (
+            headers["x-content-type-options"] == "nosniff" and headers["x-frame-options"] == "DENY"
+        )
         assert headers["content-security-policy"].startswith("default-src 'none'")
-        assert "frame-ancestors 'none'" in headers["content-security-policy"] and "unsafe" not in headers["content-security-policy"]
-        assert headers["cross-origin-resource-policy"] == "same-origin" and "access-control-allow-origin" not in headers
+        assert (
+            "frame-ancestors 'none'" in headers["content-security-policy"]
+            and "unsafe" not in headers["content-security-policy"]
+        )
+        assert (
+            headers["cross-origin-resource-policy"] == "same-origin"
+            and "access-control-allow-origin" not in headers
+        )
         assert "python" not in headers["server"].lower()
 
 
 def test_it_listens_on_this_machine_only(server: GraphServer) -> None:
-    assert server.server_address[0] == "127.0.0.1" and server.url == f"http://127.0.0.1:{server.server_port}/"
+    assert (
+        server.server_address[0] == "127.0.0.1"
+        and server.url == f"http://127.0.0.1:{server.server_port}/"
+    )
 
 
-def test_nodes_are_what_prune_keeps_up_to_the_limits(server: GraphServer, graph: FeatureGraph) -> None:
+def test_nodes_are_what_prune_keeps_up_to_the_limits(
+    server: GraphServer, graph: FeatureGraph
+) -> None:
     kept = prune(graph, node_threshold=0.6, edge_threshold=0.9)
     found = answer(server, "/api/nodes?node_threshold=0.6&edge_threshold=0.9")
     assert found["nodes"]["id"] == kept.nodes.nonzero().flatten().tolist()
     assert found["kept"] == {"nodes": int(kept.nodes.sum()), "edges": int(kept.edges.sum())}
-    fewer = answer(server, "/api/nodes?node_threshold=0.6&edge_threshold=0.9&max_nodes=30&max_edges=5")
-    assert len(fewer["nodes"]["id"]) == 30 and len(fewer["edges"]["source"]) == 5 and fewer["kept"] == found["kept"]
+    fewer = answer(
+        server, "/api/nodes?node_threshold=0.6&edge_threshold=0.9&max_nodes=30&max_edges=5"
+    )
+    assert (
+        len(fewer["nodes"]["id"]) == 30
+        and len(fewer["edges"]["source"]) == 5
+        and fewer["kept"] == found["kept"]
+    )
 
 
 def test_edges_of_a_node_go_by_name_or_number(server: GraphServer, graph: FeatureGraph) -> None:
     by_name = answer(server, "/api/edges?node=f3.7185@12&most=6")
     assert by_name == answer(server, f"/api/edges?node={graph.find('f3.7185@12')}&most=6")
     names = dict(zip(by_name["nodes"]["id"], by_name["nodes"]["name"], strict=True))
-    assert [names[number] for number in by_name["incoming"]["node"]] == graph.incoming("f3.7185@12", 6)["node"].tolist()
-    assert by_name["outgoing"]["weight"] == pytest.approx(graph.outgoing("f3.7185@12", 6)["weight"].tolist(), rel=1e-6)
+    assert [names[number] for number in by_name["incoming"]["node"]] == graph.incoming(
+        "f3.7185@12", 6
+    )["node"].tolist()
+    assert by_name["outgoing"]["weight"] == pytest.approx(
+        graph.outgoing("f3.7185@12", 6)["weight"].tolist(), rel=1e-6
+    )
 
 
 def test_edges_between_nodes_and_search(server: GraphServer, graph: FeatureGraph) -> None:
-    target, source = len(graph.nodes) - 1, graph.find(graph.incoming(str(graph.node(len(graph.nodes) - 1)), 1)["node"][0])
+    target, source = (
+        len(graph.nodes) - 1,
+        graph.find(graph.incoming(str(graph.node(len(graph.nodes) - 1)), 1)["node"][0]),
+    )
     between = answer(server, f"/api/between?node={target},{source}")
     assert (between["source"], between["target"]) == ([source], [target])
-    assert answer(server, f"/api/search?text={quote('Dallas')}&most=3") == GraphData.of(graph).search("Dallas", 3)
+    assert answer(server, f"/api/search?text={quote('Dallas')}&most=3") == GraphData.of(
+        graph
+    ).search("Dallas", 3)
 
 
 @pytest.mark.parametrize(
@@ -162,13 +227,20 @@ def test_values_that_cannot_be_used_are_told(server: GraphServer, path: str, sai
     assert status == 400 and said in body.decode() and len(body) < 400
 
 
-def test_many_requests_at_once_get_their_own_answers(server: GraphServer, graph: FeatureGraph) -> None:
+def test_many_requests_at_once_get_their_own_answers(
+    server: GraphServer, graph: FeatureGraph
+) -> None:
     paths = [f"/api/edges?node={number}&most=5" for number in range(60)] + [
         f"/api/nodes?node_threshold=0.{tenth}" for tenth in range(1, 10)
     ]
     expected = {path: answer(server, path) for path in paths}
     with ThreadPoolExecutor(16) as pool:
-        assert dict(zip(paths * 3, pool.map(lambda path: answer(server, path), paths * 3), strict=True)) == expected
+        assert (
+            dict(
+                zip(paths * 3, pool.map(lambda path: answer(server, path), paths * 3), strict=True)
+            )
+            == expected
+        )
 
 
 # What it refuses
@@ -198,7 +270,9 @@ def test_only_the_listed_addresses_answer(server: GraphServer, path: bytes) -> N
         "",
     ],
 )
-def test_another_host_is_refused_even_by_those_who_know_the_port(server: GraphServer, host: str) -> None:
+def test_another_host_is_refused_even_by_those_who_know_the_port(
+    server: GraphServer, host: str
+) -> None:
     for path in ("/", "/api/nodes", "/api/groups"):
         assert ask(server, path, Host=host.format(port=server.server_port))[0] == 403
     assert send(server, GROUPS, Host=host.format(port=server.server_port))[0] == 403
@@ -209,12 +283,16 @@ def test_the_three_names_of_this_machine_are_answered(server: GraphServer) -> No
     for host in ("localhost", "LOCALHOST", "127.0.0.1", "[::1]"):
         assert ask(server, "/api/groups", Host=f"{host}:{server.server_port}")[0] == 200
     host = f"127.0.0.1:{server.server_port}".encode()
-    twice = b"GET / HTTP/1.1\r\nHost: " + host + b"\r\nHost: evil.example\r\nConnection: close\r\n\r\n"
+    twice = (
+        b"GET / HTTP/1.1\r\nHost: " + host + b"\r\nHost: evil.example\r\nConnection: close\r\n\r\n"
+    )
     assert raw(server, twice).startswith(b"HTTP/1.1 403")
     assert raw(server, b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 403")
 
 
-@pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "OPTIONS", "HEAD", "TRACE", "NONSENSE"])
+@pytest.mark.parametrize(
+    "method", ["PUT", "DELETE", "PATCH", "OPTIONS", "HEAD", "TRACE", "NONSENSE"]
+)
 def test_other_methods_are_refused(server: GraphServer, method: str) -> None:
     status, _, headers = ask(server, "/api/groups", method=method)
     assert status == 405 and headers["allow"] == "GET, POST"
@@ -222,11 +300,28 @@ def test_other_methods_are_refused(server: GraphServer, method: str) -> None:
 
 
 def test_only_groups_can_be_posted(server: GraphServer) -> None:
-    assert ask(server, "/api/nodes", method="POST", body=b"{}", Content_Type="application/json")[0] == 405
-    assert ask(server, "/graph.safetensors", method="POST", body=b"{}", Content_Type="application/json")[0] == 404
+    assert (
+        ask(server, "/api/nodes", method="POST", body=b"{}", Content_Type="application/json")[0]
+        == 405
+    )
+    assert (
+        ask(
+            server, "/graph.safetensors", method="POST", body=b"{}", Content_Type="application/json"
+        )[0]
+        == 404
+    )
 
 
-@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost", "http://127.0.0.1:1", "https://127.0.0.1:{port}"])
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "https://evil.example",
+        "null",
+        "http://localhost",
+        "http://127.0.0.1:1",
+        "https://127.0.0.1:{port}",
+    ],
+)
 def test_another_page_may_not_write(server: GraphServer, origin: str) -> None:
     assert send(server, GROUPS, Origin=origin.format(port=server.server_port))[0] == 403
     assert not (server.folder / "groups.json").exists()
@@ -241,8 +336,13 @@ def test_a_form_of_another_page_cannot_write_either(server: GraphServer) -> None
 
 def test_a_body_too_large_chunked_or_without_length_is_refused(server: GraphServer) -> None:
     host = f"127.0.0.1:{server.server_port}"
-    start = f"POST /api/groups HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n".encode()
-    assert send(server, b" " * (LARGEST_BODY + 1)) == (413, f"the body is larger than {LARGEST_BODY:,} bytes.\n")
+    start = (
+        f"POST /api/groups HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n".encode()
+    )
+    assert send(server, b" " * (LARGEST_BODY + 1)) == (
+        413,
+        f"the body is larger than {LARGEST_BODY:,} bytes.\n",
+    )
     for rest, status in (
         (b"\r\n", 411),
         (b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", 411),
@@ -274,7 +374,9 @@ def test_a_body_too_large_chunked_or_without_length_is_refused(server: GraphServ
         (b'{"pinned": [], "supernodes": [], "edge_threshold": NaN}', "from 0 to 1"),
     ],
 )
-def test_groups_of_another_form_are_refused_and_nothing_is_written(server: GraphServer, content: Any, said: str) -> None:
+def test_groups_of_another_form_are_refused_and_nothing_is_written(
+    server: GraphServer, content: Any, said: str
+) -> None:
     status, text = send(server, content)
     assert status == 400 and said in text
     assert not (server.folder / "groups.json").exists()
@@ -283,36 +385,55 @@ def test_groups_of_another_form_are_refused_and_nothing_is_written(server: Graph
 # Groups
 
 
-def test_groups_are_kept_in_the_folder_and_come_back(server: GraphServer, graph: FeatureGraph) -> None:
+def test_groups_are_kept_in_the_folder_and_come_back(
+    server: GraphServer, graph: FeatureGraph
+) -> None:
     assert answer(server, "/api/groups")["pinned"] == []
     assert send(server, GROUPS)[0] == 200
     written = json.loads((server.folder / "groups.json").read_text())
     assert written == {"format": "circuits.graph_groups", "format_version": 1, **GROUPS}
     found = answer(server, "/api/groups")
     assert found == {**GROUPS, "nodes": found["nodes"]}
-    assert found["nodes"]["id"] == [graph.find(name) for name in ("f3.7185@12", "f0.2173@3", "f0.6007@3")]
+    assert found["nodes"]["id"] == [
+        graph.find(name) for name in ("f3.7185@12", "f0.2173@3", "f0.6007@3")
+    ]
     assert not [path for path in server.folder.iterdir() if path.name.startswith(".")]
 
 
 def test_groups_written_at_once_leave_a_whole_file(server: GraphServer) -> None:
     with ThreadPoolExecutor(8) as pool:
-        assert {status for status, _ in pool.map(lambda tenth: send(server, {**GROUPS, "node_threshold": tenth / 40}), range(40))} == {200}
+        assert {
+            status
+            for status, _ in pool.map(
+                lambda tenth: send(server, {**GROUPS, "node_threshold": tenth / 40}), range(40)
+            )
+        } == {200}
     assert 0 <= json.loads((server.folder / "groups.json").read_text())["node_threshold"] <= 1
 
 
-def test_nodes_that_a_new_graph_does_not_have_leave_its_groups(start: Start, graph: FeatureGraph) -> None:
+def test_nodes_that_a_new_graph_does_not_have_leave_its_groups(
+    start: Start, graph: FeatureGraph
+) -> None:
     server = start(graph)
     send(server, GROUPS)
     kept = graph.subgraph(graph.is_kind(EMBEDDING, TARGET) | (graph.nodes.index == 6007))
     found = answer(start(kept), "/api/groups")
-    assert found["pinned"] == [] and found["supernodes"] == [{"name": "say a capital", "nodes": ["f0.6007@3"]}]
+    assert found["pinned"] == [] and found["supernodes"] == [
+        {"name": "say a capital", "nodes": ["f0.6007@3"]}
+    ]
 
 
 @pytest.mark.parametrize(
     "content",
-    ["{", '{"format": "circuits.graph_groups", "format_version": 99}', '{"format": "circuits.graph_groups", "format_version": 1}'],
+    [
+        "{",
+        '{"format": "circuits.graph_groups", "format_version": 99}',
+        '{"format": "circuits.graph_groups", "format_version": 1}',
+    ],
 )
-def test_damaged_groups_are_not_served_over(tmp_path: Path, graph: FeatureGraph, content: str) -> None:
+def test_damaged_groups_are_not_served_over(
+    tmp_path: Path, graph: FeatureGraph, content: str
+) -> None:
     graph.save(tmp_path)
     (tmp_path / "groups.json").write_text(content)
     with pytest.raises(InputError, match=r"groups\.json"):
@@ -320,11 +441,13 @@ def test_damaged_groups_are_not_served_over(tmp_path: Path, graph: FeatureGraph,
     assert (tmp_path / "groups.json").read_text() == content
 
 
-def test_a_folder_that_cannot_be_written_is_told(server: GraphServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written_is_told(
+    server: GraphServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("circuits.viewer.graph_groups.write_json", full)
+    monkeypatch.setattr("circuits.plotting.graph_page.groups.write_json", full)
     status, text = send(server, GROUPS)
     assert status == 500 and "groups.json could not be written" in text and "No space left" in text
 
@@ -339,7 +462,9 @@ def test_a_folder_without_a_graph_is_told_in_one_line(tmp_path: Path) -> None:
 
 
 def test_a_taken_port_is_told_in_one_line(server: GraphServer) -> None:
-    with pytest.raises(InputError, match=f"port {server.server_port} is taken; choose another with --port") as told:
+    with pytest.raises(
+        InputError, match=f"port {server.server_port} is taken; choose another with --port"
+    ) as told:
         view([str(server.folder), "--port", str(server.server_port), "--no-browser"])
     assert "\n" not in str(told.value)
     for port in ("-1", "65536"):
@@ -348,7 +473,10 @@ def test_a_taken_port_is_told_in_one_line(server: GraphServer) -> None:
 
 
 def test_the_command_opens_the_page_and_ends_quietly(
-    tmp_path: Path, graph: FeatureGraph, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    graph: FeatureGraph,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def stopped(_: GraphServer) -> None:
         raise KeyboardInterrupt
@@ -366,9 +494,15 @@ def test_the_command_opens_the_page_and_ends_quietly(
 
 def test_ctrl_c_ends_a_running_server_quietly(tmp_path: Path, graph: FeatureGraph) -> None:
     graph.save(tmp_path)
-    script = f"from circuits.commands.view import view; view([{str(tmp_path)!r}, '--port', '0', '--no-browser']); print('ended')"
+    script = f"from circuits.cli.view import view; view([{str(tmp_path)!r}, '--port', '0', '--no-browser']); print('ended')"
     words = [sys.executable, "-u", "-c", script]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"}) as process:
+    with subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"COLUMNS": "200"},
+    ) as process:
         line = process.stdout.readline()  # type: ignore[union-attr]
         address = line.split("http://127.0.0.1:")[1].split("/")[0]
         connection = http.client.HTTPConnection("127.0.0.1", int(address), timeout=20)
@@ -401,33 +535,55 @@ def test_a_served_page_keeps_groups_in_the_folder(browser: Browser, server: Grap
     browser.write("</script><b>say</b>")
     browser.press("Enter")
     written = wait_for(
-        lambda: (path := server.folder / "groups.json").exists() and "say" in path.read_text() and json.loads(path.read_text())
+        lambda: (
+            (path := server.folder / "groups.json").exists()
+            and "say" in path.read_text()
+            and json.loads(path.read_text())
+        )
     )
-    assert written["supernodes"] == [{"name": "</script><b>say</b>", "nodes": ["f1.4736@3", "f3.7185@12"]}]
+    assert written["supernodes"] == [
+        {"name": "</script><b>say</b>", "nodes": ["f1.4736@3", "f3.7185@12"]}
+    ]
     browser.reload()
     assert browser.js("document.querySelector('.supernodes input').value") == "</script><b>say</b>"
     browser.slide("#edge-threshold", 0.5)
-    wait_for(lambda: json.loads((server.folder / "groups.json").read_text())["edge_threshold"] == 0.5)
-    assert browser.errors() == [] and all(address.startswith(server.url) for address in browser.requests())
+    wait_for(
+        lambda: json.loads((server.folder / "groups.json").read_text())["edge_threshold"] == 0.5
+    )
+    assert browser.errors() == [] and all(
+        address.startswith(server.url) for address in browser.requests()
+    )
     assert browser.js("localStorage.length") == 0
 
 
 @pytest.mark.browser
-def test_a_page_says_when_its_server_has_gone_and_keeps_on_when_it_is_back(browser: Browser, server: GraphServer) -> None:
+def test_a_page_says_when_its_server_has_gone_and_keeps_on_when_it_is_back(
+    browser: Browser, server: GraphServer
+) -> None:
     browser.open(server.url)
     speed = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
     browser.call("Network.emulateNetworkConditions", offline=True, **speed)
     browser.slide("#node-threshold", 0.3)
-    browser.wait("document.getElementById('kept').textContent.startsWith('Not kept in groups.json: The server does not answer')")
+    browser.wait(
+        "document.getElementById('kept').textContent.startsWith('Not kept in groups.json: The server does not answer')"
+    )
     browser.call("Network.emulateNetworkConditions", offline=False, **speed)
     browser.slide("#node-threshold", 0.4)
-    browser.wait("document.getElementById('kept').textContent === 'Pins, supernodes and thresholds are kept in groups.json.'")
+    browser.wait(
+        "document.getElementById('kept').textContent === 'Pins, supernodes and thresholds are kept in groups.json.'"
+    )
     assert json.loads((server.folder / "groups.json").read_text())["node_threshold"] == 0.4
 
 
 @pytest.mark.browser
 def test_ten_thousand_nodes_and_a_million_edges_stay_usable(browser: Browser, start: Start) -> None:
-    graph = synthetic_graph(words=(SENTENCE * 4)[:64], layers=26, features=8270, edges=1_000_000, labels=[" Sacramento", " Austin"])
+    graph = synthetic_graph(
+        words=(SENTENCE * 4)[:64],
+        layers=26,
+        features=8270,
+        edges=1_000_000,
+        labels=[" Sacramento", " Austin"],
+    )
     assert len(graph.nodes) == 10_000 and len(graph) == 1_000_000
     browser.open(start(graph).url)
     kept = prune(graph)
@@ -439,11 +595,19 @@ def test_ten_thousand_nodes_and_a_million_edges_stay_usable(browser: Browser, st
     browser.wait(
         f"document.querySelector('#selection h2').textContent.startsWith('{name}') && document.querySelector('.edges-of[data-side]')"
     )
-    node = graph.node(int(browser.js("document.querySelector('#stage .node[aria-pressed=true]').dataset.id")))
+    node = graph.node(
+        int(browser.js("document.querySelector('#stage .node[aria-pressed=true]').dataset.id"))
+    )
     for side, expected in (("inputs", graph.incoming(node)), ("outputs", graph.outgoing(node))):
-        rows = browser.js(f"[...document.querySelectorAll('.edges-of[data-side={side}] tbody tr')].map((row) => row.dataset.node)")
+        rows = browser.js(
+            f"[...document.querySelectorAll('.edges-of[data-side={side}] tbody tr')].map((row) => row.dataset.node)"
+        )
         assert rows == expected["node"].tolist()
     browser.slide("#node-threshold", 1)
-    browser.wait("document.getElementById('shown').textContent.includes('the 3,000 most influential of')")
-    assert browser.js("document.querySelectorAll('#stage .nodes:not(.guests) .node').length") == 3000
+    browser.wait(
+        "document.getElementById('shown').textContent.includes('the 3,000 most influential of')"
+    )
+    assert (
+        browser.js("document.querySelectorAll('#stage .nodes:not(.guests) .node').length") == 3000
+    )
     assert browser.errors() == []

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from circuits.components import component_graph
-from circuits.graph import Edge, parse_edge
+from circuits.graph.edges import Edge, parse_edge
+from circuits.graph.nodes import MLP, Head, Logits, Node, PosEmbed, TokenEmbed
 from circuits.models import Model
-from circuits.nodes import MLP, Head, Logits, Node, PosEmbed, TokenEmbed
-from circuits.tasks.known_circuits import known_circuit, known_circuits
-from circuits.tasks.wiring import Attends, Shape, Wiring
+from circuits.models.component_graph import component_graph
+from circuits.tasks.known_circuits.circuits import known_circuit, known_circuits
+from circuits.tasks.known_circuits.wiring import Attends, Shape, Wiring
 
 on_cpu = partial(known_circuit, device="cpu")
 every_name = pytest.mark.parametrize("name", known_circuits())
@@ -23,10 +23,16 @@ every_name = pytest.mark.parametrize("name", known_circuits())
 @every_name
 @pytest.mark.parametrize("rotate", [False, True])
 @pytest.mark.parametrize("decoys", [False, True])
-def test_the_circuit_reads_what_a_source_writes_exactly_along_the_true_edges(name: str, rotate: bool, decoys: bool) -> None:
+def test_the_circuit_reads_what_a_source_writes_exactly_along_the_true_edges(
+    name: str, rotate: bool, decoys: bool
+) -> None:
     model, true = wired(name, rotate=rotate, decoys=decoys)
     weights = edge_weights(model)
-    others = [weight for edge, weight in weights.items() if edge not in true and edge.target in {edge.target for edge in true}]
+    others = [
+        weight
+        for edge, weight in weights.items()
+        if edge not in true and edge.target in {edge.target for edge in true}
+    ]
     assert min(weights[edge] for edge in true) > 0.1
     # A rotation in float32 leaves a rounding error.
     assert max(others) <= (1e-4 if rotate else 0.0)
@@ -35,7 +41,11 @@ def test_the_circuit_reads_what_a_source_writes_exactly_along_the_true_edges(nam
 @every_name
 def test_decoys_read_everything_that_was_written_before_them(name: str) -> None:
     model, true = wired(name)
-    into_decoys = [weight for edge, weight in edge_weights(model).items() if edge.target not in {edge.target for edge in true}]
+    into_decoys = [
+        weight
+        for edge, weight in edge_weights(model).items()
+        if edge.target not in {edge.target for edge in true}
+    ]
     assert into_decoys
     assert min(into_decoys) > 0.1
 
@@ -49,32 +59,57 @@ def test_without_decoys_only_true_edges_have_weight(name: str) -> None:
 @every_name
 def test_with_a_leak_every_decoy_writes_a_little_where_the_circuit_reads(name: str) -> None:
     model, true = wired(name, leak=0.001)
-    sources, reads = {edge.source for edge in true} | {PosEmbed()}, {(edge.target, edge.slot) for edge in true}
-    leaks = [weight for edge, weight in edge_weights(model).items() if edge.source not in sources and (edge.target, edge.slot) in reads]
+    sources, reads = (
+        {edge.source for edge in true} | {PosEmbed()},
+        {(edge.target, edge.slot) for edge in true},
+    )
+    leaks = [
+        weight
+        for edge, weight in edge_weights(model).items()
+        if edge.source not in sources and (edge.target, edge.slot) in reads
+    ]
     assert leaks
     assert 1e-5 < min(leaks) <= max(leaks) < 0.2
 
 
 def test_a_rotated_model_hides_its_slots() -> None:
-    plain, turned = (on_cpu("induction", rotate=rotate).model.state_dict() for rotate in (False, True))
+    plain, turned = (
+        on_cpu("induction", rotate=rotate).model.state_dict() for rotate in (False, True)
+    )
     assert (plain["embed.W_E"] == 0).float().mean() > 0.9
     assert (turned["embed.W_E"] != 0).all()
     assert (turned["unembed.W_U"] != 0).all()
 
 
 def test_a_slot_has_one_writer() -> None:
-    wiring = Wiring(Shape(n_layers=1, n_heads=2, d_head=2, n_ctx=2, d_vocab=2, d_vocab_out=2), {"copied": 2})
-    copying: dict[str, Any] = {"attends": [], "copies": "token", "matrix": torch.eye(2), "writes": "copied", "sharpness": 1.0}
+    wiring = Wiring(
+        Shape(n_layers=1, n_heads=2, d_head=2, n_ctx=2, d_vocab=2, d_vocab_out=2), {"copied": 2}
+    )
+    copying: dict[str, Any] = {
+        "attends": [],
+        "copies": "token",
+        "matrix": torch.eye(2),
+        "writes": "copied",
+        "sharpness": 1.0,
+    }
     wiring.head(0, 0, **copying)
     with pytest.raises(AssertionError, match=r"slot copied is written by a0\.h0 already"):
         wiring.head(0, 1, **copying)
 
 
 def test_a_slot_read_twice_is_one_edge() -> None:
-    wiring = Wiring(Shape(n_layers=1, n_heads=1, d_head=4, n_ctx=2, d_vocab=2, d_vocab_out=2), {"copied": 2})
+    wiring = Wiring(
+        Shape(n_layers=1, n_heads=1, d_head=4, n_ctx=2, d_vocab=2, d_vocab_out=2), {"copied": 2}
+    )
     twice = [Attends("token", "token", torch.eye(2)), Attends(None, "token", torch.ones(1, 2))]
-    wiring.head(0, 0, attends=twice, copies="token", matrix=torch.eye(2), writes="copied", sharpness=1.0)
-    assert [str(edge) for edge in wiring.edges] == ["tok_embed->a0.h0.q", "tok_embed->a0.h0.k", "tok_embed->a0.h0.v"]
+    wiring.head(
+        0, 0, attends=twice, copies="token", matrix=torch.eye(2), writes="copied", sharpness=1.0
+    )
+    assert [str(edge) for edge in wiring.edges] == [
+        "tok_embed->a0.h0.q",
+        "tok_embed->a0.h0.k",
+        "tok_embed->a0.h0.v",
+    ]
 
 
 def wired(name: str, **options: Any) -> tuple[Model, set[Edge]]:
@@ -87,7 +122,10 @@ def edge_weights(model: Model) -> dict[Edge, float]:
     """For every edge the graph can have, the largest entry of (what the source writes) @ (what the target reads)."""
     weights = model.state_dict()
     return {
-        edge: (written(weights, edge.source) @ consumed(weights, edge.target, edge.slot)).abs().max().item()
+        edge: (written(weights, edge.source) @ consumed(weights, edge.target, edge.slot))
+        .abs()
+        .max()
+        .item()
         for edge in component_graph(model, split_embed=True).edges
     }
 

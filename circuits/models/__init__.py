@@ -17,19 +17,7 @@ from circuits.models.hook_points import (
     residual_hook,
     scale_hooks,
 )
-from circuits.models.loading import (
-    CONFIG_FILE,
-    EMBEDDED,
-    WEIGHTS_FILE,
-    Model,
-    build_model,
-    load_model,
-    save_model,
-)
-from circuits.models.parts import (
-    Components,
-)
-from circuits.models.running import (
+from circuits.models.hooked_run import (
     Hook,
     copies_per_head,
     frozen,
@@ -40,6 +28,16 @@ from circuits.models.running import (
     separate_inputs,
     unembed,
 )
+from circuits.models.loading import (
+    CONFIG_FILE,
+    EMBEDDED,
+    WEIGHTS_FILE,
+    Model,
+    build_model,
+    load_model,
+    save_model,
+)
+from circuits.models.weights import ModelWeights
 
 __all__ = [
     "CONFIG_FILE",
@@ -47,9 +45,9 @@ __all__ = [
     "FINAL_SCALE",
     "NORMS",
     "WEIGHTS_FILE",
-    "Components",
     "Hook",
     "Model",
+    "ModelWeights",
     "attention_output_hook",
     "build_model",
     "copies_per_head",

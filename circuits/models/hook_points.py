@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from circuits.graph import SLOTS
+from circuits.graph.edges import SLOTS
+from circuits.graph.nodes import MLP, Embed, Head, Logits, Node, PosEmbed, TokenEmbed
 from circuits.models.loading import Model
-from circuits.nodes import MLP, Embed, Head, Logits, Node, PosEmbed, TokenEmbed
 
 
 def output_hook(node: Node) -> str:
@@ -73,9 +73,16 @@ def scale_hooks(model: Model) -> dict[tuple[int, str], str]:
     """Where what each norm of each block divides by can be read, by layer and norm; the final norm's is `FINAL_SCALE`."""
     if model.cfg.normalization_type is None:
         return {}
-    absent = {*(() if _norms_after(model) else ("ln1_post", "ln2_post")), *(("ln2", "ln2_post") if model.cfg.attn_only else ())}
+    absent = {
+        *(() if _norms_after(model) else ("ln1_post", "ln2_post")),
+        *(("ln2", "ln2_post") if model.cfg.attn_only else ()),
+    }
     names = [name for name in NORMS if name not in absent]
-    return {(layer, name): f"blocks.{layer}.{name}.hook_scale" for layer in range(model.cfg.n_layers) for name in names}
+    return {
+        (layer, name): f"blocks.{layer}.{name}.hook_scale"
+        for layer in range(model.cfg.n_layers)
+        for name in names
+    }
 
 
 FINAL_SCALE = "ln_final.hook_scale"

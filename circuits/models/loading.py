@@ -15,11 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
-from circuits.distributed import device_called
-from circuits.errors import InputError
-from circuits.files import read_json, read_tensors, write_json, write_tensors
+from circuits.system.device import device_called
+from circuits.system.errors import InputError
+from circuits.system.files import read_json, read_tensors, write_json, write_tensors
 
 Model = HookedTransformer
 
@@ -28,7 +33,12 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 FORMAT, FORMAT_VERSION = "circuits.model", 1
 
 
-def load_model(name_or_path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32) -> Model:
+def load_model(
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Model:
     """A model by name or from a folder, its weights as trained (nothing folded or centred).
 
     Args:
@@ -63,16 +73,32 @@ def build_model(
         InputError: weights are missing, left over or of another shape than the configuration asks for.
     """
     # A seed in the configuration would set the seeds of torch, numpy and random for the whole process.
-    settings = {**config, "seed": None, "init_weights": False, "dtype": dtype, "device": str(_device(device))}
+    settings = {
+        **config,
+        "seed": None,
+        "init_weights": False,
+        "dtype": dtype,
+        "device": str(_device(device)),
+    }
     model = HookedTransformer(HookedTransformerConfig(**settings), tokenizer)
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items() if not name.endswith(_BUFFERS)}
+    expected = {
+        name: tensor.shape
+        for name, tensor in model.state_dict().items()
+        if not name.endswith(_BUFFERS)
+    }
     wrong = [
         f"{name} ({'missing' if name not in weights else f'has shape {tuple(weights[name].shape)}, needs {tuple(shape)}'})"
         for name, shape in expected.items()
         if name not in weights or weights[name].shape != shape
-    ] + [f"{name} (unknown)" for name in weights if name not in expected and not name.endswith(_BUFFERS)]
+    ] + [
+        f"{name} (unknown)"
+        for name in weights
+        if name not in expected and not name.endswith(_BUFFERS)
+    ]
     if wrong:
-        raise InputError(f"the weights do not fit the configuration: {', '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''}.")
+        raise InputError(
+            f"the weights do not fit the configuration: {', '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''}."
+        )
     model.load_state_dict({name: weights[name].to(dtype) for name in expected}, strict=False)
     return model.eval()
 
@@ -80,7 +106,9 @@ def build_model(
 def save_model(model: Model, folder: str | Path) -> None:
     """Write config.json, model.safetensors and the tokenizer's files into `folder`, for `load_model`."""
     config = {name: value for name, value in model.cfg.to_dict().items() if _is_json(value)}
-    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(_BUFFERS)}
+    weights = {
+        name: tensor for name, tensor in model.state_dict().items() if not name.endswith(_BUFFERS)
+    }
     write_tensors(Path(folder) / WEIGHTS_FILE, weights, {}, FORMAT, FORMAT_VERSION)
     write_json(Path(folder) / CONFIG_FILE, {"config": config}, FORMAT, FORMAT_VERSION)
     if model.tokenizer is not None:
@@ -92,7 +120,9 @@ _BUFFERS = (".mask", ".IGNORE", ".rotary_sin", ".rotary_cos")
 
 
 def _device(device: str | torch.device | None) -> torch.device:
-    return device_called(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    return device_called(
+        device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    )
 
 
 def _load_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:
@@ -110,7 +140,11 @@ def _load_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> Mode
     settings = read_json(config, FORMAT, FORMAT_VERSION)["config"]
     weights = folder / WEIGHTS_FILE
     tensors = read_tensors(weights, FORMAT, FORMAT_VERSION)[0]
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder) if (folder / "tokenizer.json").is_file() else None
+    tokenizer = (
+        PreTrainedTokenizerFast.from_pretrained(folder)
+        if (folder / "tokenizer.json").is_file()
+        else None
+    )
     return build_model(settings, tensors, tokenizer, device=device, dtype=dtype)
 
 
@@ -122,7 +156,9 @@ def _load_checkpoint(folder: Path, device: torch.device, dtype: torch.dtype) -> 
         source = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise InputError(f"the folder {folder} cannot be loaded as a checkpoint: {_first_line(error)}") from error
+        raise InputError(
+            f"the folder {folder} cannot be loaded as a checkpoint: {_first_line(error)}"
+        ) from error
     with tempfile.TemporaryDirectory() as neutral:
         # TransformerLens guesses architectures from words in a path ("llama"); under a neutral name it reads config.json instead.
         link = Path(neutral) / "checkpoint"
@@ -131,9 +167,16 @@ def _load_checkpoint(folder: Path, device: torch.device, dtype: torch.dtype) -> 
             config = loading.get_pretrained_model_config(str(link), device=str(device), dtype=dtype)
             weights = loading.get_pretrained_state_dict(str(link), config, source, dtype=dtype)
         except (NotImplementedError, ValueError, AttributeError, KeyError) as error:
-            raise InputError(f"TransformerLens cannot convert the checkpoint in {folder}: {_first_line(error)}") from error
+            raise InputError(
+                f"TransformerLens cannot convert the checkpoint in {folder}: {_first_line(error)}"
+            ) from error
     model = HookedTransformer(config, tokenizer, move_to_device=False)
-    keep_as_trained = {"fold_ln": False, "center_writing_weights": False, "center_unembed": False, "fold_value_biases": False}
+    keep_as_trained = {
+        "fold_ln": False,
+        "center_writing_weights": False,
+        "center_unembed": False,
+        "fold_value_biases": False,
+    }
     model.load_and_process_state_dict(weights, **keep_as_trained)
     model.cfg.model_name = folder.name
     model.move_model_modules_to_device()
@@ -153,8 +196,12 @@ def _load_by_name(name: str, device: torch.device, dtype: torch.dtype) -> Model:
         )
         raise InputError(f"there is no model or folder {name!r}; {meant}")
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # TransformerLens prints, and our output may be read by a program
-            return HookedTransformer.from_pretrained_no_processing(name, device=str(device), dtype=dtype).eval()
+        with contextlib.redirect_stdout(
+            sys.stderr
+        ):  # TransformerLens prints, and our output may be read by a program
+            return HookedTransformer.from_pretrained_no_processing(
+                name, device=str(device), dtype=dtype
+            ).eval()
     except OSError as error:
         raise InputError(
             f"the weights of {name!r} cannot be had: {_first_line(error)} Download them elsewhere and give the folder."
@@ -167,5 +214,7 @@ def _first_line(error: BaseException) -> str:
 
 def _is_json(value: object) -> bool:
     return (
-        value is None or isinstance(value, str | int | float | bool) or (isinstance(value, list) and all(_is_json(item) for item in value))
+        value is None
+        or isinstance(value, str | int | float | bool)
+        or (isinstance(value, list) and all(_is_json(item) for item in value))
     )

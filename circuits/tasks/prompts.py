@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from circuits.errors import InputError
+from circuits.system.errors import InputError
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -61,7 +61,9 @@ def read_pairs(path: str | Path) -> list[tuple[int, PromptPair]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the task file {path} cannot be read ({error}); give a text file with one JSON object a line.") from error
+        raise InputError(
+            f"the task file {path} cannot be read ({error}); give a text file with one JSON object a line."
+        ) from error
     pairs = []
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -70,7 +72,9 @@ def read_pairs(path: str | Path) -> list[tuple[int, PromptPair]]:
             except InputError as error:
                 raise InputError(f"{path}, line {number}: {error}") from error
     if not pairs:
-        raise InputError(f"{path} holds no prompt pair; write one JSON object a line, with at least clean and corrupted.")
+        raise InputError(
+            f"{path} holds no prompt pair; write one JSON object a line, with at least clean and corrupted."
+        )
     return pairs
 
 
@@ -96,16 +100,24 @@ def _parse(line: str) -> PromptPair:
             f'not JSON ({error}): {shorten(line)}; write one object a line, such as {{"clean": ..., "corrupted": ...}}.'
         ) from error
     if not isinstance(content, dict):
-        raise InputError(f'expected a JSON object, found {type(content).__name__}; write {{"clean": ..., "corrupted": ...}}.')
+        raise InputError(
+            f'expected a JSON object, found {type(content).__name__}; write {{"clean": ..., "corrupted": ...}}.'
+        )
     for name in content:
         if name not in _FIELDS:
             near = difflib.get_close_matches(name, _FIELDS, n=1)
-            raise InputError(f"unknown field {name!r}; {f'did you mean {near[0]!r}?' if near else f'the fields are {_FIELDS}.'}")
+            raise InputError(
+                f"unknown field {name!r}; {f'did you mean {near[0]!r}?' if near else f'the fields are {_FIELDS}.'}"
+            )
     for name in ("clean", "corrupted"):
         if not isinstance(content.get(name), str):
-            raise InputError(f"field {name!r} is {'missing' if name not in content else 'not a string'}; give the prompt's text.")
+            raise InputError(
+                f"field {name!r} is {'missing' if name not in content else 'not a string'}; give the prompt's text."
+            )
     answers = {name: _parse_answer(name, content.get(name)) for name in ("answer", "wrong_answer")}
-    return PromptPair(content["clean"], content["corrupted"], **answers, spans=_parse_spans(content.get("spans")))
+    return PromptPair(
+        content["clean"], content["corrupted"], **answers, spans=_parse_spans(content.get("spans"))
+    )
 
 
 def _parse_answer(name: str, value: Any) -> str | tuple[str, ...] | None:
@@ -113,14 +125,18 @@ def _parse_answer(name: str, value: Any) -> str | tuple[str, ...] | None:
         return value
     if isinstance(value, list) and value and all(isinstance(word, str) for word in value):
         return tuple(value)
-    raise InputError(f"field {name!r} is {value!r}; give a string, or a list of strings where several are right.")
+    raise InputError(
+        f"field {name!r} is {value!r}; give a string, or a list of strings where several are right."
+    )
 
 
 def _parse_spans(value: Any) -> dict[str, tuple[int, int]]:
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(_is_span(span) for span in value.values()):
-        raise InputError(f"field 'spans' is {value!r}; give an object of name: [start, end], in characters of the clean prompt.")
+        raise InputError(
+            f"field 'spans' is {value!r}; give an object of name: [start, end], in characters of the clean prompt."
+        )
     return {name: (span[0], span[1]) for name, span in value.items()}
 
 

@@ -1,1 +1,1 @@
-"""Transcoders: sparse features that read what an MLP reads and write what it writes; per layer, with a skip, or across layers."""
+"""Transcoders: what they are, how features are extracted with them, how they are trained, and their files."""

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuits.errors import InputError
+from circuits.system.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,9 @@ class ReLU:
 
     name = "relu"
 
-    def __call__(self, pre: Float[Tensor, "batch pos feature"]) -> Float[Tensor, "batch pos feature"]:
+    def __call__(
+        self, pre: Float[Tensor, "batch pos feature"]
+    ) -> Float[Tensor, "batch pos feature"]:
         """The activations."""
         return pre.relu()
 
@@ -30,10 +32,12 @@ class JumpReLU:
         threshold: of each feature.
     """
 
-    threshold: Float[Tensor, "feature"]
+    threshold: Float[Tensor, " feature"]
     name = "jump_relu"
 
-    def __call__(self, pre: Float[Tensor, "batch pos feature"]) -> Float[Tensor, "batch pos feature"]:
+    def __call__(
+        self, pre: Float[Tensor, "batch pos feature"]
+    ) -> Float[Tensor, "batch pos feature"]:
         """The activations."""
         return torch.where(pre > self.threshold.to(pre), pre, pre.new_zeros(()))
 
@@ -48,7 +52,9 @@ class TopK:
     def __post_init__(self) -> None:
         _check_k(self.k)
 
-    def __call__(self, pre: Float[Tensor, "batch pos feature"]) -> Float[Tensor, "batch pos feature"]:
+    def __call__(
+        self, pre: Float[Tensor, "batch pos feature"]
+    ) -> Float[Tensor, "batch pos feature"]:
         """The activations."""
         return _largest(pre.relu(), self.k)
 

@@ -22,10 +22,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.errors import InputError
-from circuits.memory import memory_budget
+from circuits.system.errors import InputError
+from circuits.system.memory import memory_budget
 from circuits.transcoders.activations import BatchTopK, ReLU
-from circuits.transcoders.base import Encoder, Transcoders
+from circuits.transcoders.transcoder import Encoder, Transcoders
 
 # The largest of a row are looked for among the blocks of so many neighbours that hold them.
 BLOCK = 32
@@ -45,11 +45,11 @@ class ExtractedFeatures:
         shape: how many prompts and positions were.
     """
 
-    layer: Int[Tensor, "found"]
-    batch: Int[Tensor, "found"]
-    position: Int[Tensor, "found"]
-    index: Int[Tensor, "found"]
-    activation: Float[Tensor, "found"]
+    layer: Int[Tensor, " found"]
+    batch: Int[Tensor, " found"]
+    position: Int[Tensor, " found"]
+    index: Int[Tensor, " found"]
+    activation: Float[Tensor, " found"]
     layers: tuple[int, ...]
     shape: tuple[int, int]
 
@@ -60,7 +60,10 @@ class ExtractedFeatures:
         """A row for each: `layer`, `batch`, `position`, `index`, `activation`."""
         names = ("layer", "batch", "position", "index")
         return pd.DataFrame(
-            {**{name: getattr(self, name).cpu().numpy() for name in names}, "activation": self.activation.float().cpu().numpy()}
+            {
+                **{name: getattr(self, name).cpu().numpy() for name in names},
+                "activation": self.activation.float().cpu().numpy(),
+            }
         )
 
 
@@ -115,10 +118,14 @@ def extract_features(
     rows, index, activation = (torch.cat(part) for part in zip(*columns, strict=True))
     activations.check_finite()
     layer, batch, position = _places(rows, layers, like.shape[0], like.shape[1])
-    return ExtractedFeatures(layer, batch, position, index, activation, tuple(layers), (like.shape[0], like.shape[1]))
+    return ExtractedFeatures(
+        layer, batch, position, index, activation, tuple(layers), (like.shape[0], like.shape[1])
+    )
 
 
-def largest(values: Float[Tensor, "row n"], k: int) -> tuple[Float[Tensor, "row k"], Int[Tensor, "row k"]]:
+def largest(
+    values: Float[Tensor, "row n"], k: int
+) -> tuple[Float[Tensor, "row k"], Int[Tensor, "row k"]]:
     """The `k` largest numbers of each row and where they stand, in the order in which they stand; of equal ones the first are taken.
 
     They lie in the k blocks that have the largest maxima, so only these blocks are searched. Numbers below zero are not told apart.
@@ -129,7 +136,11 @@ def largest(values: Float[Tensor, "row n"], k: int) -> tuple[Float[Tensor, "row 
         return values.gather(1, places), places
     blocks = values.unflatten(1, (n // block, block))
     # Reductions of a GPU are slow over so few numbers.
-    maxima = torch.nn.functional.max_pool1d(values[:, None], block)[:, 0] if values.is_cuda else blocks.amax(-1)
+    maxima = (
+        torch.nn.functional.max_pool1d(values[:, None], block)[:, 0]
+        if values.is_cuda
+        else blocks.amax(-1)
+    )
     # A block left out has a smaller maximum than each that is taken, or an equal one and stands later: none of its numbers precedes theirs.
     chosen = _first_largest(maxima, k)
     candidates = blocks[torch.arange(len(values), device=values.device)[:, None], chosen].flatten(1)
@@ -157,7 +168,13 @@ def _first_largest(values: Float[Tensor, "row n"], k: int) -> Int[Tensor, "row k
 class _Activations:
     """The activations of features on hidden states, piece by piece."""
 
-    def __init__(self, transcoders: Transcoders, states: Mapping[int, Float[Tensor, "token d_model"]], length: int, held: int) -> None:
+    def __init__(
+        self,
+        transcoders: Transcoders,
+        states: Mapping[int, Float[Tensor, "token d_model"]],
+        length: int,
+        held: int,
+    ) -> None:
         """
         Args:
             length: of each prompt.
@@ -176,8 +193,13 @@ class _Activations:
         most = max(1, budget // per_token)
         if most >= tokens:
             # Together, layers need few calls of a GPU's kernels. On a CPU, where calls are cheap, large ones would leave the caches.
-            group = max(1, (budget if self.on_gpu else min(budget, CACHED_BYTES)) // (per_token * tokens))
-            yield from ((layers[start : start + group], slice(0, tokens)) for start in range(0, len(layers), group))
+            group = max(
+                1, (budget if self.on_gpu else min(budget, CACHED_BYTES)) // (per_token * tokens)
+            )
+            yield from (
+                (layers[start : start + group], slice(0, tokens))
+                for start in range(0, len(layers), group)
+            )
             return
         for layer in layers:
             step = max(most, self.length) if self._takes_prompts(layer) else most
@@ -198,7 +220,13 @@ class _Activations:
             activation = self.transcoders.encoders[layer].activation
             # What is below zero is not selected anyway.
             if not isinstance(activation, ReLU):
-                into.copy_(activation(into.unflatten(0, (-1, self.length)) if self._takes_prompts(layer) else into[None]).view(into.shape))
+                into.copy_(
+                    activation(
+                        into.unflatten(0, (-1, self.length))
+                        if self._takes_prompts(layer)
+                        else into[None]
+                    ).view(into.shape)
+                )
         return pre.flatten(0, 1)
 
     def check_finite(self) -> None:
@@ -210,7 +238,9 @@ class _Activations:
                     raise InputError(
                         f"pre-activations of layer {layer} are not finite; give hidden states in float32, or check the transcoders."
                     )
-                raise InputError(f"the hidden states of layer {layer} are not finite; run the model in float32, or check its inputs.")
+                raise InputError(
+                    f"the hidden states of layer {layer} are not finite; run the model in float32, or check its inputs."
+                )
 
     def _takes_prompts(self, layer: int) -> bool:
         """Whether what fires at one position depends on the others of its prompt."""
@@ -223,7 +253,12 @@ class _Activations:
         return Encoder(encoder.weight.to(like), encoder.bias.to(like), encoder.activation)
 
 
-def _product(encoder: Encoder, read: Float[Tensor, "token d_model"], held: int, into: Float[Tensor, "token feature"]) -> None:
+def _product(
+    encoder: Encoder,
+    read: Float[Tensor, "token d_model"],
+    held: int,
+    into: Float[Tensor, "token feature"],
+) -> None:
     """weight @ x + bias, bringing only some rows of the weight at a time to the device and precision of `read` where they are elsewhere."""
     weight, bias = encoder.weight, encoder.bias.to(read)
     if (weight.device, weight.dtype) == (read.device, read.dtype):
@@ -237,15 +272,15 @@ def _product(encoder: Encoder, read: Float[Tensor, "token d_model"], held: int, 
 
 def _compacted(
     values: Float[Tensor, "row n"], index: Int[Tensor, "row n"] | None, bound: float, first: int
-) -> tuple[Int[Tensor, "found"], Int[Tensor, "found"], Float[Tensor, "found"]]:
+) -> tuple[Int[Tensor, " found"], Int[Tensor, " found"], Float[Tensor, " found"]]:
     """Row, index and value of each number above `bound`. Here the host waits for the device."""
     row, place = (values > bound).nonzero().unbind(1)
     return row + first, place if index is None else index[row, place], values[row, place]
 
 
 def _places(
-    rows: Int[Tensor, "found"], layers: Sequence[int], prompts: int, length: int
-) -> tuple[Int[Tensor, "found"], Int[Tensor, "found"], Int[Tensor, "found"]]:
+    rows: Int[Tensor, " found"], layers: Sequence[int], prompts: int, length: int
+) -> tuple[Int[Tensor, " found"], Int[Tensor, " found"], Int[Tensor, " found"]]:
     """Layer, prompt and position of each row."""
     tokens = prompts * length
     token = rows % tokens
@@ -260,17 +295,26 @@ def _number_below(threshold: float, dtype: torch.dtype) -> float:
     return max(0.0, float(number))
 
 
-def _check(hidden_states: Mapping[int, Tensor], transcoders: Transcoders, top_k: int | None, threshold: float) -> None:
+def _check(
+    hidden_states: Mapping[int, Tensor],
+    transcoders: Transcoders,
+    top_k: int | None,
+    threshold: float,
+) -> None:
     if not isinstance(hidden_states, Mapping):
         raise InputError(
             "give hidden states as a mapping from layers to tensors: of a list that begins with layer 0, dict(enumerate(states))."
         )
     if not hidden_states:
-        raise InputError("there are no hidden states; give a mapping from layers to tensors [batch, pos, d_model].")
+        raise InputError(
+            "there are no hidden states; give a mapping from layers to tensors [batch, pos, d_model]."
+        )
     if top_k is not None and top_k < 1:
         raise InputError(f"top_k={top_k}: give 1 or more, or None for all features that fire.")
     if not 0 <= threshold < torch.inf:
-        raise InputError(f"threshold={threshold}: give a number from 0 up; features that do not fire have activation 0.")
+        raise InputError(
+            f"threshold={threshold}: give a number from 0 up; features that do not fire have activation 0."
+        )
     if unknown := [layer for layer in hidden_states if layer not in range(transcoders.n_layers)]:
         raise InputError(
             f"layer {unknown[0]!r} is none of those of {transcoders.name!r}; give hidden states of layers 0 to {transcoders.n_layers - 1}."
@@ -284,7 +328,9 @@ def _check(hidden_states: Mapping[int, Tensor], transcoders: Transcoders, top_k:
                 "at least one position of one prompt."
             )
         if not states.is_floating_point():
-            raise InputError(f"the hidden states of layer {layer} are of type {states.dtype}; give floating-point numbers.")
+            raise InputError(
+                f"the hidden states of layer {layer} are of type {states.dtype}; give floating-point numbers."
+            )
         if (states.shape, states.dtype) != (like.shape, like.dtype):
             raise InputError(
                 f"the hidden states of layer {layer} are {shape} in {states.dtype}, those of layer {first} {tuple(like.shape)} in {like.dtype}; "

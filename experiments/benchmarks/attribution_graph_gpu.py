@@ -24,9 +24,9 @@ from transformer_lens import HookedTransformerConfig
 
 import circuits
 from circuits.models import Model, frozen, mlp_residual_hook, run_to_residual
-from circuits.outputs import keeper
+from circuits.models.source_outputs import keeper
 from circuits.transcoders.activations import JumpReLU
-from circuits.transcoders.base import Encoder, Transcoders
+from circuits.transcoders.transcoder import Encoder, Transcoders
 
 GEMMA = {
     "act_fn": "gelu_pytorch_tanh",
@@ -82,18 +82,36 @@ class Config:
 @torch.no_grad()
 def main(config: Config) -> None:
     full, dtype = torch.device(config.device).type == "cuda", getattr(torch, config.dtype)
-    sizes, features, targets = (FULL, 16384, config.targets) if full else (REDUCED, 2048, config.targets // 10)
+    sizes, features, targets = (
+        (FULL, 16384, config.targets) if full else (REDUCED, 2048, config.targets // 10)
+    )
     generator = torch.Generator(config.device).manual_seed(0)
     model = random_model(sizes, config.device, dtype, generator)
-    tokens = torch.randint(model.cfg.d_vocab, (config.tokens,), generator=generator, device=config.device)
+    tokens = torch.randint(
+        model.cfg.d_vocab, (config.tokens,), generator=generator, device=config.device
+    )
     transcoders = random_transcoders(model, tokens, features, config.active, generator)
-    results: dict[str, Any] = {**circumstances(config.device), "sizes": sizes, "features": features, "dtype": config.dtype, "runs": []}
+    results: dict[str, Any] = {
+        **circumstances(config.device),
+        "sizes": sizes,
+        "features": features,
+        "dtype": config.dtype,
+        "runs": [],
+    }
     for at_a_time, tf32 in ((1024, False), (targets, False), *([(targets, True)] if full else [])):
         method = circuits.AttributionGraph(transcoders, budget=targets, at_a_time=at_a_time)
         before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, tf32
         found = measured(lambda method=method: method.attribute(model, tokens), config)
         torch.backends.cuda.matmul.allow_tf32 = before
-        results["runs"].append({"targets": targets, "at_a_time": at_a_time, "tokens": config.tokens, "allow_tf32": tf32, **found})
+        results["runs"].append(
+            {
+                "targets": targets,
+                "at_a_time": at_a_time,
+                "tokens": config.tokens,
+                "allow_tf32": tf32,
+                **found,
+            }
+        )
         print(results["runs"][-1], flush=True)
         write_results(config.out, results)
 
@@ -102,13 +120,21 @@ def measured(program: Callable[[], circuits.FeatureGraph], config: Config) -> di
     """Size of the graph, seconds, memory, and the seconds that its products take at the speed of a large product."""
     took = [clocked(program, config.device) for _ in range(config.repeats + 1)][1:]
     graph = took[0][0]
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
+    with FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.addmm_: in_place}
+    ) as counter:
         program()
     # Whatever the model's precision, all is in float32 from where the graph begins.
     left, right = (torch.randn(4096, 4096, device=config.device) for _ in range(2))
-    products = [clocked(lambda: left @ right, config.device)[1]["wall"] for _ in range(config.repeats + 1)][1:]
+    products = [
+        clocked(lambda: left @ right, config.device)[1]["wall"] for _ in range(config.repeats + 1)
+    ][1:]
     rate = 2 * 4096**3 / statistics.median(products)
-    floor = {"flop": counter.get_total_flops(), "flop_per_second": rate, "seconds": counter.get_total_flops() / rate}
+    floor = {
+        "flop": counter.get_total_flops(),
+        "flop_per_second": rate,
+        "seconds": counter.get_total_flops() / rate,
+    }
     return {
         "nodes": len(graph.nodes),
         "edges": len(graph),
@@ -123,23 +149,36 @@ def in_place(into: torch.Size, left: torch.Size, right: torch.Size, **rest: Any)
     return 2 * left[0] * left[1] * right[1]
 
 
-def random_model(sizes: dict[str, int], device: str, dtype: torch.dtype, generator: torch.Generator) -> Model:
+def random_model(
+    sizes: dict[str, int], device: str, dtype: torch.dtype, generator: torch.Generator
+) -> Model:
     """Made where it will be: two billion numbers are not carried over."""
-    model = Model(HookedTransformerConfig(**GEMMA, **sizes, n_ctx=128, init_weights=False, device=device, dtype=dtype))
+    model = Model(
+        HookedTransformerConfig(
+            **GEMMA, **sizes, n_ctx=128, init_weights=False, device=device, dtype=dtype
+        )
+    )
     for name, parameter in model.named_parameters():
         fan = 1 if name.endswith("W_E") else parameter.shape[-2] if parameter.dim() > 1 else 1
-        parameter.normal_(0.0, fan**-0.5, generator=generator) if parameter.dim() > 1 else parameter.fill_(float(name.endswith(".w")))
+        parameter.normal_(
+            0.0, fan**-0.5, generator=generator
+        ) if parameter.dim() > 1 else parameter.fill_(float(name.endswith(".w")))
     return model.eval()
 
 
-def random_transcoders(model: Model, tokens: torch.Tensor, features: int, active: float, generator: torch.Generator) -> Transcoders:
+def random_transcoders(
+    model: Model, tokens: torch.Tensor, features: int, active: float, generator: torch.Generator
+) -> Transcoders:
     """Per layer, reading after the norm, as the published ones of this model do."""
     seen: dict[str, torch.Tensor] = {}
     layers, width = range(model.cfg.n_layers), model.cfg.d_model
     names = [mlp_residual_hook(model, layer) for layer in layers]
     with frozen(model):
         run_to_residual(
-            model, tokens[None], torch.ones_like(tokens[None], dtype=torch.bool), [(name, keeper(seen, name)) for name in names]
+            model,
+            tokens[None],
+            torch.ones_like(tokens[None], dtype=torch.bool),
+            [(name, keeper(seen, name)) for name in names],
         )
     like = {"device": tokens.device, "dtype": model.cfg.dtype}
     encoders, decoders = [], []
@@ -149,9 +188,19 @@ def random_transcoders(model: Model, tokens: torch.Tensor, features: int, active
         weight = torch.randn(features, width, generator=generator, **like) * width**-0.5
         pre = (normed @ weight.T).float()
         threshold = pre.flatten().kthvalue(int(pre.numel() * (1 - active))).values.expand(features)
-        encoders.append(Encoder(weight, torch.zeros(features, **like), JumpReLU(threshold.to(model.cfg.dtype).clone())))
-        decoders.append(torch.randn(features, 1, width, generator=generator, **like) * 0.2 * width**-0.5)
-    return Transcoders(encoders, decoders, [torch.zeros(width, **like)] * len(names), reads="normalized")
+        encoders.append(
+            Encoder(
+                weight,
+                torch.zeros(features, **like),
+                JumpReLU(threshold.to(model.cfg.dtype).clone()),
+            )
+        )
+        decoders.append(
+            torch.randn(features, 1, width, generator=generator, **like) * 0.2 * width**-0.5
+        )
+    return Transcoders(
+        encoders, decoders, [torch.zeros(width, **like)] * len(names), reads="normalized"
+    )
 
 
 if __name__ == "__main__":

@@ -25,13 +25,34 @@ PACKAGES = ("torch", "transformer-lens", "circuits")
 
 # Shapes of HookedTransformerConfig.
 SHAPES: dict[str, dict[str, Any]] = {
-    "4 layers, d_model 256": {"n_layers": 4, "d_model": 256, "n_ctx": 16, "d_head": 32, "n_heads": 8, "d_mlp": 1024, "d_vocab": 1000},
-    "gpt2-small": {"n_layers": 12, "d_model": 768, "n_ctx": 1024, "d_head": 64, "n_heads": 12, "d_mlp": 3072, "d_vocab": 50257},
+    "4 layers, d_model 256": {
+        "n_layers": 4,
+        "d_model": 256,
+        "n_ctx": 16,
+        "d_head": 32,
+        "n_heads": 8,
+        "d_mlp": 1024,
+        "d_vocab": 1000,
+    },
+    "gpt2-small": {
+        "n_layers": 12,
+        "d_model": 768,
+        "n_ctx": 1024,
+        "d_head": 64,
+        "n_heads": 12,
+        "d_mlp": 3072,
+        "d_vocab": 50257,
+    },
 }
 
 
 def random_model(
-    shape: str | Mapping[str, Any], device: str, *, seed: int = 0, sharpness: float = 1.0, dtype: torch.dtype = torch.float32
+    shape: str | Mapping[str, Any],
+    device: str,
+    *,
+    seed: int = 0,
+    sharpness: float = 1.0,
+    dtype: torch.dtype = torch.float32,
 ) -> Model:
     """A model of that shape whose weights are drawn from the seed, scaled so that activations stay of order one.
 
@@ -41,12 +62,21 @@ def random_model(
         dtype: what the weights, drawn in float32, are converted to.
     """
     sizes = SHAPES[shape] if isinstance(shape, str) else shape
-    config = {**sizes, "act_fn": "gelu_new", "normalization_type": "LN", "positional_embedding_type": "standard"}
+    config = {
+        **sizes,
+        "act_fn": "gelu_new",
+        "normalization_type": "LN",
+        "positional_embedding_type": "standard",
+    }
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, size in _parameter_shapes(config).items():
         fan = 1 if name.endswith(("W_E", "W_pos")) or len(size) == 1 else size[-2]
-        weights[name] = torch.randn(size, generator=generator) / fan**0.5 if len(size) > 1 else torch.full(size, float(name.endswith(".w")))
+        weights[name] = (
+            torch.randn(size, generator=generator) / fan**0.5
+            if len(size) > 1
+            else torch.full(size, float(name.endswith(".w")))
+        )
     weights["unembed.W_U"] *= sharpness
     return build_model(config, weights, device=device, dtype=dtype)
 
@@ -54,22 +84,33 @@ def random_model(
 def random_task(model: Model, prompts: int, tokens: int, *, seed: int = 0) -> circuits.Task:
     """Random prompts, corrupted in every fourth token, scored at the last by a logit difference."""
     generator = torch.Generator().manual_seed(seed)
-    clean, other = (torch.randint(model.cfg.d_vocab, (prompts, tokens), generator=generator) for _ in range(2))
+    clean, other = (
+        torch.randint(model.cfg.d_vocab, (prompts, tokens), generator=generator) for _ in range(2)
+    )
     corrupted = torch.where(torch.arange(tokens) % 4 == 0, other, clean)
-    answers = torch.stack([torch.randperm(model.cfg.d_vocab, generator=generator)[:2] for _ in range(prompts)])
-    return circuits.Task.from_tokens(clean, corrupted, answers[:, 0], answers[:, 1], name="random").to(model.cfg.device)
+    answers = torch.stack(
+        [torch.randperm(model.cfg.d_vocab, generator=generator)[:2] for _ in range(prompts)]
+    )
+    return circuits.Task.from_tokens(
+        clean, corrupted, answers[:, 0], answers[:, 1], name="random"
+    ).to(model.cfg.device)
 
 
 def truncated(graph: circuits.Graph, edges: int) -> circuits.Graph:
     """So many of a graph's edges, evenly spread: a search tries these, and the others stay."""
     some = torch.linspace(0, len(graph) - 1, min(edges, len(graph))).long()
-    return circuits.Graph(graph.nodes, graph.source[some], graph.target[some], graph.slot[some], model=graph.model)
+    return circuits.Graph(
+        graph.nodes, graph.source[some], graph.target[some], graph.slot[some], model=graph.model
+    )
 
 
 def _parameter_shapes(config: Mapping[str, Any]) -> dict[str, torch.Size]:
     with torch.device("meta"):
         settings = HookedTransformerConfig(**config, init_weights=False, device="meta")
-        return {name: parameter.shape for name, parameter in Model(settings, move_to_device=False).named_parameters()}
+        return {
+            name: parameter.shape
+            for name, parameter in Model(settings, move_to_device=False).named_parameters()
+        }
 
 
 def clocked(program: Callable[[], Result], device: str) -> tuple[Result, dict[str, float]]:
@@ -81,7 +122,9 @@ def clocked(program: Callable[[], Result], device: str) -> tuple[Result, dict[st
     return result, {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
 
 
-def paired_times(programs: Mapping[str, Callable[[], object]], repeats: int, device: str) -> dict[str, list[float]]:
+def paired_times(
+    programs: Mapping[str, Callable[[], object]], repeats: int, device: str
+) -> dict[str, list[float]]:
     """Seconds of every repetition, the programs taking turns after one turn that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for repetition in range(repeats + 1):
@@ -105,10 +148,14 @@ def most_allocated(program: Callable[[], object], device: str) -> int:
         before = torch.cuda.memory_allocated(device)
         program()
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
         program()
     held = most = 0
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [
+        event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         most = max(most, held)
@@ -118,10 +165,22 @@ def most_allocated(program: Callable[[], object], device: str) -> int:
 def circumstances(device: str) -> dict[str, Any]:
     """Hardware, versions, whether float32 is float32 on a GPU, and commit."""
     on_gpu = torch.device(device).type == "cuda"
-    gpu = {"gpu": torch.cuda.get_device_name(device) if on_gpu else None, "driver": _driver() if on_gpu else None}
+    gpu = {
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
+        "driver": _driver() if on_gpu else None,
+    }
     return {
-        "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), **gpu, "threads": torch.get_num_threads()},
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}, "cuda": torch.version.cuda},
+        "hardware": {
+            "cpu": _cpu(),
+            "cores": os.cpu_count(),
+            **gpu,
+            "threads": torch.get_num_threads(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+            "cuda": torch.version.cuda,
+        },
         "allow_tf32": torch.backends.cuda.matmul.allow_tf32,
         "commit": _commit(),
     }
@@ -167,8 +226,12 @@ def _commit() -> str | None:
         return os.environ["CIRCUITS_COMMIT"]
     folder = Path(__file__).parent
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + ("+" if changed else "")

@@ -16,7 +16,15 @@ from typing import Any
 import pandas as pd
 import torch
 import tyro
-from common import circumstances, most_allocated, paired_ratio, paired_times, random_model, random_task, write_results
+from common import (
+    circumstances,
+    most_allocated,
+    paired_ratio,
+    paired_times,
+    random_model,
+    random_task,
+    write_results,
+)
 
 import circuits
 from circuits.models import Model, frozen
@@ -40,11 +48,20 @@ class Config:
 
 def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
-    results: dict[str, Any] = {"config": {**asdict(config), "out": None}, **circumstances(config.device), "cases": []}
+    results: dict[str, Any] = {
+        "config": {**asdict(config), "out": None},
+        **circumstances(config.device),
+        "cases": [],
+    }
     for name, make in cases(config).items():
         model, task = make()
         results["cases"].append(
-            {"case": name, "tokens": list(task.clean.shape), **times(model, task, config), "memory": memory(model, task)}
+            {
+                "case": name,
+                "tokens": list(task.clean.shape),
+                **times(model, task, config),
+                "memory": memory(model, task),
+            }
         )
         write_results(config.out, results)
         show(results["cases"][-1])
@@ -79,7 +96,10 @@ def floor(model: Model, task: circuits.Task) -> None:
             model(task.corrupted)
         with model.hooks(fwd_hooks=[("hook_embed", leaf)]):
             logits = model(task.clean)[task.scored]
-            right, wrong = (logits.gather(1, answers[:, :1]) for answers in (task.row_answers, task.row_wrong_answers))
+            right, wrong = (
+                logits.gather(1, answers[:, :1])
+                for answers in (task.row_answers, task.row_wrong_answers)
+            )
             (wrong - right).mean().backward()
 
 
@@ -93,7 +113,11 @@ def times(model: Model, task: circuits.Task, config: Config) -> dict[str, Any]:
         "attribute": lambda: circuits.EAP().attribute(model, task),
     }
     seconds = paired_times(programs, config.repeats, config.device)
-    return {"edges": len(graph), "seconds": seconds, "over_floor": {name: paired_ratio(seconds, name, "floor") for name in programs}}
+    return {
+        "edges": len(graph),
+        "seconds": seconds,
+        "over_floor": {name: paired_ratio(seconds, name, "floor") for name in programs},
+    }
 
 
 def memory(model: Model, task: circuits.Task) -> list[dict[str, int]]:
@@ -111,10 +135,27 @@ def memory(model: Model, task: circuits.Task) -> list[dict[str, int]]:
 
 def show(case: dict[str, Any]) -> None:
     """One case as tables."""
-    print(f"\n{case['case']}: {case['tokens'][0]} prompts of {case['tokens'][1]} tokens, {case['edges']:,} edges")
+    print(
+        f"\n{case['case']}: {case['tokens'][0]} prompts of {case['tokens'][1]} tokens, {case['edges']:,} edges"
+    )
     seconds = pd.DataFrame(case["seconds"])
-    print(pd.DataFrame({"median s": seconds.median(), "least s": seconds.min(), "over floor": case["over_floor"]}).round(4).to_string())
-    print(pd.DataFrame(case["memory"]).assign(ratio=lambda rows: rows["peak"] / rows["max_memory"]).round(3).to_string(index=False))
+    print(
+        pd.DataFrame(
+            {
+                "median s": seconds.median(),
+                "least s": seconds.min(),
+                "over floor": case["over_floor"],
+            }
+        )
+        .round(4)
+        .to_string()
+    )
+    print(
+        pd.DataFrame(case["memory"])
+        .assign(ratio=lambda rows: rows["peak"] / rows["max_memory"])
+        .round(3)
+        .to_string(index=False)
+    )
 
 
 if __name__ == "__main__":

@@ -30,7 +30,14 @@ from circuits.models import Model
 # auto-circuit names no upper bounds; these are the newest versions of what it imports that it runs with.
 PEERS: dict[str, dict[str, Any]] = {
     "auto-circuit": {
-        "requirements": ["auto-circuit", "transformer-lens==2.18.0", "datasets<4", "pyarrow<20", "numpy<2", "safetensors"],
+        "requirements": [
+            "auto-circuit",
+            "transformer-lens==2.18.0",
+            "datasets<4",
+            "pyarrow<20",
+            "numpy<2",
+            "safetensors",
+        ],
         "ours": circuits.EAP(),
         "sign": 1,
     },
@@ -67,15 +74,28 @@ def main(config: Config) -> None:
     task = random_task(model, config.prompts, 16)
     config.venvs.mkdir(parents=True, exist_ok=True)
     case = write_case(config, model, task)
-    results: dict[str, Any] = {"shape": config.shape, "prompts": config.prompts, **circumstances("cpu"), "peers": {}}
+    results: dict[str, Any] = {
+        "shape": config.shape,
+        "prompts": config.prompts,
+        **circumstances("cpu"),
+        "peers": {},
+    }
     for name, peer in PEERS.items():
         try:
             python = environment(config, name, peer["requirements"])
             results["peers"][name] = compare(python, name, peer, case, model, task, config)
         except subprocess.CalledProcessError as error:
-            results["peers"][name] = {"failed": (error.stderr or error.stdout or str(error)).strip().splitlines()[-12:]}
+            results["peers"][name] = {
+                "failed": (error.stderr or error.stdout or str(error)).strip().splitlines()[-12:]
+            }
         write_results(config.out, results)
-        print(name, json.dumps({key: value for key, value in results["peers"][name].items() if key != "seconds"}, indent=1))
+        print(
+            name,
+            json.dumps(
+                {key: value for key, value in results["peers"][name].items() if key != "seconds"},
+                indent=1,
+            ),
+        )
 
 
 def write_case(config: Config, model: Model, task: circuits.Task) -> Path:
@@ -83,10 +103,26 @@ def write_case(config: Config, model: Model, task: circuits.Task) -> Path:
     folder = config.venvs / "case"
     folder.mkdir(exist_ok=True)
     assert task.answers is not None and task.wrong_answers is not None
-    tokens = {"clean": task.clean, "corrupted": task.corrupted, "answers": task.answers, "wrong_answers": task.wrong_answers}
-    shape = {**SHAPES[config.shape], "act_fn": "gelu_new", "normalization_type": "LN", "positional_embedding_type": "standard"}
-    save_file({name: tensor.detach().contiguous() for name, tensor in model.named_parameters()}, folder / "model.safetensors")
-    write_results(folder / "case.json", {"config": shape, **{name: tensor.tolist() for name, tensor in tokens.items()}})
+    tokens = {
+        "clean": task.clean,
+        "corrupted": task.corrupted,
+        "answers": task.answers,
+        "wrong_answers": task.wrong_answers,
+    }
+    shape = {
+        **SHAPES[config.shape],
+        "act_fn": "gelu_new",
+        "normalization_type": "LN",
+        "positional_embedding_type": "standard",
+    }
+    save_file(
+        {name: tensor.detach().contiguous() for name, tensor in model.named_parameters()},
+        folder / "model.safetensors",
+    )
+    write_results(
+        folder / "case.json",
+        {"config": shape, **{name: tensor.tolist() for name, tensor in tokens.items()}},
+    )
     return folder
 
 
@@ -98,12 +134,31 @@ def environment(config: Config, name: str, requirements: list[str]) -> Path:
         run([sys.executable, "-m", "venv", str(folder)])
         constraints = config.venvs / "constraints.txt"
         constraints.write_text(config.constraint + "\n")
-        run([str(python), "-m", "pip", "install", "--quiet", "--constraint", str(constraints), *requirements])
+        run(
+            [
+                str(python),
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--constraint",
+                str(constraints),
+                *requirements,
+            ]
+        )
         (folder / "ready").touch()
     return python
 
 
-def compare(python: Path, name: str, peer: dict[str, Any], case: Path, model: Model, task: circuits.Task, config: Config) -> dict[str, Any]:
+def compare(
+    python: Path,
+    name: str,
+    peer: dict[str, Any],
+    case: Path,
+    model: Model,
+    task: circuits.Task,
+    config: Config,
+) -> dict[str, Any]:
     """Seconds of both, and how far their scores are from ours."""
     answer = case / f"{name}.json"
     process = subprocess.Popen(
@@ -118,7 +173,9 @@ def compare(python: Path, name: str, peer: dict[str, Any], case: Path, model: Mo
     seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
     for repetition in range(config.repeats + 1):
         print("again", file=process.stdin, flush=True)
-        theirs = next((line.split()[1] for line in process.stdout if line.startswith("seconds ")), None)
+        theirs = next(
+            (line.split()[1] for line in process.stdout if line.startswith("seconds ")), None
+        )
         if theirs is None:
             _, errors = process.communicate()
             raise subprocess.CalledProcessError(process.returncode, name, stderr=errors)
@@ -131,13 +188,24 @@ def compare(python: Path, name: str, peer: dict[str, Any], case: Path, model: Mo
     theirs_by_edge = json.loads(answer.read_text())
     ours = dict(zip(map(str, circuit.graph.edges), circuit.scores.tolist(), strict=True))
     shared = sorted(ours.keys() & theirs_by_edge["scores"].keys())
-    a, b = (torch.tensor([scores[edge] for edge in shared]) for scores in (ours, theirs_by_edge["scores"]))
+    a, b = (
+        torch.tensor([scores[edge] for edge in shared])
+        for scores in (ours, theirs_by_edge["scores"])
+    )
     return {
         "versions": theirs_by_edge["versions"],
-        "edges": {"ours": len(ours), "theirs": len(theirs_by_edge["scores"]), "shared": len(shared)},
+        "edges": {
+            "ours": len(ours),
+            "theirs": len(theirs_by_edge["scores"]),
+            "shared": len(shared),
+        },
         "median_seconds": {who: statistics.median(values) for who, values in seconds.items()},
-        "times_slower": statistics.median(y / x for x, y in zip(seconds["ours"], seconds["theirs"], strict=True)),
-        "largest_difference_over_largest_score": float((a - peer["sign"] * b).abs().max() / a.abs().max()),
+        "times_slower": statistics.median(
+            y / x for x, y in zip(seconds["ours"], seconds["theirs"], strict=True)
+        ),
+        "largest_difference_over_largest_score": float(
+            (a - peer["sign"] * b).abs().max() / a.abs().max()
+        ),
         "correlation": float(torch.corrcoef(torch.stack([a, peer["sign"] * b]))[0, 1]),
         "seconds": seconds,
     }

@@ -21,9 +21,9 @@ import tyro
 from common import circumstances, clocked, random_model, random_task, truncated, write_results
 
 import circuits
-from circuits.edge_order import edge_order
-from circuits.execution import DamageMeter
+from circuits.discovery.search.edge_order import edge_order
 from circuits.models import Model
+from circuits.running.damage import DamageMeter
 
 # Recorded with the original code (Automatic-Circuit-Discovery, transformer-lens 1.6.1, one thread) on `original_case`: threshold ->
 # evaluations and CPU-seconds.
@@ -57,7 +57,11 @@ Case = tuple[Model, circuits.Task, circuits.Graph, float, str]
 
 def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
-    results: dict[str, Any] = {"config": {**asdict(config), "out": None}, **circumstances(config.device), "cases": []}
+    results: dict[str, Any] = {
+        "config": {**asdict(config), "out": None},
+        **circumstances(config.device),
+        "cases": [],
+    }
     for name, make in cases(config).items():
         results["cases"].append({"case": name, **measure(*make(), config)})
         write_results(config.out, results)
@@ -86,7 +90,9 @@ def cases(config: Config) -> dict[str, Callable[[], Case]]:
     made: dict[str, Callable[[], Case]] = {}
     for prompts in config.prompts:
         for threshold in (0.002, 0.01, 0.05):
-            made[f"toy-world, IOI, {prompts} prompts, {threshold}"] = lambda p=prompts, t=threshold: toy_world(p, t)  # type: ignore[misc]
+            made[f"toy-world, IOI, {prompts} prompts, {threshold}"] = (
+                lambda p=prompts, t=threshold: toy_world(p, t)
+            )  # type: ignore[misc]
     for threshold in ORIGINAL:
         made[f"4 layers of 8 heads, original order, {threshold}"] = lambda t=threshold: original(t)  # type: ignore[misc]
     return {**made, "random, gpt2-small": gpt2}
@@ -95,17 +101,30 @@ def cases(config: Config) -> dict[str, Callable[[], Case]]:
 def original_case(device: str) -> tuple[Model, circuits.Task]:
     """The random model and prompts on which the original code was run: weights and tokens from numpy's seeds 0 and 1."""
     layers, width, heads, d_head, d_mlp, vocab, context = 4, 64, 8, 8, 256, 100, 32
-    config = {"n_layers": layers, "d_model": width, "n_ctx": context, "d_head": d_head, "n_heads": heads, "d_mlp": d_mlp, "d_vocab": vocab}
+    config = {
+        "n_layers": layers,
+        "d_model": width,
+        "n_ctx": context,
+        "d_head": d_head,
+        "n_heads": heads,
+        "d_mlp": d_mlp,
+        "d_vocab": vocab,
+    }
     random = np.random.RandomState(0)
 
     def normal(*shape: int, scale: float) -> torch.Tensor:
         return torch.tensor((random.standard_normal(shape) * scale).astype(np.float32))
 
-    weights = {"embed.W_E": normal(vocab, width, scale=1.0), "pos_embed.W_pos": normal(context, width, scale=0.5)}
+    weights = {
+        "embed.W_E": normal(vocab, width, scale=1.0),
+        "pos_embed.W_pos": normal(context, width, scale=0.5),
+    }
     for layer in range(layers):
         block = f"blocks.{layer}."
         for slot in "QKV":
-            weights[f"{block}attn.W_{slot}"] = normal(heads, width, d_head, scale=(1.0 if slot == "V" else 2.0) / width**0.5)
+            weights[f"{block}attn.W_{slot}"] = normal(
+                heads, width, d_head, scale=(1.0 if slot == "V" else 2.0) / width**0.5
+            )
             weights[f"{block}attn.b_{slot}"] = normal(heads, d_head, scale=0.1)
         weights[f"{block}attn.W_O"] = normal(heads, d_head, width, scale=1.0 / d_head**0.5)
         weights[f"{block}attn.b_O"] = normal(width, scale=0.1)
@@ -115,7 +134,9 @@ def original_case(device: str) -> tuple[Model, circuits.Task]:
         weights[f"{block}mlp.b_out"] = normal(width, scale=0.1)
     weights["unembed.W_U"] = normal(width, vocab, scale=1.5 / width**0.5)
     weights["unembed.b_U"] = normal(vocab, scale=0.1)
-    model = circuits.build_model({**config, "act_fn": "gelu", "normalization_type": "LNPre"}, weights, device=device)
+    model = circuits.build_model(
+        {**config, "act_fn": "gelu", "normalization_type": "LNPre"}, weights, device=device
+    )
     random = np.random.RandomState(1)
     clean = random.randint(0, vocab, (16, 10))
     corrupted = clean.copy()
@@ -124,7 +145,14 @@ def original_case(device: str) -> tuple[Model, circuits.Task]:
     return model, circuits.Task.from_tokens(torch.tensor(clean), torch.tensor(corrupted)).to(device)
 
 
-def measure(model: Model, task: circuits.Task, graph: circuits.Graph, threshold: float, order: str, config: Config) -> dict[str, Any]:
+def measure(
+    model: Model,
+    task: circuits.Task,
+    graph: circuits.Graph,
+    threshold: float,
+    order: str,
+    config: Config,
+) -> dict[str, Any]:
     """Seconds of every repetition, and what the programs decided."""
     methods = {
         name: circuits.ACDC(threshold, order=order, speculate=speculate)  # type: ignore[arg-type]
@@ -140,7 +168,9 @@ def measure(model: Model, task: circuits.Task, graph: circuits.Graph, threshold:
         repeats["naive"] = config.naive_repeats
         naive(model, task, graph, threshold, order, most=5)
     found = {name: program() for name, program in programs.items() if name != "naive"}
-    seconds: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in programs}
+    seconds: dict[str, dict[str, list[float]]] = {
+        name: {"wall": [], "cpu": []} for name in programs
+    }
     for repetition in range(max(repeats.values())):
         for name, program in programs.items():
             if repetition < repeats[name]:
@@ -155,17 +185,29 @@ def measure(model: Model, task: circuits.Task, graph: circuits.Graph, threshold:
         "edges": len(graph),
         "kept": len(fast),
         "decisions_that_differ": int((fast.kept != other.kept).sum()),
-        "record": {name: {key: value for key, value in each.record.items() if key != "settings"} for name, each in found.items()},
+        "record": {
+            name: {key: value for key, value in each.record.items() if key != "settings"}
+            for name, each in found.items()
+        },
         "seconds": seconds,
-        "original_code": dict(zip(("evaluations", "cpu_seconds"), ORIGINAL[threshold], strict=True)) if order == "original" else None,
+        "original_code": dict(zip(("evaluations", "cpu_seconds"), ORIGINAL[threshold], strict=True))
+        if order == "original"
+        else None,
     }
 
 
 def naive(
-    model: Model, task: circuits.Task, graph: circuits.Graph, threshold: float, order: str, most: int | None = None
+    model: Model,
+    task: circuits.Task,
+    graph: circuits.Graph,
+    threshold: float,
+    order: str,
+    most: int | None = None,
 ) -> circuits.Circuit:
     """ACDC as its definition has it: one run of the whole model, by hook points, for every edge that is tried."""
-    damage = DamageMeter.prepare(model, graph, task, metric="kl", ablation="resample", executor="hooks")
+    damage = DamageMeter.prepare(
+        model, graph, task, metric="kl", ablation="resample", executor="hooks"
+    )
     kept, scores = torch.ones(len(graph), dtype=torch.bool), torch.full((len(graph),), torch.nan)
     current, evaluations = float(damage(kept[None])[0]), 0
     for trial in edge_order(graph, order):  # type: ignore[arg-type]
@@ -184,7 +226,9 @@ def naive(
                 break
         if evaluations == most:
             break
-    return circuits.Circuit(graph, scores, kept, record={"evaluations": evaluations, "damage": current})
+    return circuits.Circuit(
+        graph, scores, kept, record={"evaluations": evaluations, "damage": current}
+    )
 
 
 def show(case: dict[str, Any]) -> None:
@@ -192,13 +236,19 @@ def show(case: dict[str, Any]) -> None:
     print(
         f"\n{case['case']}: keeps {case['kept']} of {case['edges']:,} edges; {case['decisions_that_differ']} decisions differ from the slower"
     )
-    medians = {name: {clock: float(np.median(values)) for clock, values in clocks.items()} for name, clocks in case["seconds"].items()}
+    medians = {
+        name: {clock: float(np.median(values)) for clock, values in clocks.items()}
+        for name, clocks in case["seconds"].items()
+    }
     rows = {
         name: {
             "wall s": clocks["wall"],
             "CPU s": clocks["cpu"],
             "naive / this": medians["naive"]["cpu"] / clocks["cpu"] if "naive" in medians else None,
-            **{key: case["record"][name].get(key) for key in ("evaluations", "measured", "batches", "node_evaluations")},
+            **{
+                key: case["record"][name].get(key)
+                for key in ("evaluations", "measured", "batches", "node_evaluations")
+            },
         }
         for name, clocks in medians.items()
     }

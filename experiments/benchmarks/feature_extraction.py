@@ -23,8 +23,8 @@ import tyro
 from common import circumstances, clocked, most_allocated, write_results
 
 from circuits.transcoders.activations import ReLU
-from circuits.transcoders.base import Encoder, Transcoders
 from circuits.transcoders.extraction import ExtractedFeatures, extract_features
+from circuits.transcoders.transcoder import Encoder, Transcoders
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,15 @@ def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
     on_gpu = torch.device(config.device).type == "cuda"
     name = config.size if config.size != "auto" else "published" if on_gpu else "reduced"
-    results: dict[str, Any] = {"config": {**asdict(config), "size": name, "out": None}, **circumstances(config.device), "cases": []}
+    results: dict[str, Any] = {
+        "config": {**asdict(config), "size": name, "out": None},
+        **circumstances(config.device),
+        "cases": [],
+    }
     for case, bias in BIASES.items():
-        results["cases"].append({"case": case, **asdict(SIZES[name]), **measure(SIZES[name], bias, config)})
+        results["cases"].append(
+            {"case": case, **asdict(SIZES[name]), **measure(SIZES[name], bias, config)}
+        )
         write_results(config.out, results)
         show(results["cases"][-1])
 
@@ -99,16 +105,23 @@ def measure(size: Size, bias: float, config: Config) -> dict[str, Any]:
     if wrong := {name: each for name, each in same.items() if each["beyond_rounding"]}:
         raise SystemExit(f"nodes differ by more than rounding: {wrong}")
     n = size.product
-    left, right = (torch.randn(n, n, device=config.device).to(getattr(torch, size.dtype)) for _ in range(2))
+    left, right = (
+        torch.randn(n, n, device=config.device).to(getattr(torch, size.dtype)) for _ in range(2)
+    )
     source = torch.zeros(size.copy // 4, device=config.device)
     goal = torch.empty_like(source)
-    hardware: dict[str, Callable[[], Any]] = {"large product": lambda: left @ right, "copy": lambda: goal.copy_(source)}
+    hardware: dict[str, Callable[[], Any]] = {
+        "large product": lambda: left @ right,
+        "copy": lambda: goal.copy_(source),
+    }
     seconds = in_turns({**programs, **hardware}, config)
     return {
         "nodes": len(found["ours"]),
         "compared_with_the_loop": same,
         "floor": floor(size, config, seconds, len(found["ours"])),
-        "memory": {name: most_allocated(programs[name], config.device) for name in ("vectorised", "ours")},
+        "memory": {
+            name: most_allocated(programs[name], config.device) for name in ("vectorised", "ours")
+        },
         "seconds": seconds,
     }
 
@@ -131,11 +144,15 @@ def random_case(size: Size, bias: float, device: str) -> tuple[Transcoders, Stat
     ]
     nothing = torch.zeros(1, 1, size.d_model, dtype=dtype, device=device)
     decoders = [nothing.expand(size.features, 1, size.d_model)] * size.layers
-    states = {layer: normal(1, size.positions, size.d_model).to(dtype) for layer in range(size.layers)}
+    states = {
+        layer: normal(1, size.positions, size.d_model).to(dtype) for layer in range(size.layers)
+    }
     return Transcoders(encoders, decoders, [nothing[0, 0]] * size.layers), states
 
 
-def extractors(transcoders: Transcoders, states: States, config: Config) -> dict[str, Callable[[], Any]]:
+def extractors(
+    transcoders: Transcoders, states: States, config: Config
+) -> dict[str, Callable[[], Any]]:
     """The programs that are compared."""
     k, threshold = config.top_k, config.threshold
     weights = [(encoder.weight, encoder.bias) for encoder in transcoders.encoders]
@@ -144,19 +161,27 @@ def extractors(transcoders: Transcoders, states: States, config: Config) -> dict
         nodes = []
         for layer, (weight, bias) in enumerate(weights):
             for position in range(states[layer].shape[1]):
-                values, indices = torch.topk(torch.relu(weight @ states[layer][0, position] + bias), k)
+                values, indices = torch.topk(
+                    torch.relu(weight @ states[layer][0, position] + bias), k
+                )
                 for rank in range(k):
                     if values[rank].item() >= threshold:
-                        nodes.append((layer, position, int(indices[rank].item()), float(values[rank].item())))
+                        nodes.append(
+                            (layer, position, int(indices[rank].item()), float(values[rank].item()))
+                        )
         return nodes
 
     def loop_of_lists() -> Nodes:
         nodes = []
         for layer, (weight, bias) in enumerate(weights):
             for position in range(states[layer].shape[1]):
-                values, indices = torch.topk(torch.relu(weight @ states[layer][0, position] + bias), k)
+                values, indices = torch.topk(
+                    torch.relu(weight @ states[layer][0, position] + bias), k
+                )
                 pairs = zip(indices.tolist(), values.tolist(), strict=True)
-                nodes += [(layer, position, index, value) for index, value in pairs if value >= threshold]
+                nodes += [
+                    (layer, position, index, value) for index, value in pairs if value >= threshold
+                ]
         return nodes
 
     def vectorised() -> tuple[torch.Tensor, ...]:
@@ -164,7 +189,14 @@ def extractors(transcoders: Transcoders, states: States, config: Config) -> dict
         for layer, (weight, bias) in enumerate(weights):
             values, indices = torch.topk(torch.relu(states[layer][0] @ weight.T + bias), k, dim=-1)
             position, rank = torch.where(values >= threshold)
-            parts.append((torch.full_like(position, layer), position, indices[position, rank], values[position, rank]))
+            parts.append(
+                (
+                    torch.full_like(position, layer),
+                    position,
+                    indices[position, rank],
+                    values[position, rank],
+                )
+            )
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
     return {
@@ -180,7 +212,11 @@ def as_nodes(found: Nodes | tuple[torch.Tensor, ...] | ExtractedFeatures) -> Nod
     """(layer, position, index, activation) of each, whatever a program gives."""
     if isinstance(found, list):
         return found
-    columns = (found.layer, found.position, found.index, found.activation) if isinstance(found, ExtractedFeatures) else found
+    columns = (
+        (found.layer, found.position, found.index, found.activation)
+        if isinstance(found, ExtractedFeatures)
+        else found
+    )
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
@@ -193,14 +229,28 @@ def compared(nodes: Nodes, reference: Nodes, size: Size) -> dict[str, Any]:
         least[layer, position] = min(value, least.get((layer, position), value))
     either = mine | theirs
     different = mine.keys() ^ theirs.keys()
-    beyond = [node for node in different if abs(either[node] - least.get(node[:2], 0.0)) > tolerance * max(1.0, either[node])]
-    largest = max((abs(mine[node] - theirs[node]) for node in mine.keys() & theirs.keys()), default=0.0)
-    return {"nodes_that_differ": len(different), "beyond_rounding": len(beyond), "largest_difference": largest}
+    beyond = [
+        node
+        for node in different
+        if abs(either[node] - least.get(node[:2], 0.0)) > tolerance * max(1.0, either[node])
+    ]
+    largest = max(
+        (abs(mine[node] - theirs[node]) for node in mine.keys() & theirs.keys()), default=0.0
+    )
+    return {
+        "nodes_that_differ": len(different),
+        "beyond_rounding": len(beyond),
+        "largest_difference": largest,
+    }
 
 
-def in_turns(programs: dict[str, Callable[[], Any]], config: Config) -> dict[str, dict[str, list[float]]]:
+def in_turns(
+    programs: dict[str, Callable[[], Any]], config: Config
+) -> dict[str, dict[str, list[float]]]:
     """Seconds of every repetition by both clocks, the programs taking turns after one turn that is not counted."""
-    seconds: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in programs}
+    seconds: dict[str, dict[str, list[float]]] = {
+        name: {"wall": [], "cpu": []} for name in programs
+    }
     for repetition in range(config.repeats + 1):
         for name, program in programs.items():
             # The slow loop has run once already, to be compared with.
@@ -212,13 +262,17 @@ def in_turns(programs: dict[str, Callable[[], Any]], config: Config) -> dict[str
     return seconds
 
 
-def floor(size: Size, config: Config, seconds: dict[str, dict[str, list[float]]], nodes: int) -> dict[str, float]:
+def floor(
+    size: Size, config: Config, seconds: dict[str, dict[str, list[float]]], nodes: int
+) -> dict[str, float]:
     """Work, speeds, and the seconds below which no program can be."""
     clock = the_clock(config.device)
     width = getattr(torch, size.dtype).itemsize
     flop = 2 * size.layers * size.features * size.d_model * size.positions
     # Weights and hidden states are read once; of each node three numbers of 8 bytes and its activation are written.
-    moved = size.layers * (size.features + size.positions) * size.d_model * width + nodes * (3 * 8 + width)
+    moved = size.layers * (size.features + size.positions) * size.d_model * width + nodes * (
+        3 * 8 + width
+    )
     flop_per_second = 2 * size.product**3 / statistics.median(seconds["large product"][clock])
     bytes_per_second = 2 * size.copy / statistics.median(seconds["copy"][clock])
     products, traffic = flop / flop_per_second, moved / bytes_per_second
@@ -251,7 +305,12 @@ def show(case: dict[str, Any]) -> None:
     for name, clocks in case["seconds"].items():
         wall, cpu = (1e3 * statistics.median(clocks[clock]) for clock in ("wall", "cpu"))
         differ = case["compared_with_the_loop"].get(name, {}).get("nodes_that_differ")
-        rows[name] = {"wall ms": wall, "CPU ms": cpu, "CPU / floor": cpu / 1e3 / least, "nodes that differ": differ}
+        rows[name] = {
+            "wall ms": wall,
+            "CPU ms": cpu,
+            "CPU / floor": cpu / 1e3 / least,
+            "nodes that differ": differ,
+        }
     print(pd.DataFrame(rows).T.round(2).to_string())
 
 

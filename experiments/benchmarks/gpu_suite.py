@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,13 +24,21 @@ import exact_acdc
 import scaling
 import torch
 import tyro
-from common import circumstances, clocked, most_allocated, random_model, random_task, truncated, write_results
+from common import (
+    circumstances,
+    clocked,
+    most_allocated,
+    random_model,
+    random_task,
+    truncated,
+    write_results,
+)
 
 import circuits
-from circuits.edge_order import edge_order
-from circuits.execution import DamageMeter
+from circuits.discovery.search.edge_order import edge_order
 from circuits.models import Model
-from circuits.precision import Background, TypeName
+from circuits.running.damage import DamageMeter
+from circuits.running.precision import Background, TypeName
 
 Results = dict[str, Any]
 
@@ -59,10 +68,22 @@ class Size:
 
 
 FULL = Size(
-    "gpt2-small", 100, 200, 4, 5, scaling.Config(layers=(2, 3, 4), prompts=(8, 32, 128), tokens=(8, 16, 64), middle=(3, 32, 16), repeats=2)
+    "gpt2-small",
+    100,
+    200,
+    4,
+    5,
+    scaling.Config(
+        layers=(2, 3, 4), prompts=(8, 32, 128), tokens=(8, 16, 64), middle=(3, 32, 16), repeats=2
+    ),
 )
 REDUCED = Size(
-    "4 layers, d_model 256", 8, 60, 4, 2, scaling.Config(layers=(1, 2), prompts=(4, 8), tokens=(8, 16), middle=(2, 8, 16), repeats=1)
+    "4 layers, d_model 256",
+    8,
+    60,
+    4,
+    2,
+    scaling.Config(layers=(1, 2), prompts=(4, 8), tokens=(8, 16), middle=(2, 8, 16), repeats=1),
 )
 
 
@@ -111,15 +132,34 @@ def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
     torch.backends.cuda.matmul.allow_tf32 = False  # float32 is to mean float32
     size = FULL if torch.device(config.device).type == "cuda" else REDUCED
-    settings = {**asdict(config), **asdict(size), "scaling": {**asdict(size.scaling), "out": None}, "out": None}
-    results: Results = {"config": settings, **circumstances(config.device), "parts": {name: {"skipped": "not reached"} for name in PARTS}}
+    settings = {
+        **asdict(config),
+        **asdict(size),
+        "scaling": {**asdict(size.scaling), "out": None},
+        "out": None,
+    }
+    results: Results = {
+        "config": settings,
+        **circumstances(config.device),
+        "parts": {name: {"skipped": "not reached"} for name in PARTS},
+    }
     model = random_model(size.shape, config.device, sharpness=SHARPNESS)
-    case = Case(config, size, start + config.limit, model, random_task(model, size.prompts, 16), circuits.component_graph(model))
+    case = Case(
+        config,
+        size,
+        start + config.limit,
+        model,
+        random_task(model, size.prompts, 16),
+        circuits.component_graph(model),
+    )
     for name, part in PARTS.items():
         for found in attempted(part, case):
             results["parts"][name] = {**found, "seconds_so_far": time.monotonic() - start}
             write_results(config.out, results)
-        print(f"\n{name} ({time.monotonic() - start:.0f} s)\n{json.dumps(results['parts'][name])}", flush=True)
+        print(
+            f"\n{name} ({time.monotonic() - start:.0f} s)\n{json.dumps(results['parts'][name])}",
+            flush=True,
+        )
     if failed := [name for name, found in results["parts"].items() if "failed" in found]:
         sys.exit(f"failed: {', '.join(failed)}")
 
@@ -142,9 +182,15 @@ def toy_world(case: Case) -> Iterator[Results]:
     found = {}
     for device in ("cpu", case.config.device):
         model = circuits.load_model("toy-world", device=device)
-        found[device] = circuits.ACDC(0.01).discover(model, circuits.load_task("ioi", model, n=16, split="train"))
+        found[device] = circuits.ACDC(0.01).discover(
+            model, circuits.load_task("ioi", model, n=16, split="train")
+        )
     here, there = found[case.config.device], found["cpu"]
-    yield {"edges": len(here.graph), "kept": len(here), "decisions_that_differ": int((here.kept != there.kept).sum())}
+    yield {
+        "edges": len(here.graph),
+        "kept": len(here),
+        "decisions_that_differ": int((here.kept != there.kept).sum()),
+    }
 
 
 def executors(case: Case) -> Iterator[Results]:
@@ -166,7 +212,9 @@ def executors(case: Case) -> Iterator[Results]:
 
 def decisions(case: Case) -> Iterator[Results]:
     """Some edges searched, and every decision replayed with the reference."""
-    yield replayed(case, case.acdc.discover(case.model, case.task, graph=truncated(case.graph, case.size.some)))
+    yield replayed(
+        case, case.acdc.discover(case.model, case.task, graph=truncated(case.graph, case.size.some))
+    )
 
 
 def replayed(case: Case, found: circuits.Circuit) -> Results:
@@ -175,7 +223,9 @@ def replayed(case: Case, found: circuits.Circuit) -> Results:
     When the search came to an edge, what came later was there still, and of what came before what it kept. Edges that went untried change
     nothing, because their targets reach no logits.
     """
-    order = torch.tensor([edge for trial in edge_order(found.graph, "topological") for edge in trial.edges])
+    order = torch.tensor(
+        [edge for trial in edge_order(found.graph, "topological") for edge in trial.edges]
+    )
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order))
     tried = (~found.scores.isnan()).nonzero().flatten()
@@ -183,8 +233,12 @@ def replayed(case: Case, found: circuits.Circuit) -> Results:
     before = found.kept | (place >= place[tried, None])
     after = before.clone()
     after[torch.arange(len(tried)), tried] = False
-    damage = DamageMeter.prepare(case.model, found.graph, case.task, metric="kl", ablation="resample", executor="hooks")
-    with_edge, without = (torch.cat([damage(some) for some in kept.split(TOGETHER)]) for kept in (before, after))
+    damage = DamageMeter.prepare(
+        case.model, found.graph, case.task, metric="kl", ablation="resample", executor="hooks"
+    )
+    with_edge, without = (
+        torch.cat([damage(some) for some in kept.split(TOGETHER)]) for kept in (before, after)
+    )
     increases = without - with_edge
     threshold = case.acdc.threshold
     near = (increases - threshold).abs() <= BAND
@@ -220,7 +274,9 @@ def some_edges(case: Case) -> Iterator[Results]:
     """Exact ACDC against the naive loop, in turns, some edges being tried."""
     config = exact_acdc.Config(device=case.config.device, repeats=case.size.repeats)
     some = truncated(case.graph, case.size.some)
-    yield exact_acdc.measure(case.model, case.task, some, case.acdc.threshold, "topological", config)
+    yield exact_acdc.measure(
+        case.model, case.task, some, case.acdc.threshold, "topological", config
+    )
 
 
 def all_edges(case: Case) -> Iterator[Results]:
@@ -237,10 +293,16 @@ def all_edges(case: Case) -> Iterator[Results]:
     searches: list[tuple[circuits.Circuit, dict[str, float]]] = []
 
     def search() -> None:
-        program = lambda: case.acdc.discover(case.model, case.task, graph=case.graph, progress=progress)  # noqa: E731
+        def program() -> circuits.Circuit:
+            return case.acdc.discover(case.model, case.task, graph=case.graph, progress=progress)
+
         searches.append(clocked(program, case.config.device))
 
-    result: Results = {"prompts": len(case.task), "tokens": case.task.clean.shape[1], "edges": len(case.graph)}
+    result: Results = {
+        "prompts": len(case.task),
+        "tokens": case.task.clean.shape[1],
+        "edges": len(case.graph),
+    }
     try:
         peak = most_allocated(search, case.config.device) if case.on_gpu else search()
     except OutOfTimeError:
@@ -248,7 +310,13 @@ def all_edges(case: Case) -> Iterator[Results]:
         return
     circuit, seconds = searches[0]
     record = {key: value for key, value in circuit.record.items() if key != "settings"}
-    result |= {"kept": len(circuit), "threshold": case.acdc.threshold, "seconds": seconds, "peak": peak, "record": record}
+    result |= {
+        "kept": len(circuit),
+        "threshold": case.acdc.threshold,
+        "seconds": seconds,
+        "peak": peak,
+        "record": record,
+    }
     yield result
     yield {**result, "replayed": replayed(case, circuit)}
 
@@ -260,7 +328,10 @@ class OutOfTimeError(Exception):
 def mixed_precision(case: Case) -> Iterator[Results]:
     """Exact ACDC in float32 and in mixed precision with confirmation, one after the other and again, a share of the edges being tried."""
     graph = truncated(case.graph, 10 * case.size.some)
-    precisions: dict[str, circuits.Precision | None] = {"float32": None, **{name: circuits.Precision(name) for name in get_args(TypeName)}}
+    precisions: dict[str, circuits.Precision | None] = {
+        "float32": None,
+        **{name: circuits.Precision(name) for name in get_args(TypeName)},
+    }
     rows: Results = {}
     exact: circuits.Circuit | None = None
     for repetition in range(2):
@@ -268,8 +339,11 @@ def mixed_precision(case: Case) -> Iterator[Results]:
             if repetition and time.monotonic() > case.end:
                 return
             search = replace(case.acdc, precision=precision)
-            search.discover(case.model, case.task, graph=truncated(graph, case.size.some // 4))  # every kernel has run before
-            found, seconds = clocked(lambda: search.discover(case.model, case.task, graph=graph), case.config.device)  # noqa: B023
+            search.discover(
+                case.model, case.task, graph=truncated(graph, case.size.some // 4)
+            )  # every kernel has run before
+            program = partial(search.discover, case.model, case.task, graph=graph)
+            found, seconds = clocked(program, case.config.device)
             exact = found if exact is None else exact
             row = rows.setdefault(name, {"seconds": []})
             row["seconds"].append(seconds["wall"])
@@ -290,7 +364,9 @@ def eap_times(case: Case) -> Iterator[Results]:
 def sizes(case: Case) -> Iterator[Results]:
     """How both scale."""
     measured: list[Results] = []
-    for point in scaling.measurements(replace(case.size.scaling, device=case.config.device), until=case.end):
+    for point in scaling.measurements(
+        replace(case.size.scaling, device=case.config.device), until=case.end
+    ):
         measured.append(point)
         yield {"points": measured}
 

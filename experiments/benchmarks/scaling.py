@@ -64,7 +64,11 @@ class Point:
 
 def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
-    results: dict[str, Any] = {"config": {**asdict(config), "out": None}, **circumstances(config.device), "points": []}
+    results: dict[str, Any] = {
+        "config": {**asdict(config), "out": None},
+        **circumstances(config.device),
+        "points": [],
+    }
     for measured in measurements(config):
         results["points"].append(measured)
         write_results(config.out, results)
@@ -82,7 +86,11 @@ def points(config: Config) -> dict[Point, list[str]]:
     """Each point once, and what varies through it."""
     middle = Point(*config.middle)
     found: dict[Point, list[str]] = {}
-    for name, sizes in (("layers", config.layers), ("prompts", config.prompts), ("tokens", config.tokens)):
+    for name, sizes in (
+        ("layers", config.layers),
+        ("prompts", config.prompts),
+        ("tokens", config.tokens),
+    ):
         for size in sizes:
             found.setdefault(replace(middle, **{name: size}), []).append(name)
     return found
@@ -91,15 +99,25 @@ def points(config: Config) -> dict[Point, list[str]]:
 def measure(point: Point, config: Config) -> dict[str, Any]:
     """Seconds of every repetition, memory, and what ACDC kept."""
     width = 16 * config.heads
-    sizes = {"n_layers": point.layers, "n_heads": config.heads, "d_head": 16, "d_model": width, "d_mlp": 4 * width}
-    model = random_model({**sizes, "n_ctx": point.tokens, "d_vocab": 1000}, config.device, sharpness=4.0)
+    sizes = {
+        "n_layers": point.layers,
+        "n_heads": config.heads,
+        "d_head": 16,
+        "d_model": width,
+        "d_mlp": 4 * width,
+    }
+    model = random_model(
+        {**sizes, "n_ctx": point.tokens, "d_vocab": 1000}, config.device, sharpness=4.0
+    )
     task, graph = random_task(model, point.prompts, point.tokens), circuits.component_graph(model)
     acdc, eap = circuits.ACDC(config.nats / len(graph)), circuits.EAP()
     programs: dict[str, Callable[[], circuits.Circuit]] = {
         "ACDC": lambda: acdc.discover(model, task, graph=graph),
         "EAP": lambda: eap.discover(model, task, graph=graph),
     }
-    seconds: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in programs}
+    seconds: dict[str, dict[str, list[float]]] = {
+        name: {"wall": [], "cpu": []} for name in programs
+    }
     for repetition in range(config.repeats + 1):
         for name, program in programs.items():
             circuit, took = clocked(program, config.device)
@@ -115,19 +133,30 @@ def measure(point: Point, config: Config) -> dict[str, Any]:
         "evaluations": found.record["evaluations"],
         "batches": found.record["batches"],
         "seconds": seconds,
-        "memory": {"ACDC": memory(acdc, model, task, graph, limit), "EAP": memory(eap, model, task, graph, limit)},
+        "memory": {
+            "ACDC": memory(acdc, model, task, graph, limit),
+            "EAP": memory(eap, model, task, graph, limit),
+        },
     }
 
 
 def memory(
-    method: circuits.ACDC | circuits.EAP, model: Model, task: circuits.Task, graph: circuits.Graph, limit: int
+    method: circuits.ACDC | circuits.EAP,
+    model: Model,
+    task: circuits.Task,
+    graph: circuits.Graph,
+    limit: int,
 ) -> dict[str, int | None]:
     """The peak as it comes, and with `max_memory`; None where that is refused because one prompt needs more."""
     device = str(model.cfg.device)
     limited = replace(method, max_memory=limit)
-    peaks: dict[str, int | None] = {"peak": most_allocated(lambda: method.discover(model, task, graph=graph), device)}
+    peaks: dict[str, int | None] = {
+        "peak": most_allocated(lambda: method.discover(model, task, graph=graph), device)
+    }
     try:
-        peaks["peak_with_max_memory"] = most_allocated(lambda: limited.discover(model, task, graph=graph), device)
+        peaks["peak_with_max_memory"] = most_allocated(
+            lambda: limited.discover(model, task, graph=graph), device
+        )
     except circuits.InputError:
         peaks["peak_with_max_memory"] = None
     return {**peaks, "max_memory": limit}
@@ -137,14 +166,31 @@ def show(measured: list[dict[str, Any]]) -> None:
     """A table for each size that varies."""
     for name in ("layers", "prompts", "tokens"):
         rows = []
-        for point in sorted((point for point in measured if name in point["varied"]), key=lambda point: point[name]):
-            medians = {method: pd.DataFrame(clocks).median() for method, clocks in point["seconds"].items()}
-            row = {"layers": point["layers"], "edges": point["edges"], "prompts": point["prompts"], "tokens": point["tokens"]}
+        for point in sorted(
+            (point for point in measured if name in point["varied"]), key=lambda point: point[name]
+        ):
+            medians = {
+                method: pd.DataFrame(clocks).median() for method, clocks in point["seconds"].items()
+            }
+            row = {
+                "layers": point["layers"],
+                "edges": point["edges"],
+                "prompts": point["prompts"],
+                "tokens": point["tokens"],
+            }
             row |= {"kept": point["kept"] / point["edges"]}
             for method, median in medians.items():
                 peaks = point["memory"][method]
-                row |= {f"{method} wall s": median["wall"], f"{method} CPU s": median["cpu"], f"{method} MB": peaks["peak"] / 1e6}
-                row |= {f"{method} MB limited": None if peaks["peak_with_max_memory"] is None else peaks["peak_with_max_memory"] / 1e6}
+                row |= {
+                    f"{method} wall s": median["wall"],
+                    f"{method} CPU s": median["cpu"],
+                    f"{method} MB": peaks["peak"] / 1e6,
+                }
+                row |= {
+                    f"{method} MB limited": None
+                    if peaks["peak_with_max_memory"] is None
+                    else peaks["peak_with_max_memory"] / 1e6
+                }
             rows.append(row)
         print(f"\n{name} vary\n{pd.DataFrame(rows).round(3).to_string(index=False)}")
 

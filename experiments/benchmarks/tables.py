@@ -42,11 +42,16 @@ class Config:
 
 
 def main(config: Config) -> None:
-    for readme, text in ((config.readme, tables(config.results)), (config.summary, summary(config.results))):
+    for readme, text in (
+        (config.readme, tables(config.results)),
+        (config.summary, summary(config.results)),
+    ):
         before = readme.read_text()
         after = updated(before, text)
         if config.check and after != before:
-            sys.exit(f"{readme} differs from what {config.results} gives: run `python experiments/benchmarks/tables.py`.")
+            sys.exit(
+                f"{readme} differs from what {config.results} gives: run `python experiments/benchmarks/tables.py`."
+            )
         if not config.check:
             readme.write_text(after)
 
@@ -71,17 +76,31 @@ def summary(results: Path) -> str:
         clock = _clock(found)
         for case in found["cases"]:
             if case["case"] in SUMMARIZED:
-                ours, naive = (case["seconds"][program][clock] for program in ("incremental + speculation", "naive"))
+                ours, naive = (
+                    case["seconds"][program][clock]
+                    for program in ("incremental + speculation", "naive")
+                )
                 name = f"exact ACDC: {case['case']} ({case['edges']:,} edges, {case['kept'] / case['edges']:.0%} kept)"
                 times = statistics.median(naive) / statistics.median(ours)
-                rows.append(_against(name, "one hooked forward pass per edge", naive, ours, times, found))
+                rows.append(
+                    _against(name, "one hooked forward pass per edge", naive, ours, times, found)
+                )
     for file in sorted(results.glob("eap-peers-*.json")):
         found = json.loads(file.read_text())
         for package, peer in found["peers"].items():
             if "seconds" in peer:
                 (ours, theirs), edges = peer["seconds"].values(), peer["edges"]["shared"]
                 name = f"EAP: {found['shape']}, {found['prompts']} prompts ({edges:,} edges)"
-                rows.append(_against(name, f"{package} {peer['versions'][package]}", theirs, ours, peer["times_slower"], found))
+                rows.append(
+                    _against(
+                        name,
+                        f"{package} {peer['versions'][package]}",
+                        theirs,
+                        ours,
+                        peer["times_slower"],
+                        found,
+                    )
+                )
     for file in sorted(results.glob("attribution-graph-*.json")):
         found = json.loads(file.read_text())
         clock = _clock(found)
@@ -90,9 +109,21 @@ def summary(results: Path) -> str:
                 f"attribution graph: {case['case'].partition(': ')[2]} ({case['edges']:,} edges)",
                 case["versions"]["circuit-tracer"],
             )
-            for program, batch in (("circuit-tracer", "its default batch"), ("circuit-tracer, batch 64", "batch 64")):
+            for program, batch in (
+                ("circuit-tracer", "its default batch"),
+                ("circuit-tracer, batch 64", "batch 64"),
+            ):
                 ours, theirs = (case["seconds"][one][clock] for one in ("ours", program))
-                rows.append(_against(name, f"circuit-tracer {version}, {batch}", theirs, ours, case["times_slower"][program][clock], found))
+                rows.append(
+                    _against(
+                        name,
+                        f"circuit-tracer {version}, {batch}",
+                        theirs,
+                        ours,
+                        case["times_slower"][program][clock],
+                        found,
+                    )
+                )
     for file in sorted(results.glob("feature-extraction-*.json")):
         found = json.loads(file.read_text())
         clock, case = _clock(found), found["cases"][0]
@@ -104,15 +135,27 @@ def summary(results: Path) -> str:
     return _table(rows)
 
 
-def _against(case: str, other: str, theirs: Sequence[float], ours: Sequence[float], times: float, found: Results) -> dict[str, object]:
-    seconds = {who: f"{statistics.median(each):.3g}" for who, each in (("theirs, s", theirs), ("ours, s", ours))}
+def _against(
+    case: str,
+    other: str,
+    theirs: Sequence[float],
+    ours: Sequence[float],
+    times: float,
+    found: Results,
+) -> dict[str, object]:
+    seconds = {
+        who: f"{statistics.median(each):.3g}"
+        for who, each in (("theirs, s", theirs), ("ours, s", ours))
+    }
     on = found["hardware"]["gpu"] or f"CPU, threads: {found['hardware']['threads']}"
     return {"case": case, "compared with": other, **seconds, "times": f"{times:.1f}", "on": on}
 
 
 def _section(name: str, files: Iterable[Path]) -> str:
     title, tabulate = BENCHMARKS[name]
-    measured = [json.loads(file.read_text()) for file in files if file.stem.rpartition("-")[0] == name]
+    measured = [
+        json.loads(file.read_text()) for file in files if file.stem.rpartition("-")[0] == name
+    ]
     parts = [f"### {title}\n"]
     for found in measured:
         for caption, rows in tabulate(found):
@@ -127,13 +170,22 @@ def _section(name: str, files: Iterable[Path]) -> str:
 
 def _table(rows: Rows) -> str:
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    lines = [columns, ["---"] * len(columns), *([str(row.get(column, "")) for column in columns] for row in rows)]
+    lines = [
+        columns,
+        ["---"] * len(columns),
+        *([str(row.get(column, "")) for column in columns] for row in rows),
+    ]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _circumstances(found: Results) -> str:
-    hardware, versions = found["hardware"], {name: version for name, version in found["versions"].items() if version}
-    machine = [f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} of torch's threads"]
+    hardware, versions = (
+        found["hardware"],
+        {name: version for name, version in found["versions"].items() if version},
+    )
+    machine = [
+        f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} of torch's threads"
+    ]
     if hardware["gpu"]:
         tf32 = "with" if found.get("allow_tf32") else "without"
         machine = [f"{hardware['gpu']}, driver {hardware.get('driver')}, {tf32} TF32", *machine]
@@ -159,12 +211,25 @@ def _clock(found: Results) -> str:
 def _search(name: str, case: Results, clock: str) -> dict[str, object]:
     seconds = {program: clocks[clock] for program, clocks in case["seconds"].items()}
     unit, fast = UNITS[clock], "incremental + speculation"
-    row: dict[str, object] = {"case": name, "edges": f"{case['edges']:,}", "kept": f"{case['kept']:,}"}
+    row: dict[str, object] = {
+        "case": name,
+        "edges": f"{case['edges']:,}",
+        "kept": f"{case['kept']:,}",
+    }
     row["decisions that differ"] = case["decisions_that_differ"]
-    row |= {f"{program}, {unit}": _times(seconds[program]) for program in ("naive", "incremental", fast) if program in seconds}
+    row |= {
+        f"{program}, {unit}": _times(seconds[program])
+        for program in ("naive", "incremental", fast)
+        if program in seconds
+    }
     if "naive" in seconds:
-        row["naive / speculation"] = f"{statistics.median(seconds['naive']) / statistics.median(seconds[fast]):.1f}"
-    row |= {"evaluations": f"{case['record'][fast]['evaluations']:,}", "batches": f"{case['record'][fast]['batches']:,}"}
+        row["naive / speculation"] = (
+            f"{statistics.median(seconds['naive']) / statistics.median(seconds[fast]):.1f}"
+        )
+    row |= {
+        "evaluations": f"{case['record'][fast]['evaluations']:,}",
+        "batches": f"{case['record'][fast]['batches']:,}",
+    }
     if original := case.get("original_code"):
         row["original code, CPU s (recorded elsewhere)"] = original["cpu_seconds"]
     return row
@@ -175,12 +240,23 @@ def _eap(found: Results) -> Tables:
 
 
 def _attribution(name: str, case: Results, tokens: Sequence[int]) -> dict[str, object]:
-    row: dict[str, object] = {"case": name, "prompts": tokens[0], "tokens": tokens[1], "edges": f"{case['edges']:,}"}
+    row: dict[str, object] = {
+        "case": name,
+        "prompts": tokens[0],
+        "tokens": tokens[1],
+        "edges": f"{case['edges']:,}",
+    }
     for program, seconds in case["seconds"].items():
         row[f"{program}, s"] = _times(seconds)
-    row |= {f"{program} / floor": f"{ratio:.2f}" for program, ratio in case["over_floor"].items() if program != "floor"}
+    row |= {
+        f"{program} / floor": f"{ratio:.2f}"
+        for program, ratio in case["over_floor"].items()
+        if program != "floor"
+    }
     if "memory" in case:
-        row["peak / max_memory, at most"] = f"{max(each['peak'] / each['max_memory'] for each in case['memory']):.2f}"
+        row["peak / max_memory, at most"] = (
+            f"{max(each['peak'] / each['max_memory'] for each in case['memory']):.2f}"
+        )
     return row
 
 
@@ -190,10 +266,19 @@ def _eap_peers(found: Results) -> Tables:
         if "failed" in peer:
             rows.append({"package": name, "version": f"failed: {peer['failed'][-1]}"})
             continue
-        row: dict[str, object] = {"package": name, "version": peer["versions"][name], "edges": f"{peer['edges']['shared']:,}"}
+        row: dict[str, object] = {
+            "package": name,
+            "version": peer["versions"][name],
+            "edges": f"{peer['edges']['shared']:,}",
+        }
         row |= {f"{who}, s": _times(seconds) for who, seconds in peer["seconds"].items()}
         row |= {"theirs / ours": f"{peer['times_slower']:.1f}"}
-        rows.append({**row, "largest difference / largest score": f"{peer['largest_difference_over_largest_score']:.1e}"})
+        rows.append(
+            {
+                **row,
+                "largest difference / largest score": f"{peer['largest_difference_over_largest_score']:.1e}",
+            }
+        )
     yield f"{found['shape']}, {found['prompts']} prompts of 16 tokens.", rows
 
 
@@ -204,28 +289,49 @@ def _scaling(found: Results) -> Tables:
 def _sizes(points: Sequence[Results], clock: str) -> Tables:
     for varied in ("layers", "prompts", "tokens"):
         through = [point for point in points if varied in point["varied"]]
-        yield f"By {varied}:", [_size(point, clock) for point in sorted(through, key=lambda point: point[varied])]
+        yield (
+            f"By {varied}:",
+            [_size(point, clock) for point in sorted(through, key=lambda point: point[varied])],
+        )
 
 
 def _size(point: Results, clock: str) -> dict[str, object]:
-    row: dict[str, object] = {name: f"{point[name]:,}" for name in ("layers", "edges", "prompts", "tokens")}
+    row: dict[str, object] = {
+        name: f"{point[name]:,}" for name in ("layers", "edges", "prompts", "tokens")
+    }
     row["kept"] = f"{point['kept'] / point['edges']:.0%}"
     for method, clocks in point["seconds"].items():
         memory = point["memory"][method]
-        row |= {f"{method}, {UNITS[clock]}": _times(clocks[clock]), f"{method}, MB": f"{memory['peak'] / 1e6:.0f}"}
+        row |= {
+            f"{method}, {UNITS[clock]}": _times(clocks[clock]),
+            f"{method}, MB": f"{memory['peak'] / 1e6:.0f}",
+        }
         limited = memory["peak_with_max_memory"]
-        row[f"{method}, MB (max_memory {memory['max_memory'] / 1e6:.0f})"] = "refused" if limited is None else f"{limited / 1e6:.0f}"
+        row[f"{method}, MB (max_memory {memory['max_memory'] / 1e6:.0f})"] = (
+            "refused" if limited is None else f"{limited / 1e6:.0f}"
+        )
     return row
 
 
 def _gpu_suite(found: Results) -> Tables:
     size, parts = found["config"], found["parts"]
     yield f"{size['shape']}, {size['prompts']} prompts of 16 tokens.", []
-    checks = {name: part for name, part in parts.items() if not {"seconds", "points", "precisions"} & part.keys() or NOTHING & part.keys()}
+    checks = {
+        name: part
+        for name, part in parts.items()
+        if not {"seconds", "points", "precisions"} & part.keys() or NOTHING & part.keys()
+    }
     yield "", [{"part": name, "found": _checked(part)} for name, part in checks.items()]
     clock = _clock(found)
     searches = [(name, parts[f"exact ACDC, {name}"]) for name in ("some edges", "all edges")]
-    yield "", [_search(name, part, clock) for name, part in searches if "incremental" in part.get("seconds", ())]
+    yield (
+        "",
+        [
+            _search(name, part, clock)
+            for name, part in searches
+            if "incremental" in part.get("seconds", ())
+        ],
+    )
     if "record" in (whole := parts["exact ACDC, all edges"]):
         yield "", [_whole_search(whole)]
     if "precisions" in (part := parts["mixed precision"]):
@@ -240,11 +346,20 @@ def _gpu_suite(found: Results) -> Tables:
 
 def _whole_search(part: Results) -> dict[str, object]:
     """The search over all edges, which is made once."""
-    row: dict[str, object] = {name: f"{part[name]:,}" for name in ("edges", "prompts", "tokens", "kept")}
-    row |= {"exact ACDC, s": f"{part['seconds']['wall']:.1f}", "CPU s": f"{part['seconds']['cpu']:.1f}"}
+    row: dict[str, object] = {
+        name: f"{part[name]:,}" for name in ("edges", "prompts", "tokens", "kept")
+    }
+    row |= {
+        "exact ACDC, s": f"{part['seconds']['wall']:.1f}",
+        "CPU s": f"{part['seconds']['cpu']:.1f}",
+    }
     row |= {"peak, MB": f"{part['peak'] / 1e6:.0f}"} if part["peak"] else {}
     row |= {name: f"{part['record'][name]:,}" for name in ("evaluations", "batches")}
-    return {**row, "replayed by the reference": _checked(part["replayed"])} if "replayed" in part else row
+    return (
+        {**row, "replayed by the reference": _checked(part["replayed"])}
+        if "replayed" in part
+        else row
+    )
 
 
 def _precision(name: str, row: Results) -> dict[str, object]:
@@ -277,21 +392,42 @@ def _attribution_graph(found: Results) -> Tables:
         f"The full graph of one prompt, every active feature a target; random cases have {tokens} tokens.",
         [_graph_case(case, clock) for case in found["cases"]],
     )
-    yield "Ours alone, by prompt length and active features:", [_graph_alone(point, clock) for point in found["alone"]]
+    yield (
+        "Ours alone, by prompt length and active features:",
+        [_graph_alone(point, clock) for point in found["alone"]],
+    )
 
 
 def _graph_case(case: Results, clock: str) -> dict[str, object]:
-    row: dict[str, object] = {"case": case["case"], "nodes": f"{case['nodes']:,}", "edges": f"{case['edges']:,}"}
-    row["largest difference / largest edge"] = f"{case['largest_difference'] / case['largest_edge']:.0e}"
-    row |= {f"{name}, {UNITS[clock]}": _times(clocks[clock]) for name, clocks in case["seconds"].items()}
+    row: dict[str, object] = {
+        "case": case["case"],
+        "nodes": f"{case['nodes']:,}",
+        "edges": f"{case['edges']:,}",
+    }
+    row["largest difference / largest edge"] = (
+        f"{case['largest_difference'] / case['largest_edge']:.0e}"
+    )
+    row |= {
+        f"{name}, {UNITS[clock]}": _times(clocks[clock]) for name, clocks in case["seconds"].items()
+    }
     row |= {f"{name} / ours": f"{times[clock]:.1f}" for name, times in case["times_slower"].items()}
-    return row | {f"{name}, peak MB": f"{size / 1e6:.0f}" for name, size in case["peak_above_loaded_bytes"].items()}
+    return row | {
+        f"{name}, peak MB": f"{size / 1e6:.0f}"
+        for name, size in case["peak_above_loaded_bytes"].items()
+    }
 
 
 def _graph_alone(point: Results, clock: str) -> dict[str, object]:
-    row: dict[str, object] = {"case": point["case"], "tokens": point["tokens"], "active": f"{point['active']:.0%}"}
+    row: dict[str, object] = {
+        "case": point["case"],
+        "tokens": point["tokens"],
+        "active": f"{point['active']:.0%}",
+    }
     row |= {name: f"{point[name]:,}" for name in ("features", "edges")}
-    return row | {UNITS[clock]: f"{point['seconds'][clock]:.2f}", "peak MB": f"{point['peak_bytes'] / 1e6:.0f}"}
+    return row | {
+        UNITS[clock]: f"{point['seconds'][clock]:.2f}",
+        "peak MB": f"{point['peak_bytes'] / 1e6:.0f}",
+    }
 
 
 def _gemma_graph(found: Results) -> Tables:
@@ -302,7 +438,10 @@ def _gemma_graph(found: Results) -> Tables:
         [
             {
                 "products": "TF32" if run["allow_tf32"] else "float32",
-                **{name: f"{run[name]:,}" for name in ("tokens", "targets", "at_a_time", "nodes", "edges")},
+                **{
+                    name: f"{run[name]:,}"
+                    for name in ("tokens", "targets", "at_a_time", "nodes", "edges")
+                },
                 "s": _times([each["wall"] for each in run["seconds"]]),
                 "floor, s": f"{run['floor']['seconds']:.2f}",
                 "peak, MB": f"{run['peak_bytes'] / 1e6:.0f}",
@@ -321,13 +460,18 @@ def _extraction(case: Results, clock: str) -> dict[str, object]:
     shape = f"{case['layers']} layers of {case['features']:,} features, d_model {case['d_model']}, {case['positions']} positions, {case['dtype']}"
     row: dict[str, object] = {"case": f"{shape}, {case['case']}", "nodes": f"{case['nodes']:,}"}
     programs = case["compared_with_the_loop"]
-    row |= {f"{program}, ms": f"{1e3 * statistics.median(case['seconds'][program][clock]):.2f}" for program in programs}
+    row |= {
+        f"{program}, ms": f"{1e3 * statistics.median(case['seconds'][program][clock]):.2f}"
+        for program in programs
+    }
     return row | {"floor, ms": f"{1e3 * case['floor']['seconds']:.2f}"}
 
 
 def _times(seconds: Sequence[float]) -> str:
     digits = 3 if statistics.median(seconds) < 1 else 2
-    median, least, most = (f"{value:.{digits}f}" for value in (statistics.median(seconds), min(seconds), max(seconds)))
+    median, least, most = (
+        f"{value:.{digits}f}" for value in (statistics.median(seconds), min(seconds), max(seconds))
+    )
     return f"{median} ({least} to {most})" if len(seconds) > 1 else median
 
 
@@ -341,7 +485,11 @@ BENCHMARKS: dict[str, tuple[str, Callable[[Results], Tables]]] = {
     "feature-extraction": ("Feature extraction", _feature_extraction),
     "gpu-suite": ("The suite for a GPU", _gpu_suite),
 }
-SUMMARIZED = ("toy-world, IOI, 64 prompts, 0.01", "4 layers of 8 heads, original order, 0.01", "random, gpt2-small")
+SUMMARIZED = (
+    "toy-world, IOI, 64 prompts, 0.01",
+    "4 layers of 8 heads, original order, 0.01",
+    "random, gpt2-small",
+)
 UNITS = {"wall": "s", "cpu": "CPU s"}
 ON_CPU_ALONE = ("eap-peers", "attribution-graph")
 

@@ -25,9 +25,13 @@ for line in sys.stdin:
     wall, cpu = time.perf_counter(), time.process_time()
     graph = method.attribute(model, tokens)
     took = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-    took["peak_above_loaded_bytes"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    took["peak_above_loaded_bytes"] = (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    ) * 1024
     features = graph.nodes.kind == 0
     columns = torch.stack([graph.nodes.layer, graph.nodes.position, graph.nodes.index], 1)[features]
-    save_file({"adjacency": graph.adjacency(), "features": columns}, answer.with_suffix(".safetensors"))
+    save_file(
+        {"adjacency": graph.adjacency(), "features": columns}, answer.with_suffix(".safetensors")
+    )
     answer.write_text(json.dumps({"edges": len(graph), "nodes": len(graph.nodes)}))
     print("took", json.dumps(took), flush=True)

@@ -12,7 +12,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.tools.analysis.attribution_patching import EdgeAttributionConfig, attribution_patch
+from transformer_lens.tools.analysis.attribution_patching import (
+    EdgeAttributionConfig,
+    attribution_patch,
+)
 from transformers import GPT2Config, GPT2LMHeadModel
 
 torch.set_num_threads(1)
@@ -38,11 +41,16 @@ def as_gpt2(weights, shape):
     for layer in range(shape["n_layers"]):
         theirs, ours = f"transformer.h.{layer}.", f"blocks.{layer}."
         for norm in (1, 2):
-            named |= {f"{theirs}ln_{norm}.weight": weights[f"{ours}ln{norm}.w"], f"{theirs}ln_{norm}.bias": weights[f"{ours}ln{norm}.b"]}
+            named |= {
+                f"{theirs}ln_{norm}.weight": weights[f"{ours}ln{norm}.w"],
+                f"{theirs}ln_{norm}.bias": weights[f"{ours}ln{norm}.b"],
+            }
         slots = [weights[f"{ours}attn.W_{slot}"].transpose(0, 1).flatten(1) for slot in "QKV"]
         named |= {
             f"{theirs}attn.c_attn.weight": torch.cat(slots, dim=1),
-            f"{theirs}attn.c_attn.bias": torch.cat([weights[f"{ours}attn.b_{slot}"].flatten() for slot in "QKV"]),
+            f"{theirs}attn.c_attn.bias": torch.cat(
+                [weights[f"{ours}attn.b_{slot}"].flatten() for slot in "QKV"]
+            ),
             f"{theirs}attn.c_proj.weight": weights[f"{ours}attn.W_O"].flatten(0, 1),
             f"{theirs}attn.c_proj.bias": weights[f"{ours}attn.b_O"],
             f"{theirs}mlp.c_fc.weight": weights[f"{ours}mlp.W_in"],
@@ -56,10 +64,14 @@ def as_gpt2(weights, shape):
 
 source = as_gpt2(load_file(folder / "model.safetensors"), case["config"])
 source.save_pretrained(folder / "gpt2")
-model = TransformerBridge.boot_transformers(str(folder / "gpt2"), hf_model=source, device="cpu", dtype=torch.float32)
+model = TransformerBridge.boot_transformers(
+    str(folder / "gpt2"), hf_model=source, device="cpu", dtype=torch.float32
+)
 # With frozen weights there would be nothing for its gradients to start from.
 model.eval()
-clean, corrupted, right, wrong = (torch.tensor(case[name]) for name in ("clean", "corrupted", "answers", "wrong_answers"))
+clean, corrupted, right, wrong = (
+    torch.tensor(case[name]) for name in ("clean", "corrupted", "answers", "wrong_answers")
+)
 
 
 def scores():
@@ -72,7 +84,9 @@ def scores():
             return last[wrong[index, 0]] - last[right[index, 0]]  # noqa: B023
 
         pair = (clean[index : index + 1], corrupted[index : index + 1])
-        found = attribution_patch(model, *pair, damage, EdgeAttributionConfig(granularity="edge")).edge_scores
+        found = attribution_patch(
+            model, *pair, damage, EdgeAttributionConfig(granularity="edge")
+        ).edge_scores
         for (source, target), score in found.items():
             edge = f"{name(source)}->{name(target)}"
             total[edge] = total.get(edge, 0.0) + score / len(clean)

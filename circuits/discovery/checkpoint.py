@@ -1,0 +1,83 @@
+"""Checkpoints: the state of a long run in a file, from which it resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from circuits.graph.graph import Graph
+from circuits.system.errors import InputError
+from circuits.system.files import read_tensors, write_tensors
+from circuits.system.ranks import is_first, on_first
+from circuits.tasks.task import Task
+
+FORMAT, FORMAT_VERSION = "circuits.checkpoint", 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state of a long run in one file, replaced atomically. Of several ranks the first reads and writes it, for all.
+
+    Attributes:
+        path: None keeps nothing.
+        key: what the state depends on; a file with another key is refused rather than continued.
+    """
+
+    path: Path | None = None
+    key: str = ""
+
+    @staticmethod
+    def open(
+        where: Checkpoint | str | Path | None,
+        method: Mapping[str, Any],
+        graph: Graph,
+        task: Task,
+    ) -> Checkpoint:
+        """A checkpoint for one method on one graph and task.
+
+        Args:
+            where: the file; None keeps no state.
+            method: what identifies the method and its settings, see `CircuitDiscoverer.identity`.
+        """
+        path = where.path if isinstance(where, Checkpoint) else where
+        return Checkpoint(None if path is None else Path(path), _digest(method, graph, task))
+
+    def restore(self, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state saved last, or `start` when there is none.
+
+        Raises:
+            InputError: the file is damaged or belongs to another run.
+        """
+        return on_first(lambda: self._read(start))
+
+    def _read(self, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self.path is None or not self.path.exists():
+            return dict(start)
+        state, metadata = read_tensors(self.path, FORMAT, FORMAT_VERSION)
+        if metadata.get("key") != self.key or set(state) != set(start):
+            raise InputError(
+                f"the checkpoint {self.path} belongs to a run with other settings, model or prompts; give another path or delete it."
+            )
+        return {name: state[name].to(start[name].device) for name in start}
+
+    def save(self, state: Mapping[str, Tensor]) -> None:
+        """Replace the saved state."""
+        if self.path is not None and is_first():
+            write_tensors(self.path, state, {"key": self.key}, FORMAT, FORMAT_VERSION)
+
+
+def _digest(method: Mapping[str, Any], graph: Graph, task: Task) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    model = None if graph.model is None else [graph.model.name, graph.model.weights]
+    digest.update(
+        json.dumps([method, model, [str(node) for node in graph.nodes], task.digest()]).encode()
+    )
+    for column in (graph.source, graph.target, graph.slot):
+        digest.update(column.cpu().numpy().tobytes())
+    return digest.hexdigest()

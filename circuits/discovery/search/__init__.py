@@ -1,0 +1,1 @@
+"""The pieces of sequential searches over edges."""

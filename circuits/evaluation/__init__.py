@@ -1,0 +1,1 @@
+"""Judge circuits: faithfulness, recovery of known circuits, and comparisons between methods."""

@@ -1,0 +1,1 @@
+"""Other tools' files: EAP-IG's circuits and Neuronpedia's attribution graphs."""

@@ -1,0 +1,1 @@
+"""Nodes, edges, graphs and circuits, as values that know nothing about models."""

@@ -1,0 +1,52 @@
+"""Edges and their text form."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from circuits.graph.nodes import Head, Node, parse_node
+from circuits.system.errors import InputError
+
+SLOTS = ("q", "k", "v")
+NO_SLOT = -1
+
+
+@dataclass(frozen=True)
+class Edge:
+    """One edge. Its text, `a5.h5->a9.h9.q` or `a5.h5@S2->a9.h9.q@END`, round-trips through `parse_edge`."""
+
+    source: Node
+    target: Node
+    slot: str | None = None
+
+    def __str__(self) -> str:
+        if self.slot is None:
+            return f"{self.source}->{self.target}"
+        label, at, position = str(self.target).partition("@")
+        return f"{self.source}->{label}.{self.slot}{at}{position}"
+
+
+def parse_edge(text: str) -> Edge:
+    """The edge that `text` names; a slot may also be written as EAP-IG does, `a5.h5->a9.h9<q>`.
+
+    Raises:
+        InputError: the text names no edge.
+    """
+    text = re.sub(r"<([qkv])>$", r".\1", text.strip())  # as EAP-IG writes slots
+    match = re.fullmatch(
+        r"(?P<source>.+?)->(?P<target>[^@]+?)(?:\.(?P<slot>[qkv]))?(?P<position>@.+)?", text
+    )
+    if match is None:
+        raise InputError(
+            f"{text!r} names no edge; edges are written like a5.h5->a9.h9.q, m0->logits or a5.h5@S2->a9.h9.q@END."
+        )
+    source, target = (
+        parse_node(match["source"]),
+        parse_node(match["target"] + (match["position"] or "")),
+    )
+    if isinstance(target, Head) != (match["slot"] is not None):
+        raise InputError(
+            f"{text!r} names no edge: a head is read in a slot, .q, .k or .v, and nothing else is; write for example a5.h5->a9.h9.q."
+        )
+    return Edge(source, target, match["slot"])

@@ -1,0 +1,1 @@
+"""Drawings, figures and self-contained HTML pages."""

@@ -1,0 +1,1 @@
+"""A circuit as a layered SVG drawing."""

@@ -1,0 +1,1 @@
+"""Run a model with everything outside a circuit ablated, and measure the damage."""

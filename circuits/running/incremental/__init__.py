@@ -1,0 +1,1 @@
+"""The incremental executor: recompute only what an ablated edge changes."""

@@ -1,0 +1,1 @@
+"""One kind of prompt pair per file. A file added here is a new task."""

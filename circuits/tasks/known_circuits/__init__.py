@@ -1,0 +1,1 @@
+"""Hand-wired models whose circuits are known by construction, with tasks to find them on."""

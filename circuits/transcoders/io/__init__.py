@@ -1,0 +1,1 @@
+"""Transcoder files: every published format is read here, and ours are written."""

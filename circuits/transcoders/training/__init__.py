@@ -1,0 +1,1 @@
+"""Train transcoders of all three kinds and measure how good they are."""

@@ -1,0 +1,58 @@
+"""The public surface: which names users import, and what each must have."""
+
+import ast
+import dataclasses
+import inspect
+from pathlib import Path
+
+import pytest
+
+import circuits
+
+
+def test_the_public_names_are_these():
+    assert circuits.__all__ == [
+        "ACDC", "Ablation", "ActivationPatching", "AttributionGraph", "BatchedACDC", "Checkpoint", "Circuit", "CircuitDiscoverer",
+        "Coactivation", "Direction", "EAP", "EAPIG", "Edge", "EdgeAttribution", "Embed", "Error", "Evaluation", "ExtractedFeatures",
+        "Feature", "FeatureGraph", "Graph", "GraphRun", "Head", "ImportedGraph", "InputError", "Intervened", "Intervention",
+        "KnownCircuit", "Logits", "METRICS", "MLP", "Metric", "PosEmbed", "Precision", "PromptPair", "RandomScores", "Recovery", "Task",
+        "TaskFamily", "TokenEmbed", "Transcoders", "VirtualWeights", "build_model", "completeness_score", "component_graph",
+        "direct_effects", "discoverers", "evaluate", "expected_coactivation", "extract_features", "faithfulness_curve",
+        "faithfulness_points", "generate", "head_shares", "intervene", "known_circuit", "load_eap_ig", "load_graph_run", "load_model",
+        "load_neuronpedia", "load_task", "load_transcoders", "model_logits", "node_influence", "parse_edge", "parse_node", "prune",
+        "pruned", "recovery", "replacement_score", "run_circuit", "run_circuits", "run_graph", "save_eap_ig", "save_model",
+        "save_neuronpedia", "save_transcoders", "task_names", "virtual_weights",
+    ]  # fmt: skip
+    for name in circuits.__all__:
+        assert getattr(circuits, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        circuits.nonsense  # noqa: B018
+
+
+def test_type_checkers_see_the_same_names():
+    tree = ast.parse(Path(circuits.__file__).read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    assert sorted(alias.name for node in block.body for alias in node.names) == circuits.__all__
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in circuits.__all__ if inspect.isfunction(getattr(circuits, name))]
+)
+def test_public_functions_say_what_they_raise(name):
+    function = getattr(circuits, name)
+    if name not in {
+        "discoverers",
+        "task_names",
+        "save_model",
+        "node_influence",
+        "replacement_score",
+        "completeness_score",
+    }:
+        assert "Raises:" in (inspect.getdoc(function) or "")
+
+
+def test_values_are_frozen():
+    for name in circuits.__all__:
+        value = getattr(circuits, name)
+        if dataclasses.is_dataclass(value):
+            assert value.__dataclass_params__.frozen, name
