@@ -32,7 +32,7 @@ from circuits.plotting.graph_page.page import (
 )
 from circuits.system.errors import InputError
 
-VIEWER = Path(__file__).parents[1] / "circuits" / "viewer"
+VIEWER = Path(__file__).parents[1] / "circuits" / "plotting" / "static"
 HOSTILE = "</script><b>"
 
 

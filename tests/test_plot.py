@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 
 from circuits.graph.circuit import Circuit
 from circuits.graph.edges import SLOTS, Edge
-from circuits.graph.graph import Graph, graph_from_triples
+from circuits.graph.graph import Graph
 from circuits.graph.nodes import MLP, Embed, Feature, Head, Logits, Node, TokenEmbed, at_position
 from circuits.plotting import pages
 from circuits.plotting.circuit_drawing.coordinates import BOX_HEIGHT, place, separated
@@ -24,6 +24,13 @@ from circuits.system.errors import InputError
 
 SVG = "{http://www.w3.org/2000/svg}"
 SPANS = ("IO", "S1", "S1+1", "<x>&")
+
+
+def graph_from_triples(nodes, edges, *, positions=None) -> Graph:
+    """A graph from (source index, target index, slot or -1) triples."""
+    source, target, slot = torch.tensor(edges).reshape(-1, 3).T.contiguous().unbind(0)
+    return Graph(tuple(nodes), source, target, slot, positions)
+
 
 
 def components(layers: int, heads: int, spans: Sequence[str] | None = None) -> Graph:

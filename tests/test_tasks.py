@@ -165,7 +165,7 @@ def test_a_longer_task_begins_with_the_shorter_one_and_another_seed_is_another_t
 
 def test_text_does_not_depend_on_the_hash_seed() -> None:
     text = f"repr([make_family(name).pairs(20, 7, 'test') for name in {TASKS!r}])"
-    script = f"from circuits.tasks import make_family; import sys; sys.stdout.buffer.write({text}.encode())"
+    script = f"from circuits.tasks.registry import make_family; import sys; sys.stdout.buffer.write({text}.encode())"
     environment = {
         **os.environ,
         "PYTHONHASHSEED": "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2",

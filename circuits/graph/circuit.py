@@ -1,40 +1,56 @@
-"""A circuit: scores and kept edges over a graph. A value: methods return new ones."""
+"""Circuits: scores and kept edges over a graph, as values; methods return new ones."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
 import networkx
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.graph.edges import Edge
-from circuits.graph.graph import Graph
+from circuits.graph.graph import Graph, PooledFeatureGraph
 from circuits.graph.identity import ModelIdentity, TranscodersIdentity
-from circuits.graph.nodes import parse_node
+from circuits.graph.nodes import Node, parse_node
 from circuits.system.errors import InputError
 from circuits.system.files import read_tensors, write_tensors
 
 FILE = "circuit.safetensors"
 FORMAT = "circuits.circuit"
 FORMAT_VERSION = 1
+ROWS_SHOWN = 10  # in a notebook
 
 
 @dataclass(frozen=True, eq=False)
 class Circuit:
     """A scored, chosen subset of a graph's edges.
 
+    A circuit behaves like a collection of its kept edges: it has a length, can be iterated over,
+    and tells whether it keeps an edge. `&`, `|` and `-` combine circuits over the same graph.
+
     Attributes:
         graph: which edges can exist.
-        scores: the damage, mean over scored rows, of ablating each edge, measured or predicted. Positive: it helps; NaN: never scored.
+        scores: the damage of ablating each edge, measured or predicted, mean over scored rows.
+            Positive: the edge helps. NaN: the edge was never scored.
         kept: the chosen edges.
-        selected: False when a method only scored and kept everything, so that a size still has to be chosen with `top` or `above`.
-        record: how it was found: method, settings, counts. JSON values only.
+        selected: False if a method only scored the edges and kept them all, so that a size has yet
+            to be chosen with `top` or `above`.
+        record: how the circuit was found: method, settings and counts, as JSON values.
+
+    >>> import circuits
+    >>> graph = circuits.component_graph(circuits.load_model("toy-world"))
+    >>> circuit = circuits.Circuit.from_edges(graph, ["a0.h1->m3", "m3->logits"])
+    >>> circuit
+    Circuit(2 of 479 edges)
+    >>> "m3->logits" in circuit, [str(edge) for edge in circuit]
+    (True, ['a0.h1->m3', 'm3->logits'])
     """
 
     graph: Graph
@@ -48,33 +64,30 @@ class Circuit:
             column = getattr(self, name)
             if column.shape != (len(self.graph),):
                 raise InputError(
-                    f"{name} has shape {tuple(column.shape)}, but the graph has {len(self.graph)} edges; give one entry per edge."
+                    f"{name} has shape {tuple(column.shape)}, but the graph has {len(self.graph)} "
+                    "edges; give one entry per edge."
                 )
         if self.kept.dtype != torch.bool:
             raise InputError(
-                f"kept holds {self.kept.dtype}; it must be boolean, True for the edges that are kept."
+                f"kept holds {self.kept.dtype}; it must be boolean, True for the edges to keep."
             )
-        # Copies, so that changing the tensors that were passed in does not change the circuit.
-        object.__setattr__(self, "scores", self.scores.detach().to("cpu", torch.float32, copy=True))
+        # Copies, so that later changes to the tensors passed in do not change the circuit.
+        scores = self.scores.detach().to("cpu", torch.float32, copy=True)
+        object.__setattr__(self, "scores", scores)
         object.__setattr__(self, "kept", self.kept.detach().to("cpu", copy=True))
 
     @staticmethod
     def full(
         graph: Graph, scores: Tensor | None = None, *, record: Mapping[str, Any] | None = None
     ) -> Circuit:
-        """Everything kept: a whole model, or what a method returns that only scores."""
+        """The circuit that keeps every edge: a whole model, or scores without a selection."""
         scores = torch.full((len(graph),), torch.nan) if scores is None else scores
-        return Circuit(
-            graph,
-            scores,
-            torch.ones(len(graph), dtype=torch.bool),
-            selected=False,
-            record=record or {},
-        )
+        kept = torch.ones(len(graph), dtype=torch.bool)
+        return Circuit(graph, scores, kept, selected=False, record=record or {})
 
     @staticmethod
     def from_edges(graph: Graph, edges: Sequence[Edge | str]) -> Circuit:
-        """The circuit of exactly these edges, unscored.
+        """The circuit of exactly these edges, without scores.
 
         Raises:
             InputError: the graph lacks one of them.
@@ -84,35 +97,68 @@ class Circuit:
     def __len__(self) -> int:
         return int(self.kept.sum())
 
+    def __iter__(self) -> Iterator[Edge]:
+        return iter(self.edges)
+
+    def __contains__(self, edge: Edge | str) -> bool:
+        """Whether the circuit keeps `edge`."""
+        return edge in self.graph and bool(self.kept[self.graph.index(edge)])
+
+    def __getitem__(self, edge: Edge | str) -> float:
+        """The score of `edge`, kept or not; NaN if it was never scored.
+
+        Raises:
+            InputError: the graph has no such edge.
+        """
+        return float(self.scores[self.graph.index(edge)])
+
     def __repr__(self) -> str:
-        return f"Circuit({len(self):,} of {len(self.graph):,} edges{'' if self.selected else ', scored only'})"
+        scored_only = "" if self.selected else ", scored only"
+        return f"Circuit({len(self):,} of {len(self.graph):,} edges{scored_only})"
+
+    def _repr_html_(self) -> str:
+        strongest = self.top(min(ROWS_SHOWN, len(self))).to_dataframe()
+        strongest = strongest.reindex(strongest["score"].abs().sort_values(ascending=False).index)
+        more = len(self) - len(strongest)
+        rest = f"<p>... and {more:,} more edges</p>" if more else ""
+        return f"<p><b>{escape(repr(self))}</b></p>{strongest.to_html(index=False)}{rest}"
 
     def __eq__(self, other: object) -> bool:
-        """Equal graphs, kept edges and scores; how they were found does not matter."""
+        """Equal graphs, kept edges and scores, however the circuits were found."""
         if not isinstance(other, Circuit):
             return NotImplemented
-        same_scores = self.scores.shape == other.scores.shape and torch.allclose(
-            self.scores, other.scores, rtol=0, atol=0, equal_nan=True
+        return (
+            self.scores.shape == other.scores.shape
+            and torch.allclose(self.scores, other.scores, rtol=0, atol=0, equal_nan=True)
+            and torch.equal(self.kept, other.kept)
+            and self.graph == other.graph
         )
-        return same_scores and torch.equal(self.kept, other.kept) and self.graph == other.graph
 
     __hash__ = None  # type: ignore[assignment]
 
     @property
     def edges(self) -> tuple[Edge, ...]:
         """The kept edges, in graph order."""
-        every = self.graph.edges
-        return tuple(every[index] for index in self.kept.nonzero().flatten().tolist())
+        return tuple(self.graph.edges[index] for index in self._kept_indices)
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """The nodes at either end of a kept edge, in order of computation."""
+        ends = torch.cat([self.graph.source[self.kept], self.graph.target[self.kept]])
+        return tuple(self.graph.nodes[index] for index in ends.unique().tolist())
 
     def top(self, n: int, by: Literal["magnitude", "signed"] = "magnitude") -> Circuit:
-        """The `n` kept edges of largest |score| (or largest score); of equal ones the first in graph order, unscored ones last.
+        """The `n` kept edges of largest |score| (or largest score).
+
+        Ties go to the first edge in graph order; edges without a score come last.
 
         Raises:
             InputError: `n` is negative or larger than the number of kept edges.
         """
         if not 0 <= n <= len(self):
             raise InputError(
-                f"top({n}) of a circuit that keeps {len(self)} edges; choose n between 0 and {len(self)}."
+                f"top({n}) of a circuit that keeps {len(self)} edges; "
+                f"choose n between 0 and {len(self)}."
             )
         if by not in ("magnitude", "signed"):
             raise InputError(
@@ -120,22 +166,24 @@ class Circuit:
             )
         rank = self.scores.abs() if by == "magnitude" else self.scores
         rank = torch.where(rank.isnan(), -torch.inf, rank)
-        # Kept but unscored edges share -inf with dropped ones: sort by kept first, then (stably) by rank.
+        # Kept edges without a score share -inf with dropped ones, so sort by kept first, then by
+        # rank; stable sorts in the reverse order do that.
         order = torch.sort(rank, descending=True, stable=True).indices
-        order = order[torch.sort(self.kept[order].int(), descending=True, stable=True).indices]
-        return replace(
-            self, kept=torch.zeros_like(self.kept).index_fill(0, order[:n], True), selected=True
-        )
+        kept_first = torch.sort(self.kept[order].int(), descending=True, stable=True).indices
+        chosen = order[kept_first][:n]
+        kept = torch.zeros_like(self.kept).index_fill(0, chosen, True)
+        return replace(self, kept=kept, selected=True)
 
     def above(self, threshold: float) -> Circuit:
-        """The kept edges whose signed score is above `threshold`: those whose ablation does at least so much damage."""
+        """The kept edges whose ablation does more damage than `threshold` (signed score)."""
         return replace(self, kept=self.kept & (self.scores > threshold), selected=True)
 
     def connected(self, *, from_inputs: bool = False) -> Circuit:
-        """Without the edges that cannot reach the logits, which never change what the circuit computes.
+        """The circuit without edges that cannot reach the logits, which never change its output.
 
         Args:
-            from_inputs: drop also what no kept path from an embedding reaches. That is neutral only under resample ablation.
+            from_inputs: also drop edges that no kept path from an embedding reaches. That leaves
+                the output unchanged only under resample ablation.
         """
         kept = self.graph.reaching_logits(self.kept)
         while from_inputs:
@@ -152,29 +200,42 @@ class Circuit:
         return self._combined(other, torch.logical_or)
 
     def __sub__(self, other: Circuit) -> Circuit:
-        return self._combined(other, lambda a, b: a & ~b)
+        return self._combined(other, lambda ours, theirs: ours & ~theirs)
 
-    def _combined(self, other: Circuit, operation: Callable[[Tensor, Tensor], Tensor]) -> Circuit:
-        if not isinstance(other, Circuit):
-            return NotImplemented
-        if self.graph != other.graph:
-            raise InputError(
-                f"these circuits are over different graphs ({len(self.graph)} and {len(other.graph)} edges); "
-                "discover both with the same model, split_embed and positions."
-            )
-        return replace(self, kept=operation(self.kept, other.kept), selected=True, record={})
+    def to_dataframe(self) -> pd.DataFrame:
+        """The kept edges as a table: columns `edge`, `source`, `target`, `slot`, `score`."""
+        texts = [
+            (str(edge), str(edge.source), str(edge.target), edge.slot or "") for edge in self.edges
+        ]
+        table = pd.DataFrame(texts, columns=["edge", "source", "target", "slot"], dtype=object)
+        return table.assign(score=self.scores[self.kept].double().numpy())
 
     def to_networkx(self) -> networkx.MultiDiGraph:
-        """Nodes and kept edges by their text, with `slot` and `score` on each edge (a head can be read in several slots)."""
+        """The circuit as a networkx graph, with nodes and kept edges named by their text.
+
+        Edges have the attributes `slot` (if the target is a head) and `score` (if scored), so that
+        networkx can write the graph to GraphML, GML and dot.
+
+        >>> import circuits
+        >>> graph = circuits.component_graph(circuits.load_model("toy-world"))
+        >>> exported = circuits.Circuit.from_edges(graph, ["m0->a1.h0.q"]).to_networkx()
+        >>> list(exported.edges(data=True))
+        [('m0', 'a1.h0', {'slot': 'q'})]
+        """
         result = networkx.MultiDiGraph()
-        for edge, score in zip(self.edges, self.scores[self.kept].tolist(), strict=True):
-            result.add_edge(
-                str(edge.source), str(edge.target), key=edge.slot, slot=edge.slot, score=score
-            )
+        for index in self._kept_indices:
+            edge, score = self.graph.edges[index], float(self.scores[index])
+            attributes = {"slot": edge.slot, "score": None if score != score else score}
+            present = {name: value for name, value in attributes.items() if value is not None}
+            result.add_edge(str(edge.source), str(edge.target), key=edge.slot, **present)
         return result
 
     def save(self, folder: str | Path) -> Path:
-        """Write `circuit.safetensors` into `folder` (made when missing), atomically. Returns the file's path."""
+        """Write `circuit.safetensors` into `folder` (created if missing), atomically.
+
+        Returns:
+            The path of the file.
+        """
         graph = self.graph
         tensors = {
             "scores": self.scores,
@@ -183,56 +244,66 @@ class Circuit:
             "target": graph.target,
             "slot": graph.slot,
         }
+        pooled = isinstance(graph, PooledFeatureGraph)
         description = {
             "nodes": [str(node) for node in graph.nodes],
             "positions": graph.positions,
             "causal": graph.causal,
             "model": asdict(graph.model) if graph.model else None,
-            "transcoders": asdict(graph.transcoders) if graph.transcoders else None,
+            "transcoders": asdict(graph.transcoders) if pooled else None,
             "selected": self.selected,
             "record": dict(self.record),
         }
-        return write_tensors(
-            Path(folder) / FILE,
-            tensors,
-            {"description": json.dumps(description)},
-            FORMAT,
-            FORMAT_VERSION,
-        )
+        header = {"description": json.dumps(description)}
+        return write_tensors(Path(folder) / FILE, tensors, header, FORMAT, FORMAT_VERSION)
 
     @staticmethod
     def load(folder: str | Path) -> Circuit:
         """Read what `save` wrote; `folder` may also be the file itself.
 
         Raises:
-            InputError: no such file, a truncated one, one of another kind, or one from a newer version of this package.
+            InputError: there is no such file, or it is damaged, of another kind, or from a newer
+                version of this package.
         """
         path = Path(folder) if Path(folder).is_file() else Path(folder) / FILE
         tensors, metadata = read_tensors(path, FORMAT, FORMAT_VERSION)
         try:
-            return _from_file(tensors, json.loads(metadata["description"]))
+            description = json.loads(metadata["description"])
+            graph = _graph_from_file(tensors, description)
+            selected, record = description["selected"], description["record"]
+            return Circuit(graph, tensors["scores"], tensors["kept"], selected, record)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{path} is damaged ({error}); discover the circuit again or restore the file."
             ) from error
 
+    @property
+    def _kept_indices(self) -> list[int]:
+        return self.kept.nonzero().flatten().tolist()
 
-def _from_file(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> Circuit:
-    positions, model, transcoders = (
-        description["positions"],
-        description["model"],
-        description.get("transcoders"),
-    )
-    graph = Graph(
-        nodes=tuple(parse_node(text) for text in description["nodes"]),
-        source=tensors["source"],
-        target=tensors["target"],
-        slot=tensors["slot"],
-        positions=None if positions is None else tuple(positions),
-        causal=description["causal"],
-        model=None if model is None else ModelIdentity(**model),
-        transcoders=None if transcoders is None else TranscodersIdentity(**transcoders),
-    )
-    return Circuit(
-        graph, tensors["scores"], tensors["kept"], description["selected"], description["record"]
-    )
+    def _combined(self, other: Circuit, operation: Callable[[Tensor, Tensor], Tensor]) -> Circuit:
+        if not isinstance(other, Circuit):
+            return NotImplemented
+        if self.graph != other.graph:
+            raise InputError(
+                f"these circuits are over different graphs ({len(self.graph)} and "
+                f"{len(other.graph)} edges); discover both with the same model, split_embed and "
+                "positions."
+            )
+        kept = operation(self.kept, other.kept)
+        return replace(self, kept=kept, selected=True, record={})
+
+
+def _graph_from_file(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> Graph:
+    positions, model = description["positions"], description["model"]
+    transcoders = description.get("transcoders")
+    fields: dict[str, Any] = {
+        "nodes": tuple(parse_node(text) for text in description["nodes"]),
+        **{name: tensors[name] for name in ("source", "target", "slot")},
+        "positions": None if positions is None else tuple(positions),
+        "causal": description["causal"],
+        "model": None if model is None else ModelIdentity(**model),
+    }
+    if transcoders is None:
+        return Graph(**fields)
+    return PooledFeatureGraph(**fields, transcoders=TranscodersIdentity(**transcoders))

@@ -10,11 +10,21 @@ from circuits.system.errors import InputError
 
 SLOTS = ("q", "k", "v")
 NO_SLOT = -1
+EDGE_PATTERN = re.compile(
+    r"(?P<source>.+?)->(?P<target>[^@]+?)(?:\.(?P<slot>[qkv]))?(?P<position>@.+)?"
+)
 
 
 @dataclass(frozen=True)
 class Edge:
-    """One edge. Its text, `a5.h5->a9.h9.q` or `a5.h5@S2->a9.h9.q@END`, round-trips through `parse_edge`."""
+    """An edge from a source, which writes, to a target, which reads.
+
+    Attributes:
+        slot: "q", "k" or "v" where the target is a head, else None.
+
+    >>> str(Edge(Head(5, 5), Head(9, 9), "q"))
+    'a5.h5->a9.h9.q'
+    """
 
     source: Node
     target: Node
@@ -28,25 +38,25 @@ class Edge:
 
 
 def parse_edge(text: str) -> Edge:
-    """The edge that `text` names; a slot may also be written as EAP-IG does, `a5.h5->a9.h9<q>`.
+    """The edge that `text` names. A slot may also be written as in EAP-IG: `a5.h5->a9.h9<q>`.
 
     Raises:
         InputError: the text names no edge.
+
+    >>> parse_edge("a5.h5@S2->a9.h9.q@END").slot
+    'q'
     """
-    text = re.sub(r"<([qkv])>$", r".\1", text.strip())  # as EAP-IG writes slots
-    match = re.fullmatch(
-        r"(?P<source>.+?)->(?P<target>[^@]+?)(?:\.(?P<slot>[qkv]))?(?P<position>@.+)?", text
-    )
+    match = EDGE_PATTERN.fullmatch(re.sub(r"<([qkv])>$", r".\1", text.strip()))
     if match is None:
         raise InputError(
-            f"{text!r} names no edge; edges are written like a5.h5->a9.h9.q, m0->logits or a5.h5@S2->a9.h9.q@END."
+            f"{text!r} names no edge; edges are written like a5.h5->a9.h9.q, m0->logits or "
+            "a5.h5@S2->a9.h9.q@END."
         )
-    source, target = (
-        parse_node(match["source"]),
-        parse_node(match["target"] + (match["position"] or "")),
-    )
+    source = parse_node(match["source"])
+    target = parse_node(match["target"] + (match["position"] or ""))
     if isinstance(target, Head) != (match["slot"] is not None):
         raise InputError(
-            f"{text!r} names no edge: a head is read in a slot, .q, .k or .v, and nothing else is; write for example a5.h5->a9.h9.q."
+            f"{text!r} names no edge: a head is read in a slot, .q, .k or .v, and nothing else is; "
+            "write for example a5.h5->a9.h9.q."
         )
     return Edge(source, target, match["slot"])

@@ -9,7 +9,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which model a graph was made from: its shape, which must fit, and a fingerprint of its weights, which should."""
+    """The model that a graph was made from.
+
+    Attributes:
+        shape: numbers of layers, heads and so on. A model of another shape is refused.
+        weights: a fingerprint. Other weights give a warning.
+    """
 
     name: str
     shape: Mapping[str, Any]
@@ -18,13 +23,13 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class TranscodersIdentity:
-    """Which transcoders a graph of features was made with.
+    """The transcoders whose features are the nodes of a graph.
 
     Attributes:
-        source: where they came from; empty where they were made in memory.
+        source: the path or address they were loaded from; empty if they were made in memory.
         weights: a fingerprint.
-        leading: so many first positions of a prompt have no features.
-        whole: every active feature is a node, as against those in a budget, or on edges that pruning kept.
+        leading: the number of positions at the start of a prompt that have no features.
+        whole: True if every active feature is a node, False if a budget or pruning left some out.
     """
 
     name: str

@@ -1,10 +1,10 @@
 """Nodes: the parts of a computation that write to, or read from, the residual stream.
 
-Frozen values with a text form that round-trips: `parse_node(str(node)) == node`.
+Nodes are frozen values with a text form that round-trips: `parse_node(str(node)) == node`.
 
     embed  tok_embed  pos_embed  a9.h6  m3  logits        components
     f2.1204@5  e2@5  logits:1534@11                       transcoder features, errors, one logit
-    a9.h6@END  m3@14                                      any of them at a named span or a position
+    a9.h6@END  m3@14                                      a node at a named span or at a position
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import ClassVar, TypeVar
 from circuits.system.errors import InputError
 
 Position = str | int | None
-"""A named span of each prompt, a position counted from 0, or None: all positions."""
+"""A named span of each prompt, a position counted from 0, or None for all positions."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """What every node has in common: a text form and, optionally, a position."""
+    """Base class: a node has a text form and, optionally, a position."""
 
     pattern: ClassVar[str]
 
@@ -37,7 +37,11 @@ class Node:
 
 @dataclass(frozen=True)
 class TokenEmbed(Node):
-    """The token embedding alone, in a graph that splits the embedding."""
+    """The token embedding, in a graph that splits the embedding.
+
+    >>> str(TokenEmbed())
+    'tok_embed'
+    """
 
     pattern: ClassVar[str] = "tok_embed"
     position: Position = None
@@ -45,7 +49,11 @@ class TokenEmbed(Node):
 
 @dataclass(frozen=True)
 class PosEmbed(Node):
-    """The learned position embedding alone, in a graph that splits the embedding."""
+    """The learned position embedding, in a graph that splits the embedding.
+
+    >>> str(PosEmbed(position=3))
+    'pos_embed@3'
+    """
 
     pattern: ClassVar[str] = "pos_embed"
     position: Position = None
@@ -53,7 +61,11 @@ class PosEmbed(Node):
 
 @dataclass(frozen=True)
 class Embed(Node):
-    """What enters the first layer: token plus position embedding."""
+    """The input of the first layer: token embedding plus position embedding.
+
+    >>> str(Embed())
+    'embed'
+    """
 
     pattern: ClassVar[str] = "embed"
     position: Position = None
@@ -61,7 +73,11 @@ class Embed(Node):
 
 @dataclass(frozen=True)
 class Head(Node):
-    """An attention head: writes its result, reads in the slots q, k and v."""
+    """An attention head: it writes its result and reads in three slots, q, k and v.
+
+    >>> str(Head(layer=9, head=6, position="END"))
+    'a9.h6@END'
+    """
 
     pattern: ClassVar[str] = r"a(?P<layer>\d+)\.h(?P<head>\d+)"
     layer: int
@@ -75,7 +91,11 @@ class Head(Node):
 
 @dataclass(frozen=True)
 class MLP(Node):
-    """An MLP: writes its output with its bias, reads the residual stream before its norm."""
+    """An MLP: it writes its output, bias included, and reads the residual stream before its norm.
+
+    >>> str(MLP(layer=3))
+    'm3'
+    """
 
     pattern: ClassVar[str] = r"m(?P<layer>\d+)"
     layer: int
@@ -88,7 +108,11 @@ class MLP(Node):
 
 @dataclass(frozen=True)
 class Feature(Node):
-    """A transcoder feature."""
+    """A transcoder feature.
+
+    >>> str(Feature(layer=2, index=1204, position=5))
+    'f2.1204@5'
+    """
 
     pattern: ClassVar[str] = r"f(?P<layer>\d+)\.(?P<index>\d+)"
     layer: int
@@ -102,7 +126,11 @@ class Feature(Node):
 
 @dataclass(frozen=True)
 class Error(Node):
-    """What a layer's transcoder leaves unexplained of the MLP's output."""
+    """The part of an MLP's output that the layer's transcoder does not explain.
+
+    >>> str(Error(layer=2, position=5))
+    'e2@5'
+    """
 
     pattern: ClassVar[str] = r"e(?P<layer>\d+)"
     layer: int
@@ -115,7 +143,14 @@ class Error(Node):
 
 @dataclass(frozen=True)
 class Logits(Node):
-    """The input of the final norm; with a `token` (an id or a word such as `answer`) one direction of the logits."""
+    """The input of the final norm; with a `token`, one direction of the logits.
+
+    Attributes:
+        token: a token id, or a word such as `answer`.
+
+    >>> str(Logits()), str(Logits(token=1534, position=11))
+    ('logits', 'logits:1534@11')
+    """
 
     pattern: ClassVar[str] = r"logits(?::(?P<token>[^@]+))?"
     token: str | int | None = None
@@ -145,24 +180,27 @@ def parse_node(text: str) -> Node:
 
     Raises:
         InputError: the text names no node.
+
+    >>> parse_node("a9.h6@END")
+    Head(layer=9, head=6, position='END')
     """
     label, at, position = text.strip().partition("@")
-    for kind in NODE_TYPES:
-        match = re.fullmatch(kind.pattern, label)
-        if match and bool(at) == bool(position):
-            fields = {
-                name: _integer_if_it_is_one(value)
-                for name, value in match.groupdict().items()
-                if value is not None
-            }
-            return kind(**fields, position=_integer_if_it_is_one(position) if at else None)  # type: ignore[call-arg]
+    if bool(at) == bool(position):
+        where = _number_or_text(position) if at else None
+        for kind in NODE_TYPES:
+            match = re.fullmatch(kind.pattern, label)
+            if match:
+                found = {name: value for name, value in match.groupdict().items() if value}
+                values = {name: _number_or_text(value) for name, value in found.items()}
+                return kind(**values, position=where)  # type: ignore[call-arg]
     raise InputError(
-        f"{text!r} names no node; nodes are written like embed, tok_embed, pos_embed, a9.h6, m3, logits, f2.1204@5 or a9.h6@END."
+        f"{text!r} names no node; nodes are written like embed, tok_embed, pos_embed, a9.h6, m3, "
+        "logits, f2.1204@5 or a9.h6@END."
     )
 
 
 def at_position(node: AnyNode, position: Position) -> AnyNode:
-    """The same node at another position (None: at all of them)."""
+    """The same node at another position (None: at all positions)."""
     return replace(node, position=position)  # type: ignore[call-arg]
 
 
@@ -170,13 +208,14 @@ def check_position_name(name: str) -> None:
     """Refuse a span name that would not survive the text form of nodes and edges.
 
     Raises:
-        InputError: the name is empty, a number, or holds one of the characters of the edge syntax.
+        InputError: the name is empty, a number, or contains a character of the edge syntax.
     """
     if not name or name.isdecimal() or re.search(r"[@<>\s.]|->", name):
         raise InputError(
-            f"span name {name!r} cannot be used: it must not be empty, a number, or contain @ < > . or spaces; rename it."
+            f"span name {name!r} cannot be used: it must not be empty, a number, or contain "
+            "@ < > . or spaces; rename it."
         )
 
 
-def _integer_if_it_is_one(text: str) -> str | int:
+def _number_or_text(text: str) -> str | int:
     return int(text) if text.isdecimal() else text
