@@ -33,6 +33,7 @@ from plotly.subplots import make_subplots
 import circuits
 from circuits.discovery.search.edge_order import edge_order
 from circuits.running.damage import DamageMeter
+from circuits.running.settings import RunSettings
 
 RELATIONS = ("same target", "same layer", "different layer")
 
@@ -67,7 +68,10 @@ def main(config: Config) -> None:
         for threshold in map(float, config.thresholds.split(",")):
             circuit = circuits.ACDC(threshold).discover(model, task)
             meter = DamageMeter.prepare(
-                model, circuit.graph, task, metric="kl", ablation="resample"
+                model,
+                circuit.graph,
+                task,
+                RunSettings.parse(task, metric="kl", ablation="resample"),
             )
             paths += [
                 {"task": name, "threshold": threshold, **row}

@@ -19,6 +19,7 @@ import tyro
 import circuits
 from circuits.discovery.search.edge_order import edge_order
 from circuits.running.damage import DamageMeter
+from circuits.running.settings import RunSettings
 
 COUNTS = ("evaluations", "measured", "batches")
 
@@ -72,7 +73,10 @@ def against_the_loop(
     """How many decisions of a search the sequential loop takes too, each in the state that the decisions before it led to."""
     graph = circuit.graph
     damage = DamageMeter.prepare(
-        model, graph, task, metric="kl", ablation="resample", executor="hooks"
+        model,
+        graph,
+        task,
+        RunSettings.parse(task, metric="kl", ablation="resample", executor="hooks"),
     )
     kept = torch.ones(len(graph), dtype=torch.bool)
     tried, states, within, different, gap = [], [kept], 0, 0, 0.0

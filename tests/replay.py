@@ -1,10 +1,10 @@
 """ACDC replayed from its definition, with the reference executor: the states of the sequential search follow from its decisions."""
 
 import torch
+from meters import damage_meter
 
 from circuits.discovery.search.edge_order import edge_order
 from circuits.graph.circuit import Circuit
-from circuits.running.damage import DamageMeter
 
 # Batch sizes change the last bits, so that this close to the threshold either decision is right.
 BAND = 1e-5
@@ -25,9 +25,7 @@ def assert_sequential(
     Returns how many were measured.
     """
     graph = found.graph
-    damage = DamageMeter.prepare(
-        model, graph, task, metric=metric, ablation=ablation, executor="hooks"
-    )
+    damage = damage_meter(model, graph, task, metric=metric, ablation=ablation, executor="hooks")
     kept = torch.ones(len(graph), dtype=torch.bool)
     tried: list[tuple[list[int], bool, torch.Tensor]] = []
     for trial in edge_order(graph, order):

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from architectures import random_model, random_task
+from meters import damage_meter
 from published import COMPILED, HAND_WIRED, case, case_model, our_edge, scored_everywhere_task
 from replay import assert_sequential
 
 import circuits
 from circuits.discovery.methods.acdc import ACDC
 from circuits.discovery.search.edge_order import edge_order
-from circuits.running.damage import DamageMeter
 
 ORIGINAL = case("acdc_case/case")
 RUNS = [pytest.param(run, id=f"{run['ablation']}-{run['threshold']}") for run in ORIGINAL["runs"]]
@@ -115,7 +115,7 @@ def assert_same(found: circuits.Circuit, expected: circuits.Circuit) -> None:
 
 def replayed(model, task, graph, threshold: float, absolute: bool = False) -> set[str]:
     """ACDC from its definition: one evaluation per edge from the logits up, dead targets included."""
-    damage = DamageMeter.prepare(model, graph, task, metric="kl", ablation="resample")
+    damage = damage_meter(model, graph, task, metric="kl", ablation="resample")
     kept = torch.ones(len(graph), dtype=torch.bool)
     current = float(damage(kept[None])[0])
     for trial in edge_order(graph, "topological"):

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from architectures import random_model, random_task
+from meters import damage_meter
 
 import circuits
 from circuits.cli.methods import options_of
 from circuits.cli.options import parse
 from circuits.discovery.search.edge_order import edge_groups, edge_order
-from circuits.running.damage import DamageMeter
 
 # Batch sizes change the last bits.
 ROUNDING = 1e-5
@@ -20,10 +20,8 @@ def small_model(architecture: str):
     return random_model(architecture, n_heads=2, d_head=12, **SHAPES.get(architecture, {}))
 
 
-def reference_meter(model, task, graph, metric="kl", ablation="resample") -> DamageMeter:
-    return DamageMeter.prepare(
-        model, graph, task, metric=metric, ablation=ablation, executor="hooks"
-    )
+def reference_meter(model, task, graph, metric="kl", ablation="resample"):
+    return damage_meter(model, graph, task, metric=metric, ablation=ablation, executor="hooks")
 
 
 class Definition:

@@ -8,11 +8,9 @@ import torch
 from architectures import ARCHITECTURES, random_model, random_task
 
 import circuits
-from circuits.discovery.gradients.edge_scores import _bound as bound
 from circuits.discovery.gradients.edge_scores import _Engine as Engine
 from circuits.discovery.methods.eap import EAP, EAPIG
 from circuits.runs.circuit_run import counting_passes
-from circuits.system.memory import AllocationMeter
 
 MODEL = {"n_layers": 4, "d_model": 48, "n_heads": 6, "d_head": 8, "d_mlp": 96}
 
@@ -56,9 +54,9 @@ def batches(monkeypatch):
     sizes: list[int] = []
     batch = Engine.batch
 
-    def noting(self, task, indices, meter):
-        sizes.append(len(task[indices]))
-        return batch(self, task, indices, meter)
+    def noting(self, prompts):
+        sizes.append(len(self.task[prompts]))
+        return batch(self, prompts)
 
     monkeypatch.setattr(Engine, "batch", noting)
     return sizes
@@ -130,31 +128,10 @@ def test_the_bound_by_which_the_first_batch_is_chosen_is_never_too_small(
         random_model(architecture, **({} if architecture == "attention_only" else {"d_mlp": 96})),
         random_task(batch=4),
     )
-    meter, bounds = AllocationMeter(model.parameters()), []
-    batch = Engine.batch
-    monkeypatch.setattr(
-        Engine, "batch", lambda self, task, indices, _: batch(self, task, indices, meter)
-    )
-    monkeypatch.setattr(
-        "circuits.discovery.gradients.edge_scores._bound",
-        lambda *arguments: bounds.append(bound(*arguments)) or bounds[-1],
-    )
-    method.attribute(model, task)
-    assert meter.fixed <= bounds[0].fixed
-    assert meter.growing <= 4 * bounds[0].per_prompt
-
-
-def test_a_meter_counts_what_is_held_and_tells_copies_of_weights_apart():
-    weight, data = torch.ones(100, 50), torch.ones(10, 50)
-    with AllocationMeter([weight]) as meter:
-        transposed = weight.T.contiguous()
-        assert (meter.fixed, meter.growing) == (4 * 5000, 0)
-        product = data @ transposed
-        del product
-        other = data + 1
-        view = other[:5]
-        assert view.shape[0] == 5
-    assert (meter.fixed, meter.growing) == (4 * 5000, 4 * 1000)
+    needed, bounds = Engine._needed, []
+    monkeypatch.setattr(Engine, "_needed", lambda self: bounds.append(needed(self)) or bounds[-1])
+    peak = most_allocated(lambda: method.attribute(model, task))
+    assert peak <= bounds[0].of(len(task))
 
 
 def test_when_memory_runs_out_batches_are_halved(model, task, batches, monkeypatch):
@@ -162,8 +139,8 @@ def test_when_memory_runs_out_batches_are_halved(model, task, batches, monkeypat
     batches.clear()
     counted = Engine.batch
 
-    def failing(self, task, indices, meter):
-        result = counted(self, task, indices, meter)
+    def failing(self, prompts):
+        result = counted(self, prompts)
         if batches[-1] > 4:
             raise torch.OutOfMemoryError("out of memory")
         return result

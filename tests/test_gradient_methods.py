@@ -13,6 +13,7 @@ from circuits.models.component_graph import component_nodes
 from circuits.models.source_outputs import source_outputs
 from circuits.running.ablation import Counterfactuals
 from circuits.running.edge_layout import EdgeLayout
+from circuits.running.settings import RunSettings
 from circuits.runs.circuit_run import counting_passes
 from circuits.tasks.metrics import METRICS, get_metric
 
@@ -68,9 +69,8 @@ def test_activation_lines_are_those_of_the_eap_ig_package_at_its_points(publishe
     model, task, graph = published_case
     lines = sub_layers(component_nodes(model, split_embed=True))
     points = [GradientPoint(step / 5, line) for line in lines for step in range(1, 6)]
-    scores = attribute_edges(
-        model, graph, task, metric=METRICS["logit_difference"], ablation="resample", points=points
-    ).edges
+    settings = RunSettings.parse(task, metric="logit_difference")
+    scores = attribute_edges(model, graph, task, settings, points).edges
     assert_scores_are_published(scores, graph, "EAP-IG-activations")
 
 

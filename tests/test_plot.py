@@ -32,7 +32,6 @@ def graph_from_triples(nodes, edges, *, positions=None) -> Graph:
     return Graph(tuple(nodes), source, target, slot, positions)
 
 
-
 def components(layers: int, heads: int, spans: Sequence[str] | None = None) -> Graph:
     """The component graph of a sequential model, written down again so that these tests need no model."""
     order: list[Node] = [Embed()]

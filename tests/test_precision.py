@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, random_model, random_task
+from meters import damage_meter
 
 import circuits
-from circuits.discovery.search.confirmation import confirm
+from circuits.discovery.search.confirmation import Noise, confirm
 from circuits.running.ablation import get_ablation
-from circuits.running.damage import DamageMeter
 from circuits.running.incremental.executor import IncrementalExecutor
 from circuits.running.precision import DTYPES, Background, Precision, _say_once
 
@@ -118,14 +118,14 @@ class TestRuns:
         task, graph = circuits.load_task("ioi", toy_world, n=4), circuits.component_graph(toy_world)
         kept = torch.ones(1, len(graph), dtype=torch.bool)
         options = {"metric": "kl", "ablation": "resample"}
-        plain = DamageMeter.prepare(
+        plain = damage_meter(
             toy_world,
             graph,
             task,
             precision=Precision("bfloat16", "bfloat16", confirm=False),
             **options,
         )
-        whole = DamageMeter.prepare(toy_world, graph, task, **options)
+        whole = damage_meter(toy_world, graph, task, **options)
         assert plain.exact is None
         assert float(plain(kept)[0]) == 0
         assert 1e-4 < float((plain.clean_logits - whole.clean_logits).abs().max()) < 1
@@ -142,17 +142,18 @@ class TestConfirmation:
             asked.extend(states.tolist())
             return truth[states]
 
-        noise, count = confirm(
+        seen = Noise(noise)
+        confirm(
             increases,
             values,
             np.array(before),
             lambda found: np.abs(found - threshold),
             measure,
-            noise,
+            seen,
             sample=sample,
         )
-        assert count == len(asked) == len(set(asked))
-        return increases, noise, asked
+        assert seen.confirmed == len(asked) == len(set(asked))
+        return increases, seen.noise, asked
 
     def test_what_is_nearest_to_the_threshold_is_measured_and_tells_the_noise(self):
         increases, noise, asked = self.confirmed(
@@ -283,7 +284,7 @@ class TestMistakes:
     def test_the_reference_executor_has_no_precision(self, toy_world):
         task, graph = circuits.load_task("ioi", toy_world, n=2), circuits.component_graph(toy_world)
         with pytest.raises(circuits.InputError, match="needs the incremental executor"):
-            DamageMeter.prepare(
+            damage_meter(
                 toy_world,
                 graph,
                 task,

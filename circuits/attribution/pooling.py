@@ -16,7 +16,7 @@ from torch import Tensor
 
 from circuits.attribution.feature_graph import FEATURE, FeatureGraph
 from circuits.graph.edges import NO_SLOT
-from circuits.graph.graph import Graph
+from circuits.graph.graph import Graph, PooledFeatureGraph
 from circuits.graph.identity import ModelIdentity, TranscodersIdentity
 from circuits.graph.nodes import Error, Feature, Logits, Node, TokenEmbed
 from circuits.models.component_graph import REST
@@ -128,7 +128,7 @@ class Pooled:
         spans: tuple[str, ...] | None,
         label: str,
         model: ModelIdentity | None,
-        transcoders: TranscodersIdentity | None,
+        transcoders: TranscodersIdentity,
     ) -> tuple[Graph, Int[Tensor, " edge"]]:
         """The pooled graph, in order of computation, and where each of its edges stands among `edges`."""
         kind, layer = self.nodes[:, 0], self.nodes[:, 1]
@@ -139,7 +139,7 @@ class Pooled:
         named = [self._node(number, spans, label) for number in order.tolist()]
         source, target = rank[self.edges].unbind(1)
         place = torch.argsort(target * len(order) + source)
-        graph = Graph(
+        graph = PooledFeatureGraph(
             nodes=tuple(named),
             source=source[place],
             target=target[place],

@@ -72,8 +72,8 @@ def discover(words: Sequence[str]) -> None:
     options: DiscoverOptions = parsed.common
     discoverer = kind(**dataclasses.asdict(parsed.chosen))
     model = chosen_model(options)
-    own = kind.makes_own_graph and not (options.split_embed or options.positions)
-    graph = None if own else _graph(model, options)
+    asked = options.split_embed or options.positions
+    graph = _graph(model, options) if asked else None
     task = chosen_task(options, model, options.n, "train")
     with progress_bar(f"{kind.name} on {task.name}", quiet=options.json) as progress:
         found = run(

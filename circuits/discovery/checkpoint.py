@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from circuits.graph.graph import Graph
@@ -19,14 +20,44 @@ from circuits.tasks.task import Task
 
 FORMAT, FORMAT_VERSION = "circuits.checkpoint", 1
 
+State = TypeVar("State", bound="TensorState")
+
+
+class TensorState:
+    """Base class of a dataclass of tensors and numbers, which turns into tensors and back."""
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Every field as a tensor; floats keep their precision."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}  # type: ignore[arg-type]
+        return {name: _as_tensor(value) for name, value in values.items()}
+
+    def from_tensors(self: State, tensors: Mapping[str, Tensor]) -> State:
+        """The state that `to_tensors` of one like this turned into `tensors`."""
+        values = {}
+        for each in fields(self):  # type: ignore[arg-type]
+            stored = tensors[each.name]
+            number = not isinstance(getattr(self, each.name), Tensor)
+            values[each.name] = stored.item() if number else stored
+        return type(self)(**values)
+
+
+def _as_tensor(value: Tensor | float | int) -> Tensor:
+    dtype = torch.float64 if isinstance(value, float) else None
+    return torch.as_tensor(value, dtype=dtype)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a long run in one file, replaced atomically. Of several ranks the first reads and writes it, for all.
+    """The state of a long run in one file, replaced atomically. With several ranks, the first reads
+    and writes the file for all.
 
     Attributes:
-        path: None keeps nothing.
-        key: what the state depends on; a file with another key is refused rather than continued.
+        path: the file; None keeps no state.
+        key: what the state depends on. A file with another key is refused.
+
+    >>> import circuits
+    >>> circuits.Checkpoint().path is None
+    True
     """
 
     path: Path | None = None
@@ -39,17 +70,17 @@ class Checkpoint:
         graph: Graph,
         task: Task,
     ) -> Checkpoint:
-        """A checkpoint for one method on one graph and task.
+        """The checkpoint of one method on one graph and task.
 
         Args:
             where: the file; None keeps no state.
-            method: what identifies the method and its settings, see `CircuitDiscoverer.identity`.
+            method: identifies the method and its settings, see `CircuitDiscoverer.identity`.
         """
         path = where.path if isinstance(where, Checkpoint) else where
         return Checkpoint(None if path is None else Path(path), _digest(method, graph, task))
 
     def restore(self, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The state saved last, or `start` when there is none.
+        """The state saved last, or `start` if there is none.
 
         Raises:
             InputError: the file is damaged or belongs to another run.
@@ -62,7 +93,8 @@ class Checkpoint:
         state, metadata = read_tensors(self.path, FORMAT, FORMAT_VERSION)
         if metadata.get("key") != self.key or set(state) != set(start):
             raise InputError(
-                f"the checkpoint {self.path} belongs to a run with other settings, model or prompts; give another path or delete it."
+                f"the checkpoint {self.path} belongs to a run with other settings, model or "
+                "prompts; give another path or delete it."
             )
         return {name: state[name].to(start[name].device) for name in start}
 
@@ -73,11 +105,10 @@ class Checkpoint:
 
 
 def _digest(method: Mapping[str, Any], graph: Graph, task: Task) -> str:
-    digest = hashlib.blake2b(digest_size=16)
     model = None if graph.model is None else [graph.model.name, graph.model.weights]
-    digest.update(
-        json.dumps([method, model, [str(node) for node in graph.nodes], task.digest()]).encode()
-    )
+    nodes = [str(node) for node in graph.nodes]
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps([method, model, nodes, task.digest()]).encode())
     for column in (graph.source, graph.target, graph.slot):
         digest.update(column.cpu().numpy().tobytes())
     return digest.hexdigest()

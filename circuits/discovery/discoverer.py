@@ -1,4 +1,4 @@
-"""The interface every method has, the registry of methods, and checkpoints."""
+"""The interface of discovery methods, and what only some methods can do."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from circuits.discovery.checkpoint import Checkpoint
 from circuits.graph.circuit import Circuit
 from circuits.graph.graph import Graph
 from circuits.models import Model
+from circuits.models.component_graph import component_graph
 from circuits.system.errors import InputError
 from circuits.tasks.task import Task
 
 SPEED_ONLY = {"speed_only": True}
-"""Metadata of fields that change how fast a method runs and not what it finds: `field(default=..., metadata=SPEED_ONLY)`."""
-
+"""Metadata of fields that change how fast a method runs, not what it finds."""
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) while a method runs."""
@@ -27,26 +27,38 @@ Progress = Callable[[int, int], None]
 class CircuitDiscoverer(ABC):
     """A method that finds a circuit: hyperparameters are fields, data are arguments.
 
-    Subclass it as a frozen dataclass with a `name`, and it is registered: `circuits.discoverers()` and the command line list it, its
-    fields are the options, their docstring the help.
+    A subclass that is a frozen dataclass with a `name` is registered: `circuits.discoverers()` and
+    the command list it, its fields are the command's options, and its docstring is the help.
+
+    >>> import circuits, dataclasses, torch
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class ByLayer(circuits.CircuitDiscoverer):
+    ...     \"\"\"Score an edge by the layer it leads to.\"\"\"
+    ...
+    ...     name = "by-layer"
+    ...
+    ...     def discover(self, model, task, *, graph=None, checkpoint=None, progress=None):
+    ...         graph = self.search_graph(model, graph)
+    ...         scores = torch.arange(len(graph)).float()
+    ...         return circuits.Circuit.full(graph, scores, record=self.record())
+    >>> model = circuits.load_model("toy-world")
+    >>> ByLayer().discover(model, circuits.load_task("ioi", model, n=2)).top(1).edges[0].target
+    Logits(token=None, position=None)
     """
 
     name: ClassVar[str]
-    makes_own_graph: ClassVar[bool] = False
-    """Whether the method finds the nodes itself, so that it takes no graph."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "name" in cls.__dict__:
-            other = _REGISTRY.get(cls.name)
-            if other is not None and (other.__module__, other.__qualname__) != (
-                cls.__module__,
-                cls.__qualname__,
-            ):
-                raise InputError(
-                    f"two methods are named {cls.name!r}: {other.__module__}.{other.__qualname__} and {cls.__module__}.{cls.__qualname__}."
-                )
-            _REGISTRY[cls.name] = cls
+        if "name" not in cls.__dict__:
+            return
+        other = REGISTRY.get(cls.name, cls)
+        if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise InputError(
+                f"two methods are named {cls.name!r}: {other.__module__}.{other.__qualname__} and "
+                f"{cls.__module__}.{cls.__qualname__}."
+            )
+        REGISTRY[cls.name] = cls
 
     @abstractmethod
     def discover(
@@ -62,37 +74,57 @@ class CircuitDiscoverer(ABC):
 
         Args:
             graph: the edges to consider; None takes the component graph, or the method's own.
-            checkpoint: a file in which a long run keeps its state, and from which it goes on when it was interrupted.
+            checkpoint: a file for the state of a long run, from which it resumes after an
+                interruption. Only for methods that are `Resumable`.
             progress: called with (done, total).
 
         Raises:
-            InputError: the model, task, graph or settings cannot be used.
+            InputError: the model, task, graph, checkpoint or settings cannot be used.
         """
+
+    def search_graph(self, model: Model, graph: Graph | None) -> Graph:
+        """The graph to search: the one given, or the component graph."""
+        return component_graph(model) if graph is None else graph
+
+    def refuse_checkpoint(self, checkpoint: object) -> None:
+        """Refuse a checkpoint, for methods that have no state to resume from.
+
+        Raises:
+            InputError: a checkpoint was given.
+        """
+        if checkpoint is not None:
+            raise InputError(
+                f"{self.name} cannot resume from checkpoint={str(checkpoint)!r}: it keeps no state "
+                "between steps; leave the checkpoint out."
+            )
 
     def settings(self) -> dict[str, Any]:
         """The hyperparameters as JSON values."""
-        return {field.name: as_json(getattr(self, field.name)) for field in fields(self)}
+        return {each.name: as_json(getattr(self, each.name)) for each in fields(self)}
 
     def identity(self) -> dict[str, Any]:
-        """What the result depends on: the method and its settings, without those that only make it faster (`SPEED_ONLY`)."""
-        faster = {field.name for field in fields(self) if field.metadata.get("speed_only")}
-        return {
-            "method": self.name,
-            "settings": {
-                name: value for name, value in self.settings().items() if name not in faster
-            },
-        }
+        """What the result depends on: the method and its settings, except `SPEED_ONLY` ones."""
+        relevant = [each.name for each in fields(self) if not each.metadata.get("speed_only")]
+        settings = self.settings()
+        return {"method": self.name, "settings": {name: settings[name] for name in relevant}}
 
     def record(self, **found: Any) -> dict[str, Any]:
-        """What a circuit says of how it was found: method, settings and whatever the run counted."""
+        """The record of a circuit: the method, its settings, and what the run counted."""
         return {"method": self.name, "settings": self.settings(), **found}
 
 
-_REGISTRY: dict[str, type[CircuitDiscoverer]] = {}
+class Resumable(CircuitDiscoverer):
+    """A method that saves its state to `checkpoint` and resumes from it.
+
+    Contract: an interrupted and resumed run finds the same circuit as an uninterrupted one.
+    """
+
+
+REGISTRY: dict[str, type[CircuitDiscoverer]] = {}
 
 
 def as_json(value: Any) -> Any:
-    """A hyperparameter as a JSON value: objects by their names."""
+    """A hyperparameter as a JSON value; other objects as their text."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):

@@ -1,18 +1,25 @@
-"""Every method by name."""
+"""Every discovery method by name."""
 
 from __future__ import annotations
 
 import importlib
 from importlib.metadata import entry_points
 
-from circuits.discovery.discoverer import _REGISTRY, CircuitDiscoverer
+from circuits.discovery.discoverer import REGISTRY, CircuitDiscoverer
 
 ENTRY_POINTS = "circuits.discoverers"
 
 
 def discoverers() -> dict[str, type[CircuitDiscoverer]]:
-    """Every method by name: the shipped ones, other installed packages' (entry-point group `circuits.discoverers`), and your own."""
+    """Every method by name: shipped ones, those of other installed packages, and your own.
+
+    Other packages offer methods through the entry-point group `circuits.discoverers`.
+
+    >>> import circuits
+    >>> circuits.discoverers()["acdc"] is circuits.ACDC
+    True
+    """
     importlib.import_module("circuits.discovery.methods")
     for entry in entry_points(group=ENTRY_POINTS):
         entry.load()
-    return dict(sorted(_REGISTRY.items()))
+    return dict(sorted(REGISTRY.items()))

@@ -1,24 +1,27 @@
-"""Comparing circuits and methods on the same numbers."""
+"""Compare circuits and methods on the same numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
 from circuits.evaluation.evaluate import (
+    Size,
     default_metrics,
     evaluate,
     faithfulness_curve,
-    faithfulness_points,
+    judge_points,
 )
 from circuits.evaluation.similarity import overlap_table
 from circuits.graph.circuit import Circuit
+from circuits.graph.graph import PooledFeatureGraph
 from circuits.models import Model
 from circuits.running.ablation import Ablation
+from circuits.running.settings import RunSettings
 from circuits.system.errors import InputError
-from circuits.tasks.metrics import Metric, get_metric
+from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
 from circuits.transcoders.transcoder import Transcoders
 
@@ -28,10 +31,11 @@ class Comparison:
     """Methods side by side.
 
     Attributes:
-        table: a row per method: edges kept and the metrics of running that circuit.
-        curves: `method`, and the columns of `faithfulness_curve`; a method that selects instead of ranking has a row per circuit it found.
+        table: a row per method: the number of edges kept, and the metrics of running that circuit.
+        curves: `method`, and the columns of `faithfulness_curve`. A method that selects instead of
+            ranking has a row per circuit it found.
         overlap: the Jaccard overlap of every two methods' circuits.
-        circuits: the circuit of each method that the table speaks of.
+        circuits: the circuit of each method that the table is about.
         notes: what else to know before reading these numbers.
     """
 
@@ -41,6 +45,10 @@ class Comparison:
     circuits: Mapping[str, Circuit]
     notes: tuple[str, ...] = ()
 
+    def _repr_html_(self) -> str:
+        notes = "".join(f"<p>{note}</p>" for note in self.notes)
+        return self.table.to_html(float_format="%.4g") + notes
+
 
 def compare(
     model: Model,
@@ -48,7 +56,7 @@ def compare(
     task: Task,
     *,
     size: int | None = None,
-    sizes: Sequence[int | float] | None = None,
+    sizes: Sequence[Size] | None = None,
     metric: str | Metric | None = None,
     ablation: str | Ablation = "resample",
     transcoders: Mapping[str, Transcoders] | None = None,
@@ -56,52 +64,49 @@ def compare(
     """Judge what several methods found on the same prompts.
 
     Args:
-        found: by method, its circuit, or several: of a method that selects, a threshold sweep, whose first circuit is tabulated; of a
-            method that ranks, several seeds, which are averaged.
-        size: how many edges to give methods that only score; None takes the size of the first selected circuit over a graph of the same
-            kind, or a tenth of the graph.
+        found: by method, one circuit or several. Several circuits of a method that selects are a
+            threshold sweep, whose first circuit is tabulated; several of a method that ranks are
+            seeds, which are averaged.
+        size: the number of edges for methods that only score; None takes the size of the first
+            selected circuit over a graph of the same kind, or a tenth of the graph.
         sizes: of the faithfulness curves; None takes the fractions of the MIB benchmark.
         metric: of the faithfulness; None takes the task's own.
-        transcoders: by method, those of circuits of features that do not come from a file.
+        ablation: what edges outside a circuit carry instead.
+        transcoders: by method, for circuits of features whose transcoders are not in a file.
 
     Raises:
         InputError: nothing was found, or the circuits do not fit the model and task.
+
+    >>> import circuits
+    >>> model = circuits.load_model("toy-world")
+    >>> task = circuits.load_task("ioi", model, n=4)
+    >>> found = {name: method().discover(model, task) for name, method in
+    ...          {"eap": circuits.EAP, "random": circuits.RandomScores}.items()}
+    >>> circuits.compare(model, found, task, size=50).table["edges"].to_dict()
+    {'eap': 50, 'random': 50}
     """
     if not found:
         raise InputError("there is nothing to compare; give at least one method's circuit.")
+    shared = RunSettings.parse(task, ablation=ablation, metric=metric)
     sweeps = {
         name: [circuits] if isinstance(circuits, Circuit) else list(circuits)
         for name, circuits in found.items()
     }
-    given = transcoders or {}
-    sizes_of = {
-        name: _common_size(sweeps, sweep[0]) if size is None else size
-        for name, sweep in sweeps.items()
-    }
-    chosen = {
-        name: [circuit if circuit.selected else circuit.top(sizes_of[name]) for circuit in sweep]
-        for name, sweep in sweeps.items()
-    }
-    # The table speaks of one circuit of a threshold sweep, and of the mean over the seeds of a ranking.
-    spoken_of = {
-        name: sweep[:1] if sweeps[name][0].selected else sweep for name, sweep in chosen.items()
-    }
-    table = {
-        name: _mean_row(model, circuits, task, metric, ablation, given.get(name))
-        for name, circuits in spoken_of.items()
-    }
-    curves = [
-        _curve(model, sweep, task, sizes, metric, ablation, given.get(name)).assign(method=name)
-        for name, sweep in sweeps.items()
-    ]
-    circuits = {name: sweep[0] for name, sweep in chosen.items()}
-    frame = (
-        pd.DataFrame.from_dict(table, orient="index")
-        .rename_axis("method")
-        .astype({"edges": int, "of": int})
-    )
+    rows: dict[str, dict[str, float]] = {}
+    curves: list[pd.DataFrame] = []
+    circuits: dict[str, Circuit] = {}
+    for name, sweep in sweeps.items():
+        settings = replace(shared, transcoders=(transcoders or {}).get(name))
+        edges = _common_size(sweeps, sweep[0]) if size is None else size
+        chosen = [circuit if circuit.selected else circuit.top(edges) for circuit in sweep]
+        circuits[name] = chosen[0]
+        # A table row is about one circuit of a threshold sweep, or the mean over a ranking's seeds.
+        tabulated = chosen[:1] if sweep[0].selected else chosen
+        rows[name] = _mean_row(model, tabulated, task, settings)
+        curves.append(_curve(model, sweep, task, sizes, settings).assign(method=name))
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
     return Comparison(
-        frame,
+        table.astype({"edges": int, "of": int}),
         pd.concat(curves, ignore_index=True),
         overlap_table(circuits),
         circuits,
@@ -110,41 +115,39 @@ def compare(
 
 
 def _notes(circuits: Mapping[str, Circuit]) -> tuple[str, ...]:
-    of_features = [
-        name for name, circuit in circuits.items() if circuit.graph.transcoders is not None
+    with_features = [
+        name for name, circuit in circuits.items() if isinstance(circuit.graph, PooledFeatureGraph)
     ]
-    if not of_features or len(circuits) == 1:
+    if not with_features or len(circuits) == 1:
         return ()
     return (
-        f"{', '.join(of_features)}: edges between features, whose number is not that of edges between components. Their overlap with other "
-        "circuits is that of the shares of |score| that leave each MLP and embedding: a layer's features and error count as its MLP, and "
-        "heads, which are no features, are left out.",
+        f"{', '.join(with_features)}: edges between features; their number cannot be compared with "
+        "that of edges between components. Overlap with other circuits is that of the shares of "
+        "|score| that leave each MLP and embedding: a layer's features and error count as its MLP, "
+        "and heads, which are no features, are left out.",
     )
 
 
 def _mean_row(
-    model: Model,
-    circuits: Sequence[Circuit],
-    task: Task,
-    metric: str | Metric | None,
-    ablation: str | Ablation,
-    transcoders: Transcoders | None,
+    model: Model, circuits: Sequence[Circuit], task: Task, settings: RunSettings
 ) -> dict[str, float]:
-    chosen = get_metric(metric, task)
+    metric = settings.metric
+    assert metric is not None
+    names = dict.fromkeys([*default_metrics(task), metric.name])
+    metrics = [metric if name == metric.name else name for name in names]
     rows = []
     for circuit in circuits:
-        metrics = list(dict.fromkeys([*default_metrics(task), chosen.name]))
         evaluation = evaluate(
-            model, circuit, task, metrics=metrics, ablation=ablation, transcoders=transcoders
+            model,
+            circuit,
+            task,
+            metrics=metrics,
+            ablation=settings.ablation,
+            transcoders=settings.transcoders,
         )
-        rows.append(
-            {
-                "edges": len(circuit),
-                "of": len(circuit.graph),
-                **evaluation.mean(),
-                "faithfulness": evaluation.faithfulness(chosen.name),
-            }
-        )
+        edges = {"edges": len(circuit), "of": len(circuit.graph)}
+        faithfulness = {"faithfulness": evaluation.faithfulness(metric.name)}
+        rows.append({**edges, **evaluation.mean(), **faithfulness})
     return pd.DataFrame(rows).mean().to_dict()
 
 
@@ -152,18 +155,20 @@ def _curve(
     model: Model,
     sweep: Sequence[Circuit],
     task: Task,
-    sizes: Sequence[int | float] | None,
-    metric: str | Metric | None,
-    ablation: str | Ablation,
-    transcoders: Transcoders | None,
+    sizes: Sequence[Size] | None,
+    settings: RunSettings,
 ) -> pd.DataFrame:
     if sweep[0].selected:
-        return faithfulness_points(
-            model, sweep, task, metric=metric, ablation=ablation, transcoders=transcoders
-        ).assign(selected=True)
+        return judge_points(model, sweep, task, settings).assign(selected=True)
     curves = [
         faithfulness_curve(
-            model, circuit, task, sizes, metric=metric, ablation=ablation, transcoders=transcoders
+            model,
+            circuit,
+            task,
+            sizes,
+            metric=settings.metric,
+            ablation=settings.ablation,
+            transcoders=settings.transcoders,
         )
         for circuit in sweep
     ]
@@ -171,9 +176,8 @@ def _curve(
 
 
 def _common_size(sweeps: Mapping[str, Sequence[Circuit]], like: Circuit) -> int:
-    """The size of the first selected circuit of components, or of features, as `like` is; or a tenth of its graph."""
-    for sweep in sweeps.values():
-        same_kind = (sweep[0].graph.transcoders is None) == (like.graph.transcoders is None)
-        if same_kind and sweep[0].selected and len(sweep[0]):
-            return min(len(sweep[0]), len(like))
+    """The size of the first selected circuit over the same kind of graph, or a tenth of it."""
+    for first, *_ in sweeps.values():
+        if type(first.graph) is type(like.graph) and first.selected and len(first):
+            return min(len(first), len(like))
     return max(1, round(len(like.graph) / 10))

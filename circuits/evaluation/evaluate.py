@@ -1,10 +1,10 @@
-"""How good a circuit is: metrics of running it, faithfulness over sizes, recovery of a known circuit."""
+"""How good a circuit is: its metrics, and its faithfulness over sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 import torch
@@ -14,78 +14,135 @@ from torch import Tensor
 from circuits.graph.circuit import Circuit
 from circuits.models import Model
 from circuits.running.ablation import Ablation
-from circuits.running.run import model_logits, run_circuits
+from circuits.running.run import model_logits, run_variants
+from circuits.running.settings import RunSettings
 from circuits.system.errors import InputError
 from circuits.tasks.metrics import Metric, get_metric
 from circuits.tasks.task import Task
 from circuits.transcoders.transcoder import Transcoders
 
+Size = int | float
+"""A number of edges, or as a float a fraction of the circuit's edges."""
+
+ByRow = Mapping[str, Float[Tensor, " scored"]]
+"""By metric name, one number per scored row, with the metric's natural sign."""
+
+# The sizes of the MIB benchmark.
 CURVE_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+ALIASES = {"logit_diff": "logit_difference", "prob_diff": "probability_difference"}
+
+
+class _MetricMean:
+    """Tells type checkers that an attribute is a float."""
+
+    def __get__(self, evaluation: object, kind: type | None = None) -> float:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Metrics of a circuit, of the whole model and of the empty circuit, at every scored row; `evaluation.kl` is a mean.
+    """Metrics of a circuit, with those of the whole model and of the empty circuit.
+
+    `evaluation.kl` and `evaluation["kl"]` are means over scored rows; `logit_diff` is understood as
+    `logit_difference`. `dir(evaluation)` lists the metrics.
 
     Attributes:
-        values, model_values, empty_values: by metric name, one number per scored row, with the metric's natural sign.
-        row_prompt: the prompt each scored row belongs to.
-        n_edges: how many edges the circuit keeps.
+        values, model_values, empty_values: by metric name, one number per scored row.
+        row_prompt: the prompt that each scored row belongs to.
+        n_edges: the number of edges that the circuit keeps.
+
+    >>> import circuits
+    >>> model = circuits.load_model("toy-world")
+    >>> task = circuits.load_task("ioi", model, n=4)
+    >>> whole = circuits.Circuit.full(circuits.component_graph(model))
+    >>> evaluation = circuits.evaluate(model, whole, task)
+    >>> round(evaluation.kl, 3), evaluation.faithfulness("logit_diff")
+    (0.0, 1.0)
     """
 
-    values: Mapping[str, Float[Tensor, " scored"]]
-    model_values: Mapping[str, Float[Tensor, " scored"]]
-    empty_values: Mapping[str, Float[Tensor, " scored"]]
+    values: ByRow
+    model_values: ByRow
+    empty_values: ByRow
     row_prompt: Int[Tensor, " scored"]
     n_edges: int
 
-    def __getattr__(self, name: str) -> float:
-        """The mean over scored rows of the metric of that name."""
-        values = self.__dict__.get("values", {})
-        if name not in values:
-            raise AttributeError(
-                f"this evaluation has no metric {name!r}; it has {', '.join(values)}."
-            )
-        return float(values[name].mean())
+    def __getitem__(self, metric: str) -> float:
+        """The mean of a metric over scored rows.
+
+        Raises:
+            InputError: the metric was not evaluated.
+        """
+        return float(self.values[self._name(metric)].mean())
+
+    if TYPE_CHECKING:
+        # Type checkers know the shipped metrics, so that a misspelt one is an error.
+        kl = logit_difference = probability_difference = _MetricMean()
+        negative_log_probability = accuracy = squared_error = _MetricMean()
+        logit_diff = prob_diff = _MetricMean()
+    else:
+
+        def __getattr__(self, metric: str) -> float:
+            """`self[metric]`, for metrics that were evaluated."""
+            values = self.__dict__.get("values", {})
+            if ALIASES.get(metric, metric) not in values:
+                raise AttributeError(
+                    f"this evaluation has no metric {metric!r}; it has {', '.join(values)}."
+                )
+            return self[metric]
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self.values]
+
+    def __repr__(self) -> str:
+        metrics = ", ".join(f"{name}={value:.4g}" for name, value in self.mean().items())
+        return f"Evaluation({self.n_edges:,} edges, {metrics})"
+
+    def _repr_html_(self) -> str:
+        return f"<p><b>{self.n_edges:,} edges</b></p>{self.table().to_html(float_format='%.4g')}"
 
     def mean(self) -> dict[str, float]:
         """Every metric's mean over scored rows."""
         return {name: float(values.mean()) for name, values in self.values.items()}
 
     def faithfulness(self, metric: str) -> float:
-        """(m(circuit) - m(empty)) / (m(model) - m(empty)), m = mean over scored rows: 1 for the whole model, 0 for the empty circuit."""
-        if metric not in self.values:
-            raise InputError(
-                f"this evaluation has no metric {metric!r}; it has {', '.join(self.values)}."
-            )
-        whole, empty = (
-            float(values[metric].mean()) for values in (self.model_values, self.empty_values)
-        )
-        return faithfulness(float(self.values[metric].mean()), whole, empty)
+        """(m(circuit) - m(empty)) / (m(model) - m(empty)), with m the mean over scored rows.
+
+        1 for the whole model, 0 for the empty circuit.
+
+        Raises:
+            InputError: the metric was not evaluated.
+        """
+        name = self._name(metric)
+        whole, empty = float(self.model_values[name].mean()), float(self.empty_values[name].mean())
+        return faithfulness(self[name], whole, empty)
 
     def by_prompt(self) -> pd.DataFrame:
-        """A row per prompt, a column per metric: the mean over the prompt's scored rows."""
-        frame = pd.DataFrame(
-            {name: values.cpu().double().numpy() for name, values in self.values.items()}
-        )
+        """A row per prompt and a column per metric: the mean over the prompt's scored rows."""
+        columns = {name: values.cpu().double().numpy() for name, values in self.values.items()}
+        frame = pd.DataFrame(columns)
         return frame.groupby(self.row_prompt.cpu().numpy()).mean().rename_axis("prompt")
 
     def table(self) -> pd.DataFrame:
-        """A row per metric: its mean for the circuit, the whole model and the empty circuit, and the circuit's faithfulness."""
-        rows = {
-            name: {
-                "circuit": float(self.values[name].mean()),
-                "model": float(self.model_values[name].mean()),
-                "empty": float(self.empty_values[name].mean()),
-                "faithfulness": self.faithfulness(name),
-            }
-            for name in self.values
+        """A row per metric: its mean for circuit, model and empty circuit, and the faithfulness."""
+        runs = {"circuit": self.values, "model": self.model_values, "empty": self.empty_values}
+        columns = {
+            run: {name: float(values.mean()) for name, values in by_row.items()}
+            for run, by_row in runs.items()
         }
-        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("metric")
+        table = pd.DataFrame(columns).rename_axis("metric")
+        return table.assign(faithfulness=[self.faithfulness(name) for name in table.index])
+
+    def _name(self, metric: str) -> str:
+        name = ALIASES.get(metric, metric)
+        if name not in self.values:
+            raise InputError(
+                f"this evaluation has no metric {metric!r}; it has {', '.join(self.values)}."
+            )
+        return name
 
 
 def faithfulness(value: float, model: float, empty: float) -> float:
-    """(value - empty) / (model - empty); NaN where the metric does not tell the model from the empty circuit."""
+    """(value - empty) / (model - empty); NaN if the metric is equal on model and empty circuit."""
     return (value - empty) / (model - empty) if model != empty else float("nan")
 
 
@@ -99,50 +156,47 @@ def evaluate(
     max_memory: int | None = None,
     transcoders: Transcoders | None = None,
 ) -> Evaluation:
-    """Run a circuit, everything outside it ablated, and judge its logits. Nothing in the circuit changes.
+    """Run a circuit, with everything outside it ablated, and judge its logits.
 
     Args:
-        metrics: None takes `kl`, `logit_difference` where the task has answers and wrong answers, and the task's own metric.
+        metrics: None takes `kl`, `logit_difference` if the task has answers and wrong answers, and
+            the task's own metric.
+        ablation: what edges outside the circuit carry instead.
         max_memory, transcoders: see `run_circuits`.
 
     Raises:
-        InputError: the model, circuit and task do not fit together, or a metric does not fit the task.
+        InputError: the model, circuit and task do not fit together, or a metric does not fit the
+            task.
+
+    >>> import circuits
+    >>> model = circuits.load_model("toy-world")
+    >>> task = circuits.load_task("ioi", model, n=4)
+    >>> circuit = circuits.EAP().discover(model, task).top(50)
+    >>> list(circuits.evaluate(model, circuit, task).table().columns)
+    ['circuit', 'model', 'empty', 'faithfulness']
     """
+    settings = RunSettings.parse(ablation=ablation, max_memory=max_memory, transcoders=transcoders)
     task = task.to(model.cfg.device)
-    asked = (
-        default_metrics(task)
-        if metrics is None
-        else [metrics]
-        if isinstance(metrics, str)
-        else metrics
-    )
-    chosen = [get_metric(metric, task) for metric in asked]
+    if isinstance(metrics, str):
+        metrics = [metrics]
+    names = default_metrics(task) if metrics is None else metrics
+    chosen = [get_metric(_full_name(name), task) for name in names]
     whole = model_logits(model, task)
     kept = torch.stack([circuit.kept, torch.zeros_like(circuit.kept)])
-    found, empty = run_circuits(
-        model,
-        circuit.graph,
-        kept,
-        task,
-        ablation=ablation,
-        max_memory=max_memory,
-        transcoders=transcoders,
+    found, empty = run_variants(model, circuit.graph, kept, task, settings)
+    values, model_values, empty_values = (
+        {metric.name: metric(logits, whole, task).cpu() for metric in chosen}
+        for logits in (found, whole, empty)
     )
-    logits = {"circuit": found, "model": whole, "empty": empty}
-    values = {
-        name: {metric.name: metric(at, whole, task).cpu() for metric in chosen}
-        for name, at in logits.items()
-    }
-    return Evaluation(
-        values["circuit"], values["model"], values["empty"], task.row_prompt.cpu(), len(circuit)
-    )
+    row_prompt = task.row_prompt.cpu()
+    return Evaluation(values, model_values, empty_values, row_prompt, len(circuit))
 
 
 def faithfulness_curve(
     model: Model,
     circuit: Circuit,
     task: Task,
-    sizes: Sequence[int | float] | None = None,
+    sizes: Sequence[Size] | None = None,
     *,
     metric: str | Metric | None = None,
     ablation: str | Ablation = "resample",
@@ -150,36 +204,36 @@ def faithfulness_curve(
     max_memory: int | None = None,
     transcoders: Transcoders | None = None,
 ) -> pd.DataFrame:
-    """How faithful the highest-scored edges are, by how many of them are kept.
+    """How faithful the highest-scored edges are, by the number of edges kept.
 
     Args:
-        sizes: numbers of edges, or fractions (floats up to 1.0) of the circuit's edges; None takes the ten fractions of the MIB benchmark.
+        sizes: numbers of edges, or fractions (floats up to 1.0) of the circuit's edges; None takes
+            the ten fractions of the MIB benchmark.
         metric: None takes the task's own.
         by: what edges are ranked by.
-        max_memory, transcoders: see `run_circuits`.
+        ablation, max_memory, transcoders: see `run_circuits`.
 
     Returns:
-        A row per size, ascending: `edges`, `fraction` (of the graph), the metric's mean under its name, `kl`, `faithfulness`.
+        A row per size, ascending: `edges`, `fraction` (of the graph), the metric's mean under its
+        name, `kl` and `faithfulness`.
 
     Raises:
         InputError: a size is out of range, or the model, circuit and task do not fit together.
+
+    >>> import circuits
+    >>> model = circuits.load_model("toy-world")
+    >>> task = circuits.load_task("ioi", model, n=4)
+    >>> scores = circuits.EAP().discover(model, task)
+    >>> circuits.faithfulness_curve(model, scores, task, [0, 1.0])["faithfulness"].tolist()
+    [0.0, 1.0]
     """
-    numbers = sorted(
-        {
-            _number_of_edges(size, len(circuit))
-            for size in (CURVE_FRACTIONS if sizes is None else sizes)
-        }
-    )
+    sizes = CURVE_FRACTIONS if sizes is None else sizes
+    numbers = sorted({_number_of_edges(size, len(circuit)) for size in sizes})
     ranked = [circuit.top(number, by=by) for number in numbers]
-    return faithfulness_points(
-        model,
-        ranked,
-        task,
-        metric=metric,
-        ablation=ablation,
-        max_memory=max_memory,
-        transcoders=transcoders,
+    settings = RunSettings.parse(
+        task, ablation=ablation, metric=metric, max_memory=max_memory, transcoders=transcoders
     )
+    return judge_points(model, ranked, task, settings)
 
 
 def faithfulness_points(
@@ -192,60 +246,86 @@ def faithfulness_points(
     max_memory: int | None = None,
     transcoders: Transcoders | None = None,
 ) -> pd.DataFrame:
-    """How faithful each of some circuits over one graph is: the points of a threshold sweep, or of a curve.
+    """How faithful each of several circuits over one graph is, such as those of a threshold sweep.
 
     Args:
         metric: None takes the task's own.
-        max_memory, transcoders: see `run_circuits`.
+        ablation, max_memory, transcoders: see `run_circuits`.
 
     Returns:
-        A row per circuit: `edges`, `fraction` (of the graph), the metric's mean under its name, `kl`, `faithfulness`.
+        A row per circuit, with the columns of `faithfulness_curve`.
 
     Raises:
         InputError: the circuits are over different graphs, or do not fit the model and task.
+
+    >>> import circuits
+    >>> model = circuits.load_model("toy-world")
+    >>> task = circuits.load_task("ioi", model, n=4)
+    >>> found = circuits.ACDC(0.1).sweep(model, task, [0.1, 1.0])
+    >>> circuits.faithfulness_points(model, found, task)["edges"].is_monotonic_decreasing
+    True
     """
-    task = task.to(model.cfg.device)
+    settings = RunSettings.parse(
+        task, ablation=ablation, metric=metric, max_memory=max_memory, transcoders=transcoders
+    )
+    return judge_points(model, circuits, task, settings)
+
+
+def judge_points(
+    model: Model, circuits: Sequence[Circuit], task: Task, settings: RunSettings
+) -> pd.DataFrame:
+    """`faithfulness_points`, with its arguments parsed."""
     if not circuits:
         raise InputError("there are no circuits to evaluate; give at least one, or one size.")
-    graph = circuits[0].graph
+    graph, metric, kl = circuits[0].graph, settings.metric, get_metric("kl", task)
+    assert metric is not None
     if any(circuit.graph != graph for circuit in circuits):
         raise InputError(
-            "these circuits are over different graphs; evaluate each graph's circuits on their own."
+            "these circuits are over different graphs; evaluate each graph's circuits separately."
         )
-    chosen, whole = get_metric(metric, task), model_logits(model, task)
-    kept = torch.stack(
-        [*(circuit.kept for circuit in circuits), torch.zeros(len(graph), dtype=torch.bool)]
-    )
-    logits = run_circuits(
-        model, graph, kept, task, ablation=ablation, max_memory=max_memory, transcoders=transcoders
-    )
-    values = [float(chosen(found, whole, task).mean()) for found in [*logits, whole]]
-    kls = [float(get_metric("kl", task)(found, whole, task).mean()) for found in logits]
-    *found, empty, at_model = values
-    rows = [
-        {
-            "edges": len(circuit),
-            "fraction": len(circuit) / len(graph),
-            "kl": divergence,
-            chosen.name: value,
-            "faithfulness": faithfulness(value, at_model, empty),
-        }
-        for circuit, value, divergence in zip(circuits, found, kls[:-1], strict=True)
-    ]
+    task = task.to(model.cfg.device)
+    whole = model_logits(model, task)
+    empty = torch.zeros(len(graph), dtype=torch.bool)
+    kept = torch.stack([*(circuit.kept for circuit in circuits), empty])
+    *found, at_empty = run_variants(model, graph, kept, task, settings)
+
+    def mean(metric: Metric, logits: Tensor) -> float:
+        return float(metric(logits, whole, task).mean())
+
+    model_value, empty_value = mean(metric, whole), mean(metric, at_empty)
+    rows = []
+    for circuit, logits in zip(circuits, found, strict=True):
+        value = mean(metric, logits)
+        rows.append(
+            {
+                "edges": len(circuit),
+                "fraction": len(circuit) / len(graph),
+                "kl": mean(kl, logits),
+                metric.name: value,
+                "faithfulness": faithfulness(value, model_value, empty_value),
+            }
+        )
     return pd.DataFrame(rows)
 
 
 def default_metrics(task: Task) -> list[str]:
-    """KL, the logit difference where the task has answers and wrong answers, and the task's own metric."""
-    both = task.answers is not None and task.wrong_answers is not None
-    return list(dict.fromkeys(["kl", *(["logit_difference"] if both else []), task.metric]))
+    """KL, the logit difference if the task has answers and wrong answers, and the task's metric."""
+    has_both = task.answers is not None and task.wrong_answers is not None
+    names = ["kl", *(["logit_difference"] if has_both else []), task.metric]
+    return list(dict.fromkeys(names))
 
 
-def _number_of_edges(size: int | float, available: int) -> int:
-    if isinstance(size, float) and 0 <= size <= 1:
-        return max(1, round(size * available)) if size > 0 else 0
-    if isinstance(size, float) or not 0 <= size <= available:
-        raise InputError(
-            f"size {size} is out of range; give a number of edges from 0 to {available}, or a fraction from 0.0 to 1.0."
-        )
-    return size
+def _full_name(metric: str | Metric) -> str | Metric:
+    return ALIASES.get(metric, metric) if isinstance(metric, str) else metric
+
+
+def _number_of_edges(size: Size, available: int) -> int:
+    is_fraction = isinstance(size, float)
+    if is_fraction and 0 < size <= 1:
+        return max(1, round(size * available))
+    if size == 0 or (not is_fraction and 0 <= size <= available):
+        return int(size)
+    raise InputError(
+        f"size {size} is out of range; give a number of edges from 0 to {available}, or a fraction "
+        "from 0.0 to 1.0."
+    )

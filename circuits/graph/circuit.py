@@ -244,13 +244,13 @@ class Circuit:
             "target": graph.target,
             "slot": graph.slot,
         }
-        pooled = isinstance(graph, PooledFeatureGraph)
+        transcoders = graph.transcoders if isinstance(graph, PooledFeatureGraph) else None
         description = {
             "nodes": [str(node) for node in graph.nodes],
             "positions": graph.positions,
             "causal": graph.causal,
             "model": asdict(graph.model) if graph.model else None,
-            "transcoders": asdict(graph.transcoders) if pooled else None,
+            "transcoders": asdict(transcoders) if transcoders else None,
             "selected": self.selected,
             "record": dict(self.record),
         }

@@ -176,7 +176,9 @@ class Graph:
             if node not in self.node_index:
                 first = ", ".join(map(str, self.nodes[:3]))
                 count = len(self.nodes)
-                return f"it has no node {node}; it has {first}, ... {self.nodes[-1]} ({count} nodes)."
+                return (
+                    f"it has no node {node}; it has {first}, ... {self.nodes[-1]} ({count} nodes)."
+                )
         return (
             f"{edge.source} does not write where {edge.target} reads; sources come before targets."
         )

@@ -8,6 +8,7 @@ import pandas
 
 from circuits.attribution.feature_graph import FeatureGraph
 from circuits.graph.circuit import Circuit
+from circuits.graph.graph import PooledFeatureGraph
 from circuits.plotting.circuit_drawing.draw import draw
 from circuits.plotting.figures import FAITHFULNESS_IN_WORDS, _embedded, faithfulness_figure
 from circuits.plotting.graph_page.page import graph_page
@@ -104,7 +105,9 @@ def report_page(
 def _most(circuit: Circuit, max_edges: int | None) -> int:
     """How many edges are drawn. Features stand side by side, so that fewer fit on a page."""
     if max_edges is None:
-        return MOST_DRAWN if circuit.graph.transcoders is None else MOST_BETWEEN_FEATURES
+        return (
+            MOST_BETWEEN_FEATURES if isinstance(circuit.graph, PooledFeatureGraph) else MOST_DRAWN
+        )
     if max_edges < 0:
         raise InputError(
             f"max_edges={max_edges} is negative; give the number of edges to draw at most, for example {MOST_DRAWN}."

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,83 +13,80 @@ from torch import Tensor
 from circuits.graph.graph import Graph
 from circuits.models import Model
 from circuits.models.component_graph import reaching_logits
-from circuits.running.ablation import Ablation
-from circuits.running.executor import Executor, ExecutorName, get_executor
+from circuits.running.executor import Executor, get_executor
 from circuits.running.incremental.executor import IncrementalExecutor
-from circuits.running.precision import Precision
-from circuits.system.ranks import in_slices
-from circuits.tasks.metrics import Metric, get_metric
+from circuits.running.settings import RunSettings
+from circuits.system.ranks import in_slices, totals
+from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
+
+EdgeMask = Bool[Tensor, " edge"]
 
 
 @dataclass(frozen=True, eq=False)
 class DamageMeter:
-    """How much worse the metric gets with edges ablated: the mean over scored rows, in the metric's unit.
+    """Measures damage: the rise of the metric (in its unit) over its value on the whole model.
 
     Attributes:
-        reaching_logits: from kept edges to those of them that can matter.
-        exact: the same in float32, where this one rounds changes.
+        clean_logits: of the whole model on the clean prompts.
+        reaching_logits: from kept edges to those of them from which a path leads to the logits.
+        exact: a meter in float32, if this one computes in lower precision.
     """
 
     executor: Executor
     metric: Metric
     clean_logits: Float[Tensor, "scored vocab"]
     task: Task
-    reaching_logits: Callable[[Bool[Tensor, " edge"]], Bool[Tensor, " edge"]]
+    reaching_logits: Callable[[EdgeMask], EdgeMask]
     exact: DamageMeter | None = None
 
     @staticmethod
-    def prepare(
-        model: Model,
-        graph: Graph,
-        task: Task,
-        *,
-        metric: str | Metric | None,
-        ablation: str | Ablation,
-        executor: ExecutorName = "auto",
-        max_memory: int | None = None,
-        precision: Precision | None = None,
-    ) -> DamageMeter:
-        """Run the clean and the counterfactual prompts once, for every circuit that follows.
+    def prepare(model: Model, graph: Graph, task: Task, settings: RunSettings) -> DamageMeter:
+        """Run the clean and the counterfactual prompts once, for all circuits to come.
 
         Raises:
-            InputError: the model, graph and task do not fit together, there is no such metric or ablation, or the logits overflow.
+            InputError: the model, graph, task and settings do not fit together, or the logits
+                overflow.
         """
+        assert settings.metric is not None
         task = task.to(model.cfg.device)
-        chosen = get_metric(metric, task)
-        ready = get_executor(
-            model,
-            graph,
-            task,
-            ablation=ablation,
-            executor=executor,
-            max_memory=max_memory,
-            precision=precision,
-        )
-        clean = ready.logits(torch.ones(1, len(graph), dtype=torch.bool))[0]
-        meter = DamageMeter(ready, chosen, clean, task, reaching_logits(model, graph))
-        if (
-            isinstance(ready, IncrementalExecutor)
-            and ready.background is not None
-            and not ready.background.whole
-        ):
-            return replace(meter, exact=replace(meter, executor=ready.exact()))
+        executor = get_executor(model, graph, task, settings)
+        clean = executor.logits(torch.ones(1, len(graph), dtype=torch.bool))[0]
+        reaching = reaching_logits(model, graph)
+        meter = DamageMeter(executor, settings.metric, clean, task, reaching)
+        if isinstance(executor, IncrementalExecutor) and settings.precision is not None:
+            if settings.precision.investigated == "float32":
+                return replace(meter, exact=replace(meter, executor=executor.exact()))
         return meter
 
     def __call__(self, kept: Bool[Tensor, "variant edge"]) -> Float[Tensor, " variant"]:
-        """Mean damage of every circuit."""
+        """Damage of every circuit, mean over scored rows."""
         return self.by_row(kept).mean(-1, dtype=torch.float64)
 
     def by_row(self, kept: Bool[Tensor, "variant edge"]) -> Float[Tensor, "variant scored"]:
-        """Damage of every circuit at every scored row; several ranks measure some circuits each."""
+        """Damage of every circuit at every scored row. Ranks share the circuits.
+
+        Raises:
+            NotFiniteError: the logits or the metric of one of the circuits are not finite.
+        """
 
         def measure(mine: slice) -> Tensor:
             return self.executor.map(
-                kept[mine], lambda logits: self.metric.damages(logits, self.clean_logits, self.task)
+                kept[mine],
+                lambda logits: self.metric.damages(logits, self.clean_logits, self.task),
             )
 
         return in_slices(len(kept), measure).cpu()
 
-    def near(self, kept: Bool[Tensor, " edge"]) -> None:
-        """A hint: circuits that follow are mostly subsets of this one."""
+    def near(self, kept: EdgeMask) -> None:
+        """Announce that the circuits to come are mostly subsets of this one."""
         self.executor.near(kept)
+
+    @contextmanager
+    def counting(self, counts: dict[str, int]) -> Iterator[None]:
+        """Add what the executor counts inside the block, on all ranks, to `counts`."""
+        before = dict(self.executor.counts)
+        yield
+        more = {name: value - before[name] for name, value in self.executor.counts.items()}
+        for name, value in totals(more).items():
+            counts[name] = counts.get(name, 0) + value

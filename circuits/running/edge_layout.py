@@ -11,7 +11,7 @@ from torch import Tensor
 
 from circuits.graph.edges import NO_SLOT, SLOTS
 from circuits.graph.graph import Graph
-from circuits.graph.nodes import MLP, Head, Logits, Node, PosEmbed, TokenEmbed, at_position
+from circuits.graph.nodes import MLP, Head, Logits, Node, TokenEmbed, at_position
 from circuits.models import (
     Model,
 )
@@ -42,9 +42,7 @@ class EdgeLayout:
         Raises:
             InputError: the graph is not a component graph of this model.
         """
-        nodes = component_nodes(
-            model, split_embed=any(isinstance(node, TokenEmbed | PosEmbed) for node in graph.nodes)
-        )
+        nodes = component_nodes(model, graph.splits_embedding)
         targets = tuple(_targets(model))
         row_of: dict[tuple[Node, int], int] = {}
         for first, slot, count in targets:
@@ -85,12 +83,16 @@ class EdgeLayout:
         dense[:, self.span, self.target, self.source] = ~kept
         return dense
 
+    @property
+    def splits_embedding(self) -> bool:
+        """Whether token and position embedding are sources of their own."""
+        return isinstance(self.nodes[0], TokenEmbed)
+
     def possible(self, model: Model) -> Bool[Tensor, "target source"]:
         """True where a source stands upstream of a target, whether or not the graph holds the edge."""
-        split_embed = isinstance(self.nodes[0], TokenEmbed)
         counts = torch.tensor(
             [
-                sources_of(model, node, split_embed)
+                sources_of(model, node, self.splits_embedding)
                 for node, _, rows in self.targets
                 for _ in range(rows)
             ]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from circuits.attribution.local_model import check_transcoders, read_by_features, wide
 from circuits.attribution.pooling import spans_of
-from circuits.graph.graph import Graph
+from circuits.graph.graph import Graph, PooledFeatureGraph
 from circuits.graph.nodes import Error, Feature, TokenEmbed
 from circuits.models import (
     Hook,
@@ -51,14 +51,13 @@ from circuits.transcoders.transcoder import Transcoders
 CPU_BYTES = 1 << 30
 
 
-def transcoders_of(graph: Graph, given: Transcoders | None) -> Transcoders:
+def transcoders_of(graph: PooledFeatureGraph, given: Transcoders | None) -> Transcoders:
     """The transcoders whose features are a graph's nodes: those handed over, or those the graph remembers.
 
     Raises:
         InputError: they are not the ones the graph was made with, or cannot be found again.
     """
     who = graph.transcoders
-    assert who is not None
     if given is None and not who.source:
         raise InputError(
             f"the graph's transcoders {who.name!r} were not loaded from a file; hand them over with transcoders=."
@@ -107,7 +106,7 @@ class FeatureExecutor:
 
     model: Model
     transcoders: Transcoders
-    graph: Graph
+    graph: PooledFeatureGraph
     task: Task
     ablation: Ablation
     leading: int
@@ -130,6 +129,7 @@ class FeatureExecutor:
         Raises:
             InputError: model, transcoders, graph and task do not fit together.
         """
+        assert isinstance(graph, PooledFeatureGraph)
         found = transcoders_of(graph, transcoders)
         check_transcoders(model, found)
         check_fits(model, graph)
@@ -146,7 +146,6 @@ class FeatureExecutor:
             raise InputError(
                 f"the circuit is split by the positions {missing}, which the task {task.name!r} does not name."
             )
-        assert graph.transcoders is not None
         ready = FeatureExecutor(
             model,
             found,
@@ -183,7 +182,6 @@ class FeatureExecutor:
         return 0.0
 
     def _is_model(self, kept: Bool[Tensor, " edge"]) -> bool:
-        assert self.graph.transcoders is not None
         return self.graph.transcoders.whole and bool(kept.all())
 
     def _touched(self, kept: Bool[Tensor, " edge"]) -> Bool[Tensor, " node"]:

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.graph.graph import Graph
-from circuits.graph.nodes import Head, TokenEmbed
+from circuits.graph.nodes import Head
 from circuits.models import (
     Hook,
     Model,
@@ -197,9 +197,8 @@ def _ablating_hooks(
     spans: Int[Tensor, "batch pos"] | None,
 ) -> list[tuple[str, Hook]]:
     hooks, row = [], 0
-    split_embed = isinstance(layout.nodes[0], TokenEmbed)
     for node, slot, count in layout.targets:
-        sources = sources_of(model, node, split_embed)
+        sources = sources_of(model, node, layout.splits_embedding)
         mask = ablated[:, :, row : row + count, :sources]
         if bool(mask.any()):
             hooks.append(

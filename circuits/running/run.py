@@ -1,4 +1,4 @@
-"""Running circuits: one door, which chooses the executor by graph and model."""
+"""Run circuits: the logits of a model with every edge outside a circuit ablated."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.graph.circuit import Circuit
-from circuits.graph.graph import Graph
+from circuits.graph.graph import Graph, PooledFeatureGraph
 from circuits.models import Model, frozen, run_to_residual, unembed
 from circuits.models.component_graph import check_supported, component_nodes
 from circuits.models.identity import check_fits
-from circuits.running.ablation import Ablation, get_ablation, with_means_taken
+from circuits.running.ablation import Ablation, with_means_taken
 from circuits.running.edge_layout import EdgeLayout
-from circuits.running.executor import ExecutorName, get_executor
+from circuits.running.executor import get_executor
+from circuits.running.settings import ExecutorName, RunSettings
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget
 from circuits.tasks.metrics import check_finite
@@ -25,7 +26,7 @@ from circuits.tasks.task import Task
 from circuits.transcoders.transcoder import Transcoders
 
 PROMPTS_PER_RUN = 256
-# More than a step takes: what is prepared once is the faster the more prompts it is prepared for.
+# Preparing an executor pays off more the more prompts it is for, so it may take more than a step.
 PREPARED_CPU_BYTES = 1 << 32
 
 
@@ -40,78 +41,33 @@ def run_circuits(
     max_memory: int | None = None,
     transcoders: Transcoders | None = None,
 ) -> Float[Tensor, "variant scored vocab"]:
-    """Logits at every scored row of many circuits: row i keeps the edges `kept[i]`, all others are ablated.
-
-    Many prompts are run in pieces, so that what is kept of a piece fits into memory; means are taken over all of them nevertheless.
+    """Logits of many circuits at every scored row: variant i keeps the edges `kept[i]`.
 
     Args:
-        executor: see `get_executor`.
-        max_memory: bytes that what is kept of a piece may take, and again as many for one step; None chooses from what is free.
-        transcoders: see `get_executor`.
+        ablation: what the other edges carry instead.
+        executor: "incremental" recomputes only what changes; "hooks" is the reference executor;
+            "auto" takes the first where the architecture is known to it.
+        max_memory: bytes that the stored runs of a part of the prompts may take, and again as many
+            for one step; None chooses from the memory that is free.
+        transcoders: for a graph of features; None loads the transcoders that the graph names.
 
     Raises:
-        InputError: `kept` does not fit the graph, the model, graph and task do not fit together, or the logits overflow.
+        InputError: `kept` does not fit the graph; the model, graph and task do not fit together;
+            or the logits overflow.
+
+    >>> import circuits, torch
+    >>> model = circuits.load_model("toy-world")
+    >>> task = circuits.load_task("ioi", model, n=4)
+    >>> graph = circuits.component_graph(model)
+    >>> kept = torch.stack([graph.mask([]), ~graph.mask([])])  # the empty circuit and the model
+    >>> logits = circuits.run_circuits(model, graph, kept, task)
+    >>> logits.shape == (2, 4, model.cfg.d_vocab)
+    True
     """
-    if kept.dtype != torch.bool or kept.dim() != 2 or kept.shape[1] != len(graph):
-        raise InputError(
-            f"kept has shape {tuple(kept.shape)} of {kept.dtype}; it must be [variant, edge] of bool, over {len(graph)} edges."
-        )
-    if graph.transcoders is not None:
-        return get_executor(
-            model,
-            graph,
-            task,
-            ablation=ablation,
-            executor=executor,
-            max_memory=max_memory,
-            transcoders=transcoders,
-        ).logits(kept)
-    chosen, size = get_ablation(ablation), _prompts_at_once(model, max_memory, task)
-    # Outputs that are given are at hand for all prompts at once.
-    if size >= len(task) or chosen.name == "given":
-        return get_executor(
-            model, graph, task, ablation=chosen, executor=executor, max_memory=max_memory
-        ).logits(kept)
-    check_supported(model)
-    check_fits(model, graph)
-    check_task(model, task)
-    chosen = with_means_taken(
-        model,
-        EdgeLayout.of(model, graph).nodes,
-        task.to(model.cfg.device),
-        chosen,
-        prompts_per_run=size,
+    settings = RunSettings.parse(
+        ablation=ablation, executor=executor, max_memory=max_memory, transcoders=transcoders
     )
-    fitting = replace(graph, model=None)  # which reads no weights again for every piece
-    pieces = (task[start : start + size] for start in range(0, len(task), size))
-    return torch.cat(
-        [
-            get_executor(
-                model, fitting, piece, ablation=chosen, executor=executor, max_memory=max_memory
-            ).logits(kept)
-            for piece in pieces
-        ],
-        1,
-    )
-
-
-def _prompts_at_once(model: Model, max_memory: int | None, task: Task) -> int:
-    """For how many prompts an executor can be prepared and run one circuit, at least one.
-
-    That takes about six times what all sources write: kept are what they write clean, ablated and in the empty circuit, and a difference;
-    of a circuit what changes. By layer, what its slots read, and q, k and v.
-    """
-    cfg = model.cfg
-    per_token = (
-        (6 * len(component_nodes(model, split_embed=True)) + 7 * cfg.n_layers)
-        * cfg.d_model
-        * cfg.dtype.itemsize
-    )
-    return max(
-        1,
-        memory_budget(cfg.device, max_memory, cpu_bytes=PREPARED_CPU_BYTES)
-        // (per_token * task.clean.shape[1]),
-    )
+    return run_variants(model, graph, kept, task, settings)
 
 
 def run_circuit(
@@ -124,46 +80,97 @@ def run_circuit(
     max_memory: int | None = None,
     transcoders: Transcoders | None = None,
 ) -> Float[Tensor, "scored vocab"]:
-    """Logits of one circuit at every scored row: the model computes with every edge outside the circuit ablated.
+    """Logits of one circuit at every scored row: every edge outside the circuit is ablated.
 
     Args:
-        executor, max_memory, transcoders: see `run_circuits`.
+        ablation, executor, max_memory, transcoders: see `run_circuits`.
 
     Raises:
         InputError: the model, circuit and task do not fit together, or the logits overflow.
+
+    >>> import circuits
+    >>> model = circuits.load_model("toy-world")
+    >>> task = circuits.load_task("ioi", model, n=4)
+    >>> whole = circuits.Circuit.full(circuits.component_graph(model))
+    >>> circuits.run_circuit(model, whole, task).shape[0]
+    4
     """
-    return run_circuits(
-        model,
-        circuit.graph,
-        circuit.kept[None],
-        task,
-        ablation=ablation,
-        executor=executor,
-        max_memory=max_memory,
-        transcoders=transcoders,
-    )[0]
+    settings = RunSettings.parse(
+        ablation=ablation, executor=executor, max_memory=max_memory, transcoders=transcoders
+    )
+    return run_variants(model, circuit.graph, circuit.kept[None], task, settings)[0]
+
+
+def run_variants(
+    model: Model,
+    graph: Graph,
+    kept: Bool[Tensor, "variant edge"],
+    task: Task,
+    settings: RunSettings,
+) -> Float[Tensor, "variant scored vocab"]:
+    """`run_circuits`, with its arguments parsed.
+
+    If the prompts do not fit into memory together they are run in parts; means are still taken
+    over all of them.
+    """
+    if kept.dtype != torch.bool or kept.dim() != 2 or kept.shape[1] != len(graph):
+        raise InputError(
+            f"kept has shape {tuple(kept.shape)} of {kept.dtype}; it must be [variant, edge] of "
+            f"bool, over {len(graph)} edges."
+        )
+    if isinstance(graph, PooledFeatureGraph):
+        return get_executor(model, graph, task, settings).logits(kept)
+    size = _prompts_at_once(model, settings.max_memory, task)
+    # Outputs given by the user are in memory for all prompts already.
+    if size >= len(task) or settings.ablation.name == "given":
+        return get_executor(model, graph, task, settings).logits(kept)
+    check_supported(model)
+    check_fits(model, graph)
+    check_task(model, task)
+    nodes = EdgeLayout.of(model, graph).nodes
+    task = task.to(model.cfg.device)
+    ablation = with_means_taken(model, nodes, task, settings.ablation, prompts_per_run=size)
+    settings = replace(settings, ablation=ablation)
+    # The fit was checked above; without an identity no part reads all weights again.
+    unchecked = replace(graph, model=None)
+    parts = (task[start : start + size] for start in range(0, len(task), size))
+    logits = [get_executor(model, unchecked, part, settings).logits(kept) for part in parts]
+    return torch.cat(logits, dim=1)
+
+
+def _prompts_at_once(model: Model, max_memory: int | None, task: Task) -> int:
+    """For how many prompts an executor can be prepared and run one circuit; at least one."""
+    cfg = model.cfg
+    # Stored: six times the outputs of all sources (clean, ablated, in the empty circuit, a
+    # difference, and the changes in one circuit), and by layer the inputs of its slots, q, k and v.
+    rows = 6 * len(component_nodes(model, split_embed=True)) + 7 * cfg.n_layers
+    bytes_per_prompt = rows * cfg.d_model * cfg.dtype.itemsize * task.clean.shape[1]
+    budget = memory_budget(cfg.device, max_memory, cpu_bytes=PREPARED_CPU_BYTES)
+    return max(1, budget // bytes_per_prompt)
 
 
 def model_logits(
     model: Model, task: Task, prompts: Literal["clean", "corrupted"] = "clean"
 ) -> Float[Tensor, "scored vocab"]:
-    """The whole model's logits at every scored row.
+    """Logits of the whole model at every scored row, on the clean or the corrupted prompts.
 
     Raises:
-        InputError: the logits overflow.
+        InputError: the task does not fit the model, or the logits overflow.
+
+    >>> import circuits
+    >>> model = circuits.load_model("toy-world")
+    >>> circuits.model_logits(model, circuits.load_task("ioi", model, n=4)).shape[0]
+    4
     """
     check_task(model, task)
     task = task.to(model.cfg.device)
+    logits = []
     with frozen(model), torch.no_grad():
-        parts = [
-            _plain_logits(model, task[start : start + PROMPTS_PER_RUN], prompts)
-            for start in range(0, len(task), PROMPTS_PER_RUN)
-        ]
-    logits = torch.cat(parts)
-    check_finite(logits)
-    return logits
-
-
-def _plain_logits(model: Model, task: Task, prompts: str) -> Float[Tensor, "scored vocab"]:
-    tokens = task.clean if prompts == "clean" else task.corrupted
-    return unembed(model, run_to_residual(model, tokens, task.mask)[task.scored])
+        for start in range(0, len(task), PROMPTS_PER_RUN):
+            part = task[start : start + PROMPTS_PER_RUN]
+            tokens = part.clean if prompts == "clean" else part.corrupted
+            residual = run_to_residual(model, tokens, part.mask)
+            logits.append(unembed(model, residual[part.scored]))
+    result = torch.cat(logits)
+    check_finite(result)
+    return result

@@ -31,7 +31,7 @@ from circuits.running.ablation import Ablation
 from circuits.graph.circuit import FILE, Circuit
 from circuits.models.component_graph import component_graph, computed_nodes
 from circuits.models.identity import identity
-from circuits.discovery.discoverer import CircuitDiscoverer, Progress, as_json
+from circuits.discovery.discoverer import CircuitDiscoverer, Progress, Resumable, as_json
 from circuits.system.ranks import RankError, on_first, ranks, totals
 from circuits.system.errors import InputError
 from circuits.evaluation.evaluate import evaluate
@@ -95,8 +95,7 @@ def run(
         InputError: settings cannot be used, or the folder holds a damaged file or one from a newer version.
         RankError: another rank ended; the message says where the state is.
     """
-    if graph is None:
-        graph = Graph.empty(identity(model)) if discoverer.makes_own_graph else component_graph(model)
+    graph = discoverer.search_graph(model, graph)
     folder = Path(out) / task.name / f"{discoverer.name}-{_digest(discoverer, model, task, graph)[:8]}"
     with _turn(folder):
         if on_first(lambda: (folder / RECORD).exists()):
@@ -121,8 +120,8 @@ def _discovered(
     discoverer: CircuitDiscoverer, model: Model, task: Task, graph: Graph, checkpoint: Path, progress: Progress | None
 ) -> Circuit:
     try:
-        given = None if discoverer.makes_own_graph and not graph.nodes else graph
-        circuit = discoverer.discover(model, task, graph=given, checkpoint=checkpoint, progress=progress)
+        state = checkpoint if isinstance(discoverer, Resumable) else None
+        circuit = discoverer.discover(model, task, graph=graph, checkpoint=state, progress=progress)
     except RankError as error:
         kept = f"the state is in {checkpoint}" if checkpoint.exists() else "nothing was saved yet"
         raise RankError(f"{error}; {kept}: run the same command again") from error

@@ -1,5 +1,16 @@
-"""The one error for what a user can mend."""
+"""Errors for invalid input."""
 
 
 class InputError(ValueError):
-    """What was given cannot be used. The message is one line: what was wrong, with the value, and what to do."""
+    """Raised for invalid input. The message is one line: the problem, the value, and the remedy.
+
+    >>> import circuits
+    >>> circuits.parse_node("a9.h6.q")
+    Traceback (most recent call last):
+        ...
+    circuits.system.errors.InputError: 'a9.h6.q' names no node; nodes are written like ...
+    """
+
+
+class NotFiniteError(InputError):
+    """Raised where logits or a metric are NaN or infinite."""

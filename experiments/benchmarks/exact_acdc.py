@@ -24,6 +24,7 @@ import circuits
 from circuits.discovery.search.edge_order import edge_order
 from circuits.models import Model
 from circuits.running.damage import DamageMeter
+from circuits.running.settings import RunSettings
 
 # Recorded with the original code (Automatic-Circuit-Discovery, transformer-lens 1.6.1, one thread) on `original_case`: threshold ->
 # evaluations and CPU-seconds.
@@ -206,7 +207,10 @@ def naive(
 ) -> circuits.Circuit:
     """ACDC as its definition has it: one run of the whole model, by hook points, for every edge that is tried."""
     damage = DamageMeter.prepare(
-        model, graph, task, metric="kl", ablation="resample", executor="hooks"
+        model,
+        graph,
+        task,
+        RunSettings.parse(task, metric="kl", ablation="resample", executor="hooks"),
     )
     kept, scores = torch.ones(len(graph), dtype=torch.bool), torch.full((len(graph),), torch.nan)
     current, evaluations = float(damage(kept[None])[0]), 0

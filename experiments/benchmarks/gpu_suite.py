@@ -39,6 +39,7 @@ from circuits.discovery.search.edge_order import edge_order
 from circuits.models import Model
 from circuits.running.damage import DamageMeter
 from circuits.running.precision import Background, TypeName
+from circuits.running.settings import RunSettings
 
 Results = dict[str, Any]
 
@@ -234,7 +235,10 @@ def replayed(case: Case, found: circuits.Circuit) -> Results:
     after = before.clone()
     after[torch.arange(len(tried)), tried] = False
     damage = DamageMeter.prepare(
-        case.model, found.graph, case.task, metric="kl", ablation="resample", executor="hooks"
+        case.model,
+        found.graph,
+        case.task,
+        RunSettings.parse(case.task, metric="kl", ablation="resample", executor="hooks"),
     )
     with_edge, without = (
         torch.cat([damage(some) for some in kept.split(TOGETHER)]) for kept in (before, after)

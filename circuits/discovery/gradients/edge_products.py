@@ -14,10 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.discovery.gradients.gradient_pass import Gradients, Target, written_hook
+from circuits.discovery.gradients.gradient_pass import Gradients, HookedTarget, written_hook
 from circuits.graph.edges import SLOTS
 from circuits.graph.graph import Graph
-from circuits.graph.nodes import TokenEmbed
 from circuits.models import Model
 from circuits.models.component_graph import sources_of
 from circuits.models.source_outputs import output_groups
@@ -38,7 +37,7 @@ class TargetGroup:
         sources: so many, the first ones, are sources of one of them.
     """
 
-    targets: tuple[Target, ...]
+    targets: tuple[HookedTarget, ...]
     rows: slice
     sources: int
 
@@ -178,7 +177,7 @@ class BatchProducts:
             [
                 *changes.kept.activations.values(),
                 *buffers,
-                *(tensor for part in gradients for tensor in part.tensors()),
+                *(tensor for part in gradients for tensor in part.tensors),
             ]
         )
         row = self.of._bytes_per_row(batch, pos, changes.given is not None)
@@ -219,8 +218,8 @@ class BatchProducts:
 
 
 def _groups(model: Model, layout: EdgeLayout) -> Iterator[TargetGroup]:
-    split, start = isinstance(layout.nodes[0], TokenEmbed), 0
-    waiting: list[Target] = []
+    split, start = layout.splits_embedding, 0
+    waiting: list[HookedTarget] = []
     for index, target in enumerate(layout.targets):
         waiting.append(target)
         if target[1] == SLOTS[-1] or index + 1 == len(layout.targets):

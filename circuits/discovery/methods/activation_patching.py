@@ -1,7 +1,8 @@
-"""Activation patching: the exact damage of ablating every edge alone, which gradient methods approximate.
+"""Activation patching: the exact damage of ablating every edge alone, which EAP approximates.
 
-Wang et al. 2022, "Interpretability in the Wild" (https://arxiv.org/abs/2211.00593), path patching; Goldowsky-Dill et al. 2023,
-"Localizing Model Behavior with Path Patching" (https://arxiv.org/abs/2304.05969).
+Wang et al. 2022, "Interpretability in the Wild" (https://arxiv.org/abs/2211.00593), path patching;
+Goldowsky-Dill et al. 2023, "Localizing Model Behavior with Path Patching"
+(https://arxiv.org/abs/2304.05969).
 """
 
 from __future__ import annotations
@@ -13,41 +14,57 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuits.discovery.checkpoint import Checkpoint
-from circuits.discovery.discoverer import SPEED_ONLY, CircuitDiscoverer, Progress
+from circuits.discovery.checkpoint import Checkpoint, TensorState
+from circuits.discovery.discoverer import SPEED_ONLY, Progress, Resumable
 from circuits.graph.circuit import Circuit
 from circuits.graph.graph import Graph
 from circuits.graph.nodes import Node, at_position
 from circuits.models import Model
-from circuits.models.component_graph import component_graph
 from circuits.running.ablation import Ablation
 from circuits.running.damage import DamageMeter
-from circuits.system.ranks import ranks, totals
+from circuits.running.settings import RunSettings
+from circuits.system.ranks import ranks
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
 
-# Circuits measured in one go, for each of the ranks that share them: split by position, thousands of edges lead into a component of a large
-# model, and each circuit is a row of all its edges.
+# Circuits measured in one go, for each of the ranks that share them. Split by position, thousands
+# of edges lead into a component of a large model, and each circuit is a row of all edges.
 LARGEST_STEP = 256
-# Circuits without a node share all that is computed downstream of the first one.
+# Circuits without a whole node share little, so fewer are measured together.
 NODES_PER_STEP = 32
 
 
-@dataclass(frozen=True)
-class ActivationPatching(CircuitDiscoverer):
-    """Score every edge by the damage of ablating it alone, measured.
+@dataclass
+class PatchingState(TensorState):
+    """The edges measured so far; NaN for the others."""
 
-    One run of the model for each edge: exact, slow, and the yardstick for EAP. Edges that stand in for each other all score low.
+    scores: Float[Tensor, " edge"]
+    node_evaluations: int = 0
+
+
+@dataclass(frozen=True)
+class ActivationPatching(Resumable):
+    """Score every edge by the measured damage of ablating it alone.
+
+    One run of the model for each edge: exact, slow, and the yardstick for EAP. Edges that can stand
+    in for each other all score low.
 
     Reference: Goldowsky-Dill et al. 2023, https://arxiv.org/abs/2304.05969
 
     Attributes:
         metric: what damage is measured in.
         ablation: what an ablated edge carries instead.
-        max_memory: bytes that one step may take; by default chosen from what is free.
+        max_memory: bytes that one step may take; None chooses from the memory that is free.
+
+    >>> import circuits
+    >>> model = circuits.load_model("toy-world")
+    >>> task = circuits.load_task("ioi", model, n=2)
+    >>> exact = circuits.ActivationPatching().discover(model, task)
+    >>> bool(exact.scores.isfinite().all())
+    True
     """
 
     name: ClassVar[str] = "activation-patching"
@@ -64,73 +81,62 @@ class ActivationPatching(CircuitDiscoverer):
         checkpoint: Checkpoint | str | Path | None = None,
         progress: Progress | None = None,
     ) -> Circuit:
-        graph = component_graph(model) if graph is None else graph
+        graph = self.search_graph(model, graph)
         saved = Checkpoint.open(checkpoint, self.identity(), graph, task)
-        damage = self._damage(model, graph, task)
-        unharmed = damage(torch.ones(1, len(graph), dtype=torch.bool))
-        state = saved.restore(
-            {"scores": torch.full((len(graph),), torch.nan), "node_evaluations": torch.tensor(0)}
-        )
-        scores, counts = state["scores"], damage.executor.counts
+        meter = self._meter(model, graph, task)
+        whole = meter(torch.ones(1, len(graph), dtype=torch.bool))
+        start = PatchingState(torch.full((len(graph),), torch.nan))
+        state = start.from_tensors(saved.restore(start.to_tensors()))
         for step in _steps(graph):
-            if not scores[step].isnan().any():
+            if not state.scores[step].isnan().any():
                 continue  # measured before the run was interrupted
-            before = counts["node_evaluations"]
-            scores[step] = (damage(_without_each(step, len(graph))) - unharmed).float()
-            state["node_evaluations"] += totals(
-                {"node_evaluations": counts["node_evaluations"] - before}
-            )["node_evaluations"]
-            saved.save(state)
+            counts: dict[str, int] = {}
+            with meter.counting(counts):
+                # score(e) = L(G \ e) - L(G)
+                state.scores[step] = (meter(_without_each(step, len(graph))) - whole).float()
+            state.node_evaluations += counts["node_evaluations"]
+            saved.save(state.to_tensors())
             if progress:
-                progress(int((~scores.isnan()).sum()), len(graph))
-        return Circuit.full(
-            graph,
-            scores,
-            record=self.record(
-                evaluations=len(graph), node_evaluations=int(state["node_evaluations"])
-            ),
-        )
+                progress(int((~state.scores.isnan()).sum()), len(graph))
+        record = self.record(evaluations=len(graph), node_evaluations=state.node_evaluations)
+        return Circuit.full(graph, state.scores, record=record)
 
     def node_scores(
         self, model: Model, task: Task, *, graph: Graph | None = None
     ) -> dict[Node, float]:
-        """The damage of ablating every outgoing edge of a node at once, for each node that has any: patching its output."""
-        graph = component_graph(model) if graph is None else graph
-        damage = self._damage(model, graph, task)
+        """The damage of patching each node's output, that is of ablating all its outgoing edges."""
+        graph = self.search_graph(model, graph)
+        meter = self._meter(model, graph, task)
         sources = graph.source.unique()
         kept = graph.source[None] != sources[:, None]
-        unharmed = damage(torch.ones(1, len(graph), dtype=torch.bool))
-        scores = torch.cat([damage(part) for part in kept.split(NODES_PER_STEP)]) - unharmed
-        return {
-            graph.nodes[source]: score
-            for source, score in zip(sources.tolist(), scores.tolist(), strict=True)
-        }
+        whole = meter(torch.ones(1, len(graph), dtype=torch.bool))
+        scores = torch.cat([meter(part) for part in kept.split(NODES_PER_STEP)]) - whole
+        nodes = [graph.nodes[source] for source in sources.tolist()]
+        return dict(zip(nodes, scores.tolist(), strict=True))
 
-    def _damage(self, model: Model, graph: Graph, task: Task) -> DamageMeter:
-        return DamageMeter.prepare(
-            model,
-            graph,
-            task,
-            metric=self.metric,
-            ablation=self.ablation,
-            max_memory=self.max_memory,
+    def _meter(self, model: Model, graph: Graph, task: Task) -> DamageMeter:
+        settings = RunSettings.parse(
+            task, ablation=self.ablation, metric=self.metric, max_memory=self.max_memory
         )
+        return DamageMeter.prepare(model, graph, task, settings)
 
 
 def _steps(graph: Graph) -> Iterator[slice]:
-    """The edges into one component after the other: without any of them the same nodes are to be computed again, so that no work is wasted."""
+    """The edges into one component after the other.
+
+    Without any of them the same nodes have to be recomputed, so no work is wasted.
+    """
     largest, start = LARGEST_STEP * ranks().world, 0
     components = [at_position(node, None) for node in graph.nodes]
-    for _, group in groupby(graph.target.tolist(), key=components.__getitem__):
-        stop = start + sum(1 for _ in group)
-        yield from (
-            slice(first, min(first + largest, stop)) for first in range(start, stop, largest)
-        )
+    for _, edges in groupby(graph.target.tolist(), key=components.__getitem__):
+        stop = start + len(list(edges))
+        for first in range(start, stop, largest):
+            yield slice(first, min(first + largest, stop))
         start = stop
 
 
 def _without_each(edges: slice, total: int) -> Bool[Tensor, "variant edge"]:
-    """A circuit without each of some edges."""
+    """The whole graph without each of some edges."""
     kept = torch.ones(edges.stop - edges.start, total, dtype=torch.bool)
     kept[:, edges].fill_diagonal_(False)
     return kept

@@ -35,7 +35,7 @@ from circuits.attribution.influence import prune
 from circuits.attribution.local_model import LocalModel, freeze
 from circuits.attribution.pooling import Pooled, spans_of
 from circuits.discovery.checkpoint import Checkpoint
-from circuits.discovery.discoverer import SPEED_ONLY, CircuitDiscoverer, Progress
+from circuits.discovery.discoverer import SPEED_ONLY, Progress, Resumable
 from circuits.graph.circuit import Circuit
 from circuits.graph.graph import Graph
 from circuits.graph.identity import TranscodersIdentity
@@ -55,7 +55,7 @@ Explained = str | int | tuple[str | int, str | int] | Direction
 
 
 @dataclass(frozen=True)
-class AttributionGraph(CircuitDiscoverer):
+class AttributionGraph(Resumable):
     """Attribute what a model says to the transcoder features that fire on the way, and to the tokens they come from.
 
     Reference: Ameisen, Lindsey et al. 2025, Circuit tracing, https://transformer-circuits.pub/2025/attribution-graphs/methods.html
@@ -76,7 +76,6 @@ class AttributionGraph(CircuitDiscoverer):
     """
 
     name: ClassVar[str] = "attribution-graph"
-    makes_own_graph: ClassVar[bool] = True
     transcoders: str | Path | Transcoders
     budget: int | None = None
     at_a_time: int = 512
@@ -104,6 +103,19 @@ class AttributionGraph(CircuitDiscoverer):
             raise InputError(
                 f"transcoders={self.transcoders!r}: give loaded ones, a folder, or the name of a set that ships with this package."
             )
+
+    def search_graph(self, model: Model, graph: Graph | None) -> Graph:
+        """The empty graph: the method finds the nodes itself.
+
+        Raises:
+            InputError: a graph with edges was given.
+        """
+        if graph is not None and graph.nodes:
+            raise InputError(
+                f"{self.name} makes its graph of features itself and takes none; leave out graph, "
+                "split_embed and positions."
+            )
+        return Graph.empty(identity(model))
 
     def identity(self) -> dict[str, Any]:
         """Method and settings, and which weights the transcoders have."""
@@ -199,10 +211,7 @@ class AttributionGraph(CircuitDiscoverer):
         checkpoint: Checkpoint | str | Path | None = None,
         progress: Progress | None = None,
     ) -> Circuit:
-        if graph is not None:
-            raise InputError(
-                f"{self.name} makes its graph of features itself and takes none; leave out graph, split_embed and positions."
-            )
+        self.search_graph(model, graph)
         transcoders, names = self.loaded, self._spans(task)
         spans = None if names is None else spans_of(task.positions, names)
         who = identity(model)

@@ -1,60 +1,112 @@
-"""Batched-edge ACDC: many edges tried at once, each on its own, and all that pass removed together.
+"""Batched-edge ACDC: try many edges at once, each alone, and remove all that pass together.
 
-A variant of ACDC (Conmy, Mavor-Parker, Lynch, Heimersheim and Garriga-Alonso 2023, https://arxiv.org/abs/2304.14997, section 3), proposed in
-the discussion of its speed: most edges are in no circuit and most pairs of edges do not interact. It rests on the independence of the edges
-of one group, in that removing one does not change what removing another does (`experiments/edge_independence.py` measures how often that
-fails). The edges of a group do not see each other's removal, so this can keep other edges than ACDC, which it equals for groups of one edge.
+A variant of ACDC (Conmy et al. 2023, https://arxiv.org/abs/2304.14997, section 3), proposed in the
+discussion of its speed: most edges are in no circuit, and most pairs of edges do not interact. It
+assumes that the edges of a group are independent: that removing one does not change what removing
+another does (`experiments/edge_independence.py` measures how often that fails). Since the edges of a
+group do not see each other's removal, it can keep other edges than ACDC; with groups of one edge it
+equals ACDC.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.discovery.checkpoint import Checkpoint
-from circuits.discovery.discoverer import SPEED_ONLY, CircuitDiscoverer, Progress
+from circuits.discovery.checkpoint import Checkpoint, TensorState
+from circuits.discovery.discoverer import SPEED_ONLY, Progress, Resumable
 from circuits.discovery.search.edge_order import GroupName, check_group, edge_groups
 from circuits.graph.circuit import Circuit
 from circuits.graph.graph import Graph
 from circuits.models import Model
-from circuits.models.component_graph import component_graph
 from circuits.running.ablation import Ablation
 from circuits.running.damage import DamageMeter
+from circuits.running.settings import RunSettings
 from circuits.system.errors import InputError
-from circuits.system.ranks import totals
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
 
-State = dict[str, Tensor]
+# Circuits measured at a time: a layer of GPT-2 small has thousands of edges, and each circuit is a
+# row of all 32,491.
+LARGEST_BATCH = 256
 
-LARGEST_BATCH = 256  # circuits handed over at a time: a layer of GPT-2 small has thousands of edges, and each circuit is a row of all 32,491
-COUNTS = ("evaluations", "joint_measurements", "bisections", "batches", "node_evaluations")
+
+@dataclass
+class BatchedState(TensorState):
+    """What has been decided so far.
+
+    Attributes:
+        kept: the circuit so far, H.
+        scores: the measured increase in damage of each edge alone.
+        removed_in: the group in which each edge was removed; the number of groups for kept edges.
+        damage: the damage of H.
+        groups_done: the number of finished groups.
+        excess: damage of the current group's removals beyond the sum of their single increases.
+        largest_excess: the largest excess seen, removed together or not.
+        excess_left: the largest excess among removals that were made.
+        evaluations: edges tried alone.
+        joint_measurements: circuits measured besides.
+    """
+
+    kept: Bool[Tensor, " edge"]
+    scores: Float[Tensor, " edge"]
+    removed_in: Int[Tensor, " edge"]
+    damage: float
+    groups_done: int = 0
+    excess: float = 0.0
+    largest_excess: float = 0.0
+    excess_left: float = 0.0
+    evaluations: int = 0
+    joint_measurements: int = 0
+    bisections: int = 0
+    batches: int = 0
+    node_evaluations: int = 0
+
+    def remove(self, edges: Sequence[int]) -> None:
+        """Take edges out of H."""
+        self.kept[edges] = False
+        self.removed_in[edges] = self.groups_done
+
+    def summary(self) -> dict[str, Any]:
+        """What the circuit's record says of the search."""
+        internal = ("kept", "scores", "removed_in", "groups_done", "excess")
+        return {name: value for name, value in vars(self).items() if name not in internal}
 
 
 @dataclass(frozen=True)
-class BatchedACDC(CircuitDiscoverer):
-    """Measure a group of edges each on its own, and remove at once all whose removal does less damage than the threshold.
+class BatchedACDC(Resumable):
+    """Remove, at once, all edges of a group whose removal alone does little damage.
 
-    Groups come in ACDC's topological order; edges into a target that no longer reaches the logits when its group's turn comes go untried,
-    and those into one that loses its way to the logits with their own group go with it, whatever their score.
-    Scores are the measured increases in damage of each edge's removal alone. With `verify`, a joint removal has to do at most the threshold
-    more damage than the sum of what its edges do alone; one that does more is bisected, and its parts are tried one after the other.
+    Groups come in ACDC's topological order. Edges into a target that no longer reaches the logits
+    are removed without being tried, or, if their own group cut the target off, whatever their
+    score. Scores are the measured increases in damage of each edge's removal alone. With `verify`,
+    a joint removal may do at most the threshold more damage than the sum of its single removals;
+    one that does more is bisected, and its parts are tried one after the other.
 
-    Reference: Conmy et al. 2023, https://arxiv.org/abs/2304.14997, with several edges removed at a time
+    Reference: Conmy et al. 2023, https://arxiv.org/abs/2304.14997, with several edges at a time
 
     Attributes:
-        threshold: the largest increase in damage an edge may cost and still go, in the metric's unit (nats for KL).
+        threshold: the largest increase in damage at which an edge is still removed, in the metric's
+            unit (nats for KL).
         metric: what damage is measured in.
         ablation: what a removed edge carries instead.
-        group: edges tried at once: "target", into a node (a head's v, k and q); "layer", into a layer's heads or MLP; or so many in a row.
-        verify: bisect a group whose joint removal does more damage than its single removals promise.
-        max_memory: bytes that one step may take; by default chosen from what is free.
+        group: edges tried at once: "target", into a node (a head's v, k and q); "layer", into a
+            layer's heads or MLP; or a number of consecutive edges.
+        verify: bisect a group whose joint removal does more damage than its single removals.
+        max_memory: bytes that one step may take; None chooses from the memory that is free.
+
+    >>> import circuits
+    >>> model = circuits.load_model("toy-world")
+    >>> task = circuits.load_task("ioi", model, n=4, split="train")
+    >>> circuit = circuits.BatchedACDC(threshold=0.1, group="layer").discover(model, task)
+    >>> 0 < len(circuit) < 60
+    True
     """
 
     name: ClassVar[str] = "batched-acdc"
@@ -68,7 +120,7 @@ class BatchedACDC(CircuitDiscoverer):
     def __post_init__(self) -> None:
         if not self.threshold >= 0:
             raise InputError(
-                f"threshold={self.threshold} must be a number of at least 0; 0.01 is a usual one for KL."
+                f"threshold={self.threshold} must be a number of at least 0; 0.01 is usual for KL."
             )
         check_group(self.group)
 
@@ -81,146 +133,116 @@ class BatchedACDC(CircuitDiscoverer):
         checkpoint: Checkpoint | str | Path | None = None,
         progress: Progress | None = None,
     ) -> Circuit:
-        graph = component_graph(model) if graph is None else graph
+        graph = self.search_graph(model, graph)
         groups = edge_groups(graph, self.group)
         saved = Checkpoint.open(checkpoint, self.identity(), graph, task)
-        damage = DamageMeter.prepare(
-            model,
-            graph,
-            task,
-            metric=self.metric,
-            ablation=self.ablation,
-            max_memory=self.max_memory,
+        settings = RunSettings.parse(
+            task, ablation=self.ablation, metric=self.metric, max_memory=self.max_memory
         )
-        state = saved.restore(_start(graph, damage, len(groups)))
-        for number in range(int(state["next"])):
-            damage.near(
-                state["removed_in"] >= number
-            )  # along the same way, so that rounding is the same as without a break
-        for number in range(int(state["next"]), len(groups)):
-            damage.near(state["kept"])
-            before = dict(damage.executor.counts)
-            self._try(groups[number], state, damage)
-            for name, value in totals(
-                {name: value - before[name] for name, value in damage.executor.counts.items()}
-            ).items():
-                state[name] += value
-            state["next"] = torch.tensor(number + 1)
-            saved.save(state)
+        meter = DamageMeter.prepare(model, graph, task, settings)
+        start = _start(graph, meter, len(groups))
+        state = start.from_tensors(saved.restore(start.to_tensors()))
+        for number in range(state.groups_done):
+            # Lead the executor along the same circuits as before the interruption, so that its
+            # rounding is the same.
+            meter.near(state.removed_in >= number)
+        for number in range(state.groups_done, len(groups)):
+            counts: dict[str, int] = {}
+            with meter.counting(counts):
+                meter.near(state.kept)
+                self._decide(groups[number], state, meter)
+            state.batches += counts["batches"]
+            state.node_evaluations += counts["node_evaluations"]
+            state.groups_done = number + 1
+            saved.save(state.to_tensors())
             if progress:
                 progress(number + 1, len(groups))
-        return Circuit(graph, state["scores"], state["kept"], record=self.record(**_summary(state)))
+        return Circuit(graph, state.scores, state.kept, record=self.record(**state.summary()))
 
-    def _try(self, group: Sequence[int], state: State, damage: DamageMeter) -> None:
-        """Decide on the edges of one group, and write the decisions into `state`."""
-        edges = _without_dead(group, state, damage)
+    def _decide(self, group: Sequence[int], state: BatchedState, meter: DamageMeter) -> None:
+        """Decide on the edges of one group."""
+        edges = _without_dead(group, state, meter)
         if not edges:
             return
-        found = torch.cat([_removed_alone(batch, state, damage) for batch in _batches(edges)])
-        increases = found - state["damage"]
-        state["scores"][edges] = increases
-        state["evaluations"] += len(edges)
-        harmless = [
-            edge
-            for edge, increase in zip(edges, increases.tolist(), strict=True)
-            if increase < self.threshold
-        ]
+        # increase(e) = L(H \ e) - L(H), each edge alone
+        damages = torch.cat([_removed_alone(some, state, meter) for some in _batches(edges)])
+        increases = damages - state.damage
+        state.scores[edges] = increases
+        state.evaluations += len(edges)
+        harmless = [edges[row] for row in (increases < self.threshold).nonzero().flatten().tolist()]
         if harmless:
-            # Of one edge the joint removal is the single one.
-            known = found[edges.index(harmless[0])].clone() if len(harmless) == 1 else None
-            self._remove_together(harmless, state, damage, known)
-        for name in ("largest_excess", "excess_left"):
-            state[name] = torch.maximum(state[name], state["excess"])
-        state["excess"] = torch.zeros_like(state["excess"])
-        # A number of edges may lead into a node that lost its way to the logits with this very group.
-        _without_dead(edges, state, damage)
+            # For one edge the joint removal is the single one, measured already.
+            known = float(damages[edges.index(harmless[0])]) if len(harmless) == 1 else None
+            self._remove_together(harmless, state, meter, known)
+        state.largest_excess = max(state.largest_excess, state.excess)
+        state.excess_left = max(state.excess_left, state.excess)
+        state.excess = 0.0
+        # The group may have cut off a target that other edges of the group lead to.
+        _without_dead(edges, state, meter)
 
     def _remove_together(
-        self,
-        edges: list[int],
-        state: State,
-        damage: DamageMeter,
-        after: Float[Tensor, ""] | None = None,
+        self, edges: list[int], state: BatchedState, meter: DamageMeter, after: float | None = None
     ) -> bool:
-        """Remove edges that are harmless alone, or with `verify` what of them can go. `after` is the damage without all, where it is known.
+        """Remove edges that are harmless alone; with `verify`, as many of them as pass.
 
-        `excess` is what the group's removals have done so far beyond the sum of their single increases. A single edge adds nothing to it: its
-        increase, and so its score, is then the one measured here. Returns whether all went.
+        A single edge has no excess: its increase, and so its score, is then the one measured here.
+
+        Args:
+            after: the damage without all of the edges, if known.
+
+        Returns:
+            Whether all of them were removed.
         """
         if after is None:
-            kept = state["kept"].clone()
+            kept = state.kept.clone()
             kept[edges] = False
-            after = damage(kept[None])[0]
-            state["joint_measurements"] += 1
-        increase = after - state["damage"]
+            after = float(meter(kept[None])[0])
+            state.joint_measurements += 1
+        increase, excess = after - state.damage, state.excess
         if len(edges) == 1:
-            state["scores"][edges] = increase
-            goes = not self.verify or bool(increase < self.threshold)
-            excess = state["excess"]
+            state.scores[edges] = increase
+            removed = not self.verify or increase < self.threshold
         else:
-            excess = state["excess"] + increase - state["scores"][edges].sum()
-            goes = not self.verify or bool(excess <= self.threshold)
-        if goes:
-            _remove(edges, state)
-            state["damage"], state["excess"] = after, excess
+            # excess = increase of the joint removal - sum of the single increases
+            excess += increase - float(state.scores[edges].sum())
+            removed = not self.verify or excess <= self.threshold
+        if removed:
+            state.remove(edges)
+            state.damage, state.excess = after, excess
         elif len(edges) > 1:
-            state["largest_excess"] = torch.maximum(state["largest_excess"], excess)
-            state["bisections"] += 1
+            state.largest_excess = max(state.largest_excess, excess)
+            state.bisections += 1
             half = len(edges) // 2
-            first_went = self._remove_together(edges[:half], state, damage)
-            # Without the first half, the circuit without the second one is the one just measured.
-            self._remove_together(edges[half:], state, damage, after if first_went else None)
-        return goes
+            first_removed = self._remove_together(edges[:half], state, meter)
+            # Without the first half, the circuit without the second one was measured just now.
+            self._remove_together(edges[half:], state, meter, after if first_removed else None)
+        return removed
 
 
-def _start(graph: Graph, damage: DamageMeter, groups: int) -> State:
-    """The whole graph, nothing tried. `removed_in` is the group in which an edge went, or their number."""
+def _start(graph: Graph, meter: DamageMeter, groups: int) -> BatchedState:
+    """The whole graph, with nothing tried."""
     kept = torch.ones(len(graph), dtype=torch.bool)
     scores = torch.full((len(graph),), torch.nan, dtype=torch.float64)
-    start = {
-        "kept": kept,
-        "scores": scores,
-        "removed_in": torch.full((len(graph),), groups),
-        "damage": damage(kept[None])[0],
-    }
-    excesses = {
-        name: torch.tensor(0.0, dtype=torch.float64)
-        for name in ("excess", "largest_excess", "excess_left")
-    }
-    return {**start, **excesses, **{name: torch.tensor(0) for name in ("next", *COUNTS)}}
+    removed_in = torch.full((len(graph),), groups)
+    return BatchedState(kept, scores, removed_in, float(meter(kept[None])[0]))
 
 
-def _without_dead(edges: Sequence[int], state: State, damage: DamageMeter) -> list[int]:
-    """The edges still kept that can matter; those into targets that do not reach the logits are removed."""
-    live = damage.reaching_logits(state["kept"])
-    _remove([edge for edge in edges if state["kept"][edge] and not live[edge]], state)
+def _without_dead(edges: Sequence[int], state: BatchedState, meter: DamageMeter) -> list[int]:
+    """The kept edges that can matter; those into targets cut off from the logits are removed."""
+    live = meter.reaching_logits(state.kept)
+    state.remove([edge for edge in edges if state.kept[edge] and not live[edge]])
     return [edge for edge in edges if live[edge]]
 
 
-def _remove(edges: list[int], state: State) -> None:
-    state["kept"][edges] = False
-    state["removed_in"][edges] = state["next"]
+def _batches(edges: list[int]) -> list[list[int]]:
+    starts = range(0, len(edges), LARGEST_BATCH)
+    return [edges[start : start + LARGEST_BATCH] for start in starts]
 
 
-def _batches(edges: list[int]) -> Iterator[list[int]]:
-    return (edges[start : start + LARGEST_BATCH] for start in range(0, len(edges), LARGEST_BATCH))
-
-
-def _removed_alone(edges: list[int], state: State, damage: DamageMeter) -> Float[Tensor, " tried"]:
+def _removed_alone(
+    edges: list[int], state: BatchedState, meter: DamageMeter
+) -> Float[Tensor, " tried"]:
     """The damage without each of some edges."""
-    without = state["kept"].repeat(len(edges), 1)
+    without = state.kept.repeat(len(edges), 1)
     without[torch.arange(len(edges)), edges] = False
-    return damage(without)
-
-
-def _summary(state: State) -> dict[str, Any]:
-    """What the record says of the search.
-
-    `evaluations` counts edges tried alone, `joint_measurements` what was measured besides. `largest_excess` is the most damage that a joint
-    removal was seen to do beyond the sum of its single increases, `excess_left` the most among removals that were made; both at least 0.
-    Without `verify` the two are equal, and cost nothing: the damage after each group is needed anyway.
-    """
-    return {
-        **{name: int(state[name]) for name in COUNTS},
-        **{name: float(state[name]) for name in ("largest_excess", "excess_left", "damage")},
-    }
+    return meter(without)

@@ -1,9 +1,16 @@
-"""Edge attribution patching: every edge's damage predicted by a gradient.
+"""Edge attribution patching: every edge's damage predicted from a gradient.
 
-EAP: Syed, Rager and Conmy 2023, "Attribution Patching Outperforms Automated Circuit Discovery" (https://arxiv.org/abs/2310.10348).
-EAP-IG: Hanna, Pezzelle and Belinkov 2024, "Have Faith in Faithfulness" (https://arxiv.org/abs/2403.17806).
-`gradient_at="corrupted"` is how Nanda's attribution-patching note takes it; "both" is the mean of the two, a good cheap baseline.
-We differ from the published code in scale and sign: a score is the predicted damage, mean over scored rows, of ablating the edge.
+EAP: Syed, Rager and Conmy 2023, "Attribution Patching Outperforms Automated Circuit Discovery"
+(https://arxiv.org/abs/2310.10348). EAP-IG: Hanna, Pezzelle and Belinkov 2024, "Have Faith in
+Faithfulness" (https://arxiv.org/abs/2403.17806).
+
+Both compute, for every edge from a source u to a target r,
+
+    score(u -> r) = (c_u - out_u(clean)) . d L / d x_r
+
+with c_u the counterfactual output, x_r the input of r and L the damage; see
+`gradients.edge_scores`. They differ in where the gradient is taken. Scores differ from the published
+code's in scale and sign: ours are the predicted damage, mean over scored rows, of ablating the edge.
 """
 
 from __future__ import annotations
@@ -11,31 +18,33 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from circuits.discovery.checkpoint import Checkpoint
 from circuits.discovery.discoverer import SPEED_ONLY, CircuitDiscoverer, Progress
-from circuits.discovery.gradients.edge_scores import (
-    EdgeAttribution,
-    GradientPoint,
-    attribute_edges,
-    score_edges,
-)
+from circuits.discovery.gradients.edge_attribution import EdgeAttribution
+from circuits.discovery.gradients.edge_scores import GradientPoint, attribute_edges, score_edges
 from circuits.graph.circuit import Circuit
 from circuits.graph.graph import Graph
-from circuits.graph.nodes import MLP, Head, Node, PosEmbed, TokenEmbed
+from circuits.graph.nodes import MLP, Head, Node
 from circuits.models import Model
 from circuits.models.component_graph import check_supported, component_graph, component_nodes
 from circuits.models.identity import check_fits
+from circuits.models.propagation import PropagationRules
 from circuits.running.ablation import Ablation
+from circuits.running.settings import RunSettings
 from circuits.system.errors import InputError
-from circuits.tasks.metrics import Metric, get_metric
+from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
 
 
 @dataclass(frozen=True)
 class GradientMethod(CircuitDiscoverer):
-    """What EAP and EAP-IG share: they differ only in the points at which gradients are taken."""
+    """A method that scores edges by difference times gradient.
+
+    A subclass says where gradients are taken (`points`) and, if it is a relevance method, how they
+    pass through norms, attention and activations (`rules`).
+    """
 
     metric: str | Metric = "logit_difference"
     ablation: str | Ablation = "resample"
@@ -43,7 +52,12 @@ class GradientMethod(CircuitDiscoverer):
 
     @abstractmethod
     def points(self, nodes: tuple[Node, ...]) -> list[GradientPoint]:
-        """Where gradients are taken, for a graph whose sources are `nodes`."""
+        """Where gradients are taken, in a graph whose sources are `nodes`."""
+
+    @property
+    def rules(self) -> PropagationRules:
+        """How gradients pass through nonlinear parts; by default as their derivatives say."""
+        return PropagationRules()
 
     def discover(
         self,
@@ -54,9 +68,11 @@ class GradientMethod(CircuitDiscoverer):
         checkpoint: Checkpoint | str | Path | None = None,
         progress: Progress | None = None,
     ) -> Circuit:
-        graph = self._graph(model, graph)
+        self.refuse_checkpoint(checkpoint)
+        graph, settings = self.search_graph(model, graph), self._settings(task)
+        points = self.points(component_nodes(model, graph.splits_embedding))
         scores = score_edges(
-            model, graph, task, **self._settings(model, graph, task), progress=progress
+            model, graph, task, settings, points, rules=self.rules, progress=progress
         )
         return Circuit.full(graph, scores, record=self.record())
 
@@ -68,50 +84,55 @@ class GradientMethod(CircuitDiscoverer):
         graph: Graph | None = None,
         progress: Progress | None = None,
     ) -> EdgeAttribution:
-        """What one score per edge cannot hold: scores by prompt, node, head, position and neuron.
+        """Scores in detail: by prompt, node, head, layer, position and neuron.
 
         Raises:
-            InputError: the model, graph and task do not fit together; the metric has no gradient or one that vanishes; not even one
-                prompt fits into `max_memory`.
+            InputError: the model, graph and task do not fit together; the metric has no gradient,
+                or one that vanishes; or a single prompt does not fit into `max_memory`.
         """
-        graph = self._graph(model, graph)
+        graph, settings = self.search_graph(model, graph), self._settings(task)
+        points = self.points(component_nodes(model, graph.splits_embedding))
         return attribute_edges(
-            model, graph, task, **self._settings(model, graph, task), progress=progress
+            model, graph, task, settings, points, rules=self.rules, progress=progress
         )
 
-    def _graph(self, model: Model, graph: Graph | None) -> Graph:
-        # One that is made here fits: reading all weights a second time would tell nothing new.
+    def search_graph(self, model: Model, graph: Graph | None) -> Graph:
+        """The graph to score: the one given, if it fits the model, or the component graph."""
+        # A graph that is made here fits; checking it would read all weights again.
         if graph is None:
             return component_graph(model)
         check_supported(model)
         check_fits(model, graph)
         return graph
 
-    def _settings(self, model: Model, graph: Graph, task: Task) -> dict[str, Any]:
-        split_embed = any(isinstance(node, TokenEmbed | PosEmbed) for node in graph.nodes)
-        points = self.points(component_nodes(model, split_embed))
-        return {
-            "metric": get_metric(self.metric, task),
-            "ablation": self.ablation,
-            "points": points,
-            "max_memory": self.max_memory,
-        }
+    def _settings(self, task: Task) -> RunSettings:
+        return RunSettings.parse(
+            task, ablation=self.ablation, metric=self.metric, max_memory=self.max_memory
+        )
 
 
 @dataclass(frozen=True)
 class EAP(GradientMethod):
-    """Score every edge by the gradient of the metric times the change that ablating it makes.
+    """Score every edge by (corrupted - clean) . gradient.
 
-    One forward pass on the corrupted prompts and one forward and backward pass on the clean ones. Cheap, and blind where the
-    metric saturates: KL, whose gradient vanishes at the clean run, is refused there.
+    One forward pass on the corrupted prompts, and one forward and backward pass on the clean ones.
+    Cheap, and blind where the metric saturates: KL, whose gradient vanishes at the clean run, is
+    refused there.
 
     Reference: Syed et al. 2023, https://arxiv.org/abs/2310.10348
 
     Attributes:
         metric: what damage is measured in.
         ablation: what an ablated edge carries instead.
-        gradient_at: on which run the gradient is taken; "both" is the mean of the two.
-        max_memory: bytes that a run may take on top of model and task, to within a fifth; None chooses from what is free.
+        gradient_at: the run on which the gradient is taken, as in Nanda's attribution-patching note
+            for "corrupted"; "both" is the mean of the two, a good cheap baseline.
+        max_memory: bytes that a run may take on top of model and task; None chooses from the memory
+            that is free.
+
+    >>> import circuits
+    >>> model = circuits.load_model("toy-world")
+    >>> circuits.EAP().discover(model, circuits.load_task("ioi", model, n=4)).top(20)
+    Circuit(20 of 479 edges)
     """
 
     name: ClassVar[str] = "eap"
@@ -130,17 +151,26 @@ class EAP(GradientMethod):
 
 @dataclass(frozen=True)
 class EAPIG(GradientMethod):
-    """EAP with integrated gradients: the gradient averaged along a line from the corrupted to the clean run.
+    """EAP with integrated gradients: the gradient averaged from the corrupted to the clean run.
 
     Reference: Hanna et al. 2024, https://arxiv.org/abs/2403.17806
 
     Attributes:
         metric: what damage is measured in.
         ablation: what an ablated edge carries instead; the line starts at the ablated embedding.
-        steps: gradients taken along each line.
-        along: "inputs" moves the embeddings; "activations" moves what one sub-layer writes, each in turn: 2 n_layers + 1 lines.
-        quadrature: "midpoint" takes the middles of equal pieces of the line; "left" their corrupted ends, as the published code does.
-        max_memory: bytes that a run may take on top of model and task, to within a fifth; None chooses from what is free.
+        steps: the number of gradients taken along each line.
+        along: "inputs" moves the embeddings; "activations" moves what one sub-layer writes, each in
+            turn: 2 n_layers + 1 lines.
+        quadrature: "midpoint" takes the middles of equal pieces of the line; "left" their corrupted
+            ends, as the published code does.
+        max_memory: bytes that a run may take on top of model and task; None chooses from the memory
+            that is free.
+
+    >>> import circuits
+    >>> model = circuits.load_model("toy-world")
+    >>> task = circuits.load_task("ioi", model, n=4)
+    >>> circuits.EAPIG(steps=3).discover(model, task).top(20)
+    Circuit(20 of 479 edges)
     """
 
     name: ClassVar[str] = "eap-ig"
@@ -159,17 +189,17 @@ class EAPIG(GradientMethod):
             raise InputError(f"quadrature={self.quadrature!r}: choose 'midpoint' or 'left'.")
 
     def points(self, nodes: tuple[Node, ...]) -> list[GradientPoint]:
+        # alpha_k = (k + 1/2) / m, or k / m with the published code's left ends
         offset = 0.5 if self.quadrature == "midpoint" else 0.0
         fractions = [(step + offset) / self.steps for step in range(self.steps)]
-        lines: list[tuple[Node, ...]] = [()] if self.along == "inputs" else _sub_layers(nodes)
+        lines = [()] if self.along == "inputs" else _sub_layers(nodes)
         return [GradientPoint(fraction, line) for line in lines for fraction in fractions]
 
 
 def _sub_layers(nodes: tuple[Node, ...]) -> list[tuple[Node, ...]]:
     """The embeddings, each layer's heads together, and each MLP."""
-    groups: dict[tuple[type[Node] | None, int], list[Node]] = {}
+    groups: dict[object, list[Node]] = {}
     for node in nodes:
-        groups.setdefault(
-            (type(node), node.layer) if isinstance(node, Head | MLP) else (None, -1), []
-        ).append(node)
+        sub_layer = (type(node), node.layer) if isinstance(node, Head | MLP) else "embeddings"
+        groups.setdefault(sub_layer, []).append(node)
     return [tuple(group) for group in groups.values()]

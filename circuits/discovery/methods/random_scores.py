@@ -1,4 +1,4 @@
-"""Random scores: the floor under every comparison."""
+"""Random scores: the floor of every comparison."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from circuits.discovery.discoverer import CircuitDiscoverer, Progress
 from circuits.graph.circuit import Circuit
 from circuits.graph.graph import Graph
 from circuits.models import Model
-from circuits.models.component_graph import component_graph
 from circuits.tasks.task import Task
 
 
@@ -25,6 +24,11 @@ class RandomScores(CircuitDiscoverer):
 
     Attributes:
         seed: the same seed gives the same scores.
+
+    >>> import circuits
+    >>> model = circuits.load_model("toy-world")
+    >>> circuits.RandomScores(seed=1).discover(model, circuits.load_task("ioi", model, n=2))
+    Circuit(479 of 479 edges, scored only)
     """
 
     name: ClassVar[str] = "random"
@@ -39,6 +43,8 @@ class RandomScores(CircuitDiscoverer):
         checkpoint: Checkpoint | str | Path | None = None,
         progress: Progress | None = None,
     ) -> Circuit:
-        graph = component_graph(model) if graph is None else graph
-        scores = torch.rand(len(graph), generator=torch.Generator().manual_seed(self.seed))
+        self.refuse_checkpoint(checkpoint)
+        graph = self.search_graph(model, graph)
+        generator = torch.Generator().manual_seed(self.seed)
+        scores = torch.rand(len(graph), generator=generator)
         return Circuit.full(graph, scores, record=self.record())

@@ -1,55 +1,73 @@
-"""Which measurements in low precision must be made again in float32, so that decisions are those of float32."""
+"""Measure again in float32 what low precision cannot decide, so that decisions are float32's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
 
-# What is nearer to the threshold than the largest error seen lately, times the margin, is measured in float32. So are the nearest of each first
-# batch of a target, wherever they lie; then what was seen earlier counts a little less.
+from circuits.discovery.checkpoint import TensorState
+
+Increases = Float[np.ndarray, " row"]
+StateIndices = Int[np.ndarray, " some"]
+
+# What is nearer to the threshold than MARGIN times the largest error seen lately is measured again
+# in float32. So are the SAMPLE nearest of each target's first batch, wherever they are; errors seen
+# earlier then count a little less.
 SAMPLE, MARGIN, FORGETTING = 3, 5.0, 0.9
 
 
+@dataclass
+class Noise(TensorState):
+    """Rounding errors met so far.
+
+    Attributes:
+        noise: the largest error of an increase seen lately, in the metric's unit.
+        confirmed: the number of states measured again in float32.
+    """
+
+    noise: float = 0.0
+    confirmed: int = 0
+
+
 def confirm(
-    increases: Float[np.ndarray, " row"],
-    values: Float[np.ndarray, " value"],
+    increases: Increases,
+    values: Float[np.ndarray, " state"],
     before: Int[np.ndarray, " row"],
-    distance: Callable[[Float[np.ndarray, " row"]], Float[np.ndarray, " row"]],
-    measure: Callable[[Int[np.ndarray, " some"]], Float[np.ndarray, " some"]],
-    noise: float,
+    distance: Callable[[Increases], Increases],
+    measure: Callable[[StateIndices], Float[np.ndarray, " some"]],
+    noise: Noise,
     *,
     sample: bool,
-) -> tuple[float, int]:
-    """Replace increases in damage that might lie on the wrong side of a threshold by those measured in float32.
+) -> None:
+    """Replace, in place, increases that might be on the wrong side of the threshold.
 
     Args:
-        increases: values[row] - values[before[row]], measured in low precision; written to.
-        values: the damage in each state; written to.
+        increases: values[row] - values[before[row]], measured in low precision.
+        values: the damage of every state.
         before: the state that each row is compared with.
         distance: how far increases are from the threshold.
-        measure: damages of some of the states in float32.
-        noise: the largest error of an increase that was seen in earlier batches, in the metric's unit.
-        sample: measure the increases nearest to the threshold wherever they lie.
-
-    Returns:
-        The largest error seen so far, older ones counting less, and how many states were measured.
+        measure: the damage of some states in float32.
+        noise: updated with the errors seen here.
+        sample: measure the increases nearest to the threshold, wherever they are.
     """
-    known, confirmed = np.zeros(len(values), dtype=bool), np.zeros(len(increases), dtype=bool)
-    noise *= FORGETTING if sample else 1
+    known, confirmed = np.zeros(len(values), bool), np.zeros(len(increases), bool)
+    noise.noise *= FORGETTING if sample else 1
     while True:
         away = np.where(confirmed, np.inf, distance(increases))
-        doubtful = ~confirmed & (away <= MARGIN * noise)
+        doubtful = ~confirmed & (away <= MARGIN * noise.noise)
         if sample and not confirmed.any():
             doubtful[np.argsort(away)[:SAMPLE]] = True
         if not doubtful.any():
-            return noise, int(known.sum())
+            noise.confirmed += int(known.sum())
+            return
         states = np.unique(np.concatenate([np.flatnonzero(doubtful), before[doubtful]]))
         states = states[~known[states]]
         if len(states):
             values[states], known[states] = measure(states), True
         found = values[: len(increases)][doubtful] - values[before[doubtful]]
-        # An error makes others doubtful, so that this goes on until none is left.
-        noise = max(noise, float(np.abs(found - increases[doubtful]).max()))
+        # An error seen here can make other increases doubtful, so repeat until none is left.
+        noise.noise = max(noise.noise, float(np.abs(found - increases[doubtful]).max()))
         increases[doubtful], confirmed = found, confirmed | doubtful

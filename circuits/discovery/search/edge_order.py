@@ -1,6 +1,6 @@
-"""The order in which greedy methods try edges. Their result depends on it, so it is part of the record.
+"""The order in which sequential searches try edges, which is part of their result.
 
-Both orders go from the logits up, so that everything upstream of the edge at hand is still whole.
+Every order goes from the logits up, so that all that is upstream of the edge tried is still whole.
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ from circuits.system.errors import InputError
 OrderName = Literal["topological", "original"]
 GroupName = Literal["target", "layer"]
 
+TargetSlot = tuple[Node, str | None]
+EdgesBySlot = dict[TargetSlot, tuple[int, ...]]
+SLOT_ORDER = "vkq"  # v is tried first
+
 
 @dataclass(frozen=True)
 class Trial:
-    """Edges into one slot of one target: tried one after the other, or removed all at once (`together`)."""
+    """Edges into one slot of one target: tried one by one, or removed all at once (`together`)."""
 
     edges: tuple[int, ...]
     together: bool = False
@@ -30,10 +34,14 @@ class Trial:
 def edge_order(graph: Graph, order: OrderName) -> list[Trial]:
     """Every edge of a component graph, in the order in which to try them.
 
-    "topological": the logits; then layer by layer from the top the MLP, then heads from the highest, each v, k, q; sources from the most
-    downstream up, `pos_embed` before `tok_embed`; with positions, the last position first.
-    "original": that of the original ACDC code (github.com/ArthurConmy/Automatic-Circuit-Discovery). Per layer the MLP; then v of all heads
-    from the highest, then k, then q, each slot first as a whole; then the edges of the slots, v of all heads, then k, then q.
+    "topological": the logits; then, layer by layer from the top, the MLP and the heads from the
+    highest, each v, k, q. Sources come from the most downstream up, `pos_embed` before `tok_embed`;
+    with positions, the last position comes first.
+
+    "original": the order of the original code
+    (github.com/ArthurConmy/Automatic-Circuit-Discovery). In each layer the MLP; then, as group
+    tests, v of all heads from the highest, k of all heads, q of all heads; then the edges of these
+    slots one by one, in the same order.
 
     Raises:
         InputError: there is no such order, or it does not fit the graph.
@@ -42,75 +50,99 @@ def edge_order(graph: Graph, order: OrderName) -> list[Trial]:
         raise InputError(f"there is no order {order!r}; choose 'topological' or 'original'.")
     if order == "original" and graph.positions is not None:
         raise InputError(
-            "the original code knows no positions; use order='topological' for a graph split by position."
+            "the original code knows no positions; use order='topological' for a graph split by "
+            "position."
         )
     slots = _edges_by_slot(graph)
     return list(_topological(graph, slots) if order == "topological" else _original(slots))
 
 
-def edge_groups(graph: Graph, group: GroupName | int) -> list[tuple[int, ...]]:
-    """The topological order, cut into groups of edges that follow each other.
+def chains(graph: Graph, order: OrderName) -> list[list[Trial]]:
+    """The trials of an order, in groups: those into one target, or the group tests of one layer."""
 
-    "target": the edges into one node, a head's v, k and q together; split by position, into that node at one position.
-    "layer": the edges into a layer's MLP, into all heads of a layer, or into the logits. A number: so many edges, wherever they lead.
+    def chain_of(trial: Trial) -> tuple[bool, object]:
+        target = int(graph.target[trial.edges[0]])
+        node = graph.nodes[target]
+        by_layer = trial.together and isinstance(node, Head)
+        return trial.together, node.layer if by_layer else target  # type: ignore[attr-defined]
+
+    return [list(chain) for _, chain in groupby(edge_order(graph, order), key=chain_of)]
+
+
+def edge_groups(graph: Graph, group: GroupName | int) -> list[tuple[int, ...]]:
+    """The topological order, cut into groups of consecutive edges.
+
+    Args:
+        group: "target" groups the edges into one node (a head's v, k and q together), at one
+            position if the graph is split by position; "layer" groups the edges into a layer's
+            MLP, into all heads of a layer, or into the logits; a number groups that many edges.
 
     Raises:
-        InputError: there is no such group, or the graph has other targets than those of a component graph.
+        InputError: there is no such group, or the graph is not a component graph.
     """
     check_group(group)
     edges = [edge for trial in edge_order(graph, "topological") for edge in trial.edges]
     if isinstance(group, int):
         return [tuple(edges[start : start + group]) for start in range(0, len(edges), group)]
     targets = graph.target.tolist()
-    places = {
-        target: _place(graph.nodes[target]) if group == "layer" else target
-        for target in set(targets)
-    }
-    return [tuple(part) for _, part in groupby(edges, key=lambda edge: places[targets[edge]])]
+    group_of: dict[int, object] = {target: target for target in targets}
+    if group == "layer":
+        group_of = {target: _layer_and_rank(graph.nodes[target]) for target in group_of}
+    return [tuple(part) for _, part in groupby(edges, key=lambda edge: group_of[targets[edge]])]
 
 
 def check_group(group: GroupName | int) -> None:
-    """Refuse what names no group.
+    """Refuse what is neither the name of a group nor a positive number of edges.
 
     Raises:
-        InputError: it is neither a name nor a number of edges.
+        InputError: with the value given.
     """
-    number = isinstance(group, int) and not isinstance(group, bool)
-    if group not in get_args(GroupName) and not (number and group >= 1):  # type: ignore[operator]
+    if isinstance(group, int) and not isinstance(group, bool) and group >= 1:
+        return
+    if group not in get_args(GroupName):
         raise InputError(
-            f"group={group!r} is no way to group edges; choose 'target', 'layer' or a number of edges of at least 1."
+            f"group={group!r} is no way to group edges; choose 'target', 'layer' or a number of "
+            "edges of at least 1."
         )
 
 
-Target = tuple[Node, str | None]
-Slots = dict[Target, tuple[int, ...]]
-
-
-def _edges_by_slot(graph: Graph) -> Slots:
+def _edges_by_slot(graph: Graph) -> EdgesBySlot:
     """The edges into each slot of each target, from the most downstream source up."""
-    slots: dict[Target, list[int]] = {}
+    slots: dict[TargetSlot, list[int]] = {}
     for index, edge in enumerate(graph.edges):
         slots.setdefault((edge.target, edge.slot), []).append(index)
-    sources = graph.source.tolist()
+    source = graph.source.tolist()
     return {
-        target: tuple(sorted(edges, key=sources.__getitem__, reverse=True))
+        target: tuple(sorted(edges, key=source.__getitem__, reverse=True))
         for target, edges in slots.items()
     }
 
 
-def _topological(graph: Graph, slots: Slots) -> Iterator[Trial]:
-    def rank(target: Target) -> tuple[float, ...]:
+def _topological(graph: Graph, slots: EdgesBySlot) -> Iterator[Trial]:
+    def rank(target: TargetSlot) -> tuple[float, ...]:
         node, slot = target
-        layer, kind = _place(node)
-        # Nodes stand in order of computation, a node's positions side by side: backwards, the highest head and the last position lead.
-        return -layer, kind, -graph.node_index[node], "vkq".index(slot or "v")
+        layer, kind = _layer_and_rank(node)
+        # The positions of a node follow each other in `nodes`; in descending order the highest
+        # head and the last position come first.
+        return -layer, kind, -graph.node_index[node], SLOT_ORDER.index(slot or "v")
 
     for target in sorted(slots, key=rank):
         yield Trial(slots[target])
 
 
-def _place(node: Node) -> tuple[float, int]:
-    """The layer, the logits above all, and within it 0 for what is tried first."""
+def _original(slots: EdgesBySlot) -> Iterator[Trial]:
+    layers = sorted({_layer_and_rank(node)[0] for node, _ in slots}, reverse=True)
+    for layer in layers:
+        here = [(node, slot) for node, slot in slots if _layer_and_rank(node)[0] == layer]
+        yield from (Trial(slots[target]) for target in here if not isinstance(target[0], Head))
+        heads = [(node, slot) for node, slot in here if isinstance(node, Head) and slot]
+        heads.sort(key=lambda target: (SLOT_ORDER.index(target[1]), -target[0].head))
+        yield from (Trial(slots[target], together=True) for target in heads)
+        yield from (Trial(slots[target]) for target in heads)
+
+
+def _layer_and_rank(node: Node) -> tuple[float, int]:
+    """The layer (the logits above all), and 0 for what is tried first within a layer."""
     match node:
         case Logits():
             return math.inf, 0
@@ -119,16 +151,5 @@ def _place(node: Node) -> tuple[float, int]:
         case Head(layer=layer):
             return layer, 1
     raise InputError(
-        f"{node} is not a target in a component graph; greedy methods try the edges of component graphs."
+        f"{node} is not a target in a component graph; searches over edges need a component graph."
     )
-
-
-def _original(slots: Slots) -> Iterator[Trial]:
-    layers = sorted({_place(node)[0] for node, _ in slots}, reverse=True)
-    for layer in layers:
-        here = [(node, slot) for node, slot in slots if _place(node)[0] == layer]
-        yield from (Trial(slots[target]) for target in here if not isinstance(target[0], Head))
-        heads = [(node, slot) for node, slot in here if isinstance(node, Head) and slot]
-        heads.sort(key=lambda target: ("vkq".index(target[1]), -target[0].head))
-        yield from (Trial(slots[target], together=True) for target in heads)
-        yield from (Trial(slots[target]) for target in heads)

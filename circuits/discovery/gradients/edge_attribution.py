@@ -1,0 +1,89 @@
+"""Gradient scores in detail: by prompt, node, head, layer, position and neuron."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from circuits.graph.graph import Graph
+from circuits.graph.nodes import MLP, Head, Node
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeAttribution:
+    """What one score per edge cannot hold. All entries are predicted damage.
+
+    Sums over prompts are weighted by the number of scored rows.
+
+    Attributes:
+        graph: the edges.
+        nodes: the sources, one per row below.
+        rows: scored rows of each prompt.
+        edges_by_prompt: damage on each prompt; its mean, weighted by `rows`, is the edge's score.
+        sources_by_position: of ablating all outgoing edges of a source at one position.
+        neurons: of ablating all outgoing edges of one coordinate of a source's output.
+
+    >>> import circuits
+    >>> model = circuits.load_model("toy-world")
+    >>> found = circuits.EAP().attribute(model, circuits.load_task("ioi", model, n=4))
+    >>> found.heads().shape, found.edges_by_prompt.shape
+    (torch.Size([4, 4]), torch.Size([4, 479]))
+    """
+
+    graph: Graph
+    nodes: tuple[Node, ...]
+    rows: Int[Tensor, " prompt"]
+    edges_by_prompt: Float[Tensor, "prompt edge"]
+    sources_by_position: Float[Tensor, "prompt source pos"]
+    neurons: Float[Tensor, "source d_model"]
+
+    @property
+    def edges(self) -> Float[Tensor, " edge"]:
+        """The score of each edge."""
+        return self._mean(self.edges_by_prompt)
+
+    def node_scores(self) -> dict[Node, float]:
+        """For every node with outgoing edges, the sum of their scores."""
+        source = self.graph.source
+        sums = torch.zeros(len(self.graph.nodes), dtype=torch.float64)
+        sums.index_add_(0, source, self.edges.double())
+        return {self.graph.nodes[index]: float(sums[index]) for index in source.unique().tolist()}
+
+    def heads(self) -> Float[Tensor, "layer head"]:
+        """Scores of heads, all positions together."""
+        scores = {node: score for node, score in self._by_source() if isinstance(node, Head)}
+        n_layers = max((node.layer for node in scores), default=-1) + 1
+        n_heads = max((node.head for node in scores), default=-1) + 1
+        result = torch.zeros(n_layers, n_heads)
+        for node, score in scores.items():
+            result[node.layer, node.head] = score
+        return result
+
+    def layers(self) -> Float[Tensor, "layer 2"]:
+        """Scores of each layer: its heads together, and its MLP."""
+        scores = [
+            (node, score) for node, score in self._by_source() if isinstance(node, Head | MLP)
+        ]
+        n_layers = max((node.layer for node, _ in scores), default=-1) + 1
+        result = torch.zeros(n_layers, 2)
+        for node, score in scores:
+            result[node.layer, int(isinstance(node, MLP))] += score
+        return result
+
+    def bootstrap(self, samples: int, *, seed: int = 0) -> Float[Tensor, "sample edge"]:
+        """Scores on `samples` draws of the prompts with replacement; no model is run."""
+        generator, n = torch.Generator().manual_seed(seed), len(self.rows)
+        draws = torch.randint(n, (samples, n), generator=generator)
+        weights = torch.zeros(samples, n).scatter_add_(1, draws, self.rows[draws].float())
+        return (weights / weights.sum(1, keepdim=True)) @ self.edges_by_prompt
+
+    def _by_source(self) -> list[tuple[Node, Tensor]]:
+        totals = self._mean(self.sources_by_position).sum(-1)
+        return list(zip(self.nodes, totals, strict=True))
+
+    def _mean(self, by_prompt: Float[Tensor, "prompt *rest"]) -> Float[Tensor, " *rest"]:
+        weights = self.rows.to(by_prompt.dtype) / self.rows.sum()
+        return torch.tensordot(weights, by_prompt, dims=1)

@@ -1,0 +1,96 @@
+"""How a search measures increases in damage: in float32, or in low precision with confirmation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from circuits.discovery.search.confirmation import Increases, Noise, confirm
+from circuits.discovery.search.state import Group, SearchState, without_each
+from circuits.running.damage import DamageMeter
+from circuits.system.errors import NotFiniteError
+
+
+@dataclass
+class Measurement:
+    """Measures how much removals raise the damage, and compares that with the threshold.
+
+    Attributes:
+        absolute: compare the size of the change, so that edges that hurt are kept too.
+        confirm: in low precision, measure again in float32 what is near the threshold.
+    """
+
+    meter: DamageMeter
+    threshold: float
+    absolute: bool
+    confirm: bool
+    noise: Noise
+
+    def harmless(self, increase: Increases | float) -> Any:
+        """Whether removals that raise the damage by this much are below the threshold."""
+        return self._compared(increase) < self.threshold
+
+    def one(self, state: SearchState, edges: Group, *, sample: bool) -> tuple[float, float]:
+        """L(H without the edges) - L(H), and L(H without the edges), with H the circuit so far."""
+        without = without_each(state.kept, [edges], np.array([False]))
+        increases, values = self.many(state, without, np.array([1]), sample=sample)
+        return float(increases[0]), float(values[0])
+
+    def many(
+        self,
+        state: SearchState,
+        without: Bool[Tensor, "row edge"],
+        before: Int[np.ndarray, " row"],
+        *,
+        sample: bool,
+    ) -> tuple[Increases, Float[np.ndarray, " state"]]:
+        """Increases in damage, each against another circuit.
+
+        Args:
+            without: the circuits to measure.
+            before: the row that each is compared with; `len(without)` is H, the circuit so far.
+            sample: whether this is a target's first batch, which shows how large the noise is.
+
+        Returns:
+            L(row) - L(before[row]) for every row, and L of every row and of H.
+
+        Raises:
+            NotFiniteError: the damage of one of them is not finite.
+        """
+        exact = self.meter.exact
+        if exact is None:
+            values = np.array([*self.meter(without).tolist(), state.damage])
+            return values[:-1] - values[before], values
+        # H is measured with the others, because rounding depends on what the executor starts from.
+        states = torch.cat([without, state.kept[None]])
+        values = self._in_low_precision(states).numpy().copy()
+        increases = values[:-1] - values[before]
+        if self.confirm:
+            confirm(
+                increases,
+                values,
+                before,
+                lambda found: np.abs(self._compared(found) - self.threshold),
+                lambda some: exact(states[torch.from_numpy(some)]).numpy(),
+                self.noise,
+                sample=sample,
+            )
+        return increases, values
+
+    def _in_low_precision(self, states: Bool[Tensor, "state edge"]) -> Float[Tensor, " state"]:
+        try:
+            return self.meter(states)
+        except NotFiniteError:
+            exact = self.meter.exact
+            if len(states) > 2 or exact is None:
+                raise
+            # A small type can overflow where float32 does not.
+            return replace(self.meter, executor=exact.executor)(states)
+
+    def _compared(self, increase: Any) -> Any:
+        return np.abs(increase) if self.absolute else increase

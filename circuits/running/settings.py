@@ -1,0 +1,70 @@
+"""How circuits are run and judged: one value, made from the user's arguments once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from circuits.running.ablation import Ablation, get_ablation
+from circuits.running.precision import Precision, get_precision
+from circuits.system.errors import InputError
+from circuits.tasks.metrics import Metric, get_metric
+from circuits.tasks.task import Task
+from circuits.transcoders.transcoder import Transcoders
+
+ExecutorName = Literal["auto", "incremental", "hooks"]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How to run circuits, and the metric that judges them.
+
+    Attributes:
+        ablation: what ablated edges carry instead.
+        metric: None if the logits themselves are wanted.
+        executor: "incremental" recomputes only what changes; "hooks" is the reference executor;
+            "auto" takes the first where the architecture is known to it.
+        max_memory: bytes that one step may take; None chooses from the memory that is free.
+        precision: of the incremental executor; None is float32 throughout.
+        transcoders: for a graph of features; None loads the transcoders that the graph names.
+    """
+
+    ablation: Ablation = Ablation()
+    metric: Metric | None = None
+    executor: ExecutorName = "auto"
+    max_memory: int | None = None
+    precision: Precision | None = None
+    transcoders: Transcoders | None = None
+
+    @staticmethod
+    def parse(
+        task: Task | None = None,
+        *,
+        ablation: str | Ablation = "resample",
+        metric: str | Metric | None = None,
+        executor: ExecutorName = "auto",
+        max_memory: int | None = None,
+        precision: str | Precision | None = None,
+        transcoders: Transcoders | None = None,
+    ) -> RunSettings:
+        """The settings that a user's arguments ask for.
+
+        Args:
+            task: the task to be judged on. With it, `metric=None` means the task's own metric.
+
+        Raises:
+            InputError: an argument names no ablation, metric, executor or precision, or the metric
+                does not fit the task.
+        """
+        if executor not in get_args(ExecutorName):
+            raise InputError(
+                f"there is no executor {executor!r}; choose 'auto', 'incremental' or 'hooks'."
+            )
+        return RunSettings(
+            get_ablation(ablation),
+            None if task is None else get_metric(metric, task),
+            executor,
+            max_memory,
+            get_precision(precision),
+            transcoders,
+        )
