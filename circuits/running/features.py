@@ -1,14 +1,17 @@
-"""Running circuits of features: the model computes, with every feature, error and token outside the circuit ablated. Nothing is frozen.
+"""Run circuits of transcoder features: everything outside the circuit is ablated, nothing is frozen.
 
-A circuit keeps the nodes that its edges touch; in each prompt every instance of a kept node stays. At every position the output of layer l's MLP
-becomes
+A circuit keeps the nodes that its edges touch, and with a node all its occurrences in a prompt. At
+every position the output of layer l's MLP becomes
 
-    MLP_l(x) + sum over nodes outside the circuit that write there: c - out(x)
+    MLP_l(x) + sum over the nodes n outside the circuit that write there of  c_n - out_n(x)
 
-out(x) is what the node writes in this very run (a feature's activation times its decoder rows, or the error) and c what it writes on the
-corrupted prompt, zero, or its mean. Biases and skips stay as they are. Token embeddings outside the circuit are replaced likewise.
-Features that are inactive on the clean prompt are outside every circuit but one: a circuit that keeps every edge of a graph with all active features
-is the model itself. With a single edge less, such features take their values on the corrupted prompt, so curves over sizes jump at their last point.
+with out_n(x) what the node writes in this run (a feature's activation times its decoder rows, or the
+error) and c_n what it writes on the corrupted prompt, zero, or its mean. Biases and skip connections
+stay as they are. Token embeddings outside the circuit are replaced in the same way.
+
+A feature that is inactive on the clean prompt is in no circuit, with one exception: the circuit that
+keeps every edge of a graph with all active features is the model itself. With one edge less, such
+features take their values on the corrupted prompt, so curves over sizes jump at their last point.
 """
 
 from __future__ import annotations
@@ -50,58 +53,75 @@ from circuits.transcoders.transcoder import Transcoders
 
 CPU_BYTES = 1 << 30
 
+KeptEdges = Bool[Tensor, "variant edge"]
+NodeMask = Bool[Tensor, " node"]
+Stream = Float[Tensor, "batch pos d_model"]
+Activations = Float[Tensor, "batch pos feature"]
+
+EMBEDDING_HOOK = output_hook(TokenEmbed())
+
 
 def transcoders_of(graph: PooledFeatureGraph, given: Transcoders | None) -> Transcoders:
-    """The transcoders whose features are a graph's nodes: those handed over, or those the graph remembers.
+    """The transcoders whose features are a graph's nodes: those given, or those the graph names.
 
     Raises:
         InputError: they are not the ones the graph was made with, or cannot be found again.
     """
-    who = graph.transcoders
-    if given is None and not who.source:
+    made_with = graph.transcoders
+    if given is None and not made_with.source:
         raise InputError(
-            f"the graph's transcoders {who.name!r} were not loaded from a file; hand them over with transcoders=."
+            f"the graph's transcoders {made_with.name!r} were not loaded from a file; hand them over "
+            "with transcoders=."
         )
-    found = load_transcoders(who.source) if given is None else given
-    if found.identity.weights != who.weights:
-        where = f" in {who.source}" if given is None else ""
+    found = load_transcoders(made_with.source) if given is None else given
+    if found.identity.weights != made_with.weights:
+        where = f" in {made_with.source}" if given is None else ""
         raise InputError(
-            f"the transcoders {found.name!r}{where} have other weights than those the graph was made with ({who.name!r})."
+            f"the transcoders {found.name!r}{where} have other weights than those the graph was made "
+            f"with ({made_with.name!r})."
         )
     return found
 
 
 @dataclass(frozen=True, eq=False)
-class Recorded:
+class NodeOutputs:
     """What features, errors and tokens write on some prompts, or what replaces it.
 
     Attributes:
         features: activations, by layer.
-        errors: by layer, before a norm after the MLP where transcoders write there.
+        errors: by layer, before the norm after the MLP if transcoders write there.
         tokens: the token embeddings.
     """
 
-    features: Sequence[Float[Tensor, "batch pos feature"]]
-    errors: Sequence[Float[Tensor, "batch pos d_model"]]
-    tokens: Float[Tensor, "batch pos d_model"]
+    features: Sequence[Activations]
+    errors: Sequence[Stream]
+    tokens: Stream
 
-    def mapped(self, function: Callable[[Tensor], Tensor]) -> Recorded:
-        """The same with a function of every tensor."""
-        return Recorded(
+    def map(
+        self, function: Callable[[Tensor], Tensor], tokens: Callable[[Tensor], Tensor] | None = None
+    ) -> NodeOutputs:
+        """A function of every tensor; of the token embeddings, `tokens` if given."""
+        return NodeOutputs(
             [function(part) for part in self.features],
             [function(part) for part in self.errors],
-            function(self.tokens),
+            (tokens or function)(self.tokens),
+        )
+
+    def __add__(self, other: NodeOutputs) -> NodeOutputs:
+        return NodeOutputs(
+            [a + b for a, b in zip(self.features, other.features, strict=True)],
+            [a + b for a, b in zip(self.errors, other.errors, strict=True)],
+            self.tokens + other.tokens,
         )
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureExecutor:
-    """Runs circuits of one graph of features on one task.
+    """Runs circuits of one graph of features on one task, see `executor.Executor`.
 
     Attributes:
-        leading: at so many first positions there are no features.
-        means: of the ablation, taken once over all prompts.
-        counts: of model runs.
+        means: of the ablation, taken over all prompts.
+        counts: batches are model runs.
     """
 
     model: Model
@@ -109,9 +129,8 @@ class FeatureExecutor:
     graph: PooledFeatureGraph
     task: Task
     ablation: Ablation
-    leading: int
     max_memory: int | None = None
-    means: Recorded | None = None
+    means: NodeOutputs | None = None
     counts: dict[str, int] = field(default_factory=lambda: {"node_evaluations": 0, "batches": 0})
 
     @staticmethod
@@ -124,7 +143,7 @@ class FeatureExecutor:
         transcoders: Transcoders | None = None,
         max_memory: int | None = None,
     ) -> FeatureExecutor:
-        """Take means where the ablation needs them.
+        """Take means if the ablation needs them.
 
         Raises:
             InputError: model, transcoders, graph and task do not fit together.
@@ -136,279 +155,229 @@ class FeatureExecutor:
         check_task(model, task)
         if ablation.name == "given":
             raise InputError(
-                "circuits of features are ablated by resample, zero, mean or mean_by_position; outputs cannot be given."
+                "circuits of features are ablated by resample, zero, mean or mean_by_position; "
+                "outputs cannot be given."
             )
-        if graph.positions is not None and (
-            missing := [
-                name for name in graph.positions if name != REST and name not in task.positions
-            ]
-        ):
+        spans = [name for name in graph.positions or () if name != REST]
+        missing = [name for name in spans if name not in task.positions]
+        if missing:
             raise InputError(
-                f"the circuit is split by the positions {missing}, which the task {task.name!r} does not name."
+                f"the circuit is split by the positions {missing}, which the task {task.name!r} does "
+                "not name."
             )
-        ready = FeatureExecutor(
-            model,
-            found,
-            graph,
-            task.to(model.cfg.device),
-            ablation,
-            graph.transcoders.leading,
-            max_memory,
-        )
-        return ready._with_means() if ablation.name.startswith("mean") else ready
+        task = task.to(model.cfg.device)
+        ready = FeatureExecutor(model, found, graph, task, ablation, max_memory)
+        return replace(ready, means=ready._means()) if ablation.takes_means else ready
 
-    def logits(self, kept: Bool[Tensor, "variant edge"]) -> Float[Tensor, "variant scored vocab"]:
+    def logits(self, kept: KeptEdges) -> Float[Tensor, "variant scored vocab"]:
         """Logits of every circuit at every scored row."""
         return self.map(kept, lambda logits: logits)
 
-    def map(
-        self, kept: Bool[Tensor, "variant edge"], function: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+    def map(self, kept: KeptEdges, function: Callable[[Tensor], Tensor]) -> Tensor:
         """`function` of the logits, one circuit at a time."""
-        nodes = [None if self._is_model(row) else self._touched(row) for row in kept]
-        pieces = [
-            self._piece(slice(start, start + self._prompts_at_once), nodes)
-            for start in range(0, len(self.task), self._prompts_at_once)
-        ]
-        logits = torch.cat(pieces, 1)
+        circuits = [self._kept_nodes(row) for row in kept]
+        parts = [self._part_logits(self.task[part], circuits) for part in self._parts()]
+        logits = torch.cat(parts, dim=1)
         check_finite(logits)
-        return torch.cat([function(one[None]) for one in logits])
+        return torch.cat([function(each[None]) for each in logits])
 
     def near(self, kept: Bool[Tensor, " edge"]) -> None:
-        """Nothing is kept between circuits."""
+        """Ignored: nothing is reused from circuit to circuit."""
 
     def fixed_cost(self, edges: Sequence[int]) -> float:
-        """A circuit is a run of the model."""
+        """None: a circuit is a run of the model."""
         return 0.0
 
-    def _is_model(self, kept: Bool[Tensor, " edge"]) -> bool:
-        return self.graph.transcoders.whole and bool(kept.all())
-
-    def _touched(self, kept: Bool[Tensor, " edge"]) -> Bool[Tensor, " node"]:
-        """The nodes that kept edges touch."""
+    def _kept_nodes(self, kept: Bool[Tensor, " edge"]) -> NodeMask | None:
+        """The nodes that kept edges touch; None for the model itself."""
+        if self.graph.transcoders.whole and bool(kept.all()):
+            return None
         touched = torch.zeros(len(self.graph.nodes), dtype=torch.bool)
         touched[self.graph.source[kept]] = True
         touched[self.graph.target[kept]] = True
         return touched
 
-    @property
-    def _prompts_at_once(self) -> int:
-        per_token = (
-            12
-            * self.transcoders.n_layers
-            * (self.transcoders.n_features + self.transcoders.d_model)
-        )
+    def _parts(self) -> list[slice]:
+        """The prompts in parts that fit into memory."""
+        widths = self.transcoders.n_features + self.transcoders.d_model
+        prompt_bytes = 12 * self.transcoders.n_layers * widths * self.task.clean.shape[1]
         budget = memory_budget(self.model.cfg.device, self.max_memory, cpu_bytes=CPU_BYTES)
-        return max(1, budget // (per_token * self.task.clean.shape[1]))
+        size = max(1, budget // prompt_bytes)
+        return [slice(start, start + size) for start in range(0, len(self.task), size)]
 
-    def _piece(
-        self, prompts: slice, circuits: Sequence[Bool[Tensor, " node"] | None]
+    def _part_logits(
+        self, part: Task, circuits: Sequence[NodeMask | None]
     ) -> Float[Tensor, "variant scored vocab"]:
-        piece = self.task[prompts]
         with frozen(self.model), plain_inputs(self.model), torch.no_grad():
-            clean = self._record(piece.clean, piece)
-            replaced = self._replaced(piece, clean)
-            residuals = [self._run(piece, clean, replaced, circuit) for circuit in circuits]
-            return torch.stack(
-                [unembed(self.model, residual[piece.scored]) for residual in residuals]
-            )
+            clean = self._record(part.clean, part)
+            replaced = self._replaced(part, clean)
+            residuals = [self._run(part, clean, replaced, circuit) for circuit in circuits]
+            return torch.stack([unembed(self.model, each[part.scored]) for each in residuals])
 
-    def _replaced(self, piece: Task, clean: Recorded) -> Recorded:
-        match self.ablation.name:
-            case "resample":
-                return self._record(piece.corrupted, piece)
-            case "zero":
-                return clean.mapped(torch.zeros_like)
-        assert self.means is not None
-        return self.means.mapped(lambda mean: mean[:, : piece.clean.shape[1]])
+    def _replaced(self, part: Task, clean: NodeOutputs) -> NodeOutputs:
+        """c_n of every node n."""
+        if self.means is not None:
+            return self.means.map(lambda mean: mean[:, : part.clean.shape[1]])
+        if self.ablation.name == "zero":
+            return clean.map(torch.zeros_like)
+        return self._record(part.corrupted, part)
 
-    def _record(self, tokens: Int[Tensor, "batch pos"], piece: Task) -> Recorded:
-        """What features, errors and tokens write when the model runs on these prompts."""
+    def _record(self, tokens: Int[Tensor, "batch pos"], part: Task) -> NodeOutputs:
+        """out_n of every node n when the model runs on these prompts."""
         seen: dict[str, Tensor] = {}
         layers = range(self.transcoders.n_layers)
-        names = [output_hook(TokenEmbed())] + [
-            hook(layer) for layer in layers for hook in (self._reads, self._writes)
-        ]
-        run_to_residual(
-            self.model, tokens, piece.mask, [(name, keeper(seen, name)) for name in names]
-        )
-        inputs = {layer: self._inputs(layer, seen[self._reads(layer)]) for layer in layers}
-        features = {layer: self._encode(layer, inputs[layer], piece) for layer in layers}
-        errors = [
-            seen[self._writes(layer)] - self.transcoders.output(layer, features, inputs[layer])
-            for layer in layers
-        ]
-        for error in errors:
-            error[:, : self.leading] = 0
-        return Recorded(list(features.values()), errors, seen[output_hook(TokenEmbed())])
+        names = [EMBEDDING_HOOK, *map(self._read_hook, layers), *map(self._written_hook, layers)]
+        hooks = [(name, keeper(seen, name)) for name in names]
+        run_to_residual(self.model, tokens, part.mask, hooks)
+        inputs = {layer: self._inputs(layer, seen[self._read_hook(layer)]) for layer in layers}
+        features = {layer: self._encode(layer, inputs[layer], part) for layer in layers}
+        errors = []
+        for layer in layers:
+            # error = MLP output - transcoder output
+            explained = self.transcoders.output(layer, features, inputs[layer])
+            errors.append(self._after_leading(seen[self._written_hook(layer)] - explained))
+        return NodeOutputs(list(features.values()), errors, seen[EMBEDDING_HOOK])
 
     def _run(
-        self,
-        piece: Task,
-        clean: Recorded,
-        replaced: Recorded,
-        circuit: Bool[Tensor, " node"] | None,
-    ) -> Float[Tensor, "batch pos d_model"]:
+        self, part: Task, clean: NodeOutputs, replaced: NodeOutputs, circuit: NodeMask | None
+    ) -> Stream:
         """The last residual stream of one circuit."""
         self.counts["batches"] += 1
         if circuit is None:
-            return run_to_residual(self.model, piece.clean, piece.mask)
-        keep = self._kept(piece, circuit)
+            return run_to_residual(self.model, part.clean, part.mask)
+        stays = _Staying.of(self.graph, circuit, part, self.transcoders)
         inputs: dict[int, Tensor] = {}
         features: dict[int, Tensor] = {}
-        changes: dict[int, Tensor] = {}
+        changes: dict[int, Tensor] = {}  # c_n - out_n of features outside the circuit
 
-        def tokens(embedding: Tensor) -> Tensor:
-            return torch.where(keep.tokens[..., None], embedding, replaced.tokens.to(embedding))
+        def replace_tokens(embedding: Tensor) -> Tensor:
+            return torch.where(stays.tokens[..., None], embedding, replaced.tokens.to(embedding))
 
         def reader(layer: int) -> Hook:
             def read(residual: Tensor) -> None:
                 inputs[layer] = self._inputs(layer, residual)
-                features[layer] = self._encode(layer, inputs[layer], piece)
-                stays = keep.features(layer) & (clean.features[layer] != 0)
-                changes[layer] = torch.where(stays, 0.0, replaced.features[layer] - features[layer])
-                changes[layer][:, : self.leading] = 0
+                features[layer] = self._encode(layer, inputs[layer], part)
+                kept = stays.features(layer) & (clean.features[layer] != 0)
+                change = replaced.features[layer] - features[layer]
+                changes[layer] = self._after_leading(torch.where(kept, 0.0, change))
 
             return read
 
         def writer(layer: int) -> Hook:
             def write(output: Tensor) -> Tensor:
                 error = output - self.transcoders.output(layer, features, inputs[layer])
-                gone = torch.where(
-                    keep.errors(layer)[..., None], 0.0, replaced.errors[layer] - error
-                )
-                gone[:, : self.leading] = 0
-                return output + (gone + self.transcoders.decode(changes, layer)).to(output)
+                kept = stays.errors(layer)[..., None]
+                error_change = torch.where(kept, 0.0, replaced.errors[layer] - error)
+                change = self._after_leading(error_change) + self.transcoders.decode(changes, layer)
+                return output + change.to(output)
 
             return write
 
         layers = range(self.transcoders.n_layers)
-        hooks: list[tuple[str, Hook]] = [(output_hook(TokenEmbed()), tokens)]
-        hooks += [(self._reads(layer), reader(layer)) for layer in layers] + [
-            (self._writes(layer), writer(layer)) for layer in layers
-        ]
-        return run_to_residual(self.model, piece.clean, piece.mask, hooks)
+        hooks: list[tuple[str, Hook]] = [(EMBEDDING_HOOK, replace_tokens)]
+        hooks += [(self._read_hook(layer), reader(layer)) for layer in layers]
+        hooks += [(self._written_hook(layer), writer(layer)) for layer in layers]
+        return run_to_residual(self.model, part.clean, part.mask, hooks)
 
-    def _kept(self, piece: Task, circuit: Bool[Tensor, " node"]) -> _Kept:
-        return _Kept.of(self.graph, circuit, piece, self.transcoders)
-
-    def _reads(self, layer: int) -> str:
+    def _read_hook(self, layer: int) -> str:
         return mlp_residual_hook(self.model, layer)
 
-    def _writes(self, layer: int) -> str:
+    def _written_hook(self, layer: int) -> str:
         return mlp_output_hook(self.model, layer, before_norm=self.transcoders.writes == "mlp")
 
-    def _inputs(
-        self, layer: int, residual: Float[Tensor, "batch pos d_model"]
-    ) -> Float[Tensor, "batch pos d_model"]:
-        parts = ModelWeights(self.model)
-        normalized = parts.normalized(layer, residual)
-        norm = parts.linear_norm(layer, "ln2", None if normalized is None else normalized[1])
+    def _inputs(self, layer: int, residual: Stream) -> Stream:
+        """What the features of a layer read."""
+        weights = ModelWeights(self.model)
+        normalized = weights.normalized(layer, residual)
+        scale = None if normalized is None else normalized[1]
+        norm = weights.linear_norm(layer, "ln2", scale)
         return read_by_features(self.transcoders, norm, residual.to(wide(self.model)))[1]
 
-    def _encode(
-        self, layer: int, inputs: Float[Tensor, "batch pos d_model"], piece: Task
-    ) -> Float[Tensor, "batch pos feature"]:
-        activations = self.transcoders.encode(layer, inputs, piece.mask)
-        activations[:, : self.leading] = 0
-        return activations
+    def _encode(self, layer: int, inputs: Stream, part: Task) -> Activations:
+        return self._after_leading(self.transcoders.encode(layer, inputs, part.mask))
 
-    def _with_means(self) -> FeatureExecutor:
-        """Means over all prompts, of the clean or the corrupted ones, padding left out."""
-        total, counts = None, [torch.zeros((), device=self.model.cfg.device)] * 2
+    def _after_leading(self, values: Tensor) -> Tensor:
+        """Set values to 0, in place, at the leading positions, which have no features or errors."""
+        values[:, : self.graph.transcoders.leading] = 0
+        return values
+
+    def _means(self) -> NodeOutputs:
+        """Means over all prompts, padding left out."""
+        total: NodeOutputs | None = None
+        n_tokens = n_later = torch.zeros((), device=self.model.cfg.device)
         axes = (0, 1) if self.ablation.name == "mean" else (0,)
-        for start in range(0, len(self.task), self._prompts_at_once):
-            piece = self.task[start : start + self._prompts_at_once]
+        for prompts in self._parts():
+            part = self.task[prompts]
+            tokens = part.clean if self.ablation.over == "clean" else part.corrupted
             with frozen(self.model), plain_inputs(self.model), torch.no_grad():
-                part = self._record(
-                    piece.clean if self.ablation.over == "clean" else piece.corrupted, piece
-                )
-            # There are no features and errors at the leading positions, which do not count in their means.
-            late = piece.mask & (
-                torch.arange(piece.mask.shape[1], device=piece.mask.device) >= self.leading
-            )
-            everywhere, later = (
-                weight.to(wide(self.model))[..., None] for weight in (piece.mask, late)
-            )
-            summed = Recorded(
-                [(value * later).sum(axes, keepdim=True) for value in part.features],
-                [(value * later).sum(axes, keepdim=True) for value in part.errors],
-                (part.tokens * everywhere).sum(axes, keepdim=True),
-            )
-            counts = [
-                count + weight.sum(axes, keepdim=True)
-                for count, weight in zip(counts, (later, everywhere), strict=True)
-            ]
-            total = summed if total is None else _added(total, summed)
+                outputs = self._record(tokens, part)
+            real, later = self._real_tokens(part)
+            sums = outputs.map(_weighted_sum(later, axes), tokens=_weighted_sum(real, axes))
+            n_tokens = n_tokens + real.sum(axes, keepdim=True)
+            n_later = n_later + later.sum(axes, keepdim=True)
+            total = sums if total is None else total + sums
         assert total is not None
-        of_features, of_tokens = (count.clamp(min=1) for count in counts)
         length = self.task.clean.shape[1]
-        return replace(
-            self,
-            means=Recorded(
-                [(value / of_features).expand(1, length, -1) for value in total.features],
-                [(value / of_features).expand(1, length, -1) for value in total.errors],
-                (total.tokens / of_tokens).expand(1, length, -1),
-            ),
+        return total.map(
+            lambda value: (value / n_later.clamp(min=1)).expand(1, length, -1),
+            tokens=lambda value: (value / n_tokens.clamp(min=1)).expand(1, length, -1),
         )
 
+    def _real_tokens(self, part: Task) -> tuple[Float[Tensor, "batch pos 1"], ...]:
+        """1 at real tokens; and at those after the leading positions, since features and errors do
+        not exist there and must not count in their means."""
+        positions = torch.arange(part.mask.shape[1], device=part.mask.device)
+        is_later = positions >= self.graph.transcoders.leading
+        masks = (part.mask, part.mask & is_later)
+        return tuple(mask.to(wide(self.model))[..., None] for mask in masks)
 
-def _added(a: Recorded, b: Recorded) -> Recorded:
-    return Recorded(
-        [x + y for x, y in zip(a.features, b.features, strict=True)],
-        [x + y for x, y in zip(a.errors, b.errors, strict=True)],
-        a.tokens + b.tokens,
-    )
+
+def _weighted_sum(weights: Tensor, axes: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    return lambda value: (value * weights).sum(axes, keepdim=True)
 
 
 @dataclass(frozen=True, eq=False)
-class _Kept:
-    """Where each node of a circuit stays, on some prompts.
+class _Staying:
+    """Where each node of a circuit stays on some prompts.
 
     Attributes:
-        by_span: for features, whether each is kept at a span, by layer.
-        spans: the number of the span of each position; zeros in a graph without positions.
-        error_by_span: likewise for errors.
+        spans: the span of each position; zeros in a graph without positions.
+        feature_spans: by layer, whether each feature stays at a span.
+        error_spans: whether each layer's error stays at a span.
         tokens: where token embeddings stay.
     """
 
-    by_span: Sequence[Bool[Tensor, "span feature"]]
-    error_by_span: Bool[Tensor, "layer span"]
     spans: Int[Tensor, "batch pos"]
+    feature_spans: Sequence[Bool[Tensor, "span feature"]]
+    error_spans: Bool[Tensor, "layer span"]
     tokens: Bool[Tensor, "batch pos"]
 
     @staticmethod
-    def of(
-        graph: Graph, circuit: Bool[Tensor, " node"], piece: Task, transcoders: Transcoders
-    ) -> _Kept:
+    def of(graph: Graph, circuit: NodeMask, part: Task, transcoders: Transcoders) -> _Staying:
         """Spread the nodes of a circuit over the positions of each prompt."""
-        device, names = piece.clean.device, graph.positions or (None,)
-        layers, features = transcoders.n_layers, transcoders.n_features
-        by_span = torch.zeros(layers, len(names), features, dtype=torch.bool)
-        errors, tokens = (
-            torch.zeros(layers, len(names), dtype=torch.bool),
-            torch.zeros(len(names), dtype=torch.bool),
-        )
+        device, names = part.clean.device, graph.positions or (None,)
+        n_layers, n_spans = transcoders.n_layers, len(names)
+        features = torch.zeros(n_layers, n_spans, transcoders.n_features, dtype=torch.bool)
+        errors = torch.zeros(n_layers, n_spans, dtype=torch.bool)
+        tokens = torch.zeros(n_spans, dtype=torch.bool)
         for number in circuit.nonzero().flatten().tolist():
             match graph.nodes[number]:
                 case Feature(layer=layer, index=index, position=position):
-                    by_span[layer, names.index(position), index] = True
+                    features[layer, names.index(position), index] = True
                 case Error(layer=layer, position=position):
                     errors[layer, names.index(position)] = True
                 case TokenEmbed(position=position):
                     tokens[names.index(position)] = True
         if graph.positions is None:
-            spans = torch.zeros(piece.clean.shape, dtype=torch.long)
+            spans = torch.zeros(part.clean.shape, dtype=torch.long)
         else:
-            spans = spans_of(piece.positions, tuple(str(name) for name in graph.positions))
-        return _Kept(
-            list(by_span.to(device)), errors.to(device), spans.to(device), tokens[spans].to(device)
+            spans = spans_of(part.positions, tuple(map(str, names)))
+        return _Staying(
+            spans.to(device), list(features.to(device)), errors.to(device), tokens[spans].to(device)
         )
 
     def features(self, layer: int) -> Bool[Tensor, "batch pos feature"]:
-        """Where each feature of a layer stays."""
-        return self.by_span[layer][self.spans]
+        return self.feature_spans[layer][self.spans]
 
     def errors(self, layer: int) -> Bool[Tensor, "batch pos"]:
-        """Where a layer's error stays."""
-        return self.error_by_span[layer][self.spans]
+        return self.error_spans[layer][self.spans]

@@ -14,6 +14,8 @@ from circuits.transcoders.transcoder import Transcoders
 
 ExecutorName = Literal["auto", "incremental", "hooks"]
 
+RESAMPLE = Ablation("resample")
+
 
 @dataclass(frozen=True)
 class RunSettings:
@@ -29,7 +31,7 @@ class RunSettings:
         transcoders: for a graph of features; None loads the transcoders that the graph names.
     """
 
-    ablation: Ablation = Ablation()
+    ablation: Ablation = RESAMPLE
     metric: Metric | None = None
     executor: ExecutorName = "auto"
     max_memory: int | None = None

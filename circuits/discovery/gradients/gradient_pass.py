@@ -32,6 +32,7 @@ from circuits.models import (
 )
 from circuits.models.propagation import PropagationRules
 from circuits.models.source_outputs import SourceOutputs, keeper, output_groups
+from circuits.running.edge_layout import HookedTarget
 from circuits.system.errors import InputError
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
@@ -39,8 +40,6 @@ from circuits.tasks.task import Task
 # Rows of gradients go back through a norm in pieces of about this size.
 PIECE_BYTES, PIECE_BYTES_GPU = 1 << 19, 1 << 26
 
-HookedTarget = tuple[Node, str | None, int]
-"""The first head of a layer (or another node), the slot, the number of rows: `EdgeLayout.targets`."""
 
 TargetGradients = Float[Tensor, "target batch pos d_model"]
 
