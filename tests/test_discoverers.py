@@ -12,7 +12,7 @@ from architectures import random_model, random_task
 from random_transcoders import random_transcoders
 
 import circuits
-from circuits.discovery.discoverer import CircuitDiscoverer
+from circuits.discovery.discoverer import CircuitDiscoverer, Resumable
 
 REQUIRED = {
     "acdc": {"threshold": 0.02},
@@ -120,7 +120,10 @@ def test_the_same_run_twice_gives_the_same_circuit_and_leaves_seeds_alone(method
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@every_method
+RESUMABLE = {name: method for name, method in METHODS.items() if issubclass(method, Resumable)}
+
+
+@pytest.mark.parametrize("method", RESUMABLE.values(), ids=RESUMABLE)
 def test_an_interrupted_run_resumed_equals_an_uninterrupted_one(method, model, tmp_path):
     task, path = random_task(), tmp_path / "checkpoint.safetensors"
     uninterrupted = made(method).discover(model, task)
@@ -142,6 +145,15 @@ def test_an_interrupted_run_resumed_equals_an_uninterrupted_one(method, model, t
     assert resumed == uninterrupted
     assert resumed.record == uninterrupted.record
     assert steps == sorted(set(steps)), "a step was taken twice"
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - set(RESUMABLE)))
+def test_a_method_that_cannot_resume_says_so(name, model, tmp_path):
+    with pytest.raises(
+        circuits.InputError, match=f"{name} cannot resume .* leave the checkpoint out"
+    ):
+        made(METHODS[name]).discover(model, random_task(), checkpoint=tmp_path / "checkpoint")
+    assert sorted(RESUMABLE) == ["acdc", "activation-patching", "attribution-graph", "batched-acdc"]
 
 
 def test_a_checkpoint_of_another_run_is_refused_rather_than_continued(model, tmp_path):

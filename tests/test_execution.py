@@ -540,9 +540,9 @@ class TestManyPromptsAreRunInPieces:
         sizes: list[int] = []
         prepare = execution.get_executor
 
-        def noted(model, graph, task, **options):
+        def noted(model, graph, task, settings):
             sizes.append(len(task))
-            return prepare(model, graph, task, **options)
+            return prepare(model, graph, task, settings)
 
         monkeypatch.setattr(execution, "get_executor", noted)
         return sizes

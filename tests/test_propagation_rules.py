@@ -1,6 +1,7 @@
 """The extension point for relevance methods and conductance, against plain autograd."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import pytest
@@ -39,7 +40,7 @@ class Conductance(GradientMethod):
 
     def points(self, nodes):
         ends = [step / self.steps for step in range(self.steps + 1)]
-        return [GradientPoint(a, until=b) for a, b in zip(ends, ends[1:], strict=False)]
+        return [GradientPoint(a, until=b) for a, b in pairwise(ends)]
 
 
 def relevance_hooks(model):
@@ -103,6 +104,9 @@ def by_autograd(model, task, hooks):
         seen[hook.name] = value
         return value
 
+    def at(value):
+        return torch.zeros_like(value) if value.grad is None else value.grad
+
     def output(run, node):
         if node.startswith("a"):
             layer, head = node[1:].split(".h")
@@ -138,9 +142,9 @@ def by_autograd(model, task, hooks):
         change = (output(corrupted, source) - output(clean, source)).detach()
         if edge.slot:
             layer, head = target[1:].split(".h")
-            gradient = clean[f"blocks.{layer}.hook_{edge.slot}_input"].grad[:, :, int(head)]
+            gradient = at(clean[f"blocks.{layer}.hook_{edge.slot}_input"])[:, :, int(head)]
         else:
-            gradient = clean[reads[target]].grad
+            gradient = at(clean[reads[target]])
         scores.append(float((change * gradient).sum()))
     return torch.tensor(scores)
 

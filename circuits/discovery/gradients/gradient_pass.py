@@ -22,6 +22,7 @@ from circuits.models import (
     ModelWeights,
     attention_output_hook,
     copies_per_head,
+    hooked,
     input_hook,
     output_hook,
     projection_hook,
@@ -182,8 +183,9 @@ class GradientPass:
         kept: dict[str, Tensor] = {}
         with torch.enable_grad(), separate_gradients(self.model):
             hooks = self._hooks(live, kept, override)
-            final = run_to_residual(self.model, tokens, task.mask, hooks)
-            logits = unembed(self.model, final[task.scored])
+            with hooked(self.model, self.rules.hooks(self.model)):
+                final = run_to_residual(self.model, tokens, task.mask, hooks)
+                logits = unembed(self.model, final[task.scored])
             against = logits.detach() if clean_logits is None else clean_logits
             damage = self.metric.damage(logits, against, task).sum()
             if not damage.requires_grad:
@@ -248,7 +250,7 @@ class GradientPass:
             copies = copies_per_head(self.model, head_slot) if head_slot else 1
             hooks.append((name, _keep_live(live, name, copies)))
         hooks += [(name, _keep_live(live, name, 1)) for name in self._written_hooks]
-        return [*hooks, *self.rules.hooks(self.model)]
+        return hooks
 
 
 def read_hook(model: Model, node: Node, slot: str | None) -> str:
