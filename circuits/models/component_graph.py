@@ -45,7 +45,7 @@ def component_graph(
     >>> model = circuits.load_model("toy-world")
     >>> graph = circuits.component_graph(model)
     >>> print(graph.edges[0], graph.edges[-1])
-    embed->a0.h0.q m1->logits
+    embed->a0.h0.q m3->logits
 
     Args:
         split_embed: make the token and the position embedding two nodes. The model must have
@@ -68,14 +68,13 @@ def component_graph(
 
 def _graph(model: Model, split_embed: bool, spans: Spans) -> Graph:
     components = (*component_nodes(model, split_embed), Logits())
-    nodes = [at_position(node, span) for node in components for span in spans or (None,)]
+    names = spans or (None,)
+    nodes = [at_position(node, span) for node in components for span in names]
     # Edges are columns of integers, because a model of a hundred layers has millions of them.
-    blocks = [
-        _edges_into(target, slot, n_sources, n_spans=len(spans or (None,)))
-        for target, slot, n_sources in _slots(model, split_embed)
-    ]
+    slots = _slots(model, split_embed)
+    edges = torch.cat([_edges_into(*read, n_spans=len(names)) for read in slots], dim=1)
     # Cloned, because files cannot hold tensors that share memory.
-    source, target, slot = (column.clone() for column in torch.cat(blocks, dim=1))
+    source, target, slot = (column.clone() for column in edges)
     is_causal = model.cfg.attention_dir == "causal"
     return Graph(tuple(nodes), source, target, slot, spans, is_causal, identity(model))
 
@@ -85,6 +84,7 @@ def _slots(model: Model, split_embed: bool) -> Iterator[tuple[int, int, int]]:
     for index, target in enumerate((*component_nodes(model, split_embed), Logits())):
         slots = range(len(SLOTS)) if isinstance(target, Head) else [NO_SLOT]
         n_sources = sources_of(model, target, split_embed)
+        # Embeddings read nothing.
         if n_sources:
             yield from ((index, slot, n_sources) for slot in slots)
 
@@ -107,6 +107,7 @@ def reaching_logits(model: Model, graph: Graph) -> Callable[[EdgeMask], EdgeMask
     per_span = sum(n_sources for _, _, n_sources in _slots(model, split_embed))
     if len(graph) == per_span * len(graph.positions or (None,)):
         return graph.reaching_logits
+    # The graph lacks edges: paths are followed in the whole graph, where those are always kept.
     whole = _graph(model, split_embed, graph.positions)
     index_in_whole = torch.tensor([whole.index(edge) for edge in graph.edges])
 
@@ -135,6 +136,7 @@ def computed_nodes(graph: Graph) -> int:
 
 def sources_of(model: Model, target: Node, split_embed: bool) -> int:
     """Return n such that the sources of `target` are the first n of `component_nodes`."""
+    # Sources are ordered as embeddings, heads of layer 0, MLP of layer 0, heads of layer 1 ...
     cfg = model.cfg
     n_embeddings = 2 if split_embed else 1
     per_layer = cfg.n_heads if cfg.attn_only else cfg.n_heads + 1

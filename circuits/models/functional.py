@@ -24,6 +24,9 @@ Multiply = Callable[..., Tensor]
 """A way of multiplying matrices, with the signature of `multiply`, which is the plain way."""
 
 Residual = Float[Tensor, "*batch d_model"]
+Projected = Float[Tensor, "head variant token d_head"]
+Scores = Float[Tensor, "head variant batch query key"]
+Positions = Int[Tensor, " token"]
 
 # On a CPU an MLP's hidden layer is computed in pieces of this many numbers, which fit the caches.
 CACHED_NUMBERS = 1 << 18
@@ -83,9 +86,7 @@ class Rotation:
     sin: Float[Tensor, "ctx rotated"]
     adjacent: bool
 
-    def __call__(
-        self, x: Float[Tensor, "head variant token d_head"], positions: Int[Tensor, " token"]
-    ) -> Float[Tensor, "head variant token d_head"]:
+    def __call__(self, x: Projected, positions: Positions) -> Projected:
         """Rotate queries or keys by the angles of their positions."""
         width = self.cos.shape[-1]
         rotated, rest = x[..., :width], x[..., width:]
@@ -141,13 +142,15 @@ class Attention:
         slot: str,
         heads: HeadSelection,
         normed: Float[Tensor, "#head variant token d_model"],
-        positions: Int[Tensor, " token"],
+        positions: Positions,
         multiply: Multiply = multiply,
-    ) -> Float[Tensor, "head variant token d_head"]:
+    ) -> Projected:
         """Compute q, k or v of some heads from their normalized input, which they may share."""
         # norm(x) W + b
-        flat = multiply(normed.flatten(1, -2), self.weights[slot], self.biases[slot], heads)
-        projected = flat.view(-1, *normed.shape[1:-1], flat.shape[-1])
+        rows = normed.flatten(1, -2)
+        flat = multiply(rows, self.weights[slot], self.biases[slot], heads)
+        projected = flat.unflatten(1, normed.shape[1:-1])
+        # Norm per head (Qwen 3), clipping (OLMo), rotation of queries and keys.
         if slot in self.norms:
             projected = self.norms[slot](projected)
         if self.clip is not None:
@@ -169,14 +172,16 @@ class Attention:
             readable: False for padding.
         """
         distance = keys[:, None, :] - queries[:, :, None]
+        # A causal query sees keys at distances in (-reach, 0].
         seen = readable[:, None, :].expand(distance.shape)
         if self.causal:
             seen = seen & (distance <= 0)
         if self.causal and self.reach is not None:
             seen = seen & (distance > -self.reach)
         # ALiBi: slope_h * (position of the key - position of the query)
-        slopes = self.output.new_zeros(1) if self.slopes is None else self.slopes.to(self.output)
-        linear = slopes[:, None, None, None] * distance.clamp(max=0)
+        slopes = self.output.new_zeros(1) if self.slopes is None else self.slopes
+        slopes = slopes.to(self.output.dtype).view(-1, 1, 1, 1)
+        linear = slopes * distance.clamp(max=0)
         return linear.masked_fill(~seen, -torch.inf)
 
     def attend(
@@ -189,22 +194,21 @@ class Attention:
     ) -> Float[Tensor, "head variant batch query d_head"]:
         """Compute z of some heads; any of q, k and v may have one variant for all."""
         # S = cap(q k^T / scale) + bias
-        scores = _product_of_variants(queries, keys.transpose(-1, -2)).div_(self.scale)
-        scores = soft_capped(scores, self.soft_cap)
+        scores = _product_of_variants(queries, keys.transpose(-1, -2))
+        scores = soft_capped(scores.div_(self.scale), self.soft_cap)
         own_bias = bias[heads] if bias.shape[0] > 1 else bias
         scores += own_bias[:, None]
         # A = softmax(S),  z = A v
         return _product_of_variants(self._pattern(heads, scores), values)
 
-    def _pattern(
-        self, heads: HeadSelection, scores: Float[Tensor, "head variant batch query key"]
-    ) -> Float[Tensor, "head variant batch query key"]:
+    def _pattern(self, heads: HeadSelection, scores: Scores) -> Scores:
         if self.sinks is None:
             return scores.softmax(-1)
-        # softmax over [S, sink], without the sink's own share
-        sinks = self.sinks[heads].to(scores.dtype)
-        column = sinks[:, None, None, None, None].expand(*scores.shape[:-1], 1)
-        return torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
+        # A = softmax([S, sink]) without the column of the sink
+        sinks = self.sinks[heads].to(scores.dtype).view(-1, 1, 1, 1, 1)
+        column = sinks.expand(*scores.shape[:-1], 1)
+        pattern = torch.cat([scores, column], dim=-1).softmax(-1)
+        return pattern[..., :-1]
 
 
 def _product_of_variants(
@@ -215,10 +219,9 @@ def _product_of_variants(
     if a.shape[1] == 1 or b.shape[1] > 1:
         return a @ b
     # Broadcasting would copy b for every variant, so multiply the rows of all variants together.
-    head, variant, batch, rows, inner = a.shape
-    rows_of_all = a.transpose(1, 2).reshape(head, batch, variant * rows, inner)
+    rows_of_all = a.transpose(1, 2).flatten(2, 3)
     product = rows_of_all @ b[:, 0]
-    return product.view(head, batch, variant, rows, -1).transpose(1, 2)
+    return product.unflatten(2, (a.shape[1], a.shape[3])).transpose(1, 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,18 +242,22 @@ class LinearNorm:
 
     def __getitem__(self, positions: HeadSelection) -> LinearNorm:
         """Return the norm at some positions, the second last axis of `scale`."""
-        return self if self.scale is None else replace(self, scale=self.scale[..., positions, :])
+        if self.scale is None:
+            return self
+        return replace(self, scale=self.scale[..., positions, :])
 
     def linear(self, x: Residual) -> Residual:
         """Apply the linear part."""
         if self.scale is None:
             return x
+        # y = w * (C x) / s   where C subtracts the mean
         return self._weighted(self._centred(x) / self.scale)
 
     def transposed(self, gradient: Residual) -> Residual:
         """Apply the transpose of `linear`, which takes a gradient from the output to the input."""
         if self.scale is None:
             return gradient
+        # C is symmetric, so the transpose is C (w * g) / s.
         return self._centred(self._weighted(gradient) / self.scale)
 
     def _centred(self, x: Tensor) -> Tensor:
@@ -278,23 +285,25 @@ class WeightedMLP:
 
     def __call__(self, residual: Residual, multiply: Multiply = multiply) -> Residual:
         """Compute what the MLP writes when it reads `residual`."""
-        tokens = residual.reshape(-1, residual.shape[-1])
-        piece = max(256, CACHED_NUMBERS // self.weight_in.shape[1])
+        tokens = residual.flatten(0, -2)
+        size = len(tokens)
         # Another way of multiplying, such as in low precision, may need all rows together.
-        if tokens.device.type == "cpu" and multiply is _PLAIN_MULTIPLY and len(tokens) > piece:
-            pieces = [self._at_tokens(some, multiply) for some in tokens.split(piece)]
-            return torch.cat(pieces).view(residual.shape)
-        return self._at_tokens(tokens, multiply).view(residual.shape)
+        if tokens.device.type == "cpu" and multiply is _PLAIN_MULTIPLY:
+            size = max(256, CACHED_NUMBERS // self.weight_in.shape[1])
+        pieces = [self._at_tokens(piece, multiply) for piece in tokens.split(max(1, size))]
+        written = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return written.view(residual.shape)
 
     def _at_tokens(
         self, tokens: Float[Tensor, "token d_model"], multiply: Multiply
     ) -> Float[Tensor, "token d_model"]:
+        # h W_out + b_out   with n = norm(x) and the hidden layer h
         normed = self.norm(tokens)
         if self.weight_gate is None:
-            # act(n W_in + b_in)
+            # h = act(n W_in + b_in)
             hidden = self.activation(multiply(normed, self.weight_in, self.bias_in))
         else:
-            # act(n W_gate) * (n W_in) + b_in
+            # h = act(n W_gate) * (n W_in) + b_in
             gate = self.activation(multiply(normed, self.weight_gate))
             hidden = gate.mul_(multiply(normed, self.weight_in)).add_(self.bias_in)
         return multiply(hidden, self.weight_out, self.bias_out)
@@ -309,7 +318,7 @@ class ModuleMLP:
 
     def __call__(self, residual: Residual, multiply: Multiply = multiply) -> Residual:
         """Compute what the MLP writes when it reads `residual`; `multiply` has no effect."""
-        tokens = residual.reshape(-1, residual.shape[-1])
+        tokens = residual.flatten(0, -2)
         return self.module(self.norm(tokens)[None]).view(residual.shape)
 
 
@@ -329,6 +338,7 @@ class Unembedding:
         self, residual: Residual, multiply: Multiply = multiply
     ) -> Float[Tensor, "*batch vocab"]:
         """Compute the logits at each token."""
-        normed = self.norm(residual).reshape(-1, residual.shape[-1])
-        logits = soft_capped(multiply(normed, self.weight, self.bias), self.soft_cap)
-        return logits.view(*residual.shape[:-1], -1)
+        # cap(n W_U + b_U)   with   n = norm(x)
+        normed = self.norm(residual).flatten(0, -2)
+        logits = multiply(normed, self.weight, self.bias)
+        return soft_capped(logits, self.soft_cap).unflatten(0, residual.shape[:-1])

@@ -14,7 +14,7 @@ FINAL_SCALE = "ln_final.hook_scale"
 
 
 def output_hook(node: Node) -> str:
-    """Return where the output of a source can be read; for a head this is z, and its output z W_O."""
+    """Return where the output of a source can be read: a head writes z W_O, and its z is read."""
     match node:
         case TokenEmbed():
             return "hook_embed"
@@ -82,13 +82,16 @@ def scale_hooks(model: Model) -> dict[tuple[int, str], str]:
     cfg = model.cfg
     if cfg.normalization_type is None:
         return {}
-    names = ("ln1",) if cfg.attn_only else ("ln1", "ln2")
-    if _has_norms_after(model):
-        names = tuple(name for name in NORMS if name.removesuffix("_post") in names)
+    # Norms after attention and MLP exist in Gemma 2 and 3; attention-only models have no MLP norms.
+    after = _has_norms_after(model)
+    present = {"ln1": True, "ln1_post": after}
+    if not cfg.attn_only:
+        present |= {"ln2": True, "ln2_post": after}
     return {
         (layer, name): f"blocks.{layer}.{name}.hook_scale"
         for layer in range(cfg.n_layers)
-        for name in names
+        for name in NORMS
+        if present.get(name)
     }
 
 

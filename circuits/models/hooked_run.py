@@ -17,12 +17,9 @@ Hook = Callable[[Tensor], Tensor | None]
 """Takes an activation and returns its replacement, or None to leave it unchanged."""
 
 INPUT_FLAGS = (
-    "use_hook_mlp_in",
-    "use_split_qkv_input",
-    "ungroup_grouped_query_attention",
-    "use_attn_in",
-    "use_attn_result",
-)
+    "use_hook_mlp_in", "use_split_qkv_input", "ungroup_grouped_query_attention",
+    "use_attn_in", "use_attn_result",
+)  # fmt: skip
 """TransformerLens' flags that copy the inputs or outputs of heads and MLPs."""
 
 
@@ -104,7 +101,8 @@ def run_to_residual(
     pads_left = model.tokenizer is not None and model.tokenizer.padding_side == "left"
     attention_mask = torch.ones_like(tokens) if pads_left else None
     last = model.cfg.n_layers if layers is None else layers
-    with hooked(model, [*hooks, *_padding_hooks(model, mask)]):
+    all_hooks = [*hooks, *_padding_hooks(model, mask)]
+    with hooked(model, all_hooks):
         return model(tokens, stop_at_layer=last, attention_mask=attention_mask)
 
 
@@ -129,10 +127,11 @@ def unembed(
 ) -> Float[Tensor, "*batch vocab"]:
     """Compute the logits from the final residual stream with the model's own modules."""
     # cap(norm(x) W_U + b_U)
-    tokens = residual.reshape(1, -1, residual.shape[-1])
-    normed = tokens if model.cfg.normalization_type is None else model.ln_final(tokens)
-    logits = soft_capped(model.unembed(normed), model.cfg.output_logits_soft_cap or 0)
-    return logits.reshape(*residual.shape[:-1], -1)
+    normed = residual.flatten(0, -2)[None]
+    if model.cfg.normalization_type is not None:
+        normed = model.ln_final(normed)
+    logits = model.unembed(normed)[0].unflatten(0, residual.shape[:-1])
+    return soft_capped(logits, model.cfg.output_logits_soft_cap or 0)
 
 
 def _on_output(function: Hook) -> Callable[..., Tensor | None]:
@@ -168,6 +167,7 @@ def _shared_norms(model: Model) -> Iterator[None]:
 
 def _remembering(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Return the last result again for the next two calls on the same tensor, then forget it."""
+    # The input and the output, once for each call that is left.
     last: list[tuple[Tensor, Tensor]] = []
 
     def remembering(given: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ SHAPE = (
     "attn_only", "parallel_attn_mlp",
 )  # fmt: skip
 
+INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 # Up to this many entries of a parameter enter the fingerprint bit by bit.
 SMALL = 1 << 12
 
@@ -67,6 +69,7 @@ def identity(model: Model) -> ModelIdentity:
         for name, value in sorted(vars(model.cfg).items())
         if not name.startswith(NOT_ARCHITECTURE)
     }
+    # Sorted, so that the order of settings and parameters does not matter.
     digest = hashlib.blake2b(json.dumps(architecture).encode(), digest_size=16)
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
@@ -82,13 +85,12 @@ def checksum(parameter: Tensor) -> bytes:
     They wrap around in 32 bits (64 for float64), which is exact in any order, and twenty times
     faster than sums in 64 bits.
     """
-    n_columns = parameter.shape[-1] if parameter.dim() else 1
-    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = parameter.contiguous().view(integer[parameter.element_size()]).reshape(-1, n_columns)
+    bits = parameter.contiguous().view(INTEGER_OF_SIZE[parameter.element_size()])
+    bits = bits.reshape(-1, bits.shape[-1]) if bits.dim() else bits.reshape(1, 1)
     if bits.numel() <= SMALL:
         return _bytes(bits)
     # Two 16-bit numbers at a time are summed as one of 32 bits.
-    if bits.dtype is torch.int16 and n_columns % 2 == 0:
+    if bits.dtype is torch.int16 and bits.shape[1] % 2 == 0:
         bits = bits.view(torch.int32)
     width = torch.int64 if bits.dtype is torch.int64 else torch.int32
     return _bytes(bits.sum(0, dtype=width)) + _bytes(bits.sum(1, dtype=width))

@@ -8,7 +8,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +28,15 @@ from circuits.system.files import read_json, read_tensors, write_json, write_ten
 Model = HookedTransformer
 
 EMBEDDED = "toy-world"
+ASSETS = Path(__file__).parents[1] / "assets"
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 FORMAT, FORMAT_VERSION = "circuits.model", 1
 
 # Suffixes of the buffers that TransformerLens derives from the configuration.
 DERIVED_BUFFERS = (".mask", ".IGNORE", ".rotary_sin", ".rotary_cos")
 
-AS_TRAINED = {
-    "fold_ln": False,
-    "center_writing_weights": False,
-    "center_unembed": False,
-    "fold_value_biases": False,
-}
+# TransformerLens' names for ways of rewriting weights, none of which is wanted.
+REWRITES = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
 
 
 def load_model(
@@ -54,7 +50,7 @@ def load_model(
     >>> import circuits
     >>> model = circuits.load_model("toy-world")
     >>> model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_model
-    (2, 8, 128)
+    (4, 4, 128)
 
     Args:
         name_or_path: `toy-world`, the model that ships with this package; a name that
@@ -69,11 +65,9 @@ def load_model(
             downloaded, or the device does not exist.
     """
     chosen = _device(device)
-    if name_or_path == EMBEDDED:
-        with resources.as_file(resources.files("circuits") / "assets" / EMBEDDED) as folder:
-            return _load_folder(folder, chosen, dtype)
-    if Path(name_or_path).is_dir():
-        return _load_folder(Path(name_or_path), chosen, dtype)
+    folder = ASSETS / EMBEDDED if name_or_path == EMBEDDED else Path(name_or_path)
+    if folder.is_dir():
+        return _load_folder(folder, chosen, dtype)
     return _load_by_name(str(name_or_path), chosen, dtype)
 
 
@@ -101,11 +95,13 @@ def build_model(
     """
     # A seed in the configuration would set the seeds of torch, numpy and random globally.
     fixed = {"seed": None, "init_weights": False, "dtype": dtype, "device": str(_device(device))}
-    model = HookedTransformer(HookedTransformerConfig(**{**config, **fixed}), tokenizer)
-    needed = _weights_to_save(model)
-    given = {name: value for name, value in weights.items() if not name.endswith(DERIVED_BUFFERS)}
-    _check_weights(needed, given)
-    model.load_state_dict({name: given[name].to(dtype) for name in needed}, strict=False)
+    settings = HookedTransformerConfig(**{**config, **fixed})
+    model = HookedTransformer(settings, tokenizer)
+    given = _without_derived(weights)
+    _check_weights(_without_derived(model.state_dict()), given)
+    given = {name: tensor.to(dtype) for name, tensor in given.items()}
+    # Not strict, because the derived buffers are missing.
+    model.load_state_dict(given, strict=False)
     return model.eval()
 
 
@@ -120,15 +116,15 @@ def save_model(model: Model, folder: str | Path) -> None:
     """
     folder = Path(folder)
     config = {name: value for name, value in model.cfg.to_dict().items() if _is_json(value)}
-    write_tensors(folder / WEIGHTS_FILE, _weights_to_save(model), {}, FORMAT, FORMAT_VERSION)
+    weights = _without_derived(model.state_dict())
+    write_tensors(folder / WEIGHTS_FILE, weights, {}, FORMAT, FORMAT_VERSION)
     write_json(folder / CONFIG_FILE, {"config": config}, FORMAT, FORMAT_VERSION)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(folder)
 
 
-def _weights_to_save(model: Model) -> dict[str, Tensor]:
-    state = model.state_dict()
-    return {name: tensor for name, tensor in state.items() if not name.endswith(DERIVED_BUFFERS)}
+def _without_derived(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if not name.endswith(DERIVED_BUFFERS)}
 
 
 def _check_weights(needed: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
@@ -141,8 +137,8 @@ def _check_weights(needed: Mapping[str, Tensor], given: Mapping[str, Tensor]) ->
             wrong.append(f"{name} (has shape {tuple(given[name].shape)}, needs {shape})")
     wrong += [f"{name} (unknown)" for name in given if name not in needed]
     if wrong:
-        shown = ", ".join(wrong[:4]) + (" ..." if len(wrong) > 4 else "")
-        raise InputError(f"the weights do not fit the configuration: {shown}.")
+        shown = wrong[:4] if len(wrong) <= 4 else [*wrong[:4], "..."]
+        raise InputError(f"the weights do not fit the configuration: {', '.join(shown)}.")
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -157,6 +153,7 @@ def _load_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> Mode
             f"the folder {folder} holds no model: it has no {CONFIG_FILE}; "
             "give a folder that save_model wrote, or one with a checkpoint."
         )
+    # Folders that `save_model` wrote and folders of checkpoints both have a config.json.
     try:
         is_ours = json.loads(config.read_text()).get("format") == FORMAT
     except ValueError as error:
@@ -186,7 +183,7 @@ def _load_checkpoint(folder: Path, device: torch.device, dtype: torch.dtype) -> 
             f"TransformerLens cannot convert the checkpoint in {folder}: {_first_line(error)}"
         ) from error
     model = HookedTransformer(config, tokenizer, move_to_device=False)
-    model.load_and_process_state_dict(weights, **AS_TRAINED)
+    model.load_and_process_state_dict(weights, **dict.fromkeys(REWRITES, False))
     model.cfg.model_name = folder.name
     model.move_model_modules_to_device()
     return model.eval()

@@ -40,8 +40,8 @@ class SourceOutputs:
     activations: Mapping[str, Float[Tensor, "batch pos *rest"]]
 
     def __sub__(self, other: SourceOutputs) -> SourceOutputs:
-        pairs = self.activations.items()
-        difference = {name: value - other.activations[name] for name, value in pairs}
+        theirs = other.activations
+        difference = {name: own - theirs[name] for name, own in self.activations.items()}
         return replace(self, activations=difference)
 
     def __neg__(self) -> SourceOutputs:
@@ -56,12 +56,14 @@ class SourceOutputs:
         outputs = example.new_empty(shape)
         for name, group in output_groups(self.nodes):
             if start <= group.start and group.stop <= stop:
+                # Each group is computed in place: no second copy of the outputs exists.
                 into = outputs[group.start - start : group.stop - start]
                 _write_outputs(self.model, self.nodes[group.start], into, self.activations[name])
         return outputs
 
     def attention(self, layer: int) -> Residual:
         """Compute what a layer's attention writes: the sum of z_h W_O[h] over heads, plus b_O."""
+        # The heads' products are one product: [z_1 ... z_n] times the W_O[h] stacked.
         weights = ModelWeights(self.model)
         z = self.activations[output_hook(Head(layer, 0))]
         projection = weights.output_projection(layer).flatten(0, 1)
@@ -76,20 +78,26 @@ class SourceOutputs:
         Raises:
             InputError: with the size of the difference.
         """
+        # One token is enough to detect a missing term.
         last = int(mask[0].nonzero().max())
-        expected = residual.detach()[:1, last : last + 1]
-        here = {name: value[:1, last : last + 1] for name, value in self.activations.items()}
-        written = torch.stack(list(replace(self, activations=here)._written()))
-        # sum over sources u of out_u + sum over layers of b_O = residual stream
-        wide = torch.promote_types(written.dtype, torch.float32)
-        difference = written.sum(0, dtype=wide) - expected
-        gap = float(difference.abs().max() / expected.abs().max().clamp(min=1e-30))
+        token = slice(1), slice(last, last + 1)
+        here = {name: value[token] for name, value in self.activations.items()}
+        gap = replace(self, activations=here)._gap(residual.detach()[token])
         # False where the gap is NaN: overflow is reported where the logits are checked.
         if gap > TOLERANCE[self.model.cfg.dtype]:
             raise InputError(
-                f"in {self.model.cfg.model_name} the components' outputs do not sum to the "
-                f"residual stream (they miss {gap:.1%} of it), so no component graph describes this model."
+                f"in {self.model.cfg.model_name} the outputs of the components do not sum "
+                f"to the residual stream (they miss {gap:.1%} of it), so it has no component graph."
             )
+
+    def _gap(self, residual: Residual) -> float:
+        """By what share of its size the residual stream differs from the sum of what is written."""
+        # sum over sources u of out_u + sum over layers of b_O = residual stream
+        written = torch.stack(list(self._written()))
+        wide = torch.promote_types(written.dtype, torch.float32)
+        difference = written.sum(0, dtype=wide) - residual
+        size = residual.abs().max().clamp(min=1e-30)
+        return float(difference.abs().max() / size)
 
     def _written(self) -> Iterator[Residual]:
         """What each embedding, each layer's attention and each MLP writes, with its biases."""
@@ -125,7 +133,8 @@ def source_outputs(
         InputError: see `run_and_record`.
     """
     with torch.no_grad():
-        return run_and_record(model, nodes, tokens, mask)[0].outputs()
+        written, _ = run_and_record(model, nodes, tokens, mask)
+        return written.outputs()
 
 
 def embedding_outputs(
@@ -137,8 +146,10 @@ def embedding_outputs(
     hooks = [(name, keeper(recorded, name)) for name in names]
     with torch.no_grad():
         residual = run_to_residual(model, tokens, mask, hooks, layers=0)
-    # The embedding as one node is the residual stream before the first layer.
-    return torch.stack([recorded[name] for name in names]) if names else residual[None]
+    if not names:
+        # The embedding as one node writes the whole residual stream before the first layer.
+        return residual[None]
+    return torch.stack([recorded[name] for name in names])
 
 
 def output_groups(nodes: Sequence[Node]) -> Iterator[tuple[str, slice]]:

@@ -93,14 +93,10 @@ class ModelWeights:
         centres = self._final_centres if layer is None else self._centres
         if scale is None:
             return LinearNorm(None, centres, None, None)
-        norm = getattr(self.model if layer is None else self.model.blocks[layer], name, None)
-        weight, bias = _parameter(norm, "w"), _parameter(norm, "b")
-        return LinearNorm(
-            scale,
-            centres,
-            None if weight is None else weight.to(scale),
-            None if bias is None else bias.to(scale),
-        )
+        owner = self.model if layer is None else self.model.blocks[layer]
+        norm = getattr(owner, name, None)
+        weight, bias = _parameter(norm, "w", scale), _parameter(norm, "b", scale)
+        return LinearNorm(scale, centres, weight, bias)
 
     def value_constant(self, layer: int) -> Float[Tensor, "head d_head"]:
         """Compute the part of every head's values that does not depend on the residual stream."""
@@ -112,9 +108,7 @@ class ModelWeights:
         # b_V + b_norm W_V
         return constant + torch.einsum("d,hde->he", norm_bias, block.attn.W_V.detach())
 
-    def mlp_input(
-        self, layer: int, residual: Float[Tensor, "batch pos d_model"]
-    ) -> Float[Tensor, "batch pos d_model"]:
+    def mlp_input(self, layer: int, residual: Residual) -> Residual:
         """Apply the norm before the MLP."""
         return _norm(self.model.blocks[layer].ln2)(residual)
 
@@ -154,6 +148,9 @@ class ModelWeights:
                 slopes = module.create_alibi_multipliers(cfg.n_heads, cfg.device)
             case _:
                 return None
+        qk_norms = {}
+        if cfg.use_qk_norm:
+            qk_norms = {"q": _norm(module.q_norm), "k": _norm(module.k_norm)}
         return Attention(
             norm=_norm(block.ln1),
             weights={slot: getattr(module, f"W_{slot.upper()}") for slot in SLOTS},
@@ -162,7 +159,7 @@ class ModelWeights:
             scale=float(module.attn_scale),
             soft_cap=float(cfg.attn_scores_soft_cap or 0),
             clip=cfg.clip_qkv,
-            norms={"q": _norm(module.q_norm), "k": _norm(module.k_norm)} if cfg.use_qk_norm else {},
+            norms=qk_norms,
             rotation=rotation,
             slopes=slopes,
             sinks=module.sinks if cfg.use_attention_sinks else None,
@@ -184,13 +181,18 @@ class ModelWeights:
     def unembedding(self) -> Unembedding:
         """Return the final norm and the unembedding as a function of tensors."""
         cfg, module = self.model.cfg, self.model.unembed
-        norm: Norm = (lambda x: x) if cfg.normalization_type is None else _norm(self.model.ln_final)
-        return Unembedding(norm, module.W_U, module.b_U, float(cfg.output_logits_soft_cap or 0))
+        has_norm = cfg.normalization_type is not None
+        norm = _norm(self.model.ln_final) if has_norm else torch.nn.Identity()
+        soft_cap = float(cfg.output_logits_soft_cap or 0)
+        return Unembedding(norm, module.W_U, module.b_U, soft_cap)
 
 
-def _parameter(module: object, name: str) -> Tensor | None:
+def _parameter(module: object, name: str, like: Tensor | None = None) -> Tensor | None:
+    """Return a parameter of a module, with the dtype of `like`; None where it has none."""
     parameter: Tensor | None = getattr(module, name, None)
-    return None if parameter is None else parameter.detach()
+    if parameter is None:
+        return None
+    return parameter.detach() if like is None else parameter.detach().to(like)
 
 
 def _norm(module: torch.nn.Module) -> Norm:

@@ -89,16 +89,13 @@ def share(total: int) -> slice:
 
     Shares are consecutive and differ in size by at most one; some may be empty.
     """
+    # Rank r takes the items from total * r / world up to total * (r + 1) / world.
     rank, world = ranks()
     return slice(total * rank // world, total * (rank + 1) // world)
 
 
 def in_slices(total: int, measure: Callable[[slice], Tensor]) -> Tensor:
-    """Measure `total` items, in order, where each rank measures its share; see `gathered`.
-
-    Raises:
-        InputError, RankError: see `gathered`.
-    """
+    """Measure `total` items, in order, where each rank measures its share; see `gathered`."""
     if ranks().world == 1 or total == 0:
         return measure(slice(0, total))
     mine = share(total)
@@ -134,12 +131,17 @@ class _Report(NamedTuple):
     error: str | None = None
     is_input_error: bool = False
 
+    @staticmethod
+    def of(error: Exception) -> _Report:
+        if isinstance(error, InputError):
+            return _Report(error=str(error), is_input_error=True)
+        return _Report(error=f"{type(error).__name__}: {error}")
+
 
 def exchanged(function: Callable[[], Result]) -> list[Result]:
-    """Return what `function` returns on every rank, in order of ranks; the values are pickled.
+    """Return what `function` returns on every rank, in order; errors are those of `gathered`.
 
-    Raises:
-        InputError, RankError: see `gathered`.
+    The values are pickled, so they should be small.
     """
     if ranks().world == 1:
         return [function()]
@@ -149,11 +151,11 @@ def exchanged(function: Callable[[], Result]) -> list[Result]:
     except RankError:
         # The connection is lost: nobody is left to report to.
         raise
-    except InputError as error:
-        own_error, report = error, _Report(error=str(error), is_input_error=True)
     except Exception as error:
-        own_error, report = error, _Report(error=f"{type(error).__name__}: {error}")
-    reports = _all_reports(report)
+        own_error, report = error, _Report.of(error)
+    reports = [report] * ranks().world
+    with _connection_errors():
+        dist.all_gather_object(reports, report)
     failed = [(rank, each) for rank, each in enumerate(reports) if each.error is not None]
     # Any error but an InputError may be a bug. It comes first, and where it happened it is raised
     # with its traceback.
@@ -167,29 +169,14 @@ def exchanged(function: Callable[[], Result]) -> list[Result]:
     return [each.result for each in reports]
 
 
-def _all_reports(own: _Report) -> list[_Report]:
-    reports = [own] * ranks().world
-    with _connection_errors():
-        dist.all_gather_object(reports, own)
-    return reports
-
-
 def on_first(function: Callable[[], Result]) -> Result:
-    """Call `function` on the first rank only, and return its result on every rank.
-
-    Raises:
-        InputError, RankError: see `gathered`.
-    """
+    """Call `function` on the first rank only, and return its result on every rank."""
     by_rank = exchanged(lambda: function() if is_first() else None)
     return cast(Result, by_rank[0])
 
 
 def totals(counts: Mapping[str, int]) -> dict[str, int]:
-    """Sum counts over the ranks.
-
-    Raises:
-        InputError, RankError: see `gathered`.
-    """
+    """Sum counts over the ranks."""
     by_rank = exchanged(lambda: dict(counts))
     return {name: sum(each[name] for each in by_rank) for name in counts}
 
@@ -215,6 +202,7 @@ def _sigterm_as_error() -> Iterator[None]:
 
     The caller can then report from where the work can be resumed.
     """
+    # Python allows signal handlers in the main thread only.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
