@@ -1,7 +1,8 @@
 """Models: the only package that imports transformer_lens or reads a model's modules.
 
-Everything else names nodes; this knows at which hook point a node writes or reads, which flags those hooks need, and what the parts of a
-block are. It never changes a model: flags, hooks, gradients and modes are put back.
+Everything else names nodes. This package knows the hook point at which a node writes or reads,
+which flags those hook points need, and what a block consists of. It never changes a model: flags,
+hooks, gradients and modes are restored.
 """
 
 from circuits.models.hook_points import (
@@ -28,44 +29,13 @@ from circuits.models.hooked_run import (
     separate_inputs,
     unembed,
 )
-from circuits.models.loading import (
-    CONFIG_FILE,
-    EMBEDDED,
-    WEIGHTS_FILE,
-    Model,
-    build_model,
-    load_model,
-    save_model,
-)
+from circuits.models.loading import EMBEDDED, Model, build_model, load_model, save_model
 from circuits.models.weights import ModelWeights
 
 __all__ = [
-    "CONFIG_FILE",
-    "EMBEDDED",
-    "FINAL_SCALE",
-    "NORMS",
-    "WEIGHTS_FILE",
-    "Hook",
-    "Model",
-    "ModelWeights",
-    "attention_output_hook",
-    "build_model",
-    "copies_per_head",
-    "frozen",
-    "hooked",
-    "input_hook",
-    "load_model",
-    "mlp_output_hook",
-    "mlp_residual_hook",
-    "output_hook",
-    "pattern_hook",
-    "plain_inputs",
-    "projection_hook",
-    "residual_hook",
-    "run_to_residual",
-    "save_model",
-    "scale_hooks",
-    "separate_gradients",
-    "separate_inputs",
-    "unembed",
-]
+    "EMBEDDED", "FINAL_SCALE", "NORMS", "Hook", "Model", "ModelWeights",
+    "attention_output_hook", "build_model", "copies_per_head", "frozen", "hooked", "input_hook",
+    "load_model", "mlp_output_hook", "mlp_residual_hook", "output_hook", "pattern_hook",
+    "plain_inputs", "projection_hook", "residual_hook", "run_to_residual", "save_model",
+    "scale_hooks", "separate_gradients", "separate_inputs", "unembed",
+]  # fmt: skip

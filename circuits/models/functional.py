@@ -1,7 +1,8 @@
-"""What one layer computes, as plain functions of tensors: attention with its heads apart, and the MLP.
+"""What one layer computes, as plain functions of tensors: attention head by head, and the MLP.
 
-A model's own modules compute all heads of a layer from one input and all tokens of a prompt at once. These take any heads, each with an
-input of its own, many variants of it, and only those tokens that matter. `models.Components` fills them from a model.
+A model's own modules compute all heads of a layer from one input, at every token of a prompt. The
+functions here take any selection of heads, each head with its own input, in many variants, and
+only the tokens that matter. `ModelWeights` makes them from a model.
 """
 
 from __future__ import annotations
@@ -17,86 +18,109 @@ from torch.nn import functional
 
 Norm = Callable[[Tensor], Tensor]
 HeadSelection = slice | Tensor
-"""Some rows of a tensor: a slice of them, or their numbers."""
-
-# On a CPU an MLP's hidden layer is computed in pieces of so many numbers, which stay in its caches.
-CACHED_NUMBERS = 1 << 18
+"""A selection of heads, or of other rows of a tensor: a slice, or a tensor of indices."""
 
 Multiply = Callable[..., Tensor]
-"""(x [head n d_in] or [n d_in], weight [head d_in d_out] or [d_in d_out], bias or None, heads or None) -> x @ weight + bias, of these heads."""
+"""A way of multiplying matrices, with the signature of `multiply`, which is the plain way."""
+
+Residual = Float[Tensor, "*batch d_model"]
+Projected = Float[Tensor, "head variant token d_head"]
+Scores = Float[Tensor, "head variant batch query key"]
+Positions = Int[Tensor, " token"]
+
+# On a CPU an MLP's hidden layer is computed in pieces of this many numbers, which fit the caches.
+CACHED_NUMBERS = 1 << 18
 
 
 def multiply(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, heads: HeadSelection | None = None
 ) -> Tensor:
-    """The plain product, in the weights' precision."""
+    """Compute x @ weight + bias.
+
+    Args:
+        x: [n d_in], or [head n d_in] where `heads` is given; one input may be shared by all heads.
+        weight: [d_in d_out], or [every_head d_in d_out].
+        bias: [d_out], or [every_head d_out].
+        heads: which heads' weights and biases to use.
+    """
     if heads is None:
         return x @ weight if bias is None else torch.addmm(bias, x, weight)
     product = x @ weight[heads]
     return product if bias is None else product.add_(bias[heads][:, None])
 
 
-PLAIN = multiply
+# Under a name that the parameters called `multiply` do not hide.
+_PLAIN_MULTIPLY = multiply
+
+
+def soft_capped(x: Float[Tensor, "*shape"], cap: float) -> Float[Tensor, "*shape"]:
+    """Bound scores or logits smoothly to (-cap, cap); a cap of 0 leaves them as they are."""
+    # cap * tanh(x / cap)
+    return cap * torch.tanh(x / cap) if cap > 0 else x
 
 
 def gelu_tanh(x: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_mlp"]:
-    """GELU in its tanh approximation, as GPT-2 has it: x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3).
+    """Compute GELU in its tanh approximation, the activation of GPT-2.
 
-    On a CPU torch's own version spends most of its time in tanh; this takes a third of it, and differs in the last bit.
+    On a CPU torch's version spends most of its time in tanh. The form below takes a third of the
+    time, and differs from it in the last bit.
     """
     if x.device.type != "cpu":
         return functional.gelu(x, approximate="tanh")
-    return (
-        torch.addcmul(x, x * x, x, value=0.044715)
-        .mul_(2 * math.sqrt(2 / math.pi))
-        .sigmoid_()
-        .mul_(x)
-    )
+    # x (1 + tanh u) / 2 = x sigmoid(2 u)   with   u = sqrt(2 / pi) (x + 0.044715 x^3)
+    cubic = torch.addcmul(x, x * x, x, value=0.044715)
+    return cubic.mul_(2 * math.sqrt(2 / math.pi)).sigmoid_().mul_(x)
 
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """Rotary position embeddings.
+    """Rotary position embeddings (RoFormer, Su et al. 2021, section 3.2).
 
     Attributes:
-        cos, sin: by position.
-        adjacent: pairs are neighbours, as in GPT-J, instead of half the rotated width apart.
+        cos, sin: of the angle of each position and dimension.
+        adjacent: whether a pair of dimensions is (2i, 2i + 1), as in GPT-J; otherwise it is
+            (i, i + rotated / 2).
     """
 
     cos: Float[Tensor, "ctx rotated"]
     sin: Float[Tensor, "ctx rotated"]
     adjacent: bool
 
-    def __call__(
-        self, x: Float[Tensor, "head variant token d_head"], positions: Int[Tensor, " token"]
-    ) -> Float[Tensor, "head variant token d_head"]:
-        """Rotate queries or keys that stand at `positions`."""
+    def __call__(self, x: Projected, positions: Positions) -> Projected:
+        """Rotate queries or keys by the angles of their positions."""
         width = self.cos.shape[-1]
-        turned, rest = x[..., :width], x[..., width:]
+        rotated, rest = x[..., :width], x[..., width:]
+        # (a, b) -> (a cos t - b sin t, b cos t + a sin t) = (a, b) cos t + (-b, a) sin t
         if self.adjacent:
-            flipped = torch.stack([-turned[..., 1::2], turned[..., ::2]], dim=-1).flatten(-2)
+            a, b = rotated[..., ::2], rotated[..., 1::2]
+            quarter_turn = torch.stack([-b, a], dim=-1).flatten(-2)
         else:
-            flipped = torch.cat([-turned[..., width // 2 :], turned[..., : width // 2]], dim=-1)
-        return torch.cat(
-            [turned * self.cos[positions] + flipped * self.sin[positions], rest], dim=-1
-        )
+            a, b = rotated.chunk(2, dim=-1)
+            quarter_turn = torch.cat([-b, a], dim=-1)
+        rotated = rotated * self.cos[positions] + quarter_turn * self.sin[positions]
+        return torch.cat([rotated, rest], dim=-1)
 
 
 @dataclass(frozen=True, eq=False)
 class Attention:
     """The heads of one layer.
 
+        q, k, v = norm(x) W + b            per slot, then clipped, normalized and rotated
+        A = softmax(q k^T / scale + bias)  bias: ALiBi, and -inf where a query may not look
+        z = A v                            the head writes z W_O
+
     Attributes:
         norm: of the residual stream, before the projections.
-        weights, biases: of the projections, by slot; key-value heads that are shared are repeated.
+        weights, biases: W and b by slot; shared key and value heads are repeated.
         output: W_O.
-        scale: what scores are divided by.
-        soft_cap: bounds the scores where it is positive.
-        clip: bounds q, k and v.
-        norms: of q and k, each head's on its own.
-        slopes: ALiBi's, per head.
-        sinks: a score per head that takes a share of the attention and brings nothing.
-        causal: tokens look at earlier ones only; with `reach`, at the last few.
+        scale: divides the attention scores.
+        soft_cap: bounds the attention scores; 0 for none.
+        clip: bounds the entries of q, k and v.
+        norms: of q and k, per head, by slot.
+        slopes: of ALiBi, per head.
+        sinks: per head, a score that takes a share of the attention and contributes no value.
+        causal: queries attend to earlier positions only.
+        reach: queries attend to this many last positions only.
     """
 
     norm: Norm
@@ -118,21 +142,22 @@ class Attention:
         slot: str,
         heads: HeadSelection,
         normed: Float[Tensor, "#head variant token d_model"],
-        positions: Int[Tensor, " token"],
+        positions: Positions,
         multiply: Multiply = multiply,
-    ) -> Float[Tensor, "head variant token d_head"]:
-        """q, k or v of some heads, ready for use: normed, clipped and rotated. Heads may share one input."""
-        flat = multiply(normed.flatten(1, -2), self.weights[slot], self.biases[slot], heads)
-        projected = flat.view(-1, *normed.shape[1:-1], flat.shape[-1])
+    ) -> Projected:
+        """Compute q, k or v of some heads from their normalized input, which they may share."""
+        # norm(x) W + b
+        rows = normed.flatten(1, -2)
+        flat = multiply(rows, self.weights[slot], self.biases[slot], heads)
+        projected = flat.unflatten(1, normed.shape[1:-1])
+        # Norm per head (Qwen 3), clipping (OLMo), rotation of queries and keys.
         if slot in self.norms:
             projected = self.norms[slot](projected)
         if self.clip is not None:
             projected = projected.clamp(-self.clip, self.clip)
-        return (
-            projected
-            if self.rotation is None or slot == "v"
-            else self.rotation(projected, positions)
-        )
+        if self.rotation is not None and slot != "v":
+            projected = self.rotation(projected, positions)
+        return projected
 
     def bias(
         self,
@@ -140,17 +165,24 @@ class Attention:
         keys: Int[Tensor, "batch key"],
         readable: Bool[Tensor, "batch key"],
     ) -> Float[Tensor, "#head batch query key"]:
-        """What is added to the scores: ALiBi, and minus infinity where a query may not look."""
+        """Compute what is added to the attention scores.
+
+        Args:
+            queries, keys: their positions.
+            readable: False for padding.
+        """
         distance = keys[:, None, :] - queries[:, :, None]
+        # A causal query sees keys at distances in (-reach, 0].
         seen = readable[:, None, :].expand(distance.shape)
         if self.causal:
             seen = seen & (distance <= 0)
-            if self.reach is not None:
-                seen = seen & (distance > -self.reach)
-        slopes = (
-            self.output.new_zeros(1) if self.slopes is None else self.slopes.to(self.output.dtype)
-        )
-        return (slopes[:, None, None, None] * distance.clamp(max=0)).masked_fill(~seen, -torch.inf)
+        if self.causal and self.reach is not None:
+            seen = seen & (distance > -self.reach)
+        # ALiBi: slope_h * (position of the key - position of the query)
+        slopes = self.output.new_zeros(1) if self.slopes is None else self.slopes
+        slopes = slopes.to(self.output.dtype).view(-1, 1, 1, 1)
+        linear = slopes * distance.clamp(max=0)
+        return linear.masked_fill(~seen, -torch.inf)
 
     def attend(
         self,
@@ -160,43 +192,47 @@ class Attention:
         values: Float[Tensor, "head _ batch key d_head"],
         bias: Float[Tensor, "#all_heads batch query key"],
     ) -> Float[Tensor, "head variant batch query d_head"]:
-        """z of some heads. Queries, keys and values may each have one variant for all."""
-        scores = _each_with_all(queries, keys.transpose(-1, -2)).div_(self.scale)
-        if self.soft_cap > 0:
-            scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
-        scores += (bias[heads] if bias.shape[0] > 1 else bias)[:, None]
-        if self.sinks is not None:
-            sink = (
-                self.sinks[heads]
-                .to(scores.dtype)[:, None, None, None, None]
-                .expand(*scores.shape[:-1], 1)
-            )
-            pattern = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
-        else:
-            pattern = scores.softmax(-1)
-        return _each_with_all(pattern, values)
+        """Compute z of some heads; any of q, k and v may have one variant for all."""
+        # S = cap(q k^T / scale) + bias
+        scores = _product_of_variants(queries, keys.transpose(-1, -2))
+        scores = soft_capped(scores.div_(self.scale), self.soft_cap)
+        own_bias = bias[heads] if bias.shape[0] > 1 else bias
+        scores += own_bias[:, None]
+        # A = softmax(S),  z = A v
+        return _product_of_variants(self._pattern(heads, scores), values)
+
+    def _pattern(self, heads: HeadSelection, scores: Scores) -> Scores:
+        if self.sinks is None:
+            return scores.softmax(-1)
+        # A = softmax([S, sink]) without the column of the sink
+        sinks = self.sinks[heads].to(scores.dtype).view(-1, 1, 1, 1, 1)
+        column = sinks.expand(*scores.shape[:-1], 1)
+        pattern = torch.cat([scores, column], dim=-1).softmax(-1)
+        return pattern[..., :-1]
 
 
-def _each_with_all(
+def _product_of_variants(
     a: Float[Tensor, "head variant_a batch rows inner"],
     b: Float[Tensor, "head variant_b batch inner columns"],
 ) -> Float[Tensor, "head variant batch rows columns"]:
-    """a @ b, where either may have one variant for all; what is shared is not copied."""
-    if a.shape[1] > 1 and b.shape[1] == 1:
-        head, variant, batch, rows, inner = a.shape
-        together = a.transpose(1, 2).reshape(head, batch, variant * rows, inner) @ b[:, 0]
-        return together.view(head, batch, variant, rows, -1).transpose(1, 2)
-    return a @ b
+    """Compute a @ b, where either may have one variant for all."""
+    if a.shape[1] == 1 or b.shape[1] > 1:
+        return a @ b
+    # Broadcasting would copy b for every variant, so multiply the rows of all variants together.
+    rows_of_all = a.transpose(1, 2).flatten(2, 3)
+    product = rows_of_all @ b[:, 0]
+    return product.unflatten(2, (a.shape[1], a.shape[3])).transpose(1, 2)
 
 
 @dataclass(frozen=True, eq=False)
 class LinearNorm:
-    """A norm whose divisor is held fixed, which makes it a linear map and a constant.
+    """A norm whose divisor is held fixed, which makes it an affine map: linear(x) + bias.
+
+        linear(x) = weight * (x - mean(x)) / scale       without the mean in an RMS norm
 
     Attributes:
-        scale: what it divides by; None where there is no norm.
-        centres: it subtracts the mean first, as LayerNorm does.
-        weight, bias: None where there are none.
+        scale: the divisor; None where there is no norm, which makes the map the identity.
+        centres: whether the mean is subtracted, as in LayerNorm.
     """
 
     scale: Float[Tensor, "*batch 1"] | None
@@ -205,86 +241,93 @@ class LinearNorm:
     bias: Float[Tensor, " d_model"] | None
 
     def __getitem__(self, positions: HeadSelection) -> LinearNorm:
-        """The norm at some positions, the last axis of `scale` but one."""
-        return self if self.scale is None else replace(self, scale=self.scale[..., positions, :])
+        """Return the norm at some positions, the second last axis of `scale`."""
+        if self.scale is None:
+            return self
+        return replace(self, scale=self.scale[..., positions, :])
 
-    def linear(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """The linear part: what is divided by the scale and multiplied by the weight."""
+    def linear(self, x: Residual) -> Residual:
+        """Apply the linear part."""
         if self.scale is None:
             return x
-        return self._weighted((x - x.mean(-1, keepdim=True) if self.centres else x) / self.scale)
+        # y = w * (C x) / s   where C subtracts the mean
+        return self._weighted(self._centred(x) / self.scale)
 
-    def transposed(
-        self, gradient: Float[Tensor, "*batch d_model"]
-    ) -> Float[Tensor, "*batch d_model"]:
-        """The transpose of `linear`: from a direction in its output to the same one in its input."""
+    def transposed(self, gradient: Residual) -> Residual:
+        """Apply the transpose of `linear`, which takes a gradient from the output to the input."""
         if self.scale is None:
             return gradient
-        gradient = self._weighted(gradient) / self.scale
-        return gradient - gradient.mean(-1, keepdim=True) if self.centres else gradient
+        # C is symmetric, so the transpose is C (w * g) / s.
+        return self._centred(self._weighted(gradient) / self.scale)
+
+    def _centred(self, x: Tensor) -> Tensor:
+        return x - x.mean(-1, keepdim=True) if self.centres else x
 
     def _weighted(self, x: Tensor) -> Tensor:
         return x if self.weight is None else x * self.weight
 
 
 @dataclass(frozen=True, eq=False)
-class FeedForward:
-    """The MLP of one layer, the norm before it included.
+class WeightedMLP:
+    """The MLP of one layer, with the norm before it.
 
-    Attributes:
-        weight_gate: where the MLP is gated.
-        activation: between the two products.
-        whole: computes an MLP of another kind, such as a mixture of experts; then there are no weights.
+    MLP(x) = act(n W_in + b_in) W_out + b_out                with n = norm(x)
+    MLP(x) = (act(n W_gate) * (n W_in) + b_in) W_out + b_out  gated
     """
 
     norm: Norm
-    weight_in: Float[Tensor, "d_model d_mlp"] | None
-    bias_in: Float[Tensor, " d_mlp"] | None
+    weight_in: Float[Tensor, "d_model d_mlp"]
+    bias_in: Float[Tensor, " d_mlp"]
     weight_gate: Float[Tensor, "d_model d_mlp"] | None
-    weight_out: Float[Tensor, "d_mlp d_model"] | None
-    bias_out: Float[Tensor, " d_model"] | None
-    activation: Callable[[Tensor], Tensor] | None
-    whole: Callable[[Tensor], Tensor] | None = None
+    weight_out: Float[Tensor, "d_mlp d_model"]
+    bias_out: Float[Tensor, " d_model"]
+    activation: Callable[[Tensor], Tensor]
 
-    def __call__(
-        self, residual: Float[Tensor, "*batch d_model"], multiply: Multiply = multiply
-    ) -> Float[Tensor, "*batch d_model"]:
-        """What the MLP writes when it reads `residual`."""
-        rows = residual.reshape(-1, residual.shape[-1])
-        if self.whole is not None:
-            return self.whole(self.norm(rows)[None]).view(residual.shape)
-        assert self.weight_in is not None
-        size = max(256, CACHED_NUMBERS // self.weight_in.shape[1])
-        if len(rows) <= size or rows.device.type != "cpu" or multiply is not PLAIN:
-            return self._rows(rows, multiply).view(residual.shape)
-        return torch.cat([self._rows(some, multiply) for some in rows.split(size)]).view(
-            residual.shape
-        )
+    def __call__(self, residual: Residual, multiply: Multiply = multiply) -> Residual:
+        """Compute what the MLP writes when it reads `residual`."""
+        tokens = residual.flatten(0, -2)
+        size = len(tokens)
+        # Another way of multiplying, such as in low precision, may need all rows together.
+        if tokens.device.type == "cpu" and multiply is _PLAIN_MULTIPLY:
+            size = max(256, CACHED_NUMBERS // self.weight_in.shape[1])
+        pieces = [self._at_tokens(piece, multiply) for piece in tokens.split(max(1, size))]
+        written = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return written.view(residual.shape)
 
-    def _rows(
-        self, rows: Float[Tensor, "row d_model"], multiply: Multiply
-    ) -> Float[Tensor, "row d_model"]:
-        assert (
-            self.weight_in is not None
-            and self.bias_in is not None
-            and self.weight_out is not None
-            and self.activation is not None
-        )
-        normed = self.norm(rows)
+    def _at_tokens(
+        self, tokens: Float[Tensor, "token d_model"], multiply: Multiply
+    ) -> Float[Tensor, "token d_model"]:
+        # h W_out + b_out   with n = norm(x) and the hidden layer h
+        normed = self.norm(tokens)
         if self.weight_gate is None:
+            # h = act(n W_in + b_in)
             hidden = self.activation(multiply(normed, self.weight_in, self.bias_in))
         else:
-            hidden = (
-                self.activation(multiply(normed, self.weight_gate))
-                .mul_(multiply(normed, self.weight_in))
-                .add_(self.bias_in)
-            )
+            # h = act(n W_gate) * (n W_in) + b_in
+            gate = self.activation(multiply(normed, self.weight_gate))
+            hidden = gate.mul_(multiply(normed, self.weight_in)).add_(self.bias_in)
         return multiply(hidden, self.weight_out, self.bias_out)
 
 
 @dataclass(frozen=True, eq=False)
+class ModuleMLP:
+    """An MLP that only the model's own module computes, such as a mixture of experts."""
+
+    norm: Norm
+    module: Callable[[Tensor], Tensor]
+
+    def __call__(self, residual: Residual, multiply: Multiply = multiply) -> Residual:
+        """Compute what the MLP writes when it reads `residual`; `multiply` has no effect."""
+        tokens = residual.flatten(0, -2)
+        return self.module(self.norm(tokens)[None]).view(residual.shape)
+
+
+FeedForward = WeightedMLP | ModuleMLP
+
+
+@dataclass(frozen=True, eq=False)
 class Unembedding:
-    """From the final residual stream to logits."""
+    """From the final residual stream to logits: cap(norm(x) W_U + b_U)."""
 
     norm: Norm
     weight: Float[Tensor, "d_model vocab"]
@@ -292,12 +335,10 @@ class Unembedding:
     soft_cap: float
 
     def __call__(
-        self, residual: Float[Tensor, "*batch d_model"], multiply: Multiply = multiply
+        self, residual: Residual, multiply: Multiply = multiply
     ) -> Float[Tensor, "*batch vocab"]:
-        """The logits at each row."""
-        logits = multiply(
-            self.norm(residual).reshape(-1, residual.shape[-1]), self.weight, self.bias
-        )
-        if self.soft_cap > 0:
-            logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
-        return logits.view(*residual.shape[:-1], -1)
+        """Compute the logits at each token."""
+        # cap(n W_U + b_U)   with   n = norm(x)
+        normed = self.norm(residual).flatten(0, -2)
+        logits = multiply(normed, self.weight, self.bias)
+        return soft_capped(logits, self.soft_cap).unflatten(0, residual.shape[:-1])

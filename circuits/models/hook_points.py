@@ -1,4 +1,4 @@
-"""At which hook point a node writes or reads, and where what a run computes can be seen."""
+"""The hook points of TransformerLens: where nodes write and read, and where runs are observed."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ from circuits.graph.edges import SLOTS
 from circuits.graph.nodes import MLP, Embed, Head, Logits, Node, PosEmbed, TokenEmbed
 from circuits.models.loading import Model
 
+NORMS = ("ln1", "ln1_post", "ln2", "ln2_post")
+"""The norms of a block: before and after attention, before and after the MLP."""
+
+FINAL_SCALE = "ln_final.hook_scale"
+"""What the final norm divides by."""
+
 
 def output_hook(node: Node) -> str:
-    """The hook point at which a component's output can be read. A head's is its z, whose product with W_O is what it writes."""
+    """Return where the output of a source can be read: a head writes z W_O, and its z is read."""
     match node:
         case TokenEmbed():
             return "hook_embed"
         case PosEmbed():
             return "hook_pos_embed"
         case Embed():
-            return "blocks.0.hook_resid_pre"
+            return residual_hook(0)
         case Head(layer=layer):
             return f"blocks.{layer}.attn.hook_z"
         case MLP(layer=layer):
@@ -24,7 +30,7 @@ def output_hook(node: Node) -> str:
 
 
 def input_hook(model: Model, node: Node, slot: str | None) -> str:
-    """The hook point at which what a target reads can be changed; for heads, within `separate_inputs`."""
+    """Return where the input of a target can be changed; inside `separate_inputs` only."""
     match node:
         case Head(layer=layer) if slot in SLOTS:
             return f"blocks.{layer}.hook_{slot}_input"
@@ -36,57 +42,58 @@ def input_hook(model: Model, node: Node, slot: str | None) -> str:
 
 
 def attention_output_hook(layer: int) -> str:
-    """What a layer's heads and b_O add to the residual stream together."""
+    """Return where the sum of what a layer's heads and b_O write can be read."""
     return f"blocks.{layer}.hook_attn_out"
 
 
 def residual_hook(layer: int) -> str:
-    """The residual stream as it enters a layer."""
+    """Return where the residual stream enters a layer."""
     return f"blocks.{layer}.hook_resid_pre"
 
 
 def projection_hook(layer: int, slot: str) -> str:
-    """A layer's q, k or v, one per head, before norms and rotations of their own."""
+    """Return where a layer's q, k or v can be read per head, before per-head norms and rotation."""
     return f"blocks.{layer}.attn.hook_{slot}"
 
 
 def pattern_hook(layer: int) -> str:
-    """How much each query of a layer's heads attends to each key."""
+    """Return where the attention pattern of a layer's heads can be read."""
     return f"blocks.{layer}.attn.hook_pattern"
 
 
 def mlp_residual_hook(model: Model, layer: int) -> str:
-    """The residual stream that an MLP reads, before its norm: in a parallel block what its heads read too."""
-    return f"blocks.{layer}.{'hook_resid_pre' if model.cfg.parallel_attn_mlp else 'hook_resid_mid'}"
+    """Return where the residual stream that an MLP reads can be read, before the MLP's norm."""
+    # In a parallel block the MLP reads what the heads read.
+    point = "hook_resid_pre" if model.cfg.parallel_attn_mlp else "hook_resid_mid"
+    return f"blocks.{layer}.{point}"
 
 
 def mlp_output_hook(model: Model, layer: int, *, before_norm: bool = False) -> str:
-    """What an MLP adds to the residual stream, or what it gives to a norm that follows it."""
-    return f"blocks.{layer}.{'mlp' if before_norm and _norms_after(model) else 'hook_mlp_out'}"
-
-
-NORMS = ("ln1", "ln1_post", "ln2", "ln2_post")
-"""The norms of a block: before and after attention, before and after the MLP."""
+    """Return where an MLP's output can be read, optionally before a norm that follows the MLP."""
+    point = "mlp" if before_norm and _has_norms_after(model) else "hook_mlp_out"
+    return f"blocks.{layer}.{point}"
 
 
 def scale_hooks(model: Model) -> dict[tuple[int, str], str]:
-    """Where what each norm of each block divides by can be read, by layer and norm; the final norm's is `FINAL_SCALE`."""
-    if model.cfg.normalization_type is None:
+    """Return where the divisor of each norm of each block can be read, by layer and norm.
+
+    The divisor of the final norm is at `FINAL_SCALE`.
+    """
+    cfg = model.cfg
+    if cfg.normalization_type is None:
         return {}
-    absent = {
-        *(() if _norms_after(model) else ("ln1_post", "ln2_post")),
-        *(("ln2", "ln2_post") if model.cfg.attn_only else ()),
-    }
-    names = [name for name in NORMS if name not in absent]
+    # Norms after attention and MLP exist in Gemma 2 and 3; attention-only models have no MLP norms.
+    after = _has_norms_after(model)
+    present = {"ln1": True, "ln1_post": after}
+    if not cfg.attn_only:
+        present |= {"ln2": True, "ln2_post": after}
     return {
         (layer, name): f"blocks.{layer}.{name}.hook_scale"
-        for layer in range(model.cfg.n_layers)
-        for name in names
+        for layer in range(cfg.n_layers)
+        for name in NORMS
+        if present.get(name)
     }
 
 
-FINAL_SCALE = "ln_final.hook_scale"
-
-
-def _norms_after(model: Model) -> bool:
+def _has_norms_after(model: Model) -> bool:
     return bool(model.cfg.use_normalization_before_and_after)

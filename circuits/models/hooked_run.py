@@ -1,4 +1,4 @@
-"""Running a model with hooks. It is never changed: flags, hooks, gradients and modes are put back."""
+"""Run a model with hooks and leave it unchanged: flags, hooks, gradients and modes are restored."""
 
 from __future__ import annotations
 
@@ -10,127 +10,76 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from circuits.models.functional import soft_capped
 from circuits.models.loading import Model
 
 Hook = Callable[[Tensor], Tensor | None]
-"""Takes an activation, returns its replacement, or None to leave it."""
+"""Takes an activation and returns its replacement, or None to leave it unchanged."""
+
+INPUT_FLAGS = (
+    "use_hook_mlp_in", "use_split_qkv_input", "ungroup_grouped_query_attention",
+    "use_attn_in", "use_attn_result",
+)  # fmt: skip
+"""TransformerLens' flags that copy the inputs or outputs of heads and MLPs."""
 
 
 @contextlib.contextmanager
 def separate_inputs(model: Model) -> Iterator[None]:
-    """Give every MLP and every head's q, k and v an input of its own; the flags are put back.
+    """Give every MLP, and every head's q, k and v, a separate input, which hooks can change.
 
-    Key and value heads that are shared are given one copy per query head.
+    Shared key and value heads become one copy per query head.
     """
-    mlps, shared = not model.cfg.attn_only, model.cfg.n_key_value_heads is not None
-    with _flags(
-        model,
-        use_hook_mlp_in=mlps,
-        use_split_qkv_input=True,
-        ungroup_grouped_query_attention=shared,
-    ):
+    flags = ["use_split_qkv_input"]
+    if not model.cfg.attn_only:
+        flags.append("use_hook_mlp_in")
+    if model.cfg.n_key_value_heads is not None:
+        flags.append("ungroup_grouped_query_attention")
+    with _input_flags(model, *flags):
         yield
 
 
 @contextlib.contextmanager
 def plain_inputs(model: Model) -> Iterator[None]:
-    """Without the flags that make a forward pass slow, whatever the user has set; they are put back."""
-    with _flags(model), _shared_norms(model):
+    """Clear the flags that make a forward pass slow, whatever the user has set."""
+    with _input_flags(model), _shared_norms(model):
         yield
 
 
 @contextlib.contextmanager
 def separate_gradients(model: Model) -> Iterator[None]:
-    """Give every MLP an input of its own, and let hooks at k and v turn shared heads into one copy per query head (`copies_per_head`).
+    """Let hooks take a separate gradient at every MLP's input and at every head's q, k and v.
 
-    The projections stay shared, so a pass costs what a plain one does. Flags and modules are put back.
+    A hook at k or v must itself repeat a shared head once per query head (`copies_per_head`). The
+    projections stay shared, so a pass costs as much as a plain one.
     """
-    attentions = (
-        [block.attn for block in model.blocks] if model.cfg.n_key_value_heads is not None else []
-    )
-    before = [attention.repeat_kv_heads for attention in attentions]
-    try:
-        for attention in attentions:
-            attention.repeat_kv_heads = 1
-        with _flags(model, use_hook_mlp_in=not model.cfg.attn_only), _shared_norms(model):
-            yield
-    finally:
-        for attention, repeats in zip(attentions, before, strict=True):
-            attention.repeat_kv_heads = repeats
-
-
-@contextlib.contextmanager
-def _shared_norms(model: Model) -> Iterator[None]:
-    """Compute the norm before attention once for q, k and v, where TransformerLens computes it three times; modules are put back."""
-    norms = [block.ln1 for block in model.blocks]
-    before = [dict(vars(norm)).get("forward") for norm in norms]
-    try:
-        for norm in norms:
-            norm.forward = _remembered(norm.forward)
+    shared = model.cfg.n_key_value_heads is not None
+    attentions = [block.attn for block in model.blocks] if shared else []
+    flags = [] if model.cfg.attn_only else ["use_hook_mlp_in"]
+    # With one repeat the model leaves the repeating of shared heads to the hooks.
+    repeats = [(attention, "repeat_kv_heads", 1) for attention in attentions]
+    with _attributes(repeats), _input_flags(model, *flags), _shared_norms(model):
         yield
-    finally:
-        for norm, forward in zip(norms, before, strict=True):
-            del norm.forward
-            if forward is not None:
-                norm.forward = forward
-
-
-def _remembered(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The same function, which gives its last result again to the next two calls on the very same tensor, and then forgets it."""
-    last: list[tuple[Tensor, Tensor]] = []
-
-    def remembering(given: Tensor) -> Tensor:
-        if not last or last[0][0] is not given:
-            last[:] = [(given, forward(given))] * 3
-        return last.pop()[1]
-
-    return remembering
 
 
 def copies_per_head(model: Model, slot: str) -> int:
-    """How many query heads read each head of q, k or v."""
+    """Return how many query heads share one head of q, k or v."""
     shared = model.cfg.n_key_value_heads
     return 1 if shared is None or slot == "q" else model.cfg.n_heads // shared
 
 
 @contextlib.contextmanager
-def _flags(model: Model, **chosen: bool) -> Iterator[None]:
-    """Set these flags of hooks, and clear the others; all are put back."""
-    before = {name: getattr(model.cfg, name) for name in _INPUT_FLAGS}
-    try:
-        for name in _INPUT_FLAGS:
-            setattr(model.cfg, name, chosen.get(name, False))
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(model.cfg, name, value)
-
-
-_INPUT_FLAGS = (
-    "use_hook_mlp_in",
-    "use_split_qkv_input",
-    "ungroup_grouped_query_attention",
-    "use_attn_in",
-    "use_attn_result",
-)
-
-
-@contextlib.contextmanager
 def frozen(model: Model) -> Iterator[None]:
-    """Evaluation mode and no gradients into the weights; both are put back."""
-    training = [(module, module.training) for module in model.modules() if module.training]
-    requiring = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for module, _ in training:
-            module.training = False
-        for parameter in requiring:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module, mode in training:
-            module.training = mode
-        for parameter in requiring:
-            parameter.requires_grad_(True)
+    """Set evaluation mode and switch off the gradients of the weights."""
+    training = [(module, "training", False) for module in model.modules() if module.training]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with _attributes(training):
+        try:
+            for parameter in trainable:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
 
 
 def run_to_residual(
@@ -141,81 +90,109 @@ def run_to_residual(
     *,
     layers: int | None = None,
 ) -> Float[Tensor, "batch pos d_model"]:
-    """The residual stream after the last layer, or after the first few, with hooks that are removed again even when the forward pass raises.
+    """Run a model with hooks, and return the residual stream after the last layer.
 
     Args:
-        mask: real tokens, as against padding on the right. What pads hold never reaches a real token.
-        hooks: (hook point, function) pairs.
+        mask: True for real tokens, False for padding on the right, which no real token reads.
+        hooks: pairs as `hooked` takes them.
+        layers: stop after this many layers.
     """
-    # A tokenizer that pads on the left would make TransformerLens guess where the padding is.
-    left = model.tokenizer is not None and model.tokenizer.padding_side == "left"
-    attention_mask = torch.ones_like(tokens) if left else None
-    with hooked(model, [*hooks, *_padding_hooks(model, mask)]):
-        return model(
-            tokens,
-            stop_at_layer=model.cfg.n_layers if layers is None else layers,
-            attention_mask=attention_mask,
-        )
+    # With a tokenizer that pads on the left TransformerLens would guess where the padding is.
+    pads_left = model.tokenizer is not None and model.tokenizer.padding_side == "left"
+    attention_mask = torch.ones_like(tokens) if pads_left else None
+    last = model.cfg.n_layers if layers is None else layers
+    all_hooks = [*hooks, *_padding_hooks(model, mask)]
+    with hooked(model, all_hooks):
+        return model(tokens, stop_at_layer=last, attention_mask=attention_mask)
 
 
 @contextlib.contextmanager
 def hooked(model: Model, hooks: Sequence[tuple[str, Hook]]) -> Iterator[None]:
-    """With these (hook point or module, function) pairs in place; a module's function takes what the module gives."""
-    points: list[Any] = [
-        (name, _as_hook(function)) for name, function in hooks if name in model.hook_dict
-    ]
-    modules = [
-        (model.get_submodule(name), function)
-        for name, function in hooks
-        if name not in model.hook_dict
-    ]
-    handles = [
-        module.register_forward_hook(_as_module_hook(function)) for module, function in modules
-    ]
-    try:
-        with model.hooks(fwd_hooks=points):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    """Add hooks, and remove them at the end even when the body raises.
+
+    Args:
+        hooks: pairs of a hook point, or of a module, and a function; a function at a module takes
+            the module's output.
+    """
+    with contextlib.ExitStack() as stack:
+        for name, function in hooks:
+            # A hook point is a module as well: it returns the activation that it is given.
+            handle = model.get_submodule(name).register_forward_hook(_on_output(function))
+            stack.callback(handle.remove)
+        yield
 
 
 def unembed(
     model: Model, residual: Float[Tensor, "*batch d_model"]
 ) -> Float[Tensor, "*batch vocab"]:
-    """Logits from the final residual stream: final norm, unembedding, soft cap."""
-    rows = residual.reshape(1, -1, residual.shape[-1])
-    normed = rows if model.cfg.normalization_type is None else model.ln_final(rows)
-    logits = model.unembed(normed)
-    cap = model.cfg.output_logits_soft_cap
-    if cap is not None and cap > 0:
-        logits = cap * torch.tanh(logits / cap)
-    return logits.reshape(*residual.shape[:-1], -1)
+    """Compute the logits from the final residual stream with the model's own modules."""
+    # cap(norm(x) W_U + b_U)
+    normed = residual.flatten(0, -2)[None]
+    if model.cfg.normalization_type is not None:
+        normed = model.ln_final(normed)
+    logits = model.unembed(normed)[0].unflatten(0, residual.shape[:-1])
+    return soft_capped(logits, model.cfg.output_logits_soft_cap or 0)
 
 
-def _as_hook(function: Hook) -> Callable[..., Tensor | None]:
-    def hook(activation: Tensor, hook: object) -> Tensor | None:
-        return function(activation)
-
-    return hook
-
-
-def _as_module_hook(function: Hook) -> Callable[..., Tensor | None]:
-    def hook(module: torch.nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        return function(output)
-
-    return hook
+def _on_output(function: Hook) -> Callable[..., Tensor | None]:
+    return lambda module, arguments, output: function(output)
 
 
 def _padding_hooks(model: Model, mask: Bool[Tensor, "batch pos"]) -> list[tuple[str, Hook]]:
-    """Bidirectional attention would read pads on the right, and TransformerLens masks them only under causal attention."""
+    """Mask pads on the right, which TransformerLens does under causal attention only."""
     if model.cfg.attention_dir == "causal" or bool(mask.all()):
         return []
 
     def ignore_pads(scores: Float[Tensor, "batch head query key"]) -> Tensor:
         return scores.masked_fill(~mask[:, None, None, :], -torch.inf)
 
-    return [
-        (f"blocks.{layer}.attn.hook_attn_scores", ignore_pads)
-        for layer in range(model.cfg.n_layers)
-    ]
+    layers = range(model.cfg.n_layers)
+    return [(f"blocks.{layer}.attn.hook_attn_scores", ignore_pads) for layer in layers]
+
+
+@contextlib.contextmanager
+def _input_flags(model: Model, *chosen: str) -> Iterator[None]:
+    """Set these of `INPUT_FLAGS`, and clear the others."""
+    with _attributes([(model.cfg, name, name in chosen) for name in INPUT_FLAGS]):
+        yield
+
+
+@contextlib.contextmanager
+def _shared_norms(model: Model) -> Iterator[None]:
+    """Compute the norm before attention once for q, k and v, not three times as TransformerLens."""
+    norms = [block.ln1 for block in model.blocks]
+    with _attributes([(norm, "forward", _remembering(norm.forward)) for norm in norms]):
+        yield
+
+
+def _remembering(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return the last result again for the next two calls on the same tensor, then forget it."""
+    # The input and the output, once for each call that is left.
+    last: list[tuple[Tensor, Tensor]] = []
+
+    def remembering(given: Tensor) -> Tensor:
+        if not last or last[0][0] is not given:
+            last[:] = [(given, forward(given))] * 3
+        return last.pop()[1]
+
+    return remembering
+
+
+_UNSET = object()
+
+
+@contextlib.contextmanager
+def _attributes(changes: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Set attributes, given as (object, name, value), and restore them at the end."""
+    # An attribute that the object only inherits from its class is deleted again.
+    before = [vars(owner).get(name, _UNSET) for owner, name, _ in changes]
+    try:
+        for owner, name, value in changes:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for (owner, name, _), value in zip(changes, before, strict=True):
+            if value is _UNSET:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)

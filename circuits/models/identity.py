@@ -14,28 +14,22 @@ from circuits.graph.identity import ModelIdentity
 from circuits.models import Model
 from circuits.system.errors import InputError
 
-# Settings that change no logit: flags of hooks, where a model is and where it came from.
+# Prefixes of settings that change no logit: hook flags, where a model is, where it came from.
 NOT_ARCHITECTURE = (
-    "use_attn_result", "use_attn_in", "use_split_qkv_input", "use_hook_mlp_in", "ungroup_grouped_query_attention", "use_hook_tokens", "model_name",
-    "device", "n_devices", "seed", "init_", "tokenizer", "default_prepend_bos", "checkpoint", "from_checkpoint", "n_params", "trust_remote_code",
-    "original_architecture", "load_", "dtype",
+    "use_attn_result", "use_attn_in", "use_split_qkv_input", "use_hook_mlp_in", "use_hook_tokens",
+    "ungroup_grouped_query_attention", "model_name", "original_architecture", "n_params", "dtype",
+    "device", "n_devices", "seed", "init_", "load_", "tokenizer", "default_prepend_bos",
+    "checkpoint", "from_checkpoint", "trust_remote_code",
 )  # fmt: skip
 
-
 SHAPE = (
-    "n_layers",
-    "n_heads",
-    "n_key_value_heads",
-    "d_model",
-    "d_head",
-    "d_mlp",
-    "d_vocab",
-    "attn_only",
-    "parallel_attn_mlp",
-)
+    "n_layers", "n_heads", "n_key_value_heads", "d_model", "d_head", "d_mlp", "d_vocab",
+    "attn_only", "parallel_attn_mlp",
+)  # fmt: skip
 
+INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-# Of parameters with at most so many numbers the fingerprint takes the bits as they are.
+# Up to this many entries of a parameter enter the fingerprint bit by bit.
 SMALL = 1 << 12
 
 
@@ -47,31 +41,35 @@ def check_fits(model: Model, graph: Graph) -> None:
     """
     if graph.model is None:
         return
-    here = identity(model)
+    here, there = identity(model), graph.model
     differences = [
-        f"{name} {graph.model.shape.get(name)} there, {size} here"
+        f"{name} {there.shape.get(name)} there, {size} here"
         for name, size in here.shape.items()
-        if graph.model.shape.get(name) != size
+        if there.shape.get(name) != size
     ]
     if differences:
         raise InputError(
-            f"this circuit belongs to {graph.model.name!r}, a model of another shape ({'; '.join(differences)}); "
-            "load that model, or discover a circuit in this one."
+            f"this circuit belongs to {there.name!r}, a model of another shape "
+            f"({'; '.join(differences)}); load that model, or discover a circuit in this one."
         )
-    if here.weights != graph.model.weights:
+    if here.weights != there.weights:
         warnings.warn(
-            f"this circuit was found in {graph.model.name!r} with other weights than the model at hand has.",
+            f"this circuit was found in {there.name!r} with other weights than this model has.",
             stacklevel=4,
         )
 
 
 def identity(model: Model) -> ModelIdentity:
-    """The model's name, shape and a fingerprint of its weights and architecture (equal on every device, and whatever its hook flags)."""
+    """Return the model's name, its shape, and a fingerprint of its weights and architecture.
+
+    The fingerprint is the same on every device and whatever hook flags are set.
+    """
     architecture = {
         name: str(value)
         for name, value in sorted(vars(model.cfg).items())
         if not name.startswith(NOT_ARCHITECTURE)
     }
+    # Sorted, so that the order of settings and parameters does not matter.
     digest = hashlib.blake2b(json.dumps(architecture).encode(), digest_size=16)
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
@@ -81,19 +79,22 @@ def identity(model: Model) -> ModelIdentity:
 
 
 def checksum(parameter: Tensor) -> bytes:
-    """The bits of small parameters; of others integer sums of them over rows and over columns.
+    """Return the bits of a small parameter, or integer sums of the bits over rows and columns.
 
-    These depend on every bit and its place, not on device or order of summation. Sums wrap around in the width of the bits, which keeps
-    them exact in any order and is twenty times faster than summing in 64 bits.
+    The sums depend on every bit and its place, but not on the device or the order of summation.
+    They wrap around in 32 bits (64 for float64), which is exact in any order, and twenty times
+    faster than sums in 64 bits.
     """
-    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
-    bits = (
-        parameter.contiguous().view(kind).reshape(-1, parameter.shape[-1] if parameter.dim() else 1)
-    )
+    bits = parameter.contiguous().view(INTEGER_OF_SIZE[parameter.element_size()])
+    bits = bits.reshape(-1, bits.shape[-1]) if bits.dim() else bits.reshape(1, 1)
     if bits.numel() <= SMALL:
-        return bits.cpu().numpy().tobytes()
-    if kind is torch.int16 and bits.shape[1] % 2 == 0:
+        return _bytes(bits)
+    # Two 16-bit numbers at a time are summed as one of 32 bits.
+    if bits.dtype is torch.int16 and bits.shape[1] % 2 == 0:
         bits = bits.view(torch.int32)
-    width = torch.int64 if kind is torch.int64 else torch.int32
-    sums = [bits.sum(axis, dtype=width) for axis in (0, 1)]
-    return b"".join(part.cpu().numpy().tobytes() for part in sums)
+    width = torch.int64 if bits.dtype is torch.int64 else torch.int32
+    return _bytes(bits.sum(0, dtype=width)) + _bytes(bits.sum(1, dtype=width))
+
+
+def _bytes(values: Tensor) -> bytes:
+    return values.cpu().numpy().tobytes()

@@ -1,28 +1,37 @@
-"""What every source writes to the residual stream on given prompts: one plain forward pass, no per-head flags."""
+"""What every source writes to the residual stream on given prompts, from one plain forward pass."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.graph.nodes import Embed, Head, Node, PosEmbed, TokenEmbed
+from circuits.graph.nodes import Head, Node, PosEmbed, TokenEmbed
 from circuits.models import Hook, Model, ModelWeights, output_hook, plain_inputs, run_to_residual
 from circuits.system.errors import InputError
 
-# Rounding may part the sum of the outputs from the residual stream by this much of its size; a missing term parts them by far more.
+Tokens = Int[Tensor, "batch pos"]
+Mask = Bool[Tensor, "batch pos"]
+Residual = Float[Tensor, "batch pos d_model"]
+
+# Rounding makes the sum of the outputs differ from the residual stream by less than this share of
+# its size; a missing term makes it differ by far more.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 
 
 @dataclass(frozen=True, eq=False)
 class SourceOutputs:
-    """What the sources wrote in one run, kept as small as it comes: of a layer's heads z, whose product with W_O is made when asked for.
+    """The outputs of the sources in one run, stored as small as possible: of a layer's heads z.
+
+        out_h = z_h W_O[h]        computed on demand
 
     Attributes:
-        nodes: all that write, see `component_nodes`.
+        nodes: all sources, in the order of `component_nodes`.
         activations: by the hook point at which they are read.
     """
 
@@ -31,145 +40,132 @@ class SourceOutputs:
     activations: Mapping[str, Float[Tensor, "batch pos *rest"]]
 
     def __sub__(self, other: SourceOutputs) -> SourceOutputs:
-        """What is to be added to the other's outputs to get these."""
-        return SourceOutputs(
-            self.model,
-            self.nodes,
-            {name: value - other.activations[name] for name, value in self.activations.items()},
-        )
+        theirs = other.activations
+        difference = {name: own - theirs[name] for name, own in self.activations.items()}
+        return replace(self, activations=difference)
 
     def __neg__(self) -> SourceOutputs:
-        return SourceOutputs(
-            self.model, self.nodes, {name: -value for name, value in self.activations.items()}
-        )
+        negated = {name: -value for name, value in self.activations.items()}
+        return replace(self, activations=negated)
 
-    def outputs(
-        self,
-        rows: slice = slice(None),
-        into: Float[Tensor, "source batch pos d_model"] | None = None,
-    ) -> Float[Tensor, "source batch pos d_model"]:
-        """What the nodes `rows` write. A layer's heads are asked for together.
+    def outputs(self, rows: slice = slice(None)) -> Float[Tensor, "source batch pos d_model"]:
+        """Compute the outputs of the nodes `rows`, which hold all heads of a layer or none."""
+        start, stop, _ = rows.indices(len(self.nodes))
+        example = next(iter(self.activations.values()))
+        shape = (stop - start, *example.shape[:2], self.model.cfg.d_model)
+        outputs = example.new_empty(shape)
+        for name, group in output_groups(self.nodes):
+            if start <= group.start and group.stop <= stop:
+                # Each group is computed in place: no second copy of the outputs exists.
+                into = outputs[group.start - start : group.stop - start]
+                _write_outputs(self.model, self.nodes[group.start], into, self.activations[name])
+        return outputs
+
+    def attention(self, layer: int) -> Residual:
+        """Compute what a layer's attention writes: the sum of z_h W_O[h] over heads, plus b_O."""
+        # The heads' products are one product: [z_1 ... z_n] times the W_O[h] stacked.
+        weights = ModelWeights(self.model)
+        z = self.activations[output_hook(Head(layer, 0))]
+        projection = weights.output_projection(layer).flatten(0, 1)
+        return z.flatten(2) @ projection + weights.output_bias(layer)
+
+    def check(self, residual: Residual, mask: Mask) -> None:
+        """Refuse a model whose residual stream is not the sum of the outputs and biases.
 
         Args:
-            into: where it is written; None makes a new tensor.
-        """
-        start, stop, _ = rows.indices(len(self.nodes))
-        groups = [
-            group
-            for group in output_groups(self.nodes)
-            if start <= group[1].start and group[1].stop <= stop
-        ]
-        if into is None:
-            example = self.activations[groups[0][0]]
-            into = example.new_empty(stop - start, *example.shape[:2], self.model.cfg.d_model)
-        for name, where in groups:
-            _write(
-                self.model,
-                self.nodes[where.start],
-                self.activations[name],
-                into[where.start - start : where.stop - start],
-            )
-        return into
-
-    def attention(self, layer: int) -> Float[Tensor, "batch pos d_model"]:
-        """What a layer's heads and b_O write together."""
-        parts = ModelWeights(self.model)
-        z, projection = (
-            self.activations[output_hook(Head(layer, 0))],
-            parts.output_projection(layer),
-        )
-        return z.flatten(2) @ projection.flatten(0, 1) + parts.output_bias(layer)
-
-    def residual(self) -> Float[Tensor, "batch pos d_model"]:
-        """The sum of all that is written and the biases: the residual stream after the last layer, in float32 at least."""
-        total = torch.zeros(
-            (),
-            device=self.model.cfg.device,
-            dtype=torch.promote_types(self.model.cfg.dtype, torch.float32),
-        )
-        for name, rows in output_groups(self.nodes):
-            first = self.nodes[rows.start]
-            total = total + (
-                self.attention(first.layer) if isinstance(first, Head) else self.activations[name]
-            )
-        return total
-
-    def check(
-        self, residual: Float[Tensor, "batch pos d_model"], mask: Bool[Tensor, "batch pos"]
-    ) -> None:
-        """Refuse a model in whose run the outputs and biases do not sum to the residual stream, looking at the first prompt's last token.
+            residual: the stream after the last layer. The first prompt's last token is compared.
 
         Raises:
-            InputError: with how far they miss it.
+            InputError: with the size of the difference.
         """
+        # One token is enough to detect a missing term.
         last = int(mask[0].nonzero().max())
-        first = SourceOutputs(
-            self.model,
-            self.nodes,
-            {name: value[:1, last : last + 1] for name, value in self.activations.items()},
-        )
-        residual = residual.detach()[:1, last : last + 1]
-        gap = float(
-            (first.residual() - residual).abs().max() / residual.abs().max().clamp(min=1e-30)
-        )
-        # Written so that NaN, which an overflowing model leaves here, is reported where the logits are checked.
+        token = slice(1), slice(last, last + 1)
+        here = {name: value[token] for name, value in self.activations.items()}
+        gap = replace(self, activations=here)._gap(residual.detach()[token])
+        # False where the gap is NaN: overflow is reported where the logits are checked.
         if gap > TOLERANCE[self.model.cfg.dtype]:
             raise InputError(
-                f"in {self.model.cfg.model_name} the components' outputs do not sum to the residual stream (they miss {gap:.1%} of it), "
-                "so no component graph describes this model."
+                f"in {self.model.cfg.model_name} the outputs of the components do not sum "
+                f"to the residual stream (they miss {gap:.1%} of it), so it has no component graph."
             )
+
+    def _gap(self, residual: Residual) -> float:
+        """By what share of its size the residual stream differs from the sum of what is written."""
+        # sum over sources u of out_u + sum over layers of b_O = residual stream
+        written = torch.stack(list(self._written()))
+        wide = torch.promote_types(written.dtype, torch.float32)
+        difference = written.sum(0, dtype=wide) - residual
+        size = residual.abs().max().clamp(min=1e-30)
+        return float(difference.abs().max() / size)
+
+    def _written(self) -> Iterator[Residual]:
+        """What each embedding, each layer's attention and each MLP writes, with its biases."""
+        for name, group in output_groups(self.nodes):
+            node = self.nodes[group.start]
+            yield self.attention(node.layer) if isinstance(node, Head) else self.activations[name]
 
 
 def run_and_record(
-    model: Model,
-    nodes: Sequence[Node],
-    tokens: Int[Tensor, "batch pos"],
-    mask: Bool[Tensor, "batch pos"],
-) -> tuple[SourceOutputs, Float[Tensor, "batch pos d_model"]]:
-    """What each of `nodes` writes in one forward pass, and the residual stream after the last layer.
+    model: Model, nodes: Sequence[Node], tokens: Tokens, mask: Mask
+) -> tuple[SourceOutputs, Residual]:
+    """Run a model, and return the outputs of its sources and the final residual stream.
 
     Raises:
-        InputError: the outputs and biases do not sum to the residual stream, so that the model is not what a component graph describes.
+        InputError: the outputs and biases do not sum to the residual stream, so that no component
+            graph describes the model.
     """
     activations: dict[str, Tensor] = {}
+    hooks = [(name, keeper(activations, name)) for name, _ in output_groups(nodes)]
     with torch.no_grad(), plain_inputs(model):
-        residual = run_to_residual(
-            model,
-            tokens,
-            mask,
-            [(name, keeper(activations, name)) for name, _ in output_groups(nodes)],
-        )
+        residual = run_to_residual(model, tokens, mask, hooks)
         written = SourceOutputs(model, tuple(nodes), activations)
         written.check(residual, mask)
     return written, residual
 
 
 def source_outputs(
-    model: Model,
-    nodes: Sequence[Node],
-    tokens: Int[Tensor, "batch pos"],
-    mask: Bool[Tensor, "batch pos"],
+    model: Model, nodes: Sequence[Node], tokens: Tokens, mask: Mask
 ) -> Float[Tensor, "source batch pos d_model"]:
-    """What each of `nodes` (all that write, see `component_nodes`) adds to the residual stream.
+    """Compute what each of `nodes`, which are all sources, adds to the residual stream.
 
     Raises:
-        InputError: the outputs and biases do not sum to the residual stream, so that the model is not what a component graph describes.
+        InputError: see `run_and_record`.
     """
     with torch.no_grad():
-        return run_and_record(model, nodes, tokens, mask)[0].outputs()
+        written, _ = run_and_record(model, nodes, tokens, mask)
+        return written.outputs()
+
+
+def embedding_outputs(
+    model: Model, nodes: Sequence[Node], tokens: Tokens, mask: Mask
+) -> Float[Tensor, "embedding batch pos d_model"]:
+    """Compute what the embeddings among `nodes` write, without running the layers."""
+    recorded: dict[str, Tensor] = {}
+    names = [output_hook(node) for node in nodes if isinstance(node, TokenEmbed | PosEmbed)]
+    hooks = [(name, keeper(recorded, name)) for name in names]
+    with torch.no_grad():
+        residual = run_to_residual(model, tokens, mask, hooks, layers=0)
+    if not names:
+        # The embedding as one node writes the whole residual stream before the first layer.
+        return residual[None]
+    return torch.stack([recorded[name] for name in names])
 
 
 def output_groups(nodes: Sequence[Node]) -> Iterator[tuple[str, slice]]:
-    """The hook points at which the nodes' outputs are read, each with the nodes (a layer's heads, or one) that write there."""
+    """Yield each hook point at which outputs are read, with the nodes that write there.
+
+    These are all heads of a layer, or one other node.
+    """
     start = 0
-    for index, node in enumerate(nodes):
-        if index + 1 == len(nodes) or output_hook(nodes[index + 1]) != output_hook(node):
-            yield output_hook(node), slice(start, index + 1)
-            start = index + 1
+    for name, group in groupby(nodes, key=output_hook):
+        stop = start + len(list(group))
+        yield name, slice(start, stop)
+        start = stop
 
 
 def keeper(read: dict[str, Tensor], name: str) -> Hook:
-    """A hook that puts the activation, without its history, into `read`."""
+    """Return a hook that stores the activation, detached, in `read` under `name`."""
 
     def keep(activation: Tensor) -> None:
         read[name] = activation.detach()
@@ -177,65 +173,24 @@ def keeper(read: dict[str, Tensor], name: str) -> Hook:
     return keep
 
 
-def embedding_outputs(
-    model: Model,
-    nodes: Sequence[Node],
-    tokens: Int[Tensor, "batch pos"],
-    mask: Bool[Tensor, "batch pos"],
-) -> Float[Tensor, "embedding batch pos d_model"]:
-    """What the embeddings among `nodes` write; the layers are not run."""
-    embeddings = [node for node in nodes if isinstance(node, Embed | TokenEmbed | PosEmbed)]
-    outputs = torch.empty(
-        len(embeddings),
-        *tokens.shape,
-        model.cfg.d_model,
-        dtype=model.cfg.dtype,
-        device=tokens.device,
-    )
-    with torch.no_grad():
-        residual = run_to_residual(
-            model,
-            tokens,
-            mask,
-            recording_hooks(
-                model, [node for node in embeddings if not isinstance(node, Embed)], outputs
-            ),
-            layers=0,
-        )
-    return outputs if len(embeddings) > 1 else residual[None]
-
-
 def recording_hooks(
     model: Model, nodes: Sequence[Node], outputs: Float[Tensor, "source *batch pos d_model"]
 ) -> list[tuple[str, Hook]]:
-    """Hooks that write what each node adds to the residual stream into `outputs`, a row per node."""
+    """Return hooks that write what each node adds to the residual stream into its row."""
     return [
-        (name, _recorder(model, nodes[where.start], outputs[where]))
-        for name, where in output_groups(nodes)
+        (name, partial(_write_outputs, model, nodes[group.start], outputs[group]))
+        for name, group in output_groups(nodes)
     ]
 
 
-def _recorder(model: Model, node: Node, rows: Float[Tensor, "source *batch pos d_model"]) -> Hook:
-    def record(activation: Tensor) -> None:
-        _write(model, node, activation, rows)
-
-    return record
-
-
-def _write(
-    model: Model,
-    node: Node,
-    activation: Float[Tensor, "batch pos *rest"],
-    rows: Float[Tensor, "source *batch pos d_model"],
+def _write_outputs(
+    model: Model, node: Node, into: Float[Tensor, "source *batch pos d_model"], activation: Tensor
 ) -> None:
-    """Put what a layer's heads, or one other node, write into `rows`."""
+    """Write what all heads of the layer of `node`, or `node` alone, add to the residual stream."""
     if not isinstance(node, Head):
-        rows.copy_(activation.reshape(rows.shape))
+        into.copy_(activation.reshape(into.shape))
         return
-    # z @ W_O of every head, straight into place.
-    by_head = activation.detach().flatten(0, 1).transpose(0, 1)
-    torch.bmm(
-        by_head,
-        ModelWeights(model).output_projection(node.layer).detach(),
-        out=rows.view(len(rows), -1, rows.shape[-1]),
-    )
+    # out_h = z_h W_O[h]
+    projection = ModelWeights(model).output_projection(node.layer).detach()
+    z = activation.detach().flatten(0, 1).transpose(0, 1)
+    torch.bmm(z, projection, out=into.view(len(into), -1, into.shape[-1]))

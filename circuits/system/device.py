@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from circuits.system.errors import InputError
-from circuits.system.ranks import own_gpu
+from circuits.system.ranks import ranks
 
 
 def device_called(name: str | torch.device) -> torch.device:
-    """A device by its name; `cuda` alone is the GPU of this rank.
+    """Return the device with this name; `cuda` without a number is the GPU of this rank.
 
     Raises:
-        InputError: there is no such device, or no CUDA here.
+        InputError: no such device exists, torch finds no CUDA on this machine, or there are more
+            ranks than GPUs.
     """
     try:
-        chosen = torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise InputError(f"there is no device {name!r}; use 'cpu', 'cuda' or 'cuda:1'.") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(
-            f"device {str(name)!r} was asked for, but torch {torch.__version__} finds no CUDA here; use device='cpu' or a CUDA build."
+            f"device {str(name)!r} was asked for, but torch {torch.__version__} finds "
+            "no CUDA here; use device='cpu' or a CUDA build."
         )
-    return own_gpu() if chosen == torch.device("cuda") else chosen
+    rank, world = ranks()
+    if world == 1 or device != torch.device("cuda"):
+        return device
+    local = int(os.environ.get("LOCAL_RANK", rank))
+    count = torch.cuda.device_count()
+    if local >= count:
+        raise InputError(
+            f"rank {rank} is process {local + 1} on this machine, which has {count} GPUs; "
+            f"start {count} processes, or use device='cpu'."
+        )
+    return torch.device("cuda", local)

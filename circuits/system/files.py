@@ -1,4 +1,7 @@
-"""Reading and writing files: safetensors and JSON with a format and a version, replaced atomically."""
+"""Read and write safetensors and JSON files that state their format and version.
+
+Every write is atomic: a reader, or a process that is killed, leaves the old file or the new one.
+"""
 
 from __future__ import annotations
 
@@ -19,30 +22,23 @@ from circuits.system.errors import InputError
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], kind: str, version: int
 ) -> Path:
-    """Write a safetensors file whose header says its format and version. A reader sees the old file or the new one, never a part."""
+    """Write a safetensors file whose header states its format and version."""
     header = {"format": kind, "format_version": str(version), **metadata}
-    return write_bytes(
-        path,
-        save(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, header
-        ),
-    )
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return write_bytes(path, save(on_cpu, header))
 
 
 def read_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file and the metadata of its header.
+    """Read the tensors of a safetensors file and the metadata in its header.
 
     Raises:
-        InputError: the file is missing, truncated, of another kind or from a newer version.
+        InputError: the file is missing, truncated, of another format or from a newer version.
     """
-    if not path.is_file():
-        raise InputError(f"there is no file {path}; check the path.")
+    _check_exists(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            _check_format(
-                path, metadata.get("format"), metadata.get("format_version"), kind, version
-            )
+            _check_format(path, metadata, kind, version)
             return {name: file.get_tensor(name) for name in file.keys()}, metadata
     except (SafetensorError, OSError) as error:
         raise InputError(
@@ -51,20 +47,18 @@ def read_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor]
 
 
 def write_json(path: Path, content: Mapping[str, Any], kind: str, version: int) -> Path:
-    """Write a JSON object that says its format and version, atomically."""
-    return write_bytes(
-        path, json.dumps({"format": kind, "format_version": version, **content}, indent=2).encode()
-    )
+    """Write a JSON object that states its format and version."""
+    stamped = {"format": kind, "format_version": version, **content}
+    return write_bytes(path, json.dumps(stamped, indent=2).encode())
 
 
 def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file, without its format and version.
 
     Raises:
-        InputError: the file is missing, truncated, of another kind or from a newer version.
+        InputError: the file is missing, truncated, of another format or from a newer version.
     """
-    if not path.is_file():
-        raise InputError(f"there is no file {path}; check the path.")
+    _check_exists(path)
     try:
         content = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
@@ -72,23 +66,22 @@ def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
             f"{path} is truncated or not JSON ({error}); restore it or make it again."
         ) from error
     if not isinstance(content, dict):
-        raise InputError(
-            f"{path} holds no {kind}: expected a JSON object, found {type(content).__name__}."
-        )
-    _check_format(
-        path, content.pop("format", None), content.pop("format_version", None), kind, version
-    )
+        found = type(content).__name__
+        raise InputError(f"{path} holds no {kind}: expected a JSON object, found {found}.")
+    _check_format(path, content, kind, version)
+    del content["format"], content["format_version"]
     return content
 
 
 def write_bytes(path: Path, content: bytes) -> Path:
-    """Write a file through a temporary neighbour, so that a killed process leaves the old file or the new one."""
+    """Write a file by way of a temporary one in the same folder, creating the folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
+            # Without fsync a power cut could leave the new name with no content behind it.
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
@@ -96,14 +89,19 @@ def write_bytes(path: Path, content: bytes) -> Path:
     return path
 
 
-def _check_format(
-    path: Path, found: object, found_version: object, kind: str, version: int
-) -> None:
+def _check_exists(path: Path) -> None:
+    if not path.is_file():
+        raise InputError(f"there is no file {path}; check the path.")
+
+
+def _check_format(path: Path, header: Mapping[str, Any], kind: str, version: int) -> None:
+    found, found_version = header.get("format"), str(header.get("format_version"))
     if found != kind:
         raise InputError(
             f"{path} is not a {kind} file (its format is {found!r}); give the right file."
         )
-    if not str(found_version).isdecimal() or int(str(found_version)) > version:
+    if not found_version.isdecimal() or int(found_version) > version:
         raise InputError(
-            f"{path} has format version {found_version}, and this version of circuits reads up to {version}; upgrade circuits."
+            f"{path} has format version {found_version}, and this version of circuits "
+            f"reads up to {version}; upgrade circuits."
         )

@@ -1,8 +1,10 @@
-"""Several processes, each with a device: slices of work over the ranks that `torchrun` started.
+"""Divide work over the ranks that `torchrun` started: several processes, each with its device.
 
-Every rank runs the same program and takes the same decisions: what can be divided is measured in slices and gathered, so that all hold
-the same numbers, bit for bit. Ranks are in use where a process group of torch.distributed is: the command makes one (`start`), a script
-does so itself or calls `start`. With every gather goes a word on whether all went well, so that an error on one rank is raised on all.
+Every rank runs the same program and takes the same decisions. Work that can be divided is measured
+in slices, and the results are gathered, so that all ranks hold the same numbers, bit for bit. The
+ranks work together wherever torch.distributed has a process group: the command line makes one with
+`start`, and a script does so itself or calls `start`. Every exchange also carries each rank's
+error, if it has one, so that an error on one rank is raised on all of them.
 """
 
 from __future__ import annotations
@@ -24,11 +26,7 @@ from circuits.system.errors import InputError
 
 Result = TypeVar("Result")
 
-
-_Described = tuple[tuple[int, ...], torch.dtype, str]
-
-
-# A rank that died is noticed at once, by its closed connection; this long others wait for one that hangs.
+# How long to wait for a rank that hangs. A rank that died is noticed at once by its connection.
 TIMEOUT = timedelta(minutes=30)
 
 
@@ -37,54 +35,49 @@ class RankError(RuntimeError):
 
 
 class SharedError(InputError):
-    """An InputError of one rank, raised on all of them."""
+    """An InputError of one rank, raised on all ranks."""
 
 
 class Ranks(NamedTuple):
-    """Which of how many processes this is."""
+    """The number of this process, and the number of processes."""
 
     rank: int
     world: int
 
 
 def ranks() -> Ranks:
-    """This process among those that work together; (0, 1) when it works alone."""
+    """Return the rank of this process and the number of ranks; (0, 1) when it works alone."""
     if dist.is_available() and dist.is_initialized():
         return Ranks(dist.get_rank(), dist.get_world_size())
     return Ranks(0, 1)
 
 
 def is_first() -> bool:
-    """Whether this process writes files and speaks to the user."""
+    """Whether this is the process that writes files and prints."""
     return ranks().rank == 0
 
 
 @contextlib.contextmanager
-def start(timeout: timedelta = TIMEOUT) -> Iterator[None]:
-    """Work together with the other processes of this `torchrun` while this is entered. Alone, or in a group already, it does nothing.
+def start() -> Iterator[None]:
+    """Work together with the other processes of this `torchrun` inside the `with` block.
 
-    Args:
-        timeout: how long to wait for a rank that hangs.
+    A process that works alone, or that has a process group already, is left as it is.
 
     Raises:
-        RankError: a rank cannot be reached, or torchrun stops them all, as it does when one ends.
+        RankError: a rank cannot be reached, or torchrun stops all ranks because one of them ended.
     """
-    if (
-        not dist.is_available()
-        or dist.is_initialized()
-        or not dist.is_torchelastic_launched()
-        or int(os.environ["WORLD_SIZE"]) == 1
-    ):
+    launched = dist.is_available() and dist.is_torchelastic_launched()
+    alone = not launched or int(os.environ["WORLD_SIZE"]) == 1
+    if alone or dist.is_initialized():
         yield
         return
-    # Numbers on GPUs go by NCCL, those on the CPU and the words that go with them by gloo, which notices when a rank dies.
-    backend = (
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    )
-    with _stopping_is_an_error():
+    # Objects are exchanged on the CPU by gloo, which notices when a rank dies.
+    has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
+    with _sigterm_as_error():
         try:
-            with _reaching():
-                dist.init_process_group(backend, timeout=timeout)
+            with _connection_errors():
+                dist.init_process_group(backend, timeout=TIMEOUT)
             yield
         finally:
             if dist.is_initialized():
@@ -92,156 +85,124 @@ def start(timeout: timedelta = TIMEOUT) -> Iterator[None]:
 
 
 def share(total: int) -> slice:
-    """Which of `total` things this rank does: consecutive ones, shares differ by one at most, some are empty."""
+    """Return which of `total` items this rank works on.
+
+    Shares are consecutive and differ in size by at most one; some may be empty.
+    """
+    # Rank r takes the items from total * r / world up to total * (r + 1) / world.
     rank, world = ranks()
     return slice(total * rank // world, total * (rank + 1) // world)
 
 
 def in_slices(total: int, measure: Callable[[slice], Tensor]) -> Tensor:
-    """`measure` of all of `total` things, in order, each rank having measured its share of them.
-
-    Raises:
-        InputError, RankError: see `gathered`.
-    """
+    """Measure `total` items, in order, where each rank measures its share; see `gathered`."""
     if ranks().world == 1 or total == 0:
         return measure(slice(0, total))
     mine = share(total)
-    return gathered(lambda: [measure(mine)] if mine.stop > mine.start else [])[0]
+    has_work = mine.stop > mine.start
+    return gathered(lambda: [measure(mine)] if has_work else [])[0]
 
 
 def gathered(measure: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
-    """What `measure` gives on every rank, joined along the leading dimension in the order of ranks.
+    """Concatenate what `measure` returns on every rank along the leading axis, in order of ranks.
+
+    With several ranks the results are on the CPU.
 
     Args:
-        measure: tensors that have as many rows as there are, possibly none; a rank that has nothing at all gives none.
+        measure: returns the same number of tensors on every rank, with any number of rows; a rank
+            without work returns an empty list.
 
     Raises:
         InputError: `measure` raised it, on any rank.
-        RankError: another rank raised something else, ended or cannot be reached.
+        RankError: another rank raised another error, ended or cannot be reached.
     """
     if ranks().world == 1:
         return list(measure())
-    mine: list[Tensor] = []
+    # Cloned, because a view would be sent with everything that it is a view of.
+    by_rank = exchanged(lambda: [tensor.detach().cpu().clone() for tensor in measure()])
+    with_work = [tensors for tensors in by_rank if tensors]
+    return [torch.cat(pieces) for pieces in zip(*with_work, strict=True)]
 
-    def described() -> list[_Described]:
-        mine.extend(measure())
-        return [(tuple(tensor.shape), tensor.dtype, tensor.device.type) for tensor in mine]
 
-    by_rank = exchanged(described)
-    known = next(known for known in by_rank if known)
-    return [
-        _joined(
-            mine[index] if mine else None,
-            [each[index][0][0] if each else 0 for each in by_rank],
-            like,
-        )
-        for index, like in enumerate(known)
-    ]
+class _Report(NamedTuple):
+    """What a rank sends to the others: its result, or the text of its error."""
+
+    result: Any = None
+    error: str | None = None
+    is_input_error: bool = False
+
+    @staticmethod
+    def of(error: Exception) -> _Report:
+        if isinstance(error, InputError):
+            return _Report(error=str(error), is_input_error=True)
+        return _Report(error=f"{type(error).__name__}: {error}")
 
 
 def exchanged(function: Callable[[], Result]) -> list[Result]:
-    """What `function` gives on every rank, in the order of ranks: small values. Errors are those of `gathered`."""
-    world = ranks().world
-    if world == 1:
+    """Return what `function` returns on every rank, in order; errors are those of `gathered`.
+
+    The values are pickled, so they should be small.
+    """
+    if ranks().world == 1:
         return [function()]
-    result: Result | None = None
-    error: Exception | None = None
+    own_error: Exception | None = None
     try:
-        result = function()
+        report = _Report(function())
     except RankError:
+        # The connection is lost: nobody is left to report to.
         raise
-    except Exception as raised:
-        error = raised
-    said: list[Any] = [None] * world
-    with _reaching():
-        dist.all_gather_object(said, (_told(error), result))
-    failed = [(number, *failure) for number, (failure, _) in enumerate(said) if failure]
-    # What is no InputError may be our mistake: where it happened it keeps its traceback. First, because it cannot be gone on from.
-    if grave := [(number, text) for number, text, mendable in failed if not mendable]:
-        if error is not None and not isinstance(error, InputError):
-            raise error
-        raise RankError(f"rank {grave[0][0]} failed: {grave[0][1]}")
+    except Exception as error:
+        own_error, report = error, _Report.of(error)
+    reports = [report] * ranks().world
+    with _connection_errors():
+        dist.all_gather_object(reports, report)
+    failed = [(rank, each) for rank, each in enumerate(reports) if each.error is not None]
+    # Any error but an InputError may be a bug. It comes first, and where it happened it is raised
+    # with its traceback.
+    if own_error is not None and not report.is_input_error:
+        raise own_error
+    for rank, each in failed:
+        if not each.is_input_error:
+            raise RankError(f"rank {rank} failed: {each.error}")
     if failed:
-        raise SharedError(failed[0][1]) from error
-    return [value for _, value in said]
+        raise SharedError(failed[0][1].error) from own_error
+    return [each.result for each in reports]
 
 
 def on_first(function: Callable[[], Result]) -> Result:
-    """What `function` gives on the first rank, which alone calls it. Errors are those of `gathered`."""
-    return cast(Result, exchanged(lambda: function() if is_first() else None)[0])
+    """Call `function` on the first rank only, and return its result on every rank."""
+    by_rank = exchanged(lambda: function() if is_first() else None)
+    return cast(Result, by_rank[0])
 
 
 def totals(counts: Mapping[str, int]) -> dict[str, int]:
-    """Counts summed over the ranks. Errors are those of `gathered`."""
+    """Sum counts over the ranks."""
     by_rank = exchanged(lambda: dict(counts))
     return {name: sum(each[name] for each in by_rank) for name in counts}
 
 
-def own_gpu() -> torch.device:
-    """The GPU of this rank, the current one when it works alone.
-
-    Raises:
-        InputError: there are more ranks than GPUs here.
-    """
-    rank, world = ranks()
-    if world == 1:
-        return torch.device("cuda")
-    local, count = int(os.environ.get("LOCAL_RANK", rank)), torch.cuda.device_count()
-    if local >= count:
-        raise InputError(
-            f"rank {rank} is process {local + 1} on this machine, which has {count} GPUs; start {count}, or use device='cpu'."
-        )
-    return torch.device("cuda", local)
-
-
-def _told(error: Exception | None) -> tuple[str, bool] | None:
-    """An error in words, and whether it is one that the user can mend."""
-    if error is None:
-        return None
-    mendable = isinstance(error, InputError)
-    return (str(error) if mendable else f"{type(error).__name__}: {error}"), mendable
-
-
-def _joined(mine: Tensor | None, rows: Sequence[int], like: _Described) -> Tensor:
-    """All ranks' rows, those of this one being `mine`. Gathering wants as many of each: the last ones are filled up."""
-    (_, *shape), dtype, kind = like
-    device = (
-        mine.device if mine is not None else own_gpu() if kind == "cuda" else torch.device("cpu")
-    )
-    # A group of one's own may carry only what is on a GPU, or on the CPU.
-    match dist.get_backend(), device.type:
-        case "nccl", "cpu":
-            via = own_gpu()
-        case "gloo", _:
-            via = torch.device("cpu")
-        case _:
-            via = device
-    sent = torch.zeros(max(rows), *shape, dtype=dtype, device=via)
-    if mine is not None:
-        sent[: len(mine)] = mine
-    received = [torch.empty_like(sent) for _ in rows]
-    if sent.numel():
-        with _reaching():
-            dist.all_gather(received, sent)
-    return torch.cat([part[:count] for part, count in zip(received, rows, strict=True)]).to(device)
-
-
 @contextlib.contextmanager
-def _reaching() -> Iterator[None]:
-    """Communication, which fails when another rank ended."""
+def _connection_errors() -> Iterator[None]:
+    """Raise RankError where communication fails, as it does when another rank has ended."""
     try:
         yield
     except RuntimeError as error:
         rank, world = ranks()
         who = f"rank {1 - rank}" if world == 2 else "another rank"
-        # Such as "[.../pair.cc:537] Read error [127.0.0.1]:10652: Connection reset by peer. This is typically ...".
-        why = re.sub(r"^\[[^\]]*\] ", "", str(error)).split("\n")[0].split(". ")[0]
-        raise RankError(f"{who} ended or cannot be reached ({why})") from error
+        # Of a message like "[.../pair.cc:537] Read error [127.0.0.1]:10652: Connection reset by
+        # peer. This is typically ..." the first sentence, without the source file, is the cause.
+        message = re.sub(r"^\[[^\]]*\] ", "", str(error))
+        cause = re.split(r"\n|\. ", message)[0]
+        raise RankError(f"{who} ended or cannot be reached ({cause})") from error
 
 
 @contextlib.contextmanager
-def _stopping_is_an_error() -> Iterator[None]:
-    """SIGTERM, by which torchrun stops the other ranks when one ends, is raised as an error, so that a word can be said on where to go on."""
+def _sigterm_as_error() -> Iterator[None]:
+    """Raise RankError on SIGTERM, with which torchrun stops the other ranks when one ends.
+
+    The caller can then report from where the work can be resumed.
+    """
+    # Python allows signal handlers in the main thread only.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
