@@ -654,11 +654,15 @@ BAD_TENSORS: dict[str, tuple[dict[str, object], str]] = {
         {"clean": TOKENS[0]},
         r"clean has shape \(4,\) .*; give integers \[batch, pos\]",
     ),
-    "no prompt": ({"clean": TOKENS[:0]}, r"clean has shape \(0, 4\).*at least one prompt"),
+    "no prompt": ({"clean": TOKENS[:0]}, r"clean has shape \(0, 4\).*with no axis of size 0"),
     "negative": ({"clean": TOKENS - 1}, r"clean holds -1; the smallest valid value is 0"),
     "answers": (
         {"answers": torch.tensor([1, 2])},
         r"answers has shape \(2,\) .*; give integers \[3\] or \[3, k\]",
+    ),
+    "answers without tokens": (
+        {"answers": torch.zeros(3, 0).long()},
+        r"answers has shape \(3, 0\).*with no axis of size 0",
     ),
     "answers floats": (
         {"answers": torch.ones(3)},

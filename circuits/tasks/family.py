@@ -1,7 +1,5 @@
 """Task families: each draws prompt pairs of one kind."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,25 +50,23 @@ class TaskFamily(ABC):
         # Reloading a module defines the same class again, which is not a clash.
         other = REGISTRY.get(cls.name, cls)
         if _full_name(other) != _full_name(cls):
-            raise InputError(
-                f"two tasks are named {cls.name!r}: {_full_name(other)} and {_full_name(cls)}."
-            )
+            both = f"{_full_name(other)} and {_full_name(cls)}"
+            raise InputError(f"two tasks are named {cls.name!r}: {both}.")
         REGISTRY[cls.name] = cls
 
     @abstractmethod
     def draw(self, random: Random) -> PromptPair:
-        """Draw one pair, with its answers and spans.
-
-        All randomness must come from `random`, and nothing may depend on a model.
-        """
+        """Draw one pair. All chance comes from `random`, and nothing may depend on a model."""
 
     def stream(self, seed: int, split: Split) -> Iterator[PromptPair]:
         """Draw distinct pairs until the family is exhausted. Both prompts belong to `split`."""
+        # Random seeds itself by the SHA-512 of a string, which is the same in every process.
         random = Random(f"{self.name}-{split}-{seed}")
         seen: set[str] = set()
         n_rejected = 0
         while n_rejected < MAX_REJECTED_DRAWS:
             pair = self.draw(random)
+            # No text of one split may occur in the other, also as a corrupted prompt.
             splits = {split_of(pair.clean), split_of(pair.corrupted)}
             if pair.clean in seen or splits != {split}:
                 n_rejected += 1

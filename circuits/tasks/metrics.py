@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -60,11 +60,10 @@ class Metric:
     shipped: bool = False
 
     def __post_init__(self) -> None:
-        if self.direction not in ("higher_is_damage", "lower_is_damage"):
-            raise InputError(
-                f"Metric {self.name!r}: direction={self.direction!r} must be 'higher_is_damage' "
-                "or 'lower_is_damage'."
-            )
+        allowed = get_args(Direction)
+        if self.direction not in allowed:
+            found = f"metric {self.name!r}: direction={self.direction!r}"
+            raise InputError(f"{found} must be one of {allowed}.")
 
     def __str__(self) -> str:
         """The name; for a user's metric, with a hash of its source, since names may coincide."""
@@ -77,7 +76,8 @@ class Metric:
             kind = type(self.function).__name__
             source = getattr(self.function, "__qualname__", kind)
         content = f"{self.direction} {source}".encode()
-        return f"{self.name} {hashlib.blake2b(content, digest_size=4).hexdigest()}"
+        digest = hashlib.blake2b(content, digest_size=4).hexdigest()
+        return f"{self.name} {digest}"
 
     @property
     def sign(self) -> int:
@@ -129,10 +129,8 @@ def get_metric(metric: str | Metric | None, task: Task) -> Metric:
     if isinstance(chosen, Metric):
         return chosen
     if chosen not in METRICS:
-        raise InputError(
-            f"there is no metric {chosen!r}; there are {', '.join(METRICS)}, "
-            "or make a circuits.Metric."
-        )
+        names = ", ".join(METRICS)
+        raise InputError(f"no metric {chosen!r}; there are {names}, or make a circuits.Metric.")
     return METRICS[chosen]
 
 

@@ -87,6 +87,7 @@ def fill_template(
         spans: the fields that are spans of the clean prompt. If there is no field "END", this
             name means the last character of the prompt, which marks the last token.
     """
+    # str.format does not say where it puts a word, so the clean prompt is put together here.
     text = ""
     found: dict[str, CharSpan] = {}
     for literal, name, _, _ in Formatter().parse(template):
@@ -114,10 +115,7 @@ def read_pairs(path: str | Path, convert: Callable[[PromptPair], Converted]) -> 
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"the task file {path} cannot be read ({error}); "
-            "give a text file with one JSON object per line."
-        ) from error
+        raise InputError(f"the task file {path} cannot be read: {error}.") from error
     converted = []
     # str.splitlines would also break lines at characters that JSON allows inside strings.
     for number, line in enumerate(text.split("\n"), start=1):

@@ -70,12 +70,11 @@ def load_task(
     if n < 1:
         raise InputError(f"n={n}: a task needs at least one prompt.")
     encoder = PromptTokenizer.of(model)
+    # Drawn before tokenization, so that every model gets the same text.
     pairs = family.pairs(n, seed, split)
     if len(pairs) < n:
-        raise InputError(
-            f"task {name!r} has only {len(pairs)} different prompts in this split; "
-            f"ask for n={len(pairs)} or fewer."
-        )
+        few = f"task {name!r} has only {len(pairs)} different prompts in this split"
+        raise InputError(f"{few}; ask for n={len(pairs)} or fewer.")
     encoded = _encode_fitting(name, pairs, encoder)
     return task_from_encoded(encoded, name, family.metric, model)
 

@@ -82,9 +82,9 @@ class Task:
                 answers; "kl" if there are no answers.
 
         Raises:
-            InputError: the model has no tokenizer; a pair differs in length, is empty or too long,
-                has an answer of several tokens or a span outside the prompt; or only some pairs
-                have answers or a span.
+            InputError: the model has no tokenizer; only some pairs have answers or a span; or a
+                pair cannot be tokenized: its prompts differ in length, are empty or too long, or
+                an answer is several tokens.
         """
         encode = PromptTokenizer.of(model).encode
         encoded = [encode(pair) for pair in pairs]
@@ -160,10 +160,8 @@ class Task:
         scored = validation.check_scored(answer_positions, clean, lengths)
         spans = validation.check_spans(positions or {}, clean, lengths)
         if not re.fullmatch(r"[\w+-][\w.+-]*", name):
-            raise InputError(
-                f"a task cannot be called {name!r}, because it names folders; "
-                "use only letters, digits and . _ - +"
-            )
+            # Folders get this name.
+            raise InputError(f"a task cannot be called {name!r}; use letters, digits and . _ - +")
         metric = _default_metric(answers, wrong_answers) if metric is None else metric
         return Task(name, clean, corrupted, lengths, scored, answers, wrong_answers, spans, metric)
 
@@ -178,6 +176,7 @@ class Task:
     def __getitem__(self, indices: slice | Tensor | Sequence[int]) -> Task:
         """Select prompts by a slice, integers, or one boolean per prompt."""
         chosen = indices if isinstance(indices, slice) else torch.as_tensor(indices).cpu()
+        # Indices of prompts, whatever they were selected by.
         index = torch.arange(len(self))[chosen]
         task = self._with_tensors(lambda tensor: tensor[index.to(tensor.device)])
         if self.prompts is None:
@@ -240,6 +239,7 @@ def task_from_encoded(
         raise InputError(f"task {name!r} has no prompts; give at least one PromptPair.")
     prompts = tuple(each.pair for each in encoded)
     validation.check_same_fields(prompts)
+    # Without answers these have no columns.
     answers = _padded([each.answers for each in encoded], -1)
     wrong_answers = _padded([each.wrong_answers for each in encoded], -1)
     spans = {}

@@ -14,13 +14,11 @@ SpanIndices = Int[Tensor, "batch pos"]
 def token_spans(graph: Graph, task: Task) -> SpanIndices | None:
     """For each token, the index of its span in `graph.positions`.
 
-    Returns:
-        None if the graph's edges are not split by position. If they are split by named spans,
-        padding gets index 0.
+    Returns None if the edges are not split by position. If they are split by named spans, padding
+    gets index 0.
 
     Raises:
-        InputError: the task lacks a span, two spans share a token, or the prompts are longer than
-            the graph.
+        InputError: the task lacks a span, spans share a token, or a prompt is too long.
     """
     if graph.positions is None:
         return None
@@ -33,12 +31,11 @@ def token_spans(graph: Graph, task: Task) -> SpanIndices | None:
             available = ", ".join(task.positions) or "none"
             raise InputError(f"task {task.name!r} has no span {name!r}; it has {available}.")
         mask = task.positions[str(name)]
-        if index[mask].any():
-            other = graph.positions[int(index[mask].max())]
-            raise InputError(
-                f"spans {other!r} and {name!r} of task {task.name!r} share tokens; "
-                "the spans of a graph must be disjoint: leave one out."
-            )
+        # A span that was here before has an index above 0.
+        taken = int((index * mask).max())
+        if taken:
+            names = f"{graph.positions[taken]!r} and {name!r} of task {task.name!r}"
+            raise InputError(f"spans {names} share tokens; the spans of a graph must be disjoint.")
         index[mask] = number
     return index
 

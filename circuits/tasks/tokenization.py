@@ -50,12 +50,11 @@ class EncodedPair:
 class PromptTokenizer:
     """Turns text into tokens of one model."""
 
-    # A Hugging Face tokenizer.
+    # A Hugging Face tokenizer, and the configuration of the model.
     tokenizer: Any
+    cfg: Any
     # The token ids before every prompt: BOS, or nothing.
     bos: tuple[int, ...]
-    # The configuration of the model.
-    cfg: Any
 
     @staticmethod
     def of(model: Model) -> PromptTokenizer:
@@ -66,16 +65,15 @@ class PromptTokenizer:
             raise InputError(f"the model {name!r} has no tokenizer; use Task.from_tokens.")
         bos_id = tokenizer.bos_token_id if cfg.default_prepend_bos else None
         bos = () if bos_id is None else (bos_id,)
-        return PromptTokenizer(tokenizer, bos, cfg)
+        return PromptTokenizer(tokenizer, cfg, bos)
 
     def encode(self, pair: PromptPair) -> EncodedPair:
         """Turn a prompt pair into tokens.
 
         Raises:
-            DoesNotFit: an answer is not one token, the prompts differ in length, or a word is
-                unknown.
-            InputError: a prompt is empty or too long, a word is both an answer and a wrong answer,
-                or a span is outside the prompt.
+            DoesNotFit: an answer is not one token, lengths differ, or a word is unknown.
+            InputError: a prompt is empty or too long, an answer is right and wrong, or a span is
+                outside the prompt.
         """
         clean = self.prompt(pair.clean, "clean")
         corrupted = self.prompt(pair.corrupted, "corrupted")
@@ -140,7 +138,8 @@ class PromptTokenizer:
     def _check_words(self, text: str) -> None:
         # Some tokenizers declare an ordinary token as the unknown token. No single word gives it.
         unk_id = self.tokenizer.unk_token_id
-        unknown = [word for word in text.split() if unk_id in self._ids(word)]
+        words = dict.fromkeys(text.split())
+        unknown = [word for word in words if unk_id in self._ids(word)]
         if unknown:
             raise DoesNotFit(
                 f"the tokenizer of {self.cfg.model_name} does not know {quoted(unknown)} in "
@@ -149,16 +148,11 @@ class PromptTokenizer:
             )
 
     def _answers(self, prompt: str, prompt_ids: TokenIds, words: Sequence[str]) -> TokenIds:
-        tokens: dict[int, str] = {}
-        misfits = []
-        for word in words:
-            token = self._answer(prompt, prompt_ids, word)
-            if token is None:
-                misfits.append(word)
-            else:
-                # Two words may be the same token.
-                tokens[token] = word
-        if misfits:
+        # Two words may be the same token, or None.
+        found = {word: self._answer(prompt, prompt_ids, word) for word in words}
+        tokens = dict.fromkeys(found.values())
+        if None in tokens:
+            misfits = [word for word, token in found.items() if token is None]
             pieces = [f"{word!r} is {self.tokenizer.tokenize(word)}" for word in misfits[:4]]
             raise DoesNotFit(
                 f"answers must be one token each after {shorten(prompt)}, with their leading "
@@ -166,7 +160,7 @@ class PromptTokenizer:
                 "use other words, or Task.from_tokens.",
                 misfits,
             )
-        return list(tokens)
+        return [token for token in tokens if token is not None]
 
     # The single token by which `word` continues the prompt, or None.
     def _answer(self, prompt: str, prompt_ids: TokenIds, word: str) -> int | None:

@@ -24,9 +24,6 @@ def check_prompts(clean: Tensor, corrupted: Tensor) -> tuple[Tensor, Tensor]:
     """Clean and corrupted token ids have the same shape."""
     for name, tokens in (("clean", clean), ("corrupted", corrupted)):
         _require(name, tokens, "integers", "batch pos")
-        if tokens.numel() == 0:
-            shape = tuple(tokens.shape)
-            raise InputError(f"{name} has shape {shape}; give at least one prompt and one token.")
         _require_range(name, tokens, lowest=0)
     if clean.shape != corrupted.shape:
         raise InputError(
@@ -52,6 +49,7 @@ def check_answers(name: str, tokens: Tensor | None, clean: Tensor) -> Tensor | N
         return None
     batch = len(clean)
     _require(name, tokens, "integers", f"{batch}", f"{batch} k")
+    # [batch] answers are the case k = 1.
     by_prompt = tokens.reshape(batch, -1)
     _require_range(name, by_prompt, lowest=-1)
     without = (by_prompt < 0).all(1).nonzero()
@@ -64,6 +62,7 @@ def check_scored(answer_positions: Tensor | None, clean: Tensor, lengths: Tensor
     """Every prompt has a scored position: [batch] integers, [batch, pos] booleans, or the last."""
     name = "answer_positions"
     batch, pos = clean.shape
+    # By default the last real token is scored.
     scored = lengths - 1 if answer_positions is None else answer_positions
     if scored.dtype != torch.bool:
         _require(name, scored, "integers", f"{batch}")
@@ -120,11 +119,12 @@ def _check_mask(name: str, mask: Tensor, clean: Tensor, lengths: Tensor) -> Tens
 def _require(name: str, tensor: Tensor, kind: str, *shapes: str) -> None:
     # Shapes are in jaxtyping's notation, such as "3 k". Its types check dtype and shape at once.
     allowed = [_KINDS[kind][Tensor, shape] for shape in shapes]
-    if any(isinstance(tensor, each) for each in allowed):
-        return
-    wanted = " or ".join(f"[{shape.replace(' ', ', ')}]" for shape in shapes)
-    found = f"shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
-    raise InputError(f"{name} has {found}; give {kind} {wanted}.")
+    is_empty = tensor.numel() == 0
+    if is_empty or not any(isinstance(tensor, each) for each in allowed):
+        found = f"shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
+        wanted = " or ".join(f"[{shape.replace(' ', ', ')}]" for shape in shapes)
+        also = ", with no axis of size 0" if is_empty else ""
+        raise InputError(f"{name} has {found}; give {kind} {wanted}{also}.")
 
 
 def _require_range(name: str, values: Tensor, *, lowest: int, highest: int | None = None) -> None:

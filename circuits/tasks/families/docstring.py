@@ -37,7 +37,6 @@ class Docstring(TaskFamily):
 
     name = "docstring"
     metric = "logit_difference"
-
     before: int = 2
     after: int = 1
 
@@ -49,7 +48,8 @@ class Docstring(TaskFamily):
 
     def draw(self, random: Random) -> PromptPair:
         """Draw one pair, with spans END, A_def, B_def, C_def, A_doc and B_doc."""
-        words = iter(random.sample(COMMON, 16 + self.before + self.after))
+        n_words = 16 + self.before + self.after
+        words = iter(random.sample(COMMON, n_words))
         setting = {
             "function": next(words),
             "summary": " ".join(islice(words, 3)),
@@ -62,7 +62,8 @@ class Docstring(TaskFamily):
         setting["before"] = "".join(f"{word}, " for word in before)
         setting["after"] = "".join(f", {word}" for word in after)
         # The definition and the docstring name the same arguments only in the clean prompt.
-        clean = setting | dict(zip(FIELDS, [*described, answer, *described], strict=True))
+        named = [*described, answer, *described]
+        clean = setting | dict(zip(FIELDS, named, strict=True))
         corrupted = setting | dict(zip(FIELDS, others, strict=True))
         wrong = tuple(f" {word}" for word in before + described + after + others)
         answers = (f" {answer}", wrong)

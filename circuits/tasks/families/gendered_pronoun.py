@@ -15,9 +15,11 @@ TEMPLATES = (
     "I think {NAME} is a {degree} {quality} {role}, isn't",
     "Well, {NAME} is such a {quality} {role}, isn't",
 )
-DEGREES = "really very truly rather".split()
-QUALITIES = "great good nice kind bad strange clever quiet".split()
-ROLES = "friend person teacher student neighbor doctor writer singer".split()
+WORDS = {
+    "degree": "really very truly rather".split(),
+    "quality": "great good nice kind bad strange clever quiet".split(),
+    "role": "friend person teacher student neighbor doctor writer singer".split(),
+}
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,11 @@ class GenderedPronoun(TaskFamily):
     def draw(self, random: Random) -> PromptPair:
         """Draw one pair, with spans NAME and END."""
         template = random.choice(TEMPLATES)
-        setting = {
-            "degree": random.choice(DEGREES),
-            "quality": random.choice(QUALITIES),
-            "role": random.choice(ROLES),
-        }
-        woman, man = random.choice(WOMEN), random.choice(MEN)
-        names, pronouns = (woman, man), (" she", " he")
+        setting = {name: random.choice(words) for name, words in WORDS.items()}
+        people = [(random.choice(WOMEN), " she"), (random.choice(MEN), " he")]
+        # Half of the clean prompts are about a man.
         if random.random() < 0.5:
-            names, pronouns = names[::-1], pronouns[::-1]
-        clean, corrupted = ({**setting, "NAME": name} for name in names)
-        return fill_template(template, clean, corrupted, pronouns, ("NAME", "END"))
+            people.reverse()
+        (name, right), (other_name, wrong) = people
+        clean, corrupted = setting | {"NAME": name}, setting | {"NAME": other_name}
+        return fill_template(template, clean, corrupted, (right, wrong), ("NAME", "END"))

@@ -27,14 +27,12 @@ class Induction(TaskFamily):
 
     name = "induction"
     metric = "logit_difference"
-
     length: int = 12
 
     def __post_init__(self) -> None:
-        if not 4 <= self.length < len(COMMON):
-            raise InputError(
-                f"induction with length={self.length}: choose a length from 4 to {len(COMMON) - 1}."
-            )
+        longest = len(COMMON) - 1
+        if not 4 <= self.length <= longest:
+            raise InputError(f"induction with length={self.length}: choose 4 to {longest}.")
 
     def draw(self, random: Random) -> PromptPair:
         """Draw one pair, with spans A1, B and END (the second A)."""
@@ -44,13 +42,8 @@ class Induction(TaskFamily):
         index = random.randrange(1, self.length - 2)
         repeated, answer = words[index : index + 2]
         before, after = words[:index], words[index + 2 :]
-        clean = {
-            "before": " ".join(before),
-            "A1": repeated,
-            "B": answer,
-            "after": " ".join(after),
-            "A2": repeated,
-        }
+        clean = {"A1": repeated, "B": answer, "A2": repeated}
+        clean |= {"before": " ".join(before), "after": " ".join(after)}
         corrupted = clean | {"A1": other}
         wrong = tuple(f" {word}" for word in before + after)
         answers = (f" {answer}", wrong)

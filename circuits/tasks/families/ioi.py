@@ -45,14 +45,12 @@ class IOI(TaskFamily):
 
     name = "ioi"
     metric = "logit_difference"
-
     corruption: str = "abc"
 
     def __post_init__(self) -> None:
         if self.corruption not in ("abc", "swapped"):
-            raise InputError(
-                f"task 'ioi' has no corruption {self.corruption!r}; choose 'abc' or 'swapped'."
-            )
+            wrong = self.corruption
+            raise InputError(f"'ioi' has no corruption {wrong!r}; choose 'abc' or 'swapped'.")
 
     def draw(self, random: Random) -> PromptPair:
         """Draw one pair, with spans S2, IO, S1, S1+1 (the token after S1) and END."""
@@ -60,6 +58,7 @@ class IOI(TaskFamily):
         setting = {"place": random.choice(PLACES), "object": random.choice(OBJECTS)}
         io, subject, *others = random.sample(NAMES, 5)
         fields = ABBA if random.random() < 0.5 else BABA
+        # Fill everything but the names; their blanks become fields such as {IO}.
         blanks = [f"{{{field}}}" for field in fields]
         template = random_template.format(*blanks, **setting)
         clean = {"IO": io, "S1": subject, "S2": subject}
@@ -68,8 +67,13 @@ class IOI(TaskFamily):
             corrupted = dict(zip(fields, others, strict=True))
         answers = (f" {io}", f" {subject}")
         pair = fill_template(template, clean, corrupted, answers, ("S2", "IO", "S1", "END"))
-        spans = dict(pair.spans)
-        _, s1_end = spans["S1"]
-        # A space follows S1, then a word, whose first character marks its first token.
-        spans |= {"S1+1": (s1_end + 1, s1_end + 2), "END": spans.pop("END")}
-        return replace(pair, spans=spans)
+        return _with_token_after_s1(pair)
+
+
+def _with_token_after_s1(pair: PromptPair) -> PromptPair:
+    spans = dict(pair.spans)
+    _, s1_end = spans["S1"]
+    # A space follows S1, then a word, whose first character marks its first token.
+    after_s1 = (s1_end + 1, s1_end + 2)
+    spans |= {"S1+1": after_s1, "END": spans.pop("END")}
+    return replace(pair, spans=spans)

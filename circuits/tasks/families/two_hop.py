@@ -62,6 +62,7 @@ class TwoHop(TaskFamily):
         template = random.choice(TEMPLATES)
         state, other_state = random.sample(list(STATES.values()), 2)
         (capital, cities), (other_capital, other_cities) = state, other_state
-        clean, corrupted = {"CITY": random.choice(cities)}, {"CITY": random.choice(other_cities)}
+        clean = {"CITY": random.choice(cities)}
+        corrupted = {"CITY": random.choice(other_cities)}
         answers = (f" {capital}", f" {other_capital}")
         return fill_template(template, clean, corrupted, answers, ("CITY", "END"))

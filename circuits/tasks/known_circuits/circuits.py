@@ -89,21 +89,18 @@ def known_circuit(
     - "and" (1 layer of 4 heads and an MLP, 7 of 37): the single logit is 1 if positions 1 and 2
       both hold token 1, else 0. a0.h0 attends to position 1 and a0.h3 to position 2; m0 is
       relu(a + b - 1). Clean prompts hold token 1 at both positions, corrupted ones token 2.
-      Resampling finds 5, all but `pos_embed->a0.h0.k` and `pos_embed->a0.h3.k`, which are the same
-      in every prompt. Zero ablation finds all 7.
+      Resampling finds 5: `pos_embed->a0.h0.k` and `pos_embed->a0.h3.k` are the same in every
+      prompt. Zero ablation finds all 7.
     - "or" (as "and", 7 of 37): m0 is relu(a + b) - relu(a + b - 1). Each branch suffices, so
-      ablating single edges of the whole model shows only `m0->logits`. A minimal circuit holds one
-      branch, which one is arbitrary: that of a0.h0 if the most downstream sources are tried
-      first, as in ACDC. Resampling keeps 3 edges, zero ablation 4 (also `pos_embed->a0.h0.k`).
-      A method that averages gradients on the way to the corrupted prompts can see both branches:
-      `edges` without the two from `pos_embed`.
+      ablating single edges of the whole model shows only `m0->logits`. A minimal circuit holds
+      either branch: that of a0.h0 if the most downstream sources are tried first, as in ACDC.
+      Resampling keeps 3 edges, zero ablation 4 (also `pos_embed->a0.h0.k`). Averaging gradients
+      on the way to the corrupted prompts can show both branches: `edges` but those of `pos_embed`.
 
     Args:
         name: one of `known_circuits()`.
-        rotate: use a random basis of the residual stream, so that the weights do not show the
-            subspaces.
-        decoys: fill every other head and MLP with random weights, which read everything and write
-            where nothing reads.
+        rotate: hide the subspaces by a random basis of the residual stream.
+        decoys: give every other head and MLP random weights, which write where nothing reads.
         leak: how strongly decoys also write where other components read, relative to where nothing
             reads. With 0.001 their edges change the logits by a few thousandths, while edges that
             matter change them by 0.4 to 1; the weights then no longer tell them apart.
@@ -120,14 +117,17 @@ def known_circuit(
         raise InputError(f"there is no known circuit {name!r}; there are {', '.join(RECIPES)}.")
     _check_options(decoys, leak, n_prompts)
     recipe = RECIPES[name]
-    wiring = Wiring(recipe.sizes, recipe.subspaces, SOFT if soft else SHARP)
+    sharpness = SOFT if soft else SHARP
+    wiring = Wiring(recipe.sizes, recipe.subspaces, sharpness)
     recipe.wire(wiring)
+    # The prompts have a generator of their own, so that they do not depend on these options.
     generator = torch.Generator().manual_seed(seed)
     weights = wiring.with_decoys(generator, leak) if decoys else wiring.weights
     if rotate:
         weights = rotated(weights, generator)
     name = f"known-{name}"
-    model = build_model({**wiring.config, "model_name": name}, weights, device=device)
+    config = {**wiring.config, "model_name": name}
+    model = build_model(config, weights, device=device)
     edges = tuple(map(str, wiring.edges))
     task = recipe.task(name, n_prompts, seed)
     return KnownCircuit(model, task, edges, recipe.minimal(edges))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -52,18 +53,8 @@ def _wire_proportion(wiring: Wiring) -> None:
     wiring.unembed({"share": ONE})
 
 
-def _wire_and(wiring: Wiring) -> None:
-    # and(a, b) = relu(a + b - 1)
-    _wire_gate(wiring, bias=torch.tensor([-1.0]), output=ONE)
-
-
-def _wire_or(wiring: Wiring) -> None:
-    # or(a, b) = relu(a + b) - relu(a + b - 1)
-    output = torch.tensor([[1.0], [-1.0]])
-    _wire_gate(wiring, bias=torch.tensor([0.0, -1.0]), output=output)
-
-
 def _wire_gate(wiring: Wiring, bias: Tensor, output: Tensor) -> None:
+    # The value of a bit is 1 at the token YES and 0 at others.
     is_yes = {TOKEN: _one_at(YES, wiring.config["d_vocab"])}
     for bit, position, head in (("first", 1, 0), ("second", 2, 3)):
         # From every position, the head attends to the position of its bit.
@@ -102,6 +93,7 @@ class Recipe:
         generator = torch.Generator().manual_seed(seed)
         shape = (n_prompts, self.sizes["n_ctx"])
         prompts = []
+        # Other words than the fixed ones are random.
         for fixed_words in (self.clean_words, self.corrupted_words):
             tokens = torch.randint(1, self.sizes["d_vocab"], shape, generator=generator)
             tokens[:, 0] = BOS
@@ -142,7 +134,8 @@ PROPORTION = Recipe(
 )
 GATE_CONSTANTS = ("pos_embed->a0.h0.k", "pos_embed->a0.h3.k")
 AND = Recipe(
-    _wire_and,
+    # and(a, b) = relu(a + b - 1)
+    partial(_wire_gate, bias=torch.tensor([-1.0]), output=ONE),
     dict(n_layers=1, n_heads=4, d_head=4, n_ctx=6, d_vocab=6, d_vocab_out=1, d_mlp=4),
     {"first": 1, "second": 1, "gate": 1},
     not_found={"resample": GATE_CONSTANTS, "zero": ()},
@@ -153,6 +146,9 @@ AND = Recipe(
 # Redundant while the other branch is intact.
 SECOND_BRANCH = ("pos_embed->a0.h3.k", "tok_embed->a0.h3.v", "a0.h3->m0")
 OR_NOT_FOUND = {"resample": GATE_CONSTANTS + SECOND_BRANCH, "zero": SECOND_BRANCH}
+# or(a, b) = relu(a + b) - relu(a + b - 1)
+OR_BIAS, OR_OUTPUT = torch.tensor([0.0, -1.0]), torch.tensor([[1.0], [-1.0]])
+_wire_or = partial(_wire_gate, bias=OR_BIAS, output=OR_OUTPUT)
 OR = replace(AND, wire=_wire_or, not_found=OR_NOT_FOUND)
 
 RECIPES = {"induction": INDUCTION, "proportion": PROPORTION, "and": AND, "or": OR}

@@ -11,8 +11,6 @@ Two steps then hide the circuit: decoys fill the unused components with random w
 rotation of the residual stream spreads every subspace over all dimensions.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -35,7 +33,7 @@ Weights = dict[str, Tensor]
 TOKEN, POSITION, UNREAD = "token", "position", "unread"
 UNREAD_WIDTH = 8
 DECOY_SCALE = 0.5
-
+# The weights that read and that write the residual stream.
 READ_WEIGHTS = ("W_Q", "W_K", "W_V", "W_in", "W_U")
 WRITE_WEIGHTS = ("W_E", "W_pos", "W_O", "W_out")
 # Shapes of all weights, under TransformerLens's names of weights and sizes.
@@ -60,6 +58,7 @@ SHAPES = {
 # The names of the weights of one head, and of one MLP.
 HEAD_WEIGHTS = ("attn.W_Q", "attn.b_Q", "attn.W_K", "attn.W_V", "attn.W_O")
 MLP_WEIGHTS = ("mlp.W_in", "mlp.b_in", "mlp.W_out")
+# No norms, so that reads and writes are matrix products alone.
 FIXED_CONFIG = {
     "act_fn": "relu",
     "normalization_type": None,
@@ -82,14 +81,15 @@ class Wiring:
         self.edges: list[Edge] = []
         self._writers: dict[str, Node] = {}
         # Each subspace gets the next dimensions of the residual stream.
-        embedded = {TOKEN: sizes["d_vocab"], POSITION: sizes["n_ctx"]}
+        widths = {TOKEN: sizes["d_vocab"], POSITION: sizes["n_ctx"]}
+        widths |= {**subspaces, UNREAD: UNREAD_WIDTH}
         self._dimensions: dict[str, range] = {}
         d_model = 0
-        for subspace, width in {**embedded, **subspaces, UNREAD: UNREAD_WIDTH}.items():
-            self._dimensions[subspace] = range(d_model, d_model + width)
+        for name, width in widths.items():
+            self._dimensions[name] = range(d_model, d_model + width)
             d_model += width
-        made = {"d_model": d_model, "attn_only": "d_mlp" not in sizes}
         # The arguments of HookedTransformerConfig.
+        made = {"d_model": d_model, "attn_only": "d_mlp" not in sizes}
         self.config: dict[str, Any] = {**FIXED_CONFIG, **sizes, **made}
         self.weights = self._zero_weights()
         # One dimension per token, and one per position.
@@ -134,13 +134,15 @@ class Wiring:
         to all other subspaces, weaker by the factor `leak`.
         """
         weights = {name: tensor.clone() for name, tensor in self.weights.items()}
-        strength = torch.full((self.config["d_model"],), leak, dtype=torch.float64)
+        d_model = self.config["d_model"]
+        strength = torch.full((d_model,), leak, dtype=torch.float64)
         strength[self._dimensions[UNREAD]] = 1.0
         for node in self._unwired():
             for name, tensor in _component_weights(weights, node).items():
                 if name in READ_WEIGHTS:
                     tensor.copy_(DECOY_SCALE * _normal(tensor.shape, generator))
                 elif name in WRITE_WEIGHTS:
+                    # Rows are summed, so their scale falls with the root of their number.
                     scale = DECOY_SCALE / math.sqrt(len(tensor))
                     tensor.copy_(scale * _normal(tensor.shape, generator) * strength)
         return weights
