@@ -518,7 +518,7 @@ BAD_PAIRS = {
     ),
     "some answered": (
         [PromptPair("So Mary", "So John", " is"), PromptPair("So John", "So Mary")],
-        r"'So John' has no answers but others have",
+        r"'So John' has the fields \[\], and the first prompt \['answers'\]",
     ),
     "span outside": (
         [PromptPair("So Mary", "So John", spans={"NAME": (3, 30)})],
@@ -534,7 +534,7 @@ BAD_PAIRS = {
     ),
     "spans differ": (
         [PromptPair("So Mary", "So John", spans={"A": (0, 2)}), PromptPair("So John", "So Mary")],
-        r"spans of 'So John' are \[\]",
+        r"'So John' has the fields \[\], and the first prompt \['span A'\]",
     ),
 }
 
@@ -571,14 +571,17 @@ def test_a_task_is_read_from_a_file(tmp_path: Path, toy: Model) -> None:
 
 
 BAD_LINES = {
-    "not JSON": ('{"clean": "So', r"line 2: not JSON .*write one object a line"),
+    "not JSON": ('{"clean": "So', r"line 2: not JSON .*write one object per line"),
     "not an object": ("[1]", r"line 2: expected a JSON object, found list"),
     "missing": ('{"clean": "So Mary"}', r"line 2: field 'corrupted' is missing"),
     "misspelt": (
         '{"clean": "So Mary", "corupted": "So John"}',
         r"line 2: unknown field 'corupted'; did you mean 'corrupted'\?",
     ),
-    "not text": ('{"clean": 3, "corrupted": "So John"}', r"line 2: field 'clean' is not a string"),
+    "not text": (
+        '{"clean": 3, "corrupted": "So John"}',
+        r"line 2: field 'clean' is 3; give the prompt as a string",
+    ),
     "answer": (
         '{"clean": "So Mary", "corrupted": "So John", "answer": 3}',
         r"line 2: field 'answer' is 3; give a string, or a list",
@@ -646,12 +649,25 @@ def test_by_default_the_last_real_token_is_scored() -> None:
 
 BAD_TENSORS: dict[str, tuple[dict[str, object], str]] = {
     "shapes": ({"corrupted": TOKENS[:, :3]}, r"clean has shape \(3, 4\) and corrupted \(3, 3\)"),
-    "floats": ({"clean": TOKENS.float()}, r"clean has dtype torch.float32; give integers"),
-    "one prompt flat": ({"clean": TOKENS[0]}, r"clean has shape \(4,\); give \[batch, pos\]"),
-    "no prompt": ({"clean": TOKENS[:0]}, r"clean has shape \(0, 4\).*at least one prompt"),
-    "negative": ({"clean": TOKENS - 1}, r"clean holds the token -1"),
-    "answers": ({"answers": torch.tensor([1, 2])}, r"answers has shape \(2,\) for 3 prompts"),
-    "answers floats": ({"answers": torch.ones(3)}, r"answers has dtype"),
+    "floats": ({"clean": TOKENS.float()}, r"clean has .* dtype torch.float32; give integers"),
+    "one prompt flat": (
+        {"clean": TOKENS[0]},
+        r"clean has shape \(4,\) .*; give integers \[batch, pos\]",
+    ),
+    "no prompt": ({"clean": TOKENS[:0]}, r"clean has shape \(0, 4\).*with no axis of size 0"),
+    "negative": ({"clean": TOKENS - 1}, r"clean holds -1; the smallest valid value is 0"),
+    "answers": (
+        {"answers": torch.tensor([1, 2])},
+        r"answers has shape \(2,\) .*; give integers \[3\] or \[3, k\]",
+    ),
+    "answers without tokens": (
+        {"answers": torch.zeros(3, 0).long()},
+        r"answers has shape \(3, 0\).*with no axis of size 0",
+    ),
+    "answers floats": (
+        {"answers": torch.ones(3)},
+        r"answers has .* dtype torch.float32; give integers",
+    ),
     "no answer": (
         {"answers": torch.tensor([[1, 2], [-1, -1], [1, -1]])},
         r"answers is empty for prompt 1",
@@ -659,11 +675,11 @@ BAD_TENSORS: dict[str, tuple[dict[str, object], str]] = {
     "wrong answers": ({"wrong_answers": torch.tensor([-7, 1, 1])}, r"wrong_answers holds -7"),
     "lengths": (
         {"lengths": torch.tensor([4, 5, 1])},
-        r"lengths has shape \(3,\) and values from 1 to 5; give \[3\] integers from 1 to 4",
+        r"lengths holds 5; the largest valid value is 4",
     ),
     "position": (
         {"lengths": torch.tensor([4, 2, 4]), "answer_positions": torch.tensor([3, 2, 0])},
-        r"answer position 2 lies outside prompt 1, whose last token is at 1",
+        r"answer_positions marks position 2 of prompt 1, which has 2 tokens",
     ),
     "positions shape": (
         {"answer_positions": torch.tensor([3, 2])},
@@ -681,7 +697,10 @@ BAD_TENSORS: dict[str, tuple[dict[str, object], str]] = {
         {"lengths": torch.tensor([4, 2, 4]), "answer_positions": torch.ones(3, 4).bool()},
         r"marks position 2 of prompt 1, which has 2 tokens",
     ),
-    "span": ({"positions": {"A": torch.ones(3, 4)}}, r"span 'A' has dtype torch.float32"),
+    "span": (
+        {"positions": {"A": torch.ones(3, 4)}},
+        r"span 'A' has .* dtype torch.float32; give booleans",
+    ),
     "name": ({"name": "a/b"}, r"cannot be called 'a/b'"),
 }
 

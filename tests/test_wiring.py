@@ -14,7 +14,7 @@ from circuits.graph.nodes import MLP, Head, Logits, Node, PosEmbed, TokenEmbed
 from circuits.models import Model
 from circuits.models.component_graph import component_graph
 from circuits.tasks.known_circuits.circuits import known_circuit, known_circuits
-from circuits.tasks.known_circuits.wiring import Attends, Shape, Wiring
+from circuits.tasks.known_circuits.wiring import Wiring
 
 on_cpu = partial(known_circuit, device="cpu")
 every_name = pytest.mark.parametrize("name", known_circuits())
@@ -72,7 +72,7 @@ def test_with_a_leak_every_decoy_writes_a_little_where_the_circuit_reads(name: s
     assert 1e-5 < min(leaks) <= max(leaks) < 0.2
 
 
-def test_a_rotated_model_hides_its_slots() -> None:
+def test_a_rotated_model_hides_its_subspaces() -> None:
     plain, turned = (
         on_cpu("induction", rotate=rotate).model.state_dict() for rotate in (False, True)
     )
@@ -81,29 +81,23 @@ def test_a_rotated_model_hides_its_slots() -> None:
     assert (turned["unembed.W_U"] != 0).all()
 
 
-def test_a_slot_has_one_writer() -> None:
-    wiring = Wiring(
-        Shape(n_layers=1, n_heads=2, d_head=2, n_ctx=2, d_vocab=2, d_vocab_out=2), {"copied": 2}
-    )
-    copying: dict[str, Any] = {
-        "attends": [],
-        "copies": "token",
-        "matrix": torch.eye(2),
-        "writes": "copied",
-        "sharpness": 1.0,
-    }
-    wiring.head(0, 0, **copying)
-    with pytest.raises(AssertionError, match=r"slot copied is written by a0\.h0 already"):
-        wiring.head(0, 1, **copying)
+SIZES = {"n_layers": 1, "d_head": 4, "n_ctx": 2, "d_vocab": 2, "d_vocab_out": 2}
 
 
-def test_a_slot_read_twice_is_one_edge() -> None:
-    wiring = Wiring(
-        Shape(n_layers=1, n_heads=1, d_head=4, n_ctx=2, d_vocab=2, d_vocab_out=2), {"copied": 2}
-    )
-    twice = [Attends("token", "token", torch.eye(2)), Attends(None, "token", torch.ones(1, 2))]
+def test_a_subspace_has_one_writer() -> None:
+    wiring = Wiring({**SIZES, "n_heads": 2}, {"copied": 2})
+    copying: dict[str, Any] = {"q": {}, "k": {}, "v": {"token": torch.eye(2)}, "writes": "copied"}
+    wiring.head(Head(0, 0), **copying)
+    with pytest.raises(AssertionError, match=r"subspace copied is already written by a0\.h0"):
+        wiring.head(Head(0, 1), **copying)
+
+
+def test_a_subspace_read_twice_is_one_edge() -> None:
+    wiring = Wiring({**SIZES, "n_heads": 1}, {"copied": 2})
+    tokens = {"token": torch.eye(2)}
+    twice = {"token": torch.eye(2, 3) + torch.tensor([[0, 0, 1.0], [0, 0, 1.0]])}
     wiring.head(
-        0, 0, attends=twice, copies="token", matrix=torch.eye(2), writes="copied", sharpness=1.0
+        Head(0, 0), q=tokens, b_q=torch.tensor([0, 0, 1.0]), k=twice, v=tokens, writes="copied"
     )
     assert [str(edge) for edge in wiring.edges] == [
         "tok_embed->a0.h0.q",

@@ -1,1 +1,1 @@
-"""Prompt pairs with answers, the families that write them, and the metrics that judge logits on them."""
+"""Prompt pairs with answers, the families that draw them, and the metrics that score logits."""

@@ -1,6 +1,4 @@
-"""Families of tasks: what writes prompt pairs of one kind."""
-
-from __future__ import annotations
+"""Task families: each draws prompt pairs of one kind."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -12,15 +10,34 @@ from typing import Any, ClassVar
 from circuits.system.errors import InputError
 from circuits.tasks.prompts import PromptPair, Split, split_of
 
-FRUITLESS_DRAWS = 5000
-"""After so many prompts in a row that were drawn before or belong to the other split, a family has no more."""
+# A family is exhausted after this many draws in a row that repeat or belong to the other split.
+MAX_REJECTED_DRAWS = 5000
 
 
 @dataclass(frozen=True)
 class TaskFamily(ABC):
-    """Writes prompt pairs of one kind, as many as are wanted. Its fields are its options.
+    """Draws prompt pairs of one kind. Its fields are its options.
 
-    Subclass it as a frozen dataclass with a `name`, and it is registered: `circuits.load_task` finds it.
+    Subclass it as a frozen dataclass with a `name`. Defining the class registers it, so that
+    `circuits.load_task` and the command line find it.
+
+    >>> import circuits
+    >>> from dataclasses import dataclass
+    >>> @dataclass(frozen=True)
+    ... class FirstName(circuits.TaskFamily):
+    ...     'The first of two names is repeated.'
+    ...     name = "first_name"
+    ...     metric = "logit_difference"
+    ...     def draw(self, random):
+    ...         first, second, other = random.sample(["Mary", "John", "Anna", "Paul", "Mark"], 3)
+    ...         clean, corrupted = f"So {first} and {second}", f"So {other} and {second}"
+    ...         return circuits.PromptPair(clean, corrupted, f" {first}", f" {other}")
+    >>> circuits.load_task("first_name", circuits.load_model("toy-world"), n=3)
+    Task('first_name', 3 prompts of up to 5 tokens, metric='logit_difference')
+
+    Attributes:
+        name: the name by which `load_task` finds the family.
+        metric: the name of the metric its tasks are scored by.
     """
 
     name: ClassVar[str]
@@ -28,36 +45,43 @@ class TaskFamily(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "name" in cls.__dict__:
-            other = REGISTRY.get(cls.name)
-            if other is not None and (other.__module__, other.__qualname__) != (
-                cls.__module__,
-                cls.__qualname__,
-            ):
-                raise InputError(
-                    f"two tasks are named {cls.name!r}: {other.__module__}.{other.__qualname__} and {cls.__module__}.{cls.__qualname__}."
-                )
-            REGISTRY[cls.name] = cls
+        if "name" not in cls.__dict__:
+            return
+        # Reloading a module defines the same class again, which is not a clash.
+        other = REGISTRY.get(cls.name, cls)
+        if _full_name(other) != _full_name(cls):
+            both = f"{_full_name(other)} and {_full_name(cls)}"
+            raise InputError(f"two tasks are named {cls.name!r}: {both}.")
+        REGISTRY[cls.name] = cls
 
     @abstractmethod
     def draw(self, random: Random) -> PromptPair:
-        """One pair, with its answers and spans. All chance comes from `random`, and nothing depends on a model."""
+        """Draw one pair. All chance comes from `random`, and nothing may depend on a model."""
 
     def stream(self, seed: int, split: Split) -> Iterator[PromptPair]:
-        """Different pairs of one split, until the family has no more. Of a pair both prompts belong to the split."""
-        random, seen, fruitless = Random(f"{self.name}-{split}-{seed}"), set(), 0
-        while fruitless < FRUITLESS_DRAWS:
+        """Draw distinct pairs until the family is exhausted. Both prompts belong to `split`."""
+        # Random seeds itself by the SHA-512 of a string, which is the same in every process.
+        random = Random(f"{self.name}-{split}-{seed}")
+        seen: set[str] = set()
+        n_rejected = 0
+        while n_rejected < MAX_REJECTED_DRAWS:
             pair = self.draw(random)
-            if pair.clean in seen or {split_of(pair.clean), split_of(pair.corrupted)} != {split}:
-                fruitless += 1
+            # No text of one split may occur in the other, also as a corrupted prompt.
+            splits = {split_of(pair.clean), split_of(pair.corrupted)}
+            if pair.clean in seen or splits != {split}:
+                n_rejected += 1
                 continue
-            fruitless = 0
+            n_rejected = 0
             seen.add(pair.clean)
             yield pair
 
     def pairs(self, n: int, seed: int, split: Split) -> list[PromptPair]:
-        """The first `n` pairs of the stream, or all when there are fewer."""
+        """The first `n` pairs of the stream, or all if there are fewer."""
         return list(islice(self.stream(seed, split), n))
 
 
 REGISTRY: dict[str, type[TaskFamily]] = {}
+
+
+def _full_name(family: type[TaskFamily]) -> str:
+    return f"{family.__module__}.{family.__qualname__}"

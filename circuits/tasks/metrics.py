@@ -1,17 +1,16 @@
-"""Metrics: logits -> one number per scored position. A metric never averages; whoever calls it does, once.
+"""Metrics: from logits to one number per scored row. A metric never averages; its caller does.
 
-Its `direction` says which way is damage, and nothing else needs to know: values are reported with their natural sign, and
-`damage` has the sign that makes more of it worse.
+Values have their natural sign. A metric's `direction` says which way is worse, so that `damage`
+always grows as the output gets worse. `METRICS` holds the metrics of this module by name.
 """
-
-from __future__ import annotations
 
 import hashlib
 import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -21,239 +20,215 @@ from circuits.system.errors import InputError
 from circuits.tasks.task import Task
 
 MetricFunction = Callable[[Tensor, Tensor, Task], Tensor]
+Direction = Literal["higher_is_damage", "lower_is_damage"]
+
+RowLogits = Float[Tensor, "scored vocab"]
+# The logits of one circuit, or of several ("variants") on a leading axis.
+CircuitLogits = Float[Tensor, "*variant scored vocab"]
+Values = Float[Tensor, "*variant scored"]
+AnswerTokens = Int[Tensor, "scored k"]
+AnswerKind = Literal["answers", "wrong_answers"]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A named metric.
+    """A named metric. Pass one wherever a metric's name is accepted.
+
+    >>> import circuits
+    >>> def largest_logit(logits, clean_logits, task):
+    ...     return logits.max(-1).values
+    >>> metric = circuits.Metric("largest_logit", largest_logit, "lower_is_damage")
+    >>> circuits.EAP(metric=metric).metric.sign
+    -1
 
     Attributes:
-        function: (logits [scored, vocab], clean_logits [scored, vocab], task) -> [scored]. `clean_logits` are the whole model's on the
-            clean prompts; `task.row_prompt` says which prompt each scored row belongs to.
-        direction: whether larger values are worse ("higher_is_damage", as KL) or better ("lower_is_damage", as a logit difference).
+        name: identifies the metric in tables and records.
+        function: (logits [scored, vocab], clean_logits [scored, vocab], task) -> [scored].
+            `clean_logits` are those of the whole model on the clean prompts. `task.row_prompt`
+            gives the prompt of each scored row.
+        direction: whether larger values are worse ("higher_is_damage", as for KL) or better
+            ("lower_is_damage", as for a logit difference).
+        vectorised: whether `function` also maps logits [variant, scored, vocab] to
+            [variant, scored], so that one call judges several circuits.
+        shipped: True for the metrics of this package, whose name alone identifies them.
     """
 
     name: str
     function: MetricFunction
-    direction: Literal["higher_is_damage", "lower_is_damage"]
+    direction: Direction
+    vectorised: bool = False
+    shipped: bool = False
 
     def __post_init__(self) -> None:
-        if self.direction not in ("higher_is_damage", "lower_is_damage"):
-            raise InputError(
-                f"Metric {self.name!r}: direction={self.direction!r} must be 'higher_is_damage' or 'lower_is_damage'."
-            )
+        allowed = get_args(Direction)
+        if self.direction not in allowed:
+            found = f"metric {self.name!r}: direction={self.direction!r}"
+            raise InputError(f"{found} must be one of {allowed}.")
 
     def __str__(self) -> str:
-        """The name; of a metric of one's own also a hash of its source, since two can share a name."""
-        if METRICS.get(self.name) is self:
+        """The name; for a user's metric, with a hash of its source, since names may coincide."""
+        if self.shipped:
             return self.name
         try:
             source = inspect.getsource(self.function)
         except (OSError, TypeError):
-            source = getattr(self.function, "__qualname__", type(self.function).__name__)
-        return f"{self.name} {hashlib.blake2b(f'{self.direction} {source}'.encode(), digest_size=4).hexdigest()}"
+            # Functions typed into a console have no source, and callable objects no name.
+            kind = type(self.function).__name__
+            source = getattr(self.function, "__qualname__", kind)
+        content = f"{self.direction} {source}".encode()
+        digest = hashlib.blake2b(content, digest_size=4).hexdigest()
+        return f"{self.name} {digest}"
 
     @property
     def sign(self) -> int:
-        """+1 where higher is damage, -1 where lower is."""
+        """+1 if higher values are damage, -1 if lower values are."""
         return 1 if self.direction == "higher_is_damage" else -1
 
-    def __call__(
-        self,
-        logits: Float[Tensor, "scored vocab"],
-        clean_logits: Float[Tensor, "scored vocab"],
-        task: Task,
-    ) -> Float[Tensor, " scored"]:
-        """One number per scored row, computed in float32 at least.
+    def __call__(self, logits: RowLogits, clean_logits: RowLogits, task: Task) -> Values:
+        """One value per scored row, in float32 or float64.
 
         Raises:
-            InputError: the metric returns another shape or NaN, or the logits are not finite.
+            InputError: the logits are not finite, or the metric returns NaN or another shape.
         """
-        logits, clean_logits = _at_least_float32(logits), _at_least_float32(clean_logits)
+        logits = _at_least_float32(logits)
         check_finite(logits)
-        return self._checked(self.function(logits, clean_logits, task), logits)
+        return self._evaluate(logits, clean_logits, task)
 
-    def damage(
-        self,
-        logits: Float[Tensor, "scored vocab"],
-        clean_logits: Float[Tensor, "scored vocab"],
-        task: Task,
-    ) -> Float[Tensor, " scored"]:
-        """The metric with the sign that makes more of it worse."""
+    def damage(self, logits: RowLogits, clean_logits: RowLogits, task: Task) -> Values:
+        """The metric with the sign that makes larger values worse."""
         return self.sign * self(logits, clean_logits, task)
 
-    def damages(
-        self,
-        logits: Float[Tensor, "variant scored vocab"],
-        clean_logits: Float[Tensor, "scored vocab"],
-        task: Task,
-    ) -> Float[Tensor, "variant scored"]:
-        """The damage in each of several circuits, whose logits are known to be finite."""
-        if METRICS.get(self.name) is not self:
-            return torch.stack([self.damage(each, clean_logits, task) for each in logits])
-        logits, clean_logits = _at_least_float32(logits), _at_least_float32(clean_logits)
-        # The functions of this module treat rows alike, however many axes of them there are.
-        return self.sign * self._checked(self.function(logits, clean_logits, task), logits)
+    def damages(self, logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
+        """The damage in each of several circuits, whose logits the caller knows to be finite."""
+        if self.vectorised:
+            return self.sign * self._evaluate(logits, clean_logits, task)
+        return torch.stack([self.damage(each, clean_logits, task) for each in logits])
 
-    def _checked(self, values: Any, logits: Float[Tensor, "*variant scored vocab"]) -> Tensor:
-        if not isinstance(values, Tensor) or values.shape != logits.shape[:-1]:
-            found = (
-                f"shape {tuple(values.shape)}"
-                if isinstance(values, Tensor)
-                else type(values).__name__
-            )
+    def _evaluate(self, logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
+        logits, clean_logits = _at_least_float32(logits), _at_least_float32(clean_logits)
+        values: Any = self.function(logits, clean_logits, task)
+        shape = tuple(values.shape) if isinstance(values, Tensor) else None
+        if shape != logits.shape[:-1]:
+            found = type(values).__name__ if shape is None else f"shape {shape}"
             raise InputError(
-                f"metric {self.name!r} returned {found}; it must return one number per scored row, "
-                f"shape ({logits.shape[-2]},), and leave the averaging to the caller."
+                f"metric {self.name!r} returned {found}; it must return one number per scored "
+                f"row, shape ({logits.shape[-2]},), and leave the averaging to the caller."
             )
         if not _all_finite(values):
-            bad = int((~values.isfinite()).sum())
+            n_bad = int((~values.isfinite()).sum())
             raise InputError(
-                f"metric {self.name!r} is NaN or infinite on {bad} of {values.numel()} scored rows "
-                "although the logits are finite; mend the metric."
+                f"metric {self.name!r} is NaN or infinite on {n_bad} of {values.numel()} scored "
+                "rows although the logits are finite; correct the metric."
             )
         return values.to(logits.dtype)
 
 
 def get_metric(metric: str | Metric | None, task: Task) -> Metric:
-    """The metric of that name; None is the task's own.
-
-    Raises:
-        InputError: there is no metric of that name.
-    """
+    """The metric of that name, or an InputError if there is none; None means the task's own."""
     chosen = task.metric if metric is None else metric
     if isinstance(chosen, Metric):
         return chosen
     if chosen not in METRICS:
-        raise InputError(
-            f"there is no metric {chosen!r}; there are {', '.join(METRICS)}, or make a circuits.Metric."
-        )
+        names = ", ".join(METRICS)
+        raise InputError(f"no metric {chosen!r}; there are {names}, or make a circuits.Metric.")
     return METRICS[chosen]
 
 
 def check_finite(logits: Float[Tensor, "*rows vocab"]) -> None:
-    """Refuse logits that overflowed.
-
-    Raises:
-        InputError: some are NaN or infinite.
-    """
+    """Raise an InputError if logits are NaN or infinite."""
     if not _all_finite(logits):
+        n_bad = int((~logits.isfinite()).sum())
         raise InputError(
-            f"{int((~logits.isfinite()).sum())} of {logits.numel()} logits are NaN or infinite: the model overflows in its dtype; "
-            "load it with dtype=torch.float32 (or torch.bfloat16, whose range is as wide)."
+            f"{n_bad} of {logits.numel()} logits are NaN or infinite: the model overflows in its "
+            "dtype; load it with dtype=torch.float32 (or torch.bfloat16, which has the same range)."
         )
 
 
 def _all_finite(values: Float[Tensor, "*rows"]) -> bool:
-    # A sum is finite only if all of its terms are, and is quicker to have; but it may overflow.
-    return math.isfinite(float(values.detach().sum())) or bool(values.isfinite().all())
-
-
-def kl(
-    logits: Float[Tensor, "*variant scored vocab"],
-    clean_logits: Float[Tensor, "scored vocab"],
-    task: Task,
-) -> Float[Tensor, "*variant scored"]:
-    """KL(model || circuit) in nats, summed over the vocabulary."""
-    clean = clean_logits.log_softmax(-1)
-    return (clean.exp() * (clean - logits.log_softmax(-1))).sum(-1)
-
-
-def logit_difference(
-    logits: Float[Tensor, "*variant scored vocab"],
-    clean_logits: Float[Tensor, "scored vocab"],
-    task: Task,
-) -> Float[Tensor, "*variant scored"]:
-    """Mean logit of the answers minus mean logit of the wrong answers."""
-    return _mean_over(logits, _answers(task)) - _mean_over(logits, _wrong_answers(task))
-
-
-def probability_difference(
-    logits: Float[Tensor, "*variant scored vocab"],
-    clean_logits: Float[Tensor, "scored vocab"],
-    task: Task,
-) -> Float[Tensor, "*variant scored"]:
-    """Summed probability of the answers minus that of the wrong answers."""
-    probabilities = logits.softmax(-1)
-    return _sum_over(probabilities, _answers(task)) - _sum_over(probabilities, _wrong_answers(task))
-
-
-def negative_log_probability(
-    logits: Float[Tensor, "*variant scored vocab"],
-    clean_logits: Float[Tensor, "scored vocab"],
-    task: Task,
-) -> Float[Tensor, "*variant scored"]:
-    """Minus the log of the answers' summed probability, in nats."""
-    answers = _answers(task)
-    chosen = _gather(logits.log_softmax(-1), answers)
-    return -chosen.masked_fill(answers < 0, -torch.inf).logsumexp(-1)
-
-
-def accuracy(
-    logits: Float[Tensor, "*variant scored vocab"],
-    clean_logits: Float[Tensor, "scored vocab"],
-    task: Task,
-) -> Float[Tensor, "*variant scored"]:
-    """1 where the most likely token is an answer, else 0."""
-    return (logits.argmax(-1, keepdim=True) == _answers(task)).any(-1).to(logits.dtype)
-
-
-def squared_error(
-    logits: Float[Tensor, "*variant scored vocab"],
-    clean_logits: Float[Tensor, "scored vocab"],
-    task: Task,
-) -> Float[Tensor, "*variant scored"]:
-    """Mean over the vocabulary of the squared difference to the model's logits."""
-    return (logits - clean_logits).square().mean(-1)
-
-
-METRICS: dict[str, Metric] = {
-    "kl": Metric("kl", kl, "higher_is_damage"),
-    "logit_difference": Metric("logit_difference", logit_difference, "lower_is_damage"),
-    "probability_difference": Metric(
-        "probability_difference", probability_difference, "lower_is_damage"
-    ),
-    "negative_log_probability": Metric(
-        "negative_log_probability", negative_log_probability, "higher_is_damage"
-    ),
-    "accuracy": Metric("accuracy", accuracy, "lower_is_damage"),
-    "squared_error": Metric("squared_error", squared_error, "higher_is_damage"),
-}
-
-
-def _answers(task: Task) -> Int[Tensor, "scored k"]:
-    if task.row_answers is None:
-        raise InputError(
-            f"task {task.name!r} has no answers, which this metric needs; give answers, or use kl or squared_error."
-        )
-    return task.row_answers
-
-
-def _wrong_answers(task: Task) -> Int[Tensor, "scored k"]:
-    if task.row_wrong_answers is None:
-        raise InputError(
-            f"task {task.name!r} has no wrong answers, which this metric needs; give wrong_answers, or use kl."
-        )
-    return task.row_wrong_answers
-
-
-def _gather(
-    values: Float[Tensor, "*variant scored vocab"], tokens: Int[Tensor, "scored k"]
-) -> Float[Tensor, "*variant scored k"]:
-    return values.gather(-1, tokens.clamp(min=0).expand(*values.shape[:-1], -1))
-
-
-def _sum_over(
-    values: Float[Tensor, "*variant scored vocab"], tokens: Int[Tensor, "scored k"]
-) -> Float[Tensor, "*variant scored"]:
-    return _gather(values, tokens).masked_fill(tokens < 0, 0).sum(-1)
-
-
-def _mean_over(
-    values: Float[Tensor, "*variant scored vocab"], tokens: Int[Tensor, "scored k"]
-) -> Float[Tensor, "*variant scored"]:
-    return _sum_over(values, tokens) / (tokens >= 0).sum(-1)
+    # A finite sum has finite terms, and is faster to check. The sum of finite terms may overflow.
+    total = float(values.detach().sum())
+    return math.isfinite(total) or bool(values.isfinite().all())
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+# The docstring of each metric is its description in `circuits list`.
+
+
+def kl(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
+    """KL(model || circuit) in nats, summed over the vocabulary."""
+    # sum_v p_model(v) (log p_model(v) - log p_circuit(v))
+    log_p_model = clean_logits.log_softmax(-1)
+    log_ratio = log_p_model - logits.log_softmax(-1)
+    return (log_p_model.exp() * log_ratio).sum(-1)
+
+
+def logit_difference(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
+    """Mean logit of the answers minus mean logit of the wrong answers."""
+    right = _gather(logits, task, "answers").sum(-1) / _count(task, "answers")
+    wrong = _gather(logits, task, "wrong_answers").sum(-1) / _count(task, "wrong_answers")
+    return right - wrong
+
+
+def probability_difference(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
+    """Summed probability of the answers minus that of the wrong answers."""
+    probabilities = logits.softmax(-1)
+    right = _gather(probabilities, task, "answers").sum(-1)
+    wrong = _gather(probabilities, task, "wrong_answers").sum(-1)
+    return right - wrong
+
+
+def negative_log_probability(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
+    """Minus the log of the answers' summed probability, in nats."""
+    # -log sum_{v in answers} p(v) = -logsumexp_{v in answers} log p(v); padding has p = 0
+    log_probabilities = logits.log_softmax(-1)
+    return -_gather(log_probabilities, task, "answers", padding=-math.inf).logsumexp(-1)
+
+
+def accuracy(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
+    """1 where the most likely token is an answer, else 0."""
+    predicted = logits.argmax(-1, keepdim=True)
+    is_right = (predicted == _tokens(task, "answers")).any(-1)
+    return is_right.to(logits.dtype)
+
+
+def squared_error(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
+    """Mean over the vocabulary of the squared difference to the model's logits."""
+    return (logits - clean_logits).square().mean(-1)
+
+
+_shipped = partial(Metric, vectorised=True, shipped=True)
+_METRICS = (
+    _shipped("kl", kl, "higher_is_damage"),
+    _shipped("logit_difference", logit_difference, "lower_is_damage"),
+    _shipped("probability_difference", probability_difference, "lower_is_damage"),
+    _shipped("negative_log_probability", negative_log_probability, "higher_is_damage"),
+    _shipped("accuracy", accuracy, "lower_is_damage"),
+    _shipped("squared_error", squared_error, "higher_is_damage"),
+)
+METRICS: dict[str, Metric] = {metric.name: metric for metric in _METRICS}
+
+
+def _tokens(task: Task, kind: AnswerKind) -> AnswerTokens:
+    tokens: Tensor | None = getattr(task, f"row_{kind}")
+    if tokens is None:
+        raise InputError(
+            f"task {task.name!r} has no {kind}, which this metric needs; "
+            f"give {kind}, or use kl or squared_error."
+        )
+    return tokens
+
+
+def _gather(
+    values: CircuitLogits, task: Task, kind: AnswerKind, padding: float = 0.0
+) -> Float[Tensor, "*variant scored k"]:
+    tokens = _tokens(task, kind)
+    # gather needs valid indices, so it reads token 0 where the tokens are padded with -1.
+    indices = tokens.clamp(min=0).expand(*values.shape[:-1], -1)
+    return values.gather(-1, indices).masked_fill(tokens < 0, padding)
+
+
+def _count(task: Task, kind: AnswerKind) -> Int[Tensor, " scored"]:
+    return (_tokens(task, kind) >= 0).sum(-1)

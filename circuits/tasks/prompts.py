@@ -1,95 +1,145 @@
-"""Prompt pairs as text: the pair itself, reading pairs from a file, and which split a text belongs to."""
+"""Prompt pairs as text: the pair itself, pairs from templates and files, and the two splits."""
 
-from __future__ import annotations
-
-import difflib
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from string import Formatter
+from typing import Any, Literal, TypeVar
 
 from circuits.system.errors import InputError
+from circuits.tasks.messages import shorten, suggestion
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
+# Start and end of a stretch of text, in characters; the end is exclusive.
+CharSpan = tuple[int, int]
+Answer = str | tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
 class PromptPair:
-    """A prompt and its corrupted counterpart, which has the same number of tokens, as text.
+    """A clean prompt and its corrupted counterpart, as text with the same number of tokens.
+
+    >>> import circuits
+    >>> pair = circuits.PromptPair("So Mary is", "So John is", " she", (" he", " it"))
+    >>> pair.answers, pair.wrong_answers
+    ((' she',), (' he', ' it'))
 
     Attributes:
-        clean: the prompt as it should be.
-        corrupted: the same prompt with what matters changed.
-        answer: what comes right after the clean prompt, one token; several where any of them is right. It is written as it continues
-            the prompt, with its leading space where the text has one (" Mary").
-        wrong_answer: the same for what should not come.
-        spans: names for stretches of the clean prompt, as (start, end) in characters. A token belongs to a span when it overlaps it.
+        clean: the prompt whose completion is studied.
+        corrupted: the same prompt with the information that decides the answer changed.
+        answer: the token that should follow the clean prompt, or a tuple of tokens if any of
+            them is right. Write it as it continues the prompt, with its leading space: " Mary".
+        wrong_answer: the token or tokens that should not follow, written the same way.
+        spans: named stretches of the clean prompt as (start, end), in characters. A token belongs
+            to a span when it overlaps it.
     """
 
     clean: str
     corrupted: str
-    answer: str | tuple[str, ...] | None = None
-    wrong_answer: str | tuple[str, ...] | None = None
-    spans: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
+    answer: Answer = None
+    wrong_answer: Answer = None
+    spans: Mapping[str, CharSpan] = field(default_factory=dict, hash=False)
 
     @property
     def answers(self) -> tuple[str, ...]:
         """All right answers."""
-        return _several(self.answer)
+        return _as_tuple(self.answer)
 
     @property
     def wrong_answers(self) -> tuple[str, ...]:
         """All wrong answers."""
-        return _several(self.wrong_answer)
+        return _as_tuple(self.wrong_answer)
+
+
+def _as_tuple(answer: Answer) -> tuple[str, ...]:
+    if isinstance(answer, str):
+        return (answer,)
+    return () if answer is None else tuple(answer)
 
 
 def split_of(text: str) -> Split:
-    """The split a prompt belongs to, by a hash of its text: half of all prompts each, whatever the seed and the process."""
-    return "test" if hashlib.blake2b(text.encode(), digest_size=1).digest()[0] < 128 else "train"
+    """The split of a prompt: a hash of its text assigns half of all possible prompts to each."""
+    digest = hashlib.blake2b(text.encode(), digest_size=1).digest()
+    return "test" if digest[0] < 128 else "train"
 
 
-def read_pairs(path: str | Path) -> list[tuple[int, PromptPair]]:
-    """The pairs of a file with one JSON object a line, with their line numbers. Empty lines are skipped.
+def fill_template(
+    template: str,
+    clean: Mapping[str, str],
+    corrupted: Mapping[str, str],
+    answers: tuple[Answer, Answer],
+    spans: Sequence[str],
+) -> PromptPair:
+    """Make a pair of two fillings of a template.
+
+    >>> mary, john = {"NAME": "Mary"}, {"NAME": "John"}
+    >>> fill_template("So {NAME} is", mary, john, (" she", " he"), ["NAME", "END"]).spans
+    {'NAME': (3, 7), 'END': (9, 10)}
+
+    Args:
+        template: a `str.format` template.
+        clean: the words that fill the fields of the clean prompt.
+        corrupted: the same for the corrupted prompt.
+        answers: the right and the wrong answer.
+        spans: the fields that are spans of the clean prompt. If there is no field "END", this
+            name means the last character of the prompt, which marks the last token.
+    """
+    # str.format does not say where it puts a word, so the clean prompt is put together here.
+    text = ""
+    found: dict[str, CharSpan] = {}
+    for literal, name, _, _ in Formatter().parse(template):
+        text += literal
+        if name is not None:
+            start = len(text)
+            text += clean[name]
+            found[name] = (start, len(text))
+    last_character = (len(text) - 1, len(text))
+    found.setdefault("END", last_character)
+    kept = {name: found[name] for name in spans}
+    return PromptPair(text, template.format(**corrupted), *answers, kept)
+
+
+Converted = TypeVar("Converted")
+
+
+def read_pairs(path: str | Path, convert: Callable[[PromptPair], Converted]) -> list[Converted]:
+    """Read a file with one JSON object per line, and convert each prompt pair. Skip empty lines.
 
     Raises:
-        InputError: the file is missing, holds no pair, or has a line that is none (with its number).
+        InputError: the file cannot be read or has no pairs; or a line is not a prompt pair or
+            `convert` rejects it (the message gives the line number).
     """
-    path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"the task file {path} cannot be read ({error}); give a text file with one JSON object a line."
-        ) from error
-    pairs = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                pairs.append((number, _parse(line)))
-            except InputError as error:
-                raise InputError(f"{path}, line {number}: {error}") from error
-    if not pairs:
-        raise InputError(
-            f"{path} holds no prompt pair; write one JSON object a line, with at least clean and corrupted."
-        )
-    return pairs
+        raise InputError(f"the task file {path} cannot be read: {error}.") from error
+    converted = []
+    # str.splitlines would also break lines at characters that JSON allows inside strings.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            converted.append(convert(_parse(line)))
+        except InputError as error:
+            raise InputError(f"{path}, line {number}: {error}") from error
+    if not converted:
+        raise InputError(f"{path} holds no prompt pair; write at least one line, {_EXAMPLE}.")
+    return converted
 
 
-def shorten(text: str) -> str:
-    """A prompt as it is shown in an error: its beginning and its end, quoted."""
-    return repr(text if len(text) <= 70 else f"{text[:40]} ... {text[-25:]}")
-
-
-def _several(answer: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    if answer is None:
-        return ()
-    return (answer,) if isinstance(answer, str) else tuple(answer)
-
-
-_FIELDS = tuple(entry.name for entry in fields(PromptPair))
+_EXAMPLE = 'such as {"clean": ..., "corrupted": ..., "answer": ...}'
+_ANSWER = "a string, or a list of strings if several are right"
+# What each field of a line must be.
+_FIELDS = {
+    "clean": "the prompt as a string",
+    "corrupted": "the prompt as a string",
+    "answer": _ANSWER,
+    "wrong_answer": _ANSWER,
+    "spans": "an object of name: [start, end], in characters of the clean prompt",
+}
 
 
 def _parse(line: str) -> PromptPair:
@@ -97,48 +147,35 @@ def _parse(line: str) -> PromptPair:
         content = json.loads(line)
     except ValueError as error:
         raise InputError(
-            f'not JSON ({error}): {shorten(line)}; write one object a line, such as {{"clean": ..., "corrupted": ...}}.'
+            f"not JSON ({error}): {shorten(line)}; write one object per line, {_EXAMPLE}."
         ) from error
     if not isinstance(content, dict):
-        raise InputError(
-            f'expected a JSON object, found {type(content).__name__}; write {{"clean": ..., "corrupted": ...}}.'
-        )
+        kind = type(content).__name__
+        raise InputError(f"expected a JSON object, found {kind}; write one, {_EXAMPLE}.")
     for name in content:
         if name not in _FIELDS:
-            near = difflib.get_close_matches(name, _FIELDS, n=1)
-            raise InputError(
-                f"unknown field {name!r}; {f'did you mean {near[0]!r}?' if near else f'the fields are {_FIELDS}.'}"
-            )
+            raise InputError(f"unknown field {name!r}; {suggestion(name, _FIELDS)}")
     for name in ("clean", "corrupted"):
-        if not isinstance(content.get(name), str):
-            raise InputError(
-                f"field {name!r} is {'missing' if name not in content else 'not a string'}; give the prompt's text."
-            )
-    answers = {name: _parse_answer(name, content.get(name)) for name in ("answer", "wrong_answer")}
-    return PromptPair(
-        content["clean"], content["corrupted"], **answers, spans=_parse_spans(content.get("spans"))
-    )
+        if name not in content:
+            raise InputError(f"field {name!r} is missing; give {_FIELDS[name]}.")
+    return PromptPair(**{name: _field(name, value) for name, value in content.items()})
 
 
-def _parse_answer(name: str, value: Any) -> str | tuple[str, ...] | None:
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, list) and value and all(isinstance(word, str) for word in value):
-        return tuple(value)
-    raise InputError(
-        f"field {name!r} is {value!r}; give a string, or a list of strings where several are right."
-    )
+def _field(name: str, value: Any) -> Any:
+    # JSON has lists where PromptPair has tuples.
+    match name, value:
+        case (("clean" | "corrupted" | "answer" | "wrong_answer"), str()):
+            return value
+        case (("answer" | "wrong_answer"), None):
+            return None
+        case (("answer" | "wrong_answer"), [_, *_]) if all(isinstance(text, str) for text in value):
+            return tuple(value)
+        case "spans", None:
+            return {}
+        case "spans", dict() if all(map(_is_span, value.values())):
+            return {span: tuple(ends) for span, ends in value.items()}
+    raise InputError(f"field {name!r} is {value!r}; give {_FIELDS[name]}.")
 
 
-def _parse_spans(value: Any) -> dict[str, tuple[int, int]]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict) or not all(_is_span(span) for span in value.values()):
-        raise InputError(
-            f"field 'spans' is {value!r}; give an object of name: [start, end], in characters of the clean prompt."
-        )
-    return {name: (span[0], span[1]) for name, span in value.items()}
-
-
-def _is_span(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(type(edge) is int for edge in value)
+def _is_span(ends: Any) -> bool:
+    return isinstance(ends, list) and [type(end) for end in ends] == [int, int]

@@ -1,10 +1,10 @@
-"""Tasks: prompt pairs with answers, as tokens; and the families that write them."""
+"""Tasks: prompt pairs as tokens, with their answers and scored positions."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,39 +13,52 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from circuits.models import Model
 from circuits.system.errors import InputError
-from circuits.tasks import validation as checks
+from circuits.tasks import validation
 from circuits.tasks.prompts import PromptPair, read_pairs
 from circuits.tasks.tokenization import EncodedPair, PromptTokenizer
+
+TokenMask = Bool[Tensor, "batch pos"]
+
+TENSOR_FIELDS = ("clean", "corrupted", "lengths", "scored", "answers", "wrong_answers")
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """Prompt pairs as tokens, with what is scored. Every scored (prompt, position) is one row of logits.
+    """Prompt pairs as tokens, with the positions at which the model's prediction is scored.
+
+    Each scored (prompt, position) is one row of the logits given to a metric. Make a task with
+    `circuits.load_task`, `from_prompts`, `from_jsonl` or `from_tokens`.
+
+    >>> import circuits
+    >>> task = circuits.load_task("ioi", circuits.load_model("toy-world"), n=8)
+    >>> len(task), len(task[:3]), task.metric
+    (8, 3, 'logit_difference')
 
     Attributes:
-        name: what it is called in records and folders.
-        clean: the prompts, padded on the right.
-        corrupted: their counterparts, aligned token by token.
+        name: identifies the task in records and folders.
+        clean: the clean prompts, padded on the right.
+        corrupted: their corrupted counterparts, aligned token by token.
         lengths: the number of real tokens of each prompt.
-        scored: where the next token is judged.
-        answers: the right tokens of each prompt, padded with -1; None when there are none.
-        wrong_answers: the wrong ones, likewise.
-        positions: named spans.
-        metric: the name of the metric it is judged by unless another is asked for.
-        prompts: the text it came from, where it came from text.
+        scored: the positions at which the next token is scored.
+        answers: the right next tokens of each prompt, padded with -1; None if there are none.
+        wrong_answers: the wrong ones, in the same form.
+        positions: named spans: for each name, which tokens belong to the span.
+        metric: the name of the metric used unless another is given.
+        prompts: the text of the prompts, if the task was made from text.
     """
 
     name: str
     clean: Int[Tensor, "batch pos"]
     corrupted: Int[Tensor, "batch pos"]
     lengths: Int[Tensor, " batch"]
-    scored: Bool[Tensor, "batch pos"]
+    scored: TokenMask
     answers: Int[Tensor, "batch k"] | None
     wrong_answers: Int[Tensor, "batch k_wrong"] | None
-    positions: Mapping[str, Bool[Tensor, "batch pos"]]
+    positions: Mapping[str, TokenMask]
     metric: str
     prompts: tuple[PromptPair, ...] | None = None
 
@@ -57,40 +70,54 @@ class Task:
         name: str = "custom",
         metric: str | None = None,
     ) -> Task:
-        """A task from text, scored at the end of each prompt.
+        """Make a task from text, scored at the last token of each prompt.
+
+        >>> import circuits
+        >>> pair = circuits.PromptPair("So Mary", "So John", " is", spans={"NAME": (3, 7)})
+        >>> circuits.Task.from_prompts(circuits.load_model("toy-world"), [pair])
+        Task('custom', 1 prompts of up to 3 tokens, metric='negative_log_probability')
 
         Args:
-            metric: None is "logit_difference", without wrong answers "negative_log_probability", without answers "kl".
+            metric: None means "logit_difference"; "negative_log_probability" if there are no wrong
+                answers; "kl" if there are no answers.
 
         Raises:
-            InputError: the model has no tokenizer; a pair differs in length, is empty or too long, has an answer of several tokens or a
-                span outside the prompt; or only some pairs have answers or a span.
+            InputError: the model has no tokenizer; only some pairs have answers or a span; or a
+                pair cannot be tokenized: its prompts differ in length, are empty or too long, or
+                an answer is several tokens.
         """
-        encoder = PromptTokenizer.of(model)
-        return Task._from_encoded([encoder.encode(pair) for pair in pairs], name, metric, model)
+        encode = PromptTokenizer.of(model).encode
+        encoded = [encode(pair) for pair in pairs]
+        return task_from_encoded(encoded, name, metric, model)
 
     @staticmethod
     def from_jsonl(
         path: str | Path, model: Model, *, name: str | None = None, metric: str | None = None
     ) -> Task:
-        """A task from a file with one JSON object a line, whose fields are PromptPair's (`clean`, `corrupted`, `answer`, ...).
+        """Make a task from a file with one JSON object per line.
+
+        The fields of an object are those of `PromptPair`: `clean`, `corrupted`, `answer`, ...
+
+        >>> import circuits, pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "names.jsonl")
+        >>> _ = path.write_text('{"clean": "So Mary", "corrupted": "So John", "answer": " is"}')
+        >>> circuits.Task.from_jsonl(path, circuits.load_model("toy-world")).name
+        'names'
 
         Args:
-            name: None is the file's name without its ending.
+            name: None means the file's name without its suffix.
             metric: as in `from_prompts`.
 
         Raises:
-            InputError: the file cannot be read, or a line cannot be used (with its number and the reason, see `from_prompts`).
+            InputError: the file cannot be read, or a line cannot be used; the message gives the
+                line's number and the reason, as in `from_prompts`.
         """
-        encoder, encoded = PromptTokenizer.of(model), []
-        for number, pair in read_pairs(path):
-            try:
-                encoded.append(encoder.encode(pair))
-            except InputError as error:
-                raise InputError(f"{path}, line {number}: {error}") from error
-        return Task._from_encoded(encoded, Path(path).stem if name is None else name, metric, model)
+        encoded = read_pairs(path, PromptTokenizer.of(model).encode)
+        name = Path(path).stem if name is None else name
+        return task_from_encoded(encoded, name, metric, model)
 
-    # Tensors from users are checked by hand, so that what is wrong is said in our words: hence no shapes in this signature.
+    # Users pass these tensors, so `validation` checks them. Shapes in this signature would make
+    # the runtime type checker of the tests reject them first.
     @staticmethod
     def from_tokens(
         clean: Tensor,
@@ -104,133 +131,139 @@ class Task:
         metric: str | None = None,
         name: str = "custom",
     ) -> Task:
-        """A task from token ids, on whatever device they are.
+        """Make a task from token ids. The task is on the device of `clean`.
+
+        >>> import circuits, torch
+        >>> clean = torch.tensor([[5, 6, 7], [5, 8, 7]])
+        >>> task = circuits.Task.from_tokens(clean, clean.flip(0), answers=torch.tensor([6, 8]))
+        >>> task.scored.nonzero().tolist()
+        [[0, 2], [1, 2]]
 
         Args:
             clean: integers [batch, pos].
             corrupted: integers [batch, pos].
-            answers: the right tokens, integers [batch] or [batch, k] padded with -1.
-            wrong_answers: the wrong ones, likewise.
-            lengths: integers [batch], the number of real tokens of each prompt; None: all are real.
-            answer_positions: where prompts are scored: integers [batch], or booleans [batch, pos] for several positions of a prompt;
-                None: at the last real token.
+            answers: the right next tokens, integers [batch] or [batch, k] padded with -1.
+            wrong_answers: the wrong ones, in the same form.
+            lengths: integers [batch], the number of real tokens of each prompt; None means all.
+            answer_positions: the scored positions: integers [batch], or booleans [batch, pos] for
+                several positions per prompt; None means the last real token.
             positions: named spans, booleans [batch, pos].
             metric: as in `from_prompts`.
 
         Raises:
-            InputError: something has the wrong shape or type or lies outside its prompt.
+            InputError: a tensor has the wrong shape, type or values.
         """
-        clean, corrupted = checks.prompts(clean, corrupted)
-        lengths = checks.lengths(lengths, clean)
-        right, wrong = (
-            checks.answers(part, clean, kind)
-            for part, kind in ((answers, "answers"), (wrong_answers, "wrong_answers"))
-        )
-        if metric is None:
-            metric = (
-                "kl"
-                if right is None
-                else "negative_log_probability"
-                if wrong is None
-                else "logit_difference"
-            )
+        clean, corrupted = validation.check_prompts(clean, corrupted)
+        lengths = validation.check_lengths(lengths, clean)
+        answers = validation.check_answers("answers", answers, clean)
+        wrong_answers = validation.check_answers("wrong_answers", wrong_answers, clean)
+        scored = validation.check_scored(answer_positions, clean, lengths)
+        spans = validation.check_spans(positions or {}, clean, lengths)
         if not re.fullmatch(r"[\w+-][\w.+-]*", name):
-            raise InputError(
-                f"a task cannot be called {name!r}, because folders are; use letters, digits and . _ - + only."
-            )
-        scored, spans = (
-            checks.scored(answer_positions, clean, lengths),
-            checks.spans(positions or {}, clean, lengths),
-        )
-        return Task(name, clean, corrupted, lengths, scored, right, wrong, spans, metric)
-
-    @staticmethod
-    def _from_encoded(
-        encoded: Sequence[EncodedPair], name: str, metric: str | None, model: Model
-    ) -> Task:
-        if not encoded:
-            raise InputError(f"task {name!r} has no prompts; give at least one PromptPair.")
-        checks.same_parts([pair.pair for pair in encoded])
-        clean, corrupted = (
-            checks.padded(rows, 0)
-            for rows in ([pair.clean for pair in encoded], [pair.corrupted for pair in encoded])
-        )
-        right, wrong = (
-            checks.padded(rows, -1)
-            for rows in (
-                [pair.answers for pair in encoded],
-                [pair.wrong_answers for pair in encoded],
-            )
-        )
-        spans = {span: torch.zeros_like(clean, dtype=torch.bool) for span in encoded[0].spans}
-        for row, pair in enumerate(encoded):
-            for span, indices in pair.spans.items():
-                spans[span][row, indices] = True
-        lengths = torch.tensor([len(pair.clean) for pair in encoded])
-        given = (right if right.numel() else None, wrong if wrong.numel() else None)
-        task = Task.from_tokens(
-            clean, corrupted, *given, lengths=lengths, positions=spans, metric=metric, name=name
-        )
-        return replace(task, prompts=tuple(pair.pair for pair in encoded)).to(model.cfg.device)
+            # Folders get this name.
+            raise InputError(f"a task cannot be called {name!r}; use letters, digits and . _ - +")
+        metric = _default_metric(answers, wrong_answers) if metric is None else metric
+        return Task(name, clean, corrupted, lengths, scored, answers, wrong_answers, spans, metric)
 
     def __len__(self) -> int:
         """The number of prompts."""
         return self.clean.shape[0]
 
     def __repr__(self) -> str:
-        return f"Task({self.name!r}, {len(self)} prompts of up to {self.clean.shape[1]} tokens, metric={self.metric!r})"
+        size = f"{len(self)} prompts of up to {self.clean.shape[1]} tokens"
+        return f"Task({self.name!r}, {size}, metric={self.metric!r})"
 
     def __getitem__(self, indices: slice | Tensor | Sequence[int]) -> Task:
-        """The task of some of its prompts: a slice, integers, or a boolean for each prompt."""
-        index = torch.arange(len(self))[
-            indices if isinstance(indices, slice) else torch.as_tensor(indices).cpu()
-        ]
-        chosen = {
-            column: tensor[index.to(tensor.device)] for column, tensor in self._columns().items()
-        }
-        prompts = None if self.prompts is None else tuple(self.prompts[i] for i in index.tolist())
-        return replace(self._with(chosen), prompts=prompts)
+        """Select prompts by a slice, integers, or one boolean per prompt."""
+        chosen = indices if isinstance(indices, slice) else torch.as_tensor(indices).cpu()
+        # Indices of prompts, whatever they were selected by.
+        index = torch.arange(len(self))[chosen]
+        task = self._with_tensors(lambda tensor: tensor[index.to(tensor.device)])
+        if self.prompts is None:
+            return task
+        prompts = [self.prompts[i] for i in index.tolist()]
+        return replace(task, prompts=tuple(prompts))
 
     @cached_property
-    def mask(self) -> Bool[Tensor, "batch pos"]:
-        """Real tokens, as against padding."""
-        return torch.arange(self.clean.shape[1], device=self.clean.device) < self.lengths[:, None]
+    def mask(self) -> TokenMask:
+        """True at real tokens, False at padding."""
+        positions = torch.arange(self.clean.shape[1], device=self.clean.device)
+        return positions < self.lengths[:, None]
 
     @cached_property
     def row_prompt(self) -> Int[Tensor, " scored"]:
-        """The prompt each row of logits belongs to. Rows are ordered by prompt, then by position."""
+        """The prompt of each scored row. Rows are ordered by prompt, then by position."""
         return self.scored.nonzero()[:, 0]
 
     @cached_property
     def row_answers(self) -> Int[Tensor, "scored k"] | None:
-        """The right tokens of each row, padded with -1."""
+        """The right next tokens of each scored row, padded with -1."""
         return None if self.answers is None else self.answers[self.row_prompt]
 
     @cached_property
     def row_wrong_answers(self) -> Int[Tensor, "scored k_wrong"] | None:
-        """The wrong tokens of each row, padded with -1."""
+        """The wrong next tokens of each scored row, padded with -1."""
         return None if self.wrong_answers is None else self.wrong_answers[self.row_prompt]
 
     def to(self, device: str | torch.device | None) -> Task:
         """The same task with its tensors on `device`."""
-        return self._with({column: tensor.to(device) for column, tensor in self._columns().items()})
+        return self._with_tensors(lambda tensor: tensor.to(device))
 
     def digest(self) -> str:
-        """A hash of name, metric and every tensor, the same on every device."""
-        digest = hashlib.blake2b(f"{self.name} {self.metric}".encode(), digest_size=16)
-        for column, tensor in sorted(self._columns().items()):
-            digest.update(f" {column} {tuple(tensor.shape)} ".encode())
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        """A hash of the name, the metric and every tensor; the same on every device."""
+        title = f"{self.name} {self.metric}"
+        digest = hashlib.blake2b(title.encode(), digest_size=16)
+        tensors = {field: getattr(self, field) for field in TENSOR_FIELDS}
+        for span, mask in self.positions.items():
+            tensors[f"positions {span}"] = mask
+        for name, tensor in sorted(tensors.items()):
+            if tensor is not None:
+                digest.update(f" {name} {tuple(tensor.shape)} ".encode())
+                digest.update(tensor.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def _columns(self) -> dict[str, Tensor]:
-        names = ("clean", "corrupted", "lengths", "scored", "answers", "wrong_answers")
-        columns = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return columns | {f"positions {span}": tensor for span, tensor in self.positions.items()}
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Task:
+        fields: dict[str, Any] = {name: getattr(self, name) for name in TENSOR_FIELDS}
+        for name, tensor in fields.items():
+            if tensor is not None:
+                fields[name] = change(tensor)
+        spans = {span: change(mask) for span, mask in self.positions.items()}
+        return replace(self, **fields, positions=spans)
 
-    def _with(self, columns: Mapping[str, Tensor]) -> Task:
-        spans = {span: columns[f"positions {span}"] for span in self.positions}
-        plain: dict[str, Any] = {
-            name: tensor for name, tensor in columns.items() if not name.startswith("positions ")
-        }
-        return replace(self, **plain, positions=spans)
+
+def task_from_encoded(
+    encoded: Sequence[EncodedPair], name: str, metric: str | None, model: Model
+) -> Task:
+    """Make a task from encoded prompt pairs, on the device of the model."""
+    if not encoded:
+        raise InputError(f"task {name!r} has no prompts; give at least one PromptPair.")
+    prompts = tuple(each.pair for each in encoded)
+    validation.check_same_fields(prompts)
+    # Without answers these have no columns.
+    answers = _padded([each.answers for each in encoded], -1)
+    wrong_answers = _padded([each.wrong_answers for each in encoded], -1)
+    spans = {}
+    for span in prompts[0].spans:
+        spans[span] = _padded([each.spans[span] for each in encoded], False)
+    task = Task.from_tokens(
+        _padded([each.clean for each in encoded], 0),
+        _padded([each.corrupted for each in encoded], 0),
+        answers if answers.numel() else None,
+        wrong_answers if wrong_answers.numel() else None,
+        lengths=torch.tensor([len(each.clean) for each in encoded]),
+        positions=spans,
+        metric=metric,
+        name=name,
+    )
+    return replace(task, prompts=prompts).to(model.cfg.device)
+
+
+def _padded(rows: Sequence[Sequence[int]], padding: int) -> Tensor:
+    tensors = [torch.tensor(row) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=padding)
+
+
+def _default_metric(answers: Tensor | None, wrong_answers: Tensor | None) -> str:
+    if answers is None:
+        return "kl"
+    return "negative_log_probability" if wrong_answers is None else "logit_difference"

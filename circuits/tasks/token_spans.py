@@ -1,6 +1,4 @@
-"""Which span of a position-wise graph each token of a task belongs to."""
-
-from __future__ import annotations
+"""The span of a graph that each token of a task belongs to."""
 
 import torch
 from jaxtyping import Int
@@ -10,33 +8,44 @@ from circuits.graph.graph import Graph
 from circuits.system.errors import InputError
 from circuits.tasks.task import Task
 
+SpanIndices = Int[Tensor, "batch pos"]
 
-def token_spans(graph: Graph, task: Task) -> Int[Tensor, "batch pos"] | None:
-    """For each token the index of its span in `graph.positions`; None where edges are not split by position. Padding gets the first span.
+
+def token_spans(graph: Graph, task: Task) -> SpanIndices | None:
+    """For each token, the index of its span in `graph.positions`.
+
+    Returns None if the edges are not split by position. If they are split by named spans, padding
+    gets index 0.
 
     Raises:
-        InputError: the task lacks a span, two spans share a token, or the prompts are longer than the graph.
+        InputError: the task lacks a span, spans share a token, or a prompt is too long.
     """
     if graph.positions is None:
         return None
-    if all(isinstance(position, int) for position in graph.positions):
-        if task.clean.shape[1] > len(graph.positions):
-            raise InputError(
-                f"the graph has {len(graph.positions)} positions, but task {task.name!r} has prompts of {task.clean.shape[1]} tokens; "
-                f"make it with positions={task.clean.shape[1]}."
-            )
-        return torch.arange(task.clean.shape[1], device=task.clean.device).expand(task.clean.shape)
-    spans = torch.zeros_like(task.clean)  # the first position is the rest of each prompt
-    for index, name in list(enumerate(graph.positions))[1:]:
+    if all(isinstance(span, int) for span in graph.positions):
+        return _token_positions(task, len(graph.positions))
+    # The first span is the rest of each prompt: index 0 for tokens that no other span holds.
+    index = torch.zeros_like(task.clean)
+    for number, name in enumerate(graph.positions[1:], start=1):
         if name not in task.positions:
-            raise InputError(
-                f"task {task.name!r} has no span {name!r}; it has {', '.join(task.positions) or 'none'}."
-            )
-        here = task.positions[str(name)].to(spans.device)
-        if bool((spans[here] != 0).any()):
-            other = graph.positions[int(spans[here].max())]
-            raise InputError(
-                f"spans {other!r} and {name!r} of task {task.name!r} share tokens; a graph's spans must be apart: leave one out."
-            )
-        spans[here] = index
-    return spans
+            available = ", ".join(task.positions) or "none"
+            raise InputError(f"task {task.name!r} has no span {name!r}; it has {available}.")
+        mask = task.positions[str(name)]
+        # A span that was here before has an index above 0.
+        taken = int((index * mask).max())
+        if taken:
+            names = f"{graph.positions[taken]!r} and {name!r} of task {task.name!r}"
+            raise InputError(f"spans {names} share tokens; the spans of a graph must be disjoint.")
+        index[mask] = number
+    return index
+
+
+def _token_positions(task: Task, n_positions: int) -> SpanIndices:
+    n_tokens = task.clean.shape[1]
+    if n_tokens > n_positions:
+        raise InputError(
+            f"the graph has {n_positions} positions, but task {task.name!r} has prompts of "
+            f"{n_tokens} tokens; make it with positions={n_tokens}."
+        )
+    positions = torch.arange(n_tokens, device=task.clean.device)
+    return positions.expand(task.clean.shape)

@@ -1,228 +1,212 @@
-"""Prompt pairs as tokens of the model at hand.
+"""Prompt pairs as tokens of one model.
 
-The tokenizer is called directly: a model's own conversion pads on a side that depends on its state and may add a second <bos>.
+The tokenizer is called directly. TransformerLens's `to_tokens` pads on a side that depends on the
+tokenizer's state, and may add a second BOS token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 from torch import Tensor
 
 from circuits.graph.nodes import check_position_name
 from circuits.models import Model
 from circuits.system.errors import InputError
-from circuits.tasks.prompts import PromptPair, shorten
+from circuits.tasks.messages import quoted, shorten
+from circuits.tasks.prompts import PromptPair
+
+TokenIds = list[int]
+PromptTokens = Int[Tensor, " pos"]
+_ONE_PROMPT: tuple[Any, ...] = (Integer[Tensor, " pos"], Integer[Tensor, "1 pos"])
 
 
 class DoesNotFit(InputError):
-    """A pair that cannot be turned into tokens of this model; `words` are to blame."""
+    """A prompt pair that this model's tokenizer cannot represent, because of `words`."""
 
-    def __init__(self, message: str, words: tuple[str, ...] = ()) -> None:
+    def __init__(self, message: str, words: Iterable[str] = ()) -> None:
         super().__init__(message)
-        self.words = words
+        self.words = tuple(words)
 
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """A pair as token ids, <bos> included where the model expects one, and for each span the indices of its tokens."""
+    """A prompt pair as token ids."""
 
     pair: PromptPair
-    clean: list[int]
-    corrupted: list[int]
-    answers: list[int]
-    wrong_answers: list[int]
-    spans: dict[str, list[int]]
+    clean: TokenIds
+    corrupted: TokenIds
+    answers: TokenIds
+    wrong_answers: TokenIds
+    # For each span, whether it holds each token of the clean prompt.
+    spans: dict[str, list[bool]]
 
 
 @dataclass(frozen=True)
 class PromptTokenizer:
-    """Turns text into tokens of one model.
+    """Turns text into tokens of one model."""
 
-    Attributes:
-        tokenizer: a Hugging Face tokenizer.
-        bos: the id that goes before every prompt, or nothing.
-        vocabulary: the number of ids the model knows.
-        context: the most tokens it reads.
-        model_name: for messages.
-    """
-
+    # A Hugging Face tokenizer, and the configuration of the model.
     tokenizer: Any
+    cfg: Any
+    # The token ids before every prompt: BOS, or nothing.
     bos: tuple[int, ...]
-    vocabulary: int
-    context: int
-    model_name: str
 
     @staticmethod
     def of(model: Model) -> PromptTokenizer:
-        """The encoder of a model.
-
-        Raises:
-            InputError: the model has no tokenizer.
-        """
+        """The prompt tokenizer of a model, or an InputError if it has no tokenizer."""
         cfg, tokenizer = model.cfg, model.tokenizer
         if tokenizer is None:
-            raise InputError(
-                f"the model {cfg.model_name!r} has no tokenizer, so it cannot read text; make the task with Task.from_tokens."
-            )
-        with_bos = cfg.default_prepend_bos and tokenizer.bos_token_id is not None
-        return PromptTokenizer(
-            tokenizer,
-            (tokenizer.bos_token_id,) if with_bos else (),
-            cfg.d_vocab,
-            cfg.n_ctx,
-            str(cfg.model_name),
-        )
+            name = cfg.model_name
+            raise InputError(f"the model {name!r} has no tokenizer; use Task.from_tokens.")
+        bos_id = tokenizer.bos_token_id if cfg.default_prepend_bos else None
+        bos = () if bos_id is None else (bos_id,)
+        return PromptTokenizer(tokenizer, cfg, bos)
 
     def encode(self, pair: PromptPair) -> EncodedPair:
-        """A pair as tokens.
+        """Turn a prompt pair into tokens.
 
         Raises:
-            DoesNotFit: an answer is not one token here, the prompts differ in length, or a word is unknown.
-            InputError: a prompt is empty or too long, or a span is outside the prompt.
+            DoesNotFit: an answer is not one token, lengths differ, or a word is unknown.
+            InputError: a prompt is empty or too long, an answer is right and wrong, or a span is
+                outside the prompt.
         """
-        clean, corrupted = (
-            self.prompt(text, role)
-            for text, role in ((pair.clean, "clean"), (pair.corrupted, "corrupted"))
-        )
-        if both := set(pair.answers) & set(pair.wrong_answers):
+        clean = self.prompt(pair.clean, "clean")
+        corrupted = self.prompt(pair.corrupted, "corrupted")
+        both = set(pair.answers) & set(pair.wrong_answers)
+        if both:
             raise InputError(
-                f"{', '.join(map(repr, sorted(both)))} is both an answer and a wrong answer of {shorten(pair.clean)}; drop it from one."
+                f"{quoted(sorted(both))} is both an answer and a wrong answer of "
+                f"{shorten(pair.clean)}; remove it from one."
             )
-        answers, wrong = (
-            self._answers(pair.clean, clean, words) for words in (pair.answers, pair.wrong_answers)
-        )
+        right = self._answers(pair.clean, clean, pair.answers)
+        wrong = self._answers(pair.clean, clean, pair.wrong_answers)
         if len(clean) != len(corrupted):
             raise DoesNotFit(
-                f"the clean prompt {shorten(pair.clean)} has {len(clean)} tokens and the corrupted {shorten(pair.corrupted)} has "
-                f"{len(corrupted)}; they are compared token by token, so reword one until the numbers agree.",
-                self._differing_words(pair),
+                f"the clean prompt {shorten(pair.clean)} has {len(clean)} tokens and the corrupted "
+                f"{shorten(pair.corrupted)} has {len(corrupted)}; they are compared token by "
+                "token, so reword one until the numbers agree.",
+                _differing_words(pair),
             )
-        return EncodedPair(
-            pair, clean, corrupted, answers, wrong, self._spans(pair) if pair.spans else {}
-        )
+        return EncodedPair(pair, clean, corrupted, right, wrong, self._spans(pair))
 
-    def prompt(self, text: str, role: str = "given") -> list[int]:
-        """A prompt as tokens, <bos> included where the model expects one.
+    def prompt(self, text: str, role: str = "given") -> TokenIds:
+        """Turn a prompt into tokens, with BOS where the model expects it.
 
         Raises:
             DoesNotFit: a word is unknown.
-            InputError: it is empty or too long.
+            InputError: the prompt, which the message calls `role`, is empty or too long.
         """
         if not text.strip():
             raise InputError(f"a {role} prompt is empty ({text!r}); give it some text.")
-        ids = [*self.bos, *self._ids(text)]
-        if len(ids) > self.context:
+        text_ids = self._ids(text)
+        ids = [*self.bos, *text_ids]
+        if len(ids) > self.cfg.n_ctx:
             raise InputError(
-                f"the {role} prompt {shorten(text)} has {len(ids)} tokens and {self.model_name} reads {self.context}; shorten it."
+                f"the {role} prompt {shorten(text)} has {len(ids)} tokens and "
+                f"{self.cfg.model_name} reads {self.cfg.n_ctx}; shorten it."
             )
-        if unknown := self._unknown(text):
-            raise DoesNotFit(
-                f"the tokenizer of {self.model_name} does not know {', '.join(map(repr, unknown))} in {shorten(text)}; use other words.",
-                unknown,
-            )
+        if self.tokenizer.unk_token_id in text_ids:
+            self._check_words(text)
         return ids
-
-    def _ids(self, text: str) -> list[int]:
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if ids and max(ids) >= self.vocabulary:
-            raise InputError(
-                f"the tokenizer gives token {max(ids)}, but {self.model_name} knows {self.vocabulary}; load the tokenizer it belongs to."
-            )
-        return ids
-
-    def _unknown(self, text: str) -> tuple[str, ...]:
-        """The words that become the unknown token. Some tokenizers name an ordinary token so, which no text turns into."""
-        unknown = self.tokenizer.unk_token_id
-        if unknown is None or unknown not in self._ids(text):
-            return ()
-        return tuple(dict.fromkeys(word for word in text.split() if unknown in self._ids(word)))
-
-    def _answers(self, prompt: str, ids: list[int], words: tuple[str, ...]) -> list[int]:
-        found = {word: self._answer(prompt, ids, word) for word in words}
-        if wrong := tuple(word for word, token in found.items() if token is None):
-            pieces = "; ".join(f"{word!r} is {self.tokenizer.tokenize(word)}" for word in wrong[:4])
-            raise DoesNotFit(
-                f"answers must be one token each after {shorten(prompt)}, with their leading space where the text has one: {pieces}; "
-                "use other words, or Task.from_tokens.",
-                wrong,
-            )
-        return list(dict.fromkeys(token for token in found.values() if token is not None))
 
     def answer(self, prompt: str, word: str) -> int:
-        """The one token by which `word` continues `prompt`.
-
-        Raises:
-            DoesNotFit: it is not one token.
-        """
-        return self._answers(prompt, self.prompt(prompt), (word,))[0]
+        """The single token by which `word` continues `prompt`; DoesNotFit if there is none."""
+        (token,) = self._answers(prompt, self.prompt(prompt), [word])
+        return token
 
     def words(self, tokens: Sequence[int]) -> tuple[str, ...]:
         """The text of each token."""
-        return tuple(
-            str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False))
-            for token in tokens
-        )
+        return tuple(self._text([token]) for token in tokens)
 
-    def _answer(self, prompt: str, ids: list[int], word: str) -> int | None:
-        """The one token by which `word` continues the prompt, or None."""
-        together = [*self.bos, *self._ids(prompt + word)]
-        if together[:-1] == ids and together[-1] != self.tokenizer.unk_token_id:
-            return together[-1]
-        # "17" and "33" may merge into "1733". The word's own token is meant all the same, if it adds exactly that text to the prompt;
-        # a tokenizer that puts a space before a word on its own would add another.
-        alone = self._ids(word)
-        exact = len(alone) == 1 and self._text([*ids, *alone]) == self._text(ids) + word
-        return alone[0] if exact and alone[0] != self.tokenizer.unk_token_id else None
+    def _ids(self, text: str) -> TokenIds:
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if ids and max(ids) >= self.cfg.d_vocab:
+            raise InputError(
+                f"the tokenizer gives token {max(ids)}, but {self.cfg.model_name} has "
+                f"{self.cfg.d_vocab} tokens; load the tokenizer that belongs to the model."
+            )
+        return ids
 
-    def _text(self, ids: list[int]) -> str:
+    def _text(self, ids: TokenIds) -> str:
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
-    def _spans(self, pair: PromptPair) -> dict[str, list[int]]:
-        if not self.tokenizer.is_fast:
-            raise InputError(
-                f"the tokenizer of {self.model_name} cannot say where its tokens stand in the text, which spans need; use a fast one."
+    def _check_words(self, text: str) -> None:
+        # Some tokenizers declare an ordinary token as the unknown token. No single word gives it.
+        unk_id = self.tokenizer.unk_token_id
+        words = dict.fromkeys(text.split())
+        unknown = [word for word in words if unk_id in self._ids(word)]
+        if unknown:
+            raise DoesNotFit(
+                f"the tokenizer of {self.cfg.model_name} does not know {quoted(unknown)} in "
+                f"{shorten(text)}; use other words.",
+                unknown,
             )
-        offsets = self.tokenizer(pair.clean, add_special_tokens=False, return_offsets_mapping=True)[
-            "offset_mapping"
-        ]
-        spans = {}
+
+    def _answers(self, prompt: str, prompt_ids: TokenIds, words: Sequence[str]) -> TokenIds:
+        # Two words may be the same token, or None.
+        found = {word: self._answer(prompt, prompt_ids, word) for word in words}
+        tokens = dict.fromkeys(found.values())
+        if None in tokens:
+            misfits = [word for word, token in found.items() if token is None]
+            pieces = [f"{word!r} is {self.tokenizer.tokenize(word)}" for word in misfits[:4]]
+            raise DoesNotFit(
+                f"answers must be one token each after {shorten(prompt)}, with their leading "
+                f"space where the text has one: {'; '.join(pieces)}; "
+                "use other words, or Task.from_tokens.",
+                misfits,
+            )
+        return [token for token in tokens if token is not None]
+
+    # The single token by which `word` continues the prompt, or None.
+    def _answer(self, prompt: str, prompt_ids: TokenIds, word: str) -> int | None:
+        unk_id = self.tokenizer.unk_token_id
+        *context, token = [*self.bos, *self._ids(prompt + word)]
+        if context == prompt_ids and token != unk_id:
+            return token
+        # "17" and "33" may merge into the token "1733". The answer is still the token "33", if
+        # that adds exactly this text: some tokenizers put a space before a word on its own.
+        alone = self._ids(word)
+        if len(alone) != 1 or alone[0] == unk_id:
+            return None
+        adds_word = self._text(prompt_ids + alone) == self._text(prompt_ids) + word
+        return alone[0] if adds_word else None
+
+    def _spans(self, pair: PromptPair) -> dict[str, list[bool]]:
+        if not pair.spans:
+            return {}
+        if not self.tokenizer.is_fast:
+            name = self.cfg.model_name
+            raise InputError(f"spans need a fast tokenizer, which that of {name} is not.")
+        text, spans = pair.clean, {}
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         for name, (start, end) in pair.spans.items():
             check_position_name(name)
-            spans[name] = [
-                len(self.bos) + index
-                for index, (first, last) in enumerate(offsets)
-                if first < end and start < last
-            ]
-            if not 0 <= start < end <= len(pair.clean) or not spans[name]:
+            # A token belongs to a span when it overlaps it. BOS is not part of the text.
+            overlaps = [first < end and start < last for first, last in encoded["offset_mapping"]]
+            is_inside = 0 <= start < end <= len(text)
+            if not is_inside or not any(overlaps):
                 raise InputError(
-                    f"span {name!r} = {(start, end)} holds no token of {shorten(pair.clean)}; give (start, end) in characters, "
-                    f"0 <= start < end <= {len(pair.clean)}."
+                    f"span {name!r} = {(start, end)} holds no token of {shorten(text)}; "
+                    f"give (start, end) in characters, 0 <= start < end <= {len(text)}."
                 )
+            spans[name] = [False] * len(self.bos) + overlaps
         return spans
 
-    def _differing_words(self, pair: PromptPair) -> tuple[str, ...]:
-        words = (*pair.clean.split(), *pair.corrupted.split())
-        return tuple(
-            dict.fromkeys(
-                word
-                for word in words
-                if not (word in pair.clean.split() and word in pair.corrupted.split())
-            )
-        )
 
+def prompt_tokens(model: Model, prompt: str | Sequence[int] | PromptTokens) -> PromptTokens:
+    """Token ids of one prompt, on the CPU.
 
-def prompt_tokens(
-    model: Model, prompt: str | Sequence[int] | Int[Tensor, " pos"]
-) -> Int[Tensor, " pos"]:
-    """A prompt as token ids on the CPU: text with <bos> where the model expects one, ids (also as a batch of one) as they are.
+    Args:
+        prompt: text, to which BOS is added where the model expects it; or token ids, also as a
+            batch of one prompt, which are used as given.
 
     Raises:
-        InputError: the text is empty or too long or has unknown words, the model has no tokenizer, or the ids are no whole numbers of one prompt.
+        InputError: the text cannot be tokenized, or the ids are not integers of one prompt.
     """
     if isinstance(prompt, str):
         return torch.tensor(PromptTokenizer.of(model).prompt(prompt))
@@ -230,11 +214,16 @@ def prompt_tokens(
         tokens = torch.as_tensor(prompt).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{prompt!r} is no prompt: give text, or a list of token ids.") from error
-    tokens = tokens[0] if tokens.dim() == 2 and len(tokens) == 1 else tokens
-    if tokens.dim() != 1 or (
-        len(tokens) and (tokens.is_floating_point() or tokens.dtype == torch.bool)
-    ):
-        raise InputError(
-            f"token ids of shape {tuple(tokens.shape)} and type {tokens.dtype} are no prompt: give whole numbers, one list of them."
-        )
-    return tokens.long()
+    if tokens.shape == (0,):
+        # An empty list becomes a tensor of floats.
+        return tokens.long()
+    if not any(isinstance(tokens, kind) for kind in _ONE_PROMPT):
+        found = f"shape {tuple(tokens.shape)} and type {tokens.dtype}"
+        raise InputError(f"token ids of {found} are no prompt: give one list of integers.")
+    return tokens.reshape(-1).long()
+
+
+def _differing_words(pair: PromptPair) -> Iterable[str]:
+    clean, corrupted = pair.clean.split(), pair.corrupted.split()
+    shared = set(clean) & set(corrupted)
+    return dict.fromkeys(word for word in clean + corrupted if word not in shared)

@@ -1,146 +1,135 @@
-"""What comes in as tensors is checked here, once, and brought into one form. Every refusal is an InputError."""
+"""Checks of what a `Task` is made from. They raise `InputError`, as the input comes from users.
 
-from __future__ import annotations
+A check of a tensor returns it in the form that `Task` keeps: int64 or bool, on the device of
+`clean`. `Task` annotates the shapes of its fields, so these checks are the only ones at run time.
+"""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from jaxtyping import Bool, Integer
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from circuits.graph.nodes import check_position_name
 from circuits.system.errors import InputError
-from circuits.tasks.prompts import PromptPair, shorten
+from circuits.tasks.messages import shorten
+from circuits.tasks.prompts import PromptPair
+
+_KINDS: dict[str, Any] = {"integers": Integer, "booleans": Bool}
 
 
-def prompts(clean: Tensor, corrupted: Tensor) -> tuple[Tensor, Tensor]:
-    """Clean and corrupted prompts: non-negative integers of one shape [batch, pos]."""
-    for part, tokens in (("clean", clean), ("corrupted", corrupted)):
-        _check_integers(part, tokens)
-        if tokens.dim() != 2 or 0 in tokens.shape:
-            raise InputError(
-                f"{part} has shape {tuple(tokens.shape)}; give [batch, pos], with at least one prompt and one token."
-            )
-        if int(tokens.min()) < 0:
-            raise InputError(
-                f"{part} holds the token {int(tokens.min())}; tokens are not negative (pad with any token, and give lengths)."
-            )
+def check_prompts(clean: Tensor, corrupted: Tensor) -> tuple[Tensor, Tensor]:
+    """Clean and corrupted token ids have the same shape."""
+    for name, tokens in (("clean", clean), ("corrupted", corrupted)):
+        _require(name, tokens, "integers", "batch pos")
+        _require_range(name, tokens, lowest=0)
     if clean.shape != corrupted.shape:
         raise InputError(
-            f"clean has shape {tuple(clean.shape)} and corrupted {tuple(corrupted.shape)}; they are compared token by token, "
-            "so give the same number of prompts and tokens."
+            f"clean has shape {tuple(clean.shape)} and corrupted {tuple(corrupted.shape)}; "
+            "they are compared token by token, so give the same number of prompts and tokens."
         )
     return clean.long(), corrupted.to(clean.device).long()
 
 
-def lengths(given: Tensor | None, clean: Tensor) -> Tensor:
-    """The number of real tokens of each prompt."""
+def check_lengths(lengths: Tensor | None, clean: Tensor) -> Tensor:
+    """The number of real tokens of each prompt; None means that all tokens are real."""
     batch, pos = clean.shape
-    if given is None:
+    if lengths is None:
         return torch.full((batch,), pos, device=clean.device)
-    _check_integers("lengths", given)
-    if given.shape != (batch,) or int(given.min()) < 1 or int(given.max()) > pos:
-        raise InputError(
-            f"lengths has shape {tuple(given.shape)} and values {_range(given)}; give [{batch}] integers from 1 to {pos}."
-        )
-    return given.to(clean.device).long()
+    _require("lengths", lengths, "integers", f"{batch}")
+    _require_range("lengths", lengths, lowest=1, highest=pos)
+    return lengths.to(clean.device).long()
 
 
-def answers(given: Tensor | None, clean: Tensor, part: str) -> Tensor | None:
-    """Answers as [batch, k] padded with -1."""
-    if given is None:
+def check_answers(name: str, tokens: Tensor | None, clean: Tensor) -> Tensor | None:
+    """Answer tokens become [batch, k], padded with -1, and no prompt is left without any."""
+    if tokens is None:
         return None
-    _check_integers(part, given)
-    columns = given[:, None] if given.dim() == 1 else given
-    if columns.dim() != 2 or len(columns) != len(clean) or columns.shape[1] == 0:
-        raise InputError(
-            f"{part} has shape {tuple(given.shape)} for {len(clean)} prompts; give [{len(clean)}] or [{len(clean)}, k] padded with -1."
-        )
-    if int(columns.min()) < -1:
-        raise InputError(f"{part} holds {int(columns.min())}; give token ids, padded with -1.")
-    if empty := (columns < 0).all(1).nonzero().flatten().tolist():
-        raise InputError(
-            f"{part} is empty for prompt {empty[0]}; give every prompt at least one token, or leave {part} out."
-        )
-    return columns.to(clean.device).long()
+    batch = len(clean)
+    _require(name, tokens, "integers", f"{batch}", f"{batch} k")
+    # [batch] answers are the case k = 1.
+    by_prompt = tokens.reshape(batch, -1)
+    _require_range(name, by_prompt, lowest=-1)
+    without = (by_prompt < 0).all(1).nonzero()
+    if len(without):
+        raise InputError(f"{name} is empty for prompt {int(without[0])}; give it a token.")
+    return by_prompt.to(clean.device).long()
 
 
-def scored(given: Tensor | None, clean: Tensor, real: Tensor) -> Tensor:
-    """Where prompts are scored, as booleans [batch, pos]."""
+def check_scored(answer_positions: Tensor | None, clean: Tensor, lengths: Tensor) -> Tensor:
+    """Every prompt has a scored position: [batch] integers, [batch, pos] booleans, or the last."""
+    name = "answer_positions"
     batch, pos = clean.shape
-    if given is not None and given.dtype == torch.bool:
-        mask = _mask("answer_positions", given, clean, real)
-        if none := (~mask.any(1)).nonzero().flatten().tolist():
-            raise InputError(
-                f"prompt {none[0]} has no scored position; give answer_positions at least one in every prompt."
-            )
-        return mask
-    last = real - 1
-    if given is not None:
-        _check_integers("answer_positions", given)
-        if given.shape != (batch,):
-            raise InputError(
-                f"answer_positions has shape {tuple(given.shape)}; give [{batch}] integers or [{batch}, {pos}] booleans."
-            )
-        given = given.to(clean.device)
-        if outside := ((given < 0) | (given > last)).nonzero().flatten().tolist():
-            row = outside[0]
-            raise InputError(
-                f"answer position {int(given[row])} lies outside prompt {row}, whose last token is at {int(last[row])}; move it inside."
-            )
-        last = given.long()
-    return torch.nn.functional.one_hot(last, pos).bool()
+    # By default the last real token is scored.
+    scored = lengths - 1 if answer_positions is None else answer_positions
+    if scored.dtype != torch.bool:
+        _require(name, scored, "integers", f"{batch}")
+        _require_range(name, scored, lowest=0, highest=pos - 1)
+        scored = one_hot(scored.long(), pos).bool()
+    scored = _check_mask(name, scored, clean, lengths)
+    without = (~scored.any(1)).nonzero()
+    if len(without):
+        raise InputError(f"prompt {int(without[0])} has no scored position; set {name} in it.")
+    return scored
 
 
-def spans(given: Mapping[str, Tensor], clean: Tensor, real: Tensor) -> dict[str, Tensor]:
-    """Named spans as booleans [batch, pos]."""
-    for name, mask in given.items():
+def check_spans(spans: Mapping[str, Tensor], clean: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+    """The names of spans can be written in node names, and their tokens are real."""
+    checked = {}
+    for name, mask in spans.items():
         check_position_name(name)
-        if mask.dtype != torch.bool:
-            raise InputError(f"span {name!r} has dtype {mask.dtype}; give booleans [batch, pos].")
-    return {name: _mask(f"span {name!r}", mask, clean, real) for name, mask in given.items()}
+        checked[name] = _check_mask(f"span {name!r}", mask, clean, lengths)
+    return checked
 
 
-def same_parts(pairs: Sequence[PromptPair]) -> None:
-    """All pairs of a task have answers, or none has; and so for wrong answers and each span."""
-    for part in ("answers", "wrong_answers"):
-        with_it = [bool(getattr(pair, part)) for pair in pairs]
-        if any(with_it) and not all(with_it):
-            raise InputError(
-                f"prompt {shorten(pairs[with_it.index(False)].clean)} has no {part} but others have; give all prompts some, or none."
-            )
-    first = sorted(pairs[0].spans)
+def check_same_fields(pairs: Sequence[PromptPair]) -> None:
+    """All pairs have the same fields: answers, wrong answers and spans."""
+    expected = _given_fields(pairs[0])
     for pair in pairs:
-        if sorted(pair.spans) != first:
+        fields = _given_fields(pair)
+        if fields != expected:
             raise InputError(
-                f"the spans of {shorten(pair.clean)} are {sorted(pair.spans)}, those of the first prompt {first}; name the same."
+                f"prompt {shorten(pair.clean)} has the fields {fields}, and the first prompt "
+                f"{expected}; give all prompts the same fields."
             )
 
 
-def padded(rows: Sequence[Sequence[int]], padding: int) -> Tensor:
-    """Rows of integers as one tensor, padded on the right."""
-    width = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows])
+def _given_fields(pair: PromptPair) -> list[str]:
+    fields = [name for name in ("answers", "wrong_answers") if getattr(pair, name)]
+    return fields + [f"span {name}" for name in sorted(pair.spans)]
 
 
-def _mask(what: str, mask: Tensor, clean: Tensor, real: Tensor) -> Tensor:
-    if mask.shape != clean.shape:
-        raise InputError(
-            f"{what} has shape {tuple(mask.shape)}; give one boolean per token, {tuple(clean.shape)}."
-        )
+def _check_mask(name: str, mask: Tensor, clean: Tensor, lengths: Tensor) -> Tensor:
+    batch, pos = clean.shape
+    _require(name, mask, "booleans", f"{batch} {pos}")
     mask = mask.to(clean.device)
-    past_end = mask & (torch.arange(clean.shape[1], device=clean.device) >= real[:, None])
-    if bool(past_end.any()):
-        row, position = past_end.nonzero()[0].tolist()
+    is_padding = torch.arange(pos, device=clean.device) >= lengths[:, None]
+    marked_padding = (mask & is_padding).nonzero()
+    if len(marked_padding):
+        prompt, position = marked_padding[0].tolist()
         raise InputError(
-            f"{what} marks position {position} of prompt {row}, which has {int(real[row])} tokens; mark real tokens only."
+            f"{name} marks position {position} of prompt {prompt}, "
+            f"which has {int(lengths[prompt])} tokens; mark real tokens only."
         )
     return mask
 
 
-def _check_integers(part: str, tensor: Tensor) -> None:
-    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
-        raise InputError(f"{part} has dtype {tensor.dtype}; give integers.")
+def _require(name: str, tensor: Tensor, kind: str, *shapes: str) -> None:
+    # Shapes are in jaxtyping's notation, such as "3 k". Its types check dtype and shape at once.
+    allowed = [_KINDS[kind][Tensor, shape] for shape in shapes]
+    is_empty = tensor.numel() == 0
+    if is_empty or not any(isinstance(tensor, each) for each in allowed):
+        found = f"shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
+        wanted = " or ".join(f"[{shape.replace(' ', ', ')}]" for shape in shapes)
+        also = ", with no axis of size 0" if is_empty else ""
+        raise InputError(f"{name} has {found}; give {kind} {wanted}{also}.")
 
 
-def _range(values: Tensor) -> str:
-    return f"from {int(values.min())} to {int(values.max())}" if values.numel() else "none"
+def _require_range(name: str, values: Tensor, *, lowest: int, highest: int | None = None) -> None:
+    smallest, largest = values.min().item(), values.max().item()
+    if smallest < lowest:
+        raise InputError(f"{name} holds {smallest}; the smallest valid value is {lowest}.")
+    if highest is not None and largest > highest:
+        raise InputError(f"{name} holds {largest}; the largest valid value is {highest}.")

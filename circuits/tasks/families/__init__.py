@@ -1,1 +1,1 @@
-"""One kind of prompt pair per file. A file added here is a new task."""
+"""One task family per file. Adding a file here adds a task."""

@@ -3,49 +3,43 @@
 "So Mary is a really great friend, isn't" -> " she".
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from random import Random
-from typing import ClassVar
 
 from circuits.tasks.families.words import MEN, WOMEN
 from circuits.tasks.family import TaskFamily
-from circuits.tasks.task import PromptPair
+from circuits.tasks.prompts import PromptPair, fill_template
 
 TEMPLATES = (
-    "So {name} is a {degree} {quality} {role}, isn't",
-    "I think {name} is a {degree} {quality} {role}, isn't",
-    "Well, {name} is such a {quality} {role}, isn't",
+    "So {NAME} is a {degree} {quality} {role}, isn't",
+    "I think {NAME} is a {degree} {quality} {role}, isn't",
+    "Well, {NAME} is such a {quality} {role}, isn't",
 )
-DEGREES = ("really", "very", "truly", "rather")
-QUALITIES = ("great", "good", "nice", "kind", "bad", "strange", "clever", "quiet")
-ROLES = ("friend", "person", "teacher", "student", "neighbor", "doctor", "writer", "singer")
+WORDS = {
+    "degree": "really very truly rather".split(),
+    "quality": "great good nice kind bad strange clever quiet".split(),
+    "role": "friend person teacher student neighbor doctor writer singer".split(),
+}
 
 
 @dataclass(frozen=True)
 class GenderedPronoun(TaskFamily):
     """Gendered pronouns: complete a tag question with the pronoun that goes with the name.
 
-    The corrupted prompt has a name of the other gender, and the wrong answer is the pronoun that goes with that one.
+    The corrupted prompt has a name of the other gender, whose pronoun is the wrong answer.
     """
 
-    name: ClassVar[str] = "gendered_pronoun"
-    metric: ClassVar[str] = "logit_difference"
+    name = "gendered_pronoun"
+    metric = "logit_difference"
 
     def draw(self, random: Random) -> PromptPair:
-        """One prompt pair, with spans NAME and END."""
+        """Draw one pair, with spans NAME and END."""
         template = random.choice(TEMPLATES)
-        choices = {
-            "degree": random.choice(DEGREES),
-            "quality": random.choice(QUALITIES),
-            "role": random.choice(ROLES),
-        }
-        woman, man = random.choice(WOMEN), random.choice(MEN)
-        names, pronouns = (woman, man), (" she", " he")
+        setting = {name: random.choice(words) for name, words in WORDS.items()}
+        people = [(random.choice(WOMEN), " she"), (random.choice(MEN), " he")]
+        # Half of the clean prompts are about a man.
         if random.random() < 0.5:
-            names, pronouns = names[::-1], pronouns[::-1]
-        clean, corrupted = (template.format(name=name, **choices) for name in names)
-        start = template.index("{name}")
-        spans = {"NAME": (start, start + len(names[0])), "END": (len(clean) - 1, len(clean))}
-        return PromptPair(clean, corrupted, *pronouns, spans)
+            people.reverse()
+        (name, right), (other_name, wrong) = people
+        clean, corrupted = setting | {"NAME": name}, setting | {"NAME": other_name}
+        return fill_template(template, clean, corrupted, (right, wrong), ("NAME", "END"))
