@@ -11,14 +11,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.models.functional import HeadSelection
-from circuits.running.incremental.plan import Numbers, Plan, SourceMask, TargetBlock
+from circuits.running.incremental.plan import Indices, Plan, SourceMask, TargetBlock
 from circuits.running.incremental.tokens import TokenSet
 
 EdgeMask = Bool[Tensor, " edge"]
 Variants = Bool[Tensor, "variant edge"]
 SplitEdges = Bool[np.ndarray, "span target source"]
 ByBlock = dict[TargetBlock, Tensor]
-Kind = Literal["outputs", "inputs", "projected"]
+Activation = Literal["outputs", "inputs", "projected"]
 
 
 @dataclass(eq=False)
@@ -41,17 +41,17 @@ class RunTensors:
         """A copy at some of the tokens; keys and values stay whole."""
         inputs = {block: read[:, tokens] for block, read in self.inputs.items()}
         projected = dict(self.projected)
-        for block, found in self.projected.items():
-            if block.slot == "q":
-                projected[block] = found[:, tokens]
+        queries = [block for block in projected if block.slot == "q"]
+        for block in queries:
+            projected[block] = projected[block][:, tokens]
         return RunTensors(self.outputs[:, tokens], inputs, projected)
 
 
 @dataclass(eq=False)
 class BaseRun(RunTensors):
-    """The activations of a circuit, and what follows from its edges.
+    """The activations of a circuit and its edges.
 
-    Only what the circuit needs is up to date, so only its subsets can be computed from it.
+    Only what the circuit needs is up to date: only its subsets can be computed from this run.
 
     Attributes:
         kept: the edges of the circuit.
@@ -82,12 +82,6 @@ class BaseRun(RunTensors):
         changed = self.changed.copy()
         return replace(self, **vars(copied), changed=changed, plans={}, _private=set())
 
-    def set_circuit(self, kept: EdgeMask, mask: SplitEdges, recomputed: Numbers) -> None:
-        """Become the base run of another circuit, after its activations have been written."""
-        self.kept, self.mask = kept.clone(), mask
-        self.changed[recomputed] = True
-        self.plans.clear()
-
     def projection(
         self, block: TargetBlock, heads: HeadSelection, tokens: TokenSet
     ) -> Float[Tensor, "head 1 ... d_head"]:
@@ -98,7 +92,12 @@ class BaseRun(RunTensors):
         return held[heads][:, None]
 
     def write(
-        self, kind: Kind, block: TargetBlock, nodes: HeadSelection, values: Tensor, at: TokenSet
+        self,
+        kind: Activation,
+        block: TargetBlock,
+        nodes: HeadSelection,
+        values: Tensor,
+        at: TokenSet,
     ) -> None:
         """Overwrite activations of some nodes at some tokens; k and v at all positions."""
         if kind == "outputs":
@@ -110,7 +109,7 @@ class BaseRun(RunTensors):
         held[nodes] = values
 
     def _own(self, tensors: ByBlock, block: TargetBlock) -> Tensor:
-        """The tensor of a block with a row per node, copied if anything else may hold it."""
+        # The tensor of a block with a row per node, copied if anything else may hold it.
         held = tensors[block]
         if id(held) not in self._private:
             held = tensors[block] = held.expand(block.n_nodes, *held.shape[1:]).clone()
@@ -118,7 +117,7 @@ class BaseRun(RunTensors):
         return held
 
 
-def row_selection(rows: Numbers, device: torch.device) -> HeadSelection:
+def row_selection(rows: Indices, device: torch.device) -> HeadSelection:
     """Index rows of a tensor: with a slice, which copies nothing, if they are consecutive."""
     if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
         return slice(int(rows[0]), int(rows[-1]) + 1)

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.running.incremental.base_state import BaseRun, Variants, row_selection
-from circuits.running.incremental.plan import Edges, Numbers, TargetMask
+from circuits.running.incremental.plan import Edges, Indices, TargetMask
 from circuits.running.incremental.sublayer_run import RunContext
 from circuits.running.incremental.tokens import TokenSet
 
@@ -31,7 +31,7 @@ class EdgeChanges:
     base: BaseRun
     targets: TargetMask
     edges: Edges
-    rows: Numbers
+    rows: Indices
     columns: Int[np.ndarray, " column"]
     signs: Float[np.ndarray, "variant span row column"]
     _differences: dict[TokenSet, Tensor] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class EdgeChanges:
         signs[:, span, row, column] = new[:, changed].astype(np.float32) - old[changed]
         return EdgeChanges(context, base, targets, edges, rows, columns, signs)
 
-    def signs_into(self, rows: Numbers) -> Float[np.ndarray, "variant span _ column"]:
+    def signs_into(self, rows: Indices) -> Float[np.ndarray, "variant span _ column"]:
         """The signs of the edges into some of `rows`."""
         return self.signs[:, :, np.searchsorted(self.rows, rows)]
 

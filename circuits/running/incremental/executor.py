@@ -1,11 +1,11 @@
 """The incremental executor: run circuits by recomputing only what changes.
 
-It is exact, like the reference executor in `hooked`, but its cost falls with the circuit. It keeps
-a base run of one circuit M0: the output out0_u of every source u and the input x0_r of every
-target r. To run another circuit M:
+It is exact, like the reference executor in `hooked`, but its cost falls with the circuit. A base
+run of some circuit M0 gives the output out0_u of every source u and the input x0_r of every target
+r. To run another circuit M:
 
 1. Edges that differ change their targets' inputs by known tensors: an ablated edge u->r adds
-   c_u - out0_u to x_r, a restored edge subtracts it. Nothing upstream changes (`edge_changes`).
+   c_u - out0_u to x_r, a restored edge subtracts it (`edge_changes`).
 2. Walk downstream. A node is recomputed only if a changed node reaches it along a kept edge and it
    still reaches the logits (`plan`). Its input is then (`batch`)
 
@@ -16,8 +16,7 @@ target r. To run another circuit M:
 3. Tokens that cannot change or do not matter are skipped, and the logits are computed at the
    scored tokens only (`tokens`).
 
-Many circuits run as one batch, and the heads of a layer that need the same run together. Read this
-module first, then `plan`, then `batch`.
+Many circuits run as one batch. Read this module first, then `plan`, then `batch`.
 """
 
 from __future__ import annotations
@@ -43,13 +42,8 @@ from circuits.running.incremental.base_state import BaseRun, EdgeMask, RunTensor
 from circuits.running.incremental.batch import VariantRun, product_of_values, rounds_changes
 from circuits.running.incremental.cost import Cost
 from circuits.running.incremental.edge_changes import EdgeChanges
-from circuits.running.incremental.plan import Numbers, Plan, make_plan
-from circuits.running.incremental.sublayer_run import (
-    Outputs,
-    RunContext,
-    TaskModel,
-    UnsupportedError,
-)
+from circuits.running.incremental.plan import Indices, Plan, make_plan
+from circuits.running.incremental.sublayer_run import RunContext, TaskModel, UnsupportedError
 from circuits.running.incremental.tokens import Window
 from circuits.running.precision import Background, Precision
 from circuits.system.errors import InputError
@@ -70,9 +64,8 @@ class IncrementalExecutor:
         context: what all runs share.
         whole: the base run of the whole model.
         budget: memory that one batch may take, in bytes.
-        background: how products that need not be exact are computed; None: exactly, like all.
-        bases: base runs of other circuits: "empty" for the one without edges, "near" for the one
-            last given to `near`.
+        background: how to compute the products that need not be exact; None if all are exact.
+        bases: base runs of other circuits: "empty" has no edges, "near" was given to `near`.
         counts: "node_evaluations" (each variant counted) and "batches" so far.
     """
 
@@ -107,26 +100,24 @@ class IncrementalExecutor:
         check_supported(model)
         check_fits(model, graph)
         check_task(model, task)
-        _check_precision(model, precision)
+        background = None if precision is None else _background(model, precision)
+        product = product_of_values(background)
         device, causal = model.cfg.device, model.cfg.attention_dir == "causal"
         task, layout = task.to(device), EdgeLayout.of(model, graph)
-        background = None if precision is None else Background.of(precision, device)
-        product = product_of_values(background)
         window = Window.of(task, causal=causal, resample=ablation.name == "resample")
         with frozen(model), torch.no_grad():
             task_model = TaskModel.of(model, task, layout, window)
             clean = _run_clean_prompts(task_model, product)
+            # c_u and out_u - c_u of every source u
             replacing = _counterfactual_outputs(task_model, ablation, clean, product)
             differences = clean.outputs - replacing
-        spans, tokens = token_spans(graph, task), window.all
+        tokens, spans = window.all, token_spans(graph, task)
+        if spans is not None:
+            spans = spans[tokens.prompts, tokens.positions]
         scored = window.scored.select(differences).contiguous()
-        context = RunContext(
-            task_model,
-            replacing,
-            {tokens: differences, window.scored: scored},
-            None if spans is None else spans[tokens.prompts, tokens.positions],
-            layout.possible(model).numpy(),
-        )
+        by_tokens = {tokens: differences, window.scored: scored}
+        possible = layout.possible(model).numpy()
+        context = RunContext(task_model, replacing, by_tokens, spans, possible)
         kept = torch.ones(len(graph), dtype=torch.bool)
         whole = BaseRun.of(clean, kept, context.mask(kept))
         return IncrementalExecutor(context, whole, memory_budget(device, max_memory), background)
@@ -136,11 +127,7 @@ class IncrementalExecutor:
         return replace(self, background=None)
 
     def logits(self, kept: Variants) -> Float[Tensor, "variant scored vocab"]:
-        """Logits of every circuit at every scored token.
-
-        Raises:
-            InputError: the logits overflow, or memory runs out.
-        """
+        """Logits of every circuit at every scored token; raises what `map` raises."""
         return self.map(kept, lambda logits: logits)
 
     def map(self, kept: Variants, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -169,25 +156,18 @@ class IncrementalExecutor:
         return results[0] if len(results) == 1 else torch.cat(results)
 
     def near(self, kept: EdgeMask) -> None:
-        """Compute the circuits that follow, mostly subsets of this one, from a base run of it.
-
-        Raises:
-            InputError: memory runs out.
-        """
+        """Compute the circuits that follow, mostly subsets of this one, from a base run of it."""
         base = self.bases.get("near")
         if base is None or not base.contains(kept):
             base = self.bases["near"] = self.whole.copy()
         if torch.equal(kept, base.kept):
             return
-        with torch.inference_mode():
-            run = self._variant_run(base, kept[None])
-            # Changes of the base itself are never rounded: all else is computed from it.
-            if rounds_changes(self.background):
-                run.background = None
-            shrinking(lambda _: run.commit(), 1, "circuit")
+        run = self._variant_run(base, kept[None])
+        # Changes of the base itself are never rounded: all else is computed from it.
+        if rounds_changes(self.background):
+            run.background = None
+        shrinking(lambda _: run.commit(), 1, "circuit")
         self.counts["node_evaluations"] += run.n_evaluated
-        model, mask = self.context.model, self.context.mask(kept)
-        base.set_circuit(kept, mask, run.plan.changed[model.window.scored])
 
     def fixed_cost(self, edges: Sequence[int]) -> float:
         """Overhead of a batch whose circuits drop some of these edges, in units of one circuit."""
@@ -208,12 +188,13 @@ class IncrementalExecutor:
         return self.bases["empty"]
 
     def _run_empty_circuit(self) -> BaseRun:
-        """The base run of the circuit without edges, in which x_r is the sum of all c_u."""
         model, clean = self.context.model, self.whole
         replacing, product = self.context.counterfactuals, product_of_values(self.background)
         with torch.inference_mode():
+            # x_r = b_r + sum over sources u of c_u
             tensors = model.run(replacing, model.window.all, clean.projected, product)
-            embeddings = slice(0, model.n_embeddings)
+            # Embeddings read nothing: their outputs are the clean ones in every circuit.
+            embeddings = slice(0, model.blocks[0].sources.start)
             tensors.outputs[embeddings] = clean.outputs[embeddings]
         kept = torch.zeros_like(clean.kept)
         return BaseRun.of(tensors, kept, self.context.mask(kept))
@@ -222,10 +203,8 @@ class IncrementalExecutor:
         self, function: Callable[[Tensor], Tensor], run: VariantRun, start: int, size: int
     ) -> Tensor:
         batch = run.of_variants(slice(start, start + size))
-        with torch.inference_mode():
-            found = batch.execute()
         # A copy made outside of inference mode, since `function` may write to it.
-        logits = found.clone()
+        logits = batch.execute().clone()
         self.counts["node_evaluations"] += batch.n_evaluated
         self.counts["batches"] += 1
         check_finite(logits)
@@ -236,8 +215,8 @@ class IncrementalExecutor:
         plan = self._plan(base, kept, edge_changes.rows)
         return VariantRun(self.context, base, kept, edge_changes, plan, self.background)
 
-    def _plan(self, base: BaseRun, kept: Variants, targets: Numbers) -> Plan:
-        """What to recompute if edges into some targets change."""
+    def _plan(self, base: BaseRun, kept: Variants, targets: Indices) -> Plan:
+        # What to recompute if edges into these targets change.
         model, key = self.context.model, targets.tobytes()
         # Variants are subsets of the "near" circuit: one plan for its edges serves them all.
         near = base is self.bases.get("near")
@@ -250,17 +229,18 @@ class IncrementalExecutor:
         return plan
 
 
-def _check_precision(model: Model, precision: Precision | None) -> None:
-    if precision is not None and model.cfg.dtype not in (torch.float32, torch.float64):
+def _background(model: Model, precision: Precision) -> Background:
+    if model.cfg.dtype not in (torch.float32, torch.float64):
         raise InputError(
             f"precision={str(precision)!r} needs a model in float32, and "
             f"{model.cfg.model_name} is in {model.cfg.dtype}; "
             "load it with dtype=torch.float32, or leave out the precision."
         )
+    return Background.of(precision, model.cfg.device)
 
 
 def _run_clean_prompts(task_model: TaskModel, product: Multiply) -> RunTensors:
-    """Run the whole model at all tokens; returns the activations at those that can change."""
+    """Run the whole model everywhere; returns the activations at the tokens that can change."""
     model, task, window = task_model.model, task_model.task, task_model.window
     # A copy with a cache of its own: the attention biases of all tokens are not used again.
     task_model = replace(task_model, biases={})
@@ -268,27 +248,22 @@ def _run_clean_prompts(task_model: TaskModel, product: Multiply) -> RunTensors:
     written = window.everywhere.gather(embedded)
     no_keys = written.new_zeros(model.cfg.n_heads, *window.readable.shape, model.cfg.d_head)
     base = dict.fromkeys(task_model.blocks, no_keys)
-    clean = task_model.run(written, window.everywhere, base)
-    _check_outputs(task_model, clean.outputs)
+    clean = task_model.run(written, window.everywhere, base, multiply)
+    _check_outputs(task_model, clean)
     if product is not multiply:
         clean = task_model.run(written, window.everywhere, base, product)
     return clean.at(torch.isin(window.everywhere.keys, window.all.keys))
 
 
-def _check_outputs(task_model: TaskModel, found: Outputs) -> None:
-    """Compare the outputs of all sources with those of the model's own modules on a few prompts.
-
-    Raises:
-        InputError: the model's outputs do not sum to the residual stream.
-        UnsupportedError: the outputs differ by more than rounding.
-    """
+def _check_outputs(task_model: TaskModel, clean: RunTensors) -> None:
+    """Refuse a model whose own outputs on a few prompts differ from those of a clean run."""
     few, tokens = task_model.task[:CHECKED_PROMPTS], task_model.window.everywhere
     here = tokens.prompts < len(few)
     outputs = source_outputs(task_model.model, task_model.layout.nodes, few.clean, few.mask)
     expected = outputs[:, tokens.prompts[here], tokens.positions[here]]
-    scale = expected.abs().max().clamp(min=1e-30)
-    gap = float((found[:, here] - expected).abs().max() / scale)
-    if gap > TOLERANCE[found.dtype]:
+    largest_gap = (clean.outputs[:, here] - expected).abs().max()
+    gap = float(largest_gap / expected.abs().max().clamp(min=1e-30))
+    if gap > TOLERANCE[expected.dtype]:
         raise UnsupportedError(
             f"its components compute something that is not known (outputs differ by {gap:.1%})"
         )
@@ -296,8 +271,7 @@ def _check_outputs(task_model: TaskModel, found: Outputs) -> None:
 
 def _counterfactual_outputs(
     task_model: TaskModel, ablation: Ablation, clean: RunTensors, product: Multiply
-) -> Outputs:
-    """c_u of every source u."""
+) -> Float[Tensor, "source token d_model"]:
     model, task, nodes = task_model.model, task_model.task, task_model.layout.nodes
     tokens = task_model.window.all
     if ablation.name == "resample":

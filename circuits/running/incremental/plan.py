@@ -24,11 +24,11 @@ from circuits.graph.nodes import MLP, Head
 from circuits.running.edge_layout import EdgeLayout
 from circuits.running.incremental.tokens import TokenSet, Window
 
-Numbers = Int[np.ndarray, " _"]
+Indices = Int[np.ndarray, " _"]
 SourceMask = Bool[np.ndarray, " source"]
 TargetMask = Bool[np.ndarray, " target"]
 Edges = Bool[np.ndarray, "target source"]
-Changed = Mapping[TokenSet, list[int]]
+ChangedSources = Mapping[TokenSet, list[int]]
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ class Needs:
     @staticmethod
     def of(blocks: Blocks, kept: Edges) -> Needs:
         """Follow the kept edges upstream from the logits."""
+        # Needed everywhere are the sources of live keys and values, and all upstream of these.
         live = np.zeros(kept.shape[1], dtype=bool)
         everywhere = live.copy()
         for block in reversed(blocks):
@@ -120,14 +121,13 @@ class InputUpdate:
     """New inputs for some nodes in one slot.
 
     Attributes:
-        block: the targets of the slot.
-        rows: those of them that change, as the edge layout numbers them.
+        rows: the targets that change, as the edge layout numbers them.
         tokens: where the inputs are needed.
         n_changed: how many of `Plan.changed[tokens]` are recomputed before.
     """
 
     block: TargetBlock
-    rows: Numbers
+    rows: Indices
     tokens: TokenSet
     n_changed: int
 
@@ -144,7 +144,7 @@ class Step:
     """
 
     blocks: Blocks
-    nodes: Numbers
+    nodes: Indices
     tokens: TokenSet
     inputs: tuple[InputUpdate, ...]
 
@@ -165,34 +165,30 @@ class Plan:
     """What to recompute.
 
     Attributes:
-        steps: in order; the last one is the logits, unless no change reaches them.
+        steps: in order; the last one is the logits, if a change reaches them.
         changed: the recomputed sources in order, by the tokens at which their change is known.
         weights: cache of the edges along which changes reach each input.
     """
 
     steps: tuple[Step, ...]
-    changed: Mapping[TokenSet, Numbers]
+    changed: Mapping[TokenSet, Indices]
     weights: dict[InputUpdate, tuple[Tensor | None, bytes]] = field(default_factory=dict)
 
 
-def make_plan(blocks: Blocks, window: Window, kept: Edges, targets: Numbers) -> Plan:
-    """Plan a run in which edges into some targets change.
-
-    Args:
-        kept: edges that at least one variant keeps.
-        targets: the targets into which an edge changes, in order.
-    """
+def make_plan(blocks: Blocks, window: Window, kept: Edges, targets: Indices) -> Plan:
+    """Plan a run of variants that keep edges among `kept`, and change edges into `targets`."""
     steps: list[Step] = []
     changed: dict[TokenSet, list[int]] = {window.scored: [], window.all: []}
     needs = Needs.of(blocks, kept)
     affected = np.zeros(len(kept), dtype=bool)
     affected[targets] = True
+    # Nothing changes upstream of the first of the targets.
     first = targets[0] if len(targets) else len(kept)
     for group in sublayers(blocks):
         rows = slice(group[0].rows.start, group[-1].rows.stop)
         if rows.stop <= first:
             continue
-        # Affected are also the targets that a kept edge connects to a changed source.
+        # A kept edge from a changed source affects its target.
         if changed[window.scored]:
             affected[rows] |= kept[rows][:, changed[window.scored]].any(1)
         # Heads of a layer do not read each other: `changed` grows after all steps of the layer.
@@ -206,7 +202,7 @@ def make_plan(blocks: Blocks, window: Window, kept: Edges, targets: Numbers) -> 
 
 
 def _sublayer_steps(
-    group: Blocks, window: Window, needs: Needs, affected: TargetMask, changed: Changed
+    group: Blocks, window: Window, needs: Needs, affected: TargetMask, changed: ChangedSources
 ) -> Iterator[Step]:
     """One step for all live nodes that have the same slots affected and need the same tokens."""
     block = group[0]

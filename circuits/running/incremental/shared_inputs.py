@@ -16,8 +16,8 @@ from torch import Tensor
 
 from circuits.models.functional import HeadSelection, Multiply
 from circuits.running.incremental.edge_changes import EdgeChanges
-from circuits.running.incremental.plan import InputUpdate, Numbers, Step
-from circuits.running.incremental.sublayer_run import Projected
+from circuits.running.incremental.plan import Indices, InputUpdate, Step
+from circuits.running.incremental.sublayer_run import BySlot, HeadOutputs, Projected
 
 # Computing distinct inputs pays off up to this share of all inputs. It is lower for several heads:
 # there each distinct input needs a copy of its head's weights and keys.
@@ -26,6 +26,7 @@ WORTHWHILE, WORTHWHILE_OF_SEVERAL = 0.75, 0.25
 PerInput = Int[np.ndarray, " input"]
 PerDistinct = Int[np.ndarray, " distinct"]
 Bits = UInt8[np.ndarray, "input byte"]
+BaseOutputs = Float[Tensor, "head token d_model"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,10 +57,6 @@ class DistinctInputs:
         number[changed] = inverse
         return DistinctInputs(node[changed][first], variant[changed][first], number)
 
-    def __len__(self) -> int:
-        """The number of distinct inputs."""
-        return len(self.node)
-
 
 @dataclass(frozen=True, eq=False)
 class DistinctHeads:
@@ -79,6 +76,7 @@ class DistinctHeads:
     @staticmethod
     def of(edge_changes: EdgeChanges, step: Step) -> DistinctHeads:
         """Find the distinct cases of a step."""
+        # Every head in every variant, with the bits of the edges that change into each slot.
         shape = (len(step.nodes), len(edge_changes.signs))
         node, variant = (axis.flatten() for axis in np.indices(shape))
         changes = []
@@ -101,24 +99,13 @@ class DistinctHeads:
     def worthwhile(self, n_variants: int) -> bool:
         """Whether computing the cases is less work than computing every head in every variant."""
         if self.of_one_head:
-            n_projected = sum(map(len, self.by_slot))
+            n_projected = sum(len(inputs.node) for inputs in self.by_slot)
             return n_projected <= WORTHWHILE * len(self.by_slot) * n_variants
-        return len(self.cases) <= WORTHWHILE_OF_SEVERAL * len(self.step.nodes) * n_variants
+        return len(self.cases.node) <= WORTHWHILE_OF_SEVERAL * len(self.step.nodes) * n_variants
 
-    def write_changes(
-        self,
-        multiply: Multiply,
-        old: Float[Tensor, "node token d_model"],
-        into: Float[Tensor, "node variant token d_model"],
-    ) -> None:
-        """Compute how the outputs of the heads change in each variant.
-
-        Args:
-            multiply: how to compute products with weights.
-            old: the outputs in the base.
-            into: where the changes are written.
-        """
-        n_cases = len(self.cases)
+    def write_changes(self, multiply: Multiply, old: BaseOutputs, into: HeadOutputs) -> None:
+        """Write into `into` how the outputs of the heads change from `old`, those in the base."""
+        n_cases = len(self.cases.node)
         if not n_cases:
             into.zero_()
             return
@@ -131,24 +118,22 @@ class DistinctHeads:
         torch.index_select(changes, 0, number, out=into.view(-1, *old.shape[1:]))
 
     def _outputs(self, multiply: Multiply) -> Float[Tensor, "_ _ token d_model"]:
-        """The outputs of all cases."""
         step, base = self.step, self.edge_changes.base
-        projected: dict[str | None, Tensor] = {}
+        qkv: BySlot = {}
         for update, inputs in zip(step.inputs, self.by_slot, strict=True):
-            if len(inputs):
+            if len(inputs.node):
                 found = self._projected(update, inputs, multiply)
-                projected[update.block.slot] = self._of_cases(update, inputs, found)
+                qkv[update.block.slot] = self._of_cases(update, inputs, found)
         heads = self._heads(self.cases)
         for block in step.blocks:
-            if block.slot not in projected:
-                projected[block.slot] = base.projection(block, heads, step.tokens)
+            if block.slot not in qkv:
+                qkv[block.slot] = base.projection(block, heads, step.tokens)
         model = self.edge_changes.context.model
-        return model.head_outputs(step.block.layer, heads, projected, step.tokens, multiply)
+        return model.head_outputs(step.block.layer, heads, qkv, step.tokens, multiply)
 
     def _projected(
         self, update: InputUpdate, inputs: DistinctInputs, multiply: Multiply
     ) -> Projected:
-        """q, k or v of distinct inputs."""
         changes, block, tokens = self.edge_changes, update.block, update.tokens
         context, base = changes.context, changes.base
         residual = tokens.select(base.inputs[block])
@@ -164,7 +149,7 @@ class DistinctHeads:
         return context.model.project(block, heads, normed, tokens, base.projected, multiply)
 
     def _of_cases(self, update: InputUpdate, inputs: DistinctInputs, found: Projected) -> Projected:
-        """q, k or v of all cases, from those of the distinct inputs and the base."""
+        # q, k or v of all cases, from those of the distinct inputs and of the base.
         same_in_all = self.of_one_head and not inputs.number.any()
         if inputs is self.cases or same_in_all:
             return found
@@ -174,15 +159,15 @@ class DistinctHeads:
         return self._by_head(table[self._index(inputs.number)])
 
     def _heads(self, inputs: DistinctInputs) -> HeadSelection:
-        """The heads whose weights are used: the only one for all inputs, or one per input."""
+        # The heads whose weights are used: the only one for all inputs, or one per input.
         if self.of_one_head:
             head = int(self.step.nodes[0])
             return slice(head, head + 1)
         return self._index(self.step.nodes[inputs.node])
 
     def _by_head(self, rows: Float[Tensor, " distinct *rest"]) -> Float[Tensor, "_ _ *rest"]:
-        """Add an axis: one head with many variants, or a head per row with one variant each."""
+        # Add an axis: one head with many variants, or a head per row with one variant each.
         return rows[None] if self.of_one_head else rows[:, None]
 
-    def _index(self, numbers: Numbers) -> Int[Tensor, " _"]:
+    def _index(self, numbers: Indices) -> Int[Tensor, " _"]:
         return torch.from_numpy(numbers).to(self.edge_changes.base.outputs.device)

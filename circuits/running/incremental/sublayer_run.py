@@ -10,14 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.models import Model, ModelWeights
-from circuits.models.functional import (
-    Attention,
-    FeedForward,
-    HeadSelection,
-    Multiply,
-    Unembedding,
-    multiply,
-)
+from circuits.models.functional import Attention, FeedForward, HeadSelection, Multiply, Unembedding
 from circuits.running.edge_layout import EdgeLayout
 from circuits.running.incremental.base_state import ByBlock, EdgeMask, RunTensors, SplitEdges
 from circuits.running.incremental.plan import Blocks, Edges, TargetBlock, sublayers, target_blocks
@@ -27,7 +20,11 @@ from circuits.tasks.task import Task
 Outputs = Float[Tensor, "source token d_model"]
 HeadOutputs = Float[Tensor, "head variant token d_model"]
 Projected = Float[Tensor, "_ _ ... d_head"]
+BySlot = dict[str | None, Projected]
 Bias = Float[Tensor, "#head batch query key"]
+EdgeWeights = Float[Tensor, "#variant span target source"]
+BySource = Float[Tensor, "source _ token d_model"]
+WeightedSum = Float[Tensor, "target variant token d_model"]
 
 
 class UnsupportedError(Exception):
@@ -41,7 +38,6 @@ class TaskModel:
     Attributes:
         layout: how edges are numbered by source and target.
         blocks: the targets of the layout, in order of computation.
-        window: the tokens of the task.
         attention, mlps: the functions of each layer.
         biases: cache of what is added to the attention scores, by layer and queries: minus
             infinity where a query may not attend, and ALiBi.
@@ -59,11 +55,7 @@ class TaskModel:
 
     @staticmethod
     def of(model: Model, task: Task, layout: EdgeLayout, window: Window) -> TaskModel:
-        """Read the functions from the model's weights.
-
-        Raises:
-            UnsupportedError: attention uses positions in a way that is not implemented here.
-        """
+        """Read the functions from the weights; UnsupportedError for an unknown kind of attention."""
         weights, layers = ModelWeights(model), range(model.cfg.n_layers)
         attention = [part for part in map(weights.attention, layers) if part is not None]
         if len(attention) < len(layers):
@@ -72,13 +64,8 @@ class TaskModel:
         blocks, unembedding = target_blocks(layout), weights.unembedding()
         return TaskModel(model, task, layout, blocks, window, attention, mlps, unembedding, {})
 
-    @property
-    def n_embeddings(self) -> int:
-        """The number of sources that are embeddings: they come first and read nothing."""
-        return self.blocks[0].sources.start
-
     def run(
-        self, written: Outputs, tokens: TokenSet, base: ByBlock, multiply: Multiply = multiply
+        self, written: Outputs, tokens: TokenSet, base: ByBlock, multiply: Multiply
     ) -> RunTensors:
         """Run the whole model, or the circuit without edges.
 
@@ -91,9 +78,12 @@ class TaskModel:
         """
         outputs = written.new_empty(len(self.layout.nodes), *written.shape[1:])
         outputs[: len(written)] = written
+        # What targets read of each source u: out_u, or c_u in the circuit without edges.
         read = outputs if len(written) < len(outputs) else written
         result = RunTensors(outputs, {}, {})
-        stream = before_attention = written[: self.n_embeddings].sum(0, keepdim=True)
+        # The first sources are the embeddings, which read nothing.
+        n_embeddings = self.blocks[0].sources.start
+        stream = before_attention = written[:n_embeddings].sum(0, keepdim=True)
         for group in sublayers(self.blocks):
             block = group[0]
             result.inputs |= dict.fromkeys(group, stream)
@@ -103,6 +93,7 @@ class TaskModel:
                 # The bias b_O belongs to no node.
                 bias = ModelWeights(self.model).output_bias(block.layer)
                 stream = stream + read[block.sources].sum(0) + bias
+            # The logits read the stream and write nothing.
             elif block.source is not None:
                 if self.model.cfg.parallel_attn_mlp:
                     result.inputs[block] = before_attention
@@ -114,14 +105,13 @@ class TaskModel:
     def _run_attention(
         self, group: Blocks, tokens: TokenSet, base: ByBlock, result: RunTensors, product: Multiply
     ) -> None:
-        """Add q, k, v and the outputs of all heads of a layer to `result`."""
         block, heads = group[0], slice(0, group[0].n_nodes)
         normed = self.attention[block.layer].norm(result.inputs[block][:, None])
-        projected = {}
+        qkv = {}
         for part in group:
             found = self.project(part, heads, normed, tokens, base, product)
-            projected[part.slot], result.projected[part] = found, found[:, 0]
-        outputs = self.head_outputs(block.layer, heads, projected, tokens, product)
+            qkv[part.slot], result.projected[part] = found, found[:, 0]
+        outputs = self.head_outputs(block.layer, heads, qkv, tokens, product)
         result.outputs[block.sources] = outputs[:, 0]
 
     def project(
@@ -140,17 +130,13 @@ class TaskModel:
         return found if block.slot == "q" else tokens.into_keys(base[block][heads], found)
 
     def head_outputs(
-        self,
-        layer: int,
-        heads: HeadSelection,
-        projected: Mapping[str | None, Projected],
-        tokens: TokenSet,
-        multiply: Multiply,
+        self, layer: int, heads: HeadSelection, qkv: BySlot, tokens: TokenSet, multiply: Multiply
     ) -> HeadOutputs:
         """Outputs of some heads, z W_O, from q at some tokens and k and v at all positions."""
-        attention, queries = self.attention[layer], tokens.to_prompts(projected["q"])
+        # z = softmax(q k^T / scale + bias) v
+        attention, queries = self.attention[layer], tokens.to_prompts(qkv["q"])
         bias = self._attention_bias(layer, tokens)
-        z = attention.attend(heads, queries, projected["k"], projected["v"], bias)
+        z = attention.attend(heads, queries, qkv["k"], qkv["v"], bias)
         z = tokens.to_tokens(z)
         written = multiply(z.flatten(1, -2), attention.output, None, heads)
         return written.view(*z.shape[:-1], -1)
@@ -169,7 +155,6 @@ class RunContext:
     """What all runs on a task share.
 
     Attributes:
-        model: the model as functions on the task's tensors.
         counterfactuals: c_u of every source u.
         differences: out_u - c_u of every source u in the whole model, by token set.
         spans: the span of each token; None if edges are not split by span.
@@ -186,12 +171,7 @@ class RunContext:
         """M[u, r] by span; 0 where the model cannot have an edge."""
         return ~self.model.layout.ablated(kept[None])[0].numpy() & self.possible
 
-    def weighted_sum(
-        self,
-        weights: Float[Tensor, "#variant span target source"],
-        values: Float[Tensor, "source _ token d_model"],
-        tokens: TokenSet,
-    ) -> Float[Tensor, "target variant token d_model"]:
+    def weighted_sum(self, weights: EdgeWeights, values: BySource, tokens: TokenSet) -> WeightedSum:
         """sum over u of weights[u, r] * values[u], each token with the weights of its span."""
         n_variants = max(len(weights), values.shape[1])
         if self.spans is not None:
@@ -200,9 +180,10 @@ class RunContext:
             return torch.einsum("vtru,uvtd->rvtd", by_token, values)
         matrix, flat = weights[:, 0], values.flatten(2)
         if len(matrix) == 1:
-            # The same edges in all variants: one product for all of them.
+            # The same edges in all variants.
             total = matrix[0] @ flat.flatten(1)
         elif values.shape[1] == 1:
+            # The same values in all variants.
             total = matrix.transpose(0, 1).flatten(0, 1) @ flat[:, 0]
         else:
             total = torch.bmm(matrix, flat.transpose(0, 1)).transpose(0, 1)

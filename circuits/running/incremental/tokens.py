@@ -108,12 +108,7 @@ class Window:
 
     @staticmethod
     def of(task: Task, *, causal: bool, resample: bool) -> Window:
-        """Find the token sets of a task.
-
-        Args:
-            causal: whether attention is causal.
-            resample: whether counterfactual activations come from the corrupted prompts.
-        """
+        """Find the token sets; `resample`: counterfactuals are activations on corrupted prompts."""
         length = task.clean.shape[1]
         index = torch.arange(length, device=task.clean.device)
         # Under causal attention nothing after the last scored token of a prompt matters.
