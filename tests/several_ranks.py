@@ -12,7 +12,7 @@ import torch
 from architectures import random_model, random_task
 
 import circuits
-from circuits.running.incremental.batch import Run
+from circuits.running.incremental.batch import VariantRun
 from circuits.runs.circuit_run import run
 from circuits.system.ranks import RankError, ranks, start
 
@@ -53,15 +53,15 @@ def failing(error: type[Exception] | None) -> circuits.Metric:
 @contextmanager
 def little_memory() -> Iterator[None]:
     """The second rank has none for more than two circuits at a time."""
-    whole, failed = Run.execute, []
+    whole, failed = VariantRun.execute, []
 
-    def execute(run: Run) -> torch.Tensor:
+    def execute(run: VariantRun) -> torch.Tensor:
         if ranks().rank == 1 and len(run.kept) > 2:
             failed.append(run)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return whole(run)
 
-    with patch.object(Run, "execute", execute):
+    with patch.object(VariantRun, "execute", execute):
         yield
     assert bool(failed) == (ranks().rank == 1)
 

@@ -10,10 +10,10 @@ import circuits
 from circuits.running.ablation import get_ablation
 from circuits.running.executor import _say_once
 from circuits.running.hooked import HookedExecutor
-from circuits.running.incremental.batch import Run
+from circuits.running.incremental.batch import VariantRun
 from circuits.running.incremental.executor import IncrementalExecutor
-from circuits.running.incremental.shared_inputs import Cases
-from circuits.running.incremental.sublayer_run import Parts
+from circuits.running.incremental.shared_inputs import DistinctHeads
+from circuits.running.incremental.sublayer_run import TaskModel
 
 ABLATIONS = ["resample", "zero", "mean"]
 
@@ -73,10 +73,12 @@ def test_every_edge_alone_is_as_in_the_reference(architecture):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_circuits_that_share_what_heads_read_are_those_of_the_reference(architecture, monkeypatch):
-    whole, used = Cases.changes, []
-    monkeypatch.setattr(Cases, "worthwhile", lambda cases, variants: True)
+    whole, used = DistinctHeads.write_changes, []
+    monkeypatch.setattr(DistinctHeads, "worthwhile", lambda heads, n_variants: True)
     monkeypatch.setattr(
-        Cases, "changes", lambda cases, *arguments: used.append(cases) or whole(cases, *arguments)
+        DistinctHeads,
+        "write_changes",
+        lambda heads, *arguments: used.append(heads) or whole(heads, *arguments),
     )
     model, task = random_model(architecture), random_task(ragged=True, several=True)
     for graph in (circuits.component_graph(model), circuits.component_graph(model, positions=8)):
@@ -90,7 +92,7 @@ def test_circuits_that_share_what_heads_read_are_those_of_the_reference(architec
         reference, incremental = executors(model, graph, task)
         incremental.near(base)
         assert_equal(reference, incremental, kept)
-    assert any(len(cases.heads) > 1 for cases in used)
+    assert any(len(heads.step.nodes) > 1 for heads in used)
 
 
 def test_a_head_that_reads_the_same_in_many_circuits_is_computed_once():
@@ -242,7 +244,7 @@ class TestMemory:
         graph = circuits.component_graph(model)
         kept = random_masks(graph, *[0.9] * 8)
         executor = IncrementalExecutor.prepare(model, graph, task, get_ablation("resample"))
-        expected, whole, sizes = executor.logits(kept), Run.execute, []
+        expected, whole, sizes = executor.logits(kept), VariantRun.execute, []
 
         def failing(run):
             sizes.append(len(run.kept))
@@ -250,16 +252,16 @@ class TestMemory:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
             return whole(run)
 
-        monkeypatch.setattr(Run, "execute", failing)
+        monkeypatch.setattr(VariantRun, "execute", failing)
         torch.testing.assert_close(executor.logits(kept), expected, atol=1e-5, rtol=0)
         assert sizes == [8, 4, 2, 2, 2, 2]
 
     @pytest.mark.parametrize(
         ("owner", "step", "message"),
         [
-            (Run, "execute", "memory runs out even with one circuit"),
-            (Run, "commit", "memory runs out even with one circuit"),
-            (Parts, "run", "memory runs out even with one run of the prompts"),
+            (VariantRun, "execute", "memory runs out even with one circuit"),
+            (VariantRun, "commit", "memory runs out even with one circuit"),
+            (TaskModel, "run", "memory runs out even with one run of the prompts"),
         ],
     )
     def test_memory_that_is_too_small_for_one_circuit_is_an_error_of_the_user(

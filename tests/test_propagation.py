@@ -8,7 +8,7 @@ from architectures import random_model
 
 import circuits
 from circuits.running.edge_layout import EdgeLayout
-from circuits.running.incremental.plan import Needs, places
+from circuits.running.incremental.plan import Needs, target_blocks
 
 LOGITS = "logits"
 
@@ -24,17 +24,17 @@ def test_a_source_matters_if_it_reaches_the_logits_and_everywhere_if_keys_or_val
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         kept = possible & (torch.rand(possible.shape, generator=generator) < kept_share).numpy()
-        needs = Needs.of(places(layout), kept)
+        needs = Needs.of(target_blocks(layout), kept)
         # A path remembers whether attention carried it to another token.
         paths = nx.DiGraph()
         paths.add_nodes_from([(LOGITS, False), (LOGITS, True)])
-        for place in places(layout):
-            for row, source in np.argwhere(kept[place.row : place.row + place.rows]).tolist():
-                reader = LOGITS if place.source is None else place.source + row
+        for block in target_blocks(layout):
+            for row, source in np.argwhere(kept[block.rows]).tolist():
+                reader = LOGITS if block.source is None else block.source + row
                 for moved in (False, True):
-                    paths.add_edge((source, moved), (reader, moved or place.slot in ("k", "v")))
+                    paths.add_edge((source, moved), (reader, moved or block.slot in ("k", "v")))
         carried = nx.ancestors(paths, (LOGITS, True))
         reaching = carried | nx.ancestors(paths, (LOGITS, False))
         sources = range(len(layout.nodes))
         assert needs.live.tolist() == [(source, False) in reaching for source in sources]
-        assert needs.wide.tolist() == [(source, False) in carried for source in sources]
+        assert needs.everywhere.tolist() == [(source, False) in carried for source in sources]

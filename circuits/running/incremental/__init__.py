@@ -1,1 +1,1 @@
-"""The incremental executor: recompute only what an ablated edge changes."""
+"""Run circuits by recomputing only what an ablated edge changes; read `executor` first."""

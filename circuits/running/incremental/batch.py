@@ -1,298 +1,253 @@
-"""One batch of circuits, computed from a base by recomputing only what changes."""
+"""Compute a batch of circuits from a base run: recompute what a plan says, and nothing else.
+
+M is the circuit of a variant, out_u and x_r are its outputs and inputs; M0, out0_u and x0_r are
+those of the base. A run stores the change out_u - out0_u of every source u that it recomputes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from circuits.graph.edges import SLOTS
 from circuits.models.functional import HeadSelection, Multiply, multiply
-from circuits.running.incremental.base_state import State, contiguous
-from circuits.running.incremental.cost import Cost
-from circuits.running.incremental.edge_changes import Flips
-from circuits.running.incremental.plan import Plan, Read, Step
-from circuits.running.incremental.shared_inputs import Cases
-from circuits.running.incremental.sublayer_run import Known
+from circuits.running.incremental.base_state import Activation, BaseRun, Variants, row_selection
+from circuits.running.incremental.edge_changes import EdgeChanges
+from circuits.running.incremental.plan import Indices, InputUpdate, Plan, Step, TargetBlock
+from circuits.running.incremental.shared_inputs import DistinctHeads
+from circuits.running.incremental.sublayer_run import BySlot, EdgeWeights, Projected, RunContext
+from circuits.running.incremental.tokens import TokenSet
 from circuits.running.precision import Background
 
-Key = tuple[int, bool, bytes]
+Logits = Float[Tensor, "variant scored vocab"]
+Residual = Float[Tensor, "variant scored d_model"]
+Outputs = Float[Tensor, "node variant token d_model"]
+Inputs = Float[Tensor, "#target _ token d_model"]
+PendingWrite = tuple[Activation, TargetBlock, HeadSelection, Tensor, TokenSet]
+# What an input that all heads share is made of: the base's input, the tokens, and the edges.
+InputKey = tuple[int, TokenSet, bytes]
+
+
+def rounds_changes(background: Background | None) -> bool:
+    """Whether a background rounds changes from a base, and nothing else."""
+    return background is not None and not background.whole
+
+
+def product_of_values(background: Background | None) -> Multiply:
+    """How to multiply by weights where it is not known how the operand differs from the base."""
+    return background.product if background is not None and background.whole else multiply
 
 
 @dataclass(eq=False)
-class Run:
-    """One batch of variants of a base.
+class VariantRun:
+    """A run of several variants of a base.
 
     Attributes:
-        known: what all runs on the task share.
-        flips: how the variants differ from the base.
-        plan: what is computed.
-        background: how products are computed that need not be exact; then the first variant must be the base itself, unless it computes
-            whole values.
-        evaluated: how many times some node was computed.
+        kept: the edges of each variant.
+        background: how products that need not be exact are computed. If it rounds changes, these
+            are measured from the first variant, which `of_variants` makes the base itself.
+        n_evaluated: how many nodes have been computed, each variant counted.
     """
 
-    known: Known
-    base: State
-    kept: Bool[Tensor, "variant edge"]
-    flips: Flips
+    context: RunContext
+    base: BaseRun
+    kept: Variants
+    edge_changes: EdgeChanges
     plan: Plan
     background: Background | None = None
-    wide: Tensor = field(init=False)
-    narrow: Tensor = field(init=False)
-    normed: dict[Key | None, Tensor] = field(default_factory=dict)
-    cases: dict[Step, Cases | None] = field(default_factory=dict)
-    writes: list[Callable[[], None]] | None = None
-    evaluated: int = 0
+    n_evaluated: int = 0
+    _changes: dict[TokenSet, Tensor] = field(init=False, default_factory=dict)
+    _n_filled: dict[TokenSet, int] = field(init=False, default_factory=dict)
+    _normed: dict[InputKey | None, Tensor] = field(init=False, default_factory=dict)
+    _writes: list[PendingWrite] | None = field(init=False, default=None)
 
-    @property
-    def cost(self) -> Cost:
-        """What one more variant takes."""
-        return Cost.of(self.plan, self.known.parts)
+    def of_variants(self, variants: slice) -> VariantRun:
+        """A new run of some of the variants."""
+        kept, signs = self.kept[variants], self.edge_changes.signs[variants]
+        if rounds_changes(self.background):
+            kept = torch.cat([self.base.kept[None], kept])
+            signs = np.concatenate([np.zeros_like(signs[:1]), signs])
+        return replace(self, kept=kept, edge_changes=replace(self.edge_changes, signs=signs))
 
-    def only(self, variants: slice) -> Run:
-        """The run of some of the variants; nothing that it makes is kept by this one."""
-        return Run(
-            self.known,
-            self.base,
-            self.kept[variants],
-            self.flips.only(variants),
-            self.plan,
-            self.background,
-        )
+    @torch.inference_mode()
+    def execute(self) -> Logits:
+        """Run, and return the logits of every variant."""
+        residual, product = self._final_residual()
+        logits = self.context.model.unembedding(residual, product)
+        return logits[1:] if rounds_changes(self.background) else logits
 
     def commit(self) -> None:
-        """Make the base the state of the first variant, but for what `State.become` sets."""
-        self.writes = []
-        self._walk()
-        # Only now: what is computed last still reads the base as it was.
-        for write in self.writes:
-            write()
+        """Run, and turn the base into a base run of the first variant."""
+        base, kept, self._writes = self.base, self.kept[0].clone(), []
+        with torch.inference_mode():
+            self._final_residual()
+            # At the end, since later steps of the run read the base as it was.
+            for kind, block, nodes, values, tokens in self._writes:
+                base.write(kind, block, nodes, values[:, 0], tokens)
+        base.kept, base.mask = kept, self.context.mask(kept)
+        base.changed[self.plan.changed[self.context.model.window.scored]] = True
+        base.plans.clear()
 
-    def execute(self) -> Float[Tensor, "variant scored vocab"]:
-        """Walk down the model."""
-        if self.background is None or self.background.whole:
-            return self._logits()
-        kept = torch.cat([self.base.kept[None], self.kept])
-        run = Run(self.known, self.base, kept, self.flips.after_base(), self.plan, self.background)
-        logits = run._logits()[1:]
-        self.evaluated = run.evaluated
-        return logits
-
-    def _cases(self, step: Step) -> Cases | None:
-        """The different inputs of a step's heads, where that saves computing."""
-        if step not in self.cases:
-            found = None
-            # Where edges change into one row alone, it is what the variants differ in.
-            if (
-                len(self.kept) > 1
-                and len(self.flips.rows) > 1
-                and step.reads[0].place.slot
-                and not step.reads[0].changed
-            ):
-                found = Cases.of(self.flips, step)
-            self.cases[step] = (
-                found if found is not None and found.worthwhile(len(self.kept)) else None
-            )
-        return self.cases[step]
-
-    def _computed(self, step: Step) -> int:
-        """How many times some node is computed in a step."""
-        cases = self._cases(step)
-        return len(step.sources) * len(self.kept) if cases is None else len(cases)
-
-    def _logits(self) -> Float[Tensor, "variant scored vocab"]:
-        residual, product = self._walk()
-        return self.known.parts.unembedding(residual, product)
-
-    def _walk(self) -> tuple[Float[Tensor, "variant scored d_model"], Multiply]:
-        """The residual stream after the last layer, and how to multiply it."""
-        window, variants, d_model = (
-            self.known.parts.window,
-            len(self.kept),
-            self.base.outputs.shape[-1],
-        )
-        self.wide = self.base.outputs.new_empty(len(self.plan.wide), variants, len(window), d_model)
-        self.narrow = self.base.outputs.new_empty(
-            len(self.plan.changed), variants, window.scored, d_model
-        )
-        done = wide = 0
+    def _final_residual(self) -> tuple[Residual, Multiply]:
+        """Take all steps; returns the input of the logits, and how to multiply it."""
+        model, outputs, n_variants = self.context.model, self.base.outputs, len(self.kept)
+        for tokens, sources in self.plan.changed.items():
+            shape = (len(sources), n_variants, len(tokens), outputs.shape[-1])
+            self._changes[tokens], self._n_filled[tokens] = outputs.new_empty(shape), 0
+        scored = model.window.scored
         for step in self.plan.steps:
-            if not len(step.sources):
-                return self._input(step.reads[0])[0][0], self._multiply(step, wide=False)
-            count = len(step.sources)
-            here = self.narrow[done : done + count]
-            if step.wide:
-                self._change(step, into=self.wide[wide : wide + count])
-                here.copy_(window.narrow(self.wide[wide : wide + count]))
-                wide += count
-            else:
-                self._change(step, into=here)
-            done += count
-            self.evaluated += self._computed(step)
-        residual = window.narrow(self.base.inputs[self.known.parts.model.cfg.n_layers, None])
-        product = (
-            multiply
-            if self.background is None or not self.background.whole
-            else self.background.product
-        )
-        return residual.expand(variants, -1, -1), product
+            nodes = row_selection(step.nodes, outputs.device)
+            if step.block.source is None:
+                residual, _ = self._input(step.inputs[0], nodes)
+                return residual[0], self._product(step, step.tokens)
+            changes = self._next_changes(step, step.tokens)
+            self._recompute(step, nodes, changes)
+            if step.tokens is not scored:
+                self._next_changes(step, scored).copy_(scored.select(changes))
+        # No change reaches the logits.
+        residual = scored.select(self.base.inputs[model.blocks[-1]])
+        return residual.expand(n_variants, -1, -1), product_of_values(self.background)
 
-    def _multiply(self, step: Step, *, wide: bool) -> Multiply:
-        """How a step multiplies: nodes into which edges change are under investigation, and stay as exact as the rest is without a background."""
-        if self.background is None:
-            return multiply
-        if self.background.whole:
-            return self.background.product
-        if any(self.flips.targets[read.rows].any() for read in step.reads):
-            return multiply
-        return self.background.increments(len(self.known.parts.window.at(wide)))
+    def _next_changes(self, step: Step, tokens: TokenSet) -> Outputs:
+        # Where the changes of a step's nodes go: after those of earlier steps.
+        start = self._n_filled[tokens]
+        self._n_filled[tokens] += len(step.nodes)
+        return self._changes[tokens][start : self._n_filled[tokens]]
 
-    def _change(self, step: Step, into: Float[Tensor, "source variant token d_model"]) -> None:
-        """Find what a step's nodes write, less what they write in the base."""
-        index = self._index(step.sources)
-        old = (
-            self.base.outputs[index]
-            if step.wide
-            else self.known.parts.window.narrow(self.base.outputs[index])
-        )
-        if (cases := self._cases(step)) is not None:
-            cases.changes(
-                self.known,
-                self.base,
-                self.flips,
-                step,
-                self._multiply(step, wide=step.wide),
-                old,
-                into,
-            )
+    def _recompute(self, step: Step, nodes: HeadSelection, changes: Outputs) -> None:
+        block, product = step.block, self._product(step, step.tokens)
+        old = step.tokens.select(self.base.outputs[block.sources])[nodes]
+        distinct = self._distinct_heads(step)
+        if distinct is not None:
+            self.n_evaluated += len(distinct.cases.node)
+            distinct.write_changes(product, old, changes)
             return
-        written = self._written(step)
-        self._note(self.known.parts.window.put, self.base.outputs, index, written, step.wide)
-        torch.sub(written.expand_as(into), old[:, None], out=into)
+        self.n_evaluated += len(step.nodes) * len(self.kept)
+        if block.slot is not None:
+            new = self._head_outputs(step, nodes)
+        else:
+            residual, _ = self._input(step.inputs[0], nodes)
+            new = self.context.model.mlps[block.layer](residual, product)
+        self._record("outputs", block, nodes, new, step.tokens)
+        # out_u - out0_u
+        torch.sub(new.expand_as(changes), old[:, None], out=changes)
 
-    def _written(self, step: Step) -> Float[Tensor, "source variant token d_model"]:
-        parts, layer = self.known.parts, step.layer
-        first = step.reads[0].place
-        if first.slot is None:
-            return parts.feed_forward[layer](
-                self._input(step.reads[0])[0], self._multiply(step, wide=step.wide)
-            )
-        heads = self._index(step.sources - first.source)
-        projected: dict[str, Tensor] = {
-            str(read.place.slot): self._projected(step, read, heads) for read in step.reads
-        }
-        for slot in SLOTS:
-            if slot not in projected:
-                held = self.base.projected[layer, slot][heads][:, None]
-                projected[slot] = (
-                    parts.window.narrow(held) if slot == "q" and not step.wide else held
-                )
-        return parts.heads(
-            layer, heads, projected, self._multiply(step, wide=step.wide), wide=step.wide
-        )
+    def _distinct_heads(self, step: Step) -> DistinctHeads | None:
+        """The distinct cases of a step, if computing these instead of all heads saves work."""
+        # If edges change into one target only, few variants are equal there.
+        one_input = len(self.kept) == 1 or len(self.edge_changes.rows) == 1
+        if one_input or step.block.slot is None or step.inputs[0].n_changed:
+            return None
+        distinct = DistinctHeads.of(self.edge_changes, step)
+        return distinct if distinct.worthwhile(len(self.kept)) else None
 
-    def _projected(
-        self, step: Step, read: Read, heads: HeadSelection
-    ) -> Float[Tensor, "head variant ... d_head"]:
-        """New q, k or v of some heads."""
-        parts, place = self.known.parts, read.place
-        assert place.slot is not None
-        part = parts.attention[place.layer]
-        residual, key = self._input(read)
-        normed = self.normed[key] if key in self.normed else part.norm(residual)
-        if key is not None:
-            self.normed = {key: normed}
-        result = part.project(
-            place.slot,
-            heads,
-            normed,
-            parts.window.at(read.wide),
-            self._multiply(step, wide=read.wide),
-        )
-        if place.slot != "q":
-            result = parts.window.into_keys(
-                self.base.projected[place.layer, place.slot][heads], result
-            )
-        self._note(
-            self.base.put, self.base.projected, place, parts.window, heads, result, read.wide
-        )
-        return result
+    def _head_outputs(self, step: Step, heads: HeadSelection) -> Outputs:
+        qkv: BySlot = {}
+        for update in step.inputs:
+            qkv[update.block.slot] = self._projected(step, update, heads)
+        # If only some of q, k and v change, the others come from the base.
+        for block in step.blocks:
+            if block.slot not in qkv:
+                qkv[block.slot] = self.base.projection(block, heads, step.tokens)
+        product, layer = self._product(step, step.tokens), step.block.layer
+        return self.context.model.head_outputs(layer, heads, qkv, step.tokens, product)
 
-    def _input(self, read: Read) -> tuple[Float[Tensor, "_ variant token d_model"], Key | None]:
-        """What some targets read in some variants; or one row where all read the same, with a key that equal inputs share."""
-        window, place = self.known.parts.window, read.place
-        slot = (place.layer, place.slot)
-        stored = self.base.inputs[slot]
-        rows = self._index(read.rows - place.row)
-        base = stored if stored.shape[0] == 1 else stored[rows]
-        residual = (base if read.wide else window.narrow(base))[:, None]
-        flipped = bool(self.flips.targets[read.rows].any())
-        change, weights = self._propagated(read, flipped)
-        residual = residual if change is None else residual + change
-        key = (
-            (id(stored), read.wide, weights)
-            if residual.shape[0] == stored.shape[0] == 1 and not flipped
-            else None
-        )
-        if flipped:
-            residual = self._flipped(read, residual)
-        self._note(self.base.put, self.base.inputs, place, window, rows, residual, read.wide)
+    def _projected(self, step: Step, update: InputUpdate, heads: HeadSelection) -> Projected:
+        model, block, tokens = self.context.model, update.block, update.tokens
+        residual, key = self._input(update, heads)
+        normed = self._normed.get(key)
+        if normed is None:
+            normed = model.attention[block.layer].norm(residual)
+            if key is not None:
+                # q, k and v of a layer often read the same: keep the last such input, normed.
+                self._normed = {key: normed}
+        product = self._product(step, tokens)
+        found = model.project(block, heads, normed, tokens, self.base.projected, product)
+        self._record("projected", block, heads, found, tokens)
+        return found
+
+    def _input(self, update: InputUpdate, nodes: HeadSelection) -> tuple[Inputs, InputKey | None]:
+        """New inputs of some nodes; if all nodes read the same, one row and a key for it."""
+        block, tokens = update.block, update.tokens
+        stored = self.base.inputs[block]
+        shared = len(stored) == 1
+        residual = tokens.select(stored if shared else stored[nodes])[:, None]
+        # x_r = x0_r + sum over recomputed sources u of M[u, r] * (out_u - out0_u)
+        #            + sum over changed edges u->r of (M[u, r] - M0[u, r]) * (out0_u - c_u)
+        # where an ablated edge adds c_u - out0_u: M - M0 is -1.
+        change, edges = self._change_of_sources(update)
+        if change is not None:
+            residual = residual + change
+        key = (id(stored), tokens, edges) if shared and len(residual) == 1 else None
+        if self._edges_change(update):
+            residual, key = self._with_edge_changes(update, residual), None
+        self._record("inputs", block, nodes, residual, tokens)
         return residual, key
 
-    def _propagated(
-        self, read: Read, flipped: bool
-    ) -> tuple[Float[Tensor, "#target variant token d_model"] | None, bytes]:
-        """What changed sources bring along kept edges, and the weights with which they do; `flipped`: edges into these rows change."""
-        columns = (self.plan.wide if read.wide else self.plan.changed)[: read.changed]
-        if not len(columns):
+    def _change_of_sources(self, update: InputUpdate) -> tuple[Inputs | None, bytes]:
+        # sum over recomputed sources u of M[u, r] * (out_u - out0_u), and M as a key
+        tokens, rows = update.tokens, update.rows
+        sources = self.plan.changed[tokens][: update.n_changed]
+        if not len(sources):
             return None, b""
-        changes = (self.wide if read.wide else self.narrow)[: read.changed]
-        # `flipped` follows from the rest, and saves asking for most reads.
-        if flipped and self.flips.edges[np.ix_(read.rows, columns)].any():
-            dense = ~self.known.parts.layout.ablated(self.kept)[:, :, read.rows][..., columns]
-            dense &= torch.from_numpy(self.known.possible[np.ix_(read.rows, columns)])
-            return self.known.summed(dense.to(changes), changes, read.wide), b""
-        weights = self.base.mask[:, read.rows][..., columns]
-        if not weights.any():
-            return None, b""
-        if (weights == weights[:, :1]).all():
-            weights = weights[:, :1]
-        if read not in self.plan.weights:
-            self.plan.weights[read] = torch.from_numpy(weights).to(changes)
-        return self.known.summed(
-            self.plan.weights[read][None], changes, read.wide
-        ), weights.tobytes()
+        changes = self._changes[tokens][: update.n_changed]
+        between = np.ix_(rows, sources)
+        if self._edges_change(update) and self.edge_changes.edges[between].any():
+            # Some of these edges change themselves: M differs between the variants.
+            ablated = self.context.model.layout.ablated(self.kept)[:, :, rows][..., sources]
+            kept = torch.from_numpy(self.context.possible[between]) & ~ablated
+            return self.context.weighted_sum(kept.to(changes), changes, tokens), b""
+        if update not in self.plan.weights:
+            self.plan.weights[update] = self._base_weights(rows, sources)
+        weights, edges = self.plan.weights[update]
+        if weights is None:
+            return None, edges
+        return self.context.weighted_sum(weights, changes, tokens), edges
 
-    def _flipped(
-        self, read: Read, residual: Float[Tensor, "#target _ token d_model"]
-    ) -> Float[Tensor, "target variant token d_model"]:
-        """Inputs with what edges that changed bring: their sources' base outputs instead of the counterfactual ones, or the reverse."""
-        flips = self.flips
-        hit = np.flatnonzero(flips.targets[read.rows])
-        weights = torch.from_numpy(flips.signs_into(read.rows[hit])).to(residual)
-        ablated = flips.ablated(read.wide)
-        if self.known.spans is None and len(read.rows) == 1 and residual.shape[1] == 1:
-            summed = torch.addmm(residual.reshape(1, -1), weights[:, 0, 0], ablated.flatten(1))
-            return summed.view(1, len(weights), *residual.shape[2:])
-        change = self.known.summed(weights, ablated[:, None], read.wide)
-        if len(hit) == len(read.rows):
+    def _base_weights(self, rows: Indices, sources: Indices) -> tuple[EdgeWeights | None, bytes]:
+        # M0[u, r], with one row if it is the same for all targets; None if it is 0.
+        mask = self.base.mask[:, rows][..., sources]
+        if not mask.any():
+            return None, b""
+        if (mask == mask[:, :1]).all():
+            mask = mask[:, :1]
+        return torch.from_numpy(mask).to(self.base.outputs)[None], mask.tobytes()
+
+    def _with_edge_changes(self, update: InputUpdate, residual: Inputs) -> Inputs:
+        # x_r + sum over changed edges u->r of (M[u, r] - M0[u, r]) * (out0_u - c_u)
+        context, n_rows = self.context, len(update.rows)
+        hit = np.flatnonzero(self.edge_changes.targets[update.rows])
+        signs = self.edge_changes.signs_into(update.rows[hit])
+        weights = torch.from_numpy(signs).to(residual)
+        differences = self.edge_changes.differences(update.tokens)
+        if context.spans is None and n_rows == 1 and residual.shape[1] == 1:
+            # One target, with the same x_r in all variants: a single fused product.
+            start, flat = residual.reshape(1, -1), differences.flatten(1)
+            total = torch.addmm(start, weights[:, 0, 0], flat)
+            return total.view(1, len(weights), *residual.shape[2:])
+        change = context.weighted_sum(weights, differences[:, None], update.tokens)
+        if len(hit) == n_rows:
             return residual + change
-        result = residual.expand(len(read.rows), change.shape[1], *change.shape[2:]).clone()
-        result[self._index(hit)] += change
+        result = residual.expand(n_rows, change.shape[1], -1, -1).clone()
+        result[row_selection(hit, residual.device)] += change
         return result
 
-    def _note(self, write: Callable[..., None], *arguments: Any) -> None:
-        """A write to the base, of the first variant of the tensor before the last argument."""
-        if self.writes is not None:
-            *where, values, wide = arguments
-            self.writes.append(partial(write, *where, values[:, 0], wide))
+    def _product(self, step: Step, tokens: TokenSet) -> Multiply:
+        if self.background is None or self.background.whole:
+            return product_of_values(self.background)
+        # Nodes into which edges change are under investigation: they are exact.
+        if any(map(self._edges_change, step.inputs)):
+            return multiply
+        return self.background.increments(len(tokens))
 
-    def _index(self, rows: Int[np.ndarray, " row"]) -> HeadSelection:
-        return contiguous(rows, self.base.outputs.device)
+    def _edges_change(self, update: InputUpdate) -> bool:
+        return bool(self.edge_changes.targets[update.rows].any())
+
+    def _record(self, *write: Any) -> None:
+        # In `commit`, remember what to write into the base.
+        if self._writes is not None:
+            self._writes.append(write)

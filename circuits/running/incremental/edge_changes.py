@@ -1,84 +1,73 @@
-"""Edges that differ from a base in some variant, and what they bring."""
+"""The edges in which a batch of circuits differs from its base."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.running.incremental.base_state import State, contiguous
-from circuits.running.incremental.sublayer_run import Known
+from circuits.running.incremental.base_state import BaseRun, Variants, row_selection
+from circuits.running.incremental.plan import Edges, Indices, TargetMask
+from circuits.running.incremental.sublayer_run import RunContext
+from circuits.running.incremental.tokens import TokenSet
+
+Differences = Float[Tensor, "column token d_model"]
 
 
 @dataclass(frozen=True, eq=False)
-class Flips:
-    """Edges that differ from a base in some variant.
+class EdgeChanges:
+    """The edges in which some variant M differs from the base M0.
 
     Attributes:
-        targets: whether edges into a target do.
-        edges: whether one between a target and a source does.
-        rows, columns: the targets and sources they connect.
-        signs: kept minus kept in the base, by variant, span, row and column.
-        ablated: what the sources write in the base, minus their counterfactuals: at the scored tokens, and at all of them where needed.
+        targets: whether an edge into a target changes.
+        edges: whether an edge changes.
+        rows, columns: the targets and the sources between which edges change.
+        signs: M[u, r] - M0[u, r] between these: -1 for an ablated edge, +1 for a restored one.
     """
 
-    targets: Bool[np.ndarray, " target"]
-    edges: Bool[np.ndarray, "target source"]
-    rows: Int[np.ndarray, " row"]
+    context: RunContext
+    base: BaseRun
+    targets: TargetMask
+    edges: Edges
+    rows: Indices
     columns: Int[np.ndarray, " column"]
     signs: Float[np.ndarray, "variant span row column"]
-    ablated: Callable[[bool], Float[Tensor, "column token d_model"]]
+    _differences: dict[TokenSet, Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def of(known: Known, base: State, kept: Bool[Tensor, "variant edge"]) -> Flips:
-        """How the variants differ from the base."""
-        layout, counterfactuals = known.parts.layout, known.counterfactuals
-        wanted, held = kept.numpy(), base.kept.numpy()
-        changed = np.flatnonzero((wanted != held).any(axis=0))
-        target, source = layout.target.numpy()[changed], layout.source.numpy()[changed]
-        edges = np.zeros_like(known.possible)
+    def of(context: RunContext, base: BaseRun, kept: Variants) -> EdgeChanges:
+        """Compare variants with the base."""
+        layout, new, old = context.model.layout, kept.numpy(), base.kept.numpy()
+        changed = np.flatnonzero((new != old).any(axis=0))
+        axes = (layout.span, layout.target, layout.source)
+        span, target, source = (axis.numpy()[changed] for axis in axes)
+        edges = np.zeros_like(context.possible)
         edges[target, source] = True
         targets = np.any(edges, axis=1)
         rows, columns = np.flatnonzero(targets), np.flatnonzero(np.any(edges, axis=0))
         if len(columns) and columns[-1] - columns[0] < 2 * len(columns):
-            columns = np.arange(
-                columns[0], columns[-1] + 1
-            )  # side by side, so that they need not be copied
-        signs = np.zeros((len(kept), layout.shape[0], len(rows), len(columns)), dtype=np.float32)
-        values = wanted[:, changed].astype(np.float32) - held[changed]
-        signs[
-            :,
-            layout.span.numpy()[changed],
-            np.searchsorted(rows, target),
-            np.searchsorted(columns, source),
-        ] = values
+            # Take those in between too: consecutive sources are a view, others would be copied.
+            columns = np.arange(columns[0], columns[-1] + 1)
+        # M[u, r] - M0[u, r]
+        shape = (len(kept), layout.shape[0], len(rows), len(columns))
+        signs = np.zeros(shape, dtype=np.float32)
+        row, column = np.searchsorted(rows, target), np.searchsorted(columns, source)
+        signs[:, span, row, column] = new[:, changed].astype(np.float32) - old[changed]
+        return EdgeChanges(context, base, targets, edges, rows, columns, signs)
 
-        def ablated(wide: bool) -> Tensor:
-            index = contiguous(columns, counterfactuals.device)
-            if not base.changed[columns].any():
-                return known.removed[wide][index]
-            window = known.parts.window
-            written, replaced = (
-                part if wide else window.narrow(part) for part in (base.outputs, counterfactuals)
-            )
-            return written[index] - replaced[index]
-
-        return Flips(targets, edges, rows, columns, signs, cache(ablated))
-
-    def signs_into(
-        self, rows: Int[np.ndarray, "*rows"]
-    ) -> Float[np.ndarray, "variant span *rows column"]:
-        """The signs of edges into some of the rows."""
+    def signs_into(self, rows: Indices) -> Float[np.ndarray, "variant span _ column"]:
+        """The signs of the edges into some of `rows`."""
         return self.signs[:, :, np.searchsorted(self.rows, rows)]
 
-    def only(self, variants: slice) -> Flips:
-        """Of some of the variants."""
-        return replace(self, signs=self.signs[variants])
-
-    def after_base(self) -> Flips:
-        """With the base itself as one more variant, the first."""
-        return replace(self, signs=np.concatenate([np.zeros_like(self.signs[:1]), self.signs]))
+    def differences(self, tokens: TokenSet) -> Differences:
+        """out0_u - c_u of the sources `columns`, with out0 of the base."""
+        if tokens not in self._differences:
+            sources = row_selection(self.columns, self.base.outputs.device)
+            found = self.context.differences[tokens][sources]
+            if self.base.changed[self.columns].any():
+                outputs = tokens.select(self.base.outputs)[sources]
+                found = outputs - tokens.select(self.context.counterfactuals)[sources]
+            self._differences[tokens] = found
+        return self._differences[tokens]

@@ -1,219 +1,223 @@
-"""What changes in a model when edges do: the nodes downstream that must be computed again, and at which tokens.
+"""What must be recomputed when edges change: which nodes, in which order, and at which tokens.
 
-A node is computed again only if a changed node reaches it along kept edges and it still reaches the logits. It is computed at every token
-of the window (`wide`) only if something reads it there: keys and values are read at all tokens, queries and MLPs where their own output is.
+A node is recomputed only if
+
+1. an edge into it changes, or a kept edge leads to it from a node that is recomputed; and
+2. it still reaches the logits along kept edges.
+
+It is recomputed at all tokens only if attention carries its output to other tokens: keys and
+values are read at all tokens, any other input only where its own node is computed. Otherwise the
+scored tokens are enough.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import compress, groupby
 
 import numpy as np
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from circuits.graph.edges import SLOTS
 from circuits.graph.nodes import MLP, Head
 from circuits.running.edge_layout import EdgeLayout
+from circuits.running.incremental.tokens import TokenSet, Window
+
+Indices = Int[np.ndarray, " _"]
+SourceMask = Bool[np.ndarray, " source"]
+TargetMask = Bool[np.ndarray, " target"]
+Edges = Bool[np.ndarray, "target source"]
+ChangedSources = Mapping[TokenSet, list[int]]
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a target of a layer stands among the rows and the sources of a layout.
+class TargetBlock:
+    """Targets computed together: the q, k or v inputs of a layer's heads, its MLP, or the logits.
 
     Attributes:
-        layer: its layer; the number of layers for the logits.
-        slot: q, k or v; None for MLP and logits.
-        row: its first row, one per head.
-        rows: how many.
-        source: where what it writes stands among the sources; None for the logits.
+        layer: the layer; for the logits, the number of layers.
+        slot: "q", "k" or "v"; None for an MLP and for the logits.
+        row: the first of the targets, as the edge layout numbers them.
+        n_nodes: the number of targets: one per head, otherwise one.
+        source: the first of the nodes, as the layout numbers sources; None for the logits.
     """
 
     layer: int
     slot: str | None
     row: int
-    rows: int
+    n_nodes: int
     source: int | None
 
     @property
-    def own(self) -> slice:
-        """The sources that it writes."""
+    def rows(self) -> slice:
+        """The targets, in the edge layout."""
+        return slice(self.row, self.row + self.n_nodes)
+
+    @property
+    def sources(self) -> slice:
+        """The nodes that read these inputs, as sources in the edge layout."""
         assert self.source is not None
-        return slice(self.source, self.source + self.rows)
+        return slice(self.source, self.source + self.n_nodes)
 
 
-def places(layout: EdgeLayout) -> tuple[Place, ...]:
-    """Every group of targets, in order of computation."""
-    result, row, layer = [], 0, 0
-    for node, slot, count in layout.targets:
+Blocks = tuple[TargetBlock, ...]
+
+
+def target_blocks(layout: EdgeLayout) -> Blocks:
+    """All blocks of targets, in order of computation."""
+    blocks: list[TargetBlock] = []
+    row = layer = 0
+    for node, slot, n_nodes in layout.targets:
+        source = None
+        layer += 1
         if isinstance(node, Head | MLP):
-            layer = node.layer
-            result.append(Place(layer, slot, row, count, layout.nodes.index(node)))
-        else:
-            result.append(Place(layer + 1, None, row, count, None))
-        row += count
-    return tuple(result)
+            layer, source = node.layer, layout.nodes.index(node)
+        blocks.append(TargetBlock(layer, slot, row, n_nodes, source))
+        row += n_nodes
+    return tuple(blocks)
+
+
+def sublayers(blocks: Blocks) -> Iterator[Blocks]:
+    """The q, k and v blocks of each layer together; every other block alone."""
+    for _, group in groupby(blocks, lambda block: (block.layer, block.slot is None)):
+        yield tuple(group)
 
 
 @dataclass(frozen=True, eq=False)
 class Needs:
-    """Which sources reach the logits, and which of them are read at every token."""
+    """Which sources a circuit needs.
 
-    live: Bool[np.ndarray, " source"]
-    wide: Bool[np.ndarray, " source"]
+    Attributes:
+        live: the sources that reach the logits.
+        everywhere: those that reach the logits through a key or value: needed at all tokens.
+    """
+
+    live: SourceMask
+    everywhere: SourceMask
 
     @staticmethod
-    def of(layout_places: tuple[Place, ...], kept: Bool[np.ndarray, "target source"]) -> Needs:
-        """From the edges that are kept, walking up from the logits."""
-        # A set of sources is a number with a bit for each: a graph has many short rows, on which numpy's operations are mostly overhead.
-        packed = np.packbits(kept, axis=1, bitorder="little").tobytes()
-        width = len(packed) // len(kept)
-        reads = [
-            int.from_bytes(packed[start : start + width], "little")
-            for start in range(0, len(packed), width)
-        ]
-        live = wide = 0
-        for place in reversed(layout_places):
-            if place.source is None:
-                live |= reads[place.row]
+    def of(blocks: Blocks, kept: Edges) -> Needs:
+        """Follow the kept edges upstream from the logits."""
+        # Needed everywhere are the sources of live keys and values, and all upstream of these.
+        live = np.zeros(kept.shape[1], dtype=bool)
+        everywhere = live.copy()
+        for block in reversed(blocks):
+            edges = kept[block.rows]
+            if block.source is None:
+                live |= edges[0]
                 continue
-            live_here, wide_here = live >> place.source, wide >> place.source
-            for offset in range(place.rows):
-                if live_here >> offset & 1:
-                    read = reads[place.row + offset]
-                    live |= read
-                    if place.slot in ("k", "v") or wide_here >> offset & 1:
-                        wide |= read
-        return Needs(*(_members(bits, kept.shape[1]) for bits in (live, wide)))
-
-
-def _members(bits: int, size: int) -> Bool[np.ndarray, " source"]:
-    packed = np.frombuffer(bits.to_bytes(-(-size // 8), "little"), dtype=np.uint8)
-    return np.unpackbits(packed, count=size, bitorder="little").astype(bool)
+            readers = live[block.sources]
+            # Boolean matrix products: the sources from which an edge leads to some reader.
+            live |= readers @ edges
+            if block.slot not in ("k", "v"):
+                readers = everywhere[block.sources]
+            everywhere |= readers @ edges
+        return Needs(live, everywhere)
 
 
 @dataclass(frozen=True, eq=False)
-class Read:
-    """New inputs of some rows of one place.
+class InputUpdate:
+    """New inputs for some nodes in one slot.
 
     Attributes:
-        place: the place.
-        rows: of the layout.
-        wide: at every token, or at the scored ones.
-        changed: how many changed sources there are so far: all of them, or those that are wide.
+        rows: the targets that change, as the edge layout numbers them.
+        tokens: where the inputs are needed.
+        n_changed: how many of `Plan.changed[tokens]` are recomputed before.
     """
 
-    place: Place
-    rows: Int[np.ndarray, " row"]
-    wide: bool
-    changed: int
+    block: TargetBlock
+    rows: Indices
+    tokens: TokenSet
+    n_changed: int
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """Some heads of a layer whose same slots changed, an MLP, or the logits.
+    """Recompute an MLP, the logits, or the heads of a layer for which the same slots change.
 
     Attributes:
-        reads: the inputs that changed; for heads one or more of q, k, v.
-        sources: what is computed, among the sources; empty for the logits.
-        wide: at which tokens.
+        blocks: the targets of these nodes; for heads, those of q, k and v.
+        nodes: the nodes to recompute, numbered from the first of a block.
+        tokens: where their outputs are needed.
+        inputs: the inputs that change.
     """
 
-    reads: tuple[Read, ...]
-    sources: Int[np.ndarray, " source"]
-    wide: bool
+    blocks: Blocks
+    nodes: Indices
+    tokens: TokenSet
+    inputs: tuple[InputUpdate, ...]
 
     @property
-    def layer(self) -> int:
-        """Where it is; the number of layers for the logits."""
-        return self.reads[0].place.layer
+    def block(self) -> TargetBlock:
+        """The first block of targets."""
+        return self.blocks[0]
+
+    @property
+    def sources(self) -> list[int]:
+        """The nodes as the edge layout numbers sources; the logits are none."""
+        first = self.block.source
+        return [] if first is None else (first + self.nodes).tolist()
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What to compute, in order.
+    """What to recompute.
 
     Attributes:
-        steps: the last one is the logits', unless nothing reaches them.
-        changed: the sources that change, in the order in which they are computed.
-        wide: those of them that are read at every token.
-        weights: which changed sources each read sums, kept from run to run.
+        steps: in order; the last one is the logits, if a change reaches them.
+        changed: the recomputed sources in order, by the tokens at which their change is known.
+        weights: cache of the edges along which changes reach each input.
     """
 
     steps: tuple[Step, ...]
-    changed: Int[np.ndarray, " changed"]
-    wide: Int[np.ndarray, " wide"]
-    weights: dict[Read, Tensor] = field(default_factory=dict)
+    changed: Mapping[TokenSet, Indices]
+    weights: dict[InputUpdate, tuple[Tensor | None, bytes]] = field(default_factory=dict)
 
 
-def plan(
-    layout_places: tuple[Place, ...],
-    kept: Bool[np.ndarray, "target source"],
-    needs: Needs,
-    flipped: Bool[np.ndarray, " target"],
-) -> Plan:
-    """What to compute when edges into some rows change.
-
-    Args:
-        kept: edges kept in any variant [target, source].
-        flipped: rows into which edges change [target].
-    """
+def make_plan(blocks: Blocks, window: Window, kept: Edges, targets: Indices) -> Plan:
+    """Plan a run of variants that keep edges among `kept`, and change edges into `targets`."""
     steps: list[Step] = []
-    changed: list[int] = []
-    wide: list[int] = []
-    touched = flipped.copy()
-    if not touched.any():
-        return Plan((), np.array([], dtype=int), np.array([], dtype=int))
-
-    def reads(place: Place, rows: Any, at_all: bool) -> Read:
-        return Read(place, rows, at_all, len(wide if at_all else changed))
-
-    # Whole layers of heads at a time, from the first with a flipped row.
-    first = int(touched.argmax())
-    index = next(
-        i
-        for i, place in enumerate(layout_places)
-        if place.row + (3 if place.slot == "q" else 1) * place.rows > first
-    )
-    while index < len(layout_places):
-        group = layout_places[index : index + (len(SLOTS) if layout_places[index].slot else 1)]
-        index += len(group)
-        here = slice(group[0].row, group[-1].row + group[-1].rows)
-        if changed:
-            touched[here] |= kept[here][:, changed].any(1)
-        if not touched[here].any():
+    changed: dict[TokenSet, list[int]] = {window.scored: [], window.all: []}
+    needs = Needs.of(blocks, kept)
+    affected = np.zeros(len(kept), dtype=bool)
+    affected[targets] = True
+    # Nothing changes upstream of the first of the targets.
+    first = targets[0] if len(targets) else len(kept)
+    for group in sublayers(blocks):
+        rows = slice(group[0].rows.start, group[-1].rows.stop)
+        if rows.stop <= first:
             continue
-        found = list(_steps(group, touched, needs, reads))
-        steps += found
-        for step in found:
-            changed += step.sources.tolist()
-            wide += step.sources.tolist() if step.wide else []
-    return Plan(tuple(steps), np.array(changed, dtype=int), np.array(wide, dtype=int))
+        # A kept edge from a changed source affects its target.
+        if changed[window.scored]:
+            affected[rows] |= kept[rows][:, changed[window.scored]].any(1)
+        # Heads of a layer do not read each other: `changed` grows after all steps of the layer.
+        new_steps = list(_sublayer_steps(group, window, needs, affected, changed))
+        for step in new_steps:
+            for tokens in {step.tokens, window.scored}:
+                changed[tokens] += step.sources
+        steps += new_steps
+    sources = {tokens: np.array(found, dtype=int) for tokens, found in changed.items()}
+    return Plan(tuple(steps), sources)
 
 
-def _steps(
-    group: tuple[Place, ...],
-    touched: Bool[np.ndarray, " target"],
-    needs: Needs,
-    reads: Callable[[Place, Any, bool], Read],
+def _sublayer_steps(
+    group: Blocks, window: Window, needs: Needs, affected: TargetMask, changed: ChangedSources
 ) -> Iterator[Step]:
-    """The heads of a layer sorted by which of their slots changed and where they are needed; or the MLP; or the logits."""
-    first = group[0]
-    if first.source is None:
-        yield Step((reads(first, np.array([first.row]), False),), np.array([], dtype=int), False)
-        return
-    heads = np.arange(first.rows)
-    own = first.own
-    slots = np.stack([touched[place.row : place.row + place.rows] for place in group])
-    kinds = slots.T.astype(int) @ (1 << np.arange(len(group))) * 2 + needs.wide[own]
-    kinds[~needs.live[own] | ~slots.any(0)] = 0
-    for kind in sorted({kind for kind in kinds.tolist() if kind > 1}):
-        chosen, at_all = heads[kinds == kind], bool(kind % 2)
-        made = tuple(
-            reads(place, place.row + chosen, at_all or place.slot in ("k", "v"))
-            for bit, place in enumerate(group)
-            if (kind // 2) >> bit & 1
-        )
-        yield Step(made, first.source + chosen, at_all)
+    """One step for all live nodes that have the same slots affected and need the same tokens."""
+    block = group[0]
+    live, everywhere = np.array([True]), np.array([False])
+    if block.source is not None:
+        live, everywhere = needs.live[block.sources], needs.everywhere[block.sources]
+    slots = np.stack([affected[block.rows] for block in group]) & live
+    # The kind of a node as a number: a bit for each slot, and the lowest one for "everywhere".
+    kinds = (2 << np.arange(len(group))) @ slots + everywhere * slots.any(0)
+    for kind in sorted(set(kinds.tolist()) - {0}):
+        nodes = np.flatnonzero(kinds == kind)
+        tokens = window.all if kind & 1 else window.scored
+        inputs = []
+        for block in compress(group, slots[:, nodes[0]]):
+            read_at = window.all if block.slot in ("k", "v") else tokens
+            n_changed = len(changed[read_at])
+            inputs.append(InputUpdate(block, block.row + nodes, read_at, n_changed))
+        yield Step(group, nodes, tokens, tuple(inputs))

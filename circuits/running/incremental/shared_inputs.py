@@ -1,6 +1,8 @@
-"""Heads into which edges change and nothing else: computed once for each different input, not for each variant.
+"""Heads computed once for each distinct input instead of once for each variant.
 
-Variants of one search differ at a few heads, and share what was decided before: most heads read the same in most variants.
+The variants of a search differ in few edges, so most heads read the same in most of them. If edges
+into some heads of a layer change and nothing upstream of the layer does, a head reads the same in
+two variants if the same edges into it change.
 """
 
 from __future__ import annotations
@@ -12,193 +14,160 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from circuits.graph.edges import SLOTS
 from circuits.models.functional import HeadSelection, Multiply
-from circuits.running.incremental.base_state import State
-from circuits.running.incremental.edge_changes import Flips
-from circuits.running.incremental.plan import Read, Step
-from circuits.running.incremental.sublayer_run import Known
+from circuits.running.incremental.edge_changes import EdgeChanges
+from circuits.running.incremental.plan import Indices, InputUpdate, Step
+from circuits.running.incremental.sublayer_run import BySlot, HeadOutputs, Projected
 
-# The share of different inputs up to which they are computed alone: those of several heads each need weights and keys of their own, copied.
+# Computing distinct inputs pays off up to this share of all inputs. It is lower for several heads:
+# there each distinct input needs a copy of its head's weights and keys.
 WORTHWHILE, WORTHWHILE_OF_SEVERAL = 0.75, 0.25
 
+PerInput = Int[np.ndarray, " input"]
+PerDistinct = Int[np.ndarray, " distinct"]
+Bits = UInt8[np.ndarray, "input byte"]
+BaseOutputs = Float[Tensor, "head token d_model"]
+
 
 @dataclass(frozen=True, eq=False)
-class Different:
-    """Which of some inputs are different from each other and from the base.
+class DistinctInputs:
+    """The distinct ones among the inputs of some heads, without those equal to the base's.
 
     Attributes:
-        node: whose input each different one is.
-        variant: one in which it is read.
-        number: the different one that each input is; one that is as in the base has the number of its node, counted on from the last.
+        node: the head that each distinct input belongs to.
+        variant: a variant in which the head has it.
+        number: for each input, its number among the distinct ones; for one equal to the base's,
+            the count of the distinct ones plus the number of its head.
     """
 
-    node: Int[np.ndarray, " different"]
-    variant: Int[np.ndarray, " different"]
-    number: Int[np.ndarray, " input"]
+    node: PerDistinct
+    variant: PerDistinct
+    number: PerInput
 
     @staticmethod
-    def of(
-        node: Int[np.ndarray, " input"],
-        variant: Int[np.ndarray, " input"],
-        flipped: UInt8[np.ndarray, "input byte"],
-    ) -> Different:
-        """Of one node those inputs are the same into which the same edges change."""
-        changed = np.flatnonzero(flipped.any(axis=1))
-        labelled = np.concatenate(
-            [node[changed, None].astype(">u4").view(np.uint8), flipped[changed]], axis=1
-        )
-        whole = np.ascontiguousarray(labelled).view(np.dtype((np.void, labelled.shape[1])))[:, 0]
-        _, first, inverse = np.unique(whole, return_index=True, return_inverse=True)
+    def of(node: PerInput, variant: PerInput, changes: Bits) -> DistinctInputs:
+        """Find them, given the edges that change into each input, one bit per edge."""
+        changed = np.flatnonzero(changes.any(axis=1))
+        node_bytes = node[changed, None].astype(">u4").view(np.uint8)
+        labels = np.concatenate([node_bytes, changes[changed]], axis=1)
+        # One opaque value per row, which `np.unique` sorts much faster than rows of bytes.
+        values = labels.view(np.dtype((np.void, labels.shape[1])))[:, 0]
+        _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
         number = len(first) + node
         number[changed] = inverse
-        return Different(node[changed][first], variant[changed][first], number)
+        return DistinctInputs(node[changed][first], variant[changed][first], number)
 
 
 @dataclass(frozen=True, eq=False)
-class Cases:
-    """The different cases of some heads: a head with what it reads in q, k and v.
+class DistinctHeads:
+    """The distinct cases in a step: a case is a head together with its q, k and v inputs.
 
     Attributes:
-        heads: of all of them, and of none else, edges into the slots at hand change.
-        whole: the cases; `number` goes through the variants of each head.
-        slots: by slot, the different inputs among those of the cases.
+        step: recomputes heads of a layer upstream of which nothing changes.
+        cases: the distinct cases; inputs are the variants of the first head, of the second, ...
+        by_slot: for each input of the step, the distinct ones among those of the cases.
     """
 
-    heads: Int[np.ndarray, " node"]
-    whole: Different
-    slots: tuple[Different, ...]
-
-    def __len__(self) -> int:
-        """How many there are."""
-        return len(self.whole.node)
-
-    def worthwhile(self, variants: int) -> bool:
-        """Whether computing them is less work than computing every head in every variant."""
-        if len(self.heads) == 1:
-            # All by the same weights: what counts is how many different inputs a slot has.
-            return (
-                sum(len(slot.node) for slot in self.slots)
-                <= WORTHWHILE * len(self.slots) * variants
-            )
-        return len(self) <= WORTHWHILE_OF_SEVERAL * len(self.heads) * variants
+    edge_changes: EdgeChanges
+    step: Step
+    cases: DistinctInputs
+    by_slot: tuple[DistinctInputs, ...]
 
     @staticmethod
-    def of(flips: Flips, step: Step) -> Cases:
-        """The cases of a step before which nothing changed."""
-        first = step.reads[0].place
-        assert first.source is not None
-        node, variant = (
-            part.flatten() for part in np.indices((len(step.sources), len(flips.signs)))
-        )
-        flipped = []
-        for read in step.reads:
-            bits = np.packbits(flips.signs_into(read.rows) != 0, axis=-1)
-            flipped.append(bits.transpose(2, 0, 1, 3).reshape(len(node), -1))
-        whole = Different.of(node, variant, np.concatenate(flipped, axis=1))
-        inputs = whole.node * len(flips.signs) + whole.variant
-        slots = (
-            [Different.of(whole.node, whole.variant, part[inputs]) for part in flipped]
-            if len(flipped) > 1
-            else [whole]
-        )
-        return Cases(step.sources - first.source, whole, tuple(slots))
+    def of(edge_changes: EdgeChanges, step: Step) -> DistinctHeads:
+        """Find the distinct cases of a step."""
+        # Every head in every variant, with the bits of the edges that change into each slot.
+        shape = (len(step.nodes), len(edge_changes.signs))
+        node, variant = (axis.flatten() for axis in np.indices(shape))
+        changes = []
+        for update in step.inputs:
+            bits = np.packbits(edge_changes.signs_into(update.rows) != 0, axis=-1)
+            changes.append(bits.transpose(2, 0, 1, 3).reshape(len(node), -1))
+        cases = DistinctInputs.of(node, variant, np.concatenate(changes, axis=1))
+        by_slot = [cases]
+        if len(changes) > 1:
+            first = cases.node * shape[1] + cases.variant
+            parts = [bits[first] for bits in changes]
+            by_slot = [DistinctInputs.of(cases.node, cases.variant, part) for part in parts]
+        return DistinctHeads(edge_changes, step, cases, tuple(by_slot))
 
-    def changes(
-        self,
-        known: Known,
-        base: State,
-        flips: Flips,
-        step: Step,
-        multiply: Multiply,
-        old: Float[Tensor, "node token d_model"],
-        into: Float[Tensor, "node variant token d_model"],
-    ) -> None:
-        """Find what the heads write in each variant, less what they write in the base.
+    @property
+    def of_one_head(self) -> bool:
+        """Whether all cases are of the same head, so that they share its weights."""
+        return len(self.step.nodes) == 1
 
-        Args:
-            multiply: how to compute products.
-            old: what the heads write in the base.
-            into: where it is written.
-        """
-        if not len(self):
+    def worthwhile(self, n_variants: int) -> bool:
+        """Whether computing the cases is less work than computing every head in every variant."""
+        if self.of_one_head:
+            n_projected = sum(len(inputs.node) for inputs in self.by_slot)
+            return n_projected <= WORTHWHILE * len(self.by_slot) * n_variants
+        return len(self.cases.node) <= WORTHWHILE_OF_SEVERAL * len(self.step.nodes) * n_variants
+
+    def write_changes(self, multiply: Multiply, old: BaseOutputs, into: HeadOutputs) -> None:
+        """Write into `into` how the outputs of the heads change from `old`, those in the base."""
+        n_cases = len(self.cases.node)
+        if not n_cases:
             into.zero_()
             return
-        parts, layer, rows = known.parts, step.layer, self._rows(self.whole, old.device)
-        held = {slot: base.projected[layer, slot] for slot in SLOTS}
-        if not step.wide:
-            held["q"] = parts.window.narrow(held["q"])
-        projected: dict[str, Tensor] = {}
-        for read, different in zip(step.reads, self.slots, strict=True):
-            if not len(different.node):
-                continue
-            slot = str(read.place.slot)
-            projected[slot] = self._projected(known, base, flips, read, different, multiply)
-            # One for all variants of one head is left as it is.
-            if different is not self.whole and (len(self.heads) > 1 or different.number.any()):
-                unchanged = held[slot][torch.from_numpy(self.heads).to(old.device)]
-                table = torch.cat([projected[slot].flatten(0, 1), unchanged])
-                projected[slot] = self._arranged(
-                    table[torch.from_numpy(different.number).to(old.device)]
-                )
-        projected |= {slot: held[slot][rows][:, None] for slot in SLOTS if slot not in projected}
-        written = parts.heads(layer, rows, projected, multiply, wide=step.wide).flatten(0, 1)
-        change = old.new_empty(len(written) + len(old), *old.shape[1:])
-        torch.sub(
-            written,
-            old[torch.from_numpy(self.whole.node).to(old.device)],
-            out=change[: len(written)],
-        )
-        change[len(written) :] = 0
-        torch.index_select(
-            change,
-            0,
-            torch.from_numpy(self.whole.number).to(old.device),
-            out=into.view(-1, *change.shape[1:]),
-        )
+        outputs = self._outputs(multiply).flatten(0, 1)
+        # One row per case, out_u - out0_u, then one per head for variants in which it is zero.
+        changes = old.new_empty(n_cases + len(old), *old.shape[1:])
+        torch.sub(outputs, old[self._index(self.cases.node)], out=changes[:n_cases])
+        changes[n_cases:] = 0
+        number = self._index(self.cases.number)
+        torch.index_select(changes, 0, number, out=into.view(-1, *old.shape[1:]))
+
+    def _outputs(self, multiply: Multiply) -> Float[Tensor, "_ _ token d_model"]:
+        step, base = self.step, self.edge_changes.base
+        qkv: BySlot = {}
+        for update, inputs in zip(step.inputs, self.by_slot, strict=True):
+            if len(inputs.node):
+                found = self._projected(update, inputs, multiply)
+                qkv[update.block.slot] = self._of_cases(update, inputs, found)
+        heads = self._heads(self.cases)
+        for block in step.blocks:
+            if block.slot not in qkv:
+                qkv[block.slot] = base.projection(block, heads, step.tokens)
+        model = self.edge_changes.context.model
+        return model.head_outputs(step.block.layer, heads, qkv, step.tokens, multiply)
 
     def _projected(
-        self,
-        known: Known,
-        base: State,
-        flips: Flips,
-        read: Read,
-        different: Different,
-        multiply: Multiply,
-    ) -> Float[Tensor, "_ _ ... d_head"]:
-        """q, k or v of different inputs."""
-        parts, place = known.parts, read.place
-        assert place.slot is not None
-        attention, device = parts.attention[place.layer], base.outputs.device
-        stored = base.inputs[place.layer, place.slot]
-        stored = stored if read.wide else parts.window.narrow(stored)
-        residual = (
-            stored
-            if len(stored) == 1
-            else stored[torch.from_numpy(self.heads[different.node]).to(device)]
-        )
-        signs = flips.signs[
-            different.variant, :, np.searchsorted(flips.rows, read.rows)[different.node]
-        ]
-        weights = torch.from_numpy(signs).to(residual).transpose(0, 1)[None]
-        residual = (
-            residual + known.summed(weights, flips.ablated(read.wide)[:, None], read.wide)[:, 0]
-        )
-        rows = self._rows(different, device)
-        normed = attention.norm(self._arranged(residual))
-        found = attention.project(place.slot, rows, normed, parts.window.at(read.wide), multiply)
-        return (
-            found
-            if place.slot == "q"
-            else parts.window.into_keys(base.projected[place.layer, place.slot][rows], found)
-        )
+        self, update: InputUpdate, inputs: DistinctInputs, multiply: Multiply
+    ) -> Projected:
+        changes, block, tokens = self.edge_changes, update.block, update.tokens
+        context, base = changes.context, changes.base
+        residual = tokens.select(base.inputs[block])
+        if len(residual) > 1:
+            residual = residual[self._index(self.step.nodes[inputs.node])]
+        # x_r = x0_r + sum over changed edges u->r of (M[u, r] - M0[u, r]) * (out0_u - c_u)
+        rows = np.searchsorted(changes.rows, update.rows)[inputs.node]
+        signs = torch.from_numpy(changes.signs[inputs.variant, :, rows]).to(residual)
+        weights, differences = signs.transpose(0, 1)[None], changes.differences(tokens)[:, None]
+        residual = residual + context.weighted_sum(weights, differences, tokens)[:, 0]
+        normed = context.model.attention[block.layer].norm(self._by_head(residual))
+        heads = self._heads(inputs)
+        return context.model.project(block, heads, normed, tokens, base.projected, multiply)
 
-    def _rows(self, different: Different, device: torch.device) -> HeadSelection:
-        """The heads of different inputs, as functions of a layer take them: one head for all, or one for each."""
-        if len(self.heads) == 1:
-            return slice(int(self.heads[0]), int(self.heads[0]) + 1)
-        return torch.from_numpy(self.heads[different.node]).to(device)
+    def _of_cases(self, update: InputUpdate, inputs: DistinctInputs, found: Projected) -> Projected:
+        # q, k or v of all cases, from those of the distinct inputs and of the base.
+        same_in_all = self.of_one_head and not inputs.number.any()
+        if inputs is self.cases or same_in_all:
+            return found
+        heads = self._index(self.step.nodes)
+        unchanged = self.edge_changes.base.projection(update.block, heads, update.tokens)
+        table = torch.cat([found.flatten(0, 1), unchanged[:, 0]])
+        return self._by_head(table[self._index(inputs.number)])
 
-    def _arranged(self, rows: Float[Tensor, " different *rest"]) -> Float[Tensor, "_ _ *rest"]:
-        """By head and variant: one head in many variants, or each head in one."""
-        return rows[None] if len(self.heads) == 1 else rows[:, None]
+    def _heads(self, inputs: DistinctInputs) -> HeadSelection:
+        # The heads whose weights are used: the only one for all inputs, or one per input.
+        if self.of_one_head:
+            head = int(self.step.nodes[0])
+            return slice(head, head + 1)
+        return self._index(self.step.nodes[inputs.node])
+
+    def _by_head(self, rows: Float[Tensor, " distinct *rest"]) -> Float[Tensor, "_ _ *rest"]:
+        # Add an axis: one head with many variants, or a head per row with one variant each.
+        return rows[None] if self.of_one_head else rows[:, None]
+
+    def _index(self, numbers: Indices) -> Int[Tensor, " _"]:
+        return torch.from_numpy(numbers).to(self.edge_changes.base.outputs.device)

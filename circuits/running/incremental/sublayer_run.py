@@ -1,260 +1,190 @@
-"""A model as functions of tensors, layer by layer."""
+"""The model as functions on the tensors of one task, one sublayer at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from circuits.graph.edges import SLOTS
 from circuits.models import Model, ModelWeights
-from circuits.models.functional import (
-    Attention,
-    FeedForward,
-    HeadSelection,
-    Multiply,
-    Unembedding,
-    multiply,
-)
+from circuits.models.functional import Attention, FeedForward, HeadSelection, Multiply, Unembedding
 from circuits.running.edge_layout import EdgeLayout
-from circuits.running.incremental.base_state import Slot, State
-from circuits.running.incremental.plan import Needs, Place, places
-from circuits.running.incremental.tokens import Window
+from circuits.running.incremental.base_state import ByBlock, EdgeMask, RunTensors, SplitEdges
+from circuits.running.incremental.plan import Blocks, Edges, TargetBlock, sublayers, target_blocks
+from circuits.running.incremental.tokens import TokenIndex, TokenSet, Window
+from circuits.tasks.task import Task
+
+Outputs = Float[Tensor, "source token d_model"]
+HeadOutputs = Float[Tensor, "head variant token d_model"]
+Projected = Float[Tensor, "_ _ ... d_head"]
+BySlot = dict[str | None, Projected]
+Bias = Float[Tensor, "#head batch query key"]
+EdgeWeights = Float[Tensor, "#variant span target source"]
+BySource = Float[Tensor, "source _ token d_model"]
+WeightedSum = Float[Tensor, "target variant token d_model"]
 
 
 class UnsupportedError(Exception):
-    """This model cannot be run incrementally; the reference executor can."""
+    """This model cannot be run incrementally; the reference executor can run it."""
 
 
 @dataclass(frozen=True, eq=False)
-class Parts:
-    """A model as functions of tensors, and what is the same in all of its runs on a task.
+class TaskModel:
+    """A model as functions on the tensors of one task.
 
     Attributes:
-        layout, places: where edges and targets stand.
-        window: the tokens that are computed.
-        biases: of attention, by layer and by whether queries are at every token.
+        layout: how edges are numbered by source and target.
+        blocks: the targets of the layout, in order of computation.
+        attention, mlps: the functions of each layer.
+        biases: cache of what is added to the attention scores, by layer and queries: minus
+            infinity where a query may not attend, and ALiBi.
     """
 
     model: Model
+    task: Task
     layout: EdgeLayout
-    places: tuple[Place, ...]
+    blocks: Blocks
     window: Window
     attention: Sequence[Attention]
-    feed_forward: Sequence[FeedForward]
+    mlps: Sequence[FeedForward]
     unembedding: Unembedding
-    biases: Mapping[tuple[int, bool], Float[Tensor, "#head batch query key"]]
+    biases: dict[tuple[int, TokenSet], Bias]
 
     @staticmethod
-    def of(model: Model, layout: EdgeLayout, window: Window) -> Parts:
-        """The parts of a model.
-
-        Raises:
-            UnsupportedError: a layer computes something that is not known here.
-        """
-        components, layers = ModelWeights(model), range(model.cfg.n_layers)
-        attention = [part for part in map(components.attention, layers) if part is not None]
+    def of(model: Model, task: Task, layout: EdgeLayout, window: Window) -> TaskModel:
+        """Read the functions from the weights; UnsupportedError for an unknown kind of attention."""
+        weights, layers = ModelWeights(model), range(model.cfg.n_layers)
+        attention = [part for part in map(weights.attention, layers) if part is not None]
         if len(attention) < len(layers):
             raise UnsupportedError("positions enter its attention in a way that is not known")
-        keys = torch.arange(window.readable.shape[1], device=window.readable.device).expand(
-            window.readable.shape
-        )
-        biases = {
-            (layer, wide): part.bias(window.layouts[wide].positions, keys, window.readable)
-            for layer, part in enumerate(attention)
-            for wide in (True, False)
-        }
-        feed_forward = (
-            [] if model.cfg.attn_only else [components.feed_forward(layer) for layer in layers]
-        )
-        return Parts(
-            model,
-            layout,
-            places(layout),
-            window,
-            attention,
-            feed_forward,
-            components.unembedding(),
-            biases,
-        )
+        mlps = [] if model.cfg.attn_only else [weights.feed_forward(layer) for layer in layers]
+        blocks, unembedding = target_blocks(layout), weights.unembedding()
+        return TaskModel(model, task, layout, blocks, window, attention, mlps, unembedding, {})
 
     def run(
-        self,
-        written: Float[Tensor, "some_sources token d_model"],
-        known: Mapping[Slot, Tensor],
-        multiply: Multiply = multiply,
-    ) -> Tensors:
-        """Every node's input and output with nothing ablated; or, where `written` has all sources, with everything replaced by it.
+        self, written: Outputs, tokens: TokenSet, base: ByBlock, multiply: Multiply
+    ) -> RunTensors:
+        """Run the whole model, or the circuit without edges.
 
         Args:
-            written: what is read of each source; where there are only embeddings, the rest is computed.
-            known: keys and values of tokens outside of the window.
-            multiply: how to compute products.
+            written: for the whole model, the outputs of the embeddings; for the circuit without
+                edges, c_u of every source u, which is all that targets read.
+            tokens: the tokens that are computed.
+            base: keys and values at the other positions.
+            multiply: how to compute products with weights.
         """
         outputs = written.new_empty(len(self.layout.nodes), *written.shape[1:])
         outputs[: len(written)] = written
+        # What targets read of each source u: out_u, or c_u in the circuit without edges.
         read = outputs if len(written) < len(outputs) else written
-        result = Tensors(outputs, {}, {})
-        stream = written[: self.embeddings].sum(0, keepdim=True)
-        for place in self.places:
-            result.inputs[place.layer, place.slot] = stream
-            if place.slot == "q":
-                below = stream
-                self._all_heads(place, stream, known, result, multiply)
-                stream = (
-                    stream
-                    + read[place.own].sum(0)
-                    + ModelWeights(self.model).output_bias(place.layer)
-                )
-            elif place.slot is not None:
-                result.inputs[place.layer, place.slot] = below
-            elif place.source is not None:
+        result = RunTensors(outputs, {}, {})
+        # The first sources are the embeddings, which read nothing.
+        n_embeddings = self.blocks[0].sources.start
+        stream = before_attention = written[:n_embeddings].sum(0, keepdim=True)
+        for group in sublayers(self.blocks):
+            block = group[0]
+            result.inputs |= dict.fromkeys(group, stream)
+            if block.slot is not None:
+                before_attention = stream
+                self._run_attention(group, tokens, base, result, multiply)
+                # The bias b_O belongs to no node.
+                bias = ModelWeights(self.model).output_bias(block.layer)
+                stream = stream + read[block.sources].sum(0) + bias
+            # The logits read the stream and write nothing.
+            elif block.source is not None:
                 if self.model.cfg.parallel_attn_mlp:
-                    result.inputs[place.layer, None] = below
-                outputs[place.own] = self.feed_forward[place.layer](
-                    result.inputs[place.layer, None], multiply
-                )
-                stream = stream + read[place.own]
+                    result.inputs[block] = before_attention
+                mlp = self.mlps[block.layer]
+                outputs[block.sources] = mlp(result.inputs[block], multiply)
+                stream = stream + read[block.sources]
         return result
 
-    @property
-    def embeddings(self) -> int:
-        """How many sources are embeddings, which read nothing."""
-        return min(place.source for place in self.places if place.source is not None)
-
-    def _all_heads(
-        self,
-        place: Place,
-        stream: Float[Tensor, "1 token d_model"],
-        known: Mapping[Slot, Tensor],
-        result: Tensors,
-        multiply: Multiply,
+    def _run_attention(
+        self, group: Blocks, tokens: TokenSet, base: ByBlock, result: RunTensors, product: Multiply
     ) -> None:
-        part, everyone = self.attention[place.layer], slice(0, place.rows)
-        normed = part.norm(stream[:, None])
-        projected = {}
-        for slot in SLOTS:
-            found = part.project(slot, everyone, normed, self.window.position, multiply)
-            projected[slot] = (
-                found if slot == "q" else self.window.into_keys(known[place.layer, slot], found)
-            )
-            result.projected[place.layer, slot] = projected[slot][:, 0]
-        result.outputs[place.own] = self.heads(
-            place.layer, everyone, projected, multiply, wide=True
-        )[:, 0]
+        block, heads = group[0], slice(0, group[0].n_nodes)
+        normed = self.attention[block.layer].norm(result.inputs[block][:, None])
+        qkv = {}
+        for part in group:
+            found = self.project(part, heads, normed, tokens, base, product)
+            qkv[part.slot], result.projected[part] = found, found[:, 0]
+        outputs = self.head_outputs(block.layer, heads, qkv, tokens, product)
+        result.outputs[block.sources] = outputs[:, 0]
 
-    def heads(
+    def project(
         self,
-        layer: int,
+        block: TargetBlock,
         heads: HeadSelection,
-        projected: Mapping[str, Float[Tensor, "head _ ..."]],
-        multiply: Multiply = multiply,
-        *,
-        wide: bool,
-    ) -> Float[Tensor, "head variant token d_model"]:
-        """What some heads write, given their q at every token or at the scored ones, and k and v at every position of the prompts."""
-        part, layout = self.attention[layer], self.window.layouts[wide]
-        z = part.attend(
-            heads,
-            layout.to_prompts(projected["q"]),
-            projected["k"],
-            projected["v"],
-            self.biases[layer, wide],
-        )
-        z = layout.to_tokens(z)
-        return multiply(z.flatten(1, -2), part.output, None, heads).view(*z.shape[:-1], -1)
+        normed: Float[Tensor, "#head variant token d_model"],
+        tokens: TokenSet,
+        base: ByBlock,
+        multiply: Multiply,
+    ) -> Projected:
+        """q of some heads at some tokens; or k or v, at the other positions those of `base`."""
+        assert block.slot is not None
+        attention = self.attention[block.layer]
+        found = attention.project(block.slot, heads, normed, tokens.positions, multiply)
+        return found if block.slot == "q" else tokens.into_keys(base[block][heads], found)
 
-    def no_keys(self) -> dict[Slot, Float[Tensor, "head batch key d_head"]]:
-        """Keys and values where none are known yet."""
-        cfg = self.model.cfg
-        nothing = self.attention[0].output.new_zeros(
-            cfg.n_heads, *self.window.readable.shape, cfg.d_head
-        )
-        return {(layer, slot): nothing for layer in range(cfg.n_layers) for slot in ("k", "v")}
+    def head_outputs(
+        self, layer: int, heads: HeadSelection, qkv: BySlot, tokens: TokenSet, multiply: Multiply
+    ) -> HeadOutputs:
+        """Outputs of some heads, z W_O, from q at some tokens and k and v at all positions."""
+        # z = softmax(q k^T / scale + bias) v
+        attention, queries = self.attention[layer], tokens.to_prompts(qkv["q"])
+        bias = self._attention_bias(layer, tokens)
+        z = attention.attend(heads, queries, qkv["k"], qkv["v"], bias)
+        z = tokens.to_tokens(z)
+        written = multiply(z.flatten(1, -2), attention.output, None, heads)
+        return written.view(*z.shape[:-1], -1)
 
-
-@dataclass(frozen=True, eq=False)
-class Tensors:
-    """What a run leaves: outputs of sources, inputs of targets, and q, k and v, as a `State` holds them."""
-
-    outputs: Float[Tensor, "source token d_model"]
-    inputs: dict[Slot, Tensor]
-    projected: dict[Slot, Tensor]
-
-    def at(self, tokens: Int[Tensor, " token"]) -> Tensors:
-        """At some of the tokens only; keys and values stay whole."""
-        inputs = {slot: read[:, tokens] for slot, read in self.inputs.items()}
-        projected = {
-            slot: part[:, tokens] if slot[1] == "q" else part
-            for slot, part in self.projected.items()
-        }
-        return Tensors(self.outputs[:, tokens], inputs, projected)
-
-    def state(
-        self,
-        kept: Bool[Tensor, " edge"],
-        mask: Bool[np.ndarray, "span target source"],
-        layout_places: tuple[Place, ...],
-    ) -> State:
-        """The state of a circuit whose run this is."""
-        changed = np.full(len(self.outputs), not bool(kept.all()))
-        return State(
-            kept,
-            mask,
-            self.outputs,
-            self.inputs,
-            self.projected,
-            changed,
-            Needs.of(layout_places, np.any(mask, axis=0)),
-        )
+    def _attention_bias(self, layer: int, tokens: TokenSet) -> Bias:
+        key, readable = (layer, tokens), self.window.readable
+        if key not in self.biases:
+            keys = torch.arange(readable.shape[1], device=readable.device).expand(readable.shape)
+            queries = tokens.positions[tokens.by_prompt]
+            self.biases[key] = self.attention[layer].bias(queries, keys, readable)
+        return self.biases[key]
 
 
 @dataclass(frozen=True, eq=False)
-class Known:
+class RunContext:
     """What all runs on a task share.
 
     Attributes:
-        parts: the model as functions of tensors.
-        counterfactuals: what replaces each source's output, in the window.
-        removed: what each source of the whole model writes, minus its counterfactual: at the scored tokens, and at all of the window.
-        spans: the span of each token, where edges are split by spans.
-        possible: where there can be edges, by target and source.
+        counterfactuals: c_u of every source u.
+        differences: out_u - c_u of every source u in the whole model, by token set.
+        spans: the span of each token; None if edges are not split by span.
+        possible: where the model can have an edge.
     """
 
-    parts: Parts
-    counterfactuals: Float[Tensor, "source token d_model"]
-    removed: tuple[Float[Tensor, "source scored d_model"], Float[Tensor, "source token d_model"]]
-    spans: Int[Tensor, " token"] | None
-    possible: Bool[np.ndarray, "target source"]
+    model: TaskModel
+    counterfactuals: Outputs
+    differences: Mapping[TokenSet, Float[Tensor, "source _ d_model"]]
+    spans: TokenIndex | None
+    possible: Edges
 
-    def summed(
-        self,
-        weights: Float[Tensor, "#variant span target source"],
-        values: Float[Tensor, "source _ token d_model"],
-        wide: bool,
-    ) -> Float[Tensor, "target variant token d_model"]:
-        """Sums over sources, each token by the weights of its span."""
+    def mask(self, kept: EdgeMask) -> SplitEdges:
+        """M[u, r] by span; 0 where the model cannot have an edge."""
+        return ~self.model.layout.ablated(kept[None])[0].numpy() & self.possible
+
+    def weighted_sum(self, weights: EdgeWeights, values: BySource, tokens: TokenSet) -> WeightedSum:
+        """sum over u of weights[u, r] * values[u], each token with the weights of its span."""
+        n_variants = max(len(weights), values.shape[1])
         if self.spans is not None:
-            here = self.spans if wide else self.spans[-self.parts.window.scored :]
-            shape = (max(len(weights), values.shape[1]), *values.shape[2:])
-            return torch.einsum(
-                "vtru,uvtd->rvtd",
-                weights[:, here].expand(shape[0], -1, -1, -1),
-                values.expand(-1, *shape),
-            )
+            by_token = weights[:, self.spans[-len(tokens) :]].expand(n_variants, -1, -1, -1)
+            values = values.expand(-1, n_variants, -1, -1)
+            return torch.einsum("vtru,uvtd->rvtd", by_token, values)
         matrix, flat = weights[:, 0], values.flatten(2)
-        if matrix.shape[0] == 1:
-            return (matrix[0] @ flat.flatten(1)).view(-1, *values.shape[1:])
-        if values.shape[1] == 1:
-            summed = matrix.transpose(0, 1).flatten(0, 1) @ flat[:, 0]
+        if len(matrix) == 1:
+            # The same edges in all variants.
+            total = matrix[0] @ flat.flatten(1)
+        elif values.shape[1] == 1:
+            # The same values in all variants.
+            total = matrix.transpose(0, 1).flatten(0, 1) @ flat[:, 0]
         else:
-            summed = torch.bmm(matrix, flat.transpose(0, 1)).transpose(0, 1)
-        return summed.reshape(matrix.shape[1], len(matrix), *values.shape[2:])
-
-    def mask(self, kept: Bool[Tensor, " edge"]) -> Bool[np.ndarray, "span target source"]:
-        """Edges kept, by span, target and source."""
-        return ~self.parts.layout.ablated(kept[None])[0].numpy() & self.possible
+            total = torch.bmm(matrix, flat.transpose(0, 1)).transpose(0, 1)
+        return total.reshape(-1, n_variants, *values.shape[2:])

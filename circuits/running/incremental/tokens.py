@@ -1,4 +1,8 @@
-"""Which tokens of a task an incremental run computes: those that can change, up to the last one of each prompt that matters."""
+"""The tokens that an incremental run computes.
+
+Activations hold the tokens of all prompts on one axis, the scored tokens last and in the order of
+the task's scored rows. So the scored tokens of an activation are the end of this axis.
+"""
 
 from __future__ import annotations
 
@@ -8,158 +12,118 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.models.functional import HeadSelection
 from circuits.tasks.task import Task
+
+TokenIndex = Int[Tensor, " token"]
+Readable = Bool[Tensor, "batch key"]
+ByToken = Float[Tensor, "*rows token width"]
+ByPrompt = Float[Tensor, "*rows batch place width"]
+Keys = Float[Tensor, "head batch key d_head"]
+VariantKeys = Float[Tensor, "head variant batch key d_head"]
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
-    """Where tokens stand when they are sorted by prompt, as attention needs them.
+class TokenSet:
+    """A set of tokens, in the order in which activations hold them.
 
     Attributes:
-        index: the token at each place; where a prompt has fewer tokens than others, its first one stands in.
-        place: the place of each token, counting through all prompts.
-        positions: of the tokens in their prompts.
-        plain: the tokens are in this order already, one for each prompt.
+        prompts, positions: prompt and position of each token.
+        keys: its place among the flattened keys of all prompts.
+        by_prompt: the tokens of each prompt, in order; shorter prompts are padded with token 0.
+        places: where each token is in the flattened `by_prompt`.
+        one_per_prompt: whether the set is one token of each prompt, in the order of the prompts.
     """
 
-    index: Int[Tensor, "batch place"]
-    place: Int[Tensor, " token"]
-    positions: Int[Tensor, "batch place"]
-    plain: bool
+    prompts: TokenIndex
+    positions: TokenIndex
+    keys: TokenIndex
+    by_prompt: Int[Tensor, "batch place"]
+    places: TokenIndex
+    one_per_prompt: bool
 
     @staticmethod
-    def of(prompt: Int[Tensor, " token"], position: Int[Tensor, " token"], batch: int) -> Layout:
-        """The layout of some tokens."""
-        order = torch.argsort(prompt * (int(position.max()) + 1) + position)
-        counts = torch.bincount(prompt, minlength=batch)
-        starts = counts.cumsum(0) - counts
-        width = int(counts.max())
-        offsets = torch.arange(width, device=prompt.device).expand(batch, width)
-        index = order[
-            (starts[:, None] + torch.where(offsets < counts[:, None], offsets, 0)).clamp(
-                max=len(order) - 1
-            )
-        ]
-        place = torch.empty_like(prompt)
-        place[order] = (
-            prompt[order] * width
-            + torch.arange(len(prompt), device=prompt.device)
-            - starts[prompt[order]]
-        )
-        plain = width == 1 and bool(
-            (place == torch.arange(len(prompt), device=prompt.device)).all()
-        )
-        return Layout(index, place, position[index], plain)
+    def of(tokens: Int[Tensor, "token 2"], readable: Readable) -> TokenSet:
+        """Index tokens given by prompt and position."""
+        prompts, positions = tokens.T.contiguous()
+        n_prompts, n_keys = readable.shape
+        present = torch.zeros_like(readable, dtype=torch.long)
+        present[prompts, positions] = 1
+        # Each token's place in its prompt: the number of tokens before it.
+        rank = (present.cumsum(1) - 1)[prompts, positions]
+        width = int(rank.max()) + 1
+        by_prompt = rank.new_zeros(n_prompts, width)
+        by_prompt[prompts, rank] = torch.arange(len(tokens), device=tokens.device)
+        places, keys = prompts * width + rank, prompts * n_keys + positions
+        one_per_prompt = prompts.tolist() == list(range(n_prompts))
+        return TokenSet(prompts, positions, keys, by_prompt, places, one_per_prompt)
 
-    def to_prompts(
-        self, rows: Float[Tensor, "*rows token width"]
-    ) -> Float[Tensor, "*rows batch place width"]:
-        """Tokens sorted by prompt."""
-        if self.plain:
+    def __len__(self) -> int:
+        """The number of tokens."""
+        return len(self.positions)
+
+    def gather(self, activation: Float[Tensor, "*rows batch pos width"]) -> ByToken:
+        """These tokens of an activation that has all positions of all prompts."""
+        return activation[..., self.prompts, self.positions, :]
+
+    def select(self, rows: Float[Tensor, "*rows longer width"]) -> ByToken:
+        """These tokens of an activation that ends with them; a view."""
+        return rows[..., -len(self) :, :]
+
+    def to_prompts(self, rows: ByToken) -> ByPrompt:
+        """Arrange tokens by prompt, as attention needs them."""
+        if self.one_per_prompt:
             return rows[..., :, None, :]
-        return rows.index_select(-2, self.index.flatten()).unflatten(-2, self.index.shape)
+        flat = rows.index_select(-2, self.by_prompt.flatten())
+        return flat.unflatten(-2, self.by_prompt.shape)
 
-    def to_tokens(
-        self, rows: Float[Tensor, "*rows batch place width"]
-    ) -> Float[Tensor, "*rows token width"]:
-        """Tokens in their own order again."""
+    def to_tokens(self, rows: ByPrompt) -> ByToken:
+        """Undo `to_prompts`."""
         flat = rows.flatten(-3, -2)
-        return flat if self.plain else flat.index_select(-2, self.place)
+        return flat if self.one_per_prompt else flat.index_select(-2, self.places)
+
+    def into_keys(
+        self, base: Keys, found: Float[Tensor, "head variant token d_head"]
+    ) -> VariantKeys:
+        """Keys or values at all positions: `found` at these tokens, `base` elsewhere."""
+        keys = base.flatten(1, 2)[:, None].repeat(1, found.shape[1], 1, 1)
+        keys.index_copy_(2, self.keys, found)
+        return keys.unflatten(2, base.shape[1:3])
 
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """The tokens that are computed, all prompts' in one row, the scored ones last and in the order of the task's rows.
+    """The token sets of a task.
 
     Attributes:
-        prompt, position: of each token.
-        scored: how many are scored.
-        readable: where there is something to attend to, at each position of each prompt.
-        layouts: of the scored tokens, and of all.
+        everywhere: the tokens that can affect a scored token.
+        all: those of them that can change: the only ones that variants compute.
+        scored: the scored tokens: enough for a node that no key or value depends on.
+        readable: which positions of each prompt can be attended to.
     """
 
-    prompt: Int[Tensor, " token"]
-    position: Int[Tensor, " token"]
-    scored: int
-    readable: Bool[Tensor, "batch key"]
-    layouts: tuple[Layout, Layout]
+    everywhere: TokenSet
+    all: TokenSet
+    scored: TokenSet
+    readable: Readable
 
     @staticmethod
-    def of(task: Task, *, causal: bool, from_first_difference: bool) -> Window:
-        """The window of a task.
-
-        Args:
-            causal: whether attention is; otherwise every real token matters.
-            from_first_difference: nothing changes before the first token in which clean and corrupted prompts differ.
-        """
-        batch, length = task.clean.shape
+    def of(task: Task, *, causal: bool, resample: bool) -> Window:
+        """Find the token sets; `resample`: counterfactuals are activations on corrupted prompts."""
+        length = task.clean.shape[1]
         index = torch.arange(length, device=task.clean.device)
-        last = torch.where(task.scored if causal else task.mask, index, 0).amax(1, keepdim=True)
-        first = torch.zeros_like(last)
-        if causal and from_first_difference:
-            first = torch.where(
-                (task.clean != task.corrupted) | task.scored, index, length - 1
-            ).amin(1, keepdim=True)
-        inside = (index >= first) & (index <= last) & task.mask
-        tokens = torch.cat([(inside & ~task.scored).nonzero(), task.scored.nonzero()])
-        prompt, position = tokens.T.contiguous()
-        scored = len(task.row_prompt)
-        layouts = (
-            Layout.of(prompt[-scored:], position[-scored:], batch),
-            Layout.of(prompt, position, batch),
-        )
-        return Window(
-            prompt,
-            position,
-            scored,
-            (task.mask & (index <= last))[:, : int(last.max()) + 1],
-            layouts,
-        )
-
-    def __len__(self) -> int:
-        """The number of tokens."""
-        return len(self.prompt)
-
-    def cut(
-        self, activation: Float[Tensor, "*rows batch pos width"]
-    ) -> Float[Tensor, "*rows token width"]:
-        """What stands at these tokens."""
-        return activation[..., self.prompt, self.position, :]
-
-    def within(self, other: Window) -> Int[Tensor, " token"]:
-        """Where these tokens stand in a window that has them all."""
-        table = torch.empty_like(other.readable, dtype=torch.long)
-        table[other.prompt, other.position] = torch.arange(len(other), device=table.device)
-        return table[self.prompt, self.position]
-
-    def narrow(
-        self, rows: Float[Tensor, "*rows token width"]
-    ) -> Float[Tensor, "*rows scored width"]:
-        """What stands at the scored tokens; a view."""
-        return rows[..., -self.scored :, :]
-
-    def at(self, wide: bool) -> Int[Tensor, " token"]:
-        """Positions of all tokens, or of the scored ones."""
-        return self.position if wide else self.position[-self.scored :]
-
-    def put(
-        self,
-        into: Float[Tensor, "rows token width"],
-        rows: HeadSelection,
-        values: Tensor,
-        wide: bool,
-    ) -> None:
-        """Write values at all tokens, or at the scored ones, of some rows."""
-        (into if wide else self.narrow(into))[rows] = values
-
-    def into_keys(
-        self,
-        known: Float[Tensor, "head batch key d_head"],
-        found: Float[Tensor, "head variant token d_head"],
-    ) -> Float[Tensor, "head variant batch key d_head"]:
-        """Keys or values of whole prompts: new ones at these tokens, known ones elsewhere."""
-        result = known.flatten(1, 2)[:, None].repeat(1, found.shape[1], 1, 1)
-        return result.index_copy_(2, self.prompt * known.shape[2] + self.position, found).unflatten(
-            2, known.shape[1:3]
-        )
+        # Under causal attention nothing after the last scored token of a prompt matters.
+        matters = task.scored if causal else task.mask
+        last = torch.where(matters, index, 0).amax(1, keepdim=True)
+        everywhere = can_change = task.mask & (index <= last)
+        # Nothing changes before the first token at which the prompts differ.
+        if causal and resample:
+            starts = (task.clean != task.corrupted) | task.scored
+            first = torch.where(starts, index, length - 1).amin(1, keepdim=True)
+            can_change = everywhere & (index >= first)
+        readable = everywhere[:, : int(last.max()) + 1]
+        scored = task.scored.nonzero()
+        sets = []
+        for tokens in (everywhere, can_change, task.scored):
+            unscored = (tokens & ~task.scored).nonzero()
+            sets.append(TokenSet.of(torch.cat([unscored, scored]), readable))
+        return Window(sets[0], sets[1], sets[2], readable)
