@@ -869,11 +869,11 @@ BROKEN = {
     ),
     "a vector that is a matrix": (
         broken(b_dec=random(WIDTH, 1)),
-        r"b_dec has shape \(5, 1\), expected \(5,\) \(d_model, as in layer 0\)",
+        r"b_dec has shape \(5, 1\), expected \(5,\) \(d_model\); .*as in layer 0",
     ),
     "other features": (
         broken(b_enc=random(FEATURES + 1)),
-        r"b_enc has shape \(13,\), expected \(12,\) \(features, as in layer 0\)",
+        r"b_enc has shape \(13,\), expected \(12,\) \(features\); .*as in layer 0",
     ),
     "integers": (
         broken(W_dec=torch.ones(FEATURES, WIDTH, dtype=torch.int8)),
