@@ -32,13 +32,9 @@ from circuits.tasks.families.two_hop import TwoHop
 from circuits.tasks.prompts import Split, split_of
 from circuits.transcoders.io.load import load_transcoders
 from circuits.transcoders.io.save import save_transcoders
-from circuits.transcoders.training.train import (
-    Batches,
-    Training,
-    TranscoderKind,
-    quality,
-    train_transcoders,
-)
+from circuits.transcoders.training.parameters import TranscoderKind
+from circuits.transcoders.training.quality import quality
+from circuits.transcoders.training.train import Batches, Training, train_transcoders
 
 FAMILIES = (IOI(), GenderedPronoun(), TwoHop(), Docstring(), Induction(), GreaterThan())
 SHIPPED: dict[TranscoderKind, tuple[tuple[float, ...], int]] = {

@@ -18,7 +18,8 @@ from circuits.transcoders.training.parameters import (
     TranscoderKind,
     TranscoderParameters,
 )
-from circuits.transcoders.training.train import Training, quality, record, train_transcoders
+from circuits.transcoders.training.quality import quality, record
+from circuits.transcoders.training.train import Training, train_transcoders
 from circuits.transcoders.transcoder import Transcoders
 
 KINDS: tuple[TranscoderKind, ...] = ("plt", "skip-plt", "clt")

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import pandas as pd
 import torch
@@ -34,7 +34,7 @@ from torch import Tensor
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget
 from circuits.transcoders.activations import BatchTopK, ReLU
-from circuits.transcoders.transcoder import Encoder, Transcoders
+from circuits.transcoders.transcoder import Transcoders
 
 # `largest` first selects among blocks of this many neighbouring numbers.
 BLOCK = 32
@@ -53,6 +53,8 @@ INTEGERS = {
 HiddenStates = Mapping[int, Float[Tensor, "batch pos d_model"]]
 Column = Int[Tensor, " found"]
 FloatColumn = Float[Tensor, " found"]
+Found = tuple[Column, Column, FloatColumn]
+Tokens = Float[Tensor, "token d_model"]
 Values = Float[Tensor, "row n"]
 Columns = Int[Tensor, "row k"]
 
@@ -145,9 +147,8 @@ def extract_features(
     layers = tuple(sorted(hidden_states))
     first = hidden_states[layers[0]]
     n_prompts, n_positions, _ = first.shape
-    tokens = {}
-    for layer in layers:
-        tokens[layer] = hidden_states[layer].to(first.device).flatten(0, 1)
+    states = [hidden_states[layer].to(first.device) for layer in layers]
+    tokens = {layer: one.flatten(0, 1) for layer, one in zip(layers, states, strict=True)}
     budget = memory_budget(first.device, max_memory)
     encoder = _PiecewiseEncoder(transcoders, tokens, n_positions, budget)
     bound = _largest_below(threshold, first.dtype)
@@ -168,14 +169,11 @@ def extract_features(
     )
 
 
-def _find_all(
-    encoder: _PiecewiseEncoder,
-    bound: float,
-) -> tuple[Column, Column, FloatColumn]:
+def _find_all(encoder: _PiecewiseEncoder, bound: float) -> Found:
     """Row (layer and token), index and activation of all features above `bound`."""
     found, first_row = [], 0
-    for layers, tokens in encoder.pieces():
-        activations = encoder.encode(layers, tokens)
+    for piece in encoder.pieces():
+        activations = encoder.encode(*piece)
         row, index = _above(activations, bound)
         found.append((first_row + row, index, activations[row, index]))
         first_row += len(activations)
@@ -183,11 +181,7 @@ def _find_all(
     return row, index, activation
 
 
-def _find_largest(
-    encoder: _PiecewiseEncoder,
-    bound: float,
-    k: int,
-) -> tuple[Column, Column, FloatColumn]:
+def _find_largest(encoder: _PiecewiseEncoder, bound: float, k: int) -> Found:
     """The same for at most `k` features of each row."""
     found = [largest(encoder.encode(*piece), k) for piece in encoder.pieces()]
     activations, indices = map(torch.cat, zip(*found, strict=True))
@@ -266,130 +260,108 @@ class _PiecewiseEncoder:
     Attributes:
         tokens: what the features of each layer read, all prompts one after the other.
         n_positions: number of positions of each prompt.
-        budget: bytes of memory to use: half for activations, a quarter for a moved encoder.
+        budget: bytes of memory to use: half for activations, a quarter for moved weights.
         maxima: layers of all pieces so far, with the largest pre-activation of each.
-        cached: the layer whose encoder was used last, and that encoder.
+        moved: the layer that was encoded last, with its encoder weights.
     """
 
     transcoders: Transcoders
-    tokens: Mapping[int, Float[Tensor, "token d_model"]]
+    tokens: Mapping[int, Tokens]
     n_positions: int
     budget: int
     maxima: list[tuple[int, Tensor]] = field(default_factory=list)
-    cached: tuple[int, Encoder] | None = None
+    moved: dict[int, Tensor] = field(default_factory=dict)
 
     def pieces(self) -> Iterator[tuple[Sequence[int], slice]]:
         """Split the work into groups of layers with all tokens, or else into tokens of a layer."""
         layers = list(self.tokens)
-        first = self.tokens[layers[0]]
-        n_tokens = len(first)
-        budget = self.budget // 2
-        token_bytes = LIVE_COPIES * self.transcoders.n_features * first.element_size()
-        max_tokens = max(1, budget // token_bytes)
-        if max_tokens < n_tokens:
-            for layer in layers:
-                step = self._tokens_per_piece(layer, max_tokens)
-                for start in range(0, n_tokens, step):
-                    yield [layer], slice(start, start + step)
+        tokens = self.tokens[layers[0]]
+        n_tokens, budget = len(tokens), self.budget // 2
+        token_bytes = LIVE_COPIES * self.transcoders.n_features * tokens.element_size()
+        if n_tokens * token_bytes <= budget:
+            # Several layers at once need fewer calls of GPU kernels. On a CPU calls are cheap.
+            if tokens.device.type == "cpu":
+                budget = min(budget, CACHED_BYTES)
+            n_layers = max(1, budget // (n_tokens * token_bytes))
+            for start in range(0, len(layers), n_layers):
+                yield layers[start : start + n_layers], slice(n_tokens)
             return
-        # Several layers at once need fewer calls of GPU kernels. On a CPU calls are cheap.
-        if first.device.type == "cpu":
-            budget = min(budget, CACHED_BYTES)
-        n_layers = max(1, budget // (token_bytes * n_tokens))
-        for start in range(0, len(layers), n_layers):
-            yield layers[start : start + n_layers], slice(n_tokens)
+        for layer in layers:
+            needed = self.n_positions if self._needs_prompts(layer) else 1
+            step = max(needed, budget // token_bytes)
+            if step > self.n_positions:
+                # Whole prompts.
+                step -= step % self.n_positions
+            for start in range(0, n_tokens, step):
+                yield [layer], slice(start, start + step)
 
     def encode(self, layers: Sequence[int], tokens: slice) -> Values:
         """Activations with a row for each layer and token; negative numbers stand for zero."""
         inputs = [self.tokens[layer][tokens] for layer in layers]
-        shape = (len(layers), len(inputs[0]), self.transcoders.n_features)
-        values = inputs[0].new_empty(shape)
-        for layer, x, pre in zip(layers, inputs, values, strict=True):
-            self._write_preactivations(layer, x, pre)
+        n_features = self.transcoders.n_features
+        values = inputs[0].new_empty(len(layers), len(inputs[0]), n_features)
+        for layer, x, out in zip(layers, inputs, values, strict=True):
+            self._write_preactivations(layer, x, out)
         maxima = values.flatten(1).amax(1)
         self.maxima += zip(layers, maxima, strict=True)
-        for layer, pre in zip(layers, values, strict=True):
-            self._activate(layer, pre)
+        for layer, out in zip(layers, values, strict=True):
+            self._activate(layer, out)
         return values.flatten(0, 1)
-
-    def _activate(self, layer: int, values: Float[Tensor, "token feature"]) -> None:
-        """Replace pre-activations by activations."""
-        activation = self.transcoders.encoders[layer].activation
-        # Only positive numbers are selected, so ReLU can be left out.
-        if isinstance(activation, ReLU):
-            return
-        length = self.n_positions if self._needs_prompts(layer) else len(values)
-        prompts = values.unflatten(0, (-1, length))
-        values.copy_(activation(prompts).flatten(0, 1))
 
     def check_finite(self) -> None:
         """Refuse numbers that are not finite. The host waits for the device once."""
-        # The maximum of numbers with a NaN among them is NaN.
         layers, maxima = zip(*self.maxima, strict=True)
-        finite = torch.stack(maxima).isfinite()
-        for layer, is_finite in zip(layers, finite.tolist(), strict=True):
+        # The maximum of numbers with a NaN among them is NaN.
+        finite = torch.stack(maxima).isfinite().tolist()
+        for layer, is_finite in zip(layers, finite, strict=True):
             if is_finite:
                 continue
+            what, remedy = "the hidden states", "run the model in float32, or check its inputs"
             if self.tokens[layer].isfinite().all():
-                raise InputError(
-                    f"pre-activations of layer {layer} are not finite; give hidden states in "
-                    "float32, or check the transcoders."
-                )
-            raise InputError(
-                f"the hidden states of layer {layer} are not finite; run the model in float32, or "
-                "check its inputs."
-            )
-
-    def _tokens_per_piece(self, layer: int, max_tokens: int) -> int:
-        """Whole prompts if they fit or are needed."""
-        if self._needs_prompts(layer):
-            max_tokens = max(max_tokens, self.n_positions)
-        if max_tokens < self.n_positions:
-            return max_tokens
-        return max_tokens // self.n_positions * self.n_positions
+                what = "pre-activations"
+                remedy = "give hidden states in float32, or check the transcoders"
+            raise InputError(f"{what} of layer {layer} are not finite; {remedy}.")
 
     def _needs_prompts(self, layer: int) -> bool:
         """Whether activations at one position depend on other positions of the prompt."""
         encoder = self.transcoders.encoders[layer]
         return isinstance(encoder.activation, BatchTopK)
 
-    def _write_preactivations(
-        self,
-        layer: int,
-        x: Float[Tensor, "token d_model"],
-        out: Float[Tensor, "token feature"],
-    ) -> None:
-        encoder = self._encoder(layer)
-        weight = encoder.weight
-        bias = encoder.bias.to(x)
+    def _write_preactivations(self, layer: int, x: Tokens, out: Values) -> None:
+        weight = self._weight(layer, x)
+        bias = self.transcoders.encoders[layer].bias.to(x)
         # out = x W_enc^T + b_enc
         if weight.device == x.device and weight.dtype == x.dtype:
             torch.addmm(bias, x, weight.T, out=out)
             return
-        # The encoder is too large to be moved at once.
-        row_bytes = weight.shape[1] * x.element_size()
-        step = max(1, self.budget // 4 // row_bytes)
+        step = max(1, self.budget // 4 // weight[0].numel() // x.element_size())
         for start in range(0, len(weight), step):
             rows = slice(start, start + step)
             moved = weight[rows].to(x)
             out[:, rows] = torch.nn.functional.linear(x, moved, bias[rows])
 
-    def _encoder(self, layer: int) -> Encoder:
-        """The encoder, moved to the device and dtype of the tokens unless it is too large."""
-        if self.cached is not None and self.cached[0] == layer:
-            return self.cached[1]
-        encoder = self.transcoders.encoders[layer]
-        like = self.tokens[layer]
-        moved_bytes = encoder.weight.numel() * like.element_size()
-        if moved_bytes <= self.budget // 4:
-            encoder = replace(encoder, weight=encoder.weight.to(like))
-        # A layer in several pieces has its encoder moved once.
-        self.cached = layer, encoder
-        return encoder
+    def _weight(self, layer: int, like: Tensor) -> Tensor:
+        """The encoder weights, moved to the device and dtype of `like` unless too large."""
+        if layer not in self.moved:
+            weight = self.transcoders.encoders[layer].weight
+            if weight.numel() * like.element_size() <= self.budget // 4:
+                weight = weight.to(like)
+            # Only one layer is kept, for its next piece.
+            self.moved = {layer: weight}
+        return self.moved[layer]
+
+    def _activate(self, layer: int, values: Values) -> None:
+        """Replace pre-activations by activations."""
+        activation = self.transcoders.encoders[layer].activation
+        # Only positive numbers are selected, so ReLU can be left out.
+        if not isinstance(activation, ReLU):
+            length = self.n_positions if self._needs_prompts(layer) else len(values)
+            prompts = values.unflatten(0, (-1, length))
+            values.copy_(activation(prompts).flatten(0, 1))
 
 
 def _largest_below(threshold: float, dtype: torch.dtype) -> float:
-    """The largest non-negative number of a precision below `threshold`, or 0.
+    """The largest number of a precision below `threshold`, or 0 if that is larger.
 
     `activation > bound` then means `activation > 0 and activation >= threshold`.
     """
@@ -405,22 +377,18 @@ def _check_settings(top_k: int | None, threshold: float) -> None:
         raise InputError(f"top_k={top_k}: give 1 or more, or None for all features that fire.")
     if not 0 <= threshold < torch.inf:
         raise InputError(
-            f"threshold={threshold}: give a number from 0 up; features that do not fire have "
-            "activation 0."
+            f"threshold={threshold}: give a number from 0 up; features that do not fire have 0."
         )
 
 
 def _check_states(hidden_states: HiddenStates, transcoders: Transcoders) -> None:
     if not isinstance(hidden_states, Mapping):
         raise InputError(
-            "give hidden states as a mapping from layers to tensors; for a list that begins with "
-            "layer 0, give dict(enumerate(states))."
+            "give hidden states as a mapping from layers to tensors, such as "
+            "dict(enumerate(states)) for a list that begins with layer 0."
         )
     if not hidden_states:
-        raise InputError(
-            "there are no hidden states; give a mapping from layers to tensors "
-            "[batch, pos, d_model]."
-        )
+        raise InputError("there are no hidden states; give tensors [batch, pos, d_model] by layer.")
     first_layer, first = next(iter(hidden_states.items()))
     expected = f"{tuple(first.shape)} in {first.dtype}"
     for layer, states in hidden_states.items():
@@ -434,14 +402,14 @@ def _check_states(hidden_states: HiddenStates, transcoders: Transcoders) -> None
 
 
 def _check_layer_states(layer: int, states: Tensor, transcoders: Transcoders) -> None:
-    name = transcoders.name
-    shape = tuple(states.shape)
-    if layer not in range(transcoders.n_layers):
+    name, last_layer = transcoders.name, transcoders.n_layers - 1
+    if layer not in range(last_layer + 1):
         raise InputError(
             f"layer {layer!r} is none of those of {name!r}; give hidden states of layers 0 to "
-            f"{transcoders.n_layers - 1}."
+            f"{last_layer}."
         )
-    if len(shape) != 3 or shape[2] != transcoders.d_model or 0 in shape:
+    shape = tuple(states.shape)
+    if len(shape) != 3 or 0 in shape or shape[2] != transcoders.d_model:
         raise InputError(
             f"the hidden states of layer {layer} have shape {shape}; {name!r} reads "
             f"[batch, pos, {transcoders.d_model}], at least one position of one prompt."

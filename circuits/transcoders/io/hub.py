@@ -119,16 +119,14 @@ def fetch_files(files: Sequence[Address]) -> list[Path]:
     Raises:
         InputError: a repository cannot be reached, or does not have a file.
     """
-    # One download for each repository.
-    patterns: dict[Address, list[str]] = {}
+    local = {}
+    for root in {file.root for file in files}:
+        wanted = [glob.escape(file.path) for file in files if file.root == root]
+        local[root] = _download(root, wanted)
     for file in files:
-        patterns.setdefault(file.root, []).append(glob.escape(file.path))
-    local = {root: _download(root, wanted) for root, wanted in patterns.items()}
-    found = [local[file.root] / file.path for file in files]
-    for file, path in zip(files, found, strict=True):
-        if not path.is_file():
+        if not (local[file.root] / file.path).is_file():
             raise InputError(f"there is no file {file}; correct the address or the revision.")
-    return found
+    return [local[file.root] / file.path for file in files]
 
 
 def _download(
@@ -146,10 +144,9 @@ def _download(
         )
     # Errors have many types, some from a network library, and vary between versions of the hub.
     except Exception as error:
-        reason = str(error).strip() or type(error).__name__
-        first_line = reason.splitlines()[0].strip().rstrip(".")
+        reason, *_ = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
-            f"{address} cannot be fetched: {first_line}. Correct the address, or download it "
-            "elsewhere and give the folder."
+            f"{address} cannot be fetched: {reason.rstrip('.')}. Correct the address, or download "
+            "it elsewhere and give the folder."
         ) from error
     return Path(folder)

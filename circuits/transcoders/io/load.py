@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -66,19 +65,18 @@ def load_transcoders(
         (4, 512, 'mlp_input')
     """
     copy = weight_copier(device, dtype, mapped)
-    with _locate(where) as found:
-        layers = _read_layers(found, copy)
-    config = found.config
+    found = _find(where)
+    config, source = found.config, found.config.source or found.source
+    layers = _read_layers(found.files(), source, copy)
     _check_same_set(layers, found.source)
     _check_kind(config, cross_layer=layers[0].format.endswith("CLT"))
     reads, writes = DEFAULTS[layers[0].format]
-    encoders = []
-    for layer in layers:
-        activation = _activation(layer, config, config.source or found.source)
-        encoders.append(Encoder(layer.encoder, layer.bias, activation))
     skips = [layer.skip for layer in layers if layer.skip is not None]
     transcoders = Transcoders(
-        encoders,
+        encoders=[
+            Encoder(layer.encoder, layer.bias, _activation(layer, config, source))
+            for layer in layers
+        ],
         decoders=[layer.decoder for layer in layers],
         decoder_biases=[layer.decoder_bias for layer in layers],
         skips=skips or None,
@@ -93,65 +91,60 @@ def load_transcoders(
 
 def embedded_transcoders() -> tuple[str, ...]:
     """Return the names of the sets in this package."""
-    assets = resources.files("circuits") / "assets" / "transcoders"
-    items = assets.iterdir() if assets.is_dir() else ()
-    return tuple(sorted(item.name for item in items if (item / CONFIG).is_file()))
+    return tuple(sorted(config.parent.name for config in _assets().glob(f"*/{CONFIG}")))
+
+
+def _assets() -> Path:
+    return Path(str(resources.files("circuits"))) / "assets" / "transcoders"
 
 
 @dataclass(frozen=True)
-class _LocatedSet:
-    """A set that was found: its local files, its config.yaml, its name, and where it came from."""
+class _FoundSet:
+    """A folder with transcoders, here or on the hub, and what its config.yaml says."""
 
-    files: LayerFiles
+    folder: Path | Address
     config: TranscoderConfig
     name: str
     source: str
 
+    def files(self) -> LayerFiles:
+        """The local files of each layer; those on the hub are fetched."""
+        if self.config.files:
+            return _listed_files(self.config, self.folder)
+        on_hub = isinstance(self.folder, Address)
+        return find_layer_files(fetch_folder(self.folder) if on_hub else self.folder, self.config)
 
-@contextlib.contextmanager
-def _locate(where: str | Path) -> Iterator[_LocatedSet]:
+
+def _find(where: str | Path) -> _FoundSet:
     path = Path(where)
     if isinstance(where, str) and where.startswith(PREFIX):
-        yield _locate_on_hub(Address.parse(where))
-    elif isinstance(where, str) and where in embedded_transcoders():
-        # A package in a zip file is unpacked for as long as the context is open.
-        assets = resources.files("circuits") / "assets" / "transcoders"
-        with resources.as_file(assets / where) as folder:
-            yield _locate_in_folder(folder / CONFIG, where, source=where)
-    elif path.is_dir() or (path.is_file() and path.suffix in (".yaml", ".yml")):
-        config_file = path / CONFIG if path.is_dir() else path
-        folder = config_file.parent.resolve()
-        yield _locate_in_folder(config_file, folder.name, str(folder))
-    else:
-        names = ", ".join(embedded_transcoders())
-        named = f", one of the sets in this package ({names})" if names else ""
-        raise InputError(
-            f"there are no transcoders {str(where)!r}; give a folder{named} or an address "
-            "hf://owner/repo."
-        )
+        address = Address.parse(where)
+        config = _config(fetch_config(address), str(address / CONFIG))
+        return _FoundSet(address, config, address.name, str(address))
+    name, source = path.resolve().name, str(path.resolve())
+    if isinstance(where, str) and where in embedded_transcoders():
+        path, name, source = _assets() / where, where, where
+    if path.is_dir():
+        return _FoundSet(path, _config(path / CONFIG), name, source)
+    if path.is_file() and path.suffix in (".yaml", ".yml"):
+        folder = path.parent.resolve()
+        return _FoundSet(path.parent, _config(path), folder.name, str(folder))
+    names = ", ".join(embedded_transcoders())
+    named = f", one of the sets in this package ({names})" if names else ""
+    raise InputError(
+        f"there are no transcoders {str(where)!r}; give a folder{named} or an address "
+        "hf://owner/repo."
+    )
 
 
-def _locate_in_folder(config_file: Path, name: str, source: str) -> _LocatedSet:
-    folder, config = config_file.parent, TranscoderConfig()
-    if config_file.is_file():
-        config = read_config(config_file, str(config_file))
-    files = _listed_files(config, folder) or find_layer_files(folder, config)
-    return _LocatedSet(files, config, name, source)
-
-
-def _locate_on_hub(address: Address) -> _LocatedSet:
-    config_file, config = fetch_config(address), TranscoderConfig()
-    if config_file is not None:
-        config = read_config(config_file, str(address / CONFIG))
-    files = _listed_files(config, address)
-    files = files or find_layer_files(fetch_folder(address), config)
-    return _LocatedSet(files, config, address.name, str(address))
+def _config(file: Path | None, source: str = "") -> TranscoderConfig:
+    if file is None or not file.is_file():
+        return TranscoderConfig()
+    return read_config(file, source or str(file))
 
 
 def _listed_files(config: TranscoderConfig, folder: Path | Address) -> LayerFiles:
     """The files that a config.yaml lists; their paths are relative to its folder."""
-    if not config.files:
-        return {}
     layers = [layer for layer, _ in config.files]
     for layer in layers:
         if layers.count(layer) > 1:
@@ -159,22 +152,25 @@ def _listed_files(config: TranscoderConfig, folder: Path | Address) -> LayerFile
     require_all(layers, config.source)
     local: dict[int, Path] = {}
     remote: dict[int, Address] = {}
-    for layer, file in config.files:
+    for layer, file in sorted(config.files):
         place = Address.parse(file) if file.startswith(PREFIX) else folder / file
         if isinstance(place, Path):
             local[layer] = place
         else:
             remote[layer] = place
-    local |= zip(remote, fetch_files(list(remote.values())), strict=True)
+    fetched = fetch_files(list(remote.values()))
+    local.update(zip(remote, fetched, strict=True))
     return {layer: [local[layer]] for layer in sorted(local)}
 
 
-def _read_layers(found: _LocatedSet, copy: Callable[[Tensor], Tensor]) -> list[LayerWeights]:
-    files = found.files
+def _read_layers(
+    files: LayerFiles,
+    source: str,
+    copy: Callable[[Tensor], Tensor],
+) -> list[LayerWeights]:
     first = read_layer(files[0], 0).map(copy)
     # Layer 0 of a CLT writes to all layers.
-    n_layers = first.decoder.shape[1]
-    require_all(files, found.config.source or found.source, n_layers=n_layers)
+    require_all(files, source, n_layers=first.decoder.shape[1])
     layers = [first]
     for layer in range(1, len(files)):
         # Copied at once, so that the memory holds no more than one file.

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from circuits.system.errors import InputError
 from circuits.system.files import write_bytes
-from circuits.transcoders.activations import Activation, BatchTopK, JumpReLU, TopK
+from circuits.transcoders.activations import JumpReLU
 from circuits.transcoders.io.config_yaml import CONFIG, CROSS_LAYER, READS, UNFINISHED, WRITES
 from circuits.transcoders.io.formats import THRESHOLD
 from circuits.transcoders.io.tensor_files import PICKLES, WEIGHTS, check_weight_dtype
-from circuits.transcoders.transcoder import Transcoders
+from circuits.transcoders.transcoder import Encoder, Transcoders
 
 
 def save_transcoders(
@@ -34,6 +34,7 @@ def save_transcoders(
     replaced. If the process is killed, the folder says that it is unfinished and does not load.
 
     Args:
+        transcoders: the set to write.
         folder: is created if it does not exist.
         model_name: name of the model they are for, for config.yaml.
         dtype: precision of the stored weights; None stores them as they are.
@@ -59,80 +60,83 @@ def save_transcoders(
     config = _config(transcoders, model_name)
     _check_folder(folder, transcoders)
     # The config.yaml is finished last, so that old and new layers are never taken for one set.
-    _write_yaml(folder, {"model_kind": UNFINISHED})
+    _write_config(folder, {"model_kind": UNFINISHED})
     for layer in range(transcoders.n_layers):
         for file, tensors in _layer_files(transcoders, layer).items():
-            stored = {name: _stored(tensor, dtype) for name, tensor in tensors.items()}
+            stored = {name: _copy(tensor, dtype) for name, tensor in tensors.items()}
             write_bytes(folder / file, save(stored))
-    _write_yaml(folder, config)
+    _write_config(folder, config)
     return folder
 
 
 def _layer_files(transcoders: Transcoders, layer: int) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each file of a layer, by name."""
+    """The files of a layer, each with its tensors by name."""
     cross_layer, encoder = transcoders.cross_layer, transcoders.encoders[layer]
-    decoder = transcoders.decoders[layer]
     tensors = {
         "W_enc": encoder.weight,
         "b_enc": encoder.bias,
         "b_dec": transcoders.decoder_biases[layer],
     }
     if isinstance(encoder.activation, JumpReLU):
-        tensors["threshold" if cross_layer else THRESHOLD] = encoder.activation.threshold
+        name = "threshold" if cross_layer else THRESHOLD
+        tensors[name] = encoder.activation.threshold
     if transcoders.skips is not None:
         skip = transcoders.skips[layer]
         # A CLT file adds x @ W_skip, a PLT file x @ W_skip.T.
         tensors["W_skip"] = skip.T if cross_layer else skip
+    decoder = transcoders.decoders[layer]
     if not cross_layer:
-        return {f"layer_{layer}.safetensors": {**tensors, "W_dec": decoder[:, 0]}}
+        tensors["W_dec"] = decoder[:, 0]
+        return {f"layer_{layer}.safetensors": tensors}
+    numbered = {f"{name}_{layer}": tensor for name, tensor in tensors.items()}
     return {
-        f"W_enc_{layer}.safetensors": {f"{name}_{layer}": t for name, t in tensors.items()},
+        f"W_enc_{layer}.safetensors": numbered,
         f"W_dec_{layer}.safetensors": {f"W_dec_{layer}": decoder},
     }
 
 
-def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _copy(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     # safetensors refuses tensors that share memory, so each is copied.
-    return torch.empty(tensor.shape, dtype=dtype or tensor.dtype).copy_(tensor.detach())
+    copy = torch.empty(tensor.shape, dtype=dtype or tensor.dtype)
+    return copy.copy_(tensor.detach())
 
 
 def _config(transcoders: Transcoders, model_name: str) -> dict[str, Any]:
-    activation = transcoders.encoders[0].activation
-    first = _describe(activation)
-    for layer, encoder in enumerate(transcoders.encoders):
-        other = _describe(encoder.activation)
+    first, *others = [_activation(encoder) for encoder in transcoders.encoders]
+    for layer, other in enumerate(others, start=1):
         if other != first:
             raise InputError(
-                f"{transcoders.name}: features of layer 0 fire by {first} and those of layer "
-                f"{layer} by {other}, which these formats cannot say; save sets with one "
-                "activation."
+                f"{transcoders.name}: features of layer 0 fire by {_text(first)} and those of "
+                f"layer {layer} by {_text(other)}, which these formats cannot say; save sets with "
+                "one activation."
             )
     config = {
-        "model_kind": _key_of(CROSS_LAYER, transcoders.cross_layer),
+        "model_kind": _key(CROSS_LAYER, transcoders.cross_layer),
         "model_name": model_name,
-        "feature_input_hook": _key_of(READS, transcoders.reads),
-        "feature_output_hook": _key_of(WRITES, transcoders.writes),
-        "activation": activation.name,
-        "k": _k(activation),
+        "feature_input_hook": _key(READS, transcoders.reads),
+        "feature_output_hook": _key(WRITES, transcoders.writes),
+        **first,
     }
     return {key: value for key, value in config.items() if value}
 
 
-def _key_of(meanings: Mapping[str, Any], meaning: object) -> str:
-    return next(key for key, value in meanings.items() if value == meaning)
+def _activation(encoder: Encoder) -> dict[str, Any]:
+    activation = encoder.activation
+    return {"activation": activation.name, "k": getattr(activation, "k", None)}
 
 
-def _k(activation: Activation) -> int | None:
-    return activation.k if isinstance(activation, TopK | BatchTopK) else None
+def _text(activation: Mapping[str, Any]) -> str:
+    name, k = activation.values()
+    return name if k is None else f"{name} with k={k}"
 
 
-def _describe(activation: Activation) -> str:
-    k = _k(activation)
-    return activation.name if k is None else f"{activation.name} with k={k}"
+def _key(meanings: Mapping[str, Any], meaning: object) -> str:
+    """The first spelling of a meaning."""
+    return next(key for key in meanings if meanings[key] == meaning)
 
 
-def _write_yaml(folder: Path, content: Mapping[str, Any]) -> None:
-    text = yaml.safe_dump(dict(content), sort_keys=False)
+def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    text = yaml.safe_dump(dict(config), sort_keys=False)
     write_bytes(folder / CONFIG, text.encode())
 
 
@@ -140,9 +144,9 @@ def _check_folder(folder: Path, transcoders: Transcoders) -> None:
     """Refuse a folder with other weights, which could be taken for layers of this set."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give a folder.")
-    own: set[str] = set()
-    for layer in range(transcoders.n_layers):
-        own.update(_layer_files(transcoders, layer))
+    own = [
+        name for layer in range(transcoders.n_layers) for name in _layer_files(transcoders, layer)
+    ]
     for file in sorted(folder.glob("*")):
         if file.suffix in (*WEIGHTS, *PICKLES) and file.name not in own:
             raise InputError(

@@ -29,24 +29,15 @@ from circuits.models.identity import checksum, identity
 from circuits.system.errors import InputError
 from circuits.system.files import read_tensors, write_tensors
 from circuits.transcoders.training.parameters import (
+    TINY,
     FeatureValues,
     Normalization,
     TranscoderKind,
     TranscoderParameters,
     Vectors,
 )
-from circuits.transcoders.training.quality import quality, record
+from circuits.transcoders.training.quality import record
 from circuits.transcoders.transcoder import Reads, Transcoders, Writes
-
-__all__ = [
-    "Batches",
-    "OnStep",
-    "Training",
-    "TranscoderKind",
-    "quality",
-    "record",
-    "train_transcoders",
-]
 
 FORMAT, FORMAT_VERSION = "circuits.transcoder_training", 1
 
@@ -54,8 +45,6 @@ Sparsity = Literal["batch_topk", "l1", "tanh"]
 Batches = Callable[[int], tuple[Tensor, Tensor]]
 """Returns the tokens [batch, pos] of a step and their mask, True for real tokens. It must return
 the same for the same step, so that an interrupted training can be resumed."""
-OnStep = Callable[[int, float], None]
-"""Is called after each step with the number of steps done and the loss."""
 
 CALIBRATION_BATCHES = 16
 TANH_SCALE = 10
@@ -68,8 +57,7 @@ class Training:
     """Settings of training."""
 
     kind: TranscoderKind = "plt"
-    """Per layer, per layer with a skip, or cross-layer. PLTs read what the MLP reads, after its
-    norm; CLTs read the residual stream."""
+    """PLTs read what the MLP reads, after its norm; CLTs read the residual stream."""
     n_features: int = 512
     """Number of features in each layer."""
     sparsity: Sparsity = "batch_topk"
@@ -108,7 +96,7 @@ def train_transcoders(
     config: Training,
     *,
     checkpoint: str | Path | None = None,
-    progress: OnStep | None = None,
+    progress: Callable[[int, float], None] | None = None,
 ) -> Transcoders:
     """Train transcoders for all layers of a model.
 
@@ -117,16 +105,14 @@ def train_transcoders(
     Args:
         model: the model whose MLPs are approximated.
         batches: the training text: a function from the number of a step to tokens [batch, pos] and
-            a mask [batch, pos] of real tokens. It must return the same for the same step. The
-            first position of each prompt is not used.
+            a mask [batch, pos] of real tokens. The first position of each prompt is not used.
         config: the settings.
         checkpoint: a file that stores the state of training. If it exists, training continues from
             it, with the same result as without the interruption.
         progress: called after each step with the number of steps done and the loss.
 
     Returns:
-        The transcoders, named after the model and the kind. With `batch_topk` their activation is
-        `JumpReLU`, otherwise `ReLU`.
+        The transcoders. Their activation is `JumpReLU` with `batch_topk`, otherwise `ReLU`.
 
     Raises:
         InputError: the settings do not fit the model; a batch has no tokens after the first of a
@@ -134,67 +120,63 @@ def train_transcoders(
 
     Example:
         >>> import circuits, torch
-        >>> from circuits.transcoders.training.train import Training, train_transcoders
         >>> model = circuits.load_model("toy-world")
         >>> def batches(step):
         ...     generator = torch.Generator().manual_seed(step)
         ...     tokens = torch.randint(model.cfg.d_vocab, (4, 16), generator=generator)
         ...     return tokens, torch.ones_like(tokens, dtype=torch.bool)
-        >>> train_transcoders(model, batches, Training("plt", n_features=32, k=(4,), steps=2))
+        >>> train_transcoders(model, batches, Training(n_features=32, k=(4,), steps=2))
         Transcoders('toy-world-plt', PLT, 4 layers of 32 features, jump_relu)
     """
     _check(model, config)
-    text = batches(0)
-    inputs, outputs = _record(model, config, text)
-    data = _TrainingData(
-        model, batches, config, Normalization.of(inputs), Normalization.of(outputs)
-    )
+    data = _TrainingData(model, batches, config)
+    inputs, outputs = data.record(0)
+    norms = Normalization.of(inputs), Normalization.of(outputs)
     state = TrainingState.initial(config, inputs)
-    fingerprint = _fingerprint(model, config, text[0])
     path = None if checkpoint is None else Path(checkpoint)
+    fingerprint = data.fingerprint()
     start = 0
     if path is not None and path.exists():
         start = state.restore(path, fingerprint)
     for step in range(start, config.steps):
+        inputs, outputs = data.record(step)
+        loss = _learn(state, config, step, norms[0].apply(inputs), norms[1].apply(outputs))
         done = step + 1
-        loss = _learn(state, config, *data.vectors(step), done / config.steps)
-        is_last = done == config.steps
-        if path is not None and (is_last or done % config.checkpoint_every == 0):
+        is_due = done % config.checkpoint_every == 0 or done == config.steps
+        if path is not None and is_due:
             state.save(path, fingerprint, done)
         if progress is not None:
             progress(done, loss.item())
     thresholds = None
     if config.sparsity == "batch_topk":
-        thresholds = _thresholds(data, state.parameters)
-    trained = state.parameters.to_transcoders(data.inputs, data.outputs, thresholds)
+        thresholds = _thresholds(data, norms[0], state.parameters)
+    trained = state.parameters.to_transcoders(*norms, thresholds)
     name = f"{model.cfg.model_name}-{config.kind}"
     return replace(trained, reads=config.reads, writes=config.writes, name=name)
 
 
 @dataclass(frozen=True, eq=False)
 class _TrainingData:
-    """Text of all steps, and the normalization of its MLP inputs and outputs."""
-
     model: Model
     batches: Batches
     config: Training
-    inputs: Normalization
-    outputs: Normalization
 
-    def vectors(self, step: int) -> tuple[Vectors, Vectors]:
-        """Normalized inputs and outputs of a step."""
-        inputs, outputs = _record(self.model, self.config, self.batches(step))
-        return self.inputs.apply(inputs), self.outputs.apply(outputs)
+    def record(self, step: int) -> tuple[Vectors, Vectors]:
+        """MLP inputs and outputs on the text of a step, not yet normalized."""
+        config = self.config
+        tokens, mask = self.batches(step)
+        inputs, outputs = record(self.model, config.reads, config.writes, tokens, mask)
+        dtype = getattr(torch, config.dtype)
+        return inputs.to(dtype), outputs.to(dtype)
 
-
-def _record(
-    model: Model,
-    config: Training,
-    batch: tuple[Tensor, Tensor],
-) -> tuple[Vectors, Vectors]:
-    inputs, outputs = record(model, config.reads, config.writes, *batch)
-    dtype = getattr(torch, config.dtype)
-    return inputs.to(dtype), outputs.to(dtype)
+    def fingerprint(self) -> str:
+        """All that the result depends on; the first batch represents the text."""
+        settings = asdict(self.config)
+        del settings["checkpoint_every"]
+        settings["auxiliary"] = AUXILIARY_FEATURES, AUXILIARY_WEIGHT
+        tokens, _ = self.batches(0)
+        text = hashlib.blake2b(checksum(tokens), digest_size=8)
+        return f"{settings} {identity(self.model)} {text.hexdigest()}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,23 +234,21 @@ class TrainingState:
 def _learn(
     state: TrainingState,
     config: Training,
+    step: int,
     inputs: Vectors,
     outputs: Vectors,
-    done: float,
 ) -> Float[Tensor, ""]:
-    """Take one step; return the loss before it.
-
-    Args:
-        done: share of the steps that are done after it.
-    """
-    warmup, decay = done / 0.05, (1 - done) / 0.5
-    rate = config.learning_rate * min(1.0, warmup, decay)
-    state.optimizer.param_groups[0]["lr"] = rate
+    """Take one step; return the loss before it."""
+    done = (step + 1) / config.steps
+    # Warm-up over the first 5 % of the steps, linear decay over the last half.
+    schedule = min(1.0, done / 0.05, (1 - done) / 0.5)
+    state.optimizer.param_groups[0]["lr"] = config.learning_rate * schedule
     with torch.enable_grad():
         loss = _loss(state, config, inputs, outputs)
         state.optimizer.zero_grad()
         loss.backward()
-    torch.nn.utils.clip_grad_norm_(state.parameters.tensors(), 1.0)
+    tensors = state.parameters.tensors()
+    torch.nn.utils.clip_grad_norm_(tensors, 1.0)
     state.optimizer.step()
     return loss.detach()
 
@@ -285,13 +265,14 @@ def _loss(
     fires = _fires(pre, parameters, config)
     activations = torch.where(fires, pre, 0)
     error = outputs - parameters.reconstruct(inputs, activations)
-    # loss = sum_l |y_l - approximation_l|^2 / |y_l - mean_l|^2
+    # sum_l |y_l - approximation_l|^2 / |y_l - mean(y_l)|^2
     deviation = outputs - outputs.mean(1, keepdim=True)
     loss = (_squares(error) / _squares(deviation)).sum()
     if config.sparsity != "batch_topk":
         lengths = activations * parameters.decoder_lengths()
         loss = loss + _penalty(lengths, config)
-    state.silent.add_(inputs.shape[1]).masked_fill_(fires.any(1), 0)
+    state.silent.add_(inputs.shape[1])
+    state.silent.masked_fill_(fires.any(1), 0)
     dead = state.silent > config.dead_after
     auxiliary = auxiliary_loss(parameters, inputs, error.detach(), dead)
     return loss + AUXILIARY_WEIGHT * auxiliary
@@ -303,17 +284,20 @@ def auxiliary_loss(
     error: Vectors,
     dead: Bool[Tensor, "layer feature"],
 ) -> Float[Tensor, ""]:
-    """Share of the error that the dead features with the largest pre-activations leave."""
+    """Share of the error that the dead features with the largest pre-activations would leave."""
     if not dead.any():
         return inputs.new_zeros(())
-    pre = parameters.preactivations(inputs).masked_fill(~dead[:, None], -torch.inf)
-    values, features = pre.topk(min(AUXILIARY_FEATURES, pre.shape[2]), dim=2)
-    # A layer can have fewer dead features; ReLU would pass gradients of infinity on.
-    values = values.masked_fill(values == -torch.inf, 0).relu()
-    activations = torch.zeros_like(pre).scatter(2, features, values)
+    pre = parameters.preactivations(inputs)
+    pre = pre.masked_fill(~dead[:, None], -torch.inf)
+    n_features = pre.shape[2]
+    values, features = pre.topk(min(AUXILIARY_FEATURES, n_features), dim=2)
+    # A layer can have fewer dead features than that.
+    values = values.masked_fill(values == -torch.inf, 0)
+    activations = torch.zeros_like(pre).scatter(2, features, values.relu())
     left = error - parameters.decode(activations)
-    share = _squares(left) / _squares(error).clamp(min=1e-12)
-    return share[dead.any(1)].sum()
+    # |error - dead features|^2 / |error|^2
+    shares = _squares(left) / _squares(error).clamp(min=TINY)
+    return shares[dead.any(1)].sum()
 
 
 def _squares(vectors: Vectors) -> Float[Tensor, " layer"]:
@@ -329,52 +313,56 @@ def _fires(
     if config.sparsity != "batch_topk":
         return pre > 0
     lengths = pre * parameters.decoder_lengths()
-    return lengths > _smallest_firing(lengths, config)[:, None, None]
-
-
-def _penalty(lengths: FeatureValues, config: Training) -> Float[Tensor, ""]:
-    """Mean penalty per token, summed over layers. Lengths are those of what features write."""
-    if config.sparsity == "tanh":
-        lengths = (TANH_SCALE * lengths).tanh()
-    per_layer = lengths.sum(2).mean(1)
-    return (lengths.new_tensor(config.penalty) * per_layer).sum()
+    smallest = _smallest_firing(lengths, config)
+    return lengths > smallest[:, None, None]
 
 
 def _smallest_firing(lengths: FeatureValues, config: Training) -> Float[Tensor, " layer"]:
-    """The (k * tokens)-th largest length in each layer. Features fire strictly above it.
+    """The (k * tokens)-th largest length in each layer; features must write more to fire.
 
-    So one fewer fires than k * tokens, as with a JumpReLU of this threshold.
+    One fewer fires than k * tokens, as with a JumpReLU of this threshold.
     """
     n_layers, n_tokens, _ = lengths.shape
     k = config.k if len(config.k) > 1 else config.k * n_layers
     smallest = []
     for layer in range(n_layers):
-        n = max(1, round(k[layer] * n_tokens))
-        largest = lengths[layer].flatten().topk(n, sorted=False).values
+        n_firing = max(1, round(k[layer] * n_tokens))
+        largest, _ = lengths[layer].flatten().topk(n_firing, sorted=False)
         smallest.append(largest.min())
     return torch.stack(smallest).clamp(min=0)
 
 
+def _penalty(lengths: FeatureValues, config: Training) -> Float[Tensor, ""]:
+    # l1: sum_l penalty_l mean_t sum_f length_f,   tanh: the same of tanh(TANH_SCALE length_f)
+    if config.sparsity == "tanh":
+        lengths = (TANH_SCALE * lengths).tanh()
+    per_layer = lengths.sum(2).mean(1)
+    penalty = lengths.new_tensor(config.penalty)
+    return (penalty * per_layer).sum()
+
+
 @torch.no_grad()
-def _thresholds(data: _TrainingData, parameters: TranscoderParameters) -> Float[Tensor, " layer"]:
+def _thresholds(
+    data: _TrainingData,
+    norm: Normalization,
+    parameters: TranscoderParameters,
+) -> Float[Tensor, " layer"]:
     """The smallest length of a firing feature, averaged over batches that training has not seen."""
-    first = data.config.steps
+    steps = range(data.config.steps, data.config.steps + CALIBRATION_BATCHES)
     total = torch.zeros_like(parameters.encoder[:, 0, 0])
-    for step in range(first, first + CALIBRATION_BATCHES):
-        inputs, _ = data.vectors(step)
-        pre = parameters.preactivations(inputs)
-        total += _smallest_firing(pre * parameters.decoder_lengths(), data.config)
+    for step in steps:
+        inputs, _ = data.record(step)
+        pre = parameters.preactivations(norm.apply(inputs))
+        lengths = pre * parameters.decoder_lengths()
+        total += _smallest_firing(lengths, data.config)
     return total / CALIBRATION_BATCHES
 
 
 def _check(model: Model, config: Training) -> None:
     cfg = model.cfg
     if cfg.attn_only:
-        raise InputError(
-            f"{cfg.model_name} has no MLPs, so there is nothing for transcoders to learn."
-        )
-    kinds, sparsities = get_args(TranscoderKind), get_args(Sparsity)
-    if config.kind not in kinds or config.sparsity not in sparsities:
+        raise InputError(f"{cfg.model_name} has no MLPs, so there is nothing to learn.")
+    if config.kind not in get_args(TranscoderKind) or config.sparsity not in get_args(Sparsity):
         raise InputError(
             f"kind {config.kind!r} with sparsity {config.sparsity!r}; use plt, skip-plt or clt, "
             "and batch_topk, l1 or tanh."
@@ -388,15 +376,6 @@ def _check(model: Model, config: Training) -> None:
     counts = (config.n_features, config.steps, config.checkpoint_every)
     if min(counts) < 1 or max(config.k) > config.n_features:
         raise InputError(
-            f"n_features={config.n_features}, k={config.k}, steps={config.steps}, checkpoint_every="
-            f"{config.checkpoint_every}: all must be positive, and k at most n_features."
+            f"n_features, steps, checkpoint_every={counts}, k={config.k}: all must be positive, "
+            "and k at most n_features."
         )
-
-
-def _fingerprint(model: Model, config: Training, tokens: Tensor) -> str:
-    """All that the result depends on: settings, model and text, represented by its first batch."""
-    settings = asdict(config)
-    del settings["checkpoint_every"]
-    settings["auxiliary"] = AUXILIARY_FEATURES, AUXILIARY_WEIGHT
-    text = hashlib.blake2b(checksum(tokens), digest_size=8).hexdigest()
-    return f"{settings} {identity(model)} {text}"
