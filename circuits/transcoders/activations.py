@@ -81,12 +81,7 @@ class BatchTopK:
         pre: FeatureValues,
         mask: Bool[Tensor, "batch pos"] | None = None,
     ) -> FeatureValues:
-        """Return the activations.
-
-        Args:
-            mask: True for real tokens, False for padding, which neither fires nor counts.
-                None: all tokens are real.
-        """
+        """Return the activations; where the mask is False, for padding, nothing fires."""
         if mask is None or bool(mask.all()):
             # All prompts are equally long, so each is a row of pos * feature numbers.
             _, n_tokens, _ = pre.shape
@@ -103,10 +98,7 @@ class BatchTopK:
 Activation = ReLU | JumpReLU | TopK | BatchTopK
 
 
-Rows = Float[Tensor, "*batch n"]
-
-
-def _keep_largest(values: Rows, k: int) -> Rows:
+def _keep_largest(values: Float[Tensor, "*batch n"], k: int) -> Float[Tensor, "*batch n"]:
     """Set all but the `k` largest of each row to zero."""
     if k >= values.shape[-1]:
         return values

@@ -15,7 +15,7 @@ References: Dunefsky, Chlenski and Nanda 2024 (transcoders); Paulo, Shabalin and
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, get_args
@@ -43,6 +43,7 @@ SAMPLED_ROWS = 4096
 
 Vectors = Float[Tensor, "*batch d_model"]
 FeatureValues = Float[Tensor, "*batch feature"]
+LayerValues = Mapping[int, FeatureValues]
 FeatureVectors = Float[Tensor, "n d_model"]
 Indices = Int[Tensor, " n"]
 
@@ -69,17 +70,16 @@ class Transcoders:
             activation 1, adds to the MLP output of layer l + i. Per-layer transcoders have i = 0.
         decoder_biases: one for each layer, added to its MLP output.
         skips: W_skip for each layer, where the skip adds W_skip @ x; None without skips.
-        reads: what features read, see `Reads`.
-        writes: where features write, see `Writes`.
+        reads, writes: see `Reads` and `Writes`.
         name: name of the set, for records.
         source: the folder or address they were loaded from, for records.
 
     Example:
+        >>> import circuits, torch
         >>> transcoders = circuits.load_transcoders("toy-world-clt")
         >>> transcoders
         Transcoders('toy-world-clt', CLT, 4 layers of 512 features, jump_relu)
-        >>> activations = transcoders.encode(0, torch.randn(1, 6, transcoders.d_model))
-        >>> activations.shape
+        >>> transcoders.encode(0, torch.randn(1, 6, transcoders.d_model)).shape
         torch.Size([1, 6, 512])
     """
 
@@ -110,8 +110,7 @@ class Transcoders:
     @property
     def cross_layer(self) -> bool:
         """Whether features write to later layers too."""
-        n_written = [decoder.shape[1] for decoder in self.decoders]
-        return max(n_written) > 1
+        return self.decoders[0].shape[1] > 1
 
     @property
     def kind(self) -> str:
@@ -142,11 +141,9 @@ class Transcoders:
         inputs: Float[Tensor, "batch pos d_model"],
         mask: Bool[Tensor, "batch pos"] | None = None,
     ) -> Float[Tensor, "batch pos feature"]:
-        """Return the activations of a layer's features.
+        """Return the activations of a layer's features on what they read.
 
-        Args:
-            inputs: what the features of the layer read.
-            mask: True for real tokens, False for padding. Only `BatchTopK` depends on it.
+        Only `BatchTopK` depends on the mask, which is True for real tokens, False for padding.
         """
         activation = self.encoders[layer].activation
         pre = self.preactivations(layer, inputs)
@@ -160,46 +157,27 @@ class Transcoders:
         return _rows(weight, features).to(like)
 
     def decoder_rows(
-        self,
-        layer: int,
-        features: Indices,
-        target_layer: int,
-        like: Tensor,
+        self, layer: int, features: Indices, target_layer: int, like: Tensor
     ) -> FeatureVectors:
         """Return what some features of `layer` write to the MLP output of `target_layer`."""
         decoder = self.decoders[layer][:, target_layer - layer]
         return _rows(decoder, features).to(like)
 
-    def decode(
-        self,
-        activations: Mapping[int, FeatureValues],
-        target_layer: int,
-    ) -> Vectors:
+    def decode(self, activations: LayerValues, target_layer: int) -> Vectors:
         """Sum what features write to the MLP output of `target_layer`, without bias and skip.
 
-        Args:
-            activations: by layer. Layers that do not write to `target_layer` are ignored.
+        Of the activations, by layer, those of layers that do not write there are ignored.
         """
         # sum_s W_dec_{s->target}^T a_s
         parts = []
-        for layer in sorted(activations):
+        for layer, values in sorted(activations.items()):
             if target_layer in self.written_by(layer):
-                parts.append(self._decode_layer(layer, activations[layer], target_layer))
-        if len(parts) == 1:
-            return parts[0]
-        return torch.stack(parts).sum(0)
-
-    def _decode_layer(
-        self,
-        layer: int,
-        activations: FeatureValues,
-        target_layer: int,
-    ) -> Vectors:
-        # The decoder may be mapped from a file, so read only the rows of features that fire.
-        fires = activations.flatten(0, -2).any(0)
-        firing = fires.nonzero().flatten()
-        rows = self.decoder_rows(layer, firing, target_layer, activations)
-        return activations[..., firing] @ rows
+                # The decoder may be mapped from a file: read only rows of features that fire.
+                fires = values.flatten(0, -2).any(0)
+                firing = fires.nonzero().flatten()
+                rows = self.decoder_rows(layer, firing, target_layer, values)
+                parts.append(values[..., firing] @ rows)
+        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
     def skip(self, layer: int, inputs: Vectors) -> Vectors:
         """Return W_skip @ x for each x of `inputs`, or zeros where there are no skips."""
@@ -216,17 +194,12 @@ class Transcoders:
         activations = {layer: self.encode(layer, inputs[layer]) for layer in layers}
         return {layer: self.output(layer, activations, inputs[layer]) for layer in layers}
 
-    def output(
-        self,
-        layer: int,
-        activations: Mapping[int, FeatureValues],
-        inputs: Vectors,
-    ) -> Vectors:
+    def output(self, layer: int, activations: LayerValues, inputs: Vectors) -> Vectors:
         """Approximate the MLP output of one layer.
 
         Args:
             activations: by layer, of all features that write to `layer`.
-            inputs: what the features of `layer` read, for the skip.
+            inputs: what the features of `layer` read, which the skip reads too.
         """
         bias = self.decoder_biases[layer].to(inputs)
         # sum_s W_dec_{s->layer}^T a_s + b_dec + W_skip x
@@ -234,64 +207,48 @@ class Transcoders:
         return features + bias + self.skip(layer, inputs)
 
     def to(
-        self,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
     ) -> Transcoders:
-        """Return a copy with all tensors on a device and in a precision.
+        """Return a copy on a device and in a precision; None leaves each tensor as it is.
 
         Tensors mapped from a file are read whole.
-
-        Args:
-            device: None leaves each tensor on its device.
-            dtype: None leaves each tensor in its precision.
         """
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device or tensor.device, dtype or tensor.dtype)
+        def move(tensors: Iterable[Tensor]) -> list[Tensor]:
+            return [one.to(device or one.device, dtype or one.dtype) for one in tensors]
 
-        def move_encoder(encoder: Encoder) -> Encoder:
+        encoders = []
+        for encoder in self.encoders:
             activation = encoder.activation
             if isinstance(activation, JumpReLU):
-                activation = JumpReLU(move(activation.threshold))
-            weight = move(encoder.weight)
-            return Encoder(weight, move(encoder.bias), activation)
-
-        skips = self.skips
-        if skips is not None:
-            skips = [move(skip) for skip in skips]
+                activation = JumpReLU(*move([activation.threshold]))
+            weight, bias = move([encoder.weight, encoder.bias])
+            encoders.append(Encoder(weight, bias, activation))
         return replace(
             self,
-            encoders=[move_encoder(encoder) for encoder in self.encoders],
-            decoders=[move(decoder) for decoder in self.decoders],
-            decoder_biases=[move(bias) for bias in self.decoder_biases],
-            skips=skips,
+            encoders=encoders,
+            decoders=move(self.decoders),
+            decoder_biases=move(self.decoder_biases),
+            skips=None if self.skips is None else move(self.skips),
         )
 
     @cached_property
     def identity(self) -> TranscodersIdentity:
         """Name, source and a fingerprint of the weights, which is the same on every device."""
-        digest = hashlib.blake2b(digest_size=16)
-        digest.update(f"{self.kind} {self.reads} {self.writes}".encode())
+        parts = [f"{self.kind} {self.reads} {self.writes}".encode()]
         for layer, encoder in enumerate(self.encoders):
             activation = encoder.activation
-            # The text of an activation with k holds k: "TopK(k=32)".
+            # With k, such as "TopK(k=32)", where there is one.
             has_k = isinstance(activation, TopK | BatchTopK)
             text = str(activation) if has_k else activation.name
-            digest.update(text.encode())
-            for tensor in self._layer_tensors(layer).values():
-                digest.update(_fingerprint(tensor))
-        for skip in self.skips or ():
-            digest.update(_fingerprint(skip))
-        fingerprint = digest.hexdigest()
-        return TranscodersIdentity(self.name, self.source, fingerprint)
+            parts.append(text.encode())
+            parts += map(_fingerprint, self._layer_tensors(layer).values())
+        parts += map(_fingerprint, self.skips or ())
+        digest = hashlib.blake2b(b"".join(parts), digest_size=16)
+        return TranscodersIdentity(self.name, self.source, digest.hexdigest())
 
     def check(self) -> None:
-        """Check that all parts fit together.
-
-        Raises:
-            InputError: with the layer, the part, its shape and the shape it should have.
-        """
+        """Raise an `InputError` if parts do not fit together."""
         for field, choices in (("reads", Reads), ("writes", Writes)):
             value = getattr(self, field)
             allowed = get_args(choices)

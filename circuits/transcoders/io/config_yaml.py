@@ -27,16 +27,8 @@ READS: dict[str, Reads] = {
     "ln2.hook_normalized": "normalized",
     "mlp.hook_in": "mlp_input",
 }
-WRITES: dict[str, Writes] = {
-    "hook_mlp_out": "residual",
-    "mlp.hook_out": "mlp",
-}
-ACTIVATIONS = {
-    "relu": "relu",
-    "jump_relu": "jump_relu",
-    "topk": "topk",
-    "batch_topk": "batch_topk",
-}
+WRITES: dict[str, Writes] = {"hook_mlp_out": "residual", "mlp.hook_out": "mlp"}
+ACTIVATIONS = {name: name for name in ("relu", "jump_relu", "topk", "batch_topk")}
 
 
 @dataclass(frozen=True)
@@ -58,14 +50,7 @@ class TranscoderConfig:
 
 
 def read_config(file: Path, source: str) -> TranscoderConfig:
-    """Read a config.yaml.
-
-    Args:
-        source: name of the file in messages.
-
-    Raises:
-        InputError: it is not YAML, not a mapping, or has a value that is not known.
-    """
+    """Read a config.yaml that is called `source` in messages."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
@@ -92,12 +77,7 @@ def read_config(file: Path, source: str) -> TranscoderConfig:
     )
 
 
-def _choose(
-    content: Mapping[str, Any],
-    key: str,
-    meanings: Mapping[str, Any],
-    source: str,
-) -> Any:
+def _choose(content: Mapping[str, Any], key: str, meanings: Mapping[str, Any], source: str) -> Any:
     """The meaning of a value, however it is spelled: JumpReLU, jump-relu and jump_relu are one."""
     value = content.get(key)
     if value is None:
@@ -119,9 +99,7 @@ def _k(value: object, source: str) -> int | None:
     # bool is a subclass of int, so `k: true` would be 1.
     if value is None or (type(value) is int and value > 0):
         return value
-    raise InputError(
-        f"{source}: k is {value!r}; give the number of features that may fire, a positive integer."
-    )
+    raise InputError(f"{source}: k is {value!r}; give the number of features that may fire.")
 
 
 def _files(entries: object, source: str) -> tuple[tuple[int, str], ...]:

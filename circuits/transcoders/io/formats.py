@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -70,24 +70,19 @@ class LayerWeights:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LayerWeights:
         """Apply a function to all tensors."""
-        fields = vars(self).items()
-        tensors = {name: value for name, value in fields if isinstance(value, Tensor)}
-        return replace(self, **{name: function(tensors[name]) for name in tensors})
+        fields: dict[str, Any] = dict(vars(self))
+        for name, value in fields.items():
+            if isinstance(value, Tensor):
+                fields[name] = function(value)
+        return LayerWeights(**fields)
 
 
 def read_layer(
-    files: Sequence[Path],
-    layer: int,
-    first: LayerWeights | None = None,
+    files: Sequence[Path], layer: int, first: LayerWeights | None = None
 ) -> LayerWeights:
-    """Read the weights of one layer.
+    """Read the weights of one layer from its file, or the two of a CLT.
 
-    Args:
-        files: its file, or the two of a CLT.
-        first: the weights of layer 0, whose sizes the others must have; None to read layer 0.
-
-    Raises:
-        InputError: with the file and the tensor that is missing or has a wrong shape.
+    All but the first layer need the weights of the first, whose sizes they must have.
     """
     sizes = {}
     if first is not None:
@@ -178,9 +173,8 @@ def _read_gemma_scope_2(tensors: LayerTensors) -> LayerWeights:
         encoder=tensors.get("w_enc", ENCODER_TRANSPOSED).T,
         decoder=decoder,
         threshold=tensors.get("threshold", "features"),
-        # With A the stored matrix, the skip adds x @ A = x @ skip.T in both kinds of file. Other
-        # tools agree: for a PLT they load W_skip = A.T and add x @ W_skip.T, for a CLT they load
-        # W_skip = A and add x @ W_skip.
+        # With A the stored matrix, the skip adds x @ A = x @ skip.T in both kinds of file. (Other
+        # tools load W_skip = A.T and add x @ W_skip.T in a PLT, but A and x @ W_skip in a CLT.)
         skip=_transposed(tensors.find(SKIP, SQUARE)),
     )
 

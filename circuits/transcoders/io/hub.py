@@ -1,4 +1,7 @@
-"""Transcoder files on the Hugging Face hub: hf:// addresses, and what is fetched from them."""
+"""Transcoder files on the Hugging Face hub: hf:// addresses, and what is fetched from them.
+
+Whatever cannot be fetched raises an `InputError`.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,9 @@ PREFIX = "hf://"
 
 @dataclass(frozen=True)
 class Address:
-    """A repository on the hub, or a folder or file in it.
+    """A repository (owner/name) on the hub, or a folder or file in it.
 
-    Attributes:
-        repository: owner/name.
-        path: path within the repository; empty for all of it.
-        revision: branch, tag or commit; None for the default branch.
+    The revision is a branch, tag or commit; None is the default branch.
     """
 
     repository: str
@@ -34,11 +34,7 @@ class Address:
 
     @classmethod
     def parse(cls, text: str) -> Address:
-        """Parse hf://owner/repo or hf://owner/repo/sub/folder, optionally with ?revision=REV.
-
-        Raises:
-            InputError: the text is not such an address.
-        """
+        """Parse hf://owner/repo or hf://owner/repo/sub/folder, optionally with ?revision=REV."""
         parts = urlsplit(text)
         name, _, path = unquote(parts.path).strip("/").partition("/")
         query = parse_qs(parts.query, keep_blank_values=True)
@@ -52,11 +48,7 @@ class Address:
         return cls(f"{parts.netloc}/{name}", revision=revision or None) / path
 
     def __truediv__(self, path: str) -> Address:
-        """Return the address of a path relative to this one, as `pathlib.Path` does.
-
-        Raises:
-            InputError: the path leads out of the repository.
-        """
+        """Return the address of a path relative to this one, within the repository."""
         joined = posixpath.normpath(posixpath.join(self.path, path))
         if joined.startswith(("/", "..")):
             raise InputError(
@@ -64,11 +56,6 @@ class Address:
                 "or an hf:// address."
             )
         return replace(self, path="" if joined == "." else joined)
-
-    @property
-    def root(self) -> Address:
-        """The whole repository."""
-        return replace(self, path="")
 
     @property
     def name(self) -> str:
@@ -82,11 +69,7 @@ class Address:
 
 
 def fetch_config(folder: Address) -> Path | None:
-    """Fetch the config.yaml of a folder; None if it has none.
-
-    Raises:
-        InputError: the repository cannot be reached.
-    """
+    """Fetch the config.yaml of a folder; None if it has none."""
     config = folder / CONFIG
     file = _download(config, [glob.escape(config.path)]) / config.path
     return file if file.is_file() else None
@@ -97,9 +80,6 @@ def fetch_folder(folder: Address) -> Path:
 
     Folders within it are not fetched. Some repositories have hundreds of variants there, and a
     config.yaml lists one for each layer.
-
-    Raises:
-        InputError: the repository cannot be reached, or has no weights there.
     """
     prefix = glob.escape(f"{folder.path}/") if folder.path else ""
     wanted = [f"{prefix}*{suffix}" for suffix in WEIGHTS]
@@ -114,33 +94,27 @@ def fetch_folder(folder: Address) -> Path:
 
 
 def fetch_files(files: Sequence[Address]) -> list[Path]:
-    """Fetch files, possibly from several repositories.
-
-    Raises:
-        InputError: a repository cannot be reached, or does not have a file.
-    """
-    local = {}
-    for root in {file.root for file in files}:
-        wanted = [glob.escape(file.path) for file in files if file.root == root]
-        local[root] = _download(root, wanted)
-    for file in files:
-        if not (local[file.root] / file.path).is_file():
+    """Fetch files, possibly from several repositories."""
+    roots = [replace(file, path="") for file in files]
+    wanted: dict[Address, list[str]] = {root: [] for root in roots}
+    for root, file in zip(roots, files, strict=True):
+        wanted[root].append(glob.escape(file.path))
+    local = {root: _download(root, patterns) for root, patterns in wanted.items()}
+    found = [local[root] / file.path for root, file in zip(roots, files, strict=True)]
+    for file, path in zip(files, found, strict=True):
+        if not path.is_file():
             raise InputError(f"there is no file {file}; correct the address or the revision.")
-    return [local[file.root] / file.path for file in files]
+    return found
 
 
-def _download(
-    address: Address,
-    wanted: Sequence[str],
-    ignored: Sequence[str] = (),
-) -> Path:
+def _download(address: Address, wanted: list[str], ignored: list[str] | None = None) -> Path:
     """Fetch the matching files that are not in the cache; return the repository's local folder."""
     try:
         folder = huggingface_hub.snapshot_download(
             address.repository,
             revision=address.revision,
-            allow_patterns=list(wanted),
-            ignore_patterns=list(ignored) or None,
+            allow_patterns=wanted,
+            ignore_patterns=ignored,
         )
     # Errors have many types, some from a network library, and vary between versions of the hub.
     except Exception as error:

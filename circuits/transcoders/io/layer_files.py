@@ -20,12 +20,7 @@ EXPECTED = (
 
 
 def find_layer_files(folder: Path, config: TranscoderConfig) -> LayerFiles:
-    """Find the files of each layer.
-
-    Raises:
-        InputError: there are none; a layer has several files or none; or the folder holds a PLT
-            and a CLT, and the config.yaml does not choose.
-    """
+    """Find the files of each layer; if there are a PLT and a CLT, the config.yaml chooses."""
     per_layer = _by_layer(folder, "*.safetensors", r"(?:params_)?layer_(\d+)\.safetensors")
     encoders = _by_layer(folder, "*.safetensors", r"W_enc_(\d+)\.safetensors")
     decoders = _by_layer(folder, "*.safetensors", r"W_dec_(\d+)\.safetensors")
@@ -59,12 +54,7 @@ def require_all(
     name: str = "layer {}",
     n_layers: int | None = None,
 ) -> None:
-    """Check that no layer below the highest one, or below `n_layers`, is missing.
-
-    Args:
-        where: the folder or file, for messages.
-        name: what is missing if a layer is, with {} for its number.
-    """
+    """Check that no layer below the highest one, or below `n_layers`, is missing."""
     if n_layers is None:
         n_layers = max(layers) + 1
     missing = [name.format(layer) for layer in range(n_layers) if layer not in layers]

@@ -109,10 +109,11 @@ class _FoundSet:
 
     def files(self) -> LayerFiles:
         """The local files of each layer; those on the hub are fetched."""
+        folder = self.folder
         if self.config.files:
-            return _listed_files(self.config, self.folder)
-        on_hub = isinstance(self.folder, Address)
-        return find_layer_files(fetch_folder(self.folder) if on_hub else self.folder, self.config)
+            return _listed_files(self.config, folder)
+        local = fetch_folder(folder) if isinstance(folder, Address) else folder
+        return find_layer_files(local, self.config)
 
 
 def _find(where: str | Path) -> _FoundSet:
@@ -164,9 +165,7 @@ def _listed_files(config: TranscoderConfig, folder: Path | Address) -> LayerFile
 
 
 def _read_layers(
-    files: LayerFiles,
-    source: str,
-    copy: Callable[[Tensor], Tensor],
+    files: LayerFiles, source: str, copy: Callable[[Tensor], Tensor]
 ) -> list[LayerWeights]:
     first = read_layer(files[0], 0).map(copy)
     # Layer 0 of a CLT writes to all layers.

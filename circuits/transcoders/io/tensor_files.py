@@ -1,7 +1,6 @@
 """Reading the tensors of a layer from safetensors or npz files, and checking names and shapes.
 
-Pickles are never read, because reading a pickle can run any code. Whatever is wrong with a file is
-an `InputError` that names it.
+Whatever is wrong with a file raises an `InputError` that names it. Pickles are never read.
 """
 
 from __future__ import annotations
@@ -24,25 +23,16 @@ from circuits.system.errors import InputError
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 WEIGHTS = (".safetensors", ".npz")
 # What safetensors, NumPy and zipfile raise for broken files.
-READ_ERRORS = (
-    SafetensorError,
-    OSError,
-    ValueError,
-    TypeError,
-    EOFError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+BROKEN_FILE = (SafetensorError, zipfile.BadZipFile, zlib.error)
+BROKEN_ARRAY = (OSError, ValueError, TypeError, EOFError)
 
 
 @dataclass(frozen=True)
 class LayerTensors:
-    """The tensors of one layer, from one or two files.
+    """The tensors of one layer, by name.
 
     Attributes:
-        tensors: by name.
-        where: the files, for messages.
-        layer: number of the layer.
+        where: the file or files, for messages.
         sizes: sizes of named axes. Those of layer 0 hold for all layers; `get` adds new ones.
     """
 
@@ -69,12 +59,10 @@ class LayerTensors:
             )
 
     def get(self, name: str, axes: str, *, or_transposed: bool = False) -> Tensor:
-        """Return a tensor of floating-point numbers after checking its shape.
+        """Return a floating-point tensor with certain axes, such as "features, d_model".
 
-        Args:
-            axes: names of its axes, such as "features, d_model". A size that is not known yet is
-                taken from this tensor.
-            or_transposed: transpose a matrix that has the right shape only when transposed.
+        A size that is not known yet is taken from this tensor. With `or_transposed`, a matrix that
+        fits only when transposed is transposed.
         """
         tensor = self.tensors[name]
         if not tensor.is_floating_point():
@@ -139,7 +127,7 @@ def _read_file(file: Path) -> dict[str, Tensor]:
         # The file is opened here because np.load does not close a broken file.
         with file.open("rb") as handle, np.load(handle, allow_pickle=False) as archive:
             return {name: torch.from_numpy(array) for name, array in archive.items()}
-    except READ_ERRORS as error:
+    except (*BROKEN_FILE, *BROKEN_ARRAY) as error:
         reason = str(error).strip() or type(error).__name__
         raise InputError(
             f"{file} is truncated or not what its name says ({reason.splitlines()[0]}); restore it "
@@ -157,16 +145,11 @@ def pickle_message(file: Path) -> str:
 
 
 def weight_copier(
-    device: str | torch.device | None,
-    dtype: torch.dtype | None,
-    mapped: bool,
+    device: str | torch.device | None, dtype: torch.dtype | None, mapped: bool
 ) -> Callable[[Tensor], Tensor]:
-    """Return a function that brings a tensor from a file to where it is kept.
+    """Return a function that copies a tensor from a file, or leaves it there if mapped.
 
-    Args:
-        device: device of the copies; None is the CPU.
-        dtype: precision of the copies; None is float32.
-        mapped: make no copies, so that tensors stay in their files.
+    The defaults are the CPU and float32.
     """
     if mapped and (dtype is not None or str(device or "cpu") != "cpu"):
         raise InputError(
@@ -175,11 +158,12 @@ def weight_copier(
             "dtype of the activations) or load with mapped=False."
         )
     check_weight_dtype(dtype)
-    to = {"device": device_called(device or "cpu"), "dtype": dtype or torch.float32}
+    place = device_called(device or "cpu")
 
     def copy(tensor: Tensor) -> Tensor:
         # `tensor.to` could return a view that is not contiguous and keeps the file open.
-        return torch.empty(tensor.shape, **to).copy_(tensor)
+        empty = torch.empty(tensor.shape, dtype=dtype or torch.float32, device=place)
+        return empty.copy_(tensor)
 
     return (lambda tensor: tensor) if mapped else copy
 

@@ -48,8 +48,9 @@ the same for the same step, so that an interrupted training can be resumed."""
 
 CALIBRATION_BATCHES = 16
 TANH_SCALE = 10
-AUXILIARY_FEATURES = 64
-AUXILIARY_WEIGHT = 0.2
+AUXILIARY_FEATURES, AUXILIARY_WEIGHT = 64, 0.2
+# What Adam keeps for each tensor.
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -129,19 +130,18 @@ def train_transcoders(
         Transcoders('toy-world-plt', PLT, 4 layers of 32 features, jump_relu)
     """
     _check(model, config)
-    data = _TrainingData(model, batches, config)
-    inputs, outputs = data.record(0)
+    text = _Text(model, batches, config)
+    inputs, outputs = text.record(0)
     norms = Normalization.of(inputs), Normalization.of(outputs)
     state = TrainingState.initial(config, inputs)
     path = None if checkpoint is None else Path(checkpoint)
-    fingerprint = data.fingerprint()
+    fingerprint = text.fingerprint()
     start = 0
     if path is not None and path.exists():
         start = state.restore(path, fingerprint)
-    for step in range(start, config.steps):
-        inputs, outputs = data.record(step)
-        loss = _learn(state, config, step, norms[0].apply(inputs), norms[1].apply(outputs))
-        done = step + 1
+    for done in range(start + 1, config.steps + 1):
+        inputs, outputs = text.record(done - 1)
+        loss = state.learn(done, norms[0].apply(inputs), norms[1].apply(outputs))
         is_due = done % config.checkpoint_every == 0 or done == config.steps
         if path is not None and is_due:
             state.save(path, fingerprint, done)
@@ -149,14 +149,16 @@ def train_transcoders(
             progress(done, loss.item())
     thresholds = None
     if config.sparsity == "batch_topk":
-        thresholds = _thresholds(data, norms[0], state.parameters)
+        thresholds = _thresholds(state, text, norms[0])
     trained = state.parameters.to_transcoders(*norms, thresholds)
     name = f"{model.cfg.model_name}-{config.kind}"
     return replace(trained, reads=config.reads, writes=config.writes, name=name)
 
 
 @dataclass(frozen=True, eq=False)
-class _TrainingData:
+class _Text:
+    """The training text, with the model that reads it."""
+
     model: Model
     batches: Batches
     config: Training
@@ -175,8 +177,8 @@ class _TrainingData:
         del settings["checkpoint_every"]
         settings["auxiliary"] = AUXILIARY_FEATURES, AUXILIARY_WEIGHT
         tokens, _ = self.batches(0)
-        text = hashlib.blake2b(checksum(tokens), digest_size=8)
-        return f"{settings} {identity(self.model)} {text.hexdigest()}"
+        digest = hashlib.blake2b(checksum(tokens), digest_size=8)
+        return f"{settings} {identity(self.model)} {digest.hexdigest()}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,6 +189,7 @@ class TrainingState:
         silent: number of tokens since each feature last fired.
     """
 
+    config: Training
     parameters: TranscoderParameters
     optimizer: torch.optim.Adam
     silent: Int[Tensor, "layer feature"]
@@ -196,20 +199,19 @@ class TrainingState:
         """Return the state before the first step."""
         n_features = config.n_features
         parameters = TranscoderParameters.initial(config.kind, n_features, inputs, config.seed)
-        tensors = parameters.tensors()
-        optimizer = torch.optim.Adam(tensors, lr=config.learning_rate, betas=(0.9, 0.99))
+        optimizer = torch.optim.Adam(parameters.tensors(), betas=(0.9, 0.99))
         silent = inputs.new_zeros((len(inputs), n_features), dtype=torch.int64)
-        return TrainingState(parameters, optimizer, silent)
+        return TrainingState(config, parameters, optimizer, silent)
 
-    def save(self, path: Path, fingerprint: str, step: int) -> None:
-        """Write a checkpoint."""
+    def save(self, path: Path, fingerprint: str, done: int) -> None:
+        """Write a checkpoint after `done` steps."""
         tensors = {"silent": self.silent}
+        moments = self.optimizer.state_dict()["state"]
         for index, tensor in enumerate(self.parameters.tensors()):
             tensors[f"weight.{index}"] = tensor
-        for index, moments in self.optimizer.state_dict()["state"].items():
-            for name, tensor in moments.items():
-                tensors[f"optimizer.{index}.{name}"] = tensor
-        metadata = {"step": str(step), "settings": fingerprint}
+            for name in MOMENTS:
+                tensors[f"optimizer.{index}.{name}"] = moments[index][name]
+        metadata = {"step": str(done), "settings": fingerprint}
         write_tensors(path, tensors, metadata, FORMAT, FORMAT_VERSION)
 
     @torch.no_grad()
@@ -222,60 +224,55 @@ class TrainingState:
                 "checkpoint."
             )
         self.silent.copy_(tensors["silent"])
-        moments = {}
+        optimizer = self.optimizer.state_dict()
         for index, tensor in enumerate(self.parameters.tensors()):
             tensor.copy_(tensors[f"weight.{index}"])
-            names = ("step", "exp_avg", "exp_avg_sq")
-            moments[index] = {name: tensors[f"optimizer.{index}.{name}"] for name in names}
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+            moments = {name: tensors[f"optimizer.{index}.{name}"] for name in MOMENTS}
+            optimizer["state"][index] = moments
+        self.optimizer.load_state_dict(optimizer)
         return int(metadata["step"])
 
+    def learn(self, done: int, inputs: Vectors, outputs: Vectors) -> Float[Tensor, ""]:
+        """Take a step, after which `done` are done; return the loss before it."""
+        share = done / self.config.steps
+        # Warm-up over the first 5 % of the steps, linear decay over the last half.
+        schedule = min(1.0, share / 0.05, (1 - share) / 0.5)
+        self.optimizer.param_groups[0]["lr"] = self.config.learning_rate * schedule
+        with torch.enable_grad():
+            loss = self._loss(inputs, outputs)
+            self.optimizer.zero_grad()
+            loss.backward()
+        tensors = self.parameters.tensors()
+        torch.nn.utils.clip_grad_norm_(tensors, 1.0)
+        self.optimizer.step()
+        return loss.detach()
 
-def _learn(
-    state: TrainingState,
-    config: Training,
-    step: int,
-    inputs: Vectors,
-    outputs: Vectors,
-) -> Float[Tensor, ""]:
-    """Take one step; return the loss before it."""
-    done = (step + 1) / config.steps
-    # Warm-up over the first 5 % of the steps, linear decay over the last half.
-    schedule = min(1.0, done / 0.05, (1 - done) / 0.5)
-    state.optimizer.param_groups[0]["lr"] = config.learning_rate * schedule
-    with torch.enable_grad():
-        loss = _loss(state, config, inputs, outputs)
-        state.optimizer.zero_grad()
-        loss.backward()
-    tensors = state.parameters.tensors()
-    torch.nn.utils.clip_grad_norm_(tensors, 1.0)
-    state.optimizer.step()
-    return loss.detach()
+    def _loss(self, inputs: Vectors, outputs: Vectors) -> Float[Tensor, ""]:
+        """Unexplained variance, sparsity penalty and auxiliary loss; also counts silent tokens."""
+        config, parameters = self.config, self.parameters
+        pre = parameters.preactivations(inputs)
+        fires = self._fires(pre)
+        activations = torch.where(fires, pre, 0)
+        error = outputs - parameters.reconstruct(inputs, activations)
+        # sum_l |y_l - approximation_l|^2 / |y_l - mean(y_l)|^2
+        deviation = outputs - outputs.mean(1, keepdim=True)
+        loss = (_squares(error) / _squares(deviation)).sum()
+        if config.sparsity != "batch_topk":
+            lengths = activations * parameters.decoder_lengths()
+            loss = loss + _penalty(lengths, config)
+        self.silent.add_(inputs.shape[1])
+        self.silent.masked_fill_(fires.any(1), 0)
+        dead = self.silent > config.dead_after
+        auxiliary = auxiliary_loss(parameters, inputs, error.detach(), dead)
+        return loss + AUXILIARY_WEIGHT * auxiliary
 
-
-def _loss(
-    state: TrainingState,
-    config: Training,
-    inputs: Vectors,
-    outputs: Vectors,
-) -> Float[Tensor, ""]:
-    """Unexplained variance, sparsity penalty and auxiliary loss; also counts silent tokens."""
-    parameters = state.parameters
-    pre = parameters.preactivations(inputs)
-    fires = _fires(pre, parameters, config)
-    activations = torch.where(fires, pre, 0)
-    error = outputs - parameters.reconstruct(inputs, activations)
-    # sum_l |y_l - approximation_l|^2 / |y_l - mean(y_l)|^2
-    deviation = outputs - outputs.mean(1, keepdim=True)
-    loss = (_squares(error) / _squares(deviation)).sum()
-    if config.sparsity != "batch_topk":
-        lengths = activations * parameters.decoder_lengths()
-        loss = loss + _penalty(lengths, config)
-    state.silent.add_(inputs.shape[1])
-    state.silent.masked_fill_(fires.any(1), 0)
-    dead = state.silent > config.dead_after
-    auxiliary = auxiliary_loss(parameters, inputs, error.detach(), dead)
-    return loss + AUXILIARY_WEIGHT * auxiliary
+    @torch.no_grad()
+    def _fires(self, pre: FeatureValues) -> Bool[Tensor, "layer token feature"]:
+        if self.config.sparsity != "batch_topk":
+            return pre > 0
+        lengths = pre * self.parameters.decoder_lengths()
+        smallest = _smallest_firing(lengths, self.config)
+        return lengths > smallest[:, None, None]
 
 
 def auxiliary_loss(
@@ -304,17 +301,13 @@ def _squares(vectors: Vectors) -> Float[Tensor, " layer"]:
     return vectors.square().sum((1, 2))
 
 
-@torch.no_grad()
-def _fires(
-    pre: FeatureValues,
-    parameters: TranscoderParameters,
-    config: Training,
-) -> Bool[Tensor, "layer token feature"]:
-    if config.sparsity != "batch_topk":
-        return pre > 0
-    lengths = pre * parameters.decoder_lengths()
-    smallest = _smallest_firing(lengths, config)
-    return lengths > smallest[:, None, None]
+def _penalty(lengths: FeatureValues, config: Training) -> Float[Tensor, ""]:
+    # l1: sum_l penalty_l mean_t sum_f length_f,   tanh: the same of tanh(TANH_SCALE length_f)
+    if config.sparsity == "tanh":
+        lengths = (TANH_SCALE * lengths).tanh()
+    per_layer = lengths.sum(2).mean(1)
+    penalty = lengths.new_tensor(config.penalty)
+    return (penalty * per_layer).sum()
 
 
 def _smallest_firing(lengths: FeatureValues, config: Training) -> Float[Tensor, " layer"]:
@@ -332,29 +325,16 @@ def _smallest_firing(lengths: FeatureValues, config: Training) -> Float[Tensor, 
     return torch.stack(smallest).clamp(min=0)
 
 
-def _penalty(lengths: FeatureValues, config: Training) -> Float[Tensor, ""]:
-    # l1: sum_l penalty_l mean_t sum_f length_f,   tanh: the same of tanh(TANH_SCALE length_f)
-    if config.sparsity == "tanh":
-        lengths = (TANH_SCALE * lengths).tanh()
-    per_layer = lengths.sum(2).mean(1)
-    penalty = lengths.new_tensor(config.penalty)
-    return (penalty * per_layer).sum()
-
-
 @torch.no_grad()
-def _thresholds(
-    data: _TrainingData,
-    norm: Normalization,
-    parameters: TranscoderParameters,
-) -> Float[Tensor, " layer"]:
+def _thresholds(state: TrainingState, text: _Text, norm: Normalization) -> Float[Tensor, " layer"]:
     """The smallest length of a firing feature, averaged over batches that training has not seen."""
-    steps = range(data.config.steps, data.config.steps + CALIBRATION_BATCHES)
+    config, parameters = state.config, state.parameters
     total = torch.zeros_like(parameters.encoder[:, 0, 0])
-    for step in steps:
-        inputs, _ = data.record(step)
+    for step in range(config.steps, config.steps + CALIBRATION_BATCHES):
+        inputs, _ = text.record(step)
         pre = parameters.preactivations(norm.apply(inputs))
         lengths = pre * parameters.decoder_lengths()
-        total += _smallest_firing(lengths, data.config)
+        total += _smallest_firing(lengths, config)
     return total / CALIBRATION_BATCHES
 
 
