@@ -1,14 +1,11 @@
 """Extract the features that fire on hidden states, for all layers and positions of any model.
 
-The hidden states may come from a model outside TransformerLens:
+The hidden states may come from a model outside TransformerLens, such as one from Hugging Face:
 
     states: dict[int, Tensor] = {}  # by layer, [batch, pos, d_model]: what the features read
-
-    def record(layer):
-        return lambda module, arguments: states.update({layer: arguments[0]})
-
-    for layer, block in enumerate(model.model.layers):  # a model from Hugging Face
-        block.mlp.register_forward_pre_hook(record(layer))
+    for layer, block in enumerate(model.model.layers):
+        record = lambda module, inputs, layer=layer: states.update({layer: inputs[0]})
+        block.mlp.register_forward_pre_hook(record)
     model(**inputs)
     found = extract_features(states, transcoders, top_k=50, threshold=0.01)
 
@@ -50,6 +47,8 @@ INTEGERS = {
     32: (torch.int32, torch.int64),
 }
 
+COLUMNS = ["layer", "batch", "position", "index"]
+
 HiddenStates = Mapping[int, Float[Tensor, "batch pos d_model"]]
 Column = Int[Tensor, " found"]
 FloatColumn = Float[Tensor, " found"]
@@ -64,9 +63,7 @@ class ExtractedFeatures:
     """The features that fire, as columns sorted by layer, batch, position and index.
 
     Attributes:
-        layer: layer of each feature.
-        batch: prompt in which it fires.
-        position: position at which it fires.
+        layer, batch, position: where each feature fires; batch is the number of the prompt.
         index: number of the feature in its layer.
         activation: its activation, in the dtype of the hidden states.
         layers: the layers that were searched.
@@ -75,11 +72,9 @@ class ExtractedFeatures:
     Example:
         >>> import circuits, torch
         >>> transcoders = circuits.load_transcoders("toy-world-plt")
-        >>> found = circuits.extract_features({0: torch.ones(1, 2, 128)}, transcoders, top_k=3)
+        >>> found = circuits.extract_features({0: torch.ones(1, 2, 128)}, transcoders)
         >>> list(found.table().columns)
         ['layer', 'batch', 'position', 'index', 'activation']
-        >>> found.layers, found.shape
-        ((0,), (1, 2))
     """
 
     layer: Column
@@ -95,8 +90,8 @@ class ExtractedFeatures:
 
     def table(self) -> pd.DataFrame:
         """Return a table with columns `layer`, `batch`, `position`, `index` and `activation`."""
-        names = ("layer", "batch", "position", "index")
-        table = pd.DataFrame({name: getattr(self, name).cpu().numpy() for name in names})
+        indices = torch.stack([self.layer, self.batch, self.position, self.index], dim=1)
+        table = pd.DataFrame(indices.cpu().numpy(), columns=COLUMNS)
         # NumPy has no bfloat16.
         return table.assign(activation=self.activation.float().cpu().numpy())
 
@@ -114,9 +109,8 @@ def extract_features(
 
     A feature is found if its activation is positive and at least `threshold`. (The threshold of a
     `JumpReLU` is separate: an activation must exceed that one for the feature to fire at all.)
-
-    Where the memory does not hold the activations of all layers, they are computed in pieces. The
-    result is the same but for rounding. If `top_k` is None, the host waits once for each piece.
+    Activations are computed in pieces where the memory does not hold them all. The result is the
+    same but for rounding. If `top_k` is None, the host waits once for each piece.
 
     Args:
         hidden_states: what the features of each layer read, by layer. Layers may be missing and
@@ -147,8 +141,9 @@ def extract_features(
     layers = tuple(sorted(hidden_states))
     first = hidden_states[layers[0]]
     n_prompts, n_positions, _ = first.shape
-    states = [hidden_states[layer].to(first.device) for layer in layers]
-    tokens = {layer: one.flatten(0, 1) for layer, one in zip(layers, states, strict=True)}
+    tokens = {}
+    for layer in layers:
+        tokens[layer] = hidden_states[layer].to(first.device).flatten(0, 1)
     budget = memory_budget(first.device, max_memory)
     encoder = _PiecewiseEncoder(transcoders, tokens, n_positions, budget)
     bound = _largest_below(threshold, first.dtype)
@@ -157,16 +152,11 @@ def extract_features(
     else:
         row, index, activation = _find_largest(encoder, bound, top_k)
     encoder.check_finite()
-    number, batch, position = torch.unravel_index(row, (len(layers), n_prompts, n_positions))
-    return ExtractedFeatures(
-        layer=torch.tensor(layers, device=row.device)[number],
-        batch=batch,
-        position=position,
-        index=index,
-        activation=activation,
-        layers=layers,
-        shape=(n_prompts, n_positions),
-    )
+    searched = (len(layers), n_prompts, n_positions)
+    number, batch, position = torch.unravel_index(row, searched)
+    layer_numbers = torch.tensor(layers, device=row.device)[number]
+    shape = (n_prompts, n_positions)
+    return ExtractedFeatures(layer_numbers, batch, position, index, activation, layers, shape)
 
 
 def _find_all(encoder: _PiecewiseEncoder, bound: float) -> Found:
@@ -189,20 +179,16 @@ def _find_largest(encoder: _PiecewiseEncoder, bound: float, k: int) -> Found:
     return row, indices[row, place], activations[row, place]
 
 
-def _above(values: Values, bound: float) -> tuple[Column, Column]:
+def _above(values: Values, bound: float) -> tuple[Column, ...]:
     """Row and column of the numbers above `bound`. The host waits for the device."""
-    row, column = (values > bound).nonzero().unbind(1)
-    return row, column
+    return (values > bound).nonzero(as_tuple=True)
 
 
 def largest(values: Values, k: int) -> tuple[Float[Tensor, "row k"], Columns]:
-    """Find the `k` largest numbers of each row, and the first ones among equal numbers.
+    """Find the `k` largest numbers of each row; the first ones among equal numbers.
 
     They are in the k blocks with the largest maxima, so only these blocks are searched. Negative
-    numbers are not ordered among each other.
-
-    Returns:
-        The numbers and their columns, in ascending order of columns.
+    numbers are not ordered among each other. Results are in ascending order of columns.
     """
     n_columns = values.shape[1]
     block = math.gcd(n_columns, BLOCK)
@@ -255,21 +241,17 @@ def _largest_columns(values: Values, k: int) -> Columns:
 
 @dataclass(eq=False)
 class _PiecewiseEncoder:
-    """Computes the activations of features on the tokens of several layers, piece by piece.
-
-    Attributes:
-        tokens: what the features of each layer read, all prompts one after the other.
-        n_positions: number of positions of each prompt.
-        budget: bytes of memory to use: half for activations, a quarter for moved weights.
-        maxima: layers of all pieces so far, with the largest pre-activation of each.
-        moved: the layer that was encoded last, with its encoder weights.
-    """
+    """Computes the activations of features on the tokens of several layers, piece by piece."""
 
     transcoders: Transcoders
+    # By layer, what the features read: all prompts, one after the other.
     tokens: Mapping[int, Tokens]
     n_positions: int
+    # Bytes: half is for activations, a quarter for weights that are moved to the device.
     budget: int
+    # Layers of all pieces so far, each with its largest pre-activation.
     maxima: list[tuple[int, Tensor]] = field(default_factory=list)
+    # The layer that was encoded last, with its encoder weights.
     moved: dict[int, Tensor] = field(default_factory=dict)
 
     def pieces(self) -> Iterator[tuple[Sequence[int], slice]]:
@@ -382,13 +364,11 @@ def _check_settings(top_k: int | None, threshold: float) -> None:
 
 
 def _check_states(hidden_states: HiddenStates, transcoders: Transcoders) -> None:
-    if not isinstance(hidden_states, Mapping):
+    if not isinstance(hidden_states, Mapping) or not hidden_states:
         raise InputError(
-            "give hidden states as a mapping from layers to tensors, such as "
-            "dict(enumerate(states)) for a list that begins with layer 0."
+            "there are no hidden states by layer; give a mapping from layers to tensors "
+            "[batch, pos, d_model], such as dict(enumerate(states)) for a list of all layers."
         )
-    if not hidden_states:
-        raise InputError("there are no hidden states; give tensors [batch, pos, d_model] by layer.")
     first_layer, first = next(iter(hidden_states.items()))
     expected = f"{tuple(first.shape)} in {first.dtype}"
     for layer, states in hidden_states.items():

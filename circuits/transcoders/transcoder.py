@@ -242,8 +242,8 @@ class Transcoders:
             has_k = isinstance(activation, TopK | BatchTopK)
             text = str(activation) if has_k else activation.name
             parts.append(text.encode())
-            parts += map(_fingerprint, self._layer_tensors(layer).values())
-        parts += map(_fingerprint, self.skips or ())
+            parts += [_fingerprint(tensor) for tensor, _ in self._layer_tensors(layer).values()]
+        parts += [_fingerprint(skip) for skip in self.skips or ()]
         digest = hashlib.blake2b(b"".join(parts), digest_size=16)
         return TranscodersIdentity(self.name, self.source, digest.hexdigest())
 
@@ -262,41 +262,30 @@ class Transcoders:
                     "give one for each layer."
                 )
         for layer in range(self.n_layers):
-            self._check_shapes(layer)
+            tensors = self._layer_tensors(layer)
+            if self.skips is not None:
+                tensors["skip"] = self.skips[layer], (self.d_model, self.d_model)
+            for part, (tensor, expected) in tensors.items():
+                if tensor.shape != expected:
+                    raise InputError(
+                        f"{self.name}, layer {layer}: the {part} has shape {tuple(tensor.shape)}; "
+                        f"it must be {expected}."
+                    )
 
-    def _check_shapes(self, layer: int) -> None:
+    def _layer_tensors(self, layer: int) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
+        """The tensors of a layer but for the skip, with the shapes that they must have."""
+        encoder = self.encoders[layer]
         features, d_model = self.n_features, self.d_model
         # Features of a cross-layer transcoder write to their own and all later layers.
-        layers_written = self.n_layers - layer if self.cross_layer else 1
-        expected: dict[str, tuple[int, ...]] = {
-            "encoder weight": (features, d_model),
-            "encoder bias": (features,),
-            "threshold": (features,),
-            "decoder": (features, layers_written, d_model),
-            "decoder bias": (d_model,),
-            "skip": (d_model, d_model),
-        }
-        tensors = self._layer_tensors(layer)
-        if self.skips is not None:
-            tensors["skip"] = self.skips[layer]
-        for part, tensor in tensors.items():
-            if tensor.shape != expected[part]:
-                raise InputError(
-                    f"{self.name}, layer {layer}: the {part} has shape {tuple(tensor.shape)}; "
-                    f"it must be {expected[part]}."
-                )
-
-    def _layer_tensors(self, layer: int) -> dict[str, Tensor]:
-        """The tensors of a layer but for the skip, by name, in the order of the fingerprint."""
-        encoder = self.encoders[layer]
-        tensors = {
-            "encoder weight": encoder.weight,
-            "encoder bias": encoder.bias,
-            "decoder": self.decoders[layer],
-            "decoder bias": self.decoder_biases[layer],
+        n_written = self.n_layers - layer if self.cross_layer else 1
+        tensors: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+            "encoder weight": (encoder.weight, (features, d_model)),
+            "encoder bias": (encoder.bias, (features,)),
+            "decoder": (self.decoders[layer], (features, n_written, d_model)),
+            "decoder bias": (self.decoder_biases[layer], (d_model,)),
         }
         if isinstance(encoder.activation, JumpReLU):
-            tensors["threshold"] = encoder.activation.threshold
+            tensors["threshold"] = encoder.activation.threshold, (features,)
         return tensors
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -89,18 +89,23 @@ def read_layer(
         features, n_layers, d_model = first.decoder.shape
         sizes = {"features": features, "d_model": d_model, "layers": n_layers}
         sizes["layers written to"] = n_layers - layer
-    where = " and ".join(map(str, files))
-    tensors = LayerTensors(read_tensors(files), where, layer, sizes)
-    if "w_enc" in tensors:
-        return _read_gemma_scope_2(tensors)
-    if "W_enc" in tensors:
-        is_npz = files[0].suffix == ".npz"
-        return _read_gemma_scope(tensors) if is_npz else _read_plt(tensors)
-    if any(re.fullmatch(r"W_(enc|dec)_\d+", name) for name in tensors.tensors):
-        return _read_clt(tensors)
-    names = textwrap.shorten(", ".join(tensors.tensors), 200) or "no tensors"
+    tensors = LayerTensors(read_tensors(files), " and ".join(map(str, files)), layer, sizes)
+    weights = _reader(tensors.tensors, files[0])(tensors)
+    tensors.check_all_known()
+    return weights
+
+
+def _reader(names: Iterable[str], file: Path) -> Callable[[LayerTensors], LayerWeights]:
+    """The function that reads the format."""
+    if "w_enc" in names:
+        return _read_gemma_scope_2
+    if "W_enc" in names:
+        return _read_gemma_scope if file.suffix == ".npz" else _read_plt
+    if any(re.fullmatch(r"W_(enc|dec)_\d+", name) for name in names):
+        return _read_clt
+    found = textwrap.shorten(", ".join(names), 200) or "no tensors"
     raise InputError(
-        f"{where}: there is no encoder, only {names}; name it W_enc (per layer), W_enc_0 ... "
+        f"{file}: there is no encoder, only {found}; name it W_enc (per layer), W_enc_0 ... "
         "(cross-layer) or w_enc (GemmaScope-2)."
     )
 
@@ -110,9 +115,7 @@ def read_layer(
 
 def _read_plt(tensors: LayerTensors) -> LayerWeights:
     """W_enc [F, d], W_dec [F, d] or, in older files, [d, F]; the skip adds x @ W_skip.T."""
-    optional = (THRESHOLD, "threshold", "W_skip", "k")
-    tensors.check_names(("W_enc", "W_dec", "b_enc", "b_dec"), optional)
-    threshold = THRESHOLD if THRESHOLD in tensors else "threshold"
+    threshold = THRESHOLD if THRESHOLD in tensors.tensors else "threshold"
     return LayerWeights(
         "PLT",
         bias=tensors.get("b_enc", "features"),
@@ -121,31 +124,27 @@ def _read_plt(tensors: LayerTensors) -> LayerWeights:
         decoder=tensors.get("W_dec", DECODER, or_transposed=True)[:, None],
         threshold=tensors.find(threshold, "features"),
         skip=tensors.find("W_skip", SQUARE),
-        k=tensors.count("k") if "k" in tensors else None,
+        k=tensors.find_count("k"),
     )
 
 
 def _read_clt(tensors: LayerTensors) -> LayerWeights:
     """W_enc_l [F, d], W_dec_l [F, L - l, d]; the skip adds x @ W_skip_l."""
-    names = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold", "W_skip")
-    numbered = [f"{name}_{tensors.layer}" for name in names]
-    tensors.check_names(numbered[:4], numbered[4:])
-    encoder, decoder, bias, decoder_bias, threshold, skip = numbered
+    layer = tensors.layer
     return LayerWeights(
         "CLT",
-        bias=tensors.get(bias, "features"),
-        decoder_bias=tensors.get(decoder_bias, "d_model"),
-        encoder=tensors.get(encoder, ENCODER),
-        decoder=tensors.get(decoder, "features, layers written to, d_model"),
-        threshold=tensors.find(threshold, "features"),
+        bias=tensors.get(f"b_enc_{layer}", "features"),
+        decoder_bias=tensors.get(f"b_dec_{layer}", "d_model"),
+        encoder=tensors.get(f"W_enc_{layer}", ENCODER),
+        decoder=tensors.get(f"W_dec_{layer}", "features, layers written to, d_model"),
+        threshold=tensors.find(f"threshold_{layer}", "features"),
         # x @ W_skip_l = x @ skip.T
-        skip=_transposed(tensors.find(skip, SQUARE)),
+        skip=_transposed(tensors.find(f"W_skip_{layer}", SQUARE)),
     )
 
 
 def _read_gemma_scope(tensors: LayerTensors) -> LayerWeights:
     """W_enc [d, F], W_dec [F, d]."""
-    tensors.check_names(("W_enc", "W_dec", "b_enc", "b_dec", "threshold"))
     return LayerWeights(
         "GemmaScope",
         bias=tensors.get("b_enc", "features"),
@@ -158,10 +157,8 @@ def _read_gemma_scope(tensors: LayerTensors) -> LayerWeights:
 
 def _read_gemma_scope_2(tensors: LayerTensors) -> LayerWeights:
     """w_enc [d, F]; w_dec [F, d], or [F, L, d] where layer l does not use the first l layers."""
-    tensors.check_names(("w_enc", "w_dec", "b_enc", "b_dec", "threshold"), (SKIP,))
-    cross_layer = tensors.tensors["w_dec"].dim() == 3
-    bias = tensors.get("b_enc", "features")
-    decoder_bias = tensors.get("b_dec", "d_model")
+    bias, decoder_bias = tensors.get("b_enc", "features"), tensors.get("b_dec", "d_model")
+    cross_layer = tensors.raw("w_dec").dim() == 3
     if cross_layer:
         decoder = tensors.get("w_dec", "features, layers, d_model")[:, tensors.layer :]
     else:

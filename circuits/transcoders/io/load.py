@@ -13,7 +13,7 @@ from torch import Tensor
 from circuits.system.errors import InputError
 from circuits.transcoders.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from circuits.transcoders.io.config_yaml import CONFIG, CROSS_LAYER, TranscoderConfig, read_config
-from circuits.transcoders.io.formats import DEFAULTS, LayerWeights, read_layer
+from circuits.transcoders.io.formats import DEFAULTS, THRESHOLD, LayerWeights, read_layer
 from circuits.transcoders.io.hub import PREFIX, Address, fetch_config, fetch_files, fetch_folder
 from circuits.transcoders.io.layer_files import LayerFiles, find_layer_files, require_all
 from circuits.transcoders.io.tensor_files import weight_copier
@@ -29,16 +29,13 @@ def load_transcoders(
 ) -> Transcoders:
     """Load transcoders for all layers of a model: PLTs, PLTs with a skip, or a CLT.
 
-    Names and shapes of the tensors tell the format:
+    The files and their tensors tell the format: PLT (layer_0.safetensors ...), CLT
+    (W_enc_0.safetensors with W_dec_0.safetensors ...), GemmaScope (layer_0/.../params.npz) or
+    GemmaScope-2 (params_layer_0.safetensors ..., or the files that a config.yaml lists).
 
-    - PLT: layer_0.safetensors ...
-    - CLT: W_enc_0.safetensors with W_dec_0.safetensors ...
-    - GemmaScope: layer_0/.../params.npz
-    - GemmaScope-2: params_layer_0.safetensors ..., or the files that a config.yaml lists
-
-    Pickles are not read. What config.yaml does not say follows from the files. Features with a
-    threshold are JumpReLU, others are ReLU. PLTs read what the MLP reads ("mlp_input") and write
-    to its output ("mlp"). CLTs read and write the residual stream. GemmaScope reads the normalized
+    Pickles are not read. What config.yaml does not say follows from the files. Features with
+    thresholds are JumpReLU, others ReLU. PLTs read what the MLP reads ("mlp_input") and write to
+    its output ("mlp"). CLTs read and write the residual stream. GemmaScope reads the normalized
     residual stream, GemmaScope-2 what the MLP reads; both write the residual stream.
 
     Args:
@@ -131,10 +128,9 @@ def _find(where: str | Path) -> _FoundSet:
         folder = path.parent.resolve()
         return _FoundSet(path.parent, _config(path), folder.name, str(folder))
     names = ", ".join(embedded_transcoders())
-    named = f", one of the sets in this package ({names})" if names else ""
     raise InputError(
-        f"there are no transcoders {str(where)!r}; give a folder{named} or an address "
-        "hf://owner/repo."
+        f"there are no transcoders {str(where)!r}; give a folder, one of the sets in this package "
+        f"({names}) or an address hf://owner/repo."
     )
 
 
@@ -180,59 +176,45 @@ def _read_layers(
 def _check_same_set(layers: list[LayerWeights], source: str) -> None:
     expected = layers[0].traits
     for number, layer in enumerate(layers):
-        different = [
-            f"{trait}: {expected[trait]} and {value}"
-            for trait, value in layer.traits.items()
-            if value != expected[trait]
-        ]
-        if different:
-            raise InputError(
-                f"{source}: layers 0 and {number} are of different sets ({'; '.join(different)}); "
-                "restore the one that is wrong."
-            )
+        for trait, value in layer.traits.items():
+            if value != expected[trait]:
+                raise InputError(
+                    f"{source}: layers 0 and {number} are of different sets ({trait}: "
+                    f"{expected[trait]} and {value}); restore the wrong one."
+                )
 
 
 def _check_kind(config: TranscoderConfig, cross_layer: bool) -> None:
     if config.cross_layer not in (None, cross_layer):
-        kinds = {is_clt: kind for kind, is_clt in CROSS_LAYER.items()}
+        plt, clt = CROSS_LAYER
+        says, holds = (plt, clt) if cross_layer else (clt, plt)
         raise InputError(
-            f"{config.source} says model_kind: {kinds[not cross_layer]}, but the files are of a "
-            f"{kinds[cross_layer]}; correct it."
+            f"{config.source} says model_kind: {says}, but the files are of a {holds}; correct it."
         )
 
 
 def _activation(layer: LayerWeights, config: TranscoderConfig, source: str) -> Activation:
     """What config.yaml says, if the files agree; else what the files imply."""
-    if config.activation is None and config.k is not None:
+    name, k = config.activation, config.k or layer.k
+    if name is None and config.k is not None:
         raise InputError(
-            f"{source}: activation is missing, and k: {config.k} is given; add activation: topk or "
+            f"{source}: activation is missing, and k: {k} is given; add activation: topk or "
             "batch_topk, or remove k."
         )
-    name = config.activation or _implied_activation(layer)
-    if name == "jump_relu":
-        if layer.threshold is None:
-            raise InputError(
-                f"{source}: activation is jump_relu, but the files hold no thresholds; add them "
-                "(activation_function.threshold), or write relu."
-            )
-        return JumpReLU(layer.threshold)
-    if layer.threshold is not None:
+    if name is None:
+        name = "relu" if k is None else "topk"
+        name = name if layer.threshold is None else "jump_relu"
+    where = f"{source}: activation is {name}"
+    if name == "jump_relu" and layer.threshold is None:
         raise InputError(
-            f"{source}: activation is {name}, but the files hold thresholds; write jump_relu, or "
-            "remove the thresholds from the files."
+            f"{where}, but the files hold no thresholds; add them ({THRESHOLD}), or write relu."
         )
+    if name != "jump_relu" and layer.threshold is not None:
+        raise InputError(f"{where}, but the files hold thresholds; write jump_relu or remove them.")
+    if layer.threshold is not None:
+        return JumpReLU(layer.threshold)
     if name == "relu":
         return ReLU()
-    k = config.k or layer.k
     if k is None:
-        raise InputError(
-            f"{source}: activation is {name}, but k is not given; add k, the number of features "
-            "that may fire."
-        )
+        raise InputError(f"{where}, but k is not given; add k, how many features may fire.")
     return TopK(k) if name == "topk" else BatchTopK(k)
-
-
-def _implied_activation(layer: LayerWeights) -> str:
-    if layer.threshold is not None:
-        return "jump_relu"
-    return "relu" if layer.k is None else "topk"

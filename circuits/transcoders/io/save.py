@@ -34,7 +34,6 @@ def save_transcoders(
     replaced. If the process is killed, the folder says that it is unfinished and does not load.
 
     Args:
-        transcoders: the set to write.
         folder: is created if it does not exist.
         model_name: name of the model they are for, for config.yaml.
         dtype: precision of the stored weights; None stores them as they are.
@@ -49,9 +48,8 @@ def save_transcoders(
     Example:
         >>> import circuits, tempfile
         >>> transcoders = circuits.load_transcoders("toy-world-plt")
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     saved = circuits.save_transcoders(transcoders, folder)
-        ...     circuits.load_transcoders(saved).identity.weights == transcoders.identity.weights
+        >>> folder = circuits.save_transcoders(transcoders, tempfile.mkdtemp())
+        >>> circuits.load_transcoders(folder).identity.weights == transcoders.identity.weights
         True
     """
     transcoders.check()
@@ -107,8 +105,7 @@ def _config(transcoders: Transcoders, model_name: str) -> dict[str, Any]:
         if other != first:
             raise InputError(
                 f"{transcoders.name}: features of layer 0 fire by {_text(first)} and those of "
-                f"layer {layer} by {_text(other)}, which these formats cannot say; save sets with "
-                "one activation."
+                f"layer {layer} by {_text(other)}; the formats have one activation for all layers."
             )
     config = {
         "model_kind": _key(CROSS_LAYER, transcoders.cross_layer),
@@ -150,6 +147,5 @@ def _check_folder(folder: Path, transcoders: Transcoders) -> None:
     for file in sorted(folder.glob("*")):
         if file.suffix in (*WEIGHTS, *PICKLES) and file.name not in own:
             raise InputError(
-                f"{folder} holds {file.name}, which is not of this set; give an empty folder, or "
-                "remove it."
+                f"{folder} holds {file.name}, which is not of this set; give an empty folder."
             )

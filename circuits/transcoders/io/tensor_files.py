@@ -8,7 +8,7 @@ from __future__ import annotations
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -34,29 +34,14 @@ class LayerTensors:
     Attributes:
         where: the file or files, for messages.
         sizes: sizes of named axes. Those of layer 0 hold for all layers; `get` adds new ones.
+        known: names that were asked for.
     """
 
     tensors: Mapping[str, Tensor]
     where: str
     layer: int
     sizes: dict[str, int]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.tensors
-
-    def check_names(self, required: Sequence[str], optional: Sequence[str] = ()) -> None:
-        """Refuse missing tensors, and unknown ones, which might change what features do."""
-        if missing := [name for name in required if name not in self]:
-            raise InputError(
-                f"{self.where}: there is no tensor {', '.join(missing)}; there are "
-                f"{', '.join(self.tensors)}. Restore the file."
-            )
-        known = [*required, *optional]
-        if unknown := [name for name in self.tensors if name not in known]:
-            raise InputError(
-                f"{self.where}: it is not known what {', '.join(unknown)} does; this format has "
-                f"{', '.join(known)}. Fold it into these, or remove it if it changes nothing."
-            )
+    known: list[str] = field(default_factory=list)
 
     def get(self, name: str, axes: str, *, or_transposed: bool = False) -> Tensor:
         """Return a floating-point tensor with certain axes, such as "features, d_model".
@@ -64,7 +49,7 @@ class LayerTensors:
         A size that is not known yet is taken from this tensor. With `or_transposed`, a matrix that
         fits only when transposed is transposed.
         """
-        tensor = self.tensors[name]
+        tensor = self.raw(name)
         if not tensor.is_floating_point():
             raise InputError(
                 f"{self.where}: {name} holds {tensor.dtype}, not floating-point numbers; convert "
@@ -85,10 +70,14 @@ class LayerTensors:
 
     def find(self, name: str, axes: str) -> Tensor | None:
         """Return the same as `get`, or None if there is no such tensor."""
-        return self.get(name, axes) if name in self else None
+        self.known.append(name)
+        return self.get(name, axes) if name in self.tensors else None
 
-    def count(self, name: str) -> int:
-        """Return the positive integer that a tensor holds."""
+    def find_count(self, name: str) -> int | None:
+        """Return the positive integer that a tensor holds, or None if there is no such tensor."""
+        self.known.append(name)
+        if name not in self.tensors:
+            return None
         tensor = self.tensors[name]
         if tensor.numel() != 1 or tensor.is_floating_point() or int(tensor) < 1:
             raise InputError(
@@ -96,6 +85,24 @@ class LayerTensors:
                 "expected one positive integer."
             )
         return int(tensor)
+
+    def raw(self, name: str) -> Tensor:
+        """Return a tensor as it is stored."""
+        self.known.append(name)
+        if name not in self.tensors:
+            raise InputError(
+                f"{self.where}: there is no tensor {name}; there are {', '.join(self.tensors)}. "
+                "Restore the file."
+            )
+        return self.tensors[name]
+
+    def check_all_known(self) -> None:
+        """Refuse tensors that were not asked for: they might change what features do."""
+        if unknown := set(self.tensors).difference(self.known):
+            raise InputError(
+                f"{self.where}: it is not known what {', '.join(sorted(unknown))} does. Fold it "
+                "into the other tensors, or remove it if it changes nothing."
+            )
 
     def _fits(self, tensor: Tensor, axes: Sequence[str]) -> bool:
         if tensor.dim() != len(axes):

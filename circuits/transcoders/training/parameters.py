@@ -23,6 +23,8 @@ TranscoderKind = Literal["plt", "skip-plt", "clt"]
 
 Vectors = Float[Tensor, "layer token d_model"]
 FeatureValues = Float[Tensor, "layer token feature"]
+Decoder = Float[Tensor, "feature _ d_model"]
+Lengths = Float[Tensor, " feature"]
 
 # Lower bound of lengths that are divided by.
 TINY = 1e-12
@@ -59,21 +61,17 @@ class TranscoderParameters:
 
     encoder: Float[Tensor, "layer feature d_model"]
     encoder_bias: Float[Tensor, "layer 1 feature"]
-    decoders: Sequence[Float[Tensor, "feature _ d_model"]]
+    decoders: Sequence[Decoder]
     decoder_bias: Float[Tensor, "layer 1 d_model"]
     skip: Float[Tensor, "layer d_out d_in"] | None
 
     @staticmethod
     def initial(
-        kind: TranscoderKind,
-        n_features: int,
-        inputs: Vectors,
-        seed: int,
+        kind: TranscoderKind, n_features: int, inputs: Vectors, seed: int
     ) -> TranscoderParameters:
         """Draw encoder rows of length about 1, shorter decoder rows, and zeros for all else.
 
-        Args:
-            inputs: gives the number of layers, d_model, device and dtype.
+        The inputs give the number of layers, d_model, device and dtype.
         """
         n_layers, _, d_model = inputs.shape
         generator = torch.Generator().manual_seed(seed)
@@ -102,12 +100,13 @@ class TranscoderParameters:
 
     def tensors(self) -> list[Tensor]:
         """Return all parameters in a fixed order."""
-        tensors = [self.encoder, self.encoder_bias, *self.decoders, self.decoder_bias]
-        return tensors if self.skip is None else [*tensors, self.skip]
+        skip = [] if self.skip is None else [self.skip]
+        return [self.encoder, self.encoder_bias, *self.decoders, self.decoder_bias, *skip]
 
     def decoder_lengths(self) -> Float[Tensor, "layer 1 feature"]:
         """Return the length of what each feature writes at activation 1."""
-        return torch.stack([_lengths(decoder) for decoder in self.decoders])[:, None]
+        lengths = [_lengths(decoder) for decoder in self.decoders]
+        return torch.stack(lengths)[:, None]
 
     def preactivations(self, inputs: Vectors) -> FeatureValues:
         """Return the pre-activations of all features."""
@@ -120,7 +119,7 @@ class TranscoderParameters:
         written = []
         for target in range(len(by_layer)):
             sources = range(target + 1) if cross_layer else (target,)
-            # sum_s W_dec_{s->target}^T a_s
+            # sum_s a_s W_dec_{s->target}
             parts = [by_layer[s] @ self.decoders[s][:, target - s] for s in sources]
             written.append(torch.stack(parts).sum(0))
         return torch.stack(written)
@@ -169,11 +168,7 @@ class TranscoderParameters:
         return Transcoders(encoders, decoders, biases, skips or None)
 
     def _to_encoder(
-        self,
-        layer: int,
-        inputs: Normalization,
-        length: Float[Tensor, " feature"],
-        threshold: Float[Tensor, ""] | None,
+        self, layer: int, inputs: Normalization, length: Lengths, threshold: Tensor | None
     ) -> Encoder:
         # W_enc = length W_enc' / s_in,   b_enc = length b_enc' - W_enc mean_in
         weight = self.encoder[layer] * (length[:, None] / inputs.scale[layer])
@@ -187,5 +182,6 @@ class TranscoderParameters:
         return Encoder(weight, bias, JumpReLU(thresholds))
 
 
-def _lengths(decoder: Float[Tensor, "feature _ d_model"]) -> Float[Tensor, " feature"]:
+def _lengths(decoder: Decoder) -> Lengths:
+    # A cross-layer feature's rows together, for all layers it writes to.
     return decoder.flatten(1).norm(dim=1).clamp(min=TINY)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 import torch
@@ -39,12 +41,7 @@ def quality(
 ) -> pd.DataFrame:
     """Measure how well transcoders approximate the MLPs on some text.
 
-    All real tokens count but for the first of each prompt.
-
-    Args:
-        tokens: the text.
-        mask: True for real tokens, False for padding.
-        prompts_at_once: number of prompts in a batch.
+    All real tokens count but for the first of each prompt. The mask is True for real tokens.
 
     Returns:
         A row for each layer, with the columns `explained_variance` (1 - squared error / squared
@@ -54,44 +51,45 @@ def quality(
     Raises:
         InputError: a batch has no tokens that count.
     """
-    n_layers, device = transcoders.n_layers, model.cfg.device
-    by_dimension = torch.zeros(3, n_layers, transcoders.d_model, dtype=torch.float64, device=device)
-    squared_error, squares, sums = by_dimension
-    fired = torch.zeros(n_layers, transcoders.n_features, dtype=torch.float64, device=device)
-    n_tokens = 0
-    batches = zip(tokens.split(prompts_at_once), mask.split(prompts_at_once), strict=True)
-    for batch in batches:
-        inputs, outputs = record(model, transcoders.reads, transcoders.writes, *batch)
-        n_tokens += inputs.shape[1]
-        # All tokens are taken as one prompt.
-        inputs = inputs[:, None]
-        activations = {layer: transcoders.encode(layer, inputs[layer]) for layer in range(n_layers)}
-        for layer in range(n_layers):
-            (approximation,) = transcoders.output(layer, activations, inputs[layer])
-            squared_error[layer] += (outputs[layer] - approximation).double().square().sum(0)
-            fired[layer] += (activations[layer][0] != 0).double().sum(0)
-        squares += outputs.double().square().sum(1)
-        sums += outputs.double().sum(1)
+    reads, writes = transcoders.reads, transcoders.writes
+    totals: dict[str, Any] = defaultdict(int)
+    for batch in zip(tokens.split(prompts_at_once), mask.split(prompts_at_once), strict=True):
+        inputs, outputs = record(model, reads, writes, *batch)
+        for name, value in _sums(transcoders, inputs, outputs).items():
+            totals[name] += value
+    n_tokens, fired = totals["tokens"], totals["fired"]
     # sum (y - mean)^2 = sum y^2 - (sum y)^2 / n
-    deviation = (squares - sums.square() / n_tokens).sum(1)
+    deviation = totals["y^2"] - totals["y"].square() / n_tokens
     columns = {
-        "explained_variance": 1 - squared_error.sum(1) / deviation,
+        "explained_variance": 1 - totals["error^2"].sum(1) / deviation.sum(1),
         "l0": fired.sum(1) / n_tokens,
         "dead": (fired == 0).double().mean(1),
     }
-    return pd.DataFrame(
-        {name: column.cpu().numpy() for name, column in columns.items()},
-        index=pd.RangeIndex(n_layers, name="layer"),
-    )
+    table = pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
+    return table.rename_axis("layer")
+
+
+def _sums(transcoders: Transcoders, inputs: LayerVectors, outputs: LayerVectors) -> dict[str, Any]:
+    """Sums over tokens, by layer: of squared errors, of outputs y, and of features that fire."""
+    layers = range(transcoders.n_layers)
+    # All tokens are taken as one prompt.
+    prompts = inputs[:, None]
+    activations = {layer: transcoders.encode(layer, prompts[layer]) for layer in layers}
+    made = [transcoders.output(layer, activations, prompts[layer]) for layer in layers]
+    error = outputs - torch.cat(made)
+    fires = torch.cat([activations[layer] != 0 for layer in layers])
+    return {
+        "tokens": inputs.shape[1],
+        "error^2": error.double().square().sum(1),
+        "y^2": outputs.double().square().sum(1),
+        "y": outputs.double().sum(1),
+        "fired": fires.double().sum(1),
+    }
 
 
 @torch.no_grad()
 def record(
-    model: Model,
-    reads: Reads,
-    writes: Writes,
-    tokens: Tokens,
-    mask: Mask,
+    model: Model, reads: Reads, writes: Writes, tokens: Tokens, mask: Mask
 ) -> tuple[LayerVectors, LayerVectors]:
     """Run the model and record what features read and what MLPs write, in every layer.
 
@@ -102,31 +100,36 @@ def record(
         InputError: there are no such tokens.
     """
     tokens, mask = tokens.to(model.cfg.device), mask.to(model.cfg.device)
-    layers = range(model.cfg.n_layers)
-    residual_names = [mlp_residual_hook(model, layer) for layer in layers]
-    output_names = [mlp_output_hook(model, layer, before_norm=writes == "mlp") for layer in layers]
-    scale_names = scale_hooks(model) if reads == "normalized" else {}
-    recorded: dict[str, Tensor] = {}
-    names = {*residual_names, *output_names, *scale_names.values()}
-    hooks = [(name, keeper(recorded, name)) for name in names]
-    with frozen(model), plain_inputs(model):
-        run_to_residual(model, tokens, mask, hooks)
     counted = mask.clone()
     counted[:, 0] = False
     if not counted.any():
-        raise InputError(
-            "the text has no token after the first of a prompt; give prompts of at least two "
-            "tokens."
-        )
-    weights, inputs = ModelWeights(model), []
-    for layer, name in enumerate(residual_names):
-        vectors = recorded[name]
-        if reads == "mlp_input":
-            vectors = weights.mlp_input(layer, vectors)
-        elif (layer, "ln2") in scale_names:
-            scale = recorded[scale_names[layer, "ln2"]].to(vectors)
-            norm = weights.linear_norm(layer, "ln2", scale)
-            vectors = replace(norm, weight=None, bias=None).linear(vectors)
+        raise InputError("the text has no token after the first of a prompt; give longer prompts.")
+    layers = range(model.cfg.n_layers)
+    residuals = [mlp_residual_hook(model, layer) for layer in layers]
+    outputs = [mlp_output_hook(model, layer, before_norm=writes == "mlp") for layer in layers]
+    scales = scale_hooks(model) if reads == "normalized" else {}
+    recorded: dict[str, Tensor] = {}
+    names = {*residuals, *outputs, *scales.values()}
+    hooks = [(name, keeper(recorded, name)) for name in names]
+    with frozen(model), plain_inputs(model):
+        run_to_residual(model, tokens, mask, hooks)
+    inputs = []
+    for layer, name in enumerate(residuals):
+        scale = recorded.get(scales.get((layer, "ln2"), ""))
+        vectors = _read_by_features(model, layer, reads, recorded[name], scale)
         inputs.append(vectors[counted])
-    outputs = [recorded[name][counted] for name in output_names]
-    return torch.stack(inputs), torch.stack(outputs)
+    return torch.stack(inputs), torch.stack([recorded[name][counted] for name in outputs])
+
+
+def _read_by_features(
+    model: Model, layer: int, reads: Reads, residual: Tensor, scale: Tensor | None
+) -> Float[Tensor, "batch pos d_model"]:
+    """What features read, from the residual stream before the MLP and the scale of its norm."""
+    weights = ModelWeights(model)
+    if reads == "mlp_input":
+        return weights.mlp_input(layer, residual)
+    if scale is None:
+        return residual
+    # Only centred, where the norm does that, and divided by its scale.
+    norm = weights.linear_norm(layer, "ln2", scale.to(residual))
+    return replace(norm, weight=None, bias=None).linear(residual)

@@ -219,10 +219,7 @@ class TrainingState:
         """Read a checkpoint; return the number of steps done."""
         tensors, metadata = read_tensors(path, FORMAT, FORMAT_VERSION)
         if metadata["settings"] != fingerprint:
-            raise InputError(
-                f"{path} was written with other settings, model or text; delete it or give another "
-                "checkpoint."
-            )
+            raise InputError(f"{path} was written with other settings, model or text; delete it.")
         self.silent.copy_(tensors["silent"])
         optimizer = self.optimizer.state_dict()
         for index, tensor in enumerate(self.parameters.tensors()):
@@ -355,7 +352,4 @@ def _check(model: Model, config: Training) -> None:
             )
     counts = (config.n_features, config.steps, config.checkpoint_every)
     if min(counts) < 1 or max(config.k) > config.n_features:
-        raise InputError(
-            f"n_features, steps, checkpoint_every={counts}, k={config.k}: all must be positive, "
-            "and k at most n_features."
-        )
+        raise InputError(f"{config}: all counts must be positive, and k at most n_features.")
