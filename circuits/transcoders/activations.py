@@ -39,6 +39,9 @@ class JumpReLU:
     threshold: Float[Tensor, " feature"]
     name: ClassVar[str] = "jump_relu"
 
+    def __repr__(self) -> str:
+        return "JumpReLU()"
+
     def __call__(self, pre: FeatureValues) -> FeatureValues:
         """Return the activations."""
         # a = z if z > threshold else 0, with z the pre-activation
@@ -77,9 +80,7 @@ class BatchTopK:
         _check_k(self.k)
 
     def __call__(
-        self,
-        pre: FeatureValues,
-        mask: Bool[Tensor, "batch pos"] | None = None,
+        self, pre: FeatureValues, mask: Bool[Tensor, "batch pos"] | None = None
     ) -> FeatureValues:
         """Return the activations; where the mask is False, for padding, nothing fires."""
         if mask is None or bool(mask.all()):

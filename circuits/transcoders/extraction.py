@@ -136,7 +136,10 @@ def extract_features(
         >>> len(found) <= 2 * 2 * 3 * 5  # layers, prompts, positions, top_k
         True
     """
-    _check_settings(top_k, threshold)
+    if top_k is not None and top_k < 1:
+        raise InputError(f"top_k={top_k}: give 1 or more, or None for all features that fire.")
+    if not 0 <= threshold < torch.inf:
+        raise InputError(f"threshold={threshold}: give a number from 0 up.")
     _check_states(hidden_states, transcoders)
     layers = tuple(sorted(hidden_states))
     first = hidden_states[layers[0]]
@@ -160,11 +163,12 @@ def extract_features(
 
 
 def _find_all(encoder: _PiecewiseEncoder, bound: float) -> Found:
-    """Row (layer and token), index and activation of all features above `bound`."""
+    # Row (layer and token), index and activation of all features above `bound`.
     found, first_row = [], 0
     for piece in encoder.pieces():
         activations = encoder.encode(*piece)
-        row, index = _above(activations, bound)
+        # The host waits for the device here.
+        row, index = (activations > bound).nonzero(as_tuple=True)
         found.append((first_row + row, index, activations[row, index]))
         first_row += len(activations)
     row, index, activation = map(torch.cat, zip(*found, strict=True))
@@ -172,16 +176,11 @@ def _find_all(encoder: _PiecewiseEncoder, bound: float) -> Found:
 
 
 def _find_largest(encoder: _PiecewiseEncoder, bound: float, k: int) -> Found:
-    """The same for at most `k` features of each row."""
+    # The same for at most `k` features of each row.
     found = [largest(encoder.encode(*piece), k) for piece in encoder.pieces()]
     activations, indices = map(torch.cat, zip(*found, strict=True))
-    row, place = _above(activations, bound)
+    row, place = (activations > bound).nonzero(as_tuple=True)
     return row, indices[row, place], activations[row, place]
-
-
-def _above(values: Values, bound: float) -> tuple[Column, ...]:
-    """Row and column of the numbers above `bound`. The host waits for the device."""
-    return (values > bound).nonzero(as_tuple=True)
 
 
 def largest(values: Values, k: int) -> tuple[Float[Tensor, "row k"], Columns]:
@@ -216,12 +215,10 @@ def largest(values: Values, k: int) -> tuple[Float[Tensor, "row k"], Columns]:
 
 
 def _largest_columns(values: Values, k: int) -> Columns:
-    """Columns of the `k` largest numbers, ascending; the first ones among equal numbers.
-
-    torch.topk may take any of several equal numbers, and in bfloat16 the k-th largest nearly
-    always has an equal. Positive floats are ordered like their bits read as integers, so bits and
-    column together form an integer key, and no two keys are equal.
-    """
+    # Columns of the `k` largest numbers, ascending; the first ones among equal numbers.
+    # torch.topk may take any of several equal numbers, and in bfloat16 the k-th largest nearly
+    # always has an equal. Positive floats are ordered like their bits read as integers, so bits and
+    # column together form an integer key, and no two keys are equal.
     n_columns = values.shape[1]
     bits = torch.finfo(values.dtype).bits
     if bits == 64:
@@ -305,7 +302,7 @@ class _PiecewiseEncoder:
             raise InputError(f"{what} of layer {layer} are not finite; {remedy}.")
 
     def _needs_prompts(self, layer: int) -> bool:
-        """Whether activations at one position depend on other positions of the prompt."""
+        # Whether activations at one position depend on other positions of the prompt.
         encoder = self.transcoders.encoders[layer]
         return isinstance(encoder.activation, BatchTopK)
 
@@ -323,7 +320,7 @@ class _PiecewiseEncoder:
             out[:, rows] = torch.nn.functional.linear(x, moved, bias[rows])
 
     def _weight(self, layer: int, like: Tensor) -> Tensor:
-        """The encoder weights, moved to the device and dtype of `like` unless too large."""
+        # The encoder weights, moved to the device and dtype of `like` unless too large.
         if layer not in self.moved:
             weight = self.transcoders.encoders[layer].weight
             if weight.numel() * like.element_size() <= self.budget // 4:
@@ -333,7 +330,7 @@ class _PiecewiseEncoder:
         return self.moved[layer]
 
     def _activate(self, layer: int, values: Values) -> None:
-        """Replace pre-activations by activations."""
+        # Replace pre-activations by activations.
         activation = self.transcoders.encoders[layer].activation
         # Only positive numbers are selected, so ReLU can be left out.
         if not isinstance(activation, ReLU):
@@ -343,24 +340,13 @@ class _PiecewiseEncoder:
 
 
 def _largest_below(threshold: float, dtype: torch.dtype) -> float:
-    """The largest number of a precision below `threshold`, or 0 if that is larger.
-
-    `activation > bound` then means `activation > 0 and activation >= threshold`.
-    """
+    # The largest number of a precision below `threshold`, or 0 if that is larger.
+    # `activation > bound` then means `activation > 0 and activation >= threshold`.
     number = torch.tensor(threshold, dtype=dtype)
     # Compared as float64: the threshold may lie between two numbers of the precision.
     if float(number) >= threshold:
         number = torch.nextafter(number, torch.full_like(number, -torch.inf))
     return max(0.0, float(number))
-
-
-def _check_settings(top_k: int | None, threshold: float) -> None:
-    if top_k is not None and top_k < 1:
-        raise InputError(f"top_k={top_k}: give 1 or more, or None for all features that fire.")
-    if not 0 <= threshold < torch.inf:
-        raise InputError(
-            f"threshold={threshold}: give a number from 0 up; features that do not fire have 0."
-        )
 
 
 def _check_states(hidden_states: HiddenStates, transcoders: Transcoders) -> None:

@@ -238,8 +238,8 @@ class Transcoders:
         parts = [f"{self.kind} {self.reads} {self.writes}".encode()]
         for layer, encoder in enumerate(self.encoders):
             activation = encoder.activation
-            # With k, such as "TopK(k=32)", where there is one.
             has_k = isinstance(activation, TopK | BatchTopK)
+            # Such as "TopK(k=32)" or "relu".
             text = str(activation) if has_k else activation.name
             parts.append(text.encode())
             parts += [_fingerprint(tensor) for tensor, _ in self._layer_tensors(layer).values()]
@@ -273,7 +273,7 @@ class Transcoders:
                     )
 
     def _layer_tensors(self, layer: int) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
-        """The tensors of a layer but for the skip, with the shapes that they must have."""
+        # The tensors of a layer but for the skip, with the shapes that they must have.
         encoder = self.encoders[layer]
         features, d_model = self.n_features, self.d_model
         # Features of a cross-layer transcoder write to their own and all later layers.
@@ -290,7 +290,7 @@ class Transcoders:
 
 
 def _fingerprint(tensor: Tensor) -> bytes:
-    """Shape and float32 checksum of a tensor, or of rows spread evenly over a large one."""
+    # Shape and float32 checksum of a tensor, or of rows spread evenly over a large one.
     shape = str(tuple(tensor.shape))
     rows = tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]
     if tensor.numel() > MAX_HASHED_ELEMENTS:
@@ -300,5 +300,5 @@ def _fingerprint(tensor: Tensor) -> bytes:
 
 
 def _rows(matrix: Tensor, rows: Indices) -> Tensor:
-    """Some rows of a matrix, which may be on another device than the row numbers."""
+    # Some rows of a matrix, which may be on another device than the row numbers.
     return matrix[rows.to(matrix.device)]

@@ -78,7 +78,7 @@ def read_config(file: Path, source: str) -> TranscoderConfig:
 
 
 def _choose(content: Mapping[str, Any], key: str, meanings: Mapping[str, Any], source: str) -> Any:
-    """The meaning of a value, however it is spelled: JumpReLU, jump-relu and jump_relu are one."""
+    # The meaning of a value, however it is spelled: JumpReLU, jump-relu and jump_relu are one.
     value = content.get(key)
     if value is None:
         return None
@@ -114,7 +114,7 @@ def _files(entries: object, source: str) -> tuple[tuple[int, str], ...]:
 
 
 def _layer_file(number: int, entry: object, source: str) -> tuple[int, str]:
-    """Layer and file of an entry: a path, whose layer is its number, or {layer, filepath}."""
+    # Layer and file of an entry: a path, whose layer is its number, or {layer, filepath}.
     where = f"{source}: entry {number} of transcoders is {entry!r}"
     match entry:
         case {"layer": int(layer), "filepath": str(file)} if type(layer) is int and layer >= 0:

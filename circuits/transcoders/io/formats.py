@@ -96,7 +96,7 @@ def read_layer(
 
 
 def _reader(names: Iterable[str], file: Path) -> Callable[[LayerTensors], LayerWeights]:
-    """The function that reads the format."""
+    # The function that reads the format.
     if "w_enc" in names:
         return _read_gemma_scope_2
     if "W_enc" in names:
@@ -114,7 +114,7 @@ def _reader(names: Iterable[str], file: Path) -> Callable[[LayerTensors], LayerW
 
 
 def _read_plt(tensors: LayerTensors) -> LayerWeights:
-    """W_enc [F, d], W_dec [F, d] or, in older files, [d, F]; the skip adds x @ W_skip.T."""
+    # W_enc [F, d], W_dec [F, d] or, in older files, [d, F]; the skip adds x @ W_skip.T.
     threshold = THRESHOLD if THRESHOLD in tensors.tensors else "threshold"
     return LayerWeights(
         "PLT",
@@ -129,7 +129,7 @@ def _read_plt(tensors: LayerTensors) -> LayerWeights:
 
 
 def _read_clt(tensors: LayerTensors) -> LayerWeights:
-    """W_enc_l [F, d], W_dec_l [F, L - l, d]; the skip adds x @ W_skip_l."""
+    # W_enc_l [F, d], W_dec_l [F, L - l, d]; the skip adds x @ W_skip_l.
     layer = tensors.layer
     return LayerWeights(
         "CLT",
@@ -144,7 +144,7 @@ def _read_clt(tensors: LayerTensors) -> LayerWeights:
 
 
 def _read_gemma_scope(tensors: LayerTensors) -> LayerWeights:
-    """W_enc [d, F], W_dec [F, d]."""
+    # W_enc [d, F], W_dec [F, d].
     return LayerWeights(
         "GemmaScope",
         bias=tensors.get("b_enc", "features"),
@@ -156,7 +156,7 @@ def _read_gemma_scope(tensors: LayerTensors) -> LayerWeights:
 
 
 def _read_gemma_scope_2(tensors: LayerTensors) -> LayerWeights:
-    """w_enc [d, F]; w_dec [F, d], or [F, L, d] where layer l does not use the first l layers."""
+    # w_enc [d, F]; w_dec [F, d], or [F, L, d] where layer l does not use the first l layers.
     bias, decoder_bias = tensors.get("b_enc", "features"), tensors.get("b_dec", "d_model")
     cross_layer = tensors.raw("w_dec").dim() == 3
     if cross_layer:

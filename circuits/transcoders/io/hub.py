@@ -108,7 +108,7 @@ def fetch_files(files: Sequence[Address]) -> list[Path]:
 
 
 def _download(address: Address, wanted: list[str], ignored: list[str] | None = None) -> Path:
-    """Fetch the matching files that are not in the cache; return the repository's local folder."""
+    # Fetch the matching files that are not in the cache; return the repository's local folder.
     try:
         folder = huggingface_hub.snapshot_download(
             address.repository,

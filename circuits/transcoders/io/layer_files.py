@@ -49,10 +49,7 @@ def find_layer_files(folder: Path, config: TranscoderConfig) -> LayerFiles:
 
 
 def require_all(
-    layers: Collection[int],
-    where: str,
-    name: str = "layer {}",
-    n_layers: int | None = None,
+    layers: Collection[int], where: str, name: str = "layer {}", n_layers: int | None = None
 ) -> None:
     """Check that no layer below the highest one, or below `n_layers`, is missing."""
     if n_layers is None:
@@ -66,7 +63,7 @@ def require_all(
 
 
 def _by_layer(folder: Path, pattern: str, regex: str) -> dict[int, list[Path]]:
-    """Files whose path in the folder matches, by the number in it."""
+    # Files whose path in the folder matches, by the number in it.
     found: dict[int, list[Path]] = {}
     for file in sorted(folder.glob(pattern)):
         path = file.relative_to(folder).as_posix()
@@ -76,10 +73,7 @@ def _by_layer(folder: Path, pattern: str, regex: str) -> dict[int, list[Path]]:
 
 
 def _one_per_layer(
-    folder: Path,
-    found: Mapping[int, Sequence[Path]],
-    name: str,
-    n_layers: int | None = None,
+    folder: Path, found: Mapping[int, Sequence[Path]], name: str, n_layers: int | None = None
 ) -> dict[int, Path]:
     for layer, files in found.items():
         if len(files) > 1:

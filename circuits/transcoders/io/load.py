@@ -141,7 +141,7 @@ def _config(file: Path | None, source: str = "") -> TranscoderConfig:
 
 
 def _listed_files(config: TranscoderConfig, folder: Path | Address) -> LayerFiles:
-    """The files that a config.yaml lists; their paths are relative to its folder."""
+    # The files that a config.yaml lists; their paths are relative to its folder.
     layers = [layer for layer, _ in config.files]
     for layer in layers:
         if layers.count(layer) > 1:
@@ -194,7 +194,7 @@ def _check_kind(config: TranscoderConfig, cross_layer: bool) -> None:
 
 
 def _activation(layer: LayerWeights, config: TranscoderConfig, source: str) -> Activation:
-    """What config.yaml says, if the files agree; else what the files imply."""
+    # What config.yaml says, if the files agree; else what the files imply.
     name, k = config.activation, config.k or layer.k
     if name is None and config.k is not None:
         raise InputError(

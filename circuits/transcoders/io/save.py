@@ -17,7 +17,7 @@ from circuits.transcoders.activations import JumpReLU
 from circuits.transcoders.io.config_yaml import CONFIG, CROSS_LAYER, READS, UNFINISHED, WRITES
 from circuits.transcoders.io.formats import THRESHOLD
 from circuits.transcoders.io.tensor_files import PICKLES, WEIGHTS, check_weight_dtype
-from circuits.transcoders.transcoder import Encoder, Transcoders
+from circuits.transcoders.transcoder import Transcoders
 
 
 def save_transcoders(
@@ -68,7 +68,7 @@ def save_transcoders(
 
 
 def _layer_files(transcoders: Transcoders, layer: int) -> dict[str, dict[str, Tensor]]:
-    """The files of a layer, each with its tensors by name."""
+    # The files of a layer, each with its tensors by name.
     cross_layer, encoder = transcoders.cross_layer, transcoders.encoders[layer]
     tensors = {
         "W_enc": encoder.weight,
@@ -100,35 +100,26 @@ def _copy(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _config(transcoders: Transcoders, model_name: str) -> dict[str, Any]:
-    first, *others = [_activation(encoder) for encoder in transcoders.encoders]
-    for layer, other in enumerate(others, start=1):
-        if other != first:
+    activations = [encoder.activation for encoder in transcoders.encoders]
+    for layer, activation in enumerate(activations):
+        if str(activation) != str(activations[0]):
             raise InputError(
-                f"{transcoders.name}: features of layer 0 fire by {_text(first)} and those of "
-                f"layer {layer} by {_text(other)}; the formats have one activation for all layers."
+                f"{transcoders.name}: features of layer 0 fire by {activations[0]} and those of "
+                f"layer {layer} by {activation}; the formats have one activation for all layers."
             )
     config = {
         "model_kind": _key(CROSS_LAYER, transcoders.cross_layer),
         "model_name": model_name,
         "feature_input_hook": _key(READS, transcoders.reads),
         "feature_output_hook": _key(WRITES, transcoders.writes),
-        **first,
+        "activation": activations[0].name,
+        "k": getattr(activations[0], "k", None),
     }
     return {key: value for key, value in config.items() if value}
 
 
-def _activation(encoder: Encoder) -> dict[str, Any]:
-    activation = encoder.activation
-    return {"activation": activation.name, "k": getattr(activation, "k", None)}
-
-
-def _text(activation: Mapping[str, Any]) -> str:
-    name, k = activation.values()
-    return name if k is None else f"{name} with k={k}"
-
-
 def _key(meanings: Mapping[str, Any], meaning: object) -> str:
-    """The first spelling of a meaning."""
+    # The first spelling of a meaning.
     return next(key for key in meanings if meanings[key] == meaning)
 
 
@@ -138,7 +129,7 @@ def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _check_folder(folder: Path, transcoders: Transcoders) -> None:
-    """Refuse a folder with other weights, which could be taken for layers of this set."""
+    # Refuse a folder with other weights, which could be taken for layers of this set.
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give a folder.")
     own = [

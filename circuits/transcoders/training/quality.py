@@ -11,16 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.models import (
-    Model,
-    ModelWeights,
-    frozen,
-    mlp_output_hook,
-    mlp_residual_hook,
-    plain_inputs,
-    run_to_residual,
-    scale_hooks,
-)
+from circuits import models
 from circuits.models.source_outputs import keeper
 from circuits.system.errors import InputError
 from circuits.transcoders.transcoder import Reads, Transcoders, Writes
@@ -32,7 +23,7 @@ LayerVectors = Float[Tensor, "layer token d_model"]
 
 @torch.no_grad()
 def quality(
-    model: Model,
+    model: models.Model,
     transcoders: Transcoders,
     tokens: Tokens,
     mask: Mask,
@@ -47,9 +38,6 @@ def quality(
         A row for each layer, with the columns `explained_variance` (1 - squared error / squared
         deviation from the mean), `l0` (mean number of features that fire at a token) and `dead`
         (share of features that never fire).
-
-    Raises:
-        InputError: a batch has no tokens that count.
     """
     reads, writes = transcoders.reads, transcoders.writes
     totals: dict[str, Any] = defaultdict(int)
@@ -70,7 +58,7 @@ def quality(
 
 
 def _sums(transcoders: Transcoders, inputs: LayerVectors, outputs: LayerVectors) -> dict[str, Any]:
-    """Sums over tokens, by layer: of squared errors, of outputs y, and of features that fire."""
+    # Sums over tokens, by layer: of squared errors, of outputs y, and of features that fire.
     layers = range(transcoders.n_layers)
     # All tokens are taken as one prompt.
     prompts = inputs[:, None]
@@ -89,15 +77,11 @@ def _sums(transcoders: Transcoders, inputs: LayerVectors, outputs: LayerVectors)
 
 @torch.no_grad()
 def record(
-    model: Model, reads: Reads, writes: Writes, tokens: Tokens, mask: Mask
+    model: models.Model, reads: Reads, writes: Writes, tokens: Tokens, mask: Mask
 ) -> tuple[LayerVectors, LayerVectors]:
     """Run the model and record what features read and what MLPs write, in every layer.
 
-    Returns:
-        Inputs and outputs at all real tokens but the first of each prompt.
-
-    Raises:
-        InputError: there are no such tokens.
+    All real tokens are recorded but the first of each prompt.
     """
     tokens, mask = tokens.to(model.cfg.device), mask.to(model.cfg.device)
     counted = mask.clone()
@@ -105,14 +89,16 @@ def record(
     if not counted.any():
         raise InputError("the text has no token after the first of a prompt; give longer prompts.")
     layers = range(model.cfg.n_layers)
-    residuals = [mlp_residual_hook(model, layer) for layer in layers]
-    outputs = [mlp_output_hook(model, layer, before_norm=writes == "mlp") for layer in layers]
-    scales = scale_hooks(model) if reads == "normalized" else {}
+    residuals = [models.mlp_residual_hook(model, layer) for layer in layers]
+    outputs = [
+        models.mlp_output_hook(model, layer, before_norm=writes == "mlp") for layer in layers
+    ]
+    scales = models.scale_hooks(model) if reads == "normalized" else {}
     recorded: dict[str, Tensor] = {}
     names = {*residuals, *outputs, *scales.values()}
     hooks = [(name, keeper(recorded, name)) for name in names]
-    with frozen(model), plain_inputs(model):
-        run_to_residual(model, tokens, mask, hooks)
+    with models.frozen(model), models.plain_inputs(model):
+        models.run_to_residual(model, tokens, mask, hooks)
     inputs = []
     for layer, name in enumerate(residuals):
         scale = recorded.get(scales.get((layer, "ln2"), ""))
@@ -122,10 +108,10 @@ def record(
 
 
 def _read_by_features(
-    model: Model, layer: int, reads: Reads, residual: Tensor, scale: Tensor | None
+    model: models.Model, layer: int, reads: Reads, residual: Tensor, scale: Tensor | None
 ) -> Float[Tensor, "batch pos d_model"]:
-    """What features read, from the residual stream before the MLP and the scale of its norm."""
-    weights = ModelWeights(model)
+    # What features read, from the residual stream before the MLP and the scale of its norm.
+    weights = models.ModelWeights(model)
     if reads == "mlp_input":
         return weights.mlp_input(layer, residual)
     if scale is None:

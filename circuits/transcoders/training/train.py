@@ -1,15 +1,14 @@
 """Training transcoders of any model: per layer, per layer with a skip, and cross-layer.
 
 Each step runs the model once to record what features read and what MLPs write. The transcoders of
-all layers then learn at once to reconstruct the second from the first with few features.
+all layers then learn at once to reconstruct the second from the first with few features: of a
+batch, the k per token that write most (BatchTopK; Bussmann, Leask and Nanda 2024,
+https://arxiv.org/abs/2412.06410), or any number at a penalty, L1 or tanh (Ameisen et al. 2025,
+https://transformer-circuits.pub/2025/attribution-graphs/methods.html). Dead features learn from
+the error that the others leave (AuxK; Gao et al. 2024, https://arxiv.org/abs/2406.04093).
 
-- Sparsity: in a batch, the k features per token that write most fire (BatchTopK; Bussmann, Leask
-  and Nanda 2024, https://arxiv.org/abs/2412.06410). Or any number fires, at a penalty: L1, or tanh
-  as in Ameisen et al. 2025 (https://transformer-circuits.pub/2025/attribution-graphs/methods.html).
-- Dead features learn from the error that the others leave (AuxK; Gao et al. 2024,
-  https://arxiv.org/abs/2406.04093).
-- After training with BatchTopK, each layer gets a threshold: the smallest length that a firing
-  feature wrote, averaged over batches. What fires at a token then depends on no other token.
+After training with BatchTopK, each layer gets a threshold: the smallest length that a firing
+feature wrote, averaged over batches. What fires at a token then depends on no other token.
 """
 
 from __future__ import annotations
@@ -46,6 +45,12 @@ Batches = Callable[[int], tuple[Tensor, Tensor]]
 """Returns the tokens [batch, pos] of a step and their mask, True for real tokens. It must return
 the same for the same step, so that an interrupted training can be resumed."""
 
+# Where features read and write.
+READS_WRITES: dict[str, tuple[Reads, Writes]] = {
+    "plt": ("mlp_input", "mlp"),
+    "skip-plt": ("mlp_input", "mlp"),
+    "clt": ("residual", "residual"),
+}
 CALIBRATION_BATCHES = 16
 TANH_SCALE = 10
 AUXILIARY_FEATURES, AUXILIARY_WEIGHT = 64, 0.2
@@ -79,16 +84,6 @@ class Training:
     """Precision of training."""
     checkpoint_every: int = 200
     """Number of steps between checkpoints."""
-
-    @property
-    def reads(self) -> Reads:
-        """What features read."""
-        return "residual" if self.kind == "clt" else "mlp_input"
-
-    @property
-    def writes(self) -> Writes:
-        """Where features write."""
-        return "residual" if self.kind == "clt" else "mlp"
 
 
 def train_transcoders(
@@ -151,8 +146,9 @@ def train_transcoders(
     if config.sparsity == "batch_topk":
         thresholds = _thresholds(state, text, norms[0])
     trained = state.parameters.to_transcoders(*norms, thresholds)
+    reads, writes = READS_WRITES[config.kind]
     name = f"{model.cfg.model_name}-{config.kind}"
-    return replace(trained, reads=config.reads, writes=config.writes, name=name)
+    return replace(trained, reads=reads, writes=writes, name=name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,10 +161,10 @@ class _Text:
 
     def record(self, step: int) -> tuple[Vectors, Vectors]:
         """MLP inputs and outputs on the text of a step, not yet normalized."""
-        config = self.config
+        reads, writes = READS_WRITES[self.config.kind]
         tokens, mask = self.batches(step)
-        inputs, outputs = record(self.model, config.reads, config.writes, tokens, mask)
-        dtype = getattr(torch, config.dtype)
+        inputs, outputs = record(self.model, reads, writes, tokens, mask)
+        dtype = getattr(torch, self.config.dtype)
         return inputs.to(dtype), outputs.to(dtype)
 
     def fingerprint(self) -> str:
@@ -245,7 +241,7 @@ class TrainingState:
         return loss.detach()
 
     def _loss(self, inputs: Vectors, outputs: Vectors) -> Float[Tensor, ""]:
-        """Unexplained variance, sparsity penalty and auxiliary loss; also counts silent tokens."""
+        # Unexplained variance, sparsity penalty and auxiliary loss; also counts silent tokens.
         config, parameters = self.config, self.parameters
         pre = parameters.preactivations(inputs)
         fires = self._fires(pre)
@@ -308,10 +304,8 @@ def _penalty(lengths: FeatureValues, config: Training) -> Float[Tensor, ""]:
 
 
 def _smallest_firing(lengths: FeatureValues, config: Training) -> Float[Tensor, " layer"]:
-    """The (k * tokens)-th largest length in each layer; features must write more to fire.
-
-    One fewer fires than k * tokens, as with a JumpReLU of this threshold.
-    """
+    # The (k * tokens)-th largest length in each layer; features must write more to fire.
+    # One fewer fires than k * tokens, as with a JumpReLU of this threshold.
     n_layers, n_tokens, _ = lengths.shape
     k = config.k if len(config.k) > 1 else config.k * n_layers
     smallest = []
@@ -324,7 +318,7 @@ def _smallest_firing(lengths: FeatureValues, config: Training) -> Float[Tensor, 
 
 @torch.no_grad()
 def _thresholds(state: TrainingState, text: _Text, norm: Normalization) -> Float[Tensor, " layer"]:
-    """The smallest length of a firing feature, averaged over batches that training has not seen."""
+    # The smallest length of a firing feature, averaged over batches that training has not seen.
     config, parameters = state.config, state.parameters
     total = torch.zeros_like(parameters.encoder[:, 0, 0])
     for step in range(config.steps, config.steps + CALIBRATION_BATCHES):
