@@ -32,10 +32,12 @@ from circuits.tasks.families.two_hop import TwoHop
 from circuits.tasks.prompts import Split, split_of
 from circuits.transcoders.io.load import load_transcoders
 from circuits.transcoders.io.save import save_transcoders
-from circuits.transcoders.training.train import Batches, Kind, Training, quality, train
+from circuits.transcoders.training.parameters import TranscoderKind
+from circuits.transcoders.training.quality import quality
+from circuits.transcoders.training.train import Batches, Training, train_transcoders
 
 FAMILIES = (IOI(), GenderedPronoun(), TwoHop(), Docstring(), Induction(), GreaterThan())
-SHIPPED: dict[Kind, tuple[tuple[float, ...], int]] = {
+SHIPPED: dict[TranscoderKind, tuple[tuple[float, ...], int]] = {
     "plt": ((11, 11, 12, 5), 3500),
     "skip-plt": ((4, 6, 10, 5), 3500),
     "clt": ((11, 8, 10, 5), 2500),
@@ -112,7 +114,9 @@ def main(config: Config) -> None:
             bar = bars.add_task("train", total=settings.steps, loss="")
             checkpoint = config.checkpoints / f"{name}.safetensors"
             show = lambda done, loss: bars.update(bar, completed=done, loss=f"loss {loss:.3f}")  # noqa: B023, E731
-            trained = train(model, learn, settings, checkpoint=checkpoint, progress=show)
+            trained = train_transcoders(
+                model, learn, settings, checkpoint=checkpoint, progress=show
+            )
         save_transcoders(trained, out / name, model_name=config.model, dtype=torch.bfloat16)
         report(model, config, out / name, held_out)
 

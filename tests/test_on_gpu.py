@@ -8,7 +8,7 @@ import circuits
 from circuits.attribution.feature_graph import FEATURE
 from circuits.attribution.interventions import Intervention, direct_effects
 from circuits.transcoders.activations import JumpReLU, ReLU
-from circuits.transcoders.training.train import Training, train
+from circuits.transcoders.training.train import Training, train_transcoders
 from circuits.transcoders.transcoder import Encoder, Transcoders
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -171,7 +171,7 @@ def test_transcoders_are_trained_there(kind):
             tokens = torch.randint(5, 600, (4, 20), generator=generator)
             return tokens.to(device), torch.ones_like(tokens, dtype=torch.bool).to(device)
 
-        return train(model, batches, Training(kind, 32, k=(4,), steps=5))
+        return train_transcoders(model, batches, Training(kind, 32, k=(4,), steps=5))
 
     here, there = on_both(trained)
     for mine, theirs in zip(here.encoders, there.encoders, strict=True):

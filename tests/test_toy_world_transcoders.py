@@ -13,7 +13,7 @@ import circuits
 from circuits.models import Model
 from circuits.tasks.task import Task
 from circuits.transcoders.io.load import load_transcoders
-from circuits.transcoders.training.train import quality
+from circuits.transcoders.training.quality import quality
 
 FOLDER = Path(circuits.__file__).parent / "assets" / "transcoders"
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"

@@ -571,7 +571,7 @@ def test_saving_refuses_what_the_formats_cannot_say(tmp_path):
     encoders = [*transcoders.encoders[:-1], replace(transcoders.encoders[-1], activation=TopK(5))]
     with pytest.raises(
         circuits.InputError,
-        match="layer 0 fire by topk with k=3 and those of layer 2 by topk with k=5",
+        match=r"layer 0 fire by TopK\(k=3\) and those of layer 2 by TopK\(k=5\)",
     ):
         save_transcoders(replace(transcoders, encoders=encoders), tmp_path)
     with pytest.raises(
@@ -869,11 +869,11 @@ BROKEN = {
     ),
     "a vector that is a matrix": (
         broken(b_dec=random(WIDTH, 1)),
-        r"b_dec has shape \(5, 1\), expected \(5,\) \(d_model, as in layer 0\)",
+        r"b_dec has shape \(5, 1\), expected \(5,\) \(d_model\); .*as in layer 0",
     ),
     "other features": (
         broken(b_enc=random(FEATURES + 1)),
-        r"b_enc has shape \(13,\), expected \(12,\) \(features, as in layer 0\)",
+        r"b_enc has shape \(13,\), expected \(12,\) \(features\); .*as in layer 0",
     ),
     "integers": (
         broken(W_dec=torch.ones(FEATURES, WIDTH, dtype=torch.int8)),

@@ -13,11 +13,16 @@ from circuits.models import Model, ModelWeights
 from circuits.system.errors import InputError
 from circuits.transcoders.activations import JumpReLU, ReLU
 from circuits.transcoders.training import train as training
-from circuits.transcoders.training.parameters import Units, Weights
-from circuits.transcoders.training.train import Kind, Training, quality, record, train
+from circuits.transcoders.training.parameters import (
+    Normalization,
+    TranscoderKind,
+    TranscoderParameters,
+)
+from circuits.transcoders.training.quality import quality, record
+from circuits.transcoders.training.train import Training, train_transcoders
 from circuits.transcoders.transcoder import Transcoders
 
-KINDS: tuple[Kind, ...] = ("plt", "skip-plt", "clt")
+KINDS: tuple[TranscoderKind, ...] = ("plt", "skip-plt", "clt")
 SMALL = Training(n_features=48, k=(6,), steps=40, learning_rate=2e-2)
 
 
@@ -52,17 +57,20 @@ def model() -> Model:
 
 
 @pytest.fixture(scope="module")
-def trained(model: Model) -> dict[Kind, Transcoders]:
-    return {kind: train(model, batches, replace(SMALL, kind=kind)) for kind in KINDS}
+def trained(model: Model) -> dict[TranscoderKind, Transcoders]:
+    return {kind: train_transcoders(model, batches, replace(SMALL, kind=kind)) for kind in KINDS}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_explained_variance_rises_with_training(
-    kind: Kind, model: Model, trained: dict[Kind, Transcoders]
+    kind: TranscoderKind, model: Model, trained: dict[TranscoderKind, Transcoders]
 ) -> None:
     early, late = (
         quality(model, made, *batches(999))
-        for made in (train(model, batches, replace(SMALL, kind=kind, steps=3)), trained[kind])
+        for made in (
+            train_transcoders(model, batches, replace(SMALL, kind=kind, steps=3)),
+            trained[kind],
+        )
     )
     assert (late.explained_variance > early.explained_variance + 0.05).all()
     assert (late.explained_variance > 0.4).all()
@@ -70,9 +78,9 @@ def test_explained_variance_rises_with_training(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ["llama", "pythia", "no_norms"])
-def test_all_kinds_learn_on_other_architectures(architecture: str, kind: Kind) -> None:
+def test_all_kinds_learn_on_other_architectures(architecture: str, kind: TranscoderKind) -> None:
     model = random_model(architecture)
-    made = train(model, batches, replace(SMALL, kind=kind, steps=20))
+    made = train_transcoders(model, batches, replace(SMALL, kind=kind, steps=20))
     assert (quality(model, made, *batches(999)).explained_variance > 0.15).all()
     assert made.kind == {"plt": "PLT", "skip-plt": "PLT with skip", "clt": "CLT"}[kind]
     assert (made.reads, made.writes) == (
@@ -83,7 +91,9 @@ def test_all_kinds_learn_on_other_architectures(architecture: str, kind: Kind) -
 @pytest.mark.parametrize("sparsity", ["l1", "tanh"])
 def test_a_higher_price_leaves_fewer_features_that_fire(sparsity: str, model: Model) -> None:
     cheap, dear = (
-        train(model, batches, replace(SMALL, sparsity=sparsity, penalty=(price,), steps=25))
+        train_transcoders(
+            model, batches, replace(SMALL, sparsity=sparsity, penalty=(price,), steps=25)
+        )
         for price in (1e-4, 0.1)
     )  # type: ignore[arg-type]
     assert all(isinstance(encoder.activation, ReLU) for encoder in cheap.encoders)
@@ -93,7 +103,7 @@ def test_a_higher_price_leaves_fewer_features_that_fire(sparsity: str, model: Mo
 
 
 def test_the_jump_relu_keeps_as_many_features_as_were_trained(model: Model) -> None:
-    made = train(model, batches, replace(SMALL, k=(3, 7.5)))
+    made = train_transcoders(model, batches, replace(SMALL, k=(3, 7.5)))
     assert all(isinstance(encoder.activation, JumpReLU) for encoder in made.encoders)
     assert quality(model, made, *batches(999, prompts=200)).l0.tolist() == pytest.approx(
         [3, 7.5], rel=0.1
@@ -102,10 +112,10 @@ def test_the_jump_relu_keeps_as_many_features_as_were_trained(model: Model) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_interrupted_training_resumed_equals_an_uninterrupted_one(
-    kind: Kind, model: Model, tmp_path: Path
+    kind: TranscoderKind, model: Model, tmp_path: Path
 ) -> None:
     config = replace(SMALL, kind=kind, steps=12, checkpoint_every=2, dead_after=300)
-    whole = train(model, batches, config)
+    whole = train_transcoders(model, batches, config)
 
     def until_killed(step: int) -> tuple[torch.Tensor, torch.Tensor]:
         if step == 7:
@@ -114,9 +124,9 @@ def test_an_interrupted_training_resumed_equals_an_uninterrupted_one(
 
     checkpoint = tmp_path / "state.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        train(model, until_killed, config, checkpoint=checkpoint)
+        train_transcoders(model, until_killed, config, checkpoint=checkpoint)
     seen: list[int] = []
-    parts = train(
+    parts = train_transcoders(
         model, batches, config, checkpoint=checkpoint, progress=lambda done, loss: seen.append(done)
     )
     assert seen == list(range(7, 13))
@@ -128,7 +138,7 @@ def test_an_interrupted_training_resumed_equals_an_uninterrupted_one(
 def test_a_finished_training_is_not_repeated(model: Model, tmp_path: Path) -> None:
     config, steps = replace(SMALL, steps=3, dead_after=100), []
     parts = [
-        train(
+        train_transcoders(
             model,
             batches,
             config,
@@ -143,12 +153,10 @@ def test_a_finished_training_is_not_repeated(model: Model, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("across", [False, True])
 def test_dead_features_alone_learn_to_leave_less_of_what_was_missed(across: bool) -> None:
-    weights = Weights.first(
-        2, 10, 8, across=across, skip=False, seed=0, dtype=torch.float64, device="cpu"
-    )
     inputs, missed = torch.randn(
         2, 2, 30, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64
     )
+    weights = TranscoderParameters.initial("clt" if across else "plt", 10, inputs, seed=0)
     dead = torch.zeros(2, 10, dtype=torch.bool)
     assert training.auxiliary_loss(weights, inputs, missed, dead) == 0
     dead[:, 7:] = True
@@ -165,9 +173,11 @@ def test_dead_features_alone_learn_to_leave_less_of_what_was_missed(across: bool
 
 
 def test_a_checkpoint_of_other_settings_is_refused(model: Model, tmp_path: Path) -> None:
-    train(model, batches, replace(SMALL, steps=1), checkpoint=tmp_path / "state.safetensors")
+    train_transcoders(
+        model, batches, replace(SMALL, steps=1), checkpoint=tmp_path / "state.safetensors"
+    )
     with pytest.raises(InputError, match="written with other settings"):
-        train(
+        train_transcoders(
             model,
             batches,
             replace(SMALL, steps=1, seed=1),
@@ -188,14 +198,14 @@ def test_settings_that_do_not_fit_are_refused(
     change: dict, message: str, model: Model, unchecked_types: None
 ) -> None:
     with pytest.raises(InputError, match=message):
-        train(model, batches, replace(SMALL, **change))
+        train_transcoders(model, batches, replace(SMALL, **change))
 
 
 def test_models_without_mlps_and_prompts_of_one_token_are_refused(model: Model) -> None:
     with pytest.raises(InputError, match="has no MLPs"):
-        train(random_model("attention_only"), batches, SMALL)
+        train_transcoders(random_model("attention_only"), batches, SMALL)
     with pytest.raises(InputError, match="no token after the first"):
-        train(model, lambda step: batches(step, length=1), SMALL)
+        train_transcoders(model, lambda step: batches(step, length=1), SMALL)
 
 
 def test_the_model_is_left_as_it_was(model: Model) -> None:
@@ -206,7 +216,7 @@ def test_the_model_is_left_as_it_was(model: Model) -> None:
         torch.get_num_threads(),
     )
     try:
-        train(model, batches, replace(SMALL, steps=3))
+        train_transcoders(model, batches, replace(SMALL, steps=3))
         assert model.cfg.use_hook_mlp_in
     finally:
         model.cfg.use_hook_mlp_in = False
@@ -224,11 +234,11 @@ def test_the_model_is_left_as_it_was(model: Model) -> None:
 
 def test_it_trains_where_gradients_are_switched_off(model: Model) -> None:
     with torch.no_grad():
-        made = train(model, batches, replace(SMALL, steps=3))
+        made = train_transcoders(model, batches, replace(SMALL, steps=3))
     assert not any(tensor.requires_grad for tensor in tensors(made))
 
 
-def test_decoder_rows_have_length_one(trained: dict[Kind, Transcoders]) -> None:
+def test_decoder_rows_have_length_one(trained: dict[TranscoderKind, Transcoders]) -> None:
     for made in trained.values():
         for decoder in made.decoders:
             torch.testing.assert_close(
@@ -237,29 +247,22 @@ def test_decoder_rows_have_length_one(trained: dict[Kind, Transcoders]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_learned_and_what_is_given_are_the_same_function(kind: Kind) -> None:
+def test_what_is_learned_and_what_is_given_are_the_same_function(kind: TranscoderKind) -> None:
     """In the units of training and in the model's."""
-    weights = Weights.first(
-        2,
-        20,
-        8,
-        across=kind == "clt",
-        skip=kind == "skip-plt",
-        seed=0,
-        dtype=torch.float64,
-        device="cpu",
-    )
     generator = torch.Generator().manual_seed(1)
     inputs, outputs = torch.randn(2, 2, 30, 8, generator=generator, dtype=torch.float64) * 3 + 1
+    weights = TranscoderParameters.initial(kind, 20, inputs, seed=0)
     with torch.no_grad():
         for tensor in weights.tensors():
             tensor += torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * 0.1
-    units, least = Units.of(inputs, outputs), torch.tensor([0.02, 0.05], dtype=torch.float64)
-    normalized = units.normalized(inputs, outputs)[0]
+    input_units, output_units = Normalization.of(inputs), Normalization.of(outputs)
+    thresholds = torch.tensor([0.02, 0.05], dtype=torch.float64)
+    normalized = input_units.apply(inputs)
     pre = weights.preactivations(normalized)
-    activations = torch.where(pre * weights.lengths() > least[:, None, None], pre, 0)
-    expected = weights.reconstruct(normalized, activations) * units.sizes[1] + units.means[1]
-    made = weights.transcoders(units, least, "residual", "residual", "made")
+    fires = pre * weights.decoder_lengths() > thresholds[:, None, None]
+    expected = weights.reconstruct(normalized, torch.where(fires, pre, 0))
+    expected = expected * output_units.scale + output_units.mean
+    made = weights.to_transcoders(input_units, output_units, thresholds)
     found = made.reconstruct({layer: inputs[layer][None] for layer in range(2)})
     torch.testing.assert_close(torch.cat([found[layer] for layer in range(2)]), expected.detach())
 
@@ -294,7 +297,9 @@ def test_what_is_recorded_is_what_the_mlp_reads_and_writes(architecture: str) ->
             )
 
 
-def test_quality_agrees_with_its_definition(model: Model, trained: dict[Kind, Transcoders]) -> None:
+def test_quality_agrees_with_its_definition(
+    model: Model, trained: dict[TranscoderKind, Transcoders]
+) -> None:
     made, (tokens, mask) = trained["plt"], batches(999)
     found = quality(model, made, tokens, mask, prompts_at_once=7)
     inputs, outputs = record(model, made.reads, made.writes, tokens, mask)

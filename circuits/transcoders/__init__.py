@@ -1,1 +1,1 @@
-"""Transcoders: what they are, how features are extracted with them, how they are trained, and their files."""
+"""Transcoders, feature extraction, training, and reading and writing transcoder files."""

@@ -1,8 +1,9 @@
-"""What a transcoder's encoder does with its pre-activations: which features fire, and how strongly."""
+"""Activation functions of transcoders: which features fire at a token, and how strongly."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,94 +11,101 @@ from torch import Tensor
 
 from circuits.system.errors import InputError
 
+FeatureValues = Float[Tensor, "batch pos feature"]
+"""Pre-activations or activations of the features of one layer."""
+
 
 @dataclass(frozen=True)
 class ReLU:
     """A feature fires where its pre-activation is positive."""
 
-    name = "relu"
+    name: ClassVar[str] = "relu"
 
-    def __call__(
-        self, pre: Float[Tensor, "batch pos feature"]
-    ) -> Float[Tensor, "batch pos feature"]:
-        """The activations."""
+    def __call__(self, pre: FeatureValues) -> FeatureValues:
+        """Return the activations."""
         return pre.relu()
 
 
 @dataclass(frozen=True, eq=False)
 class JumpReLU:
-    """A feature fires, with its whole pre-activation, where that lies strictly above its threshold (Rajamanoharan et al. 2024).
+    """A feature fires where its pre-activation exceeds its threshold (Rajamanoharan et al. 2024).
+
+    The activation is the whole pre-activation, not the part above the threshold.
 
     Attributes:
-        threshold: of each feature.
+        threshold: one for each feature.
     """
 
     threshold: Float[Tensor, " feature"]
-    name = "jump_relu"
+    name: ClassVar[str] = "jump_relu"
 
-    def __call__(
-        self, pre: Float[Tensor, "batch pos feature"]
-    ) -> Float[Tensor, "batch pos feature"]:
-        """The activations."""
-        return torch.where(pre > self.threshold.to(pre), pre, pre.new_zeros(()))
+    def __repr__(self) -> str:
+        return "JumpReLU()"
+
+    def __call__(self, pre: FeatureValues) -> FeatureValues:
+        """Return the activations."""
+        # a = z if z > threshold else 0, with z the pre-activation
+        fires = pre > self.threshold.to(pre)
+        return torch.where(fires, pre, pre.new_zeros(()))
 
 
 @dataclass(frozen=True)
 class TopK:
-    """At each position the `k` largest pre-activations fire, where they are positive (Gao et al. 2024)."""
+    """At each token, the `k` largest positive pre-activations fire (Gao et al. 2024)."""
 
     k: int
-    name = "topk"
+    name: ClassVar[str] = "topk"
 
     def __post_init__(self) -> None:
         _check_k(self.k)
 
-    def __call__(
-        self, pre: Float[Tensor, "batch pos feature"]
-    ) -> Float[Tensor, "batch pos feature"]:
-        """The activations."""
-        return _largest(pre.relu(), self.k)
+    def __call__(self, pre: FeatureValues) -> FeatureValues:
+        """Return the activations."""
+        return _keep_largest(pre.relu(), self.k)
 
 
 @dataclass(frozen=True)
 class BatchTopK:
-    """Of each prompt the `k` times its positions largest pre-activations fire, where they are positive (Bussmann et al. 2024).
+    """In each prompt of n tokens, the `k * n` largest positive pre-activations fire.
 
-    In training the batch is all tokens at once; here it is one prompt, so that what fires in it does not depend on others.
-    Trained sets are better converted to `JumpReLU`, which their authors do.
+    In training (Bussmann et al. 2024) they are chosen among all tokens of a batch. Here they are
+    chosen in each prompt, so that no prompt depends on the others. The authors convert trained
+    transcoders to `JumpReLU`, which is preferable.
     """
 
     k: int
-    name = "batch_topk"
+    name: ClassVar[str] = "batch_topk"
 
     def __post_init__(self) -> None:
         _check_k(self.k)
 
     def __call__(
-        self, pre: Float[Tensor, "batch pos feature"], mask: Bool[Tensor, "batch pos"] | None = None
-    ) -> Float[Tensor, "batch pos feature"]:
-        """The activations.
-
-        Args:
-            mask: real tokens, where prompts are padded.
-        """
+        self, pre: FeatureValues, mask: Bool[Tensor, "batch pos"] | None = None
+    ) -> FeatureValues:
+        """Return the activations; where the mask is False, for padding, nothing fires."""
         if mask is None or bool(mask.all()):
-            return _largest(pre.relu().flatten(1), self.k * pre.shape[1]).view(pre.shape)
-        result = torch.zeros_like(pre)
-        for row, real in enumerate(mask):
-            result[row, real] = self(pre[row, real][None])[0]
-        return result
+            # All prompts are equally long, so each is a row of pos * feature numbers.
+            _, n_tokens, _ = pre.shape
+            prompts = pre.relu().flatten(1)
+            return _keep_largest(prompts, self.k * n_tokens).view(pre.shape)
+        # Prompts differ in length and so in the number of features that may fire.
+        activations = torch.zeros_like(pre)
+        for prompt, real in enumerate(mask):
+            firing = self(pre[prompt, real][None])
+            activations[prompt, real] = firing[0]
+        return activations
 
 
 Activation = ReLU | JumpReLU | TopK | BatchTopK
 
 
-def _largest(positive: Float[Tensor, "*batch n"], k: int) -> Float[Tensor, "*batch n"]:
-    """The `k` largest of each row, the others zero."""
-    if k >= positive.shape[-1]:
-        return positive
-    values, indices = positive.topk(k, dim=-1)
-    return torch.zeros_like(positive).scatter_(-1, indices, values)
+def _keep_largest(values: Float[Tensor, "*batch n"], k: int) -> Float[Tensor, "*batch n"]:
+    """Set all but the `k` largest of each row to zero."""
+    if k >= values.shape[-1]:
+        return values
+    largest, indices = values.topk(k, dim=-1)
+    zeros = torch.zeros_like(values)
+    return zeros.scatter_(-1, indices, largest)
 
 
 def _check_k(k: int) -> None:

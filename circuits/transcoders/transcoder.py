@@ -1,16 +1,21 @@
-"""The type of all transcoders: per layer (PLT), per layer with a skip, and cross-layer (CLT).
+"""Transcoders: per layer (PLT), per layer with a skip connection, and cross-layer (CLT).
 
-A feature of layer l reads what the MLP of layer l reads, fires by its activation function, and writes a row of its decoder into the output of
-the MLP of its own layer; a cross-layer feature also into those of all later layers. What a layer's MLP writes is approximated by the sum of what
-features write there, a bias and, where there is one, a linear skip from what the MLP reads.
+A transcoder approximates what an MLP writes by a sum of sparse features. With x_l the input of the
+MLP of layer l and a_l the activations of that layer's features,
 
-References: Dunefsky, Chlenski and Nanda 2024 (transcoders); Paulo, Shabalin and Belrose 2025 (skip); Ameisen et al. 2025 (cross-layer).
+    a_l = activation_l(W_enc_l x_l + b_enc_l)
+    mlp_l(x_l) ~ sum_{s <= l} W_dec_{s->l}^T a_s + b_dec_l + W_skip_l x_l
+
+A per-layer transcoder has only the term s = l; most transcoders have no W_skip.
+
+References: Dunefsky, Chlenski and Nanda 2024 (transcoders); Paulo, Shabalin and Belrose 2025
+(skip transcoders); Ameisen et al. 2025 (cross-layer transcoders).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, get_args
@@ -22,20 +27,30 @@ from torch import Tensor
 from circuits.graph.identity import TranscodersIdentity
 from circuits.models.identity import checksum
 from circuits.system.errors import InputError
-from circuits.transcoders.activations import Activation, BatchTopK, TopK
+from circuits.transcoders.activations import Activation, BatchTopK, JumpReLU, TopK
 
 Reads = Literal["residual", "normalized", "mlp_input"]
-"""What features read: the residual stream before the MLP's norm, after that norm without its weights, or what the MLP itself reads."""
-Writes = Literal["residual", "mlp"]
-"""Where they write: into the residual stream, or into what the MLP writes before a norm that follows it (the same where there is none)."""
+"""What features read: the residual stream before the norm of the MLP ("residual"), after that norm
+without its weight and bias ("normalized"), or with them, as the MLP itself does ("mlp_input")."""
 
-# Tensors of more numbers than this are fingerprinted by some of their rows, so that a set of 100 GB need not be read.
-READ_WHOLE, SAMPLED_ROWS = 1 << 26, 4096
+Writes = Literal["residual", "mlp"]
+"""Where features write: to the residual stream, or to the MLP's output before a norm that follows
+it. The two are equal in models without such a norm."""
+
+# Larger tensors are fingerprinted by a sample of their rows: a set can have 100 GB.
+MAX_HASHED_ELEMENTS = 1 << 26
+SAMPLED_ROWS = 4096
+
+Vectors = Float[Tensor, "*batch d_model"]
+FeatureValues = Float[Tensor, "*batch feature"]
+LayerValues = Mapping[int, FeatureValues]
+FeatureVectors = Float[Tensor, "n d_model"]
+Indices = Int[Tensor, " n"]
 
 
 @dataclass(frozen=True, eq=False)
 class Encoder:
-    """One layer's encoder: activation(weight @ x + bias)."""
+    """The encoder of one layer: activation(weight @ x + bias)."""
 
     weight: Float[Tensor, "feature d_model"]
     bias: Float[Tensor, " feature"]
@@ -44,20 +59,28 @@ class Encoder:
 
 @dataclass(frozen=True, eq=False)
 class Transcoders:
-    """Transcoders of every layer of a model.
+    """Transcoders for all layers of a model.
 
-    Tensors may lie on any device and in any precision, or be mapped from a file: what is used of them is brought to the device and
-    precision of the activations it meets.
+    The tensors may be on any device, in any precision, or mapped from a file. Methods move what
+    they use of them to the device and precision of the activations they are given.
 
     Attributes:
-        encoders: by layer.
-        decoders: by layer, what each feature writes where it fires with strength 1: into the output of its own layer and, in a cross-layer
-            transcoder, of each later one.
-        decoder_biases: by layer that is written to.
-        skips: by layer, W_skip of out += W_skip @ x; None without.
+        encoders: one for each layer.
+        decoders: one for each layer. `decoders[l][f, i]` is what feature f of layer l, at
+            activation 1, adds to the MLP output of layer l + i. Per-layer transcoders have i = 0.
+        decoder_biases: one for each layer, added to its MLP output.
+        skips: W_skip for each layer, where the skip adds W_skip @ x; None without skips.
         reads, writes: see `Reads` and `Writes`.
-        name: for records.
-        source: folder or address they came from, for records.
+        name: name of the set, for records.
+        source: the folder or address they were loaded from, for records.
+
+    Example:
+        >>> import circuits, torch
+        >>> transcoders = circuits.load_transcoders("toy-world-clt")
+        >>> transcoders
+        Transcoders('toy-world-clt', CLT, 4 layers of 512 features, jump_relu)
+        >>> transcoders.encode(0, torch.randn(1, 6, transcoders.d_model)).shape
+        torch.Size([1, 6, 512])
     """
 
     encoders: Sequence[Encoder]
@@ -71,12 +94,12 @@ class Transcoders:
 
     @property
     def n_layers(self) -> int:
-        """How many layers of the model they cover, from the first."""
+        """Number of layers."""
         return len(self.encoders)
 
     @property
     def n_features(self) -> int:
-        """Features in each layer."""
+        """Number of features in each layer."""
         return self.encoders[0].weight.shape[0]
 
     @property
@@ -87,29 +110,30 @@ class Transcoders:
     @property
     def cross_layer(self) -> bool:
         """Whether features write to later layers too."""
-        return any(decoder.shape[1] > 1 for decoder in self.decoders)
+        return self.decoders[0].shape[1] > 1
 
     @property
     def kind(self) -> str:
-        """`CLT`, `PLT`, or either of them with a skip."""
-        return f"{'CLT' if self.cross_layer else 'PLT'}{' with skip' if self.skips is not None else ''}"
+        """`CLT` or `PLT`, followed by ` with skip` where there are skips."""
+        kind = "CLT" if self.cross_layer else "PLT"
+        return kind if self.skips is None else f"{kind} with skip"
 
     def __repr__(self) -> str:
+        layers = f"{self.n_layers} layers of {self.n_features:,} features"
         activation = self.encoders[0].activation.name
-        return f"Transcoders({self.name!r}, {self.kind}, {self.n_layers} layers of {self.n_features:,} features, {activation})"
+        return f"Transcoders({self.name!r}, {self.kind}, {layers}, {activation})"
 
     def written_by(self, layer: int) -> range:
-        """The layers whose MLP outputs features of `layer` write to."""
-        return range(layer, layer + self.decoders[layer].shape[1])
+        """Return the layers whose MLP outputs the features of `layer` write to."""
+        n_written = self.decoders[layer].shape[1]
+        return range(layer, layer + n_written)
 
-    def preactivations(
-        self, layer: int, inputs: Float[Tensor, "*batch d_model"]
-    ) -> Float[Tensor, "*batch feature"]:
-        """weight @ x + bias."""
+    def preactivations(self, layer: int, inputs: Vectors) -> FeatureValues:
+        """Return weight @ x + bias for each x of `inputs`."""
         encoder = self.encoders[layer]
-        return torch.nn.functional.linear(
-            inputs, encoder.weight.to(inputs), encoder.bias.to(inputs)
-        )
+        weight = encoder.weight.to(inputs)
+        bias = encoder.bias.to(inputs)
+        return torch.nn.functional.linear(inputs, weight, bias)
 
     def encode(
         self,
@@ -117,179 +141,164 @@ class Transcoders:
         inputs: Float[Tensor, "batch pos d_model"],
         mask: Bool[Tensor, "batch pos"] | None = None,
     ) -> Float[Tensor, "batch pos feature"]:
-        """The activations of a layer's features on what they read.
+        """Return the activations of a layer's features on what they read.
 
-        Args:
-            mask: real tokens, where prompts are padded: what fires in a prompt does not depend on its pads.
+        Only `BatchTopK` depends on the mask, which is True for real tokens, False for padding.
         """
-        activation, pre = self.encoders[layer].activation, self.preactivations(layer, inputs)
-        return activation(pre, mask) if isinstance(activation, BatchTopK) else activation(pre)
+        activation = self.encoders[layer].activation
+        pre = self.preactivations(layer, inputs)
+        if isinstance(activation, BatchTopK):
+            return activation(pre, mask)
+        return activation(pre)
 
-    def encoder_rows(
-        self, layer: int, features: Int[Tensor, " n"], like: Tensor
-    ) -> Float[Tensor, "n d_model"]:
-        """What some features of a layer read along, on the device and in the precision of `like`."""
-        return _rows(self.encoders[layer].weight, features).to(like)
+    def encoder_rows(self, layer: int, features: Indices, like: Tensor) -> FeatureVectors:
+        """Return the encoder weights of some features, on the device and in the dtype of `like`."""
+        weight = self.encoders[layer].weight
+        return _rows(weight, features).to(like)
 
     def decoder_rows(
-        self, layer: int, features: Int[Tensor, " n"], written: int, like: Tensor
-    ) -> Float[Tensor, "n d_model"]:
-        """What some features of `layer` write into the output of layer `written`, likewise."""
-        return _rows(self.decoders[layer][:, written - layer], features).to(like)
+        self, layer: int, features: Indices, target_layer: int, like: Tensor
+    ) -> FeatureVectors:
+        """Return what some features of `layer` write to the MLP output of `target_layer`."""
+        decoder = self.decoders[layer][:, target_layer - layer]
+        return _rows(decoder, features).to(like)
 
-    def decode(
-        self, activations: Mapping[int, Float[Tensor, "*batch feature"]], written: int
-    ) -> Float[Tensor, "*batch d_model"]:
-        """The sum of what features write into the output of layer `written`, without bias and skip.
+    def decode(self, activations: LayerValues, target_layer: int) -> Vectors:
+        """Sum what features write to the MLP output of `target_layer`, without bias and skip.
 
-        Args:
-            activations: by layer; layers that do not write there are ignored.
+        Of the activations, by layer, those of layers that do not write there are ignored.
         """
-        writing = [layer for layer in sorted(activations) if written in self.written_by(layer)]
-        parts = [self._decoded(layer, activations[layer], written) for layer in writing]
+        # sum_s W_dec_{s->target}^T a_s
+        parts = []
+        for layer, values in sorted(activations.items()):
+            if target_layer in self.written_by(layer):
+                # The decoder may be mapped from a file: read only rows of features that fire.
+                fires = values.flatten(0, -2).any(0)
+                firing = fires.nonzero().flatten()
+                rows = self.decoder_rows(layer, firing, target_layer, values)
+                parts.append(values[..., firing] @ rows)
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
-    def _decoded(
-        self, layer: int, activations: Float[Tensor, "*batch feature"], written: int
-    ) -> Float[Tensor, "*batch d_model"]:
-        """Rows of features that fire nowhere are not read: they may lie in a file."""
-        firing = activations.flatten(0, -2).any(0).nonzero().flatten()
-        return activations[..., firing] @ self.decoder_rows(layer, firing, written, activations)
-
-    def skip(
-        self, layer: int, inputs: Float[Tensor, "*batch d_model"]
-    ) -> Float[Tensor, "*batch d_model"]:
-        """The linear part that goes around the features; zero without one."""
-        return (
-            torch.zeros_like(inputs)
-            if self.skips is None
-            else inputs @ self.skips[layer].to(inputs).T
-        )
+    def skip(self, layer: int, inputs: Vectors) -> Vectors:
+        """Return W_skip @ x for each x of `inputs`, or zeros where there are no skips."""
+        if self.skips is None:
+            return torch.zeros_like(inputs)
+        weight = self.skips[layer].to(inputs)
+        return inputs @ weight.T
 
     def reconstruct(
         self, inputs: Mapping[int, Float[Tensor, "batch pos d_model"]]
     ) -> dict[int, Float[Tensor, "batch pos d_model"]]:
-        """What transcoders make of every layer's MLP output, from what the features of all layers read."""
-        activations = {layer: self.encode(layer, inputs[layer]) for layer in range(self.n_layers)}
-        return {
-            layer: self.output(layer, activations, inputs[layer]) for layer in range(self.n_layers)
-        }
+        """Approximate the MLP outputs of all layers from what the features of all layers read."""
+        layers = range(self.n_layers)
+        activations = {layer: self.encode(layer, inputs[layer]) for layer in layers}
+        return {layer: self.output(layer, activations, inputs[layer]) for layer in layers}
 
-    def output(
-        self,
-        layer: int,
-        activations: Mapping[int, Float[Tensor, "*batch feature"]],
-        inputs: Float[Tensor, "*batch d_model"],
-    ) -> Float[Tensor, "*batch d_model"]:
-        """The same for one layer, where the activations of the features that write there are known."""
-        return (
-            self.decode(activations, layer)
-            + self.decoder_biases[layer].to(inputs)
-            + self.skip(layer, inputs)
-        )
+    def output(self, layer: int, activations: LayerValues, inputs: Vectors) -> Vectors:
+        """Approximate the MLP output of one layer.
+
+        Args:
+            activations: by layer, of all features that write to `layer`.
+            inputs: what the features of `layer` read, which the skip reads too.
+        """
+        bias = self.decoder_biases[layer].to(inputs)
+        # sum_s W_dec_{s->layer}^T a_s + b_dec + W_skip x
+        features = self.decode(activations, layer)
+        return features + bias + self.skip(layer, inputs)
 
     def to(
         self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
     ) -> Transcoders:
-        """The same, all tensors read from their files and brought to a device and precision."""
+        """Return a copy on a device and in a precision; None leaves each tensor as it is.
 
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor.to(device=device or tensor.device, dtype=dtype or tensor.dtype)
+        Tensors mapped from a file are read whole.
+        """
+
+        def move(tensors: Iterable[Tensor]) -> list[Tensor]:
+            return [one.to(device or one.device, dtype or one.dtype) for one in tensors]
 
         encoders = []
         for encoder in self.encoders:
             activation = encoder.activation
-            threshold = getattr(activation, "threshold", None)
-            if threshold is not None:
-                activation = replace(activation, threshold=moved(threshold))  # type: ignore[arg-type]
-            encoders.append(Encoder(moved(encoder.weight), moved(encoder.bias), activation))
+            if isinstance(activation, JumpReLU):
+                activation = JumpReLU(*move([activation.threshold]))
+            weight, bias = move([encoder.weight, encoder.bias])
+            encoders.append(Encoder(weight, bias, activation))
         return replace(
             self,
             encoders=encoders,
-            decoders=[moved(decoder) for decoder in self.decoders],
-            decoder_biases=[moved(bias) for bias in self.decoder_biases],
-            skips=None if self.skips is None else [moved(skip) for skip in self.skips],
+            decoders=move(self.decoders),
+            decoder_biases=move(self.decoder_biases),
+            skips=None if self.skips is None else move(self.skips),
         )
 
     @cached_property
     def identity(self) -> TranscodersIdentity:
-        """Name, source and a fingerprint of every weight, equal on every device."""
-        digest = hashlib.blake2b(f"{self.kind} {self.reads} {self.writes}".encode(), digest_size=16)
-        for encoder, decoder, bias in zip(
-            self.encoders, self.decoders, self.decoder_biases, strict=True
-        ):
-            digest.update(
-                str(
-                    encoder.activation
-                    if isinstance(encoder.activation, TopK | BatchTopK)
-                    else encoder.activation.name
-                ).encode()
-            )
-            threshold = getattr(encoder.activation, "threshold", None)
-            for tensor in (
-                encoder.weight,
-                encoder.bias,
-                decoder,
-                bias,
-                *(() if threshold is None else (threshold,)),
-            ):
-                digest.update(_fingerprint(tensor))
-        for skip in self.skips or ():
-            digest.update(_fingerprint(skip))
+        """Name, source and a fingerprint of the weights, which is the same on every device."""
+        parts = [f"{self.kind} {self.reads} {self.writes}".encode()]
+        for layer, encoder in enumerate(self.encoders):
+            activation = encoder.activation
+            has_k = isinstance(activation, TopK | BatchTopK)
+            # Such as "TopK(k=32)" or "relu".
+            text = str(activation) if has_k else activation.name
+            parts.append(text.encode())
+            parts += [_fingerprint(tensor) for tensor, _ in self._layer_tensors(layer).values()]
+        parts += [_fingerprint(skip) for skip in self.skips or ()]
+        digest = hashlib.blake2b(b"".join(parts), digest_size=16)
         return TranscodersIdentity(self.name, self.source, digest.hexdigest())
 
     def check(self) -> None:
-        """Refuse parts that do not fit together.
-
-        Raises:
-            InputError: with the layer, the part, the shape it should have and the one it has.
-        """
-        for part, name, known in (
-            ("reads", self.reads, get_args(Reads)),
-            ("writes", self.writes, get_args(Writes)),
-        ):
-            if name not in known:
-                raise InputError(f"{self.name}: {part}={name!r} is none of {', '.join(known)}.")
-        n, features, width = self.n_layers, self.n_features, self.d_model
-        for part, given in (
-            ("decoders", self.decoders),
-            ("decoder_biases", self.decoder_biases),
-            ("skips", self.skips),
-        ):
-            if given is not None and len(given) != n:
+        """Raise an `InputError` if parts do not fit together."""
+        for field, choices in (("reads", Reads), ("writes", Writes)):
+            value = getattr(self, field)
+            allowed = get_args(choices)
+            if value not in allowed:
+                raise InputError(f"{self.name}: {field}={value!r} is none of {', '.join(allowed)}.")
+        for field in ("decoders", "decoder_biases", "skips"):
+            given = getattr(self, field)
+            if given is not None and len(given) != self.n_layers:
                 raise InputError(
-                    f"{self.name}: there are {n} encoders and {len(given)} {part}; give one for each layer."
+                    f"{self.name}: there are {self.n_layers} encoders and {len(given)} {field}; "
+                    "give one for each layer."
                 )
-        for layer in range(n):
-            writes = (self.decoders[layer].shape[1:2] or (0,))[0]
-            expected = n - layer if self.cross_layer else 1
-            shapes = {
-                "encoder weight": (self.encoders[layer].weight, (features, width)),
-                "encoder bias": (self.encoders[layer].bias, (features,)),
-                "decoder": (self.decoders[layer], (features, expected, width)),
-                "decoder bias": (self.decoder_biases[layer], (width,)),
-            }
+        for layer in range(self.n_layers):
+            tensors = self._layer_tensors(layer)
             if self.skips is not None:
-                shapes["skip"] = (self.skips[layer], (width, width))
-            threshold = getattr(self.encoders[layer].activation, "threshold", None)
-            if threshold is not None:
-                shapes["threshold"] = (threshold, (features,))
-            for part, (tensor, shape) in shapes.items():
-                if tuple(tensor.shape) != shape:
-                    more = f" ({writes} layers written to)" if part == "decoder" else ""
+                tensors["skip"] = self.skips[layer], (self.d_model, self.d_model)
+            for part, (tensor, expected) in tensors.items():
+                if tensor.shape != expected:
                     raise InputError(
-                        f"{self.name}, layer {layer}: the {part} has shape {tuple(tensor.shape)}{more}; it must be {shape}."
+                        f"{self.name}, layer {layer}: the {part} has shape {tuple(tensor.shape)}; "
+                        f"it must be {expected}."
                     )
+
+    def _layer_tensors(self, layer: int) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
+        # The tensors of a layer but for the skip, with the shapes that they must have.
+        encoder = self.encoders[layer]
+        features, d_model = self.n_features, self.d_model
+        # Features of a cross-layer transcoder write to their own and all later layers.
+        n_written = self.n_layers - layer if self.cross_layer else 1
+        tensors: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+            "encoder weight": (encoder.weight, (features, d_model)),
+            "encoder bias": (encoder.bias, (features,)),
+            "decoder": (self.decoders[layer], (features, n_written, d_model)),
+            "decoder bias": (self.decoder_biases[layer], (d_model,)),
+        }
+        if isinstance(encoder.activation, JumpReLU):
+            tensors["threshold"] = encoder.activation.threshold, (features,)
+        return tensors
 
 
 def _fingerprint(tensor: Tensor) -> bytes:
-    """Shape and bits in float32 of a tensor, however it is stored; of one too large to be read whole, of rows spread over it."""
+    # Shape and float32 checksum of a tensor, or of rows spread evenly over a large one.
+    shape = str(tuple(tensor.shape))
     rows = tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]
-    if tensor.numel() > READ_WHOLE:
-        rows = rows[torch.linspace(0, len(rows) - 1, SAMPLED_ROWS).long().to(rows.device)]
-    return str(tuple(tensor.shape)).encode() + checksum(rows.float())
+    if tensor.numel() > MAX_HASHED_ELEMENTS:
+        sample = torch.linspace(0, len(rows) - 1, SAMPLED_ROWS)
+        rows = _rows(rows, sample.long())
+    return shape.encode() + checksum(rows.float())
 
 
-def _rows(matrix: Tensor, rows: Int[Tensor, " n"]) -> Tensor:
-    """Some rows of a matrix, which may lie elsewhere or be mapped from a file."""
+def _rows(matrix: Tensor, rows: Indices) -> Tensor:
+    # Some rows of a matrix, which may be on another device than the row numbers.
     return matrix[rows.to(matrix.device)]

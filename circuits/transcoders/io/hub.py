@@ -1,4 +1,7 @@
-"""Files of transcoders on the Hugging Face hub: hf:// addresses, and what of a repository is fetched."""
+"""Transcoder files on the Hugging Face hub: hf:// addresses, and what is fetched from them.
+
+Whatever cannot be fetched raises an `InputError`.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,16 @@ import huggingface_hub
 
 from circuits.system.errors import InputError
 from circuits.transcoders.io.config_yaml import CONFIG
+from circuits.transcoders.io.tensor_files import WEIGHTS
 
 PREFIX = "hf://"
-WEIGHTS = (".safetensors", ".npz")
 
 
 @dataclass(frozen=True)
 class Address:
-    """A repository, or a folder or file in it.
+    """A repository (owner/name) on the hub, or a folder or file in it.
 
-    Attributes:
-        path: within the repository; empty for all of it.
-        revision: branch, tag or commit; None for the default branch.
+    The revision is a branch, tag or commit; None is the default branch.
     """
 
     repository: str
@@ -33,120 +34,93 @@ class Address:
 
     @classmethod
     def parse(cls, text: str) -> Address:
-        """hf://owner/repo, hf://owner/repo/sub/folder or either with ?revision=REV.
-
-        Raises:
-            InputError: it is none of these.
-        """
+        """Parse hf://owner/repo or hf://owner/repo/sub/folder, optionally with ?revision=REV."""
         parts = urlsplit(text)
-        owner, (repository, _, path) = parts.netloc, unquote(parts.path).strip("/").partition("/")
+        name, _, path = unquote(parts.path).strip("/").partition("/")
         query = parse_qs(parts.query, keep_blank_values=True)
-        if (
-            parts.scheme != "hf"
-            or not owner
-            or not repository
-            or set(query) - {"revision"}
-            or parts.fragment
-        ):
+        revision = query.pop("revision", [""])[0]
+        is_hub = parts.scheme == "hf" and parts.netloc and name
+        if not is_hub or query or parts.fragment:
             raise InputError(
-                f"{text!r} is no address of transcoders; write hf://owner/repo/folder?revision=REV, without what is not needed."
+                f"{text!r} is no address of transcoders; write hf://owner/repo/folder?revision=REV,"
+                " where folder and revision can be left out."
             )
-        return cls(f"{owner}/{repository}", "", (query.get("revision") or [""])[0] or None).joined(
-            path
-        )
+        return cls(f"{parts.netloc}/{name}", revision=revision or None) / path
 
-    def joined(self, path: str) -> Address:
-        """A path from here.
-
-        Raises:
-            InputError: it leads out of the repository.
-        """
-        whole = posixpath.normpath(posixpath.join(self.path, path))
-        if whole.startswith(("/", "..")):
+    def __truediv__(self, path: str) -> Address:
+        """Return the address of a path relative to this one, within the repository."""
+        joined = posixpath.normpath(posixpath.join(self.path, path))
+        if joined.startswith(("/", "..")):
             raise InputError(
-                f"{path!r} lies outside of the repository {self.repository}; give a path within it or an hf:// address."
+                f"{path!r} lies outside of the repository {self.repository}; give a path within it "
+                "or an hf:// address."
             )
-        return replace(self, path="" if whole == "." else whole)
+        return replace(self, path="" if joined == "." else joined)
 
     @property
     def name(self) -> str:
-        """The last part: of the folder, or of the repository."""
+        """The name of the folder, or of the repository."""
         return posixpath.basename(self.path or self.repository)
 
     def __str__(self) -> str:
         revision = f"?revision={self.revision}" if self.revision else ""
-        return f"{PREFIX}{posixpath.join(self.repository, self.path).rstrip('/')}{revision}"
+        path = posixpath.join(self.repository, self.path)
+        return f"{PREFIX}{path.rstrip('/')}{revision}"
 
 
 def fetch_config(folder: Address) -> Path | None:
-    """The config.yaml of a folder, if it has one.
-
-    Raises:
-        InputError: the repository cannot be reached.
-    """
-    config = folder.joined(CONFIG)
-    file = _snapshot(config, [glob.escape(config.path)]) / config.path
+    """Fetch the config.yaml of a folder; None if it has none."""
+    config = folder / CONFIG
+    file = _download(config, [glob.escape(config.path)]) / config.path
     return file if file.is_file() else None
 
 
 def fetch_folder(folder: Address) -> Path:
-    """The weights that lie directly in a folder.
+    """Fetch the weights directly in a folder.
 
-    Folders within it are left: some repositories hold hundreds of variants there, of which a config.yaml lists one per layer.
-
-    Raises:
-        InputError: the repository cannot be reached, or has no weights there.
+    Folders within it are not fetched. Some repositories have hundreds of variants there, and a
+    config.yaml lists one for each layer.
     """
-    inside = glob.escape(f"{folder.path}/") if folder.path else ""
-    local = (
-        _snapshot(folder, [f"{inside}*{suffix}" for suffix in WEIGHTS], [f"{inside}*/*"])
-        / folder.path
-    )
+    prefix = glob.escape(f"{folder.path}/") if folder.path else ""
+    wanted = [f"{prefix}*{suffix}" for suffix in WEIGHTS]
+    local = _download(folder, wanted, ignored=[f"{prefix}*/*"]) / folder.path
     if not any(file.suffix in WEIGHTS for file in local.glob("*")):
         raise InputError(
-            f"{folder} has no safetensors or npz files directly in it, and no config.yaml that lists others; give a folder within it, or a "
-            "config.yaml of your own that lists the file of each layer."
+            f"{folder} has no safetensors or npz files directly in it, and no config.yaml that "
+            "lists others; give a folder within it, or a config.yaml of your own that lists the "
+            "file of each layer."
         )
     return local
 
 
 def fetch_files(files: Sequence[Address]) -> list[Path]:
-    """Files by their addresses, which may be of several repositories.
-
-    Raises:
-        InputError: a repository cannot be reached, or does not have a file.
-    """
-    repositories: dict[Address, list[str]] = {}
-    for file in files:
-        repositories.setdefault(replace(file, path=""), []).append(glob.escape(file.path))
-    roots = {
-        repository: _snapshot(repository, patterns) for repository, patterns in repositories.items()
-    }
-    found = [roots[replace(file, path="")] / file.path for file in files]
-    if missing := [
-        str(file) for file, path in zip(files, found, strict=True) if not path.is_file()
-    ]:
-        raise InputError(
-            f"there is no file {', '.join(missing[:3])}; correct the address or the revision."
-        )
+    """Fetch files, possibly from several repositories."""
+    roots = [replace(file, path="") for file in files]
+    wanted: dict[Address, list[str]] = {root: [] for root in roots}
+    for root, file in zip(roots, files, strict=True):
+        wanted[root].append(glob.escape(file.path))
+    local = {root: _download(root, patterns) for root, patterns in wanted.items()}
+    found = [local[root] / file.path for root, file in zip(roots, files, strict=True)]
+    for file, path in zip(files, found, strict=True):
+        if not path.is_file():
+            raise InputError(f"there is no file {file}; correct the address or the revision.")
     return found
 
 
-def _snapshot(address: Address, patterns: Sequence[str], ignored: Sequence[str] = ()) -> Path:
-    """The local folder of a repository with the files that match; they are fetched where they are not there yet."""
+def _download(address: Address, wanted: list[str], ignored: list[str] | None = None) -> Path:
+    # Fetch the matching files that are not in the cache; return the repository's local folder.
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                address.repository,
-                revision=address.revision,
-                allow_patterns=list(patterns),
-                ignore_patterns=list(ignored) or None,
-            )
+        folder = huggingface_hub.snapshot_download(
+            address.repository,
+            revision=address.revision,
+            allow_patterns=wanted,
+            ignore_patterns=ignored,
         )
-    except Exception as error:  # of many types, some of a network library's own, which differ between versions of huggingface_hub
-        reason = next(
-            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-        )
+    # Errors have many types, some from a network library, and vary between versions of the hub.
+    except Exception as error:
+        reason, *_ = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
-            f"{address} cannot be fetched: {reason.rstrip('.')}. Correct the address, or download it elsewhere and give the folder."
+            f"{address} cannot be fetched: {reason.rstrip('.')}. Correct the address, or download "
+            "it elsewhere and give the folder."
         ) from error
+    return Path(folder)

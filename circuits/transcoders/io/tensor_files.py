@@ -1,234 +1,184 @@
-"""Tensors in the files of a layer, read from safetensors or npz with their names and shapes checked. Pickles are never read."""
+"""Reading the tensors of a layer from safetensors or npz files, and checking names and shapes.
+
+Whatever is wrong with a file raises an `InputError` that names it. Pickles are never read.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from circuits.system.device import device_called
 from circuits.system.errors import InputError
 
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where weights are brought as they are read.
-
-    Attributes:
-        device, dtype: of the copies that are made.
-        mapped: make none; tensors stay in their files and in their stored precision.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    mapped: bool
-
-    def place(self, tensor: Tensor) -> Tensor:
-        """A tensor, or a view of one, where it belongs; a copy is contiguous and holds on to no file."""
-        if self.mapped:
-            return tensor
-        return torch.empty(tensor.shape, device=self.device, dtype=self.dtype).copy_(tensor)
-
-
-def placement(
-    device: str | torch.device | None, dtype: torch.dtype | None, mapped: bool
-) -> Placement:
-    """What was asked for, None being the CPU and float32.
-
-    Raises:
-        InputError: no such device, no CUDA here, not a floating-point type, or mapped weights that should be somewhere else too.
-    """
-    if mapped and (dtype is not None or str(device or "cpu") != "cpu"):
-        raise InputError(
-            f"mapped=True leaves weights in their files, so device={device!r} and dtype={dtype} cannot be had; leave both out (rows that "
-            "are used are brought to the device and precision of the activations) or load with mapped=False."
-        )
-    if dtype is not None and not dtype.is_floating_point:
-        raise InputError(
-            f"weights cannot be of dtype {dtype}; use torch.float32, torch.bfloat16 or torch.float16."
-        )
-    return Placement(
-        device_called("cpu" if device is None else device), dtype or torch.float32, mapped
-    )
+WEIGHTS = (".safetensors", ".npz")
+# What safetensors, NumPy and zipfile raise for broken files.
+BROKEN_FILE = (SafetensorError, zipfile.BadZipFile, zlib.error)
+BROKEN_ARRAY = (OSError, ValueError, TypeError, EOFError)
 
 
 @dataclass(frozen=True)
 class LayerTensors:
-    """The tensors of one layer, which may lie in two files.
+    """The tensors of one layer, by name.
 
     Attributes:
-        readers: by name, the file a tensor is in and what reads it.
-        files: all of them.
+        where: the file or files, for messages.
+        sizes: sizes of named axes. Those of layer 0 hold for all layers; `get` adds new ones.
+        known: names that were asked for.
     """
 
-    readers: dict[str, tuple[Path, Callable[[], Tensor]]]
-    files: tuple[Path, ...]
+    tensors: Mapping[str, Tensor]
+    where: str
+    layer: int
+    sizes: dict[str, int]
+    known: list[str] = field(default_factory=list)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.readers
+    def get(self, name: str, axes: str, *, or_transposed: bool = False) -> Tensor:
+        """Return a floating-point tensor with certain axes, such as "features, d_model".
 
-    @property
-    def where(self) -> str:
-        """The files, for messages."""
-        return " and ".join(str(file) for file in self.files)
-
-    def check_names(self, required: Sequence[str], optional: Sequence[str]) -> None:
-        """Refuse what is missing, and what the format does not have: it might change what features do.
-
-        Raises:
-            InputError: with the files and the names.
+        A size that is not known yet is taken from this tensor. With `or_transposed`, a matrix that
+        fits only when transposed is transposed.
         """
-        if missing := [name for name in required if name not in self]:
+        tensor = self.raw(name)
+        if not tensor.is_floating_point():
             raise InputError(
-                f"{self.where}: there is no tensor {', '.join(missing)}; there are {self.names}. Restore the file."
+                f"{self.where}: {name} holds {tensor.dtype}, not floating-point numbers; convert "
+                "the weights to bfloat16 or float32."
             )
-        if unknown := [name for name in self.readers if name not in (*required, *optional)]:
+        names = axes.split(", ")
+        if or_transposed and tensor.dim() == 2 and not self._fits(tensor, names):
+            tensor = tensor.T
+        if not self._fits(tensor, names):
+            expected = tuple(self.sizes.get(axis, "any size") for axis in names)
+            same = "; features and d_model are as in layer 0" if self.layer else ""
             raise InputError(
-                f"{self.where}: it is not known what {', '.join(unknown)} does; this format has {', '.join((*required, *optional))}. "
-                "Fold it into these, or remove it if it changes nothing."
+                f"{self.where}: {name} has shape {tuple(self.tensors[name].shape)}, expected "
+                f"{expected} ({axes}){same}. Check that the file is complete and of this set."
             )
+        self.sizes.update(zip(names, tensor.shape, strict=True))
+        return tensor
 
-    @property
-    def names(self) -> str:
-        """Names of all tensors, for messages."""
-        return (
-            ", ".join(list(self.readers)[:12]) + (" ..." if len(self.readers) > 12 else "")
-            or "none"
-        )
+    def find(self, name: str, axes: str) -> Tensor | None:
+        """Return the same as `get`, or None if there is no such tensor."""
+        self.known.append(name)
+        return self.get(name, axes) if name in self.tensors else None
 
-    def raw(self, name: str) -> Tensor:
-        """A tensor as it is stored.
-
-        Raises:
-            InputError: it cannot be read.
-        """
-        file, read = self.readers[name]
-        with _clear(file):
-            return read()
-
-    def count(self, name: str) -> int:
-        """A tensor that holds one positive integer.
-
-        Raises:
-            InputError: it holds something else.
-        """
-        tensor, file = self.raw(name), self.readers[name][0]
+    def find_count(self, name: str) -> int | None:
+        """Return the positive integer that a tensor holds, or None if there is no such tensor."""
+        self.known.append(name)
+        if name not in self.tensors:
+            return None
+        tensor = self.tensors[name]
         if tensor.numel() != 1 or tensor.is_floating_point() or int(tensor) < 1:
             raise InputError(
-                f"{file}: {name} has shape {tuple(tensor.shape)} and type {tensor.dtype}, expected one positive integer."
+                f"{self.where}: {name} has shape {tuple(tensor.shape)} and type {tensor.dtype}, "
+                "expected one positive integer."
             )
         return int(tensor)
 
-    def get(self, name: str, *shape: int, meaning: str, reverse: bool = False) -> Tensor:
-        """A tensor of a given shape; a size of -1 may be anything.
-
-        Args:
-            meaning: names of the axes, for messages.
-            reverse: a matrix may also be stored the other way around, where its shape says so; it is given transposed.
-
-        Raises:
-            InputError: it has another shape, or does not hold floating-point numbers.
-        """
-        tensor, file = self.raw(name), self.readers[name][0]
-        if not tensor.is_floating_point():
+    def raw(self, name: str) -> Tensor:
+        """Return a tensor as it is stored."""
+        self.known.append(name)
+        if name not in self.tensors:
             raise InputError(
-                f"{file}: {name} holds {tensor.dtype}, not floating-point numbers; convert the weights to bfloat16 or float32."
+                f"{self.where}: there is no tensor {name}; there are {', '.join(self.tensors)}. "
+                "Restore the file."
             )
-        if _fits(tensor, shape):
-            return tensor
-        if reverse and _fits(tensor, shape[::-1]):
-            return tensor.T
-        expected = f"({', '.join('any' if size < 0 else str(size) for size in shape)}{',' if len(shape) == 1 else ''})"
-        raise InputError(
-            f"{file}: {name} has shape {tuple(tensor.shape)}, expected {expected} ({meaning}); check that the file is whole and of this set."
-        )
+        return self.tensors[name]
+
+    def check_all_known(self) -> None:
+        """Refuse tensors that were not asked for: they might change what features do."""
+        if unknown := set(self.tensors).difference(self.known):
+            raise InputError(
+                f"{self.where}: it is not known what {', '.join(sorted(unknown))} does. Fold it "
+                "into the other tensors, or remove it if it changes nothing."
+            )
+
+    def _fits(self, tensor: Tensor, axes: Sequence[str]) -> bool:
+        if tensor.dim() != len(axes):
+            return False
+        sizes = zip(axes, tensor.shape, strict=True)
+        return all(self.sizes.get(axis, size) == size for axis, size in sizes)
 
 
-def _fits(tensor: Tensor, shape: Sequence[int]) -> bool:
-    return tensor.dim() == len(shape) and all(
-        wanted in (size, -1) for size, wanted in zip(tensor.shape, shape, strict=True)
-    )
+def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
+    """Read all tensors of some files. Those of safetensors files are mapped, not yet in memory."""
+    tensors = {}
+    for file in files:
+        tensors.update(_read_file(file))
+    return tensors
 
 
-@contextlib.contextmanager
-def opened(files: Sequence[Path]) -> Iterator[LayerTensors]:
-    """The tensors in some files, each read when it is asked for; what is mapped can be used after the files are closed.
-
-    Raises:
-        InputError: a file is missing, truncated, or a pickle.
-    """
-    readers: dict[str, tuple[Path, Callable[[], Tensor]]] = {}
-    with contextlib.ExitStack() as stack:
-        for file in files:
-            _check_file(file)
-            with _clear(file):
-                found = _npz(file, stack) if file.suffix == ".npz" else _safetensors(file, stack)
-            readers |= {name: (file, read) for name, read in found.items()}
-        yield LayerTensors(readers, tuple(files))
-
-
-def _check_file(file: Path) -> None:
+def _read_file(file: Path) -> dict[str, Tensor]:
     if file.suffix in PICKLES:
         raise InputError(pickle_message(file))
-    if file.suffix not in (".safetensors", ".npz"):
+    if file.suffix not in WEIGHTS:
         raise InputError(f"{file} is neither a safetensors nor an npz file; give one of these.")
     if not file.is_file():
         raise InputError(
             f"there is no file {file}; restore it, or correct the list in config.yaml."
         )
-
-
-def pickle_message(file: Path) -> str:
-    """What to do with a pickle."""
-    return (
-        f"{file} may be a pickle, which can run code when it is read, so it is not read; convert it with torch.load(..., weights_only=True) "
-        "and safetensors to layer_0.safetensors, layer_1.safetensors ... with W_enc, W_dec, b_enc and b_dec."
-    )
-
-
-@contextlib.contextmanager
-def _clear(file: Path) -> Iterator[None]:
-    """One clear line for whatever a broken file raises."""
     try:
-        yield
-    except (
-        SafetensorError,
-        OSError,
-        ValueError,
-        TypeError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        if isinstance(error, InputError):
-            raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        # The file is opened here because np.load does not close a broken file.
+        with file.open("rb") as handle, np.load(handle, allow_pickle=False) as archive:
+            return {name: torch.from_numpy(array) for name, array in archive.items()}
+    except (*BROKEN_FILE, *BROKEN_ARRAY) as error:
+        reason = str(error).strip() or type(error).__name__
         raise InputError(
-            f"{file} is truncated or not what its name says ({reason}); restore it or fetch it again."
+            f"{file} is truncated or not what its name says ({reason.splitlines()[0]}); restore it "
+            "or fetch it again."
         ) from error
 
 
-def _safetensors(file: Path, stack: contextlib.ExitStack) -> dict[str, Callable[[], Tensor]]:
-    handle = stack.enter_context(safe_open(file, framework="pt"))
-    return {name: partial(handle.get_tensor, name) for name in handle.keys()}
+def pickle_message(file: Path) -> str:
+    """Say what to do with a pickle."""
+    return (
+        f"{file} may be a pickle, which can run code when it is read, so it is not read; convert "
+        "it with torch.load(..., weights_only=True) and safetensors to layer_0.safetensors, "
+        "layer_1.safetensors ... with W_enc, W_dec, b_enc and b_dec."
+    )
 
 
-def _npz(file: Path, stack: contextlib.ExitStack) -> dict[str, Callable[[], Tensor]]:
-    # Opened here, as np.load leaves a broken file open.
-    archive = stack.enter_context(np.load(stack.enter_context(file.open("rb")), allow_pickle=False))
+def weight_copier(
+    device: str | torch.device | None, dtype: torch.dtype | None, mapped: bool
+) -> Callable[[Tensor], Tensor]:
+    """Return a function that copies a tensor from a file, or leaves it there if mapped.
 
-    def read(name: str) -> Tensor:
-        return torch.from_numpy(archive[name])
+    The defaults are the CPU and float32.
+    """
+    if mapped and (dtype is not None or str(device or "cpu") != "cpu"):
+        raise InputError(
+            f"mapped=True leaves weights in their files, so device={device!r} and dtype={dtype} "
+            "cannot be applied; leave both out (rows that are used are moved to the device and "
+            "dtype of the activations) or load with mapped=False."
+        )
+    check_weight_dtype(dtype)
+    place = device_called(device or "cpu")
 
-    return {name: partial(read, name) for name in archive.files}
+    def copy(tensor: Tensor) -> Tensor:
+        # `tensor.to` could return a view that is not contiguous and keeps the file open.
+        empty = torch.empty(tensor.shape, dtype=dtype or torch.float32, device=place)
+        return empty.copy_(tensor)
+
+    return (lambda tensor: tensor) if mapped else copy
+
+
+def check_weight_dtype(dtype: torch.dtype | None) -> None:
+    """Refuse a dtype that is not a floating-point type."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise InputError(
+            f"weights cannot be of dtype {dtype}; use torch.float32, torch.bfloat16 or "
+            "torch.float16."
+        )

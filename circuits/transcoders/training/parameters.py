@@ -1,179 +1,187 @@
-"""What is learned when transcoders are trained: weights in units of their own, which are brought back to the model's in the end.
+"""The parameters that are trained, and their conversion to `Transcoders`.
 
-In these units what is read and written has mean 0 and variance 1, summed over directions. In the model's, decoder rows have length 1 (a
-cross-layer feature's over all layers it writes to together), so that an activation says how much a feature writes.
+Training sees normalized vectors: in each layer, MLP inputs and outputs have mean 0 and a total
+variance of 1, summed over d_model. The finished transcoders read and write vectors of the model.
+Their decoder rows have length 1 (a cross-layer feature's rows all together), so that an activation
+is the length of what the feature writes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from circuits.transcoders.activations import JumpReLU, ReLU
-from circuits.transcoders.transcoder import Encoder, Reads, Transcoders, Writes
+from circuits.transcoders.transcoder import Encoder, Transcoders
+
+TranscoderKind = Literal["plt", "skip-plt", "clt"]
+
+Vectors = Float[Tensor, "layer token d_model"]
+FeatureValues = Float[Tensor, "layer token feature"]
+Decoder = Float[Tensor, "feature _ d_model"]
+Lengths = Float[Tensor, " feature"]
+
+# Lower bound of lengths that are divided by.
+TINY = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
-class Units:
-    """By layer, the mean of what is read and written and the size of its deviations."""
+class Normalization:
+    """Mean of each layer's vectors, and the root of their total variance."""
 
-    means: tuple[Float[Tensor, "layer 1 d_model"], Float[Tensor, "layer 1 d_model"]]
-    sizes: tuple[Float[Tensor, "layer 1 1"], Float[Tensor, "layer 1 1"]]
+    mean: Float[Tensor, "layer 1 d_model"]
+    scale: Float[Tensor, "layer 1 1"]
 
     @staticmethod
-    def of(*recorded: Float[Tensor, "layer token d_model"]) -> Units:
-        """From what is read and what is written in some text."""
-        means = recorded[0].mean(1, keepdim=True), recorded[1].mean(1, keepdim=True)
-        sizes = [
-            (value - mean).square().sum(2, keepdim=True).mean(1, keepdim=True)
-            for value, mean in zip(recorded, means, strict=True)
-        ]
-        return Units(means, (sizes[0].sqrt().clamp(min=1e-12), sizes[1].sqrt().clamp(min=1e-12)))
+    def of(vectors: Vectors) -> Normalization:
+        """Measure some vectors."""
+        mean = vectors.mean(1, keepdim=True)
+        squares = (vectors - mean).square().sum(2, keepdim=True)
+        scale = squares.mean(1, keepdim=True).sqrt()
+        return Normalization(mean, scale.clamp(min=TINY))
 
-    def normalized(self, *recorded: Float[Tensor, "layer token d_model"]) -> tuple[Tensor, Tensor]:
-        """The same in these units."""
-        inputs, outputs = (
-            (value - mean) / size
-            for value, mean, size in zip(recorded, self.means, self.sizes, strict=True)
-        )
-        return inputs, outputs
+    def apply(self, vectors: Vectors) -> Vectors:
+        """Normalize some vectors."""
+        return (vectors - self.mean) / self.scale
 
 
 @dataclass(frozen=True, eq=False)
-class Weights:
-    """Transcoders of all layers in these units."""
+class TranscoderParameters:
+    """Transcoders of all layers, for normalized inputs and outputs.
+
+    Attributes:
+        decoders: as in `Transcoders`.
+        skip: W_skip of each layer; None without.
+    """
 
     encoder: Float[Tensor, "layer feature d_model"]
     encoder_bias: Float[Tensor, "layer 1 feature"]
-    decoders: Sequence[Float[Tensor, "feature _ d_model"]]
+    decoders: Sequence[Decoder]
     decoder_bias: Float[Tensor, "layer 1 d_model"]
     skip: Float[Tensor, "layer d_out d_in"] | None
 
     @staticmethod
-    def first(
-        layers: int,
-        features: int,
-        width: int,
-        *,
-        across: bool,
-        skip: bool,
-        seed: int,
-        dtype: torch.dtype,
-        device: torch.device | str | None,
-    ) -> Weights:
-        """Encoder rows of length about 1 in any direction, decoder rows shorter, the rest zero."""
+    def initial(
+        kind: TranscoderKind, n_features: int, inputs: Vectors, seed: int
+    ) -> TranscoderParameters:
+        """Draw encoder rows of length about 1, shorter decoder rows, and zeros for all else.
+
+        The inputs give the number of layers, d_model, device and dtype.
+        """
+        n_layers, _, d_model = inputs.shape
         generator = torch.Generator().manual_seed(seed)
 
-        def drawn(*shape: int, length: float) -> Tensor:
-            return (
-                (torch.randn(*shape, generator=generator, dtype=dtype) * length)
-                .to(device)
-                .requires_grad_()
-            )
+        def random(*shape: int, length: float) -> Tensor:
+            # Drawn on the CPU, so that a seed means the same on all devices.
+            numbers = torch.randn(*shape, generator=generator, dtype=inputs.dtype)
+            return (numbers * length).to(inputs.device).requires_grad_()
 
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device, requires_grad=True)
+            return inputs.new_zeros(shape, requires_grad=True)
 
-        written = [layers - layer if across else 1 for layer in range(layers)]
-        return Weights(
-            encoder=drawn(layers, features, width, length=width**-0.5),
-            encoder_bias=zeros(layers, 1, features),
-            decoders=[drawn(features, n, width, length=0.3 * (n * width) ** -0.5) for n in written],
-            decoder_bias=zeros(layers, 1, width),
-            skip=zeros(layers, width, width) if skip else None,
+        encoder = random(n_layers, n_features, d_model, length=d_model**-0.5)
+        decoders = []
+        for layer in range(n_layers):
+            n_written = n_layers - layer if kind == "clt" else 1
+            length = 0.3 * (n_written * d_model) ** -0.5
+            decoders.append(random(n_features, n_written, d_model, length=length))
+        return TranscoderParameters(
+            encoder=encoder,
+            encoder_bias=zeros(n_layers, 1, n_features),
+            decoders=decoders,
+            decoder_bias=zeros(n_layers, 1, d_model),
+            skip=zeros(n_layers, d_model, d_model) if kind == "skip-plt" else None,
         )
 
     def tensors(self) -> list[Tensor]:
-        """All of them, in a fixed order."""
-        return [
-            self.encoder,
-            self.encoder_bias,
-            *self.decoders,
-            self.decoder_bias,
-            *(() if self.skip is None else (self.skip,)),
-        ]
+        """Return all parameters in a fixed order."""
+        skip = [] if self.skip is None else [self.skip]
+        return [self.encoder, self.encoder_bias, *self.decoders, self.decoder_bias, *skip]
 
-    def lengths(self) -> Float[Tensor, "layer 1 feature"]:
-        """Of decoder rows: how much a feature writes that fires with strength 1."""
-        return torch.stack([decoder.flatten(1).norm(dim=1) for decoder in self.decoders])[:, None]
+    def decoder_lengths(self) -> Float[Tensor, "layer 1 feature"]:
+        """Return the length of what each feature writes at activation 1."""
+        lengths = [_lengths(decoder) for decoder in self.decoders]
+        return torch.stack(lengths)[:, None]
 
-    def preactivations(
-        self, inputs: Float[Tensor, "layer token d_model"]
-    ) -> Float[Tensor, "layer token feature"]:
-        """Of all features of all layers."""
+    def preactivations(self, inputs: Vectors) -> FeatureValues:
+        """Return the pre-activations of all features."""
         return torch.baddbmm(self.encoder_bias, inputs, self.encoder.transpose(1, 2))
 
-    def decode(
-        self, activations: Float[Tensor, "layer token feature"]
-    ) -> Float[Tensor, "layer token d_model"]:
-        """What features write, without bias and skip."""
-        made, by_layer, across = [], activations.unbind(), self.decoders[0].shape[1] > 1
-        for layer in range(len(by_layer)):
-            sources = range(layer + 1) if across else (layer,)
-            made.append(
-                torch.stack(
-                    [
-                        by_layer[source] @ self.decoders[source][:, layer - source]
-                        for source in sources
-                    ]
-                ).sum(0)
-            )
-        return torch.stack(made)
+    def decode(self, activations: FeatureValues) -> Vectors:
+        """Return what features write, without bias and skip."""
+        by_layer = activations.unbind()
+        cross_layer = self.decoders[0].shape[1] > 1
+        written = []
+        for target in range(len(by_layer)):
+            sources = range(target + 1) if cross_layer else (target,)
+            # sum_s a_s W_dec_{s->target}
+            parts = [by_layer[s] @ self.decoders[s][:, target - s] for s in sources]
+            written.append(torch.stack(parts).sum(0))
+        return torch.stack(written)
 
-    def reconstruct(
-        self,
-        inputs: Float[Tensor, "layer token d_model"],
-        activations: Float[Tensor, "layer token feature"],
-    ) -> Float[Tensor, "layer token d_model"]:
-        """What is made of the MLPs' outputs."""
-        made = self.decode(activations) + self.decoder_bias
-        return made if self.skip is None else made + inputs @ self.skip.transpose(1, 2)
+    def reconstruct(self, inputs: Vectors, activations: FeatureValues) -> Vectors:
+        """Return the approximation of the MLP outputs."""
+        outputs = self.decode(activations) + self.decoder_bias
+        if self.skip is None:
+            return outputs
+        return outputs + inputs @ self.skip.transpose(1, 2)
 
     @torch.no_grad()
-    def transcoders(
+    def to_transcoders(
         self,
-        units: Units,
-        least: Float[Tensor, " layer"] | None,
-        reads: Reads,
-        writes: Writes,
-        name: str,
+        inputs: Normalization,
+        outputs: Normalization,
+        thresholds: Float[Tensor, " layer"] | None,
     ) -> Transcoders:
-        """The same in the model's units.
+        """Convert to transcoders for vectors of the model.
+
+        Below, primes denote normalized units: x = mean_in + s_in x', y = mean_out + s_out y'.
 
         Args:
-            least: by layer, how much a feature must write to fire; None: anything.
+            inputs: normalization of the MLP inputs in training.
+            outputs: normalization of the MLP outputs in training.
+            thresholds: for each layer, the length that a feature must write to fire, in normalized
+                units. None: features are ReLU.
         """
-        layers = range(len(self.decoders))
-        decoders = [
-            decoder * units.sizes[1][layer : layer + decoder.shape[1], 0]
-            for layer, decoder in enumerate(self.decoders)
-        ]
-        lengths = [decoder.flatten(1).norm(dim=1).clamp(min=1e-12) for decoder in decoders]
-        (read_mean, written_mean), (read_size, written_size) = units.means, units.sizes
-        encoders, biases, skips = [], [], []
-        for layer in layers:
-            length = lengths[layer]
-            weight = self.encoder[layer] * (length[:, None] / read_size[layer])
-            bias = self.encoder_bias[layer, 0] * length - weight @ read_mean[layer, 0]
-            # What a feature writes is activation times row length, in these units as in the model's.
-            own = self.lengths()[layer, 0].clamp(min=1e-12)
-            encoders.append(
-                Encoder(
-                    weight, bias, ReLU() if least is None else JumpReLU(least[layer] * length / own)
-                )
-            )
-            biases.append(
-                written_mean[layer, 0] + self.decoder_bias[layer, 0] * written_size[layer, 0]
-            )
+        encoders, decoders, biases, skips = [], [], [], []
+        for layer, decoder in enumerate(self.decoders):
+            # W_dec = s_out W_dec' / length, with s_out of the layers written to
+            layers_written = slice(layer, layer + decoder.shape[1])
+            decoder = decoder * outputs.scale[layers_written, 0]
+            length = _lengths(decoder)
+            decoders.append(decoder / length[:, None, None])
+            threshold = None if thresholds is None else thresholds[layer]
+            encoders.append(self._to_encoder(layer, inputs, length, threshold))
+            # b_dec = mean_out + s_out b_dec' - W_skip mean_in,   W_skip = s_out W_skip' / s_in
+            scale = outputs.scale[layer, 0]
+            bias = outputs.mean[layer, 0] + self.decoder_bias[layer, 0] * scale
             if self.skip is not None:
-                skips.append(self.skip[layer] * written_size[layer] / read_size[layer])
-                biases[layer] = biases[layer] - skips[layer] @ read_mean[layer, 0]
-        rows = [
-            decoder / length[:, None, None]
-            for decoder, length in zip(decoders, lengths, strict=True)
-        ]
-        return Transcoders(encoders, rows, biases, skips or None, reads, writes, name)
+                skip = self.skip[layer] * scale / inputs.scale[layer]
+                bias = bias - skip @ inputs.mean[layer, 0]
+                skips.append(skip)
+            biases.append(bias)
+        return Transcoders(encoders, decoders, biases, skips or None)
+
+    def _to_encoder(
+        self, layer: int, inputs: Normalization, length: Lengths, threshold: Tensor | None
+    ) -> Encoder:
+        # W_enc = length W_enc' / s_in,   b_enc = length b_enc' - W_enc mean_in
+        weight = self.encoder[layer] * (length[:, None] / inputs.scale[layer])
+        bias = self.encoder_bias[layer, 0] * length
+        bias = bias - weight @ inputs.mean[layer, 0]
+        if threshold is None:
+            return Encoder(weight, bias, ReLU())
+        # An activation a' writes the length a' length', and length / length' takes it to the
+        # units of the model.
+        thresholds = threshold * length / _lengths(self.decoders[layer])
+        return Encoder(weight, bias, JumpReLU(thresholds))
+
+
+def _lengths(decoder: Decoder) -> Lengths:
+    # A cross-layer feature's rows together, for all layers it writes to.
+    return decoder.flatten(1).norm(dim=1).clamp(min=TINY)

@@ -1,20 +1,23 @@
-"""Training transcoders on any model: per layer, per layer with a skip, and cross-layer.
+"""Training transcoders of any model: per layer, per layer with a skip, and cross-layer.
 
-What features read and what MLPs write is recorded in one run of the model per batch, and the transcoders of all layers learn at once to make
-the second from the first through few features. Of a batch, the k times its tokens features that write most fire (BatchTopK, Bussmann, Leask
-and Nanda 2024, https://arxiv.org/abs/2412.06410), or any number at a price (L1, or tanh as in Ameisen et al. 2025,
-https://transformer-circuits.pub/2025/attribution-graphs/methods.html). Features that no longer fire learn from what the others leave (AuxK,
-Gao et al. 2024, https://arxiv.org/abs/2406.04093). After training a layer's features fire where they write more than the least that did in a
-batch, on average: a JumpReLU, by which what fires at a token does not depend on other tokens.
+Each step runs the model once to record what features read and what MLPs write. The transcoders of
+all layers then learn at once to reconstruct the second from the first with few features: of a
+batch, the k per token that write most (BatchTopK; Bussmann, Leask and Nanda 2024,
+https://arxiv.org/abs/2412.06410), or any number at a penalty, L1 or tanh (Ameisen et al. 2025,
+https://transformer-circuits.pub/2025/attribution-graphs/methods.html). Dead features learn from
+the error that the others leave (AuxK; Gao et al. 2024, https://arxiv.org/abs/2406.04093).
+
+After training with BatchTopK, each layer gets a threshold: the smallest length that a firing
+feature wrote, averaged over batches. What fires at a token then depends on no other token.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,293 +27,323 @@ from circuits.models import Model
 from circuits.models.identity import checksum, identity
 from circuits.system.errors import InputError
 from circuits.system.files import read_tensors, write_tensors
-from circuits.transcoders.training.parameters import Units, Weights
-from circuits.transcoders.training.quality import quality, record
+from circuits.transcoders.training.parameters import (
+    TINY,
+    FeatureValues,
+    Normalization,
+    TranscoderKind,
+    TranscoderParameters,
+    Vectors,
+)
+from circuits.transcoders.training.quality import record
 from circuits.transcoders.transcoder import Reads, Transcoders, Writes
-
-__all__ = ["Batches", "Kind", "Progress", "Training", "quality", "record", "train"]
 
 FORMAT, FORMAT_VERSION = "circuits.transcoder_training", 1
 
-Kind = Literal["plt", "skip-plt", "clt"]
+Sparsity = Literal["batch_topk", "l1", "tanh"]
 Batches = Callable[[int], tuple[Tensor, Tensor]]
-"""Gives the tokens [batch, pos] of a step and which are real; the same for the same step, so that resuming needs no more state."""
-Progress = Callable[[int, float], None]
-"""Called with how many steps are done and the loss."""
+"""Returns the tokens [batch, pos] of a step and their mask, True for real tokens. It must return
+the same for the same step, so that an interrupted training can be resumed."""
 
+# Where features read and write.
+READS_WRITES: dict[str, tuple[Reads, Writes]] = {
+    "plt": ("mlp_input", "mlp"),
+    "skip-plt": ("mlp_input", "mlp"),
+    "clt": ("residual", "residual"),
+}
 CALIBRATION_BATCHES = 16
 TANH_SCALE = 10
 AUXILIARY_FEATURES, AUXILIARY_WEIGHT = 64, 0.2
+# What Adam keeps for each tensor.
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class Training:
-    """How transcoders are trained."""
+    """Settings of training."""
 
-    kind: Kind = "plt"
-    """Per layer (reading what the MLP reads, after its norm), the same with a linear skip, or cross-layer (reading the residual stream)."""
+    kind: TranscoderKind = "plt"
+    """PLTs read what the MLP reads, after its norm; CLTs read the residual stream."""
     n_features: int = 512
-    """Features in each layer."""
-    sparsity: Literal["batch_topk", "l1", "tanh"] = "batch_topk"
-    """The k most important features of each token, on average over a batch; or a price on activations."""
+    """Number of features in each layer."""
+    sparsity: Sparsity = "batch_topk"
+    """A fixed mean number of firing features (batch_topk), or a penalty on activations."""
     k: tuple[float, ...] = (16,)
-    """How many features fire at a token, on average: one number, or one for each layer."""
+    """Mean number of features that fire at a token: one number, or one for each layer."""
     penalty: tuple[float, ...] = (0.01,)
-    """The price of l1 and tanh, likewise."""
+    """Weight of the l1 or tanh penalty: one number, or one for each layer."""
     steps: int = 4000
+    """Number of batches."""
     learning_rate: float = 4e-3
-    """At its highest, for Adam; it rises over the first twentieth of the steps and falls to zero over the last half."""
+    """Peak for Adam. It rises during the first 5 % of the steps and falls during the last half."""
     dead_after: int = 15_000
-    """A feature that has not fired for so many tokens is dead, and learns from what the others leave."""
+    """A feature that has not fired for this many tokens is dead."""
     seed: int = 0
-    """Of the first weights."""
+    """Seed of the initial weights."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of training."""
     checkpoint_every: int = 200
-    """Steps between two checkpoints."""
-
-    @property
-    def reads(self) -> Reads:
-        """What features read."""
-        return "residual" if self.kind == "clt" else "mlp_input"
-
-    @property
-    def writes(self) -> Writes:
-        """Where they write."""
-        return "residual" if self.kind == "clt" else "mlp"
+    """Number of steps between checkpoints."""
 
 
-def train(
+def train_transcoders(
     model: Model,
     batches: Batches,
     config: Training,
     *,
     checkpoint: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[int, float], None] | None = None,
 ) -> Transcoders:
-    """Train transcoders of every layer. The model, its flags and the state of all random generators stay as they were.
+    """Train transcoders for all layers of a model.
+
+    The model, its flags and the state of all random generators are left unchanged.
 
     Args:
-        batches: the training text. The first position of each prompt is not learned from.
-        checkpoint: a file that keeps the state of training, from which it goes on when it was interrupted, with the same result.
+        model: the model whose MLPs are approximated.
+        batches: the training text: a function from the number of a step to tokens [batch, pos] and
+            a mask [batch, pos] of real tokens. The first position of each prompt is not used.
+        config: the settings.
+        checkpoint: a file that stores the state of training. If it exists, training continues from
+            it, with the same result as without the interruption.
+        progress: called after each step with the number of steps done and the loss.
+
+    Returns:
+        The transcoders. Their activation is `JumpReLU` with `batch_topk`, otherwise `ReLU`.
 
     Raises:
-        InputError: the settings do not fit the model, a batch has no tokens, or the checkpoint was written with other settings.
+        InputError: the settings do not fit the model; a batch has no tokens after the first of a
+            prompt; or the checkpoint was written with other settings, another model or text.
+
+    Example:
+        >>> import circuits, torch
+        >>> model = circuits.load_model("toy-world")
+        >>> def batches(step):
+        ...     generator = torch.Generator().manual_seed(step)
+        ...     tokens = torch.randint(model.cfg.d_vocab, (4, 16), generator=generator)
+        ...     return tokens, torch.ones_like(tokens, dtype=torch.bool)
+        >>> train_transcoders(model, batches, Training(n_features=32, k=(4,), steps=2))
+        Transcoders('toy-world-plt', PLT, 4 layers of 32 features, jump_relu)
     """
     _check(model, config)
-    first = batches(0)
-    units, key = Units.of(*_recorded(model, config, first)), _key(model, config, first[0])
-    state = _State.first(config, model)
+    text = _Text(model, batches, config)
+    inputs, outputs = text.record(0)
+    norms = Normalization.of(inputs), Normalization.of(outputs)
+    state = TrainingState.initial(config, inputs)
     path = None if checkpoint is None else Path(checkpoint)
-    start = 0 if path is None or not path.exists() else state.restore(path, key)
-    for step in range(start, config.steps):
-        inputs, outputs = units.normalized(*_recorded(model, config, batches(step)))
-        loss = _learn(state, config, inputs, outputs, _schedule((step + 1) / config.steps))
-        if path is not None and (
-            (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps
-        ):
-            state.save(path, key, step + 1)
+    fingerprint = text.fingerprint()
+    start = 0
+    if path is not None and path.exists():
+        start = state.restore(path, fingerprint)
+    for done in range(start + 1, config.steps + 1):
+        inputs, outputs = text.record(done - 1)
+        loss = state.learn(done, norms[0].apply(inputs), norms[1].apply(outputs))
+        is_due = done % config.checkpoint_every == 0 or done == config.steps
+        if path is not None and is_due:
+            state.save(path, fingerprint, done)
         if progress is not None:
-            progress(step + 1, loss)
-    thresholds = (
-        _thresholds(model, batches, config, state.weights, units)
-        if config.sparsity == "batch_topk"
-        else None
-    )
+            progress(done, loss.item())
+    thresholds = None
+    if config.sparsity == "batch_topk":
+        thresholds = _thresholds(state, text, norms[0])
+    trained = state.parameters.to_transcoders(*norms, thresholds)
+    reads, writes = READS_WRITES[config.kind]
     name = f"{model.cfg.model_name}-{config.kind}"
-    return state.weights.transcoders(units, thresholds, config.reads, config.writes, name)
+    return replace(trained, reads=reads, writes=writes, name=name)
 
 
-def _recorded(
-    model: Model, config: Training, batch: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    inputs, outputs = record(model, config.reads, config.writes, *batch)
-    dtype = getattr(torch, config.dtype)
-    return inputs.to(dtype), outputs.to(dtype)
+@dataclass(frozen=True, eq=False)
+class _Text:
+    """The training text, with the model that reads it."""
+
+    model: Model
+    batches: Batches
+    config: Training
+
+    def record(self, step: int) -> tuple[Vectors, Vectors]:
+        """MLP inputs and outputs on the text of a step, not yet normalized."""
+        reads, writes = READS_WRITES[self.config.kind]
+        tokens, mask = self.batches(step)
+        inputs, outputs = record(self.model, reads, writes, tokens, mask)
+        dtype = getattr(torch, self.config.dtype)
+        return inputs.to(dtype), outputs.to(dtype)
+
+    def fingerprint(self) -> str:
+        """All that the result depends on; the first batch represents the text."""
+        settings = asdict(self.config)
+        del settings["checkpoint_every"]
+        settings["auxiliary"] = AUXILIARY_FEATURES, AUXILIARY_WEIGHT
+        tokens, _ = self.batches(0)
+        digest = hashlib.blake2b(checksum(tokens), digest_size=8)
+        return f"{settings} {identity(self.model)} {digest.hexdigest()}"
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingState:
+    """All that changes in training.
+
+    Attributes:
+        silent: number of tokens since each feature last fired.
+    """
+
+    config: Training
+    parameters: TranscoderParameters
+    optimizer: torch.optim.Adam
+    silent: Int[Tensor, "layer feature"]
+
+    @staticmethod
+    def initial(config: Training, inputs: Vectors) -> TrainingState:
+        """Return the state before the first step."""
+        n_features = config.n_features
+        parameters = TranscoderParameters.initial(config.kind, n_features, inputs, config.seed)
+        optimizer = torch.optim.Adam(parameters.tensors(), betas=(0.9, 0.99))
+        silent = inputs.new_zeros((len(inputs), n_features), dtype=torch.int64)
+        return TrainingState(config, parameters, optimizer, silent)
+
+    def save(self, path: Path, fingerprint: str, done: int) -> None:
+        """Write a checkpoint after `done` steps."""
+        tensors = {"silent": self.silent}
+        moments = self.optimizer.state_dict()["state"]
+        for index, tensor in enumerate(self.parameters.tensors()):
+            tensors[f"weight.{index}"] = tensor
+            for name in MOMENTS:
+                tensors[f"optimizer.{index}.{name}"] = moments[index][name]
+        metadata = {"step": str(done), "settings": fingerprint}
+        write_tensors(path, tensors, metadata, FORMAT, FORMAT_VERSION)
+
+    @torch.no_grad()
+    def restore(self, path: Path, fingerprint: str) -> int:
+        """Read a checkpoint; return the number of steps done."""
+        tensors, metadata = read_tensors(path, FORMAT, FORMAT_VERSION)
+        if metadata["settings"] != fingerprint:
+            raise InputError(f"{path} was written with other settings, model or text; delete it.")
+        self.silent.copy_(tensors["silent"])
+        optimizer = self.optimizer.state_dict()
+        for index, tensor in enumerate(self.parameters.tensors()):
+            tensor.copy_(tensors[f"weight.{index}"])
+            moments = {name: tensors[f"optimizer.{index}.{name}"] for name in MOMENTS}
+            optimizer["state"][index] = moments
+        self.optimizer.load_state_dict(optimizer)
+        return int(metadata["step"])
+
+    def learn(self, done: int, inputs: Vectors, outputs: Vectors) -> Float[Tensor, ""]:
+        """Take a step, after which `done` are done; return the loss before it."""
+        share = done / self.config.steps
+        # Warm-up over the first 5 % of the steps, linear decay over the last half.
+        schedule = min(1.0, share / 0.05, (1 - share) / 0.5)
+        self.optimizer.param_groups[0]["lr"] = self.config.learning_rate * schedule
+        with torch.enable_grad():
+            loss = self._loss(inputs, outputs)
+            self.optimizer.zero_grad()
+            loss.backward()
+        tensors = self.parameters.tensors()
+        torch.nn.utils.clip_grad_norm_(tensors, 1.0)
+        self.optimizer.step()
+        return loss.detach()
+
+    def _loss(self, inputs: Vectors, outputs: Vectors) -> Float[Tensor, ""]:
+        # Unexplained variance, sparsity penalty and auxiliary loss; also counts silent tokens.
+        config, parameters = self.config, self.parameters
+        pre = parameters.preactivations(inputs)
+        fires = self._fires(pre)
+        activations = torch.where(fires, pre, 0)
+        error = outputs - parameters.reconstruct(inputs, activations)
+        # sum_l |y_l - approximation_l|^2 / |y_l - mean(y_l)|^2
+        deviation = outputs - outputs.mean(1, keepdim=True)
+        loss = (_squares(error) / _squares(deviation)).sum()
+        if config.sparsity != "batch_topk":
+            lengths = activations * parameters.decoder_lengths()
+            loss = loss + _penalty(lengths, config)
+        self.silent.add_(inputs.shape[1])
+        self.silent.masked_fill_(fires.any(1), 0)
+        dead = self.silent > config.dead_after
+        auxiliary = auxiliary_loss(parameters, inputs, error.detach(), dead)
+        return loss + AUXILIARY_WEIGHT * auxiliary
+
+    @torch.no_grad()
+    def _fires(self, pre: FeatureValues) -> Bool[Tensor, "layer token feature"]:
+        if self.config.sparsity != "batch_topk":
+            return pre > 0
+        lengths = pre * self.parameters.decoder_lengths()
+        smallest = _smallest_firing(lengths, self.config)
+        return lengths > smallest[:, None, None]
+
+
+def auxiliary_loss(
+    parameters: TranscoderParameters,
+    inputs: Vectors,
+    error: Vectors,
+    dead: Bool[Tensor, "layer feature"],
+) -> Float[Tensor, ""]:
+    """Share of the error that the dead features with the largest pre-activations would leave."""
+    if not dead.any():
+        return inputs.new_zeros(())
+    pre = parameters.preactivations(inputs)
+    pre = pre.masked_fill(~dead[:, None], -torch.inf)
+    n_features = pre.shape[2]
+    values, features = pre.topk(min(AUXILIARY_FEATURES, n_features), dim=2)
+    # A layer can have fewer dead features than that.
+    values = values.masked_fill(values == -torch.inf, 0)
+    activations = torch.zeros_like(pre).scatter(2, features, values.relu())
+    left = error - parameters.decode(activations)
+    # |error - dead features|^2 / |error|^2
+    shares = _squares(left) / _squares(error).clamp(min=TINY)
+    return shares[dead.any(1)].sum()
+
+
+def _squares(vectors: Vectors) -> Float[Tensor, " layer"]:
+    return vectors.square().sum((1, 2))
+
+
+def _penalty(lengths: FeatureValues, config: Training) -> Float[Tensor, ""]:
+    # l1: sum_l penalty_l mean_t sum_f length_f,   tanh: the same of tanh(TANH_SCALE length_f)
+    if config.sparsity == "tanh":
+        lengths = (TANH_SCALE * lengths).tanh()
+    per_layer = lengths.sum(2).mean(1)
+    penalty = lengths.new_tensor(config.penalty)
+    return (penalty * per_layer).sum()
+
+
+def _smallest_firing(lengths: FeatureValues, config: Training) -> Float[Tensor, " layer"]:
+    # The (k * tokens)-th largest length in each layer; features must write more to fire.
+    # One fewer fires than k * tokens, as with a JumpReLU of this threshold.
+    n_layers, n_tokens, _ = lengths.shape
+    k = config.k if len(config.k) > 1 else config.k * n_layers
+    smallest = []
+    for layer in range(n_layers):
+        n_firing = max(1, round(k[layer] * n_tokens))
+        largest, _ = lengths[layer].flatten().topk(n_firing, sorted=False)
+        smallest.append(largest.min())
+    return torch.stack(smallest).clamp(min=0)
+
+
+@torch.no_grad()
+def _thresholds(state: TrainingState, text: _Text, norm: Normalization) -> Float[Tensor, " layer"]:
+    # The smallest length of a firing feature, averaged over batches that training has not seen.
+    config, parameters = state.config, state.parameters
+    total = torch.zeros_like(parameters.encoder[:, 0, 0])
+    for step in range(config.steps, config.steps + CALIBRATION_BATCHES):
+        inputs, _ = text.record(step)
+        pre = parameters.preactivations(norm.apply(inputs))
+        lengths = pre * parameters.decoder_lengths()
+        total += _smallest_firing(lengths, config)
+    return total / CALIBRATION_BATCHES
 
 
 def _check(model: Model, config: Training) -> None:
     cfg = model.cfg
     if cfg.attn_only:
+        raise InputError(f"{cfg.model_name} has no MLPs, so there is nothing to learn.")
+    if config.kind not in get_args(TranscoderKind) or config.sparsity not in get_args(Sparsity):
         raise InputError(
-            f"{cfg.model_name} has no MLPs, so there is nothing for transcoders to learn."
-        )
-    if config.kind not in ("plt", "skip-plt", "clt") or config.sparsity not in (
-        "batch_topk",
-        "l1",
-        "tanh",
-    ):
-        raise InputError(
-            f"kind {config.kind!r} with sparsity {config.sparsity!r}; use plt, skip-plt or clt, and batch_topk, l1 or tanh."
+            f"kind {config.kind!r} with sparsity {config.sparsity!r}; use plt, skip-plt or clt, "
+            "and batch_topk, l1 or tanh."
         )
     for name, values in (("k", config.k), ("penalty", config.penalty)):
         if len(values) not in (1, cfg.n_layers) or min(values) <= 0:
             raise InputError(
-                f"{name}={values}: give one positive number, or one for each of the {cfg.n_layers} layers."
+                f"{name}={values}: give one positive number, or one for each of the "
+                f"{cfg.n_layers} layers."
             )
-    if (
-        min(config.n_features, config.steps, config.checkpoint_every) < 1
-        or max(config.k) > config.n_features
-    ):
-        raise InputError(
-            f"n_features={config.n_features}, k={config.k}, steps={config.steps}: all must be positive, and k at most n_features."
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class _State:
-    """All that changes in training.
-
-    Attributes:
-        silent: the number of tokens since a feature last fired.
-    """
-
-    weights: Weights
-    optimizer: torch.optim.Adam
-    silent: Int[Tensor, "layer feature"]
-
-    @staticmethod
-    def first(config: Training, model: Model) -> _State:
-        """Before the first step."""
-        cfg = model.cfg
-        weights = Weights.first(
-            cfg.n_layers,
-            config.n_features,
-            cfg.d_model,
-            across=config.kind == "clt",
-            skip=config.kind == "skip-plt",
-            seed=config.seed,
-            dtype=getattr(torch, config.dtype),
-            device=cfg.device,
-        )
-        optimizer = torch.optim.Adam(weights.tensors(), lr=config.learning_rate, betas=(0.9, 0.99))
-        return _State(
-            weights,
-            optimizer,
-            torch.zeros(cfg.n_layers, config.n_features, dtype=torch.int64, device=cfg.device),
-        )
-
-    def save(self, path: Path, key: str, step: int) -> None:
-        """Keep it for `restore`."""
-        tensors = {
-            f"weight.{index}": tensor for index, tensor in enumerate(self.weights.tensors())
-        } | {"silent": self.silent}
-        for index, moments in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
-        write_tensors(path, tensors, {"step": str(step), "settings": key}, FORMAT, FORMAT_VERSION)
-
-    @torch.no_grad()
-    def restore(self, path: Path, key: str) -> int:
-        """Take up a checkpoint of the same settings, and say which step comes next."""
-        tensors, metadata = read_tensors(path, FORMAT, FORMAT_VERSION)
-        if metadata["settings"] != key:
-            raise InputError(
-                f"{path} was written with other settings, model or text; delete it or give another checkpoint."
-            )
-        self.silent.copy_(tensors["silent"])
-        moments: dict[int, dict[str, Tensor]] = {}
-        for index, tensor in enumerate(self.weights.tensors()):
-            tensor.copy_(tensors[f"weight.{index}"])
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                _, place, moment = name.split(".")
-                moments.setdefault(int(place), {})[moment] = tensor
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        return int(metadata["step"])
-
-
-def _learn(state: _State, config: Training, inputs: Tensor, outputs: Tensor, rate: float) -> float:
-    """One step at a share of the learning rate; the loss before it."""
-    weights = state.weights
-    state.optimizer.param_groups[0]["lr"] = config.learning_rate * rate
-    with torch.enable_grad():
-        loss = _loss(weights, config, inputs, outputs, state.silent)
-        state.optimizer.zero_grad()
-        loss.backward()
-    torch.nn.utils.clip_grad_norm_(weights.tensors(), 1.0)
-    state.optimizer.step()
-    return loss.item()
-
-
-def _loss(
-    weights: Weights,
-    config: Training,
-    inputs: Float[Tensor, "layer token d_model"],
-    outputs: Float[Tensor, "layer token d_model"],
-    silent: Int[Tensor, "layer feature"],
-) -> Float[Tensor, ""]:
-    """Unexplained variance, summed over layers, with the price of sparsity and what dead features miss; counts how long features are silent."""
-    pre = weights.preactivations(inputs)
-    with torch.no_grad():
-        written = pre * weights.lengths()
-        fires = written > (
-            0 if config.sparsity != "batch_topk" else _least(written, config.k)[:, None, None]
-        )
-    activations = torch.where(fires, pre, 0)
-    missed = outputs - weights.reconstruct(inputs, activations)
-    spread = (outputs - outputs.mean(1, keepdim=True)).square().sum((1, 2))
-    loss = (missed.square().sum((1, 2)) / spread).sum()
-    if config.sparsity != "batch_topk":
-        written = activations * weights.lengths()
-        price = written if config.sparsity == "l1" else (TANH_SCALE * written).tanh()
-        loss = loss + (inputs.new_tensor(config.penalty) * price.sum(2).mean(1)).sum()
-    silent.add_(inputs.shape[1]).masked_fill_(fires.any(1), 0)
-    return loss + AUXILIARY_WEIGHT * auxiliary_loss(
-        weights, inputs, missed.detach(), silent > config.dead_after
-    )
-
-
-def auxiliary_loss(
-    weights: Weights, inputs: Tensor, missed: Tensor, dead: Bool[Tensor, "layer feature"]
-) -> Float[Tensor, ""]:
-    """How much of what was missed the dead features would leave, were those of them to fire that come closest to it."""
-    if not dead.any():
-        return inputs.new_zeros(())
-    pre = weights.preactivations(inputs).masked_fill(~dead[:, None], -torch.inf)
-    values, features = pre.topk(min(AUXILIARY_FEATURES, pre.shape[2]), dim=2)
-    made = weights.decode(
-        torch.zeros_like(pre).scatter(
-            2, features, values.masked_fill(values == -torch.inf, 0).relu()
-        )
-    )
-    left = (missed - made).square().sum((1, 2)) / missed.square().sum((1, 2)).clamp(min=1e-12)
-    return left[dead.any(1)].sum()
-
-
-def _least(
-    written: Float[Tensor, "layer token feature"], k: Sequence[float]
-) -> Float[Tensor, " layer"]:
-    """By layer, the least of the k times tokens largest."""
-    result = []
-    for layer, one in enumerate(written):
-        n = max(1, round(k[layer if len(k) > 1 else 0] * len(one)))
-        result.append(one.flatten().topk(n, sorted=False).values.min())
-    # Those that fire lie strictly above, as with a JumpReLU, so one fewer fires than n.
-    return torch.stack(result).clamp(min=0)
-
-
-@torch.no_grad()
-def _thresholds(
-    model: Model, batches: Batches, config: Training, weights: Weights, units: Units
-) -> Float[Tensor, " layer"]:
-    """By layer, the least that a feature writes which fires, on average over some batches that training has not seen."""
-    total = torch.zeros(
-        len(weights.decoders), dtype=weights.encoder.dtype, device=weights.encoder.device
-    )
-    for step in range(config.steps, config.steps + CALIBRATION_BATCHES):
-        inputs = units.normalized(*_recorded(model, config, batches(step)))[0]
-        pre = weights.preactivations(inputs)
-        total += _least(pre * weights.lengths(), config.k)
-    return total / CALIBRATION_BATCHES
-
-
-def _schedule(done: float) -> float:
-    """The learning rate's share of its peak."""
-    return min(1.0, done / 0.05, (1 - done) / 0.5)
-
-
-def _key(model: Model, config: Training, tokens: Tensor) -> str:
-    """What the state of training depends on: settings, model, and the text, of which the first batch stands for all."""
-    settings = {name: value for name, value in asdict(config).items() if name != "checkpoint_every"}
-    settings["auxiliary"] = AUXILIARY_FEATURES, AUXILIARY_WEIGHT
-    return f"{settings} {identity(model)} {hashlib.blake2b(checksum(tokens), digest_size=8).hexdigest()}"
+    counts = (config.n_features, config.steps, config.checkpoint_every)
+    if min(counts) < 1 or max(config.k) > config.n_features:
+        raise InputError(f"{config}: all counts must be positive, and k at most n_features.")
