@@ -1,0 +1,1 @@
+"""Run folders: a finished run is found again, an interrupted one resumes."""
