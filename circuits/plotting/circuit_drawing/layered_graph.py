@@ -1,0 +1,162 @@
+"""Rows and the order within them: the first steps of a layered drawing (Sugiyama et al. 1981).
+
+1. The layers of the model give the rows, sources below targets.
+2. An edge that passes rows gets an invisible waypoint in each, so that it runs between nodes and
+   not behind them.
+3. Barycentre sweeps find an order within the rows in which few edges cross.
+
+`layout.py` computes the coordinates. Positions are columns: no vertex leaves its column.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from circuits.graph.edges import Edge
+from circuits.graph.nodes import MLP, Error, Feature, Head, Logits, Node, Position
+
+N_SWEEPS = 16
+
+Rows = list[list[int]]
+"""The vertices of each row from left to right, bottom row first."""
+VertexNumbers = Int[np.ndarray, " vertex"]
+VertexFloats = Float[np.ndarray, " vertex"]
+Ends = Int[np.ndarray, " segment"]
+
+
+@dataclass(frozen=True, eq=False)
+class LayeredGraph:
+    """A drawing without coordinates.
+
+    Attributes:
+        nodes: the drawn nodes. Vertex i is `nodes[i]`; all further vertices are waypoints.
+        chains: for each edge the vertices it visits: source, waypoints, target.
+        row: the row of each vertex, 0 at the bottom.
+        column: the column of each vertex, 0 at the left.
+        width: the width of each vertex in pixels.
+        rows: the order of the vertices within each row.
+    """
+
+    nodes: tuple[Node, ...]
+    chains: list[list[int]]
+    row: VertexNumbers
+    column: VertexNumbers
+    width: VertexFloats
+    rows: Rows
+
+    @cached_property
+    def segments(self) -> tuple[Ends, Ends]:
+        """Lower and upper ends of the segments, the pieces of edges between adjacent rows."""
+        segments = [segment for chain in self.chains for segment in pairwise(chain)]
+        lower, upper = np.array(segments).T
+        return lower, upper
+
+
+def row_key(node: Node) -> tuple[float, int]:
+    """Return the layer of a node and its place in the layer; sorting by it gives the rows.
+
+    Embeddings are in layer -1, the logits in layer infinity.
+    """
+    match node:
+        case Head(layer=layer):
+            return layer, 0
+        case MLP(layer=layer) | Feature(layer=layer) | Error(layer=layer):
+            return layer, 1
+        case Logits():
+            return math.inf, 0
+    return -1, 0
+
+
+def position_of(node: Node) -> Position:
+    """Return the position of a node, or None."""
+    position: Position = getattr(node, "position", None)
+    return position
+
+
+def layered_graph(
+    edges: Sequence[Edge],
+    *,
+    node_widths: Mapping[Node, float],
+    edge_widths: Sequence[float],
+    columns: Sequence[Position],
+) -> LayeredGraph:
+    """Assign nodes and waypoints to rows and columns, and order each row with few crossings.
+
+    Args:
+        edges: the drawn edges.
+        node_widths: the drawn nodes with their widths in pixels.
+        edge_widths: the width of each edge, which its waypoints take up.
+        columns: the positions of the nodes from left to right.
+    """
+    nodes = tuple(node_widths)
+    keys = sorted(set(map(row_key, nodes)))
+    row = [keys.index(row_key(node)) for node in nodes]
+    column = [columns.index(position_of(node)) for node in nodes]
+    width = list(map(float, node_widths.values()))
+    vertex_of = {node: vertex for vertex, node in enumerate(nodes)}
+    chains = []
+    for edge, edge_width in zip(edges, edge_widths, strict=True):
+        source, target = vertex_of[edge.source], vertex_of[edge.target]
+        first_waypoint = len(row)
+        for passed_row in range(row[source] + 1, row[target]):
+            row.append(passed_row)
+            column.append(column[source])
+            width.append(edge_width)
+        chains.append([source, *range(first_waypoint, len(row)), target])
+    by_column = np.argsort(column, kind="stable").tolist()
+    rows = [[vertex for vertex in by_column if row[vertex] == index] for index in range(len(keys))]
+    graph = LayeredGraph(nodes, chains, np.array(row), np.array(column), np.array(width), rows)
+    return _with_few_crossings(graph)
+
+
+def n_crossings(graph: LayeredGraph, rows: Rows) -> int:
+    """Count the pairs of segments that cross when the rows are ordered like this."""
+    place = _places(graph, rows)
+    lower, upper = graph.segments
+    total = 0
+    for row in range(len(rows)):
+        here = graph.row[lower] == row
+        start, end = place[lower[here]], place[upper[here]]
+        # Two segments cross if their upper ends are not in the order of their lower ends.
+        total += int(((start[:, None] < start) & (end[:, None] > end)).sum())
+    return total
+
+
+def _with_few_crossings(graph: LayeredGraph) -> LayeredGraph:
+    """Sweep up and down in turn, and keep the best order found."""
+    rows = graph.rows
+    found = [rows]
+    for sweep in range(N_SWEEPS):
+        rows = _sweep(graph, rows, upwards=sweep % 2 == 0)
+        found.append(rows)
+    return replace(graph, rows=min(found, key=lambda rows: n_crossings(graph, rows)))
+
+
+def _sweep(graph: LayeredGraph, rows: Rows, *, upwards: bool) -> Rows:
+    """Sort each row by the mean place of its vertices' neighbours in the row before it."""
+    rows = list(rows)
+    lower, upper = graph.segments
+    here, before = (upper, lower) if upwards else (lower, upper)
+    n_neighbours = np.bincount(here, minlength=len(graph.row))
+    for index in range(len(rows)) if upwards else reversed(range(len(rows))):
+        place = _places(graph, rows)
+        total = np.bincount(here, weights=place[before], minlength=len(place))
+        # A vertex without neighbours in the row before keeps its place.
+        centre = np.where(n_neighbours > 0, total / np.maximum(n_neighbours, 1), place)
+        rows[index] = sorted(rows[index], key=lambda vertex: (graph.column[vertex], centre[vertex]))
+    return rows
+
+
+def _places(graph: LayeredGraph, rows: Rows) -> VertexFloats:
+    """Return the place of each vertex in its row, from 0 to 1 so that all rows compare."""
+    place = np.empty(len(graph.row))
+    for row in rows:
+        place[row] = (np.arange(len(row)) + 0.5) / len(row)
+    return place
