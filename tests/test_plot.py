@@ -286,7 +286,7 @@ def test_edges_pass_between_boxes_and_boxes_do_not_overlap(spans: Sequence[str] 
     edges = scored(components(5, 4, spans), 120).edges
     drawing = laid_out(edges)
     n_columns = len(set(drawing.column.tolist()))
-    placed = lay_out(drawing, edges, min_column_widths=[0.0] * n_columns)
+    placed = lay_out(drawing, min_column_widths=[0.0] * n_columns)
     for a, b in itertools.combinations(placed.nodes, 2):
         assert a.y != b.y or abs(a.x - b.x) >= (a.width + b.width) / 2
     for edge, route in zip(edges, placed.routes, strict=True):

@@ -10,24 +10,14 @@ from typing import Any
 import pandas
 import plotly.graph_objects as go
 
-from circuits.plotting.style import (
-    BLUE,
-    BROWN,
-    GREEN,
-    INK,
-    PINK,
-    QUIET,
-    SANS,
-    SKY,
-    VERMILION,
-)
+from circuits.plotting.style import BLUE, BROWN, GREEN, INK, PINK, SANS, SKY, VERMILION
 from circuits.system.errors import InputError
 
 RANDOM = "random"
 # Traces also differ in their symbols, for readers and printers without colour.
 COLOURS = (BLUE, VERMILION, GREEN, PINK, BROWN, SKY, INK)
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star", "x")
-GREY, RULE, GRID = "#8b919c", "#d9dce2", "#eceef1"
+GREY = "#8b919c"
 # From this ratio of the largest to the smallest size on, a linear axis squeezes most points.
 MIN_LOG_RATIO = 30
 # SVG points stay sharp and need no WebGL, but tens of thousands of them are slow.
@@ -39,28 +29,12 @@ LOG_AXIS = {
     "tickvals": [digit * 10**power for power in range(7) for digit in (1, 2, 5)],
 }
 LINEAR_AXIS = {"type": "linear", "tickmode": "auto"}
-AXIS = {
-    "showgrid": True,
-    "gridcolor": GRID,
-    "zeroline": True,
-    "zerolinecolor": RULE,
-    "showline": True,
-    "linecolor": RULE,
-    "ticks": "outside",
-    "tickcolor": RULE,
-    "tickfont": {"color": QUIET, "size": 12.5},
-    "tickformat": "~g",
-    "automargin": True,
-    "title": {"font": {"size": 14}},
-}
 LAYOUT = {
-    "template": "none",
+    "template": "plotly_white",
     "margin": {"l": 68, "r": 24, "t": 56, "b": 84},
     "font": {"family": SANS, "size": 14, "color": INK},
-    "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top"},
+    "legend": {"orientation": "h", "y": -0.2},
     "hovermode": "closest",
-    "xaxis": AXIS,
-    "yaxis": AXIS,
 }
 MENU = {
     "type": "buttons",
@@ -68,10 +42,7 @@ MENU = {
     "xanchor": "left",
     "y": 1.0,
     "yanchor": "bottom",
-    "bgcolor": "#ffffff",
-    "bordercolor": RULE,
-    "font": {"size": 12, "color": INK},
-    "pad": {"t": 0, "b": 8},
+    "font": {"size": 12},
 }
 
 
@@ -101,21 +72,17 @@ def faithfulness_figure(curves: pandas.DataFrame) -> go.Figure:
     ['eap']
     """
     _check_columns(curves, ("method", "edges", "faithfulness"), "faithfulness curves")
-    methods = curves.assign(method=curves["method"].astype(str)).sort_values("edges")
-    groups = dict(list(methods.groupby("method", sort=False)))
-    names = list(dict.fromkeys(curves["method"].astype(str)))
-    measured = [name for name in names if not _is_random(name)]
-    figure = go.Figure(layout={**LAYOUT, "height": 460})
-    for name in names:
-        number = measured.index(name) if name in measured else None
-        figure.add_trace(_curve(groups[name], name, number))
+    methods = curves["method"].astype(str)
+    by_method = {
+        name: curves[methods == name].sort_values("edges") for name in dict.fromkeys(methods)
+    }
     sizes = curves.loc[curves["edges"] > 0, "edges"]
     # Without positive sizes both are NaN, and the axis is linear.
     logarithmic = bool(sizes.max() >= MIN_LOG_RATIO * sizes.min())
     menus = [_size_menu(logarithmic)]
     if "kl" in curves and curves["kl"].notna().any():
-        menus.append(_measure_menu([groups[name] for name in names]))
-    figure.update_layout(updatemenus=menus)
+        menus.append(_measure_menu(list(by_method.values())))
+    figure = go.Figure(_curves(by_method), {**LAYOUT, "height": 460, "updatemenus": menus})
     figure.update_xaxes(LOG_AXIS if logarithmic else LINEAR_AXIS)
     figure.update_xaxes(title_text="edges in the circuit")
     figure.update_yaxes(title_text="faithfulness")
@@ -149,14 +116,13 @@ def score_scatter(frame: pandas.DataFrame, *, x_name: str = "x", y_name: str = "
     """
     frame = frame.reset_index() if frame.index.name == "edge" else frame
     _check_columns(frame, ("edge", "x", "y"), "a score scatter")
-    scored = frame[frame["x"].notna() & frame["y"].notna()]
-    figure = go.Figure(layout={**LAYOUT, "height": 520})
+    scored = frame.dropna(subset=["x", "y"])
     groups = scored.groupby("group", sort=False) if "group" in scored else [("", scored)]
+    figure = go.Figure(layout={**LAYOUT, "height": 520, "showlegend": "group" in scored})
     for number, (name, rows) in enumerate(groups):
         figure.add_trace(_points(rows, name, COLOURS[number % len(COLOURS)]))
     _add_diagonal(figure, scored)
-    title = {"text": _correlations(scored, len(frame)), "font_size": 15, "x": 0.02}
-    figure.update_layout(title=title, showlegend="group" in scored)
+    figure.update_layout(title={"text": _correlations(scored, len(frame)), "font_size": 15})
     figure.update_xaxes(title_text=_plain(x_name))
     figure.update_yaxes(title_text=_plain(y_name))
     return figure
@@ -179,23 +145,28 @@ def figure_html(figure: go.Figure) -> str:
     return html
 
 
-def _curve(rows: pandas.DataFrame, name: str, number: int | None) -> go.Scatter:
-    """Plot one method; random baselines have no number."""
-    selects = bool(rows["selected"].all()) if "selected" in rows else len(rows) == 1
-    colour, symbol, dash = GREY, "circle-open", "dash"
-    if number is not None:
-        colour = COLOURS[number % len(COLOURS)]
-        symbol = SYMBOLS[number % len(SYMBOLS)]
-        dash = "solid"
-    return go.Scatter(
-        x=rows["edges"].tolist(),
-        y=rows["faithfulness"].tolist(),
-        name=_plain(name),
-        mode="markers" if selects else "lines+markers",
-        line={"color": colour, "width": 2, "dash": dash},
-        marker={"color": colour, "symbol": symbol, "size": 10 if selects else 6},
-        hovertemplate="%{fullData.name}<br>%{x:,} edges: %{y:.3f}<extra></extra>",
-    )
+def _curves(by_method: dict[str, pandas.DataFrame]) -> list[go.Scatter]:
+    curves = []
+    n_measured = 0
+    for name, rows in by_method.items():
+        colour, symbol, dash = GREY, "circle-open", "dash"
+        if not name.lower().startswith(RANDOM):
+            colour = COLOURS[n_measured % len(COLOURS)]
+            symbol = SYMBOLS[n_measured % len(SYMBOLS)]
+            dash = "solid"
+            n_measured += 1
+        selects = rows["selected"].all() if "selected" in rows else len(rows) == 1
+        curve = go.Scatter(
+            x=rows["edges"].tolist(),
+            y=rows["faithfulness"].tolist(),
+            name=_plain(name),
+            mode="markers" if selects else "lines+markers",
+            line={"color": colour, "dash": dash},
+            marker={"symbol": symbol, "size": 10 if selects else 6},
+            hovertemplate="%{fullData.name}<br>%{x:,} edges: %{y:.3f}<extra></extra>",
+        )
+        curves.append(curve)
+    return curves
 
 
 def _size_menu(logarithmic: bool) -> dict[str, Any]:
@@ -209,14 +180,13 @@ def _size_menu(logarithmic: bool) -> dict[str, Any]:
 def _measure_menu(methods: list[pandas.DataFrame]) -> dict[str, Any]:
     """Let the reader choose the y axis; each trace gets its own values."""
     buttons = []
+    labels = {"faithfulness": "faithfulness", "kl": "KL from the model"}
     # The horizontal rule marks the whole model: its faithfulness is 1, its KL divergence 0.
-    for column, label, rule in (
-        ("faithfulness", "faithfulness", 1),
-        ("kl", "KL from the model", 0),
-    ):
+    rules = {"faithfulness": 1, "kl": 0}
+    for column, label in labels.items():
         values = {"y": [rows[column].tolist() for rows in methods]}
-        axis = {"yaxis.title.text": label, **_prefixed("shapes[0]", {"y0": rule, "y1": rule})}
-        buttons.append(_button(label, "update", values, axis))
+        rule = _prefixed("shapes[0]", {"y0": rules[column], "y1": rules[column]})
+        buttons.append(_button(label, "update", values, {"yaxis.title.text": label, **rule}))
     return {**MENU, "x": 0.28, "buttons": buttons, "active": 0}
 
 
@@ -236,17 +206,17 @@ def _points(rows: pandas.DataFrame, name: Hashable, colour: str) -> go.Scatter |
         text=[_plain(str(edge)) for edge in rows["edge"]],
         name=_plain(str(name)),
         mode="markers",
-        marker={"color": colour, "size": 6, "opacity": 0.6},
+        marker={"color": colour, "opacity": 0.6},
         hovertemplate="%{text}<br>(%{x:.4g}, %{y:.4g})<extra></extra>",
     )
 
 
 def _add_diagonal(figure: go.Figure, scored: pandas.DataFrame) -> None:
     """Draw the line on which both methods agree."""
-    values = scored[["x", "y"]].stack()
-    low, high = (0.0, 1.0) if scored.empty else (float(values.min()), float(values.max()))
+    values = [0.0, 1.0] if scored.empty else scored[["x", "y"]].to_numpy().flatten().tolist()
+    ends = {"x0": min(values), "y0": min(values), "x1": max(values), "y1": max(values)}
     line = {"color": GREY, "width": 1, "dash": "dash"}
-    figure.add_shape(type="line", x0=low, y0=low, x1=high, y1=high, line=line, layer="below")
+    figure.add_shape(type="line", **ends, line=line, layer="below")
 
 
 def _correlations(scored: pandas.DataFrame, n_edges: int) -> str:
@@ -269,10 +239,6 @@ def _correlation(x: pandas.Series, y: pandas.Series) -> str:
 def _plain(text: str) -> str:
     """Escape a text, since plotly interprets a few HTML tags."""
     return escape(text, quote=False)
-
-
-def _is_random(name: str) -> bool:
-    return name.lower().startswith(RANDOM)
 
 
 def _check_columns(frame: pandas.DataFrame, needed: tuple[str, ...], what: str) -> None:

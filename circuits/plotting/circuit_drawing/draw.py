@@ -13,30 +13,36 @@ from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 
-import pandas
-
 from circuits.graph.circuit import Circuit
 from circuits.graph.edges import Edge
 from circuits.graph.nodes import MLP, Error, Feature, Head, Logits, Node, Position
-from circuits.plotting.circuit_drawing import layout as layouts
 from circuits.plotting.circuit_drawing.layered_graph import layered_graph, position_of, row_key
-from circuits.plotting.circuit_drawing.layout import NODE_HEIGHT, Layout, PlacedNode, Point
+from circuits.plotting.circuit_drawing.layout import (
+    NODE_HEIGHT,
+    Layout,
+    PlacedNode,
+    Point,
+    lay_out,
+)
 from circuits.plotting.style import BAND, BLUE, GREEN, INK, MONO, PAPER, QUIET, SANS, VERMILION
 from circuits.system.errors import InputError
 
 DEFAULT_MAX_EDGES = 200
 # Features are side by side in one row, so fewer of their edges fit on a page.
 DEFAULT_MAX_FEATURE_EDGES = 50
-SLOT_COLOURS = {"q": BLUE, "k": VERMILION, "v": GREEN, None: "#6d6875"}
 MIN_STROKE_WIDTH, MAX_STROKE_WIDTH = 1.2, 6.5
-MIN_OPACITY, MAX_OPACITY = 0.55, 0.95
 MAX_TOOLTIP_EDGES = 10
+SLOT_COLOURS = {"q": BLUE, "k": VERMILION, "v": GREEN, None: "#6d6875"}
+LEGEND = "\u2003".join(
+    f'<tspan fill="{colour}">\u25ac {slot or "into MLPs, features and logits"}</tspan>'
+    for slot, colour in SLOT_COLOURS.items()
+)
 
 # Lengths are in pixels. Text cannot be measured here, so widths come from average characters.
-LABEL_CHARACTER, LEGEND_CHARACTER, TITLE_CHARACTER = 7.3, 6.4, 10.0
-MIN_NODE_WIDTH, MAX_PORT_ROOM, NODE_PADDING = 40.0, 360.0, 14.0
+LABEL_CHARACTER, TITLE_CHARACTER = 7.3, 10.0
+MIN_NODE_WIDTH, MAX_NODE_WIDTH, NODE_PADDING, PORT_WIDTH = 40.0, 360.0, 14.0, 4.0
 MARGIN, LAYER_NAMES_WIDTH, BAND_PADDING = 20.0, 84.0, 11.0
-MIN_WIDTH, LINE_HEIGHT, LEGEND_GAP = 560.0, 22.0, 16.0
+MIN_WIDTH, LINE_HEIGHT = 660.0, 22.0
 
 
 @dataclass(frozen=True)
@@ -47,23 +53,13 @@ class DrawnEdge:
         edge: the edge.
         score: its score; NaN if it was never measured.
         rank: 1 for the strongest edge.
-        strength: from 0 (thin and faint) to 1 (thick and dark).
+        width: width of the stroke in pixels.
     """
 
     edge: Edge
     score: float
     rank: int
-    strength: float
-
-    @property
-    def width(self) -> float:
-        """Width of the stroke in pixels."""
-        return MIN_STROKE_WIDTH + (MAX_STROKE_WIDTH - MIN_STROKE_WIDTH) * self.strength
-
-    @property
-    def opacity(self) -> float:
-        """Opacity of the stroke."""
-        return MIN_OPACITY + (MAX_OPACITY - MIN_OPACITY) * self.strength
+    width: float
 
     @property
     def description(self) -> str:
@@ -73,31 +69,23 @@ class DrawnEdge:
 
 def draw(circuit: Circuit, *, title: str | None, max_edges: int | None) -> str:
     """Draw a circuit as SVG; `circuits.draw_circuit` explains the arguments."""
-    drawn = circuit.top(min(edge_limit(circuit, max_edges), len(circuit)))
+    limit = edge_limit(circuit, max_edges)
+    drawn = circuit.top(min(limit, len(circuit)))
     lines = [_text(_counts(circuit, len(drawn)), f'font-size="13" fill="{QUIET}"')]
     if title is not None:
         lines.insert(0, _text(title, f'font-size="17" font-weight="600" fill="{INK}"'))
-    width = max(MIN_WIDTH, TITLE_CHARACTER * len(title or "") + 2 * MARGIN)
     edges = _drawn_edges(drawn)
     if not edges:
         lines.append(_text("No edges kept: there is nothing to draw.", f'fill="{INK}"'))
-        return _document(title, lines, "", width, 0.0)
-    legend, legend_width = _legend(edges)
-    lines.append(legend)
+        return _document(title, lines, None)
+    lines.append(_legend(edges))
     layout, positions = _layout(circuit, edges)
-    picture_width = layout.width + LAYER_NAMES_WIDTH + 2 * MARGIN
-    width = max(width, legend_width + 2 * MARGIN, picture_width)
-    # A narrow drawing is in the middle of the space right of the layer names.
-    left = LAYER_NAMES_WIDTH + (width - LAYER_NAMES_WIDTH - layout.width) / 2
     marks = [
-        *_layer_bands(layout, MARGIN / 2 - left, width - left - MARGIN / 2),
         *_position_marks(layout, positions),
         *_edge_marks(layout, edges),
         *_node_marks(layout, edges),
     ]
-    top = LINE_HEIGHT if positions else 0.0
-    height = top + layout.height + BAND_PADDING + MARGIN
-    return _document(title, lines, _moved(left, top, "\n".join(marks)), width, height)
+    return _document(title, lines, layout, marks)
 
 
 def edge_limit(circuit: Circuit, max_edges: int | None) -> int:
@@ -146,10 +134,11 @@ def _drawn_edges(circuit: Circuit) -> list[DrawnEdge]:
     drawn = []
     for rank, index in enumerate(strongest_first(scores), start=1):
         score = scores[index]
-        # strength = sqrt(|score| / max |score|). Scores span orders of magnitude; the root keeps
-        # weak edges visible without changing the order of the widths.
-        strength = 0.0 if math.isnan(score) else math.sqrt(min(abs(score) / largest, 1.0))
-        drawn.append(DrawnEdge(edges[index], score, rank, strength))
+        share = 0.0 if math.isnan(score) else min(abs(score) / largest, 1.0)
+        # width = min + (max - min) * sqrt(|score| / max |score|). Scores span orders of
+        # magnitude; the root keeps weak edges visible without changing the order of the widths.
+        width = MIN_STROKE_WIDTH + (MAX_STROKE_WIDTH - MIN_STROKE_WIDTH) * math.sqrt(share)
+        drawn.append(DrawnEdge(edges[index], score, rank, width))
     return drawn
 
 
@@ -161,29 +150,34 @@ def _layout(circuit: Circuit, drawn: list[DrawnEdge]) -> tuple[Layout, list[Posi
     edges = [one.edge for one in drawn]
     outgoing = Counter(edge.source for edge in edges)
     incoming = Counter(edge.target for edge in edges)
-    nodes = [node for node in circuit.graph.nodes if node in outgoing or node in incoming]
-    node_widths = {node: _node_width(node, max(outgoing[node], incoming[node])) for node in nodes}
+    n_ports = outgoing | incoming  # the larger of the two counts
+    nodes = [node for node in circuit.graph.nodes if node in n_ports]
     columns = _sorted_positions(nodes)
     graph = layered_graph(
-        edges, node_widths=node_widths, edge_widths=[one.width for one in drawn], columns=columns
+        edges,
+        node_widths={node: _node_width(node, n_ports[node]) for node in nodes},
+        edge_widths=[one.width for one in drawn],
+        columns=columns,
     )
     name_widths = [LABEL_CHARACTER * len(_position_text(position)) for position in columns]
-    layout = layouts.lay_out(graph, edges, min_column_widths=name_widths)
+    layout = lay_out(graph, min_column_widths=name_widths)
     return layout, [] if columns == [None] else columns
 
 
 def _sorted_positions(nodes: Iterable[Node]) -> list[Position]:
     """Sort positions: numbers in order, then names as in the graph, then None."""
-    positions = dict.fromkeys(map(position_of, nodes))
-    numbers = sorted(position for position in positions if isinstance(position, int))
+    positions = list(dict.fromkeys(map(position_of, nodes)))
+    numbers = [position for position in positions if isinstance(position, int)]
     names = [position for position in positions if isinstance(position, str)]
-    return [*numbers, *names, *([None] if None in positions else [])]
+    nowhere = [position for position in positions if position is None]
+    return [*sorted(numbers), *names, *nowhere]
 
 
-def _node_width(node: Node, n_edges: int) -> float:
+def _node_width(node: Node, n_ports: int) -> float:
     """Return a width that has room for the label and for the edges on one side."""
-    port_room = min(4.0 * n_edges, MAX_PORT_ROOM)
-    return max(LABEL_CHARACTER * len(node.label) + NODE_PADDING, port_room, MIN_NODE_WIDTH)
+    ports_width = min(PORT_WIDTH * n_ports, MAX_NODE_WIDTH)
+    label_width = LABEL_CHARACTER * len(node.label) + NODE_PADDING
+    return max(label_width, ports_width, MIN_NODE_WIDTH)
 
 
 def _position_text(position: Position) -> str:
@@ -194,68 +188,66 @@ def _position_text(position: Position) -> str:
 
 
 def _document(
-    title: str | None, lines: list[str], picture: str, width: float, picture_height: float
+    title: str | None, lines: list[str], layout: Layout | None, marks: Iterable[str] = ()
 ) -> str:
-    """Write the SVG: lines of text, and below them the picture."""
-    top = LINE_HEIGHT * len(lines) + 30
-    header = [_moved(MARGIN, 28 + LINE_HEIGHT * i, line) for i, line in enumerate(lines)]
-    size = f"{width:.1f} {top + picture_height:.1f}"
-    # Its own background makes the picture readable on light and dark pages.
+    """Write the SVG: lines of text, below them the layers, and the marks on the layers."""
+    width = max(MIN_WIDTH, TITLE_CHARACTER * len(title or "") + 2 * MARGIN)
+    height = LINE_HEIGHT * (len(lines) + 1)
+    content = [
+        _moved(MARGIN, LINE_HEIGHT * (number + 1), line) for number, line in enumerate(lines)
+    ]
+    if layout is not None:
+        width = max(width, layout.width + LAYER_NAMES_WIDTH + 2 * MARGIN)
+        # A narrow drawing is in the middle of the space right of the layer names.
+        left = LAYER_NAMES_WIDTH + (width - LAYER_NAMES_WIDTH - layout.width) / 2
+        top = height + LINE_HEIGHT
+        bands = _moved(0, top, *_layer_bands(layout, width))
+        content += [bands, _moved(left, top, *marks)]
+        height = top + layout.height + MARGIN + BAND_PADDING
+    # The paper makes the picture readable on light and dark pages.
     return f"""\
-<svg xmlns="http://www.w3.org/2000/svg" width="{width:.1f}" height="{top + picture_height:.1f}" \
-viewBox="0 0 {size}" role="img" aria-label="{escape(title or "circuit")}" font-family="{SANS}">
+<svg xmlns="http://www.w3.org/2000/svg" width="{width:.1f}" height="{height:.1f}" \
+viewBox="0 0 {width:.1f} {height:.1f}" role="img" aria-label="{escape(title or "circuit")}" \
+font-family="{SANS}" font-size="12">
 <rect width="100%" height="100%" rx="8" fill="{PAPER}"/>
-{"".join(header)}
-{_moved(0, top, picture)}
+{"".join(content)}
 </svg>
 """
 
 
-def _moved(x: float, y: float, content: str) -> str:
-    return f'<g transform="translate({x:.1f} {y:.1f})">{content}</g>'
+def _moved(x: float, y: float, *content: str) -> str:
+    markup = "\n".join(content)
+    return f'<g transform="translate({x:.1f} {y:.1f})">{markup}</g>'
 
 
 def _text(text: str, attributes: str) -> str:
     return f"<text {attributes}>{escape(text)}</text>"
 
 
-def _legend(drawn: list[DrawnEdge]) -> tuple[str, float]:
-    """Explain the marks that occur: colours of slots, dashes and widths. Also return the width."""
-    has_features = any(isinstance(one.edge.target, Feature) for one in drawn)
-    no_slot = "into features or logits" if has_features else "into MLP or logits"
-    used = {one.edge.slot for one in drawn}
-    entries = [
-        (colour, f"\u25ac {slot or no_slot}")
-        for slot, colour in SLOT_COLOURS.items()
-        if slot in used
-    ]
-    if any(one.score < 0 for one in drawn):
-        entries.append((QUIET, "\u254d score below 0"))
+def _legend(drawn: list[DrawnEdge]) -> str:
+    """Explain colours, dashes and widths."""
     sizes = [abs(one.score) for one in drawn if math.isfinite(one.score)]
     widths = "edges without scores"
     if sizes:
         widths = f"width: |score|, {min(sizes):.3g} to {max(sizes):.3g}"
-    entries.append((QUIET, widths))
-    marks = [
-        f'<tspan dx="{LEGEND_GAP}" fill="{colour}">{text}</tspan>' for colour, text in entries
-    ]
-    width = sum(LEGEND_GAP + LEGEND_CHARACTER * len(text) for _, text in entries)
-    return f'<text font-size="12">{"".join(marks)}</text>', width
+    return f'<text fill="{QUIET}">{LEGEND}\u2003\u254d score below 0\u2003{widths}</text>'
 
 
-def _layer_bands(layout: Layout, left: float, right: float) -> list[str]:
+def _layer_bands(layout: Layout, width: float) -> list[str]:
     """Draw a quiet band behind each layer, with the layer's name at its left end."""
-    places = [(row_key(placed.node)[0], placed.y) for placed in layout.nodes]
-    ys = pandas.DataFrame(places, columns=["layer", "y"]).groupby("layer")["y"]
+    centres: dict[float, list[float]] = {}
+    for placed in layout.nodes:
+        layer, _ = row_key(placed.node)
+        centres.setdefault(layer, []).append(placed.y)
     marks = []
-    for layer, highest, lowest in ys.agg(["min", "max"]).itertuples():
-        top = highest - NODE_HEIGHT / 2 - BAND_PADDING
-        height = lowest - highest + NODE_HEIGHT + 2 * BAND_PADDING
-        size = f'width="{right - left:.1f}" height="{height:.1f}" rx="6"'
-        marks.append(f'<rect x="{left:.1f}" y="{top:.1f}" {size} fill="{BAND}"/>')
-        name = {-1: "inputs", math.inf: "output"}.get(layer, f"layer {layer:g}")
-        place = f'x="{left + 10:.1f}" y="{top + height / 2 + 4:.1f}"'
-        marks.append(_text(name, f'{place} font-size="12" fill="{QUIET}"'))
+    for layer, ys in centres.items():
+        top = min(ys) - NODE_HEIGHT / 2 - BAND_PADDING
+        height = max(ys) - min(ys) + NODE_HEIGHT + 2 * BAND_PADDING
+        size = f'width="{width - MARGIN:.1f}" height="{height:.1f}" rx="6"'
+        marks.append(f'<rect x="{MARGIN / 2}" y="{top:.1f}" {size} fill="{BAND}"/>')
+        name = {-1: "inputs", math.inf: "output"}.get(layer, f"layer {layer}")
+        place = f'x="{MARGIN}" y="{top + height / 2 + 4:.1f}"'
+        marks.append(_text(name, f'{place} fill="{QUIET}"'))
     return marks
 
 
@@ -263,9 +255,8 @@ def _position_marks(layout: Layout, positions: list[Position]) -> list[str]:
     """Write the positions over their columns."""
     marks = []
     for position, (left, right) in zip(positions, layout.columns, strict=False):
-        place = f'x="{(left + right) / 2:.1f}" y="{-BAND_PADDING - 10}" text-anchor="middle"'
-        style = f'font-size="12.5" font-weight="600" fill="{INK}"'
-        marks.append(_text(_position_text(position), f"{place} {style}"))
+        place = f'x="{(left + right) / 2:.1f}" y="{-BAND_PADDING - 8}" text-anchor="middle"'
+        marks.append(_text(_position_text(position), f'{place} font-weight="600" fill="{INK}"'))
     return marks
 
 
@@ -280,8 +271,7 @@ def _edge_marks(layout: Layout, drawn: list[DrawnEdge]) -> list[str]:
 <g class="edge" data-rank="{one.rank}" data-source="{number[edge.source]}" \
 data-target="{number[edge.target]}"><title>{escape(one.description)}</title>\
 <path d="{_smooth_path(route)}" fill="none" stroke="{SLOT_COLOURS[edge.slot]}" \
-stroke-width="{one.width:.3f}" stroke-opacity="{one.opacity:.2f}" \
-{dashes if one.score < 0 else ""}/></g>""")
+stroke-width="{one.width:.3f}" stroke-opacity="0.8" {dashes if one.score < 0 else ""}/></g>""")
     return marks
 
 
@@ -290,24 +280,24 @@ def _smooth_path(route: Sequence[Point]) -> str:
     x, y = route[0]
     commands = [f"M{x:.1f} {y:.1f}"]
     for (x, y), (next_x, next_y) in pairwise(route):
-        middle = (y + next_y) / 2
         if abs(next_x - x) < 0.05:
             commands.append(f"V{next_y:.1f}")
-        else:
-            controls = f"{x:.1f} {middle:.1f} {next_x:.1f} {middle:.1f}"
-            commands.append(f"C{controls} {next_x:.1f} {next_y:.1f}")
+            continue
+        middle = (y + next_y) / 2
+        controls = f"{x:.1f} {middle:.1f} {next_x:.1f} {middle:.1f}"
+        commands.append(f"C{controls} {next_x:.1f} {next_y:.1f}")
     return "".join(commands)
 
 
 def _node_marks(layout: Layout, drawn: list[DrawnEdge]) -> list[str]:
     marks = []
     for number, placed in enumerate(layout.nodes):
-        incoming = [one for one in drawn if one.edge.target == placed.node]
-        outgoing = [one for one in drawn if one.edge.source == placed.node]
-        lines = [str(placed.node), *_edge_list("in", incoming), *_edge_list("out", outgoing)]
-        tooltip = escape("\n".join(lines))
-        marks.append(f"""\
-<g class="node" data-node="{number}"><title>{tooltip}</title>{_node_shape(placed)}</g>""")
+        node = placed.node
+        incoming = [one for one in drawn if one.edge.target == node]
+        outgoing = [one for one in drawn if one.edge.source == node]
+        lines = [str(node), *_edge_list("in", incoming), *_edge_list("out", outgoing)]
+        tooltip = f"<title>{escape(chr(10).join(lines))}</title>"
+        marks.append(f'<g class="node" data-node="{number}">{tooltip}{_node_shape(placed)}</g>')
     return marks
 
 
@@ -315,18 +305,17 @@ def _edge_list(name: str, drawn: list[DrawnEdge]) -> list[str]:
     """List the strongest edges of a node for its tooltip."""
     if not drawn:
         return []
-    lines = [f"{name}: {len(drawn)}"]
-    lines += [f"  {one.description}" for one in drawn[:MAX_TOOLTIP_EDGES]]
+    listed = [f"  {one.description}" for one in drawn[:MAX_TOOLTIP_EDGES]]
     if len(drawn) > MAX_TOOLTIP_EDGES:
-        lines.append(f"  and {len(drawn) - MAX_TOOLTIP_EDGES} more")
-    return lines
+        listed.append(f"  and {len(drawn) - MAX_TOOLTIP_EDGES} more")
+    return [f"{name}: {len(drawn)}", *listed]
 
 
 def _node_shape(placed: PlacedNode) -> str:
     fill, ink, radius = _node_style(placed.node)
     left, top = placed.x - placed.width / 2, placed.y - NODE_HEIGHT / 2
     place = f'x="{placed.x:.1f}" y="{placed.y + 4.2:.1f}" text-anchor="middle"'
-    label = _text(placed.node.label, f'{place} font-size="12" font-family="{MONO}" fill="{ink}"')
+    label = _text(placed.node.label, f'{place} font-family="{MONO}" fill="{ink}"')
     return f"""\
 <rect x="{left:.1f}" y="{top:.1f}" width="{placed.width:.1f}" height="{NODE_HEIGHT}" \
 rx="{radius}" fill="{fill}" stroke="{INK}" stroke-width="1.1"/>{label}"""

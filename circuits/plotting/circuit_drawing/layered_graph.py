@@ -23,12 +23,14 @@ from circuits.graph.edges import Edge
 from circuits.graph.nodes import MLP, Error, Feature, Head, Logits, Node, Position
 
 N_SWEEPS = 16
+# Relative to the pull of one neighbour: it decides only for vertices without neighbours, and ties.
+INERTIA = 1e-6
 
 Rows = list[list[int]]
 """The vertices of each row from left to right, bottom row first."""
 VertexNumbers = Int[np.ndarray, " vertex"]
 VertexFloats = Float[np.ndarray, " vertex"]
-Ends = Int[np.ndarray, " segment"]
+SegmentEnds = Int[np.ndarray, " segment"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +39,7 @@ class LayeredGraph:
 
     Attributes:
         nodes: the drawn nodes. Vertex i is `nodes[i]`; all further vertices are waypoints.
+        edges: the drawn edges.
         chains: for each edge the vertices it visits: source, waypoints, target.
         row: the row of each vertex, 0 at the bottom.
         column: the column of each vertex, 0 at the left.
@@ -45,6 +48,7 @@ class LayeredGraph:
     """
 
     nodes: tuple[Node, ...]
+    edges: tuple[Edge, ...]
     chains: list[list[int]]
     row: VertexNumbers
     column: VertexNumbers
@@ -52,7 +56,7 @@ class LayeredGraph:
     rows: Rows
 
     @cached_property
-    def segments(self) -> tuple[Ends, Ends]:
+    def segments(self) -> tuple[SegmentEnds, SegmentEnds]:
         """Lower and upper ends of the segments, the pieces of edges between adjacent rows."""
         segments = [segment for chain in self.chains for segment in pairwise(chain)]
         lower, upper = np.array(segments).T
@@ -99,20 +103,20 @@ def layered_graph(
     keys = sorted(set(map(row_key, nodes)))
     row = [keys.index(row_key(node)) for node in nodes]
     column = [columns.index(position_of(node)) for node in nodes]
-    width = list(map(float, node_widths.values()))
+    width = list(node_widths.values())
     vertex_of = {node: vertex for vertex, node in enumerate(nodes)}
     chains = []
     for edge, edge_width in zip(edges, edge_widths, strict=True):
         source, target = vertex_of[edge.source], vertex_of[edge.target]
-        first_waypoint = len(row)
-        for passed_row in range(row[source] + 1, row[target]):
-            row.append(passed_row)
-            column.append(column[source])
-            width.append(edge_width)
-        chains.append([source, *range(first_waypoint, len(row)), target])
-    by_column = np.argsort(column, kind="stable").tolist()
-    rows = [[vertex for vertex in by_column if row[vertex] == index] for index in range(len(keys))]
-    graph = LayeredGraph(nodes, chains, np.array(row), np.array(column), np.array(width), rows)
+        first = len(row)
+        row += range(row[source] + 1, row[target])
+        n_waypoints = len(row) - first
+        column += [column[source]] * n_waypoints
+        width += [edge_width] * n_waypoints
+        chains.append([source, *range(first, len(row)), target])
+    columns_of_vertices = np.array(row), np.array(column), np.array(width)
+    rows = [np.flatnonzero(columns_of_vertices[0] == index).tolist() for index in range(len(keys))]
+    graph = LayeredGraph(nodes, tuple(edges), chains, *columns_of_vertices, rows)
     return _with_few_crossings(graph)
 
 
@@ -125,18 +129,20 @@ def n_crossings(graph: LayeredGraph, rows: Rows) -> int:
         here = graph.row[lower] == row
         start, end = place[lower[here]], place[upper[here]]
         # Two segments cross if their upper ends are not in the order of their lower ends.
-        total += int(((start[:, None] < start) & (end[:, None] > end)).sum())
+        crosses = (start[:, None] < start) & (end[:, None] > end)
+        total += int(crosses.sum())
     return total
 
 
 def _with_few_crossings(graph: LayeredGraph) -> LayeredGraph:
     """Sweep up and down in turn, and keep the best order found."""
     rows = graph.rows
-    found = [rows]
+    found = []
     for sweep in range(N_SWEEPS):
         rows = _sweep(graph, rows, upwards=sweep % 2 == 0)
         found.append(rows)
-    return replace(graph, rows=min(found, key=lambda rows: n_crossings(graph, rows)))
+    best = min(found, key=lambda rows: n_crossings(graph, rows))
+    return replace(graph, rows=best)
 
 
 def _sweep(graph: LayeredGraph, rows: Rows, *, upwards: bool) -> Rows:
@@ -145,12 +151,14 @@ def _sweep(graph: LayeredGraph, rows: Rows, *, upwards: bool) -> Rows:
     lower, upper = graph.segments
     here, before = (upper, lower) if upwards else (lower, upper)
     n_neighbours = np.bincount(here, minlength=len(graph.row))
-    for index in range(len(rows)) if upwards else reversed(range(len(rows))):
+    indices = range(len(rows))
+    for index in indices if upwards else reversed(indices):
         place = _places(graph, rows)
         total = np.bincount(here, weights=place[before], minlength=len(place))
-        # A vertex without neighbours in the row before keeps its place.
-        centre = np.where(n_neighbours > 0, total / np.maximum(n_neighbours, 1), place)
-        rows[index] = sorted(rows[index], key=lambda vertex: (graph.column[vertex], centre[vertex]))
+        centre = (total + INERTIA * place) / (n_neighbours + INERTIA)
+        row = np.array(rows[index])
+        order = np.lexsort((centre[row], graph.column[row]))
+        rows[index] = row[order].tolist()
     return rows
 
 

@@ -6,17 +6,16 @@ are in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
-import pandas
 from jaxtyping import Float, Int
 
-from circuits.graph.edges import SLOTS, Edge
+from circuits.graph.edges import SLOTS
 from circuits.graph.nodes import Node
-from circuits.plotting.circuit_drawing.layered_graph import LayeredGraph, VertexFloats
+from circuits.plotting.circuit_drawing.layered_graph import INERTIA, LayeredGraph, VertexFloats
 
 N_SWEEPS = 40
 NODE_HEIGHT = 24.0
@@ -31,6 +30,8 @@ PORT_SHARE = 0.8
 FAR = 1e6
 
 Point = tuple[float, float]
+Interval = tuple[float, float]
+EdgeFloats = Float[np.ndarray, " edge"]
 
 
 @dataclass(frozen=True)
@@ -57,21 +58,19 @@ class Layout:
 
     nodes: tuple[PlacedNode, ...]
     routes: tuple[tuple[Point, ...], ...]
-    columns: tuple[tuple[float, float], ...]
+    columns: tuple[Interval, ...]
     width: float
     height: float
 
 
-def lay_out(
-    graph: LayeredGraph, edges: Sequence[Edge], *, min_column_widths: Sequence[float]
-) -> Layout:
+def lay_out(graph: LayeredGraph, *, min_column_widths: Sequence[float]) -> Layout:
     """Compute the coordinates of every node and edge."""
     x, columns = _columns_side_by_side(graph, min_column_widths)
     y = _row_centres(graph, x)[graph.row]
     nodes = map(PlacedNode, graph.nodes, x.tolist(), y.tolist(), graph.width.tolist())
     return Layout(
         nodes=tuple(nodes),
-        routes=_routes(graph, edges, x, y),
+        routes=_routes(graph, x, y),
         columns=columns,
         width=columns[-1][1],
         height=float(y.max()) + NODE_HEIGHT / 2,
@@ -79,7 +78,7 @@ def lay_out(
 
 
 def separated(
-    wanted: Iterable[float], weights: Iterable[float], gaps: Iterable[float]
+    wanted: Sequence[float], weights: Sequence[float], gaps: Sequence[float]
 ) -> list[float]:
     """Find the places nearest to the wanted ones that keep the order and the gaps.
 
@@ -92,11 +91,11 @@ def separated(
     for place, offset, weight in zip(wanted, offsets, weights, strict=True):
         mean, length = place - offset, 1
         while blocks and blocks[-1][0] > mean:
-            other_mean, other_weight, other_length = blocks.pop()
-            total = weight + other_weight
-            mean = (mean * weight + other_mean * other_weight) / total
+            left_mean, left_weight, left_length = blocks.pop()
+            total = left_weight + weight
+            mean = (left_mean * left_weight + mean * weight) / total
             weight = total
-            length += other_length
+            length += left_length
         blocks.append((mean, weight, length))
     pooled = [mean for mean, _, length in blocks for _ in range(length)]
     return [mean + offset for mean, offset in zip(pooled, offsets, strict=True)]
@@ -104,15 +103,15 @@ def separated(
 
 def _columns_side_by_side(
     graph: LayeredGraph, min_widths: Sequence[float]
-) -> tuple[VertexFloats, tuple[tuple[float, float], ...]]:
+) -> tuple[VertexFloats, tuple[Interval, ...]]:
     x = _relaxed(graph)
-    left_ends = x - graph.width / 2
-    right_ends = x + graph.width / 2
+    half = graph.width / 2
     start = 0.0
     columns = []
     for column, min_width in enumerate(min_widths):
         inside = graph.column == column
-        low, high = float(left_ends[inside].min()), float(right_ends[inside].max())
+        low = float((x - half)[inside].min())
+        high = float((x + half)[inside].max())
         end = start + max(high - low, min_width)
         x[inside] += (start + end) / 2 - (low + high) / 2
         columns.append((start, end))
@@ -125,58 +124,54 @@ def _relaxed(graph: LayeredGraph) -> VertexFloats:
     lower, upper = graph.segments
     inside = graph.column[lower] == graph.column[upper]
     here = np.concatenate([lower[inside], upper[inside]])
-    there = np.concatenate([upper[inside], lower[inside]])
-    between_waypoints = np.minimum(here, there) >= len(graph.nodes)
+    neighbour = np.concatenate([upper[inside], lower[inside]])
+    between_waypoints = np.minimum(here, neighbour) >= len(graph.nodes)
     pull = np.where(between_waypoints, STRAIGHT_PULL, BENT_PULL)
     x = graph.column * FAR
-    total_pull = np.bincount(here, weights=pull, minlength=len(x))
-    weights = np.maximum(total_pull, BENT_PULL)
-    rows_with_gaps = [(row, _gaps(graph, row)) for row in graph.rows]
+    weight = np.bincount(here, weights=pull, minlength=len(x)) + INERTIA
+    rows = [(row, _gaps(graph, row)) for row in graph.rows]
     for _ in range(N_SWEEPS // 2):
-        for row, gaps in rows_with_gaps + rows_with_gaps[::-1]:
-            # wanted_i = sum_j pull_ij x_j / sum_j pull_ij over the neighbours j of vertex i
-            pulled = np.bincount(here, weights=pull * x[there], minlength=len(x))
-            wanted = np.where(total_pull > 0, pulled / weights, x)
-            x[row] = separated(wanted[row].tolist(), weights[row].tolist(), gaps)
+        for row, gaps in rows + rows[::-1]:
+            # wanted_i = (sum_j pull_ij x_j + inertia x_i) / (sum_j pull_ij + inertia)
+            pulled = np.bincount(here, weights=pull * x[neighbour], minlength=len(x))
+            wanted = (pulled + INERTIA * x) / weight
+            x[row] = separated(wanted[row].tolist(), weight[row].tolist(), gaps)
     return x
 
 
 def _gaps(graph: LayeredGraph, row: list[int]) -> list[float]:
     """Return the least distances between the centres of adjacent vertices."""
-    margin = np.where(np.array(row) < len(graph.nodes), NODE_GAP, WAYPOINT_GAP)
+    is_node = np.array(row) < len(graph.nodes)
+    margin = np.where(is_node, NODE_GAP, WAYPOINT_GAP)
     half = (graph.width[row] + margin) / 2
-    return (half[:-1] + half[1:]).tolist()
+    gaps: list[float] = (half[:-1] + half[1:]).tolist()
+    return gaps
 
 
 def _row_centres(graph: LayeredGraph, x: VertexFloats) -> Float[np.ndarray, " row"]:
     lower, upper = graph.segments
+    shift = np.abs(x[lower] - x[upper])
     largest_shift = np.zeros(len(graph.rows))
-    np.maximum.at(largest_shift, graph.row[lower], np.abs(x[lower] - x[upper]))
-    gaps = np.clip(ROW_GAP_PER_SHIFT * largest_shift[:-1], MIN_ROW_GAP, MAX_ROW_GAP)
-    heights = np.concatenate([[0.0], np.cumsum(gaps + NODE_HEIGHT)])
-    return heights[-1] - heights + NODE_HEIGHT / 2
+    np.maximum.at(largest_shift, graph.row[lower], shift)
+    # gap_r = clip(0.2 * largest shift between the rows r and r + 1)
+    gaps = np.clip(ROW_GAP_PER_SHIFT * largest_shift, MIN_ROW_GAP, MAX_ROW_GAP)
+    top_row_first = np.cumsum(gaps[::-1] + NODE_HEIGHT)
+    return top_row_first[::-1] - top_row_first[0] + NODE_HEIGHT / 2
 
 
-def _routes(
-    graph: LayeredGraph, edges: Sequence[Edge], x: VertexFloats, y: VertexFloats
-) -> tuple[tuple[Point, ...], ...]:
-    starts, ends = _ports(graph, edges, x)
-    bottoms = (y + NODE_HEIGHT / 2).tolist()
-    tops = (y - NODE_HEIGHT / 2).tolist()
-    places = x.tolist()
+def _routes(graph: LayeredGraph, x: VertexFloats, y: VertexFloats) -> tuple[tuple[Point, ...], ...]:
+    sides = np.stack([y + NODE_HEIGHT / 2, y - NODE_HEIGHT / 2], axis=1)
+    starts, ends = _ports(graph, x)
     routes = []
-    for (source, *waypoints, target), start, end in zip(graph.chains, starts, ends, strict=True):
-        route = [(start, tops[source])]
-        for waypoint in waypoints:
-            route.append((places[waypoint], bottoms[waypoint]))
-            route.append((places[waypoint], tops[waypoint]))
-        routes.append((*route, (end, bottoms[target])))
+    for chain, start, end in zip(graph.chains, starts, ends, strict=True):
+        xs = [start, *x[chain[1:-1]].tolist(), end]
+        # From the top of the source to the bottom of the target.
+        ys = sides[chain].flatten().tolist()[1:-1]
+        routes.append(tuple(zip(np.repeat(xs, 2).tolist()[1:-1], ys, strict=True)))
     return tuple(routes)
 
 
-def _ports(
-    graph: LayeredGraph, edges: Sequence[Edge], x: VertexFloats
-) -> tuple[list[float], list[float]]:
+def _ports(graph: LayeredGraph, x: VertexFloats) -> tuple[list[float], list[float]]:
     """Return the x at which each edge leaves its source and enters its target.
 
     Edges leave in the order in which they go on, so that they do not cross there. They enter a
@@ -184,16 +179,18 @@ def _ports(
     """
     source, second = np.array([chain[:2] for chain in graph.chains]).T
     last_but_one, target = np.array([chain[-2:] for chain in graph.chains]).T
-    slots = [SLOTS.index(edge.slot) if edge.slot else 0 for edge in edges]
+    slot = np.array([SLOTS.index(edge.slot) if edge.slot else 0 for edge in graph.edges])
     side = PORT_SHARE * graph.width
     starts = x[source] + side[source] * _spread(source, x[second])
-    ends = x[target] + side[target] * _spread(target, slots, x[last_but_one])
+    ends = x[target] + side[target] * _spread(target, slot * FAR + x[last_but_one])
     return starts.tolist(), ends.tolist()
 
 
-def _spread(vertex: Int[np.ndarray, " edge"], *sort_by: object) -> Float[np.ndarray, " edge"]:
-    """Spread the edges at each vertex evenly over -0.5 to 0.5."""
-    frame = pandas.DataFrame({"vertex": vertex, **{str(i): key for i, key in enumerate(sort_by)}})
-    at_vertex = frame.sort_values(list(frame.columns)).groupby("vertex")["vertex"]
-    spread = (at_vertex.cumcount() + 0.5) / at_vertex.transform("size") - 0.5
-    return spread.sort_index().to_numpy()
+def _spread(vertex: Int[np.ndarray, " edge"], sort_key: EdgeFloats) -> EdgeFloats:
+    """Spread the edges at each vertex evenly over -0.5 to 0.5, sorted by their keys."""
+    order = np.lexsort((sort_key, vertex))
+    size = np.bincount(vertex)
+    first = np.cumsum(size) - size
+    place = np.empty(len(order))
+    place[order] = np.arange(len(order)) - first[vertex[order]]
+    return (place + 0.5) / size[vertex] - 0.5
