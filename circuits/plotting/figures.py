@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
 from html import escape
+from itertools import cycle
 from typing import Any
 
 import pandas
@@ -13,7 +13,12 @@ import plotly.graph_objects as go
 from circuits.plotting.style import BLUE, BROWN, GREEN, INK, PINK, SANS, SKY, VERMILION
 from circuits.system.errors import InputError
 
+Frames = dict[str, pandas.DataFrame]
+Changes = dict[str, Any]
+
 RANDOM = "random"
+# Columns of the curves, their labels, and the values of the whole model.
+MEASURES = (("faithfulness", "faithfulness", 1), ("kl", "KL from the model", 0))
 # Traces also differ in their symbols, for readers and printers without colour.
 COLOURS = (BLUE, VERMILION, GREEN, PINK, BROWN, SKY, INK)
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star", "x")
@@ -59,9 +64,6 @@ def faithfulness_figure(curves: pandas.DataFrame) -> go.Figure:
             and `selected`, True where the method chose these edges itself. Without `selected`, a
             method with a single row counts as selecting.
 
-    Returns:
-        A plotly figure.
-
     Raises:
         InputError: a column is missing.
 
@@ -81,11 +83,15 @@ def faithfulness_figure(curves: pandas.DataFrame) -> go.Figure:
     logarithmic = bool(sizes.max() >= MIN_LOG_RATIO * sizes.min())
     menus = [_size_menu(logarithmic)]
     if "kl" in curves and curves["kl"].notna().any():
-        menus.append(_measure_menu(list(by_method.values())))
-    figure = go.Figure(_curves(by_method), {**LAYOUT, "height": 460, "updatemenus": menus})
-    figure.update_xaxes(LOG_AXIS if logarithmic else LINEAR_AXIS)
-    figure.update_xaxes(title_text="edges in the circuit")
-    figure.update_yaxes(title_text="faithfulness")
+        menus.append(_measure_menu(by_method))
+    figure = go.Figure(_curves(by_method), LAYOUT)
+    figure.update_layout(
+        height=460,
+        updatemenus=menus,
+        xaxis=LOG_AXIS if logarithmic else LINEAR_AXIS,
+        xaxis_title="edges in the circuit",
+        yaxis_title="faithfulness",
+    )
     figure.add_hline(y=1, line={"color": GREY, "width": 1})
     return figure
 
@@ -102,9 +108,6 @@ def score_scatter(frame: pandas.DataFrame, *, x_name: str = "x", y_name: str = "
         x_name: the method or measure on the x axis, for example `exact patching`.
         y_name: the method or measure on the y axis, for example `EAP`.
 
-    Returns:
-        A plotly figure.
-
     Raises:
         InputError: a column is missing.
 
@@ -117,14 +120,22 @@ def score_scatter(frame: pandas.DataFrame, *, x_name: str = "x", y_name: str = "
     frame = frame.reset_index() if frame.index.name == "edge" else frame
     _check_columns(frame, ("edge", "x", "y"), "a score scatter")
     scored = frame.dropna(subset=["x", "y"])
-    groups = scored.groupby("group", sort=False) if "group" in scored else [("", scored)]
-    figure = go.Figure(layout={**LAYOUT, "height": 520, "showlegend": "group" in scored})
-    for number, (name, rows) in enumerate(groups):
-        figure.add_trace(_points(rows, name, COLOURS[number % len(COLOURS)]))
-    _add_diagonal(figure, scored)
-    figure.update_layout(title={"text": _correlations(scored, len(frame)), "font_size": 15})
-    figure.update_xaxes(title_text=_plain(x_name))
-    figure.update_yaxes(title_text=_plain(y_name))
+    has_groups = "group" in scored
+    grouped = scored if has_groups else scored.assign(group="")
+    figure = go.Figure(layout=LAYOUT)
+    for (name, rows), colour in zip(grouped.groupby("group", sort=False), cycle(COLOURS)):
+        figure.add_trace(_points(rows, str(name), colour))
+    figure.update_layout(
+        height=520,
+        showlegend=has_groups,
+        title={"text": _correlations(scored, len(frame)), "font_size": 15},
+        xaxis_title=_plain(x_name),
+        yaxis_title=_plain(y_name),
+    )
+    # The dashed line is where both methods agree.
+    low, high = scored[["x", "y"]].stack().agg(["min", "max"])
+    line = {"color": GREY, "width": 1, "dash": "dash"}
+    figure.add_shape(type="line", x0=low, y0=low, x1=high, y1=high, line=line, layer="below")
     return figure
 
 
@@ -145,23 +156,19 @@ def figure_html(figure: go.Figure) -> str:
     return html
 
 
-def _curves(by_method: dict[str, pandas.DataFrame]) -> list[go.Scatter]:
+def _curves(by_method: Frames) -> list[go.Scatter]:
+    styles = zip(cycle(COLOURS), cycle(SYMBOLS))
     curves = []
-    n_measured = 0
     for name, rows in by_method.items():
-        colour, symbol, dash = GREY, "circle-open", "dash"
-        if not name.lower().startswith(RANDOM):
-            colour = COLOURS[n_measured % len(COLOURS)]
-            symbol = SYMBOLS[n_measured % len(SYMBOLS)]
-            dash = "solid"
-            n_measured += 1
+        is_random = name.lower().startswith(RANDOM)
+        colour, symbol = (GREY, "circle-open") if is_random else next(styles)
         selects = rows["selected"].all() if "selected" in rows else len(rows) == 1
         curve = go.Scatter(
             x=rows["edges"].tolist(),
             y=rows["faithfulness"].tolist(),
             name=_plain(name),
             mode="markers" if selects else "lines+markers",
-            line={"color": colour, "dash": dash},
+            line={"color": colour, "dash": "dash" if is_random else "solid"},
             marker={"symbol": symbol, "size": 10 if selects else 6},
             hovertemplate="%{fullData.name}<br>%{x:,} edges: %{y:.3f}<extra></extra>",
         )
@@ -169,7 +176,7 @@ def _curves(by_method: dict[str, pandas.DataFrame]) -> list[go.Scatter]:
     return curves
 
 
-def _size_menu(logarithmic: bool) -> dict[str, Any]:
+def _size_menu(logarithmic: bool) -> Changes:
     buttons = [
         _button("log size", "relayout", _prefixed("xaxis", LOG_AXIS)),
         _button("linear size", "relayout", _prefixed("xaxis", LINEAR_AXIS)),
@@ -177,46 +184,37 @@ def _size_menu(logarithmic: bool) -> dict[str, Any]:
     return {**MENU, "x": 0.0, "buttons": buttons, "active": 0 if logarithmic else 1}
 
 
-def _measure_menu(methods: list[pandas.DataFrame]) -> dict[str, Any]:
+def _measure_menu(by_method: Frames) -> Changes:
     """Let the reader choose the y axis; each trace gets its own values."""
     buttons = []
-    labels = {"faithfulness": "faithfulness", "kl": "KL from the model"}
     # The horizontal rule marks the whole model: its faithfulness is 1, its KL divergence 0.
-    rules = {"faithfulness": 1, "kl": 0}
-    for column, label in labels.items():
-        values = {"y": [rows[column].tolist() for rows in methods]}
-        rule = _prefixed("shapes[0]", {"y0": rules[column], "y1": rules[column]})
-        buttons.append(_button(label, "update", values, {"yaxis.title.text": label, **rule}))
+    for column, label, whole_model in MEASURES:
+        values = {"y": [rows[column].tolist() for rows in by_method.values()]}
+        rule = _prefixed("shapes[0]", {"y0": whole_model, "y1": whole_model})
+        axis = {"yaxis.title.text": label}
+        buttons.append(_button(label, "update", values, {**axis, **rule}))
     return {**MENU, "x": 0.28, "buttons": buttons, "active": 0}
 
 
-def _button(label: str, method: str, *changes: dict[str, Any]) -> dict[str, Any]:
+def _button(label: str, method: str, *changes: Changes) -> Changes:
     return {"label": label, "method": method, "args": list(changes)}
 
 
-def _prefixed(prefix: str, changes: dict[str, Any]) -> dict[str, Any]:
+def _prefixed(prefix: str, changes: Changes) -> Changes:
     return {f"{prefix}.{key}": value for key, value in changes.items()}
 
 
-def _points(rows: pandas.DataFrame, name: Hashable, colour: str) -> go.Scatter | go.Scattergl:
+def _points(rows: pandas.DataFrame, name: str, colour: str) -> go.Scatter | go.Scattergl:
     scatter = go.Scatter if len(rows) <= MAX_SVG_POINTS else go.Scattergl
     return scatter(
         x=rows["x"].tolist(),
         y=rows["y"].tolist(),
         text=[_plain(str(edge)) for edge in rows["edge"]],
-        name=_plain(str(name)),
+        name=_plain(name),
         mode="markers",
         marker={"color": colour, "opacity": 0.6},
         hovertemplate="%{text}<br>(%{x:.4g}, %{y:.4g})<extra></extra>",
     )
-
-
-def _add_diagonal(figure: go.Figure, scored: pandas.DataFrame) -> None:
-    """Draw the line on which both methods agree."""
-    values = [0.0, 1.0] if scored.empty else scored[["x", "y"]].to_numpy().flatten().tolist()
-    ends = {"x0": min(values), "y0": min(values), "x1": max(values), "y1": max(values)}
-    line = {"color": GREY, "width": 1, "dash": "dash"}
-    figure.add_shape(type="line", **ends, line=line, layer="below")
 
 
 def _correlations(scored: pandas.DataFrame, n_edges: int) -> str:

@@ -38,9 +38,6 @@ def draw_circuit(
         max_edges: largest number of edges to draw. If the circuit keeps more, the strongest are
             drawn and the picture says so. None: 200, or 50 in a graph of transcoder features.
 
-    Returns:
-        The SVG document.
-
     Raises:
         InputError: `max_edges` is negative.
 
@@ -72,9 +69,6 @@ def circuit_page(
         details: settings and results to list under the title, as plain text.
         max_edges: largest number of edges to draw, as in `draw_circuit`.
 
-    Returns:
-        The HTML document.
-
     Raises:
         InputError: `max_edges` is negative.
 
@@ -102,9 +96,6 @@ def attribution_page(
         graph: the attribution graph.
         title: heading of the page.
         details: settings and results to list under the title, as plain text.
-
-    Returns:
-        The HTML document.
 
     >>> import circuits
     >>> from circuits.plotting.pages import attribution_page
@@ -137,9 +128,6 @@ def report_page(
         circuits: circuits by name of the method, in the order of the buttons.
         details: settings to list under the title, as plain text.
         max_edges: largest number of edges to draw per circuit, as in `draw_circuit`.
-
-    Returns:
-        The HTML document.
 
     Raises:
         InputError: `curves` lacks a column, or `max_edges` is negative.

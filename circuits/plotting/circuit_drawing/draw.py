@@ -31,7 +31,6 @@ DEFAULT_MAX_EDGES = 200
 # Features are side by side in one row, so fewer of their edges fit on a page.
 DEFAULT_MAX_FEATURE_EDGES = 50
 MIN_STROKE_WIDTH, MAX_STROKE_WIDTH = 1.2, 6.5
-MAX_TOOLTIP_EDGES = 10
 SLOT_COLOURS = {"q": BLUE, "k": VERMILION, "v": GREEN, None: "#6d6875"}
 LEGEND = "\u2003".join(
     f'<tspan fill="{colour}">\u25ac {slot or "into MLPs, features and logits"}</tspan>'
@@ -293,22 +292,11 @@ def _node_marks(layout: Layout, drawn: list[DrawnEdge]) -> list[str]:
     marks = []
     for number, placed in enumerate(layout.nodes):
         node = placed.node
-        incoming = [one for one in drawn if one.edge.target == node]
-        outgoing = [one for one in drawn if one.edge.source == node]
-        lines = [str(node), *_edge_list("in", incoming), *_edge_list("out", outgoing)]
-        tooltip = f"<title>{escape(chr(10).join(lines))}</title>"
+        n_in = sum(one.edge.target == node for one in drawn)
+        n_out = sum(one.edge.source == node for one in drawn)
+        tooltip = f"<title>{escape(str(node))}\nedges in: {n_in}, edges out: {n_out}</title>"
         marks.append(f'<g class="node" data-node="{number}">{tooltip}{_node_shape(placed)}</g>')
     return marks
-
-
-def _edge_list(name: str, drawn: list[DrawnEdge]) -> list[str]:
-    """List the strongest edges of a node for its tooltip."""
-    if not drawn:
-        return []
-    listed = [f"  {one.description}" for one in drawn[:MAX_TOOLTIP_EDGES]]
-    if len(drawn) > MAX_TOOLTIP_EDGES:
-        listed.append(f"  and {len(drawn) - MAX_TOOLTIP_EDGES} more")
-    return [f"{name}: {len(drawn)}", *listed]
 
 
 def _node_shape(placed: PlacedNode) -> str:

@@ -26,6 +26,8 @@ N_SWEEPS = 16
 # Relative to the pull of one neighbour: it decides only for vertices without neighbours, and ties.
 INERTIA = 1e-6
 
+Vertex = tuple[int, int, float]
+"""Row, column and width of a vertex."""
 Rows = list[list[int]]
 """The vertices of each row from left to right, bottom row first."""
 VertexNumbers = Int[np.ndarray, " vertex"]
@@ -99,25 +101,36 @@ def layered_graph(
         edge_widths: the width of each edge, which its waypoints take up.
         columns: the positions of the nodes from left to right.
     """
+    keys = sorted(set(map(row_key, node_widths)))
+    vertices: list[Vertex] = [
+        (keys.index(row_key(node)), columns.index(position_of(node)), width)
+        for node, width in node_widths.items()
+    ]
     nodes = tuple(node_widths)
-    keys = sorted(set(map(row_key, nodes)))
-    row = [keys.index(row_key(node)) for node in nodes]
-    column = [columns.index(position_of(node)) for node in nodes]
-    width = list(node_widths.values())
+    chains = _add_waypoints(vertices, nodes, edges, edge_widths)
+    row, column, width = map(np.array, zip(*vertices, strict=True))
+    rows = [np.flatnonzero(row == index).tolist() for index in range(len(keys))]
+    graph = LayeredGraph(nodes, tuple(edges), chains, row, column, width, rows)
+    return _with_few_crossings(graph)
+
+
+def _add_waypoints(
+    vertices: list[Vertex],
+    nodes: Sequence[Node],
+    edges: Sequence[Edge],
+    edge_widths: Sequence[float],
+) -> list[list[int]]:
+    """Append the waypoints of each edge to the vertices; return the chain of each edge."""
     vertex_of = {node: vertex for vertex, node in enumerate(nodes)}
     chains = []
-    for edge, edge_width in zip(edges, edge_widths, strict=True):
+    for edge, width in zip(edges, edge_widths, strict=True):
         source, target = vertex_of[edge.source], vertex_of[edge.target]
-        first = len(row)
-        row += range(row[source] + 1, row[target])
-        n_waypoints = len(row) - first
-        column += [column[source]] * n_waypoints
-        width += [edge_width] * n_waypoints
-        chains.append([source, *range(first, len(row)), target])
-    columns_of_vertices = np.array(row), np.array(column), np.array(width)
-    rows = [np.flatnonzero(columns_of_vertices[0] == index).tolist() for index in range(len(keys))]
-    graph = LayeredGraph(nodes, tuple(edges), chains, *columns_of_vertices, rows)
-    return _with_few_crossings(graph)
+        source_row, column, _ = vertices[source]
+        first = len(vertices)
+        for row in range(source_row + 1, vertices[target][0]):
+            vertices.append((row, column, width))
+        chains.append([source, *range(first, len(vertices)), target])
+    return chains
 
 
 def n_crossings(graph: LayeredGraph, rows: Rows) -> int:

@@ -15,13 +15,16 @@ from jaxtyping import Float, Int
 
 from circuits.graph.edges import SLOTS
 from circuits.graph.nodes import Node
-from circuits.plotting.circuit_drawing.layered_graph import INERTIA, LayeredGraph, VertexFloats
+from circuits.plotting.circuit_drawing.layered_graph import (
+    INERTIA,
+    LayeredGraph,
+    SegmentEnds,
+    VertexFloats,
+)
 
 N_SWEEPS = 40
 NODE_HEIGHT = 24.0
-NODE_GAP, WAYPOINT_GAP, COLUMN_GAP = 14.0, 4.0, 40.0
-# Edges that go far sideways need room, so the gap between two rows grows with the largest shift.
-MIN_ROW_GAP, MAX_ROW_GAP, ROW_GAP_PER_SHIFT = 30.0, 84.0, 0.2
+NODE_GAP, WAYPOINT_GAP, COLUMN_GAP, ROW_GAP = 14.0, 4.0, 40.0, 44.0
 # Strength of the pull between neighbours: two waypoints of one edge, and all other pairs.
 STRAIGHT_PULL, BENT_PULL = 8.0, 1.0
 # Edges meet a node on this share of its side.
@@ -30,6 +33,7 @@ PORT_SHARE = 0.8
 FAR = 1e6
 
 Point = tuple[float, float]
+Route = tuple[Point, ...]
 Interval = tuple[float, float]
 EdgeFloats = Float[np.ndarray, " edge"]
 
@@ -57,7 +61,7 @@ class Layout:
     """
 
     nodes: tuple[PlacedNode, ...]
-    routes: tuple[tuple[Point, ...], ...]
+    routes: tuple[Route, ...]
     columns: tuple[Interval, ...]
     width: float
     height: float
@@ -66,7 +70,8 @@ class Layout:
 def lay_out(graph: LayeredGraph, *, min_column_widths: Sequence[float]) -> Layout:
     """Compute the coordinates of every node and edge."""
     x, columns = _columns_side_by_side(graph, min_column_widths)
-    y = _row_centres(graph, x)[graph.row]
+    rows_above = len(graph.rows) - 1 - graph.row
+    y = rows_above * (NODE_HEIGHT + ROW_GAP) + NODE_HEIGHT / 2
     nodes = map(PlacedNode, graph.nodes, x.tolist(), y.tolist(), graph.width.tolist())
     return Layout(
         nodes=tuple(nodes),
@@ -121,22 +126,27 @@ def _columns_side_by_side(
 
 def _relaxed(graph: LayeredGraph) -> VertexFloats:
     """Move one row after another towards its neighbours in the same column."""
-    lower, upper = graph.segments
-    inside = graph.column[lower] == graph.column[upper]
-    here = np.concatenate([lower[inside], upper[inside]])
-    neighbour = np.concatenate([upper[inside], lower[inside]])
-    between_waypoints = np.minimum(here, neighbour) >= len(graph.nodes)
-    pull = np.where(between_waypoints, STRAIGHT_PULL, BENT_PULL)
+    here, neighbour, pull = _pulls(graph)
     x = graph.column * FAR
-    weight = np.bincount(here, weights=pull, minlength=len(x)) + INERTIA
+    weight = np.bincount(here, pull, len(x)) + INERTIA
     rows = [(row, _gaps(graph, row)) for row in graph.rows]
     for _ in range(N_SWEEPS // 2):
         for row, gaps in rows + rows[::-1]:
             # wanted_i = (sum_j pull_ij x_j + inertia x_i) / (sum_j pull_ij + inertia)
-            pulled = np.bincount(here, weights=pull * x[neighbour], minlength=len(x))
+            pulled = np.bincount(here, pull * x[neighbour], len(x))
             wanted = (pulled + INERTIA * x) / weight
             x[row] = separated(wanted[row].tolist(), weight[row].tolist(), gaps)
     return x
+
+
+def _pulls(graph: LayeredGraph) -> tuple[SegmentEnds, SegmentEnds, Float[np.ndarray, " segment"]]:
+    """Return both ends of each segment inside a column, in both directions, and its strength."""
+    lower, upper = graph.segments
+    inside = graph.column[lower] == graph.column[upper]
+    lower, upper = lower[inside], upper[inside]
+    here, neighbour = np.r_[lower, upper], np.r_[upper, lower]
+    between_waypoints = np.minimum(here, neighbour) >= len(graph.nodes)
+    return here, neighbour, np.where(between_waypoints, STRAIGHT_PULL, BENT_PULL)
 
 
 def _gaps(graph: LayeredGraph, row: list[int]) -> list[float]:
@@ -148,26 +158,17 @@ def _gaps(graph: LayeredGraph, row: list[int]) -> list[float]:
     return gaps
 
 
-def _row_centres(graph: LayeredGraph, x: VertexFloats) -> Float[np.ndarray, " row"]:
-    lower, upper = graph.segments
-    shift = np.abs(x[lower] - x[upper])
-    largest_shift = np.zeros(len(graph.rows))
-    np.maximum.at(largest_shift, graph.row[lower], shift)
-    # gap_r = clip(0.2 * largest shift between the rows r and r + 1)
-    gaps = np.clip(ROW_GAP_PER_SHIFT * largest_shift, MIN_ROW_GAP, MAX_ROW_GAP)
-    top_row_first = np.cumsum(gaps[::-1] + NODE_HEIGHT)
-    return top_row_first[::-1] - top_row_first[0] + NODE_HEIGHT / 2
-
-
-def _routes(graph: LayeredGraph, x: VertexFloats, y: VertexFloats) -> tuple[tuple[Point, ...], ...]:
-    sides = np.stack([y + NODE_HEIGHT / 2, y - NODE_HEIGHT / 2], axis=1)
-    starts, ends = _ports(graph, x)
+def _routes(graph: LayeredGraph, x: VertexFloats, y: VertexFloats) -> tuple[Route, ...]:
     routes = []
-    for chain, start, end in zip(graph.chains, starts, ends, strict=True):
-        xs = [start, *x[chain[1:-1]].tolist(), end]
+    for chain, start, end in zip(graph.chains, *_ports(graph, x), strict=True):
+        xs = [start, *x[chain[1:-1]], end]
+        route = []
+        for vertex, place in zip(chain, xs, strict=True):
+            centre = float(y[vertex])
+            route.append((float(place), centre + NODE_HEIGHT / 2))
+            route.append((float(place), centre - NODE_HEIGHT / 2))
         # From the top of the source to the bottom of the target.
-        ys = sides[chain].flatten().tolist()[1:-1]
-        routes.append(tuple(zip(np.repeat(xs, 2).tolist()[1:-1], ys, strict=True)))
+        routes.append(tuple(route[1:-1]))
     return tuple(routes)
 
 

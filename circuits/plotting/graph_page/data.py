@@ -150,17 +150,18 @@ class GraphData:
         a part of a name, and last the token at a feature's position.
         """
         wanted = text.strip().lower()
-        nodes = self._searchable
+        names, texts = self._lower_names, self._lower_texts
+        in_text = texts.str.contains(wanted, regex=False)
         matches = [
-            nodes["name"] == wanted,
-            nodes["name"].str.startswith(wanted),
-            nodes["own"] & nodes["text"].str.contains(wanted, regex=False),
-            nodes["name"].str.contains(wanted, regex=False),
-            nodes["feature"] & nodes["text"].str.contains(wanted, regex=False),
+            names == wanted,
+            names.str.startswith(wanted),
+            in_text & self.graph.is_kind(TARGET, EMBEDDING).numpy(),
+            names.str.contains(wanted, regex=False),
+            in_text & self.graph.is_kind(FEATURE).numpy(),
         ]
         no_match = len(matches)
-        quality = np.select(matches, range(no_match), default=no_match)
-        best_first = np.lexsort((self._rank.numpy(), quality))
+        quality = np.select(matches, range(no_match), no_match)
+        best_first = np.lexsort((self._rank, quality))
         n_found = int((quality < no_match).sum()) if wanted else 0
         found = torch.from_numpy(best_first[: min(n, n_found)])
         return {"nodes": self.node_table(found), "found": n_found}
@@ -183,17 +184,19 @@ class GraphData:
         return torch.argsort(order) + 1
 
     @cached_property
-    def _searchable(self) -> pandas.DataFrame:
-        """The lower-case texts of each node, and whether the text is its own."""
+    def _lower_names(self) -> pandas.Series:
+        return pandas.Series(self.names, dtype=object).str.lower()
+
+    @cached_property
+    def _lower_texts(self) -> pandas.Series:
+        """Labels of targets, and for other nodes the token at their position."""
         graph = self.graph
-        words, labels = graph.words, [target.label for target in graph.targets]
-        texts = [words[position] for position in graph.nodes.position.tolist()]
-        for number in graph.is_kind(TARGET).nonzero().flatten().tolist():
-            texts[number] = labels[int(graph.nodes.index[number])]
-        frame = pandas.DataFrame({"name": self.names, "text": texts}, dtype=object)
-        return frame.apply(lambda column: column.str.lower()).assign(
-            own=graph.is_kind(TARGET, EMBEDDING).numpy(), feature=graph.is_kind(FEATURE).numpy()
-        )
+        texts = []
+        columns = (graph.nodes.kind, graph.nodes.position, graph.nodes.index)
+        for kind, position, index in torch.stack(columns, dim=1).tolist():
+            text = graph.targets[index].label if kind == TARGET else graph.words[position]
+            texts.append(text.lower())
+        return pandas.Series(texts, dtype=object)
 
     def _mask(self, numbers: Sequence[int]) -> NodeMask:
         mask = torch.zeros(len(self.graph.nodes), dtype=torch.bool)

@@ -19,10 +19,6 @@ THRESHOLDS = ("node_threshold", "edge_threshold")
 def load_groups(folder: Path, data: GraphData) -> dict[str, Any]:
     """Read what `save_groups` wrote, without the nodes that the graph does not have.
 
-    Args:
-        folder: the run folder.
-        data: the graph.
-
     Returns:
         `pinned`, a list of names; `supernodes`, a list of objects with `name` and `nodes`; and
         the thresholds if the reader changed them. Nothing is pinned or grouped without a file.
@@ -46,15 +42,11 @@ def load_groups(folder: Path, data: GraphData) -> dict[str, Any]:
 
 
 def save_groups(folder: Path, data: GraphData, groups: Any) -> Path:
-    """Write `groups.json` atomically; return its path.
-
-    Args:
-        folder: the run folder.
-        data: the graph.
-        groups: the form that `load_groups` returns. It comes from a page and is checked here.
+    """Check the groups that a page sent and write `groups.json` atomically; return its path.
 
     Raises:
-        InputError: `groups` has another form, or names a node that the graph does not have.
+        InputError: `groups` does not have the form that `load_groups` returns, or names a node
+            that the graph does not have.
     """
     _check(groups)
     for name in grouped_names(groups):

@@ -3,76 +3,74 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable
 from typing import Any
 from urllib.parse import parse_qs
 
-from circuits.plotting.graph_page.data import GraphData
+from circuits.plotting.graph_page.data import GraphData, JsonObject
 from circuits.system.errors import InputError
 
-MAX_NODES, MAX_EDGES, MAX_LISTED = 10_000, 20_000, 1000
+THRESHOLDS = {"node_threshold": 0.8, "edge_threshold": 0.98}
+QUERIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "/api/nodes": ("cached_view", {**THRESHOLDS, "max_nodes": 10_000, "max_edges": 20_000}),
+    "/api/edges": ("around", {"node": "", "most": 1000}),
+    "/api/between": ("between", {"node": "", "most": 20_000}),
+    "/api/search": ("search", {"text": "", "most": 1000}),
+}
+"""By address, the method of `GraphData` that answers and the defaults of its parameters.
+
+The default of a count is also its largest value.
+"""
 SHOWN_CHARACTERS = 50  # of a wrong value, in error messages
 MAX_DIGITS = 9
 
 
-def _view(data: GraphData, query: str) -> dict[str, Any]:
-    names = ("node_threshold", "edge_threshold", "max_nodes", "max_edges")
-    parameters = _parameters(query, *names)
-    return data.cached_view(
-        _share(parameters, "node_threshold", 0.8),
-        _share(parameters, "edge_threshold", 0.98),
-        _count(parameters, "max_nodes", MAX_NODES),
-        _count(parameters, "max_edges", MAX_EDGES),
-    )
+def answer(data: GraphData, address: str, query: str) -> JsonObject:
+    """Answer a query string at one of the addresses of `QUERIES`.
+
+    Raises:
+        InputError: a parameter is unknown, given twice, or has a value that cannot be used.
+    """
+    method, defaults = QUERIES[address]
+    given = _parameters(query, defaults)
+    values: list[Any] = []
+    for name, default in defaults.items():
+        text = given.get(name, str(default))
+        if name == "node":
+            values.append(_node_numbers(data, text))
+        elif isinstance(default, str):
+            values.append(text)
+        elif isinstance(default, int):
+            values.append(_count(name, text, default))
+        else:
+            values.append(_share(name, text))
+    result: JsonObject = getattr(data, method)(*values)
+    return result
 
 
-def _edges(data: GraphData, query: str) -> dict[str, Any]:
-    parameters = _parameters(query, "node", "most")
-    return data.around(_nodes(data, parameters), _count(parameters, "most", MAX_LISTED))
-
-
-def _between(data: GraphData, query: str) -> dict[str, Any]:
-    parameters = _parameters(query, "node", "most")
-    return data.between(_nodes(data, parameters), _count(parameters, "most", MAX_EDGES))
-
-
-def _search(data: GraphData, query: str) -> dict[str, Any]:
-    parameters = _parameters(query, "text", "most")
-    return data.search(parameters.get("text", ""), _count(parameters, "most", MAX_LISTED))
-
-
-QUERIES: Mapping[str, Callable[[GraphData, str], dict[str, Any]]] = {
-    "/api/nodes": _view,
-    "/api/edges": _edges,
-    "/api/between": _between,
-    "/api/search": _search,
-}
-"""Queries by address. They raise InputError for values that cannot be used."""
-
-
-def _parameters(query: str, *names: str) -> dict[str, str]:
+def _parameters(query: str, names: Iterable[str]) -> dict[str, str]:
     """Parse a query string that may hold each of these parameters once."""
+    known = list(names)
     try:
         parameters = parse_qs(
             query,
             keep_blank_values=True,
             strict_parsing=bool(query),
             errors="strict",
-            max_num_fields=len(names),
+            max_num_fields=len(known),
         )
     except ValueError as error:
         raise InputError(f"the query is not name=value&...: {error}.") from error
     for name, values in parameters.items():
-        if name not in names or len(values) > 1:
+        if name not in known or len(values) > 1:
             raise InputError(
                 f"{name[:SHOWN_CHARACTERS]!r} cannot be given here, or not twice; "
-                f"the parameters are {', '.join(names)}."
+                f"the parameters are {', '.join(known)}."
             )
     return {name: values[0] for name, values in parameters.items()}
 
 
-def _share(parameters: Mapping[str, str], name: str, default: float) -> float:
-    text = parameters.get(name, str(default))
+def _share(name: str, text: str) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -82,8 +80,7 @@ def _share(parameters: Mapping[str, str], name: str, default: float) -> float:
     return value
 
 
-def _count(parameters: Mapping[str, str], name: str, largest: int) -> int:
-    text = parameters.get(name, str(largest))
+def _count(name: str, text: str, largest: int) -> int:
     if not _is_count(text):
         raise InputError(f"{name}={text[:SHOWN_CHARACTERS]!r}: give a number up to {largest}.")
     return min(int(text), largest)
@@ -93,10 +90,10 @@ def _is_count(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) <= MAX_DIGITS
 
 
-def _nodes(data: GraphData, parameters: Mapping[str, str]) -> list[int]:
+def _node_numbers(data: GraphData, texts: str) -> list[int]:
     """Return the numbers of nodes given by number or name, separated by commas."""
     numbers = []
-    for text in parameters.get("node", "").split(","):
+    for text in texts.split(","):
         number = int(text) if _is_count(text) else data.numbers.get(text, -1)
         if not 0 <= number < len(data.names):
             raise InputError(

@@ -26,7 +26,7 @@ from circuits.attribution.feature_graph import FILE, FeatureGraph
 from circuits.plotting.graph_page.data import GraphData, JsonObject
 from circuits.plotting.graph_page.groups import grouped_names, load_groups, save_groups
 from circuits.plotting.graph_page.page import served_page
-from circuits.plotting.graph_page.queries import QUERIES
+from circuits.plotting.graph_page.queries import QUERIES, answer
 from circuits.system.errors import InputError
 
 ADDRESS = "127.0.0.1"
@@ -163,7 +163,7 @@ class GraphRequestHandler(BaseHTTPRequestHandler):
             elif path == GROUPS:
                 self._send_json(self.server.groups())
             elif path in QUERIES:
-                self._send_json(QUERIES[path](self.server.data, query))
+                self._send_json(answer(self.server.data, path, query))
             else:
                 self._refuse_address()
 
@@ -177,17 +177,17 @@ class GraphRequestHandler(BaseHTTPRequestHandler):
             self.server.save(self._json_body())
             self._send_json({"saved": True})
 
-    def do_other(self) -> None:
-        """Refuse any other method."""
-        with self._refusals():
-            self._check_host()
-            self._refuse_address()
-
-    def __getattr__(self, name: str) -> Any:
-        # The base class looks up the handler of a method by name.
-        if name.startswith("do_"):
-            return self.do_other
-        raise AttributeError(name)
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Refuse what the base class refuses: other methods, and requests it cannot parse."""
+        if code == HTTPStatus.NOT_IMPLEMENTED:
+            with self._refusals():
+                self._check_host()
+                self._refuse_address()
+            return
+        # The base class may not have set these yet.
+        self.path, self.command = "", ""
+        self.request_version = self.protocol_version
+        self._refuse(HTTPStatus(code), HTTPStatus(code).phrase)
 
     def _refuse_address(self) -> None:
         if self.path.partition("?")[0] in {PAGE, GROUPS, *QUERIES}:
@@ -244,7 +244,7 @@ class GraphRequestHandler(BaseHTTPRequestHandler):
         # The unread rest of the request must not be taken for the next request.
         self.close_connection = True
         self._send(status, f"{reason}\n".encode(errors="replace"), TEXT)
-        if self.command != "GET":
+        if self.command not in ("", "GET"):
             self._drain()
 
     def _drain(self) -> None:
@@ -280,15 +280,6 @@ class GraphRequestHandler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Refuse a malformed request, which the base class finds, in the form of the others."""
-        # The base class may not have parsed these yet.
-        self.path, self.command = getattr(self, "path", ""), self.command or ""
-        self.request_version = getattr(self, "request_version", "") or self.protocol_version
-        self.close_connection = True
-        status = HTTPStatus(code)
-        self._send(status, f"{status.phrase}\n".encode(), TEXT)
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Write no log: readers see the command's own line."""
