@@ -28,6 +28,7 @@ MIN_LOG_RATIO = 30
 # SVG points stay sharp and need no WebGL, but tens of thousands of them are slow.
 MAX_SVG_POINTS = 5000
 
+# Ticks at 1, 2 and 5 times each power of 10.
 LOG_AXIS = {
     "type": "log",
     "tickmode": "array",

@@ -26,10 +26,10 @@ N_SWEEPS = 16
 # Relative to the pull of one neighbour: it decides only for vertices without neighbours, and ties.
 INERTIA = 1e-6
 
+# Row, column and width of a vertex.
 Vertex = tuple[int, int, float]
-"""Row, column and width of a vertex."""
+# The vertices of each row from left to right, bottom row first.
 Rows = list[list[int]]
-"""The vertices of each row from left to right, bottom row first."""
 VertexNumbers = Int[np.ndarray, " vertex"]
 VertexFloats = Float[np.ndarray, " vertex"]
 SegmentEnds = Int[np.ndarray, " segment"]
@@ -163,11 +163,13 @@ def _sweep(graph: LayeredGraph, rows: Rows, *, upwards: bool) -> Rows:
     rows = list(rows)
     lower, upper = graph.segments
     here, before = (upper, lower) if upwards else (lower, upper)
-    n_neighbours = np.bincount(here, minlength=len(graph.row))
+    n_vertices = len(graph.row)
+    n_neighbours = np.bincount(here, minlength=n_vertices)
     indices = range(len(rows))
     for index in indices if upwards else reversed(indices):
         place = _places(graph, rows)
-        total = np.bincount(here, weights=place[before], minlength=len(place))
+        # centre_i = (sum_j place_j + inertia place_i) / (number of j + inertia)
+        total = np.bincount(here, place[before], n_vertices)
         centre = (total + INERTIA * place) / (n_neighbours + INERTIA)
         row = np.array(rows[index])
         order = np.lexsort((centre[row], graph.column[row]))

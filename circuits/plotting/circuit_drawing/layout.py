@@ -180,6 +180,7 @@ def _ports(graph: LayeredGraph, x: VertexFloats) -> tuple[list[float], list[floa
     """
     source, second = np.array([chain[:2] for chain in graph.chains]).T
     last_but_one, target = np.array([chain[-2:] for chain in graph.chains]).T
+    # Edges into nodes without slots all have the same key here.
     slot = np.array([SLOTS.index(edge.slot) if edge.slot else 0 for edge in graph.edges])
     side = PORT_SHARE * graph.width
     starts = x[source] + side[source] * _spread(source, x[second])
@@ -188,10 +189,11 @@ def _ports(graph: LayeredGraph, x: VertexFloats) -> tuple[list[float], list[floa
 
 
 def _spread(vertex: Int[np.ndarray, " edge"], sort_key: EdgeFloats) -> EdgeFloats:
-    """Spread the edges at each vertex evenly over -0.5 to 0.5, sorted by their keys."""
+    """Spread the edges at each vertex evenly over -1/2 to 1/2, sorted by their keys."""
     order = np.lexsort((sort_key, vertex))
     size = np.bincount(vertex)
     first = np.cumsum(size) - size
+    # spread = (place among the edges of the vertex + 1/2) / (number of its edges) - 1/2
     place = np.empty(len(order))
     place[order] = np.arange(len(order)) - first[vertex[order]]
     return (place + 0.5) / size[vertex] - 0.5

@@ -64,9 +64,11 @@ class GraphData:
         """Numbers of the nodes by name."""
         return {name: number for number, name in enumerate(self.names)}
 
+    # A browser stores a reader's groups under the digest, so that groups made with one graph are
+    # not shown with another.
     @cached_property
     def digest(self) -> str:
-        """Hash of the graph's content. A browser stores a reader's groups under it."""
+        """Hash of the graph's content."""
         graph = self.graph
         targets = [asdict(target) for target in graph.targets]
         texts = json.dumps([graph.words, targets, graph.n_layers])
@@ -125,6 +127,7 @@ class GraphData:
 
         Weights between these nodes and another node are summed.
         """
+        # Edges between the chosen nodes are inside of the whole, and not listed.
         source, target = self.graph.source, self.graph.target
         inside = self._mask(numbers)
         incoming = self._ends(source, inside[target] & ~inside[source], n)
@@ -151,6 +154,7 @@ class GraphData:
         """
         wanted = text.strip().lower()
         names, texts = self._lower_names, self._lower_texts
+        # Not a regular expression: readers search for brackets and stars as well.
         in_text = texts.str.contains(wanted, regex=False)
         matches = [
             names == wanted,
@@ -161,6 +165,7 @@ class GraphData:
         ]
         no_match = len(matches)
         quality = np.select(matches, range(no_match), no_match)
+        # Equally good matches are sorted by influence.
         best_first = np.lexsort((self._rank, quality))
         n_found = int((quality < no_match).sum()) if wanted else 0
         found = torch.from_numpy(best_first[: min(n, n_found)])
@@ -214,6 +219,7 @@ class GraphData:
         n_others = max(0, max_nodes - int((nodes & ends).sum()))
         kept = nodes & ends
         kept[_largest(self.influence, nodes & ~ends, n_others)] = True
+        # An edge can be shown only if both of its ends are.
         inside = edges & kept[self.graph.source] & kept[self.graph.target]
         kept_edges = _largest(self.edge_influence, inside, max_edges).sort().values
         return {
@@ -250,14 +256,14 @@ class GraphData:
 def _largest(
     values: Float[Tensor, " n"], among: Bool[Tensor, " n"], count: int
 ) -> Int[Tensor, " k"]:
-    """Return the indices of the largest values, largest first and ties in order."""
+    """Return the indices of the largest values, largest first."""
     candidates = among.nonzero().flatten()
-    order = torch.argsort(values[candidates], descending=True, stable=True)
-    return candidates[order[:count]]
+    largest = torch.topk(values[candidates], min(count, len(candidates)))
+    return candidates[largest.indices]
 
 
 def _values(column: Tensor) -> list[Any]:
-    """Return JSON values: floats with the precision of float32, None for NaN and infinity."""
+    # Seven digits are the precision of float32. JSON has no numbers for NaN and infinity.
     values: list[Any] = column.tolist()
     if not column.is_floating_point():
         return values

@@ -49,6 +49,7 @@ def save_groups(folder: Path, data: GraphData, groups: Any) -> Path:
             that the graph does not have.
     """
     _check(groups)
+    # A name that is too long for a node would fill the error message.
     for name in grouped_names(groups):
         if name not in data.numbers:
             raise InputError(f"the graph has no node {name[:MAX_NAME_LENGTH]!r}.")

@@ -32,10 +32,10 @@ SCRIPTS = (
     "graph_input.js",
     "graph.js",
 )
+# The script that asks the server; only the served page has it.
 SERVED_SCRIPT = "graph_served.js"
-"""The script that asks the server; only the served page has it."""
+# Initial values of the sliders, unless the graph's settings give others.
 THRESHOLDS = {"node_threshold": 0.8, "edge_threshold": 0.98}
-"""Initial values of the sliders, unless the graph's settings give others."""
 
 
 def graph_page(
@@ -124,10 +124,8 @@ def _what_is_left_out(data: GraphData, held: JsonObject | None) -> str:
 
 
 def _policy(style: str, script: str, *, served: bool) -> str:
-    """Allow only this script and style, and requests only to the page's own server.
-
-    Text that slips into the page as markup can therefore neither run nor load anything.
-    """
+    # Text that slips into the page as markup can neither run nor load anything: only this script
+    # and style are allowed, and requests go to the page's own server only.
     rules = [
         "default-src 'none'",
         f"script-src {_hash(script)}",
@@ -147,7 +145,7 @@ def _hash(text: str) -> str:
 
 
 def _script_json(content: Any) -> str:
-    """Write JSON that cannot end its script element or start a comment in it."""
+    # A script element ends at the first </script and starts a comment at <!--.
     text = json.dumps(content, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

@@ -8,19 +8,19 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from circuits.plotting.graph_page.data import GraphData, JsonObject
+from circuits.plotting.graph_page.page import THRESHOLDS
 from circuits.system.errors import InputError
 
-THRESHOLDS = {"node_threshold": 0.8, "edge_threshold": 0.98}
+MAX_NODES, MAX_EDGES, MAX_LISTED = 10_000, 20_000, 1000
+VIEW = {**THRESHOLDS, "max_nodes": MAX_NODES, "max_edges": MAX_EDGES}
+# For each address the method of `GraphData` that answers, and the defaults of its parameters. The
+# default of a count is also its largest value.
 QUERIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "/api/nodes": ("cached_view", {**THRESHOLDS, "max_nodes": 10_000, "max_edges": 20_000}),
-    "/api/edges": ("around", {"node": "", "most": 1000}),
-    "/api/between": ("between", {"node": "", "most": 20_000}),
-    "/api/search": ("search", {"text": "", "most": 1000}),
+    "/api/nodes": ("cached_view", VIEW),
+    "/api/edges": ("around", {"node": "", "most": MAX_LISTED}),
+    "/api/between": ("between", {"node": "", "most": MAX_EDGES}),
+    "/api/search": ("search", {"text": "", "most": MAX_LISTED}),
 }
-"""By address, the method of `GraphData` that answers and the defaults of its parameters.
-
-The default of a count is also its largest value.
-"""
 SHOWN_CHARACTERS = 50  # of a wrong value, in error messages
 MAX_DIGITS = 9
 

@@ -88,6 +88,7 @@ class GraphServer(ThreadingHTTPServer):
 
     def save(self, groups: Any) -> None:
         """Write the reader's groups into the folder."""
+        # Each request has its own thread.
         with self.write_lock:
             try:
                 save_groups(self.folder, self.data, groups)
@@ -126,7 +127,8 @@ def open_server(folder: str | Path, port: int) -> GraphServer:
         )
     graph = FeatureGraph.load(folder)
     data = GraphData.of(graph)
-    load_groups(folder, data)  # refuses damaged groups
+    # Damaged groups are refused now, before a reader's work could replace them.
+    load_groups(folder, data)
     title = graph.prompt or folder.name
     try:
         return GraphServer(folder, data, port, title=title, details=_details(graph))
