@@ -30,7 +30,8 @@ def draw_circuit(
 
     Layers are rows, with the embeddings at the bottom and the logits on top; positions are columns.
     The colour of an edge shows its slot, its width the |score|; edges with a negative score are
-    dashed. Tooltips give the names and scores of nodes and edges.
+    dashed. Tooltips give the names of nodes and the names and scores of edges. A head in two
+    columns reads at one position and writes at the other.
 
     Args:
         circuit: the circuit whose kept edges are drawn.

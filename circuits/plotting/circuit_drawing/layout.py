@@ -13,7 +13,6 @@ from itertools import accumulate
 import numpy as np
 from jaxtyping import Float, Int
 
-from circuits.graph.edges import SLOTS
 from circuits.graph.nodes import Node
 from circuits.plotting.circuit_drawing.layered_graph import (
     INERTIA,
@@ -27,8 +26,9 @@ NODE_HEIGHT = 24.0
 NODE_GAP, WAYPOINT_GAP, COLUMN_GAP, ROW_GAP = 14.0, 4.0, 40.0, 44.0
 # Strength of the pull between neighbours: two waypoints of one edge, and all other pairs.
 STRAIGHT_PULL, BENT_PULL = 8.0, 1.0
-# Edges meet a node on this share of its side.
+# Edges meet a node on this share of its side, those into a head by slot from left to right.
 PORT_SHARE = 0.8
+SLOT_ORDER = {None: 0, "q": 0, "k": 1, "v": 2}
 # Columns are laid out this far apart, so that they do not touch, and then moved together.
 FAR = 1e6
 
@@ -72,9 +72,11 @@ def lay_out(graph: LayeredGraph, *, min_column_widths: Sequence[float]) -> Layou
     x, columns = _columns_side_by_side(graph, min_column_widths)
     rows_above = len(graph.rows) - 1 - graph.row
     y = rows_above * (NODE_HEIGHT + ROW_GAP) + NODE_HEIGHT / 2
-    nodes = map(PlacedNode, graph.nodes, x.tolist(), y.tolist(), graph.width.tolist())
+    places = np.stack([x, y, graph.width], axis=1).tolist()
+    # Waypoints, which follow the nodes, are not drawn.
+    placed = zip(graph.nodes, places, strict=False)
     return Layout(
-        nodes=tuple(nodes),
+        nodes=tuple(PlacedNode(node, *place) for node, place in placed),
         routes=_routes(graph, x, y),
         columns=columns,
         width=columns[-1][1],
@@ -175,17 +177,17 @@ def _routes(graph: LayeredGraph, x: VertexFloats, y: VertexFloats) -> tuple[Rout
 def _ports(graph: LayeredGraph, x: VertexFloats) -> tuple[list[float], list[float]]:
     """Return the x at which each edge leaves its source and enters its target.
 
-    Edges leave in the order in which they go on, so that they do not cross there. They enter a
-    head by slot, q, k and v from left to right, and within a slot in the order in which they come.
+    Edges are in the order of the vertices they lead to or come from, so that they do not cross.
     """
-    source, second = np.array([chain[:2] for chain in graph.chains]).T
-    last_but_one, target = np.array([chain[-2:] for chain in graph.chains]).T
-    # Edges into nodes without slots all have the same key here.
-    slot = np.array([SLOTS.index(edge.slot) if edge.slot else 0 for edge in graph.edges])
+    ends = [(*chain[:2], *chain[-2:]) for chain in graph.chains]
+    source, after_source, before_target, target = np.array(ends).T
+    slot = np.array([SLOT_ORDER[edge.slot] for edge in graph.edges])
     side = PORT_SHARE * graph.width
-    starts = x[source] + side[source] * _spread(source, x[second])
-    ends = x[target] + side[target] * _spread(target, slot * FAR + x[last_but_one])
-    return starts.tolist(), ends.tolist()
+    leaving = _spread(source, x[after_source])
+    entering = _spread(target, slot * FAR + x[before_target])
+    start_x = x[source] + side[source] * leaving
+    end_x = x[target] + side[target] * entering
+    return start_x.tolist(), end_x.tolist()
 
 
 def _spread(vertex: Int[np.ndarray, " edge"], sort_key: EdgeFloats) -> EdgeFloats:

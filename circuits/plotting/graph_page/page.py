@@ -111,7 +111,8 @@ def _what_is_left_out(data: GraphData, held: JsonObject | None) -> str:
     n_nodes, n_edges = len(data.graph.nodes), len(data.graph)
     if held is None:
         return ""
-    held_nodes, held_edges = len(held["nodes"]["id"]), len(held["edges"]["source"])
+    held_nodes = len(held["nodes"]["id"])
+    held_edges = len(held["edges"]["source"])
     if (held_nodes, held_edges) == (n_nodes, n_edges):
         return ""
     nodes = f"all {n_nodes:,} nodes"

@@ -142,8 +142,12 @@ def open_server(folder: str | Path, port: int) -> GraphServer:
 
 
 def _details(graph: FeatureGraph) -> dict[str, str]:
-    origins = {"model": graph.model, "transcoders": graph.transcoders}
-    return {label: origin.name for label, origin in origins.items() if origin and origin.name}
+    model, transcoders = graph.model, graph.transcoders
+    names = {
+        "model": model and model.name,
+        "transcoders": transcoders and transcoders.name,
+    }
+    return {label: name for label, name in names.items() if name}
 
 
 class GraphRequestHandler(BaseHTTPRequestHandler):
@@ -198,8 +202,10 @@ class GraphRequestHandler(BaseHTTPRequestHandler):
         raise HttpError(HTTPStatus.NOT_FOUND, "there is nothing at this address.")
 
     def _check_host(self) -> None:
+        # A request with two hosts could mean either, so it names none of ours.
         hosts = self.headers.get_all("Host") or []
-        if len(hosts) != 1 or hosts[0].strip().lower() not in self.server.hosts:
+        host = hosts[0].strip().lower() if len(hosts) == 1 else ""
+        if host not in self.server.hosts:
             reason = f"this server answers at {self.server.url} only."
             raise HttpError(HTTPStatus.FORBIDDEN, reason)
 
