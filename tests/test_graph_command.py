@@ -61,7 +61,7 @@ def test_groups_made_on_the_served_page_go_to_neuronpedia(toy_world, tmp_path):
     small = circuits.pruned(run.graph)
     one, two = (str(small.node(number)) for number in range(2))
     server = open_server(run.folder, 0)
-    server.keep(
+    server.save(
         {
             "pinned": [],
             "supernodes": [{"name": "Texas", "nodes": [one]}, {"name": "Texas", "nodes": [two]}],

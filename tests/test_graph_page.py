@@ -32,7 +32,7 @@ from circuits.plotting.graph_page.page import (
 )
 from circuits.system.errors import InputError
 
-VIEWER = Path(__file__).parents[1] / "circuits" / "plotting" / "static"
+STATIC = Path(__file__).parents[1] / "circuits" / "plotting" / "static"
 HOSTILE = "</script><b>"
 
 
@@ -135,7 +135,7 @@ def test_text_is_escaped_everywhere(graph: FeatureGraph) -> None:
 
 def test_the_parts_of_the_page_can_stand_inside_it() -> None:
     for name in (*SCRIPTS, SERVED_SCRIPT, *STYLES):
-        text = (VIEWER / name).read_text()
+        text = (STATIC / name).read_text()
         assert not re.search("</script|</style|<!--", text, re.I), name
         assert name == "style.css" or len(text.splitlines()) <= 300, name
         assert all(ord(character) < 128 for character in text), name
@@ -216,7 +216,7 @@ def test_search_puts_names_before_tokens_and_both_before_what_stands_at_a_token(
     found = data.search("dallas", 50)
     assert found["nodes"]["name"][0] == "tok_embed@8" and set(found["nodes"]["position"]) == {8}
     assert data.search("", 5) == {
-        "nodes": data.columns(torch.tensor([], dtype=torch.long)),
+        "nodes": data.node_table(torch.tensor([], dtype=torch.long)),
         "found": 0,
     }
     assert data.search("f", 3)["found"] > 3 == len(data.search("f", 3)["nodes"]["id"])

@@ -18,8 +18,12 @@ from circuits.graph.edges import SLOTS, Edge
 from circuits.graph.graph import Graph
 from circuits.graph.nodes import MLP, Embed, Feature, Head, Logits, Node, TokenEmbed, at_position
 from circuits.plotting import pages
-from circuits.plotting.circuit_drawing.coordinates import BOX_HEIGHT, place, separated
-from circuits.plotting.circuit_drawing.rows import Skeleton, crossings, skeleton
+from circuits.plotting.circuit_drawing.layered_graph import (
+    LayeredGraph,
+    layered_graph,
+    n_crossings,
+)
+from circuits.plotting.circuit_drawing.layout import NODE_HEIGHT, lay_out, separated
 from circuits.system.errors import InputError
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -150,7 +154,7 @@ def test_an_edge_starts_on_its_source_and_ends_under_its_target(circuit: Circuit
         ]
         source, target = rectangles[str(edge.source)], rectangles[str(edge.target)]
         assert numbers[1] == pytest.approx(top_of(source), abs=0.1)
-        assert numbers[-1] == pytest.approx(top_of(target) + BOX_HEIGHT, abs=0.1)
+        assert numbers[-1] == pytest.approx(top_of(target) + NODE_HEIGHT, abs=0.1)
         assert 0 <= numbers[0] - float(source.get("x", "nan")) <= float(source.get("width", "nan"))
 
 
@@ -272,13 +276,12 @@ def test_a_negative_number_of_edges_to_draw_is_refused(circuit: Circuit) -> None
 # The layout
 
 
-def laid_out(edges: Sequence[Edge], width: float = 4.0) -> Skeleton:
+def laid_out(edges: Sequence[Edge], width: float = 4.0) -> LayeredGraph:
     nodes = list(dict.fromkeys(node for edge in edges for node in (edge.source, edge.target)))
     columns = list(dict.fromkeys(node.position for node in nodes))  # type: ignore[attr-defined]
-    return skeleton(
-        nodes,
+    return layered_graph(
         edges,
-        box_widths=dict.fromkeys(nodes, 60.0),
+        node_widths=dict.fromkeys(nodes, 60.0),
         edge_widths=[width] * len(edges),
         columns=columns,
     )
@@ -288,14 +291,13 @@ def laid_out(edges: Sequence[Edge], width: float = 4.0) -> Skeleton:
 def test_edges_pass_between_boxes_and_boxes_do_not_overlap(spans: Sequence[str] | None) -> None:
     edges = scored(components(5, 4, spans), 120).edges
     drawing = laid_out(edges)
-    placement = place(
-        drawing, edges, column_widths=[0.0] * len({box.column for box in drawing.stops})
-    )
-    for a, b in itertools.combinations(placement.boxes, 2):
+    n_columns = len(set(drawing.column.tolist()))
+    placed = lay_out(drawing, min_column_widths=[0.0] * n_columns)
+    for a, b in itertools.combinations(placed.nodes, 2):
         assert a.y != b.y or abs(a.x - b.x) >= (a.width + b.width) / 2
-    for edge, route in zip(edges, placement.routes, strict=True):
-        for (x, y), box in itertools.product(route[1:-1], placement.boxes):
-            assert abs(y - box.y) > BOX_HEIGHT / 2 or abs(x - box.x) > box.width / 2, (
+    for edge, route in zip(edges, placed.routes, strict=True):
+        for (x, y), box in itertools.product(route[1:-1], placed.nodes):
+            assert abs(y - box.y) > NODE_HEIGHT / 2 or abs(x - box.x) > box.width / 2, (
                 f"{edge} runs behind {box.node}"
             )
 
@@ -305,8 +307,8 @@ def test_the_order_of_nodes_untangles_what_can_be_untangled() -> None:
     edges = [Edge(Head(0, low), Head(1, high), "q") for low, high in pairs]
     drawing = laid_out(edges)
     as_given = [[0, 2, 4, 6], [7, 5, 3, 1]]
-    assert crossings(drawing, as_given) == 6
-    assert crossings(drawing, drawing.rows) == 0
+    assert n_crossings(drawing, as_given) == 6
+    assert n_crossings(drawing, drawing.rows) == 0
 
 
 def test_separated_places_are_the_nearest_that_keep_their_distance() -> None:

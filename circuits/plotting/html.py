@@ -1,139 +1,132 @@
-"""Self-contained HTML pages: one circuit, and the report of a comparison. Templates, style and script are files beside this one."""
+"""Sections of the HTML pages about circuits: drawings with their controls, and sortable tables.
+
+`static/page.js` makes them interactive. Without it everything is visible and nothing is lost.
+"""
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from html import escape
-from importlib import resources
-from string import Template
 from typing import Any
 
 import pandas
+from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 from circuits.graph.circuit import Circuit
-from circuits.plotting.circuit_drawing.draw import draw, score_text, strongest_first
+from circuits.plotting.circuit_drawing.draw import draw, edge_limit, score_text, strongest_first
+from circuits.plotting.markup import details_list, fill_template, static_file
 
-NOTHING = "&ndash;"
-MOST_ROWS = (
-    1000  # of the table under a drawing; a scored graph can have hundreds of thousands of edges
-)
+MISSING = "&ndash;"
+# A scored graph can have hundreds of thousands of edges; the table lists the strongest of them.
+MAX_TABLE_ROWS = 1000
 
 
-def page(*, title: str, details: Mapping[str, str], body: str) -> str:
-    """A whole page around `body`, which is HTML already; everything else is text and is escaped."""
-    return _filled(
+def page(*, title: str, details: Mapping[str, str] | None, body: str) -> str:
+    """Write a self-contained page around `body`, which must be HTML; the other texts are plain."""
+    return fill_template(
         "page.html",
         title=escape(title),
-        details=_details(details),
+        details=details_list(details),
         body=body,
-        style=_template("style.css"),
-        script=_template("page.js"),
+        style=static_file("style.css"),
+        script=static_file("page.js"),
     )
 
 
-def circuit_panel(circuit: Circuit, *, label: str, max_edges: int) -> str:
-    """A drawing with its slider and its table of edges."""
-    scores = circuit.scores[circuit.kept].tolist()
-    listed = strongest_first(scores)[:MOST_ROWS]
-    edges = circuit.edges
-    rows = [(rank, str(edges[index]), scores[index]) for rank, index in enumerate(listed, start=1)]
+def circuit_panel(circuit: Circuit, *, label: str, max_edges: int | None) -> str:
+    """Write a drawing with its slider and a table of the kept edges."""
     drawing = draw(circuit, title=None, max_edges=max_edges)
-    if not rows:
+    n_kept = len(circuit)
+    if n_kept == 0:
         return f'<div class="drawing">{drawing}</div>'
-    which = (
-        f"The {len(rows):,} strongest of {len(edges):,} edges"
-        if len(rows) < len(edges)
-        else f"All {len(edges):,} edges"
-    )
-    return _filled(
+    n_drawn = min(n_kept, edge_limit(circuit, max_edges))
+    listed = f"All {n_kept:,} edges"
+    if n_kept > MAX_TABLE_ROWS:
+        listed = f"The {MAX_TABLE_ROWS:,} strongest of {n_kept:,} edges"
+    return fill_template(
         "circuit.html",
         label=escape(label),
-        drawn=str(min(max_edges, len(edges))),
+        drawn=str(n_drawn),
         drawing=drawing,
-        caption=f"{which}, by score",
-        table=_edge_table(rows),
+        caption=f"{listed}, by score",
+        table=_edge_table(circuit),
     )
 
 
-def methods_panel(circuits: Mapping[str, Circuit], *, max_edges: Mapping[str, int]) -> str:
-    """The circuits of several methods: one at a time behind buttons, or all side by side."""
-    panels = [
-        f'<div class="method" data-method="{number}"><h3>{escape(name)}</h3>'
-        f"{circuit_panel(circuit, label=name, max_edges=max_edges[name])}</div>"
-        for number, (name, circuit) in enumerate(circuits.items())
-    ]
-    choices = [
-        *((str(number), name) for number, name in enumerate(circuits)),
-        *([("all", "Side by side")] if len(circuits) > 1 else []),
-    ]
-    buttons = "".join(
-        f'<button type="button" data-show="{value}">{escape(name)}</button>'
-        for value, name in choices
-    )
-    # Without the script every method is shown, one under the other, and there are no buttons that do nothing.
-    return f'<div class="tabs" role="group" aria-label="Method" hidden>{buttons}</div><div>{"".join(panels)}</div>'
+def methods_panel(circuits: Mapping[str, Circuit], *, max_edges: int | None) -> str:
+    """Write the circuits of several methods: one at a time behind buttons, or side by side."""
+    panels = []
+    buttons = []
+    for number, (name, circuit) in enumerate(circuits.items()):
+        panel = circuit_panel(circuit, label=name, max_edges=max_edges)
+        heading = f"<h3>{escape(name)}</h3>"
+        panels.append(f'<div class="method" data-method="{number}">{heading}{panel}</div>')
+        buttons.append(f'<button type="button" data-show="{number}">{escape(name)}</button>')
+    if len(circuits) > 1:
+        buttons.append('<button type="button" data-show="all">Side by side</button>')
+    # The buttons need the script, which unhides them; without it all methods are visible.
+    attributes = 'class="tabs" role="group" aria-label="Method" hidden'
+    return f"<div {attributes}>{''.join(buttons)}</div><div>{''.join(panels)}</div>"
 
 
 def data_table(frame: pandas.DataFrame) -> str:
-    """A sortable table of a data frame's columns (and its index, if that has a name)."""
-    frame = frame.reset_index() if any(name is not None for name in frame.index.names) else frame
-    numeric = [
-        pandas.api.types.is_numeric_dtype(kind) and not pandas.api.types.is_bool_dtype(kind)
-        for kind in frame.dtypes
+    """Write the columns of a data frame, and its index if that has a name, as a sortable table."""
+    if any(name is not None for name in frame.index.names):
+        frame = frame.reset_index()
+    header = [
+        _header_cell(str(name), is_numeric_dtype(dtype) and not is_bool_dtype(dtype))
+        for name, dtype in frame.dtypes.items()
     ]
-    head = "".join(
-        _head_cell(str(name), number) for name, number in zip(frame.columns, numeric, strict=True)
-    )
-    rows = [
-        f"<tr>{''.join(_cell(value) for value in row)}</tr>"
-        for row in frame.itertuples(index=False, name=None)
+    rows = []
+    for values in frame.itertuples(index=False, name=None):
+        cells = map(_value_cell, values)
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    return _table(header, rows)
+
+
+def _edge_table(circuit: Circuit) -> str:
+    edges = circuit.edges
+    scores = circuit.scores[circuit.kept].tolist()
+    header = [
+        _header_cell("edge", numeric=False),
+        _header_cell("score", numeric=True),
+        _header_cell("rank by |score|", numeric=True),
     ]
-    return _table(head, rows)
+    rows = []
+    for rank, index in enumerate(strongest_first(scores)[:MAX_TABLE_ROWS], start=1):
+        name = f"<td>{escape(str(edges[index]))}</td>"
+        score = _number_cell(scores[index], score_text(scores[index]))
+        rank_cell = _number_cell(rank, f"{rank:,}")
+        rows.append(f'<tr data-rank="{rank}">{name}{score}{rank_cell}</tr>')
+    return _table(header, rows, css_class="edges")
 
 
-def _edge_table(rows: Sequence[tuple[int, str, float]]) -> str:
-    head = (
-        _head_cell("edge", False) + _head_cell("score", True) + _head_cell("rank by |score|", True)
-    )
-    body = [
-        f'<tr data-rank="{rank}"><td>{escape(name)}</td><td class="number" data-value="{"" if math.isnan(score) else repr(score)}">'
-        f'{score_text(score)}</td><td class="number" data-value="{rank}">{rank:,}</td></tr>'
-        for rank, name, score in rows
-    ]
-    return _table(head, body, kind="edges")
+def _table(header: Iterable[str], rows: Iterable[str], css_class: str = "") -> str:
+    head = f"<thead><tr>{''.join(header)}</tr></thead>"
+    body = "<tbody>\n" + "\n".join(rows) + "\n</tbody>"
+    table = f'<table class="{css_class}">{head}{body}</table>'
+    return f'<div class="scroll" tabindex="0">{table}</div>'
 
 
-def _table(head: str, rows: Sequence[str], *, kind: str = "") -> str:
-    body = "\n".join(rows)
-    return f'<div class="scroll" tabindex="0"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+def _header_cell(name: str, numeric: bool) -> str:
+    css_class = "number" if numeric else ""
+    button = f'<button type="button">{escape(name)}</button>'
+    return f'<th scope="col" class="{css_class}">{button}</th>'
 
 
-def _head_cell(name: str, numeric: bool) -> str:
-    return f'<th scope="col"{" class=number" if numeric else ""}><button type="button">{escape(name)}</button></th>'
-
-
-def _cell(value: Any) -> str:
+def _value_cell(value: Any) -> str:
+    if value is None or value is pandas.NA:
+        return f"<td>{MISSING}</td>"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return f"<td>{NOTHING if value is None or value is pandas.NA else escape(str(value))}</td>"
-    if math.isnan(value):
-        return f'<td class="number" data-value="">{NOTHING}</td>'
-    text = f"{int(value):,}" if isinstance(value, numbers.Integral) else f"{float(value):,.4g}"
-    return f'<td class="number" data-value="{float(value)!r}">{text}</td>'
+        return f"<td>{escape(str(value))}</td>"
+    if isinstance(value, numbers.Integral):
+        return _number_cell(value, f"{int(value):,}")
+    return _number_cell(value, MISSING if math.isnan(value) else f"{float(value):,.4g}")
 
 
-def _details(details: Mapping[str, str]) -> str:
-    entries = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>"
-        for name, text in details.items()
-    )
-    return f"<dl>{entries}</dl>" if entries else ""
-
-
-def _filled(name: str, **parts: str) -> str:
-    return Template(_template(name)).substitute(parts)
-
-
-def _template(name: str) -> str:
-    return resources.files("circuits.plotting").joinpath("static", name).read_text(encoding="utf-8")
+def _number_cell(value: numbers.Real | float, text: str) -> str:
+    """Write a cell that sorts by the exact value; NaN has none and sorts last."""
+    exact = "" if math.isnan(value) else repr(float(value))
+    return f'<td class="number" data-value="{exact}">{text}</td>'

@@ -1,4 +1,7 @@
-"""What users draw: circuits, attribution graphs and reports."""
+"""Drawings of circuits, and HTML pages that work offline.
+
+Drawings are SVG text and pages are HTML text that loads nothing; the caller writes them to files.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +11,45 @@ import pandas
 
 from circuits.attribution.feature_graph import FeatureGraph
 from circuits.graph.circuit import Circuit
-from circuits.graph.graph import PooledFeatureGraph
 from circuits.plotting.circuit_drawing.draw import draw
-from circuits.plotting.figures import FAITHFULNESS_IN_WORDS, _embedded, faithfulness_figure
+from circuits.plotting.figures import faithfulness_figure, figure_html
 from circuits.plotting.graph_page.page import graph_page
 from circuits.plotting.html import circuit_panel, data_table, methods_panel, page
-from circuits.system.errors import InputError
 
-MOST_DRAWN, MOST_BETWEEN_FEATURES = 200, 50
+FAITHFULNESS_EXPLAINED = (
+    "Faithfulness is the share of the model's metric that a circuit keeps when every other edge "
+    "is ablated: 1 is the whole model, 0 the model with every edge ablated. A method whose curve "
+    "rises further left needs fewer edges."
+)
 
 
 def draw_circuit(
     circuit: Circuit, *, title: str | None = None, max_edges: int | None = None
 ) -> str:
-    """The circuit as a standalone SVG: layers as rows, embeddings at the bottom, logits on top, positions as columns.
+    """Draw a circuit as a standalone SVG.
 
-    Colour tells the slot an edge is read in, width its |score|, dashes a score below 0; tooltips name edges and nodes with their scores.
-    When more than `max_edges` are kept (None: 200, between features 50), the strongest are drawn and the picture says so.
+    Layers are rows, with the embeddings at the bottom and the logits on top; positions are columns.
+    The colour of an edge shows its slot, its width the |score|; edges with a negative score are
+    dashed. Tooltips give the names of nodes and the names and scores of edges. A head in two
+    columns reads at one position and writes at the other.
+
+    Args:
+        circuit: the circuit whose kept edges are drawn.
+        title: a heading inside the picture.
+        max_edges: largest number of edges to draw. If the circuit keeps more, the strongest are
+            drawn and the picture says so. None: 200, or 50 in a graph of transcoder features.
 
     Raises:
         InputError: `max_edges` is negative.
+
+    >>> import circuits
+    >>> from circuits.plotting.pages import draw_circuit
+    >>> graph = circuits.component_graph(circuits.load_model("toy-world"))
+    >>> circuit = circuits.Circuit.from_edges(graph, ["embed->a0.h0.q", "a0.h0->logits"])
+    >>> draw_circuit(circuit, title="Two edges").count('class="edge"')
+    2
     """
-    return draw(circuit, title=title, max_edges=_most(circuit, max_edges))
+    return draw(circuit, title=title, max_edges=max_edges)
 
 
 def circuit_page(
@@ -39,28 +59,51 @@ def circuit_page(
     details: Mapping[str, str] | None = None,
     max_edges: int | None = None,
 ) -> str:
-    """A self-contained HTML page: the drawing, explored by pointing and by a slider over sizes, and a table of the kept edges.
+    """Write a self-contained HTML page about a circuit.
+
+    The page holds the drawing, where pointing at an edge or node shows its score and a slider
+    hides weak edges, and a sortable table of the kept edges.
 
     Args:
-        details: settings and results to show under the title, as text.
+        circuit: the circuit to show.
+        title: heading of the page.
+        details: settings and results to list under the title, as plain text.
+        max_edges: largest number of edges to draw, as in `draw_circuit`.
 
     Raises:
         InputError: `max_edges` is negative.
+
+    >>> import circuits
+    >>> from circuits.plotting.pages import circuit_page
+    >>> graph = circuits.component_graph(circuits.load_model("toy-world"))
+    >>> circuit = circuits.Circuit.from_edges(graph, ["embed->a0.h0.q", "a0.h0->logits"])
+    >>> "All 2 edges" in circuit_page(circuit, title="Two edges", details={"task": "none"})
+    True
     """
-    return page(
-        title=title,
-        details=details or {},
-        body=circuit_panel(circuit, label=title, max_edges=_most(circuit, max_edges)),
-    )
+    panel = circuit_panel(circuit, label=title, max_edges=max_edges)
+    return page(title=title, details=details, body=panel)
 
 
 def attribution_page(
     graph: FeatureGraph, *, title: str, details: Mapping[str, str] | None = None
 ) -> str:
-    """A self-contained HTML page of an attribution graph, to be explored: see `circuits.plotting.graph_page.page`.
+    """Write a self-contained HTML page to explore an attribution graph.
+
+    The reader points, searches, prunes with two thresholds, pins nodes, groups them into
+    supernodes and saves the picture. For a large graph the page holds the most influential nodes
+    and edges, and says so; `circuits view` serves all of them.
 
     Args:
-        details: settings and results to show under the title, as text.
+        graph: the attribution graph.
+        title: heading of the page.
+        details: settings and results to list under the title, as plain text.
+
+    >>> import circuits
+    >>> from circuits.plotting.pages import attribution_page
+    >>> method = circuits.AttributionGraph(circuits.load_transcoders("toy-world-plt"))
+    >>> graph = method.attribute(circuits.load_model("toy-world"), "The capital of Texas is")
+    >>> "<title>Texas</title>" in attribution_page(graph, title="Texas")
+    True
     """
     return graph_page(graph, title=title, details=details)
 
@@ -74,42 +117,38 @@ def report_page(
     details: Mapping[str, str] | None = None,
     max_edges: int | None = None,
 ) -> str:
-    """The report of a comparison, self-contained: settings, table, faithfulness figure and the circuits each method drew.
+    """Write a self-contained HTML report of a comparison of methods.
+
+    The report holds the settings, the table, the faithfulness figure and the circuit of each
+    method.
 
     Args:
+        title: heading of the page.
         table: one row per method, shown as it is.
-        curves: what `faithfulness_figure` takes; may be empty.
-        circuits: by method, in the order of the buttons.
-        details: settings to show under the title, as text.
+        curves: the columns that `faithfulness_figure` takes; if empty, there is no figure.
+        circuits: circuits by name of the method, in the order of the buttons.
+        details: settings to list under the title, as plain text.
+        max_edges: largest number of edges to draw per circuit, as in `draw_circuit`.
 
     Raises:
         InputError: `curves` lacks a column, or `max_edges` is negative.
+
+    >>> import pandas
+    >>> from circuits.plotting.pages import report_page
+    >>> curves = pandas.DataFrame({"method": "eap", "edges": [5, 50], "faithfulness": [0.2, 0.9]})
+    >>> report = report_page(title="IOI", table=curves.tail(1), curves=curves, circuits={})
+    >>> "Faithfulness by size" in report
+    True
     """
-    most = {name: _most(circuit, max_edges) for name, circuit in circuits.items()}
-    sections = [("Comparison", data_table(table))]
+    sections = {"Comparison": data_table(table)}
     if len(curves):
-        sections.append(
-            (
-                "Faithfulness by size",
-                f'{FAITHFULNESS_IN_WORDS}<div class="figure">{_embedded(faithfulness_figure(curves))}</div>',
-            )
-        )
+        figure = figure_html(faithfulness_figure(curves))
+        explanation = f"<p>{FAITHFULNESS_EXPLAINED}</p>"
+        sections["Faithfulness by size"] = f'{explanation}<div class="figure">{figure}</div>'
     if circuits:
-        sections.append(("Circuits", methods_panel(circuits, max_edges=most)))
-    body = "\n".join(
-        f"<section><h2>{heading}</h2>\n{content}\n</section>" for heading, content in sections
-    )
-    return page(title=title, details=details or {}, body=body)
-
-
-def _most(circuit: Circuit, max_edges: int | None) -> int:
-    """How many edges are drawn. Features stand side by side, so that fewer fit on a page."""
-    if max_edges is None:
-        return (
-            MOST_BETWEEN_FEATURES if isinstance(circuit.graph, PooledFeatureGraph) else MOST_DRAWN
-        )
-    if max_edges < 0:
-        raise InputError(
-            f"max_edges={max_edges} is negative; give the number of edges to draw at most, for example {MOST_DRAWN}."
-        )
-    return max_edges
+        sections["Circuits"] = methods_panel(circuits, max_edges=max_edges)
+    body = [
+        f"<section><h2>{heading}</h2>\n{content}\n</section>"
+        for heading, content in sections.items()
+    ]
+    return page(title=title, details=details, body="\n".join(body))

@@ -325,7 +325,8 @@ class FeatureExecutor:
 
     def _real_tokens(self, part: Task) -> tuple[Float[Tensor, "batch pos 1"], ...]:
         """1 at real tokens; and at those after the leading positions, since features and errors do
-        not exist there and must not count in their means."""
+        not exist there and must not count in their means.
+        """
         positions = torch.arange(part.mask.shape[1], device=part.mask.device)
         is_later = positions >= self.graph.transcoders.leading
         masks = (part.mask, part.mask & is_later)

@@ -27,19 +27,19 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from circuits.running.ablation import Ablation
-from circuits.graph.circuit import FILE, Circuit
-from circuits.models.component_graph import component_graph, computed_nodes
-from circuits.models.identity import identity
 from circuits.discovery.discoverer import CircuitDiscoverer, Progress, Resumable, as_json
-from circuits.system.ranks import RankError, on_first, ranks, totals
-from circuits.system.errors import InputError
 from circuits.evaluation.evaluate import evaluate
-from circuits.system.files import read_json, write_bytes, write_json
+from circuits.graph.circuit import FILE, Circuit
 from circuits.graph.graph import Graph
-from circuits.tasks.metrics import Metric
 from circuits.models import Model
+from circuits.models.component_graph import computed_nodes
+from circuits.models.identity import identity
 from circuits.plotting.pages import circuit_page
+from circuits.running.ablation import Ablation
+from circuits.system.errors import InputError
+from circuits.system.files import read_json, write_bytes, write_json
+from circuits.system.ranks import RankError, on_first, ranks, totals
+from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
 
 RECORD, METRICS, PAGE, CHECKPOINT, LOCK = "record.json", "metrics.json", "circuit.html", "checkpoint.safetensors", ".lock"

@@ -23,20 +23,20 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from circuits.discovery.methods.attribution_graph import AttributionGraph, Explained
 from circuits.attribution.build import Direction
-from circuits.models.identity import identity
-from circuits.discovery.discoverer import as_json
-from circuits.system.errors import InputError
 from circuits.attribution.feature_graph import FEATURE, FILE, FeatureGraph
-from circuits.system.files import read_json, write_bytes, write_json
 from circuits.attribution.influence import completeness_score, pruned, replacement_score
+from circuits.discovery.discoverer import as_json
+from circuits.discovery.methods.attribution_graph import AttributionGraph, Explained
 from circuits.models import Model
-from circuits.runs.circuit_run import LOCK, PACKAGES, RECORD, locked
-from circuits.tasks.tokenization import prompt_tokens
+from circuits.models.identity import identity
 from circuits.plotting.graph_page.data import GraphData
 from circuits.plotting.graph_page.groups import load_groups
 from circuits.plotting.graph_page.page import graph_page
+from circuits.runs.circuit_run import LOCK, PACKAGES, RECORD, locked
+from circuits.system.errors import InputError
+from circuits.system.files import read_json, write_bytes, write_json
+from circuits.tasks.tokenization import prompt_tokens
 
 PAGE = "graph.html"
 RECORD_FORMAT, FORMAT_VERSION = "circuits.graph_run", 1

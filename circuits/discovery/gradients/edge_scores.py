@@ -356,7 +356,8 @@ class _Engine:
 
     def _needed(self) -> Needed:
         """A generous bound on the memory of a batch, since what autograd keeps of a layer depends
-        on the model's code."""
+        on the model's code.
+        """
         cfg, task, together = (
             self.products.model.cfg,
             self.task,

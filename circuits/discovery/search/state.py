@@ -153,7 +153,8 @@ class Search:
 
     def _repeat_announcements(self) -> None:
         """After resuming: lead the executor along the same states as before, so that its rounding
-        is that of an uninterrupted search."""
+        is that of an uninterrupted search.
+        """
         if self.state.chains_done < len(self.chains):
             for number in range(self.state.announced):
                 self.meter.near(self.state.removed_at > number)

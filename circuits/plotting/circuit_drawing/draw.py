@@ -1,180 +1,183 @@
-"""A circuit as a standalone SVG: a picture for a README, and the drawing inside the pages."""
+"""A circuit as a standalone SVG: a picture for a README, and the drawing inside the pages.
+
+Edges and nodes carry `data-rank`, `data-node`, `data-source` and `data-target`, which the script
+of the pages reads.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 
 from circuits.graph.circuit import Circuit
+from circuits.graph.graph import PooledFeatureGraph
 from circuits.graph.edges import Edge
 from circuits.graph.nodes import MLP, Error, Feature, Head, Logits, Node, Position
-from circuits.plotting.circuit_drawing.coordinates import BOX_HEIGHT, Box, Placement, Point, place
-from circuits.plotting.circuit_drawing.rows import LOGITS_ROW, position_of, row_of, skeleton
-from circuits.plotting.circuit_drawing.svg_marks import (
-    BAND,
-    INK,
-    LINE,
-    MONO,
-    QUIET,
-    document,
-    number,
-    rect,
-    words,
+from circuits.plotting.circuit_drawing.layered_graph import layered_graph, position_of, row_key
+from circuits.plotting.circuit_drawing.layout import (
+    NODE_HEIGHT,
+    Layout,
+    PlacedNode,
+    Point,
+    lay_out,
+)
+from circuits.plotting.style import BAND, BLUE, GREEN, INK, MONO, PAPER, QUIET, SANS, VERMILION
+from circuits.system.errors import InputError
+
+DEFAULT_MAX_EDGES = 200
+# Features are side by side in one row, so fewer of their edges fit on a page.
+DEFAULT_MAX_FEATURE_EDGES = 50
+MIN_STROKE_WIDTH, MAX_STROKE_WIDTH = 1.2, 6.5
+SLOT_COLOURS = {"q": BLUE, "k": VERMILION, "v": GREEN, None: "#6d6875"}
+LEGEND = "\u2003".join(
+    f'<tspan fill="{colour}">\u25ac {slot or "into MLPs, features and logits"}</tspan>'
+    for slot, colour in SLOT_COLOURS.items()
 )
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers, on a background of the picture's own.
-SLOT_COLOURS: Mapping[str | None, str] = {
-    "q": "#0072b2",
-    "k": "#d55e00",
-    "v": "#009e73",
-    None: "#6d6875",
-}
-THINNEST, THICKEST = 1.0, 6.5
-FAINTEST = 0.55
-UNSCORED_SHARE = (
-    0.15  # of the way from thinnest to thickest, where no edge of a circuit has a score
-)
-CHARACTER, LEGEND_CHARACTER, TITLE_CHARACTER = (
-    7.3,
-    6.4,
-    10.0,
-)  # widths of one, as node names, legend and title are written
-MARGIN, SIDE, BAND_PADDING = 20.0, 84.0, 11.0
-LEAST_WIDTH, LINE_HEIGHT = 560.0, 22.0
-LISTED_EDGES = 10  # in the tooltip of a node
+# Lengths are in pixels. Text cannot be measured here, so widths come from average characters.
+LABEL_CHARACTER, TITLE_CHARACTER = 7.3, 10.0
+MIN_NODE_WIDTH, MAX_NODE_WIDTH, NODE_PADDING, PORT_WIDTH = 40.0, 360.0, 14.0, 4.0
+MARGIN, LAYER_NAMES_WIDTH, BAND_PADDING = 20.0, 84.0, 11.0
+MIN_WIDTH, LINE_HEIGHT = 660.0, 22.0
 
 
 @dataclass(frozen=True)
-class Stroke:
-    """A drawn edge: `rank` 1 is the strongest; a score that is NaN was never measured."""
+class DrawnEdge:
+    """An edge with its marks in the drawing.
+
+    Attributes:
+        edge: the edge.
+        score: its score; NaN if it was never measured.
+        rank: 1 for the strongest edge.
+        width: width of the stroke in pixels.
+    """
 
     edge: Edge
     score: float
     rank: int
     width: float
-    opacity: float
 
     @property
-    def text(self) -> str:
-        """The edge's name and score, for the tooltip."""
+    def description(self) -> str:
+        """The edge's name and score, for tooltips."""
         return f"{self.edge}  {score_text(self.score)}"
 
 
-def draw(circuit: Circuit, *, title: str | None, max_edges: int) -> str:
-    """The SVG that `circuits.draw_circuit` returns."""
-    drawn = circuit.top(max_edges) if len(circuit) > max_edges else circuit
-    count = _count(circuit, len(drawn))
-    if not len(drawn):
-        return _nothing_kept(title, count)
-    strokes = _strokes(drawn.edges, drawn.scores[drawn.kept].tolist())
-    placement, columns = _placed(circuit, strokes)
-    legend, legend_width = _legend(strokes)
-    head = [*_headline(title, count), legend]
-    top = len(head) * LINE_HEIGHT + 30 + (LINE_HEIGHT if columns else 0)
-    width = max(
-        placement.width + SIDE + 2 * MARGIN, legend_width + MARGIN, _title_width(title), LEAST_WIDTH
-    )
-    # A narrow drawing stands in the middle of the room that the legend needs.
-    left = SIDE + (width - SIDE - placement.width) / 2
-    body = [
-        *_bands(placement, MARGIN / 2 - left, width - left - MARGIN / 2),
-        *_column_labels(placement, columns),
-        *_edges(placement, strokes),
-        *_nodes(placement.boxes, strokes),
+def draw(circuit: Circuit, *, title: str | None, max_edges: int | None) -> str:
+    """Draw a circuit as SVG; `circuits.draw_circuit` explains the arguments."""
+    limit = edge_limit(circuit, max_edges)
+    drawn = circuit.top(min(limit, len(circuit)))
+    lines = [_text(_counts(circuit, len(drawn)), f'font-size="13" fill="{QUIET}"')]
+    if title is not None:
+        lines.insert(0, _text(title, f'font-size="17" font-weight="600" fill="{INK}"'))
+    edges = _drawn_edges(drawn)
+    if not edges:
+        lines.append(_text("No edges kept: there is nothing to draw.", f'fill="{INK}"'))
+        return _document(title, lines, None)
+    lines.append(_legend(edges))
+    layout, positions = _layout(circuit, edges)
+    marks = [
+        *_position_marks(layout, positions),
+        *_edge_marks(layout, edges),
+        *_node_marks(layout, edges),
     ]
-    moved = f'<g transform="translate({number(left)} {number(top)})">' + "\n".join(body) + "</g>"
-    return document(
-        width,
-        top + placement.height + MARGIN + BAND_PADDING,
-        title or "circuit",
-        [*_lines(head), moved],
-    )
+    return _document(title, lines, layout, marks)
+
+
+def edge_limit(circuit: Circuit, max_edges: int | None) -> int:
+    """Return the largest number of edges to draw, which has a default for each kind of graph.
+
+    Raises:
+        InputError: `max_edges` is negative.
+    """
+    if max_edges is None:
+        has_features = isinstance(circuit.graph, PooledFeatureGraph)
+        return DEFAULT_MAX_FEATURE_EDGES if has_features else DEFAULT_MAX_EDGES
+    if max_edges < 0:
+        raise InputError(
+            f"max_edges={max_edges} is negative; give the largest number of edges to draw, "
+            f"for example {DEFAULT_MAX_EDGES}."
+        )
+    return max_edges
 
 
 def score_text(score: float) -> str:
-    """A score as people read it."""
+    """Format a score for readers."""
     return "not scored" if math.isnan(score) else f"{score:+.4g}"
 
 
 def strongest_first(scores: Sequence[float]) -> list[int]:
-    """Indices by falling |score|, unscored ones last; of equal ones the first first."""
-    return sorted(
-        range(len(scores)),
-        key=lambda index: -abs(scores[index]) if not math.isnan(scores[index]) else math.inf,
-    )
+    """Sort the indices by falling |score|, ties in the given order, unscored edges last."""
+    sizes = [-1.0 if math.isnan(score) else abs(score) for score in scores]
+    return sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
 
 
-def _count(circuit: Circuit, drawn: int) -> str:
-    kept, possible = len(circuit), len(circuit.graph)
-    if drawn == kept:
-        return f"{kept:,} of {possible:,} edges kept"
-    which = "first" if circuit.scores[circuit.kept].isnan().all() else "strongest"
-    return f"drawn: the {drawn:,} {which} of {kept:,} edges kept ({possible:,} in the graph)"
+def _counts(circuit: Circuit, n_drawn: int) -> str:
+    n_kept, n_possible = len(circuit), len(circuit.graph)
+    if n_drawn == n_kept:
+        return f"{n_kept:,} of {n_possible:,} edges kept"
+    unscored = circuit.scores[circuit.kept].isnan().all()
+    which = "first" if unscored else "strongest"
+    return f"drawn: the {n_drawn:,} {which} of {n_kept:,} edges kept ({n_possible:,} in the graph)"
 
 
-def _strokes(edges: Sequence[Edge], scores: Sequence[float]) -> list[Stroke]:
-    order = strongest_first(scores)
-    ranks = {index: rank for rank, index in enumerate(order, start=1)}
-    largest = max((abs(score) for score in scores if math.isfinite(score)), default=0.0) or 1.0
-    unscored = UNSCORED_SHARE if all(math.isnan(score) for score in scores) else 0.0
-    strokes = []
-    for index, (edge, score) in enumerate(zip(edges, scores, strict=True)):
-        # Scores span orders of magnitude: the root keeps weak edges visible and the order of widths.
-        share = unscored if math.isnan(score) else math.sqrt(min(abs(score) / largest, 1.0))
-        strokes.append(
-            Stroke(
-                edge,
-                score,
-                ranks[index],
-                THINNEST + (THICKEST - THINNEST) * share,
-                FAINTEST + (0.95 - FAINTEST) * share,
-            )
-        )
-    return strokes
+def _drawn_edges(circuit: Circuit) -> list[DrawnEdge]:
+    """Return the kept edges, strongest first."""
+    edges = circuit.edges
+    scores = circuit.scores[circuit.kept].tolist()
+    sizes = [abs(score) for score in scores if math.isfinite(score)]
+    largest = max(sizes, default=0.0) or 1.0
+    drawn = []
+    for rank, index in enumerate(strongest_first(scores), start=1):
+        score = scores[index]
+        share = 0.0 if math.isnan(score) else min(abs(score) / largest, 1.0)
+        # width = min + (max - min) * sqrt(|score| / max |score|). Scores span orders of
+        # magnitude; the root keeps weak edges visible without changing the order of the widths.
+        width = MIN_STROKE_WIDTH + (MAX_STROKE_WIDTH - MIN_STROKE_WIDTH) * math.sqrt(share)
+        drawn.append(DrawnEdge(edges[index], score, rank, width))
+    return drawn
 
 
-def _placed(circuit: Circuit, strokes: list[Stroke]) -> tuple[Placement, list[Position]]:
-    """The layout of the nodes that have edges, and the columns' positions (none when the graph is not split by position)."""
-    edges = [stroke.edge for stroke in strokes]
-    ends = {node for edge in edges for node in (edge.source, edge.target)}
-    nodes = [node for node in circuit.graph.nodes if node in ends]
-    columns = sorted(
-        {position_of(node) for node in nodes}, key=_position_order(circuit.graph.nodes).__getitem__
-    )
-    out, into = Counter(edge.source for edge in edges), Counter(edge.target for edge in edges)
-    boxes = {node: _box_width(node, max(out[node], into[node])) for node in nodes}
-    drawing = skeleton(
-        nodes,
+def _layout(circuit: Circuit, drawn: list[DrawnEdge]) -> tuple[Layout, list[Position]]:
+    """Lay out the nodes that have edges; also return the positions of the columns.
+
+    There are no positions if the graph is not split by position.
+    """
+    edges = [one.edge for one in drawn]
+    outgoing = Counter(edge.source for edge in edges)
+    incoming = Counter(edge.target for edge in edges)
+    n_ports = outgoing | incoming  # the larger of the two counts
+    nodes = [node for node in circuit.graph.nodes if node in n_ports]
+    columns = _sorted_positions(nodes)
+    graph = layered_graph(
         edges,
-        box_widths=boxes,
-        edge_widths=[stroke.width for stroke in strokes],
+        node_widths={node: _node_width(node, n_ports[node]) for node in nodes},
+        edge_widths=[one.width for one in drawn],
         columns=columns,
     )
-    placement = place(
-        drawing,
-        edges,
-        column_widths=[len(_position_text(position)) * CHARACTER for position in columns],
-    )
-    return placement, [] if columns == [None] else columns
+    name_widths = [LABEL_CHARACTER * len(_position_text(position)) for position in columns]
+    layout = lay_out(graph, min_column_widths=name_widths)
+    return layout, [] if columns == [None] else columns
 
 
-def _position_order(nodes: Iterable[Node]) -> Mapping[Position, tuple[int, int]]:
-    """Numbers in order, names as the graph has them, nodes without a position last."""
-    seen = dict.fromkeys(position_of(node) for node in nodes)
-    order = {
-        position: (0, position) if isinstance(position, int) else (1, index)
-        for index, position in enumerate(seen)
-    }
-    return order | {None: (2, 0)}
+def _sorted_positions(nodes: Iterable[Node]) -> list[Position]:
+    """Sort positions: numbers in order, then names as in the graph, then None."""
+    positions = list(dict.fromkeys(map(position_of, nodes)))
+    numbers = [position for position in positions if isinstance(position, int)]
+    names = [position for position in positions if isinstance(position, str)]
+    nowhere = [position for position in positions if position is None]
+    return [*sorted(numbers), *names, *nowhere]
 
 
-def _box_width(node: Node, edges: int) -> float:
-    room = 2.6 * edges if isinstance(node, Head) else 4.0 * edges
-    return max(len(node.label) * CHARACTER + 14, min(room, 360.0), 40.0)
+def _node_width(node: Node, n_ports: int) -> float:
+    """Return a width that has room for the label and for the edges on one side."""
+    ports_width = min(PORT_WIDTH * n_ports, MAX_NODE_WIDTH)
+    label_width = LABEL_CHARACTER * len(node.label) + NODE_PADDING
+    return max(label_width, ports_width, MIN_NODE_WIDTH)
 
 
 def _position_text(position: Position) -> str:
@@ -184,206 +187,138 @@ def _position_text(position: Position) -> str:
 # Parts of the picture
 
 
-def _headline(title: str | None, count: str) -> list[str]:
-    return [
-        *([words(MARGIN, 0, title, 17, INK, weight=600)] if title else []),
-        words(MARGIN, 0, count, 13, QUIET),
+def _document(
+    title: str | None, lines: list[str], layout: Layout | None, marks: Iterable[str] = ()
+) -> str:
+    """Write the SVG: lines of text, below them the layers, and the marks on the layers."""
+    width = max(MIN_WIDTH, TITLE_CHARACTER * len(title or "") + 2 * MARGIN)
+    height = LINE_HEIGHT * (len(lines) + 1)
+    content = [
+        _moved(MARGIN, LINE_HEIGHT * (number + 1), line) for number, line in enumerate(lines)
     ]
+    if layout is not None:
+        width = max(width, layout.width + LAYER_NAMES_WIDTH + 2 * MARGIN)
+        # A narrow drawing is in the middle of the space right of the layer names.
+        left = LAYER_NAMES_WIDTH + (width - LAYER_NAMES_WIDTH - layout.width) / 2
+        top = height + LINE_HEIGHT
+        bands = _moved(0, top, *_layer_bands(layout, width))
+        content += [bands, _moved(left, top, *marks)]
+        height = top + layout.height + MARGIN + BAND_PADDING
+    # The paper makes the picture readable on light and dark pages.
+    return f"""\
+<svg xmlns="http://www.w3.org/2000/svg" width="{width:.1f}" height="{height:.1f}" \
+viewBox="0 0 {width:.1f} {height:.1f}" role="img" aria-label="{escape(title or "circuit")}" \
+font-family="{SANS}" font-size="12">
+<rect width="100%" height="100%" rx="8" fill="{PAPER}"/>
+{"".join(content)}
+</svg>
+"""
 
 
-def _title_width(title: str | None) -> float:
-    return 2 * MARGIN + TITLE_CHARACTER * len(title or "")
+def _moved(x: float, y: float, *content: str) -> str:
+    markup = "\n".join(content)
+    return f'<g transform="translate({x:.1f} {y:.1f})">{markup}</g>'
 
 
-def _lines(parts: list[str]) -> list[str]:
-    return [
-        f'<g transform="translate(0 {28 + LINE_HEIGHT * index})">{part}</g>'
-        for index, part in enumerate(parts)
-    ]
+def _text(text: str, attributes: str) -> str:
+    return f"<text {attributes}>{escape(text)}</text>"
 
 
-def _legend(strokes: list[Stroke]) -> tuple[str, float]:
-    """What the marks mean, of those that occur: slots' colours, dashes for negative scores, widths. And how wide that is."""
-    slots = {stroke.edge.slot for stroke in strokes}
-    without = (
-        "into features or logits"
-        if any(isinstance(stroke.edge.target, Feature) for stroke in strokes)
-        else "into MLP or logits"
-    )
-    entries = [
-        (colour, "", slot or without) for slot, colour in SLOT_COLOURS.items() if slot in slots
-    ]
-    if any(stroke.score < 0 for stroke in strokes):
-        entries.append((QUIET, ' stroke-dasharray="6 4"', "score below 0"))
-    items, x = [], MARGIN
-    for colour, dash, name in entries:
-        items.append(
-            f'<path d="M{number(x)} -4h20" stroke="{colour}" stroke-width="3.5"{dash}/>'
-            + words(x + 26, 0, name, 12, QUIET)
-        )
-        x += 26 + len(name) * LEGEND_CHARACTER + 16
-    meaning = _widths_in_words(strokes) + _columns_in_words(strokes)
-    return "".join([*items, words(x, 0, meaning, 12, QUIET)]), x + len(meaning) * LEGEND_CHARACTER
+def _legend(drawn: list[DrawnEdge]) -> str:
+    """Explain colours, dashes and widths."""
+    sizes = [abs(one.score) for one in drawn if math.isfinite(one.score)]
+    widths = "edges without scores"
+    if sizes:
+        widths = f"width: |score|, {min(sizes):.3g} to {max(sizes):.3g}"
+    return f'<text fill="{QUIET}">{LEGEND}\u2003\u254d score below 0\u2003{widths}</text>'
 
 
-def _widths_in_words(strokes: list[Stroke]) -> str:
-    sizes = [abs(stroke.score) for stroke in strokes if math.isfinite(stroke.score)]
-    return (
-        f"width: |score|, {min(sizes):.3g} to {max(sizes):.3g}" if sizes else "edges without scores"
-    )
+def _layer_bands(layout: Layout, width: float) -> list[str]:
+    """Draw a quiet band behind each layer, with the layer's name at its left end."""
+    centres: dict[float, list[float]] = {}
+    for placed in layout.nodes:
+        layer, _ = row_key(placed.node)
+        centres.setdefault(layer, []).append(placed.y)
+    marks = []
+    for layer, ys in centres.items():
+        top = min(ys) - NODE_HEIGHT / 2 - BAND_PADDING
+        height = max(ys) - min(ys) + NODE_HEIGHT + 2 * BAND_PADDING
+        size = f'width="{width - MARGIN:.1f}" height="{height:.1f}" rx="6"'
+        marks.append(f'<rect x="{MARGIN / 2}" y="{top:.1f}" {size} fill="{BAND}"/>')
+        name = {-1: "inputs", math.inf: "output"}.get(layer, f"layer {layer}")
+        place = f'x="{MARGIN}" y="{top + height / 2 + 4:.1f}"'
+        marks.append(_text(name, f'{place} fill="{QUIET}"'))
+    return marks
 
 
-def _columns_in_words(strokes: list[Stroke]) -> str:
-    heads = {
-        node
-        for stroke in strokes
-        for node in (stroke.edge.source, stroke.edge.target)
-        if isinstance(node, Head)
-    }
-    moves = len({head.label for head in heads}) < len(heads)
-    return " · a head in two columns reads at one position and writes at the other" if moves else ""
+def _position_marks(layout: Layout, positions: list[Position]) -> list[str]:
+    """Write the positions over their columns."""
+    marks = []
+    for position, (left, right) in zip(positions, layout.columns, strict=False):
+        place = f'x="{(left + right) / 2:.1f}" y="{-BAND_PADDING - 8}" text-anchor="middle"'
+        marks.append(_text(_position_text(position), f'{place} font-weight="600" fill="{INK}"'))
+    return marks
 
 
-def _bands(placement: Placement, left: float, right: float) -> list[str]:
-    """A quiet band behind every layer, with its name at the left."""
-    spans: dict[str, list[float]] = {}
-    for box in placement.boxes:
-        spans.setdefault(_layer_name(box.node), []).append(box.y)
-    parts = []
-    for name, centres in spans.items():
-        middle, height = (
-            (min(centres) + max(centres)) / 2,
-            max(centres) - min(centres) + BOX_HEIGHT + 2 * BAND_PADDING,
-        )
-        parts.append(rect(left, middle - height / 2, right - left, height, radius=6, fill=BAND))
-        parts.append(words(left + 10, middle + 4, name, 12, QUIET))
-    return parts
+def _edge_marks(layout: Layout, drawn: list[DrawnEdge]) -> list[str]:
+    number = {placed.node: index for index, placed in enumerate(layout.nodes)}
+    marks = []
+    # Strong edges come last and are therefore on top.
+    for one, route in zip(reversed(drawn), reversed(layout.routes), strict=True):
+        edge = one.edge
+        dashes = f'stroke-dasharray="{one.width + 4:.1f} {one.width + 1:.1f}"'
+        marks.append(f"""\
+<g class="edge" data-rank="{one.rank}" data-source="{number[edge.source]}" \
+data-target="{number[edge.target]}"><title>{escape(one.description)}</title>\
+<path d="{_smooth_path(route)}" fill="none" stroke="{SLOT_COLOURS[edge.slot]}" \
+stroke-width="{one.width:.3f}" stroke-opacity="0.8" {dashes if one.score < 0 else ""}/></g>""")
+    return marks
 
 
-def _layer_name(node: Node) -> str:
-    row = row_of(node)
-    return "inputs" if row == 0 else "output" if row == LOGITS_ROW else f"layer {(row - 1) // 2}"
-
-
-def _column_labels(placement: Placement, columns: list[Position]) -> list[str]:
-    """The positions' names over their columns, and dotted rules between columns."""
-    bounds = placement.columns if columns else ()
-    parts = []
-    for (left, right), position in zip(bounds, columns, strict=True):
-        name = _position_text(position)
-        parts.append(
-            words((left + right) / 2, -BAND_PADDING - 10, name, 12.5, INK, weight=600, middle=True)
-        )
-    top, bottom = number(-BAND_PADDING), number(placement.height + BAND_PADDING)
-    for (_, right), (left, _) in pairwise(bounds):
-        parts.append(
-            f'<path d="M{number((left + right) / 2)} {top}V{bottom}" stroke="{LINE}" stroke-dasharray="2 5"/>'
-        )
-    return parts
-
-
-def _edges(placement: Placement, strokes: list[Stroke]) -> list[str]:
-    """Strong edges last, on top."""
-    index = {box.node: place for place, box in enumerate(placement.boxes)}
-    drawn = sorted(zip(strokes, placement.routes, strict=True), key=lambda pair: -pair[0].rank)
-    return [
-        _edge(stroke, route, index[stroke.edge.source], index[stroke.edge.target])
-        for stroke, route in drawn
-    ]
-
-
-def _edge(stroke: Stroke, route: Sequence[Point], source: int, target: int) -> str:
-    dash = (
-        f' stroke-dasharray="{number(stroke.width + 4)} {number(stroke.width + 1)}"'
-        if stroke.score < 0
-        else ""
-    )
-    return (
-        f'<g class="edge" data-rank="{stroke.rank}" data-source="{source}" data-target="{target}"><title>{escape(stroke.text)}</title>'
-        f'<path d="{_path(route)}" fill="none" stroke="{SLOT_COLOURS.get(stroke.edge.slot, SLOT_COLOURS[None])}" '
-        f'stroke-width="{stroke.width:.3f}" stroke-opacity="{stroke.opacity:.2f}"{dash}/></g>'
-    )
-
-
-def _path(route: Sequence[Point]) -> str:
-    """Smooth curves between rows, straight lines past them; every curve leaves and arrives vertically."""
-    (x, y), text = route[0], [f"M{number(route[0][0])} {number(route[0][1])}"]
-    for next_x, next_y in route[1:]:
+def _smooth_path(route: Sequence[Point]) -> str:
+    """Connect the points by curves that start and end vertically, and by vertical lines."""
+    x, y = route[0]
+    commands = [f"M{x:.1f} {y:.1f}"]
+    for (x, y), (next_x, next_y) in pairwise(route):
         if abs(next_x - x) < 0.05:
-            text.append(f"V{number(next_y)}")
-        else:
-            middle = number((y + next_y) / 2)
-            text.append(
-                f"C{number(x)} {middle} {number(next_x)} {middle} {number(next_x)} {number(next_y)}"
-            )
-        x, y = next_x, next_y
-    return "".join(text)
+            commands.append(f"V{next_y:.1f}")
+            continue
+        middle = (y + next_y) / 2
+        controls = f"{x:.1f} {middle:.1f} {next_x:.1f} {middle:.1f}"
+        commands.append(f"C{controls} {next_x:.1f} {next_y:.1f}")
+    return "".join(commands)
 
 
-def _nodes(boxes: Sequence[Box], strokes: list[Stroke]) -> list[str]:
-    by_strength = sorted(strokes, key=lambda stroke: stroke.rank)
-    return [
-        _node(
-            index,
-            box,
-            [s for s in by_strength if s.edge.target == box.node],
-            [s for s in by_strength if s.edge.source == box.node],
-        )
-        for index, box in enumerate(boxes)
-    ]
+def _node_marks(layout: Layout, drawn: list[DrawnEdge]) -> list[str]:
+    marks = []
+    for number, placed in enumerate(layout.nodes):
+        node = placed.node
+        n_in = sum(one.edge.target == node for one in drawn)
+        n_out = sum(one.edge.source == node for one in drawn)
+        tooltip = f"<title>{escape(str(node))}\nedges in: {n_in}, edges out: {n_out}</title>"
+        marks.append(f'<g class="node" data-node="{number}">{tooltip}{_node_shape(placed)}</g>')
+    return marks
 
 
-def _node(index: int, box: Box, into: list[Stroke], out: list[Stroke]) -> str:
-    fill, ink, radius = _look(box.node)
-    tip = "\n".join([str(box.node), *_listed("in", into), *_listed("out", out)])
-    shape = rect(
-        box.x - box.width / 2,
-        box.y - BOX_HEIGHT / 2,
-        box.width,
-        BOX_HEIGHT,
-        radius=radius,
-        fill=fill,
-        stroke=INK,
-    )
-    name = words(box.x, box.y + 4.2, box.node.label, 12, ink, middle=True, font=MONO)
-    return f'<g class="node" data-node="{index}"><title>{escape(tip)}</title>{shape}{name}</g>'
+def _node_shape(placed: PlacedNode) -> str:
+    fill, ink, radius = _node_style(placed.node)
+    left, top = placed.x - placed.width / 2, placed.y - NODE_HEIGHT / 2
+    place = f'x="{placed.x:.1f}" y="{placed.y + 4.2:.1f}" text-anchor="middle"'
+    label = _text(placed.node.label, f'{place} font-family="{MONO}" fill="{ink}"')
+    return f"""\
+<rect x="{left:.1f}" y="{top:.1f}" width="{placed.width:.1f}" height="{NODE_HEIGHT}" \
+rx="{radius}" fill="{fill}" stroke="{INK}" stroke-width="1.1"/>{label}"""
 
 
-def _look(node: Node) -> tuple[str, str, int]:
-    """Fill, text colour and corner radius: heads plain, MLPs tinted and round, both ends of the model distinct."""
+def _node_style(node: Node) -> tuple[str, str, int]:
+    """Return fill, text colour and corner radius."""
     match node:
         case Head():
-            return "#ffffff", INK, 4
+            return PAPER, INK, 4
         case MLP() | Feature():
             return "#fdf1d3", INK, 12
         case Error():
             return "#e7e8eb", INK, 0
         case Logits():
-            return INK, "#ffffff", 4
+            return INK, PAPER, 4
     return "#dfe4ec", INK, 4
-
-
-def _listed(name: str, strokes: list[Stroke]) -> list[str]:
-    more = [f"  and {len(strokes) - LISTED_EDGES} more"] if len(strokes) > LISTED_EDGES else []
-    return (
-        [
-            f"{name}: {len(strokes)}",
-            *(f"  {stroke.text}" for stroke in strokes[:LISTED_EDGES]),
-            *more,
-        ]
-        if strokes
-        else []
-    )
-
-
-def _nothing_kept(title: str | None, count: str) -> str:
-    lines = [
-        *_headline(title, count),
-        words(MARGIN, 0, "No edges kept: there is nothing to draw.", 14, INK),
-    ]
-    return document(
-        max(LEAST_WIDTH, _title_width(title)),
-        LINE_HEIGHT * len(lines) + 30,
-        title or "circuit",
-        _lines(lines),
-    )

@@ -1,4 +1,8 @@
-"""What the page of an attribution graph is told, in JSON values: nodes and edges as columns, only the strongest where there is a limit."""
+"""What the page of an attribution graph shows, as JSON values.
+
+Nodes and edges are tables: lists of one length by column name. Where there is a limit, the
+strongest or most influential ones are returned.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
+import numpy as np
+import pandas
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -17,266 +23,248 @@ from torch import Tensor
 from circuits.attribution.feature_graph import EMBEDDING, FEATURE, TARGET, FeatureGraph
 from circuits.attribution.influence import edge_influence, node_influence, prune
 
-REMEMBERED_VIEWS = 16
+N_CACHED_VIEWS = 16
 
-Columns = dict[str, Any]
-"""Lists of one length by name."""
+JsonObject = dict[str, Any]
+NodeMask = Bool[Tensor, " node"]
+NodeNumbers = Int[Tensor, " some_nodes"]
+EdgeMask = Bool[Tensor, " edge"]
+EdgeNumbers = Int[Tensor, " some_edges"]
 
 
 @dataclass(frozen=True, eq=False)
 class GraphData:
-    """A graph and what its page asks for. Nodes go by their numbers in the graph, and by their names where people read or files remember them.
+    """An attribution graph with its influence, and the queries of its page.
+
+    A node has a number, its index in the graph, and a name, its text.
 
     Attributes:
         graph: on the CPU.
-        influence: of each node.
-        along: influence along each edge.
+        influence: influence of each node on the targets.
+        edge_influence: influence that flows along each edge.
     """
 
     graph: FeatureGraph
     influence: Float[Tensor, " node"]
-    along: Float[Tensor, " edge"]
+    edge_influence: Float[Tensor, " edge"]
 
     @staticmethod
     def of(graph: FeatureGraph) -> GraphData:
-        """A graph with its influence computed."""
+        """Compute the influence of a graph's nodes and edges."""
         graph = graph.to("cpu")
         return GraphData(graph, node_influence(graph), edge_influence(graph))
 
     @cached_property
     def names(self) -> list[str]:
-        """The text of every node."""
+        """Names of the nodes."""
         return [str(self.graph.node(number)) for number in range(len(self.graph.nodes))]
 
     @cached_property
     def numbers(self) -> dict[str, int]:
-        """The nodes' numbers by their names."""
+        """Numbers of the nodes by name."""
         return {name: number for number, name in enumerate(self.names)}
 
+    # A browser stores a reader's groups under the digest, so that groups made with one graph are
+    # not shown with another.
     @cached_property
     def digest(self) -> str:
-        """Of everything that is in the graph, so that what a reader did with one graph is not shown with another."""
+        """Hash of the graph's content."""
         graph = self.graph
-        parts = [
-            *vars(graph.nodes).values(),
-            graph.source,
-            graph.target,
-            graph.weight,
-            graph.direct,
-            graph.tokens,
-        ]
-        digest = hashlib.blake2b(
-            json.dumps(
-                [graph.words, [asdict(one) for one in graph.targets], graph.n_layers]
-            ).encode(),
-            digest_size=12,
-        )
-        for part in parts:
-            digest.update(part.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        targets = [asdict(target) for target in graph.targets]
+        texts = json.dumps([graph.words, targets, graph.n_layers])
+        digest = hashlib.blake2b(texts.encode(), digest_size=12)
+        edges = (graph.source, graph.target, graph.weight, graph.direct)
+        for column in (*vars(graph.nodes).values(), *edges, graph.tokens):
+            data = column.contiguous().flatten().view(torch.uint8)
+            digest.update(data.numpy().tobytes())
         return digest.hexdigest()
 
-    def about(self) -> dict[str, Any]:
-        """What holds of the whole graph."""
+    def about(self) -> JsonObject:
+        """Describe the whole graph."""
         graph = self.graph
+        total = {
+            "nodes": len(graph.nodes),
+            "edges": len(graph),
+            "influence": _values(self.influence.sum()[None])[0],
+        }
         return {
             "digest": self.digest,
             "words": list(graph.words),
             "targets": [asdict(target) for target in graph.targets],
             "n_layers": graph.n_layers,
             "constant_names": list(graph.constant_names),
-            "total": {
-                "nodes": len(graph.nodes),
-                "edges": len(graph),
-                "influence": _values(self.influence.sum()[None])[0],
-            },
+            "total": total,
         }
 
-    def held(self, max_nodes: int, max_edges: int) -> dict[str, Any]:
-        """What a page without a server works on: the most influential nodes, and the most influential edges between them."""
-        kept = self._most_influential(
-            torch.ones(len(self.graph.nodes), dtype=torch.bool), max_nodes
-        )
-        edges = self._edges_between(kept, torch.ones(len(self.graph), dtype=torch.bool), max_edges)
-        nodes = kept.nonzero().flatten()
-        constants = [_values(row) for row in self.graph.constants[nodes]]
-        return {
-            "nodes": self.columns(nodes),
-            "edges": self._edge_columns(edges),
-            "constants": constants,
-        }
+    def held(self, max_nodes: int, max_edges: int) -> JsonObject:
+        """Return what a page without a server holds: the most influential nodes and edges."""
+        every_node = torch.ones(len(self.graph.nodes), dtype=torch.bool)
+        every_edge = torch.ones(len(self.graph), dtype=torch.bool)
+        held = self._most_influential(every_node, every_edge, max_nodes, max_edges)
+        constants = self.graph.constants[held["nodes"]["id"]]
+        return {**held, "constants": [_values(row) for row in constants]}
 
     def view(
         self, node_threshold: float, edge_threshold: float, max_nodes: int, max_edges: int
-    ) -> dict[str, Any]:
-        """What `prune` keeps, of that the most influential nodes and edges; and how many are kept.
+    ) -> JsonObject:
+        """Return the most influential of the nodes and edges that `prune` keeps, and its counts.
 
         Raises:
             InputError: a threshold is not between 0 and 1.
         """
         kept = prune(self.graph, node_threshold=node_threshold, edge_threshold=edge_threshold)
-        nodes = self._most_influential(kept.nodes, max_nodes)
-        edges = self._edges_between(nodes, kept.edges, max_edges)
         counts = {"nodes": int(kept.nodes.sum()), "edges": int(kept.edges.sum())}
-        return {
-            "nodes": self.columns(nodes.nonzero().flatten()),
-            "edges": self._edge_columns(edges),
-            "kept": counts,
-        }
+        view = self._most_influential(kept.nodes, kept.edges, max_nodes, max_edges)
+        return {**view, "kept": counts}
 
     @cached_property
-    def remembered_view(self) -> Callable[..., dict[str, Any]]:
-        """`view`, the latest answers remembered."""
-        return lru_cache(REMEMBERED_VIEWS)(self.view)
+    def cached_view(self) -> Callable[..., JsonObject]:
+        """`view` with a cache of the latest answers."""
+        return lru_cache(N_CACHED_VIEWS)(self.view)
 
-    def around(self, numbers: Sequence[int], most: int) -> dict[str, Any]:
-        """The strongest edges into and out of a node, or of several nodes taken as one: weights between them and another node are summed."""
-        chosen = torch.tensor(numbers, dtype=torch.long)
-        inside = torch.zeros(len(self.graph.nodes), dtype=torch.bool).index_fill_(0, chosen, True)
-        incoming = self._ends(_ranges(self.graph.target, numbers), self.graph.source, inside, most)
-        outgoing = self._ends(
-            self._by_source[_ranges(self._sources, numbers)], self.graph.target, inside, most
-        )
-        others = torch.tensor([*incoming["node"], *outgoing["node"]], dtype=torch.long).unique()
-        constants = _values(self.graph.constants[chosen].sum(0))
+    def around(self, numbers: Sequence[int], n: int) -> JsonObject:
+        """Return the `n` strongest edges into and out of a node, or of several taken as one.
+
+        Weights between these nodes and another node are summed.
+        """
+        # Edges between the chosen nodes are inside of the whole, and not listed.
+        source, target = self.graph.source, self.graph.target
+        inside = self._mask(numbers)
+        incoming = self._ends(source, inside[target] & ~inside[source], n)
+        outgoing = self._ends(target, inside[source] & ~inside[target], n)
+        others = torch.tensor([*incoming["node"], *outgoing["node"]], dtype=torch.long)
         return {
             "incoming": incoming,
             "outgoing": outgoing,
-            "constants": constants,
-            "nodes": self.columns(others),
+            "constants": _values(self.graph.constants[inside].sum(0)),
+            "nodes": self.node_table(others.unique()),
         }
 
-    def between(self, numbers: Sequence[int], most: int) -> Columns:
-        """The strongest edges between some nodes."""
-        inside = torch.zeros(len(self.graph.nodes), dtype=torch.bool).index_fill_(
-            0, torch.tensor(numbers, dtype=torch.long), True
-        )
-        edges = (inside[self.graph.source] & inside[self.graph.target]).nonzero().flatten()
-        order = torch.argsort(self.graph.weight[edges].abs(), descending=True, stable=True)[:most]
-        return self._edge_columns(edges[order])
+    def between(self, numbers: Sequence[int], n: int) -> JsonObject:
+        """Return the `n` strongest edges between some nodes."""
+        inside = self._mask(numbers)
+        edges = inside[self.graph.source] & inside[self.graph.target]
+        return self._edge_table(_largest(self.graph.weight.abs(), edges, n))
 
-    def search(self, text: str, most: int) -> dict[str, Any]:
-        """Nodes that a text names or whose token or label holds it, best first; and how many there are."""
+    def search(self, text: str, n: int) -> JsonObject:
+        """Return the `n` nodes that match a text best, and how many match.
+
+        The best match is a name, then the start of a name, the token or label of the node itself,
+        a part of a name, and last the token at a feature's position.
+        """
         wanted = text.strip().lower()
-        fits = [
-            (fit, -influence, number)
-            for number, influence in enumerate(self.influence.tolist())
-            if (fit := self._fit(number, wanted))
+        names, texts = self._lower_names, self._lower_texts
+        # Not a regular expression: readers search for brackets and stars as well.
+        in_text = texts.str.contains(wanted, regex=False)
+        matches = [
+            names == wanted,
+            names.str.startswith(wanted),
+            in_text & self.graph.is_kind(TARGET, EMBEDDING).numpy(),
+            names.str.contains(wanted, regex=False),
+            in_text & self.graph.is_kind(FEATURE).numpy(),
         ]
-        fits = sorted(fits) if wanted else []
-        found = torch.tensor([number for _, _, number in fits[:most]], dtype=torch.long)
-        return {"nodes": self.columns(found), "found": len(fits)}
+        no_match = len(matches)
+        quality = np.select(matches, range(no_match), no_match)
+        # Equally good matches are sorted by influence.
+        best_first = np.lexsort((self._rank, quality))
+        n_found = int((quality < no_match).sum()) if wanted else 0
+        found = torch.from_numpy(best_first[: min(n, n_found)])
+        return {"nodes": self.node_table(found), "found": n_found}
 
-    def columns(self, numbers: Int[Tensor, " some"]) -> Columns:
-        """Nodes as columns."""
-        nodes = self.graph.nodes[numbers]
-        values = {name: _values(column) for name, column in vars(nodes).items()}
-        names = [self.names[number] for number in numbers.tolist()]
-        more = {"influence": _values(self.influence[numbers]), "rank": self._rank[numbers].tolist()}
-        return {"id": numbers.tolist(), "name": names, **values, **more}
+    def node_table(self, numbers: NodeNumbers) -> JsonObject:
+        """Return the table of some nodes."""
+        columns = vars(self.graph.nodes[numbers])
+        return {
+            "id": numbers.tolist(),
+            "name": [self.names[number] for number in numbers.tolist()],
+            **{name: _values(column) for name, column in columns.items()},
+            "influence": _values(self.influence[numbers]),
+            "rank": self._rank[numbers].tolist(),
+        }
 
     @cached_property
     def _rank(self) -> Int[Tensor, " node"]:
+        """Rank of each node by influence, from 1."""
         order = torch.argsort(self.influence, descending=True, stable=True)
-        return torch.empty_like(order).index_copy_(0, order, torch.arange(1, len(order) + 1))
+        return torch.argsort(order) + 1
 
     @cached_property
-    def _by_source(self) -> Int[Tensor, " edge"]:
-        return torch.argsort(self.graph.source, stable=True)
+    def _lower_names(self) -> pandas.Series:
+        return pandas.Series(self.names, dtype=object).str.lower()
 
     @cached_property
-    def _sources(self) -> Int[Tensor, " edge"]:
-        return self.graph.source[self._by_source]
-
-    @cached_property
-    def _texts(self) -> list[tuple[str, str, bool]]:
-        """For searching: the name, the text of the token or target, and whether that is the node's own rather than its position's."""
-        nodes, words = self.graph.nodes, self.graph.words
-        texts = []
-        for name, kind, position, index in zip(
-            self.names,
-            nodes.kind.tolist(),
-            nodes.position.tolist(),
-            nodes.index.tolist(),
-            strict=True,
-        ):
-            text = self.graph.targets[index].label if kind == TARGET else words[position]
-            texts.append((name.lower(), text.lower(), kind in (TARGET, EMBEDDING)))
-        return texts
-
-    def _fit(self, number: int, wanted: str) -> int:
-        """How well a node fits a text: 1 best, 0 not at all."""
-        name, text, own = self._texts[number]
-        if name.startswith(wanted):
-            return 1 if name == wanted else 2
-        if wanted in text and own:
-            return 3
-        if wanted in name:
-            return 4
-        return 5 if wanted in text and int(self.graph.nodes.kind[number]) == FEATURE else 0
-
-    def _most_influential(self, kept: Bool[Tensor, " node"], most: int) -> Bool[Tensor, " node"]:
-        """Of some nodes the most influential; embeddings and targets always stay, for they are what the picture hangs on."""
-        always = self.graph.is_kind(EMBEDDING, TARGET)
-        others = (kept & ~always).nonzero().flatten()
-        order = torch.argsort(self.influence[others], descending=True, stable=True)
-        return (kept & always).index_fill(
-            0, others[order[: max(0, most - int((kept & always).sum()))]], True
-        )
-
-    def _edges_between(
-        self, nodes: Bool[Tensor, " node"], edges: Bool[Tensor, " edge"], most: int
-    ) -> Int[Tensor, " some"]:
-        """The most influential of some edges between some nodes, in the graph's order."""
-        among = (edges & nodes[self.graph.source] & nodes[self.graph.target]).nonzero().flatten()
-        most = min(most, len(among))
-        return among[torch.topk(self.along[among], most).indices].sort().values
-
-    def _edge_columns(self, edges: Int[Tensor, " some"]) -> Columns:
+    def _lower_texts(self) -> pandas.Series:
+        """Labels of targets, and for other nodes the token at their position."""
         graph = self.graph
-        ends = {"source": graph.source[edges].tolist(), "target": graph.target[edges].tolist()}
-        return {**ends, **{name: _values(column[edges]) for name, column in self._measures.items()}}
+        texts = []
+        columns = (graph.nodes.kind, graph.nodes.position, graph.nodes.index)
+        for kind, position, index in torch.stack(columns, dim=1).tolist():
+            text = graph.targets[index].label if kind == TARGET else graph.words[position]
+            texts.append(text.lower())
+        return pandas.Series(texts, dtype=object)
 
-    @property
-    def _measures(self) -> dict[str, Tensor]:
-        return {"weight": self.graph.weight, "direct": self.graph.direct, "influence": self.along}
+    def _mask(self, numbers: Sequence[int]) -> NodeMask:
+        mask = torch.zeros(len(self.graph.nodes), dtype=torch.bool)
+        mask[list(numbers)] = True
+        return mask
 
-    def _ends(
-        self,
-        edges: Int[Tensor, " some"],
-        other: Int[Tensor, " edge"],
-        inside: Bool[Tensor, " node"],
-        most: int,
-    ) -> Columns:
-        """The other ends of some edges, strongest first, with the weights that lead there."""
-        edges = edges[~inside[other[edges]]]
-        ends, place = other[edges].unique(return_inverse=True)
+    def _most_influential(
+        self, nodes: NodeMask, edges: EdgeMask, max_nodes: int, max_edges: int
+    ) -> JsonObject:
+        """Return tables of the most influential of some nodes, and of the edges between them.
+
+        Embeddings and targets always stay, whatever `max_nodes` is.
+        """
+        ends = self.graph.is_kind(EMBEDDING, TARGET)
+        n_others = max(0, max_nodes - int((nodes & ends).sum()))
+        kept = nodes & ends
+        kept[_largest(self.influence, nodes & ~ends, n_others)] = True
+        # An edge can be shown only if both of its ends are.
+        inside = edges & kept[self.graph.source] & kept[self.graph.target]
+        kept_edges = _largest(self.edge_influence, inside, max_edges).sort().values
+        return {
+            "nodes": self.node_table(kept.nonzero().flatten()),
+            "edges": self._edge_table(kept_edges),
+        }
+
+    def _edge_table(self, edges: EdgeNumbers) -> JsonObject:
+        columns = {
+            "source": self.graph.source,
+            "target": self.graph.target,
+            "weight": self.graph.weight,
+            "direct": self.graph.direct,
+            "influence": self.edge_influence,
+        }
+        return {name: _values(column[edges]) for name, column in columns.items()}
+
+    def _ends(self, ends: Int[Tensor, " edge"], edges: EdgeMask, n: int) -> JsonObject:
+        """Sum the weights of some edges by their ends; return the `n` strongest of these nodes."""
+        nodes, place = ends[edges].unique(return_inverse=True)
         weight, direct = (
-            torch.zeros(len(ends)).index_add_(0, place, column[edges].float())
+            torch.zeros(len(nodes)).index_add_(0, place, column[edges].float())
             for column in (self.graph.weight, self.graph.direct)
         )
-        order = torch.argsort(weight.abs(), descending=True, stable=True)[:most]
+        order = torch.argsort(weight.abs(), descending=True, stable=True)[:n]
         return {
-            "node": ends[order].tolist(),
+            "node": nodes[order].tolist(),
             "weight": _values(weight[order]),
             "direct": _values(direct[order]),
-            "total": len(ends),
+            "total": len(nodes),
         }
 
 
-def _ranges(column: Int[Tensor, " edge"], numbers: Sequence[int]) -> Int[Tensor, " some"]:
-    """The places of some numbers in a sorted column."""
-    wanted = torch.tensor(sorted(set(numbers)), dtype=column.dtype)
-    first, last = torch.searchsorted(column, wanted), torch.searchsorted(column, wanted, right=True)
-    return torch.cat(
-        [
-            torch.arange(start, stop)
-            for start, stop in zip(first.tolist(), last.tolist(), strict=True)
-        ]
-    )
+def _largest(
+    values: Float[Tensor, " n"], among: Bool[Tensor, " n"], count: int
+) -> Int[Tensor, " k"]:
+    """Return the indices of the largest values, largest first."""
+    candidates = among.nonzero().flatten()
+    largest = torch.topk(values[candidates], min(count, len(candidates)))
+    return candidates[largest.indices]
 
 
 def _values(column: Tensor) -> list[Any]:
-    """A column as JSON values: floats as precise as float32 is, None for what JSON has no number for."""
+    # Seven digits are the precision of float32. JSON has no numbers for NaN and infinity.
+    values: list[Any] = column.tolist()
     if not column.is_floating_point():
-        return list(column.tolist())
-    return [float(f"{value:.7g}") if math.isfinite(value) else None for value in column.tolist()]
+        return values
+    return [float(f"{value:.7g}") if math.isfinite(value) else None for value in values]

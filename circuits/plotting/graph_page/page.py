@@ -1,7 +1,7 @@
-"""The interactive page of an attribution graph: one HTML file that works offline, or the page that `circuits view` serves.
+"""The interactive page of an attribution graph.
 
-Template, style and scripts are files beside this one. Both pages run the same scripts; the served one asks the server where the other looks
-into what it holds.
+The page is one HTML file that works offline, or the page that `circuits view` serves. Both run the
+same scripts; the served one asks its server where the other searches the data that it holds.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from html import escape
-from importlib import resources
-from string import Template
 from typing import Any
 
 from circuits.attribution.feature_graph import FeatureGraph
-from circuits.plotting.graph_page.data import GraphData
+from circuits.plotting.graph_page.data import GraphData, JsonObject
+from circuits.plotting.markup import details_list, fill_template, static_file
 from circuits.system.errors import InputError
 
 MAX_NODES, MAX_EDGES = 1500, 20_000
@@ -33,10 +32,10 @@ SCRIPTS = (
     "graph_input.js",
     "graph.js",
 )
-THRESHOLDS = {"node_threshold": 0.8, "edge_threshold": 0.98}
-"""Where the sliders stand at first, unless the graph's settings say otherwise."""
+# The script that asks the server; only the served page has it.
 SERVED_SCRIPT = "graph_served.js"
-"""What asks the server. A page that is opened from a file does not have it."""
+# Initial values of the sliders, unless the graph's settings give others.
+THRESHOLDS = {"node_threshold": 0.8, "edge_threshold": 0.98}
 
 
 def graph_page(
@@ -47,14 +46,16 @@ def graph_page(
     max_nodes: int = MAX_NODES,
     max_edges: int = MAX_EDGES,
 ) -> str:
-    """A self-contained HTML page: the graph drawn, explored by pointing, searching and two thresholds, grouped into supernodes, exported.
+    """Write the self-contained page of an attribution graph.
 
-    Of a larger graph the page holds the most influential nodes, with all tokens and targets, and the most influential edges, and says so.
+    For a larger graph the page holds the most influential nodes and edges, and says so.
 
     Args:
-        details: settings and results to show under the title, as text.
-        max_nodes: the page holds at most so many nodes, tokens and targets in any case,
-        max_edges: and at most so many edges.
+        graph: the attribution graph.
+        title: heading of the page.
+        details: settings and results to list under the title, as plain text.
+        max_nodes: largest number of nodes in the page. All tokens and targets stay in any case.
+        max_edges: largest number of edges in the page.
 
     Raises:
         InputError: `max_nodes` or `max_edges` is negative.
@@ -62,87 +63,93 @@ def graph_page(
     for name, value in (("max_nodes", max_nodes), ("max_edges", max_edges)):
         if value < 0:
             raise InputError(
-                f"{name}={value} is negative; give how many the page may hold, for example {MAX_NODES}."
+                f"{name}={value} is negative; give how many the page may hold, for example "
+                f"{MAX_NODES}."
             )
     data = GraphData.of(graph)
     held = data.held(max_nodes, max_edges)
-    page, _ = _page(data, title, details or {}, held, _what_is_left_out(data, held), SCRIPTS)
+    page, _ = _page(data, title, details, held)
     return page
 
 
 def served_page(
     data: GraphData, *, title: str, details: Mapping[str, str] | None = None
 ) -> tuple[str, str]:
-    """The page that asks its server for nodes and edges, and the content security policy to send with it."""
-    return _page(data, title, details or {}, None, "", (SERVED_SCRIPT, *SCRIPTS))
+    """Write the page that asks its server for nodes and edges.
+
+    Returns:
+        The page and the content security policy to send with it.
+    """
+    return _page(data, title, details, None)
 
 
 def _page(
-    data: GraphData,
-    title: str,
-    details: Mapping[str, str],
-    held: Mapping[str, Any] | None,
-    note: str,
-    scripts: tuple[str, ...],
+    data: GraphData, title: str, details: Mapping[str, str] | None, held: JsonObject | None
 ) -> tuple[str, str]:
-    style, script = ("\n".join(_file(name) for name in names) for names in (STYLES, scripts))
+    """Write the page around the data that it holds (None: it asks its server)."""
+    style = _joined(STYLES)
+    script = _joined(SCRIPTS if held is not None else (SERVED_SCRIPT, *SCRIPTS))
     policy = _policy(style, script, served=held is None)
-    page = Template(_file("graph.html")).substitute(
+    settings = {**THRESHOLDS, **data.graph.settings}
+    page = fill_template(
+        "graph.html",
         title=escape(title),
         policy=policy,
-        details="".join(
-            f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>"
-            for name, text in details.items()
-        ),
-        note=escape(note),
-        **{
-            name: str(float(data.graph.settings.get(name, default)))
-            for name, default in THRESHOLDS.items()
-        },
-        about=_json({**data.about(), "title": title}),
-        held=_json(held),
+        details=details_list(details),
+        note=_what_is_left_out(data, held),
+        about=_script_json({**data.about(), "title": title}),
+        held=_script_json(held),
         style=style,
         script=script,
+        **{name: str(float(settings[name])) for name in THRESHOLDS},
     )
     return page, policy
 
 
-def _what_is_left_out(data: GraphData, held: Mapping[str, Any]) -> str:
-    here, there = (
-        (len(held["nodes"]["id"]), len(held["edges"]["source"])),
-        (len(data.graph.nodes), len(data.graph)),
-    )
-    if here == there:
+def _what_is_left_out(data: GraphData, held: JsonObject | None) -> str:
+    """Say how much of the graph the page holds, if it does not hold all."""
+    n_nodes, n_edges = len(data.graph.nodes), len(data.graph)
+    if held is None:
         return ""
-    nodes = (
-        f"the {here[0]:,} most influential of {there[0]:,} nodes"
-        if here[0] < there[0]
-        else f"all {there[0]:,} nodes"
+    held_nodes = len(held["nodes"]["id"])
+    held_edges = len(held["edges"]["source"])
+    if (held_nodes, held_edges) == (n_nodes, n_edges):
+        return ""
+    nodes = f"all {n_nodes:,} nodes"
+    if held_nodes < n_nodes:
+        nodes = f"the {held_nodes:,} most influential of {n_nodes:,} nodes"
+    return (
+        f"This page holds {nodes} and, between them, the {held_edges:,} most influential of "
+        f"{n_edges:,} edges; circuits view has all."
     )
-    return f"This page holds {nodes} and, between them, the {here[1]:,} most influential of {there[1]:,} edges; circuits view has all."
 
 
 def _policy(style: str, script: str, *, served: bool) -> str:
-    """Only this script and this style run, whatever text might slip into the page; and nothing is loaded but from the page's own server."""
-    sources = [
+    # Text that slips into the page as markup can neither run nor load anything: only this script
+    # and style are allowed, and requests go to the page's own server only.
+    rules = [
+        "default-src 'none'",
         f"script-src {_hash(script)}",
         f"style-src {_hash(style)}",
         "img-src data: blob:",
         "base-uri 'none'",
         "form-action 'none'",
     ]
-    return "; ".join(["default-src 'none'", *sources, *(["connect-src 'self'"] if served else [])])
+    if served:
+        rules.append("connect-src 'self'")
+    return "; ".join(rules)
 
 
 def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
-def _json(content: Any) -> str:
-    """JSON for a script element, which ends at the first </script and starts a comment at <!--, wherever these stand."""
+def _script_json(content: Any) -> str:
+    # A script element ends at the first </script and starts a comment at <!--.
     text = json.dumps(content, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _file(name: str) -> str:
-    return resources.files("circuits.plotting").joinpath("static", name).read_text(encoding="utf-8")
+def _joined(names: Iterable[str]) -> str:
+    return "\n".join(map(static_file, names))

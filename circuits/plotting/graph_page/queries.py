@@ -1,97 +1,104 @@
-"""What the served page may ask for: addresses, and the values that may be given with each."""
+"""The queries of the served page: their addresses and parameters."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable
 from typing import Any
 from urllib.parse import parse_qs
 
-from circuits.plotting.graph_page.data import GraphData
+from circuits.plotting.graph_page.data import GraphData, JsonObject
+from circuits.plotting.graph_page.page import THRESHOLDS
 from circuits.system.errors import InputError
 
-MOST_NODES, MOST_EDGES, MOST_LISTED = 10_000, 20_000, 1000
-
-
-def _view(data: GraphData, query: str) -> dict[str, Any]:
-    given = _given(query, "node_threshold", "edge_threshold", "max_nodes", "max_edges")
-    thresholds = _share(given, "node_threshold", 0.8), _share(given, "edge_threshold", 0.98)
-    return data.remembered_view(
-        *thresholds, _count(given, "max_nodes", MOST_NODES), _count(given, "max_edges", MOST_EDGES)
-    )
-
-
-def _edges(data: GraphData, query: str) -> dict[str, Any]:
-    given = _given(query, "node", "most")
-    return data.around(_nodes(data, given), _count(given, "most", MOST_LISTED))
-
-
-def _between(data: GraphData, query: str) -> dict[str, Any]:
-    given = _given(query, "node", "most")
-    return data.between(_nodes(data, given), _count(given, "most", MOST_EDGES))
-
-
-def _search(data: GraphData, query: str) -> dict[str, Any]:
-    given = _given(query, "text", "most")
-    return data.search(given.get("text", ""), _count(given, "most", MOST_LISTED))
-
-
-QUERIES: Mapping[str, Callable[[GraphData, str], dict[str, Any]]] = {
-    "/api/nodes": _view,
-    "/api/edges": _edges,
-    "/api/between": _between,
-    "/api/search": _search,
+MAX_NODES, MAX_EDGES, MAX_LISTED = 10_000, 20_000, 1000
+VIEW = {**THRESHOLDS, "max_nodes": MAX_NODES, "max_edges": MAX_EDGES}
+# For each address the method of `GraphData` that answers, and the defaults of its parameters. The
+# default of a count is also its largest value.
+QUERIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "/api/nodes": ("cached_view", VIEW),
+    "/api/edges": ("around", {"node": "", "most": MAX_LISTED}),
+    "/api/between": ("between", {"node": "", "most": MAX_EDGES}),
+    "/api/search": ("search", {"text": "", "most": MAX_LISTED}),
 }
-"""By address. All raise InputError for values that cannot be used."""
+SHOWN_CHARACTERS = 50  # of a wrong value, in error messages
+MAX_DIGITS = 9
 
 
-def _given(query: str, *names: str) -> dict[str, str]:
+def answer(data: GraphData, address: str, query: str) -> JsonObject:
+    """Answer a query string at one of the addresses of `QUERIES`.
+
+    Raises:
+        InputError: a parameter is unknown, given twice, or has a value that cannot be used.
+    """
+    method, defaults = QUERIES[address]
+    given = _parameters(query, defaults)
+    values: list[Any] = []
+    for name, default in defaults.items():
+        text = given.get(name, str(default))
+        if name == "node":
+            values.append(_node_numbers(data, text))
+        elif isinstance(default, str):
+            values.append(text)
+        elif isinstance(default, int):
+            values.append(_count(name, text, default))
+        else:
+            values.append(_share(name, text))
+    result: JsonObject = getattr(data, method)(*values)
+    return result
+
+
+def _parameters(query: str, names: Iterable[str]) -> dict[str, str]:
+    """Parse a query string that may hold each of these parameters once."""
+    known = list(names)
     try:
-        values = parse_qs(
+        parameters = parse_qs(
             query,
             keep_blank_values=True,
             strict_parsing=bool(query),
             errors="strict",
-            max_num_fields=len(names),
+            max_num_fields=len(known),
         )
     except ValueError as error:
         raise InputError(f"the query is not name=value&...: {error}.") from error
-    if wrong := [name for name, given in values.items() if name not in names or len(given) > 1]:
-        raise InputError(
-            f"{wrong[0][:50]!r} cannot be given here, or not twice; there are {', '.join(names)}."
-        )
-    return {name: given[0] for name, given in values.items()}
+    for name, values in parameters.items():
+        if name not in known or len(values) > 1:
+            raise InputError(
+                f"{name[:SHOWN_CHARACTERS]!r} cannot be given here, or not twice; "
+                f"the parameters are {', '.join(known)}."
+            )
+    return {name: values[0] for name, values in parameters.items()}
 
 
-def _share(given: Mapping[str, str], name: str, default: float) -> float:
+def _share(name: str, text: str) -> float:
     try:
-        value = float(given.get(name, default))
+        value = float(text)
     except ValueError:
         value = math.nan
     if not 0 <= value <= 1:
-        raise InputError(f"{name}={given[name][:50]!r}: give a number from 0 to 1.")
+        raise InputError(f"{name}={text[:SHOWN_CHARACTERS]!r}: give a number from 0 to 1.")
     return value
 
 
-def _count(given: Mapping[str, str], name: str, most: int) -> int:
-    text = given.get(name, str(most))
-    if not (text.isascii() and text.isdecimal() and len(text) < 10):
-        raise InputError(f"{name}={text[:50]!r}: give a number up to {most}.")
-    return min(int(text), most)
+def _count(name: str, text: str, largest: int) -> int:
+    if not _is_count(text):
+        raise InputError(f"{name}={text[:SHOWN_CHARACTERS]!r}: give a number up to {largest}.")
+    return min(int(text), largest)
 
 
-def _nodes(data: GraphData, given: Mapping[str, str]) -> list[int]:
-    """Numbers of nodes, or their names, separated by commas."""
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= MAX_DIGITS
+
+
+def _node_numbers(data: GraphData, texts: str) -> list[int]:
+    """Return the numbers of nodes given by number or name, separated by commas."""
     numbers = []
-    for text in given.get("node", "").split(","):
-        number = (
-            int(text)
-            if text.isascii() and text.isdecimal() and len(text) < 10
-            else data.numbers.get(text, -1)
-        )
+    for text in texts.split(","):
+        number = int(text) if _is_count(text) else data.numbers.get(text, -1)
         if not 0 <= number < len(data.names):
             raise InputError(
-                f"node={text[:50]!r}: the graph has no such node; give numbers or names such as f2.1204@5, with commas between."
+                f"node={text[:SHOWN_CHARACTERS]!r}: the graph has no such node; give numbers or "
+                "names such as f2.1204@5, separated by commas."
             )
         numbers.append(number)
     return numbers

@@ -1,7 +1,8 @@
-"""The server behind `circuits view`: one graph, on this machine only.
+"""The server behind `circuits view`: one graph, for this machine only.
 
-It answers a fixed list of addresses and reads no path from any of them. Requests that name another host are refused (a page elsewhere could
-have its own name point here), and so are writes that come from another page.
+It answers a fixed list of addresses and derives no file path from a request. It refuses requests
+that name another host, since a page elsewhere could make its own name point here, and writes that
+come from another page.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import errno
 import json
 import socket
+import socketserver
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -21,17 +23,20 @@ from typing import Any
 import torch
 
 from circuits.attribution.feature_graph import FILE, FeatureGraph
-from circuits.plotting.graph_page.data import GraphData
-from circuits.plotting.graph_page.groups import load_groups, save_groups
+from circuits.plotting.graph_page.data import GraphData, JsonObject
+from circuits.plotting.graph_page.groups import grouped_names, load_groups, save_groups
 from circuits.plotting.graph_page.page import served_page
-from circuits.plotting.graph_page.queries import QUERIES
+from circuits.plotting.graph_page.queries import QUERIES, answer
 from circuits.system.errors import InputError
 
 ADDRESS = "127.0.0.1"
+HOST_NAMES = ("localhost", ADDRESS, "[::1]")
 PAGE, GROUPS = "/", "/api/groups"
+TEXT = "text/plain; charset=utf-8"
 LARGEST_BODY = 1 << 20
-SECONDS = 20  # that a request may take to arrive
-LET_GO_SECONDS, LET_GO_BYTES = 2, 1 << 24
+MAX_LENGTH_DIGITS = 18
+REQUEST_SECONDS = 20
+DRAIN_SECONDS, DRAIN_BYTES, DRAIN_CHUNK = 2, 1 << 24, 1 << 16
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -43,8 +48,8 @@ HEADERS = {
 NOTHING_ALLOWED = "default-src 'none'; frame-ancestors 'none'"
 
 
-class RefusedError(Exception):
-    """A request that is not answered: a status, and why."""
+class HttpError(Exception):
+    """A request that is refused, with the HTTP status and the reason."""
 
     def __init__(self, status: HTTPStatus, reason: str) -> None:
         super().__init__(reason)
@@ -52,7 +57,7 @@ class RefusedError(Exception):
 
 
 class GraphServer(ThreadingHTTPServer):
-    """Serves the graph of one folder. `serve_forever` runs it; `url` is where."""
+    """Serves the graph of one run folder at `url`, once `serve_forever` runs."""
 
     daemon_threads = True
 
@@ -61,52 +66,57 @@ class GraphServer(ThreadingHTTPServer):
     ) -> None:
         self.folder, self.data = folder, data
         page, policy = served_page(data, title=title, details=details)
-        self.page, self.policy = page.encode(errors="replace"), f"{policy}; frame-ancestors 'none'"
-        self.writing = threading.Lock()
-        super().__init__((ADDRESS, port), _Handler)
-        port = self.server_address[1]
-        names = [f"{host}:{port}" for host in ("localhost", ADDRESS, "[::1]")]
-        self.hosts = frozenset(names + (["localhost", ADDRESS, "[::1]"] if port == 80 else []))
+        self.page = page.encode(errors="replace")
+        self.policy = f"{policy}; frame-ancestors 'none'"
+        self.write_lock = threading.Lock()
+        super().__init__((ADDRESS, port), GraphRequestHandler)
+        hosts = [f"{name}:{self.server_port}" for name in HOST_NAMES]
+        # Browsers leave out the default port of HTTP.
+        self.hosts = {*hosts, *HOST_NAMES} if self.server_port == 80 else set(hosts)
 
     @property
     def url(self) -> str:
         """The page's address."""
-        return f"http://{ADDRESS}:{self.server_address[1]}/"
+        return f"http://{ADDRESS}:{self.server_port}/"
 
-    def groups(self) -> dict[str, Any]:
-        """What was kept of the reader's work, and the nodes it names."""
-        kept = load_groups(self.folder, self.data)
-        names = [*kept["pinned"], *(name for one in kept["supernodes"] for name in one["nodes"])]
-        numbers = torch.tensor([self.data.numbers[name] for name in names], dtype=torch.long)
-        return {**kept, "nodes": self.data.columns(numbers)}
+    def groups(self) -> JsonObject:
+        """Return the reader's groups and the table of the nodes in them."""
+        groups = load_groups(self.folder, self.data)
+        numbers = [self.data.numbers[name] for name in grouped_names(groups)]
+        nodes = self.data.node_table(torch.tensor(numbers, dtype=torch.long))
+        return {**groups, "nodes": nodes}
 
-    def keep(self, content: Any) -> None:
-        """Write the reader's work into the folder."""
-        with self.writing:
+    def save(self, groups: Any) -> None:
+        """Write the reader's groups into the folder."""
+        # Each request has its own thread.
+        with self.write_lock:
             try:
-                save_groups(self.folder, self.data, content)
+                save_groups(self.folder, self.data, groups)
             except OSError as error:
                 reason = f"groups.json could not be written into {self.folder}: {error.strerror}."
-                raise RefusedError(HTTPStatus.INTERNAL_SERVER_ERROR, reason) from error
+                raise HttpError(HTTPStatus.INTERNAL_SERVER_ERROR, reason) from error
 
     def server_bind(self) -> None:
         """Bind without looking up this machine's name, which can take seconds."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
+        socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = ADDRESS, self.server_address[1]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of readers who went away."""
+        """Do not report readers who closed their connection."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
 
 def open_server(folder: str | Path, port: int) -> GraphServer:
-    """The server of a folder's graph, not yet running. Port 0 takes a free one.
+    """Open the server of a folder's graph; the caller runs it.
+
+    Args:
+        folder: a folder that holds an attribution graph.
+        port: from 1 to 65535, or 0 for a free one.
 
     Raises:
-        InputError: the folder holds no graph, its graph or groups are damaged, or the port cannot be had.
+        InputError: the folder holds no graph, its graph or groups are damaged, or the port is not
+            available.
     """
     folder = Path(folder)
     if not (folder / FILE).is_file():
@@ -117,179 +127,167 @@ def open_server(folder: str | Path, port: int) -> GraphServer:
         )
     graph = FeatureGraph.load(folder)
     data = GraphData.of(graph)
+    # Damaged groups are refused now, before a reader's work could replace them.
     load_groups(folder, data)
+    title = graph.prompt or folder.name
     try:
-        return GraphServer(
-            folder, data, port, title=graph.prompt or folder.name, details=_details(graph)
-        )
+        return GraphServer(folder, data, port, title=title, details=_details(graph))
     except OSError as error:
-        reason = (
-            "is taken" if error.errno == errno.EADDRINUSE else f"cannot be had ({error.strerror})"
-        )
+        reason = f"is not available ({error.strerror})"
+        if error.errno == errno.EADDRINUSE:
+            reason = "is taken"
         raise InputError(
             f"port {port} {reason}; choose another with --port, or 0 for a free one."
         ) from error
 
 
 def _details(graph: FeatureGraph) -> dict[str, str]:
-    made = {
-        "model": graph.model and graph.model.name,
-        "transcoders": graph.transcoders and graph.transcoders.name,
+    model, transcoders = graph.model, graph.transcoders
+    names = {
+        "model": model and model.name,
+        "transcoders": transcoders and transcoders.name,
     }
-    return {name: text for name, text in made.items() if text}
+    return {label: name for label, name in names.items() if name}
 
 
-class _Handler(BaseHTTPRequestHandler):
-    """One connection."""
+class GraphRequestHandler(BaseHTTPRequestHandler):
+    """Answers the requests of one connection."""
 
     server: GraphServer
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "circuits", ""
-    timeout = SECONDS
+    timeout = REQUEST_SECONDS
 
     def do_GET(self) -> None:
-        """The page, or what it asks for."""
+        """Send the page or the answer to one of its queries."""
         with self._refusals():
             self._check_host()
             path, _, query = self.path.partition("?")
             if path == PAGE:
-                self._send(
-                    HTTPStatus.OK, self.server.page, "text/html; charset=utf-8", self.server.policy
-                )
+                page, policy = self.server.page, self.server.policy
+                self._send(HTTPStatus.OK, page, "text/html; charset=utf-8", policy)
             elif path == GROUPS:
                 self._send_json(self.server.groups())
             elif path in QUERIES:
-                self._send_json(QUERIES[path](self.server.data, query))
+                self._send_json(answer(self.server.data, path, query))
             else:
-                raise RefusedError(HTTPStatus.NOT_FOUND, "there is nothing at this address.")
+                self._refuse_address()
 
     def do_POST(self) -> None:
-        """Groups to be kept."""
+        """Save groups."""
         with self._refusals():
             self._check_host()
             if self.path != GROUPS:
-                self._refuse_method()
+                self._refuse_address()
             self._check_origin()
-            self.server.keep(self._body())
+            self.server.save(self._json_body())
             self._send_json({"saved": True})
 
-    def do_other(self) -> None:
-        """Any other method."""
-        with self._refusals():
-            self._check_host()
-            self._refuse_method()
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Refuse what the base class refuses: other methods, and requests it cannot parse."""
+        if code == HTTPStatus.NOT_IMPLEMENTED:
+            with self._refusals():
+                self._check_host()
+                self._refuse_address()
+            return
+        # The base class may not have set these yet.
+        self.path, self.command = "", ""
+        self.request_version = self.protocol_version
+        self._refuse(HTTPStatus(code), HTTPStatus(code).phrase)
 
-    def __getattr__(self, name: str) -> Any:
-        # How the base class looks up what handles a method.
-        if name.startswith("do_"):
-            return self.do_other
-        raise AttributeError(name)
-
-    def _refuse_method(self) -> None:
+    def _refuse_address(self) -> None:
         if self.path.partition("?")[0] in {PAGE, GROUPS, *QUERIES}:
-            raise RefusedError(
-                HTTPStatus.METHOD_NOT_ALLOWED, f"{self.command[:20]} is not for this address."
-            )
-        raise RefusedError(HTTPStatus.NOT_FOUND, "there is nothing at this address.")
+            reason = f"{self.command[:20]} is not for this address."
+            raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, reason)
+        raise HttpError(HTTPStatus.NOT_FOUND, "there is nothing at this address.")
 
     def _check_host(self) -> None:
+        # A request with two hosts could mean either, so it names none of ours.
         hosts = self.headers.get_all("Host") or []
-        if len(hosts) != 1 or hosts[0].strip().lower() not in self.server.hosts:
-            raise RefusedError(
-                HTTPStatus.FORBIDDEN, f"this server answers at {self.server.url} only."
-            )
+        host = hosts[0].strip().lower() if len(hosts) == 1 else ""
+        if host not in self.server.hosts:
+            reason = f"this server answers at {self.server.url} only."
+            raise HttpError(HTTPStatus.FORBIDDEN, reason)
 
     def _check_origin(self) -> None:
-        """Browsers name the page that a write comes from; programs, which name none, cannot be misled by a page."""
+        # Browsers name the page that a write comes from. Programs name none, and no page can
+        # mislead them.
+        allowed = {f"http://{host}" for host in self.server.hosts}
         origins = self.headers.get_all("Origin") or []
-        if any(
-            origin.strip().lower() not in {f"http://{host}" for host in self.server.hosts}
-            for origin in origins
-        ):
-            raise RefusedError(HTTPStatus.FORBIDDEN, "another page may not write here.")
+        if not allowed.issuperset(origin.strip().lower() for origin in origins):
+            raise HttpError(HTTPStatus.FORBIDDEN, "another page may not write here.")
         if self.headers.get_content_type() != "application/json":
-            raise RefusedError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send application/json.")
+            raise HttpError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send application/json.")
 
-    def _body(self) -> Any:
-        """What was sent, if its length was said and is not too large."""
+    def _json_body(self) -> Any:
+        try:
+            return json.loads(self.rfile.read(self._body_length()))
+        except (ValueError, RecursionError) as error:
+            raise HttpError(HTTPStatus.BAD_REQUEST, "the body is not JSON.") from error
+
+    def _body_length(self) -> int:
         lengths = self.headers.get_all("Content-Length") or []
         if "Transfer-Encoding" in self.headers or not lengths:
-            raise RefusedError(
-                HTTPStatus.LENGTH_REQUIRED, "send the body in one piece, with Content-Length."
-            )
-        if len(lengths) > 1 or not (lengths[0].isascii() and lengths[0].isdecimal()):
-            raise RefusedError(HTTPStatus.BAD_REQUEST, "Content-Length is not a number.")
-        if len(lengths[0]) > 18 or int(lengths[0]) > LARGEST_BODY:
-            raise RefusedError(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"the body is larger than {LARGEST_BODY:,} bytes.",
-            )
-        try:
-            return json.loads(self.rfile.read(int(lengths[0])))
-        except (ValueError, RecursionError) as error:
-            raise RefusedError(HTTPStatus.BAD_REQUEST, "the body is not JSON.") from error
+            reason = "send the body in one piece, with Content-Length."
+            raise HttpError(HTTPStatus.LENGTH_REQUIRED, reason)
+        length = lengths[0]
+        if len(lengths) > 1 or not (length.isascii() and length.isdecimal()):
+            raise HttpError(HTTPStatus.BAD_REQUEST, "Content-Length is not a number.")
+        if len(length) > MAX_LENGTH_DIGITS or int(length) > LARGEST_BODY:
+            reason = f"the body is larger than {LARGEST_BODY:,} bytes."
+            raise HttpError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, reason)
+        return int(length)
 
     @contextlib.contextmanager
     def _refusals(self) -> Iterator[None]:
+        """Answer errors with their status and reason."""
         try:
             yield
-        except RefusedError as refused:
-            self._refuse(refused.status, refused.reason)
+        except HttpError as error:
+            self._refuse(error.status, error.reason)
         except InputError as error:
             self._refuse(HTTPStatus.BAD_REQUEST, str(error))
 
     def _refuse(self, status: HTTPStatus, reason: str) -> None:
-        # What was not read of the request must not be taken for the next one.
+        # The unread rest of the request must not be taken for the next request.
         self.close_connection = True
-        self._send(status, f"{reason}\n".encode(errors="replace"), "text/plain; charset=utf-8")
-        if self.command != "GET":
-            self._let_go()
+        self._send(status, f"{reason}\n".encode(errors="replace"), TEXT)
+        if self.command not in ("", "GET"):
+            self._drain()
 
-    def _let_go(self) -> None:
-        """Take in what is still being sent, for a while: closing in the midst of it would lose the answer on its way."""
+    def _drain(self) -> None:
+        """Read what the client still sends, for a while; closing now could lose the answer."""
         with contextlib.suppress(OSError):
             self.wfile.flush()
             self.connection.shutdown(socket.SHUT_WR)
-            self.connection.settimeout(LET_GO_SECONDS)
-            left = LET_GO_BYTES
-            while left > 0 and (part := self.connection.recv(1 << 16)):
-                left -= len(part)
+            self.connection.settimeout(DRAIN_SECONDS)
+            for _ in range(DRAIN_BYTES // DRAIN_CHUNK):
+                if not self.connection.recv(DRAIN_CHUNK):
+                    break
 
-    def _send_json(self, content: Any) -> None:
-        self._send(
-            HTTPStatus.OK,
-            json.dumps(content, allow_nan=False, separators=(",", ":")).encode(),
-            "application/json",
-        )
+    def _send_json(self, content: JsonObject) -> None:
+        text = json.dumps(content, allow_nan=False, separators=(",", ":"))
+        self._send(HTTPStatus.OK, text.encode(), "application/json")
 
     def _send(
-        self, status: HTTPStatus, body: bytes, kind: str, policy: str = NOTHING_ALLOWED
+        self, status: HTTPStatus, body: bytes, content_type: str, policy: str = NOTHING_ALLOWED
     ) -> None:
-        self.send_response(status)
         headers = {
             **HEADERS,
             "Content-Security-Policy": policy,
-            "Content-Type": kind,
+            "Content-Type": content_type,
             "Content-Length": str(len(body)),
         }
         if status == HTTPStatus.METHOD_NOT_ALLOWED:
             headers["Allow"] = "GET, POST" if self.path == GROUPS else "GET"
         if self.close_connection:
             headers["Connection"] = "close"
+        self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the base class refuses, such as a first line that is no request, in the same form as our own refusals."""
-        self.path, self.command = getattr(self, "path", ""), self.command or ""
-        self.request_version = getattr(self, "request_version", "") or self.protocol_version
-        self.close_connection = True
-        self._send(
-            HTTPStatus(code), f"{HTTPStatus(code).phrase}\n".encode(), "text/plain; charset=utf-8"
-        )
-
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Nothing: the command's own line is what people read."""
+        """Write no log: readers see the command's own line."""

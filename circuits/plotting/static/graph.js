@@ -1,3 +1,4 @@
+// @ts-check
 "use strict";
 // The page: what the reader does, what is drawn then, and what is kept of it.
 
@@ -9,7 +10,13 @@ const REMEMBERED = 400;
 
 class GraphPage {
   constructor(source, store, about) {
-    Object.assign(this, { source, store, about, turn: 0, pointed: null, answers: new Map(), edited: false });
+    this.source = source;
+    this.store = store;
+    this.about = about;
+    this.turn = 0;
+    this.pointed = null;
+    this.answers = new Map();
+    this.edited = false;
     // Nodes go by their numbers; `known` has what is known of each.
     this.state = {
       view: { nodes: [], edges: [], kept: { nodes: 0, edges: 0 } },
@@ -24,6 +31,7 @@ class GraphPage {
       subgraph: false,
       zoom: 1,
     };
+    /** @type {Record<string, any>} */
     this.elements = Object.fromEntries([...document.querySelectorAll("[id]")].map((element) => [element.id, element]));
     this.picture = new Picture(this.elements.stage, about);
     this.tip = document.body.appendChild(make("div", { class: "tip", hidden: true }));
@@ -205,7 +213,7 @@ class GraphPage {
   group(ids) {
     if (!ids.size) return;
     const { state } = this;
-    for (const one of state.supernodes) ids.forEach((id) => one.nodes.delete(id));
+    for (const one of state.supernodes) for (const id of ids) one.nodes.delete(id);
     state.supernodes = state.supernodes.filter((one) => one.nodes.size);
     const names = new Set(state.supernodes.map((one) => one.name));
     let number = state.supernodes.length + 1;
@@ -213,6 +221,7 @@ class GraphPage {
     state.supernodes.push({ name: `supernode ${number}`, nodes: new Set(ids) });
     state.chosen = new Set();
     this.changed();
+    /** @type {HTMLInputElement | undefined} */
     const name = [...this.elements.groups.querySelectorAll(".supernodes input")].at(-1);
     name?.focus();
     name?.select();

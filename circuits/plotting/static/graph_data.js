@@ -1,5 +1,6 @@
+// @ts-check
 "use strict";
-// Nodes, edges and pruning of what the page holds itself. Pruning is circuits/influence.py's, which a test compares it with.
+// Nodes, edges and pruning of what the page holds itself. Pruning is circuits/attribution/influence.py's, which a test compares it with.
 
 const FEATURE = 0,
   ERROR = 1,
@@ -37,8 +38,10 @@ class HeldGraph {
     this.constants = held.constants;
     this.place = new Map(this.nodes.map((node, place) => [node.id, place]));
     this.byName = new Map(this.nodes.map((node) => [node.name, node]));
-    const { source, target, ...measures } = held.edges;
-    Object.assign(this, measures);
+    const { source, target, weight, direct, influence } = held.edges;
+    this.weight = weight;
+    this.direct = direct;
+    this.influence = influence;
     this.source = source.map((id) => this.place.get(id));
     this.target = target.map((id) => this.place.get(id));
     // Edges stand by target: those into node i are first[i] to first[i + 1].

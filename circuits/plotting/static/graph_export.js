@@ -1,3 +1,4 @@
+// @ts-check
 "use strict";
 // The picture as a file: what is on the page, all of it, on white.
 

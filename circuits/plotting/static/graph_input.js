@@ -1,3 +1,4 @@
+// @ts-check
 "use strict";
 // Pointer and keys, and the tools over the picture.
 

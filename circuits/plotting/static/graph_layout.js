@@ -1,3 +1,4 @@
+// @ts-check
 "use strict";
 // Where nodes and labels stand. Columns are positions, bands are layers; the nodes of one layer and position share a cell, side by side
 // and, where that is too wide, in rows. Nothing here touches the page but to measure text.

@@ -1,3 +1,4 @@
+// @ts-check
 "use strict";
 // The marks of the picture. Looks are attributes and not style, so that a saved picture is the one on the page.
 
@@ -29,7 +30,7 @@ function words(x, y, text, attributes = {}) {
   return mark("text", { x, y, "font-size": 12, fill: INK, ...attributes }, text);
 }
 
-function drawFrame(layout, about) {
+function drawFrame(layout) {
   const bands = mark("g", { class: "bands" });
   layout.layers.forEach(({ top, bottom }, layer) => {
     if (layer % 2 === 0)
@@ -48,7 +49,7 @@ function drawFrame(layout, about) {
 }
 
 // The names of layers, on paper of their own because they stay in view when the picture scrolls.
-function drawLayerAxis(layout, about) {
+function drawLayerAxis(layout) {
   const axis = mark(
     "g",
     { class: "layers" },

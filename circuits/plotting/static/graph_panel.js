@@ -1,3 +1,4 @@
+// @ts-check
 "use strict";
 // The column beside the picture: what is selected with its strongest inputs and outputs, pinned nodes, supernodes.
 
@@ -44,8 +45,8 @@ function drawSelection(place, state, about, act) {
   if (!edges) return;
   place.append(
     constantsLine(edges.constants, about),
-    edgeTable("Inputs", edges.incoming, state, about, act),
-    edgeTable("Outputs", edges.outgoing, state, about, act),
+    edgeTable("Inputs", edges.incoming, about, act),
+    edgeTable("Outputs", edges.outgoing, about, act),
   );
 }
 
@@ -136,7 +137,7 @@ function constantsLine(constants, about) {
   );
 }
 
-function edgeTable(title, { ends, total }, state, about, act) {
+function edgeTable(title, { ends, total }, about, act) {
   const edges = total > ends.length ? `the strongest ${ends.length} of ${count(total)}` : total === 1 ? "1 edge" : `${count(total)} edges`;
   // A page that holds only some of a graph's edges cannot speak for the others.
   const heading = make("h3", {}, title, " ", make("small", {}, `${edges}${about.whole ? "" : " in this page"}`));

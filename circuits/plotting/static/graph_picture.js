@@ -1,3 +1,4 @@
+// @ts-check
 "use strict";
 // The picture: drawn from a state, lit up around what is pointed at or selected.
 
@@ -14,7 +15,11 @@ const NOTHING_PINNED =
 
 class Picture {
   constructor(stage, about) {
-    Object.assign(this, { stage, about, svg: null, places: new Map(), guests: new Map() });
+    this.stage = stage;
+    this.about = about;
+    this.svg = null;
+    this.places = new Map();
+    this.guests = new Map();
     stage.addEventListener("scroll", () => this.stick());
   }
 
@@ -75,7 +80,8 @@ class Picture {
   }
 
   replace({ width, height }, parts) {
-    const focused = this.svg?.contains(document.activeElement) ? document.activeElement.dataset : null;
+    const active = /** @type {HTMLElement | SVGElement} */ (document.activeElement);
+    const focused = this.svg?.contains(active) ? active.dataset : null;
     const label = "Attribution graph; arrow keys go from node to node";
     this.svg = mark(
       "svg",
@@ -134,7 +140,7 @@ class Picture {
       const ends = [Number(edge.dataset.source), Number(edge.dataset.target)],
         lit = number < 0 || ends.includes(number);
       edge.setAttribute("opacity", lit ? 1 : DIMMED);
-      if (lit) ends.forEach((end) => near.add(end));
+      if (lit) for (const end of ends) near.add(end);
     }
     for (const [box, element] of this.marks) element.setAttribute("opacity", number < 0 || near.has(box) ? 1 : DIMMED);
   }

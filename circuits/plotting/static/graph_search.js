@@ -1,3 +1,4 @@
+// @ts-check
 "use strict";
 // The search box: a list under it, and rings around what was found.
 
@@ -5,7 +6,7 @@ const LISTED = 12,
   SEARCH_DELAY = 120;
 
 function startSearch(page) {
-  const box = document.getElementById("search"),
+  const box = /** @type {HTMLInputElement} */ (document.getElementById("search")),
     list = document.getElementById("found");
   let nodes = [],
     at = -1,
@@ -21,7 +22,7 @@ function startSearch(page) {
 
   function move(to) {
     at = nodes.length ? (to + nodes.length) % nodes.length : -1;
-    [...list.querySelectorAll("[role=option]")].forEach((entry, place) => entry.setAttribute("aria-selected", String(place === at)));
+    for (const [place, entry] of list.querySelectorAll("[role=option]").entries()) entry.setAttribute("aria-selected", String(place === at));
     if (at >= 0) box.setAttribute("aria-activedescendant", `found-${at}`);
     list.children[at]?.scrollIntoView({ block: "nearest" });
   }

@@ -1,3 +1,4 @@
+// @ts-check
 "use strict";
 // The same answers as HeldGraph and BrowserStore give, from the server that sent the page.
 

@@ -1,3 +1,4 @@
+// @ts-check
 "use strict";
 // The picture of pinned nodes and supernodes alone.
 

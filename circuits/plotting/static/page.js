@@ -1,3 +1,4 @@
+// @ts-check
 "use strict";
 // Everything is read from the page itself: drawings carry data-rank, data-source, data-target and data-node, table rows data-rank.
 
@@ -34,7 +35,7 @@ function startCircuit(panel) {
   function light(mark) {
     if (mark === shown) return;
     shown = mark;
-    const near = mark && mark.matches(".edge") ? [mark] : edges.filter((edge) => mark && [edge.dataset.source, edge.dataset.target].includes(mark.dataset.node));
+    const near = mark?.matches(".edge") ? [mark] : edges.filter((edge) => mark && [edge.dataset.source, edge.dataset.target].includes(mark.dataset.node));
     const lit = new Set([mark, ...near, ...near.flatMap((edge) => [node.get(edge.dataset.source), node.get(edge.dataset.target)])]);
     const ranks = new Set(near.map((edge) => edge.dataset.rank));
     drawing.classList.toggle("picked", Boolean(mark));
@@ -73,7 +74,7 @@ function startTable(table) {
   const heads = [...table.querySelectorAll("th")];
   const body = table.tBodies[0];
   const value = (row, column) => row.cells[column].dataset.value ?? row.cells[column].textContent;
-  heads.forEach((head, column) => head.querySelector("button").addEventListener("click", () => {
+  for (const [column, head] of heads.entries()) head.querySelector("button").addEventListener("click", () => {
     const rising = head.getAttribute("aria-sort") === "descending";
     for (const other of heads) other.removeAttribute("aria-sort");
     head.setAttribute("aria-sort", rising ? "ascending" : "descending");
@@ -81,16 +82,17 @@ function startTable(table) {
     const compare = (a, b) => {
       const [x, y] = [value(a, column), value(b, column)];
       if (!numbers) return rising ? x.localeCompare(y) : y.localeCompare(x);
-      if (x === "" || y === "") return (x === "") - (y === "");
+      if (x === "" || y === "") return Number(x === "") - Number(y === "");
       return rising ? x - y : y - x;
     };
     body.append(...[...body.rows].sort(compare));
-  }));
+  });
 }
 
 // One method at a time, or all beside each other.
 function startTabs(tabs) {
-  const methods = [...document.querySelectorAll(".method")];
+  /** @type {NodeListOf<HTMLElement>} */
+  const methods = document.querySelectorAll(".method");
   const buttons = [...tabs.querySelectorAll("button")];
   const choose = (chosen) => {
     const every = chosen.dataset.show === "all";

@@ -1,0 +1,28 @@
+"""HTML from the templates in `static/`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from importlib import resources
+from string import Template
+
+
+def static_file(name: str) -> str:
+    """Return the text of a file in `static/`."""
+    file = resources.files("circuits.plotting").joinpath("static", name)
+    return file.read_text(encoding="utf-8")
+
+
+def fill_template(name: str, **values: str) -> str:
+    """Fill the placeholders of a template in `static/`. The values must be HTML already."""
+    return Template(static_file(name)).substitute(values)
+
+
+def details_list(details: Mapping[str, str] | None) -> str:
+    """Write settings and results, given as plain text, as a description list."""
+    entries = [
+        f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>"
+        for name, text in (details or {}).items()
+    ]
+    return f"<dl>{''.join(entries)}</dl>" if entries else ""
