@@ -103,7 +103,7 @@ def reaching_logits(model: Model, graph: Graph) -> Callable[[EdgeMask], EdgeMask
 
     Edges of the model that the graph lacks are never ablated, so paths lead along them as well.
     """
-    split_embed = any(isinstance(node, TokenEmbed | PosEmbed) for node in graph.nodes)
+    split_embed = graph.splits_embedding
     per_span = sum(n_sources for _, _, n_sources in _slots(model, split_embed))
     if len(graph) == per_span * len(graph.positions or (None,)):
         return graph.reaching_logits

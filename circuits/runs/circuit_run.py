@@ -42,7 +42,13 @@ from circuits.system.ranks import RankError, on_first, ranks, totals
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
 
-RECORD, METRICS, PAGE, CHECKPOINT, LOCK = "record.json", "metrics.json", "circuit.html", "checkpoint.safetensors", ".lock"
+RECORD, METRICS, PAGE, CHECKPOINT, LOCK = (
+    "record.json",
+    "metrics.json",
+    "circuit.html",
+    "checkpoint.safetensors",
+    ".lock",
+)
 RECORD_FORMAT, METRICS_FORMAT, FORMAT_VERSION = "circuits.run", "circuits.metrics", 1
 WAIT = 60  # seconds
 PACKAGES = ("circuits", "torch", "transformer-lens", "transformers")
@@ -70,7 +76,9 @@ class CircuitRun:
 
         Where whole runs computed those nodes, which is when the architecture has no faster way, they are not counted twice.
         """
-        partial = self.record.get("node_evaluations", 0) / max(1, computed_nodes(self.circuit.graph))
+        partial = self.record.get("node_evaluations", 0) / max(
+            1, computed_nodes(self.circuit.graph)
+        )
         return max(float(self.record["forward_passes"]), partial)
 
 
@@ -96,7 +104,9 @@ def run(
         RankError: another rank ended; the message says where the state is.
     """
     graph = discoverer.search_graph(model, graph)
-    folder = Path(out) / task.name / f"{discoverer.name}-{_digest(discoverer, model, task, graph)[:8]}"
+    folder = (
+        Path(out) / task.name / f"{discoverer.name}-{_digest(discoverer, model, task, graph)[:8]}"
+    )
     with _turn(folder):
         if on_first(lambda: (folder / RECORD).exists()):
             return on_first(lambda: load_run(folder))
@@ -117,7 +127,12 @@ def run(
 
 
 def _discovered(
-    discoverer: CircuitDiscoverer, model: Model, task: Task, graph: Graph, checkpoint: Path, progress: Progress | None
+    discoverer: CircuitDiscoverer,
+    model: Model,
+    task: Task,
+    graph: Graph,
+    checkpoint: Path,
+    progress: Progress | None,
 ) -> Circuit:
     try:
         state = checkpoint if isinstance(discoverer, Resumable) else None
@@ -126,7 +141,9 @@ def _discovered(
         kept = f"the state is in {checkpoint}" if checkpoint.exists() else "nothing was saved yet"
         raise RankError(f"{error}; {kept}: run the same command again") from error
     if not isinstance(circuit, Circuit):
-        raise InputError(f"method {discoverer.name!r} returned {type(circuit).__name__}; discover must return a Circuit.")
+        raise InputError(
+            f"method {discoverer.name!r} returned {type(circuit).__name__}; discover must return a Circuit."
+        )
     return circuit
 
 
@@ -150,11 +167,21 @@ def load_run(folder: str | Path) -> CircuitRun:
     """
     folder = Path(folder)
     if not (folder / RECORD).exists():
-        unfinished = " (it is unfinished: give the same discover command again, and it goes on)" if (folder / CHECKPOINT).exists() else ""
-        raise InputError(f"{folder} holds no finished run{unfinished}; give a folder with {RECORD} and {FILE}.")
+        unfinished = (
+            " (it is unfinished: give the same discover command again, and it goes on)"
+            if (folder / CHECKPOINT).exists()
+            else ""
+        )
+        raise InputError(
+            f"{folder} holds no finished run{unfinished}; give a folder with {RECORD} and {FILE}."
+        )
     record = read_json(folder / RECORD, RECORD_FORMAT, FORMAT_VERSION)
-    if missing := [name for name in ("method", "settings", "seconds", "forward_passes") if name not in record]:
-        raise InputError(f"{folder / RECORD} is damaged: it has no {', '.join(missing)}; delete the folder and run again.")
+    if missing := [
+        name for name in ("method", "settings", "seconds", "forward_passes") if name not in record
+    ]:
+        raise InputError(
+            f"{folder / RECORD} is damaged: it has no {', '.join(missing)}; delete the folder and run again."
+        )
     return CircuitRun(folder, Circuit.load(folder), record, reused=True)
 
 
@@ -177,17 +204,37 @@ def evaluate_run(
     """
     circuit = found.circuit if size is None else found.circuit.top(size)
     names = [as_json(metric) for metric in metrics] if metrics is not None else None
-    settings = {"task": task.name, "prompts": task.digest(), "metrics": names, "ablation": as_json(ablation), "size": size}
-    key = hashlib.blake2b(json.dumps([settings, identity(model).weights]).encode(), digest_size=8).hexdigest()
+    settings = {
+        "task": task.name,
+        "prompts": task.digest(),
+        "metrics": names,
+        "ablation": as_json(ablation),
+        "size": size,
+    }
+    key = hashlib.blake2b(
+        json.dumps([settings, identity(model).weights]).encode(), digest_size=8
+    ).hexdigest()
     path = found.folder / METRICS
     with locked(found.folder):
-        known = read_json(path, METRICS_FORMAT, FORMAT_VERSION).get("evaluations", {}) if path.exists() else {}
+        known = (
+            read_json(path, METRICS_FORMAT, FORMAT_VERSION).get("evaluations", {})
+            if path.exists()
+            else {}
+        )
         if key not in known:
             evaluation = evaluate(model, circuit, task, metrics=metrics, ablation=ablation)
             table = evaluation.table().to_dict(orient="index")
             # JSON has no NaN; a faithfulness that is not defined is null.
-            values = {name: {column: None if value != value else value for column, value in row.items()} for name, row in table.items()}
-            known[key] = {**settings, "n_prompts": len(task), "edges": len(circuit), "values": values}
+            values = {
+                name: {column: None if value != value else value for column, value in row.items()}
+                for name, row in table.items()
+            }
+            known[key] = {
+                **settings,
+                "n_prompts": len(task),
+                "edges": len(circuit),
+                "values": values,
+            }
             write_json(path, {"evaluations": known}, METRICS_FORMAT, FORMAT_VERSION)
     return known[key]
 
@@ -235,27 +282,45 @@ def locked(folder: Path) -> FileLock:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"the run folder {folder} cannot be made ({error.strerror}); give another one with out.") from error
+        raise InputError(
+            f"the run folder {folder} cannot be made ({error.strerror}); give another one with out."
+        ) from error
     return FileLock(folder / LOCK)
 
 
 def _digest(discoverer: CircuitDiscoverer, model: Model, task: Task, graph: Graph) -> str:
-    parts = [version("circuits"), discoverer.identity(), identity(model).weights, task.digest(), graph.positions]
+    parts = [
+        version("circuits"),
+        discoverer.identity(),
+        identity(model).weights,
+        task.digest(),
+        graph.positions,
+    ]
     digest = hashlib.blake2b(json.dumps(parts).encode())
     for column in (graph.source, graph.target, graph.slot):
         digest.update(column.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _circumstances(discoverer: CircuitDiscoverer, model: Model, task: Task, graph: Graph) -> dict[str, Any]:
+def _circumstances(
+    discoverer: CircuitDiscoverer, model: Model, task: Task, graph: Graph
+) -> dict[str, Any]:
     who = identity(model)
     return {
         "method": discoverer.name,
         "settings": discoverer.settings(),
-        "model": {"name": who.name, "shape": dict(who.shape), "weights": who.weights, "dtype": str(model.cfg.dtype)},
+        "model": {
+            "name": who.name,
+            "shape": dict(who.shape),
+            "weights": who.weights,
+            "dtype": str(model.cfg.dtype),
+        },
         "task": {"name": task.name, "prompts": len(task), "digest": task.digest()},
         "graph": {"edges": len(graph), "positions": graph.positions},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in PACKAGES},
+        },
         "device": str(model.cfg.device),
         "threads": torch.get_num_threads(),
         "ranks": ranks().world,

@@ -94,13 +94,22 @@ def run_graph(
         if (folder / RECORD).exists():
             found = _found_again(folder)
             if not (folder / PAGE).exists():
-                write_bytes(folder / PAGE, graph_page(found.graph, title=text, details=_details(found.record)).encode())
+                write_bytes(
+                    folder / PAGE,
+                    graph_page(found.graph, title=text, details=_details(found.record)).encode(),
+                )
             return found
         started = time.perf_counter()
         graph = method.attribute(model, tokens, explain=explain)
         seconds = time.perf_counter() - started
-        small = pruned(graph, node_threshold=method.node_threshold, edge_threshold=method.edge_threshold)
-        record = {**_circumstances(method, model, text, graph, small), "seconds": seconds, "notes": dict(notes or {})}
+        small = pruned(
+            graph, node_threshold=method.node_threshold, edge_threshold=method.edge_threshold
+        )
+        record = {
+            **_circumstances(method, model, text, graph, small),
+            "seconds": seconds,
+            "notes": dict(notes or {}),
+        }
         graph.save(folder)
         write_bytes(folder / PAGE, graph_page(graph, title=text, details=_details(record)).encode())
         # The record comes last: where it stands, the run is whole.
@@ -136,7 +145,9 @@ def load_graph_run(folder: str | Path) -> GraphRun:
     """
     folder = Path(folder)
     if not (folder / RECORD).exists():
-        raise InputError(f"{folder} holds no finished graph; give a folder with {RECORD} and {FILE}, as `circuits graph` writes it.")
+        raise InputError(
+            f"{folder} holds no finished graph; give a folder with {RECORD} and {FILE}, as `circuits graph` writes it."
+        )
     record = read_json(folder / RECORD, RECORD_FORMAT, FORMAT_VERSION)
     return GraphRun(folder, FeatureGraph.load(folder), record, reused=True)
 
@@ -145,27 +156,54 @@ def _slug(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:SLUG].strip("-") or "prompt"
 
 
-def _digest(method: AttributionGraph, model: Model, tokens: Int[Tensor, " pos"], explain: Sequence[Explained] | None) -> str:
+def _digest(
+    method: AttributionGraph,
+    model: Model,
+    tokens: Int[Tensor, " pos"],
+    explain: Sequence[Explained] | None,
+) -> str:
     explained = None if explain is None else [_in_full(one) for one in explain]
-    parts = [version("circuits"), method.identity(), identity(model).weights, tokens.tolist(), explained]
+    parts = [
+        version("circuits"),
+        method.identity(),
+        identity(model).weights,
+        tokens.tolist(),
+        explained,
+    ]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=4).hexdigest()
 
 
 def _in_full(explained: Explained) -> Any:
     """What is explained as a JSON value that differs where it does."""
     if isinstance(explained, Direction):
-        vector = hashlib.blake2b(explained.vector.double().cpu().contiguous().numpy().tobytes()).hexdigest()
-        return [explained.label, vector, explained.bias, explained.weight, explained.position, explained.token]
+        vector = hashlib.blake2b(
+            explained.vector.double().cpu().contiguous().numpy().tobytes()
+        ).hexdigest()
+        return [
+            explained.label,
+            vector,
+            explained.bias,
+            explained.weight,
+            explained.position,
+            explained.token,
+        ]
     return as_json(explained)
 
 
-def _circumstances(method: AttributionGraph, model: Model, prompt: str, graph: FeatureGraph, small: FeatureGraph) -> dict[str, Any]:
+def _circumstances(
+    method: AttributionGraph, model: Model, prompt: str, graph: FeatureGraph, small: FeatureGraph
+) -> dict[str, Any]:
     who, made_with = identity(model), graph.transcoders
     assert made_with is not None
     return {
         "method": method.name,
         "settings": method.settings(),
-        "model": {"name": who.name, "shape": dict(who.shape), "weights": who.weights, "dtype": str(model.cfg.dtype)},
+        "model": {
+            "name": who.name,
+            "shape": dict(who.shape),
+            "weights": who.weights,
+            "dtype": str(model.cfg.dtype),
+        },
         "transcoders": vars(made_with),
         "prompt": prompt,
         "tokens": graph.tokens.tolist(),

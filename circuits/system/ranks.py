@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from circuits.system.errors import InputError
+from circuits.system.errors import InputError, NotFiniteError
 
 Result = TypeVar("Result")
 
@@ -125,16 +125,18 @@ def gathered(measure: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
 
 
 class _Report(NamedTuple):
-    """What a rank sends to the others: its result, or the text of its error."""
+    """What a rank sends to the others: its result, or its error: the text, and for invalid input
+    the class to raise on all ranks."""
 
     result: Any = None
     error: str | None = None
-    is_input_error: bool = False
+    raised_as: type[InputError] | None = None
 
     @staticmethod
     def of(error: Exception) -> _Report:
         if isinstance(error, InputError):
-            return _Report(error=str(error), is_input_error=True)
+            kind = NotFiniteError if isinstance(error, NotFiniteError) else SharedError
+            return _Report(error=str(error), raised_as=kind)
         return _Report(error=f"{type(error).__name__}: {error}")
 
 
@@ -159,13 +161,14 @@ def exchanged(function: Callable[[], Result]) -> list[Result]:
     failed = [(rank, each) for rank, each in enumerate(reports) if each.error is not None]
     # Any error but an InputError may be a bug. It comes first, and where it happened it is raised
     # with its traceback.
-    if own_error is not None and not report.is_input_error:
+    if own_error is not None and report.raised_as is None:
         raise own_error
     for rank, each in failed:
-        if not each.is_input_error:
+        if each.raised_as is None:
             raise RankError(f"rank {rank} failed: {each.error}")
-    if failed:
-        raise SharedError(failed[0][1].error) from own_error
+    for _, each in failed:
+        assert each.raised_as is not None
+        raise each.raised_as(each.error) from own_error
     return [each.result for each in reports]
 
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.system.errors import InputError
+from circuits.system.errors import InputError, NotFiniteError
 from circuits.tasks.task import Task
 
 MetricFunction = Callable[[Tensor, Tensor, Task], Tensor]
@@ -116,7 +116,7 @@ class Metric:
             )
         if not _all_finite(values):
             n_bad = int((~values.isfinite()).sum())
-            raise InputError(
+            raise NotFiniteError(
                 f"metric {self.name!r} is NaN or infinite on {n_bad} of {values.numel()} scored "
                 "rows although the logits are finite; correct the metric."
             )
@@ -138,7 +138,7 @@ def check_finite(logits: Float[Tensor, "*rows vocab"]) -> None:
     """Raise an InputError if logits are NaN or infinite."""
     if not _all_finite(logits):
         n_bad = int((~logits.isfinite()).sum())
-        raise InputError(
+        raise NotFiniteError(
             f"{n_bad} of {logits.numel()} logits are NaN or infinite: the model overflows in its "
             "dtype; load it with dtype=torch.float32 (or torch.bfloat16, which has the same range)."
         )

@@ -14,8 +14,8 @@ from html import escape
 from itertools import pairwise
 
 from circuits.graph.circuit import Circuit
-from circuits.graph.graph import PooledFeatureGraph
 from circuits.graph.edges import Edge
+from circuits.graph.graph import PooledFeatureGraph
 from circuits.graph.nodes import MLP, Error, Feature, Head, Logits, Node, Position
 from circuits.plotting.circuit_drawing.layered_graph import layered_graph, position_of, row_key
 from circuits.plotting.circuit_drawing.layout import (
