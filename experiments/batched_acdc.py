@@ -1,9 +1,12 @@
-"""What does removing many edges at once cost? Batched-edge ACDC against exact ACDC, by group and threshold, verified or not.
+"""What does removing many edges at once cost? Batched-edge ACDC against exact ACDC, by group and
+threshold, verified or not.
 
-    python experiments/batched_acdc.py                                        # toy-world's six tasks: a few minutes on one core
+    python experiments/batched_acdc.py                                        # toy-world's six
+    tasks: a few minutes on one core
     python experiments/batched_acdc.py --tasks ioi --groups target,32 --n 8   # part of it
 
-Prints the means over tasks, and writes a row per task into `--out`. "flipped" are edges that one search keeps and the other does not.
+Prints the means over tasks, and writes a row per task into `--out`. "flipped" are edges that one
+search keeps and the other does not.
 """
 
 from dataclasses import dataclass

@@ -1,20 +1,31 @@
-"""How often does removing one edge change the decision on another, and how long are the paths that carry a circuit's effect?
+"""How often does removing one edge change the decision on another, and how long are the paths that
+carry a circuit's effect?
 
-    python experiments/edge_independence.py                               # toy-world's six tasks: minutes on one core
+    python experiments/edge_independence.py                               # toy-world's six tasks:
+    minutes on one core
     python experiments/edge_independence.py --tasks ioi --states 20       # part of it
 
-Batched-edge ACDC rests on independence: with e1 the edge whose turn it is in a state H of an ACDC search, and e2 one whose turn comes later,
+Batched-edge ACDC rests on independence: with e1 the edge whose turn it is in a state H of an ACDC
+search, and e2 one whose turn comes later,
 
-    KL(G || H without e2) - KL(G || H) < T   as often as   KL(G || H without e1 and e2) - KL(G || H without e1) < T.
+    KL(G || H without e2) - KL(G || H) < T   as often as   KL(G || H without e1 and e2) - KL(G || H
+    without e1) < T.
 
-A flip is a pair where they differ. States are drawn without replacement among those of the search in which an edge was measured; in each, e2
-is drawn among the undecided edges that reach the logits, `pairs` times for each relation of the two targets: the same node; another node of
-the same layer; another layer (the logits are a layer of their own). Pairs of one state share e1 and H, so intervals are a bootstrap over
-states; where a rate is 0 or 1 a bootstrap has no width, and the interval is Wilson's, with the number of states as the sample.
+A flip is a pair where they differ. States are drawn without replacement among those of the search
+in which an edge was measured; in each, e2
+is drawn among the undecided edges that reach the logits, `pairs` times for each relation of the two
+targets: the same node; another node of
+the same layer; another layer (the logits are a layer of their own). Pairs of one state share e1 and
+H, so intervals are a bootstrap over
+states; where a rate is 0 or 1 a bootstrap has no width, and the interval is Wilson's, with the
+number of states as the sample.
 
-Path lengths (after Veit, Wilber and Belongie 2016, https://arxiv.org/abs/1605.06431): the circuit that ACDC found is cut down to the union of
-its paths of at most k edges from an embedding to the logits, and the share of the effect is (KL(empty) - KL(cut)) / (KL(empty) - KL(circuit)).
-Edges of short paths also join into longer ones, which the cut then has too (the table counts them); for k up to 2 there are none. A share can
+Path lengths (after Veit, Wilber and Belongie 2016, https://arxiv.org/abs/1605.06431): the circuit
+that ACDC found is cut down to the union of
+its paths of at most k edges from an embedding to the logits, and the share of the effect is
+(KL(empty) - KL(cut)) / (KL(empty) - KL(circuit)).
+Edges of short paths also join into longer ones, which the cut then has too (the table counts them);
+for k up to 2 there are none. A share can
 leave 0 to 1, since removing a path can help.
 """
 
@@ -111,7 +122,9 @@ def main(config: Config) -> None:
 def sampled_pairs(
     circuit: circuits.Circuit, meter: DamageMeter, config: Config, random: np.random.Generator
 ) -> list[dict[str, object]]:
-    """Increases of e2's removal in states of the search, with and without e1, in the order of the search."""
+    """Increases of e2's removal in states of the search, with and without e1, in the order of the
+    search.
+    """
     graph, rows = circuit.graph, []
     order = [edge for trial in edge_order(graph, "topological") for edge in trial.edges]
     tried = [turn for turn, edge in enumerate(order) if not circuit.scores[edge].isnan()]
@@ -169,7 +182,9 @@ def draw(
 
 
 def rates(frame: pd.DataFrame, by: list[str], random: np.random.Generator) -> pd.DataFrame:
-    """Flip rates with intervals of 95%: of all pairs, of those where an increase is above T/10, and of those whose e1 is harmless."""
+    """Flip rates with intervals of 95%: of all pairs, of those where an increase is above T/10, and
+    of those whose e1 is harmless.
+    """
     matters = (
         frame[["increase_of_e1", "increase_in_h", "increase_in_h_without_e1"]].max(axis=1)
         > frame["threshold"] / 10
@@ -206,7 +221,9 @@ def rates(frame: pd.DataFrame, by: list[str], random: np.random.Generator) -> pd
 def interval(
     pairs: pd.DataFrame, random: np.random.Generator, draws: int = 2000
 ) -> tuple[float, float]:
-    """Of the flip rate, by a bootstrap over states (of every task and threshold); Wilson's over states where nothing varies."""
+    """Of the flip rate, by a bootstrap over states (of every task and threshold); Wilson's over
+    states where nothing varies.
+    """
     states = pairs.groupby(["task", "threshold", "state"])["flip"].agg(["sum", "count"]).to_numpy()
     if not len(states):
         return math.nan, math.nan
@@ -221,7 +238,9 @@ def interval(
 
 
 def by_path_length(circuit: circuits.Circuit, meter: DamageMeter) -> list[dict[str, object]]:
-    """For every k, how many paths of k edges the circuit has, and the share of its effect that its paths of at most k edges keep."""
+    """For every k, how many paths of k edges the circuit has, and the share of its effect that its
+    paths of at most k edges keep.
+    """
     graph, kept = circuit.graph, circuit.kept.nonzero().flatten().tolist()
     source, target, far = graph.source.tolist(), graph.target.tolist(), len(graph.nodes)
     below = [
@@ -255,7 +274,9 @@ def by_path_length(circuit: circuits.Circuit, meter: DamageMeter) -> list[dict[s
 
 
 def paths_by_length(graph: circuits.Graph, kept: list[int]) -> np.ndarray:
-    """How many paths of so many edges lead from an embedding to the logits; a head read in two slots gives two."""
+    """How many paths of so many edges lead from an embedding to the logits; a head read in two
+    slots gives two.
+    """
     counts = np.zeros((len(graph.nodes), len(graph.nodes) + 1), dtype=np.int64)
     counts[
         [index for index, node in enumerate(graph.nodes) if isinstance(node, circuits.Embed)], 0

@@ -1,12 +1,18 @@
-"""Is ACDC by speculation exact? Every decision of the fast search against the sequential loop on the reference executor.
+"""Is ACDC by speculation exact? Every decision of the fast search against the sequential loop on
+the reference executor.
 
-    python experiments/exact_acdc_grid.py                                # toy-world's six tasks at five thresholds: minutes on one core
+    python experiments/exact_acdc_grid.py                                # toy-world's six tasks at
+    five thresholds: minutes on one core
     python experiments/exact_acdc_grid.py --tasks ioi --thresholds 0.01  # one cell of it
 
-The states that the sequential loop meets follow from its decisions. Each is run by the model's own modules, and what the loop decides there
-is compared with what the search decided. Batches change the last bits, so that either decision is right where an increase lies within
-`--band` of the threshold; there the loop takes the search's. Prints a row per task and threshold as it goes, and writes them all to `--out`.
-`largest gap` is the greatest difference, in nats, between an increase that the search measured and the loop's; `kl` is the loop's, at its end.
+The states that the sequential loop meets follow from its decisions. Each is run by the model's own
+modules, and what the loop decides there
+is compared with what the search decided. Batches change the last bits, so that either decision is
+right where an increase lies within
+`--band` of the threshold; there the loop takes the search's. Prints a row per task and threshold as
+it goes, and writes them all to `--out`.
+`largest gap` is the greatest difference, in nats, between an increase that the search measured and
+the loop's; `kl` is the loop's, at its end.
 """
 
 from collections.abc import Iterable
@@ -70,7 +76,9 @@ def against_the_loop(
     threshold: float,
     band: float,
 ) -> dict[str, object]:
-    """How many decisions of a search the sequential loop takes too, each in the state that the decisions before it led to."""
+    """How many decisions of a search the sequential loop takes too, each in the state that the
+    decisions before it led to.
+    """
     graph = circuit.graph
     damage = DamageMeter.prepare(
         model,

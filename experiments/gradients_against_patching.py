@@ -1,9 +1,13 @@
-"""How close do EAP's and EAP-IG's predictions come to the measured damage of ablating each edge alone?
+"""How close do EAP's and EAP-IG's predictions come to the measured damage of ablating each edge
+alone?
 
-    python experiments/gradients_against_patching.py                       # toy-world on IOI: under a minute on two cores
-    python experiments/gradients_against_patching.py --model gpt2 --n 8    # 32,491 edges: hours on a CPU
+    python experiments/gradients_against_patching.py                       # toy-world on IOI: under
+    a minute on two cores
+    python experiments/gradients_against_patching.py --model gpt2 --n 8    # 32,491 edges: hours on
+    a CPU
 
-Prints a correlation per method over all edges and by target layer, and writes a scatter plot for each into `--out`.
+Prints a correlation per method over all edges and by target layer, and writes a scatter plot for
+each into `--out`.
 """
 
 from dataclasses import dataclass

@@ -1,11 +1,15 @@
-"""What does low precision change in a search? float32, plain low precision, mixed, and mixed with confirmation, by type.
+"""What does low precision change in a search? float32, plain low precision, mixed, and mixed with
+confirmation, by type.
 
-    python experiments/precision.py                                       # toy-world's six tasks: about ten minutes on one core
+    python experiments/precision.py                                       # toy-world's six tasks:
+    about ten minutes on one core
     python experiments/precision.py --types bfloat16 --tasks ioi --n 8    # part of it
     python experiments/precision.py --device cuda --n 256                 # with seconds and memory
 
-Decisions are compared with those of float32 on the same prompts. AUC is that of the kept edges against the true edges of the hand-wired
-models (mean over them). Without kernels for a type its rounding is simulated, on every CPU; seconds and memory, which would be those of the
+Decisions are compared with those of float32 on the same prompts. AUC is that of the kept edges
+against the true edges of the hand-wired
+models (mean over them). Without kernels for a type its rounding is simulated, on every CPU; seconds
+and memory, which would be those of the
 simulation, are measured on GPUs only.
 """
 
@@ -79,9 +83,13 @@ def main(config: Config) -> None:
     ]
     print(table.round(5).to_string())
     simulated = ", ".join(results["simulated"]) or "none"
-    lines = [f"{config.model}, tasks {config.tasks}, {config.n} prompts, thresholds {config.thresholds}, on {results['hardware']}.",
-             f"Simulated, with nothing to be said of their speed: {simulated}.", "",
-             markdown(table.rename_axis("precision").reset_index())]  # fmt: skip
+    lines = [
+        f"{config.model}, tasks {config.tasks}, {config.n} prompts, thresholds "
+        f"{config.thresholds}, on {results['hardware']}.",
+        f"Simulated, with nothing to be said of their speed: {simulated}.",
+        "",
+        markdown(table.rename_axis("precision").reset_index()),
+    ]
     (config.out / "means.md").write_text("\n".join(lines))
 
 

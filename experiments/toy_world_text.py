@@ -1,4 +1,6 @@
-"""The text the embedded model learns from: prompts of every task (train split), facts, repeated words and filler; and its tokenizer."""
+"""The text the embedded model learns from: prompts of every task (train split), facts, repeated
+words and filler; and its tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +26,25 @@ from circuits.tasks.prompts import split_of
 PIECE = r"\d{1,2}|[A-Za-z]+(?:'[a-z]+)?|\"\"\"|[^\sA-Za-z\d]"
 SPECIAL = ("<bos>", "<pad>", "<unk>")
 DRAWS = 4000
-"""Prompts per task whose words make up the vocabulary; each word is expected in at least 20 of them."""
+"""Prompts per task whose words make up the vocabulary; each word is expected in at least 20 of
+them.
+"""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A stretch of text: its words, and the indices of those that what stands before them predicts."""
+    """A stretch of text: its words, and the indices of those that what stands before them
+    predicts.
+    """
 
     words: list[str]
     predictable: Sequence[int]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per word, per punctuation mark and per pair of digits, over all words of the tasks and the filler."""
+    """A tokenizer with one token per word, per punctuation mark and per pair of digits, over all
+    words of the tasks and the filler.
+    """
     words = sorted({word for text in _every_text() for word in _pieces(text)})
     vocabulary = {word: index for index, word in enumerate((*SPECIAL, *words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -57,7 +65,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def chunks(random: Random, length: int) -> list[Chunk]:
-    """Chunks that fill a sequence. Most sequences begin with a task's prompt, as they do when a task is run."""
+    """Chunks that fill a sequence.
+
+    Most sequences begin with a task's prompt, as they do when a task is run.
+    """
     makers, weights = zip(*MIXTURE, strict=True)
     result, total = [], 1
     while total < length:
@@ -83,7 +94,9 @@ def _prompt(*families: TaskFamily) -> Callable[[Random], Chunk]:
 
 
 def _three_names(random: Random) -> Chunk:
-    """An IOI prompt in which no name is repeated: either of the first two may follow, so that the repetition has to be noticed."""
+    """An IOI prompt in which no name is repeated: either of the first two may follow, so that the
+    repetition has to be noticed.
+    """
     while split_of((pair := IOI().draw(random)).corrupted) != "train":
         pass
     words = _pieces(pair.corrupted)
@@ -92,7 +105,9 @@ def _three_names(random: Random) -> Chunk:
 
 
 def _repetition(random: Random) -> Chunk:
-    """Random words and the same words again: all but the first repeated one can be foreseen. The densest lesson in induction there is."""
+    """Random words and the same words again: all but the first repeated one can be foreseen. The
+    densest lesson in induction there is.
+    """
     words = random.sample(COMMON, random.randint(4, 24))
     again = words[random.randrange(max(1, len(words) - 12)) :][:16]
     return Chunk([*words, *again], range(len(words) + 1, len(words) + len(again)))
@@ -151,7 +166,9 @@ MIXTURE: Sequence[tuple[Callable[[Random], Chunk], float]] = (
 
 
 def induction_first(random: Random, length: int) -> list[Chunk]:
-    """An induction prompt where a task's prompt stands, at the beginning, and repetitions after it."""
+    """An induction prompt where a task's prompt stands, at the beginning, and repetitions
+    after it.
+    """
     result = [_INDUCTION(random)]
     while sum(len(chunk.words) for chunk in result) + 1 < length:
         result.append(_repetition(random))

@@ -1,9 +1,11 @@
-"""Trains the embedded model and writes circuits/assets/toy-world: tokenizer, configuration and weights.
+"""Trains the embedded model and writes circuits/assets/toy-world: tokenizer, configuration and
+weights.
 
     python experiments/train_toy_world.py                      # about 30 minutes on two CPU cores
     python experiments/train_toy_world.py --steps 50 --out /elsewhere
 
-Killed and started again with the same settings, it goes on from its last checkpoint. Expected at the end: what the model card says.
+Killed and started again with the same settings, it goes on from its last checkpoint. Expected at
+the end: what the model card says.
 """
 
 from __future__ import annotations
@@ -39,8 +41,10 @@ class Config:
     steps: int = 2400
     """Steps on all text."""
     refining_steps: int = 900
-    """Steps after them in which every other batch is of short sequences that begin with induction: the model learns to attend to the
-    previous token position by position, and some of the positions where the task needs it come late."""
+    """Steps after them in which every other batch is of short sequences that begin with induction:
+    the model learns to attend to the
+    previous token position by position, and some of the positions where the task needs it come
+    late."""
     batch: int = 96
     """Sequences in a step: 96 * 64 = 6,144 tokens."""
     length: int = 64
@@ -51,7 +55,9 @@ class Config:
     """The same for the steps that refine."""
     weight_decay: float = 0.1
     background: float = 0.02
-    """Weight in the loss of the tokens that nothing before them predicts; the predictable ones have weight 1."""
+    """Weight in the loss of the tokens that nothing before them predicts; the predictable ones have
+    weight 1.
+    """
     seed: int = 0
     device: str = "cpu"
     threads: int = 2
@@ -179,12 +185,16 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def one_cycle(done: float) -> float:
-    """The learning rate's share of its peak: up for the first tenth, then down to zero on a cosine."""
+    """The learning rate's share of its peak: up for the first tenth, then down to zero on a
+    cosine.
+    """
     return done / 0.1 if done < 0.1 else 0.5 * (1 + math.cos(math.pi * (done - 0.1) / 0.9))
 
 
 def weighted_loss(logits: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
-    """Cross-entropy of the next token, averaged with `weights`, which belong to the token that is predicted."""
+    """Cross-entropy of the next token, averaged with `weights`, which belong to the token that is
+    predicted.
+    """
     losses = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
     )
@@ -195,7 +205,10 @@ def weighted_loss(logits: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
 def make_batch(
     tokenizer: PreTrainedTokenizerFast, config: Config, step: int
 ) -> tuple[Tensor, Tensor]:
-    """Sequences of <bos> and chunks of text, cut at the context length. Drawn from the step, so that resuming needs no more state."""
+    """Sequences of <bos> and chunks of text, cut at the context length.
+
+    Drawn from the step, so that resuming needs no more state.
+    """
     random = Random(f"toy-world-{config.seed}-{step}")
     # Twice as many sequences of half the length are as much work.
     short = step >= config.steps and step % 2 == 0
@@ -242,7 +255,8 @@ def restore(model: circuits.models.Model, optimizer: torch.optim.Optimizer, conf
     state, metadata = read_tensors(config.checkpoint, FORMAT, FORMAT_VERSION)
     if metadata["config"] != settings_key(config):
         raise circuits.InputError(
-            f"{config.checkpoint} was written with other settings; delete it or give another --checkpoint."
+            f"{config.checkpoint} was written with other settings; delete it or give another "
+            f"--checkpoint."
         )
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,10 +1,14 @@
-"""Trains transcoders of the embedded model, or of any other, and says how they do on text they were not trained on.
+"""Trains transcoders of the embedded model, or of any other, and says how they do on text they were
+not trained on.
 
-    python experiments/train_transcoders.py                               # the three sets that ship: 10 to 30 minutes each on one CPU core
+    python experiments/train_transcoders.py                               # the three sets that
+    ship: 10 to 30 minutes each on one CPU core
     python experiments/train_transcoders.py --kind plt --k 8 --out /elsewhere
-    python experiments/train_transcoders.py --model gpt2 --text corpus.txt --features 6144 --k 32 --steps 10000 --out /elsewhere
+    python experiments/train_transcoders.py --model gpt2 --text corpus.txt --features 6144 --k 32
+    --steps 10000 --out /elsewhere
 
-Killed and started again with the same settings, it goes on from its last checkpoint. Expected at the end: what the model card says.
+Killed and started again with the same settings, it goes on from its last checkpoint. Expected at
+the end: what the model card says.
 """
 
 from __future__ import annotations
@@ -58,13 +62,18 @@ class Config:
     text: Path | None = None
     """A text file to train on; its last tenth is held out. Without, toy-world's own text."""
     out: Path | None = None
-    """The sets go into folders there, named after model and kind. None: where those that ship are, or for another model runs/transcoders/trained."""
+    """The sets go into folders there, named after model and kind.
+
+    None: where those that ship are, or for another model runs/transcoders/trained.
+    """
     checkpoints: Path = Path("runs/transcoders")
     """Where the state of training is kept."""
     features: int = 512
     """Features in each layer."""
     k: tuple[float, ...] | None = None
-    """How many features fire at a token, on average: one number, or one for each layer. None: as in the sets that ship, for toy-world alone."""
+    """How many features fire at a token, on average: one number, or one for each layer. None: as in
+    the sets that ship, for toy-world alone.
+    """
     steps: int | None = None
     """None: as in the sets that ship."""
     batch: int = 24
@@ -74,7 +83,10 @@ class Config:
     learning_rate: float = 4e-3
     """At its highest."""
     dead_after: int = 15_000
-    """A feature that has not fired for so many tokens is dead. More for text in which features may be rarer than in toy-world's."""
+    """A feature that has not fired for so many tokens is dead.
+
+    More for text in which features may be rarer than in toy-world's.
+    """
     seed: int = 0
     device: str = "cpu"
     threads: int = 1
@@ -84,7 +96,8 @@ class Config:
 def main(config: Config) -> None:
     if config.model != EMBEDDED and config.k is None:
         raise circuits.InputError(
-            f"how many features should fire at a token in {config.model}? Give --k, one number or one for each layer."
+            f"how many features should fire at a token in {config.model}? Give --k, one number or "
+            f"one for each layer."
         )
     torch.set_num_threads(config.threads)
     out = config.out or Path(
@@ -137,7 +150,8 @@ def report(model: Model, config: Config, folder: Path, held_out: tuple[Tensor, T
 
 
 def toy_world_text(model: Model, config: Config) -> tuple[Batches, tuple[Tensor, Tensor]]:
-    """Sequences that begin with a task's prompt of the train split and go on with the text toy-world learned from; and held-out ones,
+    """Sequences that begin with a task's prompt of the train split and go on with the text
+    toy-world learned from; and held-out ones,
     prompts of the test split one after the other."""
     if config.model != EMBEDDED:
         raise circuits.InputError(
@@ -167,7 +181,8 @@ def prompt(random: Random, split: Split) -> list[str]:
         pass
     return re.findall(
         PIECE,
-        f"{random.choice((pair.clean, pair.clean, pair.corrupted))} {random.choice(pair.answers)} .",
+        f"{random.choice((pair.clean, pair.clean, pair.corrupted))} {random.choice(pair.answers)} "
+        f".",
     )
 
 
@@ -181,7 +196,9 @@ def encoded(model: Model, texts: list[list[str]], length: int) -> tuple[Tensor, 
 
 
 def text_of_file(model: Model, config: Config) -> tuple[Batches, tuple[Tensor, Tensor]]:
-    """Stretches of the first nine tenths of a file, each after <bos> where the model expects it; and held-out ones, of its last tenth."""
+    """Stretches of the first nine tenths of a file, each after <bos> where the model expects it;
+    and held-out ones, of its last tenth.
+    """
     ids = torch.tensor(
         model.tokenizer(config.text.read_text(encoding="utf-8"), add_special_tokens=False)[
             "input_ids"

@@ -3,8 +3,10 @@
     python experiments/transcoders_compared.py            # six tasks: about two minutes on one core
     python experiments/transcoders_compared.py --tasks ioi --n 8
 
-For each kind and task: active features by prompt, features left after pruning, replacement and completeness score (means over held-out prompts),
-and how faithful circuits of equal size are: the edges of highest |score|, found on the train split and run on the test split, everything else
+For each kind and task: active features by prompt, features left after pruning, replacement and
+completeness score (means over held-out prompts),
+and how faithful circuits of equal size are: the edges of highest |score|, found on the train split
+and run on the test split, everything else
 resampled. Writes a row per task into `--out`, and the means as markdown.
 """
 

@@ -1,15 +1,22 @@
-"""Does the attribution graph of "the capital of the state containing Dallas is" show Texas, and does the answer go by way of it?
+"""Does the attribution graph of "the capital of the state containing Dallas is" show Texas, and
+does the answer go by way of it?
 
-    python experiments/two_hop.py                     # 100 held-out prompts: about three minutes on one core
+    python experiments/two_hop.py                     # 100 held-out prompts: about three minutes on
+    one core
     python experiments/two_hop.py --transcoders toy-world-plt --n 20
 
-A state's own features are those that fire on its name, where one-hop prompts name it, and on the names of at most `--others` other states. For each
-prompt: does the pruned graph that explains the answer hold one, so that it lies on a path to the answer? And by how much does the answer's logit
-(less the mean logit) fall when all of the state's features that are active are ablated, against ablating as many other active features of the same
+A state's own features are those that fire on its name, where one-hop prompts name it, and on the
+names of at most `--others` other states. For each
+prompt: does the pruned graph that explains the answer hold one, so that it lies on a path to the
+answer? And by how much does the answer's logit
+(less the mean logit) fall when all of the state's features that are active are ablated, against
+ablating as many other active features of the same
 layers at random? Attention is not frozen and all MLPs see the change.
 
-The same is done with the fact given before the question, and with facts chained so that the state's name is what is asked about; there, features
-that fire on the name itself count too. Both are asked with a wrong state as well: where the answer stays that of the city's own state, the model has
+The same is done with the fact given before the question, and with facts chained so that the state's
+name is what is asked about; there, features
+that fire on the name itself count too. Both are asked with a wrong state as well: where the answer
+stays that of the city's own state, the model has
 memorised the composed fact and does not use the one given.
 """
 
@@ -61,8 +68,11 @@ def main(config: Config) -> None:
         circuits.load_transcoders(config.transcoders),
     )
     own = own_features(model, transcoders, config.others)
-    print(f"features of their own: {sum(bool(features) for features in own.values())} of {len(own)} states, "
-          f"{sum(map(len, own.values())) / len(own):.1f} on average")  # fmt: skip
+    print(
+        f"features of their own: {sum(bool(features) for features in own.values())} of {len(own)} "
+        f"states, "
+        f"{sum(map(len, own.values())) / len(own):.1f} on average"
+    )
     pairs = circuits.load_task("two_hop", model, n=config.n, split="test").prompts or ()
     results = {}
     for family in FAMILIES:
@@ -103,7 +113,9 @@ def summarized(rows: pd.DataFrame) -> dict[str, float | None]:
 
 
 def wrong_state(model: object, pairs: Sequence[circuits.PromptPair], family: str) -> dict[str, int]:
-    """How often the answer is the capital of the city's state, and how often that of another state which is named instead."""
+    """How often the answer is the capital of the city's state, and how often that of another state
+    which is named instead.
+    """
     random, follows = Random(f"two-hop {family}"), {"the city": 0, "the state named": 0}
     for pair in pairs:
         state, city = whereabouts(pair)
@@ -128,7 +140,9 @@ def whereabouts(pair: circuits.PromptPair) -> tuple[str, str]:
 def own_features(
     model: object, transcoders: circuits.Transcoders, others: int
 ) -> dict[str, set[tuple[int, int]]]:
-    """By state, the (layer, feature) pairs that fire on its name in every one-hop prompt, and on few other states' names in any."""
+    """By state, the (layer, feature) pairs that fire on its name in every one-hop prompt, and on
+    few other states' names in any.
+    """
     fires = {
         state: [
             on_name(model, transcoders, prompt.format(state=state), state) for prompt in ONE_HOP
@@ -206,7 +220,8 @@ def ablated(
     active: set[tuple[int, int, int]],
     config: Config,
 ) -> tuple[float, list[float], list[bool], bool]:
-    """The answer's logit; its falls, and whether the most probable token changes, without the state's features and without random ones; whether the
+    """The answer's logit; its falls, and whether the most probable token changes, without the
+    state's features and without random ones; whether the
     answer is the most probable token."""
     random, token = Random(f"two-hop {prompt}"), graph.targets[0].token
     others = sorted(places(graph) - active)

@@ -118,7 +118,9 @@ def random_model(
 def random_task(
     *, batch: int = 6, length: int = 8, seed: int = 1, ragged: bool = False, several: bool = False
 ) -> Task:
-    """Random clean prompts, corrupted in three tokens, with two answers and one wrong answer each."""
+    """Random clean prompts, corrupted in three tokens, with two answers and one wrong answer
+    each.
+    """
     generator = torch.Generator().manual_seed(seed)
     clean = torch.randint(VOCAB, (batch, length), generator=generator)
     corrupted = clean.clone()

@@ -1,4 +1,6 @@
-"""The attribution graphs that circuit-tracer 0.5.0 computed of two random models, and the same models and transcoders as ours."""
+"""The attribution graphs that circuit-tracer 0.5.0 computed of two random models, and the same
+models and transcoders as ours.
+"""
 
 import json
 from dataclasses import dataclass

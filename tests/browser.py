@@ -1,4 +1,6 @@
-"""A real browser for tests: headless Chromium, driven over its own debugging pipe, so that no driver and no package is needed."""
+"""A real browser for tests: headless Chromium, driven over its own debugging pipe, so that no
+driver and no package is needed.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,18 @@ import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--window-size=1280,800",
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--window-size=1280,800",
     "--remote-debugging-pipe",
-)  # fmt: skip
+)
 REQUIRE = "CIRCUITS_REQUIRE_BROWSER"
 PATIENCE = 60.0
 # Chromium reads commands from file descriptor 3 and answers on 4.
@@ -35,7 +45,9 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 
 def find_chromium() -> str:
-    """The path of a Chromium; without one the test is skipped, or fails where CIRCUITS_REQUIRE_BROWSER=1 says that it must run."""
+    """The path of a Chromium; without one the test is skipped, or fails where
+    CIRCUITS_REQUIRE_BROWSER=1 says that it must run.
+    """
     found = next((path for name in NAMES if (path := shutil.which(name))), None)
     if found is None:
         message = (
@@ -218,7 +230,8 @@ class Browser:
     def click(self, selector: str, *, shift: bool = False) -> None:
         """Press and let go over the middle of an element, brought into view."""
         self.js(
-            f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'nearest', inline: 'nearest'}})"
+            f"document.querySelector({json.dumps(selector)})"
+            ".scrollIntoView({block: 'nearest', inline: 'nearest'})"
         )
         x, y = self.place(selector)
         for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
@@ -268,7 +281,8 @@ class Browser:
         """Move a slider."""
         slider = f"document.querySelector({json.dumps(selector)})"
         self.js(
-            f"{slider}.value = {value}; {slider}.dispatchEvent(new Event('input', {{bubbles: true}}))"
+            f"{slider}.value = {value}; {slider}.dispatchEvent(new Event('input', "
+            f"{{bubbles: true}}))"
         )
 
     def screenshot(self, path: Path) -> Path:

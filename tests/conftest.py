@@ -1,4 +1,6 @@
-"""Shared by all tests: one thread each (the suite runs one process per core), and the embedded model loaded once."""
+"""Shared by all tests: one thread each (the suite runs one process per core), and the embedded
+model loaded once.
+"""
 
 from collections.abc import Iterator
 
@@ -18,7 +20,9 @@ def toy_world():
 
 @pytest.fixture
 def unchecked_types() -> Iterator[None]:
-    """Without the runtime type checks of the test suite: what a user sees who passes something of a wrong type."""
+    """Without the runtime type checks of the test suite: what a user sees who passes something of a
+    wrong type.
+    """
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

@@ -36,6 +36,8 @@ def scored_everywhere_task(content: dict[str, Any], mode: str) -> Task:
 
 
 def our_edge(source: str, target: str, *, embed: str = "tok_embed") -> str:
-    """Their `embed` and `input` are the token embedding (in ACDC's code the whole one); a slot is written `.q`, `<q>` or `.q_input`."""
+    """Their `embed` and `input` are the token embedding (in ACDC's code the whole one); a slot is
+    written `.q`, `<q>` or `.q_input`.
+    """
     source = embed if source in ("embed", "input") else source
     return f"{source}->{target.replace('<', '.').replace('>', '').replace('_input', '')}"

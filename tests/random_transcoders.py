@@ -11,7 +11,8 @@ from circuits.transcoders.transcoder import Encoder, Transcoders
 
 KINDS = ("plt", "skip-plt", "clt", "skip-clt")
 
-# Architectures with MLPs, and those whose residual stream is no sum of components, which the local replacement model can follow all the same.
+# Architectures with MLPs, and those whose residual stream is no sum of components, which the local
+# replacement model can follow all the same.
 WITH_MLPS: dict[str, dict[str, Any]] = {
     name: config for name, config in ARCHITECTURES.items() if name != "attention_only"
 } | {

@@ -1,4 +1,6 @@
-"""ACDC replayed from its definition, with the reference executor: the states of the sequential search follow from its decisions."""
+"""ACDC replayed from its definition, with the reference executor: the states of the sequential
+search follow from its decisions.
+"""
 
 import torch
 from meters import damage_meter
@@ -20,7 +22,8 @@ def assert_sequential(
     order="topological",
     ablation="resample",
 ) -> int:
-    """Every decision of `found` is the one that the sequential loop makes in the state that the decisions before it led to.
+    """Every decision of `found` is the one that the sequential loop makes in the state that the
+    decisions before it led to.
 
     Returns how many were measured.
     """

@@ -1,4 +1,6 @@
-"""What `test_distributed` starts on several ranks: every method, and errors on one rank. Each rank writes what it found into its folder."""
+"""What `test_distributed` starts on several ranks: every method, and errors on one rank. Each rank
+writes what it found into its folder.
+"""
 
 import json
 import sys
@@ -34,7 +36,9 @@ TASKS = {
 
 
 def failing(error: type[Exception] | None) -> circuits.Metric:
-    """A metric that cannot be computed on the second rank, but for the whole model; None: it is NaN there."""
+    """A metric that cannot be computed on the second rank, but for the whole model; None: it is NaN
+    there.
+    """
     seen = []
 
     def values(

@@ -1,4 +1,6 @@
-"""Attribution graphs of any size without a model: random features with forward edges, most of them weak and a few strong."""
+"""Attribution graphs of any size without a model: random features with forward edges, most of them
+weak and a few strong.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,10 @@ from circuits.attribution.feature_graph import (
     Nodes,
 )
 
-SENTENCE = "<bos> Fact: the capital of the state containing Dallas is the city of Austin , and the capital of California is".split(
-    " "
-)
+SENTENCE = (
+    "<bos> Fact: the capital of the state containing Dallas is the city of Austin , "
+    "and the capital of California is"
+).split(" ")
 
 
 def synthetic_graph(
@@ -110,7 +113,9 @@ def _nodes(
 
 
 def _pairs(nodes: Nodes, edges: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random edges that go forward in layers and not backward in positions, ordered by target, then source."""
+    """Random edges that go forward in layers and not backward in positions, ordered by target, then
+    source.
+    """
     n = len(nodes)
     into, out = (
         (torch.isin(nodes.kind, torch.tensor(kinds))).nonzero().flatten()

@@ -28,7 +28,8 @@ def test_the_original_order_gives_the_original_codes_circuit_edge_for_edge(origi
     model, task = original_case
     ablation = {"corrupted": "resample", "zero": "zero"}[run["ablation"]]
     circuit = ACDC(run["threshold"], order="original", ablation=ablation).discover(model, task)
-    # Edges inside a head (its input to its q, k or v) are the original's group tests, not edges of our graph.
+    # Edges inside a head (its input to its q, k or v) are the original's group tests, not edges of
+    # our graph.
     expected = {
         our_edge(source, target, embed="embed")
         for source, target in run["kept_edges"]
@@ -108,13 +109,17 @@ def test_known_circuits_are_recovered_as_far_as_their_ablation_can_find_them(nam
 
 
 def assert_same(found: circuits.Circuit, expected: circuits.Circuit) -> None:
-    """The same edges kept, and the same increases measured, but for rounding, which depends on what is measured together."""
+    """The same edges kept, and the same increases measured, but for rounding, which depends on what
+    is measured together.
+    """
     assert torch.equal(found.kept, expected.kept)
     torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=0, equal_nan=True)
 
 
 def replayed(model, task, graph, threshold: float, absolute: bool = False) -> set[str]:
-    """ACDC from its definition: one evaluation per edge from the logits up, dead targets included."""
+    """ACDC from its definition: one evaluation per edge from the logits up, dead targets
+    included.
+    """
     damage = damage_meter(model, graph, task, metric="kl", ablation="resample")
     kept = torch.ones(len(graph), dtype=torch.bool)
     current = float(damage(kept[None])[0])
@@ -347,7 +352,8 @@ class TestSweep:
         assert steps == [(done, steps[-1][0]) for done in range(1, steps[-1][0] + 1)], (
             "a step was taken twice"
         )
-        # Each file is that of a search at its threshold, so that more thresholds, or one alone, start from what is there.
+        # Each file is that of a search at its threshold, so that more thresholds, or one alone,
+        # start from what is there.
         steps.clear()
         file = tmp_path / "0.01.safetensors"
         assert (
@@ -386,7 +392,9 @@ class TestSweep:
             ACDC(1.0).sweep(toy_world, task, [0.01], checkpoint=tmp_path / "file")
 
     def test_split_by_position_a_run_of_the_model_computes_no_more_nodes(self):
-        """Against a run of the whole model for each edge: as many nodes as it has heads and MLPs, at however many positions edges lie."""
+        """Against a run of the whole model for each edge: as many nodes as it has heads and MLPs,
+        at however many positions edges lie.
+        """
         model, task = random_model(), random_task()
         graph = circuits.component_graph(model, positions=8)
         record = ACDC(0.02).discover(model, task, graph=graph).record

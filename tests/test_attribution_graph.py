@@ -1,4 +1,6 @@
-"""Attribution graphs: circuit-tracer's numbers, and what holds of any graph because the local model is linear."""
+"""Attribution graphs: circuit-tracer's numbers, and what holds of any graph because the local model
+is linear.
+"""
 
 import json
 from dataclasses import replace
@@ -85,7 +87,9 @@ def test_influence_masks_and_scores_are_circuit_tracers(published):
 
 
 def preactivations(model, transcoders, graph: FeatureGraph) -> torch.Tensor:
-    """Of the graph's features, from what they read when the model runs; and each target's logit less the mean."""
+    """Of the graph's features, from what they read when the model runs; and each target's logit
+    less the mean.
+    """
     (local,) = freeze(model, transcoders, [graph.tokens])
     pre = [
         transcoders.preactivations(layer, frozen.feature_input)
@@ -196,7 +200,9 @@ def test_a_budget_of_all_features_is_no_budget_and_blocks_do_not_matter():
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["skip-plt", "clt"])
 def test_the_direct_part_is_what_is_left_where_attention_writes_nothing(kind):
-    """W_O = 0 with the same active features would change them; so the attention of the frozen model is cut instead."""
+    """W_O = 0 with the same active features would change them; so the attention of the frozen model
+    is cut instead.
+    """
     model = model_of("gpt2", n_layers=3)
     transcoders = random_transcoders(model, kind)
     graph = circuits.AttributionGraph(transcoders).attribute(model, PROMPT)
@@ -261,7 +267,7 @@ def test_a_graph_explains_given_tokens_differences_and_directions():
 
 
 @torch.no_grad()
-def test_directions_at_several_positions_keep_their_rows_and_constants_in_whatever_order_they_come():
+def test_directions_at_several_positions_keep_their_rows_and_constants_in_any_order():
     model = model_of("gpt2")
     method = circuits.AttributionGraph(random_transcoders(model, "skip-plt"))
     directions = [
@@ -312,18 +318,44 @@ def test_what_would_give_a_wrong_graph_is_refused(unchecked_types):
     nans = replace(transcoders, decoders=[decoder * torch.nan for decoder in transcoders.decoders])
     method, vector = circuits.AttributionGraph(transcoders), torch.ones(model.cfg.d_model)
     for run, message in (
-        (lambda: circuits.AttributionGraph(nans).attribute(model, PROMPT), "edges are not finite.*check the decoders"),
-        (lambda: circuits.AttributionGraph(replace(transcoders, reads="resid")).attribute(model, PROMPT), "reads='resid' is none of"),
-        (lambda: circuits.AttributionGraph(replace(transcoders, writes="resid")).attribute(model, PROMPT), "writes='resid' is none of"),
+        (
+            lambda: circuits.AttributionGraph(nans).attribute(model, PROMPT),
+            "edges are not finite.*check the decoders",
+        ),
+        (
+            lambda: circuits.AttributionGraph(replace(transcoders, reads="resid")).attribute(
+                model, PROMPT
+            ),
+            "reads='resid' is none of",
+        ),
+        (
+            lambda: circuits.AttributionGraph(replace(transcoders, writes="resid")).attribute(
+                model, PROMPT
+            ),
+            "writes='resid' is none of",
+        ),
         (lambda: method.attribute(model, torch.tensor([PROMPT, PROMPT])), "are no prompt"),
         (lambda: method.attribute_all(model, "some text"), "takes a list of prompts"),
-        *((lambda weight=weight: method.attribute(model, PROMPT, explain=[Direction("x", vector, weight=weight)]), "the weight above 0")
-          for weight in (0.0, -1.0, torch.nan, torch.inf)),
-        (lambda: method.attribute(model, PROMPT, explain=[Direction("x", [1.0] * 16)]), "give a tensor of"),
-        (lambda: circuits.AttributionGraph(transcoders, budget=2.5), "budget=2.5: give a whole number"),
+        *(
+            (
+                lambda weight=weight: method.attribute(
+                    model, PROMPT, explain=[Direction("x", vector, weight=weight)]
+                ),
+                "the weight above 0",
+            )
+            for weight in (0.0, -1.0, torch.nan, torch.inf)
+        ),
+        (
+            lambda: method.attribute(model, PROMPT, explain=[Direction("x", [1.0] * 16)]),
+            "give a tensor of",
+        ),
+        (
+            lambda: circuits.AttributionGraph(transcoders, budget=2.5),
+            "budget=2.5: give a whole number",
+        ),
         (lambda: circuits.AttributionGraph(transcoders, node_threshold="a"), "node_threshold='a'"),
         (lambda: circuits.AttributionGraph(None), "transcoders=None"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(circuits.InputError, match=message):
             run()
     graph = method.attribute(model, torch.tensor([PROMPT]))
@@ -532,7 +564,9 @@ def test_what_cannot_be_explained_is_said_in_one_line(unchecked_types):
 
 @torch.no_grad()
 def test_the_graphs_of_a_task_become_one_circuit_scored_by_predicted_damage():
-    """Scores are those of each prompt's graph of what it is judged by, where it is judged, summed and divided by the scored rows."""
+    """Scores are those of each prompt's graph of what it is judged by, where it is judged, summed
+    and divided by the scored rows.
+    """
     model, task = model_of("gpt2"), random_task(ragged=True, several=True)
     method = circuits.AttributionGraph(random_transcoders(model))
     circuit = method.discover(model, task)

@@ -1,4 +1,6 @@
-"""Batched-edge ACDC against ACDC, against its own definition, and where edges depend on each other."""
+"""Batched-edge ACDC against ACDC, against its own definition, and where edges depend on each
+other.
+"""
 
 import pytest
 import torch
@@ -25,7 +27,9 @@ def reference_meter(model, task, graph, metric="kl", ablation="resample"):
 
 
 class Definition:
-    """Batched-edge ACDC from its definition, one group at a time, with the reference executor; nothing measured is ever reused."""
+    """Batched-edge ACDC from its definition, one group at a time, with the reference executor;
+    nothing measured is ever reused.
+    """
 
     def __init__(self, model, task, graph, threshold: float, group, verify: bool):
         self.graph, self.threshold, self.verify, self.group = graph, threshold, verify, group
@@ -160,7 +164,9 @@ def test_the_circuit_is_that_of_the_definition(architecture, group, verify):
 
 
 def test_an_edge_into_a_target_that_went_with_its_own_group_goes_too_whatever_its_score():
-    """Alone it does damage; without the edges out of its target, removed in the same batch, nobody reads what it brings."""
+    """Alone it does damage; without the edges out of its target, removed in the same batch, nobody
+    reads what it brings.
+    """
     model, task, threshold, size = small_model("gpt2"), random_task(batch=4), 0.02, 25
     circuit = circuits.BatchedACDC(threshold, group=size).discover(model, task)
     graph, kept = circuit.graph, circuit.kept
@@ -183,7 +189,9 @@ def test_an_edge_into_a_target_that_went_with_its_own_group_goes_too_whatever_it
 
 
 def excesses(circuit, meter, threshold: float) -> list[float]:
-    """By group, the joint increase of what was removed for being harmless minus the sum of the scores, measured anew."""
+    """By group, the joint increase of what was removed for being harmless minus the sum of the
+    scores, measured anew.
+    """
     groups, states = (
         edge_groups(circuit.graph, group_of(circuit)),
         [torch.ones(len(circuit.graph), dtype=torch.bool)],
@@ -246,7 +254,9 @@ def test_verified_no_group_does_more_damage_than_its_edges_alone_and_the_thresho
 
 @pytest.mark.parametrize("group", ["layer", 1000])
 def test_of_two_edges_that_do_the_same_work_one_stays_when_verified(group):
-    """An OR gate: either head is enough, so that each of the edges into the MLP, and each of those into the heads, is harmless alone."""
+    """An OR gate: either head is enough, so that each of the edges into the MLP, and each of those
+    into the heads, is harmless alone.
+    """
     known = circuits.known_circuit("or", n_prompts=16)
     graph = circuits.component_graph(known.model, split_embed=True)
     options = {"metric": "squared_error", "ablation": "zero", "group": group}

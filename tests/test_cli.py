@@ -47,7 +47,10 @@ def run_here(capsys, *words: str) -> tuple[int, str, str]:
 
 
 def test_help_answers_without_importing_torch():
-    script = "import sys; from circuits.cli.main import main; main(['--help']); assert 'torch' not in sys.modules"
+    script = (
+        "import sys; from circuits.cli.main import main; main(['--help']); "
+        "assert 'torch' not in sys.modules"
+    )
     output = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     ).stdout
@@ -61,7 +64,10 @@ def test_only_the_command_itself_says_how_threads_wait_and_only_where_the_user_d
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     main(["list"])
     assert "OMP_WAIT_POLICY" not in os.environ
-    script = "import os, sys; from circuits.cli.main import main; sys.argv = ['circuits', 'list']; main(); print(os.environ['OMP_WAIT_POLICY'])"
+    script = (
+        "import os, sys; from circuits.cli.main import main; sys.argv = ['circuits', 'list']; "
+        "main(); print(os.environ['OMP_WAIT_POLICY'])"
+    )
     for given, expected in ({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"):
         output = subprocess.run(
             [sys.executable, "-c", script],

@@ -1,4 +1,6 @@
-"""Several ranks, on the CPU: the circuit of one process, the same on every rank, whatever ends or fails."""
+"""Several ranks, on the CPU: the circuit of one process, the same on every rank, whatever ends or
+fails.
+"""
 
 import json
 import os
@@ -86,7 +88,8 @@ def test_two_ranks_find_the_circuit_of_one_process(found, method, task):
     assert torch.equal(first.scores.nan_to_num(), second.scores.nan_to_num())
     alone = METHODS[method].discover(random_model(), TASKS[task]())
     assert torch.equal(first.kept, alone.kept)
-    # What is computed together changes last bits; scores that are far from the threshold are not confirmed, and left in the low precision.
+    # What is computed together changes last bits; scores that are far from the threshold are not
+    # confirmed, and left in the low precision.
     tolerance = 1e-5 if getattr(METHODS[method], "precision", None) is None else 1e-3
     torch.testing.assert_close(
         first.scores, alone.scores, rtol=1e-5, atol=tolerance, equal_nan=True
@@ -141,7 +144,9 @@ def rank_of(process: psutil.Process) -> str | None:
 
 
 def kill_second_rank(words: list[str], folder: Path) -> tuple[int, str]:
-    """Start two ranks and kill one when ten decisions are made: the exit status, and what was said."""
+    """Start two ranks and kill one when ten decisions are made: the exit status, and what was
+    said.
+    """
     process = begin([*words, "--out", str(folder)])
     while process.poll() is None and not any(
         int(read_tensors(path, "circuits.checkpoint", 1)[0]["evaluations"]) >= 10

@@ -26,7 +26,9 @@ def task():
 
 
 def most_allocated(call) -> int:
-    """The most bytes that torch's allocator gave out at one time, above what it had given out before."""
+    """The most bytes that torch's allocator gave out at one time, above what it had given out
+    before.
+    """
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profiler:
@@ -99,7 +101,9 @@ def test_details_stay_within_max_memory_and_do_not_depend_on_it(model, task):
 
 
 def test_when_the_changes_of_all_sources_do_not_fit_they_come_in_pieces(model, task, monkeypatch):
-    """Bounded to what the model's passes take, a prompt's products are made from some layers' sources at a time."""
+    """Bounded to what the model's passes take, a prompt's products are made from some layers'
+    sources at a time.
+    """
     whole = EAP().discover(model, task[:1])
     pieces = []
     outputs = circuits.running.ablation.Changes.outputs

@@ -65,7 +65,9 @@ def nodes_of(model) -> list[Node]:
 
 
 def patched_logits(model, task, node: Node) -> torch.Tensor:
-    """The clean run with one node's output replaced by the corrupted run's, with TransformerLens' own hooks."""
+    """The clean run with one node's output replaced by the corrupted run's, with TransformerLens'
+    own hooks.
+    """
     name = (
         f"blocks.{node.layer}.attn.hook_z"
         if isinstance(node, Head)
@@ -144,7 +146,9 @@ def test_node_outputs_and_biases_sum_to_the_residual_stream(architecture):
 
 
 def definition(model, graph, kept, task) -> torch.Tensor:
-    """x_r = b_r + sum of M out_u + (1 - M) c_u written out for a GPT-2-style model, one node at a time: an independent executor."""
+    """x_r = b_r + sum of M out_u + (1 - M) c_u written out for a GPT-2-style model, one node at a
+    time: an independent executor.
+    """
     nodes = component_nodes(model, split_embed=False)
     corrupted = source_outputs(model, nodes, task.corrupted, task.mask)
     outputs: dict[Node, torch.Tensor] = {
@@ -589,7 +593,8 @@ class TestManyPromptsAreRunInPieces:
         torch.testing.assert_close(from_given, whole, atol=1e-4, rtol=1e-4)
 
     def test_evaluations_and_curves_are_the_same(self, pieces):
-        # Faithfulness divides by what the whole model does better than the empty circuit: on these prompts enough for its digits to hold.
+        # Faithfulness divides by what the whole model does better than the empty circuit: on these
+        # prompts enough for its digits to hold.
         model, task = random_model(), random_task(several=True, seed=4)
         ranked = circuits.EAP().discover(model, task)
         whole, parts = (

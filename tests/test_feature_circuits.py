@@ -1,4 +1,6 @@
-"""Running circuits of features: all kept is the model, nothing kept is the corrupted prompt, and in between what the definition says."""
+"""Running circuits of features: all kept is the model, nothing kept is the corrupted prompt, and in
+between what the definition says.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -42,7 +44,9 @@ def test_everything_kept_is_the_model_and_nothing_kept_the_corrupted_prompt(arch
 
 
 class Definition:
-    """y_l = MLP_l(x) + sum over nodes outside the circuit of (c - out(x)): one prompt of a sequential model at a time, node by node."""
+    """y_l = MLP_l(x) + sum over nodes outside the circuit of (c - out(x)): one prompt of a
+    sequential model at a time, node by node.
+    """
 
     def __init__(self, model, transcoders, kept_nodes, ablation: str) -> None:
         self.model, self.transcoders, self.kept, self.ablation = (
@@ -204,7 +208,9 @@ def test_a_circuit_split_by_positions_keeps_its_nodes_where_they_are_named():
 
 @torch.no_grad()
 def test_mean_ablation_takes_means_over_real_tokens_of_all_prompts():
-    """Of the embedding alone, everything else kept: against the mean embedding put there by hand."""
+    """Of the embedding alone, everything else kept: against the mean embedding put there by
+    hand.
+    """
     model, task = model_of("gpt2"), random_task(ragged=True)
     transcoders = random_transcoders(model, "clt")
     circuit = ranked(circuits.AttributionGraph(transcoders).discover(model, task))
@@ -230,7 +236,9 @@ def test_mean_ablation_takes_means_over_real_tokens_of_all_prompts():
 
 
 def mean_by_hand(model, transcoders, task) -> torch.Tensor:
-    """Nothing kept: every MLP writes its bias and the mean of what features and errors write, over all tokens but pads and the first."""
+    """Nothing kept: every MLP writes its bias and the mean of what features and errors write, over
+    all tokens but pads and the first.
+    """
     definition = Definition(model, transcoders, set(), "mean")
     tokens, features, errors = [], [], []
     for prompt, n in enumerate(task.lengths.tolist()):
@@ -296,7 +304,9 @@ def test_everything_in_a_budget_is_not_the_model():
 
 @torch.no_grad()
 def test_an_edges_score_is_the_damage_of_the_linear_model_when_its_source_is_ablated():
-    """Over all its outgoing edges a feature's scores sum to its direct effect on the explained logits, over all paths."""
+    """Over all its outgoing edges a feature's scores sum to its direct effect on the explained
+    logits, over all paths.
+    """
     model = model_of("gpt2", n_layers=3)
     transcoders = random_transcoders(model, "plt", activation="relu")
     graph = circuits.AttributionGraph(transcoders).attribute(

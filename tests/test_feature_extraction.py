@@ -1,4 +1,6 @@
-"""Feature extraction against a loop over layers and positions in plain Python, on random data and on models of other kinds."""
+"""Feature extraction against a loop over layers and positions in plain Python, on random data and
+on models of other kinds.
+"""
 
 from collections import Counter
 from dataclasses import replace
@@ -209,7 +211,9 @@ def test_it_takes_no_more_memory_than_it_may(activation, stored, top_k):
 
 
 class Waiting(TorchFunctionMode):
-    """Counts what makes the host wait for a device: numbers read back, and results whose size depends on numbers."""
+    """Counts what makes the host wait for a device: numbers read back, and results whose size
+    depends on numbers.
+    """
 
     NAMES = (
         "item",
@@ -360,7 +364,8 @@ def test_the_features_of_a_language_model_from_hugging_face(kind):
     assert_same(
         extract_features(states, transcoders, 10, 0.01), loop(states, transcoders, 10, 0.01)
     )
-    # Of hidden states as the model returns them, the first is the embedding and the others follow a layer each.
+    # Of hidden states as the model returns them, the first is the embedding and the others follow a
+    # layer each.
     residuals = dict(enumerate(output.hidden_states[1:]))
     assert_same(
         extract_features(residuals, transcoders, 10, 0.01), loop(residuals, transcoders, 10, 0.01)

@@ -187,7 +187,9 @@ PROMPT = torch.tensor([7, 3, 41, 3, 20, 11])
 
 
 def edges_between_features(model, transcoders):
-    """Of the graph of one prompt: nodes, and the weight and its direct part of every pair of features [target, source]."""
+    """Of the graph of one prompt: nodes, and the weight and its direct part of every pair of
+    features [target, source].
+    """
     graph = AttributionGraph(transcoders).attribute(model, PROMPT)
     n = int((graph.nodes.kind == FEATURE).sum())
     assert n > 50

@@ -1,4 +1,6 @@
-"""EAP, EAP-IG and exact patching against EAP-IG's package, compiled models, finite differences and each other."""
+"""EAP, EAP-IG and exact patching against EAP-IG's package, compiled models, finite differences and
+each other.
+"""
 
 import pytest
 import torch
@@ -35,7 +37,9 @@ def published_case():
 
 
 def assert_scores_are_published(scores, graph, name: str) -> None:
-    """Their scores are divided by the number of prompts once more than ours, those of exact patching are not."""
+    """Their scores are divided by the number of prompts once more than ours, those of exact
+    patching are not.
+    """
     scale = 1 if name == "exact" else PROMPTS
     theirs = {
         our_edge(source, target): score * scale
@@ -102,7 +106,9 @@ def test_exact_patching_gives_the_effect_tables_of_compiled_programs(name, mode)
 
 
 def differentiated_by_hand(model, graph, task, metric) -> torch.Tensor:
-    """d damage / d ablation of every edge, by autograd through the definition: hooks that mix in each source's change by a weight per edge."""
+    """d damage / d ablation of every edge, by autograd through the definition: hooks that mix in
+    each source's change by a weight per edge.
+    """
     layout = EdgeLayout.of(model, graph)
     clean = source_outputs(model, layout.nodes, task.clean, task.mask)
     corrupted = source_outputs(model, layout.nodes, task.corrupted, task.mask)
@@ -217,7 +223,9 @@ def test_scores_of_an_edge_split_by_position_sum_to_its_score(architecture):
 
 
 def test_midpoint_integration_adds_up_to_the_whole_effect_of_the_embedding():
-    """Completeness of integrated gradients: the embedding's edges sum to damage(corrupted) - damage(clean)."""
+    """Completeness of integrated gradients: the embedding's edges sum to damage(corrupted) -
+    damage(clean).
+    """
     model, task = random_model("gpt2", dtype=torch.float64), random_task()
     scores = EAPIG(steps=50).attribute(model, task)
     metric, whole = METRICS["logit_difference"], circuits.model_logits(model, task)
@@ -225,7 +233,8 @@ def test_midpoint_integration_adds_up_to_the_whole_effect_of_the_embedding():
         float(metric.damage(circuits.model_logits(model, task, prompts), whole, task).mean())
         for prompts in ("clean", "corrupted")
     ]
-    # Only the direct paths from the embedding see the whole change of their own source: compare through the embedding's total gradient.
+    # Only the direct paths from the embedding see the whole change of their own source: compare
+    # through the embedding's total gradient.
     embed = float(
         torch.tensordot(
             scores.rows / scores.rows.sum(), scores.sources_by_position[:, 0].sum(-1), dims=1
@@ -259,7 +268,9 @@ def test_a_metric_whose_gradient_vanishes_at_the_clean_run_is_refused_there(metr
 
 
 def test_whether_a_gradient_vanishes_does_not_depend_on_the_batch_size(monkeypatch):
-    """A prompt that is not corrupted has no gradient of KL anywhere; the others of its task have."""
+    """A prompt that is not corrupted has no gradient of KL anywhere; the others of its task
+    have.
+    """
     model, task = random_model("gpt2"), random_task()
     task.corrupted[0] = task.clean[0]
     together = EAP(metric="kl", gradient_at="corrupted").discover(model, task).scores

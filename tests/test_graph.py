@@ -29,8 +29,18 @@ def test_the_text_of_a_node_round_trips(node):
 
 def test_nodes_are_written_as_the_field_writes_them():
     assert [str(node) for node in NODES] == [
-        "embed", "tok_embed@5", "pos_embed@S2", "a9.h6", "a9.h6@S1+1", "m3@14", "f2.1204@5", "e2@5", "logits", "logits:answer", "logits:1534@11",
-    ]  # fmt: skip
+        "embed",
+        "tok_embed@5",
+        "pos_embed@S2",
+        "a9.h6",
+        "a9.h6@S1+1",
+        "m3@14",
+        "f2.1204@5",
+        "e2@5",
+        "logits",
+        "logits:answer",
+        "logits:1534@11",
+    ]
 
 
 @pytest.mark.parametrize(

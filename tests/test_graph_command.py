@@ -129,7 +129,7 @@ def test_mistakes_are_told_in_one_line(capsys, tmp_path, words, message):
     assert message in errors and errors.count("\n") == 1, errors
 
 
-def test_the_page_starts_at_the_thresholds_that_were_asked_for_and_is_made_again_where_it_is_missing(
+def test_the_page_starts_at_the_thresholds_asked_for_and_is_made_again_if_it_is_missing(
     capsys, tmp_path
 ):
     words = (

@@ -1,4 +1,6 @@
-"""The page of an attribution graph: what it holds, checked on its text, and what a reader sees and does, in a real browser."""
+"""The page of an attribution graph: what it holds, checked on its text, and what a reader sees and
+does, in a real browser.
+"""
 
 from __future__ import annotations
 
@@ -87,8 +89,8 @@ def test_of_a_large_graph_the_page_holds_the_most_influential_and_says_so(
 ) -> None:
     page = graph_page(graph, title="cut", max_nodes=50, max_edges=100)
     assert (
-        "the 50 most influential of 168 nodes and, between them, the 100 most influential of 2,000 edges; circuits view has all"
-        in page
+        "the 50 most influential of 168 nodes and, between them, the 100 most influential of 2,000 "
+        "edges; circuits view has all" in page
     )
     kept = torch.tensor(held(page, "held")["nodes"]["id"])
     always = graph.is_kind(EMBEDDING, TARGET)
@@ -240,12 +242,16 @@ def feature(name: str) -> str:
 
 
 def drawn(browser: Browser) -> tuple[set[int], set[tuple[int, int]]]:
-    """Numbers of the nodes in the picture, and the ends of the edges that are there while nothing is selected."""
+    """Numbers of the nodes in the picture, and the ends of the edges that are there while nothing
+    is selected.
+    """
     nodes = browser.js(
-        "[...document.querySelectorAll('#stage .nodes:not(.guests) .node')].map((one) => Number(one.dataset.id))"
+        "[...document.querySelectorAll('#stage .nodes:not(.guests) .node')].map((one) => "
+        "Number(one.dataset.id))"
     )
     edges = browser.js(
-        "[...document.querySelectorAll('#stage .edges:not(.lit) .edge')].map((one) => [Number(one.dataset.source), Number(one.dataset.target)])"
+        "[...document.querySelectorAll('#stage .edges:not(.lit) .edge')].map((one) => "
+        "[Number(one.dataset.source), Number(one.dataset.target)])"
     )
     return set(nodes), {(source, target) for source, target in edges}
 
@@ -257,7 +263,8 @@ def settled(browser: Browser, status: str) -> None:
 def listed(browser: Browser, side: str) -> list[tuple[str, float, float, float]]:
     rows = browser.js(
         f"[...document.querySelectorAll('.edges-of[data-side={side}] tbody tr')].map((row) => "
-        "[row.dataset.node, ...[...row.querySelectorAll('[data-value]')].map((cell) => Number(cell.dataset.value))])"
+        "[row.dataset.node, ...[...row.querySelectorAll('[data-value]')].map((cell) => "
+        "Number(cell.dataset.value))])"
     )
     return [tuple(row) for row in rows]
 
@@ -280,7 +287,8 @@ def test_a_page_opens_from_a_file_without_errors_or_requests(
     )
     assert labels == list(graph.words)
     assert browser.js(
-        "[...document.querySelectorAll('#stage .node[data-kind=target]')].map((one) => one.textContent)"
+        "[...document.querySelectorAll('#stage .node[data-kind=target]')].map((one) => "
+        "one.textContent)"
     ) == [
         "\u00b7Sacramento  60 %",
         "\u00b7Austin  24 %",
@@ -344,7 +352,8 @@ def test_a_clicked_node_lists_and_draws_its_strongest_edges(
         )
     } == ends
     colours = browser.js(
-        f"{lit}.map((one) => [Number(one.dataset.weight) > 0, one.getAttribute('stroke'), Number(one.getAttribute('stroke-width'))])"
+        f"{lit}.map((one) => [Number(one.dataset.weight) > 0, one.getAttribute('stroke'), "
+        f"Number(one.getAttribute('stroke-width'))])"
     )
     assert {(positive, colour) for positive, colour, _ in colours} == {
         (True, "#0072b2"),
@@ -367,12 +376,14 @@ def test_lists_of_a_page_that_holds_some_edges_say_so(
     opened(browser, tmp_path, graph, max_edges=300)
     browser.click("#stage .node[data-kind=target]")
     browser.wait(
-        "document.querySelector('.edges-of[data-side=inputs] h3')?.textContent.endsWith('in this page')"
+        "document.querySelector('.edges-of[data-side=inputs] h3')?.textContent.endsWith('in this "
+        "page')"
     )
     opened(browser, tmp_path, graph)
     browser.click("#stage .node[data-kind=target]")
     browser.wait(
-        r"/^Inputs the strongest 10 of \d+$/.test(document.querySelector('.edges-of[data-side=inputs] h3')?.textContent)"
+        r"/^Inputs the strongest 10 of "
+        r"\d+$/.test(document.querySelector('.edges-of[data-side=inputs] h3')?.textContent)"
     )
 
 
@@ -383,12 +394,14 @@ def test_pointing_lights_up_a_node_and_says_what_it_is(
     opened(browser, tmp_path, graph)
     browser.point(feature("f3.7185@12"))
     browser.wait(
-        "!document.querySelector('.tip').hidden && document.querySelector('.tip').textContent.startsWith('f3.7185  @12 of')"
+        "!document.querySelector('.tip').hidden && "
+        "document.querySelector('.tip').textContent.startsWith('f3.7185  @12 of')"
     )
     assert browser.js("document.querySelectorAll('#stage .edges.lit .edge').length") > 3
     assert (
         browser.js(
-            "document.querySelector('#stage .tokens text[data-position=\"12\"]').getAttribute('font-weight')"
+            "document.querySelector('#stage .tokens "
+            "text[data-position=\"12\"]').getAttribute('font-weight')"
         )
         == "700"
     )
@@ -407,7 +420,8 @@ def test_pins_supernodes_and_thresholds_survive_a_reload(
     for number in members[:3]:
         browser.click(f'#stage .node[data-id="{number}"]', shift=True)
         browser.wait(
-            f"document.querySelector('#stage .node[data-id=\"{number}\"]').getAttribute('aria-label').includes('marked')"
+            f"document.querySelector('#stage "
+            f".node[data-id=\"{number}\"]').getAttribute('aria-label').includes('marked')"
         )
     browser.click("#make-supernode")
     browser.wait("document.activeElement.matches('.supernodes input')")
@@ -421,14 +435,18 @@ def test_pins_supernodes_and_thresholds_survive_a_reload(
     time.sleep(0.4)
     browser.reload()
     groups = browser.js(
-        "[...document.querySelectorAll('.supernodes li')].map((one) => [one.querySelector('input').value, one.textContent])"
+        "[...document.querySelectorAll('.supernodes li')].map((one) => "
+        "[one.querySelector('input').value, one.textContent])"
     )
     assert groups == [["say a capital", "3 nodesUngroup"]]
     assert browser.js("document.querySelector('.pinned').textContent").startswith(
         str(graph.node(members[3])).split("@")[0]
     )
     assert browser.js("document.getElementById('node-threshold').value") == "0.7"
-    inside = "[...document.querySelectorAll('#stage .node')].filter((one) => one.getAttribute('aria-label').includes('in say a capital'))"
+    inside = (
+        "[...document.querySelectorAll('#stage .node')].filter("
+        "(one) => one.getAttribute('aria-label').includes('in say a capital'))"
+    )
     marks = browser.js(f"{inside}.map((one) => Number(one.dataset.id))")
     assert sorted(marks) == members[:3]
     browser.click(".supernodes li button:last-child")
@@ -499,14 +517,17 @@ def test_search_finds_names_and_tokens_also_of_what_is_not_drawn(
         browser.write(text)
         expected = GraphData.of(graph).search(text, 12)["nodes"]["name"]
         browser.wait(
-            f"JSON.stringify({found}) === {json.dumps(json.dumps(expected, separators=(',', ':')))} && !document.getElementById('found').hidden"
+            f"JSON.stringify({found}) === "
+            f"{json.dumps(json.dumps(expected, separators=(',', ':')))} && "
+            f"!document.getElementById('found').hidden"
         )
         if text == hidden:
             browser.press("Enter")
             selected(browser, hidden.split("@")[0])
             assert (
                 browser.js(
-                    f"document.querySelectorAll('#stage .guests {feature(hidden).removeprefix('#stage ')}').length"
+                    f"document.querySelectorAll('#stage .guests "
+                    f"{feature(hidden).removeprefix('#stage ')}').length"
                 )
                 == 1
             )
@@ -525,7 +546,8 @@ def test_hostile_text_is_shown_as_text(
     browser.js("document.getElementById('search').focus()")
     browser.write("</script>")
     browser.wait(
-        f"document.querySelector('#found [role=option]')?.textContent.startsWith({json.dumps(HOSTILE)})"
+        f"document.querySelector('#found "
+        f"[role=option]')?.textContent.startsWith({json.dumps(HOSTILE)})"
     )
     browser.press("Enter")
     selected(browser, HOSTILE)
@@ -623,16 +645,20 @@ def test_labels_and_nodes_do_not_overlap_and_everything_fits(
         synthetic_graph(words=words, layers=layers, features=features, edges=20_000),
     )
     overlaps = """(() => {
-      const boxes = [...document.querySelectorAll('#stage .names text, #stage .node')].map((one) => one.getBoundingClientRect());
-      const meet = (a, b) => a.left < b.right - 2 && b.left < a.right - 2 && a.top < b.bottom - 3 && b.top < a.bottom - 3;
-      return boxes.reduce((sum, a, i) => sum + boxes.slice(0, i).filter((b) => meet(a, b)).length, 0);
+      const boxes = [...document.querySelectorAll('#stage .names text, #stage .node')].map((one) =>
+      one.getBoundingClientRect());
+      const meet = (a, b) => a.left < b.right - 2 && b.left < a.right - 2 && a.top < b.bottom - 3 &&
+      b.top < a.bottom - 3;
+      return boxes.reduce((sum, a, i) => sum + boxes.slice(0, i).filter((b) => meet(a, b)).length,
+      0);
     })()"""
     assert browser.js(overlaps) == 0
     assert browser.js(
         "[stage.scrollWidth - stage.clientWidth, stage.scrollHeight - stage.clientHeight]"
     ) == [0, 0]
     assert browser.js(
-        "document.documentElement.scrollWidth <= 1280 && document.documentElement.scrollHeight <= 800"
+        "document.documentElement.scrollWidth <= 1280 && document.documentElement.scrollHeight <= "
+        "800"
     )
 
 

@@ -55,7 +55,8 @@ def test_a_heads_share_is_what_an_edge_loses_without_it(architecture, kind):
             local.layers[layer].mixing[head] = kept
             torch.testing.assert_close(shares[between, layer, head], lost, rtol=1e-4, atol=1e-4)
     assert float(shares.abs().max()) > 0.01
-    # An edge within one layer's attention: what goes around every head of all layers stays where it is.
+    # An edge within one layer's attention: what goes around every head of all layers stays where it
+    # is.
     no_heads = graph.weight - shares.sum((1, 2))
     once = shares.abs().sum(2).gt(1e-7).sum(1) <= 1
     torch.testing.assert_close(no_heads[once], graph.direct[once], rtol=1e-4, atol=1e-4)

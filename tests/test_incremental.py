@@ -178,7 +178,9 @@ class TestWhatCannotBeRunIncrementally:
         _say_once.cache_clear()
 
     def changed(self):
-        """A model with a hook of the user's that changes what heads write: no node computes what its weights say."""
+        """A model with a hook of the user's that changes what heads write: no node computes what
+        its weights say.
+        """
         model = random_model("gpt2")
         model.add_hook("blocks.0.attn.hook_z", lambda activation, hook: activation * 1.5)
         return model

@@ -27,7 +27,9 @@ def test_edge_names_convert_both_ways(model):
 
 
 def test_a_graph_that_their_package_wrote_is_read(model):
-    """tests/data/eap_case/graph.json: EAP scores, the top 60 edges by magnitude, pruned; written by EAP-IG's Graph.to_json."""
+    """tests/data/eap_case/graph.json: EAP scores, the top 60 edges by magnitude, pruned; written by
+    EAP-IG's Graph.to_json.
+    """
     content = json.loads((DATA / "eap_case" / "graph.json").read_text())
     circuit = load_eap_ig(DATA / "eap_case" / "graph.json", model, n_prompts=8)
     assert len(circuit) == sum(edge["in_graph"] for edge in content["edges"].values()) == 50

@@ -1,4 +1,7 @@
-"""Interventions on features. The physical test of attribution graphs: direct effects are the columns of the adjacency."""
+"""Interventions on features.
+
+The physical test of attribution graphs: direct effects are the columns of the adjacency.
+"""
 
 import math
 
@@ -114,7 +117,8 @@ def test_frozen_attention_and_frozen_layers_keep_the_change_from_spreading():
         not torch.allclose(a.logits, b.logits)
         for a, b in ((free, attention), (attention, layers), (layers, direct))
     )
-    # With attention frozen, nothing before the position changes, and features of its own layer see nothing of it.
+    # With attention frozen, nothing before the position changes, and features of its own layer see
+    # nothing of it.
     torch.testing.assert_close(attention.preactivations[0], before.preactivations[0])
     torch.testing.assert_close(
         attention.logits[:, :position], before.logits[:, :position], rtol=0, atol=1e-5

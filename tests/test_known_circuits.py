@@ -1,6 +1,7 @@
 """Known circuits compute what they say, along the edges that other code found for them.
 
-The files in data/known_circuits were made by other code that wires induction and or; their logits and circuits are oracles. Nothing
+The files in data/known_circuits were made by other code that wires induction and or; their logits
+and circuits are oracles. Nothing
 here ablates, and that the weights bear out the edges is in test_wiring.py.
 """
 
@@ -68,7 +69,9 @@ ORACLES = {"induction": induction, "proportion": proportion, "and": both, "or": 
 
 
 def every_prompt(name: str) -> Tensor:
-    """The task's prompts; for the gates also every pair of words at the two positions they look at."""
+    """The task's prompts; for the gates also every pair of words at the two positions they
+    look at.
+    """
     task = on_cpu(name, **VARIANTS["plain"]).task
     prompts = torch.cat([task.clean, task.corrupted])
     if name in ("and", "or"):

@@ -79,8 +79,10 @@ def test_damage_is_larger_when_the_metric_gets_worse(task, logits, clean):
             damage, value if metric.direction == "higher_is_damage" else -value
         )
     assert {name for name, metric in METRICS.items() if metric.direction == "higher_is_damage"} == {
-        "kl", "negative_log_probability", "squared_error",
-    }  # fmt: skip
+        "kl",
+        "negative_log_probability",
+        "squared_error",
+    }
 
 
 def test_half_precision_logits_are_judged_in_float32(task, logits, clean):

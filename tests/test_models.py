@@ -105,7 +105,10 @@ def test_weights_that_do_not_fit_are_named():
     weights["blocks.0.mlp.W_in"] = torch.zeros(2, 2)
     del weights["embed.W_E"]
     weights["extra"] = torch.zeros(1)
-    told = r"embed.W_E \(missing\), blocks.0.mlp.W_in \(has shape \(2, 2\), needs \(24, 32\)\), extra \(unknown\)"
+    told = (
+        r"embed.W_E \(missing\), blocks.0.mlp.W_in "
+        r"\(has shape \(2, 2\), needs \(24, 32\)\), extra \(unknown\)"
+    )
     with pytest.raises(circuits.InputError, match=told):
         circuits.build_model(config, weights, device="cpu")
 

@@ -1,6 +1,8 @@
-"""Neuronpedia's graph JSON: what circuit-tracer wrote of a graph, the same graph written by us, and what comes back of it.
+"""Neuronpedia's graph JSON: what circuit-tracer wrote of a graph, the same graph written by us, and
+what comes back of it.
 
-data/attribution_graph_case/graph.json is circuit-tracer 0.5.0's export of its run clt_top128, pruned to 0.8 and 0.98; the schema in
+data/attribution_graph_case/graph.json is circuit-tracer 0.5.0's export of its run clt_top128,
+pruned to 0.8 and 0.98; the schema in
 neuronpedia_graph.schema.json says what the format requires.
 """
 
@@ -323,7 +325,8 @@ def test_a_label_at_a_position_comes_before_one_for_all_of_them(graph, tmp_path)
 
 def test_errors_never_have_the_ids_of_features(graph, tmp_path):
     errors = [number for number in range(len(graph.nodes)) if graph.nodes.kind[number] == ERROR]
-    # Features of layer 0 whose numbers are layers of the model: what the older ids of errors ran into.
+    # Features of layer 0 whose numbers are layers of the model: what the older ids of errors ran
+    # into.
     features = graph.nodes.index.clone()
     features[:3] = torch.tensor([0, 1, 2])
     crowded = replace(graph, nodes=replace(graph.nodes, index=features))
@@ -423,7 +426,9 @@ def test_new_and_old_ids_of_errors_mean_the_same(tmp_path):
 
 
 def test_what_their_schema_leaves_open_is_read(tmp_path):
-    """Numbers as layers, nodes and fields in another order or absent, outputs named otherwise, subgraphs that name what is not there."""
+    """Numbers as layers, nodes and fields in another order or absent, outputs named otherwise,
+    subgraphs that name what is not there.
+    """
     content = theirs()
     content["nodes"] = [
         {

@@ -37,13 +37,16 @@ def graph_from_triples(nodes, edges, *, positions=None) -> Graph:
 
 
 def components(layers: int, heads: int, spans: Sequence[str] | None = None) -> Graph:
-    """The component graph of a sequential model, written down again so that these tests need no model."""
+    """The component graph of a sequential model, written down again so that these tests need no
+    model.
+    """
     order: list[Node] = [Embed()]
     for layer in range(layers):
         order += [*(Head(layer, head) for head in range(heads)), MLP(layer)]
     order.append(Logits())
     copies = spans or (None,)
-    # The heads of a layer read what stood before the layer; an MLP and the logits everything before themselves.
+    # The heads of a layer read what stood before the layer; an MLP and the logits everything before
+    # themselves.
     sources_of = {
         node: 1 + node.layer * (heads + 1) if isinstance(node, Head) else index
         for index, node in enumerate(order)

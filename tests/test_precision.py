@@ -15,7 +15,8 @@ from circuits.running.precision import DTYPES, Background, Precision, _say_once
 # The simulation says so once, in whichever test comes first.
 pytestmark = pytest.mark.filterwarnings("ignore:.*simulated:UserWarning")
 
-# What rounding to nearest may change in a number, relative to it, or to the largest in its row where there is a scale.
+# What rounding to nearest may change in a number, relative to it, or to the largest in its row
+# where there is a scale.
 LARGEST_ERROR = {"bfloat16": 2**-9, "float16": 2**-12, "float8_e4m3": 2**-4, "int8": 1 / 254}
 TYPES = tuple(DTYPES)
 
@@ -66,7 +67,8 @@ class TestProducts:
         exact = x @ weight.double() + bias.double()
         assert torch.equal(found[2], found[0])
         torch.testing.assert_close(found[0], exact[0])
-        # As large as the rounding of the change allows, which is ten thousand times smaller than that of the values.
+        # As large as the rounding of the change allows, which is ten thousand times smaller than
+        # that of the values.
         assert (
             0
             < (found - exact).abs().max()
@@ -102,7 +104,8 @@ class TestRuns:
         torch.testing.assert_close(mixed.logits(base[None]), mixed.exact().logits(base[None]))
 
     def test_what_is_investigated_is_in_float32(self, toy_world):
-        # Nothing is downstream of edges into the logits but the unembedding, which is under test itself.
+        # Nothing is downstream of edges into the logits but the unembedding, which is under test
+        # itself.
         task, graph = circuits.load_task("ioi", toy_world, n=4), circuits.component_graph(toy_world)
         into_logits = [
             edge for edge in range(len(graph)) if str(graph.edges[edge]).endswith("->logits")
@@ -164,7 +167,8 @@ class TestConfirmation:
         assert increases == pytest.approx([9, 0.5, 0.2, 0.1, 7])
 
     def test_an_error_makes_others_doubtful_until_none_is_left(self):
-        # The nearest are off by 0.1, so that what seems to lie up to 0.5 from the threshold is measured; one of them is off by 1.6, and so on.
+        # The nearest are off by 0.1, so that what seems to lie up to 0.5 from the threshold is
+        # measured; one of them is off by 1.6, and so on.
         truth, errors = [0, 0.1, 0.2, 2, 4, 40, 0], [0, 0.1, 0, -1.6, 0, 0, 0]
         increases, noise, asked = self.confirmed(truth, errors, [6] * 6, 0.05)
         assert set(asked) == {0, 1, 2, 3, 4, 6}

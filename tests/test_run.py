@@ -133,7 +133,9 @@ def test_other_settings_prompts_weights_or_graphs_are_other_runs(model, tmp_path
 
 
 def test_what_only_shares_a_name_is_another_run(model, tmp_path):
-    """Given outputs, a metric of one's own, and an architecture that differs in more than its weights' shapes."""
+    """Given outputs, a metric of one's own, and an architecture that differs in more than its
+    weights' shapes.
+    """
     graph, task = circuits.component_graph(model), random_task()
     given = [
         circuits.Ablation(

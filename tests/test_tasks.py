@@ -40,7 +40,9 @@ def toy() -> Model:
 
 @pytest.fixture(scope="module")
 def bpe(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """A random model with a GPT-2-like tokenizer, to which rare names are several tokens, and 1776 is one."""
+    """A random model with a GPT-2-like tokenizer, to which rare names are several tokens, and 1776
+    is one.
+    """
     folder = tmp_path_factory.mktemp("bpe")
     bpe_tokenizer().save_pretrained(folder)
     return with_tokenizer(PreTrainedTokenizerFast.from_pretrained(folder))
@@ -165,7 +167,10 @@ def test_a_longer_task_begins_with_the_shorter_one_and_another_seed_is_another_t
 
 def test_text_does_not_depend_on_the_hash_seed() -> None:
     text = f"repr([make_family(name).pairs(20, 7, 'test') for name in {TASKS!r}])"
-    script = f"from circuits.tasks.registry import make_family; import sys; sys.stdout.buffer.write({text}.encode())"
+    script = (
+        "from circuits.tasks.registry import make_family; import sys; "
+        f"sys.stdout.buffer.write({text}.encode())"
+    )
     environment = {
         **os.environ,
         "PYTHONHASHSEED": "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2",
@@ -274,7 +279,7 @@ def test_induction_repeats_one_word_and_its_corruption_none() -> None:
         ]
 
 
-def test_docstring_answer_is_the_next_argument_of_the_definition_and_not_in_the_corrupted_prompt() -> (
+def test_docstring_answer_is_the_definitions_next_argument_and_not_in_the_corrupted_prompt() -> (
     None
 ):
     for pair in make_family("docstring").pairs(100, 0, "test"):
@@ -372,7 +377,7 @@ def test_the_embedded_tokenizer_splits_years_and_marks_and_says_where_its_tokens
     )
 
 
-def test_text_is_the_same_for_every_tokenizer_and_prompts_that_do_not_fit_are_dropped_and_not_replaced(
+def test_text_is_the_same_for_every_tokenizer_and_prompts_that_do_not_fit_are_dropped(
     toy: Model, bpe: Model
 ) -> None:
     text = make_family("ioi").pairs(100, 4, "test")
@@ -384,7 +389,8 @@ def test_text_is_the_same_for_every_tokenizer_and_prompts_that_do_not_fit_are_dr
     ]
     assert 50 <= len(fitting) < 100
     kept = circuits.load_task("ioi", bpe, n=100, seed=4).prompts
-    # Rare names of equally many pieces leave a pair aligned, and then it fits as long as its two answers are single tokens.
+    # Rare names of equally many pieces leave a pair aligned, and then it fits as long as its two
+    # answers are single tokens.
     assert (
         kept is not None
         and set(fitting) <= set(kept) < set(text)

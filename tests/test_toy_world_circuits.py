@@ -1,4 +1,6 @@
-"""The main job on the embedded model: an IOI circuit found on training prompts and judged on held-out ones."""
+"""The main job on the embedded model: an IOI circuit found on training prompts and judged on
+held-out ones.
+"""
 
 import pytest
 

@@ -1,4 +1,6 @@
-"""The transcoders that ship do what the model card says, on text and prompts they were not trained on."""
+"""The transcoders that ship do what the model card says, on text and prompts they were not trained
+on.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,7 @@ def held_out(toy_world: Model) -> dict[str, Task]:
 
 
 @pytest.mark.parametrize("name", L0)
-def test_they_explain_nine_tenths_of_what_mlps_write_in_held_out_text_with_as_few_features_as_the_card_says(
+def test_they_explain_nine_tenths_of_held_out_text_with_as_few_features_as_the_card_says(
     name: str, script: ModuleType, toy_world: Model
 ) -> None:
     tokens, mask = script.toy_world_text(toy_world, script.Config())[1]

@@ -1,4 +1,6 @@
-"""Files of transcoders: every published format read as it is meant, saved and loaded again, mapped, fetched, and refused when broken."""
+"""Files of transcoders: every published format read as it is meant, saved and loaded again, mapped,
+fetched, and refused when broken.
+"""
 
 import shutil
 from dataclasses import replace
@@ -593,7 +595,9 @@ def test_saving_refuses_what_the_formats_cannot_say(tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A folder whose sub-folders owner/repo are the hub, and a list of what is fetched from it, as (repository@revision, file)."""
+    """A folder whose sub-folders owner/repo are the hub, and a list of what is fetched from it, as
+    (repository@revision, file).
+    """
     root, fetched = tmp_path / "hub", []
 
     def download(repo_id, *, revision=None, allow_patterns=None, ignore_patterns=None):
@@ -689,7 +693,8 @@ def test_a_configuration_in_a_folder_may_list_files_on_the_hub(hub, tmp_path):
     [
         (
             "hf://someone/nothing",
-            r"hf://someone/nothing/config.yaml cannot be fetched: no connection to someone/nothing\. Correct the address",
+            r"hf://someone/nothing/config.yaml cannot be fetched: no connection to "
+            r"someone/nothing\. Correct the address",
         ),
         (
             "hf://someone/plts/empty?revision=v2",
@@ -821,7 +826,8 @@ BROKEN = {
     ),
     "pickles": (
         pickles,
-        r"sae.pt may be a pickle, which can run code .* convert it with torch.load\(..., weights_only=True\)",
+        r"sae.pt may be a pickle, which can run code .* convert it with torch.load\(..., "
+        r"weights_only=True\)",
     ),
     "a listed pickle": (with_config("transcoders: [sae.pt]"), r"sae.pt may be a pickle"),
     "an unknown file type": (
@@ -893,7 +899,8 @@ BROKEN = {
     ),
     "a wrong decoder": (
         wrong_decoder,
-        r"W_dec_1 has shape \(12, 3, 5\), expected \(12, 2, 5\) \(features, layers written to, d_model\)",
+        r"W_dec_1 has shape \(12, 3, 5\), expected \(12, 2, 5\) \(features, layers written to, "
+        r"d_model\)",
     ),
     "another library's names": (
         autoencoder,
@@ -901,7 +908,8 @@ BROKEN = {
     ),
     "variants": (
         variants,
-        r"there are 2 files for layer 0 \(layer_0/l0_7/params.npz, layer_0/l0_70/params.npz\); list the one",
+        r"there are 2 files for layer 0 \(layer_0/l0_7/params.npz, layer_0/l0_70/params.npz\); "
+        r"list the one",
     ),
     "no YAML": (with_config("a: [1"), r"config.yaml cannot be read as YAML"),
     "no settings": (with_config("- 1"), r"config.yaml holds list and no settings"),
@@ -911,7 +919,8 @@ BROKEN = {
     ),
     "an unknown hook": (
         with_config("feature_input_hook: hook_q"),
-        r"feature_input_hook is 'hook_q', which is not known; use one of hook_resid_mid, hook_resid_pre, hook_mlp_in, ln2.hook_normalized, mlp",
+        r"feature_input_hook is 'hook_q', which is not known; use one of hook_resid_mid, "
+        r"hook_resid_pre, hook_mlp_in, ln2.hook_normalized, mlp",
     ),
     "an unknown output hook": (
         with_config("feature_output_hook: hook_z"),
@@ -964,7 +973,8 @@ BROKEN = {
     ),
     "a list from another layer on": (
         with_config("transcoders: [hf://google/weights/layer_6/l0_7/params.npz]"),
-        r"entry 0 of transcoders is .*, so layer 0 would be read from a file of layer 6; list all layers in order from 0",
+        r"entry 0 of transcoders is .*, so layer 0 would be read from a file of layer 6; list all "
+        r"layers in order from 0",
     ),
 }
 

@@ -1,4 +1,6 @@
-"""Training transcoders: all kinds learn on every architecture, resuming changes nothing, and the model stays as it was."""
+"""Training transcoders: all kinds learn on every architecture, resuming changes nothing, and the
+model stays as it was.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The server behind `circuits view`: what it answers, what it refuses, and that very large graphs stay usable in a real browser."""
+"""The server behind `circuits view`: what it answers, what it refuses, and that very large graphs
+stay usable in a real browser.
+"""
 
 from __future__ import annotations
 
@@ -246,10 +248,30 @@ def test_many_requests_at_once_get_their_own_answers(
 # What it refuses
 
 PATHS = [
-    b"/../graph.safetensors", b"/graph.safetensors", b"/groups.json", b"/%2e%2e/%2e%2e/etc/passwd", b"/api/../../etc/passwd", b"//etc/passwd", b"/./",
-    b"/..%2f..%2fetc%2fpasswd", b"/etc/passwd", b"/..\\..\\etc\\passwd", b"/%00", b"/api/nodes%00", b"/api/nodes/", b"/API/nodes", b"/\x00",
-    b"/static/", b"/api/", b"http://127.0.0.1/etc/passwd", b"file:///etc/passwd", b"*", b"/favicon.ico", b"/;/", b"/%2f",
-]  # fmt: skip
+    b"/../graph.safetensors",
+    b"/graph.safetensors",
+    b"/groups.json",
+    b"/%2e%2e/%2e%2e/etc/passwd",
+    b"/api/../../etc/passwd",
+    b"//etc/passwd",
+    b"/./",
+    b"/..%2f..%2fetc%2fpasswd",
+    b"/etc/passwd",
+    b"/..\\..\\etc\\passwd",
+    b"/%00",
+    b"/api/nodes%00",
+    b"/api/nodes/",
+    b"/API/nodes",
+    b"/\x00",
+    b"/static/",
+    b"/api/",
+    b"http://127.0.0.1/etc/passwd",
+    b"file:///etc/passwd",
+    b"*",
+    b"/favicon.ico",
+    b"/;/",
+    b"/%2f",
+]
 
 
 @pytest.mark.parametrize("path", PATHS, ids=repr)
@@ -494,7 +516,10 @@ def test_the_command_opens_the_page_and_ends_quietly(
 
 def test_ctrl_c_ends_a_running_server_quietly(tmp_path: Path, graph: FeatureGraph) -> None:
     graph.save(tmp_path)
-    script = f"from circuits.cli.view import view; view([{str(tmp_path)!r}, '--port', '0', '--no-browser']); print('ended')"
+    script = (
+        "from circuits.cli.view import view; "
+        f"view([{str(tmp_path)!r}, '--port', '0', '--no-browser']); print('ended')"
+    )
     words = [sys.executable, "-u", "-c", script]
     with subprocess.Popen(
         words,
@@ -565,12 +590,14 @@ def test_a_page_says_when_its_server_has_gone_and_keeps_on_when_it_is_back(
     browser.call("Network.emulateNetworkConditions", offline=True, **speed)
     browser.slide("#node-threshold", 0.3)
     browser.wait(
-        "document.getElementById('kept').textContent.startsWith('Not kept in groups.json: The server does not answer')"
+        "document.getElementById('kept').textContent.startsWith('Not kept in groups.json: The "
+        "server does not answer')"
     )
     browser.call("Network.emulateNetworkConditions", offline=False, **speed)
     browser.slide("#node-threshold", 0.4)
     browser.wait(
-        "document.getElementById('kept').textContent === 'Pins, supernodes and thresholds are kept in groups.json.'"
+        "document.getElementById('kept').textContent === 'Pins, supernodes and thresholds are kept "
+        "in groups.json.'"
     )
     assert json.loads((server.folder / "groups.json").read_text())["node_threshold"] == 0.4
 
@@ -587,20 +614,25 @@ def test_ten_thousand_nodes_and_a_million_edges_stay_usable(browser: Browser, st
     assert len(graph.nodes) == 10_000 and len(graph) == 1_000_000
     browser.open(start(graph).url)
     kept = prune(graph)
-    shown = f"Drawn: {int(kept.nodes.sum()):,} of 10,000 nodes, the 1,000 most influential of {int(kept.edges.sum()):,} kept edges (1,000,000 in all)"
+    shown = (
+        f"Drawn: {int(kept.nodes.sum()):,} of 10,000 nodes, the 1,000 most influential of "
+        f"{int(kept.edges.sum()):,} kept edges (1,000,000 in all)"
+    )
     assert browser.js("document.getElementById('shown').textContent") == shown
     assert browser.js("document.querySelectorAll('#stage .edge').length") == 1000
     name = browser.js("document.querySelector('#selection tbody tr button .name').textContent")
     browser.click("#selection tbody tr button")
     browser.wait(
-        f"document.querySelector('#selection h2').textContent.startsWith('{name}') && document.querySelector('.edges-of[data-side]')"
+        f"document.querySelector('#selection h2').textContent.startsWith('{name}') && "
+        f"document.querySelector('.edges-of[data-side]')"
     )
     node = graph.node(
         int(browser.js("document.querySelector('#stage .node[aria-pressed=true]').dataset.id"))
     )
     for side, expected in (("inputs", graph.incoming(node)), ("outputs", graph.outgoing(node))):
         rows = browser.js(
-            f"[...document.querySelectorAll('.edges-of[data-side={side}] tbody tr')].map((row) => row.dataset.node)"
+            f"[...document.querySelectorAll('.edges-of[data-side={side}] tbody tr')].map((row) => "
+            f"row.dataset.node)"
         )
         assert rows == expected["node"].tolist()
     browser.slide("#node-threshold", 1)

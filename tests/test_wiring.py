@@ -1,4 +1,6 @@
-"""Wiring: the weights bear out the edges that were recorded while they were set. Nothing here runs a model."""
+"""Wiring: the weights bear out the edges that were recorded while they were set. Nothing here runs
+a model.
+"""
 
 from __future__ import annotations
 
@@ -113,7 +115,9 @@ def wired(name: str, **options: Any) -> tuple[Model, set[Edge]]:
 
 
 def edge_weights(model: Model) -> dict[Edge, float]:
-    """For every edge the graph can have, the largest entry of (what the source writes) @ (what the target reads)."""
+    """For every edge the graph can have, the largest entry of (what the source writes) @ (what the
+    target reads).
+    """
     weights = model.state_dict()
     return {
         edge: (written(weights, edge.source) @ consumed(weights, edge.target, edge.slot))

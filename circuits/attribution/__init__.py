@@ -1,1 +1,3 @@
-"""Attribution graphs of one prompt: a linear replacement model, its edges, their influence, and interventions that test them."""
+"""Attribution graphs of one prompt: a linear replacement model, its edges, their influence, and
+interventions that test them.
+"""

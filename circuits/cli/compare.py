@@ -39,7 +39,9 @@ class CompareOptions(Common):
     """
 
     methods: str = "acdc,eap,eap-ig,random"
-    """Methods separated by commas, with settings after colons: acdc:threshold=0.02:order=original,eap."""
+    """Methods separated by commas, with settings after colons:
+    acdc:threshold=0.02:order=original,eap.
+    """
     n: int = 16
     """Prompts to discover on."""
     n_eval: int = 64
@@ -47,7 +49,9 @@ class CompareOptions(Common):
     thresholds: str = "0.002,0.005,0.01,0.03,0.1"
     """Sweep of methods that take a threshold and are given none; the table shows the first."""
     size: int | None = None
-    """Edges to give methods that only score; by default as many as the first selecting method keeps."""
+    """Edges to give methods that only score; by default as many as the first selecting method
+    keeps.
+    """
     ablation: AblationName = "resample"
     """What ablated edges carry, in methods that have the choice and in judging them."""
     out: Path = Path("runs")
@@ -118,7 +122,9 @@ def _title(options: CompareOptions, task: Task, held_out: Task) -> str:
 
 
 def _sweep(spec: str, options: CompareOptions) -> tuple[str, list[CircuitDiscoverer]]:
-    """The discoverers that one entry of --methods means: a sweep of thresholds, several seeds, or one."""
+    """The discoverers that one entry of --methods means: a sweep of thresholds, several seeds, or
+    one.
+    """
     name, *settings = spec.split(":")
     if settings and "=" not in settings[0] and name.endswith(".py"):
         name = f"{name}:{settings.pop(0)}"
@@ -129,7 +135,8 @@ def _sweep(spec: str, options: CompareOptions) -> tuple[str, list[CircuitDiscove
         key, equals, value = setting.partition("=")
         if not equals or key not in fields:
             raise InputError(
-                f"--methods {spec!r}: {setting!r} is no setting of {kind.name}; it has {', '.join(fields)}, written threshold=0.01."
+                f"--methods {spec!r}: {setting!r} is no setting of {kind.name}; it has "
+                f"{', '.join(fields)}, written threshold=0.01."
             )
         given[key] = value
     needed = [
@@ -139,7 +146,8 @@ def _sweep(spec: str, options: CompareOptions) -> tuple[str, list[CircuitDiscove
     ]
     if missing := [name for name in needed if name not in given]:
         raise InputError(
-            f"--methods {spec!r}: {kind.name} needs {missing[0]}; write {kind.name}:{missing[0]}=..., with what it is."
+            f"--methods {spec!r}: {kind.name} needs {missing[0]}; write "
+            f"{kind.name}:{missing[0]}=..., with what it is."
         )
     label = ":".join([kind.name, *settings])
     if "ablation" in fields:

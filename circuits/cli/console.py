@@ -30,7 +30,9 @@ from circuits.system.ranks import is_first
 def progress_bar(
     description: str, *, quiet: bool = False
 ) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on standard error with the rate and the remaining time; nothing when `quiet`, when nobody watches or on other ranks than the first."""
+    """A bar on standard error with the rate and the remaining time; nothing when `quiet`, when
+    nobody watches or on other ranks than the first.
+    """
     if quiet or not is_first() or not sys.stderr.isatty():
         yield None
         return

@@ -24,18 +24,23 @@ from circuits.system.ranks import is_first
 
 @dataclass(frozen=True)
 class DiscoverOptions(Common):
-    """Find a circuit on prompts of the train split, into a run folder; evaluate it on held-out ones.
+    """Find a circuit on prompts of the train split, into a run folder; evaluate it on held-out
+    ones.
 
     circuits discover --method acdc --threshold 0.01 --task ioi
     circuits discover --method eap-ig --steps 10 --task greater_than --size 50
     circuits discover --method eap --data prompts.jsonl --model gpt2 --size 200
     torchrun --nproc-per-node=4 -m -- circuits discover --method acdc --threshold 0.01 --n 64
 
-    The last one shares the work among four devices; without `--`, torchrun takes `--n` for an option of its own.
+    The last one shares the work among four devices; without `--`, torchrun takes `--n` for an
+    option of its own.
     """
 
     method: str = "acdc"
-    """A method's name (`circuits list` shows them), or a Python file that defines one. The options below are the method's own."""
+    """A method's name (`circuits list` shows them), or a Python file that defines one.
+
+    The options below are the method's own.
+    """
     n: int = 64
     """Prompts to discover on."""
     n_eval: int = 64
@@ -45,7 +50,9 @@ class DiscoverOptions(Common):
     split_embed: bool = False
     """Token and position embedding as two nodes."""
     positions: str | None = None
-    """Split edges by span: names separated by commas, such as IO,S1,S1+1,S2,END; or by position: the number of positions."""
+    """Split edges by span: names separated by commas, such as IO,S1,S1+1,S2,END; or by position:
+    the number of positions.
+    """
     out: Path = Path("runs")
     """The folder of all runs. A run that is there already is not computed again."""
 
@@ -104,7 +111,8 @@ def discover(words: Sequence[str]) -> None:
     console = Console()
     console.print(edge_table(found.circuit))
     console.print(
-        f"{kind.name} scores every edge and chooses none: give --size N to evaluate the N highest-scored ones."
+        f"{kind.name} scores every edge and chooses none: give --size N to evaluate the N "
+        f"highest-scored ones."
     )
     console.print(f"{'Found again' if found.reused else 'Saved'}: {found.folder}", soft_wrap=True)
 

@@ -21,7 +21,8 @@ from circuits.system.errors import InputError
 
 @dataclass(frozen=True)
 class EvaluateOptions(Common):
-    """Run a saved circuit on held-out prompts, everything outside it ablated. Model, task and seed are the run's unless given.
+    """Run a saved circuit on held-out prompts, everything outside it ablated. Model, task and seed
+    are the run's unless given.
 
     circuits evaluate runs/ioi/acdc-1a2b3c4d --n 64
     circuits evaluate runs/ioi/eap-ig-1a2b3c4d --size 50 --metrics kl,accuracy
@@ -49,7 +50,8 @@ def evaluate(words: Sequence[str]) -> None:
     found = load_run(options.circuit)
     if not found.circuit.selected and options.size is None:
         raise InputError(
-            f"{found.record['method']} scores every edge and chooses none: give --size N to evaluate the N highest-scored ones."
+            f"{found.record['method']} scores every edge and chooses none: give --size N to "
+            f"evaluate the N highest-scored ones."
         )
     options = _as_recorded(options, found.record.get("notes", {}))
     model = chosen_model(options)
@@ -79,7 +81,8 @@ def _recorded_ablation(found: CircuitRun) -> str:
     ablation = found.record["settings"].get("ablation", "resample")
     if ablation not in ABLATIONS:
         raise InputError(
-            f"{found.folder} was found under the ablation {ablation!r}; choose one with --ablation: {', '.join(ABLATIONS)}."
+            f"{found.folder} was found under the ablation {ablation!r}; choose one with "
+            f"--ablation: {', '.join(ABLATIONS)}."
         )
     return ablation
 

@@ -27,22 +27,30 @@ SHOWN = 12
 
 @dataclass(frozen=True)
 class GraphOptions(ModelOptions):
-    """Which features, at which positions, made the model say this: an attribution graph, into a folder with a page to explore it.
+    """Which features, at which positions, made the model say this: an attribution graph, into a
+    folder with a page to explore it.
 
     circuits graph "The capital of the state containing Dallas is"
-    circuits graph "The capital of the state containing Dallas is" --explain " Austin" --transcoders toy-world-plt
-    circuits graph "Fact: the capital of Texas is" --model gpt2 --transcoders my/transcoders --budget 5000 --neuronpedia
+    circuits graph "The capital of the state containing Dallas is" --explain " Austin" --transcoders
+    toy-world-plt
+    circuits graph "Fact: the capital of Texas is" --model gpt2 --transcoders my/transcoders
+    --budget 5000 --neuronpedia
     """
 
     prompt: tyro.conf.Positional[str] = dataclasses.field(kw_only=True)
     """The prompt's text."""
     transcoders: str | None = None
-    """A folder, a hub address (hf://owner/name), or embedded ones: toy-world-plt, toy-world-skip-plt, toy-world-clt (the default for toy-world)."""
+    """A folder, a hub address (hf://owner/name), or embedded ones: toy-world-plt,
+    toy-world-skip-plt, toy-world-clt (the default for toy-world).
+    """
     explain: str | None = None
-    """The token to explain, with its leading space where the text has one; two separated by / explain their difference.
+    """The token to explain, with its leading space where the text has one; two separated by /
+    explain their difference.
     By default the most probable next tokens."""
     budget: int | None = None
-    """How many features get edges into them, the most influential ones; by default all active features."""
+    """How many features get edges into them, the most influential ones; by default all active
+    features.
+    """
     node_threshold: float = 0.8
     """The share of influence that the nodes shown at first make."""
     edge_threshold: float = 0.98
@@ -98,7 +106,8 @@ def _transcoders(options: GraphOptions) -> str:
         return options.transcoders
     if options.model not in (None, EMBEDDED):
         raise InputError(
-            f"which transcoders of {options.model}? Give --transcoders: a folder or a hub address, such as hf://owner/name."
+            f"which transcoders of {options.model}? Give --transcoders: a folder or a hub address, "
+            f"such as hf://owner/name."
         )
     return f"{EMBEDDED}-clt"
 
@@ -120,8 +129,10 @@ def _show(found: GraphRun) -> None:
     title = f"{said}: the {SHOWN} most influential of {record['features']:,} active features"
     console.print(frame_table(_features(found.graph), title))
     console.print(
-        f"After pruning {record['kept_features']:,} features and {record['kept_edges']:,} of {record['edges']:,} edges are left. "
-        f"Replacement score {score_text(record['replacement_score'])} (share of influence from tokens, not errors), "
+        f"After pruning {record['kept_features']:,} features and {record['kept_edges']:,} of "
+        f"{record['edges']:,} edges are left. "
+        f"Replacement score {score_text(record['replacement_score'])} (share of influence from "
+        f"tokens, not errors), "
         f"completeness score {score_text(record['completeness_score'])}."
     )
     console.print(

@@ -1,4 +1,7 @@
-"""The `circuits` command. `circuits --help` answers without importing torch; each command's own help lists its options."""
+"""The `circuits` command.
+
+`circuits --help` answers without importing torch; each command's own help lists its options.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ commands:
   discover   find a circuit with one method, into a run folder
   evaluate   run a circuit on held-out prompts and print its metrics
   compare    several methods on one task: a table, and an HTML report with curves and drawn circuits
-  graph      which features made the model say this token: an attribution graph, and a page to explore it
+  graph      which features made the model say this token: an attribution graph, and a page to
+  explore it
   view       look at a graph in the browser, whatever its size
   list       methods, tasks, metrics and ablations, with what they are
 
@@ -27,10 +31,12 @@ examples:
   circuits discover --method eap-ig --task ioi --size 50
   circuits evaluate runs/ioi/acdc-1a2b3c4d --n 64
   circuits compare --task ioi --methods acdc,eap,eap-ig,random
-  circuits discover --method my_method.py --task ioi      your own method: a file with a CircuitDiscoverer
+  circuits discover --method my_method.py --task ioi      your own method: a file with a
+  CircuitDiscoverer
   circuits graph "The capital of the state containing Dallas is"
   circuits list
-  torchrun --nproc-per-node=4 -m -- circuits discover ...    one process per device, which share the work
+  torchrun --nproc-per-node=4 -m -- circuits discover ...    one process per device, which share the
+  work
 """
 COMMANDS = {
     "discover": "discover",
@@ -45,7 +51,11 @@ TOGETHER = ("discover", "compare")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, 2 for a mistake in what was given, or 1 when another rank ended, each told in one line."""
+    """Run one command.
+
+    Returns the exit status: 0, 2 for a mistake in what was given, or 1 when another rank ended,
+    each told in one line.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         sys.stdout.write(HELP)
@@ -57,11 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if words[0] not in COMMANDS:
         sys.stderr.write(
-            f"circuits: there is no command {words[0]!r}; there are {', '.join(COMMANDS)}. Try circuits --help.\n"
+            f"circuits: there is no command {words[0]!r}; there are {', '.join(COMMANDS)}. Try "
+            f"circuits --help.\n"
         )
         return 2
     if arguments is None:
-        # This process is ours. Threads that spin while they wait make small models many times slower wherever a core is busy otherwise.
+        # This process is ours. Threads that spin while they wait make small models many times
+        # slower wherever a core is busy otherwise.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from circuits.system.errors import InputError
     from circuits.system.ranks import RankError, SharedError, is_first, start
@@ -94,7 +106,10 @@ def _tell(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """A warning in one line, without the place in our source. Other packages' deprecations are not for the user."""
+    """A warning in one line, without the place in our source.
+
+    Other packages' deprecations are not for the user.
+    """
     if not issubclass(category, DeprecationWarning | FutureWarning):
         sys.stderr.write(f"circuits: note: {message}\n")
 

@@ -1,4 +1,6 @@
-"""Methods on the command line: by name or from a file; their options are their dataclass fields, the help their docstring."""
+"""Methods on the command line: by name or from a file; their options are their dataclass fields,
+the help their docstring.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from circuits.system.errors import InputError
 
 
 def find_method(name: str) -> type[CircuitDiscoverer]:
-    """A method by its name, or the one that a Python file defines (`file.py`, or `file.py:name` where it defines several).
+    """A method by its name, or the one that a Python file defines (`file.py`, or `file.py:name`
+    where it defines several).
 
     Raises:
         InputError: there is no such method or file, or the file defines none or several.
@@ -54,7 +57,8 @@ def _defined_in(file: Path) -> dict[str, type[CircuitDiscoverer]]:
 
 
 def options_of(kind: type[CircuitDiscoverer], taken: Collection[str] = ()) -> type:
-    """A dataclass of a method's fields that can be written on a command line, with the help its docstring gives.
+    """A dataclass of a method's fields that can be written on a command line, with the help its
+    docstring gives.
 
     A field called as an option of the command itself (`taken`) is written `--method-<field>`.
     """

@@ -47,7 +47,8 @@ class Common(ModelOptions):
     task: str | None = None
     """A task's name; `circuits list` shows them. By default ioi."""
     data: Path | None = None
-    """Your own prompts instead of a task: a JSONL file, one object with clean, corrupted, answer, wrong_answer a line.
+    """Your own prompts instead of a task: a JSONL file, one object with clean, corrupted, answer,
+    wrong_answer a line.
     All of its prompts are discovered and judged on."""
     seed: int | None = None
     """Of the prompts drawn; by default 0."""

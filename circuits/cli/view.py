@@ -23,7 +23,8 @@ class ViewOptions:
     circuits view runs/graphs/the-capital-of-the-state-1a2b3c4d
     circuits view my_graph --port 8123 --no-browser
 
-    The page is served to this machine only, to everyone who uses it. Pinned nodes and supernodes are kept in the folder, in groups.json.
+    The page is served to this machine only, to everyone who uses it. Pinned nodes and supernodes
+    are kept in the folder, in groups.json.
     """
 
     folder: tyro.conf.Positional[Path] = dataclasses.field(kw_only=True)

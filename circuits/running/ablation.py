@@ -50,7 +50,8 @@ class Ablation:
             )
         if self.over not in ("clean", "corrupted"):
             raise InputError(
-                f"Ablation(over={self.over!r}): means are taken over 'clean' or 'corrupted' prompts."
+                f"Ablation(over={self.over!r}): means are taken over 'clean' or 'corrupted' "
+                f"prompts."
             )
         if (self.name == "given") != (self.outputs is not None):
             raise InputError(

@@ -80,7 +80,10 @@ class EdgeLayout:
     def ablated(
         self, kept: Bool[Tensor, "variant edge"]
     ) -> Bool[Tensor, "variant span target source"]:
-        """True where an edge of the graph is not kept. Edges missing in the graph are never ablated."""
+        """True where an edge of the graph is not kept.
+
+        Edges missing in the graph are never ablated.
+        """
         dense = torch.zeros(len(kept), *self.shape, dtype=torch.bool, device=kept.device)
         dense[:, self.span, self.target, self.source] = ~kept
         return dense

@@ -1,15 +1,19 @@
-"""Run circuits of transcoder features: everything outside the circuit is ablated, nothing is frozen.
+"""Run circuits of transcoder features: everything outside the circuit is ablated, nothing is
+frozen.
 
 A circuit keeps the nodes that its edges touch, and with a node all its occurrences in a prompt. At
 every position the output of layer l's MLP becomes
 
     MLP_l(x) + sum over the nodes n outside the circuit that write there of  c_n - out_n(x)
 
-with out_n(x) what the node writes in this run (a feature's activation times its decoder rows, or the
-error) and c_n what it writes on the corrupted prompt, zero, or its mean. Biases and skip connections
+with out_n(x) what the node writes in this run (a feature's activation times its decoder rows, or
+the
+error) and c_n what it writes on the corrupted prompt, zero, or its mean. Biases and skip
+connections
 stay as they are. Token embeddings outside the circuit are replaced in the same way.
 
-A feature that is inactive on the clean prompt is in no circuit, with one exception: the circuit that
+A feature that is inactive on the clean prompt is in no circuit, with one exception: the circuit
+that
 keeps every edge of a graph with all active features is the model itself. With one edge less, such
 features take their values on the corrupted prompt, so curves over sizes jump at their last point.
 """
@@ -70,14 +74,16 @@ def transcoders_of(graph: PooledFeatureGraph, given: Transcoders | None) -> Tran
     made_with = graph.transcoders
     if given is None and not made_with.source:
         raise InputError(
-            f"the graph's transcoders {made_with.name!r} were not loaded from a file; hand them over "
+            f"the graph's transcoders {made_with.name!r} were not loaded from a file; hand them "
+            f"over "
             "with transcoders=."
         )
     found = load_transcoders(made_with.source) if given is None else given
     if found.identity.weights != made_with.weights:
         where = f" in {made_with.source}" if given is None else ""
         raise InputError(
-            f"the transcoders {found.name!r}{where} have other weights than those the graph was made "
+            f"the transcoders {found.name!r}{where} have other weights than those the graph was "
+            f"made "
             f"with ({made_with.name!r})."
         )
     return found
@@ -162,7 +168,8 @@ class FeatureExecutor:
         missing = [name for name in spans if name not in task.positions]
         if missing:
             raise InputError(
-                f"the circuit is split by the positions {missing}, which the task {task.name!r} does "
+                f"the circuit is split by the positions {missing}, which the task {task.name!r} "
+                f"does "
                 "not name."
             )
         task = task.to(model.cfg.device)

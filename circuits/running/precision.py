@@ -1,11 +1,15 @@
-"""Mixed precision for searches: what is under investigation in float32, the bulk of the products in a smaller type.
+"""Mixed precision for searches: what is under investigation in float32, the bulk of the products in
+a smaller type.
 
-The idea is PAHQ's (https://arxiv.org/abs/2510.23264): only the component at hand needs all digits. Here the base of a search is exact, and
-what is rounded are the *changes* that an edge's removal makes: for y = x W, with x0 and y0 of the base,
+The idea is PAHQ's (https://arxiv.org/abs/2510.23264): only the component at hand needs all digits.
+Here the base of a search is exact, and
+what is rounded are the *changes* that an edge's removal makes: for y = x W, with x0 and y0 of the
+base,
 
     y = y0 + round(x - x0) round(W)
 
-so that rounding is relative to the change and vanishes with it. Softmax, norms, sums and the metric are in float32.
+so that rounding is relative to the change and vanishes with it. Softmax, norms, sums and the metric
+are in float32.
 """
 
 from __future__ import annotations
@@ -42,11 +46,15 @@ class Precision:
     """How exactly a search computes.
 
     Attributes:
-        background: the type of the bulk of the products: of the changes downstream of what is investigated. 8-bit types are scaled per row of
-            the activations and per column of the weights; 8-bit kernels serve MLPs, other products of such numbers are bfloat16's.
-        investigated: the type of the target under test and its head; the same as `background` computes everything in that type and whole
+        background: the type of the bulk of the products: of the changes downstream of what is
+            investigated. 8-bit types are scaled per row of
+            the activations and per column of the weights; 8-bit kernels serve MLPs, other products
+            of such numbers are bfloat16's.
+        investigated: the type of the target under test and its head; the same as `background`
+            computes everything in that type and whole
             values instead of changes, which is plain low precision, to compare with.
-        confirm: measure again in float32 whatever is nearer to the threshold than the noise seen in this run, so that the circuit is that of
+        confirm: measure again in float32 whatever is nearer to the threshold than the noise seen in
+            this run, so that the circuit is that of
             float32.
     """
 
@@ -57,19 +65,23 @@ class Precision:
     def __post_init__(self) -> None:
         if self.background not in get_args(TypeName):
             raise InputError(
-                f"there is no background precision {self.background!r}; choose one of {', '.join(get_args(TypeName))}."
+                f"there is no background precision {self.background!r}; choose one of "
+                f"{', '.join(get_args(TypeName))}."
             )
         if self.investigated not in ("float32", self.background):
             raise InputError(
-                f"investigated={self.investigated!r} must be 'float32', or {self.background!r} as the background is, which is plain low precision."
+                f"investigated={self.investigated!r} must be 'float32', or {self.background!r} as "
+                f"the background is, which is plain low precision."
             )
         if self.confirm and self.investigated != "float32":
             raise InputError(
-                f"plain {self.background} has nothing in float32 to confirm with; set confirm=False."
+                f"plain {self.background} has nothing in float32 to confirm with; set "
+                f"confirm=False."
             )
 
     def __str__(self) -> str:
-        # The default by its name alone, so that a search knows itself again whichever way it was asked for.
+        # The default by its name alone, so that a search knows itself again whichever way it was
+        # asked for.
         kind = (
             ", plain" if self.investigated != "float32" else "" if self.confirm else ", unconfirmed"
         )
@@ -98,7 +110,8 @@ class Background:
     Attributes:
         dtype: the type.
         whole: whole values are rounded, not changes.
-        kernel: whether this device has kernels for it; otherwise operands are rounded and multiplied in float32.
+        kernel: whether this device has kernels for it; otherwise operands are rounded and
+            multiplied in float32.
     """
 
     dtype: torch.dtype
@@ -113,7 +126,8 @@ class Background:
         kernel = _has_kernel(dtype, where)
         if not kernel:
             _say_once(
-                f"{precision.background} is simulated on this {where.type}: its rounding is real, a gain in speed is not to be had."
+                f"{precision.background} is simulated on this {where.type}: its rounding is real, "
+                f"a gain in speed is not to be had."
             )
         return Background(dtype, precision.investigated != "float32", kernel)
 
@@ -124,7 +138,9 @@ class Background:
         bias: Tensor | None = None,
         heads: HeadSelection | None = None,
     ) -> Tensor:
-        """x @ weight + bias, of these heads, both operands rounded; the signature is that of `sublayers.multiply`."""
+        """x @ weight + bias, of these heads, both operands rounded; the signature is that of
+        `sublayers.multiply`.
+        """
         _, held, weight_scale = self._weight(weight)
         rounded, scale = _rounded(x, self.dtype, -1)
         if heads is not None:
@@ -136,7 +152,9 @@ class Background:
         return (result if bias is None else result.add_(bias)).to(x.dtype)
 
     def increments(self, tokens: int) -> Multiply:
-        """Products of which only the changes are rounded: the first of the variants, of so many tokens each, is what they change from."""
+        """Products of which only the changes are rounded: the first of the variants, of so many
+        tokens each, is what they change from.
+        """
 
         def product(
             x: Tensor,
@@ -184,7 +202,9 @@ def _rounded(x: Tensor, dtype: torch.dtype, axis: int) -> tuple[Tensor, Tensor |
 
 
 def _stored(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """A weight as the kernels want it: 8-bit numbers by columns; where there is no kernel for its shape, in bfloat16, which holds them exactly."""
+    """A weight as the kernels want it: 8-bit numbers by columns; where there is no kernel for its
+    shape, in bfloat16, which holds them exactly.
+    """
     held, scale = _rounded(weight, dtype, -2)
     if dtype not in LARGEST:
         return held, scale
@@ -218,7 +238,8 @@ def _has_kernel(dtype: torch.dtype, device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     generator = torch.Generator().manual_seed(0)
-    # 8-bit floats are summed with fewer digits; what is computed wrongly is off by the size of the numbers themselves.
+    # 8-bit floats are summed with fewer digits; what is computed wrongly is off by the size of the
+    # numbers themselves.
     tolerance = 1e-2 if dtype == torch.float8_e4m3fn else 1e-4
     try:
         for shape, heads in (((), slice(None)), ((2,), torch.tensor([1, 0]))):

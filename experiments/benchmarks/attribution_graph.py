@@ -1,9 +1,13 @@
-"""Attribution graphs against circuit-tracer 0.5.0: the same weights and tokens, both in processes of their own, in turns, on one thread.
+"""Attribution graphs against circuit-tracer 0.5.0: the same weights and tokens, both in processes
+of their own, in turns, on one thread.
 
-    python experiments/benchmarks/attribution_graph.py --venvs peers --out experiments/benchmarks/results/attribution-graph-cpu.json
+    python experiments/benchmarks/attribution_graph.py --venvs peers --out
+    experiments/benchmarks/results/attribution-graph-cpu.json
 
-The full graph, every active feature a target. circuit-tracer's environment is made in the folder `--venvs` (it pins older versions). What is timed
-is the call that gives the graph, after one call that is not counted; memory is the growth of the process's peak over what it had after loading.
+The full graph, every active feature a target. circuit-tracer's environment is made in the folder
+`--venvs` (it pins older versions). What is timed
+is the call that gives the graph, after one call that is not counted; memory is the growth of the
+process's peak over what it had after loading.
 Then, ours alone: time and memory against prompt length and active features.
 """
 
@@ -77,7 +81,9 @@ class Config:
     """What is compared, and how often."""
 
     venvs: Path
-    """A folder outside of the project in which circuit-tracer's environment is made, or found from an earlier run."""
+    """A folder outside of the project in which circuit-tracer's environment is made, or found from
+    an earlier run.
+    """
     tokens: int = 16
     """Of the prompt."""
     active: float = 0.05

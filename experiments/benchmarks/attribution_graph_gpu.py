@@ -1,10 +1,15 @@
-"""How long does a graph take on a model of Gemma-2-2b's shape, with 16,384 features a layer, 64 tokens and 7,500 targets?
+"""How long does a graph take on a model of Gemma-2-2b's shape, with 16,384 features a layer, 64
+tokens and 7,500 targets?
 
-    python experiments/benchmarks/attribution_graph_gpu.py --device cuda --out experiments/benchmarks/results/gemma-graph-NAME.json
-    python experiments/benchmarks/attribution_graph_gpu.py                    # a reduced size, which shows that it runs
+    python experiments/benchmarks/attribution_graph_gpu.py --device cuda --out
+    experiments/benchmarks/results/gemma-graph-NAME.json
+    python experiments/benchmarks/attribution_graph_gpu.py                    # a reduced size,
+    which shows that it runs
 
-Weights of model and per-layer transcoders are random, and thresholds such that the given share of features fires. The features with edges
-into them are chosen by influence, some at a time, and, beside it, all at once; that also in TF32, which is the user's to allow. The floor is
+Weights of model and per-layer transcoders are random, and thresholds such that the given share of
+features fires. The features with edges
+into them are chosen by influence, some at a time, and, beside it, all at once; that also in TF32,
+which is the user's to allow. The floor is
 the time of all products of the run at the speed of a large one.
 """
 
@@ -117,7 +122,9 @@ def main(config: Config) -> None:
 
 
 def measured(program: Callable[[], circuits.FeatureGraph], config: Config) -> dict[str, Any]:
-    """Size of the graph, seconds, memory, and the seconds that its products take at the speed of a large product."""
+    """Size of the graph, seconds, memory, and the seconds that its products take at the speed of a
+    large product.
+    """
     took = [clocked(program, config.device) for _ in range(config.repeats + 1)][1:]
     graph = took[0][0]
     with FlopCounterMode(

@@ -1,4 +1,6 @@
-"""What benchmarks share: a record of the machine, paired timing, models with random weights, result files."""
+"""What benchmarks share: a record of the machine, paired timing, models with random weights, result
+files.
+"""
 
 from __future__ import annotations
 
@@ -54,11 +56,13 @@ def random_model(
     sharpness: float = 1.0,
     dtype: torch.dtype = torch.float32,
 ) -> Model:
-    """A model of that shape whose weights are drawn from the seed, scaled so that activations stay of order one.
+    """A model of that shape whose weights are drawn from the seed, scaled so that activations stay
+    of order one.
 
     Args:
         shape: one of `SHAPES`, by name, or another like them.
-        sharpness: the standard deviation of the logits. At one, edges of a large model do so little damage that rounding shows in it.
+        sharpness: the standard deviation of the logits. At one, edges of a large model do so little
+            damage that rounding shows in it.
         dtype: what the weights, drawn in float32, are converted to.
     """
     sizes = SHAPES[shape] if isinstance(shape, str) else shape
@@ -114,7 +118,9 @@ def _parameter_shapes(config: Mapping[str, Any]) -> dict[str, torch.Size]:
 
 
 def clocked(program: Callable[[], Result], device: str) -> tuple[Result, dict[str, float]]:
-    """What a program gives, and the seconds it took by the clock on the wall and of the CPU (of all threads, not of a GPU)."""
+    """What a program gives, and the seconds it took by the clock on the wall and of the CPU (of all
+    threads, not of a GPU).
+    """
     _wait(device)
     wall, cpu = time.perf_counter(), time.process_time()
     result = program()
@@ -141,7 +147,9 @@ def paired_ratio(seconds: Mapping[str, Sequence[float]], name: str, to: str) -> 
 
 
 def most_allocated(program: Callable[[], object], device: str) -> int:
-    """The most bytes that torch's allocator gave out at one time, above what it had given out before."""
+    """The most bytes that torch's allocator gave out at one time, above what it had given out
+    before.
+    """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -221,7 +229,9 @@ def _driver() -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of this checkout, with `+` when files differ from it; None outside of a checkout, unless CIRCUITS_COMMIT says it."""
+    """The commit of this checkout, with `+` when files differ from it; None outside of a checkout,
+    unless CIRCUITS_COMMIT says it.
+    """
     if "CIRCUITS_COMMIT" in os.environ:
         return os.environ["CIRCUITS_COMMIT"]
     folder = Path(__file__).parent

@@ -1,9 +1,12 @@
 """How close does EAP come to its floor, and does it keep to `max_memory`?
 
-    python experiments/benchmarks/eap.py --threads 1 --out experiments/benchmarks/results/eap-cpu.json
+    python experiments/benchmarks/eap.py --threads 1 --out
+    experiments/benchmarks/results/eap-cpu.json
 
-The floor is what no gradient method can do without: of the plain model, flags off and parameters frozen, one forward pass on the corrupted
-prompts, and one forward pass and one backward pass to the embeddings on the clean ones. Floor and EAP take turns, in one process.
+The floor is what no gradient method can do without: of the plain model, flags off and parameters
+frozen, one forward pass on the corrupted
+prompts, and one forward pass and one backward pass to the embeddings on the clean ones. Floor and
+EAP take turns, in one process.
 """
 
 from __future__ import annotations
@@ -121,7 +124,9 @@ def times(model: Model, task: circuits.Task, config: Config) -> dict[str, Any]:
 
 
 def memory(model: Model, task: circuits.Task) -> list[dict[str, int]]:
-    """The peak above model and task for some values of `max_memory`, from one prompt's need to all prompts'."""
+    """The peak above model and task for some values of `max_memory`, from one prompt's need to all
+    prompts'.
+    """
     device, graph = str(model.cfg.device), circuits.component_graph(model)
     one = most_allocated(lambda: circuits.EAP().discover(model, task[:1], graph=graph), device)
     every = most_allocated(lambda: circuits.EAP().discover(model, task, graph=graph), device)
@@ -136,7 +141,8 @@ def memory(model: Model, task: circuits.Task) -> list[dict[str, int]]:
 def show(case: dict[str, Any]) -> None:
     """One case as tables."""
     print(
-        f"\n{case['case']}: {case['tokens'][0]} prompts of {case['tokens'][1]} tokens, {case['edges']:,} edges"
+        f"\n{case['case']}: {case['tokens'][0]} prompts of {case['tokens'][1]} tokens, "
+        f"{case['edges']:,} edges"
     )
     seconds = pd.DataFrame(case["seconds"])
     print(

@@ -1,10 +1,15 @@
-"""How long do other packages take for EAP's scores, and do they agree? Each runs in a virtual environment of its own, which this makes.
+"""How long do other packages take for EAP's scores, and do they agree? Each runs in a virtual
+environment of its own, which this makes.
 
-    python experiments/benchmarks/eap_peers.py --venvs peers --out experiments/benchmarks/results/eap-peers-cpu.json
+    python experiments/benchmarks/eap_peers.py --venvs peers --out
+    experiments/benchmarks/results/eap-peers-cpu.json
 
-Weights and tokens are identical, on one thread of the CPU, in float32, ours and the others' in turns of one session. auto-circuit scores
-edges by the gradient of a mask (`mask_gradient_prune_scores`), which is EAP: its loss is our damage. transformer-lens 4 takes the gradient
-on the corrupted run (`attribution_patch`), position by position; summed over positions, with its metric our damage, its scores are minus
+Weights and tokens are identical, on one thread of the CPU, in float32, ours and the others' in
+turns of one session. auto-circuit scores
+edges by the gradient of a mask (`mask_gradient_prune_scores`), which is EAP: its loss is our
+damage. transformer-lens 4 takes the gradient
+on the corrupted run (`attribution_patch`), position by position; summed over positions, with its
+metric our damage, its scores are minus
 ours at `gradient_at="corrupted"`. What cannot be installed or run is recorded as such.
 """
 
@@ -27,7 +32,8 @@ from safetensors.torch import save_file
 import circuits
 from circuits.models import Model
 
-# auto-circuit names no upper bounds; these are the newest versions of what it imports that it runs with.
+# auto-circuit names no upper bounds; these are the newest versions of what it imports that it runs
+# with.
 PEERS: dict[str, dict[str, Any]] = {
     "auto-circuit": {
         "requirements": [
@@ -55,7 +61,9 @@ class Config:
     """On what, and how often."""
 
     venvs: Path
-    """A folder outside of the project in which virtual environments are made, or found from an earlier run."""
+    """A folder outside of the project in which virtual environments are made, or found from an
+    earlier run.
+    """
     shape: str = "4 layers, d_model 256"
     """A shape of `common.SHAPES`."""
     prompts: int = 16

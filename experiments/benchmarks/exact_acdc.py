@@ -1,10 +1,14 @@
 """How much faster is exact ACDC, and are its decisions those of the naive loop?
 
-    python experiments/benchmarks/exact_acdc.py --threads 1 --out experiments/benchmarks/results/exact-acdc-cpu.json
+    python experiments/benchmarks/exact_acdc.py --threads 1 --out
+    experiments/benchmarks/results/exact-acdc-cpu.json
 
-Three programs take turns in one process: the naive loop (one run of the model by hook points for every edge that is tried), the incremental
-executor one edge at a time, and the incremental executor with speculation. All start from model and prompts. The case of the original code is
-a random model for which that code's counts and CPU-seconds were recorded on one thread; it is not run here.
+Three programs take turns in one process: the naive loop (one run of the model by hook points for
+every edge that is tried), the incremental
+executor one edge at a time, and the incremental executor with speculation. All start from model and
+prompts. The case of the original code is
+a random model for which that code's counts and CPU-seconds were recorded on one thread; it is not
+run here.
 """
 
 from __future__ import annotations
@@ -26,7 +30,8 @@ from circuits.models import Model
 from circuits.running.damage import DamageMeter
 from circuits.running.settings import RunSettings
 
-# Recorded with the original code (Automatic-Circuit-Discovery, transformer-lens 1.6.1, one thread) on `original_case`: threshold ->
+# Recorded with the original code (Automatic-Circuit-Discovery, transformer-lens 1.6.1, one thread)
+# on `original_case`: threshold ->
 # evaluations and CPU-seconds.
 ORIGINAL = {0.03: (151, 17.1), 0.01: (1341, 69.6), 0.003: (1615, 114.0)}
 
@@ -48,7 +53,9 @@ class Config:
     gpt2_prompts: int = 4
     """Prompts of the model of GPT-2 small's shape."""
     gpt2_edges: int = 200
-    """So many of its 32,491 edges, evenly spread, are tried; the others stay. 0: all of them, without the naive loop."""
+    """So many of its 32,491 edges, evenly spread, are tried; the others stay. 0: all of them,
+    without the naive loop.
+    """
     out: Path = Path("runs/benchmarks/exact-acdc.json")
     """The file of results."""
 
@@ -100,7 +107,9 @@ def cases(config: Config) -> dict[str, Callable[[], Case]]:
 
 
 def original_case(device: str) -> tuple[Model, circuits.Task]:
-    """The random model and prompts on which the original code was run: weights and tokens from numpy's seeds 0 and 1."""
+    """The random model and prompts on which the original code was run: weights and tokens from
+    numpy's seeds 0 and 1.
+    """
     layers, width, heads, d_head, d_mlp, vocab, context = 4, 64, 8, 8, 256, 100, 32
     config = {
         "n_layers": layers,
@@ -205,7 +214,9 @@ def naive(
     order: str,
     most: int | None = None,
 ) -> circuits.Circuit:
-    """ACDC as its definition has it: one run of the whole model, by hook points, for every edge that is tried."""
+    """ACDC as its definition has it: one run of the whole model, by hook points, for every edge
+    that is tried.
+    """
     damage = DamageMeter.prepare(
         model,
         graph,
@@ -238,7 +249,8 @@ def naive(
 def show(case: dict[str, Any]) -> None:
     """One case as a table."""
     print(
-        f"\n{case['case']}: keeps {case['kept']} of {case['edges']:,} edges; {case['decisions_that_differ']} decisions differ from the slower"
+        f"\n{case['case']}: keeps {case['kept']} of {case['edges']:,} edges; "
+        f"{case['decisions_that_differ']} decisions differ from the slower"
     )
     medians = {
         name: {clock: float(np.median(values)) for clock, values in clocks.items()}
@@ -259,7 +271,8 @@ def show(case: dict[str, Any]) -> None:
     print(pd.DataFrame(rows).T.round(3).to_string())
     if case["original_code"]:
         print(
-            f"the original code: {case['original_code']['evaluations']} evaluations, {case['original_code']['cpu_seconds']} CPU-seconds (recorded)"
+            f"the original code: {case['original_code']['evaluations']} evaluations, "
+            f"{case['original_code']['cpu_seconds']} CPU-seconds (recorded)"
         )
 
 

@@ -1,12 +1,18 @@
-"""How long does it take to find the features that fire, against published loops and against the hardware?
+"""How long does it take to find the features that fire, against published loops and against the
+hardware?
 
-    python experiments/benchmarks/feature_extraction.py --threads 1 --out experiments/benchmarks/results/feature-extraction-cpu.json
+    python experiments/benchmarks/feature_extraction.py --threads 1 --out
+    experiments/benchmarks/results/feature-extraction-cpu.json
     python experiments/benchmarks/feature_extraction.py --device cuda  # the published size
 
-Five programs take turns in one process: the published loop over layers and positions that reads each number back with `.item()`; the same with one
-`.tolist()` a position; all positions at once, as its authors then had it; that with a list of Python tuples, as the loops give; and ours. All must
-find the same nodes. The floor is the larger of two times: that of the products at the speed of a large product, and that of reading weights
-and hidden states and writing what is found at the speed of a copy. Product and copy take turns with the programs.
+Five programs take turns in one process: the published loop over layers and positions that reads
+each number back with `.item()`; the same with one
+`.tolist()` a position; all positions at once, as its authors then had it; that with a list of
+Python tuples, as the loops give; and ours. All must
+find the same nodes. The floor is the larger of two times: that of the products at the speed of a
+large product, and that of reading weights
+and hidden states and writing what is found at the speed of a copy. Product and copy take turns with
+the programs.
 """
 
 from __future__ import annotations
@@ -48,7 +54,8 @@ SIZES = {
     "published": Size(23, 12288, 5120, 256, "bfloat16", 8192, 1 << 32),
 }
 SLOWEST = "loop, .item()"
-# What is added to every pre-activation, of standard deviation one: more than `top_k` features fire at each position, or about one in a hundred.
+# What is added to every pre-activation, of standard deviation one: more than `top_k` features fire
+# at each position, or about one in a hundred.
 BIASES = {"many fire": -0.5, "one in a hundred fires": -2.33}
 
 
@@ -127,7 +134,9 @@ def measure(size: Size, bias: float, config: Config) -> dict[str, Any]:
 
 
 def random_case(size: Size, bias: float, device: str) -> tuple[Transcoders, States]:
-    """Random encoders, and hidden states on which pre-activations have variance one and mean `bias`."""
+    """Random encoders, and hidden states on which pre-activations have variance one and mean
+    `bias`.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -221,7 +230,9 @@ def as_nodes(found: Nodes | tuple[torch.Tensor, ...] | ExtractedFeatures) -> Nod
 
 
 def compared(nodes: Nodes, reference: Nodes, size: Size) -> dict[str, Any]:
-    """How many nodes only one of them has, and how many of those rounding does not explain: it can change which is the k-th largest."""
+    """How many nodes only one of them has, and how many of those rounding does not explain: it can
+    change which is the k-th largest.
+    """
     mine, theirs = ({node[:3]: node[3] for node in each} for each in (nodes, reference))
     tolerance = 8 * torch.finfo(getattr(torch, size.dtype)).eps
     least: dict[tuple[int, int], float] = {}
@@ -247,7 +258,9 @@ def compared(nodes: Nodes, reference: Nodes, size: Size) -> dict[str, Any]:
 def in_turns(
     programs: dict[str, Callable[[], Any]], config: Config
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every repetition by both clocks, the programs taking turns after one turn that is not counted."""
+    """Seconds of every repetition by both clocks, the programs taking turns after one turn that is
+    not counted.
+    """
     seconds: dict[str, dict[str, list[float]]] = {
         name: {"wall": [], "cpu": []} for name in programs
     }
@@ -269,7 +282,8 @@ def floor(
     clock = the_clock(config.device)
     width = getattr(torch, size.dtype).itemsize
     flop = 2 * size.layers * size.features * size.d_model * size.positions
-    # Weights and hidden states are read once; of each node three numbers of 8 bytes and its activation are written.
+    # Weights and hidden states are read once; of each node three numbers of 8 bytes and its
+    # activation are written.
     moved = size.layers * (size.features + size.positions) * size.d_model * width + nodes * (
         3 * 8 + width
     )
@@ -296,9 +310,12 @@ def show(case: dict[str, Any]) -> None:
     """One case as a table."""
     least = case["floor"]["seconds"]
     print(
-        f"\n{case['case']}: {case['layers']} layers of {case['features']:,} features, d_model {case['d_model']}, {case['positions']} positions, "
-        f"{case['dtype']}: {case['nodes']:,} nodes; floor {1e3 * least:.2f} ms ({case['floor']['flop'] / 1e12:.3f} TFLOP at "
-        f"{case['floor']['flop_per_second'] / 1e12:.2f} TFLOP/s, {case['floor']['bytes'] / 1e9:.3f} GB at "
+        f"\n{case['case']}: {case['layers']} layers of {case['features']:,} features, d_model "
+        f"{case['d_model']}, {case['positions']} positions, "
+        f"{case['dtype']}: {case['nodes']:,} nodes; floor {1e3 * least:.2f} ms "
+        f"({case['floor']['flop'] / 1e12:.3f} TFLOP at "
+        f"{case['floor']['flop_per_second'] / 1e12:.2f} TFLOP/s, "
+        f"{case['floor']['bytes'] / 1e9:.3f} GB at "
         f"{case['floor']['bytes_per_second'] / 1e9:.1f} GB/s)"
     )
     rows = {}

@@ -1,10 +1,14 @@
-"""Is everything right on this device, and how fast? One command for a machine that is at hand for ten minutes.
+"""Is everything right on this device, and how fast? One command for a machine that is at hand for
+ten minutes.
 
-    python experiments/benchmarks/gpu_suite.py --device cuda --out experiments/benchmarks/results/gpu-suite-h100.json
+    python experiments/benchmarks/gpu_suite.py --device cuda --out
+    experiments/benchmarks/results/gpu-suite-h100.json
     python experiments/benchmarks/gpu_suite.py --device cpu     # the same parts at a reduced size
 
-On a GPU the model has GPT-2 small's shape (32,491 edges) and random weights, with 100 prompts of 16 tokens. Results are written as they come,
-so that whoever is cut off keeps what is done; a part that would begin after the time limit is skipped, and says so.
+On a GPU the model has GPT-2 small's shape (32,491 edges) and random weights, with 100 prompts of 16
+tokens. Results are written as they come,
+so that whoever is cut off keeps what is done; a part that would begin after the time limit is
+skipped, and says so.
 """
 
 from __future__ import annotations
@@ -43,7 +47,8 @@ from circuits.running.settings import RunSettings
 
 Results = dict[str, Any]
 
-# Standard deviation of the logits; with one of 1, the edges of GPT-2 small's shape do damage near rounding.
+# Standard deviation of the logits; with one of 1, the edges of GPT-2 small's shape do damage near
+# rounding.
 SHARPNESS = 4.0
 # Batch sizes change the last bits, so that this close to the threshold either decision is right.
 BAND = 1e-5
@@ -166,7 +171,9 @@ def main(config: Config) -> None:
 
 
 def attempted(part: Callable[[Case], Iterator[Results]], case: Case) -> Iterator[Results]:
-    """What a part finds, as it finds it; or why there is nothing. What fails does not keep later parts from their turn."""
+    """What a part finds, as it finds it; or why there is nothing. What fails does not keep later
+    parts from their turn.
+    """
     if time.monotonic() > case.end:
         yield {"skipped": f"it would have begun after the time limit of {case.config.limit:.0f} s"}
         return
@@ -195,7 +202,9 @@ def toy_world(case: Case) -> Iterator[Results]:
 
 
 def executors(case: Case) -> Iterator[Results]:
-    """Logits of random circuits, from a few edges to most: the incremental executor's less the reference's."""
+    """Logits of random circuits, from a few edges to most: the incremental executor's less the
+    reference's.
+    """
     generator = torch.Generator().manual_seed(0)
     densities = torch.linspace(0.02, 0.98, TOGETHER)[:, None]
     kept = torch.rand(TOGETHER, len(case.graph), generator=generator) < densities
@@ -219,9 +228,11 @@ def decisions(case: Case) -> Iterator[Results]:
 
 
 def replayed(case: Case, found: circuits.Circuit) -> Results:
-    """Some decisions of a search measured anew by the reference: how many were other ones, and how far off the scores are.
+    """Some decisions of a search measured anew by the reference: how many were other ones, and how
+    far off the scores are.
 
-    When the search came to an edge, what came later was there still, and of what came before what it kept. Edges that went untried change
+    When the search came to an edge, what came later was there still, and of what came before what
+    it kept. Edges that went untried change
     nothing, because their targets reach no logits.
     """
     order = torch.tensor(
@@ -284,7 +295,9 @@ def some_edges(case: Case) -> Iterator[Results]:
 
 
 def all_edges(case: Case) -> Iterator[Results]:
-    """Exact ACDC as a user runs it, once, every kernel having run before; then some of its decisions replayed with the reference."""
+    """Exact ACDC as a user runs it, once, every kernel having run before; then some of its
+    decisions replayed with the reference.
+    """
     until = min(case.end, time.monotonic() + case.config.search_limit)
     done = (0, 0)
 
@@ -330,7 +343,9 @@ class OutOfTimeError(Exception):
 
 
 def mixed_precision(case: Case) -> Iterator[Results]:
-    """Exact ACDC in float32 and in mixed precision with confirmation, one after the other and again, a share of the edges being tried."""
+    """Exact ACDC in float32 and in mixed precision with confirmation, one after the other and
+    again, a share of the edges being tried.
+    """
     graph = truncated(case.graph, 10 * case.size.some)
     precisions: dict[str, circuits.Precision | None] = {
         "float32": None,

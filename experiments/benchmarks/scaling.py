@@ -1,10 +1,15 @@
-"""How do exact ACDC and EAP scale with edges, prompts and the length of prompts, in seconds and in memory?
+"""How do exact ACDC and EAP scale with edges, prompts and the length of prompts, in seconds and in
+memory?
 
-    python experiments/benchmarks/scaling.py --threads 1 --out experiments/benchmarks/results/scaling-cpu.json
+    python experiments/benchmarks/scaling.py --threads 1 --out
+    experiments/benchmarks/results/scaling-cpu.json
 
-Models and prompts are random. One of layers (and with them edges), prompts and tokens is varied at a time, the others being at the middle
-point. ACDC's threshold is a number of nats shared by all edges, so that graphs of any size keep a like part of their edges; which part
-is in the results. Memory is the peak above model and task, as it comes and with `max_memory`, which bounds all that EAP takes, but of
+Models and prompts are random. One of layers (and with them edges), prompts and tokens is varied at
+a time, the others being at the middle
+point. ACDC's threshold is a number of nats shared by all edges, so that graphs of any size keep a
+like part of their edges; which part
+is in the results. Memory is the peak above model and task, as it comes and with `max_memory`, which
+bounds all that EAP takes, but of
 ACDC one step: what it holds of the whole model and of the circuit at hand comes on top.
 """
 
@@ -147,7 +152,9 @@ def memory(
     graph: circuits.Graph,
     limit: int,
 ) -> dict[str, int | None]:
-    """The peak as it comes, and with `max_memory`; None where that is refused because one prompt needs more."""
+    """The peak as it comes, and with `max_memory`; None where that is refused because one prompt
+    needs more.
+    """
     device = str(model.cfg.device)
     limited = replace(method, max_memory=limit)
     peaks: dict[str, int | None] = {

@@ -1,9 +1,11 @@
-"""Tables of the results: all of them for the README beside this file, a few of the rows for the project's.
+"""Tables of the results: all of them for the README beside this file, a few of the rows for the
+project's.
 
     python experiments/benchmarks/tables.py            # writes them between the READMEs' markers
     python experiments/benchmarks/tables.py --check    # fails if a README has other ones
 
-Results are `results/BENCHMARK-MACHINE.json`, as the benchmarks write them. A time is the median of its repetitions, then the range of them.
+Results are `results/BENCHMARK-MACHINE.json`, as the benchmarks write them. A time is the median of
+its repetitions, then the range of them.
 """
 
 from __future__ import annotations
@@ -41,6 +43,10 @@ class Config:
     """The file that a few rows go into."""
 
 
+def _small(value: float) -> str:
+    return f"{value:.1e}"
+
+
 def main(config: Config) -> None:
     for readme, text in (
         (config.readme, tables(config.results)),
@@ -50,7 +56,8 @@ def main(config: Config) -> None:
         after = updated(before, text)
         if config.check and after != before:
             sys.exit(
-                f"{readme} differs from what {config.results} gives: run `python experiments/benchmarks/tables.py`."
+                f"{readme} differs from what {config.results} gives: run `python "
+                f"experiments/benchmarks/tables.py`."
             )
         if not config.check:
             readme.write_text(after)
@@ -80,7 +87,10 @@ def summary(results: Path) -> str:
                     case["seconds"][program][clock]
                     for program in ("incremental + speculation", "naive")
                 )
-                name = f"exact ACDC: {case['case']} ({case['edges']:,} edges, {case['kept'] / case['edges']:.0%} kept)"
+                name = (
+                    f"exact ACDC: {case['case']} "
+                    f"({case['edges']:,} edges, {case['kept'] / case['edges']:.0%} kept)"
+                )
                 times = statistics.median(naive) / statistics.median(ours)
                 rows.append(
                     _against(name, "one hooked forward pass per edge", naive, ours, times, found)
@@ -130,7 +140,10 @@ def summary(results: Path) -> str:
         for program in ("loop, .item()", "vectorised"):
             ours, theirs = (case["seconds"][one][clock] for one in ("ours", program))
             times = statistics.median(theirs) / statistics.median(ours)
-            name = f"features of {case['layers']} layers, {case['features']:,} each, {case['positions']} positions"
+            name = (
+                f"features of {case['layers']} layers, {case['features']:,} each, "
+                f"{case['positions']} positions"
+            )
             rows.append(_against(name, f"published program: {program}", theirs, ours, times, found))
     return _table(rows)
 
@@ -276,7 +289,9 @@ def _eap_peers(found: Results) -> Tables:
         rows.append(
             {
                 **row,
-                "largest difference / largest score": f"{peer['largest_difference_over_largest_score']:.1e}",
+                "largest difference / largest score": _small(
+                    peer["largest_difference_over_largest_score"]
+                ),
             }
         )
     yield f"{found['shape']}, {found['prompts']} prompts of 16 tokens.", rows
@@ -363,7 +378,9 @@ def _whole_search(part: Results) -> dict[str, object]:
 
 
 def _precision(name: str, row: Results) -> dict[str, object]:
-    """Exact ACDC with one background type; where its rounding is simulated, there is nothing to be said of its speed."""
+    """Exact ACDC with one background type; where its rounding is simulated, there is nothing to be
+    said of its speed.
+    """
     seconds = _times(row["seconds"]) if row["kernel"] else "simulated"
     row = {
         "decisions that differ": row["decisions_that_differ"],
@@ -378,18 +395,28 @@ def _checked(part: Results) -> str:
     for why in NOTHING & part.keys():
         return f"{why}: {part[why] if isinstance(part[why], str) else part[why][-1]}"
     if "largest_differences" in part:
-        return f"logits differ by {max(part['largest_differences']):.1e} at most, the largest being {part['largest_logit']:.1f}"
+        return (
+            f"logits differ by {max(part['largest_differences']):.1e} at most, "
+            f"the largest being {part['largest_logit']:.1f}"
+        )
     if "compared" in part:
-        return f"of {part['compared']} decisions {part['within_band']} are within 1e-5 of the threshold; of the others {part['different']} differ"
+        return (
+            f"of {part['compared']} decisions {part['within_band']} are within 1e-5 of the "
+            f"threshold; of the others {part['different']} differ"
+        )
     if "correlation" in part:
-        return f"scores differ by {part['largest_difference']:.1e} at most, the largest being {part['largest_score']:.1e}"
+        return (
+            f"scores differ by {part['largest_difference']:.1e} at most, "
+            f"the largest being {part['largest_score']:.1e}"
+        )
     return f"{part['decisions_that_differ']} of {part['edges']:,} decisions differ"
 
 
 def _attribution_graph(found: Results) -> Tables:
     clock, tokens = _clock(found), found["tokens"]
     yield (
-        f"The full graph of one prompt, every active feature a target; random cases have {tokens} tokens.",
+        f"The full graph of one prompt, every active feature a target; random cases have {tokens} "
+        f"tokens.",
         [_graph_case(case, clock) for case in found["cases"]],
     )
     yield (
@@ -433,8 +460,10 @@ def _graph_alone(point: Results, clock: str) -> dict[str, object]:
 def _gemma_graph(found: Results) -> Tables:
     sizes = found["sizes"]
     yield (
-        f"{sizes['n_layers']} layers, d_model {sizes['d_model']}, {found['features']:,} features a layer, {found['dtype']}. "
-        "The floor is the time of the products alone. In TF32, which is the user's to allow, products are less exact.",
+        f"{sizes['n_layers']} layers, d_model {sizes['d_model']}, {found['features']:,} features a "
+        f"layer, {found['dtype']}. "
+        "The floor is the time of the products alone. In TF32, which is the user's to allow, "
+        "products are less exact.",
         [
             {
                 "products": "TF32" if run["allow_tf32"] else "float32",
@@ -457,7 +486,10 @@ def _feature_extraction(found: Results) -> Tables:
 
 
 def _extraction(case: Results, clock: str) -> dict[str, object]:
-    shape = f"{case['layers']} layers of {case['features']:,} features, d_model {case['d_model']}, {case['positions']} positions, {case['dtype']}"
+    shape = (
+        f"{case['layers']} layers of {case['features']:,} features, d_model {case['d_model']}, "
+        f"{case['positions']} positions, {case['dtype']}"
+    )
     row: dict[str, object] = {"case": f"{shape}, {case['case']}", "nodes": f"{case['nodes']:,}"}
     programs = case["compared_with_the_loop"]
     row |= {

@@ -1,6 +1,7 @@
 """ACDC: automatic circuit discovery, exact and sequential.
 
-Conmy, Mavor-Parker, Lynch, Heimersheim and Garriga-Alonso 2023, "Towards Automated Circuit Discovery
+Conmy, Mavor-Parker, Lynch, Heimersheim and Garriga-Alonso 2023, "Towards Automated Circuit
+Discovery
 for Mechanistic Interpretability" (https://arxiv.org/abs/2304.14997), section 3.
 
 `sequential` below is the algorithm of the paper. By default the same decisions are found many at a

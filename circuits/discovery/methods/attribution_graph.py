@@ -1,11 +1,16 @@
-"""Attribution graphs: which features, at which positions, made the model say this token (Ameisen et al. 2025; Lindsey et al. 2025).
+"""Attribution graphs: which features, at which positions, made the model say this token (Ameisen et
+al. 2025; Lindsey et al. 2025).
 
-For one prompt, attention patterns and the divisors of norms are held fixed and every MLP is replaced by transcoder features and an error. What is
-left is linear, so the weight of every edge is exact within that model; `circuits.linear_sweep` computes them without autograd. For a task, the
+For one prompt, attention patterns and the divisors of norms are held fixed and every MLP is
+replaced by transcoder features and an error. What is
+left is linear, so the weight of every edge is exact within that model; `circuits.linear_sweep`
+computes them without autograd. For a task, the
 graphs of its prompts are pooled into one circuit, which can be run like any other.
 
-We differ from circuit-tracer (Hanna et al. 2025), whose numbers the tests compare with, in speed and in what is kept: what is in no node
-(biases, position embeddings, the MLPs at the first position) is kept as constants, so that the edges into a node account for its whole
+We differ from circuit-tracer (Hanna et al. 2025), whose numbers the tests compare with, in speed
+and in what is kept: what is in no node
+(biases, position embeddings, the MLPs at the first position) is kept as constants, so that the
+edges into a node account for its whole
 pre-activation, and every edge knows the part of it that attention carries.
 """
 
@@ -51,27 +56,36 @@ from circuits.transcoders.transcoder import Transcoders
 PROMPTS_AT_ONCE = 16
 
 Explained = str | int | tuple[str | int, str | int] | Direction
-"""What a graph explains: a token (its text or id), a token against another, or any direction after the last norm."""
+"""What a graph explains: a token (its text or id), a token against another, or any direction after
+the last norm.
+"""
 
 
 @dataclass(frozen=True)
 class AttributionGraph(Resumable):
-    """Attribute what a model says to the transcoder features that fire on the way, and to the tokens they come from.
+    """Attribute what a model says to the transcoder features that fire on the way, and to the
+    tokens they come from.
 
-    Reference: Ameisen, Lindsey et al. 2025, Circuit tracing, https://transformer-circuits.pub/2025/attribution-graphs/methods.html
+    Reference: Ameisen, Lindsey et al. 2025, Circuit tracing,
+    https://transformer-circuits.pub/2025/attribution-graphs/methods.html
 
     Attributes:
-        transcoders: a folder, a hub address (hf://owner/name), the name of embedded ones, or loaded ones.
-        budget: how many features get edges into them, the most influential ones; None: all active features.
+        transcoders: a folder, a hub address (hf://owner/name), the name of embedded ones, or loaded
+            ones.
+        budget: how many features get edges into them, the most influential ones; None: all active
+            features.
         at_a_time: with a budget, how many features are chosen before influence is computed anew.
         most_logits: the graph explains the most probable next tokens, at most so many,
         probability: and no more than reach this probability together.
         node_threshold: the share of influence that the kept nodes make.
         edge_threshold: the share that the kept edges make of what is then left.
-        leading: so many first positions have no features and errors: 1 for a beginning-of-sequence token, 4 for instruction-tuned Gemma 3, 0
+        leading: so many first positions have no features and errors: 1 for a beginning-of-sequence
+            token, 4 for instruction-tuned Gemma 3, 0
             for models whose prompts begin with a word.
-        by_position: pool the features of a task's prompts by named position; None: where the task names positions.
-        kept_only: only edges that pruning keeps enter the pooled graph of a task, which with wide transcoders has far too many otherwise.
+        by_position: pool the features of a task's prompts by named position; None: where the task
+            names positions.
+        kept_only: only edges that pruning keeps enter the pooled graph of a task, which with wide
+            transcoders has far too many otherwise.
         max_memory: bytes that carrying targets down may take; None chooses from what is free.
     """
 
@@ -101,7 +115,8 @@ class AttributionGraph(Resumable):
                 raise InputError(f"{name}={value!r}: give a share above 0 and up to 1.")
         if not isinstance(self.transcoders, str | Path | Transcoders):
             raise InputError(
-                f"transcoders={self.transcoders!r}: give loaded ones, a folder, or the name of a set that ships with this package."
+                f"transcoders={self.transcoders!r}: give loaded ones, a folder, or the name of a "
+                f"set that ships with this package."
             )
 
     def search_graph(self, model: Model, graph: Graph | None) -> Graph:
@@ -141,11 +156,13 @@ class AttributionGraph(Resumable):
 
         Args:
             prompt: text, or token ids as they are.
-            explain: what it leads up to; None: the most probable next tokens. Of a token it is the logit less the mean of all logits, which the
+            explain: what it leads up to; None: the most probable next tokens. Of a token it is the
+                logit less the mean of all logits, which the
                 softmax does not see; of a pair of tokens the difference of their logits.
 
         Raises:
-            InputError: the transcoders do not fit the model; the prompt is empty or too long, or no feature fires on it; what is to be
+            InputError: the transcoders do not fit the model; the prompt is empty or too long, or no
+                feature fires on it; what is to be
                 explained is not one token.
         """
         return self.attribute_all(model, [prompt], explain=None if explain is None else [explain])[
@@ -171,7 +188,8 @@ class AttributionGraph(Resumable):
         wanted = [None] * len(prompts) if explain is None else list(explain)
         if len(wanted) != len(prompts):
             raise InputError(
-                f"there are {len(prompts)} prompts and {len(wanted)} entries in explain; give one for each."
+                f"there are {len(prompts)} prompts and {len(wanted)} entries in explain; give one "
+                f"for each."
             )
         transcoders, who, graphs = self.loaded, identity(model), []
         tokens = [prompt_tokens(model, prompt) for prompt in prompts]
@@ -306,7 +324,9 @@ class AttributionGraph(Resumable):
         ]
 
     def _scored(self, model: Model, local: LocalModel, task: Task, row: int) -> list[Direction]:
-        """What one prompt of a task is judged by: answers against wrong answers, answers alone, or what the model says."""
+        """What one prompt of a task is judged by: answers against wrong answers, answers alone, or
+        what the model says.
+        """
         directions = []
         for position in task.scored[row].nonzero().flatten().tolist():
             right, wrong = (
@@ -323,7 +343,8 @@ class AttributionGraph(Resumable):
         by_position = bool(task.positions) if self.by_position is None else self.by_position
         if by_position and not task.positions:
             raise InputError(
-                f"by_position=True, but the task {task.name!r} names no positions; use by_position=False."
+                f"by_position=True, but the task {task.name!r} names no positions; use "
+                f"by_position=False."
             )
         return (REST, *task.positions) if by_position else None
 
@@ -336,11 +357,13 @@ def _directions(model: Model, local: LocalModel, wanted: Sequence[Explained]) ->
     """What was asked for, as directions.
 
     Raises:
-        InputError: nothing was, or something that is no token, pair or direction of this model, or twice the same.
+        InputError: nothing was, or something that is no token, pair or direction of this model, or
+            twice the same.
     """
     if isinstance(wanted, str | int | Direction) or not len(wanted):
         raise InputError(
-            f"explain={wanted!r}: give a list of tokens, pairs of tokens or Directions, at least one."
+            f"explain={wanted!r}: give a list of tokens, pairs of tokens or Directions, at least "
+            f"one."
         )
     found = [_direction(model, local, one) for one in wanted]
     names = [(one.label if one.token is None else one.token, one.position) for one in found]
@@ -357,7 +380,8 @@ def _direction(model: Model, local: LocalModel, wanted: Explained) -> Direction:
     if isinstance(wanted, tuple):
         if len(wanted) != 2:
             raise InputError(
-                f"explain holds {wanted!r}; a pair is (token, other token), whose logits' difference is explained."
+                f"explain holds {wanted!r}; a pair is (token, other token), whose logits' "
+                f"difference is explained."
             )
         right, wrong = (_token(model, local, one) for one in wanted)
         if right == wrong:
@@ -378,11 +402,13 @@ def _checked(local: LocalModel, wanted: Direction) -> Direction:
     width, length = local.embedding.shape[1], len(local.tokens)
     if not isinstance(wanted.vector, Tensor):
         raise InputError(
-            f"the Direction {wanted.label!r} has {wanted.vector!r} for a vector; give a tensor of {width} numbers."
+            f"the Direction {wanted.label!r} has {wanted.vector!r} for a vector; give a tensor of "
+            f"{width} numbers."
         )
     if not math.isfinite(wanted.bias) or not 0 < wanted.weight < math.inf:
         raise InputError(
-            f"the Direction {wanted.label!r} has bias {wanted.bias} and weight {wanted.weight}: give finite ones, the weight above 0."
+            f"the Direction {wanted.label!r} has bias {wanted.bias} and weight {wanted.weight}: "
+            f"give finite ones, the weight above 0."
         )
     if (
         wanted.vector.shape != (width,)
@@ -391,15 +417,18 @@ def _checked(local: LocalModel, wanted: Direction) -> Direction:
     ):
         shape = tuple(wanted.vector.shape)
         raise InputError(
-            f"the Direction {wanted.label!r} has a vector of shape {shape}; it must be {width} finite numbers, not all zero."
+            f"the Direction {wanted.label!r} has a vector of shape {shape}; it must be {width} "
+            f"finite numbers, not all zero."
         )
     if wanted.position is not None and not 0 <= wanted.position < length:
         raise InputError(
-            f"the Direction {wanted.label!r} is at position {wanted.position} of a prompt of {length} tokens."
+            f"the Direction {wanted.label!r} is at position {wanted.position} of a prompt of "
+            f"{length} tokens."
         )
     if wanted.token is None and not _names_a_node(wanted.label):
         raise InputError(
-            f"a Direction cannot be called {wanted.label!r}, because nodes are: use a word that is no number, without @."
+            f"a Direction cannot be called {wanted.label!r}, because nodes are: use a word that is "
+            f"no number, without @."
         )
     return wanted
 
@@ -422,6 +451,7 @@ def _token(model: Model, local: LocalModel, wanted: str | int) -> int:
     vocabulary = local.unembedding.shape[1]
     if not isinstance(wanted, int) or not 0 <= wanted < vocabulary:
         raise InputError(
-            f"{wanted!r} is no token of this model's; give its text, or an id from 0 to {vocabulary - 1}."
+            f"{wanted!r} is no token of this model's; give its text, or an id from 0 to "
+            f"{vocabulary - 1}."
         )
     return wanted

@@ -3,7 +3,8 @@
 A variant of ACDC (Conmy et al. 2023, https://arxiv.org/abs/2304.14997, section 3), proposed in the
 discussion of its speed: most edges are in no circuit, and most pairs of edges do not interact. It
 assumes that the edges of a group are independent: that removing one does not change what removing
-another does (`experiments/edge_independence.py` measures how often that fails). Since the edges of a
+another does (`experiments/edge_independence.py` measures how often that fails). Since the edges of
+a
 group do not see each other's removal, it can keep other edges than ACDC; with groups of one edge it
 equals ACDC.
 """

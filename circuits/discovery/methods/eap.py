@@ -9,8 +9,10 @@ Both compute, for every edge from a source u to a target r,
     score(u -> r) = (c_u - out_u(clean)) . d L / d x_r
 
 with c_u the counterfactual output, x_r the input of r and L the damage; see
-`gradients.edge_scores`. They differ in where the gradient is taken. Scores differ from the published
-code's in scale and sign: ours are the predicted damage, mean over scored rows, of ablating the edge.
+`gradients.edge_scores`. They differ in where the gradient is taken. Scores differ from the
+published
+code's in scale and sign: ours are the predicted damage, mean over scored rows, of ablating the
+edge.
 """
 
 from __future__ import annotations

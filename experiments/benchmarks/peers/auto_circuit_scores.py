@@ -1,6 +1,8 @@
-"""Edge scores of auto-circuit, run in its own environment by eap_peers.py: a line on standard input starts a repetition.
+"""Edge scores of auto-circuit, run in its own environment by eap_peers.py: a line on standard input
+starts a repetition.
 
-Its scores are the gradient, at masks of zero, of minus the mean logit difference; a mask of one carries the corrupted output.
+Its scores are the gradient, at masks of zero, of minus the mean logit difference; a mask of one
+carries the corrupted output.
 """
 
 import json

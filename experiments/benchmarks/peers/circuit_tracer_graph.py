@@ -1,4 +1,6 @@
-"""Attribution graphs of circuit-tracer 0.5.0, run in its own environment by attribution_graph.py: a line on standard input starts a repetition."""
+"""Attribution graphs of circuit-tracer 0.5.0, run in its own environment by attribution_graph.py: a
+line on standard input starts a repetition.
+"""
 
 import json
 import resource

@@ -1,4 +1,6 @@
-"""The same graphs by this package, in a process of its own, so that its memory is measured as theirs is."""
+"""The same graphs by this package, in a process of its own, so that its memory is measured as
+theirs is.
+"""
 
 import json
 import resource

@@ -1,6 +1,8 @@
-"""Edge scores of transformer-lens 4, run in its own environment by eap_peers.py: a line on standard input starts a repetition.
+"""Edge scores of transformer-lens 4, run in its own environment by eap_peers.py: a line on standard
+input starts a repetition.
 
-Its scores are (clean - corrupted) . d metric / d input at the corrupted run, averaged over prompts, one for each position.
+Its scores are (clean - corrupted) . d metric / d input at the corrupted run, averaged over prompts,
+one for each position.
 """
 
 import json
@@ -24,13 +26,23 @@ case = json.loads((folder / "case.json").read_text())
 
 
 def as_gpt2(weights, shape):
-    """The weights in Hugging Face's GPT-2: the bridge's own model does not offer what edge scores need."""
+    """The weights in Hugging Face's GPT-2: the bridge's own model does not offer what edge scores
+    need.
+    """
     model = GPT2LMHeadModel(
         GPT2Config(
-            n_layer=shape["n_layers"], n_head=shape["n_heads"], n_embd=shape["d_model"], n_inner=shape["d_mlp"], n_positions=shape["n_ctx"],
-            vocab_size=shape["d_vocab"], activation_function=shape["act_fn"], tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
+            n_layer=shape["n_layers"],
+            n_head=shape["n_heads"],
+            n_embd=shape["d_model"],
+            n_inner=shape["d_mlp"],
+            n_positions=shape["n_ctx"],
+            vocab_size=shape["d_vocab"],
+            activation_function=shape["act_fn"],
+            tie_word_embeddings=False,
+            bos_token_id=0,
+            eos_token_id=0,
         )
-    )  # fmt: skip
+    )
     named = {
         "transformer.wte.weight": weights["embed.W_E"],
         "transformer.wpe.weight": weights["pos_embed.W_pos"],
