@@ -44,8 +44,8 @@ def graph() -> FeatureGraph:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    started = Browser(tmp_path_factory.mktemp("browser"))
+def browser() -> Iterator[Browser]:
+    started = Browser()
     yield started
     started.close()
 
@@ -590,7 +590,7 @@ def test_the_picture_is_saved_as_svg_and_png(
     browser.click("#save-png")
     name = "fact-the-capital-of-the-state-containing-dallas"
     svg, png = (
-        wait_for(lambda ending=ending: next(tmp_path.glob(f"{name}.{ending}"), None))
+        wait_for(browser, lambda ending=ending: next(tmp_path.glob(f"{name}.{ending}"), None))
         for ending in ("svg", "png")
     )  # type: ignore[misc]
     root = ElementTree.parse(svg).getroot()
@@ -599,7 +599,7 @@ def test_the_picture_is_saved_as_svg_and_png(
     classes = [element.get("class") for element in root.iter()]
     assert classes.count("node") == len(numbers) and classes.count("edge") == len(edges)
     assert HOSTILE in [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
-    content = wait_for(lambda: png.read_bytes() if png.stat().st_size > 1000 else None)
+    content = wait_for(browser, lambda: png.read_bytes() if png.stat().st_size > 1000 else None)
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
     assert int.from_bytes(content[16:20]) == pytest.approx(
         2 * float(root.get("width", "nan")), abs=2

@@ -543,8 +543,8 @@ def test_ctrl_c_ends_a_running_server_quietly(tmp_path: Path, graph: FeatureGrap
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    started = Browser(tmp_path_factory.mktemp("browser"))
+def browser() -> Iterator[Browser]:
+    started = Browser()
     yield started
     started.close()
 
@@ -560,11 +560,12 @@ def test_a_served_page_keeps_groups_in_the_folder(browser: Browser, server: Grap
     browser.write("</script><b>say</b>")
     browser.press("Enter")
     written = wait_for(
+        browser,
         lambda: (
             (path := server.folder / "groups.json").exists()
             and "say" in path.read_text()
             and json.loads(path.read_text())
-        )
+        ),
     )
     assert written["supernodes"] == [
         {"name": "</script><b>say</b>", "nodes": ["f1.4736@3", "f3.7185@12"]}
@@ -573,7 +574,8 @@ def test_a_served_page_keeps_groups_in_the_folder(browser: Browser, server: Grap
     assert browser.js("document.querySelector('.supernodes input').value") == "</script><b>say</b>"
     browser.slide("#edge-threshold", 0.5)
     wait_for(
-        lambda: json.loads((server.folder / "groups.json").read_text())["edge_threshold"] == 0.5
+        browser,
+        lambda: json.loads((server.folder / "groups.json").read_text())["edge_threshold"] == 0.5,
     )
     assert browser.errors() == [] and all(
         address.startswith(server.url) for address in browser.requests()
@@ -586,14 +588,13 @@ def test_a_page_says_when_its_server_has_gone_and_keeps_on_when_it_is_back(
     browser: Browser, server: GraphServer
 ) -> None:
     browser.open(server.url)
-    speed = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
-    browser.call("Network.emulateNetworkConditions", offline=True, **speed)
+    browser.page.context.set_offline(True)
     browser.slide("#node-threshold", 0.3)
     browser.wait(
         "document.getElementById('kept').textContent.startsWith('Not kept in groups.json: The "
         "server does not answer')"
     )
-    browser.call("Network.emulateNetworkConditions", offline=False, **speed)
+    browser.page.context.set_offline(False)
     browser.slide("#node-threshold", 0.4)
     browser.wait(
         "document.getElementById('kept').textContent === 'Pins, supernodes and thresholds are kept "
