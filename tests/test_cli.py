@@ -394,23 +394,6 @@ def test_evaluating_a_run_that_chose_no_edges_asks_for_a_size(capsys, tmp_path):
     assert "give --size N" in errors
 
 
-def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    readme = (Path(circuits.__file__).parents[1] / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
-    assert len(blocks) == 4
-    (tmp_path / "readme.py").write_text(
-        "\n".join(blocks)
-        .replace("threshold=0.002", "threshold=0.1")
-        .replace("n=16", "n=2")
-        .replace("n=64", "n=4")
-    )
-    output = subprocess.run(
-        [sys.executable, "-W", "ignore", "readme.py"], capture_output=True, text=True, check=True
-    ).stdout
-    assert "of 479 edges" in output and "attention" in output
-
-
 def test_positions_and_a_split_embedding_can_be_asked_for(capsys, tmp_path):
     words = (
         "discover",

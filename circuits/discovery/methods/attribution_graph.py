@@ -1,23 +1,18 @@
-"""Attribution graphs: which features, at which positions, made the model say this token (Ameisen et
-al. 2025; Lindsey et al. 2025).
+"""Attribution graphs: which transcoder features, at which positions, made the model say this.
 
-For one prompt, attention patterns and the divisors of norms are held fixed and every MLP is
-replaced by transcoder features and an error. What is
-left is linear, so the weight of every edge is exact within that model; `circuits.linear_sweep`
-computes them without autograd. For a task, the
-graphs of its prompts are pooled into one circuit, which can be run like any other.
+Ameisen, Lindsey et al. 2025, "Circuit tracing"
+(https://transformer-circuits.pub/2025/attribution-graphs/methods.html). For one prompt `attribute`
+gives the graph itself. For a task `discover` pools the graphs of its prompts into a circuit:
 
-We differ from circuit-tracer (Hanna et al. 2025), whose numbers the tests compare with, in speed
-and in what is kept: what is in no node
-(biases, position embeddings, the MLPs at the first position) is kept as constants, so that the
-edges into a node account for its whole
-pre-activation, and every edge knows the part of it that attention carries.
+1. freeze the model on the prompt, and find the active features;
+2. build the graph by one linear sweep, and prune it by influence;
+3. pool nodes over prompts, by named position if the task names positions. An edge's score is its
+   summed effect on what is explained; an edge is kept if some prompt's pruned graph keeps it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,15 +21,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from circuits.attribution.active_features import ActiveFeatures, active_features
+from circuits.attribution.active_features import active_features
 from circuits.attribution.build import (
     Budget,
     Direction,
     build_feature_graph,
     difference_direction,
-    token_direction,
-    top_logits,
 )
+from circuits.attribution.explained import Explained, directions_of, most_probable, words_of
 from circuits.attribution.feature_graph import FeatureGraph
 from circuits.attribution.influence import prune
 from circuits.attribution.local_model import LocalModel, freeze
@@ -49,44 +43,50 @@ from circuits.models.component_graph import REST
 from circuits.models.identity import identity
 from circuits.system.errors import InputError
 from circuits.tasks.task import Task
-from circuits.tasks.tokenization import DoesNotFit, PromptTokenizer, prompt_tokens
+from circuits.tasks.tokenization import prompt_tokens
 from circuits.transcoders.io.load import load_transcoders
 from circuits.transcoders.transcoder import Transcoders
 
 PROMPTS_AT_ONCE = 16
 
-Explained = str | int | tuple[str | int, str | int] | Direction
-"""What a graph explains: a token (its text or id), a token against another, or any direction after
-the last norm.
-"""
+Prompt = str | Sequence[int] | Int[Tensor, " _"]
+# Settings that play no part in the graph of one prompt.
+TASK_SETTINGS = ("by_position", "kept_only", "max_memory")
 
 
 @dataclass(frozen=True)
 class AttributionGraph(Resumable):
-    """Attribute what a model says to the transcoder features that fire on the way, and to the
-    tokens they come from.
+    """Attribute what a model says to active transcoder features, and to the tokens they come from.
 
     Reference: Ameisen, Lindsey et al. 2025, Circuit tracing,
     https://transformer-circuits.pub/2025/attribution-graphs/methods.html
 
     Attributes:
-        transcoders: a folder, a hub address (hf://owner/name), the name of embedded ones, or loaded
-            ones.
-        budget: how many features get edges into them, the most influential ones; None: all active
-            features.
-        at_a_time: with a budget, how many features are chosen before influence is computed anew.
-        most_logits: the graph explains the most probable next tokens, at most so many,
-        probability: and no more than reach this probability together.
+        transcoders: a folder, a hub address (hf://owner/name), the name of a set that ships with
+            this package, or loaded transcoders.
+        budget: the number of features that get edges into them, the most influential ones; None
+            takes all active features.
+        at_a_time: with a budget, the number of features chosen before influence is computed again.
+        most_logits: the largest number of most probable next tokens that the graph explains.
+        probability: explain no more tokens than reach this probability together.
         node_threshold: the share of influence that the kept nodes make.
         edge_threshold: the share that the kept edges make of what is then left.
-        leading: so many first positions have no features and errors: 1 for a beginning-of-sequence
-            token, 4 for instruction-tuned Gemma 3, 0
-            for models whose prompts begin with a word.
-        by_position: pool the features of a task's prompts by named position; None: where the task
-            names positions.
-        kept_only: only edges that pruning keeps enter the pooled graph of a task, which with wide
-            transcoders has far too many otherwise.
-        max_memory: bytes that carrying targets down may take; None chooses from what is free.
+        leading: the number of positions at the start of a prompt without features and errors: 1 for
+            a beginning-of-sequence token, 4 for instruction-tuned Gemma 3, 0 for models whose
+            prompts begin with a word.
+        by_position: pool the features of a task's prompts by named position; None does so if the
+            task names positions.
+        kept_only: pool only the edges that pruning keeps. With wide transcoders there are too many
+            others.
+        max_memory: bytes that the sweep over targets may take; None chooses from the memory that is
+            free.
+
+    >>> import circuits
+    >>> model = circuits.load_model("toy-world")
+    >>> method = circuits.AttributionGraph("toy-world-plt")
+    >>> graph = method.attribute(model, "The capital of Texas is", explain=[" Austin"])
+    >>> circuits.pruned(graph)
+    FeatureGraph(...)
     """
 
     name: ClassVar[str] = "attribution-graph"
@@ -105,9 +105,8 @@ class AttributionGraph(Resumable):
     def __post_init__(self) -> None:
         for name, least in (("budget", 1), ("at_a_time", 1), ("most_logits", 1), ("leading", 0)):
             value = getattr(self, name)
-            if value is not None and (
-                not isinstance(value, int) or isinstance(value, bool) or value < least
-            ):
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (whole and value >= least):
                 raise InputError(f"{name}={value!r}: give a whole number, {least} or more.")
         for name in ("probability", "node_threshold", "edge_threshold"):
             value = getattr(self, name)
@@ -116,7 +115,7 @@ class AttributionGraph(Resumable):
         if not isinstance(self.transcoders, str | Path | Transcoders):
             raise InputError(
                 f"transcoders={self.transcoders!r}: give loaded ones, a folder, or the name of a "
-                f"set that ships with this package."
+                "set that ships with this package."
             )
 
     def search_graph(self, model: Model, graph: Graph | None) -> Graph:
@@ -133,46 +132,38 @@ class AttributionGraph(Resumable):
         return Graph.empty(identity(model))
 
     def identity(self) -> dict[str, Any]:
-        """Method and settings, and which weights the transcoders have."""
+        """Method, settings, and a fingerprint of the transcoders' weights."""
         return {**super().identity(), "transcoders": self.loaded.identity.weights}
 
     @property
     def loaded(self) -> Transcoders:
         """The transcoders themselves."""
-        return (
-            self.transcoders
-            if isinstance(self.transcoders, Transcoders)
-            else load_transcoders(self.transcoders)
-        )
+        if isinstance(self.transcoders, Transcoders):
+            return self.transcoders
+        return load_transcoders(self.transcoders)
 
     def attribute(
-        self,
-        model: Model,
-        prompt: str | Sequence[int] | Int[Tensor, " pos"],
-        *,
-        explain: Sequence[Explained] | None = None,
+        self, model: Model, prompt: Prompt, *, explain: Sequence[Explained] | None = None
     ) -> FeatureGraph:
         """The graph of one prompt, unpruned, on the CPU; `circuits.pruned` keeps what matters.
 
         Args:
-            prompt: text, or token ids as they are.
-            explain: what it leads up to; None: the most probable next tokens. Of a token it is the
-                logit less the mean of all logits, which the
-                softmax does not see; of a pair of tokens the difference of their logits.
+            prompt: text, or token ids.
+            explain: what the graph explains; None takes the most probable next tokens. A token
+                stands for its logit minus the mean logit, since the softmax does not see the mean;
+                a pair of tokens for the difference of their logits.
 
         Raises:
             InputError: the transcoders do not fit the model; the prompt is empty or too long, or no
-                feature fires on it; what is to be
-                explained is not one token.
+                feature is active on it; or what is to be explained is not one token.
         """
-        return self.attribute_all(model, [prompt], explain=None if explain is None else [explain])[
-            0
-        ]
+        wanted = None if explain is None else [explain]
+        return self.attribute_all(model, [prompt], explain=wanted)[0]
 
     def attribute_all(
         self,
         model: Model,
-        prompts: Sequence[str | Sequence[int] | Int[Tensor, " _"]],
+        prompts: Sequence[Prompt],
         *,
         explain: Sequence[Sequence[Explained] | None] | None = None,
     ) -> list[FeatureGraph]:
@@ -189,35 +180,24 @@ class AttributionGraph(Resumable):
         if len(wanted) != len(prompts):
             raise InputError(
                 f"there are {len(prompts)} prompts and {len(wanted)} entries in explain; give one "
-                f"for each."
+                "for each."
             )
-        transcoders, who, graphs = self.loaded, identity(model), []
-        tokens = [prompt_tokens(model, prompt) for prompt in prompts]
-        of_tasks = ("by_position", "kept_only", "max_memory")
-        settings = {name: value for name, value in self.settings().items() if name not in of_tasks}
-        for start in range(0, len(prompts), PROMPTS_AT_ONCE):
-            some = slice(start, start + PROMPTS_AT_ONCE)
-            locals_ = freeze(model, transcoders, tokens[some])
-            for local, features, asked in zip(
-                locals_,
-                active_features(locals_, transcoders, leading=self.leading),
-                wanted[some],
-                strict=True,
-            ):
-                directions = (
-                    self._most_probable(model, local)
-                    if asked is None
-                    else _directions(model, local, asked)
-                )
-                graph = self._graph(model, transcoders, local, features, directions)
-                graphs.append(
-                    replace(
-                        graph.to("cpu"),
-                        model=who,
-                        transcoders=self._made_with(transcoders),
-                        settings=settings,
-                    )
-                )
+        tokens = [torch.as_tensor(prompt_tokens(model, prompt)) for prompt in prompts]
+        settings = {
+            name: value for name, value in self.settings().items() if name not in TASK_SETTINGS
+        }
+        builder = _Builder(self, model, self.loaded)
+        graphs = []
+        for number, local, features in builder.frozen(tokens):
+            asked = wanted[number]
+            if asked is None:
+                directions = builder.most_probable(local)
+            else:
+                directions = directions_of(model, local, asked)
+            graph = builder.graph(local, features, directions).to("cpu")
+            made_with = builder.made_with
+            graph = replace(graph, model=identity(model), transcoders=made_with, settings=settings)
+            graphs.append(graph)
         return graphs
 
     def discover(
@@ -229,229 +209,120 @@ class AttributionGraph(Resumable):
         checkpoint: Checkpoint | str | Path | None = None,
         progress: Progress | None = None,
     ) -> Circuit:
-        self.search_graph(model, graph)
-        transcoders, names = self.loaded, self._spans(task)
+        empty, builder = self.search_graph(model, graph), _Builder(self, model, self.loaded)
+        names = self._span_names(task)
         spans = None if names is None else spans_of(task.positions, names)
-        who = identity(model)
-        state = Checkpoint.open(checkpoint, self.identity(), Graph.empty(who), task)
-        start = state.restore({"next": torch.tensor(0), **vars(Pooled.nothing())})
-        pooled, first = (
-            Pooled(**{name: part for name, part in start.items() if name != "next"}),
-            int(start["next"]),
-        )
-        label = "top" if task.answers is None else "answer"
-        for begin in range(first, len(task), PROMPTS_AT_ONCE):
-            rows = range(begin, min(begin + PROMPTS_AT_ONCE, len(task)))
-            locals_ = freeze(
-                model, transcoders, [task.clean[row, : int(task.lengths[row])] for row in rows]
-            )
+        saved = Checkpoint.open(checkpoint, self.identity(), empty, task)
+        stored = saved.restore({"next": torch.tensor(0), **vars(Pooled.nothing())})
+        done = int(stored.pop("next"))
+        pooled = Pooled(**stored)
+        while done < len(task):
+            rows = range(done, min(done + PROMPTS_AT_ONCE, len(task)))
+            prompts = [task.clean[row, : int(task.lengths[row])] for row in rows]
             parts = []
-            for row, local, features in zip(
-                rows,
-                locals_,
-                active_features(locals_, transcoders, leading=self.leading),
-                strict=True,
-            ):
-                found = self._graph(
-                    model, transcoders, local, features, self._scored(model, local, task, row)
-                )
+            for number, local, features in builder.frozen(prompts):
+                row = rows[number]
+                directions = builder.scored_directions(local, task, row)
+                found = builder.graph(local, features, directions)
                 kept = prune(
                     found, node_threshold=self.node_threshold, edge_threshold=self.edge_threshold
                 )
-                parts.append(
-                    Pooled.of(
-                        found,
-                        kept.edges,
-                        None if spans is None else spans[row],
-                        kept_only=self.kept_only,
-                    )
-                )
-            # Many at once: each time the whole union is sorted.
-            pooled = Pooled.together([pooled, *parts])
-            state.save({"next": torch.tensor(rows.stop), **vars(pooled)})
+                span = None if spans is None else spans[row]
+                parts.append(Pooled.of(found, kept.edges, span, kept_only=self.kept_only))
+            # Several prompts at a time, because the whole union is sorted each time.
+            pooled, done = Pooled.together([pooled, *parts]), rows.stop
+            saved.save({"next": torch.tensor(done), **vars(pooled)})
             if progress is not None:
-                progress(rows.stop, len(task))
-        whole, place = pooled.graph(names, label, who, self._made_with(transcoders))
+                progress(done, len(task))
+        return self._circuit(pooled, names, task, builder)
+
+    def _circuit(
+        self, pooled: Pooled, names: tuple[str, ...] | None, task: Task, builder: _Builder
+    ) -> Circuit:
+        label = "top" if task.answers is None else "answer"
+        graph, place = pooled.graph(names, label, identity(builder.model), builder.made_with)
+        scores = pooled.scores[place] / int(task.scored.sum())
         keeping = pooled.keeping[place]
-        record = self.record(prompts=len(task), kept_by_prompts=keeping[keeping > 0].tolist())
-        return Circuit(
-            whole,
-            (pooled.scores[place] / int(task.scored.sum())).float(),
-            keeping > 0,
-            record=record,
-        )
+        kept_by = keeping[keeping > 0].tolist()
+        record = self.record(prompts=len(task), kept_by_prompts=kept_by)
+        return Circuit(graph, scores.float(), keeping > 0, record=record)
 
-    def _made_with(self, transcoders: Transcoders) -> TranscodersIdentity:
-        return replace(
-            transcoders.identity,
-            leading=self.leading,
-            whole=self.budget is None and not self.kept_only,
-        )
-
-    def _graph(
-        self,
-        model: Model,
-        transcoders: Transcoders,
-        local: LocalModel,
-        features: ActiveFeatures,
-        directions: Sequence[Direction],
-    ) -> FeatureGraph:
-        words = (
-            PromptTokenizer.of(model).words(local.tokens.tolist())
-            if model.tokenizer is not None
-            else [f"#{t}" for t in local.tokens.tolist()]
-        )
-        return build_feature_graph(
-            local,
-            transcoders,
-            features,
-            directions,
-            words=words,
-            budget=Budget(self.budget, self.at_a_time),
-            leading=self.leading,
-            max_memory=self.max_memory,
-        )
-
-    def _most_probable(
-        self, model: Model, local: LocalModel, position: int | None = None, share: float = 1.0
-    ) -> list[Direction]:
-        tokens = top_logits(
-            local, most=self.most_logits, probability=self.probability, position=position
-        )
-        return [
-            token_direction(local, token, _word(model, token), weight * share, position)
-            for token, weight in tokens
-        ]
-
-    def _scored(self, model: Model, local: LocalModel, task: Task, row: int) -> list[Direction]:
-        """What one prompt of a task is judged by: answers against wrong answers, answers alone, or
-        what the model says.
-        """
-        directions = []
-        for position in task.scored[row].nonzero().flatten().tolist():
-            right, wrong = (
-                None if part is None else part[row][part[row] >= 0].tolist()
-                for part in (task.answers, task.wrong_answers)
-            )
-            if right is None:
-                directions += self._most_probable(model, local, position)
-            else:
-                directions.append(difference_direction(local, right, wrong, "answer", position))
-        return directions
-
-    def _spans(self, task: Task) -> tuple[str, ...] | None:
+    def _span_names(self, task: Task) -> tuple[str, ...] | None:
         by_position = bool(task.positions) if self.by_position is None else self.by_position
         if by_position and not task.positions:
             raise InputError(
                 f"by_position=True, but the task {task.name!r} names no positions; use "
-                f"by_position=False."
+                "by_position=False."
             )
         return (REST, *task.positions) if by_position else None
 
 
-def _word(model: Model, token: int) -> str:
-    return f"#{token}" if model.tokenizer is None else PromptTokenizer.of(model).words([token])[0]
+@dataclass(frozen=True)
+class _Builder:
+    """Builds graphs of one model with one set of transcoders."""
 
+    method: AttributionGraph
+    model: Model
+    transcoders: Transcoders
 
-def _directions(model: Model, local: LocalModel, wanted: Sequence[Explained]) -> list[Direction]:
-    """What was asked for, as directions.
+    @property
+    def made_with(self) -> TranscodersIdentity:
+        whole = self.method.budget is None and not self.method.kept_only
+        return replace(self.transcoders.identity, leading=self.method.leading, whole=whole)
 
-    Raises:
-        InputError: nothing was, or something that is no token, pair or direction of this model, or
-            twice the same.
-    """
-    if isinstance(wanted, str | int | Direction) or not len(wanted):
-        raise InputError(
-            f"explain={wanted!r}: give a list of tokens, pairs of tokens or Directions, at least "
-            f"one."
+    def frozen(self, prompts: Sequence[Int[Tensor, " _"]]) -> Iterator[tuple[int, LocalModel, Any]]:
+        """Each prompt's number, local model and active features, a few prompts at a time."""
+        for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+            some = prompts[start : start + PROMPTS_AT_ONCE]
+            locals_ = freeze(self.model, self.transcoders, list(some))
+            features = active_features(locals_, self.transcoders, leading=self.method.leading)
+            for number, (local, active) in enumerate(zip(locals_, features, strict=True)):
+                yield start + number, local, active
+
+    def graph(
+        self, local: LocalModel, features: Any, directions: Sequence[Direction]
+    ) -> FeatureGraph:
+        method = self.method
+        return build_feature_graph(
+            local,
+            self.transcoders,
+            features,
+            directions,
+            words=words_of(self.model, local.tokens.tolist()),
+            budget=Budget(method.budget, method.at_a_time),
+            leading=method.leading,
+            max_memory=method.max_memory,
         )
-    found = [_direction(model, local, one) for one in wanted]
-    names = [(one.label if one.token is None else one.token, one.position) for one in found]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError(
-            f"explain holds {twice[0][0]!r} twice; give each once, and Directions different labels."
+
+    def most_probable(self, local: LocalModel, position: int | None = None) -> list[Direction]:
+        method = self.method
+        return most_probable(
+            self.model,
+            local,
+            most=method.most_logits,
+            probability=method.probability,
+            position=position,
         )
-    return found
+
+    def scored_directions(self, local: LocalModel, task: Task, row: int) -> list[Direction]:
+        """What one prompt of a task is judged by.
+
+        Answers against wrong answers, answers alone, or the most probable tokens.
+        """
+        if task.answers is None:
+            right, wrong = None, None
+        else:
+            right = _tokens(task.answers[row])
+            wrong = None if task.wrong_answers is None else _tokens(task.wrong_answers[row])
+        directions = []
+        for position in task.scored[row].nonzero().flatten().tolist():
+            if right is None:
+                directions += self.most_probable(local, position)
+            else:
+                directions.append(difference_direction(local, right, wrong, "answer", position))
+        return directions
 
 
-def _direction(model: Model, local: LocalModel, wanted: Explained) -> Direction:
-    if isinstance(wanted, Direction):
-        return _checked(local, wanted)
-    if isinstance(wanted, tuple):
-        if len(wanted) != 2:
-            raise InputError(
-                f"explain holds {wanted!r}; a pair is (token, other token), whose logits' "
-                f"difference is explained."
-            )
-        right, wrong = (_token(model, local, one) for one in wanted)
-        if right == wrong:
-            raise InputError(
-                f"explain holds {wanted!r}: a token against itself; give two different ones."
-            )
-        label = f"{_word(model, right)} - {_word(model, wrong)}"
-        return difference_direction(
-            local, [right], [wrong], label if _names_a_node(label) else f"#{right} - #{wrong}"
-        )
-    token = _token(model, local, wanted)
-    return token_direction(
-        local, token, _word(model, token), float(local.logits().softmax(-1)[token])
-    )
-
-
-def _checked(local: LocalModel, wanted: Direction) -> Direction:
-    width, length = local.embedding.shape[1], len(local.tokens)
-    if not isinstance(wanted.vector, Tensor):
-        raise InputError(
-            f"the Direction {wanted.label!r} has {wanted.vector!r} for a vector; give a tensor of "
-            f"{width} numbers."
-        )
-    if not math.isfinite(wanted.bias) or not 0 < wanted.weight < math.inf:
-        raise InputError(
-            f"the Direction {wanted.label!r} has bias {wanted.bias} and weight {wanted.weight}: "
-            f"give finite ones, the weight above 0."
-        )
-    if (
-        wanted.vector.shape != (width,)
-        or not torch.isfinite(wanted.vector).all()
-        or not wanted.vector.any()
-    ):
-        shape = tuple(wanted.vector.shape)
-        raise InputError(
-            f"the Direction {wanted.label!r} has a vector of shape {shape}; it must be {width} "
-            f"finite numbers, not all zero."
-        )
-    if wanted.position is not None and not 0 <= wanted.position < length:
-        raise InputError(
-            f"the Direction {wanted.label!r} is at position {wanted.position} of a prompt of "
-            f"{length} tokens."
-        )
-    if wanted.token is None and not _names_a_node(wanted.label):
-        raise InputError(
-            f"a Direction cannot be called {wanted.label!r}, because nodes are: use a word that is "
-            f"no number, without @."
-        )
-    return wanted
-
-
-def _names_a_node(label: str) -> bool:
-    return bool(label) and "@" not in label and not label.isdecimal()
-
-
-def _token(model: Model, local: LocalModel, wanted: str | int) -> int:
-    if isinstance(wanted, str):
-        encoder = PromptTokenizer.of(model)
-        prompt = str(encoder.tokenizer.decode(local.tokens.tolist(), skip_special_tokens=True))
-        try:
-            return encoder.answer(prompt, wanted)
-        except DoesNotFit:
-            if wanted.startswith(" "):
-                raise
-            # Words are shown without the space before them.
-            return encoder.answer(prompt, f" {wanted}")
-    vocabulary = local.unembedding.shape[1]
-    if not isinstance(wanted, int) or not 0 <= wanted < vocabulary:
-        raise InputError(
-            f"{wanted!r} is no token of this model's; give its text, or an id from 0 to "
-            f"{vocabulary - 1}."
-        )
-    return wanted
+def _tokens(padded: Int[Tensor, " k"]) -> list[int]:
+    """Tokens without the padding, which is -1."""
+    return padded[padded >= 0].tolist()

@@ -1,0 +1,158 @@
+"""What an attribution graph explains, from the user's tokens, pairs of tokens and directions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from circuits.attribution.build import (
+    Direction,
+    difference_direction,
+    token_direction,
+    top_logits,
+)
+from circuits.attribution.local_model import LocalModel
+from circuits.models import Model
+from circuits.system.errors import InputError
+from circuits.tasks.tokenization import DoesNotFit, PromptTokenizer
+
+Explained = str | int | tuple[str | int, str | int] | Direction
+"""A token (its text or id), a token against another, or any direction after the last norm."""
+
+
+def words_of(model: Model, tokens: Sequence[int]) -> list[str]:
+    """The text of each token; its number if the model has no tokenizer."""
+    if model.tokenizer is None:
+        return [f"#{token}" for token in tokens]
+    return list(PromptTokenizer.of(model).words(list(tokens)))
+
+
+def most_probable(
+    model: Model,
+    local: LocalModel,
+    *,
+    most: int,
+    probability: float,
+    position: int | None = None,
+) -> list[Direction]:
+    """The most probable next tokens, as directions weighted by their probabilities."""
+    tokens = top_logits(local, most=most, probability=probability, position=position)
+    return [
+        token_direction(local, token, words_of(model, [token])[0], weight, position)
+        for token, weight in tokens
+    ]
+
+
+def directions_of(model: Model, local: LocalModel, explain: Sequence[Explained]) -> list[Direction]:
+    """What the user asked to explain, as directions.
+
+    Raises:
+        InputError: nothing was asked for; something is not a token, pair or direction of this
+            model; or something was asked for twice.
+    """
+    if isinstance(explain, str | int | Direction) or not len(explain):
+        raise InputError(
+            f"explain={explain!r}: give a list of tokens, pairs of tokens or Directions, at least "
+            "one."
+        )
+    directions = [_direction(model, local, each) for each in explain]
+    seen = set()
+    for direction in directions:
+        name = direction.label if direction.token is None else direction.token
+        if (name, direction.position) in seen:
+            raise InputError(
+                f"explain holds {name!r} twice; give each once, and Directions different labels."
+            )
+        seen.add((name, direction.position))
+    return directions
+
+
+def _direction(model: Model, local: LocalModel, wanted: Explained) -> Direction:
+    if isinstance(wanted, Direction):
+        _check_direction(local, wanted)
+        return wanted
+    if isinstance(wanted, tuple):
+        return _pair(model, local, wanted)
+    token = _token(model, local, wanted)
+    probability = float(local.logits().softmax(-1)[token])
+    return token_direction(local, token, words_of(model, [token])[0], probability)
+
+
+def _pair(model: Model, local: LocalModel, wanted: tuple[str | int, ...]) -> Direction:
+    if len(wanted) != 2:
+        raise InputError(
+            f"explain holds {wanted!r}; a pair is (token, other token), whose logits' difference is "
+            "explained."
+        )
+    right, wrong = (_token(model, local, each) for each in wanted)
+    if right == wrong:
+        raise InputError(
+            f"explain holds {wanted!r}: a token against itself; give two different ones."
+        )
+    label = " - ".join(words_of(model, [right, wrong]))
+    if not _can_name_a_node(label):
+        label = f"#{right} - #{wrong}"
+    return difference_direction(local, [right], [wrong], label)
+
+
+def _check_direction(local: LocalModel, wanted: Direction) -> None:
+    """Refuse a direction that does not fit the model or cannot be named.
+
+    Raises:
+        InputError: with the label and what is wrong.
+    """
+    width, length = local.embedding.shape[1], len(local.tokens)
+    vector, named = wanted.vector, f"the Direction {wanted.label!r}"
+    if not isinstance(vector, Tensor):
+        raise InputError(f"{named} has {vector!r} for a vector; give a tensor of {width} numbers.")
+    if not math.isfinite(wanted.bias) or not 0 < wanted.weight < math.inf:
+        raise InputError(
+            f"{named} has bias {wanted.bias} and weight {wanted.weight}: give finite ones, the "
+            "weight above 0."
+        )
+    if vector.shape != (width,) or not torch.isfinite(vector).all() or not vector.any():
+        raise InputError(
+            f"{named} has a vector of shape {tuple(vector.shape)}; it must be {width} finite "
+            "numbers, not all zero."
+        )
+    if wanted.position is not None and not 0 <= wanted.position < length:
+        raise InputError(
+            f"{named} is at position {wanted.position} of a prompt of {length} tokens."
+        )
+    if wanted.token is None and not _can_name_a_node(wanted.label):
+        raise InputError(
+            f"a Direction cannot be called {wanted.label!r}, because nodes are: use a word that is "
+            "no number, without @."
+        )
+
+
+def _can_name_a_node(label: str) -> bool:
+    return bool(label) and "@" not in label and not label.isdecimal()
+
+
+def _token(model: Model, local: LocalModel, wanted: str | int) -> int:
+    """The token of a text or id.
+
+    Raises:
+        InputError: it is not one token of this model.
+    """
+    if isinstance(wanted, str):
+        tokenizer = PromptTokenizer.of(model)
+        prompt = tokenizer.tokenizer.decode(local.tokens.tolist(), skip_special_tokens=True)
+        try:
+            return tokenizer.answer(str(prompt), wanted)
+        except DoesNotFit:
+            if wanted.startswith(" "):
+                raise
+            # Words are shown without the space before them.
+            return tokenizer.answer(str(prompt), f" {wanted}")
+    vocabulary = local.unembedding.shape[1]
+    if not isinstance(wanted, int) or not 0 <= wanted < vocabulary:
+        raise InputError(
+            f"{wanted!r} is no token of this model's; give its text, or an id from 0 to "
+            f"{vocabulary - 1}."
+        )
+    return wanted

@@ -1,0 +1,63 @@
+"""The Python in the README and the documentation runs, and what they point at exists."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+# Smaller than what a reader would run.
+SMALLER = {"threshold=0.002": "threshold=0.1", "n=16": "n=2", "n=64": "n=4"}
+
+
+def python_of(document: Path) -> str:
+    blocks = re.findall(r"```python\n(.*?)```", document.read_text(), flags=re.DOTALL)
+    return "\n".join(blocks)
+
+
+WITH_PYTHON = [document for document in DOCUMENTS if python_of(document)]
+
+
+@pytest.mark.parametrize("document", WITH_PYTHON, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_python_of_a_document_runs(document, tmp_path):
+    program = python_of(document)
+    for whole, part in SMALLER.items():
+        program = program.replace(whole, part)
+    (tmp_path / "program.py").write_text(program)
+    command = [sys.executable, "-W", "ignore", "program.py"]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert ("print(" in program) == bool(ran.stdout)
+
+
+def test_most_documents_have_python_that_runs():
+    assert {path.name for path in WITH_PYTHON} >= {"README.md", "prompts.md", "methods.md"}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_between_files_lead_somewhere(document):
+    links = re.findall(r"\]\(([^)#]+)", document.read_text())
+    for link in links:
+        if "://" not in link:
+            assert (document.parent / link).exists(), f"{document.name}: {link}"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_bytes()) <= 7000
+
+
+def test_public_names_have_examples_that_run():
+    import doctest
+
+    import circuits
+
+    without = []
+    for name in circuits.__all__:
+        value = getattr(circuits, name)
+        finder = doctest.DocTestFinder(recurse=True)
+        if callable(value) and not any(test.examples for test in finder.find(value, name)):
+            without.append(name)
+    assert without == []
