@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from meters import AllocationMeter
 from torch.overrides import TorchFunctionMode
 
 import circuits
 from circuits.attribution.active_features import active_features
 from circuits.attribution.local_model import freeze
-from circuits.system.memory import AllocationMeter
 from circuits.transcoders.activations import BatchTopK, JumpReLU, ReLU, TopK
 from circuits.transcoders.extraction import extract_features, largest
 from circuits.transcoders.transcoder import Encoder, Transcoders

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from architectures import random_model
+from meters import AllocationMeter
 
 import circuits
 from circuits.attribution.feature_graph import FEATURE
 from circuits.attribution.local_model import freeze
 from circuits.attribution.virtual_weights import expected_coactivation, virtual_weights
 from circuits.discovery.methods.attribution_graph import AttributionGraph
-from circuits.system.memory import AllocationMeter
 from circuits.transcoders.activations import JumpReLU, ReLU
 from circuits.transcoders.extraction import extract_features
 from circuits.transcoders.transcoder import Encoder, Transcoders

@@ -77,8 +77,10 @@ class TestProducts:
 
     def test_each_weight_is_rounded_once(self):
         background, weight = Background.of(Precision("int8"), "cpu"), tensor(24, 16)
-        assert background._weight(weight)[1] is background._weight(weight)[1]
-        assert background._weight(weight.clone())[1] is not background._weight(weight)[1]
+        assert background._stored_weight(weight)[0] is background._stored_weight(weight)[0]
+        assert (
+            background._stored_weight(weight.clone())[0] is not background._stored_weight(weight)[0]
+        )
 
 
 class TestRuns:

@@ -56,7 +56,7 @@ class Evaluation:
     >>> task = circuits.load_task("ioi", model, n=4)
     >>> whole = circuits.Circuit.full(circuits.component_graph(model))
     >>> evaluation = circuits.evaluate(model, whole, task)
-    >>> round(evaluation.kl, 3), evaluation.faithfulness("logit_diff")
+    >>> round(abs(evaluation.kl), 3), round(evaluation.faithfulness("logit_diff"), 3)
     (0.0, 1.0)
     """
 
@@ -224,7 +224,8 @@ def faithfulness_curve(
     >>> model = circuits.load_model("toy-world")
     >>> task = circuits.load_task("ioi", model, n=4)
     >>> scores = circuits.EAP().discover(model, task)
-    >>> circuits.faithfulness_curve(model, scores, task, [0, 1.0])["faithfulness"].tolist()
+    >>> curve = circuits.faithfulness_curve(model, scores, task, [0, 1.0])
+    >>> curve["faithfulness"].round(3).tolist()
     [0.0, 1.0]
     """
     sizes = CURVE_FRACTIONS if sizes is None else sizes
