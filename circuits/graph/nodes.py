@@ -13,6 +13,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
 
+from typing_extensions import override
+
 from circuits.system.errors import InputError
 
 Position = str | int | None
@@ -85,6 +87,7 @@ class Head(Node):
     position: Position = None
 
     @property
+    @override
     def label(self) -> str:
         return f"a{self.layer}.h{self.head}"
 
@@ -102,6 +105,7 @@ class MLP(Node):
     position: Position = None
 
     @property
+    @override
     def label(self) -> str:
         return f"m{self.layer}"
 
@@ -120,6 +124,7 @@ class Feature(Node):
     position: Position = None
 
     @property
+    @override
     def label(self) -> str:
         return f"f{self.layer}.{self.index}"
 
@@ -137,6 +142,7 @@ class Error(Node):
     position: Position = None
 
     @property
+    @override
     def label(self) -> str:
         return f"e{self.layer}"
 
@@ -157,6 +163,7 @@ class Logits(Node):
     position: Position = None
 
     @property
+    @override
     def label(self) -> str:
         return "logits" if self.token is None else f"logits:{self.token}"
 

@@ -126,7 +126,8 @@ def gathered(measure: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
 
 class _Report(NamedTuple):
     """What a rank sends to the others: its result, or its error: the text, and for invalid input
-    the class to raise on all ranks."""
+    the class to raise on all ranks.
+    """
 
     result: Any = None
     error: str | None = None

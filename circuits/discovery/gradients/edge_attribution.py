@@ -84,6 +84,6 @@ class EdgeAttribution:
         totals = self._mean(self.sources_by_position).sum(-1)
         return list(zip(self.nodes, totals, strict=True))
 
-    def _mean(self, by_prompt: Float[Tensor, "prompt *rest"]) -> Float[Tensor, " *rest"]:
+    def _mean(self, by_prompt: Float[Tensor, " prompt *rest"]) -> Float[Tensor, " *rest"]:
         weights = self.rows.to(by_prompt.dtype) / self.rows.sum()
         return torch.tensordot(weights, by_prompt, dims=1)

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from jaxtyping import Bool
 from torch import Tensor
+from typing_extensions import override
 
 from circuits.discovery.checkpoint import Checkpoint, TensorState
 from circuits.discovery.discoverer import SPEED_ONLY, Progress, Resumable
@@ -121,6 +122,7 @@ class ACDC(Resumable):
                 "a circuit is given to `sweep`."
             )
 
+    @override
     def discover(
         self,
         model: Model,

@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from typing_extensions import override
 
 from circuits.discovery.checkpoint import Checkpoint, TensorState
 from circuits.discovery.discoverer import SPEED_ONLY, Progress, Resumable
@@ -72,6 +73,7 @@ class ActivationPatching(Resumable):
     ablation: str | Ablation = "resample"
     max_memory: int | None = field(default=None, kw_only=True, metadata=SPEED_ONLY)
 
+    @override
     def discover(
         self,
         model: Model,

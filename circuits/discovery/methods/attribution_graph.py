@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from typing_extensions import override
 
 from circuits.attribution.active_features import active_features
 from circuits.attribution.build import (
@@ -200,6 +201,7 @@ class AttributionGraph(Resumable):
             graphs.append(graph)
         return graphs
 
+    @override
     def discover(
         self,
         model: Model,

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from typing_extensions import override
 
 from circuits.discovery.checkpoint import Checkpoint, TensorState
 from circuits.discovery.discoverer import SPEED_ONLY, Progress, Resumable
@@ -125,6 +126,7 @@ class BatchedACDC(Resumable):
             )
         check_group(self.group)
 
+    @override
     def discover(
         self,
         model: Model,

@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from typing_extensions import override
+
 from circuits.discovery.checkpoint import Checkpoint
 from circuits.discovery.discoverer import SPEED_ONLY, CircuitDiscoverer, Progress
 from circuits.discovery.gradients.edge_attribution import EdgeAttribution
@@ -61,6 +63,7 @@ class GradientMethod(CircuitDiscoverer):
         """How gradients pass through nonlinear parts; by default as their derivatives say."""
         return PropagationRules()
 
+    @override
     def discover(
         self,
         model: Model,
@@ -98,6 +101,7 @@ class GradientMethod(CircuitDiscoverer):
             model, graph, task, settings, points, rules=self.rules, progress=progress
         )
 
+    @override
     def search_graph(self, model: Model, graph: Graph | None) -> Graph:
         """The graph to score: the one given, if it fits the model, or the component graph."""
         # A graph that is made here fits; checking it would read all weights again.
@@ -146,6 +150,7 @@ class EAP(GradientMethod):
                 f"gradient_at={self.gradient_at!r}: choose 'clean', 'corrupted' or 'both'."
             )
 
+    @override
     def points(self, nodes: tuple[Node, ...]) -> list[GradientPoint]:
         fractions = {"clean": [1.0], "corrupted": [0.0], "both": [0.0, 1.0]}[self.gradient_at]
         return [GradientPoint(fraction) for fraction in fractions]
@@ -190,6 +195,7 @@ class EAPIG(GradientMethod):
         if self.quadrature not in ("midpoint", "left"):
             raise InputError(f"quadrature={self.quadrature!r}: choose 'midpoint' or 'left'.")
 
+    @override
     def points(self, nodes: tuple[Node, ...]) -> list[GradientPoint]:
         # alpha_k = (k + 1/2) / m, or k / m with the published code's left ends
         offset = 0.5 if self.quadrature == "midpoint" else 0.0

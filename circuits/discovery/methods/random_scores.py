@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from typing_extensions import override
 
 from circuits.discovery.checkpoint import Checkpoint
 from circuits.discovery.discoverer import CircuitDiscoverer, Progress
@@ -34,6 +35,7 @@ class RandomScores(CircuitDiscoverer):
     name: ClassVar[str] = "random"
     seed: int = 0
 
+    @override
     def discover(
         self,
         model: Model,
