@@ -11,6 +11,7 @@ Names are imported when they are first used, so that `circuits --help` need not 
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -162,6 +163,8 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("circuits")
     if name not in _HOME:
         raise AttributeError(f"module 'circuits' has no attribute {name!r}")
     return getattr(import_module(f"circuits.{_HOME[name]}"), name)

@@ -1,0 +1,1 @@
+"""Run folders: results on disk that are found again instead of computed again."""
