@@ -186,7 +186,7 @@ def test_when_a_rank_is_killed_the_other_says_where_to_go_on_and_the_circuit_is_
 
 ENDS = """
 import os, signal
-from circuits.system.ranks.import RankError, exchanged, ranks, start
+from circuits.system.ranks import RankError, exchanged, ranks, start
 with start():
     assert exchanged(lambda: ranks().rank) == [0, 1]
     if ranks().rank == 1:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import tyro
@@ -72,19 +72,12 @@ def compare_command(words: Sequence[str]) -> None:
         return
     found = {label: [one.circuit for one in sweep] for label, sweep in runs.items()}
     comparison = compare(model, found, held_out, size=options.size, ablation=options.ablation)
-    costs = pd.DataFrame(
-        {
-            label: [round(sweep[0].model_runs), sweep[0].record["seconds"]]
-            for label, sweep in runs.items()
-        },
-        index=["model runs", "seconds"],
-    )
-    table = comparison.table.join(costs.T.astype({"model runs": int}))
+    table = _with_costs(comparison.table, runs)
     folder = options.out / task.name / f"compare-{_digest(options, runs, held_out)}"
     details = _details(options, task, held_out, comparison)
     report = _write_report(folder, comparison, table, details)
     if options.json:
-        print_json({"report": str(report), "table": json.loads(table.to_json(orient="index"))})
+        print_json({"report": str(report), "table": _as_json(table, "index")})
     else:
         _show(comparison, table, details, report)
 
@@ -94,6 +87,7 @@ def _sweeps(options: CompareOptions) -> dict[str, list[CircuitDiscoverer]]:
     sweeps: dict[str, list[CircuitDiscoverer]] = {}
     for entry in options.methods.split(","):
         name, *settings = entry.strip().split(":")
+        # FILE.py:NAME is one method, not a file with a setting.
         if name.endswith(".py") and settings and "=" not in settings[0]:
             name = f"{name}:{settings.pop(0)}"
         kind = find_method(name)
@@ -124,17 +118,16 @@ def _variations(
 def _make(kind: type[CircuitDiscoverer], settings: Sequence[str], entry: str) -> CircuitDiscoverer:
     words = [f"--{setting}" for setting in settings]
     try:
+        # Silent, so that a mistake is one line like all others.
         options: Any = tyro.cli(options_of(kind), args=words, console_outputs=False)
     except SystemExit as error:
-        fields = ", ".join(
-            f"{field.name} (needed)"
-            if field.default is field.default_factory is dataclasses.MISSING
-            else field.name
-            for field in dataclasses.fields(kind)
-        )
+        names = []
+        for field in dataclasses.fields(kind):
+            is_needed = field.default is field.default_factory is dataclasses.MISSING
+            names.append(f"{field.name} (needed)" if is_needed else field.name)
         raise InputError(
-            f"--methods {entry!r} cannot be used; the settings of {kind.name} are {fields}, "
-            f"written like {kind.name}:threshold=0.01."
+            f"--methods {entry!r} cannot be used; the settings of {kind.name} are "
+            f"{', '.join(names)}, written like {kind.name}:threshold=0.01."
         ) from error
     return kind(**vars(options))
 
@@ -160,6 +153,16 @@ def _run_all(
                 )
             runs[label].append(found)
     return runs
+
+
+def _with_costs(table: pd.DataFrame, runs: Mapping[str, Sequence[CircuitRun]]) -> pd.DataFrame:
+    # The table shows the first run of each sweep.
+    first = [runs[label][0] for label in table.index]
+    costs = {
+        "model runs": [round(found.model_runs) for found in first],
+        "seconds": [found.record["seconds"] for found in first],
+    }
+    return table.assign(**costs)
 
 
 def _digest(
@@ -193,8 +196,8 @@ def _write_report(
 ) -> Path:
     content = {
         "details": details,
-        "table": json.loads(table.to_json(orient="index")),
-        "curves": json.loads(comparison.curves.to_json(orient="records")),
+        "table": _as_json(table, "index"),
+        "curves": _as_json(comparison.curves, "records"),
     }
     write_json(folder / "comparison.json", content, "circuits.comparison", 1)
     page = report_page(
@@ -205,6 +208,11 @@ def _write_report(
         details=details,
     )
     return write_bytes(folder / "report.html", page.encode())
+
+
+def _as_json(frame: pd.DataFrame, orient: Literal["index", "records"]) -> Any:
+    # By way of pandas, which writes NaN as null.
+    return json.loads(frame.to_json(orient=orient))
 
 
 def _show(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,8 @@ def _parse(words: Sequence[str]) -> tuple[DiscoverOptions, CircuitDiscoverer]:
         ("method", Annotated[options_of(kind, taken), tyro.conf.arg(name="")]),
     ]
     all_options = dataclasses.make_dataclass("AllOptions", parts)
-    all_options.__doc__ = f"{DiscoverOptions.__doc__}\n\nThe options of {kind.name} come last."
+    description = inspect.getdoc(DiscoverOptions)
+    all_options.__doc__ = f"{description}\n\nThe options of {kind.name} come last."
     parsed = parse(all_options, "discover", words)
     return parsed.command, kind(**vars(parsed.method))
 

@@ -26,7 +26,7 @@ from filelock import Timeout
 
 import circuits
 from circuits.discovery.discoverer import CircuitDiscoverer, Progress, as_json
-from circuits.evaluation.evaluate import evaluate
+from circuits.evaluation.evaluate import Evaluation, evaluate
 from circuits.graph.circuit import FILE, Circuit
 from circuits.graph.graph import Graph
 from circuits.models import Model
@@ -34,7 +34,7 @@ from circuits.models.component_graph import component_graph, computed_nodes
 from circuits.models.identity import identity
 from circuits.plotting.pages import circuit_page
 from circuits.running.ablation import Ablation
-from circuits.runs.run_folder import RECORD, describe_setup, digest, lock_folder, null_if_nan
+from circuits.runs.run_folder import RECORD, describe_setup, digest, lock_folder
 from circuits.system.errors import InputError
 from circuits.system.files import read_json, write_bytes, write_json
 from circuits.system.ranks import RankError, on_first, ranks, totals
@@ -70,6 +70,7 @@ class CircuitRun:
         A pass that computes only some nodes (`node_evaluations`) counts as that share of a pass.
         Where whole passes computed these nodes, they are not counted twice.
         """
+        # A graph of features has no nodes that are computed one by one.
         nodes_per_pass = max(1, computed_nodes(self.circuit.graph))
         partial_passes = self.record.get("node_evaluations", 0) / nodes_per_pass
         return max(float(self.record["forward_passes"]), partial_passes)
@@ -169,15 +170,18 @@ def evaluate_run(
         known = content.get("evaluations", {})
         if key not in known:
             circuit = found.circuit if size is None else found.circuit.top(size)
-            table = evaluate(model, circuit, task, metrics=metrics, ablation=ablation).table()
-            values = {
-                metric: {column: null_if_nan(value) for column, value in row.items()}
-                for metric, row in table.to_dict(orient="index").items()
-            }
+            evaluation = evaluate(model, circuit, task, metrics=metrics, ablation=ablation)
             counts = {"n_prompts": len(task), "edges": len(circuit)}
-            known[key] = {**settings, **counts, "values": values}
+            known[key] = {**settings, **counts, "values": _values(evaluation)}
             write_json(path, {"evaluations": known}, METRICS_FORMAT, FORMAT_VERSION)
     return known[key]
+
+
+def _values(evaluation: Evaluation) -> dict[Any, Any]:
+    """The table of an evaluation by metric and column, as JSON values."""
+    table = evaluation.table()
+    # JSON has no NaN: a value that is not defined is null.
+    return table.astype(object).where(table.notna(), None).to_dict(orient="index")
 
 
 @contextlib.contextmanager
@@ -204,6 +208,7 @@ def _discover(
     checkpoint: Path,
     progress: Progress | None,
 ) -> Circuit:
+    # An empty graph stands for the one that the method makes itself.
     given = None if discoverer.makes_own_graph and not graph.nodes else graph
     try:
         circuit = discoverer.discover(
@@ -253,7 +258,7 @@ def _taking_turns(folder: Path) -> Iterator[None]:
                 return False
             return True
 
-        # The other ranks hear from the first one between tries, or they would take it for dead.
+        # The first rank tells the others after each try. Without this they would time out.
         while not on_first(try_lock):
             pass
         yield
@@ -282,6 +287,6 @@ def _describe(
         **describe_setup(model),
         "threads": torch.get_num_threads(),
         "ranks": ranks().world,
-        "edges": len(circuit),
         **circuit.record,
+        "edges": len(circuit),
     }

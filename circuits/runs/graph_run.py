@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,14 +32,7 @@ from circuits.models.identity import identity
 from circuits.plotting.graph_page.data import GraphData
 from circuits.plotting.graph_page.groups import load_groups
 from circuits.plotting.graph_page.page import graph_page
-from circuits.runs.run_folder import (
-    LOCK,
-    RECORD,
-    describe_setup,
-    digest,
-    lock_folder,
-    null_if_nan,
-)
+from circuits.runs.run_folder import LOCK, RECORD, describe_setup, digest, lock_folder
 from circuits.system.errors import InputError
 from circuits.system.files import read_json, write_bytes, write_json
 from circuits.tasks.tokenization import prompt_tokens
@@ -46,6 +40,7 @@ from circuits.tasks.tokenization import prompt_tokens
 PAGE = "graph.html"
 RECORD_FORMAT, FORMAT_VERSION = "circuits.graph_run", 1
 LONGEST_SLUG = 40  # characters
+SCORES = {"replacement": replacement_score, "completeness": completeness_score}
 
 
 @dataclass(frozen=True)
@@ -76,19 +71,17 @@ class GraphRun:
     def details(self) -> dict[str, str]:
         """Settings and results, for people."""
         record = self.record
-        kept, scores = {}, {}
-        for name in ("features", "edges"):
-            kept[name] = f"{record[name]:,}, {record[f'kept_{name}']:,} after pruning"
-        for name in ("replacement", "completeness"):
-            score = record[f"{name}_score"]
-            scores[f"{name} score"] = "undefined" if score is None else f"{score:.2f}"
-        return {
+        details = {
             "model": record["model"]["name"],
             "transcoders": record["transcoders"]["name"],
             "explains": ", ".join(record["explained"]),
-            **kept,
-            **scores,
+            "features": f"{record['features']:,}, {record['kept_features']:,} after pruning",
+            "edges": f"{record['edges']:,}, {record['kept_edges']:,} after pruning",
         }
+        for name in SCORES:
+            score = record[f"{name}_score"]
+            details[f"{name} score"] = "undefined" if score is None else f"{score:.2f}"
+        return details
 
     @property
     def groups(self) -> dict[str, list[str]]:
@@ -223,10 +216,10 @@ def _explained_as_json(explained: Explained) -> Any:
     """A JSON value that differs between any two different targets."""
     if not isinstance(explained, Direction):
         return as_json(explained)
-    vector = hashlib.blake2b(explained.vector.double().cpu().contiguous().numpy().tobytes())
+    vector = explained.vector.double().cpu().contiguous().numpy()
     return [
         explained.label,
-        vector.hexdigest(),
+        hashlib.blake2b(vector.tobytes()).hexdigest(),
         explained.bias,
         explained.weight,
         explained.position,
@@ -246,12 +239,12 @@ def _describe(method: AttributionGraph, graph: FeatureGraph) -> dict[str, Any]:
         "explained": [target.label for target in graph.targets],
     }
     for prefix, part in (("", graph), ("kept_", small)):
-        described |= {
-            f"{prefix}features": int(part.is_kind(FEATURE).sum()),
-            f"{prefix}edges": len(part),
-            f"{prefix}replacement_score": null_if_nan(replacement_score(part)),
-            f"{prefix}completeness_score": null_if_nan(completeness_score(part)),
-        }
+        described[f"{prefix}features"] = int(part.is_kind(FEATURE).sum())
+        described[f"{prefix}edges"] = len(part)
+        for name, function in SCORES.items():
+            score = function(part)
+            # JSON has no NaN: a score that is not defined is null.
+            described[f"{prefix}{name}_score"] = None if math.isnan(score) else score
     return described
 
 

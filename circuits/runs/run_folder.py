@@ -63,8 +63,3 @@ def describe_setup(model: Model) -> dict[str, Any]:
         },
         "device": str(model.cfg.device),
     }
-
-
-def null_if_nan(value: float) -> float | None:
-    """Replace NaN, which JSON does not have, by null."""
-    return None if value != value else value

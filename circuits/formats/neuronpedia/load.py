@@ -41,6 +41,7 @@ NODE_ID = r"^(?P<layer>E|[0-9]{1,9})_(?P<index>[0-9]{1,15})_(?P<position>[0-9]{1
 NODE_PLACE = ["kind", "layer", "position", "index"]
 """Columns in which no two nodes are equal."""
 
+# Templates that name a row of a table in an error message.
 NODE = "node {node_id!r:.60}"
 LINK = "the link {source!r:.60} -> {target!r:.60}"
 UNKNOWN_TOKEN = -1
@@ -162,6 +163,7 @@ def _node_table(entries: Sequence[NodeEntry], n_words: int) -> pd.DataFrame:
     table["index"] = _indices(table)
     is_repeated = table.duplicated(NODE_PLACE)
     _refuse(table, is_repeated, f"{NODE} is in the file under another id, too; remove one of them")
+    # Targets are not sorted: the first one is the most probable.
     inner = table[kind != TARGET].sort_values(NODE_PLACE)
     order = inner.index.append(table.index[kind == TARGET])
     # None becomes NaN.
@@ -178,6 +180,7 @@ def _check_nodes(table: pd.DataFrame, n_words: int) -> None:
     )
     has_no_layer = (table["layer"] == NO_LAYER) & (table["kind"] != EMBEDDING)
     _refuse(table, has_no_layer, f"{NODE}: layer is 'E'; a {{feature_type}} needs a number")
+    # The old id of an error, 0_<layer>_<position>, can be the id of a feature, too.
     first_type = table.groupby("node_id")["feature_type"].transform("first")
     _refuse(
         table.assign(first_type=first_type),
@@ -230,9 +233,8 @@ def _nodes(table: pd.DataFrame, n_layers: int) -> Nodes:
         # A target without a probability counts 1 for influence.
         probability=table["token_prob"].fillna(1.0).where(is_target, 0.0),
     )
-    return Nodes(
-        **{field.name: torch.tensor(columns[field.name].to_numpy()) for field in fields(Nodes)}
-    )
+    names = [field.name for field in fields(Nodes)]
+    return Nodes(**{name: torch.tensor(columns[name].to_numpy()) for name in names})
 
 
 def _targets(table: pd.DataFrame) -> tuple[LogitTarget, ...]:
@@ -260,6 +262,7 @@ def _edge_table(links: Sequence[Link], names: pd.Series, nodes: Nodes) -> pd.Dat
     ends = ends.astype("int64")
     layer, kind = nodes.layer.numpy(), nodes.kind.numpy()
     is_upwards = layer[ends["source"]] < layer[ends["target"]]
+    # The layer of an embedding is -1, of a target n_layers.
     has_inputs = np.isin(kind[ends["target"]], (FEATURE, TARGET))
     _refuse(
         table,
@@ -276,6 +279,7 @@ def _groups(
 ) -> dict[str, tuple[Node, ...]]:
     groups: dict[str, tuple[Node, ...]] = {}
     for name, *members in supernodes:
+        # Two supernodes may have the same name on the page.
         unique, number = name, 2
         while unique in groups:
             unique, number = f"{name} ({number})", number + 1

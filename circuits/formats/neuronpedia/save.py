@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 import circuits
-from circuits.attribution.feature_graph import EMBEDDING, ERROR, FEATURE, TARGET, FeatureGraph
+from circuits.attribution.feature_graph import (
+    EMBEDDING,
+    ERROR,
+    FEATURE,
+    TARGET,
+    FeatureGraph,
+    Nodes,
+)
 from circuits.attribution.influence import prune as choose_influential
 from circuits.formats.neuronpedia.format import (
     FIRST_CUSTOM,
@@ -107,7 +114,7 @@ def _check(graph: FeatureGraph, path: Path, slug: str) -> None:
             f"{path} is a folder; give the file's name, such as {path / f'{slug}.json'}."
         )
     for edge in (~torch.isfinite(graph.weight)).nonzero().flatten().tolist():
-        source, target = graph.node(int(graph.source[edge])), graph.node(int(graph.target[edge]))
+        source, target = (graph.node(int(end[edge])) for end in (graph.source, graph.target))
         raise InputError(
             f"the edge {source} -> {target} has weight {float(graph.weight[edge])}; "
             "make the graph again in float32."
@@ -151,65 +158,69 @@ def _node_entries(
 ) -> list[dict[str, Any]]:
     nodes = graph.nodes
     label_of = {_parsed(node): label for node, label in labels.items()}
-    places = (nodes.kind, nodes.layer, nodes.position, nodes.index)
-    values = (nodes.probability, cumulative, nodes.activation)
-    rows = zip(
-        *(column.tolist() for column in places),
-        *(_numbers(column.float()) for column in values),
-        strict=True,
-    )
+    columns = (nodes.kind, nodes.layer, nodes.position, nodes.index)
+    places = zip(*(column.tolist() for column in columns), strict=True)
     entries: dict[str, dict[str, Any]] = {}
-    for kind, layer, position, index, probability, influence, activation in rows:
-        text = ""
-        if kind == FEATURE:
-            everywhere = label_of.get(Feature(layer, index), "")
-            text = label_of.get(Feature(layer, index, position), everywhere)
-        elif kind == TARGET:
-            text = output_text(graph.targets[index].label, probability)
-        entry = {
-            **_identifiers(graph, kind, layer, position, index),
-            "feature_type": TYPE_OF_KIND[kind],
-            "token_prob": probability,
-            "is_target_logit": kind == TARGET and index == 0,
-            "run_idx": 0,
-            "reverse_ctx_idx": 0,
-            "clerp": text,
-            "influence": None if kind == TARGET else influence,
-            "activation": None if math.isnan(activation) else activation,
-        }
+    for number, place in enumerate(places):
+        entry = _node_entry(graph, label_of, place)
         if entries.setdefault(entry["node_id"], entry) is not entry:
             raise InputError(
-                f"the graph has the node {graph.node(len(entries))} twice; "
+                f"the graph has the node {graph.node(number)} twice; "
                 "explain each token once at a position."
             )
+    _add_numbers(entries.values(), nodes, cumulative)
     return list(entries.values())
 
 
-def _identifiers(
-    graph: FeatureGraph, kind: int, layer: int, position: int, index: int
+def _add_numbers(
+    entries: Iterable[dict[str, Any]], nodes: Nodes, cumulative: Float[Tensor, " node"]
+) -> None:
+    columns = (nodes.probability, cumulative, nodes.activation)
+    rows = zip(entries, *(_numbers(column.float()) for column in columns), strict=True)
+    for entry, probability, influence, activation in rows:
+        entry["token_prob"] = probability
+        entry["influence"] = influence
+        entry["activation"] = None if math.isnan(activation) else activation
+        if entry["feature_type"] == TYPE_OF_KIND[TARGET]:
+            entry["clerp"] = output_text(entry["clerp"], probability)
+            # Targets are kept whatever their influence.
+            entry["influence"] = None
+
+
+def _node_entry(
+    graph: FeatureGraph, label_of: Mapping[Node, str], place: tuple[int, ...]
 ) -> dict[str, Any]:
-    """The ids and numbers by which the files name a node."""
-    written_layer, number, feature = str(layer), index, index
-    shared = f"-{position}"
+    kind, layer, position, index = place
+    written_layer, number, label = str(layer), index, ""
+    js_id = f"{layer}_{index}-0"  # the pages show the details of a feature once for all positions
     if kind == FEATURE:
         # Cantor's pairing, so that one number names a feature of any layer.
         feature = (layer + index) * (layer + index + 1) // 2 + index
-        shared = "-0"  # the pages show the details of a feature once for all positions
+        at_all_positions = label_of.get(Feature(layer, index), "")
+        label = label_of.get(Feature(layer, index, position), at_all_positions)
     elif kind == ERROR:
         number = feature = -1
+        js_id = f"{layer}_-1-{position}"
     elif kind == EMBEDDING:
         written_layer, feature = "E", position
+        js_id = f"E_{index}-{position}"
     else:
-        token = graph.targets[index].token
-        number = feature = FIRST_CUSTOM + index if token is None else token
+        target = graph.targets[index]
+        label = target.label
+        number = feature = FIRST_CUSTOM + index if target.token is None else target.token
         written_layer = str(graph.n_layers + 1)
-    js_layer = "L" if kind == TARGET else written_layer
+        js_id = f"L_{number}-{position}"
     return {
         "node_id": f"{written_layer}_{number}_{position}",
         "feature": feature,
         "layer": written_layer,
         "ctx_idx": position,
-        "jsNodeId": f"{js_layer}_{number}{shared}",
+        "feature_type": TYPE_OF_KIND[kind],
+        "is_target_logit": kind == TARGET and index == 0,
+        "run_idx": 0,
+        "reverse_ctx_idx": 0,
+        "jsNodeId": js_id,
+        "clerp": label,
     }
 
 

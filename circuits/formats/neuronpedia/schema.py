@@ -79,6 +79,7 @@ class GraphFile(TypedDict):
     metadata: Metadata
     qParams: PageState
     nodes: Annotated[list[NodeEntry], Field(min_length=1), FailFast()]
+    # FailFast, because a file with millions of wrong links needs one message.
     links: Annotated[list[Link], FailFast()]
 
 
