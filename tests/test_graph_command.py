@@ -32,7 +32,7 @@ def test_a_graph_is_written_shown_and_found_again(capsys, tmp_path):
     )
     status, output, errors = run_here(capsys, *words)
     assert (status, errors) == (0, "")
-    assert "Replacement score" in output and "f0." in output
+    assert "replacement score: 0." in output and "f0." in output
     (folder,) = (tmp_path / "graphs").iterdir()
     assert folder.name.startswith("the-capital-of-the-state-containing")
     assert {path.name for path in folder.iterdir()} >= {

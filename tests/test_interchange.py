@@ -77,9 +77,9 @@ def test_files_that_do_not_fit_are_one_clear_line(model, tmp_path):
     with pytest.raises(circuits.InputError, match="does not fit"):
         load_eap_ig(DATA / "eap_case" / "graph.json", random_model("gpt2"))
     for content, told in (
-        ("{", "cannot be read as JSON"),
-        ('{"nodes": {}}', "no object 'edges'"),
-        ('{"edges": {"input->m0": {}}}', "has no score"),
+        ("{", "truncated or not JSON"),
+        ('{"nodes": {}}', "edges is missing; it is required"),
+        ('{"edges": {"input->m0": {}}}', "edges.input->m0.score is missing; it is required"),
     ):
         (tmp_path / "broken.json").write_text(content)
         with pytest.raises(circuits.InputError, match=told):

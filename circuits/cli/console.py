@@ -1,11 +1,11 @@
-"""What commands print: progress bars, tables, JSON."""
+"""Output of commands: progress bars, tables, JSON."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
@@ -22,28 +22,26 @@ from rich.progress import Task as ProgressTask
 from rich.table import Table
 from rich.text import Text
 
+from circuits.discovery.discoverer import Progress as ProgressCallback
 from circuits.graph.circuit import Circuit
 from circuits.system.ranks import is_first
 
 
 @contextlib.contextmanager
-def progress_bar(
-    description: str, *, quiet: bool = False
-) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on standard error with the rate and the remaining time; nothing when `quiet`, when
-    nobody watches or on other ranks than the first.
+def progress_bar(description: str, *, quiet: bool = False) -> Iterator[ProgressCallback | None]:
+    """Show a progress bar with rate and remaining time on standard error.
+
+    Yields:
+        The function that updates the bar; None on other ranks than the first, when `quiet`, and
+        when standard error is not a terminal.
     """
     if quiet or not is_first() or not sys.stderr.isatty():
         yield None
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _RateColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    description_column = TextColumn("{task.description}")
+    columns = (BarColumn(), MofNCompleteColumn(), _RateColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(description_column, *columns, console=console, transient=True) as bar:
         row = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(row, completed=done, total=total)
 
@@ -55,40 +53,36 @@ class _RateColumn(ProgressColumn):
 
 
 def frame_table(frame: pd.DataFrame, title: str) -> Table:
-    """A table of a frame's rows, its index first."""
+    """Make a table of a frame's rows, with the index as its first column."""
     table = Table(title=title, title_justify="left")
     table.add_column(str(frame.index.name or ""))
     for column in frame.columns:
         table.add_column(str(column).replace("_", " "), justify="right", overflow="fold")
-    for name, row in zip(frame.index, frame.itertuples(index=False), strict=True):
-        table.add_row(str(name), *(_cell(value) for value in row))
+    for name, *values in frame.itertuples():
+        table.add_row(str(name), *map(_cell, values))
     return table
-
-
-def _cell(value: Any) -> str:
-    if value is None or value != value:
-        return "-"
-    if isinstance(value, str):
-        return value
-    return (
-        f"{value:,}"
-        if isinstance(value, int) or (float(value).is_integer() and abs(value) >= 10)
-        else f"{round(value, 3) + 0.0:.3f}"
-    )
 
 
 def edge_table(circuit: Circuit, n: int = 15) -> Table:
-    """The edges of largest |score|, strongest first."""
+    """Make a table of the n edges of largest |score|, strongest first."""
     strongest = circuit.top(min(n, len(circuit)))
-    pairs = zip(strongest.edges, strongest.scores[strongest.kept].tolist(), strict=True)
-    table = Table(title=f"The {len(strongest)} edges of largest |score|", title_justify="left")
-    table.add_column("edge")
-    table.add_column("score", justify="right")
-    for edge, score in sorted(pairs, key=lambda pair: -abs(pair[1])):
-        table.add_row(str(edge), f"{score:+.4f}")
-    return table
+    frame = pd.DataFrame({"edge": strongest.edges, "score": strongest.scores[strongest.kept]})
+    frame = frame.set_index("edge").sort_values("score", key=abs, ascending=False)
+    title = f"The {len(frame)} edges of largest |score|"
+    return frame_table(frame.map("{:+.4f}".format), title)
 
 
 def print_json(content: Any) -> None:
-    """One JSON value on standard output, for programs."""
+    """Print one JSON value on standard output, for programs."""
     sys.stdout.write(json.dumps(content, indent=2) + "\n")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if value is None or value != value:
+        return "-"
+    if isinstance(value, int) or (float(value).is_integer() and abs(value) >= 10):
+        return f"{value:,}"
+    # Adding 0.0 turns -0.0 into 0.0.
+    return f"{round(value, 3) + 0.0:.3f}"

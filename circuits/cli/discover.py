@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -14,120 +15,114 @@ from rich.console import Console
 from circuits.cli.console import edge_table, print_json, progress_bar
 from circuits.cli.evaluate import show_evaluation
 from circuits.cli.methods import find_method, options_of
-from circuits.cli.options import Common, chosen_model, chosen_task, notes, parse
+from circuits.cli.options import TaskOptions, parse
+from circuits.discovery.discoverer import CircuitDiscoverer
 from circuits.graph.graph import Graph
 from circuits.models import Model
 from circuits.models.component_graph import component_graph
-from circuits.runs.circuit_run import evaluate_run, run
+from circuits.runs.circuit_run import CircuitRun, evaluate_run, run
 from circuits.system.ranks import is_first
 
 
 @dataclass(frozen=True)
-class DiscoverOptions(Common):
-    """Find a circuit on prompts of the train split, into a run folder; evaluate it on held-out
-    ones.
+class MethodOption:
+    """The option that decides which other options there are."""
+
+    method: str = "acdc"
+    """A method's name (`circuits list` shows them), or a Python file that defines one.
+    The options below are the method's own."""
+
+
+@dataclass(frozen=True)
+class DiscoverOptions(TaskOptions, MethodOption):
+    """Find a circuit on prompts of the train split, and evaluate it on held-out prompts.
 
     circuits discover --method acdc --threshold 0.01 --task ioi
     circuits discover --method eap-ig --steps 10 --task greater_than --size 50
     circuits discover --method eap --data prompts.jsonl --model gpt2 --size 200
     torchrun --nproc-per-node=4 -m -- circuits discover --method acdc --threshold 0.01 --n 64
 
-    The last one shares the work among four devices; without `--`, torchrun takes `--n` for an
-    option of its own.
+    The last one shares the work among four devices. Without `--`, torchrun would take `--n` for
+    one of its own options.
     """
 
-    method: str = "acdc"
-    """A method's name (`circuits list` shows them), or a Python file that defines one.
-
-    The options below are the method's own.
-    """
     n: int = 64
-    """Prompts to discover on."""
+    """Number of prompts to discover on."""
     n_eval: int = 64
-    """Held-out prompts to evaluate on."""
+    """Number of held-out prompts to evaluate on."""
     size: int | None = None
-    """How many of the highest-scored edges to evaluate; for methods that only score."""
+    """Number of highest-scored edges to evaluate, for methods that only score."""
     split_embed: bool = False
-    """Token and position embedding as two nodes."""
+    """Make token and position embedding two nodes."""
     positions: str | None = None
-    """Split edges by span: names separated by commas, such as IO,S1,S1+1,S2,END; or by position:
-    the number of positions.
-    """
+    """Split edges by span (names separated by commas, such as IO,S1,S1+1,S2,END), or by position
+    (the number of positions)."""
     out: Path = Path("runs")
-    """The folder of all runs. A run that is there already is not computed again."""
+    """The folder of all runs. A run that is already there is not computed again."""
 
 
-def discover(words: Sequence[str]) -> None:
-    """Find a circuit into a run folder, and judge it on held-out prompts.
-
-    Raises:
-        InputError: something given cannot be used.
-    """
-    kind = find_method(_value_of(words, "--method") or "acdc")
-    taken = {field.name for field in dataclasses.fields(DiscoverOptions)}
-    together = dataclasses.make_dataclass(
-        "Discover",
-        [
-            ("common", Annotated[DiscoverOptions, tyro.conf.arg(name="")]),
-            ("chosen", Annotated[options_of(kind, taken), tyro.conf.arg(name="")]),
-        ],
-    )
-    together.__doc__ = (
-        f"{DiscoverOptions.__doc__}\n\nThe method at hand is {kind.name}; its options come last."
-    )
-    parsed = parse(together, "discover", words)
-    options: DiscoverOptions = parsed.common
-    discoverer = kind(**dataclasses.asdict(parsed.chosen))
-    model = chosen_model(options)
-    asked = options.split_embed or options.positions
-    graph = _graph(model, options) if asked else None
-    task = chosen_task(options, model, options.n, "train")
-    with progress_bar(f"{kind.name} on {task.name}", quiet=options.json) as progress:
+def discover_command(words: Sequence[str]) -> None:
+    """Find a circuit into a run folder, and evaluate it on held-out prompts."""
+    options, discoverer = _parse(words)
+    model = options.load_model()
+    task = options.load_task(model, options.n, "train")
+    with progress_bar(f"{discoverer.name} on {task.name}", quiet=options.json) as progress:
         found = run(
             discoverer,
             model,
             task,
             out=options.out,
-            graph=graph,
+            graph=_graph(model, options),
             progress=progress,
-            notes=notes(options),
+            notes=options.notes(),
         )
     if not is_first():
         return
-    held_out = task if options.data else chosen_task(options, model, options.n_eval, "test")
-    if found.circuit.selected or options.size is not None:
-        ablation = getattr(discoverer, "ablation", "resample")
-        show_evaluation(
-            found,
-            evaluate_run(found, model, held_out, size=options.size, ablation=ablation),
-            options,
-        )
+    if not found.circuit.selected and options.size is None:
+        _show_scores(found, options)
         return
+    held_out = task if options.data else options.load_task(model, options.n_eval, "test")
+    ablation = getattr(discoverer, "ablation", "resample")
+    evaluation = evaluate_run(found, model, held_out, size=options.size, ablation=ablation)
+    show_evaluation(found, evaluation, options)
+
+
+def _parse(words: Sequence[str]) -> tuple[DiscoverOptions, CircuitDiscoverer]:
+    # The method comes first, because its fields are options, too.
+    chosen, _ = tyro.cli(MethodOption, args=list(words), return_unknown_args=True, add_help=False)
+    kind = find_method(chosen.method)
+    taken = {field.name for field in dataclasses.fields(DiscoverOptions)}
+    parts: list[tuple[str, Any]] = [
+        ("command", Annotated[DiscoverOptions, tyro.conf.arg(name="")]),
+        ("method", Annotated[options_of(kind, taken), tyro.conf.arg(name="")]),
+    ]
+    all_options = dataclasses.make_dataclass("AllOptions", parts)
+    description = inspect.getdoc(DiscoverOptions)
+    all_options.__doc__ = f"{description}\n\nThe options of {kind.name} come last."
+    parsed = parse(all_options, "discover", words)
+    return parsed.command, kind(**vars(parsed.method))
+
+
+def _graph(model: Model, options: DiscoverOptions) -> Graph | None:
+    """The graph that the options ask for; None leaves it to the method."""
+    if not (options.split_embed or options.positions):
+        return None
+    positions: list[str] | int | None = None
+    if options.positions:
+        spans = options.positions
+        positions = int(spans) if spans.isdecimal() else spans.split(",")
+    return component_graph(model, split_embed=options.split_embed, positions=positions)
+
+
+def _show_scores(found: CircuitRun, options: DiscoverOptions) -> None:
     if options.json:
-        print_json(
-            {"folder": str(found.folder), "edges": len(found.circuit), "reused": found.reused}
-        )
+        edges = len(found.circuit)
+        print_json({"folder": str(found.folder), "edges": edges, "reused": found.reused})
         return
     console = Console()
     console.print(edge_table(found.circuit))
     console.print(
-        f"{kind.name} scores every edge and chooses none: give --size N to evaluate the N "
-        f"highest-scored ones."
+        f"{found.record['method']} scores every edge and chooses none: "
+        "give --size N to evaluate the N highest-scored ones."
     )
     console.print(f"{'Found again' if found.reused else 'Saved'}: {found.folder}", soft_wrap=True)
-
-
-def _graph(model: Model, options: DiscoverOptions) -> Graph:
-    positions: list[str] | int | None = options.positions.split(",") if options.positions else None
-    if options.positions and options.positions.isdecimal():
-        positions = int(options.positions)
-    return component_graph(model, split_embed=options.split_embed, positions=positions)
-
-
-def _value_of(words: Sequence[str], option: str) -> str | None:
-    for index, word in enumerate(words):
-        if word == option and index + 1 < len(words):
-            return words[index + 1]
-        if word.startswith(f"{option}="):
-            return word.partition("=")[2]
-    return None

@@ -13,16 +13,17 @@ import tyro
 from rich.console import Console
 
 from circuits.cli.console import frame_table, print_json
-from circuits.cli.options import AblationName, Common, chosen_model, chosen_task, parse
+from circuits.cli.options import AblationName, TaskOptions, parse
 from circuits.running.ablation import NAMES as ABLATIONS
 from circuits.runs.circuit_run import CircuitRun, evaluate_run, load_run
 from circuits.system.errors import InputError
 
 
 @dataclass(frozen=True)
-class EvaluateOptions(Common):
-    """Run a saved circuit on held-out prompts, everything outside it ablated. Model, task and seed
-    are the run's unless given.
+class EvaluateOptions(TaskOptions):
+    """Run a saved circuit on held-out prompts, with everything outside it ablated.
+
+    Model, task and seed are by default those of the run.
 
     circuits evaluate runs/ioi/acdc-1a2b3c4d --n 64
     circuits evaluate runs/ioi/eap-ig-1a2b3c4d --size 50 --metrics kl,accuracy
@@ -31,71 +32,67 @@ class EvaluateOptions(Common):
     circuit: tyro.conf.Positional[Path] = dataclasses.field(kw_only=True)
     """A run folder."""
     n: int = 64
-    """Held-out prompts."""
+    """Number of held-out prompts."""
     size: int | None = None
-    """How many of the highest-scored edges to keep; by default the circuit as it is."""
+    """Number of highest-scored edges to keep; by default the circuit as it is."""
     metrics: str | None = None
     """Metrics separated by commas; by default kl, logit_difference and the task's own."""
     ablation: AblationName | None = None
-    """What edges outside the circuit carry; by default what they carried when it was found."""
+    """What edges outside the circuit carry; by default what they carried in the search."""
 
 
-def evaluate(words: Sequence[str]) -> None:
-    """Judge the circuit of a run folder on held-out prompts.
-
-    Raises:
-        InputError: something given cannot be used.
-    """
+def evaluate_command(words: Sequence[str]) -> None:
+    """Evaluate the circuit of a run folder on held-out prompts."""
     options: EvaluateOptions = parse(EvaluateOptions, "evaluate", words)
     found = load_run(options.circuit)
     if not found.circuit.selected and options.size is None:
         raise InputError(
-            f"{found.record['method']} scores every edge and chooses none: give --size N to "
-            f"evaluate the N highest-scored ones."
+            f"{found.record['method']} scores every edge and chooses none: "
+            "give --size N to evaluate the N highest-scored ones."
         )
-    options = _as_recorded(options, found.record.get("notes", {}))
-    model = chosen_model(options)
-    task = chosen_task(options, model, options.n, "test")
+    options = _with_defaults_of_run(options, found.record.get("notes", {}))
+    model = options.load_model()
+    task = options.load_task(model, options.n, "test")
     metrics = options.metrics.split(",") if options.metrics else None
-    ablation = options.ablation or _recorded_ablation(found)
-    show_evaluation(
-        found,
-        evaluate_run(found, model, task, metrics=metrics, ablation=ablation, size=options.size),
-        options,
+    ablation = options.ablation or _ablation_of_run(found)
+    evaluation = evaluate_run(
+        found, model, task, metrics=metrics, ablation=ablation, size=options.size
     )
+    show_evaluation(found, evaluation, options)
 
 
-def _as_recorded(options: EvaluateOptions, notes: Mapping[str, Any]) -> EvaluateOptions:
-    """The options with what was not given taken from the run's record."""
-    own_prompts = options.task is None and options.data is None and notes.get("data")
-    return dataclasses.replace(
-        options,
-        model=options.model or notes.get("model"),
-        task=options.task or (None if own_prompts or options.data else notes.get("task")),
-        data=Path(notes["data"]) if own_prompts else options.data,
-        seed=notes.get("seed") if options.seed is None else options.seed,
-    )
-
-
-def _recorded_ablation(found: CircuitRun) -> str:
-    ablation = found.record["settings"].get("ablation", "resample")
-    if ablation not in ABLATIONS:
-        raise InputError(
-            f"{found.folder} was found under the ablation {ablation!r}; choose one with "
-            f"--ablation: {', '.join(ABLATIONS)}."
-        )
-    return ablation
-
-
-def show_evaluation(found: CircuitRun, evaluation: Mapping[str, Any], options: Common) -> None:
+def show_evaluation(found: CircuitRun, evaluation: Mapping[str, Any], options: TaskOptions) -> None:
     """Print an evaluation as a table, or as JSON."""
     if options.json:
         print_json({"folder": str(found.folder), "reused": found.reused, **evaluation})
         return
-    frame = pd.DataFrame.from_dict(evaluation["values"], orient="index")
-    prompts = f"{evaluation['n_prompts']} prompts of {evaluation['task']}{', those it was found on' if options.data else ''}"
     edges = f"{evaluation['edges']:,} of {len(found.circuit.graph):,} edges"
+    prompts = f"{evaluation['n_prompts']} prompts of {evaluation['task']}"
+    if options.data:
+        prompts += ", those it was found on"
     title = f"{found.record['method']}: {edges}, {prompts}, {evaluation['ablation']} ablation"
+    frame = pd.DataFrame.from_dict(evaluation["values"], orient="index").rename_axis("metric")
     console = Console()
-    console.print(frame_table(frame.rename_axis("metric"), title))
+    console.print(frame_table(frame, title))
     console.print(f"Run folder: {found.folder}", soft_wrap=True)
+
+
+def _with_defaults_of_run(options: EvaluateOptions, notes: Mapping[str, Any]) -> EvaluateOptions:
+    recorded = {"model": notes.get("model"), "seed": notes.get("seed")}
+    if options.task is None and options.data is None:
+        data = notes.get("data")
+        recorded |= {"data": Path(data)} if data else {"task": notes.get("task")}
+    missing: Any = {
+        name: value for name, value in recorded.items() if getattr(options, name) is None
+    }
+    return dataclasses.replace(options, **missing)
+
+
+def _ablation_of_run(found: CircuitRun) -> str:
+    ablation = found.record["settings"].get("ablation", "resample")
+    if ablation not in ABLATIONS:
+        raise InputError(
+            f"{found.folder} was found under the ablation {ablation!r}; "
+            f"choose one with --ablation: {', '.join(ABLATIONS)}."
+        )
+    return ablation

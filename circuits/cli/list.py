@@ -21,32 +21,33 @@ from circuits.transcoders.io.load import embedded_transcoders
 
 @dataclass(frozen=True)
 class ListOptions:
-    """What there is to choose from."""
+    """List methods, tasks, metrics, ablations and embedded transcoders."""
 
     json: bool = False
     """Print JSON for programs instead of tables."""
 
 
-def list_choices(words: Sequence[str]) -> None:
-    """Methods, tasks, metrics, ablations and embedded transcoders, with what they are."""
+def list_command(words: Sequence[str]) -> None:
+    """Print what there is to choose from, with descriptions."""
     options: ListOptions = parse(ListOptions, "list", words)
-    methods = {name: first_line(kind) for name, kind in discoverers().items()}
+    metrics = {name: metric.function for name, metric in METRICS.items()}
     content: dict[str, Any] = {
-        "methods": methods,
-        "tasks": {name: first_line(kind) for name, kind in task_families().items()},
-        "metrics": {
-            name: (metric.function.__doc__ or "").strip() for name, metric in METRICS.items()
-        },
+        "methods": _descriptions(discoverers()),
+        "tasks": _descriptions(task_families()),
+        "metrics": _descriptions(metrics),
         "ablations": list(ABLATIONS),
         "transcoders that ship with the package": list(embedded_transcoders()),
     }
     if options.json:
         print_json(content)
         return
-    console = Console()
     for title, entries in content.items():
         table = Table(title=title, title_justify="left", show_header=False)
         described = entries if isinstance(entries, dict) else dict.fromkeys(entries, "")
         for name, description in described.items():
             table.add_row(name, description)
-        console.print(table)
+        Console().print(table)
+
+
+def _descriptions(documented: dict[str, Any]) -> dict[str, str]:
+    return {name: first_line(each) for name, each in documented.items()}

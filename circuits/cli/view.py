@@ -18,46 +18,34 @@ from circuits.plotting.graph_page.server import open_server
 
 @dataclass(frozen=True)
 class ViewOptions:
-    """Look at a run folder's attribution graph in the browser, whatever its size. Ctrl-C ends it.
+    """Explore a run folder's attribution graph in the browser, whatever its size. Ctrl-C ends it.
 
     circuits view runs/graphs/the-capital-of-the-state-1a2b3c4d
     circuits view my_graph --port 8123 --no-browser
 
-    The page is served to this machine only, to everyone who uses it. Pinned nodes and supernodes
-    are kept in the folder, in groups.json.
+    Only this machine can open the page, but all of its users can. Pinned nodes and supernodes are
+    kept in the folder, in groups.json.
     """
 
     folder: tyro.conf.Positional[Path] = dataclasses.field(kw_only=True)
     """The folder that holds graph.safetensors."""
     port: int = 8000
-    """Of the page's address; 0 takes a free one."""
+    """Port of the page's address; 0 chooses a free one."""
     browser: bool = True
     """Open the page in the browser."""
 
 
-def view(words: Sequence[str]) -> None:
-    """Serve the page of a run folder's attribution graph until Ctrl-C.
-
-    Raises:
-        InputError: the folder holds no graph or a damaged one, or the port cannot be had.
-    """
-    # Without options.py, whose models and tasks take seconds to import.
-    options = tyro.cli(
-        ViewOptions,
-        prog="circuits view",
-        description=inspect.cleandoc(ViewOptions.__doc__ or ""),
-        args=list(words),
-    )
+def view_command(words: Sequence[str]) -> None:
+    """Serve the page of an attribution graph until Ctrl-C."""
+    # Not `options.parse`, because that module imports all models and tasks, which takes seconds.
+    description = inspect.cleandoc(ViewOptions.__doc__ or "")
+    options = tyro.cli(ViewOptions, prog="circuits view", description=description, args=list(words))
     with (
         contextlib.suppress(KeyboardInterrupt),
         open_server(options.folder, options.port) as server,
     ):
-        Console().print(
-            f"{options.folder} is shown at {server.url} (Ctrl-C ends this)",
-            soft_wrap=True,
-            highlight=False,
-            markup=False,
-        )
+        text = f"{options.folder} is shown at {server.url} (Ctrl-C ends this)"
+        Console().print(text, soft_wrap=True, highlight=False, markup=False)
         if options.browser:
             webbrowser.open(server.url)
         server.serve_forever()

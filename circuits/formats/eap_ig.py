@@ -1,18 +1,20 @@
-"""Graph JSON of the EAP-IG package (github.com/hannamw/EAP-IG, also used by the MIB benchmark): import and export.
+"""Import and export of EAP-IG's graph JSON (github.com/hannamw/EAP-IG, also used by MIB).
 
-There, edges are written `a5.h5->a9.h9<q>`, the embedding is called `input`, and scores are divided by the number of prompts once more than ours.
+EAP-IG writes an edge as `a5.h5->a9.h9<q>`, calls the embedding `input`, and divides scores by the
+number of prompts once more than this package does.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
+from circuits.formats.validation import read_checked_json
 from circuits.graph.circuit import Circuit
 from circuits.graph.edges import Edge, parse_edge
 from circuits.graph.graph import Graph
@@ -22,66 +24,89 @@ from circuits.models.component_graph import component_graph
 from circuits.system.errors import InputError
 from circuits.system.files import write_bytes
 
-THEIR_EMBED = "input"
+EAP_IG_EMBED = "input"
+CONFIG_FIELDS = ("n_layers", "n_heads", "parallel_attn_mlp", "d_model")
+
+
+class EdgeEntry(TypedDict):
+    score: float
+    in_graph: bool
+
+
+class GraphFile(TypedDict):
+    edges: dict[str, EdgeEntry]  # a file holds more, which is not read
+
+
+GRAPH_FILE = TypeAdapter(GraphFile)
 
 
 def edge_to_eap_ig(edge: Edge) -> str:
-    """The edge's name in EAP-IG's files.
+    """Write an edge as EAP-IG's files do.
 
     Raises:
-        InputError: such an edge has no name there (it is at a position, or comes from the position embedding).
+        InputError: EAP-IG cannot write this edge: it is at a position, or its source is the
+            position embedding.
     """
     if "@" in str(edge) or isinstance(edge.source, PosEmbed):
         raise InputError(
-            f"EAP-IG's files cannot hold {edge}: they know no positions and no position embedding."
+            f"EAP-IG's files cannot hold {edge}: they have no positions and no position embedding; "
+            "use a circuit over component_graph(model)."
         )
-    source = THEIR_EMBED if isinstance(edge.source, Embed | TokenEmbed) else str(edge.source)
-    return f"{source}->{edge.target}" + (f"<{edge.slot}>" if edge.slot else "")
+    slot = f"<{edge.slot}>" if edge.slot else ""
+    return f"{_node_name(edge.source)}->{edge.target}{slot}"
 
 
 def edge_from_eap_ig(name: str, *, embed: str = "embed") -> Edge:
-    """The edge that a name in EAP-IG's files means; `embed` is what its `input` is called here (`tok_embed` in a split graph).
+    """Parse an edge of EAP-IG's files.
+
+    Args:
+        name: for example `a5.h5->a9.h9<q>`.
+        embed: this package's name of EAP-IG's `input`: `tok_embed` in a graph that splits the
+            embedding.
 
     Raises:
-        InputError: the name is of another form.
+        InputError: the name has another form.
     """
-    return parse_edge(
-        re.sub(rf"^{THEIR_EMBED}->", f"{embed}->", re.sub(r"<([qkv])>$", r".\1", name))
-    )
+    with_slot = re.sub(r"<([qkv])>$", r".\1", name)
+    return parse_edge(re.sub(f"^{EAP_IG_EMBED}->", f"{embed}->", with_slot))
 
 
 def save_eap_ig(circuit: Circuit, path: str | Path, *, n_prompts: int = 1) -> Path:
     """Write a circuit as EAP-IG's graph JSON, which its `Graph.from_json` reads.
 
     Args:
-        n_prompts: divide scores by it, as EAP-IG's are by the number of prompts.
+        circuit: over the component graph of a model, without positions.
+        path: the file to write.
+        n_prompts: scores are divided by it, as EAP-IG divides by the number of prompts.
 
     Raises:
-        InputError: the circuit keeps edges that these files cannot hold, or its graph was not made from a model.
+        InputError: the circuit keeps an edge that EAP-IG cannot write, or is not over a model.
+
+    Example:
+        >>> import circuits, json, tempfile
+        >>> graph = circuits.component_graph(circuits.load_model("toy-world"))
+        >>> circuit = circuits.Circuit.from_edges(graph, ["embed->m0", "a0.h1->logits"])
+        >>> path = circuits.save_eap_ig(circuit, tempfile.mkdtemp() + "/graph.json")
+        >>> sum(edge["in_graph"] for edge in json.loads(path.read_text())["edges"].values())
+        2
     """
     graph = circuit.graph
     if graph.model is None:
         raise InputError(
-            "this graph was not made from a model, and EAP-IG's files say the model's shape; use component_graph(model)."
+            "this graph was not made from a model, whose shape EAP-IG's files need; "
+            "use component_graph(model)."
         )
-    shape = graph.model.shape
-    config = {name: shape[name] for name in ("n_layers", "n_heads", "parallel_attn_mlp", "d_model")}
-    edges, used = {}, set()
-    for edge, score, kept in zip(
-        graph.edges, circuit.scores.tolist(), circuit.kept.tolist(), strict=True
-    ):
-        if isinstance(edge.source, PosEmbed) and not kept:
-            continue
-        edges[edge_to_eap_ig(edge)] = {"score": score / n_prompts, "in_graph": kept}
-        used |= {edge.source, edge.target} if kept else set()
-    nodes = {
-        _their_name(node): {"in_graph": node in used}
-        for node in graph.nodes
-        if not isinstance(node, PosEmbed)
+    used = {node for edge in circuit.edges for node in (edge.source, edge.target)}
+    content = {
+        "cfg": {name: graph.model.shape[name] for name in CONFIG_FIELDS},
+        "nodes": {
+            _node_name(node): {"in_graph": node in used}
+            for node in graph.nodes
+            if not isinstance(node, PosEmbed)
+        },
+        "edges": _edge_entries(circuit, n_prompts),
     }
-    return write_bytes(
-        Path(path), json.dumps({"cfg": config, "nodes": nodes, "edges": edges}).encode()
-    )
+    return write_bytes(Path(path), json.dumps(content).encode())
 
 
 def load_eap_ig(
@@ -90,44 +115,49 @@ def load_eap_ig(
     """Read EAP-IG's graph JSON as a circuit of `model`.
 
     Args:
-        n_prompts: multiply scores by it, since EAP-IG's are divided by the number of prompts once too often (its `exact` ones are not).
-        graph: None takes the plain component graph; in one with a split embedding, `input` is `tok_embed`.
+        path: the file to read.
+        model: the model that the file's graph belongs to.
+        n_prompts: scores are multiplied by it, because EAP-IG divides by the number of prompts once
+            too often (except in scores of its `exact` method).
+        graph: by default the component graph. If it splits the embedding, EAP-IG's `input` becomes
+            `tok_embed`.
 
     Raises:
-        InputError: the file is not such a graph, or belongs to a model of another shape.
+        InputError: the file is not a graph JSON of EAP-IG, or belongs to a model of another shape.
+
+    Example:
+        >>> import circuits, tempfile
+        >>> model = circuits.load_model("toy-world")
+        >>> circuit = circuits.Circuit.from_edges(circuits.component_graph(model), ["embed->m0"])
+        >>> path = circuits.save_eap_ig(circuit, tempfile.mkdtemp() + "/graph.json")
+        >>> circuits.load_eap_ig(path, model)
+        Circuit(1 of 479 edges)
     """
     graph = component_graph(model) if graph is None else graph
-    content = _read(Path(path))
     embed = "tok_embed" if any(isinstance(node, TokenEmbed) for node in graph.nodes) else "embed"
-    scores, kept = torch.full((len(graph),), torch.nan), torch.zeros(len(graph), dtype=torch.bool)
-    for name, entry in content["edges"].items():
+    scores = torch.full((len(graph),), torch.nan)
+    kept = torch.zeros(len(graph), dtype=torch.bool)
+    file = read_checked_json(Path(path), GRAPH_FILE, "graph JSON of EAP-IG")
+    for name, entry in file["edges"].items():
         try:
             index = graph.index(edge_from_eap_ig(name, embed=embed))
-            scores[index], kept[index] = float(entry["score"]) * n_prompts, bool(entry["in_graph"])
         except InputError as error:
             raise InputError(f"{path} does not fit {model.cfg.model_name}: {error}") from error
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"{path}: edge {name} has no score and in_graph; it is not a graph JSON of EAP-IG."
-            ) from error
-    return Circuit(
-        graph,
-        scores,
-        kept,
-        selected=not bool(kept.all()),
-        record={"imported_from": Path(path).name},
-    )
+        scores[index] = entry["score"] * n_prompts
+        kept[index] = entry["in_graph"]
+    record = {"imported_from": Path(path).name}
+    return Circuit(graph, scores, kept, selected=not bool(kept.all()), record=record)
 
 
-def _their_name(node: Node) -> str:
-    return THEIR_EMBED if isinstance(node, Embed | TokenEmbed) else str(node)
+def _edge_entries(circuit: Circuit, n_prompts: int) -> dict[str, EdgeEntry]:
+    columns = (circuit.graph.edges, circuit.scores.tolist(), circuit.kept.tolist())
+    return {
+        edge_to_eap_ig(edge): {"score": score / n_prompts, "in_graph": kept}
+        for edge, score, kept in zip(*columns, strict=True)
+        # EAP-IG has no position embedding: edges from it are left out, and refused if kept.
+        if kept or not isinstance(edge.source, PosEmbed)
+    }
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}).") from error
-    if not isinstance(content, dict) or not isinstance(content.get("edges"), dict):
-        raise InputError(f"{path} is not a graph JSON of EAP-IG: it has no object 'edges'.")
-    return content
+def _node_name(node: Node) -> str:
+    return EAP_IG_EMBED if isinstance(node, Embed | TokenEmbed) else str(node)

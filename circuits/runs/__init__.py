@@ -1,1 +1,1 @@
-"""Run folders: a finished run is found again, an interrupted one resumes."""
+"""Run folders: results on disk that are found again instead of computed again."""

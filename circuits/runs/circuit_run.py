@@ -1,57 +1,50 @@
-"""One run: a method on a task, in a folder that is found again instead of computed again.
+"""Run folders of circuits: a method on a task.
 
     <out>/<task>/<method>-<digest>/
-        circuit.safetensors   the circuit
-        record.json           every setting, versions, seeds, counts and times
-        metrics.json          evaluations, by the prompts they were made on
-        circuit.html          the circuit drawn
-        checkpoint.safetensors, only while the run is unfinished: what it goes on from after being killed
+        circuit.safetensors     the circuit
+        record.json             every setting, versions, seeds, counts and times
+        metrics.json            evaluations, by the prompts they were made on
+        circuit.html            a drawing of the circuit
+        checkpoint.safetensors  the state of an unfinished run, from which it is resumed
 
-The digest covers what the result depends on: method and settings, model weights, prompts, graph. Processes that meet in one folder take turns.
-Where several ranks make one run together, the first one alone reads and writes the folder.
+The digest covers what the result depends on: method, settings, model weights, prompts and graph.
+Processes that use the same folder take turns. When several ranks share one run, only the first one
+reads and writes the folder.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
+import circuits
 from circuits.discovery.discoverer import CircuitDiscoverer, Progress, Resumable, as_json
-from circuits.evaluation.evaluate import evaluate
+from circuits.evaluation.evaluate import Evaluation, evaluate
 from circuits.graph.circuit import FILE, Circuit
 from circuits.graph.graph import Graph
 from circuits.models import Model
-from circuits.models.component_graph import computed_nodes
+from circuits.models.component_graph import component_graph, computed_nodes
 from circuits.models.identity import identity
 from circuits.plotting.pages import circuit_page
 from circuits.running.ablation import Ablation
+from circuits.runs.run_folder import RECORD, describe_setup, digest, lock_folder
 from circuits.system.errors import InputError
 from circuits.system.files import read_json, write_bytes, write_json
 from circuits.system.ranks import RankError, on_first, ranks, totals
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
 
-RECORD, METRICS, PAGE, CHECKPOINT, LOCK = (
-    "record.json",
-    "metrics.json",
-    "circuit.html",
-    "checkpoint.safetensors",
-    ".lock",
-)
+METRICS, PAGE, CHECKPOINT = "metrics.json", "circuit.html", "checkpoint.safetensors"
 RECORD_FORMAT, METRICS_FORMAT, FORMAT_VERSION = "circuits.run", "circuits.metrics", 1
-WAIT = 60  # seconds
-PACKAGES = ("circuits", "torch", "transformer-lens", "transformers")
+REQUIRED_IN_RECORD = ("method", "settings", "seconds", "forward_passes")
+SECONDS_BETWEEN_TRIES = 60
 
 
 @dataclass(frozen=True)
@@ -59,10 +52,10 @@ class CircuitRun:
     """A finished run.
 
     Attributes:
-        folder: where it lies.
-        circuit: what was found.
-        record: what `record.json` says.
-        reused: it was there already.
+        folder: the run folder.
+        circuit: the circuit that was found.
+        record: the content of `record.json`.
+        reused: whether the run was found in the folder instead of computed.
     """
 
     folder: Path
@@ -72,14 +65,15 @@ class CircuitRun:
 
     @property
     def model_runs(self) -> float:
-        """How often the model was run forward, what was computed of it in part (`node_evaluations`) counting as that share of a run.
+        """The cost of the run in forward passes on all prompts.
 
-        Where whole runs computed those nodes, which is when the architecture has no faster way, they are not counted twice.
+        A pass that computes only some nodes (`node_evaluations`) counts as that share of a pass.
+        Where whole passes computed these nodes, they are not counted twice.
         """
-        partial = self.record.get("node_evaluations", 0) / max(
-            1, computed_nodes(self.circuit.graph)
-        )
-        return max(float(self.record["forward_passes"]), partial)
+        # A graph of features has no nodes that are computed one by one.
+        nodes_per_pass = max(1, computed_nodes(self.circuit.graph))
+        partial_passes = self.record.get("node_evaluations", 0) / nodes_per_pass
+        return max(float(self.record["forward_passes"]), partial_passes)
 
 
 def run(
@@ -92,95 +86,53 @@ def run(
     progress: Progress | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> CircuitRun:
-    """Discover a circuit into a run folder, or take the one that is there; an interrupted run goes on where it stopped.
+    """Discover a circuit into a run folder, resume an interrupted run, or return a finished one.
 
     Args:
         out: the folder of all runs.
-        graph: None takes the component graph, or lets the method make its own.
-        notes: more to record, such as the names and seeds that model and task were loaded with.
+        graph: the edges to choose from; by default the component graph, or the method's own graph.
+        notes: recorded as well, for example the names and seeds of model and task.
 
     Raises:
-        InputError: settings cannot be used, or the folder holds a damaged file or one from a newer version.
+        InputError: a setting cannot be used, or the folder holds a damaged file or one from a newer
+            version.
         RankError: another rank ended; the message says where the state is.
     """
     graph = discoverer.search_graph(model, graph)
-    folder = (
-        Path(out) / task.name / f"{discoverer.name}-{_digest(discoverer, model, task, graph)[:8]}"
-    )
-    with _turn(folder):
+    name = f"{discoverer.name}-{_digest(discoverer, model, task, graph)[:8]}"
+    folder = Path(out) / task.name / name
+    with _taking_turns(folder):
         if on_first(lambda: (folder / RECORD).exists()):
             return on_first(lambda: load_run(folder))
-        resumed = (folder / CHECKPOINT).exists()
+        checkpoint = folder / CHECKPOINT
+        measured: dict[str, Any] = {"resumed": checkpoint.exists()}
+        started = time.perf_counter()
         with counting_passes(model) as passes:
-            started = time.perf_counter()
-            circuit = _discovered(discoverer, model, task, graph, folder / CHECKPOINT, progress)
-            seconds = time.perf_counter() - started
-        record = {
-            **_circumstances(discoverer, model, task, circuit.graph),
-            **circuit.record,
-            **totals(passes),
-            "seconds": seconds,
-            "resumed": resumed,
-        }
-        record |= {"edges": len(circuit), "notes": dict(notes or {})}
-        return on_first(lambda: _write(CircuitRun(folder, circuit, record, reused=False)))
-
-
-def _discovered(
-    discoverer: CircuitDiscoverer,
-    model: Model,
-    task: Task,
-    graph: Graph,
-    checkpoint: Path,
-    progress: Progress | None,
-) -> Circuit:
-    try:
-        state = checkpoint if isinstance(discoverer, Resumable) else None
-        circuit = discoverer.discover(model, task, graph=graph, checkpoint=state, progress=progress)
-    except RankError as error:
-        kept = f"the state is in {checkpoint}" if checkpoint.exists() else "nothing was saved yet"
-        raise RankError(f"{error}; {kept}: run the same command again") from error
-    if not isinstance(circuit, Circuit):
-        raise InputError(
-            f"method {discoverer.name!r} returned {type(circuit).__name__}; discover must return a Circuit."
-        )
-    return circuit
-
-
-def _write(found: CircuitRun) -> CircuitRun:
-    """Put a run that has just finished into its folder."""
-    folder, circuit, record = found.folder, found.circuit, found.record
-    circuit.save(folder)
-    title = f"{record['method']} on {record['task']['name']}"
-    write_bytes(folder / PAGE, circuit_page(circuit, title=title, details=_details(found)).encode())
-    # The record comes last: where it stands, the run is whole.
-    write_json(folder / RECORD, record, RECORD_FORMAT, FORMAT_VERSION)
-    (folder / CHECKPOINT).unlink(missing_ok=True)
-    return found
+            circuit = _discover(discoverer, model, task, graph, checkpoint, progress)
+        measured["seconds"] = time.perf_counter() - started
+        record = _describe(discoverer, model, task, circuit) | totals(passes) | measured
+        record["notes"] = dict(notes or {})
+        return on_first(lambda: _save(CircuitRun(folder, circuit, record, reused=False)))
 
 
 def load_run(folder: str | Path) -> CircuitRun:
-    """A finished run.
+    """Read a finished run.
 
     Raises:
         InputError: the folder holds no finished run, a damaged file, or one from a newer version.
     """
     folder = Path(folder)
-    if not (folder / RECORD).exists():
-        unfinished = (
-            " (it is unfinished: give the same discover command again, and it goes on)"
-            if (folder / CHECKPOINT).exists()
-            else ""
-        )
+    path = folder / RECORD
+    if not path.exists():
+        remedy = f"give a folder with {RECORD} and {FILE}"
+        if (folder / CHECKPOINT).exists():
+            remedy = "it is unfinished: give the same discover command again to resume it"
+        raise InputError(f"{folder} holds no finished run; {remedy}.")
+    record = read_json(path, RECORD_FORMAT, FORMAT_VERSION)
+    missing = [name for name in REQUIRED_IN_RECORD if name not in record]
+    if missing:
         raise InputError(
-            f"{folder} holds no finished run{unfinished}; give a folder with {RECORD} and {FILE}."
-        )
-    record = read_json(folder / RECORD, RECORD_FORMAT, FORMAT_VERSION)
-    if missing := [
-        name for name in ("method", "settings", "seconds", "forward_passes") if name not in record
-    ]:
-        raise InputError(
-            f"{folder / RECORD} is damaged: it has no {', '.join(missing)}; delete the folder and run again."
+            f"{path} is damaged: it has no {', '.join(missing)}; delete the folder and run again."
         )
     return CircuitRun(folder, Circuit.load(folder), record, reused=True)
 
@@ -194,54 +146,45 @@ def evaluate_run(
     ablation: str | Ablation = "resample",
     size: int | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a run's circuit on other prompts into its `metrics.json`, or take the evaluation that is there.
+    """Evaluate a run's circuit on other prompts, unless its `metrics.json` has the evaluation.
 
     Args:
-        size: how many of the highest-scored edges to keep; None takes the circuit as it is.
+        size: the number of highest-scored edges to keep; by default the circuit as it is.
 
     Raises:
-        InputError: the circuit, model and task do not fit together, or the file is damaged.
+        InputError: circuit, model and task do not fit together, or the file is damaged.
     """
-    circuit = found.circuit if size is None else found.circuit.top(size)
-    names = [as_json(metric) for metric in metrics] if metrics is not None else None
     settings = {
         "task": task.name,
         "prompts": task.digest(),
-        "metrics": names,
+        "metrics": None if metrics is None else [as_json(metric) for metric in metrics],
         "ablation": as_json(ablation),
         "size": size,
     }
-    key = hashlib.blake2b(
-        json.dumps([settings, identity(model).weights]).encode(), digest_size=8
-    ).hexdigest()
+    key = digest([settings, identity(model).weights], size=8)
     path = found.folder / METRICS
-    with locked(found.folder):
-        known = (
-            read_json(path, METRICS_FORMAT, FORMAT_VERSION).get("evaluations", {})
-            if path.exists()
-            else {}
-        )
+    with lock_folder(found.folder):
+        content = read_json(path, METRICS_FORMAT, FORMAT_VERSION) if path.exists() else {}
+        known = content.get("evaluations", {})
         if key not in known:
+            circuit = found.circuit if size is None else found.circuit.top(size)
             evaluation = evaluate(model, circuit, task, metrics=metrics, ablation=ablation)
-            table = evaluation.table().to_dict(orient="index")
-            # JSON has no NaN; a faithfulness that is not defined is null.
-            values = {
-                name: {column: None if value != value else value for column, value in row.items()}
-                for name, row in table.items()
-            }
-            known[key] = {
-                **settings,
-                "n_prompts": len(task),
-                "edges": len(circuit),
-                "values": values,
-            }
+            counts = {"n_prompts": len(task), "edges": len(circuit)}
+            known[key] = {**settings, **counts, "values": _values(evaluation)}
             write_json(path, {"evaluations": known}, METRICS_FORMAT, FORMAT_VERSION)
     return known[key]
 
 
+def _values(evaluation: Evaluation) -> dict[Any, Any]:
+    """The table of an evaluation by metric and column, as JSON values."""
+    table = evaluation.table()
+    # JSON has no NaN: a value that is not defined is null.
+    return table.astype(object).where(table.notna(), None).to_dict(orient="index")
+
+
 @contextlib.contextmanager
 def counting_passes(model: Model) -> Iterator[dict[str, int]]:
-    """Counts the model's forward passes, and the prompts in them (a circuit run on a prompt is one), into the dictionary it gives."""
+    """Count `forward_passes` of the model, and `prompts_run` in them (prompts times circuits)."""
     counts = {"forward_passes": 0, "prompts_run": 0}
 
     def count(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -255,86 +198,92 @@ def counting_passes(model: Model) -> Iterator[dict[str, int]]:
         handle.remove()
 
 
-@contextlib.contextmanager
-def _turn(folder: Path) -> Iterator[None]:
-    """Wait until no other run is made in this folder. Of several ranks the first holds the lock, for all."""
-    with contextlib.ExitStack() as stack:
-        # The others hear from it now and then, so that they do not take it for dead.
-        while not on_first(lambda: _acquired(folder, stack)):
-            pass
-        yield
-
-
-def _acquired(folder: Path, stack: contextlib.ExitStack) -> bool:
+def _discover(
+    discoverer: CircuitDiscoverer,
+    model: Model,
+    task: Task,
+    graph: Graph,
+    checkpoint: Path,
+    progress: Progress | None,
+) -> Circuit:
+    state = checkpoint if isinstance(discoverer, Resumable) else None
     try:
-        stack.enter_context(locked(folder).acquire(timeout=WAIT))
-    except Timeout:
-        return False
-    return True
-
-
-def locked(folder: Path) -> FileLock:
-    """A lock on the folder, which is made. It goes with its process, however that ends.
-
-    Raises:
-        InputError: the folder cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+        circuit = discoverer.discover(
+            model, task, graph=graph, checkpoint=state, progress=progress
+        )
+    except RankError as error:
+        saved = f"the state is in {checkpoint}" if checkpoint.exists() else "nothing was saved yet"
+        raise RankError(f"{error}; {saved}: run the same command again") from error
+    if not isinstance(circuit, Circuit):
         raise InputError(
-            f"the run folder {folder} cannot be made ({error.strerror}); give another one with out."
-        ) from error
-    return FileLock(folder / LOCK)
+            f"method {discoverer.name!r} returned {type(circuit).__name__}; "
+            "discover must return a Circuit."
+        )
+    return circuit
 
 
-def _digest(discoverer: CircuitDiscoverer, model: Model, task: Task, graph: Graph) -> str:
-    parts = [
-        version("circuits"),
-        discoverer.identity(),
-        identity(model).weights,
-        task.digest(),
-        graph.positions,
-    ]
-    digest = hashlib.blake2b(json.dumps(parts).encode())
-    for column in (graph.source, graph.target, graph.slot):
-        digest.update(column.cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _circumstances(
-    discoverer: CircuitDiscoverer, model: Model, task: Task, graph: Graph
-) -> dict[str, Any]:
-    who = identity(model)
-    return {
-        "method": discoverer.name,
-        "settings": discoverer.settings(),
-        "model": {
-            "name": who.name,
-            "shape": dict(who.shape),
-            "weights": who.weights,
-            "dtype": str(model.cfg.dtype),
-        },
-        "task": {"name": task.name, "prompts": len(task), "digest": task.digest()},
-        "graph": {"edges": len(graph), "positions": graph.positions},
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in PACKAGES},
-        },
-        "device": str(model.cfg.device),
-        "threads": torch.get_num_threads(),
-        "ranks": ranks().world,
-    }
-
-
-def _details(found: CircuitRun) -> dict[str, str]:
-    record = found.record
+def _save(found: CircuitRun) -> CircuitRun:
+    folder, record = found.folder, found.record
+    found.circuit.save(folder)
     settings = ", ".join(f"{name}={value}" for name, value in record["settings"].items())
-    return {
+    details = {
         "method": f"{record['method']}({settings})",
         "model": record["model"]["name"],
         "task": f"{record['task']['name']}, {record['task']['prompts']} prompts",
         "edges": f"{record['edges']:,} of {record['graph']['edges']:,}",
         "model runs": f"{found.model_runs:,.0f}",
         "seconds": f"{record['seconds']:.1f}",
+    }
+    title = f"{record['method']} on {record['task']['name']}"
+    page = circuit_page(found.circuit, title=title, details=details)
+    write_bytes(folder / PAGE, page.encode())
+    # The record comes last: a folder that has one holds a complete run.
+    write_json(folder / RECORD, record, RECORD_FORMAT, FORMAT_VERSION)
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    return found
+
+
+@contextlib.contextmanager
+def _taking_turns(folder: Path) -> Iterator[None]:
+    """Wait until no other process works in the folder. The first rank holds the lock for all."""
+    with contextlib.ExitStack() as stack:
+
+        def try_lock() -> bool:
+            try:
+                stack.enter_context(lock_folder(folder).acquire(timeout=SECONDS_BETWEEN_TRIES))
+            except Timeout:
+                return False
+            return True
+
+        # The first rank tells the others after each try. Without this they would time out.
+        while not on_first(try_lock):
+            pass
+        yield
+
+
+def _digest(discoverer: CircuitDiscoverer, model: Model, task: Task, graph: Graph) -> str:
+    parts = [
+        circuits.__version__,
+        discoverer.identity(),
+        identity(model).weights,
+        task.digest(),
+        graph.positions,
+    ]
+    return digest(parts, (graph.source, graph.target, graph.slot))
+
+
+def _describe(
+    discoverer: CircuitDiscoverer, model: Model, task: Task, circuit: Circuit
+) -> dict[str, Any]:
+    graph = circuit.graph
+    return {
+        "method": discoverer.name,
+        "settings": discoverer.settings(),
+        "task": {"name": task.name, "prompts": len(task), "digest": task.digest()},
+        "graph": {"edges": len(graph), "positions": graph.positions},
+        **describe_setup(model),
+        "threads": torch.get_num_threads(),
+        "ranks": ranks().world,
+        **circuit.record,
+        "edges": len(circuit),
     }

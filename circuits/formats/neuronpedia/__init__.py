@@ -1,7 +1,8 @@
-"""Neuronpedia's graph JSON, which circuit-tracer writes too: export and import of attribution graphs.
+"""Attribution graphs in Neuronpedia's graph JSON, which circuit-tracer writes too.
 
-There, nodes are called `{layer}_{feature}_{position}`, `E_{token}_{position}` (embeddings) and `{layers + 1}_{token}_{position}` (targets). Errors
-are `{layer}_-1_{position}`, because the older `0_{layer}_{position}` is also the name of a feature of layer 0.
+The ids of nodes are `{layer}_{feature}_{position}` for features, `E_{token}_{position}` for
+embeddings and `{n_layers + 1}_{token}_{position}` for targets. An error is written as
+`{layer}_-1_{position}`, because the older `0_{layer}_{position}` also names a feature of layer 0.
 """
 
 from circuits.formats.neuronpedia.load import ImportedGraph, load_neuronpedia

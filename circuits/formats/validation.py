@@ -1,0 +1,47 @@
+"""Reading JSON files of a given schema, with errors that name the file, the field and the value."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from circuits.system.errors import InputError
+
+MOST_SHOWN = 60  # characters of a value in an error message
+PLAIN_MESSAGES = {"missing": "it is required", "dict_type": "it should be an object"}
+"""By pydantic's type of error, messages that fit JSON better than pydantic's own."""
+
+
+def read_checked_json(path: Path, schema: TypeAdapter, kind: str) -> Any:
+    """Read a JSON file and check it against a schema.
+
+    Args:
+        schema: what the file must hold. Numbers in strings are not accepted as numbers.
+        kind: what the file is, for error messages.
+
+    Raises:
+        InputError: there is no such file, it is not JSON, or it breaks the schema.
+    """
+    if not path.is_file():
+        raise InputError(f"there is no file {path}; check the path.")
+    try:
+        return schema.validate_json(path.read_bytes(), strict=True)
+    except ValidationError as error:
+        raise InputError(f"{path} is not a valid {kind}: {_first_problem(error)}.") from error
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    if problem["type"] == "json_invalid":
+        cause = problem["ctx"]["error"]
+        return f"it is truncated or not JSON ({cause}); restore it or make it again"
+    found = "missing" if problem["type"] == "missing" else repr(problem["input"])
+    if len(found) > MOST_SHOWN:
+        found = f"{found[:MOST_SHOWN]}..."
+    field = ".".join(str(step) for step in problem["loc"]) or "the file"
+    message = PLAIN_MESSAGES.get(problem["type"], problem["msg"])
+    for prefix, plain in (("Value error, ", ""), ("Input ", "it "), ("List ", "the list ")):
+        message = message.replace(prefix, plain)
+    return f"{field} is {found}; {message}"
