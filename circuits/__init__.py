@@ -15,5 +15,5 @@ from importlib.metadata import version
 
 import lazy_loader
 
-__version__ = version("circuits")
+__version__ = version("transformer-circuits")
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -485,7 +485,10 @@ def test_ones_own_prompts_come_from_a_file(capsys, tmp_path):
             ["discover", "--method", "random", "--n", "2", "--out", "/dev/null/runs"],
             "cannot be made",
         ),
-        (["compare", "--methods", "eap:speed=3"], "'eap:speed=3' cannot be used; the settings of eap are metric"),
+        (
+            ["compare", "--methods", "eap:speed=3"],
+            "'eap:speed=3' cannot be used; the settings of eap are metric",
+        ),
         (
             ["compare", "--methods", "attribution-graph"],
             "the settings of attribution-graph are transcoders (needed), ",

@@ -29,12 +29,16 @@ CONFIG_FIELDS = ("n_layers", "n_heads", "parallel_attn_mlp", "d_model")
 
 
 class EdgeEntry(TypedDict):
+    """An edge of a file."""
+
     score: float
     in_graph: bool
 
 
 class GraphFile(TypedDict):
-    edges: dict[str, EdgeEntry]  # a file holds more, which is not read
+    """A file. It holds more, which is not read."""
+
+    edges: dict[str, EdgeEntry]
 
 
 GRAPH_FILE = TypeAdapter(GraphFile)

@@ -30,7 +30,7 @@ from circuits.evaluation.evaluate import Evaluation, evaluate
 from circuits.graph.circuit import FILE, Circuit
 from circuits.graph.graph import Graph
 from circuits.models import Model
-from circuits.models.component_graph import component_graph, computed_nodes
+from circuits.models.component_graph import computed_nodes
 from circuits.models.identity import identity
 from circuits.plotting.pages import circuit_page
 from circuits.running.ablation import Ablation
@@ -208,9 +208,7 @@ def _discover(
 ) -> Circuit:
     state = checkpoint if isinstance(discoverer, Resumable) else None
     try:
-        circuit = discoverer.discover(
-            model, task, graph=graph, checkpoint=state, progress=progress
-        )
+        circuit = discoverer.discover(model, task, graph=graph, checkpoint=state, progress=progress)
     except RankError as error:
         saved = f"the state is in {checkpoint}" if checkpoint.exists() else "nothing was saved yet"
         raise RankError(f"{error}; {saved}: run the same command again") from error

@@ -43,6 +43,8 @@ Layer = Annotated[int, Field(ge=NO_LAYER, le=MOST_LAYERS), BeforeValidator(_laye
 
 
 class Metadata(TypedDict):
+    """What the file says about itself."""
+
     # The version comes first, because in another one everything below can differ.
     schema_version: NotRequired[Annotated[int | None, AfterValidator(_check_version)]]
     prompt_tokens: Annotated[Texts, Field(min_length=1)]
@@ -53,11 +55,15 @@ class Metadata(TypedDict):
 
 
 class PageState(TypedDict):
+    """Pinned nodes and supernodes."""
+
     pinnedIds: NotRequired[Texts | None]
     supernodes: NotRequired[list[NameAndMembers] | None]
 
 
 class NodeEntry(TypedDict):
+    """A feature, error, embedding or target."""
+
     node_id: str
     feature_type: Annotated[str, AfterValidator(_check_type)]
     ctx_idx: Annotated[int, Field(ge=0)]
@@ -70,12 +76,16 @@ class NodeEntry(TypedDict):
 
 
 class Link(TypedDict):
+    """An edge."""
+
     source: str
     target: str
     weight: Number
 
 
 class GraphFile(TypedDict):
+    """A whole file."""
+
     metadata: Metadata
     qParams: PageState
     nodes: Annotated[list[NodeEntry], Field(min_length=1), FailFast()]
