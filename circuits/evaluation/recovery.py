@@ -31,6 +31,12 @@ class Recovery:
         node_precision, node_recall: the same for the nodes that these edges touch.
         edge_auc, node_auc: area under the ROC curve; ties count half.
         edge_roc: true- and false-positive rates, from the strictest threshold to the laxest.
+
+    >>> import circuits
+    >>> known = circuits.known_circuit("induction", n_prompts=8)
+    >>> graph = circuits.component_graph(known.model, split_embed=True)
+    >>> circuits.recovery(circuits.Circuit.from_edges(graph, known.edges), known.edges).recall
+    1.0
     """
 
     precision: float

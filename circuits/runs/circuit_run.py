@@ -97,6 +97,15 @@ def run(
         InputError: a setting cannot be used, or the folder holds a damaged file or one from a newer
             version.
         RankError: another rank ended; the message says where the state is.
+
+    >>> import circuits, tempfile
+    >>> model = circuits.load_model("toy-world")
+    >>> task = circuits.load_task("ioi", model, n=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     first = circuits.run(circuits.EAP(), model, task, out=folder)
+    ...     again = circuits.run(circuits.EAP(), model, task, out=folder)
+    >>> first.reused, again.reused
+    (False, True)
     """
     graph = discoverer.search_graph(model, graph)
     name = f"{discoverer.name}-{_digest(discoverer, model, task, graph)[:8]}"
@@ -120,6 +129,14 @@ def load_run(folder: str | Path) -> CircuitRun:
 
     Raises:
         InputError: the folder holds no finished run, a damaged file, or one from a newer version.
+
+    >>> import circuits, tempfile
+    >>> model = circuits.load_model("toy-world")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     task = circuits.load_task("ioi", model, n=2)
+    ...     found = circuits.run(circuits.EAP(), model, task, out=folder)
+    ...     circuits.load_run(found.folder).circuit == found.circuit
+    True
     """
     folder = Path(folder)
     path = folder / RECORD

@@ -1,4 +1,4 @@
-"""Turn equations into MathML when the site is built, so that pages need no script and no network."""
+"""Turn equations into MathML when the site is built, so that pages need no script."""
 
 import re
 from html import unescape

@@ -239,7 +239,7 @@ class GradientPass:
         kept: dict[str, Tensor],
         override: Mapping[str, Tensor | None],
     ) -> list[tuple[str, Hook]]:
-        """Hooks that override, keep values (`kept`), and keep values with their history (`live`)."""
+        """Hooks that override, that keep values, and that keep values with their history (live)."""
         layers = range(self.model.cfg.n_layers)
         outputs = [name for name, _ in output_groups(self.nodes)]
         to_keep = dict.fromkeys([*outputs, *(residual_hook(layer) for layer in layers)])

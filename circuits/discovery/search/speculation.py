@@ -77,7 +77,7 @@ class Speculation:
         return (graph.source * 4 + graph.slot).numpy()
 
     def decisions(self) -> Iterator[None]:
-        """Decide on all edges, a batch at a time; yields after each batch, when all can be saved."""
+        """Decide on all edges in batches; yields after each batch, when the state can be saved."""
         for groups in self.search.undecided():
             if self.search.state.decided == 0:
                 self.guesses.surveyed = 0

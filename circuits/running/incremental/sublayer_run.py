@@ -55,7 +55,7 @@ class TaskModel:
 
     @staticmethod
     def of(model: Model, task: Task, layout: EdgeLayout, window: Window) -> TaskModel:
-        """Read the functions from the weights; UnsupportedError for an unknown kind of attention."""
+        """The functions of the weights; UnsupportedError for an unknown kind of attention."""
         weights, layers = ModelWeights(model), range(model.cfg.n_layers)
         attention = [part for part in map(weights.attention, layers) if part is not None]
         if len(attention) < len(layers):
