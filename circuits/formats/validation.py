@@ -14,7 +14,11 @@ PLAIN_MESSAGES = {"missing": "it is required", "dict_type": "it should be an obj
 """By pydantic's type of error, messages that fit JSON better than pydantic's own."""
 
 
-def read_checked_json(path: Path, schema: TypeAdapter[Any], kind: str) -> Any:
+def read_checked_json(
+    path: Path,
+    schema: TypeAdapter,  # type: ignore[type-arg]  # beartype knows no TypeAdapter[Any]
+    kind: str,
+) -> Any:
     """Read a JSON file and check it against a schema.
 
     Args:
