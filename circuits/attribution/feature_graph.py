@@ -312,10 +312,7 @@ class FeatureGraph:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def save(self, folder: str | Path) -> Path:
-        """Write `graph.safetensors` into `folder` atomically and return the file's path.
-
-        The folder is created if it is missing.
-        """
+        """Write `graph.safetensors` into `folder`, made if missing; return the file's path."""
         tensors = {f"nodes.{name}": column for name, column in vars(self.nodes).items()}
         tensors |= self._tensors()
         # Node numbers fit into half the bytes.
@@ -329,8 +326,7 @@ class FeatureGraph:
         """Read what `save` wrote; `folder` may also be the path of the file.
 
         Raises:
-            InputError: the file is missing, truncated, damaged, of another kind, or from a newer
-                version of this package.
+            InputError: the file is missing, damaged, of another kind, or from a newer version.
         """
         path = Path(folder) if Path(folder).is_file() else Path(folder) / FILE
         tensors, metadata = read_tensors(path, FORMAT, FORMAT_VERSION)
@@ -346,7 +342,7 @@ class FeatureGraph:
         return graph
 
 
-def _rows(*columns: Tensor) -> Iterator[tuple[Any, ...]]:
+def _rows(*columns: Tensor) -> Iterator[Any]:
     return zip(*(column.tolist() for column in columns), strict=True)
 
 

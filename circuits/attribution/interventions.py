@@ -58,8 +58,7 @@ class Intervention:
         layer, index: the feature.
         position: a position, a slice of positions, or None for all. Negative ones count from the
             end of the prompt. A slice without an end also covers generated tokens.
-        value, factor: the new activation, or what the activation is multiplied by; the other is
-            None.
+        value, factor: the new activation, or what it is multiplied by; the other one is None.
 
     Raises:
         InputError: not exactly one of `value` and `factor` is given, or it is not finite.
@@ -184,7 +183,6 @@ def intervene(
             raise InputError(
                 f"frozen_layers holds {layer!r}, and the model has layers 0 to {layers[-1]}."
             )
-    # The prompt does not grow.
     span = _PromptSpan(len(tokens), len(tokens), leading)
     located = [[span.located(one, transcoders) for one in variant] for variant in variants]
     held = [pattern_hook(layer) for layer in layers] if freeze_attention else []
@@ -275,15 +273,19 @@ def generate(
     located = [span.located(one, transcoders) for one in interventions]
     generator = torch.Generator().manual_seed(seed)
     while len(tokens) < final_length:
-        # Nothing is cached between tokens: an intervention may act on any earlier position.
         run = _InterventionRun(model, transcoders, [located], leading)
         logits = run.execute(tokens).logits[0, -1].float().cpu()
-        following = logits.argmax()[None]
-        if temperature > 0:
-            probabilities = (logits / temperature).softmax(-1)
-            following = torch.multinomial(probabilities, 1, generator=generator)
-        tokens = torch.cat([tokens, following])
+        tokens = torch.cat([tokens, _next_token(logits, temperature, generator)])
     return tokens
+
+
+def _next_token(
+    logits: Float[Tensor, " vocab"], temperature: float, generator: torch.Generator
+) -> Int[Tensor, "1"]:
+    if temperature == 0:
+        return logits.argmax()[None]
+    probabilities = (logits / temperature).softmax(-1)
+    return torch.multinomial(probabilities, 1, generator=generator)
 
 
 @dataclass(frozen=True, eq=False)

@@ -113,8 +113,8 @@ class Pooled:
         ]
         edges, place = torch.cat(keys).unique(return_inverse=True)
         scores = torch.zeros(len(edges), dtype=torch.double)
-        scores.index_add_(0, place, torch.cat([part.scores for part in parts]))
         keeping = torch.zeros(len(edges), dtype=torch.long)
+        scores.index_add_(0, place, torch.cat([part.scores for part in parts]))
         keeping.index_add_(0, place, torch.cat([part.keeping for part in parts]))
         ends = torch.stack([edges // len(nodes), edges % len(nodes)], 1)
         return Pooled(nodes, ends, scores, keeping)

@@ -174,32 +174,38 @@ def expected_coactivation(
         leading: the number of first positions to leave out, as in attribution graphs.
 
     Raises:
-        InputError: there is no batch; a batch lacks a layer, belongs to other transcoders, or has
-            no position after the leading ones; see also `extract_features`.
+        InputError: there is no batch, or one that lacks a layer, is too short, or belongs to other
+            transcoders; see also `extract_features`.
     """
     several = [batches] if isinstance(batches, Mapping | ExtractedFeatures) else batches
-    n_layers, n_features = transcoders.n_layers, transcoders.n_features
-    firings, n_tokens = [], 0
-    for batch in several:
-        found = batch
+    shape = (transcoders.n_layers, transcoders.n_features)
+    columns, n_tokens = [], 0
+    for found in several:
         if not isinstance(found, ExtractedFeatures):
             found = extract_features(found, transcoders, top_k, threshold, max_memory=max_memory)
         _check_batch(found, transcoders, leading)
-        n_prompts, length = found.shape[0], found.shape[1] - leading
-        kept = (found.position >= leading).nonzero().flatten()
-        feature = found.layer[kept] * n_features + found.index[kept]
-        # Tokens of all prompts and batches are numbered consecutively.
-        token = found.batch[kept] * length + found.position[kept] - leading
-        firings.append((feature, token + n_tokens, found.activation[kept]))
-        n_tokens += n_prompts * length
-    if not firings:
+        feature, token, activation = _without_leading(found, leading, transcoders.n_features)
+        columns.append((feature, n_tokens + token, activation))
+        n_prompts, length = found.shape
+        n_tokens += n_prompts * (length - leading)
+    if not columns:
         raise InputError("there are no batches; give hidden states of at least one.")
-    feature, token, activation = map(torch.cat, zip(*firings, strict=True))
-    counts = torch.bincount(feature, minlength=n_layers * n_features)
+    feature, token, activation = map(torch.cat, zip(*columns, strict=True))
+    counts = torch.bincount(feature, minlength=math.prod(shape))
     starts = functional.pad(counts.cumsum(0), (1, 0)).cpu()
     order = torch.argsort(feature * n_tokens + token)
     activation = activation[order].to(torch.promote_types(activation.dtype, torch.float32))
-    return Coactivation(token[order], activation, starts, (n_layers, n_features), n_tokens)
+    return Coactivation(token[order], activation, starts, shape, n_tokens)
+
+
+def _without_leading(
+    found: ExtractedFeatures, leading: int, n_features: int
+) -> tuple[FiredTokens, FiredTokens, FiredValues]:
+    """Return feature and token, each as one number, and activation of each firing."""
+    kept = (found.position >= leading).nonzero().flatten()
+    feature = found.layer[kept] * n_features + found.index[kept]
+    first_token = found.batch[kept] * (found.shape[1] - leading)
+    return feature, first_token + found.position[kept] - leading, found.activation[kept]
 
 
 @torch.no_grad()
@@ -220,24 +226,20 @@ def virtual_weights(
     6144
 
     Args:
-        top_k: how many weights to keep per target, by absolute value. Of equal weights, those of
-            earlier sources are kept.
-        model: include the linear part of its norms, and compute on its device. Without a model, the
-            device is that of the encoders.
+        top_k: how many weights to keep per target; of equal ones, those of earlier sources.
+        model: include the linear part of its norms, and compute on its device.
         coactivation: weight each pair by it, which gives TWERA.
-        max_memory: the bytes that the computation may use besides the result; None chooses from
-            the free memory.
+        max_memory: the bytes to use besides the result; None chooses from the free memory.
 
     Raises:
-        InputError: `top_k` is not positive, or transcoders, model and coactivation do not fit
-            together.
+        InputError: `top_k` is below 1, or transcoders, model and coactivation do not fit together.
     """
     _check(transcoders, top_k, model, coactivation)
     rows = _FeatureRows(transcoders, model)
     like = rows.like
     budget = memory_budget(like.device, max_memory) // like.element_size()
     blocks = _blocks(transcoders, coactivation, budget)
-    fired = coactivation and coactivation.to(like.device, like.dtype)
+    fired = None if coactivation is None else coactivation.to(like.device, like.dtype)
     strongest = _StrongestWeights(transcoders, top_k, like)
     for source_layer in range(transcoders.n_layers - 1):
         for sources in blocks:
