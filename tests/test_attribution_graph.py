@@ -4,6 +4,7 @@ is linear.
 
 import json
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 import circuits
 from circuits.attribution.active_features import active_features, gather_sources
 from circuits.attribution.build import Direction
-from circuits.attribution.feature_graph import ERROR, FEATURE, FeatureGraph
+from circuits.attribution.feature_graph import ERROR, FEATURE, FeatureGraph, LogitTarget
 from circuits.attribution.influence import (
     completeness_score,
     node_influence,
@@ -453,16 +454,16 @@ def test_a_graph_survives_saving(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ({"source": lambda t: t + 10_000}, "a node that is not there"),
+        ({"source": lambda t: t + 10_000}, "an edge's source is outside 0 to"),
         ({"source": lambda t: t.flip(0)}, "not in order"),
-        ({"weight": lambda t: t * float("nan")}, "a weight is no number"),
+        ({"weight": lambda t: t * float("nan")}, "a weight is not finite"),
         ({"weight": lambda t: t[1:]}, "differ in length"),
         ({"nodes.kind": lambda t: t + 4}, "kind is outside 0 to 3"),
         ({"nodes.position": lambda t: t + 100}, "position is outside 0 to 7"),
-        ({"nodes.probability": lambda t: t - 1}, "probability is no number from 0 up"),
-        ({"nodes.index": lambda t: t * 0}, "a node is there twice"),
+        ({"nodes.probability": lambda t: t - 1}, "probability is negative or not finite"),
+        ({"nodes.index": lambda t: t * 0}, "a node appears twice"),
         ({"constants": lambda t: t[:, 1:]}, "constants are incomplete"),
-        ({"n_layers": 10**9}, "it is of 1000000000 layers"),
+        ({"n_layers": 10**9}, "it has 1000000000 layers"),
         ({"words": [1] * 8}, "words are incomplete"),
         ({"settings": "[" * 100_000}, "is damaged"),
     ],
@@ -496,6 +497,40 @@ def test_a_graph_whose_contents_do_not_fit_together_is_refused_in_one_line(
     with pytest.raises(circuits.InputError, match=message) as refused:
         FeatureGraph.load(tmp_path)
     assert "\n" not in str(refused.value)
+
+
+@torch.no_grad()
+def test_a_graph_whose_nodes_are_not_in_order_is_refused(tmp_path):
+    """Influence visits them layer by layer, so it would be wrong without a word."""
+    model = model_of("gpt2")
+    graph = circuits.AttributionGraph(random_transcoders(model)).attribute(model, PROMPT)
+    swapped = torch.arange(len(graph.nodes))
+    swapped[[0, 1]] = torch.tensor([len(graph.nodes) - 2, 0])
+    swapped[2:-1] = torch.arange(1, len(graph.nodes) - 2)
+    none = graph.subgraph(torch.ones(len(graph.nodes), dtype=torch.bool), graph.weight.isnan())
+    replace(none, nodes=graph.nodes[swapped]).save(tmp_path)
+    with pytest.raises(circuits.InputError, match="its nodes are not in order"):
+        FeatureGraph.load(tmp_path)
+
+
+@torch.no_grad()
+def test_a_notebook_shows_a_small_table_with_escaped_text():
+    model = model_of("gpt2")
+    graph = circuits.AttributionGraph(random_transcoders(model)).attribute(model, PROMPT)
+    words = ("<bos>", *("a & b" * 9, *graph.words[2:]))
+    targets = (LogitTarget("<script>"), *graph.targets[1:])
+    html = replace(graph, words=words, targets=targets)._repr_html_()
+    assert "<script>" not in html and "<bos>" not in html
+    table = {row[0].text: row[1].text for row in ElementTree.fromstring(html).iter("tr")}
+    counts = torch.bincount(graph.nodes.kind).tolist()
+    assert table["prompt"] == " ".join(words)
+    highest = float(graph.nodes.probability.max())
+    assert table["top logits"].startswith(f"<script> ({highest:.2f}), ")
+    assert table["top logits"].count("(") == min(5, len(targets))
+    names = ("features", "errors", "tokens", "targets", "edges")
+    assert {name: int(table[name].replace(",", "")) for name in names} == dict(
+        zip(names, (*counts, len(graph)), strict=True)
+    )
 
 
 def test_what_cannot_be_explained_is_said_in_one_line(unchecked_types):

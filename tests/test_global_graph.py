@@ -299,6 +299,17 @@ def test_coactivation_is_of_the_features_that_were_extracted():
     )
 
 
+def test_hidden_states_may_be_more_precise_than_the_transcoders():
+    transcoders, states = random_transcoders(), random_states()
+    precise = {layer: one.double() for layer, one in states.items()}
+    found, expected = (
+        virtual_weights(transcoders, coactivation=expected_coactivation(given, transcoders))
+        for given in (precise, states)
+    )
+    assert found.weight.dtype == torch.float32
+    torch.testing.assert_close(found.weight, expected.weight, rtol=1e-4, atol=1e-5)
+
+
 def test_features_that_never_fire_have_no_twera():
     transcoders = random_transcoders()
     never = Encoder(

@@ -256,7 +256,7 @@ def test_things_of_another_kind_are_refused_in_one_line(unchecked_types):
         (lambda: intervene(model, transcoders, [PROMPT, PROMPT], [[]]), "are no prompt"),
         (lambda: intervene(model, transcoders, [0.0, 1.5], [[]]), "are no prompt"),
         (lambda: intervene(model, transcoders, None, [[]]), "None is no prompt"),
-        (lambda: generate(model, transcoders, PROMPT, change), "a list of them"),
+        (lambda: generate(model, transcoders, PROMPT, change), "interventions must be a list"),
         (lambda: Intervention(0, 1, value="2"), "give a finite number"),
     ):
         with pytest.raises(circuits.InputError, match=message):
@@ -273,11 +273,11 @@ def test_what_cannot_be_changed_is_said():
         ),
         ([Intervention(0, 40, value=1.0)], "there is no feature f0.40"),
         ([Intervention(0, 3, 12, value=1.0)], "at position 12 of a prompt of 8 tokens"),
-        ([Intervention(0, 3, 0, value=1.0)], "the first 1 have no features"),
-        ([Intervention(0, 3, slice(9, 12), value=1.0)], "which it does not have"),
-        ([Intervention(0, 3, slice(9, None), value=1.0)], "which it does not have"),
-        ([Intervention(0, 3, slice(0, 1), value=1.0)], "the first 1 have no features"),
-        ([Intervention(0, 3, slice(None, None, -1), value=1.0)], "which it does not have"),
+        ([Intervention(0, 3, 0, value=1.0)], "the first 1 positions have no features"),
+        ([Intervention(0, 3, slice(9, 12), value=1.0)], "choose an existing position"),
+        ([Intervention(0, 3, slice(9, None), value=1.0)], "choose an existing position"),
+        ([Intervention(0, 3, slice(0, 1), value=1.0)], "the first 1 positions have no features"),
+        ([Intervention(0, 3, slice(None, None, -1), value=1.0)], "choose an existing position"),
         ([Intervention(0, 3, -9, value=1.0)], "at position -9 of a prompt of 8 tokens"),
     ):
         with pytest.raises(circuits.InputError, match=message):

@@ -59,7 +59,6 @@ def test_the_public_names_are_these():
         "completeness_score",
         "component_graph",
         "direct_effects",
-        "attribution_page",
         "discoverers",
         "draw_circuit",
         "evaluate",

@@ -1,15 +1,18 @@
-"""The attribution graph of one prompt, as a value: nodes and weighted edges in columns, and everything needed to say where they came from.
+"""The attribution graph of one prompt as a value, with nodes and edges in columns.
 
-Nodes stand in an order in which every edge goes forward or from an error or embedding: features by layer, position and index; errors by layer
-and position; token embeddings; targets (logits). Edges are ordered by target, then source.
+Nodes are sorted by kind: features (by layer, position, index), errors (by layer, position), token
+embeddings (by position), targets. Edges are sorted by target, then source. Each edge leads to a
+feature or a target of a later layer.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +23,49 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.graph.identity import ModelIdentity, TranscodersIdentity
-from circuits.graph.nodes import Error, Feature, Logits, Node, TokenEmbed, parse_node
+from circuits.graph.nodes import Error, Feature, Logits, Node, Position, TokenEmbed, parse_node
 from circuits.system.errors import InputError
 from circuits.system.files import read_tensors, write_tensors
 
 FILE = "graph.safetensors"
 FORMAT, FORMAT_VERSION = "circuits.feature_graph", 1
-
+# The fields that are saved as JSON.
+DESCRIPTION = ("words", "targets", "constant_names", "n_layers", "model", "transcoders", "settings")
 MOST_LAYERS = 10_000
+SHOWN_TARGETS = 5
 
-FEATURE, ERROR, EMBEDDING, TARGET = range(4)
-"""Kinds of nodes, in the order in which they stand."""
+NodeMask = Bool[Tensor, " node"]
+NodeNumbers = Int[Tensor, " node"]
+NodeScores = Float[Tensor, " node"]
+EdgeMask = Bool[Tensor, " edge"]
+EdgeNumbers = Int[Tensor, " edge"]
+EdgeScores = Float[Tensor, " edge"]
+
+
+class NodeKind(IntEnum):
+    """The kinds of nodes, in the order in which a graph lists them."""
+
+    FEATURE = 0
+    ERROR = 1
+    EMBEDDING = 2
+    TARGET = 3
+
+
+FEATURE, ERROR, EMBEDDING, TARGET = map(int, NodeKind)
+
+
+def node_of(
+    kind: int, layer: int, index: int, position: Position, logits: Sequence[str | int]
+) -> Node:
+    """Return the node in one row of node columns; `logits` name the targets by token or label."""
+    match kind:
+        case NodeKind.FEATURE:
+            return Feature(layer, index, position)
+        case NodeKind.ERROR:
+            return Error(layer, position)
+        case NodeKind.EMBEDDING:
+            return TokenEmbed(position)
+    return Logits(logits[index], position)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,35 +73,39 @@ class Nodes:
     """The nodes of an attribution graph, in columns.
 
     Attributes:
-        kind: FEATURE, ERROR, EMBEDDING or TARGET.
-        layer: of a feature or error; -1 for embeddings, the number of layers for targets.
-        position: in the prompt.
-        index: a feature's number, an embedding's token, a target's place in `FeatureGraph.targets`; 0 for errors.
-        activation: of a feature; NaN elsewhere.
-        probability: what a target counts for in influence, such as its probability; 0 elsewhere.
+        kind: a `NodeKind`.
+        layer: -1 for embeddings, the number of layers for targets.
+        position: the position in the prompt.
+        index: a feature's number, an embedding's token, a target's place in the graph's `targets`.
+        activation: a feature's activation; NaN for other kinds.
+        probability: a target's weight in influence, such as its probability; 0 for other kinds.
     """
 
-    kind: Int[Tensor, " node"]
-    layer: Int[Tensor, " node"]
-    position: Int[Tensor, " node"]
-    index: Int[Tensor, " node"]
-    activation: Float[Tensor, " node"]
-    probability: Float[Tensor, " node"]
+    kind: NodeNumbers
+    layer: NodeNumbers
+    position: NodeNumbers
+    index: NodeNumbers
+    activation: NodeScores
+    probability: NodeScores
 
     def __len__(self) -> int:
         return len(self.kind)
 
     def __getitem__(self, chosen: Tensor) -> Nodes:
-        return Nodes(**{name: column[chosen] for name, column in vars(self).items()})
+        return Nodes(*(column[chosen] for column in vars(self).values()))
+
+    def to(self, device: str | torch.device) -> Nodes:
+        """Return the same nodes on `device`."""
+        return Nodes(*(column.to(device) for column in vars(self).values()))
 
 
 @dataclass(frozen=True)
 class LogitTarget:
-    """What edges lead up to: a logit less the mean logit, a difference of logits, or any direction.
+    """What a graph explains: a logit minus the mean logit, a logit difference, or any direction.
 
     Attributes:
-        label: for people; of a token its text.
-        token: its id, where it is one.
+        label: a text for people; for a token, its text.
+        token: the token's id; None for a target that is not one token.
     """
 
     label: str
@@ -75,33 +114,38 @@ class LogitTarget:
 
 @dataclass(frozen=True, eq=False)
 class FeatureGraph:
-    """An attribution graph: which features, errors and embeddings made the model say this, and through which features.
+    """The attribution graph of one prompt: how features, errors and tokens lead to the output.
 
-    The weight of an edge is the value of its source times the linear weight from it to its target's pre-activation, over all paths through
-    residual stream and frozen attention. All edges into a target and its constants sum to its pre-activation.
+    The weight of an edge is its source's value times the linear weight from the source to the
+    target's pre-activation, over all paths through the residual stream and frozen attention.
+    A target's pre-activation is the sum of its incoming edges and its constants.
+
+    >>> import circuits
+    >>> model = circuits.load_model("toy-world")
+    >>> graph = circuits.AttributionGraph("toy-world-clt").attribute(model, "Dallas is in")
+    >>> list(graph.incoming(graph.node(-1), n=2)["node"])
+    ['f0.475@3', 'f3.30@3']
 
     Attributes:
-        nodes: in columns; `node(i)` and `find(node)` go between numbers and `Node` values.
-        source, target: numbers of nodes.
-        weight: of each edge.
-        direct: the part of it that stays at its position (residual stream and skips); the rest goes through attention.
-        constants: by node with incoming edges (features, targets) and name: what its pre-activation holds besides its edges.
-        constant_names: of the columns of `constants`.
-        tokens: of the prompt.
-        words: their text.
+        nodes: the nodes in columns. `node(i)` and `find(node)` convert between row and `Node`.
+        source, target: rows of `nodes`.
+        weight: the weight of each edge.
+        direct: the part of the weight that stays at its position; attention carries the rest.
+        constants: for each feature and target, what its pre-activation holds besides its edges.
+        constant_names: the columns of `constants`.
+        tokens, words: the ids and the texts of the prompt's tokens.
         targets: what the graph explains.
-        n_layers: of the model.
-        directions: of each of `targets`, in the output of the last norm; None in a graph from another program.
-        model: which one.
-        transcoders: which ones.
-        settings: of the method, JSON values only.
+        n_layers: the number of layers of the model.
+        directions: each target's direction after the final norm; None in an imported graph.
+        model, transcoders: what the graph was made from.
+        settings: the settings of the method, as JSON values.
     """
 
     nodes: Nodes
-    source: Int[Tensor, " edge"]
-    target: Int[Tensor, " edge"]
-    weight: Float[Tensor, " edge"]
-    direct: Float[Tensor, " edge"]
+    source: EdgeNumbers
+    target: EdgeNumbers
+    weight: EdgeScores
+    direct: EdgeScores
     constants: Float[Tensor, "node constant"]
     constant_names: tuple[str, ...]
     tokens: Int[Tensor, " pos"]
@@ -114,87 +158,100 @@ class FeatureGraph:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        """The number of edges."""
+        """Return the number of edges."""
         return len(self.source)
 
     def __repr__(self) -> str:
-        counts = torch.bincount(self.nodes.kind, minlength=4).tolist()
-        kinds = f"{counts[FEATURE]:,} features, {counts[ERROR]:,} errors, {counts[EMBEDDING]:,} tokens, {counts[TARGET]:,} targets"
-        return f"FeatureGraph({self.prompt!r}: {kinds}, {len(self):,} edges)"
+        counts = ", ".join(f"{count} {name}" for name, count in self._counts().items())
+        return f"FeatureGraph({self.prompt!r}: {counts})"
+
+    def _repr_html_(self) -> str:
+        """Return a small table for notebooks, with all text escaped."""
+        explained = self.nodes[self.nodes.kind == TARGET]
+        order = explained.probability.argsort(descending=True)
+        top = explained[order[:SHOWN_TARGETS]]
+        logits = [
+            f"{self.targets[index].label} ({probability:.2f})"
+            for index, probability in _rows(top.index, top.probability)
+        ]
+        rows = {"prompt": self.prompt, "top logits": ", ".join(logits)}
+        table = pd.Series(rows | self._counts()).to_frame()
+        with pd.option_context("display.max_colwidth", None):
+            return table.to_html(header=False)
+
+    def _counts(self) -> dict[str, str]:
+        kinds = torch.bincount(self.nodes.kind, minlength=len(NodeKind))
+        names = ("features", "errors", "tokens", "targets", "edges")
+        counts = zip(names, (*kinds.tolist(), len(self)), strict=True)
+        return {name: f"{count:,}" for name, count in counts}
 
     @property
     def prompt(self) -> str:
         """The prompt's text."""
-        spaced = any(word.startswith(" ") for word in self.words)
-        return ("" if spaced else " ").join(self.words)
+        words_hold_spaces = any(word.startswith(" ") for word in self.words)
+        return ("" if words_hold_spaces else " ").join(self.words)
 
     def node(self, number: int) -> Node:
-        """The node of that number."""
-        kind, layer, position, index = (
-            int(column[number])
-            for column in (self.nodes.kind, self.nodes.layer, self.nodes.position, self.nodes.index)
-        )
-        match kind:
-            case 0:
-                return Feature(layer, index, position)
-            case 1:
-                return Error(layer, position)
-            case 2:
-                return TokenEmbed(position)
-        target = self.targets[index]
-        return Logits(target.label if target.token is None else target.token, position)
+        """Return the node in row `number` of `nodes`."""
+        return self._all_nodes[number]
 
     def find(self, node: Node | str) -> int:
-        """The number of a node, or of the node of that text, such as `f2.1204@5`.
+        """Return the row of a node, given as a value or as text such as `f2.1204@5`.
 
         Raises:
             InputError: the graph has no such node.
         """
         wanted = parse_node(node) if isinstance(node, str) else node
         if wanted not in self._numbers:
-            some = [
-                *range(min(3, len(self.nodes) - len(self.targets))),
-                *self.is_kind(TARGET).nonzero().flatten().tolist()[:3],
-            ]
-            names = ", ".join(str(self.node(number)) for number in some)
+            examples = ", ".join(map(str, self._all_nodes[-3:]))
             raise InputError(
-                f"the graph has no node {wanted}; it has {len(self.nodes):,}, such as {names}."
+                f"the graph has no node {wanted}; it has {len(self.nodes):,}, such as {examples}."
             )
         return self._numbers[wanted]
 
     @cached_property
-    def _numbers(self) -> dict[Node, int]:
-        return {self.node(number): number for number in range(len(self.nodes))}
+    def _all_nodes(self) -> list[Node]:
+        nodes = self.nodes
+        logits = [one.label if one.token is None else one.token for one in self.targets]
+        rows = _rows(nodes.kind, nodes.layer, nodes.index, nodes.position)
+        return [
+            node_of(kind, layer, index, position, logits) for kind, layer, index, position in rows
+        ]
 
-    def is_kind(self, *kinds: int) -> Bool[Tensor, " node"]:
-        """Which nodes are of these kinds."""
-        return torch.isin(self.nodes.kind, torch.tensor(kinds, device=self.nodes.kind.device))
+    @cached_property
+    def _numbers(self) -> dict[Node, int]:
+        return {node: number for number, node in enumerate(self._all_nodes)}
+
+    def is_kind(self, *kinds: int) -> NodeMask:
+        """Return which nodes are of these kinds."""
+        kind = self.nodes.kind
+        return torch.isin(kind, torch.tensor(kinds, device=kind.device))
 
     def adjacency(self) -> Float[Tensor, "target source"]:
-        """The weights as a square matrix, a row for each target."""
-        dense = self.weight.new_zeros(len(self.nodes), len(self.nodes))
+        """Return the weights as a square matrix with one row per target."""
+        n = len(self.nodes)
+        dense = self.weight.new_zeros(n, n)
         dense[self.target, self.source] = self.weight
         return dense
 
-    def levels(self) -> list[tuple[int, int]]:
-        """Numbers (from, to) of nodes with incoming edges, such that those of a level have edges only into earlier ones: targets first."""
-        kinds, layers = self.nodes.kind, self.nodes.layer
-        rank = torch.where(
-            kinds == FEATURE, layers, torch.where(kinds == TARGET, self.n_layers, -1)
-        )
-        result = []
-        for level in range(self.n_layers, -1, -1):
-            here = (rank == level).nonzero().flatten()
-            if len(here):
-                result.append((int(here[0]), int(here[-1]) + 1))
-        return result
+    def levels(self) -> list[slice]:
+        """Return slices of the edges by the layer of their targets, the last layer first.
 
-    def subgraph(
-        self, nodes: Bool[Tensor, " node"], edges: Bool[Tensor, " edge"] | None = None
-    ) -> FeatureGraph:
-        """The graph of some nodes and of the edges between them, or some of these."""
+        All edges out of the targets of one slice are in earlier slices.
+        """
+        # Features are the first nodes, sorted by layer. All edges after theirs lead to targets.
+        feature_layers = self.nodes.layer[self.nodes.kind == FEATURE]
+        layers = torch.arange(self.n_layers + 1, device=self.target.device)
+        first_nodes = torch.searchsorted(feature_layers, layers)
+        first_edges = torch.searchsorted(self.target, first_nodes)
+        bounds = [*first_edges.tolist(), len(self)]
+        return [slice(start, stop) for start, stop in pairwise(bounds)][::-1]
+
+    def subgraph(self, nodes: NodeMask, edges: EdgeMask | None = None) -> FeatureGraph:
+        """Return the graph of the chosen nodes and the edges, or chosen edges, between them."""
         kept = nodes[self.source] & nodes[self.target]
-        kept = kept if edges is None else kept & edges
+        if edges is not None:
+            kept &= edges
         number = nodes.long().cumsum(0) - 1
         return replace(
             self,
@@ -207,201 +264,159 @@ class FeatureGraph:
         )
 
     def incoming(self, node: Node | str, n: int = 10) -> pd.DataFrame:
-        """The strongest edges into a node: columns `node`, `weight`, `direct`, `attention`."""
+        """Return the `n` strongest edges into a node, by absolute weight.
+
+        Columns are `node`, `weight`, and its parts `direct` and `attention`.
+        """
         return self._strongest(self.target == self.find(node), self.source, n)
 
     def outgoing(self, node: Node | str, n: int = 10) -> pd.DataFrame:
-        """The strongest edges out of a node, likewise."""
+        """Return the `n` strongest edges out of a node, with the same columns as `incoming`."""
         return self._strongest(self.source == self.find(node), self.target, n)
 
-    def _strongest(
-        self, chosen: Bool[Tensor, " edge"], other: Int[Tensor, " edge"], n: int
-    ) -> pd.DataFrame:
+    def _strongest(self, chosen: EdgeMask, other_end: EdgeNumbers, n: int) -> pd.DataFrame:
         if n < 0:
-            raise InputError(f"n={n}: how many of the strongest edges? Give 0 or more.")
+            raise InputError(f"n={n} edges were asked for; give 0 or more.")
         edges = chosen.nonzero().flatten()
-        edges = edges[torch.argsort(self.weight[edges].abs(), descending=True, stable=True)[:n]]
+        order = self.weight[edges].abs().argsort(descending=True, stable=True)
+        edges = edges[order[:n]]  # names are made for these only
+        names = [str(self.node(number)) for number in other_end[edges].tolist()]
         weight, direct = self.weight[edges].cpu(), self.direct[edges].cpu()
-        names = [str(self.node(number)) for number in other[edges].tolist()]
-        return pd.DataFrame(
-            {"node": names, "weight": weight, "direct": direct, "attention": weight - direct}
-        )
+        columns = {"node": names, "weight": weight, "direct": direct}
+        return pd.DataFrame(columns | {"attention": weight - direct})
 
     def to_networkx(self) -> networkx.DiGraph:
-        """Nodes by their text, with `activation` where they are features, and edges with `weight` and `direct`."""
+        """Return a networkx graph with texts such as `f2.1204@5` as nodes.
+
+        Features have the attribute `activation`; edges have `weight` and `direct`.
+        """
+        names = [str(node) for node in self._all_nodes]
         result = networkx.DiGraph()
-        names = [str(self.node(number)) for number in range(len(self.nodes))]
-        for name, kind, activation in zip(
-            names, self.nodes.kind.tolist(), self.nodes.activation.tolist(), strict=True
-        ):
-            result.add_node(name, **({"activation": activation} if kind == FEATURE else {}))
-        columns = zip(
-            self.source.tolist(),
-            self.target.tolist(),
-            self.weight.tolist(),
-            self.direct.tolist(),
-            strict=True,
-        )
+        result.add_nodes_from(names)
+        features = (self.nodes.kind == FEATURE).nonzero().flatten()
+        for number, activation in _rows(features, self.nodes.activation[features]):
+            result.add_node(names[number], activation=activation)
+        edges = _rows(self.source, self.target, self.weight, self.direct)
         result.add_edges_from(
-            (names[s], names[t], {"weight": weight, "direct": direct})
-            for s, t, weight, direct in columns
+            (names[source], names[target], {"weight": weight, "direct": direct})
+            for source, target, weight, direct in edges
         )
         return result
 
     def to(self, device: str | torch.device) -> FeatureGraph:
-        """The same graph with its tensors on `device`."""
-        names = ("source", "target", "weight", "direct", "constants", "directions", "tokens")
-        columns = {
-            name: getattr(self, name).to(device)
-            for name in names
-            if getattr(self, name) is not None
-        }
-        return replace(
-            self,
-            nodes=Nodes(**{name: column.to(device) for name, column in vars(self.nodes).items()}),
-            **columns,
-        )
+        """Return the same graph with its tensors on `device`."""
+        moved = {name: tensor.to(device) for name, tensor in self._tensors().items()}
+        return replace(self, nodes=self.nodes.to(device), **moved)
+
+    def _tensors(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def save(self, folder: str | Path) -> Path:
-        """Write `graph.safetensors` into `folder` (made when missing), atomically. Returns the file's path."""
+        """Write `graph.safetensors` into `folder`, made if missing; return the file's path."""
         tensors = {f"nodes.{name}": column for name, column in vars(self.nodes).items()}
-        tensors |= {
-            "source": self.source.int(),
-            "target": self.target.int(),
-            "weight": self.weight,
-            "direct": self.direct,
-        }
-        tensors |= {"constants": self.constants, "tokens": self.tokens}
-        tensors |= {} if self.directions is None else {"directions": self.directions}
-        description = {
-            "words": self.words,
-            "targets": [asdict(target) for target in self.targets],
-            "constant_names": self.constant_names,
-            "n_layers": self.n_layers,
-            "model": asdict(self.model) if self.model else None,
-            "transcoders": asdict(self.transcoders) if self.transcoders else None,
-            "settings": dict(self.settings),
-        }
-        return write_tensors(
-            Path(folder) / FILE,
-            tensors,
-            {"description": json.dumps(description)},
-            FORMAT,
-            FORMAT_VERSION,
-        )
+        tensors |= self._tensors()
+        # Node numbers fit into half the bytes.
+        tensors |= {"source": self.source.int(), "target": self.target.int()}
+        description = {name: getattr(self, name) for name in DESCRIPTION}
+        metadata = {"description": json.dumps(description, default=vars)}
+        return write_tensors(Path(folder) / FILE, tensors, metadata, FORMAT, FORMAT_VERSION)
 
     @staticmethod
     def load(folder: str | Path) -> FeatureGraph:
-        """Read what `save` wrote; `folder` may also be the file itself.
+        """Read what `save` wrote; `folder` may also be the path of the file.
 
         Raises:
-            InputError: no such file, a truncated one, one of another kind, or one from a newer version of this package.
+            InputError: the file is missing, damaged, of another kind, or from a newer version.
         """
         path = Path(folder) if Path(folder).is_file() else Path(folder) / FILE
         tensors, metadata = read_tensors(path, FORMAT, FORMAT_VERSION)
         try:
             graph = _from_file(tensors, json.loads(metadata["description"]))
-            _check(graph)
-        except (
-            KeyError,
-            TypeError,
-            ValueError,
-            IndexError,
-            AttributeError,
-            RecursionError,
-        ) as error:
+            _check_shapes(graph)
+            _check_nodes(graph)
+            _check_edges(graph)
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise InputError(
                 f"{path} is damaged ({error}); make the graph again or restore the file."
             ) from error
         return graph
 
 
-def _from_file(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> FeatureGraph:
-    model, transcoders = description["model"], description["transcoders"]
-    nodes = {
-        name.partition(".")[2]: tensor
-        for name, tensor in tensors.items()
-        if name.startswith("nodes.")
-    }
-    return FeatureGraph(
-        nodes=Nodes(**nodes),
-        source=tensors["source"].long(),
-        target=tensors["target"].long(),
-        weight=tensors["weight"],
-        direct=tensors["direct"],
-        constants=tensors["constants"],
-        constant_names=tuple(description["constant_names"]),
-        tokens=tensors["tokens"],
-        words=tuple(description["words"]),
-        targets=tuple(LogitTarget(**target) for target in description["targets"]),
-        directions=tensors.get("directions"),
-        n_layers=description["n_layers"],
-        model=None if model is None else ModelIdentity(**model),
-        transcoders=None if transcoders is None else TranscodersIdentity(**transcoders),
-        settings=description["settings"],
-    )
+def _rows(*columns: Tensor) -> Iterator[Any]:
+    return zip(*(column.tolist() for column in columns), strict=True)
 
 
-def _check(graph: FeatureGraph) -> None:
-    """Refuse what does not fit together: a file that was changed or put together by hand."""
-    nodes, n, edges = graph.nodes, len(graph.nodes), len(graph)
-    columns: Sequence[Tensor] = list(vars(nodes).values())
-    if any(column.shape != (n,) for column in columns) or any(
-        column.shape != (edges,) for column in (graph.target, graph.weight, graph.direct)
-    ):
-        raise ValueError("its columns differ in length")
-    texts = (*graph.words, *(target.label for target in graph.targets), *graph.constant_names)
-    if not all(isinstance(text, str) for text in texts) or len(graph.words) != len(graph.tokens):
-        raise ValueError("its words are incomplete")
-    if graph.constants.shape != (n, len(graph.constant_names)):
-        raise ValueError("its constants are incomplete")
-    if type(graph.n_layers) is not int or not 0 < graph.n_layers <= MOST_LAYERS:
-        raise ValueError(f"it is of {graph.n_layers} layers")
-    _check_nodes(graph)
-    _check_edges(graph)
+def _from_file(tensors: dict[str, Tensor], fields: dict[str, Any]) -> FeatureGraph:
+    for name in ("words", "constant_names"):
+        fields[name] = tuple(fields[name])
+    fields["targets"] = tuple(LogitTarget(**target) for target in fields["targets"])
+    identities = {"model": ModelIdentity, "transcoders": TranscodersIdentity}
+    for name, identity in identities.items():
+        if fields[name] is not None:
+            fields[name] = identity(**fields[name])
+    columns = {}
+    for name, tensor in tensors.items():
+        if name.startswith("nodes."):
+            columns[name.removeprefix("nodes.")] = tensor
+        else:
+            fields[name] = tensor
+    for name in ("source", "target"):
+        fields[name] = fields[name].long()
+    return FeatureGraph(nodes=Nodes(**columns), **fields)
+
+
+def _require(holds: bool | Tensor, problem: str) -> None:
+    if not holds:
+        raise ValueError(problem)
+
+
+def _check_shapes(graph: FeatureGraph) -> None:
+    n_nodes, n_layers = len(graph.nodes), graph.n_layers
+    node_shapes = {column.shape for column in vars(graph.nodes).values()}
+    edge_columns = (graph.source, graph.target, graph.weight, graph.direct)
+    edge_shapes = {column.shape for column in edge_columns}
+    same = node_shapes == {(n_nodes,)} and edge_shapes == {(len(graph),)}
+    _require(same, "its columns differ in length")
+    labels = [target.label for target in graph.targets]
+    texts = (*graph.words, *labels, *graph.constant_names)
+    all_text = all(isinstance(text, str) for text in texts)
+    complete = all_text and len(graph.words) == len(graph.tokens)
+    _require(complete, "its words are incomplete")
+    constants = (n_nodes, len(graph.constant_names))
+    _require(graph.constants.shape == constants, "its constants are incomplete")
+    sensible = type(n_layers) is int and 0 < n_layers <= MOST_LAYERS
+    _require(sensible, f"it has {n_layers} layers")
 
 
 def _check_nodes(graph: FeatureGraph) -> None:
-    nodes = graph.nodes
-    for name, column, low, high in (
-        ("kind", nodes.kind, FEATURE, TARGET),
-        ("layer", nodes.layer, -1, graph.n_layers),
-        ("position", nodes.position, 0, len(graph.tokens) - 1),
-    ):
-        if len(column) and not low <= int(column.min()) <= int(column.max()) <= high:
-            raise ValueError(f"a node's {name} is outside {low} to {high}")
-    if any(
-        not 0 <= number < len(graph.targets)
-        for number in nodes.index[nodes.kind == TARGET].tolist()
-    ):
-        raise ValueError("a target has no name")
-    inner = (nodes.kind == FEATURE) | (nodes.kind == ERROR)
-    if not bool((nodes.layer[inner] >= 0).all() and (nodes.layer[inner] < graph.n_layers).all()):
-        raise ValueError("a feature or error is in no layer")
-    if not bool(torch.isfinite(nodes.probability).all() and (nodes.probability >= 0).all()):
-        raise ValueError("a target's probability is no number from 0 up")
-    if len(graph._numbers) != len(nodes):
-        raise ValueError("a node is there twice")
+    nodes, top = graph.nodes, graph.n_layers
+    _check_range("a node's kind", nodes.kind, TARGET)
+    _check_range("a node's position", nodes.position, len(graph.tokens) - 1)
+    is_target, probability = nodes.kind == TARGET, nodes.probability
+    _check_range("a target's index", nodes.index[is_target], len(graph.targets) - 1)
+    _require((nodes.layer[is_target] == top).all(), "a target is in a layer")
+    in_layer = nodes.layer[graph.is_kind(FEATURE, ERROR)]
+    _check_range("the layer of a feature or error", in_layer, top - 1)
+    proper = torch.isfinite(probability) & (probability >= 0)
+    _require(proper.all(), "a target's probability is negative or not finite")
+    order = nodes.kind * (top + 2) + nodes.layer
+    _require((order.diff() >= 0).all(), "its nodes are not in order")
+    _require(len(graph._numbers) == len(nodes), "a node appears twice")
 
 
 def _check_edges(graph: FeatureGraph) -> None:
-    if not len(graph):
-        return
-    source, target = graph.source, graph.target
-    if int(torch.min(source.min(), target.min())) < 0 or int(
-        torch.max(source.max(), target.max())
-    ) >= len(graph.nodes):
-        raise ValueError("an edge leads to a node that is not there")
-    if not torch.isfinite(graph.weight).all():
-        raise ValueError("a weight is no number")
-    order = target * len(graph.nodes) + source
-    if not bool((order.diff() > 0).all()):
-        raise ValueError("its edges are not in order")
-    rank = torch.where(
-        graph.nodes.kind == TARGET,
-        graph.n_layers,
-        torch.where(graph.nodes.kind == FEATURE, graph.nodes.layer, -1),
-    )
-    ends = graph.nodes.kind[target]
-    if bool(((ends == ERROR) | (ends == EMBEDDING) | (rank[source] >= rank[target])).any()):
-        raise ValueError("an edge leads downwards")
+    source, target, n = graph.source, graph.target, len(graph.nodes)
+    _check_range("an edge's source", source, n - 1)
+    _check_range("an edge's target", target, n - 1)
+    _require(torch.isfinite(graph.weight).all(), "a weight is not finite")
+    order = target * n + source
+    _require((order.diff() > 0).all(), "its edges are not in order")
+    layer = graph.nodes.layer
+    has_inputs = graph.is_kind(FEATURE, TARGET)
+    _require(has_inputs[target].all(), "an edge leads to an error or token")
+    _require((layer[source] < layer[target]).all(), "an edge does not lead to a later layer")
+
+
+def _check_range(name: str, numbers: Tensor, highest: int) -> None:
+    inside = (numbers >= 0) & (numbers <= highest)
+    _require(inside.all(), f"{name} is outside 0 to {highest}")

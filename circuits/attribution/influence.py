@@ -1,8 +1,11 @@
-"""Influence of nodes and edges on what an attribution graph explains, pruning by it, and scores of the graph (Ameisen et al. 2025).
+"""Influence of nodes and edges on what an attribution graph explains, pruning, and graph scores.
 
-With |weights| of the edges into each node scaled to sum to 1, influence flows from the targets, each starting with its probability, down along
-the edges: a node's influence is the sum over all paths. The graph has no cycles, so one pass from the targets down computes it: no inverse, no
-square matrix, and each edge is touched once.
+With A[t, s] = |w[t, s]| / sum over s' of |w[t, s']|, influence starts at the targets with their
+probabilities p and flows down the edges along all paths: influence = p (A + A^2 + A^3 + ...).
+The graph is acyclic, so one pass from the targets down computes this sum and uses each edge once.
+
+Reference: Ameisen, Lindsey et al. 2025, Circuit tracing,
+https://transformer-circuits.pub/2025/attribution-graphs/methods.html
 """
 
 from __future__ import annotations
@@ -11,51 +14,75 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from circuits.attribution.feature_graph import EMBEDDING, ERROR, FEATURE, TARGET, FeatureGraph
+from circuits.attribution.feature_graph import (
+    EMBEDDING,
+    ERROR,
+    FEATURE,
+    TARGET,
+    EdgeMask,
+    EdgeNumbers,
+    EdgeScores,
+    FeatureGraph,
+    NodeMask,
+    NodeScores,
+)
 from circuits.system.errors import InputError
 
 SMALLEST_SUM = 1e-10
+SORTED_AT_ONCE = 1 << 14
 
 
-def node_influence(graph: FeatureGraph) -> Float[Tensor, " node"]:
-    """How much of the targets' probability reaches each node, over all paths."""
-    return _flow(graph, edge_shares(graph))
+def node_influence(graph: FeatureGraph) -> NodeScores:
+    """Return how much of the targets' probability reaches each node, over all paths.
+
+    >>> import circuits
+    >>> model = circuits.load_model("toy-world")
+    >>> graph = circuits.AttributionGraph("toy-world-clt").attribute(model, "Dallas is in")
+    >>> str(graph.node(int(circuits.node_influence(graph).argmax())))
+    'tok_embed@3'
+    """
+    influence, _ = _influence(graph)
+    return influence
 
 
-def edge_shares(graph: FeatureGraph) -> Float[Tensor, " edge"]:
-    """Each edge's share of the |weights| into its target."""
+def edge_influence(graph: FeatureGraph) -> EdgeScores:
+    """Return how much of the targets' probability flows along each edge."""
+    _, influence = _influence(graph)
+    return influence
+
+
+def _influence(graph: FeatureGraph) -> tuple[NodeScores, EdgeScores]:
     sizes = graph.weight.double().abs()
-    sums = (
-        sizes.new_zeros(len(graph.nodes))
-        .index_add_(0, graph.target, sizes)
-        .clamp_(min=SMALLEST_SUM)
-    )
-    return sizes / sums[graph.target]
+    # A[t, s] = |w[t, s]| / sum over s' of |w[t, s']|
+    return propagate(graph, sizes, _incoming_sums(graph, sizes))
 
 
-def edge_influence(graph: FeatureGraph) -> Float[Tensor, " edge"]:
-    """How much of the targets' probability flows along each edge."""
-    shares = edge_shares(graph)
-    reached = _flow(graph, shares) + graph.nodes.probability.double()
-    return shares * reached[graph.target]
+def _incoming_sums(graph: FeatureGraph, sizes: EdgeScores) -> NodeScores:
+    sums = sizes.new_zeros(len(graph.nodes)).index_add_(0, graph.target, sizes)
+    return sums.clamp_(min=SMALLEST_SUM)
 
 
-def _flow(graph: FeatureGraph, shares: Float[Tensor, " edge"]) -> Float[Tensor, " node"]:
+def propagate(
+    graph: FeatureGraph, weights: EdgeScores, divisors: NodeScores
+) -> tuple[NodeScores, EdgeScores]:
+    """Pass the targets' probabilities p down the edges.
+
+    Of what reaches node t, the edge from s passes on the share A[t, s] = weight[t, s] / divisor[t].
+
+    Returns:
+        What flows into each node over all paths, and what flows along each edge.
+    """
     probability = graph.nodes.probability.double()
-    total = torch.zeros_like(probability)
-    for start, stop in graph.levels():
-        first, last = torch.searchsorted(
-            graph.target, torch.tensor([start, stop], device=graph.target.device)
-        ).tolist()
-        target = graph.target[first:last]
-        # B = A + A^2 + ...: what reaches a node is what starts there and what came down to it.
-        total.index_add_(
-            0, graph.source[first:last], (total + probability)[target] * shares[first:last]
-        )
-    return total
+    reached, flow = probability.clone(), torch.empty_like(weights)
+    for edges in graph.levels():
+        # flow[t, s] = A[t, s] (influence[t] + p[t]);  influence[s] = sum over t of flow[t, s]
+        per_weight = (reached / divisors)[graph.target[edges]]
+        flow[edges] = weights[edges] * per_weight
+        reached.index_add_(0, graph.source[edges], flow[edges])
+    return reached - probability, flow
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,21 +90,34 @@ class Pruning:
     """What to keep of a graph.
 
     Attributes:
-        nodes, edges: what is kept.
-        cumulative: for each node, the share of all influence that it and the more influential ones make together; small is important.
+        nodes, edges: which ones are kept.
+        cumulative: for each node, the share of all influence that it and all more influential
+            nodes have together. Important nodes have small values.
     """
 
-    nodes: Bool[Tensor, " node"]
-    edges: Bool[Tensor, " edge"]
-    cumulative: Float[Tensor, " node"]
+    nodes: NodeMask
+    edges: EdgeMask
+    cumulative: NodeScores
 
 
 def prune(
     graph: FeatureGraph, *, node_threshold: float = 0.8, edge_threshold: float = 0.98
 ) -> Pruning:
-    """The most influential nodes that make so much of the influence, and of the edges between them those that make so much of theirs.
+    """Choose the most influential nodes, and the most influential edges between them.
 
-    Embeddings and targets always stay. Features and errors without an edge out, and features without one in, go.
+    Embeddings and targets are always kept. Features and errors that then have no outgoing edge are
+    dropped, and so are features without an incoming edge.
+
+    >>> import circuits
+    >>> model = circuits.load_model("toy-world")
+    >>> graph = circuits.AttributionGraph("toy-world-clt").attribute(model, "Dallas is in")
+    >>> kept = circuits.prune(graph, node_threshold=0.5)
+    >>> kept.nodes.shape == graph.nodes.kind.shape, kept.edges.shape == graph.weight.shape
+    (True, True)
+
+    Args:
+        node_threshold: the share of all influence that the kept nodes have together.
+        edge_threshold: the share of influence, between kept nodes, that the kept edges have.
 
     Raises:
         InputError: a threshold is not between 0 and 1.
@@ -87,22 +127,30 @@ def prune(
             raise InputError(
                 f"{name}={threshold}: choose the share of influence to keep, from 0 to 1."
             )
-    reached = node_influence(graph)
-    always = graph.is_kind(EMBEDDING, TARGET)
-    nodes = (reached >= _cut(reached, node_threshold)) | always
-    # What is left is normalised anew before edges are scored.
-    left = graph.subgraph(nodes)
-    scores = edge_influence(left)
-    between = (nodes[graph.source] & nodes[graph.target]).nonzero().flatten()
-    edges = torch.zeros(len(graph), dtype=torch.bool, device=nodes.device)
-    edges[between[scores >= _cut(scores, edge_threshold)]] = True
-    return Pruning(*_without_loose_ends(graph, nodes, edges), _cumulative(reached))
+    influence = node_influence(graph)
+    nodes = influence >= _cutoff(influence, node_threshold)
+    nodes |= graph.is_kind(EMBEDDING, TARGET)
+    # Shares are normalized again over the remaining edges before these are scored.
+    scores = edge_influence(graph.subgraph(nodes))
+    edges = nodes[graph.source] & nodes[graph.target]
+    edges[edges.clone()] = scores >= _cutoff(scores, edge_threshold)
+    nodes, edges = _without_dead_ends(graph, nodes, edges)
+    return Pruning(nodes, edges, _cumulative_share(influence))
 
 
 def pruned(
     graph: FeatureGraph, *, node_threshold: float = 0.8, edge_threshold: float = 0.98
 ) -> FeatureGraph:
-    """The graph of what `prune` keeps.
+    """Return the subgraph that `prune` keeps.
+
+    >>> import circuits
+    >>> model = circuits.load_model("toy-world")
+    >>> graph = circuits.AttributionGraph("toy-world-clt").attribute(model, "Dallas is in")
+    >>> len(circuits.pruned(graph)) < len(graph)
+    True
+
+    Args:
+        node_threshold, edge_threshold: see `prune`.
 
     Raises:
         InputError: a threshold is not between 0 and 1.
@@ -112,73 +160,90 @@ def pruned(
 
 
 def replacement_score(graph: FeatureGraph) -> float:
-    """The share of influence on the inputs that comes from tokens and not from errors: 1 when features explain everything, end to end."""
-    reached = node_influence(graph)
-    tokens, errors = (float(reached[graph.is_kind(kind)].sum()) for kind in (EMBEDDING, ERROR))
+    """Return the share of input influence that comes from tokens and not from errors.
+
+    1 means that features explain the output completely. NaN means that nothing has influence.
+
+    >>> import circuits
+    >>> model = circuits.load_model("toy-world")
+    >>> graph = circuits.AttributionGraph("toy-world-clt").attribute(model, "Dallas is in")
+    >>> 0.5 < circuits.replacement_score(graph) < 1
+    True
+    """
+    influence = node_influence(graph)
+    tokens = float(influence[graph.is_kind(EMBEDDING)].sum())
+    errors = float(influence[graph.is_kind(ERROR)].sum())
     return tokens / (tokens + errors) if tokens + errors else math.nan
 
 
 def completeness_score(graph: FeatureGraph) -> float:
-    """The share of the edges into each node that does not come from errors, averaged with the nodes' influence.
+    """Return the share of each node's incoming edges that does not come from errors.
 
-    Nodes without edges in count as wholly explained, as in circuit-tracer.
+    The mean over nodes is weighted by influence. Nodes without incoming edges count as completely
+    explained, as in circuit-tracer. The score is NaN if nothing has influence.
+
+    >>> import circuits
+    >>> model = circuits.load_model("toy-world")
+    >>> graph = circuits.AttributionGraph("toy-world-clt").attribute(model, "Dallas is in")
+    >>> 0.5 < circuits.completeness_score(graph) < 1
+    True
     """
-    shares = edge_shares(graph)
-    weight = _flow(graph, shares) + graph.nodes.probability.double()
+    sizes = graph.weight.double().abs()
+    sums = _incoming_sums(graph, sizes)
+    influence, _ = propagate(graph, sizes, sums)
+    weight = influence + graph.nodes.probability.double()
     from_errors = graph.is_kind(ERROR)[graph.source]
-    unexplained = torch.zeros_like(weight).index_add_(
-        0, graph.target[from_errors], shares[from_errors]
-    )
+    unexplained = torch.zeros_like(weight)
+    unexplained.index_add_(0, graph.target[from_errors], sizes[from_errors])
+    unexplained /= sums
     total = float(weight.sum())
     return float(((1 - unexplained) * weight).sum()) / total if total else math.nan
 
 
-def _cut(scores: Float[Tensor, " n"], threshold: float) -> float:
-    """The largest value such that all scores from it up make the share `threshold` of their sum.
+def _cutoff(scores: Float[Tensor, " n"], threshold: float) -> float:
+    """Return the largest value such that scores from it up make `threshold` of the sum.
 
-    The scores are halved into those above and below until few are left, so that millions need not be sorted.
+    Candidates are split at their mean until few are left: sorting millions would be slower.
     """
     if not len(scores) or threshold >= 1:
         return 0.0
-    wanted, above, rest = threshold * float(scores.sum()), 0.0, scores
-    while len(rest) > SORTED_AT_ONCE:
-        middle = float(rest.mean())
-        upper = rest[rest > middle]
-        if not 0 < len(upper) < len(rest):
+    wanted, above, candidates = threshold * float(scores.sum()), 0.0, scores
+    while len(candidates) > SORTED_AT_ONCE:
+        is_upper = candidates > candidates.mean()
+        upper = candidates[is_upper]
+        if not 0 < len(upper) < len(candidates):
             break
         size = float(upper.sum())
         if above + size >= wanted:
-            rest = upper
+            candidates = upper
         else:
-            above, rest = above + size, rest[rest <= middle]
-    ordered = rest.sort(descending=True).values
+            above, candidates = above + size, candidates[~is_upper]
+    ordered = candidates.sort(descending=True).values
     place = int(torch.searchsorted(above + ordered.cumsum(0), wanted))
     return float(ordered[min(place, len(ordered) - 1)])
 
 
-SORTED_AT_ONCE = 1 << 14
-
-
-def _cumulative(reached: Float[Tensor, " node"]) -> Float[Tensor, " node"]:
-    order = torch.argsort(reached, descending=True, stable=True)
-    result = torch.empty_like(reached)
-    result[order] = reached[order].cumsum(0) / reached.sum().clamp(min=SMALLEST_SUM)
+def _cumulative_share(influence: NodeScores) -> NodeScores:
+    order = torch.argsort(influence, descending=True, stable=True)
+    result = torch.empty_like(influence)
+    result[order] = influence[order].cumsum(0) / influence.sum().clamp(min=SMALLEST_SUM)
     return result
 
 
-def _without_loose_ends(
-    graph: FeatureGraph, nodes: Bool[Tensor, " node"], edges: Bool[Tensor, " edge"]
-) -> tuple[Bool[Tensor, " node"], Bool[Tensor, " edge"]]:
-    """Drop features and errors that lead nowhere and features that come from nowhere, until all that is left lies on a path."""
-    leads, comes = graph.is_kind(FEATURE, ERROR), graph.is_kind(FEATURE)
+def _without_dead_ends(
+    graph: FeatureGraph, nodes: NodeMask, edges: EdgeMask
+) -> tuple[NodeMask, EdgeMask]:
+    """Drop nodes that are on no path from an embedding or error to a target, and their edges."""
+    needs_output, needs_input = graph.is_kind(FEATURE, ERROR), graph.is_kind(FEATURE)
     while True:
-        out, into = (_touched(column[edges], len(nodes)) for column in (graph.source, graph.target))
-        fewer = nodes & (out | ~leads) & (into | ~comes)
+        has_output = _marked(graph.source[edges], len(nodes))
+        has_input = _marked(graph.target[edges], len(nodes))
+        fewer = nodes & (has_output | ~needs_output) & (has_input | ~needs_input)
         if torch.equal(fewer, nodes):
             return nodes, edges
         nodes = fewer
         edges = edges & nodes[graph.source] & nodes[graph.target]
 
 
-def _touched(numbers: Int[Tensor, " edge"], n: int) -> Bool[Tensor, " node"]:
+def _marked(numbers: EdgeNumbers, n: int) -> NodeMask:
     return torch.zeros(n, dtype=torch.bool, device=numbers.device).index_fill_(0, numbers, True)

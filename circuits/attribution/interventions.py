@@ -1,15 +1,18 @@
-"""Interventions on features: set, scale or ablate them while the model runs, and generate text meanwhile.
+"""Interventions on features: set, scale or ablate them while the model runs or generates text.
 
-A feature's change, times its decoder rows, is added to the outputs of the MLPs it writes to. How far the change may spread is chosen: attention
-patterns can be frozen, and MLPs of chosen layers held at what they wrote without the intervention. With attention, all MLPs and the divisors of
-norms frozen only the direct effects are left, which are the columns of an attribution graph's adjacency.
+The change of a feature's activation, times its decoder rows, is added to the outputs of the MLPs
+that it writes to. Attention patterns, norm scales, and the MLPs of chosen layers can be frozen at
+their clean values, those of a run without interventions. With all of them frozen only direct
+effects remain: the columns of an attribution graph's adjacency matrix.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
 from numbers import Real
 
 import torch
@@ -38,17 +41,27 @@ from circuits.system.errors import InputError
 from circuits.tasks.tokenization import prompt_tokens
 from circuits.transcoders.transcoder import Transcoders
 
+Prompt = str | Sequence[int] | Int[Tensor, " pos"]
+FeatureValues = Float[Tensor, "variant pos feature"]
+Residual = Float[Tensor, "variant pos d_model"]
+
 
 @dataclass(frozen=True)
 class Intervention:
-    """One feature's activation set to a value, or multiplied.
+    """A change of one feature's activation: set to a value, or multiplied by a factor.
+
+    >>> import circuits
+    >>> circuits.Intervention.ablate("f2.120@5")
+    Intervention(layer=2, index=120, position=5, value=None, factor=0.0)
 
     Attributes:
-        layer, index: which feature.
-        position: where: a position, a slice of them (open at the end, it goes on while text is generated), or None: everywhere. Negative ones count
-            from the end of the prompt, also while text is generated.
-        value: what it is set to; or
-        factor: what it is multiplied by: 0 ablates.
+        layer, index: the feature.
+        position: a position, a slice of positions, or None for all. Negative ones count from the
+            end of the prompt. A slice without an end also covers generated tokens.
+        value, factor: the new activation, or what it is multiplied by; the other one is None.
+
+    Raises:
+        InputError: not exactly one of `value` and `factor` is given, or it is not finite.
     """
 
     layer: int
@@ -58,51 +71,74 @@ class Intervention:
     factor: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.value is None) == (self.factor is None):
+        name = f"f{self.layer}.{self.index}"
+        given = [number for number in (self.value, self.factor) if number is not None]
+        if len(given) != 1:
             raise InputError(
-                f"an intervention on f{self.layer}.{self.index} has either a value or a factor; give one of them."
+                f"an intervention on {name} has either a value or a factor; give one of them."
             )
-        given = self.factor if self.value is None else self.value
-        if not isinstance(given, Real) or not math.isfinite(given):
+        if not isinstance(given[0], Real) or not math.isfinite(given[0]):
             raise InputError(
-                f"f{self.layer}.{self.index} cannot be set to or multiplied by {given!r}; give a finite number."
+                f"{name} cannot be set to or multiplied by {given[0]!r}; give a finite number."
             )
 
     @staticmethod
     def set(feature: Feature | str, value: float) -> Intervention:
-        """Set a feature, at its position or (without one) everywhere."""
-        return Intervention(*_place(feature), value=value)
+        """Set a feature, at its position or, without one, at all positions."""
+        return Intervention(*_layer_index_position(feature), value=value)
 
     @staticmethod
     def scale(feature: Feature | str, factor: float) -> Intervention:
         """Multiply a feature."""
-        return Intervention(*_place(feature), factor=factor)
+        return Intervention(*_layer_index_position(feature), factor=factor)
 
     @staticmethod
     def ablate(feature: Feature | str) -> Intervention:
-        """Switch a feature off."""
+        """Set a feature to zero."""
         return Intervention.scale(feature, 0.0)
+
+    def applied(self, activation: Float[Tensor, " pos"]) -> Float[Tensor, " pos"]:
+        """Return the feature's new activation."""
+        if self.factor is not None:
+            return activation * self.factor
+        assert self.value is not None
+        return torch.full_like(activation, self.value)
+
+
+def _layer_index_position(feature: Feature | str) -> tuple[int, int, int | None]:
+    node = parse_node(feature) if isinstance(feature, str) else feature
+    if not isinstance(node, Feature) or isinstance(node.position, str):
+        raise InputError(
+            f"{feature} is no feature at a position; write f2.1204@5, or f2.1204 for all positions."
+        )
+    return node.layer, node.index, node.position
 
 
 @dataclass(frozen=True, eq=False)
 class Intervened:
-    """What a run under interventions gave, a row per variant.
+    """The results of a run under interventions, with one row per variant.
+
+    >>> import circuits
+    >>> model = circuits.load_model("toy-world")
+    >>> transcoders = circuits.load_transcoders("toy-world-clt")
+    >>> circuits.intervene(model, transcoders, "Dallas is in", [[]]).activations[0].shape
+    torch.Size([1, 4, 512])
 
     Attributes:
-        logits: at each position.
-        preactivations: of every feature, by layer.
-        activations: likewise, as they were before the intervention of their own layer.
+        logits: the logits at each position.
+        preactivations: the pre-activations of all features, by layer.
+        activations: by layer, the activations before the layer's own interventions.
     """
 
     logits: Float[Tensor, "variant pos vocab"]
-    preactivations: Sequence[Float[Tensor, "variant pos feature"]]
-    activations: Sequence[Float[Tensor, "variant pos feature"]]
+    preactivations: Sequence[FeatureValues]
+    activations: Sequence[FeatureValues]
 
 
 def intervene(
     model: Model,
     transcoders: Transcoders,
-    prompt: str | Sequence[int] | Int[Tensor, " pos"],
+    prompt: Prompt,
     variants: Sequence[Sequence[Intervention]],
     *,
     freeze_attention: bool = True,
@@ -110,89 +146,83 @@ def intervene(
     freeze_norms: bool = False,
     leading: int = 1,
 ) -> Intervened:
-    """Run a prompt under several sets of interventions, a variant each.
+    """Run a prompt under several lists of interventions, one variant per list.
+
+    >>> import circuits
+    >>> model = circuits.load_model("toy-world")
+    >>> transcoders = circuits.load_transcoders("toy-world-clt")
+    >>> ablate = circuits.Intervention.ablate("f0.475@3")
+    >>> circuits.intervene(model, transcoders, "Dallas is in", [[], [ablate]]).logits.shape
+    torch.Size([2, 4, 673])
 
     Args:
-        prompt: text, or token ids as they are.
-        variants: the interventions of each run; none of them is the model itself. Of two on one feature the later holds.
-        freeze_attention: attention patterns stay what they are without interventions.
-        frozen_layers: in these layers MLPs write what they write without interventions, and what is intervened; elsewhere they see the change.
-            Features write their change only into these layers, where any are given.
-        freeze_norms: what norms divide by stays too. With attention, norms and every layer frozen, what is left are direct effects.
-        leading: at so many first positions there are no features.
+        prompt: text, or token ids.
+        variants: the interventions of each run; without any, the model itself runs. If two change
+            the same feature, the later one wins.
+        freeze_attention: freeze attention patterns at their clean values.
+        frozen_layers: layers whose MLP outputs are their clean values plus the changes by the
+            interventions. If any are given, features write their changes to these layers only.
+        freeze_norms: freeze the scales of all norms at their clean values.
+        leading: the number of first positions without features.
 
     Raises:
-        InputError: the transcoders do not fit the model, the prompt cannot be used, or an intervention names what is not there.
+        InputError: the transcoders do not fit the model, the prompt cannot be used, or an
+            intervention or frozen layer does not exist.
     """
-    check_transcoders(model, transcoders)
-    _check_leading(leading)
-    tokens = prompt_tokens(model, prompt)
-    if not isinstance(variants, Sequence) or not all(
-        isinstance(variant, Sequence) and not isinstance(variant, str) for variant in variants
-    ):
+    tokens = _checked_prompt(model, transcoders, prompt, leading)
+    if not _is_list(variants) or not all(map(_is_list, variants)):
         raise InputError(
-            "variants is a list with a list of interventions for each run; for one run, give [[intervention, ...]]."
+            "variants must be a list with a list of interventions for each run; "
+            "for one run, give [[intervention, ...]]."
         )
-    placed = [
-        [_placed(change, transcoders, len(tokens), len(tokens), leading) for change in variant]
-        for variant in variants
-    ]
     if isinstance(frozen_layers, int | str):
-        raise InputError(
-            f"frozen_layers={frozen_layers!r}: give a list of layers, such as [0, 1] or range(model.cfg.n_layers)."
-        )
-    if wrong := [layer for layer in frozen_layers if layer not in range(transcoders.n_layers)]:
-        raise InputError(
-            f"frozen_layers holds {wrong[0]!r}, and the model has layers 0 to {transcoders.n_layers - 1}."
-        )
-    return _intervened(
-        model, transcoders, tokens, placed, freeze_attention, frozen_layers, freeze_norms, leading
-    )
-
-
-def _intervened(
-    model: Model,
-    transcoders: Transcoders,
-    tokens: Int[Tensor, " pos"],
-    variants: Sequence[Sequence[Intervention]],
-    freeze_attention: bool,
-    frozen_layers: Sequence[int] = (),
-    freeze_norms: bool = False,
-    leading: int = 1,
-) -> Intervened:
-    """`intervene` with what has been checked; positions are slices, which may reach beyond the text."""
-    rows, mask = padded(model, [tokens] * max(1, len(variants)))
-    run = _Run(model, transcoders, variants, set(frozen_layers), leading)
-    with frozen(model), plain_inputs(model), torch.no_grad():
-        before = run.record(rows[:1], mask[:1], freeze_attention, freeze_norms)
-        with hooked(model, run.hooks(before)):
-            residual = run_to_residual(model, rows, mask)
-            # One row of positions after another, as the last norm's frozen divisors are.
-            logits = torch.stack([unembed(model, one) for one in residual])
-    return Intervened(logits, run.preactivations, run.activations)
+        raise InputError(f"frozen_layers={frozen_layers!r}: give a list of layers, such as [0, 1].")
+    layers = range(transcoders.n_layers)
+    for layer in frozen_layers:
+        if layer not in layers:
+            raise InputError(
+                f"frozen_layers holds {layer!r}, and the model has layers 0 to {layers[-1]}."
+            )
+    span = _PromptSpan(len(tokens), len(tokens), leading)
+    located = [[span.located(one, transcoders) for one in variant] for variant in variants]
+    held = [pattern_hook(layer) for layer in layers] if freeze_attention else []
+    if freeze_norms and model.cfg.normalization_type is not None:
+        held += [*scale_hooks(model).values(), FINAL_SCALE]
+    run = _InterventionRun(model, transcoders, located, leading, set(frozen_layers))
+    return run.execute(tokens, held)
 
 
 def direct_effects(
     model: Model,
     transcoders: Transcoders,
-    prompt: str | Sequence[int] | Int[Tensor, " pos"],
+    prompt: Prompt,
     variants: Sequence[Sequence[Intervention]],
     *,
     leading: int = 1,
 ) -> Intervened:
-    """`intervene` with attention, norms and all MLPs frozen: what an attribution graph's edges predict.
+    """Run `intervene` with attention, norms and all MLPs frozen, as attribution graphs assume.
+
+    >>> import circuits
+    >>> model = circuits.load_model("toy-world")
+    >>> transcoders = circuits.load_transcoders("toy-world-clt")
+    >>> double = circuits.Intervention.scale("f0.475@3", 2.0)
+    >>> run = circuits.direct_effects(model, transcoders, "Dallas is in", [[], [double]])
+    >>> bool((run.preactivations[0][0] == run.preactivations[0][1]).all())  # its own layer
+    True
+
+    Args:
+        prompt, variants, leading: see `intervene`.
 
     Raises:
         InputError: see `intervene`.
     """
     check_transcoders(model, transcoders)
-    layers = range(transcoders.n_layers)
     return intervene(
         model,
         transcoders,
         prompt,
         variants,
-        frozen_layers=layers,
+        frozen_layers=range(transcoders.n_layers),
         freeze_norms=True,
         leading=leading,
     )
@@ -201,7 +231,7 @@ def direct_effects(
 def generate(
     model: Model,
     transcoders: Transcoders,
-    prompt: str | Sequence[int] | Int[Tensor, " pos"],
+    prompt: Prompt,
     interventions: Sequence[Intervention],
     *,
     new_tokens: int = 20,
@@ -209,237 +239,239 @@ def generate(
     seed: int = 0,
     leading: int = 1,
 ) -> Int[Tensor, " pos"]:
-    """Continue a prompt under interventions, which act on the tokens that come too where their position is open. Nothing is frozen.
+    """Continue a prompt under interventions, with nothing frozen, and return all token ids.
+
+    Interventions at all positions, or in a slice without an end, also act on generated tokens.
+
+    >>> import circuits
+    >>> model = circuits.load_model("toy-world")
+    >>> transcoders = circuits.load_transcoders("toy-world-clt")
+    >>> tokens = circuits.generate(model, transcoders, "The capital of Texas is", [], new_tokens=1)
+    >>> model.to_string(tokens)
+    '<bos> The capital of Texas is Austin'
 
     Args:
-        new_tokens: how many, fewer where the context ends.
+        prompt, leading: see `intervene`.
+        new_tokens: how many tokens to add; fewer if the context ends.
         temperature: 0 takes the most probable token each time.
-        seed: of the draws, when the temperature is positive.
-        leading: see `intervene`.
+        seed: seeds the sampling if the temperature is positive.
 
     Raises:
-        InputError: see `intervene`.
+        InputError: see `intervene`; or `new_tokens` or `temperature` is negative.
     """
-    tokens, generator = prompt_tokens(model, prompt), torch.Generator().manual_seed(seed)
-    check_transcoders(model, transcoders)
-    _check_leading(leading)
-    padded(model, [tokens])
+    tokens = _checked_prompt(model, transcoders, prompt, leading)
     if not isinstance(new_tokens, int) or new_tokens < 0:
         raise InputError(f"new_tokens={new_tokens!r}: give a whole number, 0 or more.")
     if not 0 <= temperature < math.inf:
         raise InputError(
             f"temperature={temperature}: give 0 for the most probable token each time, or more."
         )
-    if not isinstance(interventions, Sequence):
-        raise InputError("interventions is a list of them; for a single one, give [intervention].")
-    reach = min(len(tokens) + new_tokens, model.cfg.n_ctx)
-    placed = [_placed(change, transcoders, len(tokens), reach, leading) for change in interventions]
-    for _ in range(reach - len(tokens)):
-        logits = (
-            _intervened(
-                model, transcoders, tokens, [placed], freeze_attention=False, leading=leading
-            )
-            .logits[0, -1]
-            .float()
-            .cpu()
-        )
-        if temperature > 0:
-            following = torch.multinomial(
-                (logits / temperature).softmax(-1), 1, generator=generator
-            )
-        else:
-            following = logits.argmax()[None]
-        tokens = torch.cat([tokens, following])
+    if not _is_list(interventions):
+        raise InputError("interventions must be a list; for a single one, give [intervention].")
+    final_length = min(len(tokens) + new_tokens, model.cfg.n_ctx)
+    span = _PromptSpan(len(tokens), final_length, leading)
+    located = [span.located(one, transcoders) for one in interventions]
+    generator = torch.Generator().manual_seed(seed)
+    while len(tokens) < final_length:
+        run = _InterventionRun(model, transcoders, [located], leading)
+        logits = run.execute(tokens).logits[0, -1].float().cpu()
+        tokens = torch.cat([tokens, _next_token(logits, temperature, generator)])
     return tokens
 
 
+def _next_token(
+    logits: Float[Tensor, " vocab"], temperature: float, generator: torch.Generator
+) -> Int[Tensor, "1"]:
+    if temperature == 0:
+        return logits.argmax()[None]
+    probabilities = (logits / temperature).softmax(-1)
+    return torch.multinomial(probabilities, 1, generator=generator)
+
+
 @dataclass(frozen=True, eq=False)
-class _Run:
-    """The hooks of one run under interventions, and what they saw."""
+class _InterventionRun:
+    """One run of a prompt under interventions: the hooks on its MLPs and what they record.
+
+    Attributes:
+        variants: interventions whose positions are slices; these may reach beyond the prompt.
+        clean: clean activations of what is frozen, by hook point.
+        changes: by layer, the change of each feature's activation.
+        input_changes: by frozen layer, the change of what its features read.
+    """
 
     model: Model
     transcoders: Transcoders
     variants: Sequence[Sequence[Intervention]]
-    frozen_layers: set[int]
     leading: int
-    preactivations: list[Tensor] = field(default_factory=list)
-    activations: list[Tensor] = field(default_factory=list)
-    changes: dict[int, Tensor] = field(default_factory=dict)
-    inputs: dict[int, Tensor] = field(default_factory=dict)
+    frozen_layers: Set[int] = frozenset()
+    clean: dict[str, Tensor] = field(default_factory=dict)
+    preactivations: list[FeatureValues] = field(default_factory=list)
+    activations: list[FeatureValues] = field(default_factory=list)
+    changes: dict[int, FeatureValues] = field(default_factory=dict)
+    input_changes: dict[int, Residual] = field(default_factory=dict)
 
-    def record(
-        self, tokens: Tensor, mask: Tensor, attention: bool, norms: bool
-    ) -> dict[str, Tensor]:
-        """What is to be frozen, from a run without interventions."""
-        names = [
-            name
-            for layer in range(self.transcoders.n_layers)
-            for name in (self._reads(layer), self._writes(layer))
-        ]
-        names += (
-            [pattern_hook(layer) for layer in range(self.transcoders.n_layers)] if attention else []
-        )
-        names += list(scale_hooks(self.model).values()) if norms else []
-        before: dict[str, Tensor] = {}
-        residual = run_to_residual(
-            self.model, tokens, mask, [(name, keeper(before, name)) for name in names]
-        )
-        if norms and self.model.cfg.normalization_type is not None:
-            with hooked(self.model, [(FINAL_SCALE, keeper(before, FINAL_SCALE))]):
+    def execute(self, tokens: Int[Tensor, " pos"], held: Sequence[str] = ()) -> Intervened:
+        """Run all variants, with the activations at the hook points `held` at clean values."""
+        model, n_variants = self.model, max(1, len(self.variants))
+        rows, mask = padded(model, [tokens] * n_variants)
+        mlp_hooks = chain(*map(self._mlp_hooks, self.frozen_layers))
+        with frozen(model), plain_inputs(model), torch.no_grad():
+            self._record_clean(tokens, [*held, *mlp_hooks])
+            with hooked(model, list(self._hooks(held))):
+                residual = run_to_residual(model, rows, mask)
+                # Row by row, because a frozen scale of the final norm is that of one row.
+                logits = [unembed(model, row) for row in residual]
+        return Intervened(torch.stack(logits), self.preactivations, self.activations)
+
+    def _record_clean(self, tokens: Int[Tensor, " pos"], names: Sequence[str]) -> None:
+        if not names:
+            return
+        rows, mask = padded(self.model, [tokens])
+        with hooked(self.model, [(name, keeper(self.clean, name)) for name in names]):
+            residual = run_to_residual(self.model, rows, mask)
+            if FINAL_SCALE in names:
                 unembed(self.model, residual[0])
-        return before
 
-    def hooks(self, before: dict[str, Tensor]) -> list[tuple[str, Hook]]:
-        """Freeze what was recorded, and intervene."""
-        ours = {
-            name
-            for layer in range(self.transcoders.n_layers)
-            for name in (self._reads(layer), self._writes(layer))
-        }
-        held: list[tuple[str, Hook]] = [
-            (name, _holding(value)) for name, value in before.items() if name not in ours
-        ]
+    def _hooks(self, held: Sequence[str]) -> Iterable[tuple[str, Hook]]:
+        for name in held:
+            yield name, partial(_replace_by, self.clean[name])
         for layer in range(self.transcoders.n_layers):
-            held.append((self._reads(layer), self._reader(layer, before)))
-            held.append((self._writes(layer), self._writer(layer, before)))
-        return held
+            mlp_input, mlp_output = self._mlp_hooks(layer)
+            yield mlp_input, partial(self._read, layer)
+            yield mlp_output, partial(self._write, layer)
 
-    def _reads(self, layer: int) -> str:
-        return mlp_residual_hook(self.model, layer)
+    def _mlp_hooks(self, layer: int) -> tuple[str, str]:
+        before_norm = self.transcoders.writes == "mlp"
+        output = mlp_output_hook(self.model, layer, before_norm=before_norm)
+        return mlp_residual_hook(self.model, layer), output
 
-    def _writes(self, layer: int) -> str:
-        return mlp_output_hook(self.model, layer, before_norm=self.transcoders.writes == "mlp")
+    def _read(self, layer: int, residual: Residual) -> None:
+        """Record what the layer's features compute, and how the interventions change it."""
+        inputs = self._feature_inputs(layer, residual)
+        preactivations, activations = self._fire(layer, inputs)
+        self.preactivations.append(preactivations)
+        self.activations.append(activations)
+        if layer in self.frozen_layers:
+            mlp_input, _ = self._mlp_hooks(layer)
+            clean_inputs = self._feature_inputs(layer, self.clean[mlp_input])
+            self.input_changes[layer] = inputs - clean_inputs
+            # Features of a frozen layer keep their clean activations: no intervention of an
+            # earlier layer is seen, so direct effects of several features add up.
+            _, clean_activations = self._fire(layer, clean_inputs)
+            activations = clean_activations.expand_as(activations)
+        self.changes[layer] = self._change(layer, activations)
 
-    def _reader(self, layer: int, before: dict[str, Tensor]) -> Hook:
-        def read(residual: Float[Tensor, "variant pos d_model"]) -> None:
-            inputs = self._inputs(layer, residual, before)
-            pre = self.transcoders.preactivations(layer, inputs)
-            activations = self.transcoders.encoders[layer].activation(pre)
-            activations[:, : self.leading] = 0
-            self.inputs[layer] = inputs
-            self.preactivations.append(pre)
-            self.activations.append(activations)
-            current = activations
-            if layer in self.frozen_layers:
-                was = self._inputs(layer, before[self._reads(layer)], before)
-                current = self.transcoders.encode(layer, was).expand_as(activations).clone()
-                current[:, : self.leading] = 0
-            self.changes[layer] = self._change(layer, current)
+    def _write(self, layer: int, output: Residual) -> Residual:
+        """Add the changes of all features that write to the layer's MLP output."""
+        if layer in self.frozen_layers:
+            _, mlp_output = self._mlp_hooks(layer)
+            # The skip is part of the linear map, so it passes on changes of its input.
+            skip = self.transcoders.skip(layer, self.input_changes[layer])
+            output = self.clean[mlp_output] + skip.to(output)
+        elif self.frozen_layers:
+            return output
+        # output of MLP l += sum over features s that write to it of (change of a_s) W_dec[s, l]
+        change = self.transcoders.decode(self.changes, layer)
+        return output + change.to(output)
 
-        return read
+    def _feature_inputs(self, layer: int, residual: Residual) -> Residual:
+        """Return what features read, through the norm with its frozen or its current scale."""
+        weights = ModelWeights(self.model)
+        scale = self.clean.get(scale_hooks(self.model).get((layer, "ln2"), ""))
+        if scale is None:
+            _, scale = weights.normalized(layer, residual) or (None, None)
+        norm = weights.linear_norm(layer, "ln2", scale)
+        residual = residual.to(wide(self.model))
+        return read_by_features(self.transcoders, norm, residual)[1]
 
-    def _inputs(
-        self, layer: int, residual: Float[Tensor, "variant pos d_model"], before: dict[str, Tensor]
-    ) -> Tensor:
-        """What features read, through the norm's frozen divisor where it is frozen."""
-        parts, name = ModelWeights(self.model), scale_hooks(self.model).get((layer, "ln2"), "")
-        normalized = parts.normalized(layer, residual)
-        scale = before.get(name, None if normalized is None else normalized[1])
-        return read_by_features(
-            self.transcoders, parts.linear_norm(layer, "ln2", scale), residual.to(wide(self.model))
-        )[1]
+    def _fire(self, layer: int, inputs: Residual) -> tuple[FeatureValues, FeatureValues]:
+        """Return pre-activations and activations."""
+        preactivations = self.transcoders.preactivations(layer, inputs)
+        activations = self.transcoders.encoders[layer].activation(preactivations)
+        activations[:, : self.leading] = 0
+        return preactivations, activations
 
-    def _change(
-        self, layer: int, current: Float[Tensor, "variant pos feature"]
-    ) -> Float[Tensor, "variant pos feature"]:
-        change = torch.zeros_like(current)
+    def _change(self, layer: int, activations: FeatureValues) -> FeatureValues:
+        change = torch.zeros_like(activations)
         for row, interventions in enumerate(self.variants):
             for one in interventions:
                 if one.layer == layer:
-                    where = one.position
-                    now = current[row, where, one.index]
-                    if one.value is not None:
-                        wanted = torch.full_like(now, one.value)
-                    else:
-                        wanted = now * one.factor  # type: ignore[operator]
-                    change[row, where, one.index] = wanted - now
+                    place = (row, one.position, one.index)
+                    # change of a_s = (value or factor a_s) - a_s
+                    change[place] = one.applied(activations[place]) - activations[place]
         change[:, : self.leading] = 0
         return change
 
-    def _writer(self, layer: int, before: dict[str, Tensor]) -> Hook:
-        def write(output: Float[Tensor, "variant pos d_model"]) -> Tensor:
-            if layer in self.frozen_layers:
-                was = self._inputs(layer, before[self._reads(layer)], before)
-                # The skip is part of the linear map, so it goes on seeing changes.
-                skipped = self.transcoders.skip(layer, self.inputs[layer] - was)
-                output = before[self._writes(layer)] + skipped.to(output)
-            if self.frozen_layers and layer not in self.frozen_layers:
-                return output
-            return output + self.transcoders.decode(self.changes, layer).to(output)
 
-        return write
+def _replace_by(value: Tensor, activation: Tensor) -> Tensor:
+    return value.expand_as(activation)
 
 
-def _holding(value: Tensor) -> Hook:
-    def hold(activation: Tensor) -> Tensor:
-        return value.expand_as(activation)
-
-    return hold
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
-def _place(feature: Feature | str) -> tuple[int, int, int | None]:
-    node = parse_node(feature) if isinstance(feature, str) else feature
-    if not isinstance(node, Feature) or isinstance(node.position, str):
-        raise InputError(
-            f"{feature} is no feature at a position; write f2.1204@5, or f2.1204 for every position."
-        )
-    return node.layer, node.index, node.position
-
-
-def _placed(
-    change: Intervention, transcoders: Transcoders, length: int, reach: int, leading: int
-) -> Intervention:
-    """An intervention that has been checked, its position a slice from the start of the prompt.
-
-    Args:
-        length: of the prompt.
-        reach: the length that it may grow to.
-    """
-    if not isinstance(change, Intervention):
-        raise InputError(
-            f"{change!r} is no intervention; make one of a feature, such as circuits.Intervention.ablate({str(change)!r})."
-        )
-    name = f"f{change.layer}.{change.index}"
-    if change.layer not in range(transcoders.n_layers) or change.index not in range(
-        transcoders.n_features
-    ):
-        raise InputError(
-            f"there is no feature {name}: {transcoders.name!r} has {transcoders.n_layers} layers of {transcoders.n_features} features."
-        )
-    where = _slice(change.position, length)
-    covered = range(reach)[where] if where is not None else range(0)
-    if where is None or not len(covered):
-        raise InputError(
-            f"{name} is to be changed at position {change.position!r} of a prompt of {length} tokens, which it does not have."
-        )
-    if covered[-1] < leading:
-        raise InputError(
-            f"{name} is to be changed at position {change.position!r}, and the first {leading} have no features; see leading."
-        )
-    return replace(change, position=where)
-
-
-def _check_leading(leading: int) -> None:
+def _checked_prompt(
+    model: Model, transcoders: Transcoders, prompt: Prompt, leading: int
+) -> Int[Tensor, " pos"]:
+    check_transcoders(model, transcoders)
     if not isinstance(leading, int) or leading < 0:
         raise InputError(f"leading={leading!r}: give a whole number, 0 or more.")
+    tokens = prompt_tokens(model, prompt)
+    padded(model, [tokens])  # refuses prompts that are empty or too long
+    return tokens
 
 
-def _slice(position: int | slice | None, length: int) -> slice | None:
-    """A position, or some, counted from the start of a prompt of that length; None where it is none."""
-    if position is None:
-        return slice(None)
-    if isinstance(position, slice):
+@dataclass(frozen=True)
+class _PromptSpan:
+    """The lengths of a prompt without and with its continuation; where features begin."""
+
+    length: int
+    final_length: int
+    leading: int
+
+    def located(self, change: Intervention, transcoders: Transcoders) -> Intervention:
+        """Check an intervention and make its position a slice from the start of the prompt."""
+        if not isinstance(change, Intervention):
+            raise InputError(
+                f"{change!r} is no intervention; make one of a feature, "
+                f"such as circuits.Intervention.ablate({str(change)!r})."
+            )
+        name = f"f{change.layer}.{change.index}"
+        n_layers, n_features = transcoders.n_layers, transcoders.n_features
+        if change.layer not in range(n_layers) or change.index not in range(n_features):
+            raise InputError(
+                f"there is no feature {name}: {transcoders.name!r} has {n_layers} layers "
+                f"of {n_features} features."
+            )
+        where = f"{name} cannot be changed at position {change.position!r}"
+        positions = self._from_start(change.position)
+        covered = range(self.final_length)[positions]
+        if not covered:
+            raise InputError(
+                f"{where} of a prompt of {self.length} tokens; choose an existing position."
+            )
+        if covered[-1] < self.leading:
+            raise InputError(
+                f"{where}: the first {self.leading} positions have no features; see leading."
+            )
+        return replace(change, position=positions)
+
+    def _from_start(self, position: int | slice | None) -> slice:
+        """Return the positions as a slice without negative bounds; empty if they are invalid."""
+        if position is None:
+            return slice(None)
+        if isinstance(position, int):
+            first = position + self.length if position < 0 else position
+            return slice(first, first + 1) if first >= 0 else slice(0)
+        if not isinstance(position, slice):
+            return slice(0)
         parts = (position.start, position.stop, position.step)
-        if not all(part is None or isinstance(part, int) for part in parts) or (
-            position.step is not None and position.step < 1
-        ):
-            return None
-        start, stop = (
-            part if part is None or part >= 0 else max(0, part + length)
-            for part in (position.start, position.stop)
-        )
-        return slice(start, stop, position.step)
-    if not isinstance(position, int) or position < -length:
-        return None
-    start = position % length if position < 0 else position
-    return slice(start, start + 1)
+        whole = all(isinstance(part, int | None) for part in parts)
+        if not whole or (position.step is not None and position.step < 1):
+            return slice(0)
+        start = self._not_negative(position.start)
+        return slice(start, self._not_negative(position.stop), position.step)
+
+    def _not_negative(self, bound: int | None) -> int | None:
+        return bound if bound is None or bound >= 0 else max(0, bound + self.length)
