@@ -1,27 +1,43 @@
-"""Which features fire on a prompt, and what they, the errors and the constants write: the sources of an attribution graph's edges."""
+"""The active features of a prompt, and what features, errors and constants write.
+
+These are the sources of an attribution graph's edges.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.attribution.local_model import FrozenLayer, LocalModel
+from circuits.attribution.local_model import (
+    FrozenLayer,
+    LocalModel,
+    ModelVector,
+    Residual,
+    apply_norm,
+)
+from circuits.attribution.tensor_table import join_rows, row_numbers, select_rows, true_rows
 from circuits.system.errors import InputError
 from circuits.transcoders.transcoder import Transcoders
+
+FeatureNumbers = Int[Tensor, " feature"]
+RowNumbers = Int[Tensor, " row"]
+OutputRows = Float[Tensor, "row d_model"]
+ResidualByLayer = Float[Tensor, "layer pos d_model"]
 
 
 @dataclass(frozen=True, eq=False)
 class ActiveFeatures:
-    """The features that fire on one prompt, ordered by layer, position and index."""
+    """The features that are active on one prompt, sorted by layer, position and index."""
 
-    layer: Int[Tensor, " feature"]
-    position: Int[Tensor, " feature"]
-    index: Int[Tensor, " feature"]
+    layer: FeatureNumbers
+    position: FeatureNumbers
+    index: FeatureNumbers
     activation: Float[Tensor, " feature"]
 
     def __len__(self) -> int:
@@ -31,111 +47,104 @@ class ActiveFeatures:
 def active_features(
     models: Sequence[LocalModel], transcoders: Transcoders, *, leading: int = 1
 ) -> list[ActiveFeatures]:
-    """The active features of some prompts, each layer's encoder applied to all of them at once.
+    """Find the active features of several prompts, applying each encoder to all of them at once.
 
     Args:
-        leading: at so many first positions there are no features (the position of a beginning-of-sequence token).
+        leading: the number of first positions without features, such as that of a
+            beginning-of-sequence token.
 
     Raises:
-        InputError: activations are not finite.
+        InputError: pre-activations are not finite.
     """
     lengths = [len(model.tokens) for model in models]
-    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in models]
-    finite: list[Tensor] = []
+    by_prompt: list[list[ActiveFeatures]] = [[] for _ in models]
+    finite = []
     for layer in range(transcoders.n_layers):
-        pre = transcoders.preactivations(
-            layer, torch.cat([model.layers[layer].feature_input for model in models])
-        )
-        # Of pre-activations: one that is not a number fires nowhere, and would be missed without a word.
-        finite.append(torch.isfinite(pre).all())
-        for row, one in enumerate(pre.split(lengths)):
-            activations = transcoders.encoders[layer].activation(one[None])[0]
-            activations[:leading] = 0
-            places = activations.nonzero()
-            found[row].append((places, activations[places[:, 0], places[:, 1]]))
+        inputs = torch.cat([model.layers[layer].feature_input for model in models])
+        preactivations = transcoders.preactivations(layer, inputs)
+        # Activations would hide a NaN: it exceeds no threshold, so the feature seems inactive.
+        finite.append(preactivations.isfinite().all())
+        split = preactivations.split(lengths)
+        for found, of_prompt in zip(by_prompt, split, strict=True):
+            found.append(_active_in_layer(transcoders, layer, of_prompt, leading))
     if not torch.stack(finite).all():
         raise InputError(
-            f"features of {transcoders.name!r} have pre-activations that are not finite; load model and transcoders in float32."
+            f"features of {transcoders.name!r} have pre-activations that are not finite; "
+            "load model and transcoders in float32."
         )
-    result = []
-    for parts in found:
-        values = torch.cat([values for _, values in parts])
-        places = torch.cat([places for places, _ in parts])
-        counts = torch.tensor([len(values) for _, values in parts], device=places.device)
-        layers = torch.arange(len(parts), device=places.device).repeat_interleave(counts)
-        result.append(
-            ActiveFeatures(layers, places[:, 0].contiguous(), places[:, 1].contiguous(), values)
-        )
-    return result
+    return [join_rows(layers) for layers in by_prompt]
+
+
+def _active_in_layer(
+    transcoders: Transcoders, layer: int, preactivations: Tensor, leading: int
+) -> ActiveFeatures:
+    activation = transcoders.encoders[layer].activation
+    # An activation function may choose the largest of a prompt, so it takes a batch of prompts.
+    activations = activation(preactivations[None])[0]
+    activations[:leading] = 0
+    position, index = activations.nonzero(as_tuple=True)
+    layers = torch.full_like(position, layer)
+    return ActiveFeatures(layers, position, index, activations[position, index])
 
 
 @dataclass(frozen=True, eq=False)
-class Written:
-    """What the features that write into one layer's MLP output add to the residual stream.
+class FeatureOutputs:
+    """What the active features write into the MLP output of one layer.
 
     Attributes:
-        rows: activation times decoder, by position, then as `Sources.order` has them.
-        bounds: `rows[bounds[p] : bounds[p + 1]]` are those at position p.
-        places: where each row stands in `Sources.order`; those at one position stand together.
+        rows: activation x decoder row of each writing feature, in the order of `Sources.order`.
+        columns: the place of each row's feature in `Sources.order`.
+        position: of each row.
+        column_slices: by position, the columns of its rows, which are consecutive.
     """
 
-    rows: Float[Tensor, "row d_model"]
-    bounds: Sequence[int]
-    places: Int[Tensor, " row"]
-
-    def at(self, position: int) -> tuple[Float[Tensor, "row d_model"], slice]:
-        """What is written at a position, and where those that write it stand in `Sources.order`."""
-        start, stop = self.bounds[position], self.bounds[position + 1]
-        column = self._columns[position]
-        return self.rows[start:stop], slice(column, column + stop - start)
+    rows: OutputRows
+    columns: RowNumbers
+    position: RowNumbers
+    column_slices: Sequence[slice]
 
     @cached_property
-    def _columns(self) -> Sequence[int]:
-        """Where the first row of each position stands in `Sources.order`; any number where a position has none."""
-        first = torch.tensor(self.bounds[:-1], device=self.places.device)
-        return torch.cat([self.places, self.places.new_zeros(1)])[first].tolist()
+    def starts(self) -> Sequence[int]:
+        """The first row of each position, and the number of all rows."""
+        sizes = [columns.stop - columns.start for columns in self.column_slices]
+        return [0, *accumulate(sizes)]
 
     @cached_property
-    def slots(self) -> Int[Tensor, "pos slot"]:
-        """The rows at each position, with as many slots for all as the fullest needs; what is in a slot too many is no row of that position."""
-        bounds = torch.tensor(self.bounds, device=self.rows.device)
-        return bounds[:-1, None] + torch.arange(int(bounds.diff().max()), device=bounds.device)
+    def n_slots(self) -> int:
+        """The largest number of rows at one position."""
+        return max(stop - start for start, stop in pairwise(self.starts))
 
     @cached_property
-    def filled(self) -> Int[Tensor, " row"]:
-        """The slot of each row, all positions' slots in one line."""
-        bounds = torch.tensor(self.bounds, device=self.rows.device)
-        return (self.slots < bounds[1:, None]).flatten().nonzero().flatten()
-
-    def together(self, positions: slice) -> Float[Tensor, "pos slot d_model"]:
-        """The rows at some positions, in their slots; anything in slots too many."""
-        slots = self.slots[positions]
-        return self.rows.index_select(0, slots.clamp(max=len(self.rows) - 1).flatten()).unflatten(
-            0, slots.shape
-        )
+    def slot(self) -> RowNumbers:
+        """The place of each row if the rows of every position are padded to `n_slots`."""
+        starts = self.position.new_tensor(self.starts)
+        place = row_numbers(self.position) - starts[self.position]
+        return self.position * self.n_slots + place
 
 
 @dataclass(frozen=True, eq=False)
 class Sources:
-    """Everything an edge can start from, of one prompt.
+    """Everything that an edge of one prompt's graph can start from.
 
     Attributes:
-        features: the active ones.
-        order: numbers of the features ordered by position, then layer and index, so that what writes at one place stands together.
-        written: by layer that is written to.
-        errors: what each MLP wrote beyond its features, bias and skip; zero at the leading positions.
-        mlp_constants: what each MLP output holds besides features and errors: bias, the skip's constant, at leading positions all of it.
+        features: the active features.
+        order: their numbers sorted by position, then layer and index.
+        outputs: what features write, by the layer of the MLP output.
+        errors: the part of each MLP output that its transcoder leaves unexplained; zero at the
+            leading positions.
+        mlp_constants: the part of each MLP output that depends on no source: bias and the skip's
+            constant; at the leading positions everything but the skip.
     """
 
     features: ActiveFeatures
-    order: Int[Tensor, " feature"]
-    written: Sequence[Written]
-    errors: Float[Tensor, "layer pos d_model"]
-    mlp_constants: Float[Tensor, "layer pos d_model"]
+    order: FeatureNumbers
+    outputs: Sequence[FeatureOutputs]
+    errors: ResidualByLayer
+    mlp_constants: ResidualByLayer
 
     @cached_property
-    def places(self) -> Int[Tensor, " feature"]:
-        """Where each feature stands in `order`."""
+    def column(self) -> FeatureNumbers:
+        """The place of each feature in `order`."""
         return torch.argsort(self.order)
 
 
@@ -143,64 +152,72 @@ class Sources:
 def gather_sources(
     model: LocalModel, transcoders: Transcoders, features: ActiveFeatures, *, leading: int = 1
 ) -> Sources:
-    """The decoder rows of the active features, times their activations, and what is left of each MLP's output."""
-    # Layer and index stay in order within a position, because the sort is stable.
+    """Compute what the active features write, and split the rest of each MLP output.
+
+    Args:
+        leading: see `active_features`.
+    """
+    # A stable sort keeps features of one position in the order of layer and index.
     order = torch.sort(features.position, stable=True).indices
-    written = [
-        _written(model, transcoders, features, order, layer)
-        for layer in range(transcoders.n_layers)
-    ]
-    parts = [
-        _rest(model.layers[layer], transcoders, layer, written[layer], leading)
-        for layer in range(transcoders.n_layers)
-    ]
-    errors, constants = (torch.stack(part) for part in zip(*parts, strict=True))
-    return Sources(features, order, written, errors, constants)
+    by_position = select_rows(features, order)
+    # The features of layer l at position p are the columns starts[p, l] to starts[p, l + 1].
+    n_positions, n_layers = len(model.tokens), len(model.layers)
+    place = by_position.position * n_layers + by_position.layer
+    counts = torch.bincount(place, minlength=n_positions * n_layers)
+    starts = [0, *counts.cumsum(0).tolist()]
+    outputs, errors, constants = [], [], []
+    for layer, frozen in enumerate(model.layers):
+        written = _feature_outputs(model, transcoders, by_position, starts, layer)
+        bias = transcoders.decoder_biases[layer]
+        error, constant = _error_and_constant(frozen, written, bias, leading)
+        outputs.append(written)
+        errors.append(error)
+        constants.append(constant)
+    return Sources(features, order, outputs, torch.stack(errors), torch.stack(constants))
 
 
-def _written(
+def _feature_outputs(
     model: LocalModel,
     transcoders: Transcoders,
     features: ActiveFeatures,
-    order: Int[Tensor, " feature"],
+    starts: Sequence[int],
     layer: int,
-) -> Written:
-    layers, positions = features.layer[order], features.position[order]
-    writing = [source for source in range(layer + 1) if layer in transcoders.written_by(source)]
-    chosen = ((layers >= writing[0]) & (layers <= layer)).nonzero().flatten()
-    frozen, like = model.layers[layer], model.embedding
-    rows = like.new_empty(len(chosen), like.shape[1])
-    of_chosen, numbers = layers[chosen], features.index[order[chosen]]
-    for source in writing:
-        mine = (of_chosen == source).nonzero().flatten()
-        rows[mine] = transcoders.decoder_rows(source, numbers[mine], layer, like)
-    rows *= features.activation[order[chosen], None]
-    rows = frozen.writing[positions[chosen]].linear(rows)
-    ends = torch.bincount(positions[chosen], minlength=len(model.tokens)).cumsum(0)
-    # A layer's writers at a position stand together in `order`: they are the layers from writing[0] to this one, whole.
-    return Written(rows, [0, *ends.tolist()], chosen)
+) -> FeatureOutputs:
+    writing = [other for other in range(layer + 1) if layer in transcoders.written_by(other)]
+    # These layers are consecutive, and so are the columns of their features at one position.
+    columns = true_rows((features.layer >= writing[0]) & (features.layer <= layer))
+    firsts = starts[writing[0] : -1 : len(model.layers)]
+    ends = starts[layer + 1 :: len(model.layers)]
+    writers = select_rows(features, columns)
+    rows = model.embedding.new_empty(len(writers), transcoders.d_model)
+    for other in writing:
+        mine = true_rows(writers.layer == other)
+        rows[mine] = transcoders.decoder_rows(other, writers.index[mine], layer, rows)
+    # out_n = LN(activation x decoder row)
+    rows *= writers.activation[:, None]
+    rows = model.layers[layer].writing[writers.position].linear(rows)
+    return FeatureOutputs(rows, columns, writers.position, list(map(slice, firsts, ends)))
 
 
-def _rest(
-    frozen: FrozenLayer, transcoders: Transcoders, layer: int, written: Written, leading: int
-) -> tuple[Float[Tensor, "pos d_model"], Float[Tensor, "pos d_model"]]:
-    """What the MLP's output holds besides its features: the error, and the constants."""
+def _error_and_constant(
+    frozen: FrozenLayer, outputs: FeatureOutputs, bias: ModelVector, leading: int
+) -> tuple[Residual, Residual]:
+    """Split what the MLP output holds besides features: the error, and what no source explains."""
     output = frozen.mlp_output
-    positions = torch.arange(len(output), device=output.device).repeat_interleave(
-        torch.tensor(written.bounds, device=output.device).diff()
-    )
-    features = torch.zeros_like(output).index_add_(0, positions, written.rows)
-    constant = transcoders.decoder_biases[layer].to(output).expand_as(output)
-    skipped = torch.zeros_like(output)
+    features = torch.zeros_like(output).index_add_(0, outputs.position, outputs.rows)
+    bias = bias.to(output)
+    skip = torch.zeros_like(output)
     if frozen.skip is not None:
-        through_bias = 0.0 if frozen.reading.bias is None else frozen.skip @ frozen.reading.bias
-        constant = constant + through_bias
-        skipped = frozen.writing.linear(frozen.feature_input @ frozen.skip.T - through_bias)
-    constant = frozen.writing.linear(constant) + (
-        0.0 if frozen.writing.bias is None else frozen.writing.bias
-    )
-    error = output - features - constant - skipped
-    constant = constant.clone()
-    constant[:leading] = (output - skipped)[:leading]
+        # W_skip x = W_skip LN(residual) + W_skip b_LN, of which the second part is constant.
+        skip = frozen.feature_input @ frozen.skip.T
+        if frozen.reading.bias is not None:
+            bias_skip = frozen.skip @ frozen.reading.bias
+            bias, skip = bias + bias_skip, skip - bias_skip
+        skip = frozen.writing.linear(skip)
+    # error = mlp - sum_n out_n - constant - skip
+    constant = apply_norm(frozen.writing, bias.expand_as(output)).clone()
+    error = output - features - constant - skip
+    # Leading positions have neither features nor errors.
+    constant[:leading] = (output - skip)[:leading]
     error[:leading] = 0
     return error, constant

@@ -1,13 +1,15 @@
-"""Attribution graphs of prompts: from a model, transcoders and what is to be explained to `FeatureGraph`s.
+"""Attribution graphs of prompts, from a local model, transcoders and the directions to explain.
 
-For each prompt: the local replacement model (`replacement`), its active features (`active_features`), the rows of edges into features and targets
-(`linear_sweep`), all of them or those into a budget of the most influential features.
+The steps for one prompt: gather what its active features write (`active_features`); compute the
+rows of edges into features and directions (`linear_sweep`), either all of them or, with a budget,
+those of the most influential features; collect nodes and nonzero edges in a `FeatureGraph`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -29,32 +31,49 @@ from circuits.attribution.linear_sweep import (
     EdgeWeights,
     LinearSweep,
     SweepTargets,
+    TargetVectors,
     feature_targets,
     logit_targets,
 )
-from circuits.attribution.local_model import LocalModel
+from circuits.attribution.local_model import LocalModel, ModelVector, TargetNumbers
+from circuits.attribution.tensor_table import join_rows, row_numbers, select_rows, true_rows
 from circuits.system.errors import InputError
 from circuits.transcoders.transcoder import Transcoders
 
+# The constant that sums the edges from features outside the budget.
 UNSELECTED = "unselected_features"
-"""The constant that holds the edges from features outside the budget."""
+
+# The numbers of some targets, and the weights of the edges into them.
+Blocks = Iterable[tuple[Int[Tensor, " block"], EdgeWeights]]
+TargetValues = Float[Tensor, " target"]
+SelectedFeatures = Int[Tensor, " selected"]
+SourceNodes = Int[Tensor, " _"]
+KindNodes = Int[Tensor, " node"]
+EdgeNodes = Int[Tensor, " edge"]
+EdgeValues = Float[Tensor, " edge"]
 
 
 @dataclass(frozen=True, eq=False)
 class Direction:
     """A direction in the output of the last norm to be explained.
 
+    >>> import circuits
+    >>> model = circuits.load_model("toy-world")
+    >>> difference = model.W_U[:, 7] - model.W_U[:, 21]
+    >>> circuits.Direction("7 against 21", difference, position=4).label
+    '7 against 21'
+
     Attributes:
-        label: for people.
+        label: a name for people; no number and without "@".
         vector: the direction.
-        bias: what the explained number holds besides.
-        weight: what it counts for in influence.
-        position: where; None is the prompt's last position.
-        token: the token whose logit it is, if it is one's.
+        bias: a constant that is part of the explained value.
+        weight: how much the direction counts in influence, such as the token's probability.
+        position: the position of the output; None: the prompt's last position.
+        token: the token whose logit is explained, if it is one.
     """
 
     label: str
-    vector: Float[Tensor, " d_model"]
+    vector: ModelVector
     bias: float = 0.0
     weight: float = 1.0
     position: int | None = None
@@ -64,20 +83,24 @@ class Direction:
 def top_logits(
     model: LocalModel, *, most: int, probability: float, position: int | None = None
 ) -> list[tuple[int, float]]:
-    """The fewest most probable next tokens that reach `probability` together, at most so many, each with its probability."""
+    """Return the fewest next tokens, at most `most`, that together reach `probability`.
+
+    Returns:
+        Pairs of a token and its probability, the most probable first.
+    """
     probabilities = model.logits(-1 if position is None else position).softmax(-1)
     values, tokens = probabilities.topk(min(most, len(probabilities)))
-    number = min(len(values), int(torch.searchsorted(values.cumsum(0), probability)) + 1)
-    return list(zip(tokens[:number].tolist(), values[:number].tolist(), strict=True))
+    below = int((values.cumsum(0) < probability).sum())
+    pairs = zip(tokens.tolist(), values.tolist(), strict=True)
+    return list(pairs)[: below + 1]
 
 
 def token_direction(
     model: LocalModel, token: int, label: str, weight: float, position: int | None = None
 ) -> Direction:
-    """A token's logit less the mean logit."""
-    vector = model.unembedding[:, token].to(model.mean_unembedding) - model.mean_unembedding
-    bias = float(model.unembedding_bias[token] - model.unembedding_bias.mean())
-    return Direction(label, vector, bias, weight, position, token)
+    """Return the direction of a token's logit minus the mean logit."""
+    direction = difference_direction(model, [token], None, label, position)
+    return replace(direction, weight=weight, token=token)
 
 
 def difference_direction(
@@ -87,17 +110,35 @@ def difference_direction(
     label: str,
     position: int | None = None,
 ) -> Direction:
-    """The mean logit of some tokens less that of others, or of all (None)."""
-    like, others = model.mean_unembedding, slice(None) if wrong is None else list(wrong)
-    against = like if wrong is None else model.unembedding[:, others].to(like).mean(1)
-    vector = model.unembedding[:, list(right)].to(like).mean(1) - against
-    bias = float(model.unembedding_bias[list(right)].mean() - model.unembedding_bias[others].mean())
-    return Direction(label, vector, bias, 1.0, position)
+    """Return the direction of the mean logit of some tokens minus that of others.
+
+    Args:
+        wrong: the other tokens; None: the whole vocabulary.
+    """
+    right_vector, right_bias = _mean_logit(model, right)
+    wrong_vector, wrong_bias = _mean_logit(model, wrong)
+    bias = float(right_bias - wrong_bias)
+    return Direction(label, right_vector - wrong_vector, bias, position=position)
+
+
+def _mean_logit(
+    model: LocalModel, tokens: Sequence[int] | None
+) -> tuple[ModelVector, Float[Tensor, ""]]:
+    # mean logit = LN_final(residual) . mean(W_U) + mean(b_U), over some tokens or all
+    if tokens is None:
+        return model.mean_unembedding, model.unembedding_bias.mean()
+    vectors = model.unembedding[:, list(tokens)].to(model.mean_unembedding)
+    return vectors.mean(1), model.unembedding_bias[list(tokens)].mean()
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many features get rows of incoming edges (None: all), and how many of them are chosen at a time by the influence known so far."""
+    """How many features get rows of incoming edges.
+
+    Attributes:
+        features: the number of features, the most influential ones; None: all of them.
+        at_a_time: how many are chosen before influence is computed again.
+    """
 
     features: int | None = None
     at_a_time: int = 512
@@ -115,53 +156,32 @@ def build_feature_graph(
     leading: int = 1,
     max_memory: int | None = None,
 ) -> FeatureGraph:
-    """One prompt's graph.
+    """Build the attribution graph of one prompt, whose tokens have the texts `words`.
+
+    For `leading` see `active_features`, for `max_memory` see `LinearSweep`.
 
     Raises:
         InputError: no feature is active, or edges are not finite.
     """
     if not len(features):
         raise InputError(
-            f"no feature of {transcoders.name!r} is active on the prompt {' '.join(words)!r}: there is no graph; give a longer prompt or "
-            "transcoders that were trained on this model."
+            f"no feature of {transcoders.name!r} is active on the prompt {' '.join(words)!r}: "
+            "there is no graph; give a longer prompt or transcoders that were trained on this "
+            "model."
         )
     sources = gather_sources(model, transcoders, features, leading=leading)
-    every, logits = (
-        feature_targets(model, transcoders, features),
-        _direction_targets(model, directions),
-    )
-    probability = torch.tensor(
-        [one.weight for one in directions], dtype=torch.float32, device=every.vector.device
-    )
     sweep = LinearSweep(model, sources, max_memory)
-    found: Iterable[tuple[Tensor, EdgeWeights]]
-    if budget.features is None or budget.features >= len(features):
-        selected, targets = (
-            torch.arange(len(features), device=features.layer.device),
-            every + logits,
-        )
-        found = sweep.by_block(targets)
-    else:
-        known, row_of, selected = _most_influential(sweep, every, logits, probability, budget)
-        targets = every[selected] + logits
-        found = ((block, known[row_of[block]]) for block in sweep.split(targets))
-    nodes = _nodes(model, features, selected, directions, logits.position, probability)
-    columns = _Columns(
-        selected, nodes.layer[: -len(directions)], nodes.position[: -len(directions)]
-    )
-    # Targets are features, then directions: with errors and embeddings between them, they are the nodes.
-    number = torch.cat(
-        [torch.arange(len(selected)), torch.arange(len(nodes) - len(directions), len(nodes))]
-    ).to(selected.device)
-    edges = _Edges.joined(
-        [_edges(sweep, targets[block], number[block], rows, columns) for block, rows in found]
-    )
+    into_features = feature_targets(model, transcoders, features)
+    explained = _explained(model, directions)
+    search = _RowSearch(sweep, into_features, explained, budget)
+    selected, targets, blocks = search.rows()
+    nodes = _nodes(model, select_rows(features, selected), explained)
+    edges, constants = _EdgeReader(sweep, selected, nodes).read(targets, blocks)
     if not torch.isfinite(edges.weight).all():
         raise InputError(
-            f"some edges are not finite numbers: check the decoders of {transcoders.name!r}, or load model and transcoders in float32."
+            f"some edges are not finite: check the decoders of {transcoders.name!r}, or load "
+            "model and transcoders in float32."
         )
-    constants = edges.constants.new_zeros(len(nodes), edges.constants.shape[1])
-    constants[edges.numbers] = edges.constants
     return FeatureGraph(
         nodes=nodes,
         source=edges.source,
@@ -173,179 +193,197 @@ def build_feature_graph(
         tokens=model.tokens,
         words=tuple(words),
         targets=tuple(LogitTarget(one.label, one.token) for one in directions),
-        directions=torch.stack([one.vector for one in directions]).to(model.embedding),
+        directions=explained.vectors,
         n_layers=len(model.layers),
     )
 
 
 @dataclass(frozen=True, eq=False)
-class _Edges:
-    """Edges that are not zero, by target and then source; and which nodes are targets, with their constants."""
+class _ExplainedDirections:
+    """The directions to explain, in columns and as targets of the sweep."""
 
-    numbers: Int[Tensor, " target"]
-    target: Int[Tensor, " edge"]
-    source: Int[Tensor, " edge"]
-    weight: Float[Tensor, " edge"]
-    direct: Float[Tensor, " edge"]
-    constants: Float[Tensor, "target constant"]
-
-    @staticmethod
-    def joined(parts: Sequence[_Edges]) -> _Edges:
-        together = _Edges(
-            *(
-                torch.cat(columns)
-                for columns in zip(*(vars(part).values() for part in parts), strict=True)
-            )
-        )
-        if bool((together.numbers.diff() >= 0).all()):
-            return together
-        # Directions at several positions are carried down in another order than they were given in.
-        order = torch.argsort(together.target, stable=True)
-        sorted_columns = {
-            name: getattr(together, name)[order]
-            for name in ("target", "source", "weight", "direct")
-        }
-        return replace(together, **sorted_columns)
+    vectors: TargetVectors
+    weight: TargetValues
+    targets: SweepTargets
 
 
-def _edges(
-    sweep: LinearSweep,
-    targets: SweepTargets,
-    numbers: Int[Tensor, " block"],
-    rows: EdgeWeights,
-    columns: _Columns,
-) -> _Edges:
-    """The edges in some rows; those from features that were not selected are a constant."""
-    direct, row_of = sweep.direct(targets)
-    unselected = rows.constants.new_zeros(len(numbers), 1)
-    if len(columns.selected) < rows.features.shape[1]:
-        # Summed apart: a difference of two sums would lose digits.
-        others = torch.ones(
-            rows.features.shape[1], dtype=torch.bool, device=numbers.device
-        ).index_fill_(0, columns.selected, False)
-        unselected = rows.features[:, others].sum(1, keepdim=True)
-    reaching = columns.layer < targets.layer[0]
-    if sweep.model.causal:
-        reaching &= columns.position <= targets.position.max()
-    sources = reaching.nonzero().flatten()
-    n_features = int(reaching[: len(columns.selected)].sum())
-    weights, stays = (columns.of(part, sources, n_features) for part in (rows, direct))
-    found = weights != 0
-    here = columns.position[sources] == targets.position[:, None]
-    return _Edges(
-        numbers=numbers,
-        target=numbers.repeat_interleave(found.sum(1)),
-        source=sources.expand(found.shape).masked_select(found),
-        weight=weights.masked_select(found),
-        direct=(stays.index_select(0, row_of) * here).masked_select(found),
-        constants=torch.cat([rows.constants, unselected], 1),
-    )
+def _explained(model: LocalModel, directions: Sequence[Direction]) -> _ExplainedDirections:
+    like, last = model.embedding, len(model.tokens) - 1
+    vectors = torch.stack([one.vector.to(like) for one in directions])
+    biases = vectors.new_tensor([one.bias for one in directions])
+    weight = vectors.new_tensor([one.weight for one in directions])
+    positions = [last if one.position is None else one.position for one in directions]
+    position = torch.tensor(positions, device=like.device)
+    targets = logit_targets(model, vectors, biases, position)
+    return _ExplainedDirections(vectors, weight.float(), targets)
 
 
 @dataclass(frozen=True, eq=False)
-class _Columns:
-    """The nodes that write, in the order of nodes: the selected features, then errors and embeddings; where each stands."""
+class _RowSearch:
+    """Computes the rows of edges into directions and the features within the budget."""
 
-    selected: Int[Tensor, " selected"]
-    layer: Int[Tensor, " source"]
-    position: Int[Tensor, " source"]
+    sweep: LinearSweep
+    into_features: SweepTargets
+    explained: _ExplainedDirections
+    budget: Budget
 
-    def of(
-        self, rows: EdgeWeights, sources: Int[Tensor, " some"], n_features: int
-    ) -> Float[Tensor, "target some"]:
-        """Some nodes' columns, of which so many are features."""
-        others = torch.cat([rows.errors.flatten(1), rows.embeddings], 1).index_select(
-            1, sources[n_features:] - len(self.selected)
+    def rows(self) -> tuple[SelectedFeatures, SweepTargets, Blocks]:
+        """Return the selected features, ascending; these and directions as targets; their rows."""
+        every = row_numbers(self.into_features.layer)
+        n_features = self.budget.features
+        if n_features is None or n_features >= len(every):
+            targets = join_rows([self.into_features, self.explained.targets])
+            return every, targets, self.sweep.by_block(targets)
+        chosen, weights = self._most_influential(n_features)
+        selected, order = chosen.sort()
+        into_selected = select_rows(self.into_features, selected)
+        targets = join_rows([into_selected, self.explained.targets])
+        # `weights` holds directions first. Reorder by block: a copy of all rows is too large.
+        directions = row_numbers(self.explained.weight)
+        row = torch.cat([len(directions) + order, directions])
+        split = self.sweep.split(targets)
+        blocks = ((block, select_rows(weights, row[block])) for block in split)
+        return selected, targets, blocks
+
+    def _most_influential(self, n_features: int) -> tuple[SelectedFeatures, EdgeWeights]:
+        """The most influential features; the rows of directions and then of these features."""
+        weights = self.sweep.rows(self.explained.targets)
+        chosen = row_numbers(self.into_features.layer)[:0]
+        while len(chosen) < n_features:
+            influence = self._partial_influence(weights, chosen)
+            influence[chosen] = -1.0
+            order = torch.argsort(influence, descending=True, stable=True)
+            size = min(self.budget.at_a_time, n_features - len(chosen))
+            following = select_rows(self.into_features, order[:size])
+            weights = join_rows([weights, self.sweep.rows(following)])
+            chosen = torch.cat([chosen, order[:size]])
+        return chosen, weights
+
+    def _partial_influence(
+        self, weights: EdgeWeights, chosen: SelectedFeatures
+    ) -> Float[Tensor, " feature"]:
+        """The influence of every feature on the directions through chosen features alone."""
+        # A = |edge weights|, each row divided by its sum
+        sizes = weights.features.abs()
+        sums = sizes.sum(1)
+        sums += weights.errors.abs().sum((1, 2))
+        sums += weights.embeddings.abs().sum(1)
+        shares = sizes / sums.clamp(min=SMALLEST_SUM)[:, None]
+        # influence = p A + p A^2 + ...; a path has at most one feature of each layer.
+        direction_weight = self.explained.weight.to(shares)
+        of_directions, of_chosen = shares.tensor_split([len(direction_weight)])
+        flow = direction_weight @ of_directions
+        influence = flow.clone()
+        for _ in self.sweep.model.layers:
+            flow = flow[chosen] @ of_chosen
+            influence += flow
+        return influence
+
+
+def _nodes(model: LocalModel, features: ActiveFeatures, explained: _ExplainedDirections) -> Nodes:
+    tokens, targets = model.tokens, explained.targets
+    position, layers = row_numbers(tokens), range(len(model.layers))
+    errors = [_blank_nodes(ERROR, torch.full_like(tokens, layer), position) for layer in layers]
+    embeddings = _blank_nodes(EMBEDDING, torch.full_like(tokens, -1), position)
+    nodes = _blank_nodes(FEATURE, features.layer, features.position)
+    return join_rows(
+        [
+            replace(nodes, index=features.index, activation=features.activation.float()),
+            *errors,
+            replace(embeddings, index=tokens),
+            replace(
+                _blank_nodes(TARGET, targets.layer, targets.position),
+                index=row_numbers(targets.layer),
+                probability=explained.weight,
+            ),
+        ]
+    )
+
+
+def _blank_nodes(kind: int, layer: KindNodes, position: KindNodes) -> Nodes:
+    """Nodes of one kind without index, activation and probability."""
+    zeros = torch.zeros_like(layer)
+    no_activation = torch.full_like(layer, torch.nan, dtype=torch.float32)
+    return Nodes(zeros + kind, layer, position, zeros, no_activation, zeros.float())
+
+
+@dataclass(frozen=True, eq=False)
+class _Edges:
+    """The edges of a graph, by the numbers of the nodes they connect."""
+
+    target: EdgeNodes
+    source: EdgeNodes
+    weight: EdgeValues
+    direct: EdgeValues
+
+
+@dataclass(frozen=True, eq=False)
+class _EdgeReader:
+    """Reads the edges between nodes of the graph from rows of edge weights."""
+
+    sweep: LinearSweep
+    selected: SelectedFeatures
+    nodes: Nodes
+
+    def read(
+        self, targets: SweepTargets, blocks: Blocks
+    ) -> tuple[_Edges, Float[Tensor, "node constant"]]:
+        """Return the nonzero edges by target and then source, and the constants of every node."""
+        constants = targets.vector.new_zeros(len(self.nodes), len(CONSTANTS) + 1)
+        is_target = (self.nodes.kind == FEATURE) | (self.nodes.kind == TARGET)
+        node_of_target = true_rows(is_target)
+        swept, parts = [], []
+        for block, weights in blocks:
+            node = node_of_target[block]
+            swept.append(node)
+            constants[node, :-1] = weights.constants
+            # Sum them apart: a difference of two sums would lose digits.
+            unselected = weights.features.index_select(1, self.unselected)
+            constants[node, -1] = unselected.sum(1)
+            parts.append(self._edges(select_rows(targets, block), node, weights))
+        edges = join_rows(parts)
+        # The sweep takes directions by position, which need not be the order of their nodes.
+        if (torch.cat(swept).diff() < 0).any():
+            order = torch.argsort(edges.target, stable=True)
+            edges = select_rows(edges, order)
+        return edges, constants
+
+    @cached_property
+    def unselected(self) -> SelectedFeatures:
+        """The active features that are not nodes."""
+        every = row_numbers(self.sweep.sources.order)
+        return true_rows(~torch.isin(every, self.selected))
+
+    def _edges(self, targets: SweepTargets, node: TargetNumbers, weights: EdgeWeights) -> _Edges:
+        """The nonzero edges into some targets, whose nodes have the numbers `node`."""
+        features, others = self._reaching(targets)
+        source = torch.cat([features, others])
+        weight = self._columns(weights, features, others)
+        nonzero = weight != 0
+        direct_weights, row = self.sweep.direct(targets)
+        same_position = self.nodes.position[source] == targets.position[:, None]
+        # A direct row holds a target of every position; keep the target's own.
+        direct = self._columns(direct_weights, features, others).index_select(0, row)
+        return _Edges(
+            target=node.repeat_interleave(nonzero.sum(1)),
+            source=source.expand_as(nonzero).masked_select(nonzero),
+            weight=weight.masked_select(nonzero),
+            direct=(direct * same_position).masked_select(nonzero),
         )
-        return torch.cat(
-            [rows.features.index_select(1, self.selected[sources[:n_features]]), others], 1
-        )
 
+    def _reaching(self, targets: SweepTargets) -> tuple[SourceNodes, SourceNodes]:
+        """The features, and the errors and embeddings, from which edges into targets can start."""
+        reaching = self.nodes.layer < targets.layer[0]
+        if self.sweep.model.causal:
+            reaching &= self.nodes.position <= targets.position.max()
+        n_features = len(self.selected)
+        return true_rows(reaching[:n_features]), n_features + true_rows(reaching[n_features:])
 
-def _direction_targets(model: LocalModel, directions: Sequence[Direction]) -> SweepTargets:
-    like, last = model.embedding, len(model.tokens) - 1
-    positions = torch.tensor(
-        [last if one.position is None else one.position for one in directions], device=like.device
-    )
-    biases = torch.tensor([one.bias for one in directions], dtype=like.dtype, device=like.device)
-    return logit_targets(
-        model, torch.stack([one.vector.to(like) for one in directions]), biases, positions
-    )
-
-
-def _most_influential(
-    sweep: LinearSweep,
-    every: SweepTargets,
-    logits: SweepTargets,
-    probability: Float[Tensor, " target"],
-    budget: Budget,
-) -> tuple[EdgeWeights, Int[Tensor, " row"], Int[Tensor, " selected"]]:
-    """The rows of the most influential features and of the directions; the row of each, in their order; and which features those are."""
-    assert budget.features is not None
-    found, chosen = sweep.rows(logits), torch.zeros(0, dtype=torch.long, device=every.layer.device)
-    while len(chosen) < budget.features:
-        rank = _partial_influence(found, chosen, probability, sweep.model)
-        rank[chosen] = -1.0
-        order = torch.argsort(rank, descending=True, stable=True)
-        following = order[: min(budget.at_a_time, budget.features - len(chosen))]
-        found, chosen = found + sweep.rows(every[following]), torch.cat([chosen, following])
-    order = torch.argsort(chosen)
-    into_directions = torch.arange(len(logits), device=order.device)
-    return found, torch.cat([len(logits) + order, into_directions]), chosen[order]
-
-
-def _partial_influence(
-    rows: EdgeWeights,
-    chosen: Int[Tensor, " chosen"],
-    probability: Float[Tensor, " target"],
-    model: LocalModel,
-) -> Float[Tensor, " feature"]:
-    """Influence of every feature as far as it flows through features whose rows are known; the others are dead ends."""
-    sizes = rows.features.abs()
-    sums = sizes.sum(1) + rows.errors.abs().sum((1, 2)) + rows.embeddings.abs().sum(1)
-    shares = sizes / sums.clamp(min=SMALLEST_SUM)[:, None]
-    flow = probability.to(shares) @ shares[: len(probability)]
-    reached = flow.clone()
-    for _ in model.layers:
-        flow = flow[chosen] @ shares[len(probability) :]
-        reached += flow
-    return reached
-
-
-def _nodes(
-    model: LocalModel,
-    features: ActiveFeatures,
-    selected: Int[Tensor, " selected"],
-    directions: Sequence[Direction],
-    positions: Int[Tensor, " target"],
-    probability: Float[Tensor, " target"],
-) -> Nodes:
-    device, length, layers = selected.device, len(model.tokens), len(model.layers)
-    place, level = torch.arange(length, device=device), torch.arange(layers, device=device)
-    counts = torch.tensor([len(selected), layers * length, length, len(directions)], device=device)
-    kind = torch.tensor([FEATURE, ERROR, EMBEDDING, TARGET], device=device).repeat_interleave(
-        counts
-    )
-    others = torch.full((len(kind) - len(selected),), torch.nan, device=device)
-    layer = [
-        features.layer[selected],
-        level.repeat_interleave(length),
-        torch.full_like(place, -1),
-        torch.full_like(positions, layers),
-    ]
-    index = [
-        features.index[selected],
-        torch.zeros_like(place).repeat(layers),
-        model.tokens,
-        torch.arange(len(directions), device=device),
-    ]
-    return Nodes(
-        kind=kind,
-        layer=torch.cat(layer),
-        position=torch.cat([features.position[selected], place.repeat(layers), place, positions]),
-        index=torch.cat(index),
-        activation=torch.cat([features.activation[selected].float(), others]),
-        probability=torch.cat(
-            [torch.zeros(len(kind) - len(directions), device=device), probability]
-        ),
-    )
+    def _columns(
+        self, weights: EdgeWeights, features: SourceNodes, others: SourceNodes
+    ) -> Float[Tensor, "target source"]:
+        # Errors and embeddings are nodes in the order of their columns, after the features.
+        from_others = torch.cat([weights.errors.flatten(1), weights.embeddings], 1)
+        from_others = from_others.index_select(1, others - len(self.selected))
+        from_features = weights.features.index_select(1, self.selected[features])
+        return torch.cat([from_features, from_others], 1)

@@ -1,15 +1,21 @@
-"""By which heads edges of an attribution graph are carried: for every layer, the exact split of an edge into its heads and what goes around them.
+"""The part of each edge of an attribution graph that passes through each attention head.
 
-With patterns frozen, an edge is a sum over paths, and in each layer a path goes through one head or stays at its position. A source's effect carried
-up to a head's values meets a target's direction carried down to them there; their product is the head's share.
+With frozen patterns an edge is a sum over paths, and in each layer a path either passes through
+one head or stays at its position. The part that passes through head h is
+
+    share_h(s -> t) = sum over positions of V_h(s) . dV_h(t),
+
+where V_h(s) is what source s adds to the head's values, and dV_h(t) the gradient of target t with
+respect to them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
+import pandas as pd
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -19,31 +25,101 @@ from circuits.attribution.active_features import (
     active_features,
     gather_sources,
 )
-from circuits.attribution.feature_graph import EMBEDDING, ERROR, FEATURE, TARGET, FeatureGraph
+from circuits.attribution.feature_graph import (
+    EMBEDDING,
+    ERROR,
+    FEATURE,
+    TARGET,
+    FeatureGraph,
+    Nodes,
+)
 from circuits.attribution.linear_sweep import SweepTargets, feature_targets, logit_targets
-from circuits.attribution.local_model import LocalModel, check_transcoders, freeze
+from circuits.attribution.local_model import (
+    Gradient,
+    LocalModel,
+    SourceResidual,
+    check_transcoders,
+    freeze,
+)
+from circuits.attribution.tensor_table import join_rows, row_numbers, select_rows, true_rows
 from circuits.models import Model
 from circuits.models.identity import identity
 from circuits.system.errors import InputError
 from circuits.transcoders.transcoder import Transcoders
 
-AT_ONCE = 128
+# Sources, and targets, that are carried through the layers together.
+NODES_AT_ONCE = 128
+# In this layout, the sum over positions of products of vectors is one product of matrices.
+BY_NODE = "head pos node d_head -> head node (pos d_head)"
+ValuesByNode = Float[Tensor, "head node pos_and_d_head"]
+
+NodeNumbers = Int[Tensor, " _"]
+EdgeNumbers = Int[Tensor, " edge"]
 
 
 @torch.no_grad()
 def head_shares(
     model: Model, transcoders: Transcoders, graph: FeatureGraph
 ) -> Float[Tensor, "edge layer head"]:
-    """The part of every edge's weight whose paths go through each head. In a layer, what the heads leave of the weight goes around them.
+    """Compute the part of every edge's weight that passes through each head.
 
-    Meant for pruned graphs: it holds edges times layers times heads numbers.
+    In each layer, the rest of the weight passes no head. The result has edges x layers x heads
+    entries, so prune the graph first.
+
+    >>> import circuits
+    >>> model = circuits.load_model("toy-world")
+    >>> transcoders = circuits.load_transcoders("toy-world-plt")
+    >>> graph = circuits.AttributionGraph(transcoders).attribute(model, [1, 2, 3])
+    >>> small = circuits.pruned(graph, node_threshold=0.5)
+    >>> shares = circuits.head_shares(model, transcoders, small)
+    >>> shares.shape == (len(small), model.cfg.n_layers, model.cfg.n_heads)
+    True
 
     Raises:
-        InputError: the graph was not made of this model's run with these transcoders.
+        InputError: the graph was not made with this model and these transcoders.
     """
+    _check_graph(model, transcoders, graph)
+    local, sources = _local_sources(model, transcoders, graph)
+    shares = graph.weight.new_zeros(len(graph), len(local.layers), model.cfg.n_heads)
+    on_device = graph.to(local.embedding.device)
+    for layer, edge, share in _shares(local, transcoders, sources, on_device):
+        shares[edge.to(shares.device), layer] = share.to(shares)
+    return shares
+
+
+def _local_sources(
+    model: Model, transcoders: Transcoders, graph: FeatureGraph
+) -> tuple[LocalModel, Sources]:
+    leading = 1 if graph.transcoders is None else graph.transcoders.leading
+    (local,) = freeze(model, transcoders, [graph.tokens.cpu()])
+    (features,) = active_features([local], transcoders, leading=leading)
+    return local, gather_sources(local, transcoders, features, leading=leading)
+
+
+def _shares(
+    local: LocalModel, transcoders: Transcoders, sources: Sources, graph: FeatureGraph
+) -> Iterator[tuple[int, EdgeNumbers, Float[Tensor, "edge head"]]]:
+    """The shares of some edges in one layer at a time."""
+    column = _feature_columns(graph, sources)
+    source_nodes, source_place = graph.source.unique(return_inverse=True)
+    target_nodes, target_place = graph.target.unique(return_inverse=True)
+    targets = _targets(local, transcoders, graph, target_nodes)
+    for i, source in enumerate(source_nodes.split(NODES_AT_ONCE)):
+        nodes = select_rows(graph.nodes, source)
+        values = list(_source_values(local, sources, nodes, column[source]))
+        for j, rows in enumerate(row_numbers(target_nodes).split(NODES_AT_ONCE)):
+            in_block = (source_place // NODES_AT_ONCE == i) & (target_place // NODES_AT_ONCE == j)
+            edge = true_rows(in_block)
+            s, t = source_place[edge] % NODES_AT_ONCE, target_place[edge] % NODES_AT_ONCE
+            for layer, products in _products(local, select_rows(targets, rows), values):
+                yield layer, edge, products[:, s, t].T
+
+
+def _check_graph(model: Model, transcoders: Transcoders, graph: FeatureGraph) -> None:
     if graph.directions is None:
         raise InputError(
-            "this graph came from another program and does not say what it explains; make it here to split its edges by head."
+            "this graph came from another program and does not say what it explains; "
+            "make the graph with this package to split its edges by head."
         )
     check_transcoders(model, transcoders)
     for what, made_with, given in (
@@ -52,173 +128,104 @@ def head_shares(
     ):
         if made_with is not None and made_with.weights != given.weights:
             raise InputError(
-                f"the graph was made with {what} of other weights than {given.name!r} has; give those it was made with."
+                f"the graph was made with {what} of other weights than {given.name!r} has; "
+                "give those it was made with."
             )
-    leading = 1 if graph.transcoders is None else graph.transcoders.leading
-    (local,) = freeze(model, transcoders, [graph.tokens.cpu()])
-    (features,) = active_features([local], transcoders, leading=leading)
-    place = _places(graph, features)
-    sources = gather_sources(local, transcoders, features, leading=leading)
-    result = graph.weight.new_zeros(len(graph), len(local.layers), model.cfg.n_heads)
-    targets = _targets(local, transcoders, graph, features, place)
-    for some in _split(graph.source.unique()):
-        values = list(_carried_up(local, sources, graph, some, place))
-        for explained in _split(graph.target.unique()):
-            for layer, shares in _met(local, targets[explained], values):
-                _put(result[:, layer], graph, some, explained, shares)
-    return result
 
 
-def _split(numbers: Int[Tensor, " node"]) -> tuple[Int[Tensor, " some"], ...]:
-    return numbers.split(AT_ONCE)
-
-
-def _places(graph: FeatureGraph, features: ActiveFeatures) -> Int[Tensor, " node"]:
-    """The number among all active features of each of the graph's; -1 for other nodes."""
-    known = {
-        key: number
-        for number, key in enumerate(
-            zip(
-                features.layer.tolist(),
-                features.position.tolist(),
-                features.index.tolist(),
-                strict=True,
-            )
-        )
-    }
-    nodes = graph.nodes
-    keys = zip(
-        nodes.kind.tolist(),
-        nodes.layer.tolist(),
-        nodes.position.tolist(),
-        nodes.index.tolist(),
-        strict=True,
-    )
-    place = [
-        known.get((layer, position, index), -2) if kind == FEATURE else -1
-        for kind, layer, position, index in keys
-    ]
-    if -2 in place:
+def _feature_columns(graph: FeatureGraph, sources: Sources) -> NodeNumbers:
+    # The column of each feature in `Sources.order`; -1 for other nodes.
+    nodes = true_rows(graph.nodes.kind == FEATURE)
+    active = _feature_keys(sources.features)
+    number = active.get_indexer(_feature_keys(select_rows(graph.nodes, nodes)))
+    if (number < 0).any():
+        inactive = int(nodes[int(number.argmin())])
         raise InputError(
-            f"{graph.node(place.index(-2))} does not fire in this model: the graph was made with another model or other transcoders."
+            f"{graph.node(inactive)} does not fire in this model: the graph was made with "
+            "another model or other transcoders."
         )
-    return torch.tensor(place, device=features.layer.device)
+    column = torch.full_like(graph.nodes.index, -1)
+    column[nodes] = sources.column[torch.from_numpy(number).to(nodes)]
+    return column
 
 
-@dataclass(frozen=True, eq=False)
-class _NodeTargets:
-    """The directions of all nodes with incoming edges, by the number of the node."""
-
-    targets: SweepTargets
-    row: Int[Tensor, " node"]
-
-    def __getitem__(self, nodes: Int[Tensor, " some"]) -> SweepTargets:
-        return self.targets[self.row[nodes]]
+def _feature_keys(table: ActiveFeatures | Nodes) -> pd.MultiIndex:
+    keys = (table.layer, table.position, table.index)
+    return pd.MultiIndex.from_arrays([key.tolist() for key in keys])
 
 
 def _targets(
-    local: LocalModel,
-    transcoders: Transcoders,
-    graph: FeatureGraph,
-    features: ActiveFeatures,
-    place: Int[Tensor, " node"],
-) -> _NodeTargets:
-    chosen = place[place >= 0]
-    some = ActiveFeatures(
-        features.layer[chosen],
-        features.position[chosen],
-        features.index[chosen],
-        features.activation[chosen],
-    )
-    explained = (graph.nodes.kind == TARGET).nonzero().flatten().to(place.device)
+    local: LocalModel, transcoders: Transcoders, graph: FeatureGraph, numbers: NodeNumbers
+) -> SweepTargets:
+    """The nodes with these ascending numbers as targets: features, then directions."""
     assert graph.directions is not None
-    directions = graph.directions.to(local.embedding)[graph.nodes.index[explained.cpu()]]
-    positions = graph.nodes.position.to(place.device)[explained]
-    logits = logit_targets(local, directions, directions.new_zeros(len(directions)), positions)
-    row = torch.full_like(place, -1)
-    row[place >= 0] = torch.arange(len(chosen), device=place.device)
-    row[explained] = len(chosen) + torch.arange(len(explained), device=place.device)
-    return _NodeTargets(feature_targets(local, transcoders, some) + logits, row)
+    nodes = select_rows(graph.nodes, numbers)
+    features = select_rows(nodes, nodes.kind == FEATURE)
+    explained = select_rows(nodes, nodes.kind == TARGET)
+    active = ActiveFeatures(features.layer, features.position, features.index, features.activation)
+    vectors = graph.directions.to(local.embedding)[explained.index]
+    no_bias = vectors.new_zeros(len(vectors))
+    directions = logit_targets(local, vectors, no_bias, explained.position)
+    return join_rows([feature_targets(local, transcoders, active), directions])
 
 
-def _carried_up(
-    local: LocalModel,
-    sources: Sources,
-    graph: FeatureGraph,
-    some: Int[Tensor, " some"],
-    place: Int[Tensor, " node"],
-) -> Iterator[Float[Tensor, "head pos some d_head"]]:
-    """What some sources put into every head's values, layer by layer."""
-    nodes = graph.nodes[some.cpu()]
-    column = torch.arange(len(some), device=place.device)
-    residual = local.embedding.new_zeros(len(local.tokens), len(some), local.embedding.shape[1])
-    tokens = (nodes.kind == EMBEDDING).to(place.device)
-    position = nodes.position.to(place.device)
-    residual[position[tokens], column[tokens]] = local.embedding[position[tokens]]
+def _source_values(
+    local: LocalModel, sources: Sources, nodes: Nodes, column: NodeNumbers
+) -> Iterator[ValuesByNode]:
+    """What some nodes, with these columns in `Sources.order`, add to all values by layer."""
+    length, d_model = local.embedding.shape
+    residual = local.embedding.new_zeros(length, len(column), d_model)
+    tokens = true_rows(nodes.kind == EMBEDDING)
+    position = nodes.position[tokens]
+    residual[position, tokens] = local.embedding[position]
     for layer, frozen in enumerate(local.layers):
         values = frozen.values(residual)
-        yield values
-        before = residual
-        residual = residual + frozen.attention(values)
+        read = residual
+        residual = residual + frozen.attention_output(values)
         if frozen.skip is not None:
-            residual = residual + frozen.skipped(before if local.parallel else residual)
-        errors = ((nodes.kind == ERROR) & (nodes.layer == layer)).to(place.device)
-        residual[position[errors], column[errors]] += sources.errors[layer, position[errors]]
-        written = sources.written[layer]
-        for number in (place[some.to(place.device)] >= 0).nonzero().flatten().tolist():
-            rows, columns = written.at(int(position[number]))
-            row = int(sources.places[place[some[number]]]) - columns.start
-            if 0 <= row < len(rows):
-                residual[position[number], number] += rows[row]
+            read = read if local.parallel else residual
+            residual = residual + frozen.skip_output(read)
+        _add_mlp_sources(residual, sources, layer, nodes, column)
+        yield rearrange(values, BY_NODE)
 
 
-def _met(
-    local: LocalModel, targets: SweepTargets, values: list[Float[Tensor, "head pos some d_head"]]
-) -> Iterator[tuple[int, Float[Tensor, "head target some"]]]:
-    """The products of what comes up and what comes down, in each layer's heads, from the top."""
-    gradient = local.embedding.new_zeros(len(local.tokens), len(targets), local.embedding.shape[1])
-    _read_at(len(local.layers), targets, gradient)
+def _add_mlp_sources(
+    residual: SourceResidual, sources: Sources, layer: int, nodes: Nodes, column: NodeNumbers
+) -> None:
+    # error_l
+    errors = true_rows((nodes.kind == ERROR) & (nodes.layer == layer))
+    position = nodes.position[errors]
+    residual[position, errors] += sources.errors[layer, position]
+    # out_n = activation x decoder row
+    outputs = sources.outputs[layer]
+    features, rows = (column[:, None] == outputs.columns).nonzero(as_tuple=True)
+    residual[nodes.position[features], features] += outputs.rows[rows]
+
+
+def _products(
+    local: LocalModel, targets: SweepTargets, values: Sequence[ValuesByNode]
+) -> Iterator[tuple[int, Float[Tensor, "head source target"]]]:
+    """The shares of every head in edges from sources, with these values, to all targets."""
+    gradient = local.embedding.new_zeros(len(local.tokens), *targets.vector.shape)
+    _add_at_mlp_input(gradient, None, targets, len(local.layers))
     for layer in reversed(range(len(local.layers))):
         frozen = local.layers[layer]
-        skipped = None if frozen.skip is None else frozen.skip_transposed(gradient)
+        skip = frozen.skip_gradient(gradient)
         if not local.parallel:
-            gradient += 0.0 if skipped is None else skipped
-            _read_at(layer, targets, gradient)
-        down = frozen.values_transposed(gradient)
-        yield (
-            layer,
-            torch.bmm(
-                down.transpose(1, 2).flatten(2),
-                values[layer].transpose(1, 2).flatten(2).transpose(1, 2),
-            ),
-        )
-        frozen.add_through_values(down, gradient)
+            _add_at_mlp_input(gradient, skip, targets, layer)
+        at_values = frozen.value_gradient(gradient)
+        # share_h(s -> t) = sum over positions of V_h(s) . dV_h(t)
+        yield layer, values[layer] @ rearrange(at_values, BY_NODE).mT
+        frozen.add_attention_gradient(at_values, gradient)
         if local.parallel:
-            gradient += 0.0 if skipped is None else skipped
-            _read_at(layer, targets, gradient)
+            _add_at_mlp_input(gradient, skip, targets, layer)
 
 
-def _read_at(
-    layer: int, targets: SweepTargets, gradient: Float[Tensor, "pos target d_model"]
+def _add_at_mlp_input(
+    gradient: Gradient, skip: Gradient | None, targets: SweepTargets, layer: int
 ) -> None:
-    """Start the targets that read at a layer."""
-    here = (targets.layer == layer).nonzero().flatten()
+    """Add what arrives where the MLP reads: through the skip, and from targets that read there."""
+    if skip is not None:
+        gradient += skip
+    here = true_rows(targets.layer == layer)
     gradient[targets.position[here], here] += targets.vector[here]
-
-
-def _put(
-    into: Float[Tensor, "edge head"],
-    graph: FeatureGraph,
-    some: Tensor,
-    explained: Tensor,
-    shares: Float[Tensor, "head target some"],
-) -> None:
-    """The shares of those edges that lead from some of the sources to some of the targets."""
-    column = torch.full((len(graph.nodes),), -1, device=into.device)
-    row = column.clone()
-    column[some], row[explained] = (
-        torch.arange(len(some), device=into.device),
-        torch.arange(len(explained), device=into.device),
-    )
-    edges = ((column[graph.source] >= 0) & (row[graph.target] >= 0)).nonzero().flatten()
-    into[edges] = shares[:, row[graph.target[edges]], column[graph.source[edges]]].T.to(into)

@@ -1,20 +1,30 @@
-"""The local replacement model of a prompt: everything that is not linear held at what it was, so that what is left is a linear map.
+"""The local replacement model of a prompt: the model with every nonlinearity held at its value.
 
-Attention patterns and the divisors of norms are frozen. Each MLP is replaced by the transcoder features that fire there and an error, so that
-their sum, with the transcoder's bias and skip, is exactly what the MLP wrote. From embeddings, features and errors to the pre-activation of any
-feature and to any logit leads then a linear map, the sum over all paths through residual stream and attention (Ameisen et al. 2025,
-https://transformer-circuits.pub/2025/attribution-graphs/methods.html). What is in none of these nodes is a named constant.
+Attention patterns and the denominators of norms are frozen. The output of each MLP is split into
+
+    mlp_l = sum of active features (activation x decoder row) + error_l + bias_l + skip_l(x),
+
+where the error is what the transcoder leaves unexplained, so the sum is exact. The map from token
+embeddings, features and errors to the pre-activation of any feature and to any logit is then
+linear: a sum over all paths through the residual stream and frozen attention. Everything that
+belongs to none of these nodes is a named constant.
+
+Source: Ameisen et al. 2025, Circuit tracing,
+https://transformer-circuits.pub/2025/attribution-graphs/methods.html
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from einops import rearrange, reduce
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from circuits.attribution.tensor_table import row_numbers
 from circuits.graph.nodes import PosEmbed, TokenEmbed
 from circuits.models import (
     NORMS,
@@ -34,163 +44,184 @@ from circuits.models.source_outputs import keeper
 from circuits.system.errors import InputError
 from circuits.transcoders.transcoder import Transcoders
 
+FINAL_RESIDUAL = "residual stream after the last layer"
+TOKEN_EMBEDDING, POSITION_EMBEDDING = output_hook(TokenEmbed()), output_hook(PosEmbed())
 POST_NORM_ONLY = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
+EVERYWHERE = slice(None)
+
+Activations = dict[str, Tensor]
+Prompt = Int[Tensor, " _"]
+TokenBatch = Int[Tensor, "batch pos"]
+TokenMask = Bool[Tensor, "batch pos"]
+HeadOutput = Float[Tensor, "head d_head d_model"]
+Pattern = Float[Tensor, "head query key"]
+ModelVector = Float[Tensor, " d_model"]
+ModelVectors = Float[Tensor, "*batch d_model"]
+Residual = Float[Tensor, "pos d_model"]
+# What each source adds to the residual stream, and to the values of each head.
+SourceResidual = Float[Tensor, "pos source d_model"]
+SourceValues = Float[Tensor, "head pos source d_head"]
+TargetNumbers = Int[Tensor, " target"]
+# The gradient of each target with respect to the residual stream, and to the values.
+Gradient = Float[Tensor, "pos target d_model"]
+ValueGradient = Float[Tensor, "head pos target d_head"]
 
 
 @dataclass(frozen=True, eq=False)
 class FrozenLayer:
-    """One layer of one prompt, as a linear map.
+    """One layer of the local replacement model, as a linear map.
 
     Attributes:
-        mixing: how much of each key's value reaches each query, with what the norms before and after attention divide by.
-        value: W_V, with the linear part of the norm before it; heads that share it have one copy.
-        output: W_O, with the linear part of a norm after it.
-        attention_constant: what attention writes whatever the residual stream is.
-        before_mlp: the norm before the MLP.
-        reading: from the residual stream to what features read: that norm, a part of it, or nothing.
-        writing: from what features write to the residual stream: a norm, or nothing.
-        skip: W_skip.
-        feature_input: what features read.
+        mixing: the attention pattern A_h[query, key], divided by the scales of the norms before
+            attention (at the key) and after it (at the query).
+        value: W_V with the linear part of the norm before it; one copy for heads that share it.
+        output: W_O with the linear part of the norm after it.
+        attention_constant: what attention writes when the residual stream is zero.
+        reading: the map from the residual stream to the input of the features.
+        writing: the map from the output of the features to the residual stream.
+        skip: W_skip of the transcoder; None without one.
+        feature_input: the input of the features.
         mlp_output: what the MLP adds to the residual stream.
     """
 
     mixing: Float[Tensor, "head key query"]
     value: Float[Tensor, "kv_head d_model d_head"]
-    output: Float[Tensor, "head d_head d_model"]
-    attention_constant: Float[Tensor, "pos d_model"]
+    output: HeadOutput
+    attention_constant: Residual
     reading: LinearNorm
     writing: LinearNorm
     skip: Float[Tensor, "d_out d_in"] | None
-    feature_input: Float[Tensor, "pos d_model"]
-    mlp_output: Float[Tensor, "pos d_model"]
+    feature_input: Residual
+    mlp_output: Residual
 
-    def values_transposed(
-        self, gradient: Float[Tensor, "pos target d_model"]
-    ) -> Float[Tensor, "head pos target d_head"]:
-        """From directions in the residual stream after attention to the same ones in each head's values. Later positions may be left out."""
-        positions, targets, width = gradient.shape
-        z = torch.matmul(gradient.view(1, -1, width), self.output.transpose(1, 2))
-        mixed = torch.bmm(self.mixing[:, :positions, :positions], z.view(len(z), positions, -1))
-        return mixed.view(len(z), positions, targets, -1)
+    def values(self, residual: SourceResidual) -> SourceValues:
+        """Compute every head's values from what sources add to the residual stream."""
+        # V_h = LN(residual) W_V[h]; heads that share W_V get copies.
+        values = torch.einsum("ksd,hde->hkse", residual, self.value)
+        copies = len(self.mixing) // len(values)
+        return values.repeat_interleave(copies, 0)
 
-    def values_transposed_from(
-        self, gradient: Float[Tensor, "pos target d_model"], positions: Int[Tensor, " target"]
-    ) -> Float[Tensor, "head pos target d_head"]:
-        """The same where each target's direction stands at one position only."""
-        vectors = gradient[positions, torch.arange(len(positions), device=positions.device)]
-        z = torch.matmul(vectors[None], self.output.transpose(1, 2))
-        return self.mixing[:, : len(gradient)].index_select(2, positions)[..., None] * z[:, None]
-
-    def add_through_values(
-        self,
-        values: Float[Tensor, "head pos target d_head"],
-        gradient: Float[Tensor, "pos target d_model"],
-    ) -> None:
-        """From directions in the values on to the residual stream before attention, added to `gradient`."""
-        flat, shared, width = (
-            gradient.view(-1, gradient.shape[-1]),
-            len(self.value),
-            values.shape[-1],
-        )
-        if len(values) != shared:
-            values = values.view(shared, -1, *values.shape[1:]).sum(1)
-        for head in range(shared):
-            flat.addmm_(values[head].view(-1, width), self.value[head].T)
-
-    def values(
-        self, residual: Float[Tensor, "pos source d_model"]
-    ) -> Float[Tensor, "head pos source d_head"]:
-        """Every head's values for changes of the residual stream, without its constants."""
-        found = torch.einsum("ksd,hde->hkse", residual, self.value)
-        return found.repeat_interleave(len(self.mixing) // len(found), 0)
-
-    def attention(
-        self, values: Float[Tensor, "head pos source d_head"]
-    ) -> Float[Tensor, "pos source d_model"]:
-        """What frozen attention makes of values."""
+    def attention_output(self, values: SourceValues) -> SourceResidual:
+        """Compute what attention writes."""
+        # LN(sum_h A_h V_h W_O[h])
         return torch.einsum("hkq,hkse,hed->qsd", self.mixing, values, self.output)
 
-    def skipped(
-        self, residual: Float[Tensor, "pos source d_model"]
-    ) -> Float[Tensor, "pos source d_model"]:
-        """What the skip adds for changes of the residual stream that it reads."""
+    def skip_output(self, residual: SourceResidual) -> SourceResidual:
+        """Compute what the skip writes when it reads `residual`."""
         assert self.skip is not None
-        return _by_position(self.writing).linear(
-            _by_position(self.reading).linear(residual) @ self.skip.T
-        )
+        # LN_write(W_skip LN_read(residual))
+        read = _per_position(self.reading).linear(residual)
+        return _per_position(self.writing).linear(read @ self.skip.T)
 
-    def skip_transposed(
-        self, gradient: Float[Tensor, "some target d_model"], positions: slice = slice(None)
-    ) -> Float[Tensor, "some target d_model"]:
-        """From directions in the MLP's output at some positions to the same ones in the residual stream that the skip reads."""
-        assert self.skip is not None
-        reading, writing = (_by_position(norm[positions]) for norm in (self.reading, self.writing))
+    def value_gradient(self, gradient: Gradient) -> ValueGradient:
+        """Map gradients after attention to gradients at the values of each head.
+
+        `gradient` may end before the prompt does if it is zero at all later positions.
+        """
+        n_positions, n_targets, _ = gradient.shape
+        mixing = self.mixing[:, :n_positions, :n_positions]
+        # dV_h = A_h^T (G W_O[h]^T)
+        projected = gradient.flatten(0, 1)[None] @ self.output.mT
+        projected = rearrange(projected, "head (pos t) d -> head pos (t d)", t=n_targets)
+        return rearrange(mixing @ projected, "head pos (t d) -> head pos t d", t=n_targets)
+
+    def value_gradient_of_one_position(
+        self, gradient: Gradient, position: TargetNumbers
+    ) -> ValueGradient:
+        """Compute `value_gradient` for gradients that are zero except at one position each."""
+        vector = gradient[position, row_numbers(position)]
+        projected = vector[None] @ self.output.mT
+        # Only the target's own position, a column of A_h^T, contributes to the product.
+        mixing = self.mixing[:, : len(gradient)].index_select(2, position)
+        return mixing[..., None] * projected[:, None]
+
+    def add_attention_gradient(self, values: ValueGradient, gradient: Gradient) -> None:
+        """Add to `gradient` what reaches the residual stream through the values."""
+        flat = gradient.view(-1, gradient.shape[-1])
+        if len(values) != len(self.value):
+            values = reduce(values, "(kv copy) ... -> kv ...", "sum", kv=len(self.value))
+        # G += LN^T(sum_h dV_h W_V[h]^T); LN^T is part of `value` and `mixing`.
+        for weight, head_gradient in zip(self.value, values, strict=True):
+            flat.addmm_(head_gradient.flatten(0, 1), weight.T)
+
+    def skip_gradient(self, gradient: Gradient, positions: slice = EVERYWHERE) -> Gradient | None:
+        """Map gradients at the MLP output, which cover `positions`, to what the skip reads.
+
+        Returns None if there is no skip.
+        """
+        if self.skip is None:
+            return None
+        reading = _per_position(self.reading, positions)
+        writing = _per_position(self.writing, positions)
+        # LN_read^T W_skip^T LN_write^T G
         return reading.transposed(writing.transposed(gradient) @ self.skip)
 
 
 @dataclass(frozen=True, eq=False)
 class LocalModel:
-    """One prompt's linear map, and the parts it does not hold.
+    """The local replacement model of one prompt.
 
     Attributes:
-        tokens: of the prompt.
-        layers: from the first.
+        tokens: the token ids of the prompt.
+        layers: the frozen layers, from the first.
         final: the last norm.
-        embedding: what the token embedding writes.
-        position_embedding: what a learned position embedding writes; None without one.
-        residual: after the last layer.
-        unembedding, unembedding_bias: from the last norm's output to logits.
+        embedding: the token embeddings.
+        position_embedding: the learned position embeddings; None without them.
+        residual: the residual stream after the last layer.
+        unembedding, unembedding_bias: the map from the output of the last norm to logits.
         mean_unembedding: the mean of the unembedding over the vocabulary.
-        soft_cap: bounds the logits where it is positive.
-        parallel: the MLP reads what attention reads, not what it writes.
-        causal: no position reads later ones.
+        soft_cap: the bound on the logits; 0 without one.
+        parallel: whether the MLP reads the residual stream before attention, not after it.
+        causal: whether attention is causal.
     """
 
     tokens: Int[Tensor, " pos"]
     layers: Sequence[FrozenLayer]
     final: LinearNorm
-    embedding: Float[Tensor, "pos d_model"]
-    position_embedding: Float[Tensor, "pos d_model"] | None
-    residual: Float[Tensor, "pos d_model"]
+    embedding: Residual
+    position_embedding: Residual | None
+    residual: Residual
     unembedding: Float[Tensor, "d_model vocab"]
     unembedding_bias: Float[Tensor, " vocab"]
-    mean_unembedding: Float[Tensor, " d_model"]
+    mean_unembedding: ModelVector
     soft_cap: float
     parallel: bool
     causal: bool
 
     def logits(self, position: int = -1) -> Float[Tensor, " vocab"]:
-        """What the model says at a position."""
-        here = slice(position % len(self.tokens), position % len(self.tokens) + 1)
-        normed = self.final[here].linear(self.residual[here]) + (
-            0.0 if self.final.bias is None else self.final.bias
-        )
-        logits = (normed.to(self.unembedding) @ self.unembedding)[0].to(
-            self.residual
-        ) + self.unembedding_bias
-        return self.soft_cap * torch.tanh(logits / self.soft_cap) if self.soft_cap > 0 else logits
+        """Return the model's logits at a position."""
+        # logits = LN_final(residual) W_U + b_U
+        normed = apply_norm(self.final, self.residual)[position]
+        products = normed.to(self.unembedding) @ self.unembedding
+        logits = products.to(normed) + self.unembedding_bias
+        if self.soft_cap > 0:
+            logits = self.soft_cap * (logits / self.soft_cap).tanh()
+        return logits
 
 
 def check_transcoders(model: Model, transcoders: Transcoders) -> None:
-    """Refuse models without the parts that are replaced or frozen here, and transcoders of another shape.
+    """Check that an attribution graph can be made of this model with these transcoders.
 
     Raises:
-        InputError: with what does not fit.
+        InputError: the model has a part that cannot be frozen or replaced, or the transcoders
+            have other layers or another width.
     """
     if not isinstance(model, Model):
         raise InputError(
-            f"expected a HookedTransformer, got {type(model).__name__}; load it with circuits.load_model."
+            f"expected a HookedTransformer, got {type(model).__name__}; "
+            "load it with circuits.load_model."
         )
     cfg = model.cfg
-    reasons = {
+    architecture = cfg.original_architecture
+    unsupported = {
         "no MLPs": cfg.attn_only,
-        "values that are clipped, which no linear map describes": cfg.clip_qkv is not None,
-        f"norms only after attention and MLP ({cfg.original_architecture})": cfg.original_architecture
-        in POST_NORM_ONLY,
+        "clipped values, which are not linear": cfg.clip_qkv is not None,
+        f"norms only after attention and MLP ({architecture})": architecture in POST_NORM_ONLY,
         "shortformer positions": cfg.positional_embedding_type == "shortformer",
         f"layers spread over {cfg.n_devices} devices": cfg.n_devices > 1,
     }
-    if found := [reason for reason, holds in reasons.items() if holds]:
+    found = [reason for reason, holds in unsupported.items() if holds]
+    if found:
         raise InputError(
             f"{cfg.model_name} has {' and '.join(found)}: no attribution graph can be made of it."
         )
@@ -199,233 +230,227 @@ def check_transcoders(model: Model, transcoders: Transcoders) -> None:
             f"expected transcoders, got {transcoders!r}; load them with circuits.load_transcoders."
         )
     transcoders.check()
-    if (transcoders.n_layers, transcoders.d_model) != (cfg.n_layers, cfg.d_model):
+    n_layers, d_model = transcoders.n_layers, transcoders.d_model
+    if (n_layers, d_model) != (cfg.n_layers, cfg.d_model):
         raise InputError(
-            f"the transcoders {transcoders.name!r} are for {transcoders.n_layers} layers of width {transcoders.d_model}, and "
-            f"{cfg.model_name} has {cfg.n_layers} of width {cfg.d_model}; load those that were trained on this model."
+            f"the transcoders {transcoders.name!r} are for {n_layers} layers of width {d_model}, "
+            f"and {cfg.model_name} has {cfg.n_layers} of width {cfg.d_model}; "
+            "load transcoders that were trained on this model."
         )
 
 
 @torch.no_grad()
-def freeze(
-    model: Model, transcoders: Transcoders, prompts: Sequence[Int[Tensor, " _"]]
-) -> list[LocalModel]:
-    """The local replacement models of some prompts, from one run of them all.
+def freeze(model: Model, transcoders: Transcoders, prompts: Sequence[Prompt]) -> list[LocalModel]:
+    """Make the local replacement models of some prompts from one forward pass.
 
     Raises:
-        InputError: the transcoders do not fit the model, or a prompt is empty, too long, or gives values that are not finite.
+        InputError: see `check_transcoders` and `pad_prompts`; or activations are not finite.
     """
     check_transcoders(model, transcoders)
-    tokens, mask = padded(model, prompts)
-    recorded: dict[str, Tensor] = {}
-    names = [*_recorded_hooks(model), *scale_hooks(model).values()]
-    with frozen(model), plain_inputs(model):
-        residual = run_to_residual(
-            model, tokens, mask, [(name, keeper(recorded, name)) for name in names]
-        )
-    if not torch.isfinite(residual[mask]).all():
-        raise InputError(
-            "a prompt gives values that are not finite; load the model in float32, or check its weights."
-        )
-    weights = [_Weights.of(model, transcoders, layer) for layer in range(model.cfg.n_layers)]
-    mean = ModelWeights(model).unembedding().weight.detach().mean(1, dtype=wide(model))
+    tokens, mask = pad_prompts(model, prompts)
+    recorded = _record(model, tokens, mask)
+    layers = range(model.cfg.n_layers)
+    freezers = [_LayerFreezer(model, transcoders, layer) for layer in layers]
+    unembedding = ModelWeights(model).unembedding().weight.detach()
+    mean_unembedding = unembedding.mean(1, dtype=compute_dtype(model))
     models = []
-    for row, length in enumerate(mask.sum(1).tolist()):
-        seen = {name: value[row] for name, value in recorded.items()}
-        models.append(
-            _local_model(
-                model,
-                transcoders,
-                weights,
-                mean,
-                _Seen(seen, residual[row], tokens[row], length, wide(model)),
-            )
-        )
+    for row, prompt in enumerate(prompts):
+        run = _unpadded(recorded, row, len(prompt), mean_unembedding.dtype)
+        row_tokens = tokens[row, : len(prompt)]
+        frozen_layers = [freezer.frozen_layer(run) for freezer in freezers]
+        models.append(_local_model(model, frozen_layers, mean_unembedding, row_tokens, run))
     return models
 
 
-def wide(model: Model) -> torch.dtype:
-    """What everything here is computed in: float32, whatever rounding the model's own run has, or float64 where the model is."""
+def compute_dtype(model: Model) -> torch.dtype:
+    """Return the precision of the linear map: at least float32, whatever the model's own is."""
     return torch.promote_types(model.cfg.dtype, torch.float32)
 
 
-def padded(
-    model: Model, prompts: Sequence[Int[Tensor, " _"]]
-) -> tuple[Int[Tensor, "batch pos"], Tensor]:
-    """Prompts of different lengths as one tensor on the model's device, and where they are real.
+def pad_prompts(model: Model, prompts: Sequence[Prompt]) -> tuple[TokenBatch, TokenMask]:
+    """Pad prompts on the right to one tensor on the model's device; mask what is not padding.
 
     Raises:
-        InputError: a prompt is empty or longer than the model's context, or holds a token the model does not have.
+        InputError: a prompt is empty, longer than the model's context, or holds a token outside
+            the model's vocabulary.
     """
-    if not prompts:
-        raise InputError("there are no prompts; give at least one.")
+    cfg = model.cfg
     for prompt in prompts:
-        if not 1 <= len(prompt) <= model.cfg.n_ctx:
-            what = "is empty" if not len(prompt) else f"has {len(prompt)} tokens"
+        if not 1 <= len(prompt) <= cfg.n_ctx:
+            problem = f"has {len(prompt)} tokens" if len(prompt) else "is empty"
             raise InputError(
-                f"a prompt {what}; {model.cfg.model_name} takes from 1 to {model.cfg.n_ctx} tokens."
+                f"a prompt {problem}; {cfg.model_name} takes from 1 to {cfg.n_ctx} tokens."
             )
-        if not 0 <= int(prompt.min()) <= int(prompt.max()) < model.cfg.d_vocab:
+        if prompt.min() < 0 or prompt.max() >= cfg.d_vocab:
             raise InputError(
-                f"a prompt holds a token outside 0 to {model.cfg.d_vocab - 1}; tokenize it with this model's tokenizer."
+                f"a prompt holds a token outside 0 to {cfg.d_vocab - 1}; "
+                "tokenize it with this model's tokenizer."
             )
-    tokens = torch.nn.utils.rnn.pad_sequence(
-        [prompt.long().cpu() for prompt in prompts], batch_first=True
-    )
-    mask = (
-        torch.arange(tokens.shape[1]) < torch.tensor([len(prompt) for prompt in prompts])[:, None]
-    )
-    return tokens.to(model.cfg.device), mask.to(model.cfg.device)
+    on_device = [prompt.long().to(cfg.device) for prompt in prompts]
+    tokens = pad_sequence(on_device, batch_first=True)
+    real = [torch.ones_like(prompt).bool() for prompt in on_device]
+    return tokens, pad_sequence(real, batch_first=True)
 
 
-def _recorded_hooks(model: Model) -> list[str]:
-    names = [output_hook(TokenEmbed())]
+def read_by_features(
+    transcoders: Transcoders, norm: LinearNorm, residual: ModelVectors
+) -> tuple[LinearNorm, ModelVectors]:
+    """Return the map from the residual stream to what features read, and what they read.
+
+    Args:
+        norm: the norm before the MLP.
+        residual: the residual stream before that norm.
+    """
+    match transcoders.reads:
+        case "residual":
+            norm = replace(norm, scale=None, bias=None)
+        case "normalized":
+            norm = replace(norm, weight=None, bias=None)
+    return norm, apply_norm(norm, residual)
+
+
+def apply_norm(norm: LinearNorm, x: ModelVectors) -> ModelVectors:
+    """Apply a frozen norm with its bias."""
+    linear = norm.linear(x)
+    return linear if norm.bias is None else linear + norm.bias
+
+
+def _record(model: Model, tokens: TokenBatch, mask: TokenMask) -> Activations:
+    names = [TOKEN_EMBEDDING, *scale_hooks(model).values()]
     if model.cfg.positional_embedding_type == "standard":
-        names.append(output_hook(PosEmbed()))
+        names.append(POSITION_EMBEDDING)
     for layer in range(model.cfg.n_layers):
-        names += [
-            pattern_hook(layer),
-            mlp_residual_hook(model, layer),
-            mlp_output_hook(model, layer),
-        ]
-    return names
-
-
-@dataclass(frozen=True, eq=False)
-class _Seen:
-    """What the run of one prompt has left; pads are cut off."""
-
-    recorded: Mapping[str, Tensor]
-    residual: Float[Tensor, "padded d_model"]
-    tokens: Int[Tensor, " padded"]
-    length: int
-    dtype: torch.dtype
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.recorded[name][: self.length].to(self.dtype)
-
-    def pattern(self, layer: int) -> Float[Tensor, "head query key"]:
-        return self.recorded[pattern_hook(layer)][:, : self.length, : self.length].to(self.dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class _Weights:
-    """What all prompts share of a layer's attention and skip."""
-
-    value: Float[Tensor, "kv_head d_model d_head"]
-    value_constant: Float[Tensor, "head d_head"]
-    output: Float[Tensor, "head d_head d_model"]
-    output_after_norm: Float[Tensor, "head d_head d_model"]
-    output_bias: Float[Tensor, " d_model"]
-    skip: Float[Tensor, "d_out d_in"] | None
-
-    @staticmethod
-    def of(model: Model, transcoders: Transcoders, layer: int) -> _Weights:
-        parts, like = (
-            ModelWeights(model),
-            torch.zeros((), dtype=wide(model), device=model.cfg.device),
+        names += [pattern_hook(layer), mlp_residual_hook(model, layer)]
+        names.append(mlp_output_hook(model, layer))
+    recorded: Activations = {}
+    hooks = [(name, keeper(recorded, name)) for name in names]
+    with frozen(model), plain_inputs(model):
+        residual = run_to_residual(model, tokens, mask, hooks)
+    if not residual[mask].isfinite().all():
+        raise InputError(
+            "a prompt gives values that are not finite; "
+            "load the model in float32, or check its weights."
         )
-        output = parts.output_projection(layer).detach().to(like)
-        after = parts.linear_norm(
-            layer,
-            "ln1_post",
-            like.new_ones(1, 1) if (layer, "ln1_post") in scale_hooks(model) else None,
-        )
-        return _Weights(
-            value=parts.projection_after_norm(layer, "v").to(like),
-            value_constant=parts.value_constant(layer).to(like),
-            output=output,
-            output_after_norm=after.linear(output),
-            output_bias=parts.output_bias(layer).detach().to(like),
-            skip=None if transcoders.skips is None else transcoders.skips[layer].to(like),
-        )
+    return recorded | {FINAL_RESIDUAL: residual}
+
+
+def _unpadded(recorded: Activations, row: int, length: int, dtype: torch.dtype) -> Activations:
+    run = {}
+    for hook, batch in recorded.items():
+        # Patterns are large, so each is converted where it is used.
+        if batch.dim() == 4:
+            run[hook] = batch[row, :, :length, :length]
+        else:
+            run[hook] = batch[row, :length].to(dtype)
+    return run
 
 
 def _local_model(
     model: Model,
-    transcoders: Transcoders,
-    weights: Sequence[_Weights],
-    mean: Float[Tensor, " d_model"],
-    seen: _Seen,
+    layers: Sequence[FrozenLayer],
+    mean_unembedding: ModelVector,
+    tokens: Int[Tensor, " pos"],
+    run: Activations,
 ) -> LocalModel:
-    parts, residual, positions = (
-        ModelWeights(model),
-        seen.residual[: seen.length].to(seen.dtype),
-        output_hook(PosEmbed()),
-    )
-    unembedding = parts.unembedding()
+    weights, residual = ModelWeights(model), run[FINAL_RESIDUAL]
+    unembedding = weights.unembedding()
     return LocalModel(
-        tokens=seen.tokens[: seen.length],
-        layers=[
-            _frozen_layer(model, transcoders, weights[layer], layer, seen)
-            for layer in range(model.cfg.n_layers)
-        ],
-        final=parts.linear_norm(None, "ln_final", parts.final_scale(residual)),
-        embedding=seen[output_hook(TokenEmbed())],
-        position_embedding=seen[positions] if positions in seen.recorded else None,
+        tokens=tokens,
+        layers=layers,
+        final=weights.linear_norm(None, "ln_final", weights.final_scale(residual)),
+        embedding=run[TOKEN_EMBEDDING],
+        position_embedding=run.get(POSITION_EMBEDDING),
         residual=residual,
         unembedding=unembedding.weight.detach(),
-        unembedding_bias=unembedding.bias.detach().to(seen.dtype),
-        mean_unembedding=mean,
+        unembedding_bias=unembedding.bias.detach().to(residual),
+        mean_unembedding=mean_unembedding,
         soft_cap=unembedding.soft_cap,
         parallel=model.cfg.parallel_attn_mlp,
         causal=model.cfg.attention_dir == "causal",
     )
 
 
-def _frozen_layer(
-    model: Model, transcoders: Transcoders, weights: _Weights, layer: int, seen: _Seen
-) -> FrozenLayer:
-    parts, scales = ModelWeights(model), scale_hooks(model)
-    norms = {
-        name: parts.linear_norm(
-            layer, name, seen[scales[layer, name]] if (layer, name) in scales else None
+class _LayerFreezer:
+    """Makes the frozen layers of prompts; holds the weights that they share.
+
+    Attributes:
+        head_constant: what each head writes at an attention weight of 1 if the residual stream is
+            zero, before a norm after attention: (b_V + b_LN W_V[h]) W_O[h].
+    """
+
+    def __init__(self, model: Model, transcoders: Transcoders, layer: int) -> None:
+        self.model, self.transcoders, self.layer = model, transcoders, layer
+        self.weights = weights = ModelWeights(model)
+        hooks = scale_hooks(model)
+        self.scale_hooks = {name: hooks.get((layer, name)) for name in NORMS}
+        dtype = compute_dtype(model)
+        self.value = weights.projection_after_norm(layer, "v").to(dtype)
+        output = weights.output_projection(layer).detach().to(dtype)
+        self.output = self._norm_after_attention(output)
+        value_constant = weights.value_constant(layer).to(dtype)
+        self.head_constant = torch.einsum("he,hed->hd", value_constant, output)
+        self.output_bias = weights.output_bias(layer).detach().to(dtype)
+        self.skip = None
+        if transcoders.skips is not None:
+            self.skip = transcoders.skips[layer].to(output)
+
+    def _norm_after_attention(self, output: HeadOutput) -> HeadOutput:
+        # Without the scale, which differs between prompts and is part of `mixing`.
+        scale = None
+        if self.scale_hooks["ln1_post"] is not None:
+            scale = output.new_ones(1, 1)
+        return self.weights.linear_norm(self.layer, "ln1_post", scale).linear(output)
+
+    def frozen_layer(self, run: Activations) -> FrozenLayer:
+        layer = self.layer
+        norms = {name: self._norm(run, name) for name in NORMS}
+        pattern = run[pattern_hook(layer)].to(self.value)
+        residual = run[mlp_residual_hook(self.model, layer)]
+        reading, feature_input = read_by_features(self.transcoders, norms["ln2"], residual)
+        writing = norms["ln2_post"]
+        if self.transcoders.writes == "residual":
+            writing = replace(writing, scale=None)
+        return FrozenLayer(
+            mixing=_mixing(pattern, norms["ln1"], norms["ln1_post"]),
+            value=self.value,
+            output=self.output,
+            attention_constant=self._attention_constant(pattern, norms["ln1_post"]),
+            reading=reading,
+            writing=writing,
+            skip=self.skip,
+            feature_input=feature_input,
+            mlp_output=run[mlp_output_hook(self.model, layer)],
         )
-        for name in NORMS
-    }
-    pattern, before, after = seen.pattern(layer), norms["ln1"], norms["ln1_post"]
-    # What attention writes where the residual stream is zero: the constants of its values, W_O, b_O, and a norm after it.
-    written = (
-        torch.einsum("hqk,he,hed->qd", pattern, weights.value_constant, weights.output)
-        + weights.output_bias
-    )
-    mixing = pattern.transpose(1, 2)
-    if after.scale is not None:
-        written = after.linear(written) + (0.0 if after.bias is None else after.bias)
-        mixing = mixing / after.scale[:, 0]
-    if before.scale is not None:
-        mixing = mixing / before.scale
-    reading, feature_input = read_by_features(
-        transcoders, norms["ln2"], seen[mlp_residual_hook(model, layer)]
-    )
-    return FrozenLayer(
-        mixing=mixing.contiguous(),
-        value=weights.value,
-        output=weights.output_after_norm,
-        attention_constant=written,
-        reading=reading,
-        writing=norms["ln2_post"]
-        if transcoders.writes == "mlp"
-        else replace(norms["ln2_post"], scale=None),
-        skip=weights.skip,
-        feature_input=feature_input,
-        mlp_output=seen[mlp_output_hook(model, layer)],
-    )
+
+    def _norm(self, run: Activations, name: str) -> LinearNorm:
+        hook = self.scale_hooks[name]
+        scale = None if hook is None else run[hook]
+        return self.weights.linear_norm(self.layer, name, scale)
+
+    def _attention_constant(self, pattern: Pattern, norm_after: LinearNorm) -> Residual:
+        # LN_after(sum over heads and keys of A_h[query, key] head_constant[h] + b_O)
+        heads = torch.einsum("hqk,hd->qd", pattern, self.head_constant)
+        return apply_norm(norm_after, heads + self.output_bias)
 
 
-def read_by_features(
-    transcoders: Transcoders, norm: LinearNorm, residual: Float[Tensor, "*batch d_model"]
-) -> tuple[LinearNorm, Float[Tensor, "*batch d_model"]]:
-    """From the residual stream to what features read, as a linear map, and what they read."""
-    match transcoders.reads:
-        case "residual":
-            return replace(norm, scale=None, bias=None), residual
-        case "normalized":
-            bare = replace(norm, weight=None, bias=None)
-            return bare, bare.linear(residual)
-    return norm, norm.linear(residual) + (0.0 if norm.bias is None else norm.bias)
+def _mixing(
+    pattern: Pattern, norm_before: LinearNorm, norm_after: LinearNorm
+) -> Float[Tensor, "head key query"]:
+    # A_h^T[key, query] / (scale before attention at the key * scale after it at the query)
+    mixing = pattern.mT
+    if norm_after.scale is not None:
+        mixing = mixing / norm_after.scale.T
+    if norm_before.scale is not None:
+        mixing = mixing / norm_before.scale
+    return mixing.contiguous()
 
 
-def _by_position(norm: LinearNorm) -> LinearNorm:
-    """The norm, for tensors whose axis of targets stands between position and width."""
-    return norm if norm.scale is None else replace(norm, scale=norm.scale[:, None])
+def _per_position(norm: LinearNorm, positions: slice = EVERYWHERE) -> LinearNorm:
+    # For tensors with an axis of sources or targets between position and d_model.
+    if norm.scale is None:
+        return norm
+    return replace(norm, scale=norm.scale[positions, None])
+
+
+# Earlier names, which other modules still import.
+padded, wide = pad_prompts, compute_dtype
