@@ -84,8 +84,8 @@ def _direction(model: Model, local: LocalModel, wanted: Explained) -> Direction:
 def _pair(model: Model, local: LocalModel, wanted: tuple[str | int, ...]) -> Direction:
     if len(wanted) != 2:
         raise InputError(
-            f"explain holds {wanted!r}; a pair is (token, other token), whose logits' difference is "
-            "explained."
+            f"explain holds {wanted!r}; a pair is (token, other token), whose logits' difference "
+            "is explained."
         )
     right, wrong = (_token(model, local, each) for each in wanted)
     if right == wrong:
