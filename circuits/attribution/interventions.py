@@ -19,7 +19,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.attribution.local_model import check_transcoders, padded, read_by_features, wide
+from circuits.attribution.local_model import (
+    check_transcoders,
+    compute_dtype,
+    pad_prompts,
+    read_by_features,
+)
 from circuits.graph.nodes import Feature, parse_node
 from circuits.models import (
     FINAL_SCALE,
@@ -313,7 +318,7 @@ class _InterventionRun:
     def execute(self, tokens: Int[Tensor, " pos"], held: Sequence[str] = ()) -> Intervened:
         """Run all variants, with the activations at the hook points `held` at clean values."""
         model, n_variants = self.model, max(1, len(self.variants))
-        rows, mask = padded(model, [tokens] * n_variants)
+        rows, mask = pad_prompts(model, [tokens] * n_variants)
         mlp_hooks = chain(*map(self._mlp_hooks, self.frozen_layers))
         with frozen(model), plain_inputs(model), torch.no_grad():
             self._record_clean(tokens, [*held, *mlp_hooks])
@@ -326,7 +331,7 @@ class _InterventionRun:
     def _record_clean(self, tokens: Int[Tensor, " pos"], names: Sequence[str]) -> None:
         if not names:
             return
-        rows, mask = padded(self.model, [tokens])
+        rows, mask = pad_prompts(self.model, [tokens])
         with hooked(self.model, [(name, keeper(self.clean, name)) for name in names]):
             residual = run_to_residual(self.model, rows, mask)
             if FINAL_SCALE in names:
@@ -381,7 +386,7 @@ class _InterventionRun:
         if scale is None:
             _, scale = weights.normalized(layer, residual) or (None, None)
         norm = weights.linear_norm(layer, "ln2", scale)
-        residual = residual.to(wide(self.model))
+        residual = residual.to(compute_dtype(self.model))
         return read_by_features(self.transcoders, norm, residual)[1]
 
     def _fire(self, layer: int, inputs: Residual) -> tuple[FeatureValues, FeatureValues]:
@@ -418,7 +423,7 @@ def _checked_prompt(
     if not isinstance(leading, int) or leading < 0:
         raise InputError(f"leading={leading!r}: give a whole number, 0 or more.")
     tokens = prompt_tokens(model, prompt)
-    padded(model, [tokens])  # refuses prompts that are empty or too long
+    pad_prompts(model, [tokens])  # refuses prompts that are empty or too long
     return tokens
 
 

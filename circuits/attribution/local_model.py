@@ -450,7 +450,3 @@ def _per_position(norm: LinearNorm, positions: slice = EVERYWHERE) -> LinearNorm
     if norm.scale is None:
         return norm
     return replace(norm, scale=norm.scale[positions, None])
-
-
-# Earlier names, which other modules still import.
-padded, wide = pad_prompts, compute_dtype

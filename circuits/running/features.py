@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.attribution.local_model import check_transcoders, read_by_features, wide
+from circuits.attribution.local_model import check_transcoders, compute_dtype, read_by_features
 from circuits.attribution.pooling import spans_of
 from circuits.graph.graph import Graph, PooledFeatureGraph
 from circuits.graph.nodes import Error, Feature, TokenEmbed
@@ -298,7 +298,7 @@ class FeatureExecutor:
         normalized = weights.normalized(layer, residual)
         scale = None if normalized is None else normalized[1]
         norm = weights.linear_norm(layer, "ln2", scale)
-        return read_by_features(self.transcoders, norm, residual.to(wide(self.model)))[1]
+        return read_by_features(self.transcoders, norm, residual.to(compute_dtype(self.model)))[1]
 
     def _encode(self, layer: int, inputs: Stream, part: Task) -> Activations:
         return self._after_leading(self.transcoders.encode(layer, inputs, part.mask))
@@ -337,7 +337,7 @@ class FeatureExecutor:
         positions = torch.arange(part.mask.shape[1], device=part.mask.device)
         is_later = positions >= self.graph.transcoders.leading
         masks = (part.mask, part.mask & is_later)
-        return tuple(mask.to(wide(self.model))[..., None] for mask in masks)
+        return tuple(mask.to(compute_dtype(self.model))[..., None] for mask in masks)
 
 
 def _weighted_sum(weights: Tensor, axes: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
