@@ -92,21 +92,16 @@ class BaseRun(RunTensors):
         return held[heads][:, None]
 
     def write(
-        self,
-        kind: Activation,
-        block: TargetBlock,
-        nodes: HeadSelection,
-        values: Tensor,
-        at: TokenSet,
+        self, name: Activation, block: TargetBlock, nodes: HeadSelection, new: Tensor, at: TokenSet
     ) -> None:
         """Overwrite activations of some nodes at some tokens; k and v at all positions."""
-        if kind == "outputs":
+        if name == "outputs":
             held = self.outputs[block.sources]
         else:
-            held = self._own(self.inputs if kind == "inputs" else self.projected, block)
-        if kind != "projected" or block.slot == "q":
+            held = self._own(self.inputs if name == "inputs" else self.projected, block)
+        if name != "projected" or block.slot == "q":
             held = at.select(held)
-        held[nodes] = values
+        held[nodes] = new
 
     def _own(self, tensors: ByBlock, block: TargetBlock) -> Tensor:
         # The tensor of a block with a row per node, copied if anything else may hold it.

@@ -86,8 +86,8 @@ class VariantRun:
         with torch.inference_mode():
             self._final_residual()
             # At the end, since later steps of the run read the base as it was.
-            for kind, block, nodes, values, tokens in self._writes:
-                base.write(kind, block, nodes, values[:, 0], tokens)
+            for name, block, nodes, values, tokens in self._writes:
+                base.write(name, block, nodes, values[:, 0], tokens)
         base.kept, base.mask = kept, self.context.mask(kept)
         base.changed[self.plan.changed[self.context.model.window.scored]] = True
         base.plans.clear()
@@ -174,21 +174,24 @@ class VariantRun:
         """New inputs of some nodes; if all nodes read the same, one row and a key for it."""
         block, tokens = update.block, update.tokens
         stored = self.base.inputs[block]
-        shared = len(stored) == 1
+        shared = stored.shape[0] == 1
         residual = tokens.select(stored if shared else stored[nodes])[:, None]
         # x_r = x0_r + sum over recomputed sources u of M[u, r] * (out_u - out0_u)
         #            + sum over changed edges u->r of (M[u, r] - M0[u, r]) * (out0_u - c_u)
         # where an ablated edge adds c_u - out0_u: M - M0 is -1.
-        change, edges = self._change_of_sources(update)
+        edges_change = self._edges_change(update)
+        change, edges = self._change_of_sources(update, edges_change)
         if change is not None:
             residual = residual + change
-        key = (id(stored), tokens, edges) if shared and len(residual) == 1 else None
-        if self._edges_change(update):
+        key = (id(stored), tokens, edges) if shared and residual.shape[0] == 1 else None
+        if edges_change:
             residual, key = self._with_edge_changes(update, residual), None
         self._record("inputs", block, nodes, residual, tokens)
         return residual, key
 
-    def _change_of_sources(self, update: InputUpdate) -> tuple[Inputs | None, bytes]:
+    def _change_of_sources(
+        self, update: InputUpdate, edges_change: bool
+    ) -> tuple[Inputs | None, bytes]:
         # sum over recomputed sources u of M[u, r] * (out_u - out0_u), and M as a key
         tokens, rows = update.tokens, update.rows
         sources = self.plan.changed[tokens][: update.n_changed]
@@ -196,7 +199,7 @@ class VariantRun:
             return None, b""
         changes = self._changes[tokens][: update.n_changed]
         between = np.ix_(rows, sources)
-        if self._edges_change(update) and self.edge_changes.edges[between].any():
+        if edges_change and self.edge_changes.edges[between].any():
             # Some of these edges change themselves: M differs between the variants.
             ablated = self.context.model.layout.ablated(self.kept)[:, :, rows][..., sources]
             kept = torch.from_numpy(self.context.possible[between]) & ~ablated

@@ -55,7 +55,7 @@ class TaskModel:
 
     @staticmethod
     def of(model: Model, task: Task, layout: EdgeLayout, window: Window) -> TaskModel:
-        """The functions of the weights; UnsupportedError for an unknown kind of attention."""
+        """Read the functions from the weights; raises UnsupportedError if it cannot."""
         weights, layers = ModelWeights(model), range(model.cfg.n_layers)
         attention = [part for part in map(weights.attention, layers) if part is not None]
         if len(attention) < len(layers):
@@ -173,13 +173,13 @@ class RunContext:
 
     def weighted_sum(self, weights: EdgeWeights, values: BySource, tokens: TokenSet) -> WeightedSum:
         """sum over u of weights[u, r] * values[u], each token with the weights of its span."""
-        n_variants = max(len(weights), values.shape[1])
+        n_variants = max(weights.shape[0], values.shape[1])
         if self.spans is not None:
             by_token = weights[:, self.spans[-len(tokens) :]].expand(n_variants, -1, -1, -1)
             values = values.expand(-1, n_variants, -1, -1)
             return torch.einsum("vtru,uvtd->rvtd", by_token, values)
         matrix, flat = weights[:, 0], values.flatten(2)
-        if len(matrix) == 1:
+        if matrix.shape[0] == 1:
             # The same edges in all variants.
             total = matrix[0] @ flat.flatten(1)
         elif values.shape[1] == 1:

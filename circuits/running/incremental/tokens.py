@@ -59,7 +59,7 @@ class TokenSet:
 
     def __len__(self) -> int:
         """The number of tokens."""
-        return len(self.positions)
+        return self.positions.shape[0]
 
     def gather(self, activation: Float[Tensor, "*rows batch pos width"]) -> ByToken:
         """These tokens of an activation that has all positions of all prompts."""
@@ -67,7 +67,7 @@ class TokenSet:
 
     def select(self, rows: Float[Tensor, "*rows longer width"]) -> ByToken:
         """These tokens of an activation that ends with them; a view."""
-        return rows[..., -len(self) :, :]
+        return rows[..., -self.positions.shape[0] :, :]
 
     def to_prompts(self, rows: ByToken) -> ByPrompt:
         """Arrange tokens by prompt, as attention needs them."""
