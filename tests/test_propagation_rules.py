@@ -70,10 +70,12 @@ def relevance_hooks(model):
         if gated:
             hooks.append((f"{mlp}.hook_pre_linear", halve))
 
-        def linear(value, hook, mlp=mlp, activation=model.blocks[layer].mlp.act_fn, gated=gated):
+        def linear(value, hook, mlp=mlp, module=model.blocks[layer].mlp, gated=gated):
             pre = inputs[f"{mlp}.hook_pre"]
-            ratio = (activation(pre) / pre).detach()
-            return pre * ratio * inputs[f"{mlp}.hook_pre_linear"] if gated else pre * ratio
+            activated = pre * (module.act_fn(pre) / pre).detach()
+            if not gated:
+                return activated
+            return activated * inputs[f"{mlp}.hook_pre_linear"] + module.b_in
 
         hooks.append((f"{mlp}.hook_post", linear))
     return hooks

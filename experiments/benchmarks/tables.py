@@ -39,7 +39,7 @@ class Config:
     """The folder of results."""
     readme: Path = HERE / "README.md"
     """The file that all tables go into."""
-    summary: Path = HERE.parents[1] / "README.md"
+    summary: Path = HERE.parents[1] / "docs" / "benchmarks.md"
     """The file that a few rows go into."""
 
 
