@@ -28,8 +28,8 @@ class TensorState:
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Every field as a tensor; floats keep their precision."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}  # type: ignore[arg-type]
-        return {name: _as_tensor(value) for name, value in values.items()}
+        names = [each.name for each in fields(self)]  # type: ignore[arg-type]
+        return {name: _as_tensor(getattr(self, name)) for name in names}
 
     def from_tensors(self: State, tensors: Mapping[str, Tensor]) -> State:
         """The state that `to_tensors` of one like this turned into `tensors`."""

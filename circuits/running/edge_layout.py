@@ -55,7 +55,8 @@ class EdgeLayout:
         # Looked up per node, not per edge: there are hundreds of times as many edges. What is not
         # found is -1.
         components = [at_position(node, None) for node in graph.nodes]
-        spans = [span_row.get(node.position, -1) for node in graph.nodes]  # type: ignore[attr-defined]
+        positions = [node.position for node in graph.nodes]  # type: ignore[attr-defined]
+        spans = [span_row.get(position, -1) for position in positions]
         slots = (*range(len(SLOTS)), NO_SLOT)  # the slot -1 indexes the last column
         rows = [[target_row.get((node, slot), -1) for slot in slots] for node in components]
         sources = [source_row.get(node, -1) for node in components]
