@@ -32,11 +32,12 @@ CURVE_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 ALIASES = {"logit_diff": "logit_difference", "prob_diff": "probability_difference"}
 
 
-class _MetricMean:
-    """Tells type checkers that an attribute is a float."""
+if TYPE_CHECKING:
 
-    def __get__(self, evaluation: object, kind: type | None = None) -> float:
-        raise NotImplementedError
+    class _MetricMean:
+        """Tells type checkers that an attribute is a float."""
+
+        def __get__(self, evaluation: object, kind: type | None = None) -> float: ...
 
 
 @dataclass(frozen=True, eq=False)

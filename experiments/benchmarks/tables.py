@@ -1,8 +1,8 @@
 """Tables of the results: all of them for the README beside this file, a few of the rows for the
-project's.
+documentation's page.
 
-    python experiments/benchmarks/tables.py            # writes them between the READMEs' markers
-    python experiments/benchmarks/tables.py --check    # fails if a README has other ones
+    python experiments/benchmarks/tables.py            # writes them between the files' markers
+    python experiments/benchmarks/tables.py --check    # fails if a file has other ones
 
 Results are `results/BENCHMARK-MACHINE.json`, as the benchmarks write them. A time is the median of
 its repetitions, then the range of them.
