@@ -1,12 +1,10 @@
-"""What does removing many edges at once cost? Batched-edge ACDC against exact ACDC, by group and
-threshold, verified or not.
+"""What does removing many edges at once cost? Batched-edge ACDC against exact ACDC.
 
-    python experiments/batched_acdc.py                                        # toy-world's six
-    tasks: a few minutes on one core
+    python experiments/batched_acdc.py
     python experiments/batched_acdc.py --tasks ioi --groups target,32 --n 8   # part of it
 
-Prints the means over tasks, and writes a row per task into `--out`. "flipped" are edges that one
-search keeps and the other does not.
+The first command takes a few minutes on one core. It prints the means over tasks and writes one row
+per task into `--out`. An edge is "flipped" if only one of the two searches keeps it.
 """
 
 from dataclasses import dataclass
@@ -32,20 +30,20 @@ COUNTS = (
 
 @dataclass(frozen=True)
 class Config:
-    """Which model, prompts and settings."""
+    """Model, prompts and settings."""
 
     model: str = "toy-world"
-    """A name or a folder."""
+    """Model name or folder."""
     tasks: str = ",".join(circuits.task_names())
-    """Names of tasks, separated by commas."""
+    """Task names, separated by commas."""
     thresholds: str = "0.003,0.03"
     """Separated by commas."""
     groups: str = "target,layer,8,32"
     """Separated by commas."""
     n: int = 16
-    """Prompts to search on, and as many held-out ones to judge on."""
+    """Prompts to search on; as many held-out prompts to evaluate on."""
     out: Path = Path("runs/batched-acdc")
-    """Where the table goes, as CSV and JSON, and its means, as markdown."""
+    """Output folder: the table as CSV and JSON, its means as markdown."""
 
 
 def main(config: Config) -> None:
@@ -100,7 +98,7 @@ def row(
     group: str,
     verify: bool,
 ) -> dict[str, object]:
-    """One search against the exact one."""
+    """Compare one search with exact ACDC."""
     both = [circuits.evaluate(model, found, task, metrics=["kl"]).kl for task in (train, test)]
     agreement = {
         "edges": len(found),

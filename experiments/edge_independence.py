@@ -1,32 +1,30 @@
-"""How often does removing one edge change the decision on another, and how long are the paths that
-carry a circuit's effect?
+"""Do edges interact, and how long are the paths that carry a circuit's effect?
 
-    python experiments/edge_independence.py                               # toy-world's six tasks:
-    minutes on one core
+    python experiments/edge_independence.py
     python experiments/edge_independence.py --tasks ioi --states 20       # part of it
 
-Batched-edge ACDC rests on independence: with e1 the edge whose turn it is in a state H of an ACDC
-search, and e2 one whose turn comes later,
+The first command runs toy-world's six tasks and takes minutes on one core.
 
-    KL(G || H without e2) - KL(G || H) < T   as often as   KL(G || H without e1 and e2) - KL(G || H
-    without e1) < T.
+Interaction. Batched-edge ACDC assumes independence. Let H be a state of an ACDC search, e1 the next
+edge and e2 a later one. The decision on e2 should not depend on e1:
 
-A flip is a pair where they differ. States are drawn without replacement among those of the search
-in which an edge was measured; in each, e2
-is drawn among the undecided edges that reach the logits, `pairs` times for each relation of the two
-targets: the same node; another node of
-the same layer; another layer (the logits are a layer of their own). Pairs of one state share e1 and
-H, so intervals are a bootstrap over
-states; where a rate is 0 or 1 a bootstrap has no width, and the interval is Wilson's, with the
-number of states as the sample.
+    KL(G || H - e2) - KL(G || H) < T   if and only if   KL(G || H - e1 - e2) - KL(G || H - e1) < T
 
-Path lengths (after Veit, Wilber and Belongie 2016, https://arxiv.org/abs/1605.06431): the circuit
-that ACDC found is cut down to the union of
-its paths of at most k edges from an embedding to the logits, and the share of the effect is
-(KL(empty) - KL(cut)) / (KL(empty) - KL(circuit)).
-Edges of short paths also join into longer ones, which the cut then has too (the table counts them);
-for k up to 2 there are none. A share can
-leave 0 to 1, since removing a path can help.
+A pair for which this fails is a flip. States are drawn without replacement from the states in which
+the search measured an edge. In each state, `pairs` edges e2 are drawn for each relation between the
+two targets: the same node, another node of the same layer, or another layer. The logits count as a
+layer. Only undecided edges that reach the logits are drawn. Pairs of one state share e1 and H, so
+intervals are a bootstrap over states. A bootstrap of a rate of 0 or 1 has no width; such rates get
+Wilson's interval with the number of states as the sample size.
+
+Path lengths (after Veit, Wilber and Belongie 2016, https://arxiv.org/abs/1605.06431). The circuit
+is cut down to the union of its paths of at most k edges from an embedding to the logits. The share
+of the effect that is left is
+
+    (KL(empty) - KL(cut)) / (KL(empty) - KL(circuit)).
+
+Edges of short paths can also form longer paths, which the table counts; for k up to 2 there are
+none. A share can lie outside of 0 to 1, since removing a path can help.
 """
 
 import math
@@ -51,24 +49,24 @@ RELATIONS = ("same target", "same layer", "different layer")
 
 @dataclass(frozen=True)
 class Config:
-    """Which model, prompts and samples."""
+    """Model, prompts and samples."""
 
     model: str = "toy-world"
-    """A name or a folder."""
+    """Model name or folder."""
     tasks: str = ",".join(circuits.task_names())
-    """Names of tasks, separated by commas."""
+    """Task names, separated by commas."""
     thresholds: str = "0.003,0.01,0.03"
     """Separated by commas."""
     n: int = 16
     """Prompts."""
     states: int = 60
-    """States of each search to sample."""
+    """Sampled states per search."""
     pairs: int = 3
-    """Pairs of each relation in each state."""
+    """Sampled pairs per relation and state."""
     seed: int = 0
-    """Of states, pairs and the bootstrap."""
+    """Seed for states, pairs and the bootstrap."""
     out: Path = Path("runs/edge-independence")
-    """Where the pairs and rates (CSV), the figure (HTML) and the tables (markdown) go."""
+    """Output folder: pairs and rates (CSV), figure (HTML), tables (markdown)."""
 
 
 def main(config: Config) -> None:
@@ -122,9 +120,7 @@ def main(config: Config) -> None:
 def sampled_pairs(
     circuit: circuits.Circuit, meter: DamageMeter, config: Config, random: np.random.Generator
 ) -> list[dict[str, object]]:
-    """Increases of e2's removal in states of the search, with and without e1, in the order of the
-    search.
-    """
+    """Measure the increase of removing e2 with and without e1, in sampled states of the search."""
     graph, rows = circuit.graph, []
     order = [edge for trial in edge_order(graph, "topological") for edge in trial.edges]
     tried = [turn for turn, edge in enumerate(order) if not circuit.scores[edge].isnan()]
@@ -165,7 +161,7 @@ def sampled_pairs(
 def draw(
     edges: list[int], first: int, graph: circuits.Graph, most: int, random: np.random.Generator
 ) -> list[tuple[int, str]]:
-    """Some of the edges for each relation that their targets have with that of `first`."""
+    """Draw edges for each relation between their target and that of `first`."""
     by_relation: dict[str, list[int]] = {relation: [] for relation in RELATIONS}
     target = graph.edges[first].target
     for edge in edges:
@@ -182,8 +178,9 @@ def draw(
 
 
 def rates(frame: pd.DataFrame, by: list[str], random: np.random.Generator) -> pd.DataFrame:
-    """Flip rates with intervals of 95%: of all pairs, of those where an increase is above T/10, and
-    of those whose e1 is harmless.
+    """Flip rates with 95 % intervals.
+
+    For all pairs, for those where an increase exceeds T / 10, and for those whose e1 is harmless.
     """
     matters = (
         frame[["increase_of_e1", "increase_in_h", "increase_in_h_without_e1"]].max(axis=1)
@@ -221,8 +218,9 @@ def rates(frame: pd.DataFrame, by: list[str], random: np.random.Generator) -> pd
 def interval(
     pairs: pd.DataFrame, random: np.random.Generator, draws: int = 2000
 ) -> tuple[float, float]:
-    """Of the flip rate, by a bootstrap over states (of every task and threshold); Wilson's over
-    states where nothing varies.
+    """95 % interval of the flip rate.
+
+    A bootstrap over states (of every task and threshold), or Wilson's interval if nothing varies.
     """
     states = pairs.groupby(["task", "threshold", "state"])["flip"].agg(["sum", "count"]).to_numpy()
     if not len(states):
@@ -238,9 +236,7 @@ def interval(
 
 
 def by_path_length(circuit: circuits.Circuit, meter: DamageMeter) -> list[dict[str, object]]:
-    """For every k, how many paths of k edges the circuit has, and the share of its effect that its
-    paths of at most k edges keep.
-    """
+    """For each k: the number of paths of k edges, and the effect of paths of at most k edges."""
     graph, kept = circuit.graph, circuit.kept.nonzero().flatten().tolist()
     source, target, far = graph.source.tolist(), graph.target.tolist(), len(graph.nodes)
     below = [
@@ -274,8 +270,9 @@ def by_path_length(circuit: circuits.Circuit, meter: DamageMeter) -> list[dict[s
 
 
 def paths_by_length(graph: circuits.Graph, kept: list[int]) -> np.ndarray:
-    """How many paths of so many edges lead from an embedding to the logits; a head read in two
-    slots gives two.
+    """Count the paths of each length from an embedding to the logits.
+
+    A head that is read in two slots gives two paths.
     """
     counts = np.zeros((len(graph.nodes), len(graph.nodes) + 1), dtype=np.int64)
     counts[
@@ -289,7 +286,7 @@ def paths_by_length(graph: circuits.Graph, kept: list[int]) -> np.ndarray:
 
 
 def figure(by_relation: pd.DataFrame, lengths: pd.DataFrame) -> go.Figure:
-    """Flip rates by threshold and relation, and the share of the effect by path length."""
+    """Plot flip rates by threshold and relation, and the share of the effect by path length."""
     middle = sorted(lengths["threshold"].unique())[lengths["threshold"].nunique() // 2]
     titles = (
         "Flips among pairs that matter",
@@ -330,7 +327,7 @@ def figure(by_relation: pd.DataFrame, lengths: pd.DataFrame) -> go.Figure:
 
 
 def with_intervals(table: pd.DataFrame) -> pd.DataFrame:
-    """Each rate, its interval and the number of pairs in one column."""
+    """Put each rate, its interval and the number of pairs into one column."""
     columns: dict[str, object] = {}
     for name in table:
         subset, _, what = str(name).partition(": ")
@@ -348,7 +345,7 @@ def with_intervals(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_k(lengths: pd.DataFrame) -> pd.DataFrame:
-    """A row per circuit, a column per k."""
+    """One row per circuit, one column per k."""
     cells = [
         f"{share:.3f} ({longer:.0f})"
         for share, longer in lengths[

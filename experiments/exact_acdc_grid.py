@@ -1,18 +1,17 @@
-"""Is ACDC by speculation exact? Every decision of the fast search against the sequential loop on
-the reference executor.
+"""Does speculation change ACDC's decisions? Replay every one with the sequential loop.
 
-    python experiments/exact_acdc_grid.py                                # toy-world's six tasks at
-    five thresholds: minutes on one core
-    python experiments/exact_acdc_grid.py --tasks ioi --thresholds 0.01  # one cell of it
+    python experiments/exact_acdc_grid.py
+    python experiments/exact_acdc_grid.py --tasks ioi --thresholds 0.01   # part of it
 
-The states that the sequential loop meets follow from its decisions. Each is run by the model's own
-modules, and what the loop decides there
-is compared with what the search decided. Batches change the last bits, so that either decision is
-right where an increase lies within
-`--band` of the threshold; there the loop takes the search's. Prints a row per task and threshold as
-it goes, and writes them all to `--out`.
-`largest gap` is the greatest difference, in nats, between an increase that the search measured and
-the loop's; `kl` is the loop's, at its end.
+The first command runs toy-world's six tasks at five thresholds and takes minutes on one core.
+
+The states of the sequential loop follow from its decisions. Each state is run by the model's own
+modules, and the loop's decision is compared with that of the search. Batching changes the last bits
+of a sum, so either decision is right where an increase is within `--band` of the threshold; there
+the loop follows the search. Prints one row per task and threshold, and writes them to `--out`.
+
+`largest gap` is the largest difference, in nats, between an increase measured by the search and the
+loop's; `kl` is the loop's final KL.
 """
 
 from collections.abc import Iterable
@@ -32,20 +31,20 @@ COUNTS = ("evaluations", "measured", "batches")
 
 @dataclass(frozen=True)
 class Config:
-    """Which model, prompts and thresholds."""
+    """Model, prompts and thresholds."""
 
     model: str = "toy-world"
-    """A name or a folder."""
+    """Model name or folder."""
     tasks: str = ",".join(circuits.task_names())
-    """Names of tasks, separated by commas."""
+    """Task names, separated by commas."""
     thresholds: str = "0.001,0.003,0.01,0.03,0.1"
-    """In nats, separated by commas."""
+    """Thresholds in nats, separated by commas."""
     n: int = 16
     """Prompts."""
     band: float = 1e-5
-    """How near to its threshold an increase is decided either way, in nats."""
+    """Increases this close to the threshold, in nats, may be decided either way."""
     out: Path = Path("runs/exact-acdc-grid.md")
-    """Where the table goes, as markdown."""
+    """Output file for the markdown table."""
 
 
 def main(config: Config) -> None:
@@ -76,8 +75,8 @@ def against_the_loop(
     threshold: float,
     band: float,
 ) -> dict[str, object]:
-    """How many decisions of a search the sequential loop takes too, each in the state that the
-    decisions before it led to.
+    """Replay a search's decisions with the sequential loop, each in the state that earlier ones led
+    to.
     """
     graph = circuit.graph
     damage = DamageMeter.prepare(

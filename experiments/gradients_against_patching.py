@@ -1,13 +1,11 @@
-"""How close do EAP's and EAP-IG's predictions come to the measured damage of ablating each edge
-alone?
+"""How close do EAP and EAP-IG come to the measured damage of ablating each edge alone?
 
-    python experiments/gradients_against_patching.py                       # toy-world on IOI: under
-    a minute on two cores
-    python experiments/gradients_against_patching.py --model gpt2 --n 8    # 32,491 edges: hours on
-    a CPU
+    python experiments/gradients_against_patching.py
+    python experiments/gradients_against_patching.py --model gpt2 --n 8
 
-Prints a correlation per method over all edges and by target layer, and writes a scatter plot for
-each into `--out`.
+The first command runs toy-world on IOI and takes under a minute on two cores. The second patches
+32,491 edges, which takes hours on a CPU. Prints a correlation per method, over all edges and by
+target layer, and writes a scatter plot of each into `--out`.
 """
 
 from dataclasses import dataclass
@@ -23,16 +21,16 @@ from circuits.plotting.figures import score_scatter
 
 @dataclass(frozen=True)
 class Config:
-    """Which model and prompts."""
+    """Model and prompts."""
 
     model: str = "toy-world"
-    """A name or a folder."""
+    """Model name or folder."""
     task: str = "ioi"
-    """A task's name."""
+    """Task name."""
     n: int = 16
     """Prompts."""
     out: Path = Path("runs/gradients-against-patching")
-    """Where the scatter plots go."""
+    """Output folder for the scatter plots."""
 
 
 def main(config: Config) -> None:
@@ -63,7 +61,7 @@ def main(config: Config) -> None:
 
 
 def by_layer(scores: pd.DataFrame) -> dict[str, float]:
-    """Pearson's correlation among the edges into each layer, and into the logits."""
+    """Pearson's correlation over the edges into each layer, and into the logits."""
     targets = [circuits.parse_edge(edge).target for edge in scores.index]
     layers = [
         f"layer {target.layer}" if isinstance(target, circuits.Head | circuits.MLP) else "logits"

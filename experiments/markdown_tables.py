@@ -1,10 +1,10 @@
-"""Tables for files that are read."""
+"""Tables in markdown."""
 
 import pandas as pd
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """The table, numbers to three digits or whole; cells without one are empty."""
+    """A markdown table; numbers are whole or have three digits, missing ones are empty."""
     lines = [
         list(table.columns),
         ["---"] * len(table.columns),
@@ -14,7 +14,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def cell(value: object) -> str:
-    """One of its cells."""
+    """One cell."""
     if not isinstance(value, float):
         return "" if value is None else str(value)
     return "" if value != value else f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"

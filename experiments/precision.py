@@ -1,16 +1,15 @@
-"""What does low precision change in a search? float32, plain low precision, mixed, and mixed with
-confirmation, by type.
+"""What does low precision change in a search?
 
-    python experiments/precision.py                                       # toy-world's six tasks:
-    about ten minutes on one core
+    python experiments/precision.py
     python experiments/precision.py --types bfloat16 --tasks ioi --n 8    # part of it
     python experiments/precision.py --device cuda --n 256                 # with seconds and memory
 
-Decisions are compared with those of float32 on the same prompts. AUC is that of the kept edges
-against the true edges of the hand-wired
-models (mean over them). Without kernels for a type its rounding is simulated, on every CPU; seconds
-and memory, which would be those of the
-simulation, are measured on GPUs only.
+The first command runs toy-world's six tasks and takes about ten minutes on one core.
+
+Compares plain low precision, mixed precision, and mixed precision with confirmation, by type. Their
+decisions are compared with those in float32 on the same prompts. AUC compares the kept edges with
+the true edges of the hand-wired models. Where a device has no kernels for a type, as on every CPU,
+its rounding is simulated; time and memory are only measured on GPUs.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ from circuits.tasks.known_circuits.circuits import known_circuits
 
 @dataclass(frozen=True)
 class Config:
-    """Which model, prompts and settings."""
+    """Model, prompts and settings."""
 
     model: str = "toy-world"
-    """A name or a folder."""
+    """Model name or folder."""
     device: str = "cpu"
-    """Where the model is."""
+    """Device of the model."""
     tasks: str = ",".join(circuits.task_names())
-    """Names of tasks, separated by commas."""
+    """Task names, separated by commas."""
     types: str = ",".join(get_args(TypeName))
     """Background types, separated by commas."""
     thresholds: str = "0.003,0.03"
@@ -49,11 +48,11 @@ class Config:
     n: int = 16
     """Prompts to search on."""
     repeats: int = 1
-    """Counted repetitions of each search; one more comes first."""
+    """Timed repetitions of each search, after one warm-up."""
     threads: int = 1
-    """Threads of torch."""
+    """torch threads."""
     out: Path = Path("runs/precision")
-    """Where the rows go, as JSON, and their means, as markdown."""
+    """Output folder: rows as JSON, their means as markdown."""
 
 
 def main(config: Config) -> None:
@@ -94,7 +93,7 @@ def main(config: Config) -> None:
 
 
 def settings(config: Config) -> dict[str, circuits.Precision | None]:
-    """Every way to compute, by name."""
+    """All settings to compare, by name."""
     methods: dict[str, circuits.Precision | None] = {"float32": None}
     for name in config.types.split(","):
         methods[f"{name}, plain"] = circuits.Precision(name, investigated=name, confirm=False)
@@ -110,7 +109,7 @@ def search_rows(
     methods: dict[str, circuits.Precision | None],
     config: Config,
 ) -> list[dict[str, object]]:
-    """One task at one threshold: what each way found, in how much time and memory."""
+    """One task at one threshold: circuits, time and memory for each setting."""
     graph = circuits.component_graph(model)
     searches = {
         name: circuits.ACDC(threshold, precision=precision) for name, precision in methods.items()
@@ -144,7 +143,7 @@ def search_rows(
 
 
 def known_auc(precision: circuits.Precision | None, device: str) -> float:
-    """Area under the ROC curve of kept edges, mean over the hand-wired models and two ablations."""
+    """AUC of kept edges, mean over the hand-wired models and two ablations."""
     areas = []
     for name in known_circuits():
         known = circuits.known_circuit(name, n_prompts=16, device=device)
@@ -159,7 +158,7 @@ def known_auc(precision: circuits.Precision | None, device: str) -> float:
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """Sums of decisions and means of the rest, by precision."""
+    """By precision: sums of decisions, means of everything else."""
     if "seconds" in rows:
         rows = rows.assign(seconds=rows["seconds"].map(statistics.median))
     groups = rows.groupby("precision", sort=False)

@@ -1,5 +1,6 @@
-"""The text the embedded model learns from: prompts of every task (train split), facts, repeated
-words and filler; and its tokenizer.
+"""The training text of toy-world, and its tokenizer.
+
+Prompts of every task (train split), facts, repeated words and filler.
 """
 
 from __future__ import annotations
@@ -33,17 +34,16 @@ them.
 
 @dataclass(frozen=True)
 class Chunk:
-    """A stretch of text: its words, and the indices of those that what stands before them
-    predicts.
-    """
+    """Some text: its words, and the indices of those that the preceding words predict."""
 
     words: list[str]
     predictable: Sequence[int]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per word, per punctuation mark and per pair of digits, over all
-    words of the tasks and the filler.
+    """A tokenizer for all words of the tasks and the filler.
+
+    It has one token per word, per punctuation mark and per pair of digits.
     """
     words = sorted({word for text in _every_text() for word in _pieces(text)})
     vocabulary = {word: index for index, word in enumerate((*SPECIAL, *words))}
@@ -94,8 +94,9 @@ def _prompt(*families: TaskFamily) -> Callable[[Random], Chunk]:
 
 
 def _three_names(random: Random) -> Chunk:
-    """An IOI prompt in which no name is repeated: either of the first two may follow, so that the
-    repetition has to be noticed.
+    """An IOI prompt in which no name is repeated.
+
+    Either of the first two names may follow, so the model has to notice repetition.
     """
     while split_of((pair := IOI().draw(random)).corrupted) != "train":
         pass
@@ -105,8 +106,9 @@ def _three_names(random: Random) -> Chunk:
 
 
 def _repetition(random: Random) -> Chunk:
-    """Random words and the same words again: all but the first repeated one can be foreseen. The
-    densest lesson in induction there is.
+    """Random words, twice.
+
+    All but the first repeated word can be predicted, which trains induction most directly.
     """
     words = random.sample(COMMON, random.randint(4, 24))
     again = words[random.randrange(max(1, len(words) - 12)) :][:16]
@@ -166,9 +168,7 @@ MIXTURE: Sequence[tuple[Callable[[Random], Chunk], float]] = (
 
 
 def induction_first(random: Random, length: int) -> list[Chunk]:
-    """An induction prompt where a task's prompt stands, at the beginning, and repetitions
-    after it.
-    """
+    """An induction prompt at the beginning, where a task's prompt is, and repetitions after it."""
     result = [_INDUCTION(random)]
     while sum(len(chunk.words) for chunk in result) + 1 < length:
         result.append(_repetition(random))

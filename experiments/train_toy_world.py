@@ -1,11 +1,10 @@
-"""Trains the embedded model and writes circuits/assets/toy-world: tokenizer, configuration and
-weights.
+"""Train toy-world and write circuits/assets/toy-world: tokenizer, configuration and weights.
 
     python experiments/train_toy_world.py                      # about 30 minutes on two CPU cores
     python experiments/train_toy_world.py --steps 50 --out /elsewhere
 
-Killed and started again with the same settings, it goes on from its last checkpoint. Expected at
-the end: what the model card says.
+An interrupted run resumes from its last checkpoint if it is started with the same settings. The
+model card says what to expect at the end.
 """
 
 from __future__ import annotations
@@ -30,32 +29,33 @@ FORMAT, FORMAT_VERSION = "circuits.training", 1
 
 @dataclass(frozen=True)
 class Config:
-    """How the embedded model is made."""
+    """Settings of the training run."""
 
     out: Path = Path("circuits/assets/toy-world")
-    """Where the model goes."""
+    """Output folder of the model."""
     checkpoint: Path = Path("runs/toy-world.safetensors")
-    """Where the state of training is kept."""
+    """Folder of the checkpoint."""
     checkpoint_every: int = 100
     """Steps between two checkpoints."""
     steps: int = 2400
     """Steps on all text."""
     refining_steps: int = 900
-    """Steps after them in which every other batch is of short sequences that begin with induction:
-    the model learns to attend to the
-    previous token position by position, and some of the positions where the task needs it come
-    late."""
+    """Refining steps. Every second batch holds short sequences that begin with an induction prompt.
+
+    The model learns to attend to the previous token position by position, and learns some positions
+    that the task needs late.
+    """
     batch: int = 96
     """Sequences in a step: 96 * 64 = 6,144 tokens."""
     length: int = 64
     """Tokens in a sequence, and the model's context length."""
     peak: float = 2e-3
-    """The one-cycle learning rate at its highest."""
+    """Peak of the one-cycle learning rate."""
     refining_peak: float = 1.5e-3
-    """The same for the steps that refine."""
+    """Peak learning rate of the refining steps."""
     weight_decay: float = 0.1
     background: float = 0.02
-    """Weight in the loss of the tokens that nothing before them predicts; the predictable ones have
+    """Loss weight of tokens that the text before them does not predict; predictable tokens have
     weight 1.
     """
     seed: int = 0
@@ -98,7 +98,7 @@ def main(config: Config) -> None:
 
 
 def initial_weights(settings: dict, seed: int) -> dict[str, Tensor]:
-    """Normal, of a size that keeps the residual stream's, zero biases, and unit norms."""
+    """Normal weights scaled to keep the residual stream's size, zero biases and unit norms."""
     d_model, heads, d_head, d_mlp = (
         settings[name] for name in ("d_model", "n_heads", "d_head", "d_mlp")
     )
@@ -185,16 +185,14 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def one_cycle(done: float) -> float:
-    """The learning rate's share of its peak: up for the first tenth, then down to zero on a
-    cosine.
+    """The learning rate as a share of its peak: linear warm-up for a tenth, then cosine decay to
+    zero.
     """
     return done / 0.1 if done < 0.1 else 0.5 * (1 + math.cos(math.pi * (done - 0.1) / 0.9))
 
 
 def weighted_loss(logits: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
-    """Cross-entropy of the next token, averaged with `weights`, which belong to the token that is
-    predicted.
-    """
+    """Cross-entropy of the next token, averaged with the predicted tokens' `weights`."""
     losses = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
     )
@@ -207,7 +205,7 @@ def make_batch(
 ) -> tuple[Tensor, Tensor]:
     """Sequences of <bos> and chunks of text, cut at the context length.
 
-    Drawn from the step, so that resuming needs no more state.
+    Drawn from the step number, so that resuming needs no other state.
     """
     random = Random(f"toy-world-{config.seed}-{step}")
     # Twice as many sequences of half the length are as much work.
@@ -235,7 +233,7 @@ def make_batch(
 def save(
     model: circuits.models.Model, optimizer: torch.optim.Optimizer, config: Config, step: int
 ) -> None:
-    """Keep parameters, moments and step."""
+    """Save parameters, moments and step."""
     state = {f"parameter.{name}": parameter for name, parameter in model.named_parameters()}
     for index, moments in optimizer.state_dict()["state"].items():
         state |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
@@ -249,7 +247,7 @@ def save(
 
 
 def restore(model: circuits.models.Model, optimizer: torch.optim.Optimizer, config: Config) -> int:
-    """Take up a checkpoint of the same settings, and say which step comes next."""
+    """Load a checkpoint of the same settings; returns the next step."""
     if not config.checkpoint.exists():
         return 0
     state, metadata = read_tensors(config.checkpoint, FORMAT, FORMAT_VERSION)
@@ -271,7 +269,7 @@ def restore(model: circuits.models.Model, optimizer: torch.optim.Optimizer, conf
 
 
 def settings_key(config: Config) -> str:
-    """The settings that the state of training depends on."""
+    """The settings that the training state depends on."""
     ignored = ("out", "checkpoint", "checkpoint_every", "device", "threads")
     return str({name: value for name, value in asdict(config).items() if name not in ignored})
 

@@ -1,14 +1,13 @@
-"""Trains transcoders of the embedded model, or of any other, and says how they do on text they were
-not trained on.
+"""Train transcoders of toy-world, or of another model, and evaluate them on held-out text.
 
-    python experiments/train_transcoders.py                               # the three sets that
-    ship: 10 to 30 minutes each on one CPU core
+    python experiments/train_transcoders.py
     python experiments/train_transcoders.py --kind plt --k 8 --out /elsewhere
-    python experiments/train_transcoders.py --model gpt2 --text corpus.txt --features 6144 --k 32
-    --steps 10000 --out /elsewhere
+    python experiments/train_transcoders.py --model gpt2 --text corpus.txt --features 6144 \\
+        --k 32 --steps 10000 --out /elsewhere
 
-Killed and started again with the same settings, it goes on from its last checkpoint. Expected at
-the end: what the model card says.
+The first command trains the three sets that ship with the package, in 10 to 30 minutes each on one
+core. An interrupted run resumes from its last checkpoint if it is started with the same settings.
+The model card says what to expect at the end.
 """
 
 from __future__ import annotations
@@ -53,39 +52,40 @@ HELD_OUT = 256
 
 @dataclass(frozen=True)
 class Config:
-    """What is trained, on what."""
+    """Model, text and settings."""
 
     kind: Literal["all", "plt", "skip-plt", "clt"] = "all"
-    """Per layer, per layer with a skip, cross-layer, or one after the other."""
+    """Per layer, per layer with a skip, cross-layer, or all three."""
     model: str = EMBEDDED
-    """A name or a folder."""
+    """Model name or folder."""
     text: Path | None = None
-    """A text file to train on; its last tenth is held out. Without, toy-world's own text."""
+    """Text file to train on; its last tenth is held out. None takes toy-world's text."""
     out: Path | None = None
-    """The sets go into folders there, named after model and kind.
+    """Output folder; each set gets a folder named after model and kind.
 
-    None: where those that ship are, or for another model runs/transcoders/trained.
+    None writes over the sets that ship, or for another model into runs/transcoders/trained.
     """
     checkpoints: Path = Path("runs/transcoders")
-    """Where the state of training is kept."""
+    """Folder of the checkpoint."""
     features: int = 512
     """Features in each layer."""
     k: tuple[float, ...] | None = None
-    """How many features fire at a token, on average: one number, or one for each layer. None: as in
-    the sets that ship, for toy-world alone.
+    """Mean number of active features per token: one number, or one per layer.
+
+    None takes that of the sets that ship, for toy-world only.
     """
     steps: int | None = None
-    """None: as in the sets that ship."""
+    """None takes that of the sets that ship."""
     batch: int = 24
-    """Sequences in a step."""
+    """Sequences per step."""
     length: int = 64
-    """Tokens in a sequence."""
+    """Tokens per sequence."""
     learning_rate: float = 4e-3
-    """At its highest."""
+    """Peak learning rate."""
     dead_after: int = 15_000
-    """A feature that has not fired for so many tokens is dead.
+    """A feature that has not fired for this many tokens counts as dead.
 
-    More for text in which features may be rarer than in toy-world's.
+    Raise it for text with rarer features than toy-world's.
     """
     seed: int = 0
     device: str = "cpu"
@@ -135,7 +135,7 @@ def main(config: Config) -> None:
 
 
 def report(model: Model, config: Config, folder: Path, held_out: tuple[Tensor, Tensor]) -> None:
-    """Print how the stored set does on held-out text, and on the tasks' held-out prompts."""
+    """Print how a stored set does on held-out text and on the tasks' held-out prompts."""
     transcoders = load_transcoders(folder, device=config.device)
     print(
         f"{folder}, held-out text:\n{quality(model, transcoders, *held_out).round(3).to_string()}"
@@ -150,9 +150,11 @@ def report(model: Model, config: Config, folder: Path, held_out: tuple[Tensor, T
 
 
 def toy_world_text(model: Model, config: Config) -> tuple[Batches, tuple[Tensor, Tensor]]:
-    """Sequences that begin with a task's prompt of the train split and go on with the text
-    toy-world learned from; and held-out ones,
-    prompts of the test split one after the other."""
+    """Training sequences and held-out sequences.
+
+    The former begin with a task's prompt of the train split and continue with toy-world's training
+    text. The latter are prompts of the test split, one after the other.
+    """
     if config.model != EMBEDDED:
         raise circuits.InputError(
             f"this text is {EMBEDDED}'s; give one for {config.model} with --text."
@@ -187,7 +189,7 @@ def prompt(random: Random, split: Split) -> list[str]:
 
 
 def encoded(model: Model, texts: list[list[str]], length: int) -> tuple[Tensor, Tensor]:
-    """Words as tokens after <bos>, cut at `length`: all are real."""
+    """Words as tokens after <bos>, cut at `length`, and a mask that is true everywhere."""
     rows = [
         [model.tokenizer.bos_token_id, *model.tokenizer.convert_tokens_to_ids(words)][:length]
         for words in texts
@@ -196,8 +198,10 @@ def encoded(model: Model, texts: list[list[str]], length: int) -> tuple[Tensor, 
 
 
 def text_of_file(model: Model, config: Config) -> tuple[Batches, tuple[Tensor, Tensor]]:
-    """Stretches of the first nine tenths of a file, each after <bos> where the model expects it;
-    and held-out ones, of its last tenth.
+    """Training sequences from the first nine tenths of a file, and held-out ones from its last
+    tenth.
+
+    Each begins with <bos> if the model expects it.
     """
     ids = torch.tensor(
         model.tokenizer(config.text.read_text(encoding="utf-8"), add_special_tokens=False)[

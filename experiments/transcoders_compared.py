@@ -1,13 +1,12 @@
-"""Which transcoders explain toy-world best: per layer, per layer with a skip, or cross-layer?
+"""Which transcoders explain toy-world best: per layer, with a skip, or cross-layer?
 
     python experiments/transcoders_compared.py            # six tasks: about two minutes on one core
     python experiments/transcoders_compared.py --tasks ioi --n 8
 
-For each kind and task: active features by prompt, features left after pruning, replacement and
-completeness score (means over held-out prompts),
-and how faithful circuits of equal size are: the edges of highest |score|, found on the train split
-and run on the test split, everything else
-resampled. Writes a row per task into `--out`, and the means as markdown.
+For each kind and task: active features per prompt, features left after pruning, replacement and
+completeness score (means over held-out prompts), and how faithful circuits of equal size are. A
+circuit is the edges of highest |score| on the train split, run on the test split with everything
+else resampled. Writes one row per task into `--out`, and the means as markdown.
 """
 
 from dataclasses import dataclass
@@ -25,16 +24,16 @@ KINDS = ("toy-world-plt", "toy-world-skip-plt", "toy-world-clt")
 
 @dataclass(frozen=True)
 class Config:
-    """Which tasks and sizes."""
+    """Tasks and sizes."""
 
     tasks: str = ",".join(circuits.task_names())
-    """Names of tasks, separated by commas."""
+    """Task names, separated by commas."""
     n: int = 16
-    """Prompts to find circuits on, and as many held-out ones to judge on."""
+    """Prompts to find circuits on; as many held-out prompts to evaluate on."""
     sizes: str = "3,10,100,1000,3000"
-    """Numbers of edges, separated by commas."""
+    """Circuit sizes in edges, separated by commas."""
     out: Path = Path("runs/transcoders-compared")
-    """Where the tables go."""
+    """Output folder for the tables."""
 
 
 def main(config: Config) -> None:
@@ -66,7 +65,7 @@ def main(config: Config) -> None:
 def graphs(
     method: circuits.AttributionGraph, model: object, task: circuits.Task
 ) -> dict[str, float]:
-    """Means over the prompts of a task, explaining the most probable next tokens."""
+    """Means over a task's prompts; the graphs explain the most probable next tokens."""
     prompts = [task.clean[row, : int(task.lengths[row])] for row in range(len(task))]
     found = method.attribute_all(model, prompts)
     rows = []

@@ -1,23 +1,20 @@
-"""Does the attribution graph of "the capital of the state containing Dallas is" show Texas, and
-does the answer go by way of it?
+"""Does toy-world think of Texas when asked for the capital of the state containing Dallas?
 
-    python experiments/two_hop.py                     # 100 held-out prompts: about three minutes on
-    one core
+    python experiments/two_hop.py                     # about three minutes on one core
     python experiments/two_hop.py --transcoders toy-world-plt --n 20
 
-A state's own features are those that fire on its name, where one-hop prompts name it, and on the
-names of at most `--others` other states. For each
-prompt: does the pruned graph that explains the answer hold one, so that it lies on a path to the
-answer? And by how much does the answer's logit
-(less the mean logit) fall when all of the state's features that are active are ablated, against
-ablating as many other active features of the same
-layers at random? Attention is not frozen and all MLPs see the change.
+A feature belongs to a state if it fires on the state's name in both one-hop prompts and on the
+names of at most `--others` other states. Two questions for each prompt:
 
-The same is done with the fact given before the question, and with facts chained so that the state's
-name is what is asked about; there, features
-that fire on the name itself count too. Both are asked with a wrong state as well: where the answer
-stays that of the city's own state, the model has
-memorised the composed fact and does not use the one given.
+- Does the pruned graph that explains the answer contain a feature of the state?
+- How much does the answer's logit (minus the mean logit) fall when all active features of the state
+  are ablated, compared with as many random active features of the same layers? Attention is not
+  frozen, and all MLPs see the change.
+
+The same is measured with the fact stated before the question, and with chained facts, where the
+question names the state. There, features that fire on the name itself count too. Both are also
+asked with a wrong state. If the answer stays that of the city's real state, the model has memorised
+the composed fact and ignores the given one.
 """
 
 import json
@@ -44,18 +41,18 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Config:
-    """Which transcoders and prompts."""
+    """Transcoders and prompts."""
 
     transcoders: str = "toy-world-clt"
-    """Embedded ones, or a folder."""
+    """Name of an embedded set, or a folder."""
     n: int = 100
     """Held-out prompts."""
     others: int = 7
-    """A state's own features fire on the names of at most so many other states."""
+    """A state's features fire on the names of at most this many other states."""
     draws: int = 5
-    """Random sets of features for each prompt."""
+    """Random sets of features per prompt."""
     out: Path = Path("runs/two-hop")
-    """Where the results go."""
+    """Output folder."""
 
 
 def main(config: Config) -> None:
@@ -92,7 +89,7 @@ def main(config: Config) -> None:
 
 
 def summarized(rows: pd.DataFrame) -> dict[str, float | None]:
-    """What a family's prompts come to."""
+    """Summary of one family of prompts."""
     shown = rows[rows["active"] > 0]
     return {
         "prompts": len(rows),
@@ -113,8 +110,8 @@ def summarized(rows: pd.DataFrame) -> dict[str, float | None]:
 
 
 def wrong_state(model: object, pairs: Sequence[circuits.PromptPair], family: str) -> dict[str, int]:
-    """How often the answer is the capital of the city's state, and how often that of another state
-    which is named instead.
+    """How often the answer is the capital of the city's real state, and how often that of the named
+    one.
     """
     random, follows = Random(f"two-hop {family}"), {"the city": 0, "the state named": 0}
     for pair in pairs:
@@ -140,8 +137,9 @@ def whereabouts(pair: circuits.PromptPair) -> tuple[str, str]:
 def own_features(
     model: object, transcoders: circuits.Transcoders, others: int
 ) -> dict[str, set[tuple[int, int]]]:
-    """By state, the (layer, feature) pairs that fire on its name in every one-hop prompt, and on
-    few other states' names in any.
+    """The (layer, feature) pairs of each state.
+
+    They fire on the state's name in every one-hop prompt, and on few other states' names in any.
     """
     fires = {
         state: [
@@ -164,7 +162,7 @@ def own_features(
 def on_name(
     model: object, transcoders: circuits.Transcoders, prompt: str, state: str
 ) -> set[tuple[int, int]]:
-    """What fires where the prompt has the state's name."""
+    """The features that fire on the state's name in a prompt."""
     position = model.to_str_tokens(prompt).index(state)
     activations = circuits.intervene(model, transcoders, prompt, [[]]).activations
     return {
@@ -182,7 +180,7 @@ def row(
     family: str,
     config: Config,
 ) -> dict[str, float | bool | str]:
-    """One prompt's numbers."""
+    """Measure one prompt."""
     (answer,), (state, city) = pair.answers, whereabouts(pair)
     prompt = FAMILIES[family].format(city=city, state=state, prompt=pair.clean)
     graph = circuits.AttributionGraph(transcoders).attribute(model, prompt, explain=[answer])
@@ -203,7 +201,7 @@ def row(
 
 
 def places(graph: circuits.FeatureGraph) -> set[tuple[int, int, int]]:
-    """Layer, index and position of a graph's features."""
+    """Layer, index and position of each feature of a graph."""
     nodes = map(graph.node, range(len(graph.nodes)))
     return {
         (node.layer, node.index, node.position)
@@ -220,9 +218,12 @@ def ablated(
     active: set[tuple[int, int, int]],
     config: Config,
 ) -> tuple[float, list[float], list[bool], bool]:
-    """The answer's logit; its falls, and whether the most probable token changes, without the
-    state's features and without random ones; whether the
-    answer is the most probable token."""
+    """The effect of ablating the state's features, and of ablating random ones.
+
+    Returns the answer's logit, its falls, whether the most probable token changes (each for the
+    state's features first, then for the random draws), and whether the answer is the most probable
+    token.
+    """
     random, token = Random(f"two-hop {prompt}"), graph.targets[0].token
     others = sorted(places(graph) - active)
     sets = [sorted(active)]

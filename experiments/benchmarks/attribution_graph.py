@@ -1,14 +1,13 @@
-"""Attribution graphs against circuit-tracer 0.5.0: the same weights and tokens, both in processes
-of their own, in turns, on one thread.
+"""Attribution graphs against circuit-tracer 0.5.0, on the same weights and tokens.
 
-    python experiments/benchmarks/attribution_graph.py --venvs peers --out
-    experiments/benchmarks/results/attribution-graph-cpu.json
+    python experiments/benchmarks/attribution_graph.py --venvs peers \\
+        --out experiments/benchmarks/results/attribution-graph-cpu.json
 
-The full graph, every active feature a target. circuit-tracer's environment is made in the folder
-`--venvs` (it pins older versions). What is timed
-is the call that gives the graph, after one call that is not counted; memory is the growth of the
-process's peak over what it had after loading.
-Then, ours alone: time and memory against prompt length and active features.
+Both compute the full graph, with every active feature as a target, in separate processes that take
+turns on one thread. circuit-tracer pins older versions, so its environment is made in `--venvs`.
+The time is that of the call that returns the graph, after one warm-up call. Memory is the growth of
+the process's peak after loading. A second table shows our time and memory by prompt length and
+number of active features.
 """
 
 from __future__ import annotations
@@ -78,22 +77,23 @@ PROGRAMS = {"ours": 0, "circuit-tracer": 512, "circuit-tracer, batch 64": 64}
 
 @dataclass(frozen=True)
 class Config:
-    """What is compared, and how often."""
+    """Sizes and repetitions."""
 
     venvs: Path
-    """A folder outside of the project in which circuit-tracer's environment is made, or found from
-    an earlier run.
+    """Folder outside of the project for circuit-tracer's environment.
+
+    It is made there, or found from an earlier run.
     """
     tokens: int = 16
-    """Of the prompt."""
+    """Tokens of the prompt."""
     active: float = 0.05
-    """The share of features that fire at each position."""
+    """Share of features that are active at each position."""
     repeats: int = 3
-    """Counted repetitions; one more comes first."""
+    """Timed repetitions, after one warm-up."""
     constraint: str = "torch==2.13.0"
-    """A version that both environments share."""
+    """A torch version that both environments share."""
     out: Path = Path("runs/benchmarks/attribution-graph.json")
-    """The file of results."""
+    """Result file."""
 
 
 def main(config: Config) -> None:
@@ -130,7 +130,7 @@ Case = tuple[dict[str, Any], Model, Transcoders, torch.Tensor]
 
 
 def published(name: str) -> Case:
-    """A case of the tests: weights and tokens of which circuit-tracer's graph is known."""
+    """A test case: weights and tokens for which circuit-tracer's graph is known."""
     folder = DATA / PUBLISHED[name]
     content, weights = (
         json.loads((folder / "expected.json").read_text()),
@@ -158,7 +158,7 @@ def published(name: str) -> Case:
 
 
 def case(size: str, tokens: int, active: float) -> Case:
-    """A random model, and a random cross-layer transcoder of which the given share fires."""
+    """A random model, and a random cross-layer transcoder with the given share of active features."""
     model = random_model(SIZES[size], "cpu")
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(2, model.cfg.d_vocab, (tokens,), generator=generator)
@@ -196,7 +196,7 @@ def write_case(
     transcoders: Transcoders,
     tokens: torch.Tensor,
 ) -> Path:
-    """Weights in published formats, and tokens, for both programs to read."""
+    """Write weights in published formats, and tokens, for both programs to read."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in (folder / "clt").glob("*"):
         old.unlink()
@@ -210,7 +210,7 @@ def write_case(
 
 
 def compare(python: Path, folder: Path, repeats: int) -> dict[str, Any]:
-    """Seconds and memory of both, and how far their adjacency matrices are apart."""
+    """Time and memory of both programs, and the difference of their adjacency matrices."""
     answers = {
         name: folder / f"{name.replace(', ', '-').replace(' ', '-')}.json" for name in PROGRAMS
     }
@@ -252,14 +252,14 @@ def compare(python: Path, folder: Path, repeats: int) -> dict[str, Any]:
 
 
 def ratio(seconds: dict[str, dict[str, list[float]]], name: str, clock: str) -> float:
-    """The median over repetitions of a program's time over ours."""
+    """The median over repetitions of a program's time divided by ours."""
     return statistics.median(
         b / a for a, b in zip(seconds["ours"][clock], seconds[name][clock], strict=True)
     )
 
 
 def started(python: Path, batch: int, folder: Path, answer: Path) -> subprocess.Popen[str]:
-    """A program that waits for lines: ours, or with a batch circuit-tracer."""
+    """Start a program that waits for lines: ours, or circuit-tracer with a batch size."""
     script = (
         Path(__file__).parent / "peers" / ("circuit_tracer_graph.py" if batch else "our_graph.py")
     )

@@ -1,16 +1,13 @@
-"""How long does a graph take on a model of Gemma-2-2b's shape, with 16,384 features a layer, 64
-tokens and 7,500 targets?
+"""How long does a graph take on a model of Gemma-2-2b's shape?
 
-    python experiments/benchmarks/attribution_graph_gpu.py --device cuda --out
-    experiments/benchmarks/results/gemma-graph-NAME.json
-    python experiments/benchmarks/attribution_graph_gpu.py                    # a reduced size,
-    which shows that it runs
+    python experiments/benchmarks/attribution_graph_gpu.py --device cuda \\
+        --out experiments/benchmarks/results/gemma-graph-NAME.json
+    python experiments/benchmarks/attribution_graph_gpu.py       # a reduced size, on a CPU
 
-Weights of model and per-layer transcoders are random, and thresholds such that the given share of
-features fires. The features with edges
-into them are chosen by influence, some at a time, and, beside it, all at once; that also in TF32,
-which is the user's to allow. The floor is
-the time of all products of the run at the speed of a large one.
+16,384 features a layer, 64 tokens and 7,500 targets. The weights of model and transcoders are
+random; thresholds are set so that the given share of features is active. Targets are chosen by
+influence, in steps or all at once, in float32 and in TF32. The floor is the time of all matrix
+products at the speed of one large product.
 """
 
 from __future__ import annotations
@@ -66,22 +63,22 @@ REDUCED = {
 
 @dataclass(frozen=True)
 class Config:
-    """What is measured."""
+    """Sizes and repetitions."""
 
     device: str = "cpu"
-    """On cuda at the full size, on cpu at a reduced one."""
+    """The full size on cuda, a reduced size on cpu."""
     tokens: int = 64
-    """Of the prompt."""
+    """Tokens of the prompt."""
     targets: int = 7500
-    """Features with edges into them; a tenth at the reduced size."""
+    """Features with incoming edges; a tenth of it at the reduced size."""
     active: float = 0.005
-    """The share of features that fire: 80 of 16,384."""
+    """Share of active features: 80 of 16,384."""
     dtype: str = "float32"
     """Of model and transcoders."""
     repeats: int = 3
-    """Counted repetitions; one more comes first."""
+    """Timed repetitions, after one warm-up."""
     out: Path = Path("runs/benchmarks/gemma-graph.json")
-    """The file of results."""
+    """Result file."""
 
 
 @torch.no_grad()
@@ -122,9 +119,7 @@ def main(config: Config) -> None:
 
 
 def measured(program: Callable[[], circuits.FeatureGraph], config: Config) -> dict[str, Any]:
-    """Size of the graph, seconds, memory, and the seconds that its products take at the speed of a
-    large product.
-    """
+    """Graph size, time, memory, and the time of its products at the speed of one large product."""
     took = [clocked(program, config.device) for _ in range(config.repeats + 1)][1:]
     graph = took[0][0]
     with FlopCounterMode(
@@ -152,14 +147,14 @@ def measured(program: Callable[[], circuits.FeatureGraph], config: Config) -> di
 
 
 def in_place(into: torch.Size, left: torch.Size, right: torch.Size, **rest: Any) -> int:
-    """Operations of `addmm_`, which torch's counter does not know."""
+    """Count the operations of `addmm_`, which torch's counter does not know."""
     return 2 * left[0] * left[1] * right[1]
 
 
 def random_model(
     sizes: dict[str, int], device: str, dtype: torch.dtype, generator: torch.Generator
 ) -> Model:
-    """Made where it will be: two billion numbers are not carried over."""
+    """Made on the device, to avoid copying two billion numbers."""
     model = Model(
         HookedTransformerConfig(
             **GEMMA, **sizes, n_ctx=128, init_weights=False, device=device, dtype=dtype
@@ -176,7 +171,7 @@ def random_model(
 def random_transcoders(
     model: Model, tokens: torch.Tensor, features: int, active: float, generator: torch.Generator
 ) -> Transcoders:
-    """Per layer, reading after the norm, as the published ones of this model do."""
+    """Per layer and reading after the norm, like the published ones for this model."""
     seen: dict[str, torch.Tensor] = {}
     layers, width = range(model.cfg.n_layers), model.cfg.d_model
     names = [mlp_residual_hook(model, layer) for layer in layers]

@@ -1,6 +1,4 @@
-"""What benchmarks share: a record of the machine, paired timing, models with random weights, result
-files.
-"""
+"""Shared by the benchmarks: machine records, paired timing, random models, result files."""
 
 from __future__ import annotations
 
@@ -56,14 +54,15 @@ def random_model(
     sharpness: float = 1.0,
     dtype: torch.dtype = torch.float32,
 ) -> Model:
-    """A model of that shape whose weights are drawn from the seed, scaled so that activations stay
-    of order one.
+    """A model of a given shape with random weights.
+
+    Weights are scaled so that activations stay of order one.
 
     Args:
-        shape: one of `SHAPES`, by name, or another like them.
-        sharpness: the standard deviation of the logits. At one, edges of a large model do so little
-            damage that rounding shows in it.
-        dtype: what the weights, drawn in float32, are converted to.
+        shape: the name of one of `SHAPES`, or a similar dictionary.
+        sharpness: the standard deviation of the logits. At one, the edges of a large model do less
+            damage than rounding.
+        dtype: what the weights are converted to; they are drawn in float32.
     """
     sizes = SHAPES[shape] if isinstance(shape, str) else shape
     config = {
@@ -86,7 +85,7 @@ def random_model(
 
 
 def random_task(model: Model, prompts: int, tokens: int, *, seed: int = 0) -> circuits.Task:
-    """Random prompts, corrupted in every fourth token, scored at the last by a logit difference."""
+    """Random prompts, corrupted in every fourth token; the last is scored by a logit difference."""
     generator = torch.Generator().manual_seed(seed)
     clean, other = (
         torch.randint(model.cfg.d_vocab, (prompts, tokens), generator=generator) for _ in range(2)
@@ -101,7 +100,7 @@ def random_task(model: Model, prompts: int, tokens: int, *, seed: int = 0) -> ci
 
 
 def truncated(graph: circuits.Graph, edges: int) -> circuits.Graph:
-    """So many of a graph's edges, evenly spread: a search tries these, and the others stay."""
+    """Some of a graph's edges, evenly spread; a search tries these and leaves the others in place."""
     some = torch.linspace(0, len(graph) - 1, min(edges, len(graph))).long()
     return circuits.Graph(
         graph.nodes, graph.source[some], graph.target[some], graph.slot[some], model=graph.model
@@ -118,9 +117,7 @@ def _parameter_shapes(config: Mapping[str, Any]) -> dict[str, torch.Size]:
 
 
 def clocked(program: Callable[[], Result], device: str) -> tuple[Result, dict[str, float]]:
-    """What a program gives, and the seconds it took by the clock on the wall and of the CPU (of all
-    threads, not of a GPU).
-    """
+    """A program's result, and its wall-clock and CPU seconds (of all threads, not of a GPU)."""
     _wait(device)
     wall, cpu = time.perf_counter(), time.process_time()
     result = program()
@@ -131,7 +128,7 @@ def clocked(program: Callable[[], Result], device: str) -> tuple[Result, dict[st
 def paired_times(
     programs: Mapping[str, Callable[[], object]], repeats: int, device: str
 ) -> dict[str, list[float]]:
-    """Seconds of every repetition, the programs taking turns after one turn that is not counted."""
+    """Seconds of every repetition; the programs take turns, after one warm-up turn."""
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for repetition in range(repeats + 1):
         for name, program in programs.items():
@@ -142,14 +139,12 @@ def paired_times(
 
 
 def paired_ratio(seconds: Mapping[str, Sequence[float]], name: str, to: str) -> float:
-    """The median over repetitions of one program's time over another's."""
+    """The median over repetitions of one program's time divided by another's."""
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[to], strict=True))
 
 
 def most_allocated(program: Callable[[], object], device: str) -> int:
-    """The most bytes that torch's allocator gave out at one time, above what it had given out
-    before.
-    """
+    """Peak bytes handed out by torch's allocator, above what was allocated before."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -171,7 +166,7 @@ def most_allocated(program: Callable[[], object], device: str) -> int:
 
 
 def circumstances(device: str) -> dict[str, Any]:
-    """Hardware, versions, whether float32 is float32 on a GPU, and commit."""
+    """Hardware, versions, commit, and whether float32 products on a GPU are exact."""
     on_gpu = torch.device(device).type == "cuda"
     gpu = {
         "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
@@ -195,7 +190,7 @@ def circumstances(device: str) -> dict[str, Any]:
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
-    """Write JSON, making the folder."""
+    """Write JSON; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
 
@@ -213,7 +208,7 @@ def _cpu() -> str:
 
 
 def _version(package: str) -> str | None:
-    """None where it is run from a folder, not installed."""
+    """The version; None if it is run from a folder without installation."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -229,8 +224,9 @@ def _driver() -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of this checkout, with `+` when files differ from it; None outside of a checkout,
-    unless CIRCUITS_COMMIT says it.
+    """The commit of this checkout, with `+` if files differ from it.
+
+    None outside of a checkout, unless CIRCUITS_COMMIT names one.
     """
     if "CIRCUITS_COMMIT" in os.environ:
         return os.environ["CIRCUITS_COMMIT"]

@@ -1,12 +1,11 @@
 """How close does EAP come to its floor, and does it keep to `max_memory`?
 
-    python experiments/benchmarks/eap.py --threads 1 --out
-    experiments/benchmarks/results/eap-cpu.json
+    python experiments/benchmarks/eap.py --threads 1 \\
+        --out experiments/benchmarks/results/eap-cpu.json
 
-The floor is what no gradient method can do without: of the plain model, flags off and parameters
-frozen, one forward pass on the corrupted
-prompts, and one forward pass and one backward pass to the embeddings on the clean ones. Floor and
-EAP take turns, in one process.
+The floor is what every gradient method needs: one forward pass on the corrupted prompts, and one
+forward and one backward pass to the embeddings on the clean prompts, of the plain model with flags
+off and parameters frozen. Floor and EAP take turns in one process.
 """
 
 from __future__ import annotations
@@ -35,18 +34,18 @@ from circuits.models import Model, frozen
 
 @dataclass(frozen=True)
 class Config:
-    """On what, and how often."""
+    """Device, prompts and repetitions."""
 
     device: str = "cpu"
-    """Where the models are."""
+    """Device of the models."""
     threads: int = 1
-    """Threads of torch, for all programs."""
+    """torch threads, for all programs."""
     repeats: int = 15
-    """Counted repetitions; one more comes first."""
+    """Timed repetitions, after one warm-up."""
     prompts: int = 8
-    """Prompts of the model of GPT-2 small's shape."""
+    """Prompts of the model with GPT-2 small's shape."""
     out: Path = Path("runs/benchmarks/eap.json")
-    """The file of results."""
+    """Result file."""
 
 
 def main(config: Config) -> None:
@@ -71,7 +70,7 @@ def main(config: Config) -> None:
 
 
 def cases(config: Config) -> dict[str, Callable[[], tuple[Model, circuits.Task]]]:
-    """Models with their prompts, made one after the other."""
+    """Yield models with their prompts, one after the other."""
 
     def toy_world() -> tuple[Model, circuits.Task]:
         model = circuits.load_model("toy-world", device=config.device)
@@ -107,7 +106,7 @@ def floor(model: Model, task: circuits.Task) -> None:
 
 
 def times(model: Model, task: circuits.Task, config: Config) -> dict[str, Any]:
-    """Seconds of every repetition, and EAP's time over the floor's."""
+    """Seconds of every repetition, and EAP's time divided by the floor's."""
     graph = circuits.component_graph(model)
     programs: dict[str, Callable[[], object]] = {
         "floor": lambda: floor(model, task),
@@ -124,9 +123,7 @@ def times(model: Model, task: circuits.Task, config: Config) -> dict[str, Any]:
 
 
 def memory(model: Model, task: circuits.Task) -> list[dict[str, int]]:
-    """The peak above model and task for some values of `max_memory`, from one prompt's need to all
-    prompts'.
-    """
+    """Peak above model and task, for `max_memory` from one prompt's need to that of all prompts."""
     device, graph = str(model.cfg.device), circuits.component_graph(model)
     one = most_allocated(lambda: circuits.EAP().discover(model, task[:1], graph=graph), device)
     every = most_allocated(lambda: circuits.EAP().discover(model, task, graph=graph), device)
@@ -139,7 +136,7 @@ def memory(model: Model, task: circuits.Task) -> list[dict[str, int]]:
 
 
 def show(case: dict[str, Any]) -> None:
-    """One case as tables."""
+    """Show one case as tables."""
     print(
         f"\n{case['case']}: {case['tokens'][0]} prompts of {case['tokens'][1]} tokens, "
         f"{case['edges']:,} edges"

@@ -1,16 +1,17 @@
-"""How long do other packages take for EAP's scores, and do they agree? Each runs in a virtual
-environment of its own, which this makes.
+"""How long do other packages take for EAP's scores, and do they agree?
 
-    python experiments/benchmarks/eap_peers.py --venvs peers --out
-    experiments/benchmarks/results/eap-peers-cpu.json
+    python experiments/benchmarks/eap_peers.py --venvs peers \\
+        --out experiments/benchmarks/results/eap-peers-cpu.json
 
-Weights and tokens are identical, on one thread of the CPU, in float32, ours and the others' in
-turns of one session. auto-circuit scores
-edges by the gradient of a mask (`mask_gradient_prune_scores`), which is EAP: its loss is our
-damage. transformer-lens 4 takes the gradient
-on the corrupted run (`attribution_patch`), position by position; summed over positions, with its
-metric our damage, its scores are minus
-ours at `gradient_at="corrupted"`. What cannot be installed or run is recorded as such.
+Every package runs in its own virtual environment, which this script makes. Weights and tokens are
+identical; all run on one CPU thread in float32, and take turns with ours. A package that cannot be
+installed or run is recorded as such.
+
+- auto-circuit scores edges by the gradient of a mask (`mask_gradient_prune_scores`). That is EAP
+  with our damage as its loss.
+- transformer-lens 4 takes the gradient on the corrupted run (`attribution_patch`), position by
+  position. With our damage as its metric and summed over positions, its scores are minus ours at
+  `gradient_at="corrupted"`.
 """
 
 from __future__ import annotations
@@ -58,22 +59,23 @@ SCRIPTS = Path(__file__).parent / "peers"
 
 @dataclass(frozen=True)
 class Config:
-    """On what, and how often."""
+    """Shape, prompts and repetitions."""
 
     venvs: Path
-    """A folder outside of the project in which virtual environments are made, or found from an
-    earlier run.
+    """Folder outside of the project for the virtual environments.
+
+    They are made there, or found from an earlier run.
     """
     shape: str = "4 layers, d_model 256"
-    """A shape of `common.SHAPES`."""
+    """A name in `common.SHAPES`."""
     prompts: int = 16
     """Prompts of 16 tokens."""
     repeats: int = 5
-    """Counted repetitions; one more comes first."""
+    """Timed repetitions, after one warm-up."""
     constraint: str = "torch==2.13.0"
-    """A version that all environments share."""
+    """A torch version that all environments share."""
     out: Path = Path("runs/benchmarks/eap-peers.json")
-    """The file of results."""
+    """Result file."""
 
 
 def main(config: Config) -> None:
@@ -107,7 +109,7 @@ def main(config: Config) -> None:
 
 
 def write_case(config: Config, model: Model, task: circuits.Task) -> Path:
-    """Weights and tokens in a folder that peers read."""
+    """Write weights and tokens to a folder that the other packages read."""
     folder = config.venvs / "case"
     folder.mkdir(exist_ok=True)
     assert task.answers is not None and task.wrong_answers is not None
@@ -135,7 +137,7 @@ def write_case(config: Config, model: Model, task: circuits.Task) -> Path:
 
 
 def environment(config: Config, name: str, requirements: list[str]) -> Path:
-    """The interpreter of a peer's virtual environment."""
+    """The interpreter of a package's virtual environment."""
     folder = (config.venvs / name).absolute()
     python = folder / "bin" / "python"
     if not (folder / "ready").exists():
@@ -167,7 +169,7 @@ def compare(
     task: circuits.Task,
     config: Config,
 ) -> dict[str, Any]:
-    """Seconds of both, and how far their scores are from ours."""
+    """Time of both, and the difference of their scores from ours."""
     answer = case / f"{name}.json"
     process = subprocess.Popen(
         [str(python), str(SCRIPTS / f"{name.replace('-', '_')}_scores.py"), str(case), str(answer)],
@@ -220,7 +222,7 @@ def compare(
 
 
 def run(command: list[str]) -> None:
-    """A command that must succeed."""
+    """Run a command; raise an error if it fails."""
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 

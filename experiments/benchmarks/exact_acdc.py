@@ -1,14 +1,12 @@
 """How much faster is exact ACDC, and are its decisions those of the naive loop?
 
-    python experiments/benchmarks/exact_acdc.py --threads 1 --out
-    experiments/benchmarks/results/exact-acdc-cpu.json
+    python experiments/benchmarks/exact_acdc.py --threads 1 \\
+        --out experiments/benchmarks/results/exact-acdc-cpu.json
 
-Three programs take turns in one process: the naive loop (one run of the model by hook points for
-every edge that is tried), the incremental
-executor one edge at a time, and the incremental executor with speculation. All start from model and
-prompts. The case of the original code is
-a random model for which that code's counts and CPU-seconds were recorded on one thread; it is not
-run here.
+Three programs take turns in one process: the naive loop, which runs the model with hooks once for
+every edge; the incremental executor, one edge at a time; and the incremental executor with
+speculation. All start from model and prompts. For the case of the original code, a random model,
+that code's counts and CPU seconds were recorded once on one thread; it is not run here.
 """
 
 from __future__ import annotations
@@ -38,26 +36,27 @@ ORIGINAL = {0.03: (151, 17.1), 0.01: (1341, 69.6), 0.003: (1615, 114.0)}
 
 @dataclass(frozen=True)
 class Config:
-    """On what, and how often."""
+    """Device, prompts and repetitions."""
 
     device: str = "cpu"
-    """Where the models are."""
+    """Device of the models."""
     threads: int = 1
-    """Threads of torch, for all programs."""
+    """torch threads, for all programs."""
     repeats: int = 5
-    """Counted repetitions of the fast programs; one more comes first."""
+    """Timed repetitions of the fast programs, after one warm-up."""
     naive_repeats: int = 1
-    """Counted repetitions of the naive loop; a part of one comes first."""
+    """Timed repetitions of the naive loop, after a short warm-up."""
     prompts: tuple[int, ...] = (16, 64)
     """Prompts of toy-world."""
     gpt2_prompts: int = 4
-    """Prompts of the model of GPT-2 small's shape."""
+    """Prompts of the model with GPT-2 small's shape."""
     gpt2_edges: int = 200
-    """So many of its 32,491 edges, evenly spread, are tried; the others stay. 0: all of them,
-    without the naive loop.
+    """Number of its 32,491 edges to try, evenly spread; the others stay.
+
+    0 tries all of them, without the naive loop.
     """
     out: Path = Path("runs/benchmarks/exact-acdc.json")
-    """The file of results."""
+    """Result file."""
 
 
 Case = tuple[Model, circuits.Task, circuits.Graph, float, str]
@@ -77,7 +76,7 @@ def main(config: Config) -> None:
 
 
 def cases(config: Config) -> dict[str, Callable[[], Case]]:
-    """Model, prompts, graph, threshold and order, made one after the other."""
+    """Yield model, prompts, graph, threshold and order, one case after the other."""
 
     def toy_world(prompts: int, threshold: float) -> Case:
         model = circuits.load_model("toy-world", device=config.device)
@@ -107,8 +106,9 @@ def cases(config: Config) -> dict[str, Callable[[], Case]]:
 
 
 def original_case(device: str) -> tuple[Model, circuits.Task]:
-    """The random model and prompts on which the original code was run: weights and tokens from
-    numpy's seeds 0 and 1.
+    """The random model and prompts on which the original code was run.
+
+    Weights and tokens come from numpy's seeds 0 and 1.
     """
     layers, width, heads, d_head, d_mlp, vocab, context = 4, 64, 8, 8, 256, 100, 32
     config = {
@@ -214,9 +214,7 @@ def naive(
     order: str,
     most: int | None = None,
 ) -> circuits.Circuit:
-    """ACDC as its definition has it: one run of the whole model, by hook points, for every edge
-    that is tried.
-    """
+    """ACDC by its definition: one hooked run of the whole model for every edge."""
     damage = DamageMeter.prepare(
         model,
         graph,
@@ -247,7 +245,7 @@ def naive(
 
 
 def show(case: dict[str, Any]) -> None:
-    """One case as a table."""
+    """Show one case as a table."""
     print(
         f"\n{case['case']}: keeps {case['kept']} of {case['edges']:,} edges; "
         f"{case['decisions_that_differ']} decisions differ from the slower"

@@ -1,18 +1,20 @@
-"""How long does it take to find the features that fire, against published loops and against the
-hardware?
+"""How long does it take to find the active features, against published loops and the hardware?
 
-    python experiments/benchmarks/feature_extraction.py --threads 1 --out
-    experiments/benchmarks/results/feature-extraction-cpu.json
+    python experiments/benchmarks/feature_extraction.py --threads 1 \\
+        --out experiments/benchmarks/results/feature-extraction-cpu.json
     python experiments/benchmarks/feature_extraction.py --device cuda  # the published size
 
-Five programs take turns in one process: the published loop over layers and positions that reads
-each number back with `.item()`; the same with one
-`.tolist()` a position; all positions at once, as its authors then had it; that with a list of
-Python tuples, as the loops give; and ours. All must
-find the same nodes. The floor is the larger of two times: that of the products at the speed of a
-large product, and that of reading weights
-and hidden states and writing what is found at the speed of a copy. Product and copy take turns with
-the programs.
+Five programs take turns in one process and must find the same nodes:
+
+- the published loop over layers and positions, which reads each number with `.item()`;
+- the same with one `.tolist()` per position;
+- its authors' later version, vectorised over positions;
+- that version with a list of Python tuples as its result, like the loops;
+- ours.
+
+The floor is the larger of two times: that of the matrix products at the speed of one large product,
+and that of reading weights and hidden states and writing the result at the speed of a copy. Product
+and copy take turns with the programs.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from circuits.transcoders.transcoder import Encoder, Transcoders
 
 @dataclass(frozen=True)
 class Size:
-    """How much is searched, and in which precision."""
+    """Size of the case, and its precision."""
 
     layers: int
     features: int
@@ -61,24 +63,24 @@ BIASES = {"many fire": -0.5, "one in a hundred fires": -2.33}
 
 @dataclass(frozen=True)
 class Config:
-    """On what, and how often."""
+    """Device, size and repetitions."""
 
     device: str = "cpu"
-    """Where weights and hidden states are."""
+    """Device of weights and hidden states."""
     threads: int = 1
-    """Threads of torch, for all programs."""
+    """torch threads, for all programs."""
     repeats: int = 9
-    """Counted repetitions; one more comes first."""
+    """Timed repetitions, after one warm-up."""
     loop_repeats: int = 3
-    """Of the loop that reads each number back, which takes seconds on a GPU."""
+    """Repetitions of the `.item()` loop, which takes seconds on a GPU."""
     size: Literal["auto", "reduced", "published"] = "auto"
-    """auto: the published size on a GPU, a reduced one on a CPU."""
+    """auto: the published size on a GPU, a reduced size on a CPU."""
     top_k: int = 50
-    """At most so many features at each position of each layer,"""
+    """Largest number of features per position and layer."""
     threshold: float = 0.01
-    """whose activation is at least this."""
+    """Smallest activation of a feature."""
     out: Path = Path("runs/benchmarks/feature-extraction.json")
-    """The file of results."""
+    """Result file."""
 
 
 Nodes = list[tuple[int, int, int, float]]
@@ -134,9 +136,7 @@ def measure(size: Size, bias: float, config: Config) -> dict[str, Any]:
 
 
 def random_case(size: Size, bias: float, device: str) -> tuple[Transcoders, States]:
-    """Random encoders, and hidden states on which pre-activations have variance one and mean
-    `bias`.
-    """
+    """Random encoders, and hidden states that give pre-activations of variance one and mean `bias`."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -162,7 +162,7 @@ def random_case(size: Size, bias: float, device: str) -> tuple[Transcoders, Stat
 def extractors(
     transcoders: Transcoders, states: States, config: Config
 ) -> dict[str, Callable[[], Any]]:
-    """The programs that are compared."""
+    """The programs to compare, by name."""
     k, threshold = config.top_k, config.threshold
     weights = [(encoder.weight, encoder.bias) for encoder in transcoders.encoders]
 
@@ -218,7 +218,7 @@ def extractors(
 
 
 def as_nodes(found: Nodes | tuple[torch.Tensor, ...] | ExtractedFeatures) -> Nodes:
-    """(layer, position, index, activation) of each, whatever a program gives."""
+    """A program's result as (layer, position, index, activation) tuples."""
     if isinstance(found, list):
         return found
     columns = (
@@ -230,8 +230,10 @@ def as_nodes(found: Nodes | tuple[torch.Tensor, ...] | ExtractedFeatures) -> Nod
 
 
 def compared(nodes: Nodes, reference: Nodes, size: Size) -> dict[str, Any]:
-    """How many nodes only one of them has, and how many of those rounding does not explain: it can
-    change which is the k-th largest.
+    """Compare two results.
+
+    Returns how many nodes only one of them has, and how many of those rounding does not explain; it
+    can change which feature is the k-th largest.
     """
     mine, theirs = ({node[:3]: node[3] for node in each} for each in (nodes, reference))
     tolerance = 8 * torch.finfo(getattr(torch, size.dtype)).eps
@@ -258,9 +260,7 @@ def compared(nodes: Nodes, reference: Nodes, size: Size) -> dict[str, Any]:
 def in_turns(
     programs: dict[str, Callable[[], Any]], config: Config
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every repetition by both clocks, the programs taking turns after one turn that is
-    not counted.
-    """
+    """Seconds of every repetition by both clocks; programs take turns, after one warm-up turn."""
     seconds: dict[str, dict[str, list[float]]] = {
         name: {"wall": [], "cpu": []} for name in programs
     }
@@ -278,7 +278,7 @@ def in_turns(
 def floor(
     size: Size, config: Config, seconds: dict[str, dict[str, list[float]]], nodes: int
 ) -> dict[str, float]:
-    """Work, speeds, and the seconds below which no program can be."""
+    """Operations, bytes, speeds, and the smallest possible time."""
     clock = the_clock(config.device)
     width = getattr(torch, size.dtype).itemsize
     flop = 2 * size.layers * size.features * size.d_model * size.positions
@@ -302,12 +302,12 @@ def floor(
 
 
 def the_clock(device: str) -> str:
-    """On a CPU its seconds say more than those on the wall, which other programs lengthen."""
+    """CPU time on a CPU, since other programs lengthen wall-clock time there."""
     return "wall" if torch.device(device).type == "cuda" else "cpu"
 
 
 def show(case: dict[str, Any]) -> None:
-    """One case as a table."""
+    """Show one case as a table."""
     least = case["floor"]["seconds"]
     print(
         f"\n{case['case']}: {case['layers']} layers of {case['features']:,} features, d_model "

@@ -1,14 +1,12 @@
-"""Is everything right on this device, and how fast? One command for a machine that is at hand for
-ten minutes.
+"""Is everything right on this device, and how fast? Takes ten minutes of a GPU.
 
-    python experiments/benchmarks/gpu_suite.py --device cuda --out
-    experiments/benchmarks/results/gpu-suite-h100.json
+    python experiments/benchmarks/gpu_suite.py --device cuda \\
+        --out experiments/benchmarks/results/gpu-suite-h100.json
     python experiments/benchmarks/gpu_suite.py --device cpu     # the same parts at a reduced size
 
 On a GPU the model has GPT-2 small's shape (32,491 edges) and random weights, with 100 prompts of 16
-tokens. Results are written as they come,
-so that whoever is cut off keeps what is done; a part that would begin after the time limit is
-skipped, and says so.
+tokens. Results are written as they come, so an interrupted run keeps them. A part that would begin
+after the time limit is skipped and recorded as skipped.
 """
 
 from __future__ import annotations
@@ -58,11 +56,11 @@ TOGETHER = 8
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured.
+    """Sizes of the parts.
 
     Attributes:
-        some: so many edges are tried, or decisions replayed, where the reference takes part.
-        double_prompts: prompts on which EAP's scores are compared with those in double precision.
+        some: number of edges to try, or of decisions to replay, where the reference takes part.
+        double_prompts: prompts on which EAP's scores are compared with those in float64.
     """
 
     shape: str
@@ -95,25 +93,25 @@ REDUCED = Size(
 
 @dataclass(frozen=True)
 class Config:
-    """On what, and for how long."""
+    """Device and time limits."""
 
     device: str = "cuda"
-    """Where the models are; on a CPU the size is reduced."""
+    """Device of the models; on a CPU the size is reduced."""
     threads: int = 1
-    """Threads of torch on the CPU."""
+    """torch threads on the CPU."""
     limit: float = 540.0
-    """Seconds after which no part begins."""
+    """No part begins after this many seconds."""
     search_limit: float = 240.0
-    """Seconds after which the search over all edges is stopped."""
+    """The search over all edges stops after this many seconds."""
     nats: float = 10.0
     """ACDC's threshold times the number of edges."""
     out: Path = Path("runs/benchmarks/gpu-suite.json")
-    """The file of results."""
+    """Result file."""
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """What the parts share; `end` is when the time is up, on time.monotonic's clock."""
+    """What the parts share; `end` is the deadline on time.monotonic's clock."""
 
     config: Config
     size: Size
@@ -124,12 +122,12 @@ class Case:
 
     @property
     def acdc(self) -> circuits.ACDC:
-        """Exact ACDC, as it comes."""
+        """Exact ACDC with default settings."""
         return circuits.ACDC(self.config.nats / len(self.graph))
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the device is one."""
+        """Whether the device is a GPU."""
         return torch.device(self.config.device).type == "cuda"
 
 
@@ -171,8 +169,9 @@ def main(config: Config) -> None:
 
 
 def attempted(part: Callable[[Case], Iterator[Results]], case: Case) -> Iterator[Results]:
-    """What a part finds, as it finds it; or why there is nothing. What fails does not keep later
-    parts from their turn.
+    """Yield what a part finds as it finds it, or why it found nothing.
+
+    A part that fails does not stop the parts after it.
     """
     if time.monotonic() > case.end:
         yield {"skipped": f"it would have begun after the time limit of {case.config.limit:.0f} s"}
@@ -186,7 +185,7 @@ def attempted(part: Callable[[Case], Iterator[Results]], case: Case) -> Iterator
 
 
 def toy_world(case: Case) -> Iterator[Results]:
-    """The circuit that ships with the package's model, found on this device and on the CPU."""
+    """Find toy-world's circuit on this device and on the CPU."""
     found = {}
     for device in ("cpu", case.config.device):
         model = circuits.load_model("toy-world", device=device)
@@ -202,9 +201,7 @@ def toy_world(case: Case) -> Iterator[Results]:
 
 
 def executors(case: Case) -> Iterator[Results]:
-    """Logits of random circuits, from a few edges to most: the incremental executor's less the
-    reference's.
-    """
+    """Difference between the executors' logits on random circuits, from a few edges to most."""
     generator = torch.Generator().manual_seed(0)
     densities = torch.linspace(0.02, 0.98, TOGETHER)[:, None]
     kept = torch.rand(TOGETHER, len(case.graph), generator=generator) < densities
@@ -221,19 +218,18 @@ def executors(case: Case) -> Iterator[Results]:
 
 
 def decisions(case: Case) -> Iterator[Results]:
-    """Some edges searched, and every decision replayed with the reference."""
+    """Search over some edges, and replay every decision with the reference."""
     yield replayed(
         case, case.acdc.discover(case.model, case.task, graph=truncated(case.graph, case.size.some))
     )
 
 
 def replayed(case: Case, found: circuits.Circuit) -> Results:
-    """Some decisions of a search measured anew by the reference: how many were other ones, and how
-    far off the scores are.
+    """Measure some decisions of a search again with the reference.
 
-    When the search came to an edge, what came later was there still, and of what came before what
-    it kept. Edges that went untried change
-    nothing, because their targets reach no logits.
+    Returns how many differ, and how far apart the scores are. When the search came to an edge, all
+    later edges were still there, and of the earlier ones those that it kept. Edges that were never
+    tried change nothing, because their targets do not reach the logits.
     """
     order = torch.tensor(
         [edge for trial in edge_order(found.graph, "topological") for edge in trial.edges]
@@ -271,7 +267,7 @@ def replayed(case: Case, found: circuits.Circuit) -> Results:
 
 
 def eap_scores(case: Case) -> Iterator[Results]:
-    """EAP's scores on a few prompts less those that a CPU finds in double precision."""
+    """Difference between EAP's scores on a few prompts and those of a CPU in float64."""
     few = case.task[: case.size.double_prompts]
     here = circuits.EAP().discover(case.model, few, graph=case.graph).scores.double()
     exact = random_model(case.size.shape, "cpu", sharpness=SHARPNESS, dtype=torch.float64)
@@ -286,7 +282,7 @@ def eap_scores(case: Case) -> Iterator[Results]:
 
 
 def some_edges(case: Case) -> Iterator[Results]:
-    """Exact ACDC against the naive loop, in turns, some edges being tried."""
+    """Exact ACDC against the naive loop, in turns, over some edges."""
     config = exact_acdc.Config(device=case.config.device, repeats=case.size.repeats)
     some = truncated(case.graph, case.size.some)
     yield exact_acdc.measure(
@@ -295,9 +291,7 @@ def some_edges(case: Case) -> Iterator[Results]:
 
 
 def all_edges(case: Case) -> Iterator[Results]:
-    """Exact ACDC as a user runs it, once, every kernel having run before; then some of its
-    decisions replayed with the reference.
-    """
+    """Exact ACDC as a user runs it, once, with warm kernels; then replay some of its decisions."""
     until = min(case.end, time.monotonic() + case.config.search_limit)
     done = (0, 0)
 
@@ -339,13 +333,11 @@ def all_edges(case: Case) -> Iterator[Results]:
 
 
 class OutOfTimeError(Exception):
-    """The search over all edges has taken too long."""
+    """The search over all edges took too long."""
 
 
 def mixed_precision(case: Case) -> Iterator[Results]:
-    """Exact ACDC in float32 and in mixed precision with confirmation, one after the other and
-    again, a share of the edges being tried.
-    """
+    """Exact ACDC in float32 and in mixed precision with confirmation, in turns, over some edges."""
     graph = truncated(case.graph, 10 * case.size.some)
     precisions: dict[str, circuits.Precision | None] = {
         "float32": None,
@@ -373,7 +365,7 @@ def mixed_precision(case: Case) -> Iterator[Results]:
 
 
 def eap_times(case: Case) -> Iterator[Results]:
-    """EAP against its floor, and what it allocates."""
+    """EAP's time and memory against its floor."""
     config = eap.Config(device=case.config.device, repeats=2 * case.size.repeats)
     result = {"prompts": len(case.task), **eap.times(case.model, case.task, config)}
     yield result

@@ -1,16 +1,13 @@
-"""How do exact ACDC and EAP scale with edges, prompts and the length of prompts, in seconds and in
-memory?
+"""How do exact ACDC and EAP scale with edges, prompts and prompt length, in time and memory?
 
-    python experiments/benchmarks/scaling.py --threads 1 --out
-    experiments/benchmarks/results/scaling-cpu.json
+    python experiments/benchmarks/scaling.py --threads 1 \\
+        --out experiments/benchmarks/results/scaling-cpu.json
 
-Models and prompts are random. One of layers (and with them edges), prompts and tokens is varied at
-a time, the others being at the middle
-point. ACDC's threshold is a number of nats shared by all edges, so that graphs of any size keep a
-like part of their edges; which part
-is in the results. Memory is the peak above model and task, as it comes and with `max_memory`, which
-bounds all that EAP takes, but of
-ACDC one step: what it holds of the whole model and of the circuit at hand comes on top.
+Models and prompts are random. Layers (and with them edges), prompts and tokens vary one at a time.
+ACDC's threshold is a number of nats divided by the number of edges, so that graphs of any size keep
+a similar share of their edges, which the results state. Memory is the peak above model and task,
+with default settings and with `max_memory`. `max_memory` bounds everything that EAP takes, but only
+one step of ACDC; the state of the model and the current circuit come on top.
 """
 
 from __future__ import annotations
@@ -32,35 +29,35 @@ from circuits.models import Model
 
 @dataclass(frozen=True)
 class Config:
-    """On what, and how often."""
+    """Device, sizes and repetitions."""
 
     device: str = "cpu"
-    """Where the models are."""
+    """Device of the models."""
     threads: int = 1
-    """Threads of torch."""
+    """torch threads."""
     repeats: int = 3
-    """Counted repetitions; one more comes first."""
+    """Timed repetitions, after one warm-up."""
     layers: tuple[int, ...] = (1, 2, 3, 4)
-    """Layers that are tried; edges grow with their square."""
+    """Numbers of layers; edges grow with their square."""
     prompts: tuple[int, ...] = (4, 8, 16, 32)
-    """Numbers of prompts that are tried."""
+    """Numbers of prompts."""
     tokens: tuple[int, ...] = (8, 16, 32, 64)
-    """Lengths of prompts that are tried."""
+    """Numbers of tokens per prompt."""
     middle: tuple[int, int, int] = (3, 8, 16)
-    """Layers, prompts and tokens while another of them varies."""
+    """Layers, prompts and tokens while one of the others varies."""
     heads: int = 8
-    """Heads of a layer, 16 wide each."""
+    """Heads per layer, with d_head 16."""
     nats: float = 6.0
-    """The threshold times the number of edges."""
+    """Threshold times the number of edges, in nats."""
     max_memory: int = 8 << 20
-    """Bytes that are allowed when memory is measured the second time."""
+    """`max_memory` of the second memory measurement, in bytes."""
     out: Path = Path("runs/benchmarks/scaling.json")
-    """The file of results."""
+    """Result file."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A size of model and task."""
+    """One size of model and task."""
 
     layers: int
     prompts: int
@@ -81,14 +78,17 @@ def main(config: Config) -> None:
 
 
 def measurements(config: Config, until: float | None = None) -> Iterator[dict[str, Any]]:
-    """One point after the other, those that begin before `until` on time.monotonic's clock."""
+    """Measure one point after the other.
+
+    Only those are measured that begin before `until`, on time.monotonic's clock.
+    """
     for point, varied in points(config).items():
         if until is None or time.monotonic() < until:
             yield {"varied": varied, **asdict(point), **measure(point, config)}
 
 
 def points(config: Config) -> dict[Point, list[str]]:
-    """Each point once, and what varies through it."""
+    """Every point once, and which sizes vary through it."""
     middle = Point(*config.middle)
     found: dict[Point, list[str]] = {}
     for name, sizes in (
@@ -102,7 +102,7 @@ def points(config: Config) -> dict[Point, list[str]]:
 
 
 def measure(point: Point, config: Config) -> dict[str, Any]:
-    """Seconds of every repetition, memory, and what ACDC kept."""
+    """Seconds of every repetition, memory, and the share that ACDC kept."""
     width = 16 * config.heads
     sizes = {
         "n_layers": point.layers,
@@ -152,8 +152,9 @@ def memory(
     graph: circuits.Graph,
     limit: int,
 ) -> dict[str, int | None]:
-    """The peak as it comes, and with `max_memory`; None where that is refused because one prompt
-    needs more.
+    """Peak memory with default settings and with `max_memory`.
+
+    None if `max_memory` is refused because one prompt needs more.
     """
     device = str(model.cfg.device)
     limited = replace(method, max_memory=limit)
@@ -170,7 +171,7 @@ def memory(
 
 
 def show(measured: list[dict[str, Any]]) -> None:
-    """A table for each size that varies."""
+    """One table for each size that varies."""
     for name in ("layers", "prompts", "tokens"):
         rows = []
         for point in sorted(

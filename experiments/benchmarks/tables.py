@@ -1,11 +1,10 @@
-"""Tables of the results: all of them for the README beside this file, a few of the rows for the
-documentation's page.
+"""Write the results' tables into the README beside this file and into the documentation.
 
     python experiments/benchmarks/tables.py            # writes them between the files' markers
-    python experiments/benchmarks/tables.py --check    # fails if a file has other ones
+    python experiments/benchmarks/tables.py --check    # fails if a file differs
 
-Results are `results/BENCHMARK-MACHINE.json`, as the benchmarks write them. A time is the median of
-its repetitions, then the range of them.
+Results are `results/BENCHMARK-MACHINE.json`. A time is the median of its repetitions, followed by
+their range.
 """
 
 from __future__ import annotations
@@ -31,16 +30,16 @@ Rows = list[dict[str, object]]
 
 @dataclass(frozen=True)
 class Config:
-    """What is read, and what is written."""
+    """Files to read and write."""
 
     check: bool = False
-    """Write nothing; fail if the README differs from what the results give."""
+    """Write nothing; fail if a file differs from the results."""
     results: Path = HERE / "results"
-    """The folder of results."""
+    """Folder of results."""
     readme: Path = HERE / "README.md"
-    """The file that all tables go into."""
+    """File for all tables."""
     summary: Path = HERE.parents[1] / "docs" / "benchmarks.md"
-    """The file that a few rows go into."""
+    """File for the summary."""
 
 
 def _small(value: float) -> str:
@@ -64,19 +63,19 @@ def main(config: Config) -> None:
 
 
 def updated(readme: str, text: str) -> str:
-    """The README with a text between its markers."""
+    """A file's text with the tables between its markers."""
     start, _, rest = readme.partition(BEGIN)
     _, _, end = rest.partition(END)
     return f"{start}{BEGIN}\n\n{text}\n{END}{end}"
 
 
 def tables(results: Path) -> str:
-    """Every benchmark's tables, one for each machine it ran on."""
+    """Every benchmark's tables, one for each machine."""
     return "\n".join(_section(name, sorted(results.glob(f"{name}-*.json"))) for name in BENCHMARKS)
 
 
 def summary(results: Path) -> str:
-    """The cases that say most, by what else one would run."""
+    """The most informative cases, each against its alternative."""
     rows: Rows = []
     for file in sorted(results.glob("exact-acdc-*.json")):
         found = json.loads(file.read_text())
@@ -217,7 +216,9 @@ def _exact_acdc(found: Results) -> Tables:
 
 
 def _clock(found: Results) -> str:
-    """On a CPU its seconds say more than those on the wall, which other programs lengthen."""
+    """CPU seconds on a CPU, since other programs lengthen wall-clock time there; else wall-clock
+    seconds.
+    """
     return "wall" if found["hardware"]["gpu"] else "cpu"
 
 
@@ -360,7 +361,7 @@ def _gpu_suite(found: Results) -> Tables:
 
 
 def _whole_search(part: Results) -> dict[str, object]:
-    """The search over all edges, which is made once."""
+    """The search over all edges, which runs once."""
     row: dict[str, object] = {
         name: f"{part[name]:,}" for name in ("edges", "prompts", "tokens", "kept")
     }
@@ -378,9 +379,7 @@ def _whole_search(part: Results) -> dict[str, object]:
 
 
 def _precision(name: str, row: Results) -> dict[str, object]:
-    """Exact ACDC with one background type; where its rounding is simulated, there is nothing to be
-    said of its speed.
-    """
+    """Exact ACDC with one background type; simulated rounding has no meaningful time."""
     seconds = _times(row["seconds"]) if row["kernel"] else "simulated"
     row = {
         "decisions that differ": row["decisions_that_differ"],
@@ -391,7 +390,7 @@ def _precision(name: str, row: Results) -> dict[str, object]:
 
 
 def _checked(part: Results) -> str:
-    """What a part found, in words; or why it found nothing."""
+    """What a part found, or why it found nothing."""
     for why in NOTHING & part.keys():
         return f"{why}: {part[why] if isinstance(part[why], str) else part[why][-1]}"
     if "largest_differences" in part:

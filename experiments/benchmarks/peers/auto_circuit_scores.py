@@ -1,8 +1,7 @@
-"""Edge scores of auto-circuit, run in its own environment by eap_peers.py: a line on standard input
-starts a repetition.
+"""Edge scores of auto-circuit; eap_peers.py runs this in auto-circuit's environment.
 
-Its scores are the gradient, at masks of zero, of minus the mean logit difference; a mask of one
-carries the corrupted output.
+A line on standard input starts a repetition. The scores are the gradient of minus the mean logit
+difference at masks of zero; a mask of one carries the corrupted output.
 """
 
 import json
@@ -43,7 +42,9 @@ patchable = patchable_model(
 
 
 def name(label):
-    """As circuits writes it: theirs are `A0.1`, `A0.1.Q`, `MLP 0`, `Resid Start`, `Resid End`."""
+    """The edge's name in circuits; theirs are `A0.1`, `A0.1.Q`, `MLP 0`, `Resid Start`, `Resid
+    End`.
+    """
     if label.startswith("A"):
         layer, head, *slot = label[1:].split(".")
         return ".".join([f"a{layer}", f"h{head}", *(part.lower() for part in slot)])

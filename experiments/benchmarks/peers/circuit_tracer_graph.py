@@ -1,5 +1,6 @@
-"""Attribution graphs of circuit-tracer 0.5.0, run in its own environment by attribution_graph.py: a
-line on standard input starts a repetition.
+"""Attribution graphs of circuit-tracer 0.5.0; attribution_graph.py runs this in its environment.
+
+A line on standard input starts a repetition.
 """
 
 import json
@@ -26,7 +27,7 @@ case = json.loads((folder / "case.json").read_text())
 
 
 def tokenizer(vocabulary):
-    """It must have one: <bos> is 1, as in the tokens given."""
+    """A tokenizer, which circuit-tracer requires; <bos> is 1, as in the given tokens."""
     words = {f"w{number}": number for number in range(vocabulary)}
     words = {("<bos>" if number == 1 else word): number for word, number in words.items()}
     special = {

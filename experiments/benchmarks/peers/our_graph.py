@@ -1,6 +1,4 @@
-"""The same graphs by this package, in a process of its own, so that its memory is measured as
-theirs is.
-"""
+"""The same graphs by this package, in a separate process, so that memory is measured alike."""
 
 import json
 import resource

@@ -1,8 +1,7 @@
-"""Edge scores of transformer-lens 4, run in its own environment by eap_peers.py: a line on standard
-input starts a repetition.
+"""Edge scores of transformer-lens 4; eap_peers.py runs this in its environment.
 
-Its scores are (clean - corrupted) . d metric / d input at the corrupted run, averaged over prompts,
-one for each position.
+A line on standard input starts a repetition. The scores are (clean - corrupted) . d metric / d
+input at the corrupted run, averaged over prompts, for each position.
 """
 
 import json
@@ -26,9 +25,7 @@ case = json.loads((folder / "case.json").read_text())
 
 
 def as_gpt2(weights, shape):
-    """The weights in Hugging Face's GPT-2: the bridge's own model does not offer what edge scores
-    need.
-    """
+    """The weights as a Hugging Face GPT-2; the bridge's own model lacks what edge scores need."""
     model = GPT2LMHeadModel(
         GPT2Config(
             n_layer=shape["n_layers"],
@@ -87,7 +84,7 @@ clean, corrupted, right, wrong = (
 
 
 def scores():
-    """Prompt by prompt, because the metric is given logits alone."""
+    """Score prompt by prompt, because the metric only sees the logits."""
     total = {}
     for index in range(len(clean)):
 
@@ -106,7 +103,7 @@ def scores():
 
 
 def name(node):
-    """As circuits writes it."""
+    """The edge's name in circuits."""
     return {
         "embed": "embed",
         "attn_head_out": f"a{node.layer}.h{node.head}",
