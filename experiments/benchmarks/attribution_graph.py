@@ -158,7 +158,7 @@ def published(name: str) -> Case:
 
 
 def case(size: str, tokens: int, active: float) -> Case:
-    """A random model, and a random cross-layer transcoder with the given share of active features."""
+    """A random model and cross-layer transcoder, with the given share of active features."""
     model = random_model(SIZES[size], "cpu")
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(2, model.cfg.d_vocab, (tokens,), generator=generator)

@@ -136,7 +136,7 @@ def measure(size: Size, bias: float, config: Config) -> dict[str, Any]:
 
 
 def random_case(size: Size, bias: float, device: str) -> tuple[Transcoders, States]:
-    """Random encoders, and hidden states that give pre-activations of variance one and mean `bias`."""
+    """Random encoders and hidden states; pre-activations have variance one and mean `bias`."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
