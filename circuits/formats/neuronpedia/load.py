@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from circuits.attribution.feature_graph import (
@@ -19,6 +18,8 @@ from circuits.attribution.feature_graph import (
     ERROR,
     FEATURE,
     TARGET,
+    EdgeNumbers,
+    EdgeScores,
     FeatureGraph,
     LogitTarget,
     Nodes,
@@ -37,15 +38,13 @@ from circuits.formats.validation import read_checked_json
 from circuits.graph.nodes import Node
 from circuits.system.errors import InputError
 
-NODE_ID = r"^(?P<layer>E|[0-9]{1,9})_(?P<index>[0-9]{1,15})_(?P<position>[0-9]{1,9})$"
+NODE_ID = r"^(?P<layer>E|[0-9]{1,9})_(?P<number>[0-9]{1,15})_(?P<position>[0-9]{1,9})$"
+# Columns in which no two nodes are equal.
 NODE_PLACE = ["kind", "layer", "position", "index"]
-"""Columns in which no two nodes are equal."""
-
 # Templates that name a row of a table in an error message.
 NODE = "node {node_id!r:.60}"
 LINK = "the link {source!r:.60} -> {target!r:.60}"
 UNKNOWN_TOKEN = -1
-NUMBERS = ("activation", "token_prob", "influence")
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,15 +111,17 @@ def load_neuronpedia(path: str | Path) -> ImportedGraph:
 def _imported(content: GraphFile, path: Path) -> ImportedGraph:
     metadata, page_state = content["metadata"], content["qParams"]
     table = _node_table(content["nodes"], len(metadata["prompt_tokens"]))
-    graph = _feature_graph(content, table, {"imported_from": path.name, **_settings(metadata)})
+    settings = {"imported_from": path.name, **_settings(metadata)}
+    graph = _feature_graph(content, table, settings)
     node_of = {name: graph.node(number) for number, name in enumerate(table["node_id"])}
-    labelled = table[(table["kind"] == FEATURE) & (table["clerp"] != "")]
+    labels = table["clerp"].where(table["kind"] == FEATURE, "")
+    labels.index = table["node_id"]
     return ImportedGraph(
         graph=graph,
         cumulative=torch.tensor(table["influence"].to_numpy()),
         groups=_groups(page_state.get("supernodes") or [], node_of),
         pinned=_known_nodes(page_state.get("pinnedIds") or [], node_of),
-        labels={node_of[row.node_id]: row.clerp for row in labelled.itertuples()},
+        labels={node_of[name]: label for name, label in labels.items() if label},
         slug=metadata.get("slug") or path.stem,
         scan=metadata.get("scan"),
     )
@@ -129,21 +130,26 @@ def _imported(content: GraphFile, path: Path) -> ImportedGraph:
 def _feature_graph(
     content: GraphFile, table: pd.DataFrame, settings: dict[str, Any]
 ) -> FeatureGraph:
-    words, n_layers = tuple(content["metadata"]["prompt_tokens"]), _n_layers(table)
+    words = tuple(content["metadata"]["prompt_tokens"])
+    # Features and errors are in layers 0 to n_layers - 1, targets in "layer" n_layers + 1.
+    at_least = table["layer"] + (table["kind"] != TARGET) * 2 - 1
+    n_layers = max(0, int(at_least.max()))
     nodes = _nodes(table, n_layers)
-    edges = _edge_table(content["links"], table["node_id"], nodes)
-    weight = torch.tensor(edges["weight"].to_numpy(), dtype=torch.float32)
+    embeddings = nodes[nodes.kind == EMBEDDING]
+    tokens = torch.full((len(words),), UNKNOWN_TOKEN)
+    tokens[embeddings.position] = embeddings.index
+    source, target, weight = _edges(content["links"], table["node_id"], nodes)
     return FeatureGraph(
         nodes=nodes,
-        source=torch.tensor(edges["source"].to_numpy()),
-        target=torch.tensor(edges["target"].to_numpy()),
+        source=source,
+        target=target,
         weight=weight,
-        direct=torch.full_like(weight, math.nan),
+        direct=torch.full_like(weight, torch.nan),
         constants=torch.zeros(len(table), 0),
         constant_names=(),
-        tokens=_tokens(nodes, len(words)),
+        tokens=tokens,
         words=words,
-        targets=_targets(table),
+        targets=_targets(table[table["kind"] == TARGET]),
         n_layers=n_layers,
         settings=settings,
     )
@@ -152,32 +158,24 @@ def _feature_graph(
 def _node_table(entries: Sequence[NodeEntry], n_words: int) -> pd.DataFrame:
     """A row for each node, in the order of `FeatureGraph`; targets keep the order of the file."""
     table = pd.DataFrame(entries, columns=list(NodeEntry.__annotations__))
+    table = table.rename(columns={"ctx_idx": "position"}).fillna({"clerp": ""})
     kind = table["feature_type"].map(KIND_OF_TYPE)
-    table = table.assign(
-        kind=kind,
-        layer=table["layer"].mask(kind == EMBEDDING, NO_LAYER),
-        position=table["ctx_idx"],
-        clerp=table["clerp"].fillna(""),
-    )
+    table = table.assign(kind=kind, layer=table["layer"].mask(kind == EMBEDDING, NO_LAYER))
     _check_nodes(table, n_words)
     table["index"] = _indices(table)
     is_repeated = table.duplicated(NODE_PLACE)
     _refuse(table, is_repeated, f"{NODE} is in the file under another id, too; remove one of them")
     # Targets are not sorted: the first one is the most probable.
     inner = table[kind != TARGET].sort_values(NODE_PLACE)
-    order = inner.index.append(table.index[kind == TARGET])
+    table = pd.concat([inner, table[kind == TARGET]], ignore_index=True)
     # None becomes NaN.
-    numbers = dict.fromkeys(("activation", "token_prob", "influence"), "float32")
-    return table.loc[order].astype(numbers).reset_index(drop=True)
+    return table.astype(dict.fromkeys(("activation", "token_prob", "influence"), "float32"))
 
 
 def _check_nodes(table: pd.DataFrame, n_words: int) -> None:
     is_outside = table["position"] >= n_words
-    _refuse(
-        table.assign(last=n_words - 1),
-        is_outside,
-        f"{NODE}: ctx_idx is {{ctx_idx}}; it must be a position of the prompt, from 0 to {{last}}",
-    )
+    allowed = f"it must be a position of the prompt, from 0 to {n_words - 1}"
+    _refuse(table, is_outside, f"{NODE}: ctx_idx is {{position}}; {allowed}")
     has_no_layer = (table["layer"] == NO_LAYER) & (table["kind"] != EMBEDDING)
     _refuse(table, has_no_layer, f"{NODE}: layer is 'E'; a {{feature_type}} needs a number")
     # The old id of an error, 0_<layer>_<position>, can be the id of a feature, too.
@@ -194,20 +192,17 @@ def _indices(table: pd.DataFrame) -> pd.Series:
     """The numbers of features, the tokens of embeddings and targets, and 0 for errors."""
     kind, position = table["kind"], table["position"].astype(str)
     layer = table["layer"].astype(str).mask(kind == EMBEDDING, "E")
-    id_parts = table["node_id"].str.extract(NODE_ID)
-    is_elsewhere = (id_parts["layer"] != layer) | (id_parts["position"] != position)
+    parts = table["node_id"].str.extract(NODE_ID)
+    is_elsewhere = (parts["layer"] != layer) | (parts["position"] != position)
     _refuse(
         table.assign(right_id=layer + "_<number>_" + position),
         is_elsewhere & kind.isin([FEATURE, EMBEDDING]),
-        f"{NODE} is a {{feature_type}} at position {{ctx_idx}}; its id must be {{right_id}}",
+        f"{NODE} is a {{feature_type}} at position {{position}}; its id must be {{right_id}}",
     )
     # Targets may have any id. Those without a token in it give the token as their feature.
-    index = pd.to_numeric(id_parts["index"]).fillna(table["feature"]).mask(kind == ERROR, 0)
-    _refuse(
-        table,
-        ~(index >= 0),
-        f"{NODE}: feature is {{feature}}; a target needs the id of its token there",
-    )
+    index = pd.to_numeric(parts["number"]).fillna(table["feature"]).mask(kind == ERROR, 0)
+    needed = "a target needs the id of its token there"
+    _refuse(table, ~(index >= 0), f"{NODE}: feature is {{feature}}; {needed}")
     return index.astype("int64")
 
 
@@ -215,13 +210,6 @@ def _refuse(table: pd.DataFrame, wrong: Any, message: str) -> None:
     """Raise an error about the first wrong row, whose values are filled into the message."""
     if wrong.any():
         raise InputError(message.format_map(table[wrong].iloc[0]) + ".")
-
-
-def _n_layers(table: pd.DataFrame) -> int:
-    """The number of layers of the model, as far as the nodes tell."""
-    # Features and errors are in layers 0 to n_layers - 1, targets in "layer" n_layers + 1.
-    at_least = table["layer"] + (table["kind"] != TARGET) * 2 - 1
-    return max(0, int(at_least.max()))
 
 
 def _nodes(table: pd.DataFrame, n_layers: int) -> Nodes:
@@ -238,40 +226,36 @@ def _nodes(table: pd.DataFrame, n_layers: int) -> Nodes:
 
 
 def _targets(table: pd.DataFrame) -> tuple[LogitTarget, ...]:
-    targets = table[table["kind"] == TARGET]
-    return tuple(
-        LogitTarget(output_label(text) or f"#{token}", token if token < FIRST_CUSTOM else None)
-        for text, token in zip(targets["clerp"], targets["index"].tolist(), strict=True)
-    )
+    targets = []
+    for text, token in zip(table["clerp"], table["index"].tolist(), strict=True):
+        label = output_label(text) or f"#{token}"
+        targets.append(LogitTarget(label, token if token < FIRST_CUSTOM else None))
+    return tuple(targets)
 
 
-def _tokens(nodes: Nodes, n_words: int) -> Int[Tensor, " pos"]:
-    embeddings = nodes[nodes.kind == EMBEDDING]
-    tokens = torch.full((n_words,), UNKNOWN_TOKEN)
-    tokens[embeddings.position] = embeddings.index
-    return tokens
-
-
-def _edge_table(links: Sequence[Link], names: pd.Series, nodes: Nodes) -> pd.DataFrame:
-    """Numbers of source and target and the weight of each edge, sorted by target, then source."""
+def _edges(
+    links: Sequence[Link], node_ids: pd.Series, nodes: Nodes
+) -> tuple[EdgeNumbers, EdgeNumbers, EdgeScores]:
+    """Source, target and weight of each edge, sorted by target, then source."""
     table = pd.DataFrame(links, columns=list(Link.__annotations__))
-    number_of = {name: number for number, name in names.items()}
-    ends = table[["source", "target"]].apply(lambda column: column.map(number_of))
-    is_unknown = ends.isna().any(axis=1)
+    rows = pd.Index(node_ids)
+    source, target = rows.get_indexer(table["source"]), rows.get_indexer(table["target"])
+    is_unknown = (source < 0) | (target < 0)
     _refuse(table, is_unknown, f"{LINK} has an end that is none of the nodes; export it again")
-    ends = ends.astype("int64")
     layer, kind = nodes.layer.numpy(), nodes.kind.numpy()
-    is_upwards = layer[ends["source"]] < layer[ends["target"]]
     # The layer of an embedding is -1, of a target n_layers.
-    has_inputs = np.isin(kind[ends["target"]], (FEATURE, TARGET))
+    is_upwards = layer[source] < layer[target]
+    has_inputs = np.isin(kind[target], (FEATURE, TARGET))
     _refuse(
         table,
         ~(is_upwards & has_inputs),
         f"{LINK} does not lead from a token, feature or error up to a feature or output; remove it",
     )
-    is_repeated = ends.duplicated()
+    is_repeated = table.duplicated(["source", "target"])
     _refuse(table, is_repeated, f"{LINK} is there twice; remove one of them")
-    return ends.assign(weight=table["weight"]).sort_values(["target", "source"])
+    order = np.lexsort((source, target))
+    weight = torch.tensor(table["weight"].to_numpy()[order], dtype=torch.float32)
+    return torch.tensor(source[order]), torch.tensor(target[order]), weight
 
 
 def _groups(
