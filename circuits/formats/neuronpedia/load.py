@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float
+from pandas import DataFrame, Index, Series, concat, to_numeric
 from torch import Tensor
 
 from circuits.attribution.feature_graph import (
@@ -110,69 +110,70 @@ def load_neuronpedia(path: str | Path) -> ImportedGraph:
 
 def _imported(content: GraphFile, path: Path) -> ImportedGraph:
     metadata, page_state = content["metadata"], content["qParams"]
-    table = _node_table(content["nodes"], len(metadata["prompt_tokens"]))
+    words = tuple(metadata["prompt_tokens"])
+    table = _node_table(content["nodes"], len(words))
     settings = {"imported_from": path.name, **_settings(metadata)}
-    graph = _feature_graph(content, table, settings)
+    graph = _feature_graph(words, table, content["links"], settings)
     node_of = {name: graph.node(number) for number, name in enumerate(table["node_id"])}
-    labels = table["clerp"].where(table["kind"] == FEATURE, "")
-    labels.index = table["node_id"]
+    labelled = table[(table["kind"] == FEATURE) & (table["clerp"] != "")]
     return ImportedGraph(
         graph=graph,
-        cumulative=torch.tensor(table["influence"].to_numpy()),
+        cumulative=_tensor(table["influence"]),
         groups=_groups(page_state.get("supernodes") or [], node_of),
         pinned=_known_nodes(page_state.get("pinnedIds") or [], node_of),
-        labels={node_of[name]: label for name, label in labels.items() if label},
+        labels={node_of[row.node_id]: row.clerp for row in labelled.itertuples()},
         slug=metadata.get("slug") or path.stem,
         scan=metadata.get("scan"),
     )
 
 
 def _feature_graph(
-    content: GraphFile, table: pd.DataFrame, settings: dict[str, Any]
+    words: tuple[str, ...], table: DataFrame, links: list[Link], settings: dict[str, Any]
 ) -> FeatureGraph:
-    words = tuple(content["metadata"]["prompt_tokens"])
     # Features and errors are in layers 0 to n_layers - 1, targets in "layer" n_layers + 1.
-    at_least = table["layer"] + (table["kind"] != TARGET) * 2 - 1
+    is_target = table["kind"] == TARGET
+    at_least = table["layer"] + 1 - 2 * is_target
     n_layers = max(0, int(at_least.max()))
     nodes = _nodes(table, n_layers)
-    embeddings = nodes[nodes.kind == EMBEDDING]
+    source, target, weight = _edges(links, table["node_id"], nodes)
     tokens = torch.full((len(words),), UNKNOWN_TOKEN)
+    embeddings = nodes[nodes.kind == EMBEDDING]
     tokens[embeddings.position] = embeddings.index
-    source, target, weight = _edges(content["links"], table["node_id"], nodes)
     return FeatureGraph(
         nodes=nodes,
         source=source,
         target=target,
         weight=weight,
         direct=torch.full_like(weight, torch.nan),
-        constants=torch.zeros(len(table), 0),
+        constants=torch.zeros(len(nodes), 0),
         constant_names=(),
         tokens=tokens,
         words=words,
-        targets=_targets(table[table["kind"] == TARGET]),
+        targets=_targets(table[is_target]),
         n_layers=n_layers,
         settings=settings,
     )
 
 
-def _node_table(entries: Sequence[NodeEntry], n_words: int) -> pd.DataFrame:
+def _node_table(entries: list[NodeEntry], n_words: int) -> DataFrame:
     """A row for each node, in the order of `FeatureGraph`; targets keep the order of the file."""
-    table = pd.DataFrame(entries, columns=list(NodeEntry.__annotations__))
+    table = DataFrame(entries, columns=list(NodeEntry.__annotations__))
     table = table.rename(columns={"ctx_idx": "position"}).fillna({"clerp": ""})
-    kind = table["feature_type"].map(KIND_OF_TYPE)
-    table = table.assign(kind=kind, layer=table["layer"].mask(kind == EMBEDDING, NO_LAYER))
+    table["kind"] = table["feature_type"].map(KIND_OF_TYPE)
+    table["layer"] = table["layer"].mask(table["kind"] == EMBEDDING, NO_LAYER)
     _check_nodes(table, n_words)
     table["index"] = _indices(table)
     is_repeated = table.duplicated(NODE_PLACE)
     _refuse(table, is_repeated, f"{NODE} is in the file under another id, too; remove one of them")
     # Targets are not sorted: the first one is the most probable.
-    inner = table[kind != TARGET].sort_values(NODE_PLACE)
-    table = pd.concat([inner, table[kind == TARGET]], ignore_index=True)
+    is_target = table["kind"] == TARGET
+    inner = table[~is_target].sort_values(NODE_PLACE)
+    table = concat([inner, table[is_target]], ignore_index=True)
     # None becomes NaN.
     return table.astype(dict.fromkeys(("activation", "token_prob", "influence"), "float32"))
 
 
-def _check_nodes(table: pd.DataFrame, n_words: int) -> None:
+def _check_nodes(table: DataFrame, n_words: int) -> None:
     is_outside = table["position"] >= n_words
     allowed = f"it must be a position of the prompt, from 0 to {n_words - 1}"
     _refuse(table, is_outside, f"{NODE}: ctx_idx is {{position}}; {allowed}")
@@ -188,7 +189,7 @@ def _check_nodes(table: pd.DataFrame, n_words: int) -> None:
     )
 
 
-def _indices(table: pd.DataFrame) -> pd.Series:
+def _indices(table: DataFrame) -> Series:
     """The numbers of features, the tokens of embeddings and targets, and 0 for errors."""
     kind, position = table["kind"], table["position"].astype(str)
     layer = table["layer"].astype(str).mask(kind == EMBEDDING, "E")
@@ -200,45 +201,51 @@ def _indices(table: pd.DataFrame) -> pd.Series:
         f"{NODE} is a {{feature_type}} at position {{position}}; its id must be {{right_id}}",
     )
     # Targets may have any id. Those without a token in it give the token as their feature.
-    index = pd.to_numeric(parts["number"]).fillna(table["feature"]).mask(kind == ERROR, 0)
+    index = to_numeric(parts["number"]).fillna(table["feature"]).mask(kind == ERROR, 0)
     needed = "a target needs the id of its token there"
     _refuse(table, ~(index >= 0), f"{NODE}: feature is {{feature}}; {needed}")
     return index.astype("int64")
 
 
-def _refuse(table: pd.DataFrame, wrong: Any, message: str) -> None:
+def _refuse(table: DataFrame, wrong: Any, message: str) -> None:
     """Raise an error about the first wrong row, whose values are filled into the message."""
     if wrong.any():
         raise InputError(message.format_map(table[wrong].iloc[0]) + ".")
 
 
-def _nodes(table: pd.DataFrame, n_layers: int) -> Nodes:
+def _nodes(table: DataFrame, n_layers: int) -> Nodes:
     is_target = table["kind"] == TARGET
-    columns = table.assign(
-        layer=table["layer"].mask(is_target, n_layers),
-        index=table["index"].mask(is_target, is_target.cumsum() - 1),
-        activation=table["activation"].where(table["kind"] == FEATURE),
-        # A target without a probability counts 1 for influence.
-        probability=table["token_prob"].fillna(1.0).where(is_target, 0.0),
+    # A target without a probability counts 1 for influence.
+    probability = table["token_prob"].fillna(1.0).where(is_target, 0.0)
+    return Nodes(
+        kind=_tensor(table["kind"]),
+        layer=_tensor(table["layer"].mask(is_target, n_layers)),
+        position=_tensor(table["position"]),
+        index=_tensor(table["index"].mask(is_target, is_target.cumsum() - 1)),
+        activation=_tensor(table["activation"].where(table["kind"] == FEATURE)),
+        probability=_tensor(probability),
     )
-    names = [field.name for field in fields(Nodes)]
-    return Nodes(**{name: torch.tensor(columns[name].to_numpy()) for name in names})
 
 
-def _targets(table: pd.DataFrame) -> tuple[LogitTarget, ...]:
+def _tensor(column: Series) -> Tensor:
+    return torch.tensor(column.to_numpy())
+
+
+def _targets(table: DataFrame) -> tuple[LogitTarget, ...]:
     targets = []
-    for text, token in zip(table["clerp"], table["index"].tolist(), strict=True):
-        label = output_label(text) or f"#{token}"
-        targets.append(LogitTarget(label, token if token < FIRST_CUSTOM else None))
+    for text, number in zip(table["clerp"], table["index"].tolist(), strict=True):
+        token = number if number < FIRST_CUSTOM else None
+        targets.append(LogitTarget(output_label(text) or f"#{number}", token))
     return tuple(targets)
 
 
 def _edges(
-    links: Sequence[Link], node_ids: pd.Series, nodes: Nodes
+    links: list[Link], node_ids: Series, nodes: Nodes
 ) -> tuple[EdgeNumbers, EdgeNumbers, EdgeScores]:
     """Source, target and weight of each edge, sorted by target, then source."""
-    table = pd.DataFrame(links, columns=list(Link.__annotations__))
-    rows = pd.Index(node_ids)
+    # Without links, the type of the weights is not known from them.
+    table = DataFrame(links, columns=list(Link.__annotations__)).astype({"weight": "float32"})
+    rows = Index(node_ids)
     source, target = rows.get_indexer(table["source"]), rows.get_indexer(table["target"])
     is_unknown = (source < 0) | (target < 0)
     _refuse(table, is_unknown, f"{LINK} has an end that is none of the nodes; export it again")
@@ -246,16 +253,14 @@ def _edges(
     # The layer of an embedding is -1, of a target n_layers.
     is_upwards = layer[source] < layer[target]
     has_inputs = np.isin(kind[target], (FEATURE, TARGET))
-    _refuse(
-        table,
-        ~(is_upwards & has_inputs),
-        f"{LINK} does not lead from a token, feature or error up to a feature or output; remove it",
-    )
+    expected = "from a token, feature or error up to a feature or output"
+    is_wrong = ~(is_upwards & has_inputs)
+    _refuse(table, is_wrong, f"{LINK} does not lead {expected}; remove it")
     is_repeated = table.duplicated(["source", "target"])
     _refuse(table, is_repeated, f"{LINK} is there twice; remove one of them")
     order = np.lexsort((source, target))
-    weight = torch.tensor(table["weight"].to_numpy()[order], dtype=torch.float32)
-    return torch.tensor(source[order]), torch.tensor(target[order]), weight
+    weight = _tensor(table["weight"])
+    return torch.tensor(source[order]), torch.tensor(target[order]), weight[order]
 
 
 def _groups(

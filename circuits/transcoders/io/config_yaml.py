@@ -13,14 +13,14 @@ from circuits.system.errors import InputError
 from circuits.transcoders.transcoder import Reads, Writes
 
 CONFIG = "config.yaml"
-PLT, CLT = "transcoder_set", "cross_layer_transcoder"
+PLT_KIND, CLT_KIND = "transcoder_set", "cross_layer_transcoder"
 # The model_kind of a set that is being saved.
 UNFINISHED = "unfinished"
 
 # The values of each key and their meanings. Of several values with one meaning, the first is the
 # one that is written. In a parallel block, the MLP reads hook_resid_pre.
 MEANINGS: dict[str, dict[str, Any]] = {
-    "model_kind": {PLT: PLT, CLT: CLT},
+    "model_kind": {PLT_KIND: PLT_KIND, CLT_KIND: CLT_KIND},
     "feature_input_hook": {
         "hook_resid_mid": "residual",
         "hook_resid_pre": "residual",
@@ -41,7 +41,7 @@ class TranscoderConfig:
 
     Attributes:
         source: the file, for messages.
-        kind: PLT or CLT, as the file calls them.
+        kind: PLT_KIND or CLT_KIND.
         files: layer and file of each entry, as written: a path or an hf:// address.
     """
 
@@ -73,9 +73,7 @@ def read_config(file: Path, source: str) -> TranscoderConfig:
             f"{source}: saving into this folder was interrupted, so its files may be of different "
             "sets; save it again."
         )
-    kind, reads, writes, activation = (
-        _choose(key, content.get(key), source) for key in MEANINGS
-    )
+    kind, reads, writes, activation = (_choose(key, content.get(key), source) for key in MEANINGS)
     k, files = _k(content.get("k"), source), _files(content.get("transcoders"), source)
     return TranscoderConfig(source, kind, reads, writes, activation, k, files)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,12 +15,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.system.errors import InputError
+from circuits.transcoders.io.config_yaml import CLT_KIND, PLT_KIND
 from circuits.transcoders.io.layer_files import LayerFiles, require_all
 from circuits.transcoders.io.tensor_files import read_tensors
 from circuits.transcoders.transcoder import Reads, Writes
 
 THRESHOLD = "activation_function.threshold"
-ANY_SIZE = "any size"
 # The biases come first: they tell the sizes that all other tensors must have.
 AXES = {
     "bias": "features",
@@ -31,7 +31,7 @@ AXES = {
     "skip": "d_model, d_model",
 }
 
-Tensors = Mapping[str, Tensor]
+Tensors = dict[str, Tensor]
 Sizes = dict[str, int]
 Copier = Callable[[Tensor], Tensor]
 
@@ -56,19 +56,20 @@ class Format:
     decoder_bias: str = "b_dec"
     threshold: str = "threshold"
     skip: str = "W_skip"
-    decoder_axes: str = AXES["decoder"]
     optional: tuple[str, ...] = ("skip",)
     transposed: tuple[str, ...] = ()
+    kind: str = PLT_KIND
+    decoder_axes: str = AXES["decoder"]
 
-    @property
-    def cross_layer(self) -> bool:
-        """Whether features write to later layers too."""
-        return self.decoder_axes != AXES["decoder"]
+    def tensor(self, part: str, layer: int) -> str:
+        """Return the name of a tensor."""
+        name: str = getattr(self, part)
+        return name.format(layer)
 
 
 # Where features read and write is from what the authors publish: PLTs of Qwen-3 and others, CLTs of
 # Llama and Gemma-2; GemmaScope as circuit tracing uses it.
-PLT = Format("PLT", "mlp_input", "mlp", optional=("threshold", "skip"))
+PLT = Format("PLT", "mlp_input", "mlp", threshold=THRESHOLD, optional=("threshold", "skip"))
 CLT = Format(
     "CLT",
     "residual",
@@ -79,9 +80,10 @@ CLT = Format(
     decoder_bias="b_dec_{}",
     threshold="threshold_{}",
     skip="W_skip_{}",
-    decoder_axes="features, layers written to, d_model",
     optional=("threshold", "skip"),
     transposed=("skip",),
+    kind=CLT_KIND,
+    decoder_axes="features, layers written to, d_model",
 )
 GEMMA_SCOPE = Format("GemmaScope", "normalized", "residual", transposed=("encoder",))
 # With A the stored matrix, the skip adds x @ A in both kinds of file. (Other tools load
@@ -96,7 +98,10 @@ GEMMA_SCOPE_2_PLT = Format(
     transposed=("encoder", "skip"),
 )
 GEMMA_SCOPE_2_CLT = replace(
-    GEMMA_SCOPE_2_PLT, name="GemmaScope-2 CLT", decoder_axes="features, layers, d_model"
+    GEMMA_SCOPE_2_PLT,
+    name="GemmaScope-2 CLT",
+    kind=CLT_KIND,
+    decoder_axes="features, layers, d_model",
 )
 
 
@@ -152,45 +157,48 @@ def read_layers(files: LayerFiles, source: str, copy: Copier) -> list[LayerWeigh
 
 
 def _read_layer(files: Sequence[Path], layer: int, sizes: Sizes, copy: Copier) -> LayerWeights:
-    # The files are the one of a layer, or the two of a CLT. Layer 0 adds its sizes.
+    # The files are the one of a layer, or the two of a CLT.
     where = " and ".join(map(str, files))
-    tensors: dict[str, Tensor] = {}
+    tensors: Tensors = {}
     for file in files:
         tensors |= read_tensors(file)
+    k = _k(tensors.pop("k", None), where)
     format = _format_of(tensors, files[0])
-    names = {part: getattr(format, part).format(layer) for part in AXES}
-    if THRESHOLD in tensors:
-        names["threshold"] = THRESHOLD
-    _check_names(tensors, names, format, where)
+    parts = _parts(tensors, format, layer, sizes, where)
+    decoder = parts["decoder"]
+    if format is GEMMA_SCOPE_2_CLT:
+        # Decoders to the layers before this one are not used.
+        parts["decoder"] = decoder[:, layer:]
+    elif format.kind == PLT_KIND:
+        parts["decoder"] = decoder[:, None]
+    copies = {part: copy(tensor) for part, tensor in parts.items()}
+    return LayerWeights(format, k=k, **copies)
+
+
+def _parts(tensors: Tensors, format: Format, layer: int, sizes: Sizes, where: str) -> Tensors:
     parts = {}
+    unknown = set(tensors)
     for part, axes in (AXES | {"decoder": format.decoder_axes}).items():
-        name = names[part]
+        name = format.tensor(part, layer)
+        if name == THRESHOLD and name not in tensors:
+            name = "threshold"
         if name in tensors:
             stored = tensors[name]
             tensor = _turned(stored) if part in format.transposed else stored
             parts[part] = _fitting(tensor, axes, sizes, f"{where}: {name}")
-    if format is GEMMA_SCOPE_2_CLT:
-        # Decoders to the layers before this one are not used.
-        parts["decoder"] = parts["decoder"][:, layer:]
-    elif format is not CLT:
-        parts["decoder"] = parts["decoder"][:, None]
-    copies = {part: copy(tensor) for part, tensor in parts.items()}
-    return LayerWeights(format, k=_k(tensors, where), **copies)
-
-
-def _check_names(tensors: Tensors, names: Mapping[str, str], format: Format, where: str) -> None:
-    for part, name in names.items():
-        if name not in tensors and part not in format.optional:
+        elif part not in format.optional:
             raise InputError(
                 f"{where}: there is no tensor {name}; there are {', '.join(tensors)}. Restore the "
                 "file."
             )
-    # Tensors that are not asked for might change what features do.
-    if unknown := set(tensors).difference(names.values(), ["k"]):
+        unknown.discard(name)
+    if unknown:
+        # They might change what features do.
         raise InputError(
             f"{where}: it is not known what {', '.join(sorted(unknown))} does. Fold it into the "
             "other tensors, or remove it if it changes nothing."
         )
+    return parts
 
 
 def _format_of(tensors: Tensors, file: Path) -> Format:
@@ -219,15 +227,17 @@ def _fitting(tensor: Tensor, axes: str, sizes: Sizes, name: str) -> Tensor:
             "bfloat16 or float32."
         )
     names = axes.split(", ")
-    expected = tuple(sizes.get(axis, ANY_SIZE) for axis in names)
     for candidate in (tensor, _turned(tensor)):
-        if _fits(candidate, expected):
-            sizes.update(zip(names, candidate.shape, strict=True))
+        shape = tuple(candidate.shape)
+        expected = [sizes.get(axis, size) for axis, size in zip(names, shape, strict=False)]
+        if len(shape) == len(names) and list(shape) == expected:
+            sizes.update(zip(names, shape, strict=True))
             return candidate
+    known = tuple(sizes.get(axis, "any size") for axis in names)
     raise InputError(
-        f"{name} has shape {tuple(tensor.shape)}, expected {expected} ({axes}); features and "
-        "d_model are as in layer 0, whose biases tell them. Check that the file is complete and "
-        "of this set."
+        f"{name} has shape {tuple(tensor.shape)}, expected {known} ({axes}); features and d_model "
+        "are as in layer 0, whose biases tell them. Check that the file is complete and of this "
+        "set."
     )
 
 
@@ -235,15 +245,9 @@ def _turned(tensor: Tensor) -> Tensor:
     return tensor.T if tensor.dim() == 2 else tensor
 
 
-def _fits(tensor: Tensor, expected: Sequence[int | str]) -> bool:
-    sizes = zip(tensor.shape, expected, strict=False)
-    return tensor.dim() == len(expected) and all(want in (size, ANY_SIZE) for size, want in sizes)
-
-
-def _k(tensors: Tensors, where: str) -> int | None:
-    if "k" not in tensors:
+def _k(k: Tensor | None, where: str) -> int | None:
+    if k is None:
         return None
-    k = tensors["k"]
     if k.numel() != 1 or k.is_floating_point() or int(k) < 1:
         raise InputError(
             f"{where}: k has shape {tuple(k.shape)} and type {k.dtype}, expected one positive "

@@ -9,7 +9,7 @@ import torch
 
 from circuits.system.errors import InputError
 from circuits.transcoders.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
-from circuits.transcoders.io.config_yaml import CLT, CONFIG, PLT, TranscoderConfig, read_config
+from circuits.transcoders.io.config_yaml import CONFIG, TranscoderConfig, read_config
 from circuits.transcoders.io.formats import THRESHOLD, LayerWeights, read_layers
 from circuits.transcoders.io.hub import (
     PREFIX,
@@ -87,11 +87,13 @@ def load_transcoders(
 
 def embedded_transcoders() -> tuple[str, ...]:
     """Return the names of the sets in this package."""
-    return tuple(sorted(config.parent.name for config in _assets().glob(f"*/{CONFIG}")))
+    return tuple(_embedded())
 
 
-def _assets() -> Path:
-    return Path(str(resources.files("circuits"))) / "assets" / "transcoders"
+def _embedded() -> dict[str, Path]:
+    package = Path(str(resources.files("circuits")))
+    configs = sorted(package.glob(f"assets/transcoders/*/{CONFIG}"))
+    return {config.parent.name: config.parent for config in configs}
 
 
 def _find(where: str | Path) -> tuple[Path | Address, TranscoderConfig]:
@@ -100,14 +102,14 @@ def _find(where: str | Path) -> tuple[Path | Address, TranscoderConfig]:
         address = Address.parse(str(where))
         config = address / CONFIG
         return address, read_config(fetch_if_present(config), str(config))
-    path = _assets() / where if where in embedded_transcoders() else Path(where)
+    embedded = _embedded()
+    path = embedded[where] if where in embedded else Path(where)
     if path.is_dir():
         path = path / CONFIG
     elif not path.is_file() or path.suffix not in (".yaml", ".yml"):
-        names = ", ".join(embedded_transcoders())
         raise InputError(
             f"there are no transcoders {str(where)!r}; give a folder, one of the sets in this "
-            f"package ({names}) or an address hf://owner/repo."
+            f"package ({', '.join(embedded)}) or an address hf://owner/repo."
         )
     return path.parent.resolve(), read_config(path, str(path))
 
@@ -118,18 +120,17 @@ def _layer_files(folder: Path | Address, config: TranscoderConfig) -> LayerFiles
         local = folder if isinstance(folder, Path) else fetch_folder(folder)
         return find_layer_files(local, config)
     places: dict[int, Path | Address] = {}
-    for layer, file in config.files:
+    for layer, file in sorted(config.files):
         if layer in places:
             raise InputError(f"{config.source} lists several files for layer {layer}; list one.")
         # Paths are relative to the folder of the config.yaml.
         places[layer] = Address.parse(file) if file.startswith(PREFIX) else folder / file
     require_all(places, config.source)
-    in_order = [places[layer] for layer in sorted(places)]
-    return [[file] for file in fetch_files(in_order)]
+    return [[file] for file in fetch_files(list(places.values()))]
 
 
 def _check_kind(layer: LayerWeights, config: TranscoderConfig) -> None:
-    kind = CLT if layer.format.cross_layer else PLT
+    kind = layer.format.kind
     if config.kind not in (None, kind):
         raise InputError(
             f"{config.source} says model_kind: {config.kind}, but the files are of a {kind}; "

@@ -14,8 +14,8 @@ from torch import Tensor
 from circuits.system.errors import InputError
 from circuits.system.files import write_bytes
 from circuits.transcoders.activations import JumpReLU
-from circuits.transcoders.io.config_yaml import CLT, CONFIG, MEANINGS, PLT, UNFINISHED
-from circuits.transcoders.io.formats import THRESHOLD
+from circuits.transcoders.io.config_yaml import CLT_KIND, CONFIG, MEANINGS, PLT_KIND, UNFINISHED
+from circuits.transcoders.io.formats import CLT, PLT
 from circuits.transcoders.io.layer_files import DECODER, ENCODER, PER_LAYER
 from circuits.transcoders.io.tensor_files import PICKLES, WEIGHTS, check_weight_dtype, copied
 from circuits.transcoders.transcoder import Transcoders
@@ -74,26 +74,22 @@ def save_transcoders(
 def _layer_files(transcoders: Transcoders, layer: int) -> dict[str, dict[str, Tensor]]:
     # The files of a layer, each with its tensors by name.
     encoder, decoder = transcoders.encoders[layer], transcoders.decoders[layer]
-    cross_layer = transcoders.cross_layer
-    tensors = {
-        "W_enc": encoder.weight,
-        "b_enc": encoder.bias,
-        "b_dec": transcoders.decoder_biases[layer],
+    format = CLT if transcoders.cross_layer else PLT
+    parts = {
+        "encoder": encoder.weight,
+        "bias": encoder.bias,
+        "decoder_bias": transcoders.decoder_biases[layer],
     }
     if isinstance(encoder.activation, JumpReLU):
-        name = "threshold" if cross_layer else THRESHOLD
-        tensors[name] = encoder.activation.threshold
+        parts["threshold"] = encoder.activation.threshold
     if transcoders.skips is not None:
         skip = transcoders.skips[layer]
-        # A CLT file adds x @ W_skip, a PLT file x @ W_skip.T.
-        tensors["W_skip"] = skip.T if cross_layer else skip
-    if not cross_layer:
-        return {PER_LAYER.format(layer): tensors | {"W_dec": decoder[:, 0]}}
-    numbered = {f"{name}_{layer}": tensor for name, tensor in tensors.items()}
-    return {
-        ENCODER.format(layer): numbered,
-        DECODER.format(layer): {f"W_dec_{layer}": decoder},
-    }
+        parts["skip"] = skip.T if "skip" in format.transposed else skip
+    tensors = {format.tensor(part, layer): tensor for part, tensor in parts.items()}
+    decoder_name = format.tensor("decoder", layer)
+    if format is PLT:
+        return {PER_LAYER.format(layer): tensors | {decoder_name: decoder[:, 0]}}
+    return {ENCODER.format(layer): tensors, DECODER.format(layer): {decoder_name: decoder}}
 
 
 def _config(transcoders: Transcoders, model_name: str) -> dict[str, Any]:
@@ -106,7 +102,7 @@ def _config(transcoders: Transcoders, model_name: str) -> dict[str, Any]:
                 f"{layer} by {activation}; the formats have one activation for all layers."
             )
     config = {
-        "model_kind": CLT if transcoders.cross_layer else PLT,
+        "model_kind": CLT_KIND if transcoders.cross_layer else PLT_KIND,
         "model_name": model_name,
         "feature_input_hook": _value("feature_input_hook", transcoders.reads),
         "feature_output_hook": _value("feature_output_hook", transcoders.writes),

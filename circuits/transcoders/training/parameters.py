@@ -75,32 +75,29 @@ class TranscoderParameters:
         n_layers, _, d_model = inputs.shape
         generator = torch.Generator().manual_seed(seed)
 
-        def random(length: float, *shape: int) -> Tensor:
+        def rows(*shape: int, length: float) -> Tensor:
             # Drawn on the CPU, so that a seed means the same on all devices.
-            numbers = torch.randn(*shape, generator=generator, dtype=inputs.dtype)
+            numbers = torch.randn(shape, generator=generator, dtype=inputs.dtype)
             return (numbers * length).to(inputs.device)
 
-        encoder = random(d_model**-0.5, n_layers, n_features, d_model)
+        encoder = rows(n_layers, n_features, d_model, length=d_model**-0.5)
         decoders = []
         for layer in range(n_layers):
             n_written = n_layers - layer if kind == "clt" else 1
             length = 0.3 * (n_written * d_model) ** -0.5
-            decoders.append(random(length, n_features, n_written, d_model))
-        parameters = TranscoderParameters(
-            encoder=encoder,
-            encoder_bias=inputs.new_zeros(n_layers, 1, n_features),
-            decoders=decoders,
-            decoder_bias=inputs.new_zeros(n_layers, 1, d_model),
-            skip=inputs.new_zeros(n_layers, d_model, d_model) if kind == "skip-plt" else None,
-        )
+            decoders.append(rows(n_features, n_written, d_model, length=length))
+        encoder_bias = inputs.new_zeros(n_layers, 1, n_features)
+        decoder_bias = inputs.new_zeros(n_layers, 1, d_model)
+        skip = inputs.new_zeros(n_layers, d_model, d_model) if kind == "skip-plt" else None
+        parameters = TranscoderParameters(encoder, encoder_bias, decoders, decoder_bias, skip)
         for tensor in parameters.tensors():
             tensor.requires_grad_()
         return parameters
 
     def tensors(self) -> list[Tensor]:
         """Return all parameters in a fixed order."""
-        skip = [] if self.skip is None else [self.skip]
-        return [self.encoder, self.encoder_bias, *self.decoders, self.decoder_bias, *skip]
+        tensors = [self.encoder, self.encoder_bias, *self.decoders, self.decoder_bias, self.skip]
+        return [tensor for tensor in tensors if tensor is not None]
 
     def decoder_lengths(self) -> Float[Tensor, "layer 1 feature"]:
         """Return the length of what each feature writes at activation 1."""
@@ -147,32 +144,32 @@ class TranscoderParameters:
                 units. None: features are ReLU.
         """
         # W_dec = s_out W_dec' / length, with s_out of the layers written to
-        decoders = []
-        for layer, decoder in enumerate(self.decoders):
-            written = slice(layer, layer + decoder.shape[1])
-            decoders.append(decoder * outputs.scale[written, 0])
-        lengths = _lengths(decoders)
+        scales = outputs.scale[:, 0]
+        scaled = [
+            decoder * scales[layer : layer + decoder.shape[1]]
+            for layer, decoder in enumerate(self.decoders)
+        ]
+        lengths = _lengths(scaled)
+        decoders = [decoder / lengths[layer, :, None, None] for layer, decoder in enumerate(scaled)]
         # W_enc = length W_enc' / s_in,   b_enc = length b_enc' - W_enc mean_in
         weights = self.encoder * (lengths[..., None] / inputs.scale)
-        encoder_biases = self.encoder_bias[:, 0] * lengths - _products(weights, inputs.mean)
+        encoder_biases = self.encoder_bias[:, 0] * lengths
+        encoder_biases -= _products(weights, inputs.mean)
         # b_dec = mean_out + s_out b_dec' - W_skip mean_in,   W_skip = s_out W_skip' / s_in
-        biases = (outputs.mean + self.decoder_bias * outputs.scale)[:, 0]
+        biases = outputs.mean[:, 0] + self.decoder_bias[:, 0] * scales
         skips = None
         if self.skip is not None:
-            skips = self.skip * outputs.scale / inputs.scale
-            biases = biases - _products(skips, inputs.mean)
+            skip = self.skip * outputs.scale / inputs.scale
+            biases -= _products(skip, inputs.mean)
+            skips = list(skip)
         activations: list[Activation] = [ReLU()] * len(decoders)
         if thresholds is not None:
             # An activation a' writes the length a' length', and length / length' takes it to the
             # units of the model.
             in_model = thresholds[:, None] * lengths / _lengths(self.decoders)
             activations = [JumpReLU(threshold) for threshold in in_model]
-        return Transcoders(
-            [Encoder(*parts) for parts in zip(weights, encoder_biases, activations, strict=True)],
-            [one / length[:, None, None] for one, length in zip(decoders, lengths, strict=True)],
-            list(biases),
-            None if skips is None else list(skips),
-        )
+        encoders = map(Encoder, weights, encoder_biases, activations)
+        return Transcoders(list(encoders), decoders, list(biases), skips)
 
 
 def _lengths(decoders: Sequence[Decoder]) -> Float[Tensor, "layer feature"]:
@@ -184,5 +181,5 @@ def _lengths(decoders: Sequence[Decoder]) -> Float[Tensor, "layer feature"]:
 def _products(
     matrices: Float[Tensor, "layer n d_model"], vectors: Float[Tensor, "layer 1 d_model"]
 ) -> Float[Tensor, "layer n"]:
-    products = [matrix @ vector[0] for matrix, vector in zip(matrices, vectors, strict=True)]
-    return torch.stack(products)
+    products = map(torch.mv, matrices, vectors[:, 0])
+    return torch.stack(list(products))

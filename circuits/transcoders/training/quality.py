@@ -41,15 +41,17 @@ def quality(
     batches = zip(tokens.split(prompts_at_once), mask.split(prompts_at_once), strict=True)
     sums = [_sums(model, transcoders, *batch) for batch in batches]
     totals: list[Any] = [sum(parts) for parts in zip(*sums, strict=True)]
-    n_tokens, fired, total, squares, errors = totals
+    n_tokens, fired, y, y_squared, errors = totals
     # sum (y - mean)^2 = sum y^2 - (sum y)^2 / n
-    deviation = squares - total.square() / n_tokens
+    deviation = y_squared - y.square() / n_tokens
+    unexplained = errors.sum(1) / deviation.sum(1)
+    never_fires = fired == 0
     columns = {
-        "explained_variance": 1 - errors.sum(1) / deviation.sum(1),
+        "explained_variance": 1 - unexplained,
         "l0": fired.sum(1) / n_tokens,
-        "dead": (fired == 0).double().mean(1),
+        "dead": never_fires.double().mean(1),
     }
-    table = pd.DataFrame({name: column.tolist() for name, column in columns.items()})
+    table = pd.DataFrame({name: column.cpu() for name, column in columns.items()})
     return table.rename_axis("layer")
 
 
@@ -60,13 +62,14 @@ def _sums(
     # y^2, and squared errors.
     inputs, outputs = record(model, transcoders.reads, transcoders.writes, tokens, mask)
     # All tokens are taken as one prompt.
-    prompts = dict(enumerate(inputs[:, None]))
-    activations = {layer: transcoders.encode(layer, prompt) for layer, prompt in prompts.items()}
-    made = [transcoders.output(layer, activations, prompts[layer]) for layer in prompts]
-    fires = torch.cat(list(activations.values())) != 0
-    errors = outputs - torch.cat(made)
-    summed = (fires.double(), outputs.double(), outputs.double().square(), errors.double().square())
-    return inputs.shape[1], *(values.sum(1) for values in summed)
+    prompts = inputs[:, None]
+    layers = range(transcoders.n_layers)
+    activations = {layer: transcoders.encode(layer, prompts[layer]) for layer in layers}
+    made = [transcoders.output(layer, activations, prompts[layer]) for layer in layers]
+    fires = torch.cat([activations[layer] != 0 for layer in layers])
+    y, errors = outputs.double(), (outputs - torch.cat(made)).double()
+    summed = [each.sum(1) for each in (fires.double(), y, y.square(), errors.square())]
+    return inputs.shape[1], *summed
 
 
 @torch.no_grad()
@@ -77,26 +80,28 @@ def record(
 
     All real tokens are recorded but the first of each prompt.
     """
-    tokens, mask = tokens.to(model.cfg.device), mask.to(model.cfg.device)
+    device = model.cfg.device
+    tokens, mask = tokens.to(device), mask.to(device)
     counted = mask.clone()
     counted[:, 0] = False
     if not counted.any():
         raise InputError("the text has no token after the first of a prompt; give longer prompts.")
+    layers = range(model.cfg.n_layers)
     read: dict[str, Tensor] = {}
     written: dict[str, Tensor] = {}
     hooks = []
-    for layer in range(model.cfg.n_layers):
+    for layer in layers:
+        residual = models.mlp_residual_hook(model, layer)
         output = models.mlp_output_hook(model, layer, before_norm=writes == "mlp")
-        hooks.append((models.mlp_residual_hook(model, layer), keeper(read, str(layer))))
+        hooks.append((residual, keeper(read, str(layer))))
         hooks.append((output, keeper(written, str(layer))))
     with models.frozen(model), models.plain_inputs(model):
         models.run_to_residual(model, tokens, mask, hooks)
-    # The layers are recorded in order.
-    inputs = [
-        _read_by_features(model, layer, reads, residual)[counted]
-        for layer, residual in enumerate(read.values())
-    ]
-    outputs = [output[counted] for output in written.values()]
+    inputs, outputs = [], []
+    for layer in layers:
+        vectors = _read_by_features(model, layer, reads, read[str(layer)])
+        inputs.append(vectors[counted])
+        outputs.append(written[str(layer)][counted])
     return torch.stack(inputs), torch.stack(outputs)
 
 
