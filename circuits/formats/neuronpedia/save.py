@@ -115,6 +115,7 @@ def _check(graph: FeatureGraph, path: Path, slug: str) -> None:
     if path.is_dir():
         example = path / f"{slug}.json"
         raise InputError(f"{path} is a folder; give the file's name, such as {example}.")
+    # The first number that is not finite; an activation can be missing.
     remedy = "make the graph again in float32."
     for edge in (~graph.weight.isfinite()).nonzero():
         source, target = graph.node(int(graph.source[edge])), graph.node(int(graph.target[edge]))

@@ -37,13 +37,7 @@ ListedFiles = tuple[tuple[int, str], ...]
 
 @dataclass(frozen=True)
 class TranscoderConfig:
-    """What a config.yaml says; None, or nothing, where it does not.
-
-    Attributes:
-        source: the file, for messages.
-        kind: PLT_KIND or CLT_KIND.
-        files: layer and file of each entry, as written: a path or an hf:// address.
-    """
+    """What a config.yaml, called `source` in messages, says; None or nothing where it does not."""
 
     source: str
     kind: str | None = None
@@ -51,6 +45,7 @@ class TranscoderConfig:
     writes: Writes | None = None
     activation: str | None = None
     k: int | None = None
+    # Layer and file of each entry, as written: a path or an hf:// address.
     files: ListedFiles = ()
 
 
@@ -73,8 +68,10 @@ def read_config(file: Path, source: str) -> TranscoderConfig:
             f"{source}: saving into this folder was interrupted, so its files may be of different "
             "sets; save it again."
         )
-    kind, reads, writes, activation = (_choose(key, content.get(key), source) for key in MEANINGS)
-    k, files = _k(content.get("k"), source), _files(content.get("transcoders"), source)
+    meanings = [_choose(key, content.get(key), source) for key in MEANINGS]
+    kind, reads, writes, activation = meanings
+    k = _k(content.get("k"), source)
+    files = _files(content.get("transcoders"), source)
     return TranscoderConfig(source, kind, reads, writes, activation, k, files)
 
 

@@ -38,24 +38,19 @@ Copier = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Format:
-    """The tensors of a format, and where its features read and write without a config.yaml.
-
-    Attributes:
-        encoder, decoder, ...: names of the tensors, with {} for the layer. In W_skip, the skip adds
-            x @ W_skip.T.
-        optional: parts that not all sets of the format have.
-        transposed: parts that are stored transposed.
-    """
+    """The tensors of a format, and where its features read and write without a config.yaml."""
 
     name: str
     reads: Reads
     writes: Writes
+    # Names of the tensors, with {} for the layer. The skip adds x @ W_skip.T.
     encoder: str = "W_enc"
     decoder: str = "W_dec"
     bias: str = "b_enc"
     decoder_bias: str = "b_dec"
     threshold: str = "threshold"
     skip: str = "W_skip"
+    # Parts that not all sets of the format have, and parts that are stored transposed.
     optional: tuple[str, ...] = ("skip",)
     transposed: tuple[str, ...] = ()
     kind: str = PLT_KIND
@@ -107,13 +102,7 @@ GEMMA_SCOPE_2_CLT = replace(
 
 @dataclass(frozen=True, eq=False)
 class LayerWeights:
-    """The weights of one layer, as `Transcoders` has them.
-
-    Attributes:
-        threshold: of JumpReLU; None where the file has none.
-        skip: W_skip, where the skip adds x @ W_skip.T; None where the file has none.
-        k: of TopK, where the file has one.
-    """
+    """The weights of one layer, as `Transcoders` has them; None for what the file does not have."""
 
     format: Format
     bias: Float[Tensor, " feature"]
@@ -133,13 +122,11 @@ class LayerWeights:
 
 
 def read_layers(files: LayerFiles, source: str, copy: Copier) -> list[LayerWeights]:
-    """Read and copy the weights of all layers of the set `source`.
-
-    Each layer is copied before the next is read, so that the memory holds no more than one file.
-    """
+    """Read and copy the weights of all layers of the set `source`."""
     sizes: Sizes = {}
     layers = []
     for number, paths in enumerate(files):
+        # Copied before the next is read, so that the memory holds no more than one file.
         layer = _read_layer(paths, number, sizes, copy)
         layers.append(layer)
         # Each layer of a CLT writes to one layer less than the layer before.
@@ -217,16 +204,14 @@ def _format_of(tensors: Tensors, file: Path) -> Format:
 
 
 def _fitting(tensor: Tensor, axes: str, sizes: Sizes, name: str) -> Tensor:
-    """Return a tensor with certain axes, such as "features, d_model"; add sizes that are new.
-
-    A matrix that fits only when transposed is transposed: older files have such decoders.
-    """
+    """Return a tensor with certain axes, such as "features, d_model"; add sizes that are new."""
     if not tensor.is_floating_point():
         raise InputError(
             f"{name} holds {tensor.dtype}, not floating-point numbers; convert the weights to "
             "bfloat16 or float32."
         )
     names = axes.split(", ")
+    # A matrix that fits only when transposed is transposed: older files have such decoders.
     for candidate in (tensor, _turned(tensor)):
         shape = tuple(candidate.shape)
         expected = [sizes.get(axis, size) for axis, size in zip(names, shape, strict=False)]

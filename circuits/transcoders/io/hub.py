@@ -1,7 +1,4 @@
-"""Transcoder files on the Hugging Face hub: hf:// addresses, and what is fetched from them.
-
-Whatever cannot be fetched raises an `InputError`.
-"""
+"""Transcoder files on the Hugging Face hub: hf:// addresses, and what is fetched from them."""
 
 from __future__ import annotations
 
@@ -25,13 +22,11 @@ ADDRESS = re.compile(r"hf://([^/?#]+/[^/?#]+)/*([^?#]*)(?:\?revision=([^&#]*))?"
 
 @dataclass(frozen=True)
 class Address:
-    """A repository (owner/name) on the hub, or a folder or file in it.
-
-    The revision is a branch, tag or commit; None is the default branch.
-    """
+    """A repository (owner/name) on the hub, or a folder or file in it."""
 
     repository: str
     path: str = ""
+    # A branch, tag or commit; None is the default branch.
     revision: str | None = None
 
     @classmethod
@@ -78,11 +73,8 @@ def fetch_if_present(file: Address) -> Path:
 
 
 def fetch_folder(folder: Address) -> Path:
-    """Fetch the weights directly in a folder.
-
-    Folders within it are not fetched. Some repositories have hundreds of variants there, and a
-    config.yaml lists one for each layer.
-    """
+    """Fetch the weights directly in a folder, but no folders within it."""
+    # Some repositories have hundreds of variants there, and a config.yaml lists one for each layer.
     prefix = glob.escape(f"{folder.path}/") if folder.path else ""
     wanted = [f"{prefix}*{suffix}" for suffix in WEIGHTS]
     local = _download(folder, wanted, ignored=[f"{prefix}*/*"]) / folder.path

@@ -38,24 +38,31 @@ def find_layer_files(folder: Path, config: TranscoderConfig) -> LayerFiles:
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("layer_*/**/params.*")])
     paths = [file.relative_to(folder).as_posix() for file in files]
     found = {name: _by_layer(paths, pattern) for name, pattern in PATTERNS.items()}
-    per_layer, across = found[PER_LAYER], found[ENCODER] | found[DECODER]
-    if across and per_layer and config.kind is None:
+    present = [name for name in PATTERNS if found[name]]
+    if not present:
+        raise InputError(_nothing_found(folder))
+    names = _chosen(present, folder, config)
+    n_layers = 1 + max(max(found[name], default=0) for name in names)
+    by_name = []
+    for name in names:
+        require_all(found[name], str(folder), name, n_layers)
+        own = [_only(found[name][layer], layer, folder) for layer in range(n_layers)]
+        by_name.append([folder / path for path in own])
+    return list(zip(*by_name, strict=True))
+
+
+def _chosen(present: Sequence[str], folder: Path, config: TranscoderConfig) -> Sequence[str]:
+    # The names of the one file, or of the two, that each layer has.
+    has_plt = PER_LAYER in present
+    has_clt = ENCODER in present or DECODER in present
+    if has_plt and has_clt and config.kind is None:
         raise InputError(
             f"{folder} holds both layer_*.safetensors and W_enc_*.safetensors; add model_kind to "
             "its config.yaml."
         )
-    if across and (config.kind == CLT_KIND or not per_layer):
-        names, layers = [ENCODER, DECODER], sorted(across)
-    else:
-        name = PER_LAYER if per_layer else NESTED
-        names, layers = [name], sorted(found[name])
-    if not layers:
-        raise InputError(_nothing_found(folder))
-    for name in names:
-        require_all(found[name], str(folder), name, layers[-1] + 1)
-    return [
-        [folder / _only(found[name][layer], layer, folder) for name in names] for layer in layers
-    ]
+    if has_clt and (config.kind == CLT_KIND or not has_plt):
+        return ENCODER, DECODER
+    return [PER_LAYER if has_plt else NESTED]
 
 
 def require_all(

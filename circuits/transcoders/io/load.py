@@ -36,10 +36,10 @@ def load_transcoders(
     (W_enc_0.safetensors with W_dec_0.safetensors ...), GemmaScope (layer_0/.../params.npz) or
     GemmaScope-2 (params_layer_0.safetensors ..., or the files that a config.yaml lists).
 
-    Pickles are not read. What config.yaml does not say follows from the files. Features with
-    thresholds are JumpReLU, others ReLU. PLTs read what the MLP reads ("mlp_input") and write to
-    its output ("mlp"). CLTs read and write the residual stream. GemmaScope reads the normalized
-    residual stream, GemmaScope-2 what the MLP reads; both write the residual stream.
+    Pickles are not read. What config.yaml does not say follows from the files: features with
+    thresholds are JumpReLU, others ReLU; PLTs read what the MLP reads and write to its output; CLTs
+    read and write the residual stream; GemmaScope reads the normalized residual stream,
+    GemmaScope-2 what the MLP reads, and both write the residual stream.
 
     Args:
         where: a folder or its config.yaml; the name of a set in this package (`toy-world-plt`,

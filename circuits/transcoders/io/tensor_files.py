@@ -63,10 +63,7 @@ def pickle_message(file: Path) -> str:
 def weight_copier(
     device: str | torch.device | None, dtype: torch.dtype | None, mapped: bool
 ) -> Callable[[Tensor], Tensor]:
-    """Return a function that copies a tensor from a file, or leaves it there if mapped.
-
-    The defaults are the CPU and float32.
-    """
+    """Return a function that copies a tensor from a file, or leaves it there if mapped."""
     if mapped and (dtype is not None or str(device or "cpu") != "cpu"):
         raise InputError(
             f"mapped=True leaves weights in their files, so device={device!r} and dtype={dtype} "

@@ -145,12 +145,13 @@ class TranscoderParameters:
         """
         # W_dec = s_out W_dec' / length, with s_out of the layers written to
         scales = outputs.scale[:, 0]
-        scaled = [
-            decoder * scales[layer : layer + decoder.shape[1]]
-            for layer, decoder in enumerate(self.decoders)
-        ]
-        lengths = _lengths(scaled)
-        decoders = [decoder / lengths[layer, :, None, None] for layer, decoder in enumerate(scaled)]
+        decoders = []
+        for layer, decoder in enumerate(self.decoders):
+            written = slice(layer, layer + decoder.shape[1])
+            decoders.append(decoder * scales[written])
+        lengths = _lengths(decoders)
+        divisors = lengths[..., None, None]
+        decoders = [one / divisor for one, divisor in zip(decoders, divisors, strict=True)]
         # W_enc = length W_enc' / s_in,   b_enc = length b_enc' - W_enc mean_in
         weights = self.encoder * (lengths[..., None] / inputs.scale)
         encoder_biases = self.encoder_bias[:, 0] * lengths

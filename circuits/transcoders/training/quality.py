@@ -87,21 +87,18 @@ def record(
     if not counted.any():
         raise InputError("the text has no token after the first of a prompt; give longer prompts.")
     layers = range(model.cfg.n_layers)
-    read: dict[str, Tensor] = {}
-    written: dict[str, Tensor] = {}
-    hooks = []
-    for layer in layers:
-        residual = models.mlp_residual_hook(model, layer)
-        output = models.mlp_output_hook(model, layer, before_norm=writes == "mlp")
-        hooks.append((residual, keeper(read, str(layer))))
-        hooks.append((output, keeper(written, str(layer))))
+    before_norm = writes == "mlp"
+    read = [models.mlp_residual_hook(model, layer) for layer in layers]
+    written = [models.mlp_output_hook(model, layer, before_norm=before_norm) for layer in layers]
+    recorded: dict[str, Tensor] = {}
+    hooks = [(name, keeper(recorded, name)) for name in (*read, *written)]
     with models.frozen(model), models.plain_inputs(model):
         models.run_to_residual(model, tokens, mask, hooks)
-    inputs, outputs = [], []
-    for layer in layers:
-        vectors = _read_by_features(model, layer, reads, read[str(layer)])
+    inputs = []
+    for layer, name in enumerate(read):
+        vectors = _read_by_features(model, layer, reads, recorded[name])
         inputs.append(vectors[counted])
-        outputs.append(written[str(layer)][counted])
+    outputs = [recorded[name][counted] for name in written]
     return torch.stack(inputs), torch.stack(outputs)
 
 

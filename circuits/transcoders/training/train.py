@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -125,7 +126,9 @@ def train_transcoders(
     _check(model, config)
     trainer = _Trainer(model, batches, config)
     path = None if checkpoint is None else Path(checkpoint)
-    start = 0 if path is None or not path.exists() else trainer.restore(path)
+    start = 0
+    if path is not None and path.exists():
+        start = trainer.restore(path)
     for done in range(start + 1, config.steps + 1):
         loss = trainer.learn(done)
         is_due = done % config.checkpoint_every == 0 or done == config.steps
@@ -145,16 +148,22 @@ class _Trainer:
     """
 
     def __init__(self, model: Model, batches: Batches, config: Training) -> None:
-        self.model, self.batches, self.config = model, batches, config
+        self.model = model
+        self.batches = batches
+        self.config = config
         inputs, outputs = self._record(0)
         self.norms = Normalization.of(inputs), Normalization.of(outputs)
         kind, n_features = config.kind, config.n_features
         self.parameters = TranscoderParameters.initial(kind, n_features, inputs, config.seed)
-        self.optimizer = torch.optim.Adam(self.parameters.tensors(), betas=(0.9, 0.99))
-        for tensor in self.parameters.tensors():
+        tensors = self.parameters.tensors()
+        self.optimizer = torch.optim.Adam(tensors, betas=(0.9, 0.99))
+        for tensor in tensors:
             # Adam begins like this. A checkpoint is copied into these tensors.
-            moments = {name: torch.zeros_like(tensor) for name in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[tensor] = {"step": torch.zeros(()), **moments}
+            self.optimizer.state[tensor] = {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(tensor),
+                "exp_avg_sq": torch.zeros_like(tensor),
+            }
         self.silent = inputs.new_zeros((len(inputs), n_features), dtype=torch.int64)
 
     def _record(self, step: int) -> tuple[Vectors, Vectors]:
@@ -166,8 +175,10 @@ class _Trainer:
 
     def _normalized(self, step: int) -> tuple[Vectors, Vectors]:
         inputs, outputs = self._record(step)
-        return self.norms[0].apply(inputs), self.norms[1].apply(outputs)
+        input_norm, output_norm = self.norms
+        return input_norm.apply(inputs), output_norm.apply(outputs)
 
+    @cached_property
     def _fingerprint(self) -> str:
         """All that the result depends on; the first batch represents the text."""
         settings = asdict(self.config)
@@ -188,14 +199,14 @@ class _Trainer:
 
     def save(self, path: Path, done: int) -> None:
         """Write a checkpoint after `done` steps."""
-        metadata = {"step": str(done), "settings": self._fingerprint()}
+        metadata = {"step": str(done), "settings": self._fingerprint}
         write_tensors(path, self._tensors(), metadata, FORMAT, FORMAT_VERSION)
 
     @torch.no_grad()
     def restore(self, path: Path) -> int:
         """Read a checkpoint; return the number of steps done."""
         stored, metadata = read_tensors(path, FORMAT, FORMAT_VERSION)
-        if metadata["settings"] != self._fingerprint():
+        if metadata["settings"] != self._fingerprint:
             raise InputError(f"{path} was written with other settings, model or text; delete it.")
         for name, tensor in self._tensors().items():
             tensor.copy_(stored[name])
@@ -253,7 +264,9 @@ class _Trainer:
         # The (k * tokens)-th largest length in each layer; features must write more to fire.
         # One fewer fires than k * tokens, as with a JumpReLU of this threshold.
         n_layers, n_tokens, _ = lengths.shape
-        k_of_layers = self.config.k if len(self.config.k) > 1 else self.config.k * n_layers
+        k_of_layers = self.config.k
+        if len(k_of_layers) == 1:
+            k_of_layers *= n_layers
         smallest = []
         for k, values in zip(k_of_layers, lengths, strict=True):
             n_firing = max(1, round(k * n_tokens))
@@ -264,11 +277,12 @@ class _Trainer:
     @torch.no_grad()
     def _thresholds(self) -> Float[Tensor, " layer"]:
         """The smallest length of a firing feature, averaged over batches not seen in training."""
-        total = self.parameters.encoder.new_zeros(len(self.silent))
-        for step in range(self.config.steps, self.config.steps + CALIBRATION_BATCHES):
+        parameters, n_steps = self.parameters, self.config.steps
+        total = parameters.encoder.new_zeros(len(self.silent))
+        for step in range(n_steps, n_steps + CALIBRATION_BATCHES):
             inputs, _ = self._normalized(step)
-            pre = self.parameters.preactivations(inputs)
-            total += self._smallest_firing(pre * self.parameters.decoder_lengths())
+            lengths = parameters.preactivations(inputs) * parameters.decoder_lengths()
+            total += self._smallest_firing(lengths)
         return total / CALIBRATION_BATCHES
 
     def transcoders(self) -> Transcoders:
@@ -292,10 +306,11 @@ def auxiliary_loss(
         return inputs.new_zeros(())
     pre = parameters.preactivations(inputs)
     pre = pre.masked_fill(~dead[:, None], -torch.inf)
-    n_features = pre.shape[2]
-    values, features = pre.topk(min(AUXILIARY_FEATURES, n_features), dim=2)
+    n_chosen = min(AUXILIARY_FEATURES, pre.shape[2])
+    values, features = pre.topk(n_chosen, dim=2)
     # A layer can have fewer dead features than that; the others have activation 0.
-    activations = torch.zeros_like(pre).scatter(2, features, values.relu())
+    silent = torch.zeros_like(pre)
+    activations = silent.scatter(2, features, values.relu())
     left = error - parameters.decode(activations)
     # |error - dead features|^2 / |error|^2
     shares = _squares(left) / _squares(error).clamp(min=TINY)
@@ -310,7 +325,8 @@ def _check(model: Model, config: Training) -> None:
     cfg = model.cfg
     if cfg.attn_only:
         raise InputError(f"{cfg.model_name} has no MLPs, so there is nothing to learn.")
-    if config.kind not in get_args(TranscoderKind) or config.sparsity not in get_args(Sparsity):
+    kinds, sparsities = get_args(TranscoderKind), get_args(Sparsity)
+    if config.kind not in kinds or config.sparsity not in sparsities:
         raise InputError(
             f"kind {config.kind!r} with sparsity {config.sparsity!r}; use plt, skip-plt or clt, "
             "and batch_topk, l1 or tanh."
@@ -322,6 +338,6 @@ def _check(model: Model, config: Training) -> None:
                 f"{name}={values}: give one positive number, or one for each of the "
                 f"{cfg.n_layers} layers."
             )
-    counts = (config.n_features, config.steps, config.checkpoint_every)
-    if min(counts) < 1 or max(config.k) > config.n_features:
+    smallest_count = min(config.n_features, config.steps, config.checkpoint_every)
+    if smallest_count < 1 or max(config.k) > config.n_features:
         raise InputError(f"{config}: all counts must be positive, and k at most n_features.")
