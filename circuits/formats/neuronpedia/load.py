@@ -154,7 +154,7 @@ def _feature_graph(
 
 
 def _placed(entries: list[NodeEntry], n_words: int) -> PlacedNodes:
-    """The nodes in the order of `FeatureGraph`; targets keep the order of the file."""
+    # The nodes in the order of `FeatureGraph`; targets keep the order of the file.
     by_id: dict[str, NodeEntry] = {}
     by_place: dict[Place, NodeEntry] = {}
     for entry in entries:
@@ -208,7 +208,7 @@ def _place(entry: NodeEntry, n_words: int) -> Place:
 
 
 def _nodes(placed: PlacedNodes) -> tuple[Nodes, int]:
-    """The nodes in columns, and the number of layers, as far as the nodes tell it."""
+    # The nodes in columns, and the number of layers, as far as the nodes tell it.
     places = torch.tensor([place for place, _ in placed])
     kind, layer, position, index = places.T.contiguous()
     is_target = kind == TARGET
@@ -240,7 +240,7 @@ def _targets(placed: PlacedNodes) -> tuple[LogitTarget, ...]:
 def _edges(
     links: list[Link], node_ids: list[str], nodes: Nodes
 ) -> tuple[EdgeNumbers, EdgeNumbers, EdgeScores]:
-    """Source, target and weight of each edge, sorted by target, then source."""
+    # Source, target and weight of each edge, sorted by target, then source.
     # Without links, the type of the weights is not known from them.
     table = DataFrame(links, columns=list(Link.__annotations__)).astype({"weight": "float32"})
     rows = Index(node_ids)
@@ -262,7 +262,7 @@ def _edges(
 
 
 def _refuse(table: DataFrame, wrong: Any, message: str) -> None:
-    """Raise an error about the first wrong row, whose values are filled into the message."""
+    # Raise an error about the first wrong row, whose values are filled into the message.
     if wrong.any():
         raise InputError(message.format_map(table[wrong].iloc[0]) + ".")
 
@@ -285,7 +285,7 @@ def _known_nodes(names: Sequence[str], node_of: Mapping[str, Node]) -> tuple[Nod
 
 
 def _settings(metadata: Metadata) -> dict[str, Any]:
-    """The file's settings under the names that `AttributionGraph` gives them."""
+    # The file's settings under the names that `AttributionGraph` gives them.
     generation = metadata.get("generation_settings") or {}
     pruning = metadata.get("pruning_settings") or {}
     found = {ours: generation.get(theirs) for ours, theirs in SETTINGS.items()}

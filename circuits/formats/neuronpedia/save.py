@@ -145,7 +145,7 @@ def _metadata(graph: FeatureGraph) -> Entry:
 
 
 def _without_nulls(content: Entry) -> Entry:
-    """Leave out entries that are None, and objects in which nothing is left."""
+    # Leave out entries that are None, and objects in which nothing is left.
     kept = {}
     for name, value in content.items():
         if isinstance(value, dict):
@@ -208,7 +208,7 @@ def _node_entry(graph: FeatureGraph, kind: int, layer: int, position: int, index
 
 
 def _text(graph: FeatureGraph, number: int, label_of: Mapping[Node, str]) -> str:
-    """What the pages show for a node."""
+    # What the pages show for a node.
     node = graph.node(number)
     if isinstance(node, Feature):
         at_all_positions = label_of.get(at_position(node, None), "")
@@ -259,7 +259,7 @@ def _parsed(node: NodeName) -> Node:
 
 
 def _numbers(column: Tensor) -> list[Any]:
-    """The values of a column, those of float32 with no more digits than tell them apart."""
+    # The values of a column, those of float32 with no more digits than tell them apart.
     values = column.tolist()
     # Nine digits identify a float32; Python would write about twice as many.
     if column.dtype == torch.float32:

@@ -204,7 +204,7 @@ def _format_of(tensors: Tensors, file: Path) -> Format:
 
 
 def _fitting(tensor: Tensor, axes: str, sizes: Sizes, name: str) -> Tensor:
-    """Return a tensor with certain axes, such as "features, d_model"; add sizes that are new."""
+    # Return a tensor with certain axes, such as "features, d_model"; add sizes that are new.
     if not tensor.is_floating_point():
         raise InputError(
             f"{name} holds {tensor.dtype}, not floating-point numbers; convert the weights to "

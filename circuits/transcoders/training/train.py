@@ -167,7 +167,7 @@ class _Trainer:
         self.silent = inputs.new_zeros((len(inputs), n_features), dtype=torch.int64)
 
     def _record(self, step: int) -> tuple[Vectors, Vectors]:
-        """MLP inputs and outputs on the text of a step, not yet normalized."""
+        # MLP inputs and outputs on the text of a step, not yet normalized.
         reads, writes = READS_WRITES[self.config.kind]
         inputs, outputs = record(self.model, reads, writes, *self.batches(step))
         dtype = getattr(torch, self.config.dtype)
@@ -180,7 +180,7 @@ class _Trainer:
 
     @cached_property
     def _fingerprint(self) -> str:
-        """All that the result depends on; the first batch represents the text."""
+        # All that the result depends on; the first batch represents the text.
         settings = asdict(self.config)
         del settings["checkpoint_every"]
         settings["auxiliary"] = AUXILIARY_FEATURES, AUXILIARY_WEIGHT
@@ -189,7 +189,7 @@ class _Trainer:
         return f"{settings} {identity(self.model)} {digest.hexdigest()}"
 
     def _tensors(self) -> dict[str, Tensor]:
-        """All tensors that change, by their names in a checkpoint."""
+        # All tensors that change, by their names in a checkpoint.
         tensors = {"silent": self.silent}
         for index, tensor in enumerate(self.parameters.tensors()):
             tensors[f"weight.{index}"] = tensor
@@ -228,7 +228,7 @@ class _Trainer:
         return loss.detach()
 
     def _loss(self, inputs: Vectors, outputs: Vectors) -> Float[Tensor, ""]:
-        """Unexplained variance, sparsity penalty and auxiliary loss; also counts silent tokens."""
+        # Unexplained variance, sparsity penalty and auxiliary loss; also counts silent tokens.
         parameters = self.parameters
         pre = parameters.preactivations(inputs)
         fires = self._fires(pre)
@@ -276,7 +276,7 @@ class _Trainer:
 
     @torch.no_grad()
     def _thresholds(self) -> Float[Tensor, " layer"]:
-        """The smallest length of a firing feature, averaged over batches not seen in training."""
+        # The smallest length of a firing feature, averaged over batches not seen in training.
         parameters, n_steps = self.parameters, self.config.steps
         total = parameters.encoder.new_zeros(len(self.silent))
         for step in range(n_steps, n_steps + CALIBRATION_BATCHES):
