@@ -484,6 +484,17 @@ def test_positions_without_an_embedding_have_no_token(tmp_path):
     assert int((graph.nodes.kind == EMBEDDING).sum()) == 11
 
 
+def test_a_file_without_links_and_activations_is_read_and_written(tmp_path):
+    content = theirs()
+    content["links"] = []
+    for node in content["nodes"]:
+        del node["activation"]
+    graph = load_neuronpedia(written(tmp_path / "graph.json", content)).graph
+    assert (len(graph), len(graph.nodes)) == (0, len(content["nodes"]))
+    path = save_neuronpedia(graph, tmp_path / "again.json", slug="a", prune=False)
+    assert {node["activation"] for node in json.loads(path.read_text())["nodes"]} == {None}
+
+
 FIRST_ERROR = next(index for index, node in enumerate(theirs()["nodes"]) if node["feature"] == -1)
 BROKEN: list[tuple[tuple[str | int, ...], Any, str]] = [
     (

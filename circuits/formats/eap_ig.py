@@ -100,17 +100,30 @@ def save_eap_ig(circuit: Circuit, path: str | Path, *, n_prompts: int = 1) -> Pa
             "this graph was not made from a model, whose shape EAP-IG's files need; "
             "use component_graph(model)."
         )
-    used = {node for edge in circuit.edges for node in (edge.source, edge.target)}
     content = {
         "cfg": {name: graph.model.shape[name] for name in CONFIG_FIELDS},
-        "nodes": {
-            _node_name(node): {"in_graph": node in used}
-            for node in graph.nodes
-            if not isinstance(node, PosEmbed)
-        },
+        "nodes": _node_entries(circuit),
         "edges": _edge_entries(circuit, n_prompts),
     }
     return write_bytes(Path(path), json.dumps(content).encode())
+
+
+def _node_entries(circuit: Circuit) -> dict[str, dict[str, bool]]:
+    used = {node for edge in circuit.edges for node in (edge.source, edge.target)}
+    written = [node for node in circuit.graph.nodes if not isinstance(node, PosEmbed)]
+    return {_node_name(node): {"in_graph": node in used} for node in written}
+
+
+def _edge_entries(circuit: Circuit, n_prompts: int) -> dict[str, EdgeEntry]:
+    entries: dict[str, EdgeEntry] = {}
+    scores, kept = circuit.scores.tolist(), circuit.kept.tolist()
+    for edge, score, in_graph in zip(circuit.graph.edges, scores, kept, strict=True):
+        # EAP-IG has no position embedding: edges from it are left out, and refused if kept.
+        if in_graph or not isinstance(edge.source, PosEmbed):
+            name = edge_to_eap_ig(edge)
+            # EAP-IG divides by the number of prompts.
+            entries[name] = {"score": score / n_prompts, "in_graph": in_graph}
+    return entries
 
 
 def load_eap_ig(
@@ -138,10 +151,11 @@ def load_eap_ig(
         Circuit(1 of 479 edges)
     """
     graph = component_graph(model) if graph is None else graph
-    embed = "tok_embed" if any(isinstance(node, TokenEmbed) for node in graph.nodes) else "embed"
+    embed = "tok_embed" if TokenEmbed() in graph.nodes else "embed"
     scores = torch.full((len(graph),), torch.nan)
     kept = torch.zeros(len(graph), dtype=torch.bool)
-    file = read_checked_json(Path(path), GRAPH_FILE, "graph JSON of EAP-IG")
+    path = Path(path)
+    file = read_checked_json(path, GRAPH_FILE, "graph JSON of EAP-IG")
     for name, entry in file["edges"].items():
         try:
             index = graph.index(edge_from_eap_ig(name, embed=embed))
@@ -149,18 +163,8 @@ def load_eap_ig(
             raise InputError(f"{path} does not fit {model.cfg.model_name}: {error}") from error
         scores[index] = entry["score"] * n_prompts
         kept[index] = entry["in_graph"]
-    record = {"imported_from": Path(path).name}
+    record = {"imported_from": path.name}
     return Circuit(graph, scores, kept, selected=not bool(kept.all()), record=record)
-
-
-def _edge_entries(circuit: Circuit, n_prompts: int) -> dict[str, EdgeEntry]:
-    columns = (circuit.graph.edges, circuit.scores.tolist(), circuit.kept.tolist())
-    return {
-        edge_to_eap_ig(edge): {"score": score / n_prompts, "in_graph": kept}
-        for edge, score, kept in zip(*columns, strict=True)
-        # EAP-IG has no position embedding: edges from it are left out, and refused if kept.
-        if kept or not isinstance(edge.source, PosEmbed)
-    }
 
 
 def _node_name(node: Node) -> str:

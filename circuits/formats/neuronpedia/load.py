@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from pandas import DataFrame, Index
 from torch import Tensor
 
 from circuits.attribution.feature_graph import (
@@ -19,6 +19,8 @@ from circuits.attribution.feature_graph import (
     ERROR,
     FEATURE,
     TARGET,
+    EdgeNumbers,
+    EdgeScores,
     FeatureGraph,
     LogitTarget,
     Nodes,
@@ -26,7 +28,6 @@ from circuits.attribution.feature_graph import (
 from circuits.formats.neuronpedia.format import FIRST_CUSTOM, SETTINGS, output_label
 from circuits.formats.neuronpedia.schema import (
     GRAPH_FILE,
-    KIND_OF_TYPE,
     NO_LAYER,
     GraphFile,
     Link,
@@ -37,15 +38,14 @@ from circuits.formats.validation import read_checked_json
 from circuits.graph.nodes import Node
 from circuits.system.errors import InputError
 
-NODE_ID = r"^(?P<layer>E|[0-9]{1,9})_(?P<index>[0-9]{1,15})_(?P<position>[0-9]{1,9})$"
-NODE_PLACE = ["kind", "layer", "position", "index"]
-"""Columns in which no two nodes are equal."""
-
-# Templates that name a row of a table in an error message.
-NODE = "node {node_id!r:.60}"
+NODE_ID = re.compile(r"(E|[0-9]{1,9})_([0-9]{1,15})_([0-9]{1,9})")
+# A template that names a row of the table of links in an error message.
 LINK = "the link {source!r:.60} -> {target!r:.60}"
 UNKNOWN_TOKEN = -1
-NUMBERS = ("activation", "token_prob", "influence")
+
+# Kind, layer, position and index of a node. No two nodes have the same.
+Place = tuple[int, int, int, int]
+PlacedNodes = list[tuple[Place, NodeEntry]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,167 +111,160 @@ def load_neuronpedia(path: str | Path) -> ImportedGraph:
 
 def _imported(content: GraphFile, path: Path) -> ImportedGraph:
     metadata, page_state = content["metadata"], content["qParams"]
-    table = _node_table(content["nodes"], len(metadata["prompt_tokens"]))
-    graph = _feature_graph(content, table, {"imported_from": path.name, **_settings(metadata)})
-    node_of = {name: graph.node(number) for number, name in enumerate(table["node_id"])}
-    labelled = table[(table["kind"] == FEATURE) & (table["clerp"] != "")]
+    words = tuple(metadata["prompt_tokens"])
+    placed = _placed(content["nodes"], len(words))
+    settings = {"imported_from": path.name, **_settings(metadata)}
+    graph = _feature_graph(words, placed, content["links"], settings)
+    entries = [entry for _, entry in placed]
+    node_of = {entry.node_id: graph.node(number) for number, entry in enumerate(entries)}
+    labelled = [entry for entry in entries if entry.kind == FEATURE and entry.clerp]
     return ImportedGraph(
         graph=graph,
-        cumulative=torch.tensor(table["influence"].to_numpy()),
+        cumulative=_scores(placed, "influence"),
         groups=_groups(page_state.get("supernodes") or [], node_of),
         pinned=_known_nodes(page_state.get("pinnedIds") or [], node_of),
-        labels={node_of[row.node_id]: row.clerp for row in labelled.itertuples()},
+        labels={node_of[entry.node_id]: str(entry.clerp) for entry in labelled},
         slug=metadata.get("slug") or path.stem,
         scan=metadata.get("scan"),
     )
 
 
 def _feature_graph(
-    content: GraphFile, table: pd.DataFrame, settings: dict[str, Any]
+    words: tuple[str, ...], placed: PlacedNodes, links: list[Link], settings: dict[str, Any]
 ) -> FeatureGraph:
-    words, n_layers = tuple(content["metadata"]["prompt_tokens"]), _n_layers(table)
-    nodes = _nodes(table, n_layers)
-    edges = _edge_table(content["links"], table["node_id"], nodes)
-    weight = torch.tensor(edges["weight"].to_numpy(), dtype=torch.float32)
+    nodes, n_layers = _nodes(placed)
+    embeddings = nodes[nodes.kind == EMBEDDING]
+    tokens = torch.full((len(words),), UNKNOWN_TOKEN)
+    tokens[embeddings.position] = embeddings.index
+    source, target, weight = _edges(links, [entry.node_id for _, entry in placed], nodes)
     return FeatureGraph(
         nodes=nodes,
-        source=torch.tensor(edges["source"].to_numpy()),
-        target=torch.tensor(edges["target"].to_numpy()),
+        source=source,
+        target=target,
         weight=weight,
-        direct=torch.full_like(weight, math.nan),
-        constants=torch.zeros(len(table), 0),
+        direct=torch.full_like(weight, torch.nan),
+        constants=torch.zeros(len(nodes), 0),
         constant_names=(),
-        tokens=_tokens(nodes, len(words)),
+        tokens=tokens,
         words=words,
-        targets=_targets(table),
+        targets=_targets(placed),
         n_layers=n_layers,
         settings=settings,
     )
 
 
-def _node_table(entries: Sequence[NodeEntry], n_words: int) -> pd.DataFrame:
-    """A row for each node, in the order of `FeatureGraph`; targets keep the order of the file."""
-    table = pd.DataFrame(entries, columns=list(NodeEntry.__annotations__))
-    kind = table["feature_type"].map(KIND_OF_TYPE)
-    table = table.assign(
-        kind=kind,
-        layer=table["layer"].mask(kind == EMBEDDING, NO_LAYER),
-        position=table["ctx_idx"],
-        clerp=table["clerp"].fillna(""),
-    )
-    _check_nodes(table, n_words)
-    table["index"] = _indices(table)
-    is_repeated = table.duplicated(NODE_PLACE)
-    _refuse(table, is_repeated, f"{NODE} is in the file under another id, too; remove one of them")
+def _placed(entries: list[NodeEntry], n_words: int) -> PlacedNodes:
+    # The nodes in the order of `FeatureGraph`; targets keep the order of the file.
+    by_id: dict[str, NodeEntry] = {}
+    by_place: dict[Place, NodeEntry] = {}
+    for entry in entries:
+        first = by_id.setdefault(entry.node_id, entry)
+        if first is not entry:
+            # The old id of an error, 0_<layer>_<position>, can be the id of a feature, too.
+            raise InputError(
+                f"two nodes are called {entry.node_id!r:.60}, a {first.feature_type} and a "
+                f"{entry.feature_type}; circuit-tracer before mid-2026 gives errors the ids of "
+                "features: export the graph with a later version."
+            )
+        place = _place(entry, n_words)
+        if by_place.setdefault(place, entry) is not entry:
+            raise InputError(
+                f"node {entry.node_id!r:.60} is in the file under another id, too; remove one of "
+                "them."
+            )
+    inner = sorted(place for place in by_place if place[0] != TARGET)
     # Targets are not sorted: the first one is the most probable.
-    inner = table[kind != TARGET].sort_values(NODE_PLACE)
-    order = inner.index.append(table.index[kind == TARGET])
-    # None becomes NaN.
-    numbers = dict.fromkeys(("activation", "token_prob", "influence"), "float32")
-    return table.loc[order].astype(numbers).reset_index(drop=True)
+    targets = [place for place in by_place if place[0] == TARGET]
+    return [(place, by_place[place]) for place in (*inner, *targets)]
 
 
-def _check_nodes(table: pd.DataFrame, n_words: int) -> None:
-    is_outside = table["position"] >= n_words
-    _refuse(
-        table.assign(last=n_words - 1),
-        is_outside,
-        f"{NODE}: ctx_idx is {{ctx_idx}}; it must be a position of the prompt, from 0 to {{last}}",
-    )
-    has_no_layer = (table["layer"] == NO_LAYER) & (table["kind"] != EMBEDDING)
-    _refuse(table, has_no_layer, f"{NODE}: layer is 'E'; a {{feature_type}} needs a number")
-    # The old id of an error, 0_<layer>_<position>, can be the id of a feature, too.
-    first_type = table.groupby("node_id")["feature_type"].transform("first")
-    _refuse(
-        table.assign(first_type=first_type),
-        table.duplicated("node_id"),
-        "two nodes are called {node_id!r:.60}, a {first_type} and a {feature_type}; circuit-tracer "
-        "before mid-2026 gives errors the ids of features: export the graph with a later version",
-    )
-
-
-def _indices(table: pd.DataFrame) -> pd.Series:
-    """The numbers of features, the tokens of embeddings and targets, and 0 for errors."""
-    kind, position = table["kind"], table["position"].astype(str)
-    layer = table["layer"].astype(str).mask(kind == EMBEDDING, "E")
-    id_parts = table["node_id"].str.extract(NODE_ID)
-    is_elsewhere = (id_parts["layer"] != layer) | (id_parts["position"] != position)
-    _refuse(
-        table.assign(right_id=layer + "_<number>_" + position),
-        is_elsewhere & kind.isin([FEATURE, EMBEDDING]),
-        f"{NODE} is a {{feature_type}} at position {{ctx_idx}}; its id must be {{right_id}}",
-    )
+def _place(entry: NodeEntry, n_words: int) -> Place:
+    name, kind, position = f"node {entry.node_id!r:.60}", entry.kind, entry.ctx_idx
+    if position >= n_words:
+        raise InputError(
+            f"{name}: ctx_idx is {position}; it must be a position of the prompt, from 0 to "
+            f"{n_words - 1}."
+        )
+    layer = NO_LAYER if kind == EMBEDDING else entry.layer
+    if layer == NO_LAYER and kind != EMBEDDING:
+        raise InputError(f"{name}: layer is 'E'; a {entry.feature_type} needs a number.")
+    if kind == ERROR:
+        return kind, layer, position, 0
+    match = NODE_ID.fullmatch(entry.node_id)
+    written_layer = "E" if kind == EMBEDDING else str(layer)
+    is_elsewhere = match is None or match.group(1, 3) != (written_layer, str(position))
+    if kind != TARGET and is_elsewhere:
+        raise InputError(
+            f"{name} is a {entry.feature_type} at position {position}; its id must be "
+            f"{written_layer}_<number>_{position}."
+        )
     # Targets may have any id. Those without a token in it give the token as their feature.
-    index = pd.to_numeric(id_parts["index"]).fillna(table["feature"]).mask(kind == ERROR, 0)
-    _refuse(
-        table,
-        ~(index >= 0),
-        f"{NODE}: feature is {{feature}}; a target needs the id of its token there",
-    )
-    return index.astype("int64")
+    index = entry.feature if match is None else int(match[2])
+    if index is None or index < 0:
+        raise InputError(
+            f"{name}: feature is {entry.feature}; a target needs the id of its token there."
+        )
+    return kind, layer, position, index
 
 
-def _refuse(table: pd.DataFrame, wrong: Any, message: str) -> None:
-    """Raise an error about the first wrong row, whose values are filled into the message."""
+def _nodes(placed: PlacedNodes) -> tuple[Nodes, int]:
+    # The nodes in columns, and the number of layers, as far as the nodes tell it.
+    places = torch.tensor([place for place, _ in placed])
+    kind, layer, position, index = places.T.contiguous()
+    is_target = kind == TARGET
+    # Features and errors are in layers 0 to n_layers - 1, targets in "layer" n_layers + 1.
+    n_layers = max(0, int((layer + 1 - 2 * is_target).max()))
+    layer[is_target] = n_layers
+    index[is_target] = torch.arange(int(is_target.sum()))
+    activation = _scores(placed, "activation").where(kind == FEATURE, torch.nan)
+    # A target without a probability counts 1 for influence.
+    probability = _scores(placed, "token_prob").nan_to_num(1.0).where(is_target, 0.0)
+    return Nodes(kind, layer, position, index, activation, probability), n_layers
+
+
+def _scores(placed: PlacedNodes, name: str) -> Float[Tensor, " node"]:
+    # NumPy takes None as NaN.
+    values = [getattr(entry, name) for _, entry in placed]
+    return torch.tensor(np.array(values, dtype="float32"))
+
+
+def _targets(placed: PlacedNodes) -> tuple[LogitTarget, ...]:
+    targets = []
+    for (kind, _, _, number), entry in placed:
+        if kind == TARGET:
+            label = output_label(entry.clerp or "") or f"#{number}"
+            targets.append(LogitTarget(label, number if number < FIRST_CUSTOM else None))
+    return tuple(targets)
+
+
+def _edges(
+    links: list[Link], node_ids: list[str], nodes: Nodes
+) -> tuple[EdgeNumbers, EdgeNumbers, EdgeScores]:
+    # Source, target and weight of each edge, sorted by target, then source.
+    # Without links, the type of the weights is not known from them.
+    table = DataFrame(links, columns=list(Link.__annotations__)).astype({"weight": "float32"})
+    rows = Index(node_ids)
+    source, target = rows.get_indexer(table["source"]), rows.get_indexer(table["target"])
+    is_unknown = (source < 0) | (target < 0)
+    _refuse(table, is_unknown, f"{LINK} has an end that is none of the nodes; export it again")
+    layer, kind = nodes.layer.numpy(), nodes.kind.numpy()
+    # The layer of an embedding is -1, of a target n_layers.
+    is_upwards = layer[source] < layer[target]
+    has_inputs = np.isin(kind[target], (FEATURE, TARGET))
+    expected = "from a token, feature or error up to a feature or output"
+    is_wrong = ~(is_upwards & has_inputs)
+    _refuse(table, is_wrong, f"{LINK} does not lead {expected}; remove it")
+    is_repeated = table.duplicated(["source", "target"])
+    _refuse(table, is_repeated, f"{LINK} is there twice; remove one of them")
+    order = np.lexsort((source, target))
+    weight = torch.tensor(table["weight"].to_numpy())
+    return torch.tensor(source[order]), torch.tensor(target[order]), weight[order]
+
+
+def _refuse(table: DataFrame, wrong: Any, message: str) -> None:
+    # Raise an error about the first wrong row, whose values are filled into the message.
     if wrong.any():
         raise InputError(message.format_map(table[wrong].iloc[0]) + ".")
-
-
-def _n_layers(table: pd.DataFrame) -> int:
-    """The number of layers of the model, as far as the nodes tell."""
-    # Features and errors are in layers 0 to n_layers - 1, targets in "layer" n_layers + 1.
-    at_least = table["layer"] + (table["kind"] != TARGET) * 2 - 1
-    return max(0, int(at_least.max()))
-
-
-def _nodes(table: pd.DataFrame, n_layers: int) -> Nodes:
-    is_target = table["kind"] == TARGET
-    columns = table.assign(
-        layer=table["layer"].mask(is_target, n_layers),
-        index=table["index"].mask(is_target, is_target.cumsum() - 1),
-        activation=table["activation"].where(table["kind"] == FEATURE),
-        # A target without a probability counts 1 for influence.
-        probability=table["token_prob"].fillna(1.0).where(is_target, 0.0),
-    )
-    names = [field.name for field in fields(Nodes)]
-    return Nodes(**{name: torch.tensor(columns[name].to_numpy()) for name in names})
-
-
-def _targets(table: pd.DataFrame) -> tuple[LogitTarget, ...]:
-    targets = table[table["kind"] == TARGET]
-    return tuple(
-        LogitTarget(output_label(text) or f"#{token}", token if token < FIRST_CUSTOM else None)
-        for text, token in zip(targets["clerp"], targets["index"].tolist(), strict=True)
-    )
-
-
-def _tokens(nodes: Nodes, n_words: int) -> Int[Tensor, " pos"]:
-    embeddings = nodes[nodes.kind == EMBEDDING]
-    tokens = torch.full((n_words,), UNKNOWN_TOKEN)
-    tokens[embeddings.position] = embeddings.index
-    return tokens
-
-
-def _edge_table(links: Sequence[Link], names: pd.Series, nodes: Nodes) -> pd.DataFrame:
-    """Numbers of source and target and the weight of each edge, sorted by target, then source."""
-    table = pd.DataFrame(links, columns=list(Link.__annotations__))
-    number_of = {name: number for number, name in names.items()}
-    ends = table[["source", "target"]].apply(lambda column: column.map(number_of))
-    is_unknown = ends.isna().any(axis=1)
-    _refuse(table, is_unknown, f"{LINK} has an end that is none of the nodes; export it again")
-    ends = ends.astype("int64")
-    layer, kind = nodes.layer.numpy(), nodes.kind.numpy()
-    is_upwards = layer[ends["source"]] < layer[ends["target"]]
-    # The layer of an embedding is -1, of a target n_layers.
-    has_inputs = np.isin(kind[ends["target"]], (FEATURE, TARGET))
-    _refuse(
-        table,
-        ~(is_upwards & has_inputs),
-        f"{LINK} does not lead from a token, feature or error up to a feature or output; remove it",
-    )
-    is_repeated = ends.duplicated()
-    _refuse(table, is_repeated, f"{LINK} is there twice; remove one of them")
-    return ends.assign(weight=table["weight"]).sort_values(["target", "source"])
 
 
 def _groups(
@@ -292,7 +285,7 @@ def _known_nodes(names: Sequence[str], node_of: Mapping[str, Node]) -> tuple[Nod
 
 
 def _settings(metadata: Metadata) -> dict[str, Any]:
-    """The file's settings under the names that `AttributionGraph` gives them."""
+    # The file's settings under the names that `AttributionGraph` gives them.
     generation = metadata.get("generation_settings") or {}
     pruning = metadata.get("pruning_settings") or {}
     found = {ours: generation.get(theirs) for ours, theirs in SETTINGS.items()}

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 import circuits
@@ -20,7 +19,7 @@ from circuits.attribution.feature_graph import (
     FEATURE,
     TARGET,
     FeatureGraph,
-    Nodes,
+    NodeScores,
 )
 from circuits.attribution.influence import prune as choose_influential
 from circuits.formats.neuronpedia.format import (
@@ -30,9 +29,13 @@ from circuits.formats.neuronpedia.format import (
     TYPE_OF_KIND,
     output_text,
 )
-from circuits.graph.nodes import Feature, Node, parse_node
+from circuits.graph.nodes import Feature, Logits, Node, at_position, parse_node
 from circuits.system.errors import InputError
 from circuits.system.files import write_bytes
+
+NodeName = Node | str
+NodeNames = Sequence[NodeName]
+Entry = dict[str, Any]
 
 
 def save_neuronpedia(
@@ -45,9 +48,9 @@ def save_neuronpedia(
     node_threshold: float = 0.8,
     edge_threshold: float = 0.98,
     prune: bool = True,
-    groups: Mapping[str, Sequence[Node | str]] | None = None,
-    pinned: Sequence[Node | str] = (),
-    labels: Mapping[Node | str, str] | None = None,
+    groups: Mapping[str, NodeNames] | None = None,
+    pinned: NodeNames = (),
+    labels: Mapping[NodeName, str] | None = None,
 ) -> Path:
     """Write a graph as JSON that can be uploaded to Neuronpedia and shown by circuit-tracer.
 
@@ -88,8 +91,8 @@ def save_neuronpedia(
         written, cumulative = graph.subgraph(kept.nodes, kept.edges), cumulative[kept.nodes]
     nodes = _node_entries(written, cumulative, labels or {})
     ids = [node["node_id"] for node in nodes]
-    metadata = {
-        **_metadata(graph),
+    id_of = {written.node(number): name for number, name in enumerate(ids)}
+    metadata = _metadata(graph) | {
         "slug": slug,
         "scan": scan or (graph.model.name if graph.model else "unknown"),
         "node_threshold": node_threshold,
@@ -98,7 +101,7 @@ def save_neuronpedia(
     }
     content = {
         "metadata": _without_nulls(metadata),
-        "qParams": _page_state(written, ids, groups or {}, pinned),
+        "qParams": _page_state(id_of, groups or {}, pinned),
         "nodes": nodes,
         "links": _links(written, ids),
     }
@@ -110,24 +113,21 @@ def _check(graph: FeatureGraph, path: Path, slug: str) -> None:
     if not slug.strip():
         raise InputError("slug is empty; give the graph a name, such as 'capital-of-texas'.")
     if path.is_dir():
-        raise InputError(
-            f"{path} is a folder; give the file's name, such as {path / f'{slug}.json'}."
-        )
-    for edge in (~torch.isfinite(graph.weight)).nonzero().flatten().tolist():
-        source, target = (graph.node(int(end[edge])) for end in (graph.source, graph.target))
-        raise InputError(
-            f"the edge {source} -> {target} has weight {float(graph.weight[edge])}; "
-            "make the graph again in float32."
-        )
-    is_wrong = graph.nodes.activation.isinf() | ~torch.isfinite(graph.nodes.probability)
-    for number in is_wrong.nonzero().flatten().tolist():
-        raise InputError(
-            f"{graph.node(number)} has an activation or probability that is not finite; "
-            "make the graph again in float32."
-        )
+        example = path / f"{slug}.json"
+        raise InputError(f"{path} is a folder; give the file's name, such as {example}.")
+    # The first number that is not finite; an activation can be missing.
+    remedy = "make the graph again in float32."
+    for edge in (~graph.weight.isfinite()).nonzero():
+        source, target = graph.node(int(graph.source[edge])), graph.node(int(graph.target[edge]))
+        weight = float(graph.weight[edge])
+        raise InputError(f"the edge {source} -> {target} has weight {weight}; {remedy}")
+    is_wrong = graph.nodes.activation.isinf() | ~graph.nodes.probability.isfinite()
+    for number in is_wrong.nonzero():
+        node = graph.node(int(number))
+        raise InputError(f"{node} has an activation or probability that is not finite; {remedy}")
 
 
-def _metadata(graph: FeatureGraph) -> dict[str, Any]:
+def _metadata(graph: FeatureGraph) -> Entry:
     return {
         "transcoder_list": [],
         "prompt_tokens": list(graph.words),
@@ -144,88 +144,83 @@ def _metadata(graph: FeatureGraph) -> dict[str, Any]:
     }
 
 
-def _without_nulls(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out entries that are None, and objects in which nothing is left."""
-    nested = {
-        name: _without_nulls(value) if isinstance(value, dict) else value
-        for name, value in content.items()
-    }
-    return {name: value for name, value in nested.items() if value not in (None, {})}
+def _without_nulls(content: Entry) -> Entry:
+    # Leave out entries that are None, and objects in which nothing is left.
+    kept = {}
+    for name, value in content.items():
+        if isinstance(value, dict):
+            value = _without_nulls(value)
+        if value not in (None, {}):
+            kept[name] = value
+    return kept
 
 
 def _node_entries(
-    graph: FeatureGraph, cumulative: Float[Tensor, " node"], labels: Mapping[Node | str, str]
-) -> list[dict[str, Any]]:
+    graph: FeatureGraph, cumulative: NodeScores, labels: Mapping[NodeName, str]
+) -> list[Entry]:
     nodes = graph.nodes
     label_of = {_parsed(node): label for node, label in labels.items()}
-    columns = (nodes.kind, nodes.layer, nodes.position, nodes.index)
-    places = zip(*(column.tolist() for column in columns), strict=True)
-    entries: dict[str, dict[str, Any]] = {}
-    for number, place in enumerate(places):
-        entry = _node_entry(graph, label_of, place)
+    places = (nodes.kind, nodes.layer, nodes.position, nodes.index)
+    scores = (nodes.probability.float(), cumulative.float(), nodes.activation.float())
+    rows = zip(*map(_numbers, (*places, *scores)), strict=True)
+    entries: dict[str, Entry] = {}
+    for number, (*place, probability, influence, activation) in enumerate(rows):
+        entry = _node_entry(graph, *place)
+        entry["clerp"] = _text(graph, number, label_of)
+        entry["token_prob"] = probability
+        # Targets are kept whatever their influence.
+        entry["influence"] = None if place[0] == TARGET else influence
+        entry["activation"] = None if math.isnan(activation) else activation
         if entries.setdefault(entry["node_id"], entry) is not entry:
             raise InputError(
                 f"the graph has the node {graph.node(number)} twice; "
                 "explain each token once at a position."
             )
-    _add_numbers(entries.values(), nodes, cumulative)
     return list(entries.values())
 
 
-def _add_numbers(
-    entries: Iterable[dict[str, Any]], nodes: Nodes, cumulative: Float[Tensor, " node"]
-) -> None:
-    columns = (nodes.probability, cumulative, nodes.activation)
-    rows = zip(entries, *(_numbers(column.float()) for column in columns), strict=True)
-    for entry, probability, influence, activation in rows:
-        entry["token_prob"] = probability
-        entry["influence"] = influence
-        entry["activation"] = None if math.isnan(activation) else activation
-        if entry["feature_type"] == TYPE_OF_KIND[TARGET]:
-            entry["clerp"] = output_text(entry["clerp"], probability)
-            # Targets are kept whatever their influence.
-            entry["influence"] = None
-
-
-def _node_entry(
-    graph: FeatureGraph, label_of: Mapping[Node, str], place: tuple[int, ...]
-) -> dict[str, Any]:
-    kind, layer, position, index = place
-    written_layer, number, label = str(layer), index, ""
-    js_id = f"{layer}_{index}-0"  # the pages show the details of a feature once for all positions
-    if kind == FEATURE:
-        # Cantor's pairing, so that one number names a feature of any layer.
-        feature = (layer + index) * (layer + index + 1) // 2 + index
-        at_all_positions = label_of.get(Feature(layer, index), "")
-        label = label_of.get(Feature(layer, index, position), at_all_positions)
-    elif kind == ERROR:
-        number = feature = -1
-        js_id = f"{layer}_-1-{position}"
+def _node_entry(graph: FeatureGraph, kind: int, layer: int, position: int, index: int) -> Entry:
+    number, written_layer = index, str(layer)
+    if kind == ERROR:
+        number = -1
     elif kind == EMBEDDING:
-        written_layer, feature = "E", position
-        js_id = f"E_{index}-{position}"
-    else:
-        target = graph.targets[index]
-        label = target.label
-        number = feature = FIRST_CUSTOM + index if target.token is None else target.token
+        written_layer = "E"
+    elif kind == TARGET:
+        token = graph.targets[index].token
+        number = FIRST_CUSTOM + index if token is None else token
         written_layer = str(graph.n_layers + 1)
-        js_id = f"L_{number}-{position}"
+    # Cantor's pairing, so that one number names a feature of any layer.
+    pair = (layer + index) * (layer + index + 1) // 2 + index
+    js_layer = "L" if kind == TARGET else written_layer
+    # The pages show the details of a feature once for all positions.
+    js_position = 0 if kind == FEATURE else position
     return {
         "node_id": f"{written_layer}_{number}_{position}",
-        "feature": feature,
+        "feature": {FEATURE: pair, EMBEDDING: position}.get(kind, number),
         "layer": written_layer,
         "ctx_idx": position,
         "feature_type": TYPE_OF_KIND[kind],
         "is_target_logit": kind == TARGET and index == 0,
         "run_idx": 0,
         "reverse_ctx_idx": 0,
-        "jsNodeId": js_id,
-        "clerp": label,
+        "jsNodeId": f"{js_layer}_{number}-{js_position}",
     }
 
 
-def _links(graph: FeatureGraph, ids: Sequence[str]) -> list[dict[str, Any]]:
-    columns = (graph.source.tolist(), graph.target.tolist(), _numbers(graph.weight))
+def _text(graph: FeatureGraph, number: int, label_of: Mapping[Node, str]) -> str:
+    # What the pages show for a node.
+    node = graph.node(number)
+    if isinstance(node, Feature):
+        at_all_positions = label_of.get(at_position(node, None), "")
+        return label_of.get(node, at_all_positions)
+    if isinstance(node, Logits):
+        target = graph.targets[graph.nodes.index[number]]
+        return output_text(target.label, float(graph.nodes.probability[number]))
+    return ""
+
+
+def _links(graph: FeatureGraph, ids: Sequence[str]) -> list[Entry]:
+    columns = map(_numbers, (graph.source, graph.target, graph.weight))
     return [
         {"source": ids[source], "target": ids[target], "weight": weight}
         for source, target, weight in zip(*columns, strict=True)
@@ -233,15 +228,10 @@ def _links(graph: FeatureGraph, ids: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _page_state(
-    graph: FeatureGraph,
-    ids: Sequence[str],
-    groups: Mapping[str, Sequence[Node | str]],
-    pinned: Sequence[Node | str],
-) -> dict[str, Any]:
-    supernodes = [
-        [label, *(ids[_find(graph, node)] for node in nodes)] for label, nodes in groups.items()
-    ]
-    shown = [ids[_find(graph, node)] for node in pinned]
+    id_of: Mapping[Node, str], groups: Mapping[str, NodeNames], pinned: NodeNames
+) -> Entry:
+    supernodes = [[label, *_ids(id_of, nodes)] for label, nodes in groups.items()]
+    shown = _ids(id_of, pinned)
     for _, *members in supernodes:
         shown += members
     return {
@@ -253,23 +243,25 @@ def _page_state(
     }
 
 
-def _find(graph: FeatureGraph, node: Node | str) -> int:
-    wanted = _parsed(node)
-    try:
-        return graph.find(wanted)
-    except InputError as error:
-        raise InputError(
-            f"{wanted} is not among the {len(graph.nodes):,} nodes that are written; "
-            "leave it out of groups and pinned, raise the thresholds, or use prune=False."
-        ) from error
+def _ids(id_of: Mapping[Node, str], names: NodeNames) -> list[str]:
+    nodes = list(map(_parsed, names))
+    for node in nodes:
+        if node not in id_of:
+            raise InputError(
+                f"{node} is not among the {len(id_of):,} nodes that are written; "
+                "leave it out of groups and pinned, raise the thresholds, or use prune=False."
+            )
+    return [id_of[node] for node in nodes]
 
 
-def _parsed(node: Node | str) -> Node:
+def _parsed(node: NodeName) -> Node:
     return parse_node(node) if isinstance(node, str) else node
 
 
-def _numbers(column: Float[Tensor, " n"]) -> list[float]:
-    """The values of a column, those of float32 with no more digits than tell them apart."""
+def _numbers(column: Tensor) -> list[Any]:
+    # The values of a column, those of float32 with no more digits than tell them apart.
     values = column.tolist()
     # Nine digits identify a float32; Python would write about twice as many.
-    return values if column.dtype == torch.float64 else [float(f"{value:.9g}") for value in values]
+    if column.dtype == torch.float32:
+        values = [float(f"{value:.9g}") for value in values]
+    return values

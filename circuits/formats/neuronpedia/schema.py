@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, NotRequired
 
 import torch
-from pydantic import AfterValidator, BeforeValidator, FailFast, Field, TypeAdapter
+from pydantic import AfterValidator, BaseModel, BeforeValidator, FailFast, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from circuits.attribution.feature_graph import MOST_LAYERS
@@ -61,18 +61,23 @@ class PageState(TypedDict):
     supernodes: NotRequired[list[NameAndMembers] | None]
 
 
-class NodeEntry(TypedDict):
+class NodeEntry(BaseModel):
     """A feature, error, embedding or target."""
 
     node_id: str
     feature_type: Annotated[str, AfterValidator(_check_type)]
     ctx_idx: Annotated[int, Field(ge=0)]
     layer: Layer
-    feature: NotRequired[Annotated[int, Field(ge=-1, lt=10**15)] | None]
-    clerp: NotRequired[str | None]
-    activation: NotRequired[Number | None]
-    token_prob: NotRequired[Number | None]
-    influence: NotRequired[Number | None]
+    feature: Annotated[int, Field(ge=-1, lt=10**15)] | None = None
+    clerp: str | None = None
+    activation: Number | None = None
+    token_prob: Number | None = None
+    influence: Number | None = None
+
+    @property
+    def kind(self) -> int:
+        """The kind in a `FeatureGraph`."""
+        return KIND_OF_TYPE[self.feature_type]
 
 
 class Link(TypedDict):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,43 +13,46 @@ from circuits.system.errors import InputError
 from circuits.transcoders.transcoder import Reads, Writes
 
 CONFIG = "config.yaml"
+PLT_KIND, CLT_KIND = "transcoder_set", "cross_layer_transcoder"
 # The model_kind of a set that is being saved.
 UNFINISHED = "unfinished"
 
 # The values of each key and their meanings. Of several values with one meaning, the first is the
 # one that is written. In a parallel block, the MLP reads hook_resid_pre.
-CROSS_LAYER = {"transcoder_set": False, "cross_layer_transcoder": True}
-READS: dict[str, Reads] = {
-    "hook_resid_mid": "residual",
-    "hook_resid_pre": "residual",
-    "hook_mlp_in": "residual",
-    "ln2.hook_normalized": "normalized",
-    "mlp.hook_in": "mlp_input",
+MEANINGS: dict[str, dict[str, Any]] = {
+    "model_kind": {PLT_KIND: PLT_KIND, CLT_KIND: CLT_KIND},
+    "feature_input_hook": {
+        "hook_resid_mid": "residual",
+        "hook_resid_pre": "residual",
+        "hook_mlp_in": "residual",
+        "ln2.hook_normalized": "normalized",
+        "mlp.hook_in": "mlp_input",
+    },
+    "feature_output_hook": {"hook_mlp_out": "residual", "mlp.hook_out": "mlp"},
+    "activation": {name: name for name in ("relu", "jump_relu", "topk", "batch_topk")},
 }
-WRITES: dict[str, Writes] = {"hook_mlp_out": "residual", "mlp.hook_out": "mlp"}
-ACTIVATIONS = {name: name for name in ("relu", "jump_relu", "topk", "batch_topk")}
+
+ListedFiles = tuple[tuple[int, str], ...]
 
 
 @dataclass(frozen=True)
 class TranscoderConfig:
-    """What a config.yaml says; None, or nothing, where it does not.
+    """What a config.yaml, called `source` in messages, says; None or nothing where it does not."""
 
-    Attributes:
-        source: the file, for messages; empty if there is none.
-        files: layer and file of each entry, as written: a path or an hf:// address.
-    """
-
-    source: str = ""
-    cross_layer: bool | None = None
+    source: str
+    kind: str | None = None
     reads: Reads | None = None
     writes: Writes | None = None
     activation: str | None = None
     k: int | None = None
-    files: tuple[tuple[int, str], ...] = ()
+    # Layer and file of each entry, as written: a path or an hf:// address.
+    files: ListedFiles = ()
 
 
 def read_config(file: Path, source: str) -> TranscoderConfig:
-    """Read a config.yaml that is called `source` in messages."""
+    """Read a config.yaml, if there is one, that is called `source` in messages."""
+    if not file.is_file():
+        return TranscoderConfig(source)
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
@@ -66,32 +68,27 @@ def read_config(file: Path, source: str) -> TranscoderConfig:
             f"{source}: saving into this folder was interrupted, so its files may be of different "
             "sets; save it again."
         )
-    return TranscoderConfig(
-        source,
-        cross_layer=_choose(content, "model_kind", CROSS_LAYER, source),
-        reads=_choose(content, "feature_input_hook", READS, source),
-        writes=_choose(content, "feature_output_hook", WRITES, source),
-        activation=_choose(content, "activation", ACTIVATIONS, source),
-        k=_k(content.get("k"), source),
-        files=_files(content.get("transcoders"), source),
-    )
+    meanings = [_choose(key, content.get(key), source) for key in MEANINGS]
+    kind, reads, writes, activation = meanings
+    k = _k(content.get("k"), source)
+    files = _files(content.get("transcoders"), source)
+    return TranscoderConfig(source, kind, reads, writes, activation, k, files)
 
 
-def _choose(content: Mapping[str, Any], key: str, meanings: Mapping[str, Any], source: str) -> Any:
-    # The meaning of a value, however it is spelled: JumpReLU, jump-relu and jump_relu are one.
-    value = content.get(key)
+def _choose(key: str, value: object, source: str) -> Any:
     if value is None:
         return None
-    for known, meaning in meanings.items():
+    for known, meaning in MEANINGS[key].items():
         if _plain(known) == _plain(str(value)):
             return meaning
-    known_values = ", ".join(meanings)
+    known_values = ", ".join(MEANINGS[key])
     raise InputError(
         f"{source}: {key} is {value!r}, which is not known; use one of {known_values}."
     )
 
 
 def _plain(name: str) -> str:
+    # JumpReLU, jump-relu and jump_relu are one.
     return re.sub(r"[-_\s]", "", name).lower()
 
 
@@ -102,7 +99,7 @@ def _k(value: object, source: str) -> int | None:
     raise InputError(f"{source}: k is {value!r}; give the number of features that may fire.")
 
 
-def _files(entries: object, source: str) -> tuple[tuple[int, str], ...]:
+def _files(entries: object, source: str) -> ListedFiles:
     if entries is None:
         return ()
     if not isinstance(entries, list) or not entries:
@@ -114,19 +111,19 @@ def _files(entries: object, source: str) -> tuple[tuple[int, str], ...]:
 
 
 def _layer_file(number: int, entry: object, source: str) -> tuple[int, str]:
-    # Layer and file of an entry: a path, whose layer is its number, or {layer, filepath}.
+    # An entry is a path, whose layer is the entry's number, or {layer, filepath}.
     where = f"{source}: entry {number} of transcoders is {entry!r}"
     match entry:
-        case {"layer": int(layer), "filepath": str(file)} if type(layer) is int and layer >= 0:
+        case {"layer": int(layer), "filepath": str(file)} if layer >= 0:
             return layer, file
         case str():
-            numbers = re.findall(r"(?:^|[/_])layer_(\d+)(?=[/_.]|$)", entry)
+            layers = re.findall(r"(?:^|[/_])layer_(\d+)(?=[/_.]|$)", entry)
         case _:
             raise InputError(f"{where}; give a path, an hf:// address, or layer and filepath.")
     # A list that begins at another layer must not be taken for layers 0, 1, ...
-    if numbers and int(numbers[-1]) != number:
+    if layers and int(layers[-1]) != number:
         raise InputError(
-            f"{where}, so layer {number} would be read from a file of layer {numbers[-1]}; list "
+            f"{where}, so layer {number} would be read from a file of layer {layers[-1]}; list "
             "all layers in order from 0, or each with its layer and filepath."
         )
     return number, entry

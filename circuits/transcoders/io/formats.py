@@ -1,4 +1,4 @@
-"""The published formats of transcoder weights: one function for each, all with the same result.
+"""The published formats of transcoder weights, all read to the same result.
 
 The names and shapes of the tensors tell the format, never the name of a repository.
 """
@@ -7,47 +7,102 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
 from circuits.system.errors import InputError
-from circuits.transcoders.io.tensor_files import LayerTensors, read_tensors
+from circuits.transcoders.io.config_yaml import CLT_KIND, PLT_KIND
+from circuits.transcoders.io.layer_files import LayerFiles, require_all
+from circuits.transcoders.io.tensor_files import read_tensors
 from circuits.transcoders.transcoder import Reads, Writes
 
-Format = Literal["PLT", "CLT", "GemmaScope", "GemmaScope-2 PLT", "GemmaScope-2 CLT"]
-
-# Where features of a set without a config.yaml read and write, from what its authors publish: PLTs
-# of Qwen-3 and others; CLTs of Llama and Gemma-2; GemmaScope as circuit tracing uses it.
-DEFAULTS: dict[Format, tuple[Reads, Writes]] = {
-    "PLT": ("mlp_input", "mlp"),
-    "CLT": ("residual", "residual"),
-    "GemmaScope": ("normalized", "residual"),
-    "GemmaScope-2 PLT": ("mlp_input", "residual"),
-    "GemmaScope-2 CLT": ("mlp_input", "residual"),
-}
 THRESHOLD = "activation_function.threshold"
-SKIP = "affine_skip_connection"
+# The biases come first: they tell the sizes that all other tensors must have.
+AXES = {
+    "bias": "features",
+    "decoder_bias": "d_model",
+    "encoder": "features, d_model",
+    "decoder": "features, d_model",
+    "threshold": "features",
+    "skip": "d_model, d_model",
+}
 
-ENCODER = "features, d_model"
-ENCODER_TRANSPOSED = "d_model, features"
-DECODER = "features, d_model"
-SQUARE = "d_model, d_model"
+Tensors = dict[str, Tensor]
+Sizes = dict[str, int]
+Copier = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Format:
+    """The tensors of a format, and where its features read and write without a config.yaml."""
+
+    name: str
+    reads: Reads
+    writes: Writes
+    # Names of the tensors, with {} for the layer. The skip adds x @ W_skip.T.
+    encoder: str = "W_enc"
+    decoder: str = "W_dec"
+    bias: str = "b_enc"
+    decoder_bias: str = "b_dec"
+    threshold: str = "threshold"
+    skip: str = "W_skip"
+    # Parts that not all sets of the format have, and parts that are stored transposed.
+    optional: tuple[str, ...] = ("skip",)
+    transposed: tuple[str, ...] = ()
+    kind: str = PLT_KIND
+    decoder_axes: str = AXES["decoder"]
+
+    def tensor(self, part: str, layer: int) -> str:
+        """Return the name of a tensor."""
+        name: str = getattr(self, part)
+        return name.format(layer)
+
+
+# Where features read and write is from what the authors publish: PLTs of Qwen-3 and others, CLTs of
+# Llama and Gemma-2; GemmaScope as circuit tracing uses it.
+PLT = Format("PLT", "mlp_input", "mlp", threshold=THRESHOLD, optional=("threshold", "skip"))
+CLT = Format(
+    "CLT",
+    "residual",
+    "residual",
+    encoder="W_enc_{}",
+    decoder="W_dec_{}",
+    bias="b_enc_{}",
+    decoder_bias="b_dec_{}",
+    threshold="threshold_{}",
+    skip="W_skip_{}",
+    optional=("threshold", "skip"),
+    transposed=("skip",),
+    kind=CLT_KIND,
+    decoder_axes="features, layers written to, d_model",
+)
+GEMMA_SCOPE = Format("GemmaScope", "normalized", "residual", transposed=("encoder",))
+# With A the stored matrix, the skip adds x @ A in both kinds of file. (Other tools load
+# W_skip = A.T and add x @ W_skip.T in a PLT, but A and x @ W_skip in a CLT.)
+GEMMA_SCOPE_2_PLT = Format(
+    "GemmaScope-2 PLT",
+    "mlp_input",
+    "residual",
+    encoder="w_enc",
+    decoder="w_dec",
+    skip="affine_skip_connection",
+    transposed=("encoder", "skip"),
+)
+GEMMA_SCOPE_2_CLT = replace(
+    GEMMA_SCOPE_2_PLT,
+    name="GemmaScope-2 CLT",
+    kind=CLT_KIND,
+    decoder_axes="features, layers, d_model",
+)
 
 
 @dataclass(frozen=True, eq=False)
 class LayerWeights:
-    """The weights of one layer, as `Transcoders` has them.
-
-    Attributes:
-        threshold: of JumpReLU; None where the file has none.
-        skip: W_skip, where the skip adds x @ W_skip.T; None where the file has none.
-        k: of TopK, where the file has one.
-    """
+    """The weights of one layer, as `Transcoders` has them; None for what the file does not have."""
 
     format: Format
     bias: Float[Tensor, " feature"]
@@ -61,120 +116,126 @@ class LayerWeights:
     @property
     def traits(self) -> dict[str, object]:
         """What must be the same in all layers."""
-        return {
-            "format": self.format,
-            "threshold": self.threshold is not None,
-            "skip": self.skip is not None,
-            "k": self.k,
-        }
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> LayerWeights:
-        """Apply a function to all tensors."""
-        fields: dict[str, Any] = dict(vars(self))
-        for name, value in fields.items():
-            if isinstance(value, Tensor):
-                fields[name] = function(value)
-        return LayerWeights(**fields)
+        has_threshold, has_skip = self.threshold is not None, self.skip is not None
+        name = self.format.name
+        return {"format": name, "threshold": has_threshold, "skip": has_skip, "k": self.k}
 
 
-def read_layer(
-    files: Sequence[Path], layer: int, first: LayerWeights | None = None
-) -> LayerWeights:
-    """Read the weights of one layer from its file, or the two of a CLT.
+def read_layers(files: LayerFiles, source: str, copy: Copier) -> list[LayerWeights]:
+    """Read and copy the weights of all layers of the set `source`."""
+    sizes: Sizes = {}
+    layers = []
+    for number, paths in enumerate(files):
+        # Copied before the next is read, so that the memory holds no more than one file.
+        layer = _read_layer(paths, number, sizes, copy)
+        layers.append(layer)
+        # Each layer of a CLT writes to one layer less than the layer before.
+        sizes["layers written to"] = layer.decoder.shape[1] - 1
+    require_all(range(len(layers)), source, n_layers=layers[0].decoder.shape[1])
+    expected = layers[0].traits
+    for number, layer in enumerate(layers):
+        for trait, value in layer.traits.items():
+            if value != expected[trait]:
+                raise InputError(
+                    f"{source}: layers 0 and {number} are of different sets ({trait}: "
+                    f"{expected[trait]} and {value}); restore the wrong one."
+                )
+    return layers
 
-    All but the first layer need the weights of the first, whose sizes they must have.
-    """
-    sizes = {}
-    if first is not None:
-        features, n_layers, d_model = first.decoder.shape
-        sizes = {"features": features, "d_model": d_model, "layers": n_layers}
-        sizes["layers written to"] = n_layers - layer
-    tensors = LayerTensors(read_tensors(files), " and ".join(map(str, files)), layer, sizes)
-    weights = _reader(tensors.tensors, files[0])(tensors)
-    tensors.check_all_known()
-    return weights
+
+def _read_layer(files: Sequence[Path], layer: int, sizes: Sizes, copy: Copier) -> LayerWeights:
+    # The files are the one of a layer, or the two of a CLT.
+    where = " and ".join(map(str, files))
+    tensors: Tensors = {}
+    for file in files:
+        tensors |= read_tensors(file)
+    k = _k(tensors.pop("k", None), where)
+    format = _format_of(tensors, files[0])
+    parts = _parts(tensors, format, layer, sizes, where)
+    decoder = parts["decoder"]
+    if format is GEMMA_SCOPE_2_CLT:
+        # Decoders to the layers before this one are not used.
+        parts["decoder"] = decoder[:, layer:]
+    elif format.kind == PLT_KIND:
+        parts["decoder"] = decoder[:, None]
+    copies = {part: copy(tensor) for part, tensor in parts.items()}
+    return LayerWeights(format, k=k, **copies)
 
 
-def _reader(names: Iterable[str], file: Path) -> Callable[[LayerTensors], LayerWeights]:
-    # The function that reads the format.
-    if "w_enc" in names:
-        return _read_gemma_scope_2
-    if "W_enc" in names:
-        return _read_gemma_scope if file.suffix == ".npz" else _read_plt
-    if any(re.fullmatch(r"W_(enc|dec)_\d+", name) for name in names):
-        return _read_clt
-    found = textwrap.shorten(", ".join(names), 200) or "no tensors"
+def _parts(tensors: Tensors, format: Format, layer: int, sizes: Sizes, where: str) -> Tensors:
+    parts = {}
+    unknown = set(tensors)
+    for part, axes in (AXES | {"decoder": format.decoder_axes}).items():
+        name = format.tensor(part, layer)
+        if name == THRESHOLD and name not in tensors:
+            name = "threshold"
+        if name in tensors:
+            stored = tensors[name]
+            tensor = _turned(stored) if part in format.transposed else stored
+            parts[part] = _fitting(tensor, axes, sizes, f"{where}: {name}")
+        elif part not in format.optional:
+            raise InputError(
+                f"{where}: there is no tensor {name}; there are {', '.join(tensors)}. Restore the "
+                "file."
+            )
+        unknown.discard(name)
+    if unknown:
+        # They might change what features do.
+        raise InputError(
+            f"{where}: it is not known what {', '.join(sorted(unknown))} does. Fold it into the "
+            "other tensors, or remove it if it changes nothing."
+        )
+    return parts
+
+
+def _format_of(tensors: Tensors, file: Path) -> Format:
+    if "w_enc" in tensors:
+        n_axes = tensors["w_dec"].dim() if "w_dec" in tensors else 2
+        return GEMMA_SCOPE_2_PLT if n_axes == 2 else GEMMA_SCOPE_2_CLT
+    if "W_enc" in tensors:
+        return GEMMA_SCOPE if file.suffix == ".npz" else PLT
+    if any(re.fullmatch(r"W_(enc|dec)_\d+", name) for name in tensors):
+        return CLT
+    found = textwrap.shorten(", ".join(tensors), 200) or "no tensors"
     raise InputError(
         f"{file}: there is no encoder, only {found}; name it W_enc (per layer), W_enc_0 ... "
         "(cross-layer) or w_enc (GemmaScope-2)."
     )
 
 
-# The biases are read first: they tell the sizes that all other tensors must have.
-
-
-def _read_plt(tensors: LayerTensors) -> LayerWeights:
-    # W_enc [F, d], W_dec [F, d] or, in older files, [d, F]; the skip adds x @ W_skip.T.
-    threshold = THRESHOLD if THRESHOLD in tensors.tensors else "threshold"
-    return LayerWeights(
-        "PLT",
-        bias=tensors.get("b_enc", "features"),
-        decoder_bias=tensors.get("b_dec", "d_model"),
-        encoder=tensors.get("W_enc", ENCODER, or_transposed=True),
-        decoder=tensors.get("W_dec", DECODER, or_transposed=True)[:, None],
-        threshold=tensors.find(threshold, "features"),
-        skip=tensors.find("W_skip", SQUARE),
-        k=tensors.find_count("k"),
+def _fitting(tensor: Tensor, axes: str, sizes: Sizes, name: str) -> Tensor:
+    # Return a tensor with certain axes, such as "features, d_model"; add sizes that are new.
+    if not tensor.is_floating_point():
+        raise InputError(
+            f"{name} holds {tensor.dtype}, not floating-point numbers; convert the weights to "
+            "bfloat16 or float32."
+        )
+    names = axes.split(", ")
+    # A matrix that fits only when transposed is transposed: older files have such decoders.
+    for candidate in (tensor, _turned(tensor)):
+        shape = tuple(candidate.shape)
+        expected = [sizes.get(axis, size) for axis, size in zip(names, shape, strict=False)]
+        if len(shape) == len(names) and list(shape) == expected:
+            sizes.update(zip(names, shape, strict=True))
+            return candidate
+    known = tuple(sizes.get(axis, "any size") for axis in names)
+    raise InputError(
+        f"{name} has shape {tuple(tensor.shape)}, expected {known} ({axes}); features and d_model "
+        "are as in layer 0, whose biases tell them. Check that the file is complete and of this "
+        "set."
     )
 
 
-def _read_clt(tensors: LayerTensors) -> LayerWeights:
-    # W_enc_l [F, d], W_dec_l [F, L - l, d]; the skip adds x @ W_skip_l.
-    layer = tensors.layer
-    return LayerWeights(
-        "CLT",
-        bias=tensors.get(f"b_enc_{layer}", "features"),
-        decoder_bias=tensors.get(f"b_dec_{layer}", "d_model"),
-        encoder=tensors.get(f"W_enc_{layer}", ENCODER),
-        decoder=tensors.get(f"W_dec_{layer}", "features, layers written to, d_model"),
-        threshold=tensors.find(f"threshold_{layer}", "features"),
-        # x @ W_skip_l = x @ skip.T
-        skip=_transposed(tensors.find(f"W_skip_{layer}", SQUARE)),
-    )
+def _turned(tensor: Tensor) -> Tensor:
+    return tensor.T if tensor.dim() == 2 else tensor
 
 
-def _read_gemma_scope(tensors: LayerTensors) -> LayerWeights:
-    # W_enc [d, F], W_dec [F, d].
-    return LayerWeights(
-        "GemmaScope",
-        bias=tensors.get("b_enc", "features"),
-        decoder_bias=tensors.get("b_dec", "d_model"),
-        encoder=tensors.get("W_enc", ENCODER_TRANSPOSED).T,
-        decoder=tensors.get("W_dec", DECODER)[:, None],
-        threshold=tensors.get("threshold", "features"),
-    )
-
-
-def _read_gemma_scope_2(tensors: LayerTensors) -> LayerWeights:
-    # w_enc [d, F]; w_dec [F, d], or [F, L, d] where layer l does not use the first l layers.
-    bias, decoder_bias = tensors.get("b_enc", "features"), tensors.get("b_dec", "d_model")
-    cross_layer = tensors.raw("w_dec").dim() == 3
-    if cross_layer:
-        decoder = tensors.get("w_dec", "features, layers, d_model")[:, tensors.layer :]
-    else:
-        decoder = tensors.get("w_dec", DECODER)[:, None]
-    return LayerWeights(
-        "GemmaScope-2 CLT" if cross_layer else "GemmaScope-2 PLT",
-        bias=bias,
-        decoder_bias=decoder_bias,
-        encoder=tensors.get("w_enc", ENCODER_TRANSPOSED).T,
-        decoder=decoder,
-        threshold=tensors.get("threshold", "features"),
-        # With A the stored matrix, the skip adds x @ A = x @ skip.T in both kinds of file. (Other
-        # tools load W_skip = A.T and add x @ W_skip.T in a PLT, but A and x @ W_skip in a CLT.)
-        skip=_transposed(tensors.find(SKIP, SQUARE)),
-    )
-
-
-def _transposed(matrix: Tensor | None) -> Tensor | None:
-    return None if matrix is None else matrix.T
+def _k(k: Tensor | None, where: str) -> int | None:
+    if k is None:
+        return None
+    if k.numel() != 1 or k.is_floating_point() or int(k) < 1:
+        raise InputError(
+            f"{where}: k has shape {tuple(k.shape)} and type {k.dtype}, expected one positive "
+            "integer."
+        )
+    return int(k)

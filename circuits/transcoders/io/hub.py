@@ -1,51 +1,45 @@
-"""Transcoder files on the Hugging Face hub: hf:// addresses, and what is fetched from them.
-
-Whatever cannot be fetched raises an `InputError`.
-"""
+"""Transcoder files on the Hugging Face hub: hf:// addresses, and what is fetched from them."""
 
 from __future__ import annotations
 
 import glob
 import posixpath
+import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote
 
 import huggingface_hub
 
 from circuits.system.errors import InputError
-from circuits.transcoders.io.config_yaml import CONFIG
 from circuits.transcoders.io.tensor_files import WEIGHTS
 
 PREFIX = "hf://"
+ADDRESS = re.compile(r"hf://([^/?#]+/[^/?#]+)/*([^?#]*)(?:\?revision=([^&#]*))?")
 
 
 @dataclass(frozen=True)
 class Address:
-    """A repository (owner/name) on the hub, or a folder or file in it.
-
-    The revision is a branch, tag or commit; None is the default branch.
-    """
+    """A repository (owner/name) on the hub, or a folder or file in it."""
 
     repository: str
     path: str = ""
+    # A branch, tag or commit; None is the default branch.
     revision: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> Address:
         """Parse hf://owner/repo or hf://owner/repo/sub/folder, optionally with ?revision=REV."""
-        parts = urlsplit(text)
-        name, _, path = unquote(parts.path).strip("/").partition("/")
-        query = parse_qs(parts.query, keep_blank_values=True)
-        revision = query.pop("revision", [""])[0]
-        is_hub = parts.scheme == "hf" and parts.netloc and name
-        if not is_hub or query or parts.fragment:
+        match = ADDRESS.fullmatch(text)
+        if match is None:
             raise InputError(
                 f"{text!r} is no address of transcoders; write hf://owner/repo/folder?revision=REV,"
                 " where folder and revision can be left out."
             )
-        return cls(f"{parts.netloc}/{name}", revision=revision or None) / path
+        repository, path, revision = (unquote(part or "") for part in match.groups())
+        return cls(repository, revision=revision or None) / path
 
     def __truediv__(self, path: str) -> Address:
         """Return the address of a path relative to this one, within the repository."""
@@ -58,6 +52,11 @@ class Address:
         return replace(self, path="" if joined == "." else joined)
 
     @property
+    def root(self) -> Address:
+        """The repository."""
+        return replace(self, path="")
+
+    @property
     def name(self) -> str:
         """The name of the folder, or of the repository."""
         return posixpath.basename(self.path or self.repository)
@@ -68,19 +67,14 @@ class Address:
         return f"{PREFIX}{path.rstrip('/')}{revision}"
 
 
-def fetch_config(folder: Address) -> Path | None:
-    """Fetch the config.yaml of a folder; None if it has none."""
-    config = folder / CONFIG
-    file = _download(config, [glob.escape(config.path)]) / config.path
-    return file if file.is_file() else None
+def fetch_if_present(file: Address) -> Path:
+    """Fetch a file; return where it is on this machine if the hub has it."""
+    return _download(file, [glob.escape(file.path)]) / file.path
 
 
 def fetch_folder(folder: Address) -> Path:
-    """Fetch the weights directly in a folder.
-
-    Folders within it are not fetched. Some repositories have hundreds of variants there, and a
-    config.yaml lists one for each layer.
-    """
+    """Fetch the weights directly in a folder, but no folders within it."""
+    # Some repositories have hundreds of variants there, and a config.yaml lists one for each layer.
     prefix = glob.escape(f"{folder.path}/") if folder.path else ""
     wanted = [f"{prefix}*{suffix}" for suffix in WEIGHTS]
     local = _download(folder, wanted, ignored=[f"{prefix}*/*"]) / folder.path
@@ -93,18 +87,21 @@ def fetch_folder(folder: Address) -> Path:
     return local
 
 
-def fetch_files(files: Sequence[Address]) -> list[Path]:
-    """Fetch files, possibly from several repositories."""
-    roots = [replace(file, path="") for file in files]
-    wanted: dict[Address, list[str]] = {root: [] for root in roots}
-    for root, file in zip(roots, files, strict=True):
-        wanted[root].append(glob.escape(file.path))
-    local = {root: _download(root, patterns) for root, patterns in wanted.items()}
-    found = [local[root] / file.path for root, file in zip(roots, files, strict=True)]
-    for file, path in zip(files, found, strict=True):
-        if not path.is_file():
-            raise InputError(f"there is no file {file}; correct the address or the revision.")
-    return found
+def fetch_files(files: Sequence[Path | Address]) -> list[Path]:
+    """Fetch the files that are on the hub, possibly in several repositories."""
+    wanted = defaultdict(list)
+    for file in files:
+        if isinstance(file, Address):
+            wanted[file.root].append(glob.escape(file.path))
+    folders = {root: _download(root, patterns) for root, patterns in wanted.items()}
+    return [file if isinstance(file, Path) else _fetched(file, folders) for file in files]
+
+
+def _fetched(file: Address, folders: dict[Address, Path]) -> Path:
+    path = folders[file.root] / file.path
+    if not path.is_file():
+        raise InputError(f"there is no file {file}; correct the address or the revision.")
+    return path
 
 
 def _download(address: Address, wanted: list[str], ignored: list[str] | None = None) -> Path:

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+import textwrap
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from circuits.system.errors import InputError
-from circuits.transcoders.io.config_yaml import TranscoderConfig
+from circuits.transcoders.io.config_yaml import CLT_KIND, TranscoderConfig
 from circuits.transcoders.io.tensor_files import PICKLES, pickle_message
 
-LayerFiles = Mapping[int, Sequence[Path]]
+LayerFiles = Sequence[Sequence[Path]]
 """The file of each layer, or the two of a cross-layer transcoder: W_enc, then W_dec."""
+
+PER_LAYER, NESTED = "layer_{}.safetensors", "layer_{}"
+ENCODER, DECODER = "W_enc_{}.safetensors", "W_dec_{}.safetensors"
+# The paths of the files with these names in a folder.
+PATTERNS = {
+    PER_LAYER: r"(?:params_)?layer_(\d+)\.safetensors",
+    ENCODER: r"W_enc_(\d+)\.safetensors",
+    DECODER: r"W_dec_(\d+)\.safetensors",
+    # layer_1/params.npz, layer_1_width_16k/average_l0_70/params.safetensors, ...
+    NESTED: r"layer_(\d+)(?:\D[^/]*)?/(?:.*/)?params\.(?:npz|safetensors)",
+}
+Paths = list[str]
 
 EXPECTED = (
     "layer_0.safetensors ..., W_enc_0.safetensors with W_dec_0.safetensors ..., "
@@ -21,31 +35,34 @@ EXPECTED = (
 
 def find_layer_files(folder: Path, config: TranscoderConfig) -> LayerFiles:
     """Find the files of each layer; if there are a PLT and a CLT, the config.yaml chooses."""
-    per_layer = _by_layer(folder, "*.safetensors", r"(?:params_)?layer_(\d+)\.safetensors")
-    encoders = _by_layer(folder, "*.safetensors", r"W_enc_(\d+)\.safetensors")
-    decoders = _by_layer(folder, "*.safetensors", r"W_dec_(\d+)\.safetensors")
-    if encoders and per_layer and config.cross_layer is None:
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("layer_*/**/params.*")])
+    paths = [file.relative_to(folder).as_posix() for file in files]
+    found = {name: _by_layer(paths, pattern) for name, pattern in PATTERNS.items()}
+    present = [name for name in PATTERNS if found[name]]
+    if not present:
+        raise InputError(_nothing_found(folder))
+    names = _chosen(present, folder, config)
+    n_layers = 1 + max(max(found[name], default=0) for name in names)
+    by_name = []
+    for name in names:
+        require_all(found[name], str(folder), name, n_layers)
+        own = [_only(found[name][layer], layer, folder) for layer in range(n_layers)]
+        by_name.append([folder / path for path in own])
+    return list(zip(*by_name, strict=True))
+
+
+def _chosen(present: Sequence[str], folder: Path, config: TranscoderConfig) -> Sequence[str]:
+    # The names of the one file, or of the two, that each layer has.
+    has_plt = PER_LAYER in present
+    has_clt = ENCODER in present or DECODER in present
+    if has_plt and has_clt and config.kind is None:
         raise InputError(
             f"{folder} holds both layer_*.safetensors and W_enc_*.safetensors; add model_kind to "
             "its config.yaml."
         )
-    if encoders and (config.cross_layer or not per_layer):
-        n_layers = max([*encoders, *decoders]) + 1
-        encoder = _one_per_layer(folder, encoders, "W_enc_{}.safetensors", n_layers)
-        decoder = _one_per_layer(folder, decoders, "W_dec_{}.safetensors", n_layers)
-        return {layer: [encoder[layer], decoder[layer]] for layer in encoder}
-    if decoders and not per_layer:
-        raise InputError(f"{folder} holds W_dec_*.safetensors and no W_enc_*.safetensors; add it.")
-    name = "layer_{}.safetensors"
-    if not per_layer:
-        name = "layer_{}"
-        # layer_1/params.npz, layer_1_width_16k/average_l0_70/params.safetensors, ...
-        nested = r"layer_(\d+)(?:\D[^/]*)?/(?:.*/)?params\.(?:npz|safetensors)"
-        per_layer = _by_layer(folder, "layer_*/**/params.*", nested)
-    if not per_layer:
-        raise InputError(_nothing_found(folder))
-    found = _one_per_layer(folder, per_layer, name)
-    return {layer: [file] for layer, file in found.items()}
+    if has_clt and (config.kind == CLT_KIND or not has_plt):
+        return ENCODER, DECODER
+    return [PER_LAYER if has_plt else NESTED]
 
 
 def require_all(
@@ -57,38 +74,31 @@ def require_all(
     missing = [name.format(layer) for layer in range(n_layers) if layer not in layers]
     if missing:
         raise InputError(
-            f"{where}: {_shorten(missing)} is missing, and all layers from 0 must be there; "
+            f"{where}: {_list(missing)} is missing, and all layers from 0 must be there; "
             "restore it."
         )
 
 
-def _by_layer(folder: Path, pattern: str, regex: str) -> dict[int, list[Path]]:
-    # Files whose path in the folder matches, by the number in it.
-    found: dict[int, list[Path]] = {}
-    for file in sorted(folder.glob(pattern)):
-        path = file.relative_to(folder).as_posix()
-        if match := re.fullmatch(regex, path):
-            found.setdefault(int(match[1]), []).append(file)
+def _by_layer(paths: Paths, pattern: str) -> dict[int, Paths]:
+    # The paths that match, by the number in them.
+    found = defaultdict(list)
+    for path in paths:
+        if match := re.fullmatch(pattern, path):
+            found[int(match[1])].append(path)
     return found
 
 
-def _one_per_layer(
-    folder: Path, found: Mapping[int, Sequence[Path]], name: str, n_layers: int | None = None
-) -> dict[int, Path]:
-    for layer, files in found.items():
-        if len(files) > 1:
-            names = _shorten([str(file.relative_to(folder)) for file in files])
-            raise InputError(
-                f"{folder}: there are {len(files)} files for layer {layer} ({names}); list the one "
-                "to read for each layer under transcoders in config.yaml."
-            )
-    require_all(found, str(folder), name, n_layers)
-    return {layer: found[layer][0] for layer in sorted(found)}
+def _only(paths: Paths, layer: int, folder: Path) -> str:
+    if len(paths) > 1:
+        raise InputError(
+            f"{folder}: there are {len(paths)} files for layer {layer} ({_list(paths)}); list the "
+            "one to read for each layer under transcoders in config.yaml."
+        )
+    return paths[0]
 
 
-def _shorten(names: Sequence[str], most: int = 4) -> str:
-    more = " ..." if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _list(names: Sequence[str]) -> str:
+    return textwrap.shorten(", ".join(names), 200, placeholder=" ...")
 
 
 def _nothing_found(folder: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from torch import Tensor
 from circuits.system.errors import InputError
 from circuits.system.files import write_bytes
 from circuits.transcoders.activations import JumpReLU
-from circuits.transcoders.io.config_yaml import CONFIG, CROSS_LAYER, READS, UNFINISHED, WRITES
-from circuits.transcoders.io.formats import THRESHOLD
-from circuits.transcoders.io.tensor_files import PICKLES, WEIGHTS, check_weight_dtype
+from circuits.transcoders.io.config_yaml import CLT_KIND, CONFIG, MEANINGS, PLT_KIND, UNFINISHED
+from circuits.transcoders.io.formats import CLT, PLT
+from circuits.transcoders.io.layer_files import DECODER, ENCODER, PER_LAYER
+from circuits.transcoders.io.tensor_files import PICKLES, WEIGHTS, check_weight_dtype, copied
 from circuits.transcoders.transcoder import Transcoders
 
 
@@ -56,85 +57,75 @@ def save_transcoders(
     check_weight_dtype(dtype)
     folder = Path(folder)
     config = _config(transcoders, model_name)
-    _check_folder(folder, transcoders)
+    files: dict[str, dict[str, Tensor]] = {}
+    for layer in range(transcoders.n_layers):
+        files |= _layer_files(transcoders, layer)
+    _check_folder(folder, files)
     # The config.yaml is finished last, so that old and new layers are never taken for one set.
     _write_config(folder, {"model_kind": UNFINISHED})
-    for layer in range(transcoders.n_layers):
-        for file, tensors in _layer_files(transcoders, layer).items():
-            stored = {name: _copy(tensor, dtype) for name, tensor in tensors.items()}
-            write_bytes(folder / file, save(stored))
+    for file, tensors in files.items():
+        # safetensors refuses tensors that share memory, so each is copied.
+        stored = {name: copied(tensor, "cpu", dtype) for name, tensor in tensors.items()}
+        write_bytes(folder / file, save(stored))
     _write_config(folder, config)
     return folder
 
 
 def _layer_files(transcoders: Transcoders, layer: int) -> dict[str, dict[str, Tensor]]:
     # The files of a layer, each with its tensors by name.
-    cross_layer, encoder = transcoders.cross_layer, transcoders.encoders[layer]
-    tensors = {
-        "W_enc": encoder.weight,
-        "b_enc": encoder.bias,
-        "b_dec": transcoders.decoder_biases[layer],
+    encoder, decoder = transcoders.encoders[layer], transcoders.decoders[layer]
+    format = CLT if transcoders.cross_layer else PLT
+    parts = {
+        "encoder": encoder.weight,
+        "bias": encoder.bias,
+        "decoder_bias": transcoders.decoder_biases[layer],
     }
     if isinstance(encoder.activation, JumpReLU):
-        name = "threshold" if cross_layer else THRESHOLD
-        tensors[name] = encoder.activation.threshold
+        parts["threshold"] = encoder.activation.threshold
     if transcoders.skips is not None:
         skip = transcoders.skips[layer]
-        # A CLT file adds x @ W_skip, a PLT file x @ W_skip.T.
-        tensors["W_skip"] = skip.T if cross_layer else skip
-    decoder = transcoders.decoders[layer]
-    if not cross_layer:
-        tensors["W_dec"] = decoder[:, 0]
-        return {f"layer_{layer}.safetensors": tensors}
-    numbered = {f"{name}_{layer}": tensor for name, tensor in tensors.items()}
-    return {
-        f"W_enc_{layer}.safetensors": numbered,
-        f"W_dec_{layer}.safetensors": {f"W_dec_{layer}": decoder},
-    }
-
-
-def _copy(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    # safetensors refuses tensors that share memory, so each is copied.
-    copy = torch.empty(tensor.shape, dtype=dtype or tensor.dtype)
-    return copy.copy_(tensor.detach())
+        parts["skip"] = skip.T if "skip" in format.transposed else skip
+    tensors = {format.tensor(part, layer): tensor for part, tensor in parts.items()}
+    decoder_name = format.tensor("decoder", layer)
+    if format is PLT:
+        return {PER_LAYER.format(layer): tensors | {decoder_name: decoder[:, 0]}}
+    return {ENCODER.format(layer): tensors, DECODER.format(layer): {decoder_name: decoder}}
 
 
 def _config(transcoders: Transcoders, model_name: str) -> dict[str, Any]:
-    activations = [encoder.activation for encoder in transcoders.encoders]
-    for layer, activation in enumerate(activations):
-        if str(activation) != str(activations[0]):
+    first, *others = (encoder.activation for encoder in transcoders.encoders)
+    for layer, activation in enumerate(others, start=1):
+        # All thresholds of JumpReLU are one text, and each k is another.
+        if str(activation) != str(first):
             raise InputError(
-                f"{transcoders.name}: features of layer 0 fire by {activations[0]} and those of "
-                f"layer {layer} by {activation}; the formats have one activation for all layers."
+                f"{transcoders.name}: features of layer 0 fire by {first} and those of layer "
+                f"{layer} by {activation}; the formats have one activation for all layers."
             )
     config = {
-        "model_kind": _key(CROSS_LAYER, transcoders.cross_layer),
+        "model_kind": CLT_KIND if transcoders.cross_layer else PLT_KIND,
         "model_name": model_name,
-        "feature_input_hook": _key(READS, transcoders.reads),
-        "feature_output_hook": _key(WRITES, transcoders.writes),
-        "activation": activations[0].name,
-        "k": getattr(activations[0], "k", None),
+        "feature_input_hook": _value("feature_input_hook", transcoders.reads),
+        "feature_output_hook": _value("feature_output_hook", transcoders.writes),
+        "activation": first.name,
+        "k": getattr(first, "k", None),
     }
     return {key: value for key, value in config.items() if value}
 
 
-def _key(meanings: Mapping[str, Any], meaning: object) -> str:
-    # The first spelling of a meaning.
-    return next(key for key in meanings if meanings[key] == meaning)
+def _value(key: str, meaning: str) -> str:
+    # The first value with a meaning.
+    return next(value for value in MEANINGS[key] if MEANINGS[key][value] == meaning)
 
 
-def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    text = yaml.safe_dump(dict(config), sort_keys=False)
+def _write_config(folder: Path, config: dict[str, Any]) -> None:
+    text = yaml.safe_dump(config, sort_keys=False)
     write_bytes(folder / CONFIG, text.encode())
 
 
-def _check_folder(folder: Path, transcoders: Transcoders) -> None:
+def _check_folder(folder: Path, own: Collection[str]) -> None:
     # Refuse a folder with other weights, which could be taken for layers of this set.
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give a folder.")
-    own = [
-        name for layer in range(transcoders.n_layers) for name in _layer_files(transcoders, layer)
-    ]
     for file in sorted(folder.glob("*")):
         if file.suffix in (*WEIGHTS, *PICKLES) and file.name not in own:
             raise InputError(

@@ -1,4 +1,4 @@
-"""Reading the tensors of a layer from safetensors or npz files, and checking names and shapes.
+"""Reading tensors from safetensors or npz files, and copying them.
 
 Whatever is wrong with a file raises an `InputError` that names it. Pickles are never read.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,99 +27,8 @@ BROKEN_FILE = (SafetensorError, zipfile.BadZipFile, zlib.error)
 BROKEN_ARRAY = (OSError, ValueError, TypeError, EOFError)
 
 
-@dataclass(frozen=True)
-class LayerTensors:
-    """The tensors of one layer, by name.
-
-    Attributes:
-        where: the file or files, for messages.
-        sizes: sizes of named axes. Those of layer 0 hold for all layers; `get` adds new ones.
-        known: names that were asked for.
-    """
-
-    tensors: Mapping[str, Tensor]
-    where: str
-    layer: int
-    sizes: dict[str, int]
-    known: list[str] = field(default_factory=list)
-
-    def get(self, name: str, axes: str, *, or_transposed: bool = False) -> Tensor:
-        """Return a floating-point tensor with certain axes, such as "features, d_model".
-
-        A size that is not known yet is taken from this tensor. With `or_transposed`, a matrix that
-        fits only when transposed is transposed.
-        """
-        tensor = self.raw(name)
-        if not tensor.is_floating_point():
-            raise InputError(
-                f"{self.where}: {name} holds {tensor.dtype}, not floating-point numbers; convert "
-                "the weights to bfloat16 or float32."
-            )
-        names = axes.split(", ")
-        if or_transposed and tensor.dim() == 2 and not self._fits(tensor, names):
-            tensor = tensor.T
-        if not self._fits(tensor, names):
-            expected = tuple(self.sizes.get(axis, "any size") for axis in names)
-            same = "; features and d_model are as in layer 0" if self.layer else ""
-            raise InputError(
-                f"{self.where}: {name} has shape {tuple(self.tensors[name].shape)}, expected "
-                f"{expected} ({axes}){same}. Check that the file is complete and of this set."
-            )
-        self.sizes.update(zip(names, tensor.shape, strict=True))
-        return tensor
-
-    def find(self, name: str, axes: str) -> Tensor | None:
-        """Return the same as `get`, or None if there is no such tensor."""
-        self.known.append(name)
-        return self.get(name, axes) if name in self.tensors else None
-
-    def find_count(self, name: str) -> int | None:
-        """Return the positive integer that a tensor holds, or None if there is no such tensor."""
-        self.known.append(name)
-        if name not in self.tensors:
-            return None
-        tensor = self.tensors[name]
-        if tensor.numel() != 1 or tensor.is_floating_point() or int(tensor) < 1:
-            raise InputError(
-                f"{self.where}: {name} has shape {tuple(tensor.shape)} and type {tensor.dtype}, "
-                "expected one positive integer."
-            )
-        return int(tensor)
-
-    def raw(self, name: str) -> Tensor:
-        """Return a tensor as it is stored."""
-        self.known.append(name)
-        if name not in self.tensors:
-            raise InputError(
-                f"{self.where}: there is no tensor {name}; there are {', '.join(self.tensors)}. "
-                "Restore the file."
-            )
-        return self.tensors[name]
-
-    def check_all_known(self) -> None:
-        """Refuse tensors that were not asked for: they might change what features do."""
-        if unknown := set(self.tensors).difference(self.known):
-            raise InputError(
-                f"{self.where}: it is not known what {', '.join(sorted(unknown))} does. Fold it "
-                "into the other tensors, or remove it if it changes nothing."
-            )
-
-    def _fits(self, tensor: Tensor, axes: Sequence[str]) -> bool:
-        if tensor.dim() != len(axes):
-            return False
-        sizes = zip(axes, tensor.shape, strict=True)
-        return all(self.sizes.get(axis, size) == size for axis, size in sizes)
-
-
-def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
-    """Read all tensors of some files. Those of safetensors files are mapped, not yet in memory."""
-    tensors = {}
-    for file in files:
-        tensors.update(_read_file(file))
-    return tensors
-
-
-def _read_file(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Read all tensors of a file. Those of safetensors files are mapped, not yet in memory."""
     if file.suffix in PICKLES:
         raise InputError(pickle_message(file))
     if file.suffix not in WEIGHTS:
@@ -154,10 +63,7 @@ def pickle_message(file: Path) -> str:
 def weight_copier(
     device: str | torch.device | None, dtype: torch.dtype | None, mapped: bool
 ) -> Callable[[Tensor], Tensor]:
-    """Return a function that copies a tensor from a file, or leaves it there if mapped.
-
-    The defaults are the CPU and float32.
-    """
+    """Return a function that copies a tensor from a file, or leaves it there if mapped."""
     if mapped and (dtype is not None or str(device or "cpu") != "cpu"):
         raise InputError(
             f"mapped=True leaves weights in their files, so device={device!r} and dtype={dtype} "
@@ -166,13 +72,17 @@ def weight_copier(
         )
     check_weight_dtype(dtype)
     place = device_called(device or "cpu")
+    if mapped:
+        return lambda tensor: tensor
+    return partial(copied, device=place, dtype=dtype or torch.float32)
 
-    def copy(tensor: Tensor) -> Tensor:
-        # `tensor.to` could return a view that is not contiguous and keeps the file open.
-        empty = torch.empty(tensor.shape, dtype=dtype or torch.float32, device=place)
-        return empty.copy_(tensor)
 
-    return (lambda tensor: tensor) if mapped else copy
+def copied(tensor: Tensor, device: str | torch.device, dtype: torch.dtype | None) -> Tensor:
+    """Return a contiguous copy, in the same precision if `dtype` is None."""
+    # Without a copy, the tensor could be a view that keeps its file open.
+    contiguous = torch.contiguous_format
+    dtype = dtype or tensor.dtype
+    return tensor.detach().to(device, dtype, copy=True, memory_format=contiguous)
 
 
 def check_weight_dtype(dtype: torch.dtype | None) -> None:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.transcoders.activations import JumpReLU, ReLU
+from circuits.transcoders.activations import Activation, JumpReLU, ReLU
 from circuits.transcoders.transcoder import Encoder, Transcoders
 
 TranscoderKind = Literal["plt", "skip-plt", "clt"]
@@ -24,7 +24,6 @@ TranscoderKind = Literal["plt", "skip-plt", "clt"]
 Vectors = Float[Tensor, "layer token d_model"]
 FeatureValues = Float[Tensor, "layer token feature"]
 Decoder = Float[Tensor, "feature _ d_model"]
-Lengths = Float[Tensor, " feature"]
 
 # Lower bound of lengths that are divided by.
 TINY = 1e-12
@@ -76,60 +75,56 @@ class TranscoderParameters:
         n_layers, _, d_model = inputs.shape
         generator = torch.Generator().manual_seed(seed)
 
-        def random(*shape: int, length: float) -> Tensor:
+        def rows(*shape: int, length: float) -> Tensor:
             # Drawn on the CPU, so that a seed means the same on all devices.
-            numbers = torch.randn(*shape, generator=generator, dtype=inputs.dtype)
-            return (numbers * length).to(inputs.device).requires_grad_()
+            numbers = torch.randn(shape, generator=generator, dtype=inputs.dtype)
+            return (numbers * length).to(inputs.device)
 
-        def zeros(*shape: int) -> Tensor:
-            return inputs.new_zeros(shape, requires_grad=True)
-
-        encoder = random(n_layers, n_features, d_model, length=d_model**-0.5)
+        encoder = rows(n_layers, n_features, d_model, length=d_model**-0.5)
         decoders = []
         for layer in range(n_layers):
             n_written = n_layers - layer if kind == "clt" else 1
             length = 0.3 * (n_written * d_model) ** -0.5
-            decoders.append(random(n_features, n_written, d_model, length=length))
-        return TranscoderParameters(
-            encoder=encoder,
-            encoder_bias=zeros(n_layers, 1, n_features),
-            decoders=decoders,
-            decoder_bias=zeros(n_layers, 1, d_model),
-            skip=zeros(n_layers, d_model, d_model) if kind == "skip-plt" else None,
-        )
+            decoders.append(rows(n_features, n_written, d_model, length=length))
+        encoder_bias = inputs.new_zeros(n_layers, 1, n_features)
+        decoder_bias = inputs.new_zeros(n_layers, 1, d_model)
+        skip = inputs.new_zeros(n_layers, d_model, d_model) if kind == "skip-plt" else None
+        parameters = TranscoderParameters(encoder, encoder_bias, decoders, decoder_bias, skip)
+        for tensor in parameters.tensors():
+            tensor.requires_grad_()
+        return parameters
 
     def tensors(self) -> list[Tensor]:
         """Return all parameters in a fixed order."""
-        skip = [] if self.skip is None else [self.skip]
-        return [self.encoder, self.encoder_bias, *self.decoders, self.decoder_bias, *skip]
+        tensors = [self.encoder, self.encoder_bias, *self.decoders, self.decoder_bias, self.skip]
+        return [tensor for tensor in tensors if tensor is not None]
 
     def decoder_lengths(self) -> Float[Tensor, "layer 1 feature"]:
         """Return the length of what each feature writes at activation 1."""
-        lengths = [_lengths(decoder) for decoder in self.decoders]
-        return torch.stack(lengths)[:, None]
+        return _lengths(self.decoders)[:, None]
 
     def preactivations(self, inputs: Vectors) -> FeatureValues:
         """Return the pre-activations of all features."""
-        return torch.baddbmm(self.encoder_bias, inputs, self.encoder.transpose(1, 2))
+        return torch.baddbmm(self.encoder_bias, inputs, self.encoder.mT)
 
     def decode(self, activations: FeatureValues) -> Vectors:
         """Return what features write, without bias and skip."""
         by_layer = activations.unbind()
-        cross_layer = self.decoders[0].shape[1] > 1
         written = []
         for target in range(len(by_layer)):
-            sources = range(target + 1) if cross_layer else (target,)
             # sum_s a_s W_dec_{s->target}
-            parts = [by_layer[s] @ self.decoders[s][:, target - s] for s in sources]
+            parts = [
+                by_layer[source] @ decoder[:, target - source]
+                for source, decoder in enumerate(self.decoders[: target + 1])
+                if target - source < decoder.shape[1]
+            ]
             written.append(torch.stack(parts).sum(0))
         return torch.stack(written)
 
     def reconstruct(self, inputs: Vectors, activations: FeatureValues) -> Vectors:
         """Return the approximation of the MLP outputs."""
         outputs = self.decode(activations) + self.decoder_bias
-        if self.skip is None:
-            return outputs
-        return outputs + inputs @ self.skip.transpose(1, 2)
+        return outputs if self.skip is None else outputs + inputs @ self.skip.mT
 
     @torch.no_grad()
     def to_transcoders(
@@ -148,40 +143,44 @@ class TranscoderParameters:
             thresholds: for each layer, the length that a feature must write to fire, in normalized
                 units. None: features are ReLU.
         """
-        encoders, decoders, biases, skips = [], [], [], []
+        # W_dec = s_out W_dec' / length, with s_out of the layers written to
+        scales = outputs.scale[:, 0]
+        decoders = []
         for layer, decoder in enumerate(self.decoders):
-            # W_dec = s_out W_dec' / length, with s_out of the layers written to
-            layers_written = slice(layer, layer + decoder.shape[1])
-            decoder = decoder * outputs.scale[layers_written, 0]
-            length = _lengths(decoder)
-            decoders.append(decoder / length[:, None, None])
-            threshold = None if thresholds is None else thresholds[layer]
-            encoders.append(self._to_encoder(layer, inputs, length, threshold))
-            # b_dec = mean_out + s_out b_dec' - W_skip mean_in,   W_skip = s_out W_skip' / s_in
-            scale = outputs.scale[layer, 0]
-            bias = outputs.mean[layer, 0] + self.decoder_bias[layer, 0] * scale
-            if self.skip is not None:
-                skip = self.skip[layer] * scale / inputs.scale[layer]
-                bias = bias - skip @ inputs.mean[layer, 0]
-                skips.append(skip)
-            biases.append(bias)
-        return Transcoders(encoders, decoders, biases, skips or None)
-
-    def _to_encoder(
-        self, layer: int, inputs: Normalization, length: Lengths, threshold: Tensor | None
-    ) -> Encoder:
+            written = slice(layer, layer + decoder.shape[1])
+            decoders.append(decoder * scales[written])
+        lengths = _lengths(decoders)
+        divisors = lengths[..., None, None]
+        decoders = [one / divisor for one, divisor in zip(decoders, divisors, strict=True)]
         # W_enc = length W_enc' / s_in,   b_enc = length b_enc' - W_enc mean_in
-        weight = self.encoder[layer] * (length[:, None] / inputs.scale[layer])
-        bias = self.encoder_bias[layer, 0] * length
-        bias = bias - weight @ inputs.mean[layer, 0]
-        if threshold is None:
-            return Encoder(weight, bias, ReLU())
-        # An activation a' writes the length a' length', and length / length' takes it to the
-        # units of the model.
-        thresholds = threshold * length / _lengths(self.decoders[layer])
-        return Encoder(weight, bias, JumpReLU(thresholds))
+        weights = self.encoder * (lengths[..., None] / inputs.scale)
+        encoder_biases = self.encoder_bias[:, 0] * lengths
+        encoder_biases -= _products(weights, inputs.mean)
+        # b_dec = mean_out + s_out b_dec' - W_skip mean_in,   W_skip = s_out W_skip' / s_in
+        biases = outputs.mean[:, 0] + self.decoder_bias[:, 0] * scales
+        skips = None
+        if self.skip is not None:
+            skip = self.skip * outputs.scale / inputs.scale
+            biases -= _products(skip, inputs.mean)
+            skips = list(skip)
+        activations: list[Activation] = [ReLU()] * len(decoders)
+        if thresholds is not None:
+            # An activation a' writes the length a' length', and length / length' takes it to the
+            # units of the model.
+            in_model = thresholds[:, None] * lengths / _lengths(self.decoders)
+            activations = [JumpReLU(threshold) for threshold in in_model]
+        encoders = map(Encoder, weights, encoder_biases, activations)
+        return Transcoders(list(encoders), decoders, list(biases), skips)
 
 
-def _lengths(decoder: Decoder) -> Lengths:
+def _lengths(decoders: Sequence[Decoder]) -> Float[Tensor, "layer feature"]:
     # A cross-layer feature's rows together, for all layers it writes to.
-    return decoder.flatten(1).norm(dim=1).clamp(min=TINY)
+    lengths = [decoder.flatten(1).norm(dim=1) for decoder in decoders]
+    return torch.stack(lengths).clamp(min=TINY)
+
+
+def _products(
+    matrices: Float[Tensor, "layer n d_model"], vectors: Float[Tensor, "layer 1 d_model"]
+) -> Float[Tensor, "layer n"]:
+    products = map(torch.mv, matrices, vectors[:, 0])
+    return torch.stack(list(products))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -19,6 +17,7 @@ from circuits.transcoders.transcoder import Reads, Transcoders, Writes
 Tokens = Int[Tensor, "batch pos"]
 Mask = Bool[Tensor, "batch pos"]
 LayerVectors = Float[Tensor, "layer token d_model"]
+Residual = Float[Tensor, "batch pos d_model"]
 
 
 @torch.no_grad()
@@ -39,40 +38,38 @@ def quality(
         deviation from the mean), `l0` (mean number of features that fire at a token) and `dead`
         (share of features that never fire).
     """
-    reads, writes = transcoders.reads, transcoders.writes
-    totals: dict[str, Any] = defaultdict(int)
-    for batch in zip(tokens.split(prompts_at_once), mask.split(prompts_at_once), strict=True):
-        inputs, outputs = record(model, reads, writes, *batch)
-        for name, value in _sums(transcoders, inputs, outputs).items():
-            totals[name] += value
-    n_tokens, fired = totals["tokens"], totals["fired"]
+    batches = zip(tokens.split(prompts_at_once), mask.split(prompts_at_once), strict=True)
+    sums = [_sums(model, transcoders, *batch) for batch in batches]
+    totals: list[Any] = [sum(parts) for parts in zip(*sums, strict=True)]
+    n_tokens, fired, y, y_squared, errors = totals
     # sum (y - mean)^2 = sum y^2 - (sum y)^2 / n
-    deviation = totals["y^2"] - totals["y"].square() / n_tokens
+    deviation = y_squared - y.square() / n_tokens
+    unexplained = errors.sum(1) / deviation.sum(1)
+    never_fires = fired == 0
     columns = {
-        "explained_variance": 1 - totals["error^2"].sum(1) / deviation.sum(1),
+        "explained_variance": 1 - unexplained,
         "l0": fired.sum(1) / n_tokens,
-        "dead": (fired == 0).double().mean(1),
+        "dead": never_fires.double().mean(1),
     }
-    table = pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
+    table = pd.DataFrame({name: column.cpu() for name, column in columns.items()})
     return table.rename_axis("layer")
 
 
-def _sums(transcoders: Transcoders, inputs: LayerVectors, outputs: LayerVectors) -> dict[str, Any]:
-    # Sums over tokens, by layer: of squared errors, of outputs y, and of features that fire.
-    layers = range(transcoders.n_layers)
+def _sums(
+    model: models.Model, transcoders: Transcoders, tokens: Tokens, mask: Mask
+) -> tuple[Any, ...]:
+    # The number of tokens; by layer, sums over them: how often each feature fires, the outputs y,
+    # y^2, and squared errors.
+    inputs, outputs = record(model, transcoders.reads, transcoders.writes, tokens, mask)
     # All tokens are taken as one prompt.
     prompts = inputs[:, None]
+    layers = range(transcoders.n_layers)
     activations = {layer: transcoders.encode(layer, prompts[layer]) for layer in layers}
     made = [transcoders.output(layer, activations, prompts[layer]) for layer in layers]
-    error = outputs - torch.cat(made)
     fires = torch.cat([activations[layer] != 0 for layer in layers])
-    return {
-        "tokens": inputs.shape[1],
-        "error^2": error.double().square().sum(1),
-        "y^2": outputs.double().square().sum(1),
-        "y": outputs.double().sum(1),
-        "fired": fires.double().sum(1),
-    }
+    y, errors = outputs.double(), (outputs - torch.cat(made)).double()
+    summed = [each.sum(1) for each in (fires.double(), y, y.square(), errors.square())]
+    return inputs.shape[1], *summed
 
 
 @torch.no_grad()
@@ -83,39 +80,33 @@ def record(
 
     All real tokens are recorded but the first of each prompt.
     """
-    tokens, mask = tokens.to(model.cfg.device), mask.to(model.cfg.device)
+    device = model.cfg.device
+    tokens, mask = tokens.to(device), mask.to(device)
     counted = mask.clone()
     counted[:, 0] = False
     if not counted.any():
         raise InputError("the text has no token after the first of a prompt; give longer prompts.")
     layers = range(model.cfg.n_layers)
-    residuals = [models.mlp_residual_hook(model, layer) for layer in layers]
-    outputs = [
-        models.mlp_output_hook(model, layer, before_norm=writes == "mlp") for layer in layers
-    ]
-    scales = models.scale_hooks(model) if reads == "normalized" else {}
+    before_norm = writes == "mlp"
+    read = [models.mlp_residual_hook(model, layer) for layer in layers]
+    written = [models.mlp_output_hook(model, layer, before_norm=before_norm) for layer in layers]
     recorded: dict[str, Tensor] = {}
-    names = {*residuals, *outputs, *scales.values()}
-    hooks = [(name, keeper(recorded, name)) for name in names]
+    hooks = [(name, keeper(recorded, name)) for name in (*read, *written)]
     with models.frozen(model), models.plain_inputs(model):
         models.run_to_residual(model, tokens, mask, hooks)
     inputs = []
-    for layer, name in enumerate(residuals):
-        scale = recorded.get(scales.get((layer, "ln2"), ""))
-        vectors = _read_by_features(model, layer, reads, recorded[name], scale)
+    for layer, name in enumerate(read):
+        vectors = _read_by_features(model, layer, reads, recorded[name])
         inputs.append(vectors[counted])
-    return torch.stack(inputs), torch.stack([recorded[name][counted] for name in outputs])
+    outputs = [recorded[name][counted] for name in written]
+    return torch.stack(inputs), torch.stack(outputs)
 
 
 def _read_by_features(
-    model: models.Model, layer: int, reads: Reads, residual: Tensor, scale: Tensor | None
-) -> Float[Tensor, "batch pos d_model"]:
-    # What features read, from the residual stream before the MLP and the scale of its norm.
+    model: models.Model, layer: int, reads: Reads, residual: Residual
+) -> Residual:
     weights = models.ModelWeights(model)
     if reads == "mlp_input":
         return weights.mlp_input(layer, residual)
-    if scale is None:
-        return residual
-    # Only centred, where the norm does that, and divided by its scale.
-    norm = weights.linear_norm(layer, "ln2", scale.to(residual))
-    return replace(norm, weight=None, bias=None).linear(residual)
+    normalized = weights.normalized(layer, residual) if reads == "normalized" else None
+    return residual if normalized is None else normalized[0].to(residual)

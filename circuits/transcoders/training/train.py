@@ -16,11 +16,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.models import Model
@@ -54,8 +55,6 @@ READS_WRITES: dict[str, tuple[Reads, Writes]] = {
 CALIBRATION_BATCHES = 16
 TANH_SCALE = 10
 AUXILIARY_FEATURES, AUXILIARY_WEIGHT = 64, 0.2
-# What Adam keeps for each tensor.
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -125,50 +124,63 @@ def train_transcoders(
         Transcoders('toy-world-plt', PLT, 4 layers of 32 features, jump_relu)
     """
     _check(model, config)
-    text = _Text(model, batches, config)
-    inputs, outputs = text.record(0)
-    norms = Normalization.of(inputs), Normalization.of(outputs)
-    state = TrainingState.initial(config, inputs)
+    trainer = _Trainer(model, batches, config)
     path = None if checkpoint is None else Path(checkpoint)
-    fingerprint = text.fingerprint()
     start = 0
     if path is not None and path.exists():
-        start = state.restore(path, fingerprint)
+        start = trainer.restore(path)
     for done in range(start + 1, config.steps + 1):
-        inputs, outputs = text.record(done - 1)
-        loss = state.learn(done, norms[0].apply(inputs), norms[1].apply(outputs))
+        loss = trainer.learn(done)
         is_due = done % config.checkpoint_every == 0 or done == config.steps
         if path is not None and is_due:
-            state.save(path, fingerprint, done)
+            trainer.save(path, done)
         if progress is not None:
             progress(done, loss.item())
-    thresholds = None
-    if config.sparsity == "batch_topk":
-        thresholds = _thresholds(state, text, norms[0])
-    trained = state.parameters.to_transcoders(*norms, thresholds)
-    reads, writes = READS_WRITES[config.kind]
-    name = f"{model.cfg.model_name}-{config.kind}"
-    return replace(trained, reads=reads, writes=writes, name=name)
+    return trainer.transcoders()
 
 
-@dataclass(frozen=True, eq=False)
-class _Text:
-    """The training text, with the model that reads it."""
+class _Trainer:
+    """The model with its text, and all that changes in training.
 
-    model: Model
-    batches: Batches
-    config: Training
+    Attributes:
+        norms: the normalization of MLP inputs and of outputs, from the first batch.
+        silent: [layer feature], number of tokens since each feature last fired.
+    """
 
-    def record(self, step: int) -> tuple[Vectors, Vectors]:
-        """MLP inputs and outputs on the text of a step, not yet normalized."""
+    def __init__(self, model: Model, batches: Batches, config: Training) -> None:
+        self.model = model
+        self.batches = batches
+        self.config = config
+        inputs, outputs = self._record(0)
+        self.norms = Normalization.of(inputs), Normalization.of(outputs)
+        kind, n_features = config.kind, config.n_features
+        self.parameters = TranscoderParameters.initial(kind, n_features, inputs, config.seed)
+        tensors = self.parameters.tensors()
+        self.optimizer = torch.optim.Adam(tensors, betas=(0.9, 0.99))
+        for tensor in tensors:
+            # Adam begins like this. A checkpoint is copied into these tensors.
+            self.optimizer.state[tensor] = {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(tensor),
+                "exp_avg_sq": torch.zeros_like(tensor),
+            }
+        self.silent = inputs.new_zeros((len(inputs), n_features), dtype=torch.int64)
+
+    def _record(self, step: int) -> tuple[Vectors, Vectors]:
+        # MLP inputs and outputs on the text of a step, not yet normalized.
         reads, writes = READS_WRITES[self.config.kind]
-        tokens, mask = self.batches(step)
-        inputs, outputs = record(self.model, reads, writes, tokens, mask)
+        inputs, outputs = record(self.model, reads, writes, *self.batches(step))
         dtype = getattr(torch, self.config.dtype)
         return inputs.to(dtype), outputs.to(dtype)
 
-    def fingerprint(self) -> str:
-        """All that the result depends on; the first batch represents the text."""
+    def _normalized(self, step: int) -> tuple[Vectors, Vectors]:
+        inputs, outputs = self._record(step)
+        input_norm, output_norm = self.norms
+        return input_norm.apply(inputs), output_norm.apply(outputs)
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        # All that the result depends on; the first batch represents the text.
         settings = asdict(self.config)
         del settings["checkpoint_every"]
         settings["auxiliary"] = AUXILIARY_FEATURES, AUXILIARY_WEIGHT
@@ -176,57 +188,33 @@ class _Text:
         digest = hashlib.blake2b(checksum(tokens), digest_size=8)
         return f"{settings} {identity(self.model)} {digest.hexdigest()}"
 
-
-@dataclass(frozen=True, eq=False)
-class TrainingState:
-    """All that changes in training.
-
-    Attributes:
-        silent: number of tokens since each feature last fired.
-    """
-
-    config: Training
-    parameters: TranscoderParameters
-    optimizer: torch.optim.Adam
-    silent: Int[Tensor, "layer feature"]
-
-    @staticmethod
-    def initial(config: Training, inputs: Vectors) -> TrainingState:
-        """Return the state before the first step."""
-        n_features = config.n_features
-        parameters = TranscoderParameters.initial(config.kind, n_features, inputs, config.seed)
-        optimizer = torch.optim.Adam(parameters.tensors(), betas=(0.9, 0.99))
-        silent = inputs.new_zeros((len(inputs), n_features), dtype=torch.int64)
-        return TrainingState(config, parameters, optimizer, silent)
-
-    def save(self, path: Path, fingerprint: str, done: int) -> None:
-        """Write a checkpoint after `done` steps."""
+    def _tensors(self) -> dict[str, Tensor]:
+        # All tensors that change, by their names in a checkpoint.
         tensors = {"silent": self.silent}
-        moments = self.optimizer.state_dict()["state"]
         for index, tensor in enumerate(self.parameters.tensors()):
             tensors[f"weight.{index}"] = tensor
-            for name in MOMENTS:
-                tensors[f"optimizer.{index}.{name}"] = moments[index][name]
-        metadata = {"step": str(done), "settings": fingerprint}
-        write_tensors(path, tensors, metadata, FORMAT, FORMAT_VERSION)
+            for name, moment in self.optimizer.state[tensor].items():
+                tensors[f"optimizer.{index}.{name}"] = moment
+        return tensors
+
+    def save(self, path: Path, done: int) -> None:
+        """Write a checkpoint after `done` steps."""
+        metadata = {"step": str(done), "settings": self._fingerprint}
+        write_tensors(path, self._tensors(), metadata, FORMAT, FORMAT_VERSION)
 
     @torch.no_grad()
-    def restore(self, path: Path, fingerprint: str) -> int:
+    def restore(self, path: Path) -> int:
         """Read a checkpoint; return the number of steps done."""
-        tensors, metadata = read_tensors(path, FORMAT, FORMAT_VERSION)
-        if metadata["settings"] != fingerprint:
+        stored, metadata = read_tensors(path, FORMAT, FORMAT_VERSION)
+        if metadata["settings"] != self._fingerprint:
             raise InputError(f"{path} was written with other settings, model or text; delete it.")
-        self.silent.copy_(tensors["silent"])
-        optimizer = self.optimizer.state_dict()
-        for index, tensor in enumerate(self.parameters.tensors()):
-            tensor.copy_(tensors[f"weight.{index}"])
-            moments = {name: tensors[f"optimizer.{index}.{name}"] for name in MOMENTS}
-            optimizer["state"][index] = moments
-        self.optimizer.load_state_dict(optimizer)
+        for name, tensor in self._tensors().items():
+            tensor.copy_(stored[name])
         return int(metadata["step"])
 
-    def learn(self, done: int, inputs: Vectors, outputs: Vectors) -> Float[Tensor, ""]:
+    def learn(self, done: int) -> Float[Tensor, ""]:
         """Take a step, after which `done` are done; return the loss before it."""
+        inputs, outputs = self._normalized(done - 1)
         share = done / self.config.steps
         # Warm-up over the first 5 % of the steps, linear decay over the last half.
         schedule = min(1.0, share / 0.05, (1 - share) / 0.5)
@@ -235,14 +223,13 @@ class TrainingState:
             loss = self._loss(inputs, outputs)
             self.optimizer.zero_grad()
             loss.backward()
-        tensors = self.parameters.tensors()
-        torch.nn.utils.clip_grad_norm_(tensors, 1.0)
+        torch.nn.utils.clip_grad_norm_(self.parameters.tensors(), 1.0)
         self.optimizer.step()
         return loss.detach()
 
     def _loss(self, inputs: Vectors, outputs: Vectors) -> Float[Tensor, ""]:
         # Unexplained variance, sparsity penalty and auxiliary loss; also counts silent tokens.
-        config, parameters = self.config, self.parameters
+        parameters = self.parameters
         pre = parameters.preactivations(inputs)
         fires = self._fires(pre)
         activations = torch.where(fires, pre, 0)
@@ -250,22 +237,62 @@ class TrainingState:
         # sum_l |y_l - approximation_l|^2 / |y_l - mean(y_l)|^2
         deviation = outputs - outputs.mean(1, keepdim=True)
         loss = (_squares(error) / _squares(deviation)).sum()
-        if config.sparsity != "batch_topk":
-            lengths = activations * parameters.decoder_lengths()
-            loss = loss + _penalty(lengths, config)
+        if self.config.sparsity != "batch_topk":
+            loss = loss + self._penalty(activations)
         self.silent.add_(inputs.shape[1])
         self.silent.masked_fill_(fires.any(1), 0)
-        dead = self.silent > config.dead_after
+        dead = self.silent > self.config.dead_after
         auxiliary = auxiliary_loss(parameters, inputs, error.detach(), dead)
         return loss + AUXILIARY_WEIGHT * auxiliary
+
+    def _penalty(self, activations: FeatureValues) -> Float[Tensor, ""]:
+        # l1: sum_l penalty_l mean_t sum_f length_f,   tanh: the same of tanh(TANH_SCALE length_f)
+        lengths = activations * self.parameters.decoder_lengths()
+        if self.config.sparsity == "tanh":
+            lengths = (TANH_SCALE * lengths).tanh()
+        per_layer = lengths.sum(2).mean(1)
+        return (lengths.new_tensor(self.config.penalty) * per_layer).sum()
 
     @torch.no_grad()
     def _fires(self, pre: FeatureValues) -> Bool[Tensor, "layer token feature"]:
         if self.config.sparsity != "batch_topk":
             return pre > 0
         lengths = pre * self.parameters.decoder_lengths()
-        smallest = _smallest_firing(lengths, self.config)
-        return lengths > smallest[:, None, None]
+        return lengths > self._smallest_firing(lengths)[:, None, None]
+
+    def _smallest_firing(self, lengths: FeatureValues) -> Float[Tensor, " layer"]:
+        # The (k * tokens)-th largest length in each layer; features must write more to fire.
+        # One fewer fires than k * tokens, as with a JumpReLU of this threshold.
+        n_layers, n_tokens, _ = lengths.shape
+        k_of_layers = self.config.k
+        if len(k_of_layers) == 1:
+            k_of_layers *= n_layers
+        smallest = []
+        for k, values in zip(k_of_layers, lengths, strict=True):
+            n_firing = max(1, round(k * n_tokens))
+            largest, _ = values.flatten().topk(n_firing, sorted=False)
+            smallest.append(largest.min())
+        return torch.stack(smallest).clamp(min=0)
+
+    @torch.no_grad()
+    def _thresholds(self) -> Float[Tensor, " layer"]:
+        # The smallest length of a firing feature, averaged over batches not seen in training.
+        parameters, n_steps = self.parameters, self.config.steps
+        total = parameters.encoder.new_zeros(len(self.silent))
+        for step in range(n_steps, n_steps + CALIBRATION_BATCHES):
+            inputs, _ = self._normalized(step)
+            lengths = parameters.preactivations(inputs) * parameters.decoder_lengths()
+            total += self._smallest_firing(lengths)
+        return total / CALIBRATION_BATCHES
+
+    def transcoders(self) -> Transcoders:
+        """Convert what was trained."""
+        kind = self.config.kind
+        thresholds = self._thresholds() if self.config.sparsity == "batch_topk" else None
+        trained = self.parameters.to_transcoders(*self.norms, thresholds)
+        reads, writes = READS_WRITES[kind]
+        name = f"{self.model.cfg.model_name}-{kind}"
+        return replace(trained, reads=reads, writes=writes, name=name)
 
 
 def auxiliary_loss(
@@ -279,11 +306,11 @@ def auxiliary_loss(
         return inputs.new_zeros(())
     pre = parameters.preactivations(inputs)
     pre = pre.masked_fill(~dead[:, None], -torch.inf)
-    n_features = pre.shape[2]
-    values, features = pre.topk(min(AUXILIARY_FEATURES, n_features), dim=2)
-    # A layer can have fewer dead features than that.
-    values = values.masked_fill(values == -torch.inf, 0)
-    activations = torch.zeros_like(pre).scatter(2, features, values.relu())
+    n_chosen = min(AUXILIARY_FEATURES, pre.shape[2])
+    values, features = pre.topk(n_chosen, dim=2)
+    # A layer can have fewer dead features than that; the others have activation 0.
+    silent = torch.zeros_like(pre)
+    activations = silent.scatter(2, features, values.relu())
     left = error - parameters.decode(activations)
     # |error - dead features|^2 / |error|^2
     shares = _squares(left) / _squares(error).clamp(min=TINY)
@@ -294,56 +321,23 @@ def _squares(vectors: Vectors) -> Float[Tensor, " layer"]:
     return vectors.square().sum((1, 2))
 
 
-def _penalty(lengths: FeatureValues, config: Training) -> Float[Tensor, ""]:
-    # l1: sum_l penalty_l mean_t sum_f length_f,   tanh: the same of tanh(TANH_SCALE length_f)
-    if config.sparsity == "tanh":
-        lengths = (TANH_SCALE * lengths).tanh()
-    per_layer = lengths.sum(2).mean(1)
-    penalty = lengths.new_tensor(config.penalty)
-    return (penalty * per_layer).sum()
-
-
-def _smallest_firing(lengths: FeatureValues, config: Training) -> Float[Tensor, " layer"]:
-    # The (k * tokens)-th largest length in each layer; features must write more to fire.
-    # One fewer fires than k * tokens, as with a JumpReLU of this threshold.
-    n_layers, n_tokens, _ = lengths.shape
-    k = config.k if len(config.k) > 1 else config.k * n_layers
-    smallest = []
-    for layer in range(n_layers):
-        n_firing = max(1, round(k[layer] * n_tokens))
-        largest, _ = lengths[layer].flatten().topk(n_firing, sorted=False)
-        smallest.append(largest.min())
-    return torch.stack(smallest).clamp(min=0)
-
-
-@torch.no_grad()
-def _thresholds(state: TrainingState, text: _Text, norm: Normalization) -> Float[Tensor, " layer"]:
-    # The smallest length of a firing feature, averaged over batches that training has not seen.
-    config, parameters = state.config, state.parameters
-    total = torch.zeros_like(parameters.encoder[:, 0, 0])
-    for step in range(config.steps, config.steps + CALIBRATION_BATCHES):
-        inputs, _ = text.record(step)
-        pre = parameters.preactivations(norm.apply(inputs))
-        lengths = pre * parameters.decoder_lengths()
-        total += _smallest_firing(lengths, config)
-    return total / CALIBRATION_BATCHES
-
-
 def _check(model: Model, config: Training) -> None:
     cfg = model.cfg
     if cfg.attn_only:
         raise InputError(f"{cfg.model_name} has no MLPs, so there is nothing to learn.")
-    if config.kind not in get_args(TranscoderKind) or config.sparsity not in get_args(Sparsity):
+    kinds, sparsities = get_args(TranscoderKind), get_args(Sparsity)
+    if config.kind not in kinds or config.sparsity not in sparsities:
         raise InputError(
             f"kind {config.kind!r} with sparsity {config.sparsity!r}; use plt, skip-plt or clt, "
             "and batch_topk, l1 or tanh."
         )
-    for name, values in (("k", config.k), ("penalty", config.penalty)):
+    for name in ("k", "penalty"):
+        values = getattr(config, name)
         if len(values) not in (1, cfg.n_layers) or min(values) <= 0:
             raise InputError(
                 f"{name}={values}: give one positive number, or one for each of the "
                 f"{cfg.n_layers} layers."
             )
-    counts = (config.n_features, config.steps, config.checkpoint_every)
-    if min(counts) < 1 or max(config.k) > config.n_features:
+    smallest_count = min(config.n_features, config.steps, config.checkpoint_every)
+    if smallest_count < 1 or max(config.k) > config.n_features:
         raise InputError(f"{config}: all counts must be positive, and k at most n_features.")
