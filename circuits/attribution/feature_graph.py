@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from enum import IntEnum
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from circuits.attribution.tensor_table import select_rows, true_rows
 from circuits.graph.identity import ModelIdentity, TranscodersIdentity
 from circuits.graph.nodes import Error, Feature, Logits, Node, Position, TokenEmbed, parse_node
 from circuits.system.errors import InputError
@@ -34,37 +34,31 @@ DESCRIPTION = ("words", "targets", "constant_names", "n_layers", "model", "trans
 MOST_LAYERS = 10_000
 SHOWN_TARGETS = 5
 
+# The kinds of nodes, in the order in which a graph lists them.
+KINDS = ("features", "errors", "tokens", "targets")
+FEATURE, ERROR, EMBEDDING, TARGET = range(len(KINDS))
+
 NodeMask = Bool[Tensor, " node"]
 NodeNumbers = Int[Tensor, " node"]
 NodeScores = Float[Tensor, " node"]
 EdgeMask = Bool[Tensor, " edge"]
 EdgeNumbers = Int[Tensor, " edge"]
 EdgeScores = Float[Tensor, " edge"]
+Device = str | torch.device
+# The explained logits by token or label.
+Names = Sequence[str | int]
+# What must hold of a graph, and the problem if it does not.
+Condition = tuple[bool | Tensor, str]
 
 
-class NodeKind(IntEnum):
-    """The kinds of nodes, in the order in which a graph lists them."""
-
-    FEATURE = 0
-    ERROR = 1
-    EMBEDDING = 2
-    TARGET = 3
-
-
-FEATURE, ERROR, EMBEDDING, TARGET = map(int, NodeKind)
-
-
-def node_of(
-    kind: int, layer: int, index: int, position: Position, logits: Sequence[str | int]
-) -> Node:
-    """Return the node in one row of node columns; `logits` name the targets by token or label."""
-    match kind:
-        case NodeKind.FEATURE:
-            return Feature(layer, index, position)
-        case NodeKind.ERROR:
-            return Error(layer, position)
-        case NodeKind.EMBEDDING:
-            return TokenEmbed(position)
+def node_of(logits: Names, kind: int, layer: int, index: int, position: Position) -> Node:
+    """Return the node in one row of node columns; `logits` name the targets."""
+    if kind == FEATURE:
+        return Feature(layer, index, position)
+    if kind == ERROR:
+        return Error(layer, position)
+    if kind == EMBEDDING:
+        return TokenEmbed(position)
     return Logits(logits[index], position)
 
 
@@ -73,7 +67,7 @@ class Nodes:
     """The nodes of an attribution graph, in columns.
 
     Attributes:
-        kind: a `NodeKind`.
+        kind: `FEATURE`, `ERROR`, `EMBEDDING` or `TARGET`.
         layer: -1 for embeddings, the number of layers for targets.
         position: the position in the prompt.
         index: a feature's number, an embedding's token, a target's place in the graph's `targets`.
@@ -92,11 +86,12 @@ class Nodes:
         return len(self.kind)
 
     def __getitem__(self, chosen: Tensor) -> Nodes:
-        return Nodes(*(column[chosen] for column in vars(self).values()))
+        return select_rows(self, chosen)
 
-    def to(self, device: str | torch.device) -> Nodes:
+    def to(self, device: Device) -> Nodes:
         """Return the same nodes on `device`."""
-        return Nodes(*(column.to(device) for column in vars(self).values()))
+        columns = [column.to(device) for column in vars(self).values()]
+        return Nodes(*columns)
 
 
 @dataclass(frozen=True)
@@ -162,34 +157,37 @@ class FeatureGraph:
         return len(self.source)
 
     def __repr__(self) -> str:
-        counts = ", ".join(f"{count} {name}" for name, count in self._counts().items())
-        return f"FeatureGraph({self.prompt!r}: {counts})"
+        items = self._counts().items()
+        counts = [f"{count} {name}" for name, count in items]
+        return f"FeatureGraph({self.prompt!r}: {', '.join(counts)})"
 
     def _repr_html_(self) -> str:
         """Return a small table for notebooks, with all text escaped."""
-        explained = self.nodes[self.nodes.kind == TARGET]
+        explained = self.nodes[self.is_kind(TARGET)]
         order = explained.probability.argsort(descending=True)
         top = explained[order[:SHOWN_TARGETS]]
         logits = [
             f"{self.targets[index].label} ({probability:.2f})"
             for index, probability in _rows(top.index, top.probability)
         ]
-        rows = {"prompt": self.prompt, "top logits": ", ".join(logits)}
-        table = pd.Series(rows | self._counts()).to_frame()
+        top_logits = ", ".join(logits)
+        rows = {"prompt": self.prompt, "top logits": top_logits}
+        table = pd.Series(rows | self._counts())
         with pd.option_context("display.max_colwidth", None):
-            return table.to_html(header=False)
+            return table.to_frame().to_html(header=False)
 
     def _counts(self) -> dict[str, str]:
-        kinds = torch.bincount(self.nodes.kind, minlength=len(NodeKind))
-        names = ("features", "errors", "tokens", "targets", "edges")
-        counts = zip(names, (*kinds.tolist(), len(self)), strict=True)
-        return {name: f"{count:,}" for name, count in counts}
+        counts = {}
+        for kind, name in enumerate(KINDS):
+            counts[name] = f"{int(self.is_kind(kind).sum()):,}"
+        return counts | {"edges": f"{len(self):,}"}
 
     @property
     def prompt(self) -> str:
         """The prompt's text."""
-        words_hold_spaces = any(word.startswith(" ") for word in self.words)
-        return ("" if words_hold_spaces else " ").join(self.words)
+        # The tokens of most tokenizers hold their spaces; whole words do not.
+        hold_spaces = any(word.startswith(" ") for word in self.words)
+        return ("" if hold_spaces else " ").join(self.words)
 
     def node(self, number: int) -> Node:
         """Return the node in row `number` of `nodes`."""
@@ -203,9 +201,10 @@ class FeatureGraph:
         """
         wanted = parse_node(node) if isinstance(node, str) else node
         if wanted not in self._numbers:
-            examples = ", ".join(map(str, self._all_nodes[-3:]))
+            examples = map(str, self._all_nodes[-3:])
             raise InputError(
-                f"the graph has no node {wanted}; it has {len(self.nodes):,}, such as {examples}."
+                f"the graph has no node {wanted}; it has {len(self.nodes):,}, "
+                f"such as {', '.join(examples)}."
             )
         return self._numbers[wanted]
 
@@ -213,24 +212,25 @@ class FeatureGraph:
     def _all_nodes(self) -> list[Node]:
         nodes = self.nodes
         logits = [one.label if one.token is None else one.token for one in self.targets]
-        rows = _rows(nodes.kind, nodes.layer, nodes.index, nodes.position)
-        return [
-            node_of(kind, layer, index, position, logits) for kind, layer, index, position in rows
-        ]
+        columns = (nodes.kind, nodes.layer, nodes.index, nodes.position)
+        rows = _rows(*columns)
+        return [node_of(logits, *row) for row in rows]
 
     @cached_property
     def _numbers(self) -> dict[Node, int]:
-        return {node: number for number, node in enumerate(self._all_nodes)}
+        nodes = enumerate(self._all_nodes)
+        return {node: number for number, node in nodes}
 
     def is_kind(self, *kinds: int) -> NodeMask:
         """Return which nodes are of these kinds."""
         kind = self.nodes.kind
-        return torch.isin(kind, torch.tensor(kinds, device=kind.device))
+        return torch.isin(kind, kind.new_tensor(kinds))
 
     def adjacency(self) -> Float[Tensor, "target source"]:
         """Return the weights as a square matrix with one row per target."""
-        n = len(self.nodes)
-        dense = self.weight.new_zeros(n, n)
+        n_nodes = len(self.nodes)
+        # A[t, s] = w[t, s]
+        dense = self.weight.new_zeros(n_nodes, n_nodes)
         dense[self.target, self.source] = self.weight
         return dense
 
@@ -240,18 +240,20 @@ class FeatureGraph:
         All edges out of the targets of one slice are in earlier slices.
         """
         # Features are the first nodes, sorted by layer. All edges after theirs lead to targets.
-        feature_layers = self.nodes.layer[self.nodes.kind == FEATURE]
+        feature_layers = self.nodes.layer[self.is_kind(FEATURE)]
         layers = torch.arange(self.n_layers + 1, device=self.target.device)
         first_nodes = torch.searchsorted(feature_layers, layers)
         first_edges = torch.searchsorted(self.target, first_nodes)
-        bounds = [*first_edges.tolist(), len(self)]
-        return [slice(start, stop) for start, stop in pairwise(bounds)][::-1]
+        bounds = pairwise([*first_edges.tolist(), len(self)])
+        ascending = [slice(start, stop) for start, stop in bounds]
+        return ascending[::-1]
 
     def subgraph(self, nodes: NodeMask, edges: EdgeMask | None = None) -> FeatureGraph:
         """Return the graph of the chosen nodes and the edges, or chosen edges, between them."""
         kept = nodes[self.source] & nodes[self.target]
         if edges is not None:
             kept &= edges
+        # The row of each chosen node among the chosen ones.
         number = nodes.long().cumsum(0) - 1
         return replace(
             self,
@@ -268,58 +270,66 @@ class FeatureGraph:
 
         Columns are `node`, `weight`, and its parts `direct` and `attention`.
         """
-        return self._strongest(self.target == self.find(node), self.source, n)
+        chosen = self.target == self.find(node)
+        return self._strongest(chosen, self.source, n)
 
     def outgoing(self, node: Node | str, n: int = 10) -> pd.DataFrame:
         """Return the `n` strongest edges out of a node, with the same columns as `incoming`."""
-        return self._strongest(self.source == self.find(node), self.target, n)
+        chosen = self.source == self.find(node)
+        return self._strongest(chosen, self.target, n)
 
     def _strongest(self, chosen: EdgeMask, other_end: EdgeNumbers, n: int) -> pd.DataFrame:
         if n < 0:
             raise InputError(f"n={n} edges were asked for; give 0 or more.")
-        edges = chosen.nonzero().flatten()
-        order = self.weight[edges].abs().argsort(descending=True, stable=True)
-        edges = edges[order[:n]]  # names are made for these only
+        edges = true_rows(chosen)
+        sizes = self.weight[edges].abs()
+        edges = edges[sizes.argsort(descending=True, stable=True)[:n]]
+        # Names are made for these edges only.
         names = [str(self.node(number)) for number in other_end[edges].tolist()]
         weight, direct = self.weight[edges].cpu(), self.direct[edges].cpu()
-        columns = {"node": names, "weight": weight, "direct": direct}
-        return pd.DataFrame(columns | {"attention": weight - direct})
+        return pd.DataFrame(
+            {"node": names, "weight": weight, "direct": direct, "attention": weight - direct}
+        )
 
     def to_networkx(self) -> networkx.DiGraph:
         """Return a networkx graph with texts such as `f2.1204@5` as nodes.
 
         Features have the attribute `activation`; edges have `weight` and `direct`.
         """
-        names = [str(node) for node in self._all_nodes]
-        result = networkx.DiGraph()
-        result.add_nodes_from(names)
-        features = (self.nodes.kind == FEATURE).nonzero().flatten()
+        names = list(map(str, self._all_nodes))
+        result = networkx.empty_graph(names, networkx.DiGraph)
+        features = true_rows(self.is_kind(FEATURE))
         for number, activation in _rows(features, self.nodes.activation[features]):
             result.add_node(names[number], activation=activation)
-        edges = _rows(self.source, self.target, self.weight, self.direct)
-        result.add_edges_from(
-            (names[source], names[target], {"weight": weight, "direct": direct})
-            for source, target, weight, direct in edges
-        )
+        columns = (self.source, self.target, self.weight, self.direct)
+        for source, target, weight, direct in _rows(*columns):
+            result.add_edge(names[source], names[target], weight=weight, direct=direct)
         return result
 
-    def to(self, device: str | torch.device) -> FeatureGraph:
+    def to(self, device: Device) -> FeatureGraph:
         """Return the same graph with its tensors on `device`."""
-        moved = {name: tensor.to(device) for name, tensor in self._tensors().items()}
+        moved = self._tensors()
+        for name, tensor in moved.items():
+            moved[name] = tensor.to(device)
         return replace(self, nodes=self.nodes.to(device), **moved)
 
     def _tensors(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        values = vars(self).items()
+        return {name: value for name, value in values if isinstance(value, Tensor)}
 
     def save(self, folder: str | Path) -> Path:
         """Write `graph.safetensors` into `folder`, made if missing; return the file's path."""
-        tensors = {f"nodes.{name}": column for name, column in vars(self.nodes).items()}
-        tensors |= self._tensors()
+        tensors = self._tensors()
+        for name, column in vars(self.nodes).items():
+            tensors[f"nodes.{name}"] = column
         # Node numbers fit into half the bytes.
-        tensors |= {"source": self.source.int(), "target": self.target.int()}
-        description = {name: getattr(self, name) for name in DESCRIPTION}
-        metadata = {"description": json.dumps(description, default=vars)}
-        return write_tensors(Path(folder) / FILE, tensors, metadata, FORMAT, FORMAT_VERSION)
+        for name in ("source", "target"):
+            tensors[name] = tensors[name].int()
+        values = {name: getattr(self, name) for name in DESCRIPTION}
+        description = json.dumps(values, default=vars)
+        metadata = {"description": description}
+        path = Path(folder) / FILE
+        return write_tensors(path, tensors, metadata, FORMAT, FORMAT_VERSION)
 
     @staticmethod
     def load(folder: str | Path) -> FeatureGraph:
@@ -328,13 +338,14 @@ class FeatureGraph:
         Raises:
             InputError: the file is missing, damaged, of another kind, or from a newer version.
         """
-        path = Path(folder) if Path(folder).is_file() else Path(folder) / FILE
+        path = Path(folder)
+        if not path.is_file():
+            path /= FILE
         tensors, metadata = read_tensors(path, FORMAT, FORMAT_VERSION)
         try:
-            graph = _from_file(tensors, json.loads(metadata["description"]))
-            _check_shapes(graph)
-            _check_nodes(graph)
-            _check_edges(graph)
+            description = json.loads(metadata["description"])
+            graph = _from_file(description | tensors)
+            _check(graph)
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise InputError(
                 f"{path} is damaged ({error}); make the graph again or restore the file."
@@ -343,80 +354,92 @@ class FeatureGraph:
 
 
 def _rows(*columns: Tensor) -> Iterator[Any]:
-    return zip(*(column.tolist() for column in columns), strict=True)
+    lists = [column.tolist() for column in columns]
+    return zip(*lists, strict=True)
 
 
-def _from_file(tensors: dict[str, Tensor], fields: dict[str, Any]) -> FeatureGraph:
-    for name in ("words", "constant_names"):
-        fields[name] = tuple(fields[name])
-    fields["targets"] = tuple(LogitTarget(**target) for target in fields["targets"])
-    identities = {"model": ModelIdentity, "transcoders": TranscodersIdentity}
-    for name, identity in identities.items():
-        if fields[name] is not None:
-            fields[name] = identity(**fields[name])
-    columns = {}
-    for name, tensor in tensors.items():
-        if name.startswith("nodes."):
-            columns[name.removeprefix("nodes.")] = tensor
-        else:
-            fields[name] = tensor
+def _from_file(values: dict[str, Any]) -> FeatureGraph:
+    names = [column.name for column in fields(Nodes)]
+    columns = [values.pop(f"nodes.{name}") for name in names]
     for name in ("source", "target"):
-        fields[name] = fields[name].long()
-    return FeatureGraph(nodes=Nodes(**columns), **fields)
+        values[name] = values[name].long()
+    for name in ("words", "constant_names"):
+        values[name] = tuple(values[name])
+    targets = [LogitTarget(**target) for target in values["targets"]]
+    values["targets"] = tuple(targets)
+    for name, identity in (("model", ModelIdentity), ("transcoders", TranscodersIdentity)):
+        if values[name] is not None:
+            values[name] = identity(**values[name])
+    return FeatureGraph(Nodes(*columns), **values)
 
 
-def _require(holds: bool | Tensor, problem: str) -> None:
-    if not holds:
-        raise ValueError(problem)
+def _check(graph: FeatureGraph) -> None:
+    """Raise a ValueError if the contents of a file do not fit together."""
+    # A condition may rely on those before it.
+    for conditions in (_of_columns, _of_description, _of_targets, _of_nodes, _of_edges):
+        for holds, problem in conditions(graph):
+            if not torch.as_tensor(holds).all():
+                raise ValueError(problem)
 
 
-def _check_shapes(graph: FeatureGraph) -> None:
-    n_nodes, n_layers = len(graph.nodes), graph.n_layers
-    node_shapes = {column.shape for column in vars(graph.nodes).values()}
-    edge_columns = (graph.source, graph.target, graph.weight, graph.direct)
-    edge_shapes = {column.shape for column in edge_columns}
-    same = node_shapes == {(n_nodes,)} and edge_shapes == {(len(graph),)}
-    _require(same, "its columns differ in length")
-    labels = [target.label for target in graph.targets]
-    texts = (*graph.words, *labels, *graph.constant_names)
-    all_text = all(isinstance(text, str) for text in texts)
-    complete = all_text and len(graph.words) == len(graph.tokens)
-    _require(complete, "its words are incomplete")
+def _of_columns(graph: FeatureGraph) -> Iterator[Condition]:
+    n_nodes = len(graph.nodes)
+    shapes = {column.shape for column in vars(graph.nodes).values()}
+    yield shapes == {(n_nodes,)}, "its columns differ in length"
+    edges = (graph.source, graph.target, graph.weight, graph.direct)
+    shapes = {column.shape for column in edges}
+    yield shapes == {(len(graph),)}, "its columns differ in length"
     constants = (n_nodes, len(graph.constant_names))
-    _require(graph.constants.shape == constants, "its constants are incomplete")
+    yield graph.constants.shape == constants, "its constants are incomplete"
+
+
+def _of_description(graph: FeatureGraph) -> Iterator[Condition]:
+    labels = [target.label for target in graph.targets]
+    texts = [*graph.words, *labels, *graph.constant_names]
+    all_text = all(isinstance(text, str) for text in texts)
+    same_length = len(graph.words) == len(graph.tokens)
+    yield all_text and same_length, "its words are incomplete"
+    n_layers = graph.n_layers
     sensible = type(n_layers) is int and 0 < n_layers <= MOST_LAYERS
-    _require(sensible, f"it has {n_layers} layers")
+    yield sensible, f"it has {n_layers} layers"
 
 
-def _check_nodes(graph: FeatureGraph) -> None:
-    nodes, top = graph.nodes, graph.n_layers
-    _check_range("a node's kind", nodes.kind, TARGET)
-    _check_range("a node's position", nodes.position, len(graph.tokens) - 1)
-    is_target, probability = nodes.kind == TARGET, nodes.probability
-    _check_range("a target's index", nodes.index[is_target], len(graph.targets) - 1)
-    _require((nodes.layer[is_target] == top).all(), "a target is in a layer")
-    in_layer = nodes.layer[graph.is_kind(FEATURE, ERROR)]
-    _check_range("the layer of a feature or error", in_layer, top - 1)
+def _of_targets(graph: FeatureGraph) -> Iterator[Condition]:
+    targets = graph.nodes[graph.is_kind(TARGET)]
+    yield _in_range("a target's index", targets.index, len(graph.targets) - 1)
+    yield targets.layer == graph.n_layers, "a target is in a layer"
+    probability = graph.nodes.probability
     proper = torch.isfinite(probability) & (probability >= 0)
-    _require(proper.all(), "a target's probability is negative or not finite")
+    yield proper, "a target's probability is negative or not finite"
+
+
+def _of_nodes(graph: FeatureGraph) -> Iterator[Condition]:
+    nodes, top = graph.nodes, graph.n_layers
+    yield _in_range("a node's kind", nodes.kind, TARGET)
+    yield _in_range("a node's position", nodes.position, len(graph.tokens) - 1)
+    in_layer = nodes.layer[graph.is_kind(FEATURE, ERROR)]
+    yield _in_range("the layer of a feature or error", in_layer, top - 1)
+    # Influence visits nodes layer by layer, so it needs their order.
     order = nodes.kind * (top + 2) + nodes.layer
-    _require((order.diff() >= 0).all(), "its nodes are not in order")
-    _require(len(graph._numbers) == len(nodes), "a node appears twice")
+    yield order.diff() >= 0, "its nodes are not in order"
+    yield len(graph._numbers) == len(nodes), "a node appears twice"
 
 
-def _check_edges(graph: FeatureGraph) -> None:
-    source, target, n = graph.source, graph.target, len(graph.nodes)
-    _check_range("an edge's source", source, n - 1)
-    _check_range("an edge's target", target, n - 1)
-    _require(torch.isfinite(graph.weight).all(), "a weight is not finite")
+def _of_edges(graph: FeatureGraph) -> Iterator[Condition]:
+    source, target = graph.source, graph.target
+    n = len(graph.nodes)
+    yield _in_range("an edge's source", source, n - 1)
+    yield _in_range("an edge's target", target, n - 1)
+    yield torch.isfinite(graph.weight), "a weight is not finite"
+    # In strictly ascending order, so no edge appears twice.
     order = target * n + source
-    _require((order.diff() > 0).all(), "its edges are not in order")
-    layer = graph.nodes.layer
+    yield order.diff() > 0, "its edges are not in order"
     has_inputs = graph.is_kind(FEATURE, TARGET)
-    _require(has_inputs[target].all(), "an edge leads to an error or token")
-    _require((layer[source] < layer[target]).all(), "an edge does not lead to a later layer")
+    yield has_inputs[target], "an edge leads to an error or token"
+    layer = graph.nodes.layer
+    yield layer[source] < layer[target], "an edge does not lead to a later layer"
 
 
-def _check_range(name: str, numbers: Tensor, highest: int) -> None:
+def _in_range(name: str, numbers: Tensor, highest: int) -> Condition:
     inside = (numbers >= 0) & (numbers <= highest)
-    _require(inside.all(), f"{name} is outside 0 to {highest}")
+    return inside, f"{name} is outside 0 to {highest}"

@@ -3,17 +3,16 @@
 With frozen patterns an edge is a sum over paths, and in each layer a path either passes through
 one head or stays at its position. The part that passes through head h is
 
-    share_h(s -> t) = sum over positions of V_h(s) . dV_h(t),
+    share_h(s -> t) = sum over positions of V_h(s) . dV_h(t)
 
-where V_h(s) is what source s adds to the head's values, and dV_h(t) the gradient of target t with
-respect to them.
+for what source s adds to the head's values and the gradient of target t with respect to them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-import pandas as pd
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
@@ -34,13 +33,7 @@ from circuits.attribution.feature_graph import (
     Nodes,
 )
 from circuits.attribution.linear_sweep import SweepTargets, feature_targets, logit_targets
-from circuits.attribution.local_model import (
-    Gradient,
-    LocalModel,
-    SourceResidual,
-    check_transcoders,
-    freeze,
-)
+from circuits.attribution.local_model import Gradient, LocalModel, check_transcoders, freeze
 from circuits.attribution.tensor_table import join_rows, row_numbers, select_rows, true_rows
 from circuits.models import Model
 from circuits.models.identity import identity
@@ -55,6 +48,8 @@ ValuesByNode = Float[Tensor, "head node pos_and_d_head"]
 
 NodeNumbers = Int[Tensor, " _"]
 EdgeNumbers = Int[Tensor, " edge"]
+# The shares of some edges in one layer.
+Shares = tuple[int, EdgeNumbers, Float[Tensor, "edge head"]]
 
 
 @torch.no_grad()
@@ -79,40 +74,13 @@ def head_shares(
         InputError: the graph was not made with this model and these transcoders.
     """
     _check_graph(model, transcoders, graph)
-    local, sources = _local_sources(model, transcoders, graph)
-    shares = graph.weight.new_zeros(len(graph), len(local.layers), model.cfg.n_heads)
-    on_device = graph.to(local.embedding.device)
-    for layer, edge, share in _shares(local, transcoders, sources, on_device):
-        shares[edge.to(shares.device), layer] = share.to(shares)
+    cfg = model.cfg
+    sweep = _HeadSweep.of(model, transcoders, graph)
+    shares = graph.weight.new_zeros(len(graph), cfg.n_layers, cfg.n_heads)
+    for layer, edge, share in sweep.shares():
+        edge = edge.to(shares.device)
+        shares[edge, layer] = share.to(shares)
     return shares
-
-
-def _local_sources(
-    model: Model, transcoders: Transcoders, graph: FeatureGraph
-) -> tuple[LocalModel, Sources]:
-    leading = 1 if graph.transcoders is None else graph.transcoders.leading
-    (local,) = freeze(model, transcoders, [graph.tokens.cpu()])
-    (features,) = active_features([local], transcoders, leading=leading)
-    return local, gather_sources(local, transcoders, features, leading=leading)
-
-
-def _shares(
-    local: LocalModel, transcoders: Transcoders, sources: Sources, graph: FeatureGraph
-) -> Iterator[tuple[int, EdgeNumbers, Float[Tensor, "edge head"]]]:
-    """The shares of some edges in one layer at a time."""
-    column = _feature_columns(graph, sources)
-    source_nodes, source_place = graph.source.unique(return_inverse=True)
-    target_nodes, target_place = graph.target.unique(return_inverse=True)
-    targets = _targets(local, transcoders, graph, target_nodes)
-    for i, source in enumerate(source_nodes.split(NODES_AT_ONCE)):
-        nodes = select_rows(graph.nodes, source)
-        values = list(_source_values(local, sources, nodes, column[source]))
-        for j, rows in enumerate(row_numbers(target_nodes).split(NODES_AT_ONCE)):
-            in_block = (source_place // NODES_AT_ONCE == i) & (target_place // NODES_AT_ONCE == j)
-            edge = true_rows(in_block)
-            s, t = source_place[edge] % NODES_AT_ONCE, target_place[edge] % NODES_AT_ONCE
-            for layer, products in _products(local, select_rows(targets, rows), values):
-                yield layer, edge, products[:, s, t].T
 
 
 def _check_graph(model: Model, transcoders: Transcoders, graph: FeatureGraph) -> None:
@@ -133,92 +101,129 @@ def _check_graph(model: Model, transcoders: Transcoders, graph: FeatureGraph) ->
             )
 
 
-def _feature_columns(graph: FeatureGraph, sources: Sources) -> NodeNumbers:
-    # The column of each feature in `Sources.order`; -1 for other nodes.
-    nodes = true_rows(graph.nodes.kind == FEATURE)
-    active = _feature_keys(sources.features)
-    number = active.get_indexer(_feature_keys(select_rows(graph.nodes, nodes)))
-    if (number < 0).any():
-        inactive = int(nodes[int(number.argmin())])
-        raise InputError(
-            f"{graph.node(inactive)} does not fire in this model: the graph was made with "
-            "another model or other transcoders."
+@dataclass(frozen=True, eq=False)
+class _HeadSweep:
+    """Computes the shares of a graph on the device of its local model."""
+
+    transcoders: Transcoders
+    local: LocalModel
+    sources: Sources
+    graph: FeatureGraph
+
+    @staticmethod
+    def of(model: Model, transcoders: Transcoders, graph: FeatureGraph) -> _HeadSweep:
+        leading = 1 if graph.transcoders is None else graph.transcoders.leading
+        (local,) = freeze(model, transcoders, [graph.tokens.cpu()])
+        (features,) = active_features([local], transcoders, leading=leading)
+        sources = gather_sources(local, transcoders, features, leading=leading)
+        graph = graph.to(local.embedding.device)
+        return _HeadSweep(transcoders, local, sources, graph)
+
+    def shares(self) -> Iterator[Shares]:
+        graph, column = self.graph, self._columns()
+        sources, source_place = graph.source.unique(return_inverse=True)
+        targets, target_place = graph.target.unique(return_inverse=True)
+        readers = self._readers(graph.nodes[targets])
+        target_rows = row_numbers(targets).split(NODES_AT_ONCE)
+        for i, source in enumerate(sources.split(NODES_AT_ONCE)):
+            nodes = graph.nodes[source]
+            values = list(self._source_values(nodes, column[source]))
+            for j, rows in enumerate(target_rows):
+                from_block = source_place // NODES_AT_ONCE == i
+                into_block = target_place // NODES_AT_ONCE == j
+                edge = true_rows(from_block & into_block)
+                s = source_place[edge] % NODES_AT_ONCE
+                t = target_place[edge] % NODES_AT_ONCE
+                some = select_rows(readers, rows)
+                for layer, products in self._products(some, values):
+                    yield layer, edge, products[:, s, t].T
+
+    def _columns(self) -> NodeNumbers:
+        # The place of each feature in `Sources.order`; -1 for other nodes.
+        nodes = self.graph.nodes
+        features = true_rows(nodes.kind == FEATURE)
+        active = self._keys(self.sources.features)
+        wanted = self._keys(nodes[features])
+        number = torch.searchsorted(active, wanted)
+        number = number.clamp(max=len(active) - 1)
+        inactive = features[active[number] != wanted]
+        if len(inactive):
+            raise InputError(
+                f"{self.graph.node(int(inactive[0]))} does not fire in this model: the graph was "
+                "made with another model or other transcoders."
+            )
+        column = torch.full_like(nodes.index, -1)
+        column[features] = self.sources.column[number]
+        return column
+
+    def _keys(self, table: ActiveFeatures | Nodes) -> NodeNumbers:
+        # One ascending number per feature.
+        length = len(self.local.tokens)
+        place = table.layer * length + table.position
+        return place * self.transcoders.n_features + table.index
+
+    def _readers(self, nodes: Nodes) -> SweepTargets:
+        """The targets among these nodes: features, then directions."""
+        assert self.graph.directions is not None
+        features = nodes[nodes.kind == FEATURE]
+        explained = nodes[nodes.kind == TARGET]
+        active = ActiveFeatures(
+            features.layer, features.position, features.index, features.activation
         )
-    column = torch.full_like(graph.nodes.index, -1)
-    column[nodes] = sources.column[torch.from_numpy(number).to(nodes)]
-    return column
+        into_features = feature_targets(self.local, self.transcoders, active)
+        directions = self.graph.directions[explained.index]
+        directions = directions.to(self.local.embedding)
+        no_bias = directions.new_zeros(len(directions))
+        into_directions = logit_targets(self.local, directions, no_bias, explained.position)
+        return join_rows([into_features, into_directions])
 
+    def _source_values(self, nodes: Nodes, column: NodeNumbers) -> Iterator[ValuesByNode]:
+        # What sources, with these columns in `Sources.order`, add to all values by layer.
+        local = self.local
+        length, d_model = local.embedding.shape
+        residual = local.embedding.new_zeros(length, len(nodes), d_model)
+        tokens = true_rows(nodes.kind == EMBEDDING)
+        position = nodes.position[tokens]
+        residual[position, tokens] = local.embedding[position]
+        for layer, frozen in enumerate(local.layers):
+            values = frozen.values(residual)
+            read = residual
+            residual = residual + frozen.attention_output(values)
+            if frozen.skip is not None:
+                read = read if local.parallel else residual
+                residual = residual + frozen.skip_output(read)
+            # error_l
+            in_layer = nodes.layer == layer
+            errors = true_rows(in_layer & (nodes.kind == ERROR))
+            position = nodes.position[errors]
+            error = self.sources.errors[layer, position]
+            residual[position, errors] += error
+            # out_n = activation x decoder row
+            outputs = self.sources.outputs[layer]
+            same = column[:, None] == outputs.columns
+            features, rows = same.nonzero(as_tuple=True)
+            position = nodes.position[features]
+            residual[position, features] += outputs.rows[rows]
+            yield rearrange(values, BY_NODE)
 
-def _feature_keys(table: ActiveFeatures | Nodes) -> pd.MultiIndex:
-    keys = (table.layer, table.position, table.index)
-    return pd.MultiIndex.from_arrays([key.tolist() for key in keys])
-
-
-def _targets(
-    local: LocalModel, transcoders: Transcoders, graph: FeatureGraph, numbers: NodeNumbers
-) -> SweepTargets:
-    """The nodes with these ascending numbers as targets: features, then directions."""
-    assert graph.directions is not None
-    nodes = select_rows(graph.nodes, numbers)
-    features = select_rows(nodes, nodes.kind == FEATURE)
-    explained = select_rows(nodes, nodes.kind == TARGET)
-    active = ActiveFeatures(features.layer, features.position, features.index, features.activation)
-    vectors = graph.directions.to(local.embedding)[explained.index]
-    no_bias = vectors.new_zeros(len(vectors))
-    directions = logit_targets(local, vectors, no_bias, explained.position)
-    return join_rows([feature_targets(local, transcoders, active), directions])
-
-
-def _source_values(
-    local: LocalModel, sources: Sources, nodes: Nodes, column: NodeNumbers
-) -> Iterator[ValuesByNode]:
-    """What some nodes, with these columns in `Sources.order`, add to all values by layer."""
-    length, d_model = local.embedding.shape
-    residual = local.embedding.new_zeros(length, len(column), d_model)
-    tokens = true_rows(nodes.kind == EMBEDDING)
-    position = nodes.position[tokens]
-    residual[position, tokens] = local.embedding[position]
-    for layer, frozen in enumerate(local.layers):
-        values = frozen.values(residual)
-        read = residual
-        residual = residual + frozen.attention_output(values)
-        if frozen.skip is not None:
-            read = read if local.parallel else residual
-            residual = residual + frozen.skip_output(read)
-        _add_mlp_sources(residual, sources, layer, nodes, column)
-        yield rearrange(values, BY_NODE)
-
-
-def _add_mlp_sources(
-    residual: SourceResidual, sources: Sources, layer: int, nodes: Nodes, column: NodeNumbers
-) -> None:
-    # error_l
-    errors = true_rows((nodes.kind == ERROR) & (nodes.layer == layer))
-    position = nodes.position[errors]
-    residual[position, errors] += sources.errors[layer, position]
-    # out_n = activation x decoder row
-    outputs = sources.outputs[layer]
-    features, rows = (column[:, None] == outputs.columns).nonzero(as_tuple=True)
-    residual[nodes.position[features], features] += outputs.rows[rows]
-
-
-def _products(
-    local: LocalModel, targets: SweepTargets, values: Sequence[ValuesByNode]
-) -> Iterator[tuple[int, Float[Tensor, "head source target"]]]:
-    """The shares of every head in edges from sources, with these values, to all targets."""
-    gradient = local.embedding.new_zeros(len(local.tokens), *targets.vector.shape)
-    _add_at_mlp_input(gradient, None, targets, len(local.layers))
-    for layer in reversed(range(len(local.layers))):
-        frozen = local.layers[layer]
-        skip = frozen.skip_gradient(gradient)
-        if not local.parallel:
-            _add_at_mlp_input(gradient, skip, targets, layer)
-        at_values = frozen.value_gradient(gradient)
-        # share_h(s -> t) = sum over positions of V_h(s) . dV_h(t)
-        yield layer, values[layer] @ rearrange(at_values, BY_NODE).mT
-        frozen.add_attention_gradient(at_values, gradient)
-        if local.parallel:
-            _add_at_mlp_input(gradient, skip, targets, layer)
+    def _products(
+        self, targets: SweepTargets, values: Sequence[ValuesByNode]
+    ) -> Iterator[tuple[int, Float[Tensor, "head source target"]]]:
+        # The shares of every head in edges from sources, with these values, to all targets.
+        local = self.local
+        gradient = targets.vector.new_zeros(len(local.tokens), *targets.vector.shape)
+        _add_at_mlp_input(gradient, None, targets, len(local.layers))
+        for layer, frozen in reversed([*enumerate(local.layers)]):
+            skip = frozen.skip_gradient(gradient)
+            # The MLP reads the residual stream after attention, in a parallel block before it.
+            if not local.parallel:
+                _add_at_mlp_input(gradient, skip, targets, layer)
+            at_values = frozen.value_gradient(gradient)
+            # share_h(s -> t) = sum over positions of V_h(s) . dV_h(t)
+            yield layer, values[layer] @ rearrange(at_values, BY_NODE).mT
+            frozen.add_attention_gradient(at_values, gradient)
+            if local.parallel:
+                _add_at_mlp_input(gradient, skip, targets, layer)
 
 
 def _add_at_mlp_input(
@@ -228,4 +233,5 @@ def _add_at_mlp_input(
     if skip is not None:
         gradient += skip
     here = true_rows(targets.layer == layer)
-    gradient[targets.position[here], here] += targets.vector[here]
+    position = targets.position[here]
+    gradient[position, here] += targets.vector[here]

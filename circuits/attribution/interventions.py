@@ -1,18 +1,16 @@
 """Interventions on features: set, scale or ablate them while the model runs or generates text.
 
 The change of a feature's activation, times its decoder rows, is added to the outputs of the MLPs
-that it writes to. Attention patterns, norm scales, and the MLPs of chosen layers can be frozen at
-their clean values, those of a run without interventions. With all of them frozen only direct
-effects remain: the columns of an attribution graph's adjacency matrix.
+that it writes to. With attention patterns, norm scales and MLPs frozen at their clean values, only
+direct effects remain: the columns of an attribution graph's adjacency matrix.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
 from numbers import Real
 
 import torch
@@ -41,12 +39,13 @@ from circuits.models import (
     scale_hooks,
     unembed,
 )
-from circuits.models.source_outputs import keeper
 from circuits.system.errors import InputError
 from circuits.tasks.tokenization import prompt_tokens
 from circuits.transcoders.transcoder import Transcoders
 
-Prompt = str | Sequence[int] | Int[Tensor, " pos"]
+Tokens = Int[Tensor, " pos"]
+Prompt = str | Sequence[int] | Tokens
+Activations = Float[Tensor, " pos"]
 FeatureValues = Float[Tensor, "variant pos feature"]
 Residual = Float[Tensor, "variant pos d_model"]
 
@@ -77,14 +76,14 @@ class Intervention:
 
     def __post_init__(self) -> None:
         name = f"f{self.layer}.{self.index}"
-        given = [number for number in (self.value, self.factor) if number is not None]
-        if len(given) != 1:
+        if (self.value is None) == (self.factor is None):
             raise InputError(
                 f"an intervention on {name} has either a value or a factor; give one of them."
             )
-        if not isinstance(given[0], Real) or not math.isfinite(given[0]):
+        number = self.factor if self.value is None else self.value
+        if not isinstance(number, Real) or not math.isfinite(number):
             raise InputError(
-                f"{name} cannot be set to or multiplied by {given[0]!r}; give a finite number."
+                f"{name} cannot be set to or multiplied by {number!r}; give a finite number."
             )
 
     @staticmethod
@@ -102,7 +101,7 @@ class Intervention:
         """Set a feature to zero."""
         return Intervention.scale(feature, 0.0)
 
-    def applied(self, activation: Float[Tensor, " pos"]) -> Float[Tensor, " pos"]:
+    def applied(self, activation: Activations) -> Activations:
         """Return the feature's new activation."""
         if self.factor is not None:
             return activation * self.factor
@@ -183,18 +182,19 @@ def intervene(
     if isinstance(frozen_layers, int | str):
         raise InputError(f"frozen_layers={frozen_layers!r}: give a list of layers, such as [0, 1].")
     layers = range(transcoders.n_layers)
-    for layer in frozen_layers:
-        if layer not in layers:
-            raise InputError(
-                f"frozen_layers holds {layer!r}, and the model has layers 0 to {layers[-1]}."
-            )
-    span = _PromptSpan(len(tokens), len(tokens), leading)
-    located = [[span.located(one, transcoders) for one in variant] for variant in variants]
+    unknown = [layer for layer in frozen_layers if layer not in layers]
+    if unknown:
+        raise InputError(
+            f"frozen_layers holds {unknown[0]!r}, and the model has layers 0 to {layers[-1]}."
+        )
+    length = len(tokens)
+    span = _PromptSpan(length, length, leading, transcoders)
+    located = [[span.located(one) for one in variant] for variant in variants or [[]]]
     held = [pattern_hook(layer) for layer in layers] if freeze_attention else []
     if freeze_norms and model.cfg.normalization_type is not None:
         held += [*scale_hooks(model).values(), FINAL_SCALE]
-    run = _InterventionRun(model, transcoders, located, leading, set(frozen_layers))
-    return run.execute(tokens, held)
+    run = _InterventionRun(model, transcoders, located, leading, held, frozen_layers)
+    return run.execute(tokens)
 
 
 def direct_effects(
@@ -243,7 +243,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     leading: int = 1,
-) -> Int[Tensor, " pos"]:
+) -> Tokens:
     """Continue a prompt under interventions, with nothing frozen, and return all token ids.
 
     Interventions at all positions, or in a slice without an end, also act on generated tokens.
@@ -274,105 +274,89 @@ def generate(
     if not _is_list(interventions):
         raise InputError("interventions must be a list; for a single one, give [intervention].")
     final_length = min(len(tokens) + new_tokens, model.cfg.n_ctx)
-    span = _PromptSpan(len(tokens), final_length, leading)
-    located = [span.located(one, transcoders) for one in interventions]
+    span = _PromptSpan(len(tokens), final_length, leading, transcoders)
+    located = list(map(span.located, interventions))
     generator = torch.Generator().manual_seed(seed)
     while len(tokens) < final_length:
         run = _InterventionRun(model, transcoders, [located], leading)
-        logits = run.execute(tokens).logits[0, -1].float().cpu()
-        tokens = torch.cat([tokens, _next_token(logits, temperature, generator)])
+        logits = run.execute(tokens).logits[0, -1]
+        logits = logits.float().cpu()
+        if temperature == 0:
+            next_token = logits.argmax()[None]
+        else:
+            probabilities = (logits / temperature).softmax(-1)
+            next_token = torch.multinomial(probabilities, 1, generator=generator)
+        tokens = torch.cat([tokens, next_token])
     return tokens
-
-
-def _next_token(
-    logits: Float[Tensor, " vocab"], temperature: float, generator: torch.Generator
-) -> Int[Tensor, "1"]:
-    if temperature == 0:
-        return logits.argmax()[None]
-    probabilities = (logits / temperature).softmax(-1)
-    return torch.multinomial(probabilities, 1, generator=generator)
 
 
 @dataclass(frozen=True, eq=False)
 class _InterventionRun:
-    """One run of a prompt under interventions: the hooks on its MLPs and what they record.
-
-    Attributes:
-        variants: interventions whose positions are slices; these may reach beyond the prompt.
-        clean: clean activations of what is frozen, by hook point.
-        changes: by layer, the change of each feature's activation.
-        input_changes: by frozen layer, the change of what its features read.
-    """
+    """One run of a prompt under interventions: the hooks on its MLPs and what they record."""
 
     model: Model
     transcoders: Transcoders
+    # Interventions whose positions are slices; these may reach beyond the prompt.
     variants: Sequence[Sequence[Intervention]]
     leading: int
-    frozen_layers: Set[int] = frozenset()
-    clean: dict[str, Tensor] = field(default_factory=dict)
+    # The hook points whose activations are frozen.
+    held: Sequence[str] = ()
+    frozen_layers: Sequence[int] = ()
     preactivations: list[FeatureValues] = field(default_factory=list)
     activations: list[FeatureValues] = field(default_factory=list)
+    # By layer, the change of each feature's activation.
     changes: dict[int, FeatureValues] = field(default_factory=dict)
+    # By frozen layer, the change of what its features read.
     input_changes: dict[int, Residual] = field(default_factory=dict)
 
-    def execute(self, tokens: Int[Tensor, " pos"], held: Sequence[str] = ()) -> Intervened:
-        """Run all variants, with the activations at the hook points `held` at clean values."""
-        model, n_variants = self.model, max(1, len(self.variants))
-        rows, mask = pad_prompts(model, [tokens] * n_variants)
-        mlp_hooks = chain(*map(self._mlp_hooks, self.frozen_layers))
-        with frozen(model), plain_inputs(model), torch.no_grad():
-            self._record_clean(tokens, [*held, *mlp_hooks])
-            with hooked(model, list(self._hooks(held))):
-                residual = run_to_residual(model, rows, mask)
-                # Row by row, because a frozen scale of the final norm is that of one row.
-                logits = [unembed(model, row) for row in residual]
-        return Intervened(torch.stack(logits), self.preactivations, self.activations)
+    @property
+    def n_clean(self) -> int:
+        # If anything is frozen, the first row is clean, and the other rows take its values.
+        return 1 if self.held or self.frozen_layers else 0
 
-    def _record_clean(self, tokens: Int[Tensor, " pos"], names: Sequence[str]) -> None:
-        if not names:
-            return
-        rows, mask = pad_prompts(self.model, [tokens])
-        with hooked(self.model, [(name, keeper(self.clean, name)) for name in names]):
-            residual = run_to_residual(self.model, rows, mask)
-            if FINAL_SCALE in names:
-                unembed(self.model, residual[0])
+    @torch.no_grad()
+    def execute(self, tokens: Tokens) -> Intervened:
+        """Run all variants."""
+        n_rows = self.n_clean + len(self.variants)
+        rows, mask = pad_prompts(self.model, [tokens] * n_rows)
+        hooks = list(self._hooks(n_rows))
+        model = self.model
+        with frozen(model), plain_inputs(model), hooked(model, hooks):
+            residual = run_to_residual(model, rows, mask)
+            logits = unembed(model, residual)
+        return Intervened(logits[self.n_clean :], self.preactivations, self.activations)
 
-    def _hooks(self, held: Sequence[str]) -> Iterable[tuple[str, Hook]]:
-        for name in held:
-            yield name, partial(_replace_by, self.clean[name])
+    def _hooks(self, n_rows: int) -> Iterator[tuple[str, Hook]]:
+        for name in self.held:
+            yield name, partial(_as_in_first_row, n_rows)
+        before_norm = self.transcoders.writes == "mlp"
         for layer in range(self.transcoders.n_layers):
-            mlp_input, mlp_output = self._mlp_hooks(layer)
+            mlp_input = mlp_residual_hook(self.model, layer)
+            mlp_output = mlp_output_hook(self.model, layer, before_norm=before_norm)
             yield mlp_input, partial(self._read, layer)
             yield mlp_output, partial(self._write, layer)
-
-    def _mlp_hooks(self, layer: int) -> tuple[str, str]:
-        before_norm = self.transcoders.writes == "mlp"
-        output = mlp_output_hook(self.model, layer, before_norm=before_norm)
-        return mlp_residual_hook(self.model, layer), output
 
     def _read(self, layer: int, residual: Residual) -> None:
         """Record what the layer's features compute, and how the interventions change it."""
         inputs = self._feature_inputs(layer, residual)
-        preactivations, activations = self._fire(layer, inputs)
-        self.preactivations.append(preactivations)
-        self.activations.append(activations)
+        preactivations = self.transcoders.preactivations(layer, inputs)
+        activations = self.transcoders.encoders[layer].activation(preactivations)
+        activations[:, : self.leading] = 0
+        self.preactivations.append(preactivations[self.n_clean :])
+        self.activations.append(activations[self.n_clean :])
         if layer in self.frozen_layers:
-            mlp_input, _ = self._mlp_hooks(layer)
-            clean_inputs = self._feature_inputs(layer, self.clean[mlp_input])
-            self.input_changes[layer] = inputs - clean_inputs
+            self.input_changes[layer] = inputs - inputs[:1]
             # Features of a frozen layer keep their clean activations: no intervention of an
             # earlier layer is seen, so direct effects of several features add up.
-            _, clean_activations = self._fire(layer, clean_inputs)
-            activations = clean_activations.expand_as(activations)
+            activations = activations[:1].expand_as(activations)
         self.changes[layer] = self._change(layer, activations)
 
     def _write(self, layer: int, output: Residual) -> Residual:
         """Add the changes of all features that write to the layer's MLP output."""
         if layer in self.frozen_layers:
-            _, mlp_output = self._mlp_hooks(layer)
             # The skip is part of the linear map, so it passes on changes of its input.
             skip = self.transcoders.skip(layer, self.input_changes[layer])
-            output = self.clean[mlp_output] + skip.to(output)
+            output = output[:1] + skip.to(output)
         elif self.frozen_layers:
             return output
         # output of MLP l += sum over features s that write to it of (change of a_s) W_dec[s, l]
@@ -382,43 +366,37 @@ class _InterventionRun:
     def _feature_inputs(self, layer: int, residual: Residual) -> Residual:
         """Return what features read, through the norm with its frozen or its current scale."""
         weights = ModelWeights(self.model)
-        scale = self.clean.get(scale_hooks(self.model).get((layer, "ln2"), ""))
-        if scale is None:
-            _, scale = weights.normalized(layer, residual) or (None, None)
+        # In the first row, whose scale is frozen, the residual stream is clean.
+        read = residual[:1] if FINAL_SCALE in self.held else residual
+        _, scale = weights.normalized(layer, read) or (None, None)
         norm = weights.linear_norm(layer, "ln2", scale)
         residual = residual.to(compute_dtype(self.model))
         return read_by_features(self.transcoders, norm, residual)[1]
 
-    def _fire(self, layer: int, inputs: Residual) -> tuple[FeatureValues, FeatureValues]:
-        """Return pre-activations and activations."""
-        preactivations = self.transcoders.preactivations(layer, inputs)
-        activations = self.transcoders.encoders[layer].activation(preactivations)
-        activations[:, : self.leading] = 0
-        return preactivations, activations
-
     def _change(self, layer: int, activations: FeatureValues) -> FeatureValues:
         change = torch.zeros_like(activations)
-        for row, interventions in enumerate(self.variants):
+        for row, interventions in enumerate(self.variants, start=self.n_clean):
             for one in interventions:
                 if one.layer == layer:
                     place = (row, one.position, one.index)
+                    now = activations[place]
                     # change of a_s = (value or factor a_s) - a_s
-                    change[place] = one.applied(activations[place]) - activations[place]
+                    change[place] = one.applied(now) - now
         change[:, : self.leading] = 0
         return change
 
 
-def _replace_by(value: Tensor, activation: Tensor) -> Tensor:
-    return value.expand_as(activation)
+def _as_in_first_row(n_rows: int, activation: Tensor) -> Tensor:
+    # The rows may be one after the other, as at `FINAL_SCALE`.
+    rows = activation.reshape(n_rows, -1)
+    return rows[:1].expand_as(rows).reshape_as(activation)
 
 
 def _is_list(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 
-def _checked_prompt(
-    model: Model, transcoders: Transcoders, prompt: Prompt, leading: int
-) -> Int[Tensor, " pos"]:
+def _checked_prompt(model: Model, transcoders: Transcoders, prompt: Prompt, leading: int) -> Tokens:
     check_transcoders(model, transcoders)
     if not isinstance(leading, int) or leading < 0:
         raise InputError(f"leading={leading!r}: give a whole number, 0 or more.")
@@ -429,13 +407,14 @@ def _checked_prompt(
 
 @dataclass(frozen=True)
 class _PromptSpan:
-    """The lengths of a prompt without and with its continuation; where features begin."""
+    """The lengths of a prompt without and with its continuation, and where features are."""
 
     length: int
     final_length: int
     leading: int
+    transcoders: Transcoders
 
-    def located(self, change: Intervention, transcoders: Transcoders) -> Intervention:
+    def located(self, change: Intervention) -> Intervention:
         """Check an intervention and make its position a slice from the start of the prompt."""
         if not isinstance(change, Intervention):
             raise InputError(
@@ -443,15 +422,14 @@ class _PromptSpan:
                 f"such as circuits.Intervention.ablate({str(change)!r})."
             )
         name = f"f{change.layer}.{change.index}"
-        n_layers, n_features = transcoders.n_layers, transcoders.n_features
+        n_layers, n_features = self.transcoders.n_layers, self.transcoders.n_features
         if change.layer not in range(n_layers) or change.index not in range(n_features):
             raise InputError(
-                f"there is no feature {name}: {transcoders.name!r} has {n_layers} layers "
+                f"there is no feature {name}: {self.transcoders.name!r} has {n_layers} layers "
                 f"of {n_features} features."
             )
         where = f"{name} cannot be changed at position {change.position!r}"
-        positions = self._from_start(change.position)
-        covered = range(self.final_length)[positions]
+        covered = self._covered(change.position)
         if not covered:
             raise InputError(
                 f"{where} of a prompt of {self.length} tokens; choose an existing position."
@@ -460,23 +438,27 @@ class _PromptSpan:
             raise InputError(
                 f"{where}: the first {self.leading} positions have no features; see leading."
             )
-        return replace(change, position=positions)
+        position = slice(covered.start, covered.stop, covered.step)
+        return replace(change, position=position)
 
-    def _from_start(self, position: int | slice | None) -> slice:
-        """Return the positions as a slice without negative bounds; empty if they are invalid."""
+    def _covered(self, position: int | slice | None) -> range:
+        """Return the positions that are changed; none if `position` is invalid."""
+        everywhere = range(self.final_length)
         if position is None:
-            return slice(None)
+            return everywhere
         if isinstance(position, int):
             first = position + self.length if position < 0 else position
-            return slice(first, first + 1) if first >= 0 else slice(0)
-        if not isinstance(position, slice):
-            return slice(0)
-        parts = (position.start, position.stop, position.step)
-        whole = all(isinstance(part, int | None) for part in parts)
-        if not whole or (position.step is not None and position.step < 1):
-            return slice(0)
-        start = self._not_negative(position.start)
-        return slice(start, self._not_negative(position.stop), position.step)
+            return range(first, first + 1) if first in everywhere else range(0)
+        try:
+            start = self._from_prompt(position.start)
+            stop = self._from_prompt(position.stop)
+            covered = everywhere[start : stop : position.step]
+        except (AttributeError, TypeError, ValueError):
+            return range(0)
+        return covered if covered.step > 0 else range(0)
 
-    def _not_negative(self, bound: int | None) -> int | None:
-        return bound if bound is None or bound >= 0 else max(0, bound + self.length)
+    def _from_prompt(self, bound: int | None) -> int | None:
+        # Negative bounds count from the end of the prompt, not of its continuation.
+        if bound is None or bound >= 0:
+            return bound
+        return bound + self.length - self.final_length

@@ -3,8 +3,7 @@
 Nodes are pooled by feature, and by named position if the task names positions. An edge's score is
 the damage that ablating it does in the local linear model: its weight times the change of the
 explained logits per unit of its target's pre-activation, over all paths with attention frozen.
-Scores are summed over positions and prompts. With a budget, paths through features outside it
-do not count.
+Scores are summed over positions and prompts. Paths through features outside a budget do not count.
 """
 
 from __future__ import annotations
@@ -18,21 +17,28 @@ from torch import Tensor
 
 from circuits.attribution.feature_graph import (
     FEATURE,
+    KINDS,
     EdgeMask,
+    EdgeNumbers,
     EdgeScores,
     FeatureGraph,
-    NodeKind,
+    Nodes,
     NodeScores,
     node_of,
 )
 from circuits.attribution.influence import propagate
+from circuits.attribution.tensor_table import join_rows
 from circuits.graph.edges import NO_SLOT
 from circuits.graph.graph import Graph, PooledFeatureGraph
 from circuits.graph.identity import ModelIdentity, TranscodersIdentity
 from circuits.models.component_graph import REST
 
+PooledNodes = Int[Tensor, "node 4"]
+Spans = Int[Tensor, " pos"]
+TokenMask = Bool[Tensor, "batch pos"]
+
+# The span of a node that is pooled over all positions.
 ANYWHERE = -1
-"""The span of a node that is pooled over all positions."""
 
 
 def effects(graph: FeatureGraph) -> tuple[NodeScores, EdgeScores]:
@@ -41,11 +47,11 @@ def effects(graph: FeatureGraph) -> tuple[NodeScores, EdgeScores]:
     Contributions are sums over all paths of the linear model, weighted by the targets'
     probabilities.
     """
-    nodes = graph.nodes
     # A feature's contribution is proportional to its activation a[t], to which the edge from s adds
     # w[t, s]: the edge's share of the contribution is w[t, s] / a[t]. For a target it is w[t, s].
-    activation = torch.where(nodes.kind == FEATURE, nodes.activation.double(), 1.0)
-    return propagate(graph, graph.weight.double(), activation)
+    activation = graph.nodes.activation.double()
+    divisors = torch.where(graph.is_kind(FEATURE), activation, 1.0)
+    return propagate(graph, graph.weight.double(), divisors)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,65 +65,62 @@ class Pooled:
         keeping: the number of prompts whose pruned graph keeps the edge.
     """
 
-    nodes: Int[Tensor, "node 4"]
+    nodes: PooledNodes
     edges: Int[Tensor, "edge 2"]
     scores: EdgeScores
-    keeping: Int[Tensor, " edge"]
+    keeping: EdgeNumbers
 
     @staticmethod
     def nothing() -> Pooled:
         """Return the pool of no graphs."""
         empty = torch.zeros(0, dtype=torch.long)
-        return Pooled(empty.view(0, 4), empty.view(0, 2), empty.double(), empty)
+        nodes, edges = empty.view(0, 4), empty.view(0, 2)
+        return Pooled(nodes, edges, empty.double(), empty)
 
     @staticmethod
     def of(
         graph: FeatureGraph,
         kept: EdgeMask,
-        spans: Int[Tensor, " pos"] | None,
+        spans: Spans | None,
         *,
         kept_only: bool = False,
     ) -> Pooled:
         """Pool one prompt's graph over its positions.
 
-        Args:
-            kept: the edges of the pruned graph.
-            spans: the number of the span that holds each position; None pools over all positions.
-            kept_only: leave out all other edges.
+        `kept` are the edges of the pruned graph; with `kept_only` all others are left out. `spans`
+        holds the number of the span that each position is in; None pools over all positions.
         """
-        _, of_edges = effects(graph)
+        _, scores = effects(graph)
+        ends = torch.stack([graph.source, graph.target], 1)
         chosen = kept if kept_only else slice(None)
-        ends = torch.stack([graph.source[chosen], graph.target[chosen]], 1).cpu()
-        nodes = graph.nodes.to("cpu")
-        # Only features keep their index: tokens are pooled, and errors have none.
-        index = torch.where(nodes.kind == FEATURE, nodes.index, 0)
-        span = torch.full_like(index, ANYWHERE)
-        if spans is not None:
-            span = spans[nodes.position]
-        keys = torch.stack([nodes.kind, nodes.layer, index, span], 1)
-        scores, keeping = of_edges[chosen].cpu(), kept[chosen].long().cpu()
-        pooled = Pooled.together([Pooled(keys, ends, scores, keeping)])
+        edges = [column[chosen].cpu() for column in (ends, scores, kept.long())]
+        nodes = _node_keys(graph.nodes.to("cpu"), spans)
+        pooled = Pooled(nodes, *edges).merged()
         # A prompt that keeps several instances of an edge counts once.
-        return replace(pooled, keeping=pooled.keeping.clamp(max=1))
+        keeping = pooled.keeping.clamp(max=1)
+        return replace(pooled, keeping=keeping)
 
     @staticmethod
     def together(parts: Sequence[Pooled]) -> Pooled:
         """Merge several pools: scores and counts of equal edges are added."""
-        rows = torch.cat([part.nodes for part in parts])
-        nodes, number = rows.unique(dim=0, return_inverse=True)
-        merged = number.split([len(part.nodes) for part in parts])
+        shifted, n_nodes = [], 0
+        for part in parts:
+            edges = part.edges + n_nodes
+            shifted.append(replace(part, edges=edges))
+            n_nodes += len(part.nodes)
+        return join_rows(shifted).merged()
+
+    def merged(self) -> Pooled:
+        """Merge equal nodes, and equal edges, whose scores and counts are added."""
+        nodes, number = self.nodes.unique(dim=0, return_inverse=True)
+        source, target = number[self.edges].T
         # One integer per edge: source * number of nodes + target.
-        keys = [
-            own[part.edges[:, 0]] * len(nodes) + own[part.edges[:, 1]]
-            for part, own in zip(parts, merged, strict=True)
-        ]
-        edges, place = torch.cat(keys).unique(return_inverse=True)
-        scores = torch.zeros(len(edges), dtype=torch.double)
-        keeping = torch.zeros(len(edges), dtype=torch.long)
-        scores.index_add_(0, place, torch.cat([part.scores for part in parts]))
-        keeping.index_add_(0, place, torch.cat([part.keeping for part in parts]))
-        ends = torch.stack([edges // len(nodes), edges % len(nodes)], 1)
-        return Pooled(nodes, ends, scores, keeping)
+        n = len(nodes)
+        keys, place = (source * n + target).unique(return_inverse=True)
+        edges = torch.stack([keys // n, keys % n], 1)
+        scores = torch.bincount(place, self.scores)
+        keeping = torch.bincount(place, self.keeping)
+        return Pooled(nodes, edges, scores, keeping.long())
 
     def graph(
         self,
@@ -125,25 +128,25 @@ class Pooled:
         label: str,
         model: ModelIdentity | None,
         transcoders: TranscodersIdentity,
-    ) -> tuple[Graph, Int[Tensor, " edge"]]:
+    ) -> tuple[Graph, EdgeNumbers]:
         """Return the pooled graph, and for each of its edges the row in `edges`.
 
-        Args:
-            spans: the names of the spans; None if nodes are pooled over all positions.
-            label: the name of the explained logits.
-            model, transcoders: what the prompts' graphs were made from.
+        `spans` are the names of the spans, or None if nodes are pooled over all positions; `label`
+        names the explained logits; `model` and `transcoders` are what the graphs were made from.
         """
-        kinds, layers = self.nodes[:, 0], self.nodes[:, 1]
+        kinds, layers, _, _ = self.nodes.T
         # Order of computation: layers from -1 (embeddings) to the number of layers (targets), and
         # in a layer, features before the error.
-        order = torch.argsort(layers * len(NodeKind) + kinds, stable=True)
-        rank = torch.argsort(order)
+        keys = layers * len(KINDS) + kinds
+        order = keys.argsort(stable=True)
+        rank = order.argsort()
         source, target = rank[self.edges].unbind(1)
         place = torch.argsort(target * len(order) + source)
         nodes = []
+        names = [None] if spans is None else spans
         for kind, layer, index, span in self.nodes[order].tolist():
-            position = None if spans is None else spans[span]
-            nodes.append(node_of(kind, layer, index, position, [label]))
+            position = names[span]
+            nodes.append(node_of([label], kind, layer, index, position))
         graph = PooledFeatureGraph(
             nodes=tuple(nodes),
             source=source[place],
@@ -156,8 +159,17 @@ class Pooled:
         return graph, place
 
 
+def _node_keys(nodes: Nodes, spans: Spans | None) -> PooledNodes:
+    # Only features keep their index: tokens are pooled, and errors have none.
+    index = torch.where(nodes.kind == FEATURE, nodes.index, 0)
+    span = torch.full_like(index, ANYWHERE)
+    if spans is not None:
+        span = spans[nodes.position]
+    return torch.stack([nodes.kind, nodes.layer, index, span], 1)
+
+
 def spans_of(
-    positions: Mapping[str, Bool[Tensor, "batch pos"]], names: tuple[str, ...]
+    positions: Mapping[str, TokenMask], names: tuple[str, ...]
 ) -> Int[Tensor, "batch pos"]:
     """Return for each position of each prompt the place in `names` of the span that holds it.
 
@@ -166,6 +178,7 @@ def spans_of(
     assert names[0] == REST
     first = next(iter(positions.values()))
     result = torch.zeros(first.shape, dtype=torch.long)
-    for number in range(len(names) - 1, 0, -1):
-        result[positions[names[number]].cpu()] = number
+    for number in reversed(range(1, len(names))):
+        inside = positions[names[number]].cpu()
+        result[inside] = number
     return result

@@ -1,20 +1,15 @@
 """The global graph of transcoder features: virtual weights, which hold for all prompts.
 
 A virtual weight is what source feature s adds to the pre-activation of target feature t at the same
-position, if s fires with activation 1 and acts through the residual stream alone:
+position, if s fires with activation 1 and acts through the residual stream alone: attention, skips
+and norm scales are left out. TWERA, the target-weighted expected residual attribution, is the mean
+contribution of s to t, weighted by the activation of t.
 
     V[t, s] = W_enc[t] . (sum over layers l, layer(s) <= l < layer(t), of W_dec[s, l])
-
-What depends on the prompt is left out: attention, also from a position to itself, and the scales
-of norms. So are skips, which pass through the inputs of other MLPs. With a model, V includes the
-constant linear parts of its norms: the centring and weights of the norm before the MLP of t, if
-features read after it, and of a norm after the MLP of s, if features write before it.
-
-Many virtual weights are large between features that never fire together. Weighting by coactivation
-on some text removes this interference and gives the target-weighted expected residual attribution,
-the mean contribution of s to t weighted by the activation of t:
-
     TWERA[t, s] = V[t, s] E[a_s a_t] / E[a_t]
+
+With a model, V includes the linear parts of its norms before the MLP of t, if features read after
+the norm, and after the MLP of s, if features write before the norm.
 
 Reference: Ameisen, Lindsey et al. 2025, Circuit tracing, section "Global weights",
 https://transformer-circuits.pub/2025/attribution-graphs/methods.html
@@ -26,6 +21,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 
 import pandas as pd
 import torch
@@ -38,15 +34,23 @@ from circuits.models import Model, ModelWeights, scale_hooks
 from circuits.models.functional import LinearNorm
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget
-from circuits.transcoders.extraction import BLOCK, ExtractedFeatures, extract_features, largest
-from circuits.transcoders.transcoder import Transcoders
-
-HiddenStates = Mapping[int, Float[Tensor, "batch pos d_model"]]
-"""The hidden states of all layers on some prompts."""
+from circuits.transcoders.extraction import (
+    BLOCK,
+    ExtractedFeatures,
+    HiddenStates,
+    extract_features,
+    largest_columns,
+)
+from circuits.transcoders.transcoder import Device, Dtype, Transcoders
 
 FeatureColumn = Int[Tensor, " edge"]
-FiredTokens = Int[Tensor, " fired"]
+Firings = Int[Tensor, " fired"]
 FiredValues = Float[Tensor, " fired"]
+TokenValues = Float[Tensor, "token feature"]
+PairValues = Float[Tensor, "target source"]
+FeatureRows = Float[Tensor, "feature d_model"]
+# Layer and numbers of the targets, number of the first source, and weights.
+Block = tuple[tuple[int, slice], int, PairValues]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +81,10 @@ class VirtualWeights:
 
     def table(self) -> pd.DataFrame:
         """Return one row per weight, with the attributes as columns."""
-        return pd.DataFrame({name: column.cpu().numpy() for name, column in vars(self).items()})
+        columns = {}
+        for name, column in vars(self).items():
+            columns[name] = column.cpu().numpy()
+        return pd.DataFrame(columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +106,7 @@ class Coactivation:
         n_tokens: the number of tokens of the text.
     """
 
-    token: FiredTokens
+    token: Firings
     activation: FiredValues
     starts: Int[Tensor, " feature_and_end"]
     shape: tuple[int, int]
@@ -107,46 +114,44 @@ class Coactivation:
 
     def mean(self, layer: int, features: slice) -> Float[Tensor, " feature"]:
         """Return E[a] of some features of a layer."""
-        n, feature, _, activation = self._firings(layer, features)
-        return activation.new_zeros(n).index_add_(0, feature, activation) / self.n_tokens
+        # E[a] = E[a 1]
+        one = self.activation.new_ones(self.n_tokens, 1)
+        return self.together(layer, features, one).flatten()
 
-    def activations(self, layer: int, features: slice) -> Float[Tensor, "token feature"]:
+    def activations(self, layer: int, features: slice) -> TokenValues:
         """Return the activations of some features at every token; most are zero."""
-        n, feature, token, activation = self._firings(layer, features)
-        dense = activation.new_zeros(self.n_tokens, n)
-        dense[token, feature] = activation
-        return dense
+        firings = self._firings(layer, features)
+        return firings.t().to_dense()
 
     def together(
         self, layer: int, features: slice, others: Float[Tensor, "token other"]
     ) -> Float[Tensor, "feature other"]:
         """Return E[a b] of some features with others, given the others' activations."""
-        n, feature, token, activation = self._firings(layer, features)
-        sparse = torch.sparse_coo_tensor(
-            torch.stack([feature, token]),
-            activation,
-            (n, self.n_tokens),
-            is_coalesced=True,  # firings are sorted and unique
-            check_invariants=False,
-        )
-        return torch.sparse.mm(sparse, others) / self.n_tokens
+        firings = self._firings(layer, features)
+        return torch.sparse.mm(firings, others) / self.n_tokens
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Coactivation:
+    def to(self, device: Device, dtype: Dtype = None) -> Coactivation:
         """Return the same coactivation on a device, with activations in a precision."""
-        activation = self.activation.to(device, dtype or self.activation.dtype)
-        return replace(self, token=self.token.to(device), activation=activation)
+        token = self.token.to(device)
+        activation = self.activation.to(device, dtype)
+        return replace(self, token=token, activation=activation)
 
-    def _firings(
-        self, layer: int, features: slice
-    ) -> tuple[int, FiredTokens, FiredTokens, FiredValues]:
-        """Return the number of features; feature (from the first), token, activation per firing."""
-        first, stop, _ = features.indices(self.shape[1])
-        offset = layer * self.shape[1]
+    def _firings(self, layer: int, features: slice) -> Tensor:
+        """Return activations as a sparse matrix [feature token]."""
+        n_features = self.shape[1]
+        first, stop, _ = features.indices(n_features)
+        offset = layer * n_features
         starts = self.starts[offset + first : offset + stop + 1]
         fired = slice(int(starts[0]), int(starts[-1]))
-        feature = torch.arange(stop - first).repeat_interleave(starts.diff())
-        token, activation = self.token[fired], self.activation[fired]
-        return stop - first, feature.to(token.device), token, activation
+        token = self.token[fired]
+        rows = torch.arange(stop - first)
+        feature = rows.repeat_interleave(starts.diff())
+        places = torch.stack([feature.to(token), token])
+        size = (len(rows), self.n_tokens)
+        # Firings are sorted and unique.
+        return torch.sparse_coo_tensor(
+            places, self.activation[fired], size, is_coalesced=True, check_invariants=False
+        )
 
 
 @torch.no_grad()
@@ -178,34 +183,29 @@ def expected_coactivation(
             transcoders; see also `extract_features`.
     """
     several = [batches] if isinstance(batches, Mapping | ExtractedFeatures) else batches
-    shape = (transcoders.n_layers, transcoders.n_features)
-    columns, n_tokens = [], 0
+    firings, n_tokens = [], 0
     for found in several:
         if not isinstance(found, ExtractedFeatures):
             found = extract_features(found, transcoders, top_k, threshold, max_memory=max_memory)
         _check_batch(found, transcoders, leading)
-        feature, token, activation = _without_leading(found, leading, transcoders.n_features)
-        columns.append((feature, n_tokens + token, activation))
-        n_prompts, length = found.shape
-        n_tokens += n_prompts * (length - leading)
-    if not columns:
+        n_prompts, n_positions = found.shape
+        length = n_positions - leading
+        kept = found.position >= leading
+        feature = found.layer * transcoders.n_features + found.index
+        token = n_tokens + found.batch * length + found.position - leading
+        firings.append((feature[kept], token[kept], found.activation[kept]))
+        n_tokens += n_prompts * length
+    if not firings:
         raise InputError("there are no batches; give hidden states of at least one.")
-    feature, token, activation = map(torch.cat, zip(*columns, strict=True))
+    columns = zip(*firings, strict=True)
+    feature, token, activation = map(torch.cat, columns)
+    order = torch.argsort(feature * n_tokens + token)
+    token, activation = token[order], activation[order]
+    shape = (transcoders.n_layers, transcoders.n_features)
     counts = torch.bincount(feature, minlength=math.prod(shape))
     starts = functional.pad(counts.cumsum(0), (1, 0)).cpu()
-    order = torch.argsort(feature * n_tokens + token)
-    activation = activation[order].to(torch.promote_types(activation.dtype, torch.float32))
-    return Coactivation(token[order], activation, starts, shape, n_tokens)
-
-
-def _without_leading(
-    found: ExtractedFeatures, leading: int, n_features: int
-) -> tuple[FiredTokens, FiredTokens, FiredValues]:
-    """Return feature and token, each as one number, and activation of each firing."""
-    kept = (found.position >= leading).nonzero().flatten()
-    feature = found.layer[kept] * n_features + found.index[kept]
-    first_token = found.batch[kept] * (found.shape[1] - leading)
-    return feature, first_token + found.position[kept] - leading, found.activation[kept]
+    dtype = torch.promote_types(activation.dtype, torch.float32)
+    return Coactivation(token, activation.to(dtype), starts, shape, n_tokens)
 
 
 @torch.no_grad()
@@ -235,133 +235,135 @@ def virtual_weights(
         InputError: `top_k` is below 1, or transcoders, model and coactivation do not fit together.
     """
     _check(transcoders, top_k, model, coactivation)
-    rows = _FeatureRows(transcoders, model)
-    like = rows.like
-    budget = memory_budget(like.device, max_memory) // like.element_size()
-    blocks = _blocks(transcoders, coactivation, budget)
-    fired = None if coactivation is None else coactivation.to(like.device, like.dtype)
-    strongest = _StrongestWeights(transcoders, top_k, like)
-    for source_layer in range(transcoders.n_layers - 1):
-        for sources in blocks:
-            activations = None if fired is None else fired.activations(source_layer, sources)
-            for target_layer, written in rows.written_before(source_layer, sources):
-                for targets in blocks:
-                    # V[t, s] = W_enc[t] . (sum over l of W_dec[s, l])
-                    weights = rows.read(target_layer, targets) @ written.T
-                    if fired is not None and activations is not None:
-                        weights *= _target_weighted(fired, target_layer, targets, activations)
-                    strongest.add(target_layer, targets, source_layer, sources, weights)
-    return strongest.columns()
+    n_layers, n_features = transcoders.n_layers, transcoders.n_features
+    pairs = _Pairs(transcoders, model, coactivation)
+    # The strongest weights into each target so far, and the numbers of their sources, ascending.
+    n_kept = min(top_k, (n_layers - 1) * n_features)
+    weights = pairs.like.new_zeros(n_layers, n_features, n_kept)
+    numbers = torch.zeros_like(weights, dtype=torch.long)
+    for targets, first_source, block in pairs.blocks(max_memory):
+        _add_block(weights[targets], numbers[targets], first_source, block)
+    return _strongest_first(weights, numbers)
 
 
-def _target_weighted(
-    fired: Coactivation, layer: int, targets: slice, activations: Float[Tensor, "token source"]
-) -> Float[Tensor, "target source"]:
-    mean = fired.mean(layer, targets)[:, None]
-    # E[a_s a_t] / E[a_t], and 0 for a target that never fires
-    return fired.together(layer, targets, activations) / mean.masked_fill(mean == 0, 1.0)
+def _strongest_first(
+    weights: Float[Tensor, "layer target kept"],
+    sources: Int[Tensor, "layer target kept"],
+) -> VirtualWeights:
+    """Make columns of all weights that are not zero."""
+    sizes = weights.abs()
+    _, order = sizes.sort(dim=2, descending=True, stable=True)
+    weights = weights.gather(2, order)
+    found = weights.nonzero(as_tuple=True)
+    source = sources.gather(2, order)[found]
+    layer, target, _ = found
+    # source number = layer * number of features + index
+    source_layer, source = torch.unravel_index(source, weights.shape[:2])
+    return VirtualWeights(source_layer, source, layer, target, weights[found])
 
 
-class _StrongestWeights:
-    """The strongest weights into each target so far, sorted by source."""
-
-    def __init__(self, transcoders: Transcoders, top_k: int, like: Tensor) -> None:
-        n_layers, self.n_features = transcoders.n_layers, transcoders.n_features
-        self.top_k = min(top_k, (n_layers - 1) * self.n_features)
-        self.weights = like.new_zeros(n_layers, self.n_features, self.top_k)
-        self.sources = torch.zeros_like(self.weights, dtype=torch.long)
-
-    def add(
-        self,
-        target_layer: int,
-        targets: slice,
-        source_layer: int,
-        sources: slice,
-        block: Float[Tensor, "target source"],
-    ) -> None:
-        """Add a block of weights whose sources follow all earlier ones."""
-        here = (target_layer, targets)
-        first_source = source_layer * self.n_features + sources.start
-        # Reduce the block first: a selection from the whole block and the old weights needs a copy.
-        _, place = largest(block.abs(), min(self.top_k, block.shape[1]))
-        weights = torch.cat([self.weights[here], block.gather(1, place)], 1)
-        numbers = torch.cat([self.sources[here], place + first_source], 1)
-        _, place = largest(weights.abs(), self.top_k)
-        self.weights[here] = weights.gather(1, place)
-        self.sources[here] = numbers.gather(1, place)
-
-    def columns(self) -> VirtualWeights:
-        """Return all weights that are not zero, the strongest of each target first."""
-        order = self.weights.abs().sort(dim=2, descending=True, stable=True).indices
-        weights, sources = self.weights.gather(2, order), self.sources.gather(2, order)
-        found = weights.nonzero().unbind(1)
-        layer, target, _ = found
-        source = sources[found]
-        source_layer, source_index = source // self.n_features, source % self.n_features
-        return VirtualWeights(source_layer, source_index, layer, target, weights[found])
+def _add_block(
+    weights: Float[Tensor, "target kept"],
+    numbers: Int[Tensor, "target kept"],
+    first_source: int,
+    block: PairValues,
+) -> None:
+    """Update the strongest weights by a block whose sources follow all earlier ones."""
+    n_kept = weights.shape[1]
+    # Reduce the block first: a selection from the whole block and the old weights needs a copy.
+    place = largest_columns(block.abs(), min(n_kept, block.shape[1]))
+    block = block.gather(1, place)
+    all_weights = torch.cat([weights, block], 1)
+    all_numbers = torch.cat([numbers, place + first_source], 1)
+    place = largest_columns(all_weights.abs(), n_kept)
+    weights.copy_(all_weights.gather(1, place))
+    numbers.copy_(all_numbers.gather(1, place))
 
 
 @dataclass(frozen=True, eq=False)
-class _FeatureRows:
-    """The encoder and decoder rows of features, with the constant linear parts of norms."""
+class _Pairs:
+    """The weights of all pairs of features, with the constant linear parts of norms."""
 
     transcoders: Transcoders
     model: Model | None
+    coactivation: Coactivation | None
 
     @cached_property
     def like(self) -> Tensor:
-        """An empty tensor on the device and in the precision of the result."""
+        """An empty tensor on the device and in the precision of the weights."""
         weight = self.transcoders.encoders[0].weight
-        device = weight.device if self.model is None else self.model.cfg.device
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        return torch.empty(0, self.transcoders.d_model, dtype=dtype, device=device)
+        like = torch.empty_like(weight[:0], dtype=dtype)
+        return like if self.model is None else like.to(self.model.cfg.device)
 
-    def written_before(
-        self, layer: int, sources: slice
-    ) -> Iterator[tuple[int, Float[Tensor, "source d_model"]]]:
+    def blocks(self, max_memory: int | None) -> Iterator[Block]:
+        """Yield all weights, those from the first sources first."""
+        n_features, like = self.transcoders.n_features, self.like
+        fired = self.coactivation
+        if fired is not None:
+            fired = fired.to(like.device, like.dtype)
+        size = self._block_size(max_memory)
+        starts = range(0, n_features, size)
+        blocks = [slice(start, start + size) for start in starts]
+        layers = range(self.transcoders.n_layers - 1)
+        for layer, sources in product(layers, blocks):
+            first_source = layer * n_features + sources.start
+            activations = None if fired is None else fired.activations(layer, sources)
+            for reader, written in self._written_before(layer, sources):
+                for targets in blocks:
+                    # V[t, s] = W_enc[t] . (sum over l of W_dec[s, l])
+                    weights = self._read(reader, targets) @ written.T
+                    if fired is not None and activations is not None:
+                        together = fired.together(reader, targets, activations)
+                        # E[a_s a_t] / E[a_t], and 0 for a target that never fires
+                        mean = fired.mean(reader, targets)[:, None]
+                        weights *= together / mean.masked_fill(mean == 0, 1.0)
+                    yield (reader, targets), first_source, weights
+
+    def _written_before(self, layer: int, sources: slice) -> Iterator[tuple[int, FeatureRows]]:
         """Yield each later layer, and what features of `layer` have written before it."""
         decoder = self.transcoders.decoders[layer]
         total = self.like.new_zeros(1, 1)
-        for reader in range(layer + 1, self.transcoders.n_layers):
-            written = reader - 1
+        for written in range(layer, self.transcoders.n_layers - 1):
             if written in self.transcoders.written_by(layer):
-                rows = decoder[sources, written - layer].to(self.like)
+                rows = decoder[sources, written - layer]
+                rows = rows.to(self.like)
                 if self.transcoders.writes == "mlp":
                     rows = self._norm(written, "ln2_post").linear(rows)
                 total = total + rows
-            yield reader, total
+            yield written + 1, total
 
-    def read(self, layer: int, targets: slice) -> Float[Tensor, "target d_model"]:
+    def _read(self, layer: int, targets: slice) -> FeatureRows:
         """Return the directions in the residual stream that features of `layer` read."""
-        rows = self.transcoders.encoders[layer].weight[targets].to(self.like)
-        norm, _ = read_by_features(self.transcoders, self._norm(layer, "ln2"), self.like)
-        return norm.transposed(rows)
+        weight = self.transcoders.encoders[layer].weight
+        rows = weight[targets].to(self.like)
+        norm = self._norm(layer, "ln2")
+        reading, _ = read_by_features(self.transcoders, norm, self.like)
+        return reading.transposed(rows)
 
     def _norm(self, layer: int, name: str) -> LinearNorm:
         """Return a norm with scale 1; the identity without a model or without this norm."""
         if self.model is None:
-            return LinearNorm(scale=None, centres=False, weight=None, bias=None)
-        exists = (layer, name) in scale_hooks(self.model)
-        scale = self.like.new_ones(1, 1) if exists else None
+            return LinearNorm(None, False, None, None)
+        scale = None
+        if (layer, name) in scale_hooks(self.model):
+            scale = self.like.new_ones(1, 1)
         return ModelWeights(self.model).linear_norm(layer, name, scale)
 
-
-def _blocks(
-    transcoders: Transcoders, coactivation: Coactivation | None, numbers: int
-) -> list[slice]:
-    """Split a layer's features into blocks such that two blocks need at most `numbers` numbers."""
-    # A pair of features: weight, coactivation, and two for selecting the strongest.
-    per_pair = 4
-    # A feature: its rows as stored, converted and normed, their sum, and activations at all tokens.
-    n_tokens = 0 if coactivation is None else coactivation.n_tokens
-    per_feature = 6 * transcoders.d_model + n_tokens
-    # Solve per_pair size^2 + per_feature size = numbers.
-    root = math.sqrt(per_feature**2 + 4 * per_pair * numbers)
-    size = max(1, int((root - per_feature) / (2 * per_pair)))
-    # `largest` is faster on multiples of its own blocks.
-    size = size // BLOCK * BLOCK or size
-    n = transcoders.n_features
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+    def _block_size(self, max_memory: int | None) -> int:
+        """Return how many features' rows, and weights between them, fit into the memory."""
+        budget = memory_budget(self.like.device, max_memory)
+        n_numbers = budget // self.like.element_size()
+        # A pair of features: weight, coactivation, and two for selecting the strongest.
+        per_pair = 4
+        # A feature: rows as stored, converted and normed, their sum, and activations at all tokens.
+        n_tokens = 0 if self.coactivation is None else self.coactivation.n_tokens
+        per_feature = 6 * self.transcoders.d_model + n_tokens
+        # Solve per_pair size^2 + per_feature size = n_numbers.
+        root = math.sqrt(per_feature**2 + 4 * per_pair * n_numbers)
+        size = int(root - per_feature) // (2 * per_pair)
+        # `largest_columns` is faster on multiples of its own blocks.
+        return size // BLOCK * BLOCK or max(1, size)
 
 
 def _check(
@@ -390,7 +392,7 @@ def _check_batch(found: ExtractedFeatures, transcoders: Transcoders, leading: in
             f"leading={leading} of {found.shape[1]} positions are left out; "
             "give a smaller number, 0 or more, or longer prompts."
         )
-    if len(found) and int(found.index.max()) >= transcoders.n_features:
+    if (found.index >= transcoders.n_features).any():
         raise InputError(
             f"a batch has a feature {int(found.index.max())}, and {transcoders.name!r} has "
             f"{transcoders.n_features}; extract features with these transcoders."

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from circuits.system.errors import InputError
 
+# Pre-activations or activations of the features of one layer.
 FeatureValues = Float[Tensor, "batch pos feature"]
-"""Pre-activations or activations of the features of one layer."""
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,25 @@ class JumpReLU:
         """Return the activations."""
         # a = z if z > threshold else 0, with z the pre-activation
         fires = pre > self.threshold.to(pre)
-        return torch.where(fires, pre, pre.new_zeros(()))
+        return torch.where(fires, pre, 0.0)
 
 
 @dataclass(frozen=True)
-class TopK:
-    """At each token, the `k` largest positive pre-activations fire (Gao et al. 2024)."""
-
+class _Largest:
     k: int
-    name: ClassVar[str] = "topk"
 
     def __post_init__(self) -> None:
-        _check_k(self.k)
+        if self.k < 1:
+            raise InputError(
+                f"k={self.k}: at least one feature must be allowed to fire; give a positive k."
+            )
+
+
+@dataclass(frozen=True)
+class TopK(_Largest):
+    """At each token, the `k` largest positive pre-activations fire (Gao et al. 2024)."""
+
+    name: ClassVar[str] = "topk"
 
     def __call__(self, pre: FeatureValues) -> FeatureValues:
         """Return the activations."""
@@ -65,7 +72,7 @@ class TopK:
 
 
 @dataclass(frozen=True)
-class BatchTopK:
+class BatchTopK(_Largest):
     """In each prompt of n tokens, the `k * n` largest positive pre-activations fire.
 
     In training (Bussmann et al. 2024) they are chosen among all tokens of a batch. Here they are
@@ -73,26 +80,22 @@ class BatchTopK:
     transcoders to `JumpReLU`, which is preferable.
     """
 
-    k: int
     name: ClassVar[str] = "batch_topk"
-
-    def __post_init__(self) -> None:
-        _check_k(self.k)
 
     def __call__(
         self, pre: FeatureValues, mask: Bool[Tensor, "batch pos"] | None = None
     ) -> FeatureValues:
         """Return the activations; where the mask is False, for padding, nothing fires."""
-        if mask is None or bool(mask.all()):
+        if mask is None or mask.all():
             # All prompts are equally long, so each is a row of pos * feature numbers.
-            _, n_tokens, _ = pre.shape
             prompts = pre.relu().flatten(1)
-            return _keep_largest(prompts, self.k * n_tokens).view(pre.shape)
+            n_firing = self.k * pre.shape[1]
+            return _keep_largest(prompts, n_firing).view(pre.shape)
         # Prompts differ in length and so in the number of features that may fire.
         activations = torch.zeros_like(pre)
         for prompt, real in enumerate(mask):
-            firing = self(pre[prompt, real][None])
-            activations[prompt, real] = firing[0]
+            values = pre[prompt, real]
+            activations[prompt, real] = self(values[None])[0]
         return activations
 
 
@@ -106,8 +109,3 @@ def _keep_largest(values: Float[Tensor, "*batch n"], k: int) -> Float[Tensor, "*
     largest, indices = values.topk(k, dim=-1)
     zeros = torch.zeros_like(values)
     return zeros.scatter_(-1, indices, largest)
-
-
-def _check_k(k: int) -> None:
-    if k < 1:
-        raise InputError(f"k={k}: at least one feature must be allowed to fire; give a positive k.")

@@ -1,20 +1,7 @@
 """Extract the features that fire on hidden states, for all layers and positions of any model.
 
-The hidden states may come from a model outside TransformerLens, such as one from Hugging Face:
-
-    states: dict[int, Tensor] = {}  # by layer, [batch, pos, d_model]: what the features read
-    for layer, block in enumerate(model.model.layers):
-        record = lambda module, inputs, layer=layer: states.update({layer: inputs[0]})
-        block.mlp.register_forward_pre_hook(record)
-    model(**inputs)
-    found = extract_features(states, transcoders, top_k=50, threshold=0.01)
-
-`Transcoders.reads` says which hidden states the features read: the input of the MLP, as here, or
-the residual stream before the norm of the MLP.
-
 A loop over layers and positions would read each result back from the device and wait for it. Here
-the products with the encoders are followed by an exact selection of known size, and the host waits
-once, at the end, for the number of features found.
+the host waits once for each piece of the work, for the number of features found.
 """
 
 from __future__ import annotations
@@ -22,18 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget
 from circuits.transcoders.activations import BatchTopK, ReLU
 from circuits.transcoders.transcoder import Transcoders
 
-# `largest` first selects among blocks of this many neighbouring numbers.
+# `largest_columns` first selects among blocks of this many neighbouring numbers.
 BLOCK = 32
 # Tensors of the size of the activations that exist at once: pre-activations, activations, those of
 # a group of layers, and the keys of the selection.
@@ -69,12 +58,11 @@ class ExtractedFeatures:
         layers: the layers that were searched.
         shape: number of prompts and of positions that were searched.
 
-    Example:
-        >>> import circuits, torch
-        >>> transcoders = circuits.load_transcoders("toy-world-plt")
-        >>> found = circuits.extract_features({0: torch.ones(1, 2, 128)}, transcoders)
-        >>> list(found.table().columns)
-        ['layer', 'batch', 'position', 'index', 'activation']
+    >>> import circuits, torch
+    >>> transcoders = circuits.load_transcoders("toy-world-plt")
+    >>> found = circuits.extract_features({0: torch.ones(1, 2, 128)}, transcoders)
+    >>> list(found.table().columns)
+    ['layer', 'batch', 'position', 'index', 'activation']
     """
 
     layer: Column
@@ -90,10 +78,12 @@ class ExtractedFeatures:
 
     def table(self) -> pd.DataFrame:
         """Return a table with columns `layer`, `batch`, `position`, `index` and `activation`."""
-        indices = torch.stack([self.layer, self.batch, self.position, self.index], dim=1)
-        table = pd.DataFrame(indices.cpu().numpy(), columns=COLUMNS)
+        columns = [getattr(self, name) for name in COLUMNS]
+        indices = torch.stack(columns, 1).cpu()
+        table = pd.DataFrame(indices.numpy(), columns=COLUMNS)
         # NumPy has no bfloat16.
-        return table.assign(activation=self.activation.float().cpu().numpy())
+        activation = self.activation.float().cpu()
+        return table.assign(activation=activation.numpy())
 
 
 @torch.no_grad()
@@ -110,7 +100,16 @@ def extract_features(
     A feature is found if its activation is positive and at least `threshold`. (The threshold of a
     `JumpReLU` is separate: an activation must exceed that one for the feature to fire at all.)
     Activations are computed in pieces where the memory does not hold them all. The result is the
-    same but for rounding. If `top_k` is None, the host waits once for each piece.
+    same but for rounding; it is on the device of the hidden states of the first layer.
+
+    The hidden states may come from a model outside TransformerLens, such as one from Hugging Face:
+
+        for layer, block in enumerate(model.model.layers):
+            record = lambda module, inputs, layer=layer: states.update({layer: inputs[0]})
+            block.mlp.register_forward_pre_hook(record)
+
+    `Transcoders.reads` says which hidden states the features read: the input of the MLP, as here,
+    or the residual stream before the norm of the MLP.
 
     Args:
         hidden_states: what the features of each layer read, by layer. Layers may be missing and
@@ -121,101 +120,84 @@ def extract_features(
         max_memory: bytes of memory to use besides the result; None chooses from what is free. One
             position, or one prompt with `BatchTopK`, is processed even if it needs more.
 
-    Returns:
-        The features, on the device of the hidden states of the first layer.
-
     Raises:
         InputError: there are no hidden states; the transcoders do not have a layer; shapes or
             widths do not fit; numbers are not finite; `top_k` or `threshold` is out of range.
 
-    Example:
-        >>> import circuits, torch
-        >>> transcoders = circuits.load_transcoders("toy-world-plt")
-        >>> states = {layer: torch.ones(2, 3, transcoders.d_model) for layer in (0, 1)}
-        >>> found = circuits.extract_features(states, transcoders, top_k=5)
-        >>> len(found) <= 2 * 2 * 3 * 5  # layers, prompts, positions, top_k
-        True
+    >>> import circuits, torch
+    >>> transcoders = circuits.load_transcoders("toy-world-plt")
+    >>> states = {layer: torch.ones(2, 3, transcoders.d_model) for layer in (0, 1)}
+    >>> found = circuits.extract_features(states, transcoders, top_k=5)
+    >>> len(found) <= 2 * 2 * 3 * 5  # layers, prompts, positions, top_k
+    True
     """
-    if top_k is not None and top_k < 1:
-        raise InputError(f"top_k={top_k}: give 1 or more, or None for all features that fire.")
-    if not 0 <= threshold < torch.inf:
-        raise InputError(f"threshold={threshold}: give a number from 0 up.")
-    _check_states(hidden_states, transcoders)
+    _check(hidden_states, transcoders, top_k, threshold)
     layers = tuple(sorted(hidden_states))
     first = hidden_states[layers[0]]
-    n_prompts, n_positions, _ = first.shape
     tokens = {}
     for layer in layers:
-        tokens[layer] = hidden_states[layer].to(first.device).flatten(0, 1)
+        on_device = hidden_states[layer].to(first.device)
+        tokens[layer] = on_device.flatten(0, 1)
+    n_prompts, n_positions, _ = first.shape
     budget = memory_budget(first.device, max_memory)
-    encoder = _PiecewiseEncoder(transcoders, tokens, n_positions, budget)
+    encoders = _Encoders(transcoders, tokens, n_positions, budget)
     bound = _largest_below(threshold, first.dtype)
-    if top_k is None or top_k >= transcoders.n_features:
-        row, index, activation = _find_all(encoder, bound)
-    else:
-        row, index, activation = _find_largest(encoder, bound, top_k)
-    encoder.check_finite()
+    found, n_rows = [], 0
+    for values in encoders.activations():
+        row, index, activation = _above(values, bound, top_k)
+        found.append((n_rows + row, index, activation))
+        n_rows += len(values)
+    columns = zip(*found, strict=True)
+    row, index, activation = map(torch.cat, columns)
     searched = (len(layers), n_prompts, n_positions)
     number, batch, position = torch.unravel_index(row, searched)
-    layer_numbers = torch.tensor(layers, device=row.device)[number]
+    numbers = torch.tensor(layers, device=row.device)
+    where = (numbers[number], batch, position)
     shape = (n_prompts, n_positions)
-    return ExtractedFeatures(layer_numbers, batch, position, index, activation, layers, shape)
+    return ExtractedFeatures(*where, index, activation, layers, shape)
 
 
-def _find_all(encoder: _PiecewiseEncoder, bound: float) -> Found:
-    # Row (layer and token), index and activation of all features above `bound`.
-    found, first_row = [], 0
-    for piece in encoder.pieces():
-        activations = encoder.encode(*piece)
-        # The host waits for the device here.
-        row, index = (activations > bound).nonzero(as_tuple=True)
-        found.append((first_row + row, index, activations[row, index]))
-        first_row += len(activations)
-    row, index, activation = map(torch.cat, zip(*found, strict=True))
-    return row, index, activation
+def _above(values: Values, bound: float, top_k: int | None) -> Found:
+    """Row, column and value of all numbers above `bound`, or of the `top_k` largest of each row."""
+    columns = None
+    if top_k is not None and top_k < values.shape[1]:
+        columns = largest_columns(values, top_k)
+        values = values.gather(1, columns)
+    # The host waits for the device here.
+    fires = values > bound
+    row, place = fires.nonzero(as_tuple=True)
+    index = place if columns is None else columns[row, place]
+    return row, index, values[row, place]
 
 
-def _find_largest(encoder: _PiecewiseEncoder, bound: float, k: int) -> Found:
-    # The same for at most `k` features of each row.
-    found = [largest(encoder.encode(*piece), k) for piece in encoder.pieces()]
-    activations, indices = map(torch.cat, zip(*found, strict=True))
-    row, place = (activations > bound).nonzero(as_tuple=True)
-    return row, indices[row, place], activations[row, place]
-
-
-def largest(values: Values, k: int) -> tuple[Float[Tensor, "row k"], Columns]:
-    """Find the `k` largest numbers of each row; the first ones among equal numbers.
+def largest_columns(values: Values, k: int) -> Columns:
+    """Find the columns of the `k` largest numbers of each row; the first ones among equal numbers.
 
     They are in the k blocks with the largest maxima, so only these blocks are searched. Negative
-    numbers are not ordered among each other. Results are in ascending order of columns.
+    numbers are not ordered among each other. Columns are in ascending order.
     """
-    n_columns = values.shape[1]
-    block = math.gcd(n_columns, BLOCK)
-    n_blocks = n_columns // block
-    if n_blocks <= k or block == 1:
-        columns = _largest_columns(values, k)
-        return values.gather(1, columns), columns
-    blocks = values.unflatten(1, (n_blocks, block))
+    block = math.gcd(values.shape[1], BLOCK)
+    blocks = values.unflatten(1, (-1, block))
+    if blocks.shape[1] <= k or block == 1:
+        return _columns_by_key(values, k)
     if values.is_cuda:
         # Reductions over few numbers are slow on a GPU.
-        pooled = torch.nn.functional.max_pool1d(values[:, None], block)
+        pooled = functional.max_pool1d(values[:, None], block)
         maxima = pooled.squeeze(1)
     else:
         maxima = blocks.amax(-1)
     # A block that is left out has a smaller maximum than each chosen block, or an equal one and
     # follows it, so none of its numbers precedes the k largest ones.
-    chosen = _largest_columns(maxima, k)
+    chosen = _columns_by_key(maxima, k)
     rows = torch.arange(len(values), device=values.device)
-    candidates = blocks[rows[:, None], chosen].flatten(1)
-    places = _largest_columns(candidates, k)
+    candidates = blocks[rows[:, None], chosen]
+    place = _columns_by_key(candidates.flatten(1), k)
     # column = block number * block size + offset
-    columns = chosen.gather(1, places // block) * block
-    columns += places % block
-    return candidates.gather(1, places), columns
+    first = chosen.gather(1, place // block) * block
+    return first + place % block
 
 
-def _largest_columns(values: Values, k: int) -> Columns:
-    # Columns of the `k` largest numbers, ascending; the first ones among equal numbers.
+def _columns_by_key(values: Values, k: int) -> Columns:
     # torch.topk may take any of several equal numbers, and in bfloat16 the k-th largest nearly
     # always has an equal. Positive floats are ordered like their bits read as integers, so bits and
     # column together form an integer key, and no two keys are equal.
@@ -223,22 +205,25 @@ def _largest_columns(values: Values, k: int) -> Columns:
     bits = torch.finfo(values.dtype).bits
     if bits == 64:
         # There are no integers of 128 bits.
-        columns = values.sort(dim=1, descending=True, stable=True).indices
-        return columns[:, :k].sort(dim=1).values
+        _, order = values.sort(dim=1, descending=True, stable=True)
+        columns, _ = order[:, :k].sort(1)
+        return columns
     if bits == 16 and n_columns > 1 << 16:
         # The column does not fit into 16 bits.
-        return _largest_columns(values.float(), k)
+        return _columns_by_key(values.float(), k)
     narrow, wide = INTEGERS[bits]
     # key = 2^bits * value_bits + (n_columns - 1 - column)
-    keys = torch.arange(n_columns - 1, -1, -1, dtype=wide, device=values.device)
-    keys = torch.add(keys, values.view(narrow), alpha=1 << bits)
-    columns = keys.topk(k, dim=1, sorted=False).indices
-    return columns.to(wide).sort(dim=1).values.long()
+    column = torch.arange(n_columns, dtype=wide, device=values.device)
+    value_bits = values.view(narrow)
+    keys = torch.add(column.flip(0), value_bits, alpha=1 << bits)
+    _, columns = keys.topk(k, sorted=False)
+    columns, _ = columns.to(wide).sort(1)
+    return columns.long()
 
 
-@dataclass(eq=False)
-class _PiecewiseEncoder:
-    """Computes the activations of features on the tokens of several layers, piece by piece."""
+@dataclass(frozen=True, eq=False)
+class _Encoders:
+    """The encoders of several layers, applied to tokens piece by piece."""
 
     transcoders: Transcoders
     # By layer, what the features read: all prompts, one after the other.
@@ -246,52 +231,82 @@ class _PiecewiseEncoder:
     n_positions: int
     # Bytes: half is for activations, a quarter for weights that are moved to the device.
     budget: int
-    # Layers of all pieces so far, each with its largest pre-activation.
-    maxima: list[tuple[int, Tensor]] = field(default_factory=list)
-    # The layer that was encoded last, with its encoder weights.
-    moved: dict[int, Tensor] = field(default_factory=dict)
+    # The weights that were moved last, by layer and first feature.
+    moved: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
-    def pieces(self) -> Iterator[tuple[Sequence[int], slice]]:
-        """Split the work into groups of layers with all tokens, or else into tokens of a layer."""
-        layers = list(self.tokens)
-        tokens = self.tokens[layers[0]]
-        n_tokens, budget = len(tokens), self.budget // 2
-        token_bytes = LIVE_COPIES * self.transcoders.n_features * tokens.element_size()
-        if n_tokens * token_bytes <= budget:
+    def activations(self) -> Iterator[Values]:
+        """Yield activations with a row for each layer and token; negative numbers mean zero."""
+        every = list(self.tokens)
+        like = self.tokens[every[0]]
+        n_layers, n_tokens = self._piece_size(like)
+        firsts = range(0, len(every), n_layers)
+        starts = range(0, len(like), n_tokens)
+        for first, start in product(firsts, starts):
+            layers = every[first : first + n_layers]
+            piece = slice(start, start + n_tokens)
+            shape = (len(layers), len(like[piece]), self.transcoders.n_features)
+            values, maxima = like.new_empty(shape), []
+            for layer, out in zip(layers, values, strict=True):
+                x = self.tokens[layer][piece]
+                self._write_preactivations(layer, x, out)
+                maxima.append(out.amax())
+                self._activate(layer, out)
+            yield values.flatten(0, 1)
+            # The host has waited for the device by now.
+            self._check_finite(layers, torch.stack(maxima))
+
+    def _piece_size(self, like: Tokens) -> tuple[int, int]:
+        """How many layers with all their tokens make a piece, or how many tokens of one layer."""
+        n_tokens, encoders = len(like), self.transcoders.encoders
+        row_bytes = LIVE_COPIES * self.transcoders.n_features * like.element_size()
+        n_rows = max(1, self.budget // 2 // row_bytes)
+        if n_tokens <= n_rows:
             # Several layers at once need fewer calls of GPU kernels. On a CPU calls are cheap.
-            if tokens.device.type == "cpu":
-                budget = min(budget, CACHED_BYTES)
-            n_layers = max(1, budget // (n_tokens * token_bytes))
-            for start in range(0, len(layers), n_layers):
-                yield layers[start : start + n_layers], slice(n_tokens)
-            return
-        for layer in layers:
-            needed = self.n_positions if self._needs_prompts(layer) else 1
-            step = max(needed, budget // token_bytes)
-            if step > self.n_positions:
-                # Whole prompts.
-                step -= step % self.n_positions
-            for start in range(0, n_tokens, step):
-                yield [layer], slice(start, start + step)
+            if like.device.type == "cpu":
+                n_rows = min(n_rows, CACHED_BYTES // row_bytes)
+            return max(1, n_rows // n_tokens), n_tokens
+        by_prompt = any(isinstance(encoder.activation, BatchTopK) for encoder in encoders)
+        if by_prompt or n_rows > self.n_positions:
+            n_prompts = max(1, n_rows // self.n_positions)
+            n_rows = n_prompts * self.n_positions
+        return 1, n_rows
 
-    def encode(self, layers: Sequence[int], tokens: slice) -> Values:
-        """Activations with a row for each layer and token; negative numbers stand for zero."""
-        inputs = [self.tokens[layer][tokens] for layer in layers]
-        n_features = self.transcoders.n_features
-        values = inputs[0].new_empty(len(layers), len(inputs[0]), n_features)
-        for layer, x, out in zip(layers, inputs, values, strict=True):
-            self._write_preactivations(layer, x, out)
-        maxima = values.flatten(1).amax(1)
-        self.maxima += zip(layers, maxima, strict=True)
-        for layer, out in zip(layers, values, strict=True):
-            self._activate(layer, out)
-        return values.flatten(0, 1)
+    def _write_preactivations(self, layer: int, x: Tokens, out: Values) -> None:
+        encoder = self.transcoders.encoders[layer]
+        bias = encoder.bias.to(x)
+        # Weights that are too large to be moved whole are moved in parts.
+        row_bytes = x.shape[1] * x.element_size()
+        step = max(1, self.budget // 4 // row_bytes)
+        for start in range(0, len(bias), step):
+            part = slice(start, start + step)
+            weight = self._weight(layer, part, x)
+            into = out[:, part]
+            # out = x W_enc^T + b_enc
+            torch.addmm(bias[part], x, weight.T, out=into)
 
-    def check_finite(self) -> None:
-        """Refuse numbers that are not finite. The host waits for the device once."""
-        layers, maxima = zip(*self.maxima, strict=True)
+    def _weight(self, layer: int, part: slice, like: Tokens) -> Tensor:
+        # The part that was moved last is kept, for the next tokens.
+        key = (layer, part.start)
+        if key not in self.moved:
+            self.moved.clear()
+            weight = self.transcoders.encoders[layer].weight[part]
+            self.moved[key] = weight.to(like)
+        return self.moved[key]
+
+    def _activate(self, layer: int, values: Values) -> None:
+        """Replace pre-activations by activations."""
+        activation = self.transcoders.encoders[layer].activation
+        # Only positive numbers are selected, so ReLU can be left out.
+        if not isinstance(activation, ReLU):
+            # A piece holds whole prompts or a part of one.
+            length = min(self.n_positions, len(values))
+            prompts = values.unflatten(0, (-1, length))
+            activations = activation(prompts)
+            values.copy_(activations.flatten(0, 1))
+
+    def _check_finite(self, layers: Sequence[int], maxima: Float[Tensor, " layer"]) -> None:
         # The maximum of numbers with a NaN among them is NaN.
-        finite = torch.stack(maxima).isfinite().tolist()
+        finite = maxima.isfinite().tolist()
         for layer, is_finite in zip(layers, finite, strict=True):
             if is_finite:
                 continue
@@ -301,81 +316,55 @@ class _PiecewiseEncoder:
                 remedy = "give hidden states in float32, or check the transcoders"
             raise InputError(f"{what} of layer {layer} are not finite; {remedy}.")
 
-    def _needs_prompts(self, layer: int) -> bool:
-        # Whether activations at one position depend on other positions of the prompt.
-        encoder = self.transcoders.encoders[layer]
-        return isinstance(encoder.activation, BatchTopK)
-
-    def _write_preactivations(self, layer: int, x: Tokens, out: Values) -> None:
-        weight = self._weight(layer, x)
-        bias = self.transcoders.encoders[layer].bias.to(x)
-        # out = x W_enc^T + b_enc
-        if weight.device == x.device and weight.dtype == x.dtype:
-            torch.addmm(bias, x, weight.T, out=out)
-            return
-        step = max(1, self.budget // 4 // weight[0].numel() // x.element_size())
-        for start in range(0, len(weight), step):
-            rows = slice(start, start + step)
-            moved = weight[rows].to(x)
-            out[:, rows] = torch.nn.functional.linear(x, moved, bias[rows])
-
-    def _weight(self, layer: int, like: Tensor) -> Tensor:
-        # The encoder weights, moved to the device and dtype of `like` unless too large.
-        if layer not in self.moved:
-            weight = self.transcoders.encoders[layer].weight
-            if weight.numel() * like.element_size() <= self.budget // 4:
-                weight = weight.to(like)
-            # Only one layer is kept, for its next piece.
-            self.moved = {layer: weight}
-        return self.moved[layer]
-
-    def _activate(self, layer: int, values: Values) -> None:
-        # Replace pre-activations by activations.
-        activation = self.transcoders.encoders[layer].activation
-        # Only positive numbers are selected, so ReLU can be left out.
-        if not isinstance(activation, ReLU):
-            length = self.n_positions if self._needs_prompts(layer) else len(values)
-            prompts = values.unflatten(0, (-1, length))
-            values.copy_(activation(prompts).flatten(0, 1))
-
 
 def _largest_below(threshold: float, dtype: torch.dtype) -> float:
-    # The largest number of a precision below `threshold`, or 0 if that is larger.
+    """The largest number of a precision below `threshold`, or 0 if that is larger."""
     # `activation > bound` then means `activation > 0 and activation >= threshold`.
     number = torch.tensor(threshold, dtype=dtype)
     # Compared as float64: the threshold may lie between two numbers of the precision.
     if float(number) >= threshold:
-        number = torch.nextafter(number, torch.full_like(number, -torch.inf))
+        downwards = torch.tensor(-torch.inf, dtype=dtype)
+        number = number.nextafter(downwards)
     return max(0.0, float(number))
 
 
-def _check_states(hidden_states: HiddenStates, transcoders: Transcoders) -> None:
+def _check(
+    hidden_states: HiddenStates, transcoders: Transcoders, top_k: int | None, threshold: float
+) -> None:
+    if top_k is not None and top_k < 1:
+        raise InputError(f"top_k={top_k}: give 1 or more, or None for all features that fire.")
+    if not 0 <= threshold < math.inf:
+        raise InputError(f"threshold={threshold}: give a number from 0 up.")
     if not isinstance(hidden_states, Mapping) or not hidden_states:
         raise InputError(
             "there are no hidden states by layer; give a mapping from layers to tensors "
             "[batch, pos, d_model], such as dict(enumerate(states)) for a list of all layers."
         )
-    first_layer, first = next(iter(hidden_states.items()))
-    expected = f"{tuple(first.shape)} in {first.dtype}"
+    first_layer, *_ = hidden_states
+    expected = _described(hidden_states[first_layer])
     for layer, states in hidden_states.items():
-        _check_layer_states(layer, states, transcoders)
-        found = f"{tuple(states.shape)} in {states.dtype}"
-        if found != expected:
+        _check_layer(layer, states, transcoders)
+        if _described(states) != expected:
             raise InputError(
-                f"the hidden states of layer {layer} are {found}, those of layer {first_layer} "
-                f"{expected}; give the same prompts to all layers, in one precision."
+                f"the hidden states of layer {layer} are {_described(states)}, those of layer "
+                f"{first_layer} {expected}; give the same prompts to all layers, in one precision."
             )
 
 
-def _check_layer_states(layer: int, states: Tensor, transcoders: Transcoders) -> None:
+def _described(states: Tensor) -> str:
+    return f"{tuple(states.shape)} in {states.dtype}"
+
+
+def _check_layer(layer: int, states: Tensor, transcoders: Transcoders) -> None:
     name, last_layer = transcoders.name, transcoders.n_layers - 1
-    if layer not in range(last_layer + 1):
+    if layer not in range(transcoders.n_layers):
         raise InputError(
             f"layer {layer!r} is none of those of {name!r}; give hidden states of layers 0 to "
             f"{last_layer}."
         )
     shape = tuple(states.shape)
-    if len(shape) != 3 or 0 in shape or shape[2] != transcoders.d_model:
+    has_axes = len(shape) == 3 and 0 not in shape
+    if not has_axes or shape[2] != transcoders.d_model:
         raise InputError(
             f"the hidden states of layer {layer} have shape {shape}; {name!r} reads "
             f"[batch, pos, {transcoders.d_model}], at least one position of one prompt."

@@ -1,7 +1,6 @@
 """Transcoders: per layer (PLT), per layer with a skip connection, and cross-layer (CLT).
 
-A transcoder approximates what an MLP writes by a sum of sparse features. With x_l the input of the
-MLP of layer l and a_l the activations of that layer's features,
+A transcoder approximates what an MLP writes, from its input x_l, by a sum of sparse features a_l:
 
     a_l = activation_l(W_enc_l x_l + b_enc_l)
     mlp_l(x_l) ~ sum_{s <= l} W_dec_{s->l}^T a_s + b_dec_l + W_skip_l x_l
@@ -15,14 +14,15 @@ References: Dunefsky, Chlenski and Nanda 2024 (transcoders); Paulo, Shabalin and
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from circuits.graph.identity import TranscodersIdentity
 from circuits.models.identity import checksum
@@ -46,6 +46,10 @@ FeatureValues = Float[Tensor, "*batch feature"]
 LayerValues = Mapping[int, FeatureValues]
 FeatureVectors = Float[Tensor, "n d_model"]
 Indices = Int[Tensor, " n"]
+HiddenStates = Float[Tensor, "batch pos d_model"]
+Mask = Bool[Tensor, "batch pos"] | None
+Device = str | torch.device | None
+Dtype = torch.dtype | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +59,16 @@ class Encoder:
     weight: Float[Tensor, "feature d_model"]
     bias: Float[Tensor, " feature"]
     activation: Activation
+
+    def to(self, device: Device = None, dtype: Dtype = None) -> Encoder:
+        """Return a copy on a device and in a precision; None leaves each tensor as it is."""
+        activation = self.activation
+        if isinstance(activation, JumpReLU):
+            threshold = activation.threshold.to(device, dtype)
+            activation = JumpReLU(threshold)
+        weight = self.weight.to(device, dtype)
+        bias = self.bias.to(device, dtype)
+        return Encoder(weight, bias, activation)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,13 +88,12 @@ class Transcoders:
         name: name of the set, for records.
         source: the folder or address they were loaded from, for records.
 
-    Example:
-        >>> import circuits, torch
-        >>> transcoders = circuits.load_transcoders("toy-world-clt")
-        >>> transcoders
-        Transcoders('toy-world-clt', CLT, 4 layers of 512 features, jump_relu)
-        >>> transcoders.encode(0, torch.randn(1, 6, transcoders.d_model)).shape
-        torch.Size([1, 6, 512])
+    >>> import circuits, torch
+    >>> transcoders = circuits.load_transcoders("toy-world-clt")
+    >>> transcoders
+    Transcoders('toy-world-clt', CLT, 4 layers of 512 features, jump_relu)
+    >>> transcoders.encode(0, torch.randn(1, 6, transcoders.d_model)).shape
+    torch.Size([1, 6, 512])
     """
 
     encoders: Sequence[Encoder]
@@ -133,13 +146,11 @@ class Transcoders:
         encoder = self.encoders[layer]
         weight = encoder.weight.to(inputs)
         bias = encoder.bias.to(inputs)
-        return torch.nn.functional.linear(inputs, weight, bias)
+        # W_enc x + b_enc
+        return functional.linear(inputs, weight, bias)
 
     def encode(
-        self,
-        layer: int,
-        inputs: Float[Tensor, "batch pos d_model"],
-        mask: Bool[Tensor, "batch pos"] | None = None,
+        self, layer: int, inputs: HiddenStates, mask: Mask = None
     ) -> Float[Tensor, "batch pos feature"]:
         """Return the activations of a layer's features on what they read.
 
@@ -177,7 +188,7 @@ class Transcoders:
                 firing = fires.nonzero().flatten()
                 rows = self.decoder_rows(layer, firing, target_layer, values)
                 parts.append(values[..., firing] @ rows)
-        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+        return torch.stack(parts).sum(0)
 
     def skip(self, layer: int, inputs: Vectors) -> Vectors:
         """Return W_skip @ x for each x of `inputs`, or zeros where there are no skips."""
@@ -186,72 +197,64 @@ class Transcoders:
         weight = self.skips[layer].to(inputs)
         return inputs @ weight.T
 
-    def reconstruct(
-        self, inputs: Mapping[int, Float[Tensor, "batch pos d_model"]]
-    ) -> dict[int, Float[Tensor, "batch pos d_model"]]:
+    def reconstruct(self, inputs: Mapping[int, HiddenStates]) -> dict[int, HiddenStates]:
         """Approximate the MLP outputs of all layers from what the features of all layers read."""
-        layers = range(self.n_layers)
-        activations = {layer: self.encode(layer, inputs[layer]) for layer in layers}
-        return {layer: self.output(layer, activations, inputs[layer]) for layer in layers}
+        activations, outputs = {}, {}
+        # No feature writes to an earlier layer.
+        for layer in range(self.n_layers):
+            x = inputs[layer]
+            activations[layer] = self.encode(layer, x)
+            outputs[layer] = self.output(layer, activations, x)
+        return outputs
 
     def output(self, layer: int, activations: LayerValues, inputs: Vectors) -> Vectors:
         """Approximate the MLP output of one layer.
 
-        Args:
-            activations: by layer, of all features that write to `layer`.
-            inputs: what the features of `layer` read, which the skip reads too.
+        `inputs` are what the features of `layer` read, which the skip reads too; `activations` are
+        by layer, of all features that write to `layer`.
         """
+        features = self.decode(activations, layer)
         bias = self.decoder_biases[layer].to(inputs)
         # sum_s W_dec_{s->layer}^T a_s + b_dec + W_skip x
-        features = self.decode(activations, layer)
         return features + bias + self.skip(layer, inputs)
 
-    def to(
-        self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> Transcoders:
+    def to(self, device: Device = None, dtype: Dtype = None) -> Transcoders:
         """Return a copy on a device and in a precision; None leaves each tensor as it is.
 
         Tensors mapped from a file are read whole.
         """
 
-        def move(tensors: Iterable[Tensor]) -> list[Tensor]:
-            return [one.to(device or one.device, dtype or one.dtype) for one in tensors]
+        def moved(parts: Sequence[Any]) -> list[Any]:
+            return [part.to(device, dtype) for part in parts]
 
-        encoders = []
-        for encoder in self.encoders:
-            activation = encoder.activation
-            if isinstance(activation, JumpReLU):
-                activation = JumpReLU(*move([activation.threshold]))
-            weight, bias = move([encoder.weight, encoder.bias])
-            encoders.append(Encoder(weight, bias, activation))
         return replace(
             self,
-            encoders=encoders,
-            decoders=move(self.decoders),
-            decoder_biases=move(self.decoder_biases),
-            skips=None if self.skips is None else move(self.skips),
+            encoders=moved(self.encoders),
+            decoders=moved(self.decoders),
+            decoder_biases=moved(self.decoder_biases),
+            skips=None if self.skips is None else moved(self.skips),
         )
 
     @cached_property
     def identity(self) -> TranscodersIdentity:
         """Name, source and a fingerprint of the weights, which is the same on every device."""
-        parts = [f"{self.kind} {self.reads} {self.writes}".encode()]
+        digest = hashlib.blake2b(f"{self.kind} {self.reads} {self.writes}".encode(), digest_size=16)
         for layer, encoder in enumerate(self.encoders):
             activation = encoder.activation
             has_k = isinstance(activation, TopK | BatchTopK)
             # Such as "TopK(k=32)" or "relu".
-            text = str(activation) if has_k else activation.name
-            parts.append(text.encode())
-            parts += [_fingerprint(tensor) for tensor, _ in self._layer_tensors(layer).values()]
-        parts += [_fingerprint(skip) for skip in self.skips or ()]
-        digest = hashlib.blake2b(b"".join(parts), digest_size=16)
+            text = repr(activation) if has_k else activation.name
+            digest.update(text.encode())
+            for tensor in self._layer_tensors(layer).values():
+                digest.update(_fingerprint(tensor))
+        for skip in self.skips or ():
+            digest.update(_fingerprint(skip))
         return TranscodersIdentity(self.name, self.source, digest.hexdigest())
 
     def check(self) -> None:
         """Raise an `InputError` if parts do not fit together."""
         for field, choices in (("reads", Reads), ("writes", Writes)):
-            value = getattr(self, field)
-            allowed = get_args(choices)
+            value, allowed = getattr(self, field), get_args(choices)
             if value not in allowed:
                 raise InputError(f"{self.name}: {field}={value!r} is none of {', '.join(allowed)}.")
         for field in ("decoders", "decoder_biases", "skips"):
@@ -262,37 +265,48 @@ class Transcoders:
                     "give one for each layer."
                 )
         for layer in range(self.n_layers):
-            tensors = self._layer_tensors(layer)
-            if self.skips is not None:
-                tensors["skip"] = self.skips[layer], (self.d_model, self.d_model)
-            for part, (tensor, expected) in tensors.items():
-                if tensor.shape != expected:
-                    raise InputError(
-                        f"{self.name}, layer {layer}: the {part} has shape {tuple(tensor.shape)}; "
-                        f"it must be {expected}."
-                    )
+            self._check_layer(layer)
 
-    def _layer_tensors(self, layer: int) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
-        # The tensors of a layer but for the skip, with the shapes that they must have.
-        encoder = self.encoders[layer]
+    def _check_layer(self, layer: int) -> None:
         features, d_model = self.n_features, self.d_model
         # Features of a cross-layer transcoder write to their own and all later layers.
         n_written = self.n_layers - layer if self.cross_layer else 1
-        tensors: dict[str, tuple[Tensor, tuple[int, ...]]] = {
-            "encoder weight": (encoder.weight, (features, d_model)),
-            "encoder bias": (encoder.bias, (features,)),
-            "decoder": (self.decoders[layer], (features, n_written, d_model)),
-            "decoder bias": (self.decoder_biases[layer], (d_model,)),
+        shapes = {
+            "encoder weight": (features, d_model),
+            "encoder bias": (features,),
+            "decoder": (features, n_written, d_model),
+            "decoder bias": (d_model,),
+            "threshold": (features,),
+            "skip": (d_model, d_model),
+        }
+        tensors = self._layer_tensors(layer)
+        if self.skips:
+            tensors["skip"] = self.skips[layer]
+        for part, tensor in tensors.items():
+            if tensor.shape != shapes[part]:
+                raise InputError(
+                    f"{self.name}, layer {layer}: the {part} has shape {tuple(tensor.shape)}; "
+                    f"it must be {shapes[part]}."
+                )
+
+    def _layer_tensors(self, layer: int) -> dict[str, Tensor]:
+        """The tensors of a layer but for the skip."""
+        encoder = self.encoders[layer]
+        tensors = {
+            "encoder weight": encoder.weight,
+            "encoder bias": encoder.bias,
+            "decoder": self.decoders[layer],
+            "decoder bias": self.decoder_biases[layer],
         }
         if isinstance(encoder.activation, JumpReLU):
-            tensors["threshold"] = encoder.activation.threshold, (features,)
+            tensors["threshold"] = encoder.activation.threshold
         return tensors
 
 
 def _fingerprint(tensor: Tensor) -> bytes:
     # Shape and float32 checksum of a tensor, or of rows spread evenly over a large one.
     shape = str(tuple(tensor.shape))
-    rows = tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]
+    rows = tensor[..., None].flatten(1)
     if tensor.numel() > MAX_HASHED_ELEMENTS:
         sample = torch.linspace(0, len(rows) - 1, SAMPLED_ROWS)
         rows = _rows(rows, sample.long())
