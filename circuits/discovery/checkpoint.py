@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,31 +19,6 @@ from circuits.system.ranks import is_first, on_first
 from circuits.tasks.task import Task
 
 FORMAT, FORMAT_VERSION = "circuits.checkpoint", 1
-
-State = TypeVar("State", bound="TensorState")
-
-
-class TensorState:
-    """Base class of a dataclass of tensors and numbers, which turns into tensors and back."""
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        """Every field as a tensor; floats keep their precision."""
-        names = [each.name for each in fields(self)]  # type: ignore[arg-type]
-        return {name: _as_tensor(getattr(self, name)) for name in names}
-
-    def from_tensors(self: State, tensors: Mapping[str, Tensor]) -> State:
-        """The state that `to_tensors` of one like this turned into `tensors`."""
-        values = {}
-        for each in fields(self):  # type: ignore[arg-type]
-            stored = tensors[each.name]
-            number = not isinstance(getattr(self, each.name), Tensor)
-            values[each.name] = stored.item() if number else stored
-        return type(self)(**values)
-
-
-def _as_tensor(value: Tensor | float | int) -> Tensor:
-    dtype = torch.float64 if isinstance(value, float) else None
-    return torch.as_tensor(value, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -65,10 +40,7 @@ class Checkpoint:
 
     @staticmethod
     def open(
-        where: Checkpoint | str | Path | None,
-        method: Mapping[str, Any],
-        graph: Graph,
-        task: Task,
+        where: Checkpoint | str | Path | None, method: Mapping[str, Any], graph: Graph, task: Task
     ) -> Checkpoint:
         """The checkpoint of one method on one graph and task.
 
@@ -102,6 +74,29 @@ class Checkpoint:
         """Replace the saved state."""
         if self.path is not None and is_first():
             write_tensors(self.path, state, {"key": self.key}, FORMAT, FORMAT_VERSION)
+
+
+class TensorState:
+    """Base class of a dataclass of tensors and numbers that a checkpoint holds."""
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Take over the state saved last, if there is one."""
+        for name, stored in saved.restore(self._tensors()).items():
+            is_number = not isinstance(getattr(self, name), Tensor)
+            setattr(self, name, stored.item() if is_number else stored)
+
+    def save(self, saved: Checkpoint) -> None:
+        """Replace the saved state by this one."""
+        if saved.path is not None:
+            saved.save(self._tensors())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {}
+        for name, value in vars(self).items():
+            # Python's floats have double precision.
+            dtype = torch.float64 if isinstance(value, float) else None
+            tensors[name] = torch.as_tensor(value, dtype=dtype)
+        return tensors
 
 
 def _digest(method: Mapping[str, Any], graph: Graph, task: Task) -> str:

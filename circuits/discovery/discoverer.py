@@ -8,19 +8,28 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from jaxtyping import Float
+from torch import Tensor
+from typing_extensions import override
+
 from circuits.discovery.checkpoint import Checkpoint
 from circuits.graph.circuit import Circuit
 from circuits.graph.graph import Graph
 from circuits.models import Model
 from circuits.models.component_graph import component_graph
+from circuits.running.settings import RunSettings
 from circuits.system.errors import InputError
 from circuits.tasks.task import Task
 
 SPEED_ONLY = {"speed_only": True}
 """Metadata of fields that change how fast a method runs, not what it finds."""
 
+RUN_SETTINGS = ("ablation", "metric", "max_memory", "precision")
+
 Progress = Callable[[int, int], None]
 """Called with (done, total) while a method runs."""
+
+EdgeScores = Float[Tensor, " edge"]
 
 
 @dataclass(frozen=True)
@@ -104,23 +113,80 @@ class CircuitDiscoverer(ABC):
 
     def identity(self) -> dict[str, Any]:
         """What the result depends on: the method and its settings, except `SPEED_ONLY` ones."""
-        relevant = [each.name for each in fields(self) if not each.metadata.get("speed_only")]
         settings = self.settings()
-        return {"method": self.name, "settings": {name: settings[name] for name in relevant}}
+        for each in fields(self):
+            if each.metadata.get("speed_only"):
+                del settings[each.name]
+        return {"method": self.name, "settings": settings}
 
     def record(self, **found: Any) -> dict[str, Any]:
         """The record of a circuit: the method, its settings, and what the run counted."""
         return {"method": self.name, "settings": self.settings(), **found}
 
+    def run_settings(self, task: Task) -> RunSettings:
+        """How to run circuits on `task` and judge them: the method's fields named RUN_SETTINGS."""
+        own = {name: getattr(self, name) for name in RUN_SETTINGS if hasattr(self, name)}
+        return RunSettings.parse(task, **own)
+
+
+class EdgeScorer(CircuitDiscoverer):
+    """A method that only scores edges, in one go, so that it has no state to resume from."""
+
+    @abstractmethod
+    def score(
+        self, model: Model, task: Task, graph: Graph, progress: Progress | None
+    ) -> EdgeScores:
+        """The score of every edge of `graph`."""
+
+    @override
+    def discover(
+        self,
+        model: Model,
+        task: Task,
+        *,
+        graph: Graph | None = None,
+        checkpoint: Checkpoint | str | Path | None = None,
+        progress: Progress | None = None,
+    ) -> Circuit:
+        self.refuse_checkpoint(checkpoint)
+        graph = self.search_graph(model, graph)
+        scores = self.score(model, task, graph, progress)
+        return Circuit.full(graph, scores, record=self.record())
+
 
 class Resumable(CircuitDiscoverer):
     """A method that saves its state to `checkpoint` and resumes from it.
 
-    Contract: an interrupted and resumed run finds the same circuit as an uninterrupted one.
+    Contract: an interrupted and resumed run finds the same circuit as an uninterrupted one. A
+    subclass defines `resume`, or `discover` as a whole.
     """
+
+    @override
+    def discover(
+        self,
+        model: Model,
+        task: Task,
+        *,
+        graph: Graph | None = None,
+        checkpoint: Checkpoint | str | Path | None = None,
+        progress: Progress | None = None,
+    ) -> Circuit:
+        graph = self.search_graph(model, graph)
+        saved = Checkpoint.open(checkpoint, self.identity(), graph, task)
+        return self.resume(model, task, graph, saved, progress or no_progress)
+
+    def resume(
+        self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
+    ) -> Circuit:
+        """Find a circuit from the state in `saved` on, or from the start if there is none."""
+        raise NotImplementedError
 
 
 REGISTRY: dict[str, type[CircuitDiscoverer]] = {}
+
+
+def no_progress(done: int, total: int) -> None:
+    """Report nothing."""
 
 
 def as_json(value: Any) -> Any:

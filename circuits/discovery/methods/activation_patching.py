@@ -10,23 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
 from typing_extensions import override
 
 from circuits.discovery.checkpoint import Checkpoint, TensorState
-from circuits.discovery.discoverer import SPEED_ONLY, Progress, Resumable
+from circuits.discovery.discoverer import SPEED_ONLY, EdgeScores, Progress, Resumable
 from circuits.graph.circuit import Circuit
 from circuits.graph.graph import Graph
 from circuits.graph.nodes import Node, at_position
 from circuits.models import Model
 from circuits.running.ablation import Ablation
 from circuits.running.damage import DamageMeter
-from circuits.running.settings import RunSettings
 from circuits.system.ranks import ranks
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
@@ -42,7 +38,7 @@ NODES_PER_STEP = 32
 class PatchingState(TensorState):
     """The edges measured so far; NaN for the others."""
 
-    scores: Float[Tensor, " edge"]
+    scores: EdgeScores
     node_evaluations: int = 0
 
 
@@ -74,32 +70,25 @@ class ActivationPatching(Resumable):
     max_memory: int | None = field(default=None, kw_only=True, metadata=SPEED_ONLY)
 
     @override
-    def discover(
-        self,
-        model: Model,
-        task: Task,
-        *,
-        graph: Graph | None = None,
-        checkpoint: Checkpoint | str | Path | None = None,
-        progress: Progress | None = None,
+    def resume(
+        self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
     ) -> Circuit:
-        graph = self.search_graph(model, graph)
-        saved = Checkpoint.open(checkpoint, self.identity(), graph, task)
-        meter = self._meter(model, graph, task)
+        meter = DamageMeter.prepare(model, graph, task, self.run_settings(task))
         whole = meter(torch.ones(1, len(graph), dtype=torch.bool))
-        start = PatchingState(torch.full((len(graph),), torch.nan))
-        state = start.from_tensors(saved.restore(start.to_tensors()))
+        state = PatchingState(torch.full((len(graph),), torch.nan))
+        state.restore(saved)
         for step in _steps(graph):
             if not state.scores[step].isnan().any():
                 continue  # measured before the run was interrupted
+            without = torch.ones(step.stop - step.start, len(graph), dtype=torch.bool)
+            without[:, step].fill_diagonal_(False)
             counts: dict[str, int] = {}
             with meter.counting(counts):
                 # score(e) = L(G \ e) - L(G)
-                state.scores[step] = (meter(_without_each(step, len(graph))) - whole).float()
+                state.scores[step] = (meter(without) - whole).float()
             state.node_evaluations += counts["node_evaluations"]
-            saved.save(state.to_tensors())
-            if progress:
-                progress(int((~state.scores.isnan()).sum()), len(graph))
+            state.save(saved)
+            progress(int((~state.scores.isnan()).sum()), len(graph))
         record = self.record(evaluations=len(graph), node_evaluations=state.node_evaluations)
         return Circuit.full(graph, state.scores, record=record)
 
@@ -108,19 +97,13 @@ class ActivationPatching(Resumable):
     ) -> dict[Node, float]:
         """The damage of patching each node's output, that is of ablating all its outgoing edges."""
         graph = self.search_graph(model, graph)
-        meter = self._meter(model, graph, task)
+        meter = DamageMeter.prepare(model, graph, task, self.run_settings(task))
         sources = graph.source.unique()
         kept = graph.source[None] != sources[:, None]
         whole = meter(torch.ones(1, len(graph), dtype=torch.bool))
         scores = torch.cat([meter(part) for part in kept.split(NODES_PER_STEP)]) - whole
         nodes = [graph.nodes[source] for source in sources.tolist()]
         return dict(zip(nodes, scores.tolist(), strict=True))
-
-    def _meter(self, model: Model, graph: Graph, task: Task) -> DamageMeter:
-        settings = RunSettings.parse(
-            task, ablation=self.ablation, metric=self.metric, max_memory=self.max_memory
-        )
-        return DamageMeter.prepare(model, graph, task, settings)
 
 
 def _steps(graph: Graph) -> Iterator[slice]:
@@ -135,10 +118,3 @@ def _steps(graph: Graph) -> Iterator[slice]:
         for first in range(start, stop, largest):
             yield slice(first, min(first + largest, stop))
         start = stop
-
-
-def _without_each(edges: slice, total: int) -> Bool[Tensor, "variant edge"]:
-    """The whole graph without each of some edges."""
-    kept = torch.ones(edges.stop - edges.start, total, dtype=torch.bool)
-    kept[:, edges].fill_diagonal_(False)
-    return kept

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
 from typing_extensions import override
 
-from circuits.discovery.checkpoint import Checkpoint
-from circuits.discovery.discoverer import CircuitDiscoverer, Progress
-from circuits.graph.circuit import Circuit
+from circuits.discovery.discoverer import EdgeScorer, EdgeScores, Progress
 from circuits.graph.graph import Graph
 from circuits.models import Model
 from circuits.tasks.task import Task
 
 
 @dataclass(frozen=True)
-class RandomScores(CircuitDiscoverer):
+class RandomScores(EdgeScorer):
     """Score every edge at random: what a method must beat.
 
     Reference: none; a control.
@@ -36,17 +33,8 @@ class RandomScores(CircuitDiscoverer):
     seed: int = 0
 
     @override
-    def discover(
-        self,
-        model: Model,
-        task: Task,
-        *,
-        graph: Graph | None = None,
-        checkpoint: Checkpoint | str | Path | None = None,
-        progress: Progress | None = None,
-    ) -> Circuit:
-        self.refuse_checkpoint(checkpoint)
-        graph = self.search_graph(model, graph)
+    def score(
+        self, model: Model, task: Task, graph: Graph, progress: Progress | None
+    ) -> EdgeScores:
         generator = torch.Generator().manual_seed(self.seed)
-        scores = torch.rand(len(graph), generator=generator)
-        return Circuit.full(graph, scores, record=self.record())
+        return torch.rand(len(graph), generator=generator)

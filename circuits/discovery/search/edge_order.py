@@ -6,7 +6,6 @@ Every order goes from the logits up, so that all that is upstream of the edge tr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal, get_args
@@ -18,9 +17,8 @@ from circuits.system.errors import InputError
 OrderName = Literal["topological", "original"]
 GroupName = Literal["target", "layer"]
 
-TargetSlot = tuple[Node, str | None]
-EdgesBySlot = dict[TargetSlot, tuple[int, ...]]
 SLOT_ORDER = "vkq"  # v is tried first
+NOT_HEADS, HEADS = 0, 1
 
 
 @dataclass(frozen=True)
@@ -53,8 +51,28 @@ def edge_order(graph: Graph, order: OrderName) -> list[Trial]:
             "the original code knows no positions; use order='topological' for a graph split by "
             "position."
         )
-    slots = _edges_by_slot(graph)
-    return list(_topological(graph, slots) if order == "topological" else _original(slots))
+    original = order == "original"
+    slots: dict[tuple[Node, str | None], list[int]] = {}
+    for index in graph.source.argsort(descending=True, stable=True).tolist():
+        edge = graph.edges[index]
+        slots.setdefault((edge.target, edge.slot), []).append(index)
+
+    def rank(target: tuple[Node, str | None]) -> tuple[float, ...]:
+        node, slot = target
+        layer, kind = _layer_and_kind(node)
+        # The highest head comes first and, as a node's positions follow each other, the last one.
+        node_rank, slot_rank = -graph.node_index[node], SLOT_ORDER.index(slot or "v")
+        within = (slot_rank, node_rank) if original else (node_rank, slot_rank)
+        return -layer, kind, *within
+
+    trials = []
+    targets = sorted(slots, key=rank)
+    for (_, kind), together in groupby(targets, key=lambda target: _layer_and_kind(target[0])):
+        groups = [tuple(slots[target]) for target in together]
+        if original and kind == HEADS:
+            trials += [Trial(edges, together=True) for edges in groups]
+        trials += [Trial(edges) for edges in groups]
+    return trials
 
 
 def chains(graph: Graph, order: OrderName) -> list[list[Trial]]:
@@ -62,9 +80,8 @@ def chains(graph: Graph, order: OrderName) -> list[list[Trial]]:
 
     def chain_of(trial: Trial) -> tuple[bool, object]:
         target = int(graph.target[trial.edges[0]])
-        node = graph.nodes[target]
-        by_layer = trial.together and isinstance(node, Head)
-        return trial.together, node.layer if by_layer else target  # type: ignore[attr-defined]
+        layer, _ = _layer_and_kind(graph.nodes[target])
+        return trial.together, layer if trial.together else target
 
     return [list(chain) for _, chain in groupby(edge_order(graph, order), key=chain_of)]
 
@@ -78,78 +95,29 @@ def edge_groups(graph: Graph, group: GroupName | int) -> list[tuple[int, ...]]:
             MLP, into all heads of a layer, or into the logits; a number groups that many edges.
 
     Raises:
-        InputError: there is no such group, or the graph is not a component graph.
+        InputError: the graph is not a component graph.
     """
-    check_group(group)
     edges = [edge for trial in edge_order(graph, "topological") for edge in trial.edges]
     if isinstance(group, int):
         return [tuple(edges[start : start + group]) for start in range(0, len(edges), group)]
     targets = graph.target.tolist()
-    group_of: dict[int, object] = {target: target for target in targets}
-    if group == "layer":
-        group_of = {target: _layer_and_rank(graph.nodes[target]) for target in group_of}
-    return [tuple(part) for _, part in groupby(edges, key=lambda edge: group_of[targets[edge]])]
+
+    def group_of(edge: int) -> object:
+        target = targets[edge]
+        return target if group == "target" else _layer_and_kind(graph.nodes[target])
+
+    return [tuple(part) for _, part in groupby(edges, key=group_of)]
 
 
-def check_group(group: GroupName | int) -> None:
-    """Refuse what is neither the name of a group nor a positive number of edges.
-
-    Raises:
-        InputError: with the value given.
-    """
-    if isinstance(group, int) and not isinstance(group, bool) and group >= 1:
-        return
-    if group not in get_args(GroupName):
-        raise InputError(
-            f"group={group!r} is no way to group edges; choose 'target', 'layer' or a number of "
-            "edges of at least 1."
-        )
-
-
-def _edges_by_slot(graph: Graph) -> EdgesBySlot:
-    """The edges into each slot of each target, from the most downstream source up."""
-    slots: dict[TargetSlot, list[int]] = {}
-    for index, edge in enumerate(graph.edges):
-        slots.setdefault((edge.target, edge.slot), []).append(index)
-    source = graph.source.tolist()
-    return {
-        target: tuple(sorted(edges, key=source.__getitem__, reverse=True))
-        for target, edges in slots.items()
-    }
-
-
-def _topological(graph: Graph, slots: EdgesBySlot) -> Iterator[Trial]:
-    def rank(target: TargetSlot) -> tuple[float, ...]:
-        node, slot = target
-        layer, kind = _layer_and_rank(node)
-        # The positions of a node follow each other in `nodes`; in descending order the highest
-        # head and the last position come first.
-        return -layer, kind, -graph.node_index[node], SLOT_ORDER.index(slot or "v")
-
-    for target in sorted(slots, key=rank):
-        yield Trial(slots[target])
-
-
-def _original(slots: EdgesBySlot) -> Iterator[Trial]:
-    layers = sorted({_layer_and_rank(node)[0] for node, _ in slots}, reverse=True)
-    for layer in layers:
-        here = [(node, slot) for node, slot in slots if _layer_and_rank(node)[0] == layer]
-        yield from (Trial(slots[target]) for target in here if not isinstance(target[0], Head))
-        heads = [(node, slot) for node, slot in here if isinstance(node, Head) and slot]
-        heads.sort(key=lambda target: (SLOT_ORDER.index(target[1]), -target[0].head))
-        yield from (Trial(slots[target], together=True) for target in heads)
-        yield from (Trial(slots[target]) for target in heads)
-
-
-def _layer_and_rank(node: Node) -> tuple[float, int]:
-    """The layer (the logits above all), and 0 for what is tried first within a layer."""
+def _layer_and_kind(node: Node) -> tuple[float, int]:
+    """The layer (the logits above all), and the kind; within a layer the MLP is tried first."""
     match node:
         case Logits():
-            return math.inf, 0
+            return math.inf, NOT_HEADS
         case MLP(layer=layer):
-            return layer, 0
+            return layer, NOT_HEADS
         case Head(layer=layer):
-            return layer, 1
+            return layer, HEADS
     raise InputError(
         f"{node} is not a target in a component graph; searches over edges need a component graph."
     )

@@ -10,9 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.discovery.search.confirmation import Increases, Noise, confirm
-from circuits.discovery.search.state import Group, SearchState, without_each
-from circuits.running.damage import DamageMeter
+from circuits.discovery.search.confirmation import Damages, Increases, confirm
+from circuits.discovery.search.state import Group, Search, without_each
 from circuits.system.errors import NotFiniteError
 
 
@@ -22,39 +21,34 @@ class Measurement:
 
     Attributes:
         absolute: compare the size of the change, so that edges that hurt are kept too.
-        confirm: in low precision, measure again in float32 what is near the threshold.
+        confirms: in low precision, measure again in float32 what is near the threshold.
     """
 
-    meter: DamageMeter
+    search: Search
     threshold: float
     absolute: bool
-    confirm: bool
-    noise: Noise
+    confirms: bool
 
     def harmless(self, increase: Increases | float) -> Any:
         """Whether removals that raise the damage by this much are below the threshold."""
         return self._compared(increase) < self.threshold
 
-    def one(self, state: SearchState, edges: Group, *, sample: bool) -> tuple[float, float]:
+    def one(self, edges: Group) -> tuple[float, float]:
         """L(H without the edges) - L(H), and L(H without the edges), with H the circuit so far."""
+        meter, state = self.search.meter, self.search.state
         without = without_each(state.kept, [edges], np.array([False]))
-        increases, values = self.many(state, without, np.array([1]), sample=sample)
+        with state.counting(meter):
+            increases, values = self.many(without, np.array([1]))
         return float(increases[0]), float(values[0])
 
     def many(
-        self,
-        state: SearchState,
-        without: Bool[Tensor, "row edge"],
-        before: Int[np.ndarray, " row"],
-        *,
-        sample: bool,
-    ) -> tuple[Increases, Float[np.ndarray, " state"]]:
+        self, without: Bool[Tensor, "row edge"], before: Int[np.ndarray, " row"]
+    ) -> tuple[Increases, Damages]:
         """Increases in damage, each against another circuit.
 
         Args:
             without: the circuits to measure.
             before: the row that each is compared with; `len(without)` is H, the circuit so far.
-            sample: whether this is a target's first batch, which shows how large the noise is.
 
         Returns:
             L(row) - L(before[row]) for every row, and L of every row and of H.
@@ -62,35 +56,36 @@ class Measurement:
         Raises:
             NotFiniteError: the damage of one of them is not finite.
         """
-        exact = self.meter.exact
+        meter, state = self.search.meter, self.search.state
+        exact = meter.exact
         if exact is None:
-            values = np.array([*self.meter(without).tolist(), state.damage])
+            values = np.array([*meter(without).tolist(), state.damage])
             return values[:-1] - values[before], values
         # H is measured with the others, because rounding depends on what the executor starts from.
         states = torch.cat([without, state.kept[None]])
         values = self._in_low_precision(states).numpy().copy()
         increases = values[:-1] - values[before]
-        if self.confirm:
+        if self.confirms:
             confirm(
                 increases,
                 values,
                 before,
                 lambda found: np.abs(self._compared(found) - self.threshold),
                 lambda some: exact(states[torch.from_numpy(some)]).numpy(),
-                self.noise,
-                sample=sample,
+                state,
+                sample=self.search.at_new_target,
             )
         return increases, values
 
     def _in_low_precision(self, states: Bool[Tensor, "state edge"]) -> Float[Tensor, " state"]:
+        meter = self.search.meter
         try:
-            return self.meter(states)
+            return meter(states)
         except NotFiniteError:
-            exact = self.meter.exact
-            if len(states) > 2 or exact is None:
+            if len(states) > 2 or meter.exact is None:
                 raise
             # A small type can overflow where float32 does not.
-            return replace(self.meter, executor=exact.executor)(states)
+            return replace(meter, executor=meter.exact.executor)(states)
 
     def _compared(self, increase: Any) -> Any:
         return np.abs(increase) if self.absolute else increase

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from circuits.discovery.checkpoint import TensorState
-from circuits.discovery.search.edge_order import OrderName, Trial, chains
-from circuits.graph.graph import Graph
+from circuits.discovery.checkpoint import Checkpoint, TensorState
+from circuits.discovery.discoverer import EdgeScores, Progress
+from circuits.discovery.search.confirmation import Noise
+from circuits.discovery.search.edge_order import Trial
+from circuits.graph.graph import EdgeMask, Graph
 from circuits.running.damage import DamageMeter
+from circuits.system.errors import InputError
 
 NEVER = 1 << 62
 
@@ -22,44 +25,76 @@ Group = list[int]
 """Edges that are removed together; most groups have one edge."""
 
 
-@dataclass
-class SearchState(TensorState):
-    """Everything a sequential search has decided so far.
-
-    A chain is what is tried between two targets, see `edge_order.chains`.
+@dataclass(kw_only=True)
+class Removals(TensorState):
+    """What every search that removes edges keeps.
 
     Attributes:
         kept: the circuit so far, H.
         scores: the measured increase in damage of each edge tried alone.
         damage: the damage of H.
-        chains_done: the number of finished chains.
-        decided: the number of decided groups of the current chain.
-        announced: how often the executor has been told about H (`DamageMeter.near`).
-        began: `announced` when the current chain began.
-        removed_at: `announced` when each edge was removed; NEVER for kept edges.
         evaluations: decisions made by measuring.
         batches, node_evaluations: counted by the executor.
     """
 
-    kept: Bool[Tensor, " edge"]
-    scores: Float[Tensor, " edge"]
-    removed_at: Int[Tensor, " edge"]
+    kept: EdgeMask
+    scores: EdgeScores
     damage: float
-    chains_done: int = 0
-    decided: int = 0
-    announced: int = 0
-    began: int = 0
     evaluations: int = 0
     batches: int = 0
     node_evaluations: int = 0
 
+    @contextmanager
+    def counting(self, meter: DamageMeter) -> Iterator[None]:
+        """Count what the executor does inside the block."""
+        counts: dict[str, int] = {}
+        with meter.counting(counts):
+            yield
+        self.batches += counts["batches"]
+        self.node_evaluations += counts["node_evaluations"]
+
+
+@dataclass(kw_only=True)
+class SearchState(Removals, Noise):
+    """Everything a sequential search has decided so far, and what it expects.
+
+    A chain is what is tried between two targets, see `edge_order.chains`.
+
+    Attributes:
+        removed_at: `announced` when each edge was removed; NEVER for kept edges.
+        chains_done: the number of finished chains.
+        decided: the number of decided groups of the current chain.
+        announced: how often the executor has been told about H (`DamageMeter.near`).
+        began: `announced` when the current chain began.
+        stays: for each edge of the graph, whether it is expected to stay.
+        expected: for each group of the current chain, whether it is expected to stay.
+        surveyed: the number of groups of the current chain that have been measured.
+        measured, wrong: states measured, and decisions guessed wrong, in the whole search.
+    """
+
+    removed_at: Int[Tensor, " edge"]
+    chains_done: int = 0
+    decided: int = 0
+    announced: int = 0
+    began: int = 0
+    stays: EdgeMask
+    expected: EdgeMask
+    surveyed: int = 0
+    measured: int = 0
+    wrong: int = 0
+
     @staticmethod
-    def start(graph: Graph, damage: DamageMeter) -> SearchState:
-        """The whole graph, with nothing tried."""
+    def start(graph: Graph, meter: DamageMeter, stays: EdgeMask | None) -> SearchState:
+        """The whole graph, with nothing tried; `stays=None` expects that all edges go."""
         kept = torch.ones(len(graph), dtype=torch.bool)
-        scores = torch.full((len(graph),), torch.nan)
-        removed_at = torch.full((len(graph),), NEVER)
-        return SearchState(kept, scores, removed_at, float(damage(kept[None])[0]))
+        return SearchState(
+            kept=kept,
+            scores=torch.full((len(graph),), torch.nan),
+            damage=float(meter(kept[None])[0]),
+            removed_at=torch.full((len(graph),), NEVER),
+            stays=~kept if stays is None else stays,
+            expected=~kept,
+        )
 
     def remove(self, edges: Sequence[int]) -> None:
         """Take edges out of H."""
@@ -73,44 +108,46 @@ class Search:
     """Walks through the edges of a graph in a fixed order.
 
     Attributes:
-        chain_finished: called with (done, total) after each chain.
+        saved: where the state is saved after every decision.
+        progress: called after each chain.
         at_new_target: whether the next decision is the first on edges into its target.
+        fixed_cost: of a batch of circuits without edges into that target, in circuits.
     """
 
     graph: Graph
     meter: DamageMeter
     chains: list[list[Trial]]
     state: SearchState
-    chain_finished: Callable[[int, int], None] = lambda done, total: None
+    saved: Checkpoint
+    progress: Progress
     at_new_target: bool = False
-    _first_group: Group = field(default_factory=list)
-    _fixed_cost: float | None = None
-
-    @staticmethod
-    def start(graph: Graph, meter: DamageMeter, order: OrderName) -> Search:
-        """A search that has tried nothing."""
-        return Search(graph, meter, chains(graph, order), SearchState.start(graph, meter))
+    fixed_cost: float | None = field(default=None, init=False)
 
     def undecided(self) -> Iterator[list[Group]]:
         """The groups of the current chain that are left to decide, until no chain has any.
 
         The caller decides at least the first of them before it asks again.
         """
-        state = self.state
-        self._repeat_announcements()
-        while state.chains_done < len(self.chains):
+        state, total = self.state, len(self.chains)
+        self._resume()
+        while state.chains_done < total:
             groups = self._groups(self.chains[state.chains_done])
-            targets = self.graph.target.numpy()[[group[0] for group in groups]].tolist()
-            self._fixed_cost = None
-            while (done := state.decided) < len(groups):
-                self._first_group = groups[targets.index(targets[done])]
+            first_edges = [group[0] for group in groups]
+            targets = self.graph.target.numpy()[first_edges].tolist()
+            while state.decided < len(groups):
+                done = state.decided
                 self.at_new_target = done == 0 or targets[done] != targets[done - 1]
                 if self.at_new_target:
                     self._announce()
+                if self.at_new_target or self.fixed_cost is None:
+                    first = groups[targets.index(targets[done])]
+                    self.fixed_cost = self.meter.executor.fixed_cost(first)
                 yield groups[done:]
+                state.save(self.saved)
             state.chains_done += 1
             state.decided, state.began = 0, state.announced
-            self.chain_finished(state.chains_done, len(self.chains))
+            state.save(self.saved)
+            self.progress(state.chains_done, total)
 
     def decide(self, group: Group, increase: float, damage: float, *, remove: bool) -> None:
         """Record the decision on the next undecided group.
@@ -128,33 +165,17 @@ class Search:
         state.decided += 1
         state.evaluations += 1
 
-    @property
-    def fixed_cost(self) -> float:
-        """Fixed cost of a batch of circuits without edges into the current target, in circuits."""
-        if self._fixed_cost is None:
-            self._fixed_cost = self.meter.executor.fixed_cost(self._first_group)
-        return self._fixed_cost
-
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Count what the executor does inside the block."""
-        counts: dict[str, int] = {}
-        with self.meter.counting(counts):
-            yield
-        self.state.batches += counts["batches"]
-        self.state.node_evaluations += counts["node_evaluations"]
-
     def _announce(self) -> None:
         """Tell the executor about H, from which the circuits to come differ by a few edges."""
-        with self.counting():
+        with self.state.counting(self.meter):
             self.meter.near(self.state.kept)
         self.state.announced += 1
-        self._fixed_cost = None
 
-    def _repeat_announcements(self) -> None:
-        """After resuming: lead the executor along the same states as before, so that its rounding
+    def _resume(self) -> None:
+        """Lead the executor along the same states as before an interruption, so that its rounding
         is that of an uninterrupted search.
         """
+        self.state.restore(self.saved)
         if self.state.chains_done < len(self.chains):
             for number in range(self.state.announced):
                 self.meter.near(self.state.removed_at > number)
@@ -171,22 +192,37 @@ class Search:
             edges = [edge for edge in trial.edges if kept[edge]]
             if edges and not live[edges].any():
                 self.state.remove(edges)
-            elif edges:
-                groups += [edges] if trial.together else [[edge] for edge in edges]
+            elif trial.together and edges:
+                groups.append(edges)
+            else:
+                groups += [[edge] for edge in edges]
         return groups
 
 
 def without_each(
-    kept: Bool[Tensor, " edge"], groups: list[Group], expected: Bool[np.ndarray, " group"]
+    kept: EdgeMask, groups: list[Group], expected: Bool[np.ndarray, " group"]
 ) -> Bool[Tensor, "group edge"]:
     """For each group, H without it and without the groups before it that are expected to go.
 
     Args:
         expected: True for groups that are expected to stay.
     """
-    row = np.arange(len(groups))[:, None]
-    group = np.repeat(np.arange(len(groups)), [len(edges) for edges in groups])
-    gone = (row == group) | (row > group) & ~expected[group]
+    numbers = np.arange(len(groups))
+    group_of_edge = np.repeat(numbers, [len(edges) for edges in groups])
+    row = numbers[:, None]
+    gone_before = (row > group_of_edge) & ~expected[group_of_edge]
     without = np.repeat(kept.numpy()[None], len(groups), axis=0)
-    without[:, np.concatenate(groups)] = ~gone
+    without[:, np.concatenate(groups)] = ~((row == group_of_edge) | gone_before)
     return torch.from_numpy(without)
+
+
+def check_threshold(threshold: float) -> None:
+    """Refuse a threshold that is negative or no number.
+
+    Raises:
+        InputError: with the threshold.
+    """
+    if not threshold >= 0:
+        raise InputError(
+            f"threshold={threshold} must be a number of at least 0; 0.01 is usual for KL."
+        )
