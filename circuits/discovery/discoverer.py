@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
-from typing_extensions import override
 
 from circuits.discovery.checkpoint import Checkpoint
 from circuits.graph.circuit import Circuit
@@ -33,11 +31,12 @@ EdgeScores = Float[Tensor, " edge"]
 
 
 @dataclass(frozen=True)
-class CircuitDiscoverer(ABC):
+class CircuitDiscoverer:
     """A method that finds a circuit: hyperparameters are fields, data are arguments.
 
-    A subclass that is a frozen dataclass with a `name` is registered: `circuits.discoverers()` and
-    the command list it, its fields are the command's options, and its docstring is the help.
+    A subclass is a frozen dataclass that defines `find`, or `discover` as a whole. If it has a
+    `name` it is registered: `circuits.discoverers()` and the command list it, its fields are the
+    command's options, and its docstring is the help.
 
     >>> import circuits, dataclasses, torch
     >>> @dataclasses.dataclass(frozen=True)
@@ -46,8 +45,7 @@ class CircuitDiscoverer(ABC):
     ...
     ...     name = "by-layer"
     ...
-    ...     def discover(self, model, task, *, graph=None, checkpoint=None, progress=None):
-    ...         graph = self.search_graph(model, graph)
+    ...     def find(self, model, task, graph, saved, progress):
     ...         scores = torch.arange(len(graph)).float()
     ...         return circuits.Circuit.full(graph, scores, record=self.record())
     >>> model = circuits.load_model("toy-world")
@@ -69,7 +67,6 @@ class CircuitDiscoverer(ABC):
             )
         REGISTRY[cls.name] = cls
 
-    @abstractmethod
     def discover(
         self,
         model: Model,
@@ -90,6 +87,19 @@ class CircuitDiscoverer(ABC):
         Raises:
             InputError: the model, task, graph, checkpoint or settings cannot be used.
         """
+        if not isinstance(self, Resumable):
+            self.refuse_checkpoint(checkpoint)
+        graph = self.search_graph(model, graph)
+        saved = Checkpoint()
+        if checkpoint is not None:
+            saved = Checkpoint.open(checkpoint, self.identity(), graph, task)
+        return self.find(model, task, graph, saved, progress or no_progress)
+
+    def find(
+        self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
+    ) -> Circuit:
+        """Find a circuit in `graph`; `saved` holds no state unless the method is `Resumable`."""
+        raise NotImplementedError
 
     def search_graph(self, model: Model, graph: Graph | None) -> Graph:
         """The graph to search: the one given, or the component graph."""
@@ -129,57 +139,11 @@ class CircuitDiscoverer(ABC):
         return RunSettings.parse(task, **own)
 
 
-class EdgeScorer(CircuitDiscoverer):
-    """A method that only scores edges, in one go, so that it has no state to resume from."""
-
-    @abstractmethod
-    def score(
-        self, model: Model, task: Task, graph: Graph, progress: Progress | None
-    ) -> EdgeScores:
-        """The score of every edge of `graph`."""
-
-    @override
-    def discover(
-        self,
-        model: Model,
-        task: Task,
-        *,
-        graph: Graph | None = None,
-        checkpoint: Checkpoint | str | Path | None = None,
-        progress: Progress | None = None,
-    ) -> Circuit:
-        self.refuse_checkpoint(checkpoint)
-        graph = self.search_graph(model, graph)
-        scores = self.score(model, task, graph, progress)
-        return Circuit.full(graph, scores, record=self.record())
-
-
 class Resumable(CircuitDiscoverer):
     """A method that saves its state to `checkpoint` and resumes from it.
 
-    Contract: an interrupted and resumed run finds the same circuit as an uninterrupted one. A
-    subclass defines `resume`, or `discover` as a whole.
+    Contract: an interrupted and resumed run finds the same circuit as an uninterrupted one.
     """
-
-    @override
-    def discover(
-        self,
-        model: Model,
-        task: Task,
-        *,
-        graph: Graph | None = None,
-        checkpoint: Checkpoint | str | Path | None = None,
-        progress: Progress | None = None,
-    ) -> Circuit:
-        graph = self.search_graph(model, graph)
-        saved = Checkpoint.open(checkpoint, self.identity(), graph, task)
-        return self.resume(model, task, graph, saved, progress or no_progress)
-
-    def resume(
-        self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
-    ) -> Circuit:
-        """Find a circuit from the state in `saved` on, or from the start if there is none."""
-        raise NotImplementedError
 
 
 REGISTRY: dict[str, type[CircuitDiscoverer]] = {}

@@ -8,14 +8,16 @@ into memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, pairwise
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.discovery.gradients.gradient_pass import Gradients, written_hook
+from circuits.discovery.gradients.gradient_pass import Gradients, TargetGradients, written_hook
 from circuits.graph.edges import SLOTS
 from circuits.graph.graph import Graph
 from circuits.models import Model
@@ -27,7 +29,7 @@ from circuits.tasks.task import Task
 from circuits.tasks.token_spans import token_spans
 
 SourceChanges = Float[Tensor, "source batch pos d_model"]
-TargetGradients = Float[Tensor, "target batch pos d_model"]
+DenseEdges = Float[Tensor, "part target source"]
 
 
 @dataclass(frozen=True)
@@ -47,26 +49,6 @@ class TargetGroup:
 
     def __len__(self) -> int:
         return self.rows.stop - self.rows.start
-
-
-@dataclass(frozen=True)
-class Needed:
-    """Bytes that a batch needs: a fixed number, and a number for each prompt."""
-
-    fixed: int
-    per_prompt: int
-
-    def __or__(self, other: Needed) -> Needed:
-        """Enough for either."""
-        return Needed(max(self.fixed, other.fixed), max(self.per_prompt, other.per_prompt))
-
-    def of(self, prompts: int) -> int:
-        """Bytes for a number of prompts."""
-        return self.fixed + prompts * self.per_prompt
-
-    def prompts(self, budget: int) -> int:
-        """How many prompts fit, but at least one."""
-        return max(1, (budget - self.fixed) // self.per_prompt)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,87 +79,54 @@ class EdgeProducts:
 
     def start(self, task: Task) -> BatchProducts:
         """Zeros for a batch of prompts."""
-        spans, rows, sources = self.layout.shape
-        part = token_spans(self.graph, task)
+        (spans, rows, sources), cfg = self.layout.shape, self.model.cfg
         batch, pos = task.clean.shape
-        d_model = self.model.cfg.d_model
-        if part is not None and self.details:
-            part = part + spans * torch.arange(batch, device=part.device)[:, None]
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=self.model.cfg.dtype, device=self.model.cfg.device)
-
-        if not self.details:
-            return BatchProducts(
-                self, part, zeros(spans, rows, sources), zeros(0, 0, 0), zeros(0, 0)
-            )
-        edges = zeros(batch * spans, rows, sources)
-        return BatchProducts(self, part, edges, zeros(sources, batch, pos), zeros(sources, d_model))
-
-    def least_bytes(self, pos: int, points: int) -> Needed:
-        """Bytes that the products need if the sources come layer by layer.
-
-        Args:
-            pos: tokens of a prompt.
-            points: the number of gradients that are multiplied together.
-        """
-        cfg, size = self.model.cfg, self.model.cfg.dtype.itemsize
-        spans, rows, sources = self.layout.shape
-        heads, mlp = cfg.n_heads * cfg.d_head, 0 if cfg.attn_only else cfg.d_model
-        # Numbers per token: outputs and changes of all sources, and gradients at every point
-        at_outputs = 3 if self.details else 1
-        numbers = 2 * (2 * cfg.d_model + cfg.n_layers * (heads + mlp))
-        gradients = cfg.d_model + cfg.n_layers * (3 * heads + mlp + cfg.d_model * at_outputs)
-        numbers += points * gradients
-        # the changes of one layer's heads, and gradients at the inputs of the widest group
-        numbers += cfg.n_heads * self.bytes_per_source(1, 1, given=True) // size + heads
-        numbers += cfg.d_model * (self.widest * min(points, 2) + 4)
-        if self.graph.positions is not None:
-            numbers += self.widest * sources
-        dense = spans * rows * sources * size
-        projections = 2 * heads * cfg.d_model * size
-        if self.details:
-            return Needed(projections, numbers * pos * size + 2 * dense)
-        return Needed(projections + dense, numbers * pos * size)
+        prompts = batch if self.details else 1
+        part = token_spans(self.graph, task)
+        if part is not None:
+            part = part + spans * torch.arange(prompts, device=part.device)[:, None]
+        zeros = partial(torch.zeros, dtype=cfg.dtype, device=cfg.device)
+        nodes = sources if self.details else 0
+        return BatchProducts(
+            self,
+            part,
+            edges=zeros(prompts * spans, rows, sources),
+            positions=zeros(nodes, batch, pos),
+            neurons=zeros(nodes, cfg.d_model),
+        )
 
     @property
     def widest(self) -> int:
         """The number of target rows in the largest group."""
         return max(len(group) for group in self.groups)
 
-    def bytes_per_source(self, batch: int, pos: int, *, given: bool) -> int:
-        """Bytes for a source's changes, their products with the gradient, and given outputs."""
-        cfg = self.model.cfg
-        return batch * pos * cfg.d_model * cfg.dtype.itemsize * (1 + self.details + given)
 
-
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class BatchProducts:
     """The products of one batch, summed over the points at which gradients are taken.
 
     Attributes:
         part: the part that each token's products belong to; None if all tokens of a prompt belong
             together. A part is a span, of one prompt with details, else of all prompts.
-        positions: of nodes, by prompt and position; empty without details.
-        neurons: of nodes, by coordinate; empty without details.
+        positions: of nodes, by prompt and position; of no nodes without details.
+        neurons: of nodes, by coordinate; of no nodes without details.
+        steepest: the largest entry of a gradient at the logits.
     """
 
     of: EdgeProducts
     part: Tensor | None
-    edges: Float[Tensor, "part target source"]
+    edges: DenseEdges
     positions: Float[Tensor, "node batch pos"]
     neurons: Float[Tensor, "node d_model"]
+    steepest: float = 0.0
 
     def add(self, changes: Changes, gradients: Sequence[Gradients]) -> None:
         """Add the products of the changes with the sum of the gradients."""
-        batch, pos = next(iter(changes.kept.activations.values())).shape[:2]
-        shape = (self.of.widest, batch, pos, self.of.model.cfg.d_model)
-        buffers = [self.neurons.new_empty(shape) for _ in gradients[:2]]
-        kept = [*changes.kept.activations.values(), *buffers]
-        kept += [tensor for each in gradients for tensor in each.tensors]
-        source_bytes = self.of.bytes_per_source(batch, pos, given=changes.given is not None)
-        n_sources = max(1, (self.of.budget - _bytes(kept)) // source_bytes)
-        for rows in _chunks(changes, n_sources):
+        self.steepest = max(self.steepest, *(each.steepest for each in gradients))
+        _, batch, pos = self.positions.shape
+        widest = (self.of.widest, batch, pos, self.of.model.cfg.d_model)
+        buffers = [self.neurons.new_empty(widest) for _ in gradients[:2]]
+        for rows in self._chunks(changes, gradients, buffers):
             some = changes.outputs(rows)
             if self.of.details:
                 self._add_nodes(changes, some, rows, gradients)
@@ -185,8 +134,9 @@ class BatchProducts:
                 upstream = min(group.n_sources, rows.stop) - rows.start
                 if upstream > 0:
                     at_inputs = _summed(gradients, group, buffers)
+                    sources = slice(rows.start, rows.start + upstream)
                     products = self._products(some[:upstream], at_inputs)
-                    self.edges[:, group.rows, rows.start : rows.start + upstream] += products
+                    self.edges[:, group.rows, sources] += products
             del some  # before the next changes are computed
 
     def by_edge(self) -> Float[Tensor, "prompt edge"]:
@@ -195,17 +145,34 @@ class BatchProducts:
         dense = self.edges.reshape(-1, *layout.shape)
         return dense[:, layout.span, layout.target, layout.source].float().cpu()
 
-    def _products(
-        self, changes: SourceChanges, gradients: TargetGradients
-    ) -> Float[Tensor, "part target source"]:
+    def _chunks(
+        self, changes: Changes, gradients: Sequence[Gradients], buffers: Sequence[Tensor]
+    ) -> Iterator[slice]:
+        """All sources, as many at a time as fit into memory; those that write together stay so."""
+        held = [*changes.kept.activations.values(), *buffers]
+        for each in gradients:
+            held += [*each.residuals, *each.at.values()]
+        free = self.of.budget - sum(tensor.nbytes for tensor in held)
+        # A source's changes, their products with the gradient, and given outputs.
+        copies = 1 + self.of.details + (changes.given is not None)
+        size = free // (copies * buffers[0][0].nbytes)
+        start = stop = 0
+        for _, rows in output_groups(changes.kept.nodes):
+            if rows.stop - start > size and stop > start:
+                yield slice(start, stop)
+                start = stop
+            stop = rows.stop
+        yield slice(start, stop)
+
+    def _products(self, changes: SourceChanges, gradients: TargetGradients) -> DenseEdges:
         """(c_u - out_u(clean)) . d L / d x_r of every source u and target r, summed by part."""
-        if self.part is None and not self.of.details:
-            return (gradients.flatten(1) @ changes.flatten(1).T)[None]
         if self.part is None:
-            by_prompt = gradients.flatten(2).transpose(0, 1)
-            return torch.bmm(by_prompt, changes.flatten(2).permute(1, 2, 0))
-        at_tokens = gradients.flatten(1, 2).transpose(0, 1)
-        by_token = torch.bmm(at_tokens, changes.flatten(1, 2).permute(1, 2, 0))
+            prompts = len(self.edges)
+            slopes = gradients.reshape(len(gradients), prompts, -1).transpose(0, 1)
+            by_prompt = changes.reshape(len(changes), prompts, -1).permute(1, 2, 0)
+            return torch.bmm(slopes, by_prompt)
+        slopes = gradients.flatten(1, 2).transpose(0, 1)
+        by_token = torch.bmm(slopes, changes.flatten(1, 2).permute(1, 2, 0))
         by_part = by_token.new_zeros(len(self.edges), *by_token.shape[1:])
         return by_part.index_add_(0, self.part.flatten(), by_token)
 
@@ -214,39 +181,23 @@ class BatchProducts:
     ) -> None:
         """All edges of a node together: its change times the gradient at its output."""
         nodes = changes.kept.nodes
-        for _, group in output_groups(nodes):
-            if group.start < rows.start or rows.stop < group.stop:
-                continue
-            name = written_hook(nodes[group.start])
-            slopes = [each.written[name] for each in gradients if name in each.written]
+        for _, group in output_groups(nodes[rows]):
+            name = written_hook(nodes[rows][group.start])
+            slopes = [each.at[name] for each in gradients if name in each.at]
             if slopes:
-                own = some[group.start - rows.start : group.stop - rows.start]
-                products = own * sum(slopes[1:], slopes[0])
-                self.positions[group] += products.sum(-1)
-                self.neurons[group] += products.sum((1, 2))
+                products = some[group] * sum(slopes[1:], slopes[0])
+                self.positions[rows][group] += products.sum(-1)
+                self.neurons[rows][group] += products.sum((1, 2))
 
 
 def _groups(model: Model, layout: EdgeLayout) -> Iterator[TargetGroup]:
-    start, group = 0, list[HookedTarget]()
-    for index, target in enumerate(layout.targets):
-        group.append(target)
-        is_last = index + 1 == len(layout.targets)
-        if target[1] == SLOTS[-1] or is_last:
-            stop = start + sum(count for *_, count in group)
-            sources = [sources_of(model, node, layout.splits_embedding) for node, *_ in group]
-            yield TargetGroup(tuple(group), slice(start, stop), max(sources))
-            group, start = [], stop
-
-
-def _chunks(changes: Changes, size: int) -> Iterator[slice]:
-    """All sources in chunks of at most `size`; sources that write together are not separated."""
-    start = stop = 0
-    for _, rows in output_groups(changes.kept.nodes):
-        if rows.stop - start > size and stop > start:
-            yield slice(start, stop)
-            start = stop
-        stop = rows.stop
-    yield slice(start, stop)
+    targets = layout.targets
+    row = [0, *accumulate(count for *_, count in targets)]
+    ends = [index + 1 for index, (_, slot, _) in enumerate(targets) if slot == SLOTS[-1]]
+    for start, stop in pairwise([0, *ends, len(targets)]):
+        last, *_ = targets[stop - 1]
+        n_sources = sources_of(model, last, layout.splits_embedding)
+        yield TargetGroup(targets[start:stop], slice(row[start], row[stop]), n_sources)
 
 
 def _summed(
@@ -259,7 +210,3 @@ def _summed(
         each.at_inputs(group.targets, other)
         total += other
     return total
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

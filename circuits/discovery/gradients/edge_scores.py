@@ -14,23 +14,27 @@ the products.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from math import ceil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from circuits.discovery.discoverer import EdgeScores, Progress, no_progress
 from circuits.discovery.gradients.edge_attribution import EdgeAttribution
-from circuits.discovery.gradients.edge_products import BatchProducts, EdgeProducts, Needed
+from circuits.discovery.gradients.edge_products import BatchProducts, EdgeProducts
 from circuits.discovery.gradients.gradient_pass import (
     GradientPass,
     Gradients,
+    Logits,
+    Override,
     PassResult,
     is_embedding,
     written_hook,
 )
+from circuits.discovery.gradients.memory import Needed, needed
 from circuits.graph.graph import Graph
 from circuits.graph.nodes import Head, Node
 from circuits.models import Model, frozen, output_hook, unembed
@@ -42,12 +46,9 @@ from circuits.running.settings import RunSettings
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget, shrinking
 from circuits.system.ranks import SharedError, gathered, share
-from circuits.tasks.metrics import Metric, check_finite
+from circuits.tasks.metrics import check_finite
 from circuits.tasks.model_fit import check_task
 from circuits.tasks.task import Task
-
-Progress = Callable[[int, int], None]
-Override = dict[str, Tensor | None]
 
 # Below this, per scored row, a gradient is rounding noise: probabilities and logits are of order 1.
 VANISHING = 1e-6
@@ -90,7 +91,7 @@ def score_edges(
     *,
     rules: PropagationRules | None = None,
     progress: Progress | None = None,
-) -> Float[Tensor, " edge"]:
+) -> EdgeScores:
     """The score of every edge.
 
     Args:
@@ -102,7 +103,7 @@ def score_edges(
             one that vanishes at every point; or a single prompt exceeds `max_memory`.
     """
     engine = _Engine.prepare(model, graph, task, settings, points, rules, details=False)
-    sums = _over_ranks(engine, progress)
+    sums = engine.over_ranks(progress or no_progress)
     return sums.edges[0] / (len(task.row_prompt) * engine.points_averaged)
 
 
@@ -118,7 +119,7 @@ def attribute_edges(
 ) -> EdgeAttribution:
     """The scores in detail; arguments and errors are those of `score_edges`."""
     engine = _Engine.prepare(model, graph, task, settings, points, rules, details=True)
-    sums = _over_ranks(engine, progress)
+    sums = engine.over_ranks(progress or no_progress)
     rows = torch.bincount(task.row_prompt.cpu(), minlength=len(task))
     weights = rows * engine.points_averaged
     return EdgeAttribution(
@@ -133,9 +134,11 @@ def attribute_edges(
 
 @dataclass(eq=False)
 class _Sums:
-    """Sums over scored rows and points, on the CPU; without details only `edges`, in one row.
+    """Sums over scored rows and points, on the CPU.
 
     Attributes:
+        edges: by prompt; without details, one row for all prompts.
+        positions, neurons: as in `EdgeAttribution`; of no nodes without details.
         steepest: the largest entry of a gradient at the logits.
     """
 
@@ -147,64 +150,31 @@ class _Sums:
     @staticmethod
     def start(products: EdgeProducts, task: Task, prompts: int) -> _Sums:
         """Zeros for a number of the task's prompts."""
-        rows, nodes = (prompts, products.layout.shape[2]) if products.details else (0, 0)
-        return _Sums(
-            torch.zeros(rows if products.details else 1, len(products.graph)),
-            torch.zeros(rows, nodes, task.clean.shape[1]),
-            torch.zeros(nodes, products.model.cfg.d_model),
-        )
+        rows, nodes = (prompts, products.layout.shape[2]) if products.details else (1, 0)
+        edges = torch.zeros(rows, len(products.graph))
+        positions = torch.zeros(prompts, nodes, task.clean.shape[1])
+        return _Sums(edges, positions, torch.zeros(nodes, products.model.cfg.d_model))
 
     def add(self, batch: BatchProducts, prompts: slice) -> None:
-        if not batch.of.details:
-            self.edges.add_(batch.by_edge())
-            return
-        self.edges[prompts] = batch.by_edge()
-        self.positions[prompts] = batch.positions.transpose(0, 1).float().cpu()
-        self.neurons.add_(batch.neurons.float().cpu())
-
-
-def _over_ranks(engine: _Engine, progress: Progress | None) -> _Sums:
-    """The sums over all prompts, to which each rank adds its share.
-
-    Raises:
-        InputError: the metric's gradient vanishes at every point.
-    """
-
-    def tensors() -> list[Tensor]:
-        sums = engine.run(progress)
-        steepest = torch.tensor([sums.steepest], dtype=torch.float64)
-        return [sums.edges, sums.positions, sums.neurons[None], steepest]
-
-    edges, positions, neurons, slopes = gathered(tensors)
-    steepest = float(slopes.max())
-    if steepest < VANISHING:
-        raise SharedError(
-            f"the gradient of {engine.metric.name} vanishes where it is taken (largest entry "
-            f"{steepest:.1e}), as that of kl does at the clean run: use gradient_at='corrupted' or "
-            "'both', EAPIG, or another metric."
-        )
-    # Without details every rank has one row, which is its sum.
-    if not engine.products.details and len(edges) > 1:
-        edges = edges.sum(0, keepdim=True)
-    neurons = neurons.sum(0) if len(neurons) > 1 else neurons[0]
-    return _Sums(edges, positions, neurons, steepest)
+        self.edges[prompts if batch.of.details else slice(1)] += batch.by_edge()
+        self.positions[prompts] += batch.positions.transpose(0, 1).float().cpu()
+        self.neurons += batch.neurons.float().cpu()
+        self.steepest = max(self.steepest, batch.steepest)
 
 
 @dataclass(eq=False)
-class _Ends:
-    """The clean run, and what is known from running the ends of the line anyway.
+class _Line:
+    """What is known of a batch's prompts before gradients are taken between the ends of the line.
 
     Attributes:
         changes: c_u - out_u(clean) of every source u.
-        gradients: taken at an end.
-        points: the points left to run.
+        ends: gradients at the clean and the counterfactual end, where these runs were made anyway.
     """
 
     clean: SourceOutputs
-    clean_logits: Float[Tensor, "scored vocab"]
+    clean_logits: Logits
     changes: Changes
-    gradients: list[Gradients]
-    points: list[GradientPoint]
+    ends: dict[GradientPoint, Gradients]
 
 
 @dataclass(eq=False)
@@ -216,8 +186,6 @@ class _Engine:
     task: Task
     settings: RunSettings
     points: tuple[GradientPoint, ...]
-    budget: int
-    counterfactuals: Counterfactuals | None = field(default=None)
 
     @staticmethod
     def prepare(
@@ -236,173 +204,166 @@ class _Engine:
         _warn_of_dead_norms(model, settings, points)
         budget = memory_budget(model.cfg.device, settings.max_memory, cpu_bytes=CPU_BYTES)
         products = EdgeProducts.of(model, graph, details=details, budget=budget)
-        layout = products.layout
-        passes = GradientPass(
-            model,
-            layout.nodes,
-            layout.targets,
-            settings.metric,
-            rules or PropagationRules(),
-            at_outputs=details,
-        )
-        task = task.to(model.cfg.device)
-        return _Engine(products, passes, task, settings, tuple(points), budget)
-
-    @property
-    def metric(self) -> Metric:
-        return self.passes.metric
+        nodes, targets = products.layout.nodes, products.layout.targets
+        rules = rules or PropagationRules()
+        passes = GradientPass(model, nodes, targets, settings.metric, rules, at_outputs=details)
+        return _Engine(products, passes, task.to(model.cfg.device), settings, tuple(points))
 
     @property
     def points_averaged(self) -> int:
         """The number of points that the score is the mean of; scores by pieces are sums."""
         return sum(point.until is None for point in self.points) or 1
 
-    def run(self, progress: Progress | None) -> _Sums:
-        """The sums over this rank's share of the prompts, in batches that fit into memory."""
-        model, task, mine = self.products.model, self.task, share(len(self.task))
-        count, done = mine.stop - mine.start, 0
-        sums, needed = _Sums.start(self.products, task, count), self._needed()
-        self._check(needed)
-        with torch.inference_mode(False), torch.no_grad(), frozen(model):
-            size = min(len(task), needed.prompts(self.budget))
-            # Means that an ablation takes are over all prompts, whichever rank runs them.
-            self.counterfactuals = Counterfactuals.prepare(
-                model,
-                self.products.layout.nodes,
-                task,
-                self.settings.ablation,
-                prompts_per_run=size,
+    def over_ranks(self, progress: Progress) -> _Sums:
+        """The sums over all prompts, to which each rank adds its share.
+
+        Raises:
+            InputError: the metric's gradient vanishes at every point.
+        """
+
+        def tensors() -> list[Tensor]:
+            sums = self.run(progress)
+            steepest = torch.tensor([sums.steepest], dtype=torch.float64)
+            return [sums.edges, sums.positions, sums.neurons[None], steepest]
+
+        edges, positions, neurons, slopes = gathered(tensors)
+        steepest = float(slopes.max())
+        if steepest < VANISHING:
+            raise SharedError(
+                f"the gradient of {self.passes.metric.name} vanishes where it is taken (largest "
+                f"entry {steepest:.1e}), as that of kl does at the clean run: use "
+                "gradient_at='corrupted' or 'both', EAPIG, or another metric."
             )
-            while done < count:
-                start = mine.start + done
+        if not self.products.details:
+            edges = edges.sum(0, keepdim=True)
+        return _Sums(edges, positions, neurons.sum(0), steepest)
 
-                def batch(prompts: int, start: int = start) -> tuple[BatchProducts, float]:
-                    return self.batch(slice(start, min(start + prompts, mine.stop)))
+    def run(self, progress: Progress) -> _Sums:
+        """The sums over this rank's share of the prompts, in batches that fit into memory."""
+        mine = share(len(self.task))
+        sums = _Sums.start(self.products, self.task, mine.stop - mine.start)
+        self._check_memory()
+        size, start = self._batch_size, mine.start
 
-                (found, steepest), size = shrinking(batch, min(size, count - done), "prompt")
-                sums.add(found, slice(done, done + size))
-                del found
-                done, sums.steepest = done + size, max(sums.steepest, steepest)
-                if progress:
-                    progress(done, count)
+        def batch(prompts: int) -> BatchProducts:
+            return self.batch(slice(start, start + prompts))
+
+        with torch.inference_mode(False), torch.no_grad(), frozen(self.products.model):
+            while start < mine.stop:
+                found, size = shrinking(batch, min(size, mine.stop - start), "prompt")
+                sums.add(found, slice(start - mine.start, start - mine.start + size))
+                del found  # before the next batch
+                start += size
+                progress(start - mine.start, mine.stop - mine.start)
         return sums
 
-    def batch(self, prompts: slice) -> tuple[BatchProducts, float]:
-        """The products of some prompts, and the steepest gradient at the logits."""
+    def batch(self, prompts: slice) -> BatchProducts:
+        """The products of some prompts."""
         task = self.task[prompts]
-        products, ends = self.products.start(task), self._ends(task, prompts)
-        pending, steepest = ends.gradients, [0.0, *(each.steepest for each in ends.gradients)]
-        for point in ends.points:
+        products, line = self.products.start(task), self._line(task, prompts)
+        pending: list[Gradients] = []
+        for point in self.points:
             if point.until is not None:
                 continue
-            if len(pending) >= POINTS_TOGETHER:
-                products.add(ends.changes, pending)
+            if len(pending) == POINTS_TOGETHER:
+                products.add(line.changes, pending)
                 pending.clear()
-            pending.append(self._run_point(task, point, ends).gradients)
-            steepest.append(pending[-1].steepest)
+            known = line.ends.pop(point, None)
+            pending.append(known or self._run_point(task, point, line).gradients)
         if pending:
-            products.add(ends.changes, pending)
-        steepest += self._add_pieces(products, task, ends)
-        return products, max(steepest)
+            products.add(line.changes, pending)
+        self._add_pieces(products, task, line)
+        return products
 
-    def _add_pieces(self, products: BatchProducts, task: Task, ends: _Ends) -> list[float]:
+    def _add_pieces(self, products: BatchProducts, task: Task, line: _Line) -> None:
         """For each piece of the line, its gradient times the change of the outputs along it."""
         runs: dict[GradientPoint, PassResult] = {}
-        steepest = []
-        for point in ends.points:
+        for point in self.points:
             if point.until is None:
                 continue
             start, end = replace(point, until=None), GradientPoint(point.until, point.nodes)
             for each in (start, end):
                 if each not in runs:
-                    runs[each] = self._run_point(task, each, ends)
+                    runs[each] = self._run_point(task, each, line)
             # out_u(fraction) - out_u(until)
             change = Changes(runs[start].outputs - runs[end].outputs)
             products.add(change, [runs[start].gradients])
-            steepest.append(runs[start].gradients.steepest)
             runs = {end: runs[end]}  # where the next piece starts
-        return steepest
 
-    def _ends(self, task: Task, prompts: slice) -> _Ends:
+    def _line(self, task: Task, prompts: slice) -> _Line:
         """Run the clean prompts, and the corrupted ones for the counterfactuals.
 
         A point at an end of the line is one of these two runs.
         """
-        assert self.counterfactuals is not None
-        points, gradients = list(self.points), list[Gradients]()
-        nodes, model = self.counterfactuals.nodes, self.products.model
+        nodes, model, ends = self.passes.nodes, self.passes.model, dict[GradientPoint, Gradients]()
         cut: Override = {output_hook(node): None for node in nodes if is_embedding(node)}
-        if CLEAN_END in points:
-            points.remove(CLEAN_END)
+        if CLEAN_END in self.points:
             run = self.passes.run(task, task.clean, cut, None)
-            gradients.append(run.gradients)
-            clean, logits = run.outputs, run.logits
+            clean, logits, ends[CLEAN_END] = run.outputs, run.logits, run.gradients
         else:
             clean, residual = run_and_record(model, nodes, task.clean, task.mask)
             logits = unembed(model, residual[task.scored])
             check_finite(logits)
         corrupted = None
-        if COUNTERFACTUAL_END in points and self.settings.ablation.name == "resample":
-            points.remove(COUNTERFACTUAL_END)
+        if COUNTERFACTUAL_END in self.points and self.settings.ablation.name == "resample":
             run = self.passes.run(task, task.corrupted, cut, logits)
-            gradients.append(run.gradients)
-            corrupted = run.outputs
-        changes = self.counterfactuals.changes(task, prompts, clean, corrupted)
-        return _Ends(clean, logits, changes, gradients, points)
+            corrupted, ends[COUNTERFACTUAL_END] = run.outputs, run.gradients
+        changes = self._counterfactuals.changes(task, prompts, clean, corrupted)
+        return _Line(clean, logits, changes, ends)
 
-    def _run_point(self, task: Task, point: GradientPoint, ends: _Ends) -> PassResult:
-        override = _override(self.passes.nodes, point, ends)
-        return self.passes.run(task, task.clean, override, ends.clean_logits)
+    def _run_point(self, task: Task, point: GradientPoint, line: _Line) -> PassResult:
+        override = _override(self.passes.nodes, point, line)
+        return self.passes.run(task, task.clean, override, line.clean_logits)
 
+    @cached_property
+    def _counterfactuals(self) -> Counterfactuals:
+        """Means that an ablation takes are over all prompts, whichever rank runs them."""
+        model, nodes, ablation = self.passes.model, self.passes.nodes, self.settings.ablation
+        size = self._batch_size
+        return Counterfactuals.prepare(model, nodes, self.task, ablation, prompts_per_run=size)
+
+    @cached_property
     def _needed(self) -> Needed:
-        """A generous bound on the memory of a batch, since what autograd keeps of a layer depends
-        on the model's code.
-        """
-        cfg, task, together = (
-            self.products.model.cfg,
-            self.task,
-            min(len(self.points), POINTS_TOGETHER),
-        )
-        pos, heads, mlp = task.clean.shape[1], cfg.n_heads * cfg.d_head, cfg.d_mlp or 0
-        autograd = 20 * cfg.d_model + 12 * heads + 10 * mlp + 8 * cfg.n_heads * pos
-        records = 2 * (heads + cfg.d_model) + (together - 1) * (3 * heads + 4 * cfg.d_model)
-        per_token = cfg.n_layers * (autograd + records) + 8 * cfg.d_model
-        logits = 10 * cfg.d_vocab_out * len(task.row_prompt) / len(task)
-        # Transposed copies of the weights of attention, of gated MLPs and of the unembedding.
-        copied = cfg.n_layers * (4 * heads + (3 * mlp if cfg.gated_mlp else 0)) + cfg.d_vocab_out
-        size = cfg.dtype.itemsize
-        passes = Needed(copied * cfg.d_model * size, ceil((per_token * pos + logits) * size))
-        return passes | self.products.least_bytes(pos, together)
+        together = min(len(self.points), POINTS_TOGETHER)
+        return needed(self.products, self.task, together)
 
-    def _check(self, needed: Needed) -> None:
-        limit = self.settings.max_memory
-        if limit is not None and needed.of(1) > SLACK * limit:
+    @property
+    def _batch_size(self) -> int:
+        return min(len(self.task), self._needed.prompts(self.products.budget))
+
+    def _check_memory(self) -> None:
+        limit, one = self.settings.max_memory, self._needed.of(1)
+        if limit is not None and one > SLACK * limit:
             raise InputError(
-                f"one prompt of {self.task.clean.shape[1]} tokens needs {needed.of(1):,} bytes, "
+                f"one prompt of {self.task.clean.shape[1]} tokens needs {one:,} bytes, "
                 f"but max_memory={limit:,}: allow more, or use shorter prompts."
             )
 
 
-def _override(nodes: Sequence[Node], point: GradientPoint, ends: _Ends) -> Override:
+def _override(nodes: Sequence[Node], point: GradientPoint, line: _Line) -> Override:
     """What to put at hook points to move a run to a point.
 
     The embeddings are always among them, unchanged if they do not move: gradients start there.
     """
-    result: Override = {}
+    result: dict[str, Tensor | None] = {}
     for name, rows in output_groups(nodes):
-        first = nodes[rows.start]
-        moves = [node in point.nodes if point.nodes else is_embedding(node) for node in nodes[rows]]
-        if not any(moves):
-            if is_embedding(first):
-                result[name] = None
-            continue
-        # Heads write together at one hook point, with their bias.
-        heads = isinstance(first, Head)
-        here = ends.clean.attention(first.layer) if heads else ends.clean.activations[name]
-        moved = ends.changes.outputs(rows)[[index for index, move in enumerate(moves) if move]]
-        # counterfactual + fraction * (clean - counterfactual) = clean + (1 - fraction) * change
-        result[written_hook(first)] = here + (1 - point.fraction) * moved.sum(0)
+        here = nodes[rows]
+        moving = [index for index, node in enumerate(here) if _moves(node, point)]
+        if moving:
+            # Heads write together at one hook point, with their bias.
+            clean = line.clean.activations[name]
+            if isinstance(here[0], Head):
+                clean = line.clean.attention(here[0].layer)
+            change = line.changes.outputs(rows)[moving].sum(0)
+            # counterfactual + fraction * (clean - counterfactual) = clean + (1 - fraction) * change
+            result[written_hook(here[0])] = clean + (1 - point.fraction) * change
+        elif is_embedding(here[0]):
+            result[name] = None
     return result
+
+
+def _moves(node: Node, point: GradientPoint) -> bool:
+    return node in point.nodes if point.nodes else is_embedding(node)
 
 
 def _warn_of_dead_norms(

@@ -113,7 +113,7 @@ class ACDC(Resumable):
             )
 
     @override
-    def resume(
+    def find(
         self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
     ) -> Circuit:
         guess = self._guess(model, graph, task)

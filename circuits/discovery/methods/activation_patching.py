@@ -70,7 +70,7 @@ class ActivationPatching(Resumable):
     max_memory: int | None = field(default=None, kw_only=True, metadata=SPEED_ONLY)
 
     @override
-    def resume(
+    def find(
         self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
     ) -> Circuit:
         meter = DamageMeter.prepare(model, graph, task, self.run_settings(task))

@@ -128,7 +128,7 @@ class BatchedACDC(Resumable):
             )
 
     @override
-    def resume(
+    def find(
         self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
     ) -> Circuit:
         groups = edge_groups(graph, self.group)

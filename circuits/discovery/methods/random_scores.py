@@ -8,14 +8,16 @@ from typing import ClassVar
 import torch
 from typing_extensions import override
 
-from circuits.discovery.discoverer import EdgeScorer, EdgeScores, Progress
+from circuits.discovery.checkpoint import Checkpoint
+from circuits.discovery.discoverer import CircuitDiscoverer, Progress
+from circuits.graph.circuit import Circuit
 from circuits.graph.graph import Graph
 from circuits.models import Model
 from circuits.tasks.task import Task
 
 
 @dataclass(frozen=True)
-class RandomScores(EdgeScorer):
+class RandomScores(CircuitDiscoverer):
     """Score every edge at random: what a method must beat.
 
     Reference: none; a control.
@@ -33,8 +35,9 @@ class RandomScores(EdgeScorer):
     seed: int = 0
 
     @override
-    def score(
-        self, model: Model, task: Task, graph: Graph, progress: Progress | None
-    ) -> EdgeScores:
+    def find(
+        self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
+    ) -> Circuit:
         generator = torch.Generator().manual_seed(self.seed)
-        return torch.rand(len(graph), generator=generator)
+        scores = torch.rand(len(graph), generator=generator)
+        return Circuit.full(graph, scores, record=self.record())
