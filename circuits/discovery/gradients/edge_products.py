@@ -139,11 +139,16 @@ class BatchProducts:
                     self.edges[:, group.rows, sources] += products
             del some  # before the next changes are computed
 
-    def by_edge(self) -> Float[Tensor, "prompt edge"]:
-        """The products of each edge, on the CPU; without details one row for all prompts."""
+    def results(self) -> list[Tensor]:
+        """On the CPU: products by prompt and edge; by prompt, node and position; by node and
+        coordinate in one row; and `steepest`. Without details edges have one row for all prompts.
+        """
         layout = self.of.layout
         dense = self.edges.reshape(-1, *layout.shape)
-        return dense[:, layout.span, layout.target, layout.source].float().cpu()
+        by_edge = dense[:, layout.span, layout.target, layout.source]
+        products = [by_edge, self.positions.transpose(0, 1), self.neurons[None]]
+        steepest = torch.tensor([self.steepest], dtype=torch.float64)
+        return [*(each.float().cpu() for each in products), steepest]
 
     def _chunks(
         self, changes: Changes, gradients: Sequence[Gradients], buffers: Sequence[Tensor]

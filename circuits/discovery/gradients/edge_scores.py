@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from circuits.discovery.discoverer import EdgeScores, Progress, no_progress
@@ -38,7 +37,7 @@ from circuits.discovery.gradients.memory import Needed, needed
 from circuits.graph.graph import Graph
 from circuits.graph.nodes import Head, Node
 from circuits.models import Model, frozen, output_hook, unembed
-from circuits.models.component_graph import check_supported, component_nodes
+from circuits.models.component_graph import check_supported
 from circuits.models.propagation import PropagationRules
 from circuits.models.source_outputs import SourceOutputs, output_groups, run_and_record
 from circuits.running.ablation import Changes, Counterfactuals
@@ -82,86 +81,6 @@ class GradientPoint:
 CLEAN_END, COUNTERFACTUAL_END = GradientPoint(1.0), GradientPoint(0.0)
 
 
-def score_edges(
-    model: Model,
-    graph: Graph,
-    task: Task,
-    settings: RunSettings,
-    points: Sequence[GradientPoint],
-    *,
-    rules: PropagationRules | None = None,
-    progress: Progress | None = None,
-) -> EdgeScores:
-    """The score of every edge.
-
-    Args:
-        points: where gradients are taken.
-        rules: how gradients pass through nonlinear parts; None differentiates.
-
-    Raises:
-        InputError: the model, graph and task do not fit together; the metric has no gradient, or
-            one that vanishes at every point; or a single prompt exceeds `max_memory`.
-    """
-    engine = _Engine.prepare(model, graph, task, settings, points, rules, details=False)
-    sums = engine.over_ranks(progress or no_progress)
-    return sums.edges[0] / (len(task.row_prompt) * engine.points_averaged)
-
-
-def attribute_edges(
-    model: Model,
-    graph: Graph,
-    task: Task,
-    settings: RunSettings,
-    points: Sequence[GradientPoint],
-    *,
-    rules: PropagationRules | None = None,
-    progress: Progress | None = None,
-) -> EdgeAttribution:
-    """The scores in detail; arguments and errors are those of `score_edges`."""
-    engine = _Engine.prepare(model, graph, task, settings, points, rules, details=True)
-    sums = engine.over_ranks(progress or no_progress)
-    rows = torch.bincount(task.row_prompt.cpu(), minlength=len(task))
-    weights = rows * engine.points_averaged
-    return EdgeAttribution(
-        graph=graph,
-        nodes=component_nodes(model, graph.splits_embedding),
-        rows=rows,
-        edges_by_prompt=sums.edges.div_(weights[:, None]),
-        sources_by_position=sums.positions.div_(weights[:, None, None]),
-        neurons=sums.neurons.div_(weights.sum()),
-    )
-
-
-@dataclass(eq=False)
-class _Sums:
-    """Sums over scored rows and points, on the CPU.
-
-    Attributes:
-        edges: by prompt; without details, one row for all prompts.
-        positions, neurons: as in `EdgeAttribution`; of no nodes without details.
-        steepest: the largest entry of a gradient at the logits.
-    """
-
-    edges: Float[Tensor, "row edge"]
-    positions: Float[Tensor, "prompt node pos"]
-    neurons: Float[Tensor, "node d_model"]
-    steepest: float = 0.0
-
-    @staticmethod
-    def start(products: EdgeProducts, task: Task, prompts: int) -> _Sums:
-        """Zeros for a number of the task's prompts."""
-        rows, nodes = (prompts, products.layout.shape[2]) if products.details else (1, 0)
-        edges = torch.zeros(rows, len(products.graph))
-        positions = torch.zeros(prompts, nodes, task.clean.shape[1])
-        return _Sums(edges, positions, torch.zeros(nodes, products.model.cfg.d_model))
-
-    def add(self, batch: BatchProducts, prompts: slice) -> None:
-        self.edges[prompts if batch.of.details else slice(1)] += batch.by_edge()
-        self.positions[prompts] += batch.positions.transpose(0, 1).float().cpu()
-        self.neurons += batch.neurons.float().cpu()
-        self.steepest = max(self.steepest, batch.steepest)
-
-
 @dataclass(eq=False)
 class _Line:
     """What is known of a batch's prompts before gradients are taken between the ends of the line.
@@ -178,7 +97,7 @@ class _Line:
 
 
 @dataclass(eq=False)
-class _Engine:
+class EdgeScoring:
     """Runs the passes of one task and multiplies their results, batch by batch."""
 
     products: EdgeProducts
@@ -194,10 +113,20 @@ class _Engine:
         task: Task,
         settings: RunSettings,
         points: Sequence[GradientPoint],
-        rules: PropagationRules | None,
         *,
-        details: bool,
-    ) -> _Engine:
+        rules: PropagationRules | None = None,
+        details: bool = False,
+    ) -> EdgeScoring:
+        """The scoring of a graph's edges on a task.
+
+        Args:
+            points: where gradients are taken.
+            rules: how gradients pass through nonlinear parts; None differentiates.
+            details: whether `attribution` is wanted.
+
+        Raises:
+            InputError: the model, graph and task do not fit together.
+        """
         assert settings.metric is not None
         check_supported(model)
         check_task(model, task)
@@ -207,26 +136,44 @@ class _Engine:
         nodes, targets = products.layout.nodes, products.layout.targets
         rules = rules or PropagationRules()
         passes = GradientPass(model, nodes, targets, settings.metric, rules, at_outputs=details)
-        return _Engine(products, passes, task.to(model.cfg.device), settings, tuple(points))
+        return EdgeScoring(products, passes, task.to(model.cfg.device), settings, tuple(points))
+
+    def scores(self, progress: Progress = no_progress) -> EdgeScores:
+        """The score of every edge.
+
+        Raises:
+            InputError: the metric has no gradient, or one that vanishes at every point; or a single
+                prompt exceeds `max_memory`.
+        """
+        edges, _, _ = self._over_ranks(progress)
+        return edges.sum(0) / (len(self.task.row_prompt) * self._points_averaged)
+
+    def attribution(self, progress: Progress = no_progress) -> EdgeAttribution:
+        """The scores in detail; errors are those of `scores`."""
+        edges, positions, neurons = self._over_ranks(progress)
+        rows = torch.bincount(self.task.row_prompt.cpu(), minlength=len(self.task))
+        weights = rows * self._points_averaged
+        return EdgeAttribution(
+            graph=self.products.graph,
+            nodes=self.passes.nodes,
+            rows=rows,
+            edges_by_prompt=edges.div_(weights[:, None]),
+            sources_by_position=positions.div_(weights[:, None, None]),
+            neurons=neurons.sum(0).div_(weights.sum()),
+        )
 
     @property
-    def points_averaged(self) -> int:
+    def _points_averaged(self) -> int:
         """The number of points that the score is the mean of; scores by pieces are sums."""
         return sum(point.until is None for point in self.points) or 1
 
-    def over_ranks(self, progress: Progress) -> _Sums:
-        """The sums over all prompts, to which each rank adds its share.
+    def _over_ranks(self, progress: Progress) -> list[Tensor]:
+        """The products of all prompts, see `BatchProducts.results`; each rank adds its share.
 
         Raises:
             InputError: the metric's gradient vanishes at every point.
         """
-
-        def tensors() -> list[Tensor]:
-            sums = self.run(progress)
-            steepest = torch.tensor([sums.steepest], dtype=torch.float64)
-            return [sums.edges, sums.positions, sums.neurons[None], steepest]
-
-        edges, positions, neurons, slopes = gathered(tensors)
+        *results, slopes = gathered(lambda: self._run(progress))
         steepest = float(slopes.max())
         if steepest < VANISHING:
             raise SharedError(
@@ -234,16 +181,13 @@ class _Engine:
                 f"entry {steepest:.1e}), as that of kl does at the clean run: use "
                 "gradient_at='corrupted' or 'both', EAPIG, or another metric."
             )
-        if not self.products.details:
-            edges = edges.sum(0, keepdim=True)
-        return _Sums(edges, positions, neurons.sum(0), steepest)
+        return results
 
-    def run(self, progress: Progress) -> _Sums:
-        """The sums over this rank's share of the prompts, in batches that fit into memory."""
-        mine = share(len(self.task))
-        sums = _Sums.start(self.products, self.task, mine.stop - mine.start)
+    def _run(self, progress: Progress) -> list[Tensor]:
+        """The results of this rank's share of the prompts, in batches that fit into memory."""
+        mine, size = share(len(self.task)), self._batch_size
         self._check_memory()
-        size, start = self._batch_size, mine.start
+        start, results = mine.start, list[list[Tensor]]()
 
         def batch(prompts: int) -> BatchProducts:
             return self.batch(slice(start, start + prompts))
@@ -251,11 +195,16 @@ class _Engine:
         with torch.inference_mode(False), torch.no_grad(), frozen(self.products.model):
             while start < mine.stop:
                 found, size = shrinking(batch, min(size, mine.stop - start), "prompt")
-                sums.add(found, slice(start - mine.start, start - mine.start + size))
+                new = found.results()
                 del found  # before the next batch
+                if results and not self.products.details:
+                    # Added up at once, because there may be many edges.
+                    results[0][0] += new[0]
+                    new[0] = new[0][:0]
+                results.append(new)
                 start += size
                 progress(start - mine.start, mine.stop - mine.start)
-        return sums
+        return [torch.cat(batches) for batches in zip(*results, strict=True)]
 
     def batch(self, prompts: slice) -> BatchProducts:
         """The products of some prompts."""
@@ -263,13 +212,12 @@ class _Engine:
         products, line = self.products.start(task), self._line(task, prompts)
         pending: list[Gradients] = []
         for point in self.points:
-            if point.until is not None:
-                continue
-            if len(pending) == POINTS_TOGETHER:
-                products.add(line.changes, pending)
-                pending.clear()
-            known = line.ends.pop(point, None)
-            pending.append(known or self._run_point(task, point, line).gradients)
+            if point.until is None:
+                if len(pending) == POINTS_TOGETHER:
+                    products.add(line.changes, pending)
+                    pending.clear()
+                known = line.ends.pop(point, None)
+                pending.append(known or self._run_point(task, point, line).gradients)
         if pending:
             products.add(line.changes, pending)
         self._add_pieces(products, task, line)
@@ -288,7 +236,7 @@ class _Engine:
             # out_u(fraction) - out_u(until)
             change = Changes(runs[start].outputs - runs[end].outputs)
             products.add(change, [runs[start].gradients])
-            runs = {end: runs[end]}  # where the next piece starts
+            del runs[start]  # the next piece starts at the end of this one
 
     def _line(self, task: Task, prompts: slice) -> _Line:
         """Run the clean prompts, and the corrupted ones for the counterfactuals.

@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from circuits.discovery.checkpoint import Checkpoint
 from circuits.discovery.discoverer import SPEED_ONLY, Progress, Resumable, no_progress
-from circuits.discovery.gradients.edge_scores import GradientPoint, score_edges
+from circuits.discovery.gradients.edge_scores import EdgeScoring, GradientPoint
 from circuits.discovery.search.edge_order import OrderName, chains
 from circuits.discovery.search.measurement import Measurement
 from circuits.discovery.search.speculation import Speculation
@@ -218,7 +218,8 @@ class ACDC(Resumable):
         if self.guess == "removed":
             return torch.zeros(len(graph), dtype=torch.bool)
         try:
-            scores = score_edges(model, graph, task, self.run_settings(task), BOTH_ENDS)
+            scoring = EdgeScoring.prepare(model, graph, task, self.run_settings(task), BOTH_ENDS)
+            scores = scoring.scores()
         except InputError as error:
             raise InputError(
                 f"guess='eap' cannot be had: {error} Or take guess='own', which needs no gradient."

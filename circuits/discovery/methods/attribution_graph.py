@@ -12,8 +12,10 @@ gives the graph itself. For a task `discover` pools the graphs of its prompts in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -183,71 +185,128 @@ class AttributionGraph(Resumable):
                 f"there are {len(prompts)} prompts and {len(wanted)} entries in explain; give one "
                 "for each."
             )
-        tokens = [torch.as_tensor(prompt_tokens(model, prompt)) for prompt in prompts]
-        settings = {
-            name: value for name, value in self.settings().items() if name not in TASK_SETTINGS
-        }
-        builder = _Builder(self, model, self.loaded)
-        graphs = []
-        for number, local, features in builder.frozen(tokens):
+
+        def directions(number: int, local: LocalModel) -> list[Direction]:
             asked = wanted[number]
             if asked is None:
-                directions = builder.most_probable(local)
-            else:
-                directions = directions_of(model, local, asked)
-            graph = builder.graph(local, features, directions).to("cpu")
-            made_with = builder.made_with
+                return self._most_probable(model, local)
+            return directions_of(model, local, asked)
+
+        settings = self.settings()
+        for name in TASK_SETTINGS:
+            del settings[name]
+        transcoders = self.loaded
+        made_with = self._made_with(transcoders)
+        tokens = [torch.as_tensor(prompt_tokens(model, prompt)) for prompt in prompts]
+        graphs = []
+        for _, found in self._graphs(model, transcoders, tokens, directions):
+            graph = found.to("cpu")
             graph = replace(graph, model=identity(model), transcoders=made_with, settings=settings)
             graphs.append(graph)
         return graphs
 
     @override
-    def discover(
-        self,
-        model: Model,
-        task: Task,
-        *,
-        graph: Graph | None = None,
-        checkpoint: Checkpoint | str | Path | None = None,
-        progress: Progress | None = None,
+    def find(
+        self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
     ) -> Circuit:
-        empty, builder = self.search_graph(model, graph), _Builder(self, model, self.loaded)
-        names = self._span_names(task)
-        spans = None if names is None else spans_of(task.positions, names)
-        saved = Checkpoint.open(checkpoint, self.identity(), empty, task)
-        stored = saved.restore({"next": torch.tensor(0), **vars(Pooled.nothing())})
-        done = int(stored.pop("next"))
-        pooled = Pooled(**stored)
-        while done < len(task):
-            rows = range(done, min(done + PROMPTS_AT_ONCE, len(task)))
-            prompts = [task.clean[row, : int(task.lengths[row])] for row in rows]
-            parts = []
-            for number, local, features in builder.frozen(prompts):
-                row = rows[number]
-                directions = builder.scored_directions(local, task, row)
-                found = builder.graph(local, features, directions)
-                kept = prune(
-                    found, node_threshold=self.node_threshold, edge_threshold=self.edge_threshold
-                )
-                span = None if spans is None else spans[row]
-                parts.append(Pooled.of(found, kept.edges, span, kept_only=self.kept_only))
-            # Several prompts at a time, because the whole union is sorted each time.
-            pooled, done = Pooled.together([pooled, *parts]), rows.stop
-            saved.save({"next": torch.tensor(done), **vars(pooled)})
-            if progress is not None:
-                progress(done, len(task))
-        return self._circuit(pooled, names, task, builder)
-
-    def _circuit(
-        self, pooled: Pooled, names: tuple[str, ...] | None, task: Task, builder: _Builder
-    ) -> Circuit:
+        names, transcoders = self._span_names(task), self.loaded
+        pooled = self._pooled(model, transcoders, task, names, saved, progress)
         label = "top" if task.answers is None else "answer"
-        graph, place = pooled.graph(names, label, identity(builder.model), builder.made_with)
+        made_with = self._made_with(transcoders)
+        graph, place = pooled.graph(names, label, identity(model), made_with)
         scores = pooled.scores[place] / int(task.scored.sum())
         keeping = pooled.keeping[place]
-        kept_by = keeping[keeping > 0].tolist()
-        record = self.record(prompts=len(task), kept_by_prompts=kept_by)
-        return Circuit(graph, scores.float(), keeping > 0, record=record)
+        kept = keeping > 0
+        record = self.record(prompts=len(task), kept_by_prompts=keeping[kept].tolist())
+        return Circuit(graph, scores.float(), kept, record=record)
+
+    def _pooled(
+        self,
+        model: Model,
+        transcoders: Transcoders,
+        task: Task,
+        names: tuple[str, ...] | None,
+        saved: Checkpoint,
+        progress: Progress,
+    ) -> Pooled:
+        """The pruned graphs of all prompts, pooled."""
+        spans = None if names is None else spans_of(task.positions, names)
+        stored = saved.restore({"next": torch.tensor(0), **vars(Pooled.nothing())})
+        done = int(stored.pop("next"))
+        pooled, parts = Pooled(**stored), list[Pooled]()
+        lengths = task.lengths.tolist()
+        prompts = [task.clean[row, :length] for row, length in enumerate(lengths)]
+        directions = partial(self._scored_directions, model, task)
+        shares = {"node_threshold": self.node_threshold, "edge_threshold": self.edge_threshold}
+        for row, found in self._graphs(model, transcoders, prompts, directions, first=done):
+            kept, span = prune(found, **shares).edges, None if spans is None else spans[row]
+            parts.append(Pooled.of(found, kept, span, kept_only=self.kept_only))
+            if len(parts) == PROMPTS_AT_ONCE or row + 1 == len(task):
+                # Several prompts at a time, because the whole union is sorted each time.
+                pooled, parts = Pooled.together([pooled, *parts]), []
+                saved.save({"next": torch.tensor(row + 1), **vars(pooled)})
+                progress(row + 1, len(task))
+        return pooled
+
+    def _graphs(
+        self,
+        model: Model,
+        transcoders: Transcoders,
+        prompts: Sequence[Int[Tensor, " _"]],
+        directions: Callable[[int, LocalModel], list[Direction]],
+        *,
+        first: int = 0,
+    ) -> Iterator[tuple[int, FeatureGraph]]:
+        """The number and the graph of each prompt from `first` on; a few are run together.
+
+        Args:
+            directions: what to explain, from a prompt's number and local model.
+        """
+        budget = Budget(self.budget, self.at_a_time)
+        for start in range(first, len(prompts), PROMPTS_AT_ONCE):
+            some = prompts[start : start + PROMPTS_AT_ONCE]
+            locals_ = freeze(model, transcoders, list(some))
+            features = active_features(locals_, transcoders, leading=self.leading)
+            for number, (local, active) in enumerate(zip(locals_, features, strict=True), start):
+                graph = build_feature_graph(
+                    local,
+                    transcoders,
+                    active,
+                    directions(number, local),
+                    words=words_of(model, local.tokens.tolist()),
+                    budget=budget,
+                    leading=self.leading,
+                    max_memory=self.max_memory,
+                )
+                yield number, graph
+
+    def _most_probable(
+        self, model: Model, local: LocalModel, position: int | None = None
+    ) -> list[Direction]:
+        return most_probable(
+            model, local, most=self.most_logits, probability=self.probability, position=position
+        )
+
+    def _scored_directions(
+        self, model: Model, task: Task, row: int, local: LocalModel
+    ) -> list[Direction]:
+        """What one prompt of a task is judged by.
+
+        Answers against wrong answers, answers alone, or the most probable tokens.
+        """
+        positions = task.scored[row].nonzero().flatten().tolist()
+        if task.answers is None:
+            by_position = [self._most_probable(model, local, position) for position in positions]
+            return list(chain.from_iterable(by_position))
+        right = _tokens(task.answers[row])
+        wrong = None if task.wrong_answers is None else _tokens(task.wrong_answers[row])
+        return [
+            difference_direction(local, right, wrong, "answer", position) for position in positions
+        ]
+
+    def _made_with(self, transcoders: Transcoders) -> TranscodersIdentity:
+        whole = self.budget is None and not self.kept_only
+        return replace(transcoders.identity, leading=self.leading, whole=whole)
 
     def _span_names(self, task: Task) -> tuple[str, ...] | None:
         by_position = bool(task.positions) if self.by_position is None else self.by_position
@@ -257,72 +316,6 @@ class AttributionGraph(Resumable):
                 "by_position=False."
             )
         return (REST, *task.positions) if by_position else None
-
-
-@dataclass(frozen=True)
-class _Builder:
-    """Builds graphs of one model with one set of transcoders."""
-
-    method: AttributionGraph
-    model: Model
-    transcoders: Transcoders
-
-    @property
-    def made_with(self) -> TranscodersIdentity:
-        whole = self.method.budget is None and not self.method.kept_only
-        return replace(self.transcoders.identity, leading=self.method.leading, whole=whole)
-
-    def frozen(self, prompts: Sequence[Int[Tensor, " _"]]) -> Iterator[tuple[int, LocalModel, Any]]:
-        """Each prompt's number, local model and active features, a few prompts at a time."""
-        for start in range(0, len(prompts), PROMPTS_AT_ONCE):
-            some = prompts[start : start + PROMPTS_AT_ONCE]
-            locals_ = freeze(self.model, self.transcoders, list(some))
-            features = active_features(locals_, self.transcoders, leading=self.method.leading)
-            for number, (local, active) in enumerate(zip(locals_, features, strict=True)):
-                yield start + number, local, active
-
-    def graph(
-        self, local: LocalModel, features: Any, directions: Sequence[Direction]
-    ) -> FeatureGraph:
-        method = self.method
-        return build_feature_graph(
-            local,
-            self.transcoders,
-            features,
-            directions,
-            words=words_of(self.model, local.tokens.tolist()),
-            budget=Budget(method.budget, method.at_a_time),
-            leading=method.leading,
-            max_memory=method.max_memory,
-        )
-
-    def most_probable(self, local: LocalModel, position: int | None = None) -> list[Direction]:
-        method = self.method
-        return most_probable(
-            self.model,
-            local,
-            most=method.most_logits,
-            probability=method.probability,
-            position=position,
-        )
-
-    def scored_directions(self, local: LocalModel, task: Task, row: int) -> list[Direction]:
-        """What one prompt of a task is judged by.
-
-        Answers against wrong answers, answers alone, or the most probable tokens.
-        """
-        if task.answers is None:
-            right, wrong = None, None
-        else:
-            right = _tokens(task.answers[row])
-            wrong = None if task.wrong_answers is None else _tokens(task.wrong_answers[row])
-        directions = []
-        for position in task.scored[row].nonzero().flatten().tolist():
-            if right is None:
-                directions += self.most_probable(local, position)
-            else:
-                directions.append(difference_direction(local, right, wrong, "answer", position))
-        return directions
 
 
 def _tokens(padded: Int[Tensor, " k"]) -> list[int]:
