@@ -74,7 +74,7 @@ def test_activation_lines_are_those_of_the_eap_ig_package_at_its_points(publishe
     lines = sub_layers(component_nodes(model, split_embed=True))
     points = [GradientPoint(step / 5, line) for line in lines for step in range(1, 6)]
     settings = RunSettings.parse(task, metric="logit_difference")
-    scoring = EdgeScoring.prepare(model, graph, task, settings, points, details=True)
+    scoring = EdgeScoring(model, graph, task, settings, points, details=True)
     scores = scoring.attribution().edges
     assert_scores_are_published(scores, graph, "EAP-IG-activations")
 

@@ -67,16 +67,6 @@ class EdgeProducts:
     details: bool
     budget: int
 
-    @staticmethod
-    def of(model: Model, graph: Graph, *, details: bool, budget: int) -> EdgeProducts:
-        """The products for a graph of this model's components.
-
-        Raises:
-            InputError: the graph is not a component graph of this model.
-        """
-        layout = EdgeLayout.of(model, graph)
-        return EdgeProducts(model, graph, layout, tuple(_groups(model, layout)), details, budget)
-
     def start(self, task: Task) -> BatchProducts:
         """Zeros for a batch of prompts."""
         (spans, rows, sources), cfg = self.layout.shape, self.model.cfg
@@ -195,7 +185,8 @@ class BatchProducts:
                 self.neurons[rows][group] += products.sum((1, 2))
 
 
-def _groups(model: Model, layout: EdgeLayout) -> Iterator[TargetGroup]:
+def target_groups(model: Model, layout: EdgeLayout) -> Iterator[TargetGroup]:
+    """Cut the targets into groups; each ends with the v slot of a layer's heads."""
     targets = layout.targets
     row = [0, *accumulate(count for *_, count in targets)]
     ends = [index + 1 for index, (_, slot, _) in enumerate(targets) if slot == SLOTS[-1]]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from circuits.discovery.discoverer import EdgeScores, Progress, no_progress
 from circuits.discovery.gradients.edge_attribution import EdgeAttribution
-from circuits.discovery.gradients.edge_products import BatchProducts, EdgeProducts
+from circuits.discovery.gradients.edge_products import BatchProducts, EdgeProducts, target_groups
 from circuits.discovery.gradients.gradient_pass import (
     GradientPass,
     Gradients,
@@ -33,7 +33,7 @@ from circuits.discovery.gradients.gradient_pass import (
     is_embedding,
     written_hook,
 )
-from circuits.discovery.gradients.memory import Needed, needed
+from circuits.discovery.gradients.memory import needed
 from circuits.graph.graph import Graph
 from circuits.graph.nodes import Head, Node
 from circuits.models import Model, frozen, output_hook, unembed
@@ -41,6 +41,7 @@ from circuits.models.component_graph import check_supported
 from circuits.models.propagation import PropagationRules
 from circuits.models.source_outputs import SourceOutputs, output_groups, run_and_record
 from circuits.running.ablation import Changes, Counterfactuals
+from circuits.running.edge_layout import EdgeLayout
 from circuits.running.settings import RunSettings
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget, shrinking
@@ -56,8 +57,6 @@ VANISHING = 1e-6
 POINTS_TOGETHER = 5
 # The most memory chosen on a CPU, where weights are read anew for every batch.
 CPU_BYTES = 1 << 32
-# The bound on memory is generous, so a prompt is refused only if it exceeds the limit by this much.
-SLACK = 1.2
 
 
 @dataclass(frozen=True)
@@ -96,18 +95,20 @@ class _Line:
     ends: dict[GradientPoint, Gradients]
 
 
-@dataclass(eq=False)
 class EdgeScoring:
-    """Runs the passes of one task and multiplies their results, batch by batch."""
+    """Runs the passes of one task and multiplies their results, batch by batch.
 
-    products: EdgeProducts
-    passes: GradientPass
-    task: Task
-    settings: RunSettings
-    points: tuple[GradientPoint, ...]
+    Args:
+        points: where gradients are taken.
+        rules: how gradients pass through nonlinear parts; None differentiates.
+        details: whether `attribution` is wanted.
 
-    @staticmethod
-    def prepare(
+    Raises:
+        InputError: the model, graph and task do not fit together.
+    """
+
+    def __init__(
+        self,
         model: Model,
         graph: Graph,
         task: Task,
@@ -116,27 +117,24 @@ class EdgeScoring:
         *,
         rules: PropagationRules | None = None,
         details: bool = False,
-    ) -> EdgeScoring:
-        """The scoring of a graph's edges on a task.
-
-        Args:
-            points: where gradients are taken.
-            rules: how gradients pass through nonlinear parts; None differentiates.
-            details: whether `attribution` is wanted.
-
-        Raises:
-            InputError: the model, graph and task do not fit together.
-        """
+    ) -> None:
         assert settings.metric is not None
         check_supported(model)
         check_task(model, task)
         _warn_of_dead_norms(model, settings, points)
         budget = memory_budget(model.cfg.device, settings.max_memory, cpu_bytes=CPU_BYTES)
-        products = EdgeProducts.of(model, graph, details=details, budget=budget)
-        nodes, targets = products.layout.nodes, products.layout.targets
-        rules = rules or PropagationRules()
-        passes = GradientPass(model, nodes, targets, settings.metric, rules, at_outputs=details)
-        return EdgeScoring(products, passes, task.to(model.cfg.device), settings, tuple(points))
+        layout = EdgeLayout.of(model, graph)
+        groups = tuple(target_groups(model, layout))
+        self.task, self.settings, self.points = task.to(model.cfg.device), settings, points
+        self.products = EdgeProducts(model, graph, layout, groups, details, budget)
+        self.passes = GradientPass(
+            model,
+            layout.nodes,
+            layout.targets,
+            settings.metric,
+            rules or PropagationRules(),
+            at_outputs=details,
+        )
 
     def scores(self, progress: Progress = no_progress) -> EdgeScores:
         """The score of every edge.
@@ -186,7 +184,6 @@ class EdgeScoring:
     def _run(self, progress: Progress) -> list[Tensor]:
         """The results of this rank's share of the prompts, in batches that fit into memory."""
         mine, size = share(len(self.task)), self._batch_size
-        self._check_memory()
         start, results = mine.start, list[list[Tensor]]()
 
         def batch(prompts: int) -> BatchProducts:
@@ -271,21 +268,20 @@ class EdgeScoring:
         return Counterfactuals.prepare(model, nodes, self.task, ablation, prompts_per_run=size)
 
     @cached_property
-    def _needed(self) -> Needed:
-        together = min(len(self.points), POINTS_TOGETHER)
-        return needed(self.products, self.task, together)
-
-    @property
     def _batch_size(self) -> int:
-        return min(len(self.task), self._needed.prompts(self.products.budget))
+        """The prompts that fit into memory together.
 
-    def _check_memory(self) -> None:
-        limit, one = self.settings.max_memory, self._needed.of(1)
-        if limit is not None and one > SLACK * limit:
+        Raises:
+            InputError: not even one does.
+        """
+        together = min(len(self.points), POINTS_TOGETHER)
+        bound, limit = needed(self.products, self.task, together), self.settings.max_memory
+        if limit is not None and bound.of(1) > limit:
             raise InputError(
-                f"one prompt of {self.task.clean.shape[1]} tokens needs {one:,} bytes, "
+                f"one prompt of {self.task.clean.shape[1]} tokens needs {bound.of(1):,} bytes, "
                 f"but max_memory={limit:,}: allow more, or use shorter prompts."
             )
+        return min(len(self.task), bound.prompts(self.products.budget))
 
 
 def _override(nodes: Sequence[Node], point: GradientPoint, line: _Line) -> Override:

@@ -218,7 +218,7 @@ class ACDC(Resumable):
         if self.guess == "removed":
             return torch.zeros(len(graph), dtype=torch.bool)
         try:
-            scoring = EdgeScoring.prepare(model, graph, task, self.run_settings(task), BOTH_ENDS)
+            scoring = EdgeScoring(model, graph, task, self.run_settings(task), BOTH_ENDS)
             scores = scoring.scores()
         except InputError as error:
             raise InputError(

@@ -93,9 +93,7 @@ class GradientMethod(CircuitDiscoverer, ABC):
     ) -> EdgeScoring:
         points = self.points(component_nodes(model, graph.splits_embedding))
         settings = self.run_settings(task)
-        return EdgeScoring.prepare(
-            model, graph, task, settings, points, rules=self.rules, details=details
-        )
+        return EdgeScoring(model, graph, task, settings, points, rules=self.rules, details=details)
 
     @override
     def search_graph(self, model: Model, graph: Graph | None) -> Graph:
