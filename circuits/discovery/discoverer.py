@@ -15,6 +15,7 @@ from circuits.graph.circuit import Circuit
 from circuits.graph.graph import Graph
 from circuits.models import Model
 from circuits.models.component_graph import component_graph
+from circuits.running.damage import DamageMeter
 from circuits.running.settings import RunSettings
 from circuits.system.errors import InputError
 from circuits.tasks.task import Task
@@ -133,9 +134,14 @@ class CircuitDiscoverer:
         """The record of a circuit: the method, its settings, and what the run counted."""
         return {"method": self.name, "settings": self.settings(), **found}
 
+    def meter(self, model: Model, graph: Graph, task: Task) -> DamageMeter:
+        """Measures the damage of circuits as the method's fields say."""
+        return DamageMeter.prepare(model, graph, task, self.run_settings(task))
+
     def run_settings(self, task: Task) -> RunSettings:
         """How to run circuits on `task` and judge them: the method's fields named RUN_SETTINGS."""
-        own = {name: getattr(self, name) for name in RUN_SETTINGS if hasattr(self, name)}
+        names = {each.name for each in fields(self)}
+        own = {name: getattr(self, name) for name in names.intersection(RUN_SETTINGS)}
         return RunSettings.parse(task, **own)
 
 

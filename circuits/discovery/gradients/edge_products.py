@@ -20,6 +20,7 @@ from torch import Tensor
 from circuits.discovery.gradients.gradient_pass import Gradients, TargetGradients, written_hook
 from circuits.graph.edges import SLOTS
 from circuits.graph.graph import Graph
+from circuits.graph.nodes import Node
 from circuits.models import Model
 from circuits.models.component_graph import sources_of
 from circuits.models.source_outputs import output_groups
@@ -69,21 +70,16 @@ class EdgeProducts:
 
     def start(self, task: Task) -> BatchProducts:
         """Zeros for a batch of prompts."""
-        (spans, rows, sources), cfg = self.layout.shape, self.model.cfg
+        cfg = self.model.cfg
         batch, pos = task.clean.shape
-        prompts = batch if self.details else 1
+        spans, rows, sources = self.layout.shape
+        prompts, nodes = (batch, sources) if self.details else (1, 0)
         part = token_spans(self.graph, task)
         if part is not None:
             part = part + spans * torch.arange(prompts, device=part.device)[:, None]
         zeros = partial(torch.zeros, dtype=cfg.dtype, device=cfg.device)
-        nodes = sources if self.details else 0
-        return BatchProducts(
-            self,
-            part,
-            edges=zeros(prompts * spans, rows, sources),
-            positions=zeros(nodes, batch, pos),
-            neurons=zeros(nodes, cfg.d_model),
-        )
+        edges = zeros(prompts * spans, rows, sources)
+        return BatchProducts(self, part, edges, zeros(nodes, batch, pos), zeros(nodes, cfg.d_model))
 
     @property
     def widest(self) -> int:
@@ -112,21 +108,21 @@ class BatchProducts:
 
     def add(self, changes: Changes, gradients: Sequence[Gradients]) -> None:
         """Add the products of the changes with the sum of the gradients."""
-        self.steepest = max(self.steepest, *(each.steepest for each in gradients))
+        for each in gradients:
+            self.steepest = max(self.steepest, each.steepest)
         _, batch, pos = self.positions.shape
-        widest = (self.of.widest, batch, pos, self.of.model.cfg.d_model)
+        widest = (self.of.widest, batch, pos, self.neurons.shape[1])
         buffers = [self.neurons.new_empty(widest) for _ in gradients[:2]]
         for rows in self._chunks(changes, gradients, buffers):
             some = changes.outputs(rows)
             if self.of.details:
-                self._add_nodes(changes, some, rows, gradients)
+                self._add_nodes(changes.kept.nodes[rows], some, rows, gradients)
             for group in self.of.groups:
                 upstream = min(group.n_sources, rows.stop) - rows.start
                 if upstream > 0:
                     at_inputs = _summed(gradients, group, buffers)
                     sources = slice(rows.start, rows.start + upstream)
-                    products = self._products(some[:upstream], at_inputs)
-                    self.edges[:, group.rows, sources] += products
+                    self.edges[:, group.rows, sources] += self._products(some[:upstream], at_inputs)
             del some  # before the next changes are computed
 
     def results(self) -> list[Tensor]:
@@ -134,11 +130,11 @@ class BatchProducts:
         coordinate in one row; and `steepest`. Without details edges have one row for all prompts.
         """
         layout = self.of.layout
-        dense = self.edges.reshape(-1, *layout.shape)
+        dense = self.edges.unflatten(0, (-1, layout.shape[0]))
         by_edge = dense[:, layout.span, layout.target, layout.source]
-        products = [by_edge, self.positions.transpose(0, 1), self.neurons[None]]
-        steepest = torch.tensor([self.steepest], dtype=torch.float64)
-        return [*(each.float().cpu() for each in products), steepest]
+        products = (by_edge, self.positions.transpose(0, 1), self.neurons[None])
+        steepest = torch.tensor([self.steepest])
+        return [each.float().cpu() for each in products] + [steepest]
 
     def _chunks(
         self, changes: Changes, gradients: Sequence[Gradients], buffers: Sequence[Tensor]
@@ -146,14 +142,15 @@ class BatchProducts:
         """All sources, as many at a time as fit into memory; those that write together stay so."""
         held = [*changes.kept.activations.values(), *buffers]
         for each in gradients:
-            held += [*each.residuals, *each.at.values()]
+            held.extend(each.residuals)
+            held.extend(each.at.values())
         free = self.of.budget - sum(tensor.nbytes for tensor in held)
         # A source's changes, their products with the gradient, and given outputs.
         copies = 1 + self.of.details + (changes.given is not None)
-        size = free // (copies * buffers[0][0].nbytes)
+        source_bytes = copies * buffers[0][0].nbytes
         start = stop = 0
         for _, rows in output_groups(changes.kept.nodes):
-            if rows.stop - start > size and stop > start:
+            if stop > start and (rows.stop - start) * source_bytes > free:
                 yield slice(start, stop)
                 start = stop
             stop = rows.stop
@@ -161,48 +158,57 @@ class BatchProducts:
 
     def _products(self, changes: SourceChanges, gradients: TargetGradients) -> DenseEdges:
         """(c_u - out_u(clean)) . d L / d x_r of every source u and target r, summed by part."""
+        prompts = len(self.edges) if self.part is None else self.part.numel()
+        by_target = gradients.reshape(len(gradients), prompts, -1)
+        by_source = changes.reshape(len(changes), prompts, -1)
+        products = torch.bmm(by_target.transpose(0, 1), by_source.permute(1, 2, 0))
         if self.part is None:
-            prompts = len(self.edges)
-            slopes = gradients.reshape(len(gradients), prompts, -1).transpose(0, 1)
-            by_prompt = changes.reshape(len(changes), prompts, -1).permute(1, 2, 0)
-            return torch.bmm(slopes, by_prompt)
-        slopes = gradients.flatten(1, 2).transpose(0, 1)
-        by_token = torch.bmm(slopes, changes.flatten(1, 2).permute(1, 2, 0))
-        by_part = by_token.new_zeros(len(self.edges), *by_token.shape[1:])
-        return by_part.index_add_(0, self.part.flatten(), by_token)
+            return products
+        # Products by token so far.
+        by_part = products.new_zeros(len(self.edges), *products.shape[1:])
+        return by_part.index_add_(0, self.part.flatten(), products)
 
     def _add_nodes(
-        self, changes: Changes, some: SourceChanges, rows: slice, gradients: Sequence[Gradients]
+        self,
+        nodes: Sequence[Node],
+        changes: SourceChanges,
+        rows: slice,
+        gradients: Sequence[Gradients],
     ) -> None:
         """All edges of a node together: its change times the gradient at its output."""
-        nodes = changes.kept.nodes
-        for _, group in output_groups(nodes[rows]):
-            name = written_hook(nodes[rows][group.start])
+        positions = self.positions[rows]
+        neurons = self.neurons[rows]
+        for _, group in output_groups(nodes):
+            name = written_hook(nodes[group.start])
             slopes = [each.at[name] for each in gradients if name in each.at]
             if slopes:
-                products = some[group] * sum(slopes[1:], slopes[0])
-                self.positions[rows][group] += products.sum(-1)
-                self.neurons[rows][group] += products.sum((1, 2))
+                products = changes[group] * sum(slopes[1:], slopes[0])
+                positions[group] += products.sum(-1)
+                neurons[group] += products.sum((1, 2))
 
 
 def target_groups(model: Model, layout: EdgeLayout) -> Iterator[TargetGroup]:
     """Cut the targets into groups; each ends with the v slot of a layer's heads."""
     targets = layout.targets
-    row = [0, *accumulate(count for *_, count in targets)]
-    ends = [index + 1 for index, (_, slot, _) in enumerate(targets) if slot == SLOTS[-1]]
+    counts = [count for _, _, count in targets]
+    row = [0, *accumulate(counts)]
+    slots = [slot for _, slot, _ in targets]
+    ends = [index + 1 for index, slot in enumerate(slots) if slot == SLOTS[-1]]
     for start, stop in pairwise([0, *ends, len(targets)]):
         last, *_ = targets[stop - 1]
         n_sources = sources_of(model, last, layout.splits_embedding)
-        yield TargetGroup(targets[start:stop], slice(row[start], row[stop]), n_sources)
+        rows = slice(row[start], row[stop])
+        yield TargetGroup(targets[start:stop], rows, n_sources)
 
 
 def _summed(
     gradients: Sequence[Gradients], group: TargetGroup, buffers: Sequence[Tensor]
 ) -> TargetGradients:
     """The sum over points of the gradients at a group's targets."""
-    total, other = buffers[0][: len(group)], buffers[-1][: len(group)]
+    total = buffers[0][: len(group)]
     gradients[0].at_inputs(group.targets, total)
     for each in gradients[1:]:
+        other = buffers[1][: len(group)]
         each.at_inputs(group.targets, other)
         total += other
     return total

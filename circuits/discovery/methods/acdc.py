@@ -117,7 +117,7 @@ class ACDC(Resumable):
         self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
     ) -> Circuit:
         guess = self._guess(model, graph, task)
-        meter = DamageMeter.prepare(model, graph, task, self.run_settings(task))
+        meter = self.meter(model, graph, task)
         return self._search(graph, meter, saved, progress, guess)
 
     def sweep(
@@ -149,13 +149,12 @@ class ACDC(Resumable):
                 `checkpoint` is a file, or belongs to another sweep; or the model, task, graph or
                 settings cannot be used.
         """
-        thresholds = [float(threshold) for threshold in thresholds]
-        descending = sorted(set(thresholds), reverse=True)
+        descending = sorted(set(map(float, thresholds)), reverse=True)
         methods = [replace(self, threshold=threshold) for threshold in descending]
         graph = self.search_graph(model, graph)
         _check_sweep(thresholds, guess, graph, checkpoint)
         stays = methods[0]._guess(model, graph, task) if guess is None else guess.kept
-        meter = DamageMeter.prepare(model, graph, task, self.run_settings(task))
+        meter = self.meter(model, graph, task)
         found: dict[float, Circuit] = {}
         for number, method in enumerate(methods):
             name = f"{method.threshold}.safetensors"
@@ -163,8 +162,9 @@ class ACDC(Resumable):
             saved = Checkpoint.open(file, method.identity(), graph, task)
             part = partial(_report_part, progress or no_progress, number, len(methods))
             circuit = method._search(graph, meter, saved, part, stays)
-            found[method.threshold], stays = circuit, circuit.kept
-        return [found[threshold] for threshold in thresholds]
+            found[method.threshold] = circuit
+            stays = circuit.kept
+        return [found[float(threshold)] for threshold in thresholds]
 
     def _search(
         self,
@@ -179,7 +179,8 @@ class ACDC(Resumable):
         Args:
             stays: the edges expected to stay; None guesses from the search's own decisions.
         """
-        order, state = chains(graph, self.order), SearchState.start(graph, meter, stays)
+        order = chains(graph, self.order)
+        state = SearchState.start(graph, meter, stays)
         search = Search(graph, meter, order, state, saved, progress)
         measure = Measurement(search, self.threshold, self.absolute, self._confirms)
         if self.speculate:
@@ -191,10 +192,11 @@ class ACDC(Resumable):
 
     def _found(self, search: Search) -> dict[str, Any]:
         """What the record says of a finished search."""
-        state, graph, exact = search.state, search.graph, search.meter.exact
+        state = search.state
+        exact = search.meter.exact
         measured = state.measured if self.speculate else state.evaluations
         # Against one forward pass, which computes every node, for every edge.
-        all_nodes = len(graph) * computed_nodes(graph)
+        all_nodes = len(search.graph) * computed_nodes(search.graph)
         found = {
             "evaluations": state.evaluations,
             "measured": measured,

@@ -13,6 +13,8 @@ from itertools import groupby
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from typing_extensions import override
 
 from circuits.discovery.checkpoint import Checkpoint, TensorState
@@ -40,6 +42,16 @@ class PatchingState(TensorState):
 
     scores: EdgeScores
     node_evaluations: int = 0
+
+    def measure(self, meter: DamageMeter, step: slice, whole: Float[Tensor, " 1"]) -> None:
+        """Measure the damage without each of some edges, against that of the whole graph."""
+        without = torch.ones(step.stop - step.start, len(self.scores), dtype=torch.bool)
+        without[:, step].fill_diagonal_(False)
+        counts: dict[str, int] = {}
+        with meter.counting(counts):
+            # score(e) = L(G \ e) - L(G)
+            self.scores[step] = (meter(without) - whole).float()
+        self.node_evaluations += counts["node_evaluations"]
 
 
 @dataclass(frozen=True)
@@ -73,22 +85,16 @@ class ActivationPatching(Resumable):
     def find(
         self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
     ) -> Circuit:
-        meter = DamageMeter.prepare(model, graph, task, self.run_settings(task))
+        meter = self.meter(model, graph, task)
         whole = meter(torch.ones(1, len(graph), dtype=torch.bool))
         state = PatchingState(torch.full((len(graph),), torch.nan))
         state.restore(saved)
         for step in _steps(graph):
-            if not state.scores[step].isnan().any():
-                continue  # measured before the run was interrupted
-            without = torch.ones(step.stop - step.start, len(graph), dtype=torch.bool)
-            without[:, step].fill_diagonal_(False)
-            counts: dict[str, int] = {}
-            with meter.counting(counts):
-                # score(e) = L(G \ e) - L(G)
-                state.scores[step] = (meter(without) - whole).float()
-            state.node_evaluations += counts["node_evaluations"]
-            state.save(saved)
-            progress(int((~state.scores.isnan()).sum()), len(graph))
+            if state.scores[step].isnan().any():  # not measured before an interruption
+                state.measure(meter, step, whole)
+                state.save(saved)
+                measured = ~state.scores.isnan()
+                progress(int(measured.sum()), len(graph))
         record = self.record(evaluations=len(graph), node_evaluations=state.node_evaluations)
         return Circuit.full(graph, state.scores, record=record)
 
@@ -97,7 +103,7 @@ class ActivationPatching(Resumable):
     ) -> dict[Node, float]:
         """The damage of patching each node's output, that is of ablating all its outgoing edges."""
         graph = self.search_graph(model, graph)
-        meter = DamageMeter.prepare(model, graph, task, self.run_settings(task))
+        meter = self.meter(model, graph, task)
         sources = graph.source.unique()
         kept = graph.source[None] != sources[:, None]
         whole = meter(torch.ones(1, len(graph), dtype=torch.bool))
@@ -111,7 +117,8 @@ def _steps(graph: Graph) -> Iterator[slice]:
 
     Without any of them the same nodes have to be recomputed, so no work is wasted.
     """
-    largest, start = LARGEST_STEP * ranks().world, 0
+    largest = LARGEST_STEP * ranks().world
+    start = 0
     components = [at_position(node, None) for node in graph.nodes]
     for _, edges in groupby(graph.target.tolist(), key=components.__getitem__):
         stop = start + len(list(edges))

@@ -209,7 +209,8 @@ class AttributionGraph(Resumable):
     def find(
         self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
     ) -> Circuit:
-        names, transcoders = self._span_names(task), self.loaded
+        names = self._span_names(task)
+        transcoders = self.loaded
         pooled = self._pooled(model, transcoders, task, names, saved, progress)
         label = "top" if task.answers is None else "answer"
         made_with = self._made_with(transcoders)
@@ -233,20 +234,29 @@ class AttributionGraph(Resumable):
         spans = None if names is None else spans_of(task.positions, names)
         stored = saved.restore({"next": torch.tensor(0), **vars(Pooled.nothing())})
         done = int(stored.pop("next"))
-        pooled, parts = Pooled(**stored), list[Pooled]()
+        pooled = Pooled(**stored)
+        parts: list[Pooled] = []
         lengths = task.lengths.tolist()
         prompts = [task.clean[row, :length] for row, length in enumerate(lengths)]
         directions = partial(self._scored_directions, model, task)
-        shares = {"node_threshold": self.node_threshold, "edge_threshold": self.edge_threshold}
         for row, found in self._graphs(model, transcoders, prompts, directions, first=done):
-            kept, span = prune(found, **shares).edges, None if spans is None else spans[row]
-            parts.append(Pooled.of(found, kept, span, kept_only=self.kept_only))
-            if len(parts) == PROMPTS_AT_ONCE or row + 1 == len(task):
+            parts.append(self._pooled_over_positions(found, None if spans is None else spans[row]))
+            done = row + 1
+            if len(parts) == PROMPTS_AT_ONCE or done == len(task):
                 # Several prompts at a time, because the whole union is sorted each time.
-                pooled, parts = Pooled.together([pooled, *parts]), []
-                saved.save({"next": torch.tensor(row + 1), **vars(pooled)})
-                progress(row + 1, len(task))
+                pooled = Pooled.together([pooled, *parts])
+                parts.clear()
+                saved.save({"next": torch.tensor(done), **vars(pooled)})
+                progress(done, len(task))
         return pooled
+
+    def _pooled_over_positions(
+        self, graph: FeatureGraph, spans: Int[Tensor, " pos"] | None
+    ) -> Pooled:
+        pruned = prune(
+            graph, node_threshold=self.node_threshold, edge_threshold=self.edge_threshold
+        )
+        return Pooled.of(graph, pruned.edges, spans, kept_only=self.kept_only)
 
     def _graphs(
         self,

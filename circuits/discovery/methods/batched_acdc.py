@@ -37,6 +37,8 @@ from circuits.tasks.task import Task
 LARGEST_BATCH = 256
 
 
+Group = Sequence[int]
+
 # What the record says of a search.
 RECORDED = (
     "damage",
@@ -72,7 +74,19 @@ class BatchedState(Removals):
     joint_measurements: int = 0
     bisections: int = 0
 
-    def remove(self, edges: Sequence[int]) -> None:
+    @staticmethod
+    def start(graph: Graph, meter: DamageMeter, groups: int) -> BatchedState:
+        """The whole graph, with nothing tried."""
+        kept = torch.ones(len(graph), dtype=torch.bool)
+        shape = (len(graph),)
+        return BatchedState(
+            kept=kept,
+            scores=torch.full(shape, torch.nan, dtype=torch.float64),
+            damage=float(meter(kept[None])),
+            removed_in=torch.full(shape, groups),
+        )
+
+    def remove(self, edges: Group) -> None:
         """Take edges out of H."""
         self.kept[edges] = False
         self.removed_in[edges] = self.groups_done
@@ -132,27 +146,10 @@ class BatchedACDC(Resumable):
         self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
     ) -> Circuit:
         groups = edge_groups(graph, self.group)
-        meter = DamageMeter.prepare(model, graph, task, self.run_settings(task))
-        kept = torch.ones(len(graph), dtype=torch.bool)
-        state = BatchedState(
-            kept=kept,
-            scores=torch.full((len(graph),), torch.nan, dtype=torch.float64),
-            damage=float(meter(kept[None])[0]),
-            removed_in=torch.full((len(graph),), len(groups)),
-        )
-        state.restore(saved)
-        for number in range(state.groups_done):
-            # Lead the executor along the same circuits as before the interruption, so that its
-            # rounding is the same.
-            meter.near(state.removed_in >= number)
+        meter = self.meter(model, graph, task)
+        state = BatchedState.start(graph, meter, len(groups))
         search = BatchedSearch(meter, state, self.threshold, self.verify)
-        for group in groups[state.groups_done :]:
-            with state.counting(meter):
-                meter.near(state.kept)
-                search.decide(group)
-            state.groups_done += 1
-            state.save(saved)
-            progress(state.groups_done, len(groups))
+        search.run(groups, saved, progress)
         found = {name: getattr(state, name) for name in RECORDED}
         return Circuit(graph, state.scores, state.kept, record=self.record(**found))
 
@@ -166,9 +163,26 @@ class BatchedSearch:
     threshold: float
     verify: bool
 
-    def decide(self, group: Sequence[int]) -> None:
+    def run(self, groups: Sequence[Group], saved: Checkpoint, progress: Progress) -> None:
+        """Decide on all groups that are not done in the saved state."""
+        state = self.state
+        state.restore(saved)
+        for number in range(state.groups_done):
+            # Lead the executor along the same circuits as before the interruption, so that its
+            # rounding is the same.
+            self.meter.near(state.removed_in >= number)
+        for group in groups[state.groups_done :]:
+            with state.counting(self.meter):
+                self.meter.near(state.kept)
+                self.decide(group)
+            state.groups_done += 1
+            state.save(saved)
+            progress(state.groups_done, len(groups))
+
+    def decide(self, group: Group) -> None:
         """Decide on the edges of one group."""
-        state, edges = self.state, self._without_dead(group)
+        state = self.state
+        edges = self._without_dead(group)
         if not edges:
             return
         # increase(e) = L(H \ e) - L(H), each edge alone
@@ -189,7 +203,7 @@ class BatchedSearch:
         # The group may have cut off a target that other edges of the group lead to.
         self._without_dead(edges)
 
-    def _remove_together(self, edges: list[int], after: float | None = None) -> bool:
+    def _remove_together(self, edges: Group, after: float | None = None) -> bool:
         """Remove edges that are harmless alone; with `verify`, as many of them as pass.
 
         A single edge has no excess: its increase, and so its score, is then the one measured here.
@@ -203,7 +217,8 @@ class BatchedSearch:
         state = self.state
         if after is None:
             after = self._damage_without(edges)
-        increase, excess = after - state.damage, state.excess
+        increase = after - state.damage
+        excess = state.excess
         if len(edges) == 1:
             state.scores[edges] = increase
             passes = increase < self.threshold
@@ -213,7 +228,8 @@ class BatchedSearch:
             passes = excess <= self.threshold
         if passes or not self.verify:
             state.remove(edges)
-            state.damage, state.excess = after, excess
+            state.damage = after
+            state.excess = excess
             return True
         if len(edges) > 1:
             state.largest_excess = max(state.largest_excess, excess)
@@ -224,14 +240,14 @@ class BatchedSearch:
             self._remove_together(edges[half:], after if first_removed else None)
         return False
 
-    def _without_dead(self, edges: Sequence[int]) -> list[int]:
+    def _without_dead(self, edges: Group) -> list[int]:
         """The edges that can matter; those into targets cut off from the logits are removed."""
         state = self.state
         live = self.meter.reaching_logits(state.kept)
         state.remove([edge for edge in edges if state.kept[edge] and not live[edge]])
         return [edge for edge in edges if live[edge]]
 
-    def _damages_without(self, edges: list[int]) -> Float[Tensor, " tried"]:
+    def _damages_without(self, edges: Group) -> Float[Tensor, " tried"]:
         """The damage without each of some edges, alone."""
         damages = []
         for some in torch.tensor(edges).split(LARGEST_BATCH):
@@ -240,7 +256,7 @@ class BatchedSearch:
             damages.append(self.meter(without))
         return torch.cat(damages)
 
-    def _damage_without(self, edges: list[int]) -> float:
+    def _damage_without(self, edges: Group) -> float:
         """The damage without all of some edges."""
         kept = self.state.kept.clone()
         kept[edges] = False

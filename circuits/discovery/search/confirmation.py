@@ -54,7 +54,8 @@ def confirm(
         noise: updated with the errors seen here.
         sample: measure the increases nearest to the threshold, wherever they are.
     """
-    measured, confirmed = np.zeros(len(values), bool), np.zeros(len(increases), bool)
+    measured = np.zeros(len(values), bool)
+    confirmed = np.zeros(len(increases), bool)
     doubtful = np.zeros(len(increases), bool)
     if sample:
         noise.noise *= FORGETTING
@@ -67,13 +68,15 @@ def confirm(
         doubtful &= ~confirmed
         if not doubtful.any():
             break
-        compared = np.union1d(np.flatnonzero(doubtful), before[doubtful])
+        rows = np.flatnonzero(doubtful)
+        compared = np.union1d(rows, before[rows])
         states = compared[~measured[compared]]
         if len(states):
-            values[states], measured[states] = measure(states), True
-        exact = values[: len(increases)][doubtful] - values[before[doubtful]]
-        error = np.abs(exact - increases[doubtful]).max()
+            values[states] = measure(states)
+            measured[states] = True
+        exact = values[rows] - values[before[rows]]
+        error = np.abs(exact - increases[rows]).max()
         noise.noise = max(noise.noise, float(error))
-        increases[doubtful] = exact
+        increases[rows] = exact
         confirmed |= doubtful
     noise.confirmed += int(measured.sum())

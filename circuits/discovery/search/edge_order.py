@@ -6,7 +6,8 @@ Every order goes from the logits up, so that all that is upstream of the edge tr
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Literal, get_args
 
@@ -17,6 +18,7 @@ from circuits.system.errors import InputError
 OrderName = Literal["topological", "original"]
 GroupName = Literal["target", "layer"]
 
+TargetSlot = tuple[Node, str | None]
 SLOT_ORDER = "vkq"  # v is tried first
 NOT_HEADS, HEADS = 0, 1
 
@@ -51,27 +53,17 @@ def edge_order(graph: Graph, order: OrderName) -> list[Trial]:
             "the original code knows no positions; use order='topological' for a graph split by "
             "position."
         )
-    original = order == "original"
-    slots: dict[tuple[Node, str | None], list[int]] = {}
+    slots: dict[TargetSlot, list[int]] = {}
     for index in graph.source.argsort(descending=True, stable=True).tolist():
         edge = graph.edges[index]
         slots.setdefault((edge.target, edge.slot), []).append(index)
-
-    def rank(target: tuple[Node, str | None]) -> tuple[float, ...]:
-        node, slot = target
-        layer, kind = _layer_and_kind(node)
-        # The highest head comes first and, as a node's positions follow each other, the last one.
-        node_rank, slot_rank = -graph.node_index[node], SLOT_ORDER.index(slot or "v")
-        within = (slot_rank, node_rank) if original else (node_rank, slot_rank)
-        return -layer, kind, *within
-
     trials = []
-    targets = sorted(slots, key=rank)
-    for (_, kind), together in groupby(targets, key=lambda target: _layer_and_kind(target[0])):
-        groups = [tuple(slots[target]) for target in together]
-        if original and kind == HEADS:
-            trials += [Trial(edges, together=True) for edges in groups]
-        trials += [Trial(edges) for edges in groups]
+    targets = sorted(slots, key=partial(_rank, graph, order))
+    for kind, together in groupby(targets, key=_layer_and_kind):
+        trials_here = [Trial(tuple(slots[target])) for target in together]
+        if order == "original" and kind[1] == HEADS:
+            trials += [replace(trial, together=True) for trial in trials_here]
+        trials += trials_here
     return trials
 
 
@@ -79,11 +71,12 @@ def chains(graph: Graph, order: OrderName) -> list[list[Trial]]:
     """The trials of an order, in groups: those into one target, or the group tests of one layer."""
 
     def chain_of(trial: Trial) -> tuple[bool, object]:
-        target = int(graph.target[trial.edges[0]])
-        layer, _ = _layer_and_kind(graph.nodes[target])
-        return trial.together, layer if trial.together else target
+        edge = graph.edges[trial.edges[0]]
+        layer, _ = _layer_and_kind((edge.target, edge.slot))
+        return trial.together, layer if trial.together else edge.target
 
-    return [list(chain) for _, chain in groupby(edge_order(graph, order), key=chain_of)]
+    trials = edge_order(graph, order)
+    return [list(chain) for _, chain in groupby(trials, key=chain_of)]
 
 
 def edge_groups(graph: Graph, group: GroupName | int) -> list[tuple[int, ...]]:
@@ -97,21 +90,34 @@ def edge_groups(graph: Graph, group: GroupName | int) -> list[tuple[int, ...]]:
     Raises:
         InputError: the graph is not a component graph.
     """
-    edges = [edge for trial in edge_order(graph, "topological") for edge in trial.edges]
+    trials = edge_order(graph, "topological")
+    edges = [edge for trial in trials for edge in trial.edges]
     if isinstance(group, int):
-        return [tuple(edges[start : start + group]) for start in range(0, len(edges), group)]
-    targets = graph.target.tolist()
+        starts = range(0, len(edges), group)
+        return [tuple(edges[start : start + group]) for start in starts]
 
-    def group_of(edge: int) -> object:
-        target = targets[edge]
-        return target if group == "target" else _layer_and_kind(graph.nodes[target])
+    def group_of(index: int) -> object:
+        edge = graph.edges[index]
+        return edge.target if group == "target" else _layer_and_kind((edge.target, edge.slot))
 
     return [tuple(part) for _, part in groupby(edges, key=group_of)]
 
 
-def _layer_and_kind(node: Node) -> tuple[float, int]:
+def _rank(graph: Graph, order: OrderName, target: TargetSlot) -> tuple[float, ...]:
+    """Targets of lower rank come first."""
+    node, slot = target
+    layer, kind = _layer_and_kind(target)
+    slot_rank = SLOT_ORDER.index(slot or "v")
+    # The highest head comes first and, as a node's positions follow each other, the last one.
+    node_rank = -graph.node_index[node]
+    if order == "original":
+        return -layer, kind, slot_rank, node_rank
+    return -layer, kind, node_rank, slot_rank
+
+
+def _layer_and_kind(target: TargetSlot) -> tuple[float, int]:
     """The layer (the logits above all), and the kind; within a layer the MLP is tried first."""
-    match node:
+    match target[0]:
         case Logits():
             return math.inf, NOT_HEADS
         case MLP(layer=layer):
@@ -119,5 +125,6 @@ def _layer_and_kind(node: Node) -> tuple[float, int]:
         case Head(layer=layer):
             return layer, HEADS
     raise InputError(
-        f"{node} is not a target in a component graph; searches over edges need a component graph."
+        f"{target[0]} is not a target in a component graph; searches over edges need a component "
+        "graph."
     )

@@ -10,9 +10,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.discovery.search.confirmation import Damages, Increases, confirm
+from circuits.discovery.search.confirmation import Damages, Increases, StateIndices, confirm
 from circuits.discovery.search.state import Group, Search, without_each
 from circuits.system.errors import NotFiniteError
+
+CircuitMasks = Bool[Tensor, "circuit edge"]
+Rows = Int[np.ndarray, " row"]
 
 
 @dataclass
@@ -35,15 +38,14 @@ class Measurement:
 
     def one(self, edges: Group) -> tuple[float, float]:
         """L(H without the edges) - L(H), and L(H without the edges), with H the circuit so far."""
-        meter, state = self.search.meter, self.search.state
-        without = without_each(state.kept, [edges], np.array([False]))
-        with state.counting(meter):
-            increases, values = self.many(without, np.array([1]))
+        state = self.search.state
+        removed = np.array([False])
+        without = without_each(state.kept, [edges], removed)
+        with state.counting(self.search.meter):
+            increases, values = self.many(without, before=np.array([1]))
         return float(increases[0]), float(values[0])
 
-    def many(
-        self, without: Bool[Tensor, "row edge"], before: Int[np.ndarray, " row"]
-    ) -> tuple[Increases, Damages]:
+    def many(self, without: CircuitMasks, before: Rows) -> tuple[Increases, Damages]:
         """Increases in damage, each against another circuit.
 
         Args:
@@ -56,28 +58,38 @@ class Measurement:
         Raises:
             NotFiniteError: the damage of one of them is not finite.
         """
-        meter, state = self.search.meter, self.search.state
-        exact = meter.exact
-        if exact is None:
-            values = np.array([*meter(without).tolist(), state.damage])
+        state = self.search.state
+        if self.search.meter.exact is None:
+            values = np.array([*self.search.meter(without).tolist(), state.damage])
             return values[:-1] - values[before], values
         # H is measured with the others, because rounding depends on what the executor starts from.
         states = torch.cat([without, state.kept[None]])
         values = self._in_low_precision(states).numpy().copy()
         increases = values[:-1] - values[before]
         if self.confirms:
-            confirm(
-                increases,
-                values,
-                before,
-                lambda found: np.abs(self._compared(found) - self.threshold),
-                lambda some: exact(states[torch.from_numpy(some)]).numpy(),
-                state,
-                sample=self.search.at_new_target,
-            )
+            self._confirm(increases, values, before, states)
         return increases, values
 
-    def _in_low_precision(self, states: Bool[Tensor, "state edge"]) -> Float[Tensor, " state"]:
+    def _confirm(
+        self,
+        increases: Increases,
+        values: Damages,
+        before: Rows,
+        states: CircuitMasks,
+    ) -> None:
+        exact = self.search.meter.exact
+        assert exact is not None
+
+        def distance(found: Increases) -> Increases:
+            return np.abs(self._compared(found) - self.threshold)
+
+        def measure(some: StateIndices) -> Damages:
+            return exact(states[torch.from_numpy(some)]).numpy()
+
+        sample = self.search.at_new_target
+        confirm(increases, values, before, distance, measure, self.search.state, sample=sample)
+
+    def _in_low_precision(self, states: CircuitMasks) -> Float[Tensor, " state"]:
         meter = self.search.meter
         try:
             return meter(states)
@@ -85,7 +97,8 @@ class Measurement:
             if len(states) > 2 or meter.exact is None:
                 raise
             # A small type can overflow where float32 does not.
-            return replace(meter, executor=meter.exact.executor)(states)
+            in_float32 = replace(meter, executor=meter.exact.executor)
+            return in_float32(states)
 
     def _compared(self, increase: Any) -> Any:
         return np.abs(increase) if self.absolute else increase

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Int
 
 from circuits.discovery.search.confirmation import Damages, Increases
@@ -20,6 +21,7 @@ from circuits.discovery.search.state import Group, Search, without_each
 from circuits.system.errors import NotFiniteError
 from circuits.system.ranks import ranks
 
+Batch = list[Group]
 Decisions = Bool[np.ndarray, " group"]
 """True for groups that stay."""
 
@@ -54,29 +56,35 @@ class Speculation:
 
     def _batch_size(self) -> int:
         """The number of decisions that makes an accepted decision cheapest."""
-        state, world = self.search.state, ranks().world
+        state = self.search.state
+        world = ranks().world
         assert self.search.fixed_cost is not None
         # Ranks share the cost of circuits, but each bears the fixed cost of a batch.
         fixed_cost = self.search.fixed_cost * world
         # Guesses fail as often as they did so far; at first, one in eight.
         wrong = (state.wrong + 1) / (state.evaluations + 8)
-        sizes = np.arange(1, LARGEST_BATCH * world + 1)
+        sizes = 1 + np.arange(LARGEST_BATCH * world)
         measured_before = sizes <= state.surveyed - state.decided
         # accepted(k) = 1 + sum over j < k of P(the first j guesses hold)
-        holds = np.where(measured_before, 1 - WRONG_AFTER_MEASURING, 1 - wrong).cumprod()
+        right = np.where(measured_before, 1 - WRONG_AFTER_MEASURING, 1 - wrong)
+        holds = right.cumprod()
         accepted = 1 + holds.cumsum() - holds
-        return int(sizes[(accepted / (fixed_cost + sizes)).argmax()])
+        best = (accepted / (fixed_cost + sizes)).argmax()
+        return int(sizes[best])
 
-    def _expected(self, batch: list[Group]) -> Decisions:
+    def _expected(self, batch: Batch) -> Decisions:
         """What was seen when a group was measured in another state, or else the guess."""
         state = self.search.state
-        start, stop = state.decided, state.decided + len(batch)
-        expected, stays = state.expected.numpy(), state.stays.numpy()
+        start = state.decided
+        stop = start + len(batch)
+        expected = state.expected.numpy()
+        stays = state.stays.numpy()
         for row in range(max(start, state.surveyed), stop):
-            expected[row] = stays[batch[row - start]].any()
+            group = batch[row - start]
+            expected[row] = stays[group].any()
         return expected[start:stop].copy()
 
-    def _decide(self, batch: list[Group], expected: Decisions) -> None:
+    def _decide(self, batch: Batch, expected: Decisions) -> None:
         """Measure a batch, and decide on as many of its groups as the guesses allow."""
         try:
             increases, values = self._measured(batch, expected)
@@ -92,30 +100,33 @@ class Speculation:
         decided = batch[: surprises[0] + 1] if len(surprises) else batch
         self._learn(batch, stays, decided)
         self.search.state.wrong += len(surprises) > 0
-        for row, group in enumerate(decided):
-            increase, damage = float(increases[row]), float(values[row])
-            self.search.decide(group, increase, damage, remove=not stays[row])
+        rows = zip(decided, increases.tolist(), values.tolist(), stays, strict=False)
+        for group, increase, damage, stay in rows:
+            self.search.decide(group, increase, damage, remove=not stay)
 
-    def _measured(self, batch: list[Group], expected: Decisions) -> tuple[Increases, Damages]:
+    def _measured(self, batch: Batch, expected: Decisions) -> tuple[Increases, Damages]:
         """Each removal as if the groups before it were decided as expected."""
         without = without_each(self.search.state.kept, batch, expected)
         # A row is compared with the last row before it that is expected to go, or with H.
         rows = np.arange(len(batch))
-        last_gone = np.maximum.accumulate(np.where(expected, -1, rows))
-        before = np.concatenate([[-1], last_gone[:-1]])
-        return self.measure.many(without, np.where(before < 0, len(batch), before))
+        gone = np.where(expected, -1, rows)
+        last_gone = np.maximum.accumulate(gone)
+        before = np.append(-1, last_gone[:-1])
+        before[before < 0] = len(batch)
+        return self.measure.many(without, before)
 
-    def _learn(self, batch: list[Group], stays: Decisions, decided: list[Group]) -> None:
+    def _learn(self, batch: Batch, stays: Decisions, decided: Batch) -> None:
         """Let what was measured guide the guesses to come."""
         state = self.search.state
         stop = state.decided + len(batch)
-        state.expected.numpy()[state.decided : stop] = stays
+        state.expected[state.decided : stop] = torch.from_numpy(stays)
         state.surveyed = max(state.surveyed, stop)
         state.measured += len(batch)
         if self.learns:
+            known = state.stays.numpy()
             for group, stay in zip(decided, stays, strict=False):
                 similar = self._kind == self._kind[group[0]]
-                state.stays.numpy()[similar] = stay
+                known[similar] = stay
 
     @cached_property
     def _kind(self) -> Int[np.ndarray, " edge"]:

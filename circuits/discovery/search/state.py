@@ -87,11 +87,12 @@ class SearchState(Removals, Noise):
     def start(graph: Graph, meter: DamageMeter, stays: EdgeMask | None) -> SearchState:
         """The whole graph, with nothing tried; `stays=None` expects that all edges go."""
         kept = torch.ones(len(graph), dtype=torch.bool)
+        shape = (len(graph),)
         return SearchState(
             kept=kept,
-            scores=torch.full((len(graph),), torch.nan),
-            damage=float(meter(kept[None])[0]),
-            removed_at=torch.full((len(graph),), NEVER),
+            scores=torch.full(shape, torch.nan),
+            damage=float(meter(kept[None])),
+            removed_at=torch.full(shape, NEVER),
             stays=~kept if stays is None else stays,
             expected=~kept,
         )
@@ -128,26 +129,19 @@ class Search:
 
         The caller decides at least the first of them before it asks again.
         """
-        state, total = self.state, len(self.chains)
+        state = self.state
         self._resume()
-        while state.chains_done < total:
+        while state.chains_done < len(self.chains):
             groups = self._groups(self.chains[state.chains_done])
-            first_edges = [group[0] for group in groups]
-            targets = self.graph.target.numpy()[first_edges].tolist()
             while state.decided < len(groups):
-                done = state.decided
-                self.at_new_target = done == 0 or targets[done] != targets[done - 1]
-                if self.at_new_target:
-                    self._announce()
-                if self.at_new_target or self.fixed_cost is None:
-                    first = groups[targets.index(targets[done])]
-                    self.fixed_cost = self.meter.executor.fixed_cost(first)
-                yield groups[done:]
+                self._approach(groups)
+                yield groups[state.decided :]
                 state.save(self.saved)
             state.chains_done += 1
-            state.decided, state.began = 0, state.announced
+            state.decided = 0
+            state.began = state.announced
             state.save(self.saved)
-            self.progress(state.chains_done, total)
+            self.progress(state.chains_done, len(self.chains))
 
     def decide(self, group: Group, increase: float, damage: float, *, remove: bool) -> None:
         """Record the decision on the next undecided group.
@@ -165,11 +159,22 @@ class Search:
         state.decided += 1
         state.evaluations += 1
 
-    def _announce(self) -> None:
-        """Tell the executor about H, from which the circuits to come differ by a few edges."""
-        with self.state.counting(self.meter):
-            self.meter.near(self.state.kept)
-        self.state.announced += 1
+    def _approach(self, groups: list[Group]) -> None:
+        """Before the edges into a new target, tell the executor about H, from which the circuits
+        to come differ by a few edges.
+        """
+        state = self.state
+        first_edges = [group[0] for group in groups]
+        targets = self.graph.target.numpy()[first_edges].tolist()
+        target = targets[state.decided]
+        self.at_new_target = state.decided == 0 or target != targets[state.decided - 1]
+        if self.at_new_target:
+            with state.counting(self.meter):
+                self.meter.near(state.kept)
+            state.announced += 1
+        if self.at_new_target or self.fixed_cost is None:
+            first = groups[targets.index(target)]
+            self.fixed_cost = self.meter.executor.fixed_cost(first)
 
     def _resume(self) -> None:
         """Lead the executor along the same states as before an interruption, so that its rounding
@@ -186,7 +191,8 @@ class Search:
         Edges into a target that no longer reaches the logits are removed without being tried.
         """
         at_start = self.state.removed_at > self.state.began
-        kept, live = at_start.numpy(), self.meter.reaching_logits(at_start).numpy()
+        kept = at_start.numpy()
+        live = self.meter.reaching_logits(at_start).numpy()
         groups: list[Group] = []
         for trial in chain:
             edges = [edge for edge in trial.edges if kept[edge]]
@@ -211,8 +217,9 @@ def without_each(
     group_of_edge = np.repeat(numbers, [len(edges) for edges in groups])
     row = numbers[:, None]
     gone_before = (row > group_of_edge) & ~expected[group_of_edge]
-    without = np.repeat(kept.numpy()[None], len(groups), axis=0)
-    without[:, np.concatenate(groups)] = ~((row == group_of_edge) | gone_before)
+    gone = gone_before | (row == group_of_edge)
+    without = np.tile(kept.numpy(), (len(groups), 1))
+    without[:, np.concatenate(groups)] = ~gone
     return torch.from_numpy(without)
 
 
