@@ -118,16 +118,17 @@ class BatchProducts:
             if self.of.details:
                 self._add_nodes(changes.kept.nodes[rows], some, rows, gradients)
             for group in self.of.groups:
-                upstream = min(group.n_sources, rows.stop) - rows.start
-                if upstream > 0:
+                sources = slice(rows.start, min(group.n_sources, rows.stop))
+                upstream = some[: max(0, sources.stop - rows.start)]
+                if len(upstream):
                     at_inputs = _summed(gradients, group, buffers)
-                    sources = slice(rows.start, rows.start + upstream)
-                    self.edges[:, group.rows, sources] += self._products(some[:upstream], at_inputs)
-            del some  # before the next changes are computed
+                    self.edges[:, group.rows, sources] += self._products(upstream, at_inputs)
+            del some, upstream  # before the next changes are computed
 
     def results(self) -> list[Tensor]:
-        """On the CPU: products by prompt and edge; by prompt, node and position; by node and
-        coordinate in one row; and `steepest`. Without details edges have one row for all prompts.
+        """Products by prompt and edge, by prompt, node and position, and by node and coordinate.
+
+        They are on the CPU, each with a leading axis to join batches along, and last `steepest`.
         """
         layout = self.of.layout
         dense = self.edges.unflatten(0, (-1, layout.shape[0]))
@@ -141,10 +142,8 @@ class BatchProducts:
     ) -> Iterator[slice]:
         """All sources, as many at a time as fit into memory; those that write together stay so."""
         held = [*changes.kept.activations.values(), *buffers]
-        for each in gradients:
-            held.extend(each.residuals)
-            held.extend(each.at.values())
         free = self.of.budget - sum(tensor.nbytes for tensor in held)
+        free -= sum(each.nbytes for each in gradients)
         # A source's changes, their products with the gradient, and given outputs.
         copies = 1 + self.of.details + (changes.given is not None)
         source_bytes = copies * buffers[0][0].nbytes

@@ -102,9 +102,6 @@ class EdgeScoring:
         points: where gradients are taken.
         rules: how gradients pass through nonlinear parts; None differentiates.
         details: whether `attribution` is wanted.
-
-    Raises:
-        InputError: the model, graph and task do not fit together.
     """
 
     def __init__(
@@ -125,7 +122,9 @@ class EdgeScoring:
         budget = memory_budget(model.cfg.device, settings.max_memory, cpu_bytes=CPU_BYTES)
         layout = EdgeLayout.of(model, graph)
         groups = tuple(target_groups(model, layout))
-        self.task, self.settings, self.points = task.to(model.cfg.device), settings, points
+        self.task = task.to(model.cfg.device)
+        self.settings = settings
+        self.points = points
         self.products = EdgeProducts(model, graph, layout, groups, details, budget)
         self.passes = GradientPass(
             model,
@@ -137,17 +136,12 @@ class EdgeScoring:
         )
 
     def scores(self, progress: Progress = no_progress) -> EdgeScores:
-        """The score of every edge.
-
-        Raises:
-            InputError: the metric has no gradient, or one that vanishes at every point; or a single
-                prompt exceeds `max_memory`.
-        """
+        """The score of every edge."""
         edges, _, _ = self._over_ranks(progress)
         return edges.sum(0) / (len(self.task.row_prompt) * self._points_averaged)
 
     def attribution(self, progress: Progress = no_progress) -> EdgeAttribution:
-        """The scores in detail; errors are those of `scores`."""
+        """The scores in detail."""
         edges, positions, neurons = self._over_ranks(progress)
         rows = torch.bincount(self.task.row_prompt.cpu(), minlength=len(self.task))
         weights = rows * self._points_averaged
@@ -166,11 +160,7 @@ class EdgeScoring:
         return sum(point.until is None for point in self.points) or 1
 
     def _over_ranks(self, progress: Progress) -> list[Tensor]:
-        """The products of all prompts, see `BatchProducts.results`; each rank adds its share.
-
-        Raises:
-            InputError: the metric's gradient vanishes at every point.
-        """
+        """The products of all prompts, see `BatchProducts.results`; each rank adds its share."""
         *results, slopes = gathered(lambda: self._run(progress))
         steepest = float(slopes.max())
         if steepest < VANISHING:
@@ -183,22 +173,22 @@ class EdgeScoring:
 
     def _run(self, progress: Progress) -> list[Tensor]:
         """The results of this rank's share of the prompts, in batches that fit into memory."""
-        mine, size = share(len(self.task)), self._batch_size
-        start, results = mine.start, list[list[Tensor]]()
+        mine = share(len(self.task))
+        size = self._batch_size
+        start = mine.start
+        results: list[list[Tensor]] = []
 
-        def batch(prompts: int) -> BatchProducts:
-            return self.batch(slice(start, start + prompts))
+        def batch(prompts: int) -> list[Tensor]:
+            return self.batch(slice(start, start + prompts)).results()
 
-        with torch.inference_mode(False), torch.no_grad(), frozen(self.products.model):
+        with torch.inference_mode(False), torch.no_grad(), frozen(self.passes.model):
             while start < mine.stop:
                 found, size = shrinking(batch, min(size, mine.stop - start), "prompt")
-                new = found.results()
-                del found  # before the next batch
                 if results and not self.products.details:
                     # Added up at once, because there may be many edges.
-                    results[0][0] += new[0]
-                    new[0] = new[0][:0]
-                results.append(new)
+                    results[0][0] += found[0]
+                    found[0] = found[0][:0]
+                results.append(found)
                 start += size
                 progress(start - mine.start, mine.stop - mine.start)
         return [torch.cat(batches) for batches in zip(*results, strict=True)]
@@ -206,7 +196,8 @@ class EdgeScoring:
     def batch(self, prompts: slice) -> BatchProducts:
         """The products of some prompts."""
         task = self.task[prompts]
-        products, line = self.products.start(task), self._line(task, prompts)
+        products = self.products.start(task)
+        line = self._line(task, prompts)
         pending: list[Gradients] = []
         for point in self.points:
             if point.until is None:
@@ -226,84 +217,87 @@ class EdgeScoring:
         for point in self.points:
             if point.until is None:
                 continue
-            start, end = replace(point, until=None), GradientPoint(point.until, point.nodes)
+            start = replace(point, until=None)
+            end = replace(start, fraction=point.until)
             for each in (start, end):
                 if each not in runs:
                     runs[each] = self._run_point(task, each, line)
             # out_u(fraction) - out_u(until)
-            change = Changes(runs[start].outputs - runs[end].outputs)
-            products.add(change, [runs[start].gradients])
-            del runs[start]  # the next piece starts at the end of this one
+            change = runs[start].outputs - runs[end].outputs
+            products.add(Changes(change), [runs[start].gradients])
+            runs = {end: runs[end]}  # where the next piece starts
 
     def _line(self, task: Task, prompts: slice) -> _Line:
-        """Run the clean prompts, and the corrupted ones for the counterfactuals.
-
-        A point at an end of the line is one of these two runs.
-        """
-        nodes, model, ends = self.passes.nodes, self.passes.model, dict[GradientPoint, Gradients]()
-        cut: Override = {output_hook(node): None for node in nodes if is_embedding(node)}
+        """Run the clean and the corrupted prompts; a point at an end is one of these two runs."""
+        ends: dict[GradientPoint, Gradients] = {}
         if CLEAN_END in self.points:
-            run = self.passes.run(task, task.clean, cut, None)
-            clean, logits, ends[CLEAN_END] = run.outputs, run.logits, run.gradients
+            run = self.passes.run(task, task.clean, self._cut, None)
+            ends[CLEAN_END] = run.gradients
+            clean, logits = run.outputs, run.logits
         else:
-            clean, residual = run_and_record(model, nodes, task.clean, task.mask)
-            logits = unembed(model, residual[task.scored])
-            check_finite(logits)
+            clean, logits = self._plain_run(task)
         corrupted = None
         if COUNTERFACTUAL_END in self.points and self.settings.ablation.name == "resample":
-            run = self.passes.run(task, task.corrupted, cut, logits)
-            corrupted, ends[COUNTERFACTUAL_END] = run.outputs, run.gradients
+            run = self.passes.run(task, task.corrupted, self._cut, logits)
+            ends[COUNTERFACTUAL_END] = run.gradients
+            corrupted = run.outputs
         changes = self._counterfactuals.changes(task, prompts, clean, corrupted)
         return _Line(clean, logits, changes, ends)
 
+    def _plain_run(self, task: Task) -> tuple[SourceOutputs, Logits]:
+        model = self.passes.model
+        clean, residual = run_and_record(model, self.passes.nodes, task.clean, task.mask)
+        logits = unembed(model, residual[task.scored])
+        check_finite(logits)
+        return clean, logits
+
+    @property
+    def _cut(self) -> Override:
+        """The embeddings as they are, where gradients start."""
+        embeddings = filter(is_embedding, self.passes.nodes)
+        return dict.fromkeys(map(output_hook, embeddings))
+
     def _run_point(self, task: Task, point: GradientPoint, line: _Line) -> PassResult:
-        override = _override(self.passes.nodes, point, line)
+        """Run to a point: the clean run, with what moves put in at its hook points."""
+        override = dict(self._cut)
+        nodes = self.passes.nodes
+        for name, rows in output_groups(nodes):
+            first = nodes[rows.start]
+            moving = [index for index, node in enumerate(nodes[rows]) if _moves(node, point)]
+            if moving:
+                # Heads write together at one hook point, with their bias.
+                clean = line.clean.activations[name]
+                if isinstance(first, Head):
+                    clean = line.clean.attention(first.layer)
+                change = line.changes.outputs(rows)[moving].sum(0)
+                # counterfactual + fraction * (clean - counterfactual)
+                #     = clean + (1 - fraction) * change
+                override[written_hook(first)] = clean + (1 - point.fraction) * change
         return self.passes.run(task, task.clean, override, line.clean_logits)
 
     @cached_property
     def _counterfactuals(self) -> Counterfactuals:
         """Means that an ablation takes are over all prompts, whichever rank runs them."""
-        model, nodes, ablation = self.passes.model, self.passes.nodes, self.settings.ablation
-        size = self._batch_size
-        return Counterfactuals.prepare(model, nodes, self.task, ablation, prompts_per_run=size)
+        return Counterfactuals.prepare(
+            self.passes.model,
+            self.passes.nodes,
+            self.task,
+            self.settings.ablation,
+            prompts_per_run=self._batch_size,
+        )
 
     @cached_property
     def _batch_size(self) -> int:
-        """The prompts that fit into memory together.
-
-        Raises:
-            InputError: not even one does.
-        """
+        """The number of prompts that fit into memory together."""
         together = min(len(self.points), POINTS_TOGETHER)
-        bound, limit = needed(self.products, self.task, together), self.settings.max_memory
+        bound = needed(self.products, self.task, together)
+        limit = self.settings.max_memory
         if limit is not None and bound.of(1) > limit:
             raise InputError(
                 f"one prompt of {self.task.clean.shape[1]} tokens needs {bound.of(1):,} bytes, "
                 f"but max_memory={limit:,}: allow more, or use shorter prompts."
             )
         return min(len(self.task), bound.prompts(self.products.budget))
-
-
-def _override(nodes: Sequence[Node], point: GradientPoint, line: _Line) -> Override:
-    """What to put at hook points to move a run to a point.
-
-    The embeddings are always among them, unchanged if they do not move: gradients start there.
-    """
-    result: dict[str, Tensor | None] = {}
-    for name, rows in output_groups(nodes):
-        here = nodes[rows]
-        moving = [index for index, node in enumerate(here) if _moves(node, point)]
-        if moving:
-            # Heads write together at one hook point, with their bias.
-            clean = line.clean.activations[name]
-            if isinstance(here[0], Head):
-                clean = line.clean.attention(here[0].layer)
-            change = line.changes.outputs(rows)[moving].sum(0)
-            # counterfactual + fraction * (clean - counterfactual) = clean + (1 - fraction) * change
-            result[written_hook(here[0])] = clean + (1 - point.fraction) * change
-        elif is_embedding(here[0]):
-            result[name] = None
-    return result
 
 
 def _moves(node: Node, point: GradientPoint) -> bool:

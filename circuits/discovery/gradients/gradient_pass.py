@@ -7,7 +7,7 @@ computed when asked for, layer by layer, back through the projection and the nor
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,9 +41,11 @@ from circuits.tasks.task import Task
 PIECE_BYTES, PIECE_BYTES_GPU = 1 << 19, 1 << 26
 
 Activations = Mapping[str, Tensor]
+Norms = tuple[tuple[Tensor, Tensor] | None, ...]
 Override = Mapping[str, Tensor | None]
 Logits = Float[Tensor, "scored vocab"]
 Residual = Float[Tensor, "batch pos d_model"]
+HeadGradients = Float[Tensor, "batch pos head d_head"]
 TargetGradients = Float[Tensor, "target batch pos d_model"]
 
 
@@ -52,7 +54,8 @@ class Gradients:
     """The gradients of one pass, summed over scored rows. Where nothing flows back, none is kept.
 
     Attributes:
-        residuals: the residual stream at the input of each layer.
+        norms: the normalized input of each layer's attention and what it was divided by, if models
+            have norms.
         at: by hook point, the gradient at q, k and v [batch pos head d_head], and at what MLPs and
             logits read and sources write [batch pos d_model]; heads of a layer write together.
         steepest: the largest entry of the gradient at the logits.
@@ -60,45 +63,52 @@ class Gradients:
 
     model: Model
     rules: PropagationRules
-    residuals: tuple[Residual, ...]
+    norms: Norms
     at: Activations
     steepest: float
 
-    def at_inputs(self, targets: Sequence[HookedTarget], into: TargetGradients) -> None:
-        """Write the gradient at what each target reads into `into`.
+    @property
+    def nbytes(self) -> int:
+        """The bytes of everything that is kept."""
+        kept = list(self.at.values())
+        for norm in self.norms:
+            kept += norm or ()
+        return sum(tensor.nbytes for tensor in kept)
 
-        Args:
-            targets: all heads among them are of one layer.
-        """
-        weights, norm, start = ModelWeights(self.model), None, 0
-        for node, slot, count in targets:
-            rows = into[start : start + count]
-            start += count
+    def at_inputs(self, targets: Sequence[HookedTarget], into: TargetGradients) -> None:
+        """Write the gradient at what each target reads into `into`."""
+        counts = [count for _, _, count in targets]
+        for (node, slot, _), rows in zip(targets, into.split(counts), strict=True):
             gradient = self.at.get(read_hook(self.model, node, slot))
             if gradient is None:
                 rows.zero_()
-            elif not isinstance(node, Head) or slot is None:
-                rows.copy_(gradient[None])
+            elif isinstance(node, Head) and slot:
+                self._at_heads(node.layer, slot, gradient, rows)
             else:
-                norm = norm or weights.normalized(node.layer, self.residuals[node.layer])
-                if norm is not None:
-                    # Divided by the scale here, where the gradient is smallest.
-                    gradient = gradient / norm[1].to(gradient.dtype)[:, :, None]
-                projection = weights.projection_after_norm(node.layer, slot)
-                _back_through_projection(projection, gradient, rows)
-                if norm is not None and self.rules.norms == "derivative":
-                    _back_through_scale(norm[0].to(rows.dtype), rows)
+                rows.copy_(gradient[None])
+
+    def _at_heads(
+        self, layer: int, slot: str, gradient: HeadGradients, rows: TargetGradients
+    ) -> None:
+        projection = ModelWeights(self.model).projection_after_norm(layer, slot)
+        norm = self.norms[layer]
+        if norm is None:
+            _back_through_projection(projection, gradient, rows)
+            return
+        normalized, scale = norm
+        # Divided by the scale here, where the gradient is smallest.
+        scaled = gradient / scale.to(gradient.dtype)[:, :, None]
+        _back_through_projection(projection, scaled, rows)
+        if self.rules.norms == "derivative":
+            _back_through_scale(normalized.to(rows.dtype), rows)
 
 
 def _back_through_projection(
     projection: Float[Tensor, "shared d_model d_head"],
-    gradient: Float[Tensor, "batch pos head d_head"],
-    rows: Float[Tensor, "head batch pos d_model"],
+    gradient: HeadGradients,
+    rows: TargetGradients,
 ) -> None:
-    """Back through W_Q, W_K or W_V and the linear part of the norm.
-
-    Heads that share a projection are multiplied by it together.
-    """
+    """Back through W_Q, W_K or W_V, which heads may share, and the linear part of the norm."""
     by_head = gradient.flatten(0, 1).transpose(0, 1)
     by_projection = by_head.reshape(len(projection), -1, gradient.shape[-1])
     result = rows.view(len(projection), -1, rows.shape[-1])
@@ -111,10 +121,11 @@ def _back_through_scale(normalized: Residual, rows: TargetGradients) -> None:
     # times slower.
     piece_bytes = PIECE_BYTES if rows.device.type == "cpu" else PIECE_BYTES_GPU
     size = max(1, piece_bytes // rows[0].nbytes)
+    d_model = rows.shape[-1]
     for piece in rows.split(size):
         # With n the normalized input: v <- v - n (n . v) / d_model
         along = (piece * normalized).sum(-1, keepdim=True)
-        piece.addcmul_(normalized, along, value=-1 / rows.shape[-1])
+        piece.addcmul_(normalized, along, value=-1 / d_model)
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,28 +170,19 @@ class GradientPass:
                 cut either way. The embeddings must be among them: gradients start there, because
                 the weights have none.
             clean_logits: of the whole model on the clean prompts; None if this is that run.
-
-        Raises:
-            InputError: the metric has no gradient; or, where nothing was put in, outputs and biases
-                do not sum to the residual stream.
         """
-        model, seen = self.model, dict[str, Tensor]()
+        seen: dict[str, Tensor] = {}
         hooks = [(name, _put(value)) for name, value in override.items()]
-        hooks += self._keeping_hooks(seen)
-        with torch.enable_grad(), separate_gradients(model):
-            with hooked(model, self.rules.hooks(model)):
-                final = run_to_residual(model, tokens, task.mask, hooks)
-                logits = unembed(model, final[task.scored])
+        hooks += [(name, _keep(seen, name, copies)) for name, copies in self._kept().items()]
+        with torch.enable_grad(), separate_gradients(self.model):
+            with hooked(self.model, self.rules.hooks(self.model)):
+                final = run_to_residual(self.model, tokens, task.mask, hooks)
+                logits = unembed(self.model, final[task.scored])
             against = logits.detach() if clean_logits is None else clean_logits
             damage = self.metric.damage(logits, against, task).sum()
-            if not damage.requires_grad:
-                raise InputError(
-                    f"metric {self.metric.name!r} has no gradient; choose a differentiable one, "
-                    "such as logit_difference."
-                )
             gradients = self._gradients(damage, seen, final, logits)
         written = {name: seen[name].detach() for name, _ in output_groups(self.nodes)}
-        outputs = SourceOutputs(model, self.nodes, written)
+        outputs = SourceOutputs(self.model, self.nodes, written)
         if all(value is None for value in override.values()):
             outputs.check(final, task.mask)
         return PassResult(gradients, outputs, logits.detach())
@@ -188,37 +190,47 @@ class GradientPass:
     def _gradients(
         self, damage: Tensor, seen: Activations, final: Residual, logits: Logits
     ) -> Gradients:
+        if not damage.requires_grad:
+            raise InputError(
+                f"metric {self.metric.name!r} has no gradient; choose a differentiable one, "
+                "such as logit_difference."
+            )
         *before, last = self._hooks_with_gradient()
         live = {name: seen[name] for name in before if seen[name].requires_grad}
         live[last] = final
         wanted = [*live.values(), logits]
         *found, at_logits = torch.autograd.grad(damage, wanted, allow_unused=True)
-        # Nothing flows back past an activation that was overridden.
         pairs = zip(live, found, strict=True)
-        at = {name: gradient for name, gradient in pairs if gradient is not None}
-        residuals = tuple(seen[name].detach() for name in self._residual_hooks())
+        # Nothing flows back past an activation that was overridden.
+        reached = {name: gradient for name, gradient in pairs if gradient is not None}
         steepest = float(at_logits.abs().max())
-        return Gradients(self.model, self.rules, residuals, at, steepest)
+        return Gradients(self.model, self.rules, self._norms(seen), reached, steepest)
+
+    def _norms(self, seen: Activations) -> Norms:
+        weights = ModelWeights(self.model)
+        residuals = [seen[name].detach() for name in self._residual_hooks()]
+        return tuple(weights.normalized(layer, each) for layer, each in enumerate(residuals))
 
     def _hooks_with_gradient(self) -> list[str]:
         """Where gradients are kept; what the logits read comes last."""
-        names = [read_hook(self.model, node, slot) for node, slot, _ in self.targets]
-        written = map(written_hook, self.nodes) if self.at_outputs else ()
-        return list(dict.fromkeys([*written, *names]))
+        names = [written_hook(node) for node in self.nodes] if self.at_outputs else []
+        names += [read_hook(self.model, node, slot) for node, slot, _ in self.targets]
+        return list(dict.fromkeys(names))
 
     def _residual_hooks(self) -> list[str]:
-        return [residual_hook(layer) for layer in range(self.model.cfg.n_layers)]
+        layers = range(self.model.cfg.n_layers)
+        return [residual_hook(layer) for layer in layers]
 
-    def _keeping_hooks(self, seen: dict[str, Tensor]) -> Iterator[tuple[str, Hook]]:
-        """Hooks that put what is needed later into `seen`."""
-        written = [name for name, _ in output_groups(self.nodes)]
-        kept = [*written, *self._residual_hooks(), *self._hooks_with_gradient()[:-1]]
-        copies = dict.fromkeys(kept, 1)
+    def _kept(self) -> dict[str, int]:
+        """The hook points whose activations are kept, and how often each head there is copied."""
+        names = [name for name, _ in output_groups(self.nodes)]
+        names += self._residual_hooks()
+        names += self._hooks_with_gradient()[:-1]
+        copies = dict.fromkeys(names, 1)
         for node, slot, _ in self.targets:
             if isinstance(node, Head) and slot:
-                copies[projection_hook(node.layer, slot)] = copies_per_head(self.model, slot)
-        for name, number in copies.items():
-            yield name, _keep(seen, name, number)
+                copies[read_hook(self.model, node, slot)] = copies_per_head(self.model, slot)
+        return copies
 
 
 def read_hook(model: Model, node: Node, slot: str | None) -> str:

@@ -236,11 +236,9 @@ class AttributionGraph(Resumable):
         done = int(stored.pop("next"))
         pooled = Pooled(**stored)
         parts: list[Pooled] = []
-        lengths = task.lengths.tolist()
-        prompts = [task.clean[row, :length] for row, length in enumerate(lengths)]
-        directions = partial(self._scored_directions, model, task)
-        for row, found in self._graphs(model, transcoders, prompts, directions, first=done):
-            parts.append(self._pooled_over_positions(found, None if spans is None else spans[row]))
+        for row, found in self._task_graphs(model, transcoders, task, done):
+            span = None if spans is None else spans[row]
+            parts.append(self._pooled_over_positions(found, span))
             done = row + 1
             if len(parts) == PROMPTS_AT_ONCE or done == len(task):
                 # Several prompts at a time, because the whole union is sorted each time.
@@ -249,6 +247,14 @@ class AttributionGraph(Resumable):
                 saved.save({"next": torch.tensor(done), **vars(pooled)})
                 progress(done, len(task))
         return pooled
+
+    def _task_graphs(
+        self, model: Model, transcoders: Transcoders, task: Task, first: int
+    ) -> Iterator[tuple[int, FeatureGraph]]:
+        lengths = task.lengths.tolist()
+        prompts = [task.clean[row, :length] for row, length in enumerate(lengths)]
+        directions = partial(self._scored_directions, model, task)
+        return self._graphs(model, transcoders, prompts, directions, first=first)
 
     def _pooled_over_positions(
         self, graph: FeatureGraph, spans: Int[Tensor, " pos"] | None

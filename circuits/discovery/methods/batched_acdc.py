@@ -207,12 +207,7 @@ class BatchedSearch:
         """Remove edges that are harmless alone; with `verify`, as many of them as pass.
 
         A single edge has no excess: its increase, and so its score, is then the one measured here.
-
-        Args:
-            after: the damage without all of the edges, if known.
-
-        Returns:
-            Whether all of them were removed.
+        `after` is the damage without all of them, if known. Returns whether all were removed.
         """
         state = self.state
         if after is None:

@@ -47,8 +47,7 @@ def confirm(
 
     Args:
         increases: values[row] - values[before[row]], measured in low precision.
-        values: the damage of every state; of the rows, and then of others.
-        before: the state that each row is compared with.
+        values: the damage of the states in the rows, and then of others.
         distance: how far increases are from the threshold.
         measure: the damage of some states in float32.
         noise: updated with the errors seen here.

@@ -53,17 +53,14 @@ def edge_order(graph: Graph, order: OrderName) -> list[Trial]:
             "the original code knows no positions; use order='topological' for a graph split by "
             "position."
         )
-    slots: dict[TargetSlot, list[int]] = {}
-    for index in graph.source.argsort(descending=True, stable=True).tolist():
-        edge = graph.edges[index]
-        slots.setdefault((edge.target, edge.slot), []).append(index)
+    slots = _edges_by_slot(graph)
     trials = []
     targets = sorted(slots, key=partial(_rank, graph, order))
-    for kind, together in groupby(targets, key=_layer_and_kind):
-        trials_here = [Trial(tuple(slots[target])) for target in together]
-        if order == "original" and kind[1] == HEADS:
-            trials += [replace(trial, together=True) for trial in trials_here]
-        trials += trials_here
+    for (_, kind), together in groupby(targets, key=_layer_and_kind):
+        single = [Trial(tuple(slots[target])) for target in together]
+        if order == "original" and kind == HEADS:
+            trials += [replace(trial, together=True) for trial in single]
+        trials += single
     return trials
 
 
@@ -101,6 +98,16 @@ def edge_groups(graph: Graph, group: GroupName | int) -> list[tuple[int, ...]]:
         return edge.target if group == "target" else _layer_and_kind((edge.target, edge.slot))
 
     return [tuple(part) for _, part in groupby(edges, key=group_of)]
+
+
+def _edges_by_slot(graph: Graph) -> dict[TargetSlot, list[int]]:
+    """The edges into each slot of each target, from the most downstream source up."""
+    slots: dict[TargetSlot, list[int]] = {}
+    from_downstream = graph.source.argsort(descending=True, stable=True)
+    for index in from_downstream.tolist():
+        edge = graph.edges[index]
+        slots.setdefault((edge.target, edge.slot), []).append(index)
+    return slots
 
 
 def _rank(graph: Graph, order: OrderName, target: TargetSlot) -> tuple[float, ...]:

@@ -46,17 +46,11 @@ class Measurement:
         return float(increases[0]), float(values[0])
 
     def many(self, without: CircuitMasks, before: Rows) -> tuple[Increases, Damages]:
-        """Increases in damage, each against another circuit.
+        """L(row) - L(before[row]) for every row, and L of every row and of H, the circuit so far.
 
         Args:
             without: the circuits to measure.
-            before: the row that each is compared with; `len(without)` is H, the circuit so far.
-
-        Returns:
-            L(row) - L(before[row]) for every row, and L of every row and of H.
-
-        Raises:
-            NotFiniteError: the damage of one of them is not finite.
+            before: the row that each is compared with; `len(without)` is H.
         """
         state = self.search.state
         if self.search.meter.exact is None:

@@ -125,10 +125,7 @@ class Search:
     fixed_cost: float | None = field(default=None, init=False)
 
     def undecided(self) -> Iterator[list[Group]]:
-        """The groups of the current chain that are left to decide, until no chain has any.
-
-        The caller decides at least the first of them before it asks again.
-        """
+        """The groups of a chain left to decide; the caller decides at least the first of them."""
         state = self.state
         self._resume()
         while state.chains_done < len(self.chains):
@@ -144,12 +141,7 @@ class Search:
             self.progress(state.chains_done, len(self.chains))
 
     def decide(self, group: Group, increase: float, damage: float, *, remove: bool) -> None:
-        """Record the decision on the next undecided group.
-
-        Args:
-            increase: L(H without the group) - L(H), in the metric's unit.
-            damage: L(H without the group).
-        """
+        """Record the decision on the next group: `damage` is L(H without the group)."""
         state = self.state
         if len(group) == 1:
             state.scores[group[0]] = increase
@@ -160,9 +152,7 @@ class Search:
         state.evaluations += 1
 
     def _approach(self, groups: list[Group]) -> None:
-        """Before the edges into a new target, tell the executor about H, from which the circuits
-        to come differ by a few edges.
-        """
+        """At a new target, tell the executor about H, which the next circuits are close to."""
         state = self.state
         first_edges = [group[0] for group in groups]
         targets = self.graph.target.numpy()[first_edges].tolist()
@@ -177,9 +167,7 @@ class Search:
             self.fixed_cost = self.meter.executor.fixed_cost(first)
 
     def _resume(self) -> None:
-        """Lead the executor along the same states as before an interruption, so that its rounding
-        is that of an uninterrupted search.
-        """
+        """Restore the state, and lead the executor along its history, for equal rounding."""
         self.state.restore(self.saved)
         if self.state.chains_done < len(self.chains):
             for number in range(self.state.announced):
@@ -188,7 +176,7 @@ class Search:
     def _groups(self, chain: list[Trial]) -> list[Group]:
         """The groups of a chain, given H when the chain began.
 
-        Edges into a target that no longer reaches the logits are removed without being tried.
+        Edges into a target that no longer reaches the logits are removed untried.
         """
         at_start = self.state.removed_at > self.state.began
         kept = at_start.numpy()
@@ -208,11 +196,7 @@ class Search:
 def without_each(
     kept: EdgeMask, groups: list[Group], expected: Bool[np.ndarray, " group"]
 ) -> Bool[Tensor, "group edge"]:
-    """For each group, H without it and without the groups before it that are expected to go.
-
-    Args:
-        expected: True for groups that are expected to stay.
-    """
+    """For each group, H without it and without the groups before it that are expected to go."""
     numbers = np.arange(len(groups))
     group_of_edge = np.repeat(numbers, [len(edges) for edges in groups])
     row = numbers[:, None]
@@ -224,11 +208,7 @@ def without_each(
 
 
 def check_threshold(threshold: float) -> None:
-    """Refuse a threshold that is negative or no number.
-
-    Raises:
-        InputError: with the threshold.
-    """
+    """Refuse a threshold that is negative or no number."""
     if not threshold >= 0:
         raise InputError(
             f"threshold={threshold} must be a number of at least 0; 0.01 is usual for KL."
