@@ -141,7 +141,8 @@ def test_the_bound_by_which_the_first_batch_is_chosen_is_never_too_small(
 
     monkeypatch.setattr("circuits.discovery.gradients.edge_scores.needed", noting)
     peak = most_allocated(lambda: method.attribute(model, task))
-    assert peak <= bounds[0].of(len(task))
+    (fixed, per_prompt), *_ = bounds
+    assert peak <= fixed + per_prompt * len(task)
 
 
 def test_when_memory_runs_out_batches_are_halved(model, task, batches, monkeypatch):

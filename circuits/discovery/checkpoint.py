@@ -20,6 +20,8 @@ from circuits.tasks.task import Task
 
 FORMAT, FORMAT_VERSION = "circuits.checkpoint", 1
 
+Tensors = Mapping[str, Tensor]
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -40,7 +42,10 @@ class Checkpoint:
 
     @staticmethod
     def open(
-        where: Checkpoint | str | Path | None, method: Mapping[str, Any], graph: Graph, task: Task
+        where: Checkpoint | str | Path | None,
+        method: Mapping[str, Any],
+        graph: Graph,
+        task: Task,
     ) -> Checkpoint:
         """The checkpoint of one method on one graph and task.
 
@@ -48,10 +53,12 @@ class Checkpoint:
             where: the file; None keeps no state.
             method: identifies the method and its settings, see `CircuitDiscoverer.identity`.
         """
-        path = where.path if isinstance(where, Checkpoint) else where
-        return Checkpoint(None if path is None else Path(path), _digest(method, graph, task))
+        key = _digest(method, graph, task)
+        if isinstance(where, Checkpoint):
+            return Checkpoint(where.path, key)
+        return Checkpoint(None if where is None else Path(where), key)
 
-    def restore(self, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def restore(self, start: Tensors) -> dict[str, Tensor]:
         """The state saved last, or `start` if there is none.
 
         Raises:
@@ -59,18 +66,18 @@ class Checkpoint:
         """
         return on_first(lambda: self._read(start))
 
-    def _read(self, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _read(self, start: Tensors) -> dict[str, Tensor]:
         if self.path is None or not self.path.exists():
             return dict(start)
         state, metadata = read_tensors(self.path, FORMAT, FORMAT_VERSION)
-        if metadata.get("key") != self.key or set(state) != set(start):
+        if metadata.get("key") != self.key or state.keys() != start.keys():
             raise InputError(
                 f"the checkpoint {self.path} belongs to a run with other settings, model or "
                 "prompts; give another path or delete it."
             )
         return {name: state[name].to(start[name].device) for name in start}
 
-    def save(self, state: Mapping[str, Tensor]) -> None:
+    def save(self, state: Tensors) -> None:
         """Replace the saved state."""
         if self.path is not None and is_first():
             write_tensors(self.path, state, {"key": self.key}, FORMAT, FORMAT_VERSION)
@@ -90,7 +97,7 @@ class TensorState:
         if saved.path is not None:
             saved.save(self._tensors())
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _tensors(self) -> Tensors:
         tensors = {}
         for name, value in vars(self).items():
             # Python's floats have double precision.
@@ -100,10 +107,10 @@ class TensorState:
 
 
 def _digest(method: Mapping[str, Any], graph: Graph, task: Task) -> str:
-    model = None if graph.model is None else [graph.model.name, graph.model.weights]
-    nodes = [str(node) for node in graph.nodes]
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps([method, model, nodes, task.digest()]).encode())
+    model = graph.model and [graph.model.name, graph.model.weights]
+    nodes = list(map(str, graph.nodes))
+    text = json.dumps([method, model, nodes, task.digest()])
+    digest = hashlib.blake2b(text.encode(), digest_size=16)
     for column in (graph.source, graph.target, graph.slot):
         digest.update(column.cpu().numpy().tobytes())
     return digest.hexdigest()

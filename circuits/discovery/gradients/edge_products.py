@@ -38,14 +38,12 @@ class TargetGroup:
     """Targets multiplied together: a layer's heads and the MLP below, or the last MLP and logits.
 
     An MLP is thereby also multiplied with its own output, for which there is no edge.
-
-    Attributes:
-        rows: the rows of the targets among all target rows.
-        n_sources: the first `n_sources` nodes are sources of at least one of the targets.
     """
 
     targets: tuple[HookedTarget, ...]
+    # The rows of the targets among all target rows
     rows: slice
+    # The first `n_sources` nodes are sources of at least one of the targets
     n_sources: int
 
     def __len__(self) -> int:
@@ -54,18 +52,15 @@ class TargetGroup:
 
 @dataclass(frozen=True, eq=False)
 class EdgeProducts:
-    """What the products depend on besides the prompts.
-
-    Attributes:
-        details: keep products apart by prompt, and those of nodes by position and by coordinate.
-        budget: bytes that a batch may take.
-    """
+    """What the products depend on besides the prompts."""
 
     model: Model
     graph: Graph
     layout: EdgeLayout
     groups: tuple[TargetGroup, ...]
+    # Keep products apart by prompt, and those of nodes by position and by coordinate
     details: bool
+    # Bytes that a batch may take
     budget: int
 
     def start(self, task: Task) -> BatchProducts:
@@ -78,8 +73,13 @@ class EdgeProducts:
         if part is not None:
             part = part + spans * torch.arange(prompts, device=part.device)[:, None]
         zeros = partial(torch.zeros, dtype=cfg.dtype, device=cfg.device)
-        edges = zeros(prompts * spans, rows, sources)
-        return BatchProducts(self, part, edges, zeros(nodes, batch, pos), zeros(nodes, cfg.d_model))
+        return BatchProducts(
+            self,
+            part,
+            edges=zeros(prompts * spans, rows, sources),
+            positions=zeros(nodes, batch, pos),
+            neurons=zeros(nodes, cfg.d_model),
+        )
 
     @property
     def widest(self) -> int:
@@ -89,21 +89,18 @@ class EdgeProducts:
 
 @dataclass(eq=False)
 class BatchProducts:
-    """The products of one batch, summed over the points at which gradients are taken.
-
-    Attributes:
-        part: the part that each token's products belong to; None if all tokens of a prompt belong
-            together. A part is a span, of one prompt with details, else of all prompts.
-        positions: of nodes, by prompt and position; of no nodes without details.
-        neurons: of nodes, by coordinate; of no nodes without details.
-        steepest: the largest entry of a gradient at the logits.
-    """
+    """The products of one batch, summed over the points at which gradients are taken."""
 
     of: EdgeProducts
+    # The part that each token's products belong to; None if all tokens of a prompt belong together.
+    # A part is a span, of one prompt with details, else of all prompts
     part: Tensor | None
     edges: DenseEdges
+    # Products of nodes by prompt and position; without details, of no nodes
     positions: Float[Tensor, "node batch pos"]
+    # Products of nodes by coordinate; without details, of no nodes
     neurons: Float[Tensor, "node d_model"]
+    # The largest entry of a gradient at the logits
     steepest: float = 0.0
 
     def add(self, changes: Changes, gradients: Sequence[Gradients]) -> None:
@@ -111,19 +108,16 @@ class BatchProducts:
         for each in gradients:
             self.steepest = max(self.steepest, each.steepest)
         _, batch, pos = self.positions.shape
-        widest = (self.of.widest, batch, pos, self.neurons.shape[1])
+        d_model = self.neurons.shape[1]
+        widest = (self.of.widest, batch, pos, d_model)
         buffers = [self.neurons.new_empty(widest) for _ in gradients[:2]]
         for rows in self._chunks(changes, gradients, buffers):
             some = changes.outputs(rows)
             if self.of.details:
-                self._add_nodes(changes.kept.nodes[rows], some, rows, gradients)
-            for group in self.of.groups:
-                sources = slice(rows.start, min(group.n_sources, rows.stop))
-                upstream = some[: max(0, sources.stop - rows.start)]
-                if len(upstream):
-                    at_inputs = _summed(gradients, group, buffers)
-                    self.edges[:, group.rows, sources] += self._products(upstream, at_inputs)
-            del some, upstream  # before the next changes are computed
+                nodes = changes.kept.nodes[rows]
+                self._add_nodes(nodes, some, rows, gradients)
+            self._add_edges(some, rows, gradients, buffers)
+            del some  # before the next changes are computed
 
     def results(self) -> list[Tensor]:
         """Products by prompt and edge, by prompt, node and position, and by node and coordinate.
@@ -133,9 +127,9 @@ class BatchProducts:
         layout = self.of.layout
         dense = self.edges.unflatten(0, (-1, layout.shape[0]))
         by_edge = dense[:, layout.span, layout.target, layout.source]
-        products = (by_edge, self.positions.transpose(0, 1), self.neurons[None])
-        steepest = torch.tensor([self.steepest])
-        return [each.float().cpu() for each in products] + [steepest]
+        positions = self.positions.transpose(0, 1)
+        results = (by_edge, positions, self.neurons[None], torch.tensor([self.steepest]))
+        return [each.float().cpu() for each in results]
 
     def _chunks(
         self, changes: Changes, gradients: Sequence[Gradients], buffers: Sequence[Tensor]
@@ -155,12 +149,26 @@ class BatchProducts:
             stop = rows.stop
         yield slice(start, stop)
 
+    def _add_edges(
+        self,
+        changes: SourceChanges,
+        rows: slice,
+        gradients: Sequence[Gradients],
+        buffers: Sequence[Tensor],
+    ) -> None:
+        for group in self.of.groups:
+            stop = min(group.n_sources, rows.stop)
+            if stop > rows.start:
+                upstream = changes[: stop - rows.start]
+                products = self._products(upstream, _summed(gradients, group, buffers))
+                self.edges[:, group.rows, rows.start : stop] += products
+
     def _products(self, changes: SourceChanges, gradients: TargetGradients) -> DenseEdges:
         """(c_u - out_u(clean)) . d L / d x_r of every source u and target r, summed by part."""
         prompts = len(self.edges) if self.part is None else self.part.numel()
-        by_target = gradients.reshape(len(gradients), prompts, -1)
-        by_source = changes.reshape(len(changes), prompts, -1)
-        products = torch.bmm(by_target.transpose(0, 1), by_source.permute(1, 2, 0))
+        by_target = gradients.reshape(len(gradients), prompts, -1).transpose(0, 1)
+        by_source = changes.reshape(len(changes), prompts, -1).permute(1, 2, 0)
+        products = torch.bmm(by_target, by_source)
         if self.part is None:
             return products
         # Products by token so far.

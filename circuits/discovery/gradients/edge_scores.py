@@ -14,7 +14,7 @@ the products.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -82,16 +82,13 @@ CLEAN_END, COUNTERFACTUAL_END = GradientPoint(1.0), GradientPoint(0.0)
 
 @dataclass(eq=False)
 class _Line:
-    """What is known of a batch's prompts before gradients are taken between the ends of the line.
-
-    Attributes:
-        changes: c_u - out_u(clean) of every source u.
-        ends: gradients at the clean and the counterfactual end, where these runs were made anyway.
-    """
+    """What is known of a batch before gradients are taken between the ends of the line."""
 
     clean: SourceOutputs
     clean_logits: Logits
+    # c_u - out_u(clean) of every source u
     changes: Changes
+    # Gradients at the clean and the counterfactual end, where these runs were made anyway
     ends: dict[GradientPoint, Gradients]
 
 
@@ -138,7 +135,8 @@ class EdgeScoring:
     def scores(self, progress: Progress = no_progress) -> EdgeScores:
         """The score of every edge."""
         edges, _, _ = self._over_ranks(progress)
-        return edges.sum(0) / (len(self.task.row_prompt) * self._points_averaged)
+        rows = len(self.task.row_prompt)
+        return edges.sum(0) / (rows * self._points_averaged)
 
     def attribution(self, progress: Progress = no_progress) -> EdgeAttribution:
         """The scores in detail."""
@@ -172,26 +170,32 @@ class EdgeScoring:
         return results
 
     def _run(self, progress: Progress) -> list[Tensor]:
-        """The results of this rank's share of the prompts, in batches that fit into memory."""
-        mine = share(len(self.task))
-        size = self._batch_size
-        start = mine.start
+        """The results of this rank's share of the prompts."""
         results: list[list[Tensor]] = []
-
-        def batch(prompts: int) -> list[Tensor]:
-            return self.batch(slice(start, start + prompts)).results()
-
         with torch.inference_mode(False), torch.no_grad(), frozen(self.passes.model):
-            while start < mine.stop:
-                found, size = shrinking(batch, min(size, mine.stop - start), "prompt")
+            for found in self._batches(progress):
                 if results and not self.products.details:
                     # Added up at once, because there may be many edges.
                     results[0][0] += found[0]
                     found[0] = found[0][:0]
                 results.append(found)
-                start += size
-                progress(start - mine.start, mine.stop - mine.start)
-        return [torch.cat(batches) for batches in zip(*results, strict=True)]
+        return list(map(torch.cat, zip(*results, strict=True)))
+
+    def _batches(self, progress: Progress) -> Iterator[list[Tensor]]:
+        """The results of batches that fit into memory."""
+        mine = share(len(self.task))
+        size = self._batch_size
+        start = mine.start
+
+        def batch(prompts: int) -> list[Tensor]:
+            return self.batch(slice(start, start + prompts)).results()
+
+        while start < mine.stop:
+            left = mine.stop - start
+            found, size = shrinking(batch, min(size, left), "prompt")
+            start += size
+            yield found
+            progress(start - mine.start, mine.stop - mine.start)
 
     def batch(self, prompts: slice) -> BatchProducts:
         """The products of some prompts."""
@@ -204,8 +208,9 @@ class EdgeScoring:
                 if len(pending) == POINTS_TOGETHER:
                     products.add(line.changes, pending)
                     pending.clear()
-                known = line.ends.pop(point, None)
-                pending.append(known or self._run_point(task, point, line).gradients)
+                if point not in line.ends:
+                    line.ends[point] = self._run_point(task, point, line).gradients
+                pending.append(line.ends.pop(point))
         if pending:
             products.add(line.changes, pending)
         self._add_pieces(products, task, line)
@@ -237,7 +242,8 @@ class EdgeScoring:
         else:
             clean, logits = self._plain_run(task)
         corrupted = None
-        if COUNTERFACTUAL_END in self.points and self.settings.ablation.name == "resample":
+        resamples = self.settings.ablation.name == "resample"
+        if resamples and COUNTERFACTUAL_END in self.points:
             run = self.passes.run(task, task.corrupted, self._cut, logits)
             ends[COUNTERFACTUAL_END] = run.gradients
             corrupted = run.outputs
@@ -258,22 +264,28 @@ class EdgeScoring:
         return dict.fromkeys(map(output_hook, embeddings))
 
     def _run_point(self, task: Task, point: GradientPoint, line: _Line) -> PassResult:
-        """Run to a point: the clean run, with what moves put in at its hook points."""
+        override = self._override(point, line)
+        return self.passes.run(task, task.clean, override, line.clean_logits)
+
+    def _override(self, point: GradientPoint, line: _Line) -> Override:
+        """What to put at hook points to move the clean run to a point."""
         override = dict(self._cut)
         nodes = self.passes.nodes
+        moving = set(point.nodes) or set(filter(is_embedding, nodes))
         for name, rows in output_groups(nodes):
-            first = nodes[rows.start]
-            moving = [index for index, node in enumerate(nodes[rows]) if _moves(node, point)]
-            if moving:
+            here = nodes[rows]
+            moved = [node in moving for node in here]
+            if any(moved):
                 # Heads write together at one hook point, with their bias.
                 clean = line.clean.activations[name]
-                if isinstance(first, Head):
-                    clean = line.clean.attention(first.layer)
-                change = line.changes.outputs(rows)[moving].sum(0)
+                if isinstance(here[0], Head):
+                    clean = line.clean.attention(here[0].layer)
+                change = line.changes.outputs(rows)[moved].sum(0)
                 # counterfactual + fraction * (clean - counterfactual)
                 #     = clean + (1 - fraction) * change
-                override[written_hook(first)] = clean + (1 - point.fraction) * change
-        return self.passes.run(task, task.clean, override, line.clean_logits)
+                value = clean + (1 - point.fraction) * change
+                override[written_hook(here[0])] = value
+        return override
 
     @cached_property
     def _counterfactuals(self) -> Counterfactuals:
@@ -290,18 +302,15 @@ class EdgeScoring:
     def _batch_size(self) -> int:
         """The number of prompts that fit into memory together."""
         together = min(len(self.points), POINTS_TOGETHER)
-        bound = needed(self.products, self.task, together)
+        fixed, per_prompt = needed(self.products, self.task, together)
         limit = self.settings.max_memory
-        if limit is not None and bound.of(1) > limit:
+        if limit is not None and fixed + per_prompt > limit:
             raise InputError(
-                f"one prompt of {self.task.clean.shape[1]} tokens needs {bound.of(1):,} bytes, "
-                f"but max_memory={limit:,}: allow more, or use shorter prompts."
+                f"one prompt of {self.task.clean.shape[1]} tokens needs {fixed + per_prompt:,} "
+                f"bytes, but max_memory={limit:,}: allow more, or use shorter prompts."
             )
-        return min(len(self.task), bound.prompts(self.products.budget))
-
-
-def _moves(node: Node, point: GradientPoint) -> bool:
-    return node in point.nodes if point.nodes else is_embedding(node)
+        fitting = (self.products.budget - fixed) // per_prompt
+        return min(len(self.task), max(1, fitting))
 
 
 def _warn_of_dead_norms(

@@ -51,20 +51,16 @@ TargetGradients = Float[Tensor, "target batch pos d_model"]
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
-    """The gradients of one pass, summed over scored rows. Where nothing flows back, none is kept.
-
-    Attributes:
-        norms: the normalized input of each layer's attention and what it was divided by, if models
-            have norms.
-        at: by hook point, the gradient at q, k and v [batch pos head d_head], and at what MLPs and
-            logits read and sources write [batch pos d_model]; heads of a layer write together.
-        steepest: the largest entry of the gradient at the logits.
-    """
+    """The gradients of one pass, summed over scored rows; none is kept where nothing flows back."""
 
     model: Model
     rules: PropagationRules
+    # By layer, the normalized input of attention and what it was divided by; None without norms
     norms: Norms
+    # By hook point, the gradient at q, k and v [batch pos head d_head], and at what MLPs and logits
+    # read and sources write [batch pos d_model]; heads of a layer write together
     at: Activations
+    # The largest entry of the gradient at the logits
     steepest: float
 
     @property
@@ -130,30 +126,24 @@ def _back_through_scale(normalized: Residual, rows: TargetGradients) -> None:
 
 @dataclass(frozen=True, eq=False)
 class PassResult:
-    """What one pass leaves.
-
-    Attributes:
-        outputs: what the sources wrote.
-    """
+    """What one pass leaves."""
 
     gradients: Gradients
+    # What the sources wrote
     outputs: SourceOutputs
     logits: Logits
 
 
 @dataclass(frozen=True, eq=False)
 class GradientPass:
-    """Runs prompts and goes back from the damage. Parameters must be frozen.
-
-    Attributes:
-        at_outputs: also keep the gradients at what sources write.
-    """
+    """Runs prompts and goes back from the damage. Parameters must be frozen."""
 
     model: Model
     nodes: tuple[Node, ...]
     targets: Sequence[HookedTarget]
     metric: Metric
     rules: PropagationRules
+    # Also keep the gradients at what sources write
     at_outputs: bool
 
     def run(
@@ -173,16 +163,17 @@ class GradientPass:
         """
         seen: dict[str, Tensor] = {}
         hooks = [(name, _put(value)) for name, value in override.items()]
-        hooks += [(name, _keep(seen, name, copies)) for name, copies in self._kept().items()]
-        with torch.enable_grad(), separate_gradients(self.model):
-            with hooked(self.model, self.rules.hooks(self.model)):
-                final = run_to_residual(self.model, tokens, task.mask, hooks)
-                logits = unembed(self.model, final[task.scored])
+        hooks += self._keeping_hooks(seen)
+        model = self.model
+        with torch.enable_grad(), separate_gradients(model):
+            with hooked(model, self.rules.hooks(model)):
+                final = run_to_residual(model, tokens, task.mask, hooks)
+                logits = unembed(model, final[task.scored])
             against = logits.detach() if clean_logits is None else clean_logits
             damage = self.metric.damage(logits, against, task).sum()
             gradients = self._gradients(damage, seen, final, logits)
-        written = {name: seen[name].detach() for name, _ in output_groups(self.nodes)}
-        outputs = SourceOutputs(self.model, self.nodes, written)
+        names = [name for name, _ in output_groups(self.nodes)]
+        outputs = SourceOutputs(model, self.nodes, {name: seen[name].detach() for name in names})
         if all(value is None for value in override.values()):
             outputs.check(final, task.mask)
         return PassResult(gradients, outputs, logits.detach())
@@ -195,7 +186,7 @@ class GradientPass:
                 f"metric {self.metric.name!r} has no gradient; choose a differentiable one, "
                 "such as logit_difference."
             )
-        *before, last = self._hooks_with_gradient()
+        *before, last = self._hooks_with_gradient
         live = {name: seen[name] for name in before if seen[name].requires_grad}
         live[last] = final
         wanted = [*live.values(), logits]
@@ -208,29 +199,31 @@ class GradientPass:
 
     def _norms(self, seen: Activations) -> Norms:
         weights = ModelWeights(self.model)
-        residuals = [seen[name].detach() for name in self._residual_hooks()]
-        return tuple(weights.normalized(layer, each) for layer, each in enumerate(residuals))
+        residuals = [seen[name].detach() for name in self._residual_hooks]
+        pairs = enumerate(residuals)
+        return tuple(weights.normalized(layer, residual) for layer, residual in pairs)
 
+    @property
+    def _residual_hooks(self) -> list[str]:
+        return list(map(residual_hook, range(self.model.cfg.n_layers)))
+
+    @property
     def _hooks_with_gradient(self) -> list[str]:
         """Where gradients are kept; what the logits read comes last."""
-        names = [written_hook(node) for node in self.nodes] if self.at_outputs else []
-        names += [read_hook(self.model, node, slot) for node, slot, _ in self.targets]
-        return list(dict.fromkeys(names))
+        written = map(written_hook, self.nodes) if self.at_outputs else ()
+        read = [read_hook(self.model, node, slot) for node, slot, _ in self.targets]
+        return list(dict.fromkeys([*written, *read]))
 
-    def _residual_hooks(self) -> list[str]:
-        layers = range(self.model.cfg.n_layers)
-        return [residual_hook(layer) for layer in layers]
-
-    def _kept(self) -> dict[str, int]:
-        """The hook points whose activations are kept, and how often each head there is copied."""
+    def _keeping_hooks(self, seen: dict[str, Tensor]) -> list[tuple[str, Hook]]:
+        """Hooks that put activations into `seen`, with one copy of shared heads for each head."""
         names = [name for name, _ in output_groups(self.nodes)]
-        names += self._residual_hooks()
-        names += self._hooks_with_gradient()[:-1]
+        names += self._residual_hooks + self._hooks_with_gradient[:-1]
         copies = dict.fromkeys(names, 1)
         for node, slot, _ in self.targets:
             if isinstance(node, Head) and slot:
-                copies[read_hook(self.model, node, slot)] = copies_per_head(self.model, slot)
-        return copies
+                name = projection_hook(node.layer, slot)
+                copies[name] = copies_per_head(self.model, slot)
+        return [(name, _keep(seen, name, number)) for name, number in copies.items()]
 
 
 def read_hook(model: Model, node: Node, slot: str | None) -> str:
@@ -242,7 +235,9 @@ def read_hook(model: Model, node: Node, slot: str | None) -> str:
 
 def written_hook(node: Node) -> str:
     """Where the gradient at what a source writes is kept: a layer's heads share one."""
-    return attention_output_hook(node.layer) if isinstance(node, Head) else output_hook(node)
+    if isinstance(node, Head):
+        return attention_output_hook(node.layer)
+    return output_hook(node)
 
 
 def is_embedding(node: Node) -> bool:
@@ -254,11 +249,17 @@ def _keep(seen: dict[str, Tensor], name: str, copies: int) -> Hook:
     """Keep an activation with its history; shared heads are first copied for each query head."""
 
     def keep(activation: Tensor) -> Tensor:
-        seen[name] = activation.repeat_interleave(copies, dim=2) if copies > 1 else activation
-        return seen[name]
+        if copies > 1:
+            activation = activation.repeat_interleave(copies, dim=2)
+        seen[name] = activation
+        return activation
 
     return keep
 
 
 def _put(value: Tensor | None) -> Hook:
-    return lambda activation: (activation if value is None else value).detach().requires_grad_()
+    def put(activation: Tensor) -> Tensor:
+        given = activation if value is None else value
+        return given.detach().requires_grad_()
+
+    return put

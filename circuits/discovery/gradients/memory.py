@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import ceil, prod
 
 from circuits.discovery.gradients.edge_products import EdgeProducts
 from circuits.tasks.task import Task
 
 
-@dataclass(frozen=True)
-class Needed:
-    """Bytes that a batch needs: a fixed number, and a number for each prompt."""
+def needed(products: EdgeProducts, task: Task, points: int) -> tuple[int, int]:
+    """Bytes that a batch needs: a fixed number, and a number for each prompt.
 
-    fixed: int
-    per_prompt: int
-
-    def of(self, prompts: int) -> int:
-        """Bytes for a number of prompts."""
-        return self.fixed + prompts * self.per_prompt
-
-    def prompts(self, budget: int) -> int:
-        """How many prompts fit, but at least one."""
-        return max(1, (budget - self.fixed) // self.per_prompt)
-
-
-def needed(products: EdgeProducts, task: Task, points: int) -> Needed:
-    """A generous bound, since what autograd keeps of a layer depends on the model's code."""
+    The bound is generous, since what autograd keeps of a layer depends on the model's code.
+    """
     cfg = products.model.cfg
     pos = task.clean.shape[1]
     logits = 10 * cfg.d_vocab_out * len(task.row_prompt) / len(task)
@@ -40,7 +26,7 @@ def needed(products: EdgeProducts, task: Task, points: int) -> Needed:
     if products.details:
         per_prompt += 2 * dense
     size = cfg.dtype.itemsize
-    return Needed((weights + dense) * size, ceil(per_prompt * size))
+    return (weights + dense) * size, ceil(per_prompt * size)
 
 
 def _numbers_per_token(products: EdgeProducts, pos: int, points: int) -> int:

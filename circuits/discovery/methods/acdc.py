@@ -39,6 +39,8 @@ from circuits.tasks.task import Task
 
 GuessName = Literal["own", "removed", "eap"]
 
+# What the record says of a search's state.
+RECORDED = ("evaluations", "measured", "wrong", "batches", "node_evaluations")
 # KL has no slope at the clean run, so EAP's guess takes the gradient at both ends.
 BOTH_ENDS = (GradientPoint(0.0), GradientPoint(1.0))
 
@@ -157,14 +159,17 @@ class ACDC(Resumable):
         meter = self.meter(model, graph, task)
         found: dict[float, Circuit] = {}
         for number, method in enumerate(methods):
-            name = f"{method.threshold}.safetensors"
-            file = None if checkpoint is None else Path(checkpoint, name)
-            saved = Checkpoint.open(file, method.identity(), graph, task)
+            saved = method._checkpoint_in(checkpoint, graph, task)
             part = partial(_report_part, progress or no_progress, number, len(methods))
             circuit = method._search(graph, meter, saved, part, stays)
             found[method.threshold] = circuit
             stays = circuit.kept
         return [found[float(threshold)] for threshold in thresholds]
+
+    def _checkpoint_in(self, folder: str | Path | None, graph: Graph, task: Task) -> Checkpoint:
+        name = f"{self.threshold}.safetensors"
+        file = None if folder is None else Path(folder, name)
+        return Checkpoint.open(file, self.identity(), graph, task)
 
     def _search(
         self,
@@ -193,24 +198,17 @@ class ACDC(Resumable):
     def _found(self, search: Search) -> dict[str, Any]:
         """What the record says of a finished search."""
         state = search.state
-        exact = search.meter.exact
-        measured = state.measured if self.speculate else state.evaluations
+        found: dict[str, Any] = {name: getattr(state, name) for name in RECORDED}
+        if not self.speculate:
+            found["measured"] = state.evaluations
+        found["accepted"] = state.evaluations / max(1, found["measured"])
         # Against one forward pass, which computes every node, for every edge.
         all_nodes = len(search.graph) * computed_nodes(search.graph)
-        found = {
-            "evaluations": state.evaluations,
-            "measured": measured,
-            "wrong": state.wrong,
-            "batches": state.batches,
-            "node_evaluations": state.node_evaluations,
-            "accepted": state.evaluations / max(1, measured),
-            "saving": all_nodes / max(1, state.node_evaluations),
-            "damage": state.damage,
-        }
-        if exact is not None:
-            found["damage"] = float(exact(state.kept[None])[0])
-            if self._confirms:
-                found |= {"confirmed": state.confirmed, "noise": state.noise}
+        found["saving"] = all_nodes / max(1, state.node_evaluations)
+        exact = search.meter.exact
+        found["damage"] = state.damage if exact is None else float(exact(state.kept[None]))
+        if exact is not None and self._confirms:
+            found |= {"confirmed": state.confirmed, "noise": state.noise}
         return found
 
     def _guess(self, model: Model, graph: Graph, task: Task) -> EdgeMask | None:

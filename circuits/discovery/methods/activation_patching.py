@@ -45,7 +45,8 @@ class PatchingState(TensorState):
 
     def measure(self, meter: DamageMeter, step: slice, whole: Float[Tensor, " 1"]) -> None:
         """Measure the damage without each of some edges, against that of the whole graph."""
-        without = torch.ones(step.stop - step.start, len(self.scores), dtype=torch.bool)
+        shape = (step.stop - step.start, len(self.scores))
+        without = torch.ones(shape, dtype=torch.bool)
         without[:, step].fill_diagonal_(False)
         counts: dict[str, int] = {}
         with meter.counting(counts):
@@ -86,8 +87,9 @@ class ActivationPatching(Resumable):
         self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
     ) -> Circuit:
         meter = self.meter(model, graph, task)
-        whole = meter(torch.ones(1, len(graph), dtype=torch.bool))
-        state = PatchingState(torch.full((len(graph),), torch.nan))
+        whole = _whole(meter, graph)
+        scores = torch.full((len(graph),), torch.nan)
+        state = PatchingState(scores)
         state.restore(saved)
         for step in _steps(graph):
             if state.scores[step].isnan().any():  # not measured before an interruption
@@ -106,10 +108,15 @@ class ActivationPatching(Resumable):
         meter = self.meter(model, graph, task)
         sources = graph.source.unique()
         kept = graph.source[None] != sources[:, None]
-        whole = meter(torch.ones(1, len(graph), dtype=torch.bool))
-        scores = torch.cat([meter(part) for part in kept.split(NODES_PER_STEP)]) - whole
+        parts = kept.split(NODES_PER_STEP)
+        scores = torch.cat([meter(part) for part in parts]) - _whole(meter, graph)
         nodes = [graph.nodes[source] for source in sources.tolist()]
         return dict(zip(nodes, scores.tolist(), strict=True))
+
+
+def _whole(meter: DamageMeter, graph: Graph) -> Float[Tensor, " 1"]:
+    """The damage of the whole graph, which rounding keeps from being 0."""
+    return meter(torch.ones(1, len(graph), dtype=torch.bool))
 
 
 def _steps(graph: Graph) -> Iterator[slice]:

@@ -175,16 +175,7 @@ class AttributionGraph(Resumable):
         Raises:
             InputError: see `attribute`; or `explain` has another length than `prompts`.
         """
-        if isinstance(prompts, str):
-            raise InputError(
-                f"attribute_all takes a list of prompts; for one, attribute(model, {prompts!r})."
-            )
-        wanted = [None] * len(prompts) if explain is None else list(explain)
-        if len(wanted) != len(prompts):
-            raise InputError(
-                f"there are {len(prompts)} prompts and {len(wanted)} entries in explain; give one "
-                "for each."
-            )
+        wanted = _wanted(prompts, explain)
 
         def directions(number: int, local: LocalModel) -> list[Direction]:
             asked = wanted[number]
@@ -332,6 +323,23 @@ class AttributionGraph(Resumable):
                 "by_position=False."
             )
         return (REST, *task.positions) if by_position else None
+
+
+def _wanted(
+    prompts: Sequence[Prompt], explain: Sequence[Sequence[Explained] | None] | None
+) -> Sequence[Sequence[Explained] | None]:
+    """What to explain of each prompt."""
+    if isinstance(prompts, str):
+        raise InputError(
+            f"attribute_all takes a list of prompts; for one, attribute(model, {prompts!r})."
+        )
+    wanted = [None] * len(prompts) if explain is None else explain
+    if len(wanted) != len(prompts):
+        raise InputError(
+            f"there are {len(prompts)} prompts and {len(wanted)} entries in explain; give one "
+            "for each."
+        )
+    return wanted
 
 
 def _tokens(padded: Int[Tensor, " k"]) -> list[int]:

@@ -54,24 +54,21 @@ RECORDED = (
 
 @dataclass(kw_only=True)
 class BatchedState(Removals):
-    """What has been decided so far.
+    """What has been decided so far."""
 
-    Attributes:
-        removed_in: the group in which each edge was removed; the number of groups for kept edges.
-        groups_done: the number of finished groups.
-        excess: damage of the current group's removals beyond the sum of their single increases.
-        largest_excess: the largest excess seen, removed together or not.
-        excess_left: the largest excess among removals that were made.
-        joint_measurements: circuits measured besides those without a single edge.
-        bisections: joint removals that did too much damage.
-    """
-
+    # The group in which each edge was removed; the number of groups for kept edges
     removed_in: Int[Tensor, " edge"]
+    # The number of finished groups
     groups_done: int = 0
+    # Damage of the current group's removals beyond the sum of their single increases
     excess: float = 0.0
+    # The largest excess seen, removed together or not
     largest_excess: float = 0.0
+    # The largest excess among removals that were made
     excess_left: float = 0.0
+    # Circuits measured besides those without a single edge
     joint_measurements: int = 0
+    # Joint removals that did too much damage
     bisections: int = 0
 
     @staticmethod

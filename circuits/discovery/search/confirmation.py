@@ -22,14 +22,11 @@ SAMPLE, MARGIN, FORGETTING = 3, 5.0, 0.9
 
 @dataclass
 class Noise(TensorState):
-    """Rounding errors met so far.
+    """Rounding errors met so far."""
 
-    Attributes:
-        noise: the largest error of an increase seen lately, in the metric's unit.
-        confirmed: the number of states measured again in float32.
-    """
-
+    # The largest error of an increase seen lately, in the metric's unit
     noise: float = 0.0
+    # The number of states measured again in float32
     confirmed: int = 0
 
 

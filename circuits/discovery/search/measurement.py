@@ -20,16 +20,13 @@ Rows = Int[np.ndarray, " row"]
 
 @dataclass
 class Measurement:
-    """Measures how much removals raise the damage, and compares that with the threshold.
-
-    Attributes:
-        absolute: compare the size of the change, so that edges that hurt are kept too.
-        confirms: in low precision, measure again in float32 what is near the threshold.
-    """
+    """Measures how much removals raise the damage, and compares that with the threshold."""
 
     search: Search
     threshold: float
+    # Compare the size of the change, so that edges that hurt are kept too
     absolute: bool
+    # In low precision, measure again in float32 what is near the threshold
     confirms: bool
 
     def harmless(self, increase: Increases | float) -> Any:

@@ -33,15 +33,12 @@ LARGEST_BATCH = 256
 
 @dataclass
 class Speculation:
-    """Decides on the groups of a search in batches.
-
-    Attributes:
-        learns: each decision becomes the guess for edges from the same source into the same slot of
-            other targets.
-    """
+    """Decides on the groups of a search in batches."""
 
     search: Search
     measure: Measurement
+    # Each decision becomes the guess for edges from the same source into the same slot of other
+    # targets
     learns: bool
 
     def run(self) -> None:
@@ -86,14 +83,9 @@ class Speculation:
 
     def _decide(self, batch: Batch, expected: Decisions) -> None:
         """Measure a batch, and decide on as many of its groups as the guesses allow."""
-        try:
-            increases, values = self._measured(batch, expected)
-        except NotFiniteError:
-            if len(batch) == 1:
-                raise
-            # What cannot be measured may be a state that the search never reaches.
-            batch, expected = batch[:1], expected[:1]
-            increases, values = self._measured(batch, expected)
+        increases, values = self._measured_or_first(batch, expected)
+        batch = batch[: len(increases)]
+        expected = expected[: len(increases)]
         stays = ~self.measure.harmless(increases)
         surprises = np.flatnonzero(stays != expected)
         # Up to and including the first surprise, states were those of the sequential search.
@@ -103,6 +95,16 @@ class Speculation:
         rows = zip(decided, increases.tolist(), values.tolist(), stays, strict=False)
         for group, increase, damage, stay in rows:
             self.search.decide(group, increase, damage, remove=not stay)
+
+    def _measured_or_first(self, batch: Batch, expected: Decisions) -> tuple[Increases, Damages]:
+        """What was measured of the batch; only of its first group if another is not finite."""
+        try:
+            return self._measured(batch, expected)
+        except NotFiniteError:
+            if len(batch) == 1:
+                raise
+            # What cannot be measured may be a state that the search never reaches.
+            return self._measured(batch[:1], expected[:1])
 
     def _measured(self, batch: Batch, expected: Decisions) -> tuple[Increases, Damages]:
         """Each removal as if the groups before it were decided as expected."""

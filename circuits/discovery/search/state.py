@@ -27,20 +27,17 @@ Group = list[int]
 
 @dataclass(kw_only=True)
 class Removals(TensorState):
-    """What every search that removes edges keeps.
+    """What every search that removes edges keeps."""
 
-    Attributes:
-        kept: the circuit so far, H.
-        scores: the measured increase in damage of each edge tried alone.
-        damage: the damage of H.
-        evaluations: decisions made by measuring.
-        batches, node_evaluations: counted by the executor.
-    """
-
+    # The circuit so far, H
     kept: EdgeMask
+    # The measured increase in damage of each edge tried alone
     scores: EdgeScores
+    # The damage of H
     damage: float
+    # Decisions made by measuring
     evaluations: int = 0
+    # Counted by the executor
     batches: int = 0
     node_evaluations: int = 0
 
@@ -59,27 +56,25 @@ class SearchState(Removals, Noise):
     """Everything a sequential search has decided so far, and what it expects.
 
     A chain is what is tried between two targets, see `edge_order.chains`.
-
-    Attributes:
-        removed_at: `announced` when each edge was removed; NEVER for kept edges.
-        chains_done: the number of finished chains.
-        decided: the number of decided groups of the current chain.
-        announced: how often the executor has been told about H (`DamageMeter.near`).
-        began: `announced` when the current chain began.
-        stays: for each edge of the graph, whether it is expected to stay.
-        expected: for each group of the current chain, whether it is expected to stay.
-        surveyed: the number of groups of the current chain that have been measured.
-        measured, wrong: states measured, and decisions guessed wrong, in the whole search.
     """
 
+    # `announced` when each edge was removed; NEVER for kept edges
     removed_at: Int[Tensor, " edge"]
+    # The number of finished chains
     chains_done: int = 0
+    # The number of decided groups of the current chain
     decided: int = 0
+    # How often the executor has been told about H (`DamageMeter.near`)
     announced: int = 0
+    # `announced` when the current chain began
     began: int = 0
+    # For each edge of the graph, whether it is expected to stay
     stays: EdgeMask
+    # For each group of the current chain, whether it is expected to stay
     expected: EdgeMask
+    # The number of groups of the current chain that have been measured
     surveyed: int = 0
+    # measured and wrong: states measured, and decisions guessed wrong, in the whole search
     measured: int = 0
     wrong: int = 0
 
@@ -106,22 +101,19 @@ class SearchState(Removals, Noise):
 
 @dataclass
 class Search:
-    """Walks through the edges of a graph in a fixed order.
-
-    Attributes:
-        saved: where the state is saved after every decision.
-        progress: called after each chain.
-        at_new_target: whether the next decision is the first on edges into its target.
-        fixed_cost: of a batch of circuits without edges into that target, in circuits.
-    """
+    """Walks through the edges of a graph in a fixed order."""
 
     graph: Graph
     meter: DamageMeter
     chains: list[list[Trial]]
     state: SearchState
+    # Where the state is saved after every decision
     saved: Checkpoint
+    # Called after each chain
     progress: Progress
+    # Whether the next decision is the first on edges into its target
     at_new_target: bool = False
+    # The fixed cost of a batch of circuits without edges into that target, in circuits
     fixed_cost: float | None = field(default=None, init=False)
 
     def undecided(self) -> Iterator[list[Group]]:
