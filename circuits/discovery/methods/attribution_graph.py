@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
@@ -53,6 +53,8 @@ from circuits.transcoders.transcoder import Transcoders
 PROMPTS_AT_ONCE = 16
 
 Prompt = str | Sequence[int] | Int[Tensor, " _"]
+# What to explain, from a prompt's number and local model.
+Directions = Callable[[int, LocalModel], list[Direction]]
 # Settings that play no part in the graph of one prompt.
 TASK_SETTINGS = ("by_position", "kept_only", "max_memory")
 
@@ -138,7 +140,7 @@ class AttributionGraph(Resumable):
         """Method, settings, and a fingerprint of the transcoders' weights."""
         return {**super().identity(), "transcoders": self.loaded.identity.weights}
 
-    @property
+    @cached_property
     def loaded(self) -> Transcoders:
         """The transcoders themselves."""
         if isinstance(self.transcoders, Transcoders):
@@ -186,26 +188,23 @@ class AttributionGraph(Resumable):
         settings = self.settings()
         for name in TASK_SETTINGS:
             del settings[name]
-        transcoders = self.loaded
-        made_with = self._made_with(transcoders)
+        described: dict[str, Any] = {
+            "model": identity(model),
+            "transcoders": self._made_with,
+            "settings": settings,
+        }
         tokens = [torch.as_tensor(prompt_tokens(model, prompt)) for prompt in prompts]
-        graphs = []
-        for _, found in self._graphs(model, transcoders, tokens, directions):
-            graph = found.to("cpu")
-            graph = replace(graph, model=identity(model), transcoders=made_with, settings=settings)
-            graphs.append(graph)
-        return graphs
+        graphs = self._graphs(model, tokens, directions)
+        return [replace(graph.to("cpu"), **described) for _, graph in graphs]
 
     @override
     def find(
         self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
     ) -> Circuit:
         names = self._span_names(task)
-        transcoders = self.loaded
-        pooled = self._pooled(model, transcoders, task, names, saved, progress)
+        pooled = self._pooled(model, task, names, saved, progress)
         label = "top" if task.answers is None else "answer"
-        made_with = self._made_with(transcoders)
-        graph, place = pooled.graph(names, label, identity(model), made_with)
+        graph, place = pooled.graph(names, label, identity(model), self._made_with)
         scores = pooled.scores[place] / int(task.scored.sum())
         keeping = pooled.keeping[place]
         kept = keeping > 0
@@ -215,7 +214,6 @@ class AttributionGraph(Resumable):
     def _pooled(
         self,
         model: Model,
-        transcoders: Transcoders,
         task: Task,
         names: tuple[str, ...] | None,
         saved: Checkpoint,
@@ -227,7 +225,7 @@ class AttributionGraph(Resumable):
         done = int(stored.pop("next"))
         pooled = Pooled(**stored)
         parts: list[Pooled] = []
-        for row, found in self._task_graphs(model, transcoders, task, done):
+        for row, found in self._task_graphs(model, task, done):
             span = None if spans is None else spans[row]
             parts.append(self._pooled_over_positions(found, span))
             done = row + 1
@@ -240,12 +238,12 @@ class AttributionGraph(Resumable):
         return pooled
 
     def _task_graphs(
-        self, model: Model, transcoders: Transcoders, task: Task, first: int
+        self, model: Model, task: Task, first: int
     ) -> Iterator[tuple[int, FeatureGraph]]:
         lengths = task.lengths.tolist()
         prompts = [task.clean[row, :length] for row, length in enumerate(lengths)]
         directions = partial(self._scored_directions, model, task)
-        return self._graphs(model, transcoders, prompts, directions, first=first)
+        return self._graphs(model, prompts, directions, first=first)
 
     def _pooled_over_positions(
         self, graph: FeatureGraph, spans: Int[Tensor, " pos"] | None
@@ -258,23 +256,20 @@ class AttributionGraph(Resumable):
     def _graphs(
         self,
         model: Model,
-        transcoders: Transcoders,
         prompts: Sequence[Int[Tensor, " _"]],
-        directions: Callable[[int, LocalModel], list[Direction]],
+        directions: Directions,
         *,
         first: int = 0,
     ) -> Iterator[tuple[int, FeatureGraph]]:
-        """The number and the graph of each prompt from `first` on; a few are run together.
-
-        Args:
-            directions: what to explain, from a prompt's number and local model.
-        """
+        """The number and the graph of each prompt from `first` on; a few are run together."""
+        transcoders = self.loaded
         budget = Budget(self.budget, self.at_a_time)
         for start in range(first, len(prompts), PROMPTS_AT_ONCE):
             some = prompts[start : start + PROMPTS_AT_ONCE]
             locals_ = freeze(model, transcoders, list(some))
             features = active_features(locals_, transcoders, leading=self.leading)
-            for number, (local, active) in enumerate(zip(locals_, features, strict=True), start):
+            pairs = zip(locals_, features, strict=True)
+            for number, (local, active) in enumerate(pairs, start):
                 graph = build_feature_graph(
                     local,
                     transcoders,
@@ -311,9 +306,10 @@ class AttributionGraph(Resumable):
             difference_direction(local, right, wrong, "answer", position) for position in positions
         ]
 
-    def _made_with(self, transcoders: Transcoders) -> TranscodersIdentity:
+    @property
+    def _made_with(self) -> TranscodersIdentity:
         whole = self.budget is None and not self.kept_only
-        return replace(transcoders.identity, leading=self.leading, whole=whole)
+        return replace(self.loaded.identity, leading=self.leading, whole=whole)
 
     def _span_names(self, task: Task) -> tuple[str, ...] | None:
         by_position = bool(task.positions) if self.by_position is None else self.by_position
