@@ -154,7 +154,7 @@ class ACDC(Resumable):
         descending = sorted(set(map(float, thresholds)), reverse=True)
         methods = [replace(self, threshold=threshold) for threshold in descending]
         graph = self.search_graph(model, graph)
-        _check_sweep(thresholds, guess, graph, checkpoint)
+        _check_sweep(descending, guess, graph, checkpoint)
         stays = methods[0]._guess(model, graph, task) if guess is None else guess.kept
         meter = self.meter(model, graph, task)
         found: dict[float, Circuit] = {}
