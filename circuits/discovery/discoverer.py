@@ -23,6 +23,7 @@ from circuits.tasks.task import Task
 SPEED_ONLY = {"speed_only": True}
 """Metadata of fields that change how fast a method runs, not what it finds."""
 
+# Fields of methods that say how circuits are run and judged.
 RUN_SETTINGS = ("ablation", "metric", "max_memory", "precision")
 
 Progress = Callable[[int, int], None]

@@ -74,6 +74,7 @@ class EdgeAttribution:
         generator = torch.Generator().manual_seed(seed)
         draws = torch.randint(n_prompts, (samples, n_prompts), generator=generator)
         weights = torch.zeros(samples, n_prompts)
+        # A prompt drawn several times counts its rows as often.
         weights.scatter_add_(1, draws, self.rows[draws].float())
         return (weights / weights.sum(1, keepdim=True)) @ self.edges_by_prompt
 
@@ -87,5 +88,6 @@ class EdgeAttribution:
         return len({node.layer for node in self.nodes if isinstance(node, Head)})
 
     def _mean(self, by_prompt: Float[Tensor, " prompt *rest"]) -> Float[Tensor, " *rest"]:
+        # mean = sum over prompts of rows[prompt] / sum(rows) * value[prompt]
         weights = self.rows.to(by_prompt.dtype) / self.rows.sum()
         return torch.tensordot(weights, by_prompt, dims=1)

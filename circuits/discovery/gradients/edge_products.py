@@ -168,6 +168,7 @@ class BatchProducts:
         prompts = len(self.edges) if self.part is None else self.part.numel()
         by_target = gradients.reshape(len(gradients), prompts, -1).transpose(0, 1)
         by_source = changes.reshape(len(changes), prompts, -1).permute(1, 2, 0)
+        # products[part, r, u] = sum over tokens of the part and d_model of gradient[r] * change[u]
         products = torch.bmm(by_target, by_source)
         if self.part is None:
             return products

@@ -136,6 +136,7 @@ class EdgeScoring:
         """The score of every edge."""
         edges, _, _ = self._over_ranks(progress)
         rows = len(self.task.row_prompt)
+        # The mean over scored rows and over points
         return edges.sum(0) / (rows * self._points_averaged)
 
     def attribution(self, progress: Progress = no_progress) -> EdgeAttribution:

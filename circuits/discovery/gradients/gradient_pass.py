@@ -108,6 +108,7 @@ def _back_through_projection(
     by_head = gradient.flatten(0, 1).transpose(0, 1)
     by_projection = by_head.reshape(len(projection), -1, gradient.shape[-1])
     result = rows.view(len(projection), -1, rows.shape[-1])
+    # dL/dx_h = dL/dq_h W_Q[h]^T, and the same for k and v
     torch.bmm(by_projection, projection.transpose(1, 2), out=result)
 
 

@@ -109,6 +109,7 @@ class ActivationPatching(Resumable):
         sources = graph.source.unique()
         kept = graph.source[None] != sources[:, None]
         parts = kept.split(NODES_PER_STEP)
+        # score(u) = L(G without all edges from u) - L(G)
         scores = torch.cat([meter(part) for part in parts]) - _whole(meter, graph)
         nodes = [graph.nodes[source] for source in sources.tolist()]
         return dict(zip(nodes, scores.tolist(), strict=True))

@@ -242,6 +242,7 @@ class BatchedSearch:
     def _damages_without(self, edges: Group) -> Float[Tensor, " tried"]:
         """The damage without each of some edges, alone."""
         damages = []
+        # L(H \ e) for each edge e
         for some in torch.tensor(edges).split(LARGEST_BATCH):
             without = self.state.kept.repeat(len(some), 1)
             without[torch.arange(len(some)), some] = False

@@ -51,6 +51,7 @@ class Measurement:
         """
         state = self.search.state
         if self.search.meter.exact is None:
+            # In float32 the damage of H is known from an earlier measurement.
             values = np.array([*self.search.meter(without).tolist(), state.damage])
             return values[:-1] - values[before], values
         # H is measured with the others, because rounding depends on what the executor starts from.
