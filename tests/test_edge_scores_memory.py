@@ -8,7 +8,8 @@ import torch
 from architectures import ARCHITECTURES, random_model, random_task
 
 import circuits
-from circuits.discovery.gradients.edge_scores import _Engine as Engine
+from circuits.discovery.gradients.edge_scores import EdgeScoring
+from circuits.discovery.gradients.memory import needed
 from circuits.discovery.methods.eap import EAP, EAPIG
 from circuits.runs.circuit_run import counting_passes
 
@@ -54,13 +55,13 @@ def smallest_memory(method, model, task) -> int:
 def batches(monkeypatch):
     """The number of prompts of each batch that is run."""
     sizes: list[int] = []
-    batch = Engine.batch
+    batch = EdgeScoring.batch
 
     def noting(self, prompts):
         sizes.append(len(self.task[prompts]))
         return batch(self, prompts)
 
-    monkeypatch.setattr(Engine, "batch", noting)
+    monkeypatch.setattr(EdgeScoring, "batch", noting)
     return sizes
 
 
@@ -132,16 +133,22 @@ def test_the_bound_by_which_the_first_batch_is_chosen_is_never_too_small(
         random_model(architecture, **({} if architecture == "attention_only" else {"d_mlp": 96})),
         random_task(batch=4),
     )
-    needed, bounds = Engine._needed, []
-    monkeypatch.setattr(Engine, "_needed", lambda self: bounds.append(needed(self)) or bounds[-1])
+    bounds = []
+
+    def noting(*arguments):
+        bounds.append(needed(*arguments))
+        return bounds[-1]
+
+    monkeypatch.setattr("circuits.discovery.gradients.edge_scores.needed", noting)
     peak = most_allocated(lambda: method.attribute(model, task))
-    assert peak <= bounds[0].of(len(task))
+    (fixed, per_prompt), *_ = bounds
+    assert peak <= fixed + per_prompt * len(task)
 
 
 def test_when_memory_runs_out_batches_are_halved(model, task, batches, monkeypatch):
     whole = EAP().discover(model, task).scores
     batches.clear()
-    counted = Engine.batch
+    counted = EdgeScoring.batch
 
     def failing(self, prompts):
         result = counted(self, prompts)
@@ -149,7 +156,7 @@ def test_when_memory_runs_out_batches_are_halved(model, task, batches, monkeypat
             raise torch.OutOfMemoryError("out of memory")
         return result
 
-    monkeypatch.setattr(Engine, "batch", failing)
+    monkeypatch.setattr(EdgeScoring, "batch", failing)
     torch.testing.assert_close(EAP().discover(model, task).scores, whole, atol=1e-6, rtol=1e-4)
     assert batches == [16, 8, 4, 4, 4, 4]
 

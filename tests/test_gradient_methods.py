@@ -8,7 +8,7 @@ from architectures import ARCHITECTURES, random_model, random_task
 from published import COMPILED, case, case_model, our_edge, scored_everywhere_task
 
 import circuits
-from circuits.discovery.gradients.edge_scores import GradientPoint, attribute_edges
+from circuits.discovery.gradients.edge_scores import EdgeScoring, GradientPoint
 from circuits.discovery.methods.eap import EAP, EAPIG
 from circuits.discovery.methods.eap import _sub_layers as sub_layers
 from circuits.models.component_graph import component_nodes
@@ -74,7 +74,8 @@ def test_activation_lines_are_those_of_the_eap_ig_package_at_its_points(publishe
     lines = sub_layers(component_nodes(model, split_embed=True))
     points = [GradientPoint(step / 5, line) for line in lines for step in range(1, 6)]
     settings = RunSettings.parse(task, metric="logit_difference")
-    scores = attribute_edges(model, graph, task, settings, points).edges
+    scoring = EdgeScoring(model, graph, task, settings, points, details=True)
+    scores = scoring.attribution().edges
     assert_scores_are_published(scores, graph, "EAP-IG-activations")
 
 

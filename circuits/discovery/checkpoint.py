@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,30 +20,7 @@ from circuits.tasks.task import Task
 
 FORMAT, FORMAT_VERSION = "circuits.checkpoint", 1
 
-State = TypeVar("State", bound="TensorState")
-
-
-class TensorState:
-    """Base class of a dataclass of tensors and numbers, which turns into tensors and back."""
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        """Every field as a tensor; floats keep their precision."""
-        names = [each.name for each in fields(self)]  # type: ignore[arg-type]
-        return {name: _as_tensor(getattr(self, name)) for name in names}
-
-    def from_tensors(self: State, tensors: Mapping[str, Tensor]) -> State:
-        """The state that `to_tensors` of one like this turned into `tensors`."""
-        values = {}
-        for each in fields(self):  # type: ignore[arg-type]
-            stored = tensors[each.name]
-            number = not isinstance(getattr(self, each.name), Tensor)
-            values[each.name] = stored.item() if number else stored
-        return type(self)(**values)
-
-
-def _as_tensor(value: Tensor | float | int) -> Tensor:
-    dtype = torch.float64 if isinstance(value, float) else None
-    return torch.as_tensor(value, dtype=dtype)
+Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -76,10 +53,12 @@ class Checkpoint:
             where: the file; None keeps no state.
             method: identifies the method and its settings, see `CircuitDiscoverer.identity`.
         """
-        path = where.path if isinstance(where, Checkpoint) else where
-        return Checkpoint(None if path is None else Path(path), _digest(method, graph, task))
+        key = _digest(method, graph, task)
+        if isinstance(where, Checkpoint):
+            return Checkpoint(where.path, key)
+        return Checkpoint(None if where is None else Path(where), key)
 
-    def restore(self, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def restore(self, start: Tensors) -> dict[str, Tensor]:
         """The state saved last, or `start` if there is none.
 
         Raises:
@@ -87,28 +66,51 @@ class Checkpoint:
         """
         return on_first(lambda: self._read(start))
 
-    def _read(self, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _read(self, start: Tensors) -> dict[str, Tensor]:
         if self.path is None or not self.path.exists():
             return dict(start)
         state, metadata = read_tensors(self.path, FORMAT, FORMAT_VERSION)
-        if metadata.get("key") != self.key or set(state) != set(start):
+        if metadata.get("key") != self.key or state.keys() != start.keys():
             raise InputError(
                 f"the checkpoint {self.path} belongs to a run with other settings, model or "
                 "prompts; give another path or delete it."
             )
         return {name: state[name].to(start[name].device) for name in start}
 
-    def save(self, state: Mapping[str, Tensor]) -> None:
+    def save(self, state: Tensors) -> None:
         """Replace the saved state."""
         if self.path is not None and is_first():
             write_tensors(self.path, state, {"key": self.key}, FORMAT, FORMAT_VERSION)
 
 
+class TensorState:
+    """Base class of a dataclass of tensors and numbers that a checkpoint holds."""
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Take over the state saved last, if there is one."""
+        for name, stored in saved.restore(self._tensors()).items():
+            is_number = not isinstance(getattr(self, name), Tensor)
+            setattr(self, name, stored.item() if is_number else stored)
+
+    def save(self, saved: Checkpoint) -> None:
+        """Replace the saved state by this one."""
+        if saved.path is not None:
+            saved.save(self._tensors())
+
+    def _tensors(self) -> Tensors:
+        tensors = {}
+        for name, value in vars(self).items():
+            # Python's floats have double precision.
+            dtype = torch.float64 if isinstance(value, float) else None
+            tensors[name] = torch.as_tensor(value, dtype=dtype)
+        return tensors
+
+
 def _digest(method: Mapping[str, Any], graph: Graph, task: Task) -> str:
-    model = None if graph.model is None else [graph.model.name, graph.model.weights]
-    nodes = [str(node) for node in graph.nodes]
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps([method, model, nodes, task.digest()]).encode())
+    model = graph.model and [graph.model.name, graph.model.weights]
+    nodes = list(map(str, graph.nodes))
+    text = json.dumps([method, model, nodes, task.digest()])
+    digest = hashlib.blake2b(text.encode(), digest_size=16)
     for column in (graph.source, graph.target, graph.slot):
         digest.update(column.cpu().numpy().tobytes())
     return digest.hexdigest()

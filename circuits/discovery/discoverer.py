@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
 
 from circuits.discovery.checkpoint import Checkpoint
 from circuits.graph.circuit import Circuit
 from circuits.graph.graph import Graph
 from circuits.models import Model
 from circuits.models.component_graph import component_graph
+from circuits.running.damage import DamageMeter
+from circuits.running.settings import RunSettings
 from circuits.system.errors import InputError
 from circuits.tasks.task import Task
 
 SPEED_ONLY = {"speed_only": True}
 """Metadata of fields that change how fast a method runs, not what it finds."""
 
+# Fields of methods that say how circuits are run and judged.
+RUN_SETTINGS = ("ablation", "metric", "max_memory", "precision")
+
 Progress = Callable[[int, int], None]
 """Called with (done, total) while a method runs."""
 
+EdgeScores = Float[Tensor, " edge"]
+
 
 @dataclass(frozen=True)
-class CircuitDiscoverer(ABC):
+class CircuitDiscoverer:
     """A method that finds a circuit: hyperparameters are fields, data are arguments.
 
-    A subclass that is a frozen dataclass with a `name` is registered: `circuits.discoverers()` and
-    the command list it, its fields are the command's options, and its docstring is the help.
+    A subclass is a frozen dataclass that defines `find`, or `discover` as a whole. If it has a
+    `name` it is registered: `circuits.discoverers()` and the command list it, its fields are the
+    command's options, and its docstring is the help.
 
     >>> import circuits, dataclasses, torch
     >>> @dataclasses.dataclass(frozen=True)
@@ -37,8 +47,7 @@ class CircuitDiscoverer(ABC):
     ...
     ...     name = "by-layer"
     ...
-    ...     def discover(self, model, task, *, graph=None, checkpoint=None, progress=None):
-    ...         graph = self.search_graph(model, graph)
+    ...     def find(self, model, task, graph, saved, progress):
     ...         scores = torch.arange(len(graph)).float()
     ...         return circuits.Circuit.full(graph, scores, record=self.record())
     >>> model = circuits.load_model("toy-world")
@@ -60,7 +69,6 @@ class CircuitDiscoverer(ABC):
             )
         REGISTRY[cls.name] = cls
 
-    @abstractmethod
     def discover(
         self,
         model: Model,
@@ -81,6 +89,19 @@ class CircuitDiscoverer(ABC):
         Raises:
             InputError: the model, task, graph, checkpoint or settings cannot be used.
         """
+        if not isinstance(self, Resumable):
+            self.refuse_checkpoint(checkpoint)
+        graph = self.search_graph(model, graph)
+        saved = Checkpoint()
+        if checkpoint is not None:
+            saved = Checkpoint.open(checkpoint, self.identity(), graph, task)
+        return self.find(model, task, graph, saved, progress or no_progress)
+
+    def find(
+        self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
+    ) -> Circuit:
+        """Find a circuit in `graph`; `saved` holds no state unless the method is `Resumable`."""
+        raise NotImplementedError
 
     def search_graph(self, model: Model, graph: Graph | None) -> Graph:
         """The graph to search: the one given, or the component graph."""
@@ -104,13 +125,25 @@ class CircuitDiscoverer(ABC):
 
     def identity(self) -> dict[str, Any]:
         """What the result depends on: the method and its settings, except `SPEED_ONLY` ones."""
-        relevant = [each.name for each in fields(self) if not each.metadata.get("speed_only")]
         settings = self.settings()
-        return {"method": self.name, "settings": {name: settings[name] for name in relevant}}
+        for each in fields(self):
+            if each.metadata.get("speed_only"):
+                del settings[each.name]
+        return {"method": self.name, "settings": settings}
 
     def record(self, **found: Any) -> dict[str, Any]:
         """The record of a circuit: the method, its settings, and what the run counted."""
         return {"method": self.name, "settings": self.settings(), **found}
+
+    def meter(self, model: Model, graph: Graph, task: Task) -> DamageMeter:
+        """Measures the damage of circuits as the method's fields say."""
+        return DamageMeter.prepare(model, graph, task, self.run_settings(task))
+
+    def run_settings(self, task: Task) -> RunSettings:
+        """How to run circuits on `task` and judge them: the method's fields named RUN_SETTINGS."""
+        names = {each.name for each in fields(self)}
+        own = {name: getattr(self, name) for name in names.intersection(RUN_SETTINGS)}
+        return RunSettings.parse(task, **own)
 
 
 class Resumable(CircuitDiscoverer):
@@ -121,6 +154,10 @@ class Resumable(CircuitDiscoverer):
 
 
 REGISTRY: dict[str, type[CircuitDiscoverer]] = {}
+
+
+def no_progress(done: int, total: int) -> None:
+    """Report nothing."""
 
 
 def as_json(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -47,43 +48,46 @@ class EdgeAttribution:
 
     def node_scores(self) -> dict[Node, float]:
         """For every node with outgoing edges, the sum of their scores."""
-        source = self.graph.source
-        sums = torch.zeros(len(self.graph.nodes), dtype=torch.float64)
-        sums.index_add_(0, source, self.edges.double())
-        return {self.graph.nodes[index]: float(sums[index]) for index in source.unique().tolist()}
+        sources, of_edge = self.graph.source.unique(return_inverse=True)
+        sums = torch.zeros(len(sources), dtype=torch.float64)
+        sums.index_add_(0, of_edge, self.edges.double())
+        nodes = [self.graph.nodes[source] for source in sources.tolist()]
+        return dict(zip(nodes, sums.tolist(), strict=True))
 
     def heads(self) -> Float[Tensor, "layer head"]:
         """Scores of heads, all positions together."""
-        scores = {node: score for node, score in self._by_source() if isinstance(node, Head)}
-        n_layers = max((node.layer for node in scores), default=-1) + 1
-        n_heads = max((node.head for node in scores), default=-1) + 1
-        result = torch.zeros(n_layers, n_heads)
-        for node, score in scores.items():
-            result[node.layer, node.head] = score
-        return result
+        scores = [score for node, score in self._by_source if isinstance(node, Head)]
+        return torch.stack(scores).unflatten(0, (self._n_layers, -1))
 
     def layers(self) -> Float[Tensor, "layer 2"]:
         """Scores of each layer: its heads together, and its MLP."""
-        scores = [
-            (node, score) for node, score in self._by_source() if isinstance(node, Head | MLP)
-        ]
-        n_layers = max((node.layer for node, _ in scores), default=-1) + 1
-        result = torch.zeros(n_layers, 2)
-        for node, score in scores:
-            result[node.layer, int(isinstance(node, MLP))] += score
+        result = torch.zeros(self._n_layers, 2)
+        for node, score in self._by_source:
+            if isinstance(node, Head | MLP):
+                is_mlp = isinstance(node, MLP)
+                result[node.layer, int(is_mlp)] += score
         return result
 
     def bootstrap(self, samples: int, *, seed: int = 0) -> Float[Tensor, "sample edge"]:
         """Scores on `samples` draws of the prompts with replacement; no model is run."""
-        generator, n = torch.Generator().manual_seed(seed), len(self.rows)
-        draws = torch.randint(n, (samples, n), generator=generator)
-        weights = torch.zeros(samples, n).scatter_add_(1, draws, self.rows[draws].float())
+        n_prompts = len(self.rows)
+        generator = torch.Generator().manual_seed(seed)
+        draws = torch.randint(n_prompts, (samples, n_prompts), generator=generator)
+        weights = torch.zeros(samples, n_prompts)
+        # A prompt drawn several times counts its rows as often.
+        weights.scatter_add_(1, draws, self.rows[draws].float())
         return (weights / weights.sum(1, keepdim=True)) @ self.edges_by_prompt
 
-    def _by_source(self) -> list[tuple[Node, Tensor]]:
+    @property
+    def _by_source(self) -> Iterator[tuple[Node, Tensor]]:
         totals = self._mean(self.sources_by_position).sum(-1)
-        return list(zip(self.nodes, totals, strict=True))
+        return zip(self.nodes, totals, strict=True)
+
+    @property
+    def _n_layers(self) -> int:
+        return len({node.layer for node in self.nodes if isinstance(node, Head)})
 
     def _mean(self, by_prompt: Float[Tensor, " prompt *rest"]) -> Float[Tensor, " *rest"]:
+        # mean = sum over prompts of rows[prompt] / sum(rows) * value[prompt]
         weights = self.rows.to(by_prompt.dtype) / self.rows.sum()
         return torch.tensordot(weights, by_prompt, dims=1)

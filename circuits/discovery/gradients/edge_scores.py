@@ -14,40 +14,41 @@ the products.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from math import ceil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from circuits.discovery.discoverer import EdgeScores, Progress, no_progress
 from circuits.discovery.gradients.edge_attribution import EdgeAttribution
-from circuits.discovery.gradients.edge_products import BatchProducts, EdgeProducts, Needed
+from circuits.discovery.gradients.edge_products import BatchProducts, EdgeProducts, target_groups
 from circuits.discovery.gradients.gradient_pass import (
     GradientPass,
     Gradients,
+    Logits,
+    Override,
     PassResult,
     is_embedding,
     written_hook,
 )
+from circuits.discovery.gradients.memory import needed
 from circuits.graph.graph import Graph
 from circuits.graph.nodes import Head, Node
 from circuits.models import Model, frozen, output_hook, unembed
-from circuits.models.component_graph import check_supported, component_nodes
+from circuits.models.component_graph import check_supported
 from circuits.models.propagation import PropagationRules
 from circuits.models.source_outputs import SourceOutputs, output_groups, run_and_record
 from circuits.running.ablation import Changes, Counterfactuals
+from circuits.running.edge_layout import EdgeLayout
 from circuits.running.settings import RunSettings
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget, shrinking
 from circuits.system.ranks import SharedError, gathered, share
-from circuits.tasks.metrics import Metric, check_finite
+from circuits.tasks.metrics import check_finite
 from circuits.tasks.model_fit import check_task
 from circuits.tasks.task import Task
-
-Progress = Callable[[int, int], None]
-Override = dict[str, Tensor | None]
 
 # Below this, per scored row, a gradient is rounding noise: probabilities and logits are of order 1.
 VANISHING = 1e-6
@@ -56,8 +57,6 @@ VANISHING = 1e-6
 POINTS_TOGETHER = 5
 # The most memory chosen on a CPU, where weights are read anew for every batch.
 CPU_BYTES = 1 << 32
-# The bound on memory is generous, so a prompt is refused only if it exceeds the limit by this much.
-SLACK = 1.2
 
 
 @dataclass(frozen=True)
@@ -81,163 +80,50 @@ class GradientPoint:
 CLEAN_END, COUNTERFACTUAL_END = GradientPoint(1.0), GradientPoint(0.0)
 
 
-def score_edges(
-    model: Model,
-    graph: Graph,
-    task: Task,
-    settings: RunSettings,
-    points: Sequence[GradientPoint],
-    *,
-    rules: PropagationRules | None = None,
-    progress: Progress | None = None,
-) -> Float[Tensor, " edge"]:
-    """The score of every edge.
+@dataclass(eq=False)
+class _Line:
+    """What is known of a batch before gradients are taken between the ends of the line."""
+
+    clean: SourceOutputs
+    clean_logits: Logits
+    # c_u - out_u(clean) of every source u
+    changes: Changes
+    # Gradients at the clean and the counterfactual end, where these runs were made anyway
+    ends: dict[GradientPoint, Gradients]
+
+
+class EdgeScoring:
+    """Runs the passes of one task and multiplies their results, batch by batch.
 
     Args:
         points: where gradients are taken.
         rules: how gradients pass through nonlinear parts; None differentiates.
-
-    Raises:
-        InputError: the model, graph and task do not fit together; the metric has no gradient, or
-            one that vanishes at every point; or a single prompt exceeds `max_memory`.
-    """
-    engine = _Engine.prepare(model, graph, task, settings, points, rules, details=False)
-    sums = _over_ranks(engine, progress)
-    return sums.edges[0] / (len(task.row_prompt) * engine.points_averaged)
-
-
-def attribute_edges(
-    model: Model,
-    graph: Graph,
-    task: Task,
-    settings: RunSettings,
-    points: Sequence[GradientPoint],
-    *,
-    rules: PropagationRules | None = None,
-    progress: Progress | None = None,
-) -> EdgeAttribution:
-    """The scores in detail; arguments and errors are those of `score_edges`."""
-    engine = _Engine.prepare(model, graph, task, settings, points, rules, details=True)
-    sums = _over_ranks(engine, progress)
-    rows = torch.bincount(task.row_prompt.cpu(), minlength=len(task))
-    weights = rows * engine.points_averaged
-    return EdgeAttribution(
-        graph=graph,
-        nodes=component_nodes(model, graph.splits_embedding),
-        rows=rows,
-        edges_by_prompt=sums.edges.div_(weights[:, None]),
-        sources_by_position=sums.positions.div_(weights[:, None, None]),
-        neurons=sums.neurons.div_(weights.sum()),
-    )
-
-
-@dataclass(eq=False)
-class _Sums:
-    """Sums over scored rows and points, on the CPU; without details only `edges`, in one row.
-
-    Attributes:
-        steepest: the largest entry of a gradient at the logits.
+        details: whether `attribution` is wanted.
     """
 
-    edges: Float[Tensor, "row edge"]
-    positions: Float[Tensor, "prompt node pos"]
-    neurons: Float[Tensor, "node d_model"]
-    steepest: float = 0.0
-
-    @staticmethod
-    def start(products: EdgeProducts, task: Task, prompts: int) -> _Sums:
-        """Zeros for a number of the task's prompts."""
-        rows, nodes = (prompts, products.layout.shape[2]) if products.details else (0, 0)
-        return _Sums(
-            torch.zeros(rows if products.details else 1, len(products.graph)),
-            torch.zeros(rows, nodes, task.clean.shape[1]),
-            torch.zeros(nodes, products.model.cfg.d_model),
-        )
-
-    def add(self, batch: BatchProducts, prompts: slice) -> None:
-        if not batch.of.details:
-            self.edges.add_(batch.by_edge())
-            return
-        self.edges[prompts] = batch.by_edge()
-        self.positions[prompts] = batch.positions.transpose(0, 1).float().cpu()
-        self.neurons.add_(batch.neurons.float().cpu())
-
-
-def _over_ranks(engine: _Engine, progress: Progress | None) -> _Sums:
-    """The sums over all prompts, to which each rank adds its share.
-
-    Raises:
-        InputError: the metric's gradient vanishes at every point.
-    """
-
-    def tensors() -> list[Tensor]:
-        sums = engine.run(progress)
-        steepest = torch.tensor([sums.steepest], dtype=torch.float64)
-        return [sums.edges, sums.positions, sums.neurons[None], steepest]
-
-    edges, positions, neurons, slopes = gathered(tensors)
-    steepest = float(slopes.max())
-    if steepest < VANISHING:
-        raise SharedError(
-            f"the gradient of {engine.metric.name} vanishes where it is taken (largest entry "
-            f"{steepest:.1e}), as that of kl does at the clean run: use gradient_at='corrupted' or "
-            "'both', EAPIG, or another metric."
-        )
-    # Without details every rank has one row, which is its sum.
-    if not engine.products.details and len(edges) > 1:
-        edges = edges.sum(0, keepdim=True)
-    neurons = neurons.sum(0) if len(neurons) > 1 else neurons[0]
-    return _Sums(edges, positions, neurons, steepest)
-
-
-@dataclass(eq=False)
-class _Ends:
-    """The clean run, and what is known from running the ends of the line anyway.
-
-    Attributes:
-        changes: c_u - out_u(clean) of every source u.
-        gradients: taken at an end.
-        points: the points left to run.
-    """
-
-    clean: SourceOutputs
-    clean_logits: Float[Tensor, "scored vocab"]
-    changes: Changes
-    gradients: list[Gradients]
-    points: list[GradientPoint]
-
-
-@dataclass(eq=False)
-class _Engine:
-    """Runs the passes of one task and multiplies their results, batch by batch."""
-
-    products: EdgeProducts
-    passes: GradientPass
-    task: Task
-    settings: RunSettings
-    points: tuple[GradientPoint, ...]
-    budget: int
-    counterfactuals: Counterfactuals | None = field(default=None)
-
-    @staticmethod
-    def prepare(
+    def __init__(
+        self,
         model: Model,
         graph: Graph,
         task: Task,
         settings: RunSettings,
         points: Sequence[GradientPoint],
-        rules: PropagationRules | None,
         *,
-        details: bool,
-    ) -> _Engine:
+        rules: PropagationRules | None = None,
+        details: bool = False,
+    ) -> None:
         assert settings.metric is not None
         check_supported(model)
         check_task(model, task)
         _warn_of_dead_norms(model, settings, points)
         budget = memory_budget(model.cfg.device, settings.max_memory, cpu_bytes=CPU_BYTES)
-        products = EdgeProducts.of(model, graph, details=details, budget=budget)
-        layout = products.layout
-        passes = GradientPass(
+        layout = EdgeLayout.of(model, graph)
+        groups = tuple(target_groups(model, layout))
+        self.task = task.to(model.cfg.device)
+        self.settings = settings
+        self.points = points
+        self.products = EdgeProducts(model, graph, layout, groups, details, budget)
+        self.passes = GradientPass(
             model,
             layout.nodes,
             layout.targets,
@@ -245,164 +131,187 @@ class _Engine:
             rules or PropagationRules(),
             at_outputs=details,
         )
-        task = task.to(model.cfg.device)
-        return _Engine(products, passes, task, settings, tuple(points), budget)
+
+    def scores(self, progress: Progress = no_progress) -> EdgeScores:
+        """The score of every edge."""
+        edges, _, _ = self._over_ranks(progress)
+        rows = len(self.task.row_prompt)
+        # The mean over scored rows and over points
+        return edges.sum(0) / (rows * self._points_averaged)
+
+    def attribution(self, progress: Progress = no_progress) -> EdgeAttribution:
+        """The scores in detail."""
+        edges, positions, neurons = self._over_ranks(progress)
+        rows = torch.bincount(self.task.row_prompt.cpu(), minlength=len(self.task))
+        weights = rows * self._points_averaged
+        return EdgeAttribution(
+            graph=self.products.graph,
+            nodes=self.passes.nodes,
+            rows=rows,
+            edges_by_prompt=edges.div_(weights[:, None]),
+            sources_by_position=positions.div_(weights[:, None, None]),
+            neurons=neurons.sum(0).div_(weights.sum()),
+        )
 
     @property
-    def metric(self) -> Metric:
-        return self.passes.metric
-
-    @property
-    def points_averaged(self) -> int:
+    def _points_averaged(self) -> int:
         """The number of points that the score is the mean of; scores by pieces are sums."""
         return sum(point.until is None for point in self.points) or 1
 
-    def run(self, progress: Progress | None) -> _Sums:
-        """The sums over this rank's share of the prompts, in batches that fit into memory."""
-        model, task, mine = self.products.model, self.task, share(len(self.task))
-        count, done = mine.stop - mine.start, 0
-        sums, needed = _Sums.start(self.products, task, count), self._needed()
-        self._check(needed)
-        with torch.inference_mode(False), torch.no_grad(), frozen(model):
-            size = min(len(task), needed.prompts(self.budget))
-            # Means that an ablation takes are over all prompts, whichever rank runs them.
-            self.counterfactuals = Counterfactuals.prepare(
-                model,
-                self.products.layout.nodes,
-                task,
-                self.settings.ablation,
-                prompts_per_run=size,
+    def _over_ranks(self, progress: Progress) -> list[Tensor]:
+        """The products of all prompts, see `BatchProducts.results`; each rank adds its share."""
+        *results, slopes = gathered(lambda: self._run(progress))
+        steepest = float(slopes.max())
+        if steepest < VANISHING:
+            raise SharedError(
+                f"the gradient of {self.passes.metric.name} vanishes where it is taken (largest "
+                f"entry {steepest:.1e}), as that of kl does at the clean run: use "
+                "gradient_at='corrupted' or 'both', EAPIG, or another metric."
             )
-            while done < count:
-                start = mine.start + done
+        return results
 
-                def batch(prompts: int, start: int = start) -> tuple[BatchProducts, float]:
-                    return self.batch(slice(start, min(start + prompts, mine.stop)))
+    def _run(self, progress: Progress) -> list[Tensor]:
+        """The results of this rank's share of the prompts."""
+        results: list[list[Tensor]] = []
+        with torch.inference_mode(False), torch.no_grad(), frozen(self.passes.model):
+            for found in self._batches(progress):
+                if results and not self.products.details:
+                    # Added up at once, because there may be many edges.
+                    results[0][0] += found[0]
+                    found[0] = found[0][:0]
+                results.append(found)
+        return list(map(torch.cat, zip(*results, strict=True)))
 
-                (found, steepest), size = shrinking(batch, min(size, count - done), "prompt")
-                sums.add(found, slice(done, done + size))
-                del found
-                done, sums.steepest = done + size, max(sums.steepest, steepest)
-                if progress:
-                    progress(done, count)
-        return sums
+    def _batches(self, progress: Progress) -> Iterator[list[Tensor]]:
+        """The results of batches that fit into memory."""
+        mine = share(len(self.task))
+        size = self._batch_size
+        start = mine.start
 
-    def batch(self, prompts: slice) -> tuple[BatchProducts, float]:
-        """The products of some prompts, and the steepest gradient at the logits."""
+        def batch(prompts: int) -> list[Tensor]:
+            return self.batch(slice(start, start + prompts)).results()
+
+        while start < mine.stop:
+            left = mine.stop - start
+            found, size = shrinking(batch, min(size, left), "prompt")
+            start += size
+            yield found
+            progress(start - mine.start, mine.stop - mine.start)
+
+    def batch(self, prompts: slice) -> BatchProducts:
+        """The products of some prompts."""
         task = self.task[prompts]
-        products, ends = self.products.start(task), self._ends(task, prompts)
-        pending, steepest = ends.gradients, [0.0, *(each.steepest for each in ends.gradients)]
-        for point in ends.points:
-            if point.until is not None:
-                continue
-            if len(pending) >= POINTS_TOGETHER:
-                products.add(ends.changes, pending)
-                pending.clear()
-            pending.append(self._run_point(task, point, ends).gradients)
-            steepest.append(pending[-1].steepest)
+        products = self.products.start(task)
+        line = self._line(task, prompts)
+        pending: list[Gradients] = []
+        for point in self.points:
+            if point.until is None:
+                if len(pending) == POINTS_TOGETHER:
+                    products.add(line.changes, pending)
+                    pending.clear()
+                if point not in line.ends:
+                    line.ends[point] = self._run_point(task, point, line).gradients
+                pending.append(line.ends.pop(point))
         if pending:
-            products.add(ends.changes, pending)
-        steepest += self._add_pieces(products, task, ends)
-        return products, max(steepest)
+            products.add(line.changes, pending)
+        self._add_pieces(products, task, line)
+        return products
 
-    def _add_pieces(self, products: BatchProducts, task: Task, ends: _Ends) -> list[float]:
+    def _add_pieces(self, products: BatchProducts, task: Task, line: _Line) -> None:
         """For each piece of the line, its gradient times the change of the outputs along it."""
         runs: dict[GradientPoint, PassResult] = {}
-        steepest = []
-        for point in ends.points:
+        for point in self.points:
             if point.until is None:
                 continue
-            start, end = replace(point, until=None), GradientPoint(point.until, point.nodes)
+            start = replace(point, until=None)
+            end = replace(start, fraction=point.until)
             for each in (start, end):
                 if each not in runs:
-                    runs[each] = self._run_point(task, each, ends)
+                    runs[each] = self._run_point(task, each, line)
             # out_u(fraction) - out_u(until)
-            change = Changes(runs[start].outputs - runs[end].outputs)
-            products.add(change, [runs[start].gradients])
-            steepest.append(runs[start].gradients.steepest)
+            change = runs[start].outputs - runs[end].outputs
+            products.add(Changes(change), [runs[start].gradients])
             runs = {end: runs[end]}  # where the next piece starts
-        return steepest
 
-    def _ends(self, task: Task, prompts: slice) -> _Ends:
-        """Run the clean prompts, and the corrupted ones for the counterfactuals.
-
-        A point at an end of the line is one of these two runs.
-        """
-        assert self.counterfactuals is not None
-        points, gradients = list(self.points), list[Gradients]()
-        nodes, model = self.counterfactuals.nodes, self.products.model
-        cut: Override = {output_hook(node): None for node in nodes if is_embedding(node)}
-        if CLEAN_END in points:
-            points.remove(CLEAN_END)
-            run = self.passes.run(task, task.clean, cut, None)
-            gradients.append(run.gradients)
+    def _line(self, task: Task, prompts: slice) -> _Line:
+        """Run the clean and the corrupted prompts; a point at an end is one of these two runs."""
+        ends: dict[GradientPoint, Gradients] = {}
+        if CLEAN_END in self.points:
+            run = self.passes.run(task, task.clean, self._cut, None)
+            ends[CLEAN_END] = run.gradients
             clean, logits = run.outputs, run.logits
         else:
-            clean, residual = run_and_record(model, nodes, task.clean, task.mask)
-            logits = unembed(model, residual[task.scored])
-            check_finite(logits)
+            clean, logits = self._plain_run(task)
         corrupted = None
-        if COUNTERFACTUAL_END in points and self.settings.ablation.name == "resample":
-            points.remove(COUNTERFACTUAL_END)
-            run = self.passes.run(task, task.corrupted, cut, logits)
-            gradients.append(run.gradients)
+        resamples = self.settings.ablation.name == "resample"
+        if resamples and COUNTERFACTUAL_END in self.points:
+            run = self.passes.run(task, task.corrupted, self._cut, logits)
+            ends[COUNTERFACTUAL_END] = run.gradients
             corrupted = run.outputs
-        changes = self.counterfactuals.changes(task, prompts, clean, corrupted)
-        return _Ends(clean, logits, changes, gradients, points)
+        changes = self._counterfactuals.changes(task, prompts, clean, corrupted)
+        return _Line(clean, logits, changes, ends)
 
-    def _run_point(self, task: Task, point: GradientPoint, ends: _Ends) -> PassResult:
-        override = _override(self.passes.nodes, point, ends)
-        return self.passes.run(task, task.clean, override, ends.clean_logits)
+    def _plain_run(self, task: Task) -> tuple[SourceOutputs, Logits]:
+        model = self.passes.model
+        clean, residual = run_and_record(model, self.passes.nodes, task.clean, task.mask)
+        logits = unembed(model, residual[task.scored])
+        check_finite(logits)
+        return clean, logits
 
-    def _needed(self) -> Needed:
-        """A generous bound on the memory of a batch, since what autograd keeps of a layer depends
-        on the model's code.
-        """
-        cfg, task, together = (
-            self.products.model.cfg,
+    @property
+    def _cut(self) -> Override:
+        """The embeddings as they are, where gradients start."""
+        embeddings = filter(is_embedding, self.passes.nodes)
+        return dict.fromkeys(map(output_hook, embeddings))
+
+    def _run_point(self, task: Task, point: GradientPoint, line: _Line) -> PassResult:
+        override = self._override(point, line)
+        return self.passes.run(task, task.clean, override, line.clean_logits)
+
+    def _override(self, point: GradientPoint, line: _Line) -> Override:
+        """What to put at hook points to move the clean run to a point."""
+        override = dict(self._cut)
+        nodes = self.passes.nodes
+        moving = set(point.nodes) or set(filter(is_embedding, nodes))
+        for name, rows in output_groups(nodes):
+            here = nodes[rows]
+            moved = [node in moving for node in here]
+            if any(moved):
+                # Heads write together at one hook point, with their bias.
+                clean = line.clean.activations[name]
+                if isinstance(here[0], Head):
+                    clean = line.clean.attention(here[0].layer)
+                change = line.changes.outputs(rows)[moved].sum(0)
+                # counterfactual + fraction * (clean - counterfactual)
+                #     = clean + (1 - fraction) * change
+                value = clean + (1 - point.fraction) * change
+                override[written_hook(here[0])] = value
+        return override
+
+    @cached_property
+    def _counterfactuals(self) -> Counterfactuals:
+        """Means that an ablation takes are over all prompts, whichever rank runs them."""
+        return Counterfactuals.prepare(
+            self.passes.model,
+            self.passes.nodes,
             self.task,
-            min(len(self.points), POINTS_TOGETHER),
+            self.settings.ablation,
+            prompts_per_run=self._batch_size,
         )
-        pos, heads, mlp = task.clean.shape[1], cfg.n_heads * cfg.d_head, cfg.d_mlp or 0
-        autograd = 20 * cfg.d_model + 12 * heads + 10 * mlp + 8 * cfg.n_heads * pos
-        records = 2 * (heads + cfg.d_model) + (together - 1) * (3 * heads + 4 * cfg.d_model)
-        per_token = cfg.n_layers * (autograd + records) + 8 * cfg.d_model
-        logits = 10 * cfg.d_vocab_out * len(task.row_prompt) / len(task)
-        # Transposed copies of the weights of attention, of gated MLPs and of the unembedding.
-        copied = cfg.n_layers * (4 * heads + (3 * mlp if cfg.gated_mlp else 0)) + cfg.d_vocab_out
-        size = cfg.dtype.itemsize
-        passes = Needed(copied * cfg.d_model * size, ceil((per_token * pos + logits) * size))
-        return passes | self.products.least_bytes(pos, together)
 
-    def _check(self, needed: Needed) -> None:
+    @cached_property
+    def _batch_size(self) -> int:
+        """The number of prompts that fit into memory together."""
+        together = min(len(self.points), POINTS_TOGETHER)
+        fixed, per_prompt = needed(self.products, self.task, together)
         limit = self.settings.max_memory
-        if limit is not None and needed.of(1) > SLACK * limit:
+        if limit is not None and fixed + per_prompt > limit:
             raise InputError(
-                f"one prompt of {self.task.clean.shape[1]} tokens needs {needed.of(1):,} bytes, "
-                f"but max_memory={limit:,}: allow more, or use shorter prompts."
+                f"one prompt of {self.task.clean.shape[1]} tokens needs {fixed + per_prompt:,} "
+                f"bytes, but max_memory={limit:,}: allow more, or use shorter prompts."
             )
-
-
-def _override(nodes: Sequence[Node], point: GradientPoint, ends: _Ends) -> Override:
-    """What to put at hook points to move a run to a point.
-
-    The embeddings are always among them, unchanged if they do not move: gradients start there.
-    """
-    result: Override = {}
-    for name, rows in output_groups(nodes):
-        first = nodes[rows.start]
-        moves = [node in point.nodes if point.nodes else is_embedding(node) for node in nodes[rows]]
-        if not any(moves):
-            if is_embedding(first):
-                result[name] = None
-            continue
-        # Heads write together at one hook point, with their bias.
-        heads = isinstance(first, Head)
-        here = ends.clean.attention(first.layer) if heads else ends.clean.activations[name]
-        moved = ends.changes.outputs(rows)[[index for index, move in enumerate(moves) if move]]
-        # counterfactual + fraction * (clean - counterfactual) = clean + (1 - fraction) * change
-        result[written_hook(first)] = here + (1 - point.fraction) * moved.sum(0)
-    return result
+        fitting = (self.products.budget - fixed) // per_prompt
+        return min(len(self.task), max(1, fitting))
 
 
 def _warn_of_dead_norms(

@@ -1,8 +1,7 @@
 """ACDC: automatic circuit discovery, exact and sequential.
 
 Conmy, Mavor-Parker, Lynch, Heimersheim and Garriga-Alonso 2023, "Towards Automated Circuit
-Discovery
-for Mechanistic Interpretability" (https://arxiv.org/abs/2304.14997), section 3.
+Discovery for Mechanistic Interpretability" (https://arxiv.org/abs/2304.14997), section 3.
 
 `sequential` below is the algorithm of the paper. By default the same decisions are found many at a
 time (`search.speculation`), and in low precision doubtful ones are confirmed in float32
@@ -11,55 +10,51 @@ time (`search.speculation`), and in low precision doubtful ones are confirmed in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from jaxtyping import Bool
-from torch import Tensor
 from typing_extensions import override
 
-from circuits.discovery.checkpoint import Checkpoint, TensorState
-from circuits.discovery.discoverer import SPEED_ONLY, Progress, Resumable
-from circuits.discovery.gradients.edge_scores import GradientPoint, score_edges
-from circuits.discovery.search.confirmation import Noise
-from circuits.discovery.search.edge_order import OrderName
+from circuits.discovery.checkpoint import Checkpoint
+from circuits.discovery.discoverer import SPEED_ONLY, Progress, Resumable, no_progress
+from circuits.discovery.gradients.edge_scores import EdgeScoring, GradientPoint
+from circuits.discovery.search.edge_order import OrderName, chains
 from circuits.discovery.search.measurement import Measurement
-from circuits.discovery.search.speculation import Guesses, Speculation
-from circuits.discovery.search.state import Search
+from circuits.discovery.search.speculation import Speculation
+from circuits.discovery.search.state import Search, SearchState, check_threshold
 from circuits.graph.circuit import Circuit
-from circuits.graph.graph import Graph
+from circuits.graph.graph import EdgeMask, Graph
 from circuits.models import Model
 from circuits.models.component_graph import computed_nodes
 from circuits.running.ablation import Ablation
 from circuits.running.damage import DamageMeter
 from circuits.running.precision import Precision, get_precision
-from circuits.running.settings import RunSettings
 from circuits.system.errors import InputError
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
 
-EdgeMask = Bool[Tensor, " edge"]
 GuessName = Literal["own", "removed", "eap"]
 
+# What the record says of a search's state.
+RECORDED = ("evaluations", "measured", "wrong", "batches", "node_evaluations")
 # KL has no slope at the clean run, so EAP's guess takes the gradient at both ends.
 BOTH_ENDS = (GradientPoint(0.0), GradientPoint(1.0))
 
 
-def sequential(search: Search, measure: Measurement) -> Iterator[None]:
-    """Try edge after edge from the logits up; yields after every decision, which can be saved.
+def sequential(search: Search, measure: Measurement) -> None:
+    """Try edge after edge from the logits up.
 
     H is the circuit so far, L its damage, tau the threshold.
     """
     for groups in search.undecided():
         edges = groups[0]  # one edge, or all edges into a slot in the original code's group tests
-        with search.counting():
-            increase, damage = measure.one(search.state, edges, sample=search.at_new_target)
+        increase, damage = measure.one(edges)
         # Remove e if L(H \ e) - L(H) < tau.
         search.decide(edges, increase, damage, remove=bool(measure.harmless(increase)))
-        yield
 
 
 @dataclass(frozen=True)
@@ -112,10 +107,7 @@ class ACDC(Resumable):
 
     def __post_init__(self) -> None:
         get_precision(self.precision)
-        if not self.threshold >= 0:
-            raise InputError(
-                f"threshold={self.threshold} must be a number of at least 0; 0.01 is usual for KL."
-            )
+        check_threshold(self.threshold)
         if self.guess not in get_args(GuessName):
             raise InputError(
                 f"guess={self.guess!r}: choose 'own', 'removed' or 'eap'; "
@@ -123,19 +115,11 @@ class ACDC(Resumable):
             )
 
     @override
-    def discover(
-        self,
-        model: Model,
-        task: Task,
-        *,
-        graph: Graph | None = None,
-        checkpoint: Checkpoint | str | Path | None = None,
-        progress: Progress | None = None,
+    def find(
+        self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
     ) -> Circuit:
-        graph = self.search_graph(model, graph)
-        saved = Checkpoint.open(checkpoint, self.identity(), graph, task)
         guess = self._guess(model, graph, task)
-        meter = DamageMeter.prepare(model, graph, task, self._settings(task))
+        meter = self.meter(model, graph, task)
         return self._search(graph, meter, saved, progress, guess)
 
     def sweep(
@@ -167,96 +151,65 @@ class ACDC(Resumable):
                 `checkpoint` is a file, or belongs to another sweep; or the model, task, graph or
                 settings cannot be used.
         """
-        thresholds = [float(threshold) for threshold in thresholds]
-        methods = [replace(self, threshold=each) for each in sorted(set(thresholds), reverse=True)]
-        if not methods:
-            raise InputError("there are no thresholds to sweep over; give at least one, like 0.01.")
-        if checkpoint is not None and Path(checkpoint).is_file():
-            raise InputError(
-                f"checkpoint={checkpoint} is a file; a sweep has a file for each threshold: give a "
-                "folder."
-            )
+        descending = sorted(set(map(float, thresholds)), reverse=True)
+        methods = [replace(self, threshold=threshold) for threshold in descending]
         graph = self.search_graph(model, graph)
-        _check_guess(guess, graph)
-        expected = methods[0]._guess(model, graph, task) if guess is None else guess.kept
-        meter = DamageMeter.prepare(model, graph, task, self._settings(task))
+        _check_sweep(descending, guess, graph, checkpoint)
+        stays = methods[0]._guess(model, graph, task) if guess is None else guess.kept
+        meter = self.meter(model, graph, task)
         found: dict[float, Circuit] = {}
-        for method in methods:
-            file = (
-                None if checkpoint is None else Path(checkpoint, f"{method.threshold}.safetensors")
-            )
-            saved = Checkpoint.open(file, method.identity(), graph, task)
-            part = _part_of(progress, len(found), len(methods))
-            circuit = method._search(graph, meter, saved, part, expected)
-            found[method.threshold], expected = circuit, circuit.kept
-        return [found[threshold] for threshold in thresholds]
+        for number, method in enumerate(methods):
+            saved = method._checkpoint_in(checkpoint, graph, task)
+            part = partial(_report_part, progress or no_progress, number, len(methods))
+            circuit = method._search(graph, meter, saved, part, stays)
+            found[method.threshold] = circuit
+            stays = circuit.kept
+        return [found[float(threshold)] for threshold in thresholds]
+
+    def _checkpoint_in(self, folder: str | Path | None, graph: Graph, task: Task) -> Checkpoint:
+        name = f"{self.threshold}.safetensors"
+        file = None if folder is None else Path(folder, name)
+        return Checkpoint.open(file, self.identity(), graph, task)
 
     def _search(
         self,
         graph: Graph,
         meter: DamageMeter,
         saved: Checkpoint,
-        progress: Progress | None,
-        guess: EdgeMask | None,
+        progress: Progress,
+        stays: EdgeMask | None,
     ) -> Circuit:
-        """Search from the start or from the saved state.
+        """Search from the saved state on.
 
         Args:
-            guess: the edges expected to stay; None guesses from the search's own decisions.
+            stays: the edges expected to stay; None guesses from the search's own decisions.
         """
-        search, start = Search.start(graph, meter, self.order), Guesses.start(graph, guess)
-        stored = saved.restore(_merged(search.state, start, Noise()))
-        search.state = search.state.from_tensors(stored)
-        guesses, noise = start.from_tensors(stored), Noise().from_tensors(stored)
-
-        def save() -> None:
-            if saved.path is not None:
-                saved.save(_merged(search.state, guesses, noise))
-
-        def chain_finished(done: int, total: int) -> None:
-            save()
-            if progress:
-                progress(done, total)
-
-        search.chain_finished = chain_finished
-        measure = Measurement(meter, self.threshold, self.absolute, self._confirms, noise)
+        order = chains(graph, self.order)
+        state = SearchState.start(graph, meter, stays)
+        search = Search(graph, meter, order, state, saved, progress)
+        measure = Measurement(search, self.threshold, self.absolute, self._confirms)
         if self.speculate:
-            similar = Speculation.similar_edges(graph) if guess is None else None
-            decisions = Speculation(search, measure, guesses, similar).decisions()
+            Speculation(search, measure, learns=stays is None).run()
         else:
-            decisions = sequential(search, measure)
-        for _ in decisions:
-            save()
-        return self._circuit(search, guesses, noise)
+            sequential(search, measure)
+        record = self.record(**self._found(search))
+        return Circuit(graph, state.scores, state.kept, record=record)
 
-    def _circuit(self, search: Search, guesses: Guesses, noise: Noise) -> Circuit:
-        state, graph, exact = search.state, search.graph, search.meter.exact
-        measured = guesses.measured if self.speculate else state.evaluations
-        found: dict[str, Any] = {
-            "evaluations": state.evaluations,
-            "measured": measured,
-            "wrong": guesses.wrong,
-            "batches": state.batches,
-            "node_evaluations": state.node_evaluations,
-            "accepted": state.evaluations / max(1, measured),
-            # Against one forward pass, which computes every node, for every edge.
-            "saving": len(graph) * computed_nodes(graph) / max(1, state.node_evaluations),
-            "damage": state.damage,
-        }
-        if exact is not None:
-            found["damage"] = float(exact(state.kept[None])[0])
-            if self._confirms:
-                found |= {"confirmed": noise.confirmed, "noise": noise.noise}
-        return Circuit(graph, state.scores, state.kept, record=self.record(**found))
-
-    def _settings(self, task: Task) -> RunSettings:
-        return RunSettings.parse(
-            task,
-            ablation=self.ablation,
-            metric=self.metric,
-            max_memory=self.max_memory,
-            precision=self.precision,
-        )
+    def _found(self, search: Search) -> dict[str, Any]:
+        """What the record says of a finished search."""
+        state = search.state
+        found: dict[str, Any] = {name: getattr(state, name) for name in RECORDED}
+        if not self.speculate:
+            found["measured"] = state.evaluations
+        found["accepted"] = state.evaluations / max(1, found["measured"])
+        # Against one forward pass, which computes every node, for every edge.
+        all_nodes = len(search.graph) * computed_nodes(search.graph)
+        found["saving"] = all_nodes / max(1, state.node_evaluations)
+        exact = search.meter.exact
+        found["damage"] = state.damage if exact is None else float(exact(state.kept[None]))
+        if exact is not None and self._confirms:
+            found |= {"confirmed": state.confirmed, "noise": state.noise}
+        return found
 
     def _guess(self, model: Model, graph: Graph, task: Task) -> EdgeMask | None:
         """The edges that the search is expected to keep; None if it learns that on its way."""
@@ -265,7 +218,8 @@ class ACDC(Resumable):
         if self.guess == "removed":
             return torch.zeros(len(graph), dtype=torch.bool)
         try:
-            scores = score_edges(model, graph, task, self._settings(task), BOTH_ENDS)
+            scoring = EdgeScoring(model, graph, task, self.run_settings(task), BOTH_ENDS)
+            scores = scoring.scores()
         except InputError as error:
             raise InputError(
                 f"guess='eap' cannot be had: {error} Or take guess='own', which needs no gradient."
@@ -278,11 +232,19 @@ class ACDC(Resumable):
         return precision is not None and precision.confirm
 
 
-def _merged(*states: TensorState) -> dict[str, Tensor]:
-    return {name: tensor for state in states for name, tensor in state.to_tensors().items()}
-
-
-def _check_guess(guess: Circuit | None, graph: Graph) -> None:
+def _check_sweep(
+    thresholds: Sequence[float],
+    guess: Circuit | None,
+    graph: Graph,
+    checkpoint: str | Path | None,
+) -> None:
+    if not thresholds:
+        raise InputError("there are no thresholds to sweep over; give at least one, like 0.01.")
+    if checkpoint is not None and Path(checkpoint).is_file():
+        raise InputError(
+            f"checkpoint={checkpoint} is a file; a sweep has a file for each threshold: give a "
+            "folder."
+        )
     if guess is not None and guess.graph != graph:
         raise InputError(
             f"guess is over another graph ({len(guess.graph)} edges, positions "
@@ -291,6 +253,6 @@ def _check_guess(guess: Circuit | None, graph: Graph) -> None:
         )
 
 
-def _part_of(progress: Progress | None, number: int, parts: int) -> Progress | None:
-    """The progress of one of several equally long searches, as progress of all of them."""
-    return progress and (lambda done, total: progress(number * total + done, parts * total))
+def _report_part(progress: Progress, number: int, parts: int, done: int, total: int) -> None:
+    """Report the progress of one of several equally long searches as progress of all of them."""
+    progress(number * total + done, parts * total)

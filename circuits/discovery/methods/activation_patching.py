@@ -10,23 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
 from circuits.discovery.checkpoint import Checkpoint, TensorState
-from circuits.discovery.discoverer import SPEED_ONLY, Progress, Resumable
+from circuits.discovery.discoverer import SPEED_ONLY, EdgeScores, Progress, Resumable
 from circuits.graph.circuit import Circuit
 from circuits.graph.graph import Graph
 from circuits.graph.nodes import Node, at_position
 from circuits.models import Model
 from circuits.running.ablation import Ablation
 from circuits.running.damage import DamageMeter
-from circuits.running.settings import RunSettings
 from circuits.system.ranks import ranks
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
@@ -42,8 +40,19 @@ NODES_PER_STEP = 32
 class PatchingState(TensorState):
     """The edges measured so far; NaN for the others."""
 
-    scores: Float[Tensor, " edge"]
+    scores: EdgeScores
     node_evaluations: int = 0
+
+    def measure(self, meter: DamageMeter, step: slice, whole: Float[Tensor, " 1"]) -> None:
+        """Measure the damage without each of some edges, against that of the whole graph."""
+        shape = (step.stop - step.start, len(self.scores))
+        without = torch.ones(shape, dtype=torch.bool)
+        without[:, step].fill_diagonal_(False)
+        counts: dict[str, int] = {}
+        with meter.counting(counts):
+            # score(e) = L(G \ e) - L(G)
+            self.scores[step] = (meter(without) - whole).float()
+        self.node_evaluations += counts["node_evaluations"]
 
 
 @dataclass(frozen=True)
@@ -74,32 +83,20 @@ class ActivationPatching(Resumable):
     max_memory: int | None = field(default=None, kw_only=True, metadata=SPEED_ONLY)
 
     @override
-    def discover(
-        self,
-        model: Model,
-        task: Task,
-        *,
-        graph: Graph | None = None,
-        checkpoint: Checkpoint | str | Path | None = None,
-        progress: Progress | None = None,
+    def find(
+        self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
     ) -> Circuit:
-        graph = self.search_graph(model, graph)
-        saved = Checkpoint.open(checkpoint, self.identity(), graph, task)
-        meter = self._meter(model, graph, task)
-        whole = meter(torch.ones(1, len(graph), dtype=torch.bool))
-        start = PatchingState(torch.full((len(graph),), torch.nan))
-        state = start.from_tensors(saved.restore(start.to_tensors()))
+        meter = self.meter(model, graph, task)
+        whole = _whole(meter, graph)
+        scores = torch.full((len(graph),), torch.nan)
+        state = PatchingState(scores)
+        state.restore(saved)
         for step in _steps(graph):
-            if not state.scores[step].isnan().any():
-                continue  # measured before the run was interrupted
-            counts: dict[str, int] = {}
-            with meter.counting(counts):
-                # score(e) = L(G \ e) - L(G)
-                state.scores[step] = (meter(_without_each(step, len(graph))) - whole).float()
-            state.node_evaluations += counts["node_evaluations"]
-            saved.save(state.to_tensors())
-            if progress:
-                progress(int((~state.scores.isnan()).sum()), len(graph))
+            if state.scores[step].isnan().any():  # not measured before an interruption
+                state.measure(meter, step, whole)
+                state.save(saved)
+                measured = ~state.scores.isnan()
+                progress(int(measured.sum()), len(graph))
         record = self.record(evaluations=len(graph), node_evaluations=state.node_evaluations)
         return Circuit.full(graph, state.scores, record=record)
 
@@ -108,19 +105,19 @@ class ActivationPatching(Resumable):
     ) -> dict[Node, float]:
         """The damage of patching each node's output, that is of ablating all its outgoing edges."""
         graph = self.search_graph(model, graph)
-        meter = self._meter(model, graph, task)
+        meter = self.meter(model, graph, task)
         sources = graph.source.unique()
         kept = graph.source[None] != sources[:, None]
-        whole = meter(torch.ones(1, len(graph), dtype=torch.bool))
-        scores = torch.cat([meter(part) for part in kept.split(NODES_PER_STEP)]) - whole
+        parts = kept.split(NODES_PER_STEP)
+        # score(u) = L(G without all edges from u) - L(G)
+        scores = torch.cat([meter(part) for part in parts]) - _whole(meter, graph)
         nodes = [graph.nodes[source] for source in sources.tolist()]
         return dict(zip(nodes, scores.tolist(), strict=True))
 
-    def _meter(self, model: Model, graph: Graph, task: Task) -> DamageMeter:
-        settings = RunSettings.parse(
-            task, ablation=self.ablation, metric=self.metric, max_memory=self.max_memory
-        )
-        return DamageMeter.prepare(model, graph, task, settings)
+
+def _whole(meter: DamageMeter, graph: Graph) -> Float[Tensor, " 1"]:
+    """The damage of the whole graph, which rounding keeps from being 0."""
+    return meter(torch.ones(1, len(graph), dtype=torch.bool))
 
 
 def _steps(graph: Graph) -> Iterator[slice]:
@@ -128,17 +125,11 @@ def _steps(graph: Graph) -> Iterator[slice]:
 
     Without any of them the same nodes have to be recomputed, so no work is wasted.
     """
-    largest, start = LARGEST_STEP * ranks().world, 0
+    largest = LARGEST_STEP * ranks().world
+    start = 0
     components = [at_position(node, None) for node in graph.nodes]
     for _, edges in groupby(graph.target.tolist(), key=components.__getitem__):
         stop = start + len(list(edges))
         for first in range(start, stop, largest):
             yield slice(first, min(first + largest, stop))
         start = stop
-
-
-def _without_each(edges: slice, total: int) -> Bool[Tensor, "variant edge"]:
-    """The whole graph without each of some edges."""
-    kept = torch.ones(edges.stop - edges.start, total, dtype=torch.bool)
-    kept[:, edges].fill_diagonal_(False)
-    return kept

@@ -12,8 +12,10 @@ gives the graph itself. For a task `discover` pools the graphs of its prompts in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -51,6 +53,8 @@ from circuits.transcoders.transcoder import Transcoders
 PROMPTS_AT_ONCE = 16
 
 Prompt = str | Sequence[int] | Int[Tensor, " _"]
+# What to explain, from a prompt's number and local model.
+Directions = Callable[[int, LocalModel], list[Direction]]
 # Settings that play no part in the graph of one prompt.
 TASK_SETTINGS = ("by_position", "kept_only", "max_memory")
 
@@ -136,7 +140,7 @@ class AttributionGraph(Resumable):
         """Method, settings, and a fingerprint of the transcoders' weights."""
         return {**super().identity(), "transcoders": self.loaded.identity.weights}
 
-    @property
+    @cached_property
     def loaded(self) -> Transcoders:
         """The transcoders themselves."""
         if isinstance(self.transcoders, Transcoders):
@@ -173,81 +177,139 @@ class AttributionGraph(Resumable):
         Raises:
             InputError: see `attribute`; or `explain` has another length than `prompts`.
         """
-        if isinstance(prompts, str):
-            raise InputError(
-                f"attribute_all takes a list of prompts; for one, attribute(model, {prompts!r})."
-            )
-        wanted = [None] * len(prompts) if explain is None else list(explain)
-        if len(wanted) != len(prompts):
-            raise InputError(
-                f"there are {len(prompts)} prompts and {len(wanted)} entries in explain; give one "
-                "for each."
-            )
-        tokens = [torch.as_tensor(prompt_tokens(model, prompt)) for prompt in prompts]
-        settings = {
-            name: value for name, value in self.settings().items() if name not in TASK_SETTINGS
-        }
-        builder = _Builder(self, model, self.loaded)
-        graphs = []
-        for number, local, features in builder.frozen(tokens):
+        wanted = _wanted(prompts, explain)
+
+        def directions(number: int, local: LocalModel) -> list[Direction]:
             asked = wanted[number]
             if asked is None:
-                directions = builder.most_probable(local)
-            else:
-                directions = directions_of(model, local, asked)
-            graph = builder.graph(local, features, directions).to("cpu")
-            made_with = builder.made_with
-            graph = replace(graph, model=identity(model), transcoders=made_with, settings=settings)
-            graphs.append(graph)
-        return graphs
+                return self._most_probable(model, local)
+            return directions_of(model, local, asked)
+
+        settings = self.settings()
+        for name in TASK_SETTINGS:
+            del settings[name]
+        described: dict[str, Any] = {
+            "model": identity(model),
+            "transcoders": self._made_with,
+            "settings": settings,
+        }
+        tokens = [torch.as_tensor(prompt_tokens(model, prompt)) for prompt in prompts]
+        graphs = self._graphs(model, tokens, directions)
+        return [replace(graph.to("cpu"), **described) for _, graph in graphs]
 
     @override
-    def discover(
+    def find(
+        self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
+    ) -> Circuit:
+        names = self._span_names(task)
+        pooled = self._pooled(model, task, names, saved, progress)
+        label = "top" if task.answers is None else "answer"
+        graph, place = pooled.graph(names, label, identity(model), self._made_with)
+        scores = pooled.scores[place] / int(task.scored.sum())
+        keeping = pooled.keeping[place]
+        kept = keeping > 0
+        record = self.record(prompts=len(task), kept_by_prompts=keeping[kept].tolist())
+        return Circuit(graph, scores.float(), kept, record=record)
+
+    def _pooled(
         self,
         model: Model,
         task: Task,
-        *,
-        graph: Graph | None = None,
-        checkpoint: Checkpoint | str | Path | None = None,
-        progress: Progress | None = None,
-    ) -> Circuit:
-        empty, builder = self.search_graph(model, graph), _Builder(self, model, self.loaded)
-        names = self._span_names(task)
+        names: tuple[str, ...] | None,
+        saved: Checkpoint,
+        progress: Progress,
+    ) -> Pooled:
+        """The pruned graphs of all prompts, pooled."""
         spans = None if names is None else spans_of(task.positions, names)
-        saved = Checkpoint.open(checkpoint, self.identity(), empty, task)
         stored = saved.restore({"next": torch.tensor(0), **vars(Pooled.nothing())})
         done = int(stored.pop("next"))
         pooled = Pooled(**stored)
-        while done < len(task):
-            rows = range(done, min(done + PROMPTS_AT_ONCE, len(task)))
-            prompts = [task.clean[row, : int(task.lengths[row])] for row in rows]
-            parts = []
-            for number, local, features in builder.frozen(prompts):
-                row = rows[number]
-                directions = builder.scored_directions(local, task, row)
-                found = builder.graph(local, features, directions)
-                kept = prune(
-                    found, node_threshold=self.node_threshold, edge_threshold=self.edge_threshold
-                )
-                span = None if spans is None else spans[row]
-                parts.append(Pooled.of(found, kept.edges, span, kept_only=self.kept_only))
-            # Several prompts at a time, because the whole union is sorted each time.
-            pooled, done = Pooled.together([pooled, *parts]), rows.stop
-            saved.save({"next": torch.tensor(done), **vars(pooled)})
-            if progress is not None:
+        parts: list[Pooled] = []
+        for row, found in self._task_graphs(model, task, done):
+            span = None if spans is None else spans[row]
+            parts.append(self._pooled_over_positions(found, span))
+            done = row + 1
+            if len(parts) == PROMPTS_AT_ONCE or done == len(task):
+                # Several prompts at a time, because the whole union is sorted each time.
+                pooled = Pooled.together([pooled, *parts])
+                parts.clear()
+                saved.save({"next": torch.tensor(done), **vars(pooled)})
                 progress(done, len(task))
-        return self._circuit(pooled, names, task, builder)
+        return pooled
 
-    def _circuit(
-        self, pooled: Pooled, names: tuple[str, ...] | None, task: Task, builder: _Builder
-    ) -> Circuit:
-        label = "top" if task.answers is None else "answer"
-        graph, place = pooled.graph(names, label, identity(builder.model), builder.made_with)
-        scores = pooled.scores[place] / int(task.scored.sum())
-        keeping = pooled.keeping[place]
-        kept_by = keeping[keeping > 0].tolist()
-        record = self.record(prompts=len(task), kept_by_prompts=kept_by)
-        return Circuit(graph, scores.float(), keeping > 0, record=record)
+    def _task_graphs(
+        self, model: Model, task: Task, first: int
+    ) -> Iterator[tuple[int, FeatureGraph]]:
+        lengths = task.lengths.tolist()
+        prompts = [task.clean[row, :length] for row, length in enumerate(lengths)]
+        directions = partial(self._scored_directions, model, task)
+        return self._graphs(model, prompts, directions, first=first)
+
+    def _pooled_over_positions(
+        self, graph: FeatureGraph, spans: Int[Tensor, " pos"] | None
+    ) -> Pooled:
+        pruned = prune(
+            graph, node_threshold=self.node_threshold, edge_threshold=self.edge_threshold
+        )
+        return Pooled.of(graph, pruned.edges, spans, kept_only=self.kept_only)
+
+    def _graphs(
+        self,
+        model: Model,
+        prompts: Sequence[Int[Tensor, " _"]],
+        directions: Directions,
+        *,
+        first: int = 0,
+    ) -> Iterator[tuple[int, FeatureGraph]]:
+        """The number and the graph of each prompt from `first` on; a few are run together."""
+        transcoders = self.loaded
+        budget = Budget(self.budget, self.at_a_time)
+        for start in range(first, len(prompts), PROMPTS_AT_ONCE):
+            some = prompts[start : start + PROMPTS_AT_ONCE]
+            locals_ = freeze(model, transcoders, list(some))
+            features = active_features(locals_, transcoders, leading=self.leading)
+            pairs = zip(locals_, features, strict=True)
+            for number, (local, active) in enumerate(pairs, start):
+                graph = build_feature_graph(
+                    local,
+                    transcoders,
+                    active,
+                    directions(number, local),
+                    words=words_of(model, local.tokens.tolist()),
+                    budget=budget,
+                    leading=self.leading,
+                    max_memory=self.max_memory,
+                )
+                yield number, graph
+
+    def _most_probable(
+        self, model: Model, local: LocalModel, position: int | None = None
+    ) -> list[Direction]:
+        return most_probable(
+            model, local, most=self.most_logits, probability=self.probability, position=position
+        )
+
+    def _scored_directions(
+        self, model: Model, task: Task, row: int, local: LocalModel
+    ) -> list[Direction]:
+        """What one prompt of a task is judged by.
+
+        Answers against wrong answers, answers alone, or the most probable tokens.
+        """
+        positions = task.scored[row].nonzero().flatten().tolist()
+        if task.answers is None:
+            by_position = [self._most_probable(model, local, position) for position in positions]
+            return list(chain.from_iterable(by_position))
+        right = _tokens(task.answers[row])
+        wrong = None if task.wrong_answers is None else _tokens(task.wrong_answers[row])
+        return [
+            difference_direction(local, right, wrong, "answer", position) for position in positions
+        ]
+
+    @property
+    def _made_with(self) -> TranscodersIdentity:
+        whole = self.budget is None and not self.kept_only
+        return replace(self.loaded.identity, leading=self.leading, whole=whole)
 
     def _span_names(self, task: Task) -> tuple[str, ...] | None:
         by_position = bool(task.positions) if self.by_position is None else self.by_position
@@ -259,70 +321,21 @@ class AttributionGraph(Resumable):
         return (REST, *task.positions) if by_position else None
 
 
-@dataclass(frozen=True)
-class _Builder:
-    """Builds graphs of one model with one set of transcoders."""
-
-    method: AttributionGraph
-    model: Model
-    transcoders: Transcoders
-
-    @property
-    def made_with(self) -> TranscodersIdentity:
-        whole = self.method.budget is None and not self.method.kept_only
-        return replace(self.transcoders.identity, leading=self.method.leading, whole=whole)
-
-    def frozen(self, prompts: Sequence[Int[Tensor, " _"]]) -> Iterator[tuple[int, LocalModel, Any]]:
-        """Each prompt's number, local model and active features, a few prompts at a time."""
-        for start in range(0, len(prompts), PROMPTS_AT_ONCE):
-            some = prompts[start : start + PROMPTS_AT_ONCE]
-            locals_ = freeze(self.model, self.transcoders, list(some))
-            features = active_features(locals_, self.transcoders, leading=self.method.leading)
-            for number, (local, active) in enumerate(zip(locals_, features, strict=True)):
-                yield start + number, local, active
-
-    def graph(
-        self, local: LocalModel, features: Any, directions: Sequence[Direction]
-    ) -> FeatureGraph:
-        method = self.method
-        return build_feature_graph(
-            local,
-            self.transcoders,
-            features,
-            directions,
-            words=words_of(self.model, local.tokens.tolist()),
-            budget=Budget(method.budget, method.at_a_time),
-            leading=method.leading,
-            max_memory=method.max_memory,
+def _wanted(
+    prompts: Sequence[Prompt], explain: Sequence[Sequence[Explained] | None] | None
+) -> Sequence[Sequence[Explained] | None]:
+    """What to explain of each prompt."""
+    if isinstance(prompts, str):
+        raise InputError(
+            f"attribute_all takes a list of prompts; for one, attribute(model, {prompts!r})."
         )
-
-    def most_probable(self, local: LocalModel, position: int | None = None) -> list[Direction]:
-        method = self.method
-        return most_probable(
-            self.model,
-            local,
-            most=method.most_logits,
-            probability=method.probability,
-            position=position,
+    wanted = [None] * len(prompts) if explain is None else explain
+    if len(wanted) != len(prompts):
+        raise InputError(
+            f"there are {len(prompts)} prompts and {len(wanted)} entries in explain; give one "
+            "for each."
         )
-
-    def scored_directions(self, local: LocalModel, task: Task, row: int) -> list[Direction]:
-        """What one prompt of a task is judged by.
-
-        Answers against wrong answers, answers alone, or the most probable tokens.
-        """
-        if task.answers is None:
-            right, wrong = None, None
-        else:
-            right = _tokens(task.answers[row])
-            wrong = None if task.wrong_answers is None else _tokens(task.wrong_answers[row])
-        directions = []
-        for position in task.scored[row].nonzero().flatten().tolist():
-            if right is None:
-                directions += self.most_probable(local, position)
-            else:
-                directions.append(difference_direction(local, right, wrong, "answer", position))
-        return directions
+    return wanted
 
 
 def _tokens(padded: Int[Tensor, " k"]) -> list[int]:

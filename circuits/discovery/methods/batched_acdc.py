@@ -4,32 +4,30 @@ A variant of ACDC (Conmy et al. 2023, https://arxiv.org/abs/2304.14997, section 
 discussion of its speed: most edges are in no circuit, and most pairs of edges do not interact. It
 assumes that the edges of a group are independent: that removing one does not change what removing
 another does (`experiments/edge_independence.py` measures how often that fails). Since the edges of
-a
-group do not see each other's removal, it can keep other edges than ACDC; with groups of one edge it
-equals ACDC.
+a group do not see each other's removal, it can keep other edges than ACDC; with groups of one edge
+it equals ACDC.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from circuits.discovery.checkpoint import Checkpoint, TensorState
+from circuits.discovery.checkpoint import Checkpoint
 from circuits.discovery.discoverer import SPEED_ONLY, Progress, Resumable
-from circuits.discovery.search.edge_order import GroupName, check_group, edge_groups
+from circuits.discovery.search.edge_order import GroupName, edge_groups
+from circuits.discovery.search.state import Removals, check_threshold
 from circuits.graph.circuit import Circuit
 from circuits.graph.graph import Graph
 from circuits.models import Model
 from circuits.running.ablation import Ablation
 from circuits.running.damage import DamageMeter
-from circuits.running.settings import RunSettings
 from circuits.system.errors import InputError
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
@@ -39,46 +37,56 @@ from circuits.tasks.task import Task
 LARGEST_BATCH = 256
 
 
-@dataclass
-class BatchedState(TensorState):
-    """What has been decided so far.
+Group = Sequence[int]
 
-    Attributes:
-        kept: the circuit so far, H.
-        scores: the measured increase in damage of each edge alone.
-        removed_in: the group in which each edge was removed; the number of groups for kept edges.
-        damage: the damage of H.
-        groups_done: the number of finished groups.
-        excess: damage of the current group's removals beyond the sum of their single increases.
-        largest_excess: the largest excess seen, removed together or not.
-        excess_left: the largest excess among removals that were made.
-        evaluations: edges tried alone.
-        joint_measurements: circuits measured besides.
-    """
+# What the record says of a search.
+RECORDED = (
+    "damage",
+    "largest_excess",
+    "excess_left",
+    "evaluations",
+    "joint_measurements",
+    "bisections",
+    "batches",
+    "node_evaluations",
+)
 
-    kept: Bool[Tensor, " edge"]
-    scores: Float[Tensor, " edge"]
+
+@dataclass(kw_only=True)
+class BatchedState(Removals):
+    """What has been decided so far."""
+
+    # The group in which each edge was removed; the number of groups for kept edges
     removed_in: Int[Tensor, " edge"]
-    damage: float
+    # The number of finished groups
     groups_done: int = 0
+    # Damage of the current group's removals beyond the sum of their single increases
     excess: float = 0.0
+    # The largest excess seen, removed together or not
     largest_excess: float = 0.0
+    # The largest excess among removals that were made
     excess_left: float = 0.0
-    evaluations: int = 0
+    # Circuits measured besides those without a single edge
     joint_measurements: int = 0
+    # Joint removals that did too much damage
     bisections: int = 0
-    batches: int = 0
-    node_evaluations: int = 0
 
-    def remove(self, edges: Sequence[int]) -> None:
+    @staticmethod
+    def start(graph: Graph, meter: DamageMeter, groups: int) -> BatchedState:
+        """The whole graph, with nothing tried."""
+        kept = torch.ones(len(graph), dtype=torch.bool)
+        shape = (len(graph),)
+        return BatchedState(
+            kept=kept,
+            scores=torch.full(shape, torch.nan, dtype=torch.float64),
+            damage=float(meter(kept[None])),
+            removed_in=torch.full(shape, groups),
+        )
+
+    def remove(self, edges: Group) -> None:
         """Take edges out of H."""
         self.kept[edges] = False
         self.removed_in[edges] = self.groups_done
-
-    def summary(self) -> dict[str, Any]:
-        """What the circuit's record says of the search."""
-        internal = ("kept", "scores", "removed_in", "groups_done", "excess")
-        return {name: value for name, value in vars(self).items() if name not in internal}
 
 
 @dataclass(frozen=True)
@@ -120,132 +128,130 @@ class BatchedACDC(Resumable):
     max_memory: int | None = field(default=None, kw_only=True, metadata=SPEED_ONLY)
 
     def __post_init__(self) -> None:
-        if not self.threshold >= 0:
+        check_threshold(self.threshold)
+        known = self.group in get_args(GroupName)
+        if isinstance(self.group, int) and not isinstance(self.group, bool):
+            known = self.group >= 1
+        if not known:
             raise InputError(
-                f"threshold={self.threshold} must be a number of at least 0; 0.01 is usual for KL."
+                f"group={self.group!r} is no way to group edges; choose 'target', 'layer' or a "
+                "number of edges of at least 1."
             )
-        check_group(self.group)
 
     @override
-    def discover(
-        self,
-        model: Model,
-        task: Task,
-        *,
-        graph: Graph | None = None,
-        checkpoint: Checkpoint | str | Path | None = None,
-        progress: Progress | None = None,
+    def find(
+        self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
     ) -> Circuit:
-        graph = self.search_graph(model, graph)
         groups = edge_groups(graph, self.group)
-        saved = Checkpoint.open(checkpoint, self.identity(), graph, task)
-        settings = RunSettings.parse(
-            task, ablation=self.ablation, metric=self.metric, max_memory=self.max_memory
-        )
-        meter = DamageMeter.prepare(model, graph, task, settings)
-        start = _start(graph, meter, len(groups))
-        state = start.from_tensors(saved.restore(start.to_tensors()))
+        meter = self.meter(model, graph, task)
+        state = BatchedState.start(graph, meter, len(groups))
+        search = BatchedSearch(meter, state, self.threshold, self.verify)
+        search.run(groups, saved, progress)
+        found = {name: getattr(state, name) for name in RECORDED}
+        return Circuit(graph, state.scores, state.kept, record=self.record(**found))
+
+
+@dataclass
+class BatchedSearch:
+    """Decides on one group of edges after the other; the attributes are those of `BatchedACDC`."""
+
+    meter: DamageMeter
+    state: BatchedState
+    threshold: float
+    verify: bool
+
+    def run(self, groups: Sequence[Group], saved: Checkpoint, progress: Progress) -> None:
+        """Decide on all groups that are not done in the saved state."""
+        state = self.state
+        state.restore(saved)
         for number in range(state.groups_done):
             # Lead the executor along the same circuits as before the interruption, so that its
             # rounding is the same.
-            meter.near(state.removed_in >= number)
-        for number in range(state.groups_done, len(groups)):
-            counts: dict[str, int] = {}
-            with meter.counting(counts):
-                meter.near(state.kept)
-                self._decide(groups[number], state, meter)
-            state.batches += counts["batches"]
-            state.node_evaluations += counts["node_evaluations"]
-            state.groups_done = number + 1
-            saved.save(state.to_tensors())
-            if progress:
-                progress(number + 1, len(groups))
-        return Circuit(graph, state.scores, state.kept, record=self.record(**state.summary()))
+            self.meter.near(state.removed_in >= number)
+        for group in groups[state.groups_done :]:
+            with state.counting(self.meter):
+                self.meter.near(state.kept)
+                self.decide(group)
+            state.groups_done += 1
+            state.save(saved)
+            progress(state.groups_done, len(groups))
 
-    def _decide(self, group: Sequence[int], state: BatchedState, meter: DamageMeter) -> None:
+    def decide(self, group: Group) -> None:
         """Decide on the edges of one group."""
-        edges = _without_dead(group, state, meter)
+        state = self.state
+        edges = self._without_dead(group)
         if not edges:
             return
         # increase(e) = L(H \ e) - L(H), each edge alone
-        damages = torch.cat([_removed_alone(some, state, meter) for some in _batches(edges)])
+        damages = self._damages_without(edges)
         increases = damages - state.damage
         state.scores[edges] = increases
         state.evaluations += len(edges)
-        harmless = [edges[row] for row in (increases < self.threshold).nonzero().flatten().tolist()]
-        if harmless:
-            # For one edge the joint removal is the single one, measured already.
-            known = float(damages[edges.index(harmless[0])]) if len(harmless) == 1 else None
-            self._remove_together(harmless, state, meter, known)
+        rows = (increases < self.threshold).nonzero().flatten().tolist()
+        harmless = [edges[row] for row in rows]
+        if len(harmless) == 1:
+            # The joint removal is the single one, measured already.
+            self._remove_together(harmless, float(damages[rows[0]]))
+        elif harmless:
+            self._remove_together(harmless)
         state.largest_excess = max(state.largest_excess, state.excess)
         state.excess_left = max(state.excess_left, state.excess)
         state.excess = 0.0
         # The group may have cut off a target that other edges of the group lead to.
-        _without_dead(edges, state, meter)
+        self._without_dead(edges)
 
-    def _remove_together(
-        self, edges: list[int], state: BatchedState, meter: DamageMeter, after: float | None = None
-    ) -> bool:
+    def _remove_together(self, edges: Group, after: float | None = None) -> bool:
         """Remove edges that are harmless alone; with `verify`, as many of them as pass.
 
         A single edge has no excess: its increase, and so its score, is then the one measured here.
-
-        Args:
-            after: the damage without all of the edges, if known.
-
-        Returns:
-            Whether all of them were removed.
+        `after` is the damage without all of them, if known. Returns whether all were removed.
         """
+        state = self.state
         if after is None:
-            kept = state.kept.clone()
-            kept[edges] = False
-            after = float(meter(kept[None])[0])
-            state.joint_measurements += 1
-        increase, excess = after - state.damage, state.excess
+            after = self._damage_without(edges)
+        increase = after - state.damage
+        excess = state.excess
         if len(edges) == 1:
             state.scores[edges] = increase
-            removed = not self.verify or increase < self.threshold
+            passes = increase < self.threshold
         else:
             # excess = increase of the joint removal - sum of the single increases
             excess += increase - float(state.scores[edges].sum())
-            removed = not self.verify or excess <= self.threshold
-        if removed:
+            passes = excess <= self.threshold
+        if passes or not self.verify:
             state.remove(edges)
-            state.damage, state.excess = after, excess
-        elif len(edges) > 1:
+            state.damage = after
+            state.excess = excess
+            return True
+        if len(edges) > 1:
             state.largest_excess = max(state.largest_excess, excess)
             state.bisections += 1
             half = len(edges) // 2
-            first_removed = self._remove_together(edges[:half], state, meter)
+            first_removed = self._remove_together(edges[:half])
             # Without the first half, the circuit without the second one was measured just now.
-            self._remove_together(edges[half:], state, meter, after if first_removed else None)
-        return removed
+            self._remove_together(edges[half:], after if first_removed else None)
+        return False
 
+    def _without_dead(self, edges: Group) -> list[int]:
+        """The edges that can matter; those into targets cut off from the logits are removed."""
+        state = self.state
+        live = self.meter.reaching_logits(state.kept)
+        state.remove([edge for edge in edges if state.kept[edge] and not live[edge]])
+        return [edge for edge in edges if live[edge]]
 
-def _start(graph: Graph, meter: DamageMeter, groups: int) -> BatchedState:
-    """The whole graph, with nothing tried."""
-    kept = torch.ones(len(graph), dtype=torch.bool)
-    scores = torch.full((len(graph),), torch.nan, dtype=torch.float64)
-    removed_in = torch.full((len(graph),), groups)
-    return BatchedState(kept, scores, removed_in, float(meter(kept[None])[0]))
+    def _damages_without(self, edges: Group) -> Float[Tensor, " tried"]:
+        """The damage without each of some edges, alone."""
+        damages = []
+        # L(H \ e) for each edge e
+        for some in torch.tensor(edges).split(LARGEST_BATCH):
+            without = self.state.kept.repeat(len(some), 1)
+            without[torch.arange(len(some)), some] = False
+            damages.append(self.meter(without))
+        return torch.cat(damages)
 
-
-def _without_dead(edges: Sequence[int], state: BatchedState, meter: DamageMeter) -> list[int]:
-    """The kept edges that can matter; those into targets cut off from the logits are removed."""
-    live = meter.reaching_logits(state.kept)
-    state.remove([edge for edge in edges if state.kept[edge] and not live[edge]])
-    return [edge for edge in edges if live[edge]]
-
-
-def _batches(edges: list[int]) -> list[list[int]]:
-    starts = range(0, len(edges), LARGEST_BATCH)
-    return [edges[start : start + LARGEST_BATCH] for start in starts]
-
-
-def _removed_alone(
-    edges: list[int], state: BatchedState, meter: DamageMeter
-) -> Float[Tensor, " tried"]:
-    """The damage without each of some edges."""
-    without = state.kept.repeat(len(edges), 1)
-    without[torch.arange(len(edges)), edges] = False
-    return meter(without)
+    def _damage_without(self, edges: Group) -> float:
+        """The damage without all of some edges."""
+        kept = self.state.kept.clone()
+        kept[edges] = False
+        self.state.joint_measurements += 1
+        return float(self.meter(kept[None])[0])

@@ -10,24 +10,23 @@ Both compute, for every edge from a source u to a target r,
 
 with c_u the counterfactual output, x_r the input of r and L the damage; see
 `gradients.edge_scores`. They differ in where the gradient is taken. Scores differ from the
-published
-code's in scale and sign: ours are the predicted damage, mean over scored rows, of ablating the
-edge.
+published code's in scale and sign: ours are the predicted damage, mean over scored rows, of
+ablating the edge.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import groupby
 from typing import ClassVar, Literal
 
 from typing_extensions import override
 
 from circuits.discovery.checkpoint import Checkpoint
-from circuits.discovery.discoverer import SPEED_ONLY, CircuitDiscoverer, Progress
+from circuits.discovery.discoverer import SPEED_ONLY, CircuitDiscoverer, Progress, no_progress
 from circuits.discovery.gradients.edge_attribution import EdgeAttribution
-from circuits.discovery.gradients.edge_scores import GradientPoint, attribute_edges, score_edges
+from circuits.discovery.gradients.edge_scores import EdgeScoring, GradientPoint
 from circuits.graph.circuit import Circuit
 from circuits.graph.graph import Graph
 from circuits.graph.nodes import MLP, Head, Node
@@ -36,14 +35,16 @@ from circuits.models.component_graph import check_supported, component_graph, co
 from circuits.models.identity import check_fits
 from circuits.models.propagation import PropagationRules
 from circuits.running.ablation import Ablation
-from circuits.running.settings import RunSettings
 from circuits.system.errors import InputError
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
 
+# Where EAP takes gradients on the line from the corrupted run, 0, to the clean run, 1.
+FRACTIONS = {"clean": [1.0], "corrupted": [0.0], "both": [0.0, 1.0]}
+
 
 @dataclass(frozen=True)
-class GradientMethod(CircuitDiscoverer):
+class GradientMethod(CircuitDiscoverer, ABC):
     """A method that scores edges by difference times gradient.
 
     A subclass says where gradients are taken (`points`) and, if it is a relevance method, how they
@@ -64,21 +65,10 @@ class GradientMethod(CircuitDiscoverer):
         return PropagationRules()
 
     @override
-    def discover(
-        self,
-        model: Model,
-        task: Task,
-        *,
-        graph: Graph | None = None,
-        checkpoint: Checkpoint | str | Path | None = None,
-        progress: Progress | None = None,
+    def find(
+        self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
     ) -> Circuit:
-        self.refuse_checkpoint(checkpoint)
-        graph, settings = self.search_graph(model, graph), self._settings(task)
-        points = self.points(component_nodes(model, graph.splits_embedding))
-        scores = score_edges(
-            model, graph, task, settings, points, rules=self.rules, progress=progress
-        )
+        scores = self._scoring(model, graph, task).scores(progress)
         return Circuit.full(graph, scores, record=self.record())
 
     def attribute(
@@ -95,11 +85,15 @@ class GradientMethod(CircuitDiscoverer):
             InputError: the model, graph and task do not fit together; the metric has no gradient,
                 or one that vanishes; or a single prompt does not fit into `max_memory`.
         """
-        graph, settings = self.search_graph(model, graph), self._settings(task)
+        graph = self.search_graph(model, graph)
+        return self._scoring(model, graph, task, details=True).attribution(progress or no_progress)
+
+    def _scoring(
+        self, model: Model, graph: Graph, task: Task, *, details: bool = False
+    ) -> EdgeScoring:
         points = self.points(component_nodes(model, graph.splits_embedding))
-        return attribute_edges(
-            model, graph, task, settings, points, rules=self.rules, progress=progress
-        )
+        settings = self.run_settings(task)
+        return EdgeScoring(model, graph, task, settings, points, rules=self.rules, details=details)
 
     @override
     def search_graph(self, model: Model, graph: Graph | None) -> Graph:
@@ -110,11 +104,6 @@ class GradientMethod(CircuitDiscoverer):
         check_supported(model)
         check_fits(model, graph)
         return graph
-
-    def _settings(self, task: Task) -> RunSettings:
-        return RunSettings.parse(
-            task, ablation=self.ablation, metric=self.metric, max_memory=self.max_memory
-        )
 
 
 @dataclass(frozen=True)
@@ -145,15 +134,14 @@ class EAP(GradientMethod):
     gradient_at: Literal["clean", "corrupted", "both"] = "clean"
 
     def __post_init__(self) -> None:
-        if self.gradient_at not in ("clean", "corrupted", "both"):
+        if self.gradient_at not in FRACTIONS:
             raise InputError(
                 f"gradient_at={self.gradient_at!r}: choose 'clean', 'corrupted' or 'both'."
             )
 
     @override
     def points(self, nodes: tuple[Node, ...]) -> list[GradientPoint]:
-        fractions = {"clean": [1.0], "corrupted": [0.0], "both": [0.0, 1.0]}[self.gradient_at]
-        return [GradientPoint(fraction) for fraction in fractions]
+        return [GradientPoint(fraction) for fraction in FRACTIONS[self.gradient_at]]
 
 
 @dataclass(frozen=True)
@@ -206,8 +194,8 @@ class EAPIG(GradientMethod):
 
 def _sub_layers(nodes: tuple[Node, ...]) -> list[tuple[Node, ...]]:
     """The embeddings, each layer's heads together, and each MLP."""
-    groups: dict[object, list[Node]] = {}
-    for node in nodes:
-        sub_layer = (type(node), node.layer) if isinstance(node, Head | MLP) else "embeddings"
-        groups.setdefault(sub_layer, []).append(node)
-    return [tuple(group) for group in groups.values()]
+
+    def sub_layer(node: Node) -> object:
+        return (type(node), node.layer) if isinstance(node, Head | MLP) else "embeddings"
+
+    return [tuple(group) for _, group in groupby(nodes, key=sub_layer)]

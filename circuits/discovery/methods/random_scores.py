@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -36,17 +35,9 @@ class RandomScores(CircuitDiscoverer):
     seed: int = 0
 
     @override
-    def discover(
-        self,
-        model: Model,
-        task: Task,
-        *,
-        graph: Graph | None = None,
-        checkpoint: Checkpoint | str | Path | None = None,
-        progress: Progress | None = None,
+    def find(
+        self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
     ) -> Circuit:
-        self.refuse_checkpoint(checkpoint)
-        graph = self.search_graph(model, graph)
         generator = torch.Generator().manual_seed(self.seed)
         scores = torch.rand(len(graph), generator=generator)
         return Circuit.full(graph, scores, record=self.record())

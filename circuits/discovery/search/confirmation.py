@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from circuits.discovery.checkpoint import TensorState
 
 Increases = Float[np.ndarray, " row"]
+Damages = Float[np.ndarray, " state"]
 StateIndices = Int[np.ndarray, " some"]
 
 # What is nearer to the threshold than MARGIN times the largest error seen lately is measured again
@@ -21,20 +22,17 @@ SAMPLE, MARGIN, FORGETTING = 3, 5.0, 0.9
 
 @dataclass
 class Noise(TensorState):
-    """Rounding errors met so far.
+    """Rounding errors met so far."""
 
-    Attributes:
-        noise: the largest error of an increase seen lately, in the metric's unit.
-        confirmed: the number of states measured again in float32.
-    """
-
+    # The largest error of an increase seen lately, in the metric's unit
     noise: float = 0.0
+    # The number of states measured again in float32
     confirmed: int = 0
 
 
 def confirm(
     increases: Increases,
-    values: Float[np.ndarray, " state"],
+    values: Damages,
     before: Int[np.ndarray, " row"],
     distance: Callable[[Increases], Increases],
     measure: Callable[[StateIndices], Float[np.ndarray, " some"]],
@@ -46,28 +44,35 @@ def confirm(
 
     Args:
         increases: values[row] - values[before[row]], measured in low precision.
-        values: the damage of every state.
-        before: the state that each row is compared with.
+        values: the damage of the states in the rows, and then of others.
         distance: how far increases are from the threshold.
         measure: the damage of some states in float32.
         noise: updated with the errors seen here.
         sample: measure the increases nearest to the threshold, wherever they are.
     """
-    known, confirmed = np.zeros(len(values), bool), np.zeros(len(increases), bool)
-    noise.noise *= FORGETTING if sample else 1
+    measured = np.zeros(len(values), bool)
+    confirmed = np.zeros(len(increases), bool)
+    doubtful = np.zeros(len(increases), bool)
+    if sample:
+        noise.noise *= FORGETTING
+        nearest = np.argsort(distance(increases))[:SAMPLE]
+        doubtful[nearest] = True
+    # An error found here can make other increases doubtful, so repeat until none is left.
     while True:
-        away = np.where(confirmed, np.inf, distance(increases))
-        doubtful = ~confirmed & (away <= MARGIN * noise.noise)
-        if sample and not confirmed.any():
-            doubtful[np.argsort(away)[:SAMPLE]] = True
+        away = distance(increases)
+        doubtful |= away <= MARGIN * noise.noise
+        doubtful &= ~confirmed
         if not doubtful.any():
-            noise.confirmed += int(known.sum())
-            return
-        states = np.unique(np.concatenate([np.flatnonzero(doubtful), before[doubtful]]))
-        states = states[~known[states]]
+            break
+        rows = np.flatnonzero(doubtful)
+        compared = np.union1d(rows, before[rows])
+        states = compared[~measured[compared]]
         if len(states):
-            values[states], known[states] = measure(states), True
-        found = values[: len(increases)][doubtful] - values[before[doubtful]]
-        # An error seen here can make other increases doubtful, so repeat until none is left.
-        noise.noise = max(noise.noise, float(np.abs(found - increases[doubtful]).max()))
-        increases[doubtful], confirmed = found, confirmed | doubtful
+            values[states] = measure(states)
+            measured[states] = True
+        exact = values[rows] - values[before[rows]]
+        error = np.abs(exact - increases[rows]).max()
+        noise.noise = max(noise.noise, float(error))
+        increases[rows] = exact
+        confirmed |= doubtful
+    noise.confirmed += int(measured.sum())

@@ -6,8 +6,8 @@ Every order goes from the logits up, so that all that is upstream of the edge tr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Literal, get_args
 
@@ -19,8 +19,8 @@ OrderName = Literal["topological", "original"]
 GroupName = Literal["target", "layer"]
 
 TargetSlot = tuple[Node, str | None]
-EdgesBySlot = dict[TargetSlot, tuple[int, ...]]
 SLOT_ORDER = "vkq"  # v is tried first
+NOT_HEADS, HEADS = 0, 1
 
 
 @dataclass(frozen=True)
@@ -54,19 +54,26 @@ def edge_order(graph: Graph, order: OrderName) -> list[Trial]:
             "position."
         )
     slots = _edges_by_slot(graph)
-    return list(_topological(graph, slots) if order == "topological" else _original(slots))
+    trials = []
+    targets = sorted(slots, key=partial(_rank, graph, order))
+    for (_, kind), together in groupby(targets, key=_layer_and_kind):
+        single = [Trial(tuple(slots[target])) for target in together]
+        if order == "original" and kind == HEADS:
+            trials += [replace(trial, together=True) for trial in single]
+        trials += single
+    return trials
 
 
 def chains(graph: Graph, order: OrderName) -> list[list[Trial]]:
     """The trials of an order, in groups: those into one target, or the group tests of one layer."""
 
     def chain_of(trial: Trial) -> tuple[bool, object]:
-        target = int(graph.target[trial.edges[0]])
-        node = graph.nodes[target]
-        by_layer = trial.together and isinstance(node, Head)
-        return trial.together, node.layer if by_layer else target  # type: ignore[attr-defined]
+        edge = graph.edges[trial.edges[0]]
+        layer, _ = _layer_and_kind((edge.target, edge.slot))
+        return trial.together, layer if trial.together else edge.target
 
-    return [list(chain) for _, chain in groupby(edge_order(graph, order), key=chain_of)]
+    trials = edge_order(graph, order)
+    return [list(chain) for _, chain in groupby(trials, key=chain_of)]
 
 
 def edge_groups(graph: Graph, group: GroupName | int) -> list[tuple[int, ...]]:
@@ -78,78 +85,53 @@ def edge_groups(graph: Graph, group: GroupName | int) -> list[tuple[int, ...]]:
             MLP, into all heads of a layer, or into the logits; a number groups that many edges.
 
     Raises:
-        InputError: there is no such group, or the graph is not a component graph.
+        InputError: the graph is not a component graph.
     """
-    check_group(group)
-    edges = [edge for trial in edge_order(graph, "topological") for edge in trial.edges]
+    trials = edge_order(graph, "topological")
+    edges = [edge for trial in trials for edge in trial.edges]
     if isinstance(group, int):
-        return [tuple(edges[start : start + group]) for start in range(0, len(edges), group)]
-    targets = graph.target.tolist()
-    group_of: dict[int, object] = {target: target for target in targets}
-    if group == "layer":
-        group_of = {target: _layer_and_rank(graph.nodes[target]) for target in group_of}
-    return [tuple(part) for _, part in groupby(edges, key=lambda edge: group_of[targets[edge]])]
+        starts = range(0, len(edges), group)
+        return [tuple(edges[start : start + group]) for start in starts]
+
+    def group_of(index: int) -> object:
+        edge = graph.edges[index]
+        return edge.target if group == "target" else _layer_and_kind((edge.target, edge.slot))
+
+    return [tuple(part) for _, part in groupby(edges, key=group_of)]
 
 
-def check_group(group: GroupName | int) -> None:
-    """Refuse what is neither the name of a group nor a positive number of edges.
-
-    Raises:
-        InputError: with the value given.
-    """
-    if isinstance(group, int) and not isinstance(group, bool) and group >= 1:
-        return
-    if group not in get_args(GroupName):
-        raise InputError(
-            f"group={group!r} is no way to group edges; choose 'target', 'layer' or a number of "
-            "edges of at least 1."
-        )
-
-
-def _edges_by_slot(graph: Graph) -> EdgesBySlot:
+def _edges_by_slot(graph: Graph) -> dict[TargetSlot, list[int]]:
     """The edges into each slot of each target, from the most downstream source up."""
     slots: dict[TargetSlot, list[int]] = {}
-    for index, edge in enumerate(graph.edges):
+    from_downstream = graph.source.argsort(descending=True, stable=True)
+    for index in from_downstream.tolist():
+        edge = graph.edges[index]
         slots.setdefault((edge.target, edge.slot), []).append(index)
-    source = graph.source.tolist()
-    return {
-        target: tuple(sorted(edges, key=source.__getitem__, reverse=True))
-        for target, edges in slots.items()
-    }
+    return slots
 
 
-def _topological(graph: Graph, slots: EdgesBySlot) -> Iterator[Trial]:
-    def rank(target: TargetSlot) -> tuple[float, ...]:
-        node, slot = target
-        layer, kind = _layer_and_rank(node)
-        # The positions of a node follow each other in `nodes`; in descending order the highest
-        # head and the last position come first.
-        return -layer, kind, -graph.node_index[node], SLOT_ORDER.index(slot or "v")
-
-    for target in sorted(slots, key=rank):
-        yield Trial(slots[target])
-
-
-def _original(slots: EdgesBySlot) -> Iterator[Trial]:
-    layers = sorted({_layer_and_rank(node)[0] for node, _ in slots}, reverse=True)
-    for layer in layers:
-        here = [(node, slot) for node, slot in slots if _layer_and_rank(node)[0] == layer]
-        yield from (Trial(slots[target]) for target in here if not isinstance(target[0], Head))
-        heads = [(node, slot) for node, slot in here if isinstance(node, Head) and slot]
-        heads.sort(key=lambda target: (SLOT_ORDER.index(target[1]), -target[0].head))
-        yield from (Trial(slots[target], together=True) for target in heads)
-        yield from (Trial(slots[target]) for target in heads)
+def _rank(graph: Graph, order: OrderName, target: TargetSlot) -> tuple[float, ...]:
+    """Targets of lower rank come first."""
+    node, slot = target
+    layer, kind = _layer_and_kind(target)
+    slot_rank = SLOT_ORDER.index(slot or "v")
+    # The highest head comes first and, as a node's positions follow each other, the last one.
+    node_rank = -graph.node_index[node]
+    if order == "original":
+        return -layer, kind, slot_rank, node_rank
+    return -layer, kind, node_rank, slot_rank
 
 
-def _layer_and_rank(node: Node) -> tuple[float, int]:
-    """The layer (the logits above all), and 0 for what is tried first within a layer."""
-    match node:
+def _layer_and_kind(target: TargetSlot) -> tuple[float, int]:
+    """The layer (the logits above all), and the kind; within a layer the MLP is tried first."""
+    match target[0]:
         case Logits():
-            return math.inf, 0
+            return math.inf, NOT_HEADS
         case MLP(layer=layer):
-            return layer, 0
+            return layer, NOT_HEADS
         case Head(layer=layer):
-            return layer, 1
+            return layer, HEADS
     raise InputError(
-        f"{node} is not a target in a component graph; searches over edges need a component graph."
+        f"{target[0]} is not a target in a component graph; searches over edges need a component "
+        "graph."
     )

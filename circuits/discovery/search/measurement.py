@@ -10,87 +10,87 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.discovery.search.confirmation import Increases, Noise, confirm
-from circuits.discovery.search.state import Group, SearchState, without_each
-from circuits.running.damage import DamageMeter
+from circuits.discovery.search.confirmation import Damages, Increases, StateIndices, confirm
+from circuits.discovery.search.state import Group, Search, without_each
 from circuits.system.errors import NotFiniteError
+
+CircuitMasks = Bool[Tensor, "circuit edge"]
+Rows = Int[np.ndarray, " row"]
 
 
 @dataclass
 class Measurement:
-    """Measures how much removals raise the damage, and compares that with the threshold.
+    """Measures how much removals raise the damage, and compares that with the threshold."""
 
-    Attributes:
-        absolute: compare the size of the change, so that edges that hurt are kept too.
-        confirm: in low precision, measure again in float32 what is near the threshold.
-    """
-
-    meter: DamageMeter
+    search: Search
     threshold: float
+    # Compare the size of the change, so that edges that hurt are kept too
     absolute: bool
-    confirm: bool
-    noise: Noise
+    # In low precision, measure again in float32 what is near the threshold
+    confirms: bool
 
     def harmless(self, increase: Increases | float) -> Any:
         """Whether removals that raise the damage by this much are below the threshold."""
         return self._compared(increase) < self.threshold
 
-    def one(self, state: SearchState, edges: Group, *, sample: bool) -> tuple[float, float]:
+    def one(self, edges: Group) -> tuple[float, float]:
         """L(H without the edges) - L(H), and L(H without the edges), with H the circuit so far."""
-        without = without_each(state.kept, [edges], np.array([False]))
-        increases, values = self.many(state, without, np.array([1]), sample=sample)
+        state = self.search.state
+        removed = np.array([False])
+        without = without_each(state.kept, [edges], removed)
+        with state.counting(self.search.meter):
+            increases, values = self.many(without, before=np.array([1]))
         return float(increases[0]), float(values[0])
 
-    def many(
-        self,
-        state: SearchState,
-        without: Bool[Tensor, "row edge"],
-        before: Int[np.ndarray, " row"],
-        *,
-        sample: bool,
-    ) -> tuple[Increases, Float[np.ndarray, " state"]]:
-        """Increases in damage, each against another circuit.
+    def many(self, without: CircuitMasks, before: Rows) -> tuple[Increases, Damages]:
+        """L(row) - L(before[row]) for every row, and L of every row and of H, the circuit so far.
 
         Args:
             without: the circuits to measure.
-            before: the row that each is compared with; `len(without)` is H, the circuit so far.
-            sample: whether this is a target's first batch, which shows how large the noise is.
-
-        Returns:
-            L(row) - L(before[row]) for every row, and L of every row and of H.
-
-        Raises:
-            NotFiniteError: the damage of one of them is not finite.
+            before: the row that each is compared with; `len(without)` is H.
         """
-        exact = self.meter.exact
-        if exact is None:
-            values = np.array([*self.meter(without).tolist(), state.damage])
+        state = self.search.state
+        if self.search.meter.exact is None:
+            # In float32 the damage of H is known from an earlier measurement.
+            values = np.array([*self.search.meter(without).tolist(), state.damage])
             return values[:-1] - values[before], values
         # H is measured with the others, because rounding depends on what the executor starts from.
         states = torch.cat([without, state.kept[None]])
         values = self._in_low_precision(states).numpy().copy()
         increases = values[:-1] - values[before]
-        if self.confirm:
-            confirm(
-                increases,
-                values,
-                before,
-                lambda found: np.abs(self._compared(found) - self.threshold),
-                lambda some: exact(states[torch.from_numpy(some)]).numpy(),
-                self.noise,
-                sample=sample,
-            )
+        if self.confirms:
+            self._confirm(increases, values, before, states)
         return increases, values
 
-    def _in_low_precision(self, states: Bool[Tensor, "state edge"]) -> Float[Tensor, " state"]:
+    def _confirm(
+        self,
+        increases: Increases,
+        values: Damages,
+        before: Rows,
+        states: CircuitMasks,
+    ) -> None:
+        exact = self.search.meter.exact
+        assert exact is not None
+
+        def distance(found: Increases) -> Increases:
+            return np.abs(self._compared(found) - self.threshold)
+
+        def measure(some: StateIndices) -> Damages:
+            return exact(states[torch.from_numpy(some)]).numpy()
+
+        sample = self.search.at_new_target
+        confirm(increases, values, before, distance, measure, self.search.state, sample=sample)
+
+    def _in_low_precision(self, states: CircuitMasks) -> Float[Tensor, " state"]:
+        meter = self.search.meter
         try:
-            return self.meter(states)
+            return meter(states)
         except NotFiniteError:
-            exact = self.meter.exact
-            if len(states) > 2 or exact is None:
+            if len(states) > 2 or meter.exact is None:
                 raise
             # A small type can overflow where float32 does not.
-            return replace(self.meter, executor=exact.executor)(states)
+            in_float32 = replace(meter, executor=meter.exact.executor)
+            return in_float32(states)
 
     def _compared(self, increase: Any) -> Any:
         return np.abs(increase) if self.absolute else increase

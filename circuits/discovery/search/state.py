@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from circuits.discovery.checkpoint import TensorState
-from circuits.discovery.search.edge_order import OrderName, Trial, chains
-from circuits.graph.graph import Graph
+from circuits.discovery.checkpoint import Checkpoint, TensorState
+from circuits.discovery.discoverer import EdgeScores, Progress
+from circuits.discovery.search.confirmation import Noise
+from circuits.discovery.search.edge_order import Trial
+from circuits.graph.graph import EdgeMask, Graph
 from circuits.running.damage import DamageMeter
+from circuits.system.errors import InputError
 
 NEVER = 1 << 62
 
@@ -22,103 +25,116 @@ Group = list[int]
 """Edges that are removed together; most groups have one edge."""
 
 
-@dataclass
-class SearchState(TensorState):
-    """Everything a sequential search has decided so far.
+@dataclass(kw_only=True)
+class Removals(TensorState):
+    """What every search that removes edges keeps."""
 
-    A chain is what is tried between two targets, see `edge_order.chains`.
-
-    Attributes:
-        kept: the circuit so far, H.
-        scores: the measured increase in damage of each edge tried alone.
-        damage: the damage of H.
-        chains_done: the number of finished chains.
-        decided: the number of decided groups of the current chain.
-        announced: how often the executor has been told about H (`DamageMeter.near`).
-        began: `announced` when the current chain began.
-        removed_at: `announced` when each edge was removed; NEVER for kept edges.
-        evaluations: decisions made by measuring.
-        batches, node_evaluations: counted by the executor.
-    """
-
-    kept: Bool[Tensor, " edge"]
-    scores: Float[Tensor, " edge"]
-    removed_at: Int[Tensor, " edge"]
+    # The circuit so far, H
+    kept: EdgeMask
+    # The measured increase in damage of each edge tried alone
+    scores: EdgeScores
+    # The damage of H
     damage: float
-    chains_done: int = 0
-    decided: int = 0
-    announced: int = 0
-    began: int = 0
+    # Decisions made by measuring
     evaluations: int = 0
+    # Counted by the executor
     batches: int = 0
     node_evaluations: int = 0
 
+    @contextmanager
+    def counting(self, meter: DamageMeter) -> Iterator[None]:
+        """Count what the executor does inside the block."""
+        counts: dict[str, int] = {}
+        with meter.counting(counts):
+            yield
+        self.batches += counts["batches"]
+        self.node_evaluations += counts["node_evaluations"]
+
+
+@dataclass(kw_only=True)
+class SearchState(Removals, Noise):
+    """Everything a sequential search has decided so far, and what it expects.
+
+    A chain is what is tried between two targets, see `edge_order.chains`.
+    """
+
+    # `announced` when each edge was removed; NEVER for kept edges
+    removed_at: Int[Tensor, " edge"]
+    # The number of finished chains
+    chains_done: int = 0
+    # The number of decided groups of the current chain
+    decided: int = 0
+    # How often the executor has been told about H (`DamageMeter.near`)
+    announced: int = 0
+    # `announced` when the current chain began
+    began: int = 0
+    # For each edge of the graph, whether it is expected to stay
+    stays: EdgeMask
+    # For each group of the current chain, whether it is expected to stay
+    expected: EdgeMask
+    # The number of groups of the current chain that have been measured
+    surveyed: int = 0
+    # measured and wrong: states measured, and decisions guessed wrong, in the whole search
+    measured: int = 0
+    wrong: int = 0
+
     @staticmethod
-    def start(graph: Graph, damage: DamageMeter) -> SearchState:
-        """The whole graph, with nothing tried."""
+    def start(graph: Graph, meter: DamageMeter, stays: EdgeMask | None) -> SearchState:
+        """The whole graph, with nothing tried; `stays=None` expects that all edges go."""
         kept = torch.ones(len(graph), dtype=torch.bool)
-        scores = torch.full((len(graph),), torch.nan)
-        removed_at = torch.full((len(graph),), NEVER)
-        return SearchState(kept, scores, removed_at, float(damage(kept[None])[0]))
+        shape = (len(graph),)
+        return SearchState(
+            kept=kept,
+            scores=torch.full(shape, torch.nan),
+            damage=float(meter(kept[None])),
+            removed_at=torch.full(shape, NEVER),
+            stays=~kept if stays is None else stays,
+            expected=~kept,
+        )
 
     def remove(self, edges: Sequence[int]) -> None:
         """Take edges out of H."""
         # numpy indexing takes a tenth of the time of torch's.
+        # H <- H \ edges
         self.kept.numpy()[edges] = False
         self.removed_at.numpy()[edges] = self.announced
 
 
 @dataclass
 class Search:
-    """Walks through the edges of a graph in a fixed order.
-
-    Attributes:
-        chain_finished: called with (done, total) after each chain.
-        at_new_target: whether the next decision is the first on edges into its target.
-    """
+    """Walks through the edges of a graph in a fixed order."""
 
     graph: Graph
     meter: DamageMeter
     chains: list[list[Trial]]
     state: SearchState
-    chain_finished: Callable[[int, int], None] = lambda done, total: None
+    # Where the state is saved after every decision
+    saved: Checkpoint
+    # Called after each chain
+    progress: Progress
+    # Whether the next decision is the first on edges into its target
     at_new_target: bool = False
-    _first_group: Group = field(default_factory=list)
-    _fixed_cost: float | None = None
-
-    @staticmethod
-    def start(graph: Graph, meter: DamageMeter, order: OrderName) -> Search:
-        """A search that has tried nothing."""
-        return Search(graph, meter, chains(graph, order), SearchState.start(graph, meter))
+    # The fixed cost of a batch of circuits without edges into that target, in circuits
+    fixed_cost: float | None = field(default=None, init=False)
 
     def undecided(self) -> Iterator[list[Group]]:
-        """The groups of the current chain that are left to decide, until no chain has any.
-
-        The caller decides at least the first of them before it asks again.
-        """
+        """The groups of a chain left to decide; the caller decides at least the first of them."""
         state = self.state
-        self._repeat_announcements()
+        self._resume()
         while state.chains_done < len(self.chains):
             groups = self._groups(self.chains[state.chains_done])
-            targets = self.graph.target.numpy()[[group[0] for group in groups]].tolist()
-            self._fixed_cost = None
-            while (done := state.decided) < len(groups):
-                self._first_group = groups[targets.index(targets[done])]
-                self.at_new_target = done == 0 or targets[done] != targets[done - 1]
-                if self.at_new_target:
-                    self._announce()
-                yield groups[done:]
+            while state.decided < len(groups):
+                self._approach(groups)
+                yield groups[state.decided :]
+                state.save(self.saved)
             state.chains_done += 1
-            state.decided, state.began = 0, state.announced
-            self.chain_finished(state.chains_done, len(self.chains))
+            state.decided = 0
+            state.began = state.announced
+            state.save(self.saved)
+            self.progress(state.chains_done, len(self.chains))
 
     def decide(self, group: Group, increase: float, damage: float, *, remove: bool) -> None:
-        """Record the decision on the next undecided group.
-
-        Args:
-            increase: L(H without the group) - L(H), in the metric's unit.
-            damage: L(H without the group).
-        """
+        """Record the decision on the next group: `damage` is L(H without the group)."""
         state = self.state
         if len(group) == 1:
             state.scores[group[0]] = increase
@@ -128,33 +144,24 @@ class Search:
         state.decided += 1
         state.evaluations += 1
 
-    @property
-    def fixed_cost(self) -> float:
-        """Fixed cost of a batch of circuits without edges into the current target, in circuits."""
-        if self._fixed_cost is None:
-            self._fixed_cost = self.meter.executor.fixed_cost(self._first_group)
-        return self._fixed_cost
+    def _approach(self, groups: list[Group]) -> None:
+        """At a new target, tell the executor about H, which the next circuits are close to."""
+        state = self.state
+        first_edges = [group[0] for group in groups]
+        targets = self.graph.target.numpy()[first_edges].tolist()
+        target = targets[state.decided]
+        self.at_new_target = state.decided == 0 or target != targets[state.decided - 1]
+        if self.at_new_target:
+            with state.counting(self.meter):
+                self.meter.near(state.kept)
+            state.announced += 1
+        if self.at_new_target or self.fixed_cost is None:
+            first = groups[targets.index(target)]
+            self.fixed_cost = self.meter.executor.fixed_cost(first)
 
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Count what the executor does inside the block."""
-        counts: dict[str, int] = {}
-        with self.meter.counting(counts):
-            yield
-        self.state.batches += counts["batches"]
-        self.state.node_evaluations += counts["node_evaluations"]
-
-    def _announce(self) -> None:
-        """Tell the executor about H, from which the circuits to come differ by a few edges."""
-        with self.counting():
-            self.meter.near(self.state.kept)
-        self.state.announced += 1
-        self._fixed_cost = None
-
-    def _repeat_announcements(self) -> None:
-        """After resuming: lead the executor along the same states as before, so that its rounding
-        is that of an uninterrupted search.
-        """
+    def _resume(self) -> None:
+        """Restore the state, and lead the executor along its history, for equal rounding."""
+        self.state.restore(self.saved)
         if self.state.chains_done < len(self.chains):
             for number in range(self.state.announced):
                 self.meter.near(self.state.removed_at > number)
@@ -162,31 +169,40 @@ class Search:
     def _groups(self, chain: list[Trial]) -> list[Group]:
         """The groups of a chain, given H when the chain began.
 
-        Edges into a target that no longer reaches the logits are removed without being tried.
+        Edges into a target that no longer reaches the logits are removed untried.
         """
         at_start = self.state.removed_at > self.state.began
-        kept, live = at_start.numpy(), self.meter.reaching_logits(at_start).numpy()
+        kept = at_start.numpy()
+        live = self.meter.reaching_logits(at_start).numpy()
         groups: list[Group] = []
         for trial in chain:
             edges = [edge for edge in trial.edges if kept[edge]]
             if edges and not live[edges].any():
                 self.state.remove(edges)
-            elif edges:
-                groups += [edges] if trial.together else [[edge] for edge in edges]
+            elif trial.together and edges:
+                groups.append(edges)
+            else:
+                groups += [[edge] for edge in edges]
         return groups
 
 
 def without_each(
-    kept: Bool[Tensor, " edge"], groups: list[Group], expected: Bool[np.ndarray, " group"]
+    kept: EdgeMask, groups: list[Group], expected: Bool[np.ndarray, " group"]
 ) -> Bool[Tensor, "group edge"]:
-    """For each group, H without it and without the groups before it that are expected to go.
-
-    Args:
-        expected: True for groups that are expected to stay.
-    """
-    row = np.arange(len(groups))[:, None]
-    group = np.repeat(np.arange(len(groups)), [len(edges) for edges in groups])
-    gone = (row == group) | (row > group) & ~expected[group]
-    without = np.repeat(kept.numpy()[None], len(groups), axis=0)
+    """For each group, H without it and without the groups before it that are expected to go."""
+    numbers = np.arange(len(groups))
+    group_of_edge = np.repeat(numbers, [len(edges) for edges in groups])
+    row = numbers[:, None]
+    gone_before = (row > group_of_edge) & ~expected[group_of_edge]
+    gone = gone_before | (row == group_of_edge)
+    without = np.tile(kept.numpy(), (len(groups), 1))
     without[:, np.concatenate(groups)] = ~gone
     return torch.from_numpy(without)
+
+
+def check_threshold(threshold: float) -> None:
+    """Refuse a threshold that is negative or no number."""
+    if not threshold >= 0:
+        raise InputError(
+            f"threshold={threshold} must be a number of at least 0; 0.01 is usual for KL."
+        )
