@@ -15,7 +15,7 @@ import pandas
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 from circuits.graph.circuit import Circuit
-from circuits.plotting.circuit_drawing.draw import draw, edge_limit, score_text, strongest_first
+from circuits.plotting.circuit_drawing.draw import draw, edge_limit, ranked_edges
 from circuits.plotting.markup import details_list, fill_template, static_file
 
 MISSING = "&ndash;"
@@ -87,19 +87,17 @@ def data_table(frame: pandas.DataFrame) -> str:
 
 
 def _edge_table(circuit: Circuit) -> str:
-    edges = circuit.edges
-    scores = circuit.scores[circuit.kept].tolist()
     header = [
         _header_cell("edge", numeric=False),
         _header_cell("score", numeric=True),
         _header_cell("rank by |score|", numeric=True),
     ]
     rows = []
-    for rank, index in enumerate(strongest_first(scores)[:MAX_TABLE_ROWS], start=1):
-        name = f"<td>{escape(str(edges[index]))}</td>"
-        score = _number_cell(scores[index], score_text(scores[index]))
-        rank_cell = _number_cell(rank, f"{rank:,}")
-        rows.append(f'<tr data-rank="{rank}">{name}{score}{rank_cell}</tr>')
+    for one in ranked_edges(circuit, MAX_TABLE_ROWS):
+        name = f"<td>{escape(str(one.edge))}</td>"
+        score = _number_cell(one.score, one.score_text)
+        rank = _number_cell(one.rank, f"{one.rank:,}")
+        rows.append(f'<tr data-rank="{one.rank}">{name}{score}{rank}</tr>')
     return _table(header, rows, css_class="edges")
 
 
