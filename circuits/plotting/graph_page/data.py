@@ -14,45 +14,52 @@ from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
-import numpy as np
-import pandas
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.attribution.feature_graph import EMBEDDING, FEATURE, TARGET, FeatureGraph
+from circuits.attribution.feature_graph import (
+    EMBEDDING,
+    FEATURE,
+    TARGET,
+    EdgeMask,
+    EdgeNumbers,
+    EdgeScores,
+    FeatureGraph,
+    NodeMask,
+    NodeNumbers,
+    NodeScores,
+)
 from circuits.attribution.influence import edge_influence, node_influence, prune
 
 N_CACHED_VIEWS = 16
 
 JsonObject = dict[str, Any]
-NodeMask = Bool[Tensor, " node"]
-NodeNumbers = Int[Tensor, " some_nodes"]
-EdgeMask = Bool[Tensor, " edge"]
-EdgeNumbers = Int[Tensor, " some_edges"]
 
 
 @dataclass(frozen=True, eq=False)
 class GraphData:
-    """An attribution graph with its influence, and the queries of its page.
+    """An attribution graph on the CPU, and the queries of its page.
 
     A node has a number, its index in the graph, and a name, its text.
-
-    Attributes:
-        graph: on the CPU.
-        influence: influence of each node on the targets.
-        edge_influence: influence that flows along each edge.
     """
 
     graph: FeatureGraph
-    influence: Float[Tensor, " node"]
-    edge_influence: Float[Tensor, " edge"]
 
     @staticmethod
     def of(graph: FeatureGraph) -> GraphData:
-        """Compute the influence of a graph's nodes and edges."""
-        graph = graph.to("cpu")
-        return GraphData(graph, node_influence(graph), edge_influence(graph))
+        """Move a graph to the CPU."""
+        return GraphData(graph.to("cpu"))
+
+    @cached_property
+    def influence(self) -> NodeScores:
+        """Influence of each node on the targets."""
+        return node_influence(self.graph)
+
+    @cached_property
+    def edge_influence(self) -> EdgeScores:
+        """Influence that flows along each edge."""
+        return edge_influence(self.graph)
 
     @cached_property
     def names(self) -> list[str]:
@@ -75,8 +82,7 @@ class GraphData:
         digest = hashlib.blake2b(texts.encode(), digest_size=12)
         edges = (graph.source, graph.target, graph.weight, graph.direct)
         for column in (*vars(graph.nodes).values(), *edges, graph.tokens):
-            data = column.contiguous().flatten().view(torch.uint8)
-            digest.update(data.numpy().tobytes())
+            digest.update(column.contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()
 
     def about(self) -> JsonObject:
@@ -153,55 +159,54 @@ class GraphData:
         a part of a name, and last the token at a feature's position.
         """
         wanted = text.strip().lower()
-        names, texts = self._lower_names, self._lower_texts
-        # Not a regular expression: readers search for brackets and stars as well.
-        in_text = texts.str.contains(wanted, regex=False)
-        matches = [
-            names == wanted,
-            names.str.startswith(wanted),
-            in_text & self.graph.is_kind(TARGET, EMBEDDING).numpy(),
-            names.str.contains(wanted, regex=False),
-            in_text & self.graph.is_kind(FEATURE).numpy(),
-        ]
-        no_match = len(matches)
-        quality = np.select(matches, range(no_match), no_match)
-        # Equally good matches are sorted by influence.
-        best_first = np.lexsort((self._rank, quality))
-        n_found = int((quality < no_match).sum()) if wanted else 0
-        found = torch.from_numpy(best_first[: min(n, n_found)])
-        return {"nodes": self.node_table(found), "found": n_found}
+        found = []
+        for number, (name, own, nearby) in enumerate(self._search_texts):
+            matches = (
+                name == wanted,
+                name.startswith(wanted),
+                wanted in own,
+                wanted in name,
+                wanted in nearby,
+            )
+            if wanted and any(matches):
+                # Equally good matches are sorted by influence.
+                found.append((matches.index(True), self._ranks[number], number))
+        numbers = [number for *_, number in sorted(found)[:n]]
+        return {
+            "nodes": self.node_table(torch.tensor(numbers, dtype=torch.long)),
+            "found": len(found),
+        }
 
     def node_table(self, numbers: NodeNumbers) -> JsonObject:
         """Return the table of some nodes."""
-        columns = vars(self.graph.nodes[numbers])
+        ids = numbers.tolist()
+        columns = vars(self.graph.nodes[numbers]) | {"influence": self.influence[numbers]}
         return {
-            "id": numbers.tolist(),
-            "name": [self.names[number] for number in numbers.tolist()],
+            "id": ids,
+            "name": [self.names[number] for number in ids],
             **{name: _values(column) for name, column in columns.items()},
-            "influence": _values(self.influence[numbers]),
-            "rank": self._rank[numbers].tolist(),
+            "rank": [self._ranks[number] for number in ids],
         }
 
     @cached_property
-    def _rank(self) -> Int[Tensor, " node"]:
+    def _ranks(self) -> list[int]:
         """Rank of each node by influence, from 1."""
-        order = torch.argsort(self.influence, descending=True, stable=True)
-        return torch.argsort(order) + 1
+        order = self.influence.argsort(descending=True, stable=True)
+        return (order.argsort() + 1).tolist()
 
     @cached_property
-    def _lower_names(self) -> pandas.Series:
-        return pandas.Series(self.names, dtype=object).str.lower()
-
-    @cached_property
-    def _lower_texts(self) -> pandas.Series:
-        """Labels of targets, and for other nodes the token at their position."""
-        graph = self.graph
+    def _search_texts(self) -> list[tuple[str, str, str]]:
+        """The name, the token or label, and for features the token nearby, of each node."""
+        graph, nodes = self.graph, self.graph.nodes
+        columns = (nodes.kind, nodes.position, nodes.index)
+        rows = zip(self.names, *(column.tolist() for column in columns), strict=True)
         texts = []
-        columns = (graph.nodes.kind, graph.nodes.position, graph.nodes.index)
-        for kind, position, index in torch.stack(columns, dim=1).tolist():
+        for name, kind, position, index in rows:
             text = graph.targets[index].label if kind == TARGET else graph.words[position]
-            texts.append(text.lower())
-        return pandas.Series(texts, dtype=object)
+            own = text if kind in (EMBEDDING, TARGET) else ""
+            nearby = text if kind == FEATURE else ""
+            texts.append((name.lower(), own.lower(), nearby.lower()))
+        return texts
 
     def _mask(self, numbers: Sequence[int]) -> NodeMask:
         mask = torch.zeros(len(self.graph.nodes), dtype=torch.bool)
@@ -228,16 +233,12 @@ class GraphData:
         }
 
     def _edge_table(self, edges: EdgeNumbers) -> JsonObject:
-        columns = {
-            "source": self.graph.source,
-            "target": self.graph.target,
-            "weight": self.graph.weight,
-            "direct": self.graph.direct,
-            "influence": self.edge_influence,
-        }
+        names = ("source", "target", "weight", "direct")
+        columns = {name: getattr(self.graph, name) for name in names}
+        columns["influence"] = self.edge_influence
         return {name: _values(column[edges]) for name, column in columns.items()}
 
-    def _ends(self, ends: Int[Tensor, " edge"], edges: EdgeMask, n: int) -> JsonObject:
+    def _ends(self, ends: EdgeNumbers, edges: EdgeMask, n: int) -> JsonObject:
         """Sum the weights of some edges by their ends; return the `n` strongest of these nodes."""
         nodes, place = ends[edges].unique(return_inverse=True)
         weight, direct = (

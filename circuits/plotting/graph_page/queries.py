@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qsl
 
 from circuits.plotting.graph_page.data import GraphData, JsonObject
 from circuits.plotting.graph_page.page import THRESHOLDS
@@ -32,62 +31,58 @@ def answer(data: GraphData, address: str, query: str) -> JsonObject:
         InputError: a parameter is unknown, given twice, or has a value that cannot be used.
     """
     method, defaults = QUERIES[address]
-    given = _parameters(query, defaults)
-    values: list[Any] = []
-    for name, default in defaults.items():
-        text = given.get(name, str(default))
-        if name == "node":
-            values.append(_node_numbers(data, text))
-        elif isinstance(default, str):
-            values.append(text)
-        elif isinstance(default, int):
-            values.append(_count(name, text, default))
-        else:
-            values.append(_share(name, text))
-    result: JsonObject = getattr(data, method)(*values)
+    given = _parameters(query, defaults.keys())
+    values = {name: _value(name, given.get(name), default) for name, default in defaults.items()}
+    if "node" in values:
+        values["node"] = _node_numbers(data, values["node"])
+    result: JsonObject = getattr(data, method)(*values.values())
     return result
 
 
-def _parameters(query: str, names: Iterable[str]) -> dict[str, str]:
+def _parameters(query: str, names: Collection[str]) -> dict[str, str]:
     """Parse a query string that may hold each of these parameters once."""
-    known = list(names)
     try:
-        parameters = parse_qs(
+        parameters = parse_qsl(
             query,
             keep_blank_values=True,
             strict_parsing=bool(query),
             errors="strict",
-            max_num_fields=len(known),
+            max_num_fields=len(names),
         )
     except ValueError as error:
         raise InputError(f"the query is not name=value&...: {error}.") from error
-    for name, values in parameters.items():
-        if name not in known or len(values) > 1:
+    given: dict[str, str] = {}
+    for name, text in parameters:
+        if name not in names or name in given:
             raise InputError(
                 f"{name[:SHOWN_CHARACTERS]!r} cannot be given here, or not twice; "
-                f"the parameters are {', '.join(known)}."
+                f"the parameters are {', '.join(names)}."
             )
-    return {name: values[0] for name, values in parameters.items()}
+        given[name] = text
+    return given
 
 
-def _share(name: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value <= 1:
-        raise InputError(f"{name}={text[:SHOWN_CHARACTERS]!r}: give a number from 0 to 1.")
-    return value
-
-
-def _count(name: str, text: str, largest: int) -> int:
-    if not _is_count(text):
-        raise InputError(f"{name}={text[:SHOWN_CHARACTERS]!r}: give a number up to {largest}.")
-    return min(int(text), largest)
+def _value(name: str, text: str | None, default: Any) -> Any:
+    """Parse a text, a count or a share, whichever its default is."""
+    if text is None or isinstance(default, str):
+        return default if text is None else text
+    if isinstance(default, int) and _is_count(text):
+        return min(int(text), default)
+    if isinstance(default, float) and _is_share(text):
+        return float(text)
+    wanted = f"up to {default}" if isinstance(default, int) else "from 0 to 1"
+    raise InputError(f"{name}={text[:SHOWN_CHARACTERS]!r}: give a number {wanted}.")
 
 
 def _is_count(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) <= MAX_DIGITS
+
+
+def _is_share(text: str) -> bool:
+    try:
+        return 0 <= float(text) <= 1
+    except ValueError:
+        return False
 
 
 def _node_numbers(data: GraphData, texts: str) -> list[int]:
