@@ -27,7 +27,6 @@ from circuits.attribution.feature_graph import (
     EdgeScores,
     FeatureGraph,
     NodeMask,
-    NodeNumbers,
     NodeScores,
 )
 from circuits.attribution.influence import edge_influence, node_influence, prune
@@ -138,12 +137,12 @@ class GraphData:
         inside = self._mask(numbers)
         incoming = self._ends(source, inside[target] & ~inside[source], n)
         outgoing = self._ends(target, inside[source] & ~inside[target], n)
-        others = torch.tensor([*incoming["node"], *outgoing["node"]], dtype=torch.long)
+        others = {*incoming["node"], *outgoing["node"]}
         return {
             "incoming": incoming,
             "outgoing": outgoing,
             "constants": _values(self.graph.constants[inside].sum(0)),
-            "nodes": self.node_table(others.unique()),
+            "nodes": self.node_table(sorted(others)),
         }
 
     def between(self, numbers: Sequence[int], n: int) -> JsonObject:
@@ -172,20 +171,17 @@ class GraphData:
                 # Equally good matches are sorted by influence.
                 found.append((matches.index(True), self._ranks[number], number))
         numbers = [number for *_, number in sorted(found)[:n]]
-        return {
-            "nodes": self.node_table(torch.tensor(numbers, dtype=torch.long)),
-            "found": len(found),
-        }
+        return {"nodes": self.node_table(numbers), "found": len(found)}
 
-    def node_table(self, numbers: NodeNumbers) -> JsonObject:
+    def node_table(self, numbers: list[int]) -> JsonObject:
         """Return the table of some nodes."""
-        ids = numbers.tolist()
-        columns = vars(self.graph.nodes[numbers]) | {"influence": self.influence[numbers]}
+        rows = torch.tensor(numbers, dtype=torch.long)
+        columns = vars(self.graph.nodes[rows]) | {"influence": self.influence[rows]}
         return {
-            "id": ids,
-            "name": [self.names[number] for number in ids],
+            "id": numbers,
+            "name": [self.names[number] for number in numbers],
             **{name: _values(column) for name, column in columns.items()},
-            "rank": [self._ranks[number] for number in ids],
+            "rank": [self._ranks[number] for number in numbers],
         }
 
     @cached_property
@@ -228,7 +224,7 @@ class GraphData:
         inside = edges & kept[self.graph.source] & kept[self.graph.target]
         kept_edges = _largest(self.edge_influence, inside, max_edges).sort().values
         return {
-            "nodes": self.node_table(kept.nonzero().flatten()),
+            "nodes": self.node_table(kept.nonzero().flatten().tolist()),
             "edges": self._edge_table(kept_edges),
         }
 
