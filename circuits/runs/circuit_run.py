@@ -114,13 +114,18 @@ def run(
         if on_first(lambda: (folder / RECORD).exists()):
             return on_first(lambda: load_run(folder))
         checkpoint = folder / CHECKPOINT
-        measured: dict[str, Any] = {"resumed": checkpoint.exists()}
+        resumed = checkpoint.exists()
         started = time.perf_counter()
         with counting_passes(model) as passes:
             circuit = _discover(discoverer, model, task, graph, checkpoint, progress)
-        measured["seconds"] = time.perf_counter() - started
-        record = _describe(discoverer, model, task, circuit) | totals(passes) | measured
-        record["notes"] = dict(notes or {})
+        seconds = time.perf_counter() - started
+        record = {
+            **_describe(discoverer, model, task, circuit),
+            **totals(passes),
+            "resumed": resumed,
+            "seconds": seconds,
+            "notes": dict(notes or {}),
+        }
         return on_first(lambda: _save(CircuitRun(folder, circuit, record, reused=False)))
 
 
@@ -208,11 +213,8 @@ def counting_passes(model: Model) -> Iterator[dict[str, int]]:
         counts["forward_passes"] += 1
         counts["prompts_run"] += len(arguments[0])
 
-    handle = model.register_forward_pre_hook(count)
-    try:
+    with model.register_forward_pre_hook(count):
         yield counts
-    finally:
-        handle.remove()
 
 
 def _discover(
@@ -277,13 +279,8 @@ def _taking_turns(folder: Path) -> Iterator[None]:
 
 
 def _digest(discoverer: CircuitDiscoverer, model: Model, task: Task, graph: Graph) -> str:
-    parts = [
-        circuits.__version__,
-        discoverer.identity(),
-        identity(model).weights,
-        task.digest(),
-        graph.positions,
-    ]
+    weights, prompts = identity(model).weights, task.digest()
+    parts = [circuits.__version__, discoverer.identity(), weights, prompts, graph.positions]
     return digest(parts, (graph.source, graph.target, graph.slot))
 
 

@@ -134,8 +134,13 @@ def run_graph(
         started = time.perf_counter()
         graph = method.attribute(model, tokens, explain=explain)
         seconds = time.perf_counter() - started
-        described = {"prompt": text, **describe_setup(model), **_describe(method, graph)}
-        record = {**described, "seconds": seconds, "notes": dict(notes or {})}
+        record = {
+            "prompt": text,
+            **describe_setup(model),
+            **_describe(method, graph),
+            "seconds": seconds,
+            "notes": dict(notes or {}),
+        }
         found = GraphRun(folder, graph, record, reused=False)
         graph.save(folder)
         _write_page(found)
@@ -202,13 +207,9 @@ def _digest(
     tokens: Int[Tensor, " pos"],
     explain: Sequence[Explained] | None,
 ) -> str:
-    parts = [
-        circuits.__version__,
-        method.identity(),
-        identity(model).weights,
-        tokens.tolist(),
-        None if explain is None else [_explained_as_json(each) for each in explain],
-    ]
+    weights = identity(model).weights
+    explained = None if explain is None else [_explained_as_json(each) for each in explain]
+    parts = [circuits.__version__, method.identity(), weights, tokens.tolist(), explained]
     return digest(parts, size=4)
 
 
@@ -217,35 +218,33 @@ def _explained_as_json(explained: Explained) -> Any:
     if not isinstance(explained, Direction):
         return as_json(explained)
     vector = explained.vector.double().cpu().contiguous().numpy()
-    return [
-        explained.label,
-        hashlib.blake2b(vector.tobytes()).hexdigest(),
-        explained.bias,
-        explained.weight,
-        explained.position,
-        explained.token,
-    ]
+    fields = vars(explained) | {"vector": hashlib.blake2b(vector.tobytes()).hexdigest()}
+    return list(fields.values())
 
 
 def _describe(method: AttributionGraph, graph: FeatureGraph) -> dict[str, Any]:
-    small = pruned(
-        graph, node_threshold=method.node_threshold, edge_threshold=method.edge_threshold
-    )
-    described: dict[str, Any] = {
+    kept = pruned(graph, node_threshold=method.node_threshold, edge_threshold=method.edge_threshold)
+    return {
         "method": method.name,
         "settings": method.settings(),
         "transcoders": vars(graph.transcoders),
         "tokens": graph.tokens.tolist(),
         "explained": [target.label for target in graph.targets],
+        **_counts(graph),
+        **{f"kept_{name}": value for name, value in _counts(kept).items()},
     }
-    for prefix, part in (("", graph), ("kept_", small)):
-        described[f"{prefix}features"] = int(part.is_kind(FEATURE).sum())
-        described[f"{prefix}edges"] = len(part)
-        for name, function in SCORES.items():
-            score = function(part)
-            # JSON has no NaN: a score that is not defined is null.
-            described[f"{prefix}{name}_score"] = None if math.isnan(score) else score
-    return described
+
+
+def _counts(graph: FeatureGraph) -> dict[str, Any]:
+    counts: dict[str, Any] = {
+        "features": int(graph.is_kind(FEATURE).sum()),
+        "edges": len(graph),
+    }
+    for name, function in SCORES.items():
+        score = function(graph)
+        # JSON has no NaN: a score that is not defined is null.
+        counts[f"{name}_score"] = None if math.isnan(score) else score
+    return counts
 
 
 def _write_page(found: GraphRun) -> None:

@@ -38,12 +38,9 @@ def memory_budget(
     device = torch.device(device or "cpu")
     if device.type == "cuda":
         # The driver counts memory in torch's cache as used, but torch will give it to us.
-        reserved, allocated = (
-            torch.cuda.memory_reserved(device),
-            torch.cuda.memory_allocated(device),
-        )
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free, _ = torch.cuda.mem_get_info(device)
-        return int((free + reserved - allocated) * GPU_SHARE)
+        return int((free + cached) * GPU_SHARE)
     available = psutil.virtual_memory().available
     return min(cpu_bytes, int(available * CPU_SHARE))
 

@@ -125,20 +125,10 @@ def gathered(measure: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
 
 
 class _Report(NamedTuple):
-    """What a rank sends to the others: its result, or its error: the text, and for invalid input
-    the class to raise on all ranks.
-    """
+    """What a rank sends to the others: its result, or the error to raise there."""
 
     result: Any = None
-    error: str | None = None
-    raised_as: type[InputError] | None = None
-
-    @staticmethod
-    def of(error: Exception) -> _Report:
-        if isinstance(error, InputError):
-            kind = NotFiniteError if isinstance(error, NotFiniteError) else SharedError
-            return _Report(error=str(error), raised_as=kind)
-        return _Report(error=f"{type(error).__name__}: {error}")
+    error: Exception | None = None
 
 
 def exchanged(function: Callable[[], Result]) -> list[Result]:
@@ -155,22 +145,26 @@ def exchanged(function: Callable[[], Result]) -> list[Result]:
         # The connection is lost: nobody is left to report to.
         raise
     except Exception as error:
-        own_error, report = error, _Report.of(error)
+        own_error, report = error, _Report(error=_for_all_ranks(error))
     reports = [report] * ranks().world
     with _connection_errors():
         dist.all_gather_object(reports, report)
-    failed = [(rank, each) for rank, each in enumerate(reports) if each.error is not None]
     # Any error but an InputError may be a bug. It comes first, and where it happened it is raised
     # with its traceback.
-    if own_error is not None and report.raised_as is None:
+    if isinstance(report.error, RankError) and own_error is not None:
         raise own_error
-    for rank, each in failed:
-        if each.raised_as is None:
-            raise RankError(f"rank {rank} failed: {each.error}")
-    for _, each in failed:
-        assert each.raised_as is not None
-        raise each.raised_as(each.error) from own_error
+    errors = [each.error for each in reports if each.error is not None]
+    if errors:
+        raise min(errors, key=lambda error: isinstance(error, InputError)) from own_error
     return [each.result for each in reports]
+
+
+def _for_all_ranks(error: Exception) -> Exception:
+    if isinstance(error, NotFiniteError):
+        return NotFiniteError(str(error))
+    if isinstance(error, InputError):
+        return SharedError(str(error))
+    return RankError(f"rank {ranks().rank} failed: {type(error).__name__}: {error}")
 
 
 def on_first(function: Callable[[], Result]) -> Result:
