@@ -14,24 +14,16 @@ from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
+import numpy as np
+import pandas
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.attribution.feature_graph import (
-    EMBEDDING,
-    FEATURE,
-    TARGET,
-    EdgeMask,
-    EdgeNumbers,
-    EdgeScores,
-    FeatureGraph,
-    NodeMask,
-    NodeScores,
-)
+from circuits.attribution.feature_graph import EMBEDDING, FEATURE, TARGET, FeatureGraph
 from circuits.attribution.influence import edge_influence, node_influence, prune
 
 N_CACHED_VIEWS = 16
+EDGE_COLUMNS = ("source", "target", "weight", "direct")
 
 JsonObject = dict[str, Any]
 
@@ -51,19 +43,27 @@ class GraphData:
         return GraphData(graph.to("cpu"))
 
     @cached_property
-    def influence(self) -> NodeScores:
-        """Influence of each node on the targets."""
-        return node_influence(self.graph)
+    def nodes(self) -> pandas.DataFrame:
+        """The nodes by number, with their influence on the targets and their rank by it."""
+        influence = node_influence(self.graph)
+        nodes = _frame(vars(self.graph.nodes) | {"influence": influence})
+        names = [str(self.graph.node(number)) for number in nodes.index]
+        nodes.insert(0, "id", nodes.index)
+        nodes.insert(1, "name", pandas.Series(names, dtype=object))
+        ranks = nodes["influence"].rank(method="first", ascending=False)
+        return nodes.assign(rank=ranks.astype(int))
 
     @cached_property
-    def edge_influence(self) -> EdgeScores:
-        """Influence that flows along each edge."""
-        return edge_influence(self.graph)
+    def edges(self) -> pandas.DataFrame:
+        """The edges, with the influence that flows along them."""
+        columns = {name: getattr(self.graph, name) for name in EDGE_COLUMNS}
+        columns["influence"] = edge_influence(self.graph)
+        return _frame(columns)
 
     @cached_property
     def names(self) -> list[str]:
         """Names of the nodes."""
-        return [str(self.graph.node(number)) for number in range(len(self.graph.nodes))]
+        return self.nodes["name"].tolist()
 
     @cached_property
     def numbers(self) -> dict[str, int]:
@@ -79,7 +79,7 @@ class GraphData:
         targets = [asdict(target) for target in graph.targets]
         texts = json.dumps([graph.words, targets, graph.n_layers])
         digest = hashlib.blake2b(texts.encode(), digest_size=12)
-        edges = (graph.source, graph.target, graph.weight, graph.direct)
+        edges = [getattr(graph, name) for name in EDGE_COLUMNS]
         for column in (*vars(graph.nodes).values(), *edges, graph.tokens):
             digest.update(column.contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()
@@ -90,7 +90,7 @@ class GraphData:
         total = {
             "nodes": len(graph.nodes),
             "edges": len(graph),
-            "influence": _values(self.influence.sum()[None])[0],
+            "influence": _json_value(self.nodes["influence"].sum()),
         }
         return {
             "digest": self.digest,
@@ -103,11 +103,9 @@ class GraphData:
 
     def held(self, max_nodes: int, max_edges: int) -> JsonObject:
         """Return what a page without a server holds: the most influential nodes and edges."""
-        every_node = torch.ones(len(self.graph.nodes), dtype=torch.bool)
-        every_edge = torch.ones(len(self.graph), dtype=torch.bool)
-        held = self._most_influential(every_node, every_edge, max_nodes, max_edges)
-        constants = self.graph.constants[held["nodes"]["id"]]
-        return {**held, "constants": [_values(row) for row in constants]}
+        held = self._most_influential(self.nodes, self.edges, max_nodes, max_edges)
+        constants = self.graph.constants[held["nodes"]["id"]].tolist()
+        return {**held, "constants": [list(map(_json_value, row)) for row in constants]}
 
     def view(
         self, node_threshold: float, edge_threshold: float, max_nodes: int, max_edges: int
@@ -118,9 +116,9 @@ class GraphData:
             InputError: a threshold is not between 0 and 1.
         """
         kept = prune(self.graph, node_threshold=node_threshold, edge_threshold=edge_threshold)
-        counts = {"nodes": int(kept.nodes.sum()), "edges": int(kept.edges.sum())}
-        view = self._most_influential(kept.nodes, kept.edges, max_nodes, max_edges)
-        return {**view, "kept": counts}
+        nodes, edges = self.nodes[kept.nodes.numpy()], self.edges[kept.edges.numpy()]
+        view = self._most_influential(nodes, edges, max_nodes, max_edges)
+        return {**view, "kept": {"nodes": len(nodes), "edges": len(edges)}}
 
     @cached_property
     def cached_view(self) -> Callable[..., JsonObject]:
@@ -133,23 +131,22 @@ class GraphData:
         Weights between these nodes and another node are summed.
         """
         # Edges between the chosen nodes are inside of the whole, and not listed.
-        source, target = self.graph.source, self.graph.target
-        inside = self._mask(numbers)
-        incoming = self._ends(source, inside[target] & ~inside[source], n)
-        outgoing = self._ends(target, inside[source] & ~inside[target], n)
-        others = {*incoming["node"], *outgoing["node"]}
+        leaving = self.edges["source"].isin(numbers)
+        entering = self.edges["target"].isin(numbers)
+        incoming = self._ends("source", entering & ~leaving, n)
+        outgoing = self._ends("target", leaving & ~entering, n)
+        constants = self.graph.constants[sorted(set(numbers))].sum(0)
         return {
             "incoming": incoming,
             "outgoing": outgoing,
-            "constants": _values(self.graph.constants[inside].sum(0)),
-            "nodes": self.node_table(sorted(others)),
+            "constants": list(map(_json_value, constants.tolist())),
+            "nodes": self.node_table(sorted({*incoming["node"], *outgoing["node"]})),
         }
 
     def between(self, numbers: Sequence[int], n: int) -> JsonObject:
         """Return the `n` strongest edges between some nodes."""
-        inside = self._mask(numbers)
-        edges = inside[self.graph.source] & inside[self.graph.target]
-        return self._edge_table(_largest(self.graph.weight.abs(), edges, n))
+        inside = self.edges[["source", "target"]].isin(numbers).all(axis=1)
+        return _table(_strongest(self.edges[inside], n))
 
     def search(self, text: str, n: int) -> JsonObject:
         """Return the `n` nodes that match a text best, and how many match.
@@ -157,111 +154,85 @@ class GraphData:
         The best match is a name, then the start of a name, the token or label of the node itself,
         a part of a name, and last the token at a feature's position.
         """
-        wanted = text.strip().lower()
-        found = []
-        for number, (name, own, nearby) in enumerate(self._search_texts):
-            matches = (
-                name == wanted,
-                name.startswith(wanted),
-                wanted in own,
-                wanted in name,
-                wanted in nearby,
-            )
-            if wanted and any(matches):
-                # Equally good matches are sorted by influence.
-                found.append((matches.index(True), self._ranks[number], number))
-        numbers = [number for *_, number in sorted(found)[:n]]
-        return {"nodes": self.node_table(numbers), "found": len(found)}
+        quality = self._match_quality(text.strip().lower())
+        # Equally good matches are sorted by influence.
+        ordered = self.nodes.assign(quality=quality).sort_values(["quality", "rank"])
+        found = ordered.dropna(subset="quality")["id"].tolist()
+        return {"nodes": self.node_table(found[:n]), "found": len(found)}
+
+    def _match_quality(self, wanted: str) -> np.ndarray:
+        """Number the kinds of matches, the best 0; NaN where nothing matches."""
+        kind = self.nodes["kind"]
+        names = self.nodes["name"].str.lower()
+        # Not regular expressions: readers search for brackets and stars as well.
+        in_name = names.str.contains(wanted, regex=False)
+        in_text = self._lower_texts.str.contains(wanted, regex=False)
+        matches = [
+            names == wanted,
+            names.str.startswith(wanted),
+            in_text & kind.isin([TARGET, EMBEDDING]),
+            in_name,
+            in_text & (kind == FEATURE),
+        ]
+        quality = np.select(matches, range(len(matches)), np.nan)
+        return np.where(wanted != "", quality, np.nan)
 
     def node_table(self, numbers: list[int]) -> JsonObject:
         """Return the table of some nodes."""
-        rows = torch.tensor(numbers, dtype=torch.long)
-        columns = vars(self.graph.nodes[rows]) | {"influence": self.influence[rows]}
-        return {
-            "id": numbers,
-            "name": [self.names[number] for number in numbers],
-            **{name: _values(column) for name, column in columns.items()},
-            "rank": [self._ranks[number] for number in numbers],
-        }
+        return _table(self.nodes.loc[numbers])
 
     @cached_property
-    def _ranks(self) -> list[int]:
-        """Rank of each node by influence, from 1."""
-        order = self.influence.argsort(descending=True, stable=True)
-        return (order.argsort() + 1).tolist()
-
-    @cached_property
-    def _search_texts(self) -> list[tuple[str, str, str]]:
-        """The name, the token or label, and for features the token nearby, of each node."""
-        graph, nodes = self.graph, self.graph.nodes
-        columns = (nodes.kind, nodes.position, nodes.index)
-        rows = zip(self.names, *(column.tolist() for column in columns), strict=True)
-        texts = []
-        for name, kind, position, index in rows:
-            text = graph.targets[index].label if kind == TARGET else graph.words[position]
-            own = text if kind in (EMBEDDING, TARGET) else ""
-            nearby = text if kind == FEATURE else ""
-            texts.append((name.lower(), own.lower(), nearby.lower()))
-        return texts
-
-    def _mask(self, numbers: Sequence[int]) -> NodeMask:
-        mask = torch.zeros(len(self.graph.nodes), dtype=torch.bool)
-        mask[list(numbers)] = True
-        return mask
+    def _lower_texts(self) -> pandas.Series:
+        """Labels of targets, and for other nodes the token at their position."""
+        nodes = self.nodes
+        labels = {index: target.label for index, target in enumerate(self.graph.targets)}
+        words = nodes["position"].map(dict(enumerate(self.graph.words)))
+        texts = words.mask(nodes["kind"] == TARGET, nodes["index"].map(labels))
+        return texts.astype(object).str.lower()
 
     def _most_influential(
-        self, nodes: NodeMask, edges: EdgeMask, max_nodes: int, max_edges: int
+        self, nodes: pandas.DataFrame, edges: pandas.DataFrame, max_nodes: int, max_edges: int
     ) -> JsonObject:
         """Return tables of the most influential of some nodes, and of the edges between them.
 
         Embeddings and targets always stay, whatever `max_nodes` is.
         """
-        ends = self.graph.is_kind(EMBEDDING, TARGET)
-        n_others = max(0, max_nodes - int((nodes & ends).sum()))
-        kept = nodes & ends
-        kept[_largest(self.influence, nodes & ~ends, n_others)] = True
+        always = nodes["kind"].isin([EMBEDDING, TARGET])
+        n_others = max(0, max_nodes - int(always.sum()))
+        others = nodes[~always].nlargest(n_others, "influence")
+        kept = pandas.concat([nodes[always], others]).sort_index()
         # An edge can be shown only if both of its ends are.
-        inside = edges & kept[self.graph.source] & kept[self.graph.target]
-        kept_edges = _largest(self.edge_influence, inside, max_edges).sort().values
-        return {
-            "nodes": self.node_table(kept.nonzero().flatten().tolist()),
-            "edges": self._edge_table(kept_edges),
-        }
+        inside = edges["source"].isin(kept.index) & edges["target"].isin(kept.index)
+        kept_edges = edges[inside].nlargest(max_edges, "influence").sort_index()
+        return {"nodes": _table(kept), "edges": _table(kept_edges)}
 
-    def _edge_table(self, edges: EdgeNumbers) -> JsonObject:
-        names = ("source", "target", "weight", "direct")
-        columns = {name: getattr(self.graph, name) for name in names}
-        columns["influence"] = self.edge_influence
-        return {name: _values(column[edges]) for name, column in columns.items()}
-
-    def _ends(self, ends: EdgeNumbers, edges: EdgeMask, n: int) -> JsonObject:
+    def _ends(self, end: str, chosen: pandas.Series, n: int) -> JsonObject:
         """Sum the weights of some edges by their ends; return the `n` strongest of these nodes."""
-        nodes, place = ends[edges].unique(return_inverse=True)
-        weight, direct = (
-            torch.zeros(len(nodes)).index_add_(0, place, column[edges].float())
-            for column in (self.graph.weight, self.graph.direct)
-        )
-        order = torch.argsort(weight.abs(), descending=True, stable=True)[:n]
-        return {
-            "node": nodes[order].tolist(),
-            "weight": _values(weight[order]),
-            "direct": _values(direct[order]),
-            "total": len(nodes),
-        }
+        sums = self.edges[chosen].groupby(end)[["weight", "direct"]].sum()
+        nodes = sums.rename_axis("node").reset_index()
+        return {**_table(_strongest(nodes, n)), "total": len(nodes)}
 
 
-def _largest(
-    values: Float[Tensor, " n"], among: Bool[Tensor, " n"], count: int
-) -> Int[Tensor, " k"]:
-    """Return the indices of the largest values, largest first."""
-    candidates = among.nonzero().flatten()
-    largest = torch.topk(values[candidates], min(count, len(candidates)))
-    return candidates[largest.indices]
+def _frame(columns: dict[str, Tensor]) -> pandas.DataFrame:
+    """Make a data frame with floats in double precision, because numpy has no bfloat16."""
+    arrays = {}
+    for name, column in columns.items():
+        exact = column.double() if column.is_floating_point() else column
+        arrays[name] = exact.numpy()
+    return pandas.DataFrame(arrays)
 
 
-def _values(column: Tensor) -> list[Any]:
+def _strongest(edges: pandas.DataFrame, n: int) -> pandas.DataFrame:
+    by_strength = edges.sort_values("weight", key=abs, ascending=False, kind="stable")
+    return by_strength.head(n)
+
+
+def _table(frame: pandas.DataFrame) -> JsonObject:
+    return {name: list(map(_json_value, column.tolist())) for name, column in frame.items()}
+
+
+def _json_value(value: Any) -> Any:
     # Seven digits are the precision of float32. JSON has no numbers for NaN and infinity.
-    values: list[Any] = column.tolist()
-    if not column.is_floating_point():
-        return values
-    return [float(f"{value:.7g}") if math.isfinite(value) else None for value in values]
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.7g}") if math.isfinite(value) else None
