@@ -50,7 +50,7 @@ class GraphData:
         names = [str(self.graph.node(number)) for number in nodes.index]
         nodes.insert(0, "id", nodes.index)
         nodes.insert(1, "name", pandas.Series(names, dtype=object))
-        ranks = nodes["influence"].rank(method="first", ascending=False)
+        ranks = nodes["influence"].rank(method="first", ascending=False, na_option="bottom")
         return nodes.assign(rank=ranks.astype(int))
 
     @cached_property
