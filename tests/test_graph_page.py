@@ -155,7 +155,7 @@ def test_a_negative_limit_is_refused(graph: FeatureGraph, limit: str) -> None:
 
 
 def test_the_served_page_is_small_and_may_ask_its_server_only(graph: FeatureGraph) -> None:
-    page, policy = served_page(GraphData.of(graph), title="served")
+    page, policy = served_page(GraphData.of(graph), "served")
     assert held(page, "held") is None and "connect-src 'self'" in policy
     assert len(page) < 120_000
 

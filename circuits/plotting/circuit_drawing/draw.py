@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 
-import torch
-
 from circuits.graph.circuit import Circuit
 from circuits.graph.edges import Edge
 from circuits.graph.graph import PooledFeatureGraph
@@ -41,14 +39,17 @@ LEGEND = "\u2003".join(
     for slot, colour in SLOT_COLOURS.items()
 )
 # Fill, text colour and corner radius.
-INPUT_STYLE = ("#dfe4ec", INK, 4)
-NODE_STYLES: dict[type[Node], tuple[str, str, int]] = {
+Style = tuple[str, str, int]
+INPUT_STYLE: Style = ("#dfe4ec", INK, 4)
+NODE_STYLES: dict[type[Node], Style] = {
     Head: (PAPER, INK, 4),
     MLP: ("#fdf1d3", INK, 12),
     Feature: ("#fdf1d3", INK, 12),
     Error: ("#e7e8eb", INK, 0),
     Logits: (INK, PAPER, 4),
 }
+
+OUTER_LAYERS = {-1: "inputs", math.inf: "output"}
 
 # Lengths are in pixels. Text cannot be measured here, so widths come from average characters.
 LABEL_CHARACTER, TITLE_CHARACTER = 7.3, 10.0
@@ -65,7 +66,7 @@ class RankedEdge:
         edge: the edge.
         score: its score; NaN if it was never measured.
         rank: 1 for the strongest edge.
-        strength: |score| relative to the largest, from 0 to 1.
+        strength: how strong the stroke is, from 0 to 1.
     """
 
     edge: Edge
@@ -81,16 +82,16 @@ class RankedEdge:
     @property
     def width(self) -> float:
         """Width of the stroke in pixels."""
-        return self._between(MIN_STROKE_WIDTH, MAX_STROKE_WIDTH)
+        return MIN_STROKE_WIDTH + (MAX_STROKE_WIDTH - MIN_STROKE_WIDTH) * self.strength
 
     @property
     def opacity(self) -> float:
         """Opacity of the stroke."""
-        return self._between(MIN_OPACITY, MAX_OPACITY)
+        return MIN_OPACITY + (MAX_OPACITY - MIN_OPACITY) * self.strength
 
-    def _between(self, low: float, high: float) -> float:
-        # Scores span orders of magnitude; the root keeps weak edges visible.
-        return low + (high - low) * math.sqrt(self.strength)
+
+Edges = Sequence[RankedEdge]
+Marks = list[str]
 
 
 def draw(circuit: Circuit, *, title: str | None, max_edges: int | None) -> str:
@@ -101,9 +102,10 @@ def draw(circuit: Circuit, *, title: str | None, max_edges: int | None) -> str:
         lines.insert(0, _text(title, f'font-size="17" font-weight="600" fill="{INK}"'))
     if not edges:
         lines.append(_text("No edges kept: there is nothing to draw.", f'fill="{INK}"'))
-        return _document(title, lines, None)
+        return _document(title, lines, None, [])
     lines.append(_legend(edges))
-    return _document(title, lines, _layout(circuit, edges), edges)
+    layout = _layout(circuit, edges)
+    return _document(title, lines, layout, edges)
 
 
 def edge_limit(circuit: Circuit, max_edges: int | None) -> int:
@@ -129,15 +131,19 @@ def ranked_edges(circuit: Circuit, limit: int) -> list[RankedEdge]:
     Ties are in graph order; edges without a score come last.
     """
     edges = circuit.edges
-    scores = circuit.scores[circuit.kept]
-    largest = max(scores[scores.isfinite()].abs().tolist(), default=0) or 1
-    sizes = torch.where(scores.isnan(), -1, scores.abs())
-    strengths = (sizes.double() / largest).clamp(0, 1)
+    scores = circuit.scores[circuit.kept].double()
+    sizes = scores.abs().nan_to_num(nan=-1, posinf=math.inf)
+    finite = sizes[sizes.isfinite()].tolist()
+    largest = max([0.0, *finite])
+    # strength = sqrt(|score| / max |score|). Scores span orders of magnitude; the root keeps weak
+    # edges visible without changing the order.
+    strengths = (sizes / (largest or 1)).clamp(0, 1).sqrt()
     order = sizes.argsort(descending=True, stable=True)[:limit].tolist()
-    return [
-        RankedEdge(edges[index], float(scores[index]), rank, float(strengths[index]))
-        for rank, index in enumerate(order, start=1)
-    ]
+    ranked = []
+    for rank, index in enumerate(order, start=1):
+        score, strength = float(scores[index]), float(strengths[index])
+        ranked.append(RankedEdge(edges[index], score, rank, strength))
+    return ranked
 
 
 def _counts(circuit: Circuit, n_drawn: int) -> str:
@@ -149,35 +155,32 @@ def _counts(circuit: Circuit, n_drawn: int) -> str:
     return f"drawn: the {n_drawn:,} {which} of {n_kept:,} edges kept ({n_possible:,} in the graph)"
 
 
-def _layout(circuit: Circuit, ranked: list[RankedEdge]) -> Layout:
+def _layout(circuit: Circuit, edges: Edges) -> Layout:
     """Lay out the nodes that have edges, in graph order."""
-    outgoing, incoming = _edge_counts(ranked)
+    outgoing, incoming = _edge_counts(edges)
     n_ports = outgoing | incoming  # the larger of the two counts
     nodes = [node for node in circuit.graph.nodes if node in n_ports]
     used = set(map(position_of, nodes))
-    columns = {
-        position: LABEL_CHARACTER * len(_position_text(position))
-        for position in sorted(map(position_of, circuit.graph.nodes), key=_position_key)
-        if position in used
-    }
+    # All nodes, because those with edges may not be in the order of the positions.
+    positions = dict.fromkeys(map(position_of, circuit.graph.nodes))
+    columns = [name for name in sorted(positions, key=_position_key) if name in used]
     return lay_out(
         node_widths={node: _node_width(node, n_ports[node]) for node in nodes},
-        edge_widths={one.edge: one.width for one in ranked},
-        column_widths=columns,
+        edge_widths={one.edge: one.width for one in edges},
+        column_widths={name: LABEL_CHARACTER * len(_position_text(name)) for name in columns},
     )
 
 
-def _edge_counts(edges: Sequence[RankedEdge]) -> tuple[Counter[Node], Counter[Node]]:
+def _edge_counts(edges: Edges) -> tuple[Counter[Node], Counter[Node]]:
     """Count the edges out of and into each node."""
     outgoing = Counter(one.edge.source for one in edges)
     incoming = Counter(one.edge.target for one in edges)
     return outgoing, incoming
 
 
-def _position_key(position: Position) -> tuple[bool, float]:
-    """Sorting by this gives numbers in order, then names as in the graph, then None."""
-    number = position if isinstance(position, int) else math.inf
-    return position is None, number
+def _position_key(position: Position) -> float:
+    """Sorting by this gives numbers in order, then names as in the graph."""
+    return position if isinstance(position, int) else math.inf
 
 
 def _node_width(node: Node, n_ports: int) -> float:
@@ -188,26 +191,32 @@ def _node_width(node: Node, n_ports: int) -> float:
 
 
 def _position_text(position: Position) -> str:
-    return "any position" if position is None else f"@{position}"
+    return "" if position is None else f"@{position}"
 
 
 # Parts of the picture
 
 
-def _document(
-    title: str | None, lines: list[str], layout: Layout | None, edges: Sequence[RankedEdge] = ()
-) -> str:
+def _document(title: str | None, lines: Marks, layout: Layout | None, edges: Edges) -> str:
     """Write the SVG: lines of text, and below them the layers."""
-    width = max(MIN_WIDTH, TITLE_CHARACTER * len(title or "") + 2 * MARGIN)
-    height = LINE_HEIGHT * (len(lines) + 1)
-    content = [_moved(MARGIN, LINE_HEIGHT * number, line) for number, line in enumerate(lines, 1)]
+    title_width = TITLE_CHARACTER * len(title or "")
+    width = max(MIN_WIDTH, title_width + 2 * MARGIN)
+    content = []
+    height = 0.0
+    for line in lines:
+        height += LINE_HEIGHT
+        content.append(_moved(MARGIN, height, [line]))
+    height += LINE_HEIGHT
     if layout is not None:
         width = max(width, layout.width + LAYER_NAMES_WIDTH + 2 * MARGIN)
         # A narrow drawing is in the middle of the space right of the layer names.
-        left = LAYER_NAMES_WIDTH + (width - LAYER_NAMES_WIDTH - layout.width) / 2
+        left = (width + LAYER_NAMES_WIDTH - layout.width) / 2
         top = height + LINE_HEIGHT
-        marks = [*_position_marks(layout), *_edge_marks(layout, edges), *_node_marks(layout, edges)]
-        content += [_moved(0, top, *_layer_bands(layout, width)), _moved(left, top, *marks)]
+        content.append(_moved(0, top, _layer_bands(layout, width)))
+        marks = _position_marks(layout)
+        marks += _edge_marks(layout, edges)
+        marks += _node_marks(layout, edges)
+        content.append(_moved(left, top, marks))
         height = top + layout.height + MARGIN + BAND_PADDING
     # The paper makes the picture readable on light and dark pages.
     return f"""\
@@ -220,8 +229,8 @@ font-family="{SANS}" font-size="12">
 """
 
 
-def _moved(x: float, y: float, *content: str) -> str:
-    markup = "\n".join(content)
+def _moved(x: float, y: float, marks: Marks) -> str:
+    markup = "\n".join(marks)
     return f'<g transform="translate({x:.1f} {y:.1f})">{markup}</g>'
 
 
@@ -229,7 +238,7 @@ def _text(text: str, attributes: str) -> str:
     return f"<text {attributes}>{escape(text)}</text>"
 
 
-def _legend(edges: Sequence[RankedEdge]) -> str:
+def _legend(edges: Edges) -> str:
     """Explain colours, dashes and widths."""
     sizes = [abs(one.score) for one in edges if math.isfinite(one.score)]
     widths = "edges without scores"
@@ -238,7 +247,7 @@ def _legend(edges: Sequence[RankedEdge]) -> str:
     return f'<text fill="{QUIET}">{LEGEND}\u2003\u254d score below 0\u2003{widths}</text>'
 
 
-def _layer_bands(layout: Layout, width: float) -> list[str]:
+def _layer_bands(layout: Layout, width: float) -> Marks:
     """Draw a quiet band behind each layer, with the layer's name at its left end."""
     tops = defaultdict(list)
     for node, vertex in layout.nodes.items():
@@ -250,23 +259,23 @@ def _layer_bands(layout: Layout, width: float) -> list[str]:
         height = max(inside) - top + NODE_HEIGHT + BAND_PADDING
         size = f'width="{width - MARGIN:.1f}" height="{height:.1f}" rx="6"'
         marks.append(f'<rect x="{MARGIN / 2}" y="{top:.1f}" {size} fill="{BAND}"/>')
-        name = {-1: "inputs", math.inf: "output"}.get(layer, f"layer {layer}")
+        name = OUTER_LAYERS.get(layer, f"layer {layer}")
         place = f'x="{MARGIN}" y="{top + height / 2 + 4:.1f}"'
         marks.append(_text(name, f'{place} fill="{QUIET}"'))
     return marks
 
 
-def _position_marks(layout: Layout) -> list[str]:
-    """Write the positions over their columns, if the graph has positions."""
+def _position_marks(layout: Layout) -> Marks:
+    """Write the positions over their columns."""
     marks = []
     for position, middle in layout.columns.items():
         place = f'x="{middle:.1f}" y="{-BAND_PADDING - 8}" text-anchor="middle"'
-        name = "" if list(layout.columns) == [None] else _position_text(position)
-        marks.append(_text(name, f'{place} font-weight="600" fill="{INK}"'))
+        style = f'{place} font-weight="600" fill="{INK}"'
+        marks.append(_text(_position_text(position), style))
     return marks
 
 
-def _edge_marks(layout: Layout, edges: Sequence[RankedEdge]) -> list[str]:
+def _edge_marks(layout: Layout, edges: Edges) -> Marks:
     number = {node: index for index, node in enumerate(layout.nodes)}
     marks = []
     # Strong edges come last and are therefore on top.
@@ -295,7 +304,7 @@ def _smooth_path(route: Sequence[Point]) -> str:
     return "".join(commands)
 
 
-def _node_marks(layout: Layout, edges: Sequence[RankedEdge]) -> list[str]:
+def _node_marks(layout: Layout, edges: Edges) -> Marks:
     outgoing, incoming = _edge_counts(edges)
     marks = []
     for number, (node, vertex) in enumerate(layout.nodes.items()):

@@ -6,11 +6,12 @@ invisible waypoint in each, so that it runs between the nodes. Lengths are in pi
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, groupby, pairwise
+from itertools import groupby, pairwise
 from operator import attrgetter, itemgetter
 from statistics import fmean
 
@@ -25,7 +26,7 @@ ROW_PITCH = NODE_HEIGHT + ROW_GAP
 NODE_GAP, WAYPOINT_GAP, COLUMN_GAP = 14.0, 4.0, 40.0
 # Edges meet a node on this share of its side, those into a head by slot from left to right.
 PORT_SHARE = 0.8
-SLOT_ORDER = {None: 0, "q": 0, "k": 1, "v": 2}
+SLOT_ORDER = {None: 0.0, "q": 0.0, "k": 1.0, "v": 2.0}
 
 Point = tuple[float, float]
 
@@ -63,8 +64,9 @@ class Vertex:
 
 # The source of an edge, its waypoints and its target.
 Chain = list[Vertex]
-# The edges at each vertex, with two numbers to sort them by.
-Meeting = dict[Vertex, list[tuple[float, float, Edge]]]
+Chains = dict[Edge, Chain]
+# An edge at a vertex, after two numbers to sort it by.
+End = tuple[float, float, Edge]
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,10 @@ def lay_out(
 ) -> Layout:
     """Place nodes and edges. Columns come in the given order and have at least the given widths."""
     nodes = _nodes(node_widths)
-    chains = {
-        edge: _connected(nodes[edge.source], nodes[edge.target], width)
-        for edge, width in edge_widths.items()
-    }
-    vertices = dict.fromkeys(chain.from_iterable(chains.values()))
+    chains = {}
+    for edge, width in edge_widths.items():
+        chains[edge] = _connected(nodes[edge.source], nodes[edge.target], width)
+    vertices = dict.fromkeys(itertools.chain(*chains.values()))
     middles = {}
     left = 0.0
     for position, min_width in column_widths.items():
@@ -106,8 +107,13 @@ def lay_out(
         width = _move_to(left, column, min_width)
         middles[position] = left + width / 2
         left += width + COLUMN_GAP
-    height = max(node.bottom for node in nodes.values())
-    return Layout(nodes, _routes(chains), middles, left - COLUMN_GAP, height)
+    return Layout(
+        nodes=nodes,
+        routes=_routes(chains),
+        columns=middles,
+        width=left - COLUMN_GAP,
+        height=max(node.bottom for node in nodes.values()),
+    )
 
 
 def row_key(node: Node) -> tuple[float, bool]:
@@ -138,8 +144,8 @@ def separated(wanted: Sequence[float], widths: Sequence[float]) -> list[float]:
     free = wanted - offsets
     largest = np.maximum.accumulate(free)
     smallest = np.minimum.accumulate(free[::-1])[::-1]
-    places: list[float] = ((largest + smallest) / 2 + offsets).tolist()
-    return places
+    places = (largest + smallest) / 2 + offsets
+    return places.tolist()
 
 
 def _nodes(widths: Mapping[Node, float]) -> dict[Node, Vertex]:
@@ -165,30 +171,31 @@ def _connected(source: Vertex, target: Vertex, width: float) -> Chain:
 
 def _relax(column: list[Vertex]) -> None:
     """Move the rows of a column to their neighbours, one after another."""
-    row_of = attrgetter("row")
-    downwards = [list(row) for _, row in groupby(sorted(column, key=row_of), row_of)]
+    column.sort(key=attrgetter("row"))
+    downwards = [list(row) for _, row in groupby(column, attrgetter("row"))]
     upwards = downwards[::-1]
     # Following the row before untangles the edges.
     for _ in range(N_SWEEPS):
         for row in upwards:
-            _place(row, lambda vertex: vertex.below)
+            _place(row, [vertex.below for vertex in row])
         for row in downwards:
-            _place(row, lambda vertex: vertex.above)
+            _place(row, [vertex.above for vertex in row])
     # Following both rows straightens them.
     for _ in range(N_SWEEPS):
         for row in upwards + downwards:
-            _place(row, lambda vertex: vertex.below + vertex.above)
+            _place(row, [vertex.below + vertex.above for vertex in row])
 
 
-def _place(row: list[Vertex], neighbours: Callable[[Vertex], list[Vertex]]) -> None:
+def _place(row: list[Vertex], neighbours: list[list[Vertex]]) -> None:
     """Move each vertex to the mean place of its neighbours, as far as there is room."""
-    for vertex in row:
-        places = [neighbour.x for neighbour in neighbours(vertex)]
-        vertex.x = fmean(places) if places else vertex.x
+    for vertex, pulling in zip(row, neighbours, strict=True):
+        if pulling:
+            vertex.x = fmean(neighbour.x for neighbour in pulling)
     row.sort(key=attrgetter("x"))
     wanted = [vertex.x for vertex in row]
     widths = [vertex.width + vertex.gap for vertex in row]
-    for vertex, x in zip(row, separated(wanted, widths), strict=True):
+    places = separated(wanted, widths)
+    for vertex, x in zip(row, places, strict=True):
         vertex.x = x
 
 
@@ -197,37 +204,46 @@ def _move_to(left: float, column: list[Vertex], min_width: float) -> float:
     low = min(vertex.x - vertex.width / 2 for vertex in column)
     high = max(vertex.x + vertex.width / 2 for vertex in column)
     width = max(high - low, min_width)
+    move = left + width / 2 - (low + high) / 2
     for vertex in column:
-        vertex.x += left + width / 2 - (low + high) / 2
+        vertex.x += move
     return width
 
 
-def _routes(chains: Mapping[Edge, Chain]) -> dict[Edge, list[Point]]:
-    # At a node, edges are in the order of where they go next, so that they do not cross.
-    leaving: Meeting = defaultdict(list)
-    entering: Meeting = defaultdict(list)
-    for edge, visited in chains.items():
-        source, after_source, *_ = visited
-        *_, before_target, target = visited
-        slot = SLOT_ORDER[edge.slot]
-        leaving[source].append((after_source.x, slot, edge))
-        entering[target].append((slot, before_target.x, edge))
-    starts, ends = _ports(leaving), _ports(entering)
+def _routes(chains: Chains) -> dict[Edge, list[Point]]:
+    starts, ends = _ports(chains)
     routes = {}
     for edge, (source, *waypoints, target) in chains.items():
-        routes[edge] = [(starts[edge], source.top)]
+        route = [(starts[edge], source.top)]
         for waypoint in waypoints:
-            routes[edge] += [(waypoint.x, waypoint.bottom), (waypoint.x, waypoint.top)]
-        routes[edge].append((ends[edge], target.bottom))
+            route.append((waypoint.x, waypoint.bottom))
+            route.append((waypoint.x, waypoint.top))
+        route.append((ends[edge], target.bottom))
+        routes[edge] = route
     return routes
 
 
-def _ports(meeting: Meeting) -> dict[Edge, float]:
-    """Spread the edges that meet at each vertex evenly along its side, sorted by two keys."""
-    ports = {}
-    for vertex, edges in meeting.items():
+def _ports(chains: Chains) -> list[dict[Edge, float]]:
+    """Return the x at which each edge leaves its source, and at which it enters its target."""
+    # At a node, edges are in the order of where they go next, so that they do not cross.
+    leaving = defaultdict(list)
+    entering = defaultdict(list)
+    for edge, chain in chains.items():
+        source, after_source, *_ = chain
+        *_, before_target, target = chain
+        slot = SLOT_ORDER[edge.slot]
+        leaving[source].append((after_source.x, slot, edge))
+        entering[target].append((slot, before_target.x, edge))
+    return [_spread(leaving), _spread(entering)]
+
+
+def _spread(ends: Mapping[Vertex, list[End]]) -> dict[Edge, float]:
+    """Spread the edges at each vertex evenly along its side, in the order of their numbers."""
+    places = {}
+    for vertex, edges in ends.items():
+        edges.sort(key=itemgetter(0, 1))
         left = vertex.x - PORT_SHARE * vertex.width / 2
         step = PORT_SHARE * vertex.width / len(edges)
-        for place, (*_, edge) in enumerate(sorted(edges, key=itemgetter(0, 1))):
-            ports[edge] = left + step * (place + 0.5)
-    return ports
+        for number, (*_, edge) in enumerate(edges):
+            places[edge] = left + step * (number + 0.5)
+    return places

@@ -32,7 +32,7 @@ def answer(data: GraphData, address: str, query: str) -> JsonObject:
     """
     method, defaults = QUERIES[address]
     given = _parameters(query, defaults.keys())
-    values = {name: _value(name, given.get(name), default) for name, default in defaults.items()}
+    values = defaults | {name: _value(name, given[name], defaults[name]) for name in given}
     if "node" in values:
         values["node"] = _node_numbers(data, values["node"])
     result: JsonObject = getattr(data, method)(*values.values())
@@ -62,10 +62,10 @@ def _parameters(query: str, names: Collection[str]) -> dict[str, str]:
     return given
 
 
-def _value(name: str, text: str | None, default: Any) -> Any:
+def _value(name: str, text: str, default: Any) -> Any:
     """Parse a text, a count or a share, whichever its default is."""
-    if text is None or isinstance(default, str):
-        return default if text is None else text
+    if isinstance(default, str):
+        return text
     if isinstance(default, int) and _is_count(text):
         return min(int(text), default)
     if isinstance(default, float) and _is_share(text):

@@ -13,7 +13,6 @@ import json
 import socket
 import socketserver
 import sys
-import threading
 from collections.abc import Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -59,18 +58,15 @@ class GraphServer(ThreadingHTTPServer):
 
     def __init__(self, folder: Path, data: GraphData, port: int) -> None:
         self.folder, self.data = folder, data
-        graph = data.graph
-        identities = {"model": graph.model, "transcoders": graph.transcoders}
-        details = {label: one.name for label, one in identities.items() if one and one.name}
-        title = graph.prompt or folder.name
-        page, policy = served_page(data, title=title, details=details)
+        title = data.graph.prompt or folder.name
+        page, policy = served_page(data, title, _details(data.graph))
         self.page = page.encode(errors="replace")
         self.policy = f"{policy}; frame-ancestors 'none'"
-        self.write_lock = threading.Lock()
         super().__init__((ADDRESS, port), GraphRequestHandler)
-        hosts = [f"{name}:{self.server_port}" for name in HOST_NAMES]
-        # Browsers leave out the default port of HTTP.
-        self.hosts = {*hosts, *HOST_NAMES} if self.server_port == 80 else set(hosts)
+        self.hosts = {f"{name}:{self.server_port}" for name in HOST_NAMES}
+        if self.server_port == 80:
+            # Browsers leave out the default port of HTTP.
+            self.hosts.update(HOST_NAMES)
 
     @property
     def url(self) -> str:
@@ -86,9 +82,7 @@ class GraphServer(ThreadingHTTPServer):
     def save(self, groups: Any) -> None:
         """Write the reader's groups into the folder."""
         try:
-            # Each request has its own thread.
-            with self.write_lock:
-                save_groups(self.folder, self.data, groups)
+            save_groups(self.folder, self.data, groups)
         except OSError as error:
             reason = f"groups.json could not be written into {self.folder}: {error.strerror}."
             raise HttpError(HTTPStatus.INTERNAL_SERVER_ERROR, reason) from error
@@ -135,6 +129,14 @@ def open_server(folder: str | Path, port: int) -> GraphServer:
         ) from error
 
 
+def _details(graph: FeatureGraph) -> dict[str, str]:
+    names = {
+        "model": graph.model and graph.model.name,
+        "transcoders": graph.transcoders and graph.transcoders.name,
+    }
+    return {label: name for label, name in names.items() if name}
+
+
 class GraphRequestHandler(BaseHTTPRequestHandler):
     """Answers the requests of one connection."""
 
@@ -178,18 +180,20 @@ class GraphRequestHandler(BaseHTTPRequestHandler):
         # The base class may not have set these yet.
         self.path, self.command = "", ""
         self.request_version = self.protocol_version
-        self._refuse(HTTPStatus(code), HTTPStatus(code).phrase)
+        status = HTTPStatus(code)
+        self._refuse(status, status.phrase)
 
     def _refuse_address(self) -> None:
-        exists = self.path.partition("?")[0] in {PAGE, GROUPS, *QUERIES}
+        path, *_ = self.path.partition("?")
+        exists = path in {PAGE, GROUPS, *QUERIES}
         reason = f"{self.command[:20]} is not for this address."
         _require(not exists, HTTPStatus.METHOD_NOT_ALLOWED, reason)
         raise HttpError(HTTPStatus.NOT_FOUND, "there is nothing at this address.")
 
     def _check_host(self) -> None:
         # A request with two hosts could mean either, so it names none of ours.
-        named = [host.strip().lower() for host in self._all("Host")]
-        is_ours = len(named) == 1 and named[0] in self.server.hosts
+        hosts = self._all("Host")
+        is_ours = len(hosts) == 1 and hosts[0] in self.server.hosts
         reason = f"this server answers at {self.server.url} only."
         _require(is_ours, HTTPStatus.FORBIDDEN, reason)
 
@@ -197,14 +201,15 @@ class GraphRequestHandler(BaseHTTPRequestHandler):
         # Browsers name the page that a write comes from. Programs name none, and no page can
         # mislead them.
         allowed = {f"http://{host}" for host in self.server.hosts}
-        named = {origin.strip().lower() for origin in self._all("Origin")}
-        _require(named <= allowed, HTTPStatus.FORBIDDEN, "another page may not write here.")
+        origins = set(self._all("Origin"))
+        _require(origins <= allowed, HTTPStatus.FORBIDDEN, "another page may not write here.")
         is_json = self.headers.get_content_type() == "application/json"
         _require(is_json, HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send application/json.")
 
     def _json_body(self) -> Any:
         try:
-            return json.loads(self.rfile.read(self._body_length()))
+            body = self.rfile.read(self._body_length())
+            return json.loads(body)
         except (ValueError, RecursionError) as error:
             raise HttpError(HTTPStatus.BAD_REQUEST, "the body is not JSON.") from error
 
@@ -214,8 +219,12 @@ class GraphRequestHandler(BaseHTTPRequestHandler):
         reason = "send the body in one piece, with Content-Length."
         _require(is_whole, HTTPStatus.LENGTH_REQUIRED, reason)
         digits = lengths[0]
-        is_number = len(lengths) == 1 and digits.isascii() and digits.isdecimal()
-        _require(is_number, HTTPStatus.BAD_REQUEST, "Content-Length is not a number.")
+        is_number = digits.isascii() and digits.isdecimal()
+        _require(
+            is_number and len(lengths) == 1,
+            HTTPStatus.BAD_REQUEST,
+            "Content-Length is not a number.",
+        )
         fits = len(digits) <= MAX_LENGTH_DIGITS and int(digits) <= LARGEST_BODY
         reason = f"the body is larger than {LARGEST_BODY:,} bytes."
         _require(fits, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, reason)
@@ -223,7 +232,8 @@ class GraphRequestHandler(BaseHTTPRequestHandler):
 
     def _all(self, name: str) -> list[str]:
         """Every value of a header, which a request may repeat."""
-        return self.headers.get_all(name) or []
+        values = self.headers.get_all(name) or []
+        return [value.strip().lower() for value in values]
 
     @contextlib.contextmanager
     def _refusals(self) -> Iterator[None]:
@@ -236,7 +246,8 @@ class GraphRequestHandler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.BAD_REQUEST, str(error))
 
     def _refuse(self, status: HTTPStatus, reason: str) -> None:
-        self._send(status, f"{reason}\n".encode(errors="replace"), TEXT)
+        line = f"{reason}\n"
+        self._send(status, line.encode(errors="replace"), TEXT)
         if self.command not in ("", "GET"):
             self._drain()
 
