@@ -10,7 +10,7 @@ from typing import Any
 import pandas
 import plotly.graph_objects as go
 
-from circuits.plotting.style import BLUE, BROWN, GREEN, INK, PINK, SANS, SKY, VERMILION
+from circuits.plotting.style import INK, PALETTE, SANS
 from circuits.system.errors import InputError
 
 Frames = dict[str, pandas.DataFrame]
@@ -22,19 +22,21 @@ RANDOM = "random"
 # Columns of the curves, their labels, and the values of the whole model.
 MEASURES = (("faithfulness", "faithfulness", 1), ("kl", "KL from the model", 0))
 # Traces also differ in their symbols, for readers and printers without colour.
-COLOURS = (BLUE, VERMILION, GREEN, PINK, BROWN, SKY, INK)
+COLOURS = (*PALETTE, INK)
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star", "x")
 GREY = "#8b919c"
+RULE = {"color": GREY, "width": 1}
+RANDOM_STYLE = (GREY, "circle-open", "dash")
 # From this ratio of the largest to the smallest size on, a linear axis squeezes most points.
 MIN_LOG_RATIO = 30
 # SVG points stay sharp and need no WebGL, but tens of thousands of them are slow.
 MAX_SVG_POINTS = 5000
 
-# Ticks at 1, 2 and 5 times each power of 10.
+POWERS = [10**power for power in range(7)]
 LOG_AXIS: Changes = {
     "xaxis.type": "log",
     "xaxis.tickmode": "array",
-    "xaxis.tickvals": [digit * 10**power for power in range(7) for digit in (1, 2, 5)],
+    "xaxis.tickvals": [digit * power for power in POWERS for digit in (1, 2, 5)],
 }
 LINEAR_AXIS: Changes = {"xaxis.type": "linear", "xaxis.tickmode": "auto"}
 AXES: Buttons = {"log size": [LOG_AXIS], "linear size": [LINEAR_AXIS]}
@@ -78,25 +80,25 @@ def faithfulness_figure(curves: pandas.DataFrame) -> go.Figure:
     ['eap']
     """
     _check_columns(curves, ("method", "edges", "faithfulness"), "faithfulness curves")
-    methods = curves["method"].astype(str)
-    by_method = {
-        name: rows.sort_values("edges") for name, rows in curves.groupby(methods, sort=False)
-    }
+    by_method = {}
+    for name, rows in curves.groupby(curves["method"].astype(str), sort=False):
+        by_method[name] = rows.sort_values("edges")
     sizes = curves.loc[curves["edges"] > 0, "edges"]
     # Without positive sizes both are NaN, and the axis is linear.
-    axis = int(not sizes.max() >= MIN_LOG_RATIO * sizes.min())
-    menus = [_menu(0.0, "relayout", AXES, active=axis)]
+    is_wide = sizes.max() >= MIN_LOG_RATIO * sizes.min()
+    menus = [_menu(0.0, "relayout", AXES, active=0 if is_wide else 1)]
     if "kl" in curves and curves["kl"].notna().any():
-        menus.append(_menu(0.28, "update", _measures(by_method), active=0))
+        measures = _measures(by_method)
+        menus.append(_menu(0.28, "update", measures, active=0))
     figure = go.Figure(_curves(by_method), LAYOUT)
-    figure.update_layout((LOG_AXIS, LINEAR_AXIS)[axis])
+    figure.update_layout(LOG_AXIS if is_wide else LINEAR_AXIS)
     figure.update_layout(
         height=460,
         updatemenus=menus,
         xaxis_title="edges in the circuit",
         yaxis_title="faithfulness",
     )
-    figure.add_hline(y=1, line={"color": GREY, "width": 1})
+    figure.add_hline(y=1, line=RULE)
     return figure
 
 
@@ -135,9 +137,10 @@ def score_scatter(frame: pandas.DataFrame, *, x_name: str = "x", y_name: str = "
         yaxis_title=_plain(y_name),
     )
     # The dashed line is where both methods agree.
-    low, high = min(x.min(), y.min()), max(x.max(), y.max())
-    line = {"color": GREY, "width": 1, "dash": "dash"}
-    figure.add_shape(type="line", x0=low, y0=low, x1=high, y1=high, line=line, layer="below")
+    low = min(x.min(), y.min())
+    high = max(x.max(), y.max())
+    diagonal = {"x0": low, "y0": low, "x1": high, "y1": high}
+    figure.add_shape(type="line", **diagonal, line={**RULE, "dash": "dash"}, layer="below")
     return figure
 
 
@@ -163,14 +166,14 @@ def _curves(by_method: Frames) -> list[go.Scatter]:
     curves = []
     for name, rows in by_method.items():
         is_random = name.lower().startswith(RANDOM)
-        colour, symbol = (GREY, "circle-open") if is_random else next(styles)
+        colour, symbol, dash = (*next(styles), "solid") if not is_random else RANDOM_STYLE
         selects = rows["selected"].all() if "selected" in rows else len(rows) == 1
         curve = go.Scatter(
             x=rows["edges"].tolist(),
             y=rows["faithfulness"].tolist(),
             name=_plain(name),
             mode="markers" if selects else "lines+markers",
-            line={"color": colour, "dash": "dash" if is_random else "solid"},
+            line={"color": colour, "dash": dash},
             marker={"symbol": symbol, "size": 10 if selects else 6},
             hovertemplate="%{fullData.name}<br>%{x:,} edges: %{y:.3f}<extra></extra>",
         )
@@ -201,9 +204,9 @@ def _menu(x: float, method: str, buttons: Buttons, active: int) -> Changes:
 
 def _points(scored: pandas.DataFrame) -> list[go.Scatter | go.Scattergl]:
     """Return the points of each group in its colour."""
-    grouped = scored.assign(group=scored.get("group", ""))
+    groups = scored.assign(group=scored.get("group", "")).groupby("group", sort=False)
     traces = []
-    for (name, rows), colour in zip(grouped.groupby("group", sort=False), cycle(COLOURS)):
+    for (name, rows), colour in zip(groups, cycle(COLOURS)):
         scatter = go.Scatter if len(rows) <= MAX_SVG_POINTS else go.Scattergl
         trace = scatter(
             x=rows["x"].tolist(),
@@ -221,7 +224,8 @@ def _points(scored: pandas.DataFrame) -> list[go.Scatter | go.Scattergl]:
 def _correlations(x: pandas.Series, y: pandas.Series, n_edges: int) -> str:
     """Write the title of a score scatter."""
     # Spearman's correlation is Pearson's of the ranks; pandas would need scipy for it.
-    pearson, spearman = _correlation(x, y), _correlation(x.rank(), y.rank())
+    pearson = _correlation(x, y)
+    spearman = _correlation(x.rank(), y.rank())
     left_out = f" of {n_edges:,}; the rest lack a score" if len(x) < n_edges else ""
     return f"Pearson {pearson}, Spearman {spearman} ({len(x):,} edges{left_out})"
 

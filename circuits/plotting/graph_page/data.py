@@ -23,7 +23,6 @@ from circuits.attribution.feature_graph import EMBEDDING, FEATURE, TARGET, Featu
 from circuits.attribution.influence import edge_influence, node_influence, prune
 
 N_CACHED_VIEWS = 16
-EDGE_COLUMNS = ("source", "target", "weight", "direct")
 
 JsonObject = dict[str, Any]
 
@@ -45,20 +44,26 @@ class GraphData:
     @cached_property
     def nodes(self) -> pandas.DataFrame:
         """The nodes by number, with their influence on the targets and their rank by it."""
-        influence = node_influence(self.graph)
-        nodes = _frame(vars(self.graph.nodes) | {"influence": influence})
-        names = [str(self.graph.node(number)) for number in nodes.index]
+        graph = self.graph
+        nodes = _frame(**vars(graph.nodes), influence=node_influence(graph))
         nodes.insert(0, "id", nodes.index)
-        nodes.insert(1, "name", pandas.Series(names, dtype=object))
-        ranks = nodes["influence"].rank(method="first", ascending=False, na_option="bottom")
+        names = nodes["id"].map(graph.node).map(str)
+        nodes.insert(1, "name", names.astype(object))
+        influence = nodes["influence"]
+        ranks = influence.rank(method="first", ascending=False, na_option="bottom")
         return nodes.assign(rank=ranks.astype(int))
 
     @cached_property
     def edges(self) -> pandas.DataFrame:
         """The edges, with the influence that flows along them."""
-        columns = {name: getattr(self.graph, name) for name in EDGE_COLUMNS}
-        columns["influence"] = edge_influence(self.graph)
-        return _frame(columns)
+        graph = self.graph
+        return _frame(
+            source=graph.source,
+            target=graph.target,
+            weight=graph.weight,
+            direct=graph.direct,
+            influence=edge_influence(graph),
+        )
 
     @cached_property
     def names(self) -> list[str]:
@@ -68,7 +73,7 @@ class GraphData:
     @cached_property
     def numbers(self) -> dict[str, int]:
         """Numbers of the nodes by name."""
-        return {name: number for number, name in enumerate(self.names)}
+        return dict(zip(self.names, self.nodes.index, strict=True))
 
     # A browser stores a reader's groups under the digest, so that groups made with one graph are
     # not shown with another.
@@ -76,36 +81,39 @@ class GraphData:
     def digest(self) -> str:
         """Hash of the graph's content."""
         graph = self.graph
-        targets = [asdict(target) for target in graph.targets]
+        targets = list(map(asdict, graph.targets))
         texts = json.dumps([graph.words, targets, graph.n_layers])
         digest = hashlib.blake2b(texts.encode(), digest_size=12)
-        edges = [getattr(graph, name) for name in EDGE_COLUMNS]
-        for column in (*vars(graph.nodes).values(), *edges, graph.tokens):
-            digest.update(column.contiguous().view(torch.uint8).numpy())
+        nodes = vars(graph.nodes).values()
+        edges = (graph.source, graph.target, graph.weight, graph.direct)
+        for column in (*nodes, *edges, graph.tokens):
+            data = column.contiguous().view(torch.uint8)
+            digest.update(data.numpy())
         return digest.hexdigest()
 
     def about(self) -> JsonObject:
         """Describe the whole graph."""
         graph = self.graph
+        influence = self.nodes["influence"].sum()
         total = {
             "nodes": len(graph.nodes),
             "edges": len(graph),
-            "influence": _json_value(self.nodes["influence"].sum()),
+            "influence": _json_value(influence),
         }
         return {
             "digest": self.digest,
-            "words": list(graph.words),
-            "targets": [asdict(target) for target in graph.targets],
+            "words": graph.words,
+            "targets": list(map(asdict, graph.targets)),
             "n_layers": graph.n_layers,
-            "constant_names": list(graph.constant_names),
+            "constant_names": graph.constant_names,
             "total": total,
         }
 
     def held(self, max_nodes: int, max_edges: int) -> JsonObject:
         """Return what a page without a server holds: the most influential nodes and edges."""
         held = self._most_influential(self.nodes, self.edges, max_nodes, max_edges)
-        constants = self.graph.constants[held["nodes"]["id"]].tolist()
-        return {**held, "constants": [list(map(_json_value, row)) for row in constants]}
+        constants = self.graph.constants[held["nodes"]["id"]]
+        return {**held, "constants": list(map(_json_values, constants))}
 
     def view(
         self, node_threshold: float, edge_threshold: float, max_nodes: int, max_edges: int
@@ -116,9 +124,11 @@ class GraphData:
             InputError: a threshold is not between 0 and 1.
         """
         kept = prune(self.graph, node_threshold=node_threshold, edge_threshold=edge_threshold)
-        nodes, edges = self.nodes[kept.nodes.numpy()], self.edges[kept.edges.numpy()]
+        nodes = self.nodes[kept.nodes.numpy()]
+        edges = self.edges[kept.edges.numpy()]
+        counts = {"nodes": len(nodes), "edges": len(edges)}
         view = self._most_influential(nodes, edges, max_nodes, max_edges)
-        return {**view, "kept": {"nodes": len(nodes), "edges": len(edges)}}
+        return {**view, "kept": counts}
 
     @cached_property
     def cached_view(self) -> Callable[..., JsonObject]:
@@ -135,17 +145,19 @@ class GraphData:
         entering = self.edges["target"].isin(numbers)
         incoming = self._ends("source", entering & ~leaving, n)
         outgoing = self._ends("target", leaving & ~entering, n)
-        constants = self.graph.constants[sorted(set(numbers))].sum(0)
+        others = {*incoming["node"], *outgoing["node"]}
+        constants = self.graph.constants[sorted(set(numbers))]
         return {
             "incoming": incoming,
             "outgoing": outgoing,
-            "constants": list(map(_json_value, constants.tolist())),
-            "nodes": self.node_table(sorted({*incoming["node"], *outgoing["node"]})),
+            "constants": _json_values(constants.sum(0)),
+            "nodes": self.node_table(sorted(others)),
         }
 
     def between(self, numbers: Sequence[int], n: int) -> JsonObject:
         """Return the `n` strongest edges between some nodes."""
-        inside = self.edges[["source", "target"]].isin(numbers).all(axis=1)
+        ends = self.edges[["source", "target"]]
+        inside = ends.isin(numbers).all(axis=1)
         return _table(_strongest(self.edges[inside], n))
 
     def search(self, text: str, n: int) -> JsonObject:
@@ -154,11 +166,12 @@ class GraphData:
         The best match is a name, then the start of a name, the token or label of the node itself,
         a part of a name, and last the token at a feature's position.
         """
-        quality = self._match_quality(text.strip().lower())
+        wanted = text.strip().lower()
+        matching = self.nodes.assign(quality=self._match_quality(wanted))
         # Equally good matches are sorted by influence.
-        ordered = self.nodes.assign(quality=quality).sort_values(["quality", "rank"])
-        found = ordered.dropna(subset="quality")["id"].tolist()
-        return {"nodes": self.node_table(found[:n]), "found": len(found)}
+        found = matching.dropna(subset="quality").sort_values(["quality", "rank"])
+        best = found["id"].head(n).tolist()
+        return {"nodes": self.node_table(best), "found": len(found)}
 
     def _match_quality(self, wanted: str) -> np.ndarray:
         """Number the kinds of matches, the best 0; NaN where nothing matches."""
@@ -185,9 +198,11 @@ class GraphData:
     def _lower_texts(self) -> pandas.Series:
         """Labels of targets, and for other nodes the token at their position."""
         nodes = self.nodes
-        labels = {index: target.label for index, target in enumerate(self.graph.targets)}
-        words = nodes["position"].map(dict(enumerate(self.graph.words)))
-        texts = words.mask(nodes["kind"] == TARGET, nodes["index"].map(labels))
+        labels = pandas.Series([target.label for target in self.graph.targets])
+        words = pandas.Series(self.graph.words)
+        is_target = nodes["kind"] == TARGET
+        texts = nodes["position"].map(words)
+        texts = texts.mask(is_target, nodes["index"].map(labels))
         return texts.astype(object).str.lower()
 
     def _most_influential(
@@ -197,29 +212,34 @@ class GraphData:
 
         Embeddings and targets always stay, whatever `max_nodes` is.
         """
-        always = nodes["kind"].isin([EMBEDDING, TARGET])
-        n_others = max(0, max_nodes - int(always.sum()))
-        others = nodes[~always].nlargest(n_others, "influence")
-        kept = pandas.concat([nodes[always], others]).sort_index()
+        is_end = nodes["kind"].isin([EMBEDDING, TARGET])
+        ends, others = nodes[is_end], nodes[~is_end]
+        n_others = max(0, max_nodes - len(ends))
+        others = others.nlargest(n_others, "influence")
+        kept = pandas.concat([ends, others]).sort_index()
         # An edge can be shown only if both of its ends are.
-        inside = edges["source"].isin(kept.index) & edges["target"].isin(kept.index)
-        kept_edges = edges[inside].nlargest(max_edges, "influence").sort_index()
+        leaves = edges["source"].isin(kept.index)
+        enters = edges["target"].isin(kept.index)
+        inside = edges[leaves & enters]
+        kept_edges = inside.nlargest(max_edges, "influence").sort_index()
         return {"nodes": _table(kept), "edges": _table(kept_edges)}
 
     def _ends(self, end: str, chosen: pandas.Series, n: int) -> JsonObject:
         """Sum the weights of some edges by their ends; return the `n` strongest of these nodes."""
-        sums = self.edges[chosen].groupby(end)[["weight", "direct"]].sum()
+        by_node = self.edges[chosen].groupby(end)
+        sums = by_node[["weight", "direct"]].sum()
         nodes = sums.rename_axis("node").reset_index()
-        return {**_table(_strongest(nodes, n)), "total": len(nodes)}
+        strongest = _strongest(nodes, n)
+        return {**_table(strongest), "total": len(nodes)}
 
 
-def _frame(columns: dict[str, Tensor]) -> pandas.DataFrame:
+def _frame(**columns: Tensor) -> pandas.DataFrame:
     """Make a data frame with floats in double precision, because numpy has no bfloat16."""
-    arrays = {}
+    frame = pandas.DataFrame()
     for name, column in columns.items():
         exact = column.double() if column.is_floating_point() else column
-        arrays[name] = exact.numpy()
-    return pandas.DataFrame(arrays)
+        frame[name] = exact.numpy()
+    return frame
 
 
 def _strongest(edges: pandas.DataFrame, n: int) -> pandas.DataFrame:
@@ -228,7 +248,11 @@ def _strongest(edges: pandas.DataFrame, n: int) -> pandas.DataFrame:
 
 
 def _table(frame: pandas.DataFrame) -> JsonObject:
-    return {name: list(map(_json_value, column.tolist())) for name, column in frame.items()}
+    return {name: _json_values(column) for name, column in frame.items()}
+
+
+def _json_values(column: Tensor | pandas.Series) -> list[Any]:
+    return list(map(_json_value, column.tolist()))
 
 
 def _json_value(value: Any) -> Any:
