@@ -165,6 +165,7 @@ def _curves(by_method: Frames) -> list[go.Scatter]:
     styles = zip(cycle(COLOURS), cycle(SYMBOLS))
     curves = []
     for name, rows in by_method.items():
+        # Colours are for the methods to compare; random choices are their common background.
         is_random = name.lower().startswith(RANDOM)
         colour, symbol, dash = (*next(styles), "solid") if not is_random else RANDOM_STYLE
         selects = rows["selected"].all() if "selected" in rows else len(rows) == 1

@@ -1,6 +1,6 @@
 """Colours and fonts that drawings and figures share."""
 
-PAPER, INK, QUIET, BAND, LINE = "#ffffff", "#1f2430", "#5c6370", "#f5f6f8", "#c9cdd4"
+PAPER, INK, QUIET, BAND = "#ffffff", "#1f2430", "#5c6370", "#f5f6f8"
 SANS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif"
 MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
 

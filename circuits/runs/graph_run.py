@@ -91,8 +91,10 @@ class GraphRun:
             InputError: `groups.json` is damaged.
         """
         groups: dict[str, list[str]] = {}
-        for supernode in load_groups(self.folder, GraphData.of(self.graph))["supernodes"]:
-            groups.setdefault(supernode["name"], []).extend(supernode["nodes"])
+        kept = load_groups(self.folder, GraphData.of(self.graph))
+        for supernode in kept["supernodes"]:
+            members = groups.setdefault(supernode["name"], [])
+            members.extend(supernode["nodes"])
         return groups
 
 
@@ -124,10 +126,13 @@ def run_graph(
         >>> circuits.run_graph(method, model, "Dallas is in", out=tempfile.mkdtemp()).reused
         False
     """
+    # Load the transcoders once: the digest needs them as well as the method.
     method = replace(method, transcoders=method.loaded)
     tokens = prompt_tokens(model, prompt)
-    text = prompt if isinstance(prompt, str) else " ".join(map(str, tokens.tolist()))
-    folder = Path(out) / "graphs" / f"{_slug(text)}-{_digest(method, model, tokens, explain)}"
+    numbers = map(str, tokens.tolist())
+    text = prompt if isinstance(prompt, str) else " ".join(numbers)
+    name = f"{_slug(text)}-{_digest(method, model, tokens, explain)}"
+    folder = Path(out) / "graphs" / name
     with _removing_if_unused(folder), lock_folder(folder):
         if (folder / RECORD).exists():
             return _found_again(folder)
@@ -197,8 +202,8 @@ def _found_again(folder: Path) -> GraphRun:
 
 
 def _slug(prompt: str) -> str:
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
-    return words[:LONGEST_SLUG].strip("-") or "prompt"
+    words = re.findall(r"[a-z0-9]+", prompt.lower())
+    return "-".join(words)[:LONGEST_SLUG].strip("-") or "prompt"
 
 
 def _digest(
@@ -207,9 +212,13 @@ def _digest(
     tokens: Int[Tensor, " pos"],
     explain: Sequence[Explained] | None,
 ) -> str:
-    weights = identity(model).weights
-    explained = None if explain is None else [_explained_as_json(each) for each in explain]
-    parts = [circuits.__version__, method.identity(), weights, tokens.tolist(), explained]
+    parts = [
+        circuits.__version__,
+        method.identity(),
+        identity(model).weights,
+        tokens.tolist(),
+        None if explain is None else list(map(_explained_as_json, explain)),
+    ]
     return digest(parts, size=4)
 
 
@@ -217,8 +226,9 @@ def _explained_as_json(explained: Explained) -> Any:
     """A JSON value that differs between any two different targets."""
     if not isinstance(explained, Direction):
         return as_json(explained)
-    vector = explained.vector.double().cpu().contiguous().numpy()
-    fields = vars(explained) | {"vector": hashlib.blake2b(vector.tobytes()).hexdigest()}
+    vector = explained.vector.double().cpu()
+    fingerprint = hashlib.blake2b(vector.numpy().tobytes())
+    fields = vars(explained) | {"vector": fingerprint.hexdigest()}
     return list(fields.values())
 
 
@@ -236,10 +246,8 @@ def _describe(method: AttributionGraph, graph: FeatureGraph) -> dict[str, Any]:
 
 
 def _counts(graph: FeatureGraph) -> dict[str, Any]:
-    counts: dict[str, Any] = {
-        "features": int(graph.is_kind(FEATURE).sum()),
-        "edges": len(graph),
-    }
+    n_features = int(graph.is_kind(FEATURE).sum())
+    counts: dict[str, Any] = {"features": n_features, "edges": len(graph)}
     for name, function in SCORES.items():
         score = function(graph)
         # JSON has no NaN: a score that is not defined is null.
@@ -248,5 +256,6 @@ def _counts(graph: FeatureGraph) -> dict[str, Any]:
 
 
 def _write_page(found: GraphRun) -> None:
-    page = graph_page(found.graph, title=found.record["prompt"], details=found.details)
+    title = found.record["prompt"]
+    page = graph_page(found.graph, title=title, details=found.details)
     write_bytes(found.folder / PAGE, page.encode())

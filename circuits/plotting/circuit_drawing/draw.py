@@ -33,7 +33,12 @@ DEFAULT_MAX_EDGES = 200
 DEFAULT_MAX_FEATURE_EDGES = 50
 MIN_STROKE_WIDTH, MAX_STROKE_WIDTH = 1.2, 6.5
 MIN_OPACITY, MAX_OPACITY = 0.55, 0.95
-SLOT_COLOURS = {"q": BLUE, "k": VERMILION, "v": GREEN, None: "#6d6875"}
+SLOT_COLOURS = {
+    "q": BLUE,
+    "k": VERMILION,
+    "v": GREEN,
+    None: "#6d6875",
+}
 LEGEND = "\u2003".join(
     f'<tspan fill="{colour}">\u25ac {slot or "into MLPs, features and logits"}</tspan>'
     for slot, colour in SLOT_COLOURS.items()
@@ -60,14 +65,7 @@ MIN_WIDTH, LINE_HEIGHT = 660.0, 22.0
 
 @dataclass(frozen=True)
 class RankedEdge:
-    """A kept edge of a circuit.
-
-    Attributes:
-        edge: the edge.
-        score: its score; NaN if it was never measured.
-        rank: 1 for the strongest edge.
-        strength: how strong the stroke is, from 0 to 1.
-    """
+    """A kept edge of a circuit, and how strong its stroke is, from 0 to 1."""
 
     edge: Edge
     score: float
@@ -92,12 +90,14 @@ class RankedEdge:
 
 Edges = Sequence[RankedEdge]
 Marks = list[str]
+Counts = Counter[Node]
 
 
 def draw(circuit: Circuit, *, title: str | None, max_edges: int | None) -> str:
     """Draw a circuit as SVG; `circuits.draw_circuit` explains the arguments."""
     edges = ranked_edges(circuit, edge_limit(circuit, max_edges))
-    lines = [_text(_counts(circuit, len(edges)), f'font-size="13" fill="{QUIET}"')]
+    counts = _counts(circuit, len(edges))
+    lines = [_text(counts, f'font-size="13" fill="{QUIET}"')]
     if title is not None:
         lines.insert(0, _text(title, f'font-size="17" font-weight="600" fill="{INK}"'))
     if not edges:
@@ -125,23 +125,24 @@ def edge_limit(circuit: Circuit, max_edges: int | None) -> int:
     return max_edges
 
 
-def ranked_edges(circuit: Circuit, limit: int) -> list[RankedEdge]:
+def ranked_edges(circuit: Circuit, limit: int) -> Edges:
     """Return the strongest kept edges, strongest first.
 
     Ties are in graph order; edges without a score come last.
     """
     edges = circuit.edges
     scores = circuit.scores[circuit.kept].double()
-    sizes = scores.abs().nan_to_num(nan=-1, posinf=math.inf)
-    finite = sizes[sizes.isfinite()].tolist()
-    largest = max([0.0, *finite])
+    sizes = scores.abs()
+    largest = max([0.0, *sizes[sizes.isfinite()].tolist()])
     # strength = sqrt(|score| / max |score|). Scores span orders of magnitude; the root keeps weak
     # edges visible without changing the order.
-    strengths = (sizes / (largest or 1)).clamp(0, 1).sqrt()
-    order = sizes.argsort(descending=True, stable=True)[:limit].tolist()
+    strengths = (sizes.nan_to_num() / (largest or 1)).clamp(max=1).sqrt()
+    sortable = sizes.nan_to_num(nan=-1, posinf=math.inf)
+    strongest = sortable.argsort(descending=True, stable=True)[:limit]
     ranked = []
-    for rank, index in enumerate(order, start=1):
-        score, strength = float(scores[index]), float(strengths[index])
+    for rank, index in enumerate(strongest.tolist(), start=1):
+        score = float(scores[index])
+        strength = float(strengths[index])
         ranked.append(RankedEdge(edges[index], score, rank, strength))
     return ranked
 
@@ -150,8 +151,8 @@ def _counts(circuit: Circuit, n_drawn: int) -> str:
     n_kept, n_possible = len(circuit), len(circuit.graph)
     if n_drawn == n_kept:
         return f"{n_kept:,} of {n_possible:,} edges kept"
-    unscored = circuit.scores[circuit.kept].isnan().all()
-    which = "first" if unscored else "strongest"
+    scores = circuit.scores[circuit.kept]
+    which = "first" if scores.isnan().all() else "strongest"
     return f"drawn: the {n_drawn:,} {which} of {n_kept:,} edges kept ({n_possible:,} in the graph)"
 
 
@@ -159,19 +160,23 @@ def _layout(circuit: Circuit, edges: Edges) -> Layout:
     """Lay out the nodes that have edges, in graph order."""
     outgoing, incoming = _edge_counts(edges)
     n_ports = outgoing | incoming  # the larger of the two counts
-    nodes = [node for node in circuit.graph.nodes if node in n_ports]
-    used = set(map(position_of, nodes))
-    # All nodes, because those with edges may not be in the order of the positions.
-    positions = dict.fromkeys(map(position_of, circuit.graph.nodes))
-    columns = [name for name in sorted(positions, key=_position_key) if name in used]
-    return lay_out(
-        node_widths={node: _node_width(node, n_ports[node]) for node in nodes},
-        edge_widths={one.edge: one.width for one in edges},
-        column_widths={name: LABEL_CHARACTER * len(_position_text(name)) for name in columns},
-    )
+    all_nodes = circuit.graph.nodes
+    node_widths = {}
+    for node in all_nodes:
+        if node in n_ports:
+            node_widths[node] = _node_width(node, n_ports[node])
+    edge_widths = {one.edge: one.width for one in edges}
+    used = set(map(position_of, node_widths))
+    column_widths = {}
+    # Of all nodes, because those with edges may not be in the order of the positions.
+    for position in sorted(map(position_of, all_nodes), key=_position_key):
+        if position in used:
+            name = _position_text(position)
+            column_widths[position] = LABEL_CHARACTER * len(name)
+    return lay_out(node_widths, edge_widths, column_widths)
 
 
-def _edge_counts(edges: Edges) -> tuple[Counter[Node], Counter[Node]]:
+def _edge_counts(edges: Edges) -> tuple[Counts, Counts]:
     """Count the edges out of and into each node."""
     outgoing = Counter(one.edge.source for one in edges)
     incoming = Counter(one.edge.target for one in edges)
@@ -212,7 +217,8 @@ def _document(title: str | None, lines: Marks, layout: Layout | None, edges: Edg
         # A narrow drawing is in the middle of the space right of the layer names.
         left = (width + LAYER_NAMES_WIDTH - layout.width) / 2
         top = height + LINE_HEIGHT
-        content.append(_moved(0, top, _layer_bands(layout, width)))
+        bands = _layer_bands(layout, width)
+        content.append(_moved(0, top, bands))
         marks = _position_marks(layout)
         marks += _edge_marks(layout, edges)
         marks += _node_marks(layout, edges)
@@ -240,7 +246,8 @@ def _text(text: str, attributes: str) -> str:
 
 def _legend(edges: Edges) -> str:
     """Explain colours, dashes and widths."""
-    sizes = [abs(one.score) for one in edges if math.isfinite(one.score)]
+    finite = filter(math.isfinite, (one.score for one in edges))
+    sizes = list(map(abs, finite))
     widths = "edges without scores"
     if sizes:
         widths = f"width: |score|, {min(sizes):.3g} to {max(sizes):.3g}"
@@ -309,7 +316,7 @@ def _node_marks(layout: Layout, edges: Edges) -> Marks:
     marks = []
     for number, (node, vertex) in enumerate(layout.nodes.items()):
         fill, ink, radius = NODE_STYLES.get(type(node), INPUT_STYLE)
-        left, top = vertex.x - vertex.width / 2, vertex.top
+        left, top = vertex.left, vertex.top
         place = f'x="{vertex.x:.1f}" y="{top + 16.2:.1f}" text-anchor="middle"'
         label = _text(node.label, f'{place} font-family="{MONO}" fill="{ink}"')
         tooltip = f"{escape(str(node))}\nedges in: {incoming[node]}, edges out: {outgoing[node]}"

@@ -29,27 +29,33 @@ PORT_SHARE = 0.8
 SLOT_ORDER = {None: 0.0, "q": 0.0, "k": 1.0, "v": 2.0}
 
 Point = tuple[float, float]
+Routes = dict[Edge, list[Point]]
+# Where each edge meets a node.
+Ports = dict[Edge, float]
+Floats = Sequence[float]
 
 
 @dataclass(eq=False)
 class Vertex:
-    """A node, or a waypoint of an edge.
+    """A node, or a waypoint of an edge, with its centre x and its neighbours in its column."""
 
-    Attributes:
-        row: 0 at the top.
-        column: its position.
-        gap: the least distance to the next vertex of its kind.
-        x: its centre.
-        below, above: the neighbours in the adjacent rows of its column.
-    """
-
-    row: int
+    row: int  # 0 at the top
     column: Position
     width: float
     gap: float
     x: float = 0.0
     below: list[Vertex] = field(default_factory=list)
     above: list[Vertex] = field(default_factory=list)
+
+    @property
+    def left(self) -> float:
+        """The left side."""
+        return self.x - self.width / 2
+
+    @property
+    def right(self) -> float:
+        """The right side."""
+        return self.x + self.width / 2
 
     @property
     def top(self) -> float:
@@ -71,18 +77,14 @@ End = tuple[float, float, Edge]
 
 @dataclass(frozen=True)
 class Layout:
-    """A drawing with coordinates; the top left corner is (0, 0).
+    """A drawing with coordinates from the top left corner, and the middle of each column.
 
-    Attributes:
-        nodes: the vertex of each node.
-        routes: the points of each edge. The first is on the source, the last on the target;
-            between them are the bottom and the top of each row that the edge passes.
-        columns: the middle of each column.
-        width, height: size of the drawing.
+    A route starts on the source and ends on the target; between them are the bottom and the top of
+    each row that the edge passes.
     """
 
     nodes: dict[Node, Vertex]
-    routes: dict[Edge, list[Point]]
+    routes: Routes
     columns: dict[Position, float]
     width: float
     height: float
@@ -97,7 +99,8 @@ def lay_out(
     nodes = _nodes(node_widths)
     chains = {}
     for edge, width in edge_widths.items():
-        chains[edge] = _connected(nodes[edge.source], nodes[edge.target], width)
+        source, target = nodes[edge.source], nodes[edge.target]
+        chains[edge] = _connected(source, target, width)
     vertices = dict.fromkeys(itertools.chain(*chains.values()))
     middles = {}
     left = 0.0
@@ -132,7 +135,7 @@ def position_of(node: Node) -> Position:
     return position
 
 
-def separated(wanted: Sequence[float], widths: Sequence[float]) -> list[float]:
+def separated(wanted: Floats, widths: Floats) -> Floats:
     """Move places so that these widths fit side by side in this order.
 
     The largest move is as small as it can be.
@@ -140,7 +143,8 @@ def separated(wanted: Sequence[float], widths: Sequence[float]) -> list[float]:
     # With half of each width and all widths left of it subtracted, places may touch but not swap.
     # This is isotonic regression. In the maximum norm its solution is the mean of the largest
     # value up to each place and the smallest one from there on.
-    offsets = np.cumsum(widths) - np.array(widths) / 2
+    halves = np.array(widths) / 2
+    offsets = np.cumsum(widths) - halves
     free = wanted - offsets
     largest = np.maximum.accumulate(free)
     smallest = np.minimum.accumulate(free[::-1])[::-1]
@@ -153,7 +157,8 @@ def _nodes(widths: Mapping[Node, float]) -> dict[Node, Vertex]:
     nodes = {}
     for node, width in widths.items():
         row = row_keys.index(row_key(node))
-        nodes[node] = Vertex(row, position_of(node), width, NODE_GAP)
+        column = position_of(node)
+        nodes[node] = Vertex(row, column, width, NODE_GAP)
     return nodes
 
 
@@ -163,6 +168,7 @@ def _connected(source: Vertex, target: Vertex, width: float) -> Chain:
     waypoints = [Vertex(row, source.column, width, WAYPOINT_GAP) for row in passed]
     visited = [source, *waypoints, target]
     for lower, upper in pairwise(visited):
+        # Columns are laid out one by one, so what is in another one cannot pull.
         if lower.column == upper.column:
             lower.above.append(upper)
             upper.below.append(lower)
@@ -171,6 +177,7 @@ def _connected(source: Vertex, target: Vertex, width: float) -> Chain:
 
 def _relax(column: list[Vertex]) -> None:
     """Move the rows of a column to their neighbours, one after another."""
+    # groupby needs the vertices of a row next to each other.
     column.sort(key=attrgetter("row"))
     downwards = [list(row) for _, row in groupby(column, attrgetter("row"))]
     upwards = downwards[::-1]
@@ -201,8 +208,8 @@ def _place(row: list[Vertex], neighbours: list[list[Vertex]]) -> None:
 
 def _move_to(left: float, column: list[Vertex], min_width: float) -> float:
     """Move a column so that it starts here; return its width."""
-    low = min(vertex.x - vertex.width / 2 for vertex in column)
-    high = max(vertex.x + vertex.width / 2 for vertex in column)
+    low = min(vertex.left for vertex in column)
+    high = max(vertex.right for vertex in column)
     width = max(high - low, min_width)
     move = left + width / 2 - (low + high) / 2
     for vertex in column:
@@ -210,7 +217,7 @@ def _move_to(left: float, column: list[Vertex], min_width: float) -> float:
     return width
 
 
-def _routes(chains: Chains) -> dict[Edge, list[Point]]:
+def _routes(chains: Chains) -> Routes:
     starts, ends = _ports(chains)
     routes = {}
     for edge, (source, *waypoints, target) in chains.items():
@@ -223,7 +230,7 @@ def _routes(chains: Chains) -> dict[Edge, list[Point]]:
     return routes
 
 
-def _ports(chains: Chains) -> list[dict[Edge, float]]:
+def _ports(chains: Chains) -> list[Ports]:
     """Return the x at which each edge leaves its source, and at which it enters its target."""
     # At a node, edges are in the order of where they go next, so that they do not cross.
     leaving = defaultdict(list)
@@ -237,7 +244,7 @@ def _ports(chains: Chains) -> list[dict[Edge, float]]:
     return [_spread(leaving), _spread(entering)]
 
 
-def _spread(ends: Mapping[Vertex, list[End]]) -> dict[Edge, float]:
+def _spread(ends: Mapping[Vertex, list[End]]) -> Ports:
     """Spread the edges at each vertex evenly along its side, in the order of their numbers."""
     places = {}
     for vertex, edges in ends.items():

@@ -45,12 +45,14 @@ class GraphData:
     def nodes(self) -> pandas.DataFrame:
         """The nodes by number, with their influence on the targets and their rank by it."""
         graph = self.graph
-        nodes = _frame(**vars(graph.nodes), influence=node_influence(graph))
+        influences = node_influence(graph)
+        nodes = _frame(**vars(graph.nodes), influence=influences)
         nodes.insert(0, "id", nodes.index)
         names = nodes["id"].map(graph.node).map(str)
         nodes.insert(1, "name", names.astype(object))
-        influence = nodes["influence"]
-        ranks = influence.rank(method="first", ascending=False, na_option="bottom")
+        # A weight that is not finite makes influences NaN; they rank last.
+        falling = nodes["influence"].fillna(-math.inf).mul(-1)
+        ranks = falling.rank(method="first")
         return nodes.assign(rank=ranks.astype(int))
 
     @cached_property
@@ -112,8 +114,9 @@ class GraphData:
     def held(self, max_nodes: int, max_edges: int) -> JsonObject:
         """Return what a page without a server holds: the most influential nodes and edges."""
         held = self._most_influential(self.nodes, self.edges, max_nodes, max_edges)
-        constants = self.graph.constants[held["nodes"]["id"]]
-        return {**held, "constants": list(map(_json_values, constants))}
+        ids = held["nodes"]["id"]
+        constants = map(_json_values, self.graph.constants[ids])
+        return {**held, "constants": list(constants)}
 
     def view(
         self, node_threshold: float, edge_threshold: float, max_nodes: int, max_edges: int
@@ -169,7 +172,8 @@ class GraphData:
         wanted = text.strip().lower()
         matching = self.nodes.assign(quality=self._match_quality(wanted))
         # Equally good matches are sorted by influence.
-        found = matching.dropna(subset="quality").sort_values(["quality", "rank"])
+        matching = matching.dropna(subset="quality")
+        found = matching.sort_values(["quality", "rank"])
         best = found["id"].head(n).tolist()
         return {"nodes": self.node_table(best), "found": len(found)}
 

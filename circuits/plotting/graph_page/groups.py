@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
@@ -93,7 +94,8 @@ def grouped_names(groups: Groups) -> list[str]:
 
 
 def _members(groups: Groups) -> list[str]:
-    return [name for supernode in groups["supernodes"] for name in supernode["nodes"]]
+    members = [supernode["nodes"] for supernode in groups["supernodes"]]
+    return list(chain(*members))
 
 
 def _checked(content: Any) -> Groups:

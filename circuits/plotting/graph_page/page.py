@@ -1,7 +1,6 @@
-"""The interactive page of an attribution graph.
+"""The interactive page of an attribution graph: one HTML file that works offline, or served.
 
-The page is one HTML file that works offline, or the page that `circuits view` serves. Both run the
-same scripts; the served one asks its server where the other searches the data that it holds.
+Both run the same scripts; the served one asks its server, the other searches the data it holds.
 """
 
 from __future__ import annotations
@@ -9,16 +8,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
 from html import escape
 from typing import Any
 
 from circuits.attribution.feature_graph import FeatureGraph
 from circuits.plotting.graph_page.data import GraphData, JsonObject
-from circuits.plotting.markup import details_list, fill_template, static_file
+from circuits.plotting.markup import Details, details_list, fill_template, static_file
 from circuits.system.errors import InputError
-
-Details = Mapping[str, str]
 
 MAX_NODES, MAX_EDGES = 1500, 20_000
 STYLES = ("style.css", "graph.css")
@@ -45,15 +41,13 @@ def graph_page(
     graph: FeatureGraph,
     *,
     title: str,
-    details: Details | None = None,
+    details: Details = None,
     max_nodes: int = MAX_NODES,
     max_edges: int = MAX_EDGES,
 ) -> str:
     """Write the self-contained page of an attribution graph; see `circuits.attribution_page`.
 
-    Args:
-        max_nodes: largest number of nodes in the page. All tokens and targets stay in any case.
-        max_edges: largest number of edges in the page.
+    It holds the most influential nodes and edges, and all tokens and targets in any case.
 
     Raises:
         InputError: `max_nodes` or `max_edges` is negative.
@@ -70,13 +64,13 @@ def graph_page(
     return page
 
 
-def served_page(data: GraphData, title: str, details: Details | None = None) -> tuple[str, str]:
+def served_page(data: GraphData, title: str, details: Details = None) -> tuple[str, str]:
     """Write the page that asks its server; also return the security policy to send with it."""
     return _page(data, title, details, None)
 
 
 def _page(
-    data: GraphData, title: str, details: Details | None, held: JsonObject | None
+    data: GraphData, title: str, details: Details, held: JsonObject | None
 ) -> tuple[str, str]:
     """Write the page around the data that it holds (None: it asks its server)."""
     scripts = SCRIPTS if held is not None else (SERVED_SCRIPT, *SCRIPTS)

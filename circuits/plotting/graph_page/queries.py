@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Any
 from urllib.parse import parse_qsl
@@ -10,18 +11,19 @@ from circuits.plotting.graph_page.data import GraphData, JsonObject
 from circuits.plotting.graph_page.page import THRESHOLDS
 from circuits.system.errors import InputError
 
+# More than this would take browsers too long to draw.
 MAX_NODES, MAX_EDGES, MAX_LISTED = 10_000, 20_000, 1000
 VIEW = {**THRESHOLDS, "max_nodes": MAX_NODES, "max_edges": MAX_EDGES}
+Defaults = dict[str, Any]
 # For each address the method of `GraphData` that answers, and the defaults of its parameters. The
 # default of a count is also its largest value.
-QUERIES: dict[str, tuple[str, dict[str, Any]]] = {
+QUERIES: dict[str, tuple[str, Defaults]] = {
     "/api/nodes": ("cached_view", VIEW),
     "/api/edges": ("around", {"node": "", "most": MAX_LISTED}),
     "/api/between": ("between", {"node": "", "most": MAX_EDGES}),
     "/api/search": ("search", {"text": "", "most": MAX_LISTED}),
 }
 SHOWN_CHARACTERS = 50  # of a wrong value, in error messages
-MAX_DIGITS = 9
 
 
 def answer(data: GraphData, address: str, query: str) -> JsonObject:
@@ -32,7 +34,9 @@ def answer(data: GraphData, address: str, query: str) -> JsonObject:
     """
     method, defaults = QUERIES[address]
     given = _parameters(query, defaults.keys())
-    values = defaults | {name: _value(name, given[name], defaults[name]) for name in given}
+    values = dict(defaults)
+    for name, text in given.items():
+        values[name] = _value(name, text, defaults[name])
     if "node" in values:
         values["node"] = _node_numbers(data, values["node"])
     result: JsonObject = getattr(data, method)(*values.values())
@@ -75,7 +79,7 @@ def _value(name: str, text: str, default: Any) -> Any:
 
 
 def _is_count(text: str) -> bool:
-    return text.isascii() and text.isdecimal() and len(text) <= MAX_DIGITS
+    return re.fullmatch("[0-9]{1,9}", text) is not None
 
 
 def _is_share(text: str) -> bool:
@@ -89,7 +93,9 @@ def _node_numbers(data: GraphData, texts: str) -> list[int]:
     """Return the numbers of nodes given by number or name, separated by commas."""
     numbers = []
     for text in texts.split(","):
-        number = int(text) if _is_count(text) else data.numbers.get(text, -1)
+        number = data.numbers.get(text, -1)
+        if _is_count(text):
+            number = int(text)
         if not 0 <= number < len(data.names):
             raise InputError(
                 f"node={text[:SHOWN_CHARACTERS]!r}: the graph has no such node; give numbers or "

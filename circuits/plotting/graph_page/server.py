@@ -1,8 +1,6 @@
 """The server behind `circuits view`: one graph, for this machine only.
 
-It answers a fixed list of addresses and derives no file path from a request. It refuses requests
-that name another host, since a page elsewhere could make its own name point here, and writes that
-come from another page.
+It answers a fixed list of addresses and derives no file path from a request.
 """
 
 from __future__ import annotations
@@ -31,9 +29,11 @@ HOST_NAMES = ("localhost", ADDRESS, "[::1]")
 PAGE, GROUPS = "/", "/api/groups"
 TEXT = "text/plain; charset=utf-8"
 LARGEST_BODY = 1 << 20
+# Python refuses to parse numbers of thousands of digits.
 MAX_LENGTH_DIGITS = 18
 REQUEST_SECONDS = 20
 DRAIN_SECONDS, DRAIN_BYTES = 2, 1 << 24
+# Other pages may neither frame this one nor read its answers.
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -76,8 +76,9 @@ class GraphServer(ThreadingHTTPServer):
     def groups(self) -> JsonObject:
         """Return the reader's groups and the table of the nodes in them."""
         groups = load_groups(self.folder, self.data)
-        numbers = [self.data.numbers[name] for name in grouped_names(groups)]
-        return {**groups, "nodes": self.data.node_table(numbers)}
+        data = self.data
+        numbers = [data.numbers[name] for name in grouped_names(groups)]
+        return {**groups, "nodes": data.node_table(numbers)}
 
     def save(self, groups: Any) -> None:
         """Write the reader's groups into the folder."""
@@ -99,15 +100,10 @@ class GraphServer(ThreadingHTTPServer):
 
 
 def open_server(folder: str | Path, port: int) -> GraphServer:
-    """Open the server of a folder's graph; the caller runs it.
-
-    Args:
-        folder: a folder that holds an attribution graph.
-        port: from 1 to 65535, or 0 for a free one.
+    """Open the server of a folder's graph, at a free port if it is 0; the caller runs it.
 
     Raises:
-        InputError: the folder holds no graph, its graph or groups are damaged, or the port is not
-            available.
+        InputError: there is no graph, graph or groups are damaged, or the port is not available.
     """
     folder = Path(folder)
     if not (folder / FILE).is_file():
@@ -177,7 +173,7 @@ class GraphRequestHandler(BaseHTTPRequestHandler):
                 self._check_host()
                 self._refuse_address()
             return
-        # The base class may not have set these yet.
+        # The base class may not have set these yet: it reports a request line that it cannot parse.
         self.path, self.command = "", ""
         self.request_version = self.protocol_version
         status = HTTPStatus(code)
@@ -191,7 +187,8 @@ class GraphRequestHandler(BaseHTTPRequestHandler):
         raise HttpError(HTTPStatus.NOT_FOUND, "there is nothing at this address.")
 
     def _check_host(self) -> None:
-        # A request with two hosts could mean either, so it names none of ours.
+        # A page elsewhere could make its own name point here. A request with two hosts could mean
+        # either, so it names none of ours.
         hosts = self._all("Host")
         is_ours = len(hosts) == 1 and hosts[0] in self.server.hosts
         reason = f"this server answers at {self.server.url} only."
