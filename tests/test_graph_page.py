@@ -155,7 +155,7 @@ def test_a_negative_limit_is_refused(graph: FeatureGraph, limit: str) -> None:
 
 
 def test_the_served_page_is_small_and_may_ask_its_server_only(graph: FeatureGraph) -> None:
-    page, policy = served_page(GraphData.of(graph), title="served")
+    page, policy = served_page(GraphData.of(graph), "served")
     assert held(page, "held") is None and "connect-src 'self'" in policy
     assert len(page) < 120_000
 
@@ -218,7 +218,7 @@ def test_search_puts_names_before_tokens_and_both_before_what_stands_at_a_token(
     found = data.search("dallas", 50)
     assert found["nodes"]["name"][0] == "tok_embed@8" and set(found["nodes"]["position"]) == {8}
     assert data.search("", 5) == {
-        "nodes": data.node_table(torch.tensor([], dtype=torch.long)),
+        "nodes": data.node_table([]),
         "found": 0,
     }
     assert data.search("f", 3)["found"] > 3 == len(data.search("f", 3)["nodes"]["id"])

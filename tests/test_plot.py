@@ -18,12 +18,7 @@ from circuits.graph.edges import SLOTS, Edge
 from circuits.graph.graph import Graph
 from circuits.graph.nodes import MLP, Embed, Feature, Head, Logits, Node, TokenEmbed, at_position
 from circuits.plotting import pages
-from circuits.plotting.circuit_drawing.layered_graph import (
-    LayeredGraph,
-    layered_graph,
-    n_crossings,
-)
-from circuits.plotting.circuit_drawing.layout import NODE_HEIGHT, lay_out, separated
+from circuits.plotting.circuit_drawing.layout import NODE_HEIGHT, Layout, lay_out, separated
 from circuits.system.errors import InputError
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -234,6 +229,26 @@ def test_positions_are_columns_in_the_graphs_order() -> None:
     assert all(f"@{span}" in visible_text(svg) for span in SPANS)
 
 
+def test_columns_are_in_the_graphs_order_even_if_nodes_of_the_first_come_late() -> None:
+    graph = components(2, 1, SPANS)
+    edges = ["m0@IO->m1@IO", "embed@S1->m1@S1", "a0.h0@S1+1->m0@S1+1"]
+    drawn = boxes(pages.draw_circuit(Circuit.from_edges(graph, edges)))
+    lefts = [float(drawn[name].get("x", "nan")) for name in ("m0@IO", "embed@S1", "m0@S1+1")]
+    assert lefts == sorted(lefts)
+
+
+def test_stronger_edges_are_more_opaque(circuit: Circuit) -> None:
+    marks = edge_marks(pages.draw_circuit(circuit))
+    strongest_last = sorted(circuit, key=lambda edge: abs(circuit[edge]))
+    opacities = [float(marks[str(edge)].get("stroke-opacity", "nan")) for edge in strongest_last]
+    assert opacities == sorted(opacities) and opacities[0] < opacities[-1]
+
+
+def test_edges_without_a_score_are_as_thin_as_the_weakest() -> None:
+    marks = edge_marks(pages.draw_circuit(Circuit.full(components(2, 2))))
+    assert {mark.get("stroke-width") for mark in marks.values()} == {"1.200"}
+
+
 def test_numbered_positions_are_columns_in_numeric_order_whatever_the_graphs_order() -> None:
     nodes = [TokenEmbed(10), TokenEmbed(2), Feature(0, 7, 10), Logits("answer", 10)]
     graph = graph_from_triples(nodes, [(0, 2, -1), (1, 2, -1), (2, 3, -1)])
@@ -279,65 +294,59 @@ def test_a_negative_number_of_edges_to_draw_is_refused(circuit: Circuit) -> None
 # The layout
 
 
-def laid_out(edges: Sequence[Edge], width: float = 4.0) -> LayeredGraph:
+def laid_out(edges: Sequence[Edge], width: float = 4.0) -> Layout:
     nodes = list(dict.fromkeys(node for edge in edges for node in (edge.source, edge.target)))
-    columns = list(dict.fromkeys(node.position for node in nodes))  # type: ignore[attr-defined]
-    return layered_graph(
-        edges,
+    columns = [node.position for node in nodes]  # type: ignore[attr-defined]
+    return lay_out(
         node_widths=dict.fromkeys(nodes, 60.0),
-        edge_widths=[width] * len(edges),
-        columns=columns,
+        edge_widths=dict.fromkeys(edges, width),
+        column_widths=dict.fromkeys(columns, 0.0),
     )
 
 
 @pytest.mark.parametrize("spans", [None, SPANS], ids=["one column", "four columns"])
 def test_edges_pass_between_boxes_and_boxes_do_not_overlap(spans: Sequence[str] | None) -> None:
     edges = scored(components(5, 4, spans), 120).edges
-    drawing = laid_out(edges)
-    n_columns = len(set(drawing.column.tolist()))
-    placed = lay_out(drawing, min_column_widths=[0.0] * n_columns)
-    for a, b in itertools.combinations(placed.nodes, 2):
-        assert a.y != b.y or abs(a.x - b.x) >= (a.width + b.width) / 2
-    for edge, route in zip(edges, placed.routes, strict=True):
-        for (x, y), box in itertools.product(route[1:-1], placed.nodes):
-            assert abs(y - box.y) > NODE_HEIGHT / 2 or abs(x - box.x) > box.width / 2, (
-                f"{edge} runs behind {box.node}"
-            )
+    placed = laid_out(edges)
+    for a, b in itertools.combinations(placed.nodes.values(), 2):
+        assert a.top != b.top or abs(a.x - b.x) >= (a.width + b.width) / 2
+    for edge in edges:
+        for (x, y), (node, box) in itertools.product(
+            placed.routes[edge][1:-1], placed.nodes.items()
+        ):
+            assert not box.top < y < box.bottom and (
+                y not in (box.top, box.bottom) or abs(x - box.x) > box.width / 2
+            ), f"{edge} runs behind {node}"
 
 
 def test_the_order_of_nodes_untangles_what_can_be_untangled() -> None:
     pairs = [(0, 3), (1, 2), (2, 1), (3, 0)]
     edges = [Edge(Head(0, low), Head(1, high), "q") for low, high in pairs]
-    drawing = laid_out(edges)
-    as_given = [[0, 2, 4, 6], [7, 5, 3, 1]]
-    assert n_crossings(drawing, as_given) == 6
-    assert n_crossings(drawing, drawing.rows) == 0
+    nodes = laid_out(edges).nodes
+    lower = [nodes[edge.source].x for edge in edges]
+    upper = [nodes[edge.target].x for edge in edges]
+    for a, b in itertools.combinations(range(4), 2):
+        assert (lower[a] - lower[b]) * (upper[a] - upper[b]) > 0
 
 
 def test_separated_places_are_the_nearest_that_keep_their_distance() -> None:
     generator = random.Random(0)
     for _ in range(50):
         size = generator.randint(1, 7)
-        wanted, weights = (
-            [generator.gauss(0, 3) for _ in range(size)],
-            [generator.uniform(0.5, 4) for _ in range(size)],
-        )
-        gaps = [generator.uniform(0.1, 2) for _ in range(size - 1)]
-        placed = separated(wanted, weights, gaps)
+        wanted = [generator.gauss(0, 3) for _ in range(size)]
+        widths = [generator.uniform(0.1, 2) for _ in range(size)]
+        placed = separated(wanted, widths)
         assert all(
-            b - a >= gap - 1e-9
-            for (a, b), gap in zip(itertools.pairwise(placed), gaps, strict=True)
-        )
-        cost = sum(w * (x - y) ** 2 for w, x, y in zip(weights, placed, wanted, strict=True))
-        for _ in range(50):
-            other = separated(
-                [x + generator.gauss(0, 0.3) for x in placed], [1.0] * size, gaps
-            )  # another allowed placement
-            assert (
-                cost
-                <= sum(w * (x - y) ** 2 for w, x, y in zip(weights, other, wanted, strict=True))
-                + 1e-9
+            b - a >= (left + right) / 2 - 1e-9
+            for (a, b), (left, right) in zip(
+                itertools.pairwise(placed), itertools.pairwise(widths), strict=True
             )
+        )
+        cost = max(abs(x - y) for x, y in zip(placed, wanted, strict=True))
+        for _ in range(50):
+            # Another allowed placement.
+            other = separated([x + generator.gauss(0, 0.3) for x in placed], widths)
+            assert cost <= max(abs(x - y) for x, y in zip(other, wanted, strict=True)) + 1e-9
 
 
 # Pages

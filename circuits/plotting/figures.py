@@ -10,31 +10,36 @@ from typing import Any
 import pandas
 import plotly.graph_objects as go
 
-from circuits.plotting.style import BLUE, BROWN, GREEN, INK, PINK, SANS, SKY, VERMILION
+from circuits.plotting.style import INK, PALETTE, SANS
 from circuits.system.errors import InputError
 
 Frames = dict[str, pandas.DataFrame]
+# What a button changes; by label, the arguments of a button's method.
 Changes = dict[str, Any]
+Buttons = dict[str, list[Changes]]
 
 RANDOM = "random"
 # Columns of the curves, their labels, and the values of the whole model.
 MEASURES = (("faithfulness", "faithfulness", 1), ("kl", "KL from the model", 0))
 # Traces also differ in their symbols, for readers and printers without colour.
-COLOURS = (BLUE, VERMILION, GREEN, PINK, BROWN, SKY, INK)
+COLOURS = (*PALETTE, INK)
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star", "x")
 GREY = "#8b919c"
+RULE = {"color": GREY, "width": 1}
+RANDOM_STYLE = (GREY, "circle-open", "dash")
 # From this ratio of the largest to the smallest size on, a linear axis squeezes most points.
 MIN_LOG_RATIO = 30
 # SVG points stay sharp and need no WebGL, but tens of thousands of them are slow.
 MAX_SVG_POINTS = 5000
 
-# Ticks at 1, 2 and 5 times each power of 10.
-LOG_AXIS = {
-    "type": "log",
-    "tickmode": "array",
-    "tickvals": [digit * 10**power for power in range(7) for digit in (1, 2, 5)],
+POWERS = [10**power for power in range(7)]
+LOG_AXIS: Changes = {
+    "xaxis.type": "log",
+    "xaxis.tickmode": "array",
+    "xaxis.tickvals": [digit * power for power in POWERS for digit in (1, 2, 5)],
 }
-LINEAR_AXIS = {"type": "linear", "tickmode": "auto"}
+LINEAR_AXIS: Changes = {"xaxis.type": "linear", "xaxis.tickmode": "auto"}
+AXES: Buttons = {"log size": [LOG_AXIS], "linear size": [LINEAR_AXIS]}
 LAYOUT = {
     "template": "plotly_white",
     "margin": {"l": 68, "r": 24, "t": 56, "b": 84},
@@ -75,25 +80,25 @@ def faithfulness_figure(curves: pandas.DataFrame) -> go.Figure:
     ['eap']
     """
     _check_columns(curves, ("method", "edges", "faithfulness"), "faithfulness curves")
-    methods = curves["method"].astype(str)
-    by_method = {
-        name: curves[methods == name].sort_values("edges") for name in dict.fromkeys(methods)
-    }
+    by_method = {}
+    for name, rows in curves.groupby(curves["method"].astype(str), sort=False):
+        by_method[name] = rows.sort_values("edges")
     sizes = curves.loc[curves["edges"] > 0, "edges"]
     # Without positive sizes both are NaN, and the axis is linear.
-    logarithmic = bool(sizes.max() >= MIN_LOG_RATIO * sizes.min())
-    menus = [_size_menu(logarithmic)]
+    is_wide = sizes.max() >= MIN_LOG_RATIO * sizes.min()
+    menus = [_menu(0.0, "relayout", AXES, active=0 if is_wide else 1)]
     if "kl" in curves and curves["kl"].notna().any():
-        menus.append(_measure_menu(by_method))
+        measures = _measures(by_method)
+        menus.append(_menu(0.28, "update", measures, active=0))
     figure = go.Figure(_curves(by_method), LAYOUT)
+    figure.update_layout(LOG_AXIS if is_wide else LINEAR_AXIS)
     figure.update_layout(
         height=460,
         updatemenus=menus,
-        xaxis=LOG_AXIS if logarithmic else LINEAR_AXIS,
         xaxis_title="edges in the circuit",
         yaxis_title="faithfulness",
     )
-    figure.add_hline(y=1, line={"color": GREY, "width": 1})
+    figure.add_hline(y=1, line=RULE)
     return figure
 
 
@@ -121,22 +126,21 @@ def score_scatter(frame: pandas.DataFrame, *, x_name: str = "x", y_name: str = "
     frame = frame.reset_index() if frame.index.name == "edge" else frame
     _check_columns(frame, ("edge", "x", "y"), "a score scatter")
     scored = frame.dropna(subset=["x", "y"])
-    has_groups = "group" in scored
-    grouped = scored if has_groups else scored.assign(group="")
-    figure = go.Figure(layout=LAYOUT)
-    for (name, rows), colour in zip(grouped.groupby("group", sort=False), cycle(COLOURS)):
-        figure.add_trace(_points(rows, str(name), colour))
+    x, y = scored["x"], scored["y"]
+    figure = go.Figure(_points(scored), LAYOUT)
     figure.update_layout(
         height=520,
-        showlegend=has_groups,
-        title={"text": _correlations(scored, len(frame)), "font_size": 15},
+        showlegend="group" in scored,
+        title_text=_correlations(x, y, len(frame)),
+        title_font_size=15,
         xaxis_title=_plain(x_name),
         yaxis_title=_plain(y_name),
     )
     # The dashed line is where both methods agree.
-    low, high = scored[["x", "y"]].stack().agg(["min", "max"])
-    line = {"color": GREY, "width": 1, "dash": "dash"}
-    figure.add_shape(type="line", x0=low, y0=low, x1=high, y1=high, line=line, layer="below")
+    low = min(x.min(), y.min())
+    high = max(x.max(), y.max())
+    diagonal = {"x0": low, "y0": low, "x1": high, "y1": high}
+    figure.add_shape(type="line", **diagonal, line={**RULE, "dash": "dash"}, layer="below")
     return figure
 
 
@@ -161,15 +165,16 @@ def _curves(by_method: Frames) -> list[go.Scatter]:
     styles = zip(cycle(COLOURS), cycle(SYMBOLS))
     curves = []
     for name, rows in by_method.items():
+        # Colours are for the methods to compare; random choices are their common background.
         is_random = name.lower().startswith(RANDOM)
-        colour, symbol = (GREY, "circle-open") if is_random else next(styles)
+        colour, symbol, dash = (*next(styles), "solid") if not is_random else RANDOM_STYLE
         selects = rows["selected"].all() if "selected" in rows else len(rows) == 1
         curve = go.Scatter(
             x=rows["edges"].tolist(),
             y=rows["faithfulness"].tolist(),
             name=_plain(name),
             mode="markers" if selects else "lines+markers",
-            line={"color": colour, "dash": "dash" if is_random else "solid"},
+            line={"color": colour, "dash": dash},
             marker={"symbol": symbol, "size": 10 if selects else 6},
             hovertemplate="%{fullData.name}<br>%{x:,} edges: %{y:.3f}<extra></extra>",
         )
@@ -177,61 +182,59 @@ def _curves(by_method: Frames) -> list[go.Scatter]:
     return curves
 
 
-def _size_menu(logarithmic: bool) -> Changes:
-    buttons = [
-        _button("log size", "relayout", _prefixed("xaxis", LOG_AXIS)),
-        _button("linear size", "relayout", _prefixed("xaxis", LINEAR_AXIS)),
-    ]
-    return {**MENU, "x": 0.0, "buttons": buttons, "active": 0 if logarithmic else 1}
-
-
-def _measure_menu(by_method: Frames) -> Changes:
-    """Let the reader choose the y axis; each trace gets its own values."""
-    buttons = []
+def _measures(by_method: Frames) -> Buttons:
+    """For each measure, the values of every trace and the changes of the y axis."""
+    buttons = {}
     # The horizontal rule marks the whole model: its faithfulness is 1, its KL divergence 0.
     for column, label, whole_model in MEASURES:
         values = {"y": [rows[column].tolist() for rows in by_method.values()]}
-        rule = _prefixed("shapes[0]", {"y0": whole_model, "y1": whole_model})
-        axis = {"yaxis.title.text": label}
-        buttons.append(_button(label, "update", values, {**axis, **rule}))
-    return {**MENU, "x": 0.28, "buttons": buttons, "active": 0}
+        rule = {"shapes[0].y0": whole_model, "shapes[0].y1": whole_model}
+        axis: Changes = {"yaxis.title.text": label}
+        buttons[label] = [values, axis | rule]
+    return buttons
 
 
-def _button(label: str, method: str, *changes: Changes) -> Changes:
-    return {"label": label, "method": method, "args": list(changes)}
+def _menu(x: float, method: str, buttons: Buttons, active: int) -> Changes:
+    """Place buttons that call one of plotly's methods with their arguments."""
+    entries = [
+        {"label": label, "method": method, "args": arguments}
+        for label, arguments in buttons.items()
+    ]
+    return {**MENU, "x": x, "buttons": entries, "active": active}
 
 
-def _prefixed(prefix: str, changes: Changes) -> Changes:
-    return {f"{prefix}.{key}": value for key, value in changes.items()}
+def _points(scored: pandas.DataFrame) -> list[go.Scatter | go.Scattergl]:
+    """Return the points of each group in its colour."""
+    groups = scored.assign(group=scored.get("group", "")).groupby("group", sort=False)
+    traces = []
+    for (name, rows), colour in zip(groups, cycle(COLOURS)):
+        scatter = go.Scatter if len(rows) <= MAX_SVG_POINTS else go.Scattergl
+        trace = scatter(
+            x=rows["x"].tolist(),
+            y=rows["y"].tolist(),
+            text=rows["edge"].astype(str).map(_plain).tolist(),
+            name=_plain(str(name)),
+            mode="markers",
+            marker={"color": colour, "opacity": 0.6},
+            hovertemplate="%{text}<br>(%{x:.4g}, %{y:.4g})<extra></extra>",
+        )
+        traces.append(trace)
+    return traces
 
 
-def _points(rows: pandas.DataFrame, name: str, colour: str) -> go.Scatter | go.Scattergl:
-    scatter = go.Scatter if len(rows) <= MAX_SVG_POINTS else go.Scattergl
-    return scatter(
-        x=rows["x"].tolist(),
-        y=rows["y"].tolist(),
-        text=[_plain(str(edge)) for edge in rows["edge"]],
-        name=_plain(name),
-        mode="markers",
-        marker={"color": colour, "opacity": 0.6},
-        hovertemplate="%{text}<br>(%{x:.4g}, %{y:.4g})<extra></extra>",
-    )
-
-
-def _correlations(scored: pandas.DataFrame, n_edges: int) -> str:
+def _correlations(x: pandas.Series, y: pandas.Series, n_edges: int) -> str:
     """Write the title of a score scatter."""
-    pearson = _correlation(scored["x"], scored["y"])
     # Spearman's correlation is Pearson's of the ranks; pandas would need scipy for it.
-    spearman = _correlation(scored["x"].rank(), scored["y"].rank())
-    left_out = f" of {n_edges:,}; the rest lack a score" if len(scored) < n_edges else ""
-    return f"Pearson {pearson}, Spearman {spearman} ({len(scored):,} edges{left_out})"
+    pearson = _correlation(x, y)
+    spearman = _correlation(x.rank(), y.rank())
+    left_out = f" of {n_edges:,}; the rest lack a score" if len(x) < n_edges else ""
+    return f"Pearson {pearson}, Spearman {spearman} ({len(x):,} edges{left_out})"
 
 
 def _correlation(x: pandas.Series, y: pandas.Series) -> str:
-    """Return Pearson's correlation, undefined for fewer than two different values."""
-    if x.nunique() < 2 or y.nunique() < 2:
-        return "undefined"
-    value = float(x.corr(y))
+    """Write Pearson's correlation, undefined for fewer than two different values."""
+    varies = x.nunique() > 1 and y.nunique() > 1
+    value = float(x.corr(y)) if varies else math.nan
     return "undefined" if math.isnan(value) else f"{value:.3f}"
 
 

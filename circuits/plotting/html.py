@@ -1,7 +1,4 @@
-"""Sections of the HTML pages about circuits: drawings with their controls, and sortable tables.
-
-`static/page.js` makes them interactive. Without it everything is visible and nothing is lost.
-"""
+"""Sections of the HTML pages about circuits, which `static/page.js` makes interactive."""
 
 from __future__ import annotations
 
@@ -15,15 +12,15 @@ import pandas
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 from circuits.graph.circuit import Circuit
-from circuits.plotting.circuit_drawing.draw import draw, edge_limit, score_text, strongest_first
-from circuits.plotting.markup import details_list, fill_template, static_file
+from circuits.plotting.circuit_drawing.draw import draw, edge_limit, ranked_edges
+from circuits.plotting.markup import Details, details_list, fill_template, static_file
 
 MISSING = "&ndash;"
 # A scored graph can have hundreds of thousands of edges; the table lists the strongest of them.
 MAX_TABLE_ROWS = 1000
 
 
-def page(*, title: str, details: Mapping[str, str] | None, body: str) -> str:
+def page(*, title: str, details: Details, body: str) -> str:
     """Write a self-contained page around `body`, which must be HTML; the other texts are plain."""
     return fill_template(
         "page.html",
@@ -73,12 +70,12 @@ def methods_panel(circuits: Mapping[str, Circuit], *, max_edges: int | None) -> 
 
 def data_table(frame: pandas.DataFrame) -> str:
     """Write the columns of a data frame, and its index if that has a name, as a sortable table."""
-    if any(name is not None for name in frame.index.names):
+    if set(frame.index.names) != {None}:
         frame = frame.reset_index()
-    header = [
-        _header_cell(str(name), is_numeric_dtype(dtype) and not is_bool_dtype(dtype))
-        for name, dtype in frame.dtypes.items()
-    ]
+    header = []
+    for name, dtype in frame.dtypes.items():
+        is_number = is_numeric_dtype(dtype) and not is_bool_dtype(dtype)
+        header.append(_header_cell(str(name), is_number))
     rows = []
     for values in frame.itertuples(index=False, name=None):
         cells = map(_value_cell, values)
@@ -87,19 +84,17 @@ def data_table(frame: pandas.DataFrame) -> str:
 
 
 def _edge_table(circuit: Circuit) -> str:
-    edges = circuit.edges
-    scores = circuit.scores[circuit.kept].tolist()
     header = [
         _header_cell("edge", numeric=False),
         _header_cell("score", numeric=True),
         _header_cell("rank by |score|", numeric=True),
     ]
     rows = []
-    for rank, index in enumerate(strongest_first(scores)[:MAX_TABLE_ROWS], start=1):
-        name = f"<td>{escape(str(edges[index]))}</td>"
-        score = _number_cell(scores[index], score_text(scores[index]))
-        rank_cell = _number_cell(rank, f"{rank:,}")
-        rows.append(f'<tr data-rank="{rank}">{name}{score}{rank_cell}</tr>')
+    for one in ranked_edges(circuit, MAX_TABLE_ROWS):
+        name = f"<td>{escape(str(one.edge))}</td>"
+        score = _number_cell(one.score, one.score_text)
+        rank = _number_cell(one.rank, f"{one.rank:,}")
+        rows.append(f'<tr data-rank="{one.rank}">{name}{score}{rank}</tr>')
     return _table(header, rows, css_class="edges")
 
 
@@ -123,7 +118,8 @@ def _value_cell(value: Any) -> str:
         return f"<td>{escape(str(value))}</td>"
     if isinstance(value, numbers.Integral):
         return _number_cell(value, f"{int(value):,}")
-    return _number_cell(value, MISSING if math.isnan(value) else f"{float(value):,.4g}")
+    text = MISSING if math.isnan(value) else f"{float(value):,.4g}"
+    return _number_cell(value, text)
 
 
 def _number_cell(value: numbers.Real | float, text: str) -> str:

@@ -7,6 +7,9 @@ from html import escape
 from importlib import resources
 from string import Template
 
+# Settings and results by label, as plain text.
+Details = Mapping[str, str] | None
+
 
 def static_file(name: str) -> str:
     """Return the text of a file in `static/`."""
@@ -19,7 +22,7 @@ def fill_template(name: str, **values: str) -> str:
     return Template(static_file(name)).substitute(values)
 
 
-def details_list(details: Mapping[str, str] | None) -> str:
+def details_list(details: Details) -> str:
     """Write settings and results, given as plain text, as a description list."""
     entries = [
         f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>"

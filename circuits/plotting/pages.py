@@ -15,6 +15,7 @@ from circuits.plotting.circuit_drawing.draw import draw
 from circuits.plotting.figures import faithfulness_figure, figure_html
 from circuits.plotting.graph_page.page import graph_page
 from circuits.plotting.html import circuit_panel, data_table, methods_panel, page
+from circuits.plotting.markup import Details
 
 FAITHFULNESS_EXPLAINED = (
     "Faithfulness is the share of the model's metric that a circuit keeps when every other edge "
@@ -56,7 +57,7 @@ def circuit_page(
     circuit: Circuit,
     *,
     title: str,
-    details: Mapping[str, str] | None = None,
+    details: Details = None,
     max_edges: int | None = None,
 ) -> str:
     """Write a self-contained HTML page about a circuit.
@@ -84,9 +85,7 @@ def circuit_page(
     return page(title=title, details=details, body=panel)
 
 
-def attribution_page(
-    graph: FeatureGraph, *, title: str, details: Mapping[str, str] | None = None
-) -> str:
+def attribution_page(graph: FeatureGraph, *, title: str, details: Details = None) -> str:
     """Write a self-contained HTML page to explore an attribution graph.
 
     The reader points, searches, prunes with two thresholds, pins nodes, groups them into
@@ -114,7 +113,7 @@ def report_page(
     table: pandas.DataFrame,
     curves: pandas.DataFrame,
     circuits: Mapping[str, Circuit],
-    details: Mapping[str, str] | None = None,
+    details: Details = None,
     max_edges: int | None = None,
 ) -> str:
     """Write a self-contained HTML report of a comparison of methods.

@@ -8,8 +8,7 @@
         checkpoint.safetensors  the state of an unfinished run, from which it is resumed
 
 The digest covers what the result depends on: method, settings, model weights, prompts and graph.
-Processes that use the same folder take turns. When several ranks share one run, only the first one
-reads and writes the folder.
+Of several ranks, only the first one reads and writes the folder.
 """
 
 from __future__ import annotations
@@ -43,6 +42,7 @@ from circuits.tasks.task import Task
 
 METRICS, PAGE, CHECKPOINT = "metrics.json", "circuit.html", "checkpoint.safetensors"
 RECORD_FORMAT, METRICS_FORMAT, FORMAT_VERSION = "circuits.run", "circuits.metrics", 1
+Counts = dict[str, int]
 REQUIRED_IN_RECORD = ("method", "settings", "seconds", "forward_passes")
 SECONDS_BETWEEN_TRIES = 60
 
@@ -111,17 +111,24 @@ def run(
     name = f"{discoverer.name}-{_digest(discoverer, model, task, graph)[:8]}"
     folder = Path(out) / task.name / name
     with _taking_turns(folder):
+        # Only the first rank looks: another may see the folder late, on a network disk.
         if on_first(lambda: (folder / RECORD).exists()):
             return on_first(lambda: load_run(folder))
         checkpoint = folder / CHECKPOINT
-        measured: dict[str, Any] = {"resumed": checkpoint.exists()}
+        resumed = checkpoint.exists()
         started = time.perf_counter()
         with counting_passes(model) as passes:
             circuit = _discover(discoverer, model, task, graph, checkpoint, progress)
-        measured["seconds"] = time.perf_counter() - started
-        record = _describe(discoverer, model, task, circuit) | totals(passes) | measured
-        record["notes"] = dict(notes or {})
-        return on_first(lambda: _save(CircuitRun(folder, circuit, record, reused=False)))
+        seconds = time.perf_counter() - started
+        record = {
+            **_describe(discoverer, model, task, circuit),
+            **totals(passes),
+            "resumed": resumed,
+            "seconds": seconds,
+            "notes": dict(notes or {}),
+        }
+        found = CircuitRun(folder, circuit, record, reused=False)
+        return on_first(lambda: _save(found))
 
 
 def load_run(folder: str | Path) -> CircuitRun:
@@ -174,20 +181,29 @@ def evaluate_run(
     settings = {
         "task": task.name,
         "prompts": task.digest(),
-        "metrics": None if metrics is None else [as_json(metric) for metric in metrics],
+        "metrics": None if metrics is None else list(map(as_json, metrics)),
         "ablation": as_json(ablation),
         "size": size,
     }
-    key = digest([settings, identity(model).weights], size=8)
+    weights = identity(model).weights
+    key = digest([settings, weights], size=8)
     path = found.folder / METRICS
     with lock_folder(found.folder):
-        content = read_json(path, METRICS_FORMAT, FORMAT_VERSION) if path.exists() else {}
-        known = content.get("evaluations", {})
+        known = {}
+        if path.exists():
+            content = read_json(path, METRICS_FORMAT, FORMAT_VERSION)
+            known = content.get("evaluations", {})
         if key not in known:
-            circuit = found.circuit if size is None else found.circuit.top(size)
+            circuit = found.circuit
+            if size is not None:
+                circuit = circuit.top(size)
             evaluation = evaluate(model, circuit, task, metrics=metrics, ablation=ablation)
-            counts = {"n_prompts": len(task), "edges": len(circuit)}
-            known[key] = {**settings, **counts, "values": _values(evaluation)}
+            known[key] = {
+                **settings,
+                "n_prompts": len(task),
+                "edges": len(circuit),
+                "values": _values(evaluation),
+            }
             write_json(path, {"evaluations": known}, METRICS_FORMAT, FORMAT_VERSION)
     return known[key]
 
@@ -196,23 +212,21 @@ def _values(evaluation: Evaluation) -> dict[Any, Any]:
     """The table of an evaluation by metric and column, as JSON values."""
     table = evaluation.table()
     # JSON has no NaN: a value that is not defined is null.
-    return table.astype(object).where(table.notna(), None).to_dict(orient="index")
+    defined = table.astype(object).where(table.notna(), None)
+    return defined.to_dict(orient="index")
 
 
 @contextlib.contextmanager
-def counting_passes(model: Model) -> Iterator[dict[str, int]]:
+def counting_passes(model: Model) -> Iterator[Counts]:
     """Count `forward_passes` of the model, and `prompts_run` in them (prompts times circuits)."""
     counts = {"forward_passes": 0, "prompts_run": 0}
 
-    def count(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+    def count(_: Model, arguments: Any) -> None:
         counts["forward_passes"] += 1
         counts["prompts_run"] += len(arguments[0])
 
-    handle = model.register_forward_pre_hook(count)
-    try:
+    with model.register_forward_pre_hook(count):
         yield counts
-    finally:
-        handle.remove()
 
 
 def _discover(
@@ -240,9 +254,9 @@ def _discover(
 def _save(found: CircuitRun) -> CircuitRun:
     folder, record = found.folder, found.record
     found.circuit.save(folder)
-    settings = ", ".join(f"{name}={value}" for name, value in record["settings"].items())
+    settings = [f"{name}={value}" for name, value in record["settings"].items()]
     details = {
-        "method": f"{record['method']}({settings})",
+        "method": f"{record['method']}({', '.join(settings)})",
         "model": record["model"]["name"],
         "task": f"{record['task']['name']}, {record['task']['prompts']} prompts",
         "edges": f"{record['edges']:,} of {record['graph']['edges']:,}",
@@ -265,7 +279,8 @@ def _taking_turns(folder: Path) -> Iterator[None]:
 
         def try_lock() -> bool:
             try:
-                stack.enter_context(lock_folder(folder).acquire(timeout=SECONDS_BETWEEN_TRIES))
+                lock = lock_folder(folder)
+                stack.enter_context(lock.acquire(timeout=SECONDS_BETWEEN_TRIES))
             except Timeout:
                 return False
             return True
@@ -284,17 +299,19 @@ def _digest(discoverer: CircuitDiscoverer, model: Model, task: Task, graph: Grap
         task.digest(),
         graph.positions,
     ]
-    return digest(parts, (graph.source, graph.target, graph.slot))
+    edges = (graph.source, graph.target, graph.slot)
+    return digest(parts, edges)
 
 
 def _describe(
     discoverer: CircuitDiscoverer, model: Model, task: Task, circuit: Circuit
 ) -> dict[str, Any]:
     graph = circuit.graph
+    prompts = {"prompts": len(task), "digest": task.digest()}
     return {
         "method": discoverer.name,
         "settings": discoverer.settings(),
-        "task": {"name": task.name, "prompts": len(task), "digest": task.digest()},
+        "task": {"name": task.name, **prompts},
         "graph": {"edges": len(graph), "positions": graph.positions},
         **describe_setup(model),
         "threads": torch.get_num_threads(),

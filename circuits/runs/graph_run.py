@@ -91,8 +91,10 @@ class GraphRun:
             InputError: `groups.json` is damaged.
         """
         groups: dict[str, list[str]] = {}
-        for supernode in load_groups(self.folder, GraphData.of(self.graph))["supernodes"]:
-            groups.setdefault(supernode["name"], []).extend(supernode["nodes"])
+        kept = load_groups(self.folder, GraphData.of(self.graph))
+        for supernode in kept["supernodes"]:
+            members = groups.setdefault(supernode["name"], [])
+            members.extend(supernode["nodes"])
         return groups
 
 
@@ -124,18 +126,26 @@ def run_graph(
         >>> circuits.run_graph(method, model, "Dallas is in", out=tempfile.mkdtemp()).reused
         False
     """
+    # Load the transcoders once: the digest needs them as well as the method.
     method = replace(method, transcoders=method.loaded)
     tokens = prompt_tokens(model, prompt)
-    text = prompt if isinstance(prompt, str) else " ".join(map(str, tokens.tolist()))
-    folder = Path(out) / "graphs" / f"{_slug(text)}-{_digest(method, model, tokens, explain)}"
+    numbers = map(str, tokens.tolist())
+    text = prompt if isinstance(prompt, str) else " ".join(numbers)
+    name = f"{_slug(text)}-{_digest(method, model, tokens, explain)}"
+    folder = Path(out) / "graphs" / name
     with _removing_if_unused(folder), lock_folder(folder):
         if (folder / RECORD).exists():
             return _found_again(folder)
         started = time.perf_counter()
         graph = method.attribute(model, tokens, explain=explain)
         seconds = time.perf_counter() - started
-        described = {"prompt": text, **describe_setup(model), **_describe(method, graph)}
-        record = {**described, "seconds": seconds, "notes": dict(notes or {})}
+        record = {
+            "prompt": text,
+            **describe_setup(model),
+            **_describe(method, graph),
+            "seconds": seconds,
+            "notes": dict(notes or {}),
+        }
         found = GraphRun(folder, graph, record, reused=False)
         graph.save(folder)
         _write_page(found)
@@ -192,8 +202,8 @@ def _found_again(folder: Path) -> GraphRun:
 
 
 def _slug(prompt: str) -> str:
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
-    return words[:LONGEST_SLUG].strip("-") or "prompt"
+    words = re.findall(r"[a-z0-9]+", prompt.lower())
+    return "-".join(words)[:LONGEST_SLUG].strip("-") or "prompt"
 
 
 def _digest(
@@ -207,7 +217,7 @@ def _digest(
         method.identity(),
         identity(model).weights,
         tokens.tolist(),
-        None if explain is None else [_explained_as_json(each) for each in explain],
+        None if explain is None else list(map(_explained_as_json, explain)),
     ]
     return digest(parts, size=4)
 
@@ -216,38 +226,36 @@ def _explained_as_json(explained: Explained) -> Any:
     """A JSON value that differs between any two different targets."""
     if not isinstance(explained, Direction):
         return as_json(explained)
-    vector = explained.vector.double().cpu().contiguous().numpy()
-    return [
-        explained.label,
-        hashlib.blake2b(vector.tobytes()).hexdigest(),
-        explained.bias,
-        explained.weight,
-        explained.position,
-        explained.token,
-    ]
+    vector = explained.vector.double().cpu()
+    fingerprint = hashlib.blake2b(vector.numpy().tobytes())
+    fields = vars(explained) | {"vector": fingerprint.hexdigest()}
+    return list(fields.values())
 
 
 def _describe(method: AttributionGraph, graph: FeatureGraph) -> dict[str, Any]:
-    small = pruned(
-        graph, node_threshold=method.node_threshold, edge_threshold=method.edge_threshold
-    )
-    described: dict[str, Any] = {
+    kept = pruned(graph, node_threshold=method.node_threshold, edge_threshold=method.edge_threshold)
+    return {
         "method": method.name,
         "settings": method.settings(),
         "transcoders": vars(graph.transcoders),
         "tokens": graph.tokens.tolist(),
         "explained": [target.label for target in graph.targets],
+        **_counts(graph),
+        **{f"kept_{name}": value for name, value in _counts(kept).items()},
     }
-    for prefix, part in (("", graph), ("kept_", small)):
-        described[f"{prefix}features"] = int(part.is_kind(FEATURE).sum())
-        described[f"{prefix}edges"] = len(part)
-        for name, function in SCORES.items():
-            score = function(part)
-            # JSON has no NaN: a score that is not defined is null.
-            described[f"{prefix}{name}_score"] = None if math.isnan(score) else score
-    return described
+
+
+def _counts(graph: FeatureGraph) -> dict[str, Any]:
+    n_features = int(graph.is_kind(FEATURE).sum())
+    counts: dict[str, Any] = {"features": n_features, "edges": len(graph)}
+    for name, function in SCORES.items():
+        score = function(graph)
+        # JSON has no NaN: a score that is not defined is null.
+        counts[f"{name}_score"] = None if math.isnan(score) else score
+    return counts
 
 
 def _write_page(found: GraphRun) -> None:
-    page = graph_page(found.graph, title=found.record["prompt"], details=found.details)
+    title = found.record["prompt"]
+    page = graph_page(found.graph, title=title, details=found.details)
     write_bytes(found.folder / PAGE, page.encode())

@@ -24,9 +24,11 @@ PACKAGES = ("torch", "transformer-lens", "transformers")
 
 def digest(parts: Any, columns: Iterable[Tensor] = (), *, size: int = 64) -> str:
     """Hash JSON values and then tensors, to `size` bytes in hexadecimal digits."""
-    result = hashlib.blake2b(json.dumps(parts).encode(), digest_size=size)
+    text = json.dumps(parts)
+    result = hashlib.blake2b(text.encode(), digest_size=size)
     for column in columns:
-        result.update(column.cpu().numpy().tobytes())
+        array = column.cpu().numpy()
+        result.update(array.tobytes())
     return result.hexdigest()
 
 

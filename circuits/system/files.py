@@ -18,17 +18,26 @@ from torch import Tensor
 
 from circuits.system.errors import InputError
 
+TensorsAndMetadata = tuple[dict[str, Tensor], dict[str, str]]
+
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], kind: str, version: int
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    kind: str,
+    version: int,
 ) -> Path:
     """Write a safetensors file whose header states its format and version."""
+    # The header of a safetensors file holds texts only.
     header = {"format": kind, "format_version": str(version), **metadata}
-    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    on_cpu = {}
+    for name, tensor in tensors.items():
+        on_cpu[name] = tensor.detach().cpu().contiguous()
     return write_bytes(path, save(on_cpu, header))
 
 
-def read_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path, kind: str, version: int) -> TensorsAndMetadata:
     """Read the tensors of a safetensors file and the metadata in its header.
 
     Raises:
@@ -39,7 +48,8 @@ def read_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor]
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             _check_format(path, metadata, kind, version)
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            return tensors, metadata
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"{path} is truncated or not a safetensors file ({error}); restore it or make it again."
@@ -49,7 +59,8 @@ def read_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor]
 def write_json(path: Path, content: Mapping[str, Any], kind: str, version: int) -> Path:
     """Write a JSON object that states its format and version."""
     stamped = {"format": kind, "format_version": version, **content}
-    return write_bytes(path, json.dumps(stamped, indent=2).encode())
+    text = json.dumps(stamped, indent=2)
+    return write_bytes(path, text.encode())
 
 
 def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
@@ -95,7 +106,8 @@ def _check_exists(path: Path) -> None:
 
 
 def _check_format(path: Path, header: Mapping[str, Any], kind: str, version: int) -> None:
-    found, found_version = header.get("format"), str(header.get("format_version"))
+    found = header.get("format")
+    found_version = str(header.get("format_version"))
     if found != kind:
         raise InputError(
             f"{path} is not a {kind} file (its format is {found!r}); give the right file."

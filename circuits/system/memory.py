@@ -17,16 +17,15 @@ CPU_BYTES = 1 << 28
 
 
 def memory_budget(
-    device: torch.device | str | None, max_memory: int | None = None, *, cpu_bytes: int = CPU_BYTES
+    device: torch.device | str | None,
+    max_memory: int | None = None,
+    *,
+    cpu_bytes: int = CPU_BYTES,
 ) -> int:
     """Return how many bytes the tensors of one step may take on a device.
 
-    Args:
-        max_memory: the user's limit in bytes; None takes a share of the free memory.
-        cpu_bytes: upper bound on a CPU, where the user gives no limit.
-
-    Raises:
-        InputError: `max_memory` is not a positive number.
+    Without the user's limit `max_memory` it is a share of the free memory, on a CPU up to
+    `cpu_bytes`.
     """
     if max_memory is not None:
         if not max_memory > 0:
@@ -38,27 +37,19 @@ def memory_budget(
     device = torch.device(device or "cpu")
     if device.type == "cuda":
         # The driver counts memory in torch's cache as used, but torch will give it to us.
-        reserved, allocated = (
-            torch.cuda.memory_reserved(device),
-            torch.cuda.memory_allocated(device),
-        )
         free, _ = torch.cuda.mem_get_info(device)
-        return int((free + reserved - allocated) * GPU_SHARE)
+        free += torch.cuda.memory_reserved(device)
+        free -= torch.cuda.memory_allocated(device)
+        return int(free * GPU_SHARE)
     available = psutil.virtual_memory().available
     return min(cpu_bytes, int(available * CPU_SHARE))
 
 
 def shrinking(step: Callable[[int], Any], size: int, what: str) -> tuple[Any, int]:
-    """Run `step(size)`, and halve the size as long as memory runs out.
-
-    Args:
-        what: what `size` counts, in the singular, for the error message.
-
-    Returns:
-        The result of the step, and the size at which it succeeded.
+    """Run `step(size)`, and halve the size as long as memory runs out; return it with the result.
 
     Raises:
-        InputError: memory runs out even at size 1.
+        InputError: memory runs out even with one `what`.
     """
     while True:
         try:

@@ -1,10 +1,7 @@
 """Divide work over the ranks that `torchrun` started: several processes, each with its device.
 
-Every rank runs the same program and takes the same decisions. Work that can be divided is measured
-in slices, and the results are gathered, so that all ranks hold the same numbers, bit for bit. The
-ranks work together wherever torch.distributed has a process group: the command line makes one with
-`start`, and a script does so itself or calls `start`. Every exchange also carries each rank's
-error, if it has one, so that an error on one rank is raised on all of them.
+Every rank runs the same program on the same numbers, bit for bit: work is measured in slices, and
+results are gathered. An error on one rank is raised on all of them.
 """
 
 from __future__ import annotations
@@ -61,13 +58,12 @@ def is_first() -> bool:
 def start() -> Iterator[None]:
     """Work together with the other processes of this `torchrun` inside the `with` block.
 
-    A process that works alone, or that has a process group already, is left as it is.
-
     Raises:
         RankError: a rank cannot be reached, or torchrun stops all ranks because one of them ended.
     """
     launched = dist.is_available() and dist.is_torchelastic_launched()
     alone = not launched or int(os.environ["WORLD_SIZE"]) == 1
+    # A script may have made the process group itself.
     if alone or dist.is_initialized():
         yield
         return
@@ -91,7 +87,9 @@ def share(total: int) -> slice:
     """
     # Rank r takes the items from total * r / world up to total * (r + 1) / world.
     rank, world = ranks()
-    return slice(total * rank // world, total * (rank + 1) // world)
+    first = total * rank // world
+    end = total * (rank + 1) // world
+    return slice(first, end)
 
 
 def in_slices(total: int, measure: Callable[[slice], Tensor]) -> Tensor:
@@ -106,11 +104,7 @@ def in_slices(total: int, measure: Callable[[slice], Tensor]) -> Tensor:
 def gathered(measure: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
     """Concatenate what `measure` returns on every rank along the leading axis, in order of ranks.
 
-    With several ranks the results are on the CPU.
-
-    Args:
-        measure: returns the same number of tensors on every rank, with any number of rows; a rank
-            without work returns an empty list.
+    Ranks without work return an empty list. With several ranks the results are on the CPU.
 
     Raises:
         InputError: `measure` raised it, on any rank.
@@ -118,27 +112,21 @@ def gathered(measure: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
     """
     if ranks().world == 1:
         return list(measure())
-    # Cloned, because a view would be sent with everything that it is a view of.
-    by_rank = exchanged(lambda: [tensor.detach().cpu().clone() for tensor in measure()])
+
+    def on_cpu() -> list[Tensor]:
+        # Cloned, because a view would be sent with everything that it is a view of.
+        return [tensor.detach().cpu().clone() for tensor in measure()]
+
+    by_rank = exchanged(on_cpu)
     with_work = [tensors for tensors in by_rank if tensors]
     return [torch.cat(pieces) for pieces in zip(*with_work, strict=True)]
 
 
 class _Report(NamedTuple):
-    """What a rank sends to the others: its result, or its error: the text, and for invalid input
-    the class to raise on all ranks.
-    """
+    """What a rank sends to the others: its result, or the error to raise there."""
 
     result: Any = None
-    error: str | None = None
-    raised_as: type[InputError] | None = None
-
-    @staticmethod
-    def of(error: Exception) -> _Report:
-        if isinstance(error, InputError):
-            kind = NotFiniteError if isinstance(error, NotFiniteError) else SharedError
-            return _Report(error=str(error), raised_as=kind)
-        return _Report(error=f"{type(error).__name__}: {error}")
+    error: Exception | None = None
 
 
 def exchanged(function: Callable[[], Result]) -> list[Result]:
@@ -155,22 +143,27 @@ def exchanged(function: Callable[[], Result]) -> list[Result]:
         # The connection is lost: nobody is left to report to.
         raise
     except Exception as error:
-        own_error, report = error, _Report.of(error)
+        own_error, report = error, _Report(error=_for_all_ranks(error))
     reports = [report] * ranks().world
     with _connection_errors():
         dist.all_gather_object(reports, report)
-    failed = [(rank, each) for rank, each in enumerate(reports) if each.error is not None]
     # Any error but an InputError may be a bug. It comes first, and where it happened it is raised
     # with its traceback.
-    if own_error is not None and report.raised_as is None:
+    if isinstance(report.error, RankError) and own_error is not None:
         raise own_error
-    for rank, each in failed:
-        if each.raised_as is None:
-            raise RankError(f"rank {rank} failed: {each.error}")
-    for _, each in failed:
-        assert each.raised_as is not None
-        raise each.raised_as(each.error) from own_error
+    errors = [each.error for each in reports if each.error]
+    errors.sort(key=lambda error: isinstance(error, InputError))
+    if errors:
+        raise errors[0] from own_error
     return [each.result for each in reports]
+
+
+def _for_all_ranks(error: Exception) -> Exception:
+    if isinstance(error, NotFiniteError):
+        return NotFiniteError(str(error))
+    if isinstance(error, InputError):
+        return SharedError(str(error))
+    return RankError(f"rank {ranks().rank} failed: {type(error).__name__}: {error}")
 
 
 def on_first(function: Callable[[], Result]) -> Result:
@@ -202,10 +195,7 @@ def _connection_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _sigterm_as_error() -> Iterator[None]:
-    """Raise RankError on SIGTERM, with which torchrun stops the other ranks when one ends.
-
-    The caller can then report from where the work can be resumed.
-    """
+    """Raise RankError on SIGTERM, with which torchrun stops the other ranks when one ends."""
     # Python allows signal handlers in the main thread only.
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -7,8 +7,8 @@ of the pages reads.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
@@ -17,13 +17,13 @@ from circuits.graph.circuit import Circuit
 from circuits.graph.edges import Edge
 from circuits.graph.graph import PooledFeatureGraph
 from circuits.graph.nodes import MLP, Error, Feature, Head, Logits, Node, Position
-from circuits.plotting.circuit_drawing.layered_graph import layered_graph, position_of, row_key
 from circuits.plotting.circuit_drawing.layout import (
     NODE_HEIGHT,
     Layout,
-    PlacedNode,
     Point,
     lay_out,
+    position_of,
+    row_key,
 )
 from circuits.plotting.style import BAND, BLUE, GREEN, INK, MONO, PAPER, QUIET, SANS, VERMILION
 from circuits.system.errors import InputError
@@ -32,11 +32,29 @@ DEFAULT_MAX_EDGES = 200
 # Features are side by side in one row, so fewer of their edges fit on a page.
 DEFAULT_MAX_FEATURE_EDGES = 50
 MIN_STROKE_WIDTH, MAX_STROKE_WIDTH = 1.2, 6.5
-SLOT_COLOURS = {"q": BLUE, "k": VERMILION, "v": GREEN, None: "#6d6875"}
+MIN_OPACITY, MAX_OPACITY = 0.55, 0.95
+SLOT_COLOURS = {
+    "q": BLUE,
+    "k": VERMILION,
+    "v": GREEN,
+    None: "#6d6875",
+}
 LEGEND = "\u2003".join(
     f'<tspan fill="{colour}">\u25ac {slot or "into MLPs, features and logits"}</tspan>'
     for slot, colour in SLOT_COLOURS.items()
 )
+# Fill, text colour and corner radius.
+Style = tuple[str, str, int]
+INPUT_STYLE: Style = ("#dfe4ec", INK, 4)
+NODE_STYLES: dict[type[Node], Style] = {
+    Head: (PAPER, INK, 4),
+    MLP: ("#fdf1d3", INK, 12),
+    Feature: ("#fdf1d3", INK, 12),
+    Error: ("#e7e8eb", INK, 0),
+    Logits: (INK, PAPER, 4),
+}
+
+OUTER_LAYERS = {-1: "inputs", math.inf: "output"}
 
 # Lengths are in pixels. Text cannot be measured here, so widths come from average characters.
 LABEL_CHARACTER, TITLE_CHARACTER = 7.3, 10.0
@@ -46,46 +64,48 @@ MIN_WIDTH, LINE_HEIGHT = 660.0, 22.0
 
 
 @dataclass(frozen=True)
-class DrawnEdge:
-    """An edge with its marks in the drawing.
-
-    Attributes:
-        edge: the edge.
-        score: its score; NaN if it was never measured.
-        rank: 1 for the strongest edge.
-        width: width of the stroke in pixels.
-    """
+class RankedEdge:
+    """A kept edge of a circuit, and how strong its stroke is, from 0 to 1."""
 
     edge: Edge
     score: float
     rank: int
-    width: float
+    strength: float
 
     @property
-    def description(self) -> str:
-        """The edge's name and score, for tooltips."""
-        return f"{self.edge}  {score_text(self.score)}"
+    def score_text(self) -> str:
+        """The score for readers."""
+        return "not scored" if math.isnan(self.score) else f"{self.score:+.4g}"
+
+    @property
+    def width(self) -> float:
+        """Width of the stroke in pixels."""
+        return MIN_STROKE_WIDTH + (MAX_STROKE_WIDTH - MIN_STROKE_WIDTH) * self.strength
+
+    @property
+    def opacity(self) -> float:
+        """Opacity of the stroke."""
+        return MIN_OPACITY + (MAX_OPACITY - MIN_OPACITY) * self.strength
+
+
+Edges = Sequence[RankedEdge]
+Marks = list[str]
+Counts = Counter[Node]
 
 
 def draw(circuit: Circuit, *, title: str | None, max_edges: int | None) -> str:
     """Draw a circuit as SVG; `circuits.draw_circuit` explains the arguments."""
-    limit = edge_limit(circuit, max_edges)
-    drawn = circuit.top(min(limit, len(circuit)))
-    lines = [_text(_counts(circuit, len(drawn)), f'font-size="13" fill="{QUIET}"')]
+    edges = ranked_edges(circuit, edge_limit(circuit, max_edges))
+    counts = _counts(circuit, len(edges))
+    lines = [_text(counts, f'font-size="13" fill="{QUIET}"')]
     if title is not None:
         lines.insert(0, _text(title, f'font-size="17" font-weight="600" fill="{INK}"'))
-    edges = _drawn_edges(drawn)
     if not edges:
         lines.append(_text("No edges kept: there is nothing to draw.", f'fill="{INK}"'))
-        return _document(title, lines, None)
+        return _document(title, lines, None, [])
     lines.append(_legend(edges))
-    layout, positions = _layout(circuit, edges)
-    marks = [
-        *_position_marks(layout, positions),
-        *_edge_marks(layout, edges),
-        *_node_marks(layout, edges),
-    ]
-    return _document(title, lines, layout, marks)
+    layout = _layout(circuit, edges)
+    return _document(title, lines, layout, edges)
 
 
 def edge_limit(circuit: Circuit, max_edges: int | None) -> int:
@@ -105,72 +125,67 @@ def edge_limit(circuit: Circuit, max_edges: int | None) -> int:
     return max_edges
 
 
-def score_text(score: float) -> str:
-    """Format a score for readers."""
-    return "not scored" if math.isnan(score) else f"{score:+.4g}"
+def ranked_edges(circuit: Circuit, limit: int) -> Edges:
+    """Return the strongest kept edges, strongest first.
 
-
-def strongest_first(scores: Sequence[float]) -> list[int]:
-    """Sort the indices by falling |score|, ties in the given order, unscored edges last."""
-    sizes = [-1.0 if math.isnan(score) else abs(score) for score in scores]
-    return sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
+    Ties are in graph order; edges without a score come last.
+    """
+    edges = circuit.edges
+    scores = circuit.scores[circuit.kept].double()
+    sizes = scores.abs()
+    largest = max([0.0, *sizes[sizes.isfinite()].tolist()])
+    # strength = sqrt(|score| / max |score|). Scores span orders of magnitude; the root keeps weak
+    # edges visible without changing the order.
+    strengths = (sizes.nan_to_num() / (largest or 1)).clamp(max=1).sqrt()
+    sortable = sizes.nan_to_num(nan=-1, posinf=math.inf)
+    strongest = sortable.argsort(descending=True, stable=True)[:limit]
+    ranked = []
+    for rank, index in enumerate(strongest.tolist(), start=1):
+        score = float(scores[index])
+        strength = float(strengths[index])
+        ranked.append(RankedEdge(edges[index], score, rank, strength))
+    return ranked
 
 
 def _counts(circuit: Circuit, n_drawn: int) -> str:
     n_kept, n_possible = len(circuit), len(circuit.graph)
     if n_drawn == n_kept:
         return f"{n_kept:,} of {n_possible:,} edges kept"
-    unscored = circuit.scores[circuit.kept].isnan().all()
-    which = "first" if unscored else "strongest"
+    scores = circuit.scores[circuit.kept]
+    which = "first" if scores.isnan().all() else "strongest"
     return f"drawn: the {n_drawn:,} {which} of {n_kept:,} edges kept ({n_possible:,} in the graph)"
 
 
-def _drawn_edges(circuit: Circuit) -> list[DrawnEdge]:
-    """Return the kept edges, strongest first."""
-    edges = circuit.edges
-    scores = circuit.scores[circuit.kept].tolist()
-    sizes = [abs(score) for score in scores if math.isfinite(score)]
-    largest = max(sizes, default=0.0) or 1.0
-    drawn = []
-    for rank, index in enumerate(strongest_first(scores), start=1):
-        score = scores[index]
-        share = 0.0 if math.isnan(score) else min(abs(score) / largest, 1.0)
-        # width = min + (max - min) * sqrt(|score| / max |score|). Scores span orders of
-        # magnitude; the root keeps weak edges visible without changing the order of the widths.
-        width = MIN_STROKE_WIDTH + (MAX_STROKE_WIDTH - MIN_STROKE_WIDTH) * math.sqrt(share)
-        drawn.append(DrawnEdge(edges[index], score, rank, width))
-    return drawn
-
-
-def _layout(circuit: Circuit, drawn: list[DrawnEdge]) -> tuple[Layout, list[Position]]:
-    """Lay out the nodes that have edges; also return the positions of the columns.
-
-    There are no positions if the graph is not split by position.
-    """
-    edges = [one.edge for one in drawn]
-    outgoing = Counter(edge.source for edge in edges)
-    incoming = Counter(edge.target for edge in edges)
+def _layout(circuit: Circuit, edges: Edges) -> Layout:
+    """Lay out the nodes that have edges, in graph order."""
+    outgoing, incoming = _edge_counts(edges)
     n_ports = outgoing | incoming  # the larger of the two counts
-    nodes = [node for node in circuit.graph.nodes if node in n_ports]
-    columns = _sorted_positions(nodes)
-    graph = layered_graph(
-        edges,
-        node_widths={node: _node_width(node, n_ports[node]) for node in nodes},
-        edge_widths=[one.width for one in drawn],
-        columns=columns,
-    )
-    name_widths = [LABEL_CHARACTER * len(_position_text(position)) for position in columns]
-    layout = lay_out(graph, min_column_widths=name_widths)
-    return layout, [] if columns == [None] else columns
+    all_nodes = circuit.graph.nodes
+    node_widths = {}
+    for node in all_nodes:
+        if node in n_ports:
+            node_widths[node] = _node_width(node, n_ports[node])
+    edge_widths = {one.edge: one.width for one in edges}
+    used = set(map(position_of, node_widths))
+    column_widths = {}
+    # Of all nodes, because those with edges may not be in the order of the positions.
+    for position in sorted(map(position_of, all_nodes), key=_position_key):
+        if position in used:
+            name = _position_text(position)
+            column_widths[position] = LABEL_CHARACTER * len(name)
+    return lay_out(node_widths, edge_widths, column_widths)
 
 
-def _sorted_positions(nodes: Iterable[Node]) -> list[Position]:
-    """Sort positions: numbers in order, then names as in the graph, then None."""
-    positions = list(dict.fromkeys(map(position_of, nodes)))
-    numbers = [position for position in positions if isinstance(position, int)]
-    names = [position for position in positions if isinstance(position, str)]
-    nowhere = [position for position in positions if position is None]
-    return [*sorted(numbers), *names, *nowhere]
+def _edge_counts(edges: Edges) -> tuple[Counts, Counts]:
+    """Count the edges out of and into each node."""
+    outgoing = Counter(one.edge.source for one in edges)
+    incoming = Counter(one.edge.target for one in edges)
+    return outgoing, incoming
+
+
+def _position_key(position: Position) -> float:
+    """Sorting by this gives numbers in order, then names as in the graph."""
+    return position if isinstance(position, int) else math.inf
 
 
 def _node_width(node: Node, n_ports: int) -> float:
@@ -181,28 +196,33 @@ def _node_width(node: Node, n_ports: int) -> float:
 
 
 def _position_text(position: Position) -> str:
-    return "any position" if position is None else f"@{position}"
+    return "" if position is None else f"@{position}"
 
 
 # Parts of the picture
 
 
-def _document(
-    title: str | None, lines: list[str], layout: Layout | None, marks: Iterable[str] = ()
-) -> str:
-    """Write the SVG: lines of text, below them the layers, and the marks on the layers."""
-    width = max(MIN_WIDTH, TITLE_CHARACTER * len(title or "") + 2 * MARGIN)
-    height = LINE_HEIGHT * (len(lines) + 1)
-    content = [
-        _moved(MARGIN, LINE_HEIGHT * (number + 1), line) for number, line in enumerate(lines)
-    ]
+def _document(title: str | None, lines: Marks, layout: Layout | None, edges: Edges) -> str:
+    """Write the SVG: lines of text, and below them the layers."""
+    title_width = TITLE_CHARACTER * len(title or "")
+    width = max(MIN_WIDTH, title_width + 2 * MARGIN)
+    content = []
+    height = 0.0
+    for line in lines:
+        height += LINE_HEIGHT
+        content.append(_moved(MARGIN, height, [line]))
+    height += LINE_HEIGHT
     if layout is not None:
         width = max(width, layout.width + LAYER_NAMES_WIDTH + 2 * MARGIN)
         # A narrow drawing is in the middle of the space right of the layer names.
-        left = LAYER_NAMES_WIDTH + (width - LAYER_NAMES_WIDTH - layout.width) / 2
+        left = (width + LAYER_NAMES_WIDTH - layout.width) / 2
         top = height + LINE_HEIGHT
-        bands = _moved(0, top, *_layer_bands(layout, width))
-        content += [bands, _moved(left, top, *marks)]
+        bands = _layer_bands(layout, width)
+        content.append(_moved(0, top, bands))
+        marks = _position_marks(layout)
+        marks += _edge_marks(layout, edges)
+        marks += _node_marks(layout, edges)
+        content.append(_moved(left, top, marks))
         height = top + layout.height + MARGIN + BAND_PADDING
     # The paper makes the picture readable on light and dark pages.
     return f"""\
@@ -215,8 +235,8 @@ font-family="{SANS}" font-size="12">
 """
 
 
-def _moved(x: float, y: float, *content: str) -> str:
-    markup = "\n".join(content)
+def _moved(x: float, y: float, marks: Marks) -> str:
+    markup = "\n".join(marks)
     return f'<g transform="translate({x:.1f} {y:.1f})">{markup}</g>'
 
 
@@ -224,54 +244,58 @@ def _text(text: str, attributes: str) -> str:
     return f"<text {attributes}>{escape(text)}</text>"
 
 
-def _legend(drawn: list[DrawnEdge]) -> str:
+def _legend(edges: Edges) -> str:
     """Explain colours, dashes and widths."""
-    sizes = [abs(one.score) for one in drawn if math.isfinite(one.score)]
+    finite = filter(math.isfinite, (one.score for one in edges))
+    sizes = list(map(abs, finite))
     widths = "edges without scores"
     if sizes:
         widths = f"width: |score|, {min(sizes):.3g} to {max(sizes):.3g}"
     return f'<text fill="{QUIET}">{LEGEND}\u2003\u254d score below 0\u2003{widths}</text>'
 
 
-def _layer_bands(layout: Layout, width: float) -> list[str]:
+def _layer_bands(layout: Layout, width: float) -> Marks:
     """Draw a quiet band behind each layer, with the layer's name at its left end."""
-    centres: dict[float, list[float]] = {}
-    for placed in layout.nodes:
-        layer, _ = row_key(placed.node)
-        centres.setdefault(layer, []).append(placed.y)
+    tops = defaultdict(list)
+    for node, vertex in layout.nodes.items():
+        layer, _ = row_key(node)
+        tops[layer].append(vertex.top)
     marks = []
-    for layer, ys in centres.items():
-        top = min(ys) - NODE_HEIGHT / 2 - BAND_PADDING
-        height = max(ys) - min(ys) + NODE_HEIGHT + 2 * BAND_PADDING
+    for layer, inside in tops.items():
+        top = min(inside) - BAND_PADDING
+        height = max(inside) - top + NODE_HEIGHT + BAND_PADDING
         size = f'width="{width - MARGIN:.1f}" height="{height:.1f}" rx="6"'
         marks.append(f'<rect x="{MARGIN / 2}" y="{top:.1f}" {size} fill="{BAND}"/>')
-        name = {-1: "inputs", math.inf: "output"}.get(layer, f"layer {layer}")
+        name = OUTER_LAYERS.get(layer, f"layer {layer}")
         place = f'x="{MARGIN}" y="{top + height / 2 + 4:.1f}"'
         marks.append(_text(name, f'{place} fill="{QUIET}"'))
     return marks
 
 
-def _position_marks(layout: Layout, positions: list[Position]) -> list[str]:
+def _position_marks(layout: Layout) -> Marks:
     """Write the positions over their columns."""
     marks = []
-    for position, (left, right) in zip(positions, layout.columns, strict=False):
-        place = f'x="{(left + right) / 2:.1f}" y="{-BAND_PADDING - 8}" text-anchor="middle"'
-        marks.append(_text(_position_text(position), f'{place} font-weight="600" fill="{INK}"'))
+    for position, middle in layout.columns.items():
+        place = f'x="{middle:.1f}" y="{-BAND_PADDING - 8}" text-anchor="middle"'
+        style = f'{place} font-weight="600" fill="{INK}"'
+        marks.append(_text(_position_text(position), style))
     return marks
 
 
-def _edge_marks(layout: Layout, drawn: list[DrawnEdge]) -> list[str]:
-    number = {placed.node: index for index, placed in enumerate(layout.nodes)}
+def _edge_marks(layout: Layout, edges: Edges) -> Marks:
+    number = {node: index for index, node in enumerate(layout.nodes)}
     marks = []
     # Strong edges come last and are therefore on top.
-    for one, route in zip(reversed(drawn), reversed(layout.routes), strict=True):
+    for one in reversed(edges):
         edge = one.edge
+        tooltip = escape(f"{edge}  {one.score_text}")
         dashes = f'stroke-dasharray="{one.width + 4:.1f} {one.width + 1:.1f}"'
         marks.append(f"""\
 <g class="edge" data-rank="{one.rank}" data-source="{number[edge.source]}" \
-data-target="{number[edge.target]}"><title>{escape(one.description)}</title>\
-<path d="{_smooth_path(route)}" fill="none" stroke="{SLOT_COLOURS[edge.slot]}" \
-stroke-width="{one.width:.3f}" stroke-opacity="0.8" {dashes if one.score < 0 else ""}/></g>""")
+data-target="{number[edge.target]}"><title>{tooltip}</title>\
+<path d="{_smooth_path(layout.routes[edge])}" fill="none" stroke="{SLOT_COLOURS[edge.slot]}" \
+stroke-width="{one.width:.3f}" stroke-opacity="{one.opacity:.2f}" \
+{dashes if one.score < 0 else ""}/></g>""")
     return marks
 
 
@@ -280,45 +304,24 @@ def _smooth_path(route: Sequence[Point]) -> str:
     x, y = route[0]
     commands = [f"M{x:.1f} {y:.1f}"]
     for (x, y), (next_x, next_y) in pairwise(route):
-        if abs(next_x - x) < 0.05:
-            commands.append(f"V{next_y:.1f}")
-            continue
         middle = (y + next_y) / 2
-        controls = f"{x:.1f} {middle:.1f} {next_x:.1f} {middle:.1f}"
-        commands.append(f"C{controls} {next_x:.1f} {next_y:.1f}")
+        curve = f"C{x:.1f} {middle:.1f} {next_x:.1f} {middle:.1f} {next_x:.1f} {next_y:.1f}"
+        is_vertical = abs(next_x - x) < 0.05
+        commands.append(f"V{next_y:.1f}" if is_vertical else curve)
     return "".join(commands)
 
 
-def _node_marks(layout: Layout, drawn: list[DrawnEdge]) -> list[str]:
+def _node_marks(layout: Layout, edges: Edges) -> Marks:
+    outgoing, incoming = _edge_counts(edges)
     marks = []
-    for number, placed in enumerate(layout.nodes):
-        node = placed.node
-        n_in = sum(one.edge.target == node for one in drawn)
-        n_out = sum(one.edge.source == node for one in drawn)
-        tooltip = f"<title>{escape(str(node))}\nedges in: {n_in}, edges out: {n_out}</title>"
-        marks.append(f'<g class="node" data-node="{number}">{tooltip}{_node_shape(placed)}</g>')
+    for number, (node, vertex) in enumerate(layout.nodes.items()):
+        fill, ink, radius = NODE_STYLES.get(type(node), INPUT_STYLE)
+        left, top = vertex.left, vertex.top
+        place = f'x="{vertex.x:.1f}" y="{top + 16.2:.1f}" text-anchor="middle"'
+        label = _text(node.label, f'{place} font-family="{MONO}" fill="{ink}"')
+        tooltip = f"{escape(str(node))}\nedges in: {incoming[node]}, edges out: {outgoing[node]}"
+        marks.append(f"""\
+<g class="node" data-node="{number}"><title>{tooltip}</title>\
+<rect x="{left:.1f}" y="{top:.1f}" width="{vertex.width:.1f}" height="{NODE_HEIGHT}" \
+rx="{radius}" fill="{fill}" stroke="{INK}" stroke-width="1.1"/>{label}</g>""")
     return marks
-
-
-def _node_shape(placed: PlacedNode) -> str:
-    fill, ink, radius = _node_style(placed.node)
-    left, top = placed.x - placed.width / 2, placed.y - NODE_HEIGHT / 2
-    place = f'x="{placed.x:.1f}" y="{placed.y + 4.2:.1f}" text-anchor="middle"'
-    label = _text(placed.node.label, f'{place} font-family="{MONO}" fill="{ink}"')
-    return f"""\
-<rect x="{left:.1f}" y="{top:.1f}" width="{placed.width:.1f}" height="{NODE_HEIGHT}" \
-rx="{radius}" fill="{fill}" stroke="{INK}" stroke-width="1.1"/>{label}"""
-
-
-def _node_style(node: Node) -> tuple[str, str, int]:
-    """Return fill, text colour and corner radius."""
-    match node:
-        case Head():
-            return PAPER, INK, 4
-        case MLP() | Feature():
-            return "#fdf1d3", INK, 12
-        case Error():
-            return "#e7e8eb", INK, 0
-        case Logits():
-            return INK, PAPER, 4
-    return "#dfe4ec", INK, 4

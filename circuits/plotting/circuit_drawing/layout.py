@@ -1,201 +1,256 @@
-"""Coordinates of a layered drawing.
+"""Places of nodes and edges in a layered drawing, after Sugiyama et al. (1981).
 
-Nodes are near their neighbours, long edges are straight, and no two vertices overlap. All lengths
-are in pixels.
+Layers are rows, sources below targets, and positions are columns. An edge that passes rows gets an
+invisible waypoint in each, so that it runs between the nodes. Lengths are in pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby, pairwise
+from operator import attrgetter, itemgetter
+from statistics import fmean
 
 import numpy as np
-from jaxtyping import Float, Int
 
-from circuits.graph.nodes import Node
-from circuits.plotting.circuit_drawing.layered_graph import (
-    INERTIA,
-    LayeredGraph,
-    SegmentEnds,
-    VertexFloats,
-)
+from circuits.graph.edges import Edge
+from circuits.graph.nodes import MLP, Error, Feature, Logits, Node, Position
 
-N_SWEEPS = 40
-NODE_HEIGHT = 24.0
-NODE_GAP, WAYPOINT_GAP, COLUMN_GAP, ROW_GAP = 14.0, 4.0, 40.0, 44.0
-# Strength of the pull between neighbours: two waypoints of one edge, and all other pairs.
-STRAIGHT_PULL, BENT_PULL = 8.0, 1.0
+N_SWEEPS = 10
+NODE_HEIGHT, ROW_GAP = 24.0, 44.0
+ROW_PITCH = NODE_HEIGHT + ROW_GAP
+NODE_GAP, WAYPOINT_GAP, COLUMN_GAP = 14.0, 4.0, 40.0
 # Edges meet a node on this share of its side, those into a head by slot from left to right.
 PORT_SHARE = 0.8
-SLOT_ORDER = {None: 0, "q": 0, "k": 1, "v": 2}
-# Columns are laid out this far apart, so that they do not touch, and then moved together.
-FAR = 1e6
+SLOT_ORDER = {None: 0.0, "q": 0.0, "k": 1.0, "v": 2.0}
 
 Point = tuple[float, float]
-Route = tuple[Point, ...]
-Interval = tuple[float, float]
-EdgeFloats = Float[np.ndarray, " edge"]
+Routes = dict[Edge, list[Point]]
+# Where each edge meets a node.
+Ports = dict[Edge, float]
+Floats = Sequence[float]
 
 
-@dataclass(frozen=True)
-class PlacedNode:
-    """A node with its centre and width; every node is `NODE_HEIGHT` high."""
+@dataclass(eq=False)
+class Vertex:
+    """A node, or a waypoint of an edge, with its centre x and its neighbours in its column."""
 
-    node: Node
-    x: float
-    y: float
+    row: int  # 0 at the top
+    column: Position
     width: float
+    gap: float
+    x: float = 0.0
+    below: list[Vertex] = field(default_factory=list)
+    above: list[Vertex] = field(default_factory=list)
+
+    @property
+    def left(self) -> float:
+        """The left side."""
+        return self.x - self.width / 2
+
+    @property
+    def right(self) -> float:
+        """The right side."""
+        return self.x + self.width / 2
+
+    @property
+    def top(self) -> float:
+        """The upper side; as in SVG, y grows downwards."""
+        return self.row * ROW_PITCH
+
+    @property
+    def bottom(self) -> float:
+        """The lower side."""
+        return self.top + NODE_HEIGHT
+
+
+# The source of an edge, its waypoints and its target.
+Chain = list[Vertex]
+Chains = dict[Edge, Chain]
+# An edge at a vertex, after two numbers to sort it by.
+End = tuple[float, float, Edge]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A drawing with coordinates. As in SVG, y grows downwards; the top left corner is (0, 0).
+    """A drawing with coordinates from the top left corner, and the middle of each column.
 
-    Attributes:
-        nodes: the placed nodes, in the order of `LayeredGraph.nodes`.
-        routes: the points of each edge. The first is on the source, the last on the target;
-            between them are the bottom and the top of each row that the edge passes.
-        columns: left and right end of each column.
-        width, height: size of the drawing.
+    A route starts on the source and ends on the target; between them are the bottom and the top of
+    each row that the edge passes.
     """
 
-    nodes: tuple[PlacedNode, ...]
-    routes: tuple[Route, ...]
-    columns: tuple[Interval, ...]
+    nodes: dict[Node, Vertex]
+    routes: Routes
+    columns: dict[Position, float]
     width: float
     height: float
 
 
-def lay_out(graph: LayeredGraph, *, min_column_widths: Sequence[float]) -> Layout:
-    """Compute the coordinates of every node and edge."""
-    x, columns = _columns_side_by_side(graph, min_column_widths)
-    rows_above = len(graph.rows) - 1 - graph.row
-    y = rows_above * (NODE_HEIGHT + ROW_GAP) + NODE_HEIGHT / 2
-    places = np.stack([x, y, graph.width], axis=1).tolist()
-    # Waypoints, which follow the nodes, are not drawn.
-    placed = zip(graph.nodes, places, strict=False)
+def lay_out(
+    node_widths: Mapping[Node, float],
+    edge_widths: Mapping[Edge, float],
+    column_widths: Mapping[Position, float],
+) -> Layout:
+    """Place nodes and edges. Columns come in the given order and have at least the given widths."""
+    nodes = _nodes(node_widths)
+    chains = {}
+    for edge, width in edge_widths.items():
+        source, target = nodes[edge.source], nodes[edge.target]
+        chains[edge] = _connected(source, target, width)
+    vertices = dict.fromkeys(itertools.chain(*chains.values()))
+    middles = {}
+    left = 0.0
+    for position, min_width in column_widths.items():
+        column = [vertex for vertex in vertices if vertex.column == position]
+        _relax(column)
+        width = _move_to(left, column, min_width)
+        middles[position] = left + width / 2
+        left += width + COLUMN_GAP
     return Layout(
-        nodes=tuple(PlacedNode(node, *place) for node, place in placed),
-        routes=_routes(graph, x, y),
-        columns=columns,
-        width=columns[-1][1],
-        height=float(y.max()) + NODE_HEIGHT / 2,
+        nodes=nodes,
+        routes=_routes(chains),
+        columns=middles,
+        width=left - COLUMN_GAP,
+        height=max(node.bottom for node in nodes.values()),
     )
 
 
-def separated(
-    wanted: Sequence[float], weights: Sequence[float], gaps: Sequence[float]
-) -> list[float]:
-    """Find the places nearest to the wanted ones that keep the order and the gaps.
+def row_key(node: Node) -> tuple[float, bool]:
+    """Return the layer of a node and whether it follows attention; sorting by it gives the rows.
 
-    Minimizes sum_i weights[i] * (place[i] - wanted[i])^2 subject to
-    place[i + 1] - place[i] >= gaps[i]. With the gaps subtracted this is isotonic regression,
-    solved by pooling adjacent blocks that violate the order.
+    Embeddings are in layer -1, the logits in layer infinity.
     """
-    offsets = list(accumulate(gaps, initial=0.0))
-    blocks: list[tuple[float, float, int]] = []  # mean, weight, length
-    for place, offset, weight in zip(wanted, offsets, weights, strict=True):
-        mean, length = place - offset, 1
-        while blocks and blocks[-1][0] > mean:
-            left_mean, left_weight, left_length = blocks.pop()
-            total = left_weight + weight
-            mean = (left_mean * left_weight + mean * weight) / total
-            weight = total
-            length += left_length
-        blocks.append((mean, weight, length))
-    pooled = [mean for mean, _, length in blocks for _ in range(length)]
-    return [mean + offset for mean, offset in zip(pooled, offsets, strict=True)]
+    outside = math.inf if isinstance(node, Logits) else -1
+    layer: float = getattr(node, "layer", outside)
+    return layer, isinstance(node, MLP | Feature | Error)
 
 
-def _columns_side_by_side(
-    graph: LayeredGraph, min_widths: Sequence[float]
-) -> tuple[VertexFloats, tuple[Interval, ...]]:
-    x = _relaxed(graph)
-    half = graph.width / 2
-    start = 0.0
-    columns = []
-    for column, min_width in enumerate(min_widths):
-        inside = graph.column == column
-        low = float((x - half)[inside].min())
-        high = float((x + half)[inside].max())
-        end = start + max(high - low, min_width)
-        x[inside] += (start + end) / 2 - (low + high) / 2
-        columns.append((start, end))
-        start = end + COLUMN_GAP
-    return x, tuple(columns)
+def position_of(node: Node) -> Position:
+    """Return the position of a node, or None."""
+    position: Position = getattr(node, "position", None)
+    return position
 
 
-def _relaxed(graph: LayeredGraph) -> VertexFloats:
-    """Move one row after another towards its neighbours in the same column."""
-    here, neighbour, pull = _pulls(graph)
-    x = graph.column * FAR
-    weight = np.bincount(here, pull, len(x)) + INERTIA
-    rows = [(row, _gaps(graph, row)) for row in graph.rows]
-    for _ in range(N_SWEEPS // 2):
-        for row, gaps in rows + rows[::-1]:
-            # wanted_i = (sum_j pull_ij x_j + inertia x_i) / (sum_j pull_ij + inertia)
-            pulled = np.bincount(here, pull * x[neighbour], len(x))
-            wanted = (pulled + INERTIA * x) / weight
-            x[row] = separated(wanted[row].tolist(), weight[row].tolist(), gaps)
-    return x
+def separated(wanted: Floats, widths: Floats) -> Floats:
+    """Move places so that these widths fit side by side in this order.
 
-
-def _pulls(graph: LayeredGraph) -> tuple[SegmentEnds, SegmentEnds, Float[np.ndarray, " segment"]]:
-    """Return both ends of each segment inside a column, in both directions, and its strength."""
-    lower, upper = graph.segments
-    inside = graph.column[lower] == graph.column[upper]
-    lower, upper = lower[inside], upper[inside]
-    here, neighbour = np.r_[lower, upper], np.r_[upper, lower]
-    between_waypoints = np.minimum(here, neighbour) >= len(graph.nodes)
-    return here, neighbour, np.where(between_waypoints, STRAIGHT_PULL, BENT_PULL)
-
-
-def _gaps(graph: LayeredGraph, row: list[int]) -> list[float]:
-    """Return the least distances between the centres of adjacent vertices."""
-    is_node = np.array(row) < len(graph.nodes)
-    margin = np.where(is_node, NODE_GAP, WAYPOINT_GAP)
-    half = (graph.width[row] + margin) / 2
-    gaps: list[float] = (half[:-1] + half[1:]).tolist()
-    return gaps
-
-
-def _routes(graph: LayeredGraph, x: VertexFloats, y: VertexFloats) -> tuple[Route, ...]:
-    routes = []
-    for chain, start, end in zip(graph.chains, *_ports(graph, x), strict=True):
-        xs = [start, *x[chain[1:-1]], end]
-        route = []
-        for vertex, place in zip(chain, xs, strict=True):
-            centre = float(y[vertex])
-            route.append((float(place), centre + NODE_HEIGHT / 2))
-            route.append((float(place), centre - NODE_HEIGHT / 2))
-        # From the top of the source to the bottom of the target.
-        routes.append(tuple(route[1:-1]))
-    return tuple(routes)
-
-
-def _ports(graph: LayeredGraph, x: VertexFloats) -> tuple[list[float], list[float]]:
-    """Return the x at which each edge leaves its source and enters its target.
-
-    Edges are in the order of the vertices they lead to or come from, so that they do not cross.
+    The largest move is as small as it can be.
     """
-    ends = [(*chain[:2], *chain[-2:]) for chain in graph.chains]
-    source, after_source, before_target, target = np.array(ends).T
-    slot = np.array([SLOT_ORDER[edge.slot] for edge in graph.edges])
-    side = PORT_SHARE * graph.width
-    leaving = _spread(source, x[after_source])
-    entering = _spread(target, slot * FAR + x[before_target])
-    start_x = x[source] + side[source] * leaving
-    end_x = x[target] + side[target] * entering
-    return start_x.tolist(), end_x.tolist()
+    # With half of each width and all widths left of it subtracted, places may touch but not swap.
+    # This is isotonic regression. In the maximum norm its solution is the mean of the largest
+    # value up to each place and the smallest one from there on.
+    halves = np.array(widths) / 2
+    offsets = np.cumsum(widths) - halves
+    free = wanted - offsets
+    largest = np.maximum.accumulate(free)
+    smallest = np.minimum.accumulate(free[::-1])[::-1]
+    places = (largest + smallest) / 2 + offsets
+    return places.tolist()
 
 
-def _spread(vertex: Int[np.ndarray, " edge"], sort_key: EdgeFloats) -> EdgeFloats:
-    """Spread the edges at each vertex evenly over -1/2 to 1/2, sorted by their keys."""
-    order = np.lexsort((sort_key, vertex))
-    size = np.bincount(vertex)
-    first = np.cumsum(size) - size
-    # spread = (place among the edges of the vertex + 1/2) / (number of its edges) - 1/2
-    place = np.empty(len(order))
-    place[order] = np.arange(len(order)) - first[vertex[order]]
-    return (place + 0.5) / size[vertex] - 0.5
+def _nodes(widths: Mapping[Node, float]) -> dict[Node, Vertex]:
+    row_keys = sorted(set(map(row_key, widths)), reverse=True)
+    nodes = {}
+    for node, width in widths.items():
+        row = row_keys.index(row_key(node))
+        column = position_of(node)
+        nodes[node] = Vertex(row, column, width, NODE_GAP)
+    return nodes
+
+
+def _connected(source: Vertex, target: Vertex, width: float) -> Chain:
+    """Connect two nodes by waypoints in the column of the source."""
+    passed = range(source.row - 1, target.row, -1)
+    waypoints = [Vertex(row, source.column, width, WAYPOINT_GAP) for row in passed]
+    visited = [source, *waypoints, target]
+    for lower, upper in pairwise(visited):
+        # Columns are laid out one by one, so what is in another one cannot pull.
+        if lower.column == upper.column:
+            lower.above.append(upper)
+            upper.below.append(lower)
+    return visited
+
+
+def _relax(column: list[Vertex]) -> None:
+    """Move the rows of a column to their neighbours, one after another."""
+    # groupby needs the vertices of a row next to each other.
+    column.sort(key=attrgetter("row"))
+    downwards = [list(row) for _, row in groupby(column, attrgetter("row"))]
+    upwards = downwards[::-1]
+    # Following the row before untangles the edges.
+    for _ in range(N_SWEEPS):
+        for row in upwards:
+            _place(row, [vertex.below for vertex in row])
+        for row in downwards:
+            _place(row, [vertex.above for vertex in row])
+    # Following both rows straightens them.
+    for _ in range(N_SWEEPS):
+        for row in upwards + downwards:
+            _place(row, [vertex.below + vertex.above for vertex in row])
+
+
+def _place(row: list[Vertex], neighbours: list[list[Vertex]]) -> None:
+    """Move each vertex to the mean place of its neighbours, as far as there is room."""
+    for vertex, pulling in zip(row, neighbours, strict=True):
+        if pulling:
+            vertex.x = fmean(neighbour.x for neighbour in pulling)
+    row.sort(key=attrgetter("x"))
+    wanted = [vertex.x for vertex in row]
+    widths = [vertex.width + vertex.gap for vertex in row]
+    places = separated(wanted, widths)
+    for vertex, x in zip(row, places, strict=True):
+        vertex.x = x
+
+
+def _move_to(left: float, column: list[Vertex], min_width: float) -> float:
+    """Move a column so that it starts here; return its width."""
+    low = min(vertex.left for vertex in column)
+    high = max(vertex.right for vertex in column)
+    width = max(high - low, min_width)
+    move = left + width / 2 - (low + high) / 2
+    for vertex in column:
+        vertex.x += move
+    return width
+
+
+def _routes(chains: Chains) -> Routes:
+    starts, ends = _ports(chains)
+    routes = {}
+    for edge, (source, *waypoints, target) in chains.items():
+        route = [(starts[edge], source.top)]
+        for waypoint in waypoints:
+            route.append((waypoint.x, waypoint.bottom))
+            route.append((waypoint.x, waypoint.top))
+        route.append((ends[edge], target.bottom))
+        routes[edge] = route
+    return routes
+
+
+def _ports(chains: Chains) -> list[Ports]:
+    """Return the x at which each edge leaves its source, and at which it enters its target."""
+    # At a node, edges are in the order of where they go next, so that they do not cross.
+    leaving = defaultdict(list)
+    entering = defaultdict(list)
+    for edge, chain in chains.items():
+        source, after_source, *_ = chain
+        *_, before_target, target = chain
+        slot = SLOT_ORDER[edge.slot]
+        leaving[source].append((after_source.x, slot, edge))
+        entering[target].append((slot, before_target.x, edge))
+    return [_spread(leaving), _spread(entering)]
+
+
+def _spread(ends: Mapping[Vertex, list[End]]) -> Ports:
+    """Spread the edges at each vertex evenly along its side, in the order of their numbers."""
+    places = {}
+    for vertex, edges in ends.items():
+        edges.sort(key=itemgetter(0, 1))
+        left = vertex.x - PORT_SHARE * vertex.width / 2
+        step = PORT_SHARE * vertex.width / len(edges)
+        for number, (*_, edge) in enumerate(edges):
+            places[edge] = left + step * (number + 0.5)
+    return places

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pandas
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.attribution.feature_graph import EMBEDDING, FEATURE, TARGET, FeatureGraph
@@ -26,43 +25,57 @@ from circuits.attribution.influence import edge_influence, node_influence, prune
 N_CACHED_VIEWS = 16
 
 JsonObject = dict[str, Any]
-NodeMask = Bool[Tensor, " node"]
-NodeNumbers = Int[Tensor, " some_nodes"]
-EdgeMask = Bool[Tensor, " edge"]
-EdgeNumbers = Int[Tensor, " some_edges"]
 
 
 @dataclass(frozen=True, eq=False)
 class GraphData:
-    """An attribution graph with its influence, and the queries of its page.
+    """An attribution graph on the CPU, and the queries of its page.
 
     A node has a number, its index in the graph, and a name, its text.
-
-    Attributes:
-        graph: on the CPU.
-        influence: influence of each node on the targets.
-        edge_influence: influence that flows along each edge.
     """
 
     graph: FeatureGraph
-    influence: Float[Tensor, " node"]
-    edge_influence: Float[Tensor, " edge"]
 
     @staticmethod
     def of(graph: FeatureGraph) -> GraphData:
-        """Compute the influence of a graph's nodes and edges."""
-        graph = graph.to("cpu")
-        return GraphData(graph, node_influence(graph), edge_influence(graph))
+        """Move a graph to the CPU."""
+        return GraphData(graph.to("cpu"))
+
+    @cached_property
+    def nodes(self) -> pandas.DataFrame:
+        """The nodes by number, with their influence on the targets and their rank by it."""
+        graph = self.graph
+        influences = node_influence(graph)
+        nodes = _frame(**vars(graph.nodes), influence=influences)
+        nodes.insert(0, "id", nodes.index)
+        names = nodes["id"].map(graph.node).map(str)
+        nodes.insert(1, "name", names.astype(object))
+        # A weight that is not finite makes influences NaN; they rank last.
+        falling = nodes["influence"].fillna(-math.inf).mul(-1)
+        ranks = falling.rank(method="first")
+        return nodes.assign(rank=ranks.astype(int))
+
+    @cached_property
+    def edges(self) -> pandas.DataFrame:
+        """The edges, with the influence that flows along them."""
+        graph = self.graph
+        return _frame(
+            source=graph.source,
+            target=graph.target,
+            weight=graph.weight,
+            direct=graph.direct,
+            influence=edge_influence(graph),
+        )
 
     @cached_property
     def names(self) -> list[str]:
         """Names of the nodes."""
-        return [str(self.graph.node(number)) for number in range(len(self.graph.nodes))]
+        return self.nodes["name"].tolist()
 
     @cached_property
     def numbers(self) -> dict[str, int]:
         """Numbers of the nodes by name."""
-        return {name: number for number, name in enumerate(self.names)}
+        return dict(zip(self.names, self.nodes.index, strict=True))
 
     # A browser stores a reader's groups under the digest, so that groups made with one graph are
     # not shown with another.
@@ -70,39 +83,40 @@ class GraphData:
     def digest(self) -> str:
         """Hash of the graph's content."""
         graph = self.graph
-        targets = [asdict(target) for target in graph.targets]
+        targets = list(map(asdict, graph.targets))
         texts = json.dumps([graph.words, targets, graph.n_layers])
         digest = hashlib.blake2b(texts.encode(), digest_size=12)
+        nodes = vars(graph.nodes).values()
         edges = (graph.source, graph.target, graph.weight, graph.direct)
-        for column in (*vars(graph.nodes).values(), *edges, graph.tokens):
-            data = column.contiguous().flatten().view(torch.uint8)
-            digest.update(data.numpy().tobytes())
+        for column in (*nodes, *edges, graph.tokens):
+            data = column.contiguous().view(torch.uint8)
+            digest.update(data.numpy())
         return digest.hexdigest()
 
     def about(self) -> JsonObject:
         """Describe the whole graph."""
         graph = self.graph
+        influence = self.nodes["influence"].sum()
         total = {
             "nodes": len(graph.nodes),
             "edges": len(graph),
-            "influence": _values(self.influence.sum()[None])[0],
+            "influence": _json_value(influence),
         }
         return {
             "digest": self.digest,
-            "words": list(graph.words),
-            "targets": [asdict(target) for target in graph.targets],
+            "words": graph.words,
+            "targets": list(map(asdict, graph.targets)),
             "n_layers": graph.n_layers,
-            "constant_names": list(graph.constant_names),
+            "constant_names": graph.constant_names,
             "total": total,
         }
 
     def held(self, max_nodes: int, max_edges: int) -> JsonObject:
         """Return what a page without a server holds: the most influential nodes and edges."""
-        every_node = torch.ones(len(self.graph.nodes), dtype=torch.bool)
-        every_edge = torch.ones(len(self.graph), dtype=torch.bool)
-        held = self._most_influential(every_node, every_edge, max_nodes, max_edges)
-        constants = self.graph.constants[held["nodes"]["id"]]
-        return {**held, "constants": [_values(row) for row in constants]}
+        held = self._most_influential(self.nodes, self.edges, max_nodes, max_edges)
+        ids = held["nodes"]["id"]
+        constants = map(_json_values, self.graph.constants[ids])
+        return {**held, "constants": list(constants)}
 
     def view(
         self, node_threshold: float, edge_threshold: float, max_nodes: int, max_edges: int
@@ -113,8 +127,10 @@ class GraphData:
             InputError: a threshold is not between 0 and 1.
         """
         kept = prune(self.graph, node_threshold=node_threshold, edge_threshold=edge_threshold)
-        counts = {"nodes": int(kept.nodes.sum()), "edges": int(kept.edges.sum())}
-        view = self._most_influential(kept.nodes, kept.edges, max_nodes, max_edges)
+        nodes = self.nodes[kept.nodes.numpy()]
+        edges = self.edges[kept.edges.numpy()]
+        counts = {"nodes": len(nodes), "edges": len(edges)}
+        view = self._most_influential(nodes, edges, max_nodes, max_edges)
         return {**view, "kept": counts}
 
     @cached_property
@@ -128,23 +144,24 @@ class GraphData:
         Weights between these nodes and another node are summed.
         """
         # Edges between the chosen nodes are inside of the whole, and not listed.
-        source, target = self.graph.source, self.graph.target
-        inside = self._mask(numbers)
-        incoming = self._ends(source, inside[target] & ~inside[source], n)
-        outgoing = self._ends(target, inside[source] & ~inside[target], n)
-        others = torch.tensor([*incoming["node"], *outgoing["node"]], dtype=torch.long)
+        leaving = self.edges["source"].isin(numbers)
+        entering = self.edges["target"].isin(numbers)
+        incoming = self._ends("source", entering & ~leaving, n)
+        outgoing = self._ends("target", leaving & ~entering, n)
+        others = {*incoming["node"], *outgoing["node"]}
+        constants = self.graph.constants[sorted(set(numbers))]
         return {
             "incoming": incoming,
             "outgoing": outgoing,
-            "constants": _values(self.graph.constants[inside].sum(0)),
-            "nodes": self.node_table(others.unique()),
+            "constants": _json_values(constants.sum(0)),
+            "nodes": self.node_table(sorted(others)),
         }
 
     def between(self, numbers: Sequence[int], n: int) -> JsonObject:
         """Return the `n` strongest edges between some nodes."""
-        inside = self._mask(numbers)
-        edges = inside[self.graph.source] & inside[self.graph.target]
-        return self._edge_table(_largest(self.graph.weight.abs(), edges, n))
+        ends = self.edges[["source", "target"]]
+        inside = ends.isin(numbers).all(axis=1)
+        return _table(_strongest(self.edges[inside], n))
 
     def search(self, text: str, n: int) -> JsonObject:
         """Return the `n` nodes that match a text best, and how many match.
@@ -153,118 +170,97 @@ class GraphData:
         a part of a name, and last the token at a feature's position.
         """
         wanted = text.strip().lower()
-        names, texts = self._lower_names, self._lower_texts
-        # Not a regular expression: readers search for brackets and stars as well.
-        in_text = texts.str.contains(wanted, regex=False)
+        matching = self.nodes.assign(quality=self._match_quality(wanted))
+        # Equally good matches are sorted by influence.
+        matching = matching.dropna(subset="quality")
+        found = matching.sort_values(["quality", "rank"])
+        best = found["id"].head(n).tolist()
+        return {"nodes": self.node_table(best), "found": len(found)}
+
+    def _match_quality(self, wanted: str) -> np.ndarray:
+        """Number the kinds of matches, the best 0; NaN where nothing matches."""
+        kind = self.nodes["kind"]
+        names = self.nodes["name"].str.lower()
+        # Not regular expressions: readers search for brackets and stars as well.
+        in_name = names.str.contains(wanted, regex=False)
+        in_text = self._lower_texts.str.contains(wanted, regex=False)
         matches = [
             names == wanted,
             names.str.startswith(wanted),
-            in_text & self.graph.is_kind(TARGET, EMBEDDING).numpy(),
-            names.str.contains(wanted, regex=False),
-            in_text & self.graph.is_kind(FEATURE).numpy(),
+            in_text & kind.isin([TARGET, EMBEDDING]),
+            in_name,
+            in_text & (kind == FEATURE),
         ]
-        no_match = len(matches)
-        quality = np.select(matches, range(no_match), no_match)
-        # Equally good matches are sorted by influence.
-        best_first = np.lexsort((self._rank, quality))
-        n_found = int((quality < no_match).sum()) if wanted else 0
-        found = torch.from_numpy(best_first[: min(n, n_found)])
-        return {"nodes": self.node_table(found), "found": n_found}
+        quality = np.select(matches, range(len(matches)), np.nan)
+        return np.where(wanted != "", quality, np.nan)
 
-    def node_table(self, numbers: NodeNumbers) -> JsonObject:
+    def node_table(self, numbers: list[int]) -> JsonObject:
         """Return the table of some nodes."""
-        columns = vars(self.graph.nodes[numbers])
-        return {
-            "id": numbers.tolist(),
-            "name": [self.names[number] for number in numbers.tolist()],
-            **{name: _values(column) for name, column in columns.items()},
-            "influence": _values(self.influence[numbers]),
-            "rank": self._rank[numbers].tolist(),
-        }
-
-    @cached_property
-    def _rank(self) -> Int[Tensor, " node"]:
-        """Rank of each node by influence, from 1."""
-        order = torch.argsort(self.influence, descending=True, stable=True)
-        return torch.argsort(order) + 1
-
-    @cached_property
-    def _lower_names(self) -> pandas.Series:
-        return pandas.Series(self.names, dtype=object).str.lower()
+        return _table(self.nodes.loc[numbers])
 
     @cached_property
     def _lower_texts(self) -> pandas.Series:
         """Labels of targets, and for other nodes the token at their position."""
-        graph = self.graph
-        texts = []
-        columns = (graph.nodes.kind, graph.nodes.position, graph.nodes.index)
-        for kind, position, index in torch.stack(columns, dim=1).tolist():
-            text = graph.targets[index].label if kind == TARGET else graph.words[position]
-            texts.append(text.lower())
-        return pandas.Series(texts, dtype=object)
-
-    def _mask(self, numbers: Sequence[int]) -> NodeMask:
-        mask = torch.zeros(len(self.graph.nodes), dtype=torch.bool)
-        mask[list(numbers)] = True
-        return mask
+        nodes = self.nodes
+        labels = pandas.Series([target.label for target in self.graph.targets])
+        words = pandas.Series(self.graph.words)
+        is_target = nodes["kind"] == TARGET
+        texts = nodes["position"].map(words)
+        texts = texts.mask(is_target, nodes["index"].map(labels))
+        return texts.astype(object).str.lower()
 
     def _most_influential(
-        self, nodes: NodeMask, edges: EdgeMask, max_nodes: int, max_edges: int
+        self, nodes: pandas.DataFrame, edges: pandas.DataFrame, max_nodes: int, max_edges: int
     ) -> JsonObject:
         """Return tables of the most influential of some nodes, and of the edges between them.
 
         Embeddings and targets always stay, whatever `max_nodes` is.
         """
-        ends = self.graph.is_kind(EMBEDDING, TARGET)
-        n_others = max(0, max_nodes - int((nodes & ends).sum()))
-        kept = nodes & ends
-        kept[_largest(self.influence, nodes & ~ends, n_others)] = True
+        is_end = nodes["kind"].isin([EMBEDDING, TARGET])
+        ends, others = nodes[is_end], nodes[~is_end]
+        n_others = max(0, max_nodes - len(ends))
+        others = others.nlargest(n_others, "influence")
+        kept = pandas.concat([ends, others]).sort_index()
         # An edge can be shown only if both of its ends are.
-        inside = edges & kept[self.graph.source] & kept[self.graph.target]
-        kept_edges = _largest(self.edge_influence, inside, max_edges).sort().values
-        return {
-            "nodes": self.node_table(kept.nonzero().flatten()),
-            "edges": self._edge_table(kept_edges),
-        }
+        leaves = edges["source"].isin(kept.index)
+        enters = edges["target"].isin(kept.index)
+        inside = edges[leaves & enters]
+        kept_edges = inside.nlargest(max_edges, "influence").sort_index()
+        return {"nodes": _table(kept), "edges": _table(kept_edges)}
 
-    def _edge_table(self, edges: EdgeNumbers) -> JsonObject:
-        columns = {
-            "source": self.graph.source,
-            "target": self.graph.target,
-            "weight": self.graph.weight,
-            "direct": self.graph.direct,
-            "influence": self.edge_influence,
-        }
-        return {name: _values(column[edges]) for name, column in columns.items()}
-
-    def _ends(self, ends: Int[Tensor, " edge"], edges: EdgeMask, n: int) -> JsonObject:
+    def _ends(self, end: str, chosen: pandas.Series, n: int) -> JsonObject:
         """Sum the weights of some edges by their ends; return the `n` strongest of these nodes."""
-        nodes, place = ends[edges].unique(return_inverse=True)
-        weight, direct = (
-            torch.zeros(len(nodes)).index_add_(0, place, column[edges].float())
-            for column in (self.graph.weight, self.graph.direct)
-        )
-        order = torch.argsort(weight.abs(), descending=True, stable=True)[:n]
-        return {
-            "node": nodes[order].tolist(),
-            "weight": _values(weight[order]),
-            "direct": _values(direct[order]),
-            "total": len(nodes),
-        }
+        by_node = self.edges[chosen].groupby(end)
+        sums = by_node[["weight", "direct"]].sum()
+        nodes = sums.rename_axis("node").reset_index()
+        strongest = _strongest(nodes, n)
+        return {**_table(strongest), "total": len(nodes)}
 
 
-def _largest(
-    values: Float[Tensor, " n"], among: Bool[Tensor, " n"], count: int
-) -> Int[Tensor, " k"]:
-    """Return the indices of the largest values, largest first."""
-    candidates = among.nonzero().flatten()
-    largest = torch.topk(values[candidates], min(count, len(candidates)))
-    return candidates[largest.indices]
+def _frame(**columns: Tensor) -> pandas.DataFrame:
+    """Make a data frame with floats in double precision, because numpy has no bfloat16."""
+    frame = pandas.DataFrame()
+    for name, column in columns.items():
+        exact = column.double() if column.is_floating_point() else column
+        frame[name] = exact.numpy()
+    return frame
 
 
-def _values(column: Tensor) -> list[Any]:
+def _strongest(edges: pandas.DataFrame, n: int) -> pandas.DataFrame:
+    by_strength = edges.sort_values("weight", key=abs, ascending=False, kind="stable")
+    return by_strength.head(n)
+
+
+def _table(frame: pandas.DataFrame) -> JsonObject:
+    return {name: _json_values(column) for name, column in frame.items()}
+
+
+def _json_values(column: Tensor | pandas.Series) -> list[Any]:
+    return list(map(_json_value, column.tolist()))
+
+
+def _json_value(value: Any) -> Any:
     # Seven digits are the precision of float32. JSON has no numbers for NaN and infinity.
-    values: list[Any] = column.tolist()
-    if not column.is_floating_point():
-        return values
-    return [float(f"{value:.7g}") if math.isfinite(value) else None for value in values]
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.7g}") if math.isfinite(value) else None

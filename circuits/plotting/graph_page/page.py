@@ -1,7 +1,6 @@
-"""The interactive page of an attribution graph.
+"""The interactive page of an attribution graph: one HTML file that works offline, or served.
 
-The page is one HTML file that works offline, or the page that `circuits view` serves. Both run the
-same scripts; the served one asks its server where the other searches the data that it holds.
+Both run the same scripts; the served one asks its server, the other searches the data it holds.
 """
 
 from __future__ import annotations
@@ -9,13 +8,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
 from circuits.attribution.feature_graph import FeatureGraph
 from circuits.plotting.graph_page.data import GraphData, JsonObject
-from circuits.plotting.markup import details_list, fill_template, static_file
+from circuits.plotting.markup import Details, details_list, fill_template, static_file
 from circuits.system.errors import InputError
 
 MAX_NODES, MAX_EDGES = 1500, 20_000
@@ -34,6 +32,7 @@ SCRIPTS = (
 )
 # The script that asks the server; only the served page has it.
 SERVED_SCRIPT = "graph_served.js"
+JSON_ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 # Initial values of the sliders, unless the graph's settings give others.
 THRESHOLDS = {"node_threshold": 0.8, "edge_threshold": 0.98}
 
@@ -42,20 +41,13 @@ def graph_page(
     graph: FeatureGraph,
     *,
     title: str,
-    details: Mapping[str, str] | None = None,
+    details: Details = None,
     max_nodes: int = MAX_NODES,
     max_edges: int = MAX_EDGES,
 ) -> str:
-    """Write the self-contained page of an attribution graph.
+    """Write the self-contained page of an attribution graph; see `circuits.attribution_page`.
 
-    For a larger graph the page holds the most influential nodes and edges, and says so.
-
-    Args:
-        graph: the attribution graph.
-        title: heading of the page.
-        details: settings and results to list under the title, as plain text.
-        max_nodes: largest number of nodes in the page. All tokens and targets stay in any case.
-        max_edges: largest number of edges in the page.
+    It holds the most influential nodes and edges, and all tokens and targets in any case.
 
     Raises:
         InputError: `max_nodes` or `max_edges` is negative.
@@ -72,23 +64,18 @@ def graph_page(
     return page
 
 
-def served_page(
-    data: GraphData, *, title: str, details: Mapping[str, str] | None = None
-) -> tuple[str, str]:
-    """Write the page that asks its server for nodes and edges.
-
-    Returns:
-        The page and the content security policy to send with it.
-    """
+def served_page(data: GraphData, title: str, details: Details = None) -> tuple[str, str]:
+    """Write the page that asks its server; also return the security policy to send with it."""
     return _page(data, title, details, None)
 
 
 def _page(
-    data: GraphData, title: str, details: Mapping[str, str] | None, held: JsonObject | None
+    data: GraphData, title: str, details: Details, held: JsonObject | None
 ) -> tuple[str, str]:
     """Write the page around the data that it holds (None: it asks its server)."""
-    style = _joined(STYLES)
-    script = _joined(SCRIPTS if held is not None else (SERVED_SCRIPT, *SCRIPTS))
+    scripts = SCRIPTS if held is not None else (SERVED_SCRIPT, *SCRIPTS)
+    style = "\n".join(map(static_file, STYLES))
+    script = "\n".join(map(static_file, scripts))
     policy = _policy(style, script, served=held is None)
     settings = {**THRESHOLDS, **data.graph.settings}
     page = fill_template(
@@ -108,7 +95,7 @@ def _page(
 
 def _what_is_left_out(data: GraphData, held: JsonObject | None) -> str:
     """Say how much of the graph the page holds, if it does not hold all."""
-    n_nodes, n_edges = len(data.graph.nodes), len(data.graph)
+    n_nodes, n_edges = len(data.nodes), len(data.edges)
     if held is None:
         return ""
     held_nodes = len(held["nodes"]["id"])
@@ -148,8 +135,4 @@ def _hash(text: str) -> str:
 def _script_json(content: Any) -> str:
     # A script element ends at the first </script and starts a comment at <!--.
     text = json.dumps(content, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _joined(names: Iterable[str]) -> str:
-    return "\n".join(map(static_file, names))
+    return text.translate(JSON_ESCAPES)

@@ -1,8 +1,6 @@
 """The server behind `circuits view`: one graph, for this machine only.
 
-It answers a fixed list of addresses and derives no file path from a request. It refuses requests
-that name another host, since a page elsewhere could make its own name point here, and writes that
-come from another page.
+It answers a fixed list of addresses and derives no file path from a request.
 """
 
 from __future__ import annotations
@@ -13,14 +11,11 @@ import json
 import socket
 import socketserver
 import sys
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from circuits.attribution.feature_graph import FILE, FeatureGraph
 from circuits.plotting.graph_page.data import GraphData, JsonObject
@@ -34,9 +29,11 @@ HOST_NAMES = ("localhost", ADDRESS, "[::1]")
 PAGE, GROUPS = "/", "/api/groups"
 TEXT = "text/plain; charset=utf-8"
 LARGEST_BODY = 1 << 20
+# Python refuses to parse numbers of thousands of digits.
 MAX_LENGTH_DIGITS = 18
 REQUEST_SECONDS = 20
-DRAIN_SECONDS, DRAIN_BYTES, DRAIN_CHUNK = 2, 1 << 24, 1 << 16
+DRAIN_SECONDS, DRAIN_BYTES = 2, 1 << 24
+# Other pages may neither frame this one nor read its answers.
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -44,16 +41,14 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
+    # So that the unread rest of a refused request is not taken for the next request.
+    "Connection": "close",
 }
 NOTHING_ALLOWED = "default-src 'none'; frame-ancestors 'none'"
 
 
 class HttpError(Exception):
-    """A request that is refused, with the HTTP status and the reason."""
-
-    def __init__(self, status: HTTPStatus, reason: str) -> None:
-        super().__init__(reason)
-        self.status, self.reason = status, reason
+    """A request that is refused; the arguments are the HTTP status and the reason."""
 
 
 class GraphServer(ThreadingHTTPServer):
@@ -61,18 +56,17 @@ class GraphServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(
-        self, folder: Path, data: GraphData, port: int, *, title: str, details: Mapping[str, str]
-    ) -> None:
+    def __init__(self, folder: Path, data: GraphData, port: int) -> None:
         self.folder, self.data = folder, data
-        page, policy = served_page(data, title=title, details=details)
+        title = data.graph.prompt or folder.name
+        page, policy = served_page(data, title, _details(data.graph))
         self.page = page.encode(errors="replace")
         self.policy = f"{policy}; frame-ancestors 'none'"
-        self.write_lock = threading.Lock()
         super().__init__((ADDRESS, port), GraphRequestHandler)
-        hosts = [f"{name}:{self.server_port}" for name in HOST_NAMES]
-        # Browsers leave out the default port of HTTP.
-        self.hosts = {*hosts, *HOST_NAMES} if self.server_port == 80 else set(hosts)
+        self.hosts = {f"{name}:{self.server_port}" for name in HOST_NAMES}
+        if self.server_port == 80:
+            # Browsers leave out the default port of HTTP.
+            self.hosts.update(HOST_NAMES)
 
     @property
     def url(self) -> str:
@@ -82,19 +76,17 @@ class GraphServer(ThreadingHTTPServer):
     def groups(self) -> JsonObject:
         """Return the reader's groups and the table of the nodes in them."""
         groups = load_groups(self.folder, self.data)
-        numbers = [self.data.numbers[name] for name in grouped_names(groups)]
-        nodes = self.data.node_table(torch.tensor(numbers, dtype=torch.long))
-        return {**groups, "nodes": nodes}
+        data = self.data
+        numbers = [data.numbers[name] for name in grouped_names(groups)]
+        return {**groups, "nodes": data.node_table(numbers)}
 
     def save(self, groups: Any) -> None:
         """Write the reader's groups into the folder."""
-        # Each request has its own thread.
-        with self.write_lock:
-            try:
-                save_groups(self.folder, self.data, groups)
-            except OSError as error:
-                reason = f"groups.json could not be written into {self.folder}: {error.strerror}."
-                raise HttpError(HTTPStatus.INTERNAL_SERVER_ERROR, reason) from error
+        try:
+            save_groups(self.folder, self.data, groups)
+        except OSError as error:
+            reason = f"groups.json could not be written into {self.folder}: {error.strerror}."
+            raise HttpError(HTTPStatus.INTERNAL_SERVER_ERROR, reason) from error
 
     def server_bind(self) -> None:
         """Bind without looking up this machine's name, which can take seconds."""
@@ -108,15 +100,10 @@ class GraphServer(ThreadingHTTPServer):
 
 
 def open_server(folder: str | Path, port: int) -> GraphServer:
-    """Open the server of a folder's graph; the caller runs it.
-
-    Args:
-        folder: a folder that holds an attribution graph.
-        port: from 1 to 65535, or 0 for a free one.
+    """Open the server of a folder's graph, at a free port if it is 0; the caller runs it.
 
     Raises:
-        InputError: the folder holds no graph, its graph or groups are damaged, or the port is not
-            available.
+        InputError: there is no graph, graph or groups are damaged, or the port is not available.
     """
     folder = Path(folder)
     if not (folder / FILE).is_file():
@@ -125,27 +112,23 @@ def open_server(folder: str | Path, port: int) -> GraphServer:
         raise InputError(
             f"--port {port} is no port; give a number from 1 to 65535, or 0 for a free one."
         )
-    graph = FeatureGraph.load(folder)
-    data = GraphData.of(graph)
+    data = GraphData.of(FeatureGraph.load(folder))
     # Damaged groups are refused now, before a reader's work could replace them.
     load_groups(folder, data)
-    title = graph.prompt or folder.name
     try:
-        return GraphServer(folder, data, port, title=title, details=_details(graph))
+        return GraphServer(folder, data, port)
     except OSError as error:
-        reason = f"is not available ({error.strerror})"
-        if error.errno == errno.EADDRINUSE:
-            reason = "is taken"
+        is_taken = error.errno == errno.EADDRINUSE
+        reason = "is taken" if is_taken else f"is not available ({error.strerror})"
         raise InputError(
             f"port {port} {reason}; choose another with --port, or 0 for a free one."
         ) from error
 
 
 def _details(graph: FeatureGraph) -> dict[str, str]:
-    model, transcoders = graph.model, graph.transcoders
     names = {
-        "model": model and model.name,
-        "transcoders": transcoders and transcoders.name,
+        "model": graph.model and graph.model.name,
+        "transcoders": graph.transcoders and graph.transcoders.name,
     }
     return {label: name for label, name in names.items() if name}
 
@@ -190,53 +173,64 @@ class GraphRequestHandler(BaseHTTPRequestHandler):
                 self._check_host()
                 self._refuse_address()
             return
-        # The base class may not have set these yet.
+        # The base class may not have set these yet: it reports a request line that it cannot parse.
         self.path, self.command = "", ""
         self.request_version = self.protocol_version
-        self._refuse(HTTPStatus(code), HTTPStatus(code).phrase)
+        status = HTTPStatus(code)
+        self._refuse(status, status.phrase)
 
     def _refuse_address(self) -> None:
-        if self.path.partition("?")[0] in {PAGE, GROUPS, *QUERIES}:
-            reason = f"{self.command[:20]} is not for this address."
-            raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, reason)
+        path, *_ = self.path.partition("?")
+        exists = path in {PAGE, GROUPS, *QUERIES}
+        reason = f"{self.command[:20]} is not for this address."
+        _require(not exists, HTTPStatus.METHOD_NOT_ALLOWED, reason)
         raise HttpError(HTTPStatus.NOT_FOUND, "there is nothing at this address.")
 
     def _check_host(self) -> None:
-        # A request with two hosts could mean either, so it names none of ours.
-        hosts = self.headers.get_all("Host") or []
-        host = hosts[0].strip().lower() if len(hosts) == 1 else ""
-        if host not in self.server.hosts:
-            reason = f"this server answers at {self.server.url} only."
-            raise HttpError(HTTPStatus.FORBIDDEN, reason)
+        # A page elsewhere could make its own name point here. A request with two hosts could mean
+        # either, so it names none of ours.
+        hosts = self._all("Host")
+        is_ours = len(hosts) == 1 and hosts[0] in self.server.hosts
+        reason = f"this server answers at {self.server.url} only."
+        _require(is_ours, HTTPStatus.FORBIDDEN, reason)
 
     def _check_origin(self) -> None:
         # Browsers name the page that a write comes from. Programs name none, and no page can
         # mislead them.
         allowed = {f"http://{host}" for host in self.server.hosts}
-        origins = self.headers.get_all("Origin") or []
-        if not allowed.issuperset(origin.strip().lower() for origin in origins):
-            raise HttpError(HTTPStatus.FORBIDDEN, "another page may not write here.")
-        if self.headers.get_content_type() != "application/json":
-            raise HttpError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send application/json.")
+        origins = set(self._all("Origin"))
+        _require(origins <= allowed, HTTPStatus.FORBIDDEN, "another page may not write here.")
+        is_json = self.headers.get_content_type() == "application/json"
+        _require(is_json, HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send application/json.")
 
     def _json_body(self) -> Any:
         try:
-            return json.loads(self.rfile.read(self._body_length()))
+            body = self.rfile.read(self._body_length())
+            return json.loads(body)
         except (ValueError, RecursionError) as error:
             raise HttpError(HTTPStatus.BAD_REQUEST, "the body is not JSON.") from error
 
     def _body_length(self) -> int:
-        lengths = self.headers.get_all("Content-Length") or []
-        if "Transfer-Encoding" in self.headers or not lengths:
-            reason = "send the body in one piece, with Content-Length."
-            raise HttpError(HTTPStatus.LENGTH_REQUIRED, reason)
-        length = lengths[0]
-        if len(lengths) > 1 or not (length.isascii() and length.isdecimal()):
-            raise HttpError(HTTPStatus.BAD_REQUEST, "Content-Length is not a number.")
-        if len(length) > MAX_LENGTH_DIGITS or int(length) > LARGEST_BODY:
-            reason = f"the body is larger than {LARGEST_BODY:,} bytes."
-            raise HttpError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, reason)
-        return int(length)
+        lengths = self._all("Content-Length")
+        is_whole = bool(lengths) and "Transfer-Encoding" not in self.headers
+        reason = "send the body in one piece, with Content-Length."
+        _require(is_whole, HTTPStatus.LENGTH_REQUIRED, reason)
+        digits = lengths[0]
+        is_number = digits.isascii() and digits.isdecimal()
+        _require(
+            is_number and len(lengths) == 1,
+            HTTPStatus.BAD_REQUEST,
+            "Content-Length is not a number.",
+        )
+        fits = len(digits) <= MAX_LENGTH_DIGITS and int(digits) <= LARGEST_BODY
+        reason = f"the body is larger than {LARGEST_BODY:,} bytes."
+        _require(fits, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, reason)
+        return int(digits)
+
+    def _all(self, name: str) -> list[str]:
+        """Every value of a header, which a request may repeat."""
+        values = self.headers.get_all(name) or []
+        return [value.strip().lower() for value in values]
 
     @contextlib.contextmanager
     def _refusals(self) -> Iterator[None]:
@@ -244,14 +238,13 @@ class GraphRequestHandler(BaseHTTPRequestHandler):
         try:
             yield
         except HttpError as error:
-            self._refuse(error.status, error.reason)
+            self._refuse(*error.args)
         except InputError as error:
             self._refuse(HTTPStatus.BAD_REQUEST, str(error))
 
     def _refuse(self, status: HTTPStatus, reason: str) -> None:
-        # The unread rest of the request must not be taken for the next request.
-        self.close_connection = True
-        self._send(status, f"{reason}\n".encode(errors="replace"), TEXT)
+        line = f"{reason}\n"
+        self._send(status, line.encode(errors="replace"), TEXT)
         if self.command not in ("", "GET"):
             self._drain()
 
@@ -261,9 +254,7 @@ class GraphRequestHandler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self.connection.shutdown(socket.SHUT_WR)
             self.connection.settimeout(DRAIN_SECONDS)
-            for _ in range(DRAIN_BYTES // DRAIN_CHUNK):
-                if not self.connection.recv(DRAIN_CHUNK):
-                    break
+            self.rfile.read(DRAIN_BYTES)
 
     def _send_json(self, content: JsonObject) -> None:
         text = json.dumps(content, allow_nan=False, separators=(",", ":"))
@@ -280,8 +271,6 @@ class GraphRequestHandler(BaseHTTPRequestHandler):
         }
         if status == HTTPStatus.METHOD_NOT_ALLOWED:
             headers["Allow"] = "GET, POST" if self.path == GROUPS else "GET"
-        if self.close_connection:
-            headers["Connection"] = "close"
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -291,3 +280,8 @@ class GraphRequestHandler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Write no log: readers see the command's own line."""
+
+
+def _require(holds: bool, status: HTTPStatus, reason: str) -> None:
+    if not holds:
+        raise HttpError(status, reason)
