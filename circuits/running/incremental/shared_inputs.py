@@ -53,7 +53,8 @@ class DistinctInputs:
         numbers = {labels[index]: number for number, index in enumerate(distinct)}
         number = node + len(distinct)
         for index, label in enumerate(labels):
-            number[index] = numbers.get(label, number[index])
+            if label in numbers:
+                number[index] = numbers[label]
         return DistinctInputs(node[distinct], variant[distinct], number)
 
 
