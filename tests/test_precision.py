@@ -61,7 +61,7 @@ class TestProducts:
         x = torch.cat([base, base + change]).double()
         found = (
             Background.of(Precision(name), "cpu")
-            .increments(7)(x.flatten(0, 1), weight.double(), bias.double())
+            .product_of_changes(4)(x.flatten(0, 1), weight.double(), bias.double())
             .view(4, 7, 16)
         )
         exact = x @ weight.double() + bias.double()

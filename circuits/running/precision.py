@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Literal, get_args
+from functools import cache, partial
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -38,6 +38,7 @@ LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 # Kernels for 8-bit numbers need sizes that are multiples of this.
 ALIGNMENT = 16
 
+Rounding = Literal["values", "changes", "nothing"]
 Scaled = tuple[Tensor, Tensor | None]
 """Numbers in a small type, and their scale factors if the type needs them."""
 
@@ -66,11 +67,10 @@ class Precision:
     confirm: bool = True
 
     def __post_init__(self) -> None:
-        names = get_args(TypeName)
-        if self.background not in names:
+        if self.background not in DTYPES:
             raise InputError(
                 f"there is no background precision {self.background!r}; choose one of "
-                f"{', '.join(names)}."
+                f"{', '.join(DTYPES)}."
             )
         if self.investigated not in ("float32", self.background):
             raise InputError(
@@ -107,31 +107,49 @@ def get_precision(precision: str | Precision | None) -> Precision | None:
 
 @dataclass(frozen=True, eq=False)
 class Background:
-    """Products in a small type, summed in float32. Weights are stored in the type once.
+    """How to compute products that need not be exact: in a small type, summed in float32.
 
     Attributes:
-        whole: whole values are rounded, not changes.
+        rounds: what is rounded to the type: whole values, only changes from a base, or nothing.
         kernel: whether this device has kernels for the type; if not, operands are rounded and then
             multiplied in float32.
     """
 
     dtype: torch.dtype
-    whole: bool
-    kernel: bool
-    # By the weight's id. The weight is stored too, so that its id is not given to another tensor.
-    _weights: dict[int, tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=dict)
+    rounds: Rounding
+    kernel: bool = False
+    # Weights in the type, by id. The weight is stored too, so that its id is not given to another.
+    _weights: dict[int, tuple[Tensor, Scaled]] = field(default_factory=dict)
 
     @staticmethod
     def of(precision: Precision, device: torch.device | str | None) -> Background:
         """The background of a precision; warns once where it is simulated."""
-        dtype, where = DTYPES[precision.background], torch.device(device or "cpu")
+        dtype = DTYPES[precision.background]
+        where = torch.device(device or "cpu")
         kernel = _has_kernel(dtype, where)
         if not kernel:
             _say_once(
                 f"{precision.background} is simulated on this {where.type}: its rounding is real, "
                 "but it is no faster."
             )
-        return Background(dtype, precision.investigated != "float32", kernel)
+        rounds: Rounding = "changes" if precision.investigated == "float32" else "values"
+        return Background(dtype, rounds, kernel)
+
+    @property
+    def rounds_changes(self) -> bool:
+        """Whether runs need the base as their first variant, to measure changes from it."""
+        return self.rounds == "changes"
+
+    @property
+    def product_of_values(self) -> Multiply:
+        """How to multiply by weights what must be exact unless all values are rounded."""
+        return self.product if self.rounds == "values" else multiply
+
+    def product_of_changes(self, n_variants: int) -> Multiply:
+        """How to multiply by weights where rounded changes of the first variant are enough."""
+        if self.rounds == "changes":
+            return partial(self._increments, n_variants)
+        return self.product_of_values
 
     def product(
         self,
@@ -143,53 +161,49 @@ class Background:
         """x @ weight + bias of these heads, with both operands rounded; see `multiply`."""
         stored, weight_scale = self._stored_weight(weight)
         rounded, scale = _rounded(x, self.dtype, axis=-1)
-        if heads is not None:
-            stored = stored[heads]
-            weight_scale = None if weight_scale is None else weight_scale[heads]
-            bias = None if bias is None else bias[heads][:, None]
-        result = _matmul(rounded, stored) if self.kernel else rounded.to(x.dtype) @ stored
+        rows = slice(None) if heads is None else heads
+        if self.kernel:
+            result = _matmul(rounded, stored[rows])
+        else:
+            result = rounded.to(x.dtype) @ stored[rows]
         if scale is not None and weight_scale is not None:
-            result = result.mul_(scale).mul_(weight_scale)
+            result = result.mul_(scale).mul_(weight_scale[rows])
         if bias is not None:
-            result = result.add_(bias)
+            result += bias if heads is None else bias[heads][:, None]
         return result.to(x.dtype)
 
-    def increments(self, tokens: int) -> Multiply:
-        """Products that round only the difference from variant 0, the base.
-
-        Args:
-            tokens: the number of rows of each variant.
-        """
-
-        def product(
-            x: Tensor,
-            weight: Tensor,
-            bias: Tensor | None = None,
-            heads: HeadSelection | None = None,
-        ) -> Tensor:
-            if x.shape[-2] == tokens:
-                return multiply(x, weight, bias, heads)
-            variants = x.unflatten(-2, (-1, tokens))
-            base, changed = variants[..., 0, :, :], variants[..., 1:, :, :]
-            # y = y0 + round(x - x0) round(W)
-            exact = multiply(base, weight, bias, heads)[..., None, :, :]
-            difference = (changed - base[..., None, :, :]).flatten(-3, -2)
-            change = self.product(difference, weight, None, heads)
-            change = change.unflatten(-2, (-1, tokens))
-            return torch.cat([exact, exact + change], dim=-3).flatten(-3, -2)
-
-        return product
+    def _increments(
+        self,
+        n_variants: int,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        heads: HeadSelection | None = None,
+    ) -> Tensor:
+        """A product that rounds only the difference from the first variant, the base."""
+        variants = x.unflatten(-2, (n_variants, -1))
+        base = variants[..., 0, :, :]
+        difference = variants - base.unsqueeze(-3)
+        # y = y0 + round(x - x0) round(W)
+        exact = multiply(base, weight, bias, heads).unsqueeze(-3)
+        rows = difference.flatten(-3, -2)
+        change = self.product(rows, weight, None, heads)
+        sums = exact + change.unflatten(-2, (n_variants, -1))
+        return sums.flatten(-3, -2)
 
     def _stored_weight(self, weight: Tensor) -> Scaled:
+        """A weight in the type, rounded once."""
         if id(weight) not in self._weights:
             if self.kernel:
                 stored, scale = _for_kernel(weight, self.dtype)
             else:
                 rounded, scale = _rounded(weight, self.dtype, axis=-2)
                 stored = rounded.to(weight.dtype)
-            self._weights[id(weight)] = (weight, stored, scale)
-        _, stored, scale = self._weights[id(weight)]
-        return stored, scale
+            self._weights[id(weight)] = (weight, (stored, scale))
+        return self._weights[id(weight)][1]
+
+
+EXACT = Background(torch.float32, "nothing")
 
 
 def _rounded(x: Tensor, dtype: torch.dtype, axis: int) -> Scaled:
@@ -197,7 +211,9 @@ def _rounded(x: Tensor, dtype: torch.dtype, axis: int) -> Scaled:
     if dtype not in LARGEST:
         return x.to(dtype), None
     largest = x.abs().amax(axis, keepdim=True)
-    scale = largest.div_(LARGEST[dtype]).clamp_(min=torch.finfo(x.dtype).tiny)
+    scale = largest.div_(LARGEST[dtype])
+    # A row of zeros is not divided by zero.
+    scale.clamp_(min=torch.finfo(x.dtype).tiny)
     scaled = x / scale
     if dtype == torch.int8:
         scaled = scaled.round_()
@@ -205,39 +221,37 @@ def _rounded(x: Tensor, dtype: torch.dtype, axis: int) -> Scaled:
 
 
 def _for_kernel(weight: Tensor, dtype: torch.dtype) -> Scaled:
-    """A weight as the kernels need it.
-
-    8-bit numbers are stored by columns, or, for shapes without a kernel, in bfloat16, which holds
-    them exactly.
-    """
+    """A weight as the kernels need it."""
     stored, scale = _rounded(weight, dtype, axis=-2)
     if dtype not in LARGEST:
         return stored, scale
+    # Shapes without an 8-bit kernel are multiplied in bfloat16, which holds 8-bit numbers exactly.
     if weight.dim() > 2 or any(size % ALIGNMENT for size in weight.shape):
         return stored.to(torch.bfloat16), scale
-    return stored.transpose(-1, -2).contiguous().transpose(-1, -2), scale
+    # The 8-bit kernels read weights by columns.
+    return stored.mT.contiguous().mT, scale
 
 
 def _matmul(a: Tensor, b: Tensor) -> Float[Tensor, "*batch row column"]:
     """a @ b on a GPU, by tensor cores, summed in float32."""
-    if a.dim() == 2 and b.dtype in LARGEST and a.shape[0] > ALIGNMENT:
+    if a.dim() == 2 and b.dtype in LARGEST and len(a) > ALIGNMENT:
         return _matmul_8_bit(a, b)
     if a.dtype in LARGEST:
-        a, b = a.to(torch.bfloat16), b.to(torch.bfloat16)
+        a = a.to(torch.bfloat16)
+        b = b.to(torch.bfloat16)
     if b.dim() == 2:
-        rows = a.reshape(-1, a.shape[-1])
-        return torch.mm(rows, b, out_dtype=torch.float32).view(*a.shape[:-1], -1)
-    return torch.bmm(a.expand(len(b), -1, -1), b, out_dtype=torch.float32)
+        product = torch.mm(a.flatten(0, -2), b, out_dtype=torch.float32)
+        return product.unflatten(0, a.shape[:-1])
+    by_head = a.expand(len(b), -1, -1)
+    return torch.bmm(by_head, b, out_dtype=torch.float32)
 
 
 def _matmul_8_bit(a: Tensor, b: Tensor) -> Float[Tensor, "row column"]:
     if a.dtype == torch.int8:
         return torch._int_mm(a, b).float()
     ones = a.new_ones((), dtype=torch.float32)
-    per_tensor = functional.ScalingType.TensorWise
-    return functional.scaled_mm(
-        a, b, ones, per_tensor, ones, per_tensor, output_dtype=torch.float32
-    )
+    scaling = functional.ScalingType.TensorWise
+    return functional.scaled_mm(a, b, ones, scaling, ones, scaling, output_dtype=torch.float32)
 
 
 @cache
@@ -248,23 +262,27 @@ def _has_kernel(dtype: torch.dtype, device: torch.device) -> bool:
     # 8-bit floats are summed with fewer digits. A wrong result is off by the size of the numbers.
     tolerance = 1e-2 if dtype == torch.float8_e4m3fn else 1e-4
     try:
-        errors = [_kernel_error(dtype, device, n_heads) for n_heads in (0, 2)]
+        of_matrix = _kernel_error(dtype, torch.ones(64, 64, device=device))
+        of_heads = _kernel_error(dtype, torch.ones(2, 64, 64, device=device))
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError):
+    except (RuntimeError, TypeError, AttributeError, ValueError):
         return False
-    return max(errors) <= tolerance
+    return max(of_matrix, of_heads) <= tolerance
 
 
-def _kernel_error(dtype: torch.dtype, device: torch.device, n_heads: int) -> float:
+def _kernel_error(dtype: torch.dtype, like: Tensor) -> float:
     """The relative error of a random product; with heads, in another order than stored."""
-    generator, shape = torch.Generator().manual_seed(0), (n_heads, 64, 64)[0 if n_heads else 1 :]
-    a, b = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
-    (a, _), (b, _) = _rounded(a, dtype, axis=-1), _for_kernel(b, dtype)
-    if n_heads:
-        b = b[torch.arange(n_heads - 1, -1, -1, device=device)]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(like.shape, generator=generator).to(like)
+    weight = torch.randn(like.shape, generator=generator).to(like)
+    a, _ = _rounded(x, dtype, axis=-1)
+    b, _ = _for_kernel(weight, dtype)
+    if b.dim() == 3:
+        b = b[[1, 0]]
     expected = a.double() @ b.double()
-    return float((_matmul(a, b).double() - expected).abs().max() / expected.abs().max())
+    errors = (_matmul(a, b).double() - expected).abs()
+    return float(errors.max() / expected.abs().max())
 
 
 @cache

@@ -5,115 +5,103 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import numpy as np
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.models.functional import HeadSelection
-from circuits.running.incremental.plan import Indices, Plan, SourceMask, TargetBlock
-from circuits.running.incremental.tokens import TokenSet
+from circuits.running.incremental.plan import Place, Plan, SplitEdges, Step, TargetBlock
 
 EdgeMask = Bool[Tensor, " edge"]
+TokenMask = Bool[Tensor, " token"]
 Variants = Bool[Tensor, "variant edge"]
-SplitEdges = Bool[np.ndarray, "span target source"]
+Outputs = Float[Tensor, "source token d_model"]
+Projected = Float[Tensor, "_ _ ... d_head"]
 ByBlock = dict[TargetBlock, Tensor]
+BySlot = dict[str, Projected]
 Activation = Literal["outputs", "inputs", "projected"]
 
 
 @dataclass(eq=False)
-class RunTensors:
-    """The activations of one run.
-
-    Attributes:
-        outputs: what each source writes to the residual stream.
-        inputs: what the targets of a block read [node or 1, token, d_model]; one row while all
-            heads read the same.
-        projected: q of each head [head, token, d_head]; its k and v at all positions of the
-            prompts [head, batch, key, d_head].
-    """
-
-    outputs: Float[Tensor, "source token d_model"]
-    inputs: ByBlock
-    projected: ByBlock
-
-    def at(self, tokens: Bool[Tensor, " token"]) -> RunTensors:
-        """A copy at some of the tokens; keys and values stay whole."""
-        inputs = {block: read[:, tokens] for block, read in self.inputs.items()}
-        projected = dict(self.projected)
-        queries = [block for block in projected if block.slot == "q"]
-        for block in queries:
-            projected[block] = projected[block][:, tokens]
-        return RunTensors(self.outputs[:, tokens], inputs, projected)
-
-
-@dataclass(eq=False)
-class BaseRun(RunTensors):
-    """The activations of a circuit and its edges.
+class BaseRun:
+    """The activations of a circuit.
 
     Only what the circuit needs is up to date: only its subsets can be computed from this run.
-
-    Attributes:
-        kept: the edges of the circuit.
-        mask: M0[u, r] by span: the same edges as the layout arranges them.
-        changed: the sources whose outputs may differ from those in the whole model.
-        plans: plans made for this circuit, by the targets into which edges change.
     """
 
     kept: EdgeMask
+    # M0[u, r] by span: the same edges as the layout arranges them.
     mask: SplitEdges
-    changed: SourceMask
-    plans: dict[bytes, Plan] = field(default_factory=dict)
-    _private: set[int] = field(default_factory=set)
+    # What each source writes to the residual stream.
+    outputs: Outputs
+    # What targets read [node or 1, token, d_model]; one row while all heads read the same.
+    inputs: ByBlock
+    # q of each head [head, token, d_head]; its k and v at all positions [head, batch, key, d_head].
+    projected: ByBlock
+    # Plans made for this circuit, by the targets into which edges change.
+    plans: dict[bytes, Plan] = field(init=False, default_factory=dict)
+    _private: set[int] = field(init=False, default_factory=set)
 
-    @staticmethod
-    def of(tensors: RunTensors, kept: EdgeMask, mask: SplitEdges) -> BaseRun:
-        """The base run of the circuit `kept`, whose activations are given."""
-        changed = np.full(len(tensors.outputs), not bool(kept.all()))
-        return BaseRun(**vars(tensors), kept=kept, mask=mask, changed=changed)
-
-    def contains(self, kept: Bool[Tensor, "*variants edge"]) -> bool:
+    def contains(self, kept: EdgeMask | Variants) -> bool:
         """Whether every variant keeps a subset of this circuit's edges."""
-        return not bool((kept.numpy() > self.kept.numpy()).any())
+        added = kept.numpy() > self.kept.numpy()
+        return not added.any()
+
+    def at(self, tokens: TokenMask) -> BaseRun:
+        """A copy at some of the tokens; keys and values stay whole."""
+        inputs, projected = {}, dict(self.projected)
+        for block, read in self.inputs.items():
+            inputs[block] = read[:, tokens]
+            if block.slot == "q":
+                projected[block] = projected[block][:, tokens]
+        outputs = self.outputs[:, tokens]
+        return replace(self, outputs=outputs, inputs=inputs, projected=projected)
 
     def copy(self) -> BaseRun:
         """A base run that can be changed without changing this one."""
-        copied = RunTensors(self.outputs.clone(), dict(self.inputs), dict(self.projected))
-        changed = self.changed.copy()
-        return replace(self, **vars(copied), changed=changed, plans={}, _private=set())
+        return replace(
+            self,
+            outputs=self.outputs.clone(),
+            inputs=dict(self.inputs),
+            projected=dict(self.projected),
+        )
 
-    def projection(
-        self, block: TargetBlock, heads: HeadSelection, tokens: TokenSet
-    ) -> Float[Tensor, "head 1 ... d_head"]:
-        """q of some heads at some tokens, or their k or v at all positions, as one variant."""
-        held = self.projected[block]
-        if block.slot == "q":
-            held = tokens.select(held)
-        return held[heads][:, None]
+    def read(self, place: Place) -> Float[Tensor, "#node 1 token d_model"]:
+        """x0_r as one variant; in one row while all nodes read the same."""
+        held = self.inputs[place.block]
+        if held.shape[0] > 1:
+            held = held[place.nodes]
+        return place.tokens.select(held)[:, None]
 
-    def write(
-        self, name: Activation, block: TargetBlock, nodes: HeadSelection, new: Tensor, at: TokenSet
-    ) -> None:
+    def projection(self, place: Place) -> Projected:
+        """q at some tokens, or k or v at all positions, as one variant."""
+        held = self.projected[place.block]
+        if place.block.slot == "q":
+            held = place.tokens.select(held)
+        return held[place.nodes][:, None]
+
+    def complete(self, qkv: BySlot, step: Step, heads: HeadSelection) -> None:
+        """Add the slots that do not change."""
+        for block in step.blocks:
+            if block.slot not in qkv:
+                place = Place(block, heads, step.tokens)
+                qkv[block.slot] = self.projection(place)
+
+    def write(self, name: Activation, place: Place, new: Tensor) -> None:
         """Overwrite activations of some nodes at some tokens; k and v at all positions."""
+        block = place.block
         if name == "outputs":
             held = self.outputs[block.sources]
         else:
-            held = self._own(self.inputs if name == "inputs" else self.projected, block)
+            held = self._own(getattr(self, name), block)
         if name != "projected" or block.slot == "q":
-            held = at.select(held)
-        held[nodes] = new
+            held = place.tokens.select(held)
+        held[place.nodes] = new
 
     def _own(self, tensors: ByBlock, block: TargetBlock) -> Tensor:
-        # The tensor of a block with a row per node, copied if anything else may hold it.
+        """The tensor of a block with a row per node, copied if anything else may hold it."""
         held = tensors[block]
         if id(held) not in self._private:
-            held = tensors[block] = held.expand(block.n_nodes, *held.shape[1:]).clone()
-            self._private.add(id(held))
-        return held
-
-
-def row_selection(rows: Indices, device: torch.device) -> HeadSelection:
-    """Index rows of a tensor: with a slice, which copies nothing, if they are consecutive."""
-    if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
-        return slice(int(rows[0]), int(rows[-1]) + 1)
-    return torch.from_numpy(rows).to(device)
+            by_node = held.expand(block.n_nodes, -1, *held.shape[2:])
+            tensors[block] = by_node.clone()
+            self._private.add(id(tensors[block]))
+        return tensors[block]

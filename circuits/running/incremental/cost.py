@@ -14,42 +14,46 @@ OVERHEAD = {"cpu": 1e7, "cuda": 1e9}
 
 @dataclass(frozen=True)
 class Cost:
-    """Estimated cost of a batch.
+    """Estimated cost of a batch."""
 
-    Attributes:
-        bytes: memory that each circuit takes.
-        fixed: overhead of the batch, in units of the cost of one circuit.
-    """
-
+    # Memory that each circuit takes.
     bytes: int
+    # Overhead of the batch, in units of the cost of one circuit.
     fixed: float
 
     @staticmethod
     def of(plan: Plan, model: TaskModel) -> Cost:
         """The cost of a plan if no two circuits share the inputs of a head."""
         weight = model.unembedding.weight
-        held = sum(len(sources) * len(tokens) for tokens, sources in plan.changed.items())
-        peak = products = 0
+        peak = products = n_rows = 0
         for step in plan.steps:
             numbers, step_products = _step_cost(step, model)
             peak = max(peak, numbers)
             products += step_products
-        held = held * len(weight) + peak
-        overhead = OVERHEAD.get(weight.device.type, OVERHEAD["cuda"]) * (1 + len(plan.steps))
+        for tokens, sources in plan.changed.items():
+            n_rows += len(sources) * len(tokens)
+        held = n_rows * weight.shape[0] + peak
+        overhead = OVERHEAD["cpu" if weight.device.type == "cpu" else "cuda"]
+        overhead *= 1 + len(plan.steps)
         return Cost(max(1, held * weight.element_size()), overhead / max(1, products))
 
 
 def _step_cost(step: Step, model: TaskModel) -> tuple[int, int]:
     """The numbers that a step holds at once, and the multiplications that it makes."""
-    cfg, written = model.model.cfg, len(step.nodes) * len(step.tokens)
-    read = sum(len(update.rows) * len(update.tokens) for update in step.inputs)
-    numbers = 4 * read * cfg.d_model
-    if step.block.source is None:
-        numbers += 5 * written * cfg.d_vocab_out
-        return numbers, written * cfg.d_model * cfg.d_vocab_out
-    if step.block.slot is None:
+    cfg, slot = model.model.cfg, step.block.slot
+    written = len(step.numbers) * len(step.tokens)
+    read = 0
+    for update in step.inputs:
+        read += len(update.rows) * len(update.tokens)
+    inputs = 4 * read * cfg.d_model
+    if slot == "logits":
+        logits = written * cfg.d_vocab_out
+        return inputs + 5 * logits, logits * cfg.d_model
+    if slot == "mlp":
         hidden = written * (cfg.d_mlp or 0)
-        return numbers + 3 * hidden, hidden * cfg.d_model * (2 + cfg.gated_mlp)
-    scores = written * model.window.readable.shape[1]
-    numbers += 3 * read * cfg.d_head + 3 * scores + 2 * written * cfg.d_model
-    return numbers, (read + written) * cfg.d_head * cfg.d_model
+        n_matrices = 2 + cfg.gated_mlp
+        return inputs + 3 * hidden, n_matrices * hidden * cfg.d_model
+    projected, scores = read * cfg.d_head, written * model.window.readable.shape[1]
+    outputs = written * cfg.d_model
+    products = (read + written) * cfg.d_head * cfg.d_model
+    return inputs + 3 * projected + 3 * scores + 2 * outputs, products

@@ -2,72 +2,108 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.running.incremental.base_state import BaseRun, Variants, row_selection
-from circuits.running.incremental.plan import Edges, Indices, TargetMask
-from circuits.running.incremental.sublayer_run import RunContext
+from circuits.running.incremental.base_state import BaseRun, Outputs, Variants
+from circuits.running.incremental.plan import Indices, row_selection
+from circuits.running.incremental.sublayer_run import TaskModel
 from circuits.running.incremental.tokens import TokenSet
 
-Differences = Float[Tensor, "column token d_model"]
+Signs = Float[np.ndarray, "variant span _ _"]
+Differences = Float[Tensor, "column 1 token d_model"]
 
 
 @dataclass(frozen=True, eq=False)
 class EdgeChanges:
-    """The edges in which some variant M differs from the base M0.
+    """The edges in which some variant M differs from the base M0."""
 
-    Attributes:
-        targets: whether an edge into a target changes.
-        edges: whether an edge changes.
-        rows, columns: the targets and the sources between which edges change.
-        signs: M[u, r] - M0[u, r] between these: -1 for an ablated edge, +1 for a restored one.
-    """
-
-    context: RunContext
+    model: TaskModel
     base: BaseRun
-    targets: TargetMask
-    edges: Edges
+    # c_u of every source u.
+    counterfactuals: Outputs
+    # The targets and the sources between which edges change.
     rows: Indices
-    columns: Int[np.ndarray, " column"]
-    signs: Float[np.ndarray, "variant span row column"]
-    _differences: dict[TokenSet, Tensor] = field(default_factory=dict)
+    columns: Indices
+    # The place of each target in `rows` and of each source in `columns`; -1 for all others.
+    row_of: Int[np.ndarray, " target"]
+    column_of: Int[np.ndarray, " source"]
+    # M[u, r] - M0[u, r] between these: -1 for an ablated edge, +1 for a restored one. The last row
+    # and the last column are zero: those of all other targets and sources.
+    signs: Signs
+    _differences: dict[TokenSet, Tensor] = field(init=False, default_factory=dict)
 
     @staticmethod
-    def of(context: RunContext, base: BaseRun, kept: Variants) -> EdgeChanges:
+    def of(
+        model: TaskModel, base: BaseRun, counterfactuals: Outputs, kept: Variants
+    ) -> EdgeChanges:
         """Compare variants with the base."""
-        layout, new, old = context.model.layout, kept.numpy(), base.kept.numpy()
-        changed = np.flatnonzero((new != old).any(axis=0))
-        axes = (layout.span, layout.target, layout.source)
-        span, target, source = (axis.numpy()[changed] for axis in axes)
-        edges = np.zeros_like(context.possible)
-        edges[target, source] = True
-        targets = np.any(edges, axis=1)
-        rows, columns = np.flatnonzero(targets), np.flatnonzero(np.any(edges, axis=0))
-        if len(columns) and columns[-1] - columns[0] < 2 * len(columns):
-            # Take those in between too: consecutive sources are a view, others would be copied.
-            columns = np.arange(columns[0], columns[-1] + 1)
-        # M[u, r] - M0[u, r]
-        shape = (len(kept), layout.shape[0], len(rows), len(columns))
+        layout, new, old = model.layout, kept.numpy(), base.kept.numpy()
+        differs = (new != old).any(axis=0)
+        changed = np.flatnonzero(differs)
+        span, target, source = (
+            axis.numpy()[changed] for axis in (layout.span, layout.target, layout.source)
+        )
+        n_spans, n_targets, n_sources = layout.shape
+        rows, columns = np.unique(target), _columns(source)
+        row_of = _places(rows, n_targets)
+        column_of = _places(columns, n_sources)
+        shape = (len(kept), n_spans, len(rows) + 1, len(columns) + 1)
         signs = np.zeros(shape, dtype=np.float32)
-        row, column = np.searchsorted(rows, target), np.searchsorted(columns, source)
-        signs[:, span, row, column] = new[:, changed].astype(np.float32) - old[changed]
-        return EdgeChanges(context, base, targets, edges, rows, columns, signs)
+        # M[u, r] - M0[u, r]
+        signs[:, span, row_of[target], column_of[source]] = new[:, changed]
+        signs[:, span, row_of[target], column_of[source]] -= old[changed]
+        return EdgeChanges(model, base, counterfactuals, rows, columns, row_of, column_of, signs)
 
-    def signs_into(self, rows: Indices) -> Float[np.ndarray, "variant span _ column"]:
-        """The signs of the edges into some of `rows`."""
-        return self.signs[:, :, np.searchsorted(self.rows, rows)]
+    def of_variants(self, variants: slice, *, base_first: bool) -> EdgeChanges:
+        """Those of some variants, behind the base as one more variant if `base_first`."""
+        signs = self.signs[variants]
+        if base_first:
+            of_base = np.zeros_like(signs[:1])
+            signs = np.concatenate([of_base, signs])
+        return replace(self, signs=signs)
+
+    def reach(self, rows: Indices | slice) -> bool:
+        """Whether an edge into any of these targets changes."""
+        changed = self.row_of[rows] >= 0
+        return bool(changed.any())
+
+    def into(self, rows: Indices) -> Signs:
+        """The signs of the edges from `columns` into these targets."""
+        places = self.row_of[rows]
+        return self.signs[:, :, places, :-1]
+
+    def between(self, rows: Indices, sources: list[int]) -> Signs:
+        """The signs of the edges from these sources into these targets."""
+        rows, columns = self.row_of[rows], self.column_of[sources]
+        return self.signs[:, :, rows][..., columns]
 
     def differences(self, tokens: TokenSet) -> Differences:
-        """out0_u - c_u of the sources `columns`, with out0 of the base."""
+        """out0_u - c_u of the sources `columns`, with out0 of the base, as one variant."""
         if tokens not in self._differences:
             sources = row_selection(self.columns, self.base.outputs.device)
-            found = self.context.differences[tokens][sources]
-            if self.base.changed[self.columns].any():
-                outputs = tokens.select(self.base.outputs)[sources]
-                found = outputs - tokens.select(self.context.counterfactuals)[sources]
-            self._differences[tokens] = found
+            outputs = tokens.select(self.base.outputs)[sources]
+            replacing = tokens.select(self.counterfactuals)[sources]
+            self._differences[tokens] = (outputs - replacing)[:, None]
         return self._differences[tokens]
+
+
+def _columns(sources: Indices) -> Indices:
+    """The distinct sources; with those in between, where these are few."""
+    columns = np.unique(sources)
+    # Consecutive sources are a view of a tensor, others would be copied.
+    if len(columns):
+        between = np.arange(columns[0], columns[-1] + 1)
+        if len(between) <= 2 * len(columns):
+            return between
+    return columns
+
+
+def _places(numbers: Indices, size: int) -> Indices:
+    """Where each number below `size` is in `numbers`; -1 if nowhere."""
+    places = np.full(size, -1)
+    places[numbers] = np.arange(len(numbers))
+    return places

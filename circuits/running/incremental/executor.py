@@ -27,7 +27,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.graph.graph import Graph
@@ -37,43 +37,41 @@ from circuits.models.functional import Multiply, multiply
 from circuits.models.identity import check_fits
 from circuits.models.source_outputs import TOLERANCE, embedding_outputs, source_outputs
 from circuits.running.ablation import Ablation, Counterfactuals
-from circuits.running.edge_layout import EdgeLayout
-from circuits.running.incremental.base_state import BaseRun, EdgeMask, RunTensors, Variants
-from circuits.running.incremental.batch import VariantRun, product_of_values, rounds_changes
+from circuits.running.incremental.base_state import BaseRun, EdgeMask, Outputs, Variants
+from circuits.running.incremental.batch import VariantRun
 from circuits.running.incremental.cost import Cost
 from circuits.running.incremental.edge_changes import EdgeChanges
 from circuits.running.incremental.plan import Indices, Plan, make_plan
-from circuits.running.incremental.sublayer_run import RunContext, TaskModel, UnsupportedError
+from circuits.running.incremental.sublayer_run import TaskModel, UnsupportedError
 from circuits.running.incremental.tokens import Window
-from circuits.running.precision import Background, Precision
+from circuits.running.precision import EXACT, Background, Precision
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget, shrinking
 from circuits.tasks.metrics import check_finite
 from circuits.tasks.model_fit import check_task
 from circuits.tasks.task import Task
-from circuits.tasks.token_spans import token_spans
 
 CHECKED_PROMPTS = 8
+
+OfLogits = Callable[[Tensor], Tensor]
+Prompts = Int[Tensor, "batch pos"]
 
 
 @dataclass(frozen=True, eq=False)
 class IncrementalExecutor:
-    """Runs circuits of one graph on the prompts of one task, each from a base run.
+    """Runs circuits of one graph on the prompts of one task, each from a base run."""
 
-    Attributes:
-        context: what all runs share.
-        whole: the base run of the whole model.
-        budget: memory that one batch may take, in bytes.
-        background: how to compute the products that need not be exact; None if all are exact.
-        bases: base runs of other circuits: "empty" has no edges, "near" was given to `near`.
-        counts: "node_evaluations" (each variant counted) and "batches" so far.
-    """
-
-    context: RunContext
+    model: TaskModel
+    # c_u of every source u.
+    counterfactuals: Outputs
+    # The base run of the whole model.
     whole: BaseRun
+    # Memory that one batch may take, in bytes.
     budget: int
-    background: Background | None = None
+    background: Background
+    # Base runs of other circuits: "empty" has no edges, "near" was given to `near`.
     bases: dict[str, BaseRun] = field(default_factory=dict)
+    # Each variant of a node is counted.
     counts: dict[str, int] = field(default_factory=lambda: {"node_evaluations": 0, "batches": 0})
 
     @staticmethod
@@ -100,37 +98,29 @@ class IncrementalExecutor:
         check_supported(model)
         check_fits(model, graph)
         check_task(model, task)
-        background = None if precision is None else _background(model, precision)
-        product = product_of_values(background)
-        device, causal = model.cfg.device, model.cfg.attention_dir == "causal"
-        task, layout = task.to(device), EdgeLayout.of(model, graph)
-        window = Window.of(task, causal=causal, resample=ablation.name == "resample")
+        background = _background(model, precision)
+        task = task.to(model.cfg.device)
+        causal = model.cfg.attention_dir == "causal"
+        resample = ablation.name == "resample"
+        window = Window.of(task, causal=causal, resample=resample)
+        product = background.product_of_values
         with frozen(model), torch.no_grad():
-            task_model = TaskModel.of(model, task, layout, window)
-            clean = _run_clean_prompts(task_model, product)
-            # c_u and out_u - c_u of every source u
-            replacing = _counterfactual_outputs(task_model, ablation, clean, product)
-            differences = clean.outputs - replacing
-        tokens, spans = window.all, token_spans(graph, task)
-        if spans is not None:
-            spans = spans[tokens.prompts, tokens.positions]
-        scored = window.scored.select(differences).contiguous()
-        by_tokens = {tokens: differences, window.scored: scored}
-        possible = layout.possible(model).numpy()
-        context = RunContext(task_model, replacing, by_tokens, spans, possible)
-        kept = torch.ones(len(graph), dtype=torch.bool)
-        whole = BaseRun.of(clean, kept, context.mask(kept))
-        return IncrementalExecutor(context, whole, memory_budget(device, max_memory), background)
+            task_model = TaskModel.of(model, graph, task, window)
+            kept = torch.ones(len(graph), dtype=torch.bool)
+            whole = _run_clean_prompts(task_model, kept, product)
+            replacing = _counterfactuals(task_model, ablation, whole, product)
+        budget = memory_budget(model.cfg.device, max_memory)
+        return IncrementalExecutor(task_model, replacing, whole, budget, background)
 
     def exact(self) -> IncrementalExecutor:
         """The same executor without a background; both share their base runs."""
-        return replace(self, background=None)
+        return replace(self, background=EXACT)
 
     def logits(self, kept: Variants) -> Float[Tensor, "variant scored vocab"]:
         """Logits of every circuit at every scored token; raises what `map` raises."""
         return self.map(kept, lambda logits: logits)
 
-    def map(self, kept: Variants, function: Callable[[Tensor], Tensor]) -> Tensor:
+    def map(self, kept: Variants, function: OfLogits) -> Tensor:
         """Apply a function to the logits batch by batch, so that they need not all fit in memory.
 
         Args:
@@ -142,10 +132,12 @@ class IncrementalExecutor:
         """
         kept = kept.cpu()
         run = self._variant_run(self._nearest_base(kept), kept)
-        cost = Cost.of(run.plan, self.context.model)
+        cost = Cost.of(run.plan, self.model)
+        n_fitting = self.budget // cost.bytes
         # If changes are rounded, the base runs along as one more variant.
-        n_fixed = int(rounds_changes(self.background))
-        size = max(1, min(len(kept), self.budget // cost.bytes - n_fixed))
+        if self.background.rounds_changes:
+            n_fitting -= 1
+        size = max(1, min(len(kept), n_fitting))
         results: list[Tensor] = []
         done = 0
         while done < len(kept):
@@ -154,6 +146,15 @@ class IncrementalExecutor:
             results.append(result)
             done += size
         return results[0] if len(results) == 1 else torch.cat(results)
+
+    def _apply(self, function: OfLogits, run: VariantRun, start: int, size: int) -> Tensor:
+        batch = run.of_variants(slice(start, start + size))
+        # A copy made outside of inference mode, since `function` may write to it.
+        logits = batch.execute().clone()
+        self.counts["node_evaluations"] += batch.n_evaluated
+        self.counts["batches"] += 1
+        check_finite(logits)
+        return function(logits)
 
     def near(self, kept: EdgeMask) -> None:
         """Compute the circuits that follow, mostly subsets of this one, from a base run of it."""
@@ -164,72 +165,61 @@ class IncrementalExecutor:
             return
         run = self._variant_run(base, kept[None])
         # Changes of the base itself are never rounded: all else is computed from it.
-        if rounds_changes(self.background):
-            run.background = None
-        shrinking(lambda _: run.commit(), 1, "circuit")
+        if self.background.rounds_changes:
+            run.background = EXACT
+        shrinking(lambda _: run.commit(kept), 1, "circuit")
         self.counts["node_evaluations"] += run.n_evaluated
 
     def fixed_cost(self, edges: Sequence[int]) -> float:
         """Overhead of a batch whose circuits drop some of these edges, in units of one circuit."""
-        base, model = self.bases.get("near", self.whole), self.context.model
-        targets = np.unique(model.layout.target.numpy()[edges])
-        return Cost.of(self._plan(base, base.kept[None], targets), model).fixed
+        base = self.bases.get("near", self.whole)
+        targets = self.model.layout.target.numpy()[edges]
+        plan = self._plan(base, base.kept[None], np.unique(targets))
+        return Cost.of(plan, self.model).fixed
 
     def _nearest_base(self, kept: Variants) -> BaseRun:
         near = self.bases.get("near")
         if near is not None and near.contains(kept):
             return near
         # Edges that the graph lacks are always kept: then no circuit is without edges.
-        n_possible = int(self.context.possible.sum()) * self.context.model.layout.shape[0]
-        if int(kept.sum()) * 2 > kept.numel() or kept.shape[1] < n_possible:
+        complete = self.whole.mask.sum() == kept.shape[1]
+        if not complete or 2 * int(kept.sum()) > kept.numel():
             return self.whole
         if "empty" not in self.bases:
             self.bases["empty"] = self._run_empty_circuit()
         return self.bases["empty"]
 
     def _run_empty_circuit(self) -> BaseRun:
-        model, clean = self.context.model, self.whole
-        replacing, product = self.context.counterfactuals, product_of_values(self.background)
+        model, clean, embeddings = self.model, self.whole, self.model.embeddings
+        kept, tokens = torch.zeros_like(clean.kept), model.window.all
+        product = self.background.product_of_values
         with torch.inference_mode():
             # x_r = b_r + sum over sources u of c_u
-            tensors = model.run(replacing, model.window.all, clean.projected, product)
+            empty = model.run(kept, self.counterfactuals, tokens, clean.projected, product)
             # Embeddings read nothing: their outputs are the clean ones in every circuit.
-            embeddings = slice(0, model.blocks[0].sources.start)
-            tensors.outputs[embeddings] = clean.outputs[embeddings]
-        kept = torch.zeros_like(clean.kept)
-        return BaseRun.of(tensors, kept, self.context.mask(kept))
-
-    def _apply(
-        self, function: Callable[[Tensor], Tensor], run: VariantRun, start: int, size: int
-    ) -> Tensor:
-        batch = run.of_variants(slice(start, start + size))
-        # A copy made outside of inference mode, since `function` may write to it.
-        logits = batch.execute().clone()
-        self.counts["node_evaluations"] += batch.n_evaluated
-        self.counts["batches"] += 1
-        check_finite(logits)
-        return function(logits)
+            empty.outputs[embeddings] = clean.outputs[embeddings]
+        return empty
 
     def _variant_run(self, base: BaseRun, kept: Variants) -> VariantRun:
-        edge_changes = EdgeChanges.of(self.context, base, kept)
+        edge_changes = EdgeChanges.of(self.model, base, self.counterfactuals, kept)
         plan = self._plan(base, kept, edge_changes.rows)
-        return VariantRun(self.context, base, kept, edge_changes, plan, self.background)
+        return VariantRun(self.model, base, edge_changes, plan, self.background)
 
     def _plan(self, base: BaseRun, kept: Variants, targets: Indices) -> Plan:
-        # What to recompute if edges into these targets change.
-        model, key = self.context.model, targets.tobytes()
+        """What to recompute if edges into these targets change."""
+        model, key = self.model, targets.tobytes()
+        if base is not self.bases.get("near"):
+            mask = model.mask(kept.any(0))
+            return make_plan(model.blocks, model.window, mask, targets)
         # Variants are subsets of the "near" circuit: one plan for its edges serves them all.
-        near = base is self.bases.get("near")
-        if near and key in base.plans:
-            return base.plans[key]
-        mask = base.mask if near else self.context.mask(kept.any(0))
-        plan = make_plan(model.blocks, model.window, np.any(mask, axis=0), targets)
-        if near:
-            base.plans[key] = plan
-        return plan
+        if key not in base.plans:
+            base.plans[key] = make_plan(model.blocks, model.window, base.mask, targets)
+        return base.plans[key]
 
 
-def _background(model: Model, precision: Precision) -> Background:
+def _background(model: Model, precision: Precision | None) -> Background:
+    if precision is None:
+        return EXACT
     if model.cfg.dtype not in (torch.float32, torch.float64):
         raise InputError(
             f"precision={str(precision)!r} needs a model in float32, and "
@@ -239,43 +229,53 @@ def _background(model: Model, precision: Precision) -> Background:
     return Background.of(precision, model.cfg.device)
 
 
-def _run_clean_prompts(task_model: TaskModel, product: Multiply) -> RunTensors:
+def _run_clean_prompts(task_model: TaskModel, kept: EdgeMask, product: Multiply) -> BaseRun:
     """Run the whole model everywhere; returns the activations at the tokens that can change."""
-    model, task, window = task_model.model, task_model.task, task_model.window
-    # A copy with a cache of its own: the attention biases of all tokens are not used again.
-    task_model = replace(task_model, biases={})
-    embedded = embedding_outputs(model, task_model.layout.nodes, task.clean, task.mask)
-    written = window.everywhere.gather(embedded)
-    no_keys = written.new_zeros(model.cfg.n_heads, *window.readable.shape, model.cfg.d_head)
-    base = dict.fromkeys(task_model.blocks, no_keys)
-    clean = task_model.run(written, window.everywhere, base, multiply)
-    _check_outputs(task_model, clean)
+    cfg, window, tokens = task_model.model.cfg, task_model.window, task_model.window.everywhere
+    written = tokens.gather(_embedded(task_model, task_model.task.clean))
+    no_keys = written.new_zeros(cfg.n_heads, *window.readable.shape, cfg.d_head)
+    keys = dict.fromkeys(task_model.blocks, no_keys)
+    clean = task_model.run(kept, written, tokens, keys, multiply)
+    _check_outputs(task_model, clean.outputs)
     if product is not multiply:
-        clean = task_model.run(written, window.everywhere, base, product)
-    return clean.at(torch.isin(window.everywhere.keys, window.all.keys))
+        clean = task_model.run(kept, written, tokens, keys, product)
+    # The attention biases of all tokens are not used again.
+    task_model.biases.clear()
+    can_change = torch.isin(tokens.keys, window.all.keys)
+    return clean.at(can_change)
 
 
-def _check_outputs(task_model: TaskModel, clean: RunTensors) -> None:
+def _embedded(task_model: TaskModel, prompts: Prompts) -> Float[Tensor, "_ batch pos d_model"]:
+    """The outputs of the embeddings."""
+    nodes, mask = task_model.layout.nodes, task_model.task.mask
+    return embedding_outputs(task_model.model, nodes, prompts, mask)
+
+
+def _check_outputs(task_model: TaskModel, found: Outputs) -> None:
     """Refuse a model whose own outputs on a few prompts differ from those of a clean run."""
-    few, tokens = task_model.task[:CHECKED_PROMPTS], task_model.window.everywhere
+    few, nodes = task_model.task[:CHECKED_PROMPTS], task_model.layout.nodes
+    tokens = task_model.window.everywhere
     here = tokens.prompts < len(few)
-    outputs = source_outputs(task_model.model, task_model.layout.nodes, few.clean, few.mask)
-    expected = outputs[:, tokens.prompts[here], tokens.positions[here]]
-    largest_gap = (clean.outputs[:, here] - expected).abs().max()
-    gap = float(largest_gap / expected.abs().max().clamp(min=1e-30))
+    prompts, positions = tokens.prompts[here], tokens.positions[here]
+    outputs = source_outputs(task_model.model, nodes, few.clean, few.mask)
+    expected = outputs[:, prompts, positions]
+    errors = (found[:, here] - expected).abs()
+    gap = float(errors.max() / expected.abs().max().clamp(min=1e-30))
     if gap > TOLERANCE[expected.dtype]:
         raise UnsupportedError(
             f"its components compute something that is not known (outputs differ by {gap:.1%})"
         )
 
 
-def _counterfactual_outputs(
-    task_model: TaskModel, ablation: Ablation, clean: RunTensors, product: Multiply
-) -> Float[Tensor, "source token d_model"]:
-    model, task, nodes = task_model.model, task_model.task, task_model.layout.nodes
-    tokens = task_model.window.all
+def _counterfactuals(
+    task_model: TaskModel, ablation: Ablation, clean: BaseRun, product: Multiply
+) -> Outputs:
+    """c_u of every source u."""
+    task, tokens = task_model.task, task_model.window.all
     if ablation.name == "resample":
-        embedded = embedding_outputs(model, nodes, task.corrupted, task.mask)
-        return task_model.run(tokens.gather(embedded), tokens, clean.projected, product).outputs
-    replacing = Counterfactuals.prepare(model, nodes, task, ablation).on(task)
-    return tokens.gather(replacing).contiguous()
+        written = tokens.gather(_embedded(task_model, task.corrupted))
+        run = task_model.run(clean.kept, written, tokens, clean.projected, product)
+        return run.outputs
+    nodes = task_model.layout.nodes
+    replacing = Counterfactuals.prepare(task_model.model, nodes, task, ablation)
+    return tokens.gather(replacing.on(task)).contiguous()

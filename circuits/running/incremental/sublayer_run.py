@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from circuits.graph.graph import Graph
 from circuits.models import Model, ModelWeights
-from circuits.models.functional import Attention, FeedForward, HeadSelection, Multiply, Unembedding
+from circuits.models.functional import Attention, FeedForward, Multiply, Unembedding
 from circuits.running.edge_layout import EdgeLayout
-from circuits.running.incremental.base_state import ByBlock, EdgeMask, RunTensors, SplitEdges
-from circuits.running.incremental.plan import Blocks, Edges, TargetBlock, sublayers, target_blocks
+from circuits.running.incremental.base_state import (
+    BaseRun,
+    ByBlock,
+    BySlot,
+    EdgeMask,
+    Outputs,
+    Projected,
+)
+from circuits.running.incremental.plan import (
+    Blocks,
+    Edges,
+    Place,
+    SplitEdges,
+    sublayers,
+    target_blocks,
+)
 from circuits.running.incremental.tokens import TokenIndex, TokenSet, Window
 from circuits.tasks.task import Task
+from circuits.tasks.token_spans import token_spans
 
-Outputs = Float[Tensor, "source token d_model"]
+HeadInputs = Float[Tensor, "#head variant token d_model"]
 HeadOutputs = Float[Tensor, "head variant token d_model"]
-Projected = Float[Tensor, "_ _ ... d_head"]
-BySlot = dict[str | None, Projected]
 Bias = Float[Tensor, "#head batch query key"]
 EdgeWeights = Float[Tensor, "#variant span target source"]
 BySource = Float[Tensor, "source _ token d_model"]
@@ -33,68 +47,93 @@ class UnsupportedError(Exception):
 
 @dataclass(frozen=True, eq=False)
 class TaskModel:
-    """A model as functions on the tensors of one task.
-
-    Attributes:
-        layout: how edges are numbered by source and target.
-        blocks: the targets of the layout, in order of computation.
-        attention, mlps: the functions of each layer.
-        biases: cache of what is added to the attention scores, by layer and queries: minus
-            infinity where a query may not attend, and ALiBi.
-    """
+    """A model as functions on the tensors of one task."""
 
     model: Model
     task: Task
     layout: EdgeLayout
+    # Where the model can have an edge.
+    possible: Edges
+    # The targets of the layout, in order of computation.
     blocks: Blocks
     window: Window
+    # The span of each token that can change; None if edges are not split by span.
+    spans: TokenIndex | None
     attention: Sequence[Attention]
     mlps: Sequence[FeedForward]
     unembedding: Unembedding
-    biases: dict[tuple[int, TokenSet], Bias]
+    # Cache of what is added to the attention scores, by layer and queries: minus infinity where a
+    # query may not attend, and ALiBi.
+    biases: dict[tuple[int, TokenSet], Bias] = field(default_factory=dict)
 
     @staticmethod
-    def of(model: Model, task: Task, layout: EdgeLayout, window: Window) -> TaskModel:
+    def of(model: Model, graph: Graph, task: Task, window: Window) -> TaskModel:
         """Read the functions from the weights; raises UnsupportedError if it cannot."""
         weights, layers = ModelWeights(model), range(model.cfg.n_layers)
         attention = [part for part in map(weights.attention, layers) if part is not None]
         if len(attention) < len(layers):
             raise UnsupportedError("positions enter its attention in a way that is not known")
-        mlps = [] if model.cfg.attn_only else [weights.feed_forward(layer) for layer in layers]
-        blocks, unembedding = target_blocks(layout), weights.unembedding()
-        return TaskModel(model, task, layout, blocks, window, attention, mlps, unembedding, {})
+        layout = EdgeLayout.of(model, graph)
+        spans = token_spans(graph, task)
+        if spans is not None:
+            spans = spans[window.all.prompts, window.all.positions]
+        return TaskModel(
+            model,
+            task,
+            layout,
+            layout.possible(model).numpy(),
+            target_blocks(layout),
+            window,
+            spans,
+            attention,
+            [] if model.cfg.attn_only else list(map(weights.feed_forward, layers)),
+            weights.unembedding(),
+        )
+
+    @property
+    def embeddings(self) -> slice:
+        """The embeddings, which are the first sources and read nothing."""
+        return slice(self.blocks[0].sources.start)
+
+    def mask(self, kept: EdgeMask) -> SplitEdges:
+        """M[u, r] by span; 0 where the model cannot have an edge."""
+        ablated = self.layout.ablated(kept[None])[0]
+        return ~ablated.numpy() & self.possible
 
     def run(
-        self, written: Outputs, tokens: TokenSet, base: ByBlock, multiply: Multiply
-    ) -> RunTensors:
-        """Run the whole model, or the circuit without edges.
+        self,
+        kept: EdgeMask,
+        written: Outputs,
+        tokens: TokenSet,
+        keys: ByBlock,
+        multiply: Multiply,
+    ) -> BaseRun:
+        """Run the circuit with all edges, or the one without any.
 
         Args:
-            written: for the whole model, the outputs of the embeddings; for the circuit without
-                edges, c_u of every source u, which is all that targets read.
+            written: the outputs of the embeddings; for the circuit without edges, c_u of every
+                source u, which is all that targets read.
             tokens: the tokens that are computed.
-            base: keys and values at the other positions.
+            keys: keys and values at the other positions.
             multiply: how to compute products with weights.
         """
-        outputs = written.new_empty(len(self.layout.nodes), *written.shape[1:])
-        outputs[: len(written)] = written
+        n_sources, n_written = len(self.layout.nodes), len(written)
+        outputs = written.new_empty(n_sources, *written.shape[1:])
+        outputs[:n_written] = written
+        result = BaseRun(kept, self.mask(kept), outputs, {}, {})
         # What targets read of each source u: out_u, or c_u in the circuit without edges.
-        read = outputs if len(written) < len(outputs) else written
-        result = RunTensors(outputs, {}, {})
-        # The first sources are the embeddings, which read nothing.
-        n_embeddings = self.blocks[0].sources.start
-        stream = before_attention = written[:n_embeddings].sum(0, keepdim=True)
+        read = outputs if bool(kept.all()) else written
+        stream = before_attention = written[self.embeddings].sum(0, keepdim=True)
         for group in sublayers(self.blocks):
             block = group[0]
             result.inputs |= dict.fromkeys(group, stream)
-            if block.slot is not None:
+            if block.slot == "q":
                 before_attention = stream
-                self._run_attention(group, tokens, base, result, multiply)
+                self._run_attention(result, group, tokens, keys, multiply)
                 # The bias b_O belongs to no node.
                 bias = ModelWeights(self.model).output_bias(block.layer)
                 stream = stream + read[block.sources].sum(0) + bias
-            # The logits read the stream and write nothing.
-            elif block.source is not None:
+            if block.slot == "mlp":
                 if self.model.cfg.parallel_attn_mlp:
                     result.inputs[block] = before_attention
                 mlp = self.mlps[block.layer]
@@ -103,88 +142,59 @@ class TaskModel:
         return result
 
     def _run_attention(
-        self, group: Blocks, tokens: TokenSet, base: ByBlock, result: RunTensors, product: Multiply
+        self,
+        result: BaseRun,
+        group: Blocks,
+        tokens: TokenSet,
+        keys: ByBlock,
+        multiply: Multiply,
     ) -> None:
-        block, heads = group[0], slice(0, group[0].n_nodes)
-        normed = self.attention[block.layer].norm(result.inputs[block][:, None])
-        qkv = {}
-        for part in group:
-            found = self.project(part, heads, normed, tokens, base, product)
-            qkv[part.slot], result.projected[part] = found, found[:, 0]
-        outputs = self.head_outputs(block.layer, heads, qkv, tokens, product)
+        qkv: BySlot = {}
+        for block in group:
+            place = Place(block, slice(None), tokens)
+            found = self.project(place, result.read(place), keys, multiply)
+            qkv[block.slot] = found
+            result.projected[block] = found[:, 0]
+        outputs = self.head_outputs(place, qkv, multiply)
         result.outputs[block.sources] = outputs[:, 0]
 
     def project(
-        self,
-        block: TargetBlock,
-        heads: HeadSelection,
-        normed: Float[Tensor, "#head variant token d_model"],
-        tokens: TokenSet,
-        base: ByBlock,
-        multiply: Multiply,
+        self, place: Place, residual: HeadInputs, keys: ByBlock, multiply: Multiply
     ) -> Projected:
-        """q of some heads at some tokens; or k or v, at the other positions those of `base`."""
-        assert block.slot is not None
+        """q of some heads at some tokens; or k or v, at the other positions those of `keys`."""
+        block, heads, tokens = place.block, place.nodes, place.tokens
         attention = self.attention[block.layer]
+        normed = attention.norm(residual)
         found = attention.project(block.slot, heads, normed, tokens.positions, multiply)
-        return found if block.slot == "q" else tokens.into_keys(base[block][heads], found)
+        if block.slot == "q":
+            return found
+        return tokens.into_keys(keys[block][heads], found)
 
-    def head_outputs(
-        self, layer: int, heads: HeadSelection, qkv: BySlot, tokens: TokenSet, multiply: Multiply
-    ) -> HeadOutputs:
+    def head_outputs(self, place: Place, qkv: BySlot, multiply: Multiply) -> HeadOutputs:
         """Outputs of some heads, z W_O, from q at some tokens and k and v at all positions."""
+        layer, heads, tokens = place.block.layer, place.nodes, place.tokens
+        attention, bias = self.attention[layer], self._attention_bias(layer, tokens)
+        queries = tokens.to_prompts(qkv["q"])
         # z = softmax(q k^T / scale + bias) v
-        attention, queries = self.attention[layer], tokens.to_prompts(qkv["q"])
-        bias = self._attention_bias(layer, tokens)
-        z = attention.attend(heads, queries, qkv["k"], qkv["v"], bias)
-        z = tokens.to_tokens(z)
+        by_prompt = attention.attend(heads, queries, qkv["k"], qkv["v"], bias)
+        z = tokens.to_tokens(by_prompt)
+        # out = z W_O
         written = multiply(z.flatten(1, -2), attention.output, None, heads)
-        return written.view(*z.shape[:-1], -1)
+        return written.unflatten(1, z.shape[1:-1])
 
     def _attention_bias(self, layer: int, tokens: TokenSet) -> Bias:
         key, readable = (layer, tokens), self.window.readable
         if key not in self.biases:
-            keys = torch.arange(readable.shape[1], device=readable.device).expand(readable.shape)
+            positions = torch.arange(readable.shape[1], device=readable.device)
+            keys = positions.expand(readable.shape)
             queries = tokens.positions[tokens.by_prompt]
-            self.biases[key] = self.attention[layer].bias(queries, keys, readable)
+            bias = self.attention[layer].bias(queries, keys, readable)
+            self.biases[key] = bias
         return self.biases[key]
-
-
-@dataclass(frozen=True, eq=False)
-class RunContext:
-    """What all runs on a task share.
-
-    Attributes:
-        counterfactuals: c_u of every source u.
-        differences: out_u - c_u of every source u in the whole model, by token set.
-        spans: the span of each token; None if edges are not split by span.
-        possible: where the model can have an edge.
-    """
-
-    model: TaskModel
-    counterfactuals: Outputs
-    differences: Mapping[TokenSet, Float[Tensor, "source _ d_model"]]
-    spans: TokenIndex | None
-    possible: Edges
-
-    def mask(self, kept: EdgeMask) -> SplitEdges:
-        """M[u, r] by span; 0 where the model cannot have an edge."""
-        return ~self.model.layout.ablated(kept[None])[0].numpy() & self.possible
 
     def weighted_sum(self, weights: EdgeWeights, values: BySource, tokens: TokenSet) -> WeightedSum:
         """sum over u of weights[u, r] * values[u], each token with the weights of its span."""
-        n_variants = max(weights.shape[0], values.shape[1])
-        if self.spans is not None:
-            by_token = weights[:, self.spans[-len(tokens) :]].expand(n_variants, -1, -1, -1)
-            values = values.expand(-1, n_variants, -1, -1)
-            return torch.einsum("vtru,uvtd->rvtd", by_token, values)
-        matrix, flat = weights[:, 0], values.flatten(2)
-        if matrix.shape[0] == 1:
-            # The same edges in all variants.
-            total = matrix[0] @ flat.flatten(1)
-        elif values.shape[1] == 1:
-            # The same values in all variants.
-            total = matrix.transpose(0, 1).flatten(0, 1) @ flat[:, 0]
-        else:
-            total = torch.bmm(matrix, flat.transpose(0, 1)).transpose(0, 1)
-        return total.reshape(-1, n_variants, *values.shape[2:])
+        if self.spans is None:
+            return torch.einsum("vru,uvtd->rvtd", weights[:, 0], values)
+        by_token = weights[:, self.spans[-len(tokens) :]]
+        return torch.einsum("vtru,uvtd->rvtd", by_token, values)

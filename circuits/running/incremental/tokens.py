@@ -1,7 +1,7 @@
 """The tokens that an incremental run computes.
 
-Activations hold the tokens of all prompts on one axis, the scored tokens last and in the order of
-the task's scored rows. So the scored tokens of an activation are the end of this axis.
+Activations hold the tokens of all prompts on one axis. It ends with the scored tokens, in the order
+of the task's scored rows.
 """
 
 from __future__ import annotations
@@ -17,29 +17,26 @@ from circuits.tasks.task import Task
 TokenIndex = Int[Tensor, " token"]
 Readable = Bool[Tensor, "batch key"]
 ByToken = Float[Tensor, "*rows token width"]
+Longer = Float[Tensor, "*rows longer width"]
+ByPosition = Float[Tensor, "*rows batch pos width"]
 ByPrompt = Float[Tensor, "*rows batch place width"]
 Keys = Float[Tensor, "head batch key d_head"]
+NewKeys = Float[Tensor, "head variant token d_head"]
 VariantKeys = Float[Tensor, "head variant batch key d_head"]
 
 
 @dataclass(frozen=True, eq=False)
 class TokenSet:
-    """A set of tokens, in the order in which activations hold them.
-
-    Attributes:
-        prompts, positions: prompt and position of each token.
-        keys: its place among the flattened keys of all prompts.
-        by_prompt: the tokens of each prompt, in order; shorter prompts are padded with token 0.
-        places: where each token is in the flattened `by_prompt`.
-        one_per_prompt: whether the set is one token of each prompt, in the order of the prompts.
-    """
+    """A set of tokens, in the order in which activations hold them."""
 
     prompts: TokenIndex
     positions: TokenIndex
+    # The place of each token among the flattened keys of all prompts.
     keys: TokenIndex
+    # The tokens of each prompt, in order; shorter prompts are padded with token 0.
     by_prompt: Int[Tensor, "batch place"]
+    # The place of each token in the flattened `by_prompt`.
     places: TokenIndex
-    one_per_prompt: bool
 
     @staticmethod
     def of(tokens: Int[Tensor, "token 2"], readable: Readable) -> TokenSet:
@@ -48,63 +45,57 @@ class TokenSet:
         n_prompts, n_keys = readable.shape
         present = torch.zeros_like(readable, dtype=torch.long)
         present[prompts, positions] = 1
-        # Each token's place in its prompt: the number of tokens before it.
-        rank = (present.cumsum(1) - 1)[prompts, positions]
+        # Each token's place in its prompt is the number of tokens before it.
+        n_before = present.cumsum(1) - present
+        rank = n_before[prompts, positions]
         width = int(rank.max()) + 1
         by_prompt = rank.new_zeros(n_prompts, width)
         by_prompt[prompts, rank] = torch.arange(len(tokens), device=tokens.device)
-        places, keys = prompts * width + rank, prompts * n_keys + positions
-        one_per_prompt = prompts.tolist() == list(range(n_prompts))
-        return TokenSet(prompts, positions, keys, by_prompt, places, one_per_prompt)
+        keys, places = prompts * n_keys + positions, prompts * width + rank
+        return TokenSet(prompts, positions, keys, by_prompt, places)
 
     def __len__(self) -> int:
         """The number of tokens."""
         return self.positions.shape[0]
 
-    def gather(self, activation: Float[Tensor, "*rows batch pos width"]) -> ByToken:
+    def gather(self, activation: ByPosition) -> ByToken:
         """These tokens of an activation that has all positions of all prompts."""
         return activation[..., self.prompts, self.positions, :]
 
-    def select(self, rows: Float[Tensor, "*rows longer width"]) -> ByToken:
+    def select(self, rows: Longer) -> ByToken:
         """These tokens of an activation that ends with them; a view."""
-        return rows[..., -self.positions.shape[0] :, :]
+        return rows[..., -len(self) :, :]
 
     def to_prompts(self, rows: ByToken) -> ByPrompt:
         """Arrange tokens by prompt, as attention needs them."""
-        if self.one_per_prompt:
-            return rows[..., :, None, :]
         flat = rows.index_select(-2, self.by_prompt.flatten())
         return flat.unflatten(-2, self.by_prompt.shape)
 
     def to_tokens(self, rows: ByPrompt) -> ByToken:
         """Undo `to_prompts`."""
         flat = rows.flatten(-3, -2)
-        return flat if self.one_per_prompt else flat.index_select(-2, self.places)
+        return flat.index_select(-2, self.places)
 
-    def into_keys(
-        self, base: Keys, found: Float[Tensor, "head variant token d_head"]
-    ) -> VariantKeys:
+    def into_keys(self, base: Keys, found: NewKeys) -> VariantKeys:
         """Keys or values at all positions: `found` at these tokens, `base` elsewhere."""
-        keys = base.flatten(1, 2)[:, None].repeat(1, found.shape[1], 1, 1)
+        n_variants = found.shape[1]
+        keys = base.flatten(1, 2)[:, None].repeat(1, n_variants, 1, 1)
         keys.index_copy_(2, self.keys, found)
         return keys.unflatten(2, base.shape[1:3])
 
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """The token sets of a task.
+    """The token sets of a task."""
 
-    Attributes:
-        everywhere: the tokens that can affect a scored token.
-        all: those of them that can change: the only ones that variants compute.
-        scored: the scored tokens: enough for a node that no key or value depends on.
-        readable: which positions of each prompt can be attended to.
-    """
-
-    everywhere: TokenSet
-    all: TokenSet
-    scored: TokenSet
+    # Which positions of each prompt can be attended to.
     readable: Readable
+    # The tokens that can affect a scored token.
+    everywhere: TokenSet
+    # Those of them that can change: the only ones that variants compute.
+    all: TokenSet
+    # Enough for a node that no key or value depends on.
+    scored: TokenSet
 
     @staticmethod
     def of(task: Task, *, causal: bool, resample: bool) -> Window:
@@ -113,17 +104,16 @@ class Window:
         index = torch.arange(length, device=task.clean.device)
         # Under causal attention nothing after the last scored token of a prompt matters.
         matters = task.scored if causal else task.mask
-        last = torch.where(matters, index, 0).amax(1, keepdim=True)
-        everywhere = can_change = task.mask & (index <= last)
+        last = (matters * index).amax(1, keepdim=True)
+        everywhere = changing = task.mask & (index <= last)
         # Nothing changes before the first token at which the prompts differ.
         if causal and resample:
-            starts = (task.clean != task.corrupted) | task.scored
-            first = torch.where(starts, index, length - 1).amin(1, keepdim=True)
-            can_change = everywhere & (index >= first)
+            differs = (task.clean != task.corrupted) | task.scored
+            changing = everywhere & (differs.cumsum(1) > 0)
         readable = everywhere[:, : int(last.max()) + 1]
-        scored = task.scored.nonzero()
-        sets = []
-        for tokens in (everywhere, can_change, task.scored):
+        sets, scored = [], task.scored.nonzero()
+        for tokens in (everywhere, changing, task.scored):
             unscored = (tokens & ~task.scored).nonzero()
-            sets.append(TokenSet.of(torch.cat([unscored, scored]), readable))
-        return Window(sets[0], sets[1], sets[2], readable)
+            in_order = torch.cat([unscored, scored])
+            sets.append(TokenSet.of(in_order, readable))
+        return Window(readable, *sets)
