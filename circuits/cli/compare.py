@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import pandas as pd
 import tyro
 from rich.console import Console
 
 from circuits.cli.console import frame_table, print_json, progress_bar
 from circuits.cli.methods import find_method, options_of
-from circuits.cli.options import AblationName, TaskOptions, parse
+from circuits.cli.options import AblationName, TaskOptions
 from circuits.discovery.discoverer import CircuitDiscoverer
 from circuits.evaluation.compare import Comparison, compare
 from circuits.models import Model
@@ -28,6 +26,7 @@ from circuits.system.ranks import is_first
 from circuits.tasks.task import Task
 
 RANDOM_SEEDS = 5
+REPORT = "report.html"
 MODEL_RUNS_IN_WORDS = (
     "forward passes on all prompts; one that computes only some heads and MLPs counts as that "
     "share; backward passes do not count"
@@ -63,23 +62,31 @@ class CompareOptions(TaskOptions):
 
 def compare_command(words: Sequence[str]) -> None:
     """Run several methods on one task, print a table and write a report."""
-    options: CompareOptions = parse(CompareOptions, "compare", words)
+    options = tyro.cli(CompareOptions, prog="circuits compare", args=words)
     model = options.load_model()
     task = options.load_task(model, options.n, "train")
     held_out = task if options.data else options.load_task(model, options.n_eval, "test")
-    runs = _run_all(_sweeps(options), model, task, options)
+    runs = {}
+    for label, sweep in _sweeps(options).items():
+        runs[label] = [*_run_sweep(label, sweep, model, task, options)]
     if not is_first():
         return
     found = {label: [one.circuit for one in sweep] for label, sweep in runs.items()}
     comparison = compare(model, found, held_out, size=options.size, ablation=options.ablation)
-    table = _with_costs(comparison.table, runs)
-    folder = options.out / task.name / f"compare-{_digest(options, runs, held_out)}"
+    # The table shows the first run of each sweep.
+    shown = [runs[label][0] for label in comparison.table.index]
+    comparison.table["model runs"] = [round(one.model_runs) for one in shown]
+    comparison.table["seconds"] = [one.record["seconds"] for one in shown]
+    folders = [str(one.folder) for sweep in runs.values() for one in sweep]
+    key = digest([folders, held_out.digest(), options.size, options.ablation], size=4)
+    folder = options.out / task.name / f"compare-{key}"
     details = _details(options, task, held_out, comparison)
-    report = _write_report(folder, comparison, table, details)
+    content = _write_report(folder, comparison, details)
     if options.json:
-        print_json({"report": str(report), "table": _as_json(table, "index")})
+        print_json({"report": str(folder / REPORT), "table": content["table"]})
     else:
-        _show(comparison, table, details, report)
+        _show(comparison, details)
+        Console().print(f"Report: {folder / REPORT}", soft_wrap=True)
 
 
 def _sweeps(options: CompareOptions) -> dict[str, list[CircuitDiscoverer]]:
@@ -107,10 +114,10 @@ def _variations(
     """Further settings of each run: of a sweep of thresholds, several random seeds, or one run."""
     if kind.name == "random" and not settings:
         return [[f"seed={seed}"] for seed in range(RANDOM_SEEDS)]
-    names = {field.name for field in dataclasses.fields(kind)}
-    names -= {setting.partition("=")[0] for setting in settings}
-    ablation = [f"ablation={options.ablation}"] if "ablation" in names else []
-    if "threshold" not in names:
+    given = [setting.partition("=")[0] for setting in settings]
+    free = {field.name for field in fields(kind)}.difference(given)
+    ablation = [f"ablation={options.ablation}"] if "ablation" in free else []
+    if "threshold" not in free:
         return [ablation]
     return [[*ablation, f"threshold={value}"] for value in options.thresholds.split(",")]
 
@@ -119,11 +126,11 @@ def _make(kind: type[CircuitDiscoverer], settings: Sequence[str], entry: str) ->
     words = [f"--{setting}" for setting in settings]
     try:
         # Silent, so that a mistake is one line like all others.
-        options: Any = tyro.cli(options_of(kind), args=words, console_outputs=False)
+        options = tyro.cli(options_of(kind), args=words, console_outputs=False)
     except SystemExit as error:
         names = []
-        for field in dataclasses.fields(kind):
-            is_needed = field.default is field.default_factory is dataclasses.MISSING
+        for field in fields(kind):
+            is_needed = field.default is field.default_factory is MISSING
             names.append(f"{field.name} (needed)" if is_needed else field.name)
         raise InputError(
             f"--methods {entry!r} cannot be used; the settings of {kind.name} are "
@@ -132,55 +139,30 @@ def _make(kind: type[CircuitDiscoverer], settings: Sequence[str], entry: str) ->
     return kind(**vars(options))
 
 
-def _run_all(
-    sweeps: Mapping[str, Sequence[CircuitDiscoverer]],
+def _run_sweep(
+    label: str,
+    sweep: Sequence[CircuitDiscoverer],
     model: Model,
     task: Task,
     options: CompareOptions,
-) -> dict[str, list[CircuitRun]]:
-    runs: dict[str, list[CircuitRun]] = {label: [] for label in sweeps}
-    for label, sweep in sweeps.items():
-        for number, discoverer in enumerate(sweep, 1):
-            description = f"{label}, {number} of {len(sweep)}"
-            with progress_bar(description, quiet=options.json) as progress:
-                found = run(
-                    discoverer,
-                    model,
-                    task,
-                    out=options.out,
-                    progress=progress,
-                    notes=options.notes(),
-                )
-            runs[label].append(found)
-    return runs
-
-
-def _with_costs(table: pd.DataFrame, runs: Mapping[str, Sequence[CircuitRun]]) -> pd.DataFrame:
-    # The table shows the first run of each sweep.
-    first = [runs[label][0] for label in table.index]
-    costs = {
-        "model runs": [round(found.model_runs) for found in first],
-        "seconds": [found.record["seconds"] for found in first],
-    }
-    return table.assign(**costs)
-
-
-def _digest(
-    options: CompareOptions, runs: Mapping[str, Sequence[CircuitRun]], held_out: Task
-) -> str:
-    folders = [str(found.folder) for sweep in runs.values() for found in sweep]
-    return digest([folders, held_out.digest(), options.size, options.ablation], size=4)
+) -> Iterator[CircuitRun]:
+    out, notes = options.out, options.notes()
+    for number, discoverer in enumerate(sweep, 1):
+        description = f"{label}, {number} of {len(sweep)}"
+        with progress_bar(description, quiet=options.json) as progress:
+            yield run(discoverer, model, task, out=out, progress=progress, notes=notes)
 
 
 def _details(
     options: CompareOptions, task: Task, held_out: Task, comparison: Comparison
 ) -> dict[str, str]:
+    notes = options.notes()
     found_on, evaluated_on = f"{len(task)} prompts", "the same prompts"
     if not options.data:
-        found_on += f" of the train split, seed {options.notes()['seed']}"
+        found_on += f" of the train split, seed {notes['seed']}"
         evaluated_on = f"{len(held_out)} prompts of the test split"
     details = {
-        "model": options.notes()["model"],
+        "model": notes["model"],
         "task": task.name,
         "found on": found_on,
         "evaluated on": evaluated_on,
@@ -188,44 +170,41 @@ def _details(
         "random": f"mean of {RANDOM_SEEDS} seeds",
         "model runs": MODEL_RUNS_IN_WORDS,
     }
-    return details | ({"note": " ".join(comparison.notes)} if comparison.notes else {})
+    if comparison.notes:
+        details["note"] = " ".join(comparison.notes)
+    return details
 
 
 def _write_report(
-    folder: Path, comparison: Comparison, table: pd.DataFrame, details: dict[str, Any]
-) -> Path:
+    folder: Path, comparison: Comparison, details: Mapping[str, str]
+) -> dict[str, Any]:
+    table, curves = comparison.table, comparison.curves
+    # By way of pandas, which writes NaN as null.
     content = {
         "details": details,
-        "table": _as_json(table, "index"),
-        "curves": _as_json(comparison.curves, "records"),
+        "table": json.loads(table.to_json(orient="index")),
+        "curves": json.loads(curves.to_json(orient="records")),
     }
     write_json(folder / "comparison.json", content, "circuits.comparison", 1)
     page = report_page(
-        title=f"{details['task']} in {details['model']}",
+        title="{task} in {model}".format(**details),
         table=table,
-        curves=comparison.curves,
+        curves=curves,
         circuits=comparison.circuits,
         details=details,
     )
-    return write_bytes(folder / "report.html", page.encode())
+    write_bytes(folder / REPORT, page.encode())
+    return content
 
 
-def _as_json(frame: pd.DataFrame, orient: Literal["index", "records"]) -> Any:
-    # By way of pandas, which writes NaN as null.
-    return json.loads(frame.to_json(orient=orient))
-
-
-def _show(
-    comparison: Comparison, table: pd.DataFrame, details: Mapping[str, str], report: Path
-) -> None:
+def _show(comparison: Comparison, details: Mapping[str, str]) -> None:
     title = (
-        f"{details['task']} in {details['model']}: found on {details['found on']}, evaluated on "
-        f"{details['evaluated on']}, {details['ablation']} ablation"
+        "{task} in {model}: found on {found on}, evaluated on {evaluated on}, {ablation} ablation"
     )
     console = Console()
-    console.print(frame_table(table.drop(columns="of"), title))
+    table = comparison.table.drop(columns="of")
+    console.print(frame_table(table, title.format(**details)))
     console.print(f"model runs: {MODEL_RUNS_IN_WORDS}")
     console.print(frame_table(comparison.overlap, "Overlap of the circuits (Jaccard)"))
     for note in comparison.notes:
         console.print(note)
-    console.print(f"Report: {report}", soft_wrap=True)

@@ -65,11 +65,10 @@ def frame_table(frame: pd.DataFrame, title: str) -> Table:
 
 def edge_table(circuit: Circuit, n: int = 15) -> Table:
     """Make a table of the n edges of largest |score|, strongest first."""
-    strongest = circuit.top(min(n, len(circuit)))
-    frame = pd.DataFrame({"edge": strongest.edges, "score": strongest.scores[strongest.kept]})
-    frame = frame.set_index("edge").sort_values("score", key=abs, ascending=False)
-    title = f"The {len(frame)} edges of largest |score|"
-    return frame_table(frame.map("{:+.4f}".format), title)
+    strongest = circuit.top(min(n, len(circuit))).to_dataframe()
+    scores = strongest.set_index("edge")[["score"]].sort_values("score", key=abs, ascending=False)
+    title = f"The {len(scores)} edges of largest |score|"
+    return frame_table(scores.map("{:+.4f}".format), title)
 
 
 def print_json(content: Any) -> None:

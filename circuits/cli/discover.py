@@ -7,15 +7,15 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 
 from circuits.cli.console import edge_table, print_json, progress_bar
-from circuits.cli.evaluate import show_evaluation
+from circuits.cli.evaluate import show_evaluation, size_needed
 from circuits.cli.methods import find_method, options_of
-from circuits.cli.options import TaskOptions, parse
+from circuits.cli.options import TaskOptions
 from circuits.discovery.discoverer import CircuitDiscoverer
 from circuits.graph.graph import Graph
 from circuits.models import Model
@@ -89,27 +89,29 @@ def discover_command(words: Sequence[str]) -> None:
 
 def _parse(words: Sequence[str]) -> tuple[DiscoverOptions, CircuitDiscoverer]:
     # The method comes first, because its fields are options, too.
-    chosen, _ = tyro.cli(MethodOption, args=list(words), return_unknown_args=True, add_help=False)
+    chosen, _ = tyro.cli(MethodOption, args=words, return_unknown_args=True, add_help=False)
     kind = find_method(chosen.method)
-    taken = {field.name for field in dataclasses.fields(DiscoverOptions)}
-    parts: list[tuple[str, Any]] = [
-        ("command", Annotated[DiscoverOptions, tyro.conf.arg(name="")]),
-        ("method", Annotated[options_of(kind, taken), tyro.conf.arg(name="")]),
-    ]
-    all_options = dataclasses.make_dataclass("AllOptions", parts)
-    description = inspect.getdoc(DiscoverOptions)
-    all_options.__doc__ = f"{description}\n\nThe options of {kind.name} come last."
-    parsed = parse(all_options, "discover", words)
-    return parsed.command, kind(**vars(parsed.method))
+    taken = [field.name for field in dataclasses.fields(DiscoverOptions)]
+    # Without a name, the options of both parts have no prefix.
+    unnamed = tyro.conf.arg(name="")
+    parts = Annotated[DiscoverOptions, unnamed], Annotated[options_of(kind, taken), unnamed]
+    description = f"{inspect.getdoc(DiscoverOptions)}\n\nThe options of {kind.name} come last."
+    options, settings = tyro.cli(
+        tuple[parts],  # type: ignore[valid-type]
+        prog="circuits discover",
+        description=description,
+        args=words,
+    )
+    return options, kind(**vars(settings))
 
 
 def _graph(model: Model, options: DiscoverOptions) -> Graph | None:
     """The graph that the options ask for; None leaves it to the method."""
-    if not (options.split_embed or options.positions):
+    spans = options.positions
+    if not (options.split_embed or spans):
         return None
     positions: list[str] | int | None = None
-    if options.positions:
-        spans = options.positions
+    if spans:
         positions = int(spans) if spans.isdecimal() else spans.split(",")
     return component_graph(model, split_embed=options.split_embed, positions=positions)
 
@@ -121,8 +123,5 @@ def _show_scores(found: CircuitRun, options: DiscoverOptions) -> None:
         return
     console = Console()
     console.print(edge_table(found.circuit))
-    console.print(
-        f"{found.record['method']} scores every edge and chooses none: "
-        "give --size N to evaluate the N highest-scored ones."
-    )
+    console.print(size_needed(found))
     console.print(f"{'Found again' if found.reused else 'Saved'}: {found.folder}", soft_wrap=True)

@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 
 from circuits.cli.console import frame_table, print_json
-from circuits.cli.options import AblationName, TaskOptions, parse
+from circuits.cli.options import AblationName, TaskOptions
 from circuits.running.ablation import NAMES as ABLATIONS
 from circuits.runs.circuit_run import CircuitRun, evaluate_run, load_run
 from circuits.system.errors import InputError
@@ -43,13 +43,10 @@ class EvaluateOptions(TaskOptions):
 
 def evaluate_command(words: Sequence[str]) -> None:
     """Evaluate the circuit of a run folder on held-out prompts."""
-    options: EvaluateOptions = parse(EvaluateOptions, "evaluate", words)
+    options = tyro.cli(EvaluateOptions, prog="circuits evaluate", args=words)
     found = load_run(options.circuit)
     if not found.circuit.selected and options.size is None:
-        raise InputError(
-            f"{found.record['method']} scores every edge and chooses none: "
-            "give --size N to evaluate the N highest-scored ones."
-        )
+        raise InputError(size_needed(found))
     options = _with_defaults_of_run(options, found.record.get("notes", {}))
     model = options.load_model()
     task = options.load_task(model, options.n, "test")
@@ -59,6 +56,14 @@ def evaluate_command(words: Sequence[str]) -> None:
         found, model, task, metrics=metrics, ablation=ablation, size=options.size
     )
     show_evaluation(found, evaluation, options)
+
+
+def size_needed(found: CircuitRun) -> str:
+    """What to say of a run that chose no edges."""
+    return (
+        f"{found.record['method']} scores every edge and chooses none: "
+        "give --size N to evaluate the N highest-scored ones."
+    )
 
 
 def show_evaluation(found: CircuitRun, evaluation: Mapping[str, Any], options: TaskOptions) -> None:
@@ -71,21 +76,21 @@ def show_evaluation(found: CircuitRun, evaluation: Mapping[str, Any], options: T
     if options.data:
         prompts += ", those it was found on"
     title = f"{found.record['method']}: {edges}, {prompts}, {evaluation['ablation']} ablation"
-    frame = pd.DataFrame.from_dict(evaluation["values"], orient="index").rename_axis("metric")
+    frame = pd.DataFrame.from_dict(evaluation["values"], orient="index")
     console = Console()
-    console.print(frame_table(frame, title))
+    console.print(frame_table(frame.rename_axis("metric"), title))
     console.print(f"Run folder: {found.folder}", soft_wrap=True)
 
 
 def _with_defaults_of_run(options: EvaluateOptions, notes: Mapping[str, Any]) -> EvaluateOptions:
-    recorded = {"model": notes.get("model"), "seed": notes.get("seed")}
-    if options.task is None and options.data is None:
-        data = notes.get("data")
-        recorded |= {"data": Path(data)} if data else {"task": notes.get("task")}
-    missing: Any = {
-        name: value for name, value in recorded.items() if getattr(options, name) is None
-    }
-    return dataclasses.replace(options, **missing)
+    model = options.model or notes.get("model")
+    seed = notes.get("seed") if options.seed is None else options.seed
+    options = dataclasses.replace(options, model=model, seed=seed)
+    if options.task or options.data:
+        return options
+    if notes.get("data"):
+        return dataclasses.replace(options, data=Path(notes["data"]))
+    return dataclasses.replace(options, task=notes.get("task"))
 
 
 def _ablation_of_run(found: CircuitRun) -> str:

@@ -14,7 +14,7 @@ from rich.console import Console
 from circuits.attribution.feature_graph import FEATURE, FeatureGraph
 from circuits.attribution.influence import node_influence
 from circuits.cli.console import frame_table, print_json
-from circuits.cli.options import ModelOptions, parse
+from circuits.cli.options import ModelOptions
 from circuits.discovery.methods.attribution_graph import AttributionGraph, Explained
 from circuits.formats.neuronpedia import save_neuronpedia
 from circuits.models import EMBEDDED
@@ -60,25 +60,23 @@ class GraphOptions(ModelOptions):
 
 def graph_command(words: Sequence[str]) -> None:
     """Compute the attribution graph of a prompt into a run folder."""
-    options: GraphOptions = parse(GraphOptions, "graph", words)
+    options = tyro.cli(GraphOptions, prog="circuits graph", args=words)
+    thresholds = {name: getattr(options, name) for name in ("node_threshold", "edge_threshold")}
+    transcoders = _transcoders(options)
     method = AttributionGraph(
-        _transcoders(options),
-        budget=options.budget,
-        node_threshold=options.node_threshold,
-        edge_threshold=options.edge_threshold,
-        leading=options.leading,
+        transcoders, budget=options.budget, leading=options.leading, **thresholds
     )
-    notes = {"model": options.model or EMBEDDED, "transcoders": method.transcoders}
-    model, explain = options.load_model(), _explained(options.explain)
-    found = run_graph(method, model, options.prompt, explain=explain, out=options.out, notes=notes)
+    found = run_graph(
+        method,
+        options.load_model(),
+        options.prompt,
+        explain=_explained(options.explain),
+        out=options.out,
+        notes={"model": options.model or EMBEDDED, "transcoders": transcoders},
+    )
     if options.neuronpedia:
-        save_neuronpedia(
-            found.graph,
-            found.folder / NEURONPEDIA,
-            slug=found.folder.name,
-            node_threshold=options.node_threshold,
-            edge_threshold=options.edge_threshold,
-        )
+        path = found.folder / NEURONPEDIA
+        save_neuronpedia(found.graph, path, slug=found.folder.name, **thresholds)
     if options.json:
         print_json({"folder": str(found.folder), "reused": found.reused, **found.record})
     else:
@@ -114,18 +112,18 @@ def _show(found: GraphRun) -> None:
 def _top_features(graph: FeatureGraph) -> pd.DataFrame:
     """The most influential features: where they fire, how strongly, and their strongest input."""
     influence = node_influence(graph)
-    is_feature = graph.is_kind(FEATURE)
-    share = (influence / influence.sum()).masked_fill(~is_feature, -1)
-    numbers = share.argsort(descending=True)[: min(N_SHOWN, int(is_feature.sum()))]
-    nodes = [graph.node(number) for number in numbers.tolist()]
-    positions = graph.nodes.position[numbers].tolist()
-    frame = pd.DataFrame(
-        {
-            "token": [graph.words[position] for position in positions],
-            "activation": graph.nodes.activation[numbers].tolist(),
-            "share of influence": share[numbers].tolist(),
-            "strongest input": ["".join(graph.incoming(node, 1)["node"]) for node in nodes],
-        },
-        index=[str(node) for node in nodes],
-    )
-    return frame.rename_axis("feature")
+    total = influence.sum()
+    features = graph.is_kind(FEATURE).nonzero().flatten()
+    order = influence[features].argsort(descending=True)
+    rows = []
+    for number in features[order][:N_SHOWN].tolist():
+        node = graph.node(number)
+        row = {
+            "feature": str(node),
+            "token": graph.words[int(graph.nodes.position[number])],
+            "activation": float(graph.nodes.activation[number]),
+            "share of influence": float(influence[number] / total),
+            "strongest input": "".join(graph.incoming(node, 1)["node"]),
+        }
+        rows.append(row)
+    return pd.DataFrame(rows).set_index("feature")

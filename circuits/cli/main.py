@@ -53,11 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     command = words[0] if words else "--help"
-    if command in ("-h", "--help"):
-        sys.stdout.write(HELP)
-        return 0
-    if command == "--version":
-        sys.stdout.write(f"circuits {circuits.__version__}\n")
+    version = f"circuits {circuits.__version__}\n"
+    texts = {"-h": HELP, "--help": HELP, "--version": version}
+    if command in texts:
+        sys.stdout.write(texts[command])
         return 0
     if command not in COMMANDS:
         known = ", ".join(COMMANDS)

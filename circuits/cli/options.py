@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 
 from circuits.models import EMBEDDED, Model, load_model
 from circuits.system.errors import InputError
@@ -75,9 +72,3 @@ class TaskOptions(ModelOptions):
             "data": str(self.data) if self.data else None,
             "seed": self.seed or 0,
         }
-
-
-def parse(kind: Any, command: str, words: Sequence[str]) -> Any:
-    """Parse a command's options; help and malformed options end the program."""
-    description = inspect.cleandoc(kind.__doc__ or "")
-    return tyro.cli(kind, prog=f"circuits {command}", description=description, args=list(words))

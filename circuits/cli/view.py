@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import webbrowser
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,13 +36,9 @@ class ViewOptions:
 
 def view_command(words: Sequence[str]) -> None:
     """Serve the page of an attribution graph until Ctrl-C."""
-    # Not `options.parse`, because that module imports all models and tasks, which takes seconds.
-    description = inspect.cleandoc(ViewOptions.__doc__ or "")
-    options = tyro.cli(ViewOptions, prog="circuits view", description=description, args=list(words))
-    with (
-        contextlib.suppress(KeyboardInterrupt),
-        open_server(options.folder, options.port) as server,
-    ):
+    options = tyro.cli(ViewOptions, prog="circuits view", args=words)
+    server = open_server(options.folder, options.port)
+    with contextlib.suppress(KeyboardInterrupt), server:
         text = f"{options.folder} is shown at {server.url} (Ctrl-C ends this)"
         Console().print(text, soft_wrap=True, highlight=False, markup=False)
         if options.browser:

@@ -1,9 +1,7 @@
 """Task families: each draws prompt pairs of one kind."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from random import Random
 from typing import Any, ClassVar
 
@@ -58,26 +56,22 @@ class TaskFamily(ABC):
     def draw(self, random: Random) -> PromptPair:
         """Draw one pair. All chance comes from `random`, and nothing may depend on a model."""
 
-    def stream(self, seed: int, split: Split) -> Iterator[PromptPair]:
-        """Draw distinct pairs until the family is exhausted. Both prompts belong to `split`."""
+    def pairs(self, n: int, seed: int, split: Split) -> list[PromptPair]:
+        """Draw `n` different pairs, or all if there are fewer. Both prompts belong to `split`."""
         # Random seeds itself by the SHA-512 of a string, which is the same in every process.
         random = Random(f"{self.name}-{split}-{seed}")
-        seen: set[str] = set()
+        pairs: dict[str, PromptPair] = {}
         n_rejected = 0
-        while n_rejected < MAX_REJECTED_DRAWS:
+        while len(pairs) < n and n_rejected < MAX_REJECTED_DRAWS:
             pair = self.draw(random)
             # No text of one split may occur in the other, also as a corrupted prompt.
             splits = {split_of(pair.clean), split_of(pair.corrupted)}
-            if pair.clean in seen or splits != {split}:
+            if pair.clean in pairs or splits != {split}:
                 n_rejected += 1
                 continue
             n_rejected = 0
-            seen.add(pair.clean)
-            yield pair
-
-    def pairs(self, n: int, seed: int, split: Split) -> list[PromptPair]:
-        """The first `n` pairs of the stream, or all if there are fewer."""
-        return list(islice(self.stream(seed, split), n))
+            pairs[pair.clean] = pair
+        return list(pairs.values())
 
 
 REGISTRY: dict[str, type[TaskFamily]] = {}

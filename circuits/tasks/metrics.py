@@ -9,7 +9,6 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -107,15 +106,15 @@ class Metric:
     def _evaluate(self, logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
         logits, clean_logits = _at_least_float32(logits), _at_least_float32(clean_logits)
         values: Any = self.function(logits, clean_logits, task)
-        shape = tuple(values.shape) if isinstance(values, Tensor) else None
-        if shape != logits.shape[:-1]:
-            found = type(values).__name__ if shape is None else f"shape {shape}"
+        is_tensor = isinstance(values, Tensor)
+        if not is_tensor or values.shape != logits.shape[:-1]:
+            found = f"shape {tuple(values.shape)}" if is_tensor else type(values).__name__
             raise InputError(
                 f"metric {self.name!r} returned {found}; it must return one number per scored "
                 f"row, shape ({logits.shape[-2]},), and leave the averaging to the caller."
             )
-        if not _all_finite(values):
-            n_bad = int((~values.isfinite()).sum())
+        n_bad = _count_not_finite(values)
+        if n_bad:
             raise NotFiniteError(
                 f"metric {self.name!r} is NaN or infinite on {n_bad} of {values.numel()} scored "
                 "rows although the logits are finite; correct the metric."
@@ -136,18 +135,19 @@ def get_metric(metric: str | Metric | None, task: Task) -> Metric:
 
 def check_finite(logits: Float[Tensor, "*rows vocab"]) -> None:
     """Raise an InputError if logits are NaN or infinite."""
-    if not _all_finite(logits):
-        n_bad = int((~logits.isfinite()).sum())
+    n_bad = _count_not_finite(logits)
+    if n_bad:
         raise NotFiniteError(
             f"{n_bad} of {logits.numel()} logits are NaN or infinite: the model overflows in its "
             "dtype; load it with dtype=torch.float32 (or torch.bfloat16, which has the same range)."
         )
 
 
-def _all_finite(values: Float[Tensor, "*rows"]) -> bool:
+def _count_not_finite(values: Float[Tensor, "*rows"]) -> int:
     # A finite sum has finite terms, and is faster to check. The sum of finite terms may overflow.
-    total = float(values.detach().sum())
-    return math.isfinite(total) or bool(values.isfinite().all())
+    if values.detach().sum().isfinite():
+        return 0
+    return int((~values.isfinite()).sum())
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:
@@ -167,9 +167,7 @@ def kl(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
 
 def logit_difference(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
     """Mean logit of the answers minus mean logit of the wrong answers."""
-    right = _gather(logits, task, "answers").sum(-1) / _count(task, "answers")
-    wrong = _gather(logits, task, "wrong_answers").sum(-1) / _count(task, "wrong_answers")
-    return right - wrong
+    return _mean_logit(logits, task, "answers") - _mean_logit(logits, task, "wrong_answers")
 
 
 def probability_difference(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
@@ -199,16 +197,18 @@ def squared_error(logits: CircuitLogits, clean_logits: RowLogits, task: Task) ->
     return (logits - clean_logits).square().mean(-1)
 
 
-_shipped = partial(Metric, vectorised=True, shipped=True)
-_METRICS = (
-    _shipped("kl", kl, "higher_is_damage"),
-    _shipped("logit_difference", logit_difference, "lower_is_damage"),
-    _shipped("probability_difference", probability_difference, "lower_is_damage"),
-    _shipped("negative_log_probability", negative_log_probability, "higher_is_damage"),
-    _shipped("accuracy", accuracy, "lower_is_damage"),
-    _shipped("squared_error", squared_error, "higher_is_damage"),
-)
-METRICS: dict[str, Metric] = {metric.name: metric for metric in _METRICS}
+_DIRECTIONS: dict[MetricFunction, Direction] = {
+    kl: "higher_is_damage",
+    logit_difference: "lower_is_damage",
+    probability_difference: "lower_is_damage",
+    negative_log_probability: "higher_is_damage",
+    accuracy: "lower_is_damage",
+    squared_error: "higher_is_damage",
+}
+METRICS: dict[str, Metric] = {}
+for _function, _direction in _DIRECTIONS.items():
+    _name = _function.__name__
+    METRICS[_name] = Metric(_name, _function, _direction, vectorised=True, shipped=True)
 
 
 def _tokens(task: Task, kind: AnswerKind) -> AnswerTokens:
@@ -230,5 +230,6 @@ def _gather(
     return values.gather(-1, indices).masked_fill(tokens < 0, padding)
 
 
-def _count(task: Task, kind: AnswerKind) -> Int[Tensor, " scored"]:
-    return (_tokens(task, kind) >= 0).sum(-1)
+def _mean_logit(logits: CircuitLogits, task: Task, kind: AnswerKind) -> Values:
+    n_answers = (_tokens(task, kind) >= 0).sum(-1)
+    return _gather(logits, task, kind).sum(-1) / n_answers

@@ -2,11 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Formatter
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NotRequired, TypeVar
+
+from pydantic import Field, StrictInt, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from circuits.system.errors import InputError
 from circuits.tasks.messages import shorten, suggestion
@@ -55,9 +58,7 @@ class PromptPair:
 
 
 def _as_tuple(answer: Answer) -> tuple[str, ...]:
-    if isinstance(answer, str):
-        return (answer,)
-    return () if answer is None else tuple(answer)
+    return (answer,) if isinstance(answer, str) else tuple(answer or ())
 
 
 def split_of(text: str) -> Split:
@@ -70,36 +71,31 @@ def fill_template(
     template: str,
     clean: Mapping[str, str],
     corrupted: Mapping[str, str],
-    answers: tuple[Answer, Answer],
-    spans: Sequence[str],
+    answer: Answer,
+    wrong_answer: Answer,
 ) -> PromptPair:
-    """Make a pair of two fillings of a template.
+    """Make a pair of two fillings of a `str.format` template.
 
-    >>> mary, john = {"NAME": "Mary"}, {"NAME": "John"}
-    >>> fill_template("So {NAME} is", mary, john, (" she", " he"), ["NAME", "END"]).spans
-    {'NAME': (3, 7), 'END': (9, 10)}
+    >>> mary, john = {"NAME": "Mary", "role": "friend"}, {"NAME": "John", "role": "friend"}
+    >>> fill_template("So {NAME} is a {role}", mary, john, " she", " he").spans
+    {'NAME': (3, 7), 'END': (16, 17)}
 
-    Args:
-        template: a `str.format` template.
-        clean: the words that fill the fields of the clean prompt.
-        corrupted: the same for the corrupted prompt.
-        answers: the right and the wrong answer.
-        spans: the fields that are spans of the clean prompt. If there is no field "END", this
-            name means the last character of the prompt, which marks the last token.
+    The fields whose names begin with a capital letter are spans of the clean prompt. So is END: if
+    no field has this name, it is the last character of the prompt, which marks the last token.
     """
     # str.format does not say where it puts a word, so the clean prompt is put together here.
     text = ""
-    found: dict[str, CharSpan] = {}
+    spans: dict[str, CharSpan] = {}
     for literal, name, _, _ in Formatter().parse(template):
         text += literal
-        if name is not None:
-            start = len(text)
-            text += clean[name]
-            found[name] = (start, len(text))
-    last_character = (len(text) - 1, len(text))
-    found.setdefault("END", last_character)
-    kept = {name: found[name] for name in spans}
-    return PromptPair(text, template.format(**corrupted), *answers, kept)
+        if name is None:
+            continue
+        start = len(text)
+        text += clean[name]
+        if name[0].isupper():
+            spans[name] = (start, len(text))
+    spans.setdefault("END", (len(text) - 1, len(text)))
+    return PromptPair(text, template.format(**corrupted), answer, wrong_answer, spans)
 
 
 Converted = TypeVar("Converted")
@@ -132,7 +128,7 @@ def read_pairs(path: str | Path, convert: Callable[[PromptPair], Converted]) -> 
 
 _EXAMPLE = 'such as {"clean": ..., "corrupted": ..., "answer": ...}'
 _ANSWER = "a string, or a list of strings if several are right"
-# What each field of a line must be.
+# What each field of a line must be, in words and as types. JSON has lists where tuples are wanted.
 _FIELDS = {
     "clean": "the prompt as a string",
     "corrupted": "the prompt as a string",
@@ -140,6 +136,18 @@ _FIELDS = {
     "wrong_answer": _ANSWER,
     "spans": "an object of name: [start, end], in characters of the clean prompt",
 }
+_JsonAnswer = str | Annotated[tuple[str, ...], Field(min_length=1)] | None
+
+
+class _Line(TypedDict):
+    clean: str
+    corrupted: str
+    answer: NotRequired[_JsonAnswer]
+    wrong_answer: NotRequired[_JsonAnswer]
+    spans: NotRequired[dict[str, tuple[StrictInt, StrictInt]] | None]
+
+
+_LINE = TypeAdapter(_Line)
 
 
 def _parse(line: str) -> PromptPair:
@@ -158,24 +166,9 @@ def _parse(line: str) -> PromptPair:
     for name in ("clean", "corrupted"):
         if name not in content:
             raise InputError(f"field {name!r} is missing; give {_FIELDS[name]}.")
-    return PromptPair(**{name: _field(name, value) for name, value in content.items()})
-
-
-def _field(name: str, value: Any) -> Any:
-    # JSON has lists where PromptPair has tuples.
-    match name, value:
-        case (("clean" | "corrupted" | "answer" | "wrong_answer"), str()):
-            return value
-        case (("answer" | "wrong_answer"), None):
-            return None
-        case (("answer" | "wrong_answer"), [_, *_]) if all(isinstance(text, str) for text in value):
-            return tuple(value)
-        case "spans", None:
-            return {}
-        case "spans", dict() if all(map(_is_span, value.values())):
-            return {span: tuple(ends) for span, ends in value.items()}
-    raise InputError(f"field {name!r} is {value!r}; give {_FIELDS[name]}.")
-
-
-def _is_span(ends: Any) -> bool:
-    return isinstance(ends, list) and [type(end) for end in ends] == [int, int]
+    try:
+        fields: Any = _LINE.validate_python(content)
+    except ValidationError as error:
+        name = str(error.errors()[0]["loc"][0])
+        raise InputError(f"field {name!r} is {content[name]!r}; give {_FIELDS[name]}.") from error
+    return PromptPair(**{name: value for name, value in fields.items() if value is not None})

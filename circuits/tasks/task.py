@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from circuits.models import Model
 from circuits.system.errors import InputError
 from circuits.tasks import validation
+from circuits.tasks.messages import shorten
 from circuits.tasks.prompts import PromptPair, read_pairs
 from circuits.tasks.tokenization import EncodedPair, PromptTokenizer
 
@@ -237,30 +238,28 @@ def task_from_encoded(
     """Make a task from encoded prompt pairs, on the device of the model."""
     if not encoded:
         raise InputError(f"task {name!r} has no prompts; give at least one PromptPair.")
+    _check_same_fields(encoded)
+    tensors = {}
+    for field in encoded[0].fields:
+        rows = [torch.tensor(each.fields[field]) for each in encoded]
+        padding = -1 if field.endswith("answers") else 0
+        tensors[field] = pad_sequence(rows, batch_first=True, padding_value=padding)
     prompts = tuple(each.pair for each in encoded)
-    validation.check_same_fields(prompts)
-    # Without answers these have no columns.
-    answers = _padded([each.answers for each in encoded], -1)
-    wrong_answers = _padded([each.wrong_answers for each in encoded], -1)
-    spans = {}
-    for span in prompts[0].spans:
-        spans[span] = _padded([each.spans[span] for each in encoded], False)
-    task = Task.from_tokens(
-        _padded([each.clean for each in encoded], 0),
-        _padded([each.corrupted for each in encoded], 0),
-        answers if answers.numel() else None,
-        wrong_answers if wrong_answers.numel() else None,
-        lengths=torch.tensor([len(each.clean) for each in encoded]),
-        positions=spans,
-        metric=metric,
-        name=name,
-    )
+    spans = {span: tensors.pop(f"span {span}") for span in prompts[0].spans}
+    lengths = torch.tensor([len(each.fields["clean"]) for each in encoded])
+    task = Task.from_tokens(**tensors, lengths=lengths, positions=spans, metric=metric, name=name)
     return replace(task, prompts=prompts).to(model.cfg.device)
 
 
-def _padded(rows: Sequence[Sequence[int]], padding: int) -> Tensor:
-    tensors = [torch.tensor(row) for row in rows]
-    return pad_sequence(tensors, batch_first=True, padding_value=padding)
+def _check_same_fields(encoded: Sequence[EncodedPair]) -> None:
+    _, _, *expected = encoded[0].fields
+    for each in encoded:
+        _, _, *fields = each.fields
+        if fields != expected:
+            raise InputError(
+                f"prompt {shorten(each.pair.clean)} has the fields {fields}, and the first prompt "
+                f"{expected}; give all prompts the same fields."
+            )
 
 
 def _default_metric(answers: Tensor | None, wrong_answers: Tensor | None) -> str:

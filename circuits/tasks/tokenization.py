@@ -28,7 +28,7 @@ _ONE_PROMPT: tuple[Any, ...] = (Integer[Tensor, " pos"], Integer[Tensor, "1 pos"
 class DoesNotFit(InputError):
     """A prompt pair that this model's tokenizer cannot represent, because of `words`."""
 
-    def __init__(self, message: str, words: Iterable[str] = ()) -> None:
+    def __init__(self, message: str, words: Iterable[str]) -> None:
         super().__init__(message)
         self.words = tuple(words)
 
@@ -38,12 +38,9 @@ class EncodedPair:
     """A prompt pair as token ids."""
 
     pair: PromptPair
-    clean: TokenIds
-    corrupted: TokenIds
-    answers: TokenIds
-    wrong_answers: TokenIds
-    # For each span, whether it holds each token of the clean prompt.
-    spans: dict[str, list[bool]]
+    # "clean", "corrupted", then "answers" and "wrong_answers" if the pair has them, as token ids;
+    # then for each "span NAME" whether it holds each token of the clean prompt.
+    fields: dict[str, Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -77,14 +74,17 @@ class PromptTokenizer:
         """
         clean = self.prompt(pair.clean, "clean")
         corrupted = self.prompt(pair.corrupted, "corrupted")
+        fields: dict[str, Sequence[int]] = {"clean": clean, "corrupted": corrupted}
         both = set(pair.answers) & set(pair.wrong_answers)
         if both:
             raise InputError(
                 f"{quoted(sorted(both))} is both an answer and a wrong answer of "
                 f"{shorten(pair.clean)}; remove it from one."
             )
-        right = self._answers(pair.clean, clean, pair.answers)
-        wrong = self._answers(pair.clean, clean, pair.wrong_answers)
+        if pair.answers:
+            fields["answers"] = self._answers(pair.clean, clean, pair.answers)
+        if pair.wrong_answers:
+            fields["wrong_answers"] = self._answers(pair.clean, clean, pair.wrong_answers)
         if len(clean) != len(corrupted):
             raise DoesNotFit(
                 f"the clean prompt {shorten(pair.clean)} has {len(clean)} tokens and the corrupted "
@@ -92,7 +92,7 @@ class PromptTokenizer:
                 "token, so reword one until the numbers agree.",
                 _differing_words(pair),
             )
-        return EncodedPair(pair, clean, corrupted, right, wrong, self._spans(pair))
+        return EncodedPair(pair, fields | self._spans(pair))
 
     def prompt(self, text: str, role: str = "given") -> TokenIds:
         """Turn a prompt into tokens, with BOS where the model expects it.
@@ -119,9 +119,9 @@ class PromptTokenizer:
         (token,) = self._answers(prompt, self.prompt(prompt), [word])
         return token
 
-    def words(self, tokens: Sequence[int]) -> tuple[str, ...]:
+    def words(self, tokens: Sequence[int]) -> list[str]:
         """The text of each token."""
-        return tuple(self._text([token]) for token in tokens)
+        return [self._text([token]) for token in tokens]
 
     def _ids(self, text: str) -> TokenIds:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -148,8 +148,8 @@ class PromptTokenizer:
             )
 
     def _answers(self, prompt: str, prompt_ids: TokenIds, words: Sequence[str]) -> TokenIds:
-        # Two words may be the same token, or None.
         found = {word: self._answer(prompt, prompt_ids, word) for word in words}
+        # Two words may be the same token, or None.
         tokens = dict.fromkeys(found.values())
         if None in tokens:
             misfits = [word for word, token in found.items() if token is None]
@@ -182,9 +182,10 @@ class PromptTokenizer:
         if not self.tokenizer.is_fast:
             name = self.cfg.model_name
             raise InputError(f"spans need a fast tokenizer, which that of {name} is not.")
-        text, spans = pair.clean, {}
+        text = pair.clean
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        for name, (start, end) in pair.spans.items():
+        spans = {}
+        for name, (start, end) in sorted(pair.spans.items()):
             check_position_name(name)
             # A token belongs to a span when it overlaps it. BOS is not part of the text.
             overlaps = [first < end and start < last for first, last in encoded["offset_mapping"]]
@@ -194,7 +195,7 @@ class PromptTokenizer:
                     f"span {name!r} = {(start, end)} holds no token of {shorten(text)}; "
                     f"give (start, end) in characters, 0 <= start < end <= {len(text)}."
                 )
-            spans[name] = [False] * len(self.bos) + overlaps
+            spans[f"span {name}"] = [False] * len(self.bos) + overlaps
         return spans
 
 

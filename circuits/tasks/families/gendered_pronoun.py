@@ -36,10 +36,9 @@ class GenderedPronoun(TaskFamily):
         """Draw one pair, with spans NAME and END."""
         template = random.choice(TEMPLATES)
         setting = {name: random.choice(words) for name, words in WORDS.items()}
-        people = [(random.choice(WOMEN), " she"), (random.choice(MEN), " he")]
+        woman, man = random.choice(WOMEN), random.choice(MEN)
+        clean, corrupted = setting | {"NAME": woman}, setting | {"NAME": man}
         # Half of the clean prompts are about a man.
         if random.random() < 0.5:
-            people.reverse()
-        (name, right), (other_name, wrong) = people
-        clean, corrupted = setting | {"NAME": name}, setting | {"NAME": other_name}
-        return fill_template(template, clean, corrupted, (right, wrong), ("NAME", "END"))
+            return fill_template(template, corrupted, clean, " he", " she")
+        return fill_template(template, clean, corrupted, " she", " he")

@@ -11,7 +11,7 @@ from circuits.tasks.families.words import COMMON
 from circuits.tasks.family import TaskFamily
 from circuits.tasks.prompts import PromptPair, fill_template
 
-TEMPLATE = "{before} {A1} {B} {after} {A2}"
+TEMPLATE = "{before} {A1} {B} {after} {again}"
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,12 @@ class Induction(TaskFamily):
         index = random.randrange(1, self.length - 2)
         repeated, answer = words[index : index + 2]
         before, after = words[:index], words[index + 2 :]
-        clean = {"A1": repeated, "B": answer, "A2": repeated}
-        clean |= {"before": " ".join(before), "after": " ".join(after)}
-        corrupted = clean | {"A1": other}
-        wrong = tuple(f" {word}" for word in before + after)
-        answers = (f" {answer}", wrong)
-        return fill_template(TEMPLATE, clean, corrupted, answers, ("A1", "B", "END"))
+        clean = {
+            "before": " ".join(before),
+            "A1": repeated,
+            "B": answer,
+            "after": " ".join(after),
+            "again": repeated,
+        }
+        wrong_answers = tuple(f" {word}" for word in before + after)
+        return fill_template(TEMPLATE, clean, clean | {"A1": other}, f" {answer}", wrong_answers)

@@ -64,5 +64,4 @@ class TwoHop(TaskFamily):
         (capital, cities), (other_capital, other_cities) = state, other_state
         clean = {"CITY": random.choice(cities)}
         corrupted = {"CITY": random.choice(other_cities)}
-        answers = (f" {capital}", f" {other_capital}")
-        return fill_template(template, clean, corrupted, answers, ("CITY", "END"))
+        return fill_template(template, clean, corrupted, f" {capital}", f" {other_capital}")

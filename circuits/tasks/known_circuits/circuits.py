@@ -16,7 +16,7 @@ import torch
 from circuits.models import Model, build_model
 from circuits.system.errors import InputError
 from circuits.tasks.known_circuits.recipes import RECIPES
-from circuits.tasks.known_circuits.wiring import Wiring, rotated
+from circuits.tasks.known_circuits.wiring import rotated
 from circuits.tasks.task import Task
 
 # The attention score of an attended position minus that of the others.
@@ -115,28 +115,21 @@ def known_circuit(
     """
     if name not in RECIPES:
         raise InputError(f"there is no known circuit {name!r}; there are {', '.join(RECIPES)}.")
-    _check_options(decoys, leak, n_prompts)
-    recipe = RECIPES[name]
-    sharpness = SOFT if soft else SHARP
-    wiring = Wiring(recipe.sizes, recipe.subspaces, sharpness)
-    recipe.wire(wiring)
-    # The prompts have a generator of their own, so that they do not depend on these options.
-    generator = torch.Generator().manual_seed(seed)
-    weights = wiring.with_decoys(generator, leak) if decoys else wiring.weights
-    if rotate:
-        weights = rotated(weights, generator)
-    name = f"known-{name}"
-    config = {**wiring.config, "model_name": name}
-    model = build_model(config, weights, device=device)
-    edges = tuple(map(str, wiring.edges))
-    task = recipe.task(name, n_prompts, seed)
-    return KnownCircuit(model, task, edges, recipe.minimal(edges))
-
-
-def _check_options(decoys: bool, leak: float, n_prompts: int) -> None:
     if not 0 <= leak < 1:
         raise InputError(f"leak={leak} is out of range: give at least 0 and less than 1.")
     if leak and not decoys:
         raise InputError(f"leak={leak} needs decoys, which leak; use decoys=True or leak=0.")
     if n_prompts < 1:
         raise InputError(f"n_prompts={n_prompts}: a task needs at least one prompt.")
+    recipe = RECIPES[name]
+    wiring = recipe.wire(SOFT if soft else SHARP)
+    # The prompts have a generator of their own, so that they do not depend on these options.
+    generator = torch.Generator().manual_seed(seed)
+    weights = wiring.with_decoys(generator, leak) if decoys else wiring.weights
+    if rotate:
+        weights = rotated(weights, generator)
+    config = {**wiring.config, "model_name": f"known-{name}"}
+    model = build_model(config, weights, device=device)
+    edges = tuple(map(str, wiring.edges))
+    task = recipe.task(config, n_prompts, seed)
+    return KnownCircuit(model, task, edges, recipe.minimal(edges))

@@ -56,8 +56,8 @@ SHAPES = {
     "unembed.b_U": "d_vocab_out",
 }
 # The names of the weights of one head, and of one MLP.
-HEAD_WEIGHTS = ("attn.W_Q", "attn.b_Q", "attn.W_K", "attn.W_V", "attn.W_O")
-MLP_WEIGHTS = ("mlp.W_in", "mlp.b_in", "mlp.W_out")
+HEAD_WEIGHTS = ("W_Q", "b_Q", "W_K", "W_V", "W_O")
+MLP_WEIGHTS = ("W_in", "b_in", "W_out")
 # No norms, so that reads and writes are matrix products alone.
 FIXED_CONFIG = {
     "act_fn": "relu",
@@ -81,23 +81,21 @@ class Wiring:
         self.edges: list[Edge] = []
         self._writers: dict[str, Node] = {}
         # Each subspace gets the next dimensions of the residual stream.
-        widths = {TOKEN: sizes["d_vocab"], POSITION: sizes["n_ctx"]}
-        widths |= {**subspaces, UNREAD: UNREAD_WIDTH}
-        self._dimensions: dict[str, range] = {}
-        d_model = 0
-        for name, width in widths.items():
-            self._dimensions[name] = range(d_model, d_model + width)
-            d_model += width
+        widths = {TOKEN: sizes["d_vocab"], POSITION: sizes["n_ctx"], **subspaces}
+        widths[UNREAD] = UNREAD_WIDTH
+        d_model = sum(widths.values())
+        dimensions = torch.arange(d_model).split(list(widths.values()))
+        self._dimensions = dict(zip(widths, dimensions, strict=True))
         # The arguments of HookedTransformerConfig.
-        made = {"d_model": d_model, "attn_only": "d_mlp" not in sizes}
-        self.config: dict[str, Any] = {**FIXED_CONFIG, **sizes, **made}
-        self.weights = self._zero_weights()
+        self.config: dict[str, Any] = {**FIXED_CONFIG, **sizes}
+        self.config |= {"d_model": d_model, "attn_only": "d_mlp" not in sizes}
+        self.weights = _zero_weights(self.config)
         # One dimension per token, and one per position.
         self._write(TOKEN, TokenEmbed(), self.weights["embed.W_E"])
         self._write(POSITION, PosEmbed(), self.weights["pos_embed.W_pos"])
 
     def head(
-        self, node: Head, *, q: Reads, k: Reads, v: Reads, writes: str, b_q: Vector | None = None
+        self, node: Head, writes: str, *, q: Reads, k: Reads, v: Reads, b_q: Vector | None = None
     ) -> None:
         """Wire a head that attends by the score q @ k and writes v to the subspace `writes`.
 
@@ -116,7 +114,7 @@ class Wiring:
         weights["b_Q"].mul_(scale)
         self._write(writes, node, weights["W_O"])
 
-    def mlp(self, node: MLP, *, reads: Reads, bias: Vector, output: Matrix, writes: str) -> None:
+    def mlp(self, node: MLP, writes: str, *, reads: Reads, bias: Vector, output: Matrix) -> None:
         """Wire an MLP: it writes relu(sum of subspace @ matrix + `bias`) @ `output`."""
         weights = _component_weights(self.weights, node)
         self._read(reads, node, None, weights["W_in"])
@@ -134,8 +132,7 @@ class Wiring:
         to all other subspaces, weaker by the factor `leak`.
         """
         weights = {name: tensor.clone() for name, tensor in self.weights.items()}
-        d_model = self.config["d_model"]
-        strength = torch.full((d_model,), leak, dtype=torch.float64)
+        strength = torch.full((self.config["d_model"],), leak, dtype=torch.float64)
         strength[self._dimensions[UNREAD]] = 1.0
         for node in self._unwired():
             for name, tensor in _component_weights(weights, node).items():
@@ -147,13 +144,12 @@ class Wiring:
                     tensor.copy_(scale * _normal(tensor.shape, generator) * strength)
         return weights
 
-    def _unwired(self) -> list[Head | MLP]:
-        heads = product(range(self.config["n_layers"]), range(self.config["n_heads"]))
-        components: list[Head | MLP] = [Head(layer, head) for layer, head in heads]
+    def _unwired(self) -> list[Node]:
+        layers, heads = range(self.config["n_layers"]), range(self.config["n_heads"])
+        components: list[Node] = [Head(layer, head) for layer in layers for head in heads]
         if not self.config["attn_only"]:
-            components += map(MLP, range(self.config["n_layers"]))
-        wired = self._writers.values()
-        return [node for node in components if node not in wired]
+            components += map(MLP, layers)
+        return [node for node in components if node not in self._writers.values()]
 
     def _read(self, reads: Reads, target: Node, slot: str | None, weight: Tensor) -> None:
         # All that reads the residual stream goes through here, so `edges` is complete.
@@ -165,22 +161,23 @@ class Wiring:
     def _write(
         self, subspace: str, source: Node, weight: Tensor, matrix: Matrix | None = None
     ) -> None:
-        # By default each of the first rows writes one dimension of the subspace.
         writer = self._writers.setdefault(subspace, source)
         assert writer is source, f"subspace {subspace} is already written by {writer}."
         dimensions = self._dimensions[subspace]
+        # By default each of the first rows writes one dimension of the subspace.
         matrix = torch.eye(len(dimensions)) if matrix is None else matrix
         rows = weight[: len(matrix)]
         rows[:, dimensions] = matrix.double()
 
-    def _zero_weights(self) -> Weights:
-        weights = {}
-        for layer, (name, axes) in product(range(self.config["n_layers"]), SHAPES.items()):
-            if ".mlp." in name and self.config["attn_only"]:
-                continue
-            sizes = [self.config[axis] for axis in axes.split()]
-            weights[name.format(layer=layer)] = torch.zeros(sizes, dtype=torch.float64)
-        return weights
+
+def _zero_weights(config: Mapping[str, Any]) -> Weights:
+    weights = {}
+    for layer, (name, axes) in product(range(config["n_layers"]), SHAPES.items()):
+        if ".mlp." in name and config["attn_only"]:
+            continue
+        sizes = [config[axis] for axis in axes.split()]
+        weights[name.format(layer=layer)] = torch.zeros(sizes, dtype=torch.float64)
+    return weights
 
 
 def rotated(weights: Weights, generator: torch.Generator) -> Weights:
@@ -198,14 +195,12 @@ def rotated(weights: Weights, generator: torch.Generator) -> Weights:
     return turned
 
 
-def _component_weights(weights: Weights, node: Head | MLP) -> Weights:
-    # Views, so that setting them sets `weights`.
-    views = {}
-    for name in HEAD_WEIGHTS if isinstance(node, Head) else MLP_WEIGHTS:
-        weight = weights[f"blocks.{node.layer}.{name}"]
-        _, short_name = name.split(".")
-        views[short_name] = weight[node.head] if isinstance(node, Head) else weight
-    return views
+def _component_weights(weights: Weights, node: Node) -> Weights:
+    """Views of the weights of a head or an MLP, so that setting them sets `weights`."""
+    if isinstance(node, MLP):
+        return {name: weights[f"blocks.{node.layer}.mlp.{name}"] for name in MLP_WEIGHTS}
+    assert isinstance(node, Head)
+    return {name: weights[f"blocks.{node.layer}.attn.{name}"][node.head] for name in HEAD_WEIGHTS}
 
 
 def _normal(size: Sequence[int], generator: torch.Generator) -> Tensor:
