@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import tyro
 from rich.console import Console
 
 from circuits.cli.console import frame_table, print_json, progress_bar
 from circuits.cli.methods import find_method, options_of
-from circuits.cli.options import AblationName, TaskOptions
+from circuits.cli.options import AblationName, TaskOptions, Unprefixed
 from circuits.discovery.discoverer import CircuitDiscoverer
 from circuits.evaluation.compare import Comparison, compare
 from circuits.models import Model
@@ -26,73 +27,70 @@ from circuits.system.ranks import is_first
 from circuits.tasks.task import Task
 
 RANDOM_SEEDS = 5
-REPORT = "report.html"
+Runs = dict[str, list[CircuitRun]]
 MODEL_RUNS_IN_WORDS = (
     "forward passes on all prompts; one that computes only some heads and MLPs counts as that "
     "share; backward passes do not count"
 )
 
 
-@dataclass(frozen=True)
-class CompareOptions(TaskOptions):
+def command(
+    source: Unprefixed[TaskOptions],
+    methods: str = "acdc,eap,eap-ig,random",
+    n: int = 16,
+    n_eval: int = 64,
+    thresholds: str = "0.002,0.005,0.01,0.03,0.1",
+    size: int | None = None,
+    ablation: AblationName = "resample",
+    out: Path = Path("runs"),
+) -> None:
     """Discover with several methods on the same prompts, and evaluate them on the same others.
 
     circuits compare --task ioi --methods acdc,eap,eap-ig,random
     circuits compare --task docstring --methods acdc:threshold=0.02,eap:gradient_at=both --n 32
     circuits compare --task two_hop --methods acdc,attribution-graph:transcoders=toy-world-clt
+
+    Args:
+        source: The model and the prompts.
+        methods: Methods separated by commas, with settings after colons:
+            acdc:threshold=0.02:order=original,eap.
+        n: Number of prompts to discover on.
+        n_eval: Number of held-out prompts to evaluate on.
+        thresholds: Thresholds to try for methods that take one and are given none; the table shows
+            the first.
+        size: Number of edges for methods that only score; by default as many as the first selecting
+            method keeps.
+        ablation: What ablated edges carry, in methods that have the choice and in the evaluation.
+        out: The folder of all runs and of the report.
     """
-
-    methods: str = "acdc,eap,eap-ig,random"
-    """Methods separated by commas, with settings after colons:
-    acdc:threshold=0.02:order=original,eap."""
-    n: int = 16
-    """Number of prompts to discover on."""
-    n_eval: int = 64
-    """Number of held-out prompts to evaluate on."""
-    thresholds: str = "0.002,0.005,0.01,0.03,0.1"
-    """Thresholds to try for methods that take one and are given none; the table shows the first."""
-    size: int | None = None
-    """Number of edges for methods that only score; by default as many as the first selecting method
-    keeps."""
-    ablation: AblationName = "resample"
-    """What ablated edges carry, in methods that have the choice and in the evaluation."""
-    out: Path = Path("runs")
-    """The folder of all runs and of the report."""
-
-
-def compare_command(words: Sequence[str]) -> None:
-    """Run several methods on one task, print a table and write a report."""
-    options = tyro.cli(CompareOptions, prog="circuits compare", args=words)
-    model = options.load_model()
-    task = options.load_task(model, options.n, "train")
-    held_out = task if options.data else options.load_task(model, options.n_eval, "test")
-    runs = {}
-    for label, sweep in _sweeps(options).items():
-        runs[label] = [*_run_sweep(label, sweep, model, task, options)]
+    model = source.load_model()
+    task = source.load_task(model, n, "train")
+    held_out = task if source.data else source.load_task(model, n_eval, "test")
+    sweeps = _sweeps(methods, thresholds.split(","), ablation)
+    runs = _run_all(sweeps, model, task, source, out)
     if not is_first():
         return
-    found = {label: [one.circuit for one in sweep] for label, sweep in runs.items()}
-    comparison = compare(model, found, held_out, size=options.size, ablation=options.ablation)
-    # The table shows the first run of each sweep.
-    shown = [runs[label][0] for label in comparison.table.index]
-    comparison.table["model runs"] = [round(one.model_runs) for one in shown]
-    comparison.table["seconds"] = [one.record["seconds"] for one in shown]
-    folders = [str(one.folder) for sweep in runs.values() for one in sweep]
-    key = digest([folders, held_out.digest(), options.size, options.ablation], size=4)
-    folder = options.out / task.name / f"compare-{key}"
-    details = _details(options, task, held_out, comparison)
-    content = _write_report(folder, comparison, details)
-    if options.json:
-        print_json({"report": str(folder / REPORT), "table": content["table"]})
+    found = {label: [each.circuit for each in sweep] for label, sweep in runs.items()}
+    comparison = compare(model, found, held_out, size=size, ablation=ablation)
+    _add_costs(comparison.table, runs)
+    folders = [str(each.folder) for sweep in runs.values() for each in sweep]
+    key = digest([folders, held_out.digest(), size, ablation], size=4)
+    report = out / task.name / f"compare-{key}" / "report.html"
+    details = _details(source, task, held_out, comparison, ablation)
+    table = _write_report(report, comparison, details)
+    if source.json:
+        print_json({"report": str(report), "table": table})
     else:
         _show(comparison, details)
-        Console().print(f"Report: {folder / REPORT}", soft_wrap=True)
+        Console().print(f"Report: {report}", soft_wrap=True)
 
 
-def _sweeps(options: CompareOptions) -> dict[str, list[CircuitDiscoverer]]:
+def _sweeps(
+    methods: str, thresholds: Sequence[str], ablation: str
+) -> dict[str, list[CircuitDiscoverer]]:
     """What to run for each entry of --methods, by the entry's label in the table."""
     sweeps: dict[str, list[CircuitDiscoverer]] = {}
-    for entry in options.methods.split(","):
+    for entry in methods.split(","):
         name, *settings = entry.strip().split(":")
         # FILE.py:NAME is one method, not a file with a setting.
         if name.endswith(".py") and settings and "=" not in settings[0]:
@@ -101,25 +99,26 @@ def _sweeps(options: CompareOptions) -> dict[str, list[CircuitDiscoverer]]:
         label = ":".join([kind.name, *settings])
         if label in sweeps:
             raise InputError(f"--methods names {label!r} twice; give each entry other settings.")
-        sweeps[label] = [
-            _make(kind, [*settings, *varied], entry)
-            for varied in _variations(kind, settings, options)
-        ]
+        variations = _variations(kind, settings, thresholds, ablation)
+        sweeps[label] = [_make(kind, [*settings, *more], entry) for more in variations]
     return sweeps
 
 
 def _variations(
-    kind: type[CircuitDiscoverer], settings: Sequence[str], options: CompareOptions
+    kind: type[CircuitDiscoverer],
+    settings: Sequence[str],
+    thresholds: Sequence[str],
+    ablation: str,
 ) -> list[list[str]]:
     """Further settings of each run: of a sweep of thresholds, several random seeds, or one run."""
     if kind.name == "random" and not settings:
         return [[f"seed={seed}"] for seed in range(RANDOM_SEEDS)]
     given = [setting.partition("=")[0] for setting in settings]
     free = {field.name for field in fields(kind)}.difference(given)
-    ablation = [f"ablation={options.ablation}"] if "ablation" in free else []
+    shared = [f"ablation={ablation}"] if "ablation" in free else []
     if "threshold" not in free:
-        return [ablation]
-    return [[*ablation, f"threshold={value}"] for value in options.thresholds.split(",")]
+        return [shared]
+    return [[*shared, f"threshold={threshold}"] for threshold in thresholds]
 
 
 def _make(kind: type[CircuitDiscoverer], settings: Sequence[str], entry: str) -> CircuitDiscoverer:
@@ -139,26 +138,37 @@ def _make(kind: type[CircuitDiscoverer], settings: Sequence[str], entry: str) ->
     return kind(**vars(options))
 
 
-def _run_sweep(
-    label: str,
-    sweep: Sequence[CircuitDiscoverer],
+def _run_all(
+    sweeps: Mapping[str, Sequence[CircuitDiscoverer]],
     model: Model,
     task: Task,
-    options: CompareOptions,
-) -> Iterator[CircuitRun]:
-    out, notes = options.out, options.notes()
-    for number, discoverer in enumerate(sweep, 1):
-        description = f"{label}, {number} of {len(sweep)}"
-        with progress_bar(description, quiet=options.json) as progress:
-            yield run(discoverer, model, task, out=out, progress=progress, notes=notes)
+    source: TaskOptions,
+    out: Path,
+) -> Runs:
+    notes = source.notes()
+    runs: Runs = {label: [] for label in sweeps}
+    for label, sweep in sweeps.items():
+        for number, discoverer in enumerate(sweep, 1):
+            description = f"{label}, {number} of {len(sweep)}"
+            with progress_bar(description, quiet=source.json) as progress:
+                found = run(discoverer, model, task, out=out, progress=progress, notes=notes)
+            runs[label].append(found)
+    return runs
+
+
+def _add_costs(table: pd.DataFrame, runs: Runs) -> None:
+    # The table shows the first run of each sweep.
+    first = [runs[label][0] for label in table.index]
+    table["model runs"] = [round(found.model_runs) for found in first]
+    table["seconds"] = [found.record["seconds"] for found in first]
 
 
 def _details(
-    options: CompareOptions, task: Task, held_out: Task, comparison: Comparison
+    source: TaskOptions, task: Task, held_out: Task, comparison: Comparison, ablation: str
 ) -> dict[str, str]:
-    notes = options.notes()
+    notes = source.notes()
     found_on, evaluated_on = f"{len(task)} prompts", "the same prompts"
-    if not options.data:
+    if not source.data:
         found_on += f" of the train split, seed {notes['seed']}"
         evaluated_on = f"{len(held_out)} prompts of the test split"
     details = {
@@ -166,7 +176,7 @@ def _details(
         "task": task.name,
         "found on": found_on,
         "evaluated on": evaluated_on,
-        "ablation": options.ablation,
+        "ablation": ablation,
         "random": f"mean of {RANDOM_SEEDS} seeds",
         "model runs": MODEL_RUNS_IN_WORDS,
     }
@@ -175,26 +185,21 @@ def _details(
     return details
 
 
-def _write_report(
-    folder: Path, comparison: Comparison, details: Mapping[str, str]
-) -> dict[str, Any]:
-    table, curves = comparison.table, comparison.curves
+def _write_report(report: Path, comparison: Comparison, details: Mapping[str, str]) -> Any:
     # By way of pandas, which writes NaN as null.
-    content = {
-        "details": details,
-        "table": json.loads(table.to_json(orient="index")),
-        "curves": json.loads(curves.to_json(orient="records")),
-    }
-    write_json(folder / "comparison.json", content, "circuits.comparison", 1)
+    table = json.loads(comparison.table.to_json(orient="index"))
+    curves = json.loads(comparison.curves.to_json(orient="records"))
+    content = {"details": details, "table": table, "curves": curves}
+    write_json(report.with_name("comparison.json"), content, "circuits.comparison", 1)
     page = report_page(
         title="{task} in {model}".format(**details),
-        table=table,
-        curves=curves,
+        table=comparison.table,
+        curves=comparison.curves,
         circuits=comparison.circuits,
         details=details,
     )
-    write_bytes(folder / REPORT, page.encode())
-    return content
+    write_bytes(report, page.encode())
+    return table
 
 
 def _show(comparison: Comparison, details: Mapping[str, str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pandas as pd
@@ -22,13 +22,15 @@ from rich.progress import Task as ProgressTask
 from rich.table import Table
 from rich.text import Text
 
-from circuits.discovery.discoverer import Progress as ProgressCallback
+from circuits.discovery.discoverer import Progress as Callback
 from circuits.graph.circuit import Circuit
+from circuits.runs.circuit_run import CircuitRun
+from circuits.runs.graph_run import GraphRun
 from circuits.system.ranks import is_first
 
 
 @contextlib.contextmanager
-def progress_bar(description: str, *, quiet: bool = False) -> Iterator[ProgressCallback | None]:
+def progress_bar(description: str, *, quiet: bool = False) -> Iterator[Callback | None]:
     """Show a progress bar with rate and remaining time on standard error.
 
     Yields:
@@ -38,10 +40,14 @@ def progress_bar(description: str, *, quiet: bool = False) -> Iterator[ProgressC
     if quiet or not is_first() or not sys.stderr.isatty():
         yield None
         return
-    description_column = TextColumn("{task.description}")
-    columns = (BarColumn(), MofNCompleteColumn(), _RateColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(description_column, *columns, console=console, transient=True) as bar:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         row = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(row, completed=done, total=total)
 
@@ -57,7 +63,8 @@ def frame_table(frame: pd.DataFrame, title: str) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column(str(frame.index.name or ""))
     for column in frame.columns:
-        table.add_column(str(column).replace("_", " "), justify="right", overflow="fold")
+        heading = str(column).replace("_", " ")
+        table.add_column(heading, justify="right", overflow="fold")
     for name, *values in frame.itertuples():
         table.add_row(str(name), *map(_cell, values))
     return table
@@ -66,7 +73,8 @@ def frame_table(frame: pd.DataFrame, title: str) -> Table:
 def edge_table(circuit: Circuit, n: int = 15) -> Table:
     """Make a table of the n edges of largest |score|, strongest first."""
     strongest = circuit.top(min(n, len(circuit))).to_dataframe()
-    scores = strongest.set_index("edge")[["score"]].sort_values("score", key=abs, ascending=False)
+    strongest = strongest.sort_values("score", key=abs, ascending=False)
+    scores = strongest.set_index("edge")[["score"]]
     title = f"The {len(scores)} edges of largest |score|"
     return frame_table(scores.map("{:+.4f}".format), title)
 
@@ -76,12 +84,18 @@ def print_json(content: Any) -> None:
     sys.stdout.write(json.dumps(content, indent=2) + "\n")
 
 
+def print_run(found: CircuitRun | GraphRun, content: Mapping[str, Any]) -> None:
+    """Print where a run is and what it holds, as JSON."""
+    print_json({"folder": str(found.folder), "reused": found.reused, **content})
+
+
 def _cell(value: Any) -> str:
     if isinstance(value, str):
         return value
     if value is None or value != value:
         return "-"
-    if isinstance(value, int) or (float(value).is_integer() and abs(value) >= 10):
+    is_whole = float(value).is_integer()
+    if isinstance(value, int) or (is_whole and abs(value) >= 10):
         return f"{value:,}"
     # Adding 0.0 turns -0.0 into 0.0.
     return f"{round(value, 3) + 0.0:.3f}"

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import tyro
 from rich.console import Console
 
-from circuits.cli.console import edge_table, print_json, progress_bar
+from circuits.cli.console import edge_table, print_run, progress_bar
 from circuits.cli.evaluate import show_evaluation, size_needed
 from circuits.cli.methods import find_method, options_of
-from circuits.cli.options import TaskOptions
+from circuits.cli.options import TaskOptions, Unprefixed
 from circuits.discovery.discoverer import CircuitDiscoverer
 from circuits.graph.graph import Graph
 from circuits.models import Model
@@ -61,7 +60,7 @@ class DiscoverOptions(TaskOptions, MethodOption):
     """The folder of all runs. A run that is already there is not computed again."""
 
 
-def discover_command(words: Sequence[str]) -> None:
+def discover(words: Sequence[str]) -> None:
     """Find a circuit into a run folder, and evaluate it on held-out prompts."""
     options, discoverer = _parse(words)
     model = options.load_model()
@@ -91,18 +90,14 @@ def _parse(words: Sequence[str]) -> tuple[DiscoverOptions, CircuitDiscoverer]:
     # The method comes first, because its fields are options, too.
     chosen, _ = tyro.cli(MethodOption, args=words, return_unknown_args=True, add_help=False)
     kind = find_method(chosen.method)
-    taken = [field.name for field in dataclasses.fields(DiscoverOptions)]
-    # Without a name, the options of both parts have no prefix.
-    unnamed = tyro.conf.arg(name="")
-    parts = Annotated[DiscoverOptions, unnamed], Annotated[options_of(kind, taken), unnamed]
+    taken = [field.name for field in fields(DiscoverOptions)]
+    settings: Any = options_of(kind, taken)
+    both: Any = tuple[Unprefixed[DiscoverOptions], Unprefixed[settings]]
     description = f"{inspect.getdoc(DiscoverOptions)}\n\nThe options of {kind.name} come last."
-    options, settings = tyro.cli(
-        tuple[parts],  # type: ignore[valid-type]
-        prog="circuits discover",
-        description=description,
-        args=words,
+    options, chosen_settings = tyro.cli(
+        both, prog="circuits discover", description=description, args=words
     )
-    return options, kind(**vars(settings))
+    return options, kind(**vars(chosen_settings))
 
 
 def _graph(model: Model, options: DiscoverOptions) -> Graph | None:
@@ -118,8 +113,7 @@ def _graph(model: Model, options: DiscoverOptions) -> Graph | None:
 
 def _show_scores(found: CircuitRun, options: DiscoverOptions) -> None:
     if options.json:
-        edges = len(found.circuit)
-        print_json({"folder": str(found.folder), "edges": edges, "reused": found.reused})
+        print_run(found, {"edges": len(found.circuit)})
         return
     console = Console()
     console.print(edge_table(found.circuit))

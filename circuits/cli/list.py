@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -19,33 +17,29 @@ from circuits.tasks.registry import task_families
 from circuits.transcoders.io.load import embedded_transcoders
 
 
-@dataclass(frozen=True)
-class ListOptions:
-    """List methods, tasks, metrics, ablations and embedded transcoders."""
+def command(json: bool = False) -> None:
+    """List methods, tasks, metrics, ablations and embedded transcoders.
 
-    json: bool = False
-    """Print JSON for programs instead of tables."""
-
-
-def list_command(words: Sequence[str]) -> None:
-    """Print what there is to choose from, with descriptions."""
-    options = tyro.cli(ListOptions, prog="circuits list", args=words)
-    documented: dict[str, Mapping[str, Any]] = {
-        "methods": discoverers(),
-        "tasks": task_families(),
-        "metrics": {name: metric.function for name, metric in METRICS.items()},
+    Args:
+        json: Print JSON for programs instead of tables.
+    """
+    metrics = {name: metric.function for name, metric in METRICS.items()}
+    content = {
+        "methods": _described(discoverers()),
+        "tasks": _described(task_families()),
+        "metrics": _described(metrics),
+        "ablations": ABLATIONS,
+        "transcoders that ship with the package": embedded_transcoders(),
     }
-    content: dict[str, Any] = {
-        title: {name: first_line(each) for name, each in entries.items()}
-        for title, entries in documented.items()
-    }
-    content["ablations"] = list(ABLATIONS)
-    content["transcoders that ship with the package"] = list(embedded_transcoders())
-    if options.json:
+    if json:
         print_json(content)
         return
-    for title, entries in content.items():
+    for title, names in content.items():
         table = Table(title=title, title_justify="left", show_header=False)
-        for name in entries:
-            table.add_row(name, entries[name] if isinstance(entries, dict) else "")
+        for name in names:
+            table.add_row(name, names[name] if isinstance(names, dict) else "")
         Console().print(table)
+
+
+def _described(documented: Mapping[str, Any]) -> dict[str, str]:
+    return {name: first_line(each) for name, each in documented.items()}

@@ -81,8 +81,7 @@ def _run(command: str, words: Sequence[str]) -> int:
             if not first:
                 warnings.simplefilter("ignore")  # the first rank prints the same
             if first or command in COMMANDS_OF_ALL_RANKS:
-                module = import_module(f"circuits.cli.{command}")
-                getattr(module, f"{command}_command")(words)
+                _call(command, words)
     except InputError as error:
         # The first rank prints errors that all ranks share.
         return _fail(str(error), 2) if first or not isinstance(error, SharedError) else 2
@@ -91,6 +90,18 @@ def _run(command: str, words: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on where it stopped.", 130)
     return 0
+
+
+def _call(command: str, words: Sequence[str]) -> None:
+    import tyro
+
+    module = import_module(f"circuits.cli.{command}")
+    if command == "discover":
+        # Its options depend on the method.
+        module.discover(words)
+    else:
+        # The parameters of the function are the options.
+        tyro.cli(module.command, prog=f"circuits {command}", args=words)
 
 
 def _fail(message: str, status: int) -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
+import tyro
 
 from circuits.models import EMBEDDED, Model, load_model
 from circuits.system.errors import InputError
@@ -15,6 +16,9 @@ from circuits.tasks.registry import load_task
 from circuits.tasks.task import Task
 
 DEFAULT_TASK = "ioi"
+# The options of a group have no prefix.
+T = TypeVar("T")
+Unprefixed = Annotated[T, tyro.conf.arg(name="")]
 AblationName = Literal["resample", "zero", "mean", "mean_by_position"]
 
 

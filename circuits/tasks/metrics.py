@@ -104,14 +104,15 @@ class Metric:
         return torch.stack([self.damage(each, clean_logits, task) for each in logits])
 
     def _evaluate(self, logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
-        logits, clean_logits = _at_least_float32(logits), _at_least_float32(clean_logits)
-        values: Any = self.function(logits, clean_logits, task)
+        logits = _at_least_float32(logits)
+        values: Any = self.function(logits, _at_least_float32(clean_logits), task)
+        expected = logits.shape[:-1]
         is_tensor = isinstance(values, Tensor)
-        if not is_tensor or values.shape != logits.shape[:-1]:
+        if not is_tensor or values.shape != expected:
             found = f"shape {tuple(values.shape)}" if is_tensor else type(values).__name__
             raise InputError(
                 f"metric {self.name!r} returned {found}; it must return one number per scored "
-                f"row, shape ({logits.shape[-2]},), and leave the averaging to the caller."
+                f"row, shape ({expected[-1]},), and leave the averaging to the caller."
             )
         n_bad = _count_not_finite(values)
         if n_bad:
@@ -124,13 +125,13 @@ class Metric:
 
 def get_metric(metric: str | Metric | None, task: Task) -> Metric:
     """The metric of that name, or an InputError if there is none; None means the task's own."""
-    chosen = task.metric if metric is None else metric
-    if isinstance(chosen, Metric):
-        return chosen
-    if chosen not in METRICS:
+    if isinstance(metric, Metric):
+        return metric
+    name = task.metric if metric is None else metric
+    if name not in METRICS:
         names = ", ".join(METRICS)
-        raise InputError(f"no metric {chosen!r}; there are {names}, or make a circuits.Metric.")
-    return METRICS[chosen]
+        raise InputError(f"no metric {name!r}; there are {names}, or make a circuits.Metric.")
+    return METRICS[name]
 
 
 def check_finite(logits: Float[Tensor, "*rows vocab"]) -> None:
@@ -147,11 +148,12 @@ def _count_not_finite(values: Float[Tensor, "*rows"]) -> int:
     # A finite sum has finite terms, and is faster to check. The sum of finite terms may overflow.
     if values.detach().sum().isfinite():
         return 0
-    return int((~values.isfinite()).sum())
+    is_bad = ~values.isfinite()
+    return int(is_bad.sum())
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 # The docstring of each metric is its description in `circuits list`.
@@ -167,22 +169,24 @@ def kl(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
 
 def logit_difference(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
     """Mean logit of the answers minus mean logit of the wrong answers."""
-    return _mean_logit(logits, task, "answers") - _mean_logit(logits, task, "wrong_answers")
+    right = _mean_logit(logits, task, "answers")
+    return right - _mean_logit(logits, task, "wrong_answers")
 
 
 def probability_difference(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
     """Summed probability of the answers minus that of the wrong answers."""
     probabilities = logits.softmax(-1)
-    right = _gather(probabilities, task, "answers").sum(-1)
-    wrong = _gather(probabilities, task, "wrong_answers").sum(-1)
-    return right - wrong
+    right = _gather(probabilities, task, "answers")
+    wrong = _gather(probabilities, task, "wrong_answers")
+    return right.sum(-1) - wrong.sum(-1)
 
 
 def negative_log_probability(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
     """Minus the log of the answers' summed probability, in nats."""
     # -log sum_{v in answers} p(v) = -logsumexp_{v in answers} log p(v); padding has p = 0
     log_probabilities = logits.log_softmax(-1)
-    return -_gather(log_probabilities, task, "answers", padding=-math.inf).logsumexp(-1)
+    of_answers = _gather(log_probabilities, task, "answers", padding=-math.inf)
+    return -of_answers.logsumexp(-1)
 
 
 def accuracy(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
@@ -227,9 +231,10 @@ def _gather(
     tokens = _tokens(task, kind)
     # gather needs valid indices, so it reads token 0 where the tokens are padded with -1.
     indices = tokens.clamp(min=0).expand(*values.shape[:-1], -1)
-    return values.gather(-1, indices).masked_fill(tokens < 0, padding)
+    found = values.gather(-1, indices)
+    return found.masked_fill(tokens < 0, padding)
 
 
 def _mean_logit(logits: CircuitLogits, task: Task, kind: AnswerKind) -> Values:
-    n_answers = (_tokens(task, kind) >= 0).sum(-1)
-    return _gather(logits, task, kind).sum(-1) / n_answers
+    is_answer = _tokens(task, kind) >= 0
+    return _gather(logits, task, kind).sum(-1) / is_answer.sum(-1)

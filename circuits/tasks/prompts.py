@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Formatter
-from typing import Annotated, Any, Literal, NotRequired, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictInt, TypeAdapter, ValidationError
-from typing_extensions import TypedDict
+from pydantic import BaseModel, Field, StrictInt, ValidationError
 
 from circuits.system.errors import InputError
 from circuits.tasks.messages import shorten, suggestion
@@ -78,7 +77,7 @@ def fill_template(
 
     >>> mary, john = {"NAME": "Mary", "role": "friend"}, {"NAME": "John", "role": "friend"}
     >>> fill_template("So {NAME} is a {role}", mary, john, " she", " he").spans
-    {'NAME': (3, 7), 'END': (16, 17)}
+    {'NAME': (3, 7), 'END': (18, 19)}
 
     The fields whose names begin with a capital letter are spans of the clean prompt. So is END: if
     no field has this name, it is the last character of the prompt, which marks the last token.
@@ -98,10 +97,7 @@ def fill_template(
     return PromptPair(text, template.format(**corrupted), answer, wrong_answer, spans)
 
 
-Converted = TypeVar("Converted")
-
-
-def read_pairs(path: str | Path, convert: Callable[[PromptPair], Converted]) -> list[Converted]:
+def read_pairs(path: str | Path, convert: Callable[[PromptPair], Any]) -> list[Any]:
     """Read a file with one JSON object per line, and convert each prompt pair. Skip empty lines.
 
     Raises:
@@ -127,27 +123,20 @@ def read_pairs(path: str | Path, convert: Callable[[PromptPair], Converted]) -> 
 
 
 _EXAMPLE = 'such as {"clean": ..., "corrupted": ..., "answer": ...}'
-_ANSWER = "a string, or a list of strings if several are right"
-# What each field of a line must be, in words and as types. JSON has lists where tuples are wanted.
-_FIELDS = {
-    "clean": "the prompt as a string",
-    "corrupted": "the prompt as a string",
-    "answer": _ANSWER,
-    "wrong_answer": _ANSWER,
-    "spans": "an object of name: [start, end], in characters of the clean prompt",
-}
-_JsonAnswer = str | Annotated[tuple[str, ...], Field(min_length=1)] | None
+# JSON has lists where PromptPair has tuples; pydantic converts them.
+_Answer = str | Annotated[tuple[str, ...], Field(min_length=1)] | None
+_Spans = dict[str, tuple[StrictInt, StrictInt]] | None
+_PROMPT = "the prompt as a string"
+_WORDS = "a string, or a list of strings if several are right"
+_SPANS = "an object of name: [start, end], in characters of the clean prompt"
 
 
-class _Line(TypedDict):
-    clean: str
-    corrupted: str
-    answer: NotRequired[_JsonAnswer]
-    wrong_answer: NotRequired[_JsonAnswer]
-    spans: NotRequired[dict[str, tuple[StrictInt, StrictInt]] | None]
-
-
-_LINE = TypeAdapter(_Line)
+class _Line(BaseModel, extra="forbid"):
+    clean: str = Field(description=_PROMPT)
+    corrupted: str = Field(description=_PROMPT)
+    answer: _Answer = Field(None, description=_WORDS)
+    wrong_answer: _Answer = Field(None, description=_WORDS)
+    spans: _Spans = Field(None, description=_SPANS)
 
 
 def _parse(line: str) -> PromptPair:
@@ -157,18 +146,23 @@ def _parse(line: str) -> PromptPair:
         raise InputError(
             f"not JSON ({error}): {shorten(line)}; write one object per line, {_EXAMPLE}."
         ) from error
+    try:
+        fields = _Line.model_validate(content)
+    except ValidationError as error:
+        raise InputError(_problem(content, error)) from error
+    return PromptPair(**fields.model_dump(exclude_none=True))
+
+
+def _problem(content: Any, error: ValidationError) -> str:
+    known = _Line.model_fields
     if not isinstance(content, dict):
         kind = type(content).__name__
-        raise InputError(f"expected a JSON object, found {kind}; write one, {_EXAMPLE}.")
-    for name in content:
-        if name not in _FIELDS:
-            raise InputError(f"unknown field {name!r}; {suggestion(name, _FIELDS)}")
-    for name in ("clean", "corrupted"):
-        if name not in content:
-            raise InputError(f"field {name!r} is missing; give {_FIELDS[name]}.")
-    try:
-        fields: Any = _LINE.validate_python(content)
-    except ValidationError as error:
-        name = str(error.errors()[0]["loc"][0])
-        raise InputError(f"field {name!r} is {content[name]!r}; give {_FIELDS[name]}.") from error
-    return PromptPair(**{name: value for name, value in fields.items() if value is not None})
+        return f"expected a JSON object, found {kind}; write one, {_EXAMPLE}."
+    unknown = [name for name in content if name not in known]
+    if unknown:
+        return f"unknown field {unknown[0]!r}; {suggestion(unknown[0], known)}"
+    name = str(error.errors()[0]["loc"][0])
+    wanted = known[name].description
+    if name not in content:
+        return f"field {name!r} is missing; give {wanted}."
+    return f"field {name!r} is {content[name]!r}; give {wanted}."
