@@ -65,17 +65,22 @@ def command(
     """
     model = source.load_model()
     task = source.load_task(model, n, "train")
+    # Users' own prompts have no splits.
     held_out = task if source.data else source.load_task(model, n_eval, "test")
     sweeps = _sweeps(methods, thresholds.split(","), ablation)
     runs = _run_all(sweeps, model, task, source, out)
+    # All ranks search, and the first evaluates.
     if not is_first():
         return
-    found = {label: [each.circuit for each in sweep] for label, sweep in runs.items()}
-    comparison = compare(model, found, held_out, size=size, ablation=ablation)
+    circuits, folders = {}, []
+    for label, sweep in runs.items():
+        circuits[label] = [found.circuit for found in sweep]
+        folders += [str(found.folder) for found in sweep]
+    comparison = compare(model, circuits, held_out, size=size, ablation=ablation)
     _add_costs(comparison.table, runs)
-    folders = [str(each.folder) for sweep in runs.values() for each in sweep]
-    key = digest([folders, held_out.digest(), size, ablation], size=4)
-    report = out / task.name / f"compare-{key}" / "report.html"
+    settings = [folders, held_out.digest(), size, ablation]
+    folder = out / task.name / f"compare-{digest(settings, size=4)}"
+    report = folder / "report.html"
     details = _details(source, task, held_out, comparison, ablation)
     table = _write_report(report, comparison, details)
     if source.json:
@@ -111,10 +116,11 @@ def _variations(
     ablation: str,
 ) -> list[list[str]]:
     """Further settings of each run: of a sweep of thresholds, several random seeds, or one run."""
+    # One draw of random scores says little.
     if kind.name == "random" and not settings:
         return [[f"seed={seed}"] for seed in range(RANDOM_SEEDS)]
-    given = [setting.partition("=")[0] for setting in settings]
-    free = {field.name for field in fields(kind)}.difference(given)
+    given = {setting.partition("=")[0] for setting in settings}
+    free = {field.name for field in fields(kind)} - given
     shared = [f"ablation={ablation}"] if "ablation" in free else []
     if "threshold" not in free:
         return [shared]

@@ -28,18 +28,19 @@ from circuits.runs.circuit_run import CircuitRun
 from circuits.runs.graph_run import GraphRun
 from circuits.system.ranks import is_first
 
+MOST_EDGES_SHOWN = 15
+
 
 @contextlib.contextmanager
 def progress_bar(description: str, *, quiet: bool = False) -> Iterator[Callback | None]:
-    """Show a progress bar with rate and remaining time on standard error.
+    """Show a progress bar with rate and remaining time, if standard error is a terminal.
 
-    Yields:
-        The function that updates the bar; None on other ranks than the first, when `quiet`, and
-        when standard error is not a terminal.
+    Yields the function that updates the bar; None if there is none.
     """
     if quiet or not is_first() or not sys.stderr.isatty():
         yield None
         return
+    # rich's own column shows a speed only while the total is unknown.
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -48,6 +49,7 @@ def progress_bar(description: str, *, quiet: bool = False) -> Iterator[Callback 
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        # The method tells the total with every update.
         row = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(row, completed=done, total=total)
 
@@ -70,12 +72,13 @@ def frame_table(frame: pd.DataFrame, title: str) -> Table:
     return table
 
 
-def edge_table(circuit: Circuit, n: int = 15) -> Table:
-    """Make a table of the n edges of largest |score|, strongest first."""
-    strongest = circuit.top(min(n, len(circuit))).to_dataframe()
+def edge_table(circuit: Circuit) -> Table:
+    """Make a table of the edges of largest |score|, strongest first."""
+    n_shown = min(MOST_EDGES_SHOWN, len(circuit))
+    strongest = circuit.top(n_shown).to_dataframe()
     strongest = strongest.sort_values("score", key=abs, ascending=False)
     scores = strongest.set_index("edge")[["score"]]
-    title = f"The {len(scores)} edges of largest |score|"
+    title = f"The {n_shown} edges of largest |score|"
     return frame_table(scores.map("{:+.4f}".format), title)
 
 
@@ -92,6 +95,7 @@ def print_run(found: CircuitRun | GraphRun, content: Mapping[str, Any]) -> None:
 def _cell(value: Any) -> str:
     if isinstance(value, str):
         return value
+    # NaN differs from itself.
     if value is None or value != value:
         return "-"
     is_whole = float(value).is_integer()

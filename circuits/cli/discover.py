@@ -24,16 +24,7 @@ from circuits.system.ranks import is_first
 
 
 @dataclass(frozen=True)
-class MethodOption:
-    """The option that decides which other options there are."""
-
-    method: str = "acdc"
-    """A method's name (`circuits list` shows them), or a Python file that defines one.
-    The options below are the method's own."""
-
-
-@dataclass(frozen=True)
-class DiscoverOptions(TaskOptions, MethodOption):
+class DiscoverOptions(TaskOptions):
     """Find a circuit on prompts of the train split, and evaluate it on held-out prompts.
 
     circuits discover --method acdc --threshold 0.01 --task ioi
@@ -45,6 +36,9 @@ class DiscoverOptions(TaskOptions, MethodOption):
     one of its own options.
     """
 
+    method: str = "acdc"
+    """A method's name (`circuits list` shows them), or a Python file that defines one.
+    The last options are the method's own."""
     n: int = 64
     """Number of prompts to discover on."""
     n_eval: int = 64
@@ -75,11 +69,13 @@ def discover(words: Sequence[str]) -> None:
             progress=progress,
             notes=options.notes(),
         )
+    # All ranks search, and the first evaluates.
     if not is_first():
         return
     if not found.circuit.selected and options.size is None:
         _show_scores(found, options)
         return
+    # Users' own prompts have no splits.
     held_out = task if options.data else options.load_task(model, options.n_eval, "test")
     ablation = getattr(discoverer, "ablation", "resample")
     evaluation = evaluate_run(found, model, held_out, size=options.size, ablation=ablation)
@@ -87,16 +83,18 @@ def discover(words: Sequence[str]) -> None:
 
 
 def _parse(words: Sequence[str]) -> tuple[DiscoverOptions, CircuitDiscoverer]:
+    program = "circuits discover"
     # The method comes first, because its fields are options, too.
-    chosen, _ = tyro.cli(MethodOption, args=words, return_unknown_args=True, add_help=False)
+    chosen, _ = tyro.cli(
+        DiscoverOptions, prog=program, args=words, return_unknown_args=True, add_help=False
+    )
     kind = find_method(chosen.method)
+    # A field called like one of the command's options gets another name.
     taken = [field.name for field in fields(DiscoverOptions)]
     settings: Any = options_of(kind, taken)
     both: Any = tuple[Unprefixed[DiscoverOptions], Unprefixed[settings]]
     description = f"{inspect.getdoc(DiscoverOptions)}\n\nThe options of {kind.name} come last."
-    options, chosen_settings = tyro.cli(
-        both, prog="circuits discover", description=description, args=words
-    )
+    options, chosen_settings = tyro.cli(both, prog=program, description=description, args=words)
     return options, kind(**vars(chosen_settings))
 
 

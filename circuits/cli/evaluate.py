@@ -85,6 +85,7 @@ def show_evaluation(found: CircuitRun, evaluation: Mapping[str, Any], source: Ta
 def _with_defaults_of_run(source: TaskOptions, notes: Mapping[str, Any]) -> TaskOptions:
     seed = notes.get("seed") if source.seed is None else source.seed
     task, data = source.task, source.data
+    # A task given here replaces the run's own prompts, and the other way round.
     if task is None and data is None:
         data = Path(notes["data"]) if notes.get("data") else None
         task = None if data else notes.get("task")
@@ -93,6 +94,7 @@ def _with_defaults_of_run(source: TaskOptions, notes: Mapping[str, Any]) -> Task
 
 
 def _ablation_of_run(found: CircuitRun) -> str:
+    # A method without the setting resamples.
     ablation = found.record["settings"].get("ablation", "resample")
     if ablation not in ABLATIONS:
         raise InputError(

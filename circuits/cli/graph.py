@@ -82,6 +82,7 @@ def command(
 
 
 def _transcoders(given: str | None, model: str | None) -> str:
+    # Only the embedded model has embedded transcoders.
     if given is None and model not in (None, EMBEDDED):
         raise InputError(
             f"which transcoders of {model}? "
@@ -93,6 +94,7 @@ def _transcoders(given: str | None, model: str | None) -> str:
 def _explained(text: str | None) -> list[Explained] | None:
     if text is None:
         return None
+    # "/" itself, or with text on one side only, is a token.
     right, _, wrong = text.partition("/")
     is_pair = right.strip() and wrong.strip()
     return [(right, wrong) if is_pair else text]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import getdoc
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from circuits.cli.console import print_json
-from circuits.cli.methods import first_line
 from circuits.discovery.registry import discoverers
 from circuits.running.ablation import NAMES as ABLATIONS
 from circuits.tasks.metrics import METRICS
@@ -42,4 +42,6 @@ def command(json: bool = False) -> None:
 
 
 def _described(documented: Mapping[str, Any]) -> dict[str, str]:
-    return {name: first_line(each) for name, each in documented.items()}
+    """The first line of each docstring."""
+    docstrings = {name: getdoc(each) or "" for name, each in documented.items()}
+    return {name: text.partition("\n")[0] for name, text in docstrings.items()}

@@ -42,14 +42,10 @@ COMMANDS_OF_ALL_RANKS = ("discover", "compare")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run the command in `arguments`, by default those of this process.
 
-    Args:
-        arguments: the command and its options; by default those of this process.
-
-    Returns:
-        The exit status: 0, 2 for invalid input, 1 if another rank ended, 130 if interrupted. The
-        reason is printed in one line.
+    Returns the exit status: 0, 2 for invalid input, 1 if another rank ended, 130 if interrupted.
+    The reason is printed in one line.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     command = words[0] if words else "--help"
@@ -84,7 +80,9 @@ def _run(command: str, words: Sequence[str]) -> int:
                 _call(command, words)
     except InputError as error:
         # The first rank prints errors that all ranks share.
-        return _fail(str(error), 2) if first or not isinstance(error, SharedError) else 2
+        if first or not isinstance(error, SharedError):
+            _fail(str(error), 2)
+        return 2
     except RankError as error:
         return _fail(f"{error}.", 1)
     except KeyboardInterrupt:

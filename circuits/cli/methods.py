@@ -20,11 +20,7 @@ from circuits.system.errors import InputError
 
 
 def find_method(name: str) -> type[CircuitDiscoverer]:
-    """Find a method by its name, or in a file (`file.py`, or `file.py:name` if it has several).
-
-    Raises:
-        InputError: there is no such method or file, or the file defines none or several.
-    """
+    """Find a method by its name, or in a file (`file.py`, or `file.py:name` if it has several)."""
     if ".py" in name:
         file, _, chosen = name.partition(":")
         known, where = _methods_in(Path(file)), f"{file} defines"
@@ -42,9 +38,7 @@ def find_method(name: str) -> type[CircuitDiscoverer]:
 def options_of(kind: type[CircuitDiscoverer], taken: Collection[str] = ()) -> Any:
     """Make a dataclass of a method's fields as options, with the method's docstring as help.
 
-    Args:
-        kind: the method.
-        taken: options of the command itself; a field of the same name becomes `--method-<field>`.
+    Options of the command itself are `taken`: a field of that name becomes `--method-<field>`.
     """
     hints = get_type_hints(kind)
     options: list[tuple[str, Any, Any]] = []
@@ -58,11 +52,6 @@ def options_of(kind: type[CircuitDiscoverer], taken: Collection[str] = ()) -> An
     return dataclasses.make_dataclass(f"{kind.__name__}Options", options, namespace=documented)
 
 
-def first_line(documented: object) -> str:
-    """The first line of a docstring."""
-    return (documented.__doc__ or "").strip().partition("\n")[0]
-
-
 def _methods_in(file: Path) -> dict[str, type[CircuitDiscoverer]]:
     """The methods of a Python file, which is run once."""
     # A name of its own, so that a file called torch.py does not replace a module in use.
@@ -71,6 +60,7 @@ def _methods_in(file: Path) -> dict[str, type[CircuitDiscoverer]]:
         spec = importlib.util.spec_from_file_location(name, file)
         if spec is None or spec.loader is None or not file.is_file():
             raise InputError(f"there is no Python file {file}.")
+        # Dataclasses look up the types of their fields there.
         sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(sys.modules[name])

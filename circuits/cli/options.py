@@ -54,11 +54,7 @@ class TaskOptions(ModelOptions):
     """Seed for drawing prompts; by default 0."""
 
     def load_task(self, model: Model, n: int, split: str) -> Task:
-        """Load n prompts from a split of the task, or all of the user's own prompts.
-
-        Raises:
-            InputError: both a task and a file were given, or one of them cannot be used.
-        """
+        """Load n prompts from a split of the task, or all of the user's own prompts."""
         if self.data and self.task:
             raise InputError(
                 f"--task {self.task} and --data {self.data} were both given; give one of them."

@@ -25,7 +25,6 @@ class TaskFamily(ABC):
     ... class FirstName(circuits.TaskFamily):
     ...     'The first of two names is repeated.'
     ...     name = "first_name"
-    ...     metric = "logit_difference"
     ...     def draw(self, random):
     ...         first, second, other = random.sample(["Mary", "John", "Anna", "Paul", "Mark"], 3)
     ...         clean, corrupted = f"So {first} and {second}", f"So {other} and {second}"
@@ -35,21 +34,21 @@ class TaskFamily(ABC):
 
     Attributes:
         name: the name by which `load_task` finds the family.
-        metric: the name of the metric its tasks are scored by.
+        metric: the name of the metric its tasks are scored by, by default logit_difference.
     """
 
     name: ClassVar[str]
-    metric: ClassVar[str]
+    metric: ClassVar[str] = "logit_difference"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "name" not in cls.__dict__:
             return
-        # Reloading a module defines the same class again, which is not a clash.
         other = REGISTRY.get(cls.name, cls)
-        if _full_name(other) != _full_name(cls):
-            both = f"{_full_name(other)} and {_full_name(cls)}"
-            raise InputError(f"two tasks are named {cls.name!r}: {both}.")
+        first, second = [f"{each.__module__}.{each.__qualname__}" for each in (other, cls)]
+        # Reloading a module defines the same class again, which is not a clash.
+        if first != second:
+            raise InputError(f"two tasks are named {cls.name!r}: {first} and {second}.")
         REGISTRY[cls.name] = cls
 
     @abstractmethod
@@ -75,7 +74,3 @@ class TaskFamily(ABC):
 
 
 REGISTRY: dict[str, type[TaskFamily]] = {}
-
-
-def _full_name(family: type[TaskFamily]) -> str:
-    return f"{family.__module__}.{family.__qualname__}"

@@ -1,7 +1,7 @@
 """Metrics: from logits to one number per scored row. A metric never averages; its caller does.
 
 Values have their natural sign. A metric's `direction` says which way is worse, so that `damage`
-always grows as the output gets worse. `METRICS` holds the metrics of this module by name.
+always grows as the output gets worse.
 """
 
 import hashlib
@@ -83,28 +83,22 @@ class Metric:
         """+1 if higher values are damage, -1 if lower values are."""
         return 1 if self.direction == "higher_is_damage" else -1
 
-    def __call__(self, logits: RowLogits, clean_logits: RowLogits, task: Task) -> Values:
+    def __call__(self, logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
         """One value per scored row, in float32 or float64.
 
+        The logits of several circuits, on a leading axis, give a row of values each. They must be
+        finite, as checking them again would cost time.
+
         Raises:
-            InputError: the logits are not finite, or the metric returns NaN or another shape.
+            InputError: the logits of one circuit are not finite, or the metric returns NaN or
+                another shape.
         """
+        is_single = logits.ndim == 2
+        if not (is_single or self.vectorised):
+            return torch.stack([self(each, clean_logits, task) for each in logits])
         logits = _at_least_float32(logits)
-        check_finite(logits)
-        return self._evaluate(logits, clean_logits, task)
-
-    def damage(self, logits: RowLogits, clean_logits: RowLogits, task: Task) -> Values:
-        """The metric with the sign that makes larger values worse."""
-        return self.sign * self(logits, clean_logits, task)
-
-    def damages(self, logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
-        """The damage in each of several circuits, whose logits the caller knows to be finite."""
-        if self.vectorised:
-            return self.sign * self._evaluate(logits, clean_logits, task)
-        return torch.stack([self.damage(each, clean_logits, task) for each in logits])
-
-    def _evaluate(self, logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
-        logits = _at_least_float32(logits)
+        if is_single:
+            check_finite(logits)
         values: Any = self.function(logits, _at_least_float32(clean_logits), task)
         expected = logits.shape[:-1]
         is_tensor = isinstance(values, Tensor)
@@ -121,6 +115,10 @@ class Metric:
                 "rows although the logits are finite; correct the metric."
             )
         return values.to(logits.dtype)
+
+    def damage(self, logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
+        """The metric with the sign that makes larger values worse."""
+        return self.sign * self(logits, clean_logits, task)
 
 
 def get_metric(metric: str | Metric | None, task: Task) -> Metric:
@@ -169,12 +167,14 @@ def kl(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
 
 def logit_difference(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
     """Mean logit of the answers minus mean logit of the wrong answers."""
+    # mean_{v in answers} logit(v) - mean_{v in wrong answers} logit(v)
     right = _mean_logit(logits, task, "answers")
     return right - _mean_logit(logits, task, "wrong_answers")
 
 
 def probability_difference(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
     """Summed probability of the answers minus that of the wrong answers."""
+    # sum_{v in answers} p(v) - sum_{v in wrong answers} p(v)
     probabilities = logits.softmax(-1)
     right = _gather(probabilities, task, "answers")
     wrong = _gather(probabilities, task, "wrong_answers")
@@ -191,6 +191,7 @@ def negative_log_probability(logits: CircuitLogits, clean_logits: RowLogits, tas
 
 def accuracy(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
     """1 where the most likely token is an answer, else 0."""
+    # argmax_v logit(v) in answers; padding is -1, which is never predicted
     predicted = logits.argmax(-1, keepdim=True)
     is_right = (predicted == _tokens(task, "answers")).any(-1)
     return is_right.to(logits.dtype)

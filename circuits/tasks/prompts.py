@@ -62,8 +62,8 @@ def _as_tuple(answer: Answer) -> tuple[str, ...]:
 
 def split_of(text: str) -> Split:
     """The split of a prompt: a hash of its text assigns half of all possible prompts to each."""
-    digest = hashlib.blake2b(text.encode(), digest_size=1).digest()
-    return "test" if digest[0] < 128 else "train"
+    digest = hashlib.blake2b(text.encode(), digest_size=1)
+    return "test" if digest.digest()[0] < 128 else "train"
 
 
 def fill_template(
@@ -93,16 +93,16 @@ def fill_template(
         text += clean[name]
         if name[0].isupper():
             spans[name] = (start, len(text))
-    spans.setdefault("END", (len(text) - 1, len(text)))
-    return PromptPair(text, template.format(**corrupted), answer, wrong_answer, spans)
+    end = len(text)
+    spans.setdefault("END", (end - 1, end))
+    other_text = template.format(**corrupted)
+    return PromptPair(text, other_text, answer, wrong_answer, spans)
 
 
 def read_pairs(path: str | Path, convert: Callable[[PromptPair], Any]) -> list[Any]:
-    """Read a file with one JSON object per line, and convert each prompt pair. Skip empty lines.
+    """Read a file with one JSON object per line, and convert each prompt pair.
 
-    Raises:
-        InputError: the file cannot be read or has no pairs; or a line is not a prompt pair or
-            `convert` rejects it (the message gives the line number).
+    An InputError, also one that `convert` raises, gives the line number.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -124,7 +124,8 @@ def read_pairs(path: str | Path, convert: Callable[[PromptPair], Any]) -> list[A
 
 _EXAMPLE = 'such as {"clean": ..., "corrupted": ..., "answer": ...}'
 # JSON has lists where PromptPair has tuples; pydantic converts them.
-_Answer = str | Annotated[tuple[str, ...], Field(min_length=1)] | None
+_Words = Annotated[tuple[str, ...], Field(min_length=1)]
+_Answer = str | _Words | None
 _Spans = dict[str, tuple[StrictInt, StrictInt]] | None
 _PROMPT = "the prompt as a string"
 _WORDS = "a string, or a list of strings if several are right"
@@ -161,7 +162,8 @@ def _problem(content: Any, error: ValidationError) -> str:
     unknown = [name for name in content if name not in known]
     if unknown:
         return f"unknown field {unknown[0]!r}; {suggestion(unknown[0], known)}"
-    name = str(error.errors()[0]["loc"][0])
+    location = error.errors()[0]["loc"]
+    name = str(location[0])
     wanted = known[name].description
     if name not in content:
         return f"field {name!r} is missing; give {wanted}."

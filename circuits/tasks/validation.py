@@ -1,7 +1,6 @@
 """Checks of what a `Task` is made from. They raise `InputError`, as the input comes from users.
 
-A check of a tensor returns it in the form that `Task` keeps: int64 or bool, on the device of
-`clean`. `Task` annotates the shapes of its fields, so these checks are the only ones at run time.
+They return tensors in the form that `Task` keeps: int64 or bool, on the device of `clean`.
 """
 
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from torch.nn.functional import one_hot
 from circuits.graph.nodes import check_position_name
 from circuits.system.errors import InputError
 
+Masks = Mapping[str, Tensor]
 _KINDS: dict[str, Any] = {"integers": Integer, "booleans": Bool}
 
 
@@ -35,7 +35,8 @@ def check_lengths(lengths: Tensor | None, clean: Tensor) -> Tensor:
     batch, pos = clean.shape
     if lengths is None:
         return torch.full((batch,), pos, device=clean.device)
-    return _integers("lengths", lengths, f"{batch}", lowest=1, highest=pos).to(clean.device)
+    lengths = _integers("lengths", lengths, f"{batch}", lowest=1, highest=pos)
+    return lengths.to(clean.device)
 
 
 def check_answers(name: str, tokens: Tensor | None, clean: Tensor) -> Tensor | None:
@@ -45,11 +46,11 @@ def check_answers(name: str, tokens: Tensor | None, clean: Tensor) -> Tensor | N
     batch = len(clean)
     tokens = _integers(name, tokens, f"{batch}", f"{batch} k", lowest=-1)
     # [batch] answers are the case k = 1.
-    by_prompt = tokens.reshape(batch, -1).to(clean.device)
-    without = (by_prompt < 0).all(1).nonzero()
+    tokens = tokens.reshape(batch, -1).to(clean.device)
+    without = (tokens < 0).all(1).nonzero()
     if len(without):
         raise InputError(f"{name} is empty for prompt {int(without[0])}; give it a token.")
-    return by_prompt
+    return tokens
 
 
 def check_scored(answer_positions: Tensor | None, clean: Tensor, lengths: Tensor) -> Tensor:
@@ -68,18 +69,20 @@ def check_scored(answer_positions: Tensor | None, clean: Tensor, lengths: Tensor
     return scored
 
 
-def check_spans(spans: Mapping[str, Tensor], clean: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+def check_spans(spans: Masks, clean: Tensor, lengths: Tensor) -> Masks:
     """The names of spans can be written in node names, and their tokens are real."""
-    for name in spans:
+    checked = {}
+    for name, mask in spans.items():
         check_position_name(name)
-    pos = clean.shape[1]
-    return {name: _mask(f"span {name!r}", mask, lengths, pos) for name, mask in spans.items()}
+        checked[name] = _mask(f"span {name!r}", mask, lengths, clean.shape[1])
+    return checked
 
 
 def _mask(name: str, mask: Tensor, lengths: Tensor, pos: int) -> Tensor:
     _require(name, mask, "booleans", f"{len(lengths)} {pos}")
     mask = mask.to(lengths.device)
-    is_padding = torch.arange(pos, device=lengths.device) >= lengths[:, None]
+    positions = torch.arange(pos, device=lengths.device)
+    is_padding = positions >= lengths[:, None]
     marked_padding = (mask & is_padding).nonzero()
     if len(marked_padding):
         prompt, position = marked_padding[0].tolist()
@@ -94,7 +97,7 @@ def _integers(
     name: str, values: Tensor, *shapes: str, lowest: int, highest: int | None = None
 ) -> Tensor:
     _require(name, values, "integers", *shapes)
-    smallest, largest = values.min().item(), values.max().item()
+    smallest, largest = map(int, values.aminmax())
     if smallest < lowest:
         raise InputError(f"{name} holds {smallest}; the smallest valid value is {lowest}.")
     if highest is not None and largest > highest:

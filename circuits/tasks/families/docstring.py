@@ -35,7 +35,6 @@ class Docstring(TaskFamily):
     """
 
     name = "docstring"
-    metric = "logit_difference"
     before: int = 2
     after: int = 1
 
@@ -47,11 +46,13 @@ class Docstring(TaskFamily):
 
     def draw(self, random: Random) -> PromptPair:
         """Draw one pair, with spans A_def, B_def, C_def, A_doc, B_doc and END."""
-        words = random.sample(COMMON, 16 + self.before + self.after)
+        n_words = 16 + self.before + self.after
+        words = random.sample(COMMON, n_words)
         # The first eight words fill the numbered blanks.
         *described, answer = words[8:11]
         others, undescribed = words[11:16], words[16:]
-        before, after = undescribed[: self.before], undescribed[self.before :]
+        before = undescribed[: self.before]
+        after = undescribed[self.before :]
         arguments = [*before, "{A_def}", "{B_def}", "{C_def}", *after]
         template = TEMPLATE.format(*words, arguments=", ".join(arguments))
         # The definition and the docstring name the same arguments only in the clean prompt.

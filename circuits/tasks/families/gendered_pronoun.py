@@ -30,15 +30,14 @@ class GenderedPronoun(TaskFamily):
     """
 
     name = "gendered_pronoun"
-    metric = "logit_difference"
 
     def draw(self, random: Random) -> PromptPair:
         """Draw one pair, with spans NAME and END."""
         template = random.choice(TEMPLATES)
         setting = {name: random.choice(words) for name, words in WORDS.items()}
-        woman, man = random.choice(WOMEN), random.choice(MEN)
-        clean, corrupted = setting | {"NAME": woman}, setting | {"NAME": man}
+        woman = setting | {"NAME": random.choice(WOMEN)}
+        man = setting | {"NAME": random.choice(MEN)}
         # Half of the clean prompts are about a man.
         if random.random() < 0.5:
-            return fill_template(template, corrupted, clean, " he", " she")
-        return fill_template(template, clean, corrupted, " she", " he")
+            return fill_template(template, man, woman, " he", " she")
+        return fill_template(template, woman, man, " she", " he")

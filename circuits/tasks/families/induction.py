@@ -11,8 +11,6 @@ from circuits.tasks.families.words import COMMON
 from circuits.tasks.family import TaskFamily
 from circuits.tasks.prompts import PromptPair, fill_template
 
-TEMPLATE = "{before} {A1} {B} {after} {again}"
-
 
 @dataclass(frozen=True)
 class Induction(TaskFamily):
@@ -26,7 +24,6 @@ class Induction(TaskFamily):
     """
 
     name = "induction"
-    metric = "logit_difference"
     length: int = 12
 
     def __post_init__(self) -> None:
@@ -42,12 +39,8 @@ class Induction(TaskFamily):
         index = random.randrange(1, self.length - 2)
         repeated, answer = words[index : index + 2]
         before, after = words[:index], words[index + 2 :]
-        clean = {
-            "before": " ".join(before),
-            "A1": repeated,
-            "B": answer,
-            "after": " ".join(after),
-            "again": repeated,
-        }
+        template = " ".join([*before, "{A1}", "{B}", *after, "{again}"])
+        clean = {"A1": repeated, "B": answer, "again": repeated}
+        corrupted = clean | {"A1": other}
         wrong_answers = tuple(f" {word}" for word in before + after)
-        return fill_template(TEMPLATE, clean, clean | {"A1": other}, f" {answer}", wrong_answers)
+        return fill_template(template, clean, corrupted, f" {answer}", wrong_answers)

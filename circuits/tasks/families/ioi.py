@@ -15,7 +15,8 @@ NAMES = (*WOMEN, *MEN)
 PLACES = "store garden restaurant school hospital office house station".split()
 OBJECTS = "ring kiss bone basketball computer necklace drink snack".split()
 
-ABBA, BABA = ("IO", "S1", "S2"), ("S1", "IO", "S2")
+ABBA = ("IO", "S1", "S2")
+BABA = ("S1", "IO", "S2")
 # The three blanks are filled in the order ABBA or BABA.
 TEMPLATES = (
     "Then, {} and {} went to the {place}. {} gave a {object} to",
@@ -44,7 +45,6 @@ class IOI(TaskFamily):
     """
 
     name = "ioi"
-    metric = "logit_difference"
     corruption: str = "abc"
 
     def __post_init__(self) -> None:
@@ -55,12 +55,12 @@ class IOI(TaskFamily):
     def draw(self, random: Random) -> PromptPair:
         """Draw one pair, with spans S2, IO, S1, S1+1 (the token after S1) and END."""
         template = random.choice(TEMPLATES)
-        setting = {"place": random.choice(PLACES), "object": random.choice(OBJECTS)}
+        place, thing = random.choice(PLACES), random.choice(OBJECTS)
         io, subject, *others = random.sample(NAMES, 5)
         fields = ABBA if random.random() < 0.5 else BABA
         # Fill everything but the names; their blanks become fields such as {IO}.
         blanks = [f"{{{field}}}" for field in fields]
-        template = template.format(*blanks, **setting)
+        template = template.format(*blanks, place=place, object=thing)
         clean = {"IO": io, "S1": subject, "S2": subject}
         corrupted = clean | {"S2": io}
         if self.corruption == "abc":

@@ -1,11 +1,8 @@
 """Known circuits: hand-wired transformers, each with a task and the true edges of its circuit.
 
-The edges are true by construction (see `circuits.tasks.known_circuits.wiring`). Finding them is
-therefore evidence that a method is right, which agreement with a patching method would not be.
-
-Not every true edge can be found. Resampling changes nothing where a node's output is the same in
-every prompt, and ablating a single edge shows nothing where another edge does the same work.
-`KnownCircuit.minimal` holds the edges that remain for each ablation; `known_circuit` says why.
+The edges are true by construction (see `wiring`), so finding them is evidence that a method is
+right. Not every true edge can be found: resampling changes nothing where a node's output is the
+same in every prompt, and ablating one edge shows nothing where another does the same work.
 """
 
 from collections.abc import Mapping
@@ -35,16 +32,15 @@ class KnownCircuit:
 
     Attributes:
         model: the hand-wired model, without a tokenizer.
-        task: the prompts, scored by `squared_error`. It has no answers, and KL is always zero for
-            a single logit. The gradient of the squared error vanishes at the clean run, so
-            gradient methods need another metric there, such as the mean of logits * clean_logits.
+        task: the prompts, scored by `squared_error`: there are no answers, and the KL of a single
+            logit is zero. Its gradient vanishes at the clean run, so gradient methods need another
+            metric, such as the mean of logits * clean_logits.
         edges: every edge of the computation, true by construction. They are edges of
             `component_graph(model, split_embed=True)`.
         minimal: for the ablations "resample" and "zero", the edges that remain when edges are
-            removed from the logits up for as long as the output does not change (as in ACDC with
-            a small threshold, the most downstream sources first). Score a method that ablates
-            against these: recall against `edges` penalises it for edges that its ablation
-            cannot show.
+            removed from the logits up while the output does not change (as in ACDC with a small
+            threshold, the most downstream sources first). Score a method that ablates against
+            these, as its ablation cannot show the others.
     """
 
     model: Model

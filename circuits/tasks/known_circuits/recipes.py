@@ -26,11 +26,14 @@ GATE_SIZES = dict(n_layers=1, n_heads=4, d_head=4, d_mlp=4, n_ctx=6, d_vocab=6, 
 
 
 def _wire_induction(sharpness: float) -> Wiring:
-    wiring = Wiring(INDUCTION_SIZES, {"previous": 9, "copied": 9}, sharpness)
+    widths = {"previous": 9, "copied": 9}
+    wiring = Wiring(INDUCTION_SIZES, widths, sharpness)
     tokens = torch.eye(9)
+    here = {POSITION: torch.eye(11)}
     # k at position j equals q at position j + 1, which thus attends to j.
-    here, one_later = {POSITION: torch.eye(11)}, {POSITION: torch.diag(torch.ones(10), 1)}
-    wiring.head(Head(0, 1), "previous", q=here, k=one_later, v={TOKEN: tokens})
+    one_later = torch.diag(torch.ones(10), 1)
+    before = {POSITION: one_later}
+    wiring.head(Head(0, 1), "previous", q=here, k=before, v={TOKEN: tokens})
     _wire_induction_head(wiring, tokens)
     wiring.unembed({"copied": tokens})
     return wiring
@@ -46,34 +49,47 @@ def _wire_induction_head(wiring: Wiring, tokens: Tensor) -> None:
     half_at_bos = torch.zeros(n_tokens, n_tokens + 1)
     half_at_bos[BOS, -1] = 0.5
     always = torch.eye(n_tokens + 1)[-1]
-    keys = {"previous": words, TOKEN: half_at_bos}
-    wiring.head(Head(1, 2), "copied", q={TOKEN: tokens}, b_q=always, k=keys, v={TOKEN: words})
+    wiring.head(
+        Head(1, 2),
+        "copied",
+        q={TOKEN: tokens},
+        b_q=always,
+        k={"previous": words, TOKEN: half_at_bos},
+        v={TOKEN: words},
+    )
 
 
 def _wire_proportion(sharpness: float) -> Wiring:
-    wiring = Wiring(PROPORTION_SIZES, {"counted": 1, "share": 1}, sharpness)
+    widths = {"counted": 1, "share": 1}
+    wiring = Wiring(PROPORTION_SIZES, widths, sharpness)
     # m0 marks the counted word, and a1.h0 averages the marks of the positions so far.
     is_counted = {TOKEN: _one_at(COUNTED, 5)}
-    wiring.mlp(MLP(0), "counted", reads=is_counted, bias=torch.zeros(1), output=ONE)
+    no_bias = torch.zeros(1)
+    wiring.mlp(MLP(0), "counted", reads=is_counted, bias=no_bias, output=ONE)
     wiring.head(Head(1, 0), "share", q={}, k={}, v={"counted": ONE})
     wiring.unembed({"share": ONE})
     return wiring
 
 
-def _wire_gate(sharpness: float, bias: Tensor, output: Tensor) -> Wiring:
-    wiring = Wiring(GATE_SIZES, {"first": 1, "second": 1, "gate": 1}, sharpness)
-    # The value of a bit is 1 at the token YES and 0 at others.
-    is_yes = {TOKEN: _one_at(YES, 6)}
-    for bit, position, head in (("first", 1, 0), ("second", 2, 3)):
-        # From every position, the head attends to the position of its bit.
-        there = {POSITION: _one_at(position, 6)}
-        wiring.head(Head(0, head), bit, q={}, b_q=ONE[0], k=there, v=is_yes)
+def _wire_gate(bias: Tensor, output: Tensor, sharpness: float) -> Wiring:
+    widths = {"first": 1, "second": 1, "gate": 1}
+    wiring = Wiring(GATE_SIZES, widths, sharpness)
+    # From every position, a0.h0 attends to position 1, and a0.h3 to position 2.
+    _wire_bit(wiring, Head(0, 0), "first", 1)
+    _wire_bit(wiring, Head(0, 3), "second", 2)
     # Every neuron reads the sum of the two bits.
     to_every_neuron = torch.ones(1, len(bias))
     both = {"first": to_every_neuron, "second": to_every_neuron}
     wiring.mlp(MLP(0), "gate", reads=both, bias=bias, output=output)
     wiring.unembed({"gate": ONE})
     return wiring
+
+
+def _wire_bit(wiring: Wiring, head: Head, bit: str, position: int) -> None:
+    there = {POSITION: _one_at(position, 6)}
+    # The value of a bit is 1 at the token YES and 0 at others.
+    is_yes = {TOKEN: _one_at(YES, 6)}
+    wiring.head(head, bit, q={}, b_q=ONE[0], k=there, v=is_yes)
 
 
 def _one_at(index: int, size: int) -> Float[Tensor, "size 1"]:
@@ -125,19 +141,20 @@ SAME_IN_GATES = ("pos_embed->a0.h0.k", "pos_embed->a0.h3.k")
 # Redundant while the other branch is intact.
 SECOND_BRANCH = ("pos_embed->a0.h3.k", "tok_embed->a0.h3.v", "a0.h3->m0")
 
+# and(a, b) = relu(a + b - 1)
 AND = Recipe(
-    # and(a, b) = relu(a + b - 1)
-    partial(_wire_gate, bias=torch.tensor([-1.0]), output=ONE),
+    partial(_wire_gate, torch.tensor([-1.0]), ONE),
     {"resample": SAME_IN_GATES, "zero": ()},
     scored_from=5,
     clean_words={1: YES, 2: YES},
     corrupted_words={1: NO, 2: NO},
 )
 # or(a, b) = relu(a + b) - relu(a + b - 1)
+OR_BIAS = torch.tensor([0.0, -1.0])
 OR_OUTPUT = torch.tensor([[1.0], [-1.0]])
 OR = replace(
     AND,
-    wire=partial(_wire_gate, bias=torch.tensor([0.0, -1.0]), output=OR_OUTPUT),
+    wire=partial(_wire_gate, OR_BIAS, OR_OUTPUT),
     not_found={"resample": SAME_IN_GATES + SECOND_BRANCH, "zero": SECOND_BRANCH},
 )
 RECIPES = {

@@ -2,17 +2,14 @@
 
 The residual stream is divided into named subspaces. Each has one writer: the token embedding
 (subspace `token`, one dimension per token), the position embedding (`position`), a head or an MLP.
-The only way to set a weight that reads the residual stream also records the edge from the
-subspace's writer to the reader. The true edges thus follow from how the weights were made, not
-from running or patching the model. Constants are biases (b_Q, b_in), so no edge carries only a
-constant.
-
-Two steps then hide the circuit: decoys fill the unused components with random weights, and a
-rotation of the residual stream spreads every subspace over all dimensions.
+Setting a weight that reads the residual stream also records the edge from the subspace's writer to
+the reader, so the true edges follow from how the weights were made. Constants are biases (b_Q,
+b_in), so no edge carries only a constant. Decoys, random weights in unused components, and a
+rotation of the residual stream then hide the circuit.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import product
 from typing import Any
 
@@ -36,7 +33,7 @@ DECOY_SCALE = 0.5
 # The weights that read and that write the residual stream.
 READ_WEIGHTS = ("W_Q", "W_K", "W_V", "W_in", "W_U")
 WRITE_WEIGHTS = ("W_E", "W_pos", "W_O", "W_out")
-# Shapes of all weights, under TransformerLens's names of weights and sizes.
+# Shapes of weights, under TransformerLens's names of weights and sizes.
 SHAPES = {
     "embed.W_E": "d_vocab d_model",
     "pos_embed.W_pos": "n_ctx d_model",
@@ -48,12 +45,14 @@ SHAPES = {
     "blocks.{layer}.attn.b_V": "n_heads d_head",
     "blocks.{layer}.attn.W_O": "n_heads d_head d_model",
     "blocks.{layer}.attn.b_O": "d_model",
+    "unembed.W_U": "d_model d_vocab_out",
+    "unembed.b_U": "d_vocab_out",
+}
+MLP_SHAPES = {
     "blocks.{layer}.mlp.W_in": "d_model d_mlp",
     "blocks.{layer}.mlp.b_in": "d_mlp",
     "blocks.{layer}.mlp.W_out": "d_mlp d_model",
     "blocks.{layer}.mlp.b_out": "d_model",
-    "unembed.W_U": "d_model d_vocab_out",
-    "unembed.b_U": "d_vocab_out",
 }
 # The names of the weights of one head, and of one MLP.
 HEAD_WEIGHTS = ("W_Q", "b_Q", "W_K", "W_V", "W_O")
@@ -80,15 +79,19 @@ class Wiring:
         self.sharpness = sharpness
         self.edges: list[Edge] = []
         self._writers: dict[str, Node] = {}
-        # Each subspace gets the next dimensions of the residual stream.
-        widths = {TOKEN: sizes["d_vocab"], POSITION: sizes["n_ctx"], **subspaces}
-        widths[UNREAD] = UNREAD_WIDTH
+        widths = {
+            TOKEN: sizes["d_vocab"],
+            POSITION: sizes["n_ctx"],
+            **subspaces,
+            UNREAD: UNREAD_WIDTH,
+        }
         d_model = sum(widths.values())
-        dimensions = torch.arange(d_model).split(list(widths.values()))
+        # Each subspace gets the next dimensions of the residual stream.
+        dimensions = torch.arange(d_model).split([*widths.values()])
         self._dimensions = dict(zip(widths, dimensions, strict=True))
         # The arguments of HookedTransformerConfig.
-        self.config: dict[str, Any] = {**FIXED_CONFIG, **sizes}
-        self.config |= {"d_model": d_model, "attn_only": "d_mlp" not in sizes}
+        self.config: dict[str, Any] = {**FIXED_CONFIG, **sizes, "d_model": d_model}
+        self.config["attn_only"] = "d_mlp" not in sizes
         self.weights = _zero_weights(self.config)
         # One dimension per token, and one per position.
         self._write(TOKEN, TokenEmbed(), self.weights["embed.W_E"])
@@ -128,35 +131,38 @@ class Wiring:
     def with_decoys(self, generator: torch.Generator, leak: float) -> Weights:
         """The weights with random ones in every component that was not wired.
 
-        Decoys read the whole residual stream and write to the subspace `unread`. They also write
-        to all other subspaces, weaker by the factor `leak`.
+        Decoys read the whole residual stream. They write to the subspace `unread`, and to all other
+        subspaces, weaker by the factor `leak`.
         """
         weights = {name: tensor.clone() for name, tensor in self.weights.items()}
-        strength = torch.full((self.config["d_model"],), leak, dtype=torch.float64)
+        strength = torch.full_like(weights["blocks.0.attn.b_O"], leak)
         strength[self._dimensions[UNREAD]] = 1.0
         for node in self._unwired():
             for name, tensor in _component_weights(weights, node).items():
                 if name in READ_WEIGHTS:
-                    tensor.copy_(DECOY_SCALE * _normal(tensor.shape, generator))
+                    tensor.normal_(generator=generator).mul_(DECOY_SCALE)
                 elif name in WRITE_WEIGHTS:
                     # Rows are summed, so their scale falls with the root of their number.
                     scale = DECOY_SCALE / math.sqrt(len(tensor))
-                    tensor.copy_(scale * _normal(tensor.shape, generator) * strength)
+                    tensor.normal_(generator=generator).mul_(scale).mul_(strength)
         return weights
 
     def _unwired(self) -> list[Node]:
-        layers, heads = range(self.config["n_layers"]), range(self.config["n_heads"])
-        components: list[Node] = [Head(layer, head) for layer in layers for head in heads]
+        layers = range(self.config["n_layers"])
+        heads = range(self.config["n_heads"])
+        components: list[Node] = [Head(*indices) for indices in product(layers, heads)]
         if not self.config["attn_only"]:
             components += map(MLP, layers)
-        return [node for node in components if node not in self._writers.values()]
+        wired = self._writers.values()
+        return [node for node in components if node not in wired]
 
     def _read(self, reads: Reads, target: Node, slot: str | None, weight: Tensor) -> None:
         # All that reads the residual stream goes through here, so `edges` is complete.
         for subspace, matrix in reads.items():
             columns = weight[:, : matrix.shape[1]]
             columns[self._dimensions[subspace]] = matrix.double()
-            self.edges.append(Edge(self._writers[subspace], target, slot))
+            writer = self._writers[subspace]
+            self.edges.append(Edge(writer, target, slot))
 
     def _write(
         self, subspace: str, source: Node, weight: Tensor, matrix: Matrix | None = None
@@ -171,19 +177,20 @@ class Wiring:
 
 
 def _zero_weights(config: Mapping[str, Any]) -> Weights:
+    shapes = SHAPES if config["attn_only"] else SHAPES | MLP_SHAPES
     weights = {}
-    for layer, (name, axes) in product(range(config["n_layers"]), SHAPES.items()):
-        if ".mlp." in name and config["attn_only"]:
-            continue
-        sizes = [config[axis] for axis in axes.split()]
-        weights[name.format(layer=layer)] = torch.zeros(sizes, dtype=torch.float64)
+    for layer, name in product(range(config["n_layers"]), shapes):
+        sizes = [config[axis] for axis in shapes[name].split()]
+        zeros = torch.zeros(sizes, dtype=torch.float64)
+        weights[name.format(layer=layer)] = zeros
     return weights
 
 
 def rotated(weights: Weights, generator: torch.Generator) -> Weights:
     """The same model in a random orthonormal basis of the residual stream."""
     d_model = len(weights["unembed.W_U"])
-    basis = torch.linalg.qr(_normal((d_model, d_model), generator)).Q
+    square = torch.randn(d_model, d_model, generator=generator, dtype=torch.float64)
+    basis = torch.linalg.qr(square).Q
     turned = dict(weights)
     for name, tensor in weights.items():
         # Residual vectors x become x @ basis, so writing weights turn alike. Reading weights W
@@ -200,8 +207,5 @@ def _component_weights(weights: Weights, node: Node) -> Weights:
     if isinstance(node, MLP):
         return {name: weights[f"blocks.{node.layer}.mlp.{name}"] for name in MLP_WEIGHTS}
     assert isinstance(node, Head)
-    return {name: weights[f"blocks.{node.layer}.attn.{name}"][node.head] for name in HEAD_WEIGHTS}
-
-
-def _normal(size: Sequence[int], generator: torch.Generator) -> Tensor:
-    return torch.randn(tuple(size), generator=generator, dtype=torch.float64)
+    of_layer = {name: weights[f"blocks.{node.layer}.attn.{name}"] for name in HEAD_WEIGHTS}
+    return {name: weight[node.head] for name, weight in of_layer.items()}
