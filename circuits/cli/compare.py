@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 
 from circuits.cli.console import frame_table, print_json, progress_bar
-from circuits.cli.methods import find_method, options_of
+from circuits.cli.methods import Method, find_method, options_of
 from circuits.cli.options import AblationName, TaskOptions, Unprefixed
 from circuits.discovery.discoverer import CircuitDiscoverer
 from circuits.evaluation.compare import Comparison, compare
@@ -27,7 +27,10 @@ from circuits.system.ranks import is_first
 from circuits.tasks.task import Task
 
 RANDOM_SEEDS = 5
+# By the label of the method in the table.
+Sweeps = dict[str, list[CircuitDiscoverer]]
 Runs = dict[str, list[CircuitRun]]
+Details = dict[str, str]
 MODEL_RUNS_IN_WORDS = (
     "forward passes on all prompts; one that computes only some heads and MLPs counts as that "
     "share; backward passes do not count"
@@ -90,11 +93,9 @@ def command(
         Console().print(f"Report: {report}", soft_wrap=True)
 
 
-def _sweeps(
-    methods: str, thresholds: Sequence[str], ablation: str
-) -> dict[str, list[CircuitDiscoverer]]:
+def _sweeps(methods: str, thresholds: Sequence[str], ablation: str) -> Sweeps:
     """What to run for each entry of --methods, by the entry's label in the table."""
-    sweeps: dict[str, list[CircuitDiscoverer]] = {}
+    sweeps: Sweeps = {}
     for entry in methods.split(","):
         name, *settings = entry.strip().split(":")
         # FILE.py:NAME is one method, not a file with a setting.
@@ -110,7 +111,7 @@ def _sweeps(
 
 
 def _variations(
-    kind: type[CircuitDiscoverer],
+    kind: Method,
     settings: Sequence[str],
     thresholds: Sequence[str],
     ablation: str,
@@ -127,7 +128,7 @@ def _variations(
     return [[*shared, f"threshold={threshold}"] for threshold in thresholds]
 
 
-def _make(kind: type[CircuitDiscoverer], settings: Sequence[str], entry: str) -> CircuitDiscoverer:
+def _make(kind: Method, settings: Sequence[str], entry: str) -> CircuitDiscoverer:
     words = [f"--{setting}" for setting in settings]
     try:
         # Silent, so that a mistake is one line like all others.
@@ -145,7 +146,7 @@ def _make(kind: type[CircuitDiscoverer], settings: Sequence[str], entry: str) ->
 
 
 def _run_all(
-    sweeps: Mapping[str, Sequence[CircuitDiscoverer]],
+    sweeps: Sweeps,
     model: Model,
     task: Task,
     source: TaskOptions,
@@ -171,7 +172,7 @@ def _add_costs(table: pd.DataFrame, runs: Runs) -> None:
 
 def _details(
     source: TaskOptions, task: Task, held_out: Task, comparison: Comparison, ablation: str
-) -> dict[str, str]:
+) -> Details:
     notes = source.notes()
     found_on, evaluated_on = f"{len(task)} prompts", "the same prompts"
     if not source.data:
@@ -191,7 +192,7 @@ def _details(
     return details
 
 
-def _write_report(report: Path, comparison: Comparison, details: Mapping[str, str]) -> Any:
+def _write_report(report: Path, comparison: Comparison, details: Details) -> Any:
     # By way of pandas, which writes NaN as null.
     table = json.loads(comparison.table.to_json(orient="index"))
     curves = json.loads(comparison.curves.to_json(orient="records"))
@@ -208,7 +209,7 @@ def _write_report(report: Path, comparison: Comparison, details: Mapping[str, st
     return table
 
 
-def _show(comparison: Comparison, details: Mapping[str, str]) -> None:
+def _show(comparison: Comparison, details: Details) -> None:
     title = (
         "{task} in {model}: found on {found on}, evaluated on {evaluated on}, {ablation} ablation"
     )

@@ -10,14 +10,7 @@ from typing import Any
 
 import pandas as pd
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import MofNCompleteColumn, Progress, ProgressColumn
 from rich.progress import Task as ProgressTask
 from rich.table import Table
 from rich.text import Text
@@ -40,21 +33,16 @@ def progress_bar(description: str, *, quiet: bool = False) -> Iterator[Callback 
     if quiet or not is_first() or not sys.stderr.isatty():
         yield None
         return
-    # rich's own column shows a speed only while the total is unknown.
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _RateColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), _RateColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True) as bar:
         # The method tells the total with every update.
         row = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(row, completed=done, total=total)
 
 
 class _RateColumn(ProgressColumn):
+    # rich's own column shows a speed only while the total is unknown.
     def render(self, task: ProgressTask) -> Text:
         speed = task.finished_speed or task.speed
         return Text(f"{speed:.1f}/s" if speed else "", style="progress.data.speed")

@@ -94,7 +94,8 @@ def _parse(words: Sequence[str]) -> tuple[DiscoverOptions, CircuitDiscoverer]:
     settings: Any = options_of(kind, taken)
     both: Any = tuple[Unprefixed[DiscoverOptions], Unprefixed[settings]]
     description = f"{inspect.getdoc(DiscoverOptions)}\n\nThe options of {kind.name} come last."
-    options, chosen_settings = tyro.cli(both, prog=program, description=description, args=words)
+    parsed = tyro.cli(both, prog=program, description=description, args=words)
+    options, chosen_settings = parsed
     return options, kind(**vars(chosen_settings))
 
 

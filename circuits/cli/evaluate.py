@@ -17,6 +17,8 @@ from circuits.running.ablation import NAMES as ABLATIONS
 from circuits.runs.circuit_run import CircuitRun, evaluate_run, load_run
 from circuits.system.errors import InputError
 
+Record = Mapping[str, Any]
+
 
 def command(
     circuit: Positional[Path],
@@ -66,14 +68,14 @@ def size_needed(found: CircuitRun) -> str:
     )
 
 
-def show_evaluation(found: CircuitRun, evaluation: Mapping[str, Any], source: TaskOptions) -> None:
+def show_evaluation(found: CircuitRun, evaluation: Record, source: TaskOptions) -> None:
     """Print an evaluation as a table, or as JSON."""
     if source.json:
         print_run(found, evaluation)
         return
     edges = f"{evaluation['edges']:,} of {len(found.circuit.graph):,} edges"
     prompts = f"{evaluation['n_prompts']} prompts of {evaluation['task']}"
-    if source.data:
+    if evaluation["prompts"] == found.record["task"]["digest"]:
         prompts += ", those it was found on"
     title = f"{found.record['method']}: {edges}, {prompts}, {evaluation['ablation']} ablation"
     values = pd.DataFrame.from_dict(evaluation["values"], orient="index")
@@ -82,7 +84,7 @@ def show_evaluation(found: CircuitRun, evaluation: Mapping[str, Any], source: Ta
     console.print(f"Run folder: {found.folder}", soft_wrap=True)
 
 
-def _with_defaults_of_run(source: TaskOptions, notes: Mapping[str, Any]) -> TaskOptions:
+def _with_defaults_of_run(source: TaskOptions, notes: Record) -> TaskOptions:
     seed = notes.get("seed") if source.seed is None else source.seed
     task, data = source.task, source.data
     # A task given here replaces the run's own prompts, and the other way round.

@@ -18,8 +18,10 @@ from circuits.discovery.registry import discoverers
 from circuits.runs.run_folder import digest
 from circuits.system.errors import InputError
 
+Method = type[CircuitDiscoverer]
 
-def find_method(name: str) -> type[CircuitDiscoverer]:
+
+def find_method(name: str) -> Method:
     """Find a method by its name, or in a file (`file.py`, or `file.py:name` if it has several)."""
     if ".py" in name:
         file, _, chosen = name.partition(":")
@@ -35,7 +37,7 @@ def find_method(name: str) -> type[CircuitDiscoverer]:
     return known[chosen]
 
 
-def options_of(kind: type[CircuitDiscoverer], taken: Collection[str] = ()) -> Any:
+def options_of(kind: Method, taken: Collection[str] = ()) -> Any:
     """Make a dataclass of a method's fields as options, with the method's docstring as help.
 
     Options of the command itself are `taken`: a field of that name becomes `--method-<field>`.
@@ -52,7 +54,7 @@ def options_of(kind: type[CircuitDiscoverer], taken: Collection[str] = ()) -> An
     return dataclasses.make_dataclass(f"{kind.__name__}Options", options, namespace=documented)
 
 
-def _methods_in(file: Path) -> dict[str, type[CircuitDiscoverer]]:
+def _methods_in(file: Path) -> dict[str, Method]:
     """The methods of a Python file, which is run once."""
     # A name of its own, so that a file called torch.py does not replace a module in use.
     name = f"circuits_method_{digest(str(file.resolve()), size=6)}"
@@ -67,7 +69,8 @@ def _methods_in(file: Path) -> dict[str, type[CircuitDiscoverer]]:
         except Exception as error:
             del sys.modules[name]
             raise InputError(f"{file} cannot be run: {type(error).__name__}: {error}.") from error
-    return {method: kind for method, kind in discoverers().items() if kind.__module__ == name}
+    known = discoverers()
+    return {method: known[method] for method in known if known[method].__module__ == name}
 
 
 def _option_type(name: str, hint: Any) -> Any:

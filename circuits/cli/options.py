@@ -62,7 +62,8 @@ class TaskOptions(ModelOptions):
         if self.data:
             name = re.sub(r"[^\w+-]+", "-", self.data.stem) or "data"
             return Task.from_jsonl(self.data, model, name=name)
-        return load_task(self.task or DEFAULT_TASK, model, n=n, seed=self.seed or 0, split=split)
+        name, seed = self.task or DEFAULT_TASK, self.seed or 0
+        return load_task(name, model, n=n, seed=seed, split=split)
 
     def notes(self) -> dict[str, Any]:
         """What a record says of how the model and the prompts were chosen."""

@@ -26,8 +26,7 @@ def command(folder: Positional[Path], port: int = 8000, browser: bool = True) ->
         port: Port of the page's address; 0 chooses a free one.
         browser: Open the page in the browser.
     """
-    server = open_server(folder, port)
-    with contextlib.suppress(KeyboardInterrupt), server:
+    with contextlib.suppress(KeyboardInterrupt), open_server(folder, port) as server:
         text = f"{folder} is shown at {server.url} (Ctrl-C ends this)"
         Console().print(text, soft_wrap=True, highlight=False, markup=False)
         if browser:

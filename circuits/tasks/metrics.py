@@ -95,7 +95,8 @@ class Metric:
         """
         is_single = logits.ndim == 2
         if not (is_single or self.vectorised):
-            return torch.stack([self(each, clean_logits, task) for each in logits])
+            values_by_circuit = [self(each, clean_logits, task) for each in logits]
+            return torch.stack(values_by_circuit)
         logits = _at_least_float32(logits)
         if is_single:
             check_finite(logits)
@@ -162,7 +163,8 @@ def kl(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
     # sum_v p_model(v) (log p_model(v) - log p_circuit(v))
     log_p_model = clean_logits.log_softmax(-1)
     log_ratio = log_p_model - logits.log_softmax(-1)
-    return (log_p_model.exp() * log_ratio).sum(-1)
+    terms = log_p_model.exp() * log_ratio
+    return terms.sum(-1)
 
 
 def logit_difference(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
@@ -193,13 +195,14 @@ def accuracy(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Valu
     """1 where the most likely token is an answer, else 0."""
     # argmax_v logit(v) in answers; padding is -1, which is never predicted
     predicted = logits.argmax(-1, keepdim=True)
-    is_right = (predicted == _tokens(task, "answers")).any(-1)
-    return is_right.to(logits.dtype)
+    is_right = predicted == _tokens(task, "answers")
+    return is_right.any(-1).to(logits.dtype)
 
 
 def squared_error(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
     """Mean over the vocabulary of the squared difference to the model's logits."""
-    return (logits - clean_logits).square().mean(-1)
+    difference = logits - clean_logits
+    return difference.square().mean(-1)
 
 
 _DIRECTIONS: dict[MetricFunction, Direction] = {
@@ -231,11 +234,13 @@ def _gather(
 ) -> Float[Tensor, "*variant scored k"]:
     tokens = _tokens(task, kind)
     # gather needs valid indices, so it reads token 0 where the tokens are padded with -1.
-    indices = tokens.clamp(min=0).expand(*values.shape[:-1], -1)
+    indices = tokens.clamp(min=0)
+    indices = indices.expand(*values.shape[:-1], -1)
     found = values.gather(-1, indices)
     return found.masked_fill(tokens < 0, padding)
 
 
 def _mean_logit(logits: CircuitLogits, task: Task, kind: AnswerKind) -> Values:
+    total = _gather(logits, task, kind).sum(-1)
     is_answer = _tokens(task, kind) >= 0
-    return _gather(logits, task, kind).sum(-1) / is_answer.sum(-1)
+    return total / is_answer.sum(-1)

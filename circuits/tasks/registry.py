@@ -38,7 +38,13 @@ def task_names() -> tuple[str, ...]:
 
 
 def load_task(
-    name: str, model: Model, *, n: int, seed: int = 0, split: str = "test", **options: Any
+    name: str,
+    model: Model,
+    *,
+    n: int,
+    seed: int = 0,
+    split: str = "test",
+    **options: Any,
 ) -> Task:
     """Load a task by name, on the device of the model.
 

@@ -93,7 +93,11 @@ class Task:
 
     @staticmethod
     def from_jsonl(
-        path: str | Path, model: Model, *, name: str | None = None, metric: str | None = None
+        path: str | Path,
+        model: Model,
+        *,
+        name: str | None = None,
+        metric: str | None = None,
     ) -> Task:
         """Make a task from a file with one JSON object per line.
 

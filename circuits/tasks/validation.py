@@ -94,7 +94,11 @@ def _mask(name: str, mask: Tensor, lengths: Tensor, pos: int) -> Tensor:
 
 
 def _integers(
-    name: str, values: Tensor, *shapes: str, lowest: int, highest: int | None = None
+    name: str,
+    values: Tensor,
+    *shapes: str,
+    lowest: int,
+    highest: int | None = None,
 ) -> Tensor:
     _require(name, values, "integers", *shapes)
     smallest, largest = map(int, values.aminmax())
@@ -107,7 +111,8 @@ def _integers(
 
 def _require(name: str, tensor: Tensor, kind: str, *shapes: str) -> None:
     # Shapes are in jaxtyping's notation, such as "3 k". Its types check dtype and shape at once.
-    fits = [isinstance(tensor, _KINDS[kind][Tensor, shape]) for shape in shapes]
+    types = [_KINDS[kind][Tensor, shape] for shape in shapes]
+    fits = [isinstance(tensor, each) for each in types]
     is_empty = tensor.numel() == 0
     if is_empty or not any(fits):
         found = f"shape {tuple(tensor.shape)} and dtype {tensor.dtype}"

@@ -34,7 +34,9 @@ class GenderedPronoun(TaskFamily):
     def draw(self, random: Random) -> PromptPair:
         """Draw one pair, with spans NAME and END."""
         template = random.choice(TEMPLATES)
-        setting = {name: random.choice(words) for name, words in WORDS.items()}
+        setting = {}
+        for name, words in WORDS.items():
+            setting[name] = random.choice(words)
         woman = setting | {"NAME": random.choice(WOMEN)}
         man = setting | {"NAME": random.choice(MEN)}
         # Half of the clean prompts are about a man.
