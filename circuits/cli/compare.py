@@ -213,9 +213,10 @@ def _show(comparison: Comparison, details: Details) -> None:
     title = (
         "{task} in {model}: found on {found on}, evaluated on {evaluated on}, {ablation} ablation"
     )
-    console = Console()
+    heading = title.format(**details)
     table = comparison.table.drop(columns="of")
-    console.print(frame_table(table, title.format(**details)))
+    console = Console()
+    console.print(frame_table(table, heading))
     console.print(f"model runs: {MODEL_RUNS_IN_WORDS}")
     console.print(frame_table(comparison.overlap, "Overlap of the circuits (Jaccard)"))
     for note in comparison.notes:

@@ -79,8 +79,9 @@ def show_evaluation(found: CircuitRun, evaluation: Record, source: TaskOptions) 
         prompts += ", those it was found on"
     title = f"{found.record['method']}: {edges}, {prompts}, {evaluation['ablation']} ablation"
     values = pd.DataFrame.from_dict(evaluation["values"], orient="index")
+    values.index.name = "metric"
     console = Console()
-    console.print(frame_table(values.rename_axis("metric"), title))
+    console.print(frame_table(values, title))
     console.print(f"Run folder: {found.folder}", soft_wrap=True)
 
 

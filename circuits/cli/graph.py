@@ -115,7 +115,8 @@ def _top_features(graph: FeatureGraph) -> pd.DataFrame:
     influence = node_influence(graph)
     total = influence.sum()
     features = graph.is_kind(FEATURE).nonzero().flatten()
-    most_influential = features[influence[features].argsort(descending=True)]
+    order = influence[features].argsort(descending=True)
+    most_influential = features[order]
     rows = {}
     for number in most_influential[:N_SHOWN]:
         node = graph.node(int(number))

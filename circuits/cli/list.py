@@ -35,10 +35,16 @@ def command(json: bool = False) -> None:
         print_json(content)
         return
     for title, names in content.items():
-        table = Table(title=title, title_justify="left", show_header=False)
-        for name in names:
-            table.add_row(name, names[name] if isinstance(names, dict) else "")
-        Console().print(table)
+        _print_table(title, names)
+
+
+def _print_table(title: str, names: Any) -> None:
+    table = Table(title=title, title_justify="left", show_header=False)
+    # Ablations and transcoders have no descriptions here.
+    described = names if isinstance(names, dict) else dict.fromkeys(names, "")
+    for name, description in described.items():
+        table.add_row(name, description)
+    Console().print(table)
 
 
 def _described(documented: Mapping[str, Any]) -> dict[str, str]:

@@ -43,7 +43,7 @@ def options_of(kind: Method, taken: Collection[str] = ()) -> Any:
     Options of the command itself are `taken`: a field of that name becomes `--method-<field>`.
     """
     hints = get_type_hints(kind)
-    options: list[tuple[str, Any, Any]] = []
+    options: list[Any] = []
     for field in dataclasses.fields(kind):
         name = f"method-{field.name}" if field.name in taken else None
         option_type: Any = _option_type(field.name, hints[field.name])

@@ -4,11 +4,11 @@ Values have their natural sign. A metric's `direction` says which way is worse, 
 always grows as the output gets worse.
 """
 
-import hashlib
 import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any, Literal, get_args
 
 import torch
@@ -75,8 +75,8 @@ class Metric:
             kind = type(self.function).__name__
             source = getattr(self.function, "__qualname__", kind)
         content = f"{self.direction} {source}".encode()
-        digest = hashlib.blake2b(content, digest_size=4).hexdigest()
-        return f"{self.name} {digest}"
+        digest = blake2b(content, digest_size=4)
+        return f"{self.name} {digest.hexdigest()}"
 
     @property
     def sign(self) -> int:
@@ -187,7 +187,7 @@ def negative_log_probability(logits: CircuitLogits, clean_logits: RowLogits, tas
     """Minus the log of the answers' summed probability, in nats."""
     # -log sum_{v in answers} p(v) = -logsumexp_{v in answers} log p(v); padding has p = 0
     log_probabilities = logits.log_softmax(-1)
-    of_answers = _gather(log_probabilities, task, "answers", padding=-math.inf)
+    of_answers = _gather(log_probabilities, task, "answers", -math.inf)
     return -of_answers.logsumexp(-1)
 
 
@@ -230,7 +230,10 @@ def _tokens(task: Task, kind: AnswerKind) -> AnswerTokens:
 
 
 def _gather(
-    values: CircuitLogits, task: Task, kind: AnswerKind, padding: float = 0.0
+    values: CircuitLogits,
+    task: Task,
+    kind: AnswerKind,
+    padding: float = 0.0,
 ) -> Float[Tensor, "*variant scored k"]:
     tokens = _tokens(task, kind)
     # gather needs valid indices, so it reads token 0 where the tokens are padded with -1.

@@ -1,9 +1,9 @@
 """Prompt pairs as text: the pair itself, pairs from templates and files, and the two splits."""
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
@@ -62,7 +62,7 @@ def _as_tuple(answer: Answer) -> tuple[str, ...]:
 
 def split_of(text: str) -> Split:
     """The split of a prompt: a hash of its text assigns half of all possible prompts to each."""
-    digest = hashlib.blake2b(text.encode(), digest_size=1)
+    digest = blake2b(text.encode(), digest_size=1)
     return "test" if digest.digest()[0] < 128 else "train"
 
 

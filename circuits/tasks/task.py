@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +222,7 @@ class Task:
     def digest(self) -> str:
         """A hash of the name, the metric and every tensor; the same on every device."""
         title = f"{self.name} {self.metric}"
-        digest = hashlib.blake2b(title.encode(), digest_size=16)
+        digest = blake2b(title.encode(), digest_size=16)
         tensors = {name: getattr(self, name) for name in TENSOR_FIELDS}
         tensors |= {f"positions {span}": mask for span, mask in self.positions.items()}
         # Shapes count too, as the bytes of [2, 3] and [3, 2] tensors can be the same.

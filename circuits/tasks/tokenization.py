@@ -123,7 +123,7 @@ class PromptTokenizer:
         return ids
 
     def _text(self, ids: TokenIds) -> str:
-        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     def _check_words(self, text: str) -> None:
         # Some tokenizers declare an ordinary token as the unknown token. No single word gives it.

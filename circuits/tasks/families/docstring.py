@@ -50,7 +50,8 @@ class Docstring(TaskFamily):
         words = random.sample(COMMON, n_words)
         # The first eight words fill the numbered blanks.
         *described, answer = words[8:11]
-        others, undescribed = words[11:16], words[16:]
+        others = words[11:16]
+        undescribed = words[16:]
         before = undescribed[: self.before]
         after = undescribed[self.before :]
         arguments = [*before, "{A_def}", "{B_def}", "{C_def}", *after]

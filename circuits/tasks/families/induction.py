@@ -33,12 +33,14 @@ class Induction(TaskFamily):
 
     def draw(self, random: Random) -> PromptPair:
         """Draw one pair, with spans A1, B and END (the second A)."""
-        *words, other = random.sample(COMMON, self.length + 1)
+        n_words = self.length + 1
+        *words, other = random.sample(COMMON, n_words)
         # The first word cannot be A, as it has no leading space. At least one word separates B
         # from the second A.
         index = random.randrange(1, self.length - 2)
         repeated, answer = words[index : index + 2]
-        before, after = words[:index], words[index + 2 :]
+        before = words[:index]
+        after = words[index + 2 :]
         template = " ".join([*before, "{A1}", "{B}", *after, "{again}"])
         clean = {"A1": repeated, "B": answer, "again": repeated}
         corrupted = clean | {"A1": other}

@@ -121,9 +121,12 @@ def known_circuit(
     wiring = recipe.wire(SOFT if soft else SHARP)
     # The prompts have a generator of their own, so that they do not depend on these options.
     generator = torch.Generator().manual_seed(seed)
-    weights = wiring.with_decoys(generator, leak) if decoys else wiring.weights
+    weights = wiring.weights
+    if decoys:
+        weights = wiring.with_decoys(generator, leak)
     if rotate:
         weights = rotated(weights, generator)
+    # Run folders and error messages show the name.
     config = {**wiring.config, "model_name": f"known-{name}"}
     model = build_model(config, weights, device=device)
     edges = tuple(map(str, wiring.edges))

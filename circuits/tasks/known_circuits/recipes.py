@@ -26,12 +26,13 @@ GATE_SIZES = dict(n_layers=1, n_heads=4, d_head=4, d_mlp=4, n_ctx=6, d_vocab=6, 
 
 
 def _wire_induction(sharpness: float) -> Wiring:
-    widths = {"previous": 9, "copied": 9}
+    n_tokens, n_positions = INDUCTION_SIZES["d_vocab"], INDUCTION_SIZES["n_ctx"]
+    widths = {"previous": n_tokens, "copied": n_tokens}
     wiring = Wiring(INDUCTION_SIZES, widths, sharpness)
-    tokens = torch.eye(9)
-    here = {POSITION: torch.eye(11)}
+    tokens = torch.eye(n_tokens)
+    here = {POSITION: torch.eye(n_positions)}
     # k at position j equals q at position j + 1, which thus attends to j.
-    one_later = torch.diag(torch.ones(10), 1)
+    one_later = torch.diag(torch.ones(n_positions - 1), 1)
     before = {POSITION: one_later}
     wiring.head(Head(0, 1), "previous", q=here, k=before, v={TOKEN: tokens})
     _wire_induction_head(wiring, tokens)
@@ -63,7 +64,7 @@ def _wire_proportion(sharpness: float) -> Wiring:
     widths = {"counted": 1, "share": 1}
     wiring = Wiring(PROPORTION_SIZES, widths, sharpness)
     # m0 marks the counted word, and a1.h0 averages the marks of the positions so far.
-    is_counted = {TOKEN: _one_at(COUNTED, 5)}
+    is_counted = {TOKEN: _one_at(COUNTED, PROPORTION_SIZES["d_vocab"])}
     no_bias = torch.zeros(1)
     wiring.mlp(MLP(0), "counted", reads=is_counted, bias=no_bias, output=ONE)
     wiring.head(Head(1, 0), "share", q={}, k={}, v={"counted": ONE})
@@ -86,9 +87,9 @@ def _wire_gate(bias: Tensor, output: Tensor, sharpness: float) -> Wiring:
 
 
 def _wire_bit(wiring: Wiring, head: Head, bit: str, position: int) -> None:
-    there = {POSITION: _one_at(position, 6)}
+    there = {POSITION: _one_at(position, GATE_SIZES["n_ctx"])}
     # The value of a bit is 1 at the token YES and 0 at others.
-    is_yes = {TOKEN: _one_at(YES, 6)}
+    is_yes = {TOKEN: _one_at(YES, GATE_SIZES["d_vocab"])}
     wiring.head(head, bit, q={}, b_q=ONE[0], k=there, v=is_yes)
 
 
@@ -120,6 +121,7 @@ class Recipe:
             for position, word in {0: BOS, **fixed_words}.items():
                 tokens[:, position] = word
             prompts.append(tokens)
+        # BOS is never scored, as nothing comes before it.
         scored = torch.zeros(shape, dtype=torch.bool)
         scored[:, self.scored_from :] = True
         name = config["model_name"]
@@ -143,7 +145,7 @@ SECOND_BRANCH = ("pos_embed->a0.h3.k", "tok_embed->a0.h3.v", "a0.h3->m0")
 
 # and(a, b) = relu(a + b - 1)
 AND = Recipe(
-    partial(_wire_gate, torch.tensor([-1.0]), ONE),
+    partial(_wire_gate, -torch.ones(1), ONE),
     {"resample": SAME_IN_GATES, "zero": ()},
     scored_from=5,
     clean_words={1: YES, 2: YES},

@@ -8,6 +8,7 @@ b_in), so no edge carries only a constant. Decoys, random weights in unused comp
 rotation of the residual stream then hide the circuit.
 """
 
+import copy
 import math
 from collections.abc import Mapping
 from itertools import product
@@ -92,10 +93,10 @@ class Wiring:
         # The arguments of HookedTransformerConfig.
         self.config: dict[str, Any] = {**FIXED_CONFIG, **sizes, "d_model": d_model}
         self.config["attn_only"] = "d_mlp" not in sizes
-        self.weights = _zero_weights(self.config)
+        self.weights = weights = _zero_weights(self.config)
         # One dimension per token, and one per position.
-        self._write(TOKEN, TokenEmbed(), self.weights["embed.W_E"])
-        self._write(POSITION, PosEmbed(), self.weights["pos_embed.W_pos"])
+        self._write(TOKEN, TokenEmbed(), weights["embed.W_E"])
+        self._write(POSITION, PosEmbed(), weights["pos_embed.W_pos"])
 
     def head(
         self, node: Head, writes: str, *, q: Reads, k: Reads, v: Reads, b_q: Vector | None = None
@@ -134,7 +135,7 @@ class Wiring:
         Decoys read the whole residual stream. They write to the subspace `unread`, and to all other
         subspaces, weaker by the factor `leak`.
         """
-        weights = {name: tensor.clone() for name, tensor in self.weights.items()}
+        weights = copy.deepcopy(self.weights)
         strength = torch.full_like(weights["blocks.0.attn.b_O"], leak)
         strength[self._dimensions[UNREAD]] = 1.0
         for node in self._unwired():
@@ -171,7 +172,8 @@ class Wiring:
         assert writer is source, f"subspace {subspace} is already written by {writer}."
         dimensions = self._dimensions[subspace]
         # By default each of the first rows writes one dimension of the subspace.
-        matrix = torch.eye(len(dimensions)) if matrix is None else matrix
+        if matrix is None:
+            matrix = torch.eye(len(dimensions))
         rows = weight[: len(matrix)]
         rows[:, dimensions] = matrix.double()
 
