@@ -4,12 +4,12 @@ other.
 
 import pytest
 import torch
+import tyro
 from architectures import random_model, random_task
 from meters import damage_meter
 
 import circuits
 from circuits.cli.methods import options_of
-from circuits.cli.options import parse
 from circuits.discovery.search.edge_order import edge_groups, edge_order
 
 # Batch sizes change the last bits.
@@ -348,9 +348,6 @@ def test_a_threshold_that_is_no_number_is_refused(threshold):
 
 @pytest.mark.parametrize(("word", "group"), [("layer", "layer"), ("target", "target"), ("16", 16)])
 def test_the_group_is_an_option_of_the_command(word, group):
-    options = parse(
-        options_of(circuits.BatchedACDC),
-        "discover",
-        ["--threshold", "0.01", "--group", word, "--verify"],
-    )
+    words = ["--threshold", "0.01", "--group", word, "--verify"]
+    options = tyro.cli(options_of(circuits.BatchedACDC), args=words)
     assert (options.group, options.verify) == (group, True)

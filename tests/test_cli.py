@@ -449,6 +449,23 @@ def test_ones_own_prompts_come_from_a_file(capsys, tmp_path):
     assert "mine.jsonl, line 2" in errors
 
 
+def test_only_the_prompts_of_the_search_are_called_those_it_was_found_on(capsys, tmp_path):
+    first, other = tmp_path / "first.jsonl", tmp_path / "other.jsonl"
+    for path, name in ((first, "Sarah"), (other, "Anna")):
+        pair = {"clean": f"So {name}", "corrupted": "So John", "answer": " is"}
+        path.write_text(json.dumps(pair))
+    words = ("discover", "--method", "eap", "--metric", "negative_log_probability", "--size", "9")
+    found = run_here(capsys, *words, "--data", str(first), "--out", str(tmp_path))[1]
+    assert "those it was found on" in " ".join(found.split())
+    (folder,) = (tmp_path / "first").iterdir()
+    words = ("evaluate", str(folder), "--size", "9")
+    again = run_here(capsys, *words)[1]
+    assert "those it was found on" in " ".join(again.split())
+    elsewhere = run_here(capsys, *words, "--data", str(other))[1]
+    assert "1 prompts of other" in " ".join(elsewhere.split())
+    assert "those it was found on" not in " ".join(elsewhere.split())
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -19,12 +19,13 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+import tyro
 from browser import Browser, wait_for
 from synthetic_feature_graph import SENTENCE, synthetic_graph
 
 from circuits.attribution.feature_graph import EMBEDDING, TARGET, FeatureGraph
 from circuits.attribution.influence import prune
-from circuits.cli.view import view_command
+from circuits.cli.view import command
 from circuits.plotting.graph_page.data import GraphData
 from circuits.plotting.graph_page.server import LARGEST_BODY, GraphServer, open_server
 from circuits.system.errors import InputError
@@ -479,7 +480,7 @@ def test_a_folder_that_cannot_be_written_is_told(
 
 def test_a_folder_without_a_graph_is_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds no graph\.safetensors") as told:
-        view_command([str(tmp_path / "nowhere"), "--no-browser"])
+        tyro.cli(command, args=[str(tmp_path / "nowhere"), "--no-browser"])
     assert "\n" not in str(told.value)
 
 
@@ -487,11 +488,12 @@ def test_a_taken_port_is_told_in_one_line(server: GraphServer) -> None:
     with pytest.raises(
         InputError, match=f"port {server.server_port} is taken; choose another with --port"
     ) as told:
-        view_command([str(server.folder), "--port", str(server.server_port), "--no-browser"])
+        words = [str(server.folder), "--port", str(server.server_port), "--no-browser"]
+        tyro.cli(command, args=words)
     assert "\n" not in str(told.value)
     for port in ("-1", "65536"):
         with pytest.raises(InputError, match="is no port"):
-            view_command([str(server.folder), "--port", port])
+            tyro.cli(command, args=[str(server.folder), "--port", port])
 
 
 def test_the_command_opens_the_page_and_ends_quietly(
@@ -507,18 +509,18 @@ def test_the_command_opens_the_page_and_ends_quietly(
     monkeypatch.setattr(GraphServer, "serve_forever", stopped)
     monkeypatch.setattr("webbrowser.open", pages.append)
     graph.save(tmp_path)
-    view_command([str(tmp_path), "--port", "0"])
+    tyro.cli(command, args=[str(tmp_path), "--port", "0"])
     output = capsys.readouterr()
     assert len(pages) == 1 and pages[0] in output.out and output.err == ""
-    view_command([str(tmp_path), "--port", "0", "--no-browser"])
+    tyro.cli(command, args=[str(tmp_path), "--port", "0", "--no-browser"])
     assert len(pages) == 1
 
 
 def test_ctrl_c_ends_a_running_server_quietly(tmp_path: Path, graph: FeatureGraph) -> None:
     graph.save(tmp_path)
     script = (
-        "from circuits.cli.view import view_command; "
-        f"view_command([{str(tmp_path)!r}, '--port', '0', '--no-browser']); print('ended')"
+        "from circuits.cli.main import main; "
+        f"main(['view', {str(tmp_path)!r}, '--port', '0', '--no-browser']); print('ended')"
     )
     words = [sys.executable, "-u", "-c", script]
     with subprocess.Popen(

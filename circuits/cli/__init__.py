@@ -1,5 +1,1 @@
 """The `circuits` command."""
-
-from circuits.cli.main import main
-
-__all__ = ["main"]

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 from rich.console import Console
 
-from circuits.cli.console import edge_table, print_json, progress_bar
-from circuits.cli.evaluate import show_evaluation
+from circuits.cli.console import edge_table, print_run, progress_bar
+from circuits.cli.evaluate import show_evaluation, size_needed
 from circuits.cli.methods import find_method, options_of
-from circuits.cli.options import TaskOptions, parse
+from circuits.cli.options import TaskOptions, Unprefixed
 from circuits.discovery.discoverer import CircuitDiscoverer
 from circuits.graph.graph import Graph
 from circuits.models import Model
@@ -25,16 +24,7 @@ from circuits.system.ranks import is_first
 
 
 @dataclass(frozen=True)
-class MethodOption:
-    """The option that decides which other options there are."""
-
-    method: str = "acdc"
-    """A method's name (`circuits list` shows them), or a Python file that defines one.
-    The options below are the method's own."""
-
-
-@dataclass(frozen=True)
-class DiscoverOptions(TaskOptions, MethodOption):
+class DiscoverOptions(TaskOptions):
     """Find a circuit on prompts of the train split, and evaluate it on held-out prompts.
 
     circuits discover --method acdc --threshold 0.01 --task ioi
@@ -46,6 +36,9 @@ class DiscoverOptions(TaskOptions, MethodOption):
     one of its own options.
     """
 
+    method: str = "acdc"
+    """A method's name (`circuits list` shows them), or a Python file that defines one.
+    The last options are the method's own."""
     n: int = 64
     """Number of prompts to discover on."""
     n_eval: int = 64
@@ -61,7 +54,7 @@ class DiscoverOptions(TaskOptions, MethodOption):
     """The folder of all runs. A run that is already there is not computed again."""
 
 
-def discover_command(words: Sequence[str]) -> None:
+def discover(words: Sequence[str]) -> None:
     """Find a circuit into a run folder, and evaluate it on held-out prompts."""
     options, discoverer = _parse(words)
     model = options.load_model()
@@ -76,11 +69,13 @@ def discover_command(words: Sequence[str]) -> None:
             progress=progress,
             notes=options.notes(),
         )
+    # All ranks search, and the first evaluates.
     if not is_first():
         return
     if not found.circuit.selected and options.size is None:
         _show_scores(found, options)
         return
+    # Users' own prompts have no splits.
     held_out = task if options.data else options.load_task(model, options.n_eval, "test")
     ablation = getattr(discoverer, "ablation", "resample")
     evaluation = evaluate_run(found, model, held_out, size=options.size, ablation=ablation)
@@ -88,41 +83,38 @@ def discover_command(words: Sequence[str]) -> None:
 
 
 def _parse(words: Sequence[str]) -> tuple[DiscoverOptions, CircuitDiscoverer]:
+    program = "circuits discover"
     # The method comes first, because its fields are options, too.
-    chosen, _ = tyro.cli(MethodOption, args=list(words), return_unknown_args=True, add_help=False)
+    chosen, _ = tyro.cli(
+        DiscoverOptions, prog=program, args=words, return_unknown_args=True, add_help=False
+    )
     kind = find_method(chosen.method)
-    taken = {field.name for field in dataclasses.fields(DiscoverOptions)}
-    parts: list[tuple[str, Any]] = [
-        ("command", Annotated[DiscoverOptions, tyro.conf.arg(name="")]),
-        ("method", Annotated[options_of(kind, taken), tyro.conf.arg(name="")]),
-    ]
-    all_options = dataclasses.make_dataclass("AllOptions", parts)
-    description = inspect.getdoc(DiscoverOptions)
-    all_options.__doc__ = f"{description}\n\nThe options of {kind.name} come last."
-    parsed = parse(all_options, "discover", words)
-    return parsed.command, kind(**vars(parsed.method))
+    # A field called like one of the command's options gets another name.
+    taken = [field.name for field in fields(DiscoverOptions)]
+    settings: Any = options_of(kind, taken)
+    both: Any = tuple[Unprefixed[DiscoverOptions], Unprefixed[settings]]
+    description = f"{inspect.getdoc(DiscoverOptions)}\n\nThe options of {kind.name} come last."
+    parsed = tyro.cli(both, prog=program, description=description, args=words)
+    options, chosen_settings = parsed
+    return options, kind(**vars(chosen_settings))
 
 
 def _graph(model: Model, options: DiscoverOptions) -> Graph | None:
     """The graph that the options ask for; None leaves it to the method."""
-    if not (options.split_embed or options.positions):
+    spans = options.positions
+    if not (options.split_embed or spans):
         return None
     positions: list[str] | int | None = None
-    if options.positions:
-        spans = options.positions
+    if spans:
         positions = int(spans) if spans.isdecimal() else spans.split(",")
     return component_graph(model, split_embed=options.split_embed, positions=positions)
 
 
 def _show_scores(found: CircuitRun, options: DiscoverOptions) -> None:
     if options.json:
-        edges = len(found.circuit)
-        print_json({"folder": str(found.folder), "edges": edges, "reused": found.reused})
+        print_run(found, {"edges": len(found.circuit)})
         return
     console = Console()
     console.print(edge_table(found.circuit))
-    console.print(
-        f"{found.record['method']} scores every edge and chooses none: "
-        "give --size N to evaluate the N highest-scored ones."
-    )
+    console.print(size_needed(found))
     console.print(f"{'Found again' if found.reused else 'Saved'}: {found.folder}", soft_wrap=True)

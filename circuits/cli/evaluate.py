@@ -2,93 +2,102 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import tyro
 from rich.console import Console
+from tyro.conf import Positional
 
-from circuits.cli.console import frame_table, print_json
-from circuits.cli.options import AblationName, TaskOptions, parse
+from circuits.cli.console import frame_table, print_run
+from circuits.cli.options import AblationName, TaskOptions, Unprefixed
 from circuits.running.ablation import NAMES as ABLATIONS
 from circuits.runs.circuit_run import CircuitRun, evaluate_run, load_run
 from circuits.system.errors import InputError
 
+Record = Mapping[str, Any]
 
-@dataclass(frozen=True)
-class EvaluateOptions(TaskOptions):
+
+def command(
+    circuit: Positional[Path],
+    source: Unprefixed[TaskOptions],
+    n: int = 64,
+    size: int | None = None,
+    metrics: str | None = None,
+    ablation: AblationName | None = None,
+) -> None:
     """Run a saved circuit on held-out prompts, with everything outside it ablated.
 
     Model, task and seed are by default those of the run.
 
     circuits evaluate runs/ioi/acdc-1a2b3c4d --n 64
     circuits evaluate runs/ioi/eap-ig-1a2b3c4d --size 50 --metrics kl,accuracy
+
+    Args:
+        circuit: A run folder.
+        source: The model and the prompts.
+        n: Number of held-out prompts.
+        size: Number of highest-scored edges to keep; by default the circuit as it is.
+        metrics: Metrics separated by commas; by default kl, logit_difference and the task's own.
+        ablation: What edges outside the circuit carry; by default what they carried in the search.
     """
-
-    circuit: tyro.conf.Positional[Path] = dataclasses.field(kw_only=True)
-    """A run folder."""
-    n: int = 64
-    """Number of held-out prompts."""
-    size: int | None = None
-    """Number of highest-scored edges to keep; by default the circuit as it is."""
-    metrics: str | None = None
-    """Metrics separated by commas; by default kl, logit_difference and the task's own."""
-    ablation: AblationName | None = None
-    """What edges outside the circuit carry; by default what they carried in the search."""
-
-
-def evaluate_command(words: Sequence[str]) -> None:
-    """Evaluate the circuit of a run folder on held-out prompts."""
-    options: EvaluateOptions = parse(EvaluateOptions, "evaluate", words)
-    found = load_run(options.circuit)
-    if not found.circuit.selected and options.size is None:
-        raise InputError(
-            f"{found.record['method']} scores every edge and chooses none: "
-            "give --size N to evaluate the N highest-scored ones."
-        )
-    options = _with_defaults_of_run(options, found.record.get("notes", {}))
-    model = options.load_model()
-    task = options.load_task(model, options.n, "test")
-    metrics = options.metrics.split(",") if options.metrics else None
-    ablation = options.ablation or _ablation_of_run(found)
+    found = load_run(circuit)
+    if not found.circuit.selected and size is None:
+        raise InputError(size_needed(found))
+    source = _with_defaults_of_run(source, found.record.get("notes", {}))
+    model = source.load_model()
+    task = source.load_task(model, n, "test")
     evaluation = evaluate_run(
-        found, model, task, metrics=metrics, ablation=ablation, size=options.size
+        found,
+        model,
+        task,
+        metrics=metrics.split(",") if metrics else None,
+        ablation=ablation or _ablation_of_run(found),
+        size=size,
     )
-    show_evaluation(found, evaluation, options)
+    show_evaluation(found, evaluation, source)
 
 
-def show_evaluation(found: CircuitRun, evaluation: Mapping[str, Any], options: TaskOptions) -> None:
+def size_needed(found: CircuitRun) -> str:
+    """What to say of a run that chose no edges."""
+    return (
+        f"{found.record['method']} scores every edge and chooses none: "
+        "give --size N to evaluate the N highest-scored ones."
+    )
+
+
+def show_evaluation(found: CircuitRun, evaluation: Record, source: TaskOptions) -> None:
     """Print an evaluation as a table, or as JSON."""
-    if options.json:
-        print_json({"folder": str(found.folder), "reused": found.reused, **evaluation})
+    if source.json:
+        print_run(found, evaluation)
         return
     edges = f"{evaluation['edges']:,} of {len(found.circuit.graph):,} edges"
     prompts = f"{evaluation['n_prompts']} prompts of {evaluation['task']}"
-    if options.data:
+    if evaluation["prompts"] == found.record["task"]["digest"]:
         prompts += ", those it was found on"
     title = f"{found.record['method']}: {edges}, {prompts}, {evaluation['ablation']} ablation"
-    frame = pd.DataFrame.from_dict(evaluation["values"], orient="index").rename_axis("metric")
+    values = pd.DataFrame.from_dict(evaluation["values"], orient="index")
+    values.index.name = "metric"
     console = Console()
-    console.print(frame_table(frame, title))
+    console.print(frame_table(values, title))
     console.print(f"Run folder: {found.folder}", soft_wrap=True)
 
 
-def _with_defaults_of_run(options: EvaluateOptions, notes: Mapping[str, Any]) -> EvaluateOptions:
-    recorded = {"model": notes.get("model"), "seed": notes.get("seed")}
-    if options.task is None and options.data is None:
-        data = notes.get("data")
-        recorded |= {"data": Path(data)} if data else {"task": notes.get("task")}
-    missing: Any = {
-        name: value for name, value in recorded.items() if getattr(options, name) is None
-    }
-    return dataclasses.replace(options, **missing)
+def _with_defaults_of_run(source: TaskOptions, notes: Record) -> TaskOptions:
+    seed = notes.get("seed") if source.seed is None else source.seed
+    task, data = source.task, source.data
+    # A task given here replaces the run's own prompts, and the other way round.
+    if task is None and data is None:
+        data = Path(notes["data"]) if notes.get("data") else None
+        task = None if data else notes.get("task")
+    model = source.model or notes.get("model")
+    return replace(source, model=model, seed=seed, task=task, data=data)
 
 
 def _ablation_of_run(found: CircuitRun) -> str:
+    # A method without the setting resamples.
     ablation = found.record["settings"].get("ablation", "resample")
     if ablation not in ABLATIONS:
         raise InputError(

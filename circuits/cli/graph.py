@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-import tyro
 from rich.console import Console
+from tyro.conf import Positional
 
 from circuits.attribution.feature_graph import FEATURE, FeatureGraph
 from circuits.attribution.influence import node_influence
-from circuits.cli.console import frame_table, print_json
-from circuits.cli.options import ModelOptions, parse
+from circuits.cli.console import frame_table, print_run
+from circuits.cli.options import ModelOptions, Unprefixed
 from circuits.discovery.methods.attribution_graph import AttributionGraph, Explained
 from circuits.formats.neuronpedia import save_neuronpedia
 from circuits.models import EMBEDDED
 from circuits.runs.graph_run import PAGE, GraphRun, run_graph
 from circuits.system.errors import InputError
 
-NEURONPEDIA = "neuronpedia.json"
 N_SHOWN = 12
 
 
-@dataclass(frozen=True)
-class GraphOptions(ModelOptions):
+def command(
+    prompt: Positional[str],
+    source: Unprefixed[ModelOptions],
+    transcoders: str | None = None,
+    explain: str | None = None,
+    budget: int | None = None,
+    node_threshold: float = 0.8,
+    edge_threshold: float = 0.98,
+    leading: int = 1,
+    neuronpedia: bool = False,
+    out: Path = Path("runs"),
+) -> None:
     """Compute which features, at which positions, made the model say this: an attribution graph.
 
     The run folder gets a page to explore the graph.
@@ -34,71 +40,64 @@ class GraphOptions(ModelOptions):
     circuits graph "The capital of the state containing Dallas is"
     circuits graph "The capital of Texas is" --explain " Austin" --transcoders toy-world-plt
     circuits graph "Fact: the" --model gpt2 --transcoders my/transcoders --budget 5000 --neuronpedia
+
+    Args:
+        prompt: The prompt's text.
+        source: The model.
+        transcoders: A folder, a hub address (hf://owner/name), or embedded ones: toy-world-plt,
+            toy-world-skip-plt, toy-world-clt (the default for toy-world).
+        explain: The token to explain, with its leading space if it has one in the text; two tokens
+            separated by / explain their difference. By default the most probable next tokens.
+        budget: Number of features that get incoming edges, the most influential ones; by default
+            all.
+        node_threshold: Share of the influence that the nodes shown at first have.
+        edge_threshold: Share of the influence between these nodes that the edges shown at first
+            have.
+        leading: Number of first positions without features (beginning-of-sequence tokens).
+        neuronpedia: Write the pruned graph as Neuronpedia's JSON, too.
+        out: The folder of all runs. A graph that is already there is not computed again.
     """
-
-    prompt: tyro.conf.Positional[str] = dataclasses.field(kw_only=True)
-    """The prompt's text."""
-    transcoders: str | None = None
-    """A folder, a hub address (hf://owner/name), or embedded ones: toy-world-plt,
-    toy-world-skip-plt, toy-world-clt (the default for toy-world)."""
-    explain: str | None = None
-    """The token to explain, with its leading space if it has one in the text; two tokens separated
-    by / explain their difference. By default the most probable next tokens."""
-    budget: int | None = None
-    """Number of features that get incoming edges, the most influential ones; by default all."""
-    node_threshold: float = 0.8
-    """Share of the influence that the nodes shown at first have."""
-    edge_threshold: float = 0.98
-    """Share of the influence between these nodes that the edges shown at first have."""
-    leading: int = 1
-    """Number of first positions without features (beginning-of-sequence tokens)."""
-    neuronpedia: bool = False
-    """Write the pruned graph as Neuronpedia's JSON, too."""
-    out: Path = Path("runs")
-    """The folder of all runs. A graph that is already there is not computed again."""
-
-
-def graph_command(words: Sequence[str]) -> None:
-    """Compute the attribution graph of a prompt into a run folder."""
-    options: GraphOptions = parse(GraphOptions, "graph", words)
     method = AttributionGraph(
-        _transcoders(options),
-        budget=options.budget,
-        node_threshold=options.node_threshold,
-        edge_threshold=options.edge_threshold,
-        leading=options.leading,
+        _transcoders(transcoders, source.model),
+        budget=budget,
+        node_threshold=node_threshold,
+        edge_threshold=edge_threshold,
+        leading=leading,
     )
-    notes = {"model": options.model or EMBEDDED, "transcoders": method.transcoders}
-    model, explain = options.load_model(), _explained(options.explain)
-    found = run_graph(method, model, options.prompt, explain=explain, out=options.out, notes=notes)
-    if options.neuronpedia:
+    notes = {"model": source.model or EMBEDDED, "transcoders": method.transcoders}
+    model, explained = source.load_model(), _explained(explain)
+    found = run_graph(method, model, prompt, explain=explained, out=out, notes=notes)
+    if neuronpedia:
         save_neuronpedia(
             found.graph,
-            found.folder / NEURONPEDIA,
+            found.folder / "neuronpedia.json",
             slug=found.folder.name,
-            node_threshold=options.node_threshold,
-            edge_threshold=options.edge_threshold,
+            node_threshold=node_threshold,
+            edge_threshold=edge_threshold,
         )
-    if options.json:
-        print_json({"folder": str(found.folder), "reused": found.reused, **found.record})
+    if source.json:
+        print_run(found, found.record)
     else:
         _show(found)
 
 
-def _transcoders(options: GraphOptions) -> str:
-    if options.transcoders is None and options.model not in (None, EMBEDDED):
+def _transcoders(given: str | None, model: str | None) -> str:
+    # Only the embedded model has embedded transcoders.
+    if given is None and model not in (None, EMBEDDED):
         raise InputError(
-            f"which transcoders of {options.model}? "
+            f"which transcoders of {model}? "
             "Give --transcoders: a folder or a hub address, such as hf://owner/name."
         )
-    return options.transcoders or f"{EMBEDDED}-clt"
+    return given or f"{EMBEDDED}-clt"
 
 
 def _explained(text: str | None) -> list[Explained] | None:
     if text is None:
         return None
+    # "/" itself, or with text on one side only, is a token.
     right, _, wrong = text.partition("/")
-    return [(right, wrong)] if right.strip() and wrong.strip() else [text]
+    is_pair = right.strip() and wrong.strip()
+    return [(right, wrong) if is_pair else text]
 
 
 def _show(found: GraphRun) -> None:
@@ -114,18 +113,18 @@ def _show(found: GraphRun) -> None:
 def _top_features(graph: FeatureGraph) -> pd.DataFrame:
     """The most influential features: where they fire, how strongly, and their strongest input."""
     influence = node_influence(graph)
-    is_feature = graph.is_kind(FEATURE)
-    share = (influence / influence.sum()).masked_fill(~is_feature, -1)
-    numbers = share.argsort(descending=True)[: min(N_SHOWN, int(is_feature.sum()))]
-    nodes = [graph.node(number) for number in numbers.tolist()]
-    positions = graph.nodes.position[numbers].tolist()
-    frame = pd.DataFrame(
-        {
-            "token": [graph.words[position] for position in positions],
-            "activation": graph.nodes.activation[numbers].tolist(),
-            "share of influence": share[numbers].tolist(),
-            "strongest input": ["".join(graph.incoming(node, 1)["node"]) for node in nodes],
-        },
-        index=[str(node) for node in nodes],
-    )
-    return frame.rename_axis("feature")
+    total = influence.sum()
+    features = graph.is_kind(FEATURE).nonzero().flatten()
+    order = influence[features].argsort(descending=True)
+    most_influential = features[order]
+    rows = {}
+    for number in most_influential[:N_SHOWN]:
+        node = graph.node(int(number))
+        position = graph.nodes.position[number]
+        rows[str(node)] = {
+            "token": graph.words[position],
+            "activation": float(graph.nodes.activation[number]),
+            "share of influence": float(influence[number] / total),
+            "strongest input": "".join(graph.incoming(node, 1)["node"]),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("feature")

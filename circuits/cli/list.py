@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from inspect import getdoc
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from circuits.cli.console import print_json
-from circuits.cli.methods import first_line
-from circuits.cli.options import parse
 from circuits.discovery.registry import discoverers
 from circuits.running.ablation import NAMES as ABLATIONS
 from circuits.tasks.metrics import METRICS
@@ -19,35 +17,37 @@ from circuits.tasks.registry import task_families
 from circuits.transcoders.io.load import embedded_transcoders
 
 
-@dataclass(frozen=True)
-class ListOptions:
-    """List methods, tasks, metrics, ablations and embedded transcoders."""
+def command(json: bool = False) -> None:
+    """List methods, tasks, metrics, ablations and embedded transcoders.
 
-    json: bool = False
-    """Print JSON for programs instead of tables."""
-
-
-def list_command(words: Sequence[str]) -> None:
-    """Print what there is to choose from, with descriptions."""
-    options: ListOptions = parse(ListOptions, "list", words)
+    Args:
+        json: Print JSON for programs instead of tables.
+    """
     metrics = {name: metric.function for name, metric in METRICS.items()}
-    content: dict[str, Any] = {
-        "methods": _descriptions(discoverers()),
-        "tasks": _descriptions(task_families()),
-        "metrics": _descriptions(metrics),
-        "ablations": list(ABLATIONS),
-        "transcoders that ship with the package": list(embedded_transcoders()),
+    content = {
+        "methods": _described(discoverers()),
+        "tasks": _described(task_families()),
+        "metrics": _described(metrics),
+        "ablations": ABLATIONS,
+        "transcoders that ship with the package": embedded_transcoders(),
     }
-    if options.json:
+    if json:
         print_json(content)
         return
-    for title, entries in content.items():
-        table = Table(title=title, title_justify="left", show_header=False)
-        described = entries if isinstance(entries, dict) else dict.fromkeys(entries, "")
-        for name, description in described.items():
-            table.add_row(name, description)
-        Console().print(table)
+    for title, names in content.items():
+        _print_table(title, names)
 
 
-def _descriptions(documented: dict[str, Any]) -> dict[str, str]:
-    return {name: first_line(each) for name, each in documented.items()}
+def _print_table(title: str, names: Any) -> None:
+    table = Table(title=title, title_justify="left", show_header=False)
+    # Ablations and transcoders have no descriptions here.
+    described = names if isinstance(names, dict) else dict.fromkeys(names, "")
+    for name, description in described.items():
+        table.add_row(name, description)
+    Console().print(table)
+
+
+def _described(documented: Mapping[str, Any]) -> dict[str, str]:
+    """The first line of each docstring."""
+    docstrings = {name: getdoc(each) or "" for name, each in documented.items()}
+    return {name: text.partition("\n")[0] for name, text in docstrings.items()}

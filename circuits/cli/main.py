@@ -42,22 +42,17 @@ COMMANDS_OF_ALL_RANKS = ("discover", "compare")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run the command in `arguments`, by default those of this process.
 
-    Args:
-        arguments: the command and its options; by default those of this process.
-
-    Returns:
-        The exit status: 0, 2 for invalid input, 1 if another rank ended, 130 if interrupted. The
-        reason is printed in one line.
+    Returns the exit status: 0, 2 for invalid input, 1 if another rank ended, 130 if interrupted.
+    The reason is printed in one line.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     command = words[0] if words else "--help"
-    if command in ("-h", "--help"):
-        sys.stdout.write(HELP)
-        return 0
-    if command == "--version":
-        sys.stdout.write(f"circuits {circuits.__version__}\n")
+    version = f"circuits {circuits.__version__}\n"
+    texts = {"-h": HELP, "--help": HELP, "--version": version}
+    if command in texts:
+        sys.stdout.write(texts[command])
         return 0
     if command not in COMMANDS:
         known = ", ".join(COMMANDS)
@@ -82,16 +77,29 @@ def _run(command: str, words: Sequence[str]) -> int:
             if not first:
                 warnings.simplefilter("ignore")  # the first rank prints the same
             if first or command in COMMANDS_OF_ALL_RANKS:
-                module = import_module(f"circuits.cli.{command}")
-                getattr(module, f"{command}_command")(words)
+                _call(command, words)
     except InputError as error:
         # The first rank prints errors that all ranks share.
-        return _fail(str(error), 2) if first or not isinstance(error, SharedError) else 2
+        if first or not isinstance(error, SharedError):
+            _fail(str(error), 2)
+        return 2
     except RankError as error:
         return _fail(f"{error}.", 1)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on where it stopped.", 130)
     return 0
+
+
+def _call(command: str, words: Sequence[str]) -> None:
+    import tyro
+
+    module = import_module(f"circuits.cli.{command}")
+    if command == "discover":
+        # Its options depend on the method.
+        module.discover(words)
+    else:
+        # The parameters of the function are the options.
+        tyro.cli(module.command, prog=f"circuits {command}", args=words)
 
 
 def _fail(message: str, status: int) -> int:

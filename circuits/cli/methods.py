@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 import sys
@@ -9,7 +10,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
-import docstring_parser
 import tyro
 
 from circuits.cli.options import AblationName
@@ -18,54 +18,43 @@ from circuits.discovery.registry import discoverers
 from circuits.runs.run_folder import digest
 from circuits.system.errors import InputError
 
+Method = type[CircuitDiscoverer]
 
-def find_method(name: str) -> type[CircuitDiscoverer]:
-    """Find a method by its name, or in a file (`file.py`, or `file.py:name` if it has several).
 
-    Raises:
-        InputError: there is no such method or file, or the file defines none or several.
-    """
-    file, _, chosen = name.partition(":") if ".py" in name else ("", "", name)
-    known = _methods_in(Path(file)) if file else discoverers()
-    if file and not chosen and len(known) == 1:
-        (chosen,) = known
+def find_method(name: str) -> Method:
+    """Find a method by its name, or in a file (`file.py`, or `file.py:name` if it has several)."""
+    if ".py" in name:
+        file, _, chosen = name.partition(":")
+        known, where = _methods_in(Path(file)), f"{file} defines"
+        if not chosen and len(known) == 1:
+            (chosen,) = known
+    else:
+        chosen, known = name, discoverers()
+        where = f"there is no method {name!r}; there are"
     if chosen not in known:
-        where = f"{file} defines" if file else f"there is no method {chosen!r}; there are"
         which = ", ".join(known) or "no CircuitDiscoverer with a name"
         raise InputError(f"{where} {which}. Give --method NAME or FILE.py:NAME.")
     return known[chosen]
 
 
-def options_of(kind: type[CircuitDiscoverer], taken: Collection[str] = ()) -> type:
-    """Make a dataclass of a method's fields as options, described by the method's docstring.
+def options_of(kind: Method, taken: Collection[str] = ()) -> Any:
+    """Make a dataclass of a method's fields as options, with the method's docstring as help.
 
-    Args:
-        kind: the method.
-        taken: options of the command itself; a field of the same name becomes `--method-<field>`.
+    Options of the command itself are `taken`: a field of that name becomes `--method-<field>`.
     """
     hints = get_type_hints(kind)
-    docstring = docstring_parser.parse(kind.__doc__ or "")
-    help_texts = {entry.arg_name: entry.description for entry in docstring.params}
-    options: list[tuple[str, Any, Any]] = []
+    options: list[Any] = []
     for field in dataclasses.fields(kind):
-        argument = tyro.conf.arg(
-            name=f"method-{field.name}" if field.name in taken else None,
-            help=help_texts.get(field.name),
-        )
+        name = f"method-{field.name}" if field.name in taken else None
         option_type: Any = _option_type(field.name, hints[field.name])
-        default = dataclasses.field(default=field.default, default_factory=field.default_factory)
-        options.append((field.name, Annotated[option_type, argument], default))
-    made = dataclasses.make_dataclass(f"{kind.__name__}Options", options, frozen=True)
-    made.__doc__ = first_line(kind)
-    return made
+        argument: Any = Annotated[option_type, tyro.conf.arg(name=name)]
+        # A copy, because a dataclass changes the fields that it is made of.
+        options.append((field.name, argument, copy.copy(field)))
+    documented = {"__doc__": kind.__doc__}
+    return dataclasses.make_dataclass(f"{kind.__name__}Options", options, namespace=documented)
 
 
-def first_line(documented: object) -> str:
-    """The first line of a docstring."""
-    return (documented.__doc__ or "").strip().partition("\n")[0]
-
-
-def _methods_in(file: Path) -> dict[str, type[CircuitDiscoverer]]:
+def _methods_in(file: Path) -> dict[str, Method]:
     """The methods of a Python file, which is run once."""
     # A name of its own, so that a file called torch.py does not replace a module in use.
     name = f"circuits_method_{digest(str(file.resolve()), size=6)}"
@@ -73,13 +62,15 @@ def _methods_in(file: Path) -> dict[str, type[CircuitDiscoverer]]:
         spec = importlib.util.spec_from_file_location(name, file)
         if spec is None or spec.loader is None or not file.is_file():
             raise InputError(f"there is no Python file {file}.")
+        # Dataclasses look up the types of their fields there.
         sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(sys.modules[name])
         except Exception as error:
             del sys.modules[name]
             raise InputError(f"{file} cannot be run: {type(error).__name__}: {error}.") from error
-    return {method: kind for method, kind in discoverers().items() if kind.__module__ == name}
+    known = discoverers()
+    return {method: known[method] for method in known if known[method].__module__ == name}
 
 
 def _option_type(name: str, hint: Any) -> Any:

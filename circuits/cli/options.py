@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import tyro
@@ -18,6 +16,9 @@ from circuits.tasks.registry import load_task
 from circuits.tasks.task import Task
 
 DEFAULT_TASK = "ioi"
+# The options of a group have no prefix.
+T = TypeVar("T")
+Unprefixed = Annotated[T, tyro.conf.arg(name="")]
 AblationName = Literal["resample", "zero", "mean", "mean_by_position"]
 
 
@@ -53,11 +54,7 @@ class TaskOptions(ModelOptions):
     """Seed for drawing prompts; by default 0."""
 
     def load_task(self, model: Model, n: int, split: str) -> Task:
-        """Load n prompts from a split of the task, or all of the user's own prompts.
-
-        Raises:
-            InputError: both a task and a file were given, or one of them cannot be used.
-        """
+        """Load n prompts from a split of the task, or all of the user's own prompts."""
         if self.data and self.task:
             raise InputError(
                 f"--task {self.task} and --data {self.data} were both given; give one of them."
@@ -65,7 +62,8 @@ class TaskOptions(ModelOptions):
         if self.data:
             name = re.sub(r"[^\w+-]+", "-", self.data.stem) or "data"
             return Task.from_jsonl(self.data, model, name=name)
-        return load_task(self.task or DEFAULT_TASK, model, n=n, seed=self.seed or 0, split=split)
+        name, seed = self.task or DEFAULT_TASK, self.seed or 0
+        return load_task(name, model, n=n, seed=seed, split=split)
 
     def notes(self) -> dict[str, Any]:
         """What a record says of how the model and the prompts were chosen."""
@@ -75,9 +73,3 @@ class TaskOptions(ModelOptions):
             "data": str(self.data) if self.data else None,
             "seed": self.seed or 0,
         }
-
-
-def parse(kind: Any, command: str, words: Sequence[str]) -> Any:
-    """Parse a command's options; help and malformed options end the program."""
-    description = inspect.cleandoc(kind.__doc__ or "")
-    return tyro.cli(kind, prog=f"circuits {command}", description=description, args=list(words))

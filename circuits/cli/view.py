@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import inspect
 import webbrowser
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from rich.console import Console
+from tyro.conf import Positional
 
 from circuits.plotting.graph_page.server import open_server
 
 
-@dataclass(frozen=True)
-class ViewOptions:
+def command(folder: Positional[Path], port: int = 8000, browser: bool = True) -> None:
     """Explore a run folder's attribution graph in the browser, whatever its size. Ctrl-C ends it.
 
     circuits view runs/graphs/the-capital-of-the-state-1a2b3c4d
@@ -25,27 +20,15 @@ class ViewOptions:
 
     Only this machine can open the page, but all of its users can. Pinned nodes and supernodes are
     kept in the folder, in groups.json.
+
+    Args:
+        folder: The folder that holds graph.safetensors.
+        port: Port of the page's address; 0 chooses a free one.
+        browser: Open the page in the browser.
     """
-
-    folder: tyro.conf.Positional[Path] = dataclasses.field(kw_only=True)
-    """The folder that holds graph.safetensors."""
-    port: int = 8000
-    """Port of the page's address; 0 chooses a free one."""
-    browser: bool = True
-    """Open the page in the browser."""
-
-
-def view_command(words: Sequence[str]) -> None:
-    """Serve the page of an attribution graph until Ctrl-C."""
-    # Not `options.parse`, because that module imports all models and tasks, which takes seconds.
-    description = inspect.cleandoc(ViewOptions.__doc__ or "")
-    options = tyro.cli(ViewOptions, prog="circuits view", description=description, args=list(words))
-    with (
-        contextlib.suppress(KeyboardInterrupt),
-        open_server(options.folder, options.port) as server,
-    ):
-        text = f"{options.folder} is shown at {server.url} (Ctrl-C ends this)"
+    with contextlib.suppress(KeyboardInterrupt), open_server(folder, port) as server:
+        text = f"{folder} is shown at {server.url} (Ctrl-C ends this)"
         Console().print(text, soft_wrap=True, highlight=False, markup=False)
-        if options.browser:
+        if browser:
             webbrowser.open(server.url)
         server.serve_forever()

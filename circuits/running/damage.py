@@ -73,7 +73,7 @@ class DamageMeter:
         def measure(mine: slice) -> Tensor:
             return self.executor.map(
                 kept[mine],
-                lambda logits: self.metric.damages(logits, self.clean_logits, self.task),
+                lambda logits: self.metric.damage(logits, self.clean_logits, self.task),
             )
 
         return in_slices(len(kept), measure).cpu()

@@ -1,9 +1,7 @@
 """Task families: each draws prompt pairs of one kind."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from random import Random
 from typing import Any, ClassVar
 
@@ -27,7 +25,6 @@ class TaskFamily(ABC):
     ... class FirstName(circuits.TaskFamily):
     ...     'The first of two names is repeated.'
     ...     name = "first_name"
-    ...     metric = "logit_difference"
     ...     def draw(self, random):
     ...         first, second, other = random.sample(["Mary", "John", "Anna", "Paul", "Mark"], 3)
     ...         clean, corrupted = f"So {first} and {second}", f"So {other} and {second}"
@@ -37,51 +34,43 @@ class TaskFamily(ABC):
 
     Attributes:
         name: the name by which `load_task` finds the family.
-        metric: the name of the metric its tasks are scored by.
+        metric: the name of the metric its tasks are scored by, by default logit_difference.
     """
 
     name: ClassVar[str]
-    metric: ClassVar[str]
+    metric: ClassVar[str] = "logit_difference"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "name" not in cls.__dict__:
             return
-        # Reloading a module defines the same class again, which is not a clash.
         other = REGISTRY.get(cls.name, cls)
-        if _full_name(other) != _full_name(cls):
-            both = f"{_full_name(other)} and {_full_name(cls)}"
-            raise InputError(f"two tasks are named {cls.name!r}: {both}.")
+        first, second = [f"{each.__module__}.{each.__qualname__}" for each in (other, cls)]
+        # Reloading a module defines the same class again, which is not a clash.
+        if first != second:
+            raise InputError(f"two tasks are named {cls.name!r}: {first} and {second}.")
         REGISTRY[cls.name] = cls
 
     @abstractmethod
     def draw(self, random: Random) -> PromptPair:
         """Draw one pair. All chance comes from `random`, and nothing may depend on a model."""
 
-    def stream(self, seed: int, split: Split) -> Iterator[PromptPair]:
-        """Draw distinct pairs until the family is exhausted. Both prompts belong to `split`."""
+    def pairs(self, n: int, seed: int, split: Split) -> list[PromptPair]:
+        """Draw `n` different pairs, or all if there are fewer. Both prompts belong to `split`."""
         # Random seeds itself by the SHA-512 of a string, which is the same in every process.
         random = Random(f"{self.name}-{split}-{seed}")
-        seen: set[str] = set()
+        pairs: dict[str, PromptPair] = {}
         n_rejected = 0
-        while n_rejected < MAX_REJECTED_DRAWS:
+        while len(pairs) < n and n_rejected < MAX_REJECTED_DRAWS:
             pair = self.draw(random)
             # No text of one split may occur in the other, also as a corrupted prompt.
             splits = {split_of(pair.clean), split_of(pair.corrupted)}
-            if pair.clean in seen or splits != {split}:
+            if pair.clean in pairs or splits != {split}:
                 n_rejected += 1
                 continue
             n_rejected = 0
-            seen.add(pair.clean)
-            yield pair
-
-    def pairs(self, n: int, seed: int, split: Split) -> list[PromptPair]:
-        """The first `n` pairs of the stream, or all if there are fewer."""
-        return list(islice(self.stream(seed, split), n))
+            pairs[pair.clean] = pair
+        return list(pairs.values())
 
 
 REGISTRY: dict[str, type[TaskFamily]] = {}
-
-
-def _full_name(family: type[TaskFamily]) -> str:
-    return f"{family.__module__}.{family.__qualname__}"

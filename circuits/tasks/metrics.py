@@ -1,15 +1,14 @@
 """Metrics: from logits to one number per scored row. A metric never averages; its caller does.
 
 Values have their natural sign. A metric's `direction` says which way is worse, so that `damage`
-always grows as the output gets worse. `METRICS` holds the metrics of this module by name.
+always grows as the output gets worse.
 """
 
-import hashlib
 import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from hashlib import blake2b
 from typing import Any, Literal, get_args
 
 import torch
@@ -76,82 +75,84 @@ class Metric:
             kind = type(self.function).__name__
             source = getattr(self.function, "__qualname__", kind)
         content = f"{self.direction} {source}".encode()
-        digest = hashlib.blake2b(content, digest_size=4).hexdigest()
-        return f"{self.name} {digest}"
+        digest = blake2b(content, digest_size=4)
+        return f"{self.name} {digest.hexdigest()}"
 
     @property
     def sign(self) -> int:
         """+1 if higher values are damage, -1 if lower values are."""
         return 1 if self.direction == "higher_is_damage" else -1
 
-    def __call__(self, logits: RowLogits, clean_logits: RowLogits, task: Task) -> Values:
+    def __call__(self, logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
         """One value per scored row, in float32 or float64.
 
+        The logits of several circuits, on a leading axis, give a row of values each. They must be
+        finite, as checking them again would cost time.
+
         Raises:
-            InputError: the logits are not finite, or the metric returns NaN or another shape.
+            InputError: the logits of one circuit are not finite, or the metric returns NaN or
+                another shape.
         """
+        is_single = logits.ndim == 2
+        if not (is_single or self.vectorised):
+            values_by_circuit = [self(each, clean_logits, task) for each in logits]
+            return torch.stack(values_by_circuit)
         logits = _at_least_float32(logits)
-        check_finite(logits)
-        return self._evaluate(logits, clean_logits, task)
-
-    def damage(self, logits: RowLogits, clean_logits: RowLogits, task: Task) -> Values:
-        """The metric with the sign that makes larger values worse."""
-        return self.sign * self(logits, clean_logits, task)
-
-    def damages(self, logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
-        """The damage in each of several circuits, whose logits the caller knows to be finite."""
-        if self.vectorised:
-            return self.sign * self._evaluate(logits, clean_logits, task)
-        return torch.stack([self.damage(each, clean_logits, task) for each in logits])
-
-    def _evaluate(self, logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
-        logits, clean_logits = _at_least_float32(logits), _at_least_float32(clean_logits)
-        values: Any = self.function(logits, clean_logits, task)
-        shape = tuple(values.shape) if isinstance(values, Tensor) else None
-        if shape != logits.shape[:-1]:
-            found = type(values).__name__ if shape is None else f"shape {shape}"
+        if is_single:
+            check_finite(logits)
+        values: Any = self.function(logits, _at_least_float32(clean_logits), task)
+        expected = logits.shape[:-1]
+        is_tensor = isinstance(values, Tensor)
+        if not is_tensor or values.shape != expected:
+            found = f"shape {tuple(values.shape)}" if is_tensor else type(values).__name__
             raise InputError(
                 f"metric {self.name!r} returned {found}; it must return one number per scored "
-                f"row, shape ({logits.shape[-2]},), and leave the averaging to the caller."
+                f"row, shape ({expected[-1]},), and leave the averaging to the caller."
             )
-        if not _all_finite(values):
-            n_bad = int((~values.isfinite()).sum())
+        n_bad = _count_not_finite(values)
+        if n_bad:
             raise NotFiniteError(
                 f"metric {self.name!r} is NaN or infinite on {n_bad} of {values.numel()} scored "
                 "rows although the logits are finite; correct the metric."
             )
         return values.to(logits.dtype)
 
+    def damage(self, logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
+        """The metric with the sign that makes larger values worse."""
+        return self.sign * self(logits, clean_logits, task)
+
 
 def get_metric(metric: str | Metric | None, task: Task) -> Metric:
     """The metric of that name, or an InputError if there is none; None means the task's own."""
-    chosen = task.metric if metric is None else metric
-    if isinstance(chosen, Metric):
-        return chosen
-    if chosen not in METRICS:
+    if isinstance(metric, Metric):
+        return metric
+    name = task.metric if metric is None else metric
+    if name not in METRICS:
         names = ", ".join(METRICS)
-        raise InputError(f"no metric {chosen!r}; there are {names}, or make a circuits.Metric.")
-    return METRICS[chosen]
+        raise InputError(f"no metric {name!r}; there are {names}, or make a circuits.Metric.")
+    return METRICS[name]
 
 
 def check_finite(logits: Float[Tensor, "*rows vocab"]) -> None:
     """Raise an InputError if logits are NaN or infinite."""
-    if not _all_finite(logits):
-        n_bad = int((~logits.isfinite()).sum())
+    n_bad = _count_not_finite(logits)
+    if n_bad:
         raise NotFiniteError(
             f"{n_bad} of {logits.numel()} logits are NaN or infinite: the model overflows in its "
             "dtype; load it with dtype=torch.float32 (or torch.bfloat16, which has the same range)."
         )
 
 
-def _all_finite(values: Float[Tensor, "*rows"]) -> bool:
+def _count_not_finite(values: Float[Tensor, "*rows"]) -> int:
     # A finite sum has finite terms, and is faster to check. The sum of finite terms may overflow.
-    total = float(values.detach().sum())
-    return math.isfinite(total) or bool(values.isfinite().all())
+    if values.detach().sum().isfinite():
+        return 0
+    is_bad = ~values.isfinite()
+    return int(is_bad.sum())
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 # The docstring of each metric is its description in `circuits list`.
@@ -162,53 +163,60 @@ def kl(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
     # sum_v p_model(v) (log p_model(v) - log p_circuit(v))
     log_p_model = clean_logits.log_softmax(-1)
     log_ratio = log_p_model - logits.log_softmax(-1)
-    return (log_p_model.exp() * log_ratio).sum(-1)
+    terms = log_p_model.exp() * log_ratio
+    return terms.sum(-1)
 
 
 def logit_difference(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
     """Mean logit of the answers minus mean logit of the wrong answers."""
-    right = _gather(logits, task, "answers").sum(-1) / _count(task, "answers")
-    wrong = _gather(logits, task, "wrong_answers").sum(-1) / _count(task, "wrong_answers")
-    return right - wrong
+    # mean_{v in answers} logit(v) - mean_{v in wrong answers} logit(v)
+    right = _mean_logit(logits, task, "answers")
+    return right - _mean_logit(logits, task, "wrong_answers")
 
 
 def probability_difference(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
     """Summed probability of the answers minus that of the wrong answers."""
+    # sum_{v in answers} p(v) - sum_{v in wrong answers} p(v)
     probabilities = logits.softmax(-1)
-    right = _gather(probabilities, task, "answers").sum(-1)
-    wrong = _gather(probabilities, task, "wrong_answers").sum(-1)
-    return right - wrong
+    right = _gather(probabilities, task, "answers")
+    wrong = _gather(probabilities, task, "wrong_answers")
+    return right.sum(-1) - wrong.sum(-1)
 
 
 def negative_log_probability(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
     """Minus the log of the answers' summed probability, in nats."""
     # -log sum_{v in answers} p(v) = -logsumexp_{v in answers} log p(v); padding has p = 0
     log_probabilities = logits.log_softmax(-1)
-    return -_gather(log_probabilities, task, "answers", padding=-math.inf).logsumexp(-1)
+    of_answers = _gather(log_probabilities, task, "answers", -math.inf)
+    return -of_answers.logsumexp(-1)
 
 
 def accuracy(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
     """1 where the most likely token is an answer, else 0."""
+    # argmax_v logit(v) in answers; padding is -1, which is never predicted
     predicted = logits.argmax(-1, keepdim=True)
-    is_right = (predicted == _tokens(task, "answers")).any(-1)
-    return is_right.to(logits.dtype)
+    is_right = predicted == _tokens(task, "answers")
+    return is_right.any(-1).to(logits.dtype)
 
 
 def squared_error(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
     """Mean over the vocabulary of the squared difference to the model's logits."""
-    return (logits - clean_logits).square().mean(-1)
+    difference = logits - clean_logits
+    return difference.square().mean(-1)
 
 
-_shipped = partial(Metric, vectorised=True, shipped=True)
-_METRICS = (
-    _shipped("kl", kl, "higher_is_damage"),
-    _shipped("logit_difference", logit_difference, "lower_is_damage"),
-    _shipped("probability_difference", probability_difference, "lower_is_damage"),
-    _shipped("negative_log_probability", negative_log_probability, "higher_is_damage"),
-    _shipped("accuracy", accuracy, "lower_is_damage"),
-    _shipped("squared_error", squared_error, "higher_is_damage"),
-)
-METRICS: dict[str, Metric] = {metric.name: metric for metric in _METRICS}
+_DIRECTIONS: dict[MetricFunction, Direction] = {
+    kl: "higher_is_damage",
+    logit_difference: "lower_is_damage",
+    probability_difference: "lower_is_damage",
+    negative_log_probability: "higher_is_damage",
+    accuracy: "lower_is_damage",
+    squared_error: "higher_is_damage",
+}
+METRICS: dict[str, Metric] = {}
+for _function, _direction in _DIRECTIONS.items():
+    _name = _function.__name__
+    METRICS[_name] = Metric(_name, _function, _direction, vectorised=True, shipped=True)
 
 
 def _tokens(task: Task, kind: AnswerKind) -> AnswerTokens:
@@ -222,13 +230,20 @@ def _tokens(task: Task, kind: AnswerKind) -> AnswerTokens:
 
 
 def _gather(
-    values: CircuitLogits, task: Task, kind: AnswerKind, padding: float = 0.0
+    values: CircuitLogits,
+    task: Task,
+    kind: AnswerKind,
+    padding: float = 0.0,
 ) -> Float[Tensor, "*variant scored k"]:
     tokens = _tokens(task, kind)
     # gather needs valid indices, so it reads token 0 where the tokens are padded with -1.
-    indices = tokens.clamp(min=0).expand(*values.shape[:-1], -1)
-    return values.gather(-1, indices).masked_fill(tokens < 0, padding)
+    indices = tokens.clamp(min=0)
+    indices = indices.expand(*values.shape[:-1], -1)
+    found = values.gather(-1, indices)
+    return found.masked_fill(tokens < 0, padding)
 
 
-def _count(task: Task, kind: AnswerKind) -> Int[Tensor, " scored"]:
-    return (_tokens(task, kind) >= 0).sum(-1)
+def _mean_logit(logits: CircuitLogits, task: Task, kind: AnswerKind) -> Values:
+    total = _gather(logits, task, kind).sum(-1)
+    is_answer = _tokens(task, kind) >= 0
+    return total / is_answer.sum(-1)

@@ -1,12 +1,14 @@
 """Prompt pairs as text: the pair itself, pairs from templates and files, and the two splits."""
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from string import Formatter
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, StrictInt, ValidationError
 
 from circuits.system.errors import InputError
 from circuits.tasks.messages import shorten, suggestion
@@ -55,62 +57,52 @@ class PromptPair:
 
 
 def _as_tuple(answer: Answer) -> tuple[str, ...]:
-    if isinstance(answer, str):
-        return (answer,)
-    return () if answer is None else tuple(answer)
+    return (answer,) if isinstance(answer, str) else tuple(answer or ())
 
 
 def split_of(text: str) -> Split:
     """The split of a prompt: a hash of its text assigns half of all possible prompts to each."""
-    digest = hashlib.blake2b(text.encode(), digest_size=1).digest()
-    return "test" if digest[0] < 128 else "train"
+    digest = blake2b(text.encode(), digest_size=1)
+    return "test" if digest.digest()[0] < 128 else "train"
 
 
 def fill_template(
     template: str,
     clean: Mapping[str, str],
     corrupted: Mapping[str, str],
-    answers: tuple[Answer, Answer],
-    spans: Sequence[str],
+    answer: Answer,
+    wrong_answer: Answer,
 ) -> PromptPair:
-    """Make a pair of two fillings of a template.
+    """Make a pair of two fillings of a `str.format` template.
 
-    >>> mary, john = {"NAME": "Mary"}, {"NAME": "John"}
-    >>> fill_template("So {NAME} is", mary, john, (" she", " he"), ["NAME", "END"]).spans
-    {'NAME': (3, 7), 'END': (9, 10)}
+    >>> mary, john = {"NAME": "Mary", "role": "friend"}, {"NAME": "John", "role": "friend"}
+    >>> fill_template("So {NAME} is a {role}", mary, john, " she", " he").spans
+    {'NAME': (3, 7), 'END': (18, 19)}
 
-    Args:
-        template: a `str.format` template.
-        clean: the words that fill the fields of the clean prompt.
-        corrupted: the same for the corrupted prompt.
-        answers: the right and the wrong answer.
-        spans: the fields that are spans of the clean prompt. If there is no field "END", this
-            name means the last character of the prompt, which marks the last token.
+    The fields whose names begin with a capital letter are spans of the clean prompt. So is END: if
+    no field has this name, it is the last character of the prompt, which marks the last token.
     """
     # str.format does not say where it puts a word, so the clean prompt is put together here.
     text = ""
-    found: dict[str, CharSpan] = {}
+    spans: dict[str, CharSpan] = {}
     for literal, name, _, _ in Formatter().parse(template):
         text += literal
-        if name is not None:
-            start = len(text)
-            text += clean[name]
-            found[name] = (start, len(text))
-    last_character = (len(text) - 1, len(text))
-    found.setdefault("END", last_character)
-    kept = {name: found[name] for name in spans}
-    return PromptPair(text, template.format(**corrupted), *answers, kept)
+        if name is None:
+            continue
+        start = len(text)
+        text += clean[name]
+        if name[0].isupper():
+            spans[name] = (start, len(text))
+    end = len(text)
+    spans.setdefault("END", (end - 1, end))
+    other_text = template.format(**corrupted)
+    return PromptPair(text, other_text, answer, wrong_answer, spans)
 
 
-Converted = TypeVar("Converted")
+def read_pairs(path: str | Path, convert: Callable[[PromptPair], Any]) -> list[Any]:
+    """Read a file with one JSON object per line, and convert each prompt pair.
 
-
-def read_pairs(path: str | Path, convert: Callable[[PromptPair], Converted]) -> list[Converted]:
-    """Read a file with one JSON object per line, and convert each prompt pair. Skip empty lines.
-
-    Raises:
-        InputError: the file cannot be read or has no pairs; or a line is not a prompt pair or
-            `convert` rejects it (the message gives the line number).
+    An InputError, also one that `convert` raises, gives the line number.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -131,15 +123,21 @@ def read_pairs(path: str | Path, convert: Callable[[PromptPair], Converted]) -> 
 
 
 _EXAMPLE = 'such as {"clean": ..., "corrupted": ..., "answer": ...}'
-_ANSWER = "a string, or a list of strings if several are right"
-# What each field of a line must be.
-_FIELDS = {
-    "clean": "the prompt as a string",
-    "corrupted": "the prompt as a string",
-    "answer": _ANSWER,
-    "wrong_answer": _ANSWER,
-    "spans": "an object of name: [start, end], in characters of the clean prompt",
-}
+# JSON has lists where PromptPair has tuples; pydantic converts them.
+_Words = Annotated[tuple[str, ...], Field(min_length=1)]
+_Answer = str | _Words | None
+_Spans = dict[str, tuple[StrictInt, StrictInt]] | None
+_PROMPT = "the prompt as a string"
+_WORDS = "a string, or a list of strings if several are right"
+_SPANS = "an object of name: [start, end], in characters of the clean prompt"
+
+
+class _Line(BaseModel, extra="forbid"):
+    clean: str = Field(description=_PROMPT)
+    corrupted: str = Field(description=_PROMPT)
+    answer: _Answer = Field(None, description=_WORDS)
+    wrong_answer: _Answer = Field(None, description=_WORDS)
+    spans: _Spans = Field(None, description=_SPANS)
 
 
 def _parse(line: str) -> PromptPair:
@@ -149,33 +147,24 @@ def _parse(line: str) -> PromptPair:
         raise InputError(
             f"not JSON ({error}): {shorten(line)}; write one object per line, {_EXAMPLE}."
         ) from error
+    try:
+        fields = _Line.model_validate(content)
+    except ValidationError as error:
+        raise InputError(_problem(content, error)) from error
+    return PromptPair(**fields.model_dump(exclude_none=True))
+
+
+def _problem(content: Any, error: ValidationError) -> str:
+    known = _Line.model_fields
     if not isinstance(content, dict):
         kind = type(content).__name__
-        raise InputError(f"expected a JSON object, found {kind}; write one, {_EXAMPLE}.")
-    for name in content:
-        if name not in _FIELDS:
-            raise InputError(f"unknown field {name!r}; {suggestion(name, _FIELDS)}")
-    for name in ("clean", "corrupted"):
-        if name not in content:
-            raise InputError(f"field {name!r} is missing; give {_FIELDS[name]}.")
-    return PromptPair(**{name: _field(name, value) for name, value in content.items()})
-
-
-def _field(name: str, value: Any) -> Any:
-    # JSON has lists where PromptPair has tuples.
-    match name, value:
-        case (("clean" | "corrupted" | "answer" | "wrong_answer"), str()):
-            return value
-        case (("answer" | "wrong_answer"), None):
-            return None
-        case (("answer" | "wrong_answer"), [_, *_]) if all(isinstance(text, str) for text in value):
-            return tuple(value)
-        case "spans", None:
-            return {}
-        case "spans", dict() if all(map(_is_span, value.values())):
-            return {span: tuple(ends) for span, ends in value.items()}
-    raise InputError(f"field {name!r} is {value!r}; give {_FIELDS[name]}.")
-
-
-def _is_span(ends: Any) -> bool:
-    return isinstance(ends, list) and [type(end) for end in ends] == [int, int]
+        return f"expected a JSON object, found {kind}; write one, {_EXAMPLE}."
+    unknown = [name for name in content if name not in known]
+    if unknown:
+        return f"unknown field {unknown[0]!r}; {suggestion(unknown[0], known)}"
+    location = error.errors()[0]["loc"]
+    name = str(location[0])
+    wanted = known[name].description
+    if name not in content:
+        return f"field {name!r} is missing; give {wanted}."
+    return f"field {name!r} is {content[name]!r}; give {wanted}."

@@ -1,7 +1,7 @@
 """Tasks by name. A module in `families/` that defines a `TaskFamily` adds its task."""
 
-import dataclasses
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
@@ -38,7 +38,13 @@ def task_names() -> tuple[str, ...]:
 
 
 def load_task(
-    name: str, model: Model, *, n: int, seed: int = 0, split: str = "test", **options: Any
+    name: str,
+    model: Model,
+    *,
+    n: int,
+    seed: int = 0,
+    split: str = "test",
+    **options: Any,
 ) -> Task:
     """Load a task by name, on the device of the model.
 
@@ -108,7 +114,7 @@ def make_family(name: str, **options: Any) -> TaskFamily:
     if name not in families_by_name:
         raise InputError(f"there is no task {name!r}; {suggestion(name, families_by_name)}")
     family = families_by_name[name]
-    known = [field.name for field in dataclasses.fields(family)]
+    known = [field.name for field in fields(family)]
     for option in options:
         if option not in known:
             raise InputError(f"task {name!r} has no option {option!r}; {suggestion(option, known)}")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from circuits.models import Model
 from circuits.system.errors import InputError
 from circuits.tasks import validation
+from circuits.tasks.messages import shorten
 from circuits.tasks.prompts import PromptPair, read_pairs
 from circuits.tasks.tokenization import EncodedPair, PromptTokenizer
 
@@ -92,7 +93,11 @@ class Task:
 
     @staticmethod
     def from_jsonl(
-        path: str | Path, model: Model, *, name: str | None = None, metric: str | None = None
+        path: str | Path,
+        model: Model,
+        *,
+        name: str | None = None,
+        metric: str | None = None,
     ) -> Task:
         """Make a task from a file with one JSON object per line.
 
@@ -109,8 +114,8 @@ class Task:
             metric: as in `from_prompts`.
 
         Raises:
-            InputError: the file cannot be read, or a line cannot be used; the message gives the
-                line's number and the reason, as in `from_prompts`.
+            InputError: the file cannot be read, or a line cannot be used; the message gives its
+                number and the reason.
         """
         encoded = read_pairs(path, PromptTokenizer.of(model).encode)
         name = Path(path).stem if name is None else name
@@ -175,19 +180,21 @@ class Task:
 
     def __getitem__(self, indices: slice | Tensor | Sequence[int]) -> Task:
         """Select prompts by a slice, integers, or one boolean per prompt."""
-        chosen = indices if isinstance(indices, slice) else torch.as_tensor(indices).cpu()
+        if not isinstance(indices, slice):
+            indices = torch.as_tensor(indices).cpu()
         # Indices of prompts, whatever they were selected by.
-        index = torch.arange(len(self))[chosen]
+        index = torch.arange(len(self))[indices]
         task = self._with_tensors(lambda tensor: tensor[index.to(tensor.device)])
         if self.prompts is None:
             return task
-        prompts = [self.prompts[i] for i in index.tolist()]
+        prompts = [self.prompts[number] for number in index]
         return replace(task, prompts=tuple(prompts))
 
     @cached_property
     def mask(self) -> TokenMask:
         """True at real tokens, False at padding."""
-        positions = torch.arange(self.clean.shape[1], device=self.clean.device)
+        n_tokens = self.clean.shape[1]
+        positions = torch.arange(n_tokens, device=self.clean.device)
         return positions < self.lengths[:, None]
 
     @cached_property
@@ -198,12 +205,15 @@ class Task:
     @cached_property
     def row_answers(self) -> Int[Tensor, "scored k"] | None:
         """The right next tokens of each scored row, padded with -1."""
-        return None if self.answers is None else self.answers[self.row_prompt]
+        return self._by_row(self.answers)
 
     @cached_property
     def row_wrong_answers(self) -> Int[Tensor, "scored k_wrong"] | None:
         """The wrong next tokens of each scored row, padded with -1."""
-        return None if self.wrong_answers is None else self.wrong_answers[self.row_prompt]
+        return self._by_row(self.wrong_answers)
+
+    def _by_row(self, tokens: Tensor | None) -> Tensor | None:
+        return None if tokens is None else tokens[self.row_prompt]
 
     def to(self, device: str | torch.device | None) -> Task:
         """The same task with its tensors on `device`."""
@@ -212,21 +222,22 @@ class Task:
     def digest(self) -> str:
         """A hash of the name, the metric and every tensor; the same on every device."""
         title = f"{self.name} {self.metric}"
-        digest = hashlib.blake2b(title.encode(), digest_size=16)
-        tensors = {field: getattr(self, field) for field in TENSOR_FIELDS}
-        for span, mask in self.positions.items():
-            tensors[f"positions {span}"] = mask
+        digest = blake2b(title.encode(), digest_size=16)
+        tensors = {name: getattr(self, name) for name in TENSOR_FIELDS}
+        tensors |= {f"positions {span}": mask for span, mask in self.positions.items()}
+        # Shapes count too, as the bytes of [2, 3] and [3, 2] tensors can be the same.
         for name, tensor in sorted(tensors.items()):
             if tensor is not None:
                 digest.update(f" {name} {tuple(tensor.shape)} ".encode())
-                digest.update(tensor.cpu().contiguous().numpy().tobytes())
+                values = tensor.cpu().contiguous()
+                digest.update(values.numpy().tobytes())
         return digest.hexdigest()
 
     def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Task:
-        fields: dict[str, Any] = {name: getattr(self, name) for name in TENSOR_FIELDS}
-        for name, tensor in fields.items():
-            if tensor is not None:
-                fields[name] = change(tensor)
+        fields: dict[str, Any] = {}
+        for name in TENSOR_FIELDS:
+            tensor = getattr(self, name)
+            fields[name] = None if tensor is None else change(tensor)
         spans = {span: change(mask) for span, mask in self.positions.items()}
         return replace(self, **fields, positions=spans)
 
@@ -237,20 +248,15 @@ def task_from_encoded(
     """Make a task from encoded prompt pairs, on the device of the model."""
     if not encoded:
         raise InputError(f"task {name!r} has no prompts; give at least one PromptPair.")
+    _check_same_fields(encoded)
+    tensors = {field: _padded(field, encoded) for field in encoded[0].fields}
     prompts = tuple(each.pair for each in encoded)
-    validation.check_same_fields(prompts)
-    # Without answers these have no columns.
-    answers = _padded([each.answers for each in encoded], -1)
-    wrong_answers = _padded([each.wrong_answers for each in encoded], -1)
-    spans = {}
-    for span in prompts[0].spans:
-        spans[span] = _padded([each.spans[span] for each in encoded], False)
+    # In the order of the first pair, which sorted fields have lost.
+    spans = {span: tensors.pop(f"span {span}") for span in prompts[0].spans}
+    n_tokens = [len(each.fields["clean"]) for each in encoded]
     task = Task.from_tokens(
-        _padded([each.clean for each in encoded], 0),
-        _padded([each.corrupted for each in encoded], 0),
-        answers if answers.numel() else None,
-        wrong_answers if wrong_answers.numel() else None,
-        lengths=torch.tensor([len(each.clean) for each in encoded]),
+        **tensors,
+        lengths=torch.tensor(n_tokens),
         positions=spans,
         metric=metric,
         name=name,
@@ -258,9 +264,23 @@ def task_from_encoded(
     return replace(task, prompts=prompts).to(model.cfg.device)
 
 
-def _padded(rows: Sequence[Sequence[int]], padding: int) -> Tensor:
-    tensors = [torch.tensor(row) for row in rows]
-    return pad_sequence(tensors, batch_first=True, padding_value=padding)
+def _padded(field: str, encoded: Sequence[EncodedPair]) -> Tensor:
+    rows = [torch.tensor(each.fields[field]) for each in encoded]
+    # No token has the id -1, and no span holds padding.
+    padding = -1 if field.endswith("answers") else 0
+    return pad_sequence(rows, batch_first=True, padding_value=padding)
+
+
+def _check_same_fields(encoded: Sequence[EncodedPair]) -> None:
+    # All pairs have clean and corrupted tokens, which come first.
+    _, _, *expected = encoded[0].fields
+    for each in encoded:
+        _, _, *fields = each.fields
+        if fields != expected:
+            raise InputError(
+                f"prompt {shorten(each.pair.clean)} has the fields {fields}, and the first prompt "
+                f"{expected}; give all prompts the same fields."
+            )
 
 
 def _default_metric(answers: Tensor | None, wrong_answers: Tensor | None) -> str:

@@ -12,10 +12,9 @@ SpanIndices = Int[Tensor, "batch pos"]
 
 
 def token_spans(graph: Graph, task: Task) -> SpanIndices | None:
-    """For each token, the index of its span in `graph.positions`.
+    """For each token, the index of its span in `graph.positions`; None if edges are not split.
 
-    Returns None if the edges are not split by position. If they are split by named spans, padding
-    gets index 0.
+    Padding gets index 0 if the spans have names.
 
     Raises:
         InputError: the task lacks a span, spans share a token, or a prompt is too long.

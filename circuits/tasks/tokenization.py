@@ -28,7 +28,7 @@ _ONE_PROMPT: tuple[Any, ...] = (Integer[Tensor, " pos"], Integer[Tensor, "1 pos"
 class DoesNotFit(InputError):
     """A prompt pair that this model's tokenizer cannot represent, because of `words`."""
 
-    def __init__(self, message: str, words: Iterable[str] = ()) -> None:
+    def __init__(self, message: str, words: Iterable[str]) -> None:
         super().__init__(message)
         self.words = tuple(words)
 
@@ -38,12 +38,9 @@ class EncodedPair:
     """A prompt pair as token ids."""
 
     pair: PromptPair
-    clean: TokenIds
-    corrupted: TokenIds
-    answers: TokenIds
-    wrong_answers: TokenIds
-    # For each span, whether it holds each token of the clean prompt.
-    spans: dict[str, list[bool]]
+    # "clean", "corrupted", then "answers" and "wrong_answers" if the pair has them, as token ids;
+    # then for each "span NAME" whether it holds each token of the clean prompt.
+    fields: dict[str, Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -68,23 +65,20 @@ class PromptTokenizer:
         return PromptTokenizer(tokenizer, cfg, bos)
 
     def encode(self, pair: PromptPair) -> EncodedPair:
-        """Turn a prompt pair into tokens.
-
-        Raises:
-            DoesNotFit: an answer is not one token, lengths differ, or a word is unknown.
-            InputError: a prompt is empty or too long, an answer is right and wrong, or a span is
-                outside the prompt.
-        """
+        """Turn a prompt pair into tokens, or raise DoesNotFit or another InputError."""
         clean = self.prompt(pair.clean, "clean")
         corrupted = self.prompt(pair.corrupted, "corrupted")
+        fields: dict[str, Sequence[int]] = {"clean": clean, "corrupted": corrupted}
         both = set(pair.answers) & set(pair.wrong_answers)
         if both:
             raise InputError(
                 f"{quoted(sorted(both))} is both an answer and a wrong answer of "
                 f"{shorten(pair.clean)}; remove it from one."
             )
-        right = self._answers(pair.clean, clean, pair.answers)
-        wrong = self._answers(pair.clean, clean, pair.wrong_answers)
+        for name in ("answers", "wrong_answers"):
+            words = getattr(pair, name)
+            if words:
+                fields[name] = self._answers(pair.clean, clean, words)
         if len(clean) != len(corrupted):
             raise DoesNotFit(
                 f"the clean prompt {shorten(pair.clean)} has {len(clean)} tokens and the corrupted "
@@ -92,15 +86,10 @@ class PromptTokenizer:
                 "token, so reword one until the numbers agree.",
                 _differing_words(pair),
             )
-        return EncodedPair(pair, clean, corrupted, right, wrong, self._spans(pair))
+        return EncodedPair(pair, fields | self._spans(pair))
 
     def prompt(self, text: str, role: str = "given") -> TokenIds:
-        """Turn a prompt into tokens, with BOS where the model expects it.
-
-        Raises:
-            DoesNotFit: a word is unknown.
-            InputError: the prompt, which the message calls `role`, is empty or too long.
-        """
+        """Turn a prompt into tokens, with BOS where the model expects it. Errors name the role."""
         if not text.strip():
             raise InputError(f"a {role} prompt is empty ({text!r}); give it some text.")
         text_ids = self._ids(text)
@@ -116,24 +105,25 @@ class PromptTokenizer:
 
     def answer(self, prompt: str, word: str) -> int:
         """The single token by which `word` continues `prompt`; DoesNotFit if there is none."""
-        (token,) = self._answers(prompt, self.prompt(prompt), [word])
-        return token
+        prompt_ids = self.prompt(prompt)
+        return self._answers(prompt, prompt_ids, [word])[0]
 
-    def words(self, tokens: Sequence[int]) -> tuple[str, ...]:
+    def words(self, tokens: Sequence[int]) -> list[str]:
         """The text of each token."""
-        return tuple(self._text([token]) for token in tokens)
+        return [self._text([token]) for token in tokens]
 
     def _ids(self, text: str) -> TokenIds:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if ids and max(ids) >= self.cfg.d_vocab:
+        largest = max(ids, default=0)
+        if largest >= self.cfg.d_vocab:
             raise InputError(
-                f"the tokenizer gives token {max(ids)}, but {self.cfg.model_name} has "
+                f"the tokenizer gives token {largest}, but {self.cfg.model_name} has "
                 f"{self.cfg.d_vocab} tokens; load the tokenizer that belongs to the model."
             )
         return ids
 
     def _text(self, ids: TokenIds) -> str:
-        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     def _check_words(self, text: str) -> None:
         # Some tokenizers declare an ordinary token as the unknown token. No single word gives it.
@@ -148,8 +138,8 @@ class PromptTokenizer:
             )
 
     def _answers(self, prompt: str, prompt_ids: TokenIds, words: Sequence[str]) -> TokenIds:
-        # Two words may be the same token, or None.
         found = {word: self._answer(prompt, prompt_ids, word) for word in words}
+        # Two words may be the same token, or None.
         tokens = dict.fromkeys(found.values())
         if None in tokens:
             misfits = [word for word, token in found.items() if token is None]
@@ -162,10 +152,10 @@ class PromptTokenizer:
             )
         return [token for token in tokens if token is not None]
 
-    # The single token by which `word` continues the prompt, or None.
     def _answer(self, prompt: str, prompt_ids: TokenIds, word: str) -> int | None:
         unk_id = self.tokenizer.unk_token_id
-        *context, token = [*self.bos, *self._ids(prompt + word)]
+        continued = self._ids(prompt + word)
+        *context, token = [*self.bos, *continued]
         if context == prompt_ids and token != unk_id:
             return token
         # "17" and "33" may merge into the token "1733". The answer is still the token "33", if
@@ -173,8 +163,8 @@ class PromptTokenizer:
         alone = self._ids(word)
         if len(alone) != 1 or alone[0] == unk_id:
             return None
-        adds_word = self._text(prompt_ids + alone) == self._text(prompt_ids) + word
-        return alone[0] if adds_word else None
+        extended = self._text(prompt_ids + alone)
+        return alone[0] if extended == self._text(prompt_ids) + word else None
 
     def _spans(self, pair: PromptPair) -> dict[str, list[bool]]:
         if not pair.spans:
@@ -182,34 +172,34 @@ class PromptTokenizer:
         if not self.tokenizer.is_fast:
             name = self.cfg.model_name
             raise InputError(f"spans need a fast tokenizer, which that of {name} is not.")
-        text, spans = pair.clean, {}
+        text = pair.clean
+        # Only fast tokenizers say which characters a token stands for.
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        for name, (start, end) in pair.spans.items():
+        offsets, before = encoded["offset_mapping"], [False] * len(self.bos)
+        spans = {}
+        for name, (start, end) in sorted(pair.spans.items()):
             check_position_name(name)
             # A token belongs to a span when it overlaps it. BOS is not part of the text.
-            overlaps = [first < end and start < last for first, last in encoded["offset_mapping"]]
+            overlaps = [first < end and start < last for first, last in offsets]
             is_inside = 0 <= start < end <= len(text)
             if not is_inside or not any(overlaps):
                 raise InputError(
                     f"span {name!r} = {(start, end)} holds no token of {shorten(text)}; "
                     f"give (start, end) in characters, 0 <= start < end <= {len(text)}."
                 )
-            spans[name] = [False] * len(self.bos) + overlaps
+            spans[f"span {name}"] = before + overlaps
         return spans
 
 
 def prompt_tokens(model: Model, prompt: str | Sequence[int] | PromptTokens) -> PromptTokens:
-    """Token ids of one prompt, on the CPU.
+    """Token ids of one prompt, on the CPU, or an InputError if it cannot be used.
 
-    Args:
-        prompt: text, to which BOS is added where the model expects it; or token ids, also as a
-            batch of one prompt, which are used as given.
-
-    Raises:
-        InputError: the text cannot be tokenized, or the ids are not integers of one prompt.
+    BOS is added to text where the model expects it. Token ids, also as a batch of one prompt, are
+    used as given.
     """
     if isinstance(prompt, str):
-        return torch.tensor(PromptTokenizer.of(model).prompt(prompt))
+        encoder = PromptTokenizer.of(model)
+        return torch.tensor(encoder.prompt(prompt))
     try:
         tokens = torch.as_tensor(prompt).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -223,7 +213,7 @@ def prompt_tokens(model: Model, prompt: str | Sequence[int] | PromptTokens) -> P
     return tokens.reshape(-1).long()
 
 
-def _differing_words(pair: PromptPair) -> Iterable[str]:
+def _differing_words(pair: PromptPair) -> list[str]:
     clean, corrupted = pair.clean.split(), pair.corrupted.split()
-    shared = set(clean) & set(corrupted)
-    return dict.fromkeys(word for word in clean + corrupted if word not in shared)
+    differing = set(clean) ^ set(corrupted)
+    return [word for word in clean + corrupted if word in differing]

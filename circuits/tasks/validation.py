@@ -1,10 +1,9 @@
 """Checks of what a `Task` is made from. They raise `InputError`, as the input comes from users.
 
-A check of a tensor returns it in the form that `Task` keeps: int64 or bool, on the device of
-`clean`. `Task` annotates the shapes of its fields, so these checks are the only ones at run time.
+They return tensors in the form that `Task` keeps: int64 or bool, on the device of `clean`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,23 +13,21 @@ from torch.nn.functional import one_hot
 
 from circuits.graph.nodes import check_position_name
 from circuits.system.errors import InputError
-from circuits.tasks.messages import shorten
-from circuits.tasks.prompts import PromptPair
 
+Masks = Mapping[str, Tensor]
 _KINDS: dict[str, Any] = {"integers": Integer, "booleans": Bool}
 
 
 def check_prompts(clean: Tensor, corrupted: Tensor) -> tuple[Tensor, Tensor]:
     """Clean and corrupted token ids have the same shape."""
-    for name, tokens in (("clean", clean), ("corrupted", corrupted)):
-        _require(name, tokens, "integers", "batch pos")
-        _require_range(name, tokens, lowest=0)
+    clean = _integers("clean", clean, "batch pos", lowest=0)
+    corrupted = _integers("corrupted", corrupted, "batch pos", lowest=0)
     if clean.shape != corrupted.shape:
         raise InputError(
             f"clean has shape {tuple(clean.shape)} and corrupted {tuple(corrupted.shape)}; "
             "they are compared token by token, so give the same number of prompts and tokens."
         )
-    return clean.long(), corrupted.to(clean.device).long()
+    return clean, corrupted.to(clean.device)
 
 
 def check_lengths(lengths: Tensor | None, clean: Tensor) -> Tensor:
@@ -38,9 +35,8 @@ def check_lengths(lengths: Tensor | None, clean: Tensor) -> Tensor:
     batch, pos = clean.shape
     if lengths is None:
         return torch.full((batch,), pos, device=clean.device)
-    _require("lengths", lengths, "integers", f"{batch}")
-    _require_range("lengths", lengths, lowest=1, highest=pos)
-    return lengths.to(clean.device).long()
+    lengths = _integers("lengths", lengths, f"{batch}", lowest=1, highest=pos)
+    return lengths.to(clean.device)
 
 
 def check_answers(name: str, tokens: Tensor | None, clean: Tensor) -> Tensor | None:
@@ -48,14 +44,13 @@ def check_answers(name: str, tokens: Tensor | None, clean: Tensor) -> Tensor | N
     if tokens is None:
         return None
     batch = len(clean)
-    _require(name, tokens, "integers", f"{batch}", f"{batch} k")
+    tokens = _integers(name, tokens, f"{batch}", f"{batch} k", lowest=-1)
     # [batch] answers are the case k = 1.
-    by_prompt = tokens.reshape(batch, -1)
-    _require_range(name, by_prompt, lowest=-1)
-    without = (by_prompt < 0).all(1).nonzero()
+    tokens = tokens.reshape(batch, -1).to(clean.device)
+    without = (tokens < 0).all(1).nonzero()
     if len(without):
         raise InputError(f"{name} is empty for prompt {int(without[0])}; give it a token.")
-    return by_prompt.to(clean.device).long()
+    return tokens
 
 
 def check_scored(answer_positions: Tensor | None, clean: Tensor, lengths: Tensor) -> Tensor:
@@ -65,47 +60,29 @@ def check_scored(answer_positions: Tensor | None, clean: Tensor, lengths: Tensor
     # By default the last real token is scored.
     scored = lengths - 1 if answer_positions is None else answer_positions
     if scored.dtype != torch.bool:
-        _require(name, scored, "integers", f"{batch}")
-        _require_range(name, scored, lowest=0, highest=pos - 1)
-        scored = one_hot(scored.long(), pos).bool()
-    scored = _check_mask(name, scored, clean, lengths)
+        scored = _integers(name, scored, f"{batch}", lowest=0, highest=pos - 1)
+        scored = one_hot(scored, pos).bool()
+    scored = _mask(name, scored, lengths, pos)
     without = (~scored.any(1)).nonzero()
     if len(without):
         raise InputError(f"prompt {int(without[0])} has no scored position; set {name} in it.")
     return scored
 
 
-def check_spans(spans: Mapping[str, Tensor], clean: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+def check_spans(spans: Masks, clean: Tensor, lengths: Tensor) -> Masks:
     """The names of spans can be written in node names, and their tokens are real."""
     checked = {}
     for name, mask in spans.items():
         check_position_name(name)
-        checked[name] = _check_mask(f"span {name!r}", mask, clean, lengths)
+        checked[name] = _mask(f"span {name!r}", mask, lengths, clean.shape[1])
     return checked
 
 
-def check_same_fields(pairs: Sequence[PromptPair]) -> None:
-    """All pairs have the same fields: answers, wrong answers and spans."""
-    expected = _given_fields(pairs[0])
-    for pair in pairs:
-        fields = _given_fields(pair)
-        if fields != expected:
-            raise InputError(
-                f"prompt {shorten(pair.clean)} has the fields {fields}, and the first prompt "
-                f"{expected}; give all prompts the same fields."
-            )
-
-
-def _given_fields(pair: PromptPair) -> list[str]:
-    fields = [name for name in ("answers", "wrong_answers") if getattr(pair, name)]
-    return fields + [f"span {name}" for name in sorted(pair.spans)]
-
-
-def _check_mask(name: str, mask: Tensor, clean: Tensor, lengths: Tensor) -> Tensor:
-    batch, pos = clean.shape
-    _require(name, mask, "booleans", f"{batch} {pos}")
-    mask = mask.to(clean.device)
-    is_padding = torch.arange(pos, device=clean.device) >= lengths[:, None]
+def _mask(name: str, mask: Tensor, lengths: Tensor, pos: int) -> Tensor:
+    _require(name, mask, "booleans", f"{len(lengths)} {pos}")
+    mask = mask.to(lengths.device)
+    positions = torch.arange(pos, device=lengths.device)
+    is_padding = positions >= lengths[:, None]
     marked_padding = (mask & is_padding).nonzero()
     if len(marked_padding):
         prompt, position = marked_padding[0].tolist()
@@ -116,20 +93,29 @@ def _check_mask(name: str, mask: Tensor, clean: Tensor, lengths: Tensor) -> Tens
     return mask
 
 
-def _require(name: str, tensor: Tensor, kind: str, *shapes: str) -> None:
-    # Shapes are in jaxtyping's notation, such as "3 k". Its types check dtype and shape at once.
-    allowed = [_KINDS[kind][Tensor, shape] for shape in shapes]
-    is_empty = tensor.numel() == 0
-    if is_empty or not any(isinstance(tensor, each) for each in allowed):
-        found = f"shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
-        wanted = " or ".join(f"[{shape.replace(' ', ', ')}]" for shape in shapes)
-        also = ", with no axis of size 0" if is_empty else ""
-        raise InputError(f"{name} has {found}; give {kind} {wanted}{also}.")
-
-
-def _require_range(name: str, values: Tensor, *, lowest: int, highest: int | None = None) -> None:
-    smallest, largest = values.min().item(), values.max().item()
+def _integers(
+    name: str,
+    values: Tensor,
+    *shapes: str,
+    lowest: int,
+    highest: int | None = None,
+) -> Tensor:
+    _require(name, values, "integers", *shapes)
+    smallest, largest = map(int, values.aminmax())
     if smallest < lowest:
         raise InputError(f"{name} holds {smallest}; the smallest valid value is {lowest}.")
     if highest is not None and largest > highest:
         raise InputError(f"{name} holds {largest}; the largest valid value is {highest}.")
+    return values.long()
+
+
+def _require(name: str, tensor: Tensor, kind: str, *shapes: str) -> None:
+    # Shapes are in jaxtyping's notation, such as "3 k". Its types check dtype and shape at once.
+    types = [_KINDS[kind][Tensor, shape] for shape in shapes]
+    fits = [isinstance(tensor, each) for each in types]
+    is_empty = tensor.numel() == 0
+    if is_empty or not any(fits):
+        found = f"shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
+        wanted = " or ".join(f"[{shape.replace(' ', ', ')}]" for shape in shapes)
+        also = ", with no axis of size 0" if is_empty else ""
+        raise InputError(f"{name} has {found}; give {kind} {wanted}{also}.")

@@ -4,7 +4,6 @@ A docstring describes a function's arguments in order; the model names the third
 """
 
 from dataclasses import dataclass
-from itertools import islice
 from random import Random
 
 from circuits.system.errors import InputError
@@ -12,11 +11,11 @@ from circuits.tasks.families.words import COMMON
 from circuits.tasks.family import TaskFamily
 from circuits.tasks.prompts import PromptPair, fill_template
 
-TEMPLATE = '''def {function}(self, {before}{A_def}, {B_def}, {C_def}{after}):
-    """{summary}
+TEMPLATE = '''def {0}(self, {arguments}):
+    """{1} {2} {3}
 
-    :param {A_doc}: {A_description}
-    :param {B_doc}: {B_description}
+    :param {{A_doc}}: {4} {5}
+    :param {{B_doc}}: {6} {7}
     :param'''
 # A, B and C are the described arguments, in the definition and in the docstring.
 FIELDS = ("A_def", "B_def", "C_def", "A_doc", "B_doc")
@@ -36,7 +35,6 @@ class Docstring(TaskFamily):
     """
 
     name = "docstring"
-    metric = "logit_difference"
     before: int = 2
     after: int = 1
 
@@ -47,24 +45,21 @@ class Docstring(TaskFamily):
                 raise InputError(f"docstring with {option}={value}: choose a number from 0 to 20.")
 
     def draw(self, random: Random) -> PromptPair:
-        """Draw one pair, with spans END, A_def, B_def, C_def, A_doc and B_doc."""
+        """Draw one pair, with spans A_def, B_def, C_def, A_doc, B_doc and END."""
         n_words = 16 + self.before + self.after
-        words = iter(random.sample(COMMON, n_words))
-        setting = {
-            "function": next(words),
-            "summary": " ".join(islice(words, 3)),
-            "A_description": " ".join(islice(words, 2)),
-            "B_description": " ".join(islice(words, 2)),
-        }
-        *described, answer = islice(words, 3)
-        others = list(islice(words, 5))
-        before, after = list(islice(words, self.before)), list(words)
-        setting["before"] = "".join(f"{word}, " for word in before)
-        setting["after"] = "".join(f", {word}" for word in after)
+        words = random.sample(COMMON, n_words)
+        # The first eight words fill the numbered blanks.
+        *described, answer = words[8:11]
+        others = words[11:16]
+        undescribed = words[16:]
+        before = undescribed[: self.before]
+        after = undescribed[self.before :]
+        arguments = [*before, "{A_def}", "{B_def}", "{C_def}", *after]
+        template = TEMPLATE.format(*words, arguments=", ".join(arguments))
         # The definition and the docstring name the same arguments only in the clean prompt.
         named = [*described, answer, *described]
-        clean = setting | dict(zip(FIELDS, named, strict=True))
-        corrupted = setting | dict(zip(FIELDS, others, strict=True))
-        wrong = tuple(f" {word}" for word in before + described + after + others)
-        answers = (f" {answer}", wrong)
-        return fill_template(TEMPLATE, clean, corrupted, answers, ("END", *FIELDS))
+        clean = dict(zip(FIELDS, named, strict=True))
+        corrupted = dict(zip(FIELDS, others, strict=True))
+        wrong = before + described + after + others
+        wrong_answers = tuple(f" {word}" for word in wrong)
+        return fill_template(template, clean, corrupted, f" {answer}", wrong_answers)

@@ -30,16 +30,16 @@ class GenderedPronoun(TaskFamily):
     """
 
     name = "gendered_pronoun"
-    metric = "logit_difference"
 
     def draw(self, random: Random) -> PromptPair:
         """Draw one pair, with spans NAME and END."""
         template = random.choice(TEMPLATES)
-        setting = {name: random.choice(words) for name, words in WORDS.items()}
-        people = [(random.choice(WOMEN), " she"), (random.choice(MEN), " he")]
+        setting = {}
+        for name, words in WORDS.items():
+            setting[name] = random.choice(words)
+        woman = setting | {"NAME": random.choice(WOMEN)}
+        man = setting | {"NAME": random.choice(MEN)}
         # Half of the clean prompts are about a man.
         if random.random() < 0.5:
-            people.reverse()
-        (name, right), (other_name, wrong) = people
-        clean, corrupted = setting | {"NAME": name}, setting | {"NAME": other_name}
-        return fill_template(template, clean, corrupted, (right, wrong), ("NAME", "END"))
+            return fill_template(template, man, woman, " he", " she")
+        return fill_template(template, woman, man, " she", " he")

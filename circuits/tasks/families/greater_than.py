@@ -19,6 +19,7 @@ NOUNS = (
     "era period"
 ).split()
 CENTURIES = range(11, 18)
+ENDINGS = tuple(f"{year:02d}" for year in range(100))
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,9 @@ class GreaterThan(TaskFamily):
         noun = random.choice(NOUNS)
         century = str(random.choice(CENTURIES))
         year = random.randint(2, 98)
-        endings = tuple(f"{ending:02d}" for ending in range(100))
-        # `endings[i]` is the text of i. Every ending above the year is right.
-        wrong, right = endings[: year + 1], endings[year + 1 :]
-        clean = {"NOUN": noun, "XX1": century, "YY": endings[year], "END": century}
-        corrupted = clean | {"YY": "01"}
-        spans = ("NOUN", "XX1", "YY", "END")
-        return fill_template(TEMPLATE, clean, corrupted, (right, wrong), spans)
+        clean = {"NOUN": noun, "XX1": century, "YY": ENDINGS[year], "END": century}
+        corrupted = clean | {"YY": ENDINGS[1]}
+        # Every ending above the year is right.
+        first_right = year + 1
+        right, wrong = ENDINGS[first_right:], ENDINGS[:first_right]
+        return fill_template(TEMPLATE, clean, corrupted, right, wrong)

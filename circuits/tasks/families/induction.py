@@ -11,8 +11,6 @@ from circuits.tasks.families.words import COMMON
 from circuits.tasks.family import TaskFamily
 from circuits.tasks.prompts import PromptPair, fill_template
 
-TEMPLATE = "{before} {A1} {B} {after} {A2}"
-
 
 @dataclass(frozen=True)
 class Induction(TaskFamily):
@@ -26,7 +24,6 @@ class Induction(TaskFamily):
     """
 
     name = "induction"
-    metric = "logit_difference"
     length: int = 12
 
     def __post_init__(self) -> None:
@@ -36,15 +33,16 @@ class Induction(TaskFamily):
 
     def draw(self, random: Random) -> PromptPair:
         """Draw one pair, with spans A1, B and END (the second A)."""
-        *words, other = random.sample(COMMON, self.length + 1)
+        n_words = self.length + 1
+        *words, other = random.sample(COMMON, n_words)
         # The first word cannot be A, as it has no leading space. At least one word separates B
         # from the second A.
         index = random.randrange(1, self.length - 2)
         repeated, answer = words[index : index + 2]
-        before, after = words[:index], words[index + 2 :]
-        clean = {"A1": repeated, "B": answer, "A2": repeated}
-        clean |= {"before": " ".join(before), "after": " ".join(after)}
+        before = words[:index]
+        after = words[index + 2 :]
+        template = " ".join([*before, "{A1}", "{B}", *after, "{again}"])
+        clean = {"A1": repeated, "B": answer, "again": repeated}
         corrupted = clean | {"A1": other}
-        wrong = tuple(f" {word}" for word in before + after)
-        answers = (f" {answer}", wrong)
-        return fill_template(TEMPLATE, clean, corrupted, answers, ("A1", "B", "END"))
+        wrong_answers = tuple(f" {word}" for word in before + after)
+        return fill_template(template, clean, corrupted, f" {answer}", wrong_answers)

@@ -15,7 +15,8 @@ NAMES = (*WOMEN, *MEN)
 PLACES = "store garden restaurant school hospital office house station".split()
 OBJECTS = "ring kiss bone basketball computer necklace drink snack".split()
 
-ABBA, BABA = ("IO", "S1", "S2"), ("S1", "IO", "S2")
+ABBA = ("IO", "S1", "S2")
+BABA = ("S1", "IO", "S2")
 # The three blanks are filled in the order ABBA or BABA.
 TEMPLATES = (
     "Then, {} and {} went to the {place}. {} gave a {object} to",
@@ -44,7 +45,6 @@ class IOI(TaskFamily):
     """
 
     name = "ioi"
-    metric = "logit_difference"
     corruption: str = "abc"
 
     def __post_init__(self) -> None:
@@ -54,26 +54,20 @@ class IOI(TaskFamily):
 
     def draw(self, random: Random) -> PromptPair:
         """Draw one pair, with spans S2, IO, S1, S1+1 (the token after S1) and END."""
-        random_template = random.choice(TEMPLATES)
-        setting = {"place": random.choice(PLACES), "object": random.choice(OBJECTS)}
+        template = random.choice(TEMPLATES)
+        place = random.choice(PLACES)
+        thing = random.choice(OBJECTS)
         io, subject, *others = random.sample(NAMES, 5)
         fields = ABBA if random.random() < 0.5 else BABA
         # Fill everything but the names; their blanks become fields such as {IO}.
         blanks = [f"{{{field}}}" for field in fields]
-        template = random_template.format(*blanks, **setting)
+        template = template.format(*blanks, place=place, object=thing)
         clean = {"IO": io, "S1": subject, "S2": subject}
         corrupted = clean | {"S2": io}
         if self.corruption == "abc":
             corrupted = dict(zip(fields, others, strict=True))
-        answers = (f" {io}", f" {subject}")
-        pair = fill_template(template, clean, corrupted, answers, ("S2", "IO", "S1", "END"))
-        return _with_token_after_s1(pair)
-
-
-def _with_token_after_s1(pair: PromptPair) -> PromptPair:
-    spans = dict(pair.spans)
-    _, s1_end = spans["S1"]
-    # A space follows S1, then a word, whose first character marks its first token.
-    after_s1 = (s1_end + 1, s1_end + 2)
-    spans |= {"S1+1": after_s1, "END": spans.pop("END")}
-    return replace(pair, spans=spans)
+        pair = fill_template(template, clean, corrupted, f" {io}", f" {subject}")
+        # A space follows S1, then a word, whose first character marks its first token.
+        _, s1_end = pair.spans["S1"]
+        after_s1 = (s1_end + 1, s1_end + 2)
+        return replace(pair, spans={**pair.spans, "S1+1": after_s1})

@@ -30,7 +30,7 @@ Washington: Olympia, Seattle, Spokane, Tacoma; Wisconsin: Madison, Milwaukee, Ke
 Wyoming: Cheyenne, Laramie, Casper
 """
 STATES: dict[str, tuple[str, tuple[str, ...]]] = {}
-for _row in _TABLE.replace("\n", " ").split(";"):
+for _row in _TABLE.split(";"):
     _state, _cities = _row.strip().split(": ")
     _capital, *_others = _cities.split(", ")
     STATES[_state] = (_capital, tuple(_others))
@@ -55,14 +55,12 @@ class TwoHop(TaskFamily):
     """
 
     name = "two_hop"
-    metric = "logit_difference"
 
     def draw(self, random: Random) -> PromptPair:
         """Draw one pair, with spans CITY and END."""
         template = random.choice(TEMPLATES)
-        state, other_state = random.sample(list(STATES.values()), 2)
-        (capital, cities), (other_capital, other_cities) = state, other_state
+        states = list(STATES.values())
+        (capital, cities), (other_capital, other_cities) = random.sample(states, 2)
         clean = {"CITY": random.choice(cities)}
         corrupted = {"CITY": random.choice(other_cities)}
-        answers = (f" {capital}", f" {other_capital}")
-        return fill_template(template, clean, corrupted, answers, ("CITY", "END"))
+        return fill_template(template, clean, corrupted, f" {capital}", f" {other_capital}")

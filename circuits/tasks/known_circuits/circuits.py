@@ -1,11 +1,8 @@
 """Known circuits: hand-wired transformers, each with a task and the true edges of its circuit.
 
-The edges are true by construction (see `circuits.tasks.known_circuits.wiring`). Finding them is
-therefore evidence that a method is right, which agreement with a patching method would not be.
-
-Not every true edge can be found. Resampling changes nothing where a node's output is the same in
-every prompt, and ablating a single edge shows nothing where another edge does the same work.
-`KnownCircuit.minimal` holds the edges that remain for each ablation; `known_circuit` says why.
+The edges are true by construction (see `wiring`), so finding them is evidence that a method is
+right. Not every true edge can be found: resampling changes nothing where a node's output is the
+same in every prompt, and ablating one edge shows nothing where another does the same work.
 """
 
 from collections.abc import Mapping
@@ -16,7 +13,7 @@ import torch
 from circuits.models import Model, build_model
 from circuits.system.errors import InputError
 from circuits.tasks.known_circuits.recipes import RECIPES
-from circuits.tasks.known_circuits.wiring import Wiring, rotated
+from circuits.tasks.known_circuits.wiring import rotated
 from circuits.tasks.task import Task
 
 # The attention score of an attended position minus that of the others.
@@ -35,16 +32,15 @@ class KnownCircuit:
 
     Attributes:
         model: the hand-wired model, without a tokenizer.
-        task: the prompts, scored by `squared_error`. It has no answers, and KL is always zero for
-            a single logit. The gradient of the squared error vanishes at the clean run, so
-            gradient methods need another metric there, such as the mean of logits * clean_logits.
+        task: the prompts, scored by `squared_error`: there are no answers, and the KL of a single
+            logit is zero. Its gradient vanishes at the clean run, so gradient methods need another
+            metric, such as the mean of logits * clean_logits.
         edges: every edge of the computation, true by construction. They are edges of
             `component_graph(model, split_embed=True)`.
         minimal: for the ablations "resample" and "zero", the edges that remain when edges are
-            removed from the logits up for as long as the output does not change (as in ACDC with
-            a small threshold, the most downstream sources first). Score a method that ablates
-            against these: recall against `edges` penalises it for edges that its ablation
-            cannot show.
+            removed from the logits up while the output does not change (as in ACDC with a small
+            threshold, the most downstream sources first). Score a method that ablates against
+            these, as its ablation cannot show the others.
     """
 
     model: Model
@@ -115,28 +111,24 @@ def known_circuit(
     """
     if name not in RECIPES:
         raise InputError(f"there is no known circuit {name!r}; there are {', '.join(RECIPES)}.")
-    _check_options(decoys, leak, n_prompts)
-    recipe = RECIPES[name]
-    sharpness = SOFT if soft else SHARP
-    wiring = Wiring(recipe.sizes, recipe.subspaces, sharpness)
-    recipe.wire(wiring)
-    # The prompts have a generator of their own, so that they do not depend on these options.
-    generator = torch.Generator().manual_seed(seed)
-    weights = wiring.with_decoys(generator, leak) if decoys else wiring.weights
-    if rotate:
-        weights = rotated(weights, generator)
-    name = f"known-{name}"
-    config = {**wiring.config, "model_name": name}
-    model = build_model(config, weights, device=device)
-    edges = tuple(map(str, wiring.edges))
-    task = recipe.task(name, n_prompts, seed)
-    return KnownCircuit(model, task, edges, recipe.minimal(edges))
-
-
-def _check_options(decoys: bool, leak: float, n_prompts: int) -> None:
     if not 0 <= leak < 1:
         raise InputError(f"leak={leak} is out of range: give at least 0 and less than 1.")
     if leak and not decoys:
         raise InputError(f"leak={leak} needs decoys, which leak; use decoys=True or leak=0.")
     if n_prompts < 1:
         raise InputError(f"n_prompts={n_prompts}: a task needs at least one prompt.")
+    recipe = RECIPES[name]
+    wiring = recipe.wire(SOFT if soft else SHARP)
+    # The prompts have a generator of their own, so that they do not depend on these options.
+    generator = torch.Generator().manual_seed(seed)
+    weights = wiring.weights
+    if decoys:
+        weights = wiring.with_decoys(generator, leak)
+    if rotate:
+        weights = rotated(weights, generator)
+    # Run folders and error messages show the name.
+    config = {**wiring.config, "model_name": f"known-{name}"}
+    model = build_model(config, weights, device=device)
+    edges = tuple(map(str, wiring.edges))
+    task = recipe.task(config, n_prompts, seed)
+    return KnownCircuit(model, task, edges, recipe.minimal(edges))

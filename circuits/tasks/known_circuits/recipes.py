@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,53 +18,79 @@ COUNTED = YES = 1
 NO = 2
 ONE = torch.ones(1, 1)
 
+# Under TransformerLens's names. Induction has more positions than words, so that some word is
+# repeated in each prompt, and its previous-token head has a dimension for every position.
+INDUCTION_SIZES = dict(n_layers=2, n_heads=4, d_head=11, n_ctx=11, d_vocab=9, d_vocab_out=9)
+PROPORTION_SIZES = dict(n_layers=2, n_heads=2, d_head=4, d_mlp=6, n_ctx=7, d_vocab=5, d_vocab_out=1)
+GATE_SIZES = dict(n_layers=1, n_heads=4, d_head=4, d_mlp=4, n_ctx=6, d_vocab=6, d_vocab_out=1)
 
-def _wire_induction(wiring: Wiring) -> None:
-    _wire_previous_token_head(wiring)
-    n_tokens = wiring.config["d_vocab"]
+
+def _wire_induction(sharpness: float) -> Wiring:
+    n_tokens, n_positions = INDUCTION_SIZES["d_vocab"], INDUCTION_SIZES["n_ctx"]
+    widths = {"previous": n_tokens, "copied": n_tokens}
+    wiring = Wiring(INDUCTION_SIZES, widths, sharpness)
     tokens = torch.eye(n_tokens)
+    here = {POSITION: torch.eye(n_positions)}
+    # k at position j equals q at position j + 1, which thus attends to j.
+    one_later = torch.diag(torch.ones(n_positions - 1), 1)
+    before = {POSITION: one_later}
+    wiring.head(Head(0, 1), "previous", q=here, k=before, v={TOKEN: tokens})
+    _wire_induction_head(wiring, tokens)
+    wiring.unembed({"copied": tokens})
+    return wiring
+
+
+def _wire_induction_head(wiring: Wiring, tokens: Tensor) -> None:
+    n_tokens = len(tokens)
     words = tokens.clone()
     words[BOS] = 0
-    # a1.h2 attends to positions whose previous token is the current one. One more dimension lets
+    # The head attends to positions whose previous token is the current one. One more dimension lets
     # it attend to BOS, whose value is zero, if there is no such position: there q is always 1,
     # and k is half a match at BOS.
     half_at_bos = torch.zeros(n_tokens, n_tokens + 1)
     half_at_bos[BOS, -1] = 0.5
     always = torch.eye(n_tokens + 1)[-1]
-    keys = {"previous": words, TOKEN: half_at_bos}
-    values = {TOKEN: words}
-    wiring.head(Head(1, 2), q={TOKEN: tokens}, b_q=always, k=keys, v=values, writes="copied")
-    wiring.unembed({"copied": tokens})
+    wiring.head(
+        Head(1, 2),
+        "copied",
+        q={TOKEN: tokens},
+        b_q=always,
+        k={"previous": words, TOKEN: half_at_bos},
+        v={TOKEN: words},
+    )
 
 
-def _wire_previous_token_head(wiring: Wiring) -> None:
-    n_positions = wiring.config["n_ctx"]
-    # k at position j equals q at position j + 1, which thus attends to j.
-    one_later = torch.diag(torch.ones(n_positions - 1), 1)
-    queries = {POSITION: torch.eye(n_positions)}
-    values = {TOKEN: torch.eye(wiring.config["d_vocab"])}
-    wiring.head(Head(0, 1), q=queries, k={POSITION: one_later}, v=values, writes="previous")
-
-
-def _wire_proportion(wiring: Wiring) -> None:
+def _wire_proportion(sharpness: float) -> Wiring:
+    widths = {"counted": 1, "share": 1}
+    wiring = Wiring(PROPORTION_SIZES, widths, sharpness)
     # m0 marks the counted word, and a1.h0 averages the marks of the positions so far.
-    is_counted = {TOKEN: _one_at(COUNTED, wiring.config["d_vocab"])}
-    wiring.mlp(MLP(0), reads=is_counted, bias=torch.zeros(1), output=ONE, writes="counted")
-    wiring.head(Head(1, 0), q={}, k={}, v={"counted": ONE}, writes="share")
+    is_counted = {TOKEN: _one_at(COUNTED, PROPORTION_SIZES["d_vocab"])}
+    no_bias = torch.zeros(1)
+    wiring.mlp(MLP(0), "counted", reads=is_counted, bias=no_bias, output=ONE)
+    wiring.head(Head(1, 0), "share", q={}, k={}, v={"counted": ONE})
     wiring.unembed({"share": ONE})
+    return wiring
 
 
-def _wire_gate(wiring: Wiring, bias: Tensor, output: Tensor) -> None:
-    # The value of a bit is 1 at the token YES and 0 at others.
-    is_yes = {TOKEN: _one_at(YES, wiring.config["d_vocab"])}
-    for bit, position, head in (("first", 1, 0), ("second", 2, 3)):
-        # From every position, the head attends to the position of its bit.
-        there = {POSITION: _one_at(position, wiring.config["n_ctx"])}
-        wiring.head(Head(0, head), q={}, b_q=ONE[0], k=there, v=is_yes, writes=bit)
+def _wire_gate(bias: Tensor, output: Tensor, sharpness: float) -> Wiring:
+    widths = {"first": 1, "second": 1, "gate": 1}
+    wiring = Wiring(GATE_SIZES, widths, sharpness)
+    # From every position, a0.h0 attends to position 1, and a0.h3 to position 2.
+    _wire_bit(wiring, Head(0, 0), "first", 1)
+    _wire_bit(wiring, Head(0, 3), "second", 2)
     # Every neuron reads the sum of the two bits.
-    both = dict.fromkeys(("first", "second"), torch.ones(1, len(bias)))
-    wiring.mlp(MLP(0), reads=both, bias=bias, output=output, writes="gate")
+    to_every_neuron = torch.ones(1, len(bias))
+    both = {"first": to_every_neuron, "second": to_every_neuron}
+    wiring.mlp(MLP(0), "gate", reads=both, bias=bias, output=output)
     wiring.unembed({"gate": ONE})
+    return wiring
+
+
+def _wire_bit(wiring: Wiring, head: Head, bit: str, position: int) -> None:
+    there = {POSITION: _one_at(position, GATE_SIZES["n_ctx"])}
+    # The value of a bit is 1 at the token YES and 0 at others.
+    is_yes = {TOKEN: _one_at(YES, GATE_SIZES["d_vocab"])}
+    wiring.head(head, bit, q={}, b_q=ONE[0], k=there, v=is_yes)
 
 
 def _one_at(index: int, size: int) -> Float[Tensor, "size 1"]:
@@ -74,12 +101,8 @@ def _one_at(index: int, size: int) -> Float[Tensor, "size 1"]:
 class Recipe:
     """How one known circuit is made. Its prompts are BOS and random words, the tokens from 1 up."""
 
-    # Sets the weights.
-    wire: Callable[[Wiring], None]
-    # The sizes of the model, under TransformerLens's names. Prompts have n_ctx tokens.
-    sizes: Mapping[str, int]
-    # Name and width of each subspace that a component writes.
-    subspaces: Mapping[str, int]
+    # Makes the model for a given sharpness of attention. Prompts have n_ctx tokens.
+    wire: Callable[[float], Wiring]
     # For each ablation, the true edges that the minimal circuit lacks.
     not_found: Mapping[str, tuple[str, ...]]
     # The first scored position; all later ones are scored too.
@@ -88,20 +111,20 @@ class Recipe:
     clean_words: Mapping[int, int] = field(default_factory=dict)
     corrupted_words: Mapping[int, int] = field(default_factory=dict)
 
-    def task(self, name: str, n_prompts: int, seed: int) -> Task:
+    def task(self, config: Mapping[str, Any], n_prompts: int, seed: int) -> Task:
         """Random prompts; the corrupted ones are drawn independently of the clean ones."""
         generator = torch.Generator().manual_seed(seed)
-        shape = (n_prompts, self.sizes["n_ctx"])
+        shape = (n_prompts, config["n_ctx"])
         prompts = []
-        # Other words than the fixed ones are random.
         for fixed_words in (self.clean_words, self.corrupted_words):
-            tokens = torch.randint(1, self.sizes["d_vocab"], shape, generator=generator)
-            tokens[:, 0] = BOS
-            for position, word in fixed_words.items():
+            tokens = torch.randint(1, config["d_vocab"], shape, generator=generator)
+            for position, word in {0: BOS, **fixed_words}.items():
                 tokens[:, position] = word
             prompts.append(tokens)
+        # BOS is never scored, as nothing comes before it.
         scored = torch.zeros(shape, dtype=torch.bool)
         scored[:, self.scored_from :] = True
+        name = config["model_name"]
         return Task.from_tokens(
             *prompts, answer_positions=scored, metric="squared_error", name=name
         )
@@ -114,41 +137,31 @@ class Recipe:
         return found
 
 
-# Prompts have more positions than there are words, so that some word is repeated in each. The
-# previous-token head needs a dimension for every position.
-INDUCTION = Recipe(
-    _wire_induction,
-    dict(n_layers=2, n_heads=4, d_head=11, n_ctx=11, d_vocab=9, d_vocab_out=9),
-    {"previous": 9, "copied": 9},
-    not_found={
-        # These carry the same in every prompt, so resampling changes nothing.
-        "resample": ("pos_embed->a0.h1.q", "pos_embed->a0.h1.k", "tok_embed->a1.h2.k"),
-        "zero": (),
-    },
-)
-PROPORTION = Recipe(
-    _wire_proportion,
-    dict(n_layers=2, n_heads=2, d_head=4, n_ctx=7, d_vocab=5, d_vocab_out=1, d_mlp=6),
-    {"counted": 1, "share": 1},
-    not_found={"resample": (), "zero": ()},
-)
-GATE_CONSTANTS = ("pos_embed->a0.h0.k", "pos_embed->a0.h3.k")
+# These edges carry the same in every prompt, so resampling changes nothing.
+SAME_IN_INDUCTION = ("pos_embed->a0.h1.q", "pos_embed->a0.h1.k", "tok_embed->a1.h2.k")
+SAME_IN_GATES = ("pos_embed->a0.h0.k", "pos_embed->a0.h3.k")
+# Redundant while the other branch is intact.
+SECOND_BRANCH = ("pos_embed->a0.h3.k", "tok_embed->a0.h3.v", "a0.h3->m0")
+
+# and(a, b) = relu(a + b - 1)
 AND = Recipe(
-    # and(a, b) = relu(a + b - 1)
-    partial(_wire_gate, bias=torch.tensor([-1.0]), output=ONE),
-    dict(n_layers=1, n_heads=4, d_head=4, n_ctx=6, d_vocab=6, d_vocab_out=1, d_mlp=4),
-    {"first": 1, "second": 1, "gate": 1},
-    not_found={"resample": GATE_CONSTANTS, "zero": ()},
+    partial(_wire_gate, -torch.ones(1), ONE),
+    {"resample": SAME_IN_GATES, "zero": ()},
     scored_from=5,
     clean_words={1: YES, 2: YES},
     corrupted_words={1: NO, 2: NO},
 )
-# Redundant while the other branch is intact.
-SECOND_BRANCH = ("pos_embed->a0.h3.k", "tok_embed->a0.h3.v", "a0.h3->m0")
-OR_NOT_FOUND = {"resample": GATE_CONSTANTS + SECOND_BRANCH, "zero": SECOND_BRANCH}
 # or(a, b) = relu(a + b) - relu(a + b - 1)
-OR_BIAS, OR_OUTPUT = torch.tensor([0.0, -1.0]), torch.tensor([[1.0], [-1.0]])
-_wire_or = partial(_wire_gate, bias=OR_BIAS, output=OR_OUTPUT)
-OR = replace(AND, wire=_wire_or, not_found=OR_NOT_FOUND)
-
-RECIPES = {"induction": INDUCTION, "proportion": PROPORTION, "and": AND, "or": OR}
+OR_BIAS = torch.tensor([0.0, -1.0])
+OR_OUTPUT = torch.tensor([[1.0], [-1.0]])
+OR = replace(
+    AND,
+    wire=partial(_wire_gate, OR_BIAS, OR_OUTPUT),
+    not_found={"resample": SAME_IN_GATES + SECOND_BRANCH, "zero": SECOND_BRANCH},
+)
+RECIPES = {
+    "induction": Recipe(_wire_induction, {"resample": SAME_IN_INDUCTION, "zero": ()}),
+    "proportion": Recipe(_wire_proportion, {"resample": (), "zero": ()}),
+    "and": AND,
+    "or": OR,
+}

@@ -2,17 +2,15 @@
 
 The residual stream is divided into named subspaces. Each has one writer: the token embedding
 (subspace `token`, one dimension per token), the position embedding (`position`), a head or an MLP.
-The only way to set a weight that reads the residual stream also records the edge from the
-subspace's writer to the reader. The true edges thus follow from how the weights were made, not
-from running or patching the model. Constants are biases (b_Q, b_in), so no edge carries only a
-constant.
-
-Two steps then hide the circuit: decoys fill the unused components with random weights, and a
-rotation of the residual stream spreads every subspace over all dimensions.
+Setting a weight that reads the residual stream also records the edge from the subspace's writer to
+the reader, so the true edges follow from how the weights were made. Constants are biases (b_Q,
+b_in), so no edge carries only a constant. Decoys, random weights in unused components, and a
+rotation of the residual stream then hide the circuit.
 """
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import product
 from typing import Any
 
@@ -36,7 +34,7 @@ DECOY_SCALE = 0.5
 # The weights that read and that write the residual stream.
 READ_WEIGHTS = ("W_Q", "W_K", "W_V", "W_in", "W_U")
 WRITE_WEIGHTS = ("W_E", "W_pos", "W_O", "W_out")
-# Shapes of all weights, under TransformerLens's names of weights and sizes.
+# Shapes of weights, under TransformerLens's names of weights and sizes.
 SHAPES = {
     "embed.W_E": "d_vocab d_model",
     "pos_embed.W_pos": "n_ctx d_model",
@@ -48,16 +46,18 @@ SHAPES = {
     "blocks.{layer}.attn.b_V": "n_heads d_head",
     "blocks.{layer}.attn.W_O": "n_heads d_head d_model",
     "blocks.{layer}.attn.b_O": "d_model",
+    "unembed.W_U": "d_model d_vocab_out",
+    "unembed.b_U": "d_vocab_out",
+}
+MLP_SHAPES = {
     "blocks.{layer}.mlp.W_in": "d_model d_mlp",
     "blocks.{layer}.mlp.b_in": "d_mlp",
     "blocks.{layer}.mlp.W_out": "d_mlp d_model",
     "blocks.{layer}.mlp.b_out": "d_model",
-    "unembed.W_U": "d_model d_vocab_out",
-    "unembed.b_U": "d_vocab_out",
 }
 # The names of the weights of one head, and of one MLP.
-HEAD_WEIGHTS = ("attn.W_Q", "attn.b_Q", "attn.W_K", "attn.W_V", "attn.W_O")
-MLP_WEIGHTS = ("mlp.W_in", "mlp.b_in", "mlp.W_out")
+HEAD_WEIGHTS = ("W_Q", "b_Q", "W_K", "W_V", "W_O")
+MLP_WEIGHTS = ("W_in", "b_in", "W_out")
 # No norms, so that reads and writes are matrix products alone.
 FIXED_CONFIG = {
     "act_fn": "relu",
@@ -80,24 +80,26 @@ class Wiring:
         self.sharpness = sharpness
         self.edges: list[Edge] = []
         self._writers: dict[str, Node] = {}
+        widths = {
+            TOKEN: sizes["d_vocab"],
+            POSITION: sizes["n_ctx"],
+            **subspaces,
+            UNREAD: UNREAD_WIDTH,
+        }
+        d_model = sum(widths.values())
         # Each subspace gets the next dimensions of the residual stream.
-        widths = {TOKEN: sizes["d_vocab"], POSITION: sizes["n_ctx"]}
-        widths |= {**subspaces, UNREAD: UNREAD_WIDTH}
-        self._dimensions: dict[str, range] = {}
-        d_model = 0
-        for name, width in widths.items():
-            self._dimensions[name] = range(d_model, d_model + width)
-            d_model += width
+        dimensions = torch.arange(d_model).split([*widths.values()])
+        self._dimensions = dict(zip(widths, dimensions, strict=True))
         # The arguments of HookedTransformerConfig.
-        made = {"d_model": d_model, "attn_only": "d_mlp" not in sizes}
-        self.config: dict[str, Any] = {**FIXED_CONFIG, **sizes, **made}
-        self.weights = self._zero_weights()
+        self.config: dict[str, Any] = {**FIXED_CONFIG, **sizes, "d_model": d_model}
+        self.config["attn_only"] = "d_mlp" not in sizes
+        self.weights = weights = _zero_weights(self.config)
         # One dimension per token, and one per position.
-        self._write(TOKEN, TokenEmbed(), self.weights["embed.W_E"])
-        self._write(POSITION, PosEmbed(), self.weights["pos_embed.W_pos"])
+        self._write(TOKEN, TokenEmbed(), weights["embed.W_E"])
+        self._write(POSITION, PosEmbed(), weights["pos_embed.W_pos"])
 
     def head(
-        self, node: Head, *, q: Reads, k: Reads, v: Reads, writes: str, b_q: Vector | None = None
+        self, node: Head, writes: str, *, q: Reads, k: Reads, v: Reads, b_q: Vector | None = None
     ) -> None:
         """Wire a head that attends by the score q @ k and writes v to the subspace `writes`.
 
@@ -116,7 +118,7 @@ class Wiring:
         weights["b_Q"].mul_(scale)
         self._write(writes, node, weights["W_O"])
 
-    def mlp(self, node: MLP, *, reads: Reads, bias: Vector, output: Matrix, writes: str) -> None:
+    def mlp(self, node: MLP, writes: str, *, reads: Reads, bias: Vector, output: Matrix) -> None:
         """Wire an MLP: it writes relu(sum of subspace @ matrix + `bias`) @ `output`."""
         weights = _component_weights(self.weights, node)
         self._read(reads, node, None, weights["W_in"])
@@ -130,28 +132,28 @@ class Wiring:
     def with_decoys(self, generator: torch.Generator, leak: float) -> Weights:
         """The weights with random ones in every component that was not wired.
 
-        Decoys read the whole residual stream and write to the subspace `unread`. They also write
-        to all other subspaces, weaker by the factor `leak`.
+        Decoys read the whole residual stream. They write to the subspace `unread`, and to all other
+        subspaces, weaker by the factor `leak`.
         """
-        weights = {name: tensor.clone() for name, tensor in self.weights.items()}
-        d_model = self.config["d_model"]
-        strength = torch.full((d_model,), leak, dtype=torch.float64)
+        weights = copy.deepcopy(self.weights)
+        strength = torch.full_like(weights["blocks.0.attn.b_O"], leak)
         strength[self._dimensions[UNREAD]] = 1.0
         for node in self._unwired():
             for name, tensor in _component_weights(weights, node).items():
                 if name in READ_WEIGHTS:
-                    tensor.copy_(DECOY_SCALE * _normal(tensor.shape, generator))
+                    tensor.normal_(generator=generator).mul_(DECOY_SCALE)
                 elif name in WRITE_WEIGHTS:
                     # Rows are summed, so their scale falls with the root of their number.
                     scale = DECOY_SCALE / math.sqrt(len(tensor))
-                    tensor.copy_(scale * _normal(tensor.shape, generator) * strength)
+                    tensor.normal_(generator=generator).mul_(scale).mul_(strength)
         return weights
 
-    def _unwired(self) -> list[Head | MLP]:
-        heads = product(range(self.config["n_layers"]), range(self.config["n_heads"]))
-        components: list[Head | MLP] = [Head(layer, head) for layer, head in heads]
+    def _unwired(self) -> list[Node]:
+        layers = range(self.config["n_layers"])
+        heads = range(self.config["n_heads"])
+        components: list[Node] = [Head(*indices) for indices in product(layers, heads)]
         if not self.config["attn_only"]:
-            components += map(MLP, range(self.config["n_layers"]))
+            components += map(MLP, layers)
         wired = self._writers.values()
         return [node for node in components if node not in wired]
 
@@ -160,33 +162,37 @@ class Wiring:
         for subspace, matrix in reads.items():
             columns = weight[:, : matrix.shape[1]]
             columns[self._dimensions[subspace]] = matrix.double()
-            self.edges.append(Edge(self._writers[subspace], target, slot))
+            writer = self._writers[subspace]
+            self.edges.append(Edge(writer, target, slot))
 
     def _write(
         self, subspace: str, source: Node, weight: Tensor, matrix: Matrix | None = None
     ) -> None:
-        # By default each of the first rows writes one dimension of the subspace.
         writer = self._writers.setdefault(subspace, source)
         assert writer is source, f"subspace {subspace} is already written by {writer}."
         dimensions = self._dimensions[subspace]
-        matrix = torch.eye(len(dimensions)) if matrix is None else matrix
+        # By default each of the first rows writes one dimension of the subspace.
+        if matrix is None:
+            matrix = torch.eye(len(dimensions))
         rows = weight[: len(matrix)]
         rows[:, dimensions] = matrix.double()
 
-    def _zero_weights(self) -> Weights:
-        weights = {}
-        for layer, (name, axes) in product(range(self.config["n_layers"]), SHAPES.items()):
-            if ".mlp." in name and self.config["attn_only"]:
-                continue
-            sizes = [self.config[axis] for axis in axes.split()]
-            weights[name.format(layer=layer)] = torch.zeros(sizes, dtype=torch.float64)
-        return weights
+
+def _zero_weights(config: Mapping[str, Any]) -> Weights:
+    shapes = SHAPES if config["attn_only"] else SHAPES | MLP_SHAPES
+    weights = {}
+    for layer, name in product(range(config["n_layers"]), shapes):
+        sizes = [config[axis] for axis in shapes[name].split()]
+        zeros = torch.zeros(sizes, dtype=torch.float64)
+        weights[name.format(layer=layer)] = zeros
+    return weights
 
 
 def rotated(weights: Weights, generator: torch.Generator) -> Weights:
     """The same model in a random orthonormal basis of the residual stream."""
     d_model = len(weights["unembed.W_U"])
-    basis = torch.linalg.qr(_normal((d_model, d_model), generator)).Q
+    square = torch.randn(d_model, d_model, generator=generator, dtype=torch.float64)
+    basis = torch.linalg.qr(square).Q
     turned = dict(weights)
     for name, tensor in weights.items():
         # Residual vectors x become x @ basis, so writing weights turn alike. Reading weights W
@@ -198,15 +204,10 @@ def rotated(weights: Weights, generator: torch.Generator) -> Weights:
     return turned
 
 
-def _component_weights(weights: Weights, node: Head | MLP) -> Weights:
-    # Views, so that setting them sets `weights`.
-    views = {}
-    for name in HEAD_WEIGHTS if isinstance(node, Head) else MLP_WEIGHTS:
-        weight = weights[f"blocks.{node.layer}.{name}"]
-        _, short_name = name.split(".")
-        views[short_name] = weight[node.head] if isinstance(node, Head) else weight
-    return views
-
-
-def _normal(size: Sequence[int], generator: torch.Generator) -> Tensor:
-    return torch.randn(tuple(size), generator=generator, dtype=torch.float64)
+def _component_weights(weights: Weights, node: Node) -> Weights:
+    """Views of the weights of a head or an MLP, so that setting them sets `weights`."""
+    if isinstance(node, MLP):
+        return {name: weights[f"blocks.{node.layer}.mlp.{name}"] for name in MLP_WEIGHTS}
+    assert isinstance(node, Head)
+    of_layer = {name: weights[f"blocks.{node.layer}.attn.{name}"] for name in HEAD_WEIGHTS}
+    return {name: weight[node.head] for name, weight in of_layer.items()}
