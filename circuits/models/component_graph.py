@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Int
@@ -63,30 +64,25 @@ def component_graph(
             f"this model has no position embedding to split off (its positions are {kind}); "
             "use split_embed=False."
         )
-    return _graph(model, split_embed, _spans(positions))
+    graph = _complete_graph(model, split_embed, _spans(positions))
+    return replace(graph, model=identity(model))
 
 
-def _graph(model: Model, split_embed: bool, spans: Spans) -> Graph:
+def _complete_graph(model: Model, split_embed: bool, spans: Spans) -> Graph:
+    """Make the graph of all edges, without the identity of the model."""
     components = (*component_nodes(model, split_embed), Logits())
     names = spans or (None,)
-    nodes = [at_position(node, span) for node in components for span in names]
     # Edges are columns of integers, because a model of a hundred layers has millions of them.
-    slots = _slots(model, split_embed)
-    edges = torch.cat([_edges_into(*read, n_spans=len(names)) for read in slots], dim=1)
-    # Cloned, because files cannot hold tensors that share memory.
-    source, target, slot = (column.clone() for column in edges)
-    is_causal = model.cfg.attention_dir == "causal"
-    return Graph(tuple(nodes), source, target, slot, spans, is_causal, identity(model))
-
-
-def _slots(model: Model, split_embed: bool) -> Iterator[tuple[int, int, int]]:
-    """For each slot of each target: the target's index, the slot, and its number of sources."""
-    for index, target in enumerate((*component_nodes(model, split_embed), Logits())):
-        slots = range(len(SLOTS)) if isinstance(target, Head) else [NO_SLOT]
+    columns = []
+    for index, target in enumerate(components):
         n_sources = sources_of(model, target, split_embed)
-        # Embeddings read nothing.
-        if n_sources:
-            yield from ((index, slot, n_sources) for slot in slots)
+        slots = range(len(SLOTS)) if isinstance(target, Head) else [NO_SLOT]
+        columns += [_edges_into(index, slot, n_sources, len(names)) for slot in slots]
+    # Cloned, because files cannot hold tensors that share memory.
+    source, target, slot = (column.clone() for column in torch.cat(columns, dim=1))
+    nodes = [at_position(node, span) for node in components for span in names]
+    is_causal = model.cfg.attention_dir == "causal"
+    return Graph(tuple(nodes), source, target, slot, spans, is_causal)
 
 
 def _edges_into(target: int, slot: int, n_sources: int, n_spans: int) -> Int[Tensor, "column edge"]:
@@ -103,12 +99,9 @@ def reaching_logits(model: Model, graph: Graph) -> Callable[[EdgeMask], EdgeMask
 
     Edges of the model that the graph lacks are never ablated, so paths lead along them as well.
     """
-    split_embed = graph.splits_embedding
-    per_span = sum(n_sources for _, _, n_sources in _slots(model, split_embed))
-    if len(graph) == per_span * len(graph.positions or (None,)):
+    whole = _complete_graph(model, graph.splits_embedding, graph.positions)
+    if len(graph) == len(whole):
         return graph.reaching_logits
-    # The graph lacks edges: paths are followed in the whole graph, where those are always kept.
-    whole = _graph(model, split_embed, graph.positions)
     index_in_whole = torch.tensor([whole.index(edge) for edge in graph.edges])
 
     def reaching(kept: EdgeMask) -> EdgeMask:
@@ -149,6 +142,7 @@ def sources_of(model: Model, target: Node, split_embed: bool) -> int:
             return n_embeddings + layer * per_layer + own_heads
         case Logits():
             return n_embeddings + cfg.n_layers * per_layer
+    # Embeddings read nothing.
     return 0
 
 
@@ -164,14 +158,14 @@ def check_supported(model: Model) -> None:
             "load it with circuits.load_model."
         )
     cfg = model.cfg
-    architecture = cfg.original_architecture
+    architecture, positions = cfg.original_architecture, cfg.positional_embedding_type
     reasons = {
         "norms after attention and MLP, as in Gemma 2 and 3": (
             cfg.use_normalization_before_and_after
         ),
         f"norms after attention and MLP ({architecture})": architecture in POST_NORM_ARCHITECTURES,
         "shortformer positions, which enter queries and keys but not the residual stream": (
-            cfg.positional_embedding_type == "shortformer"
+            positions == "shortformer"
         ),
         "query and key norms that mix heads (OLMoE)": architecture == "OlmoeForCausalLM",
         "4-bit weights": cfg.load_in_4bit,

@@ -49,17 +49,13 @@ def multiply(
     return product if bias is None else product.add_(bias[heads][:, None])
 
 
-# Under a name that the parameters called `multiply` do not hide.
-_PLAIN_MULTIPLY = multiply
-
-
-def soft_capped(x: Float[Tensor, "*shape"], cap: float) -> Float[Tensor, "*shape"]:
+def soft_capped(x: Tensor, cap: float) -> Tensor:
     """Bound scores or logits smoothly to (-cap, cap); a cap of 0 leaves them as they are."""
     # cap * tanh(x / cap)
     return cap * torch.tanh(x / cap) if cap > 0 else x
 
 
-def gelu_tanh(x: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_mlp"]:
+def gelu_tanh(x: Tensor) -> Tensor:
     """Compute GELU in its tanh approximation, the activation of GPT-2.
 
     On a CPU torch's version spends most of its time in tanh. The form below takes a third of the
@@ -117,10 +113,10 @@ class Attention:
         soft_cap: bounds the attention scores; 0 for none.
         clip: bounds the entries of q, k and v.
         norms: of q and k, per head, by slot.
-        slopes: of ALiBi, per head.
+        slopes: of ALiBi, per head; a single 0 without it.
         sinks: per head, a score that takes a share of the attention and contributes no value.
         causal: queries attend to earlier positions only.
-        reach: queries attend to this many last positions only.
+        reach: causal queries attend to this many last positions only.
     """
 
     norm: Norm
@@ -132,10 +128,10 @@ class Attention:
     clip: float | None
     norms: Mapping[str, Norm]
     rotation: Rotation | None
-    slopes: Float[Tensor, " head"] | None
+    slopes: Float[Tensor, " #head"]
     sinks: Float[Tensor, " head"] | None
     causal: bool
-    reach: int | None
+    reach: float
 
     def project(
         self,
@@ -143,12 +139,12 @@ class Attention:
         heads: HeadSelection,
         normed: Float[Tensor, "#head variant token d_model"],
         positions: Positions,
-        multiply: Multiply = multiply,
+        product: Multiply,
     ) -> Projected:
         """Compute q, k or v of some heads from their normalized input, which they may share."""
         # norm(x) W + b
         rows = normed.flatten(1, -2)
-        flat = multiply(rows, self.weights[slot], self.biases[slot], heads)
+        flat = product(rows, self.weights[slot], self.biases[slot], heads)
         projected = flat.unflatten(1, normed.shape[1:-1])
         # Norm per head (Qwen 3), clipping (OLMo), rotation of queries and keys.
         if slot in self.norms:
@@ -171,18 +167,14 @@ class Attention:
             queries, keys: their positions.
             readable: False for padding.
         """
-        distance = keys[:, None, :] - queries[:, :, None]
+        distance = keys[:, None] - queries[..., None]
+        seen = readable[:, None].expand(distance.shape)
         # A causal query sees keys at distances in (-reach, 0].
-        seen = readable[:, None, :].expand(distance.shape)
         if self.causal:
-            seen = seen & (distance <= 0)
-        if self.causal and self.reach is not None:
-            seen = seen & (distance > -self.reach)
+            seen = seen & (distance <= 0) & (distance > -self.reach)
         # ALiBi: slope_h * (position of the key - position of the query)
-        slopes = self.output.new_zeros(1) if self.slopes is None else self.slopes
-        slopes = slopes.to(self.output.dtype).view(-1, 1, 1, 1)
-        linear = slopes * distance.clamp(max=0)
-        return linear.masked_fill(~seen, -torch.inf)
+        slopes = self.slopes.view(-1, 1, 1, 1)
+        return (slopes * distance.clamp(max=0)).masked_fill(~seen, -torch.inf)
 
     def attend(
         self,
@@ -207,8 +199,7 @@ class Attention:
         # A = softmax([S, sink]) without the column of the sink
         sinks = self.sinks[heads].to(scores.dtype).view(-1, 1, 1, 1, 1)
         column = sinks.expand(*scores.shape[:-1], 1)
-        pattern = torch.cat([scores, column], dim=-1).softmax(-1)
-        return pattern[..., :-1]
+        return torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
 
 
 def _product_of_variants(
@@ -235,10 +226,10 @@ class LinearNorm:
         centres: whether the mean is subtracted, as in LayerNorm.
     """
 
-    scale: Float[Tensor, "*batch 1"] | None
-    centres: bool
-    weight: Float[Tensor, " d_model"] | None
-    bias: Float[Tensor, " d_model"] | None
+    scale: Float[Tensor, "*batch 1"] | None = None
+    centres: bool = False
+    weight: Float[Tensor, " d_model"] | None = None
+    bias: Float[Tensor, " d_model"] | None = None
 
     def __getitem__(self, positions: HeadSelection) -> LinearNorm:
         """Return the norm at some positions, the second last axis of `scale`."""
@@ -283,30 +274,27 @@ class WeightedMLP:
     bias_out: Float[Tensor, " d_model"]
     activation: Callable[[Tensor], Tensor]
 
-    def __call__(self, residual: Residual, multiply: Multiply = multiply) -> Residual:
+    def __call__(self, residual: Residual, product: Multiply) -> Residual:
         """Compute what the MLP writes when it reads `residual`."""
         tokens = residual.flatten(0, -2)
-        size = len(tokens)
+        size = max(1, len(tokens))
         # Another way of multiplying, such as in low precision, may need all rows together.
-        if tokens.device.type == "cpu" and multiply is _PLAIN_MULTIPLY:
+        if tokens.device.type == "cpu" and product is multiply:
             size = max(256, CACHED_NUMBERS // self.weight_in.shape[1])
-        pieces = [self._at_tokens(piece, multiply) for piece in tokens.split(max(1, size))]
-        written = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return written.view(residual.shape)
+        written = [self._at_tokens(piece, product) for piece in tokens.split(size)]
+        return torch.cat(written).view(residual.shape)
 
-    def _at_tokens(
-        self, tokens: Float[Tensor, "token d_model"], multiply: Multiply
-    ) -> Float[Tensor, "token d_model"]:
+    def _at_tokens(self, tokens: Residual, product: Multiply) -> Residual:
         # h W_out + b_out   with n = norm(x) and the hidden layer h
         normed = self.norm(tokens)
         if self.weight_gate is None:
             # h = act(n W_in + b_in)
-            hidden = self.activation(multiply(normed, self.weight_in, self.bias_in))
+            hidden = self.activation(product(normed, self.weight_in, self.bias_in))
         else:
             # h = act(n W_gate) * (n W_in) + b_in
-            gate = self.activation(multiply(normed, self.weight_gate))
-            hidden = gate.mul_(multiply(normed, self.weight_in)).add_(self.bias_in)
-        return multiply(hidden, self.weight_out, self.bias_out)
+            gate = self.activation(product(normed, self.weight_gate))
+            hidden = gate.mul_(product(normed, self.weight_in)).add_(self.bias_in)
+        return product(hidden, self.weight_out, self.bias_out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -316,8 +304,8 @@ class ModuleMLP:
     norm: Norm
     module: Callable[[Tensor], Tensor]
 
-    def __call__(self, residual: Residual, multiply: Multiply = multiply) -> Residual:
-        """Compute what the MLP writes when it reads `residual`; `multiply` has no effect."""
+    def __call__(self, residual: Residual, product: Multiply) -> Residual:
+        """Compute what the MLP writes when it reads `residual`; `product` has no effect."""
         tokens = residual.flatten(0, -2)
         return self.module(self.norm(tokens)[None]).view(residual.shape)
 
@@ -334,11 +322,9 @@ class Unembedding:
     bias: Float[Tensor, " vocab"]
     soft_cap: float
 
-    def __call__(
-        self, residual: Residual, multiply: Multiply = multiply
-    ) -> Float[Tensor, "*batch vocab"]:
+    def __call__(self, residual: Residual, product: Multiply) -> Float[Tensor, "*batch vocab"]:
         """Compute the logits at each token."""
         # cap(n W_U + b_U)   with   n = norm(x)
         normed = self.norm(residual).flatten(0, -2)
-        logits = multiply(normed, self.weight, self.bias)
+        logits = product(normed, self.weight, self.bias)
         return soft_capped(logits, self.soft_cap).unflatten(0, residual.shape[:-1])

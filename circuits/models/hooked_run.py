@@ -29,9 +29,7 @@ def separate_inputs(model: Model) -> Iterator[None]:
 
     Shared key and value heads become one copy per query head.
     """
-    flags = ["use_split_qkv_input"]
-    if not model.cfg.attn_only:
-        flags.append("use_hook_mlp_in")
+    flags = ["use_split_qkv_input", "use_hook_mlp_in"]
     if model.cfg.n_key_value_heads is not None:
         flags.append("ungroup_grouped_query_attention")
     with _input_flags(model, *flags):
@@ -52,12 +50,11 @@ def separate_gradients(model: Model) -> Iterator[None]:
     A hook at k or v must itself repeat a shared head once per query head (`copies_per_head`). The
     projections stay shared, so a pass costs as much as a plain one.
     """
-    shared = model.cfg.n_key_value_heads is not None
-    attentions = [block.attn for block in model.blocks] if shared else []
-    flags = [] if model.cfg.attn_only else ["use_hook_mlp_in"]
-    # With one repeat the model leaves the repeating of shared heads to the hooks.
-    repeats = [(attention, "repeat_kv_heads", 1) for attention in attentions]
-    with _attributes(repeats), _input_flags(model, *flags), _shared_norms(model):
+    repeats = []
+    if model.cfg.n_key_value_heads is not None:
+        # With one repeat the model leaves the repeating of shared heads to the hooks.
+        repeats = [(block.attn, "repeat_kv_heads", 1) for block in model.blocks]
+    with _attributes(repeats), _input_flags(model, "use_hook_mlp_in"), _shared_norms(model):
         yield
 
 
@@ -72,14 +69,11 @@ def frozen(model: Model) -> Iterator[None]:
     """Set evaluation mode and switch off the gradients of the weights."""
     training = [(module, "training", False) for module in model.modules() if module.training]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with _attributes(training):
-        try:
-            for parameter in trainable:
-                parameter.requires_grad_(False)
-            yield
-        finally:
-            for parameter in trainable:
-                parameter.requires_grad_(True)
+    with _attributes(training), contextlib.ExitStack() as stack:
+        for parameter in trainable:
+            stack.callback(parameter.requires_grad_)
+            parameter.requires_grad_(False)
+        yield
 
 
 def run_to_residual(
@@ -101,8 +95,7 @@ def run_to_residual(
     pads_left = model.tokenizer is not None and model.tokenizer.padding_side == "left"
     attention_mask = torch.ones_like(tokens) if pads_left else None
     last = model.cfg.n_layers if layers is None else layers
-    all_hooks = [*hooks, *_padding_hooks(model, mask)]
-    with hooked(model, all_hooks):
+    with hooked(model, [*hooks, *_padding_hooks(model, mask)]):
         return model(tokens, stop_at_layer=last, attention_mask=attention_mask)
 
 
@@ -178,21 +171,15 @@ def _remembering(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tens
     return remembering
 
 
-_UNSET = object()
-
-
 @contextlib.contextmanager
 def _attributes(changes: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
     """Set attributes, given as (object, name, value), and restore them at the end."""
-    # An attribute that the object only inherits from its class is deleted again.
-    before = [vars(owner).get(name, _UNSET) for owner, name, _ in changes]
-    try:
+    with contextlib.ExitStack() as stack:
         for owner, name, value in changes:
+            if name in vars(owner):
+                stack.callback(setattr, owner, name, getattr(owner, name))
+            else:
+                # The object only inherits the attribute from its class.
+                stack.callback(delattr, owner, name)
             setattr(owner, name, value)
         yield
-    finally:
-        for (owner, name, _), value in zip(changes, before, strict=True):
-            if value is _UNSET:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, value)

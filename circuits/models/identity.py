@@ -42,11 +42,10 @@ def check_fits(model: Model, graph: Graph) -> None:
     if graph.model is None:
         return
     here, there = identity(model), graph.model
-    differences = [
-        f"{name} {there.shape.get(name)} there, {size} here"
-        for name, size in here.shape.items()
-        if there.shape.get(name) != size
-    ]
+    differences = []
+    for name, size in here.shape.items():
+        if there.shape.get(name) != size:
+            differences.append(f"{name} {there.shape.get(name)} there, {size} here")
     if differences:
         raise InputError(
             f"this circuit belongs to {there.name!r}, a model of another shape "
@@ -64,12 +63,11 @@ def identity(model: Model) -> ModelIdentity:
 
     The fingerprint is the same on every device and whatever hook flags are set.
     """
-    architecture = {
-        name: str(value)
-        for name, value in sorted(vars(model.cfg).items())
-        if not name.startswith(NOT_ARCHITECTURE)
-    }
     # Sorted, so that the order of settings and parameters does not matter.
+    settings = sorted(vars(model.cfg).items())
+    architecture = {
+        name: str(value) for name, value in settings if not name.startswith(NOT_ARCHITECTURE)
+    }
     digest = hashlib.blake2b(json.dumps(architecture).encode(), digest_size=16)
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
@@ -86,14 +84,14 @@ def checksum(parameter: Tensor) -> bytes:
     faster than sums in 64 bits.
     """
     bits = parameter.contiguous().view(INTEGER_OF_SIZE[parameter.element_size()])
-    bits = bits.reshape(-1, bits.shape[-1]) if bits.dim() else bits.reshape(1, 1)
+    bits = torch.atleast_2d(bits).flatten(0, -2)
     if bits.numel() <= SMALL:
         return _bytes(bits)
     # Two 16-bit numbers at a time are summed as one of 32 bits.
-    if bits.dtype is torch.int16 and bits.shape[1] % 2 == 0:
+    if bits.dtype is torch.int16 and bits.shape[-1] % 2 == 0:
         bits = bits.view(torch.int32)
     width = torch.int64 if bits.dtype is torch.int64 else torch.int32
-    return _bytes(bits.sum(0, dtype=width)) + _bytes(bits.sum(1, dtype=width))
+    return b"".join(_bytes(bits.sum(axis, dtype=width)) for axis in (0, 1))
 
 
 def _bytes(values: Tensor) -> bytes:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.graph.nodes import Node, parse_node
 from circuits.models import Model, frozen
-from circuits.models.source_outputs import SourceOutputs, run_and_record, source_outputs
+from circuits.models.source_outputs import SourceOutputs, run_and_record
 from circuits.system.errors import InputError
 from circuits.tasks.task import Task
 
 NAMES = ("resample", "zero", "mean", "mean_by_position")
 
 Outputs = Float[Tensor, "source batch pos d_model"]
+TokenMask = Bool[Tensor, "batch pos"]
+GivenOutputs = Sequence[Float[Tensor, "batch pos d_model"]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +66,15 @@ class Ablation:
         """Whether it depends on all prompts of a task at once."""
         return self.name.startswith("mean")
 
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axes of [batch, pos, ...] that means are taken over."""
+        return (0,) if self.name == "mean_by_position" else (0, 1)
+
+    def averaged(self, task: Task) -> Int[Tensor, "batch pos"]:
+        """The prompts of a task that means are taken over."""
+        return task.clean if self.over == "clean" else task.corrupted
+
     def __str__(self) -> str:
         if self.outputs is not None:
             return f"given {_digest(self.outputs)}"
@@ -105,12 +116,14 @@ class Counterfactuals:
 
     Attributes:
         means: taken over all prompts of the task, if the ablation takes means.
+        given: by source, for all prompts of the task, if the ablation gives outputs.
     """
 
     model: Model
     nodes: tuple[Node, ...]
     ablation: Ablation
-    means: SourceOutputs | None
+    means: SourceOutputs | None = None
+    given: GivenOutputs | None = None
 
     @staticmethod
     def prepare(
@@ -121,16 +134,21 @@ class Counterfactuals:
         *,
         prompts_per_run: int | None = None,
     ) -> Counterfactuals:
-        """Take the means that the ablation needs.
+        """Take the means that the ablation needs, or check the outputs that it gives.
 
         Args:
             task: all prompts that means are taken over.
             prompts_per_run: None runs all of them at once.
+
+        Raises:
+            InputError: an output is given for no source, is missing, or has the wrong shape.
         """
-        means = None
+        means = given = None
         if ablation.takes_means:
             means = _means(model, nodes, task, ablation, prompts_per_run or len(task))
-        return Counterfactuals(model, nodes, ablation, means)
+        if ablation.outputs is not None:
+            given = _given(nodes, ablation.outputs, (*task.clean.shape, model.cfg.d_model))
+        return Counterfactuals(model, nodes, ablation, means, given)
 
     def on(self, task: Task, prompts: slice = slice(None)) -> Outputs:
         """c_u of every source u.
@@ -139,17 +157,14 @@ class Counterfactuals:
             task: the prompts to compute it for.
             prompts: their place among all prompts of the task.
         """
-        model, (batch, pos) = self.model, task.clean.shape
-        shape = (len(self.nodes), batch, pos, model.cfg.d_model)
-        if self.means is not None:
-            return self.means.outputs()[:, :, :pos].expand(shape)
-        match self.ablation.name:
-            case "resample":
-                return source_outputs(model, self.nodes, task.corrupted, task.mask)
-            case "zero":
-                zero = torch.zeros(1, dtype=model.cfg.dtype, device=model.cfg.device)
-                return zero.expand(shape)
-        return _given(model, self.nodes, slice(None), self.ablation, prompts, shape)
+        cfg = self.model.cfg
+        zero = torch.zeros(1, dtype=cfg.dtype, device=cfg.device)
+        shape = (len(self.nodes), *task.clean.shape, cfg.d_model)
+        if self.given is not None:
+            return _fill(zero.new_empty(shape), [tensor[prompts] for tensor in self.given])
+        is_zero = self.ablation.name == "zero"
+        outputs = zero if is_zero else self._recorded(task).outputs()
+        return outputs.expand(shape)
 
     def changes(
         self,
@@ -163,19 +178,18 @@ class Counterfactuals:
         Args:
             task, prompts: as in `on`.
             clean: the sources' outputs on the clean prompts.
-            corrupted: the same on the corrupted prompts, if that run was made already.
+            corrupted: those on the corrupted prompts, if the ablation uses them and they were run.
         """
+        if self.given is not None:
+            return Changes(clean, [tensor[prompts] for tensor in self.given])
+        if self.ablation.name == "zero":
+            return Changes(-clean)
+        return Changes((corrupted or self._recorded(task)) - clean)
+
+    def _recorded(self, task: Task) -> SourceOutputs:
         if self.means is not None:
-            return Changes(self.means - clean)
-        match self.ablation.name:
-            case "resample":
-                if corrupted is None:
-                    run = run_and_record(self.model, self.nodes, task.corrupted, task.mask)
-                    corrupted = run[0]
-                return Changes(corrupted - clean)
-            case "zero":
-                return Changes(-clean)
-        return Changes(clean, self.ablation, prompts)
+            return self.means
+        return run_and_record(self.model, self.nodes, task.corrupted, task.mask)[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,20 +198,25 @@ class Changes:
 
     Attributes:
         kept: the changes; if outputs are given, the clean outputs.
-        given: the ablation that gives outputs, if one does, and the prompts it is for.
+        given: the outputs that are given instead, if any, by source.
     """
 
     kept: SourceOutputs
-    given: Ablation | None = None
-    prompts: slice | None = None
+    given: GivenOutputs | None = None
 
     def outputs(self, rows: slice = slice(None)) -> Outputs:
         """The changes of the nodes `rows`; all heads of a layer together."""
         outputs = self.kept.outputs(rows)
-        if self.given is None or self.prompts is None:
+        if self.given is None:
             return outputs
-        model, nodes, shape = self.kept.model, self.kept.nodes, tuple(outputs.shape)
-        return _given(model, nodes, rows, self.given, self.prompts, shape).sub_(outputs)
+        return _fill(torch.empty_like(outputs), self.given[rows]).sub_(outputs)
+
+
+def masked_sum(value: Tensor, mask: TokenMask, axes: tuple[int, ...]) -> Tensor:
+    """The sum of activations [batch, pos, ...] at tokens that count, in float32 at least."""
+    weights = mask.to(torch.promote_types(value.dtype, torch.float32))
+    weights = weights.reshape(*mask.shape, *[1] * (value.dim() - 2))
+    return (value * weights).sum(axes, keepdim=True)
 
 
 def _means(
@@ -205,45 +224,27 @@ def _means(
 ) -> SourceOutputs:
     """Means of the outputs. A head's mean output is mean(z) @ W_O, so storing mean(z) is enough."""
     sums: dict[str, Tensor] = {}
-    counts = torch.zeros(())
-    axes = (0, 1) if ablation.name == "mean" else (0,)
     for start in range(0, len(task), prompts_per_run):
         part = task[start : start + prompts_per_run]
-        tokens = part.clean if ablation.over == "clean" else part.corrupted
-        run, _ = run_and_record(model, nodes, tokens, part.mask)
+        run, _ = run_and_record(model, nodes, ablation.averaged(part), part.mask)
         for name, value in run.activations.items():
-            dtype = torch.promote_types(value.dtype, torch.float32)
-            real = _like(part.mask.to(dtype), value)
-            total = (value * real).sum(axes, keepdim=True)
-            sums[name] = sums[name] + total if name in sums else total
-        count = part.mask.sum(axes, keepdim=True)
-        counts = counts.to(count.device) + count
+            sums[name] = sums.get(name, 0) + masked_sum(value, part.mask, ablation.axes)
     # Beyond the longest prompt there is no mean, and no real token reads it.
-    counts = counts.clamp(min=1)
-    means = {
-        name: (value / _like(counts, value)).to(model.cfg.dtype) for name, value in sums.items()
-    }
+    counts = task.mask.sum(ablation.axes, keepdim=True).clamp(min=1)[..., None]
+    means = {}
+    for name, total in sums.items():
+        mean = (total.flatten(2) / counts).view_as(total)
+        means[name] = mean.to(model.cfg.dtype)
     return SourceOutputs(model, nodes, means)
 
 
-def _like(by_token: Float[Tensor, "#batch #pos"] | Tensor, value: Tensor) -> Tensor:
-    """A tensor over [batch, pos], with axes appended until it broadcasts with `value`."""
-    return by_token.reshape(*by_token.shape, *[1] * (value.dim() - 2))
-
-
 def _given(
-    model: Model,
-    nodes: tuple[Node, ...],
-    rows: slice,
-    ablation: Ablation,
-    prompts: slice,
-    shape: tuple[int, ...],
-) -> Outputs:
-    """The outputs that the ablation gives for the nodes `rows`."""
-    given = {
-        parse_node(node) if isinstance(node, str) else node: tensor
-        for node, tensor in (ablation.outputs or {}).items()
-    }
+    nodes: tuple[Node, ...], outputs: Mapping[Node | str, Tensor], shape: tuple[int, ...]
+) -> GivenOutputs:
+    """The outputs in order of the nodes, each as a view [batch, pos, d_model]."""
+    given = {}
+    for node, tensor in outputs.items():
+        given[parse_node(node) if isinstance(node, str) else node] = tensor
     if unknown := [str(node) for node in given if node not in nodes]:
         raise InputError(
             f"outputs are given for {', '.join(unknown)}, which write nothing in this graph; its "
@@ -254,15 +255,18 @@ def _given(
             f"no outputs are given for {', '.join(missing[:8])}; give every source one (a zero "
             "tensor ablates to zero)."
         )
-    result = torch.empty(shape, dtype=model.cfg.dtype, device=model.cfg.device)
-    for index, node in enumerate(nodes[rows]):
-        tensor = given[node].to(result)
-        by_prompt = tensor.dim() == 3 and tensor.shape[0] != 1
+    for node, tensor in given.items():
         try:
-            result[index] = tensor[prompts] if by_prompt else tensor
+            given[node] = tensor.expand(shape)
         except RuntimeError as error:
             raise InputError(
-                f"the output given for {node} has shape {tuple(given[node].shape)}; it must "
-                f"broadcast to {shape[1:]}."
+                f"the output given for {node} has shape {tuple(tensor.shape)}; it must "
+                f"broadcast to {shape}."
             ) from error
-    return result
+    return [given[node] for node in nodes]
+
+
+def _fill(into: Outputs, given: GivenOutputs) -> Outputs:
+    for row, tensor in zip(into, given, strict=True):
+        row.copy_(tensor)
+    return into
