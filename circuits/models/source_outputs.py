@@ -45,10 +45,6 @@ class SourceOutputs:
         mine, theirs = self.activations, other.activations
         return replace(self, activations={name: mine[name] - theirs[name] for name in mine})
 
-    def __neg__(self) -> SourceOutputs:
-        negated = {name: -value for name, value in self.activations.items()}
-        return replace(self, activations=negated)
-
     def outputs(self, rows: slice = slice(None)) -> Outputs:
         """Compute the outputs of the nodes `rows`, which hold all heads of a layer or none."""
         nodes = self.nodes[rows]

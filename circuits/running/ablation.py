@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,6 @@ NAMES = ("resample", "zero", "mean", "mean_by_position")
 
 Outputs = Float[Tensor, "source batch pos d_model"]
 TokenMask = Bool[Tensor, "batch pos"]
-GivenOutputs = Sequence[Float[Tensor, "batch pos d_model"]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,14 +115,13 @@ class Counterfactuals:
 
     Attributes:
         means: taken over all prompts of the task, if the ablation takes means.
-        given: by source, for all prompts of the task, if the ablation gives outputs.
+        given: for all prompts of the task, if the ablation gives outputs or zeros.
     """
 
     model: Model
     nodes: tuple[Node, ...]
-    ablation: Ablation
-    means: SourceOutputs | None = None
-    given: GivenOutputs | None = None
+    means: SourceOutputs | None
+    given: Outputs | None
 
     @staticmethod
     def prepare(
@@ -141,14 +139,17 @@ class Counterfactuals:
             prompts_per_run: None runs all of them at once.
 
         Raises:
-            InputError: an output is given for no source, is missing, or has the wrong shape.
+            InputError: outputs are given for other nodes than the sources, or do not fit.
         """
         means = given = None
         if ablation.takes_means:
             means = _means(model, nodes, task, ablation, prompts_per_run or len(task))
-        if ablation.outputs is not None:
-            given = _given(nodes, ablation.outputs, (*task.clean.shape, model.cfg.d_model))
-        return Counterfactuals(model, nodes, ablation, means, given)
+        elif ablation.name != "resample":
+            zero = torch.zeros(1, dtype=model.cfg.dtype, device=model.cfg.device)
+            given = zero.expand(len(nodes), *task.clean.shape, model.cfg.d_model)
+            if ablation.outputs is not None:
+                given = _given(nodes, ablation.outputs, given)
+        return Counterfactuals(model, nodes, means, given)
 
     def on(self, task: Task, prompts: slice = slice(None)) -> Outputs:
         """c_u of every source u.
@@ -157,14 +158,9 @@ class Counterfactuals:
             task: the prompts to compute it for.
             prompts: their place among all prompts of the task.
         """
-        cfg = self.model.cfg
-        zero = torch.zeros(1, dtype=cfg.dtype, device=cfg.device)
-        shape = (len(self.nodes), *task.clean.shape, cfg.d_model)
         if self.given is not None:
-            return _fill(zero.new_empty(shape), [tensor[prompts] for tensor in self.given])
-        is_zero = self.ablation.name == "zero"
-        outputs = zero if is_zero else self._recorded(task).outputs()
-        return outputs.expand(shape)
+            return self.given[:, prompts]
+        return self._recorded(task).outputs().expand(-1, *task.clean.shape, -1)
 
     def changes(
         self,
@@ -181,9 +177,7 @@ class Counterfactuals:
             corrupted: those on the corrupted prompts, if the ablation uses them and they were run.
         """
         if self.given is not None:
-            return Changes(clean, [tensor[prompts] for tensor in self.given])
-        if self.ablation.name == "zero":
-            return Changes(-clean)
+            return Changes(clean, self.given[:, prompts])
         return Changes((corrupted or self._recorded(task)) - clean)
 
     def _recorded(self, task: Task) -> SourceOutputs:
@@ -198,18 +192,18 @@ class Changes:
 
     Attributes:
         kept: the changes; if outputs are given, the clean outputs.
-        given: the outputs that are given instead, if any, by source.
+        given: the outputs that are given instead, if any.
     """
 
     kept: SourceOutputs
-    given: GivenOutputs | None = None
+    given: Outputs | None = None
 
     def outputs(self, rows: slice = slice(None)) -> Outputs:
         """The changes of the nodes `rows`; all heads of a layer together."""
         outputs = self.kept.outputs(rows)
         if self.given is None:
             return outputs
-        return _fill(torch.empty_like(outputs), self.given[rows]).sub_(outputs)
+        return torch.sub(self.given[rows], outputs, out=outputs)
 
 
 def masked_sum(value: Tensor, mask: TokenMask, axes: tuple[int, ...]) -> Tensor:
@@ -238,10 +232,8 @@ def _means(
     return SourceOutputs(model, nodes, means)
 
 
-def _given(
-    nodes: tuple[Node, ...], outputs: Mapping[Node | str, Tensor], shape: tuple[int, ...]
-) -> GivenOutputs:
-    """The outputs in order of the nodes, each as a view [batch, pos, d_model]."""
+def _given(nodes: tuple[Node, ...], outputs: Mapping[Node | str, Tensor], like: Outputs) -> Outputs:
+    """The outputs of all sources, broadcast to the shape of `like`."""
     given = {}
     for node, tensor in outputs.items():
         given[parse_node(node) if isinstance(node, str) else node] = tensor
@@ -255,18 +247,16 @@ def _given(
             f"no outputs are given for {', '.join(missing[:8])}; give every source one (a zero "
             "tensor ablates to zero)."
         )
+    # Only as large as the largest of them: outputs that are the same everywhere stay small.
+    shape = torch.Size([1, 1, 1])
     for node, tensor in given.items():
         try:
-            given[node] = tensor.expand(shape)
+            tensor.expand(like.shape[1:])
         except RuntimeError as error:
             raise InputError(
                 f"the output given for {node} has shape {tuple(tensor.shape)}; it must "
-                f"broadcast to {shape}."
+                f"broadcast to {tuple(like.shape[1:])}."
             ) from error
-    return [given[node] for node in nodes]
-
-
-def _fill(into: Outputs, given: GivenOutputs) -> Outputs:
-    for row, tensor in zip(into, given, strict=True):
-        row.copy_(tensor)
-    return into
+        shape = torch.broadcast_shapes(shape, tensor.shape)
+    tensors = [given[node].to(like).expand(shape) for node in nodes]
+    return torch.stack(tensors).expand(like.shape)
