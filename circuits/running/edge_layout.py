@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from circuits.graph.edges import NO_SLOT, SLOTS
+from circuits.graph.edges import SLOTS
 from circuits.graph.graph import Graph
 from circuits.graph.nodes import MLP, Head, Logits, Node, TokenEmbed, at_position
 from circuits.models import Model
@@ -48,23 +48,23 @@ class EdgeLayout:
         Raises:
             InputError: the graph is not a component graph of this model.
         """
-        nodes, targets = component_nodes(model, graph.splits_embedding), tuple(_targets(model))
+        nodes, targets = component_nodes(model, graph.splits_embedding), _targets(model)
         source_row = {node: row for row, node in enumerate(nodes)}
-        target_row = _target_rows(targets)
-        span_row = {position: row for row, position in enumerate(graph.positions or (None,))}
+        target_row = {target: row for row, target in enumerate(_each_target(targets))}
+        span_row = {span: row for row, span in enumerate(graph.positions or (None,))}
         # Looked up per node, not per edge: there are hundreds of times as many edges. What is not
         # found is -1.
         components = [at_position(node, None) for node in graph.nodes]
         positions = [node.position for node in graph.nodes]  # type: ignore[attr-defined]
         spans = [span_row.get(position, -1) for position in positions]
-        slots = (*range(len(SLOTS)), NO_SLOT)  # the slot -1 indexes the last column
-        rows = [[target_row.get((node, slot), -1) for slot in slots] for node in components]
         sources = [source_row.get(node, -1) for node in components]
+        slots = (*SLOTS, None)  # no slot is -1, which indexes the last column
+        rows = [[target_row.get((node, slot), -1) for slot in slots] for node in components]
         span = torch.tensor(spans)[graph.target]
         target = torch.tensor(rows)[graph.target, graph.slot]
         source = torch.tensor(sources)[graph.source]
-        missing = (span < 0) | (target < 0) | (source < 0)
-        if bool(missing.any()):
+        missing = torch.stack([span, target, source]).amin(0) < 0
+        if missing.any():
             edge = graph.edges[int(missing.nonzero()[0])]
             raise InputError(
                 f"this graph is not a component graph of {model.cfg.model_name}: the model has no "
@@ -91,29 +91,24 @@ class EdgeLayout:
 
     def possible(self, model: Model) -> Bool[Tensor, "target source"]:
         """True where a source is upstream of a target, whether or not the graph has the edge."""
-        counts = [
-            sources_of(model, node, self.splits_embedding)
-            for node, _, rows in self.targets
-            for _ in range(rows)
-        ]
-        return torch.arange(self.shape[2]) < torch.tensor(counts)[:, None]
+        upstream: list[int] = []
+        for node, _, count in self.targets:
+            upstream += [sources_of(model, node, self.splits_embedding)] * count
+        return torch.arange(self.shape[2]) < torch.tensor(upstream)[:, None]
 
 
-def _targets(model: Model) -> Iterator[HookedTarget]:
+def _targets(model: Model) -> tuple[HookedTarget, ...]:
+    targets: list[HookedTarget] = []
     for layer in range(model.cfg.n_layers):
-        for slot in SLOTS:
-            yield Head(layer, 0), slot, model.cfg.n_heads
+        targets += [(Head(layer, 0), slot, model.cfg.n_heads) for slot in SLOTS]
         if not model.cfg.attn_only:
-            yield MLP(layer), None, 1
-    yield Logits(), None, 1
+            targets.append((MLP(layer), None, 1))
+    return (*targets, (Logits(), None, 1))
 
 
-def _target_rows(targets: tuple[HookedTarget, ...]) -> dict[tuple[Node, int], int]:
-    """The row of each target, by node and slot."""
-    rows: dict[tuple[Node, int], int] = {}
+def _each_target(targets: Iterable[HookedTarget]) -> Iterator[tuple[Node, str | None]]:
+    """Every target row: its node and slot."""
     for first, slot, count in targets:
-        slot_index = NO_SLOT if slot is None else SLOTS.index(slot)
         for offset in range(count):
-            node = Head(first.layer, offset) if isinstance(first, Head) else first
-            rows[node, slot_index] = len(rows)
-    return rows
+            node = replace(first, head=offset) if isinstance(first, Head) else first
+            yield node, slot
