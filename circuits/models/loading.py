@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens import loading_from_pretrained as conversion
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -96,10 +97,8 @@ def build_model(
     # A seed in the configuration would set the seeds of torch, numpy and random globally.
     fixed = {"seed": None, "init_weights": False, "dtype": dtype, "device": str(_device(device))}
     settings = HookedTransformerConfig(**{**config, **fixed})
-    model = HookedTransformer(settings, tokenizer)
-    given = _without_derived(weights)
+    model, given = HookedTransformer(settings, tokenizer), _without_derived(weights)
     _check_weights(_without_derived(model.state_dict()), given)
-    given = {name: tensor.to(dtype) for name, tensor in given.items()}
     # Not strict, because the derived buffers are missing.
     model.load_state_dict(given, strict=False)
     return model.eval()
@@ -131,14 +130,15 @@ def _check_weights(needed: Mapping[str, Tensor], given: Mapping[str, Tensor]) ->
     wrong = []
     for name, tensor in needed.items():
         shape = tuple(tensor.shape)
-        if name not in given:
+        found = tuple(given[name].shape) if name in given else None
+        if found is None:
             wrong.append(f"{name} (missing)")
-        elif tuple(given[name].shape) != shape:
-            wrong.append(f"{name} (has shape {tuple(given[name].shape)}, needs {shape})")
+        elif found != shape:
+            wrong.append(f"{name} (has shape {found}, needs {shape})")
     wrong += [f"{name} (unknown)" for name in given if name not in needed]
     if wrong:
-        shown = wrong[:4] if len(wrong) <= 4 else [*wrong[:4], "..."]
-        raise InputError(f"the weights do not fit the configuration: {', '.join(shown)}.")
+        shown = ", ".join(wrong[:4]) + (", ..." if len(wrong) > 4 else "")
+        raise InputError(f"the weights do not fit the configuration: {shown}.")
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -176,12 +176,19 @@ def _load_checkpoint(folder: Path, device: torch.device, dtype: torch.dtype) -> 
         raise InputError(
             f"the folder {folder} cannot be loaded as a checkpoint: {_first_line(error)}"
         ) from error
-    try:
-        config, weights = _converted(source, folder, device, dtype)
-    except (NotImplementedError, ValueError, AttributeError, KeyError) as error:
-        raise InputError(
-            f"TransformerLens cannot convert the checkpoint in {folder}: {_first_line(error)}"
-        ) from error
+    with tempfile.TemporaryDirectory() as parent:
+        # TransformerLens guesses the architecture from words in the path, such as "llama". Under
+        # a neutral path it reads config.json instead.
+        neutral = Path(parent, "checkpoint")
+        neutral.symlink_to(folder.resolve(), target_is_directory=True)
+        path = str(neutral)
+        try:
+            config = conversion.get_pretrained_model_config(path, device=str(device), dtype=dtype)
+            weights = conversion.get_pretrained_state_dict(path, config, source, dtype=dtype)
+        except (NotImplementedError, ValueError, AttributeError, KeyError) as error:
+            raise InputError(
+                f"TransformerLens cannot convert the checkpoint in {folder}: {_first_line(error)}"
+            ) from error
     model = HookedTransformer(config, tokenizer, move_to_device=False)
     model.load_and_process_state_dict(weights, **dict.fromkeys(REWRITES, False))
     model.cfg.model_name = folder.name
@@ -189,26 +196,8 @@ def _load_checkpoint(folder: Path, device: torch.device, dtype: torch.dtype) -> 
     return model.eval()
 
 
-def _converted(
-    source: torch.nn.Module, folder: Path, device: torch.device, dtype: torch.dtype
-) -> tuple[HookedTransformerConfig, dict[str, Tensor]]:
-    """Convert a checkpoint's configuration and weights to TransformerLens' form."""
-    from transformer_lens import loading_from_pretrained as loading
-
-    with tempfile.TemporaryDirectory() as parent:
-        # TransformerLens guesses the architecture from words in the path, such as "llama". Under
-        # a neutral path it reads config.json instead.
-        neutral = Path(parent) / "checkpoint"
-        neutral.symlink_to(folder.resolve(), target_is_directory=True)
-        path = str(neutral)
-        config = loading.get_pretrained_model_config(path, device=str(device), dtype=dtype)
-        return config, loading.get_pretrained_state_dict(path, config, source, dtype=dtype)
-
-
 def _load_by_name(name: str, device: torch.device, dtype: torch.dtype) -> Model:
-    from transformer_lens import loading_from_pretrained as loading
-
-    known = loading.make_model_alias_map()
+    known = conversion.make_model_alias_map()
     if name.lower() not in known:
         hint = f"use {EMBEDDED}, a name that TransformerLens knows (gpt2, pythia-160m) or a folder."
         similar = difflib.get_close_matches(name.lower(), known, n=3)
@@ -229,8 +218,8 @@ def _load_by_name(name: str, device: torch.device, dtype: torch.dtype) -> Model:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _is_json(value: object) -> bool:

@@ -61,7 +61,7 @@ Tokens = Int[Tensor, "batch pos"]
 Stream = Float[Tensor, "batch pos d_model"]
 VariantLogits = Float[Tensor, "variant scored vocab"]
 
-NodeOutputs = dict[str, Float[Tensor, "batch pos _"]]
+NodeOutputs = dict[str, Float[Tensor, "#batch #pos _"]]
 """By hook point: the token embeddings; the activations of a layer's features, at the point that
 they read; and its errors, at the point that they write to, before a norm that follows there."""
 

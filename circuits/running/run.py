@@ -15,7 +15,6 @@ from circuits.models import Model, frozen, run_to_residual, unembed
 from circuits.models.component_graph import check_supported, component_nodes
 from circuits.models.identity import check_fits
 from circuits.running.ablation import Ablation, with_means_taken
-from circuits.running.edge_layout import EdgeLayout
 from circuits.running.executor import get_executor
 from circuits.running.settings import ExecutorName, RunSettings
 from circuits.system.errors import InputError
@@ -29,18 +28,21 @@ PROMPTS_PER_RUN = 256
 # Preparing an executor pays off more the more prompts it is for, so it may take more than a step.
 PREPARED_CPU_BYTES = 1 << 32
 
+KeptEdges = Bool[Tensor, "variant edge"]
+VariantLogits = Float[Tensor, "variant scored vocab"]
+
 
 def run_circuits(
     model: Model,
     graph: Graph,
-    kept: Bool[Tensor, "variant edge"],
+    kept: KeptEdges,
     task: Task,
     *,
     ablation: str | Ablation = "resample",
     executor: ExecutorName = "auto",
     max_memory: int | None = None,
     transcoders: Transcoders | None = None,
-) -> Float[Tensor, "variant scored vocab"]:
+) -> VariantLogits:
     """Logits of many circuits at every scored row: variant i keeps the edges `kept[i]`.
 
     Args:
@@ -95,19 +97,22 @@ def run_circuit(
     >>> circuits.run_circuit(model, whole, task).shape[0]
     4
     """
-    settings = RunSettings.parse(
-        ablation=ablation, executor=executor, max_memory=max_memory, transcoders=transcoders
+    logits = run_circuits(
+        model,
+        circuit.graph,
+        circuit.kept[None],
+        task,
+        ablation=ablation,
+        executor=executor,
+        max_memory=max_memory,
+        transcoders=transcoders,
     )
-    return run_variants(model, circuit.graph, circuit.kept[None], task, settings)[0]
+    return logits[0]
 
 
 def run_variants(
-    model: Model,
-    graph: Graph,
-    kept: Bool[Tensor, "variant edge"],
-    task: Task,
-    settings: RunSettings,
-) -> Float[Tensor, "variant scored vocab"]:
+    model: Model, graph: Graph, kept: KeptEdges, task: Task, settings: RunSettings
+) -> VariantLogits:
     """`run_circuits`, with its arguments parsed.
 
     If the prompts do not fit into memory together they are run in parts; means are still taken
@@ -118,23 +123,25 @@ def run_variants(
             f"kept has shape {tuple(kept.shape)} of {kept.dtype}; it must be [variant, edge] of "
             f"bool, over {len(graph)} edges."
         )
-    if isinstance(graph, PooledFeatureGraph):
-        return get_executor(model, graph, task, settings).logits(kept)
-    size = _prompts_at_once(model, settings.max_memory, task)
-    # Outputs given by the user are in memory for all prompts already.
-    if size >= len(task) or settings.ablation.name == "given":
+    size = len(task)
+    # The executor of features cuts the prompts itself, and outputs that the user gives are in
+    # memory for all prompts already.
+    if not isinstance(graph, PooledFeatureGraph) and settings.ablation.name != "given":
+        size = _prompts_at_once(model, settings.max_memory, task)
+    if size >= len(task):
         return get_executor(model, graph, task, settings).logits(kept)
     check_supported(model)
     check_fits(model, graph)
     check_task(model, task)
-    nodes = EdgeLayout.of(model, graph).nodes
-    task = task.to(model.cfg.device)
+    nodes, task = component_nodes(model, graph.splits_embedding), task.to(model.cfg.device)
     ablation = with_means_taken(model, nodes, task, settings.ablation, prompts_per_run=size)
     settings = replace(settings, ablation=ablation)
     # The fit was checked above; without an identity no part reads all weights again.
-    unchecked = replace(graph, model=None)
-    parts = (task[start : start + size] for start in range(0, len(task), size))
-    logits = [get_executor(model, unchecked, part, settings).logits(kept) for part in parts]
+    graph = replace(graph, model=None)
+    logits = []
+    for start in range(0, len(task), size):
+        executor = get_executor(model, graph, task[start : start + size], settings)
+        logits.append(executor.logits(kept))
     return torch.cat(logits, dim=1)
 
 
