@@ -43,13 +43,15 @@ class SourceOutputs:
 
     def __sub__(self, other: SourceOutputs) -> SourceOutputs:
         mine, theirs = self.activations, other.activations
-        return replace(self, activations={name: mine[name] - theirs[name] for name in mine})
+        difference = {name: mine[name] - theirs[name] for name in mine}
+        return replace(self, activations=difference)
 
     def outputs(self, rows: slice = slice(None)) -> Outputs:
         """Compute the outputs of the nodes `rows`, which hold all heads of a layer or none."""
         nodes = self.nodes[rows]
         like = next(iter(self.activations.values()))
-        outputs = like.new_empty(len(nodes), *like.shape[:2], self.model.cfg.d_model)
+        batch, pos, *_ = like.shape
+        outputs = like.new_empty(len(nodes), batch, pos, self.model.cfg.d_model)
         # Computed in place: no second copy of the outputs exists.
         for name, write in recording_hooks(self.model, nodes, outputs):
             write(self.activations[name])
@@ -80,7 +82,8 @@ class SourceOutputs:
         # sum over sources u of out_u + sum over layers of b_O = residual stream
         expected = residual.detach()[token]
         difference = (written - expected).abs().max()
-        gap = float(difference / expected.abs().max().clamp(min=1e-30))
+        size = expected.abs().max().clamp(min=1e-30)
+        gap = float(difference / size)
         # False where the gap is NaN: overflow is reported where the logits are checked.
         if gap > TOLERANCE[self.model.cfg.dtype]:
             raise InputError(
@@ -90,10 +93,10 @@ class SourceOutputs:
 
     def _sum(self) -> Residual:
         """Everything that is written, with biases, in float32 at least."""
-        heads = {node.layer for node in self.nodes if isinstance(node, Head)}
-        others = [output_hook(node) for node in self.nodes if not isinstance(node, Head)]
-        written = [self.attention(layer) for layer in heads]
-        written += [self.activations[name] for name in others]
+        written = []
+        for name, group in output_groups(self.nodes):
+            node, activation = self.nodes[group.start], self.activations[name]
+            written.append(self.attention(node.layer) if isinstance(node, Head) else activation)
         wide = torch.promote_types(written[0].dtype, torch.float32)
         return torch.stack(written).sum(0, dtype=wide)
 
@@ -123,7 +126,8 @@ def source_outputs(model: Model, nodes: Sequence[Node], tokens: Tokens, mask: Ma
     Raises:
         InputError: see `run_and_record`.
     """
-    return run_and_record(model, nodes, tokens, mask)[0].outputs()
+    written, _ = run_and_record(model, nodes, tokens, mask)
+    return written.outputs()
 
 
 @torch.no_grad()

@@ -18,7 +18,10 @@ from circuits.tasks.task import Task
 
 NAMES = ("resample", "zero", "mean", "mean_by_position")
 
+Nodes = tuple[Node, ...]
+GivenOutputs = Mapping[Node | str, Tensor]
 Outputs = Float[Tensor, "source batch pos d_model"]
+TokenIds = Int[Tensor, "batch pos"]
 TokenMask = Bool[Tensor, "batch pos"]
 
 
@@ -41,7 +44,7 @@ class Ablation:
 
     name: str = "resample"
     over: str = "clean"
-    outputs: Mapping[Node | str, Tensor] | None = None
+    outputs: GivenOutputs | None = None
 
     def __post_init__(self) -> None:
         if self.name not in (*NAMES, "given"):
@@ -68,9 +71,10 @@ class Ablation:
     @property
     def axes(self) -> tuple[int, ...]:
         """The axes of [batch, pos, ...] that means are taken over."""
-        return (0,) if self.name == "mean_by_position" else (0, 1)
+        by_position = self.name == "mean_by_position"
+        return (0,) if by_position else (0, 1)
 
-    def averaged(self, task: Task) -> Int[Tensor, "batch pos"]:
+    def averaged(self, task: Task) -> TokenIds:
         """The prompts of a task that means are taken over."""
         return task.clean if self.over == "clean" else task.corrupted
 
@@ -81,11 +85,12 @@ class Ablation:
         return f"{self.name} over corrupted" if over_corrupted else self.name
 
 
-def _digest(outputs: Mapping[Node | str, Tensor]) -> str:
+def _digest(outputs: GivenOutputs) -> str:
     digest = hashlib.blake2b(digest_size=4)
-    for node, tensor in sorted(outputs.items(), key=lambda item: str(item[0])):
-        digest.update(f"{node} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().double().contiguous().numpy().tobytes())
+    for node in sorted(outputs, key=str):
+        numbers = outputs[node].detach().cpu().double()
+        digest.update(f"{node} {tuple(numbers.shape)}".encode())
+        digest.update(numbers.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -99,7 +104,7 @@ def get_ablation(ablation: str | Ablation) -> Ablation:
 
 
 def with_means_taken(
-    model: Model, nodes: tuple[Node, ...], task: Task, ablation: Ablation, *, prompts_per_run: int
+    model: Model, nodes: Nodes, task: Task, ablation: Ablation, *, prompts_per_run: int
 ) -> Ablation:
     """An ablation that is the same on any part of the task: means become given outputs."""
     if not ablation.takes_means:
@@ -119,14 +124,14 @@ class Counterfactuals:
     """
 
     model: Model
-    nodes: tuple[Node, ...]
+    nodes: Nodes
     means: SourceOutputs | None
     given: Outputs | None
 
     @staticmethod
     def prepare(
         model: Model,
-        nodes: tuple[Node, ...],
+        nodes: Nodes,
         task: Task,
         ablation: Ablation,
         *,
@@ -143,10 +148,12 @@ class Counterfactuals:
         """
         means = given = None
         if ablation.takes_means:
-            means = _means(model, nodes, task, ablation, prompts_per_run or len(task))
+            size = prompts_per_run or len(task)
+            means = _means(model, nodes, task, ablation, size)
         elif ablation.name != "resample":
-            zero = torch.zeros(1, dtype=model.cfg.dtype, device=model.cfg.device)
-            given = zero.expand(len(nodes), *task.clean.shape, model.cfg.d_model)
+            cfg = model.cfg
+            zero = torch.zeros(1, dtype=cfg.dtype, device=cfg.device)
+            given = zero.expand(len(nodes), *task.clean.shape, cfg.d_model)
             if ablation.outputs is not None:
                 given = _given(nodes, ablation.outputs, given)
         return Counterfactuals(model, nodes, means, given)
@@ -160,7 +167,8 @@ class Counterfactuals:
         """
         if self.given is not None:
             return self.given[:, prompts]
-        return self._recorded(task).outputs().expand(-1, *task.clean.shape, -1)
+        outputs = self._recorded(task).outputs()
+        return outputs.expand(-1, *task.clean.shape, -1)
 
     def changes(
         self,
@@ -183,7 +191,8 @@ class Counterfactuals:
     def _recorded(self, task: Task) -> SourceOutputs:
         if self.means is not None:
             return self.means
-        return run_and_record(self.model, self.nodes, task.corrupted, task.mask)[0]
+        outputs, _ = run_and_record(self.model, self.nodes, task.corrupted, task.mask)
+        return outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,55 +217,62 @@ class Changes:
 
 def masked_sum(value: Tensor, mask: TokenMask, axes: tuple[int, ...]) -> Tensor:
     """The sum of activations [batch, pos, ...] at tokens that count, in float32 at least."""
-    weights = mask.to(torch.promote_types(value.dtype, torch.float32))
-    weights = weights.reshape(*mask.shape, *[1] * (value.dim() - 2))
+    wide = torch.promote_types(value.dtype, torch.float32)
+    # The axes after [batch, pos] broadcast.
+    weights = mask.to(wide).reshape(*mask.shape, *[1] * (value.dim() - 2))
     return (value * weights).sum(axes, keepdim=True)
 
 
 def _means(
-    model: Model, nodes: tuple[Node, ...], task: Task, ablation: Ablation, prompts_per_run: int
+    model: Model, nodes: Nodes, task: Task, ablation: Ablation, prompts_per_run: int
 ) -> SourceOutputs:
     """Means of the outputs. A head's mean output is mean(z) @ W_O, so storing mean(z) is enough."""
     sums: dict[str, Tensor] = {}
     for start in range(0, len(task), prompts_per_run):
         part = task[start : start + prompts_per_run]
-        run, _ = run_and_record(model, nodes, ablation.averaged(part), part.mask)
+        tokens = ablation.averaged(part)
+        run, _ = run_and_record(model, nodes, tokens, part.mask)
         for name, value in run.activations.items():
-            sums[name] = sums.get(name, 0) + masked_sum(value, part.mask, ablation.axes)
+            total = masked_sum(value, part.mask, ablation.axes)
+            sums[name] = sums.get(name, 0) + total
     # Beyond the longest prompt there is no mean, and no real token reads it.
-    counts = task.mask.sum(ablation.axes, keepdim=True).clamp(min=1)[..., None]
+    counts = task.mask.sum(ablation.axes, keepdim=True).clamp(min=1)
     means = {}
     for name, total in sums.items():
-        mean = (total.flatten(2) / counts).view_as(total)
+        mean = (total.flatten(2) / counts[..., None]).view_as(total)
         means[name] = mean.to(model.cfg.dtype)
     return SourceOutputs(model, nodes, means)
 
 
-def _given(nodes: tuple[Node, ...], outputs: Mapping[Node | str, Tensor], like: Outputs) -> Outputs:
+def _given(nodes: Nodes, outputs: GivenOutputs, like: Outputs) -> Outputs:
     """The outputs of all sources, broadcast to the shape of `like`."""
     given = {}
-    for node, tensor in outputs.items():
-        given[parse_node(node) if isinstance(node, str) else node] = tensor
-    if unknown := [str(node) for node in given if node not in nodes]:
+    for name, tensor in outputs.items():
+        node = parse_node(name) if isinstance(name, str) else name
+        given[node] = tensor
+    unknown = [str(node) for node in given if node not in nodes]
+    if unknown:
         raise InputError(
             f"outputs are given for {', '.join(unknown)}, which write nothing in this graph; its "
             f"sources are {nodes[0]} ... {nodes[-1]}."
         )
-    if missing := [str(node) for node in nodes if node not in given]:
+    missing = [str(node) for node in nodes if node not in given]
+    if missing:
         raise InputError(
             f"no outputs are given for {', '.join(missing[:8])}; give every source one (a zero "
             "tensor ablates to zero)."
         )
-    # Only as large as the largest of them: outputs that are the same everywhere stay small.
-    shape = torch.Size([1, 1, 1])
+    shape = tuple(like.shape[1:])
     for node, tensor in given.items():
         try:
-            tensor.expand(like.shape[1:])
+            tensor.expand(shape)
         except RuntimeError as error:
             raise InputError(
                 f"the output given for {node} has shape {tuple(tensor.shape)}; it must "
-                f"broadcast to {tuple(like.shape[1:])}."
+                f"broadcast to {shape}."
             ) from error
-        shape = torch.broadcast_shapes(shape, tensor.shape)
-    tensors = [given[node].to(like).expand(shape) for node in nodes]
-    return torch.stack(tensors).expand(like.shape)
+    # Outputs that are the same for all prompts or positions are stored once.
+    three_axes = like.new_zeros(1, 1, 1)
+    tensors = [three_axes, *(given[node].to(like) for node in nodes)]
+    stacked = torch.stack(torch.broadcast_tensors(*tensors)[1:])
+    return stacked.expand(like.shape)

@@ -21,6 +21,7 @@ from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
 
 EdgeMask = Bool[Tensor, " edge"]
+KeptEdges = Bool[Tensor, "variant edge"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,30 +52,33 @@ class DamageMeter:
         assert settings.metric is not None
         task = task.to(model.cfg.device)
         executor = get_executor(model, graph, task, settings)
-        clean = executor.logits(torch.ones(1, len(graph), dtype=torch.bool))[0]
+        whole = torch.ones(1, len(graph), dtype=torch.bool)
+        clean = executor.logits(whole)[0]
         reaching = reaching_logits(model, graph)
         meter = DamageMeter(executor, settings.metric, clean, task, reaching)
-        if isinstance(executor, IncrementalExecutor) and settings.precision is not None:
-            if settings.precision.investigated == "float32":
-                return replace(meter, exact=replace(meter, executor=executor.exact()))
+        precision = settings.precision
+        if isinstance(executor, IncrementalExecutor) and precision is not None:
+            if precision.investigated == "float32":
+                exact = replace(meter, executor=executor.exact())
+                return replace(meter, exact=exact)
         return meter
 
-    def __call__(self, kept: Bool[Tensor, "variant edge"]) -> Float[Tensor, " variant"]:
+    def __call__(self, kept: KeptEdges) -> Float[Tensor, " variant"]:
         """Damage of every circuit, mean over scored rows."""
         return self.by_row(kept).mean(-1, dtype=torch.float64)
 
-    def by_row(self, kept: Bool[Tensor, "variant edge"]) -> Float[Tensor, "variant scored"]:
+    def by_row(self, kept: KeptEdges) -> Float[Tensor, "variant scored"]:
         """Damage of every circuit at every scored row. Ranks share the circuits.
 
         Raises:
             NotFiniteError: the logits or the metric of one of the circuits are not finite.
         """
 
+        def damages(logits: Tensor) -> Tensor:
+            return self.metric.damages(logits, self.clean_logits, self.task)
+
         def measure(mine: slice) -> Tensor:
-            return self.executor.map(
-                kept[mine],
-                lambda logits: self.metric.damages(logits, self.clean_logits, self.task),
-            )
+            return self.executor.map(kept[mine], damages)
 
         return in_slices(len(kept), measure).cpu()
 
@@ -87,6 +91,7 @@ class DamageMeter:
         """Add what the executor counts inside the block, on all ranks, to `counts`."""
         before = dict(self.executor.counts)
         yield
-        more = {name: value - before[name] for name, value in self.executor.counts.items()}
-        for name, value in totals(more).items():
+        after = self.executor.counts
+        more = totals({name: after[name] - before[name] for name in after})
+        for name, value in more.items():
             counts[name] = counts.get(name, 0) + value

@@ -144,8 +144,11 @@ class FeatureExecutor:
                 "does not name."
             )
         task = task.to(model.cfg.device)
-        ready = FeatureExecutor(model, found, graph, task, ablation, max_memory)
-        return replace(ready, means=ready._means()) if ablation.takes_means else ready
+        executor = FeatureExecutor(model, found, graph, task, ablation, max_memory)
+        if not ablation.takes_means:
+            return executor
+        with frozen(model), plain_inputs(model), torch.no_grad():
+            return replace(executor, means=executor._means())
 
     def logits(self, kept: KeptEdges) -> VariantLogits:
         """Logits of every circuit at every scored row."""
@@ -154,8 +157,8 @@ class FeatureExecutor:
     def map(self, kept: KeptEdges, function: Callable[[Tensor], Tensor]) -> Tensor:
         """`function` of the logits, one circuit at a time."""
         circuits = [self._kept_nodes(row) for row in kept]
-        parts = [self._part_logits(self.task[part], circuits) for part in self._parts()]
-        logits = torch.cat(parts, dim=1)
+        with frozen(self.model), plain_inputs(self.model), torch.no_grad():
+            logits = torch.cat([self._part_logits(part, circuits) for part in self._parts()], dim=1)
         check_finite(logits)
         return torch.cat([function(each[None]) for each in logits])
 
@@ -175,13 +178,14 @@ class FeatureExecutor:
         touched[self.graph.target[kept]] = True
         return touched
 
-    def _parts(self) -> list[slice]:
+    def _parts(self) -> list[Task]:
         """The prompts in parts that fit into memory."""
-        widths = self.transcoders.n_features + self.transcoders.d_model
-        prompt_bytes = 12 * self.transcoders.n_layers * widths * self.task.clean.shape[1]
+        shape = self.transcoders
+        widths = shape.n_features + shape.d_model
+        prompt_bytes = 12 * shape.n_layers * widths * self.task.clean.shape[1]
         budget = memory_budget(self.model.cfg.device, self.max_memory, cpu_bytes=CPU_BYTES)
         size = max(1, budget // prompt_bytes)
-        return [slice(start, start + size) for start in range(0, len(self.task), size)]
+        return [self.task[start : start + size] for start in range(0, len(self.task), size)]
 
     def _part_logits(self, part: Task, circuits: Sequence[NodeMask | None]) -> VariantLogits:
         whole, clean = self._run(part, part.clean)
@@ -205,7 +209,8 @@ class FeatureExecutor:
         """Where the nodes of a circuit write out_n; elsewhere they write c_n."""
         spans = torch.zeros_like(part.clean)
         if self.graph.positions is not None:
-            spans = spans_of(part.positions, tuple(map(str, self.graph.positions))).to(spans)
+            names = tuple(map(str, self.graph.positions))
+            spans = spans_of(part.positions, names).to(spans)
         by_span = self._by_span(circuit)
         staying = {hook: nodes.to(spans.device)[spans] for hook, nodes in by_span.items()}
         for reads, _ in self.mlp_hooks:
@@ -216,17 +221,19 @@ class FeatureExecutor:
     def _by_span(self, circuit: NodeMask) -> dict[str, Bool[Tensor, "span _"]]:
         """The nodes of a circuit, by hook point; tokens and errors are one node per span."""
         spans = self.graph.positions or (None,)
-        reads, writes = zip(*self.mlp_hooks, strict=True)
-        widths = dict.fromkeys(reads, self.transcoders.n_features)
-        widths |= dict.fromkeys([*writes, EMBEDDING_HOOK], 1)
-        found = {hook: torch.zeros(len(spans), n, dtype=torch.bool) for hook, n in widths.items()}
+        none = torch.zeros(len(spans), self.transcoders.n_features, dtype=torch.bool)
+        found = {EMBEDDING_HOOK: none[:, :1].clone()}
+        for reads, writes in self.mlp_hooks:
+            found |= {reads: none.clone(), writes: none[:, :1].clone()}
         for number in circuit.nonzero().flatten().tolist():
             match self.graph.nodes[number]:
-                case Feature(layer=layer, index=index, position=position):
-                    found[reads[layer]][spans.index(position), index] = True
-                case Error(layer=layer, position=position):
-                    found[writes[layer]][spans.index(position)] = True
-                case TokenEmbed(position=position):
+                case Feature(layer, index, position):
+                    reads, _ = self.mlp_hooks[layer]
+                    found[reads][spans.index(position), index] = True
+                case Error(layer, position):
+                    _, writes = self.mlp_hooks[layer]
+                    found[writes][spans.index(position)] = True
+                case TokenEmbed(position):
                     found[EMBEDDING_HOOK][spans.index(position)] = True
         return found
 
@@ -247,37 +254,35 @@ class FeatureExecutor:
         hooks: list[tuple[str, Hook]] = [(EMBEDDING_HOOK, run.embed)]
         for layer, (reads, writes) in enumerate(self.mlp_hooks):
             hooks += [(reads, partial(run.read, layer)), (writes, partial(run.write, layer))]
-        with frozen(self.model), plain_inputs(self.model), torch.no_grad():
-            return run_to_residual(self.model, tokens, part.mask, hooks), run.outputs
+        return run_to_residual(self.model, tokens, part.mask, hooks), run.outputs
 
     @cached_property
     def mlp_hooks(self) -> list[tuple[str, str]]:
         """By layer, where features read, and where they and errors write."""
         before_norm = self.transcoders.writes == "mlp"
-        return [
-            (
-                mlp_residual_hook(self.model, layer),
-                mlp_output_hook(self.model, layer, before_norm=before_norm),
-            )
-            for layer in range(self.transcoders.n_layers)
-        ]
+        hooks = []
+        for layer in range(self.transcoders.n_layers):
+            writes = mlp_output_hook(self.model, layer, before_norm=before_norm)
+            hooks.append((mlp_residual_hook(self.model, layer), writes))
+        return hooks
 
     def _means(self) -> NodeOutputs:
         """Means over all prompts, padding left out."""
         axes, mask = self.ablation.axes, self.task.mask
         sums: NodeOutputs = {}
-        for prompts in self._parts():
-            part = self.task[prompts]
+        for part in self._parts():
             _, outputs = self._run(part, self.ablation.averaged(part))
             for hook, value in outputs.items():
-                sums[hook] = sums.get(hook, 0) + masked_sum(value, part.mask, axes)
+                total = masked_sum(value, part.mask, axes)
+                sums[hook] = sums.get(hook, 0) + total
         # The leading positions have no features and errors, so they do not count in their means.
         later = mask.clone()
         later[:, : self.graph.transcoders.leading] = False
         means = {}
         for hook, total in sums.items():
             counted = mask if hook == EMBEDDING_HOOK else later
-            means[hook] = total / counted.sum(axes, keepdim=True).clamp(min=1)[..., None]
+            count = counted.sum(axes, keepdim=True).clamp(min=1)
+            means[hook] = total / count[..., None]
         return means
 
 
