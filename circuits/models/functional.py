@@ -43,10 +43,10 @@ def multiply(
         bias: [d_out], or [every_head d_out].
         heads: which heads' weights and biases to use.
     """
-    if heads is None:
-        return x @ weight if bias is None else torch.addmm(bias, x, weight)
-    product = x @ weight[heads]
-    return product if bias is None else product.add_(bias[heads][:, None])
+    if heads is not None:
+        product = x @ weight[heads]
+        return product if bias is None else product.add_(bias[heads, None])
+    return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
 
 def soft_capped(x: Tensor, cap: float) -> Tensor:
@@ -64,8 +64,8 @@ def gelu_tanh(x: Tensor) -> Tensor:
     if x.device.type != "cpu":
         return functional.gelu(x, approximate="tanh")
     # x (1 + tanh u) / 2 = x sigmoid(2 u)   with   u = sqrt(2 / pi) (x + 0.044715 x^3)
-    cubic = torch.addcmul(x, x * x, x, value=0.044715)
-    return cubic.mul_(2 * math.sqrt(2 / math.pi)).sigmoid_().mul_(x)
+    twice_u = torch.addcmul(x, x * x, x, value=0.044715).mul_(math.sqrt(8 / math.pi))
+    return twice_u.sigmoid_().mul_(x)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,16 +84,17 @@ class Rotation:
 
     def __call__(self, x: Projected, positions: Positions) -> Projected:
         """Rotate queries or keys by the angles of their positions."""
-        width = self.cos.shape[-1]
-        rotated, rest = x[..., :width], x[..., width:]
+        cos, sin = self.cos[positions], self.sin[positions]
+        width = cos.shape[-1]
+        pairs, rest = x[..., :width], x[..., width:]
         # (a, b) -> (a cos t - b sin t, b cos t + a sin t) = (a, b) cos t + (-b, a) sin t
         if self.adjacent:
-            a, b = rotated[..., ::2], rotated[..., 1::2]
+            a, b = pairs.unflatten(-1, (-1, 2)).unbind(-1)
             quarter_turn = torch.stack([-b, a], dim=-1).flatten(-2)
         else:
-            a, b = rotated.chunk(2, dim=-1)
+            a, b = pairs.chunk(2, dim=-1)
             quarter_turn = torch.cat([-b, a], dim=-1)
-        rotated = rotated * self.cos[positions] + quarter_turn * self.sin[positions]
+        rotated = pairs * cos + quarter_turn * sin
         return torch.cat([rotated, rest], dim=-1)
 
 
@@ -143,9 +144,9 @@ class Attention:
     ) -> Projected:
         """Compute q, k or v of some heads from their normalized input, which they may share."""
         # norm(x) W + b
-        rows = normed.flatten(1, -2)
-        flat = product(rows, self.weights[slot], self.biases[slot], heads)
-        projected = flat.unflatten(1, normed.shape[1:-1])
+        weight, bias = self.weights[slot], self.biases[slot]
+        projected = product(normed.flatten(1, -2), weight, bias, heads)
+        projected = projected.unflatten(1, normed.shape[1:-1])
         # Norm per head (Qwen 3), clipping (OLMo), rotation of queries and keys.
         if slot in self.norms:
             projected = self.norms[slot](projected)
@@ -188,18 +189,20 @@ class Attention:
         # S = cap(q k^T / scale) + bias
         scores = _product_of_variants(queries, keys.transpose(-1, -2))
         scores = soft_capped(scores.div_(self.scale), self.soft_cap)
-        own_bias = bias[heads] if bias.shape[0] > 1 else bias
+        own_bias = bias[heads] if len(bias) > 1 else bias
         scores += own_bias[:, None]
         # A = softmax(S),  z = A v
-        return _product_of_variants(self._pattern(heads, scores), values)
+        pattern = self._pattern(heads, scores)
+        return _product_of_variants(pattern, values)
 
     def _pattern(self, heads: HeadSelection, scores: Scores) -> Scores:
         if self.sinks is None:
             return scores.softmax(-1)
         # A = softmax([S, sink]) without the column of the sink
-        sinks = self.sinks[heads].to(scores.dtype).view(-1, 1, 1, 1, 1)
-        column = sinks.expand(*scores.shape[:-1], 1)
-        return torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
+        sinks = self.sinks[heads].to(scores).view(-1, 1, 1, 1, 1)
+        column = sinks.expand_as(scores[..., :1])
+        pattern = torch.cat([scores, column], dim=-1).softmax(-1)
+        return pattern[..., :-1]
 
 
 def _product_of_variants(
@@ -210,9 +213,9 @@ def _product_of_variants(
     if a.shape[1] == 1 or b.shape[1] > 1:
         return a @ b
     # Broadcasting would copy b for every variant, so multiply the rows of all variants together.
-    rows_of_all = a.transpose(1, 2).flatten(2, 3)
-    product = rows_of_all @ b[:, 0]
-    return product.unflatten(2, (a.shape[1], a.shape[3])).transpose(1, 2)
+    by_prompt = a.transpose(1, 2)
+    product = by_prompt.flatten(2, 3) @ b[:, 0]
+    return product.unflatten(2, by_prompt.shape[2:4]).transpose(1, 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,21 +238,24 @@ class LinearNorm:
         """Return the norm at some positions, the second last axis of `scale`."""
         if self.scale is None:
             return self
-        return replace(self, scale=self.scale[..., positions, :])
+        scale = self.scale[..., positions, :]
+        return replace(self, scale=scale)
 
     def linear(self, x: Residual) -> Residual:
         """Apply the linear part."""
         if self.scale is None:
             return x
         # y = w * (C x) / s   where C subtracts the mean
-        return self._weighted(self._centred(x) / self.scale)
+        normed = self._centred(x) / self.scale
+        return self._weighted(normed)
 
     def transposed(self, gradient: Residual) -> Residual:
         """Apply the transpose of `linear`, which takes a gradient from the output to the input."""
         if self.scale is None:
             return gradient
         # C is symmetric, so the transpose is C (w * g) / s.
-        return self._centred(self._weighted(gradient) / self.scale)
+        scaled = self._weighted(gradient) / self.scale
+        return self._centred(scaled)
 
     def _centred(self, x: Tensor) -> Tensor:
         return x - x.mean(-1, keepdim=True) if self.centres else x
@@ -289,11 +295,13 @@ class WeightedMLP:
         normed = self.norm(tokens)
         if self.weight_gate is None:
             # h = act(n W_in + b_in)
-            hidden = self.activation(product(normed, self.weight_in, self.bias_in))
+            before = product(normed, self.weight_in, self.bias_in)
+            hidden = self.activation(before)
         else:
             # h = act(n W_gate) * (n W_in) + b_in
             gate = self.activation(product(normed, self.weight_gate))
-            hidden = gate.mul_(product(normed, self.weight_in)).add_(self.bias_in)
+            linear = product(normed, self.weight_in)
+            hidden = gate.mul_(linear).add_(self.bias_in)
         return product(hidden, self.weight_out, self.bias_out)
 
 
@@ -306,8 +314,8 @@ class ModuleMLP:
 
     def __call__(self, residual: Residual, product: Multiply) -> Residual:
         """Compute what the MLP writes when it reads `residual`; `product` has no effect."""
-        tokens = residual.flatten(0, -2)
-        return self.module(self.norm(tokens)[None]).view(residual.shape)
+        normed = self.norm(residual).flatten(0, -2)
+        return self.module(normed[None]).view(residual.shape)
 
 
 FeedForward = WeightedMLP | ModuleMLP
@@ -327,4 +335,5 @@ class Unembedding:
         # cap(n W_U + b_U)   with   n = norm(x)
         normed = self.norm(residual).flatten(0, -2)
         logits = product(normed, self.weight, self.bias)
-        return soft_capped(logits, self.soft_cap).unflatten(0, residual.shape[:-1])
+        capped = soft_capped(logits, self.soft_cap)
+        return capped.unflatten(0, residual.shape[:-1])

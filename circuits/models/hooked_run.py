@@ -16,6 +16,11 @@ from circuits.models.loading import Model
 Hook = Callable[[Tensor], Tensor | None]
 """Takes an activation and returns its replacement, or None to leave it unchanged."""
 
+Hooks = Sequence[tuple[str, Hook]]
+TokenMask = Bool[Tensor, "batch pos"]
+Forward = Callable[[Tensor], Tensor]
+Attribute = tuple[Any, str, Any]
+
 INPUT_FLAGS = (
     "use_hook_mlp_in", "use_split_qkv_input", "ungroup_grouped_query_attention",
     "use_attn_in", "use_attn_result",
@@ -61,15 +66,18 @@ def separate_gradients(model: Model) -> Iterator[None]:
 def copies_per_head(model: Model, slot: str) -> int:
     """Return how many query heads share one head of q, k or v."""
     shared = model.cfg.n_key_value_heads
-    return 1 if shared is None or slot == "q" else model.cfg.n_heads // shared
+    if shared is None or slot == "q":
+        return 1
+    return model.cfg.n_heads // shared
 
 
 @contextlib.contextmanager
 def frozen(model: Model) -> Iterator[None]:
     """Set evaluation mode and switch off the gradients of the weights."""
-    training = [(module, "training", False) for module in model.modules() if module.training]
+    training = [module for module in model.modules() if module.training]
+    modes = [(module, "training", False) for module in training]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with _attributes(training), contextlib.ExitStack() as stack:
+    with _attributes(modes), contextlib.ExitStack() as stack:
         for parameter in trainable:
             stack.callback(parameter.requires_grad_)
             parameter.requires_grad_(False)
@@ -79,8 +87,8 @@ def frozen(model: Model) -> Iterator[None]:
 def run_to_residual(
     model: Model,
     tokens: Int[Tensor, "batch pos"],
-    mask: Bool[Tensor, "batch pos"],
-    hooks: Sequence[tuple[str, Hook]] = (),
+    mask: TokenMask,
+    hooks: Hooks = (),
     *,
     layers: int | None = None,
 ) -> Float[Tensor, "batch pos d_model"]:
@@ -100,7 +108,7 @@ def run_to_residual(
 
 
 @contextlib.contextmanager
-def hooked(model: Model, hooks: Sequence[tuple[str, Hook]]) -> Iterator[None]:
+def hooked(model: Model, hooks: Hooks) -> Iterator[None]:
     """Add hooks, and remove them at the end even when the body raises.
 
     Args:
@@ -110,7 +118,8 @@ def hooked(model: Model, hooks: Sequence[tuple[str, Hook]]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, function in hooks:
             # A hook point is a module as well: it returns the activation that it is given.
-            handle = model.get_submodule(name).register_forward_hook(_on_output(function))
+            module = model.get_submodule(name)
+            handle = module.register_forward_hook(_on_output(function))
             stack.callback(handle.remove)
         yield
 
@@ -123,21 +132,23 @@ def unembed(
     normed = residual.flatten(0, -2)[None]
     if model.cfg.normalization_type is not None:
         normed = model.ln_final(normed)
-    logits = model.unembed(normed)[0].unflatten(0, residual.shape[:-1])
-    return soft_capped(logits, model.cfg.output_logits_soft_cap or 0)
+    logits = soft_capped(model.unembed(normed)[0], model.cfg.output_logits_soft_cap or 0)
+    return logits.unflatten(0, residual.shape[:-1])
 
 
 def _on_output(function: Hook) -> Callable[..., Tensor | None]:
     return lambda module, arguments, output: function(output)
 
 
-def _padding_hooks(model: Model, mask: Bool[Tensor, "batch pos"]) -> list[tuple[str, Hook]]:
+def _padding_hooks(model: Model, mask: TokenMask) -> Hooks:
     """Mask pads on the right, which TransformerLens does under causal attention only."""
-    if model.cfg.attention_dir == "causal" or bool(mask.all()):
+    if model.cfg.attention_dir == "causal" or mask.all():
         return []
+    # [batch, head, query, key]
+    pads = ~mask[:, None, None]
 
-    def ignore_pads(scores: Float[Tensor, "batch head query key"]) -> Tensor:
-        return scores.masked_fill(~mask[:, None, None, :], -torch.inf)
+    def ignore_pads(scores: Tensor) -> Tensor:
+        return scores.masked_fill(pads, -torch.inf)
 
     layers = range(model.cfg.n_layers)
     return [(f"blocks.{layer}.attn.hook_attn_scores", ignore_pads) for layer in layers]
@@ -146,7 +157,8 @@ def _padding_hooks(model: Model, mask: Bool[Tensor, "batch pos"]) -> list[tuple[
 @contextlib.contextmanager
 def _input_flags(model: Model, *chosen: str) -> Iterator[None]:
     """Set these of `INPUT_FLAGS`, and clear the others."""
-    with _attributes([(model.cfg, name, name in chosen) for name in INPUT_FLAGS]):
+    flags = [(model.cfg, name, name in chosen) for name in INPUT_FLAGS]
+    with _attributes(flags):
         yield
 
 
@@ -154,11 +166,12 @@ def _input_flags(model: Model, *chosen: str) -> Iterator[None]:
 def _shared_norms(model: Model) -> Iterator[None]:
     """Compute the norm before attention once for q, k and v, not three times as TransformerLens."""
     norms = [block.ln1 for block in model.blocks]
-    with _attributes([(norm, "forward", _remembering(norm.forward)) for norm in norms]):
+    forwards = [(norm, "forward", _remembering(norm.forward)) for norm in norms]
+    with _attributes(forwards):
         yield
 
 
-def _remembering(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _remembering(forward: Forward) -> Forward:
     """Return the last result again for the next two calls on the same tensor, then forget it."""
     # The input and the output, once for each call that is left.
     last: list[tuple[Tensor, Tensor]] = []
@@ -172,7 +185,7 @@ def _remembering(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tens
 
 
 @contextlib.contextmanager
-def _attributes(changes: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
+def _attributes(changes: Sequence[Attribute]) -> Iterator[None]:
     """Set attributes, given as (object, name, value), and restore them at the end."""
     with contextlib.ExitStack() as stack:
         for owner, name, value in changes:

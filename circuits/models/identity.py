@@ -83,15 +83,16 @@ def checksum(parameter: Tensor) -> bytes:
     They wrap around in 32 bits (64 for float64), which is exact in any order, and twenty times
     faster than sums in 64 bits.
     """
-    bits = parameter.contiguous().view(INTEGER_OF_SIZE[parameter.element_size()])
-    bits = torch.atleast_2d(bits).flatten(0, -2)
+    integer = INTEGER_OF_SIZE[parameter.element_size()]
+    bits = torch.atleast_2d(parameter.contiguous().view(integer)).flatten(0, -2)
     if bits.numel() <= SMALL:
         return _bytes(bits)
     # Two 16-bit numbers at a time are summed as one of 32 bits.
     if bits.dtype is torch.int16 and bits.shape[-1] % 2 == 0:
         bits = bits.view(torch.int32)
     width = torch.int64 if bits.dtype is torch.int64 else torch.int32
-    return b"".join(_bytes(bits.sum(axis, dtype=width)) for axis in (0, 1))
+    by_column, by_row = (bits.sum(axis, dtype=width) for axis in (0, 1))
+    return _bytes(by_column) + _bytes(by_row)
 
 
 def _bytes(values: Tensor) -> bytes:

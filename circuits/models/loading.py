@@ -27,6 +27,7 @@ from circuits.system.errors import InputError
 from circuits.system.files import read_json, read_tensors, write_json, write_tensors
 
 Model = HookedTransformer
+Weights = Mapping[str, Tensor]
 
 EMBEDDED = "toy-world"
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -74,7 +75,7 @@ def load_model(
 
 def build_model(
     config: Mapping[str, Any],
-    weights: Mapping[str, Tensor],
+    weights: Weights,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     device: str | torch.device | None = None,
@@ -114,7 +115,8 @@ def save_model(model: Model, folder: str | Path) -> None:
     ...     loaded = circuits.load_model(folder)
     """
     folder = Path(folder)
-    config = {name: value for name, value in model.cfg.to_dict().items() if _is_json(value)}
+    settings = model.cfg.to_dict()
+    config = {name: value for name, value in settings.items() if _is_json(value)}
     weights = _without_derived(model.state_dict())
     write_tensors(folder / WEIGHTS_FILE, weights, {}, FORMAT, FORMAT_VERSION)
     write_json(folder / CONFIG_FILE, {"config": config}, FORMAT, FORMAT_VERSION)
@@ -122,23 +124,23 @@ def save_model(model: Model, folder: str | Path) -> None:
         model.tokenizer.save_pretrained(folder)
 
 
-def _without_derived(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _without_derived(state: Weights) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if not name.endswith(DERIVED_BUFFERS)}
 
 
-def _check_weights(needed: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+def _check_weights(needed: Weights, given: Weights) -> None:
     wrong = []
     for name, tensor in needed.items():
         shape = tuple(tensor.shape)
-        found = tuple(given[name].shape) if name in given else None
-        if found is None:
+        if name not in given:
             wrong.append(f"{name} (missing)")
-        elif found != shape:
+        elif given[name].shape != shape:
+            found = tuple(given[name].shape)
             wrong.append(f"{name} (has shape {found}, needs {shape})")
     wrong += [f"{name} (unknown)" for name in given if name not in needed]
     if wrong:
-        shown = ", ".join(wrong[:4]) + (", ..." if len(wrong) > 4 else "")
-        raise InputError(f"the weights do not fit the configuration: {shown}.")
+        shown = [*wrong[:4], "..."] if len(wrong) > 4 else wrong
+        raise InputError(f"the weights do not fit the configuration: {', '.join(shown)}.")
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -54,11 +54,12 @@ class ModelWeights:
         if self.model.cfg.normalization_type is None:
             return None
         x = residual.to(torch.promote_types(residual.dtype, torch.float32))
+        name = "ln_final" if layer is None else "ln1"
         # n = (x - mean(x)) / s   with   s = sqrt(mean((x - mean(x))^2) + eps)
-        if _centres(self._norm_module(layer, "ln_final" if layer is None else "ln1")):
+        if _centres(self._norm_module(layer, name)):
             x = x - x.mean(-1, keepdim=True)
         variance = x.square().mean(-1, keepdim=True)
-        scale = (variance + float(self.model.cfg.eps)).sqrt()
+        scale = (variance + self.model.cfg.eps).sqrt()
         return x / scale, scale
 
     def linear_norm(self, layer: int | None, name: str, scale: Scale | None) -> LinearNorm:
@@ -72,7 +73,8 @@ class ModelWeights:
         if scale is None:
             return LinearNorm()
         norm = self._norm_module(layer, name)
-        weight, bias = _parameter(norm, "w", scale), _parameter(norm, "b", scale)
+        weight = _parameter(norm, "w", scale)
+        bias = _parameter(norm, "b", scale)
         return LinearNorm(scale, _centres(norm), weight, bias)
 
     def projection_after_norm(self, layer: int, slot: str) -> Float[Tensor, "head d_model d_head"]:
@@ -88,21 +90,24 @@ class ModelWeights:
         norm_weight = _parameter(block.ln1, "w", weight)
         if norm_weight is not None:
             weight = weight * norm_weight[:, None]
-        return weight - weight.mean(1, keepdim=True) if _centres(block.ln1) else weight
+        if _centres(block.ln1):
+            weight = weight - weight.mean(1, keepdim=True)
+        return weight
 
     def value_constant(self, layer: int) -> Float[Tensor, "head d_head"]:
         """Compute the part of every head's values that does not depend on the residual stream."""
         block = self.model.blocks[layer]
-        constant = block.attn.b_V.detach()
+        constant, weight = block.attn.b_V.detach(), block.attn.W_V.detach()
         norm_bias = _parameter(block.ln1, "b", constant)
         if norm_bias is None:
             return constant
         # b_V + b_norm W_V
-        return constant + torch.einsum("d,hde->he", norm_bias, block.attn.W_V.detach())
+        return constant + torch.einsum("d,hde->he", norm_bias, weight)
 
     def mlp_input(self, layer: int, residual: Residual) -> Residual:
         """Apply the norm before the MLP."""
-        return _norm(self.model.blocks[layer].ln2)(residual)
+        norm = _norm(self.model.blocks[layer].ln2)
+        return norm(residual)
 
     def output_projection(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         """Return W_O."""
@@ -117,8 +122,8 @@ class ModelWeights:
 
         None where `Attention` does not know how the positions enter.
         """
-        cfg, module = self.model.cfg, cast(Any, self.model.blocks[layer].attn)
-        positions = cfg.positional_embedding_type
+        cfg, block = self.model.cfg, self.model.blocks[layer]
+        positions, module = cfg.positional_embedding_type, cast(Any, block.attn)
         is_known = positions in ("standard", "rotary", "alibi")
         if not is_known or cfg.use_logn_attn or cfg.use_dynamic_ntk_rope:
             return None
@@ -131,7 +136,7 @@ class ModelWeights:
         if cfg.use_qk_norm:
             qk_norms = {"q": _norm(module.q_norm), "k": _norm(module.k_norm)}
         return Attention(
-            norm=_norm(self.model.blocks[layer].ln1),
+            norm=_norm(block.ln1),
             weights={slot: getattr(module, f"W_{slot.upper()}") for slot in SLOTS},
             biases={slot: getattr(module, f"b_{slot.upper()}") for slot in SLOTS},
             output=module.W_O,
@@ -181,11 +186,15 @@ def _centres(norm: nn.Module) -> bool:
 
 def _norm(module: nn.Module) -> Norm:
     """Return a norm as one fused operation where torch has one, and else the module itself."""
-    kind = type(module).__name__
-    weight, bias = getattr(module, "w", None), getattr(module, "b", None)
-    eps = getattr(module, "eps", 0.0)
-    if kind in LAYER_NORMS:
-        return lambda x: functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    if kind in RMS_NORMS:
-        return lambda x: functional.rms_norm(x, x.shape[-1:], weight, eps)
-    return module
+    weight, bias = (getattr(module, name, None) for name in ("w", "b"))
+    eps: float = getattr(module, "eps", 0.0)
+
+    def layer_norm(x: Tensor) -> Tensor:
+        return functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+    def rms_norm(x: Tensor) -> Tensor:
+        return functional.rms_norm(x, x.shape[-1:], weight, eps)
+
+    if _centres(module):
+        return layer_norm
+    return rms_norm if type(module).__name__ in RMS_NORMS else module

@@ -188,19 +188,21 @@ class FeatureExecutor:
         return [self.task[start : start + size] for start in range(0, len(self.task), size)]
 
     def _part_logits(self, part: Task, circuits: Sequence[NodeMask | None]) -> VariantLogits:
-        whole, clean = self._run(part, part.clean)
+        clean, corrupted = _Run(self, part), _Run(self, part)
+        whole = clean.residual(part.clean)
         if self.means is not None:
             replacing = self.means
         elif self.ablation.name == "zero":
-            replacing = {name: torch.zeros_like(value) for name, value in clean.items()}
+            replacing = {hook: torch.zeros_like(value) for hook, value in clean.outputs.items()}
         else:
-            _, replacing = self._run(part, part.corrupted)
+            corrupted.residual(part.corrupted)
+            replacing = corrupted.outputs
         logits = []
         for circuit in circuits:
             residual = whole
             if circuit is not None:
-                staying = self._staying(part, circuit, clean)
-                residual, _ = self._run(part, part.clean, staying, replacing)
+                staying = self._staying(part, circuit, clean.outputs)
+                residual = _Run(self, part, staying, replacing).residual(part.clean)
             logits.append(unembed(self.model, residual[part.scored]))
         self.counts["batches"] += len(circuits)
         return torch.stack(logits)
@@ -237,25 +239,6 @@ class FeatureExecutor:
                     found[EMBEDDING_HOOK][spans.index(position)] = True
         return found
 
-    def _run(
-        self,
-        part: Task,
-        tokens: Tokens,
-        staying: NodePlaces | None = None,
-        replacing: NodeOutputs | None = None,
-    ) -> tuple[Stream, NodeOutputs]:
-        """Run the model; return the last residual stream, and out_n of every node n.
-
-        Args:
-            staying: where nodes write out_n; None is everywhere.
-            replacing: c_n, which they write elsewhere.
-        """
-        run = _Run(self, part, staying or {}, replacing or {})
-        hooks: list[tuple[str, Hook]] = [(EMBEDDING_HOOK, run.embed)]
-        for layer, (reads, writes) in enumerate(self.mlp_hooks):
-            hooks += [(reads, partial(run.read, layer)), (writes, partial(run.write, layer))]
-        return run_to_residual(self.model, tokens, part.mask, hooks), run.outputs
-
     @cached_property
     def mlp_hooks(self) -> list[tuple[str, str]]:
         """By layer, where features read, and where they and errors write."""
@@ -271,8 +254,9 @@ class FeatureExecutor:
         axes, mask = self.ablation.axes, self.task.mask
         sums: NodeOutputs = {}
         for part in self._parts():
-            _, outputs = self._run(part, self.ablation.averaged(part))
-            for hook, value in outputs.items():
+            run = _Run(self, part)
+            run.residual(self.ablation.averaged(part))
+            for hook, value in run.outputs.items():
                 total = masked_sum(value, part.mask, axes)
                 sums[hook] = sums.get(hook, 0) + total
         # The leading positions have no features and errors, so they do not count in their means.
@@ -288,9 +272,11 @@ class FeatureExecutor:
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """Hooks of one run of the model, which record what nodes write and replace some of it.
+    """One run of the model, in which what nodes write is recorded and some of it replaced.
 
     Attributes:
+        staying: where nodes write out_n.
+        replacing: c_n, which they write elsewhere; without it nothing is replaced.
         outputs: out_n of every node n so far.
         inputs: what the features of each layer read.
         features: their activations.
@@ -299,12 +285,20 @@ class _Run:
 
     executor: FeatureExecutor
     part: Task
-    staying: NodePlaces
-    replacing: NodeOutputs
+    staying: NodePlaces = field(default_factory=dict)
+    replacing: NodeOutputs = field(default_factory=dict)
     outputs: NodeOutputs = field(default_factory=dict)
     inputs: dict[int, Tensor] = field(default_factory=dict)
     features: dict[int, Tensor] = field(default_factory=dict)
     changes: dict[int, Tensor] = field(default_factory=dict)
+
+    def residual(self, tokens: Tokens) -> Stream:
+        """Run the model; return the residual stream after the last layer."""
+        hooks: list[tuple[str, Hook]] = [(EMBEDDING_HOOK, self.embed)]
+        for layer, (reads, writes) in enumerate(self.executor.mlp_hooks):
+            hooks.append((reads, partial(self.read, layer)))
+            hooks.append((writes, partial(self.write, layer)))
+        return run_to_residual(self.executor.model, tokens, self.part.mask, hooks)
 
     def embed(self, embedding: Stream) -> Stream:
         self.outputs[EMBEDDING_HOOK] = embedding

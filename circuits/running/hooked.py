@@ -90,11 +90,13 @@ class HookedExecutor:
         check_supported(model)
         check_fits(model, graph)
         check_task(model, task)
-        task, layout = task.to(model.cfg.device), EdgeLayout.of(model, graph)
-        with frozen(model), torch.no_grad():
-            counterfactuals = Counterfactuals.prepare(model, layout.nodes, task, ablation).on(task)
+        layout = EdgeLayout.of(model, graph)
+        task = task.to(model.cfg.device)
         spans = token_spans(graph, task)
-        return HookedExecutor(model, layout, task, spans, counterfactuals, max_memory)
+        with frozen(model), torch.no_grad():
+            counterfactuals = Counterfactuals.prepare(model, layout.nodes, task, ablation)
+            replaced = counterfactuals.on(task)
+        return HookedExecutor(model, layout, task, spans, replaced, max_memory)
 
     def logits(self, kept: KeptEdges) -> VariantLogits:
         """Logits of every circuit at every scored row.
@@ -107,10 +109,10 @@ class HookedExecutor:
         size = max(1, budget // self.counterfactuals[:, 0].nbytes)
         starts = range(0, len(self.task), size)
         with frozen(self.model), torch.no_grad(), separate_inputs(self.model):
-            parts = [self._part_logits(ablated, slice(start, start + size)) for start in starts]
+            parts = [self._part_logits(slice(start, start + size), ablated) for start in starts]
         logits = torch.cat(parts, dim=1)
         check_finite(logits)
-        self.counts["node_evaluations"] += len(kept) * len(self.layout.nodes)
+        self.counts["node_evaluations"] += len(self.layout.nodes) * len(kept)
         self.counts["batches"] += 1
         return logits
 
@@ -129,7 +131,7 @@ class HookedExecutor:
         """Little: every circuit is a whole run."""
         return 0.1
 
-    def _part_logits(self, ablated: AblatedEdges, prompts: slice) -> VariantLogits:
+    def _part_logits(self, prompts: slice, ablated: AblatedEdges) -> VariantLogits:
         """Logits on some prompts, of as many circuits at a time as fit into memory."""
         budget = memory_budget(self.model.cfg.device, self.max_memory, cpu_bytes=CACHED_BYTES)
         size = max(1, budget // self.counterfactuals[:, prompts].nbytes)
@@ -137,20 +139,21 @@ class HookedExecutor:
         done = 0
         while done < len(ablated):
             step = partial(self._run, prompts, ablated[done:])
-            part, size = shrinking(step, min(size, len(ablated) - done), "circuit")
+            most = min(size, len(ablated) - done)
+            part, size = shrinking(step, most, "circuit")
             parts.append(part)
             done += size
         return torch.cat(parts)
 
     def _run(self, prompts: slice, ablated: AblatedEdges, n_circuits: int) -> VariantLogits:
         """One forward pass of the first circuits; each has a copy of the prompts."""
-        model, nodes, task = self.model, self.layout.nodes, self.task[prompts]
+        model, task = self.model, self.task[prompts]
         counterfactuals = self.counterfactuals[:, prompts]
         spans = None if self.spans is None else self.spans[prompts]
         # out_u(M) of every source u, filled in as the pass goes on
         n_sources, *shape = counterfactuals.shape
         outputs = counterfactuals.new_empty(n_sources, n_circuits, *shape)
-        hooks = recording_hooks(model, nodes, outputs)
+        hooks = recording_hooks(model, self.layout.nodes, outputs)
         row = 0
         for node, slot, count in self.layout.targets:
             n = sources_of(model, node, self.layout.splits_embedding)
@@ -164,7 +167,8 @@ class HookedExecutor:
             for tensor in (task.clean, task.mask)
         )
         residual = run_to_residual(model, tokens, mask, hooks)
-        return unembed(model, residual.unflatten(0, (n_circuits, -1))[:, task.scored])
+        by_circuit = residual.unflatten(0, (n_circuits, -1))
+        return unembed(model, by_circuit[:, task.scored])
 
 
 def _ablate(
