@@ -147,11 +147,7 @@ def sources_of(model: Model, target: Node, split_embed: bool) -> int:
 
 
 def check_supported(model: Model) -> None:
-    """Refuse architectures whose residual stream is not the sum of their nodes.
-
-    Raises:
-        InputError: with every reason found.
-    """
+    """Refuse architectures whose residual stream is not the sum of their nodes."""
     if not isinstance(model, Model):
         raise InputError(
             f"expected a HookedTransformer, got {type(model).__name__}; "

@@ -35,13 +35,11 @@ CACHED_NUMBERS = 1 << 18
 def multiply(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, heads: HeadSelection | None = None
 ) -> Tensor:
-    """Compute x @ weight + bias.
+    """Compute x @ weight + bias, with x of shape [n d_in] and weight of shape [d_in d_out].
 
     Args:
-        x: [n d_in], or [head n d_in] where `heads` is given; one input may be shared by all heads.
-        weight: [d_in d_out], or [every_head d_in d_out].
-        bias: [d_out], or [every_head d_out].
-        heads: which heads' weights and biases to use.
+        heads: select these of [every_head d_in d_out], for x of shape [head n d_in]; one input may
+            be shared by all heads.
     """
     if heads is not None:
         product = x @ weight[heads]
@@ -162,12 +160,7 @@ class Attention:
         keys: Int[Tensor, "batch key"],
         readable: Bool[Tensor, "batch key"],
     ) -> Float[Tensor, "#head batch query key"]:
-        """Compute what is added to the attention scores.
-
-        Args:
-            queries, keys: their positions.
-            readable: False for padding.
-        """
+        """Compute what is added to the scores, from positions; keys of padding are not readable."""
         distance = keys[:, None] - queries[..., None]
         seen = readable[:, None].expand(distance.shape)
         # A causal query sees keys at distances in (-reach, 0].

@@ -96,7 +96,6 @@ def run_to_residual(
 
     Args:
         mask: True for real tokens, False for padding on the right, which no real token reads.
-        hooks: pairs as `hooked` takes them.
         layers: stop after this many layers.
     """
     # With a tokenizer that pads on the left TransformerLens would guess where the padding is.
@@ -109,12 +108,7 @@ def run_to_residual(
 
 @contextlib.contextmanager
 def hooked(model: Model, hooks: Hooks) -> Iterator[None]:
-    """Add hooks, and remove them at the end even when the body raises.
-
-    Args:
-        hooks: pairs of a hook point, or of a module, and a function; a function at a module takes
-            the module's output.
-    """
+    """Add hooks to hook points, or to the outputs of modules, and remove them at the end."""
     with contextlib.ExitStack() as stack:
         for name, function in hooks:
             # A hook point is a module as well: it returns the activation that it is given.

@@ -34,11 +34,7 @@ SMALL = 1 << 12
 
 
 def check_fits(model: Model, graph: Graph) -> None:
-    """Refuse a graph made from a model of another shape; warn when only the weights differ.
-
-    Raises:
-        InputError: the shapes differ.
-    """
+    """Refuse a graph made from a model of another shape; warn when only the weights differ."""
     if graph.model is None:
         return
     here, there = identity(model), graph.model
@@ -63,12 +59,11 @@ def identity(model: Model) -> ModelIdentity:
 
     The fingerprint is the same on every device and whatever hook flags are set.
     """
+    settings = {name: str(value) for name, value in vars(model.cfg).items()}
     # Sorted, so that the order of settings and parameters does not matter.
-    settings = sorted(vars(model.cfg).items())
-    architecture = {
-        name: str(value) for name, value in settings if not name.startswith(NOT_ARCHITECTURE)
-    }
-    digest = hashlib.blake2b(json.dumps(architecture).encode(), digest_size=16)
+    names = sorted(name for name in settings if not name.startswith(NOT_ARCHITECTURE))
+    architecture = json.dumps({name: settings[name] for name in names})
+    digest = hashlib.blake2b(architecture.encode(), digest_size=16)
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(checksum(parameter.detach()))

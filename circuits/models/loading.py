@@ -155,18 +155,21 @@ def _load_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> Mode
             f"the folder {folder} holds no model: it has no {CONFIG_FILE}; "
             "give a folder that save_model wrote, or one with a checkpoint."
         )
-    # Folders that `save_model` wrote and folders of checkpoints both have a config.json.
-    try:
-        is_ours = json.loads(config.read_text()).get("format") == FORMAT
-    except ValueError as error:
-        raise InputError(f"{config} is truncated or not JSON ({error}); restore it.") from error
-    if not is_ours:
+    if not _is_saved_model(config):
         return _load_checkpoint(folder, device, dtype)
     settings = read_json(config, FORMAT, FORMAT_VERSION)["config"]
     weights, _ = read_tensors(folder / WEIGHTS_FILE, FORMAT, FORMAT_VERSION)
     has_tokenizer = (folder / "tokenizer.json").is_file()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder) if has_tokenizer else None
     return build_model(settings, weights, tokenizer, device=device, dtype=dtype)
+
+
+def _is_saved_model(config: Path) -> bool:
+    """Whether `save_model` wrote it; folders of checkpoints have a config.json as well."""
+    try:
+        return json.loads(config.read_text()).get("format") == FORMAT
+    except ValueError as error:
+        raise InputError(f"{config} is truncated or not JSON ({error}); restore it.") from error
 
 
 def _load_checkpoint(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:

@@ -44,16 +44,15 @@ class PropagationRules:
 
     def hooks(self, model: Model) -> Hooks:
         """Hooks that apply the rules in the backward pass of a run that they are part of."""
-        layers = range(model.cfg.n_layers)
-        constant: list[str] = []
-        if self.norms == "constant" and model.cfg.normalization_type is not None:
+        cfg, constant = model.cfg, list[str]()
+        if self.norms == "constant" and cfg.normalization_type is not None:
             constant += [*scale_hooks(model).values(), FINAL_SCALE]
         if self.attention == "constant":
-            constant += map(pattern_hook, layers)
+            constant += map(pattern_hook, range(cfg.n_layers))
         hooks: Hooks = [(name, torch.Tensor.detach) for name in constant]
-        halves_gates = model.cfg.gated_mlp and self.gates == "half"
-        if not model.cfg.attn_only and (halves_gates or self.activations == "ratio"):
-            for layer in layers:
+        changes_mlp = self.activations == "ratio" or (cfg.gated_mlp and self.gates == "half")
+        if changes_mlp and not cfg.attn_only:
+            for layer in range(cfg.n_layers):
                 hooks += self._mlp_hooks(model, layer)
         return hooks
 

@@ -66,24 +66,15 @@ class SourceOutputs:
         return z.flatten(2) @ projection + weights.output_bias(layer)
 
     def check(self, residual: Residual, mask: Mask) -> None:
-        """Refuse a model whose residual stream is not the sum of the outputs and biases.
-
-        Args:
-            residual: the stream after the last layer. The first prompt's last token is compared.
-
-        Raises:
-            InputError: with the size of the difference.
-        """
-        # One token is enough to detect a missing term.
+        """Refuse a model whose final residual stream is not the sum of the outputs and biases."""
+        # The first prompt's last token is enough to detect a missing term.
         last = int(mask[0].nonzero().max())
         token = slice(1), slice(last, last + 1)
         activations = {name: value[token] for name, value in self.activations.items()}
-        written = replace(self, activations=activations)._sum()
         # sum over sources u of out_u + sum over layers of b_O = residual stream
+        written = replace(self, activations=activations)._sum()
         expected = residual.detach()[token]
-        difference = (written - expected).abs().max()
-        size = expected.abs().max().clamp(min=1e-30)
-        gap = float(difference / size)
+        gap = _relative_gap(written, expected)
         # False where the gap is NaN: overflow is reported where the logits are checked.
         if gap > TOLERANCE[self.model.cfg.dtype]:
             raise InputError(
@@ -99,6 +90,11 @@ class SourceOutputs:
             written.append(self.attention(node.layer) if isinstance(node, Head) else activation)
         wide = torch.promote_types(written[0].dtype, torch.float32)
         return torch.stack(written).sum(0, dtype=wide)
+
+
+def _relative_gap(found: Residual, expected: Residual) -> float:
+    largest = (found - expected).abs().max()
+    return float(largest / expected.abs().max().clamp(min=1e-30))
 
 
 def run_and_record(
@@ -121,11 +117,7 @@ def run_and_record(
 
 @torch.no_grad()
 def source_outputs(model: Model, nodes: Sequence[Node], tokens: Tokens, mask: Mask) -> Outputs:
-    """Compute what each of `nodes`, which are all sources, adds to the residual stream.
-
-    Raises:
-        InputError: see `run_and_record`.
-    """
+    """Compute what each of `nodes`, which are all sources, adds to the residual stream."""
     written, _ = run_and_record(model, nodes, tokens, mask)
     return written.outputs()
 
@@ -144,10 +136,7 @@ def embedding_outputs(model: Model, nodes: Sequence[Node], tokens: Tokens, mask:
 
 
 def output_groups(nodes: Sequence[Node]) -> Iterator[tuple[str, slice]]:
-    """Yield each hook point at which outputs are read, with the nodes that write there.
-
-    These are all heads of a layer, or one other node.
-    """
+    """Yield each hook point where outputs are read, and who writes: a layer's heads or one node."""
     start = 0
     for name, group in groupby(nodes, key=output_hook):
         stop = start + len(list(group))

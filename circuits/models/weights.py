@@ -42,14 +42,10 @@ class ModelWeights:
     model: Model
 
     def normalized(self, layer: int | None, residual: Residual) -> tuple[Residual, Scale] | None:
-        """Normalize the residual stream as before attention, without the norm's weight and bias.
-
-        Args:
-            layer: None for the final norm.
+        """Normalize as before attention, or by the final norm, without the norm's weight and bias.
 
         Returns:
-            The normalized stream and the divisor, in float32 at least; None in a model without
-            norms.
+            The normalized stream and the divisor, in float32 at least; None without norms.
         """
         if self.model.cfg.normalization_type is None:
             return None
@@ -66,8 +62,7 @@ class ModelWeights:
         """Return a norm with a fixed divisor, in the divisor's precision.
 
         Args:
-            layer: None for the final norm.
-            name: one of `NORMS`, or "ln_final".
+            name: one of `NORMS`; or "ln_final" with no layer.
             scale: the divisor; None where the model has no such norm.
         """
         if scale is None:
@@ -78,10 +73,7 @@ class ModelWeights:
         return LinearNorm(scale, _centres(norm), weight, bias)
 
     def projection_after_norm(self, layer: int, slot: str) -> Float[Tensor, "head d_model d_head"]:
-        """Return W_Q, W_K or W_V with the weights and the centring of the norm before it.
-
-        Shared key and value heads are not repeated.
-        """
+        """Return W_Q, W_K or W_V, shared heads once, with the weights and centring of the norm."""
         block = self.model.blocks[layer]
         # Under this name TransformerLens keeps the weights of shared heads without repeats.
         prefix = "_" if copies_per_head(self.model, slot) > 1 else ""
@@ -118,10 +110,7 @@ class ModelWeights:
         return self.model.blocks[layer].attn.b_O
 
     def attention(self, layer: int) -> Attention | None:
-        """Return the heads of a layer as functions of tensors.
-
-        None where `Attention` does not know how the positions enter.
-        """
+        """Return the heads of a layer as functions; None if positions enter in an unknown way."""
         cfg, block = self.model.cfg, self.model.blocks[layer]
         positions, module = cfg.positional_embedding_type, cast(Any, block.attn)
         is_known = positions in ("standard", "rotary", "alibi")

@@ -55,7 +55,7 @@ class Ablation:
         if self.over not in ("clean", "corrupted"):
             raise InputError(
                 f"Ablation(over={self.over!r}): means are taken over 'clean' or 'corrupted' "
-                f"prompts."
+                "prompts."
             )
         if (self.name == "given") != (self.outputs is not None):
             raise InputError(
@@ -95,11 +95,7 @@ def _digest(outputs: GivenOutputs) -> str:
 
 
 def get_ablation(ablation: str | Ablation) -> Ablation:
-    """The ablation of that name.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The ablation of that name."""
     return ablation if isinstance(ablation, Ablation) else Ablation(ablation)
 
 
@@ -137,14 +133,10 @@ class Counterfactuals:
         *,
         prompts_per_run: int | None = None,
     ) -> Counterfactuals:
-        """Take the means that the ablation needs, or check the outputs that it gives.
+        """Take the means that the ablation needs over a task, or check the outputs that it gives.
 
         Args:
-            task: all prompts that means are taken over.
-            prompts_per_run: None runs all of them at once.
-
-        Raises:
-            InputError: outputs are given for other nodes than the sources, or do not fit.
+            prompts_per_run: None runs all prompts at once.
         """
         means = given = None
         if ablation.takes_means:
@@ -159,12 +151,7 @@ class Counterfactuals:
         return Counterfactuals(model, nodes, means, given)
 
     def on(self, task: Task, prompts: slice = slice(None)) -> Outputs:
-        """c_u of every source u.
-
-        Args:
-            task: the prompts to compute it for.
-            prompts: their place among all prompts of the task.
-        """
+        """c_u of every source u, for a part of the task: these of its prompts."""
         if self.given is not None:
             return self.given[:, prompts]
         outputs = self._recorded(task).outputs()
@@ -177,12 +164,10 @@ class Counterfactuals:
         clean: SourceOutputs,
         corrupted: SourceOutputs | None = None,
     ) -> Changes:
-        """c_u - out_u(clean) of every source u.
+        """c_u - out_u(clean) of every source u, for a part of the task as in `on`.
 
         Args:
-            task, prompts: as in `on`.
-            clean: the sources' outputs on the clean prompts.
-            corrupted: those on the corrupted prompts, if the ablation uses them and they were run.
+            corrupted: outputs on the corrupted prompts, where the ablation uses them, if known.
         """
         if self.given is not None:
             return Changes(clean, self.given[:, prompts])

@@ -43,12 +43,7 @@ class DamageMeter:
 
     @staticmethod
     def prepare(model: Model, graph: Graph, task: Task, settings: RunSettings) -> DamageMeter:
-        """Run the clean and the counterfactual prompts once, for all circuits to come.
-
-        Raises:
-            InputError: the model, graph, task and settings do not fit together, or the logits
-                overflow.
-        """
+        """Run the clean and the counterfactual prompts once, for all circuits to come."""
         assert settings.metric is not None
         task = task.to(model.cfg.device)
         executor = get_executor(model, graph, task, settings)
@@ -57,11 +52,11 @@ class DamageMeter:
         reaching = reaching_logits(model, graph)
         meter = DamageMeter(executor, settings.metric, clean, task, reaching)
         precision = settings.precision
-        if isinstance(executor, IncrementalExecutor) and precision is not None:
-            if precision.investigated == "float32":
-                exact = replace(meter, executor=executor.exact())
-                return replace(meter, exact=exact)
-        return meter
+        if precision is None or precision.investigated != "float32":
+            return meter
+        assert isinstance(executor, IncrementalExecutor)
+        exact = replace(meter, executor=executor.exact())
+        return replace(meter, exact=exact)
 
     def __call__(self, kept: KeptEdges) -> Float[Tensor, " variant"]:
         """Damage of every circuit, mean over scored rows."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from jaxtyping import Bool, Int
@@ -43,26 +44,17 @@ class EdgeLayout:
 
     @staticmethod
     def of(model: Model, graph: Graph) -> EdgeLayout:
-        """The layout of a graph of this model's components.
-
-        Raises:
-            InputError: the graph is not a component graph of this model.
-        """
+        """The layout of a graph of this model's components; of another graph an InputError."""
         nodes, targets = component_nodes(model, graph.splits_embedding), _targets(model)
-        source_row = {node: row for row, node in enumerate(nodes)}
-        target_row = {target: row for row, target in enumerate(_each_target(targets))}
-        span_row = {span: row for row, span in enumerate(graph.positions or (None,))}
-        # Looked up per node, not per edge: there are hundreds of times as many edges. What is not
-        # found is -1.
+        all_targets, spans = list(_each_target(targets)), graph.positions or (None,)
+        # Looked up per node, not per edge: there are hundreds of times as many edges.
         components = [at_position(node, None) for node in graph.nodes]
         positions = [node.position for node in graph.nodes]  # type: ignore[attr-defined]
-        spans = [span_row.get(position, -1) for position in positions]
-        sources = [source_row.get(node, -1) for node in components]
         slots = (*SLOTS, None)  # no slot is -1, which indexes the last column
-        rows = [[target_row.get((node, slot), -1) for slot in slots] for node in components]
-        span = torch.tensor(spans)[graph.target]
-        target = torch.tensor(rows)[graph.target, graph.slot]
-        source = torch.tensor(sources)[graph.source]
+        rows = _places(product(components, slots), all_targets).view(-1, len(slots))
+        span = _places(positions, spans)[graph.target]
+        target = rows[graph.target, graph.slot]
+        source = _places(components, nodes)[graph.source]
         missing = torch.stack([span, target, source]).amin(0) < 0
         if missing.any():
             edge = graph.edges[int(missing.nonzero()[0])]
@@ -70,7 +62,7 @@ class EdgeLayout:
                 f"this graph is not a component graph of {model.cfg.model_name}: the model has no "
                 f"edge {edge}."
             )
-        shape = (len(span_row), len(target_row), len(nodes))
+        shape = (len(spans), len(all_targets), len(nodes))
         return EdgeLayout(nodes, targets, shape, span, target, source)
 
     @property
@@ -81,10 +73,7 @@ class EdgeLayout:
     def ablated(
         self, kept: Bool[Tensor, "variant edge"]
     ) -> Bool[Tensor, "variant span target source"]:
-        """True where an edge of the graph is not kept.
-
-        Edges missing in the graph are never ablated.
-        """
+        """True where an edge of the graph is not kept; edges that the graph lacks are kept."""
         dense = torch.zeros(len(kept), *self.shape, dtype=torch.bool, device=kept.device)
         dense[:, self.span, self.target, self.source] = ~kept
         return dense
@@ -104,6 +93,12 @@ def _targets(model: Model) -> tuple[HookedTarget, ...]:
         if not model.cfg.attn_only:
             targets.append((MLP(layer), None, 1))
     return (*targets, (Logits(), None, 1))
+
+
+def _places(items: Iterable[object], order: Iterable[object]) -> Int[Tensor, " item"]:
+    """The place of each item in an order; -1 for what is not there."""
+    place = {item: index for index, item in enumerate(order)}
+    return torch.tensor([place.get(item, -1) for item in items])
 
 
 def _each_target(targets: Iterable[HookedTarget]) -> Iterator[tuple[Node, str | None]]:

@@ -72,11 +72,7 @@ EMBEDDING_HOOK = output_hook(TokenEmbed())
 
 
 def transcoders_of(graph: PooledFeatureGraph, given: Transcoders | None) -> Transcoders:
-    """The transcoders whose features are a graph's nodes: those given, or those the graph names.
-
-    Raises:
-        InputError: they are not the ones the graph was made with, or cannot be found again.
-    """
+    """The transcoders whose features are a graph's nodes: those given, or those the graph names."""
     made_with = graph.transcoders
     if given is None and not made_with.source:
         raise InputError(
@@ -91,6 +87,16 @@ def transcoders_of(graph: PooledFeatureGraph, given: Transcoders | None) -> Tran
             f"made with ({made_with.name!r})."
         )
     return found
+
+
+def _check_positions(graph: Graph, task: Task) -> None:
+    named = {REST, *task.positions}
+    missing = [name for name in graph.positions or () if name not in named]
+    if missing:
+        raise InputError(
+            f"the circuit is split by the positions {missing}, which the task {task.name!r} "
+            "does not name."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,11 +127,7 @@ class FeatureExecutor:
         transcoders: Transcoders | None = None,
         max_memory: int | None = None,
     ) -> FeatureExecutor:
-        """Take means if the ablation needs them.
-
-        Raises:
-            InputError: model, transcoders, graph and task do not fit together.
-        """
+        """Check that all fits together, and take means if the ablation needs them."""
         assert isinstance(graph, PooledFeatureGraph)
         found = transcoders_of(graph, transcoders)
         check_transcoders(model, found)
@@ -136,13 +138,7 @@ class FeatureExecutor:
                 "circuits of features are ablated by resample, zero, mean or mean_by_position; "
                 "outputs cannot be given."
             )
-        named = {REST, *task.positions}
-        missing = [name for name in graph.positions or () if name not in named]
-        if missing:
-            raise InputError(
-                f"the circuit is split by the positions {missing}, which the task {task.name!r} "
-                "does not name."
-            )
+        _check_positions(graph, task)
         task = task.to(model.cfg.device)
         executor = FeatureExecutor(model, found, graph, task, ablation, max_memory)
         if not ablation.takes_means:
@@ -308,17 +304,19 @@ class _Run:
         return torch.where(self.staying[EMBEDDING_HOOK], embedding, replacing)
 
     def read(self, layer: int, residual: Stream) -> None:
-        executor, model = self.executor, self.executor.model
+        inputs = self.inputs[layer] = self._feature_inputs(layer, residual)
+        active = self.executor.transcoders.encode(layer, inputs, self.part.mask)
+        self.features[layer] = self._after_leading(active)
+        reads, _ = self.executor.mlp_hooks[layer]
+        self.changes[layer] = self._change(reads, active)
+
+    def _feature_inputs(self, layer: int, residual: Stream) -> Stream:
+        model = self.executor.model
         weights = ModelWeights(model)
         _, scale = weights.normalized(layer, residual) or (None, None)
         norm = weights.linear_norm(layer, "ln2", scale)
         stream = residual.to(compute_dtype(model))
-        _, inputs = read_by_features(executor.transcoders, norm, stream)
-        self.inputs[layer] = inputs
-        active = executor.transcoders.encode(layer, inputs, self.part.mask)
-        self.features[layer] = self._after_leading(active)
-        reads, _ = executor.mlp_hooks[layer]
-        self.changes[layer] = self._change(reads, active)
+        return read_by_features(self.executor.transcoders, norm, stream)[1]
 
     def write(self, layer: int, output: Stream) -> Stream:
         transcoders = self.executor.transcoders

@@ -82,11 +82,7 @@ class HookedExecutor:
         *,
         max_memory: int | None = None,
     ) -> HookedExecutor:
-        """Run the counterfactual prompts once, for all circuits to come.
-
-        Raises:
-            InputError: the model is not supported, or the graph does not belong to it.
-        """
+        """Run the counterfactual prompts once, for all circuits to come."""
         check_supported(model)
         check_fits(model, graph)
         check_task(model, task)
@@ -99,11 +95,7 @@ class HookedExecutor:
         return HookedExecutor(model, layout, task, spans, replaced, max_memory)
 
     def logits(self, kept: KeptEdges) -> VariantLogits:
-        """Logits of every circuit at every scored row.
-
-        Raises:
-            InputError: the logits overflow.
-        """
+        """Logits of every circuit at every scored row."""
         ablated = self.layout.ablated(kept.to(self.counterfactuals.device))
         budget = memory_budget(self.model.cfg.device, self.max_memory)
         size = max(1, budget // self.counterfactuals[:, 0].nbytes)
@@ -117,11 +109,7 @@ class HookedExecutor:
         return logits
 
     def map(self, kept: KeptEdges, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """`function` of the logits.
-
-        Raises:
-            InputError: the logits overflow.
-        """
+        """`function` of the logits."""
         return function(self.logits(kept))
 
     def near(self, kept: Bool[Tensor, " edge"]) -> None:
