@@ -102,6 +102,7 @@ def reaching_logits(model: Model, graph: Graph) -> Callable[[EdgeMask], EdgeMask
     whole = _complete_graph(model, graph.splits_embedding, graph.positions)
     if len(graph) == len(whole):
         return graph.reaching_logits
+    # Paths are followed in the whole graph, where the edges that the graph lacks are kept.
     index_in_whole = torch.tensor([whole.index(edge) for edge in graph.edges])
 
     def reaching(kept: EdgeMask) -> EdgeMask:
@@ -124,7 +125,8 @@ def component_nodes(model: Model, split_embed: bool) -> tuple[Node, ...]:
 
 def computed_nodes(graph: Graph) -> int:
     """Count the heads and MLPs that a run of the model computes, each once whatever its spans."""
-    return len({at_position(node, None) for node in graph.nodes if isinstance(node, Head | MLP)})
+    computed = [node for node in graph.nodes if isinstance(node, Head | MLP)]
+    return len({at_position(node, None) for node in computed})
 
 
 def sources_of(model: Model, target: Node, split_embed: bool) -> int:

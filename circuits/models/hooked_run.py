@@ -34,6 +34,7 @@ def separate_inputs(model: Model) -> Iterator[None]:
 
     Shared key and value heads become one copy per query head.
     """
+    # One copy of the residual stream for every head's q, k and v, and one for the MLP.
     flags = ["use_split_qkv_input", "use_hook_mlp_in"]
     if model.cfg.n_key_value_heads is not None:
         flags.append("ungroup_grouped_query_attention")

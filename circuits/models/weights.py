@@ -113,6 +113,7 @@ class ModelWeights:
         """Return the heads of a layer as functions; None if positions enter in an unknown way."""
         cfg, block = self.model.cfg, self.model.blocks[layer]
         positions, module = cfg.positional_embedding_type, cast(Any, block.attn)
+        # Learned positions ("standard") are part of the residual stream already.
         is_known = positions in ("standard", "rotary", "alibi")
         if not is_known or cfg.use_logn_attn or cfg.use_dynamic_ntk_rope:
             return None
@@ -145,6 +146,7 @@ class ModelWeights:
         cfg, block = self.model.cfg, self.model.blocks[layer]
         norm, mlp = _norm(block.ln2), cast(Any, block.mlp)
         kind = type(mlp).__name__
+        # Any other kind, such as a mixture of experts, is left to the model's own module.
         if kind not in ("MLP", "GatedMLP") or cfg.is_layer_norm_activation():
             return ModuleMLP(norm, mlp)
         gate = mlp.W_gate if kind == "GatedMLP" else None

@@ -87,6 +87,7 @@ class Ablation:
 
 def _digest(outputs: GivenOutputs) -> str:
     digest = hashlib.blake2b(digest_size=4)
+    # Sorted, so that the order in which outputs are given does not matter.
     for node in sorted(outputs, key=str):
         numbers = outputs[node].detach().cpu().double()
         digest.update(f"{node} {tuple(numbers.shape)}".encode())
@@ -144,17 +145,19 @@ class Counterfactuals:
             means = _means(model, nodes, task, ablation, size)
         elif ablation.name != "resample":
             cfg = model.cfg
+            # Zeros are a view of one number, so they take no memory.
             zero = torch.zeros(1, dtype=cfg.dtype, device=cfg.device)
             given = zero.expand(len(nodes), *task.clean.shape, cfg.d_model)
             if ablation.outputs is not None:
                 given = _given(nodes, ablation.outputs, given)
         return Counterfactuals(model, nodes, means, given)
 
-    def on(self, task: Task, prompts: slice = slice(None)) -> Outputs:
-        """c_u of every source u, for a part of the task: these of its prompts."""
+    def on(self, task: Task) -> Outputs:
+        """c_u of every source u, on the task that this was prepared for."""
         if self.given is not None:
-            return self.given[:, prompts]
+            return self.given
         outputs = self._recorded(task).outputs()
+        # Means are those of one prompt, and of one position if taken over positions.
         return outputs.expand(-1, *task.clean.shape, -1)
 
     def changes(
@@ -164,7 +167,7 @@ class Counterfactuals:
         clean: SourceOutputs,
         corrupted: SourceOutputs | None = None,
     ) -> Changes:
-        """c_u - out_u(clean) of every source u, for a part of the task as in `on`.
+        """c_u - out_u(clean) of every source u, on a part of the task: these of its prompts.
 
         Args:
             corrupted: outputs on the corrupted prompts, where the ablation uses them, if known.
@@ -197,6 +200,7 @@ class Changes:
         outputs = self.kept.outputs(rows)
         if self.given is None:
             return outputs
+        # c_u - out_u, in place of out_u
         return torch.sub(self.given[rows], outputs, out=outputs)
 
 

@@ -47,6 +47,7 @@ class DamageMeter:
         assert settings.metric is not None
         task = task.to(model.cfg.device)
         executor = get_executor(model, graph, task, settings)
+        # Keeping every edge is the whole model, whichever edges the graph has.
         whole = torch.ones(1, len(graph), dtype=torch.bool)
         clean = executor.logits(whole)[0]
         reaching = reaching_logits(model, graph)
@@ -54,6 +55,7 @@ class DamageMeter:
         precision = settings.precision
         if precision is None or precision.investigated != "float32":
             return meter
+        # Only the incremental executor has a precision; both meters share its base runs.
         assert isinstance(executor, IncrementalExecutor)
         exact = replace(meter, executor=executor.exact())
         return replace(meter, exact=exact)
@@ -69,6 +71,7 @@ class DamageMeter:
             NotFiniteError: the logits or the metric of one of the circuits are not finite.
         """
 
+        # damage = metric(circuit) - metric(whole model)
         def damages(logits: Tensor) -> Tensor:
             return self.metric.damages(logits, self.clean_logits, self.task)
 

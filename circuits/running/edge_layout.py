@@ -80,6 +80,7 @@ class EdgeLayout:
 
     def possible(self, model: Model) -> Bool[Tensor, "target source"]:
         """True where a source is upstream of a target, whether or not the graph has the edge."""
+        # The sources of a target are the first ones, so their number describes them.
         upstream: list[int] = []
         for node, _, count in self.targets:
             upstream += [sources_of(model, node, self.splits_embedding)] * count

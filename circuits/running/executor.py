@@ -85,6 +85,7 @@ def get_executor(model: Model, graph: Graph, task: Task, settings: RunSettings) 
     try:
         return prepared(IncrementalExecutor, precision=precision)
     except UnsupportedError as error:
+        # The reference executor runs every model that has a component graph.
         if only_incremental:
             remedy = "use executor='auto'" if precision is None else "leave out the precision"
             raise InputError(f"{name} cannot be run incrementally: {error}; {remedy}.") from error

@@ -28,7 +28,7 @@ from torch import Tensor
 from circuits.attribution.local_model import check_transcoders, compute_dtype, read_by_features
 from circuits.attribution.pooling import spans_of
 from circuits.graph.graph import Graph, PooledFeatureGraph
-from circuits.graph.nodes import Error, Feature, TokenEmbed
+from circuits.graph.nodes import Error, Feature, Node, TokenEmbed
 from circuits.models import (
     Hook,
     Model,
@@ -56,7 +56,6 @@ CPU_BYTES = 1 << 30
 
 KeptEdges = Bool[Tensor, "variant edge"]
 EdgeMask = Bool[Tensor, " edge"]
-NodeMask = Bool[Tensor, " node"]
 Tokens = Int[Tensor, "batch pos"]
 Stream = Float[Tensor, "batch pos d_model"]
 VariantLogits = Float[Tensor, "variant scored vocab"]
@@ -165,17 +164,17 @@ class FeatureExecutor:
         """None: a circuit is a run of the model."""
         return 0.0
 
-    def _kept_nodes(self, kept: EdgeMask) -> NodeMask | None:
+    def _kept_nodes(self, kept: EdgeMask) -> list[Node] | None:
         """The nodes that kept edges touch; None for the model itself."""
-        if self.graph.transcoders.whole and bool(kept.all()):
+        # With all active features among its nodes, the whole graph leaves nothing to replace.
+        if self.graph.transcoders.whole and kept.all():
             return None
-        touched = torch.zeros(len(self.graph.nodes), dtype=torch.bool)
-        touched[self.graph.source[kept]] = True
-        touched[self.graph.target[kept]] = True
-        return touched
+        touched = torch.cat([self.graph.source[kept], self.graph.target[kept]])
+        return [self.graph.nodes[index] for index in touched.unique().tolist()]
 
     def _parts(self) -> list[Task]:
         """The prompts in parts that fit into memory."""
+        # Features and errors in float32 on the clean prompts, as replaced, and in the circuit.
         shape = self.transcoders
         widths = shape.n_features + shape.d_model
         prompt_bytes = 12 * shape.n_layers * widths * self.task.clean.shape[1]
@@ -183,8 +182,9 @@ class FeatureExecutor:
         size = max(1, budget // prompt_bytes)
         return [self.task[start : start + size] for start in range(0, len(self.task), size)]
 
-    def _part_logits(self, part: Task, circuits: Sequence[NodeMask | None]) -> VariantLogits:
+    def _part_logits(self, part: Task, circuits: Sequence[list[Node] | None]) -> VariantLogits:
         clean, corrupted = _Run(self, part), _Run(self, part)
+        # Without a replacement this run is that of the whole model.
         whole = clean.residual(part.clean)
         if self.means is not None:
             replacing = self.means
@@ -203,7 +203,7 @@ class FeatureExecutor:
         self.counts["batches"] += len(circuits)
         return torch.stack(logits)
 
-    def _staying(self, part: Task, circuit: NodeMask, clean: NodeOutputs) -> NodePlaces:
+    def _staying(self, part: Task, circuit: Sequence[Node], clean: NodeOutputs) -> NodePlaces:
         """Where the nodes of a circuit write out_n; elsewhere they write c_n."""
         spans = torch.zeros_like(part.clean)
         if self.graph.positions is not None:
@@ -216,15 +216,16 @@ class FeatureExecutor:
             staying[reads] &= clean[reads] != 0
         return staying
 
-    def _by_span(self, circuit: NodeMask) -> dict[str, Bool[Tensor, "span _"]]:
+    def _by_span(self, circuit: Sequence[Node]) -> dict[str, Bool[Tensor, "span _"]]:
         """The nodes of a circuit, by hook point; tokens and errors are one node per span."""
         spans = self.graph.positions or (None,)
+        # [span, feature] of features; [span, 1] of tokens and errors.
         none = torch.zeros(len(spans), self.transcoders.n_features, dtype=torch.bool)
         found = {EMBEDDING_HOOK: none[:, :1].clone()}
         for reads, writes in self.mlp_hooks:
             found |= {reads: none.clone(), writes: none[:, :1].clone()}
-        for number in circuit.nonzero().flatten().tolist():
-            match self.graph.nodes[number]:
+        for node in circuit:
+            match node:
                 case Feature(layer, index, position):
                     reads, _ = self.mlp_hooks[layer]
                     found[reads][spans.index(position), index] = True
@@ -321,6 +322,7 @@ class _Run:
     def write(self, layer: int, output: Stream) -> Stream:
         transcoders = self.executor.transcoders
         explained = transcoders.output(layer, self.features, self.inputs[layer])
+        # error = MLP output - transcoder output
         error = self._after_leading(output - explained)
         _, writes = self.executor.mlp_hooks[layer]
         change = self._change(writes, error)
@@ -334,6 +336,7 @@ class _Run:
         self.outputs[hook] = own
         if not self.replacing:
             return own
+        # c_n - out_n
         change = self.replacing[hook] - own
         return self._after_leading(change.masked_fill_(self.staying[hook], 0))
 

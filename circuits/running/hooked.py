@@ -97,6 +97,7 @@ class HookedExecutor:
     def logits(self, kept: KeptEdges) -> VariantLogits:
         """Logits of every circuit at every scored row."""
         ablated = self.layout.ablated(kept.to(self.counterfactuals.device))
+        # As many prompts at a time as the outputs of all sources fit into memory for.
         budget = memory_budget(self.model.cfg.device, self.max_memory)
         size = max(1, budget // self.counterfactuals[:, 0].nbytes)
         starts = range(0, len(self.task), size)
@@ -141,6 +142,7 @@ class HookedExecutor:
         # out_u(M) of every source u, filled in as the pass goes on
         n_sources, *shape = counterfactuals.shape
         outputs = counterfactuals.new_empty(n_sources, n_circuits, *shape)
+        # A source writes before its targets read, so its row is filled when they need it.
         hooks = recording_hooks(model, self.layout.nodes, outputs)
         row = 0
         for node, slot, count in self.layout.targets:
@@ -150,6 +152,7 @@ class HookedExecutor:
             if edges.any():
                 hook = partial(_ablate, edges, spans, counterfactuals[:n], outputs[:n])
                 hooks.append((input_hook(model, node, slot), hook))
+        # Every circuit runs on a copy of the prompts.
         tokens, mask = (
             repeat(tensor, "batch pos -> (variant batch) pos", variant=n_circuits)
             for tensor in (task.clean, task.mask)

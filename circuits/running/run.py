@@ -35,14 +35,14 @@ VariantLogits = Float[Tensor, "variant scored vocab"]
 def run_circuits(
     model: Model,
     graph: Graph,
-    kept: KeptEdges,
+    kept: Bool[Tensor, "variant edge"],
     task: Task,
     *,
     ablation: str | Ablation = "resample",
     executor: ExecutorName = "auto",
     max_memory: int | None = None,
     transcoders: Transcoders | None = None,
-) -> VariantLogits:
+) -> Float[Tensor, "variant scored vocab"]:
     """Logits of many circuits at every scored row: variant i keeps the edges `kept[i]`.
 
     Args:
