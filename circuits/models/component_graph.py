@@ -33,6 +33,7 @@ POST_NORM_ARCHITECTURES = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
 
 Spans = tuple[str | int, ...] | None
 EdgeMask = Bool[Tensor, " edge"]
+EdgeColumns = Int[Tensor, "column edge"]
 
 
 def component_graph(
@@ -78,20 +79,21 @@ def _complete_graph(model: Model, split_embed: bool, spans: Spans) -> Graph:
         n_sources = sources_of(model, target, split_embed)
         slots = range(len(SLOTS)) if isinstance(target, Head) else [NO_SLOT]
         columns += [_edges_into(index, slot, n_sources, len(names)) for slot in slots]
+    edges = torch.cat(columns, dim=1)
     # Cloned, because files cannot hold tensors that share memory.
-    source, target, slot = (column.clone() for column in torch.cat(columns, dim=1))
+    source, target, slot = (column.clone() for column in edges)
     nodes = [at_position(node, span) for node in components for span in names]
     is_causal = model.cfg.attention_dir == "causal"
     return Graph(tuple(nodes), source, target, slot, spans, is_causal)
 
 
-def _edges_into(target: int, slot: int, n_sources: int, n_spans: int) -> Int[Tensor, "column edge"]:
+def _edges_into(target: int, slot: int, n_sources: int, n_spans: int) -> EdgeColumns:
     """Source, target and slot of the edges into one slot: its sources in turn for each span."""
     span = torch.arange(n_spans).repeat_interleave(n_sources)
     source = torch.arange(n_sources).repeat(n_spans)
+    slots = torch.full_like(span, slot)
     # Component c at span s is node c * n_spans + s.
-    columns = [source * n_spans + span, target * n_spans + span, torch.full_like(span, slot)]
-    return torch.stack(columns)
+    return torch.stack([source * n_spans + span, target * n_spans + span, slots])
 
 
 def reaching_logits(model: Model, graph: Graph) -> Callable[[EdgeMask], EdgeMask]:
@@ -115,7 +117,9 @@ def reaching_logits(model: Model, graph: Graph) -> Callable[[EdgeMask], EdgeMask
 
 def component_nodes(model: Model, split_embed: bool) -> tuple[Node, ...]:
     """Return the sources, in order of computation."""
-    nodes: list[Node] = [TokenEmbed(), PosEmbed()] if split_embed else [Embed()]
+    nodes: list[Node] = [Embed()]
+    if split_embed:
+        nodes = [TokenEmbed(), PosEmbed()]
     for layer in range(model.cfg.n_layers):
         nodes += [Head(layer, head) for head in range(model.cfg.n_heads)]
         if not model.cfg.attn_only:

@@ -33,7 +33,10 @@ CACHED_NUMBERS = 1 << 18
 
 
 def multiply(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, heads: HeadSelection | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    heads: HeadSelection | None = None,
 ) -> Tensor:
     """Compute x @ weight + bias, with x of shape [n d_in] and weight of shape [d_in d_out].
 
@@ -62,7 +65,8 @@ def gelu_tanh(x: Tensor) -> Tensor:
     if x.device.type != "cpu":
         return functional.gelu(x, approximate="tanh")
     # x (1 + tanh u) / 2 = x sigmoid(2 u)   with   u = sqrt(2 / pi) (x + 0.044715 x^3)
-    twice_u = torch.addcmul(x, x * x, x, value=0.044715).mul_(math.sqrt(8 / math.pi))
+    cubic = torch.addcmul(x, x * x, x, value=0.044715)
+    twice_u = cubic.mul_(math.sqrt(8 / math.pi))
     return twice_u.sigmoid_().mul_(x)
 
 
@@ -87,13 +91,13 @@ class Rotation:
         pairs, rest = x[..., :width], x[..., width:]
         # (a, b) -> (a cos t - b sin t, b cos t + a sin t) = (a, b) cos t + (-b, a) sin t
         if self.adjacent:
-            a, b = pairs.unflatten(-1, (-1, 2)).unbind(-1)
-            quarter_turn = torch.stack([-b, a], dim=-1).flatten(-2)
+            a, b = pairs[..., ::2], pairs[..., 1::2]
+            quarter_turn = torch.stack([-b, a], -1).flatten(-2)
         else:
-            a, b = pairs.chunk(2, dim=-1)
-            quarter_turn = torch.cat([-b, a], dim=-1)
+            a, b = pairs.chunk(2, -1)
+            quarter_turn = torch.cat([-b, a], -1)
         rotated = pairs * cos + quarter_turn * sin
-        return torch.cat([rotated, rest], dim=-1)
+        return torch.cat([rotated, rest], -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,8 +147,9 @@ class Attention:
         """Compute q, k or v of some heads from their normalized input, which they may share."""
         # norm(x) W + b
         weight, bias = self.weights[slot], self.biases[slot]
-        projected = product(normed.flatten(1, -2), weight, bias, heads)
-        projected = projected.unflatten(1, normed.shape[1:-1])
+        rows = normed.flatten(1, -2)
+        flat = product(rows, weight, bias, heads)
+        projected = flat.unflatten(1, normed.shape[1:-1])
         # Norm per head (Qwen 3), clipping (OLMo), rotation of queries and keys.
         if slot in self.norms:
             projected = self.norms[slot](projected)
@@ -168,7 +173,8 @@ class Attention:
             seen = seen & (distance <= 0) & (distance > -self.reach)
         # ALiBi: slope_h * (position of the key - position of the query)
         slopes = self.slopes.view(-1, 1, 1, 1)
-        return (slopes * distance.clamp(max=0)).masked_fill(~seen, -torch.inf)
+        linear = slopes * distance.clamp(max=0)
+        return linear.masked_fill(~seen, -torch.inf)
 
     def attend(
         self,
@@ -180,7 +186,7 @@ class Attention:
     ) -> Float[Tensor, "head variant batch query d_head"]:
         """Compute z of some heads; any of q, k and v may have one variant for all."""
         # S = cap(q k^T / scale) + bias
-        scores = _product_of_variants(queries, keys.transpose(-1, -2))
+        scores = _product_of_variants(queries, keys.mT)
         scores = soft_capped(scores.div_(self.scale), self.soft_cap)
         own_bias = bias[heads] if len(bias) > 1 else bias
         scores += own_bias[:, None]
@@ -192,9 +198,9 @@ class Attention:
         if self.sinks is None:
             return scores.softmax(-1)
         # A = softmax([S, sink]) without the column of the sink
-        sinks = self.sinks[heads].to(scores).view(-1, 1, 1, 1, 1)
-        column = sinks.expand_as(scores[..., :1])
-        pattern = torch.cat([scores, column], dim=-1).softmax(-1)
+        sinks = self.sinks[heads].to(scores)
+        column = sinks.view(-1, 1, 1, 1, 1).expand_as(scores[..., :1])
+        pattern = torch.cat([scores, column], -1).softmax(-1)
         return pattern[..., :-1]
 
 
@@ -207,8 +213,9 @@ def _product_of_variants(
         return a @ b
     # Broadcasting would copy b for every variant, so multiply the rows of all variants together.
     by_prompt = a.transpose(1, 2)
-    product = by_prompt.flatten(2, 3) @ b[:, 0]
-    return product.unflatten(2, by_prompt.shape[2:4]).transpose(1, 2)
+    flat = by_prompt.flatten(2, 3) @ b[:, 0]
+    product = flat.unflatten(2, by_prompt.shape[2:4])
+    return product.transpose(1, 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,8 +287,9 @@ class WeightedMLP:
         # Another way of multiplying, such as in low precision, may need all rows together.
         if tokens.device.type == "cpu" and product is multiply:
             size = max(256, CACHED_NUMBERS // self.weight_in.shape[1])
-        written = [self._at_tokens(piece, product) for piece in tokens.split(size)]
-        return torch.cat(written).view(residual.shape)
+        pieces = tokens.split(size)
+        written = torch.cat([self._at_tokens(piece, product) for piece in pieces])
+        return written.view(residual.shape)
 
     def _at_tokens(self, tokens: Residual, product: Multiply) -> Residual:
         # h W_out + b_out   with n = norm(x) and the hidden layer h

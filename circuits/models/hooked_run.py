@@ -127,7 +127,8 @@ def unembed(
     normed = residual.flatten(0, -2)[None]
     if model.cfg.normalization_type is not None:
         normed = model.ln_final(normed)
-    logits = soft_capped(model.unembed(normed)[0], model.cfg.output_logits_soft_cap or 0)
+    soft_cap = model.cfg.output_logits_soft_cap or 0
+    logits = soft_capped(model.unembed(normed)[0], soft_cap)
     return logits.unflatten(0, residual.shape[:-1])
 
 

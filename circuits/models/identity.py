@@ -59,16 +59,21 @@ def identity(model: Model) -> ModelIdentity:
 
     The fingerprint is the same on every device and whatever hook flags are set.
     """
-    settings = {name: str(value) for name, value in vars(model.cfg).items()}
-    # Sorted, so that the order of settings and parameters does not matter.
-    names = sorted(name for name in settings if not name.startswith(NOT_ARCHITECTURE))
-    architecture = json.dumps({name: settings[name] for name in names})
-    digest = hashlib.blake2b(architecture.encode(), digest_size=16)
+    architecture = _architecture(model).encode()
+    digest = hashlib.blake2b(architecture, digest_size=16)
+    # Sorted, so that the order of parameters does not matter.
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(checksum(parameter.detach()))
     shape = {name: getattr(model.cfg, name) for name in SHAPE}
     return ModelIdentity(str(model.cfg.model_name), shape, digest.hexdigest())
+
+
+def _architecture(model: Model) -> str:
+    """The settings that change logits, in an order that does not depend on the model's."""
+    settings = vars(model.cfg)
+    names = sorted(name for name in settings if not name.startswith(NOT_ARCHITECTURE))
+    return json.dumps({name: str(settings[name]) for name in names})
 
 
 def checksum(parameter: Tensor) -> bytes:
@@ -79,15 +84,15 @@ def checksum(parameter: Tensor) -> bytes:
     faster than sums in 64 bits.
     """
     integer = INTEGER_OF_SIZE[parameter.element_size()]
-    bits = torch.atleast_2d(parameter.contiguous().view(integer)).flatten(0, -2)
+    bits = parameter.contiguous().view(integer)
+    bits = torch.atleast_2d(bits).flatten(0, -2)
     if bits.numel() <= SMALL:
         return _bytes(bits)
     # Two 16-bit numbers at a time are summed as one of 32 bits.
     if bits.dtype is torch.int16 and bits.shape[-1] % 2 == 0:
         bits = bits.view(torch.int32)
     width = torch.int64 if bits.dtype is torch.int64 else torch.int32
-    by_column, by_row = (bits.sum(axis, dtype=width) for axis in (0, 1))
-    return _bytes(by_column) + _bytes(by_row)
+    return _bytes(bits.sum(0, dtype=width)) + _bytes(bits.sum(1, dtype=width))
 
 
 def _bytes(values: Tensor) -> bytes:

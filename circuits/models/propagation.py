@@ -50,6 +50,7 @@ class PropagationRules:
         if self.attention == "constant":
             constant += map(pattern_hook, range(cfg.n_layers))
         hooks: Hooks = [(name, torch.Tensor.detach) for name in constant]
+        # The other parts of an MLP are linear.
         changes_mlp = self.activations == "ratio" or (cfg.gated_mlp and self.gates == "half")
         if changes_mlp and not cfg.attn_only:
             for layer in range(cfg.n_layers):

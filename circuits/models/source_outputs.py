@@ -86,15 +86,17 @@ class SourceOutputs:
         """Everything that is written, with biases, in float32 at least."""
         written = []
         for name, group in output_groups(self.nodes):
-            node, activation = self.nodes[group.start], self.activations[name]
-            written.append(self.attention(node.layer) if isinstance(node, Head) else activation)
+            first = self.nodes[group.start]
+            together = isinstance(first, Head)
+            written.append(self.attention(first.layer) if together else self.activations[name])
         wide = torch.promote_types(written[0].dtype, torch.float32)
         return torch.stack(written).sum(0, dtype=wide)
 
 
 def _relative_gap(found: Residual, expected: Residual) -> float:
     largest = (found - expected).abs().max()
-    return float(largest / expected.abs().max().clamp(min=1e-30))
+    size = expected.abs().max().clamp(min=1e-30)
+    return float(largest / size)
 
 
 def run_and_record(
@@ -171,4 +173,5 @@ def _write_outputs(model: Model, node: Node, into: OutputRows, activation: Tenso
     # out_h = z_h W_O[h]
     projection = ModelWeights(model).output_projection(node.layer).detach()
     z = activation.detach().flatten(0, 1).transpose(0, 1)
-    torch.bmm(z, projection, out=into.view(len(into), -1, into.shape[-1]))
+    rows = into.view(len(into), -1, into.shape[-1])
+    torch.bmm(z, projection, out=rows)

@@ -52,10 +52,9 @@ class DamageMeter:
         clean = executor.logits(whole)[0]
         reaching = reaching_logits(model, graph)
         meter = DamageMeter(executor, settings.metric, clean, task, reaching)
-        precision = settings.precision
-        if precision is None or precision.investigated != "float32":
+        # Only the incremental executor has a precision.
+        if settings.precision is None or settings.precision.investigated != "float32":
             return meter
-        # Only the incremental executor has a precision; both meters share its base runs.
         assert isinstance(executor, IncrementalExecutor)
         exact = replace(meter, executor=executor.exact())
         return replace(meter, exact=exact)

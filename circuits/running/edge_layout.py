@@ -74,7 +74,7 @@ class EdgeLayout:
         self, kept: Bool[Tensor, "variant edge"]
     ) -> Bool[Tensor, "variant span target source"]:
         """True where an edge of the graph is not kept; edges that the graph lacks are kept."""
-        dense = torch.zeros(len(kept), *self.shape, dtype=torch.bool, device=kept.device)
+        dense = kept.new_zeros(len(kept), *self.shape)
         dense[:, self.span, self.target, self.source] = ~kept
         return dense
 
@@ -84,13 +84,15 @@ class EdgeLayout:
         upstream: list[int] = []
         for node, _, count in self.targets:
             upstream += [sources_of(model, node, self.splits_embedding)] * count
-        return torch.arange(self.shape[2]) < torch.tensor(upstream)[:, None]
+        n_sources = self.shape[2]
+        return torch.arange(n_sources) < torch.tensor(upstream)[:, None]
 
 
 def _targets(model: Model) -> tuple[HookedTarget, ...]:
     targets: list[HookedTarget] = []
     for layer in range(model.cfg.n_layers):
-        targets += [(Head(layer, 0), slot, model.cfg.n_heads) for slot in SLOTS]
+        first = Head(layer, 0)
+        targets += [(first, slot, model.cfg.n_heads) for slot in SLOTS]
         if not model.cfg.attn_only:
             targets.append((MLP(layer), None, 1))
     return (*targets, (Logits(), None, 1))

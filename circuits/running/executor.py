@@ -21,6 +21,9 @@ from circuits.system.errors import InputError
 from circuits.system.memory import shrinking
 from circuits.tasks.task import Task
 
+KeptEdges = Bool[Tensor, "variant edge"]
+VariantLogits = Float[Tensor, "variant scored vocab"]
+
 
 @runtime_checkable
 class Executor(Protocol):
@@ -31,13 +34,11 @@ class Executor(Protocol):
         """Nodes computed so far (one node in one circuit), and batches of circuits."""
         ...
 
-    def logits(self, kept: Bool[Tensor, "variant edge"]) -> Float[Tensor, "variant scored vocab"]:
+    def logits(self, kept: KeptEdges) -> VariantLogits:
         """Logits of every circuit at every scored row."""
         ...
 
-    def map(
-        self, kept: Bool[Tensor, "variant edge"], function: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+    def map(self, kept: KeptEdges, function: Callable[[Tensor], Tensor]) -> Tensor:
         """`function` of the logits, applied to a few circuits at a time."""
         ...
 

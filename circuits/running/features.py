@@ -153,7 +153,8 @@ class FeatureExecutor:
         """`function` of the logits, one circuit at a time."""
         circuits = [self._kept_nodes(row) for row in kept]
         with frozen(self.model), plain_inputs(self.model), torch.no_grad():
-            logits = torch.cat([self._part_logits(part, circuits) for part in self._parts()], dim=1)
+            parts = [self._part_logits(part, circuits) for part in self._parts()]
+        logits = torch.cat(parts, dim=1)
         check_finite(logits)
         return torch.cat([function(each[None]) for each in logits])
 
@@ -210,7 +211,7 @@ class FeatureExecutor:
             names = tuple(map(str, self.graph.positions))
             spans = spans_of(part.positions, names).to(spans)
         by_span = self._by_span(circuit)
-        staying = {hook: nodes.to(spans.device)[spans] for hook, nodes in by_span.items()}
+        staying = {hook: nodes[spans] for hook, nodes in by_span.items()}
         for reads, _ in self.mlp_hooks:
             # A feature that is inactive on the clean prompt is in no circuit.
             staying[reads] &= clean[reads] != 0
@@ -220,7 +221,8 @@ class FeatureExecutor:
         """The nodes of a circuit, by hook point; tokens and errors are one node per span."""
         spans = self.graph.positions or (None,)
         # [span, feature] of features; [span, 1] of tokens and errors.
-        none = torch.zeros(len(spans), self.transcoders.n_features, dtype=torch.bool)
+        shape = (len(spans), self.transcoders.n_features)
+        none = torch.zeros(shape, dtype=torch.bool, device=self.model.cfg.device)
         found = {EMBEDDING_HOOK: none[:, :1].clone()}
         for reads, writes in self.mlp_hooks:
             found |= {reads: none.clone(), writes: none[:, :1].clone()}
@@ -317,7 +319,8 @@ class _Run:
         _, scale = weights.normalized(layer, residual) or (None, None)
         norm = weights.linear_norm(layer, "ln2", scale)
         stream = residual.to(compute_dtype(model))
-        return read_by_features(self.executor.transcoders, norm, stream)[1]
+        _, inputs = read_by_features(self.executor.transcoders, norm, stream)
+        return inputs
 
     def write(self, layer: int, output: Stream) -> Stream:
         transcoders = self.executor.transcoders
@@ -338,7 +341,8 @@ class _Run:
             return own
         # c_n - out_n
         change = self.replacing[hook] - own
-        return self._after_leading(change.masked_fill_(self.staying[hook], 0))
+        change = change.masked_fill_(self.staying[hook], 0)
+        return self._after_leading(change)
 
     def _after_leading(self, values: Tensor) -> Tensor:
         """Set values to 0, in place, at the leading positions, which have no features or errors."""

@@ -99,7 +99,8 @@ class HookedExecutor:
         ablated = self.layout.ablated(kept.to(self.counterfactuals.device))
         # As many prompts at a time as the outputs of all sources fit into memory for.
         budget = memory_budget(self.model.cfg.device, self.max_memory)
-        size = max(1, budget // self.counterfactuals[:, 0].nbytes)
+        prompt_bytes = self.counterfactuals[:, 0].nbytes
+        size = max(1, budget // prompt_bytes)
         starts = range(0, len(self.task), size)
         with frozen(self.model), torch.no_grad(), separate_inputs(self.model):
             parts = [self._part_logits(slice(start, start + size), ablated) for start in starts]
@@ -123,7 +124,8 @@ class HookedExecutor:
     def _part_logits(self, prompts: slice, ablated: AblatedEdges) -> VariantLogits:
         """Logits on some prompts, of as many circuits at a time as fit into memory."""
         budget = memory_budget(self.model.cfg.device, self.max_memory, cpu_bytes=CACHED_BYTES)
-        size = max(1, budget // self.counterfactuals[:, prompts].nbytes)
+        circuit_bytes = self.counterfactuals[:, prompts].nbytes
+        size = max(1, budget // circuit_bytes)
         parts: list[Tensor] = []
         done = 0
         while done < len(ablated):

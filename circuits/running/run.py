@@ -133,14 +133,16 @@ def run_variants(
     check_supported(model)
     check_fits(model, graph)
     check_task(model, task)
-    nodes, task = component_nodes(model, graph.splits_embedding), task.to(model.cfg.device)
-    ablation = with_means_taken(model, nodes, task, settings.ablation, prompts_per_run=size)
+    task = task.to(model.cfg.device)
+    nodes, ablation = component_nodes(model, graph.splits_embedding), settings.ablation
+    ablation = with_means_taken(model, nodes, task, ablation, prompts_per_run=size)
     settings = replace(settings, ablation=ablation)
     # The fit was checked above; without an identity no part reads all weights again.
     graph = replace(graph, model=None)
     logits = []
     for start in range(0, len(task), size):
-        executor = get_executor(model, graph, task[start : start + size], settings)
+        part = task[start : start + size]
+        executor = get_executor(model, graph, part, settings)
         logits.append(executor.logits(kept))
     return torch.cat(logits, dim=1)
 
@@ -150,8 +152,9 @@ def _prompts_at_once(model: Model, max_memory: int | None, task: Task) -> int:
     cfg = model.cfg
     # Stored: six times the outputs of all sources (clean, ablated, in the empty circuit, a
     # difference, and the changes in one circuit), and by layer the inputs of its slots, q, k and v.
-    rows = 6 * len(component_nodes(model, split_embed=True)) + 7 * cfg.n_layers
-    bytes_per_prompt = rows * cfg.d_model * cfg.dtype.itemsize * task.clean.shape[1]
+    n_sources = len(component_nodes(model, split_embed=True))
+    token_bytes = (6 * n_sources + 7 * cfg.n_layers) * cfg.d_model * cfg.dtype.itemsize
+    bytes_per_prompt = token_bytes * task.clean.shape[1]
     budget = memory_budget(cfg.device, max_memory, cpu_bytes=PREPARED_CPU_BYTES)
     return max(1, budget // bytes_per_prompt)
 
