@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -60,14 +60,16 @@ Tokens = Int[Tensor, "batch pos"]
 Stream = Float[Tensor, "batch pos d_model"]
 VariantLogits = Float[Tensor, "variant scored vocab"]
 
-NodeOutputs = dict[str, Float[Tensor, "#batch #pos _"]]
-"""By hook point: the token embeddings; the activations of a layer's features, at the point that
-they read; and its errors, at the point that they write to, before a norm that follows there."""
+Part = tuple[type[Node], int]
+"""The features or the errors of a layer, or the token embeddings (of layer 0)."""
 
-NodePlaces = dict[str, Bool[Tensor, "batch pos _"]]
-"""By the same hook points, at which positions nodes stay."""
+NodeOutputs = dict[Part, Float[Tensor, "#batch #pos _"]]
+"""Activations of features; errors, before a norm that follows them; and token embeddings."""
 
-EMBEDDING_HOOK = output_hook(TokenEmbed())
+NodePlaces = dict[Part, Bool[Tensor, "batch pos _"]]
+"""At which positions nodes stay."""
+
+TOKENS: Part = (TokenEmbed, 0)
 
 
 def transcoders_of(graph: PooledFeatureGraph, given: Transcoders | None) -> Transcoders:
@@ -153,7 +155,7 @@ class FeatureExecutor:
         """`function` of the logits, one circuit at a time."""
         circuits = [self._kept_nodes(row) for row in kept]
         with frozen(self.model), plain_inputs(self.model), torch.no_grad():
-            parts = [self._part_logits(part, circuits) for part in self._parts()]
+            parts = [self._part_logits(prompts, circuits) for prompts in self._parts()]
         logits = torch.cat(parts, dim=1)
         check_finite(logits)
         return torch.cat([function(each[None]) for each in logits])
@@ -183,89 +185,77 @@ class FeatureExecutor:
         size = max(1, budget // prompt_bytes)
         return [self.task[start : start + size] for start in range(0, len(self.task), size)]
 
-    def _part_logits(self, part: Task, circuits: Sequence[list[Node] | None]) -> VariantLogits:
-        clean, corrupted = _Run(self, part), _Run(self, part)
+    def _part_logits(self, prompts: Task, circuits: Sequence[list[Node] | None]) -> VariantLogits:
+        clean, corrupted = _Run(self, prompts), _Run(self, prompts)
         # Without a replacement this run is that of the whole model.
-        whole = clean.residual(part.clean)
+        whole = clean.residual(prompts.clean)
         if self.means is not None:
             replacing = self.means
         elif self.ablation.name == "zero":
-            replacing = {hook: torch.zeros_like(value) for hook, value in clean.outputs.items()}
+            replacing = {part: torch.zeros_like(value) for part, value in clean.outputs.items()}
         else:
-            corrupted.residual(part.corrupted)
+            corrupted.residual(prompts.corrupted)
             replacing = corrupted.outputs
         logits = []
         for circuit in circuits:
             residual = whole
             if circuit is not None:
-                staying = self._staying(part, circuit, clean.outputs)
-                residual = _Run(self, part, staying, replacing).residual(part.clean)
-            logits.append(unembed(self.model, residual[part.scored]))
+                staying = self._staying(prompts, circuit, clean.outputs)
+                residual = _Run(self, prompts, staying, replacing).residual(prompts.clean)
+            logits.append(unembed(self.model, residual[prompts.scored]))
         self.counts["batches"] += len(circuits)
         return torch.stack(logits)
 
-    def _staying(self, part: Task, circuit: Sequence[Node], clean: NodeOutputs) -> NodePlaces:
+    def _staying(self, prompts: Task, circuit: Sequence[Node], clean: NodeOutputs) -> NodePlaces:
         """Where the nodes of a circuit write out_n; elsewhere they write c_n."""
-        spans = torch.zeros_like(part.clean)
+        spans = torch.zeros_like(prompts.clean)
         if self.graph.positions is not None:
             names = tuple(map(str, self.graph.positions))
-            spans = spans_of(part.positions, names).to(spans)
-        by_span = self._by_span(circuit)
-        staying = {hook: nodes[spans] for hook, nodes in by_span.items()}
-        for reads, _ in self.mlp_hooks:
-            # A feature that is inactive on the clean prompt is in no circuit.
-            staying[reads] &= clean[reads] != 0
+            spans = spans_of(prompts.positions, names).to(spans)
+        staying = {part: nodes[spans] for part, nodes in self._by_span(circuit).items()}
+        # A feature that is inactive on the clean prompt is in no circuit.
+        for layer in range(self.transcoders.n_layers):
+            staying[Feature, layer] &= clean[Feature, layer] != 0
         return staying
 
-    def _by_span(self, circuit: Sequence[Node]) -> dict[str, Bool[Tensor, "span _"]]:
-        """The nodes of a circuit, by hook point; tokens and errors are one node per span."""
+    def _by_span(self, circuit: Sequence[Node]) -> dict[Part, Bool[Tensor, "span _"]]:
+        """The nodes of a circuit."""
         spans = self.graph.positions or (None,)
         # [span, feature] of features; [span, 1] of tokens and errors.
         shape = (len(spans), self.transcoders.n_features)
         none = torch.zeros(shape, dtype=torch.bool, device=self.model.cfg.device)
-        found = {EMBEDDING_HOOK: none[:, :1].clone()}
-        for reads, writes in self.mlp_hooks:
-            found |= {reads: none.clone(), writes: none[:, :1].clone()}
+        found = {TOKENS: none[:, :1].clone()}
+        for layer in range(self.transcoders.n_layers):
+            found[Feature, layer] = none.clone()
+            found[Error, layer] = none[:, :1].clone()
         for node in circuit:
             match node:
                 case Feature(layer, index, position):
-                    reads, _ = self.mlp_hooks[layer]
-                    found[reads][spans.index(position), index] = True
+                    found[Feature, layer][spans.index(position), index] = True
                 case Error(layer, position):
-                    _, writes = self.mlp_hooks[layer]
-                    found[writes][spans.index(position)] = True
+                    found[Error, layer][spans.index(position)] = True
                 case TokenEmbed(position):
-                    found[EMBEDDING_HOOK][spans.index(position)] = True
+                    found[TOKENS][spans.index(position)] = True
         return found
-
-    @cached_property
-    def mlp_hooks(self) -> list[tuple[str, str]]:
-        """By layer, where features read, and where they and errors write."""
-        before_norm = self.transcoders.writes == "mlp"
-        hooks = []
-        for layer in range(self.transcoders.n_layers):
-            writes = mlp_output_hook(self.model, layer, before_norm=before_norm)
-            hooks.append((mlp_residual_hook(self.model, layer), writes))
-        return hooks
 
     def _means(self) -> NodeOutputs:
         """Means over all prompts, padding left out."""
         axes, mask = self.ablation.axes, self.task.mask
         sums: NodeOutputs = {}
-        for part in self._parts():
-            run = _Run(self, part)
-            run.residual(self.ablation.averaged(part))
-            for hook, value in run.outputs.items():
-                total = masked_sum(value, part.mask, axes)
-                sums[hook] = sums.get(hook, 0) + total
+        for prompts in self._parts():
+            run = _Run(self, prompts)
+            run.residual(self.ablation.averaged(prompts))
+            for part, value in run.outputs.items():
+                total = masked_sum(value, prompts.mask, axes)
+                sums[part] = sums.get(part, 0) + total
         # The leading positions have no features and errors, so they do not count in their means.
         later = mask.clone()
         later[:, : self.graph.transcoders.leading] = False
         means = {}
-        for hook, total in sums.items():
-            counted = mask if hook == EMBEDDING_HOOK else later
+        for part, total in sums.items():
+            counted = mask if part == TOKENS else later
             count = counted.sum(axes, keepdim=True).clamp(min=1)
-            means[hook] = total / count[..., None]
+            means[part] = total / count[..., None]
         return means
 
 
@@ -283,7 +273,7 @@ class _Run:
     """
 
     executor: FeatureExecutor
-    part: Task
+    prompts: Task
     staying: NodePlaces = field(default_factory=dict)
     replacing: NodeOutputs = field(default_factory=dict)
     outputs: NodeOutputs = field(default_factory=dict)
@@ -293,25 +283,27 @@ class _Run:
 
     def residual(self, tokens: Tokens) -> Stream:
         """Run the model; return the residual stream after the last layer."""
-        hooks: list[tuple[str, Hook]] = [(EMBEDDING_HOOK, self.embed)]
-        for layer, (reads, writes) in enumerate(self.executor.mlp_hooks):
-            hooks.append((reads, partial(self.read, layer)))
-            hooks.append((writes, partial(self.write, layer)))
-        return run_to_residual(self.executor.model, tokens, self.part.mask, hooks)
+        model, transcoders = self.executor.model, self.executor.transcoders
+        before_norm = transcoders.writes == "mlp"
+        hooks: list[tuple[str, Hook]] = [(output_hook(TokenEmbed()), self.embed)]
+        for layer in range(transcoders.n_layers):
+            written = mlp_output_hook(model, layer, before_norm=before_norm)
+            hooks.append((mlp_residual_hook(model, layer), partial(self.read, layer)))
+            hooks.append((written, partial(self.write, layer)))
+        return run_to_residual(model, tokens, self.prompts.mask, hooks)
 
     def embed(self, embedding: Stream) -> Stream:
-        self.outputs[EMBEDDING_HOOK] = embedding
+        self.outputs[TOKENS] = embedding
         if not self.replacing:
             return embedding
-        replacing = self.replacing[EMBEDDING_HOOK].to(embedding)
-        return torch.where(self.staying[EMBEDDING_HOOK], embedding, replacing)
+        replacing = self.replacing[TOKENS].to(embedding)
+        return torch.where(self.staying[TOKENS], embedding, replacing)
 
     def read(self, layer: int, residual: Stream) -> None:
         inputs = self.inputs[layer] = self._feature_inputs(layer, residual)
-        active = self.executor.transcoders.encode(layer, inputs, self.part.mask)
+        active = self.executor.transcoders.encode(layer, inputs, self.prompts.mask)
         self.features[layer] = self._after_leading(active)
-        reads, _ = self.executor.mlp_hooks[layer]
-        self.changes[layer] = self._change(reads, active)
+        self.changes[layer] = self._change((Feature, layer), active)
 
     def _feature_inputs(self, layer: int, residual: Stream) -> Stream:
         model = self.executor.model
@@ -327,21 +319,20 @@ class _Run:
         explained = transcoders.output(layer, self.features, self.inputs[layer])
         # error = MLP output - transcoder output
         error = self._after_leading(output - explained)
-        _, writes = self.executor.mlp_hooks[layer]
-        change = self._change(writes, error)
+        change = self._change((Error, layer), error)
         if not self.replacing:
             return output
         change = change + transcoders.decode(self.changes, layer)
         return output + change.to(output)
 
-    def _change(self, hook: str, own: Tensor) -> Tensor:
+    def _change(self, part: Part, own: Tensor) -> Tensor:
         """c_n - out_n of nodes outside the circuit, and 0 of the others."""
-        self.outputs[hook] = own
+        self.outputs[part] = own
         if not self.replacing:
             return own
         # c_n - out_n
-        change = self.replacing[hook] - own
-        change = change.masked_fill_(self.staying[hook], 0)
+        change = self.replacing[part] - own
+        change = change.masked_fill_(self.staying[part], 0)
         return self._after_leading(change)
 
     def _after_leading(self, values: Tensor) -> Tensor:

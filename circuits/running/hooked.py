@@ -136,8 +136,8 @@ class HookedExecutor:
             done += size
         return torch.cat(parts)
 
-    def _run(self, prompts: slice, ablated: AblatedEdges, n_circuits: int) -> VariantLogits:
-        """One forward pass of the first circuits; each has a copy of the prompts."""
+    def _run(self, prompts: slice, ablated: AblatedEdges, n_circuits: int) -> Tensor:
+        """Logits [circuit, scored, vocab] of the first circuits, from one forward pass."""
         model, task = self.model, self.task[prompts]
         counterfactuals = self.counterfactuals[:, prompts]
         spans = None if self.spans is None else self.spans[prompts]
