@@ -24,6 +24,9 @@ Multiply = Callable[..., Tensor]
 """A way of multiplying matrices, with the signature of `multiply`, which is the plain way."""
 
 Residual = Float[Tensor, "*batch d_model"]
+FeedForward = Callable[[Residual, Multiply], Residual]
+"""What an MLP writes when it reads the residual stream, and how to multiply."""
+
 Projected = Float[Tensor, "head variant token d_head"]
 Scores = Float[Tensor, "head variant batch query key"]
 Positions = Int[Tensor, " token"]
@@ -304,22 +307,6 @@ class WeightedMLP:
             linear = product(normed, self.weight_in)
             hidden = gate.mul_(linear).add_(self.bias_in)
         return product(hidden, self.weight_out, self.bias_out)
-
-
-@dataclass(frozen=True, eq=False)
-class ModuleMLP:
-    """An MLP that only the model's own module computes, such as a mixture of experts."""
-
-    norm: Norm
-    module: Callable[[Tensor], Tensor]
-
-    def __call__(self, residual: Residual, product: Multiply) -> Residual:
-        """Compute what the MLP writes when it reads `residual`; `product` has no effect."""
-        normed = self.norm(residual).flatten(0, -2)
-        return self.module(normed[None]).view(residual.shape)
-
-
-FeedForward = WeightedMLP | ModuleMLP
 
 
 @dataclass(frozen=True, eq=False)

@@ -72,6 +72,7 @@ def mlp_residual_hook(model: Model, layer: int) -> str:
 
 def mlp_output_hook(model: Model, layer: int, *, before_norm: bool = False) -> str:
     """Return where an MLP's output can be read, optionally before a norm that follows the MLP."""
+    # The module itself is the last point before such a norm.
     inside = before_norm and model.cfg.use_normalization_before_and_after
     return f"blocks.{layer}.mlp" if inside else f"blocks.{layer}.hook_mlp_out"
 

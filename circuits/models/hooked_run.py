@@ -123,7 +123,7 @@ def unembed(
     model: Model, residual: Float[Tensor, "*batch d_model"]
 ) -> Float[Tensor, "*batch vocab"]:
     """Compute the logits from the final residual stream with the model's own modules."""
-    # cap(norm(x) W_U + b_U)
+    # cap(norm(x) W_U + b_U), where modules want a batch axis
     normed = residual.flatten(0, -2)[None]
     if model.cfg.normalization_type is not None:
         normed = model.ln_final(normed)

@@ -65,6 +65,7 @@ def identity(model: Model) -> ModelIdentity:
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(checksum(parameter.detach()))
+    # What makes circuits of one model meaningless in another.
     shape = {name: getattr(model.cfg, name) for name in SHAPE}
     return ModelIdentity(str(model.cfg.model_name), shape, digest.hexdigest())
 
@@ -86,6 +87,7 @@ def checksum(parameter: Tensor) -> bytes:
     integer = INTEGER_OF_SIZE[parameter.element_size()]
     bits = parameter.contiguous().view(integer)
     bits = torch.atleast_2d(bits).flatten(0, -2)
+    # A small parameter is stored whole: its sums would be about as long.
     if bits.numel() <= SMALL:
         return _bytes(bits)
     # Two 16-bit numbers at a time are summed as one of 32 bits.

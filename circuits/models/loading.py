@@ -67,6 +67,7 @@ def load_model(
             downloaded, or the device does not exist.
     """
     chosen = _device(device)
+    # A folder of this name in the working directory does not hide the model that ships.
     folder = ASSETS / EMBEDDED if name_or_path == EMBEDDED else Path(name_or_path)
     if folder.is_dir():
         return _load_folder(folder, chosen, dtype)
@@ -115,6 +116,7 @@ def save_model(model: Model, folder: str | Path) -> None:
     ...     loaded = circuits.load_model(folder)
     """
     folder = Path(folder)
+    # Types and devices are chosen when the model is loaded.
     settings = model.cfg.to_dict()
     config = {name: value for name, value in settings.items() if _is_json(value)}
     weights = _without_derived(model.state_dict())

@@ -50,9 +50,7 @@ class PropagationRules:
         if self.attention == "constant":
             constant += map(pattern_hook, range(cfg.n_layers))
         hooks: Hooks = [(name, torch.Tensor.detach) for name in constant]
-        # The other parts of an MLP are linear.
-        changes_mlp = self.activations == "ratio" or (cfg.gated_mlp and self.gates == "half")
-        if changes_mlp and not cfg.attn_only:
+        if not cfg.attn_only:
             for layer in range(cfg.n_layers):
                 hooks += self._mlp_hooks(model, layer)
         return hooks
@@ -60,13 +58,15 @@ class PropagationRules:
     def _mlp_hooks(self, model: Model, layer: int) -> Hooks:
         """Hooks on one MLP: post = f(pre), or post = f(pre) * linear if it is gated."""
         mlp, gated = f"blocks.{layer}.mlp", model.cfg.gated_mlp
+        if self.activations == "derivative" and not (gated and self.gates == "half"):
+            return []
         inputs: dict[str, Tensor] = {}
 
         def replace_backward(post: Tensor) -> Tensor:
             pre = inputs["hook_pre"]
             value: Tensor = model.blocks[layer].mlp.act_fn(pre) if gated else post
             if self.activations == "ratio":
-                # d f / d pre = f(pre) / pre
+                # d f / d pre = f(pre) / pre, where an input near 0 counts as a small one
                 safe = torch.where(pre.abs() < SMALLEST_INPUT, SMALLEST_INPUT, pre)
                 value = safe * (value / safe).detach()
             if gated:

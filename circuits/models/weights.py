@@ -15,7 +15,7 @@ from circuits.models.functional import (
     Attention,
     FeedForward,
     LinearNorm,
-    ModuleMLP,
+    Multiply,
     Norm,
     Residual,
     Rotation,
@@ -148,7 +148,12 @@ class ModelWeights:
         kind = type(mlp).__name__
         # Any other kind, such as a mixture of experts, is left to the model's own module.
         if kind not in ("MLP", "GatedMLP") or cfg.is_layer_norm_activation():
-            return ModuleMLP(norm, mlp)
+
+            def by_module(residual: Residual, product: Multiply) -> Residual:
+                normed = norm(residual).flatten(0, -2)
+                return mlp(normed[None]).view(residual.shape)
+
+            return by_module
         gate = mlp.W_gate if kind == "GatedMLP" else None
         activation = gelu_tanh if cfg.act_fn in GELU_TANH_NAMES else mlp.act_fn
         return WeightedMLP(norm, mlp.W_in, mlp.b_in, gate, mlp.W_out, mlp.b_out, activation)

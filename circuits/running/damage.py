@@ -45,6 +45,7 @@ class DamageMeter:
     def prepare(model: Model, graph: Graph, task: Task, settings: RunSettings) -> DamageMeter:
         """Run the clean and the counterfactual prompts once, for all circuits to come."""
         assert settings.metric is not None
+        # All that is measured is on the model's device.
         task = task.to(model.cfg.device)
         executor = get_executor(model, graph, task, settings)
         # Keeping every edge is the whole model, whichever edges the graph has.

@@ -130,6 +130,7 @@ def run_variants(
         size = _prompts_at_once(model, settings.max_memory, task)
     if size >= len(task):
         return get_executor(model, graph, task, settings).logits(kept)
+    # Means would be taken before an executor could refuse what does not fit.
     check_supported(model)
     check_fits(model, graph)
     check_task(model, task)
@@ -178,6 +179,7 @@ def model_logits(
     with frozen(model), torch.no_grad():
         for start in range(0, len(task), PROMPTS_PER_RUN):
             part = task[start : start + PROMPTS_PER_RUN]
+            # Only the scored rows are unembedded: a vocabulary is wide.
             tokens = part.clean if prompts == "clean" else part.corrupted
             residual = run_to_residual(model, tokens, part.mask)
             logits.append(unembed(model, residual[part.scored]))
