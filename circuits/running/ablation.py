@@ -89,9 +89,10 @@ def _digest(outputs: GivenOutputs) -> str:
     digest = hashlib.blake2b(digest_size=4)
     # Sorted, so that the order in which outputs are given does not matter.
     for node in sorted(outputs, key=str):
-        numbers = outputs[node].detach().cpu().double()
-        digest.update(f"{node} {tuple(numbers.shape)}".encode())
-        digest.update(numbers.contiguous().numpy().tobytes())
+        tensor = outputs[node].detach().cpu()
+        digest.update(f"{node} {tuple(tensor.shape)}".encode())
+        numbers = tensor.double().contiguous()
+        digest.update(numbers.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -146,8 +147,9 @@ class Counterfactuals:
         elif ablation.name != "resample":
             cfg = model.cfg
             # Zeros are a view of one number, so they take no memory.
+            shape = (len(nodes), *task.clean.shape, cfg.d_model)
             zero = torch.zeros(1, dtype=cfg.dtype, device=cfg.device)
-            given = zero.expand(len(nodes), *task.clean.shape, cfg.d_model)
+            given = zero.expand(shape)
             if ablation.outputs is not None:
                 given = _given(nodes, ablation.outputs, given)
         return Counterfactuals(model, nodes, means, given)
@@ -174,7 +176,8 @@ class Counterfactuals:
         """
         if self.given is not None:
             return Changes(clean, self.given[:, prompts])
-        return Changes((corrupted or self._recorded(task)) - clean)
+        replacing = corrupted or self._recorded(task)
+        return Changes(replacing - clean)
 
     def _recorded(self, task: Task) -> SourceOutputs:
         if self.means is not None:
@@ -208,7 +211,8 @@ def masked_sum(value: Tensor, mask: TokenMask, axes: tuple[int, ...]) -> Tensor:
     """The sum of activations [batch, pos, ...] at tokens that count, in float32 at least."""
     wide = torch.promote_types(value.dtype, torch.float32)
     # The axes after [batch, pos] broadcast.
-    weights = mask.to(wide).reshape(*mask.shape, *[1] * (value.dim() - 2))
+    ones = [1] * (value.dim() - 2)
+    weights = mask.to(wide).reshape(*mask.shape, *ones)
     return (value * weights).sum(axes, keepdim=True)
 
 
@@ -225,11 +229,12 @@ def _means(
             total = masked_sum(value, part.mask, ablation.axes)
             sums[name] = sums.get(name, 0) + total
     # Beyond the longest prompt there is no mean, and no real token reads it.
-    counts = task.mask.sum(ablation.axes, keepdim=True).clamp(min=1)
+    counts = task.mask.sum(ablation.axes, keepdim=True)
+    counts = counts.clamp(min=1)[..., None]
     means = {}
     for name, total in sums.items():
-        mean = (total.flatten(2) / counts[..., None]).view_as(total)
-        means[name] = mean.to(model.cfg.dtype)
+        mean = total.flatten(2) / counts
+        means[name] = mean.view_as(total).to(model.cfg.dtype)
     return SourceOutputs(model, nodes, means)
 
 
@@ -262,6 +267,6 @@ def _given(nodes: Nodes, outputs: GivenOutputs, like: Outputs) -> Outputs:
             ) from error
     # Outputs that are the same for all prompts or positions are stored once.
     three_axes = like.new_zeros(1, 1, 1)
-    tensors = [three_axes, *(given[node].to(like) for node in nodes)]
-    stacked = torch.stack(torch.broadcast_tensors(*tensors)[1:])
-    return stacked.expand(like.shape)
+    tensors = [given[node].to(like) for node in nodes]
+    _, *same_shape = torch.broadcast_tensors(three_axes, *tensors)
+    return torch.stack(same_shape).expand(like.shape)

@@ -49,8 +49,8 @@ class DamageMeter:
         task = task.to(model.cfg.device)
         executor = get_executor(model, graph, task, settings)
         # Keeping every edge is the whole model, whichever edges the graph has.
-        whole = torch.ones(1, len(graph), dtype=torch.bool)
-        clean = executor.logits(whole)[0]
+        whole = torch.ones(len(graph), dtype=torch.bool)
+        clean = executor.logits(whole[None])[0]
         reaching = reaching_logits(model, graph)
         meter = DamageMeter(executor, settings.metric, clean, task, reaching)
         # Only the incremental executor has a precision.
@@ -62,7 +62,8 @@ class DamageMeter:
 
     def __call__(self, kept: KeptEdges) -> Float[Tensor, " variant"]:
         """Damage of every circuit, mean over scored rows."""
-        return self.by_row(kept).mean(-1, dtype=torch.float64)
+        by_row = self.by_row(kept)
+        return by_row.mean(-1, dtype=torch.float64)
 
     def by_row(self, kept: KeptEdges) -> Float[Tensor, "variant scored"]:
         """Damage of every circuit at every scored row. Ranks share the circuits.
@@ -90,6 +91,6 @@ class DamageMeter:
         before = dict(self.executor.counts)
         yield
         after = self.executor.counts
-        more = totals({name: after[name] - before[name] for name in after})
-        for name, value in more.items():
+        more = {name: after[name] - before[name] for name in after}
+        for name, value in totals(more).items():
             counts[name] = counts.get(name, 0) + value

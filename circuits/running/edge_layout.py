@@ -17,6 +17,7 @@ from circuits.models import Model
 from circuits.models.component_graph import component_nodes, sources_of
 from circuits.system.errors import InputError
 
+Target = tuple[Node, str | None]
 HookedTarget = tuple[Node, str | None, int]
 """The first head of a layer (or another node), the slot, and the number of target rows."""
 
@@ -45,19 +46,23 @@ class EdgeLayout:
     @staticmethod
     def of(model: Model, graph: Graph) -> EdgeLayout:
         """The layout of a graph of this model's components; of another graph an InputError."""
-        nodes, targets = component_nodes(model, graph.splits_embedding), _targets(model)
-        all_targets, spans = list(_each_target(targets)), graph.positions or (None,)
+        nodes = component_nodes(model, graph.splits_embedding)
+        targets = _targets(model)
+        all_targets = list(_each_target(targets))
+        spans = graph.positions or (None,)
         # Looked up per node, not per edge: there are hundreds of times as many edges.
         components = [at_position(node, None) for node in graph.nodes]
         positions = [node.position for node in graph.nodes]  # type: ignore[attr-defined]
         slots = (*SLOTS, None)  # no slot is -1, which indexes the last column
-        rows = _places(product(components, slots), all_targets).view(-1, len(slots))
+        rows = _places(product(components, slots), all_targets)
+        rows = rows.view(-1, len(slots))
         span = _places(positions, spans)[graph.target]
         target = rows[graph.target, graph.slot]
         source = _places(components, nodes)[graph.source]
-        missing = torch.stack([span, target, source]).amin(0) < 0
+        missing = (span < 0) | (target < 0) | (source < 0)
         if missing.any():
-            edge = graph.edges[int(missing.nonzero()[0])]
+            first = int(missing.nonzero()[0])
+            edge = graph.edges[first]
             raise InputError(
                 f"this graph is not a component graph of {model.cfg.model_name}: the model has no "
                 f"edge {edge}."
@@ -98,15 +103,18 @@ def _targets(model: Model) -> tuple[HookedTarget, ...]:
     return (*targets, (Logits(), None, 1))
 
 
-def _places(items: Iterable[object], order: Iterable[object]) -> Int[Tensor, " item"]:
-    """The place of each item in an order; -1 for what is not there."""
+def _places(items: Iterable[object], order: Iterable[object]) -> Tensor:
+    """The place [item] of each item in an order; -1 for what is not there."""
     place = {item: index for index, item in enumerate(order)}
-    return torch.tensor([place.get(item, -1) for item in items])
+    places = [place.get(item, -1) for item in items]
+    return torch.tensor(places)
 
 
-def _each_target(targets: Iterable[HookedTarget]) -> Iterator[tuple[Node, str | None]]:
+def _each_target(targets: Iterable[HookedTarget]) -> Iterator[Target]:
     """Every target row: its node and slot."""
     for first, slot, count in targets:
         for offset in range(count):
-            node = replace(first, head=offset) if isinstance(first, Head) else first
-            yield node, slot
+            if isinstance(first, Head):
+                yield replace(first, head=offset), slot
+            else:
+                yield first, slot

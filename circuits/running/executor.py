@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float
@@ -21,7 +21,9 @@ from circuits.system.errors import InputError
 from circuits.system.memory import shrinking
 from circuits.tasks.task import Task
 
+EdgeMask = Bool[Tensor, " edge"]
 KeptEdges = Bool[Tensor, "variant edge"]
+OfLogits = Callable[[Tensor], Tensor]
 VariantLogits = Float[Tensor, "variant scored vocab"]
 
 
@@ -38,11 +40,11 @@ class Executor(Protocol):
         """Logits of every circuit at every scored row."""
         ...
 
-    def map(self, kept: KeptEdges, function: Callable[[Tensor], Tensor]) -> Tensor:
+    def map(self, kept: KeptEdges, function: OfLogits) -> Tensor:
         """`function` of the logits, applied to a few circuits at a time."""
         ...
 
-    def near(self, kept: Bool[Tensor, " edge"]) -> None:
+    def near(self, kept: EdgeMask) -> None:
         """Announce that the circuits to come are mostly subsets of this one."""
         ...
 
@@ -62,11 +64,13 @@ def get_executor(model: Model, graph: Graph, task: Task, settings: RunSettings) 
     only_incremental = precision is not None or settings.executor == "incremental"
 
     def prepared(executor: Any, **options: Any) -> Executor:
-        prepare = partial(executor.prepare, max_memory=settings.max_memory, **options)
+        max_memory, ablation = settings.max_memory, settings.ablation
+
+        def prepare(_: int) -> Executor:
+            return executor.prepare(model, graph, task, ablation, max_memory=max_memory, **options)
+
         # `shrinking` turns running out of memory into an error that says what to do.
-        ready, _ = shrinking(
-            lambda _: prepare(model, graph, task, settings.ablation), 1, "run of the prompts"
-        )
+        ready, _ = shrinking(prepare, 1, "run of the prompts")
         return ready
 
     if isinstance(graph, PooledFeatureGraph):

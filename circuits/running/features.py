@@ -55,6 +55,8 @@ from circuits.transcoders.transcoder import Transcoders
 CPU_BYTES = 1 << 30
 
 KeptEdges = Bool[Tensor, "variant edge"]
+OfLogits = Callable[[Tensor], Tensor]
+Circuit = Sequence[Node]
 EdgeMask = Bool[Tensor, " edge"]
 Tokens = Int[Tensor, "batch pos"]
 Stream = Float[Tensor, "batch pos d_model"]
@@ -151,7 +153,7 @@ class FeatureExecutor:
         """Logits of every circuit at every scored row."""
         return self.map(kept, lambda logits: logits)
 
-    def map(self, kept: KeptEdges, function: Callable[[Tensor], Tensor]) -> Tensor:
+    def map(self, kept: KeptEdges, function: OfLogits) -> Tensor:
         """`function` of the logits, one circuit at a time."""
         circuits = [self._kept_nodes(row) for row in kept]
         with frozen(self.model), plain_inputs(self.model), torch.no_grad():
@@ -167,13 +169,14 @@ class FeatureExecutor:
         """None: a circuit is a run of the model."""
         return 0.0
 
-    def _kept_nodes(self, kept: EdgeMask) -> list[Node] | None:
+    def _kept_nodes(self, kept: EdgeMask) -> Circuit | None:
         """The nodes that kept edges touch; None for the model itself."""
         # With all active features among its nodes, the whole graph leaves nothing to replace.
         if self.graph.transcoders.whole and kept.all():
             return None
-        touched = torch.cat([self.graph.source[kept], self.graph.target[kept]])
-        return [self.graph.nodes[index] for index in touched.unique().tolist()]
+        graph = self.graph
+        touched = torch.cat([graph.source[kept], graph.target[kept]])
+        return [graph.nodes[index] for index in touched.unique().tolist()]
 
     def _parts(self) -> list[Task]:
         """The prompts in parts that fit into memory."""
@@ -185,8 +188,8 @@ class FeatureExecutor:
         size = max(1, budget // prompt_bytes)
         return [self.task[start : start + size] for start in range(0, len(self.task), size)]
 
-    def _part_logits(self, prompts: Task, circuits: Sequence[list[Node] | None]) -> VariantLogits:
-        clean, corrupted = _Run(self, prompts), _Run(self, prompts)
+    def _part_logits(self, prompts: Task, circuits: Sequence[Circuit | None]) -> VariantLogits:
+        clean = _Run(self, prompts)
         # Without a replacement this run is that of the whole model.
         whole = clean.residual(prompts.clean)
         if self.means is not None:
@@ -194,6 +197,7 @@ class FeatureExecutor:
         elif self.ablation.name == "zero":
             replacing = {part: torch.zeros_like(value) for part, value in clean.outputs.items()}
         else:
+            corrupted = _Run(self, prompts)
             corrupted.residual(prompts.corrupted)
             replacing = corrupted.outputs
         logits = []
@@ -201,24 +205,26 @@ class FeatureExecutor:
             residual = whole
             if circuit is not None:
                 staying = self._staying(prompts, circuit, clean.outputs)
-                residual = _Run(self, prompts, staying, replacing).residual(prompts.clean)
+                run = _Run(self, prompts, staying, replacing)
+                residual = run.residual(prompts.clean)
             logits.append(unembed(self.model, residual[prompts.scored]))
         self.counts["batches"] += len(circuits)
         return torch.stack(logits)
 
-    def _staying(self, prompts: Task, circuit: Sequence[Node], clean: NodeOutputs) -> NodePlaces:
+    def _staying(self, prompts: Task, circuit: Circuit, clean: NodeOutputs) -> NodePlaces:
         """Where the nodes of a circuit write out_n; elsewhere they write c_n."""
         spans = torch.zeros_like(prompts.clean)
         if self.graph.positions is not None:
             names = tuple(map(str, self.graph.positions))
             spans = spans_of(prompts.positions, names).to(spans)
-        staying = {part: nodes[spans] for part, nodes in self._by_span(circuit).items()}
+        by_span = self._by_span(circuit)
+        staying = {part: nodes[spans] for part, nodes in by_span.items()}
         # A feature that is inactive on the clean prompt is in no circuit.
         for layer in range(self.transcoders.n_layers):
             staying[Feature, layer] &= clean[Feature, layer] != 0
         return staying
 
-    def _by_span(self, circuit: Sequence[Node]) -> dict[Part, Bool[Tensor, "span _"]]:
+    def _by_span(self, circuit: Circuit) -> dict[Part, Bool[Tensor, "span _"]]:
         """The nodes of a circuit."""
         spans = self.graph.positions or (None,)
         # [span, feature] of features; [span, 1] of tokens and errors.
@@ -285,11 +291,13 @@ class _Run:
         """Run the model; return the residual stream after the last layer."""
         model, transcoders = self.executor.model, self.executor.transcoders
         before_norm = transcoders.writes == "mlp"
-        hooks: list[tuple[str, Hook]] = [(output_hook(TokenEmbed()), self.embed)]
+        embedding = output_hook(TokenEmbed())
+        hooks: list[tuple[str, Hook]] = [(embedding, self.embed)]
         for layer in range(transcoders.n_layers):
-            written = mlp_output_hook(model, layer, before_norm=before_norm)
-            hooks.append((mlp_residual_hook(model, layer), partial(self.read, layer)))
-            hooks.append((written, partial(self.write, layer)))
+            writes = mlp_output_hook(model, layer, before_norm=before_norm)
+            reads = mlp_residual_hook(model, layer)
+            hooks.append((reads, partial(self.read, layer)))
+            hooks.append((writes, partial(self.write, layer)))
         return run_to_residual(model, tokens, self.prompts.mask, hooks)
 
     def embed(self, embedding: Stream) -> Stream:

@@ -48,7 +48,9 @@ from circuits.tasks.token_spans import token_spans
 # caches; steps of 256 MB took three times as long.
 CACHED_BYTES = 1 << 24
 
+EdgeMask = Bool[Tensor, " edge"]
 KeptEdges = Bool[Tensor, "variant edge"]
+OfLogits = Callable[[Tensor], Tensor]
 AblatedEdges = Bool[Tensor, "variant span target source"]
 SpanIndices = Int[Tensor, "batch pos"]
 Counterfactual = Float[Tensor, "source batch pos d_model"]
@@ -106,15 +108,16 @@ class HookedExecutor:
             parts = [self._part_logits(slice(start, start + size), ablated) for start in starts]
         logits = torch.cat(parts, dim=1)
         check_finite(logits)
-        self.counts["node_evaluations"] += len(self.layout.nodes) * len(kept)
+        n_nodes = len(self.layout.nodes)
+        self.counts["node_evaluations"] += n_nodes * len(kept)
         self.counts["batches"] += 1
         return logits
 
-    def map(self, kept: KeptEdges, function: Callable[[Tensor], Tensor]) -> Tensor:
+    def map(self, kept: KeptEdges, function: OfLogits) -> Tensor:
         """`function` of the logits."""
         return function(self.logits(kept))
 
-    def near(self, kept: Bool[Tensor, " edge"]) -> None:
+    def near(self, kept: EdgeMask) -> None:
         """Ignored: nothing is reused from circuit to circuit."""
 
     def fixed_cost(self, edges: Sequence[int]) -> float:
@@ -152,7 +155,8 @@ class HookedExecutor:
             edges = ablated[:n_circuits, :, row : row + count, :n]
             row += count
             if edges.any():
-                hook = partial(_ablate, edges, spans, counterfactuals[:n], outputs[:n])
+                upstream = counterfactuals[:n], outputs[:n]
+                hook = partial(_ablate, edges, spans, *upstream)
                 hooks.append((input_hook(model, node, slot), hook))
         # Every circuit runs on a copy of the prompts.
         tokens, mask = (
@@ -179,5 +183,6 @@ def _ablate(
     if spans is None:
         change = torch.einsum("vru,uvbpd->vbprd", weights[:, 0], difference)
     else:
-        change = torch.einsum("vbpru,uvbpd->vbprd", weights[:, spans], difference)
+        by_token = weights[:, spans]
+        change = torch.einsum("vbpru,uvbpd->vbprd", by_token, difference)
     return activation + change.reshape(activation.shape)

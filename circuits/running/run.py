@@ -154,7 +154,8 @@ def _prompts_at_once(model: Model, max_memory: int | None, task: Task) -> int:
     # Stored: six times the outputs of all sources (clean, ablated, in the empty circuit, a
     # difference, and the changes in one circuit), and by layer the inputs of its slots, q, k and v.
     n_sources = len(component_nodes(model, split_embed=True))
-    token_bytes = (6 * n_sources + 7 * cfg.n_layers) * cfg.d_model * cfg.dtype.itemsize
+    rows = 6 * n_sources + 7 * cfg.n_layers
+    token_bytes = rows * cfg.d_model * cfg.dtype.itemsize
     bytes_per_prompt = token_bytes * task.clean.shape[1]
     budget = memory_budget(cfg.device, max_memory, cpu_bytes=PREPARED_CPU_BYTES)
     return max(1, budget // bytes_per_prompt)
