@@ -78,7 +78,8 @@ def _complete_graph(model: Model, split_embed: bool, spans: Spans) -> Graph:
     for index, target in enumerate(components):
         n_sources = sources_of(model, target, split_embed)
         slots = range(len(SLOTS)) if isinstance(target, Head) else [NO_SLOT]
-        columns += [_edges_into(index, slot, n_sources, len(names)) for slot in slots]
+        for slot in slots:
+            columns.append(_edges_into(index, slot, n_sources, len(names)))
     edges = torch.cat(columns, dim=1)
     # Cloned, because files cannot hold tensors that share memory.
     source, target, slot = (column.clone() for column in edges)
@@ -105,7 +106,8 @@ def reaching_logits(model: Model, graph: Graph) -> Callable[[EdgeMask], EdgeMask
     if len(graph) == len(whole):
         return graph.reaching_logits
     # Paths are followed in the whole graph, where the edges that the graph lacks are kept.
-    index_in_whole = torch.tensor([whole.index(edge) for edge in graph.edges])
+    indices = [whole.index(edge) for edge in graph.edges]
+    index_in_whole = torch.tensor(indices)
 
     def reaching(kept: EdgeMask) -> EdgeMask:
         kept_in_whole = torch.ones(len(whole), dtype=torch.bool)
@@ -121,7 +123,8 @@ def component_nodes(model: Model, split_embed: bool) -> tuple[Node, ...]:
     if split_embed:
         nodes = [TokenEmbed(), PosEmbed()]
     for layer in range(model.cfg.n_layers):
-        nodes += [Head(layer, head) for head in range(model.cfg.n_heads)]
+        heads = range(model.cfg.n_heads)
+        nodes += [Head(layer, head) for head in heads]
         if not model.cfg.attn_only:
             nodes.append(MLP(layer))
     return tuple(nodes)
@@ -129,8 +132,8 @@ def component_nodes(model: Model, split_embed: bool) -> tuple[Node, ...]:
 
 def computed_nodes(graph: Graph) -> int:
     """Count the heads and MLPs that a run of the model computes, each once whatever its spans."""
-    computed = [node for node in graph.nodes if isinstance(node, Head | MLP)]
-    return len({at_position(node, None) for node in computed})
+    components = {at_position(node, None) for node in graph.nodes}
+    return sum(isinstance(node, Head | MLP) for node in components)
 
 
 def sources_of(model: Model, target: Node, split_embed: bool) -> int:
@@ -198,7 +201,8 @@ def _spans(positions: Sequence[str] | int | None) -> Spans:
         )
     for name in positions:
         check_position_name(name)
-    if len(set(positions)) != len(positions) or REST in positions:
+    names = {REST, *positions}
+    if len(names) != len(positions) + 1:
         raise InputError(
             f"span names must differ from each other and from {REST!r}; got {list(positions)}."
         )

@@ -30,6 +30,7 @@ FeedForward = Callable[[Residual, Multiply], Residual]
 Projected = Float[Tensor, "head variant token d_head"]
 Scores = Float[Tensor, "head variant batch query key"]
 Positions = Int[Tensor, " token"]
+VocabLogits = Float[Tensor, "*batch vocab"]
 
 # On a CPU an MLP's hidden layer is computed in pieces of this many numbers, which fit the caches.
 CACHED_NUMBERS = 1 << 18
@@ -50,13 +51,17 @@ def multiply(
     if heads is not None:
         product = x @ weight[heads]
         return product if bias is None else product.add_(bias[heads, None])
-    return x @ weight if bias is None else torch.addmm(bias, x, weight)
+    if bias is None:
+        return x @ weight
+    return torch.addmm(bias, x, weight)
 
 
 def soft_capped(x: Tensor, cap: float) -> Tensor:
-    """Bound scores or logits smoothly to (-cap, cap); a cap of 0 leaves them as they are."""
+    """Bound scores or logits smoothly to (-cap, cap), where the cap is positive."""
     # cap * tanh(x / cap)
-    return cap * torch.tanh(x / cap) if cap > 0 else x
+    if cap <= 0:
+        return x
+    return cap * torch.tanh(x / cap)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -95,7 +100,8 @@ class Rotation:
         # (a, b) -> (a cos t - b sin t, b cos t + a sin t) = (a, b) cos t + (-b, a) sin t
         if self.adjacent:
             a, b = pairs[..., ::2], pairs[..., 1::2]
-            quarter_turn = torch.stack([-b, a], -1).flatten(-2)
+            turned = torch.stack([-b, a], -1)
+            quarter_turn = turned.flatten(-2)
         else:
             a, b = pairs.chunk(2, -1)
             quarter_turn = torch.cat([-b, a], -1)
@@ -173,7 +179,8 @@ class Attention:
         seen = readable[:, None].expand(distance.shape)
         # A causal query sees keys at distances in (-reach, 0].
         if self.causal:
-            seen = seen & (distance <= 0) & (distance > -self.reach)
+            seen = seen & (distance <= 0)
+            seen = seen & (distance > -self.reach)
         # ALiBi: slope_h * (position of the key - position of the query)
         slopes = self.slopes.view(-1, 1, 1, 1)
         linear = slopes * distance.clamp(max=0)
@@ -190,7 +197,8 @@ class Attention:
         """Compute z of some heads; any of q, k and v may have one variant for all."""
         # S = cap(q k^T / scale) + bias
         scores = _product_of_variants(queries, keys.mT)
-        scores = soft_capped(scores.div_(self.scale), self.soft_cap)
+        scaled = scores.div_(self.scale)
+        scores = soft_capped(scaled, self.soft_cap)
         own_bias = bias[heads] if len(bias) > 1 else bias
         scores += own_bias[:, None]
         # A = softmax(S),  z = A v
@@ -261,7 +269,9 @@ class LinearNorm:
         return self._centred(scaled)
 
     def _centred(self, x: Tensor) -> Tensor:
-        return x - x.mean(-1, keepdim=True) if self.centres else x
+        if not self.centres:
+            return x
+        return x - x.mean(-1, keepdim=True)
 
     def _weighted(self, x: Tensor) -> Tensor:
         return x if self.weight is None else x * self.weight
@@ -289,7 +299,8 @@ class WeightedMLP:
         size = max(1, len(tokens))
         # Another way of multiplying, such as in low precision, may need all rows together.
         if tokens.device.type == "cpu" and product is multiply:
-            size = max(256, CACHED_NUMBERS // self.weight_in.shape[1])
+            d_mlp = self.weight_in.shape[1]
+            size = max(256, CACHED_NUMBERS // d_mlp)
         pieces = tokens.split(size)
         written = torch.cat([self._at_tokens(piece, product) for piece in pieces])
         return written.view(residual.shape)
@@ -318,7 +329,7 @@ class Unembedding:
     bias: Float[Tensor, " vocab"]
     soft_cap: float
 
-    def __call__(self, residual: Residual, product: Multiply) -> Float[Tensor, "*batch vocab"]:
+    def __call__(self, residual: Residual, product: Multiply) -> VocabLogits:
         """Compute the logits at each token."""
         # cap(n W_U + b_U)   with   n = norm(x)
         normed = self.norm(residual).flatten(0, -2)

@@ -100,10 +100,11 @@ def run_to_residual(
         layers: stop after this many layers.
     """
     # With a tokenizer that pads on the left TransformerLens would guess where the padding is.
-    pads_left = model.tokenizer is not None and model.tokenizer.padding_side == "left"
+    pads_left = getattr(model.tokenizer, "padding_side", None) == "left"
     attention_mask = torch.ones_like(tokens) if pads_left else None
     last = model.cfg.n_layers if layers is None else layers
-    with hooked(model, [*hooks, *_padding_hooks(model, mask)]):
+    all_hooks = [*hooks, *_padding_hooks(model, mask)]
+    with hooked(model, all_hooks):
         return model(tokens, stop_at_layer=last, attention_mask=attention_mask)
 
 
@@ -174,7 +175,8 @@ def _remembering(forward: Forward) -> Forward:
 
     def remembering(given: Tensor) -> Tensor:
         if not last or last[0][0] is not given:
-            last[:] = [(given, forward(given))] * 3
+            call = (given, forward(given))
+            last[:] = [call, call, call]
         return last.pop()[1]
 
     return remembering
@@ -186,7 +188,8 @@ def _attributes(changes: Sequence[Attribute]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for owner, name, value in changes:
             if name in vars(owner):
-                stack.callback(setattr, owner, name, getattr(owner, name))
+                before = getattr(owner, name)
+                stack.callback(setattr, owner, name, before)
             else:
                 # The object only inherits the attribute from its class.
                 stack.callback(delattr, owner, name)

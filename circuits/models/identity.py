@@ -67,7 +67,8 @@ def identity(model: Model) -> ModelIdentity:
         digest.update(checksum(parameter.detach()))
     # What makes circuits of one model meaningless in another.
     shape = {name: getattr(model.cfg, name) for name in SHAPE}
-    return ModelIdentity(str(model.cfg.model_name), shape, digest.hexdigest())
+    name = str(model.cfg.model_name)
+    return ModelIdentity(name, shape, digest.hexdigest())
 
 
 def _architecture(model: Model) -> str:
@@ -85,8 +86,8 @@ def checksum(parameter: Tensor) -> bytes:
     faster than sums in 64 bits.
     """
     integer = INTEGER_OF_SIZE[parameter.element_size()]
-    bits = parameter.contiguous().view(integer)
-    bits = torch.atleast_2d(bits).flatten(0, -2)
+    bits = torch.atleast_2d(parameter).contiguous()
+    bits = bits.view(integer).flatten(0, -2)
     # A small parameter is stored whole: its sums would be about as long.
     if bits.numel() <= SMALL:
         return _bytes(bits)

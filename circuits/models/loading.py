@@ -97,9 +97,11 @@ def build_model(
         InputError: a weight is missing, unknown or of another shape than the configuration needs.
     """
     # A seed in the configuration would set the seeds of torch, numpy and random globally.
-    fixed = {"seed": None, "init_weights": False, "dtype": dtype, "device": str(_device(device))}
-    settings = HookedTransformerConfig(**{**config, **fixed})
-    model, given = HookedTransformer(settings, tokenizer), _without_derived(weights)
+    fixed = {"seed": None, "init_weights": False}
+    placed = {"dtype": dtype, "device": str(_device(device))}
+    settings = HookedTransformerConfig(**{**config, **fixed, **placed})
+    model = HookedTransformer(settings, tokenizer)
+    given = _without_derived(weights)
     _check_weights(_without_derived(model.state_dict()), given)
     # Not strict, because the derived buffers are missing.
     model.load_state_dict(given, strict=False)
@@ -169,7 +171,8 @@ def _load_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> Mode
 def _is_saved_model(config: Path) -> bool:
     """Whether `save_model` wrote it; folders of checkpoints have a config.json as well."""
     try:
-        return json.loads(config.read_text()).get("format") == FORMAT
+        content = json.loads(config.read_text())
+        return content.get("format") == FORMAT
     except ValueError as error:
         raise InputError(f"{config} is truncated or not JSON ({error}); restore it.") from error
 

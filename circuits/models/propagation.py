@@ -67,7 +67,8 @@ class PropagationRules:
             value: Tensor = model.blocks[layer].mlp.act_fn(pre) if gated else post
             if self.activations == "ratio":
                 # d f / d pre = f(pre) / pre, where an input near 0 counts as a small one
-                safe = torch.where(pre.abs() < SMALLEST_INPUT, SMALLEST_INPUT, pre)
+                is_small = pre.abs() < SMALLEST_INPUT
+                safe = torch.where(is_small, SMALLEST_INPUT, pre)
                 value = safe * (value / safe).detach()
             if gated:
                 value = value * inputs["hook_pre_linear"]
@@ -77,6 +78,9 @@ class PropagationRules:
             # The value stays the model's own, bias included.
             return post.detach() + value - value.detach()
 
+        hooks: Hooks = [(f"{mlp}.hook_post", replace_backward)]
         points = ["hook_pre", "hook_pre_linear"] if gated else ["hook_pre"]
-        keeping = [(f"{mlp}.{point}", partial(inputs.__setitem__, point)) for point in points]
-        return [*keeping, (f"{mlp}.hook_post", replace_backward)]
+        for point in points:
+            keep = partial(inputs.__setitem__, point)
+            hooks.append((f"{mlp}.{point}", keep))
+        return hooks

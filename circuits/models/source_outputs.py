@@ -68,8 +68,8 @@ class SourceOutputs:
     def check(self, residual: Residual, mask: Mask) -> None:
         """Refuse a model whose final residual stream is not the sum of the outputs and biases."""
         # The first prompt's last token is enough to detect a missing term.
-        last = int(mask[0].nonzero().max())
-        token = slice(1), slice(last, last + 1)
+        n_tokens = int(mask[0].sum())
+        token = slice(1), slice(n_tokens - 1, n_tokens)
         activations = {name: value[token] for name, value in self.activations.items()}
         # sum over sources u of out_u + sum over layers of b_O = residual stream
         written = replace(self, activations=activations)._sum()
@@ -89,8 +89,9 @@ class SourceOutputs:
             first = self.nodes[group.start]
             together = isinstance(first, Head)
             written.append(self.attention(first.layer) if together else self.activations[name])
-        wide = torch.promote_types(written[0].dtype, torch.float32)
-        return torch.stack(written).sum(0, dtype=wide)
+        stacked = torch.stack(written)
+        wide = torch.promote_types(stacked.dtype, torch.float32)
+        return stacked.sum(0, dtype=wide)
 
 
 def _relative_gap(found: Residual, expected: Residual) -> float:
@@ -109,7 +110,8 @@ def run_and_record(
             graph describes the model.
     """
     activations: dict[str, Tensor] = {}
-    hooks = [(name, keeper(activations, name)) for name, _ in output_groups(nodes)]
+    names = dict.fromkeys(map(output_hook, nodes))
+    hooks = [(name, keeper(activations, name)) for name in names]
     with torch.no_grad(), plain_inputs(model):
         residual = run_to_residual(model, tokens, mask, hooks)
         written = SourceOutputs(model, tuple(nodes), activations)
@@ -128,7 +130,8 @@ def source_outputs(model: Model, nodes: Sequence[Node], tokens: Tokens, mask: Ma
 def embedding_outputs(model: Model, nodes: Sequence[Node], tokens: Tokens, mask: Mask) -> Outputs:
     """Compute what the embeddings among `nodes` write, without running the layers."""
     recorded: dict[str, Tensor] = {}
-    names = [output_hook(node) for node in nodes if isinstance(node, TokenEmbed | PosEmbed)]
+    split = [node for node in nodes if isinstance(node, TokenEmbed | PosEmbed)]
+    names = [output_hook(node) for node in split]
     hooks = [(name, keeper(recorded, name)) for name in names]
     residual = run_to_residual(model, tokens, mask, hooks, layers=0)
     if not names:
@@ -171,7 +174,8 @@ def _write_outputs(model: Model, node: Node, into: OutputRows, activation: Tenso
         into.copy_(activation.reshape(into.shape))
         return
     # out_h = z_h W_O[h]
-    projection = ModelWeights(model).output_projection(node.layer).detach()
+    weights = ModelWeights(model)
+    projection = weights.output_projection(node.layer).detach()
     z = activation.detach().flatten(0, 1).transpose(0, 1)
     rows = into.view(len(into), -1, into.shape[-1])
     torch.bmm(z, projection, out=rows)

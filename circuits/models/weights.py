@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -49,7 +50,8 @@ class ModelWeights:
         """
         if self.model.cfg.normalization_type is None:
             return None
-        x = residual.to(torch.promote_types(residual.dtype, torch.float32))
+        wide = torch.promote_types(residual.dtype, torch.float32)
+        x = residual.to(wide)
         name = "ln_final" if layer is None else "ln1"
         # n = (x - mean(x)) / s   with   s = sqrt(mean((x - mean(x))^2) + eps)
         if _centres(self._norm_module(layer, name)):
@@ -122,6 +124,7 @@ class ModelWeights:
             rotation = Rotation(module.rotary_cos, module.rotary_sin, cfg.rotary_adjacent_pairs)
         if positions == "alibi":
             slopes = module.create_alibi_multipliers(cfg.n_heads, cfg.device)
+        is_local = module.attn_type == "local"
         qk_norms = {}
         if cfg.use_qk_norm:
             qk_norms = {"q": _norm(module.q_norm), "k": _norm(module.k_norm)}
@@ -138,22 +141,18 @@ class ModelWeights:
             slopes=slopes.to(module.W_O),
             sinks=module.sinks if cfg.use_attention_sinks else None,
             causal=cfg.attention_dir == "causal",
-            reach=cast(int, cfg.window_size) if module.attn_type == "local" else torch.inf,
+            reach=cast(int, cfg.window_size) if is_local else torch.inf,
         )
 
     def feed_forward(self, layer: int) -> FeedForward:
         """Return the MLP of a layer, with the norm before it, as a function of tensors."""
         cfg, block = self.model.cfg, self.model.blocks[layer]
-        norm, mlp = _norm(block.ln2), cast(Any, block.mlp)
+        norm = _norm(block.ln2)
+        mlp = cast(Any, block.mlp)
         kind = type(mlp).__name__
         # Any other kind, such as a mixture of experts, is left to the model's own module.
         if kind not in ("MLP", "GatedMLP") or cfg.is_layer_norm_activation():
-
-            def by_module(residual: Residual, product: Multiply) -> Residual:
-                normed = norm(residual).flatten(0, -2)
-                return mlp(normed[None]).view(residual.shape)
-
-            return by_module
+            return partial(_mlp_by_module, norm, mlp)
         gate = mlp.W_gate if kind == "GatedMLP" else None
         activation = gelu_tanh if cfg.act_fn in GELU_TANH_NAMES else mlp.act_fn
         return WeightedMLP(norm, mlp.W_in, mlp.b_in, gate, mlp.W_out, mlp.b_out, activation)
@@ -168,6 +167,11 @@ class ModelWeights:
     def _norm_module(self, layer: int | None, name: str) -> nn.Module:
         owner = self.model if layer is None else self.model.blocks[layer]
         return cast(nn.Module, getattr(owner, name))
+
+
+def _mlp_by_module(norm: Norm, mlp: Norm, residual: Residual, product: Multiply) -> Residual:
+    normed = norm(residual).flatten(0, -2)
+    return mlp(normed[None]).view(residual.shape)
 
 
 def _parameter(module: nn.Module, name: str, like: Tensor) -> Tensor | None:

@@ -49,8 +49,8 @@ class DamageMeter:
         task = task.to(model.cfg.device)
         executor = get_executor(model, graph, task, settings)
         # Keeping every edge is the whole model, whichever edges the graph has.
-        whole = torch.ones(len(graph), dtype=torch.bool)
-        clean = executor.logits(whole[None])[0]
+        whole = torch.ones(1, len(graph), dtype=torch.bool)
+        clean = executor.logits(whole)[0]
         reaching = reaching_logits(model, graph)
         meter = DamageMeter(executor, settings.metric, clean, task, reaching)
         # Only the incremental executor has a precision.

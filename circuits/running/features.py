@@ -57,6 +57,7 @@ CPU_BYTES = 1 << 30
 KeptEdges = Bool[Tensor, "variant edge"]
 OfLogits = Callable[[Tensor], Tensor]
 Circuit = Sequence[Node]
+Hooks = list[tuple[str, Hook]]
 EdgeMask = Bool[Tensor, " edge"]
 Tokens = Int[Tensor, "batch pos"]
 Stream = Float[Tensor, "batch pos d_model"]
@@ -291,8 +292,7 @@ class _Run:
         """Run the model; return the residual stream after the last layer."""
         model, transcoders = self.executor.model, self.executor.transcoders
         before_norm = transcoders.writes == "mlp"
-        embedding = output_hook(TokenEmbed())
-        hooks: list[tuple[str, Hook]] = [(embedding, self.embed)]
+        hooks: Hooks = [(output_hook(TokenEmbed()), self.embed)]
         for layer in range(transcoders.n_layers):
             writes = mlp_output_hook(model, layer, before_norm=before_norm)
             reads = mlp_residual_hook(model, layer)
