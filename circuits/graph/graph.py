@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -45,6 +46,9 @@ class Graph:
     >>> len(graph), str(graph.edges[0]), graph.index("m3->logits")
     (479, 'embed->a0.h0.q', 478)
     """
+
+    # Executors that can run this kind of graph, the preferred one first.
+    executors: ClassVar[tuple[str, ...]] = ("incremental", "hooks")
 
     nodes: tuple[Node, ...]
     source: EdgeIndex
@@ -225,5 +229,7 @@ class PooledFeatureGraph(Graph):
     Attributes:
         transcoders: the transcoders whose features are the nodes.
     """
+
+    executors: ClassVar[tuple[str, ...]] = ("features",)
 
     transcoders: TranscodersIdentity = field(kw_only=True)
