@@ -73,11 +73,11 @@ class DamageMeter:
         """
 
         # damage = metric(circuit) - metric(whole model)
-        def damages(logits: Tensor) -> Tensor:
-            return self.metric.damages(logits, self.clean_logits, self.task)
-
         def measure(mine: slice) -> Tensor:
-            return self.executor.map(kept[mine], damages)
+            return self.executor.map(
+                kept[mine],
+                lambda logits: self.metric.damages(logits, self.clean_logits, self.task),
+            )
 
         return in_slices(len(kept), measure).cpu()
 
