@@ -354,10 +354,11 @@ def _local_model(
 ) -> LocalModel:
     weights, residual = ModelWeights(model), run[FINAL_RESIDUAL]
     unembedding = weights.unembedding()
+    _, final_scale = weights.normalized(None, residual) or (None, None)
     return LocalModel(
         tokens=tokens,
         layers=layers,
-        final=weights.linear_norm(None, "ln_final", weights.final_scale(residual)),
+        final=weights.linear_norm(None, "ln_final", final_scale),
         embedding=run[TOKEN_EMBEDDING],
         position_embedding=run.get(POSITION_EMBEDDING),
         residual=residual,

@@ -5,6 +5,8 @@ which flags those hook points need, and what a block consists of. It never chang
 hooks, gradients and modes are restored.
 """
 
+# ruff: noqa: F401  (what other rooms import from here)
+
 from circuits.models.hook_points import (
     FINAL_SCALE,
     NORMS,
@@ -31,11 +33,3 @@ from circuits.models.hooked_run import (
 )
 from circuits.models.loading import EMBEDDED, Model, build_model, load_model, save_model
 from circuits.models.weights import ModelWeights
-
-__all__ = [
-    "EMBEDDED", "FINAL_SCALE", "NORMS", "Hook", "Model", "ModelWeights",
-    "attention_output_hook", "build_model", "copies_per_head", "frozen", "hooked", "input_hook",
-    "load_model", "mlp_output_hook", "mlp_residual_hook", "output_hook", "pattern_hook",
-    "plain_inputs", "projection_hook", "residual_hook", "run_to_residual", "save_model",
-    "scale_hooks", "separate_gradients", "separate_inputs", "unembed",
-]  # fmt: skip

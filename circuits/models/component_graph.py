@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Int
@@ -32,6 +33,7 @@ POST_NORM_ARCHITECTURES = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
 
 Spans = tuple[str | int, ...] | None
 EdgeMask = Bool[Tensor, " edge"]
+EdgeColumns = Int[Tensor, "column edge"]
 
 
 def component_graph(
@@ -63,39 +65,36 @@ def component_graph(
             f"this model has no position embedding to split off (its positions are {kind}); "
             "use split_embed=False."
         )
-    return _graph(model, split_embed, _spans(positions))
+    graph = _complete_graph(model, split_embed, _spans(positions))
+    return replace(graph, model=identity(model))
 
 
-def _graph(model: Model, split_embed: bool, spans: Spans) -> Graph:
+def _complete_graph(model: Model, split_embed: bool, spans: Spans) -> Graph:
+    """Make the graph of all edges, without the identity of the model."""
     components = (*component_nodes(model, split_embed), Logits())
     names = spans or (None,)
-    nodes = [at_position(node, span) for node in components for span in names]
     # Edges are columns of integers, because a model of a hundred layers has millions of them.
-    slots = _slots(model, split_embed)
-    edges = torch.cat([_edges_into(*read, n_spans=len(names)) for read in slots], dim=1)
+    columns = []
+    for index, target in enumerate(components):
+        n_sources = sources_of(model, target, split_embed)
+        slots = range(len(SLOTS)) if isinstance(target, Head) else [NO_SLOT]
+        for slot in slots:
+            columns.append(_edges_into(index, slot, n_sources, len(names)))
+    edges = torch.cat(columns, dim=1)
     # Cloned, because files cannot hold tensors that share memory.
     source, target, slot = (column.clone() for column in edges)
+    nodes = [at_position(node, span) for node in components for span in names]
     is_causal = model.cfg.attention_dir == "causal"
-    return Graph(tuple(nodes), source, target, slot, spans, is_causal, identity(model))
+    return Graph(tuple(nodes), source, target, slot, spans, is_causal)
 
 
-def _slots(model: Model, split_embed: bool) -> Iterator[tuple[int, int, int]]:
-    """For each slot of each target: the target's index, the slot, and its number of sources."""
-    for index, target in enumerate((*component_nodes(model, split_embed), Logits())):
-        slots = range(len(SLOTS)) if isinstance(target, Head) else [NO_SLOT]
-        n_sources = sources_of(model, target, split_embed)
-        # Embeddings read nothing.
-        if n_sources:
-            yield from ((index, slot, n_sources) for slot in slots)
-
-
-def _edges_into(target: int, slot: int, n_sources: int, n_spans: int) -> Int[Tensor, "column edge"]:
+def _edges_into(target: int, slot: int, n_sources: int, n_spans: int) -> EdgeColumns:
     """Source, target and slot of the edges into one slot: its sources in turn for each span."""
     span = torch.arange(n_spans).repeat_interleave(n_sources)
     source = torch.arange(n_sources).repeat(n_spans)
+    slots = torch.full_like(span, slot)
     # Component c at span s is node c * n_spans + s.
-    columns = [source * n_spans + span, target * n_spans + span, torch.full_like(span, slot)]
-    return torch.stack(columns)
+    return torch.stack([source * n_spans + span, target * n_spans + span, slots])
 
 
 def reaching_logits(model: Model, graph: Graph) -> Callable[[EdgeMask], EdgeMask]:
@@ -103,13 +102,12 @@ def reaching_logits(model: Model, graph: Graph) -> Callable[[EdgeMask], EdgeMask
 
     Edges of the model that the graph lacks are never ablated, so paths lead along them as well.
     """
-    split_embed = graph.splits_embedding
-    per_span = sum(n_sources for _, _, n_sources in _slots(model, split_embed))
-    if len(graph) == per_span * len(graph.positions or (None,)):
+    whole = _complete_graph(model, graph.splits_embedding, graph.positions)
+    if len(graph) == len(whole):
         return graph.reaching_logits
-    # The graph lacks edges: paths are followed in the whole graph, where those are always kept.
-    whole = _graph(model, split_embed, graph.positions)
-    index_in_whole = torch.tensor([whole.index(edge) for edge in graph.edges])
+    # Paths are followed in the whole graph, where the edges that the graph lacks are kept.
+    indices = [whole.index(edge) for edge in graph.edges]
+    index_in_whole = torch.tensor(indices)
 
     def reaching(kept: EdgeMask) -> EdgeMask:
         kept_in_whole = torch.ones(len(whole), dtype=torch.bool)
@@ -121,9 +119,12 @@ def reaching_logits(model: Model, graph: Graph) -> Callable[[EdgeMask], EdgeMask
 
 def component_nodes(model: Model, split_embed: bool) -> tuple[Node, ...]:
     """Return the sources, in order of computation."""
-    nodes: list[Node] = [TokenEmbed(), PosEmbed()] if split_embed else [Embed()]
+    nodes: list[Node] = [Embed()]
+    if split_embed:
+        nodes = [TokenEmbed(), PosEmbed()]
     for layer in range(model.cfg.n_layers):
-        nodes += [Head(layer, head) for head in range(model.cfg.n_heads)]
+        heads = range(model.cfg.n_heads)
+        nodes += [Head(layer, head) for head in heads]
         if not model.cfg.attn_only:
             nodes.append(MLP(layer))
     return tuple(nodes)
@@ -131,7 +132,8 @@ def component_nodes(model: Model, split_embed: bool) -> tuple[Node, ...]:
 
 def computed_nodes(graph: Graph) -> int:
     """Count the heads and MLPs that a run of the model computes, each once whatever its spans."""
-    return len({at_position(node, None) for node in graph.nodes if isinstance(node, Head | MLP)})
+    components = {at_position(node, None) for node in graph.nodes}
+    return sum(isinstance(node, Head | MLP) for node in components)
 
 
 def sources_of(model: Model, target: Node, split_embed: bool) -> int:
@@ -149,29 +151,26 @@ def sources_of(model: Model, target: Node, split_embed: bool) -> int:
             return n_embeddings + layer * per_layer + own_heads
         case Logits():
             return n_embeddings + cfg.n_layers * per_layer
+    # Embeddings read nothing.
     return 0
 
 
 def check_supported(model: Model) -> None:
-    """Refuse architectures whose residual stream is not the sum of their nodes.
-
-    Raises:
-        InputError: with every reason found.
-    """
+    """Refuse architectures whose residual stream is not the sum of their nodes."""
     if not isinstance(model, Model):
         raise InputError(
             f"expected a HookedTransformer, got {type(model).__name__}; "
             "load it with circuits.load_model."
         )
     cfg = model.cfg
-    architecture = cfg.original_architecture
+    architecture, positions = cfg.original_architecture, cfg.positional_embedding_type
     reasons = {
         "norms after attention and MLP, as in Gemma 2 and 3": (
             cfg.use_normalization_before_and_after
         ),
         f"norms after attention and MLP ({architecture})": architecture in POST_NORM_ARCHITECTURES,
         "shortformer positions, which enter queries and keys but not the residual stream": (
-            cfg.positional_embedding_type == "shortformer"
+            positions == "shortformer"
         ),
         "query and key norms that mix heads (OLMoE)": architecture == "OlmoeForCausalLM",
         "4-bit weights": cfg.load_in_4bit,
@@ -202,7 +201,8 @@ def _spans(positions: Sequence[str] | int | None) -> Spans:
         )
     for name in positions:
         check_position_name(name)
-    if len(set(positions)) != len(positions) or REST in positions:
+    names = {REST, *positions}
+    if len(names) != len(positions) + 1:
         raise InputError(
             f"span names must differ from each other and from {REST!r}; got {list(positions)}."
         )

@@ -24,42 +24,47 @@ Multiply = Callable[..., Tensor]
 """A way of multiplying matrices, with the signature of `multiply`, which is the plain way."""
 
 Residual = Float[Tensor, "*batch d_model"]
+FeedForward = Callable[[Residual, Multiply], Residual]
+"""What an MLP writes when it reads the residual stream, and how to multiply."""
+
 Projected = Float[Tensor, "head variant token d_head"]
 Scores = Float[Tensor, "head variant batch query key"]
 Positions = Int[Tensor, " token"]
+VocabLogits = Float[Tensor, "*batch vocab"]
 
 # On a CPU an MLP's hidden layer is computed in pieces of this many numbers, which fit the caches.
 CACHED_NUMBERS = 1 << 18
 
 
 def multiply(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, heads: HeadSelection | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    heads: HeadSelection | None = None,
 ) -> Tensor:
-    """Compute x @ weight + bias.
+    """Compute x @ weight + bias, with x of shape [n d_in] and weight of shape [d_in d_out].
 
     Args:
-        x: [n d_in], or [head n d_in] where `heads` is given; one input may be shared by all heads.
-        weight: [d_in d_out], or [every_head d_in d_out].
-        bias: [d_out], or [every_head d_out].
-        heads: which heads' weights and biases to use.
+        heads: select these of [every_head d_in d_out], for x of shape [head n d_in]; one input may
+            be shared by all heads.
     """
-    if heads is None:
-        return x @ weight if bias is None else torch.addmm(bias, x, weight)
-    product = x @ weight[heads]
-    return product if bias is None else product.add_(bias[heads][:, None])
+    if heads is not None:
+        product = x @ weight[heads]
+        return product if bias is None else product.add_(bias[heads, None])
+    if bias is None:
+        return x @ weight
+    return torch.addmm(bias, x, weight)
 
 
-# Under a name that the parameters called `multiply` do not hide.
-_PLAIN_MULTIPLY = multiply
-
-
-def soft_capped(x: Float[Tensor, "*shape"], cap: float) -> Float[Tensor, "*shape"]:
-    """Bound scores or logits smoothly to (-cap, cap); a cap of 0 leaves them as they are."""
+def soft_capped(x: Tensor, cap: float) -> Tensor:
+    """Bound scores or logits smoothly to (-cap, cap), where the cap is positive."""
     # cap * tanh(x / cap)
-    return cap * torch.tanh(x / cap) if cap > 0 else x
+    if cap <= 0:
+        return x
+    return cap * torch.tanh(x / cap)
 
 
-def gelu_tanh(x: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_mlp"]:
+def gelu_tanh(x: Tensor) -> Tensor:
     """Compute GELU in its tanh approximation, the activation of GPT-2.
 
     On a CPU torch's version spends most of its time in tanh. The form below takes a third of the
@@ -69,7 +74,8 @@ def gelu_tanh(x: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_mlp"]
         return functional.gelu(x, approximate="tanh")
     # x (1 + tanh u) / 2 = x sigmoid(2 u)   with   u = sqrt(2 / pi) (x + 0.044715 x^3)
     cubic = torch.addcmul(x, x * x, x, value=0.044715)
-    return cubic.mul_(2 * math.sqrt(2 / math.pi)).sigmoid_().mul_(x)
+    twice_u = cubic.mul_(math.sqrt(8 / math.pi))
+    return twice_u.sigmoid_().mul_(x)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,17 +94,19 @@ class Rotation:
 
     def __call__(self, x: Projected, positions: Positions) -> Projected:
         """Rotate queries or keys by the angles of their positions."""
-        width = self.cos.shape[-1]
-        rotated, rest = x[..., :width], x[..., width:]
+        cos, sin = self.cos[positions], self.sin[positions]
+        width = cos.shape[-1]
+        pairs, rest = x[..., :width], x[..., width:]
         # (a, b) -> (a cos t - b sin t, b cos t + a sin t) = (a, b) cos t + (-b, a) sin t
         if self.adjacent:
-            a, b = rotated[..., ::2], rotated[..., 1::2]
-            quarter_turn = torch.stack([-b, a], dim=-1).flatten(-2)
+            a, b = pairs[..., ::2], pairs[..., 1::2]
+            turned = torch.stack([-b, a], -1)
+            quarter_turn = turned.flatten(-2)
         else:
-            a, b = rotated.chunk(2, dim=-1)
-            quarter_turn = torch.cat([-b, a], dim=-1)
-        rotated = rotated * self.cos[positions] + quarter_turn * self.sin[positions]
-        return torch.cat([rotated, rest], dim=-1)
+            a, b = pairs.chunk(2, -1)
+            quarter_turn = torch.cat([-b, a], -1)
+        rotated = pairs * cos + quarter_turn * sin
+        return torch.cat([rotated, rest], -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,10 +125,10 @@ class Attention:
         soft_cap: bounds the attention scores; 0 for none.
         clip: bounds the entries of q, k and v.
         norms: of q and k, per head, by slot.
-        slopes: of ALiBi, per head.
+        slopes: of ALiBi, per head; a single 0 without it.
         sinks: per head, a score that takes a share of the attention and contributes no value.
         causal: queries attend to earlier positions only.
-        reach: queries attend to this many last positions only.
+        reach: causal queries attend to this many last positions only.
     """
 
     norm: Norm
@@ -132,10 +140,10 @@ class Attention:
     clip: float | None
     norms: Mapping[str, Norm]
     rotation: Rotation | None
-    slopes: Float[Tensor, " head"] | None
+    slopes: Float[Tensor, " #head"]
     sinks: Float[Tensor, " head"] | None
     causal: bool
-    reach: int | None
+    reach: float
 
     def project(
         self,
@@ -143,12 +151,13 @@ class Attention:
         heads: HeadSelection,
         normed: Float[Tensor, "#head variant token d_model"],
         positions: Positions,
-        multiply: Multiply = multiply,
+        product: Multiply,
     ) -> Projected:
         """Compute q, k or v of some heads from their normalized input, which they may share."""
         # norm(x) W + b
+        weight, bias = self.weights[slot], self.biases[slot]
         rows = normed.flatten(1, -2)
-        flat = multiply(rows, self.weights[slot], self.biases[slot], heads)
+        flat = product(rows, weight, bias, heads)
         projected = flat.unflatten(1, normed.shape[1:-1])
         # Norm per head (Qwen 3), clipping (OLMo), rotation of queries and keys.
         if slot in self.norms:
@@ -165,22 +174,15 @@ class Attention:
         keys: Int[Tensor, "batch key"],
         readable: Bool[Tensor, "batch key"],
     ) -> Float[Tensor, "#head batch query key"]:
-        """Compute what is added to the attention scores.
-
-        Args:
-            queries, keys: their positions.
-            readable: False for padding.
-        """
-        distance = keys[:, None, :] - queries[:, :, None]
+        """Compute what is added to the scores, from positions; keys of padding are not readable."""
+        distance = keys[:, None] - queries[..., None]
+        seen = readable[:, None].expand(distance.shape)
         # A causal query sees keys at distances in (-reach, 0].
-        seen = readable[:, None, :].expand(distance.shape)
         if self.causal:
             seen = seen & (distance <= 0)
-        if self.causal and self.reach is not None:
             seen = seen & (distance > -self.reach)
         # ALiBi: slope_h * (position of the key - position of the query)
-        slopes = self.output.new_zeros(1) if self.slopes is None else self.slopes
-        slopes = slopes.to(self.output.dtype).view(-1, 1, 1, 1)
+        slopes = self.slopes.view(-1, 1, 1, 1)
         linear = slopes * distance.clamp(max=0)
         return linear.masked_fill(~seen, -torch.inf)
 
@@ -194,20 +196,22 @@ class Attention:
     ) -> Float[Tensor, "head variant batch query d_head"]:
         """Compute z of some heads; any of q, k and v may have one variant for all."""
         # S = cap(q k^T / scale) + bias
-        scores = _product_of_variants(queries, keys.transpose(-1, -2))
-        scores = soft_capped(scores.div_(self.scale), self.soft_cap)
-        own_bias = bias[heads] if bias.shape[0] > 1 else bias
+        scores = _product_of_variants(queries, keys.mT)
+        scaled = scores.div_(self.scale)
+        scores = soft_capped(scaled, self.soft_cap)
+        own_bias = bias[heads] if len(bias) > 1 else bias
         scores += own_bias[:, None]
         # A = softmax(S),  z = A v
-        return _product_of_variants(self._pattern(heads, scores), values)
+        pattern = self._pattern(heads, scores)
+        return _product_of_variants(pattern, values)
 
     def _pattern(self, heads: HeadSelection, scores: Scores) -> Scores:
         if self.sinks is None:
             return scores.softmax(-1)
         # A = softmax([S, sink]) without the column of the sink
-        sinks = self.sinks[heads].to(scores.dtype).view(-1, 1, 1, 1, 1)
-        column = sinks.expand(*scores.shape[:-1], 1)
-        pattern = torch.cat([scores, column], dim=-1).softmax(-1)
+        sinks = self.sinks[heads].to(scores)
+        column = sinks.view(-1, 1, 1, 1, 1).expand_as(scores[..., :1])
+        pattern = torch.cat([scores, column], -1).softmax(-1)
         return pattern[..., :-1]
 
 
@@ -219,9 +223,10 @@ def _product_of_variants(
     if a.shape[1] == 1 or b.shape[1] > 1:
         return a @ b
     # Broadcasting would copy b for every variant, so multiply the rows of all variants together.
-    rows_of_all = a.transpose(1, 2).flatten(2, 3)
-    product = rows_of_all @ b[:, 0]
-    return product.unflatten(2, (a.shape[1], a.shape[3])).transpose(1, 2)
+    by_prompt = a.transpose(1, 2)
+    flat = by_prompt.flatten(2, 3) @ b[:, 0]
+    product = flat.unflatten(2, by_prompt.shape[2:4])
+    return product.transpose(1, 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,33 +240,38 @@ class LinearNorm:
         centres: whether the mean is subtracted, as in LayerNorm.
     """
 
-    scale: Float[Tensor, "*batch 1"] | None
-    centres: bool
-    weight: Float[Tensor, " d_model"] | None
-    bias: Float[Tensor, " d_model"] | None
+    scale: Float[Tensor, "*batch 1"] | None = None
+    centres: bool = False
+    weight: Float[Tensor, " d_model"] | None = None
+    bias: Float[Tensor, " d_model"] | None = None
 
     def __getitem__(self, positions: HeadSelection) -> LinearNorm:
         """Return the norm at some positions, the second last axis of `scale`."""
         if self.scale is None:
             return self
-        return replace(self, scale=self.scale[..., positions, :])
+        scale = self.scale[..., positions, :]
+        return replace(self, scale=scale)
 
     def linear(self, x: Residual) -> Residual:
         """Apply the linear part."""
         if self.scale is None:
             return x
         # y = w * (C x) / s   where C subtracts the mean
-        return self._weighted(self._centred(x) / self.scale)
+        normed = self._centred(x) / self.scale
+        return self._weighted(normed)
 
     def transposed(self, gradient: Residual) -> Residual:
         """Apply the transpose of `linear`, which takes a gradient from the output to the input."""
         if self.scale is None:
             return gradient
         # C is symmetric, so the transpose is C (w * g) / s.
-        return self._centred(self._weighted(gradient) / self.scale)
+        scaled = self._weighted(gradient) / self.scale
+        return self._centred(scaled)
 
     def _centred(self, x: Tensor) -> Tensor:
-        return x - x.mean(-1, keepdim=True) if self.centres else x
+        if not self.centres:
+            return x
+        return x - x.mean(-1, keepdim=True)
 
     def _weighted(self, x: Tensor) -> Tensor:
         return x if self.weight is None else x * self.weight
@@ -283,46 +293,31 @@ class WeightedMLP:
     bias_out: Float[Tensor, " d_model"]
     activation: Callable[[Tensor], Tensor]
 
-    def __call__(self, residual: Residual, multiply: Multiply = multiply) -> Residual:
+    def __call__(self, residual: Residual, product: Multiply) -> Residual:
         """Compute what the MLP writes when it reads `residual`."""
         tokens = residual.flatten(0, -2)
-        size = len(tokens)
+        size = max(1, len(tokens))
         # Another way of multiplying, such as in low precision, may need all rows together.
-        if tokens.device.type == "cpu" and multiply is _PLAIN_MULTIPLY:
-            size = max(256, CACHED_NUMBERS // self.weight_in.shape[1])
-        pieces = [self._at_tokens(piece, multiply) for piece in tokens.split(max(1, size))]
-        written = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        if tokens.device.type == "cpu" and product is multiply:
+            d_mlp = self.weight_in.shape[1]
+            size = max(256, CACHED_NUMBERS // d_mlp)
+        pieces = tokens.split(size)
+        written = torch.cat([self._at_tokens(piece, product) for piece in pieces])
         return written.view(residual.shape)
 
-    def _at_tokens(
-        self, tokens: Float[Tensor, "token d_model"], multiply: Multiply
-    ) -> Float[Tensor, "token d_model"]:
+    def _at_tokens(self, tokens: Residual, product: Multiply) -> Residual:
         # h W_out + b_out   with n = norm(x) and the hidden layer h
         normed = self.norm(tokens)
         if self.weight_gate is None:
             # h = act(n W_in + b_in)
-            hidden = self.activation(multiply(normed, self.weight_in, self.bias_in))
+            before = product(normed, self.weight_in, self.bias_in)
+            hidden = self.activation(before)
         else:
             # h = act(n W_gate) * (n W_in) + b_in
-            gate = self.activation(multiply(normed, self.weight_gate))
-            hidden = gate.mul_(multiply(normed, self.weight_in)).add_(self.bias_in)
-        return multiply(hidden, self.weight_out, self.bias_out)
-
-
-@dataclass(frozen=True, eq=False)
-class ModuleMLP:
-    """An MLP that only the model's own module computes, such as a mixture of experts."""
-
-    norm: Norm
-    module: Callable[[Tensor], Tensor]
-
-    def __call__(self, residual: Residual, multiply: Multiply = multiply) -> Residual:
-        """Compute what the MLP writes when it reads `residual`; `multiply` has no effect."""
-        tokens = residual.flatten(0, -2)
-        return self.module(self.norm(tokens)[None]).view(residual.shape)
-
-
-FeedForward = WeightedMLP | ModuleMLP
+            gate = self.activation(product(normed, self.weight_gate))
+            linear = product(normed, self.weight_in)
+            hidden = gate.mul_(linear).add_(self.bias_in)
+        return product(hidden, self.weight_out, self.bias_out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -334,11 +329,10 @@ class Unembedding:
     bias: Float[Tensor, " vocab"]
     soft_cap: float
 
-    def __call__(
-        self, residual: Residual, multiply: Multiply = multiply
-    ) -> Float[Tensor, "*batch vocab"]:
+    def __call__(self, residual: Residual, product: Multiply) -> VocabLogits:
         """Compute the logits at each token."""
         # cap(n W_U + b_U)   with   n = norm(x)
         normed = self.norm(residual).flatten(0, -2)
-        logits = multiply(normed, self.weight, self.bias)
-        return soft_capped(logits, self.soft_cap).unflatten(0, residual.shape[:-1])
+        logits = product(normed, self.weight, self.bias)
+        capped = soft_capped(logits, self.soft_cap)
+        return capped.unflatten(0, residual.shape[:-1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 from circuits.graph.edges import SLOTS
 from circuits.graph.nodes import MLP, Embed, Head, Logits, Node, PosEmbed, TokenEmbed
 from circuits.models.loading import Model
@@ -70,8 +72,9 @@ def mlp_residual_hook(model: Model, layer: int) -> str:
 
 def mlp_output_hook(model: Model, layer: int, *, before_norm: bool = False) -> str:
     """Return where an MLP's output can be read, optionally before a norm that follows the MLP."""
-    point = "mlp" if before_norm and _has_norms_after(model) else "hook_mlp_out"
-    return f"blocks.{layer}.{point}"
+    # The module itself is the last point before such a norm.
+    inside = before_norm and model.cfg.use_normalization_before_and_after
+    return f"blocks.{layer}.mlp" if inside else f"blocks.{layer}.hook_mlp_out"
 
 
 def scale_hooks(model: Model) -> dict[tuple[int, str], str]:
@@ -82,18 +85,9 @@ def scale_hooks(model: Model) -> dict[tuple[int, str], str]:
     cfg = model.cfg
     if cfg.normalization_type is None:
         return {}
-    # Norms after attention and MLP exist in Gemma 2 and 3; attention-only models have no MLP norms.
-    after = _has_norms_after(model)
-    present = {"ln1": True, "ln1_post": after}
-    if not cfg.attn_only:
-        present |= {"ln2": True, "ln2_post": after}
-    return {
-        (layer, name): f"blocks.{layer}.{name}.hook_scale"
-        for layer in range(cfg.n_layers)
-        for name in NORMS
-        if present.get(name)
-    }
-
-
-def _has_norms_after(model: Model) -> bool:
-    return bool(model.cfg.use_normalization_before_and_after)
+    names = ["ln1"] if cfg.attn_only else ["ln1", "ln2"]
+    # Gemma 2 and 3 have norms after attention and MLP as well.
+    if cfg.use_normalization_before_and_after:
+        names += [f"{name}_post" for name in names]
+    places = product(range(cfg.n_layers), names)
+    return {(layer, name): f"blocks.{layer}.{name}.hook_scale" for layer, name in places}

@@ -16,6 +16,11 @@ from circuits.models.loading import Model
 Hook = Callable[[Tensor], Tensor | None]
 """Takes an activation and returns its replacement, or None to leave it unchanged."""
 
+Hooks = Sequence[tuple[str, Hook]]
+TokenMask = Bool[Tensor, "batch pos"]
+Forward = Callable[[Tensor], Tensor]
+Attribute = tuple[Any, str, Any]
+
 INPUT_FLAGS = (
     "use_hook_mlp_in", "use_split_qkv_input", "ungroup_grouped_query_attention",
     "use_attn_in", "use_attn_result",
@@ -29,9 +34,8 @@ def separate_inputs(model: Model) -> Iterator[None]:
 
     Shared key and value heads become one copy per query head.
     """
-    flags = ["use_split_qkv_input"]
-    if not model.cfg.attn_only:
-        flags.append("use_hook_mlp_in")
+    # One copy of the residual stream for every head's q, k and v, and one for the MLP.
+    flags = ["use_split_qkv_input", "use_hook_mlp_in"]
     if model.cfg.n_key_value_heads is not None:
         flags.append("ungroup_grouped_query_attention")
     with _input_flags(model, *flags):
@@ -52,41 +56,40 @@ def separate_gradients(model: Model) -> Iterator[None]:
     A hook at k or v must itself repeat a shared head once per query head (`copies_per_head`). The
     projections stay shared, so a pass costs as much as a plain one.
     """
-    shared = model.cfg.n_key_value_heads is not None
-    attentions = [block.attn for block in model.blocks] if shared else []
-    flags = [] if model.cfg.attn_only else ["use_hook_mlp_in"]
-    # With one repeat the model leaves the repeating of shared heads to the hooks.
-    repeats = [(attention, "repeat_kv_heads", 1) for attention in attentions]
-    with _attributes(repeats), _input_flags(model, *flags), _shared_norms(model):
+    repeats = []
+    if model.cfg.n_key_value_heads is not None:
+        # With one repeat the model leaves the repeating of shared heads to the hooks.
+        repeats = [(block.attn, "repeat_kv_heads", 1) for block in model.blocks]
+    with _attributes(repeats), _input_flags(model, "use_hook_mlp_in"), _shared_norms(model):
         yield
 
 
 def copies_per_head(model: Model, slot: str) -> int:
     """Return how many query heads share one head of q, k or v."""
     shared = model.cfg.n_key_value_heads
-    return 1 if shared is None or slot == "q" else model.cfg.n_heads // shared
+    if shared is None or slot == "q":
+        return 1
+    return model.cfg.n_heads // shared
 
 
 @contextlib.contextmanager
 def frozen(model: Model) -> Iterator[None]:
     """Set evaluation mode and switch off the gradients of the weights."""
-    training = [(module, "training", False) for module in model.modules() if module.training]
+    training = [module for module in model.modules() if module.training]
+    modes = [(module, "training", False) for module in training]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with _attributes(training):
-        try:
-            for parameter in trainable:
-                parameter.requires_grad_(False)
-            yield
-        finally:
-            for parameter in trainable:
-                parameter.requires_grad_(True)
+    with _attributes(modes), contextlib.ExitStack() as stack:
+        for parameter in trainable:
+            stack.callback(parameter.requires_grad_)
+            parameter.requires_grad_(False)
+        yield
 
 
 def run_to_residual(
     model: Model,
     tokens: Int[Tensor, "batch pos"],
-    mask: Bool[Tensor, "batch pos"],
-    hooks: Sequence[tuple[str, Hook]] = (),
+    mask: TokenMask,
+    hooks: Hooks = (),
     *,
     layers: int | None = None,
 ) -> Float[Tensor, "batch pos d_model"]:
@@ -94,11 +97,10 @@ def run_to_residual(
 
     Args:
         mask: True for real tokens, False for padding on the right, which no real token reads.
-        hooks: pairs as `hooked` takes them.
         layers: stop after this many layers.
     """
     # With a tokenizer that pads on the left TransformerLens would guess where the padding is.
-    pads_left = model.tokenizer is not None and model.tokenizer.padding_side == "left"
+    pads_left = getattr(model.tokenizer, "padding_side", None) == "left"
     attention_mask = torch.ones_like(tokens) if pads_left else None
     last = model.cfg.n_layers if layers is None else layers
     all_hooks = [*hooks, *_padding_hooks(model, mask)]
@@ -107,17 +109,13 @@ def run_to_residual(
 
 
 @contextlib.contextmanager
-def hooked(model: Model, hooks: Sequence[tuple[str, Hook]]) -> Iterator[None]:
-    """Add hooks, and remove them at the end even when the body raises.
-
-    Args:
-        hooks: pairs of a hook point, or of a module, and a function; a function at a module takes
-            the module's output.
-    """
+def hooked(model: Model, hooks: Hooks) -> Iterator[None]:
+    """Add hooks to hook points, or to the outputs of modules, and remove them at the end."""
     with contextlib.ExitStack() as stack:
         for name, function in hooks:
             # A hook point is a module as well: it returns the activation that it is given.
-            handle = model.get_submodule(name).register_forward_hook(_on_output(function))
+            module = model.get_submodule(name)
+            handle = module.register_forward_hook(_on_output(function))
             stack.callback(handle.remove)
         yield
 
@@ -126,25 +124,28 @@ def unembed(
     model: Model, residual: Float[Tensor, "*batch d_model"]
 ) -> Float[Tensor, "*batch vocab"]:
     """Compute the logits from the final residual stream with the model's own modules."""
-    # cap(norm(x) W_U + b_U)
+    # cap(norm(x) W_U + b_U), where modules want a batch axis
     normed = residual.flatten(0, -2)[None]
     if model.cfg.normalization_type is not None:
         normed = model.ln_final(normed)
-    logits = model.unembed(normed)[0].unflatten(0, residual.shape[:-1])
-    return soft_capped(logits, model.cfg.output_logits_soft_cap or 0)
+    soft_cap = model.cfg.output_logits_soft_cap or 0
+    logits = soft_capped(model.unembed(normed)[0], soft_cap)
+    return logits.unflatten(0, residual.shape[:-1])
 
 
 def _on_output(function: Hook) -> Callable[..., Tensor | None]:
     return lambda module, arguments, output: function(output)
 
 
-def _padding_hooks(model: Model, mask: Bool[Tensor, "batch pos"]) -> list[tuple[str, Hook]]:
+def _padding_hooks(model: Model, mask: TokenMask) -> Hooks:
     """Mask pads on the right, which TransformerLens does under causal attention only."""
-    if model.cfg.attention_dir == "causal" or bool(mask.all()):
+    if model.cfg.attention_dir == "causal" or mask.all():
         return []
+    # [batch, head, query, key]
+    pads = ~mask[:, None, None]
 
-    def ignore_pads(scores: Float[Tensor, "batch head query key"]) -> Tensor:
-        return scores.masked_fill(~mask[:, None, None, :], -torch.inf)
+    def ignore_pads(scores: Tensor) -> Tensor:
+        return scores.masked_fill(pads, -torch.inf)
 
     layers = range(model.cfg.n_layers)
     return [(f"blocks.{layer}.attn.hook_attn_scores", ignore_pads) for layer in layers]
@@ -153,7 +154,8 @@ def _padding_hooks(model: Model, mask: Bool[Tensor, "batch pos"]) -> list[tuple[
 @contextlib.contextmanager
 def _input_flags(model: Model, *chosen: str) -> Iterator[None]:
     """Set these of `INPUT_FLAGS`, and clear the others."""
-    with _attributes([(model.cfg, name, name in chosen) for name in INPUT_FLAGS]):
+    flags = [(model.cfg, name, name in chosen) for name in INPUT_FLAGS]
+    with _attributes(flags):
         yield
 
 
@@ -161,38 +163,35 @@ def _input_flags(model: Model, *chosen: str) -> Iterator[None]:
 def _shared_norms(model: Model) -> Iterator[None]:
     """Compute the norm before attention once for q, k and v, not three times as TransformerLens."""
     norms = [block.ln1 for block in model.blocks]
-    with _attributes([(norm, "forward", _remembering(norm.forward)) for norm in norms]):
+    forwards = [(norm, "forward", _remembering(norm.forward)) for norm in norms]
+    with _attributes(forwards):
         yield
 
 
-def _remembering(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _remembering(forward: Forward) -> Forward:
     """Return the last result again for the next two calls on the same tensor, then forget it."""
     # The input and the output, once for each call that is left.
     last: list[tuple[Tensor, Tensor]] = []
 
     def remembering(given: Tensor) -> Tensor:
         if not last or last[0][0] is not given:
-            last[:] = [(given, forward(given))] * 3
+            call = (given, forward(given))
+            last[:] = [call, call, call]
         return last.pop()[1]
 
     return remembering
 
 
-_UNSET = object()
-
-
 @contextlib.contextmanager
-def _attributes(changes: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
+def _attributes(changes: Sequence[Attribute]) -> Iterator[None]:
     """Set attributes, given as (object, name, value), and restore them at the end."""
-    # An attribute that the object only inherits from its class is deleted again.
-    before = [vars(owner).get(name, _UNSET) for owner, name, _ in changes]
-    try:
+    with contextlib.ExitStack() as stack:
         for owner, name, value in changes:
+            if name in vars(owner):
+                before = getattr(owner, name)
+                stack.callback(setattr, owner, name, before)
+            else:
+                # The object only inherits the attribute from its class.
+                stack.callback(delattr, owner, name)
             setattr(owner, name, value)
         yield
-    finally:
-        for (owner, name, _), value in zip(changes, before, strict=True):
-            if value is _UNSET:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, value)

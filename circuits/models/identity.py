@@ -34,19 +34,14 @@ SMALL = 1 << 12
 
 
 def check_fits(model: Model, graph: Graph) -> None:
-    """Refuse a graph made from a model of another shape; warn when only the weights differ.
-
-    Raises:
-        InputError: the shapes differ.
-    """
+    """Refuse a graph made from a model of another shape; warn when only the weights differ."""
     if graph.model is None:
         return
     here, there = identity(model), graph.model
-    differences = [
-        f"{name} {there.shape.get(name)} there, {size} here"
-        for name, size in here.shape.items()
-        if there.shape.get(name) != size
-    ]
+    differences = []
+    for name, size in here.shape.items():
+        if there.shape.get(name) != size:
+            differences.append(f"{name} {there.shape.get(name)} there, {size} here")
     if differences:
         raise InputError(
             f"this circuit belongs to {there.name!r}, a model of another shape "
@@ -64,18 +59,23 @@ def identity(model: Model) -> ModelIdentity:
 
     The fingerprint is the same on every device and whatever hook flags are set.
     """
-    architecture = {
-        name: str(value)
-        for name, value in sorted(vars(model.cfg).items())
-        if not name.startswith(NOT_ARCHITECTURE)
-    }
-    # Sorted, so that the order of settings and parameters does not matter.
-    digest = hashlib.blake2b(json.dumps(architecture).encode(), digest_size=16)
+    architecture = _architecture(model).encode()
+    digest = hashlib.blake2b(architecture, digest_size=16)
+    # Sorted, so that the order of parameters does not matter.
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(checksum(parameter.detach()))
+    # What makes circuits of one model meaningless in another.
     shape = {name: getattr(model.cfg, name) for name in SHAPE}
-    return ModelIdentity(str(model.cfg.model_name), shape, digest.hexdigest())
+    name = str(model.cfg.model_name)
+    return ModelIdentity(name, shape, digest.hexdigest())
+
+
+def _architecture(model: Model) -> str:
+    """The settings that change logits, in an order that does not depend on the model's."""
+    settings = vars(model.cfg)
+    names = sorted(name for name in settings if not name.startswith(NOT_ARCHITECTURE))
+    return json.dumps({name: str(settings[name]) for name in names})
 
 
 def checksum(parameter: Tensor) -> bytes:
@@ -85,12 +85,14 @@ def checksum(parameter: Tensor) -> bytes:
     They wrap around in 32 bits (64 for float64), which is exact in any order, and twenty times
     faster than sums in 64 bits.
     """
-    bits = parameter.contiguous().view(INTEGER_OF_SIZE[parameter.element_size()])
-    bits = bits.reshape(-1, bits.shape[-1]) if bits.dim() else bits.reshape(1, 1)
+    integer = INTEGER_OF_SIZE[parameter.element_size()]
+    bits = torch.atleast_2d(parameter).contiguous()
+    bits = bits.view(integer).flatten(0, -2)
+    # A small parameter is stored whole: its sums would be about as long.
     if bits.numel() <= SMALL:
         return _bytes(bits)
     # Two 16-bit numbers at a time are summed as one of 32 bits.
-    if bits.dtype is torch.int16 and bits.shape[1] % 2 == 0:
+    if bits.dtype is torch.int16 and bits.shape[-1] % 2 == 0:
         bits = bits.view(torch.int32)
     width = torch.int64 if bits.dtype is torch.int64 else torch.int32
     return _bytes(bits.sum(0, dtype=width)) + _bytes(bits.sum(1, dtype=width))

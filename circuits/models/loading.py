@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens import loading_from_pretrained as conversion
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,6 +27,7 @@ from circuits.system.errors import InputError
 from circuits.system.files import read_json, read_tensors, write_json, write_tensors
 
 Model = HookedTransformer
+Weights = Mapping[str, Tensor]
 
 EMBEDDED = "toy-world"
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -65,6 +67,7 @@ def load_model(
             downloaded, or the device does not exist.
     """
     chosen = _device(device)
+    # A folder of this name in the working directory does not hide the model that ships.
     folder = ASSETS / EMBEDDED if name_or_path == EMBEDDED else Path(name_or_path)
     if folder.is_dir():
         return _load_folder(folder, chosen, dtype)
@@ -73,7 +76,7 @@ def load_model(
 
 def build_model(
     config: Mapping[str, Any],
-    weights: Mapping[str, Tensor],
+    weights: Weights,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     device: str | torch.device | None = None,
@@ -94,12 +97,12 @@ def build_model(
         InputError: a weight is missing, unknown or of another shape than the configuration needs.
     """
     # A seed in the configuration would set the seeds of torch, numpy and random globally.
-    fixed = {"seed": None, "init_weights": False, "dtype": dtype, "device": str(_device(device))}
-    settings = HookedTransformerConfig(**{**config, **fixed})
+    fixed = {"seed": None, "init_weights": False}
+    placed = {"dtype": dtype, "device": str(_device(device))}
+    settings = HookedTransformerConfig(**{**config, **fixed, **placed})
     model = HookedTransformer(settings, tokenizer)
     given = _without_derived(weights)
     _check_weights(_without_derived(model.state_dict()), given)
-    given = {name: tensor.to(dtype) for name, tensor in given.items()}
     # Not strict, because the derived buffers are missing.
     model.load_state_dict(given, strict=False)
     return model.eval()
@@ -115,7 +118,9 @@ def save_model(model: Model, folder: str | Path) -> None:
     ...     loaded = circuits.load_model(folder)
     """
     folder = Path(folder)
-    config = {name: value for name, value in model.cfg.to_dict().items() if _is_json(value)}
+    # Types and devices are chosen when the model is loaded.
+    settings = model.cfg.to_dict()
+    config = {name: value for name, value in settings.items() if _is_json(value)}
     weights = _without_derived(model.state_dict())
     write_tensors(folder / WEIGHTS_FILE, weights, {}, FORMAT, FORMAT_VERSION)
     write_json(folder / CONFIG_FILE, {"config": config}, FORMAT, FORMAT_VERSION)
@@ -123,21 +128,22 @@ def save_model(model: Model, folder: str | Path) -> None:
         model.tokenizer.save_pretrained(folder)
 
 
-def _without_derived(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _without_derived(state: Weights) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if not name.endswith(DERIVED_BUFFERS)}
 
 
-def _check_weights(needed: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+def _check_weights(needed: Weights, given: Weights) -> None:
     wrong = []
     for name, tensor in needed.items():
         shape = tuple(tensor.shape)
         if name not in given:
             wrong.append(f"{name} (missing)")
-        elif tuple(given[name].shape) != shape:
-            wrong.append(f"{name} (has shape {tuple(given[name].shape)}, needs {shape})")
+        elif given[name].shape != shape:
+            found = tuple(given[name].shape)
+            wrong.append(f"{name} (has shape {found}, needs {shape})")
     wrong += [f"{name} (unknown)" for name in given if name not in needed]
     if wrong:
-        shown = wrong[:4] if len(wrong) <= 4 else [*wrong[:4], "..."]
+        shown = [*wrong[:4], "..."] if len(wrong) > 4 else wrong
         raise InputError(f"the weights do not fit the configuration: {', '.join(shown)}.")
 
 
@@ -153,18 +159,22 @@ def _load_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> Mode
             f"the folder {folder} holds no model: it has no {CONFIG_FILE}; "
             "give a folder that save_model wrote, or one with a checkpoint."
         )
-    # Folders that `save_model` wrote and folders of checkpoints both have a config.json.
-    try:
-        is_ours = json.loads(config.read_text()).get("format") == FORMAT
-    except ValueError as error:
-        raise InputError(f"{config} is truncated or not JSON ({error}); restore it.") from error
-    if not is_ours:
+    if not _is_saved_model(config):
         return _load_checkpoint(folder, device, dtype)
     settings = read_json(config, FORMAT, FORMAT_VERSION)["config"]
     weights, _ = read_tensors(folder / WEIGHTS_FILE, FORMAT, FORMAT_VERSION)
     has_tokenizer = (folder / "tokenizer.json").is_file()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder) if has_tokenizer else None
     return build_model(settings, weights, tokenizer, device=device, dtype=dtype)
+
+
+def _is_saved_model(config: Path) -> bool:
+    """Whether `save_model` wrote it; folders of checkpoints have a config.json as well."""
+    try:
+        content = json.loads(config.read_text())
+        return content.get("format") == FORMAT
+    except ValueError as error:
+        raise InputError(f"{config} is truncated or not JSON ({error}); restore it.") from error
 
 
 def _load_checkpoint(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:
@@ -176,12 +186,19 @@ def _load_checkpoint(folder: Path, device: torch.device, dtype: torch.dtype) -> 
         raise InputError(
             f"the folder {folder} cannot be loaded as a checkpoint: {_first_line(error)}"
         ) from error
-    try:
-        config, weights = _converted(source, folder, device, dtype)
-    except (NotImplementedError, ValueError, AttributeError, KeyError) as error:
-        raise InputError(
-            f"TransformerLens cannot convert the checkpoint in {folder}: {_first_line(error)}"
-        ) from error
+    with tempfile.TemporaryDirectory() as parent:
+        # TransformerLens guesses the architecture from words in the path, such as "llama". Under
+        # a neutral path it reads config.json instead.
+        neutral = Path(parent, "checkpoint")
+        neutral.symlink_to(folder.resolve(), target_is_directory=True)
+        path = str(neutral)
+        try:
+            config = conversion.get_pretrained_model_config(path, device=str(device), dtype=dtype)
+            weights = conversion.get_pretrained_state_dict(path, config, source, dtype=dtype)
+        except (NotImplementedError, ValueError, AttributeError, KeyError) as error:
+            raise InputError(
+                f"TransformerLens cannot convert the checkpoint in {folder}: {_first_line(error)}"
+            ) from error
     model = HookedTransformer(config, tokenizer, move_to_device=False)
     model.load_and_process_state_dict(weights, **dict.fromkeys(REWRITES, False))
     model.cfg.model_name = folder.name
@@ -189,26 +206,8 @@ def _load_checkpoint(folder: Path, device: torch.device, dtype: torch.dtype) -> 
     return model.eval()
 
 
-def _converted(
-    source: torch.nn.Module, folder: Path, device: torch.device, dtype: torch.dtype
-) -> tuple[HookedTransformerConfig, dict[str, Tensor]]:
-    """Convert a checkpoint's configuration and weights to TransformerLens' form."""
-    from transformer_lens import loading_from_pretrained as loading
-
-    with tempfile.TemporaryDirectory() as parent:
-        # TransformerLens guesses the architecture from words in the path, such as "llama". Under
-        # a neutral path it reads config.json instead.
-        neutral = Path(parent) / "checkpoint"
-        neutral.symlink_to(folder.resolve(), target_is_directory=True)
-        path = str(neutral)
-        config = loading.get_pretrained_model_config(path, device=str(device), dtype=dtype)
-        return config, loading.get_pretrained_state_dict(path, config, source, dtype=dtype)
-
-
 def _load_by_name(name: str, device: torch.device, dtype: torch.dtype) -> Model:
-    from transformer_lens import loading_from_pretrained as loading
-
-    known = loading.make_model_alias_map()
+    known = conversion.make_model_alias_map()
     if name.lower() not in known:
         hint = f"use {EMBEDDED}, a name that TransformerLens knows (gpt2, pythia-160m) or a folder."
         similar = difflib.get_close_matches(name.lower(), known, n=3)
@@ -229,8 +228,8 @@ def _load_by_name(name: str, device: torch.device, dtype: torch.dtype) -> Model:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _is_json(value: object) -> bool:

@@ -8,6 +8,7 @@ https://arxiv.org/abs/2508.21258).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -18,6 +19,8 @@ from circuits.models.hooked_run import Hook
 from circuits.models.loading import Model
 
 SMALLEST_INPUT = 1e-9
+
+Hooks = list[tuple[str, Hook]]
 
 
 @dataclass(frozen=True)
@@ -39,52 +42,45 @@ class PropagationRules:
     activations: Literal["derivative", "ratio"] = "derivative"
     gates: Literal["derivative", "half"] = "derivative"
 
-    def hooks(self, model: Model) -> list[tuple[str, Hook]]:
+    def hooks(self, model: Model) -> Hooks:
         """Hooks that apply the rules in the backward pass of a run that they are part of."""
-        hooks: list[tuple[str, Hook]] = []
-        if self.norms == "constant" and model.cfg.normalization_type is not None:
-            names = [*scale_hooks(model).values(), FINAL_SCALE]
-            hooks += [(name, torch.Tensor.detach) for name in names]
+        cfg, constant = model.cfg, list[str]()
+        if self.norms == "constant" and cfg.normalization_type is not None:
+            constant += [*scale_hooks(model).values(), FINAL_SCALE]
         if self.attention == "constant":
-            names = [pattern_hook(layer) for layer in range(model.cfg.n_layers)]
-            hooks += [(name, torch.Tensor.detach) for name in names]
-        if not model.cfg.attn_only:
-            for layer in range(model.cfg.n_layers):
+            constant += map(pattern_hook, range(cfg.n_layers))
+        hooks: Hooks = [(name, torch.Tensor.detach) for name in constant]
+        if not cfg.attn_only:
+            for layer in range(cfg.n_layers):
                 hooks += self._mlp_hooks(model, layer)
         return hooks
 
-    def _mlp_hooks(self, model: Model, layer: int) -> list[tuple[str, Hook]]:
+    def _mlp_hooks(self, model: Model, layer: int) -> Hooks:
         """Hooks on one MLP: post = f(pre), or post = f(pre) * linear if it is gated."""
         mlp, gated = f"blocks.{layer}.mlp", model.cfg.gated_mlp
-        inputs: dict[str, Tensor] = {}
-
-        def keep(name: str) -> Hook:
-            def keep_input(value: Tensor) -> None:
-                inputs[name] = value
-
-            return keep_input
-
-        def replace_backward(post: Tensor) -> Tensor:
-            pre = inputs["pre"]
-            safe = torch.where(pre.abs() < SMALLEST_INPUT, SMALLEST_INPUT, pre)
-            if not gated:
-                # d post / d pre = f(pre) / pre
-                return post if self.activations == "derivative" else safe * (post / safe).detach()
-            activated: Tensor = model.blocks[layer].mlp.act_fn(pre)
-            if self.activations == "ratio":
-                activated = safe * (activated / safe).detach()
-            product = activated * inputs["linear"]
-            if self.gates == "half":
-                # The gradient of a product reaches both factors; half of each keeps the sum.
-                product = 0.5 * product + 0.5 * product.detach()
-            # The value stays the model's own, bias included.
-            return post.detach() + product - product.detach()
-
         if self.activations == "derivative" and not (gated and self.gates == "half"):
             return []
-        names = {
-            "pre": f"{mlp}.hook_pre",
-            **({"linear": f"{mlp}.hook_pre_linear"} if gated else {}),
-        }
-        kept = [(point, keep(name)) for name, point in names.items()]
-        return [*kept, (f"{mlp}.hook_post", replace_backward)]
+        inputs: dict[str, Tensor] = {}
+
+        def replace_backward(post: Tensor) -> Tensor:
+            pre = inputs["hook_pre"]
+            value: Tensor = model.blocks[layer].mlp.act_fn(pre) if gated else post
+            if self.activations == "ratio":
+                # d f / d pre = f(pre) / pre, where an input near 0 counts as a small one
+                is_small = pre.abs() < SMALLEST_INPUT
+                safe = torch.where(is_small, SMALLEST_INPUT, pre)
+                value = safe * (value / safe).detach()
+            if gated:
+                value = value * inputs["hook_pre_linear"]
+                if self.gates == "half":
+                    # The gradient of a product reaches both factors; half of each keeps the sum.
+                    value = 0.5 * value + 0.5 * value.detach()
+            # The value stays the model's own, bias included.
+            return post.detach() + value - value.detach()
+
+        hooks: Hooks = [(f"{mlp}.hook_post", replace_backward)]
+        points = ["hook_pre", "hook_pre_linear"] if gated else ["hook_pre"]
+        for point in points:
+            keep = partial(inputs.__setitem__, point)
+            hooks.append((f"{mlp}.{point}", keep))
+        return hooks

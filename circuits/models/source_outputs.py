@@ -18,6 +18,8 @@ from circuits.system.errors import InputError
 Tokens = Int[Tensor, "batch pos"]
 Mask = Bool[Tensor, "batch pos"]
 Residual = Float[Tensor, "batch pos d_model"]
+Outputs = Float[Tensor, "source batch pos d_model"]
+OutputRows = Float[Tensor, "source *batch pos d_model"]
 
 # Rounding makes the sum of the outputs differ from the residual stream by less than this share of
 # its size; a missing term makes it differ by far more.
@@ -40,25 +42,19 @@ class SourceOutputs:
     activations: Mapping[str, Float[Tensor, "batch pos *rest"]]
 
     def __sub__(self, other: SourceOutputs) -> SourceOutputs:
-        theirs = other.activations
-        difference = {name: own - theirs[name] for name, own in self.activations.items()}
+        mine, theirs = self.activations, other.activations
+        difference = {name: mine[name] - theirs[name] for name in mine}
         return replace(self, activations=difference)
 
-    def __neg__(self) -> SourceOutputs:
-        negated = {name: -value for name, value in self.activations.items()}
-        return replace(self, activations=negated)
-
-    def outputs(self, rows: slice = slice(None)) -> Float[Tensor, "source batch pos d_model"]:
+    def outputs(self, rows: slice = slice(None)) -> Outputs:
         """Compute the outputs of the nodes `rows`, which hold all heads of a layer or none."""
-        start, stop, _ = rows.indices(len(self.nodes))
-        example = next(iter(self.activations.values()))
-        shape = (stop - start, *example.shape[:2], self.model.cfg.d_model)
-        outputs = example.new_empty(shape)
-        for name, group in output_groups(self.nodes):
-            if start <= group.start and group.stop <= stop:
-                # Each group is computed in place: no second copy of the outputs exists.
-                into = outputs[group.start - start : group.stop - start]
-                _write_outputs(self.model, self.nodes[group.start], into, self.activations[name])
+        nodes = self.nodes[rows]
+        like = next(iter(self.activations.values()))
+        batch, pos, *_ = like.shape
+        outputs = like.new_empty(len(nodes), batch, pos, self.model.cfg.d_model)
+        # Computed in place: no second copy of the outputs exists.
+        for name, write in recording_hooks(self.model, nodes, outputs):
+            write(self.activations[name])
         return outputs
 
     def attention(self, layer: int) -> Residual:
@@ -70,19 +66,15 @@ class SourceOutputs:
         return z.flatten(2) @ projection + weights.output_bias(layer)
 
     def check(self, residual: Residual, mask: Mask) -> None:
-        """Refuse a model whose residual stream is not the sum of the outputs and biases.
-
-        Args:
-            residual: the stream after the last layer. The first prompt's last token is compared.
-
-        Raises:
-            InputError: with the size of the difference.
-        """
-        # One token is enough to detect a missing term.
-        last = int(mask[0].nonzero().max())
-        token = slice(1), slice(last, last + 1)
-        here = {name: value[token] for name, value in self.activations.items()}
-        gap = replace(self, activations=here)._gap(residual.detach()[token])
+        """Refuse a model whose final residual stream is not the sum of the outputs and biases."""
+        # The first prompt's last token is enough to detect a missing term.
+        n_tokens = int(mask[0].sum())
+        token = slice(1), slice(n_tokens - 1, n_tokens)
+        activations = {name: value[token] for name, value in self.activations.items()}
+        # sum over sources u of out_u + sum over layers of b_O = residual stream
+        written = replace(self, activations=activations)._sum()
+        expected = residual.detach()[token]
+        gap = _relative_gap(written, expected)
         # False where the gap is NaN: overflow is reported where the logits are checked.
         if gap > TOLERANCE[self.model.cfg.dtype]:
             raise InputError(
@@ -90,20 +82,22 @@ class SourceOutputs:
                 f"to the residual stream (they miss {gap:.1%} of it), so it has no component graph."
             )
 
-    def _gap(self, residual: Residual) -> float:
-        """By what share of its size the residual stream differs from the sum of what is written."""
-        # sum over sources u of out_u + sum over layers of b_O = residual stream
-        written = torch.stack(list(self._written()))
-        wide = torch.promote_types(written.dtype, torch.float32)
-        difference = written.sum(0, dtype=wide) - residual
-        size = residual.abs().max().clamp(min=1e-30)
-        return float(difference.abs().max() / size)
-
-    def _written(self) -> Iterator[Residual]:
-        """What each embedding, each layer's attention and each MLP writes, with its biases."""
+    def _sum(self) -> Residual:
+        """Everything that is written, with biases, in float32 at least."""
+        written = []
         for name, group in output_groups(self.nodes):
-            node = self.nodes[group.start]
-            yield self.attention(node.layer) if isinstance(node, Head) else self.activations[name]
+            first = self.nodes[group.start]
+            together = isinstance(first, Head)
+            written.append(self.attention(first.layer) if together else self.activations[name])
+        stacked = torch.stack(written)
+        wide = torch.promote_types(stacked.dtype, torch.float32)
+        return stacked.sum(0, dtype=wide)
+
+
+def _relative_gap(found: Residual, expected: Residual) -> float:
+    largest = (found - expected).abs().max()
+    size = expected.abs().max().clamp(min=1e-30)
+    return float(largest / size)
 
 
 def run_and_record(
@@ -116,7 +110,8 @@ def run_and_record(
             graph describes the model.
     """
     activations: dict[str, Tensor] = {}
-    hooks = [(name, keeper(activations, name)) for name, _ in output_groups(nodes)]
+    names = dict.fromkeys(map(output_hook, nodes))
+    hooks = [(name, keeper(activations, name)) for name in names]
     with torch.no_grad(), plain_inputs(model):
         residual = run_to_residual(model, tokens, mask, hooks)
         written = SourceOutputs(model, tuple(nodes), activations)
@@ -124,28 +119,21 @@ def run_and_record(
     return written, residual
 
 
-def source_outputs(
-    model: Model, nodes: Sequence[Node], tokens: Tokens, mask: Mask
-) -> Float[Tensor, "source batch pos d_model"]:
-    """Compute what each of `nodes`, which are all sources, adds to the residual stream.
-
-    Raises:
-        InputError: see `run_and_record`.
-    """
-    with torch.no_grad():
-        written, _ = run_and_record(model, nodes, tokens, mask)
-        return written.outputs()
+@torch.no_grad()
+def source_outputs(model: Model, nodes: Sequence[Node], tokens: Tokens, mask: Mask) -> Outputs:
+    """Compute what each of `nodes`, which are all sources, adds to the residual stream."""
+    written, _ = run_and_record(model, nodes, tokens, mask)
+    return written.outputs()
 
 
-def embedding_outputs(
-    model: Model, nodes: Sequence[Node], tokens: Tokens, mask: Mask
-) -> Float[Tensor, "embedding batch pos d_model"]:
+@torch.no_grad()
+def embedding_outputs(model: Model, nodes: Sequence[Node], tokens: Tokens, mask: Mask) -> Outputs:
     """Compute what the embeddings among `nodes` write, without running the layers."""
     recorded: dict[str, Tensor] = {}
-    names = [output_hook(node) for node in nodes if isinstance(node, TokenEmbed | PosEmbed)]
+    split = [node for node in nodes if isinstance(node, TokenEmbed | PosEmbed)]
+    names = [output_hook(node) for node in split]
     hooks = [(name, keeper(recorded, name)) for name in names]
-    with torch.no_grad():
-        residual = run_to_residual(model, tokens, mask, hooks, layers=0)
+    residual = run_to_residual(model, tokens, mask, hooks, layers=0)
     if not names:
         # The embedding as one node writes the whole residual stream before the first layer.
         return residual[None]
@@ -153,10 +141,7 @@ def embedding_outputs(
 
 
 def output_groups(nodes: Sequence[Node]) -> Iterator[tuple[str, slice]]:
-    """Yield each hook point at which outputs are read, with the nodes that write there.
-
-    These are all heads of a layer, or one other node.
-    """
+    """Yield each hook point where outputs are read, and who writes: a layer's heads or one node."""
     start = 0
     for name, group in groupby(nodes, key=output_hook):
         stop = start + len(list(group))
@@ -174,7 +159,7 @@ def keeper(read: dict[str, Tensor], name: str) -> Hook:
 
 
 def recording_hooks(
-    model: Model, nodes: Sequence[Node], outputs: Float[Tensor, "source *batch pos d_model"]
+    model: Model, nodes: Sequence[Node], outputs: OutputRows
 ) -> list[tuple[str, Hook]]:
     """Return hooks that write what each node adds to the residual stream into its row."""
     return [
@@ -183,14 +168,14 @@ def recording_hooks(
     ]
 
 
-def _write_outputs(
-    model: Model, node: Node, into: Float[Tensor, "source *batch pos d_model"], activation: Tensor
-) -> None:
+def _write_outputs(model: Model, node: Node, into: OutputRows, activation: Tensor) -> None:
     """Write what all heads of the layer of `node`, or `node` alone, add to the residual stream."""
     if not isinstance(node, Head):
         into.copy_(activation.reshape(into.shape))
         return
     # out_h = z_h W_O[h]
-    projection = ModelWeights(model).output_projection(node.layer).detach()
+    weights = ModelWeights(model)
+    projection = weights.output_projection(node.layer).detach()
     z = activation.detach().flatten(0, 1).transpose(0, 1)
-    torch.bmm(z, projection, out=into.view(len(into), -1, into.shape[-1]))
+    rows = into.view(len(into), -1, into.shape[-1])
+    torch.bmm(z, projection, out=rows)

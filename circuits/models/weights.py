@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from circuits.graph.edges import SLOTS
@@ -15,7 +16,7 @@ from circuits.models.functional import (
     Attention,
     FeedForward,
     LinearNorm,
-    ModuleMLP,
+    Multiply,
     Norm,
     Residual,
     Rotation,
@@ -32,6 +33,8 @@ RMS_NORMS = ("RMSNorm", "RMSNormPre")
 # TransformerLens' version of this activation takes eight passes over memory.
 GELU_TANH_NAMES = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 
+Scale = Float[Tensor, "*batch 1"]
+
 
 @dataclass(frozen=True)
 class ModelWeights:
@@ -39,87 +42,66 @@ class ModelWeights:
 
     model: Model
 
-    def normalized(self, layer: int, residual: Residual) -> tuple[Tensor, Tensor] | None:
-        """Normalize the residual stream as before attention, without the norm's weights.
+    def normalized(self, layer: int | None, residual: Residual) -> tuple[Residual, Scale] | None:
+        """Normalize as before attention, or by the final norm, without the norm's weight and bias.
 
         Returns:
-            The normalized stream [*batch, d_model] and the divisor [*batch, 1], in float32 at
-            least; None in a model without norms.
+            The normalized stream and the divisor, in float32 at least; None without norms.
         """
         if self.model.cfg.normalization_type is None:
             return None
-        return self._normalized(residual, self._centres)
-
-    def final_scale(self, residual: Residual) -> Float[Tensor, "*batch 1"] | None:
-        """Compute the divisor of the final norm, in float32 at least; None without norms."""
-        if self.model.cfg.normalization_type is None:
-            return None
-        return self._normalized(residual, self._final_centres)[1]
-
-    def _normalized(self, residual: Residual, centres: bool) -> tuple[Tensor, Tensor]:
-        x = residual.to(torch.promote_types(residual.dtype, torch.float32))
+        wide = torch.promote_types(residual.dtype, torch.float32)
+        x = residual.to(wide)
+        name = "ln_final" if layer is None else "ln1"
         # n = (x - mean(x)) / s   with   s = sqrt(mean((x - mean(x))^2) + eps)
-        if centres:
+        if _centres(self._norm_module(layer, name)):
             x = x - x.mean(-1, keepdim=True)
         variance = x.square().mean(-1, keepdim=True)
-        scale = (variance + float(self.model.cfg.eps)).sqrt()
+        scale = (variance + self.model.cfg.eps).sqrt()
         return x / scale, scale
 
-    def projection_after_norm(self, layer: int, slot: str) -> Float[Tensor, "head d_model d_head"]:
-        """Return W_Q, W_K or W_V with the weights and the centring of the norm before it.
+    def linear_norm(self, layer: int | None, name: str, scale: Scale | None) -> LinearNorm:
+        """Return a norm with a fixed divisor, in the divisor's precision.
 
-        Shared key and value heads are not repeated.
+        Args:
+            name: one of `NORMS`; or "ln_final" with no layer.
+            scale: the divisor; None where the model has no such norm.
         """
+        if scale is None:
+            return LinearNorm()
+        norm = self._norm_module(layer, name)
+        weight = _parameter(norm, "w", scale)
+        bias = _parameter(norm, "b", scale)
+        return LinearNorm(scale, _centres(norm), weight, bias)
+
+    def projection_after_norm(self, layer: int, slot: str) -> Float[Tensor, "head d_model d_head"]:
+        """Return W_Q, W_K or W_V, shared heads once, with the weights and centring of the norm."""
         block = self.model.blocks[layer]
         # Under this name TransformerLens keeps the weights of shared heads without repeats.
         prefix = "_" if copies_per_head(self.model, slot) > 1 else ""
         weight: Tensor = getattr(block.attn, f"{prefix}W_{slot.upper()}").detach()
-        norm_weight = _parameter(block.ln1, "w")
         # n W = x C diag(w) W / s   with   C = 1 - 1/d_model
+        norm_weight = _parameter(block.ln1, "w", weight)
         if norm_weight is not None:
             weight = weight * norm_weight[:, None]
-        return weight - weight.mean(1, keepdim=True) if self._centres else weight
-
-    def linear_norm(
-        self, layer: int | None, name: str, scale: Float[Tensor, "*batch 1"] | None
-    ) -> LinearNorm:
-        """Return a norm with a fixed divisor, in the divisor's precision.
-
-        Args:
-            layer: None for the final norm.
-            name: one of `NORMS`, or "ln_final".
-            scale: the divisor; None where the model has no such norm.
-        """
-        centres = self._final_centres if layer is None else self._centres
-        if scale is None:
-            return LinearNorm(None, centres, None, None)
-        owner = self.model if layer is None else self.model.blocks[layer]
-        norm = getattr(owner, name, None)
-        weight, bias = _parameter(norm, "w", scale), _parameter(norm, "b", scale)
-        return LinearNorm(scale, centres, weight, bias)
+        if _centres(block.ln1):
+            weight = weight - weight.mean(1, keepdim=True)
+        return weight
 
     def value_constant(self, layer: int) -> Float[Tensor, "head d_head"]:
         """Compute the part of every head's values that does not depend on the residual stream."""
         block = self.model.blocks[layer]
-        constant = block.attn.b_V.detach()
-        norm_bias = _parameter(block.ln1, "b")
+        constant, weight = block.attn.b_V.detach(), block.attn.W_V.detach()
+        norm_bias = _parameter(block.ln1, "b", constant)
         if norm_bias is None:
             return constant
         # b_V + b_norm W_V
-        return constant + torch.einsum("d,hde->he", norm_bias, block.attn.W_V.detach())
+        return constant + torch.einsum("d,hde->he", norm_bias, weight)
 
     def mlp_input(self, layer: int, residual: Residual) -> Residual:
         """Apply the norm before the MLP."""
-        return _norm(self.model.blocks[layer].ln2)(residual)
-
-    @property
-    def _final_centres(self) -> bool:
-        # The final norm may be of another kind than the norms of the blocks.
-        return type(getattr(self.model, "ln_final", None)).__name__ in LAYER_NORMS
-
-    @property
-    def _centres(self) -> bool:
-        return self.model.cfg.normalization_type in ("LN", "LNPre")
+        norm = _norm(self.model.blocks[layer].ln2)
+        return norm(residual)
 
     def output_projection(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         """Return W_O."""
@@ -130,24 +112,19 @@ class ModelWeights:
         return self.model.blocks[layer].attn.b_O
 
     def attention(self, layer: int) -> Attention | None:
-        """Return the heads of a layer as functions of tensors.
-
-        None where `Attention` does not know how the positions enter.
-        """
+        """Return the heads of a layer as functions; None if positions enter in an unknown way."""
         cfg, block = self.model.cfg, self.model.blocks[layer]
-        if cfg.use_logn_attn or cfg.use_dynamic_ntk_rope:
+        positions, module = cfg.positional_embedding_type, cast(Any, block.attn)
+        # Learned positions ("standard") are part of the residual stream already.
+        is_known = positions in ("standard", "rotary", "alibi")
+        if not is_known or cfg.use_logn_attn or cfg.use_dynamic_ntk_rope:
             return None
-        module = cast(Any, block.attn)
-        rotation, slopes = None, None
-        match cfg.positional_embedding_type:
-            case "standard":
-                pass
-            case "rotary":
-                rotation = Rotation(module.rotary_cos, module.rotary_sin, cfg.rotary_adjacent_pairs)
-            case "alibi":
-                slopes = module.create_alibi_multipliers(cfg.n_heads, cfg.device)
-            case _:
-                return None
+        rotation, slopes = None, torch.zeros(1)
+        if positions == "rotary":
+            rotation = Rotation(module.rotary_cos, module.rotary_sin, cfg.rotary_adjacent_pairs)
+        if positions == "alibi":
+            slopes = module.create_alibi_multipliers(cfg.n_heads, cfg.device)
+        is_local = module.attn_type == "local"
         qk_norms = {}
         if cfg.use_qk_norm:
             qk_norms = {"q": _norm(module.q_norm), "k": _norm(module.k_norm)}
@@ -161,47 +138,63 @@ class ModelWeights:
             clip=cfg.clip_qkv,
             norms=qk_norms,
             rotation=rotation,
-            slopes=slopes,
+            slopes=slopes.to(module.W_O),
             sinks=module.sinks if cfg.use_attention_sinks else None,
             causal=cfg.attention_dir == "causal",
-            reach=cfg.window_size if module.attn_type == "local" else None,
+            reach=cast(int, cfg.window_size) if is_local else torch.inf,
         )
 
     def feed_forward(self, layer: int) -> FeedForward:
         """Return the MLP of a layer, with the norm before it, as a function of tensors."""
         cfg, block = self.model.cfg, self.model.blocks[layer]
-        norm, mlp = _norm(block.ln2), cast(Any, block.mlp)
+        norm = _norm(block.ln2)
+        mlp = cast(Any, block.mlp)
         kind = type(mlp).__name__
+        # Any other kind, such as a mixture of experts, is left to the model's own module.
         if kind not in ("MLP", "GatedMLP") or cfg.is_layer_norm_activation():
-            return ModuleMLP(norm, mlp)
+            return partial(_mlp_by_module, norm, mlp)
         gate = mlp.W_gate if kind == "GatedMLP" else None
         activation = gelu_tanh if cfg.act_fn in GELU_TANH_NAMES else mlp.act_fn
         return WeightedMLP(norm, mlp.W_in, mlp.b_in, gate, mlp.W_out, mlp.b_out, activation)
 
     def unembedding(self) -> Unembedding:
         """Return the final norm and the unembedding as a function of tensors."""
-        cfg, module = self.model.cfg, self.model.unembed
-        has_norm = cfg.normalization_type is not None
-        norm = _norm(self.model.ln_final) if has_norm else torch.nn.Identity()
-        soft_cap = float(cfg.output_logits_soft_cap or 0)
+        module = self.model.unembed
+        norm = _norm(getattr(self.model, "ln_final", nn.Identity()))
+        soft_cap = float(self.model.cfg.output_logits_soft_cap or 0)
         return Unembedding(norm, module.W_U, module.b_U, soft_cap)
 
+    def _norm_module(self, layer: int | None, name: str) -> nn.Module:
+        owner = self.model if layer is None else self.model.blocks[layer]
+        return cast(nn.Module, getattr(owner, name))
 
-def _parameter(module: object, name: str, like: Tensor | None = None) -> Tensor | None:
-    """Return a parameter of a module, with the dtype of `like`; None where it has none."""
+
+def _mlp_by_module(norm: Norm, mlp: Norm, residual: Residual, product: Multiply) -> Residual:
+    normed = norm(residual).flatten(0, -2)
+    return mlp(normed[None]).view(residual.shape)
+
+
+def _parameter(module: nn.Module, name: str, like: Tensor) -> Tensor | None:
     parameter: Tensor | None = getattr(module, name, None)
-    if parameter is None:
-        return None
-    return parameter.detach() if like is None else parameter.detach().to(like)
+    return None if parameter is None else parameter.detach().to(like)
 
 
-def _norm(module: torch.nn.Module) -> Norm:
+def _centres(norm: nn.Module) -> bool:
+    """Whether a norm subtracts the mean."""
+    return type(norm).__name__ in LAYER_NORMS
+
+
+def _norm(module: nn.Module) -> Norm:
     """Return a norm as one fused operation where torch has one, and else the module itself."""
-    kind = type(module).__name__
-    weight, bias = getattr(module, "w", None), getattr(module, "b", None)
-    eps = getattr(module, "eps", 0.0)
-    if kind in LAYER_NORMS:
-        return lambda x: functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    if kind in RMS_NORMS:
-        return lambda x: functional.rms_norm(x, x.shape[-1:], weight, eps)
-    return module
+    weight, bias = (getattr(module, name, None) for name in ("w", "b"))
+    eps: float = getattr(module, "eps", 0.0)
+
+    def layer_norm(x: Tensor) -> Tensor:
+        return functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+    def rms_norm(x: Tensor) -> Tensor:
+        return functional.rms_norm(x, x.shape[-1:], weight, eps)
+
+    if _centres(module):
+        return layer_norm
+    return rms_norm if type(module).__name__ in RMS_NORMS else module

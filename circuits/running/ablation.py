@@ -7,18 +7,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.graph.nodes import Node, parse_node
 from circuits.models import Model, frozen
-from circuits.models.source_outputs import SourceOutputs, run_and_record, source_outputs
+from circuits.models.source_outputs import SourceOutputs, run_and_record
 from circuits.system.errors import InputError
 from circuits.tasks.task import Task
 
 NAMES = ("resample", "zero", "mean", "mean_by_position")
 
+Nodes = tuple[Node, ...]
+GivenOutputs = Mapping[Node | str, Tensor]
 Outputs = Float[Tensor, "source batch pos d_model"]
+TokenIds = Int[Tensor, "batch pos"]
+TokenMask = Bool[Tensor, "batch pos"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +44,7 @@ class Ablation:
 
     name: str = "resample"
     over: str = "clean"
-    outputs: Mapping[Node | str, Tensor] | None = None
+    outputs: GivenOutputs | None = None
 
     def __post_init__(self) -> None:
         if self.name not in (*NAMES, "given"):
@@ -51,7 +55,7 @@ class Ablation:
         if self.over not in ("clean", "corrupted"):
             raise InputError(
                 f"Ablation(over={self.over!r}): means are taken over 'clean' or 'corrupted' "
-                f"prompts."
+                "prompts."
             )
         if (self.name == "given") != (self.outputs is not None):
             raise InputError(
@@ -64,6 +68,16 @@ class Ablation:
         """Whether it depends on all prompts of a task at once."""
         return self.name.startswith("mean")
 
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axes of [batch, pos, ...] that means are taken over."""
+        by_position = self.name == "mean_by_position"
+        return (0,) if by_position else (0, 1)
+
+    def averaged(self, task: Task) -> TokenIds:
+        """The prompts of a task that means are taken over."""
+        return task.clean if self.over == "clean" else task.corrupted
+
     def __str__(self) -> str:
         if self.outputs is not None:
             return f"given {_digest(self.outputs)}"
@@ -71,25 +85,24 @@ class Ablation:
         return f"{self.name} over corrupted" if over_corrupted else self.name
 
 
-def _digest(outputs: Mapping[Node | str, Tensor]) -> str:
+def _digest(outputs: GivenOutputs) -> str:
     digest = hashlib.blake2b(digest_size=4)
-    for node, tensor in sorted(outputs.items(), key=lambda item: str(item[0])):
+    # Sorted, so that the order in which outputs are given does not matter.
+    for node in sorted(outputs, key=str):
+        tensor = outputs[node].detach().cpu()
         digest.update(f"{node} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().double().contiguous().numpy().tobytes())
+        numbers = tensor.double().contiguous()
+        digest.update(numbers.numpy().tobytes())
     return digest.hexdigest()
 
 
 def get_ablation(ablation: str | Ablation) -> Ablation:
-    """The ablation of that name.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The ablation of that name."""
     return ablation if isinstance(ablation, Ablation) else Ablation(ablation)
 
 
 def with_means_taken(
-    model: Model, nodes: tuple[Node, ...], task: Task, ablation: Ablation, *, prompts_per_run: int
+    model: Model, nodes: Nodes, task: Task, ablation: Ablation, *, prompts_per_run: int
 ) -> Ablation:
     """An ablation that is the same on any part of the task: means become given outputs."""
     if not ablation.takes_means:
@@ -105,51 +118,49 @@ class Counterfactuals:
 
     Attributes:
         means: taken over all prompts of the task, if the ablation takes means.
+        given: for all prompts of the task, if the ablation gives outputs or zeros.
     """
 
     model: Model
-    nodes: tuple[Node, ...]
-    ablation: Ablation
+    nodes: Nodes
     means: SourceOutputs | None
+    given: Outputs | None
 
     @staticmethod
     def prepare(
         model: Model,
-        nodes: tuple[Node, ...],
+        nodes: Nodes,
         task: Task,
         ablation: Ablation,
         *,
         prompts_per_run: int | None = None,
     ) -> Counterfactuals:
-        """Take the means that the ablation needs.
+        """Take the means that the ablation needs over a task, or check the outputs that it gives.
 
         Args:
-            task: all prompts that means are taken over.
-            prompts_per_run: None runs all of them at once.
+            prompts_per_run: None runs all prompts at once.
         """
-        means = None
+        means = given = None
         if ablation.takes_means:
-            means = _means(model, nodes, task, ablation, prompts_per_run or len(task))
-        return Counterfactuals(model, nodes, ablation, means)
+            size = prompts_per_run or len(task)
+            means = _means(model, nodes, task, ablation, size)
+        elif ablation.name != "resample":
+            cfg = model.cfg
+            # Zeros are a view of one number, so they take no memory.
+            shape = (len(nodes), *task.clean.shape, cfg.d_model)
+            zero = torch.zeros(1, dtype=cfg.dtype, device=cfg.device)
+            given = zero.expand(shape)
+            if ablation.outputs is not None:
+                given = _given(nodes, ablation.outputs, given)
+        return Counterfactuals(model, nodes, means, given)
 
-    def on(self, task: Task, prompts: slice = slice(None)) -> Outputs:
-        """c_u of every source u.
-
-        Args:
-            task: the prompts to compute it for.
-            prompts: their place among all prompts of the task.
-        """
-        model, (batch, pos) = self.model, task.clean.shape
-        shape = (len(self.nodes), batch, pos, model.cfg.d_model)
-        if self.means is not None:
-            return self.means.outputs()[:, :, :pos].expand(shape)
-        match self.ablation.name:
-            case "resample":
-                return source_outputs(model, self.nodes, task.corrupted, task.mask)
-            case "zero":
-                zero = torch.zeros(1, dtype=model.cfg.dtype, device=model.cfg.device)
-                return zero.expand(shape)
-        return _given(model, self.nodes, slice(None), self.ablation, prompts, shape)
+    def on(self, task: Task) -> Outputs:
+        """c_u of every source u, on the task that this was prepared for."""
+        if self.given is not None:
+            return self.given
+        outputs = self._recorded(task).outputs()
+        # Means are those of one prompt, and of one position if taken over positions.
+        return outputs.expand(-1, *task.clean.shape, -1)
 
     def changes(
         self,
@@ -158,24 +169,21 @@ class Counterfactuals:
         clean: SourceOutputs,
         corrupted: SourceOutputs | None = None,
     ) -> Changes:
-        """c_u - out_u(clean) of every source u.
+        """c_u - out_u(clean) of every source u, on a part of the task: these of its prompts.
 
         Args:
-            task, prompts: as in `on`.
-            clean: the sources' outputs on the clean prompts.
-            corrupted: the same on the corrupted prompts, if that run was made already.
+            corrupted: outputs on the corrupted prompts, where the ablation uses them, if known.
         """
+        if self.given is not None:
+            return Changes(clean, self.given[:, prompts])
+        replacing = corrupted or self._recorded(task)
+        return Changes(replacing - clean)
+
+    def _recorded(self, task: Task) -> SourceOutputs:
         if self.means is not None:
-            return Changes(self.means - clean)
-        match self.ablation.name:
-            case "resample":
-                if corrupted is None:
-                    run = run_and_record(self.model, self.nodes, task.corrupted, task.mask)
-                    corrupted = run[0]
-                return Changes(corrupted - clean)
-            case "zero":
-                return Changes(-clean)
-        return Changes(clean, self.ablation, prompts)
+            return self.means
+        outputs, _ = run_and_record(self.model, self.nodes, task.corrupted, task.mask)
+        return outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,85 +192,81 @@ class Changes:
 
     Attributes:
         kept: the changes; if outputs are given, the clean outputs.
-        given: the ablation that gives outputs, if one does, and the prompts it is for.
+        given: the outputs that are given instead, if any.
     """
 
     kept: SourceOutputs
-    given: Ablation | None = None
-    prompts: slice | None = None
+    given: Outputs | None = None
 
     def outputs(self, rows: slice = slice(None)) -> Outputs:
         """The changes of the nodes `rows`; all heads of a layer together."""
         outputs = self.kept.outputs(rows)
-        if self.given is None or self.prompts is None:
+        if self.given is None:
             return outputs
-        model, nodes, shape = self.kept.model, self.kept.nodes, tuple(outputs.shape)
-        return _given(model, nodes, rows, self.given, self.prompts, shape).sub_(outputs)
+        # c_u - out_u, in place of out_u
+        return torch.sub(self.given[rows], outputs, out=outputs)
+
+
+def masked_sum(value: Tensor, mask: TokenMask, axes: tuple[int, ...]) -> Tensor:
+    """The sum of activations [batch, pos, ...] at tokens that count, in float32 at least."""
+    wide = torch.promote_types(value.dtype, torch.float32)
+    # The axes after [batch, pos] broadcast.
+    ones = [1] * (value.dim() - 2)
+    weights = mask.to(wide).reshape(*mask.shape, *ones)
+    return (value * weights).sum(axes, keepdim=True)
 
 
 def _means(
-    model: Model, nodes: tuple[Node, ...], task: Task, ablation: Ablation, prompts_per_run: int
+    model: Model, nodes: Nodes, task: Task, ablation: Ablation, prompts_per_run: int
 ) -> SourceOutputs:
     """Means of the outputs. A head's mean output is mean(z) @ W_O, so storing mean(z) is enough."""
     sums: dict[str, Tensor] = {}
-    counts = torch.zeros(())
-    axes = (0, 1) if ablation.name == "mean" else (0,)
     for start in range(0, len(task), prompts_per_run):
         part = task[start : start + prompts_per_run]
-        tokens = part.clean if ablation.over == "clean" else part.corrupted
+        tokens = ablation.averaged(part)
         run, _ = run_and_record(model, nodes, tokens, part.mask)
         for name, value in run.activations.items():
-            dtype = torch.promote_types(value.dtype, torch.float32)
-            real = _like(part.mask.to(dtype), value)
-            total = (value * real).sum(axes, keepdim=True)
-            sums[name] = sums[name] + total if name in sums else total
-        count = part.mask.sum(axes, keepdim=True)
-        counts = counts.to(count.device) + count
+            total = masked_sum(value, part.mask, ablation.axes)
+            sums[name] = sums.get(name, 0) + total
     # Beyond the longest prompt there is no mean, and no real token reads it.
-    counts = counts.clamp(min=1)
-    means = {
-        name: (value / _like(counts, value)).to(model.cfg.dtype) for name, value in sums.items()
-    }
+    counts = task.mask.sum(ablation.axes, keepdim=True)
+    counts = counts.clamp(min=1)[..., None]
+    means = {}
+    for name, total in sums.items():
+        mean = total.flatten(2) / counts
+        means[name] = mean.view_as(total).to(model.cfg.dtype)
     return SourceOutputs(model, nodes, means)
 
 
-def _like(by_token: Float[Tensor, "#batch #pos"] | Tensor, value: Tensor) -> Tensor:
-    """A tensor over [batch, pos], with axes appended until it broadcasts with `value`."""
-    return by_token.reshape(*by_token.shape, *[1] * (value.dim() - 2))
-
-
-def _given(
-    model: Model,
-    nodes: tuple[Node, ...],
-    rows: slice,
-    ablation: Ablation,
-    prompts: slice,
-    shape: tuple[int, ...],
-) -> Outputs:
-    """The outputs that the ablation gives for the nodes `rows`."""
-    given = {
-        parse_node(node) if isinstance(node, str) else node: tensor
-        for node, tensor in (ablation.outputs or {}).items()
-    }
-    if unknown := [str(node) for node in given if node not in nodes]:
+def _given(nodes: Nodes, outputs: GivenOutputs, like: Outputs) -> Outputs:
+    """The outputs of all sources, broadcast to the shape of `like`."""
+    given = {}
+    for name, tensor in outputs.items():
+        node = parse_node(name) if isinstance(name, str) else name
+        given[node] = tensor
+    unknown = [str(node) for node in given if node not in nodes]
+    if unknown:
         raise InputError(
             f"outputs are given for {', '.join(unknown)}, which write nothing in this graph; its "
             f"sources are {nodes[0]} ... {nodes[-1]}."
         )
-    if missing := [str(node) for node in nodes if node not in given]:
+    missing = [str(node) for node in nodes if node not in given]
+    if missing:
         raise InputError(
             f"no outputs are given for {', '.join(missing[:8])}; give every source one (a zero "
             "tensor ablates to zero)."
         )
-    result = torch.empty(shape, dtype=model.cfg.dtype, device=model.cfg.device)
-    for index, node in enumerate(nodes[rows]):
-        tensor = given[node].to(result)
-        by_prompt = tensor.dim() == 3 and tensor.shape[0] != 1
+    shape = tuple(like.shape[1:])
+    for node, tensor in given.items():
         try:
-            result[index] = tensor[prompts] if by_prompt else tensor
+            tensor.expand(shape)
         except RuntimeError as error:
             raise InputError(
-                f"the output given for {node} has shape {tuple(given[node].shape)}; it must "
-                f"broadcast to {shape[1:]}."
+                f"the output given for {node} has shape {tuple(tensor.shape)}; it must "
+                f"broadcast to {shape}."
             ) from error
-    return result
+    # Outputs that are the same for all prompts or positions are stored once.
+    three_axes = like.new_zeros(1, 1, 1)
+    tensors = [given[node].to(like) for node in nodes]
+    _, *same_shape = torch.broadcast_tensors(three_axes, *tensors)
+    return torch.stack(same_shape).expand(like.shape)

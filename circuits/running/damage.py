@@ -21,6 +21,7 @@ from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
 
 EdgeMask = Bool[Tensor, " edge"]
+KeptEdges = Bool[Tensor, "variant edge"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,34 +43,36 @@ class DamageMeter:
 
     @staticmethod
     def prepare(model: Model, graph: Graph, task: Task, settings: RunSettings) -> DamageMeter:
-        """Run the clean and the counterfactual prompts once, for all circuits to come.
-
-        Raises:
-            InputError: the model, graph, task and settings do not fit together, or the logits
-                overflow.
-        """
+        """Run the clean and the counterfactual prompts once, for all circuits to come."""
         assert settings.metric is not None
+        # All that is measured is on the model's device.
         task = task.to(model.cfg.device)
         executor = get_executor(model, graph, task, settings)
-        clean = executor.logits(torch.ones(1, len(graph), dtype=torch.bool))[0]
+        # Keeping every edge is the whole model, whichever edges the graph has.
+        whole = torch.ones(1, len(graph), dtype=torch.bool)
+        clean = executor.logits(whole)[0]
         reaching = reaching_logits(model, graph)
         meter = DamageMeter(executor, settings.metric, clean, task, reaching)
-        if isinstance(executor, IncrementalExecutor) and settings.precision is not None:
-            if settings.precision.investigated == "float32":
-                return replace(meter, exact=replace(meter, executor=executor.exact()))
-        return meter
+        # Only the incremental executor has a precision.
+        if settings.precision is None or settings.precision.investigated != "float32":
+            return meter
+        assert isinstance(executor, IncrementalExecutor)
+        exact = replace(meter, executor=executor.exact())
+        return replace(meter, exact=exact)
 
-    def __call__(self, kept: Bool[Tensor, "variant edge"]) -> Float[Tensor, " variant"]:
+    def __call__(self, kept: KeptEdges) -> Float[Tensor, " variant"]:
         """Damage of every circuit, mean over scored rows."""
-        return self.by_row(kept).mean(-1, dtype=torch.float64)
+        by_row = self.by_row(kept)
+        return by_row.mean(-1, dtype=torch.float64)
 
-    def by_row(self, kept: Bool[Tensor, "variant edge"]) -> Float[Tensor, "variant scored"]:
+    def by_row(self, kept: KeptEdges) -> Float[Tensor, "variant scored"]:
         """Damage of every circuit at every scored row. Ranks share the circuits.
 
         Raises:
             NotFiniteError: the logits or the metric of one of the circuits are not finite.
         """
 
+        # damage = metric(circuit) - metric(whole model)
         def measure(mine: slice) -> Tensor:
             return self.executor.map(
                 kept[mine],
@@ -87,6 +90,7 @@ class DamageMeter:
         """Add what the executor counts inside the block, on all ranks, to `counts`."""
         before = dict(self.executor.counts)
         yield
-        more = {name: value - before[name] for name, value in self.executor.counts.items()}
+        after = self.executor.counts
+        more = {name: after[name] - before[name] for name in after}
         for name, value in totals(more).items():
             counts[name] = counts.get(name, 0) + value

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from circuits.graph.edges import NO_SLOT, SLOTS
+from circuits.graph.edges import SLOTS
 from circuits.graph.graph import Graph
 from circuits.graph.nodes import MLP, Head, Logits, Node, TokenEmbed, at_position
 from circuits.models import Model
 from circuits.models.component_graph import component_nodes, sources_of
 from circuits.system.errors import InputError
 
+Target = tuple[Node, str | None]
 HookedTarget = tuple[Node, str | None, int]
 """The first head of a layer (or another node), the slot, and the number of target rows."""
 
@@ -43,34 +45,29 @@ class EdgeLayout:
 
     @staticmethod
     def of(model: Model, graph: Graph) -> EdgeLayout:
-        """The layout of a graph of this model's components.
-
-        Raises:
-            InputError: the graph is not a component graph of this model.
-        """
-        nodes, targets = component_nodes(model, graph.splits_embedding), tuple(_targets(model))
-        source_row = {node: row for row, node in enumerate(nodes)}
-        target_row = _target_rows(targets)
-        span_row = {position: row for row, position in enumerate(graph.positions or (None,))}
-        # Looked up per node, not per edge: there are hundreds of times as many edges. What is not
-        # found is -1.
+        """The layout of a graph of this model's components; of another graph an InputError."""
+        nodes = component_nodes(model, graph.splits_embedding)
+        targets = _targets(model)
+        all_targets = list(_each_target(targets))
+        spans = graph.positions or (None,)
+        # Looked up per node, not per edge: there are hundreds of times as many edges.
         components = [at_position(node, None) for node in graph.nodes]
         positions = [node.position for node in graph.nodes]  # type: ignore[attr-defined]
-        spans = [span_row.get(position, -1) for position in positions]
-        slots = (*range(len(SLOTS)), NO_SLOT)  # the slot -1 indexes the last column
-        rows = [[target_row.get((node, slot), -1) for slot in slots] for node in components]
-        sources = [source_row.get(node, -1) for node in components]
-        span = torch.tensor(spans)[graph.target]
-        target = torch.tensor(rows)[graph.target, graph.slot]
-        source = torch.tensor(sources)[graph.source]
+        slots = (*SLOTS, None)  # no slot is -1, which indexes the last column
+        rows = _places(product(components, slots), all_targets)
+        rows = rows.view(-1, len(slots))
+        span = _places(positions, spans)[graph.target]
+        target = rows[graph.target, graph.slot]
+        source = _places(components, nodes)[graph.source]
         missing = (span < 0) | (target < 0) | (source < 0)
-        if bool(missing.any()):
-            edge = graph.edges[int(missing.nonzero()[0])]
+        if missing.any():
+            first = int(missing.nonzero()[0])
+            edge = graph.edges[first]
             raise InputError(
                 f"this graph is not a component graph of {model.cfg.model_name}: the model has no "
                 f"edge {edge}."
             )
-        shape = (len(span_row), len(target_row), len(nodes))
+        shape = (len(spans), len(all_targets), len(nodes))
         return EdgeLayout(nodes, targets, shape, span, target, source)
 
     @property
@@ -81,39 +78,43 @@ class EdgeLayout:
     def ablated(
         self, kept: Bool[Tensor, "variant edge"]
     ) -> Bool[Tensor, "variant span target source"]:
-        """True where an edge of the graph is not kept.
-
-        Edges missing in the graph are never ablated.
-        """
-        dense = torch.zeros(len(kept), *self.shape, dtype=torch.bool, device=kept.device)
+        """True where an edge of the graph is not kept; edges that the graph lacks are kept."""
+        dense = kept.new_zeros(len(kept), *self.shape)
         dense[:, self.span, self.target, self.source] = ~kept
         return dense
 
     def possible(self, model: Model) -> Bool[Tensor, "target source"]:
         """True where a source is upstream of a target, whether or not the graph has the edge."""
-        counts = [
-            sources_of(model, node, self.splits_embedding)
-            for node, _, rows in self.targets
-            for _ in range(rows)
-        ]
-        return torch.arange(self.shape[2]) < torch.tensor(counts)[:, None]
+        # The sources of a target are the first ones, so their number describes them.
+        upstream: list[int] = []
+        for node, _, count in self.targets:
+            upstream += [sources_of(model, node, self.splits_embedding)] * count
+        n_sources = self.shape[2]
+        return torch.arange(n_sources) < torch.tensor(upstream)[:, None]
 
 
-def _targets(model: Model) -> Iterator[HookedTarget]:
+def _targets(model: Model) -> tuple[HookedTarget, ...]:
+    targets: list[HookedTarget] = []
     for layer in range(model.cfg.n_layers):
-        for slot in SLOTS:
-            yield Head(layer, 0), slot, model.cfg.n_heads
+        first = Head(layer, 0)
+        targets += [(first, slot, model.cfg.n_heads) for slot in SLOTS]
         if not model.cfg.attn_only:
-            yield MLP(layer), None, 1
-    yield Logits(), None, 1
+            targets.append((MLP(layer), None, 1))
+    return (*targets, (Logits(), None, 1))
 
 
-def _target_rows(targets: tuple[HookedTarget, ...]) -> dict[tuple[Node, int], int]:
-    """The row of each target, by node and slot."""
-    rows: dict[tuple[Node, int], int] = {}
+def _places(items: Iterable[object], order: Iterable[object]) -> Tensor:
+    """The place [item] of each item in an order; -1 for what is not there."""
+    place = {item: index for index, item in enumerate(order)}
+    places = [place.get(item, -1) for item in items]
+    return torch.tensor(places)
+
+
+def _each_target(targets: Iterable[HookedTarget]) -> Iterator[Target]:
+    """Every target row: its node and slot."""
     for first, slot, count in targets:
-        slot_index = NO_SLOT if slot is None else SLOTS.index(slot)
         for offset in range(count):
-            node = Head(first.layer, offset) if isinstance(first, Head) else first
-            rows[node, slot_index] = len(rows)
-    return rows
+            if isinstance(first, Head):
+                yield replace(first, head=offset), slot
+            else:
+                yield first, slot

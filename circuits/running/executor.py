@@ -5,12 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuits.graph.graph import Graph
+from circuits.graph.graph import Graph, PooledFeatureGraph
 from circuits.models import Model
 from circuits.running.features import FeatureExecutor
 from circuits.running.hooked import HookedExecutor
@@ -20,6 +20,11 @@ from circuits.running.settings import RunSettings
 from circuits.system.errors import InputError
 from circuits.system.memory import shrinking
 from circuits.tasks.task import Task
+
+EdgeMask = Bool[Tensor, " edge"]
+KeptEdges = Bool[Tensor, "variant edge"]
+OfLogits = Callable[[Tensor], Tensor]
+VariantLogits = Float[Tensor, "variant scored vocab"]
 
 
 @runtime_checkable
@@ -31,17 +36,15 @@ class Executor(Protocol):
         """Nodes computed so far (one node in one circuit), and batches of circuits."""
         ...
 
-    def logits(self, kept: Bool[Tensor, "variant edge"]) -> Float[Tensor, "variant scored vocab"]:
+    def logits(self, kept: KeptEdges) -> VariantLogits:
         """Logits of every circuit at every scored row."""
         ...
 
-    def map(
-        self, kept: Bool[Tensor, "variant edge"], function: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+    def map(self, kept: KeptEdges, function: OfLogits) -> Tensor:
         """`function` of the logits, applied to a few circuits at a time."""
         ...
 
-    def near(self, kept: Bool[Tensor, " edge"]) -> None:
+    def near(self, kept: EdgeMask) -> None:
         """Announce that the circuits to come are mostly subsets of this one."""
         ...
 
@@ -51,69 +54,50 @@ class Executor(Protocol):
 
 
 def get_executor(model: Model, graph: Graph, task: Task, settings: RunSettings) -> Executor:
-    """The executor for this graph: the first of `graph.executors` that can run the model.
+    """The executor for this graph: the incremental one, unless it cannot run the model.
 
     Raises:
         InputError: no executor fits the settings, the model, graph and task do not fit together,
             or memory runs out.
     """
-    names = graph.executors
-    if settings.executor == "hooks" and "hooks" in names:
-        names = ("hooks",)
-    _check_precision(names, settings)
-    for name in names:
-        try:
-            return _prepare(name, model, graph, task, settings)
-        except UnsupportedError as error:
-            _fall_back(model, settings, error)
-    raise InputError(f"no executor runs a {type(graph).__name__} on {model.cfg.model_name}.")
+    name, precision = model.cfg.model_name, settings.precision
+    only_incremental = precision is not None or settings.executor == "incremental"
 
+    def prepared(executor: Any, **options: Any) -> Executor:
+        max_memory, ablation = settings.max_memory, settings.ablation
 
-def _prepare(name: str, model: Model, graph: Graph, task: Task, settings: RunSettings) -> Executor:
-    ablation, max_memory = settings.ablation, settings.max_memory
-    if name == "features":
-        return FeatureExecutor.prepare(
-            model,
-            graph,
-            task,
-            ablation,
-            transcoders=settings.transcoders,
-            max_memory=max_memory,
-        )
+        def prepare(_: int) -> Executor:
+            return executor.prepare(model, graph, task, ablation, max_memory=max_memory, **options)
 
-    def prepare(_: int) -> Executor:
-        if name == "hooks":
-            return HookedExecutor.prepare(model, graph, task, ablation, max_memory=max_memory)
-        return IncrementalExecutor.prepare(
-            model, graph, task, ablation, max_memory=max_memory, precision=settings.precision
-        )
+        # `shrinking` turns running out of memory into an error that says what to do.
+        ready, _ = shrinking(prepare, 1, "run of the prompts")
+        return ready
 
-    # `shrinking` turns running out of memory into an error that says what to do.
-    return shrinking(prepare, 1, "run of the prompts")[0]
-
-
-def _check_precision(names: Sequence[str], settings: RunSettings) -> None:
-    reduced = settings.precision is not None
-    if "features" in names and (reduced or settings.executor == "incremental"):
-        raise InputError(
-            "circuits of features are run by hooks, in the model's precision; use executor='auto'."
-        )
-    if reduced and names == ("hooks",):
-        raise InputError(
-            f"precision={str(settings.precision)!r} needs the incremental executor; leave out "
-            "executor='hooks' or the precision."
-        )
-
-
-def _fall_back(model: Model, settings: RunSettings, error: UnsupportedError) -> None:
-    """Warn that the reference executor takes over, or refuse if the user asked for the fast one."""
-    name = model.cfg.model_name
-    if settings.precision is not None or settings.executor == "incremental":
-        remedy = "use executor='auto'" if settings.precision is None else "leave out the precision"
-        raise InputError(f"{name} cannot be run incrementally: {error}; {remedy}.") from error
-    _warn_once(f"{name} is run by the reference executor, which is slower: {error}.")
+    if isinstance(graph, PooledFeatureGraph):
+        if only_incremental:
+            raise InputError(
+                "circuits of features are run by hooks, in the model's precision; "
+                "use executor='auto'."
+            )
+        return prepared(FeatureExecutor, transcoders=settings.transcoders)
+    if settings.executor == "hooks":
+        if precision is not None:
+            raise InputError(
+                f"precision={str(precision)!r} needs the incremental executor; leave out "
+                "executor='hooks' or the precision."
+            )
+        return prepared(HookedExecutor)
+    try:
+        return prepared(IncrementalExecutor, precision=precision)
+    except UnsupportedError as error:
+        # The reference executor runs every model that has a component graph.
+        if only_incremental:
+            remedy = "use executor='auto'" if precision is None else "leave out the precision"
+            raise InputError(f"{name} cannot be run incrementally: {error}; {remedy}.") from error
+        _warn_once(f"{name} is run by the reference executor, which is slower: {error}.")
+    return prepared(HookedExecutor)
 
 
 @cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=4)
+    warnings.warn(message, stacklevel=3)

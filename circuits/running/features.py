@@ -1,5 +1,4 @@
-"""Run circuits of transcoder features: everything outside the circuit is ablated, nothing is
-frozen.
+"""Run circuits of transcoder features: all outside the circuit is ablated, nothing is frozen.
 
 A circuit keeps the nodes that its edges touch, and with a node all its occurrences in a prompt. At
 every position the output of layer l's MLP becomes
@@ -7,21 +6,20 @@ every position the output of layer l's MLP becomes
     MLP_l(x) + sum over the nodes n outside the circuit that write there of  c_n - out_n(x)
 
 with out_n(x) what the node writes in this run (a feature's activation times its decoder rows, or
-the
-error) and c_n what it writes on the corrupted prompt, zero, or its mean. Biases and skip
-connections
-stay as they are. Token embeddings outside the circuit are replaced in the same way.
+the error) and c_n what it writes on the corrupted prompt, zero, or its mean. Biases and skip
+connections stay as they are. Token embeddings outside the circuit are replaced in the same way.
 
 A feature that is inactive on the clean prompt is in no circuit, with one exception: the circuit
-that
-keeps every edge of a graph with all active features is the model itself. With one edge less, such
-features take their values on the corrupted prompt, so curves over sizes jump at their last point.
+that keeps every edge of a graph with all active features is the model itself. With one edge less,
+such features take their values on the corrupted prompt, so curves over sizes jump at their last
+point.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,7 +28,7 @@ from torch import Tensor
 from circuits.attribution.local_model import check_transcoders, compute_dtype, read_by_features
 from circuits.attribution.pooling import spans_of
 from circuits.graph.graph import Graph, PooledFeatureGraph
-from circuits.graph.nodes import Error, Feature, TokenEmbed
+from circuits.graph.nodes import Error, Feature, Node, TokenEmbed
 from circuits.models import (
     Hook,
     Model,
@@ -45,8 +43,7 @@ from circuits.models import (
 )
 from circuits.models.component_graph import REST
 from circuits.models.identity import check_fits
-from circuits.models.source_outputs import keeper
-from circuits.running.ablation import Ablation
+from circuits.running.ablation import Ablation, masked_sum
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget
 from circuits.tasks.metrics import check_finite
@@ -58,66 +55,51 @@ from circuits.transcoders.transcoder import Transcoders
 CPU_BYTES = 1 << 30
 
 KeptEdges = Bool[Tensor, "variant edge"]
-NodeMask = Bool[Tensor, " node"]
+OfLogits = Callable[[Tensor], Tensor]
+Circuit = Sequence[Node]
+Hooks = list[tuple[str, Hook]]
+EdgeMask = Bool[Tensor, " edge"]
+Tokens = Int[Tensor, "batch pos"]
 Stream = Float[Tensor, "batch pos d_model"]
-Activations = Float[Tensor, "batch pos feature"]
+VariantLogits = Float[Tensor, "variant scored vocab"]
 
-EMBEDDING_HOOK = output_hook(TokenEmbed())
+Part = tuple[type[Node], int]
+"""The features or the errors of a layer, or the token embeddings (of layer 0)."""
+
+NodeOutputs = dict[Part, Float[Tensor, "#batch #pos _"]]
+"""Activations of features; errors, before a norm that follows them; and token embeddings."""
+
+NodePlaces = dict[Part, Bool[Tensor, "batch pos _"]]
+"""At which positions nodes stay."""
+
+TOKENS: Part = (TokenEmbed, 0)
 
 
 def transcoders_of(graph: PooledFeatureGraph, given: Transcoders | None) -> Transcoders:
-    """The transcoders whose features are a graph's nodes: those given, or those the graph names.
-
-    Raises:
-        InputError: they are not the ones the graph was made with, or cannot be found again.
-    """
+    """The transcoders whose features are a graph's nodes: those given, or those the graph names."""
     made_with = graph.transcoders
     if given is None and not made_with.source:
         raise InputError(
             f"the graph's transcoders {made_with.name!r} were not loaded from a file; hand them "
-            f"over "
-            "with transcoders=."
+            "over with transcoders=."
         )
     found = load_transcoders(made_with.source) if given is None else given
     if found.identity.weights != made_with.weights:
         where = f" in {made_with.source}" if given is None else ""
         raise InputError(
             f"the transcoders {found.name!r}{where} have other weights than those the graph was "
-            f"made "
-            f"with ({made_with.name!r})."
+            f"made with ({made_with.name!r})."
         )
     return found
 
 
-@dataclass(frozen=True, eq=False)
-class NodeOutputs:
-    """What features, errors and tokens write on some prompts, or what replaces it.
-
-    Attributes:
-        features: activations, by layer.
-        errors: by layer, before the norm after the MLP if transcoders write there.
-        tokens: the token embeddings.
-    """
-
-    features: Sequence[Activations]
-    errors: Sequence[Stream]
-    tokens: Stream
-
-    def map(
-        self, function: Callable[[Tensor], Tensor], tokens: Callable[[Tensor], Tensor] | None = None
-    ) -> NodeOutputs:
-        """A function of every tensor; of the token embeddings, `tokens` if given."""
-        return NodeOutputs(
-            [function(part) for part in self.features],
-            [function(part) for part in self.errors],
-            (tokens or function)(self.tokens),
-        )
-
-    def __add__(self, other: NodeOutputs) -> NodeOutputs:
-        return NodeOutputs(
-            [a + b for a, b in zip(self.features, other.features, strict=True)],
-            [a + b for a, b in zip(self.errors, other.errors, strict=True)],
-            self.tokens + other.tokens,
+def _check_positions(graph: Graph, task: Task) -> None:
+    named = {REST, *task.positions}
+    missing = [name for name in graph.positions or () if name not in named]
+    if missing:
+        raise InputError(
+            f"the circuit is split by the positions {missing}, which the task {task.name!r} "
+            "does not name."
         )
 
 
@@ -149,11 +131,7 @@ class FeatureExecutor:
         transcoders: Transcoders | None = None,
         max_memory: int | None = None,
     ) -> FeatureExecutor:
-        """Take means if the ablation needs them.
-
-        Raises:
-            InputError: model, transcoders, graph and task do not fit together.
-        """
+        """Check that all fits together, and take means if the ablation needs them."""
         assert isinstance(graph, PooledFeatureGraph)
         found = transcoders_of(graph, transcoders)
         check_transcoders(model, found)
@@ -164,228 +142,208 @@ class FeatureExecutor:
                 "circuits of features are ablated by resample, zero, mean or mean_by_position; "
                 "outputs cannot be given."
             )
-        spans = [name for name in graph.positions or () if name != REST]
-        missing = [name for name in spans if name not in task.positions]
-        if missing:
-            raise InputError(
-                f"the circuit is split by the positions {missing}, which the task {task.name!r} "
-                f"does "
-                "not name."
-            )
+        _check_positions(graph, task)
         task = task.to(model.cfg.device)
-        ready = FeatureExecutor(model, found, graph, task, ablation, max_memory)
-        return replace(ready, means=ready._means()) if ablation.takes_means else ready
+        executor = FeatureExecutor(model, found, graph, task, ablation, max_memory)
+        if not ablation.takes_means:
+            return executor
+        with frozen(model), plain_inputs(model), torch.no_grad():
+            return replace(executor, means=executor._means())
 
-    def logits(self, kept: KeptEdges) -> Float[Tensor, "variant scored vocab"]:
+    def logits(self, kept: KeptEdges) -> VariantLogits:
         """Logits of every circuit at every scored row."""
         return self.map(kept, lambda logits: logits)
 
-    def map(self, kept: KeptEdges, function: Callable[[Tensor], Tensor]) -> Tensor:
+    def map(self, kept: KeptEdges, function: OfLogits) -> Tensor:
         """`function` of the logits, one circuit at a time."""
         circuits = [self._kept_nodes(row) for row in kept]
-        parts = [self._part_logits(self.task[part], circuits) for part in self._parts()]
+        with frozen(self.model), plain_inputs(self.model), torch.no_grad():
+            parts = [self._part_logits(prompts, circuits) for prompts in self._parts()]
         logits = torch.cat(parts, dim=1)
         check_finite(logits)
         return torch.cat([function(each[None]) for each in logits])
 
-    def near(self, kept: Bool[Tensor, " edge"]) -> None:
+    def near(self, kept: EdgeMask) -> None:
         """Ignored: nothing is reused from circuit to circuit."""
 
     def fixed_cost(self, edges: Sequence[int]) -> float:
         """None: a circuit is a run of the model."""
         return 0.0
 
-    def _kept_nodes(self, kept: Bool[Tensor, " edge"]) -> NodeMask | None:
+    def _kept_nodes(self, kept: EdgeMask) -> Circuit | None:
         """The nodes that kept edges touch; None for the model itself."""
-        if self.graph.transcoders.whole and bool(kept.all()):
+        # With all active features among its nodes, the whole graph leaves nothing to replace.
+        if self.graph.transcoders.whole and kept.all():
             return None
-        touched = torch.zeros(len(self.graph.nodes), dtype=torch.bool)
-        touched[self.graph.source[kept]] = True
-        touched[self.graph.target[kept]] = True
-        return touched
+        graph = self.graph
+        touched = torch.cat([graph.source[kept], graph.target[kept]])
+        return [graph.nodes[index] for index in touched.unique().tolist()]
 
-    def _parts(self) -> list[slice]:
+    def _parts(self) -> list[Task]:
         """The prompts in parts that fit into memory."""
-        widths = self.transcoders.n_features + self.transcoders.d_model
-        prompt_bytes = 12 * self.transcoders.n_layers * widths * self.task.clean.shape[1]
+        # Features and errors in float32 on the clean prompts, as replaced, and in the circuit.
+        shape = self.transcoders
+        widths = shape.n_features + shape.d_model
+        prompt_bytes = 12 * shape.n_layers * widths * self.task.clean.shape[1]
         budget = memory_budget(self.model.cfg.device, self.max_memory, cpu_bytes=CPU_BYTES)
         size = max(1, budget // prompt_bytes)
-        return [slice(start, start + size) for start in range(0, len(self.task), size)]
+        return [self.task[start : start + size] for start in range(0, len(self.task), size)]
 
-    def _part_logits(
-        self, part: Task, circuits: Sequence[NodeMask | None]
-    ) -> Float[Tensor, "variant scored vocab"]:
-        with frozen(self.model), plain_inputs(self.model), torch.no_grad():
-            clean = self._record(part.clean, part)
-            replaced = self._replaced(part, clean)
-            residuals = [self._run(part, clean, replaced, circuit) for circuit in circuits]
-            return torch.stack([unembed(self.model, each[part.scored]) for each in residuals])
-
-    def _replaced(self, part: Task, clean: NodeOutputs) -> NodeOutputs:
-        """c_n of every node n."""
+    def _part_logits(self, prompts: Task, circuits: Sequence[Circuit | None]) -> VariantLogits:
+        clean = _Run(self, prompts)
+        # Without a replacement this run is that of the whole model.
+        whole = clean.residual(prompts.clean)
         if self.means is not None:
-            return self.means.map(lambda mean: mean[:, : part.clean.shape[1]])
-        if self.ablation.name == "zero":
-            return clean.map(torch.zeros_like)
-        return self._record(part.corrupted, part)
+            replacing = self.means
+        elif self.ablation.name == "zero":
+            replacing = {part: torch.zeros_like(value) for part, value in clean.outputs.items()}
+        else:
+            corrupted = _Run(self, prompts)
+            corrupted.residual(prompts.corrupted)
+            replacing = corrupted.outputs
+        logits = []
+        for circuit in circuits:
+            residual = whole
+            if circuit is not None:
+                staying = self._staying(prompts, circuit, clean.outputs)
+                run = _Run(self, prompts, staying, replacing)
+                residual = run.residual(prompts.clean)
+            logits.append(unembed(self.model, residual[prompts.scored]))
+        self.counts["batches"] += len(circuits)
+        return torch.stack(logits)
 
-    def _record(self, tokens: Int[Tensor, "batch pos"], part: Task) -> NodeOutputs:
-        """out_n of every node n when the model runs on these prompts."""
-        seen: dict[str, Tensor] = {}
-        layers = range(self.transcoders.n_layers)
-        names = [EMBEDDING_HOOK, *map(self._read_hook, layers), *map(self._written_hook, layers)]
-        hooks = [(name, keeper(seen, name)) for name in names]
-        run_to_residual(self.model, tokens, part.mask, hooks)
-        inputs = {layer: self._inputs(layer, seen[self._read_hook(layer)]) for layer in layers}
-        features = {layer: self._encode(layer, inputs[layer], part) for layer in layers}
-        errors = []
-        for layer in layers:
-            # error = MLP output - transcoder output
-            explained = self.transcoders.output(layer, features, inputs[layer])
-            errors.append(self._after_leading(seen[self._written_hook(layer)] - explained))
-        return NodeOutputs(list(features.values()), errors, seen[EMBEDDING_HOOK])
+    def _staying(self, prompts: Task, circuit: Circuit, clean: NodeOutputs) -> NodePlaces:
+        """Where the nodes of a circuit write out_n; elsewhere they write c_n."""
+        spans = torch.zeros_like(prompts.clean)
+        if self.graph.positions is not None:
+            names = tuple(map(str, self.graph.positions))
+            spans = spans_of(prompts.positions, names).to(spans)
+        by_span = self._by_span(circuit)
+        staying = {part: nodes[spans] for part, nodes in by_span.items()}
+        # A feature that is inactive on the clean prompt is in no circuit.
+        for layer in range(self.transcoders.n_layers):
+            staying[Feature, layer] &= clean[Feature, layer] != 0
+        return staying
 
-    def _run(
-        self, part: Task, clean: NodeOutputs, replaced: NodeOutputs, circuit: NodeMask | None
-    ) -> Stream:
-        """The last residual stream of one circuit."""
-        self.counts["batches"] += 1
-        if circuit is None:
-            return run_to_residual(self.model, part.clean, part.mask)
-        stays = _Staying.of(self.graph, circuit, part, self.transcoders)
-        inputs: dict[int, Tensor] = {}
-        features: dict[int, Tensor] = {}
-        changes: dict[int, Tensor] = {}  # c_n - out_n of features outside the circuit
-
-        def replace_tokens(embedding: Tensor) -> Tensor:
-            return torch.where(stays.tokens[..., None], embedding, replaced.tokens.to(embedding))
-
-        def reader(layer: int) -> Hook:
-            def read(residual: Tensor) -> None:
-                inputs[layer] = self._inputs(layer, residual)
-                features[layer] = self._encode(layer, inputs[layer], part)
-                kept = stays.features(layer) & (clean.features[layer] != 0)
-                change = replaced.features[layer] - features[layer]
-                changes[layer] = self._after_leading(torch.where(kept, 0.0, change))
-
-            return read
-
-        def writer(layer: int) -> Hook:
-            def write(output: Tensor) -> Tensor:
-                error = output - self.transcoders.output(layer, features, inputs[layer])
-                kept = stays.errors(layer)[..., None]
-                error_change = torch.where(kept, 0.0, replaced.errors[layer] - error)
-                change = self._after_leading(error_change) + self.transcoders.decode(changes, layer)
-                return output + change.to(output)
-
-            return write
-
-        layers = range(self.transcoders.n_layers)
-        hooks: list[tuple[str, Hook]] = [(EMBEDDING_HOOK, replace_tokens)]
-        hooks += [(self._read_hook(layer), reader(layer)) for layer in layers]
-        hooks += [(self._written_hook(layer), writer(layer)) for layer in layers]
-        return run_to_residual(self.model, part.clean, part.mask, hooks)
-
-    def _read_hook(self, layer: int) -> str:
-        return mlp_residual_hook(self.model, layer)
-
-    def _written_hook(self, layer: int) -> str:
-        return mlp_output_hook(self.model, layer, before_norm=self.transcoders.writes == "mlp")
-
-    def _inputs(self, layer: int, residual: Stream) -> Stream:
-        """What the features of a layer read."""
-        weights = ModelWeights(self.model)
-        normalized = weights.normalized(layer, residual)
-        scale = None if normalized is None else normalized[1]
-        norm = weights.linear_norm(layer, "ln2", scale)
-        return read_by_features(self.transcoders, norm, residual.to(compute_dtype(self.model)))[1]
-
-    def _encode(self, layer: int, inputs: Stream, part: Task) -> Activations:
-        return self._after_leading(self.transcoders.encode(layer, inputs, part.mask))
-
-    def _after_leading(self, values: Tensor) -> Tensor:
-        """Set values to 0, in place, at the leading positions, which have no features or errors."""
-        values[:, : self.graph.transcoders.leading] = 0
-        return values
+    def _by_span(self, circuit: Circuit) -> dict[Part, Bool[Tensor, "span _"]]:
+        """The nodes of a circuit."""
+        spans = self.graph.positions or (None,)
+        # [span, feature] of features; [span, 1] of tokens and errors.
+        shape = (len(spans), self.transcoders.n_features)
+        none = torch.zeros(shape, dtype=torch.bool, device=self.model.cfg.device)
+        found = {TOKENS: none[:, :1].clone()}
+        for layer in range(self.transcoders.n_layers):
+            found[Feature, layer] = none.clone()
+            found[Error, layer] = none[:, :1].clone()
+        for node in circuit:
+            match node:
+                case Feature(layer, index, position):
+                    found[Feature, layer][spans.index(position), index] = True
+                case Error(layer, position):
+                    found[Error, layer][spans.index(position)] = True
+                case TokenEmbed(position):
+                    found[TOKENS][spans.index(position)] = True
+        return found
 
     def _means(self) -> NodeOutputs:
         """Means over all prompts, padding left out."""
-        total: NodeOutputs | None = None
-        n_tokens = n_later = torch.zeros((), device=self.model.cfg.device)
-        axes = (0, 1) if self.ablation.name == "mean" else (0,)
+        axes, mask = self.ablation.axes, self.task.mask
+        sums: NodeOutputs = {}
         for prompts in self._parts():
-            part = self.task[prompts]
-            tokens = part.clean if self.ablation.over == "clean" else part.corrupted
-            with frozen(self.model), plain_inputs(self.model), torch.no_grad():
-                outputs = self._record(tokens, part)
-            real, later = self._real_tokens(part)
-            sums = outputs.map(_weighted_sum(later, axes), tokens=_weighted_sum(real, axes))
-            n_tokens = n_tokens + real.sum(axes, keepdim=True)
-            n_later = n_later + later.sum(axes, keepdim=True)
-            total = sums if total is None else total + sums
-        assert total is not None
-        length = self.task.clean.shape[1]
-        return total.map(
-            lambda value: (value / n_later.clamp(min=1)).expand(1, length, -1),
-            tokens=lambda value: (value / n_tokens.clamp(min=1)).expand(1, length, -1),
-        )
-
-    def _real_tokens(self, part: Task) -> tuple[Float[Tensor, "batch pos 1"], ...]:
-        """1 at real tokens; and at those after the leading positions, since features and errors do
-        not exist there and must not count in their means.
-        """
-        positions = torch.arange(part.mask.shape[1], device=part.mask.device)
-        is_later = positions >= self.graph.transcoders.leading
-        masks = (part.mask, part.mask & is_later)
-        return tuple(mask.to(compute_dtype(self.model))[..., None] for mask in masks)
-
-
-def _weighted_sum(weights: Tensor, axes: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-    return lambda value: (value * weights).sum(axes, keepdim=True)
+            run = _Run(self, prompts)
+            run.residual(self.ablation.averaged(prompts))
+            for part, value in run.outputs.items():
+                total = masked_sum(value, prompts.mask, axes)
+                sums[part] = sums.get(part, 0) + total
+        # The leading positions have no features and errors, so they do not count in their means.
+        later = mask.clone()
+        later[:, : self.graph.transcoders.leading] = False
+        means = {}
+        for part, total in sums.items():
+            counted = mask if part == TOKENS else later
+            count = counted.sum(axes, keepdim=True).clamp(min=1)
+            means[part] = total / count[..., None]
+        return means
 
 
 @dataclass(frozen=True, eq=False)
-class _Staying:
-    """Where each node of a circuit stays on some prompts.
+class _Run:
+    """One run of the model, in which what nodes write is recorded and some of it replaced.
 
     Attributes:
-        spans: the span of each position; zeros in a graph without positions.
-        feature_spans: by layer, whether each feature stays at a span.
-        error_spans: whether each layer's error stays at a span.
-        tokens: where token embeddings stay.
+        staying: where nodes write out_n.
+        replacing: c_n, which they write elsewhere; without it nothing is replaced.
+        outputs: out_n of every node n so far.
+        inputs: what the features of each layer read.
+        features: their activations.
+        changes: of these activations, c_n - out_n where they are replaced.
     """
 
-    spans: Int[Tensor, "batch pos"]
-    feature_spans: Sequence[Bool[Tensor, "span feature"]]
-    error_spans: Bool[Tensor, "layer span"]
-    tokens: Bool[Tensor, "batch pos"]
+    executor: FeatureExecutor
+    prompts: Task
+    staying: NodePlaces = field(default_factory=dict)
+    replacing: NodeOutputs = field(default_factory=dict)
+    outputs: NodeOutputs = field(default_factory=dict)
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+    features: dict[int, Tensor] = field(default_factory=dict)
+    changes: dict[int, Tensor] = field(default_factory=dict)
 
-    @staticmethod
-    def of(graph: Graph, circuit: NodeMask, part: Task, transcoders: Transcoders) -> _Staying:
-        """Spread the nodes of a circuit over the positions of each prompt."""
-        device, names = part.clean.device, graph.positions or (None,)
-        n_layers, n_spans = transcoders.n_layers, len(names)
-        features = torch.zeros(n_layers, n_spans, transcoders.n_features, dtype=torch.bool)
-        errors = torch.zeros(n_layers, n_spans, dtype=torch.bool)
-        tokens = torch.zeros(n_spans, dtype=torch.bool)
-        for number in circuit.nonzero().flatten().tolist():
-            match graph.nodes[number]:
-                case Feature(layer=layer, index=index, position=position):
-                    features[layer, names.index(position), index] = True
-                case Error(layer=layer, position=position):
-                    errors[layer, names.index(position)] = True
-                case TokenEmbed(position=position):
-                    tokens[names.index(position)] = True
-        if graph.positions is None:
-            spans = torch.zeros(part.clean.shape, dtype=torch.long)
-        else:
-            spans = spans_of(part.positions, tuple(map(str, names)))
-        return _Staying(
-            spans.to(device), list(features.to(device)), errors.to(device), tokens[spans].to(device)
-        )
+    def residual(self, tokens: Tokens) -> Stream:
+        """Run the model; return the residual stream after the last layer."""
+        model, transcoders = self.executor.model, self.executor.transcoders
+        before_norm = transcoders.writes == "mlp"
+        hooks: Hooks = [(output_hook(TokenEmbed()), self.embed)]
+        for layer in range(transcoders.n_layers):
+            writes = mlp_output_hook(model, layer, before_norm=before_norm)
+            reads = mlp_residual_hook(model, layer)
+            hooks.append((reads, partial(self.read, layer)))
+            hooks.append((writes, partial(self.write, layer)))
+        return run_to_residual(model, tokens, self.prompts.mask, hooks)
 
-    def features(self, layer: int) -> Bool[Tensor, "batch pos feature"]:
-        return self.feature_spans[layer][self.spans]
+    def embed(self, embedding: Stream) -> Stream:
+        self.outputs[TOKENS] = embedding
+        if not self.replacing:
+            return embedding
+        replacing = self.replacing[TOKENS].to(embedding)
+        return torch.where(self.staying[TOKENS], embedding, replacing)
 
-    def errors(self, layer: int) -> Bool[Tensor, "batch pos"]:
-        return self.error_spans[layer][self.spans]
+    def read(self, layer: int, residual: Stream) -> None:
+        inputs = self.inputs[layer] = self._feature_inputs(layer, residual)
+        active = self.executor.transcoders.encode(layer, inputs, self.prompts.mask)
+        self.features[layer] = self._after_leading(active)
+        self.changes[layer] = self._change((Feature, layer), active)
+
+    def _feature_inputs(self, layer: int, residual: Stream) -> Stream:
+        model = self.executor.model
+        weights = ModelWeights(model)
+        _, scale = weights.normalized(layer, residual) or (None, None)
+        norm = weights.linear_norm(layer, "ln2", scale)
+        stream = residual.to(compute_dtype(model))
+        _, inputs = read_by_features(self.executor.transcoders, norm, stream)
+        return inputs
+
+    def write(self, layer: int, output: Stream) -> Stream:
+        transcoders = self.executor.transcoders
+        explained = transcoders.output(layer, self.features, self.inputs[layer])
+        # error = MLP output - transcoder output
+        error = self._after_leading(output - explained)
+        change = self._change((Error, layer), error)
+        if not self.replacing:
+            return output
+        change = change + transcoders.decode(self.changes, layer)
+        return output + change.to(output)
+
+    def _change(self, part: Part, own: Tensor) -> Tensor:
+        """c_n - out_n of nodes outside the circuit, and 0 of the others."""
+        self.outputs[part] = own
+        if not self.replacing:
+            return own
+        # c_n - out_n
+        change = self.replacing[part] - own
+        change = change.masked_fill_(self.staying[part], 0)
+        return self._after_leading(change)
+
+    def _after_leading(self, values: Tensor) -> Tensor:
+        """Set values to 0, in place, at the leading positions, which have no features or errors."""
+        values[:, : self.executor.graph.transcoders.leading] = 0
+        return values

@@ -17,16 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-from einops import rearrange, repeat
+from einops import repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.graph.graph import Graph
-from circuits.graph.nodes import Head
 from circuits.models import (
-    Hook,
     Model,
     frozen,
     input_hook,
@@ -49,32 +48,30 @@ from circuits.tasks.token_spans import token_spans
 # caches; steps of 256 MB took three times as long.
 CACHED_BYTES = 1 << 24
 
+EdgeMask = Bool[Tensor, " edge"]
 KeptEdges = Bool[Tensor, "variant edge"]
+OfLogits = Callable[[Tensor], Tensor]
 AblatedEdges = Bool[Tensor, "variant span target source"]
+SpanIndices = Int[Tensor, "batch pos"]
+Counterfactual = Float[Tensor, "source batch pos d_model"]
+VariantOutputs = Float[Tensor, "source variant batch pos d_model"]
 VariantLogits = Float[Tensor, "variant scored vocab"]
 
 
 @dataclass(frozen=True, eq=False)
-class PromptBatch:
-    """Some prompts of a task.
+class HookedExecutor:
+    """Runs circuits of one graph on the prompts of one task, see `executor.Executor`.
 
     Attributes:
-        counterfactuals: what each source's output is replaced by.
         spans: the span of each token; None if edges are not split by position.
+        counterfactuals: c_u, what the output of each source u is replaced by.
     """
-
-    task: Task
-    counterfactuals: Float[Tensor, "source batch pos d_model"]
-    spans: Int[Tensor, "batch pos"] | None
-
-
-@dataclass(frozen=True, eq=False)
-class HookedExecutor:
-    """Runs circuits of one graph on the prompts of one task, see `executor.Executor`."""
 
     model: Model
     layout: EdgeLayout
-    batches: tuple[PromptBatch, ...]
+    task: Task
+    spans: SpanIndices | None
+    counterfactuals: Counterfactual
     max_memory: int | None = None
     counts: dict[str, int] = field(default_factory=lambda: {"node_evaluations": 0, "batches": 0})
 
@@ -87,133 +84,105 @@ class HookedExecutor:
         *,
         max_memory: int | None = None,
     ) -> HookedExecutor:
-        """Run the counterfactual prompts once, for all circuits to come.
-
-        Raises:
-            InputError: the model is not supported, or the graph does not belong to it.
-        """
+        """Run the counterfactual prompts once, for all circuits to come."""
         check_supported(model)
         check_fits(model, graph)
         check_task(model, task)
-        task, layout = task.to(model.cfg.device), EdgeLayout.of(model, graph)
+        layout = EdgeLayout.of(model, graph)
+        task = task.to(model.cfg.device)
         spans = token_spans(graph, task)
-        pos, cfg = task.clean.shape[1], model.cfg
-        prompt_bytes = len(layout.nodes) * pos * cfg.d_model * cfg.dtype.itemsize
-        size = max(1, memory_budget(cfg.device, max_memory) // prompt_bytes)
-        batches = []
         with frozen(model), torch.no_grad():
             counterfactuals = Counterfactuals.prepare(model, layout.nodes, task, ablation)
-            for start in range(0, len(task), size):
-                prompts = slice(start, start + size)
-                replaced = counterfactuals.on(task[prompts], prompts)
-                part = None if spans is None else spans[prompts]
-                batches.append(PromptBatch(task[prompts], replaced, part))
-        return HookedExecutor(model, layout, tuple(batches), max_memory)
+            replaced = counterfactuals.on(task)
+        return HookedExecutor(model, layout, task, spans, replaced, max_memory)
 
     def logits(self, kept: KeptEdges) -> VariantLogits:
-        """Logits of every circuit at every scored row.
-
-        Raises:
-            InputError: the logits overflow.
-        """
+        """Logits of every circuit at every scored row."""
+        ablated = self.layout.ablated(kept.to(self.counterfactuals.device))
+        # As many prompts at a time as the outputs of all sources fit into memory for.
+        budget = memory_budget(self.model.cfg.device, self.max_memory)
+        prompt_bytes = self.counterfactuals[:, 0].nbytes
+        size = max(1, budget // prompt_bytes)
+        starts = range(0, len(self.task), size)
         with frozen(self.model), torch.no_grad(), separate_inputs(self.model):
-            parts = [self._batch_logits(kept, batch) for batch in self.batches]
+            parts = [self._part_logits(slice(start, start + size), ablated) for start in starts]
         logits = torch.cat(parts, dim=1)
         check_finite(logits)
-        self.counts["node_evaluations"] += len(kept) * len(self.layout.nodes)
+        n_nodes = len(self.layout.nodes)
+        self.counts["node_evaluations"] += n_nodes * len(kept)
         self.counts["batches"] += 1
         return logits
 
-    def map(self, kept: KeptEdges, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """`function` of the logits.
-
-        Raises:
-            InputError: the logits overflow.
-        """
+    def map(self, kept: KeptEdges, function: OfLogits) -> Tensor:
+        """`function` of the logits."""
         return function(self.logits(kept))
 
-    def near(self, kept: Bool[Tensor, " edge"]) -> None:
+    def near(self, kept: EdgeMask) -> None:
         """Ignored: nothing is reused from circuit to circuit."""
 
     def fixed_cost(self, edges: Sequence[int]) -> float:
         """Little: every circuit is a whole run."""
         return 0.1
 
-    def _batch_logits(self, kept: KeptEdges, batch: PromptBatch) -> VariantLogits:
-        """As many circuits at a time as fit into memory."""
-        counterfactuals = batch.counterfactuals
-        circuit_bytes = max(1, counterfactuals.numel() * counterfactuals.element_size())
+    def _part_logits(self, prompts: slice, ablated: AblatedEdges) -> VariantLogits:
+        """Logits on some prompts, of as many circuits at a time as fit into memory."""
         budget = memory_budget(self.model.cfg.device, self.max_memory, cpu_bytes=CACHED_BYTES)
-        ablated = self.layout.ablated(kept.to(counterfactuals.device))
-        size, parts, done = max(1, budget // circuit_bytes), list[Tensor](), 0
-        while done < len(kept):
-
-            def run(circuits: int, start: int = done) -> VariantLogits:
-                return self._run(ablated[start : start + circuits], batch)
-
-            part, size = shrinking(run, min(size, len(kept) - done), "circuit")
+        circuit_bytes = self.counterfactuals[:, prompts].nbytes
+        size = max(1, budget // circuit_bytes)
+        parts: list[Tensor] = []
+        done = 0
+        while done < len(ablated):
+            step = partial(self._run, prompts, ablated[done:])
+            most = min(size, len(ablated) - done)
+            part, size = shrinking(step, most, "circuit")
             parts.append(part)
             done += size
         return torch.cat(parts)
 
-    def _run(self, ablated: AblatedEdges, batch: PromptBatch) -> VariantLogits:
-        """One forward pass; every variant is a copy of the prompts."""
-        variants, counterfactuals, task = len(ablated), batch.counterfactuals, batch.task
-        shape = (len(self.layout.nodes), variants, *counterfactuals.shape[1:])
+    def _run(self, prompts: slice, ablated: AblatedEdges, n_circuits: int) -> Tensor:
+        """Logits [circuit, scored, vocab] of the first circuits, from one forward pass."""
+        model, task = self.model, self.task[prompts]
+        counterfactuals = self.counterfactuals[:, prompts]
+        spans = None if self.spans is None else self.spans[prompts]
         # out_u(M) of every source u, filled in as the pass goes on
-        outputs = counterfactuals.new_empty(shape)
-        hooks = [
-            *recording_hooks(self.model, self.layout.nodes, outputs),
-            *self._ablating_hooks(ablated, batch, outputs),
-        ]
+        n_sources, *shape = counterfactuals.shape
+        outputs = counterfactuals.new_empty(n_sources, n_circuits, *shape)
+        # A source writes before its targets read, so its row is filled when they need it.
+        hooks = recording_hooks(model, self.layout.nodes, outputs)
+        row = 0
+        for node, slot, count in self.layout.targets:
+            n = sources_of(model, node, self.layout.splits_embedding)
+            edges = ablated[:n_circuits, :, row : row + count, :n]
+            row += count
+            if edges.any():
+                upstream = counterfactuals[:n], outputs[:n]
+                hook = partial(_ablate, edges, spans, *upstream)
+                hooks.append((input_hook(model, node, slot), hook))
+        # Every circuit runs on a copy of the prompts.
         tokens, mask = (
-            repeat(tensor, "batch pos -> (variant batch) pos", variant=variants)
+            repeat(tensor, "batch pos -> (variant batch) pos", variant=n_circuits)
             for tensor in (task.clean, task.mask)
         )
-        residual = rearrange(
-            run_to_residual(self.model, tokens, mask, hooks),
-            "(variant batch) pos d_model -> variant batch pos d_model",
-            variant=variants,
-        )
-        return unembed(self.model, residual[:, task.scored])
-
-    def _ablating_hooks(
-        self,
-        ablated: AblatedEdges,
-        batch: PromptBatch,
-        outputs: Float[Tensor, "source variant batch pos d_model"],
-    ) -> list[tuple[str, Hook]]:
-        """A hook for every layer and slot that some variant ablates edges into."""
-        hooks, row = [], 0
-        for node, slot, count in self.layout.targets:
-            sources = sources_of(self.model, node, self.layout.splits_embedding)
-            mask = ablated[:, :, row : row + count, :sources]
-            row += count
-            if bool(mask.any()):
-                has_heads = isinstance(node, Head)
-                hook = _ablating_hook(mask, batch, outputs[:sources], has_heads)
-                hooks.append((input_hook(self.model, node, slot), hook))
-        return hooks
+        residual = run_to_residual(model, tokens, mask, hooks)
+        by_circuit = residual.unflatten(0, (n_circuits, -1))
+        return unembed(model, by_circuit[:, task.scored])
 
 
-def _ablating_hook(
+def _ablate(
     ablated: AblatedEdges,
-    batch: PromptBatch,
-    outputs: Float[Tensor, "source variant batch pos d_model"],
-    has_heads: bool,
-) -> Hook:
-    def ablate(activation: Tensor) -> Tensor:
-        counterfactuals = batch.counterfactuals[: len(outputs), None]
-        # c_u - out_u(M)
-        difference = counterfactuals - outputs
-        weights = ablated.to(difference.dtype)
-        # sum over sources u of (1 - M[u, r]) * (c_u - out_u(M))
-        if batch.spans is None:
-            change = torch.einsum("vru,uvbpd->vbprd", weights[:, 0], difference)
-        else:
-            by_token = weights[:, batch.spans]
-            change = torch.einsum("vbpru,uvbpd->vbprd", by_token, difference)
-        change = change if has_heads else change.squeeze(-2)
-        return activation + change.reshape(activation.shape)
-
-    return ablate
+    spans: SpanIndices | None,
+    counterfactuals: Counterfactual,
+    outputs: VariantOutputs,
+    activation: Tensor,
+) -> Tensor:
+    """What targets read when edges from some sources to them are ablated."""
+    # c_u - out_u(M)
+    difference = counterfactuals[:, None] - outputs
+    weights = ablated.to(difference.dtype)
+    # sum over sources u of (1 - M[u, r]) * (c_u - out_u(M))
+    if spans is None:
+        change = torch.einsum("vru,uvbpd->vbprd", weights[:, 0], difference)
+    else:
+        by_token = weights[:, spans]
+        change = torch.einsum("vbpru,uvbpd->vbprd", by_token, difference)
+    return activation + change.reshape(activation.shape)

@@ -15,7 +15,6 @@ from circuits.models import Model, frozen, run_to_residual, unembed
 from circuits.models.component_graph import check_supported, component_nodes
 from circuits.models.identity import check_fits
 from circuits.running.ablation import Ablation, with_means_taken
-from circuits.running.edge_layout import EdgeLayout
 from circuits.running.executor import get_executor
 from circuits.running.settings import ExecutorName, RunSettings
 from circuits.system.errors import InputError
@@ -28,6 +27,9 @@ from circuits.transcoders.transcoder import Transcoders
 PROMPTS_PER_RUN = 256
 # Preparing an executor pays off more the more prompts it is for, so it may take more than a step.
 PREPARED_CPU_BYTES = 1 << 32
+
+KeptEdges = Bool[Tensor, "variant edge"]
+VariantLogits = Float[Tensor, "variant scored vocab"]
 
 
 def run_circuits(
@@ -95,19 +97,22 @@ def run_circuit(
     >>> circuits.run_circuit(model, whole, task).shape[0]
     4
     """
-    settings = RunSettings.parse(
-        ablation=ablation, executor=executor, max_memory=max_memory, transcoders=transcoders
+    logits = run_circuits(
+        model,
+        circuit.graph,
+        circuit.kept[None],
+        task,
+        ablation=ablation,
+        executor=executor,
+        max_memory=max_memory,
+        transcoders=transcoders,
     )
-    return run_variants(model, circuit.graph, circuit.kept[None], task, settings)[0]
+    return logits[0]
 
 
 def run_variants(
-    model: Model,
-    graph: Graph,
-    kept: Bool[Tensor, "variant edge"],
-    task: Task,
-    settings: RunSettings,
-) -> Float[Tensor, "variant scored vocab"]:
+    model: Model, graph: Graph, kept: KeptEdges, task: Task, settings: RunSettings
+) -> VariantLogits:
     """`run_circuits`, with its arguments parsed.
 
     If the prompts do not fit into memory together they are run in parts; means are still taken
@@ -118,23 +123,28 @@ def run_variants(
             f"kept has shape {tuple(kept.shape)} of {kept.dtype}; it must be [variant, edge] of "
             f"bool, over {len(graph)} edges."
         )
-    if isinstance(graph, PooledFeatureGraph):
+    size = len(task)
+    # The executor of features cuts the prompts itself, and outputs that the user gives are in
+    # memory for all prompts already.
+    if not isinstance(graph, PooledFeatureGraph) and settings.ablation.name != "given":
+        size = _prompts_at_once(model, settings.max_memory, task)
+    if size >= len(task):
         return get_executor(model, graph, task, settings).logits(kept)
-    size = _prompts_at_once(model, settings.max_memory, task)
-    # Outputs given by the user are in memory for all prompts already.
-    if size >= len(task) or settings.ablation.name == "given":
-        return get_executor(model, graph, task, settings).logits(kept)
+    # Means would be taken before an executor could refuse what does not fit.
     check_supported(model)
     check_fits(model, graph)
     check_task(model, task)
-    nodes = EdgeLayout.of(model, graph).nodes
     task = task.to(model.cfg.device)
-    ablation = with_means_taken(model, nodes, task, settings.ablation, prompts_per_run=size)
+    nodes, ablation = component_nodes(model, graph.splits_embedding), settings.ablation
+    ablation = with_means_taken(model, nodes, task, ablation, prompts_per_run=size)
     settings = replace(settings, ablation=ablation)
     # The fit was checked above; without an identity no part reads all weights again.
-    unchecked = replace(graph, model=None)
-    parts = (task[start : start + size] for start in range(0, len(task), size))
-    logits = [get_executor(model, unchecked, part, settings).logits(kept) for part in parts]
+    graph = replace(graph, model=None)
+    logits = []
+    for start in range(0, len(task), size):
+        part = task[start : start + size]
+        executor = get_executor(model, graph, part, settings)
+        logits.append(executor.logits(kept))
     return torch.cat(logits, dim=1)
 
 
@@ -143,8 +153,10 @@ def _prompts_at_once(model: Model, max_memory: int | None, task: Task) -> int:
     cfg = model.cfg
     # Stored: six times the outputs of all sources (clean, ablated, in the empty circuit, a
     # difference, and the changes in one circuit), and by layer the inputs of its slots, q, k and v.
-    rows = 6 * len(component_nodes(model, split_embed=True)) + 7 * cfg.n_layers
-    bytes_per_prompt = rows * cfg.d_model * cfg.dtype.itemsize * task.clean.shape[1]
+    n_sources = len(component_nodes(model, split_embed=True))
+    rows = 6 * n_sources + 7 * cfg.n_layers
+    token_bytes = rows * cfg.d_model * cfg.dtype.itemsize
+    bytes_per_prompt = token_bytes * task.clean.shape[1]
     budget = memory_budget(cfg.device, max_memory, cpu_bytes=PREPARED_CPU_BYTES)
     return max(1, budget // bytes_per_prompt)
 
@@ -168,6 +180,7 @@ def model_logits(
     with frozen(model), torch.no_grad():
         for start in range(0, len(task), PROMPTS_PER_RUN):
             part = task[start : start + PROMPTS_PER_RUN]
+            # Only the scored rows are unembedded: a vocabulary is wide.
             tokens = part.clean if prompts == "clean" else part.corrupted
             residual = run_to_residual(model, tokens, part.mask)
             logits.append(unembed(model, residual[part.scored]))

@@ -62,6 +62,7 @@ class RunSettings:
             raise InputError(
                 f"there is no executor {executor!r}; choose 'auto', 'incremental' or 'hooks'."
             )
+        # A metric judges on a task; without one the logits themselves are wanted.
         return RunSettings(
             get_ablation(ablation),
             None if task is None else get_metric(metric, task),
