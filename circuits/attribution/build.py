@@ -17,8 +17,6 @@ from torch import Tensor
 
 from circuits.attribution.active_features import ActiveFeatures, gather_sources
 from circuits.attribution.feature_graph import (
-    EMBEDDING,
-    ERROR,
     FEATURE,
     TARGET,
     FeatureGraph,
@@ -44,11 +42,9 @@ from circuits.transcoders.transcoder import Transcoders
 UNSELECTED = "unselected_features"
 
 # The numbers of some targets, and the weights of the edges into them.
-Blocks = Iterable[tuple[Int[Tensor, " block"], EdgeWeights]]
-TargetValues = Float[Tensor, " target"]
-SelectedFeatures = Int[Tensor, " selected"]
+Blocks = Iterable[tuple[TargetNumbers, EdgeWeights]]
+DirectionWeights = Float[Tensor, " direction"]
 SourceNodes = Int[Tensor, " _"]
-KindNodes = Int[Tensor, " node"]
 EdgeNodes = Int[Tensor, " edge"]
 EdgeValues = Float[Tensor, " edge"]
 
@@ -171,150 +167,115 @@ def build_feature_graph(
         )
     sources = gather_sources(model, transcoders, features, leading=leading)
     sweep = LinearSweep(model, sources, max_memory)
-    into_features = feature_targets(model, transcoders, features)
-    explained = _explained(model, directions)
-    search = _RowSearch(sweep, into_features, explained, budget)
-    selected, targets, blocks = search.rows()
-    nodes = _nodes(model, select_rows(features, selected), explained)
-    edges, constants = _EdgeReader(sweep, selected, nodes).read(targets, blocks)
-    if not torch.isfinite(edges.weight).all():
-        raise InputError(
-            f"some edges are not finite: check the decoders of {transcoders.name!r}, or load "
-            "model and transcoders in float32."
-        )
-    return FeatureGraph(
-        nodes=nodes,
-        source=edges.source,
-        target=edges.target,
-        weight=edges.weight,
-        direct=edges.direct,
+    vectors = torch.stack([one.vector.to(model.embedding) for one in directions])
+    weight = vectors.new_tensor([one.weight for one in directions])
+    into_directions = _direction_targets(model, directions, vectors)
+    targets = join_rows([feature_targets(model, transcoders, features), into_directions])
+    chosen, blocks = _rows(sweep, targets, weight, budget)
+    selected = chosen[: len(chosen) - len(directions)]
+    nodes = _nodes(model, select_rows(features, selected), into_directions, weight)
+    reader = _EdgeReader(sweep, selected, nodes)
+    edges, constants = reader.read(select_rows(targets, chosen), blocks)
+    graph = FeatureGraph(
+        nodes,
+        *edges,
         constants=constants,
         constant_names=(*CONSTANTS, UNSELECTED),
         tokens=model.tokens,
         words=tuple(words),
         targets=tuple(LogitTarget(one.label, one.token) for one in directions),
-        directions=explained.vectors,
+        directions=vectors,
         n_layers=len(model.layers),
     )
+    if not graph.weight.isfinite().all():
+        raise InputError(
+            f"some edges are not finite: check the decoders of {transcoders.name!r}, or load "
+            "model and transcoders in float32."
+        )
+    return graph
 
 
-@dataclass(frozen=True, eq=False)
-class _ExplainedDirections:
-    """The directions to explain, in columns and as targets of the sweep."""
-
-    vectors: TargetVectors
-    weight: TargetValues
-    targets: SweepTargets
-
-
-def _explained(model: LocalModel, directions: Sequence[Direction]) -> _ExplainedDirections:
-    like, last = model.embedding, len(model.tokens) - 1
-    vectors = torch.stack([one.vector.to(like) for one in directions])
-    biases = vectors.new_tensor([one.bias for one in directions])
-    weight = vectors.new_tensor([one.weight for one in directions])
+def _direction_targets(
+    model: LocalModel, directions: Sequence[Direction], vectors: TargetVectors
+) -> SweepTargets:
+    last = len(model.tokens) - 1
     positions = [last if one.position is None else one.position for one in directions]
-    position = torch.tensor(positions, device=like.device)
-    targets = logit_targets(model, vectors, biases, position)
-    return _ExplainedDirections(vectors, weight.float(), targets)
+    biases = vectors.new_tensor([one.bias for one in directions])
+    return logit_targets(model, vectors, biases, torch.tensor(positions, device=vectors.device))
 
 
-@dataclass(frozen=True, eq=False)
-class _RowSearch:
-    """Computes the rows of edges into directions and the features within the budget."""
+def _rows(
+    sweep: LinearSweep, targets: SweepTargets, weight: DirectionWeights, budget: Budget
+) -> tuple[TargetNumbers, Blocks]:
+    """Compute the rows of edges into directions, and into features within the budget.
 
-    sweep: LinearSweep
-    into_features: SweepTargets
-    explained: _ExplainedDirections
-    budget: Budget
+    Args:
+        targets: all features, then the directions.
+        weight: of each direction.
 
-    def rows(self) -> tuple[SelectedFeatures, SweepTargets, Blocks]:
-        """Return the selected features, ascending; these and directions as targets; their rows."""
-        every = row_numbers(self.into_features.layer)
-        n_features = self.budget.features
-        if n_features is None or n_features >= len(every):
-            targets = join_rows([self.into_features, self.explained.targets])
-            return every, targets, self.sweep.by_block(targets)
-        chosen, weights = self._most_influential(n_features)
-        selected, order = chosen.sort()
-        into_selected = select_rows(self.into_features, selected)
-        targets = join_rows([into_selected, self.explained.targets])
-        # `weights` holds directions first. Reorder by block: a copy of all rows is too large.
-        directions = row_numbers(self.explained.weight)
-        row = torch.cat([len(directions) + order, directions])
-        split = self.sweep.split(targets)
-        blocks = ((block, select_rows(weights, row[block])) for block in split)
-        return selected, targets, blocks
-
-    def _most_influential(self, n_features: int) -> tuple[SelectedFeatures, EdgeWeights]:
-        """The most influential features; the rows of directions and then of these features."""
-        weights = self.sweep.rows(self.explained.targets)
-        chosen = row_numbers(self.into_features.layer)[:0]
-        while len(chosen) < n_features:
-            influence = self._partial_influence(weights, chosen)
-            influence[chosen] = -1.0
-            order = torch.argsort(influence, descending=True, stable=True)
-            size = min(self.budget.at_a_time, n_features - len(chosen))
-            following = select_rows(self.into_features, order[:size])
-            weights = join_rows([weights, self.sweep.rows(following)])
-            chosen = torch.cat([chosen, order[:size]])
-        return chosen, weights
-
-    def _partial_influence(
-        self, weights: EdgeWeights, chosen: SelectedFeatures
-    ) -> Float[Tensor, " feature"]:
-        """The influence of every feature on the directions through chosen features alone."""
-        # A = |edge weights|, each row divided by its sum
-        sizes = weights.features.abs()
-        sums = sizes.sum(1)
-        sums += weights.errors.abs().sum((1, 2))
-        sums += weights.embeddings.abs().sum(1)
-        shares = sizes / sums.clamp(min=SMALLEST_SUM)[:, None]
-        # influence = p A + p A^2 + ...; a path has at most one feature of each layer.
-        direction_weight = self.explained.weight.to(shares)
-        of_directions, of_chosen = shares.tensor_split([len(direction_weight)])
-        flow = direction_weight @ of_directions
-        influence = flow.clone()
-        for _ in self.sweep.model.layers:
-            flow = flow[chosen] @ of_chosen
-            influence += flow
-        return influence
+    Returns:
+        The numbers of the chosen targets, ascending, and their rows.
+    """
+    every, n_directions = row_numbers(targets.layer), len(weight)
+    n_features = len(every) - n_directions
+    n_wanted = n_features if budget.features is None else budget.features
+    if n_wanted >= n_features:
+        return every, sweep.by_block(targets)
+    chosen = every[n_features:]
+    weights = sweep.rows(select_rows(targets, chosen))
+    while len(chosen) < n_directions + n_wanted:
+        features = chosen[n_directions:]
+        influence = _partial_influence(weights, features, weight)
+        influence[features] = -1.0
+        order = influence.argsort(descending=True, stable=True)
+        size = min(budget.at_a_time, n_wanted - len(features))
+        following = order[:size]
+        weights = join_rows([weights, sweep.rows(select_rows(targets, following))])
+        chosen = torch.cat([chosen, following])
+    numbers, row = chosen.sort()
+    blocks = sweep.split(select_rows(targets, numbers))
+    # Reorder by block: a copy of all rows is too large.
+    return numbers, ((block, select_rows(weights, row[block])) for block in blocks)
 
 
-def _nodes(model: LocalModel, features: ActiveFeatures, explained: _ExplainedDirections) -> Nodes:
-    tokens, targets = model.tokens, explained.targets
-    position, layers = row_numbers(tokens), range(len(model.layers))
-    errors = [_blank_nodes(ERROR, torch.full_like(tokens, layer), position) for layer in layers]
-    embeddings = _blank_nodes(EMBEDDING, torch.full_like(tokens, -1), position)
-    nodes = _blank_nodes(FEATURE, features.layer, features.position)
-    return join_rows(
-        [
-            replace(nodes, index=features.index, activation=features.activation.float()),
-            *errors,
-            replace(embeddings, index=tokens),
-            replace(
-                _blank_nodes(TARGET, targets.layer, targets.position),
-                index=row_numbers(targets.layer),
-                probability=explained.weight,
-            ),
-        ]
-    )
+def _partial_influence(
+    weights: EdgeWeights, chosen: TargetNumbers, direction_weight: DirectionWeights
+) -> Float[Tensor, " feature"]:
+    """The influence of every feature on the directions through chosen features alone.
+
+    `weights` are the rows of directions, then of the chosen features.
+    """
+    # A = |edge weights|, each row divided by its sum
+    sizes = weights.weight.abs()
+    sums = sizes.sum(1, keepdim=True).clamp(min=SMALLEST_SUM)
+    shares = sizes[:, : len(weights.sources.order)] / sums
+    of_directions, of_chosen = shares.tensor_split([len(direction_weight)])
+    # influence = p A + p A^2 + ...; a path has at most one feature of each layer.
+    flow = direction_weight @ of_directions
+    influence = flow.clone()
+    column = weights.sources.column
+    for _ in weights.sources.outputs:
+        flow = flow[column[chosen]] @ of_chosen
+        influence += flow
+    return influence[column]
 
 
-def _blank_nodes(kind: int, layer: KindNodes, position: KindNodes) -> Nodes:
-    """Nodes of one kind without index, activation and probability."""
-    zeros = torch.zeros_like(layer)
-    no_activation = torch.full_like(layer, torch.nan, dtype=torch.float32)
-    return Nodes(zeros + kind, layer, position, zeros, no_activation, zeros.float())
-
-
-@dataclass(frozen=True, eq=False)
-class _Edges:
-    """The edges of a graph, by the numbers of the nodes they connect."""
-
-    target: EdgeNodes
-    source: EdgeNodes
-    weight: EdgeValues
-    direct: EdgeValues
+def _nodes(
+    model: LocalModel, features: ActiveFeatures, directions: SweepTargets, weight: DirectionWeights
+) -> Nodes:
+    position, n_layers = row_numbers(model.tokens), len(model.layers)
+    error_layer = position.new_tensor(range(n_layers)).repeat_interleave(len(position))
+    # Features, errors, embeddings, directions, as in `NodeKind`
+    layer = (features.layer, error_layer, torch.full_like(position, -1), directions.layer)
+    positions = (features.position, position.repeat(n_layers), position, directions.position)
+    index = (features.index, torch.zeros_like(error_layer), model.tokens, row_numbers(weight))
+    kind = [torch.full_like(part, number) for number, part in enumerate(layer)]
+    columns = [torch.cat(parts) for parts in (kind, layer, positions, index)]
+    probability = torch.zeros_like(columns[0], dtype=torch.float32)
+    activation = torch.full_like(probability, torch.nan)
+    activation[: len(features)] = features.activation
+    probability[-len(weight) :] = weight
+    return Nodes(*columns, activation, probability)
 
 
 @dataclass(frozen=True, eq=False)
@@ -322,68 +283,61 @@ class _EdgeReader:
     """Reads the edges between nodes of the graph from rows of edge weights."""
 
     sweep: LinearSweep
-    selected: SelectedFeatures
+    selected: TargetNumbers
     nodes: Nodes
 
     def read(
         self, targets: SweepTargets, blocks: Blocks
-    ) -> tuple[_Edges, Float[Tensor, "node constant"]]:
-        """Return the nonzero edges by target and then source, and the constants of every node."""
-        constants = targets.vector.new_zeros(len(self.nodes), len(CONSTANTS) + 1)
-        is_target = (self.nodes.kind == FEATURE) | (self.nodes.kind == TARGET)
-        node_of_target = true_rows(is_target)
-        swept, parts = [], []
-        for block, weights in blocks:
-            node = node_of_target[block]
-            swept.append(node)
+    ) -> tuple[Sequence[Tensor], Float[Tensor, "node constant"]]:
+        """Read all nonzero edges by target and then source, and the constants of every node."""
+        nodes, sources = self.nodes, self.sweep.sources
+        constants = targets.vector.new_zeros(len(nodes), len(CONSTANTS) + 1)
+        node_of_target = true_rows((nodes.kind == FEATURE) | (nodes.kind == TARGET))
+        is_selected = torch.isin(row_numbers(sources.order), self.selected)
+        unselected = sources.column[~is_selected]
+        parts = []
+        for numbers, weights in blocks:
+            node = node_of_target[numbers]
             constants[node, :-1] = weights.constants
             # Sum them apart: a difference of two sums would lose digits.
-            unselected = weights.features.index_select(1, self.unselected)
-            constants[node, -1] = unselected.sum(1)
-            parts.append(self._edges(select_rows(targets, block), node, weights))
-        edges = join_rows(parts)
+            constants[node, -1] = weights.weight.index_select(1, unselected).sum(1)
+            parts.append(self._edges(select_rows(targets, numbers), node, weights))
+        edges = [torch.cat(columns) for columns in zip(*parts, strict=True)]
         # The sweep takes directions by position, which need not be the order of their nodes.
-        if (torch.cat(swept).diff() < 0).any():
-            order = torch.argsort(edges.target, stable=True)
-            edges = select_rows(edges, order)
+        target = edges[1]
+        if (target.diff() < 0).any():
+            order = target.argsort(stable=True)
+            edges = [column[order] for column in edges]
         return edges, constants
 
-    @cached_property
-    def unselected(self) -> SelectedFeatures:
-        """The active features that are not nodes."""
-        every = row_numbers(self.sweep.sources.order)
-        return true_rows(~torch.isin(every, self.selected))
-
-    def _edges(self, targets: SweepTargets, node: TargetNumbers, weights: EdgeWeights) -> _Edges:
-        """The nonzero edges into some targets, whose nodes have the numbers `node`."""
-        features, others = self._reaching(targets)
-        source = torch.cat([features, others])
-        weight = self._columns(weights, features, others)
+    def _edges(
+        self, block: SweepTargets, node: TargetNumbers, weights: EdgeWeights
+    ) -> tuple[EdgeNodes, EdgeNodes, EdgeValues, EdgeValues]:
+        """Source, target, weight and direct part of the edges into a block of targets."""
+        # Edges come from earlier layers and, with causal attention, not from later positions.
+        nodes = self.nodes
+        reaches = nodes.layer < block.layer[0]
+        if self.sweep.model.causal:
+            reaches &= nodes.position <= block.position.max()
+        source = true_rows(reaches)
+        column = self.column[source]
+        weight = weights.weight.index_select(1, column)
         nonzero = weight != 0
-        direct_weights, row = self.sweep.direct(targets)
-        same_position = self.nodes.position[source] == targets.position[:, None]
         # A direct row holds a target of every position; keep the target's own.
-        direct = self._columns(direct_weights, features, others).index_select(0, row)
-        return _Edges(
-            target=node.repeat_interleave(nonzero.sum(1)),
-            source=source.expand_as(nonzero).masked_select(nonzero),
-            weight=weight.masked_select(nonzero),
-            direct=(direct * same_position).masked_select(nonzero),
+        direct, row = self.sweep.direct(block)
+        same_position = nodes.position[source] == block.position[:, None]
+        direct_weight = direct.weight.index_select(1, column).index_select(0, row)
+        return (
+            source.expand_as(nonzero).masked_select(nonzero),
+            node.repeat_interleave(nonzero.sum(1)),
+            weight.masked_select(nonzero),
+            (direct_weight * same_position).masked_select(nonzero),
         )
 
-    def _reaching(self, targets: SweepTargets) -> tuple[SourceNodes, SourceNodes]:
-        """The features, and the errors and embeddings, from which edges into targets can start."""
-        reaching = self.nodes.layer < targets.layer[0]
-        if self.sweep.model.causal:
-            reaching &= self.nodes.position <= targets.position.max()
-        n_features = len(self.selected)
-        return true_rows(reaching[:n_features]), n_features + true_rows(reaching[n_features:])
-
-    def _columns(
-        self, weights: EdgeWeights, features: SourceNodes, others: SourceNodes
-    ) -> Float[Tensor, "target source"]:
-        # Errors and embeddings are nodes in the order of their columns, after the features.
-        from_others = torch.cat([weights.errors.flatten(1), weights.embeddings], 1)
-        from_others = from_others.index_select(1, others - len(self.selected))
-        from_features = weights.features.index_select(1, self.selected[features])
-        return torch.cat([from_features, from_others], 1)
+    @cached_property
+    def column(self) -> SourceNodes:
+        """The column in `EdgeWeights` of each node that can be a source."""
+        sources, n_nodes = self.sweep.sources, len(self.selected)
+        column = row_numbers(self.nodes.kind) + len(sources.order) - n_nodes
+        column[:n_nodes] = sources.column[self.selected]
+        return column

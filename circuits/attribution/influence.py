@@ -10,7 +10,6 @@ https://transformer-circuits.pub/2025/attribution-graphs/methods.html
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +22,6 @@ from circuits.attribution.feature_graph import (
     FEATURE,
     TARGET,
     EdgeMask,
-    EdgeNumbers,
     EdgeScores,
     FeatureGraph,
     NodeMask,
@@ -44,14 +42,12 @@ def node_influence(graph: FeatureGraph) -> NodeScores:
     >>> str(graph.node(int(circuits.node_influence(graph).argmax())))
     'tok_embed@3'
     """
-    influence, _ = _influence(graph)
-    return influence
+    return _influence(graph)[0]
 
 
 def edge_influence(graph: FeatureGraph) -> EdgeScores:
     """Return how much of the targets' probability flows along each edge."""
-    _, influence = _influence(graph)
-    return influence
+    return _influence(graph)[1]
 
 
 def _influence(graph: FeatureGraph) -> tuple[NodeScores, EdgeScores]:
@@ -122,7 +118,8 @@ def prune(
     Raises:
         InputError: a threshold is not between 0 and 1.
     """
-    for name, threshold in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold)):
+    thresholds = {"node_threshold": node_threshold, "edge_threshold": edge_threshold}
+    for name, threshold in thresholds.items():
         if not 0 <= threshold <= 1:
             raise InputError(
                 f"{name}={threshold}: choose the share of influence to keep, from 0 to 1."
@@ -171,9 +168,9 @@ def replacement_score(graph: FeatureGraph) -> float:
     True
     """
     influence = node_influence(graph)
-    tokens = float(influence[graph.is_kind(EMBEDDING)].sum())
-    errors = float(influence[graph.is_kind(ERROR)].sum())
-    return tokens / (tokens + errors) if tokens + errors else math.nan
+    tokens, errors = (influence[graph.is_kind(kind)].sum() for kind in (EMBEDDING, ERROR))
+    # 0 / 0 is NaN.
+    return float(tokens / (tokens + errors))
 
 
 def completeness_score(graph: FeatureGraph) -> float:
@@ -195,9 +192,9 @@ def completeness_score(graph: FeatureGraph) -> float:
     from_errors = graph.is_kind(ERROR)[graph.source]
     unexplained = torch.zeros_like(weight)
     unexplained.index_add_(0, graph.target[from_errors], sizes[from_errors])
-    unexplained /= sums
-    total = float(weight.sum())
-    return float(((1 - unexplained) * weight).sum()) / total if total else math.nan
+    explained = (1 - unexplained / sums) * weight
+    # 0 / 0 is NaN.
+    return float(explained.sum() / weight.sum())
 
 
 def _cutoff(scores: Float[Tensor, " n"], threshold: float) -> float:
@@ -207,7 +204,8 @@ def _cutoff(scores: Float[Tensor, " n"], threshold: float) -> float:
     """
     if not len(scores) or threshold >= 1:
         return 0.0
-    wanted, above, candidates = threshold * float(scores.sum()), 0.0, scores
+    wanted = threshold * float(scores.sum())
+    above, candidates = 0.0, scores
     while len(candidates) > SORTED_AT_ONCE:
         is_upper = candidates > candidates.mean()
         upper = candidates[is_upper]
@@ -217,10 +215,13 @@ def _cutoff(scores: Float[Tensor, " n"], threshold: float) -> float:
         if above + size >= wanted:
             candidates = upper
         else:
-            above, candidates = above + size, candidates[~is_upper]
+            above += size
+            candidates = candidates[~is_upper]
     ordered = candidates.sort(descending=True).values
-    place = int(torch.searchsorted(above + ordered.cumsum(0), wanted))
-    return float(ordered[min(place, len(ordered) - 1)])
+    sums = above + ordered.cumsum(0)
+    # The last sum may stay below `wanted` by rounding.
+    place = int((sums[:-1] < wanted).sum())
+    return float(ordered[place])
 
 
 def _cumulative_share(influence: NodeScores) -> NodeScores:
@@ -236,14 +237,10 @@ def _without_dead_ends(
     """Drop nodes that are on no path from an embedding or error to a target, and their edges."""
     needs_output, needs_input = graph.is_kind(FEATURE, ERROR), graph.is_kind(FEATURE)
     while True:
-        has_output = _marked(graph.source[edges], len(nodes))
-        has_input = _marked(graph.target[edges], len(nodes))
+        has_output = torch.bincount(graph.source[edges], minlength=len(nodes)) > 0
+        has_input = torch.bincount(graph.target[edges], minlength=len(nodes)) > 0
         fewer = nodes & (has_output | ~needs_output) & (has_input | ~needs_input)
         if torch.equal(fewer, nodes):
             return nodes, edges
         nodes = fewer
         edges = edges & nodes[graph.source] & nodes[graph.target]
-
-
-def _marked(numbers: EdgeNumbers, n: int) -> NodeMask:
-    return torch.zeros(n, dtype=torch.bool, device=numbers.device).index_fill_(0, numbers, True)

@@ -10,9 +10,9 @@ import pandas as pd
 from circuits.evaluation.evaluate import (
     Size,
     default_metrics,
-    evaluate,
-    faithfulness_curve,
+    evaluations,
     judge_points,
+    of_sizes,
 )
 from circuits.evaluation.similarity import overlap_table
 from circuits.graph.circuit import Circuit
@@ -89,21 +89,22 @@ def compare(
         raise InputError("there is nothing to compare; give at least one method's circuit.")
     shared = RunSettings.parse(task, ablation=ablation, metric=metric)
     sweeps = {
-        name: [circuits] if isinstance(circuits, Circuit) else list(circuits)
-        for name, circuits in found.items()
+        name: [given] if isinstance(given, Circuit) else list(given)
+        for name, given in found.items()
     }
-    rows: dict[str, dict[str, float]] = {}
-    curves: list[pd.DataFrame] = []
-    circuits: dict[str, Circuit] = {}
+    rows, curves, circuits = {}, [], {}
     for name, sweep in sweeps.items():
         settings = replace(shared, transcoders=(transcoders or {}).get(name))
-        edges = _common_size(sweeps, sweep[0]) if size is None else size
-        chosen = [circuit if circuit.selected else circuit.top(edges) for circuit in sweep]
+        curve = _curve(model, sweep, task, sizes, settings)
+        curves.append(curve.assign(method=name))
+        if sweep[0].selected:
+            # A table row is about one circuit of a threshold sweep.
+            chosen = sweep[:1]
+        else:
+            edges = _common_size(sweeps, sweep[0]) if size is None else size
+            chosen = [seed.top(edges) for seed in sweep]
         circuits[name] = chosen[0]
-        # A table row is about one circuit of a threshold sweep, or the mean over a ranking's seeds.
-        tabulated = chosen[:1] if sweep[0].selected else chosen
-        rows[name] = _mean_row(model, tabulated, task, settings)
-        curves.append(_curve(model, sweep, task, sizes, settings).assign(method=name))
+        rows[name] = _mean_row(model, chosen, task, settings)
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
     return Comparison(
         table.astype({"edges": int, "of": int}),
@@ -115,13 +116,13 @@ def compare(
 
 
 def _notes(circuits: Mapping[str, Circuit]) -> tuple[str, ...]:
-    with_features = [
+    of_features = [
         name for name, circuit in circuits.items() if isinstance(circuit.graph, PooledFeatureGraph)
     ]
-    if not with_features or len(circuits) == 1:
+    if not of_features or len(circuits) == 1:
         return ()
     return (
-        f"{', '.join(with_features)}: edges between features; their number cannot be compared with "
+        f"{', '.join(of_features)}: edges between features; their number cannot be compared with "
         "that of edges between components. Overlap with other circuits is that of the shares of "
         "|score| that leave each MLP and embedding: a layer's features and error count as its MLP, "
         "and heads, which are no features, are left out.",
@@ -133,21 +134,13 @@ def _mean_row(
 ) -> dict[str, float]:
     metric = settings.metric
     assert metric is not None
-    names = dict.fromkeys([*default_metrics(task), metric.name])
-    metrics = [metric if name == metric.name else name for name in names]
+    metrics = {each.name: each for each in (*default_metrics(task), metric)}
     rows = []
     for circuit in circuits:
-        evaluation = evaluate(
-            model,
-            circuit,
-            task,
-            metrics=metrics,
-            ablation=settings.ablation,
-            transcoders=settings.transcoders,
-        )
-        edges = {"edges": len(circuit), "of": len(circuit.graph)}
-        faithfulness = {"faithfulness": evaluation.faithfulness(metric.name)}
-        rows.append({**edges, **evaluation.mean(), **faithfulness})
+        (found,) = evaluations(model, [circuit], task, [*metrics.values()], settings)
+        size = {"edges": len(circuit), "of": len(circuit.graph)}
+        faithfulness = {"faithfulness": found.faithfulness(metric.name)}
+        rows.append(size | found.mean() | faithfulness)
     return pd.DataFrame(rows).mean().to_dict()
 
 
@@ -160,19 +153,9 @@ def _curve(
 ) -> pd.DataFrame:
     if sweep[0].selected:
         return judge_points(model, sweep, task, settings).assign(selected=True)
-    curves = [
-        faithfulness_curve(
-            model,
-            circuit,
-            task,
-            sizes,
-            metric=settings.metric,
-            ablation=settings.ablation,
-            transcoders=settings.transcoders,
-        )
-        for circuit in sweep
-    ]
-    return pd.concat(curves).groupby("edges", as_index=False).mean().assign(selected=False)
+    curves = [judge_points(model, of_sizes(each, sizes), task, settings) for each in sweep]
+    means = pd.concat(curves).groupby("edges", as_index=False).mean()
+    return means.assign(selected=False)
 
 
 def _common_size(sweeps: Mapping[str, Sequence[Circuit]], like: Circuit) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Mapping
 from itertools import combinations
 from typing import Literal
@@ -39,33 +41,35 @@ def overlap_table(circuits: Mapping[str, Circuit]) -> pd.DataFrame:
     """
     table = pd.DataFrame(1.0, index=list(circuits), columns=list(circuits))
     for a, b in combinations(circuits, 2):
-        first, second = circuits[a], circuits[b]
-        features = [isinstance(each.graph, PooledFeatureGraph) for each in (first, second)]
-        if first.graph == second.graph:
-            value = overlap(first, second)
-        else:
-            value = coarse_overlap(first, second) if any(features) else float("nan")
-        table.loc[a, b] = table.loc[b, a] = value
+        table.loc[a, b] = table.loc[b, a] = _any_overlap(circuits[a], circuits[b])
     return table
 
 
-def coarsened(circuit: Circuit) -> dict[Node, float]:
+def _any_overlap(first: Circuit, second: Circuit) -> float:
+    if first.graph == second.graph:
+        return overlap(first, second)
+    if PooledFeatureGraph in (type(first.graph), type(second.graph)):
+        return coarse_overlap(first, second)
+    return math.nan
+
+
+def coarsened(circuit: Circuit, *, by_position: bool = True) -> dict[Node, float]:
     """The share of a circuit's |score| that leaves each MLP and each embedding.
 
     Circuits of features and of components can be compared by it: a layer's features and error count
     as its MLP, token and position embedding as the embedding; heads are left out. If a kept edge
     has no score, all edges count the same.
     """
-    graph, size = circuit.graph, circuit.scores[circuit.kept].double().abs()
-    if bool(size.isnan().any()) or not bool(size.sum()):
+    graph, kept = circuit.graph, circuit.kept
+    size = circuit.scores[kept].double().abs()
+    if size.isnan().any() or not size.any():
         size = torch.ones_like(size)
-    totals = torch.zeros(len(graph.nodes), dtype=torch.double)
-    totals.index_add_(0, graph.source[circuit.kept], size)
-    shares: dict[Node, float] = {}
+    totals = size.new_zeros(len(graph.nodes)).index_add_(0, graph.source[kept], size)
+    shares: dict[Node, float] = defaultdict(float)
     for node, total in zip(graph.nodes, totals.tolist(), strict=True):
         coarse = _coarse(node)
         if coarse is not None and total:
-            shares[coarse] = shares.get(coarse, 0.0) + total
+            shares[coarse if by_position else at_position(coarse, None)] += total
     whole = sum(shares.values())
     return {node: share / whole for node, share in shares.items()}
 
@@ -75,22 +79,13 @@ def coarse_overlap(first: Circuit, second: Circuit) -> float:
 
     By position only if both circuits are split by the same positions.
     """
-    here, there = coarsened(first), coarsened(second)
-    if first.graph.positions != second.graph.positions:
-        here, there = _at_all_positions(here), _at_all_positions(there)
-    pairs = [(here.get(node, 0.0), there.get(node, 0.0)) for node in {**here, **there}]
-    return sum(map(min, pairs)) / sum(map(max, pairs)) if pairs else 1.0
+    by_position = first.graph.positions == second.graph.positions
+    shares = [coarsened(circuit, by_position=by_position) for circuit in (first, second)]
+    table = pd.DataFrame(shares).fillna(0.0)
+    return float(table.min().sum() / table.max().sum()) if table.size else 1.0
 
 
-def _at_all_positions(shares: Mapping[Node, float]) -> dict[Node, float]:
-    result: dict[Node, float] = {}
-    for node, share in shares.items():
-        anywhere = at_position(node, None)
-        result[anywhere] = result.get(anywhere, 0.0) + share
-    return result
-
-
-def _coarse(node: Node) -> Node | None:
+def _coarse(node: Node) -> MLP | Embed | None:
     if isinstance(node, MLP | Feature | Error):
         return MLP(node.layer, node.position)
     if isinstance(node, Embed | TokenEmbed | PosEmbed):
@@ -113,11 +108,10 @@ def score_correlation(
     1.0
     """
     scores = score_table(first, second)
-    if len(scores) < 2:
-        return float("nan")
     # Spearman's correlation is Pearson's of the ranks.
-    ranked = scores.rank() if method == "spearman" else scores
-    return float(ranked.corr().iloc[0, 1])
+    if method == "spearman":
+        scores = scores.rank()
+    return float(scores.corr().loc["x", "y"])
 
 
 def score_table(first: Circuit, second: Circuit) -> pd.DataFrame:
@@ -136,7 +130,6 @@ def score_table(first: Circuit, second: Circuit) -> pd.DataFrame:
         raise InputError(
             "these circuits are over different graphs; score the same graph with both methods."
         )
-    both = (~first.scores.isnan() & ~second.scores.isnan()).nonzero().flatten()
-    names = [str(first.graph.edges[index]) for index in both.tolist()]
-    columns = {"x": first.scores[both].double(), "y": second.scores[both].double()}
-    return pd.DataFrame(columns, index=pd.Index(names, name="edge"))
+    names = pd.Index(map(str, first.graph.edges), name="edge")
+    columns = {"x": first.scores.double(), "y": second.scores.double()}
+    return pd.DataFrame(columns, index=names).dropna()
