@@ -8,7 +8,7 @@ those of the most influential features; collect nodes and nonzero edges in a `Fe
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -76,29 +76,6 @@ class Direction:
     token: int | None = None
 
 
-def top_logits(
-    model: LocalModel, *, most: int, probability: float, position: int | None = None
-) -> list[tuple[int, float]]:
-    """Return the fewest next tokens, at most `most`, that together reach `probability`.
-
-    Returns:
-        Pairs of a token and its probability, the most probable first.
-    """
-    probabilities = model.logits(-1 if position is None else position).softmax(-1)
-    values, tokens = probabilities.topk(min(most, len(probabilities)))
-    below = int((values.cumsum(0) < probability).sum())
-    pairs = zip(tokens.tolist(), values.tolist(), strict=True)
-    return list(pairs)[: below + 1]
-
-
-def token_direction(
-    model: LocalModel, token: int, label: str, weight: float, position: int | None = None
-) -> Direction:
-    """Return the direction of a token's logit minus the mean logit."""
-    direction = difference_direction(model, [token], None, label, position)
-    return replace(direction, weight=weight, token=token)
-
-
 def difference_direction(
     model: LocalModel,
     right: Sequence[int],
@@ -127,19 +104,6 @@ def _mean_logit(
     return vectors.mean(1), model.unembedding_bias[list(tokens)].mean()
 
 
-@dataclass(frozen=True)
-class Budget:
-    """How many features get rows of incoming edges.
-
-    Attributes:
-        features: the number of features, the most influential ones; None: all of them.
-        at_a_time: how many are chosen before influence is computed again.
-    """
-
-    features: int | None = None
-    at_a_time: int = 512
-
-
 @torch.no_grad()
 def build_feature_graph(
     model: LocalModel,
@@ -148,13 +112,19 @@ def build_feature_graph(
     directions: Sequence[Direction],
     *,
     words: Sequence[str],
-    budget: Budget,
+    budget: int | None = None,
+    at_a_time: int = 512,
     leading: int = 1,
     max_memory: int | None = None,
 ) -> FeatureGraph:
     """Build the attribution graph of one prompt, whose tokens have the texts `words`.
 
-    For `leading` see `active_features`, for `max_memory` see `LinearSweep`.
+    Args:
+        budget: the number of features that get rows of incoming edges, the most influential ones;
+            None: all of them.
+        at_a_time: how many are chosen before influence is computed again.
+        leading: see `active_features`.
+        max_memory: see `LinearSweep`.
 
     Raises:
         InputError: no feature is active, or edges are not finite.
@@ -165,14 +135,15 @@ def build_feature_graph(
             "there is no graph; give a longer prompt or transcoders that were trained on this "
             "model."
         )
-    sources = gather_sources(model, transcoders, features, leading=leading)
-    sweep = LinearSweep(model, sources, max_memory)
     vectors = torch.stack([one.vector.to(model.embedding) for one in directions])
-    weight = vectors.new_tensor([one.weight for one in directions])
     into_directions = _direction_targets(model, directions, vectors)
     targets = join_rows([feature_targets(model, transcoders, features), into_directions])
-    chosen, blocks = _rows(sweep, targets, weight, budget)
-    selected = chosen[: len(chosen) - len(directions)]
+    sources = gather_sources(model, transcoders, features, leading=leading)
+    sweep = LinearSweep(model, sources, max_memory)
+    weight = vectors.new_tensor([one.weight for one in directions])
+    n_chosen = len(features) if budget is None else min(budget, len(features))
+    chosen, blocks = _rows(sweep, targets, weight, n_chosen, at_a_time)
+    selected = chosen[:n_chosen]
     nodes = _nodes(model, select_rows(features, selected), into_directions, weight)
     reader = _EdgeReader(sweep, selected, nodes)
     edges, constants = reader.read(select_rows(targets, chosen), blocks)
@@ -205,37 +176,39 @@ def _direction_targets(
 
 
 def _rows(
-    sweep: LinearSweep, targets: SweepTargets, weight: DirectionWeights, budget: Budget
+    sweep: LinearSweep,
+    targets: SweepTargets,
+    weight: DirectionWeights,
+    n_chosen: int,
+    at_a_time: int,
 ) -> tuple[TargetNumbers, Blocks]:
-    """Compute the rows of edges into directions, and into features within the budget.
+    """Compute the rows of edges into the most influential features and into directions.
 
     Args:
-        targets: all features, then the directions.
-        weight: of each direction.
+        targets: all features, then the directions, which have these weights.
+        n_chosen: the number of features.
 
     Returns:
         The numbers of the chosen targets, ascending, and their rows.
     """
-    every, n_directions = row_numbers(targets.layer), len(weight)
-    n_features = len(every) - n_directions
-    n_wanted = n_features if budget.features is None else budget.features
-    if n_wanted >= n_features:
+    every = row_numbers(targets.layer)
+    features, directions = every.tensor_split([len(every) - len(weight)])
+    if n_chosen == len(features):
         return every, sweep.by_block(targets)
-    chosen = every[n_features:]
-    weights = sweep.rows(select_rows(targets, chosen))
-    while len(chosen) < n_directions + n_wanted:
-        features = chosen[n_directions:]
-        influence = _partial_influence(weights, features, weight)
-        influence[features] = -1.0
-        order = influence.argsort(descending=True, stable=True)
-        size = min(budget.at_a_time, n_wanted - len(features))
-        following = order[:size]
-        weights = join_rows([weights, sweep.rows(select_rows(targets, following))])
+    chosen = every[:0]
+    weights = sweep.rows(select_rows(targets, directions))
+    while len(chosen) < n_chosen:
+        influence = _partial_influence(weights, chosen, weight)
+        influence[chosen] = -1.0
+        size = min(at_a_time, n_chosen - len(chosen))
+        following = influence.argsort(descending=True, stable=True)[:size]
+        rows = sweep.rows(select_rows(targets, following))
+        weights = join_rows([weights, rows])
         chosen = torch.cat([chosen, following])
-    numbers, row = chosen.sort()
-    blocks = sweep.split(select_rows(targets, numbers))
-    # Reorder by block: a copy of all rows is too large.
-    return numbers, ((block, select_rows(weights, row[block])) for block in blocks)
+    # `weights` holds directions first. Reorder by block: a copy of all rows is too large.
+    numbers, row = torch.cat([directions, chosen]).sort()
+    split = sweep.split(select_rows(targets, numbers))
+    return numbers, ((block, select_rows(weights, row[block])) for block in split)
 
 
 def _partial_influence(

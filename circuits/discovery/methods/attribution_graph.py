@@ -24,7 +24,6 @@ from typing_extensions import override
 
 from circuits.attribution.active_features import active_features
 from circuits.attribution.build import (
-    Budget,
     Direction,
     build_feature_graph,
     difference_direction,
@@ -291,7 +290,8 @@ class _Builder:
             features,
             directions,
             words=words_of(self.model, local.tokens.tolist()),
-            budget=Budget(method.budget, method.at_a_time),
+            budget=method.budget,
+            at_a_time=method.at_a_time,
             leading=method.leading,
             max_memory=method.max_memory,
         )
