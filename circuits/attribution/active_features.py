@@ -64,8 +64,8 @@ def active_features(
 def _active_in_layer(
     models: Sequence[LocalModel], transcoders: Transcoders, layer: int, leading: int
 ) -> list[ActiveFeatures]:
-    inputs = torch.cat([model.layers[layer].feature_input for model in models])
-    preactivations = transcoders.preactivations(layer, inputs)
+    inputs = [model.layers[layer].feature_input for model in models]
+    preactivations = transcoders.preactivations(layer, torch.cat(inputs))
     # Activations would hide a NaN: it exceeds no threshold, so the feature seems inactive.
     if not preactivations.isfinite().all():
         raise InputError(
@@ -74,13 +74,14 @@ def _active_in_layer(
         )
     activation = transcoders.encoders[layer].activation
     found = []
-    for of_prompt in preactivations.split([len(model.tokens) for model in models]):
+    for of_prompt in preactivations.split([len(each) for each in inputs]):
         # An activation function may choose the largest of a prompt, so it takes a batch of prompts.
         activations = activation(of_prompt[None])[0]
         activations[:leading] = 0
         position, index = activations.nonzero(as_tuple=True)
-        activation_of = activations[position, index]
-        found.append(ActiveFeatures(torch.full_like(index, layer), position, index, activation_of))
+        layers = torch.full_like(index, layer)
+        active = activations[position, index]
+        found.append(ActiveFeatures(layers, position, index, active))
     return found
 
 
@@ -165,7 +166,13 @@ def gather_sources(
         outputs.append(written)
         errors.append(error)
         constants.append(constant)
-    return Sources(features, order, outputs, torch.stack(errors), torch.stack(constants))
+    return Sources(
+        features=features,
+        order=order,
+        outputs=outputs,
+        errors=torch.stack(errors),
+        mlp_constants=torch.stack(constants),
+    )
 
 
 def _feature_outputs(
@@ -174,20 +181,29 @@ def _feature_outputs(
     """What features, sorted by position, write into the MLP output of `layer`."""
     # The layers that write are consecutive, and so are the columns of their features at a position.
     writing = [other for other in range(layer + 1) if layer in transcoders.written_by(other)]
-    columns = true_rows((features.layer >= writing[0]) & (features.layer <= layer))
+    is_writing = (features.layer >= writing[0]) & (features.layer <= layer)
+    columns = true_rows(is_writing)
     writers = select_rows(features, columns)
     rows = frozen.mlp_output.new_empty(len(writers), transcoders.d_model)
     for other in writing:
         mine = true_rows(writers.layer == other)
-        rows[mine] = transcoders.decoder_rows(other, writers.index[mine], layer, rows)
+        index = writers.index[mine]
+        rows[mine] = transcoders.decoder_rows(other, index, layer, rows)
     # out_n = LN(activation x decoder row)
     rows *= writers.activation[:, None]
     rows = frozen.writing[writers.position].linear(rows)
     counts = torch.bincount(writers.position, minlength=len(frozen.mlp_output))
     starts = counts.cumsum(0) - counts
     # A position without rows may start after the last one.
-    first_columns = torch.cat([columns, columns.new_zeros(1)])[starts]
-    return FeatureOutputs(rows, columns, writers.position, counts.tolist(), first_columns.tolist())
+    padded = torch.cat([columns, columns.new_zeros(1)])
+    first_columns = padded[starts]
+    return FeatureOutputs(
+        rows=rows,
+        columns=columns,
+        position=writers.position,
+        counts=counts.tolist(),
+        first_columns=first_columns.tolist(),
+    )
 
 
 def _error_and_constant(
@@ -195,7 +211,8 @@ def _error_and_constant(
 ) -> tuple[Residual, Residual]:
     """Split what the MLP output holds besides features: the error, and what no source explains."""
     output = frozen.mlp_output
-    features = torch.zeros_like(output).index_add_(0, outputs.position, outputs.rows)
+    features = torch.zeros_like(output)
+    features.index_add_(0, outputs.position, outputs.rows)
     bias = bias.to(output)
     skip = torch.zeros_like(output)
     if frozen.skip is not None:

@@ -100,8 +100,10 @@ def _mean_logit(
     # mean logit = LN_final(residual) . mean(W_U) + mean(b_U), over some tokens or all
     if tokens is None:
         return model.mean_unembedding, model.unembedding_bias.mean()
-    vectors = model.unembedding[:, list(tokens)].to(model.mean_unembedding)
-    return vectors.mean(1), model.unembedding_bias[list(tokens)].mean()
+    columns = list(tokens)
+    vectors = model.unembedding[:, columns].to(model.mean_unembedding)
+    biases = model.unembedding_bias[columns]
+    return vectors.mean(1), biases.mean()
 
 
 @torch.no_grad()
@@ -135,21 +137,27 @@ def build_feature_graph(
             "there is no graph; give a longer prompt or transcoders that were trained on this "
             "model."
         )
-    vectors = torch.stack([one.vector.to(model.embedding) for one in directions])
-    into_directions = _direction_targets(model, directions, vectors)
-    targets = join_rows([feature_targets(model, transcoders, features), into_directions])
+    weight = model.embedding.new_tensor([one.weight for one in directions])
+    vectors, into_directions = _direction_targets(model, directions)
+    into_features = feature_targets(model, transcoders, features)
+    targets = join_rows([into_features, into_directions])
     sources = gather_sources(model, transcoders, features, leading=leading)
     sweep = LinearSweep(model, sources, max_memory)
-    weight = vectors.new_tensor([one.weight for one in directions])
-    n_chosen = len(features) if budget is None else min(budget, len(features))
+    n_chosen = len(features)
+    if budget is not None:
+        n_chosen = min(budget, n_chosen)
     chosen, blocks = _rows(sweep, targets, weight, n_chosen, at_a_time)
     selected = chosen[:n_chosen]
     nodes = _nodes(model, select_rows(features, selected), into_directions, weight)
     reader = _EdgeReader(sweep, selected, nodes)
     edges, constants = reader.read(select_rows(targets, chosen), blocks)
+    source, target, weights, direct = edges
     graph = FeatureGraph(
-        nodes,
-        *edges,
+        nodes=nodes,
+        source=source,
+        target=target,
+        weight=weights,
+        direct=direct,
         constants=constants,
         constant_names=(*CONSTANTS, UNSELECTED),
         tokens=model.tokens,
@@ -167,12 +175,14 @@ def build_feature_graph(
 
 
 def _direction_targets(
-    model: LocalModel, directions: Sequence[Direction], vectors: TargetVectors
-) -> SweepTargets:
-    last = len(model.tokens) - 1
+    model: LocalModel, directions: Sequence[Direction]
+) -> tuple[TargetVectors, SweepTargets]:
+    like, last = model.embedding, len(model.tokens) - 1
+    vectors = torch.stack([one.vector.to(like) for one in directions])
+    biases = like.new_tensor([one.bias for one in directions])
     positions = [last if one.position is None else one.position for one in directions]
-    biases = vectors.new_tensor([one.bias for one in directions])
-    return logit_targets(model, vectors, biases, torch.tensor(positions, device=vectors.device))
+    position = model.tokens.new_tensor(positions)
+    return vectors, logit_targets(model, vectors, biases, position)
 
 
 def _rows(
@@ -192,36 +202,37 @@ def _rows(
         The numbers of the chosen targets, ascending, and their rows.
     """
     every = row_numbers(targets.layer)
-    features, directions = every.tensor_split([len(every) - len(weight)])
-    if n_chosen == len(features):
+    n_features = len(every) - len(weight)
+    if n_chosen == n_features:
         return every, sweep.by_block(targets)
+    directions = every[n_features:]
     chosen = every[:0]
     weights = sweep.rows(select_rows(targets, directions))
     while len(chosen) < n_chosen:
-        influence = _partial_influence(weights, chosen, weight)
-        influence[chosen] = -1.0
-        size = min(at_a_time, n_chosen - len(chosen))
-        following = influence.argsort(descending=True, stable=True)[:size]
+        following = _most_influential(weights, chosen, weight)
+        following = following[: min(at_a_time, n_chosen - len(chosen))]
         rows = sweep.rows(select_rows(targets, following))
         weights = join_rows([weights, rows])
         chosen = torch.cat([chosen, following])
     # `weights` holds directions first. Reorder by block: a copy of all rows is too large.
     numbers, row = torch.cat([directions, chosen]).sort()
     split = sweep.split(select_rows(targets, numbers))
-    return numbers, ((block, select_rows(weights, row[block])) for block in split)
+    blocks = ((block, select_rows(weights, row[block])) for block in split)
+    return numbers, blocks
 
 
-def _partial_influence(
+def _most_influential(
     weights: EdgeWeights, chosen: TargetNumbers, direction_weight: DirectionWeights
-) -> Float[Tensor, " feature"]:
-    """The influence of every feature on the directions through chosen features alone.
+) -> Int[Tensor, " feature"]:
+    """Sort features by their influence on the directions through chosen features alone.
 
-    `weights` are the rows of directions, then of the chosen features.
+    `weights` are the rows of directions, then of the chosen features, which come last.
     """
     # A = |edge weights|, each row divided by its sum
     sizes = weights.weight.abs()
-    sums = sizes.sum(1, keepdim=True).clamp(min=SMALLEST_SUM)
-    shares = sizes[:, : len(weights.sources.order)] / sums
+    sums = sizes.sum(1, keepdim=True)
+    n_features = len(weights.sources.order)
+    shares = sizes[:, :n_features] / sums.clamp(min=SMALLEST_SUM)
     of_directions, of_chosen = shares.tensor_split([len(direction_weight)])
     # influence = p A + p A^2 + ...; a path has at most one feature of each layer.
     flow = direction_weight @ of_directions
@@ -230,25 +241,31 @@ def _partial_influence(
     for _ in weights.sources.outputs:
         flow = flow[column[chosen]] @ of_chosen
         influence += flow
-    return influence[column]
+    influence[column[chosen]] = -1.0
+    return influence[column].argsort(descending=True, stable=True)
 
 
 def _nodes(
     model: LocalModel, features: ActiveFeatures, directions: SweepTargets, weight: DirectionWeights
 ) -> Nodes:
     position, n_layers = row_numbers(model.tokens), len(model.layers)
-    error_layer = position.new_tensor(range(n_layers)).repeat_interleave(len(position))
-    # Features, errors, embeddings, directions, as in `NodeKind`
-    layer = (features.layer, error_layer, torch.full_like(position, -1), directions.layer)
-    positions = (features.position, position.repeat(n_layers), position, directions.position)
-    index = (features.index, torch.zeros_like(error_layer), model.tokens, row_numbers(weight))
-    kind = [torch.full_like(part, number) for number, part in enumerate(layer)]
-    columns = [torch.cat(parts) for parts in (kind, layer, positions, index)]
-    probability = torch.zeros_like(columns[0], dtype=torch.float32)
+    layers = position.new_tensor(range(n_layers))
+    error_layer = layers.repeat_interleave(len(position))
+    # Layer, position and index of features, errors, embeddings and directions, as in `NodeKind`
+    kinds = (
+        (features.layer, features.position, features.index),
+        (error_layer, position.repeat(n_layers), torch.zeros_like(error_layer)),
+        (torch.full_like(position, -1), position, model.tokens),
+        (directions.layer, directions.position, row_numbers(weight)),
+    )
+    layer, positions, index = map(torch.cat, zip(*kinds, strict=True))
+    sizes = layer.new_tensor([len(columns[0]) for columns in kinds])
+    kind = row_numbers(sizes).repeat_interleave(sizes)
+    probability = torch.zeros_like(layer, dtype=torch.float32)
+    probability[-len(weight) :] = weight
     activation = torch.full_like(probability, torch.nan)
     activation[: len(features)] = features.activation
-    probability[-len(weight) :] = weight
-    return Nodes(*columns, activation, probability)
+    return Nodes(kind, layer, positions, index, activation, probability)
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,25 +280,33 @@ class _EdgeReader:
         self, targets: SweepTargets, blocks: Blocks
     ) -> tuple[Sequence[Tensor], Float[Tensor, "node constant"]]:
         """Read all nonzero edges by target and then source, and the constants of every node."""
-        nodes, sources = self.nodes, self.sweep.sources
-        constants = targets.vector.new_zeros(len(nodes), len(CONSTANTS) + 1)
-        node_of_target = true_rows((nodes.kind == FEATURE) | (nodes.kind == TARGET))
-        is_selected = torch.isin(row_numbers(sources.order), self.selected)
-        unselected = sources.column[~is_selected]
+        nodes = self.nodes
+        n_constants = len(CONSTANTS) + 1
+        constants = targets.vector.new_zeros(len(nodes), n_constants)
+        is_target = (nodes.kind == FEATURE) | (nodes.kind == TARGET)
+        node_of_target = true_rows(is_target)
+        unselected = self._unselected()
         parts = []
         for numbers, weights in blocks:
-            node = node_of_target[numbers]
+            node, block = node_of_target[numbers], select_rows(targets, numbers)
+            parts.append(self._edges(block, node, weights))
             constants[node, :-1] = weights.constants
             # Sum them apart: a difference of two sums would lose digits.
-            constants[node, -1] = weights.weight.index_select(1, unselected).sum(1)
-            parts.append(self._edges(select_rows(targets, numbers), node, weights))
+            outside = weights.weight.index_select(1, unselected)
+            constants[node, -1] = outside.sum(1)
         edges = [torch.cat(columns) for columns in zip(*parts, strict=True)]
         # The sweep takes directions by position, which need not be the order of their nodes.
-        target = edges[1]
+        _, target, *_ = edges
         if (target.diff() < 0).any():
             order = target.argsort(stable=True)
             edges = [column[order] for column in edges]
         return edges, constants
+
+    def _unselected(self) -> SourceNodes:
+        """The columns of features that are no nodes."""
+        column = self.sweep.sources.column
+        is_node = torch.isin(row_numbers(column), self.selected)
+        return column[~is_node]
 
     def _edges(
         self, block: SweepTargets, node: TargetNumbers, weights: EdgeWeights
@@ -296,21 +321,20 @@ class _EdgeReader:
         column = self.column[source]
         weight = weights.weight.index_select(1, column)
         nonzero = weight != 0
-        # A direct row holds a target of every position; keep the target's own.
-        direct, row = self.sweep.direct(block)
-        same_position = nodes.position[source] == block.position[:, None]
-        direct_weight = direct.weight.index_select(1, column).index_select(0, row)
+        direct_weights = self.sweep.direct(block)
+        direct = direct_weights.weight.index_select(1, column)
         return (
             source.expand_as(nonzero).masked_select(nonzero),
             node.repeat_interleave(nonzero.sum(1)),
             weight.masked_select(nonzero),
-            (direct_weight * same_position).masked_select(nonzero),
+            direct.masked_select(nonzero),
         )
 
     @cached_property
     def column(self) -> SourceNodes:
         """The column in `EdgeWeights` of each node that can be a source."""
         sources, n_nodes = self.sweep.sources, len(self.selected)
-        column = row_numbers(self.nodes.kind) + len(sources.order) - n_nodes
+        n_unselected = len(sources.order) - n_nodes
+        column = row_numbers(self.nodes.kind) + n_unselected
         column[:n_nodes] = sources.column[self.selected]
         return column

@@ -38,16 +38,22 @@ def most_probable(
     Args:
         probability: explain no more tokens than reach this probability together.
     """
-    probabilities = local.logits(-1 if position is None else position).softmax(-1)
-    values, tokens = probabilities.topk(min(most, len(probabilities)))
+    logits = local.logits(-1 if position is None else position)
+    most = min(most, len(logits))
+    values, tokens = logits.softmax(-1).topk(most)
     # The fewest tokens that together reach `probability`
-    n_tokens = 1 + int((values.cumsum(0) < probability).sum())
-    pairs = zip(tokens[:n_tokens].tolist(), values.tolist(), strict=False)
-    return [_token_direction(model, local, token, value, position) for token, value in pairs]
+    n_below = int((values.cumsum(0) < probability).sum())
+    most = min(most, n_below + 1)
+    pairs = zip(tokens[:most].tolist(), values[:most].tolist(), strict=True)
+    return [_token_direction(model, local, *pair, position) for pair in pairs]
 
 
 def _token_direction(
-    model: Model, local: LocalModel, token: int, weight: float, position: int | None = None
+    model: Model,
+    local: LocalModel,
+    token: int,
+    weight: float,
+    position: int | None = None,
 ) -> Direction:
     """The direction of a token's logit minus the mean logit."""
     (label,) = words_of(model, [token])
@@ -86,7 +92,8 @@ def _direction(model: Model, local: LocalModel, wanted: Explained) -> Direction:
     if isinstance(wanted, tuple):
         return _pair(model, local, wanted)
     token = _token(model, local, wanted)
-    probability = float(local.logits().softmax(-1)[token])
+    probabilities = local.logits().softmax(-1)
+    probability = float(probabilities[token])
     return _token_direction(model, local, token, probability)
 
 
@@ -113,12 +120,14 @@ def _check_direction(local: LocalModel, wanted: Direction) -> None:
     vector, position, named = wanted.vector, wanted.position, f"the Direction {wanted.label!r}"
     if not isinstance(vector, Tensor):
         raise InputError(f"{named} has {vector!r} for a vector; give a tensor of {width} numbers.")
-    if not math.isfinite(wanted.bias) or not 0 < wanted.weight < math.inf:
+    is_weight = 0 < wanted.weight < math.inf
+    if not math.isfinite(wanted.bias) or not is_weight:
         raise InputError(
             f"{named} has bias {wanted.bias} and weight {wanted.weight}: give finite ones, the "
             "weight above 0."
         )
-    if vector.shape != (width,) or not vector.isfinite().all() or not vector.any():
+    is_direction = vector.isfinite().all() and vector.any()
+    if vector.shape != (width,) or not is_direction:
         raise InputError(
             f"{named} has a vector of shape {tuple(vector.shape)}; it must be {width} finite "
             "numbers, not all zero."

@@ -57,7 +57,8 @@ def _influence(graph: FeatureGraph) -> tuple[NodeScores, EdgeScores]:
 
 
 def _incoming_sums(graph: FeatureGraph, sizes: EdgeScores) -> NodeScores:
-    sums = sizes.new_zeros(len(graph.nodes)).index_add_(0, graph.target, sizes)
+    sums = sizes.new_zeros(len(graph.nodes))
+    sums.index_add_(0, graph.target, sizes)
     return sums.clamp_(min=SMALLEST_SUM)
 
 
@@ -97,7 +98,10 @@ class Pruning:
 
 
 def prune(
-    graph: FeatureGraph, *, node_threshold: float = 0.8, edge_threshold: float = 0.98
+    graph: FeatureGraph,
+    *,
+    node_threshold: float = 0.8,
+    edge_threshold: float = 0.98,
 ) -> Pruning:
     """Choose the most influential nodes, and the most influential edges between them.
 
@@ -136,7 +140,10 @@ def prune(
 
 
 def pruned(
-    graph: FeatureGraph, *, node_threshold: float = 0.8, edge_threshold: float = 0.98
+    graph: FeatureGraph,
+    *,
+    node_threshold: float = 0.8,
+    edge_threshold: float = 0.98,
 ) -> FeatureGraph:
     """Return the subgraph that `prune` keeps.
 
@@ -168,7 +175,8 @@ def replacement_score(graph: FeatureGraph) -> float:
     True
     """
     influence = node_influence(graph)
-    tokens, errors = (influence[graph.is_kind(kind)].sum() for kind in (EMBEDDING, ERROR))
+    tokens = influence[graph.is_kind(EMBEDDING)].sum()
+    errors = influence[graph.is_kind(ERROR)].sum()
     # 0 / 0 is NaN.
     return float(tokens / (tokens + errors))
 
@@ -220,14 +228,15 @@ def _cutoff(scores: Float[Tensor, " n"], threshold: float) -> float:
     ordered = candidates.sort(descending=True).values
     sums = above + ordered.cumsum(0)
     # The last sum may stay below `wanted` by rounding.
-    place = int((sums[:-1] < wanted).sum())
-    return float(ordered[place])
+    is_below = sums[:-1] < wanted
+    return float(ordered[is_below.sum()])
 
 
 def _cumulative_share(influence: NodeScores) -> NodeScores:
     order = torch.argsort(influence, descending=True, stable=True)
     result = torch.empty_like(influence)
-    result[order] = influence[order].cumsum(0) / influence.sum().clamp(min=SMALLEST_SUM)
+    total = influence.sum().clamp(min=SMALLEST_SUM)
+    result[order] = influence[order].cumsum(0) / total
     return result
 
 
@@ -235,11 +244,14 @@ def _without_dead_ends(
     graph: FeatureGraph, nodes: NodeMask, edges: EdgeMask
 ) -> tuple[NodeMask, EdgeMask]:
     """Drop nodes that are on no path from an embedding or error to a target, and their edges."""
-    needs_output, needs_input = graph.is_kind(FEATURE, ERROR), graph.is_kind(FEATURE)
+    needs_output = graph.is_kind(FEATURE, ERROR)
+    needs_input = graph.is_kind(FEATURE)
+    n_nodes = len(nodes)
     while True:
-        has_output = torch.bincount(graph.source[edges], minlength=len(nodes)) > 0
-        has_input = torch.bincount(graph.target[edges], minlength=len(nodes)) > 0
-        fewer = nodes & (has_output | ~needs_output) & (has_input | ~needs_input)
+        n_outputs = torch.bincount(graph.source[edges], minlength=n_nodes)
+        n_inputs = torch.bincount(graph.target[edges], minlength=n_nodes)
+        is_dead_end = needs_output & (n_outputs == 0) | needs_input & (n_inputs == 0)
+        fewer = nodes & ~is_dead_end
         if torch.equal(fewer, nodes):
             return nodes, edges
         nodes = fewer

@@ -107,26 +107,27 @@ class EdgeWeights:
 
     @property
     def _others(self) -> Float[Tensor, "target layer_or_embedding pos"]:
-        others = self.weight[:, len(self.sources.order) :]
-        return others.unflatten(1, (-1, self.sources.errors.shape[1]))
+        n_features = len(self.sources.order)
+        n_positions = self.sources.errors.shape[1]
+        return self.weight[:, n_features:].unflatten(1, (-1, n_positions))
 
 
 def feature_targets(
     model: LocalModel, transcoders: Transcoders, features: ActiveFeatures
 ) -> SweepTargets:
     """Return the encoder vectors of features as targets in the residual stream."""
-    n, d_model = len(features), model.embedding.shape[1]
-    vectors = model.embedding.new_empty(n, d_model)
-    biases = model.embedding.new_empty(n)
+    like = model.embedding
+    vectors = like.new_empty(len(features), like.shape[1])
+    biases = like.new_empty(len(features))
     for layer, frozen in enumerate(model.layers):
         mine = true_rows(features.layer == layer)
         index = features.index[mine]
-        rows = transcoders.encoder_rows(layer, index, vectors)
-        reading = frozen.reading[features.position[mine]]
+        rows = transcoders.encoder_rows(layer, index, like)
         # pre-activation = w_enc (LN(residual) + b_LN) + b_enc, so vector = LN^T w_enc
+        reading = frozen.reading[features.position[mine]]
         vectors[mine] = reading.transposed(rows)
-        bias = transcoders.encoders[layer].bias
-        biases[mine] = bias[index.to(bias.device)].to(biases)
+        bias = transcoders.encoders[layer].bias.to(like)
+        biases[mine] = bias[index]
         if reading.bias is not None:
             biases[mine] += rows @ reading.bias
     return SweepTargets(features.layer, features.position, vectors, biases)
@@ -170,50 +171,45 @@ class LinearSweep:
             length = len(self.model.tokens)
             if self.model.causal:
                 length = int(block.position.max()) + 1
-            gradient = block.vector.new_zeros(length, *block.vector.shape)
-            gradient[block.position, row_numbers(numbers)] = block.vector
-            descent = _Descent(self, gradient, slice(0, length), block.position)
-            weights = descent.edge_weights(int(block.layer[0]))
+            weights = self._descend(block, slice(0, length), with_attention=True)
             # Row sum: pre-activation = G . (all that is written) + own bias
             weights.constants[:, OWN_BIAS] = block.bias
             yield numbers, weights
 
     @torch.no_grad()
-    def direct(self, block: SweepTargets) -> tuple[EdgeWeights, TargetNumbers]:
+    def direct(self, block: SweepTargets) -> EdgeWeights:
         """Compute the direct part of the edges into a block of `split`.
 
-        The direct part passes through the residual stream and skips only, so it stays at the
-        target's position. One row therefore serves a target of each position.
-
-        Returns:
-            Rows, and the number of each target's row. Its entries for sources at other positions
-            than the target's belong to other targets.
+        It passes through the residual stream and skips only, so it stays at the target's position.
         """
         first, last = block.position[[0, -1]].tolist()
-        place = block.position - first
-        # Number the targets at each position.
-        counts = torch.bincount(place)
-        starts = counts.cumsum(0) - counts
-        row = row_numbers(place) - starts[place]
-        d_model = block.vector.shape[1]
-        gradient = block.vector.new_zeros(len(counts), int(counts.max()), d_model)
-        gradient[place, row] = block.vector
-        descent = _Descent(self, gradient, slice(first, last + 1), None, with_attention=False)
-        return descent.edge_weights(int(block.layer[0])), row
+        positions = slice(first, last + 1)
+        return self._descend(block, positions, with_attention=False)
+
+    def _descend(
+        self, block: SweepTargets, positions: slice, *, with_attention: bool
+    ) -> EdgeWeights:
+        n_positions = positions.stop - positions.start
+        gradient = block.vector.new_zeros(n_positions, *block.vector.shape)
+        target = row_numbers(block.position)
+        gradient[block.position - positions.start, target] = block.vector
+        descent = _Descent(self, gradient, positions, block.position, with_attention)
+        return descent.edge_weights(int(block.layer[0]))
 
     def split(self, targets: SweepTargets) -> Iterator[TargetNumbers]:
         """Yield blocks of targets of one layer and neighbouring positions that fit in memory."""
         most_rows = self._most_rows()
-        keys = targets.layer * len(self.model.tokens) + targets.position
+        n_positions = len(self.model.tokens)
+        keys = targets.layer * n_positions + targets.position
         order = keys.argsort(stable=True)
         layers = targets.layer[order].tolist()
         positions = targets.position[order].tolist()
         start = 0
         for stop in range(1, len(order)):
-            size = stop - start
-            full = size >= TARGETS_PER_BLOCK and positions[stop] != positions[stop - 1]
+            position, size = positions[stop], stop - start
+            full = size >= TARGETS_PER_BLOCK and position != positions[stop - 1]
             # The gradient of a block covers all positions up to the last of its targets.
-            too_large = (size + 1) * (positions[stop] + 1) > most_rows
+            too_large = (size + 1) * (position + 1) > most_rows
             if full or too_large or layers[stop] != layers[start]:
                 yield order[start:stop]
                 start = stop
@@ -225,7 +221,8 @@ class LinearSweep:
         like = self.model.embedding
         row_bytes = 4 * like.shape[1] * like.element_size()
         cpu_bytes = CPU_ROWS * row_bytes
-        return memory_budget(like.device, self.max_memory, cpu_bytes=cpu_bytes) // row_bytes
+        budget = memory_budget(like.device, self.max_memory, cpu_bytes=cpu_bytes)
+        return budget // row_bytes
 
 
 @dataclass(eq=False)
@@ -243,7 +240,7 @@ class _Descent:
     gradient: Gradient
     positions: slice
     target_position: TargetNumbers | None
-    with_attention: bool = True
+    with_attention: bool
     weights: EdgeWeights = field(init=False)
 
     def __post_init__(self) -> None:
@@ -287,7 +284,8 @@ class _Descent:
         sources = self.sweep.sources
         self._read_off_features(sources.outputs[layer])
         # A[t, e] = G_t . error_e; bias and skip constant: sum over positions of G_t . constant
-        error, constant = self._products(sources.errors[layer], sources.mlp_constants[layer])
+        written = (sources.errors[layer], sources.mlp_constants[layer])
+        error, constant = self._products(*written)
         self.weights.errors[:, layer, self.positions] = error
         self.weights.constants[:, MLP_BIAS] += constant.sum(1)
 
@@ -298,24 +296,30 @@ class _Descent:
         if self._pads(outputs, here):
             self._read_off_padded(outputs, here)
             return
+        weight = self.weights.weight
         by_position = outputs.rows[here].split(outputs.counts[positions])
         columns = outputs.first_columns[positions]
         for gradient, rows, first in zip(self.gradient, by_position, columns, strict=True):
-            self.weights.weight[:, first : first + len(rows)].addmm_(gradient, rows.T)
+            last = first + len(rows)
+            weight[:, first:last].addmm_(gradient, rows.T)
 
     def _pads(self, outputs: FeatureOutputs, here: slice) -> bool:
+        n_rows = here.stop - here.start
         n_padded = len(self.gradient) * max(outputs.counts)
-        most = min(MOST_PADDED * (here.stop - here.start), PADDED_ROWS)
-        return n_padded <= most and self.gradient.device.type in PADDED_ON
+        small = n_padded <= min(MOST_PADDED * n_rows, PADDED_ROWS)
+        return small and self.gradient.device.type in PADDED_ON
 
     def _read_off_padded(self, outputs: FeatureOutputs, here: slice) -> None:
-        n_positions, n_slots = len(self.gradient), max(outputs.counts)
-        rows = outputs.rows[here]
+        rows, n_slots = outputs.rows[here], max(outputs.counts)
         slots = outputs.slot[here] - self.positions.start * n_slots
-        padded = rows.new_zeros(n_positions * n_slots, rows.shape[1]).index_copy_(0, slots, rows)
-        products = torch.bmm(self.gradient, padded.unflatten(0, (n_positions, n_slots)).mT)
+        n_padded, d_model = len(self.gradient) * n_slots, rows.shape[1]
+        padded = rows.new_zeros(n_padded, d_model)
+        padded.index_copy_(0, slots, rows)
+        by_position = padded.unflatten(0, (-1, n_slots))
+        products = torch.bmm(self.gradient, by_position.mT)
         products = rearrange(products, "pos target slot -> target (pos slot)")
-        self.weights.weight.index_add_(1, outputs.columns[here], products[:, slots])
+        weight = self.weights.weight
+        weight.index_add_(1, outputs.columns[here], products[:, slots])
 
     def _read_off_embeddings(self) -> None:
         model, weights = self.sweep.model, self.weights
@@ -328,5 +332,7 @@ class _Descent:
 
     def _products(self, *vectors: Residual) -> Sequence[Float[Tensor, "target covered"]]:
         # G . v at each position, for each of the vectors v.
-        stacked = torch.stack([vector[self.positions] for vector in vectors], dim=-1)
-        return torch.bmm(self.gradient, stacked).permute(2, 1, 0).unbind()
+        covered = [vector[self.positions] for vector in vectors]
+        stacked = torch.stack(covered, dim=-1)
+        products = torch.bmm(self.gradient, stacked)
+        return products.permute(2, 1, 0).unbind()

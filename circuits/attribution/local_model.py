@@ -47,7 +47,8 @@ from circuits.system.errors import InputError
 from circuits.transcoders.transcoder import Transcoders
 
 FINAL_RESIDUAL = "residual stream after the last layer"
-TOKEN_EMBEDDING, POSITION_EMBEDDING = output_hook(TokenEmbed()), output_hook(PosEmbed())
+TOKEN_EMBEDDING = output_hook(TokenEmbed())
+POSITION_EMBEDDING = output_hook(PosEmbed())
 EVERYWHERE = slice(None)
 
 Activations = dict[str, Tensor]
@@ -127,10 +128,13 @@ class FrozenLayer:
         mixing = self.mixing[:, :n_positions, :n_positions]
         # dV_h = A_h^T (G W_O[h]^T)
         if position is not None:
-            projected = gradient[position, row_numbers(position)] @ self.output.mT
+            vector = gradient[position, row_numbers(position)]
+            projected = vector @ self.output.mT
             # Only the target's own position, a column of A_h^T, contributes to the product.
-            return mixing.index_select(2, position)[..., None] * projected[:, None]
-        projected = gradient.flatten(0, 1)[None] @ self.output.mT
+            column = mixing.index_select(2, position)
+            return column[..., None] * projected[:, None]
+        vectors = gradient.flatten(0, 1)
+        projected = vectors[None] @ self.output.mT
         projected = rearrange(projected, "head (pos t) d -> head pos (t d)", t=n_targets)
         return rearrange(mixing @ projected, "head pos (t d) -> head pos t d", t=n_targets)
 
@@ -192,7 +196,8 @@ class LocalModel:
         # logits = LN_final(residual) W_U + b_U
         normed = apply_norm(self.final, self.residual)[position]
         products = normed.to(self.unembedding) @ self.unembedding
-        return soft_capped(products.to(normed) + self.unembedding_bias, self.soft_cap)
+        logits = products.to(normed) + self.unembedding_bias
+        return soft_capped(logits, self.soft_cap)
 
 
 def check_transcoders(model: Model, transcoders: Transcoders) -> None:
@@ -208,16 +213,7 @@ def check_transcoders(model: Model, transcoders: Transcoders) -> None:
             "load it with circuits.load_model."
         )
     cfg = model.cfg
-    architecture = cfg.original_architecture
-    only_post_norms = architecture in POST_NORM_ARCHITECTURES
-    unsupported = {
-        "no MLPs": cfg.attn_only,
-        "clipped values, which are not linear": cfg.clip_qkv is not None,
-        f"norms only after attention and MLP ({architecture})": only_post_norms,
-        "shortformer positions": cfg.positional_embedding_type == "shortformer",
-        f"layers spread over {cfg.n_devices} devices": cfg.n_devices > 1,
-    }
-    found = [reason for reason, holds in unsupported.items() if holds]
+    found = _cannot_be_frozen(model)
     if found:
         raise InputError(
             f"{cfg.model_name} has {' and '.join(found)}: no attribution graph can be made of it."
@@ -228,12 +224,26 @@ def check_transcoders(model: Model, transcoders: Transcoders) -> None:
         )
     transcoders.check()
     n_layers, d_model = transcoders.n_layers, transcoders.d_model
-    if (n_layers, d_model) != (cfg.n_layers, cfg.d_model):
+    if n_layers != cfg.n_layers or d_model != cfg.d_model:
         raise InputError(
             f"the transcoders {transcoders.name!r} are for {n_layers} layers of width {d_model}, "
             f"and {cfg.model_name} has {cfg.n_layers} of width {cfg.d_model}; "
             "load transcoders that were trained on this model."
         )
+
+
+def _cannot_be_frozen(model: Model) -> list[str]:
+    cfg = model.cfg
+    architecture = cfg.original_architecture
+    only_post_norms = architecture in POST_NORM_ARCHITECTURES
+    reasons = {
+        "no MLPs": cfg.attn_only,
+        "clipped values, which are not linear": cfg.clip_qkv is not None,
+        f"norms only after attention and MLP ({architecture})": only_post_norms,
+        "shortformer positions": cfg.positional_embedding_type == "shortformer",
+        f"layers spread over {cfg.n_devices} devices": cfg.n_devices > 1,
+    }
+    return [reason for reason, holds in reasons.items() if holds]
 
 
 @torch.no_grad()
@@ -247,11 +257,13 @@ def freeze(model: Model, transcoders: Transcoders, prompts: Sequence[Prompt]) ->
     tokens, mask = pad_prompts(model, prompts)
     recorded = _record(model, tokens, mask)
     dtype = compute_dtype(model)
-    runs = [_unpadded(recorded, row, len(prompt), dtype) for row, prompt in enumerate(prompts)]
+    lengths = [len(prompt) for prompt in prompts]
+    runs = [_unpadded(recorded, row, length, dtype) for row, length in enumerate(lengths)]
     by_layer = []
     for layer in range(model.cfg.n_layers):
         weights = _layer_weights(model, transcoders, layer)
-        by_layer.append([_frozen_layer(model, transcoders, layer, weights, run) for run in runs])
+        frozen_layers = [_frozen_layer(model, transcoders, layer, weights, run) for run in runs]
+        by_layer.append(frozen_layers)
     unembedding = ModelWeights(model).unembedding().weight.detach()
     mean_unembedding = unembedding.mean(1, dtype=dtype)
     return [
@@ -314,16 +326,8 @@ def apply_norm(norm: LinearNorm, x: ModelVectors) -> ModelVectors:
 
 
 def _record(model: Model, tokens: TokenBatch, mask: TokenMask) -> Activations:
-    cfg = model.cfg
-    names = [TOKEN_EMBEDDING, *scale_hooks(model).values()]
-    if cfg.positional_embedding_type == "standard":
-        names.append(POSITION_EMBEDDING)
-    for layer in range(cfg.n_layers):
-        names.append(pattern_hook(layer))
-        names.append(mlp_residual_hook(model, layer))
-        names.append(mlp_output_hook(model, layer))
     recorded: Activations = {}
-    hooks = [(name, keeper(recorded, name)) for name in names]
+    hooks = [(name, keeper(recorded, name)) for name in _recorded_hooks(model)]
     with frozen(model), plain_inputs(model):
         residual = run_to_residual(model, tokens, mask, hooks)
     if not residual[mask].isfinite().all():
@@ -334,12 +338,25 @@ def _record(model: Model, tokens: TokenBatch, mask: TokenMask) -> Activations:
     return recorded | {FINAL_RESIDUAL: residual}
 
 
+def _recorded_hooks(model: Model) -> list[str]:
+    cfg = model.cfg
+    names = [TOKEN_EMBEDDING, *scale_hooks(model).values()]
+    if cfg.positional_embedding_type == "standard":
+        names.append(POSITION_EMBEDDING)
+    for layer in range(cfg.n_layers):
+        names.append(pattern_hook(layer))
+        names.append(mlp_residual_hook(model, layer))
+        names.append(mlp_output_hook(model, layer))
+    return names
+
+
 def _unpadded(recorded: Activations, row: int, length: int, dtype: torch.dtype) -> Activations:
     run = {}
     for name, batch in recorded.items():
         values = batch[row, ..., :length, :]
         # Patterns, [head query key], are large, so each is converted where it is used.
-        run[name] = values[..., :length] if batch.dim() == 4 else values.to(dtype)
+        is_pattern = values.dim() == 3
+        run[name] = values[..., :length] if is_pattern else values.to(dtype)
     return run
 
 
@@ -436,9 +453,11 @@ def _frozen_layer(
 def _norms(model: Model, layer: int, run: Activations) -> list[LinearNorm]:
     """The norms before and after attention, and before and after the MLP."""
     weights, hooks = ModelWeights(model), scale_hooks(model)
-    scales = [run.get(hooks.get((layer, name), "")) for name in NORMS]
-    named = zip(NORMS, scales, strict=True)
-    return [weights.linear_norm(layer, name, scale) for name, scale in named]
+    norms = []
+    for name in NORMS:
+        scale = run.get(hooks.get((layer, name), ""))
+        norms.append(weights.linear_norm(layer, name, scale))
+    return norms
 
 
 def _mixing(

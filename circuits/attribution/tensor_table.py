@@ -16,21 +16,22 @@ Table = TypeVar("Table", bound=Any)
 
 def select_rows(table: Table, rows: Tensor | slice) -> Table:
     """Return the table with some of its rows."""
-    columns = {name: getattr(table, name)[rows] for name in _column_names(table)}
+    columns = {name: column[rows] for name, column in _columns(table).items()}
     return replace(table, **columns)
 
 
 def join_rows(tables: Sequence[Table]) -> Table:
     """Concatenate tables of the same type."""
-    first = tables[0]
     columns = {}
-    for name in _column_names(first):
-        columns[name] = torch.cat([getattr(table, name) for table in tables])
-    return replace(first, **columns)
+    for name in _columns(tables[0]):
+        parts = [getattr(table, name) for table in tables]
+        columns[name] = torch.cat(parts)
+    return replace(tables[0], **columns)
 
 
-def _column_names(table: Table) -> list[str]:
-    return [name for name, value in vars(table).items() if isinstance(value, Tensor)]
+def _columns(table: Table) -> dict[str, Tensor]:
+    values = vars(table).items()
+    return {name: value for name, value in values if isinstance(value, Tensor)}
 
 
 def row_numbers(column: Tensor) -> Int[Tensor, " row"]:

@@ -25,6 +25,8 @@ from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
 from circuits.transcoders.transcoder import Transcoders
 
+Sweep = Sequence[Circuit]
+
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
@@ -87,25 +89,21 @@ def compare(
     """
     if not found:
         raise InputError("there is nothing to compare; give at least one method's circuit.")
-    shared = RunSettings.parse(task, ablation=ablation, metric=metric)
-    sweeps = {
-        name: [given] if isinstance(given, Circuit) else list(given)
-        for name, given in found.items()
-    }
+    settings = RunSettings.parse(task, ablation=ablation, metric=metric)
+    sweeps = {}
+    for name, given in found.items():
+        sweeps[name] = [given] if isinstance(given, Circuit) else list(given)
     rows, curves, circuits = {}, [], {}
     for name, sweep in sweeps.items():
-        settings = replace(shared, transcoders=(transcoders or {}).get(name))
+        if transcoders is not None:
+            settings = replace(settings, transcoders=transcoders.get(name))
         curve = _curve(model, sweep, task, sizes, settings)
         curves.append(curve.assign(method=name))
-        if sweep[0].selected:
-            # A table row is about one circuit of a threshold sweep.
-            chosen = sweep[:1]
-        else:
-            edges = _common_size(sweeps, sweep[0]) if size is None else size
-            chosen = [seed.top(edges) for seed in sweep]
+        chosen = _tabulated(sweep, sweeps, size)
         circuits[name] = chosen[0]
         rows[name] = _mean_row(model, chosen, task, settings)
-    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    table = table.rename_axis("method")
     return Comparison(
         table.astype({"edges": int, "of": int}),
         pd.concat(curves, ignore_index=True),
@@ -113,6 +111,25 @@ def compare(
         circuits,
         _notes(circuits),
     )
+
+
+def _tabulated(sweep: Sweep, sweeps: Mapping[str, Sweep], size: int | None) -> Sweep:
+    """One circuit of a threshold sweep, or the seeds of a ranking cut to a size."""
+    if sweep[0].selected:
+        return sweep[:1]
+    if size is None:
+        size = _common_size(sweeps, sweep[0])
+    return [seed.top(size) for seed in sweep]
+
+
+def _common_size(sweeps: Mapping[str, Sweep], like: Circuit) -> int:
+    """The size of the first selected circuit over the same kind of graph, or a tenth of it."""
+    for first, *_ in sweeps.values():
+        same_kind = type(first.graph) is type(like.graph)
+        if same_kind and first.selected and len(first):
+            return min(len(first), len(like))
+    tenth = round(len(like.graph) / 10)
+    return max(1, tenth)
 
 
 def _notes(circuits: Mapping[str, Circuit]) -> tuple[str, ...]:
@@ -129,38 +146,33 @@ def _notes(circuits: Mapping[str, Circuit]) -> tuple[str, ...]:
     )
 
 
-def _mean_row(
-    model: Model, circuits: Sequence[Circuit], task: Task, settings: RunSettings
-) -> dict[str, float]:
+def _mean_row(model: Model, circuits: Sweep, task: Task, settings: RunSettings) -> dict[str, float]:
     metric = settings.metric
     assert metric is not None
     metrics = {each.name: each for each in (*default_metrics(task), metric)}
     rows = []
     for circuit in circuits:
         (found,) = evaluations(model, [circuit], task, [*metrics.values()], settings)
-        size = {"edges": len(circuit), "of": len(circuit.graph)}
-        faithfulness = {"faithfulness": found.faithfulness(metric.name)}
-        rows.append(size | found.mean() | faithfulness)
+        row: dict[str, float] = {"edges": len(circuit), "of": len(circuit.graph)}
+        row |= found.mean()
+        row["faithfulness"] = found.faithfulness(metric.name)
+        rows.append(row)
     return pd.DataFrame(rows).mean().to_dict()
 
 
 def _curve(
     model: Model,
-    sweep: Sequence[Circuit],
+    sweep: Sweep,
     task: Task,
     sizes: Sequence[Size] | None,
     settings: RunSettings,
 ) -> pd.DataFrame:
     if sweep[0].selected:
-        return judge_points(model, sweep, task, settings).assign(selected=True)
-    curves = [judge_points(model, of_sizes(each, sizes), task, settings) for each in sweep]
-    means = pd.concat(curves).groupby("edges", as_index=False).mean()
-    return means.assign(selected=False)
-
-
-def _common_size(sweeps: Mapping[str, Sequence[Circuit]], like: Circuit) -> int:
-    """The size of the first selected circuit over the same kind of graph, or a tenth of it."""
-    for first, *_ in sweeps.values():
-        if type(first.graph) is type(like.graph) and first.selected and len(first):
-            return min(len(first), len(like))
-    return max(1, round(len(like.graph) / 10))
+        points = judge_points(model, sweep, task, settings)
+        return points.assign(selected=True)
+    curves = []
+    for circuit in sweep:
+        ranked = of_sizes(circuit, sizes)
+        curves.append(judge_points(model, ranked, task, settings))
+    by_size = pd.concat(curves).groupby("edges", as_index=False)
+    return by_size.mean().assign(selected=False)

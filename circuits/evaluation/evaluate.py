@@ -74,7 +74,8 @@ class Evaluation:
         Raises:
             InputError: the metric was not evaluated.
         """
-        return float(self.values[self._name(metric)].mean())
+        name = self._name(metric)
+        return float(self.values[name].mean())
 
     if TYPE_CHECKING:
         # Type checkers know the shipped metrics, so that a misspelt one is an error.
@@ -117,29 +118,34 @@ class Evaluation:
         """
         name = self._name(metric)
         runs = (self.values, self.model_values, self.empty_values)
-        circuit, model, empty = (float(run[name].mean()) for run in runs)
-        return (circuit - empty) / (model - empty) if model != empty else math.nan
+        circuit, model, empty = (_means(run)[name] for run in runs)
+        if model == empty:
+            return math.nan
+        return (circuit - empty) / (model - empty)
 
     def by_prompt(self) -> pd.DataFrame:
         """A row per prompt and a column per metric: the mean over the prompt's scored rows."""
-        frame = pd.DataFrame({name: row.double().numpy() for name, row in self.values.items()})
+        frame = pd.DataFrame(self.values, dtype=float)
         prompts = frame.groupby(self.row_prompt.numpy())
         return prompts.mean().rename_axis("prompt")
 
     def table(self) -> pd.DataFrame:
         """A row per metric: its mean for circuit, model and empty circuit, and the faithfulness."""
-        runs = {"circuit": self.values, "model": self.model_values, "empty": self.empty_values}
-        columns = {run: _means(values) for run, values in runs.items()}
-        columns["faithfulness"] = {name: self.faithfulness(name) for name in self.values}
+        columns = {
+            "circuit": _means(self.values),
+            "model": _means(self.model_values),
+            "empty": _means(self.empty_values),
+            "faithfulness": {name: self.faithfulness(name) for name in self.values},
+        }
         return pd.DataFrame(columns).rename_axis("metric")
 
     def _name(self, metric: str) -> str:
-        for name in (metric, ALIASES.get(metric)):
-            if name in self.values:
-                return name
-        raise InputError(
-            f"this evaluation has no metric {metric!r}; it has {', '.join(self.values)}."
-        )
+        name = metric if metric in self.values else ALIASES.get(metric, metric)
+        if name not in self.values:
+            raise InputError(
+                f"this evaluation has no metric {metric!r}; it has {', '.join(self.values)}."
+            )
+        return name
 
 
 def _means(values: ByRow) -> dict[str, float]:
@@ -203,11 +209,11 @@ def evaluations(
     task = task.to(model.cfg.device)
     whole = model_logits(model, task)
     kept = [circuit.kept for circuit in circuits]
-    empty = torch.zeros_like(kept[0])
-    runs = run_variants(model, graph, torch.stack([*kept, empty]), task, settings)
-    *values, model_values, empty_values = (
+    kept.append(torch.zeros_like(kept[0]))
+    runs = run_variants(model, graph, torch.stack(kept), task, settings)
+    model_values, *values, empty_values = (
         {metric.name: metric(logits, whole, task).cpu() for metric in metrics}
-        for logits in (*runs[:-1], whole, runs[-1])
+        for logits in (whole, *runs)
     )
     row_prompt = task.row_prompt.cpu()
     return [
@@ -307,10 +313,11 @@ def judge_points(
     metrics = [get_metric("kl", task), metric]
     rows = []
     for evaluation in evaluations(model, circuits, task, metrics, settings):
-        n_edges = evaluation.n_edges
-        size = {"edges": n_edges, "fraction": n_edges / len(circuits[0].graph)}
-        faithfulness = {"faithfulness": evaluation.faithfulness(metric.name)}
-        rows.append(size | evaluation.mean() | faithfulness)
+        fraction = evaluation.n_edges / len(circuits[0].graph)
+        row: dict[str, float] = {"edges": evaluation.n_edges, "fraction": fraction}
+        row |= evaluation.mean()
+        row["faithfulness"] = evaluation.faithfulness(metric.name)
+        rows.append(row)
     return pd.DataFrame(rows)
 
 

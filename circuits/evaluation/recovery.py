@@ -75,7 +75,8 @@ def recovery(circuit: Circuit, truth: Sequence[Edge | str]) -> Recovery:
     else:
         chosen = circuit.top(int(true.sum())).kept
         rank = _without_noise(circuit.scores)
-    chosen_nodes, true_nodes = (_of_nodes(graph, edges.double()) > 0 for edges in (chosen, true))
+    chosen_nodes = _of_nodes(graph, chosen.double()) > 0
+    true_nodes = _of_nodes(graph, true.double()) > 0
     edge_roc = _roc(rank, true)
     node_roc = _roc(_of_nodes(graph, rank), true_nodes)
     return Recovery(
@@ -89,7 +90,8 @@ def recovery(circuit: Circuit, truth: Sequence[Edge | str]) -> Recovery:
 
 def _without_noise(scores: Float[Tensor, " edge"]) -> Ranks:
     size = scores.double().abs().nan_to_num(nan=-1.0)
-    is_noise = (size >= 0) & (size < SCORE_FLOOR * size.max())
+    smallest = SCORE_FLOOR * size.max()
+    is_noise = (size >= 0) & (size < smallest)
     return torch.where(is_noise, 0.0, size)
 
 
@@ -102,9 +104,9 @@ def _of_nodes(graph: Graph, rank: Float[Tensor, " edge"]) -> Float[Tensor, " nod
 
 
 def _precision_recall(chosen: Truth, true: Truth) -> tuple[float, float]:
-    hits, n_chosen = int((chosen & true).sum()), int(chosen.sum())
-    precision = hits / n_chosen if n_chosen else math.nan
-    return precision, hits / int(true.sum())
+    hits = (chosen & true).sum().double()
+    # 0 / 0 is NaN.
+    return float(hits / chosen.sum()), float(hits / true.sum())
 
 
 def _roc(rank: Ranks, true: Truth) -> Rates:
@@ -112,10 +114,11 @@ def _roc(rank: Ranks, true: Truth) -> Rates:
     thresholds, place = (-rank).unique(return_inverse=True)
     rates = []
     for items in (~true, true):
-        counts = torch.bincount(place[items], minlength=len(thresholds))
-        passing = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        rates.append(passing.double() / items.sum().clamp(min=1))
-    return torch.stack(rates, dim=1)
+        passing = torch.bincount(place[items], minlength=len(thresholds))
+        total = items.sum().clamp(min=1)
+        rates.append(passing.cumsum(0) / total.double())
+    none = torch.zeros(1, 2, dtype=torch.double)
+    return torch.cat([none, torch.stack(rates, dim=1)])
 
 
 def _area_under(roc: Rates) -> float:

@@ -10,6 +10,8 @@ from typing import Literal
 
 import pandas as pd
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from circuits.graph.circuit import Circuit
 from circuits.graph.graph import PooledFeatureGraph
@@ -39,9 +41,11 @@ def overlap_table(circuits: Mapping[str, Circuit]) -> pd.DataFrame:
     Over the same graph it is `overlap`; of a circuit of features with any other, `coarse_overlap`;
     elsewhere NaN.
     """
-    table = pd.DataFrame(1.0, index=list(circuits), columns=list(circuits))
-    for a, b in combinations(circuits, 2):
-        table.loc[a, b] = table.loc[b, a] = _any_overlap(circuits[a], circuits[b])
+    names = list(circuits)
+    table = pd.DataFrame(1.0, index=names, columns=names)
+    for a, b in combinations(names, 2):
+        value = _any_overlap(circuits[a], circuits[b])
+        table.loc[a, b] = table.loc[b, a] = value
     return table
 
 
@@ -60,18 +64,26 @@ def coarsened(circuit: Circuit, *, by_position: bool = True) -> dict[Node, float
     as its MLP, token and position embedding as the embedding; heads are left out. If a kept edge
     has no score, all edges count the same.
     """
+    shares: dict[Node, float] = defaultdict(float)
+    totals = _size_by_node(circuit)
+    for number in totals.nonzero().flatten().tolist():
+        coarse = _coarse(circuit.graph.nodes[number])
+        if coarse is None:
+            continue
+        if not by_position:
+            coarse = at_position(coarse, None)
+        shares[coarse] += float(totals[number])
+    whole = sum(shares.values())
+    return {node: share / whole for node, share in shares.items()}
+
+
+def _size_by_node(circuit: Circuit) -> Float[Tensor, " node"]:
     graph, kept = circuit.graph, circuit.kept
     size = circuit.scores[kept].double().abs()
     if size.isnan().any() or not size.any():
         size = torch.ones_like(size)
-    totals = size.new_zeros(len(graph.nodes)).index_add_(0, graph.source[kept], size)
-    shares: dict[Node, float] = defaultdict(float)
-    for node, total in zip(graph.nodes, totals.tolist(), strict=True):
-        coarse = _coarse(node)
-        if coarse is not None and total:
-            shares[coarse if by_position else at_position(coarse, None)] += total
-    whole = sum(shares.values())
-    return {node: share / whole for node, share in shares.items()}
+    totals = size.new_zeros(len(graph.nodes))
+    return totals.index_add_(0, graph.source[kept], size)
 
 
 def coarse_overlap(first: Circuit, second: Circuit) -> float:
@@ -82,7 +94,9 @@ def coarse_overlap(first: Circuit, second: Circuit) -> float:
     by_position = first.graph.positions == second.graph.positions
     shares = [coarsened(circuit, by_position=by_position) for circuit in (first, second)]
     table = pd.DataFrame(shares).fillna(0.0)
-    return float(table.min().sum() / table.max().sum()) if table.size else 1.0
+    if table.empty:
+        return 1.0
+    return float(table.min().sum() / table.max().sum())
 
 
 def _coarse(node: Node) -> MLP | Embed | None:
@@ -130,6 +144,7 @@ def score_table(first: Circuit, second: Circuit) -> pd.DataFrame:
         raise InputError(
             "these circuits are over different graphs; score the same graph with both methods."
         )
-    names = pd.Index(map(str, first.graph.edges), name="edge")
+    names = [str(edge) for edge in first.graph.edges]
     columns = {"x": first.scores.double(), "y": second.scores.double()}
-    return pd.DataFrame(columns, index=names).dropna()
+    table = pd.DataFrame(columns, index=names).rename_axis("edge")
+    return table.dropna()

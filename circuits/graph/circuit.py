@@ -77,8 +77,8 @@ class Circuit:
             )
         # Copies, so that later changes to the tensors passed in do not change the circuit.
         for name, dtype in (("scores", torch.float32), ("kept", torch.bool)):
-            copy = getattr(self, name).detach().to("cpu", dtype, copy=True)
-            object.__setattr__(self, name, copy)
+            given = getattr(self, name).detach()
+            object.__setattr__(self, name, given.to("cpu", dtype, copy=True))
 
     @staticmethod
     def full(
@@ -217,14 +217,12 @@ class Circuit:
 
     def to_dataframe(self) -> pd.DataFrame:
         """The kept edges as a table: columns `edge`, `source`, `target`, `slot`, `score`."""
-        columns: dict[str, list[Any]] = {
-            "edge": [str(edge) for edge in self.edges],
-            "source": [str(edge.source) for edge in self.edges],
-            "target": [str(edge.target) for edge in self.edges],
-            "slot": [edge.slot or "" for edge in self.edges],
-        }
-        table = pd.DataFrame(columns, dtype=object)
-        return table.assign(score=self.scores[self.kept].double().numpy())
+        texts = [
+            (str(edge), str(edge.source), str(edge.target), edge.slot or "") for edge in self.edges
+        ]
+        table = pd.DataFrame(texts, columns=["edge", "source", "target", "slot"], dtype=object)
+        scores = self.scores[self.kept].double()
+        return table.assign(score=scores.numpy())
 
     def to_networkx(self) -> networkx.MultiDiGraph:
         """The circuit as a networkx graph, with nodes and kept edges named by their text.
@@ -241,10 +239,11 @@ class Circuit:
         result = networkx.MultiDiGraph()
         scores = self.scores[self.kept].tolist()
         for edge, score in zip(self.edges, scores, strict=True):
-            attributes = {} if edge.slot is None else {"slot": edge.slot}
+            attributes = {"slot": edge.slot} if edge.slot else {}
             if not math.isnan(score):
                 attributes["score"] = score
-            result.add_edge(str(edge.source), str(edge.target), edge.slot, **attributes)
+            source, target = str(edge.source), str(edge.target)
+            result.add_edge(source, target, edge.slot, **attributes)
         return result
 
     def save(self, folder: str | Path) -> Path:
@@ -266,7 +265,8 @@ class Circuit:
             "record": dict(self.record),
         }
         header = {"description": json.dumps(description, default=vars)}
-        return write_tensors(Path(folder) / FILE, tensors, header, FORMAT, FORMAT_VERSION)
+        path = Path(folder) / FILE
+        return write_tensors(path, tensors, header, FORMAT, FORMAT_VERSION)
 
     @staticmethod
     def load(folder: str | Path) -> Circuit:

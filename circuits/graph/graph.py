@@ -89,15 +89,18 @@ class Graph:
         return f"{type(self).__name__}({len(self.nodes)} nodes, {len(self):,} edges{split})"
 
     def _repr_html_(self) -> str:
-        first, last = (self.nodes[0], self.nodes[-1]) if self.nodes else ("", "")
-        return f"<p><b>{self!r}</b></p><p>from <code>{first}</code> to <code>{last}</code></p>"
+        title = f"<p><b>{self!r}</b></p>"
+        if not self.nodes:
+            return title
+        first, last = self.nodes[0], self.nodes[-1]
+        return f"{title}<p>from <code>{first}</code> to <code>{last}</code></p>"
 
     @cached_property
     def edges(self) -> tuple[Edge, ...]:
         """Every edge, in graph order."""
         nodes, slots = self.nodes, {**dict(enumerate(SLOTS)), NO_SLOT: None}
         rows = zip(*map(Tensor.tolist, self._columns), strict=True)
-        return tuple(Edge(nodes[source], nodes[end], slots[slot]) for source, end, slot in rows)
+        return tuple(Edge(nodes[start], nodes[end], slots[slot]) for start, end, slot in rows)
 
     @cached_property
     def node_index(self) -> dict[Node, int]:
@@ -130,8 +133,9 @@ class Graph:
         Raises:
             InputError: the graph lacks one of them.
         """
-        kept = torch.zeros(len(self), dtype=torch.bool)
-        kept[[self.index(edge) for edge in edges]] = True
+        numbers = [self.index(edge) for edge in edges]
+        kept = torch.zeros_like(self.source, dtype=torch.bool)
+        kept[numbers] = True
         return kept
 
     def reaching_logits(self, kept: EdgeMask) -> EdgeMask:
@@ -150,8 +154,9 @@ class Graph:
         """The kept edges on paths of steps from `begin` to `end` that leave nodes of a kind."""
         allowed = np.ones(len(begin), dtype=bool)
         allowed[: len(kept)] = kept.numpy()
-        reached = np.zeros(2 * len(self.nodes), dtype=bool)
-        reached[: len(self.nodes)] = [isinstance(node, kind) for node in self.nodes]
+        is_first = [isinstance(node, kind) for node in self.nodes]
+        # No path begins at keys and values.
+        reached = np.concatenate([is_first, np.zeros_like(is_first)])
         crossed = np.zeros_like(allowed)
         while True:
             crossing = allowed & reached[begin]
@@ -188,8 +193,10 @@ class Graph:
         if self.positions is not None:
             # Attention carries what a head reads through k or v to other positions.
             key, query = self._attention_steps()
-            source = torch.cat([source, key + len(self.nodes)])
-            reader = torch.cat([reader + len(self.nodes) * (self.slot > 0), query])
+            n_nodes = len(self.nodes)
+            source = torch.cat([source, key + n_nodes])
+            carried = n_nodes * (self.slot > 0)
+            reader = torch.cat([reader + carried, query])
         # numpy, whose operations on this few numbers take a fraction of torch's time.
         return source.numpy(), reader.numpy()
 
@@ -199,8 +206,11 @@ class Graph:
         for number, node in enumerate(self.nodes):
             if isinstance(node, Head):
                 by_head[node.label].append(number)
-        pairs = [pair for same in by_head.values() for pair in product(same, repeat=2)]
-        key, query = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T
+        pairs: list[tuple[int, int]] = []
+        for same in by_head.values():
+            pairs += product(same, same)
+        steps = torch.tensor(pairs, dtype=torch.long)
+        key, query = steps.reshape(-1, 2).T
         # Named spans have no order that holds for every prompt, so attention may carry information
         # between any two of them. Numbered positions are in order.
         named = any(isinstance(position, str) for position in self.positions or ())
