@@ -317,6 +317,7 @@ class _EdgeReader:
         reaches = nodes.layer < block.layer[0]
         if self.sweep.model.causal:
             reaches &= nodes.position <= block.position.max()
+        # Reading only these columns halves the work.
         source = true_rows(reaches)
         column = self.column[source]
         weight = weights.weight.index_select(1, column)

@@ -142,6 +142,7 @@ def _check_direction(local: LocalModel, wanted: Direction) -> None:
 
 
 def _can_name_a_node(label: str) -> bool:
+    # Nodes are written logits:<token or label>@<position>.
     return bool(label) and "@" not in label and not label.isdecimal()
 
 

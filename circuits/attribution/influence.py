@@ -200,6 +200,7 @@ def completeness_score(graph: FeatureGraph) -> float:
     from_errors = graph.is_kind(ERROR)[graph.source]
     unexplained = torch.zeros_like(weight)
     unexplained.index_add_(0, graph.target[from_errors], sizes[from_errors])
+    # score = sum_t (1 - share of errors in t) weight[t] / sum_t weight[t]
     explained = (1 - unexplained / sums) * weight
     # 0 / 0 is NaN.
     return float(explained.sum() / weight.sum())
@@ -212,6 +213,7 @@ def _cutoff(scores: Float[Tensor, " n"], threshold: float) -> float:
     """
     if not len(scores) or threshold >= 1:
         return 0.0
+    # `above` is the sum of scores that are certainly above the cutoff, which is a candidate.
     wanted = threshold * float(scores.sum())
     above, candidates = 0.0, scores
     while len(candidates) > SORTED_AT_ONCE:
@@ -236,6 +238,7 @@ def _cumulative_share(influence: NodeScores) -> NodeScores:
     order = torch.argsort(influence, descending=True, stable=True)
     result = torch.empty_like(influence)
     total = influence.sum().clamp(min=SMALLEST_SUM)
+    # cumulative[s] = sum of influence >= influence[s] / sum of all influence
     result[order] = influence[order].cumsum(0) / total
     return result
 

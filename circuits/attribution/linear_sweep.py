@@ -190,6 +190,7 @@ class LinearSweep:
         self, block: SweepTargets, positions: slice, *, with_attention: bool
     ) -> EdgeWeights:
         n_positions = positions.stop - positions.start
+        # G starts as each target's vector, at its own position.
         gradient = block.vector.new_zeros(n_positions, *block.vector.shape)
         target = row_numbers(block.position)
         gradient[block.position - positions.start, target] = block.vector
@@ -316,6 +317,7 @@ class _Descent:
         padded = rows.new_zeros(n_padded, d_model)
         padded.index_copy_(0, slots, rows)
         by_position = padded.unflatten(0, (-1, n_slots))
+        # products[p, t, slot] = G_t[p] . out_n of the feature n in that slot
         products = torch.bmm(self.gradient, by_position.mT)
         products = rearrange(products, "pos target slot -> target (pos slot)")
         weight = self.weights.weight

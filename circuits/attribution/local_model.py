@@ -259,6 +259,7 @@ def freeze(model: Model, transcoders: Transcoders, prompts: Sequence[Prompt]) ->
     dtype = compute_dtype(model)
     lengths = [len(prompt) for prompt in prompts]
     runs = [_unpadded(recorded, row, length, dtype) for row, length in enumerate(lengths)]
+    # Layer by layer, because prompts share the converted weights of a layer.
     by_layer = []
     for layer in range(model.cfg.n_layers):
         weights = _layer_weights(model, transcoders, layer)

@@ -149,6 +149,7 @@ def _notes(circuits: Mapping[str, Circuit]) -> tuple[str, ...]:
 def _mean_row(model: Model, circuits: Sweep, task: Task, settings: RunSettings) -> dict[str, float]:
     metric = settings.metric
     assert metric is not None
+    # A metric given by the user replaces the shipped one of its name.
     metrics = {each.name: each for each in (*default_metrics(task), metric)}
     rows = []
     for circuit in circuits:
@@ -174,5 +175,6 @@ def _curve(
     for circuit in sweep:
         ranked = of_sizes(circuit, sizes)
         curves.append(judge_points(model, ranked, task, settings))
+    # The seeds of a ranking are averaged at each size.
     by_size = pd.concat(curves).groupby("edges", as_index=False)
     return by_size.mean().assign(selected=False)

@@ -118,6 +118,7 @@ class Evaluation:
         """
         name = self._name(metric)
         runs = (self.values, self.model_values, self.empty_values)
+        # (m(circuit) - m(empty)) / (m(model) - m(empty))
         circuit, model, empty = (_means(run)[name] for run in runs)
         if model == empty:
             return math.nan
@@ -209,6 +210,7 @@ def evaluations(
     task = task.to(model.cfg.device)
     whole = model_logits(model, task)
     kept = [circuit.kept for circuit in circuits]
+    # The empty circuit is one more variant.
     kept.append(torch.zeros_like(kept[0]))
     runs = run_variants(model, graph, torch.stack(kept), task, settings)
     model_values, *values, empty_values = (

@@ -104,13 +104,14 @@ def _of_nodes(graph: Graph, rank: Float[Tensor, " edge"]) -> Float[Tensor, " nod
 
 
 def _precision_recall(chosen: Truth, true: Truth) -> tuple[float, float]:
+    # precision = hits / |chosen|;  recall = hits / |true|;  0 / 0 is NaN.
     hits = (chosen & true).sum().double()
-    # 0 / 0 is NaN.
     return float(hits / chosen.sum()), float(hits / true.sum())
 
 
 def _roc(rank: Ranks, true: Truth) -> Rates:
     # Items of equal rank pass a threshold together.
+    # Thresholds fall, from the highest rank to the lowest.
     thresholds, place = (-rank).unique(return_inverse=True)
     rates = []
     for items in (~true, true):
@@ -124,5 +125,6 @@ def _roc(rank: Ranks, true: Truth) -> Rates:
 def _area_under(roc: Rates) -> float:
     """The chance that a true item outranks a false one; NaN if all are true."""
     false_positives, true_positives = roc.T
+    # Between two thresholds the curve is straight, so that ties count half.
     area = float(torch.trapezoid(true_positives, false_positives))
     return area if false_positives.any() else math.nan

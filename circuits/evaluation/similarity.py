@@ -31,6 +31,7 @@ def overlap(first: Circuit, second: Circuit) -> float:
     >>> circuits.overlap(small, small | circuits.Circuit.from_edges(graph, ["m2->logits"]))
     0.5
     """
+    # |A and B| / |A or B|
     either = len(first | second)
     return len(first & second) / either if either else 1.0
 
@@ -73,6 +74,7 @@ def coarsened(circuit: Circuit, *, by_position: bool = True) -> dict[Node, float
         if not by_position:
             coarse = at_position(coarse, None)
         shares[coarse] += float(totals[number])
+    # share_n = |score| that leaves n / |score| that leaves all of them
     whole = sum(shares.values())
     return {node: share / whole for node, share in shares.items()}
 
@@ -96,6 +98,7 @@ def coarse_overlap(first: Circuit, second: Circuit) -> float:
     table = pd.DataFrame(shares).fillna(0.0)
     if table.empty:
         return 1.0
+    # J(a, b) = sum_n min(a_n, b_n) / sum_n max(a_n, b_n)
     return float(table.min().sum() / table.max().sum())
 
 

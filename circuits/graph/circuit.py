@@ -179,6 +179,7 @@ class Circuit:
         rank = self.scores[edges]
         if by == "magnitude":
             rank = rank.abs()
+        # Edges without a score come last.
         rank[rank.isnan()] = -torch.inf
         order = rank.argsort(descending=True, stable=True)
         kept = torch.zeros_like(self.kept)
@@ -199,6 +200,7 @@ class Circuit:
         """
         graph = self.graph
         kept = graph.reaching_logits(self.kept)
+        # Dropping edges that no input reaches may cut off others from the logits.
         while from_inputs:
             smaller = graph.reaching_logits(graph.reached_from_inputs(kept))
             if torch.equal(smaller, kept):
@@ -264,6 +266,7 @@ class Circuit:
             "selected": self.selected,
             "record": dict(self.record),
         }
+        # Identities are dataclasses, which become dictionaries.
         header = {"description": json.dumps(description, default=vars)}
         path = Path(folder) / FILE
         return write_tensors(path, tensors, header, FORMAT, FORMAT_VERSION)
@@ -299,6 +302,7 @@ class Circuit:
                 f"{len(other.graph)} edges); discover both with the same model, split_embed and "
                 "positions."
             )
+        # The scores stay those of the first circuit; no method found the combination.
         kept = operation(self.kept, other.kept)
         return replace(self, kept=kept, selected=True, record={})
 

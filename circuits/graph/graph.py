@@ -78,6 +78,7 @@ class Graph:
             return NotImplemented
         return (
             self.positions == other.positions
+            # Columns are compared before nodes because that is faster.
             and all(map(torch.equal, self._columns, other._columns))
             and self.nodes == other.nodes
         )
@@ -159,6 +160,7 @@ class Graph:
         reached = np.concatenate([is_first, np.zeros_like(is_first)])
         crossed = np.zeros_like(allowed)
         while True:
+            # Follow one more step of every path, until no further step is crossed.
             crossing = allowed & reached[begin]
             if np.array_equal(crossing, crossed):
                 return torch.from_numpy(crossed[: len(kept)])
