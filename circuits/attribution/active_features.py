@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float, Int
@@ -56,35 +56,33 @@ def active_features(
     Raises:
         InputError: pre-activations are not finite.
     """
-    lengths = [len(model.tokens) for model in models]
-    by_prompt: list[list[ActiveFeatures]] = [[] for _ in models]
-    finite = []
-    for layer in range(transcoders.n_layers):
-        inputs = torch.cat([model.layers[layer].feature_input for model in models])
-        preactivations = transcoders.preactivations(layer, inputs)
-        # Activations would hide a NaN: it exceeds no threshold, so the feature seems inactive.
-        finite.append(preactivations.isfinite().all())
-        split = preactivations.split(lengths)
-        for found, of_prompt in zip(by_prompt, split, strict=True):
-            found.append(_active_in_layer(transcoders, layer, of_prompt, leading))
-    if not torch.stack(finite).all():
+    layers = range(transcoders.n_layers)
+    by_layer = [_active_in_layer(models, transcoders, layer, leading) for layer in layers]
+    return [join_rows(of_prompt) for of_prompt in zip(*by_layer, strict=True)]
+
+
+def _active_in_layer(
+    models: Sequence[LocalModel], transcoders: Transcoders, layer: int, leading: int
+) -> list[ActiveFeatures]:
+    inputs = [model.layers[layer].feature_input for model in models]
+    preactivations = transcoders.preactivations(layer, torch.cat(inputs))
+    # Activations would hide a NaN: it exceeds no threshold, so the feature seems inactive.
+    if not preactivations.isfinite().all():
         raise InputError(
             f"features of {transcoders.name!r} have pre-activations that are not finite; "
             "load model and transcoders in float32."
         )
-    return [join_rows(layers) for layers in by_prompt]
-
-
-def _active_in_layer(
-    transcoders: Transcoders, layer: int, preactivations: Tensor, leading: int
-) -> ActiveFeatures:
     activation = transcoders.encoders[layer].activation
-    # An activation function may choose the largest of a prompt, so it takes a batch of prompts.
-    activations = activation(preactivations[None])[0]
-    activations[:leading] = 0
-    position, index = activations.nonzero(as_tuple=True)
-    layers = torch.full_like(position, layer)
-    return ActiveFeatures(layers, position, index, activations[position, index])
+    found = []
+    for of_prompt in preactivations.split([len(each) for each in inputs]):
+        # An activation function may choose the largest of a prompt, so it takes a batch of prompts.
+        activations = activation(of_prompt[None])[0]
+        activations[:leading] = 0
+        position, index = activations.nonzero(as_tuple=True)
+        layers = torch.full_like(index, layer)
+        active = activations[position, index]
+        found.append(ActiveFeatures(layers, position, index, active))
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,31 +93,27 @@ class FeatureOutputs:
         rows: activation x decoder row of each writing feature, in the order of `Sources.order`.
         columns: the place of each row's feature in `Sources.order`.
         position: of each row.
-        column_slices: by position, the columns of its rows, which are consecutive.
+        counts: the number of rows at each position.
+        first_columns: by position, the column of its first row. Others follow without gaps.
     """
 
     rows: OutputRows
     columns: RowNumbers
     position: RowNumbers
-    column_slices: Sequence[slice]
+    counts: Sequence[int]
+    first_columns: Sequence[int]
 
     @cached_property
     def starts(self) -> Sequence[int]:
         """The first row of each position, and the number of all rows."""
-        sizes = [columns.stop - columns.start for columns in self.column_slices]
-        return [0, *accumulate(sizes)]
-
-    @cached_property
-    def n_slots(self) -> int:
-        """The largest number of rows at one position."""
-        return max(stop - start for start, stop in pairwise(self.starts))
+        return [0, *accumulate(self.counts)]
 
     @cached_property
     def slot(self) -> RowNumbers:
-        """The place of each row if the rows of every position are padded to `n_slots`."""
+        """The place of each row if the rows of every position are padded to equal numbers."""
         starts = self.position.new_tensor(self.starts)
         place = row_numbers(self.position) - starts[self.position]
-        return self.position * self.n_slots + place
+        return self.position * max(self.counts) + place
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +144,11 @@ class Sources:
 
 @torch.no_grad()
 def gather_sources(
-    model: LocalModel, transcoders: Transcoders, features: ActiveFeatures, *, leading: int = 1
+    model: LocalModel,
+    transcoders: Transcoders,
+    features: ActiveFeatures,
+    *,
+    leading: int = 1,
 ) -> Sources:
     """Compute what the active features write, and split the rest of each MLP output.
 
@@ -158,45 +156,54 @@ def gather_sources(
         leading: see `active_features`.
     """
     # A stable sort keeps features of one position in the order of layer and index.
-    order = torch.sort(features.position, stable=True).indices
+    order = features.position.argsort(stable=True)
     by_position = select_rows(features, order)
-    # The features of layer l at position p are the columns starts[p, l] to starts[p, l + 1].
-    n_positions, n_layers = len(model.tokens), len(model.layers)
-    place = by_position.position * n_layers + by_position.layer
-    counts = torch.bincount(place, minlength=n_positions * n_layers)
-    starts = [0, *counts.cumsum(0).tolist()]
     outputs, errors, constants = [], [], []
     for layer, frozen in enumerate(model.layers):
-        written = _feature_outputs(model, transcoders, by_position, starts, layer)
+        written = _feature_outputs(frozen, transcoders, by_position, layer)
         bias = transcoders.decoder_biases[layer]
         error, constant = _error_and_constant(frozen, written, bias, leading)
         outputs.append(written)
         errors.append(error)
         constants.append(constant)
-    return Sources(features, order, outputs, torch.stack(errors), torch.stack(constants))
+    return Sources(
+        features=features,
+        order=order,
+        outputs=outputs,
+        errors=torch.stack(errors),
+        mlp_constants=torch.stack(constants),
+    )
 
 
 def _feature_outputs(
-    model: LocalModel,
-    transcoders: Transcoders,
-    features: ActiveFeatures,
-    starts: Sequence[int],
-    layer: int,
+    frozen: FrozenLayer, transcoders: Transcoders, features: ActiveFeatures, layer: int
 ) -> FeatureOutputs:
+    """What features, sorted by position, write into the MLP output of `layer`."""
+    # The layers that write are consecutive, and so are the columns of their features at a position.
     writing = [other for other in range(layer + 1) if layer in transcoders.written_by(other)]
-    # These layers are consecutive, and so are the columns of their features at one position.
-    columns = true_rows((features.layer >= writing[0]) & (features.layer <= layer))
-    firsts = starts[writing[0] : -1 : len(model.layers)]
-    ends = starts[layer + 1 :: len(model.layers)]
+    is_writing = (features.layer >= writing[0]) & (features.layer <= layer)
+    columns = true_rows(is_writing)
     writers = select_rows(features, columns)
-    rows = model.embedding.new_empty(len(writers), transcoders.d_model)
+    rows = frozen.mlp_output.new_empty(len(writers), transcoders.d_model)
     for other in writing:
         mine = true_rows(writers.layer == other)
-        rows[mine] = transcoders.decoder_rows(other, writers.index[mine], layer, rows)
+        index = writers.index[mine]
+        rows[mine] = transcoders.decoder_rows(other, index, layer, rows)
     # out_n = LN(activation x decoder row)
     rows *= writers.activation[:, None]
-    rows = model.layers[layer].writing[writers.position].linear(rows)
-    return FeatureOutputs(rows, columns, writers.position, list(map(slice, firsts, ends)))
+    rows = frozen.writing[writers.position].linear(rows)
+    counts = torch.bincount(writers.position, minlength=len(frozen.mlp_output))
+    starts = counts.cumsum(0) - counts
+    # A position without rows may start after the last one.
+    padded = torch.cat([columns, columns.new_zeros(1)])
+    first_columns = padded[starts]
+    return FeatureOutputs(
+        rows=rows,
+        columns=columns,
+        position=writers.position,
+        counts=counts.tolist(),
+        first_columns=first_columns.tolist(),
+    )
 
 
 def _error_and_constant(
@@ -204,18 +211,19 @@ def _error_and_constant(
 ) -> tuple[Residual, Residual]:
     """Split what the MLP output holds besides features: the error, and what no source explains."""
     output = frozen.mlp_output
-    features = torch.zeros_like(output).index_add_(0, outputs.position, outputs.rows)
+    features = torch.zeros_like(output)
+    features.index_add_(0, outputs.position, outputs.rows)
     bias = bias.to(output)
     skip = torch.zeros_like(output)
     if frozen.skip is not None:
         # W_skip x = W_skip LN(residual) + W_skip b_LN, of which the second part is constant.
         skip = frozen.feature_input @ frozen.skip.T
         if frozen.reading.bias is not None:
-            bias_skip = frozen.skip @ frozen.reading.bias
-            bias, skip = bias + bias_skip, skip - bias_skip
+            skip_constant = frozen.skip @ frozen.reading.bias
+            bias, skip = bias + skip_constant, skip - skip_constant
         skip = frozen.writing.linear(skip)
-    # error = mlp - sum_n out_n - constant - skip
     constant = apply_norm(frozen.writing, bias.expand_as(output)).clone()
+    # error = mlp - sum_n out_n - constant - skip
     error = output - features - constant - skip
     # Leading positions have neither features nor errors.
     constant[:leading] = (output - skip)[:leading]

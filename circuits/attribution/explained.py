@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from circuits.attribution.build import (
-    Direction,
-    difference_direction,
-    token_direction,
-    top_logits,
-)
+from circuits.attribution.build import Direction, difference_direction
 from circuits.attribution.local_model import LocalModel
 from circuits.models import Model
 from circuits.system.errors import InputError
@@ -38,12 +33,32 @@ def most_probable(
     probability: float,
     position: int | None = None,
 ) -> list[Direction]:
-    """The most probable next tokens, as directions weighted by their probabilities."""
-    tokens = top_logits(local, most=most, probability=probability, position=position)
-    return [
-        token_direction(local, token, words_of(model, [token])[0], weight, position)
-        for token, weight in tokens
-    ]
+    """At most `most` of the most probable next tokens, weighted by their probabilities.
+
+    Args:
+        probability: explain no more tokens than reach this probability together.
+    """
+    logits = local.logits(-1 if position is None else position)
+    most = min(most, len(logits))
+    values, tokens = logits.softmax(-1).topk(most)
+    # The fewest tokens that together reach `probability`
+    n_below = int((values.cumsum(0) < probability).sum())
+    most = min(most, n_below + 1)
+    pairs = zip(tokens[:most].tolist(), values[:most].tolist(), strict=True)
+    return [_token_direction(model, local, *pair, position) for pair in pairs]
+
+
+def _token_direction(
+    model: Model,
+    local: LocalModel,
+    token: int,
+    weight: float,
+    position: int | None = None,
+) -> Direction:
+    """The direction of a token's logit minus the mean logit."""
+    (label,) = words_of(model, [token])
+    direction = difference_direction(local, [token], None, label, position)
+    return replace(direction, weight=weight, token=token)
 
 
 def directions_of(model: Model, local: LocalModel, explain: Sequence[Explained]) -> list[Direction]:
@@ -77,8 +92,9 @@ def _direction(model: Model, local: LocalModel, wanted: Explained) -> Direction:
     if isinstance(wanted, tuple):
         return _pair(model, local, wanted)
     token = _token(model, local, wanted)
-    probability = float(local.logits().softmax(-1)[token])
-    return token_direction(local, token, words_of(model, [token])[0], probability)
+    probabilities = local.logits().softmax(-1)
+    probability = float(probabilities[token])
+    return _token_direction(model, local, token, probability)
 
 
 def _pair(model: Model, local: LocalModel, wanted: tuple[str | int, ...]) -> Direction:
@@ -99,29 +115,25 @@ def _pair(model: Model, local: LocalModel, wanted: tuple[str | int, ...]) -> Dir
 
 
 def _check_direction(local: LocalModel, wanted: Direction) -> None:
-    """Refuse a direction that does not fit the model or cannot be named.
-
-    Raises:
-        InputError: with the label and what is wrong.
-    """
-    width, length = local.embedding.shape[1], len(local.tokens)
-    vector, named = wanted.vector, f"the Direction {wanted.label!r}"
+    """Refuse a direction that does not fit the model or cannot be named."""
+    length, width = local.embedding.shape
+    vector, position, named = wanted.vector, wanted.position, f"the Direction {wanted.label!r}"
     if not isinstance(vector, Tensor):
         raise InputError(f"{named} has {vector!r} for a vector; give a tensor of {width} numbers.")
-    if not math.isfinite(wanted.bias) or not 0 < wanted.weight < math.inf:
+    is_weight = 0 < wanted.weight < math.inf
+    if not math.isfinite(wanted.bias) or not is_weight:
         raise InputError(
             f"{named} has bias {wanted.bias} and weight {wanted.weight}: give finite ones, the "
             "weight above 0."
         )
-    if vector.shape != (width,) or not torch.isfinite(vector).all() or not vector.any():
+    is_direction = vector.isfinite().all() and vector.any()
+    if vector.shape != (width,) or not is_direction:
         raise InputError(
             f"{named} has a vector of shape {tuple(vector.shape)}; it must be {width} finite "
             "numbers, not all zero."
         )
-    if wanted.position is not None and not 0 <= wanted.position < length:
-        raise InputError(
-            f"{named} is at position {wanted.position} of a prompt of {length} tokens."
-        )
+    if position is not None and not 0 <= position < length:
+        raise InputError(f"{named} is at position {position} of a prompt of {length} tokens.")
     if wanted.token is None and not _can_name_a_node(wanted.label):
         raise InputError(
             f"a Direction cannot be called {wanted.label!r}, because nodes are: use a word that is "
@@ -130,15 +142,12 @@ def _check_direction(local: LocalModel, wanted: Direction) -> None:
 
 
 def _can_name_a_node(label: str) -> bool:
+    # Nodes are written logits:<token or label>@<position>.
     return bool(label) and "@" not in label and not label.isdecimal()
 
 
 def _token(model: Model, local: LocalModel, wanted: str | int) -> int:
-    """The token of a text or id.
-
-    Raises:
-        InputError: it is not one token of this model.
-    """
+    """The token of a text or id, refused if it is not one token of this model."""
     if isinstance(wanted, str):
         tokenizer = PromptTokenizer.of(model)
         prompt = tokenizer.tokenizer.decode(local.tokens.tolist(), skip_special_tokens=True)

@@ -10,7 +10,6 @@ https://transformer-circuits.pub/2025/attribution-graphs/methods.html
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +22,6 @@ from circuits.attribution.feature_graph import (
     FEATURE,
     TARGET,
     EdgeMask,
-    EdgeNumbers,
     EdgeScores,
     FeatureGraph,
     NodeMask,
@@ -44,14 +42,12 @@ def node_influence(graph: FeatureGraph) -> NodeScores:
     >>> str(graph.node(int(circuits.node_influence(graph).argmax())))
     'tok_embed@3'
     """
-    influence, _ = _influence(graph)
-    return influence
+    return _influence(graph)[0]
 
 
 def edge_influence(graph: FeatureGraph) -> EdgeScores:
     """Return how much of the targets' probability flows along each edge."""
-    _, influence = _influence(graph)
-    return influence
+    return _influence(graph)[1]
 
 
 def _influence(graph: FeatureGraph) -> tuple[NodeScores, EdgeScores]:
@@ -61,7 +57,8 @@ def _influence(graph: FeatureGraph) -> tuple[NodeScores, EdgeScores]:
 
 
 def _incoming_sums(graph: FeatureGraph, sizes: EdgeScores) -> NodeScores:
-    sums = sizes.new_zeros(len(graph.nodes)).index_add_(0, graph.target, sizes)
+    sums = sizes.new_zeros(len(graph.nodes))
+    sums.index_add_(0, graph.target, sizes)
     return sums.clamp_(min=SMALLEST_SUM)
 
 
@@ -101,7 +98,10 @@ class Pruning:
 
 
 def prune(
-    graph: FeatureGraph, *, node_threshold: float = 0.8, edge_threshold: float = 0.98
+    graph: FeatureGraph,
+    *,
+    node_threshold: float = 0.8,
+    edge_threshold: float = 0.98,
 ) -> Pruning:
     """Choose the most influential nodes, and the most influential edges between them.
 
@@ -122,7 +122,8 @@ def prune(
     Raises:
         InputError: a threshold is not between 0 and 1.
     """
-    for name, threshold in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold)):
+    thresholds = {"node_threshold": node_threshold, "edge_threshold": edge_threshold}
+    for name, threshold in thresholds.items():
         if not 0 <= threshold <= 1:
             raise InputError(
                 f"{name}={threshold}: choose the share of influence to keep, from 0 to 1."
@@ -139,7 +140,10 @@ def prune(
 
 
 def pruned(
-    graph: FeatureGraph, *, node_threshold: float = 0.8, edge_threshold: float = 0.98
+    graph: FeatureGraph,
+    *,
+    node_threshold: float = 0.8,
+    edge_threshold: float = 0.98,
 ) -> FeatureGraph:
     """Return the subgraph that `prune` keeps.
 
@@ -171,9 +175,10 @@ def replacement_score(graph: FeatureGraph) -> float:
     True
     """
     influence = node_influence(graph)
-    tokens = float(influence[graph.is_kind(EMBEDDING)].sum())
-    errors = float(influence[graph.is_kind(ERROR)].sum())
-    return tokens / (tokens + errors) if tokens + errors else math.nan
+    tokens = influence[graph.is_kind(EMBEDDING)].sum()
+    errors = influence[graph.is_kind(ERROR)].sum()
+    # 0 / 0 is NaN.
+    return float(tokens / (tokens + errors))
 
 
 def completeness_score(graph: FeatureGraph) -> float:
@@ -195,9 +200,10 @@ def completeness_score(graph: FeatureGraph) -> float:
     from_errors = graph.is_kind(ERROR)[graph.source]
     unexplained = torch.zeros_like(weight)
     unexplained.index_add_(0, graph.target[from_errors], sizes[from_errors])
-    unexplained /= sums
-    total = float(weight.sum())
-    return float(((1 - unexplained) * weight).sum()) / total if total else math.nan
+    # score = sum_t (1 - share of errors in t) weight[t] / sum_t weight[t]
+    explained = (1 - unexplained / sums) * weight
+    # 0 / 0 is NaN.
+    return float(explained.sum() / weight.sum())
 
 
 def _cutoff(scores: Float[Tensor, " n"], threshold: float) -> float:
@@ -207,7 +213,9 @@ def _cutoff(scores: Float[Tensor, " n"], threshold: float) -> float:
     """
     if not len(scores) or threshold >= 1:
         return 0.0
-    wanted, above, candidates = threshold * float(scores.sum()), 0.0, scores
+    # `above` is the sum of scores that are certainly above the cutoff, which is a candidate.
+    wanted = threshold * float(scores.sum())
+    above, candidates = 0.0, scores
     while len(candidates) > SORTED_AT_ONCE:
         is_upper = candidates > candidates.mean()
         upper = candidates[is_upper]
@@ -217,16 +225,21 @@ def _cutoff(scores: Float[Tensor, " n"], threshold: float) -> float:
         if above + size >= wanted:
             candidates = upper
         else:
-            above, candidates = above + size, candidates[~is_upper]
+            above += size
+            candidates = candidates[~is_upper]
     ordered = candidates.sort(descending=True).values
-    place = int(torch.searchsorted(above + ordered.cumsum(0), wanted))
-    return float(ordered[min(place, len(ordered) - 1)])
+    sums = above + ordered.cumsum(0)
+    # The last sum may stay below `wanted` by rounding.
+    is_below = sums[:-1] < wanted
+    return float(ordered[is_below.sum()])
 
 
 def _cumulative_share(influence: NodeScores) -> NodeScores:
     order = torch.argsort(influence, descending=True, stable=True)
     result = torch.empty_like(influence)
-    result[order] = influence[order].cumsum(0) / influence.sum().clamp(min=SMALLEST_SUM)
+    total = influence.sum().clamp(min=SMALLEST_SUM)
+    # cumulative[s] = sum of influence >= influence[s] / sum of all influence
+    result[order] = influence[order].cumsum(0) / total
     return result
 
 
@@ -234,16 +247,15 @@ def _without_dead_ends(
     graph: FeatureGraph, nodes: NodeMask, edges: EdgeMask
 ) -> tuple[NodeMask, EdgeMask]:
     """Drop nodes that are on no path from an embedding or error to a target, and their edges."""
-    needs_output, needs_input = graph.is_kind(FEATURE, ERROR), graph.is_kind(FEATURE)
+    needs_output = graph.is_kind(FEATURE, ERROR)
+    needs_input = graph.is_kind(FEATURE)
+    n_nodes = len(nodes)
     while True:
-        has_output = _marked(graph.source[edges], len(nodes))
-        has_input = _marked(graph.target[edges], len(nodes))
-        fewer = nodes & (has_output | ~needs_output) & (has_input | ~needs_input)
+        n_outputs = torch.bincount(graph.source[edges], minlength=n_nodes)
+        n_inputs = torch.bincount(graph.target[edges], minlength=n_nodes)
+        is_dead_end = needs_output & (n_outputs == 0) | needs_input & (n_inputs == 0)
+        fewer = nodes & ~is_dead_end
         if torch.equal(fewer, nodes):
             return nodes, edges
         nodes = fewer
         edges = edges & nodes[graph.source] & nodes[graph.target]
-
-
-def _marked(numbers: EdgeNumbers, n: int) -> NodeMask:
-    return torch.zeros(n, dtype=torch.bool, device=numbers.device).index_fill_(0, numbers, True)

@@ -17,15 +17,21 @@ above a block's layer or after its last position.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from circuits.attribution.active_features import ActiveFeatures, FeatureOutputs, Sources
-from circuits.attribution.local_model import Gradient, LocalModel, Residual, TargetNumbers
+from circuits.attribution.local_model import (
+    FrozenLayer,
+    Gradient,
+    LocalModel,
+    Residual,
+    TargetNumbers,
+)
 from circuits.attribution.tensor_table import join_rows, row_numbers, select_rows, true_rows
 from circuits.system.memory import memory_budget
 from circuits.transcoders.transcoder import Transcoders
@@ -71,30 +77,57 @@ class SweepTargets:
 
 @dataclass(frozen=True, eq=False)
 class EdgeWeights:
-    """The weights of all edges into some targets. A row sums to the target's pre-activation."""
+    """The weights of all edges into some targets. A row sums to the target's pre-activation.
 
-    features: Float[Tensor, "target feature"]
-    errors: Float[Tensor, "target layer pos"]
-    embeddings: Float[Tensor, "target pos"]
+    Attributes:
+        weight: a column per source: features in the order of `Sources.order`, then the errors of
+            all layers, then embeddings, both by position.
+        constants: a column for each of `CONSTANTS`.
+        sources: what the columns are.
+    """
+
+    weight: Float[Tensor, "target source"]
     constants: Float[Tensor, "target constant"]
+    sources: Sources
+
+    @property
+    def features(self) -> Float[Tensor, "target feature"]:
+        """The weights of edges from features, in the order of `Sources.features`."""
+        return self.weight[:, self.sources.column]
+
+    @property
+    def errors(self) -> Float[Tensor, "target layer pos"]:
+        """The weights of edges from errors, as a view."""
+        return self._others[:, :-1]
+
+    @property
+    def embeddings(self) -> Float[Tensor, "target pos"]:
+        """The weights of edges from embeddings, as a view."""
+        return self._others[:, -1]
+
+    @property
+    def _others(self) -> Float[Tensor, "target layer_or_embedding pos"]:
+        n_features = len(self.sources.order)
+        n_positions = self.sources.errors.shape[1]
+        return self.weight[:, n_features:].unflatten(1, (-1, n_positions))
 
 
 def feature_targets(
     model: LocalModel, transcoders: Transcoders, features: ActiveFeatures
 ) -> SweepTargets:
     """Return the encoder vectors of features as targets in the residual stream."""
-    n, d_model = len(features), model.embedding.shape[1]
-    vectors = model.embedding.new_empty(n, d_model)
-    biases = model.embedding.new_empty(n)
+    like = model.embedding
+    vectors = like.new_empty(len(features), like.shape[1])
+    biases = like.new_empty(len(features))
     for layer, frozen in enumerate(model.layers):
         mine = true_rows(features.layer == layer)
         index = features.index[mine]
-        rows = transcoders.encoder_rows(layer, index, vectors)
-        reading = frozen.reading[features.position[mine]]
+        rows = transcoders.encoder_rows(layer, index, like)
         # pre-activation = w_enc (LN(residual) + b_LN) + b_enc, so vector = LN^T w_enc
+        reading = frozen.reading[features.position[mine]]
         vectors[mine] = reading.transposed(rows)
-        bias = transcoders.encoders[layer].bias
-        biases[mine] = bias[index.to(bias.device)].to(biases)
+        bias = transcoders.encoders[layer].bias.to(like)
+        biases[mine] = bias[index]
         if reading.bias is not None:
             biases[mine] += rows @ reading.bias
     return SweepTargets(features.layer, features.position, vectors, biases)
@@ -127,63 +160,57 @@ class LinearSweep:
     def rows(self, targets: SweepTargets) -> EdgeWeights:
         """Compute the weights of all edges into `targets`."""
         blocks, weights = zip(*self.by_block(targets), strict=True)
-        order = torch.argsort(torch.cat(blocks))
+        order = torch.cat(blocks).argsort()
         return select_rows(join_rows(weights), order)
 
     @torch.no_grad()
-    def by_block(
-        self, targets: SweepTargets
-    ) -> Iterator[tuple[Int[Tensor, " block"], EdgeWeights]]:
+    def by_block(self, targets: SweepTargets) -> Iterator[tuple[TargetNumbers, EdgeWeights]]:
         """Yield the same rows in the blocks of `split`, with the numbers of their targets."""
-        for block in self.split(targets):
-            some = select_rows(targets, block)
+        for numbers in self.split(targets):
+            block = select_rows(targets, numbers)
             length = len(self.model.tokens)
             if self.model.causal:
-                length = int(some.position.max()) + 1
-            gradient = some.vector.new_zeros(length, *some.vector.shape)
-            gradient[some.position, row_numbers(block)] = some.vector
-            descent = _BlockSweep(self, gradient, slice(0, length), some.position)
-            weights = descent.edge_weights(int(some.layer[0]))
+                length = int(block.position.max()) + 1
+            weights = self._descend(block, slice(0, length), with_attention=True)
             # Row sum: pre-activation = G . (all that is written) + own bias
-            weights.constants[:, OWN_BIAS] = some.bias
-            yield block, weights
+            weights.constants[:, OWN_BIAS] = block.bias
+            yield numbers, weights
 
     @torch.no_grad()
-    def direct(self, block: SweepTargets) -> tuple[EdgeWeights, TargetNumbers]:
+    def direct(self, block: SweepTargets) -> EdgeWeights:
         """Compute the direct part of the edges into a block of `split`.
 
-        The direct part passes through the residual stream and skips only, so it stays at the
-        target's position. One row therefore serves a target of each position.
-
-        Returns:
-            Rows, and the number of each target's row. Its entries for sources at other positions
-            than the target's belong to other targets.
+        It passes through the residual stream and skips only, so it stays at the target's position.
         """
         first, last = block.position[[0, -1]].tolist()
-        place = block.position - first
-        # Number the targets at each position.
-        counts = torch.bincount(place)
-        starts = counts.cumsum(0) - counts
-        row = row_numbers(place) - starts[place]
-        n_rows, d_model = int(counts.max()), block.vector.shape[1]
-        gradient = block.vector.new_zeros(len(counts), n_rows, d_model)
-        gradient[place, row] = block.vector
-        descent = _BlockSweep(self, gradient, slice(first, last + 1), None)
-        return descent.edge_weights(int(block.layer[0])), row
+        positions = slice(first, last + 1)
+        return self._descend(block, positions, with_attention=False)
+
+    def _descend(
+        self, block: SweepTargets, positions: slice, *, with_attention: bool
+    ) -> EdgeWeights:
+        n_positions = positions.stop - positions.start
+        # G starts as each target's vector, at its own position.
+        gradient = block.vector.new_zeros(n_positions, *block.vector.shape)
+        target = row_numbers(block.position)
+        gradient[block.position - positions.start, target] = block.vector
+        descent = _Descent(self, gradient, positions, block.position, with_attention)
+        return descent.edge_weights(int(block.layer[0]))
 
     def split(self, targets: SweepTargets) -> Iterator[TargetNumbers]:
         """Yield blocks of targets of one layer and neighbouring positions that fit in memory."""
         most_rows = self._most_rows()
-        keys = targets.layer * len(self.model.tokens) + targets.position
-        order = torch.argsort(keys, stable=True)
+        n_positions = len(self.model.tokens)
+        keys = targets.layer * n_positions + targets.position
+        order = keys.argsort(stable=True)
         layers = targets.layer[order].tolist()
         positions = targets.position[order].tolist()
         start = 0
         for stop in range(1, len(order)):
-            size = stop - start
-            full = size >= TARGETS_PER_BLOCK and positions[stop] != positions[stop - 1]
+            position, size = positions[stop], stop - start
+            full = size >= TARGETS_PER_BLOCK and position != positions[stop - 1]
             # The gradient of a block covers all positions up to the last of its targets.
-            too_large = (size + 1) * (positions[stop] + 1) > most_rows
+            too_large = (size + 1) * (position + 1) > most_rows
             if full or too_large or layers[stop] != layers[start]:
                 yield order[start:stop]
                 start = stop
@@ -195,121 +222,119 @@ class LinearSweep:
         like = self.model.embedding
         row_bytes = 4 * like.shape[1] * like.element_size()
         cpu_bytes = CPU_ROWS * row_bytes
-        return memory_budget(like.device, self.max_memory, cpu_bytes=cpu_bytes) // row_bytes
+        budget = memory_budget(like.device, self.max_memory, cpu_bytes=cpu_bytes)
+        return budget // row_bytes
 
 
-class _BlockSweep:
-    """One block of targets on its way down to the embeddings, with the edge weights so far.
+@dataclass(eq=False)
+class _Descent:
+    """One block of targets on its way down to the embeddings.
 
-    Args:
+    Attributes:
         gradient: G; overwritten.
         positions: the positions that `gradient` covers.
-        target_position: the position of each target, where alone `gradient` is not zero; None to
-            leave out attention.
+        target_position: the position of each target, as long as `gradient` is zero elsewhere.
+        with_attention: whether paths through attention count.
     """
 
-    def __init__(
-        self,
-        sweep: LinearSweep,
-        gradient: Gradient,
-        positions: slice,
-        target_position: TargetNumbers | None,
-    ) -> None:
-        self.model, self.sources = sweep.model, sweep.sources
-        self.gradient, self.positions = gradient, positions
-        self.target_position = target_position
-        self.above_attention = True
-        n_targets = gradient.shape[1]
-        n_layers, length = len(self.model.layers), len(self.model.tokens)
-        self.weights = EdgeWeights(
-            # In the order of `Sources.order` until the end.
-            features=gradient.new_zeros(n_targets, len(self.sources.order)),
-            errors=gradient.new_zeros(n_targets, n_layers, length),
-            embeddings=gradient.new_zeros(n_targets, length),
-            constants=gradient.new_zeros(n_targets, len(CONSTANTS)),
-        )
+    sweep: LinearSweep
+    gradient: Gradient
+    positions: slice
+    target_position: TargetNumbers | None
+    with_attention: bool
+    weights: EdgeWeights = field(init=False)
+
+    def __post_init__(self) -> None:
+        sources = self.sweep.sources
+        n_layers, length = sources.errors.shape[:2]
+        n_sources = len(sources.order) + (n_layers + 1) * length
+        n_targets = self.gradient.shape[1]
+        weight = self.gradient.new_zeros(n_targets, n_sources)
+        constants = self.gradient.new_zeros(n_targets, len(CONSTANTS))
+        self.weights = EdgeWeights(weight, constants, sources)
 
     def edge_weights(self, layer: int) -> EdgeWeights:
         """Carry the gradient down from the input of the MLP of `layer`."""
-        parallel = self.model.parallel
-        if layer < len(self.model.layers) and not parallel:
-            self._pass_attention(layer)
+        model = self.sweep.model
+        if layer < len(model.layers) and not model.parallel:
+            self._pass_attention(model.layers[layer])
         for below in reversed(range(layer)):
+            frozen = model.layers[below]
             self._read_off_mlp_output(below)
-            skip = self.model.layers[below].skip_gradient(self.gradient, self.positions)
+            skip = frozen.skip_gradient(self.gradient, self.positions)
             # The MLP reads the residual stream after attention, in a parallel block before it.
-            if skip is not None and not parallel:
+            if skip is not None and not model.parallel:
                 self.gradient += skip
-            self._pass_attention(below)
-            if skip is not None and parallel:
+            self._pass_attention(frozen)
+            if skip is not None and model.parallel:
                 self.gradient += skip
         self._read_off_embeddings()
-        features = self.weights.features.index_select(1, self.sources.column)
-        return replace(self.weights, features=features)
+        return self.weights
 
-    def _pass_attention(self, layer: int) -> None:
-        if self.target_position is None:
+    def _pass_attention(self, frozen: FrozenLayer) -> None:
+        if not self.with_attention:
             return
-        frozen = self.model.layers[layer]
         (constant,) = self._products(frozen.attention_constant)
         self.weights.constants[:, ATTENTION_BIAS] += constant.sum(1)
         # G += LN^T(sum_h A_h^T G W_O[h]^T W_V[h]^T)
-        if self.above_attention:
-            values = frozen.value_gradient_of_one_position(self.gradient, self.target_position)
-        else:
-            values = frozen.value_gradient(self.gradient)
+        values = frozen.value_gradient(self.gradient, self.target_position)
         frozen.add_attention_gradient(values, self.gradient)
-        self.above_attention = False
+        self.target_position = None
 
     def _read_off_mlp_output(self, layer: int) -> None:
-        self._read_off_features(layer)
-        sources, weights = self.sources, self.weights
+        sources = self.sweep.sources
+        self._read_off_features(sources.outputs[layer])
         # A[t, e] = G_t . error_e; bias and skip constant: sum over positions of G_t . constant
-        error, constant = self._products(sources.errors[layer], sources.mlp_constants[layer])
-        weights.errors[:, layer, self.positions] = error
-        weights.constants[:, MLP_BIAS] += constant.sum(1)
+        written = (sources.errors[layer], sources.mlp_constants[layer])
+        error, constant = self._products(*written)
+        self.weights.errors[:, layer, self.positions] = error
+        self.weights.constants[:, MLP_BIAS] += constant.sum(1)
 
-    def _read_off_features(self, layer: int) -> None:
-        outputs, features = self.sources.outputs[layer], self.weights.features
+    def _read_off_features(self, outputs: FeatureOutputs) -> None:
+        starts, positions = outputs.starts, self.positions
+        here = slice(starts[positions.start], starts[positions.stop])
         # A[t, n] += G_t . out_n, the activation times the decoder row of feature n
-        if self._pads(outputs):
-            self._read_off_padded(outputs)
+        if self._pads(outputs, here):
+            self._read_off_padded(outputs, here)
             return
-        starts, column_slices = outputs.starts, outputs.column_slices
-        for position, gradient in enumerate(self.gradient, start=self.positions.start):
-            rows = outputs.rows[starts[position] : starts[position + 1]]
-            features[:, column_slices[position]].addmm_(gradient, rows.T)
+        weight = self.weights.weight
+        by_position = outputs.rows[here].split(outputs.counts[positions])
+        columns = outputs.first_columns[positions]
+        for gradient, rows, first in zip(self.gradient, by_position, columns, strict=True):
+            last = first + len(rows)
+            weight[:, first:last].addmm_(gradient, rows.T)
 
-    def _pads(self, outputs: FeatureOutputs) -> bool:
-        # One padded product for all positions may be faster than one for each.
-        n_rows = outputs.starts[self.positions.stop] - outputs.starts[self.positions.start]
-        n_padded = outputs.n_slots * len(self.gradient)
+    def _pads(self, outputs: FeatureOutputs, here: slice) -> bool:
+        n_rows = here.stop - here.start
+        n_padded = len(self.gradient) * max(outputs.counts)
         small = n_padded <= min(MOST_PADDED * n_rows, PADDED_ROWS)
         return small and self.gradient.device.type in PADDED_ON
 
-    def _read_off_padded(self, outputs: FeatureOutputs) -> None:
-        first, end = self.positions.start, self.positions.stop
-        here = slice(outputs.starts[first], outputs.starts[end])
-        rows = outputs.rows[here]
-        slots = outputs.slot[here] - first * outputs.n_slots
-        padded = rows.new_zeros(len(self.gradient) * outputs.n_slots, rows.shape[1])
+    def _read_off_padded(self, outputs: FeatureOutputs, here: slice) -> None:
+        rows, n_slots = outputs.rows[here], max(outputs.counts)
+        slots = outputs.slot[here] - self.positions.start * n_slots
+        n_padded, d_model = len(self.gradient) * n_slots, rows.shape[1]
+        padded = rows.new_zeros(n_padded, d_model)
         padded.index_copy_(0, slots, rows)
-        by_position = padded.view(len(self.gradient), outputs.n_slots, -1)
+        by_position = padded.unflatten(0, (-1, n_slots))
+        # products[p, t, slot] = G_t[p] . out_n of the feature n in that slot
         products = torch.bmm(self.gradient, by_position.mT)
         products = rearrange(products, "pos target slot -> target (pos slot)")
-        self.weights.features.index_add_(1, outputs.columns[here], products[:, slots])
+        weight = self.weights.weight
+        weight.index_add_(1, outputs.columns[here], products[:, slots])
 
     def _read_off_embeddings(self) -> None:
-        vectors = [self.model.embedding]
-        if self.model.position_embedding is not None:
-            vectors.append(self.model.position_embedding)
+        model, weights = self.sweep.model, self.weights
         # A[t, token] = G_t . embedding of the token
-        token, *position = self._products(*vectors)
-        self.weights.embeddings[:, self.positions] = token
-        if position:
-            self.weights.constants[:, POSITION_EMBEDDING] = position[0].sum(1)
+        (token,) = self._products(model.embedding)
+        weights.embeddings[:, self.positions] = token
+        if model.position_embedding is not None:
+            (position,) = self._products(model.position_embedding)
+            weights.constants[:, POSITION_EMBEDDING] = position.sum(1)
 
     def _products(self, *vectors: Residual) -> Sequence[Float[Tensor, "target covered"]]:
         # G . v at each position, for each of the vectors v.
-        stacked = torch.stack([vector[self.positions] for vector in vectors], dim=-1)
-        return torch.bmm(self.gradient, stacked).permute(2, 1, 0).unbind()
+        covered = [vector[self.positions] for vector in vectors]
+        stacked = torch.stack(covered, dim=-1)
+        products = torch.bmm(self.gradient, stacked)
+        return products.permute(2, 1, 0).unbind()

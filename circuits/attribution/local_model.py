@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from einops import rearrange, reduce
@@ -39,14 +40,15 @@ from circuits.models import (
     run_to_residual,
     scale_hooks,
 )
-from circuits.models.functional import LinearNorm
+from circuits.models.component_graph import POST_NORM_ARCHITECTURES
+from circuits.models.functional import LinearNorm, soft_capped
 from circuits.models.source_outputs import keeper
 from circuits.system.errors import InputError
 from circuits.transcoders.transcoder import Transcoders
 
 FINAL_RESIDUAL = "residual stream after the last layer"
-TOKEN_EMBEDDING, POSITION_EMBEDDING = output_hook(TokenEmbed()), output_hook(PosEmbed())
-POST_NORM_ONLY = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
+TOKEN_EMBEDDING = output_hook(TokenEmbed())
+POSITION_EMBEDDING = output_hook(PosEmbed())
 EVERYWHERE = slice(None)
 
 Activations = dict[str, Tensor]
@@ -113,27 +115,28 @@ class FrozenLayer:
         read = _per_position(self.reading).linear(residual)
         return _per_position(self.writing).linear(read @ self.skip.T)
 
-    def value_gradient(self, gradient: Gradient) -> ValueGradient:
+    def value_gradient(
+        self, gradient: Gradient, position: TargetNumbers | None = None
+    ) -> ValueGradient:
         """Map gradients after attention to gradients at the values of each head.
 
-        `gradient` may end before the prompt does if it is zero at all later positions.
+        Args:
+            gradient: may end before the prompt does if it is zero at all later positions.
+            position: the one position of each target where `gradient` is not zero, if that is so.
         """
         n_positions, n_targets, _ = gradient.shape
         mixing = self.mixing[:, :n_positions, :n_positions]
         # dV_h = A_h^T (G W_O[h]^T)
-        projected = gradient.flatten(0, 1)[None] @ self.output.mT
+        if position is not None:
+            vector = gradient[position, row_numbers(position)]
+            projected = vector @ self.output.mT
+            # Only the target's own position, a column of A_h^T, contributes to the product.
+            column = mixing.index_select(2, position)
+            return column[..., None] * projected[:, None]
+        vectors = gradient.flatten(0, 1)
+        projected = vectors[None] @ self.output.mT
         projected = rearrange(projected, "head (pos t) d -> head pos (t d)", t=n_targets)
         return rearrange(mixing @ projected, "head pos (t d) -> head pos t d", t=n_targets)
-
-    def value_gradient_of_one_position(
-        self, gradient: Gradient, position: TargetNumbers
-    ) -> ValueGradient:
-        """Compute `value_gradient` for gradients that are zero except at one position each."""
-        vector = gradient[position, row_numbers(position)]
-        projected = vector[None] @ self.output.mT
-        # Only the target's own position, a column of A_h^T, contributes to the product.
-        mixing = self.mixing[:, : len(gradient)].index_select(2, position)
-        return mixing[..., None] * projected[:, None]
 
     def add_attention_gradient(self, values: ValueGradient, gradient: Gradient) -> None:
         """Add to `gradient` what reaches the residual stream through the values."""
@@ -194,9 +197,7 @@ class LocalModel:
         normed = apply_norm(self.final, self.residual)[position]
         products = normed.to(self.unembedding) @ self.unembedding
         logits = products.to(normed) + self.unembedding_bias
-        if self.soft_cap > 0:
-            logits = self.soft_cap * (logits / self.soft_cap).tanh()
-        return logits
+        return soft_capped(logits, self.soft_cap)
 
 
 def check_transcoders(model: Model, transcoders: Transcoders) -> None:
@@ -212,15 +213,7 @@ def check_transcoders(model: Model, transcoders: Transcoders) -> None:
             "load it with circuits.load_model."
         )
     cfg = model.cfg
-    architecture = cfg.original_architecture
-    unsupported = {
-        "no MLPs": cfg.attn_only,
-        "clipped values, which are not linear": cfg.clip_qkv is not None,
-        f"norms only after attention and MLP ({architecture})": architecture in POST_NORM_ONLY,
-        "shortformer positions": cfg.positional_embedding_type == "shortformer",
-        f"layers spread over {cfg.n_devices} devices": cfg.n_devices > 1,
-    }
-    found = [reason for reason, holds in unsupported.items() if holds]
+    found = _cannot_be_frozen(model)
     if found:
         raise InputError(
             f"{cfg.model_name} has {' and '.join(found)}: no attribution graph can be made of it."
@@ -231,12 +224,26 @@ def check_transcoders(model: Model, transcoders: Transcoders) -> None:
         )
     transcoders.check()
     n_layers, d_model = transcoders.n_layers, transcoders.d_model
-    if (n_layers, d_model) != (cfg.n_layers, cfg.d_model):
+    if n_layers != cfg.n_layers or d_model != cfg.d_model:
         raise InputError(
             f"the transcoders {transcoders.name!r} are for {n_layers} layers of width {d_model}, "
             f"and {cfg.model_name} has {cfg.n_layers} of width {cfg.d_model}; "
             "load transcoders that were trained on this model."
         )
+
+
+def _cannot_be_frozen(model: Model) -> list[str]:
+    cfg = model.cfg
+    architecture = cfg.original_architecture
+    only_post_norms = architecture in POST_NORM_ARCHITECTURES
+    reasons = {
+        "no MLPs": cfg.attn_only,
+        "clipped values, which are not linear": cfg.clip_qkv is not None,
+        f"norms only after attention and MLP ({architecture})": only_post_norms,
+        "shortformer positions": cfg.positional_embedding_type == "shortformer",
+        f"layers spread over {cfg.n_devices} devices": cfg.n_devices > 1,
+    }
+    return [reason for reason, holds in reasons.items() if holds]
 
 
 @torch.no_grad()
@@ -249,17 +256,21 @@ def freeze(model: Model, transcoders: Transcoders, prompts: Sequence[Prompt]) ->
     check_transcoders(model, transcoders)
     tokens, mask = pad_prompts(model, prompts)
     recorded = _record(model, tokens, mask)
-    layers = range(model.cfg.n_layers)
-    freezers = [_LayerFreezer(model, transcoders, layer) for layer in layers]
+    dtype = compute_dtype(model)
+    lengths = [len(prompt) for prompt in prompts]
+    runs = [_unpadded(recorded, row, length, dtype) for row, length in enumerate(lengths)]
+    # Layer by layer, because prompts share the converted weights of a layer.
+    by_layer = []
+    for layer in range(model.cfg.n_layers):
+        weights = _layer_weights(model, transcoders, layer)
+        frozen_layers = [_frozen_layer(model, transcoders, layer, weights, run) for run in runs]
+        by_layer.append(frozen_layers)
     unembedding = ModelWeights(model).unembedding().weight.detach()
-    mean_unembedding = unembedding.mean(1, dtype=compute_dtype(model))
-    models = []
-    for row, prompt in enumerate(prompts):
-        run = _unpadded(recorded, row, len(prompt), mean_unembedding.dtype)
-        row_tokens = tokens[row, : len(prompt)]
-        frozen_layers = [freezer.frozen_layer(run) for freezer in freezers]
-        models.append(_local_model(model, frozen_layers, mean_unembedding, row_tokens, run))
-    return models
+    mean_unembedding = unembedding.mean(1, dtype=dtype)
+    return [
+        _local_model(model, prompt, layers, mean_unembedding, run)
+        for prompt, run, *layers in zip(prompts, runs, *by_layer, strict=True)
+    ]
 
 
 def compute_dtype(model: Model) -> torch.dtype:
@@ -316,14 +327,8 @@ def apply_norm(norm: LinearNorm, x: ModelVectors) -> ModelVectors:
 
 
 def _record(model: Model, tokens: TokenBatch, mask: TokenMask) -> Activations:
-    names = [TOKEN_EMBEDDING, *scale_hooks(model).values()]
-    if model.cfg.positional_embedding_type == "standard":
-        names.append(POSITION_EMBEDDING)
-    for layer in range(model.cfg.n_layers):
-        names += [pattern_hook(layer), mlp_residual_hook(model, layer)]
-        names.append(mlp_output_hook(model, layer))
     recorded: Activations = {}
-    hooks = [(name, keeper(recorded, name)) for name in names]
+    hooks = [(name, keeper(recorded, name)) for name in _recorded_hooks(model)]
     with frozen(model), plain_inputs(model):
         residual = run_to_residual(model, tokens, mask, hooks)
     if not residual[mask].isfinite().all():
@@ -334,29 +339,40 @@ def _record(model: Model, tokens: TokenBatch, mask: TokenMask) -> Activations:
     return recorded | {FINAL_RESIDUAL: residual}
 
 
+def _recorded_hooks(model: Model) -> list[str]:
+    cfg = model.cfg
+    names = [TOKEN_EMBEDDING, *scale_hooks(model).values()]
+    if cfg.positional_embedding_type == "standard":
+        names.append(POSITION_EMBEDDING)
+    for layer in range(cfg.n_layers):
+        names.append(pattern_hook(layer))
+        names.append(mlp_residual_hook(model, layer))
+        names.append(mlp_output_hook(model, layer))
+    return names
+
+
 def _unpadded(recorded: Activations, row: int, length: int, dtype: torch.dtype) -> Activations:
     run = {}
-    for hook, batch in recorded.items():
-        # Patterns are large, so each is converted where it is used.
-        if batch.dim() == 4:
-            run[hook] = batch[row, :, :length, :length]
-        else:
-            run[hook] = batch[row, :length].to(dtype)
+    for name, batch in recorded.items():
+        values = batch[row, ..., :length, :]
+        # Patterns, [head query key], are large, so each is converted where it is used.
+        is_pattern = values.dim() == 3
+        run[name] = values[..., :length] if is_pattern else values.to(dtype)
     return run
 
 
 def _local_model(
     model: Model,
+    prompt: Prompt,
     layers: Sequence[FrozenLayer],
     mean_unembedding: ModelVector,
-    tokens: Int[Tensor, " pos"],
     run: Activations,
 ) -> LocalModel:
     weights, residual = ModelWeights(model), run[FINAL_RESIDUAL]
     unembedding = weights.unembedding()
     _, final_scale = weights.normalized(None, residual) or (None, None)
     return LocalModel(
-        tokens=tokens,
+        tokens=prompt.long().to(residual.device),
         layers=layers,
         final=weights.linear_norm(None, "ln_final", final_scale),
         embedding=run[TOKEN_EMBEDDING],
@@ -371,67 +387,79 @@ def _local_model(
     )
 
 
-class _LayerFreezer:
-    """Makes the frozen layers of prompts; holds the weights that they share.
+class _LayerWeights(NamedTuple):
+    """The weights of one layer, which all prompts share.
 
     Attributes:
+        value, output, skip: see `FrozenLayer`.
         head_constant: what each head writes at an attention weight of 1 if the residual stream is
-            zero, before a norm after attention: (b_V + b_LN W_V[h]) W_O[h].
+            zero, before a norm after attention.
+        output_bias: b_O.
     """
 
-    def __init__(self, model: Model, transcoders: Transcoders, layer: int) -> None:
-        self.model, self.transcoders, self.layer = model, transcoders, layer
-        self.weights = weights = ModelWeights(model)
-        hooks = scale_hooks(model)
-        self.scale_hooks = {name: hooks.get((layer, name)) for name in NORMS}
-        dtype = compute_dtype(model)
-        self.value = weights.projection_after_norm(layer, "v").to(dtype)
-        output = weights.output_projection(layer).detach().to(dtype)
-        self.output = self._norm_after_attention(output)
-        value_constant = weights.value_constant(layer).to(dtype)
-        self.head_constant = torch.einsum("he,hed->hd", value_constant, output)
-        self.output_bias = weights.output_bias(layer).detach().to(dtype)
-        self.skip = None
-        if transcoders.skips is not None:
-            self.skip = transcoders.skips[layer].to(output)
+    value: Float[Tensor, "kv_head d_model d_head"]
+    output: HeadOutput
+    head_constant: Float[Tensor, "head d_model"]
+    output_bias: ModelVector
+    skip: Float[Tensor, "d_out d_in"] | None
 
-    def _norm_after_attention(self, output: HeadOutput) -> HeadOutput:
-        # Without the scale, which differs between prompts and is part of `mixing`.
-        scale = None
-        if self.scale_hooks["ln1_post"] is not None:
-            scale = output.new_ones(1, 1)
-        return self.weights.linear_norm(self.layer, "ln1_post", scale).linear(output)
 
-    def frozen_layer(self, run: Activations) -> FrozenLayer:
-        layer = self.layer
-        norms = {name: self._norm(run, name) for name in NORMS}
-        pattern = run[pattern_hook(layer)].to(self.value)
-        residual = run[mlp_residual_hook(self.model, layer)]
-        reading, feature_input = read_by_features(self.transcoders, norms["ln2"], residual)
-        writing = norms["ln2_post"]
-        if self.transcoders.writes == "residual":
-            writing = replace(writing, scale=None)
-        return FrozenLayer(
-            mixing=_mixing(pattern, norms["ln1"], norms["ln1_post"]),
-            value=self.value,
-            output=self.output,
-            attention_constant=self._attention_constant(pattern, norms["ln1_post"]),
-            reading=reading,
-            writing=writing,
-            skip=self.skip,
-            feature_input=feature_input,
-            mlp_output=run[mlp_output_hook(self.model, layer)],
-        )
+def _layer_weights(model: Model, transcoders: Transcoders, layer: int) -> _LayerWeights:
+    weights, dtype = ModelWeights(model), compute_dtype(model)
+    output = weights.output_projection(layer).detach().to(dtype)
+    # (b_V + b_LN W_V[h]) W_O[h]
+    value_constant = weights.value_constant(layer).to(dtype)
+    head_constant = torch.einsum("he,hed->hd", value_constant, output)
+    # Without the scale, which differs between prompts and is part of `mixing`.
+    has_norm_after = (layer, "ln1_post") in scale_hooks(model)
+    no_scale = output.new_ones(1, 1) if has_norm_after else None
+    norm_after = weights.linear_norm(layer, "ln1_post", no_scale)
+    return _LayerWeights(
+        weights.projection_after_norm(layer, "v").to(dtype),
+        norm_after.linear(output),
+        head_constant,
+        weights.output_bias(layer).detach().to(dtype),
+        None if transcoders.skips is None else transcoders.skips[layer].to(output),
+    )
 
-    def _norm(self, run: Activations, name: str) -> LinearNorm:
-        hook = self.scale_hooks[name]
-        scale = None if hook is None else run[hook]
-        return self.weights.linear_norm(self.layer, name, scale)
 
-    def _attention_constant(self, pattern: Pattern, norm_after: LinearNorm) -> Residual:
-        # LN_after(sum over heads and keys of A_h[query, key] head_constant[h] + b_O)
-        heads = torch.einsum("hqk,hd->qd", pattern, self.head_constant)
-        return apply_norm(norm_after, heads + self.output_bias)
+def _frozen_layer(
+    model: Model,
+    transcoders: Transcoders,
+    layer: int,
+    weights: _LayerWeights,
+    run: Activations,
+) -> FrozenLayer:
+    norm_before, norm_after, norm_read, norm_write = _norms(model, layer, run)
+    pattern = run[pattern_hook(layer)].to(weights.value)
+    # LN_after(sum over heads and keys of A_h[query, key] head_constant[h] + b_O)
+    heads = torch.einsum("hqk,hd->qd", pattern, weights.head_constant)
+    attention_constant = apply_norm(norm_after, heads + weights.output_bias)
+    residual = run[mlp_residual_hook(model, layer)]
+    reading, feature_input = read_by_features(transcoders, norm_read, residual)
+    if transcoders.writes == "residual":
+        norm_write = replace(norm_write, scale=None)
+    return FrozenLayer(
+        mixing=_mixing(pattern, norm_before, norm_after),
+        value=weights.value,
+        output=weights.output,
+        attention_constant=attention_constant,
+        reading=reading,
+        writing=norm_write,
+        skip=weights.skip,
+        feature_input=feature_input,
+        mlp_output=run[mlp_output_hook(model, layer)],
+    )
+
+
+def _norms(model: Model, layer: int, run: Activations) -> list[LinearNorm]:
+    """The norms before and after attention, and before and after the MLP."""
+    weights, hooks = ModelWeights(model), scale_hooks(model)
+    norms = []
+    for name in NORMS:
+        scale = run.get(hooks.get((layer, name), ""))
+        norms.append(weights.linear_norm(layer, name, scale))
+    return norms
 
 
 def _mixing(

@@ -1,29 +1,37 @@
-"""Tables of tensors: dataclasses in which every field is a column with one entry per row."""
+"""Tables: dataclasses in which every tensor is a column with one entry per row."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-Table = TypeVar("Table")
+# A dataclass. What is no tensor belongs to the whole table.
+Table = TypeVar("Table", bound=Any)
 
 
 def select_rows(table: Table, rows: Tensor | slice) -> Table:
     """Return the table with some of its rows."""
-    names = _column_names(table)
-    return type(table)(**{name: getattr(table, name)[rows] for name in names})
+    columns = {name: column[rows] for name, column in _columns(table).items()}
+    return replace(table, **columns)
 
 
 def join_rows(tables: Sequence[Table]) -> Table:
     """Concatenate tables of the same type."""
-    names = _column_names(tables[0])
-    columns = {name: [getattr(table, name) for table in tables] for name in names}
-    return type(tables[0])(**{name: torch.cat(parts) for name, parts in columns.items()})
+    columns = {}
+    for name in _columns(tables[0]):
+        parts = [getattr(table, name) for table in tables]
+        columns[name] = torch.cat(parts)
+    return replace(tables[0], **columns)
+
+
+def _columns(table: Table) -> dict[str, Tensor]:
+    values = vars(table).items()
+    return {name: value for name, value in values if isinstance(value, Tensor)}
 
 
 def row_numbers(column: Tensor) -> Int[Tensor, " row"]:
@@ -34,7 +42,3 @@ def row_numbers(column: Tensor) -> Int[Tensor, " row"]:
 def true_rows(mask: Bool[Tensor, " row"]) -> Int[Tensor, " true"]:
     """Return the numbers of the rows where `mask` holds."""
     return mask.nonzero().flatten()
-
-
-def _column_names(table: object) -> list[str]:
-    return [field.name for field in fields(table)]  # type: ignore[arg-type]

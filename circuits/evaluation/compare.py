@@ -10,9 +10,9 @@ import pandas as pd
 from circuits.evaluation.evaluate import (
     Size,
     default_metrics,
-    evaluate,
-    faithfulness_curve,
+    evaluations,
     judge_points,
+    of_sizes,
 )
 from circuits.evaluation.similarity import overlap_table
 from circuits.graph.circuit import Circuit
@@ -24,6 +24,8 @@ from circuits.system.errors import InputError
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
 from circuits.transcoders.transcoder import Transcoders
+
+Sweep = Sequence[Circuit]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,24 +89,21 @@ def compare(
     """
     if not found:
         raise InputError("there is nothing to compare; give at least one method's circuit.")
-    shared = RunSettings.parse(task, ablation=ablation, metric=metric)
-    sweeps = {
-        name: [circuits] if isinstance(circuits, Circuit) else list(circuits)
-        for name, circuits in found.items()
-    }
-    rows: dict[str, dict[str, float]] = {}
-    curves: list[pd.DataFrame] = []
-    circuits: dict[str, Circuit] = {}
+    settings = RunSettings.parse(task, ablation=ablation, metric=metric)
+    sweeps = {}
+    for name, given in found.items():
+        sweeps[name] = [given] if isinstance(given, Circuit) else list(given)
+    rows, curves, circuits = {}, [], {}
     for name, sweep in sweeps.items():
-        settings = replace(shared, transcoders=(transcoders or {}).get(name))
-        edges = _common_size(sweeps, sweep[0]) if size is None else size
-        chosen = [circuit if circuit.selected else circuit.top(edges) for circuit in sweep]
+        if transcoders is not None:
+            settings = replace(settings, transcoders=transcoders.get(name))
+        curve = _curve(model, sweep, task, sizes, settings)
+        curves.append(curve.assign(method=name))
+        chosen = _tabulated(sweep, sweeps, size)
         circuits[name] = chosen[0]
-        # A table row is about one circuit of a threshold sweep, or the mean over a ranking's seeds.
-        tabulated = chosen[:1] if sweep[0].selected else chosen
-        rows[name] = _mean_row(model, tabulated, task, settings)
-        curves.append(_curve(model, sweep, task, sizes, settings).assign(method=name))
-    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+        rows[name] = _mean_row(model, chosen, task, settings)
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    table = table.rename_axis("method")
     return Comparison(
         table.astype({"edges": int, "of": int}),
         pd.concat(curves, ignore_index=True),
@@ -114,70 +113,68 @@ def compare(
     )
 
 
+def _tabulated(sweep: Sweep, sweeps: Mapping[str, Sweep], size: int | None) -> Sweep:
+    """One circuit of a threshold sweep, or the seeds of a ranking cut to a size."""
+    if sweep[0].selected:
+        return sweep[:1]
+    if size is None:
+        size = _common_size(sweeps, sweep[0])
+    return [seed.top(size) for seed in sweep]
+
+
+def _common_size(sweeps: Mapping[str, Sweep], like: Circuit) -> int:
+    """The size of the first selected circuit over the same kind of graph, or a tenth of it."""
+    for first, *_ in sweeps.values():
+        same_kind = type(first.graph) is type(like.graph)
+        if same_kind and first.selected and len(first):
+            return min(len(first), len(like))
+    tenth = round(len(like.graph) / 10)
+    return max(1, tenth)
+
+
 def _notes(circuits: Mapping[str, Circuit]) -> tuple[str, ...]:
-    with_features = [
+    of_features = [
         name for name, circuit in circuits.items() if isinstance(circuit.graph, PooledFeatureGraph)
     ]
-    if not with_features or len(circuits) == 1:
+    if not of_features or len(circuits) == 1:
         return ()
     return (
-        f"{', '.join(with_features)}: edges between features; their number cannot be compared with "
+        f"{', '.join(of_features)}: edges between features; their number cannot be compared with "
         "that of edges between components. Overlap with other circuits is that of the shares of "
         "|score| that leave each MLP and embedding: a layer's features and error count as its MLP, "
         "and heads, which are no features, are left out.",
     )
 
 
-def _mean_row(
-    model: Model, circuits: Sequence[Circuit], task: Task, settings: RunSettings
-) -> dict[str, float]:
+def _mean_row(model: Model, circuits: Sweep, task: Task, settings: RunSettings) -> dict[str, float]:
     metric = settings.metric
     assert metric is not None
-    names = dict.fromkeys([*default_metrics(task), metric.name])
-    metrics = [metric if name == metric.name else name for name in names]
+    # A metric given by the user replaces the shipped one of its name.
+    metrics = {each.name: each for each in (*default_metrics(task), metric)}
     rows = []
     for circuit in circuits:
-        evaluation = evaluate(
-            model,
-            circuit,
-            task,
-            metrics=metrics,
-            ablation=settings.ablation,
-            transcoders=settings.transcoders,
-        )
-        edges = {"edges": len(circuit), "of": len(circuit.graph)}
-        faithfulness = {"faithfulness": evaluation.faithfulness(metric.name)}
-        rows.append({**edges, **evaluation.mean(), **faithfulness})
+        (found,) = evaluations(model, [circuit], task, [*metrics.values()], settings)
+        row: dict[str, float] = {"edges": len(circuit), "of": len(circuit.graph)}
+        row |= found.mean()
+        row["faithfulness"] = found.faithfulness(metric.name)
+        rows.append(row)
     return pd.DataFrame(rows).mean().to_dict()
 
 
 def _curve(
     model: Model,
-    sweep: Sequence[Circuit],
+    sweep: Sweep,
     task: Task,
     sizes: Sequence[Size] | None,
     settings: RunSettings,
 ) -> pd.DataFrame:
     if sweep[0].selected:
-        return judge_points(model, sweep, task, settings).assign(selected=True)
-    curves = [
-        faithfulness_curve(
-            model,
-            circuit,
-            task,
-            sizes,
-            metric=settings.metric,
-            ablation=settings.ablation,
-            transcoders=settings.transcoders,
-        )
-        for circuit in sweep
-    ]
-    return pd.concat(curves).groupby("edges", as_index=False).mean().assign(selected=False)
-
-
-def _common_size(sweeps: Mapping[str, Sequence[Circuit]], like: Circuit) -> int:
-    """The size of the first selected circuit over the same kind of graph, or a tenth of it."""
-    for first, *_ in sweeps.values():
-        if type(first.graph) is type(like.graph) and first.selected and len(first):
-            return min(len(first), len(like))
-    return max(1, round(len(like.graph) / 10))
+        points = judge_points(model, sweep, task, settings)
+        return points.assign(selected=True)
+    curves = []
+    for circuit in sweep:
+        ranked = of_sizes(circuit, sizes)
+        curves.append(judge_points(model, ranked, task, settings))
+    # The seeds of a ranking are averaged at each size.
+    by_size = pd.concat(curves).groupby("edges", as_index=False)
+    return by_size.mean().assign(selected=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -73,7 +74,8 @@ class Evaluation:
         Raises:
             InputError: the metric was not evaluated.
         """
-        return float(self.values[self._name(metric)].mean())
+        name = self._name(metric)
+        return float(self.values[name].mean())
 
     if TYPE_CHECKING:
         # Type checkers know the shipped metrics, so that a misspelt one is an error.
@@ -99,42 +101,47 @@ class Evaluation:
         return f"Evaluation({self.n_edges:,} edges, {metrics})"
 
     def _repr_html_(self) -> str:
-        return f"<p><b>{self.n_edges:,} edges</b></p>{self.table().to_html(float_format='%.4g')}"
+        table = self.table().to_html(float_format="%.4g")
+        return f"<p><b>{self.n_edges:,} edges</b></p>{table}"
 
     def mean(self) -> dict[str, float]:
         """Every metric's mean over scored rows."""
-        return {name: float(values.mean()) for name, values in self.values.items()}
+        return _means(self.values)
 
     def faithfulness(self, metric: str) -> float:
         """(m(circuit) - m(empty)) / (m(model) - m(empty)), with m the mean over scored rows.
 
-        1 for the whole model, 0 for the empty circuit.
+        1 for the whole model, 0 for the empty circuit; NaN if the metric is equal on both.
 
         Raises:
             InputError: the metric was not evaluated.
         """
         name = self._name(metric)
-        whole, empty = float(self.model_values[name].mean()), float(self.empty_values[name].mean())
-        return faithfulness(self[name], whole, empty)
+        runs = (self.values, self.model_values, self.empty_values)
+        # (m(circuit) - m(empty)) / (m(model) - m(empty))
+        circuit, model, empty = (_means(run)[name] for run in runs)
+        if model == empty:
+            return math.nan
+        return (circuit - empty) / (model - empty)
 
     def by_prompt(self) -> pd.DataFrame:
         """A row per prompt and a column per metric: the mean over the prompt's scored rows."""
-        columns = {name: values.cpu().double().numpy() for name, values in self.values.items()}
-        frame = pd.DataFrame(columns)
-        return frame.groupby(self.row_prompt.cpu().numpy()).mean().rename_axis("prompt")
+        frame = pd.DataFrame(self.values, dtype=float)
+        prompts = frame.groupby(self.row_prompt.numpy())
+        return prompts.mean().rename_axis("prompt")
 
     def table(self) -> pd.DataFrame:
         """A row per metric: its mean for circuit, model and empty circuit, and the faithfulness."""
-        runs = {"circuit": self.values, "model": self.model_values, "empty": self.empty_values}
         columns = {
-            run: {name: float(values.mean()) for name, values in by_row.items()}
-            for run, by_row in runs.items()
+            "circuit": _means(self.values),
+            "model": _means(self.model_values),
+            "empty": _means(self.empty_values),
+            "faithfulness": {name: self.faithfulness(name) for name in self.values},
         }
-        table = pd.DataFrame(columns).rename_axis("metric")
-        return table.assign(faithfulness=[self.faithfulness(name) for name in table.index])
+        return pd.DataFrame(columns).rename_axis("metric")
 
     def _name(self, metric: str) -> str:
-        name = ALIASES.get(metric, metric)
+        name = metric if metric in self.values else ALIASES.get(metric, metric)
         if name not in self.values:
             raise InputError(
                 f"this evaluation has no metric {metric!r}; it has {', '.join(self.values)}."
@@ -142,9 +149,8 @@ class Evaluation:
         return name
 
 
-def faithfulness(value: float, model: float, empty: float) -> float:
-    """(value - empty) / (model - empty); NaN if the metric is equal on model and empty circuit."""
-    return (value - empty) / (model - empty) if model != empty else float("nan")
+def _means(values: ByRow) -> dict[str, float]:
+    return {name: float(row.mean()) for name, row in values.items()}
 
 
 def evaluate(
@@ -177,20 +183,45 @@ def evaluate(
     ['circuit', 'model', 'empty', 'faithfulness']
     """
     settings = RunSettings.parse(ablation=ablation, max_memory=max_memory, transcoders=transcoders)
-    task = task.to(model.cfg.device)
     if isinstance(metrics, str):
         metrics = [metrics]
-    names = default_metrics(task) if metrics is None else metrics
-    chosen = [get_metric(_full_name(name), task) for name in names]
+    if metrics is None:
+        chosen = default_metrics(task)
+    else:
+        chosen = [get_metric(_full_name(metric), task) for metric in metrics]
+    return evaluations(model, [circuit], task, chosen, settings)[0]
+
+
+def evaluations(
+    model: Model,
+    circuits: Sequence[Circuit],
+    task: Task,
+    metrics: Sequence[Metric],
+    settings: RunSettings,
+) -> list[Evaluation]:
+    """Evaluate circuits over one graph, which share the runs of the model and the empty circuit."""
+    if not circuits:
+        raise InputError("there are no circuits to evaluate; give at least one, or one size.")
+    graph = circuits[0].graph
+    if any(circuit.graph != graph for circuit in circuits):
+        raise InputError(
+            "these circuits are over different graphs; evaluate each graph's circuits separately."
+        )
+    task = task.to(model.cfg.device)
     whole = model_logits(model, task)
-    kept = torch.stack([circuit.kept, torch.zeros_like(circuit.kept)])
-    found, empty = run_variants(model, circuit.graph, kept, task, settings)
-    values, model_values, empty_values = (
-        {metric.name: metric(logits, whole, task).cpu() for metric in chosen}
-        for logits in (found, whole, empty)
+    kept = [circuit.kept for circuit in circuits]
+    # The empty circuit is one more variant.
+    kept.append(torch.zeros_like(kept[0]))
+    runs = run_variants(model, graph, torch.stack(kept), task, settings)
+    model_values, *values, empty_values = (
+        {metric.name: metric(logits, whole, task).cpu() for metric in metrics}
+        for logits in (whole, *runs)
     )
     row_prompt = task.row_prompt.cpu()
-    return Evaluation(values, model_values, empty_values, row_prompt, len(circuit))
+    return [
+        Evaluation(by_row, model_values, empty_values, row_prompt, len(circuit))
+        for by_row, circuit in zip(values, circuits, strict=True)
+    ]
 
 
 def faithfulness_curve(
@@ -229,13 +260,15 @@ def faithfulness_curve(
     >>> curve["faithfulness"].round(3).tolist()
     [0.0, 1.0]
     """
-    sizes = CURVE_FRACTIONS if sizes is None else sizes
-    numbers = sorted({_number_of_edges(size, len(circuit)) for size in sizes})
-    ranked = [circuit.top(number, by=by) for number in numbers]
-    settings = RunSettings.parse(
-        task, ablation=ablation, metric=metric, max_memory=max_memory, transcoders=transcoders
+    return faithfulness_points(
+        model,
+        of_sizes(circuit, sizes, by),
+        task,
+        metric=metric,
+        ablation=ablation,
+        max_memory=max_memory,
+        transcoders=transcoders,
     )
-    return judge_points(model, ranked, task, settings)
 
 
 def faithfulness_points(
@@ -277,44 +310,36 @@ def judge_points(
     model: Model, circuits: Sequence[Circuit], task: Task, settings: RunSettings
 ) -> pd.DataFrame:
     """`faithfulness_points`, with its arguments parsed."""
-    if not circuits:
-        raise InputError("there are no circuits to evaluate; give at least one, or one size.")
-    graph, metric, kl = circuits[0].graph, settings.metric, get_metric("kl", task)
+    metric = settings.metric
     assert metric is not None
-    if any(circuit.graph != graph for circuit in circuits):
-        raise InputError(
-            "these circuits are over different graphs; evaluate each graph's circuits separately."
-        )
-    task = task.to(model.cfg.device)
-    whole = model_logits(model, task)
-    empty = torch.zeros(len(graph), dtype=torch.bool)
-    kept = torch.stack([*(circuit.kept for circuit in circuits), empty])
-    *found, at_empty = run_variants(model, graph, kept, task, settings)
-
-    def mean(metric: Metric, logits: Tensor) -> float:
-        return float(metric(logits, whole, task).mean())
-
-    model_value, empty_value = mean(metric, whole), mean(metric, at_empty)
+    metrics = [get_metric("kl", task), metric]
     rows = []
-    for circuit, logits in zip(circuits, found, strict=True):
-        value = mean(metric, logits)
-        rows.append(
-            {
-                "edges": len(circuit),
-                "fraction": len(circuit) / len(graph),
-                "kl": mean(kl, logits),
-                metric.name: value,
-                "faithfulness": faithfulness(value, model_value, empty_value),
-            }
-        )
+    for evaluation in evaluations(model, circuits, task, metrics, settings):
+        fraction = evaluation.n_edges / len(circuits[0].graph)
+        row: dict[str, float] = {"edges": evaluation.n_edges, "fraction": fraction}
+        row |= evaluation.mean()
+        row["faithfulness"] = evaluation.faithfulness(metric.name)
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
-def default_metrics(task: Task) -> list[str]:
+def of_sizes(
+    circuit: Circuit,
+    sizes: Sequence[Size] | None,
+    by: Literal["magnitude", "signed"] = "magnitude",
+) -> list[Circuit]:
+    """The circuits of the highest-scored edges; see `faithfulness_curve`."""
+    wanted = CURVE_FRACTIONS if sizes is None else sizes
+    numbers = {_number_of_edges(size, len(circuit)) for size in wanted}
+    return [circuit.top(number, by=by) for number in sorted(numbers)]
+
+
+def default_metrics(task: Task) -> list[Metric]:
     """KL, the logit difference if the task has answers and wrong answers, and the task's metric."""
-    has_both = task.answers is not None and task.wrong_answers is not None
-    names = ["kl", *(["logit_difference"] if has_both else []), task.metric]
-    return list(dict.fromkeys(names))
+    names = ["kl", "logit_difference", task.metric]
+    if task.answers is None or task.wrong_answers is None:
+        names.remove("logit_difference")
+    return [get_metric(name, task) for name in dict.fromkeys(names)]
 
 
 def _full_name(metric: str | Metric) -> str | Metric:

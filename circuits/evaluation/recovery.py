@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from circuits.graph.circuit import Circuit
 from circuits.graph.edges import Edge
+from circuits.graph.graph import Graph
 from circuits.system.errors import InputError
 
 # Scores below this fraction of the largest count as zero, so that rounding noise ranks nothing.
@@ -19,6 +21,7 @@ SCORE_FLOOR = 1e-6
 
 Ranks = Float[Tensor, " item"]
 Truth = Bool[Tensor, " item"]
+Rates = Float[Tensor, "threshold rate"]
 
 
 @dataclass(frozen=True)
@@ -63,62 +66,65 @@ def recovery(circuit: Circuit, truth: Sequence[Edge | str]) -> Recovery:
     >>> result.precision, result.recall
     (0.5, 1.0)
     """
-    true = circuit.graph.mask(truth)
+    graph = circuit.graph
+    true = graph.mask(truth)
     if not true.any():
         raise InputError("there are no true edges to recover; give at least one.")
-    chosen = circuit if circuit.selected else circuit.top(int(true.sum()))
-    rank = circuit.kept.double() if circuit.selected else _without_noise(circuit.scores)
-    graph = circuit.graph
-    # A node ranks as high as its highest edge.
-    node_rank = torch.zeros(len(graph.nodes), dtype=torch.double)
-    for column in (graph.source, graph.target):
-        node_rank.scatter_reduce_(0, column, rank, "amax")
-    true_nodes, chosen_nodes = _touched(circuit, true), _touched(circuit, chosen.kept)
+    if circuit.selected:
+        chosen, rank = circuit.kept, circuit.kept.double()
+    else:
+        chosen = circuit.top(int(true.sum())).kept
+        rank = _without_noise(circuit.scores)
+    chosen_nodes = _of_nodes(graph, chosen.double()) > 0
+    true_nodes = _of_nodes(graph, true.double()) > 0
+    edge_roc = _roc(rank, true)
+    node_roc = _roc(_of_nodes(graph, rank), true_nodes)
     return Recovery(
-        *_precision_recall(chosen.kept, true),
+        *_precision_recall(chosen, true),
         *_precision_recall(chosen_nodes, true_nodes),
-        _area_under_roc(rank, true),
-        _area_under_roc(node_rank, true_nodes),
-        _roc(rank, true),
+        _area_under(edge_roc),
+        _area_under(node_roc),
+        pd.DataFrame(edge_roc, columns=["false_positive_rate", "true_positive_rate"]),
     )
 
 
-def _without_noise(scores: Float[Tensor, " edge"]) -> Float[Tensor, " edge"]:
+def _without_noise(scores: Float[Tensor, " edge"]) -> Ranks:
     size = scores.double().abs().nan_to_num(nan=-1.0)
-    is_noise = (size >= 0) & (size < SCORE_FLOOR * size.max())
+    smallest = SCORE_FLOOR * size.max()
+    is_noise = (size >= 0) & (size < smallest)
     return torch.where(is_noise, 0.0, size)
 
 
-def _touched(circuit: Circuit, edges: Bool[Tensor, " edge"]) -> Bool[Tensor, " node"]:
-    touched = torch.zeros(len(circuit.graph.nodes), dtype=torch.bool)
-    touched[circuit.graph.source[edges]] = True
-    touched[circuit.graph.target[edges]] = True
-    return touched
+def _of_nodes(graph: Graph, rank: Float[Tensor, " edge"]) -> Float[Tensor, " node"]:
+    """A node ranks as high as its highest edge."""
+    result = rank.new_zeros(len(graph.nodes))
+    for column in (graph.source, graph.target):
+        result.scatter_reduce_(0, column, rank, "amax")
+    return result
 
 
 def _precision_recall(chosen: Truth, true: Truth) -> tuple[float, float]:
-    hits, size = int((chosen & true).sum()), int(chosen.sum())
-    return (hits / size if size else float("nan")), hits / int(true.sum())
+    # precision = hits / |chosen|;  recall = hits / |true|;  0 / 0 is NaN.
+    hits = (chosen & true).sum().double()
+    return float(hits / chosen.sum()), float(hits / true.sum())
 
 
-def _area_under_roc(rank: Ranks, true: Truth) -> float:
-    """The chance that a true item outranks a false one (Mann-Whitney); NaN if all are true."""
-    ranks = torch.tensor(pd.Series(rank.numpy()).rank().to_numpy())
-    n_true, n_false = int(true.sum()), int((~true).sum())
-    if not n_false:
-        return float("nan")
-    # U = sum of the true items' ranks - n (n + 1) / 2;  AUC = U / (n_true n_false)
-    u = float(ranks[true].sum()) - n_true * (n_true + 1) / 2
-    return u / (n_true * n_false)
+def _roc(rank: Ranks, true: Truth) -> Rates:
+    # Items of equal rank pass a threshold together.
+    # Thresholds fall, from the highest rank to the lowest.
+    thresholds, place = (-rank).unique(return_inverse=True)
+    rates = []
+    for items in (~true, true):
+        passing = torch.bincount(place[items], minlength=len(thresholds))
+        total = items.sum().clamp(min=1)
+        rates.append(passing.cumsum(0) / total.double())
+    none = torch.zeros(1, 2, dtype=torch.double)
+    return torch.cat([none, torch.stack(rates, dim=1)])
 
 
-def _roc(rank: Ranks, true: Truth) -> pd.DataFrame:
-    frame = pd.DataFrame({"rank": rank.numpy(), "true": true.numpy()})
-    by_rank = frame.groupby("rank")["true"].agg(["sum", "count"])
-    counts = by_rank.sort_index(ascending=False).cumsum()
-    false_positives = counts["count"] - counts["sum"]
-    rates = {
-        "false_positive_rate": [0.0, *(false_positives / max(1, int((~true).sum())))],
-        "true_positive_rate": [0.0, *(counts["sum"] / int(true.sum()))],
-    }
-    return pd.DataFrame(rates)
+def _area_under(roc: Rates) -> float:
+    """The chance that a true item outranks a false one; NaN if all are true."""
+    false_positives, true_positives = roc.T
+    # Between two thresholds the curve is straight, so that ties count half.
+    area = float(torch.trapezoid(true_positives, false_positives))
+    return area if false_positives.any() else math.nan

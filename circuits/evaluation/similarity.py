@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Mapping
 from itertools import combinations
 from typing import Literal
 
 import pandas as pd
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from circuits.graph.circuit import Circuit
 from circuits.graph.graph import PooledFeatureGraph
@@ -27,6 +31,7 @@ def overlap(first: Circuit, second: Circuit) -> float:
     >>> circuits.overlap(small, small | circuits.Circuit.from_edges(graph, ["m2->logits"]))
     0.5
     """
+    # |A and B| / |A or B|
     either = len(first | second)
     return len(first & second) / either if either else 1.0
 
@@ -37,37 +42,50 @@ def overlap_table(circuits: Mapping[str, Circuit]) -> pd.DataFrame:
     Over the same graph it is `overlap`; of a circuit of features with any other, `coarse_overlap`;
     elsewhere NaN.
     """
-    table = pd.DataFrame(1.0, index=list(circuits), columns=list(circuits))
-    for a, b in combinations(circuits, 2):
-        first, second = circuits[a], circuits[b]
-        features = [isinstance(each.graph, PooledFeatureGraph) for each in (first, second)]
-        if first.graph == second.graph:
-            value = overlap(first, second)
-        else:
-            value = coarse_overlap(first, second) if any(features) else float("nan")
+    names = list(circuits)
+    table = pd.DataFrame(1.0, index=names, columns=names)
+    for a, b in combinations(names, 2):
+        value = _any_overlap(circuits[a], circuits[b])
         table.loc[a, b] = table.loc[b, a] = value
     return table
 
 
-def coarsened(circuit: Circuit) -> dict[Node, float]:
+def _any_overlap(first: Circuit, second: Circuit) -> float:
+    if first.graph == second.graph:
+        return overlap(first, second)
+    if PooledFeatureGraph in (type(first.graph), type(second.graph)):
+        return coarse_overlap(first, second)
+    return math.nan
+
+
+def coarsened(circuit: Circuit, *, by_position: bool = True) -> dict[Node, float]:
     """The share of a circuit's |score| that leaves each MLP and each embedding.
 
     Circuits of features and of components can be compared by it: a layer's features and error count
     as its MLP, token and position embedding as the embedding; heads are left out. If a kept edge
     has no score, all edges count the same.
     """
-    graph, size = circuit.graph, circuit.scores[circuit.kept].double().abs()
-    if bool(size.isnan().any()) or not bool(size.sum()):
-        size = torch.ones_like(size)
-    totals = torch.zeros(len(graph.nodes), dtype=torch.double)
-    totals.index_add_(0, graph.source[circuit.kept], size)
-    shares: dict[Node, float] = {}
-    for node, total in zip(graph.nodes, totals.tolist(), strict=True):
-        coarse = _coarse(node)
-        if coarse is not None and total:
-            shares[coarse] = shares.get(coarse, 0.0) + total
+    shares: dict[Node, float] = defaultdict(float)
+    totals = _size_by_node(circuit)
+    for number in totals.nonzero().flatten().tolist():
+        coarse = _coarse(circuit.graph.nodes[number])
+        if coarse is None:
+            continue
+        if not by_position:
+            coarse = at_position(coarse, None)
+        shares[coarse] += float(totals[number])
+    # share_n = |score| that leaves n / |score| that leaves all of them
     whole = sum(shares.values())
     return {node: share / whole for node, share in shares.items()}
+
+
+def _size_by_node(circuit: Circuit) -> Float[Tensor, " node"]:
+    graph, kept = circuit.graph, circuit.kept
+    size = circuit.scores[kept].double().abs()
+    if size.isnan().any() or not size.any():
+        size = torch.ones_like(size)
+    totals = size.new_zeros(len(graph.nodes))
+    return totals.index_add_(0, graph.source[kept], size)
 
 
 def coarse_overlap(first: Circuit, second: Circuit) -> float:
@@ -75,22 +93,16 @@ def coarse_overlap(first: Circuit, second: Circuit) -> float:
 
     By position only if both circuits are split by the same positions.
     """
-    here, there = coarsened(first), coarsened(second)
-    if first.graph.positions != second.graph.positions:
-        here, there = _at_all_positions(here), _at_all_positions(there)
-    pairs = [(here.get(node, 0.0), there.get(node, 0.0)) for node in {**here, **there}]
-    return sum(map(min, pairs)) / sum(map(max, pairs)) if pairs else 1.0
+    by_position = first.graph.positions == second.graph.positions
+    shares = [coarsened(circuit, by_position=by_position) for circuit in (first, second)]
+    table = pd.DataFrame(shares).fillna(0.0)
+    if table.empty:
+        return 1.0
+    # J(a, b) = sum_n min(a_n, b_n) / sum_n max(a_n, b_n)
+    return float(table.min().sum() / table.max().sum())
 
 
-def _at_all_positions(shares: Mapping[Node, float]) -> dict[Node, float]:
-    result: dict[Node, float] = {}
-    for node, share in shares.items():
-        anywhere = at_position(node, None)
-        result[anywhere] = result.get(anywhere, 0.0) + share
-    return result
-
-
-def _coarse(node: Node) -> Node | None:
+def _coarse(node: Node) -> MLP | Embed | None:
     if isinstance(node, MLP | Feature | Error):
         return MLP(node.layer, node.position)
     if isinstance(node, Embed | TokenEmbed | PosEmbed):
@@ -113,11 +125,10 @@ def score_correlation(
     1.0
     """
     scores = score_table(first, second)
-    if len(scores) < 2:
-        return float("nan")
     # Spearman's correlation is Pearson's of the ranks.
-    ranked = scores.rank() if method == "spearman" else scores
-    return float(ranked.corr().iloc[0, 1])
+    if method == "spearman":
+        scores = scores.rank()
+    return float(scores.corr().loc["x", "y"])
 
 
 def score_table(first: Circuit, second: Circuit) -> pd.DataFrame:
@@ -136,7 +147,7 @@ def score_table(first: Circuit, second: Circuit) -> pd.DataFrame:
         raise InputError(
             "these circuits are over different graphs; score the same graph with both methods."
         )
-    both = (~first.scores.isnan() & ~second.scores.isnan()).nonzero().flatten()
-    names = [str(first.graph.edges[index]) for index in both.tolist()]
-    columns = {"x": first.scores[both].double(), "y": second.scores[both].double()}
-    return pd.DataFrame(columns, index=pd.Index(names, name="edge"))
+    names = [str(edge) for edge in first.graph.edges]
+    columns = {"x": first.scores.double(), "y": second.scores.double()}
+    table = pd.DataFrame(columns, index=names).rename_axis("edge")
+    return table.dropna()

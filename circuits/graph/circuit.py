@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from html import escape
+from itertools import compress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +28,8 @@ FILE = "circuit.safetensors"
 FORMAT = "circuits.circuit"
 FORMAT_VERSION = 1
 ROWS_SHOWN = 10  # in a notebook
+# The tensors of a graph, in a file.
+COLUMNS = ("source", "target", "slot")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,17 +76,21 @@ class Circuit:
                 f"kept holds {self.kept.dtype}; it must be boolean, True for the edges to keep."
             )
         # Copies, so that later changes to the tensors passed in do not change the circuit.
-        scores = self.scores.detach().to("cpu", torch.float32, copy=True)
-        object.__setattr__(self, "scores", scores)
-        object.__setattr__(self, "kept", self.kept.detach().to("cpu", copy=True))
+        for name, dtype in (("scores", torch.float32), ("kept", torch.bool)):
+            given = getattr(self, name).detach()
+            object.__setattr__(self, name, given.to("cpu", dtype, copy=True))
 
     @staticmethod
     def full(
-        graph: Graph, scores: Tensor | None = None, *, record: Mapping[str, Any] | None = None
+        graph: Graph,
+        scores: Tensor | None = None,
+        *,
+        record: Mapping[str, Any] | None = None,
     ) -> Circuit:
         """The circuit that keeps every edge: a whole model, or scores without a selection."""
-        scores = torch.full((len(graph),), torch.nan) if scores is None else scores
-        kept = torch.ones(len(graph), dtype=torch.bool)
+        if scores is None:
+            scores = _no_scores(graph)
+        kept = torch.ones_like(graph.source, dtype=torch.bool)
         return Circuit(graph, scores, kept, selected=False, record=record or {})
 
     @staticmethod
@@ -92,7 +100,7 @@ class Circuit:
         Raises:
             InputError: the graph lacks one of them.
         """
-        return Circuit(graph, torch.full((len(graph),), torch.nan), graph.mask(edges))
+        return Circuit(graph, _no_scores(graph), graph.mask(edges))
 
     def __len__(self) -> int:
         return int(self.kept.sum())
@@ -102,7 +110,8 @@ class Circuit:
 
     def __contains__(self, edge: Edge | str) -> bool:
         """Whether the circuit keeps `edge`."""
-        return edge in self.graph and bool(self.kept[self.graph.index(edge)])
+        graph = self.graph
+        return edge in graph and bool(self.kept[graph.index(edge)])
 
     def __getitem__(self, edge: Edge | str) -> float:
         """The score of `edge`, kept or not; NaN if it was never scored.
@@ -117,20 +126,21 @@ class Circuit:
         return f"Circuit({len(self):,} of {len(self.graph):,} edges{scored_only})"
 
     def _repr_html_(self) -> str:
-        strongest = self.top(min(ROWS_SHOWN, len(self))).to_dataframe()
-        strongest = strongest.reindex(strongest["score"].abs().sort_values(ascending=False).index)
-        more = len(self) - len(strongest)
+        shown = min(ROWS_SHOWN, len(self))
+        strongest = self.top(shown).to_dataframe()
+        strongest = strongest.sort_values("score", key=abs, ascending=False)
+        title, table = escape(repr(self)), strongest.to_html(index=False)
+        more = len(self) - shown
         rest = f"<p>... and {more:,} more edges</p>" if more else ""
-        return f"<p><b>{escape(repr(self))}</b></p>{strongest.to_html(index=False)}{rest}"
+        return f"<p><b>{title}</b></p>{table}{rest}"
 
     def __eq__(self, other: object) -> bool:
         """Equal graphs, kept edges and scores, however the circuits were found."""
         if not isinstance(other, Circuit):
             return NotImplemented
         return (
-            self.scores.shape == other.scores.shape
+            torch.equal(self.kept, other.kept)
             and torch.allclose(self.scores, other.scores, rtol=0, atol=0, equal_nan=True)
-            and torch.equal(self.kept, other.kept)
             and self.graph == other.graph
         )
 
@@ -139,13 +149,14 @@ class Circuit:
     @property
     def edges(self) -> tuple[Edge, ...]:
         """The kept edges, in graph order."""
-        return tuple(self.graph.edges[index] for index in self._kept_indices)
+        return tuple(compress(self.graph.edges, self.kept.tolist()))
 
     @property
     def nodes(self) -> tuple[Node, ...]:
         """The nodes at either end of a kept edge, in order of computation."""
-        ends = torch.cat([self.graph.source[self.kept], self.graph.target[self.kept]])
-        return tuple(self.graph.nodes[index] for index in ends.unique().tolist())
+        graph, kept = self.graph, self.kept
+        ends = torch.cat([graph.source[kept], graph.target[kept]])
+        return tuple(graph.nodes[number] for number in ends.unique().tolist())
 
     def top(self, n: int, by: Literal["magnitude", "signed"] = "magnitude") -> Circuit:
         """The `n` kept edges of largest |score| (or largest score).
@@ -164,19 +175,21 @@ class Circuit:
             raise InputError(
                 f"by={by!r} is not a way to rank edges; choose 'magnitude' or 'signed'."
             )
-        rank = self.scores.abs() if by == "magnitude" else self.scores
-        rank = torch.where(rank.isnan(), -torch.inf, rank)
-        # Kept edges without a score share -inf with dropped ones, so sort by kept first, then by
-        # rank; stable sorts in the reverse order do that.
-        order = torch.sort(rank, descending=True, stable=True).indices
-        kept_first = torch.sort(self.kept[order].int(), descending=True, stable=True).indices
-        chosen = order[kept_first][:n]
-        kept = torch.zeros_like(self.kept).index_fill(0, chosen, True)
+        edges = self.kept.nonzero().flatten()
+        rank = self.scores[edges]
+        if by == "magnitude":
+            rank = rank.abs()
+        # Edges without a score come last.
+        rank[rank.isnan()] = -torch.inf
+        order = rank.argsort(descending=True, stable=True)
+        kept = torch.zeros_like(self.kept)
+        kept[edges[order[:n]]] = True
         return replace(self, kept=kept, selected=True)
 
     def above(self, threshold: float) -> Circuit:
         """The kept edges whose ablation does more damage than `threshold` (signed score)."""
-        return replace(self, kept=self.kept & (self.scores > threshold), selected=True)
+        kept = self.kept & (self.scores > threshold)
+        return replace(self, kept=kept, selected=True)
 
     def connected(self, *, from_inputs: bool = False) -> Circuit:
         """The circuit without edges that cannot reach the logits, which never change its output.
@@ -185,9 +198,11 @@ class Circuit:
             from_inputs: also drop edges that no kept path from an embedding reaches. That leaves
                 the output unchanged only under resample ablation.
         """
-        kept = self.graph.reaching_logits(self.kept)
+        graph = self.graph
+        kept = graph.reaching_logits(self.kept)
+        # Dropping edges that no input reaches may cut off others from the logits.
         while from_inputs:
-            smaller = self.graph.reaching_logits(self.graph.reached_from_inputs(kept))
+            smaller = graph.reaching_logits(graph.reached_from_inputs(kept))
             if torch.equal(smaller, kept):
                 break
             kept = smaller
@@ -208,7 +223,8 @@ class Circuit:
             (str(edge), str(edge.source), str(edge.target), edge.slot or "") for edge in self.edges
         ]
         table = pd.DataFrame(texts, columns=["edge", "source", "target", "slot"], dtype=object)
-        return table.assign(score=self.scores[self.kept].double().numpy())
+        scores = self.scores[self.kept].double()
+        return table.assign(score=scores.numpy())
 
     def to_networkx(self) -> networkx.MultiDiGraph:
         """The circuit as a networkx graph, with nodes and kept edges named by their text.
@@ -223,11 +239,13 @@ class Circuit:
         [('m0', 'a1.h0', {'slot': 'q'})]
         """
         result = networkx.MultiDiGraph()
-        for index in self._kept_indices:
-            edge, score = self.graph.edges[index], float(self.scores[index])
-            attributes = {"slot": edge.slot, "score": None if score != score else score}
-            present = {name: value for name, value in attributes.items() if value is not None}
-            result.add_edge(str(edge.source), str(edge.target), key=edge.slot, **present)
+        scores = self.scores[self.kept].tolist()
+        for edge, score in zip(self.edges, scores, strict=True):
+            attributes = {"slot": edge.slot} if edge.slot else {}
+            if not math.isnan(score):
+                attributes["score"] = score
+            source, target = str(edge.source), str(edge.target)
+            result.add_edge(source, target, edge.slot, **attributes)
         return result
 
     def save(self, folder: str | Path) -> Path:
@@ -237,25 +255,21 @@ class Circuit:
             The path of the file.
         """
         graph = self.graph
-        tensors = {
-            "scores": self.scores,
-            "kept": self.kept,
-            "source": graph.source,
-            "target": graph.target,
-            "slot": graph.slot,
-        }
-        transcoders = graph.transcoders if isinstance(graph, PooledFeatureGraph) else None
+        columns = {name: getattr(graph, name) for name in COLUMNS}
+        tensors = {"scores": self.scores, "kept": self.kept, **columns}
         description = {
             "nodes": [str(node) for node in graph.nodes],
             "positions": graph.positions,
             "causal": graph.causal,
-            "model": asdict(graph.model) if graph.model else None,
-            "transcoders": asdict(transcoders) if transcoders else None,
+            "model": graph.model,
+            "transcoders": getattr(graph, "transcoders", None),
             "selected": self.selected,
             "record": dict(self.record),
         }
-        header = {"description": json.dumps(description)}
-        return write_tensors(Path(folder) / FILE, tensors, header, FORMAT, FORMAT_VERSION)
+        # Identities are dataclasses, which become dictionaries.
+        header = {"description": json.dumps(description, default=vars)}
+        path = Path(folder) / FILE
+        return write_tensors(path, tensors, header, FORMAT, FORMAT_VERSION)
 
     @staticmethod
     def load(folder: str | Path) -> Circuit:
@@ -265,21 +279,19 @@ class Circuit:
             InputError: there is no such file, or it is damaged, of another kind, or from a newer
                 version of this package.
         """
-        path = Path(folder) if Path(folder).is_file() else Path(folder) / FILE
+        path = Path(folder)
+        if not path.is_file():
+            path /= FILE
         tensors, metadata = read_tensors(path, FORMAT, FORMAT_VERSION)
         try:
             description = json.loads(metadata["description"])
             graph = _graph_from_file(tensors, description)
-            selected, record = description["selected"], description["record"]
-            return Circuit(graph, tensors["scores"], tensors["kept"], selected, record)
+            scores, kept = tensors["scores"], tensors["kept"]
+            return Circuit(graph, scores, kept, description["selected"], description["record"])
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{path} is damaged ({error}); discover the circuit again or restore the file."
             ) from error
-
-    @property
-    def _kept_indices(self) -> list[int]:
-        return self.kept.nonzero().flatten().tolist()
 
     def _combined(self, other: Circuit, operation: Callable[[Tensor, Tensor], Tensor]) -> Circuit:
         if not isinstance(other, Circuit):
@@ -290,20 +302,23 @@ class Circuit:
                 f"{len(other.graph)} edges); discover both with the same model, split_embed and "
                 "positions."
             )
+        # The scores stay those of the first circuit; no method found the combination.
         kept = operation(self.kept, other.kept)
         return replace(self, kept=kept, selected=True, record={})
 
 
+def _no_scores(graph: Graph) -> Float[Tensor, " edge"]:
+    return torch.full_like(graph.source, torch.nan, dtype=torch.float32)
+
+
 def _graph_from_file(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> Graph:
     positions, model = description["positions"], description["model"]
+    fields: dict[str, Any] = {name: tensors[name] for name in COLUMNS}
+    fields["nodes"] = tuple(map(parse_node, description["nodes"]))
+    fields["positions"] = None if positions is None else tuple(positions)
+    fields["causal"] = description["causal"]
+    fields["model"] = None if model is None else ModelIdentity(**model)
     transcoders = description.get("transcoders")
-    fields: dict[str, Any] = {
-        "nodes": tuple(parse_node(text) for text in description["nodes"]),
-        **{name: tensors[name] for name in ("source", "target", "slot")},
-        "positions": None if positions is None else tuple(positions),
-        "causal": description["causal"],
-        "model": None if model is None else ModelIdentity(**model),
-    }
     if transcoders is None:
         return Graph(**fields)
     return PooledFeatureGraph(**fields, transcoders=TranscodersIdentity(**transcoders))

@@ -46,6 +46,7 @@ def parse_edge(text: str) -> Edge:
     >>> parse_edge("a5.h5@S2->a9.h9.q@END").slot
     'q'
     """
+    # a9.h9<q> becomes a9.h9.q; a position follows the slot, as in a9.h9.q@END.
     match = EDGE_PATTERN.fullmatch(re.sub(r"<([qkv])>$", r".\1", text.strip()))
     if match is None:
         raise InputError(

@@ -8,10 +8,12 @@ sources in the same order.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
+from types import UnionType
 from typing import ClassVar
 
 import numpy as np
@@ -26,7 +28,8 @@ from circuits.system.errors import InputError
 
 EdgeIndex = Int[Tensor, " edge"]
 EdgeMask = Bool[Tensor, " edge"]
-NodeMask = Bool[Tensor, " node"]
+NodeNumbers = Int[Tensor, " _"]
+Steps = Int[np.ndarray, " step"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +59,7 @@ class Graph:
     slot: EdgeIndex
     positions: tuple[str | int, ...] | None = None
     causal: bool = True
-    model: ModelIdentity | None = field(default=None)
+    model: ModelIdentity | None = None
 
     @staticmethod
     def empty(model: ModelIdentity | None = None) -> Graph:
@@ -73,10 +76,12 @@ class Graph:
             return True
         if not isinstance(other, Graph):
             return NotImplemented
-        if self.positions != other.positions or len(self) != len(other):
-            return False
-        columns = zip(self._columns, other._columns, strict=True)
-        return self.nodes == other.nodes and all(torch.equal(a, b) for a, b in columns)
+        return (
+            self.positions == other.positions
+            # Columns are compared before nodes because that is faster.
+            and all(map(torch.equal, self._columns, other._columns))
+            and self.nodes == other.nodes
+        )
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -85,15 +90,18 @@ class Graph:
         return f"{type(self).__name__}({len(self.nodes)} nodes, {len(self):,} edges{split})"
 
     def _repr_html_(self) -> str:
-        first, last = (self.nodes[0], self.nodes[-1]) if self.nodes else ("", "")
-        return f"<p><b>{self!r}</b></p><p>from <code>{first}</code> to <code>{last}</code></p>"
+        title = f"<p><b>{self!r}</b></p>"
+        if not self.nodes:
+            return title
+        first, last = self.nodes[0], self.nodes[-1]
+        return f"{title}<p>from <code>{first}</code> to <code>{last}</code></p>"
 
     @cached_property
     def edges(self) -> tuple[Edge, ...]:
         """Every edge, in graph order."""
-        slots = {index: name for index, name in enumerate(SLOTS)} | {NO_SLOT: None}
-        rows = zip(*(column.tolist() for column in self._columns), strict=True)
-        return tuple(Edge(self.nodes[u], self.nodes[r], slots[slot]) for u, r, slot in rows)
+        nodes, slots = self.nodes, {**dict(enumerate(SLOTS)), NO_SLOT: None}
+        rows = zip(*map(Tensor.tolist, self._columns), strict=True)
+        return tuple(Edge(nodes[start], nodes[end], slots[slot]) for start, end, slot in rows)
 
     @cached_property
     def node_index(self) -> dict[Node, int]:
@@ -126,42 +134,38 @@ class Graph:
         Raises:
             InputError: the graph lacks one of them.
         """
-        kept = torch.zeros(len(self), dtype=torch.bool)
-        kept[[self.index(edge) for edge in edges]] = True
+        numbers = [self.index(edge) for edge in edges]
+        kept = torch.zeros_like(self.source, dtype=torch.bool)
+        kept[numbers] = True
         return kept
 
     def reaching_logits(self, kept: EdgeMask) -> EdgeMask:
         """The kept edges from which a path of kept edges leads to the logits."""
-        # numpy, whose operations on this few numbers take a fraction of torch's time.
-        kept_edges, source, target = kept.numpy(), self.source.numpy(), self.target.numpy()
-        matters = np.array([isinstance(node, Logits) for node in self.nodes])
-        crossed = np.zeros_like(kept_edges)
-        while True:
-            read = matters[target]
-            if self.positions is not None:
-                # What a head reads through k or v matters if its output at a later position does.
-                carried = self._any_later(torch.from_numpy(matters)).numpy()
-                read = np.where(self._moves_positions.numpy(), carried[target], read)
-            read = read & kept_edges
-            if np.array_equal(read, crossed):
-                return torch.from_numpy(crossed)
-            crossed = read
-            matters[source[crossed]] = True
+        sources, readers = self._steps
+        return self._crossed(kept, readers, sources, Logits)
 
     def reached_from_inputs(self, kept: EdgeMask) -> EdgeMask:
         """The kept edges to which a path of kept edges leads from an embedding."""
-        inputs = Embed | TokenEmbed | PosEmbed
-        reached = torch.tensor([isinstance(node, inputs) for node in self.nodes])
-        crossed = torch.zeros_like(kept)
+        sources, readers = self._steps
+        return self._crossed(kept, sources, readers, Embed | TokenEmbed | PosEmbed)
+
+    def _crossed(
+        self, kept: EdgeMask, begin: Steps, end: Steps, kind: type[Node] | UnionType
+    ) -> EdgeMask:
+        """The kept edges on paths of steps from `begin` to `end` that leave nodes of a kind."""
+        allowed = np.ones(len(begin), dtype=bool)
+        allowed[: len(kept)] = kept.numpy()
+        is_first = [isinstance(node, kind) for node in self.nodes]
+        # No path begins at keys and values.
+        reached = np.concatenate([is_first, np.zeros_like(is_first)])
+        crossed = np.zeros_like(allowed)
         while True:
-            now = kept & reached[self.source]
-            if torch.equal(now, crossed):
-                return crossed
-            crossed = now
-            reached[self.target[crossed & ~self._moves_positions]] = True
-            moved = torch.zeros_like(reached)
-            moved[self.target[crossed & self._moves_positions]] = True
-            reached |= self._spread_later(moved)
+            # Follow one more step of every path, until no further step is crossed.
+            crossing = allowed & reached[begin]
+            if np.array_equal(crossing, crossed):
+                return torch.from_numpy(crossed[: len(kept)])
+            crossed = crossing
+            reached[end[crossed]] = True
 
     @property
     def _columns(self) -> tuple[EdgeIndex, EdgeIndex, EdgeIndex]:
@@ -175,51 +179,45 @@ class Graph:
         for node in (edge.source, edge.target):
             if node not in self.node_index:
                 first = ", ".join(map(str, self.nodes[:3]))
-                count = len(self.nodes)
-                return (
-                    f"it has no node {node}; it has {first}, ... {self.nodes[-1]} ({count} nodes)."
-                )
+                last = f"{self.nodes[-1]} ({len(self.nodes)} nodes)"
+                return f"it has no node {node}; it has {first}, ... {last}."
         return (
             f"{edge.source} does not write where {edge.target} reads; sources come before targets."
         )
 
     @cached_property
-    def _moves_positions(self) -> EdgeMask:
-        """Edges read through k or v: attention carries what they bring to other positions."""
-        return self.slot > 0
+    def _steps(self) -> tuple[Steps, Steps]:
+        """The two ends of each step of a path: first along the edges, then through attention.
 
-    @cached_property
-    def _attention_steps(self) -> tuple[Int[Tensor, " step"], Int[Tensor, " step"]]:
-        """Pairs (a node where it reads, the same node where attention writes).
-
-        Named spans have no order that holds for every prompt, so attention may carry information
-        between any two of them.
+        They are numbers of nodes; the keys and values of head n are len(nodes) + n.
         """
-        by_component: dict[str, list[int]] = {}
-        for index, node in enumerate(self.nodes):
-            by_component.setdefault(node.label, []).append(index)
-        pairs = [pair for same in by_component.values() for pair in product(same, repeat=2)]
-        steps = [(read, write) for read, write in pairs if self._attends(write, read)]
-        read, write = torch.tensor(steps, dtype=torch.long).reshape(-1, 2).T
-        return read, write
+        source, reader = self.source, self.target
+        if self.positions is not None:
+            # Attention carries what a head reads through k or v to other positions.
+            key, query = self._attention_steps()
+            n_nodes = len(self.nodes)
+            source = torch.cat([source, key + n_nodes])
+            carried = n_nodes * (self.slot > 0)
+            reader = torch.cat([reader + carried, query])
+        # numpy, whose operations on this few numbers take a fraction of torch's time.
+        return source.numpy(), reader.numpy()
 
-    def _attends(self, query_node: int, key_node: int) -> bool:
-        if query_node == key_node:
-            return True
-        if not isinstance(self.nodes[query_node], Head):
-            return False
-        ends = (self.nodes[query_node], self.nodes[key_node])
-        query, key = (node.position for node in ends)  # type: ignore[attr-defined]
-        ordered = self.causal and isinstance(query, int) and isinstance(key, int)
-        return not ordered or key <= query
-
-    def _any_later(self, written: NodeMask) -> NodeMask:
-        read, write = self._attention_steps
-        return torch.zeros_like(written).index_fill_(0, read[written[write]], True)
-
-    def _spread_later(self, read_at: NodeMask) -> NodeMask:
-        read, write = self._attention_steps
-        return torch.zeros_like(read_at).index_fill_(0, write[read_at[read]], True)
+    def _attention_steps(self) -> tuple[NodeNumbers, NodeNumbers]:
+        """Pairs (a head at the position of a key, the same head where a query may attend to it)."""
+        by_head = defaultdict(list)
+        for number, node in enumerate(self.nodes):
+            if isinstance(node, Head):
+                by_head[node.label].append(number)
+        pairs: list[tuple[int, int]] = []
+        for same in by_head.values():
+            pairs += product(same, same)
+        steps = torch.tensor(pairs, dtype=torch.long)
+        key, query = steps.reshape(-1, 2).T
+        # Named spans have no order that holds for every prompt, so attention may carry information
+        # between any two of them. Numbered positions are in order.
+        named = any(isinstance(position, str) for position in self.positions or ())
+        attends = (key <= query) | named | (not self.causal)
+        return key[attends], query[attends]
 
 
 @dataclass(frozen=True, eq=False, repr=False)

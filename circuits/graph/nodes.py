@@ -192,8 +192,10 @@ def parse_node(text: str) -> Node:
     Head(layer=9, head=6, position='END')
     """
     label, at, position = text.strip().partition("@")
+    # "a9.h6@" has no position after the @.
     if bool(at) == bool(position):
         where = _number_or_text(position) if at else None
+        # No label fits the patterns of two kinds.
         for kind in NODE_TYPES:
             match = re.fullmatch(kind.pattern, label)
             if match:

@@ -26,7 +26,6 @@ from typing_extensions import override
 
 from circuits.attribution.active_features import active_features
 from circuits.attribution.build import (
-    Budget,
     Direction,
     build_feature_graph,
     difference_direction,
@@ -263,7 +262,6 @@ class AttributionGraph(Resumable):
     ) -> Iterator[tuple[int, FeatureGraph]]:
         """The number and the graph of each prompt from `first` on; a few are run together."""
         transcoders = self.loaded
-        budget = Budget(self.budget, self.at_a_time)
         for start in range(first, len(prompts), PROMPTS_AT_ONCE):
             some = prompts[start : start + PROMPTS_AT_ONCE]
             locals_ = freeze(model, transcoders, list(some))
@@ -276,7 +274,8 @@ class AttributionGraph(Resumable):
                     active,
                     directions(number, local),
                     words=words_of(model, local.tokens.tolist()),
-                    budget=budget,
+                    budget=self.budget,
+                    at_a_time=self.at_a_time,
                     leading=self.leading,
                     max_memory=self.max_memory,
                 )
