@@ -518,7 +518,9 @@ def test_the_command_opens_the_page_and_ends_quietly(
 
 def test_ctrl_c_ends_a_running_server_quietly(tmp_path: Path, graph: FeatureGraph) -> None:
     graph.save(tmp_path)
+    # Where this test is itself a background job, its children would ignore Ctrl-C.
     script = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "from circuits.cli.main import main; "
         f"main(['view', {str(tmp_path)!r}, '--port', '0', '--no-browser']); print('ended')"
     )
@@ -536,7 +538,10 @@ def test_ctrl_c_ends_a_running_server_quietly(tmp_path: Path, graph: FeatureGrap
         connection.request("GET", "/api/groups")
         assert connection.getresponse().status == 200
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=20)
+        try:
+            output, errors = process.communicate(timeout=20)
+        finally:
+            process.kill()
         connection.close()
     assert process.returncode == 0 and output == "ended\n" and errors == ""
 
