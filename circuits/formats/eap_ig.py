@@ -11,7 +11,9 @@ import re
 from pathlib import Path
 
 import torch
+from jaxtyping import Bool, Float
 from pydantic import TypeAdapter
+from torch import Tensor
 from typing_extensions import TypedDict
 
 from circuits.formats.validation import read_checked_json
@@ -26,6 +28,8 @@ from circuits.system.files import write_bytes
 
 EAP_IG_EMBED = "input"
 CONFIG_FIELDS = ("n_layers", "n_heads", "parallel_attn_mlp", "d_model")
+
+EdgeValues = Float[Tensor, " edge"]
 
 
 class EdgeEntry(TypedDict):
@@ -100,29 +104,37 @@ def save_eap_ig(circuit: Circuit, path: str | Path, *, n_prompts: int = 1) -> Pa
             "this graph was not made from a model, whose shape EAP-IG's files need; "
             "use component_graph(model)."
         )
+    shape = graph.model.shape
     content = {
-        "cfg": {name: graph.model.shape[name] for name in CONFIG_FIELDS},
+        "cfg": {name: shape[name] for name in CONFIG_FIELDS},
         "nodes": _node_entries(circuit),
         "edges": _edge_entries(circuit, n_prompts),
     }
-    return write_bytes(Path(path), json.dumps(content).encode())
+    text = json.dumps(content)
+    return write_bytes(Path(path), text.encode())
 
 
 def _node_entries(circuit: Circuit) -> dict[str, dict[str, bool]]:
-    used = {node for edge in circuit.edges for node in (edge.source, edge.target)}
-    written = [node for node in circuit.graph.nodes if not isinstance(node, PosEmbed)]
-    return {_node_name(node): {"in_graph": node in used} for node in written}
+    used = set()
+    for edge in circuit.edges:
+        used |= {edge.source, edge.target}
+    entries = {}
+    for node in circuit.graph.nodes:
+        if not isinstance(node, PosEmbed):
+            entries[_node_name(node)] = {"in_graph": node in used}
+    return entries
 
 
 def _edge_entries(circuit: Circuit, n_prompts: int) -> dict[str, EdgeEntry]:
     entries: dict[str, EdgeEntry] = {}
-    scores, kept = circuit.scores.tolist(), circuit.kept.tolist()
-    for edge, score, in_graph in zip(circuit.graph.edges, scores, kept, strict=True):
+    edges, scores = circuit.graph.edges, circuit.scores.tolist()
+    for edge, score, in_graph in zip(edges, scores, circuit.kept.tolist(), strict=True):
         # EAP-IG has no position embedding: edges from it are left out, and refused if kept.
         if in_graph or not isinstance(edge.source, PosEmbed):
             name = edge_to_eap_ig(edge)
             # EAP-IG divides by the number of prompts.
-            entries[name] = {"score": score / n_prompts, "in_graph": in_graph}
+            divided = score / n_prompts
+            entries[name] = {"score": divided, "in_graph": in_graph}
     return entries
 
 
@@ -151,20 +163,29 @@ def load_eap_ig(
         Circuit(1 of 479 edges)
     """
     graph = component_graph(model) if graph is None else graph
-    embed = "tok_embed" if TokenEmbed() in graph.nodes else "embed"
-    scores = torch.full((len(graph),), torch.nan)
-    kept = torch.zeros(len(graph), dtype=torch.bool)
     path = Path(path)
     file = read_checked_json(path, GRAPH_FILE, "graph JSON of EAP-IG")
-    for name, entry in file["edges"].items():
-        try:
-            index = graph.index(edge_from_eap_ig(name, embed=embed))
-        except InputError as error:
-            raise InputError(f"{path} does not fit {model.cfg.model_name}: {error}") from error
+    try:
+        scores, kept = _scores_and_kept(file["edges"], n_prompts, graph)
+    except InputError as error:
+        raise InputError(f"{path} does not fit {model.cfg.model_name}: {error}") from error
+    selected = not bool(kept.all())
+    record = {"imported_from": path.name}
+    return Circuit(graph, scores, kept, selected=selected, record=record)
+
+
+def _scores_and_kept(
+    entries: dict[str, EdgeEntry], n_prompts: int, graph: Graph
+) -> tuple[EdgeValues, Bool[Tensor, " edge"]]:
+    embed = "tok_embed" if TokenEmbed() in graph.nodes else "embed"
+    n_edges = len(graph)
+    scores = torch.full((n_edges,), torch.nan)
+    kept = torch.zeros(n_edges, dtype=torch.bool)
+    for name, entry in entries.items():
+        index = graph.index(edge_from_eap_ig(name, embed=embed))
         scores[index] = entry["score"] * n_prompts
         kept[index] = entry["in_graph"]
-    record = {"imported_from": path.name}
-    return Circuit(graph, scores, kept, selected=not bool(kept.all()), record=record)
+    return scores, kept
 
 
 def _node_name(node: Node) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from circuits.system.errors import InputError
 from circuits.transcoders.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
@@ -69,20 +71,26 @@ def load_transcoders(
     source = str(where if where in embedded_transcoders() else folder)
     layers = read_layers(_layer_files(folder, config), source, copy)
     _check_kind(layers[0], config)
+    transcoders = replace(_assembled(layers, config), name=folder.name, source=source)
+    transcoders.check()
+    return transcoders
+
+
+def _assembled(layers: list[LayerWeights], config: TranscoderConfig) -> Transcoders:
     format = layers[0].format
+    encoders = []
+    for layer in layers:
+        activation = _activation(layer, config)
+        encoders.append(Encoder(layer.encoder, layer.bias, activation))
     skips = [layer.skip for layer in layers if layer.skip is not None]
-    transcoders = Transcoders(
-        [Encoder(layer.encoder, layer.bias, _activation(layer, config)) for layer in layers],
+    return Transcoders(
+        encoders,
         decoders=[layer.decoder for layer in layers],
         decoder_biases=[layer.decoder_bias for layer in layers],
         skips=skips or None,
         reads=config.reads or format.reads,
         writes=config.writes or format.writes,
-        name=folder.name,
-        source=source,
     )
-    transcoders.check()
-    return transcoders
 
 
 def embedded_transcoders() -> tuple[str, ...]:
@@ -140,7 +148,8 @@ def _check_kind(layer: LayerWeights, config: TranscoderConfig) -> None:
 
 def _activation(layer: LayerWeights, config: TranscoderConfig) -> Activation:
     # What config.yaml says, if the files agree; else what the files imply.
-    name, k, threshold = config.activation, config.k or layer.k, layer.threshold
+    name, threshold = config.activation, layer.threshold
+    k = config.k or layer.k
     if name is None and config.k is not None:
         raise InputError(
             f"{config.source}: activation is missing, and k: {k} is given; add activation: topk or "
@@ -149,13 +158,7 @@ def _activation(layer: LayerWeights, config: TranscoderConfig) -> Activation:
     if name is None:
         name = "relu" if k is None else "topk"
         name = name if threshold is None else "jump_relu"
-    problem = ""
-    if name == "jump_relu" and threshold is None:
-        problem = f"the files hold no thresholds; add them ({THRESHOLD}), or write relu"
-    elif name != "jump_relu" and threshold is not None:
-        problem = "the files hold thresholds; write jump_relu or remove them"
-    elif name.endswith("topk") and k is None:
-        problem = "k is not given; add k, how many features may fire"
+    problem = _contradiction(name, k, threshold)
     if problem:
         raise InputError(f"{config.source}: activation is {name}, but {problem}.")
     if threshold is not None:
@@ -163,3 +166,13 @@ def _activation(layer: LayerWeights, config: TranscoderConfig) -> Activation:
     if k is None or name == "relu":
         return ReLU()
     return TopK(k) if name == "topk" else BatchTopK(k)
+
+
+def _contradiction(name: str, k: int | None, threshold: Tensor | None) -> str:
+    if name == "jump_relu" and threshold is None:
+        return f"the files hold no thresholds; add them ({THRESHOLD}), or write relu"
+    if name != "jump_relu" and threshold is not None:
+        return "the files hold thresholds; write jump_relu or remove them"
+    if name.endswith("topk") and k is None:
+        return "k is not given; add k, how many features may fire"
+    return ""

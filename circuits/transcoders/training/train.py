@@ -23,6 +23,7 @@ from typing import Literal, get_args
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
 from circuits.models import Model
 from circuits.models.identity import checksum, identity
@@ -155,16 +156,9 @@ class _Trainer:
         self.norms = Normalization.of(inputs), Normalization.of(outputs)
         kind, n_features = config.kind, config.n_features
         self.parameters = TranscoderParameters.initial(kind, n_features, inputs, config.seed)
-        tensors = self.parameters.tensors()
-        self.optimizer = torch.optim.Adam(tensors, betas=(0.9, 0.99))
-        for tensor in tensors:
-            # Adam begins like this. A checkpoint is copied into these tensors.
-            self.optimizer.state[tensor] = {
-                "step": torch.zeros(()),
-                "exp_avg": torch.zeros_like(tensor),
-                "exp_avg_sq": torch.zeros_like(tensor),
-            }
-        self.silent = inputs.new_zeros((len(inputs), n_features), dtype=torch.int64)
+        self.optimizer = _adam(self.parameters.tensors())
+        shape = (len(inputs), n_features)
+        self.silent = inputs.new_zeros(shape, dtype=torch.int64)
 
     def _record(self, step: int) -> tuple[Vectors, Vectors]:
         # MLP inputs and outputs on the text of a step, not yet normalized.
@@ -218,12 +212,13 @@ class _Trainer:
         share = done / self.config.steps
         # Warm-up over the first 5 % of the steps, linear decay over the last half.
         schedule = min(1.0, share / 0.05, (1 - share) / 0.5)
-        self.optimizer.param_groups[0]["lr"] = self.config.learning_rate * schedule
+        [group] = self.optimizer.param_groups
+        group["lr"] = self.config.learning_rate * schedule
         with torch.enable_grad():
             loss = self._loss(inputs, outputs)
             self.optimizer.zero_grad()
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters.tensors(), 1.0)
+        clip_grad_norm_(self.parameters.tensors(), 1.0)
         self.optimizer.step()
         return loss.detach()
 
@@ -234,16 +229,14 @@ class _Trainer:
         fires = self._fires(pre)
         activations = torch.where(fires, pre, 0)
         error = outputs - parameters.reconstruct(inputs, activations)
-        # sum_l |y_l - approximation_l|^2 / |y_l - mean(y_l)|^2
-        deviation = outputs - outputs.mean(1, keepdim=True)
-        loss = (_squares(error) / _squares(deviation)).sum()
+        loss = _unexplained(outputs, error)
         if self.config.sparsity != "batch_topk":
             loss = loss + self._penalty(activations)
         self.silent.add_(inputs.shape[1])
         self.silent.masked_fill_(fires.any(1), 0)
         dead = self.silent > self.config.dead_after
-        auxiliary = auxiliary_loss(parameters, inputs, error.detach(), dead)
-        return loss + AUXILIARY_WEIGHT * auxiliary
+        error = error.detach()
+        return loss + AUXILIARY_WEIGHT * auxiliary_loss(parameters, inputs, error, dead)
 
     def _penalty(self, activations: FeatureValues) -> Float[Tensor, ""]:
         # l1: sum_l penalty_l mean_t sum_f length_f,   tanh: the same of tanh(TANH_SCALE length_f)
@@ -251,7 +244,8 @@ class _Trainer:
         if self.config.sparsity == "tanh":
             lengths = (TANH_SCALE * lengths).tanh()
         per_layer = lengths.sum(2).mean(1)
-        return (lengths.new_tensor(self.config.penalty) * per_layer).sum()
+        penalty = lengths.new_tensor(self.config.penalty)
+        return (penalty * per_layer).sum()
 
     @torch.no_grad()
     def _fires(self, pre: FeatureValues) -> Bool[Tensor, "layer token feature"]:
@@ -295,6 +289,18 @@ class _Trainer:
         return replace(trained, reads=reads, writes=writes, name=name)
 
 
+def _adam(parameters: list[Tensor]) -> torch.optim.Adam:
+    optimizer = torch.optim.Adam(parameters, betas=(0.9, 0.99))
+    for tensor in parameters:
+        # Adam begins like this. A checkpoint is copied into these tensors.
+        optimizer.state[tensor] = {
+            "step": torch.zeros(()),
+            "exp_avg": torch.zeros_like(tensor),
+            "exp_avg_sq": torch.zeros_like(tensor),
+        }
+    return optimizer
+
+
 def auxiliary_loss(
     parameters: TranscoderParameters,
     inputs: Vectors,
@@ -304,17 +310,28 @@ def auxiliary_loss(
     """Share of the error that the dead features with the largest pre-activations would leave."""
     if not dead.any():
         return inputs.new_zeros(())
-    pre = parameters.preactivations(inputs)
-    pre = pre.masked_fill(~dead[:, None], -torch.inf)
+    is_alive = ~dead[:, None]
+    pre = parameters.preactivations(inputs).masked_fill(is_alive, -torch.inf)
+    left = error - parameters.decode(_largest_activations(pre))
+    # |error - dead features|^2 / |error|^2
+    squares = _squares(error).clamp(min=TINY)
+    shares = _squares(left) / squares
+    return shares[dead.any(1)].sum()
+
+
+def _largest_activations(pre: FeatureValues) -> FeatureValues:
     n_chosen = min(AUXILIARY_FEATURES, pre.shape[2])
     values, features = pre.topk(n_chosen, dim=2)
     # A layer can have fewer dead features than that; the others have activation 0.
-    silent = torch.zeros_like(pre)
-    activations = silent.scatter(2, features, values.relu())
-    left = error - parameters.decode(activations)
-    # |error - dead features|^2 / |error|^2
-    shares = _squares(left) / _squares(error).clamp(min=TINY)
-    return shares[dead.any(1)].sum()
+    activations = torch.zeros_like(pre)
+    return activations.scatter(2, features, values.relu())
+
+
+def _unexplained(outputs: Vectors, error: Vectors) -> Tensor:
+    # sum_l |y_l - approximation_l|^2 / |y_l - mean(y_l)|^2
+    deviation = outputs - outputs.mean(1, keepdim=True)
+    shares = _squares(error) / _squares(deviation)
+    return shares.sum()
 
 
 def _squares(vectors: Vectors) -> Float[Tensor, " layer"]:
@@ -333,11 +350,13 @@ def _check(model: Model, config: Training) -> None:
         )
     for name in ("k", "penalty"):
         values = getattr(config, name)
-        if len(values) not in (1, cfg.n_layers) or min(values) <= 0:
+        fits = len(values) in (1, cfg.n_layers)
+        if not fits or min(values) <= 0:
             raise InputError(
                 f"{name}={values}: give one positive number, or one for each of the "
                 f"{cfg.n_layers} layers."
             )
-    smallest_count = min(config.n_features, config.steps, config.checkpoint_every)
-    if smallest_count < 1 or max(config.k) > config.n_features:
+    n_features = config.n_features
+    smallest_count = min(n_features, config.steps, config.checkpoint_every)
+    if smallest_count < 1 or max(config.k) > n_features:
         raise InputError(f"{config}: all counts must be positive, and k at most n_features.")
