@@ -11,7 +11,6 @@ import re
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Float
 from pydantic import TypeAdapter
 from torch import Tensor
 from typing_extensions import TypedDict
@@ -29,8 +28,6 @@ from circuits.system.files import write_bytes
 EAP_IG_EMBED = "input"
 CONFIG_FIELDS = ("n_layers", "n_heads", "parallel_attn_mlp", "d_model")
 
-EdgeValues = Float[Tensor, " edge"]
-
 
 class EdgeEntry(TypedDict):
     """An edge of a file."""
@@ -39,10 +36,13 @@ class EdgeEntry(TypedDict):
     in_graph: bool
 
 
+EdgeEntries = dict[str, EdgeEntry]
+
+
 class GraphFile(TypedDict):
     """A file. It holds more, which is not read."""
 
-    edges: dict[str, EdgeEntry]
+    edges: EdgeEntries
 
 
 GRAPH_FILE = TypeAdapter(GraphFile)
@@ -52,8 +52,7 @@ def edge_to_eap_ig(edge: Edge) -> str:
     """Write an edge as EAP-IG's files do.
 
     Raises:
-        InputError: EAP-IG cannot write this edge: it is at a position, or its source is the
-            position embedding.
+        InputError: the edge is at a position, or its source is the position embedding.
     """
     if "@" in str(edge) or isinstance(edge.source, PosEmbed):
         raise InputError(
@@ -69,8 +68,7 @@ def edge_from_eap_ig(name: str, *, embed: str = "embed") -> Edge:
 
     Args:
         name: for example `a5.h5->a9.h9<q>`.
-        embed: this package's name of EAP-IG's `input`: `tok_embed` in a graph that splits the
-            embedding.
+        embed: what EAP-IG's `input` is here: `tok_embed` in a graph that splits the embedding.
 
     Raises:
         InputError: the name has another form.
@@ -115,18 +113,13 @@ def save_eap_ig(circuit: Circuit, path: str | Path, *, n_prompts: int = 1) -> Pa
 
 
 def _node_entries(circuit: Circuit) -> dict[str, dict[str, bool]]:
-    used = set()
-    for edge in circuit.edges:
-        used |= {edge.source, edge.target}
-    entries = {}
-    for node in circuit.graph.nodes:
-        if not isinstance(node, PosEmbed):
-            entries[_node_name(node)] = {"in_graph": node in used}
-    return entries
+    used = {node for edge in circuit.edges for node in (edge.source, edge.target)}
+    written = [node for node in circuit.graph.nodes if not isinstance(node, PosEmbed)]
+    return {_node_name(node): {"in_graph": node in used} for node in written}
 
 
-def _edge_entries(circuit: Circuit, n_prompts: int) -> dict[str, EdgeEntry]:
-    entries: dict[str, EdgeEntry] = {}
+def _edge_entries(circuit: Circuit, n_prompts: int) -> EdgeEntries:
+    entries: EdgeEntries = {}
     edges, scores = circuit.graph.edges, circuit.scores.tolist()
     for edge, score, in_graph in zip(edges, scores, circuit.kept.tolist(), strict=True):
         # EAP-IG has no position embedding: edges from it are left out, and refused if kept.
@@ -148,8 +141,7 @@ def load_eap_ig(
         model: the model that the file's graph belongs to.
         n_prompts: scores are multiplied by it, because EAP-IG divides by the number of prompts once
             too often (except in scores of its `exact` method).
-        graph: by default the component graph. If it splits the embedding, EAP-IG's `input` becomes
-            `tok_embed`.
+        graph: by default the component graph. If it splits the embedding, `input` is `tok_embed`.
 
     Raises:
         InputError: the file is not a graph JSON of EAP-IG, or belongs to a model of another shape.
@@ -169,14 +161,11 @@ def load_eap_ig(
         scores, kept = _scores_and_kept(file["edges"], n_prompts, graph)
     except InputError as error:
         raise InputError(f"{path} does not fit {model.cfg.model_name}: {error}") from error
-    selected = not bool(kept.all())
     record = {"imported_from": path.name}
-    return Circuit(graph, scores, kept, selected=selected, record=record)
+    return Circuit(graph, scores, kept, selected=not bool(kept.all()), record=record)
 
 
-def _scores_and_kept(
-    entries: dict[str, EdgeEntry], n_prompts: int, graph: Graph
-) -> tuple[EdgeValues, Bool[Tensor, " edge"]]:
+def _scores_and_kept(entries: EdgeEntries, n_prompts: int, graph: Graph) -> list[Tensor]:
     embed = "tok_embed" if TokenEmbed() in graph.nodes else "embed"
     n_edges = len(graph)
     scores = torch.full((n_edges,), torch.nan)
@@ -185,7 +174,7 @@ def _scores_and_kept(
         index = graph.index(edge_from_eap_ig(name, embed=embed))
         scores[index] = entry["score"] * n_prompts
         kept[index] = entry["in_graph"]
-    return scores, kept
+    return [scores, kept]
 
 
 def _node_name(node: Node) -> str:

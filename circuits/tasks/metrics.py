@@ -90,8 +90,7 @@ class Metric:
         finite, as checking them again would cost time.
 
         Raises:
-            InputError: the logits of one circuit are not finite, or the metric returns NaN or
-                another shape.
+            InputError: logits of one circuit, or values, are not finite, or values have a wrong shape.
         """
         is_single = logits.ndim == 2
         if not (is_single or self.vectorised):
@@ -230,10 +229,7 @@ def _tokens(task: Task, kind: AnswerKind) -> AnswerTokens:
 
 
 def _gather(
-    values: CircuitLogits,
-    task: Task,
-    kind: AnswerKind,
-    padding: float = 0.0,
+    values: CircuitLogits, task: Task, kind: AnswerKind, padding: float = 0.0
 ) -> Float[Tensor, "*variant scored k"]:
     tokens = _tokens(task, kind)
     # gather needs valid indices, so it reads token 0 where the tokens are padded with -1.

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from pandas import DataFrame, Index
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from circuits.attribution.feature_graph import (
     FeatureGraph,
     LogitTarget,
     Nodes,
+    NodeScores,
 )
 from circuits.formats.neuronpedia.format import FIRST_CUSTOM, SETTINGS, output_label
 from circuits.formats.neuronpedia.schema import (
@@ -43,7 +43,8 @@ NODE_ID = re.compile(r"(E|[0-9]{1,9})_([0-9]{1,15})_([0-9]{1,9})")
 # A template that names a row of the table of links in an error message.
 LINK = "the link {source!r:.60} -> {target!r:.60}"
 UNKNOWN_TOKEN = -1
-Groups = dict[str, tuple[Node, ...]]
+NodeTuple = tuple[Node, ...]
+Groups = dict[str, NodeTuple]
 
 # Kind, layer, position and index of a node. No two nodes have the same.
 Place = tuple[int, int, int, int]
@@ -78,7 +79,7 @@ class ImportedGraph:
     """
 
     graph: FeatureGraph
-    cumulative: Float[Tensor, " node"]
+    cumulative: NodeScores
     groups: Mapping[str, tuple[Node, ...]]
     pinned: tuple[Node, ...]
     labels: Mapping[Node, str]
@@ -140,10 +141,7 @@ def _imported(content: GraphFile, path: Path) -> ImportedGraph:
 
 
 def _feature_graph(
-    words: tuple[str, ...],
-    placed: PlacedNodes,
-    links: list[Link],
-    settings: dict[str, Any],
+    words: tuple[str, ...], placed: PlacedNodes, links: list[Link], settings: dict[str, Any]
 ) -> FeatureGraph:
     nodes, n_layers = _nodes(placed)
     node_ids = [entry.node_id for _, entry in placed]
@@ -247,7 +245,7 @@ def _nodes(placed: PlacedNodes) -> tuple[Nodes, int]:
     return Nodes(kind, layer, position, index, activation, probability), n_layers
 
 
-def _scores(placed: PlacedNodes, name: str) -> Float[Tensor, " node"]:
+def _scores(placed: PlacedNodes, name: str) -> NodeScores:
     # NumPy takes None as NaN.
     values = [getattr(entry, name) for _, entry in placed]
     numbers = np.array(values, dtype="float32")
@@ -314,7 +312,7 @@ def _groups(supernodes: list[Texts], node_of: NodeOf) -> Groups:
     return groups
 
 
-def _known_nodes(names: Texts, node_of: NodeOf) -> tuple[Node, ...]:
+def _known_nodes(names: Texts, node_of: NodeOf) -> NodeTuple:
     return tuple(node_of[name] for name in names if name in node_of)
 
 

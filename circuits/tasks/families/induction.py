@@ -33,8 +33,7 @@ class Induction(TaskFamily):
 
     def draw(self, random: Random) -> PromptPair:
         """Draw one pair, with spans A1, B and END (the second A)."""
-        n_words = self.length + 1
-        *words, other = random.sample(COMMON, n_words)
+        *words, other = random.sample(COMMON, self.length + 1)
         # The first word cannot be A, as it has no leading space. At least one word separates B
         # from the second A.
         index = random.randrange(1, self.length - 2)

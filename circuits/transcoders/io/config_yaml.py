@@ -17,9 +17,10 @@ PLT_KIND, CLT_KIND = "transcoder_set", "cross_layer_transcoder"
 # The model_kind of a set that is being saved.
 UNFINISHED = "unfinished"
 
+Settings = dict[str, Any]
 # The values of each key and their meanings. Of several values with one meaning, the first is the
 # one that is written. In a parallel block, the MLP reads hook_resid_pre.
-MEANINGS: dict[str, dict[str, Any]] = {
+MEANINGS: dict[str, Settings] = {
     "model_kind": {PLT_KIND: PLT_KIND, CLT_KIND: CLT_KIND},
     "feature_input_hook": {
         "hook_resid_mid": "residual",
@@ -56,12 +57,13 @@ def read_config(file: Path, source: str) -> TranscoderConfig:
         return TranscoderConfig(source)
     content = _settings(file, source)
     meanings = [_choose(key, content.get(key), source) for key in MEANINGS]
+    kind, reads, writes, activation = meanings
     k = _k(content.get("k"), source)
     files = _files(content.get("transcoders"), source)
-    return TranscoderConfig(source, *meanings, k, files)
+    return TranscoderConfig(source, kind, reads, writes, activation, k, files)
 
 
-def _settings(file: Path, source: str) -> dict[str, Any]:
+def _settings(file: Path, source: str) -> Settings:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:

@@ -26,6 +26,7 @@ PATTERNS = {
     NESTED: r"layer_(\d+)(?:\D[^/]*)?/(?:.*/)?params\.(?:npz|safetensors)",
 }
 Paths = list[str]
+PathsByLayer = dict[int, Paths]
 
 EXPECTED = (
     "layer_0.safetensors ..., W_enc_0.safetensors with W_dec_0.safetensors ..., "
@@ -45,7 +46,7 @@ def find_layer_files(folder: Path, config: TranscoderConfig) -> LayerFiles:
     return _of_all_layers({name: found[name] for name in names}, folder)
 
 
-def _of_all_layers(found: dict[str, dict[int, Paths]], folder: Path) -> LayerFiles:
+def _of_all_layers(found: dict[str, PathsByLayer], folder: Path) -> LayerFiles:
     n_layers = 1 + max(max(layers, default=0) for layers in found.values())
     by_name = []
     for name, paths in found.items():
@@ -83,7 +84,7 @@ def require_all(
         )
 
 
-def _by_layer(paths: Paths, pattern: str) -> dict[int, Paths]:
+def _by_layer(paths: Paths, pattern: str) -> PathsByLayer:
     # The paths that match, by the number in them.
     found = defaultdict(list)
     for path in paths:

@@ -13,16 +13,12 @@ from circuits.system.errors import InputError
 from circuits.transcoders.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from circuits.transcoders.io.config_yaml import CONFIG, TranscoderConfig, read_config
 from circuits.transcoders.io.formats import THRESHOLD, LayerWeights, read_layers
-from circuits.transcoders.io.hub import (
-    PREFIX,
-    Address,
-    fetch_files,
-    fetch_folder,
-    fetch_if_present,
-)
+from circuits.transcoders.io.hub import PREFIX, Address, fetch_files, fetch_folder, fetch_if_present
 from circuits.transcoders.io.layer_files import LayerFiles, find_layer_files, require_all
 from circuits.transcoders.io.tensor_files import weight_copier
 from circuits.transcoders.transcoder import Encoder, Transcoders
+
+Place = Path | Address
 
 
 def load_transcoders(
@@ -104,7 +100,7 @@ def _embedded() -> dict[str, Path]:
     return {config.parent.name: config.parent for config in configs}
 
 
-def _find(where: str | Path) -> tuple[Path | Address, TranscoderConfig]:
+def _find(where: str | Path) -> tuple[Place, TranscoderConfig]:
     # The folder, here or on the hub, and what its config.yaml says.
     if str(where).startswith(PREFIX):
         address = Address.parse(str(where))
@@ -122,12 +118,12 @@ def _find(where: str | Path) -> tuple[Path | Address, TranscoderConfig]:
     return path.parent.resolve(), read_config(path, str(path))
 
 
-def _layer_files(folder: Path | Address, config: TranscoderConfig) -> LayerFiles:
+def _layer_files(folder: Place, config: TranscoderConfig) -> LayerFiles:
     # The local files of each layer; those on the hub are fetched.
     if not config.files:
         local = folder if isinstance(folder, Path) else fetch_folder(folder)
         return find_layer_files(local, config)
-    places: dict[int, Path | Address] = {}
+    places: dict[int, Place] = {}
     for layer, file in sorted(config.files):
         if layer in places:
             raise InputError(f"{config.source} lists several files for layer {layer}; list one.")

@@ -19,6 +19,9 @@ from circuits.transcoders.io.layer_files import DECODER, ENCODER, PER_LAYER
 from circuits.transcoders.io.tensor_files import PICKLES, WEIGHTS, check_weight_dtype, copied
 from circuits.transcoders.transcoder import Transcoders
 
+Files = dict[str, Tensors]
+Config = dict[str, Any]
+
 
 def save_transcoders(
     transcoders: Transcoders,
@@ -56,7 +59,7 @@ def save_transcoders(
     check_weight_dtype(dtype)
     folder = Path(folder)
     config = _config(transcoders, model_name)
-    files: dict[str, Tensors] = {}
+    files: Files = {}
     for layer in range(transcoders.n_layers):
         files |= _layer_files(transcoders, layer)
     _check_folder(folder, files)
@@ -70,7 +73,7 @@ def save_transcoders(
     return folder
 
 
-def _layer_files(transcoders: Transcoders, layer: int) -> dict[str, Tensors]:
+def _layer_files(transcoders: Transcoders, layer: int) -> Files:
     # The files of a layer, each with its tensors by name.
     decoder = transcoders.decoders[layer]
     format = CLT if transcoders.cross_layer else PLT
@@ -101,7 +104,7 @@ def _parts(transcoders: Transcoders, layer: int, format: Format) -> Tensors:
     return parts
 
 
-def _config(transcoders: Transcoders, model_name: str) -> dict[str, Any]:
+def _config(transcoders: Transcoders, model_name: str) -> Config:
     first, *others = (encoder.activation for encoder in transcoders.encoders)
     for layer, activation in enumerate(others, start=1):
         # All thresholds of JumpReLU are one text, and each k is another.
@@ -127,7 +130,7 @@ def _value(key: str, meaning: str) -> str:
     return next(value for value, means in known if means == meaning)
 
 
-def _write_config(folder: Path, config: dict[str, Any]) -> None:
+def _write_config(folder: Path, config: Config) -> None:
     text = yaml.safe_dump(config, sort_keys=False)
     write_bytes(folder / CONFIG, text.encode())
 

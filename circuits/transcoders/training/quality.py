@@ -70,7 +70,8 @@ def _sums(
     errors = (outputs - torch.cat(made)).double()
     y = outputs.double()
     by_token = (fires.double(), y, y.square(), errors.square())
-    return inputs.shape[1], *[each.sum(1) for each in by_token]
+    summed = [each.sum(1) for each in by_token]
+    return inputs.shape[1], *summed
 
 
 @torch.no_grad()

@@ -42,6 +42,10 @@ from circuits.transcoders.transcoder import Reads, Transcoders, Writes
 
 FORMAT, FORMAT_VERSION = "circuits.transcoder_training", 1
 
+Scalar = Float[Tensor, ""]
+LayerNumbers = Float[Tensor, " layer"]
+Fires = Bool[Tensor, "layer token feature"]
+InputsOutputs = tuple[Vectors, Vectors]
 Sparsity = Literal["batch_topk", "l1", "tanh"]
 Batches = Callable[[int], tuple[Tensor, Tensor]]
 """Returns the tokens [batch, pos] of a step and their mask, True for real tokens. It must return
@@ -127,10 +131,10 @@ def train_transcoders(
     _check(model, config)
     trainer = _Trainer(model, batches, config)
     path = None if checkpoint is None else Path(checkpoint)
-    start = 0
+    first = 1
     if path is not None and path.exists():
-        start = trainer.restore(path)
-    for done in range(start + 1, config.steps + 1):
+        first = trainer.restore(path) + 1
+    for done in range(first, config.steps + 1):
         loss = trainer.learn(done)
         is_due = done % config.checkpoint_every == 0 or done == config.steps
         if path is not None and is_due:
@@ -158,16 +162,16 @@ class _Trainer:
         self.parameters = TranscoderParameters.initial(kind, n_features, inputs, config.seed)
         self.optimizer = _adam(self.parameters.tensors())
         shape = (len(inputs), n_features)
-        self.silent = inputs.new_zeros(shape, dtype=torch.int64)
+        self.silent = inputs.new_zeros(shape).long()
 
-    def _record(self, step: int) -> tuple[Vectors, Vectors]:
+    def _record(self, step: int) -> InputsOutputs:
         # MLP inputs and outputs on the text of a step, not yet normalized.
         reads, writes = READS_WRITES[self.config.kind]
         inputs, outputs = record(self.model, reads, writes, *self.batches(step))
         dtype = getattr(torch, self.config.dtype)
         return inputs.to(dtype), outputs.to(dtype)
 
-    def _normalized(self, step: int) -> tuple[Vectors, Vectors]:
+    def _normalized(self, step: int) -> InputsOutputs:
         inputs, outputs = self._record(step)
         input_norm, output_norm = self.norms
         return input_norm.apply(inputs), output_norm.apply(outputs)
@@ -206,7 +210,7 @@ class _Trainer:
             tensor.copy_(stored[name])
         return int(metadata["step"])
 
-    def learn(self, done: int) -> Float[Tensor, ""]:
+    def learn(self, done: int) -> Scalar:
         """Take a step, after which `done` are done; return the loss before it."""
         inputs, outputs = self._normalized(done - 1)
         share = done / self.config.steps
@@ -222,7 +226,7 @@ class _Trainer:
         self.optimizer.step()
         return loss.detach()
 
-    def _loss(self, inputs: Vectors, outputs: Vectors) -> Float[Tensor, ""]:
+    def _loss(self, inputs: Vectors, outputs: Vectors) -> Scalar:
         # Unexplained variance, sparsity penalty and auxiliary loss; also counts silent tokens.
         parameters = self.parameters
         pre = parameters.preactivations(inputs)
@@ -235,10 +239,9 @@ class _Trainer:
         self.silent.add_(inputs.shape[1])
         self.silent.masked_fill_(fires.any(1), 0)
         dead = self.silent > self.config.dead_after
-        error = error.detach()
-        return loss + AUXILIARY_WEIGHT * auxiliary_loss(parameters, inputs, error, dead)
+        return loss + AUXILIARY_WEIGHT * auxiliary_loss(parameters, inputs, error.detach(), dead)
 
-    def _penalty(self, activations: FeatureValues) -> Float[Tensor, ""]:
+    def _penalty(self, activations: FeatureValues) -> Scalar:
         # l1: sum_l penalty_l mean_t sum_f length_f,   tanh: the same of tanh(TANH_SCALE length_f)
         lengths = activations * self.parameters.decoder_lengths()
         if self.config.sparsity == "tanh":
@@ -248,13 +251,13 @@ class _Trainer:
         return (penalty * per_layer).sum()
 
     @torch.no_grad()
-    def _fires(self, pre: FeatureValues) -> Bool[Tensor, "layer token feature"]:
+    def _fires(self, pre: FeatureValues) -> Fires:
         if self.config.sparsity != "batch_topk":
             return pre > 0
         lengths = pre * self.parameters.decoder_lengths()
         return lengths > self._smallest_firing(lengths)[:, None, None]
 
-    def _smallest_firing(self, lengths: FeatureValues) -> Float[Tensor, " layer"]:
+    def _smallest_firing(self, lengths: FeatureValues) -> LayerNumbers:
         # The (k * tokens)-th largest length in each layer; features must write more to fire.
         # One fewer fires than k * tokens, as with a JumpReLU of this threshold.
         n_layers, n_tokens, _ = lengths.shape
@@ -269,7 +272,7 @@ class _Trainer:
         return torch.stack(smallest).clamp(min=0)
 
     @torch.no_grad()
-    def _thresholds(self) -> Float[Tensor, " layer"]:
+    def _thresholds(self) -> LayerNumbers:
         # The smallest length of a firing feature, averaged over batches not seen in training.
         parameters, n_steps = self.parameters, self.config.steps
         total = parameters.encoder.new_zeros(len(self.silent))
@@ -306,7 +309,7 @@ def auxiliary_loss(
     inputs: Vectors,
     error: Vectors,
     dead: Bool[Tensor, "layer feature"],
-) -> Float[Tensor, ""]:
+) -> Scalar:
     """Share of the error that the dead features with the largest pre-activations would leave."""
     if not dead.any():
         return inputs.new_zeros(())
@@ -327,14 +330,14 @@ def _largest_activations(pre: FeatureValues) -> FeatureValues:
     return activations.scatter(2, features, values.relu())
 
 
-def _unexplained(outputs: Vectors, error: Vectors) -> Tensor:
+def _unexplained(outputs: Vectors, error: Vectors) -> Scalar:
     # sum_l |y_l - approximation_l|^2 / |y_l - mean(y_l)|^2
     deviation = outputs - outputs.mean(1, keepdim=True)
     shares = _squares(error) / _squares(deviation)
     return shares.sum()
 
 
-def _squares(vectors: Vectors) -> Float[Tensor, " layer"]:
+def _squares(vectors: Vectors) -> LayerNumbers:
     return vectors.square().sum((1, 2))
 
 
