@@ -165,7 +165,7 @@ def load_eap_ig(
     return Circuit(graph, scores, kept, selected=not bool(kept.all()), record=record)
 
 
-def _scores_and_kept(entries: EdgeEntries, n_prompts: int, graph: Graph) -> list[Tensor]:
+def _scores_and_kept(entries: EdgeEntries, n_prompts: int, graph: Graph) -> tuple[Tensor, Tensor]:
     embed = "tok_embed" if TokenEmbed() in graph.nodes else "embed"
     n_edges = len(graph)
     scores = torch.full((n_edges,), torch.nan)
@@ -174,7 +174,7 @@ def _scores_and_kept(entries: EdgeEntries, n_prompts: int, graph: Graph) -> list
         index = graph.index(edge_from_eap_ig(name, embed=embed))
         scores[index] = entry["score"] * n_prompts
         kept[index] = entry["in_graph"]
-    return [scores, kept]
+    return scores, kept
 
 
 def _node_name(node: Node) -> str:

@@ -33,11 +33,7 @@ def digest(parts: Any, columns: Iterable[Tensor] = (), *, size: int = 64) -> str
 
 
 def lock_folder(folder: Path) -> FileLock:
-    """Make a folder if it is missing, and a lock on it that ends with its process.
-
-    Raises:
-        InputError: the folder cannot be made.
-    """
+    """Make a folder, or raise an InputError; return a lock on it that ends with its process."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -85,9 +85,8 @@ class Task:
                 answers; "kl" if there are no answers.
 
         Raises:
-            InputError: the model has no tokenizer; only some pairs have answers or a span; or a
-                pair cannot be tokenized: its prompts differ in length, are empty or too long, or
-                an answer is several tokens.
+            InputError: the model has no tokenizer; only some pairs have answers or a span; prompts
+                of a pair differ in length, are empty or too long; or an answer is several tokens.
         """
         encode = PromptTokenizer.of(model).encode
         encoded = [encode(pair) for pair in pairs]

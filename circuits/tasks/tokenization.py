@@ -101,7 +101,8 @@ class PromptTokenizer:
     def answer(self, prompt: str, word: str) -> int:
         """The single token by which `word` continues `prompt`; DoesNotFit if there is none."""
         prompt_ids = self.prompt(prompt)
-        return self._answers(prompt, prompt_ids, [word])[0]
+        [token] = self._answers(prompt, prompt_ids, [word])
+        return token
 
     def words(self, tokens: Sequence[int]) -> list[str]:
         """The text of each token."""
@@ -219,6 +220,7 @@ def _check_answers(pair: PromptPair) -> None:
 
 
 def _differing_words(pair: PromptPair) -> list[str]:
-    clean, corrupted = pair.clean.split(), pair.corrupted.split()
+    clean = pair.clean.split()
+    corrupted = pair.corrupted.split()
     differing = set(clean) ^ set(corrupted)
     return [word for word in clean + corrupted if word in differing]

@@ -308,7 +308,8 @@ class _Encoders:
             if is_finite:
                 continue
             what, remedy = "the hidden states", "run the model in float32, or check its inputs"
-            if self.tokens[layer].isfinite().all():
+            states = self.tokens[layer]
+            if states.isfinite().all():
                 what = "pre-activations"
                 remedy = "give hidden states in float32, or check the transcoders"
             raise InputError(f"{what} of layer {layer} are not finite; {remedy}.")

@@ -129,11 +129,12 @@ def _imported(content: GraphFile, path: Path) -> ImportedGraph:
         if entry.kind == FEATURE and entry.clerp:
             labels[node_of[entry.node_id]] = entry.clerp
     supernodes = page_state.get("supernodes") or []
+    pinned = page_state.get("pinnedIds") or []
     return ImportedGraph(
         graph=graph,
         cumulative=_scores(placed, "influence"),
         groups=_groups(supernodes, node_of),
-        pinned=_known_nodes(page_state.get("pinnedIds") or [], node_of),
+        pinned=_known_nodes(pinned, node_of),
         labels=labels,
         slug=metadata.get("slug") or path.stem,
         scan=metadata.get("scan"),

@@ -35,7 +35,7 @@ from circuits.system.files import write_bytes
 
 NodeName = Node | str
 NodeNames = Sequence[NodeName]
-Texts = Mapping[Node, str]
+NodeTexts = Mapping[Node, str]
 Entry = dict[str, Any]
 
 
@@ -57,8 +57,7 @@ def save_neuronpedia(
 
     The `influence` of a node in the file is the share that it and all more influential nodes have
     before pruning, so that small means important. A target that is not a token is numbered from one
-    billion up. The files have no place for split weights, constants, and the fingerprints of model
-    and transcoders.
+    billion up. The files lack split weights, constants and fingerprints of model and transcoders.
 
     Args:
         graph: the whole graph.
@@ -221,7 +220,7 @@ def _node_entry(graph: FeatureGraph, kind: int, layer: int, position: int, index
     }
 
 
-def _text(graph: FeatureGraph, number: int, label_of: Texts) -> str:
+def _text(graph: FeatureGraph, number: int, label_of: NodeTexts) -> str:
     # What the pages show for a node.
     node = graph.node(number)
     if isinstance(node, Feature):
@@ -241,7 +240,7 @@ def _links(graph: FeatureGraph, ids: Sequence[str]) -> list[Entry]:
     ]
 
 
-def _page_state(id_of: Texts, groups: Mapping[str, NodeNames], pinned: NodeNames) -> Entry:
+def _page_state(id_of: NodeTexts, groups: Mapping[str, NodeNames], pinned: NodeNames) -> Entry:
     supernodes = []
     shown = _ids(id_of, pinned)
     for label, nodes in groups.items():
@@ -257,7 +256,7 @@ def _page_state(id_of: Texts, groups: Mapping[str, NodeNames], pinned: NodeNames
     }
 
 
-def _ids(id_of: Texts, names: NodeNames) -> list[str]:
+def _ids(id_of: NodeTexts, names: NodeNames) -> list[str]:
     nodes = list(map(_parsed, names))
     for node in nodes:
         if node not in id_of:

@@ -37,12 +37,9 @@ def save_transcoders(
     replaced. If the process is killed, the folder says that it is unfinished and does not load.
 
     Args:
-        folder: is created if it does not exist.
+        folder: is created if it does not exist, and returned.
         model_name: name of the model they are for, for config.yaml.
         dtype: precision of the stored weights; None stores them as they are.
-
-    Returns:
-        The folder.
 
     Raises:
         InputError: parts do not fit together; layers have different activation functions; the

@@ -142,8 +142,7 @@ class TranscoderParameters:
         Args:
             inputs: normalization of the MLP inputs in training.
             outputs: normalization of the MLP outputs in training.
-            thresholds: for each layer, the length that a feature must write to fire, in normalized
-                units. None: features are ReLU.
+            thresholds: normalized length above which the features of each layer fire. None: ReLU.
         """
         # W_dec = s_out W_dec' / length, with s_out of the layers written to
         scales = outputs.scale[:, 0]
@@ -168,8 +167,7 @@ class TranscoderParameters:
             skips = list(skip)
         activations: list[Activation] = [ReLU()] * len(decoders)
         if thresholds is not None:
-            # An activation a' writes the length a' length', and length / length' takes it to the
-            # units of the model.
+            # a' writes the length a' length', and length / length' takes it to the model's units.
             in_model = thresholds[:, None] * lengths
             in_model /= _lengths(self.decoders)
             activations = [JumpReLU(threshold) for threshold in in_model]

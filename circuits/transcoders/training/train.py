@@ -255,7 +255,8 @@ class _Trainer:
         if self.config.sparsity != "batch_topk":
             return pre > 0
         lengths = pre * self.parameters.decoder_lengths()
-        return lengths > self._smallest_firing(lengths)[:, None, None]
+        smallest = self._smallest_firing(lengths)
+        return lengths > smallest[:, None, None]
 
     def _smallest_firing(self, lengths: FeatureValues) -> LayerNumbers:
         # The (k * tokens)-th largest length in each layer; features must write more to fire.
