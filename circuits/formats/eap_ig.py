@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from pydantic import TypeAdapter
+from torch import Tensor
 from typing_extensions import TypedDict
 
 from circuits.formats.validation import read_checked_json
@@ -35,10 +36,13 @@ class EdgeEntry(TypedDict):
     in_graph: bool
 
 
+EdgeEntries = dict[str, EdgeEntry]
+
+
 class GraphFile(TypedDict):
     """A file. It holds more, which is not read."""
 
-    edges: dict[str, EdgeEntry]
+    edges: EdgeEntries
 
 
 GRAPH_FILE = TypeAdapter(GraphFile)
@@ -48,8 +52,7 @@ def edge_to_eap_ig(edge: Edge) -> str:
     """Write an edge as EAP-IG's files do.
 
     Raises:
-        InputError: EAP-IG cannot write this edge: it is at a position, or its source is the
-            position embedding.
+        InputError: the edge is at a position, or its source is the position embedding.
     """
     if "@" in str(edge) or isinstance(edge.source, PosEmbed):
         raise InputError(
@@ -65,8 +68,7 @@ def edge_from_eap_ig(name: str, *, embed: str = "embed") -> Edge:
 
     Args:
         name: for example `a5.h5->a9.h9<q>`.
-        embed: this package's name of EAP-IG's `input`: `tok_embed` in a graph that splits the
-            embedding.
+        embed: what EAP-IG's `input` is here: `tok_embed` in a graph that splits the embedding.
 
     Raises:
         InputError: the name has another form.
@@ -100,12 +102,14 @@ def save_eap_ig(circuit: Circuit, path: str | Path, *, n_prompts: int = 1) -> Pa
             "this graph was not made from a model, whose shape EAP-IG's files need; "
             "use component_graph(model)."
         )
+    shape = graph.model.shape
     content = {
-        "cfg": {name: graph.model.shape[name] for name in CONFIG_FIELDS},
+        "cfg": {name: shape[name] for name in CONFIG_FIELDS},
         "nodes": _node_entries(circuit),
         "edges": _edge_entries(circuit, n_prompts),
     }
-    return write_bytes(Path(path), json.dumps(content).encode())
+    text = json.dumps(content)
+    return write_bytes(Path(path), text.encode())
 
 
 def _node_entries(circuit: Circuit) -> dict[str, dict[str, bool]]:
@@ -114,15 +118,16 @@ def _node_entries(circuit: Circuit) -> dict[str, dict[str, bool]]:
     return {_node_name(node): {"in_graph": node in used} for node in written}
 
 
-def _edge_entries(circuit: Circuit, n_prompts: int) -> dict[str, EdgeEntry]:
-    entries: dict[str, EdgeEntry] = {}
-    scores, kept = circuit.scores.tolist(), circuit.kept.tolist()
-    for edge, score, in_graph in zip(circuit.graph.edges, scores, kept, strict=True):
+def _edge_entries(circuit: Circuit, n_prompts: int) -> EdgeEntries:
+    entries: EdgeEntries = {}
+    edges, scores = circuit.graph.edges, circuit.scores.tolist()
+    for edge, score, in_graph in zip(edges, scores, circuit.kept.tolist(), strict=True):
         # EAP-IG has no position embedding: edges from it are left out, and refused if kept.
         if in_graph or not isinstance(edge.source, PosEmbed):
             name = edge_to_eap_ig(edge)
             # EAP-IG divides by the number of prompts.
-            entries[name] = {"score": score / n_prompts, "in_graph": in_graph}
+            divided = score / n_prompts
+            entries[name] = {"score": divided, "in_graph": in_graph}
     return entries
 
 
@@ -136,8 +141,7 @@ def load_eap_ig(
         model: the model that the file's graph belongs to.
         n_prompts: scores are multiplied by it, because EAP-IG divides by the number of prompts once
             too often (except in scores of its `exact` method).
-        graph: by default the component graph. If it splits the embedding, EAP-IG's `input` becomes
-            `tok_embed`.
+        graph: by default the component graph. If it splits the embedding, `input` is `tok_embed`.
 
     Raises:
         InputError: the file is not a graph JSON of EAP-IG, or belongs to a model of another shape.
@@ -151,20 +155,26 @@ def load_eap_ig(
         Circuit(1 of 479 edges)
     """
     graph = component_graph(model) if graph is None else graph
-    embed = "tok_embed" if TokenEmbed() in graph.nodes else "embed"
-    scores = torch.full((len(graph),), torch.nan)
-    kept = torch.zeros(len(graph), dtype=torch.bool)
     path = Path(path)
     file = read_checked_json(path, GRAPH_FILE, "graph JSON of EAP-IG")
-    for name, entry in file["edges"].items():
-        try:
-            index = graph.index(edge_from_eap_ig(name, embed=embed))
-        except InputError as error:
-            raise InputError(f"{path} does not fit {model.cfg.model_name}: {error}") from error
-        scores[index] = entry["score"] * n_prompts
-        kept[index] = entry["in_graph"]
+    try:
+        scores, kept = _scores_and_kept(file["edges"], n_prompts, graph)
+    except InputError as error:
+        raise InputError(f"{path} does not fit {model.cfg.model_name}: {error}") from error
     record = {"imported_from": path.name}
     return Circuit(graph, scores, kept, selected=not bool(kept.all()), record=record)
+
+
+def _scores_and_kept(entries: EdgeEntries, n_prompts: int, graph: Graph) -> tuple[Tensor, Tensor]:
+    embed = "tok_embed" if TokenEmbed() in graph.nodes else "embed"
+    n_edges = len(graph)
+    scores = torch.full((n_edges,), torch.nan)
+    kept = torch.zeros(n_edges, dtype=torch.bool)
+    for name, entry in entries.items():
+        index = graph.index(edge_from_eap_ig(name, embed=embed))
+        scores[index] = entry["score"] * n_prompts
+        kept[index] = entry["in_graph"]
+    return scores, kept
 
 
 def _node_name(node: Node) -> str:

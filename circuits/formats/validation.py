@@ -12,6 +12,7 @@ from circuits.system.errors import InputError
 MOST_SHOWN = 60  # characters of a value in an error message
 PLAIN_MESSAGES = {"missing": "it is required", "dict_type": "it should be an object"}
 """By pydantic's type of error, messages that fit JSON better than pydantic's own."""
+PLAIN_BEGINNINGS = {"Value error, ": "", "Input ": "it ", "List ": "the list "}
 
 
 def read_checked_json(
@@ -38,14 +39,15 @@ def read_checked_json(
 
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
-    if problem["type"] == "json_invalid":
+    kind = problem["type"]
+    if kind == "json_invalid":
         cause = problem["ctx"]["error"]
         return f"it is truncated or not JSON ({cause}); restore it or make it again"
-    found = "missing" if problem["type"] == "missing" else repr(problem["input"])
+    found = "missing" if kind == "missing" else repr(problem["input"])
     if len(found) > MOST_SHOWN:
         found = f"{found[:MOST_SHOWN]}..."
-    field = ".".join(str(step) for step in problem["loc"]) or "the file"
-    message = PLAIN_MESSAGES.get(problem["type"], problem["msg"])
-    for prefix, plain in (("Value error, ", ""), ("Input ", "it "), ("List ", "the list ")):
-        message = message.replace(prefix, plain)
+    field = ".".join(map(str, problem["loc"])) or "the file"
+    message = PLAIN_MESSAGES.get(kind, problem["msg"])
+    for beginning, plain in PLAIN_BEGINNINGS.items():
+        message = message.replace(beginning, plain)
     return f"{field} is {found}; {message}"

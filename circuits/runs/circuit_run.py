@@ -94,8 +94,7 @@ def run(
         notes: recorded as well, for example the names and seeds of model and task.
 
     Raises:
-        InputError: a setting cannot be used, or the folder holds a damaged file or one from a newer
-            version.
+        InputError: a setting cannot be used, or a file there is damaged or from a newer version.
         RankError: another rank ended; the message says where the state is.
 
     >>> import circuits, tempfile
@@ -112,7 +111,7 @@ def run(
     folder = Path(out) / task.name / name
     with _taking_turns(folder):
         # Only the first rank looks: another may see the folder late, on a network disk.
-        if on_first(lambda: (folder / RECORD).exists()):
+        if on_first((folder / RECORD).exists):
             return on_first(lambda: load_run(folder))
         checkpoint = folder / CHECKPOINT
         resumed = checkpoint.exists()

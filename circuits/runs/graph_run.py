@@ -9,17 +9,14 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
-
-from jaxtyping import Int
-from torch import Tensor
 
 import circuits
 from circuits.attribution.build import Direction
@@ -35,7 +32,7 @@ from circuits.plotting.graph_page.page import graph_page
 from circuits.runs.run_folder import LOCK, RECORD, describe_setup, digest, lock_folder
 from circuits.system.errors import InputError
 from circuits.system.files import read_json, write_bytes, write_json
-from circuits.tasks.tokenization import prompt_tokens
+from circuits.tasks.tokenization import PromptTokens, prompt_tokens
 
 PAGE = "graph.html"
 RECORD_FORMAT, FORMAT_VERSION = "circuits.graph_run", 1
@@ -101,7 +98,7 @@ class GraphRun:
 def run_graph(
     method: AttributionGraph,
     model: Model,
-    prompt: str | Sequence[int] | Int[Tensor, " pos"],
+    prompt: str | Sequence[int] | PromptTokens,
     *,
     explain: Sequence[Explained] | None = None,
     out: str | Path = "runs",
@@ -116,8 +113,7 @@ def run_graph(
         notes: recorded as well.
 
     Raises:
-        InputError: see `AttributionGraph.attribute`; or the folder holds a damaged file or one from
-            a newer version.
+        InputError: see `AttributionGraph.attribute`; or a file there is damaged or too new.
 
     Example:
         >>> import circuits, tempfile
@@ -209,7 +205,7 @@ def _slug(prompt: str) -> str:
 def _digest(
     method: AttributionGraph,
     model: Model,
-    tokens: Int[Tensor, " pos"],
+    tokens: PromptTokens,
     explain: Sequence[Explained] | None,
 ) -> str:
     parts = [
@@ -227,7 +223,7 @@ def _explained_as_json(explained: Explained) -> Any:
     if not isinstance(explained, Direction):
         return as_json(explained)
     vector = explained.vector.double().cpu()
-    fingerprint = hashlib.blake2b(vector.numpy().tobytes())
+    fingerprint = blake2b(vector.numpy().tobytes())
     fields = vars(explained) | {"vector": fingerprint.hexdigest()}
     return list(fields.values())
 

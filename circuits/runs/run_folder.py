@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from collections.abc import Iterable
+from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ PACKAGES = ("torch", "transformer-lens", "transformers")
 def digest(parts: Any, columns: Iterable[Tensor] = (), *, size: int = 64) -> str:
     """Hash JSON values and then tensors, to `size` bytes in hexadecimal digits."""
     text = json.dumps(parts)
-    result = hashlib.blake2b(text.encode(), digest_size=size)
+    result = blake2b(text.encode(), digest_size=size)
     for column in columns:
         array = column.cpu().numpy()
         result.update(array.tobytes())
@@ -33,11 +33,7 @@ def digest(parts: Any, columns: Iterable[Tensor] = (), *, size: int = 64) -> str
 
 
 def lock_folder(folder: Path) -> FileLock:
-    """Make a folder if it is missing, and a lock on it that ends with its process.
-
-    Raises:
-        InputError: the folder cannot be made.
-    """
+    """Make a folder, or raise an InputError; return a lock on it that ends with its process."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

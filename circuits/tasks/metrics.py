@@ -90,17 +90,17 @@ class Metric:
         finite, as checking them again would cost time.
 
         Raises:
-            InputError: the logits of one circuit are not finite, or the metric returns NaN or
-                another shape.
+            InputError: the logits are not finite, or the metric returns NaN or another shape.
         """
         is_single = logits.ndim == 2
         if not (is_single or self.vectorised):
             values_by_circuit = [self(each, clean_logits, task) for each in logits]
             return torch.stack(values_by_circuit)
         logits = _at_least_float32(logits)
+        clean_logits = _at_least_float32(clean_logits)
         if is_single:
             check_finite(logits)
-        values: Any = self.function(logits, _at_least_float32(clean_logits), task)
+        values: Any = self.function(logits, clean_logits, task)
         expected = logits.shape[:-1]
         is_tensor = isinstance(values, Tensor)
         if not is_tensor or values.shape != expected:
@@ -230,10 +230,7 @@ def _tokens(task: Task, kind: AnswerKind) -> AnswerTokens:
 
 
 def _gather(
-    values: CircuitLogits,
-    task: Task,
-    kind: AnswerKind,
-    padding: float = 0.0,
+    values: CircuitLogits, task: Task, kind: AnswerKind, padding: float = 0.0
 ) -> Float[Tensor, "*variant scored k"]:
     tokens = _tokens(task, kind)
     # gather needs valid indices, so it reads token 0 where the tokens are padded with -1.

@@ -62,13 +62,11 @@ def load_task(
         model: the model whose tokenizer is used.
         n: the number of prompts to draw.
         seed: of the random draw.
-        split: "train" or "test". The splits share words but no prompts, clean or corrupted,
-            whatever the seeds.
+        split: "train" or "test", which share no prompts, clean or corrupted, whatever the seeds.
         options: fields of the task's family, such as `corruption="swapped"` for ioi.
 
     Raises:
-        InputError: there is no such task, split or option, or too few prompts fit this model (the
-            message gives the words that do not).
+        InputError: there is no such task, split or option, or too few prompts fit this model.
     """
     family = make_family(name, **options)
     if split not in SPLITS:

@@ -23,6 +23,8 @@ from circuits.tasks.prompts import PromptPair, read_pairs
 from circuits.tasks.tokenization import EncodedPair, PromptTokenizer
 
 TokenMask = Bool[Tensor, "batch pos"]
+EncodedPairs = Sequence[EncodedPair]
+OptionalTensor = Tensor | None
 
 TENSOR_FIELDS = ("clean", "corrupted", "lengths", "scored", "answers", "wrong_answers")
 
@@ -83,9 +85,8 @@ class Task:
                 answers; "kl" if there are no answers.
 
         Raises:
-            InputError: the model has no tokenizer; only some pairs have answers or a span; or a
-                pair cannot be tokenized: its prompts differ in length, are empty or too long, or
-                an answer is several tokens.
+            InputError: the model has no tokenizer; only some pairs have answers or a span; prompts
+                of a pair differ in length, are empty or too long; or an answer is several tokens.
         """
         encode = PromptTokenizer.of(model).encode
         encoded = [encode(pair) for pair in pairs]
@@ -114,8 +115,7 @@ class Task:
             metric: as in `from_prompts`.
 
         Raises:
-            InputError: the file cannot be read, or a line cannot be used; the message gives its
-                number and the reason.
+            InputError: the file cannot be read, or a line cannot be used.
         """
         encoded = read_pairs(path, PromptTokenizer.of(model).encode)
         name = Path(path).stem if name is None else name
@@ -212,7 +212,7 @@ class Task:
         """The wrong next tokens of each scored row, padded with -1."""
         return self._by_row(self.wrong_answers)
 
-    def _by_row(self, tokens: Tensor | None) -> Tensor | None:
+    def _by_row(self, tokens: OptionalTensor) -> OptionalTensor:
         return None if tokens is None else tokens[self.row_prompt]
 
     def to(self, device: str | torch.device | None) -> Task:
@@ -242,14 +242,12 @@ class Task:
         return replace(self, **fields, positions=spans)
 
 
-def task_from_encoded(
-    encoded: Sequence[EncodedPair], name: str, metric: str | None, model: Model
-) -> Task:
+def task_from_encoded(encoded: EncodedPairs, name: str, metric: str | None, model: Model) -> Task:
     """Make a task from encoded prompt pairs, on the device of the model."""
     if not encoded:
         raise InputError(f"task {name!r} has no prompts; give at least one PromptPair.")
     _check_same_fields(encoded)
-    tensors = {field: _padded(field, encoded) for field in encoded[0].fields}
+    tensors = _padded(encoded)
     prompts = tuple(each.pair for each in encoded)
     # In the order of the first pair, which sorted fields have lost.
     spans = {span: tensors.pop(f"span {span}") for span in prompts[0].spans}
@@ -264,14 +262,18 @@ def task_from_encoded(
     return replace(task, prompts=prompts).to(model.cfg.device)
 
 
-def _padded(field: str, encoded: Sequence[EncodedPair]) -> Tensor:
-    rows = [torch.tensor(each.fields[field]) for each in encoded]
-    # No token has the id -1, and no span holds padding.
-    padding = -1 if field.endswith("answers") else 0
-    return pad_sequence(rows, batch_first=True, padding_value=padding)
+def _padded(encoded: EncodedPairs) -> dict[str, Tensor]:
+    tensors = {}
+    for name in encoded[0].fields:
+        values = [each.fields[name] for each in encoded]
+        rows = list(map(torch.tensor, values))
+        # No token has the id -1, and no span holds padding.
+        padding = -1 if name.endswith("answers") else 0
+        tensors[name] = pad_sequence(rows, batch_first=True, padding_value=padding)
+    return tensors
 
 
-def _check_same_fields(encoded: Sequence[EncodedPair]) -> None:
+def _check_same_fields(encoded: EncodedPairs) -> None:
     # All pairs have clean and corrupted tokens, which come first.
     _, _, *expected = encoded[0].fields
     for each in encoded:
@@ -283,7 +285,7 @@ def _check_same_fields(encoded: Sequence[EncodedPair]) -> None:
             )
 
 
-def _default_metric(answers: Tensor | None, wrong_answers: Tensor | None) -> str:
+def _default_metric(answers: OptionalTensor, wrong_answers: OptionalTensor) -> str:
     if answers is None:
         return "kl"
     return "negative_log_probability" if wrong_answers is None else "logit_difference"

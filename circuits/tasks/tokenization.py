@@ -18,7 +18,7 @@ from circuits.graph.nodes import check_position_name
 from circuits.models import Model
 from circuits.system.errors import InputError
 from circuits.tasks.messages import quoted, shorten
-from circuits.tasks.prompts import PromptPair
+from circuits.tasks.prompts import CharSpan, PromptPair
 
 TokenIds = list[int]
 PromptTokens = Int[Tensor, " pos"]
@@ -69,12 +69,7 @@ class PromptTokenizer:
         clean = self.prompt(pair.clean, "clean")
         corrupted = self.prompt(pair.corrupted, "corrupted")
         fields: dict[str, Sequence[int]] = {"clean": clean, "corrupted": corrupted}
-        both = set(pair.answers) & set(pair.wrong_answers)
-        if both:
-            raise InputError(
-                f"{quoted(sorted(both))} is both an answer and a wrong answer of "
-                f"{shorten(pair.clean)}; remove it from one."
-            )
+        _check_answers(pair)
         for name in ("answers", "wrong_answers"):
             words = getattr(pair, name)
             if words:
@@ -106,7 +101,8 @@ class PromptTokenizer:
     def answer(self, prompt: str, word: str) -> int:
         """The single token by which `word` continues `prompt`; DoesNotFit if there is none."""
         prompt_ids = self.prompt(prompt)
-        return self._answers(prompt, prompt_ids, [word])[0]
+        [token] = self._answers(prompt, prompt_ids, [word])
+        return token
 
     def words(self, tokens: Sequence[int]) -> list[str]:
         """The text of each token."""
@@ -166,16 +162,18 @@ class PromptTokenizer:
         extended = self._text(prompt_ids + alone)
         return alone[0] if extended == self._text(prompt_ids) + word else None
 
-    def _spans(self, pair: PromptPair) -> dict[str, list[bool]]:
-        if not pair.spans:
-            return {}
+    def _offsets(self, text: str) -> list[CharSpan]:
+        # Only fast tokenizers say which characters a token stands for.
         if not self.tokenizer.is_fast:
             name = self.cfg.model_name
             raise InputError(f"spans need a fast tokenizer, which that of {name} is not.")
-        text = pair.clean
-        # Only fast tokenizers say which characters a token stands for.
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        offsets, before = encoded["offset_mapping"], [False] * len(self.bos)
+        return encoded["offset_mapping"]
+
+    def _spans(self, pair: PromptPair) -> dict[str, list[bool]]:
+        text = pair.clean
+        offsets = self._offsets(text) if pair.spans else []
+        before = [False] * len(self.bos)
         spans = {}
         for name, (start, end) in sorted(pair.spans.items()):
             check_position_name(name)
@@ -194,8 +192,7 @@ class PromptTokenizer:
 def prompt_tokens(model: Model, prompt: str | Sequence[int] | PromptTokens) -> PromptTokens:
     """Token ids of one prompt, on the CPU, or an InputError if it cannot be used.
 
-    BOS is added to text where the model expects it. Token ids, also as a batch of one prompt, are
-    used as given.
+    Text gets BOS where the model expects it. Token ids, also as a batch of one prompt, do not.
     """
     if isinstance(prompt, str):
         encoder = PromptTokenizer.of(model)
@@ -207,13 +204,23 @@ def prompt_tokens(model: Model, prompt: str | Sequence[int] | PromptTokens) -> P
     if tokens.shape == (0,):
         # An empty list becomes a tensor of floats.
         return tokens.long()
-    if not any(isinstance(tokens, kind) for kind in _ONE_PROMPT):
+    if not isinstance(tokens, _ONE_PROMPT):
         found = f"shape {tuple(tokens.shape)} and type {tokens.dtype}"
         raise InputError(f"token ids of {found} are no prompt: give one list of integers.")
     return tokens.reshape(-1).long()
 
 
+def _check_answers(pair: PromptPair) -> None:
+    both = set(pair.answers) & set(pair.wrong_answers)
+    if both:
+        raise InputError(
+            f"{quoted(sorted(both))} is both an answer and a wrong answer of "
+            f"{shorten(pair.clean)}; remove it from one."
+        )
+
+
 def _differing_words(pair: PromptPair) -> list[str]:
-    clean, corrupted = pair.clean.split(), pair.corrupted.split()
+    clean = pair.clean.split()
+    corrupted = pair.corrupted.split()
     differing = set(clean) ^ set(corrupted)
     return [word for word in clean + corrupted if word in differing]

@@ -34,7 +34,7 @@ def check_lengths(lengths: Tensor | None, clean: Tensor) -> Tensor:
     """The number of real tokens of each prompt; None means that all tokens are real."""
     batch, pos = clean.shape
     if lengths is None:
-        return torch.full((batch,), pos, device=clean.device)
+        return clean.new_full((batch,), pos)
     lengths = _integers("lengths", lengths, f"{batch}", lowest=1, highest=pos)
     return lengths.to(clean.device)
 
@@ -94,11 +94,7 @@ def _mask(name: str, mask: Tensor, lengths: Tensor, pos: int) -> Tensor:
 
 
 def _integers(
-    name: str,
-    values: Tensor,
-    *shapes: str,
-    lowest: int,
-    highest: int | None = None,
+    name: str, values: Tensor, *shapes: str, lowest: int, highest: int | None = None
 ) -> Tensor:
     _require(name, values, "integers", *shapes)
     smallest, largest = map(int, values.aminmax())
@@ -111,10 +107,9 @@ def _integers(
 
 def _require(name: str, tensor: Tensor, kind: str, *shapes: str) -> None:
     # Shapes are in jaxtyping's notation, such as "3 k". Its types check dtype and shape at once.
-    types = [_KINDS[kind][Tensor, shape] for shape in shapes]
-    fits = [isinstance(tensor, each) for each in types]
+    types = tuple(_KINDS[kind][Tensor, shape] for shape in shapes)
     is_empty = tensor.numel() == 0
-    if is_empty or not any(fits):
+    if is_empty or not isinstance(tensor, types):
         found = f"shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
         wanted = " or ".join(f"[{shape.replace(' ', ', ')}]" for shape in shapes)
         also = ", with no axis of size 0" if is_empty else ""

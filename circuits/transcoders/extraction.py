@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
-import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from pandas import DataFrame
 from torch import Tensor
 from torch.nn import functional
 
@@ -31,10 +31,7 @@ LIVE_COPIES = 4
 CACHED_BYTES = 1 << 20
 
 # Integers of the width of a float and of twice that width.
-INTEGERS = {
-    16: (torch.int16, torch.int32),
-    32: (torch.int32, torch.int64),
-}
+INTEGERS = {16: (torch.int16, torch.int32), 32: (torch.int32, torch.int64)}
 
 COLUMNS = ["layer", "batch", "position", "index"]
 
@@ -76,11 +73,11 @@ class ExtractedFeatures:
     def __len__(self) -> int:
         return len(self.layer)
 
-    def table(self) -> pd.DataFrame:
+    def table(self) -> DataFrame:
         """Return a table with columns `layer`, `batch`, `position`, `index` and `activation`."""
         columns = [getattr(self, name) for name in COLUMNS]
         indices = torch.stack(columns, 1).cpu()
-        table = pd.DataFrame(indices.numpy(), columns=COLUMNS)
+        table = DataFrame(indices.numpy(), columns=COLUMNS)
         # NumPy has no bfloat16.
         activation = self.activation.float().cpu()
         return table.assign(activation=activation.numpy())
@@ -311,7 +308,8 @@ class _Encoders:
             if is_finite:
                 continue
             what, remedy = "the hidden states", "run the model in float32, or check its inputs"
-            if self.tokens[layer].isfinite().all():
+            states = self.tokens[layer]
+            if states.isfinite().all():
                 what = "pre-activations"
                 remedy = "give hidden states in float32, or check the transcoders"
             raise InputError(f"{what} of layer {layer} are not finite; {remedy}.")

@@ -13,10 +13,10 @@ References: Dunefsky, Chlenski and Nanda 2024 (transcoders); Paulo, Shabalin and
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from hashlib import blake2b
 from typing import Any, Literal, get_args
 
 import torch
@@ -232,13 +232,13 @@ class Transcoders:
             encoders=moved(self.encoders),
             decoders=moved(self.decoders),
             decoder_biases=moved(self.decoder_biases),
-            skips=None if self.skips is None else moved(self.skips),
+            skips=self.skips and moved(self.skips),
         )
 
     @cached_property
     def identity(self) -> TranscodersIdentity:
         """Name, source and a fingerprint of the weights, which is the same on every device."""
-        digest = hashlib.blake2b(f"{self.kind} {self.reads} {self.writes}".encode(), digest_size=16)
+        digest = blake2b(f"{self.kind} {self.reads} {self.writes}".encode(), digest_size=16)
         for layer, encoder in enumerate(self.encoders):
             activation = encoder.activation
             has_k = isinstance(activation, TopK | BatchTopK)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from pandas import DataFrame, Index
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from circuits.attribution.feature_graph import (
     FeatureGraph,
     LogitTarget,
     Nodes,
+    NodeScores,
 )
 from circuits.formats.neuronpedia.format import FIRST_CUSTOM, SETTINGS, output_label
 from circuits.formats.neuronpedia.schema import (
@@ -33,6 +33,7 @@ from circuits.formats.neuronpedia.schema import (
     Link,
     Metadata,
     NodeEntry,
+    Texts,
 )
 from circuits.formats.validation import read_checked_json
 from circuits.graph.nodes import Node
@@ -42,10 +43,14 @@ NODE_ID = re.compile(r"(E|[0-9]{1,9})_([0-9]{1,15})_([0-9]{1,9})")
 # A template that names a row of the table of links in an error message.
 LINK = "the link {source!r:.60} -> {target!r:.60}"
 UNKNOWN_TOKEN = -1
+NodeTuple = tuple[Node, ...]
+Groups = dict[str, NodeTuple]
 
 # Kind, layer, position and index of a node. No two nodes have the same.
 Place = tuple[int, int, int, int]
-PlacedNodes = list[tuple[Place, NodeEntry]]
+PlacedNode = tuple[Place, NodeEntry]
+PlacedNodes = list[PlacedNode]
+NodeOf = Mapping[str, Node]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +79,7 @@ class ImportedGraph:
     """
 
     graph: FeatureGraph
-    cumulative: Float[Tensor, " node"]
+    cumulative: NodeScores
     groups: Mapping[str, tuple[Node, ...]]
     pinned: tuple[Node, ...]
     labels: Mapping[Node, str]
@@ -116,14 +121,21 @@ def _imported(content: GraphFile, path: Path) -> ImportedGraph:
     settings = {"imported_from": path.name, **_settings(metadata)}
     graph = _feature_graph(words, placed, content["links"], settings)
     entries = [entry for _, entry in placed]
-    node_of = {entry.node_id: graph.node(number) for number, entry in enumerate(entries)}
-    labelled = [entry for entry in entries if entry.kind == FEATURE and entry.clerp]
+    ids = [entry.node_id for entry in entries]
+    nodes = map(graph.node, range(len(ids)))
+    node_of = dict(zip(ids, nodes, strict=True))
+    labels = {}
+    for entry in entries:
+        if entry.kind == FEATURE and entry.clerp:
+            labels[node_of[entry.node_id]] = entry.clerp
+    supernodes = page_state.get("supernodes") or []
+    pinned = page_state.get("pinnedIds") or []
     return ImportedGraph(
         graph=graph,
         cumulative=_scores(placed, "influence"),
-        groups=_groups(page_state.get("supernodes") or [], node_of),
-        pinned=_known_nodes(page_state.get("pinnedIds") or [], node_of),
-        labels={node_of[entry.node_id]: str(entry.clerp) for entry in labelled},
+        groups=_groups(supernodes, node_of),
+        pinned=_known_nodes(pinned, node_of),
+        labels=labels,
         slug=metadata.get("slug") or path.stem,
         scan=metadata.get("scan"),
     )
@@ -133,10 +145,8 @@ def _feature_graph(
     words: tuple[str, ...], placed: PlacedNodes, links: list[Link], settings: dict[str, Any]
 ) -> FeatureGraph:
     nodes, n_layers = _nodes(placed)
-    embeddings = nodes[nodes.kind == EMBEDDING]
-    tokens = torch.full((len(words),), UNKNOWN_TOKEN)
-    tokens[embeddings.position] = embeddings.index
-    source, target, weight = _edges(links, [entry.node_id for _, entry in placed], nodes)
+    node_ids = [entry.node_id for _, entry in placed]
+    source, target, weight = _edges(links, node_ids, nodes)
     return FeatureGraph(
         nodes=nodes,
         source=source,
@@ -145,7 +155,7 @@ def _feature_graph(
         direct=torch.full_like(weight, torch.nan),
         constants=torch.zeros(len(nodes), 0),
         constant_names=(),
-        tokens=tokens,
+        tokens=_tokens(nodes, len(words)),
         words=words,
         targets=_targets(placed),
         n_layers=n_layers,
@@ -153,8 +163,15 @@ def _feature_graph(
     )
 
 
+def _tokens(nodes: Nodes, n_words: int) -> Tensor:
+    embeddings = nodes[nodes.kind == EMBEDDING]
+    tokens = torch.full((n_words,), UNKNOWN_TOKEN)
+    tokens[embeddings.position] = embeddings.index
+    return tokens
+
+
 def _placed(entries: list[NodeEntry], n_words: int) -> PlacedNodes:
-    # The nodes in the order of `FeatureGraph`; targets keep the order of the file.
+    # The nodes in the order of `FeatureGraph`.
     by_id: dict[str, NodeEntry] = {}
     by_place: dict[Place, NodeEntry] = {}
     for entry in entries:
@@ -172,10 +189,13 @@ def _placed(entries: list[NodeEntry], n_words: int) -> PlacedNodes:
                 f"node {entry.node_id!r:.60} is in the file under another id, too; remove one of "
                 "them."
             )
-    inner = sorted(place for place in by_place if place[0] != TARGET)
-    # Targets are not sorted: the first one is the most probable.
-    targets = [place for place in by_place if place[0] == TARGET]
-    return [(place, by_place[place]) for place in (*inner, *targets)]
+    return sorted(by_place.items(), key=_order)
+
+
+def _order(placed: PlacedNode) -> tuple[int, ...]:
+    # Targets come last, in the order of the file: the first one is the most probable.
+    place, _ = placed
+    return (TARGET,) if place[0] == TARGET else place
 
 
 def _place(entry: NodeEntry, n_words: int) -> Place:
@@ -192,8 +212,9 @@ def _place(entry: NodeEntry, n_words: int) -> Place:
         return kind, layer, position, 0
     match = NODE_ID.fullmatch(entry.node_id)
     written_layer = "E" if kind == EMBEDDING else str(layer)
-    is_elsewhere = match is None or match.group(1, 3) != (written_layer, str(position))
-    if kind != TARGET and is_elsewhere:
+    expected = (written_layer, str(position))
+    is_here = match is not None and match.group(1, 3) == expected
+    if kind != TARGET and not is_here:
         raise InputError(
             f"{name} is a {entry.feature_type} at position {position}; its id must be "
             f"{written_layer}_<number>_{position}."
@@ -213,19 +234,23 @@ def _nodes(placed: PlacedNodes) -> tuple[Nodes, int]:
     kind, layer, position, index = places.T.contiguous()
     is_target = kind == TARGET
     # Features and errors are in layers 0 to n_layers - 1, targets in "layer" n_layers + 1.
-    n_layers = max(0, int((layer + 1 - 2 * is_target).max()))
+    layers_told = layer + 1 - 2 * is_target
+    n_layers = max(0, int(layers_told.max()))
     layer[is_target] = n_layers
     index[is_target] = torch.arange(int(is_target.sum()))
-    activation = _scores(placed, "activation").where(kind == FEATURE, torch.nan)
+    activation = _scores(placed, "activation")
+    activation[kind != FEATURE] = torch.nan
     # A target without a probability counts 1 for influence.
-    probability = _scores(placed, "token_prob").nan_to_num(1.0).where(is_target, 0.0)
+    probability = _scores(placed, "token_prob").nan_to_num(1.0)
+    probability[~is_target] = 0.0
     return Nodes(kind, layer, position, index, activation, probability), n_layers
 
 
-def _scores(placed: PlacedNodes, name: str) -> Float[Tensor, " node"]:
+def _scores(placed: PlacedNodes, name: str) -> NodeScores:
     # NumPy takes None as NaN.
     values = [getattr(entry, name) for _, entry in placed]
-    return torch.tensor(np.array(values, dtype="float32"))
+    numbers = np.array(values, dtype="float32")
+    return torch.tensor(numbers)
 
 
 def _targets(placed: PlacedNodes) -> tuple[LogitTarget, ...]:
@@ -233,7 +258,8 @@ def _targets(placed: PlacedNodes) -> tuple[LogitTarget, ...]:
     for (kind, _, _, number), entry in placed:
         if kind == TARGET:
             label = output_label(entry.clerp or "") or f"#{number}"
-            targets.append(LogitTarget(label, number if number < FIRST_CUSTOM else None))
+            token = number if number < FIRST_CUSTOM else None
+            targets.append(LogitTarget(label, token))
     return tuple(targets)
 
 
@@ -242,35 +268,42 @@ def _edges(
 ) -> tuple[EdgeNumbers, EdgeNumbers, EdgeScores]:
     # Source, target and weight of each edge, sorted by target, then source.
     # Without links, the type of the weights is not known from them.
-    table = DataFrame(links, columns=list(Link.__annotations__)).astype({"weight": "float32"})
+    table = DataFrame(links, columns=list(Link.__annotations__))
+    table = table.astype({"weight": "float32"})
     rows = Index(node_ids)
-    source, target = rows.get_indexer(table["source"]), rows.get_indexer(table["target"])
+    source = rows.get_indexer(table["source"])
+    target = rows.get_indexer(table["target"])
+    _check_links(table, source, target, nodes)
+    order = np.lexsort((source, target))
+    weight = torch.tensor(table["weight"].to_numpy())
+    ends = torch.tensor(source[order]), torch.tensor(target[order])
+    return *ends, weight[order]
+
+
+def _check_links(table: DataFrame, source: Any, target: Any, nodes: Nodes) -> None:
     is_unknown = (source < 0) | (target < 0)
     _refuse(table, is_unknown, f"{LINK} has an end that is none of the nodes; export it again")
-    layer, kind = nodes.layer.numpy(), nodes.kind.numpy()
+    layer = nodes.layer.numpy()
     # The layer of an embedding is -1, of a target n_layers.
     is_upwards = layer[source] < layer[target]
-    has_inputs = np.isin(kind[target], (FEATURE, TARGET))
+    target_kind = nodes.kind.numpy()[target]
+    has_inputs = np.isin(target_kind, (FEATURE, TARGET))
     expected = "from a token, feature or error up to a feature or output"
     is_wrong = ~(is_upwards & has_inputs)
     _refuse(table, is_wrong, f"{LINK} does not lead {expected}; remove it")
     is_repeated = table.duplicated(["source", "target"])
     _refuse(table, is_repeated, f"{LINK} is there twice; remove one of them")
-    order = np.lexsort((source, target))
-    weight = torch.tensor(table["weight"].to_numpy())
-    return torch.tensor(source[order]), torch.tensor(target[order]), weight[order]
 
 
 def _refuse(table: DataFrame, wrong: Any, message: str) -> None:
     # Raise an error about the first wrong row, whose values are filled into the message.
     if wrong.any():
-        raise InputError(message.format_map(table[wrong].iloc[0]) + ".")
+        first = table[wrong].iloc[0]
+        raise InputError(message.format_map(first) + ".")
 
 
-def _groups(
-    supernodes: Sequence[Sequence[str]], node_of: Mapping[str, Node]
-) -> dict[str, tuple[Node, ...]]:
-    groups: dict[str, tuple[Node, ...]] = {}
+def _groups(supernodes: list[Texts], node_of: NodeOf) -> Groups:
+    groups: Groups = {}
     for name, *members in supernodes:
         # Two supernodes may have the same name on the page.
         unique, number = name, 2
@@ -280,7 +313,7 @@ def _groups(
     return groups
 
 
-def _known_nodes(names: Sequence[str], node_of: Mapping[str, Node]) -> tuple[Node, ...]:
+def _known_nodes(names: Texts, node_of: NodeOf) -> NodeTuple:
     return tuple(node_of[name] for name in names if name in node_of)
 
 
@@ -288,6 +321,9 @@ def _settings(metadata: Metadata) -> dict[str, Any]:
     # The file's settings under the names that `AttributionGraph` gives them.
     generation = metadata.get("generation_settings") or {}
     pruning = metadata.get("pruning_settings") or {}
-    found = {ours: generation.get(theirs) for ours, theirs in SETTINGS.items()}
-    found |= {name: pruning.get(name) for name in ("node_threshold", "edge_threshold")}
+    found = {}
+    for ours, theirs in SETTINGS.items():
+        found[ours] = generation.get(theirs)
+    for name in ("node_threshold", "edge_threshold"):
+        found[name] = pruning.get(name)
     return {name: value for name, value in found.items() if type(value) in (int, float)}

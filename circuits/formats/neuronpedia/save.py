@@ -35,6 +35,7 @@ from circuits.system.files import write_bytes
 
 NodeName = Node | str
 NodeNames = Sequence[NodeName]
+NodeTexts = Mapping[Node, str]
 Entry = dict[str, Any]
 
 
@@ -56,8 +57,7 @@ def save_neuronpedia(
 
     The `influence` of a node in the file is the share that it and all more influential nodes have
     before pruning, so that small means important. A target that is not a token is numbered from one
-    billion up. The files have no place for split weights, constants, and the fingerprints of model
-    and transcoders.
+    billion up. The files lack split weights, constants and fingerprints of model and transcoders.
 
     Args:
         graph: the whole graph.
@@ -88,13 +88,15 @@ def save_neuronpedia(
     kept = choose_influential(graph, **thresholds)
     written, cumulative = graph, kept.cumulative
     if prune:
-        written, cumulative = graph.subgraph(kept.nodes, kept.edges), cumulative[kept.nodes]
+        written = graph.subgraph(kept.nodes, kept.edges)
+        cumulative = cumulative[kept.nodes]
     nodes = _node_entries(written, cumulative, labels or {})
     ids = [node["node_id"] for node in nodes]
     id_of = {written.node(number): name for number, name in enumerate(ids)}
+    model_name = graph.model.name if graph.model else "unknown"
     metadata = _metadata(graph) | {
         "slug": slug,
-        "scan": scan or (graph.model.name if graph.model else "unknown"),
+        "scan": scan or model_name,
         "node_threshold": node_threshold,
         "pruning_settings": thresholds if prune else {},
         "feature_details": {"neuronpedia_source_set": source_set},
@@ -115,13 +117,19 @@ def _check(graph: FeatureGraph, path: Path, slug: str) -> None:
     if path.is_dir():
         example = path / f"{slug}.json"
         raise InputError(f"{path} is a folder; give the file's name, such as {example}.")
-    # The first number that is not finite; an activation can be missing.
+    _check_finite(graph)
+
+
+def _check_finite(graph: FeatureGraph) -> None:
+    # An error about the first number that is not finite; an activation can be missing.
     remedy = "make the graph again in float32."
     for edge in (~graph.weight.isfinite()).nonzero():
-        source, target = graph.node(int(graph.source[edge])), graph.node(int(graph.target[edge]))
+        ends = int(graph.source[edge]), int(graph.target[edge])
+        source, target = map(graph.node, ends)
         weight = float(graph.weight[edge])
         raise InputError(f"the edge {source} -> {target} has weight {weight}; {remedy}")
-    is_wrong = graph.nodes.activation.isinf() | ~graph.nodes.probability.isfinite()
+    is_finite = graph.nodes.probability.isfinite()
+    is_wrong = graph.nodes.activation.isinf() | ~is_finite
     for number in is_wrong.nonzero():
         node = graph.node(int(number))
         raise InputError(f"{node} has an activation or probability that is not finite; {remedy}")
@@ -160,9 +168,10 @@ def _node_entries(
 ) -> list[Entry]:
     nodes = graph.nodes
     label_of = {_parsed(node): label for node, label in labels.items()}
-    places = (nodes.kind, nodes.layer, nodes.position, nodes.index)
-    scores = (nodes.probability.float(), cumulative.float(), nodes.activation.float())
-    rows = zip(*map(_numbers, (*places, *scores)), strict=True)
+    places = [nodes.kind, nodes.layer, nodes.position, nodes.index]
+    scores = [nodes.probability, cumulative, nodes.activation]
+    columns = places + [each.float() for each in scores]
+    rows = zip(*map(_numbers, columns), strict=True)
     entries: dict[str, Entry] = {}
     for number, (*place, probability, influence, activation) in enumerate(rows):
         entry = _node_entry(graph, *place)
@@ -179,18 +188,22 @@ def _node_entries(
     return list(entries.values())
 
 
-def _node_entry(graph: FeatureGraph, kind: int, layer: int, position: int, index: int) -> Entry:
-    number, written_layer = index, str(layer)
-    if kind == ERROR:
-        number = -1
-    elif kind == EMBEDDING:
-        written_layer = "E"
-    elif kind == TARGET:
+def _layer_and_number(graph: FeatureGraph, kind: int, layer: int, index: int) -> tuple[str, int]:
+    # The layer and the number in the id of a node.
+    if kind == EMBEDDING:
+        return "E", index
+    if kind == TARGET:
         token = graph.targets[index].token
         number = FIRST_CUSTOM + index if token is None else token
-        written_layer = str(graph.n_layers + 1)
+        return str(graph.n_layers + 1), number
+    return str(layer), -1 if kind == ERROR else index
+
+
+def _node_entry(graph: FeatureGraph, kind: int, layer: int, position: int, index: int) -> Entry:
+    written_layer, number = _layer_and_number(graph, kind, layer, index)
     # Cantor's pairing, so that one number names a feature of any layer.
-    pair = (layer + index) * (layer + index + 1) // 2 + index
+    diagonal = layer + index
+    pair = diagonal * (diagonal + 1) // 2 + index
     js_layer = "L" if kind == TARGET else written_layer
     # The pages show the details of a feature once for all positions.
     js_position = 0 if kind == FEATURE else position
@@ -207,7 +220,7 @@ def _node_entry(graph: FeatureGraph, kind: int, layer: int, position: int, index
     }
 
 
-def _text(graph: FeatureGraph, number: int, label_of: Mapping[Node, str]) -> str:
+def _text(graph: FeatureGraph, number: int, label_of: NodeTexts) -> str:
     # What the pages show for a node.
     node = graph.node(number)
     if isinstance(node, Feature):
@@ -227,12 +240,12 @@ def _links(graph: FeatureGraph, ids: Sequence[str]) -> list[Entry]:
     ]
 
 
-def _page_state(
-    id_of: Mapping[Node, str], groups: Mapping[str, NodeNames], pinned: NodeNames
-) -> Entry:
-    supernodes = [[label, *_ids(id_of, nodes)] for label, nodes in groups.items()]
+def _page_state(id_of: NodeTexts, groups: Mapping[str, NodeNames], pinned: NodeNames) -> Entry:
+    supernodes = []
     shown = _ids(id_of, pinned)
-    for _, *members in supernodes:
+    for label, nodes in groups.items():
+        members = _ids(id_of, nodes)
+        supernodes.append([label, *members])
         shown += members
     return {
         "pinnedIds": list(dict.fromkeys(shown)),
@@ -243,7 +256,7 @@ def _page_state(
     }
 
 
-def _ids(id_of: Mapping[Node, str], names: NodeNames) -> list[str]:
+def _ids(id_of: NodeTexts, names: NodeNames) -> list[str]:
     nodes = list(map(_parsed, names))
     for node in nodes:
         if node not in id_of:

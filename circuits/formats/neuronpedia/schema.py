@@ -33,7 +33,8 @@ def _check_type(name: str) -> str:
 def _layer_number(layer: Any) -> Any:
     if layer == "E":
         return NO_LAYER
-    return int(layer) if isinstance(layer, str) and layer.isdecimal() else layer
+    is_text = isinstance(layer, str) and layer.isdecimal()
+    return int(layer) if is_text else layer
 
 
 Texts = list[str]

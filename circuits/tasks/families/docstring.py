@@ -26,8 +26,7 @@ class Docstring(TaskFamily):
     """Docstring: two of a function's arguments are described in order; name the third.
 
     In the corrupted prompt, other words replace the three described arguments in the definition,
-    and yet others the two in the docstring. The wrong answers are all other arguments that either
-    prompt names.
+    and yet others the two in the docstring. Other arguments of either prompt are wrong answers.
 
     Attributes:
         before: the number of arguments before the described ones.

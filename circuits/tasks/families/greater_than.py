@@ -26,8 +26,7 @@ ENDINGS = tuple(f"{year:02d}" for year in range(100))
 class GreaterThan(TaskFamily):
     """Greater-than: a span of years ends in a larger two-digit number than it began with.
 
-    The corrupted prompt begins in year 01 of the century. Every valid ending is an answer, and
-    every other ending a wrong answer.
+    The corrupted prompt begins in year 01. Valid endings are answers, all others wrong answers.
     """
 
     name = "greater_than"

@@ -33,10 +33,8 @@ class Induction(TaskFamily):
 
     def draw(self, random: Random) -> PromptPair:
         """Draw one pair, with spans A1, B and END (the second A)."""
-        n_words = self.length + 1
-        *words, other = random.sample(COMMON, n_words)
-        # The first word cannot be A, as it has no leading space. At least one word separates B
-        # from the second A.
+        *words, other = random.sample(COMMON, self.length + 1)
+        # The first word has no leading space, so it is not A. A word separates B from the second A.
         index = random.randrange(1, self.length - 2)
         repeated, answer = words[index : index + 2]
         before = words[:index]

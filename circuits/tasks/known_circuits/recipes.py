@@ -6,11 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from circuits.graph.nodes import MLP, Head
-from circuits.tasks.known_circuits.wiring import POSITION, TOKEN, Wiring
+from circuits.tasks.known_circuits.wiring import POSITION, TOKEN, Matrix, Wiring
 from circuits.tasks.task import Task
 
 BOS = 0
@@ -32,7 +31,8 @@ def _wire_induction(sharpness: float) -> Wiring:
     tokens = torch.eye(n_tokens)
     here = {POSITION: torch.eye(n_positions)}
     # k at position j equals q at position j + 1, which thus attends to j.
-    one_later = torch.diag(torch.ones(n_positions - 1), 1)
+    ones = torch.ones(n_positions - 1)
+    one_later = torch.diag(ones, 1)
     before = {POSITION: one_later}
     wiring.head(Head(0, 1), "previous", q=here, k=before, v={TOKEN: tokens})
     _wire_induction_head(wiring, tokens)
@@ -93,7 +93,7 @@ def _wire_bit(wiring: Wiring, head: Head, bit: str, position: int) -> None:
     wiring.head(head, bit, q={}, b_q=ONE[0], k=there, v=is_yes)
 
 
-def _one_at(index: int, size: int) -> Float[Tensor, "size 1"]:
+def _one_at(index: int, size: int) -> Matrix:
     return torch.eye(size)[:, [index]]
 
 
@@ -118,7 +118,8 @@ class Recipe:
         prompts = []
         for fixed_words in (self.clean_words, self.corrupted_words):
             tokens = torch.randint(1, config["d_vocab"], shape, generator=generator)
-            for position, word in {0: BOS, **fixed_words}.items():
+            tokens[:, 0] = BOS
+            for position, word in fixed_words.items():
                 tokens[:, position] = word
             prompts.append(tokens)
         # BOS is never scored, as nothing comes before it.

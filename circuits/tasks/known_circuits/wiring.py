@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Generator, Tensor
 
 from circuits.graph.edges import Edge
 from circuits.graph.nodes import MLP, Head, Logits, Node, PosEmbed, TokenEmbed
@@ -129,11 +129,10 @@ class Wiring:
         """Let the logits be subspace @ matrix."""
         self._read(reads, Logits(), None, self.weights["unembed.W_U"])
 
-    def with_decoys(self, generator: torch.Generator, leak: float) -> Weights:
+    def with_decoys(self, generator: Generator, leak: float) -> Weights:
         """The weights with random ones in every component that was not wired.
 
-        Decoys read the whole residual stream. They write to the subspace `unread`, and to all other
-        subspaces, weaker by the factor `leak`.
+        Decoys read all subspaces. They write to `unread`, and weaker by `leak` to the others.
         """
         weights = copy.deepcopy(self.weights)
         strength = torch.full_like(weights["blocks.0.attn.b_O"], leak)
@@ -188,7 +187,7 @@ def _zero_weights(config: Mapping[str, Any]) -> Weights:
     return weights
 
 
-def rotated(weights: Weights, generator: torch.Generator) -> Weights:
+def rotated(weights: Weights, generator: Generator) -> Weights:
     """The same model in a random orthonormal basis of the residual stream."""
     d_model = len(weights["unembed.W_U"])
     square = torch.randn(d_model, d_model, generator=generator, dtype=torch.float64)

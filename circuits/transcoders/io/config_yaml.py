@@ -17,9 +17,10 @@ PLT_KIND, CLT_KIND = "transcoder_set", "cross_layer_transcoder"
 # The model_kind of a set that is being saved.
 UNFINISHED = "unfinished"
 
+Settings = dict[str, Any]
 # The values of each key and their meanings. Of several values with one meaning, the first is the
 # one that is written. In a parallel block, the MLP reads hook_resid_pre.
-MEANINGS: dict[str, dict[str, Any]] = {
+MEANINGS: dict[str, Settings] = {
     "model_kind": {PLT_KIND: PLT_KIND, CLT_KIND: CLT_KIND},
     "feature_input_hook": {
         "hook_resid_mid": "residual",
@@ -32,7 +33,8 @@ MEANINGS: dict[str, dict[str, Any]] = {
     "activation": {name: name for name in ("relu", "jump_relu", "topk", "batch_topk")},
 }
 
-ListedFiles = tuple[tuple[int, str], ...]
+ListedFile = tuple[int, str]
+ListedFiles = tuple[ListedFile, ...]
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,15 @@ def read_config(file: Path, source: str) -> TranscoderConfig:
     """Read a config.yaml, if there is one, that is called `source` in messages."""
     if not file.is_file():
         return TranscoderConfig(source)
+    content = _settings(file, source)
+    meanings = [_choose(key, content.get(key), source) for key in MEANINGS]
+    kind, reads, writes, activation = meanings
+    k = _k(content.get("k"), source)
+    files = _files(content.get("transcoders"), source)
+    return TranscoderConfig(source, kind, reads, writes, activation, k, files)
+
+
+def _settings(file: Path, source: str) -> Settings:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
@@ -68,11 +79,7 @@ def read_config(file: Path, source: str) -> TranscoderConfig:
             f"{source}: saving into this folder was interrupted, so its files may be of different "
             "sets; save it again."
         )
-    meanings = [_choose(key, content.get(key), source) for key in MEANINGS]
-    kind, reads, writes, activation = meanings
-    k = _k(content.get("k"), source)
-    files = _files(content.get("transcoders"), source)
-    return TranscoderConfig(source, kind, reads, writes, activation, k, files)
+    return content
 
 
 def _choose(key: str, value: object, source: str) -> Any:
@@ -107,10 +114,10 @@ def _files(entries: object, source: str) -> ListedFiles:
             f"{source}: transcoders is {entries!r}; give a list with the file of each layer, or "
             "leave it out."
         )
-    return tuple(_layer_file(number, entry, source) for number, entry in enumerate(entries))
+    return tuple(_layer_file(*numbered, source) for numbered in enumerate(entries))
 
 
-def _layer_file(number: int, entry: object, source: str) -> tuple[int, str]:
+def _layer_file(number: int, entry: object, source: str) -> ListedFile:
     # An entry is a path, whose layer is the entry's number, or {layer, filepath}.
     where = f"{source}: entry {number} of transcoders is {entry!r}"
     match entry:

@@ -116,9 +116,12 @@ class LayerWeights:
     @property
     def traits(self) -> dict[str, object]:
         """What must be the same in all layers."""
-        has_threshold, has_skip = self.threshold is not None, self.skip is not None
-        name = self.format.name
-        return {"format": name, "threshold": has_threshold, "skip": has_skip, "k": self.k}
+        return {
+            "format": self.format.name,
+            "threshold": self.threshold is not None,
+            "skip": self.skip is not None,
+            "k": self.k,
+        }
 
 
 def read_layers(files: LayerFiles, source: str, copy: Copier) -> list[LayerWeights]:
@@ -131,8 +134,9 @@ def read_layers(files: LayerFiles, source: str, copy: Copier) -> list[LayerWeigh
         layers.append(layer)
         # Each layer of a CLT writes to one layer less than the layer before.
         sizes["layers written to"] = layer.decoder.shape[1] - 1
-    require_all(range(len(layers)), source, n_layers=layers[0].decoder.shape[1])
-    expected = layers[0].traits
+    first = layers[0]
+    require_all(range(len(layers)), source, n_layers=first.decoder.shape[1])
+    expected = first.traits
     for number, layer in enumerate(layers):
         for trait, value in layer.traits.items():
             if value != expected[trait]:
@@ -152,20 +156,24 @@ def _read_layer(files: Sequence[Path], layer: int, sizes: Sizes, copy: Copier) -
     k = _k(tensors.pop("k", None), where)
     format = _format_of(tensors, files[0])
     parts = _parts(tensors, format, layer, sizes, where)
-    decoder = parts["decoder"]
+    parts["decoder"] = _used(parts["decoder"], format, layer)
+    for part, tensor in parts.items():
+        parts[part] = copy(tensor)
+    return LayerWeights(format, k=k, **parts)
+
+
+def _used(decoder: Tensor, format: Format, layer: int) -> Tensor:
     if format is GEMMA_SCOPE_2_CLT:
         # Decoders to the layers before this one are not used.
-        parts["decoder"] = decoder[:, layer:]
-    elif format.kind == PLT_KIND:
-        parts["decoder"] = decoder[:, None]
-    copies = {part: copy(tensor) for part, tensor in parts.items()}
-    return LayerWeights(format, k=k, **copies)
+        return decoder[:, layer:]
+    return decoder[:, None] if format.kind == PLT_KIND else decoder
 
 
 def _parts(tensors: Tensors, format: Format, layer: int, sizes: Sizes, where: str) -> Tensors:
     parts = {}
     unknown = set(tensors)
-    for part, axes in (AXES | {"decoder": format.decoder_axes}).items():
+    axes_of = AXES | {"decoder": format.decoder_axes}
+    for part, axes in axes_of.items():
         name = format.tensor(part, layer)
         if name == THRESHOLD and name not in tensors:
             name = "threshold"
@@ -190,8 +198,9 @@ def _parts(tensors: Tensors, format: Format, layer: int, sizes: Sizes, where: st
 
 def _format_of(tensors: Tensors, file: Path) -> Format:
     if "w_enc" in tensors:
-        n_axes = tensors["w_dec"].dim() if "w_dec" in tensors else 2
-        return GEMMA_SCOPE_2_PLT if n_axes == 2 else GEMMA_SCOPE_2_CLT
+        decoder = tensors.get("w_dec")
+        is_clt = decoder is not None and decoder.dim() != 2
+        return GEMMA_SCOPE_2_CLT if is_clt else GEMMA_SCOPE_2_PLT
     if "W_enc" in tensors:
         return GEMMA_SCOPE if file.suffix == ".npz" else PLT
     if any(re.fullmatch(r"W_(enc|dec)_\d+", name) for name in tensors):
@@ -233,7 +242,8 @@ def _turned(tensor: Tensor) -> Tensor:
 def _k(k: Tensor | None, where: str) -> int | None:
     if k is None:
         return None
-    if k.numel() != 1 or k.is_floating_point() or int(k) < 1:
+    is_integer = k.numel() == 1 and not k.is_floating_point()
+    if not is_integer or int(k) < 1:
         raise InputError(
             f"{where}: k has shape {tuple(k.shape)} and type {k.dtype}, expected one positive "
             "integer."

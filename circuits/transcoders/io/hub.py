@@ -69,7 +69,8 @@ class Address:
 
 def fetch_if_present(file: Address) -> Path:
     """Fetch a file; return where it is on this machine if the hub has it."""
-    return _download(file, [glob.escape(file.path)]) / file.path
+    repository = _download(file, [glob.escape(file.path)])
+    return repository / file.path
 
 
 def fetch_folder(folder: Address) -> Path:
@@ -77,8 +78,10 @@ def fetch_folder(folder: Address) -> Path:
     # Some repositories have hundreds of variants there, and a config.yaml lists one for each layer.
     prefix = glob.escape(f"{folder.path}/") if folder.path else ""
     wanted = [f"{prefix}*{suffix}" for suffix in WEIGHTS]
-    local = _download(folder, wanted, ignored=[f"{prefix}*/*"]) / folder.path
-    if not any(file.suffix in WEIGHTS for file in local.glob("*")):
+    repository = _download(folder, wanted, ignored=[f"{prefix}*/*"])
+    local = repository / folder.path
+    suffixes = {file.suffix for file in local.glob("*")}
+    if suffixes.isdisjoint(WEIGHTS):
         raise InputError(
             f"{folder} has no safetensors or npz files directly in it, and no config.yaml that "
             "lists others; give a folder within it, or a config.yaml of your own that lists the "
@@ -94,10 +97,12 @@ def fetch_files(files: Sequence[Path | Address]) -> list[Path]:
         if isinstance(file, Address):
             wanted[file.root].append(glob.escape(file.path))
     folders = {root: _download(root, patterns) for root, patterns in wanted.items()}
-    return [file if isinstance(file, Path) else _fetched(file, folders) for file in files]
+    return [_fetched(file, folders) for file in files]
 
 
-def _fetched(file: Address, folders: dict[Address, Path]) -> Path:
+def _fetched(file: Path | Address, folders: dict[Address, Path]) -> Path:
+    if isinstance(file, Path):
+        return file
     path = folders[file.root] / file.path
     if not path.is_file():
         raise InputError(f"there is no file {file}; correct the address or the revision.")

@@ -26,6 +26,7 @@ PATTERNS = {
     NESTED: r"layer_(\d+)(?:\D[^/]*)?/(?:.*/)?params\.(?:npz|safetensors)",
 }
 Paths = list[str]
+PathsByLayer = dict[int, Paths]
 
 EXPECTED = (
     "layer_0.safetensors ..., W_enc_0.safetensors with W_dec_0.safetensors ..., "
@@ -42,11 +43,15 @@ def find_layer_files(folder: Path, config: TranscoderConfig) -> LayerFiles:
     if not present:
         raise InputError(_nothing_found(folder))
     names = _chosen(present, folder, config)
-    n_layers = 1 + max(max(found[name], default=0) for name in names)
+    return _of_all_layers({name: found[name] for name in names}, folder)
+
+
+def _of_all_layers(found: dict[str, PathsByLayer], folder: Path) -> LayerFiles:
+    n_layers = 1 + max(max(layers, default=0) for layers in found.values())
     by_name = []
-    for name in names:
-        require_all(found[name], str(folder), name, n_layers)
-        own = [_only(found[name][layer], layer, folder) for layer in range(n_layers)]
+    for name, paths in found.items():
+        require_all(paths, str(folder), name, n_layers)
+        own = [_only(paths[layer], layer, folder) for layer in range(n_layers)]
         by_name.append([folder / path for path in own])
     return list(zip(*by_name, strict=True))
 
@@ -79,7 +84,7 @@ def require_all(
         )
 
 
-def _by_layer(paths: Paths, pattern: str) -> dict[int, Paths]:
+def _by_layer(paths: Paths, pattern: str) -> PathsByLayer:
     # The paths that match, by the number in them.
     found = defaultdict(list)
     for path in paths:

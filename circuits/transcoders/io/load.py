@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from circuits.system.errors import InputError
 from circuits.transcoders.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from circuits.transcoders.io.config_yaml import CONFIG, TranscoderConfig, read_config
 from circuits.transcoders.io.formats import THRESHOLD, LayerWeights, read_layers
-from circuits.transcoders.io.hub import (
-    PREFIX,
-    Address,
-    fetch_files,
-    fetch_folder,
-    fetch_if_present,
-)
+from circuits.transcoders.io.hub import PREFIX, Address, fetch_files, fetch_folder, fetch_if_present
 from circuits.transcoders.io.layer_files import LayerFiles, find_layer_files, require_all
 from circuits.transcoders.io.tensor_files import weight_copier
 from circuits.transcoders.transcoder import Encoder, Transcoders
+
+Place = Path | Address
 
 
 def load_transcoders(
@@ -69,20 +67,26 @@ def load_transcoders(
     source = str(where if where in embedded_transcoders() else folder)
     layers = read_layers(_layer_files(folder, config), source, copy)
     _check_kind(layers[0], config)
+    transcoders = replace(_assembled(layers, config), name=folder.name, source=source)
+    transcoders.check()
+    return transcoders
+
+
+def _assembled(layers: list[LayerWeights], config: TranscoderConfig) -> Transcoders:
     format = layers[0].format
+    encoders = []
+    for layer in layers:
+        activation = _activation(layer, config)
+        encoders.append(Encoder(layer.encoder, layer.bias, activation))
     skips = [layer.skip for layer in layers if layer.skip is not None]
-    transcoders = Transcoders(
-        [Encoder(layer.encoder, layer.bias, _activation(layer, config)) for layer in layers],
+    return Transcoders(
+        encoders,
         decoders=[layer.decoder for layer in layers],
         decoder_biases=[layer.decoder_bias for layer in layers],
         skips=skips or None,
         reads=config.reads or format.reads,
         writes=config.writes or format.writes,
-        name=folder.name,
-        source=source,
     )
-    transcoders.check()
-    return transcoders
 
 
 def embedded_transcoders() -> tuple[str, ...]:
@@ -96,7 +100,7 @@ def _embedded() -> dict[str, Path]:
     return {config.parent.name: config.parent for config in configs}
 
 
-def _find(where: str | Path) -> tuple[Path | Address, TranscoderConfig]:
+def _find(where: str | Path) -> tuple[Place, TranscoderConfig]:
     # The folder, here or on the hub, and what its config.yaml says.
     if str(where).startswith(PREFIX):
         address = Address.parse(str(where))
@@ -114,12 +118,12 @@ def _find(where: str | Path) -> tuple[Path | Address, TranscoderConfig]:
     return path.parent.resolve(), read_config(path, str(path))
 
 
-def _layer_files(folder: Path | Address, config: TranscoderConfig) -> LayerFiles:
+def _layer_files(folder: Place, config: TranscoderConfig) -> LayerFiles:
     # The local files of each layer; those on the hub are fetched.
     if not config.files:
         local = folder if isinstance(folder, Path) else fetch_folder(folder)
         return find_layer_files(local, config)
-    places: dict[int, Path | Address] = {}
+    places: dict[int, Place] = {}
     for layer, file in sorted(config.files):
         if layer in places:
             raise InputError(f"{config.source} lists several files for layer {layer}; list one.")
@@ -140,7 +144,8 @@ def _check_kind(layer: LayerWeights, config: TranscoderConfig) -> None:
 
 def _activation(layer: LayerWeights, config: TranscoderConfig) -> Activation:
     # What config.yaml says, if the files agree; else what the files imply.
-    name, k, threshold = config.activation, config.k or layer.k, layer.threshold
+    name, threshold = config.activation, layer.threshold
+    k = config.k or layer.k
     if name is None and config.k is not None:
         raise InputError(
             f"{config.source}: activation is missing, and k: {k} is given; add activation: topk or "
@@ -149,13 +154,7 @@ def _activation(layer: LayerWeights, config: TranscoderConfig) -> Activation:
     if name is None:
         name = "relu" if k is None else "topk"
         name = name if threshold is None else "jump_relu"
-    problem = ""
-    if name == "jump_relu" and threshold is None:
-        problem = f"the files hold no thresholds; add them ({THRESHOLD}), or write relu"
-    elif name != "jump_relu" and threshold is not None:
-        problem = "the files hold thresholds; write jump_relu or remove them"
-    elif name.endswith("topk") and k is None:
-        problem = "k is not given; add k, how many features may fire"
+    problem = _contradiction(name, k, threshold)
     if problem:
         raise InputError(f"{config.source}: activation is {name}, but {problem}.")
     if threshold is not None:
@@ -163,3 +162,13 @@ def _activation(layer: LayerWeights, config: TranscoderConfig) -> Activation:
     if k is None or name == "relu":
         return ReLU()
     return TopK(k) if name == "topk" else BatchTopK(k)
+
+
+def _contradiction(name: str, k: int | None, threshold: Tensor | None) -> str:
+    if name == "jump_relu" and threshold is None:
+        return f"the files hold no thresholds; add them ({THRESHOLD}), or write relu"
+    if name != "jump_relu" and threshold is not None:
+        return "the files hold thresholds; write jump_relu or remove them"
+    if name.endswith("topk") and k is None:
+        return "k is not given; add k, how many features may fire"
+    return ""

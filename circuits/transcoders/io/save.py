@@ -9,16 +9,18 @@ from typing import Any
 import torch
 import yaml
 from safetensors.torch import save
-from torch import Tensor
 
 from circuits.system.errors import InputError
 from circuits.system.files import write_bytes
 from circuits.transcoders.activations import JumpReLU
 from circuits.transcoders.io.config_yaml import CLT_KIND, CONFIG, MEANINGS, PLT_KIND, UNFINISHED
-from circuits.transcoders.io.formats import CLT, PLT
+from circuits.transcoders.io.formats import CLT, PLT, Format, Tensors
 from circuits.transcoders.io.layer_files import DECODER, ENCODER, PER_LAYER
 from circuits.transcoders.io.tensor_files import PICKLES, WEIGHTS, check_weight_dtype, copied
 from circuits.transcoders.transcoder import Transcoders
+
+Files = dict[str, Tensors]
+Config = dict[str, Any]
 
 
 def save_transcoders(
@@ -35,12 +37,9 @@ def save_transcoders(
     replaced. If the process is killed, the folder says that it is unfinished and does not load.
 
     Args:
-        folder: is created if it does not exist.
+        folder: is created if it does not exist, and returned.
         model_name: name of the model they are for, for config.yaml.
         dtype: precision of the stored weights; None stores them as they are.
-
-    Returns:
-        The folder.
 
     Raises:
         InputError: parts do not fit together; layers have different activation functions; the
@@ -57,7 +56,7 @@ def save_transcoders(
     check_weight_dtype(dtype)
     folder = Path(folder)
     config = _config(transcoders, model_name)
-    files: dict[str, dict[str, Tensor]] = {}
+    files: Files = {}
     for layer in range(transcoders.n_layers):
         files |= _layer_files(transcoders, layer)
     _check_folder(folder, files)
@@ -71,10 +70,23 @@ def save_transcoders(
     return folder
 
 
-def _layer_files(transcoders: Transcoders, layer: int) -> dict[str, dict[str, Tensor]]:
+def _layer_files(transcoders: Transcoders, layer: int) -> Files:
     # The files of a layer, each with its tensors by name.
-    encoder, decoder = transcoders.encoders[layer], transcoders.decoders[layer]
+    decoder = transcoders.decoders[layer]
     format = CLT if transcoders.cross_layer else PLT
+    tensors: Tensors = {}
+    for part, tensor in _parts(transcoders, layer, format).items():
+        tensors[format.tensor(part, layer)] = tensor
+    decoder_name = format.tensor("decoder", layer)
+    if format is PLT:
+        tensors[decoder_name] = decoder[:, 0]
+        return {PER_LAYER.format(layer): tensors}
+    return {ENCODER.format(layer): tensors, DECODER.format(layer): {decoder_name: decoder}}
+
+
+def _parts(transcoders: Transcoders, layer: int, format: Format) -> Tensors:
+    # All parts but the decoder.
+    encoder = transcoders.encoders[layer]
     parts = {
         "encoder": encoder.weight,
         "bias": encoder.bias,
@@ -84,15 +96,12 @@ def _layer_files(transcoders: Transcoders, layer: int) -> dict[str, dict[str, Te
         parts["threshold"] = encoder.activation.threshold
     if transcoders.skips is not None:
         skip = transcoders.skips[layer]
-        parts["skip"] = skip.T if "skip" in format.transposed else skip
-    tensors = {format.tensor(part, layer): tensor for part, tensor in parts.items()}
-    decoder_name = format.tensor("decoder", layer)
-    if format is PLT:
-        return {PER_LAYER.format(layer): tensors | {decoder_name: decoder[:, 0]}}
-    return {ENCODER.format(layer): tensors, DECODER.format(layer): {decoder_name: decoder}}
+        is_transposed = "skip" in format.transposed
+        parts["skip"] = skip.T if is_transposed else skip
+    return parts
 
 
-def _config(transcoders: Transcoders, model_name: str) -> dict[str, Any]:
+def _config(transcoders: Transcoders, model_name: str) -> Config:
     first, *others = (encoder.activation for encoder in transcoders.encoders)
     for layer, activation in enumerate(others, start=1):
         # All thresholds of JumpReLU are one text, and each k is another.
@@ -114,10 +123,11 @@ def _config(transcoders: Transcoders, model_name: str) -> dict[str, Any]:
 
 def _value(key: str, meaning: str) -> str:
     # The first value with a meaning.
-    return next(value for value in MEANINGS[key] if MEANINGS[key][value] == meaning)
+    known = MEANINGS[key].items()
+    return next(value for value, means in known if means == meaning)
 
 
-def _write_config(folder: Path, config: dict[str, Any]) -> None:
+def _write_config(folder: Path, config: Config) -> None:
     text = yaml.safe_dump(config, sort_keys=False)
     write_bytes(folder / CONFIG, text.encode())
 

@@ -38,17 +38,20 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             f"there is no file {file}; restore it, or correct the list in config.yaml."
         )
     try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        # The file is opened here because np.load does not close a broken file.
-        with file.open("rb") as handle, np.load(handle, allow_pickle=False) as archive:
-            return {name: torch.from_numpy(array) for name, array in archive.items()}
+        return load_file(file) if file.suffix == ".safetensors" else _load_npz(file)
     except (*BROKEN_FILE, *BROKEN_ARRAY) as error:
         reason = str(error).strip() or type(error).__name__
         raise InputError(
             f"{file} is truncated or not what its name says ({reason.splitlines()[0]}); restore it "
             "or fetch it again."
         ) from error
+
+
+def _load_npz(file: Path) -> dict[str, Tensor]:
+    # The file is opened here because np.load does not close a broken file.
+    with file.open("rb") as handle:
+        with np.load(handle, allow_pickle=False) as archive:
+            return {name: torch.from_numpy(array) for name, array in archive.items()}
 
 
 def pickle_message(file: Path) -> str:

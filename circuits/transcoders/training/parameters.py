@@ -24,6 +24,7 @@ TranscoderKind = Literal["plt", "skip-plt", "clt"]
 Vectors = Float[Tensor, "layer token d_model"]
 FeatureValues = Float[Tensor, "layer token feature"]
 Decoder = Float[Tensor, "feature _ d_model"]
+Decoders = Sequence[Decoder]
 
 # Lower bound of lengths that are divided by.
 TINY = 1e-12
@@ -40,7 +41,8 @@ class Normalization:
     def of(vectors: Vectors) -> Normalization:
         """Measure some vectors."""
         mean = vectors.mean(1, keepdim=True)
-        squares = (vectors - mean).square().sum(2, keepdim=True)
+        deviation = vectors - mean
+        squares = deviation.square().sum(2, keepdim=True)
         scale = squares.mean(1, keepdim=True).sqrt()
         return Normalization(mean, scale.clamp(min=TINY))
 
@@ -60,7 +62,7 @@ class TranscoderParameters:
 
     encoder: Float[Tensor, "layer feature d_model"]
     encoder_bias: Float[Tensor, "layer 1 feature"]
-    decoders: Sequence[Decoder]
+    decoders: Decoders
     decoder_bias: Float[Tensor, "layer 1 d_model"]
     skip: Float[Tensor, "layer d_out d_in"] | None
 
@@ -140,8 +142,7 @@ class TranscoderParameters:
         Args:
             inputs: normalization of the MLP inputs in training.
             outputs: normalization of the MLP outputs in training.
-            thresholds: for each layer, the length that a feature must write to fire, in normalized
-                units. None: features are ReLU.
+            thresholds: normalized length above which the features of each layer fire. None: ReLU.
         """
         # W_dec = s_out W_dec' / length, with s_out of the layers written to
         scales = outputs.scale[:, 0]
@@ -155,32 +156,33 @@ class TranscoderParameters:
         # W_enc = length W_enc' / s_in,   b_enc = length b_enc' - W_enc mean_in
         weights = self.encoder * (lengths[..., None] / inputs.scale)
         encoder_biases = self.encoder_bias[:, 0] * lengths
-        encoder_biases -= _products(weights, inputs.mean)
+        mean = inputs.mean[:, 0]
+        encoder_biases -= _products(weights, mean)
         # b_dec = mean_out + s_out b_dec' - W_skip mean_in,   W_skip = s_out W_skip' / s_in
         biases = outputs.mean[:, 0] + self.decoder_bias[:, 0] * scales
         skips = None
         if self.skip is not None:
             skip = self.skip * outputs.scale / inputs.scale
-            biases -= _products(skip, inputs.mean)
+            biases -= _products(skip, mean)
             skips = list(skip)
         activations: list[Activation] = [ReLU()] * len(decoders)
         if thresholds is not None:
-            # An activation a' writes the length a' length', and length / length' takes it to the
-            # units of the model.
-            in_model = thresholds[:, None] * lengths / _lengths(self.decoders)
+            # a' writes the length a' length', and length / length' takes it to the model's units.
+            in_model = thresholds[:, None] * lengths
+            in_model /= _lengths(self.decoders)
             activations = [JumpReLU(threshold) for threshold in in_model]
-        encoders = map(Encoder, weights, encoder_biases, activations)
-        return Transcoders(list(encoders), decoders, list(biases), skips)
+        encoders = list(map(Encoder, weights, encoder_biases, activations))
+        return Transcoders(encoders, decoders, list(biases), skips)
 
 
-def _lengths(decoders: Sequence[Decoder]) -> Float[Tensor, "layer feature"]:
+def _lengths(decoders: Decoders) -> Float[Tensor, "layer feature"]:
     # A cross-layer feature's rows together, for all layers it writes to.
     lengths = [decoder.flatten(1).norm(dim=1) for decoder in decoders]
     return torch.stack(lengths).clamp(min=TINY)
 
 
 def _products(
-    matrices: Float[Tensor, "layer n d_model"], vectors: Float[Tensor, "layer 1 d_model"]
+    matrices: Float[Tensor, "layer n d_model"], vectors: Float[Tensor, "layer d_model"]
 ) -> Float[Tensor, "layer n"]:
-    products = map(torch.mv, matrices, vectors[:, 0])
+    products = map(torch.mv, matrices, vectors)
     return torch.stack(list(products))

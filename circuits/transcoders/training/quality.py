@@ -40,7 +40,7 @@ def quality(
     """
     batches = zip(tokens.split(prompts_at_once), mask.split(prompts_at_once), strict=True)
     sums = [_sums(model, transcoders, *batch) for batch in batches]
-    totals: list[Any] = [sum(parts) for parts in zip(*sums, strict=True)]
+    totals: Any = map(sum, zip(*sums, strict=True))
     n_tokens, fired, y, y_squared, errors = totals
     # sum (y - mean)^2 = sum y^2 - (sum y)^2 / n
     deviation = y_squared - y.square() / n_tokens
@@ -61,14 +61,16 @@ def _sums(
     # The number of tokens; by layer, sums over them: how often each feature fires, the outputs y,
     # y^2, and squared errors.
     inputs, outputs = record(model, transcoders.reads, transcoders.writes, tokens, mask)
+    activations, made = {}, []
     # All tokens are taken as one prompt.
-    prompts = inputs[:, None]
-    layers = range(transcoders.n_layers)
-    activations = {layer: transcoders.encode(layer, prompts[layer]) for layer in layers}
-    made = [transcoders.output(layer, activations, prompts[layer]) for layer in layers]
-    fires = torch.cat([activations[layer] != 0 for layer in layers])
-    y, errors = outputs.double(), (outputs - torch.cat(made)).double()
-    summed = [each.sum(1) for each in (fires.double(), y, y.square(), errors.square())]
+    for layer, prompt in enumerate(inputs[:, None]):
+        activations[layer] = transcoders.encode(layer, prompt)
+        made.append(transcoders.output(layer, activations, prompt))
+    fires = torch.cat(list(activations.values())) != 0
+    errors = (outputs - torch.cat(made)).double()
+    y = outputs.double()
+    by_token = (fires.double(), y, y.square(), errors.square())
+    summed = [each.sum(1) for each in by_token]
     return inputs.shape[1], *summed
 
 
@@ -81,7 +83,8 @@ def record(
     All real tokens are recorded but the first of each prompt.
     """
     device = model.cfg.device
-    tokens, mask = tokens.to(device), mask.to(device)
+    tokens = tokens.to(device)
+    mask = mask.to(device)
     counted = mask.clone()
     counted[:, 0] = False
     if not counted.any():
@@ -91,7 +94,8 @@ def record(
     read = [models.mlp_residual_hook(model, layer) for layer in layers]
     written = [models.mlp_output_hook(model, layer, before_norm=before_norm) for layer in layers]
     recorded: dict[str, Tensor] = {}
-    hooks = [(name, keeper(recorded, name)) for name in (*read, *written)]
+    names = (*read, *written)
+    hooks = [(name, keeper(recorded, name)) for name in names]
     with models.frozen(model), models.plain_inputs(model):
         models.run_to_residual(model, tokens, mask, hooks)
     inputs = []

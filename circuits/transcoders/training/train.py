@@ -23,6 +23,7 @@ from typing import Literal, get_args
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
 from circuits.models import Model
 from circuits.models.identity import checksum, identity
@@ -41,6 +42,10 @@ from circuits.transcoders.transcoder import Reads, Transcoders, Writes
 
 FORMAT, FORMAT_VERSION = "circuits.transcoder_training", 1
 
+Scalar = Float[Tensor, ""]
+LayerNumbers = Float[Tensor, " layer"]
+Fires = Bool[Tensor, "layer token feature"]
+InputsOutputs = tuple[Vectors, Vectors]
 Sparsity = Literal["batch_topk", "l1", "tanh"]
 Batches = Callable[[int], tuple[Tensor, Tensor]]
 """Returns the tokens [batch, pos] of a step and their mask, True for real tokens. It must return
@@ -126,10 +131,10 @@ def train_transcoders(
     _check(model, config)
     trainer = _Trainer(model, batches, config)
     path = None if checkpoint is None else Path(checkpoint)
-    start = 0
+    first = 1
     if path is not None and path.exists():
-        start = trainer.restore(path)
-    for done in range(start + 1, config.steps + 1):
+        first = trainer.restore(path) + 1
+    for done in range(first, config.steps + 1):
         loss = trainer.learn(done)
         is_due = done % config.checkpoint_every == 0 or done == config.steps
         if path is not None and is_due:
@@ -155,25 +160,18 @@ class _Trainer:
         self.norms = Normalization.of(inputs), Normalization.of(outputs)
         kind, n_features = config.kind, config.n_features
         self.parameters = TranscoderParameters.initial(kind, n_features, inputs, config.seed)
-        tensors = self.parameters.tensors()
-        self.optimizer = torch.optim.Adam(tensors, betas=(0.9, 0.99))
-        for tensor in tensors:
-            # Adam begins like this. A checkpoint is copied into these tensors.
-            self.optimizer.state[tensor] = {
-                "step": torch.zeros(()),
-                "exp_avg": torch.zeros_like(tensor),
-                "exp_avg_sq": torch.zeros_like(tensor),
-            }
-        self.silent = inputs.new_zeros((len(inputs), n_features), dtype=torch.int64)
+        self.optimizer = _adam(self.parameters.tensors())
+        shape = (len(inputs), n_features)
+        self.silent = inputs.new_zeros(shape).long()
 
-    def _record(self, step: int) -> tuple[Vectors, Vectors]:
+    def _record(self, step: int) -> InputsOutputs:
         # MLP inputs and outputs on the text of a step, not yet normalized.
         reads, writes = READS_WRITES[self.config.kind]
         inputs, outputs = record(self.model, reads, writes, *self.batches(step))
         dtype = getattr(torch, self.config.dtype)
         return inputs.to(dtype), outputs.to(dtype)
 
-    def _normalized(self, step: int) -> tuple[Vectors, Vectors]:
+    def _normalized(self, step: int) -> InputsOutputs:
         inputs, outputs = self._record(step)
         input_norm, output_norm = self.norms
         return input_norm.apply(inputs), output_norm.apply(outputs)
@@ -212,55 +210,55 @@ class _Trainer:
             tensor.copy_(stored[name])
         return int(metadata["step"])
 
-    def learn(self, done: int) -> Float[Tensor, ""]:
+    def learn(self, done: int) -> Scalar:
         """Take a step, after which `done` are done; return the loss before it."""
         inputs, outputs = self._normalized(done - 1)
         share = done / self.config.steps
         # Warm-up over the first 5 % of the steps, linear decay over the last half.
         schedule = min(1.0, share / 0.05, (1 - share) / 0.5)
-        self.optimizer.param_groups[0]["lr"] = self.config.learning_rate * schedule
+        [group] = self.optimizer.param_groups
+        group["lr"] = self.config.learning_rate * schedule
         with torch.enable_grad():
             loss = self._loss(inputs, outputs)
             self.optimizer.zero_grad()
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters.tensors(), 1.0)
+        clip_grad_norm_(self.parameters.tensors(), 1.0)
         self.optimizer.step()
         return loss.detach()
 
-    def _loss(self, inputs: Vectors, outputs: Vectors) -> Float[Tensor, ""]:
+    def _loss(self, inputs: Vectors, outputs: Vectors) -> Scalar:
         # Unexplained variance, sparsity penalty and auxiliary loss; also counts silent tokens.
         parameters = self.parameters
         pre = parameters.preactivations(inputs)
         fires = self._fires(pre)
         activations = torch.where(fires, pre, 0)
         error = outputs - parameters.reconstruct(inputs, activations)
-        # sum_l |y_l - approximation_l|^2 / |y_l - mean(y_l)|^2
-        deviation = outputs - outputs.mean(1, keepdim=True)
-        loss = (_squares(error) / _squares(deviation)).sum()
+        loss = _unexplained(outputs, error)
         if self.config.sparsity != "batch_topk":
             loss = loss + self._penalty(activations)
         self.silent.add_(inputs.shape[1])
         self.silent.masked_fill_(fires.any(1), 0)
         dead = self.silent > self.config.dead_after
-        auxiliary = auxiliary_loss(parameters, inputs, error.detach(), dead)
-        return loss + AUXILIARY_WEIGHT * auxiliary
+        return loss + AUXILIARY_WEIGHT * auxiliary_loss(parameters, inputs, error.detach(), dead)
 
-    def _penalty(self, activations: FeatureValues) -> Float[Tensor, ""]:
+    def _penalty(self, activations: FeatureValues) -> Scalar:
         # l1: sum_l penalty_l mean_t sum_f length_f,   tanh: the same of tanh(TANH_SCALE length_f)
         lengths = activations * self.parameters.decoder_lengths()
         if self.config.sparsity == "tanh":
             lengths = (TANH_SCALE * lengths).tanh()
         per_layer = lengths.sum(2).mean(1)
-        return (lengths.new_tensor(self.config.penalty) * per_layer).sum()
+        penalty = lengths.new_tensor(self.config.penalty)
+        return (penalty * per_layer).sum()
 
     @torch.no_grad()
-    def _fires(self, pre: FeatureValues) -> Bool[Tensor, "layer token feature"]:
+    def _fires(self, pre: FeatureValues) -> Fires:
         if self.config.sparsity != "batch_topk":
             return pre > 0
         lengths = pre * self.parameters.decoder_lengths()
-        return lengths > self._smallest_firing(lengths)[:, None, None]
+        smallest = self._smallest_firing(lengths)
+        return lengths > smallest[:, None, None]
 
-    def _smallest_firing(self, lengths: FeatureValues) -> Float[Tensor, " layer"]:
+    def _smallest_firing(self, lengths: FeatureValues) -> LayerNumbers:
         # The (k * tokens)-th largest length in each layer; features must write more to fire.
         # One fewer fires than k * tokens, as with a JumpReLU of this threshold.
         n_layers, n_tokens, _ = lengths.shape
@@ -275,7 +273,7 @@ class _Trainer:
         return torch.stack(smallest).clamp(min=0)
 
     @torch.no_grad()
-    def _thresholds(self) -> Float[Tensor, " layer"]:
+    def _thresholds(self) -> LayerNumbers:
         # The smallest length of a firing feature, averaged over batches not seen in training.
         parameters, n_steps = self.parameters, self.config.steps
         total = parameters.encoder.new_zeros(len(self.silent))
@@ -295,29 +293,52 @@ class _Trainer:
         return replace(trained, reads=reads, writes=writes, name=name)
 
 
+def _adam(parameters: list[Tensor]) -> torch.optim.Adam:
+    optimizer = torch.optim.Adam(parameters, betas=(0.9, 0.99))
+    for tensor in parameters:
+        # Adam begins like this. A checkpoint is copied into these tensors.
+        optimizer.state[tensor] = {
+            "step": torch.zeros(()),
+            "exp_avg": torch.zeros_like(tensor),
+            "exp_avg_sq": torch.zeros_like(tensor),
+        }
+    return optimizer
+
+
 def auxiliary_loss(
     parameters: TranscoderParameters,
     inputs: Vectors,
     error: Vectors,
     dead: Bool[Tensor, "layer feature"],
-) -> Float[Tensor, ""]:
+) -> Scalar:
     """Share of the error that the dead features with the largest pre-activations would leave."""
     if not dead.any():
         return inputs.new_zeros(())
-    pre = parameters.preactivations(inputs)
-    pre = pre.masked_fill(~dead[:, None], -torch.inf)
-    n_chosen = min(AUXILIARY_FEATURES, pre.shape[2])
-    values, features = pre.topk(n_chosen, dim=2)
-    # A layer can have fewer dead features than that; the others have activation 0.
-    silent = torch.zeros_like(pre)
-    activations = silent.scatter(2, features, values.relu())
-    left = error - parameters.decode(activations)
+    is_alive = ~dead[:, None]
+    pre = parameters.preactivations(inputs).masked_fill(is_alive, -torch.inf)
+    left = error - parameters.decode(_largest_activations(pre))
     # |error - dead features|^2 / |error|^2
-    shares = _squares(left) / _squares(error).clamp(min=TINY)
+    squares = _squares(error).clamp(min=TINY)
+    shares = _squares(left) / squares
     return shares[dead.any(1)].sum()
 
 
-def _squares(vectors: Vectors) -> Float[Tensor, " layer"]:
+def _largest_activations(pre: FeatureValues) -> FeatureValues:
+    n_chosen = min(AUXILIARY_FEATURES, pre.shape[2])
+    values, features = pre.topk(n_chosen, dim=2)
+    # A layer can have fewer dead features than that; the others have activation 0.
+    activations = torch.zeros_like(pre)
+    return activations.scatter(2, features, values.relu())
+
+
+def _unexplained(outputs: Vectors, error: Vectors) -> Scalar:
+    # sum_l |y_l - approximation_l|^2 / |y_l - mean(y_l)|^2
+    deviation = outputs - outputs.mean(1, keepdim=True)
+    shares = _squares(error) / _squares(deviation)
+    return shares.sum()
+
+
+def _squares(vectors: Vectors) -> LayerNumbers:
     return vectors.square().sum((1, 2))
 
 
@@ -333,11 +354,13 @@ def _check(model: Model, config: Training) -> None:
         )
     for name in ("k", "penalty"):
         values = getattr(config, name)
-        if len(values) not in (1, cfg.n_layers) or min(values) <= 0:
+        fits = len(values) in (1, cfg.n_layers)
+        if not fits or min(values) <= 0:
             raise InputError(
                 f"{name}={values}: give one positive number, or one for each of the "
                 f"{cfg.n_layers} layers."
             )
-    smallest_count = min(config.n_features, config.steps, config.checkpoint_every)
-    if smallest_count < 1 or max(config.k) > config.n_features:
+    n_features = config.n_features
+    smallest_count = min(n_features, config.steps, config.checkpoint_every)
+    if smallest_count < 1 or max(config.k) > n_features:
         raise InputError(f"{config}: all counts must be positive, and k at most n_features.")
