@@ -150,7 +150,8 @@ class Search:
         first_edges = [group[0] for group in groups]
         targets = self.graph.target.numpy()[first_edges].tolist()
         target = targets[state.decided]
-        self.at_new_target = state.decided == 0 or target != targets[state.decided - 1]
+        at_start = state.decided == 0
+        self.at_new_target = at_start or target != targets[state.decided - 1]
         if self.at_new_target:
             with state.counting(self.meter):
                 self.meter.near(state.kept)
@@ -187,15 +188,19 @@ class Search:
 
 
 def without_each(
-    kept: EdgeMask, groups: list[Group], expected: Bool[np.ndarray, " group"]
+    kept: EdgeMask,
+    groups: list[Group],
+    expected: Bool[np.ndarray, " group"],
 ) -> Bool[Tensor, "group edge"]:
     """For each group, H without it and without the groups before it that are expected to go."""
     numbers = np.arange(len(groups))
-    group_of_edge = np.repeat(numbers, [len(edges) for edges in groups])
+    sizes = list(map(len, groups))
+    group_of_edge = np.repeat(numbers, sizes)
     row = numbers[:, None]
     gone_before = (row > group_of_edge) & ~expected[group_of_edge]
     gone = gone_before | (row == group_of_edge)
-    without = np.tile(kept.numpy(), (len(groups), 1))
+    shape = (len(groups), 1)
+    without = np.tile(kept.numpy(), shape)
     without[:, np.concatenate(groups)] = ~gone
     return torch.from_numpy(without)
 
