@@ -46,7 +46,8 @@ def command(
     found = load_run(circuit)
     if not found.circuit.selected and size is None:
         raise InputError(size_needed(found))
-    source = _with_defaults_of_run(source, found.record.get("notes", {}))
+    notes = found.record.get("notes", {})
+    source = _with_defaults_of_run(source, notes)
     model = source.load_model()
     task = source.load_task(model, n, "test")
     evaluation = evaluate_run(

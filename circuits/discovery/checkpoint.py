@@ -19,7 +19,6 @@ from circuits.system.ranks import is_first, on_first
 from circuits.tasks.task import Task
 
 FORMAT, FORMAT_VERSION = "circuits.checkpoint", 1
-
 Tensors = Mapping[str, Tensor]
 
 
@@ -42,10 +41,7 @@ class Checkpoint:
 
     @staticmethod
     def open(
-        where: Checkpoint | str | Path | None,
-        method: Mapping[str, Any],
-        graph: Graph,
-        task: Task,
+        where: Checkpoint | str | Path | None, method: Mapping[str, Any], graph: Graph, task: Task
     ) -> Checkpoint:
         """The checkpoint of one method on one graph and task.
 

@@ -178,7 +178,6 @@ NODE_TYPES: tuple[type[Node], ...] = (
     Error,
     Logits,
 )
-
 AnyNode = TypeVar("AnyNode", bound=Node)
 
 
@@ -199,8 +198,10 @@ def parse_node(text: str) -> Node:
         for kind in NODE_TYPES:
             match = re.fullmatch(kind.pattern, label)
             if match:
-                found = {name: value for name, value in match.groupdict().items() if value}
-                values = {name: _number_or_text(value) for name, value in found.items()}
+                values = {}
+                for name, value in match.groupdict().items():
+                    if value:
+                        values[name] = _number_or_text(value)
                 return kind(**values, position=where)  # type: ignore[call-arg]
     raise InputError(
         f"{text!r} names no node; nodes are written like embed, tok_embed, pos_embed, a9.h6, m3, "

@@ -129,8 +129,8 @@ def unembed(
     if model.cfg.normalization_type is not None:
         normed = model.ln_final(normed)
     soft_cap = model.cfg.output_logits_soft_cap or 0
-    logits = soft_capped(model.unembed(normed)[0], soft_cap)
-    return logits.unflatten(0, residual.shape[:-1])
+    logits = soft_capped(model.unembed(normed), soft_cap)
+    return logits[0].unflatten(0, residual.shape[:-1])
 
 
 def _on_output(function: Hook) -> Callable[..., Tensor | None]:

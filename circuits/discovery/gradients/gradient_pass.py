@@ -39,7 +39,6 @@ from circuits.tasks.task import Task
 
 # Rows of gradients go back through a norm in pieces of about this size.
 PIECE_BYTES, PIECE_BYTES_GPU = 1 << 19, 1 << 26
-
 Activations = Mapping[str, Tensor]
 Norms = tuple[tuple[Tensor, Tensor] | None, ...]
 Override = Mapping[str, Tensor | None]
@@ -154,11 +153,7 @@ class GradientPass:
     at_outputs: bool
 
     def run(
-        self,
-        task: Task,
-        tokens: Tokens,
-        override: Override,
-        clean_logits: Logits | None,
+        self, task: Task, tokens: Tokens, override: Override, clean_logits: Logits | None
     ) -> PassResult:
         """Run `tokens`, and go back from the damage on the rows that `task` scores.
 

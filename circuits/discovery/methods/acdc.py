@@ -246,10 +246,7 @@ def _final_damage(search: Search) -> float:
 
 
 def _check_sweep(
-    thresholds: Sequence[float],
-    guess: Circuit | None,
-    graph: Graph,
-    checkpoint: str | Path | None,
+    thresholds: Sequence[float], guess: Circuit | None, graph: Graph, checkpoint: str | Path | None
 ) -> None:
     if not thresholds:
         raise InputError("there are no thresholds to sweep over; give at least one, like 0.01.")

@@ -34,7 +34,6 @@ from circuits.tasks.task import Task
 LARGEST_STEP = 256
 # Circuits without a whole node share little, so fewer are measured together.
 NODES_PER_STEP = 32
-
 OneDamage = Float[Tensor, " 1"]
 
 

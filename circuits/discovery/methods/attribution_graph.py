@@ -46,7 +46,6 @@ from circuits.transcoders.io.load import load_transcoders
 from circuits.transcoders.transcoder import Transcoders
 
 PROMPTS_AT_ONCE = 16
-
 Prompt = str | Sequence[int] | Int[Tensor, " _"]
 # What to explain, from a prompt's number and local model.
 Directions = Callable[[int, LocalModel], list[Direction]]
@@ -196,11 +195,7 @@ class AttributionGraph(Resumable):
         settings = self.settings()
         for name in TASK_SETTINGS:
             del settings[name]
-        return {
-            "model": identity(model),
-            "transcoders": self._made_with,
-            "settings": settings,
-        }
+        return {"model": identity(model), "transcoders": self._made_with, "settings": settings}
 
     @override
     def find(
@@ -281,11 +276,7 @@ class AttributionGraph(Resumable):
                 yield number, self._graph(model, local, active, explained)
 
     def _graph(
-        self,
-        model: Model,
-        local: LocalModel,
-        active: ActiveFeatures,
-        explained: list[Direction],
+        self, model: Model, local: LocalModel, active: ActiveFeatures, explained: list[Direction]
     ) -> FeatureGraph:
         return build_feature_graph(
             local,

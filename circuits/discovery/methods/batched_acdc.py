@@ -35,8 +35,6 @@ from circuits.tasks.task import Task
 # Circuits measured at a time: a layer of GPT-2 small has thousands of edges, and each circuit is a
 # row of all 32,491.
 LARGEST_BATCH = 256
-
-
 Group = Sequence[int]
 
 # What the record says of a search.

@@ -14,7 +14,6 @@ Increases = Float[np.ndarray, " row"]
 Damages = Float[np.ndarray, " state"]
 StateIndices = Int[np.ndarray, " some"]
 SomeDamages = Float[np.ndarray, " some"]
-
 # What is nearer to the threshold than MARGIN times the largest error seen lately is measured again
 # in float32. So are the SAMPLE nearest of each target's first batch, wherever they are; errors seen
 # earlier then count a little less.

@@ -17,7 +17,6 @@ from circuits.system.errors import InputError
 
 OrderName = Literal["topological", "original"]
 GroupName = Literal["target", "layer"]
-
 TargetSlot = tuple[Node, str | None]
 SLOT_ORDER = "vkq"  # v is tried first
 NOT_HEADS, HEADS = 0, 1

@@ -65,11 +65,7 @@ class Measurement:
         return increases, values
 
     def _confirm(
-        self,
-        increases: Increases,
-        values: Damages,
-        before: Rows,
-        states: CircuitMasks,
+        self, increases: Increases, values: Damages, before: Rows, states: CircuitMasks
     ) -> None:
         exact = self.search.meter.exact
         assert exact is not None

@@ -20,7 +20,6 @@ from circuits.running.damage import DamageMeter
 from circuits.system.errors import InputError
 
 NEVER = 1 << 62
-
 Group = list[int]
 """Edges that are removed together; most groups have one edge."""
 

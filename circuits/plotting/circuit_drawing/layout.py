@@ -99,8 +99,8 @@ def lay_out(
     nodes = _nodes(node_widths)
     chains = {}
     for edge, width in edge_widths.items():
-        source, target = nodes[edge.source], nodes[edge.target]
-        chains[edge] = _connected(source, target, width)
+        source = nodes[edge.source]
+        chains[edge] = _connected(source, nodes[edge.target], width)
     vertices = dict.fromkeys(itertools.chain(*chains.values()))
     middles = {}
     left = 0.0
@@ -147,13 +147,14 @@ def separated(wanted: Floats, widths: Floats) -> Floats:
     offsets = np.cumsum(widths) - halves
     free = wanted - offsets
     largest = np.maximum.accumulate(free)
-    smallest = np.minimum.accumulate(free[::-1])[::-1]
-    places = (largest + smallest) / 2 + offsets
+    smallest = np.minimum.accumulate(free[::-1])
+    places = (largest + smallest[::-1]) / 2 + offsets
     return places.tolist()
 
 
 def _nodes(widths: Mapping[Node, float]) -> dict[Node, Vertex]:
-    row_keys = sorted(set(map(row_key, widths)), reverse=True)
+    different = set(map(row_key, widths))
+    row_keys = sorted(different, reverse=True)
     nodes = {}
     for node, width in widths.items():
         row = row_keys.index(row_key(node))
@@ -164,9 +165,11 @@ def _nodes(widths: Mapping[Node, float]) -> dict[Node, Vertex]:
 
 def _connected(source: Vertex, target: Vertex, width: float) -> Chain:
     """Connect two nodes by waypoints in the column of the source."""
-    passed = range(source.row - 1, target.row, -1)
-    waypoints = [Vertex(row, source.column, width, WAYPOINT_GAP) for row in passed]
-    visited = [source, *waypoints, target]
+    visited = [source]
+    for row in reversed(range(target.row + 1, source.row)):
+        waypoint = Vertex(row, source.column, width, WAYPOINT_GAP)
+        visited.append(waypoint)
+    visited.append(target)
     for lower, upper in pairwise(visited):
         # Columns are laid out one by one, so what is in another one cannot pull.
         if lower.column == upper.column:
@@ -220,7 +223,8 @@ def _move_to(left: float, column: list[Vertex], min_width: float) -> float:
 def _routes(chains: Chains) -> Routes:
     starts, ends = _ports(chains)
     routes = {}
-    for edge, (source, *waypoints, target) in chains.items():
+    for edge, chain in chains.items():
+        source, *waypoints, target = chain
         route = [(starts[edge], source.top)]
         for waypoint in waypoints:
             route.append((waypoint.x, waypoint.bottom))
@@ -239,8 +243,10 @@ def _ports(chains: Chains) -> list[Ports]:
         source, after_source, *_ = chain
         *_, before_target, target = chain
         slot = SLOT_ORDER[edge.slot]
-        leaving[source].append((after_source.x, slot, edge))
-        entering[target].append((slot, before_target.x, edge))
+        leaves = (after_source.x, slot, edge)
+        leaving[source].append(leaves)
+        enters = (slot, before_target.x, edge)
+        entering[target].append(enters)
     return [_spread(leaving), _spread(entering)]
 
 

@@ -23,7 +23,6 @@ from circuits.attribution.feature_graph import EMBEDDING, FEATURE, TARGET, Featu
 from circuits.attribution.influence import edge_influence, node_influence, prune
 
 N_CACHED_VIEWS = 16
-
 JsonObject = dict[str, Any]
 
 
@@ -51,8 +50,8 @@ class GraphData:
         names = nodes["id"].map(graph.node).map(str)
         nodes.insert(1, "name", names.astype(object))
         # A weight that is not finite makes influences NaN; they rank last.
-        falling = nodes["influence"].fillna(-math.inf).mul(-1)
-        ranks = falling.rank(method="first")
+        influence = nodes["influence"].fillna(-math.inf)
+        ranks = influence.mul(-1).rank(method="first")
         return nodes.assign(rank=ranks.astype(int))
 
     @cached_property
@@ -87,8 +86,8 @@ class GraphData:
         texts = json.dumps([graph.words, targets, graph.n_layers])
         digest = hashlib.blake2b(texts.encode(), digest_size=12)
         nodes = vars(graph.nodes).values()
-        edges = (graph.source, graph.target, graph.weight, graph.direct)
-        for column in (*nodes, *edges, graph.tokens):
+        ends = (graph.source, graph.target)
+        for column in (*nodes, *ends, graph.weight, graph.direct, graph.tokens):
             data = column.contiguous().view(torch.uint8)
             digest.update(data.numpy())
         return digest.hexdigest()
@@ -129,9 +128,9 @@ class GraphData:
         kept = prune(self.graph, node_threshold=node_threshold, edge_threshold=edge_threshold)
         nodes = self.nodes[kept.nodes.numpy()]
         edges = self.edges[kept.edges.numpy()]
-        counts = {"nodes": len(nodes), "edges": len(edges)}
         view = self._most_influential(nodes, edges, max_nodes, max_edges)
-        return {**view, "kept": counts}
+        view["kept"] = {"nodes": len(nodes), "edges": len(edges)}
+        return view
 
     @cached_property
     def cached_view(self) -> Callable[..., JsonObject]:
@@ -170,9 +169,9 @@ class GraphData:
         a part of a name, and last the token at a feature's position.
         """
         wanted = text.strip().lower()
-        matching = self.nodes.assign(quality=self._match_quality(wanted))
+        quality = self._match_quality(wanted)
         # Equally good matches are sorted by influence.
-        matching = matching.dropna(subset="quality")
+        matching = self.nodes.assign(quality=quality).dropna(subset="quality")
         found = matching.sort_values(["quality", "rank"])
         best = found["id"].head(n).tolist()
         return {"nodes": self.node_table(best), "found": len(found)}
