@@ -94,8 +94,10 @@ class CircuitDiscoverer:
         graph = self.search_graph(model, graph)
         saved = Checkpoint()
         if checkpoint is not None:
-            saved = Checkpoint.open(checkpoint, self.identity(), graph, task)
-        return self.find(model, task, graph, saved, progress or no_progress)
+            identity = self.identity()
+            saved = Checkpoint.open(checkpoint, identity, graph, task)
+        progress = progress or no_progress
+        return self.find(model, task, graph, saved, progress)
 
     def find(
         self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
@@ -137,7 +139,8 @@ class CircuitDiscoverer:
 
     def meter(self, model: Model, graph: Graph, task: Task) -> DamageMeter:
         """Measures the damage of circuits as the method's fields say."""
-        return DamageMeter.prepare(model, graph, task, self.run_settings(task))
+        settings = self.run_settings(task)
+        return DamageMeter.prepare(model, graph, task, settings)
 
     def run_settings(self, task: Task) -> RunSettings:
         """How to run circuits on `task` and judge them: the method's fields named RUN_SETTINGS."""

@@ -102,10 +102,8 @@ def _edges_into(target: int, slot: int, n_sources: int, n_spans: int) -> EdgeCol
 
 
 def reaching_logits(model: Model, graph: Graph) -> Callable[[EdgeMask], EdgeMask]:
-    """Return a function from kept edges to those from which a path leads to the logits.
-
-    Edges of the model that the graph lacks are never ablated, so paths lead along them as well.
-    """
+    """Return a function from kept edges to those from which a path leads to the logits."""
+    # Edges of the model that the graph lacks are never ablated, so paths lead along them as well.
     whole = _complete_graph(model, graph.splits_embedding, graph.positions)
     if len(graph) == len(whole):
         return graph.reaching_logits

@@ -86,7 +86,8 @@ class EdgeAttribution:
     @property
     def _by_source(self) -> Iterator[tuple[Node, Tensor]]:
         means = self._mean(self.sources_by_position)
-        return zip(self.nodes, means.sum(-1), strict=True)
+        totals = means.sum(-1)
+        return zip(self.nodes, totals, strict=True)
 
     @property
     def _n_layers(self) -> int:

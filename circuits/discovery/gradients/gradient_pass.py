@@ -187,8 +187,9 @@ class GradientPass:
             return run_to_residual(model, tokens, task.mask, hooks)
 
     def _outputs(self, seen: Activations) -> SourceOutputs:
-        names = [name for name, _ in output_groups(self.nodes)]
-        written = {name: seen[name].detach() for name in names}
+        written = {}
+        for name, _ in output_groups(self.nodes):
+            written[name] = seen[name].detach()
         return SourceOutputs(self.model, self.nodes, written)
 
     def _gradients(
@@ -221,7 +222,8 @@ class GradientPass:
 
     @property
     def _residual_hooks(self) -> list[str]:
-        return list(map(residual_hook, range(self.model.cfg.n_layers)))
+        layers = range(self.model.cfg.n_layers)
+        return list(map(residual_hook, layers))
 
     @property
     def _hooks_with_gradient(self) -> list[str]:
@@ -232,7 +234,7 @@ class GradientPass:
 
     def _keeping_hooks(self, seen: dict[str, Tensor]) -> list[tuple[str, Hook]]:
         """Hooks that put activations into `seen`, with one copy of shared heads for each head."""
-        names = [name for name, _ in output_groups(self.nodes)]
+        names = list(dict(output_groups(self.nodes)))
         names += self._residual_hooks + self._hooks_with_gradient[:-1]
         copies = dict.fromkeys(names, 1)
         for node, slot, _ in self.targets:

@@ -46,10 +46,8 @@ BOTH_ENDS = (GradientPoint(0.0), GradientPoint(1.0))
 
 
 def sequential(search: Search, measure: Measurement) -> None:
-    """Try edge after edge from the logits up.
-
-    H is the circuit so far, L its damage, tau the threshold.
-    """
+    """Try edge after edge from the logits up."""
+    # H is the circuit so far, L its damage, tau the threshold.
     for groups in search.undecided():
         edges = groups[0]  # one edge, or all edges into a slot in the original code's group tests
         increase, damage = measure.one(edges)
@@ -181,11 +179,7 @@ class ACDC(Resumable):
         progress: Progress,
         stays: EdgeMask | None,
     ) -> Circuit:
-        """Search from the saved state on.
-
-        Args:
-            stays: the edges expected to stay; None guesses from the search's own decisions.
-        """
+        """Search from the saved state on; `stays=None` guesses from the search's own decisions."""
         order = chains(graph, self.order)
         state = SearchState.start(graph, meter, stays)
         search = Search(graph, meter, order, state, saved, progress)

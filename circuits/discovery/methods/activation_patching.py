@@ -137,10 +137,8 @@ def _whole(meter: DamageMeter, graph: Graph) -> OneDamage:
 
 
 def _steps(graph: Graph) -> Iterator[slice]:
-    """The edges into one component after the other.
-
-    Without any of them the same nodes have to be recomputed, so no work is wasted.
-    """
+    """The edges into one component after the other."""
+    # Without any of them the same nodes have to be recomputed, so no work is wasted.
     largest = LARGEST_STEP * ranks().world
     start = 0
     components = [at_position(node, None) for node in graph.nodes]

@@ -300,10 +300,7 @@ class AttributionGraph(Resumable):
     def _scored_directions(
         self, model: Model, task: Task, row: int, local: LocalModel
     ) -> list[Direction]:
-        """What one prompt of a task is judged by.
-
-        Answers against wrong answers, answers alone, or the most probable tokens.
-        """
+        """Answers against wrong answers, answers alone, or the most probable tokens."""
         scored = task.scored[row].nonzero()
         positions = scored.flatten().tolist()
         if task.answers is None:

@@ -72,8 +72,8 @@ class BatchedState(Removals):
     @staticmethod
     def start(graph: Graph, meter: DamageMeter, groups: int) -> BatchedState:
         """The whole graph, with nothing tried."""
-        kept = torch.ones(len(graph), dtype=torch.bool)
         shape = (len(graph),)
+        kept = torch.ones(shape, dtype=torch.bool)
         return BatchedState(
             kept=kept,
             scores=torch.full(shape, torch.nan, dtype=torch.float64),

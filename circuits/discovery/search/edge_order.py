@@ -74,7 +74,8 @@ def chains(graph: Graph, order: OrderName) -> list[list[Trial]]:
         return trial.together, layer if trial.together else edge.target
 
     trials = edge_order(graph, order)
-    return [list(chain) for _, chain in groupby(trials, key=chain_of)]
+    groups = groupby(trials, key=chain_of)
+    return [list(chain) for _, chain in groups]
 
 
 def edge_groups(graph: Graph, group: GroupName | int) -> list[tuple[int, ...]]:
@@ -100,7 +101,8 @@ def edge_groups(graph: Graph, group: GroupName | int) -> list[tuple[int, ...]]:
             return edge.target
         return _layer_and_kind((edge.target, edge.slot))
 
-    return [tuple(part) for _, part in groupby(edges, key=group_of)]
+    groups = groupby(edges, key=group_of)
+    return [tuple(part) for _, part in groups]
 
 
 def _edges_by_slot(graph: Graph) -> dict[TargetSlot, list[int]]:

@@ -38,8 +38,9 @@ class Measurement:
         state = self.search.state
         removed = np.array([False])
         without = without_each(state.kept, [edges], removed)
+        whole = np.array([1])
         with state.counting(self.search.meter):
-            increases, values = self.many(without, before=np.array([1]))
+            increases, values = self.many(without, before=whole)
         return float(increases[0]), float(values[0])
 
     def many(self, without: CircuitMasks, before: Rows) -> tuple[Increases, Damages]:

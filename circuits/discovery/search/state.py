@@ -80,8 +80,8 @@ class SearchState(Removals, Noise):
     @staticmethod
     def start(graph: Graph, meter: DamageMeter, stays: EdgeMask | None) -> SearchState:
         """The whole graph, with nothing tried; `stays=None` expects that all edges go."""
-        kept = torch.ones(len(graph), dtype=torch.bool)
         shape = (len(graph),)
+        kept = torch.ones(shape, dtype=torch.bool)
         return SearchState(
             kept=kept,
             scores=torch.full(shape, torch.nan),
@@ -167,10 +167,8 @@ class Search:
                 self.meter.near(self.state.removed_at > number)
 
     def _groups(self, chain: list[Trial]) -> list[Group]:
-        """The groups of a chain, given H when the chain began.
-
-        Edges into a target that no longer reaches the logits are removed untried.
-        """
+        """The groups of a chain, given H when the chain began."""
+        # Edges into a target that no longer reaches the logits are removed untried.
         at_start = self.state.removed_at > self.state.began
         kept = at_start.numpy()
         live = self.meter.reaching_logits(at_start).numpy()

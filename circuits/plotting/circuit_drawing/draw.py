@@ -123,15 +123,13 @@ def edge_limit(circuit: Circuit, max_edges: int | None) -> int:
 
 
 def ranked_edges(circuit: Circuit, limit: int) -> Edges:
-    """Return the strongest kept edges, strongest first.
-
-    Ties are in graph order; edges without a score come last.
-    """
+    """Return the strongest kept edges, strongest first; edges without a score come last."""
     edges = circuit.edges
     scores = circuit.scores[circuit.kept].double()
     sizes = scores.abs()
     strengths = _strengths(sizes).tolist()
     sortable = sizes.nan_to_num(nan=-1, posinf=math.inf)
+    # Ties are in graph order.
     strongest = sortable.argsort(descending=True, stable=True)
     ranked = []
     for rank, index in enumerate(strongest[:limit].tolist(), 1):

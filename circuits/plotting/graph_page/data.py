@@ -211,10 +211,8 @@ class GraphData:
     def _most_influential(
         self, nodes: pandas.DataFrame, edges: pandas.DataFrame, max_nodes: int, max_edges: int
     ) -> JsonObject:
-        """Return tables of the most influential of some nodes, and of the edges between them.
-
-        Embeddings and targets always stay, whatever `max_nodes` is.
-        """
+        """Return tables of the most influential of some nodes, and of the edges between them."""
+        # Embeddings and targets always stay, whatever `max_nodes` is.
         is_end = nodes["kind"].isin([EMBEDDING, TARGET])
         ends, others = nodes[is_end], nodes[~is_end]
         n_others = max(0, max_nodes - len(ends))
