@@ -117,7 +117,8 @@ def _variations(kind: Method, settings: Texts, thresholds: Texts, ablation: str)
     if kind.name == "random" and not settings:
         return [[f"seed={seed}"] for seed in range(RANDOM_SEEDS)]
     given = [setting.partition("=")[0] for setting in settings]
-    free = {field.name for field in fields(kind)}.difference(given)
+    names = {field.name for field in fields(kind)}
+    free = names.difference(given)
     shared = [f"ablation={ablation}"] if "ablation" in free else []
     if "threshold" not in free:
         return [shared]
@@ -185,8 +186,10 @@ def _details(
 
 def _write_report(report: Path, comparison: Comparison, details: Details) -> Any:
     # By way of pandas, which writes NaN as null.
-    table = json.loads(comparison.table.to_json(orient="index"))
-    curves = json.loads(comparison.curves.to_json(orient="records"))
+    table_json = comparison.table.to_json(orient="index")
+    table = json.loads(table_json)
+    curves_json = comparison.curves.to_json(orient="records")
+    curves = json.loads(curves_json)
     content = {"details": details, "table": table, "curves": curves}
     write_json(report.with_name("comparison.json"), content, "circuits.comparison", 1)
     page = report_page(

@@ -36,7 +36,8 @@ def progress_bar(description: str, *, quiet: bool = False) -> Iterator[Callback 
     columns = Progress.get_default_columns()
     columns += (MofNCompleteColumn(), _RateColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True) as bar:
+    bar = Progress(*columns, console=console, transient=True)
+    with bar:
         # The method tells the total with every update.
         row = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(row, completed=done, total=total)

@@ -76,7 +76,8 @@ def show_evaluation(found: CircuitRun, evaluation: Record, source: TaskOptions) 
         return
     edges = f"{evaluation['edges']:,} of {len(found.circuit.graph):,} edges"
     prompts = f"{evaluation['n_prompts']} prompts of {evaluation['task']}"
-    if evaluation["prompts"] == found.record["task"]["digest"]:
+    found_on = found.record["task"]["digest"]
+    if evaluation["prompts"] == found_on:
         prompts += ", those it was found on"
     title = f"{found.record['method']}: {edges}, {prompts}, {evaluation['ablation']} ablation"
     values = pd.DataFrame.from_dict(evaluation["values"], orient="index")

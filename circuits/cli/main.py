@@ -100,7 +100,8 @@ def _call(command: str, words: Words) -> None:
         module.discover(words)
     else:
         # The parameters of the function are the options.
-        tyro.cli(module.command, prog=f"circuits {command}", args=words)
+        program = f"circuits {command}"
+        tyro.cli(module.command, prog=program, args=words)
 
 
 def _fail(message: str, status: int) -> int:

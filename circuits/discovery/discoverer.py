@@ -110,11 +110,7 @@ class CircuitDiscoverer:
         return component_graph(model) if graph is None else graph
 
     def refuse_checkpoint(self, checkpoint: object) -> None:
-        """Refuse a checkpoint, for methods that have no state to resume from.
-
-        Raises:
-            InputError: a checkpoint was given.
-        """
+        """Refuse a checkpoint, for methods that have no state to resume from."""
         if checkpoint is not None:
             raise InputError(
                 f"{self.name} cannot resume from checkpoint={str(checkpoint)!r}: it keeps no state "

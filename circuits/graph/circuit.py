@@ -243,7 +243,8 @@ class Circuit:
         """
         result = networkx.MultiDiGraph()
         scores = self.scores[self.kept].tolist()
-        for edge, score in zip(self.edges, scores, strict=True):
+        pairs = zip(self.edges, scores, strict=True)
+        for edge, score in pairs:
             attributes = {"slot": edge.slot} if edge.slot else {}
             if not math.isnan(score):
                 attributes["score"] = score

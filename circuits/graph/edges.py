@@ -34,7 +34,8 @@ class Edge:
     def __str__(self) -> str:
         if self.slot is None:
             return f"{self.source}->{self.target}"
-        label, at, position = str(self.target).partition("@")
+        target = str(self.target)
+        label, at, position = target.partition("@")
         return f"{self.source}->{label}.{self.slot}{at}{position}"
 
 

@@ -188,10 +188,8 @@ class Graph:
 
     @cached_property
     def _steps(self) -> tuple[Steps, Steps]:
-        """The two ends of each step of a path: first along the edges, then through attention.
-
-        They are numbers of nodes; the keys and values of head n are len(nodes) + n.
-        """
+        """The two ends of each step of a path: first along the edges, then through attention."""
+        # They are numbers of nodes; the keys and values of head n are len(nodes) + n.
         source, reader = self.source, self.target
         if self.positions is not None:
             # Attention carries what a head reads through k or v to other positions.

@@ -64,11 +64,9 @@ def soft_capped(x: Tensor, cap: float) -> Tensor:
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """Compute GELU in its tanh approximation, the activation of GPT-2.
-
-    On a CPU torch's version spends most of its time in tanh. The form below takes a third of the
-    time, and differs from it in the last bit.
-    """
+    """Compute GELU in its tanh approximation, the activation of GPT-2."""
+    # On a CPU torch's version spends most of its time in tanh. The form below takes a third of the
+    # time, and differs from it in the last bit.
     if x.device.type != "cpu":
         return functional.gelu(x, approximate="tanh")
     # x (1 + tanh u) / 2 = x sigmoid(2 u)   with   u = sqrt(2 / pi) (x + 0.044715 x^3)
@@ -333,7 +331,9 @@ class Unembedding:
     def __call__(self, residual: Residual, product: Multiply) -> VocabLogits:
         """Compute the logits at each token."""
         # cap(n W_U + b_U)   with   n = norm(x)
-        normed = self.norm(residual).flatten(0, -2)
-        logits = product(normed, self.weight, self.bias)
+        normed = self.norm(residual)
+        rows = normed.flatten(0, -2)
+        logits = product(rows, self.weight, self.bias)
         capped = soft_capped(logits, self.soft_cap)
-        return capped.unflatten(0, residual.shape[:-1])
+        batch = residual.shape[:-1]
+        return capped.unflatten(0, batch)

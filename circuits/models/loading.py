@@ -209,9 +209,10 @@ def _load_checkpoint(folder: Path, device: torch.device, dtype: torch.dtype) -> 
 
 def _load_by_name(name: str, device: torch.device, dtype: torch.dtype) -> Model:
     known = conversion.make_model_alias_map()
-    if name.lower() not in known:
+    lower = name.lower()
+    if lower not in known:
         hint = f"use {EMBEDDED}, a name that TransformerLens knows (gpt2, pythia-160m) or a folder."
-        similar = difflib.get_close_matches(name.lower(), known, n=3)
+        similar = difflib.get_close_matches(lower, known, n=3)
         if similar:
             hint = f"did you mean {' or '.join(similar)}?"
         raise InputError(f"there is no model or folder {name!r}; {hint}")

@@ -54,7 +54,8 @@ class SourceOutputs:
         d_model = self.model.cfg.d_model
         outputs = like.new_empty(len(nodes), batch, pos, d_model)
         # Computed in place: no second copy of the outputs exists.
-        for name, write in recording_hooks(self.model, nodes, outputs):
+        writers = recording_hooks(self.model, nodes, outputs)
+        for name, write in writers:
             write(self.activations[name])
         return outputs
 
@@ -65,7 +66,8 @@ class SourceOutputs:
         hook = output_hook(Head(layer, 0))
         z = self.activations[hook]
         projection = weights.output_projection(layer).flatten(0, 1)
-        return z.flatten(2) @ projection + weights.output_bias(layer)
+        written = z.flatten(2) @ projection
+        return written + weights.output_bias(layer)
 
     def check(self, residual: Residual, mask: Mask) -> None:
         """Refuse a model whose final residual stream is not the sum of the outputs and biases."""
@@ -88,7 +90,8 @@ class SourceOutputs:
         """Everything that is written, with biases, in float32 at least."""
         written = []
         for name, group in output_groups(self.nodes):
-            first, output = self.nodes[group.start], self.activations[name]
+            first = self.nodes[group.start]
+            output = self.activations[name]
             if isinstance(first, Head):
                 output = self.attention(first.layer)
             written.append(output)

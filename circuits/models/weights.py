@@ -55,7 +55,8 @@ class ModelWeights:
         # n = (x - mean(x)) / s   with   s = sqrt(mean((x - mean(x))^2) + eps)
         if _centres(self._norm_module(layer, name)):
             x = x - x.mean(-1, keepdim=True)
-        variance = x.square().mean(-1, keepdim=True)
+        squares = x.square()
+        variance = squares.mean(-1, keepdim=True)
         squared_scale = variance + self.model.cfg.eps
         scale = squared_scale.sqrt()
         return x / scale, scale
@@ -78,7 +79,8 @@ class ModelWeights:
         """Return W_Q, W_K or W_V, shared heads once, with the weights and centring of the norm."""
         block = self.model.blocks[layer]
         # Under this name TransformerLens keeps the weights of shared heads without repeats.
-        prefix = "_" if copies_per_head(self.model, slot) > 1 else ""
+        shared = copies_per_head(self.model, slot) > 1
+        prefix = "_" if shared else ""
         weight: Tensor = getattr(block.attn, f"{prefix}W_{slot.upper()}").detach()
         # n W = x C diag(w) W / s   with   C = 1 - 1/d_model
         norm_weight = _parameter(block.ln1, "w", weight)

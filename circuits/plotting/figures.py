@@ -87,8 +87,9 @@ def faithfulness_figure(curves: pandas.DataFrame) -> go.Figure:
     is_wide = sizes.max() >= MIN_LOG_RATIO * sizes.min()
     menus = [_menu(0.0, "relayout", AXES, active=int(not is_wide))]
     if "kl" in curves and curves["kl"].notna().any():
-        measures = _menu(0.28, "update", _measures(by_method), active=0)
-        menus.append(measures)
+        measures = _measures(by_method)
+        menu = _menu(0.28, "update", measures, active=0)
+        menus.append(menu)
     figure = go.Figure(_curves(by_method), LAYOUT)
     figure.update_layout(LOG_AXIS if is_wide else LINEAR_AXIS)
     figure.update_layout(

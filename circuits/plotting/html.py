@@ -57,7 +57,8 @@ def methods_panel(circuits: Mapping[str, Circuit], *, max_edges: int | None) -> 
     panels = []
     buttons = []
     for number, name in enumerate(circuits):
-        panel = circuit_panel(circuits[name], label=name, max_edges=max_edges)
+        circuit = circuits[name]
+        panel = circuit_panel(circuit, label=name, max_edges=max_edges)
         heading = f"<h3>{escape(name)}</h3>"
         panels.append(f'<div class="method" data-method="{number}">{heading}{panel}</div>')
         buttons.append(f'<button type="button" data-show="{number}">{escape(name)}</button>')

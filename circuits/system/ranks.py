@@ -130,10 +130,8 @@ class _Report(NamedTuple):
 
 
 def exchanged(function: Work[Result]) -> list[Result]:
-    """Return what `function` returns on every rank, in order; errors are those of `gathered`.
-
-    The values are pickled, so they should be small.
-    """
+    """Return what `function` returns on every rank, in order; errors are those of `gathered`."""
+    # The values are pickled, so they should be small.
     if ranks().world == 1:
         return [function()]
     own_error: Exception | None = None

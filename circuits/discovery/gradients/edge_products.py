@@ -136,8 +136,8 @@ class BatchProducts:
         They are on the CPU, each with a leading axis to join batches along, and last `steepest`.
         """
         layout = self.of.layout
-        spans = layout.shape[0]
-        dense = self.edges.unflatten(0, (-1, spans))
+        by_span = (-1, layout.shape[0])
+        dense = self.edges.unflatten(0, by_span)
         by_edge = dense[:, layout.span, layout.target, layout.source]
         positions = self.positions.transpose(0, 1)
         steepest = torch.tensor([self.steepest])

@@ -149,7 +149,8 @@ class EdgeScoring:
         """The scores in detail."""
         edges, positions, neurons = self._over_ranks(progress)
         row_prompt = self.task.row_prompt.cpu()
-        rows = torch.bincount(row_prompt, minlength=len(self.task))
+        prompts = len(self.task)
+        rows = torch.bincount(row_prompt, minlength=prompts)
         weights = rows * self._points_averaged
         return EdgeAttribution(
             graph=self.products.graph,
@@ -263,7 +264,8 @@ class EdgeScoring:
 
     def _plain_run(self, task: Task) -> tuple[SourceOutputs, Logits]:
         model, nodes = self.passes.model, self.passes.nodes
-        clean, residual = run_and_record(model, nodes, task.clean, task.mask)
+        tokens, mask = task.clean, task.mask
+        clean, residual = run_and_record(model, nodes, tokens, mask)
         logits = unembed(model, residual[task.scored])
         check_finite(logits)
         return clean, logits

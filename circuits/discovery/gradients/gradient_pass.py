@@ -165,11 +165,11 @@ class GradientPass:
         """
         seen: dict[str, Tensor] = {}
         with torch.enable_grad(), separate_gradients(self.model):
-            final = self._forward(task, tokens, override, seen)
-            logits = unembed(self.model, final[task.scored])
+            final, logits = self._forward(task, tokens, override, seen)
             against = logits.detach() if clean_logits is None else clean_logits
             damage = self.metric.damage(logits, against, task)
-            gradients = self._gradients(damage.sum(), seen, final, logits)
+            total = damage.sum()
+            gradients = self._gradients(total, seen, final, logits)
         outputs = self._outputs(seen)
         overridden = any(value is not None for value in override.values())
         if not overridden:
@@ -178,13 +178,14 @@ class GradientPass:
 
     def _forward(
         self, task: Task, tokens: Tokens, override: Override, seen: dict[str, Tensor]
-    ) -> Residual:
-        """Run `tokens` up to what the logits read; activations are kept in `seen`."""
+    ) -> tuple[Residual, Logits]:
+        """Run `tokens`, keep activations in `seen`, and return what the logits read, and them."""
         model = self.model
         hooks = [(name, _put(value)) for name, value in override.items()]
         hooks += self._keeping_hooks(seen)
         with hooked(model, self.rules.hooks(model)):
-            return run_to_residual(model, tokens, task.mask, hooks)
+            final = run_to_residual(model, tokens, task.mask, hooks)
+            return final, unembed(model, final[task.scored])
 
     def _outputs(self, seen: Activations) -> SourceOutputs:
         written = {}

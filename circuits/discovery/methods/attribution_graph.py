@@ -122,11 +122,7 @@ class AttributionGraph(Resumable):
             raise InputError(f"{name}={value!r}: give a whole number, {least} or more.")
 
     def search_graph(self, model: Model, graph: Graph | None) -> Graph:
-        """The empty graph: the method finds the nodes itself.
-
-        Raises:
-            InputError: a graph with edges was given.
-        """
+        """The empty graph: the method finds the nodes itself, and refuses a graph with edges."""
         if graph is not None and graph.nodes:
             raise InputError(
                 f"{self.name} makes its graph of features itself and takes none; leave out graph, "

@@ -247,7 +247,8 @@ def _text(text: str, attributes: str) -> str:
 def _legend(edges: Edges) -> str:
     """Explain colours, dashes and widths."""
     scores = [one.score for one in edges]
-    sizes = list(map(abs, filter(math.isfinite, scores)))
+    finite = filter(math.isfinite, scores)
+    sizes = list(map(abs, finite))
     widths = "edges without scores"
     if sizes:
         widths = f"width: |score|, {min(sizes):.3g} to {max(sizes):.3g}"

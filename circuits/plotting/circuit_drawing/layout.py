@@ -100,8 +100,10 @@ def lay_out(
     chains = {}
     for edge, width in edge_widths.items():
         source = nodes[edge.source]
-        chains[edge] = _connected(source, nodes[edge.target], width)
-    vertices = dict.fromkeys(itertools.chain(*chains.values()))
+        target = nodes[edge.target]
+        chains[edge] = _connected(source, target, width)
+    joined = itertools.chain(*chains.values())
+    vertices = dict.fromkeys(joined)
     middles = {}
     left = 0.0
     for position, min_width in column_widths.items():
@@ -120,10 +122,8 @@ def lay_out(
 
 
 def row_key(node: Node) -> tuple[float, bool]:
-    """Return the layer of a node and whether it follows attention; sorting by it gives the rows.
-
-    Embeddings are in layer -1, the logits in layer infinity.
-    """
+    """Return the layer of a node and whether it follows attention; sorting by it gives the rows."""
+    # Embeddings are in layer -1, the logits in layer infinity.
     outside = math.inf if isinstance(node, Logits) else -1
     layer: float = getattr(node, "layer", outside)
     return layer, isinstance(node, MLP | Feature | Error)
@@ -147,8 +147,9 @@ def separated(wanted: Floats, widths: Floats) -> Floats:
     offsets = np.cumsum(widths) - halves
     free = wanted - offsets
     largest = np.maximum.accumulate(free)
-    smallest = np.minimum.accumulate(free[::-1])
-    places = (largest + smallest[::-1]) / 2 + offsets
+    from_end = free[::-1]
+    smallest = np.minimum.accumulate(from_end)[::-1]
+    places = (largest + smallest) / 2 + offsets
     return places.tolist()
 
 
@@ -193,7 +194,8 @@ def _relax(column: list[Vertex]) -> None:
     # Following both rows straightens them.
     for _ in range(N_SWEEPS):
         for row in upwards + downwards:
-            _place(row, [vertex.below + vertex.above for vertex in row])
+            both = [vertex.below + vertex.above for vertex in row]
+            _place(row, both)
 
 
 def _place(row: list[Vertex], neighbours: list[list[Vertex]]) -> None:

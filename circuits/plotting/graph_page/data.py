@@ -47,7 +47,8 @@ class GraphData:
         influences = node_influence(graph)
         nodes = _frame(**vars(graph.nodes), influence=influences)
         nodes.insert(0, "id", nodes.index)
-        names = nodes["id"].map(graph.node).map(str)
+        named = nodes["id"].map(graph.node)
+        names = named.map(str)
         nodes.insert(1, "name", names.astype(object))
         # A weight that is not finite makes influences NaN; they rank last.
         influence = nodes["influence"].fillna(-math.inf)
@@ -83,8 +84,9 @@ class GraphData:
         """Hash of the graph's content."""
         graph = self.graph
         targets = list(map(asdict, graph.targets))
-        texts = json.dumps([graph.words, targets, graph.n_layers])
-        digest = hashlib.blake2b(texts.encode(), digest_size=12)
+        content = [graph.words, targets, graph.n_layers]
+        texts = json.dumps(content).encode()
+        digest = hashlib.blake2b(texts, digest_size=12)
         nodes = vars(graph.nodes).values()
         ends = (graph.source, graph.target)
         for column in (*nodes, *ends, graph.weight, graph.direct, graph.tokens):
@@ -138,10 +140,8 @@ class GraphData:
         return lru_cache(N_CACHED_VIEWS)(self.view)
 
     def around(self, numbers: Sequence[int], n: int) -> JsonObject:
-        """Return the `n` strongest edges into and out of a node, or of several taken as one.
-
-        Weights between these nodes and another node are summed.
-        """
+        """Return the `n` strongest edges into and out of a node, or of several taken as one."""
+        # Weights between these nodes and another node are summed.
         # Edges between the chosen nodes are inside of the whole, and not listed.
         leaving = self.edges["source"].isin(numbers)
         entering = self.edges["target"].isin(numbers)
@@ -217,7 +217,8 @@ class GraphData:
         ends, others = nodes[is_end], nodes[~is_end]
         n_others = max(0, max_nodes - len(ends))
         others = others.nlargest(n_others, "influence")
-        kept = pandas.concat([ends, others]).sort_index()
+        kept = pandas.concat([ends, others])
+        kept = kept.sort_index()
         # An edge can be shown only if both of its ends are.
         leaves = edges["source"].isin(kept.index)
         enters = edges["target"].isin(kept.index)
