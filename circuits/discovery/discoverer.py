@@ -26,6 +26,7 @@ SPEED_ONLY = {"speed_only": True}
 # Fields of methods that say how circuits are run and judged.
 RUN_SETTINGS = ("ablation", "metric", "max_memory", "precision")
 
+JsonObject = dict[str, Any]
 Progress = Callable[[int, int], None]
 """Called with (done, total) while a method runs."""
 
@@ -129,9 +130,10 @@ class CircuitDiscoverer:
                 del settings[each.name]
         return {"method": self.name, "settings": settings}
 
-    def record(self, **found: Any) -> dict[str, Any]:
+    def record(self, **found: Any) -> JsonObject:
         """The record of a circuit: the method, its settings, and what the run counted."""
-        return {"method": self.name, "settings": self.settings(), **found}
+        settings = self.settings()
+        return {"method": self.name, "settings": settings, **found}
 
     def meter(self, model: Model, graph: Graph, task: Task) -> DamageMeter:
         """Measures the damage of circuits as the method's fields say."""

@@ -82,10 +82,7 @@ class Circuit:
 
     @staticmethod
     def full(
-        graph: Graph,
-        scores: Tensor | None = None,
-        *,
-        record: Mapping[str, Any] | None = None,
+        graph: Graph, scores: Tensor | None = None, *, record: Mapping[str, Any] | None = None
     ) -> Circuit:
         """The circuit that keeps every edge: a whole model, or scores without a selection."""
         if scores is None:
@@ -151,7 +148,8 @@ class Circuit:
     @property
     def edges(self) -> tuple[Edge, ...]:
         """The kept edges, in graph order."""
-        return tuple(compress(self.graph.edges, self.kept.tolist()))
+        kept = self.kept.tolist()
+        return tuple(compress(self.graph.edges, kept))
 
     @property
     def nodes(self) -> tuple[Node, ...]:

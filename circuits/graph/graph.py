@@ -29,6 +29,7 @@ EdgeIndex = Int[Tensor, " edge"]
 EdgeMask = Bool[Tensor, " edge"]
 NodeNumbers = Int[Tensor, " _"]
 Steps = Int[np.ndarray, " step"]
+Names = tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +51,7 @@ class Graph:
     """
 
     # Executors that can run this kind of graph, the preferred one first.
-    executors: ClassVar[tuple[str, ...]] = ("incremental", "hooks")
+    executors: ClassVar[Names] = ("incremental", "hooks")
 
     nodes: tuple[Node, ...]
     source: EdgeIndex
@@ -234,6 +235,6 @@ class PooledFeatureGraph(Graph):
         transcoders: the transcoders whose features are the nodes.
     """
 
-    executors: ClassVar[tuple[str, ...]] = ("features",)
+    executors: ClassVar[Names] = ("features",)
 
     transcoders: TranscodersIdentity = field(kw_only=True)

@@ -210,8 +210,8 @@ class Attention:
         # A = softmax([S, sink]) without the column of the sink
         sinks = self.sinks[heads].to(scores)
         column = sinks.view(-1, 1, 1, 1, 1).expand_as(scores[..., :1])
-        pattern = torch.cat([scores, column], -1).softmax(-1)
-        return pattern[..., :-1]
+        with_sink = torch.cat([scores, column], -1)
+        return with_sink.softmax(-1)[..., :-1]
 
 
 def _product_of_variants(

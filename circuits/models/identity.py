@@ -54,10 +54,8 @@ def check_fits(model: Model, graph: Graph) -> None:
 
 
 def identity(model: Model) -> ModelIdentity:
-    """Return the model's name, its shape, and a fingerprint of its weights and architecture.
-
-    The fingerprint is the same on every device and whatever hook flags are set.
-    """
+    """Return the model's name, its shape, and a fingerprint of its weights and architecture."""
+    # The fingerprint is the same on every device and whatever hook flags are set.
     architecture = _architecture(model).encode()
     digest = hashlib.blake2b(architecture, digest_size=16)
     # Sorted, so that the order of parameters does not matter.

@@ -54,11 +54,7 @@ def draw_circuit(
 
 
 def circuit_page(
-    circuit: Circuit,
-    *,
-    title: str,
-    details: Details = None,
-    max_edges: int | None = None,
+    circuit: Circuit, *, title: str, details: Details = None, max_edges: int | None = None
 ) -> str:
     """Write a self-contained HTML page about a circuit.
 

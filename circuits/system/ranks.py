@@ -81,10 +81,8 @@ def start() -> Iterator[None]:
 
 
 def share(total: int) -> slice:
-    """Return which of `total` items this rank works on.
-
-    Shares are consecutive and differ in size by at most one; some may be empty.
-    """
+    """Return which of `total` items this rank works on."""
+    # Shares are consecutive and differ in size by at most one; some may be empty.
     # Rank r takes the items from total * r / world up to total * (r + 1) / world.
     rank, world = ranks()
     first = total * rank // world

@@ -131,10 +131,8 @@ class BatchProducts:
         return [self.neurons.new_empty(widest) for _ in range(min(points, 2))]
 
     def results(self) -> list[Tensor]:
-        """Products by prompt and edge, by prompt, node and position, and by node and coordinate.
-
-        They are on the CPU, each with a leading axis to join batches along, and last `steepest`.
-        """
+        """Products by prompt and edge, by prompt, node and position, and by node and coordinate."""
+        # They are on the CPU, each with a leading axis to join batches along, and last `steepest`.
         layout = self.of.layout
         by_span = (-1, layout.shape[0])
         dense = self.edges.unflatten(0, by_span)

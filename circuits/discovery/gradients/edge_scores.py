@@ -284,7 +284,8 @@ class EdgeScoring:
         """What to put at hook points to move the clean run to a point."""
         override = dict(self._cut)
         nodes = self.passes.nodes
-        moving = set(point.nodes) or set(filter(is_embedding, nodes))
+        embeddings = filter(is_embedding, nodes)
+        moving = set(point.nodes) or set(embeddings)
         for name, rows in output_groups(nodes):
             here = nodes[rows]
             moved = [node in moving for node in here]

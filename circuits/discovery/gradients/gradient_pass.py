@@ -109,7 +109,8 @@ def _back_through_projection(
 ) -> None:
     """Back through W_Q, W_K or W_V, which heads may share, and the linear part of the norm."""
     number, d_model, d_head = projection.shape
-    by_head = gradient.flatten(0, 1).transpose(0, 1)
+    tokens = gradient.flatten(0, 1)
+    by_head = tokens.transpose(0, 1)
     by_projection = by_head.reshape(number, -1, d_head)
     result = rows.view(number, -1, d_model)
     # dL/dx_h = dL/dq_h W_Q[h]^T, and the same for k and v

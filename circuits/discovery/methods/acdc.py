@@ -158,9 +158,10 @@ class ACDC(Resumable):
         stays = methods[0]._guess(model, graph, task) if guess is None else guess.kept
         meter = self.meter(model, graph, task)
         found: dict[float, Circuit] = {}
+        report = progress or no_progress
         for number, method in enumerate(methods):
             saved = method._checkpoint_in(checkpoint, graph, task)
-            part = partial(_report_part, progress or no_progress, number, len(methods))
+            part = partial(_report_part, report, number, len(methods))
             circuit = method._search(graph, meter, saved, part, stays)
             found[method.threshold] = circuit
             stays = circuit.kept

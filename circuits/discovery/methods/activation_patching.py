@@ -124,8 +124,8 @@ class ActivationPatching(Resumable):
         kept = graph.source[None] != sources[:, None]
         parts = kept.split(NODES_PER_STEP)
         # score(u) = L(G without all edges from u) - L(G)
-        damages = torch.cat(list(map(meter, parts)))
-        scores = damages - _whole(meter, graph)
+        damages = [meter(part) for part in parts]
+        scores = torch.cat(damages) - _whole(meter, graph)
         nodes = [graph.nodes[source] for source in sources.tolist()]
         return dict(zip(nodes, scores.tolist(), strict=True))
 

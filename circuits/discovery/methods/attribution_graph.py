@@ -32,7 +32,7 @@ from circuits.attribution.influence import prune
 from circuits.attribution.local_model import LocalModel, freeze
 from circuits.attribution.pooling import Pooled, spans_of
 from circuits.discovery.checkpoint import Checkpoint
-from circuits.discovery.discoverer import SPEED_ONLY, Progress, Resumable
+from circuits.discovery.discoverer import SPEED_ONLY, JsonObject, Progress, Resumable
 from circuits.graph.circuit import Circuit
 from circuits.graph.graph import Graph
 from circuits.graph.identity import TranscodersIdentity
@@ -186,7 +186,7 @@ class AttributionGraph(Resumable):
         graphs = self._graphs(model, tokens, directions)
         return [replace(graph.to("cpu"), **described) for _, graph in graphs]
 
-    def _described(self, model: Model) -> dict[str, Any]:
+    def _described(self, model: Model) -> JsonObject:
         """What the graph of a prompt records of its making."""
         settings = self.settings()
         for name in TASK_SETTINGS:

@@ -133,8 +133,9 @@ def ranked_edges(circuit: Circuit, limit: int) -> Edges:
     strongest = sortable.argsort(descending=True, stable=True)
     ranked = []
     for rank, index in enumerate(strongest[:limit].tolist(), 1):
-        score, strength = float(scores[index]), strengths[index]
-        ranked.append(RankedEdge(edges[index], score, rank, strength))
+        edge, score = edges[index], float(scores[index])
+        one = RankedEdge(edge, score, rank, strengths[index])
+        ranked.append(one)
     return ranked
 
 

@@ -183,7 +183,8 @@ def _relax(column: list[Vertex]) -> None:
     """Move the rows of a column to their neighbours, one after another."""
     # groupby needs the vertices of a row next to each other.
     column.sort(key=attrgetter("row"))
-    downwards = [list(row) for _, row in groupby(column, attrgetter("row"))]
+    rows = groupby(column, attrgetter("row"))
+    downwards = [list(row) for _, row in rows]
     upwards = downwards[::-1]
     # Following the row before untangles the edges.
     for _ in range(N_SWEEPS):
