@@ -55,8 +55,7 @@ class ModelWeights:
         # n = (x - mean(x)) / s   with   s = sqrt(mean((x - mean(x))^2) + eps)
         if _centres(self._norm_module(layer, name)):
             x = x - x.mean(-1, keepdim=True)
-        squares = x.square()
-        variance = squares.mean(-1, keepdim=True)
+        variance = x.square().mean(-1, keepdim=True)
         squared_scale = variance + self.model.cfg.eps
         scale = squared_scale.sqrt()
         return x / scale, scale
