@@ -320,6 +320,13 @@ def test_the_record_counts_what_was_done(toy_world):
     )
 
 
+def test_only_measurements_are_counted_not_what_getting_near_a_circuit_computes(toy_world):
+    task = circuits.load_task("ioi", toy_world, n=16, split="train")
+    record = circuits.BatchedACDC(0.01).discover(toy_world, task).record
+    assert record["node_evaluations"] == 1060
+    assert record["batches"] == 29
+
+
 def test_memory_changes_the_batches_and_not_the_circuit(toy_world):
     task = circuits.load_task("ioi", toy_world, n=8, split="train")
     free, bounded = (

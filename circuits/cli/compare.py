@@ -31,6 +31,7 @@ RANDOM_SEEDS = 5
 Sweeps = dict[str, list[CircuitDiscoverer]]
 Runs = dict[str, list[CircuitRun]]
 Details = dict[str, str]
+Texts = Sequence[str]
 MODEL_RUNS_IN_WORDS = (
     "forward passes on all prompts; one that computes only some heads and MLPs counts as that "
     "share; backward passes do not count"
@@ -93,7 +94,7 @@ def command(
         Console().print(f"Report: {report}", soft_wrap=True)
 
 
-def _sweeps(methods: str, thresholds: Sequence[str], ablation: str) -> Sweeps:
+def _sweeps(methods: str, thresholds: Texts, ablation: str) -> Sweeps:
     """What to run for each entry of --methods, by the entry's label in the table."""
     sweeps: Sweeps = {}
     for entry in methods.split(","):
@@ -110,29 +111,26 @@ def _sweeps(methods: str, thresholds: Sequence[str], ablation: str) -> Sweeps:
     return sweeps
 
 
-def _variations(
-    kind: Method,
-    settings: Sequence[str],
-    thresholds: Sequence[str],
-    ablation: str,
-) -> list[list[str]]:
+def _variations(kind: Method, settings: Texts, thresholds: Texts, ablation: str) -> list[list[str]]:
     """Further settings of each run: of a sweep of thresholds, several random seeds, or one run."""
     # One draw of random scores says little.
     if kind.name == "random" and not settings:
         return [[f"seed={seed}"] for seed in range(RANDOM_SEEDS)]
-    given = {setting.partition("=")[0] for setting in settings}
-    free = {field.name for field in fields(kind)} - given
+    given = [setting.partition("=")[0] for setting in settings]
+    names = {field.name for field in fields(kind)}
+    free = names.difference(given)
     shared = [f"ablation={ablation}"] if "ablation" in free else []
     if "threshold" not in free:
         return [shared]
     return [[*shared, f"threshold={threshold}"] for threshold in thresholds]
 
 
-def _make(kind: Method, settings: Sequence[str], entry: str) -> CircuitDiscoverer:
+def _make(kind: Method, settings: Texts, entry: str) -> CircuitDiscoverer:
     words = [f"--{setting}" for setting in settings]
+    known = options_of(kind)
     try:
         # Silent, so that a mistake is one line like all others.
-        options = tyro.cli(options_of(kind), args=words, console_outputs=False)
+        options = tyro.cli(known, args=words, console_outputs=False)
     except SystemExit as error:
         names = []
         for field in fields(kind):
@@ -145,13 +143,7 @@ def _make(kind: Method, settings: Sequence[str], entry: str) -> CircuitDiscovere
     return kind(**vars(options))
 
 
-def _run_all(
-    sweeps: Sweeps,
-    model: Model,
-    task: Task,
-    source: TaskOptions,
-    out: Path,
-) -> Runs:
+def _run_all(sweeps: Sweeps, model: Model, task: Task, source: TaskOptions, out: Path) -> Runs:
     notes = source.notes()
     runs: Runs = {label: [] for label in sweeps}
     for label, sweep in sweeps.items():
@@ -194,8 +186,10 @@ def _details(
 
 def _write_report(report: Path, comparison: Comparison, details: Details) -> Any:
     # By way of pandas, which writes NaN as null.
-    table = json.loads(comparison.table.to_json(orient="index"))
-    curves = json.loads(comparison.curves.to_json(orient="records"))
+    table_json = comparison.table.to_json(orient="index")
+    table = json.loads(table_json)
+    curves_json = comparison.curves.to_json(orient="records")
+    curves = json.loads(curves_json)
     content = {"details": details, "table": table, "curves": curves}
     write_json(report.with_name("comparison.json"), content, "circuits.comparison", 1)
     page = report_page(

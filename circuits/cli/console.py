@@ -33,9 +33,11 @@ def progress_bar(description: str, *, quiet: bool = False) -> Iterator[Callback 
     if quiet or not is_first() or not sys.stderr.isatty():
         yield None
         return
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), _RateColumn())
+    columns = Progress.get_default_columns()
+    columns += (MofNCompleteColumn(), _RateColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True) as bar:
+    bar = Progress(*columns, console=console, transient=True)
+    with bar:
         # The method tells the total with every update.
         row = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(row, completed=done, total=total)
@@ -56,7 +58,8 @@ def frame_table(frame: pd.DataFrame, title: str) -> Table:
         heading = str(column).replace("_", " ")
         table.add_column(heading, justify="right", overflow="fold")
     for name, *values in frame.itertuples():
-        table.add_row(str(name), *map(_cell, values))
+        cells = map(_cell, values)
+        table.add_row(str(name), *cells)
     return table
 
 
@@ -72,7 +75,8 @@ def edge_table(circuit: Circuit) -> Table:
 
 def print_json(content: Any) -> None:
     """Print one JSON value on standard output, for programs."""
-    sys.stdout.write(json.dumps(content, indent=2) + "\n")
+    json.dump(content, sys.stdout, indent=2)
+    sys.stdout.write("\n")
 
 
 def print_run(found: CircuitRun | GraphRun, content: Mapping[str, Any]) -> None:

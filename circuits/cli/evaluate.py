@@ -46,7 +46,8 @@ def command(
     found = load_run(circuit)
     if not found.circuit.selected and size is None:
         raise InputError(size_needed(found))
-    source = _with_defaults_of_run(source, found.record.get("notes", {}))
+    notes = found.record.get("notes", {})
+    source = _with_defaults_of_run(source, notes)
     model = source.load_model()
     task = source.load_task(model, n, "test")
     evaluation = evaluate_run(
@@ -75,7 +76,8 @@ def show_evaluation(found: CircuitRun, evaluation: Record, source: TaskOptions) 
         return
     edges = f"{evaluation['edges']:,} of {len(found.circuit.graph):,} edges"
     prompts = f"{evaluation['n_prompts']} prompts of {evaluation['task']}"
-    if evaluation["prompts"] == found.record["task"]["digest"]:
+    found_on = found.record["task"]["digest"]
+    if evaluation["prompts"] == found_on:
         prompts += ", those it was found on"
     title = f"{found.record['method']}: {edges}, {prompts}, {evaluation['ablation']} ablation"
     values = pd.DataFrame.from_dict(evaluation["values"], orient="index")

@@ -103,7 +103,8 @@ def _explained(text: str | None) -> list[Explained] | None:
 def _show(found: GraphRun) -> None:
     console = Console()
     title = f"{found.graph.prompt!r}: the most influential features"
-    console.print(frame_table(_top_features(found.graph), title))
+    features = _top_features(found.graph)
+    console.print(frame_table(features, title))
     for name, text in found.details.items():
         console.print(f"{name}: {text}")
     page = found.folder / PAGE
@@ -114,7 +115,8 @@ def _top_features(graph: FeatureGraph) -> pd.DataFrame:
     """The most influential features: where they fire, how strongly, and their strongest input."""
     influence = node_influence(graph)
     total = influence.sum()
-    features = graph.is_kind(FEATURE).nonzero().flatten()
+    is_feature = graph.is_kind(FEATURE)
+    features = is_feature.nonzero().flatten()
     order = influence[features].argsort(descending=True)
     most_influential = features[order]
     rows = {}
@@ -127,4 +129,5 @@ def _top_features(graph: FeatureGraph) -> pd.DataFrame:
             "share of influence": float(influence[number] / total),
             "strongest input": "".join(graph.incoming(node, 1)["node"]),
         }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("feature")
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    return table.rename_axis("feature")

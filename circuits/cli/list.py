@@ -23,11 +23,10 @@ def command(json: bool = False) -> None:
     Args:
         json: Print JSON for programs instead of tables.
     """
-    metrics = {name: metric.function for name, metric in METRICS.items()}
     content = {
         "methods": _described(discoverers()),
         "tasks": _described(task_families()),
-        "metrics": _described(metrics),
+        "metrics": _described({name: METRICS[name].function for name in METRICS}),
         "ablations": ABLATIONS,
         "transcoders that ship with the package": embedded_transcoders(),
     }
@@ -49,5 +48,7 @@ def _print_table(title: str, names: Any) -> None:
 
 def _described(documented: Mapping[str, Any]) -> dict[str, str]:
     """The first line of each docstring."""
-    docstrings = {name: getdoc(each) or "" for name, each in documented.items()}
-    return {name: text.partition("\n")[0] for name, text in docstrings.items()}
+    first_lines = {}
+    for name, each in documented.items():
+        first_lines[name], *_ = (getdoc(each) or "").partition("\n")
+    return first_lines

@@ -36,12 +36,13 @@ examples:
   circuits list
   torchrun --nproc-per-node=4 -m -- circuits discover ...    share the work among four devices
 """
+Words = Sequence[str]
 COMMANDS = ("discover", "evaluate", "compare", "graph", "view", "list")
 # The ranks that torchrun starts run these commands together; the first runs the others alone.
 COMMANDS_OF_ALL_RANKS = ("discover", "compare")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Words | None = None) -> int:
     """Run the command in `arguments`, by default those of this process.
 
     Returns the exit status: 0, 2 for invalid input, 1 if another rank ended, 130 if interrupted.
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _run(command, words[1:])
 
 
-def _run(command: str, words: Sequence[str]) -> int:
+def _run(command: str, words: Words) -> int:
     from circuits.system.errors import InputError
     from circuits.system.ranks import RankError, SharedError, is_first, start
 
@@ -90,7 +91,7 @@ def _run(command: str, words: Sequence[str]) -> int:
     return 0
 
 
-def _call(command: str, words: Sequence[str]) -> None:
+def _call(command: str, words: Words) -> None:
     import tyro
 
     module = import_module(f"circuits.cli.{command}")
@@ -99,7 +100,8 @@ def _call(command: str, words: Sequence[str]) -> None:
         module.discover(words)
     else:
         # The parameters of the function are the options.
-        tyro.cli(module.command, prog=f"circuits {command}", args=words)
+        program = f"circuits {command}"
+        tyro.cli(module.command, prog=program, args=words)
 
 
 def _fail(message: str, status: int) -> int:

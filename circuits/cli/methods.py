@@ -46,10 +46,13 @@ def options_of(kind: Method, taken: Collection[str] = ()) -> Any:
     options: list[Any] = []
     for field in dataclasses.fields(kind):
         name = f"method-{field.name}" if field.name in taken else None
-        option_type: Any = _option_type(field.name, hints[field.name])
-        argument: Any = Annotated[option_type, tyro.conf.arg(name=name)]
+        hint = hints[field.name]
+        option_type: Any = _option_type(field.name, hint)
+        named = tyro.conf.arg(name=name)
+        argument: Any = Annotated[option_type, named]
         # A copy, because a dataclass changes the fields that it is made of.
-        options.append((field.name, argument, copy.copy(field)))
+        copied = copy.copy(field)
+        options.append((field.name, argument, copied))
     documented = {"__doc__": kind.__doc__}
     return dataclasses.make_dataclass(f"{kind.__name__}Options", options, namespace=documented)
 

@@ -19,8 +19,8 @@ from circuits.system.ranks import is_first, on_first
 from circuits.tasks.task import Task
 
 FORMAT, FORMAT_VERSION = "circuits.checkpoint", 1
-
 Tensors = Mapping[str, Tensor]
+State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,7 @@ class Checkpoint:
 
     @staticmethod
     def open(
-        where: Checkpoint | str | Path | None,
-        method: Mapping[str, Any],
-        graph: Graph,
-        task: Task,
+        where: Checkpoint | str | Path | None, method: Mapping[str, Any], graph: Graph, task: Task
     ) -> Checkpoint:
         """The checkpoint of one method on one graph and task.
 
@@ -56,9 +53,10 @@ class Checkpoint:
         key = _digest(method, graph, task)
         if isinstance(where, Checkpoint):
             return Checkpoint(where.path, key)
-        return Checkpoint(None if where is None else Path(where), key)
+        path = None if where is None else Path(where)
+        return Checkpoint(path, key)
 
-    def restore(self, start: Tensors) -> dict[str, Tensor]:
+    def restore(self, start: Tensors) -> State:
         """The state saved last, or `start` if there is none.
 
         Raises:
@@ -66,7 +64,7 @@ class Checkpoint:
         """
         return on_first(lambda: self._read(start))
 
-    def _read(self, start: Tensors) -> dict[str, Tensor]:
+    def _read(self, start: Tensors) -> State:
         if self.path is None or not self.path.exists():
             return dict(start)
         state, metadata = read_tensors(self.path, FORMAT, FORMAT_VERSION)
@@ -107,10 +105,12 @@ class TensorState:
 
 
 def _digest(method: Mapping[str, Any], graph: Graph, task: Task) -> str:
-    model = graph.model and [graph.model.name, graph.model.weights]
+    made_from = graph.model
+    model = made_from and [made_from.name, made_from.weights]
     nodes = list(map(str, graph.nodes))
-    text = json.dumps([method, model, nodes, task.digest()])
-    digest = hashlib.blake2b(text.encode(), digest_size=16)
+    inputs = [method, model, nodes, task.digest()]
+    text = json.dumps(inputs).encode()
+    digest = hashlib.blake2b(text, digest_size=16)
     for column in (graph.source, graph.target, graph.slot):
         digest.update(column.cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -26,6 +26,7 @@ SPEED_ONLY = {"speed_only": True}
 # Fields of methods that say how circuits are run and judged.
 RUN_SETTINGS = ("ablation", "metric", "max_memory", "precision")
 
+JsonObject = dict[str, Any]
 Progress = Callable[[int, int], None]
 """Called with (done, total) while a method runs."""
 
@@ -94,8 +95,10 @@ class CircuitDiscoverer:
         graph = self.search_graph(model, graph)
         saved = Checkpoint()
         if checkpoint is not None:
-            saved = Checkpoint.open(checkpoint, self.identity(), graph, task)
-        return self.find(model, task, graph, saved, progress or no_progress)
+            identity = self.identity()
+            saved = Checkpoint.open(checkpoint, identity, graph, task)
+        progress = progress or no_progress
+        return self.find(model, task, graph, saved, progress)
 
     def find(
         self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
@@ -108,11 +111,7 @@ class CircuitDiscoverer:
         return component_graph(model) if graph is None else graph
 
     def refuse_checkpoint(self, checkpoint: object) -> None:
-        """Refuse a checkpoint, for methods that have no state to resume from.
-
-        Raises:
-            InputError: a checkpoint was given.
-        """
+        """Refuse a checkpoint, for methods that have no state to resume from."""
         if checkpoint is not None:
             raise InputError(
                 f"{self.name} cannot resume from checkpoint={str(checkpoint)!r}: it keeps no state "
@@ -131,13 +130,15 @@ class CircuitDiscoverer:
                 del settings[each.name]
         return {"method": self.name, "settings": settings}
 
-    def record(self, **found: Any) -> dict[str, Any]:
+    def record(self, **found: Any) -> JsonObject:
         """The record of a circuit: the method, its settings, and what the run counted."""
-        return {"method": self.name, "settings": self.settings(), **found}
+        settings = self.settings()
+        return {"method": self.name, "settings": settings, **found}
 
     def meter(self, model: Model, graph: Graph, task: Task) -> DamageMeter:
         """Measures the damage of circuits as the method's fields say."""
-        return DamageMeter.prepare(model, graph, task, self.run_settings(task))
+        settings = self.run_settings(task)
+        return DamageMeter.prepare(model, graph, task, settings)
 
     def run_settings(self, task: Task) -> RunSettings:
         """How to run circuits on `task` and judge them: the method's fields named RUN_SETTINGS."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from html import escape
 from itertools import compress
@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuits.graph.edges import Edge
+from circuits.graph.edges import Edge, EdgesOrTexts
 from circuits.graph.graph import Graph, PooledFeatureGraph
 from circuits.graph.identity import ModelIdentity, TranscodersIdentity
 from circuits.graph.nodes import Node, parse_node
@@ -82,10 +82,7 @@ class Circuit:
 
     @staticmethod
     def full(
-        graph: Graph,
-        scores: Tensor | None = None,
-        *,
-        record: Mapping[str, Any] | None = None,
+        graph: Graph, scores: Tensor | None = None, *, record: Mapping[str, Any] | None = None
     ) -> Circuit:
         """The circuit that keeps every edge: a whole model, or scores without a selection."""
         if scores is None:
@@ -94,13 +91,14 @@ class Circuit:
         return Circuit(graph, scores, kept, selected=False, record=record or {})
 
     @staticmethod
-    def from_edges(graph: Graph, edges: Sequence[Edge | str]) -> Circuit:
+    def from_edges(graph: Graph, edges: EdgesOrTexts) -> Circuit:
         """The circuit of exactly these edges, without scores.
 
         Raises:
             InputError: the graph lacks one of them.
         """
-        return Circuit(graph, _no_scores(graph), graph.mask(edges))
+        kept = graph.mask(edges)
+        return Circuit(graph, _no_scores(graph), kept)
 
     def __len__(self) -> int:
         return int(self.kept.sum())
@@ -119,7 +117,8 @@ class Circuit:
         Raises:
             InputError: the graph has no such edge.
         """
-        return float(self.scores[self.graph.index(edge)])
+        number = self.graph.index(edge)
+        return float(self.scores[number])
 
     def __repr__(self) -> str:
         scored_only = "" if self.selected else ", scored only"
@@ -129,10 +128,10 @@ class Circuit:
         shown = min(ROWS_SHOWN, len(self))
         strongest = self.top(shown).to_dataframe()
         strongest = strongest.sort_values("score", key=abs, ascending=False)
-        title, table = escape(repr(self)), strongest.to_html(index=False)
+        table = strongest.to_html(index=False)
         more = len(self) - shown
         rest = f"<p>... and {more:,} more edges</p>" if more else ""
-        return f"<p><b>{title}</b></p>{table}{rest}"
+        return f"<p><b>{escape(repr(self))}</b></p>{table}{rest}"
 
     def __eq__(self, other: object) -> bool:
         """Equal graphs, kept edges and scores, however the circuits were found."""
@@ -149,14 +148,16 @@ class Circuit:
     @property
     def edges(self) -> tuple[Edge, ...]:
         """The kept edges, in graph order."""
-        return tuple(compress(self.graph.edges, self.kept.tolist()))
+        kept = self.kept.tolist()
+        return tuple(compress(self.graph.edges, kept))
 
     @property
     def nodes(self) -> tuple[Node, ...]:
         """The nodes at either end of a kept edge, in order of computation."""
         graph, kept = self.graph, self.kept
         ends = torch.cat([graph.source[kept], graph.target[kept]])
-        return tuple(graph.nodes[number] for number in ends.unique().tolist())
+        numbers = ends.unique().tolist()
+        return tuple(graph.nodes[number] for number in numbers)
 
     def top(self, n: int, by: Literal["magnitude", "signed"] = "magnitude") -> Circuit:
         """The `n` kept edges of largest |score| (or largest score).
@@ -240,12 +241,13 @@ class Circuit:
         """
         result = networkx.MultiDiGraph()
         scores = self.scores[self.kept].tolist()
-        for edge, score in zip(self.edges, scores, strict=True):
+        pairs = zip(self.edges, scores, strict=True)
+        for edge, score in pairs:
             attributes = {"slot": edge.slot} if edge.slot else {}
             if not math.isnan(score):
                 attributes["score"] = score
-            source, target = str(edge.source), str(edge.target)
-            result.add_edge(source, target, edge.slot, **attributes)
+            source = str(edge.source)
+            result.add_edge(source, str(edge.target), edge.slot, **attributes)
         return result
 
     def save(self, folder: str | Path) -> Path:
@@ -255,8 +257,9 @@ class Circuit:
             The path of the file.
         """
         graph = self.graph
-        columns = {name: getattr(graph, name) for name in COLUMNS}
-        tensors = {"scores": self.scores, "kept": self.kept, **columns}
+        tensors = {"scores": self.scores, "kept": self.kept}
+        for name in COLUMNS:
+            tensors[name] = getattr(graph, name)
         description = {
             "nodes": [str(node) for node in graph.nodes],
             "positions": graph.positions,
@@ -267,9 +270,9 @@ class Circuit:
             "record": dict(self.record),
         }
         # Identities are dataclasses, which become dictionaries.
-        header = {"description": json.dumps(description, default=vars)}
+        text = json.dumps(description, default=vars)
         path = Path(folder) / FILE
-        return write_tensors(path, tensors, header, FORMAT, FORMAT_VERSION)
+        return write_tensors(path, tensors, {"description": text}, FORMAT, FORMAT_VERSION)
 
     @staticmethod
     def load(folder: str | Path) -> Circuit:

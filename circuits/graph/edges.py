@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from circuits.graph.nodes import Head, Node, parse_node
@@ -33,8 +34,12 @@ class Edge:
     def __str__(self) -> str:
         if self.slot is None:
             return f"{self.source}->{self.target}"
-        label, at, position = str(self.target).partition("@")
+        target = str(self.target)
+        label, at, position = target.partition("@")
         return f"{self.source}->{label}.{self.slot}{at}{position}"
+
+
+EdgesOrTexts = Sequence[Edge | str]
 
 
 def parse_edge(text: str) -> Edge:
@@ -54,10 +59,11 @@ def parse_edge(text: str) -> Edge:
             "a5.h5@S2->a9.h9.q@END."
         )
     source = parse_node(match["source"])
-    target = parse_node(match["target"] + (match["position"] or ""))
-    if isinstance(target, Head) != (match["slot"] is not None):
+    position, slot = match["position"] or "", match["slot"]
+    target = parse_node(match["target"] + position)
+    if isinstance(target, Head) != (slot is not None):
         raise InputError(
             f"{text!r} names no edge: a head is read in a slot, .q, .k or .v, and nothing else is; "
             "write for example a5.h5->a9.h9.q."
         )
-    return Edge(source, target, match["slot"])
+    return Edge(source, target, slot)

@@ -9,7 +9,6 @@ sources in the same order.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -21,7 +20,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from circuits.graph.edges import NO_SLOT, SLOTS, Edge, parse_edge
+from circuits.graph.edges import NO_SLOT, SLOTS, Edge, EdgesOrTexts, parse_edge
 from circuits.graph.identity import ModelIdentity, TranscodersIdentity
 from circuits.graph.nodes import Embed, Head, Logits, Node, PosEmbed, TokenEmbed
 from circuits.system.errors import InputError
@@ -30,6 +29,7 @@ EdgeIndex = Int[Tensor, " edge"]
 EdgeMask = Bool[Tensor, " edge"]
 NodeNumbers = Int[Tensor, " _"]
 Steps = Int[np.ndarray, " step"]
+Names = tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class Graph:
     """
 
     # Executors that can run this kind of graph, the preferred one first.
-    executors: ClassVar[tuple[str, ...]] = ("incremental", "hooks")
+    executors: ClassVar[Names] = ("incremental", "hooks")
 
     nodes: tuple[Node, ...]
     source: EdgeIndex
@@ -93,7 +93,8 @@ class Graph:
         title = f"<p><b>{self!r}</b></p>"
         if not self.nodes:
             return title
-        first, last = self.nodes[0], self.nodes[-1]
+        nodes = self.nodes
+        first, last = nodes[0], nodes[-1]
         return f"{title}<p>from <code>{first}</code> to <code>{last}</code></p>"
 
     @cached_property
@@ -128,7 +129,7 @@ class Graph:
             raise InputError(f"the graph has no edge {edge}: {self._why_not(edge)}")
         return self._edge_index[edge]
 
-    def mask(self, edges: Sequence[Edge | str]) -> EdgeMask:
+    def mask(self, edges: EdgesOrTexts) -> EdgeMask:
         """True for the given edges.
 
         Raises:
@@ -157,7 +158,8 @@ class Graph:
         allowed[: len(kept)] = kept.numpy()
         is_first = [isinstance(node, kind) for node in self.nodes]
         # No path begins at keys and values.
-        reached = np.concatenate([is_first, np.zeros_like(is_first)])
+        not_first = np.zeros_like(is_first)
+        reached = np.concatenate([is_first, not_first])
         crossed = np.zeros_like(allowed)
         while True:
             # Follow one more step of every path, until no further step is crossed.
@@ -187,10 +189,8 @@ class Graph:
 
     @cached_property
     def _steps(self) -> tuple[Steps, Steps]:
-        """The two ends of each step of a path: first along the edges, then through attention.
-
-        They are numbers of nodes; the keys and values of head n are len(nodes) + n.
-        """
+        """The two ends of each step of a path: first along the edges, then through attention."""
+        # They are numbers of nodes; the keys and values of head n are len(nodes) + n.
         source, reader = self.source, self.target
         if self.positions is not None:
             # Attention carries what a head reads through k or v to other positions.
@@ -213,11 +213,18 @@ class Graph:
             pairs += product(same, same)
         steps = torch.tensor(pairs, dtype=torch.long)
         key, query = steps.reshape(-1, 2).T
+        if not self._positions_in_order:
+            return key, query
+        attends = key <= query
+        return key[attends], query[attends]
+
+    @property
+    def _positions_in_order(self) -> bool:
+        """Whether attention carries information from earlier positions to later ones only."""
         # Named spans have no order that holds for every prompt, so attention may carry information
         # between any two of them. Numbered positions are in order.
-        named = any(isinstance(position, str) for position in self.positions or ())
-        attends = (key <= query) | named | (not self.causal)
-        return key[attends], query[attends]
+        named = [name for name in self.positions or () if isinstance(name, str)]
+        return self.causal and not named
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -228,6 +235,6 @@ class PooledFeatureGraph(Graph):
         transcoders: the transcoders whose features are the nodes.
     """
 
-    executors: ClassVar[tuple[str, ...]] = ("features",)
+    executors: ClassVar[Names] = ("features",)
 
     transcoders: TranscodersIdentity = field(kw_only=True)

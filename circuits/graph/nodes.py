@@ -178,7 +178,6 @@ NODE_TYPES: tuple[type[Node], ...] = (
     Error,
     Logits,
 )
-
 AnyNode = TypeVar("AnyNode", bound=Node)
 
 
@@ -199,8 +198,10 @@ def parse_node(text: str) -> Node:
         for kind in NODE_TYPES:
             match = re.fullmatch(kind.pattern, label)
             if match:
-                found = {name: value for name, value in match.groupdict().items() if value}
-                values = {name: _number_or_text(value) for name, value in found.items()}
+                values = {}
+                for name, value in match.groupdict().items():
+                    if value:
+                        values[name] = _number_or_text(value)
                 return kind(**values, position=where)  # type: ignore[call-arg]
     raise InputError(
         f"{text!r} names no node; nodes are written like embed, tok_embed, pos_embed, a9.h6, m3, "
@@ -214,11 +215,7 @@ def at_position(node: AnyNode, position: Position) -> AnyNode:
 
 
 def check_position_name(name: str) -> None:
-    """Refuse a span name that would not survive the text form of nodes and edges.
-
-    Raises:
-        InputError: the name is empty, a number, or contains a character of the edge syntax.
-    """
+    """Refuse a span name that would not survive the text form of nodes and edges."""
     if not name or name.isdecimal() or re.search(r"[@<>\s.]|->", name):
         raise InputError(
             f"span name {name!r} cannot be used: it must not be empty, a number, or contain "

@@ -77,15 +77,17 @@ def _complete_graph(model: Model, split_embed: bool, spans: Spans) -> Graph:
     columns = []
     for index, target in enumerate(components):
         n_sources = sources_of(model, target, split_embed)
-        slots = range(len(SLOTS)) if isinstance(target, Head) else [NO_SLOT]
+        n_slots = len(SLOTS)
+        slots = range(n_slots) if isinstance(target, Head) else [NO_SLOT]
         for slot in slots:
-            columns.append(_edges_into(index, slot, n_sources, len(names)))
+            into_slot = _edges_into(index, slot, n_sources, len(names))
+            columns.append(into_slot)
     edges = torch.cat(columns, dim=1)
     # Cloned, because files cannot hold tensors that share memory.
     source, target, slot = (column.clone() for column in edges)
-    nodes = [at_position(node, span) for node in components for span in names]
+    nodes = tuple(at_position(node, span) for node in components for span in names)
     is_causal = model.cfg.attention_dir == "causal"
-    return Graph(tuple(nodes), source, target, slot, spans, is_causal)
+    return Graph(nodes, source, target, slot, spans, is_causal)
 
 
 def _edges_into(target: int, slot: int, n_sources: int, n_spans: int) -> EdgeColumns:
@@ -94,19 +96,19 @@ def _edges_into(target: int, slot: int, n_sources: int, n_spans: int) -> EdgeCol
     source = torch.arange(n_sources).repeat(n_spans)
     slots = torch.full_like(span, slot)
     # Component c at span s is node c * n_spans + s.
-    return torch.stack([source * n_spans + span, target * n_spans + span, slots])
+    sources = source * n_spans + span
+    targets = target * n_spans + span
+    return torch.stack([sources, targets, slots])
 
 
 def reaching_logits(model: Model, graph: Graph) -> Callable[[EdgeMask], EdgeMask]:
-    """Return a function from kept edges to those from which a path leads to the logits.
-
-    Edges of the model that the graph lacks are never ablated, so paths lead along them as well.
-    """
+    """Return a function from kept edges to those from which a path leads to the logits."""
+    # Edges of the model that the graph lacks are never ablated, so paths lead along them as well.
     whole = _complete_graph(model, graph.splits_embedding, graph.positions)
     if len(graph) == len(whole):
         return graph.reaching_logits
     # Paths are followed in the whole graph, where the edges that the graph lacks are kept.
-    indices = [whole.index(edge) for edge in graph.edges]
+    indices = list(map(whole.index, graph.edges))
     index_in_whole = torch.tensor(indices)
 
     def reaching(kept: EdgeMask) -> EdgeMask:
@@ -132,8 +134,8 @@ def component_nodes(model: Model, split_embed: bool) -> tuple[Node, ...]:
 
 def computed_nodes(graph: Graph) -> int:
     """Count the heads and MLPs that a run of the model computes, each once whatever its spans."""
-    components = {at_position(node, None) for node in graph.nodes}
-    return sum(isinstance(node, Head | MLP) for node in components)
+    computed = [node for node in graph.nodes if isinstance(node, Head | MLP)]
+    return len({node.label for node in computed})
 
 
 def sources_of(model: Model, target: Node, split_embed: bool) -> int:

@@ -37,10 +37,7 @@ CACHED_NUMBERS = 1 << 18
 
 
 def multiply(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    heads: HeadSelection | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, heads: HeadSelection | None = None
 ) -> Tensor:
     """Compute x @ weight + bias, with x of shape [n d_in] and weight of shape [d_in d_out].
 
@@ -50,7 +47,9 @@ def multiply(
     """
     if heads is not None:
         product = x @ weight[heads]
-        return product if bias is None else product.add_(bias[heads, None])
+        if bias is not None:
+            product += bias[heads, None]
+        return product
     if bias is None:
         return x @ weight
     return torch.addmm(bias, x, weight)
@@ -65,16 +64,15 @@ def soft_capped(x: Tensor, cap: float) -> Tensor:
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """Compute GELU in its tanh approximation, the activation of GPT-2.
-
-    On a CPU torch's version spends most of its time in tanh. The form below takes a third of the
-    time, and differs from it in the last bit.
-    """
+    """Compute GELU in its tanh approximation, the activation of GPT-2."""
+    # On a CPU torch's version spends most of its time in tanh. The form below takes a third of the
+    # time, and differs from it in the last bit.
     if x.device.type != "cpu":
         return functional.gelu(x, approximate="tanh")
     # x (1 + tanh u) / 2 = x sigmoid(2 u)   with   u = sqrt(2 / pi) (x + 0.044715 x^3)
     cubic = torch.addcmul(x, x * x, x, value=0.044715)
-    twice_u = cubic.mul_(math.sqrt(8 / math.pi))
+    factor = math.sqrt(8 / math.pi)
+    twice_u = cubic.mul_(factor)
     return twice_u.sigmoid_().mul_(x)
 
 
@@ -94,13 +92,14 @@ class Rotation:
 
     def __call__(self, x: Projected, positions: Positions) -> Projected:
         """Rotate queries or keys by the angles of their positions."""
-        cos, sin = self.cos[positions], self.sin[positions]
+        cos = self.cos[positions]
+        sin = self.sin[positions]
         width = cos.shape[-1]
-        pairs, rest = x[..., :width], x[..., width:]
+        pairs, rest = x.tensor_split([width], -1)
         # (a, b) -> (a cos t - b sin t, b cos t + a sin t) = (a, b) cos t + (-b, a) sin t
         if self.adjacent:
             a, b = pairs[..., ::2], pairs[..., 1::2]
-            turned = torch.stack([-b, a], -1)
+            turned = torch.stack([-b, a], dim=-1)
             quarter_turn = turned.flatten(-2)
         else:
             a, b = pairs.chunk(2, -1)
@@ -211,8 +210,8 @@ class Attention:
         # A = softmax([S, sink]) without the column of the sink
         sinks = self.sinks[heads].to(scores)
         column = sinks.view(-1, 1, 1, 1, 1).expand_as(scores[..., :1])
-        pattern = torch.cat([scores, column], -1).softmax(-1)
-        return pattern[..., :-1]
+        with_sink = torch.cat([scores, column], -1)
+        return with_sink.softmax(-1)[..., :-1]
 
 
 def _product_of_variants(
@@ -224,8 +223,8 @@ def _product_of_variants(
         return a @ b
     # Broadcasting would copy b for every variant, so multiply the rows of all variants together.
     by_prompt = a.transpose(1, 2)
-    flat = by_prompt.flatten(2, 3) @ b[:, 0]
-    product = flat.unflatten(2, by_prompt.shape[2:4])
+    rows = by_prompt.flatten(2, 3)
+    product = (rows @ b[:, 0]).unflatten(2, by_prompt.shape[2:4])
     return product.transpose(1, 2)
 
 
@@ -332,7 +331,9 @@ class Unembedding:
     def __call__(self, residual: Residual, product: Multiply) -> VocabLogits:
         """Compute the logits at each token."""
         # cap(n W_U + b_U)   with   n = norm(x)
-        normed = self.norm(residual).flatten(0, -2)
-        logits = product(normed, self.weight, self.bias)
+        normed = self.norm(residual)
+        rows = normed.flatten(0, -2)
+        logits = product(rows, self.weight, self.bias)
         capped = soft_capped(logits, self.soft_cap)
-        return capped.unflatten(0, residual.shape[:-1])
+        batch = residual.shape[:-1]
+        return capped.unflatten(0, batch)

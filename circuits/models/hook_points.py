@@ -78,10 +78,8 @@ def mlp_output_hook(model: Model, layer: int, *, before_norm: bool = False) -> s
 
 
 def scale_hooks(model: Model) -> dict[tuple[int, str], str]:
-    """Return where the divisor of each norm of each block can be read, by layer and norm.
-
-    The divisor of the final norm is at `FINAL_SCALE`.
-    """
+    """Return where the divisor of each norm of each block can be read, by layer and norm."""
+    # The divisor of the final norm is at `FINAL_SCALE`.
     cfg = model.cfg
     if cfg.normalization_type is None:
         return {}

@@ -30,11 +30,9 @@ INPUT_FLAGS = (
 
 @contextlib.contextmanager
 def separate_inputs(model: Model) -> Iterator[None]:
-    """Give every MLP, and every head's q, k and v, a separate input, which hooks can change.
-
-    Shared key and value heads become one copy per query head.
-    """
-    # One copy of the residual stream for every head's q, k and v, and one for the MLP.
+    """Give every MLP, and every head's q, k and v, a separate input, which hooks can change."""
+    # One copy of the residual stream for every head's q, k and v, and one for the MLP. Shared key
+    # and value heads become one copy per query head.
     flags = ["use_split_qkv_input", "use_hook_mlp_in"]
     if model.cfg.n_key_value_heads is not None:
         flags.append("ungroup_grouped_query_attention")
@@ -129,8 +127,9 @@ def unembed(
     if model.cfg.normalization_type is not None:
         normed = model.ln_final(normed)
     soft_cap = model.cfg.output_logits_soft_cap or 0
-    logits = soft_capped(model.unembed(normed)[0], soft_cap)
-    return logits.unflatten(0, residual.shape[:-1])
+    logits = soft_capped(model.unembed(normed), soft_cap)
+    batch = residual.shape[:-1]
+    return logits[0].unflatten(0, batch)
 
 
 def _on_output(function: Hook) -> Callable[..., Tensor | None]:

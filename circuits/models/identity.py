@@ -26,7 +26,6 @@ SHAPE = (
     "n_layers", "n_heads", "n_key_value_heads", "d_model", "d_head", "d_mlp", "d_vocab",
     "attn_only", "parallel_attn_mlp",
 )  # fmt: skip
-
 INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Up to this many entries of a parameter enter the fingerprint bit by bit.
@@ -55,10 +54,8 @@ def check_fits(model: Model, graph: Graph) -> None:
 
 
 def identity(model: Model) -> ModelIdentity:
-    """Return the model's name, its shape, and a fingerprint of its weights and architecture.
-
-    The fingerprint is the same on every device and whatever hook flags are set.
-    """
+    """Return the model's name, its shape, and a fingerprint of its weights and architecture."""
+    # The fingerprint is the same on every device and whatever hook flags are set.
     architecture = _architecture(model).encode()
     digest = hashlib.blake2b(architecture, digest_size=16)
     # Sorted, so that the order of parameters does not matter.
@@ -74,8 +71,11 @@ def identity(model: Model) -> ModelIdentity:
 def _architecture(model: Model) -> str:
     """The settings that change logits, in an order that does not depend on the model's."""
     settings = vars(model.cfg)
-    names = sorted(name for name in settings if not name.startswith(NOT_ARCHITECTURE))
-    return json.dumps({name: str(settings[name]) for name in names})
+    texts = {}
+    for name in sorted(settings):
+        if not name.startswith(NOT_ARCHITECTURE):
+            texts[name] = str(settings[name])
+    return json.dumps(texts)
 
 
 def checksum(parameter: Tensor) -> bytes:
@@ -86,8 +86,8 @@ def checksum(parameter: Tensor) -> bytes:
     faster than sums in 64 bits.
     """
     integer = INTEGER_OF_SIZE[parameter.element_size()]
-    bits = torch.atleast_2d(parameter).contiguous()
-    bits = bits.view(integer).flatten(0, -2)
+    rows = torch.atleast_2d(parameter).contiguous()
+    bits = rows.view(integer).flatten(0, -2)
     # A small parameter is stored whole: its sums would be about as long.
     if bits.numel() <= SMALL:
         return _bytes(bits)
@@ -95,7 +95,9 @@ def checksum(parameter: Tensor) -> bytes:
     if bits.dtype is torch.int16 and bits.shape[-1] % 2 == 0:
         bits = bits.view(torch.int32)
     width = torch.int64 if bits.dtype is torch.int64 else torch.int32
-    return _bytes(bits.sum(0, dtype=width)) + _bytes(bits.sum(1, dtype=width))
+    over_rows = bits.sum(0, dtype=width)
+    over_columns = bits.sum(1, dtype=width)
+    return _bytes(over_rows) + _bytes(over_columns)
 
 
 def _bytes(values: Tensor) -> bytes:

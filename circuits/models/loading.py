@@ -28,7 +28,6 @@ from circuits.system.files import read_json, read_tensors, write_json, write_ten
 
 Model = HookedTransformer
 Weights = Mapping[str, Tensor]
-
 EMBEDDED = "toy-world"
 ASSETS = Path(__file__).parents[1] / "assets"
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -98,7 +97,8 @@ def build_model(
     """
     # A seed in the configuration would set the seeds of torch, numpy and random globally.
     fixed = {"seed": None, "init_weights": False}
-    placed = {"dtype": dtype, "device": str(_device(device))}
+    chosen = str(_device(device))
+    placed = {"dtype": dtype, "device": chosen}
     settings = HookedTransformerConfig(**{**config, **fixed, **placed})
     model = HookedTransformer(settings, tokenizer)
     given = _without_derived(weights)
@@ -200,7 +200,8 @@ def _load_checkpoint(folder: Path, device: torch.device, dtype: torch.dtype) -> 
                 f"TransformerLens cannot convert the checkpoint in {folder}: {_first_line(error)}"
             ) from error
     model = HookedTransformer(config, tokenizer, move_to_device=False)
-    model.load_and_process_state_dict(weights, **dict.fromkeys(REWRITES, False))
+    rewrites = dict.fromkeys(REWRITES, False)
+    model.load_and_process_state_dict(weights, **rewrites)
     model.cfg.model_name = folder.name
     model.move_model_modules_to_device()
     return model.eval()
@@ -208,9 +209,10 @@ def _load_checkpoint(folder: Path, device: torch.device, dtype: torch.dtype) -> 
 
 def _load_by_name(name: str, device: torch.device, dtype: torch.dtype) -> Model:
     known = conversion.make_model_alias_map()
-    if name.lower() not in known:
+    lower = name.lower()
+    if lower not in known:
         hint = f"use {EMBEDDED}, a name that TransformerLens knows (gpt2, pythia-160m) or a folder."
-        similar = difflib.get_close_matches(name.lower(), known, n=3)
+        similar = difflib.get_close_matches(lower, known, n=3)
         if similar:
             hint = f"did you mean {' or '.join(similar)}?"
         raise InputError(f"there is no model or folder {name!r}; {hint}")

@@ -19,7 +19,6 @@ from circuits.models.hooked_run import Hook
 from circuits.models.loading import Model
 
 SMALLEST_INPUT = 1e-9
-
 Hooks = list[tuple[str, Hook]]
 
 

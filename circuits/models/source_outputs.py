@@ -51,9 +51,11 @@ class SourceOutputs:
         nodes = self.nodes[rows]
         like = next(iter(self.activations.values()))
         batch, pos, *_ = like.shape
-        outputs = like.new_empty(len(nodes), batch, pos, self.model.cfg.d_model)
+        d_model = self.model.cfg.d_model
+        outputs = like.new_empty(len(nodes), batch, pos, d_model)
         # Computed in place: no second copy of the outputs exists.
-        for name, write in recording_hooks(self.model, nodes, outputs):
+        writers = recording_hooks(self.model, nodes, outputs)
+        for name, write in writers:
             write(self.activations[name])
         return outputs
 
@@ -61,9 +63,11 @@ class SourceOutputs:
         """Compute what a layer's attention writes: the sum of z_h W_O[h] over heads, plus b_O."""
         # The heads' products are one product: [z_1 ... z_n] times the W_O[h] stacked.
         weights = ModelWeights(self.model)
-        z = self.activations[output_hook(Head(layer, 0))]
+        hook = output_hook(Head(layer, 0))
+        z = self.activations[hook]
         projection = weights.output_projection(layer).flatten(0, 1)
-        return z.flatten(2) @ projection + weights.output_bias(layer)
+        written = z.flatten(2) @ projection
+        return written + weights.output_bias(layer)
 
     def check(self, residual: Residual, mask: Mask) -> None:
         """Refuse a model whose final residual stream is not the sum of the outputs and biases."""
@@ -87,8 +91,10 @@ class SourceOutputs:
         written = []
         for name, group in output_groups(self.nodes):
             first = self.nodes[group.start]
-            together = isinstance(first, Head)
-            written.append(self.attention(first.layer) if together else self.activations[name])
+            output = self.activations[name]
+            if isinstance(first, Head):
+                output = self.attention(first.layer)
+            written.append(output)
         stacked = torch.stack(written)
         wide = torch.promote_types(stacked.dtype, torch.float32)
         return stacked.sum(0, dtype=wide)
@@ -96,8 +102,8 @@ class SourceOutputs:
 
 def _relative_gap(found: Residual, expected: Residual) -> float:
     largest = (found - expected).abs().max()
-    size = expected.abs().max().clamp(min=1e-30)
-    return float(largest / size)
+    size = expected.abs().max()
+    return float(largest / size.clamp(min=1e-30))
 
 
 def run_and_record(
@@ -131,7 +137,7 @@ def embedding_outputs(model: Model, nodes: Sequence[Node], tokens: Tokens, mask:
     """Compute what the embeddings among `nodes` write, without running the layers."""
     recorded: dict[str, Tensor] = {}
     split = [node for node in nodes if isinstance(node, TokenEmbed | PosEmbed)]
-    names = [output_hook(node) for node in split]
+    names = list(map(output_hook, split))
     hooks = [(name, keeper(recorded, name)) for name in names]
     residual = run_to_residual(model, tokens, mask, hooks, layers=0)
     if not names:

@@ -29,7 +29,6 @@ from circuits.models.loading import Model
 
 LAYER_NORMS = ("LayerNorm", "LayerNormPre")
 RMS_NORMS = ("RMSNorm", "RMSNormPre")
-
 # TransformerLens' version of this activation takes eight passes over memory.
 GELU_TANH_NAMES = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 
@@ -57,7 +56,8 @@ class ModelWeights:
         if _centres(self._norm_module(layer, name)):
             x = x - x.mean(-1, keepdim=True)
         variance = x.square().mean(-1, keepdim=True)
-        scale = (variance + self.model.cfg.eps).sqrt()
+        squared_scale = variance + self.model.cfg.eps
+        scale = squared_scale.sqrt()
         return x / scale, scale
 
     def linear_norm(self, layer: int | None, name: str, scale: Scale | None) -> LinearNorm:
@@ -78,7 +78,8 @@ class ModelWeights:
         """Return W_Q, W_K or W_V, shared heads once, with the weights and centring of the norm."""
         block = self.model.blocks[layer]
         # Under this name TransformerLens keeps the weights of shared heads without repeats.
-        prefix = "_" if copies_per_head(self.model, slot) > 1 else ""
+        shared = copies_per_head(self.model, slot) > 1
+        prefix = "_" if shared else ""
         weight: Tensor = getattr(block.attn, f"{prefix}W_{slot.upper()}").detach()
         # n W = x C diag(w) W / s   with   C = 1 - 1/d_model
         norm_weight = _parameter(block.ln1, "w", weight)
@@ -91,7 +92,8 @@ class ModelWeights:
     def value_constant(self, layer: int) -> Float[Tensor, "head d_head"]:
         """Compute the part of every head's values that does not depend on the residual stream."""
         block = self.model.blocks[layer]
-        constant, weight = block.attn.b_V.detach(), block.attn.W_V.detach()
+        constant = block.attn.b_V.detach()
+        weight = block.attn.W_V.detach()
         norm_bias = _parameter(block.ln1, "b", constant)
         if norm_bias is None:
             return constant
@@ -113,7 +115,8 @@ class ModelWeights:
 
     def attention(self, layer: int) -> Attention | None:
         """Return the heads of a layer as functions; None if positions enter in an unknown way."""
-        cfg, block = self.model.cfg, self.model.blocks[layer]
+        cfg = self.model.cfg
+        block = self.model.blocks[layer]
         positions, module = cfg.positional_embedding_type, cast(Any, block.attn)
         # Learned positions ("standard") are part of the residual stream already.
         is_known = positions in ("standard", "rotary", "alibi")
@@ -146,7 +149,8 @@ class ModelWeights:
 
     def feed_forward(self, layer: int) -> FeedForward:
         """Return the MLP of a layer, with the norm before it, as a function of tensors."""
-        cfg, block = self.model.cfg, self.model.blocks[layer]
+        cfg = self.model.cfg
+        block = self.model.blocks[layer]
         norm = _norm(block.ln2)
         mlp = cast(Any, block.mlp)
         kind = type(mlp).__name__
@@ -160,13 +164,15 @@ class ModelWeights:
     def unembedding(self) -> Unembedding:
         """Return the final norm and the unembedding as a function of tensors."""
         module = self.model.unembed
-        norm = _norm(getattr(self.model, "ln_final", nn.Identity()))
+        final = getattr(self.model, "ln_final", nn.Identity())
+        norm = _norm(final)
         soft_cap = float(self.model.cfg.output_logits_soft_cap or 0)
         return Unembedding(norm, module.W_U, module.b_U, soft_cap)
 
     def _norm_module(self, layer: int | None, name: str) -> nn.Module:
-        owner = self.model if layer is None else self.model.blocks[layer]
-        return cast(nn.Module, getattr(owner, name))
+        if layer is not None:
+            name = f"blocks.{layer}.{name}"
+        return self.model.get_submodule(name)
 
 
 def _mlp_by_module(norm: Norm, mlp: Norm, residual: Residual, product: Multiply) -> Residual:
@@ -176,7 +182,9 @@ def _mlp_by_module(norm: Norm, mlp: Norm, residual: Residual, product: Multiply)
 
 def _parameter(module: nn.Module, name: str, like: Tensor) -> Tensor | None:
     parameter: Tensor | None = getattr(module, name, None)
-    return None if parameter is None else parameter.detach().to(like)
+    if parameter is None:
+        return None
+    return parameter.detach().to(like)
 
 
 def _centres(norm: nn.Module) -> bool:

@@ -17,7 +17,6 @@ Frames = dict[str, pandas.DataFrame]
 # What a button changes; by label, the arguments of a button's method.
 Changes = dict[str, Any]
 Buttons = dict[str, list[Changes]]
-
 RANDOM = "random"
 # Columns of the curves, their labels, and the values of the whole model.
 MEASURES = (("faithfulness", "faithfulness", 1), ("kl", "KL from the model", 0))
@@ -86,10 +85,11 @@ def faithfulness_figure(curves: pandas.DataFrame) -> go.Figure:
     sizes = curves.loc[curves["edges"] > 0, "edges"]
     # Without positive sizes both are NaN, and the axis is linear.
     is_wide = sizes.max() >= MIN_LOG_RATIO * sizes.min()
-    menus = [_menu(0.0, "relayout", AXES, active=0 if is_wide else 1)]
+    menus = [_menu(0.0, "relayout", AXES, active=int(not is_wide))]
     if "kl" in curves and curves["kl"].notna().any():
         measures = _measures(by_method)
-        menus.append(_menu(0.28, "update", measures, active=0))
+        menu = _menu(0.28, "update", measures, active=0)
+        menus.append(menu)
     figure = go.Figure(_curves(by_method), LAYOUT)
     figure.update_layout(LOG_AXIS if is_wide else LINEAR_AXIS)
     figure.update_layout(
@@ -140,7 +140,8 @@ def score_scatter(frame: pandas.DataFrame, *, x_name: str = "x", y_name: str = "
     low = min(x.min(), y.min())
     high = max(x.max(), y.max())
     diagonal = {"x0": low, "y0": low, "x1": high, "y1": high}
-    figure.add_shape(type="line", **diagonal, line={**RULE, "dash": "dash"}, layer="below")
+    dashes = {**RULE, "dash": "dash"}
+    figure.add_shape(type="line", **diagonal, line=dashes, layer="below")
     return figure
 
 
@@ -205,17 +206,18 @@ def _menu(x: float, method: str, buttons: Buttons, active: int) -> Changes:
 
 def _points(scored: pandas.DataFrame) -> list[go.Scatter | go.Scattergl]:
     """Return the points of each group in its colour."""
-    groups = scored.assign(group=scored.get("group", "")).groupby("group", sort=False)
+    grouped = scored.assign(group=scored.get("group", ""))
+    colours = cycle(COLOURS)
     traces = []
-    for (name, rows), colour in zip(groups, cycle(COLOURS)):
+    for name, rows in grouped.groupby("group", sort=False):
         scatter = go.Scatter if len(rows) <= MAX_SVG_POINTS else go.Scattergl
         trace = scatter(
             x=rows["x"].tolist(),
             y=rows["y"].tolist(),
-            text=rows["edge"].astype(str).map(_plain).tolist(),
+            text=[_plain(str(edge)) for edge in rows["edge"]],
             name=_plain(str(name)),
             mode="markers",
-            marker={"color": colour, "opacity": 0.6},
+            marker={"color": next(colours), "opacity": 0.6},
             hovertemplate="%{text}<br>(%{x:.4g}, %{y:.4g})<extra></extra>",
         )
         traces.append(trace)
@@ -233,8 +235,8 @@ def _correlations(x: pandas.Series, y: pandas.Series, n_edges: int) -> str:
 
 def _correlation(x: pandas.Series, y: pandas.Series) -> str:
     """Write Pearson's correlation, undefined for fewer than two different values."""
-    varies = x.nunique() > 1 and y.nunique() > 1
-    value = float(x.corr(y)) if varies else math.nan
+    varies = min(x.nunique(), y.nunique()) > 1
+    value = x.corr(y) if varies else math.nan
     return "undefined" if math.isnan(value) else f"{value:.3f}"
 
 

@@ -56,7 +56,8 @@ def methods_panel(circuits: Mapping[str, Circuit], *, max_edges: int | None) -> 
     """Write the circuits of several methods: one at a time behind buttons, or side by side."""
     panels = []
     buttons = []
-    for number, (name, circuit) in enumerate(circuits.items()):
+    for number, name in enumerate(circuits):
+        circuit = circuits[name]
         panel = circuit_panel(circuit, label=name, max_edges=max_edges)
         heading = f"<h3>{escape(name)}</h3>"
         panels.append(f'<div class="method" data-method="{number}">{heading}{panel}</div>')
@@ -77,7 +78,7 @@ def data_table(frame: pandas.DataFrame) -> str:
         is_number = is_numeric_dtype(dtype) and not is_bool_dtype(dtype)
         header.append(_header_cell(str(name), is_number))
     rows = []
-    for values in frame.itertuples(index=False, name=None):
+    for _, *values in frame.itertuples():
         cells = map(_value_cell, values)
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return _table(header, rows)

@@ -54,11 +54,7 @@ def draw_circuit(
 
 
 def circuit_page(
-    circuit: Circuit,
-    *,
-    title: str,
-    details: Details = None,
-    max_edges: int | None = None,
+    circuit: Circuit, *, title: str, details: Details = None, max_edges: int | None = None
 ) -> str:
     """Write a self-contained HTML page about a circuit.
 
@@ -146,8 +142,8 @@ def report_page(
         sections["Faithfulness by size"] = f'{explanation}<div class="figure">{figure}</div>'
     if circuits:
         sections["Circuits"] = methods_panel(circuits, max_edges=max_edges)
-    body = [
+    body = "\n".join(
         f"<section><h2>{heading}</h2>\n{content}\n</section>"
         for heading, content in sections.items()
-    ]
-    return page(title=title, details=details, body="\n".join(body))
+    )
+    return page(title=title, details=details, body=body)

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuits.graph.graph import Graph, PooledFeatureGraph
+from circuits.graph.graph import Graph
 from circuits.models import Model
 from circuits.running.features import FeatureExecutor
 from circuits.running.hooked import HookedExecutor
@@ -73,7 +73,7 @@ def get_executor(model: Model, graph: Graph, task: Task, settings: RunSettings) 
         ready, _ = shrinking(prepare, 1, "run of the prompts")
         return ready
 
-    if isinstance(graph, PooledFeatureGraph):
+    if "features" in graph.executors:
         if only_incremental:
             raise InputError(
                 "circuits of features are run by hooks, in the model's precision; "

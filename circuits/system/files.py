@@ -18,7 +18,8 @@ from torch import Tensor
 
 from circuits.system.errors import InputError
 
-TensorsAndMetadata = tuple[dict[str, Tensor], dict[str, str]]
+Tensors = dict[str, Tensor]
+TensorsAndMetadata = tuple[Tensors, dict[str, str]]
 
 
 def write_tensors(
@@ -33,7 +34,8 @@ def write_tensors(
     header = {"format": kind, "format_version": str(version), **metadata}
     on_cpu = {}
     for name, tensor in tensors.items():
-        on_cpu[name] = tensor.detach().cpu().contiguous()
+        copy = tensor.detach().cpu()
+        on_cpu[name] = copy.contiguous()
     return write_bytes(path, save(on_cpu, header))
 
 

@@ -17,10 +17,7 @@ CPU_BYTES = 1 << 28
 
 
 def memory_budget(
-    device: torch.device | str | None,
-    max_memory: int | None = None,
-    *,
-    cpu_bytes: int = CPU_BYTES,
+    device: torch.device | str | None, max_memory: int | None = None, *, cpu_bytes: int = CPU_BYTES
 ) -> int:
     """Return how many bytes the tensors of one step may take on a device.
 

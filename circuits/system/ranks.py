@@ -22,7 +22,7 @@ from torch import Tensor
 from circuits.system.errors import InputError, NotFiniteError
 
 Result = TypeVar("Result")
-
+Work = Callable[[], Result]
 # How long to wait for a rank that hangs. A rank that died is noticed at once by its connection.
 TIMEOUT = timedelta(minutes=30)
 
@@ -62,7 +62,7 @@ def start() -> Iterator[None]:
         RankError: a rank cannot be reached, or torchrun stops all ranks because one of them ended.
     """
     launched = dist.is_available() and dist.is_torchelastic_launched()
-    alone = not launched or int(os.environ["WORLD_SIZE"]) == 1
+    alone = not launched or os.environ["WORLD_SIZE"] == "1"
     # A script may have made the process group itself.
     if alone or dist.is_initialized():
         yield
@@ -81,10 +81,8 @@ def start() -> Iterator[None]:
 
 
 def share(total: int) -> slice:
-    """Return which of `total` items this rank works on.
-
-    Shares are consecutive and differ in size by at most one; some may be empty.
-    """
+    """Return which of `total` items this rank works on."""
+    # Shares are consecutive and differ in size by at most one; some may be empty.
     # Rank r takes the items from total * r / world up to total * (r + 1) / world.
     rank, world = ranks()
     first = total * rank // world
@@ -129,11 +127,9 @@ class _Report(NamedTuple):
     error: Exception | None = None
 
 
-def exchanged(function: Callable[[], Result]) -> list[Result]:
-    """Return what `function` returns on every rank, in order; errors are those of `gathered`.
-
-    The values are pickled, so they should be small.
-    """
+def exchanged(function: Work[Result]) -> list[Result]:
+    """Return what `function` returns on every rank, in order; errors are those of `gathered`."""
+    # The values are pickled, so they should be small.
     if ranks().world == 1:
         return [function()]
     own_error: Exception | None = None
@@ -147,15 +143,23 @@ def exchanged(function: Callable[[], Result]) -> list[Result]:
     reports = [report] * ranks().world
     with _connection_errors():
         dist.all_gather_object(reports, report)
+    _raise_worst(reports, report, own_error)
+    return [each.result for each in reports]
+
+
+def _raise_worst(reports: list[_Report], own: _Report, own_error: Exception | None) -> None:
     # Any error but an InputError may be a bug. It comes first, and where it happened it is raised
     # with its traceback.
-    if isinstance(report.error, RankError) and own_error is not None:
+    if isinstance(own.error, RankError) and own_error is not None:
         raise own_error
     errors = [each.error for each in reports if each.error]
-    errors.sort(key=lambda error: isinstance(error, InputError))
+    errors.sort(key=_is_input_error)
     if errors:
         raise errors[0] from own_error
-    return [each.result for each in reports]
+
+
+def _is_input_error(error: Exception) -> bool:
+    return isinstance(error, InputError)
 
 
 def _for_all_ranks(error: Exception) -> Exception:
@@ -166,7 +170,7 @@ def _for_all_ranks(error: Exception) -> Exception:
     return RankError(f"rank {ranks().rank} failed: {type(error).__name__}: {error}")
 
 
-def on_first(function: Callable[[], Result]) -> Result:
+def on_first(function: Work[Result]) -> Result:
     """Call `function` on the first rank only, and return its result on every rank."""
     by_rank = exchanged(lambda: function() if is_first() else None)
     return cast(Result, by_rank[0])

@@ -48,10 +48,12 @@ class EdgeAttribution:
 
     def node_scores(self) -> dict[Node, float]:
         """For every node with outgoing edges, the sum of their scores."""
-        sources, of_edge = self.graph.source.unique(return_inverse=True)
-        sums = torch.zeros(len(sources), dtype=torch.float64)
-        sums.index_add_(0, of_edge, self.edges.double())
-        nodes = [self.graph.nodes[source] for source in sources.tolist()]
+        graph = self.graph
+        sources, of_edge = graph.source.unique(return_inverse=True)
+        scores = self.edges.double()
+        sums = scores.new_zeros(len(sources))
+        sums.index_add_(0, of_edge, scores)
+        nodes = [graph.nodes[source] for source in sources.tolist()]
         return dict(zip(nodes, sums.tolist(), strict=True))
 
     def heads(self) -> Float[Tensor, "layer head"]:
@@ -72,20 +74,25 @@ class EdgeAttribution:
         """Scores on `samples` draws of the prompts with replacement; no model is run."""
         n_prompts = len(self.rows)
         generator = torch.Generator().manual_seed(seed)
-        draws = torch.randint(n_prompts, (samples, n_prompts), generator=generator)
-        weights = torch.zeros(samples, n_prompts)
+        shape = (samples, n_prompts)
+        draws = torch.randint(n_prompts, shape, generator=generator)
+        weights = torch.zeros(shape)
         # A prompt drawn several times counts its rows as often.
-        weights.scatter_add_(1, draws, self.rows[draws].float())
-        return (weights / weights.sum(1, keepdim=True)) @ self.edges_by_prompt
+        rows = self.rows[draws].float()
+        weights.scatter_add_(1, draws, rows)
+        weights /= weights.sum(1, keepdim=True)
+        return weights @ self.edges_by_prompt
 
     @property
     def _by_source(self) -> Iterator[tuple[Node, Tensor]]:
-        totals = self._mean(self.sources_by_position).sum(-1)
+        means = self._mean(self.sources_by_position)
+        totals = means.sum(-1)
         return zip(self.nodes, totals, strict=True)
 
     @property
     def _n_layers(self) -> int:
-        return len({node.layer for node in self.nodes if isinstance(node, Head)})
+        heads = [node for node in self.nodes if isinstance(node, Head)]
+        return len({head.layer for head in heads})
 
     def _mean(self, by_prompt: Float[Tensor, " prompt *rest"]) -> Float[Tensor, " *rest"]:
         # mean = sum over prompts of rows[prompt] / sum(rows) * value[prompt]

@@ -69,9 +69,7 @@ class EdgeProducts:
         batch, pos = task.clean.shape
         spans, rows, sources = self.layout.shape
         prompts, nodes = (batch, sources) if self.details else (1, 0)
-        part = token_spans(self.graph, task)
-        if part is not None:
-            part = part + spans * torch.arange(prompts, device=part.device)[:, None]
+        part = self._part(task, prompts)
         zeros = partial(torch.zeros, dtype=cfg.dtype, device=cfg.device)
         return BatchProducts(
             self,
@@ -80,6 +78,15 @@ class EdgeProducts:
             positions=zeros(nodes, batch, pos),
             neurons=zeros(nodes, cfg.d_model),
         )
+
+    def _part(self, task: Task, prompts: int) -> Tensor | None:
+        """The part of each token, with the spans of `prompts` prompts kept apart."""
+        span = token_spans(self.graph, task)
+        if span is None:
+            return None
+        spans = self.layout.shape[0]
+        prompt = torch.arange(prompts, device=span.device)
+        return span + spans * prompt[:, None]
 
     @property
     def widest(self) -> int:
@@ -107,10 +114,7 @@ class BatchProducts:
         """Add the products of the changes with the sum of the gradients."""
         for each in gradients:
             self.steepest = max(self.steepest, each.steepest)
-        _, batch, pos = self.positions.shape
-        d_model = self.neurons.shape[1]
-        widest = (self.of.widest, batch, pos, d_model)
-        buffers = [self.neurons.new_empty(widest) for _ in gradients[:2]]
+        buffers = self._buffers(len(gradients))
         for rows in self._chunks(changes, gradients, buffers):
             some = changes.outputs(rows)
             if self.of.details:
@@ -119,31 +123,41 @@ class BatchProducts:
             self._add_edges(some, rows, gradients, buffers)
             del some  # before the next changes are computed
 
-    def results(self) -> list[Tensor]:
-        """Products by prompt and edge, by prompt, node and position, and by node and coordinate.
+    def _buffers(self, points: int) -> list[Tensor]:
+        """Memory for the gradients of the largest group at one point, and for their sum."""
+        _, batch, pos = self.positions.shape
+        d_model = self.neurons.shape[1]
+        widest = (self.of.widest, batch, pos, d_model)
+        return [self.neurons.new_empty(widest) for _ in range(min(points, 2))]
 
-        They are on the CPU, each with a leading axis to join batches along, and last `steepest`.
-        """
+    def results(self) -> list[Tensor]:
+        """Products by prompt and edge, by prompt, node and position, and by node and coordinate."""
+        # They are on the CPU, each with a leading axis to join batches along, and last `steepest`.
         layout = self.of.layout
-        dense = self.edges.unflatten(0, (-1, layout.shape[0]))
+        by_span = (-1, layout.shape[0])
+        dense = self.edges.unflatten(0, by_span)
         by_edge = dense[:, layout.span, layout.target, layout.source]
         positions = self.positions.transpose(0, 1)
-        results = (by_edge, positions, self.neurons[None], torch.tensor([self.steepest]))
+        steepest = torch.tensor([self.steepest])
+        results = (by_edge, positions, self.neurons[None], steepest)
         return [each.float().cpu() for each in results]
 
     def _chunks(
         self, changes: Changes, gradients: Sequence[Gradients], buffers: Sequence[Tensor]
     ) -> Iterator[slice]:
         """All sources, as many at a time as fit into memory; those that write together stay so."""
-        held = [*changes.kept.activations.values(), *buffers]
+        kept = changes.kept
+        held = [*kept.activations.values(), *buffers]
         free = self.of.budget - sum(tensor.nbytes for tensor in held)
         free -= sum(each.nbytes for each in gradients)
         # A source's changes, their products with the gradient, and given outputs.
-        copies = 1 + self.of.details + (changes.given is not None)
+        given = changes.given is not None
+        copies = 1 + self.of.details + given
         source_bytes = copies * buffers[0][0].nbytes
         start = stop = 0
-        for _, rows in output_groups(changes.kept.nodes):
-            if stop > start and (rows.stop - start) * source_bytes > free:
+        for _, rows in output_groups(kept.nodes):
+            needed = (rows.stop - start) * source_bytes
+            if stop > start and needed > free:
                 yield slice(start, stop)
                 start = stop
             stop = rows.stop
@@ -160,21 +174,24 @@ class BatchProducts:
             stop = min(group.n_sources, rows.stop)
             if stop > rows.start:
                 upstream = changes[: stop - rows.start]
-                products = self._products(upstream, _summed(gradients, group, buffers))
+                slopes = _summed(gradients, group, buffers)
+                products = self._products(upstream, slopes)
                 self.edges[:, group.rows, rows.start : stop] += products
 
     def _products(self, changes: SourceChanges, gradients: TargetGradients) -> DenseEdges:
         """(c_u - out_u(clean)) . d L / d x_r of every source u and target r, summed by part."""
         prompts = len(self.edges) if self.part is None else self.part.numel()
-        by_target = gradients.reshape(len(gradients), prompts, -1).transpose(0, 1)
-        by_source = changes.reshape(len(changes), prompts, -1).permute(1, 2, 0)
+        targets, sources = len(gradients), len(changes)
+        by_target = gradients.reshape(targets, prompts, -1).transpose(0, 1)
+        by_source = changes.reshape(sources, prompts, -1).permute(1, 2, 0)
         # products[part, r, u] = sum over tokens of the part and d_model of gradient[r] * change[u]
         products = torch.bmm(by_target, by_source)
         if self.part is None:
             return products
         # Products by token so far.
+        part = self.part.flatten()
         by_part = products.new_zeros(len(self.edges), *products.shape[1:])
-        return by_part.index_add_(0, self.part.flatten(), products)
+        return by_part.index_add_(0, part, products)
 
     def _add_nodes(
         self,
@@ -190,7 +207,8 @@ class BatchProducts:
             name = written_hook(nodes[group.start])
             slopes = [each.at[name] for each in gradients if name in each.at]
             if slopes:
-                products = changes[group] * sum(slopes[1:], slopes[0])
+                slope = sum(slopes[1:], slopes[0])
+                products = changes[group] * slope
                 positions[group] += products.sum(-1)
                 neurons[group] += products.sum((1, 2))
 
@@ -200,9 +218,12 @@ def target_groups(model: Model, layout: EdgeLayout) -> Iterator[TargetGroup]:
     targets = layout.targets
     counts = [count for _, _, count in targets]
     row = [0, *accumulate(counts)]
-    slots = [slot for _, slot, _ in targets]
-    ends = [index + 1 for index, slot in enumerate(slots) if slot == SLOTS[-1]]
-    for start, stop in pairwise([0, *ends, len(targets)]):
+    cuts = [0]
+    for index, (_, slot, _) in enumerate(targets, start=1):
+        if slot == SLOTS[-1]:
+            cuts.append(index)
+    cuts.append(len(targets))
+    for start, stop in pairwise(cuts):
         last, *_ = targets[stop - 1]
         n_sources = sources_of(model, last, layout.splits_embedding)
         rows = slice(row[start], row[stop])

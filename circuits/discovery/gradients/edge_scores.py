@@ -91,6 +91,12 @@ class _Line:
     # Gradients at the clean and the counterfactual end, where these runs were made anyway
     ends: dict[GradientPoint, Gradients]
 
+    def clean_output(self, name: str, node: Node) -> Tensor:
+        """What is written at a hook point; heads write there together, with their bias."""
+        if isinstance(node, Head):
+            return self.clean.attention(node.layer)
+        return self.clean.activations[name]
+
 
 class EdgeScoring:
     """Runs the passes of one task and multiplies their results, batch by batch.
@@ -142,7 +148,9 @@ class EdgeScoring:
     def attribution(self, progress: Progress = no_progress) -> EdgeAttribution:
         """The scores in detail."""
         edges, positions, neurons = self._over_ranks(progress)
-        rows = torch.bincount(self.task.row_prompt.cpu(), minlength=len(self.task))
+        row_prompt = self.task.row_prompt.cpu()
+        prompts = len(self.task)
+        rows = torch.bincount(row_prompt, minlength=prompts)
         weights = rows * self._points_averaged
         return EdgeAttribution(
             graph=self.products.graph,
@@ -150,7 +158,7 @@ class EdgeScoring:
             rows=rows,
             edges_by_prompt=edges.div_(weights[:, None]),
             sources_by_position=positions.div_(weights[:, None, None]),
-            neurons=neurons.sum(0).div_(weights.sum()),
+            neurons=neurons.sum(0) / weights.sum(),
         )
 
     @property
@@ -189,11 +197,12 @@ class EdgeScoring:
         start = mine.start
 
         def batch(prompts: int) -> list[Tensor]:
-            return self.batch(slice(start, start + prompts)).results()
+            some = slice(start, start + prompts)
+            return self.batch(some).results()
 
         while start < mine.stop:
-            left = mine.stop - start
-            found, size = shrinking(batch, min(size, left), "prompt")
+            size = min(size, mine.stop - start)
+            found, size = shrinking(batch, size, "prompt")
             start += size
             yield found
             progress(start - mine.start, mine.stop - mine.start)
@@ -203,19 +212,19 @@ class EdgeScoring:
         task = self.task[prompts]
         products = self.products.start(task)
         line = self._line(task, prompts)
-        pending: list[Gradients] = []
-        for point in self.points:
-            if point.until is None:
-                if len(pending) == POINTS_TOGETHER:
-                    products.add(line.changes, pending)
-                    pending.clear()
-                if point not in line.ends:
-                    line.ends[point] = self._run_point(task, point, line).gradients
-                pending.append(line.ends.pop(point))
-        if pending:
-            products.add(line.changes, pending)
+        averaged = [point for point in self.points if point.until is None]
+        for start in range(0, len(averaged), POINTS_TOGETHER):
+            some = averaged[start : start + POINTS_TOGETHER]
+            # No name is left for these gradients, which would keep them during the next passes.
+            products.add(line.changes, [self._gradients(task, point, line) for point in some])
         self._add_pieces(products, task, line)
         return products
+
+    def _gradients(self, task: Task, point: GradientPoint, line: _Line) -> Gradients:
+        """The gradients at a point; those of an end are taken out of `line`."""
+        if point in line.ends:
+            return line.ends.pop(point)
+        return self._run_point(task, point, line).gradients
 
     def _add_pieces(self, products: BatchProducts, task: Task, line: _Line) -> None:
         """For each piece of the line, its gradient times the change of the outputs along it."""
@@ -229,31 +238,34 @@ class EdgeScoring:
                 if each not in runs:
                     runs[each] = self._run_point(task, each, line)
             # out_u(fraction) - out_u(until)
-            change = runs[start].outputs - runs[end].outputs
-            products.add(Changes(change), [runs[start].gradients])
+            run = runs[start]
+            change = run.outputs - runs[end].outputs
+            products.add(Changes(change), [run.gradients])
             runs = {end: runs[end]}  # where the next piece starts
 
     def _line(self, task: Task, prompts: slice) -> _Line:
         """Run the clean and the corrupted prompts; a point at an end is one of these two runs."""
         ends: dict[GradientPoint, Gradients] = {}
+        run, cut = self.passes.run, self._cut
         if CLEAN_END in self.points:
-            run = self.passes.run(task, task.clean, self._cut, None)
-            ends[CLEAN_END] = run.gradients
-            clean, logits = run.outputs, run.logits
+            found = run(task, task.clean, cut, None)
+            ends[CLEAN_END] = found.gradients
+            clean, logits = found.outputs, found.logits
         else:
             clean, logits = self._plain_run(task)
         corrupted = None
         resamples = self.settings.ablation.name == "resample"
         if resamples and COUNTERFACTUAL_END in self.points:
-            run = self.passes.run(task, task.corrupted, self._cut, logits)
-            ends[COUNTERFACTUAL_END] = run.gradients
-            corrupted = run.outputs
+            found = run(task, task.corrupted, cut, logits)
+            ends[COUNTERFACTUAL_END] = found.gradients
+            corrupted = found.outputs
         changes = self._counterfactuals.changes(task, prompts, clean, corrupted)
         return _Line(clean, logits, changes, ends)
 
     def _plain_run(self, task: Task) -> tuple[SourceOutputs, Logits]:
-        model = self.passes.model
-        clean, residual = run_and_record(model, self.passes.nodes, task.clean, task.mask)
+        model, nodes = self.passes.model, self.passes.nodes
+        tokens, mask = task.clean, task.mask
+        clean, residual = run_and_record(model, nodes, tokens, mask)
         logits = unembed(model, residual[task.scored])
         check_finite(logits)
         return clean, logits
@@ -272,15 +284,13 @@ class EdgeScoring:
         """What to put at hook points to move the clean run to a point."""
         override = dict(self._cut)
         nodes = self.passes.nodes
-        moving = set(point.nodes) or set(filter(is_embedding, nodes))
+        embeddings = filter(is_embedding, nodes)
+        moving = set(point.nodes) or set(embeddings)
         for name, rows in output_groups(nodes):
             here = nodes[rows]
             moved = [node in moving for node in here]
             if any(moved):
-                # Heads write together at one hook point, with their bias.
-                clean = line.clean.activations[name]
-                if isinstance(here[0], Head):
-                    clean = line.clean.attention(here[0].layer)
+                clean = line.clean_output(name, here[0])
                 change = line.changes.outputs(rows)[moved].sum(0)
                 # counterfactual + fraction * (clean - counterfactual)
                 #     = clean + (1 - fraction) * change
@@ -303,15 +313,15 @@ class EdgeScoring:
     def _batch_size(self) -> int:
         """The number of prompts that fit into memory together."""
         together = min(len(self.points), POINTS_TOGETHER)
-        fixed, per_prompt = needed(self.products, self.task, together)
-        limit = self.settings.max_memory
+        task, limit = self.task, self.settings.max_memory
+        fixed, per_prompt = needed(self.products, task, together)
         if limit is not None and fixed + per_prompt > limit:
             raise InputError(
-                f"one prompt of {self.task.clean.shape[1]} tokens needs {fixed + per_prompt:,} "
+                f"one prompt of {task.clean.shape[1]} tokens needs {fixed + per_prompt:,} "
                 f"bytes, but max_memory={limit:,}: allow more, or use shorter prompts."
             )
         fitting = (self.products.budget - fixed) // per_prompt
-        return min(len(self.task), max(1, fitting))
+        return min(len(task), max(1, fitting))
 
 
 def _warn_of_dead_norms(

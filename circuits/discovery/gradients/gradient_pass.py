@@ -39,11 +39,11 @@ from circuits.tasks.task import Task
 
 # Rows of gradients go back through a norm in pieces of about this size.
 PIECE_BYTES, PIECE_BYTES_GPU = 1 << 19, 1 << 26
-
 Activations = Mapping[str, Tensor]
 Norms = tuple[tuple[Tensor, Tensor] | None, ...]
 Override = Mapping[str, Tensor | None]
 Logits = Float[Tensor, "scored vocab"]
+Tokens = Int[Tensor, "batch pos"]
 Residual = Float[Tensor, "batch pos d_model"]
 HeadGradients = Float[Tensor, "batch pos head d_head"]
 TargetGradients = Float[Tensor, "target batch pos d_model"]
@@ -74,8 +74,10 @@ class Gradients:
     def at_inputs(self, targets: Sequence[HookedTarget], into: TargetGradients) -> None:
         """Write the gradient at what each target reads into `into`."""
         counts = [count for _, _, count in targets]
-        for (node, slot, _), rows in zip(targets, into.split(counts), strict=True):
-            gradient = self.at.get(read_hook(self.model, node, slot))
+        split = into.split(counts)
+        for (node, slot, _), rows in zip(targets, split, strict=True):
+            hook = read_hook(self.model, node, slot)
+            gradient = self.at.get(hook)
             if gradient is None:
                 rows.zero_()
             elif isinstance(node, Head) and slot:
@@ -93,7 +95,8 @@ class Gradients:
             return
         normalized, scale = norm
         # Divided by the scale here, where the gradient is smallest.
-        scaled = gradient / scale.to(gradient.dtype)[:, :, None]
+        scale = scale.to(gradient.dtype)
+        scaled = gradient / scale[:, :, None]
         _back_through_projection(projection, scaled, rows)
         if self.rules.norms == "derivative":
             _back_through_scale(normalized.to(rows.dtype), rows)
@@ -105,11 +108,14 @@ def _back_through_projection(
     rows: TargetGradients,
 ) -> None:
     """Back through W_Q, W_K or W_V, which heads may share, and the linear part of the norm."""
-    by_head = gradient.flatten(0, 1).transpose(0, 1)
-    by_projection = by_head.reshape(len(projection), -1, gradient.shape[-1])
-    result = rows.view(len(projection), -1, rows.shape[-1])
+    number, d_model, d_head = projection.shape
+    tokens = gradient.flatten(0, 1)
+    by_head = tokens.transpose(0, 1)
+    by_projection = by_head.reshape(number, -1, d_head)
+    result = rows.view(number, -1, d_model)
     # dL/dx_h = dL/dq_h W_Q[h]^T, and the same for k and v
-    torch.bmm(by_projection, projection.transpose(1, 2), out=result)
+    transposed = projection.transpose(1, 2)
+    torch.bmm(by_projection, transposed, out=result)
 
 
 def _back_through_scale(normalized: Residual, rows: TargetGradients) -> None:
@@ -148,11 +154,7 @@ class GradientPass:
     at_outputs: bool
 
     def run(
-        self,
-        task: Task,
-        tokens: Int[Tensor, "batch pos"],
-        override: Override,
-        clean_logits: Logits | None,
+        self, task: Task, tokens: Tokens, override: Override, clean_logits: Logits | None
     ) -> PassResult:
         """Run `tokens`, and go back from the damage on the rows that `task` scores.
 
@@ -163,21 +165,34 @@ class GradientPass:
             clean_logits: of the whole model on the clean prompts; None if this is that run.
         """
         seen: dict[str, Tensor] = {}
-        hooks = [(name, _put(value)) for name, value in override.items()]
-        hooks += self._keeping_hooks(seen)
-        model = self.model
-        with torch.enable_grad(), separate_gradients(model):
-            with hooked(model, self.rules.hooks(model)):
-                final = run_to_residual(model, tokens, task.mask, hooks)
-                logits = unembed(model, final[task.scored])
+        with torch.enable_grad(), separate_gradients(self.model):
+            final, logits = self._forward(task, tokens, override, seen)
             against = logits.detach() if clean_logits is None else clean_logits
-            damage = self.metric.damage(logits, against, task).sum()
-            gradients = self._gradients(damage, seen, final, logits)
-        names = [name for name, _ in output_groups(self.nodes)]
-        outputs = SourceOutputs(model, self.nodes, {name: seen[name].detach() for name in names})
-        if all(value is None for value in override.values()):
+            damage = self.metric.damage(logits, against, task)
+            total = damage.sum()
+            gradients = self._gradients(total, seen, final, logits)
+        outputs = self._outputs(seen)
+        overridden = any(value is not None for value in override.values())
+        if not overridden:
             outputs.check(final, task.mask)
         return PassResult(gradients, outputs, logits.detach())
+
+    def _forward(
+        self, task: Task, tokens: Tokens, override: Override, seen: dict[str, Tensor]
+    ) -> tuple[Residual, Logits]:
+        """Run `tokens`, keep activations in `seen`, and return what the logits read, and them."""
+        model = self.model
+        hooks = [(name, _put(value)) for name, value in override.items()]
+        hooks += self._keeping_hooks(seen)
+        with hooked(model, self.rules.hooks(model)):
+            final = run_to_residual(model, tokens, task.mask, hooks)
+            return final, unembed(model, final[task.scored])
+
+    def _outputs(self, seen: Activations) -> SourceOutputs:
+        written = {}
+        for name, _ in output_groups(self.nodes):
+            written[name] = seen[name].detach()
+        return SourceOutputs(self.model, self.nodes, written)
 
     def _gradients(
         self, damage: Tensor, seen: Activations, final: Residual, logits: Logits
@@ -188,7 +203,8 @@ class GradientPass:
                 "such as logit_difference."
             )
         *before, last = self._hooks_with_gradient
-        live = {name: seen[name] for name in before if seen[name].requires_grad}
+        seen_before = {name: seen[name] for name in before}
+        live = {name: each for name, each in seen_before.items() if each.requires_grad}
         live[last] = final
         wanted = [*live.values(), logits]
         *found, at_logits = torch.autograd.grad(damage, wanted, allow_unused=True)
@@ -200,13 +216,16 @@ class GradientPass:
 
     def _norms(self, seen: Activations) -> Norms:
         weights = ModelWeights(self.model)
-        residuals = [seen[name].detach() for name in self._residual_hooks]
-        pairs = enumerate(residuals)
-        return tuple(weights.normalized(layer, residual) for layer, residual in pairs)
+        norms = []
+        for layer, name in enumerate(self._residual_hooks):
+            residual = seen[name].detach()
+            norms.append(weights.normalized(layer, residual))
+        return tuple(norms)
 
     @property
     def _residual_hooks(self) -> list[str]:
-        return list(map(residual_hook, range(self.model.cfg.n_layers)))
+        layers = range(self.model.cfg.n_layers)
+        return list(map(residual_hook, layers))
 
     @property
     def _hooks_with_gradient(self) -> list[str]:
@@ -217,7 +236,7 @@ class GradientPass:
 
     def _keeping_hooks(self, seen: dict[str, Tensor]) -> list[tuple[str, Hook]]:
         """Hooks that put activations into `seen`, with one copy of shared heads for each head."""
-        names = [name for name, _ in output_groups(self.nodes)]
+        names = list(dict(output_groups(self.nodes)))
         names += self._residual_hooks + self._hooks_with_gradient[:-1]
         copies = dict.fromkeys(names, 1)
         for node, slot, _ in self.targets:

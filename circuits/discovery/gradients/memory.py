@@ -5,28 +5,34 @@ from __future__ import annotations
 from math import ceil, prod
 
 from circuits.discovery.gradients.edge_products import EdgeProducts
+from circuits.models import Model
 from circuits.tasks.task import Task
 
 
 def needed(products: EdgeProducts, task: Task, points: int) -> tuple[int, int]:
-    """Bytes that a batch needs: a fixed number, and a number for each prompt.
-
-    The bound is generous, since what autograd keeps of a layer depends on the model's code.
-    """
+    """Bytes that a batch needs: a fixed number, and a number for each prompt."""
+    # The bound is generous, since what autograd keeps of a layer depends on the model's code.
     cfg = products.model.cfg
     pos = task.clean.shape[1]
-    logits = 10 * cfg.d_vocab_out * len(task.row_prompt) / len(task)
+    scored = len(task.row_prompt)
+    logits = 10 * cfg.d_vocab_out * scored / len(task)
     per_prompt = pos * _numbers_per_token(products, pos, points) + logits
-    # Transposed copies of the weights of attention, of gated MLPs and of the unembedding.
-    copied = 4 * cfg.n_heads * cfg.d_head
-    if cfg.gated_mlp:
-        copied += 3 * (cfg.d_mlp or 0)
-    weights = cfg.d_model * (cfg.n_layers * copied + cfg.d_vocab_out)
     dense = prod(products.layout.shape)
     if products.details:
         per_prompt += 2 * dense
+    fixed = _copied_weights(products.model) + dense
     size = cfg.dtype.itemsize
-    return (weights + dense) * size, ceil(per_prompt * size)
+    return fixed * size, ceil(per_prompt * size)
+
+
+def _copied_weights(model: Model) -> int:
+    """Transposed copies of the weights of attention, of gated MLPs and of the unembedding."""
+    cfg = model.cfg
+    in_layer = 4 * cfg.n_heads * cfg.d_head
+    if cfg.gated_mlp:
+        in_layer += 3 * (cfg.d_mlp or 0)
+    in_layers = cfg.n_layers * in_layer
+    return cfg.d_model * (in_layers + cfg.d_vocab_out)
 
 
 def _numbers_per_token(products: EdgeProducts, pos: int, points: int) -> int:
@@ -35,9 +41,11 @@ def _numbers_per_token(products: EdgeProducts, pos: int, points: int) -> int:
     heads = cfg.n_heads * cfg.d_head
     mlp = cfg.d_mlp or 0
     # In each layer: clean outputs and changes, with gradients at every point ...
-    records = 2 * (heads + d_model) + points * (3 * heads + 4 * d_model)
+    gradients = 3 * heads + 4 * d_model
+    records = 2 * (heads + d_model) + points * gradients
     # ... and, while a pass is made, what autograd keeps.
-    autograd = 16 * d_model + 9 * heads + 10 * mlp + 8 * cfg.n_heads * pos
+    autograd = 16 * d_model + 9 * heads
+    autograd += 10 * mlp + 8 * cfg.n_heads * pos
     # Or, while products are made, gradients at the inputs of the widest group of targets, the
     # changes of one layer's heads, and, with positions, products by token.
     rows = d_model * (2 * products.widest + 3 * cfg.n_heads + 4)

@@ -46,15 +46,14 @@ BOTH_ENDS = (GradientPoint(0.0), GradientPoint(1.0))
 
 
 def sequential(search: Search, measure: Measurement) -> None:
-    """Try edge after edge from the logits up.
-
-    H is the circuit so far, L its damage, tau the threshold.
-    """
+    """Try edge after edge from the logits up."""
+    # H is the circuit so far, L its damage, tau the threshold.
     for groups in search.undecided():
         edges = groups[0]  # one edge, or all edges into a slot in the original code's group tests
         increase, damage = measure.one(edges)
         # Remove e if L(H \ e) - L(H) < tau.
-        search.decide(edges, increase, damage, remove=bool(measure.harmless(increase)))
+        remove = bool(measure.harmless(increase))
+        search.decide(edges, increase, damage, remove=remove)
 
 
 @dataclass(frozen=True)
@@ -151,16 +150,18 @@ class ACDC(Resumable):
                 `checkpoint` is a file, or belongs to another sweep; or the model, task, graph or
                 settings cannot be used.
         """
-        descending = sorted(set(map(float, thresholds)), reverse=True)
-        methods = [replace(self, threshold=threshold) for threshold in descending]
+        different = set(map(float, thresholds))
+        descending = sorted(different, reverse=True)
+        methods = [replace(self, threshold=each) for each in descending]
         graph = self.search_graph(model, graph)
         _check_sweep(descending, guess, graph, checkpoint)
         stays = methods[0]._guess(model, graph, task) if guess is None else guess.kept
         meter = self.meter(model, graph, task)
         found: dict[float, Circuit] = {}
+        report = progress or no_progress
         for number, method in enumerate(methods):
             saved = method._checkpoint_in(checkpoint, graph, task)
-            part = partial(_report_part, progress or no_progress, number, len(methods))
+            part = partial(_report_part, report, number, len(methods))
             circuit = method._search(graph, meter, saved, part, stays)
             found[method.threshold] = circuit
             stays = circuit.kept
@@ -179,11 +180,7 @@ class ACDC(Resumable):
         progress: Progress,
         stays: EdgeMask | None,
     ) -> Circuit:
-        """Search from the saved state on.
-
-        Args:
-            stays: the edges expected to stay; None guesses from the search's own decisions.
-        """
+        """Search from the saved state on; `stays=None` guesses from the search's own decisions."""
         order = chains(graph, self.order)
         state = SearchState.start(graph, meter, stays)
         search = Search(graph, meter, order, state, saved, progress)
@@ -198,16 +195,16 @@ class ACDC(Resumable):
     def _found(self, search: Search) -> dict[str, Any]:
         """What the record says of a finished search."""
         state = search.state
-        found: dict[str, Any] = {name: getattr(state, name) for name in RECORDED}
+        found = {name: getattr(state, name) for name in RECORDED}
         if not self.speculate:
             found["measured"] = state.evaluations
-        found["accepted"] = state.evaluations / max(1, found["measured"])
+        measured = max(1, found["measured"])
+        found["accepted"] = state.evaluations / measured
         # Against one forward pass, which computes every node, for every edge.
         all_nodes = len(search.graph) * computed_nodes(search.graph)
         found["saving"] = all_nodes / max(1, state.node_evaluations)
-        exact = search.meter.exact
-        found["damage"] = state.damage if exact is None else float(exact(state.kept[None]))
-        if exact is not None and self._confirms:
+        found["damage"] = _final_damage(search)
+        if search.meter.exact is not None and self._confirms:
             found |= {"confirmed": state.confirmed, "noise": state.noise}
         return found
 
@@ -218,13 +215,16 @@ class ACDC(Resumable):
         if self.guess == "removed":
             return torch.zeros(len(graph), dtype=torch.bool)
         try:
-            scoring = EdgeScoring(model, graph, task, self.run_settings(task), BOTH_ENDS)
+            settings = self.run_settings(task)
+            scoring = EdgeScoring(model, graph, task, settings, BOTH_ENDS)
             scores = scoring.scores()
         except InputError as error:
             raise InputError(
                 f"guess='eap' cannot be had: {error} Or take guess='own', which needs no gradient."
             ) from error
-        return (scores.abs() if self.absolute else scores) >= self.threshold
+        if self.absolute:
+            scores = scores.abs()
+        return scores >= self.threshold
 
     @property
     def _confirms(self) -> bool:
@@ -232,11 +232,16 @@ class ACDC(Resumable):
         return precision is not None and precision.confirm
 
 
+def _final_damage(search: Search) -> float:
+    """The damage of the circuit found, in float32."""
+    exact, state = search.meter.exact, search.state
+    if exact is None:
+        return state.damage
+    return float(exact(state.kept[None]))
+
+
 def _check_sweep(
-    thresholds: Sequence[float],
-    guess: Circuit | None,
-    graph: Graph,
-    checkpoint: str | Path | None,
+    thresholds: Sequence[float], guess: Circuit | None, graph: Graph, checkpoint: str | Path | None
 ) -> None:
     if not thresholds:
         raise InputError("there are no thresholds to sweep over; give at least one, like 0.01.")

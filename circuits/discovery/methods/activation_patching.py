@@ -34,6 +34,7 @@ from circuits.tasks.task import Task
 LARGEST_STEP = 256
 # Circuits without a whole node share little, so fewer are measured together.
 NODES_PER_STEP = 32
+OneDamage = Float[Tensor, " 1"]
 
 
 @dataclass
@@ -43,15 +44,28 @@ class PatchingState(TensorState):
     scores: EdgeScores
     node_evaluations: int = 0
 
-    def measure(self, meter: DamageMeter, step: slice, whole: Float[Tensor, " 1"]) -> None:
+    @staticmethod
+    def start(graph: Graph) -> PatchingState:
+        """Nothing measured."""
+        shape = (len(graph),)
+        return PatchingState(torch.full(shape, torch.nan))
+
+    @property
+    def edges_measured(self) -> int:
+        """The number of edges measured so far."""
+        measured = ~self.scores.isnan()
+        return int(measured.sum())
+
+    def measure(self, meter: DamageMeter, step: slice, whole: OneDamage) -> None:
         """Measure the damage without each of some edges, against that of the whole graph."""
-        shape = (step.stop - step.start, len(self.scores))
-        without = torch.ones(shape, dtype=torch.bool)
+        rows = step.stop - step.start
+        without = torch.ones(rows, len(self.scores), dtype=torch.bool)
         without[:, step].fill_diagonal_(False)
         counts: dict[str, int] = {}
         with meter.counting(counts):
             # score(e) = L(G \ e) - L(G)
-            self.scores[step] = (meter(without) - whole).float()
+            increases = meter(without) - whole
+            self.scores[step] = increases.float()
         self.node_evaluations += counts["node_evaluations"]
 
 
@@ -88,16 +102,16 @@ class ActivationPatching(Resumable):
     ) -> Circuit:
         meter = self.meter(model, graph, task)
         whole = _whole(meter, graph)
-        scores = torch.full((len(graph),), torch.nan)
-        state = PatchingState(scores)
+        state = PatchingState.start(graph)
         state.restore(saved)
         for step in _steps(graph):
-            if state.scores[step].isnan().any():  # not measured before an interruption
+            left = state.scores[step].isnan()
+            if left.any():  # not measured before an interruption
                 state.measure(meter, step, whole)
                 state.save(saved)
-                measured = ~state.scores.isnan()
-                progress(int(measured.sum()), len(graph))
-        record = self.record(evaluations=len(graph), node_evaluations=state.node_evaluations)
+                progress(state.edges_measured, len(graph))
+        counted = state.node_evaluations
+        record = self.record(evaluations=len(graph), node_evaluations=counted)
         return Circuit.full(graph, state.scores, record=record)
 
     def node_scores(
@@ -110,25 +124,26 @@ class ActivationPatching(Resumable):
         kept = graph.source[None] != sources[:, None]
         parts = kept.split(NODES_PER_STEP)
         # score(u) = L(G without all edges from u) - L(G)
-        scores = torch.cat([meter(part) for part in parts]) - _whole(meter, graph)
+        damages = [meter(part) for part in parts]
+        scores = torch.cat(damages) - _whole(meter, graph)
         nodes = [graph.nodes[source] for source in sources.tolist()]
         return dict(zip(nodes, scores.tolist(), strict=True))
 
 
-def _whole(meter: DamageMeter, graph: Graph) -> Float[Tensor, " 1"]:
+def _whole(meter: DamageMeter, graph: Graph) -> OneDamage:
     """The damage of the whole graph, which rounding keeps from being 0."""
-    return meter(torch.ones(1, len(graph), dtype=torch.bool))
+    kept = torch.ones(1, len(graph), dtype=torch.bool)
+    return meter(kept)
 
 
 def _steps(graph: Graph) -> Iterator[slice]:
-    """The edges into one component after the other.
-
-    Without any of them the same nodes have to be recomputed, so no work is wasted.
-    """
+    """The edges into one component after the other."""
+    # Without any of them the same nodes have to be recomputed, so no work is wasted.
     largest = LARGEST_STEP * ranks().world
     start = 0
     components = [at_position(node, None) for node in graph.nodes]
-    for _, edges in groupby(graph.target.tolist(), key=components.__getitem__):
+    targets = graph.target.tolist()
+    for _, edges in groupby(targets, key=components.__getitem__):
         stop = start + len(list(edges))
         for first in range(start, stop, largest):
             yield slice(first, min(first + largest, stop))

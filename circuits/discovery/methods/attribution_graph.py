@@ -24,19 +24,15 @@ from jaxtyping import Int
 from torch import Tensor
 from typing_extensions import override
 
-from circuits.attribution.active_features import active_features
-from circuits.attribution.build import (
-    Direction,
-    build_feature_graph,
-    difference_direction,
-)
+from circuits.attribution.active_features import ActiveFeatures, active_features
+from circuits.attribution.build import Direction, build_feature_graph, difference_direction
 from circuits.attribution.explained import Explained, directions_of, most_probable, words_of
 from circuits.attribution.feature_graph import FeatureGraph
 from circuits.attribution.influence import prune
 from circuits.attribution.local_model import LocalModel, freeze
 from circuits.attribution.pooling import Pooled, spans_of
 from circuits.discovery.checkpoint import Checkpoint
-from circuits.discovery.discoverer import SPEED_ONLY, Progress, Resumable
+from circuits.discovery.discoverer import SPEED_ONLY, JsonObject, Progress, Resumable
 from circuits.graph.circuit import Circuit
 from circuits.graph.graph import Graph
 from circuits.graph.identity import TranscodersIdentity
@@ -50,7 +46,6 @@ from circuits.transcoders.io.load import load_transcoders
 from circuits.transcoders.transcoder import Transcoders
 
 PROMPTS_AT_ONCE = 16
-
 Prompt = str | Sequence[int] | Int[Tensor, " _"]
 # What to explain, from a prompt's number and local model.
 Directions = Callable[[int, LocalModel], list[Direction]]
@@ -107,11 +102,9 @@ class AttributionGraph(Resumable):
     max_memory: int | None = field(default=None, metadata=SPEED_ONLY)
 
     def __post_init__(self) -> None:
-        for name, least in (("budget", 1), ("at_a_time", 1), ("most_logits", 1), ("leading", 0)):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if value is not None and not (whole and value >= least):
-                raise InputError(f"{name}={value!r}: give a whole number, {least} or more.")
+        for name in ("budget", "at_a_time", "most_logits"):
+            self._check_whole(name, least=1)
+        self._check_whole("leading", least=0)
         for name in ("probability", "node_threshold", "edge_threshold"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value <= 1:
@@ -122,12 +115,14 @@ class AttributionGraph(Resumable):
                 "set that ships with this package."
             )
 
-    def search_graph(self, model: Model, graph: Graph | None) -> Graph:
-        """The empty graph: the method finds the nodes itself.
+    def _check_whole(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and not (whole and value >= least):
+            raise InputError(f"{name}={value!r}: give a whole number, {least} or more.")
 
-        Raises:
-            InputError: a graph with edges was given.
-        """
+    def search_graph(self, model: Model, graph: Graph | None) -> Graph:
+        """The empty graph: the method finds the nodes itself, and refuses a graph with edges."""
         if graph is not None and graph.nodes:
             raise InputError(
                 f"{self.name} makes its graph of features itself and takes none; leave out graph, "
@@ -137,7 +132,8 @@ class AttributionGraph(Resumable):
 
     def identity(self) -> dict[str, Any]:
         """Method, settings, and a fingerprint of the transcoders' weights."""
-        return {**super().identity(), "transcoders": self.loaded.identity.weights}
+        weights = self.loaded.identity.weights
+        return {**super().identity(), "transcoders": weights}
 
     @cached_property
     def loaded(self) -> Transcoders:
@@ -184,17 +180,18 @@ class AttributionGraph(Resumable):
                 return self._most_probable(model, local)
             return directions_of(model, local, asked)
 
+        described = self._described(model)
+        token_ids = [prompt_tokens(model, prompt) for prompt in prompts]
+        tokens = list(map(torch.as_tensor, token_ids))
+        graphs = self._graphs(model, tokens, directions)
+        return [replace(graph.to("cpu"), **described) for _, graph in graphs]
+
+    def _described(self, model: Model) -> JsonObject:
+        """What the graph of a prompt records of its making."""
         settings = self.settings()
         for name in TASK_SETTINGS:
             del settings[name]
-        described: dict[str, Any] = {
-            "model": identity(model),
-            "transcoders": self._made_with,
-            "settings": settings,
-        }
-        tokens = [torch.as_tensor(prompt_tokens(model, prompt)) for prompt in prompts]
-        graphs = self._graphs(model, tokens, directions)
-        return [replace(graph.to("cpu"), **described) for _, graph in graphs]
+        return {"model": identity(model), "transcoders": self._made_with, "settings": settings}
 
     @override
     def find(
@@ -204,10 +201,12 @@ class AttributionGraph(Resumable):
         pooled = self._pooled(model, task, names, saved, progress)
         label = "top" if task.answers is None else "answer"
         graph, place = pooled.graph(names, label, identity(model), self._made_with)
-        scores = pooled.scores[place] / int(task.scored.sum())
+        rows = int(task.scored.sum())
+        scores = pooled.scores[place] / rows
         keeping = pooled.keeping[place]
         kept = keeping > 0
-        record = self.record(prompts=len(task), kept_by_prompts=keeping[kept].tolist())
+        prompts = keeping[kept].tolist()
+        record = self.record(prompts=len(task), kept_by_prompts=prompts)
         return Circuit(graph, scores.float(), kept, record=record)
 
     def _pooled(
@@ -232,7 +231,8 @@ class AttributionGraph(Resumable):
                 # Several prompts at a time, because the whole union is sorted each time.
                 pooled = Pooled.together([pooled, *parts])
                 parts.clear()
-                saved.save({"next": torch.tensor(done), **vars(pooled)})
+                number = torch.tensor(done)
+                saved.save({"next": number, **vars(pooled)})
                 progress(done, len(task))
         return pooled
 
@@ -268,18 +268,23 @@ class AttributionGraph(Resumable):
             features = active_features(locals_, transcoders, leading=self.leading)
             pairs = zip(locals_, features, strict=True)
             for number, (local, active) in enumerate(pairs, start):
-                graph = build_feature_graph(
-                    local,
-                    transcoders,
-                    active,
-                    directions(number, local),
-                    words=words_of(model, local.tokens.tolist()),
-                    budget=self.budget,
-                    at_a_time=self.at_a_time,
-                    leading=self.leading,
-                    max_memory=self.max_memory,
-                )
-                yield number, graph
+                explained = directions(number, local)
+                yield number, self._graph(model, local, active, explained)
+
+    def _graph(
+        self, model: Model, local: LocalModel, active: ActiveFeatures, explained: list[Direction]
+    ) -> FeatureGraph:
+        return build_feature_graph(
+            local,
+            self.loaded,
+            active,
+            explained,
+            words=words_of(model, local.tokens.tolist()),
+            budget=self.budget,
+            at_a_time=self.at_a_time,
+            leading=self.leading,
+            max_memory=self.max_memory,
+        )
 
     def _most_probable(
         self, model: Model, local: LocalModel, position: int | None = None
@@ -291,11 +296,9 @@ class AttributionGraph(Resumable):
     def _scored_directions(
         self, model: Model, task: Task, row: int, local: LocalModel
     ) -> list[Direction]:
-        """What one prompt of a task is judged by.
-
-        Answers against wrong answers, answers alone, or the most probable tokens.
-        """
-        positions = task.scored[row].nonzero().flatten().tolist()
+        """Answers against wrong answers, answers alone, or the most probable tokens."""
+        scored = task.scored[row].nonzero()
+        positions = scored.flatten().tolist()
         if task.answers is None:
             by_position = [self._most_probable(model, local, position) for position in positions]
             return list(chain.from_iterable(by_position))

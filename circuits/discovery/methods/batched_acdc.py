@@ -35,8 +35,6 @@ from circuits.tasks.task import Task
 # Circuits measured at a time: a layer of GPT-2 small has thousands of edges, and each circuit is a
 # row of all 32,491.
 LARGEST_BATCH = 256
-
-
 Group = Sequence[int]
 
 # What the record says of a search.
@@ -74,8 +72,8 @@ class BatchedState(Removals):
     @staticmethod
     def start(graph: Graph, meter: DamageMeter, groups: int) -> BatchedState:
         """The whole graph, with nothing tried."""
-        kept = torch.ones(len(graph), dtype=torch.bool)
         shape = (len(graph),)
+        kept = torch.ones(shape, dtype=torch.bool)
         return BatchedState(
             kept=kept,
             scores=torch.full(shape, torch.nan, dtype=torch.float64),
@@ -87,6 +85,12 @@ class BatchedState(Removals):
         """Take edges out of H."""
         self.kept[edges] = False
         self.removed_in[edges] = self.groups_done
+
+    def finish_group(self) -> None:
+        """Record the excess of the current group, and start from none."""
+        self.largest_excess = max(self.largest_excess, self.excess)
+        self.excess_left = max(self.excess_left, self.excess)
+        self.excess = 0.0
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,8 @@ class BatchedACDC(Resumable):
         search = BatchedSearch(meter, state, self.threshold, self.verify)
         search.run(groups, saved, progress)
         found = {name: getattr(state, name) for name in RECORDED}
-        return Circuit(graph, state.scores, state.kept, record=self.record(**found))
+        record = self.record(**found)
+        return Circuit(graph, state.scores, state.kept, record=record)
 
 
 @dataclass
@@ -169,8 +174,9 @@ class BatchedSearch:
             # rounding is the same.
             self.meter.near(state.removed_in >= number)
         for group in groups[state.groups_done :]:
+            # What getting near computes is no measurement, and is not counted.
+            self.meter.near(state.kept)
             with state.counting(self.meter):
-                self.meter.near(state.kept)
                 self.decide(group)
             state.groups_done += 1
             state.save(saved)
@@ -187,16 +193,14 @@ class BatchedSearch:
         increases = damages - state.damage
         state.scores[edges] = increases
         state.evaluations += len(edges)
-        rows = (increases < self.threshold).nonzero().flatten().tolist()
-        harmless = [edges[row] for row in rows]
+        below = increases < self.threshold
+        harmless = torch.tensor(edges)[below].tolist()
         if len(harmless) == 1:
             # The joint removal is the single one, measured already.
-            self._remove_together(harmless, float(damages[rows[0]]))
+            self._remove_together(harmless, float(damages[below]))
         elif harmless:
             self._remove_together(harmless)
-        state.largest_excess = max(state.largest_excess, state.excess)
-        state.excess_left = max(state.excess_left, state.excess)
-        state.excess = 0.0
+        state.finish_group()
         # The group may have cut off a target that other edges of the group lead to.
         self._without_dead(edges)
 
@@ -216,7 +220,8 @@ class BatchedSearch:
             passes = increase < self.threshold
         else:
             # excess = increase of the joint removal - sum of the single increases
-            excess += increase - float(state.scores[edges].sum())
+            single_increases = state.scores[edges]
+            excess += increase - float(single_increases.sum())
             passes = excess <= self.threshold
         if passes or not self.verify:
             state.remove(edges)
@@ -225,18 +230,24 @@ class BatchedSearch:
             return True
         if len(edges) > 1:
             state.largest_excess = max(state.largest_excess, excess)
-            state.bisections += 1
-            half = len(edges) // 2
-            first_removed = self._remove_together(edges[:half])
-            # Without the first half, the circuit without the second one was measured just now.
-            self._remove_together(edges[half:], after if first_removed else None)
+            self._bisect(edges, after)
         return False
+
+    def _bisect(self, edges: Group, after: float) -> None:
+        """Try to remove first one half of the edges and then the other."""
+        self.state.bisections += 1
+        half = len(edges) // 2
+        first_removed = self._remove_together(edges[:half])
+        # Without the first half, the circuit without the second one was measured just now.
+        known = after if first_removed else None
+        self._remove_together(edges[half:], known)
 
     def _without_dead(self, edges: Group) -> list[int]:
         """The edges that can matter; those into targets cut off from the logits are removed."""
         state = self.state
         live = self.meter.reaching_logits(state.kept)
-        state.remove([edge for edge in edges if state.kept[edge] and not live[edge]])
+        dead = state.kept & ~live
+        state.remove([edge for edge in edges if dead[edge]])
         return [edge for edge in edges if live[edge]]
 
     def _damages_without(self, edges: Group) -> Float[Tensor, " tried"]:
@@ -245,7 +256,7 @@ class BatchedSearch:
         # L(H \ e) for each edge e
         for some in torch.tensor(edges).split(LARGEST_BATCH):
             without = self.state.kept.repeat(len(some), 1)
-            without[torch.arange(len(some)), some] = False
+            without.scatter_(1, some[:, None], False)
             damages.append(self.meter(without))
         return torch.cat(damages)
 
@@ -254,4 +265,4 @@ class BatchedSearch:
         kept = self.state.kept.clone()
         kept[edges] = False
         self.state.joint_measurements += 1
-        return float(self.meter(kept[None])[0])
+        return float(self.meter(kept[None]))

@@ -39,6 +39,7 @@ from circuits.system.errors import InputError
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
 
+Nodes = tuple[Node, ...]
 # Where EAP takes gradients on the line from the corrupted run, 0, to the clean run, 1.
 FRACTIONS = {"clean": [1.0], "corrupted": [0.0], "both": [0.0, 1.0]}
 
@@ -56,7 +57,7 @@ class GradientMethod(CircuitDiscoverer, ABC):
     max_memory: int | None = field(default=None, kw_only=True, metadata=SPEED_ONLY)
 
     @abstractmethod
-    def points(self, nodes: tuple[Node, ...]) -> list[GradientPoint]:
+    def points(self, nodes: Nodes) -> list[GradientPoint]:
         """Where gradients are taken, in a graph whose sources are `nodes`."""
 
     @property
@@ -140,7 +141,7 @@ class EAP(GradientMethod):
             )
 
     @override
-    def points(self, nodes: tuple[Node, ...]) -> list[GradientPoint]:
+    def points(self, nodes: Nodes) -> list[GradientPoint]:
         return [GradientPoint(fraction) for fraction in FRACTIONS[self.gradient_at]]
 
 
@@ -184,7 +185,7 @@ class EAPIG(GradientMethod):
             raise InputError(f"quadrature={self.quadrature!r}: choose 'midpoint' or 'left'.")
 
     @override
-    def points(self, nodes: tuple[Node, ...]) -> list[GradientPoint]:
+    def points(self, nodes: Nodes) -> list[GradientPoint]:
         # alpha_k = (k + 1/2) / m, or k / m with the published code's left ends
         offset = 0.5 if self.quadrature == "midpoint" else 0.0
         fractions = [(step + offset) / self.steps for step in range(self.steps)]
@@ -192,10 +193,13 @@ class EAPIG(GradientMethod):
         return [GradientPoint(fraction, line) for line in lines for fraction in fractions]
 
 
-def _sub_layers(nodes: tuple[Node, ...]) -> list[tuple[Node, ...]]:
+def _sub_layers(nodes: Nodes) -> list[Nodes]:
     """The embeddings, each layer's heads together, and each MLP."""
 
     def sub_layer(node: Node) -> object:
-        return (type(node), node.layer) if isinstance(node, Head | MLP) else "embeddings"
+        if isinstance(node, Head | MLP):
+            return type(node), node.layer
+        return "embeddings"
 
-    return [tuple(group) for _, group in groupby(nodes, key=sub_layer)]
+    groups = groupby(nodes, key=sub_layer)
+    return [tuple(group) for _, group in groups]

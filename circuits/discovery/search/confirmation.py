@@ -13,7 +13,7 @@ from circuits.discovery.checkpoint import TensorState
 Increases = Float[np.ndarray, " row"]
 Damages = Float[np.ndarray, " state"]
 StateIndices = Int[np.ndarray, " some"]
-
+SomeDamages = Float[np.ndarray, " some"]
 # What is nearer to the threshold than MARGIN times the largest error seen lately is measured again
 # in float32. So are the SAMPLE nearest of each target's first batch, wherever they are; errors seen
 # earlier then count a little less.
@@ -35,7 +35,7 @@ def confirm(
     values: Damages,
     before: Int[np.ndarray, " row"],
     distance: Callable[[Increases], Increases],
-    measure: Callable[[StateIndices], Float[np.ndarray, " some"]],
+    measure: Callable[[StateIndices], SomeDamages],
     noise: Noise,
     *,
     sample: bool,
@@ -71,8 +71,8 @@ def confirm(
             values[states] = measure(states)
             measured[states] = True
         exact = values[rows] - values[before[rows]]
-        error = np.abs(exact - increases[rows]).max()
-        noise.noise = max(noise.noise, float(error))
+        errors = np.abs(exact - increases[rows])
+        noise.noise = max(noise.noise, float(errors.max()))
         increases[rows] = exact
         confirmed |= doubtful
     noise.confirmed += int(measured.sum())

@@ -6,7 +6,7 @@ Every order goes from the logits up, so that all that is upstream of the edge tr
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from typing import Literal, get_args
@@ -17,7 +17,6 @@ from circuits.system.errors import InputError
 
 OrderName = Literal["topological", "original"]
 GroupName = Literal["target", "layer"]
-
 TargetSlot = tuple[Node, str | None]
 SLOT_ORDER = "vkq"  # v is tried first
 NOT_HEADS, HEADS = 0, 1
@@ -55,11 +54,13 @@ def edge_order(graph: Graph, order: OrderName) -> list[Trial]:
         )
     slots = _edges_by_slot(graph)
     trials = []
-    targets = sorted(slots, key=partial(_rank, graph, order))
-    for (_, kind), together in groupby(targets, key=_layer_and_kind):
-        single = [Trial(tuple(slots[target])) for target in together]
+    rank = partial(_rank, graph, order)
+    targets = sorted(slots, key=rank)
+    for (_, kind), some in groupby(targets, key=_layer_and_kind):
+        edges = [tuple(slots[target]) for target in some]
+        single = list(map(Trial, edges))
         if order == "original" and kind == HEADS:
-            trials += [replace(trial, together=True) for trial in single]
+            trials += [Trial(each, together=True) for each in edges]
         trials += single
     return trials
 
@@ -73,7 +74,8 @@ def chains(graph: Graph, order: OrderName) -> list[list[Trial]]:
         return trial.together, layer if trial.together else edge.target
 
     trials = edge_order(graph, order)
-    return [list(chain) for _, chain in groupby(trials, key=chain_of)]
+    groups = groupby(trials, key=chain_of)
+    return [list(chain) for _, chain in groups]
 
 
 def edge_groups(graph: Graph, group: GroupName | int) -> list[tuple[int, ...]]:
@@ -95,18 +97,22 @@ def edge_groups(graph: Graph, group: GroupName | int) -> list[tuple[int, ...]]:
 
     def group_of(index: int) -> object:
         edge = graph.edges[index]
-        return edge.target if group == "target" else _layer_and_kind((edge.target, edge.slot))
+        if group == "target":
+            return edge.target
+        return _layer_and_kind((edge.target, edge.slot))
 
-    return [tuple(part) for _, part in groupby(edges, key=group_of)]
+    groups = groupby(edges, key=group_of)
+    return [tuple(part) for _, part in groups]
 
 
 def _edges_by_slot(graph: Graph) -> dict[TargetSlot, list[int]]:
     """The edges into each slot of each target, from the most downstream source up."""
     slots: dict[TargetSlot, list[int]] = {}
-    from_downstream = graph.source.argsort(descending=True, stable=True)
-    for index in from_downstream.tolist():
+    order = graph.source.argsort(descending=True, stable=True)
+    for index in order.tolist():
         edge = graph.edges[index]
-        slots.setdefault((edge.target, edge.slot), []).append(index)
+        slot = (edge.target, edge.slot)
+        slots.setdefault(slot, []).append(index)
     return slots
 
 

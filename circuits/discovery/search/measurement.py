@@ -38,8 +38,9 @@ class Measurement:
         state = self.search.state
         removed = np.array([False])
         without = without_each(state.kept, [edges], removed)
+        whole = np.array([1])
         with state.counting(self.search.meter):
-            increases, values = self.many(without, before=np.array([1]))
+            increases, values = self.many(without, before=whole)
         return float(increases[0]), float(values[0])
 
     def many(self, without: CircuitMasks, before: Rows) -> tuple[Increases, Damages]:
@@ -52,34 +53,34 @@ class Measurement:
         state = self.search.state
         if self.search.meter.exact is None:
             # In float32 the damage of H is known from an earlier measurement.
-            values = np.array([*self.search.meter(without).tolist(), state.damage])
+            damages = self.search.meter(without).tolist()
+            values = np.array([*damages, state.damage])
             return values[:-1] - values[before], values
         # H is measured with the others, because rounding depends on what the executor starts from.
         states = torch.cat([without, state.kept[None]])
-        values = self._in_low_precision(states).numpy().copy()
+        measured = self._in_low_precision(states)
+        values = measured.numpy().copy()
         increases = values[:-1] - values[before]
         if self.confirms:
             self._confirm(increases, values, before, states)
         return increases, values
 
     def _confirm(
-        self,
-        increases: Increases,
-        values: Damages,
-        before: Rows,
-        states: CircuitMasks,
+        self, increases: Increases, values: Damages, before: Rows, states: CircuitMasks
     ) -> None:
         exact = self.search.meter.exact
         assert exact is not None
 
         def distance(found: Increases) -> Increases:
-            return np.abs(self._compared(found) - self.threshold)
+            away = self._compared(found) - self.threshold
+            return np.abs(away)
 
         def measure(some: StateIndices) -> Damages:
-            return exact(states[torch.from_numpy(some)]).numpy()
+            rows = torch.from_numpy(some)
+            return exact(states[rows]).numpy()
 
-        sample = self.search.at_new_target
-        confirm(increases, values, before, distance, measure, self.search.state, sample=sample)
+        noise, sample = self.search.state, self.search.at_new_target
+        confirm(increases, values, before, distance, measure, noise, sample=sample)
 
     def _in_low_precision(self, states: CircuitMasks) -> Float[Tensor, " state"]:
         meter = self.search.meter

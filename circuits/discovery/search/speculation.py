@@ -22,6 +22,7 @@ from circuits.system.errors import NotFiniteError
 from circuits.system.ranks import ranks
 
 Batch = list[Group]
+Measured = tuple[Increases, Damages]
 Decisions = Bool[np.ndarray, " group"]
 """True for groups that stay."""
 
@@ -59,12 +60,12 @@ class Speculation:
         # Ranks share the cost of circuits, but each bears the fixed cost of a batch.
         fixed_cost = self.search.fixed_cost * world
         # Guesses fail as often as they did so far; at first, one in eight.
-        wrong = (state.wrong + 1) / (state.evaluations + 8)
+        wrong_unmeasured = (state.wrong + 1) / (state.evaluations + 8)
         sizes = 1 + np.arange(LARGEST_BATCH * world)
         measured_before = sizes <= state.surveyed - state.decided
         # accepted(k) = 1 + sum over j < k of P(the first j guesses hold)
-        right = np.where(measured_before, 1 - WRONG_AFTER_MEASURING, 1 - wrong)
-        holds = right.cumprod()
+        wrong = np.where(measured_before, WRONG_AFTER_MEASURING, wrong_unmeasured)
+        holds = (1 - wrong).cumprod()
         accepted = 1 + holds.cumsum() - holds
         best = (accepted / (fixed_cost + sizes)).argmax()
         return int(sizes[best])
@@ -76,7 +77,8 @@ class Speculation:
         stop = start + len(batch)
         expected = state.expected.numpy()
         stays = state.stays.numpy()
-        for row in range(max(start, state.surveyed), stop):
+        first_guessed = max(start, state.surveyed)
+        for row in range(first_guessed, stop):
             group = batch[row - start]
             expected[row] = stays[group].any()
         return expected[start:stop].copy()
@@ -92,11 +94,11 @@ class Speculation:
         decided = batch[: surprises[0] + 1] if len(surprises) else batch
         self._learn(batch, stays, decided)
         self.search.state.wrong += len(surprises) > 0
-        rows = zip(decided, increases.tolist(), values.tolist(), stays, strict=False)
-        for group, increase, damage, stay in rows:
+        measured = zip(increases.tolist(), values.tolist(), strict=False)
+        for group, stay, (increase, damage) in zip(decided, stays, measured, strict=False):
             self.search.decide(group, increase, damage, remove=not stay)
 
-    def _measured_or_first(self, batch: Batch, expected: Decisions) -> tuple[Increases, Damages]:
+    def _measured_or_first(self, batch: Batch, expected: Decisions) -> Measured:
         """What was measured of the batch; only of its first group if another is not finite."""
         try:
             return self._measured(batch, expected)
@@ -106,14 +108,16 @@ class Speculation:
             # What cannot be measured may be a state that the search never reaches.
             return self._measured(batch[:1], expected[:1])
 
-    def _measured(self, batch: Batch, expected: Decisions) -> tuple[Increases, Damages]:
+    def _measured(self, batch: Batch, expected: Decisions) -> Measured:
         """Each removal as if the groups before it were decided as expected."""
-        without = without_each(self.search.state.kept, batch, expected)
+        kept = self.search.state.kept
+        without = without_each(kept, batch, expected)
         # A row is compared with the last row before it that is expected to go, or with H.
         rows = np.arange(len(batch))
         gone = np.where(expected, -1, rows)
         last_gone = np.maximum.accumulate(gone)
-        before = np.append(-1, last_gone[:-1])
+        before = last_gone[:-1]
+        before = np.append(-1, before)
         before[before < 0] = len(batch)
         return self.measure.many(without, before)
 
@@ -127,11 +131,13 @@ class Speculation:
         if self.learns:
             known = state.stays.numpy()
             for group, stay in zip(decided, stays, strict=False):
-                similar = self._kind == self._kind[group[0]]
+                first = group[0]
+                similar = self._kind == self._kind[first]
                 known[similar] = stay
 
     @cached_property
     def _kind(self) -> Int[np.ndarray, " edge"]:
         """The same number for edges from one source into the same slot of any target."""
         graph = self.search.graph
-        return (graph.source * 4 + graph.slot).numpy()
+        kind = graph.source * 4 + graph.slot
+        return kind.numpy()

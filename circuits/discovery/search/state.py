@@ -20,7 +20,6 @@ from circuits.running.damage import DamageMeter
 from circuits.system.errors import InputError
 
 NEVER = 1 << 62
-
 Group = list[int]
 """Edges that are removed together; most groups have one edge."""
 
@@ -81,8 +80,8 @@ class SearchState(Removals, Noise):
     @staticmethod
     def start(graph: Graph, meter: DamageMeter, stays: EdgeMask | None) -> SearchState:
         """The whole graph, with nothing tried; `stays=None` expects that all edges go."""
-        kept = torch.ones(len(graph), dtype=torch.bool)
         shape = (len(graph),)
+        kept = torch.ones(shape, dtype=torch.bool)
         return SearchState(
             kept=kept,
             scores=torch.full(shape, torch.nan),
@@ -150,7 +149,8 @@ class Search:
         first_edges = [group[0] for group in groups]
         targets = self.graph.target.numpy()[first_edges].tolist()
         target = targets[state.decided]
-        self.at_new_target = state.decided == 0 or target != targets[state.decided - 1]
+        at_start = state.decided == 0
+        self.at_new_target = at_start or target != targets[state.decided - 1]
         if self.at_new_target:
             with state.counting(self.meter):
                 self.meter.near(state.kept)
@@ -167,10 +167,8 @@ class Search:
                 self.meter.near(self.state.removed_at > number)
 
     def _groups(self, chain: list[Trial]) -> list[Group]:
-        """The groups of a chain, given H when the chain began.
-
-        Edges into a target that no longer reaches the logits are removed untried.
-        """
+        """The groups of a chain, given H when the chain began."""
+        # Edges into a target that no longer reaches the logits are removed untried.
         at_start = self.state.removed_at > self.state.began
         kept = at_start.numpy()
         live = self.meter.reaching_logits(at_start).numpy()
@@ -187,15 +185,19 @@ class Search:
 
 
 def without_each(
-    kept: EdgeMask, groups: list[Group], expected: Bool[np.ndarray, " group"]
+    kept: EdgeMask,
+    groups: list[Group],
+    expected: Bool[np.ndarray, " group"],
 ) -> Bool[Tensor, "group edge"]:
     """For each group, H without it and without the groups before it that are expected to go."""
     numbers = np.arange(len(groups))
-    group_of_edge = np.repeat(numbers, [len(edges) for edges in groups])
+    sizes = list(map(len, groups))
+    group_of_edge = np.repeat(numbers, sizes)
     row = numbers[:, None]
     gone_before = (row > group_of_edge) & ~expected[group_of_edge]
     gone = gone_before | (row == group_of_edge)
-    without = np.tile(kept.numpy(), (len(groups), 1))
+    shape = (len(groups), 1)
+    without = np.tile(kept.numpy(), shape)
     without[:, np.concatenate(groups)] = ~gone
     return torch.from_numpy(without)
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 
+from torch import Tensor
+
 from circuits.graph.circuit import Circuit
 from circuits.graph.edges import Edge
 from circuits.graph.graph import PooledFeatureGraph
@@ -33,12 +35,7 @@ DEFAULT_MAX_EDGES = 200
 DEFAULT_MAX_FEATURE_EDGES = 50
 MIN_STROKE_WIDTH, MAX_STROKE_WIDTH = 1.2, 6.5
 MIN_OPACITY, MAX_OPACITY = 0.55, 0.95
-SLOT_COLOURS = {
-    "q": BLUE,
-    "k": VERMILION,
-    "v": GREEN,
-    None: "#6d6875",
-}
+SLOT_COLOURS = {"q": BLUE, "k": VERMILION, "v": GREEN, None: "#6d6875"}
 LEGEND = "\u2003".join(
     f'<tspan fill="{colour}">\u25ac {slot or "into MLPs, features and logits"}</tspan>'
     for slot, colour in SLOT_COLOURS.items()
@@ -126,25 +123,29 @@ def edge_limit(circuit: Circuit, max_edges: int | None) -> int:
 
 
 def ranked_edges(circuit: Circuit, limit: int) -> Edges:
-    """Return the strongest kept edges, strongest first.
-
-    Ties are in graph order; edges without a score come last.
-    """
+    """Return the strongest kept edges, strongest first; edges without a score come last."""
     edges = circuit.edges
     scores = circuit.scores[circuit.kept].double()
     sizes = scores.abs()
-    largest = max([0.0, *sizes[sizes.isfinite()].tolist()])
+    strengths = _strengths(sizes).tolist()
+    sortable = sizes.nan_to_num(nan=-1, posinf=math.inf)
+    # Ties are in graph order.
+    strongest = sortable.argsort(descending=True, stable=True)
+    ranked = []
+    for rank, index in enumerate(strongest[:limit].tolist(), 1):
+        edge, score = edges[index], float(scores[index])
+        one = RankedEdge(edge, score, rank, strengths[index])
+        ranked.append(one)
+    return ranked
+
+
+def _strengths(sizes: Tensor) -> Tensor:
     # strength = sqrt(|score| / max |score|). Scores span orders of magnitude; the root keeps weak
     # edges visible without changing the order.
-    strengths = (sizes.nan_to_num() / (largest or 1)).clamp(max=1).sqrt()
-    sortable = sizes.nan_to_num(nan=-1, posinf=math.inf)
-    strongest = sortable.argsort(descending=True, stable=True)[:limit]
-    ranked = []
-    for rank, index in enumerate(strongest.tolist(), start=1):
-        score = float(scores[index])
-        strength = float(strengths[index])
-        ranked.append(RankedEdge(edges[index], score, rank, strength))
-    return ranked
+    finite = sizes[sizes.isfinite()].tolist()
+    largest = max(finite, default=0.0) or 1
+    share = sizes.nan_to_num() / largest
+    return share.clamp(max=1).sqrt()
 
 
 def _counts(circuit: Circuit, n_drawn: int) -> str:
@@ -169,7 +170,8 @@ def _layout(circuit: Circuit, edges: Edges) -> Layout:
     used = set(map(position_of, node_widths))
     column_widths = {}
     # Of all nodes, because those with edges may not be in the order of the positions.
-    for position in sorted(map(position_of, all_nodes), key=_position_key):
+    positions = map(position_of, all_nodes)
+    for position in sorted(positions, key=_position_key):
         if position in used:
             name = _position_text(position)
             column_widths[position] = LABEL_CHARACTER * len(name)
@@ -207,11 +209,10 @@ def _document(title: str | None, lines: Marks, layout: Layout | None, edges: Edg
     title_width = TITLE_CHARACTER * len(title or "")
     width = max(MIN_WIDTH, title_width + 2 * MARGIN)
     content = []
-    height = 0.0
-    for line in lines:
-        height += LINE_HEIGHT
-        content.append(_moved(MARGIN, height, [line]))
-    height += LINE_HEIGHT
+    for number, line in enumerate(lines, start=1):
+        y = number * LINE_HEIGHT
+        content.append(_moved(MARGIN, y, [line]))
+    height = (len(lines) + 1) * LINE_HEIGHT
     if layout is not None:
         width = max(width, layout.width + LAYER_NAMES_WIDTH + 2 * MARGIN)
         # A narrow drawing is in the middle of the space right of the layer names.
@@ -246,7 +247,8 @@ def _text(text: str, attributes: str) -> str:
 
 def _legend(edges: Edges) -> str:
     """Explain colours, dashes and widths."""
-    finite = filter(math.isfinite, (one.score for one in edges))
+    scores = [one.score for one in edges]
+    finite = filter(math.isfinite, scores)
     sizes = list(map(abs, finite))
     widths = "edges without scores"
     if sizes:
@@ -303,7 +305,8 @@ def _smooth_path(route: Sequence[Point]) -> str:
     """Connect the points by curves that start and end vertically, and by vertical lines."""
     x, y = route[0]
     commands = [f"M{x:.1f} {y:.1f}"]
-    for (x, y), (next_x, next_y) in pairwise(route):
+    for start, (next_x, next_y) in pairwise(route):
+        x, y = start
         middle = (y + next_y) / 2
         curve = f"C{x:.1f} {middle:.1f} {next_x:.1f} {middle:.1f} {next_x:.1f} {next_y:.1f}"
         is_vertical = abs(next_x - x) < 0.05

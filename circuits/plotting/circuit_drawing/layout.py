@@ -99,9 +99,11 @@ def lay_out(
     nodes = _nodes(node_widths)
     chains = {}
     for edge, width in edge_widths.items():
-        source, target = nodes[edge.source], nodes[edge.target]
+        source = nodes[edge.source]
+        target = nodes[edge.target]
         chains[edge] = _connected(source, target, width)
-    vertices = dict.fromkeys(itertools.chain(*chains.values()))
+    joined = itertools.chain(*chains.values())
+    vertices = dict.fromkeys(joined)
     middles = {}
     left = 0.0
     for position, min_width in column_widths.items():
@@ -120,10 +122,8 @@ def lay_out(
 
 
 def row_key(node: Node) -> tuple[float, bool]:
-    """Return the layer of a node and whether it follows attention; sorting by it gives the rows.
-
-    Embeddings are in layer -1, the logits in layer infinity.
-    """
+    """Return the layer of a node and whether it follows attention; sorting by it gives the rows."""
+    # Embeddings are in layer -1, the logits in layer infinity.
     outside = math.inf if isinstance(node, Logits) else -1
     layer: float = getattr(node, "layer", outside)
     return layer, isinstance(node, MLP | Feature | Error)
@@ -147,13 +147,15 @@ def separated(wanted: Floats, widths: Floats) -> Floats:
     offsets = np.cumsum(widths) - halves
     free = wanted - offsets
     largest = np.maximum.accumulate(free)
-    smallest = np.minimum.accumulate(free[::-1])[::-1]
+    from_end = free[::-1]
+    smallest = np.minimum.accumulate(from_end)[::-1]
     places = (largest + smallest) / 2 + offsets
     return places.tolist()
 
 
 def _nodes(widths: Mapping[Node, float]) -> dict[Node, Vertex]:
-    row_keys = sorted(set(map(row_key, widths)), reverse=True)
+    different = set(map(row_key, widths))
+    row_keys = sorted(different, reverse=True)
     nodes = {}
     for node, width in widths.items():
         row = row_keys.index(row_key(node))
@@ -164,9 +166,11 @@ def _nodes(widths: Mapping[Node, float]) -> dict[Node, Vertex]:
 
 def _connected(source: Vertex, target: Vertex, width: float) -> Chain:
     """Connect two nodes by waypoints in the column of the source."""
-    passed = range(source.row - 1, target.row, -1)
-    waypoints = [Vertex(row, source.column, width, WAYPOINT_GAP) for row in passed]
-    visited = [source, *waypoints, target]
+    visited = [source]
+    for row in reversed(range(target.row + 1, source.row)):
+        waypoint = Vertex(row, source.column, width, WAYPOINT_GAP)
+        visited.append(waypoint)
+    visited.append(target)
     for lower, upper in pairwise(visited):
         # Columns are laid out one by one, so what is in another one cannot pull.
         if lower.column == upper.column:
@@ -179,7 +183,8 @@ def _relax(column: list[Vertex]) -> None:
     """Move the rows of a column to their neighbours, one after another."""
     # groupby needs the vertices of a row next to each other.
     column.sort(key=attrgetter("row"))
-    downwards = [list(row) for _, row in groupby(column, attrgetter("row"))]
+    rows = groupby(column, attrgetter("row"))
+    downwards = [list(row) for _, row in rows]
     upwards = downwards[::-1]
     # Following the row before untangles the edges.
     for _ in range(N_SWEEPS):
@@ -190,7 +195,8 @@ def _relax(column: list[Vertex]) -> None:
     # Following both rows straightens them.
     for _ in range(N_SWEEPS):
         for row in upwards + downwards:
-            _place(row, [vertex.below + vertex.above for vertex in row])
+            both = [vertex.below + vertex.above for vertex in row]
+            _place(row, both)
 
 
 def _place(row: list[Vertex], neighbours: list[list[Vertex]]) -> None:
@@ -220,7 +226,8 @@ def _move_to(left: float, column: list[Vertex], min_width: float) -> float:
 def _routes(chains: Chains) -> Routes:
     starts, ends = _ports(chains)
     routes = {}
-    for edge, (source, *waypoints, target) in chains.items():
+    for edge, chain in chains.items():
+        source, *waypoints, target = chain
         route = [(starts[edge], source.top)]
         for waypoint in waypoints:
             route.append((waypoint.x, waypoint.bottom))
@@ -239,8 +246,10 @@ def _ports(chains: Chains) -> list[Ports]:
         source, after_source, *_ = chain
         *_, before_target, target = chain
         slot = SLOT_ORDER[edge.slot]
-        leaving[source].append((after_source.x, slot, edge))
-        entering[target].append((slot, before_target.x, edge))
+        leaves = (after_source.x, slot, edge)
+        leaving[source].append(leaves)
+        enters = (slot, before_target.x, edge)
+        entering[target].append(enters)
     return [_spread(leaving), _spread(entering)]
 
 

@@ -23,7 +23,6 @@ from circuits.attribution.feature_graph import EMBEDDING, FEATURE, TARGET, Featu
 from circuits.attribution.influence import edge_influence, node_influence, prune
 
 N_CACHED_VIEWS = 16
-
 JsonObject = dict[str, Any]
 
 
@@ -48,11 +47,12 @@ class GraphData:
         influences = node_influence(graph)
         nodes = _frame(**vars(graph.nodes), influence=influences)
         nodes.insert(0, "id", nodes.index)
-        names = nodes["id"].map(graph.node).map(str)
+        named = nodes["id"].map(graph.node)
+        names = named.map(str)
         nodes.insert(1, "name", names.astype(object))
         # A weight that is not finite makes influences NaN; they rank last.
-        falling = nodes["influence"].fillna(-math.inf).mul(-1)
-        ranks = falling.rank(method="first")
+        influence = nodes["influence"].fillna(-math.inf)
+        ranks = influence.mul(-1).rank(method="first")
         return nodes.assign(rank=ranks.astype(int))
 
     @cached_property
@@ -84,11 +84,12 @@ class GraphData:
         """Hash of the graph's content."""
         graph = self.graph
         targets = list(map(asdict, graph.targets))
-        texts = json.dumps([graph.words, targets, graph.n_layers])
-        digest = hashlib.blake2b(texts.encode(), digest_size=12)
+        content = [graph.words, targets, graph.n_layers]
+        texts = json.dumps(content).encode()
+        digest = hashlib.blake2b(texts, digest_size=12)
         nodes = vars(graph.nodes).values()
-        edges = (graph.source, graph.target, graph.weight, graph.direct)
-        for column in (*nodes, *edges, graph.tokens):
+        ends = (graph.source, graph.target)
+        for column in (*nodes, *ends, graph.weight, graph.direct, graph.tokens):
             data = column.contiguous().view(torch.uint8)
             digest.update(data.numpy())
         return digest.hexdigest()
@@ -129,9 +130,9 @@ class GraphData:
         kept = prune(self.graph, node_threshold=node_threshold, edge_threshold=edge_threshold)
         nodes = self.nodes[kept.nodes.numpy()]
         edges = self.edges[kept.edges.numpy()]
-        counts = {"nodes": len(nodes), "edges": len(edges)}
         view = self._most_influential(nodes, edges, max_nodes, max_edges)
-        return {**view, "kept": counts}
+        view["kept"] = {"nodes": len(nodes), "edges": len(edges)}
+        return view
 
     @cached_property
     def cached_view(self) -> Callable[..., JsonObject]:
@@ -139,10 +140,8 @@ class GraphData:
         return lru_cache(N_CACHED_VIEWS)(self.view)
 
     def around(self, numbers: Sequence[int], n: int) -> JsonObject:
-        """Return the `n` strongest edges into and out of a node, or of several taken as one.
-
-        Weights between these nodes and another node are summed.
-        """
+        """Return the `n` strongest edges into and out of a node, or of several taken as one."""
+        # Weights between these nodes and another node are summed.
         # Edges between the chosen nodes are inside of the whole, and not listed.
         leaving = self.edges["source"].isin(numbers)
         entering = self.edges["target"].isin(numbers)
@@ -170,9 +169,9 @@ class GraphData:
         a part of a name, and last the token at a feature's position.
         """
         wanted = text.strip().lower()
-        matching = self.nodes.assign(quality=self._match_quality(wanted))
+        quality = self._match_quality(wanted)
         # Equally good matches are sorted by influence.
-        matching = matching.dropna(subset="quality")
+        matching = self.nodes.assign(quality=quality).dropna(subset="quality")
         found = matching.sort_values(["quality", "rank"])
         best = found["id"].head(n).tolist()
         return {"nodes": self.node_table(best), "found": len(found)}
@@ -212,15 +211,14 @@ class GraphData:
     def _most_influential(
         self, nodes: pandas.DataFrame, edges: pandas.DataFrame, max_nodes: int, max_edges: int
     ) -> JsonObject:
-        """Return tables of the most influential of some nodes, and of the edges between them.
-
-        Embeddings and targets always stay, whatever `max_nodes` is.
-        """
+        """Return tables of the most influential of some nodes, and of the edges between them."""
+        # Embeddings and targets always stay, whatever `max_nodes` is.
         is_end = nodes["kind"].isin([EMBEDDING, TARGET])
         ends, others = nodes[is_end], nodes[~is_end]
         n_others = max(0, max_nodes - len(ends))
         others = others.nlargest(n_others, "influence")
-        kept = pandas.concat([ends, others]).sort_index()
+        kept = pandas.concat([ends, others])
+        kept = kept.sort_index()
         # An edge can be shown only if both of its ends are.
         leaves = edges["source"].isin(kept.index)
         enters = edges["target"].isin(kept.index)

@@ -65,10 +65,10 @@ def load_groups(folder: Path, data: GraphData) -> Groups:
         groups = _checked(content)
     except InputError as error:
         raise InputError(f"{path}: {error} Correct the file or move it away.") from error
-    known = data.numbers.keys()
-    groups["pinned"] = [name for name in groups["pinned"] if name in known]
+    is_known = data.numbers.__contains__
+    groups["pinned"] = list(filter(is_known, groups["pinned"]))
     for supernode in groups["supernodes"]:
-        supernode["nodes"] = [name for name in supernode["nodes"] if name in known]
+        supernode["nodes"] = list(filter(is_known, supernode["nodes"]))
     groups["supernodes"] = [one for one in groups["supernodes"] if one["nodes"]]
     return groups
 

@@ -95,7 +95,8 @@ def _page(
 
 def _what_is_left_out(data: GraphData, held: JsonObject | None) -> str:
     """Say how much of the graph the page holds, if it does not hold all."""
-    n_nodes, n_edges = len(data.nodes), len(data.edges)
+    n_nodes = len(data.nodes)
+    n_edges = len(data.edges)
     if held is None:
         return ""
     held_nodes = len(held["nodes"]["id"])
@@ -128,11 +129,15 @@ def _policy(style: str, script: str, *, served: bool) -> str:
 
 
 def _hash(text: str) -> str:
-    digest = hashlib.sha256(text.encode()).digest()
-    return f"'sha256-{base64.b64encode(digest).decode()}'"
+    digest = hashlib.sha256(text.encode())
+    return f"'sha256-{base64.b64encode(digest.digest()).decode()}'"
+
+
+def compact_json(content: Any) -> str:
+    """Write JSON without spaces, and refuse NaN, which is none."""
+    return json.dumps(content, allow_nan=False, separators=(",", ":"))
 
 
 def _script_json(content: Any) -> str:
     # A script element ends at the first </script and starts a comment at <!--.
-    text = json.dumps(content, allow_nan=False, separators=(",", ":"))
-    return text.translate(JSON_ESCAPES)
+    return compact_json(content).translate(JSON_ESCAPES)

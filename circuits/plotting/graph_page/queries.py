@@ -36,10 +36,12 @@ def answer(data: GraphData, address: str, query: str) -> JsonObject:
     given = _parameters(query, defaults.keys())
     values = dict(defaults)
     for name, text in given.items():
-        values[name] = _value(name, text, defaults[name])
+        default = defaults[name]
+        values[name] = _value(name, text, default)
     if "node" in values:
         values["node"] = _node_numbers(data, values["node"])
-    result: JsonObject = getattr(data, method)(*values.values())
+    query_method = getattr(data, method)
+    result: JsonObject = query_method(*values.values())
     return result
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from circuits.attribution.feature_graph import FILE, FeatureGraph
 from circuits.plotting.graph_page.data import GraphData, JsonObject
 from circuits.plotting.graph_page.groups import grouped_names, load_groups, save_groups
-from circuits.plotting.graph_page.page import served_page
+from circuits.plotting.graph_page.page import compact_json, served_page
 from circuits.plotting.graph_page.queries import QUERIES, answer
 from circuits.system.errors import InputError
 
@@ -59,7 +59,8 @@ class GraphServer(ThreadingHTTPServer):
     def __init__(self, folder: Path, data: GraphData, port: int) -> None:
         self.folder, self.data = folder, data
         title = data.graph.prompt or folder.name
-        page, policy = served_page(data, title, _details(data.graph))
+        details = _details(data.graph)
+        page, policy = served_page(data, title, details)
         self.page = page.encode(errors="replace")
         self.policy = f"{policy}; frame-ancestors 'none'"
         super().__init__((ADDRESS, port), GraphRequestHandler)
@@ -152,7 +153,8 @@ class GraphRequestHandler(BaseHTTPRequestHandler):
             elif path == GROUPS:
                 self._send_json(self.server.groups())
             elif path in QUERIES:
-                self._send_json(answer(self.server.data, path, query))
+                found = answer(self.server.data, path, query)
+                self._send_json(found)
             else:
                 self._refuse_address()
 
@@ -190,7 +192,8 @@ class GraphRequestHandler(BaseHTTPRequestHandler):
         # A page elsewhere could make its own name point here. A request with two hosts could mean
         # either, so it names none of ours.
         hosts = self._all("Host")
-        is_ours = len(hosts) == 1 and hosts[0] in self.server.hosts
+        known = self.server.hosts
+        is_ours = len(hosts) == 1 and hosts[0] in known
         reason = f"this server answers at {self.server.url} only."
         _require(is_ours, HTTPStatus.FORBIDDEN, reason)
 
@@ -243,8 +246,8 @@ class GraphRequestHandler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.BAD_REQUEST, str(error))
 
     def _refuse(self, status: HTTPStatus, reason: str) -> None:
-        line = f"{reason}\n"
-        self._send(status, line.encode(errors="replace"), TEXT)
+        line = f"{reason}\n".encode(errors="replace")
+        self._send(status, line, TEXT)
         if self.command not in ("", "GET"):
             self._drain()
 
@@ -257,8 +260,8 @@ class GraphRequestHandler(BaseHTTPRequestHandler):
             self.rfile.read(DRAIN_BYTES)
 
     def _send_json(self, content: JsonObject) -> None:
-        text = json.dumps(content, allow_nan=False, separators=(",", ":"))
-        self._send(HTTPStatus.OK, text.encode(), "application/json")
+        body = compact_json(content).encode()
+        self._send(HTTPStatus.OK, body, "application/json")
 
     def _send(
         self, status: HTTPStatus, body: bytes, content_type: str, policy: str = NOTHING_ALLOWED
