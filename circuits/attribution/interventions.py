@@ -178,7 +178,7 @@ def intervene(
     """
     tokens = _checked_prompt(model, transcoders, prompt, leading)
     layers = range(transcoders.n_layers)
-    _check_variants_and_layers(variants, frozen_layers, layers)
+    _check_run(variants, frozen_layers, layers)
     length = len(tokens)
     span = _PromptSpan(length, length, leading, transcoders)
     located = span.each_located(variants or [[]])
@@ -189,9 +189,7 @@ def intervene(
     return run.execute(tokens)
 
 
-def _check_variants_and_layers(
-    variants: Variants, frozen_layers: Sequence[int], layers: range
-) -> None:
+def _check_run(variants: Variants, frozen_layers: Sequence[int], layers: range) -> None:
     if not _is_list(variants) or not all(map(_is_list, variants)):
         raise InputError(
             "variants must be a list with a list of interventions for each run; "
