@@ -263,7 +263,8 @@ def _strongest_first(
     layer, target, _ = found
     # source number = layer * number of features + index
     source_layer, source = torch.unravel_index(source, weights.shape[:2])
-    return VirtualWeights(source_layer, source, layer, target, weights[found])
+    weight = weights[found]
+    return VirtualWeights(source_layer, source, layer, target, weight)
 
 
 def _add_block(
