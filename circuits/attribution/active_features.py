@@ -13,6 +13,7 @@ from itertools import accumulate
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from circuits.attribution.local_model import (
     FrozenLayer,
@@ -26,6 +27,7 @@ from circuits.system.errors import InputError
 from circuits.transcoders.transcoder import Transcoders
 
 FeatureNumbers = Int[Tensor, " feature"]
+FeatureValues = Float[Tensor, "pos feature"]
 RowNumbers = Int[Tensor, " row"]
 OutputRows = Float[Tensor, "row d_model"]
 ResidualByLayer = Float[Tensor, "layer pos d_model"]
@@ -58,7 +60,8 @@ def active_features(
     """
     layers = range(transcoders.n_layers)
     by_layer = [_active_in_layer(models, transcoders, layer, leading) for layer in layers]
-    return [join_rows(of_prompt) for of_prompt in zip(*by_layer, strict=True)]
+    by_prompt = zip(*by_layer, strict=True)
+    return list(map(join_rows, by_prompt))
 
 
 def _active_in_layer(
@@ -73,16 +76,21 @@ def _active_in_layer(
             "load model and transcoders in float32."
         )
     activation = transcoders.encoders[layer].activation
+    lengths = list(map(len, inputs))
     found = []
-    for of_prompt in preactivations.split([len(each) for each in inputs]):
+    for of_prompt in preactivations.split(lengths):
         # An activation function may choose the largest of a prompt, so it takes a batch of prompts.
         activations = activation(of_prompt[None])[0]
         activations[:leading] = 0
-        position, index = activations.nonzero(as_tuple=True)
-        layers = torch.full_like(index, layer)
-        active = activations[position, index]
-        found.append(ActiveFeatures(layers, position, index, active))
+        found.append(_nonzero(activations, layer))
     return found
+
+
+def _nonzero(activations: FeatureValues, layer: int) -> ActiveFeatures:
+    position, index = activations.nonzero(as_tuple=True)
+    layers = torch.full_like(index, layer)
+    active = activations[position, index]
+    return ActiveFeatures(layers, position, index, active)
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,8 +160,7 @@ def gather_sources(
 ) -> Sources:
     """Compute what the active features write, and split the rest of each MLP output.
 
-    Args:
-        leading: see `active_features`.
+    For `leading`, see `active_features`.
     """
     # A stable sort keeps features of one position in the order of layer and index.
     order = features.position.argsort(stable=True)
@@ -166,13 +173,7 @@ def gather_sources(
         outputs.append(written)
         errors.append(error)
         constants.append(constant)
-    return Sources(
-        features=features,
-        order=order,
-        outputs=outputs,
-        errors=torch.stack(errors),
-        mlp_constants=torch.stack(constants),
-    )
+    return Sources(features, order, outputs, torch.stack(errors), torch.stack(constants))
 
 
 def _feature_outputs(
@@ -184,26 +185,23 @@ def _feature_outputs(
     is_writing = (features.layer >= writing[0]) & (features.layer <= layer)
     columns = true_rows(is_writing)
     writers = select_rows(features, columns)
-    rows = frozen.mlp_output.new_empty(len(writers), transcoders.d_model)
+    shape = (len(writers), transcoders.d_model)
+    rows = frozen.mlp_output.new_empty(shape)
     for other in writing:
         mine = true_rows(writers.layer == other)
         index = writers.index[mine]
-        rows[mine] = transcoders.decoder_rows(other, index, layer, rows)
+        written = transcoders.decoder_rows(other, index, layer, rows)
+        rows[mine] = written
     # out_n = LN(activation x decoder row)
     rows *= writers.activation[:, None]
     rows = frozen.writing[writers.position].linear(rows)
-    counts = torch.bincount(writers.position, minlength=len(frozen.mlp_output))
+    n_positions = len(frozen.mlp_output)
+    counts = torch.bincount(writers.position, minlength=n_positions)
     starts = counts.cumsum(0) - counts
     # A position without rows may start after the last one.
-    padded = torch.cat([columns, columns.new_zeros(1)])
-    first_columns = padded[starts]
-    return FeatureOutputs(
-        rows=rows,
-        columns=columns,
-        position=writers.position,
-        counts=counts.tolist(),
-        first_columns=first_columns.tolist(),
-    )
+    padded = functional.pad(columns, (0, 1))
+    first_columns = padded[starts].tolist()
+    return FeatureOutputs(rows, columns, writers.position, counts.tolist(), first_columns)
 
 
 def _error_and_constant(
@@ -213,19 +211,24 @@ def _error_and_constant(
     output = frozen.mlp_output
     features = torch.zeros_like(output)
     features.index_add_(0, outputs.position, outputs.rows)
-    bias = bias.to(output)
-    skip = torch.zeros_like(output)
-    if frozen.skip is not None:
-        # W_skip x = W_skip LN(residual) + W_skip b_LN, of which the second part is constant.
-        skip = frozen.feature_input @ frozen.skip.T
-        if frozen.reading.bias is not None:
-            skip_constant = frozen.skip @ frozen.reading.bias
-            bias, skip = bias + skip_constant, skip - skip_constant
-        skip = frozen.writing.linear(skip)
-    constant = apply_norm(frozen.writing, bias.expand_as(output)).clone()
+    skip, bias = _skip_and_bias(frozen, bias.to(output))
+    biases = bias.expand_as(output)
+    constant = apply_norm(frozen.writing, biases).clone()
     # error = mlp - sum_n out_n - constant - skip
     error = output - features - constant - skip
     # Leading positions have neither features nor errors.
     constant[:leading] = (output - skip)[:leading]
     error[:leading] = 0
     return error, constant
+
+
+def _skip_and_bias(frozen: FrozenLayer, bias: ModelVector) -> tuple[Residual, ModelVector]:
+    """What the skip writes without its constant, and the bias with that constant."""
+    if frozen.skip is None:
+        return torch.zeros_like(frozen.mlp_output), bias
+    # W_skip x = W_skip LN(residual) + W_skip b_LN, of which the second part is constant.
+    skip = frozen.feature_input @ frozen.skip.T
+    if frozen.reading.bias is not None:
+        skip_constant = frozen.skip @ frozen.reading.bias
+        bias, skip = bias + skip_constant, skip - skip_constant
+    return frozen.writing.linear(skip), bias

@@ -16,13 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.attribution.active_features import ActiveFeatures, gather_sources
-from circuits.attribution.feature_graph import (
-    FEATURE,
-    TARGET,
-    FeatureGraph,
-    LogitTarget,
-    Nodes,
-)
+from circuits.attribution.feature_graph import FEATURE, TARGET, FeatureGraph, LogitTarget, Nodes
 from circuits.attribution.influence import SMALLEST_SUM
 from circuits.attribution.linear_sweep import (
     CONSTANTS,
@@ -44,6 +38,7 @@ UNSELECTED = "unselected_features"
 # The numbers of some targets, and the weights of the edges into them.
 Blocks = Iterable[tuple[TargetNumbers, EdgeWeights]]
 DirectionWeights = Float[Tensor, " direction"]
+NodeConstants = Float[Tensor, "node constant"]
 SourceNodes = Int[Tensor, " _"]
 EdgeNodes = Int[Tensor, " edge"]
 EdgeValues = Float[Tensor, " edge"]
@@ -83,11 +78,7 @@ def difference_direction(
     label: str,
     position: int | None = None,
 ) -> Direction:
-    """Return the direction of the mean logit of some tokens minus that of others.
-
-    Args:
-        wrong: the other tokens; None: the whole vocabulary.
-    """
+    """Return the direction of the mean logit of some tokens minus that of others, or of all."""
     right_vector, right_bias = _mean_logit(model, right)
     wrong_vector, wrong_bias = _mean_logit(model, wrong)
     bias = float(right_bias - wrong_bias)
@@ -148,9 +139,11 @@ def build_feature_graph(
         n_chosen = min(budget, n_chosen)
     chosen, blocks = _rows(sweep, targets, weight, n_chosen, at_a_time)
     selected = chosen[:n_chosen]
-    nodes = _nodes(model, select_rows(features, selected), into_directions, weight)
+    with_rows = select_rows(features, selected)
+    nodes = _nodes(model, with_rows, into_directions, weight)
     reader = _EdgeReader(sweep, selected, nodes)
-    edges, constants = reader.read(select_rows(targets, chosen), blocks)
+    targets = select_rows(targets, chosen)
+    edges, constants = reader.read(targets, blocks)
     source, target, weights, direct = edges
     graph = FeatureGraph(
         nodes=nodes,
@@ -177,7 +170,8 @@ def build_feature_graph(
 def _direction_targets(
     model: LocalModel, directions: Sequence[Direction]
 ) -> tuple[TargetVectors, SweepTargets]:
-    like, last = model.embedding, len(model.tokens) - 1
+    like = model.embedding
+    last = len(model.tokens) - 1
     vectors = torch.stack([one.vector.to(like) for one in directions])
     biases = like.new_tensor([one.bias for one in directions])
     positions = [last if one.position is None else one.position for one in directions]
@@ -192,14 +186,10 @@ def _rows(
     n_chosen: int,
     at_a_time: int,
 ) -> tuple[TargetNumbers, Blocks]:
-    """Compute the rows of edges into the most influential features and into directions.
+    """Compute the rows of edges into the `n_chosen` most influential features and into directions.
 
-    Args:
-        targets: all features, then the directions, which have these weights.
-        n_chosen: the number of features.
-
-    Returns:
-        The numbers of the chosen targets, ascending, and their rows.
+    `targets` are all features, then the directions, which have these weights. Returns the numbers
+    of the chosen targets, ascending, and their rows.
     """
     every = row_numbers(targets.layer)
     n_features = len(every) - len(weight)
@@ -209,13 +199,15 @@ def _rows(
     chosen = every[:0]
     weights = sweep.rows(select_rows(targets, directions))
     while len(chosen) < n_chosen:
+        n_following = min(at_a_time, n_chosen - len(chosen))
         following = _most_influential(weights, chosen, weight)
-        following = following[: min(at_a_time, n_chosen - len(chosen))]
+        following = following[:n_following]
         rows = sweep.rows(select_rows(targets, following))
         weights = join_rows([weights, rows])
         chosen = torch.cat([chosen, following])
     # `weights` holds directions first. Reorder by block: a copy of all rows is too large.
-    numbers, row = torch.cat([directions, chosen]).sort()
+    numbers = torch.cat([directions, chosen])
+    numbers, row = numbers.sort()
     split = sweep.split(select_rows(targets, numbers))
     blocks = ((block, select_rows(weights, row[block])) for block in split)
     return numbers, blocks
@@ -228,12 +220,8 @@ def _most_influential(
 
     `weights` are the rows of directions, then of the chosen features, which come last.
     """
-    # A = |edge weights|, each row divided by its sum
-    sizes = weights.weight.abs()
-    sums = sizes.sum(1, keepdim=True)
-    n_features = len(weights.sources.order)
-    shares = sizes[:, :n_features] / sums.clamp(min=SMALLEST_SUM)
-    of_directions, of_chosen = shares.tensor_split([len(direction_weight)])
+    shares, n_directions = _feature_shares(weights), len(direction_weight)
+    of_directions, of_chosen = shares.tensor_split([n_directions])
     # influence = p A + p A^2 + ...; a path has at most one feature of each layer.
     flow = direction_weight @ of_directions
     influence = flow.clone()
@@ -242,24 +230,36 @@ def _most_influential(
         flow = flow[column[chosen]] @ of_chosen
         influence += flow
     influence[column[chosen]] = -1.0
-    return influence[column].argsort(descending=True, stable=True)
+    by_feature = influence[column]
+    return by_feature.argsort(descending=True, stable=True)
+
+
+def _feature_shares(weights: EdgeWeights) -> Float[Tensor, "target feature"]:
+    # A = |edge weights|, each row divided by its sum
+    sizes = weights.weight.abs()
+    sums = sizes.sum(1, keepdim=True)
+    n_features = len(weights.sources.order)
+    return sizes[:, :n_features] / sums.clamp(min=SMALLEST_SUM)
 
 
 def _nodes(
     model: LocalModel, features: ActiveFeatures, directions: SweepTargets, weight: DirectionWeights
 ) -> Nodes:
-    position, n_layers = row_numbers(model.tokens), len(model.layers)
+    position = row_numbers(model.tokens)
+    n_layers = len(model.layers)
     layers = position.new_tensor(range(n_layers))
     error_layer = layers.repeat_interleave(len(position))
+    before_layers = torch.full_like(position, -1)
     # Layer, position and index of features, errors, embeddings and directions, as in `NodeKind`
     kinds = (
         (features.layer, features.position, features.index),
         (error_layer, position.repeat(n_layers), torch.zeros_like(error_layer)),
-        (torch.full_like(position, -1), position, model.tokens),
+        (before_layers, position, model.tokens),
         (directions.layer, directions.position, row_numbers(weight)),
     )
-    layer, positions, index = map(torch.cat, zip(*kinds, strict=True))
-    sizes = layer.new_tensor([len(columns[0]) for columns in kinds])
+    columns = zip(*kinds, strict=True)
+    layer, positions, index = map(torch.cat, columns)
+    sizes = layer.new_tensor([len(layers) for layers, _, _ in kinds])
     kind = row_numbers(sizes).repeat_interleave(sizes)
     probability = torch.zeros_like(layer, dtype=torch.float32)
     probability[-len(weight) :] = weight
@@ -276,14 +276,13 @@ class _EdgeReader:
     selected: TargetNumbers
     nodes: Nodes
 
-    def read(
-        self, targets: SweepTargets, blocks: Blocks
-    ) -> tuple[Sequence[Tensor], Float[Tensor, "node constant"]]:
+    def read(self, targets: SweepTargets, blocks: Blocks) -> tuple[Sequence[Tensor], NodeConstants]:
         """Read all nonzero edges by target and then source, and the constants of every node."""
         nodes = self.nodes
         n_constants = len(CONSTANTS) + 1
         constants = targets.vector.new_zeros(len(nodes), n_constants)
-        is_target = (nodes.kind == FEATURE) | (nodes.kind == TARGET)
+        kind = nodes.kind
+        is_target = (kind == FEATURE) | (kind == TARGET)
         node_of_target = true_rows(is_target)
         unselected = self._unselected()
         parts = []
@@ -294,7 +293,8 @@ class _EdgeReader:
             # Sum them apart: a difference of two sums would lose digits.
             outside = weights.weight.index_select(1, unselected)
             constants[node, -1] = outside.sum(1)
-        edges = [torch.cat(columns) for columns in zip(*parts, strict=True)]
+        columns = zip(*parts, strict=True)
+        edges = list(map(torch.cat, columns))
         # The sweep takes directions by position, which need not be the order of their nodes.
         _, target, *_ = edges
         if (target.diff() < 0).any():
@@ -312,13 +312,7 @@ class _EdgeReader:
         self, block: SweepTargets, node: TargetNumbers, weights: EdgeWeights
     ) -> tuple[EdgeNodes, EdgeNodes, EdgeValues, EdgeValues]:
         """Source, target, weight and direct part of the edges into a block of targets."""
-        # Edges come from earlier layers and, with causal attention, not from later positions.
-        nodes = self.nodes
-        reaches = nodes.layer < block.layer[0]
-        if self.sweep.model.causal:
-            reaches &= nodes.position <= block.position.max()
-        # Reading only these columns halves the work.
-        source = true_rows(reaches)
+        source = self._reaching(block)
         column = self.column[source]
         weight = weights.weight.index_select(1, column)
         nonzero = weight != 0
@@ -331,10 +325,19 @@ class _EdgeReader:
             direct.masked_select(nonzero),
         )
 
+    def _reaching(self, block: SweepTargets) -> SourceNodes:
+        # Edges come from earlier layers and, with causal attention, not from later positions.
+        reaches = self.nodes.layer < block.layer[0]
+        if self.sweep.model.causal:
+            reaches &= self.nodes.position <= block.position.max()
+        # Reading only their columns halves the work.
+        return true_rows(reaches)
+
     @cached_property
     def column(self) -> SourceNodes:
         """The column in `EdgeWeights` of each node that can be a source."""
-        sources, n_nodes = self.sweep.sources, len(self.selected)
+        sources = self.sweep.sources
+        n_nodes = len(self.selected)
         n_unselected = len(sources.order) - n_nodes
         column = row_numbers(self.nodes.kind) + n_unselected
         column[:n_nodes] = sources.column[self.selected]

@@ -33,16 +33,17 @@ def most_probable(
     probability: float,
     position: int | None = None,
 ) -> list[Direction]:
-    """At most `most` of the most probable next tokens, weighted by their probabilities.
+    """The most probable next tokens, weighted by their probabilities.
 
-    Args:
-        probability: explain no more tokens than reach this probability together.
+    There are at most `most`, and no more than reach `probability` together.
     """
     logits = local.logits(-1 if position is None else position)
     most = min(most, len(logits))
-    values, tokens = logits.softmax(-1).topk(most)
+    probabilities = logits.softmax(-1)
+    values, tokens = probabilities.topk(most)
     # The fewest tokens that together reach `probability`
-    n_below = int((values.cumsum(0) < probability).sum())
+    is_below = values.cumsum(0) < probability
+    n_below = int(is_below.sum())
     most = min(most, n_below + 1)
     pairs = zip(tokens[:most].tolist(), values[:most].tolist(), strict=True)
     return [_token_direction(model, local, *pair, position) for pair in pairs]
@@ -108,7 +109,8 @@ def _pair(model: Model, local: LocalModel, wanted: tuple[str | int, ...]) -> Dir
         raise InputError(
             f"explain holds {wanted!r}: a token against itself; give two different ones."
         )
-    label = " - ".join(words_of(model, [right, wrong]))
+    words = words_of(model, [right, wrong])
+    label = " - ".join(words)
     if not _can_name_a_node(label):
         label = f"#{right} - #{wrong}"
     return difference_direction(local, [right], [wrong], label)
@@ -117,7 +119,7 @@ def _pair(model: Model, local: LocalModel, wanted: tuple[str | int, ...]) -> Dir
 def _check_direction(local: LocalModel, wanted: Direction) -> None:
     """Refuse a direction that does not fit the model or cannot be named."""
     length, width = local.embedding.shape
-    vector, position, named = wanted.vector, wanted.position, f"the Direction {wanted.label!r}"
+    vector, named = wanted.vector, f"the Direction {wanted.label!r}"
     if not isinstance(vector, Tensor):
         raise InputError(f"{named} has {vector!r} for a vector; give a tensor of {width} numbers.")
     is_weight = 0 < wanted.weight < math.inf
@@ -132,11 +134,18 @@ def _check_direction(local: LocalModel, wanted: Direction) -> None:
             f"{named} has a vector of shape {tuple(vector.shape)}; it must be {width} finite "
             "numbers, not all zero."
         )
+    _check_position_and_label(wanted, length)
+
+
+def _check_position_and_label(wanted: Direction, length: int) -> None:
+    position, label = wanted.position, wanted.label
     if position is not None and not 0 <= position < length:
-        raise InputError(f"{named} is at position {position} of a prompt of {length} tokens.")
-    if wanted.token is None and not _can_name_a_node(wanted.label):
         raise InputError(
-            f"a Direction cannot be called {wanted.label!r}, because nodes are: use a word that is "
+            f"the Direction {label!r} is at position {position} of a prompt of {length} tokens."
+        )
+    if wanted.token is None and not _can_name_a_node(label):
+        raise InputError(
+            f"a Direction cannot be called {label!r}, because nodes are: use a word that is "
             "no number, without @."
         )
 
@@ -150,7 +159,8 @@ def _token(model: Model, local: LocalModel, wanted: str | int) -> int:
     """The token of a text or id, refused if it is not one token of this model."""
     if isinstance(wanted, str):
         tokenizer = PromptTokenizer.of(model)
-        prompt = tokenizer.tokenizer.decode(local.tokens.tolist(), skip_special_tokens=True)
+        ids = local.tokens.tolist()
+        prompt = tokenizer.tokenizer.decode(ids, skip_special_tokens=True)
         try:
             return tokenizer.answer(str(prompt), wanted)
         except DoesNotFit:

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.attribution.tensor_table import select_rows, true_rows
+from circuits.attribution.tensor_table import select_rows, tensors_of, true_rows
 from circuits.graph.identity import ModelIdentity, TranscodersIdentity
 from circuits.graph.nodes import Error, Feature, Logits, Node, Position, TokenEmbed, parse_node
 from circuits.system.errors import InputError
@@ -33,6 +33,7 @@ FORMAT, FORMAT_VERSION = "circuits.feature_graph", 1
 DESCRIPTION = ("words", "targets", "constant_names", "n_layers", "model", "transcoders", "settings")
 MOST_LAYERS = 10_000
 SHOWN_TARGETS = 5
+IDENTITIES = {"model": ModelIdentity, "transcoders": TranscodersIdentity}
 
 # The kinds of nodes, in the order in which a graph lists them.
 KINDS = ("features", "errors", "tokens", "targets")
@@ -212,8 +213,7 @@ class FeatureGraph:
     def _all_nodes(self) -> list[Node]:
         nodes = self.nodes
         logits = [one.label if one.token is None else one.token for one in self.targets]
-        columns = (nodes.kind, nodes.layer, nodes.index, nodes.position)
-        rows = _rows(*columns)
+        rows = _rows(nodes.kind, nodes.layer, nodes.index, nodes.position)
         return [node_of(logits, *row) for row in rows]
 
     @cached_property
@@ -244,8 +244,8 @@ class FeatureGraph:
         layers = torch.arange(self.n_layers + 1, device=self.target.device)
         first_nodes = torch.searchsorted(feature_layers, layers)
         first_edges = torch.searchsorted(self.target, first_nodes)
-        bounds = pairwise([*first_edges.tolist(), len(self)])
-        ascending = [slice(start, stop) for start, stop in bounds]
+        bounds = [*first_edges.tolist(), len(self)]
+        ascending = [slice(*ends) for ends in pairwise(bounds)]
         return ascending[::-1]
 
     def subgraph(self, nodes: NodeMask, edges: EdgeMask | None = None) -> FeatureGraph:
@@ -283,10 +283,12 @@ class FeatureGraph:
             raise InputError(f"n={n} edges were asked for; give 0 or more.")
         edges = true_rows(chosen)
         sizes = self.weight[edges].abs()
-        edges = edges[sizes.argsort(descending=True, stable=True)[:n]]
+        order = sizes.argsort(descending=True, stable=True)
+        edges = edges[order[:n]]
         # Names are made for these edges only.
         names = [str(self.node(number)) for number in other_end[edges].tolist()]
-        weight, direct = self.weight[edges].cpu(), self.direct[edges].cpu()
+        weight = self.weight[edges].cpu()
+        direct = self.direct[edges].cpu()
         return pd.DataFrame(
             {"node": names, "weight": weight, "direct": direct, "attention": weight - direct}
         )
@@ -299,7 +301,8 @@ class FeatureGraph:
         names = list(map(str, self._all_nodes))
         result = networkx.empty_graph(names, networkx.DiGraph)
         features = true_rows(self.is_kind(FEATURE))
-        for number, activation in _rows(features, self.nodes.activation[features]):
+        activations = self.nodes.activation[features]
+        for number, activation in _rows(features, activations):
             result.add_node(names[number], activation=activation)
         columns = (self.source, self.target, self.weight, self.direct)
         for source, target, weight, direct in _rows(*columns):
@@ -308,26 +311,21 @@ class FeatureGraph:
 
     def to(self, device: Device) -> FeatureGraph:
         """Return the same graph with its tensors on `device`."""
-        moved = self._tensors()
+        moved = tensors_of(self)
         for name, tensor in moved.items():
             moved[name] = tensor.to(device)
         return replace(self, nodes=self.nodes.to(device), **moved)
 
-    def _tensors(self) -> dict[str, Any]:
-        values = vars(self).items()
-        return {name: value for name, value in values if isinstance(value, Tensor)}
-
     def save(self, folder: str | Path) -> Path:
         """Write `graph.safetensors` into `folder`, made if missing; return the file's path."""
-        tensors = self._tensors()
+        tensors = tensors_of(self)
         for name, column in vars(self.nodes).items():
             tensors[f"nodes.{name}"] = column
         # Node numbers fit into half the bytes.
         for name in ("source", "target"):
             tensors[name] = tensors[name].int()
         values = {name: getattr(self, name) for name in DESCRIPTION}
-        description = json.dumps(values, default=vars)
-        metadata = {"description": description}
+        metadata = {"description": json.dumps(values, default=vars)}
         path = Path(folder) / FILE
         return write_tensors(path, tensors, metadata, FORMAT, FORMAT_VERSION)
 
@@ -359,18 +357,23 @@ def _rows(*columns: Tensor) -> Iterator[Any]:
 
 
 def _from_file(values: dict[str, Any]) -> FeatureGraph:
-    names = [column.name for column in fields(Nodes)]
-    columns = [values.pop(f"nodes.{name}") for name in names]
+    nodes = _nodes_from_file(values)
     for name in ("source", "target"):
         values[name] = values[name].long()
     for name in ("words", "constant_names"):
         values[name] = tuple(values[name])
     targets = [LogitTarget(**target) for target in values["targets"]]
     values["targets"] = tuple(targets)
-    for name, identity in (("model", ModelIdentity), ("transcoders", TranscodersIdentity)):
+    for name, identity in IDENTITIES.items():
         if values[name] is not None:
             values[name] = identity(**values[name])
-    return FeatureGraph(Nodes(*columns), **values)
+    return FeatureGraph(nodes, **values)
+
+
+def _nodes_from_file(values: dict[str, Any]) -> Nodes:
+    names = [column.name for column in fields(Nodes)]
+    columns = [values.pop(f"nodes.{name}") for name in names]
+    return Nodes(*columns)
 
 
 def _check(graph: FeatureGraph) -> None:

@@ -45,6 +45,7 @@ NODES_AT_ONCE = 128
 # In this layout, the sum over positions of products of vectors is one product of matrices.
 BY_NODE = "head pos node d_head -> head node (pos d_head)"
 ValuesByNode = Float[Tensor, "head node pos_and_d_head"]
+HeadProducts = Float[Tensor, "head source target"]
 
 NodeNumbers = Int[Tensor, " _"]
 EdgeNumbers = Int[Tensor, " edge"]
@@ -74,9 +75,9 @@ def head_shares(
         InputError: the graph was not made with this model and these transcoders.
     """
     _check_graph(model, transcoders, graph)
-    cfg = model.cfg
+    shape = (len(graph), model.cfg.n_layers, model.cfg.n_heads)
     sweep = _HeadSweep.of(model, transcoders, graph)
-    shares = graph.weight.new_zeros(len(graph), cfg.n_layers, cfg.n_heads)
+    shares = graph.weight.new_zeros(shape)
     for layer, edge, share in sweep.shares():
         edge = edge.to(shares.device)
         shares[edge, layer] = share.to(shares)
@@ -174,14 +175,16 @@ class _HeadSweep:
         directions = self.graph.directions[explained.index]
         directions = directions.to(self.local.embedding)
         no_bias = directions.new_zeros(len(directions))
-        into_directions = logit_targets(self.local, directions, no_bias, explained.position)
+        position = explained.position
+        into_directions = logit_targets(self.local, directions, no_bias, position)
         return join_rows([into_features, into_directions])
 
     def _source_values(self, nodes: Nodes, column: NodeNumbers) -> Iterator[ValuesByNode]:
         # What sources, with these columns in `Sources.order`, add to all values by layer.
         local = self.local
         length, d_model = local.embedding.shape
-        residual = local.embedding.new_zeros(length, len(nodes), d_model)
+        shape = (length, len(nodes), d_model)
+        residual = local.embedding.new_zeros(shape)
         tokens = true_rows(nodes.kind == EMBEDDING)
         position = nodes.position[tokens]
         residual[position, tokens] = local.embedding[position]
@@ -208,10 +211,10 @@ class _HeadSweep:
 
     def _products(
         self, targets: SweepTargets, values: Sequence[ValuesByNode]
-    ) -> Iterator[tuple[int, Float[Tensor, "head source target"]]]:
+    ) -> Iterator[tuple[int, HeadProducts]]:
         # The shares of every head in edges from sources, with these values, to all targets.
         local = self.local
-        gradient = targets.vector.new_zeros(len(local.tokens), *targets.vector.shape)
+        gradient = targets.zero_gradient(len(local.tokens))
         _add_at_mlp_input(gradient, None, targets, len(local.layers))
         for layer, frozen in reversed([*enumerate(local.layers)]):
             skip = frozen.skip_gradient(gradient)

@@ -31,6 +31,7 @@ from circuits.system.errors import InputError
 
 SMALLEST_SUM = 1e-10
 SORTED_AT_ONCE = 1 << 14
+Scores = Float[Tensor, " _"]
 
 
 def node_influence(graph: FeatureGraph) -> NodeScores:
@@ -68,17 +69,17 @@ def propagate(
     """Pass the targets' probabilities p down the edges.
 
     Of what reaches node t, the edge from s passes on the share A[t, s] = weight[t, s] / divisor[t].
-
-    Returns:
-        What flows into each node over all paths, and what flows along each edge.
+    Returns what flows into each node over all paths, and what flows along each edge.
     """
     probability = graph.nodes.probability.double()
-    reached, flow = probability.clone(), torch.empty_like(weights)
+    reached = probability.clone()
+    flow = torch.empty_like(weights)
     for edges in graph.levels():
         # flow[t, s] = A[t, s] (influence[t] + p[t]);  influence[s] = sum over t of flow[t, s]
         per_weight = (reached / divisors)[graph.target[edges]]
         flow[edges] = weights[edges] * per_weight
-        reached.index_add_(0, graph.source[edges], flow[edges])
+        source = graph.source[edges]
+        reached.index_add_(0, source, flow[edges])
     return reached - probability, flow
 
 
@@ -199,22 +200,30 @@ def completeness_score(graph: FeatureGraph) -> float:
     weight = influence + graph.nodes.probability.double()
     from_errors = graph.is_kind(ERROR)[graph.source]
     unexplained = torch.zeros_like(weight)
-    unexplained.index_add_(0, graph.target[from_errors], sizes[from_errors])
+    reader = graph.target[from_errors]
+    unexplained.index_add_(0, reader, sizes[from_errors])
     # score = sum_t (1 - share of errors in t) weight[t] / sum_t weight[t]
     explained = (1 - unexplained / sums) * weight
     # 0 / 0 is NaN.
     return float(explained.sum() / weight.sum())
 
 
-def _cutoff(scores: Float[Tensor, " n"], threshold: float) -> float:
-    """Return the largest value such that scores from it up make `threshold` of the sum.
-
-    Candidates are split at their mean until few are left: sorting millions would be slower.
-    """
+def _cutoff(scores: Scores, threshold: float) -> float:
+    """Return the largest value such that scores from it up make `threshold` of the sum."""
     if not len(scores) or threshold >= 1:
         return 0.0
-    # `above` is the sum of scores that are certainly above the cutoff, which is a candidate.
     wanted = threshold * float(scores.sum())
+    above, candidates = _near_cutoff(scores, wanted)
+    ordered = candidates.sort(descending=True).values
+    sums = above + ordered.cumsum(0)
+    # The last sum may stay below `wanted` by rounding.
+    is_below = sums[:-1] < wanted
+    return float(ordered[is_below.sum()])
+
+
+def _near_cutoff(scores: Scores, wanted: float) -> tuple[float, Scores]:
+    """Return the sum of scores that are certainly above the cutoff, and candidates for it."""
+    # Candidates are split at their mean until few are left: sorting millions would be slower.
     above, candidates = 0.0, scores
     while len(candidates) > SORTED_AT_ONCE:
         is_upper = candidates > candidates.mean()
@@ -227,20 +236,16 @@ def _cutoff(scores: Float[Tensor, " n"], threshold: float) -> float:
         else:
             above += size
             candidates = candidates[~is_upper]
-    ordered = candidates.sort(descending=True).values
-    sums = above + ordered.cumsum(0)
-    # The last sum may stay below `wanted` by rounding.
-    is_below = sums[:-1] < wanted
-    return float(ordered[is_below.sum()])
+    return above, candidates
 
 
 def _cumulative_share(influence: NodeScores) -> NodeScores:
-    order = torch.argsort(influence, descending=True, stable=True)
+    order = influence.argsort(descending=True, stable=True)
     result = torch.empty_like(influence)
     total = influence.sum().clamp(min=SMALLEST_SUM)
     # cumulative[s] = sum of influence >= influence[s] / sum of all influence
-    result[order] = influence[order].cumsum(0) / total
-    return result
+    result[order] = influence[order].cumsum(0)
+    return result / total
 
 
 def _without_dead_ends(
@@ -258,4 +263,5 @@ def _without_dead_ends(
         if torch.equal(fewer, nodes):
             return nodes, edges
         nodes = fewer
-        edges = edges & nodes[graph.source] & nodes[graph.target]
+        edges = edges & nodes[graph.source]
+        edges &= nodes[graph.target]

@@ -20,6 +20,7 @@ from torch import Tensor
 from circuits.attribution.local_model import (
     check_transcoders,
     compute_dtype,
+    norm_at,
     pad_prompts,
     read_by_features,
 )
@@ -28,7 +29,6 @@ from circuits.models import (
     FINAL_SCALE,
     Hook,
     Model,
-    ModelWeights,
     frozen,
     hooked,
     mlp_output_hook,
@@ -109,6 +109,9 @@ class Intervention:
         return torch.full_like(activation, self.value)
 
 
+Variants = Sequence[Sequence[Intervention]]
+
+
 def _layer_index_position(feature: Feature | str) -> tuple[int, int, int | None]:
     node = parse_node(feature) if isinstance(feature, str) else feature
     if not isinstance(node, Feature) or isinstance(node.position, str):
@@ -143,7 +146,7 @@ def intervene(
     model: Model,
     transcoders: Transcoders,
     prompt: Prompt,
-    variants: Sequence[Sequence[Intervention]],
+    variants: Variants,
     *,
     freeze_attention: bool = True,
     frozen_layers: Sequence[int] = (),
@@ -174,22 +177,11 @@ def intervene(
             intervention or frozen layer does not exist.
     """
     tokens = _checked_prompt(model, transcoders, prompt, leading)
-    if not _is_list(variants) or not all(map(_is_list, variants)):
-        raise InputError(
-            "variants must be a list with a list of interventions for each run; "
-            "for one run, give [[intervention, ...]]."
-        )
-    if isinstance(frozen_layers, int | str):
-        raise InputError(f"frozen_layers={frozen_layers!r}: give a list of layers, such as [0, 1].")
     layers = range(transcoders.n_layers)
-    unknown = [layer for layer in frozen_layers if layer not in layers]
-    if unknown:
-        raise InputError(
-            f"frozen_layers holds {unknown[0]!r}, and the model has layers 0 to {layers[-1]}."
-        )
+    _check_run(variants, frozen_layers, layers)
     length = len(tokens)
     span = _PromptSpan(length, length, leading, transcoders)
-    located = [[span.located(one) for one in variant] for variant in variants or [[]]]
+    located = span.each_located(variants or [[]])
     held = [pattern_hook(layer) for layer in layers] if freeze_attention else []
     if freeze_norms and model.cfg.normalization_type is not None:
         held += [*scale_hooks(model).values(), FINAL_SCALE]
@@ -197,11 +189,26 @@ def intervene(
     return run.execute(tokens)
 
 
+def _check_run(variants: Variants, frozen_layers: Sequence[int], layers: range) -> None:
+    if not _is_list(variants) or not all(map(_is_list, variants)):
+        raise InputError(
+            "variants must be a list with a list of interventions for each run; "
+            "for one run, give [[intervention, ...]]."
+        )
+    if isinstance(frozen_layers, int | str):
+        raise InputError(f"frozen_layers={frozen_layers!r}: give a list of layers, such as [0, 1].")
+    unknown = [layer for layer in frozen_layers if layer not in layers]
+    if unknown:
+        raise InputError(
+            f"frozen_layers holds {unknown[0]!r}, and the model has layers 0 to {layers[-1]}."
+        )
+
+
 def direct_effects(
     model: Model,
     transcoders: Transcoders,
     prompt: Prompt,
-    variants: Sequence[Sequence[Intervention]],
+    variants: Variants,
     *,
     leading: int = 1,
 ) -> Intervened:
@@ -273,13 +280,15 @@ def generate(
         )
     if not _is_list(interventions):
         raise InputError("interventions must be a list; for a single one, give [intervention].")
-    final_length = min(len(tokens) + new_tokens, model.cfg.n_ctx)
-    span = _PromptSpan(len(tokens), final_length, leading, transcoders)
+    length = len(tokens)
+    final_length = min(length + new_tokens, model.cfg.n_ctx)
+    span = _PromptSpan(length, final_length, leading, transcoders)
     located = list(map(span.located, interventions))
     generator = torch.Generator().manual_seed(seed)
     while len(tokens) < final_length:
         run = _InterventionRun(model, transcoders, [located], leading)
-        logits = run.execute(tokens).logits[0, -1]
+        logits = run.execute(tokens).logits
+        logits = logits[0, -1]
         logits = logits.float().cpu()
         if temperature == 0:
             next_token = logits.argmax()[None]
@@ -297,7 +306,7 @@ class _InterventionRun:
     model: Model
     transcoders: Transcoders
     # Interventions whose positions are slices; these may reach beyond the prompt.
-    variants: Sequence[Sequence[Intervention]]
+    variants: Variants
     leading: int
     # The hook points whose activations are frozen.
     held: Sequence[str] = ()
@@ -318,9 +327,10 @@ class _InterventionRun:
     def execute(self, tokens: Tokens) -> Intervened:
         """Run all variants."""
         n_rows = self.n_clean + len(self.variants)
-        rows, mask = pad_prompts(self.model, [tokens] * n_rows)
-        hooks = list(self._hooks(n_rows))
         model = self.model
+        prompts = [tokens] * n_rows
+        rows, mask = pad_prompts(model, prompts)
+        hooks = list(self._hooks(n_rows))
         with frozen(model), plain_inputs(model), hooked(model, hooks):
             residual = run_to_residual(model, rows, mask)
             logits = unembed(model, residual)
@@ -355,7 +365,8 @@ class _InterventionRun:
         """Add the changes of all features that write to the layer's MLP output."""
         if layer in self.frozen_layers:
             # The skip is part of the linear map, so it passes on changes of its input.
-            skip = self.transcoders.skip(layer, self.input_changes[layer])
+            input_change = self.input_changes[layer]
+            skip = self.transcoders.skip(layer, input_change)
             output = output[:1] + skip.to(output)
         elif self.frozen_layers:
             return output
@@ -365,11 +376,9 @@ class _InterventionRun:
 
     def _feature_inputs(self, layer: int, residual: Residual) -> Residual:
         """Return what features read, through the norm with its frozen or its current scale."""
-        weights = ModelWeights(self.model)
         # In the first row, whose scale is frozen, the residual stream is clean.
         read = residual[:1] if FINAL_SCALE in self.held else residual
-        _, scale = weights.normalized(layer, read) or (None, None)
-        norm = weights.linear_norm(layer, "ln2", scale)
+        norm = norm_at(self.model, layer, "ln2", read)
         residual = residual.to(compute_dtype(self.model))
         return read_by_features(self.transcoders, norm, residual)[1]
 
@@ -389,7 +398,8 @@ class _InterventionRun:
 def _as_in_first_row(n_rows: int, activation: Tensor) -> Tensor:
     # The rows may be one after the other, as at `FINAL_SCALE`.
     rows = activation.reshape(n_rows, -1)
-    return rows[:1].expand_as(rows).reshape_as(activation)
+    first = rows[:1].expand_as(rows)
+    return first.reshape_as(activation)
 
 
 def _is_list(value: object) -> bool:
@@ -440,6 +450,10 @@ class _PromptSpan:
             )
         position = slice(covered.start, covered.stop, covered.step)
         return replace(change, position=position)
+
+    def each_located(self, variants: Variants) -> Variants:
+        """Check and locate the interventions of each run."""
+        return [list(map(self.located, variant)) for variant in variants]
 
     def _covered(self, position: int | slice | None) -> range:
         """Return the positions that are changed; none if `position` is invalid."""

@@ -74,6 +74,11 @@ class SweepTargets:
     def __len__(self) -> int:
         return len(self.layer)
 
+    def zero_gradient(self, n_positions: int) -> Gradient:
+        """Return a gradient of every target that is zero at all of these positions."""
+        shape = (n_positions, *self.vector.shape)
+        return self.vector.new_zeros(shape)
+
 
 @dataclass(frozen=True, eq=False)
 class EdgeWeights:
@@ -159,7 +164,8 @@ class LinearSweep:
 
     def rows(self, targets: SweepTargets) -> EdgeWeights:
         """Compute the weights of all edges into `targets`."""
-        blocks, weights = zip(*self.by_block(targets), strict=True)
+        by_block = self.by_block(targets)
+        blocks, weights = zip(*by_block, strict=True)
         order = torch.cat(blocks).argsort()
         return select_rows(join_rows(weights), order)
 
@@ -171,7 +177,8 @@ class LinearSweep:
             length = len(self.model.tokens)
             if self.model.causal:
                 length = int(block.position.max()) + 1
-            weights = self._descend(block, slice(0, length), with_attention=True)
+            positions = slice(0, length)
+            weights = self._descend(block, positions, with_attention=True)
             # Row sum: pre-activation = G . (all that is written) + own bias
             weights.constants[:, OWN_BIAS] = block.bias
             yield numbers, weights
@@ -189,11 +196,10 @@ class LinearSweep:
     def _descend(
         self, block: SweepTargets, positions: slice, *, with_attention: bool
     ) -> EdgeWeights:
-        n_positions = positions.stop - positions.start
+        gradient = block.zero_gradient(positions.stop - positions.start)
         # G starts as each target's vector, at its own position.
-        gradient = block.vector.new_zeros(n_positions, *block.vector.shape)
-        target = row_numbers(block.position)
-        gradient[block.position - positions.start, target] = block.vector
+        position = block.position - positions.start
+        gradient[position, row_numbers(position)] = block.vector
         descent = _Descent(self, gradient, positions, block.position, with_attention)
         return descent.edge_weights(int(block.layer[0]))
 
@@ -220,7 +226,8 @@ class LinearSweep:
         # How many vectors (targets times positions) the gradient of a block may hold. Four times
         # the gradient leaves room for what a layer computes from it.
         like = self.model.embedding
-        row_bytes = 4 * like.shape[1] * like.element_size()
+        _, d_model = like.shape
+        row_bytes = 4 * d_model * like.element_size()
         cpu_bytes = CPU_ROWS * row_bytes
         budget = memory_budget(like.device, self.max_memory, cpu_bytes=cpu_bytes)
         return budget // row_bytes
@@ -275,7 +282,8 @@ class _Descent:
         if not self.with_attention:
             return
         (constant,) = self._products(frozen.attention_constant)
-        self.weights.constants[:, ATTENTION_BIAS] += constant.sum(1)
+        constants = self.weights.constants
+        constants[:, ATTENTION_BIAS] += constant.sum(1)
         # G += LN^T(sum_h A_h^T G W_O[h]^T W_V[h]^T)
         values = frozen.value_gradient(self.gradient, self.target_position)
         frozen.add_attention_gradient(values, self.gradient)
@@ -287,8 +295,9 @@ class _Descent:
         # A[t, e] = G_t . error_e; bias and skip constant: sum over positions of G_t . constant
         written = (sources.errors[layer], sources.mlp_constants[layer])
         error, constant = self._products(*written)
-        self.weights.errors[:, layer, self.positions] = error
-        self.weights.constants[:, MLP_BIAS] += constant.sum(1)
+        weights = self.weights
+        weights.errors[:, layer, self.positions] = error
+        weights.constants[:, MLP_BIAS] += constant.sum(1)
 
     def _read_off_features(self, outputs: FeatureOutputs) -> None:
         starts, positions = outputs.starts, self.positions
@@ -300,7 +309,8 @@ class _Descent:
         weight = self.weights.weight
         by_position = outputs.rows[here].split(outputs.counts[positions])
         columns = outputs.first_columns[positions]
-        for gradient, rows, first in zip(self.gradient, by_position, columns, strict=True):
+        parts = zip(self.gradient, by_position, columns, strict=True)
+        for gradient, rows, first in parts:
             last = first + len(rows)
             weight[:, first:last].addmm_(gradient, rows.T)
 
@@ -311,14 +321,16 @@ class _Descent:
         return small and self.gradient.device.type in PADDED_ON
 
     def _read_off_padded(self, outputs: FeatureOutputs, here: slice) -> None:
-        rows, n_slots = outputs.rows[here], max(outputs.counts)
-        slots = outputs.slot[here] - self.positions.start * n_slots
-        n_padded, d_model = len(self.gradient) * n_slots, rows.shape[1]
-        padded = rows.new_zeros(n_padded, d_model)
-        padded.index_copy_(0, slots, rows)
-        by_position = padded.unflatten(0, (-1, n_slots))
+        rows = outputs.rows[here]
+        n_slots = max(outputs.counts)
+        first_slot = self.positions.start * n_slots
+        slots = outputs.slot[here] - first_slot
+        n_positions, _, d_model = self.gradient.shape
+        padded = rows.new_zeros(n_positions, n_slots, d_model)
+        in_slots = padded.view(-1, d_model)
+        in_slots.index_copy_(0, slots, rows)
         # products[p, t, slot] = G_t[p] . out_n of the feature n in that slot
-        products = torch.bmm(self.gradient, by_position.mT)
+        products = torch.bmm(self.gradient, padded.mT)
         products = rearrange(products, "pos target slot -> target (pos slot)")
         weight = self.weights.weight
         weight.index_add_(1, outputs.columns[here], products[:, slots])

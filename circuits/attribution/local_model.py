@@ -113,7 +113,8 @@ class FrozenLayer:
         assert self.skip is not None
         # LN_write(W_skip LN_read(residual))
         read = _per_position(self.reading).linear(residual)
-        return _per_position(self.writing).linear(read @ self.skip.T)
+        written = read @ self.skip.T
+        return _per_position(self.writing).linear(written)
 
     def value_gradient(
         self, gradient: Gradient, position: TargetNumbers | None = None
@@ -144,20 +145,19 @@ class FrozenLayer:
         if len(values) != len(self.value):
             values = reduce(values, "(kv copy) ... -> kv ...", "sum", kv=len(self.value))
         # G += LN^T(sum_h dV_h W_V[h]^T); LN^T is part of `value` and `mixing`.
-        for weight, head_gradient in zip(self.value, values, strict=True):
+        heads = zip(self.value, values, strict=True)
+        for weight, head_gradient in heads:
             flat.addmm_(head_gradient.flatten(0, 1), weight.T)
 
     def skip_gradient(self, gradient: Gradient, positions: slice = EVERYWHERE) -> Gradient | None:
-        """Map gradients at the MLP output, which cover `positions`, to what the skip reads.
-
-        Returns None if there is no skip.
-        """
+        """Map gradients at the MLP output, at `positions`, to what the skip reads, if any."""
         if self.skip is None:
             return None
         reading = _per_position(self.reading, positions)
         writing = _per_position(self.writing, positions)
         # LN_read^T W_skip^T LN_write^T G
-        return reading.transposed(writing.transposed(gradient) @ self.skip)
+        written = writing.transposed(gradient)
+        return reading.transposed(written @ self.skip)
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,8 +265,8 @@ def freeze(model: Model, transcoders: Transcoders, prompts: Sequence[Prompt]) ->
         weights = _layer_weights(model, transcoders, layer)
         frozen_layers = [_frozen_layer(model, transcoders, layer, weights, run) for run in runs]
         by_layer.append(frozen_layers)
-    unembedding = ModelWeights(model).unembedding().weight.detach()
-    mean_unembedding = unembedding.mean(1, dtype=dtype)
+    unembedding = ModelWeights(model).unembedding()
+    mean_unembedding = unembedding.weight.mean(1, dtype=dtype)
     return [
         _local_model(model, prompt, layers, mean_unembedding, run)
         for prompt, run, *layers in zip(prompts, runs, *by_layer, strict=True)
@@ -308,9 +308,7 @@ def read_by_features(
 ) -> tuple[LinearNorm, ModelVectors]:
     """Return the map from the residual stream to what features read, and what they read.
 
-    Args:
-        norm: the norm before the MLP.
-        residual: the residual stream before that norm.
+    `norm` is the norm before the MLP, and `residual` the residual stream before it.
     """
     match transcoders.reads:
         case "residual":
@@ -324,6 +322,20 @@ def apply_norm(norm: LinearNorm, x: ModelVectors) -> ModelVectors:
     """Apply a frozen norm with its bias."""
     linear = norm.linear(x)
     return linear if norm.bias is None else linear + norm.bias
+
+
+def norm_at(model: Model, layer: int | None, name: str, residual: ModelVectors) -> LinearNorm:
+    """Return a norm with the scale that it has at this residual stream."""
+    weights = ModelWeights(model)
+    _, scale = weights.normalized(layer, residual) or (None, None)
+    return weights.linear_norm(layer, name, scale)
+
+
+def norm_without_scale(model: Model, layer: int, name: str, like: Tensor) -> LinearNorm:
+    """Return a norm with scale 1, or the identity where the model has no such norm."""
+    has_norm = (layer, name) in scale_hooks(model)
+    no_scale = like.new_ones(1, 1) if has_norm else None
+    return ModelWeights(model).linear_norm(layer, name, no_scale)
 
 
 def _record(model: Model, tokens: TokenBatch, mask: TokenMask) -> Activations:
@@ -368,13 +380,12 @@ def _local_model(
     mean_unembedding: ModelVector,
     run: Activations,
 ) -> LocalModel:
-    weights, residual = ModelWeights(model), run[FINAL_RESIDUAL]
-    unembedding = weights.unembedding()
-    _, final_scale = weights.normalized(None, residual) or (None, None)
+    residual = run[FINAL_RESIDUAL]
+    unembedding = ModelWeights(model).unembedding()
     return LocalModel(
         tokens=prompt.long().to(residual.device),
         layers=layers,
-        final=weights.linear_norm(None, "ln_final", final_scale),
+        final=norm_at(model, None, "ln_final", residual),
         embedding=run[TOKEN_EMBEDDING],
         position_embedding=run.get(POSITION_EMBEDDING),
         residual=residual,
@@ -410,10 +421,8 @@ def _layer_weights(model: Model, transcoders: Transcoders, layer: int) -> _Layer
     # (b_V + b_LN W_V[h]) W_O[h]
     value_constant = weights.value_constant(layer).to(dtype)
     head_constant = torch.einsum("he,hed->hd", value_constant, output)
-    # Without the scale, which differs between prompts and is part of `mixing`.
-    has_norm_after = (layer, "ln1_post") in scale_hooks(model)
-    no_scale = output.new_ones(1, 1) if has_norm_after else None
-    norm_after = weights.linear_norm(layer, "ln1_post", no_scale)
+    # The scale differs between prompts and is part of `mixing`.
+    norm_after = norm_without_scale(model, layer, "ln1_post", output)
     return _LayerWeights(
         weights.projection_after_norm(layer, "v").to(dtype),
         norm_after.linear(output),
@@ -457,7 +466,8 @@ def _norms(model: Model, layer: int, run: Activations) -> list[LinearNorm]:
     weights, hooks = ModelWeights(model), scale_hooks(model)
     norms = []
     for name in NORMS:
-        scale = run.get(hooks.get((layer, name), ""))
+        hook = hooks.get((layer, name), "")
+        scale = run.get(hook)
         norms.append(weights.linear_norm(layer, name, scale))
     return norms
 

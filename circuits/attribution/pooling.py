@@ -44,8 +44,7 @@ ANYWHERE = -1
 def effects(graph: FeatureGraph) -> tuple[NodeScores, EdgeScores]:
     """Return the contribution of each node and each edge to the explained logits.
 
-    Contributions are sums over all paths of the linear model, weighted by the targets'
-    probabilities.
+    Contributions are sums over all paths of the linear model, weighted by target probability.
     """
     # A feature's contribution is proportional to its activation a[t], to which the edge from s adds
     # w[t, s]: the edge's share of the contribution is w[t, s] / a[t]. For a target it is w[t, s].
@@ -116,7 +115,8 @@ class Pooled:
         source, target = number[self.edges].T
         # One integer per edge: source * number of nodes + target.
         n = len(nodes)
-        keys, place = (source * n + target).unique(return_inverse=True)
+        keys = source * n + target
+        keys, place = keys.unique(return_inverse=True)
         edges = torch.stack([keys // n, keys % n], 1)
         scores = torch.bincount(place, self.scores)
         keeping = torch.bincount(place, self.keeping)

@@ -16,20 +16,21 @@ Table = TypeVar("Table", bound=Any)
 
 def select_rows(table: Table, rows: Tensor | slice) -> Table:
     """Return the table with some of its rows."""
-    columns = {name: column[rows] for name, column in _columns(table).items()}
+    columns = {name: column[rows] for name, column in tensors_of(table).items()}
     return replace(table, **columns)
 
 
 def join_rows(tables: Sequence[Table]) -> Table:
     """Concatenate tables of the same type."""
     columns = {}
-    for name in _columns(tables[0]):
+    for name in tensors_of(tables[0]):
         parts = [getattr(table, name) for table in tables]
         columns[name] = torch.cat(parts)
     return replace(tables[0], **columns)
 
 
-def _columns(table: Table) -> dict[str, Tensor]:
+def tensors_of(table: Table) -> dict[str, Any]:
+    """Return the tensors among the attributes of a table."""
     values = vars(table).items()
     return {name: value for name, value in values if isinstance(value, Tensor)}
 

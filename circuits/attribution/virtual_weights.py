@@ -29,8 +29,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from circuits.attribution.local_model import check_transcoders, read_by_features
-from circuits.models import Model, ModelWeights, scale_hooks
+from circuits.attribution.local_model import check_transcoders, norm_without_scale, read_by_features
+from circuits.models import Model
 from circuits.models.functional import LinearNorm
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget
@@ -138,13 +138,10 @@ class Coactivation:
 
     def _firings(self, layer: int, features: slice) -> Tensor:
         """Return activations as a sparse matrix [feature token]."""
-        n_features = self.shape[1]
-        first, stop, _ = features.indices(n_features)
-        offset = layer * n_features
-        starts = self.starts[offset + first : offset + stop + 1]
+        starts = self._starts_and_end(layer, features)
         fired = slice(int(starts[0]), int(starts[-1]))
         token = self.token[fired]
-        rows = torch.arange(stop - first)
+        rows = torch.arange(len(starts) - 1)
         feature = rows.repeat_interleave(starts.diff())
         places = torch.stack([feature.to(token), token])
         size = (len(rows), self.n_tokens)
@@ -152,6 +149,12 @@ class Coactivation:
         return torch.sparse_coo_tensor(
             places, self.activation[fired], size, is_coalesced=True, check_invariants=False
         )
+
+    def _starts_and_end(self, layer: int, features: slice) -> Tensor:
+        n_features = self.shape[1]
+        first, stop, _ = features.indices(n_features)
+        offset = layer * n_features
+        return self.starts[offset + first : offset + stop + 1]
 
 
 @torch.no_grad()
@@ -202,7 +205,8 @@ def expected_coactivation(
     order = torch.argsort(feature * n_tokens + token)
     token, activation = token[order], activation[order]
     shape = (transcoders.n_layers, transcoders.n_features)
-    counts = torch.bincount(feature, minlength=math.prod(shape))
+    n_features = math.prod(shape)
+    counts = torch.bincount(feature, minlength=n_features)
     starts = functional.pad(counts.cumsum(0), (1, 0)).cpu()
     dtype = torch.promote_types(activation.dtype, torch.float32)
     return Coactivation(token, activation.to(dtype), starts, shape, n_tokens)
@@ -259,7 +263,8 @@ def _strongest_first(
     layer, target, _ = found
     # source number = layer * number of features + index
     source_layer, source = torch.unravel_index(source, weights.shape[:2])
-    return VirtualWeights(source_layer, source, layer, target, weights[found])
+    weight = weights[found]
+    return VirtualWeights(source_layer, source, layer, target, weight)
 
 
 def _add_block(
@@ -271,10 +276,12 @@ def _add_block(
     """Update the strongest weights by a block whose sources follow all earlier ones."""
     n_kept = weights.shape[1]
     # Reduce the block first: a selection from the whole block and the old weights needs a copy.
-    place = largest_columns(block.abs(), min(n_kept, block.shape[1]))
+    n_columns = min(n_kept, block.shape[1])
+    place = largest_columns(block.abs(), n_columns)
     block = block.gather(1, place)
     all_weights = torch.cat([weights, block], 1)
-    all_numbers = torch.cat([numbers, place + first_source], 1)
+    source = place + first_source
+    all_numbers = torch.cat([numbers, source], 1)
     place = largest_columns(all_weights.abs(), n_kept)
     weights.copy_(all_weights.gather(1, place))
     numbers.copy_(all_numbers.gather(1, place))
@@ -293,7 +300,7 @@ class _Pairs:
         """An empty tensor on the device and in the precision of the weights."""
         weight = self.transcoders.encoders[0].weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        like = torch.empty_like(weight[:0], dtype=dtype)
+        like = weight[:0].to(dtype)
         return like if self.model is None else like.to(self.model.cfg.device)
 
     def blocks(self, max_memory: int | None) -> Iterator[Block]:
@@ -322,13 +329,14 @@ class _Pairs:
 
     def _written_before(self, layer: int, sources: slice) -> Iterator[tuple[int, FeatureRows]]:
         """Yield each later layer, and what features of `layer` have written before it."""
-        decoder = self.transcoders.decoders[layer]
+        transcoders = self.transcoders
+        decoder = transcoders.decoders[layer]
         total = self.like.new_zeros(1, 1)
-        for written in range(layer, self.transcoders.n_layers - 1):
-            if written in self.transcoders.written_by(layer):
+        for written in range(layer, transcoders.n_layers - 1):
+            if written in transcoders.written_by(layer):
                 rows = decoder[sources, written - layer]
                 rows = rows.to(self.like)
-                if self.transcoders.writes == "mlp":
+                if transcoders.writes == "mlp":
                     rows = self._norm(written, "ln2_post").linear(rows)
                 total = total + rows
             yield written + 1, total
@@ -344,11 +352,8 @@ class _Pairs:
     def _norm(self, layer: int, name: str) -> LinearNorm:
         """Return a norm with scale 1; the identity without a model or without this norm."""
         if self.model is None:
-            return LinearNorm(None, False, None, None)
-        scale = None
-        if (layer, name) in scale_hooks(self.model):
-            scale = self.like.new_ones(1, 1)
-        return ModelWeights(self.model).linear_norm(layer, name, scale)
+            return LinearNorm()
+        return norm_without_scale(self.model, layer, name, self.like)
 
     def _block_size(self, max_memory: int | None) -> int:
         """Return how many features' rows, and weights between them, fit into the memory."""

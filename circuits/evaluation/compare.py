@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from circuits.evaluation.evaluate import (
+    Row,
     Size,
     default_metrics,
     evaluations,
     judge_points,
+    mean_and_faithfulness,
     of_sizes,
 )
 from circuits.evaluation.similarity import overlap_table
@@ -146,7 +148,7 @@ def _notes(circuits: Mapping[str, Circuit]) -> tuple[str, ...]:
     )
 
 
-def _mean_row(model: Model, circuits: Sweep, task: Task, settings: RunSettings) -> dict[str, float]:
+def _mean_row(model: Model, circuits: Sweep, task: Task, settings: RunSettings) -> Row:
     metric = settings.metric
     assert metric is not None
     # A metric given by the user replaces the shipped one of its name.
@@ -154,10 +156,9 @@ def _mean_row(model: Model, circuits: Sweep, task: Task, settings: RunSettings) 
     rows = []
     for circuit in circuits:
         (found,) = evaluations(model, [circuit], task, [*metrics.values()], settings)
-        row: dict[str, float] = {"edges": len(circuit), "of": len(circuit.graph)}
-        row |= found.mean()
-        row["faithfulness"] = found.faithfulness(metric.name)
-        rows.append(row)
+        row: Row = {"edges": len(circuit)}
+        row["of"] = len(circuit.graph)
+        rows.append(row | mean_and_faithfulness(found, metric))
     return pd.DataFrame(rows).mean().to_dict()
 
 
@@ -176,5 +177,6 @@ def _curve(
         ranked = of_sizes(circuit, sizes)
         curves.append(judge_points(model, ranked, task, settings))
     # The seeds of a ranking are averaged at each size.
-    by_size = pd.concat(curves).groupby("edges", as_index=False)
+    points = pd.concat(curves)
+    by_size = points.groupby("edges", as_index=False)
     return by_size.mean().assign(selected=False)

@@ -25,6 +25,8 @@ from circuits.transcoders.transcoder import Transcoders
 Size = int | float
 """A number of edges, or as a float a fraction of the circuit's edges."""
 
+Row = dict[str, float]
+
 ByRow = Mapping[str, Float[Tensor, " scored"]]
 """By metric name, one number per scored row, with the metric's natural sign."""
 
@@ -104,7 +106,7 @@ class Evaluation:
         table = self.table().to_html(float_format="%.4g")
         return f"<p><b>{self.n_edges:,} edges</b></p>{table}"
 
-    def mean(self) -> dict[str, float]:
+    def mean(self) -> Row:
         """Every metric's mean over scored rows."""
         return _means(self.values)
 
@@ -149,7 +151,7 @@ class Evaluation:
         return name
 
 
-def _means(values: ByRow) -> dict[str, float]:
+def _means(values: ByRow) -> Row:
     return {name: float(row.mean()) for name, row in values.items()}
 
 
@@ -316,11 +318,15 @@ def judge_points(
     rows = []
     for evaluation in evaluations(model, circuits, task, metrics, settings):
         fraction = evaluation.n_edges / len(circuits[0].graph)
-        row: dict[str, float] = {"edges": evaluation.n_edges, "fraction": fraction}
-        row |= evaluation.mean()
-        row["faithfulness"] = evaluation.faithfulness(metric.name)
-        rows.append(row)
+        row: Row = {"edges": evaluation.n_edges, "fraction": fraction}
+        rows.append(row | mean_and_faithfulness(evaluation, metric))
     return pd.DataFrame(rows)
+
+
+def mean_and_faithfulness(evaluation: Evaluation, metric: Metric) -> Row:
+    """Every metric's mean, and the faithfulness by one of them."""
+    faithfulness = evaluation.faithfulness(metric.name)
+    return evaluation.mean() | {"faithfulness": faithfulness}
 
 
 def of_sizes(
@@ -330,7 +336,8 @@ def of_sizes(
 ) -> list[Circuit]:
     """The circuits of the highest-scored edges; see `faithfulness_curve`."""
     wanted = CURVE_FRACTIONS if sizes is None else sizes
-    numbers = {_number_of_edges(size, len(circuit)) for size in wanted}
+    available = len(circuit)
+    numbers = {_number_of_edges(size, available) for size in wanted}
     return [circuit.top(number, by=by) for number in sorted(numbers)]
 
 

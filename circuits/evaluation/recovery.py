@@ -18,6 +18,7 @@ from circuits.system.errors import InputError
 
 # Scores below this fraction of the largest count as zero, so that rounding noise ranks nothing.
 SCORE_FLOOR = 1e-6
+ROC_COLUMNS = ["false_positive_rate", "true_positive_rate"]
 
 Ranks = Float[Tensor, " item"]
 Truth = Bool[Tensor, " item"]
@@ -70,11 +71,7 @@ def recovery(circuit: Circuit, truth: Sequence[Edge | str]) -> Recovery:
     true = graph.mask(truth)
     if not true.any():
         raise InputError("there are no true edges to recover; give at least one.")
-    if circuit.selected:
-        chosen, rank = circuit.kept, circuit.kept.double()
-    else:
-        chosen = circuit.top(int(true.sum())).kept
-        rank = _without_noise(circuit.scores)
+    chosen, rank = _chosen_and_rank(circuit, true)
     chosen_nodes = _of_nodes(graph, chosen.double()) > 0
     true_nodes = _of_nodes(graph, true.double()) > 0
     edge_roc = _roc(rank, true)
@@ -84,12 +81,20 @@ def recovery(circuit: Circuit, truth: Sequence[Edge | str]) -> Recovery:
         *_precision_recall(chosen_nodes, true_nodes),
         _area_under(edge_roc),
         _area_under(node_roc),
-        pd.DataFrame(edge_roc, columns=["false_positive_rate", "true_positive_rate"]),
+        pd.DataFrame(edge_roc, columns=ROC_COLUMNS),
     )
 
 
+def _chosen_and_rank(circuit: Circuit, true: Truth) -> tuple[Truth, Ranks]:
+    if circuit.selected:
+        return circuit.kept, circuit.kept.double()
+    n_true = int(true.sum())
+    return circuit.top(n_true).kept, _without_noise(circuit.scores)
+
+
 def _without_noise(scores: Float[Tensor, " edge"]) -> Ranks:
-    size = scores.double().abs().nan_to_num(nan=-1.0)
+    size = scores.double().abs()
+    size = size.nan_to_num(nan=-1.0)
     smallest = SCORE_FLOOR * size.max()
     is_noise = (size >= 0) & (size < smallest)
     return torch.where(is_noise, 0.0, size)
@@ -113,9 +118,9 @@ def _roc(rank: Ranks, true: Truth) -> Rates:
     # Items of equal rank pass a threshold together.
     # Thresholds fall, from the highest rank to the lowest.
     thresholds, place = (-rank).unique(return_inverse=True)
-    rates = []
+    rates, n_thresholds = [], len(thresholds)
     for items in (~true, true):
-        passing = torch.bincount(place[items], minlength=len(thresholds))
+        passing = torch.bincount(place[items], minlength=n_thresholds)
         total = items.sum().clamp(min=1)
         rates.append(passing.cumsum(0) / total.double())
     none = torch.zeros(1, 2, dtype=torch.double)

@@ -46,7 +46,8 @@ def overlap_table(circuits: Mapping[str, Circuit]) -> pd.DataFrame:
     table = pd.DataFrame(1.0, index=names, columns=names)
     for a, b in combinations(names, 2):
         value = _any_overlap(circuits[a], circuits[b])
-        table.loc[a, b] = table.loc[b, a] = value
+        table.loc[a, b] = value
+        table.loc[b, a] = value
     return table
 
 
@@ -67,7 +68,8 @@ def coarsened(circuit: Circuit, *, by_position: bool = True) -> dict[Node, float
     """
     shares: dict[Node, float] = defaultdict(float)
     totals = _size_by_node(circuit)
-    for number in totals.nonzero().flatten().tolist():
+    numbers = totals.nonzero().flatten()
+    for number in numbers.tolist():
         coarse = _coarse(circuit.graph.nodes[number])
         if coarse is None:
             continue
@@ -81,7 +83,8 @@ def coarsened(circuit: Circuit, *, by_position: bool = True) -> dict[Node, float
 
 def _size_by_node(circuit: Circuit) -> Float[Tensor, " node"]:
     graph, kept = circuit.graph, circuit.kept
-    size = circuit.scores[kept].double().abs()
+    scores = circuit.scores[kept]
+    size = scores.double().abs()
     if size.isnan().any() or not size.any():
         size = torch.ones_like(size)
     totals = size.new_zeros(len(graph.nodes))
@@ -128,7 +131,8 @@ def score_correlation(
     # Spearman's correlation is Pearson's of the ranks.
     if method == "spearman":
         scores = scores.rank()
-    return float(scores.corr().loc["x", "y"])
+    correlation = scores.corr()
+    return float(correlation.loc["x", "y"])
 
 
 def score_table(first: Circuit, second: Circuit) -> pd.DataFrame:
