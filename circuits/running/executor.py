@@ -54,12 +54,7 @@ class Executor(Protocol):
 
 
 def get_executor(model: Model, graph: Graph, task: Task, settings: RunSettings) -> Executor:
-    """The executor for this graph: the incremental one, unless it cannot run the model.
-
-    Raises:
-        InputError: no executor fits the settings, the model, graph and task do not fit together,
-            or memory runs out.
-    """
+    """The executor for this graph: the incremental one, unless it cannot run the model."""
     name, precision = model.cfg.model_name, settings.precision
     only_incremental = precision is not None or settings.executor == "incremental"
 

@@ -43,7 +43,8 @@ from circuits.models import (
 )
 from circuits.models.component_graph import REST
 from circuits.models.identity import check_fits
-from circuits.running.ablation import Ablation, masked_sum
+from circuits.running.ablation import Ablation, add_sums
+from circuits.running.settings import NOTHING_RUN, Counts
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget
 from circuits.tasks.metrics import check_finite
@@ -119,7 +120,7 @@ class FeatureExecutor:
     ablation: Ablation
     max_memory: int | None = None
     means: NodeOutputs | None = None
-    counts: dict[str, int] = field(default_factory=lambda: {"node_evaluations": 0, "batches": 0})
+    counts: Counts = field(default_factory=NOTHING_RUN.copy)
 
     @staticmethod
     def prepare(
@@ -193,14 +194,7 @@ class FeatureExecutor:
         clean = _Run(self, prompts)
         # Without a replacement this run is that of the whole model.
         whole = clean.residual(prompts.clean)
-        if self.means is not None:
-            replacing = self.means
-        elif self.ablation.name == "zero":
-            replacing = {part: torch.zeros_like(value) for part, value in clean.outputs.items()}
-        else:
-            corrupted = _Run(self, prompts)
-            corrupted.residual(prompts.corrupted)
-            replacing = corrupted.outputs
+        replacing = self._replacing(prompts, clean.outputs)
         logits = []
         for circuit in circuits:
             residual = whole
@@ -211,6 +205,16 @@ class FeatureExecutor:
             logits.append(unembed(self.model, residual[prompts.scored]))
         self.counts["batches"] += len(circuits)
         return torch.stack(logits)
+
+    def _replacing(self, prompts: Task, clean: NodeOutputs) -> NodeOutputs:
+        """c_n of every node n."""
+        if self.means is not None:
+            return self.means
+        if self.ablation.name == "zero":
+            return {part: torch.zeros_like(value) for part, value in clean.items()}
+        corrupted = _Run(self, prompts)
+        corrupted.residual(prompts.corrupted)
+        return corrupted.outputs
 
     def _staying(self, prompts: Task, circuit: Circuit, clean: NodeOutputs) -> NodePlaces:
         """Where the nodes of a circuit write out_n; elsewhere they write c_n."""
@@ -231,10 +235,11 @@ class FeatureExecutor:
         # [span, feature] of features; [span, 1] of tokens and errors.
         shape = (len(spans), self.transcoders.n_features)
         none = torch.zeros(shape, dtype=torch.bool, device=self.model.cfg.device)
-        found = {TOKENS: none[:, :1].clone()}
+        one = none[:, :1]
+        found = {TOKENS: one.clone()}
         for layer in range(self.transcoders.n_layers):
             found[Feature, layer] = none.clone()
-            found[Error, layer] = none[:, :1].clone()
+            found[Error, layer] = one.clone()
         for node in circuit:
             match node:
                 case Feature(layer, index, position):
@@ -252,9 +257,7 @@ class FeatureExecutor:
         for prompts in self._parts():
             run = _Run(self, prompts)
             run.residual(self.ablation.averaged(prompts))
-            for part, value in run.outputs.items():
-                total = masked_sum(value, prompts.mask, axes)
-                sums[part] = sums.get(part, 0) + total
+            add_sums(sums, run.outputs, prompts.mask, axes)
         # The leading positions have no features and errors, so they do not count in their means.
         later = mask.clone()
         later[:, : self.graph.transcoders.leading] = False

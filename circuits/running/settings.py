@@ -16,6 +16,10 @@ ExecutorName = Literal["auto", "incremental", "hooks"]
 
 RESAMPLE = Ablation("resample")
 
+# What executors count.
+Counts = dict[str, int]
+NOTHING_RUN: Counts = {"node_evaluations": 0, "batches": 0}
+
 
 @dataclass(frozen=True)
 class RunSettings:

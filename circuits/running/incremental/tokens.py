@@ -110,7 +110,8 @@ class Window:
         if causal and resample:
             differs = (task.clean != task.corrupted) | task.scored
             changing = everywhere & (differs.cumsum(1) > 0)
-        readable = everywhere[:, : int(last.max()) + 1]
+        n_keys = int(last.max()) + 1
+        readable = everywhere[:, :n_keys]
         sets, scored = [], task.scored.nonzero()
         for tokens in (everywhere, changing, task.scored):
             unscored = (tokens & ~task.scored).nonzero()
