@@ -60,7 +60,8 @@ class Ablation:
                 f"Ablation(over={self.over!r}): means are taken over 'clean' or 'corrupted' "
                 "prompts."
             )
-        if (self.name == "given") != (self.outputs is not None):
+        has_outputs = self.outputs is not None
+        if has_outputs != (self.name == "given"):
             raise InputError(
                 "an Ablation has outputs exactly when its name is 'given'; write "
                 "Ablation('given', outputs={node: tensor})."
@@ -112,8 +113,7 @@ def with_means_taken(
         return ablation
     with frozen(model), torch.no_grad():
         means = _means(model, nodes, task, ablation, prompts_per_run).outputs()
-    by_node: GivenOutputs = dict(zip(nodes, means, strict=True))
-    return Ablation("given", outputs=by_node)
+    return Ablation("given", outputs=dict(zip(nodes, means, strict=True)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,7 +252,7 @@ def _given(nodes: Nodes, outputs: GivenOutputs, like: Outputs) -> Outputs:
     for name, tensor in outputs.items():
         node = parse_node(name) if isinstance(name, str) else name
         given[node] = tensor
-    _check_given(given, nodes, tuple(like.shape[1:]))
+    _check_given(given, nodes, like.shape[1:])
     # Outputs that are the same for all prompts or positions are stored once.
     three_axes = like.new_zeros(1, 1, 1)
     tensors = [given[node].to(like) for node in nodes]
@@ -260,7 +260,7 @@ def _given(nodes: Nodes, outputs: GivenOutputs, like: Outputs) -> Outputs:
     return torch.stack(same_shape).expand(like.shape)
 
 
-def _check_given(given: dict[Node, Tensor], nodes: Nodes, shape: tuple[int, ...]) -> None:
+def _check_given(given: dict[Node, Tensor], nodes: Nodes, shape: torch.Size) -> None:
     unknown = [str(node) for node in given if node not in nodes]
     if unknown:
         raise InputError(
@@ -279,5 +279,5 @@ def _check_given(given: dict[Node, Tensor], nodes: Nodes, shape: tuple[int, ...]
         except RuntimeError as error:
             raise InputError(
                 f"the output given for {node} has shape {tuple(tensor.shape)}; it must "
-                f"broadcast to {shape}."
+                f"broadcast to {tuple(shape)}."
             ) from error

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from circuits.graph.graph import Graph
@@ -15,13 +15,10 @@ from circuits.models import Model
 from circuits.models.component_graph import reaching_logits
 from circuits.running.executor import Executor, get_executor
 from circuits.running.incremental.executor import IncrementalExecutor
-from circuits.running.settings import Counts, RunSettings
+from circuits.running.settings import Counts, EdgeMask, KeptEdges, RunSettings
 from circuits.system.ranks import in_slices, totals
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
-
-EdgeMask = Bool[Tensor, " edge"]
-KeptEdges = Bool[Tensor, "variant edge"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.graph.graph import Graph, PooledFeatureGraph
@@ -16,15 +15,10 @@ from circuits.running.features import FeatureExecutor
 from circuits.running.hooked import HookedExecutor
 from circuits.running.incremental.executor import IncrementalExecutor
 from circuits.running.incremental.sublayer_run import UnsupportedError
-from circuits.running.settings import RunSettings
+from circuits.running.settings import EdgeMask, KeptEdges, OfLogits, RunSettings, VariantLogits
 from circuits.system.errors import InputError
 from circuits.system.memory import shrinking
 from circuits.tasks.task import Task
-
-EdgeMask = Bool[Tensor, " edge"]
-KeptEdges = Bool[Tensor, "variant edge"]
-OfLogits = Callable[[Tensor], Tensor]
-VariantLogits = Float[Tensor, "variant scored vocab"]
 
 
 @runtime_checkable

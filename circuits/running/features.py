@@ -17,7 +17,7 @@ point.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -44,7 +44,7 @@ from circuits.models import (
 from circuits.models.component_graph import REST
 from circuits.models.identity import check_fits
 from circuits.running.ablation import Ablation, add_sums
-from circuits.running.settings import NOTHING_RUN, Counts
+from circuits.running.settings import NO_RUNS, Counts, EdgeMask, KeptEdges, OfLogits, VariantLogits
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget
 from circuits.tasks.metrics import check_finite
@@ -55,14 +55,10 @@ from circuits.transcoders.transcoder import Transcoders
 
 CPU_BYTES = 1 << 30
 
-KeptEdges = Bool[Tensor, "variant edge"]
-OfLogits = Callable[[Tensor], Tensor]
 Circuit = Sequence[Node]
 Hooks = list[tuple[str, Hook]]
-EdgeMask = Bool[Tensor, " edge"]
 Tokens = Int[Tensor, "batch pos"]
 Stream = Float[Tensor, "batch pos d_model"]
-VariantLogits = Float[Tensor, "variant scored vocab"]
 
 Part = tuple[type[Node], int]
 """The features or the errors of a layer, or the token embeddings (of layer 0)."""
@@ -120,7 +116,7 @@ class FeatureExecutor:
     ablation: Ablation
     max_memory: int | None = None
     means: NodeOutputs | None = None
-    counts: Counts = field(default_factory=NOTHING_RUN.copy)
+    counts: Counts = field(default_factory=NO_RUNS.copy)
 
     @staticmethod
     def prepare(
@@ -299,8 +295,7 @@ class _Run:
         for layer in range(transcoders.n_layers):
             writes = mlp_output_hook(model, layer, before_norm=before_norm)
             reads = mlp_residual_hook(model, layer)
-            hooks.append((reads, partial(self.read, layer)))
-            hooks.append((writes, partial(self.write, layer)))
+            hooks += [(reads, partial(self.read, layer)), (writes, partial(self.write, layer))]
         return run_to_residual(model, tokens, self.prompts.mask, hooks)
 
     def embed(self, embedding: Stream) -> Stream:
@@ -311,7 +306,8 @@ class _Run:
         return torch.where(self.staying[TOKENS], embedding, replacing)
 
     def read(self, layer: int, residual: Stream) -> None:
-        inputs = self.inputs[layer] = self._feature_inputs(layer, residual)
+        inputs = self._feature_inputs(layer, residual)
+        self.inputs[layer] = inputs
         active = self.executor.transcoders.encode(layer, inputs, self.prompts.mask)
         self.features[layer] = self._after_leading(active)
         self.changes[layer] = self._change((Feature, layer), active)

@@ -15,12 +15,12 @@ to be checked by reading, and the oracle for everything faster.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.graph.graph import Graph
@@ -29,7 +29,7 @@ from circuits.models.component_graph import sources_of
 from circuits.models.source_outputs import recording_hooks
 from circuits.running.ablation import Ablation, Counterfactuals
 from circuits.running.edge_layout import AblatedEdges, EdgeLayout, check_runnable
-from circuits.running.settings import NOTHING_RUN, Counts
+from circuits.running.settings import NO_RUNS, Counts, EdgeMask, KeptEdges, OfLogits, VariantLogits
 from circuits.system.memory import memory_budget, shrinking
 from circuits.tasks.metrics import check_finite
 from circuits.tasks.task import Task
@@ -39,13 +39,9 @@ from circuits.tasks.token_spans import token_spans
 # caches; steps of 256 MB took three times as long.
 CACHED_BYTES = 1 << 24
 
-EdgeMask = Bool[Tensor, " edge"]
-KeptEdges = Bool[Tensor, "variant edge"]
-OfLogits = Callable[[Tensor], Tensor]
 SpanIndices = Int[Tensor, "batch pos"]
 Counterfactual = Float[Tensor, "source batch pos d_model"]
 VariantOutputs = Float[Tensor, "source variant batch pos d_model"]
-VariantLogits = Float[Tensor, "variant scored vocab"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +59,7 @@ class HookedExecutor:
     spans: SpanIndices | None
     counterfactuals: Counterfactual
     max_memory: int | None = None
-    counts: Counts = field(default_factory=NOTHING_RUN.copy)
+    counts: Counts = field(default_factory=NO_RUNS.copy)
 
     @staticmethod
     def prepare(
@@ -105,7 +101,7 @@ class HookedExecutor:
 
     def _parts(self) -> list[slice]:
         """The prompts in parts for which the outputs of all sources fit into memory."""
-        budget = memory_budget(self.model.cfg.device, self.max_memory)
+        budget = memory_budget(self.counterfactuals.device, self.max_memory)
         prompt_bytes = self.counterfactuals[:, 0].nbytes
         size = max(1, budget // prompt_bytes)
         starts = range(0, len(self.task), size)
@@ -119,7 +115,8 @@ class HookedExecutor:
         parts: list[Tensor] = []
         done = 0
         while done < len(ablated):
-            step = partial(self._run, prompts, ablated[done:])
+            rest = ablated[done:]
+            step = partial(self._run, prompts, rest)
             most = min(size, len(ablated) - done)
             part, size = shrinking(step, most, "circuit")
             parts.append(part)

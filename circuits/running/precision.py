@@ -218,7 +218,8 @@ def _rounded(x: Tensor, dtype: torch.dtype, axis: int) -> Scaled:
     largest = x.abs().amax(axis, keepdim=True)
     scale = largest.div_(LARGEST[dtype])
     # A row of zeros is not divided by zero.
-    scale.clamp_(min=torch.finfo(x.dtype).tiny)
+    smallest = torch.finfo(x.dtype).tiny
+    scale.clamp_(min=smallest)
     scaled = x / scale
     if dtype == torch.int8:
         scaled = scaled.round_()

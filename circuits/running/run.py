@@ -16,7 +16,7 @@ from circuits.models.component_graph import component_nodes
 from circuits.running.ablation import Ablation, with_means_taken
 from circuits.running.edge_layout import check_runnable
 from circuits.running.executor import get_executor
-from circuits.running.settings import ExecutorName, RunSettings
+from circuits.running.settings import ExecutorName, KeptEdges, RunSettings, VariantLogits
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget
 from circuits.tasks.metrics import check_finite
@@ -27,9 +27,6 @@ from circuits.transcoders.transcoder import Transcoders
 PROMPTS_PER_RUN = 256
 # Preparing an executor pays off more the more prompts it is for, so it may take more than a step.
 PREPARED_CPU_BYTES = 1 << 32
-
-KeptEdges = Bool[Tensor, "variant edge"]
-VariantLogits = Float[Tensor, "variant scored vocab"]
 
 
 def run_circuits(
@@ -112,8 +109,7 @@ def run_variants(
     If the prompts do not fit into memory together they are run in parts; means are still taken
     over all of them.
     """
-    fits = kept.dim() == 2 and kept.shape[1] == len(graph)
-    if kept.dtype != torch.bool or not fits:
+    if kept.dtype != torch.bool or kept.shape[1:] != (len(graph),):
         raise InputError(
             f"kept has shape {tuple(kept.shape)} of {kept.dtype}; it must be [variant, edge] of "
             f"bool, over {len(graph)} edges."

@@ -62,7 +62,7 @@ class BaseRun:
         inputs, projected = dict(self.inputs), dict(self.projected)
         return replace(self, outputs=self.outputs.clone(), inputs=inputs, projected=projected)
 
-    def written(self, place: Place) -> Float[Tensor, "node token d_model"]:
+    def written(self, place: Place) -> Outputs:
         """out0_u of some nodes."""
         outputs = self.outputs[place.block.sources]
         return place.tokens.select(outputs)[place.nodes]

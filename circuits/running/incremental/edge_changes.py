@@ -78,8 +78,8 @@ class EdgeChanges:
 
     def between(self, rows: Indices, sources: list[int]) -> Signs:
         """The signs of the edges from these sources into these targets."""
-        rows, columns = self.row_of[rows], self.column_of[sources]
-        return self.signs[:, :, rows][..., columns]
+        into_rows = self.signs[:, :, self.row_of[rows]]
+        return into_rows[..., self.column_of[sources]]
 
     def differences(self, tokens: TokenSet) -> Differences:
         """out0_u - c_u of the sources `columns`, with out0 of the base, as one variant."""

@@ -21,13 +21,13 @@ Many circuits run as one batch. Read this module first, then `plan`, then `batch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from circuits.graph.graph import Graph
@@ -37,14 +37,14 @@ from circuits.models.source_outputs import TOLERANCE, embedding_outputs, source_
 from circuits.running.ablation import Ablation, Counterfactuals
 from circuits.running.edge_layout import check_runnable
 from circuits.running.incremental.base_state import BaseRun, EdgeMask, Outputs, Variants
-from circuits.running.incremental.batch import VariantRun
+from circuits.running.incremental.batch import Logits, VariantRun
 from circuits.running.incremental.cost import Cost
 from circuits.running.incremental.edge_changes import EdgeChanges
 from circuits.running.incremental.plan import Indices, Plan, make_plan
 from circuits.running.incremental.sublayer_run import TaskModel, UnsupportedError
 from circuits.running.incremental.tokens import TokenSet, Window
 from circuits.running.precision import EXACT, Background, Precision
-from circuits.running.settings import NOTHING_RUN, Counts
+from circuits.running.settings import NO_RUNS, Counts, OfLogits
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget, shrinking
 from circuits.tasks.metrics import check_finite
@@ -52,7 +52,6 @@ from circuits.tasks.task import Task
 
 CHECKED_PROMPTS = 8
 
-OfLogits = Callable[[Tensor], Tensor]
 Prompts = Int[Tensor, "batch pos"]
 
 
@@ -71,7 +70,7 @@ class IncrementalExecutor:
     # Base runs of other circuits: "empty" has no edges, "near" was given to `near`.
     bases: dict[str, BaseRun] = field(default_factory=dict)
     # Each variant of a node is counted.
-    counts: Counts = field(default_factory=NOTHING_RUN.copy)
+    counts: Counts = field(default_factory=NO_RUNS.copy)
 
     @staticmethod
     def prepare(
@@ -106,7 +105,7 @@ class IncrementalExecutor:
         """The same executor without a background; both share their base runs."""
         return replace(self, background=EXACT)
 
-    def logits(self, kept: Variants) -> Float[Tensor, "variant scored vocab"]:
+    def logits(self, kept: Variants) -> Logits:
         """Logits of every circuit at every scored token; raises what `map` raises."""
         return self.map(kept, lambda logits: logits)
 
@@ -176,7 +175,8 @@ class IncrementalExecutor:
             return near
         # Edges that the graph lacks are always kept: then no circuit is without edges.
         complete = self.whole.mask.sum() == kept.shape[1]
-        if not complete or 2 * int(kept.sum()) > kept.numel():
+        n_kept = int(kept.sum())
+        if not complete or 2 * n_kept > kept.numel():
             return self.whole
         if "empty" not in self.bases:
             self.bases["empty"] = self._run_empty_circuit()
@@ -235,10 +235,11 @@ def _run_clean_prompts(task_model: TaskModel, product: Multiply) -> BaseRun:
     written = _embedded(task_model, task_model.task.clean, tokens)
     keys = task_model.no_keys(written)
     kept = torch.ones_like(task_model.layout.span, dtype=torch.bool)
-    clean = task_model.run(kept, written, tokens, keys, multiply)
+    run = partial(task_model.run, kept, written, tokens, keys)
+    clean = run(multiply)
     _check_outputs(task_model, clean.outputs)
     if product is not multiply:
-        clean = task_model.run(kept, written, tokens, keys, product)
+        clean = run(product)
     # The attention biases of all tokens are not used again.
     task_model.biases.clear()
     can_change = torch.isin(tokens.keys, window.all.keys)

@@ -206,7 +206,8 @@ def _sublayer_steps(
         nodes = row_selection(numbers, window.readable.device)
         tokens = window.all if kind & 1 else window.scored
         inputs = []
-        for block in compress(group, slots[:, numbers[0]]):
+        slots_of_kind = slots[:, numbers[0]]
+        for block in compress(group, slots_of_kind):
             read_at = window.all if block.slot in KEYS else tokens
             rows = block.rows.start + numbers
             n_changed = len(plan.changed[read_at])

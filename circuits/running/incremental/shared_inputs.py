@@ -147,8 +147,8 @@ class DistinctHeads:
 
     def _of_cases(self, found: Projected, unchanged: Projected, number: PerInput) -> Projected:
         """The row of each case, by the number of its input."""
-        rows = [found.flatten(0, 1), unchanged.flatten(0, 1)]
-        of_cases = torch.cat(rows)[self._index(number)]
+        table = torch.cat([found.flatten(0, 1), unchanged.flatten(0, 1)])
+        of_cases = table[self._index(number)]
         return of_cases[None] if self.of_one_head else of_cases[:, None]
 
     def _input_changes(self, update: InputUpdate, inputs: DistinctInputs) -> HeadOutputs:
@@ -166,7 +166,8 @@ class DistinctHeads:
         """The heads whose weights are used: the only one for all inputs, or one per input."""
         if self.of_one_head:
             return self.step.nodes
-        return self._index(self.step.numbers[inputs.node])
+        numbers = self.step.numbers[inputs.node]
+        return self._index(numbers)
 
     def _index(self, numbers: Indices) -> Int[Tensor, " _"]:
         device = self.edge_changes.base.outputs.device

@@ -151,12 +151,12 @@ class TaskModel:
     ) -> Projected:
         """q of some heads at some tokens; or k or v, at the other positions those of `keys`."""
         block, heads = place.block, place.nodes
-        attention = self.attention[block.layer]
-        normed, positions = attention.norm(residual), place.tokens.positions
-        found = attention.project(block.slot, heads, normed, positions, multiply)
+        attention, tokens = self.attention[block.layer], place.tokens
+        normed = attention.norm(residual)
+        found = attention.project(block.slot, heads, normed, tokens.positions, multiply)
         if block.slot == "q":
             return found
-        return place.tokens.into_keys(keys[block][heads], found)
+        return tokens.into_keys(keys[block][heads], found)
 
     def head_outputs(self, place: Place, qkv: BySlot, multiply: Multiply) -> HeadOutputs:
         """Outputs of some heads, z W_O, from q at some tokens and k and v at all positions."""
@@ -192,7 +192,8 @@ class TaskModel:
 
 def _layers(model: Model) -> tuple[list[Attention], list[FeedForward]]:
     """The attention and the MLP of each layer."""
-    weights, layers = ModelWeights(model), range(model.cfg.n_layers)
+    weights = ModelWeights(model)
+    layers = range(model.cfg.n_layers)
     mlp_layers = [] if model.cfg.attn_only else layers
     attention = [weights.attention(layer) for layer in layers]
     known = [part for part in attention if part is not None]
