@@ -214,7 +214,8 @@ def masked_sum(value: Tensor, mask: TokenMask, axes: Axes) -> Tensor:
     wide = torch.promote_types(value.dtype, torch.float32)
     # The axes after [batch, pos] broadcast.
     ones = [1] * (value.dim() - 2)
-    weights = mask.to(wide).reshape(*mask.shape, *ones)
+    weights = mask.to(wide)
+    weights = weights.reshape(*mask.shape, *ones)
     return (value * weights).sum(axes, keepdim=True)
 
 

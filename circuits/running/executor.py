@@ -28,23 +28,18 @@ class Executor(Protocol):
     @property
     def counts(self) -> Mapping[str, int]:
         """Nodes computed so far (one node in one circuit), and batches of circuits."""
-        ...
 
     def logits(self, kept: KeptEdges) -> VariantLogits:
         """Logits of every circuit at every scored row."""
-        ...
 
     def map(self, kept: KeptEdges, function: OfLogits) -> Tensor:
         """`function` of the logits, applied to a few circuits at a time."""
-        ...
 
     def near(self, kept: EdgeMask) -> None:
         """Announce that the circuits to come are mostly subsets of this one."""
-        ...
 
     def fixed_cost(self, edges: Sequence[int]) -> float:
         """Fixed cost of a batch of circuits that lack some of `edges`, in units of one circuit."""
-        ...
 
 
 def get_executor(model: Model, graph: Graph, task: Task, settings: RunSettings) -> Executor:

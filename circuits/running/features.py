@@ -344,5 +344,6 @@ class _Run:
 
     def _after_leading(self, values: Tensor) -> Tensor:
         """Set values to 0, in place, at the leading positions, which have no features or errors."""
-        values[:, : self.executor.graph.transcoders.leading] = 0
+        leading = self.executor.graph.transcoders.leading
+        values[:, :leading] = 0
         return values

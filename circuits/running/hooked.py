@@ -145,15 +145,16 @@ class HookedExecutor:
         """Hooks that change the inputs of targets into which edges are ablated."""
         counterfactuals = self.counterfactuals[:, prompts]
         spans = None if self.spans is None else self.spans[prompts]
+        model, layout = self.model, self.layout
         row = 0
-        for node, slot, count in self.layout.targets:
-            n = sources_of(self.model, node, self.layout.splits_embedding)
+        for node, slot, count in layout.targets:
+            n = sources_of(model, node, layout.splits_embedding)
             edges = ablated[:, :, row : row + count, :n]
             row += count
             if edges.any():
                 upstream = counterfactuals[:n], outputs[:n]
                 hook = partial(_ablate, edges, spans, *upstream)
-                yield input_hook(self.model, node, slot), hook
+                yield input_hook(model, node, slot), hook
 
 
 def _ablate(

@@ -42,6 +42,8 @@ ALIGNMENT = 16
 ROW, COLUMN = -1, -2
 
 Rounding = Literal["values", "changes", "nothing"]
+Bias = Tensor | None
+Heads = HeadSelection | None
 Device = torch.device | str | None
 Product = Float[Tensor, "*batch row column"]
 Scaled = tuple[Tensor, Tensor | None]
@@ -153,13 +155,7 @@ class Background:
             return partial(self._increments, n_variants)
         return self.product_of_values
 
-    def product(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        heads: HeadSelection | None = None,
-    ) -> Tensor:
+    def product(self, x: Tensor, weight: Tensor, bias: Bias = None, heads: Heads = None) -> Tensor:
         """x @ weight + bias of these heads, with both operands rounded; see `multiply`."""
         stored, weight_scale = self._stored_weight(weight)
         rounded, scale = _rounded(x, self.dtype, ROW)
@@ -175,12 +171,7 @@ class Background:
         return result.to(x.dtype)
 
     def _increments(
-        self,
-        n_variants: int,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        heads: HeadSelection | None = None,
+        self, n_variants: int, x: Tensor, weight: Tensor, bias: Bias = None, heads: Heads = None
     ) -> Tensor:
         """A product that rounds only the difference from the first variant, the base."""
         by_variant = (n_variants, -1)
@@ -254,7 +245,8 @@ def _matmul_16_bit(a: Tensor, b: Tensor) -> Product:
     if b.dim() == 2:
         product = torch.mm(a.flatten(0, -2), b, out_dtype=torch.float32)
         return product.unflatten(0, a.shape[:-1])
-    by_head = a.expand(len(b), -1, -1)
+    n_heads = len(b)
+    by_head = a.expand(n_heads, -1, -1)
     return torch.bmm(by_head, b, out_dtype=torch.float32)
 
 

@@ -121,7 +121,8 @@ def run_variants(
     if not of_features and settings.ablation.name != "given":
         size = _prompts_at_once(model, settings.max_memory, task)
     if size >= len(task):
-        return get_executor(model, graph, task, settings).logits(kept)
+        executor = get_executor(model, graph, task, settings)
+        return executor.logits(kept)
     # Means would be taken before an executor could refuse what does not fit.
     check_runnable(model, graph, task)
     task = task.to(model.cfg.device)

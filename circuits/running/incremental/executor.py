@@ -120,7 +120,8 @@ class IncrementalExecutor:
         """
         kept = kept.cpu()
         run = self._variant_run(self._nearest_base(kept), kept)
-        size = min(len(kept), self._n_fitting(run))
+        n_fitting = self._n_fitting(run)
+        size = min(len(kept), n_fitting)
         results: list[Tensor] = []
         done = 0
         while done < len(kept):

@@ -177,7 +177,8 @@ def make_plan(blocks: Blocks, window: Window, mask: SplitEdges, targets: Indices
         if not plan.steps and not affected[rows].any():
             continue
         # A kept edge from a changed source affects its target.
-        from_changed = kept[rows][:, plan.changed[scored]]
+        changed = plan.changed[scored]
+        from_changed = kept[rows][:, changed]
         affected[rows] |= from_changed.any(1)
         # Heads of a layer do not read each other: `changed` grows after all steps of the layer.
         for step in list(_sublayer_steps(plan, group, window, needs, affected[rows])):

@@ -83,7 +83,8 @@ class DistinctHeads:
         shape = (len(step.numbers), n_variants)
         node, variant = np.indices(shape).reshape(2, -1)
         changes = [_changed_edges(edge_changes, update) for update in step.inputs]
-        cases = DistinctInputs.of(node, variant, np.hstack(changes))
+        into_all_slots = np.hstack(changes)
+        cases = DistinctInputs.of(node, variant, into_all_slots)
         first = cases.node * n_variants + cases.variant
         by_slot = []
         for part in changes:

@@ -89,8 +89,8 @@ class TaskModel:
 
     def mask(self, kept: EdgeMask) -> SplitEdges:
         """M[u, r] by span; 0 where the model cannot have an edge."""
-        ablated = self.layout.ablated(kept[None])[0]
-        return ~ablated.numpy() & self.possible
+        ablated = self.layout.ablated(kept[None])
+        return ~ablated[0].numpy() & self.possible
 
     def no_keys(self, like: Outputs) -> ByBlock:
         """Zeros as keys and values of the other positions, for a run of all that is read."""
@@ -178,8 +178,8 @@ class TaskModel:
             positions = torch.arange(n_keys, device=readable.device)
             keys = positions.expand(readable.shape)
             queries = tokens.positions[tokens.by_prompt]
-            bias = self.attention[layer].bias(queries, keys, readable)
-            self.biases[key] = bias
+            attention = self.attention[layer]
+            self.biases[key] = attention.bias(queries, keys, readable)
         return self.biases[key]
 
     def weighted_sum(self, weights: EdgeWeights, values: BySource, tokens: TokenSet) -> WeightedSum:

@@ -68,7 +68,8 @@ class TokenSet:
 
     def to_prompts(self, rows: ByToken) -> ByPrompt:
         """Arrange tokens by prompt, as attention needs them."""
-        flat = rows.index_select(-2, self.by_prompt.flatten())
+        order = self.by_prompt.flatten()
+        flat = rows.index_select(-2, order)
         return flat.unflatten(-2, self.by_prompt.shape)
 
     def to_tokens(self, rows: ByPrompt) -> ByToken:
