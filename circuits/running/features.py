@@ -174,14 +174,16 @@ class FeatureExecutor:
             return None
         graph = self.graph
         touched = torch.cat([graph.source[kept], graph.target[kept]])
-        return [graph.nodes[index] for index in touched.unique().tolist()]
+        numbers = touched.unique().tolist()
+        return [graph.nodes[index] for index in numbers]
 
     def _parts(self) -> list[Task]:
         """The prompts in parts that fit into memory."""
         # Features and errors in float32 on the clean prompts, as replaced, and in the circuit.
         shape = self.transcoders
         widths = shape.n_features + shape.d_model
-        prompt_bytes = 12 * shape.n_layers * widths * self.task.clean.shape[1]
+        length = self.task.clean.shape[1]
+        prompt_bytes = 12 * shape.n_layers * widths * length
         budget = memory_budget(self.model.cfg.device, self.max_memory, cpu_bytes=CPU_BYTES)
         size = max(1, budget // prompt_bytes)
         return [self.task[start : start + size] for start in range(0, len(self.task), size)]

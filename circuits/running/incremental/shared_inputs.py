@@ -8,6 +8,7 @@ two variants if the same edges into it change.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -86,10 +87,8 @@ class DistinctHeads:
         into_all_slots = np.hstack(changes)
         cases = DistinctInputs.of(node, variant, into_all_slots)
         first = cases.node * n_variants + cases.variant
-        by_slot = []
-        for part in changes:
-            inputs = DistinctInputs.of(cases.node, cases.variant, part[first])
-            by_slot.append(inputs)
+        of_cases = partial(DistinctInputs.of, cases.node, cases.variant)
+        by_slot = [of_cases(part[first]) for part in changes]
         return DistinctHeads(edge_changes, step, cases, by_slot)
 
     @property
