@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,6 +24,8 @@ GivenOutputs = Mapping[Node | str, Tensor]
 Outputs = Float[Tensor, "source batch pos d_model"]
 TokenIds = Int[Tensor, "batch pos"]
 TokenMask = Bool[Tensor, "batch pos"]
+Axes = tuple[int, ...]
+Sums = dict[Any, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +60,8 @@ class Ablation:
                 f"Ablation(over={self.over!r}): means are taken over 'clean' or 'corrupted' "
                 "prompts."
             )
-        if (self.name == "given") != (self.outputs is not None):
+        has_outputs = self.outputs is not None
+        if has_outputs != (self.name == "given"):
             raise InputError(
                 "an Ablation has outputs exactly when its name is 'given'; write "
                 "Ablation('given', outputs={node: tensor})."
@@ -69,7 +73,7 @@ class Ablation:
         return self.name.startswith("mean")
 
     @property
-    def axes(self) -> tuple[int, ...]:
+    def axes(self) -> Axes:
         """The axes of [batch, pos, ...] that means are taken over."""
         by_position = self.name == "mean_by_position"
         return (0,) if by_position else (0, 1)
@@ -137,8 +141,7 @@ class Counterfactuals:
     ) -> Counterfactuals:
         """Take the means that the ablation needs over a task, or check the outputs that it gives.
 
-        Args:
-            prompts_per_run: None runs all prompts at once.
+        With `prompts_per_run=None`, all prompts run at once.
         """
         means = given = None
         if ablation.takes_means:
@@ -147,9 +150,8 @@ class Counterfactuals:
         elif ablation.name != "resample":
             cfg = model.cfg
             # Zeros are a view of one number, so they take no memory.
-            shape = (len(nodes), *task.clean.shape, cfg.d_model)
             zero = torch.zeros(1, dtype=cfg.dtype, device=cfg.device)
-            given = zero.expand(shape)
+            given = zero.expand(len(nodes), *task.clean.shape, cfg.d_model)
             if ablation.outputs is not None:
                 given = _given(nodes, ablation.outputs, given)
         return Counterfactuals(model, nodes, means, given)
@@ -207,29 +209,36 @@ class Changes:
         return torch.sub(self.given[rows], outputs, out=outputs)
 
 
-def masked_sum(value: Tensor, mask: TokenMask, axes: tuple[int, ...]) -> Tensor:
+def masked_sum(value: Tensor, mask: TokenMask, axes: Axes) -> Tensor:
     """The sum of activations [batch, pos, ...] at tokens that count, in float32 at least."""
     wide = torch.promote_types(value.dtype, torch.float32)
     # The axes after [batch, pos] broadcast.
     ones = [1] * (value.dim() - 2)
-    weights = mask.to(wide).reshape(*mask.shape, *ones)
+    weights = mask.to(wide)
+    weights = weights.reshape(*mask.shape, *ones)
     return (value * weights).sum(axes, keepdim=True)
+
+
+def add_sums(sums: Sums, new: Mapping[Any, Tensor], mask: TokenMask, axes: Axes) -> None:
+    """Add the sums of activations, by name, over the tokens that count."""
+    for name, value in new.items():
+        total = masked_sum(value, mask, axes)
+        sums[name] = sums.get(name, 0) + total
 
 
 def _means(
     model: Model, nodes: Nodes, task: Task, ablation: Ablation, prompts_per_run: int
 ) -> SourceOutputs:
     """Means of the outputs. A head's mean output is mean(z) @ W_O, so storing mean(z) is enough."""
-    sums: dict[str, Tensor] = {}
+    sums: Sums = {}
+    axes = ablation.axes
     for start in range(0, len(task), prompts_per_run):
         part = task[start : start + prompts_per_run]
         tokens = ablation.averaged(part)
         run, _ = run_and_record(model, nodes, tokens, part.mask)
-        for name, value in run.activations.items():
-            total = masked_sum(value, part.mask, ablation.axes)
-            sums[name] = sums.get(name, 0) + total
+        add_sums(sums, run.activations, part.mask, axes)
     # Beyond the longest prompt there is no mean, and no real token reads it.
-    counts = task.mask.sum(ablation.axes, keepdim=True)
+    counts = task.mask.sum(axes, keepdim=True)
     counts = counts.clamp(min=1)[..., None]
     means = {}
     for name, total in sums.items():
@@ -244,6 +253,15 @@ def _given(nodes: Nodes, outputs: GivenOutputs, like: Outputs) -> Outputs:
     for name, tensor in outputs.items():
         node = parse_node(name) if isinstance(name, str) else name
         given[node] = tensor
+    _check_given(given, nodes, like.shape[1:])
+    # Outputs that are the same for all prompts or positions are stored once.
+    three_axes = like.new_zeros(1, 1, 1)
+    tensors = [given[node].to(like) for node in nodes]
+    _, *same_shape = torch.broadcast_tensors(three_axes, *tensors)
+    return torch.stack(same_shape).expand(like.shape)
+
+
+def _check_given(given: dict[Node, Tensor], nodes: Nodes, shape: torch.Size) -> None:
     unknown = [str(node) for node in given if node not in nodes]
     if unknown:
         raise InputError(
@@ -256,17 +274,11 @@ def _given(nodes: Nodes, outputs: GivenOutputs, like: Outputs) -> Outputs:
             f"no outputs are given for {', '.join(missing[:8])}; give every source one (a zero "
             "tensor ablates to zero)."
         )
-    shape = tuple(like.shape[1:])
     for node, tensor in given.items():
         try:
             tensor.expand(shape)
         except RuntimeError as error:
             raise InputError(
                 f"the output given for {node} has shape {tuple(tensor.shape)}; it must "
-                f"broadcast to {shape}."
+                f"broadcast to {tuple(shape)}."
             ) from error
-    # Outputs that are the same for all prompts or positions are stored once.
-    three_axes = like.new_zeros(1, 1, 1)
-    tensors = [given[node].to(like) for node in nodes]
-    _, *same_shape = torch.broadcast_tensors(three_axes, *tensors)
-    return torch.stack(same_shape).expand(like.shape)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from circuits.graph.graph import Graph
@@ -15,13 +15,10 @@ from circuits.models import Model
 from circuits.models.component_graph import reaching_logits
 from circuits.running.executor import Executor, get_executor
 from circuits.running.incremental.executor import IncrementalExecutor
-from circuits.running.settings import RunSettings
+from circuits.running.settings import Counts, EdgeMask, KeptEdges, RunSettings
 from circuits.system.ranks import in_slices, totals
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
-
-EdgeMask = Bool[Tensor, " edge"]
-KeptEdges = Bool[Tensor, "variant edge"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,17 +41,18 @@ class DamageMeter:
     @staticmethod
     def prepare(model: Model, graph: Graph, task: Task, settings: RunSettings) -> DamageMeter:
         """Run the clean and the counterfactual prompts once, for all circuits to come."""
-        assert settings.metric is not None
+        metric, precision = settings.metric, settings.precision
+        assert metric is not None
         # All that is measured is on the model's device.
         task = task.to(model.cfg.device)
         executor = get_executor(model, graph, task, settings)
         # Keeping every edge is the whole model, whichever edges the graph has.
-        whole = torch.ones(1, len(graph), dtype=torch.bool)
-        clean = executor.logits(whole)[0]
+        whole = ~graph.mask([])
+        clean = executor.logits(whole[None])[0]
         reaching = reaching_logits(model, graph)
-        meter = DamageMeter(executor, settings.metric, clean, task, reaching)
+        meter = DamageMeter(executor, metric, clean, task, reaching)
         # Only the incremental executor has a precision.
-        if settings.precision is None or settings.precision.investigated != "float32":
+        if precision is None or precision.investigated != "float32":
             return meter
         assert isinstance(executor, IncrementalExecutor)
         exact = replace(meter, executor=executor.exact())
@@ -66,27 +64,23 @@ class DamageMeter:
         return by_row.mean(-1, dtype=torch.float64)
 
     def by_row(self, kept: KeptEdges) -> Float[Tensor, "variant scored"]:
-        """Damage of every circuit at every scored row. Ranks share the circuits.
+        """Damage of every circuit at every scored row; ranks share the circuits.
 
-        Raises:
-            NotFiniteError: the logits or the metric of one of the circuits are not finite.
+        Raises NotFiniteError if the logits or the metric of one of the circuits are not finite.
         """
+        by_row = in_slices(len(kept), lambda mine: self.executor.map(kept[mine], self._of_logits))
+        return by_row.cpu()
 
+    def _of_logits(self, logits: Tensor) -> Tensor:
         # damage = metric(circuit) - metric(whole model)
-        def measure(mine: slice) -> Tensor:
-            return self.executor.map(
-                kept[mine],
-                lambda logits: self.metric.damage(logits, self.clean_logits, self.task),
-            )
-
-        return in_slices(len(kept), measure).cpu()
+        return self.metric.damage(logits, self.clean_logits, self.task)
 
     def near(self, kept: EdgeMask) -> None:
         """Announce that the circuits to come are mostly subsets of this one."""
         self.executor.near(kept)
 
     @contextmanager
-    def counting(self, counts: dict[str, int]) -> Iterator[None]:
+    def counting(self, counts: Counts) -> Iterator[None]:
         """Add what the executor counts inside the block, on all ranks, to `counts`."""
         before = dict(self.executor.counts)
         yield

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -14,12 +15,26 @@ from circuits.graph.edges import SLOTS
 from circuits.graph.graph import Graph
 from circuits.graph.nodes import MLP, Head, Logits, Node, TokenEmbed, at_position
 from circuits.models import Model
-from circuits.models.component_graph import component_nodes, sources_of
+from circuits.models.component_graph import check_supported, component_nodes, sources_of
+from circuits.models.identity import check_fits
 from circuits.system.errors import InputError
+from circuits.tasks.model_fit import check_task
+from circuits.tasks.task import Task
 
+Indices = Int[np.ndarray, " _"]
+KeptEdges = Bool[Tensor, "variant edge"]
+AblatedEdges = Bool[Tensor, "variant span target source"]
+Items = Iterable[object]
 Target = tuple[Node, str | None]
 HookedTarget = tuple[Node, str | None, int]
 """The first head of a layer (or another node), the slot, and the number of target rows."""
+
+
+def check_runnable(model: Model, graph: Graph, task: Task) -> None:
+    """Raise InputError if components of this model cannot be run on this graph and task."""
+    check_supported(model)
+    check_fits(model, graph)
+    check_task(model, task)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,13 +90,16 @@ class EdgeLayout:
         """Whether token and position embedding are sources of their own."""
         return isinstance(self.nodes[0], TokenEmbed)
 
-    def ablated(
-        self, kept: Bool[Tensor, "variant edge"]
-    ) -> Bool[Tensor, "variant span target source"]:
+    def ablated(self, kept: KeptEdges) -> AblatedEdges:
         """True where an edge of the graph is not kept; edges that the graph lacks are kept."""
         dense = kept.new_zeros(len(kept), *self.shape)
         dense[:, self.span, self.target, self.source] = ~kept
         return dense
+
+    def places(self, edges: Indices) -> list[Indices]:
+        """The spans, targets and sources of some edges."""
+        axes = self.span, self.target, self.source
+        return [axis.numpy()[edges] for axis in axes]
 
     def possible(self, model: Model) -> Bool[Tensor, "target source"]:
         """True where a source is upstream of a target, whether or not the graph has the edge."""
@@ -89,8 +107,8 @@ class EdgeLayout:
         upstream: list[int] = []
         for node, _, count in self.targets:
             upstream += [sources_of(model, node, self.splits_embedding)] * count
-        n_sources = self.shape[2]
-        return torch.arange(n_sources) < torch.tensor(upstream)[:, None]
+        n_sources, n_upstream = self.shape[2], torch.tensor(upstream)
+        return torch.arange(n_sources) < n_upstream[:, None]
 
 
 def _targets(model: Model) -> tuple[HookedTarget, ...]:
@@ -103,7 +121,7 @@ def _targets(model: Model) -> tuple[HookedTarget, ...]:
     return (*targets, (Logits(), None, 1))
 
 
-def _places(items: Iterable[object], order: Iterable[object]) -> Tensor:
+def _places(items: Items, order: Items) -> Tensor:
     """The place [item] of each item in an order; -1 for what is not there."""
     place = {item: index for index, item in enumerate(order)}
     places = [place.get(item, -1) for item in items]

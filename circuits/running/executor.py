@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.graph.graph import Graph
@@ -16,15 +15,10 @@ from circuits.running.features import FeatureExecutor
 from circuits.running.hooked import HookedExecutor
 from circuits.running.incremental.executor import IncrementalExecutor
 from circuits.running.incremental.sublayer_run import UnsupportedError
-from circuits.running.settings import RunSettings
+from circuits.running.settings import EdgeMask, KeptEdges, OfLogits, RunSettings, VariantLogits
 from circuits.system.errors import InputError
 from circuits.system.memory import shrinking
 from circuits.tasks.task import Task
-
-EdgeMask = Bool[Tensor, " edge"]
-KeptEdges = Bool[Tensor, "variant edge"]
-OfLogits = Callable[[Tensor], Tensor]
-VariantLogits = Float[Tensor, "variant scored vocab"]
 
 
 @runtime_checkable
@@ -34,32 +28,22 @@ class Executor(Protocol):
     @property
     def counts(self) -> Mapping[str, int]:
         """Nodes computed so far (one node in one circuit), and batches of circuits."""
-        ...
 
     def logits(self, kept: KeptEdges) -> VariantLogits:
         """Logits of every circuit at every scored row."""
-        ...
 
     def map(self, kept: KeptEdges, function: OfLogits) -> Tensor:
         """`function` of the logits, applied to a few circuits at a time."""
-        ...
 
     def near(self, kept: EdgeMask) -> None:
         """Announce that the circuits to come are mostly subsets of this one."""
-        ...
 
     def fixed_cost(self, edges: Sequence[int]) -> float:
         """Fixed cost of a batch of circuits that lack some of `edges`, in units of one circuit."""
-        ...
 
 
 def get_executor(model: Model, graph: Graph, task: Task, settings: RunSettings) -> Executor:
-    """The executor for this graph: the incremental one, unless it cannot run the model.
-
-    Raises:
-        InputError: no executor fits the settings, the model, graph and task do not fit together,
-            or memory runs out.
-    """
+    """The executor for this graph: the incremental one, unless it cannot run the model."""
     name, precision = model.cfg.model_name, settings.precision
     only_incremental = precision is not None or settings.executor == "incremental"
 

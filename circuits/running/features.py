@@ -17,7 +17,7 @@ point.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -43,7 +43,8 @@ from circuits.models import (
 )
 from circuits.models.component_graph import REST
 from circuits.models.identity import check_fits
-from circuits.running.ablation import Ablation, masked_sum
+from circuits.running.ablation import Ablation, add_sums
+from circuits.running.settings import NO_RUNS, Counts, EdgeMask, KeptEdges, OfLogits, VariantLogits
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget
 from circuits.tasks.metrics import check_finite
@@ -54,14 +55,10 @@ from circuits.transcoders.transcoder import Transcoders
 
 CPU_BYTES = 1 << 30
 
-KeptEdges = Bool[Tensor, "variant edge"]
-OfLogits = Callable[[Tensor], Tensor]
 Circuit = Sequence[Node]
 Hooks = list[tuple[str, Hook]]
-EdgeMask = Bool[Tensor, " edge"]
 Tokens = Int[Tensor, "batch pos"]
 Stream = Float[Tensor, "batch pos d_model"]
-VariantLogits = Float[Tensor, "variant scored vocab"]
 
 Part = tuple[type[Node], int]
 """The features or the errors of a layer, or the token embeddings (of layer 0)."""
@@ -119,7 +116,7 @@ class FeatureExecutor:
     ablation: Ablation
     max_memory: int | None = None
     means: NodeOutputs | None = None
-    counts: dict[str, int] = field(default_factory=lambda: {"node_evaluations": 0, "batches": 0})
+    counts: Counts = field(default_factory=NO_RUNS.copy)
 
     @staticmethod
     def prepare(
@@ -177,14 +174,16 @@ class FeatureExecutor:
             return None
         graph = self.graph
         touched = torch.cat([graph.source[kept], graph.target[kept]])
-        return [graph.nodes[index] for index in touched.unique().tolist()]
+        numbers = touched.unique().tolist()
+        return [graph.nodes[index] for index in numbers]
 
     def _parts(self) -> list[Task]:
         """The prompts in parts that fit into memory."""
         # Features and errors in float32 on the clean prompts, as replaced, and in the circuit.
         shape = self.transcoders
         widths = shape.n_features + shape.d_model
-        prompt_bytes = 12 * shape.n_layers * widths * self.task.clean.shape[1]
+        length = self.task.clean.shape[1]
+        prompt_bytes = 12 * shape.n_layers * widths * length
         budget = memory_budget(self.model.cfg.device, self.max_memory, cpu_bytes=CPU_BYTES)
         size = max(1, budget // prompt_bytes)
         return [self.task[start : start + size] for start in range(0, len(self.task), size)]
@@ -193,14 +192,7 @@ class FeatureExecutor:
         clean = _Run(self, prompts)
         # Without a replacement this run is that of the whole model.
         whole = clean.residual(prompts.clean)
-        if self.means is not None:
-            replacing = self.means
-        elif self.ablation.name == "zero":
-            replacing = {part: torch.zeros_like(value) for part, value in clean.outputs.items()}
-        else:
-            corrupted = _Run(self, prompts)
-            corrupted.residual(prompts.corrupted)
-            replacing = corrupted.outputs
+        replacing = self._replacing(prompts, clean.outputs)
         logits = []
         for circuit in circuits:
             residual = whole
@@ -211,6 +203,16 @@ class FeatureExecutor:
             logits.append(unembed(self.model, residual[prompts.scored]))
         self.counts["batches"] += len(circuits)
         return torch.stack(logits)
+
+    def _replacing(self, prompts: Task, clean: NodeOutputs) -> NodeOutputs:
+        """c_n of every node n."""
+        if self.means is not None:
+            return self.means
+        if self.ablation.name == "zero":
+            return {part: torch.zeros_like(value) for part, value in clean.items()}
+        corrupted = _Run(self, prompts)
+        corrupted.residual(prompts.corrupted)
+        return corrupted.outputs
 
     def _staying(self, prompts: Task, circuit: Circuit, clean: NodeOutputs) -> NodePlaces:
         """Where the nodes of a circuit write out_n; elsewhere they write c_n."""
@@ -231,10 +233,11 @@ class FeatureExecutor:
         # [span, feature] of features; [span, 1] of tokens and errors.
         shape = (len(spans), self.transcoders.n_features)
         none = torch.zeros(shape, dtype=torch.bool, device=self.model.cfg.device)
-        found = {TOKENS: none[:, :1].clone()}
+        one = none[:, :1]
+        found = {TOKENS: one.clone()}
         for layer in range(self.transcoders.n_layers):
             found[Feature, layer] = none.clone()
-            found[Error, layer] = none[:, :1].clone()
+            found[Error, layer] = one.clone()
         for node in circuit:
             match node:
                 case Feature(layer, index, position):
@@ -252,9 +255,7 @@ class FeatureExecutor:
         for prompts in self._parts():
             run = _Run(self, prompts)
             run.residual(self.ablation.averaged(prompts))
-            for part, value in run.outputs.items():
-                total = masked_sum(value, prompts.mask, axes)
-                sums[part] = sums.get(part, 0) + total
+            add_sums(sums, run.outputs, prompts.mask, axes)
         # The leading positions have no features and errors, so they do not count in their means.
         later = mask.clone()
         later[:, : self.graph.transcoders.leading] = False
@@ -296,8 +297,7 @@ class _Run:
         for layer in range(transcoders.n_layers):
             writes = mlp_output_hook(model, layer, before_norm=before_norm)
             reads = mlp_residual_hook(model, layer)
-            hooks.append((reads, partial(self.read, layer)))
-            hooks.append((writes, partial(self.write, layer)))
+            hooks += [(reads, partial(self.read, layer)), (writes, partial(self.write, layer))]
         return run_to_residual(model, tokens, self.prompts.mask, hooks)
 
     def embed(self, embedding: Stream) -> Stream:
@@ -308,7 +308,8 @@ class _Run:
         return torch.where(self.staying[TOKENS], embedding, replacing)
 
     def read(self, layer: int, residual: Stream) -> None:
-        inputs = self.inputs[layer] = self._feature_inputs(layer, residual)
+        inputs = self._feature_inputs(layer, residual)
+        self.inputs[layer] = inputs
         active = self.executor.transcoders.encode(layer, inputs, self.prompts.mask)
         self.features[layer] = self._after_leading(active)
         self.changes[layer] = self._change((Feature, layer), active)
@@ -345,5 +346,6 @@ class _Run:
 
     def _after_leading(self, values: Tensor) -> Tensor:
         """Set values to 0, in place, at the leading positions, which have no features or errors."""
-        values[:, : self.executor.graph.transcoders.leading] = 0
+        leading = self.executor.graph.transcoders.leading
+        values[:, :leading] = 0
         return values

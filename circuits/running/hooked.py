@@ -15,32 +15,23 @@ to be checked by reading, and the oracle for everything faster.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from einops import repeat
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.graph.graph import Graph
-from circuits.models import (
-    Model,
-    frozen,
-    input_hook,
-    run_to_residual,
-    separate_inputs,
-    unembed,
-)
-from circuits.models.component_graph import check_supported, sources_of
-from circuits.models.identity import check_fits
+from circuits.models import Model, frozen, input_hook, run_to_residual, separate_inputs, unembed
+from circuits.models.component_graph import sources_of
 from circuits.models.source_outputs import recording_hooks
 from circuits.running.ablation import Ablation, Counterfactuals
-from circuits.running.edge_layout import EdgeLayout
+from circuits.running.edge_layout import AblatedEdges, EdgeLayout, check_runnable
+from circuits.running.settings import NO_RUNS, Counts, EdgeMask, KeptEdges, OfLogits, VariantLogits
 from circuits.system.memory import memory_budget, shrinking
 from circuits.tasks.metrics import check_finite
-from circuits.tasks.model_fit import check_task
 from circuits.tasks.task import Task
 from circuits.tasks.token_spans import token_spans
 
@@ -48,14 +39,9 @@ from circuits.tasks.token_spans import token_spans
 # caches; steps of 256 MB took three times as long.
 CACHED_BYTES = 1 << 24
 
-EdgeMask = Bool[Tensor, " edge"]
-KeptEdges = Bool[Tensor, "variant edge"]
-OfLogits = Callable[[Tensor], Tensor]
-AblatedEdges = Bool[Tensor, "variant span target source"]
 SpanIndices = Int[Tensor, "batch pos"]
 Counterfactual = Float[Tensor, "source batch pos d_model"]
 VariantOutputs = Float[Tensor, "source variant batch pos d_model"]
-VariantLogits = Float[Tensor, "variant scored vocab"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,21 +59,14 @@ class HookedExecutor:
     spans: SpanIndices | None
     counterfactuals: Counterfactual
     max_memory: int | None = None
-    counts: dict[str, int] = field(default_factory=lambda: {"node_evaluations": 0, "batches": 0})
+    counts: Counts = field(default_factory=NO_RUNS.copy)
 
     @staticmethod
     def prepare(
-        model: Model,
-        graph: Graph,
-        task: Task,
-        ablation: Ablation,
-        *,
-        max_memory: int | None = None,
+        model: Model, graph: Graph, task: Task, ablation: Ablation, *, max_memory: int | None = None
     ) -> HookedExecutor:
         """Run the counterfactual prompts once, for all circuits to come."""
-        check_supported(model)
-        check_fits(model, graph)
-        check_task(model, task)
+        check_runnable(model, graph, task)
         layout = EdgeLayout.of(model, graph)
         task = task.to(model.cfg.device)
         spans = token_spans(graph, task)
@@ -98,14 +77,10 @@ class HookedExecutor:
 
     def logits(self, kept: KeptEdges) -> VariantLogits:
         """Logits of every circuit at every scored row."""
-        ablated = self.layout.ablated(kept.to(self.counterfactuals.device))
-        # As many prompts at a time as the outputs of all sources fit into memory for.
-        budget = memory_budget(self.model.cfg.device, self.max_memory)
-        prompt_bytes = self.counterfactuals[:, 0].nbytes
-        size = max(1, budget // prompt_bytes)
-        starts = range(0, len(self.task), size)
+        on_device = kept.to(self.counterfactuals.device)
+        ablated = self.layout.ablated(on_device)
         with frozen(self.model), torch.no_grad(), separate_inputs(self.model):
-            parts = [self._part_logits(slice(start, start + size), ablated) for start in starts]
+            parts = [self._part_logits(prompts, ablated) for prompts in self._parts()]
         logits = torch.cat(parts, dim=1)
         check_finite(logits)
         n_nodes = len(self.layout.nodes)
@@ -124,6 +99,14 @@ class HookedExecutor:
         """Little: every circuit is a whole run."""
         return 0.1
 
+    def _parts(self) -> list[slice]:
+        """The prompts in parts for which the outputs of all sources fit into memory."""
+        budget = memory_budget(self.counterfactuals.device, self.max_memory)
+        prompt_bytes = self.counterfactuals[:, 0].nbytes
+        size = max(1, budget // prompt_bytes)
+        starts = range(0, len(self.task), size)
+        return [slice(start, start + size) for start in starts]
+
     def _part_logits(self, prompts: slice, ablated: AblatedEdges) -> VariantLogits:
         """Logits on some prompts, of as many circuits at a time as fit into memory."""
         budget = memory_budget(self.model.cfg.device, self.max_memory, cpu_bytes=CACHED_BYTES)
@@ -132,7 +115,8 @@ class HookedExecutor:
         parts: list[Tensor] = []
         done = 0
         while done < len(ablated):
-            step = partial(self._run, prompts, ablated[done:])
+            rest = ablated[done:]
+            step = partial(self._run, prompts, rest)
             most = min(size, len(ablated) - done)
             part, size = shrinking(step, most, "circuit")
             parts.append(part)
@@ -142,30 +126,35 @@ class HookedExecutor:
     def _run(self, prompts: slice, ablated: AblatedEdges, n_circuits: int) -> Tensor:
         """Logits [circuit, scored, vocab] of the first circuits, from one forward pass."""
         model, task = self.model, self.task[prompts]
-        counterfactuals = self.counterfactuals[:, prompts]
-        spans = None if self.spans is None else self.spans[prompts]
         # out_u(M) of every source u, filled in as the pass goes on
-        n_sources, *shape = counterfactuals.shape
-        outputs = counterfactuals.new_empty(n_sources, n_circuits, *shape)
+        n_sources, *shape = self.counterfactuals[:, prompts].shape
+        outputs = self.counterfactuals.new_empty(n_sources, n_circuits, *shape)
         # A source writes before its targets read, so its row is filled when they need it.
         hooks = recording_hooks(model, self.layout.nodes, outputs)
+        hooks += self._ablating_hooks(prompts, ablated[:n_circuits], outputs)
+        # Every circuit runs on a copy of the prompts.
+        tokens = task.clean.repeat(n_circuits, 1)
+        mask = task.mask.repeat(n_circuits, 1)
+        residual = run_to_residual(model, tokens, mask, hooks)
+        by_circuit = residual.unflatten(0, (n_circuits, -1))
+        return unembed(model, by_circuit[:, task.scored])
+
+    def _ablating_hooks(
+        self, prompts: slice, ablated: AblatedEdges, outputs: VariantOutputs
+    ) -> Iterator[tuple[str, partial[Tensor]]]:
+        """Hooks that change the inputs of targets into which edges are ablated."""
+        counterfactuals = self.counterfactuals[:, prompts]
+        spans = None if self.spans is None else self.spans[prompts]
+        model, layout = self.model, self.layout
         row = 0
-        for node, slot, count in self.layout.targets:
-            n = sources_of(model, node, self.layout.splits_embedding)
-            edges = ablated[:n_circuits, :, row : row + count, :n]
+        for node, slot, count in layout.targets:
+            n = sources_of(model, node, layout.splits_embedding)
+            edges = ablated[:, :, row : row + count, :n]
             row += count
             if edges.any():
                 upstream = counterfactuals[:n], outputs[:n]
                 hook = partial(_ablate, edges, spans, *upstream)
-                hooks.append((input_hook(model, node, slot), hook))
-        # Every circuit runs on a copy of the prompts.
-        tokens, mask = (
-            repeat(tensor, "batch pos -> (variant batch) pos", variant=n_circuits)
-            for tensor in (task.clean, task.mask)
-        )
-        residual = run_to_residual(model, tokens, mask, hooks)
-        by_circuit = residual.unflatten(0, (n_circuits, -1))
-        return unembed(model, by_circuit[:, task.scored])
+                yield input_hook(model, node, slot), hook
 
 
 def _ablate(

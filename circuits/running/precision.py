@@ -38,9 +38,17 @@ LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 # Kernels for 8-bit numbers need sizes that are multiples of this.
 ALIGNMENT = 16
 
+# The axis along which numbers share a scale factor.
+ROW, COLUMN = -1, -2
+
 Rounding = Literal["values", "changes", "nothing"]
+Bias = Tensor | None
+Heads = HeadSelection | None
+Device = torch.device | str | None
+Product = Float[Tensor, "*batch row column"]
 Scaled = tuple[Tensor, Tensor | None]
 """Numbers in a small type, and their scale factors if the type needs them."""
+Stored = tuple[Tensor, Scaled]
 
 
 @dataclass(frozen=True)
@@ -91,11 +99,7 @@ class Precision:
 
 
 def get_precision(precision: str | Precision | None) -> Precision | None:
-    """A precision, by the name of its background type.
-
-    Raises:
-        InputError: there is no such type, or it is neither a name nor a precision.
-    """
+    """A precision, by the name of its background type; of anything else an InputError."""
     if isinstance(precision, str):
         return Precision(precision)
     if precision is not None and not isinstance(precision, Precision):
@@ -119,10 +123,10 @@ class Background:
     rounds: Rounding
     kernel: bool = False
     # Weights in the type, by id. The weight is stored too, so that its id is not given to another.
-    _weights: dict[int, tuple[Tensor, Scaled]] = field(default_factory=dict)
+    _weights: dict[int, Stored] = field(default_factory=dict)
 
     @staticmethod
-    def of(precision: Precision, device: torch.device | str | None) -> Background:
+    def of(precision: Precision, device: Device) -> Background:
         """The background of a precision; warns once where it is simulated."""
         dtype = DTYPES[precision.background]
         where = torch.device(device or "cpu")
@@ -151,56 +155,48 @@ class Background:
             return partial(self._increments, n_variants)
         return self.product_of_values
 
-    def product(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        heads: HeadSelection | None = None,
-    ) -> Tensor:
+    def product(self, x: Tensor, weight: Tensor, bias: Bias = None, heads: Heads = None) -> Tensor:
         """x @ weight + bias of these heads, with both operands rounded; see `multiply`."""
         stored, weight_scale = self._stored_weight(weight)
-        rounded, scale = _rounded(x, self.dtype, axis=-1)
+        rounded, scale = _rounded(x, self.dtype, ROW)
         rows = slice(None) if heads is None else heads
         if self.kernel:
             result = _matmul(rounded, stored[rows])
         else:
             result = rounded.to(x.dtype) @ stored[rows]
         if scale is not None and weight_scale is not None:
-            result = result.mul_(scale).mul_(weight_scale[rows])
+            result.mul_(scale).mul_(weight_scale[rows])
         if bias is not None:
             result += bias if heads is None else bias[heads][:, None]
         return result.to(x.dtype)
 
     def _increments(
-        self,
-        n_variants: int,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        heads: HeadSelection | None = None,
+        self, n_variants: int, x: Tensor, weight: Tensor, bias: Bias = None, heads: Heads = None
     ) -> Tensor:
         """A product that rounds only the difference from the first variant, the base."""
-        variants = x.unflatten(-2, (n_variants, -1))
+        by_variant = (n_variants, -1)
+        variants = x.unflatten(-2, by_variant)
         base = variants[..., 0, :, :]
         difference = variants - base.unsqueeze(-3)
         # y = y0 + round(x - x0) round(W)
-        exact = multiply(base, weight, bias, heads).unsqueeze(-3)
+        exact = multiply(base, weight, bias, heads)
         rows = difference.flatten(-3, -2)
         change = self.product(rows, weight, None, heads)
-        sums = exact + change.unflatten(-2, (n_variants, -1))
+        changes = change.unflatten(-2, by_variant)
+        sums = exact.unsqueeze(-3) + changes
         return sums.flatten(-3, -2)
 
     def _stored_weight(self, weight: Tensor) -> Scaled:
         """A weight in the type, rounded once."""
-        if id(weight) not in self._weights:
+        key = id(weight)
+        if key not in self._weights:
             if self.kernel:
                 stored, scale = _for_kernel(weight, self.dtype)
             else:
-                rounded, scale = _rounded(weight, self.dtype, axis=-2)
+                rounded, scale = _rounded(weight, self.dtype, COLUMN)
                 stored = rounded.to(weight.dtype)
-            self._weights[id(weight)] = (weight, (stored, scale))
-        return self._weights[id(weight)][1]
+            self._weights[key] = weight, (stored, scale)
+        return self._weights[key][1]
 
 
 EXACT = Background(torch.float32, "nothing")
@@ -213,7 +209,8 @@ def _rounded(x: Tensor, dtype: torch.dtype, axis: int) -> Scaled:
     largest = x.abs().amax(axis, keepdim=True)
     scale = largest.div_(LARGEST[dtype])
     # A row of zeros is not divided by zero.
-    scale.clamp_(min=torch.finfo(x.dtype).tiny)
+    smallest = torch.finfo(x.dtype).tiny
+    scale.clamp_(min=smallest)
     scaled = x / scale
     if dtype == torch.int8:
         scaled = scaled.round_()
@@ -222,31 +219,38 @@ def _rounded(x: Tensor, dtype: torch.dtype, axis: int) -> Scaled:
 
 def _for_kernel(weight: Tensor, dtype: torch.dtype) -> Scaled:
     """A weight as the kernels need it."""
-    stored, scale = _rounded(weight, dtype, axis=-2)
+    stored, scale = _rounded(weight, dtype, COLUMN)
     if dtype not in LARGEST:
         return stored, scale
-    # Shapes without an 8-bit kernel are multiplied in bfloat16, which holds 8-bit numbers exactly.
-    if weight.dim() > 2 or any(size % ALIGNMENT for size in weight.shape):
+    # Shapes without an 8-bit kernel are multiplied in bfloat16.
+    unaligned = any(size % ALIGNMENT for size in weight.shape)
+    if weight.dim() > 2 or unaligned:
         return stored.to(torch.bfloat16), scale
     # The 8-bit kernels read weights by columns.
     return stored.mT.contiguous().mT, scale
 
 
-def _matmul(a: Tensor, b: Tensor) -> Float[Tensor, "*batch row column"]:
+def _matmul(a: Tensor, b: Tensor) -> Product:
     """a @ b on a GPU, by tensor cores, summed in float32."""
-    if a.dim() == 2 and b.dtype in LARGEST and len(a) > ALIGNMENT:
+    if a.dtype not in LARGEST:
+        return _matmul_16_bit(a, b)
+    has_kernel = b.dtype in LARGEST and a.dim() == 2
+    if has_kernel and len(a) > ALIGNMENT:
         return _matmul_8_bit(a, b)
-    if a.dtype in LARGEST:
-        a = a.to(torch.bfloat16)
-        b = b.to(torch.bfloat16)
+    # bfloat16 holds 8-bit numbers exactly.
+    return _matmul_16_bit(a.bfloat16(), b.bfloat16())
+
+
+def _matmul_16_bit(a: Tensor, b: Tensor) -> Product:
     if b.dim() == 2:
         product = torch.mm(a.flatten(0, -2), b, out_dtype=torch.float32)
         return product.unflatten(0, a.shape[:-1])
-    by_head = a.expand(len(b), -1, -1)
+    n_heads = len(b)
+    by_head = a.expand(n_heads, -1, -1)
     return torch.bmm(by_head, b, out_dtype=torch.float32)
 
 
-def _matmul_8_bit(a: Tensor, b: Tensor) -> Float[Tensor, "row column"]:
+def _matmul_8_bit(a: Tensor, b: Tensor) -> Product:
     if a.dtype == torch.int8:
         return torch._int_mm(a, b).float()
     ones = a.new_ones((), dtype=torch.float32)
@@ -262,8 +266,8 @@ def _has_kernel(dtype: torch.dtype, device: torch.device) -> bool:
     # 8-bit floats are summed with fewer digits. A wrong result is off by the size of the numbers.
     tolerance = 1e-2 if dtype == torch.float8_e4m3fn else 1e-4
     try:
-        of_matrix = _kernel_error(dtype, torch.ones(64, 64, device=device))
-        of_heads = _kernel_error(dtype, torch.ones(2, 64, 64, device=device))
+        of_matrix = _kernel_error(dtype, device, 64, 64)
+        of_heads = _kernel_error(dtype, device, 2, 64, 64)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, AttributeError, ValueError):
@@ -271,18 +275,18 @@ def _has_kernel(dtype: torch.dtype, device: torch.device) -> bool:
     return max(of_matrix, of_heads) <= tolerance
 
 
-def _kernel_error(dtype: torch.dtype, like: Tensor) -> float:
+def _kernel_error(dtype: torch.dtype, device: torch.device, *shape: int) -> float:
     """The relative error of a random product; with heads, in another order than stored."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(like.shape, generator=generator).to(like)
-    weight = torch.randn(like.shape, generator=generator).to(like)
-    a, _ = _rounded(x, dtype, axis=-1)
-    b, _ = _for_kernel(weight, dtype)
+    random = partial(torch.randn, shape, generator=generator)
+    x = random().to(device)
+    a, _ = _rounded(x, dtype, ROW)
+    b, _ = _for_kernel(random().to(device), dtype)
     if b.dim() == 3:
         b = b[[1, 0]]
     expected = a.double() @ b.double()
-    errors = (_matmul(a, b).double() - expected).abs()
-    return float(errors.max() / expected.abs().max())
+    errors = _matmul(a, b) - expected
+    return float(errors.abs().max() / expected.abs().max())
 
 
 @cache

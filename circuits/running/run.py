@@ -12,11 +12,11 @@ from torch import Tensor
 from circuits.graph.circuit import Circuit
 from circuits.graph.graph import Graph, PooledFeatureGraph
 from circuits.models import Model, frozen, run_to_residual, unembed
-from circuits.models.component_graph import check_supported, component_nodes
-from circuits.models.identity import check_fits
+from circuits.models.component_graph import component_nodes
 from circuits.running.ablation import Ablation, with_means_taken
+from circuits.running.edge_layout import check_runnable
 from circuits.running.executor import get_executor
-from circuits.running.settings import ExecutorName, RunSettings
+from circuits.running.settings import ExecutorName, KeptEdges, RunSettings, VariantLogits
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget
 from circuits.tasks.metrics import check_finite
@@ -27,9 +27,6 @@ from circuits.transcoders.transcoder import Transcoders
 PROMPTS_PER_RUN = 256
 # Preparing an executor pays off more the more prompts it is for, so it may take more than a step.
 PREPARED_CPU_BYTES = 1 << 32
-
-KeptEdges = Bool[Tensor, "variant edge"]
-VariantLogits = Float[Tensor, "variant scored vocab"]
 
 
 def run_circuits(
@@ -97,16 +94,10 @@ def run_circuit(
     >>> circuits.run_circuit(model, whole, task).shape[0]
     4
     """
-    logits = run_circuits(
-        model,
-        circuit.graph,
-        circuit.kept[None],
-        task,
-        ablation=ablation,
-        executor=executor,
-        max_memory=max_memory,
-        transcoders=transcoders,
+    settings = RunSettings.parse(
+        ablation=ablation, executor=executor, max_memory=max_memory, transcoders=transcoders
     )
+    logits = run_variants(model, circuit.graph, circuit.kept[None], task, settings)
     return logits[0]
 
 
@@ -118,7 +109,7 @@ def run_variants(
     If the prompts do not fit into memory together they are run in parts; means are still taken
     over all of them.
     """
-    if kept.dtype != torch.bool or kept.dim() != 2 or kept.shape[1] != len(graph):
+    if kept.dtype != torch.bool or kept.shape[1:] != (len(graph),):
         raise InputError(
             f"kept has shape {tuple(kept.shape)} of {kept.dtype}; it must be [variant, edge] of "
             f"bool, over {len(graph)} edges."
@@ -126,17 +117,17 @@ def run_variants(
     size = len(task)
     # The executor of features cuts the prompts itself, and outputs that the user gives are in
     # memory for all prompts already.
-    if not isinstance(graph, PooledFeatureGraph) and settings.ablation.name != "given":
+    of_features = isinstance(graph, PooledFeatureGraph)
+    if not of_features and settings.ablation.name != "given":
         size = _prompts_at_once(model, settings.max_memory, task)
     if size >= len(task):
-        return get_executor(model, graph, task, settings).logits(kept)
+        executor = get_executor(model, graph, task, settings)
+        return executor.logits(kept)
     # Means would be taken before an executor could refuse what does not fit.
-    check_supported(model)
-    check_fits(model, graph)
-    check_task(model, task)
+    check_runnable(model, graph, task)
     task = task.to(model.cfg.device)
-    nodes, ablation = component_nodes(model, graph.splits_embedding), settings.ablation
-    ablation = with_means_taken(model, nodes, task, ablation, prompts_per_run=size)
+    nodes = component_nodes(model, graph.splits_embedding)
+    ablation = with_means_taken(model, nodes, task, settings.ablation, prompts_per_run=size)
     settings = replace(settings, ablation=ablation)
     # The fit was checked above; without an identity no part reads all weights again.
     graph = replace(graph, model=None)

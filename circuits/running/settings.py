@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
+
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from circuits.running.ablation import Ablation, get_ablation
 from circuits.running.precision import Precision, get_precision
@@ -15,6 +19,14 @@ from circuits.transcoders.transcoder import Transcoders
 ExecutorName = Literal["auto", "incremental", "hooks"]
 
 RESAMPLE = Ablation("resample")
+
+# What executors run, return and count.
+EdgeMask = Bool[Tensor, " edge"]
+KeptEdges = Bool[Tensor, "variant edge"]
+VariantLogits = Float[Tensor, "variant scored vocab"]
+OfLogits = Callable[[Tensor], Tensor]
+Counts = dict[str, int]
+NO_RUNS: Counts = {"node_evaluations": 0, "batches": 0}
 
 
 @dataclass(frozen=True)

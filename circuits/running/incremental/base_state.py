@@ -15,6 +15,7 @@ EdgeMask = Bool[Tensor, " edge"]
 TokenMask = Bool[Tensor, " token"]
 Variants = Bool[Tensor, "variant edge"]
 Outputs = Float[Tensor, "source token d_model"]
+Inputs = Float[Tensor, "#node 1 token d_model"]
 Projected = Float[Tensor, "_ _ ... d_head"]
 ByBlock = dict[TargetBlock, Tensor]
 BySlot = dict[str, Projected]
@@ -58,14 +59,15 @@ class BaseRun:
 
     def copy(self) -> BaseRun:
         """A base run that can be changed without changing this one."""
-        return replace(
-            self,
-            outputs=self.outputs.clone(),
-            inputs=dict(self.inputs),
-            projected=dict(self.projected),
-        )
+        inputs, projected = dict(self.inputs), dict(self.projected)
+        return replace(self, outputs=self.outputs.clone(), inputs=inputs, projected=projected)
 
-    def read(self, place: Place) -> Float[Tensor, "#node 1 token d_model"]:
+    def written(self, place: Place) -> Outputs:
+        """out0_u of some nodes."""
+        outputs = self.outputs[place.block.sources]
+        return place.tokens.select(outputs)[place.nodes]
+
+    def read(self, place: Place) -> Inputs:
         """x0_r as one variant; in one row while all nodes read the same."""
         held = self.inputs[place.block]
         if held.shape[0] > 1:
@@ -101,7 +103,8 @@ class BaseRun:
         """The tensor of a block with a row per node, copied if anything else may hold it."""
         held = tensors[block]
         if id(held) not in self._private:
-            by_node = held.expand(block.n_nodes, -1, *held.shape[2:])
+            token_shape = held.shape[1:]
+            by_node = held.expand(block.n_nodes, *token_shape)
             tensors[block] = by_node.clone()
             self._private.add(id(tensors[block]))
         return tensors[block]

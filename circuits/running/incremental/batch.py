@@ -25,6 +25,8 @@ Logits = Float[Tensor, "variant scored vocab"]
 Residual = Float[Tensor, "variant scored d_model"]
 Outputs = Float[Tensor, "node variant token d_model"]
 Inputs = Float[Tensor, "#node _ token d_model"]
+Differences = Float[Tensor, "column 1 token d_model"]
+Write = tuple[Activation, Place, Tensor]
 
 
 @dataclass(eq=False)
@@ -43,7 +45,7 @@ class VariantRun:
     # out_u - out0_u of the recomputed sources, by the tokens at which it is known.
     _changes: dict[TokenSet, Tensor] = field(init=False, default_factory=dict)
     _n_filled: dict[TokenSet, int] = field(init=False, default_factory=dict)
-    _writes: list[tuple[Activation, Place, Tensor]] | None = None
+    _writes: list[Write] | None = None
 
     @property
     def n_variants(self) -> int:
@@ -93,8 +95,9 @@ class VariantRun:
     def _make_room(self) -> None:
         """Allocate the changes of all recomputed sources."""
         outputs, n_variants = self.base.outputs, self.n_variants
+        d_model = outputs.shape[-1]
         for tokens, sources in self.plan.changed.items():
-            shape = (len(sources), n_variants, len(tokens), outputs.shape[-1])
+            shape = (len(sources), n_variants, len(tokens), d_model)
             self._changes[tokens] = outputs.new_empty(shape)
             self._n_filled[tokens] = 0
 
@@ -111,11 +114,10 @@ class VariantRun:
         """Write out_u - out0_u of the nodes of a step."""
         rows = [update.rows for update in step.inputs]
         product = self._product(*rows)
-        outputs = self.base.outputs[step.block.sources]
-        old = step.tokens.select(outputs)[step.nodes]
+        old = self.base.written(step)
         distinct = self._distinct_heads(step)
         if distinct is not None:
-            self.n_evaluated += len(distinct.cases.node)
+            self.n_evaluated += len(distinct.cases)
             distinct.write_changes(product, old, into)
             return
         self.n_evaluated += len(step.numbers) * self.n_variants
@@ -126,7 +128,8 @@ class VariantRun:
     def _next_changes(self, step: Step, tokens: TokenSet) -> Outputs:
         """Where the changes of a step's nodes go: after those of earlier steps."""
         start = self._n_filled[tokens]
-        stop = self._n_filled[tokens] = start + len(step.numbers)
+        stop = start + len(step.numbers)
+        self._n_filled[tokens] = stop
         return self._changes[tokens][start:stop]
 
     def _distinct_heads(self, step: Step) -> DistinctHeads | None:
@@ -143,16 +146,20 @@ class VariantRun:
     def _outputs(self, step: Step, product: Multiply) -> Outputs:
         """out_u of the nodes of a step."""
         if step.block.slot == "mlp":
-            mlp = self.model.mlps[step.block.layer]
-            return mlp(self._input(step.inputs[0]), product)
+            residual = self._input(step.inputs[0])
+            return self.model.mlps[step.block.layer](residual, product)
         qkv: BySlot = {}
         for update in step.inputs:
-            residual, keys = self._input(update), self.base.projected
-            found = self.model.project(update, residual, keys, product)
-            self._record("projected", update, found)
-            qkv[update.block.slot] = found
+            qkv[update.block.slot] = self._projected(update, product)
         self.base.complete(qkv, step, step.nodes)
         return self.model.head_outputs(step, qkv, product)
+
+    def _projected(self, update: InputUpdate, product: Multiply) -> Tensor:
+        """q, k or v of some heads, from their new inputs."""
+        residual = self._input(update)
+        found = self.model.project(update, residual, self.base.projected, product)
+        self._record("projected", update, found)
+        return found
 
     def _input(self, update: InputUpdate) -> Inputs:
         """New inputs of some nodes, in one row if all nodes read the same."""
@@ -164,7 +171,8 @@ class VariantRun:
         if n_changed:
             changes = self._changes[tokens][:n_changed]
             weights = self._weights(update)
-            residual = residual + self.model.weighted_sum(weights, changes, tokens)
+            change = self.model.weighted_sum(weights, changes, tokens)
+            residual = residual + change
         if self.edge_changes.reach(update.rows):
             residual = self._with_edge_changes(update, residual)
         self._record("inputs", update, residual)
@@ -172,26 +180,23 @@ class VariantRun:
 
     def _with_edge_changes(self, update: InputUpdate, residual: Inputs) -> Inputs:
         """Add the sum over changed edges u->r of (M[u, r] - M0[u, r]) * (out0_u - c_u)."""
-        signs = torch.from_numpy(self.edge_changes.into(update.rows))
-        weights = signs.to(residual)
+        signs = self.edge_changes.into(update.rows)
+        weights = torch.from_numpy(signs).to(residual)
         differences = self.edge_changes.differences(update.tokens)
         one_target = len(update.rows) == 1 and self.model.spans is None
+        # The same x_r in all variants: a single fused product.
         if one_target and residual.shape[1] == 1:
-            # The same x_r in all variants: a single fused product.
-            start, flat = residual.reshape(1, -1), differences.flatten(1)
-            total = torch.addmm(start, weights[:, 0, 0], flat)
-            return total.unflatten(1, residual.shape[2:])[None]
-        return residual + self.model.weighted_sum(weights, differences, update.tokens)
+            return _sum_into_one_target(residual, weights, differences)
+        change = self.model.weighted_sum(weights, differences, update.tokens)
+        return residual + change
 
     def _weights(self, update: InputUpdate) -> EdgeWeights:
         """M[u, r] of the recomputed sources, in one row if it is the same for all targets."""
         rows, cache = update.rows, self.plan.weights
-        sources = self.plan.changed[update.tokens][: update.n_changed]
+        changed = self.plan.changed[update.tokens]
+        sources = changed[: update.n_changed]
         if update not in cache:
-            mask = self.base.mask[:, rows][..., sources]
-            if (mask == mask[:, :1]).all():
-                mask = mask[:, :1]
-            cache[update] = torch.from_numpy(mask[None]).to(self.base.outputs)
+            cache[update] = self._base_weights(rows, sources)
         weights = cache[update]
         if self.edge_changes.reach(rows):
             signs = self.edge_changes.between(rows, sources)
@@ -199,6 +204,16 @@ class VariantRun:
             if signs.any():
                 return weights + torch.from_numpy(signs).to(weights)
         return weights
+
+    def _base_weights(self, rows: Indices, sources: list[int]) -> EdgeWeights:
+        """M0[u, r], in one row if it is the same for all targets."""
+        into_rows = self.base.mask[:, rows]
+        mask = into_rows[..., sources]
+        first = mask[:, :1]
+        if (mask == first).all():
+            mask = first
+        weights = torch.from_numpy(mask[None])
+        return weights.to(self.base.outputs)
 
     def _product(self, *targets: Indices | slice) -> Multiply:
         """How to multiply in a step in which these targets change."""
@@ -211,3 +226,14 @@ class VariantRun:
         """In `commit`, remember what to write into the base."""
         if self._writes is not None:
             self._writes.append((name, place, values))
+
+
+def _sum_into_one_target(
+    residual: Inputs, weights: EdgeWeights, differences: Differences
+) -> Inputs:
+    """The residual, which is the same in all variants, plus a weighted sum of the differences."""
+    start = residual.reshape(1, -1)
+    of_target = weights[:, 0, 0]
+    of_sources = differences.flatten(1)
+    total = torch.addmm(start, of_target, of_sources)
+    return total.unflatten(1, residual.shape[2:])[None]

@@ -53,7 +53,8 @@ def _step_cost(step: Step, model: TaskModel) -> tuple[int, int]:
         hidden = written * (cfg.d_mlp or 0)
         n_matrices = 2 + cfg.gated_mlp
         return inputs + 3 * hidden, n_matrices * hidden * cfg.d_model
-    projected, scores = read * cfg.d_head, written * model.window.readable.shape[1]
+    projected = read * cfg.d_head
+    scores = written * model.window.readable.shape[1]
     outputs = written * cfg.d_model
     products = (read + written) * cfg.d_head * cfg.d_model
     return inputs + 3 * projected + 3 * scores + 2 * outputs, products

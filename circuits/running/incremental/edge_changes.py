@@ -41,21 +41,21 @@ class EdgeChanges:
         model: TaskModel, base: BaseRun, counterfactuals: Outputs, kept: Variants
     ) -> EdgeChanges:
         """Compare variants with the base."""
-        layout, new, old = model.layout, kept.numpy(), base.kept.numpy()
+        new = kept.numpy()
+        old = base.kept.numpy()
         differs = (new != old).any(axis=0)
         changed = np.flatnonzero(differs)
-        span, target, source = (
-            axis.numpy()[changed] for axis in (layout.span, layout.target, layout.source)
-        )
-        n_spans, n_targets, n_sources = layout.shape
+        span, target, source = model.layout.places(changed)
+        n_spans, n_targets, n_sources = model.layout.shape
         rows, columns = np.unique(target), _columns(source)
         row_of = _places(rows, n_targets)
         column_of = _places(columns, n_sources)
         shape = (len(kept), n_spans, len(rows) + 1, len(columns) + 1)
         signs = np.zeros(shape, dtype=np.float32)
+        between = span, row_of[target], column_of[source]
         # M[u, r] - M0[u, r]
-        signs[:, span, row_of[target], column_of[source]] = new[:, changed]
-        signs[:, span, row_of[target], column_of[source]] -= old[changed]
+        signs[:, *between] = new[:, changed]
+        signs[:, *between] -= old[changed]
         return EdgeChanges(model, base, counterfactuals, rows, columns, row_of, column_of, signs)
 
     def of_variants(self, variants: slice, *, base_first: bool) -> EdgeChanges:
@@ -78,8 +78,8 @@ class EdgeChanges:
 
     def between(self, rows: Indices, sources: list[int]) -> Signs:
         """The signs of the edges from these sources into these targets."""
-        rows, columns = self.row_of[rows], self.column_of[sources]
-        return self.signs[:, :, rows][..., columns]
+        into_rows = self.signs[:, :, self.row_of[rows]]
+        return into_rows[..., self.column_of[sources]]
 
     def differences(self, tokens: TokenSet) -> Differences:
         """out0_u - c_u of the sources `columns`, with out0 of the base, as one variant."""

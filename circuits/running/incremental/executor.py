@@ -21,39 +21,37 @@ Many circuits run as one batch. Read this module first, then `plan`, then `batch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from circuits.graph.graph import Graph
 from circuits.models import Model, frozen
-from circuits.models.component_graph import check_supported
 from circuits.models.functional import Multiply, multiply
-from circuits.models.identity import check_fits
 from circuits.models.source_outputs import TOLERANCE, embedding_outputs, source_outputs
 from circuits.running.ablation import Ablation, Counterfactuals
+from circuits.running.edge_layout import check_runnable
 from circuits.running.incremental.base_state import BaseRun, EdgeMask, Outputs, Variants
-from circuits.running.incremental.batch import VariantRun
+from circuits.running.incremental.batch import Logits, VariantRun
 from circuits.running.incremental.cost import Cost
 from circuits.running.incremental.edge_changes import EdgeChanges
 from circuits.running.incremental.plan import Indices, Plan, make_plan
 from circuits.running.incremental.sublayer_run import TaskModel, UnsupportedError
-from circuits.running.incremental.tokens import Window
+from circuits.running.incremental.tokens import TokenSet, Window
 from circuits.running.precision import EXACT, Background, Precision
+from circuits.running.settings import NO_RUNS, Counts, OfLogits
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget, shrinking
 from circuits.tasks.metrics import check_finite
-from circuits.tasks.model_fit import check_task
 from circuits.tasks.task import Task
 
 CHECKED_PROMPTS = 8
 
-OfLogits = Callable[[Tensor], Tensor]
 Prompts = Int[Tensor, "batch pos"]
 
 
@@ -72,7 +70,7 @@ class IncrementalExecutor:
     # Base runs of other circuits: "empty" has no edges, "near" was given to `near`.
     bases: dict[str, BaseRun] = field(default_factory=dict)
     # Each variant of a node is counted.
-    counts: dict[str, int] = field(default_factory=lambda: {"node_evaluations": 0, "batches": 0})
+    counts: Counts = field(default_factory=NO_RUNS.copy)
 
     @staticmethod
     def prepare(
@@ -86,28 +84,19 @@ class IncrementalExecutor:
     ) -> IncrementalExecutor:
         """Run the clean and the counterfactual prompts, once for all circuits that follow.
 
-        Args:
-            max_memory: memory that one batch may take, in bytes; None chooses from what is free.
-            precision: how exact products are; None is the model's own precision throughout.
-
         Raises:
             InputError: the model is not supported, or model, graph, task and precision do not fit
                 together.
             UnsupportedError: the model computes something that is not implemented here.
         """
-        check_supported(model)
-        check_fits(model, graph)
-        check_task(model, task)
+        check_runnable(model, graph, task)
         background = _background(model, precision)
         task = task.to(model.cfg.device)
-        causal = model.cfg.attention_dir == "causal"
-        resample = ablation.name == "resample"
-        window = Window.of(task, causal=causal, resample=resample)
+        window = _window(model, task, ablation)
         product = background.product_of_values
         with frozen(model), torch.no_grad():
             task_model = TaskModel.of(model, graph, task, window)
-            kept = torch.ones(len(graph), dtype=torch.bool)
-            whole = _run_clean_prompts(task_model, kept, product)
+            whole = _run_clean_prompts(task_model, product)
             replacing = _counterfactuals(task_model, ablation, whole, product)
         budget = memory_budget(model.cfg.device, max_memory)
         return IncrementalExecutor(task_model, replacing, whole, budget, background)
@@ -116,7 +105,7 @@ class IncrementalExecutor:
         """The same executor without a background; both share their base runs."""
         return replace(self, background=EXACT)
 
-    def logits(self, kept: Variants) -> Float[Tensor, "variant scored vocab"]:
+    def logits(self, kept: Variants) -> Logits:
         """Logits of every circuit at every scored token; raises what `map` raises."""
         return self.map(kept, lambda logits: logits)
 
@@ -124,7 +113,6 @@ class IncrementalExecutor:
         """Apply a function to the logits batch by batch, so that they need not all fit in memory.
 
         Args:
-            kept: the edges of each circuit.
             function: from the logits of a batch [variant, scored, vocab] to [variant, ...].
 
         Raises:
@@ -132,12 +120,8 @@ class IncrementalExecutor:
         """
         kept = kept.cpu()
         run = self._variant_run(self._nearest_base(kept), kept)
-        cost = Cost.of(run.plan, self.model)
-        n_fitting = self.budget // cost.bytes
-        # If changes are rounded, the base runs along as one more variant.
-        if self.background.rounds_changes:
-            n_fitting -= 1
-        size = max(1, min(len(kept), n_fitting))
+        n_fitting = self._n_fitting(run)
+        size = min(len(kept), n_fitting)
         results: list[Tensor] = []
         done = 0
         while done < len(kept):
@@ -146,6 +130,15 @@ class IncrementalExecutor:
             results.append(result)
             done += size
         return results[0] if len(results) == 1 else torch.cat(results)
+
+    def _n_fitting(self, run: VariantRun) -> int:
+        """How many variants of a run fit into memory together; at least one."""
+        cost = Cost.of(run.plan, self.model)
+        n_fitting = self.budget // cost.bytes
+        # If changes are rounded, the base runs along as one more variant.
+        if self.background.rounds_changes:
+            n_fitting -= 1
+        return max(1, n_fitting)
 
     def _apply(self, function: OfLogits, run: VariantRun, start: int, size: int) -> Tensor:
         batch = run.of_variants(slice(start, start + size))
@@ -183,15 +176,17 @@ class IncrementalExecutor:
             return near
         # Edges that the graph lacks are always kept: then no circuit is without edges.
         complete = self.whole.mask.sum() == kept.shape[1]
-        if not complete or 2 * int(kept.sum()) > kept.numel():
+        n_kept = int(kept.sum())
+        if not complete or 2 * n_kept > kept.numel():
             return self.whole
         if "empty" not in self.bases:
             self.bases["empty"] = self._run_empty_circuit()
         return self.bases["empty"]
 
     def _run_empty_circuit(self) -> BaseRun:
-        model, clean, embeddings = self.model, self.whole, self.model.embeddings
-        kept, tokens = torch.zeros_like(clean.kept), model.window.all
+        model, clean = self.model, self.whole
+        tokens, embeddings = model.window.all, model.embeddings
+        kept = torch.zeros_like(clean.kept)
         product = self.background.product_of_values
         with torch.inference_mode():
             # x_r = b_r + sum over sources u of c_u
@@ -208,13 +203,20 @@ class IncrementalExecutor:
     def _plan(self, base: BaseRun, kept: Variants, targets: Indices) -> Plan:
         """What to recompute if edges into these targets change."""
         model, key = self.model, targets.tobytes()
+        plan = partial(make_plan, model.blocks, model.window)
         if base is not self.bases.get("near"):
             mask = model.mask(kept.any(0))
-            return make_plan(model.blocks, model.window, mask, targets)
+            return plan(mask, targets)
         # Variants are subsets of the "near" circuit: one plan for its edges serves them all.
         if key not in base.plans:
-            base.plans[key] = make_plan(model.blocks, model.window, base.mask, targets)
+            base.plans[key] = plan(base.mask, targets)
         return base.plans[key]
+
+
+def _window(model: Model, task: Task, ablation: Ablation) -> Window:
+    causal = model.cfg.attention_dir == "causal"
+    resample = ablation.name == "resample"
+    return Window.of(task, causal=causal, resample=resample)
 
 
 def _background(model: Model, precision: Precision | None) -> Background:
@@ -222,45 +224,46 @@ def _background(model: Model, precision: Precision | None) -> Background:
         return EXACT
     if model.cfg.dtype not in (torch.float32, torch.float64):
         raise InputError(
-            f"precision={str(precision)!r} needs a model in float32, and "
-            f"{model.cfg.model_name} is in {model.cfg.dtype}; "
-            "load it with dtype=torch.float32, or leave out the precision."
+            f"precision={str(precision)!r} needs a model in float32, and {model.cfg.model_name} is "
+            f"in {model.cfg.dtype}; load it with dtype=torch.float32, or leave out the precision."
         )
     return Background.of(precision, model.cfg.device)
 
 
-def _run_clean_prompts(task_model: TaskModel, kept: EdgeMask, product: Multiply) -> BaseRun:
+def _run_clean_prompts(task_model: TaskModel, product: Multiply) -> BaseRun:
     """Run the whole model everywhere; returns the activations at the tokens that can change."""
-    cfg, window, tokens = task_model.model.cfg, task_model.window, task_model.window.everywhere
-    written = tokens.gather(_embedded(task_model, task_model.task.clean))
-    no_keys = written.new_zeros(cfg.n_heads, *window.readable.shape, cfg.d_head)
-    keys = dict.fromkeys(task_model.blocks, no_keys)
-    clean = task_model.run(kept, written, tokens, keys, multiply)
+    window, tokens = task_model.window, task_model.window.everywhere
+    written = _embedded(task_model, task_model.task.clean, tokens)
+    keys = task_model.no_keys(written)
+    kept = torch.ones_like(task_model.layout.span, dtype=torch.bool)
+    run = partial(task_model.run, kept, written, tokens, keys)
+    clean = run(multiply)
     _check_outputs(task_model, clean.outputs)
     if product is not multiply:
-        clean = task_model.run(kept, written, tokens, keys, product)
+        clean = run(product)
     # The attention biases of all tokens are not used again.
     task_model.biases.clear()
     can_change = torch.isin(tokens.keys, window.all.keys)
     return clean.at(can_change)
 
 
-def _embedded(task_model: TaskModel, prompts: Prompts) -> Float[Tensor, "_ batch pos d_model"]:
+def _embedded(task_model: TaskModel, prompts: Prompts, tokens: TokenSet) -> Outputs:
     """The outputs of the embeddings."""
     nodes, mask = task_model.layout.nodes, task_model.task.mask
-    return embedding_outputs(task_model.model, nodes, prompts, mask)
+    outputs = embedding_outputs(task_model.model, nodes, prompts, mask)
+    return tokens.gather(outputs)
 
 
 def _check_outputs(task_model: TaskModel, found: Outputs) -> None:
     """Refuse a model whose own outputs on a few prompts differ from those of a clean run."""
-    few, nodes = task_model.task[:CHECKED_PROMPTS], task_model.layout.nodes
+    few = task_model.task[:CHECKED_PROMPTS]
     tokens = task_model.window.everywhere
     here = tokens.prompts < len(few)
-    prompts, positions = tokens.prompts[here], tokens.positions[here]
-    outputs = source_outputs(task_model.model, nodes, few.clean, few.mask)
-    expected = outputs[:, prompts, positions]
-    errors = (found[:, here] - expected).abs()
-    gap = float(errors.max() / expected.abs().max().clamp(min=1e-30))
+    outputs = source_outputs(task_model.model, task_model.layout.nodes, few.clean, few.mask)
+    expected = outputs[:, tokens.prompts[here], tokens.positions[here]]
+    largest = (found[:, here] - expected).abs().max()
+    size = expected.abs().max()
+    gap = float(largest / size.clamp(min=1e-30))
     if gap > TOLERANCE[expected.dtype]:
         raise UnsupportedError(
             f"its components compute something that is not known (outputs differ by {gap:.1%})"
@@ -273,7 +276,7 @@ def _counterfactuals(
     """c_u of every source u."""
     task, tokens = task_model.task, task_model.window.all
     if ablation.name == "resample":
-        written = tokens.gather(_embedded(task_model, task.corrupted))
+        written = _embedded(task_model, task.corrupted, tokens)
         run = task_model.run(clean.kept, written, tokens, clean.projected, product)
         return run.outputs
     nodes = task_model.layout.nodes

@@ -50,6 +50,7 @@ class TargetBlock:
 
 
 Blocks = tuple[TargetBlock, ...]
+KEYS = ("k", "v")
 
 
 def target_blocks(layout: EdgeLayout) -> Blocks:
@@ -78,7 +79,8 @@ def sublayers(blocks: Blocks) -> Iterator[Blocks]:
 def row_selection(rows: Indices, device: torch.device) -> HeadSelection:
     """Index rows of a tensor: with a slice, which copies nothing, if they are consecutive."""
     if len(rows):
-        start, stop = int(rows[0]), int(rows[-1]) + 1
+        start = int(rows[0])
+        stop = int(rows[-1]) + 1
         if stop - start == len(rows):
             return slice(start, stop)
     return torch.from_numpy(rows).to(device)
@@ -96,15 +98,17 @@ class Needs:
     @staticmethod
     def of(blocks: Blocks, kept: Edges) -> Needs:
         """Follow the kept edges upstream from the logits."""
-        everywhere = np.zeros(kept.shape[1] + 1, dtype=bool)
+        n_sources = kept.shape[1]
+        everywhere = np.zeros(n_sources + 1, dtype=bool)
         live = everywhere.copy()
         live[-1] = True
         for block in reversed(blocks):
-            edges, readers = kept[block.rows], live[block.sources]
+            edges = kept[block.rows]
+            readers = live[block.sources]
             # Boolean matrix products: the sources from which an edge leads to some reader.
             live[:-1] |= readers @ edges
             # Needed everywhere are the sources of live keys and values, and all upstream of these.
-            if block.slot not in ("k", "v"):
+            if block.slot not in KEYS:
                 readers = everywhere[block.sources]
             everywhere[:-1] |= readers @ edges
         return Needs(live, everywhere)
@@ -161,7 +165,8 @@ class Plan:
 
 def make_plan(blocks: Blocks, window: Window, mask: SplitEdges, targets: Indices) -> Plan:
     """Plan a run of variants that keep edges of `mask`, and change edges into `targets`."""
-    kept, scored = np.any(mask, axis=0), window.scored
+    kept = np.any(mask, axis=0)
+    scored = window.scored
     plan = Plan([], {scored: [], window.all: []})
     needs = Needs.of(blocks, kept)
     affected = np.zeros(len(kept), dtype=bool)
@@ -172,7 +177,8 @@ def make_plan(blocks: Blocks, window: Window, mask: SplitEdges, targets: Indices
         if not plan.steps and not affected[rows].any():
             continue
         # A kept edge from a changed source affects its target.
-        from_changed = kept[rows][:, plan.changed[scored]]
+        changed = plan.changed[scored]
+        from_changed = kept[rows][:, changed]
         affected[rows] |= from_changed.any(1)
         # Heads of a layer do not read each other: `changed` grows after all steps of the layer.
         for step in list(_sublayer_steps(plan, group, window, needs, affected[rows])):
@@ -183,15 +189,12 @@ def make_plan(blocks: Blocks, window: Window, mask: SplitEdges, targets: Indices
 
 
 def _sublayer_steps(
-    plan: Plan,
-    group: Blocks,
-    window: Window,
-    needs: Needs,
-    affected: TargetMask,
+    plan: Plan, group: Blocks, window: Window, needs: Needs, affected: TargetMask
 ) -> Iterator[Step]:
     """One step for all live nodes that have the same slots affected and need the same tokens."""
     sources = group[0].sources
-    slots = affected.reshape(len(group), -1) & needs.live[sources]
+    by_slot = affected.reshape(len(group), -1)
+    slots = by_slot & needs.live[sources]
     # The kind of a node as a number: a bit for each slot, and the lowest one for "everywhere".
     everywhere = needs.everywhere[sources] & slots.any(0)
     slot_bits = 2 << np.arange(len(group))
@@ -204,8 +207,10 @@ def _sublayer_steps(
         nodes = row_selection(numbers, window.readable.device)
         tokens = window.all if kind & 1 else window.scored
         inputs = []
-        for block in compress(group, slots[:, numbers[0]]):
-            read_at = window.all if block.slot in ("k", "v") else tokens
-            rows, n_changed = block.rows.start + numbers, len(plan.changed[read_at])
+        slots_of_kind = slots[:, numbers[0]]
+        for block in compress(group, slots_of_kind):
+            read_at = window.all if block.slot in KEYS else tokens
+            rows = block.rows.start + numbers
+            n_changed = len(plan.changed[read_at])
             inputs.append(InputUpdate(block, nodes, read_at, rows, n_changed))
         yield Step(group[0], nodes, tokens, group, numbers, inputs)

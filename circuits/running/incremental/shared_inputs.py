@@ -8,6 +8,7 @@ two variants if the same edges into it change.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ WORTHWHILE, WORTHWHILE_OF_SEVERAL = 0.75, 0.25
 PerInput = Int[np.ndarray, " input"]
 PerDistinct = Int[np.ndarray, " distinct"]
 ChangedEdges = Bool[np.ndarray, "input edge"]
+Label = tuple[int, bytes]
 BaseOutputs = Float[Tensor, "head token d_model"]
 
 
@@ -41,12 +43,16 @@ class DistinctInputs:
     # the distinct ones plus the number of its head.
     number: PerInput
 
+    def __len__(self) -> int:
+        """How many inputs are distinct."""
+        return len(self.node)
+
     @staticmethod
     def of(node: PerInput, variant: PerInput, changes: ChangedEdges) -> DistinctInputs:
         """Find them, given which edges change into each input."""
         # An input equal to the base's has the label of a head and no edges.
         labels = [*zip(node.tolist(), map(bytes, changes), strict=True)]
-        first: dict[tuple[int, bytes], int] = {}
+        first: dict[Label, int] = {}
         for index, label in enumerate(labels):
             first.setdefault(label, index)
         distinct = [index for (_, edges), index in first.items() if any(edges)]
@@ -77,17 +83,12 @@ class DistinctHeads:
         n_variants = len(edge_changes.signs)
         shape = (len(step.numbers), n_variants)
         node, variant = np.indices(shape).reshape(2, -1)
-        changes = []
-        for update in step.inputs:
-            signs = edge_changes.into(update.rows)
-            by_node = np.moveaxis(signs != 0, 2, 0)
-            changes.append(by_node.reshape(len(node), -1))
-        cases = DistinctInputs.of(node, variant, np.hstack(changes))
+        changes = [_changed_edges(edge_changes, update) for update in step.inputs]
+        into_all_slots = np.hstack(changes)
+        cases = DistinctInputs.of(node, variant, into_all_slots)
         first = cases.node * n_variants + cases.variant
-        by_slot = []
-        for part in changes:
-            inputs = DistinctInputs.of(cases.node, cases.variant, part[first])
-            by_slot.append(inputs)
+        of_cases = partial(DistinctInputs.of, cases.node, cases.variant)
+        by_slot = [of_cases(part[first]) for part in changes]
         return DistinctHeads(edge_changes, step, cases, by_slot)
 
     @property
@@ -98,15 +99,15 @@ class DistinctHeads:
     def worthwhile(self, n_variants: int) -> bool:
         """Whether computing the cases is less work than computing every head in every variant."""
         if self.of_one_head:
-            n_projected = sum(len(inputs.node) for inputs in self.by_slot)
+            n_projected = sum(map(len, self.by_slot))
             n_inputs = len(self.by_slot) * n_variants
             return n_projected <= WORTHWHILE * n_inputs
         n_heads = len(self.step.numbers)
-        return len(self.cases.node) <= WORTHWHILE_OF_SEVERAL * n_heads * n_variants
+        return len(self.cases) <= WORTHWHILE_OF_SEVERAL * n_heads * n_variants
 
     def write_changes(self, multiply: Multiply, old: BaseOutputs, into: HeadOutputs) -> None:
         """Write into `into` how the outputs of the heads change from `old`, those in the base."""
-        n_cases = len(self.cases.node)
+        n_cases = len(self.cases)
         if not n_cases:
             into.zero_()
             return
@@ -118,11 +119,11 @@ class DistinctHeads:
         torch.sub(outputs, old[node], out=changes[:n_cases])
         torch.index_select(changes, 0, number, out=into.view(-1, *old.shape[1:]))
 
-    def _outputs(self, multiply: Multiply) -> Float[Tensor, "_ _ token d_model"]:
+    def _outputs(self, multiply: Multiply) -> HeadOutputs:
         step, changes = self.step, self.edge_changes
         qkv: BySlot = {}
         for update, inputs in zip(step.inputs, self.by_slot, strict=True):
-            if len(inputs.node):
+            if len(inputs):
                 found = self._projected(update, inputs, multiply)
                 qkv[update.block.slot] = found
         heads = self._heads(self.cases)
@@ -136,14 +137,18 @@ class DistinctHeads:
         """q, k or v of all cases, from those of the distinct inputs and of the base."""
         base, model = self.edge_changes.base, self.edge_changes.model
         place = replace(update, nodes=self._heads(inputs))
-        residual = base.read(place) + self._input_changes(update, inputs)
+        changes = self._input_changes(update, inputs)
+        residual = base.read(place) + changes
         found = model.project(place, residual, base.projected, multiply)
         # Where each case has an input of its own, inputs are in the order of the cases.
-        if len(inputs.node) == len(self.cases.node):
+        if len(inputs) == len(self.cases):
             return found
-        unchanged = base.projection(update)
+        return self._of_cases(found, base.projection(update), inputs.number)
+
+    def _of_cases(self, found: Projected, unchanged: Projected, number: PerInput) -> Projected:
+        """The row of each case, by the number of its input."""
         table = torch.cat([found.flatten(0, 1), unchanged.flatten(0, 1)])
-        of_cases = table[self._index(inputs.number)]
+        of_cases = table[self._index(number)]
         return of_cases[None] if self.of_one_head else of_cases[:, None]
 
     def _input_changes(self, update: InputUpdate, inputs: DistinctInputs) -> HeadOutputs:
@@ -161,8 +166,17 @@ class DistinctHeads:
         """The heads whose weights are used: the only one for all inputs, or one per input."""
         if self.of_one_head:
             return self.step.nodes
-        return self._index(self.step.numbers[inputs.node])
+        numbers = self.step.numbers[inputs.node]
+        return self._index(numbers)
 
     def _index(self, numbers: Indices) -> Int[Tensor, " _"]:
         device = self.edge_changes.base.outputs.device
         return torch.from_numpy(numbers).to(device)
+
+
+def _changed_edges(edge_changes: EdgeChanges, update: InputUpdate) -> ChangedEdges:
+    """Which edges change into each input; the variants of the first head, of the second, ..."""
+    signs = edge_changes.into(update.rows)
+    by_node = np.moveaxis(signs != 0, 2, 0)
+    n_inputs = len(update.rows) * len(signs)
+    return by_node.reshape(n_inputs, -1)

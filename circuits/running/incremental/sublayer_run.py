@@ -36,6 +36,7 @@ from circuits.tasks.token_spans import token_spans
 HeadInputs = Float[Tensor, "#head variant token d_model"]
 HeadOutputs = Float[Tensor, "head variant token d_model"]
 Bias = Float[Tensor, "#head batch query key"]
+Biases = dict[tuple[int, TokenSet], Bias]
 EdgeWeights = Float[Tensor, "#variant span target source"]
 BySource = Float[Tensor, "source _ token d_model"]
 WeightedSum = Float[Tensor, "target variant token d_model"]
@@ -64,30 +65,21 @@ class TaskModel:
     unembedding: Unembedding
     # Cache of what is added to the attention scores, by layer and queries: minus infinity where a
     # query may not attend, and ALiBi.
-    biases: dict[tuple[int, TokenSet], Bias] = field(default_factory=dict)
+    biases: Biases = field(default_factory=dict)
 
     @staticmethod
     def of(model: Model, graph: Graph, task: Task, window: Window) -> TaskModel:
         """Read the functions from the weights; raises UnsupportedError if it cannot."""
-        weights, layers = ModelWeights(model), range(model.cfg.n_layers)
-        attention = [part for part in map(weights.attention, layers) if part is not None]
-        if len(attention) < len(layers):
-            raise UnsupportedError("positions enter its attention in a way that is not known")
+        attention, mlps = _layers(model)
+        unembedding = ModelWeights(model).unembedding()
         layout = EdgeLayout.of(model, graph)
-        spans = token_spans(graph, task)
+        possible = layout.possible(model).numpy()
+        blocks = target_blocks(layout)
+        spans, tokens = token_spans(graph, task), window.all
         if spans is not None:
-            spans = spans[window.all.prompts, window.all.positions]
+            spans = spans[tokens.prompts, tokens.positions]
         return TaskModel(
-            model,
-            task,
-            layout,
-            layout.possible(model).numpy(),
-            target_blocks(layout),
-            window,
-            spans,
-            attention,
-            [] if model.cfg.attn_only else list(map(weights.feed_forward, layers)),
-            weights.unembedding(),
+            model, task, layout, possible, blocks, window, spans, attention, mlps, unembedding
         )
 
     @property
@@ -97,16 +89,17 @@ class TaskModel:
 
     def mask(self, kept: EdgeMask) -> SplitEdges:
         """M[u, r] by span; 0 where the model cannot have an edge."""
-        ablated = self.layout.ablated(kept[None])[0]
-        return ~ablated.numpy() & self.possible
+        ablated = self.layout.ablated(kept[None])
+        return ~ablated[0].numpy() & self.possible
+
+    def no_keys(self, like: Outputs) -> ByBlock:
+        """Zeros as keys and values of the other positions, for a run of all that is read."""
+        cfg = self.model.cfg
+        zeros = like.new_zeros(cfg.n_heads, *self.window.readable.shape, cfg.d_head)
+        return dict.fromkeys(self.blocks, zeros)
 
     def run(
-        self,
-        kept: EdgeMask,
-        written: Outputs,
-        tokens: TokenSet,
-        keys: ByBlock,
-        multiply: Multiply,
+        self, kept: EdgeMask, written: Outputs, tokens: TokenSet, keys: ByBlock, multiply: Multiply
     ) -> BaseRun:
         """Run the circuit with all edges, or the one without any.
 
@@ -117,9 +110,9 @@ class TaskModel:
             keys: keys and values at the other positions.
             multiply: how to compute products with weights.
         """
-        n_sources, n_written = len(self.layout.nodes), len(written)
+        n_sources = len(self.layout.nodes)
         outputs = written.new_empty(n_sources, *written.shape[1:])
-        outputs[:n_written] = written
+        outputs[: len(written)] = written
         result = BaseRun(kept, self.mask(kept), outputs, {}, {})
         # What targets read of each source u: out_u, or c_u in the circuit without edges.
         read = outputs if bool(kept.all()) else written
@@ -142,12 +135,7 @@ class TaskModel:
         return result
 
     def _run_attention(
-        self,
-        result: BaseRun,
-        group: Blocks,
-        tokens: TokenSet,
-        keys: ByBlock,
-        multiply: Multiply,
+        self, result: BaseRun, group: Blocks, tokens: TokenSet, keys: ByBlock, multiply: Multiply
     ) -> None:
         qkv: BySlot = {}
         for block in group:
@@ -162,8 +150,8 @@ class TaskModel:
         self, place: Place, residual: HeadInputs, keys: ByBlock, multiply: Multiply
     ) -> Projected:
         """q of some heads at some tokens; or k or v, at the other positions those of `keys`."""
-        block, heads, tokens = place.block, place.nodes, place.tokens
-        attention = self.attention[block.layer]
+        block, heads = place.block, place.nodes
+        attention, tokens = self.attention[block.layer], place.tokens
         normed = attention.norm(residual)
         found = attention.project(block.slot, heads, normed, tokens.positions, multiply)
         if block.slot == "q":
@@ -172,24 +160,26 @@ class TaskModel:
 
     def head_outputs(self, place: Place, qkv: BySlot, multiply: Multiply) -> HeadOutputs:
         """Outputs of some heads, z W_O, from q at some tokens and k and v at all positions."""
-        layer, heads, tokens = place.block.layer, place.nodes, place.tokens
-        attention, bias = self.attention[layer], self._attention_bias(layer, tokens)
+        layer, tokens = place.block.layer, place.tokens
+        attention = self.attention[layer]
+        bias = self._attention_bias(layer, tokens)
         queries = tokens.to_prompts(qkv["q"])
         # z = softmax(q k^T / scale + bias) v
-        by_prompt = attention.attend(heads, queries, qkv["k"], qkv["v"], bias)
+        by_prompt = attention.attend(place.nodes, queries, qkv["k"], qkv["v"], bias)
         z = tokens.to_tokens(by_prompt)
         # out = z W_O
-        written = multiply(z.flatten(1, -2), attention.output, None, heads)
+        written = multiply(z.flatten(1, -2), attention.output, None, place.nodes)
         return written.unflatten(1, z.shape[1:-1])
 
     def _attention_bias(self, layer: int, tokens: TokenSet) -> Bias:
         key, readable = (layer, tokens), self.window.readable
         if key not in self.biases:
-            positions = torch.arange(readable.shape[1], device=readable.device)
+            n_keys = readable.shape[1]
+            positions = torch.arange(n_keys, device=readable.device)
             keys = positions.expand(readable.shape)
             queries = tokens.positions[tokens.by_prompt]
-            bias = self.attention[layer].bias(queries, keys, readable)
-            self.biases[key] = bias
+            attention = self.attention[layer]
+            self.biases[key] = attention.bias(queries, keys, readable)
         return self.biases[key]
 
     def weighted_sum(self, weights: EdgeWeights, values: BySource, tokens: TokenSet) -> WeightedSum:
@@ -198,3 +188,15 @@ class TaskModel:
             return torch.einsum("vru,uvtd->rvtd", weights[:, 0], values)
         by_token = weights[:, self.spans[-len(tokens) :]]
         return torch.einsum("vtru,uvtd->rvtd", by_token, values)
+
+
+def _layers(model: Model) -> tuple[list[Attention], list[FeedForward]]:
+    """The attention and the MLP of each layer."""
+    weights = ModelWeights(model)
+    layers = range(model.cfg.n_layers)
+    mlp_layers = [] if model.cfg.attn_only else layers
+    attention = [weights.attention(layer) for layer in layers]
+    known = [part for part in attention if part is not None]
+    if len(known) < len(layers):
+        raise UnsupportedError("positions enter its attention in a way that is not known")
+    return known, [*map(weights.feed_forward, mlp_layers)]

@@ -68,7 +68,8 @@ class TokenSet:
 
     def to_prompts(self, rows: ByToken) -> ByPrompt:
         """Arrange tokens by prompt, as attention needs them."""
-        flat = rows.index_select(-2, self.by_prompt.flatten())
+        order = self.by_prompt.flatten()
+        flat = rows.index_select(-2, order)
         return flat.unflatten(-2, self.by_prompt.shape)
 
     def to_tokens(self, rows: ByPrompt) -> ByToken:
@@ -110,7 +111,8 @@ class Window:
         if causal and resample:
             differs = (task.clean != task.corrupted) | task.scored
             changing = everywhere & (differs.cumsum(1) > 0)
-        readable = everywhere[:, : int(last.max()) + 1]
+        n_keys = int(last.max()) + 1
+        readable = everywhere[:, :n_keys]
         sets, scored = [], task.scored.nonzero()
         for tokens in (everywhere, changing, task.scored):
             unscored = (tokens & ~task.scored).nonzero()
