@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 import circuits
 from circuits.attribution.active_features import active_features, gather_sources
 from circuits.attribution.build import Direction
+from circuits.attribution.edge_weights import LinearSweep, feature_targets
 from circuits.attribution.feature_graph import ERROR, FEATURE, FeatureGraph, LogitTarget
 from circuits.attribution.influence import (
     completeness_score,
@@ -26,7 +27,6 @@ from circuits.attribution.influence import (
     replacement_score,
 )
 from circuits.attribution.interventions import Intervention, direct_effects
-from circuits.attribution.linear_sweep import LinearSweep, feature_targets
 from circuits.attribution.local_model import freeze
 from circuits.attribution.pooling import effects
 from circuits.graph.nodes import at_position
@@ -231,7 +231,7 @@ def test_reading_all_positions_in_one_call_as_on_a_gpu_changes_nothing(kind, pro
     model = model_of("gpt2", n_layers=3)
     method = circuits.AttributionGraph(random_transcoders(model, kind))
     expected = method.attribute(model, prompt)
-    monkeypatch.setattr("circuits.attribution.linear_sweep.PADDED_ON", {"cpu"})
+    monkeypatch.setattr("circuits.attribution.edge_weights.PADDED_ON", {"cpu"})
     found = method.attribute(model, prompt)
     assert torch.equal(found.source, expected.source) and torch.equal(found.target, expected.target)
     torch.testing.assert_close(found.weight, expected.weight, rtol=0, atol=1e-5)

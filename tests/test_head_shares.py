@@ -8,10 +8,10 @@ from random_transcoders import model_of, random_transcoders
 
 import circuits
 from circuits.attribution.active_features import active_features, gather_sources
+from circuits.attribution.edge_weights import LinearSweep, feature_targets
 from circuits.attribution.feature_graph import FEATURE
 from circuits.attribution.head_shares import head_shares
 from circuits.attribution.influence import pruned
-from circuits.attribution.linear_sweep import LinearSweep, feature_targets
 from circuits.attribution.local_model import freeze
 
 PROMPT = [3, 14, 15, 9, 26, 5]

@@ -1,7 +1,7 @@
 """Attribution graphs of prompts, from a local model, transcoders and the directions to explain.
 
 The steps for one prompt: gather what its active features write (`active_features`); compute the
-rows of edges into features and directions (`linear_sweep`), either all of them or, with a budget,
+rows of edges into features and directions (`edge_weights`), either all of them or, with a budget,
 those of the most influential features; collect nodes and nonzero edges in a `FeatureGraph`.
 """
 
@@ -16,9 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.attribution.active_features import ActiveFeatures, gather_sources
-from circuits.attribution.feature_graph import FEATURE, TARGET, FeatureGraph, LogitTarget, Nodes
-from circuits.attribution.influence import SMALLEST_SUM
-from circuits.attribution.linear_sweep import (
+from circuits.attribution.edge_weights import (
     CONSTANTS,
     EdgeWeights,
     LinearSweep,
@@ -27,6 +25,8 @@ from circuits.attribution.linear_sweep import (
     feature_targets,
     logit_targets,
 )
+from circuits.attribution.feature_graph import FEATURE, TARGET, FeatureGraph, LogitTarget, Nodes
+from circuits.attribution.influence import SMALLEST_SUM
 from circuits.attribution.local_model import LocalModel, ModelVector, TargetNumbers
 from circuits.attribution.tensor_table import join_rows, row_numbers, select_rows, true_rows
 from circuits.system.errors import InputError

@@ -24,6 +24,7 @@ from circuits.attribution.active_features import (
     active_features,
     gather_sources,
 )
+from circuits.attribution.edge_weights import SweepTargets, feature_targets, logit_targets
 from circuits.attribution.feature_graph import (
     EMBEDDING,
     ERROR,
@@ -32,7 +33,6 @@ from circuits.attribution.feature_graph import (
     FeatureGraph,
     Nodes,
 )
-from circuits.attribution.linear_sweep import SweepTargets, feature_targets, logit_targets
 from circuits.attribution.local_model import Gradient, LocalModel, check_transcoders, freeze
 from circuits.attribution.tensor_table import join_rows, row_numbers, select_rows, true_rows
 from circuits.models import Model
@@ -121,23 +121,24 @@ class _HeadSweep:
         return _HeadSweep(transcoders, local, sources, graph)
 
     def shares(self) -> Iterator[Shares]:
+        """Yield each layer's shares of edges by head, a block of sources and targets at a time."""
         graph, column = self.graph, self._columns()
         sources, source_place = graph.source.unique(return_inverse=True)
         targets, target_place = graph.target.unique(return_inverse=True)
         readers = self._readers(graph.nodes[targets])
         target_rows = row_numbers(targets).split(NODES_AT_ONCE)
-        for i, source in enumerate(sources.split(NODES_AT_ONCE)):
+        for source_block, source in enumerate(sources.split(NODES_AT_ONCE)):
             nodes = graph.nodes[source]
             values = list(self._source_values(nodes, column[source]))
-            for j, rows in enumerate(target_rows):
-                from_block = source_place // NODES_AT_ONCE == i
-                into_block = target_place // NODES_AT_ONCE == j
+            for target_block, rows in enumerate(target_rows):
+                from_block = source_place // NODES_AT_ONCE == source_block
+                into_block = target_place // NODES_AT_ONCE == target_block
                 edge = true_rows(from_block & into_block)
-                s = source_place[edge] % NODES_AT_ONCE
-                t = target_place[edge] % NODES_AT_ONCE
-                some = select_rows(readers, rows)
-                for layer, products in self._products(some, values):
-                    yield layer, edge, products[:, s, t].T
+                source_row = source_place[edge] % NODES_AT_ONCE
+                target_row = target_place[edge] % NODES_AT_ONCE
+                block_readers = select_rows(readers, rows)
+                for layer, products in self._products(block_readers, values):
+                    yield layer, edge, products[:, source_row, target_row].T
 
     def _columns(self) -> NodeNumbers:
         # The place of each feature in `Sources.order`; -1 for other nodes.

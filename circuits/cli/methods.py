@@ -25,15 +25,15 @@ def find_method(name: str) -> Method:
     """Find a method by its name, or in a file (`file.py`, or `file.py:name` if it has several)."""
     if ".py" in name:
         file, _, chosen = name.partition(":")
-        known, where = _methods_in(Path(file)), f"{file} defines"
+        known, error = _methods_in(Path(file)), f"{file} defines"
         if not chosen and len(known) == 1:
             (chosen,) = known
     else:
         chosen, known = name, discoverers()
-        where = f"there is no method {name!r}; there are"
+        error = f"there is no method {name!r}; there are"
     if chosen not in known:
         which = ", ".join(known) or "no CircuitDiscoverer with a name"
-        raise InputError(f"{where} {which}. Give --method NAME or FILE.py:NAME.")
+        raise InputError(f"{error} {which}. Give --method NAME or FILE.py:NAME.")
     return known[chosen]
 
 

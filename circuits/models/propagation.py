@@ -61,25 +61,25 @@ class PropagationRules:
             return []
         inputs: dict[str, Tensor] = {}
 
-        def replace_backward(post: Tensor) -> Tensor:
+        def post_with_rules(post: Tensor) -> Tensor:
             pre = inputs["hook_pre"]
             value: Tensor = model.blocks[layer].mlp.act_fn(pre) if gated else post
             if self.activations == "ratio":
-                # d f / d pre = f(pre) / pre, where an input near 0 counts as a small one
+                # d f / d pre = f(pre) / pre, with |pre| clamped to avoid 0 / 0
                 is_small = pre.abs() < SMALLEST_INPUT
                 safe = torch.where(is_small, SMALLEST_INPUT, pre)
                 value = safe * (value / safe).detach()
             if gated:
                 value = value * inputs["hook_pre_linear"]
                 if self.gates == "half":
-                    # The gradient of a product reaches both factors; half of each keeps the sum.
+                    # The gradient of a product reaches both factors; halving both keeps the sum.
                     value = 0.5 * value + 0.5 * value.detach()
             # The value stays the model's own, bias included.
             return post.detach() + value - value.detach()
 
-        hooks: Hooks = [(f"{mlp}.hook_post", replace_backward)]
+        hooks: Hooks = [(f"{mlp}.hook_post", post_with_rules)]
         points = ["hook_pre", "hook_pre_linear"] if gated else ["hook_pre"]
         for point in points:
-            keep = partial(inputs.__setitem__, point)
-            hooks.append((f"{mlp}.{point}", keep))
+            record_input = partial(inputs.__setitem__, point)
+            hooks.append((f"{mlp}.{point}", record_input))
         return hooks

@@ -65,7 +65,7 @@ class HookedExecutor:
     def prepare(
         model: Model, graph: Graph, task: Task, ablation: Ablation, *, max_memory: int | None = None
     ) -> HookedExecutor:
-        """Run the counterfactual prompts once, for all circuits to come."""
+        """Compute the replacement output of every source once, for all circuits to come."""
         check_runnable(model, graph, task)
         layout = EdgeLayout.of(model, graph)
         task = task.to(model.cfg.device)

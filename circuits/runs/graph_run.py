@@ -4,6 +4,7 @@
     graph.safetensors   the whole graph
     record.json         every setting, versions, scores, counts and times
     graph.html          a page to explore the graph, which works offline
+    groups.json         pinned nodes and groups, once they are saved in `circuits view`
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What all run folders share: a digest in their name, a lock, and a record written last."""
+"""What all run folders share: a digest in their name, a lock, and a record written last.
+
+`circuit_run` and `graph_run` list the files that their folders hold.
+"""
 
 from __future__ import annotations
 

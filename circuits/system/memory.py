@@ -42,11 +42,14 @@ def memory_budget(
     return min(cpu_bytes, int(available * CPU_SHARE))
 
 
-def shrinking(step: Callable[[int], Any], size: int, what: str) -> tuple[Any, int]:
-    """Run `step(size)`, and halve the size as long as memory runs out; return it with the result.
+def shrinking(step: Callable[[int], Any], size: int, item: str) -> tuple[Any, int]:
+    """Run `step(size)`; halve the size as long as memory runs out.
+
+    Returns:
+        The result, and the size that worked.
 
     Raises:
-        InputError: memory runs out even with one `what`.
+        InputError: memory runs out even with one `item`.
     """
     while True:
         try:
@@ -56,7 +59,7 @@ def shrinking(step: Callable[[int], Any], size: int, what: str) -> tuple[Any, in
                 raise
             if size <= 1:
                 raise InputError(
-                    f"memory runs out even with one {what} at a time; use fewer or shorter prompts."
+                    f"memory runs out even with one {item} at a time; use fewer or shorter prompts."
                 ) from error
         # Outside the handler: the traceback would keep the tensors of the failed step alive.
         size //= 2

@@ -195,6 +195,7 @@ def largest_columns(values: Values, k: int) -> Columns:
 
 
 def _columns_by_key(values: Values, k: int) -> Columns:
+    # Columns of the k largest values of each row, ascending; of equal values the lower columns.
     # torch.topk may take any of several equal numbers, and in bfloat16 the k-th largest nearly
     # always has an equal. Positive floats are ordered like their bits read as integers, so bits and
     # column together form an integer key, and no two keys are equal.
@@ -208,13 +209,13 @@ def _columns_by_key(values: Values, k: int) -> Columns:
     if bits == 16 and n_columns > 1 << 16:
         # The column does not fit into 16 bits.
         return _columns_by_key(values.float(), k)
-    narrow, wide = INTEGERS[bits]
+    value_int, key_int = INTEGERS[bits]
     # key = 2^bits * value_bits + (n_columns - 1 - column)
-    column = torch.arange(n_columns, dtype=wide, device=values.device)
-    value_bits = values.view(narrow)
+    column = torch.arange(n_columns, dtype=key_int, device=values.device)
+    value_bits = values.view(value_int)
     keys = torch.add(column.flip(0), value_bits, alpha=1 << bits)
     _, columns = keys.topk(k, sorted=False)
-    columns, _ = columns.to(wide).sort(1)
+    columns, _ = columns.to(key_int).sort(1)
     return columns.long()
 
 

@@ -46,7 +46,7 @@ BOTH_ENDS = (GradientPoint(0.0), GradientPoint(1.0))
 
 
 def sequential(search: Search, measure: Measurement) -> None:
-    """Try edge after edge from the logits up."""
+    """Try edge after edge, from the logits back to the embeddings."""
     # H is the circuit so far, L its damage, tau the threshold.
     for groups in search.undecided():
         edges = groups[0]  # one edge, or all edges into a slot in the original code's group tests
@@ -58,7 +58,7 @@ def sequential(search: Search, measure: Measurement) -> None:
 
 @dataclass(frozen=True)
 class ACDC(Resumable):
-    """Remove edges, one at a time from the logits up, whose removal does little damage.
+    """Remove edges, one at a time from the logits back, whose removal does little damage.
 
     The search starts from the whole graph. An edge is removed if its removal raises the damage by
     less than the threshold, given all that was removed before. Edges into a target that no longer
@@ -68,8 +68,8 @@ class ACDC(Resumable):
     Reference: Conmy et al. 2023, https://arxiv.org/abs/2304.14997
 
     Attributes:
-        threshold: the largest increase in damage at which an edge is still removed, in the metric's
-            unit (nats for KL).
+        threshold: an edge is removed if its removal raises the damage by less than this, in the
+            metric's unit (nats for KL).
         metric: what damage is measured in.
         ablation: what a removed edge carries instead.
         order: the order in which edges are tried; "original" is that of the authors' code, with its
@@ -189,10 +189,10 @@ class ACDC(Resumable):
             Speculation(search, measure, learns=stays is None).run()
         else:
             sequential(search, measure)
-        record = self.record(**self._found(search))
+        record = self.record(**self._record_fields(search))
         return Circuit(graph, state.scores, state.kept, record=record)
 
-    def _found(self, search: Search) -> dict[str, Any]:
+    def _record_fields(self, search: Search) -> dict[str, Any]:
         """What the record says of a finished search."""
         state = search.state
         found = {name: getattr(state, name) for name in RECORDED}
@@ -200,7 +200,7 @@ class ACDC(Resumable):
             found["measured"] = state.evaluations
         measured = max(1, found["measured"])
         found["accepted"] = state.evaluations / measured
-        # Against one forward pass, which computes every node, for every edge.
+        # Baseline: one forward pass, which computes every node, for every edge.
         all_nodes = len(search.graph) * computed_nodes(search.graph)
         found["saving"] = all_nodes / max(1, state.node_evaluations)
         found["damage"] = _final_damage(search)

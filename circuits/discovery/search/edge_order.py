@@ -1,6 +1,7 @@
 """The order in which sequential searches try edges, which is part of their result.
 
-Every order goes from the logits up, so that all that is upstream of the edge tried is still whole.
+Every order goes from the logits back to the embeddings, so that nothing upstream of the tested edge
+has been ablated.
 """
 
 from __future__ import annotations

@@ -175,18 +175,18 @@ def _placed(entries: list[NodeEntry], n_words: int) -> PlacedNodes:
     by_id: dict[str, NodeEntry] = {}
     by_place: dict[Place, NodeEntry] = {}
     for entry in entries:
-        first = by_id.setdefault(entry.node_id, entry)
-        if first is not entry:
+        existing = by_id.setdefault(entry.node_id, entry)
+        if existing is not entry:
             # The old id of an error, 0_<layer>_<position>, can be the id of a feature, too.
             raise InputError(
-                f"two nodes are called {entry.node_id!r:.60}, a {first.feature_type} and a "
+                f"two nodes are called {entry.node_id!r:.60}, a {existing.feature_type} and a "
                 f"{entry.feature_type}; circuit-tracer before mid-2026 gives errors the ids of "
                 "features: export the graph with a later version."
             )
         place = _place(entry, n_words)
         if by_place.setdefault(place, entry) is not entry:
             raise InputError(
-                f"node {entry.node_id!r:.60} is in the file under another id, too; remove one of "
+                f"node {entry.node_id!r:.60} is in the file twice, under two ids; remove one of "
                 "them."
             )
     return sorted(by_place.items(), key=_order)

@@ -38,7 +38,7 @@ class KnownCircuit:
         edges: every edge of the computation, true by construction. They are edges of
             `component_graph(model, split_embed=True)`.
         minimal: for the ablations "resample" and "zero", the edges that remain when edges are
-            removed from the logits up while the output does not change (as in ACDC with a small
+            removed from the logits back while the output does not change (as in ACDC with a small
             threshold, the most downstream sources first). Score a method that ablates against
             these, as its ablation cannot show the others.
     """
