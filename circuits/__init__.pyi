@@ -47,6 +47,7 @@ from .attribution.virtual_weights import (
 )
 from .discovery.checkpoint import Checkpoint as Checkpoint
 from .discovery.discoverer import CircuitDiscoverer as CircuitDiscoverer
+from .discovery.discoverer import Resumable as Resumable
 from .discovery.gradients.edge_attribution import EdgeAttribution as EdgeAttribution
 from .discovery.methods.acdc import ACDC as ACDC
 from .discovery.methods.activation_patching import ActivationPatching as ActivationPatching

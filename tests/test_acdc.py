@@ -270,6 +270,11 @@ class TestSpeculation:
         )
         assert own.record["wrong"] < removed.record["wrong"]
 
+    def test_a_wrong_setting_is_not_taken_for_a_guess_that_cannot_be(self, toy_world):
+        task = circuits.load_task("ioi", toy_world, n=2)
+        with pytest.raises(circuits.InputError, match=r"^no metric 'kld'"):
+            ACDC(0.01, metric="kld", guess="eap").discover(toy_world, task)
+
     def test_a_guess_that_cannot_be_is_refused(self, toy_world, unchecked_types):
         with pytest.raises(
             circuits.InputError, match="guess='random': choose 'own', 'removed' or 'eap'"
@@ -363,12 +368,11 @@ class TestSweep:
         assert not steps
 
     def test_thresholds_may_come_twice_and_in_any_order(self, toy_world, task, swept):
-        assert ACDC(1.0).sweep(toy_world, task, (0.003, 0.01, 0.1, 0.01)) == [
-            swept[2],
-            swept[0],
-            swept[1],
-            swept[0],
-        ]
+        lowest, middle, highest = swept[2], swept[0], swept[1]
+        thresholds = (0.003, 0.01, 0.1, 0.01)
+        expected = [lowest, middle, highest, middle]
+        assert ACDC(1.0).sweep(toy_world, task, thresholds) == expected
+        assert ACDC(1.0).sweep(toy_world, task, iter(thresholds)) == expected
 
     @pytest.mark.parametrize(
         ("thresholds", "told"),

@@ -129,6 +129,12 @@ def test_a_circuit_saved_and_loaded_is_the_same(model, options, tmp_path):
     assert loaded.record == circuit.record
 
 
+def test_a_record_that_is_not_json_is_refused_rather_than_lost(circuit, tmp_path):
+    unsaved = circuits.Circuit.full(circuit.graph, record={"losses": torch.ones(3)})
+    with pytest.raises(circuits.InputError, match="a Tensor cannot be saved as JSON; keep only"):
+        unsaved.save(tmp_path)
+
+
 def test_nothing_is_left_behind_but_the_file(circuit, tmp_path):
     circuit.save(tmp_path)
     circuit.save(tmp_path)

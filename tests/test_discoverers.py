@@ -12,7 +12,9 @@ from architectures import random_model, random_task
 from random_transcoders import random_transcoders
 
 import circuits
+from circuits.discovery.checkpoint import FORMAT, FORMAT_VERSION
 from circuits.discovery.discoverer import CircuitDiscoverer, Resumable
+from circuits.system.files import read_tensors, write_tensors
 
 REQUIRED = {
     "acdc": {"threshold": 0.02},
@@ -174,6 +176,21 @@ def test_a_checkpoint_of_another_run_is_refused_rather_than_continued(model, tmp
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(circuits.InputError, match="truncated"):
         circuits.ACDC(0.02).discover(model, random_task(), checkpoint=path)
+
+
+def test_a_checkpoint_of_another_version_is_said_to_be_that(model, tmp_path):
+    path, task = tmp_path / "checkpoint.safetensors", random_task()
+    circuits.ACDC(0.02).discover(model, task, checkpoint=path)
+    state, metadata = read_tensors(path, FORMAT, FORMAT_VERSION)
+    write_tensors(path, {"kept_before": state["kept"]}, metadata, FORMAT, FORMAT_VERSION)
+    with pytest.raises(circuits.InputError, match="written by another version of this package"):
+        circuits.ACDC(0.02).discover(model, task, checkpoint=path)
+
+
+def test_an_empty_checkpoint_is_none(model):
+    empty = circuits.Checkpoint()
+    found = circuits.EAP().discover(model, random_task(), checkpoint=empty)
+    assert found == circuits.EAP().discover(model, random_task())
 
 
 def test_what_a_failing_metric_leaves_is_resumed(model, tmp_path):

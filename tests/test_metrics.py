@@ -1,11 +1,13 @@
 """Metrics: one number per scored row, never averaged, with a direction."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from architectures import random_model, random_task
 
 import circuits
-from circuits.tasks.metrics import METRICS
+from circuits.tasks.metrics import METRICS, get_metric
 from circuits.tasks.task import Task
 
 VOCAB = 7
@@ -151,6 +153,24 @@ def test_an_unknown_metric_is_named_with_those_there_are():
         circuits.evaluate(
             model, circuits.Circuit.full(circuits.component_graph(model)), task, metrics=["kld"]
         )
+
+
+def test_a_shipped_metric_with_another_function_is_ones_own(task, logits, clean):
+    def of_one_circuit(logits, clean_logits, task):
+        assert logits.ndim == 2
+        return logits.max(-1).values
+
+    changed = replace(circuits.METRICS["kl"], function=of_one_circuit)
+    assert circuits.METRICS["kl"].shipped
+    assert not changed.shipped
+    assert str(changed) != "kl"
+    both = changed(torch.stack([logits, logits + 1]), clean, task)
+    torch.testing.assert_close(both[1], both[0] + 1)
+
+
+def test_a_task_may_bring_its_own_metric(task, unchecked_types):
+    own = circuits.Metric("own", lambda logits, clean, task: logits[:, 0], "lower_is_damage")
+    assert get_metric(None, replace(task, metric=own)) is own
 
 
 def test_a_metric_of_ones_own_works_in_every_method():

@@ -190,6 +190,16 @@ class TestConfirmation:
             self.confirmed([1, 2, 0], [0.1, 0, 0], [2, 2], 0.1, noise=np.inf, sample=False)[2]
         ) == {0, 1, 2}
 
+    def test_a_measurement_that_fails_leaves_the_noise_as_it_was(self):
+        def fail(states):
+            raise RuntimeError
+
+        noise = Noise(0.5)
+        increases, values, before = np.array([1.0]), np.array([1.0, 0.0]), np.array([1])
+        with pytest.raises(RuntimeError):
+            confirm(increases, values, before, np.abs, fail, noise, sample=True)
+        assert noise == Noise(0.5)
+
 
 class TestSearches:
     @pytest.mark.parametrize("task", ["ioi", "docstring"])

@@ -244,6 +244,26 @@ def test_ioi_spans_are_where_their_names_say(which: str, request: pytest.Fixture
     assert all((mask.sum(1) == 1).all() for mask in task.positions.values())
 
 
+def test_spans_come_in_one_order_whatever_the_first_prompt(toy: Model) -> None:
+    """Graphs that are split by position are the same for both splits and for every seed."""
+    for name, order in {
+        "ioi": ["S2", "IO", "S1", "S1+1", "END"],
+        "docstring": ["END", "A_def", "B_def", "C_def", "A_doc", "B_doc"],
+    }.items():
+        for seed in range(6):
+            pairs = make_family(name).pairs(1, seed, "train" if seed % 2 else "test")
+            assert list(pairs[0].spans) == order
+
+
+def test_a_span_may_have_any_name(toy: Model) -> None:
+    pairs = [
+        circuits.PromptPair("Mary went", "John went", " to", spans={"answers": (0, 4)}),
+        circuits.PromptPair("Then Mary went", "Then John went", " to", spans={"answers": (5, 9)}),
+    ]
+    task = Task.from_prompts(toy, pairs)
+    assert words_under(toy, task, "answers") == ["Mary", "Mary"]
+
+
 def test_greater_than_answers_are_all_later_years_and_the_corrupted_year_is_01(toy: Model) -> None:
     task = circuits.load_task("greater_than", toy, n=50)
     assert task.metric == "probability_difference" and task.prompts is not None

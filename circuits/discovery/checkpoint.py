@@ -68,7 +68,12 @@ class Checkpoint:
         if self.path is None or not self.path.exists():
             return dict(start)
         state, metadata = read_tensors(self.path, FORMAT, FORMAT_VERSION)
-        if metadata.get("key") != self.key or state.keys() != start.keys():
+        if metadata.get("key") == self.key and state.keys() != start.keys():
+            raise InputError(
+                f"the checkpoint {self.path} was written by another version of this package; "
+                "delete it to start again."
+            )
+        if metadata.get("key") != self.key:
             raise InputError(
                 f"the checkpoint {self.path} belongs to a run with other settings, model or "
                 "prompts; give another path or delete it."

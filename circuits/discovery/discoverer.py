@@ -112,9 +112,10 @@ class CircuitDiscoverer:
 
     def refuse_checkpoint(self, checkpoint: object) -> None:
         """Refuse a checkpoint, for methods that have no state to resume from."""
-        if checkpoint is not None:
+        where = checkpoint.path if isinstance(checkpoint, Checkpoint) else checkpoint
+        if where is not None:
             raise InputError(
-                f"{self.name} cannot resume from checkpoint={str(checkpoint)!r}: it keeps no state "
+                f"{self.name} cannot resume from checkpoint={str(where)!r}: it keeps no state "
                 "between steps; leave the checkpoint out."
             )
 
@@ -151,6 +152,10 @@ class Resumable(CircuitDiscoverer):
     """A method that saves its state to `checkpoint` and resumes from it.
 
     Contract: an interrupted and resumed run finds the same circuit as an uninterrupted one.
+
+    >>> import circuits
+    >>> [name for name, each in circuits.discoverers().items() if issubclass(each, Resumable)]
+    ['acdc', 'activation-patching', 'attribution-graph', 'batched-acdc']
     """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from html import escape
 
 import pandas as pd
 
@@ -50,7 +51,7 @@ class Comparison:
     notes: tuple[str, ...] = ()
 
     def _repr_html_(self) -> str:
-        notes = "".join(f"<p>{note}</p>" for note in self.notes)
+        notes = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
         return self.table.to_html(float_format="%.4g") + notes
 
 

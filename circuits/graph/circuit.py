@@ -22,7 +22,7 @@ from circuits.graph.graph import Graph, PooledFeatureGraph
 from circuits.graph.identity import ModelIdentity, TranscodersIdentity
 from circuits.graph.nodes import Node, parse_node
 from circuits.system.errors import InputError
-from circuits.system.files import read_tensors, write_tensors
+from circuits.system.files import read_tensors, to_json, write_tensors
 
 FILE = "circuit.safetensors"
 FORMAT = "circuits.circuit"
@@ -269,10 +269,9 @@ class Circuit:
             "selected": self.selected,
             "record": dict(self.record),
         }
-        # Identities are dataclasses, which become dictionaries.
-        text = json.dumps(description, default=vars)
         path = Path(folder) / FILE
-        return write_tensors(path, tensors, {"description": text}, FORMAT, FORMAT_VERSION)
+        metadata = {"description": to_json(description)}
+        return write_tensors(path, tensors, metadata, FORMAT, FORMAT_VERSION)
 
     @staticmethod
     def load(folder: str | Path) -> Circuit:

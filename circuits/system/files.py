@@ -9,6 +9,7 @@ import json
 import os
 import uuid
 from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,24 @@ def read_tensors(path: Path, kind: str, version: int) -> TensorsAndMetadata:
         raise InputError(
             f"{path} is truncated or not a safetensors file ({error}); restore it or make it again."
         ) from error
+
+
+def to_json(content: Mapping[str, Any]) -> str:
+    """Return `content` as JSON; dataclasses become dictionaries.
+
+    Raises:
+        InputError: a value is something else that JSON has no form for, such as a tensor.
+    """
+    return json.dumps(content, default=_as_dictionary)
+
+
+def _as_dictionary(value: object) -> dict[str, Any]:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    raise InputError(
+        f"a {type(value).__name__} cannot be saved as JSON; keep only numbers, texts, lists and "
+        "dictionaries in a record."
+    )
 
 
 def write_json(path: Path, content: Mapping[str, Any], kind: str, version: int) -> Path:

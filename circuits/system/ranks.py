@@ -35,6 +35,10 @@ class SharedError(InputError):
     """An InputError of one rank, raised on all ranks."""
 
 
+class SharedNotFiniteError(SharedError, NotFiniteError):
+    """A NotFiniteError of one rank, raised on all ranks."""
+
+
 class Ranks(NamedTuple):
     """The number of this process, and the number of processes."""
 
@@ -164,7 +168,7 @@ def _is_input_error(error: Exception) -> bool:
 
 def _for_all_ranks(error: Exception) -> Exception:
     if isinstance(error, NotFiniteError):
-        return NotFiniteError(str(error))
+        return SharedNotFiniteError(str(error))
     if isinstance(error, InputError):
         return SharedError(str(error))
     return RankError(f"rank {ranks().rank} failed: {type(error).__name__}: {error}")

@@ -49,14 +49,12 @@ class Metric:
             ("lower_is_damage", as for a logit difference).
         vectorised: whether `function` also maps logits [variant, scored, vocab] to
             [variant, scored], so that one call judges several circuits.
-        shipped: True for the metrics of this package, whose name alone identifies them.
     """
 
     name: str
     function: MetricFunction
     direction: Direction
     vectorised: bool = False
-    shipped: bool = False
 
     def __post_init__(self) -> None:
         allowed = get_args(Direction)
@@ -79,6 +77,11 @@ class Metric:
         return f"{self.name} {digest.hexdigest()}"
 
     @property
+    def shipped(self) -> bool:
+        """Whether it is one of this package: vectorised, and identified by its name alone."""
+        return METRICS.get(self.name) == self
+
+    @property
     def sign(self) -> int:
         """+1 if higher values are damage, -1 if lower values are."""
         return 1 if self.direction == "higher_is_damage" else -1
@@ -93,7 +96,7 @@ class Metric:
             InputError: the logits are not finite, or the metric returns NaN or another shape.
         """
         is_single = logits.ndim == 2
-        if not (is_single or self.vectorised):
+        if not (is_single or self.vectorised or self.shipped):
             values_by_circuit = [self(each, clean_logits, task) for each in logits]
             return torch.stack(values_by_circuit)
         logits = _at_least_float32(logits)
@@ -124,9 +127,9 @@ class Metric:
 
 def get_metric(metric: str | Metric | None, task: Task) -> Metric:
     """The metric of that name, or an InputError if there is none; None means the task's own."""
-    if isinstance(metric, Metric):
-        return metric
     name = task.metric if metric is None else metric
+    if isinstance(name, Metric):
+        return name
     if name not in METRICS:
         names = ", ".join(METRICS)
         raise InputError(f"no metric {name!r}; there are {names}, or make a circuits.Metric.")
@@ -145,7 +148,7 @@ def check_finite(logits: Float[Tensor, "*rows vocab"]) -> None:
 
 def _count_not_finite(values: Float[Tensor, "*rows"]) -> int:
     # A finite sum has finite terms, and is faster to check. The sum of finite terms may overflow.
-    if values.detach().sum().isfinite():
+    if math.isfinite(float(values.detach().sum())):
         return 0
     is_bad = ~values.isfinite()
     return int(is_bad.sum())
@@ -216,7 +219,7 @@ _DIRECTIONS: dict[MetricFunction, Direction] = {
 METRICS: dict[str, Metric] = {}
 for _function, _direction in _DIRECTIONS.items():
     _name = _function.__name__
-    METRICS[_name] = Metric(_name, _function, _direction, vectorised=True, shipped=True)
+    METRICS[_name] = Metric(_name, _function, _direction)
 
 
 def _tokens(task: Task, kind: AnswerKind) -> AnswerTokens:

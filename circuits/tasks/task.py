@@ -268,7 +268,7 @@ def _padded(encoded: EncodedPairs) -> dict[str, Tensor]:
         values = [each.fields[name] for each in encoded]
         rows = list(map(torch.tensor, values))
         # No token has the id -1, and no span holds padding.
-        padding = -1 if name.endswith("answers") else 0
+        padding = -1 if name in ("answers", "wrong_answers") else 0
         tensors[name] = pad_sequence(rows, batch_first=True, padding_value=padding)
     return tensors
 

@@ -10,7 +10,7 @@ time (`search.speculation`), and in low precision doubtful ones are confirmed in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -125,7 +125,7 @@ class ACDC(Resumable):
         self,
         model: Model,
         task: Task,
-        thresholds: Sequence[float],
+        thresholds: Iterable[float],
         *,
         graph: Graph | None = None,
         guess: Circuit | None = None,
@@ -150,8 +150,8 @@ class ACDC(Resumable):
                 `checkpoint` is a file, or belongs to another sweep; or the model, task, graph or
                 settings cannot be used.
         """
-        different = set(map(float, thresholds))
-        descending = sorted(different, reverse=True)
+        wanted = list(map(float, thresholds))
+        descending = sorted(set(wanted), reverse=True)
         methods = [replace(self, threshold=each) for each in descending]
         graph = self.search_graph(model, graph)
         _check_sweep(descending, guess, graph, checkpoint)
@@ -165,7 +165,7 @@ class ACDC(Resumable):
             circuit = method._search(graph, meter, saved, part, stays)
             found[method.threshold] = circuit
             stays = circuit.kept
-        return [found[float(threshold)] for threshold in thresholds]
+        return [found[threshold] for threshold in wanted]
 
     def _checkpoint_in(self, folder: str | Path | None, graph: Graph, task: Task) -> Checkpoint:
         name = f"{self.threshold}.safetensors"
@@ -196,10 +196,7 @@ class ACDC(Resumable):
         """What the record says of a finished search."""
         state = search.state
         found = {name: getattr(state, name) for name in RECORDED}
-        if not self.speculate:
-            found["measured"] = state.evaluations
-        measured = max(1, found["measured"])
-        found["accepted"] = state.evaluations / measured
+        found["accepted"] = state.evaluations / max(1, state.measured)
         # Baseline: one forward pass, which computes every node, for every edge.
         all_nodes = len(search.graph) * computed_nodes(search.graph)
         found["saving"] = all_nodes / max(1, state.node_evaluations)
@@ -214,8 +211,8 @@ class ACDC(Resumable):
             return None
         if self.guess == "removed":
             return torch.zeros(len(graph), dtype=torch.bool)
+        settings = self.run_settings(task)
         try:
-            settings = self.run_settings(task)
             scoring = EdgeScoring(model, graph, task, settings, BOTH_ENDS)
             scores = scoring.scores()
         except InputError as error:

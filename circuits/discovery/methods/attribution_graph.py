@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
@@ -49,6 +49,9 @@ PROMPTS_AT_ONCE = 16
 Prompt = str | Sequence[int] | Int[Tensor, " _"]
 # What to explain, from a prompt's number and local model.
 Directions = Callable[[int, LocalModel], list[Direction]]
+NumberedGraphs = Iterator[tuple[int, FeatureGraph]]
+# From the prompt of that number on.
+GraphsFrom = Callable[[int], NumberedGraphs]
 # Settings that play no part in the graph of one prompt.
 TASK_SETTINGS = ("by_position", "kept_only", "max_memory")
 
@@ -132,12 +135,12 @@ class AttributionGraph(Resumable):
 
     def identity(self) -> dict[str, Any]:
         """Method, settings, and a fingerprint of the transcoders' weights."""
-        weights = self.loaded.identity.weights
-        return {**super().identity(), "transcoders": weights}
+        transcoders = self.loaded
+        return {**super().identity(), "transcoders": transcoders.identity.weights}
 
-    @cached_property
+    @property
     def loaded(self) -> Transcoders:
-        """The transcoders themselves."""
+        """The transcoders themselves, read anew if they are given as a folder or a name."""
         if isinstance(self.transcoders, Transcoders):
             return self.transcoders
         return load_transcoders(self.transcoders)
@@ -180,27 +183,32 @@ class AttributionGraph(Resumable):
                 return self._most_probable(model, local)
             return directions_of(model, local, asked)
 
-        described = self._described(model)
+        transcoders = self.loaded
+        described = self._described(model, transcoders)
         token_ids = [prompt_tokens(model, prompt) for prompt in prompts]
         tokens = list(map(torch.as_tensor, token_ids))
-        graphs = self._graphs(model, tokens, directions)
+        graphs = self._graphs(model, transcoders, tokens, directions)
         return [replace(graph.to("cpu"), **described) for _, graph in graphs]
 
-    def _described(self, model: Model) -> JsonObject:
+    def _described(self, model: Model, transcoders: Transcoders) -> JsonObject:
         """What the graph of a prompt records of its making."""
         settings = self.settings()
         for name in TASK_SETTINGS:
             del settings[name]
-        return {"model": identity(model), "transcoders": self._made_with, "settings": settings}
+        made_with = self._made_with(transcoders)
+        return {"model": identity(model), "transcoders": made_with, "settings": settings}
 
     @override
     def find(
         self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
     ) -> Circuit:
         names = self._span_names(task)
-        pooled = self._pooled(model, task, names, saved, progress)
+        transcoders = self.loaded
+        graphs = partial(self._task_graphs, model, transcoders, task)
+        pooled = self._pooled(graphs, task, names, saved, progress)
         label = "top" if task.answers is None else "answer"
-        graph, place = pooled.graph(names, label, identity(model), self._made_with)
+        made_with = self._made_with(transcoders)
+        graph, place = pooled.graph(names, label, identity(model), made_with)
         rows = int(task.scored.sum())
         scores = pooled.scores[place] / rows
         keeping = pooled.keeping[place]
@@ -211,7 +219,7 @@ class AttributionGraph(Resumable):
 
     def _pooled(
         self,
-        model: Model,
+        graphs: GraphsFrom,
         task: Task,
         names: tuple[str, ...] | None,
         saved: Checkpoint,
@@ -223,7 +231,7 @@ class AttributionGraph(Resumable):
         done = int(stored.pop("next"))
         pooled = Pooled(**stored)
         parts: list[Pooled] = []
-        for row, found in self._task_graphs(model, task, done):
+        for row, found in graphs(done):
             span = None if spans is None else spans[row]
             parts.append(self._pooled_over_positions(found, span))
             done = row + 1
@@ -237,12 +245,12 @@ class AttributionGraph(Resumable):
         return pooled
 
     def _task_graphs(
-        self, model: Model, task: Task, first: int
-    ) -> Iterator[tuple[int, FeatureGraph]]:
+        self, model: Model, transcoders: Transcoders, task: Task, first: int
+    ) -> NumberedGraphs:
         lengths = task.lengths.tolist()
         prompts = [task.clean[row, :length] for row, length in enumerate(lengths)]
         directions = partial(self._scored_directions, model, task)
-        return self._graphs(model, prompts, directions, first=first)
+        return self._graphs(model, transcoders, prompts, directions, first=first)
 
     def _pooled_over_positions(
         self, graph: FeatureGraph, spans: Int[Tensor, " pos"] | None
@@ -255,13 +263,13 @@ class AttributionGraph(Resumable):
     def _graphs(
         self,
         model: Model,
+        transcoders: Transcoders,
         prompts: Sequence[Int[Tensor, " _"]],
         directions: Directions,
         *,
         first: int = 0,
-    ) -> Iterator[tuple[int, FeatureGraph]]:
+    ) -> NumberedGraphs:
         """The number and the graph of each prompt from `first` on; a few are run together."""
-        transcoders = self.loaded
         for start in range(first, len(prompts), PROMPTS_AT_ONCE):
             some = prompts[start : start + PROMPTS_AT_ONCE]
             locals_ = freeze(model, transcoders, list(some))
@@ -269,14 +277,19 @@ class AttributionGraph(Resumable):
             pairs = zip(locals_, features, strict=True)
             for number, (local, active) in enumerate(pairs, start):
                 explained = directions(number, local)
-                yield number, self._graph(model, local, active, explained)
+                yield number, self._graph(model, transcoders, local, active, explained)
 
     def _graph(
-        self, model: Model, local: LocalModel, active: ActiveFeatures, explained: list[Direction]
+        self,
+        model: Model,
+        transcoders: Transcoders,
+        local: LocalModel,
+        active: ActiveFeatures,
+        explained: list[Direction],
     ) -> FeatureGraph:
         return build_feature_graph(
             local,
-            self.loaded,
+            transcoders,
             active,
             explained,
             words=words_of(model, local.tokens.tolist()),
@@ -308,10 +321,9 @@ class AttributionGraph(Resumable):
             difference_direction(local, right, wrong, "answer", position) for position in positions
         ]
 
-    @property
-    def _made_with(self) -> TranscodersIdentity:
+    def _made_with(self, transcoders: Transcoders) -> TranscodersIdentity:
         whole = self.budget is None and not self.kept_only
-        return replace(self.loaded.identity, leading=self.leading, whole=whole)
+        return replace(transcoders.identity, leading=self.leading, whole=whole)
 
     def _span_names(self, task: Task) -> tuple[str, ...] | None:
         by_position = bool(task.positions) if self.by_position is None else self.by_position

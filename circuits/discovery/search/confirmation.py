@@ -53,14 +53,15 @@ def confirm(
     measured = np.zeros(len(values), bool)
     confirmed = np.zeros(len(increases), bool)
     doubtful = np.zeros(len(increases), bool)
+    level = noise.noise
     if sample:
-        noise.noise *= FORGETTING
+        level *= FORGETTING
         nearest = np.argsort(distance(increases))[:SAMPLE]
         doubtful[nearest] = True
     # An error found here can make other increases doubtful, so repeat until none is left.
     while True:
         away = distance(increases)
-        doubtful |= away <= MARGIN * noise.noise
+        doubtful |= away <= MARGIN * level
         doubtful &= ~confirmed
         if not doubtful.any():
             break
@@ -72,7 +73,9 @@ def confirm(
             measured[states] = True
         exact = values[rows] - values[before[rows]]
         errors = np.abs(exact - increases[rows])
-        noise.noise = max(noise.noise, float(errors.max()))
+        level = max(level, float(errors.max()))
         increases[rows] = exact
         confirmed |= doubtful
+    # Only now, as a measurement that fails is repeated.
+    noise.noise = level
     noise.confirmed += int(measured.sum())

@@ -41,6 +41,7 @@ class Measurement:
         whole = np.array([1])
         with state.counting(self.search.meter):
             increases, values = self.many(without, before=whole)
+        state.measured += 1
         return float(increases[0]), float(values[0])
 
     def many(self, without: CircuitMasks, before: Rows) -> tuple[Increases, Damages]:

@@ -3,7 +3,7 @@
 A docstring describes a function's arguments in order; the model names the third described one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from circuits.system.errors import InputError
@@ -19,6 +19,7 @@ TEMPLATE = '''def {0}(self, {arguments}):
     :param'''
 # A, B and C are the described arguments, in the definition and in the docstring.
 FIELDS = ("A_def", "B_def", "C_def", "A_doc", "B_doc")
+SPANS = ("END", *FIELDS)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Docstring(TaskFamily):
                 raise InputError(f"docstring with {option}={value}: choose a number from 0 to 20.")
 
     def draw(self, random: Random) -> PromptPair:
-        """Draw one pair, with spans A_def, B_def, C_def, A_doc, B_doc and END."""
+        """Draw one pair, with spans END, A_def, B_def, C_def, A_doc and B_doc."""
         n_words = 16 + self.before + self.after
         words = random.sample(COMMON, n_words)
         # The first eight words fill the numbered blanks.
@@ -61,4 +62,5 @@ class Docstring(TaskFamily):
         corrupted = dict(zip(FIELDS, others, strict=True))
         wrong = before + described + after + others
         wrong_answers = tuple(f" {word}" for word in wrong)
-        return fill_template(template, clean, corrupted, f" {answer}", wrong_answers)
+        pair = fill_template(template, clean, corrupted, f" {answer}", wrong_answers)
+        return replace(pair, spans={name: pair.spans[name] for name in SPANS})

@@ -17,6 +17,7 @@ OBJECTS = "ring kiss bone basketball computer necklace drink snack".split()
 
 ABBA = ("IO", "S1", "S2")
 BABA = ("S1", "IO", "S2")
+SPANS = ("S2", "IO", "S1", "S1+1", "END")
 # The three blanks are filled in the order ABBA or BABA.
 TEMPLATES = (
     "Then, {} and {} went to the {place}. {} gave a {object} to",
@@ -70,4 +71,6 @@ class IOI(TaskFamily):
         # A space follows S1, then a word, whose first character marks its first token.
         _, s1_end = pair.spans["S1"]
         after_s1 = (s1_end + 1, s1_end + 2)
-        return replace(pair, spans={**pair.spans, "S1+1": after_s1})
+        spans = {**pair.spans, "S1+1": after_s1}
+        # In a fixed order: which name comes first depends on the template.
+        return replace(pair, spans={name: spans[name] for name in SPANS})
