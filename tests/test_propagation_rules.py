@@ -10,7 +10,8 @@ from architectures import random_model, random_task
 
 import circuits
 from circuits.discovery.gradients.edge_scores import GradientPoint
-from circuits.discovery.methods.eap import EAP, EAPIG, GradientMethod
+from circuits.discovery.gradients.gradient_method import GradientMethod
+from circuits.discovery.methods.eap import EAP, EAPIG
 from circuits.models.propagation import PropagationRules
 
 

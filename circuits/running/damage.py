@@ -23,7 +23,7 @@ from circuits.tasks.task import Task
 
 @dataclass(frozen=True, eq=False)
 class DamageMeter:
-    """Measures damage: the rise of the metric (in its unit) over its value on the whole model.
+    """Measures damage: the metric, in its unit, with the sign that makes larger values worse.
 
     Attributes:
         clean_logits: of the whole model on the clean prompts.
@@ -72,7 +72,6 @@ class DamageMeter:
         return by_row.cpu()
 
     def _of_logits(self, logits: Tensor) -> Tensor:
-        # damage = metric(circuit) - metric(whole model)
         return self.metric.damage(logits, self.clean_logits, self.task)
 
     def near(self, kept: EdgeMask) -> None:

@@ -77,90 +77,79 @@ def tables(results: Path) -> str:
 def summary(results: Path) -> str:
     """The most informative cases, each against its alternative."""
     rows: Rows = []
-    for file in sorted(results.glob("exact-acdc-*.json")):
-        found = json.loads(file.read_text())
-        clock = _clock(found)
-        for case in found["cases"]:
-            if case["case"] in SUMMARIZED:
-                ours, naive = (
-                    case["seconds"][program][clock]
-                    for program in ("incremental + speculation", "naive")
-                )
-                name = (
-                    f"exact ACDC: {case['case']} "
-                    f"({case['edges']:,} edges, {case['kept'] / case['edges']:.0%} kept)"
-                )
-                times = statistics.median(naive) / statistics.median(ours)
-                rows.append(
-                    _against(name, "one hooked forward pass per edge", naive, ours, times, found)
-                )
-    for file in sorted(results.glob("eap-peers-*.json")):
-        found = json.loads(file.read_text())
-        for package, peer in found["peers"].items():
-            if "seconds" in peer:
-                (ours, theirs), edges = peer["seconds"].values(), peer["edges"]["shared"]
-                name = f"EAP: {found['shape']}, {found['prompts']} prompts ({edges:,} edges)"
-                rows.append(
-                    _against(
-                        name,
-                        f"{package} {peer['versions'][package]}",
-                        theirs,
-                        ours,
-                        peer["times_slower"],
-                        found,
-                    )
-                )
-    for file in sorted(results.glob("attribution-graph-*.json")):
-        found = json.loads(file.read_text())
-        clock = _clock(found)
-        for case in found["cases"]:
-            name, version = (
-                f"attribution graph: {case['case'].partition(': ')[2]} ({case['edges']:,} edges)",
-                case["versions"]["circuit-tracer"],
-            )
-            for program, batch in (
-                ("circuit-tracer", "its default batch"),
-                ("circuit-tracer, batch 64", "batch 64"),
-            ):
-                ours, theirs = (case["seconds"][one][clock] for one in ("ours", program))
-                rows.append(
-                    _against(
-                        name,
-                        f"circuit-tracer {version}, {batch}",
-                        theirs,
-                        ours,
-                        case["times_slower"][program][clock],
-                        found,
-                    )
-                )
-    for file in sorted(results.glob("feature-extraction-*.json")):
-        found = json.loads(file.read_text())
-        clock, case = _clock(found), found["cases"][0]
-        for program in ("loop, .item()", "vectorised"):
-            ours, theirs = (case["seconds"][one][clock] for one in ("ours", program))
-            times = statistics.median(theirs) / statistics.median(ours)
-            name = (
-                f"features of {case['layers']} layers, {case['features']:,} each, "
-                f"{case['positions']} positions"
-            )
-            rows.append(_against(name, f"published program: {program}", theirs, ours, times, found))
+    for name, compared in SUMMARIES.items():
+        for file in sorted(results.glob(f"{name}-*.json")):
+            rows += compared(json.loads(file.read_text()))
     return _table(rows)
 
 
+def _searches_compared(found: Results) -> Rows:
+    rows: Rows = []
+    clock = _clock(found)
+    for case in found["cases"]:
+        if case["case"] not in SUMMARIZED:
+            continue
+        kept = case["kept"] / case["edges"]
+        name = f"exact ACDC: {case['case']} ({case['edges']:,} edges, {kept:.0%} kept)"
+        ours = case["seconds"]["incremental + speculation"][clock]
+        naive = case["seconds"]["naive"][clock]
+        rows.append(_against(name, "one hooked forward pass per edge", naive, ours, found))
+    return rows
+
+
+def _eap_compared(found: Results) -> Rows:
+    rows: Rows = []
+    for package, peer in found["peers"].items():
+        if "seconds" not in peer:
+            continue
+        ours, theirs = peer["seconds"].values()
+        edges = peer["edges"]["shared"]
+        name = f"EAP: {found['shape']}, {found['prompts']} prompts ({edges:,} edges)"
+        other = f"{package} {peer['versions'][package]}"
+        rows.append(_against(name, other, theirs, ours, found))
+    return rows
+
+
+def _graphs_compared(found: Results) -> Rows:
+    rows: Rows = []
+    clock = _clock(found)
+    for case in found["cases"]:
+        _, _, shape = case["case"].partition(": ")
+        name = f"attribution graph: {shape} ({case['edges']:,} edges)"
+        package = f"circuit-tracer {case['versions']['circuit-tracer']}"
+        ours = case["seconds"]["ours"][clock]
+        for program, batch in BATCHES.items():
+            theirs = case["seconds"][program][clock]
+            rows.append(_against(name, f"{package}, {batch}", theirs, ours, found))
+    return rows
+
+
+def _extraction_compared(found: Results) -> Rows:
+    case, clock = found["cases"][0], _clock(found)
+    size = f"{case['layers']} layers, {case['features']:,} each, {case['positions']} positions"
+    ours = case["seconds"]["ours"][clock]
+    return [
+        _against(f"active features of {size}", other, case["seconds"][program][clock], ours, found)
+        for program, other in EXTRACTORS.items()
+    ]
+
+
 def _against(
-    case: str,
-    other: str,
-    theirs: Sequence[float],
-    ours: Sequence[float],
-    times: float,
-    found: Results,
+    case: str, other: str, baseline: Sequence[float], ours: Sequence[float], found: Results
 ) -> dict[str, object]:
-    seconds = {
-        who: f"{statistics.median(each):.3g}"
-        for who, each in (("theirs, s", theirs), ("ours, s", ours))
+    hardware = found["hardware"]
+    return {
+        "case": case,
+        "baseline": other,
+        "baseline, s": f"{statistics.median(baseline):.3g}",
+        "ours, s": f"{statistics.median(ours):.3g}",
+        "speedup": _speedup(baseline, ours),
+        "measured on": hardware["gpu"] or f"CPU, threads: {hardware['threads']}",
     }
-    on = found["hardware"]["gpu"] or f"CPU, threads: {found['hardware']['threads']}"
-    return {"case": case, "compared with": other, **seconds, "times": f"{times:.1f}", "on": on}
+
+
+def _speedup(baseline: Sequence[float], ours: Sequence[float]) -> str:
+    return f"{statistics.median(baseline) / statistics.median(ours):.1f}"
 
 
 def _section(name: str, files: Iterable[Path]) -> str:
@@ -237,9 +226,7 @@ def _search(name: str, case: Results, clock: str) -> dict[str, object]:
         if program in seconds
     }
     if "naive" in seconds:
-        row["naive / speculation"] = (
-            f"{statistics.median(seconds['naive']) / statistics.median(seconds[fast]):.1f}"
-        )
+        row["naive / speculation"] = _speedup(seconds["naive"], seconds[fast])
     row |= {
         "evaluations": f"{case['record'][fast]['evaluations']:,}",
         "batches": f"{case['record'][fast]['batches']:,}",
@@ -286,7 +273,8 @@ def _eap_peers(found: Results) -> Tables:
             "edges": f"{peer['edges']['shared']:,}",
         }
         row |= {f"{who}, s": _times(seconds) for who, seconds in peer["seconds"].items()}
-        row |= {"theirs / ours": f"{peer['times_slower']:.1f}"}
+        ours, theirs = peer["seconds"].values()
+        row["theirs / ours"] = _speedup(theirs, ours)
         rows.append(
             {
                 **row,
@@ -436,7 +424,9 @@ def _graph_case(case: Results, clock: str) -> dict[str, object]:
     row |= {
         f"{name}, {UNITS[clock]}": _times(clocks[clock]) for name, clocks in case["seconds"].items()
     }
-    row |= {f"{name} / ours": f"{times[clock]:.1f}" for name, times in case["times_slower"].items()}
+    ours = case["seconds"]["ours"][clock]
+    for name in BATCHES:
+        row[f"{name} / ours"] = _speedup(case["seconds"][name][clock], ours)
     return row | {
         f"{name}, peak MB": f"{size / 1e6:.0f}"
         for name, size in case["peak_above_loaded_bytes"].items()
@@ -521,6 +511,17 @@ SUMMARIZED = (
     "4 layers of 8 heads, original order, 0.01",
     "random, gpt2-small",
 )
+BATCHES = {"circuit-tracer": "its default batch", "circuit-tracer, batch 64": "batch 64"}
+EXTRACTORS = {
+    "loop, .item()": "a Python loop over layers and positions",
+    "vectorised": "the same, vectorised over positions",
+}
+SUMMARIES: dict[str, Callable[[Results], Rows]] = {
+    "exact-acdc": _searches_compared,
+    "eap-peers": _eap_compared,
+    "attribution-graph": _graphs_compared,
+    "feature-extraction": _extraction_compared,
+}
 UNITS = {"wall": "s", "cpu": "CPU s"}
 ON_CPU_ALONE = ("eap-peers", "attribution-graph")
 

@@ -131,7 +131,7 @@ class ActivationPatching(Resumable):
 
 
 def _whole(meter: DamageMeter, graph: Graph) -> OneDamage:
-    """The damage of the whole graph, which rounding keeps from being 0."""
+    """The damage of the whole graph, L(G)."""
     kept = torch.ones(1, len(graph), dtype=torch.bool)
     return meter(kept)
 
