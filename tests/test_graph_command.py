@@ -33,6 +33,9 @@ def test_a_graph_is_written_shown_and_found_again(capsys, tmp_path):
     status, output, errors = run_here(capsys, *words)
     assert (status, errors) == (0, "")
     assert "replacement score: 0." in output and "f0." in output
+    shown = " ".join(output.split())
+    assert f"{PROMPT}' -> 'Austin': the 12 most influential of 146 active features" in shown
+    assert "replacement score is the share of influence from tokens, not errors" in shown
     (folder,) = (tmp_path / "graphs").iterdir()
     assert folder.name.startswith("the-capital-of-the-state-containing")
     assert {path.name for path in folder.iterdir()} >= {

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import time
+import tracemalloc
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from dataclasses import replace
@@ -148,6 +149,19 @@ def test_numbers_that_json_does_not_have_are_left_out(graph: FeatureGraph) -> No
     assert held(graph_page(odd, title="odd"), "held")["edges"]["weight"][0] is None
 
 
+def test_a_weight_that_is_nan_gives_null_not_zero(graph: FeatureGraph) -> None:
+    target = len(graph.nodes) - 1
+    into = (graph.target == target).nonzero().flatten()
+    odd = replace(graph, weight=graph.weight.index_fill(0, into[:1], torch.nan))
+    data = GraphData.of(odd)
+    assert data.about()["total"]["influence"] is None
+    source = int(graph.source[into[0]])
+    for numbers in ([target], [target, target - 1]):
+        incoming = data.around(numbers, len(graph.nodes))["incoming"]
+        weights = dict(zip(incoming["node"], incoming["weight"], strict=True))
+        assert weights.pop(source) is None and None not in weights.values()
+
+
 @pytest.mark.parametrize("limit", ["max_nodes", "max_edges"])
 def test_a_negative_limit_is_refused(graph: FeatureGraph, limit: str) -> None:
     with pytest.raises(InputError, match=f"{limit}=-1"):
@@ -207,6 +221,28 @@ def test_a_view_is_what_prune_keeps_and_of_that_the_most_influential(graph: Feat
         and fewer["kept"] == view["kept"]
     )
     assert min(fewer["edges"]["influence"]) >= sorted(view["edges"]["influence"])[-30]
+
+
+def test_a_request_for_edges_reads_those_of_its_nodes_only() -> None:
+    data = GraphData.of(synthetic_graph(features=2000, edges=400_000))
+    data.around([0], 10)
+    tracemalloc.start()
+    data.around([1000, 1500], 10)
+    data.between([1000, 1500], 10)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # To compare all edges with a node makes at least one byte for each.
+    assert peak < len(data.graph)
+
+
+def test_text_that_is_no_valid_unicode_is_shown_and_found(graph: FeatureGraph) -> None:
+    half = "\ud83d"
+    data = GraphData.of(
+        replace(
+            graph, words=(half, *graph.words[1:]), targets=(LogitTarget(half), *graph.targets[1:])
+        )
+    )
+    assert {f"logits:{half}@20", "tok_embed@0"} <= set(data.search(half, 9)["nodes"]["name"])
 
 
 def test_search_puts_names_before_tokens_and_both_before_what_stands_at_a_token(

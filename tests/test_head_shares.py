@@ -9,7 +9,7 @@ from random_transcoders import model_of, random_transcoders
 import circuits
 from circuits.attribution.active_features import active_features, gather_sources
 from circuits.attribution.edge_weights import LinearSweep, feature_targets
-from circuits.attribution.feature_graph import FEATURE
+from circuits.attribution.feature_graph import FEATURE, TARGET
 from circuits.attribution.head_shares import head_shares
 from circuits.attribution.influence import pruned
 from circuits.attribution.local_model import freeze
@@ -60,6 +60,14 @@ def test_a_heads_share_is_what_an_edge_loses_without_it(architecture, kind):
     no_heads = graph.weight - shares.sum((1, 2))
     once = shares.abs().sum(2).gt(1e-7).sum(1) <= 1
     torch.testing.assert_close(no_heads[once], graph.direct[once], rtol=1e-4, atol=1e-4)
+
+
+def test_a_graph_without_edges_has_no_shares():
+    model = model_of("gpt2", n_layers=4)
+    transcoders = random_transcoders(model)
+    graph = circuits.AttributionGraph(transcoders).attribute(model, PROMPT)
+    no_edges = graph.subgraph(graph.is_kind(FEATURE, TARGET), torch.zeros(len(graph)).bool())
+    assert head_shares(model, transcoders, no_edges).shape == (0, 4, model.cfg.n_heads)
 
 
 def test_a_graph_of_another_model_is_refused():

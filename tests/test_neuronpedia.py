@@ -235,6 +235,18 @@ def test_a_file_is_compact_has_no_nan_and_says_how_it_was_made(graph, tmp_path):
     assert metadata["pruning_settings"] == {"node_threshold": 0.8, "edge_threshold": 0.98}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_weights_have_no_more_digits_than_tell_them_apart(graph, tmp_path, dtype):
+    weight = (graph.weight / 1000).to(dtype)
+    path = save_neuronpedia(
+        replace(graph, weight=weight), tmp_path / "graph.json", slug="a", prune=False
+    )
+    links = json.loads(path.read_text(), parse_float=str)["links"]
+    digits = [link["weight"].partition("e")[0].lstrip("-0.").replace(".", "") for link in links]
+    assert max(map(len, digits)) <= 9
+    assert torch.equal(load_neuronpedia(path).graph.weight.to(dtype), weight)
+
+
 @pytest.mark.parametrize(
     "thresholds", [{}, {"node_threshold": 0.5, "edge_threshold": 0.9}, {"prune": False}], ids=str
 )

@@ -7,6 +7,7 @@ import random
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pandas
 import pytest
@@ -97,8 +98,20 @@ def top_of(box: ElementTree.Element) -> float:
     return float(box.get("y", "nan"))
 
 
+def lines(svg: str) -> list[str]:
+    """The visible texts of a drawing."""
+    return ["".join(text.itertext()) for text in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+
+
 def visible_text(svg: str) -> str:
-    return " ".join(text.text or "" for text in ElementTree.fromstring(svg).iter(f"{SVG}text"))
+    return " ".join(lines(svg))
+
+
+def tooltip(svg: str, node: Node) -> list[str]:
+    """The lines of a drawn node's tooltip."""
+    titles = [title.text or "" for title in ElementTree.fromstring(svg).iter(f"{SVG}title")]
+    (found,) = [title for title in titles if title.startswith(f"{node}\n")]
+    return found.split("\n")
 
 
 def loads(page: str) -> list[str]:
@@ -187,6 +200,53 @@ def test_edges_with_a_score_below_zero_are_dashed(circuit: Circuit) -> None:
     marks = edge_marks(pages.draw_circuit(circuit))
     for edge, score in zip(circuit.edges, circuit.scores[circuit.kept].tolist(), strict=True):
         assert (marks[str(edge)].get("stroke-dasharray") is not None) == (score < 0)
+
+
+def test_the_tooltip_of_a_node_lists_its_ten_strongest_edges_in_and_out_with_scores() -> None:
+    graph = components(6, 1)
+    circuit = Circuit.full(graph, torch.linspace(-2, 3, len(graph)))
+    svg = pages.draw_circuit(circuit, max_edges=len(graph))
+    strongest = sorted(circuit, key=lambda edge: -abs(circuit[edge]))
+    for node in (Logits(), MLP(2), Embed()):
+        expected = [str(node)]
+        for direction, end in (("in", "target"), ("out", "source")):
+            edges = [edge for edge in strongest if getattr(edge, end) == node]
+            expected.append(f"edges {direction}: {len(edges)}")
+            expected += [f"  {edge}  {circuit[edge]:+.4g}" for edge in edges[:10]]
+            expected += [f"  and {len(edges) - 10} more"] * (len(edges) > 10)
+        assert tooltip(svg, node) == expected
+    assert "  and 3 more" in tooltip(svg, Logits())
+
+
+@pytest.mark.parametrize(
+    ("edges", "score", "legend"),
+    [
+        (["embed->m0", "m0->logits"], 0.5, ["into MLPs or logits"]),
+        (["embed->m0", "m0->logits"], -0.5, ["into MLPs or logits", "score below 0"]),
+        (["embed->a0.h0.k", "a0.h0->a1.h0.v"], 0.5, ["k", "v"]),
+    ],
+)
+def test_the_legend_explains_only_what_is_drawn(edges, score: float, legend) -> None:
+    circuit = Circuit.from_edges(components(2, 1), edges)
+    svg = pages.draw_circuit(replace(circuit, scores=torch.full_like(circuit.scores, score)))
+    (line,) = [text for text in lines(svg) if "width: |score|" in text]
+    explained = [entry.strip("\u25ac\u254d ") for entry in line.split("\u2003")]
+    assert explained == [*legend, "width: |score|, 0.5 to 0.5"]
+
+
+def test_the_legend_of_features_names_features() -> None:
+    nodes = [TokenEmbed(2), Feature(0, 7, 2), Logits("answer", 2)]
+    graph = graph_from_triples(nodes, [(0, 1, -1), (1, 2, -1)])
+    text = visible_text(pages.draw_circuit(Circuit.full(graph)))
+    assert "into features or logits" in text and "MLP" not in text
+
+
+def test_the_picture_says_what_a_head_in_two_columns_does_if_there_is_one() -> None:
+    graph = components(2, 2, SPANS)
+    one_column = ["embed@S1->a0.h0.v@S1", "embed@IO->a0.h1.v@IO"]
+    for edges, is_told in ((one_column, False), ([*one_column, "a0.h0@IO->m0@IO"], True)):
+        text = visible_text(pages.draw_circuit(Circuit.from_edges(graph, edges)))
+        assert ("A head in two columns can read at one position" in text) == is_told
 
 
 def test_when_more_edges_are_kept_than_drawn_the_strongest_are_drawn_and_the_picture_says_so() -> (

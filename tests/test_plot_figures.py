@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+
 import pandas
 import pytest
 
@@ -97,3 +100,13 @@ def test_correlations_of_too_few_or_equal_scores_are_undefined_not_an_error(rows
         figures.score_scatter(frame).layout.title.text
         == f"Pearson undefined, Spearman undefined ({rows} edges)"
     )
+
+
+@pytest.mark.parametrize(
+    ("x", "low", "high"),
+    [([], 0, 1), ([math.nan], 0, 1), ([math.inf], 2, 2), ([-1, math.inf], -1, 2)],
+)
+def test_the_line_of_agreement_has_finite_ends(x: list[float], low: float, high: float) -> None:
+    frame = pandas.DataFrame({"edge": ["a"] * len(x), "x": x, "y": [2.0] * len(x)})
+    (line,) = json.loads(figures.score_scatter(frame).to_json())["layout"]["shapes"]
+    assert [line[end] for end in ("x0", "y0", "x1", "y1")] == [low, low, high, high]

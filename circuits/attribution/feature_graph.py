@@ -285,7 +285,6 @@ class FeatureGraph:
         sizes = self.weight[edges].abs()
         order = sizes.argsort(descending=True, stable=True)
         edges = edges[order[:n]]
-        # Names are made for these edges only.
         names = [str(self.node(number)) for number in other_end[edges].tolist()]
         weight = self.weight[edges].cpu()
         direct = self.direct[edges].cpu()

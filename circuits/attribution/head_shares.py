@@ -76,8 +76,10 @@ def head_shares(
     """
     _check_graph(model, transcoders, graph)
     shape = (len(graph), model.cfg.n_layers, model.cfg.n_heads)
-    sweep = _HeadSweep.of(model, transcoders, graph)
     shares = graph.weight.new_zeros(shape)
+    if not len(graph):
+        return shares
+    sweep = _HeadSweep.of(model, transcoders, graph)
     for layer, edge, share in sweep.shares():
         edge = edge.to(shares.device)
         shares[edge, layer] = share.to(shares)

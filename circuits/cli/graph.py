@@ -19,6 +19,10 @@ from circuits.runs.graph_run import PAGE, GraphRun, run_graph
 from circuits.system.errors import InputError
 
 N_SHOWN = 12
+N_LABELS = 3  # of the explained logits
+REPLACEMENT_SCORE_EXPLAINED = (
+    "The replacement score is the share of influence from tokens, not errors."
+)
 
 
 def command(
@@ -102,11 +106,14 @@ def _explained(text: str | None) -> list[Explained] | None:
 
 def _show(found: GraphRun) -> None:
     console = Console()
-    title = f"{found.graph.prompt!r}: the most influential features"
     features = _top_features(found.graph)
+    labels = map(repr, found.record["explained"][:N_LABELS])
+    counts = f"{len(features)} most influential of {found.record['features']:,} active features"
+    title = f"{found.graph.prompt!r} -> {', '.join(labels)}: the {counts}"
     console.print(frame_table(features, title))
     for name, text in found.details.items():
         console.print(f"{name}: {text}")
+    console.print(REPLACEMENT_SCORE_EXPLAINED)
     page = found.folder / PAGE
     console.print(f"{'Found again' if found.reused else 'Saved'}: {page}", soft_wrap=True)
 

@@ -136,9 +136,9 @@ def score_scatter(frame: pandas.DataFrame, *, x_name: str = "x", y_name: str = "
         xaxis_title=_plain(x_name),
         yaxis_title=_plain(y_name),
     )
-    # The dashed line is where both methods agree.
-    low = min(x.min(), y.min())
-    high = max(x.max(), y.max())
+    # The dashed line is where both methods agree; it needs ends even if there is no finite score.
+    finite = list(filter(math.isfinite, [*x, *y])) or [0, 1]
+    low, high = min(finite), max(finite)
     diagonal = {"x0": low, "y0": low, "x1": high, "y1": high}
     dashes = {**RULE, "dash": "dash"}
     figure.add_shape(type="line", **diagonal, line=dashes, layer="below")

@@ -31,8 +31,8 @@ def draw_circuit(
 
     Layers are rows, with the embeddings at the bottom and the logits on top; positions are columns.
     The colour of an edge shows its slot, its width the |score|; edges with a negative score are
-    dashed. Tooltips give the names of nodes and the names and scores of edges. A head in two
-    columns reads at one position and writes at the other.
+    dashed. Tooltips give names and scores; that of a node lists its strongest edges. A head in
+    two columns can read at one position and write at the other.
 
     Args:
         circuit: the circuit whose kept edges are drawn.
@@ -58,8 +58,8 @@ def circuit_page(
 ) -> str:
     """Write a self-contained HTML page about a circuit.
 
-    The page holds the drawing, where pointing at an edge or node shows its score and a slider
-    hides weak edges, and a sortable table of the kept edges.
+    The page holds the drawing, where pointing at an edge shows its score, pointing at a node lists
+    its strongest edges and a slider hides weak edges, and a sortable table of the kept edges.
 
     Args:
         circuit: the circuit to show.

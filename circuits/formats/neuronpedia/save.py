@@ -272,9 +272,9 @@ def _parsed(node: NodeName) -> Node:
 
 
 def _numbers(column: Tensor) -> list[Any]:
-    # The values of a column, those of float32 with no more digits than tell them apart.
+    # The values of a column, with no more digits than tell them apart.
     values = column.tolist()
-    # Nine digits identify a float32; Python would write about twice as many.
-    if column.dtype == torch.float32:
+    # Nine digits identify a float32 or half precision; Python would write about twice as many.
+    if column.is_floating_point() and column.dtype != torch.float64:
         values = [float(f"{value:.9g}") for value in values]
     return values

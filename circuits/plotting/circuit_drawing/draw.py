@@ -7,7 +7,7 @@ of the pages reads.
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -36,10 +36,8 @@ DEFAULT_MAX_FEATURE_EDGES = 50
 MIN_STROKE_WIDTH, MAX_STROKE_WIDTH = 1.2, 6.5
 MIN_OPACITY, MAX_OPACITY = 0.55, 0.95
 SLOT_COLOURS = {"q": BLUE, "k": VERMILION, "v": GREEN, None: "#6d6875"}
-LEGEND = "\u2003".join(
-    f'<tspan fill="{colour}">\u25ac {slot or "into MLPs, features and logits"}</tspan>'
-    for slot, colour in SLOT_COLOURS.items()
-)
+TWO_COLUMNS_NOTE = "A head in two columns can read at one position and write at the other."
+MAX_TOOLTIP_EDGES = 10  # into a node, and out of it
 # Fill, text colour and corner radius.
 Style = tuple[str, str, int]
 INPUT_STYLE: Style = ("#dfe4ec", INK, 4)
@@ -75,6 +73,11 @@ class RankedEdge:
         return "not scored" if math.isnan(self.score) else f"{self.score:+.4g}"
 
     @property
+    def text(self) -> str:
+        """The edge and its score, for tooltips."""
+        return f"{self.edge}  {self.score_text}"
+
+    @property
     def width(self) -> float:
         """Width of the stroke in pixels."""
         return MIN_STROKE_WIDTH + (MAX_STROKE_WIDTH - MIN_STROKE_WIDTH) * self.strength
@@ -87,7 +90,7 @@ class RankedEdge:
 
 Edges = Sequence[RankedEdge]
 Marks = list[str]
-Counts = Counter[Node]
+EdgesByNode = defaultdict[Node, list[RankedEdge]]
 
 
 def draw(circuit: Circuit, *, title: str | None, max_edges: int | None) -> str:
@@ -101,6 +104,8 @@ def draw(circuit: Circuit, *, title: str | None, max_edges: int | None) -> str:
         lines.append(_text("No edges kept: there is nothing to draw.", f'fill="{INK}"'))
         return _document(title, lines, None, [])
     lines.append(_legend(edges))
+    if _is_head_in_two_columns(edges):
+        lines.append(_text(TWO_COLUMNS_NOTE, f'fill="{QUIET}"'))
     layout = _layout(circuit, edges)
     return _document(title, lines, layout, edges)
 
@@ -159,13 +164,13 @@ def _counts(circuit: Circuit, n_drawn: int) -> str:
 
 def _layout(circuit: Circuit, edges: Edges) -> Layout:
     """Lay out the nodes that have edges, in graph order."""
-    outgoing, incoming = _edge_counts(edges)
-    n_ports = outgoing | incoming  # the larger of the two counts
+    leaving, entering = _edges_by_end(edges)
     all_nodes = circuit.graph.nodes
     node_widths = {}
     for node in all_nodes:
-        if node in n_ports:
-            node_widths[node] = _node_width(node, n_ports[node])
+        n_ports = max(len(leaving[node]), len(entering[node]))
+        if n_ports:
+            node_widths[node] = _node_width(node, n_ports)
     edge_widths = {one.edge: one.width for one in edges}
     used = set(map(position_of, node_widths))
     column_widths = {}
@@ -178,11 +183,14 @@ def _layout(circuit: Circuit, edges: Edges) -> Layout:
     return lay_out(node_widths, edge_widths, column_widths)
 
 
-def _edge_counts(edges: Edges) -> tuple[Counts, Counts]:
-    """Count the edges out of and into each node."""
-    outgoing = Counter(one.edge.source for one in edges)
-    incoming = Counter(one.edge.target for one in edges)
-    return outgoing, incoming
+def _edges_by_end(edges: Edges) -> tuple[EdgesByNode, EdgesByNode]:
+    """Group the edges by their sources and by their targets, each group strongest first."""
+    leaving = defaultdict(list)
+    entering = defaultdict(list)
+    for one in edges:
+        leaving[one.edge.source].append(one)
+        entering[one.edge.target].append(one)
+    return leaving, entering
 
 
 def _position_key(position: Position) -> float:
@@ -246,14 +254,31 @@ def _text(text: str, attributes: str) -> str:
 
 
 def _legend(edges: Edges) -> str:
-    """Explain colours, dashes and widths."""
+    """Explain the colours, dashes and widths that are in the drawing."""
+    slots = {one.edge.slot for one in edges}
+    has_features = any(isinstance(one.edge.target, Feature) for one in edges)
+    without_slot = "into features or logits" if has_features else "into MLPs or logits"
+    entries = []
+    for slot, colour in SLOT_COLOURS.items():
+        if slot in slots:
+            name = slot or without_slot
+            entries.append(f'<tspan fill="{colour}">\u25ac {name}</tspan>')
     scores = [one.score for one in edges]
+    if any(score < 0 for score in scores):
+        entries.append("\u254d score below 0")
     finite = filter(math.isfinite, scores)
     sizes = list(map(abs, finite))
     widths = "edges without scores"
     if sizes:
         widths = f"width: |score|, {min(sizes):.3g} to {max(sizes):.3g}"
-    return f'<text fill="{QUIET}">{LEGEND}\u2003\u254d score below 0\u2003{widths}</text>'
+    explained = "\u2003".join([*entries, widths])
+    return f'<text fill="{QUIET}">{explained}</text>'
+
+
+def _is_head_in_two_columns(edges: Edges) -> bool:
+    nodes = {node for one in edges for node in (one.edge.source, one.edge.target)}
+    labels = [node.label for node in nodes if isinstance(node, Head)]
+    return len(set(labels)) < len(labels)
 
 
 def _layer_bands(layout: Layout, width: float) -> Marks:
@@ -290,7 +315,7 @@ def _edge_marks(layout: Layout, edges: Edges) -> Marks:
     # Strong edges come last and are therefore on top.
     for one in reversed(edges):
         edge = one.edge
-        tooltip = escape(f"{edge}  {one.score_text}")
+        tooltip = escape(one.text)
         dashes = f'stroke-dasharray="{one.width + 4:.1f} {one.width + 1:.1f}"'
         marks.append(f"""\
 <g class="edge" data-rank="{one.rank}" data-source="{number[edge.source]}" \
@@ -315,16 +340,29 @@ def _smooth_path(route: Sequence[Point]) -> str:
 
 
 def _node_marks(layout: Layout, edges: Edges) -> Marks:
-    outgoing, incoming = _edge_counts(edges)
+    leaving, entering = _edges_by_end(edges)
     marks = []
     for number, (node, vertex) in enumerate(layout.nodes.items()):
         fill, ink, radius = NODE_STYLES.get(type(node), INPUT_STYLE)
         left, top = vertex.left, vertex.top
         place = f'x="{vertex.x:.1f}" y="{top + 16.2:.1f}" text-anchor="middle"'
         label = _text(node.label, f'{place} font-family="{MONO}" fill="{ink}"')
-        tooltip = f"{escape(str(node))}\nedges in: {incoming[node]}, edges out: {outgoing[node]}"
+        lines = [str(node)]
+        lines += _listed("in", entering[node])
+        lines += _listed("out", leaving[node])
+        tooltip = escape("\n".join(lines))
         marks.append(f"""\
 <g class="node" data-node="{number}"><title>{tooltip}</title>\
 <rect x="{left:.1f}" y="{top:.1f}" width="{vertex.width:.1f}" height="{NODE_HEIGHT}" \
 rx="{radius}" fill="{fill}" stroke="{INK}" stroke-width="1.1"/>{label}</g>""")
     return marks
+
+
+def _listed(direction: str, edges: Edges) -> list[str]:
+    """List the strongest of the edges into or out of a node, for its tooltip."""
+    lines = [f"edges {direction}: {len(edges)}"]
+    lines += [f"  {one.text}" for one in edges[:MAX_TOOLTIP_EDGES]]
+    n_more = len(edges) - MAX_TOOLTIP_EDGES
+    if n_more > 0:
+        lines.append(f"  and {n_more} more")
+    return lines

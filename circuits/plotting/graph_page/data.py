@@ -23,6 +23,7 @@ from circuits.attribution.feature_graph import EMBEDDING, FEATURE, TARGET, Featu
 from circuits.attribution.influence import edge_influence, node_influence, prune
 
 N_CACHED_VIEWS = 16
+NO_ROWS = np.empty(0, dtype=int)
 JsonObject = dict[str, Any]
 
 
@@ -47,9 +48,9 @@ class GraphData:
         influences = node_influence(graph)
         nodes = _frame(**vars(graph.nodes), influence=influences)
         nodes.insert(0, "id", nodes.index)
-        named = nodes["id"].map(graph.node)
-        names = named.map(str)
-        nodes.insert(1, "name", names.astype(object))
+        names = [str(graph.node(number)) for number in nodes.index]
+        # Objects, because the text type of pandas refuses lone surrogates.
+        nodes.insert(1, "name", pandas.Series(names, dtype=object))
         # A weight that is not finite makes influences NaN; they rank last.
         influence = nodes["influence"].fillna(-math.inf)
         ranks = influence.mul(-1).rank(method="first")
@@ -97,7 +98,7 @@ class GraphData:
     def about(self) -> JsonObject:
         """Describe the whole graph."""
         graph = self.graph
-        influence = self.nodes["influence"].sum()
+        influence = self.nodes["influence"].sum(skipna=False)
         total = {
             "nodes": len(graph.nodes),
             "edges": len(graph),
@@ -143,10 +144,12 @@ class GraphData:
         """Return the `n` strongest edges into and out of a node, or of several taken as one."""
         # Weights between these nodes and another node are summed.
         # Edges between the chosen nodes are inside of the whole, and not listed.
-        leaving = self.edges["source"].isin(numbers)
-        entering = self.edges["target"].isin(numbers)
-        incoming = self._ends("source", entering & ~leaving, n)
-        outgoing = self._ends("target", leaving & ~entering, n)
+        entering = self._edges_with("target", numbers)
+        leaving = self._edges_with("source", numbers)
+        comes_from_outside = ~entering["source"].isin(numbers)
+        goes_outside = ~leaving["target"].isin(numbers)
+        incoming = self._ends("source", entering[comes_from_outside], n)
+        outgoing = self._ends("target", leaving[goes_outside], n)
         others = {*incoming["node"], *outgoing["node"]}
         constants = self.graph.constants[sorted(set(numbers))]
         return {
@@ -158,9 +161,9 @@ class GraphData:
 
     def between(self, numbers: Sequence[int], n: int) -> JsonObject:
         """Return the `n` strongest edges between some nodes."""
-        ends = self.edges[["source", "target"]]
-        inside = ends.isin(numbers).all(axis=1)
-        return _table(_strongest(self.edges[inside], n))
+        leaving = self._edges_with("source", numbers)
+        stays_inside = leaving["target"].isin(numbers)
+        return _table(_strongest(leaving[stays_inside], n))
 
     def search(self, text: str, n: int) -> JsonObject:
         """Return the `n` nodes that match a text best, and how many match.
@@ -179,15 +182,14 @@ class GraphData:
     def _match_quality(self, wanted: str) -> np.ndarray:
         """Number the kinds of matches, the best 0; NaN where nothing matches."""
         kind = self.nodes["kind"]
-        names = self.nodes["name"].str.lower()
-        # Not regular expressions: readers search for brackets and stars as well.
-        in_name = names.str.contains(wanted, regex=False)
-        in_text = self._lower_texts.str.contains(wanted, regex=False)
+        names = self._lower_names
+        # Plain Python is faster here than the text methods of pandas.
+        in_text = np.fromiter((wanted in text for text in self._lower_texts), bool)
         matches = [
-            names == wanted,
-            names.str.startswith(wanted),
+            np.fromiter((name == wanted for name in names), bool),
+            np.fromiter((name.startswith(wanted) for name in names), bool),
             in_text & kind.isin([TARGET, EMBEDDING]),
-            in_name,
+            np.fromiter((wanted in name for name in names), bool),
             in_text & (kind == FEATURE),
         ]
         quality = np.select(matches, range(len(matches)), np.nan)
@@ -198,15 +200,20 @@ class GraphData:
         return _table(self.nodes.loc[numbers])
 
     @cached_property
-    def _lower_texts(self) -> pandas.Series:
+    def _lower_names(self) -> list[str]:
+        return [name.lower() for name in self.names]
+
+    @cached_property
+    def _lower_texts(self) -> list[str]:
         """Labels of targets, and for other nodes the token at their position."""
-        nodes = self.nodes
-        labels = pandas.Series([target.label for target in self.graph.targets])
-        words = pandas.Series(self.graph.words)
-        is_target = nodes["kind"] == TARGET
-        texts = nodes["position"].map(words)
-        texts = texts.mask(is_target, nodes["index"].map(labels))
-        return texts.astype(object).str.lower()
+        graph, nodes = self.graph, self.nodes
+        texts = []
+        for kind, position, index in zip(
+            nodes["kind"], nodes["position"], nodes["index"], strict=True
+        ):
+            text = graph.targets[index].label if kind == TARGET else graph.words[position]
+            texts.append(text.lower())
+        return texts
 
     def _most_influential(
         self, nodes: pandas.DataFrame, edges: pandas.DataFrame, max_nodes: int, max_edges: int
@@ -226,11 +233,25 @@ class GraphData:
         kept_edges = inside.nlargest(max_edges, "influence").sort_index()
         return {"nodes": _table(kept), "edges": _table(kept_edges)}
 
-    def _ends(self, end: str, chosen: pandas.Series, n: int) -> JsonObject:
+    # A large graph has millions of edges, too many to search at every request.
+    @cached_property
+    def _rows_by_node(self) -> dict[str, dict[Any, np.ndarray]]:
+        """The rows of the edges by the node at each end."""
+        return {end: self.edges.groupby(end).indices for end in ("source", "target")}
+
+    def _edges_with(self, end: str, numbers: Sequence[int]) -> pandas.DataFrame:
+        """Return the edges with one of some nodes at an end, in graph order."""
+        by_node = self._rows_by_node[end]
+        rows = [by_node[number] for number in set(numbers) if number in by_node]
+        in_order = np.sort(np.concatenate([NO_ROWS, *rows]))
+        return self.edges.iloc[in_order]
+
+    def _ends(self, end: str, edges: pandas.DataFrame, n: int) -> JsonObject:
         """Sum the weights of some edges by their ends; return the `n` strongest of these nodes."""
-        by_node = self.edges[chosen].groupby(end)
-        sums = by_node[["weight", "direct"]].sum()
-        nodes = sums.rename_axis("node").reset_index()
+        numbers, groups = np.unique(edges[end], return_inverse=True)
+        # Unlike pandas, a sum with a weight that is NaN is NaN.
+        sums = {name: np.bincount(groups, edges[name]) for name in ("weight", "direct")}
+        nodes = pandas.DataFrame({"node": numbers, **sums})
         strongest = _strongest(nodes, n)
         return {**_table(strongest), "total": len(nodes)}
 
