@@ -194,7 +194,7 @@ def test_a_checkpoint_of_other_settings_is_refused(model: Model, tmp_path: Path)
         ({"k": (1.0, 2.0, 3.0)}, "one for each of the 2 layers"),
         (
             {"k": (49.0,)},
-            r"^k=\(49.0,\), and there are n_features=48: give k at most n_features\.$",
+            r"^k=\(49.0,\), and n_features=48: give k at most n_features\.$",
         ),
         ({"k": (math.nan, 1.0)}, r"^k=\(nan, 1.0\): give one positive number"),
         ({"penalty": (math.inf,)}, r"^penalty=\(inf,\): give one positive number"),

@@ -378,5 +378,5 @@ def _check_layers(config: Training, n_layers: int) -> None:
             )
     if max(config.k) > config.n_features:
         raise InputError(
-            f"k={config.k}, and there are n_features={config.n_features}: give k at most n_features."
+            f"k={config.k}, and n_features={config.n_features}: give k at most n_features."
         )
