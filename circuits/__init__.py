@@ -11,9 +11,12 @@ The public names are listed in `__init__.pyi`. They are imported when first used
 `circuits --help` does not wait for torch.
 """
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import lazy_loader
 
-__version__ = version("transformer-circuits")
+try:
+    __version__ = version("transformer-circuits")
+except PackageNotFoundError:  # a checkout that is on the path but not installed
+    __version__ = "unknown"
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -216,6 +216,15 @@ def test_compare_tells_variants_of_a_method_apart_and_refuses_the_same_twice(cap
     assert "names 'eap' twice" in errors
 
 
+def test_settings_in_compare_can_be_booleans_and_negative_numbers(capsys, tmp_path):
+    few = ("--n", "2", "--n-eval", "2", "--size", "9", "--out", str(tmp_path), "--json")
+    words = ("compare", "--methods", "acdc:threshold=0.5:speculate=False,random:seed=-1", *few)
+    status, output, errors = run_here(capsys, *words)
+    assert status == 0, errors
+    names = {"acdc:threshold=0.5:speculate=False", "random:seed=-1"}
+    assert set(json.loads(output)["table"]) == names
+
+
 def test_a_file_can_define_several_methods_and_be_named_several_times(capsys, tmp_path):
     file = tmp_path / "torch.py"  # the name of a module that is in use must do no harm
     first, second = (
@@ -502,14 +511,6 @@ def test_only_the_prompts_of_the_search_are_called_those_it_was_found_on(capsys,
             ["discover", "--method", "random", "--n", "2", "--out", "/dev/null/runs"],
             "cannot be made",
         ),
-        (
-            ["compare", "--methods", "eap:speed=3"],
-            "'eap:speed=3' cannot be used; the settings of eap are metric",
-        ),
-        (
-            ["compare", "--methods", "attribution-graph"],
-            "the settings of attribution-graph are transcoders (needed), ",
-        ),
     ],
 )
 def test_a_mistake_is_told_in_one_line_with_status_2(capsys, tmp_path, monkeypatch, words, told):
@@ -519,6 +520,28 @@ def test_a_mistake_is_told_in_one_line_with_status_2(capsys, tmp_path, monkeypat
     assert told in errors
     assert errors.splitlines()[-1].startswith("circuits: ")
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("methods", "told"),
+    [
+        (
+            "eap:speed=3",
+            "eap has no setting 'speed'; there are metric, ablation, max_memory, gradient_at.",
+        ),
+        ("eap:gradient-at=both", "eap has no setting 'gradient-at'; did you mean 'gradient_at'?"),
+        ("eap:metric", "metric has no value; write metric=VALUE."),
+        ("attribution-graph", "needs transcoders; write attribution-graph:transcoders=VALUE."),
+        ("acdc:threshold=x", "'threshold=x' has a wrong value; give float."),
+        ("eap:max_memory=x", "'max_memory=x' has a wrong value; give int or None."),
+        ("eap:gradient_at=here", "'gradient_at=here' has a wrong value; give clean or corrupted"),
+    ],
+)
+def test_a_setting_that_a_method_cannot_take_is_named_in_one_line(capsys, methods, told):
+    status, output, errors = run_here(capsys, "compare", "--methods", f"random,{methods}")
+    assert (status, output, errors.count("\n")) == (2, "", 1)
+    assert errors.startswith(f"circuits: --methods {methods!r}: ")
+    assert told in errors
 
 
 def test_cuda_that_is_not_there_is_one_line(capsys, monkeypatch):

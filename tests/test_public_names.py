@@ -6,6 +6,7 @@ import inspect
 import pytest
 
 import circuits
+from circuits.graph.nodes import check_position_name
 
 
 def test_the_public_names_are_these():
@@ -125,6 +126,49 @@ def test_public_functions_say_what_they_raise(name):
         "completeness_score",
     }:
         assert "Raises:" in (inspect.getdoc(function) or "")
+
+
+def public_methods():
+    for name in circuits.__all__:
+        kind = getattr(circuits, name)
+        if inspect.isclass(kind):
+            for method, function in inspect.getmembers(kind, inspect.isfunction):
+                if not method.startswith("_") and function.__module__.startswith("circuits."):
+                    yield f"{name}.{method}", function
+
+
+def test_public_methods_say_what_they_raise():
+    silent = []
+    for name, function in public_methods():
+        refuses = "raise InputError" in inspect.getsource(function)
+        if refuses and "InputError" not in (inspect.getdoc(function) or ""):
+            silent.append(name)
+    assert not silent
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        check_position_name,
+        circuits.ACDC.search_graph,
+        circuits.ACDC.meter,
+        circuits.ACDC.run_settings,
+        circuits.ActivationPatching.node_scores,
+        circuits.EAP.search_graph,
+        circuits.FeatureGraph.incoming,
+        circuits.FeatureGraph.outgoing,
+        circuits.Intervention.set,
+        circuits.Intervention.scale,
+        circuits.Intervention.ablate,
+    ],
+    ids=lambda function: function.__qualname__,
+)
+def test_functions_say_what_the_checks_that_they_call_raise(function):
+    assert "Raises:\n    InputError: " in inspect.getdoc(function)
+
+
+def test_saving_transcoders_says_what_it_returns():
+    assert "Returns:\n    The folder." in inspect.getdoc(circuits.save_transcoders)
 
 
 def test_values_are_frozen():

@@ -574,6 +574,15 @@ def test_pairs_that_cannot_be_used_are_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_spans_with_a_slow_tokenizer_are_refused_with_the_remedy(
+    toy: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(toy.tokenizer), "is_fast", False)
+    pair = PromptPair("So Mary", "So John", spans={"NAME": (3, 7)})
+    with pytest.raises(circuits.InputError, match="load a fast one, or leave the spans out"):
+        Task.from_prompts(toy, [pair])
+
+
 def test_a_model_without_a_tokenizer_is_told_to_use_tokens() -> None:
     with pytest.raises(circuits.InputError, match=r"no tokenizer.*Task\.from_tokens"):
         circuits.load_task("ioi", random_model(), n=4)
@@ -635,7 +644,7 @@ def test_a_broken_line_is_refused_with_file_and_line_number(
 
 
 def test_files_that_are_missing_or_empty_are_refused(tmp_path: Path, toy: Model) -> None:
-    with pytest.raises(circuits.InputError, match="cannot be read"):
+    with pytest.raises(circuits.InputError, match=r"cannot be read.*; give a text file with one"):
         Task.from_jsonl(tmp_path / "none.jsonl", toy)
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(circuits.InputError, match="holds no prompt pair"):
@@ -681,10 +690,13 @@ BAD_TENSORS: dict[str, tuple[dict[str, object], str]] = {
         r"clean has shape \(4,\) .*; give integers \[batch, pos\]",
     ),
     "no prompt": ({"clean": TOKENS[:0]}, r"clean has shape \(0, 4\).*with no axis of size 0"),
-    "negative": ({"clean": TOKENS - 1}, r"clean holds -1; the smallest valid value is 0"),
+    "negative": (
+        {"clean": TOKENS - 1},
+        r"clean holds -1 for prompt 0; .* pad with any token, and give lengths",
+    ),
     "answers": (
         {"answers": torch.tensor([1, 2])},
-        r"answers has shape \(2,\) .*; give integers \[3\] or \[3, k\]",
+        r"answers has shape \(2,\) .*; give integers \[3\] or \[3, k\], padded with -1",
     ),
     "answers without tokens": (
         {"answers": torch.zeros(3, 0).long()},
@@ -696,16 +708,31 @@ BAD_TENSORS: dict[str, tuple[dict[str, object], str]] = {
     ),
     "no answer": (
         {"answers": torch.tensor([[1, 2], [-1, -1], [1, -1]])},
-        r"answers is empty for prompt 1",
+        r"answers is empty for prompt 1; give every prompt .* token, or leave answers out",
     ),
-    "wrong answers": ({"wrong_answers": torch.tensor([-7, 1, 1])}, r"wrong_answers holds -7"),
+    "wrong answers": (
+        {"wrong_answers": torch.tensor([1, -7, 1])},
+        r"wrong_answers holds -7 for prompt 1; give token ids, padded with -1",
+    ),
     "lengths": (
         {"lengths": torch.tensor([4, 5, 1])},
-        r"lengths holds 5; the largest valid value is 4",
+        r"lengths holds 5 for prompt 1; give integers \[3\], from 1 to 4",
     ),
     "position": (
         {"lengths": torch.tensor([4, 2, 4]), "answer_positions": torch.tensor([3, 2, 0])},
         r"answer_positions marks position 2 of prompt 1, which has 2 tokens",
+    ),
+    "position outside all prompts": (
+        {"answer_positions": torch.tensor([3, 3, 4])},
+        r"answer_positions marks position 4 of prompt 2, which has 4 tokens",
+    ),
+    "negative position": (
+        {"answer_positions": torch.tensor([3, -1, 3])},
+        r"answer_positions marks position -1 of prompt 1, which has 4 tokens",
+    ),
+    "positions floats": (
+        {"answer_positions": torch.ones(3, 4)},
+        r"answer_positions has .* torch.float32; give integers \[3\] or booleans \[3, 4\]",
     ),
     "positions shape": (
         {"answer_positions": torch.tensor([3, 2])},
@@ -727,7 +754,7 @@ BAD_TENSORS: dict[str, tuple[dict[str, object], str]] = {
         {"positions": {"A": torch.ones(3, 4)}},
         r"span 'A' has .* dtype torch.float32; give booleans",
     ),
-    "name": ({"name": "a/b"}, r"cannot be called 'a/b'"),
+    "name": ({"name": "a/b"}, r"cannot be called 'a/b', because folders get its name"),
 }
 
 

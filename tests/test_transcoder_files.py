@@ -158,15 +158,17 @@ def test_per_layer_files_are_read_as_their_formula_says(tmp_path, inputs, thresh
 
 
 @pytest.mark.parametrize("mapped", [False, True])
-def test_a_per_layer_decoder_that_is_stored_transposed_is_turned(tmp_path, mapped):
+@pytest.mark.parametrize("name", ["W_enc", "W_dec"])
+def test_a_per_layer_matrix_that_is_stored_transposed_is_turned(tmp_path, name, mapped):
     layers = per_layer(tmp_path)
     for layer, tensors in enumerate(layers):
         save_file(
-            tensors | {"W_dec": tensors["W_dec"].T.contiguous()},
+            tensors | {name: tensors[name].T.contiguous()},
             tmp_path / f"layer_{layer}.safetensors",
         )
     transcoders = load_transcoders(tmp_path, mapped=mapped)
     for layer, tensors in enumerate(layers):
+        assert torch.equal(transcoders.encoders[layer].weight, tensors["W_enc"])
         assert torch.equal(transcoders.decoders[layer][:, 0], tensors["W_dec"])
 
 
@@ -812,6 +814,29 @@ def wrong_decoder(folder: Path) -> None:
     save_file({"W_dec_1": random(FEATURES, 3, WIDTH)}, folder / "W_dec_1.safetensors")
 
 
+def one_of_gemma_scope(folder: Path) -> None:
+    gemma_scope(folder, 0, "l0_7")
+
+
+def one_of_gemma_scope_2(folder: Path) -> None:
+    gemma_scope_2(folder / "params_layer_0.safetensors", 0, cross_layer=False, skip=False)
+
+
+def with_tensors(write, name: str, **changes):
+    """A set in which some tensors of one file are others, or new."""
+
+    def changed(folder: Path) -> None:
+        write(folder)
+        file = folder / name
+        if file.suffix == ".npz":
+            arrays = {tensor: value.numpy() for tensor, value in changes.items()}
+            np.savez(file, **{**np.load(file), **arrays})
+        else:
+            save_file(load_file(file) | changes, file)
+
+    return changed
+
+
 def autoencoder(folder: Path) -> None:
     save_file(
         {"encoder.weight": random(FEATURES, WIDTH), "encoder.bias": random(FEATURES)},
@@ -897,6 +922,36 @@ BROKEN = {
         broken(k=torch.tensor([1, 2])),
         r"k has shape \(2,\) .* expected one positive integer",
     ),
+    "a k of a cross-layer transcoder": (
+        with_tensors(cross_layer, "W_enc_0.safetensors", k=torch.tensor(4)),
+        r"W_enc_0.safetensors and .*W_dec_0.safetensors: it is not known what k does",
+    ),
+    "a k of GemmaScope": (
+        with_tensors(one_of_gemma_scope, "layer_0/l0_7/params.npz", k=torch.tensor(4)),
+        r"params.npz: it is not known what k does",
+    ),
+    "a k of GemmaScope-2": (
+        with_tensors(one_of_gemma_scope_2, "params_layer_0.safetensors", k=torch.tensor(4)),
+        r"params_layer_0.safetensors: it is not known what k does",
+    ),
+    "a skip of GemmaScope": (
+        with_tensors(one_of_gemma_scope, "layer_0/l0_7/params.npz", W_skip=random(WIDTH, WIDTH)),
+        r"params.npz: it is not known what W_skip does",
+    ),
+    "a transposed encoder of a cross-layer transcoder": (
+        with_tensors(cross_layer, "W_enc_0.safetensors", W_enc_0=random(WIDTH, FEATURES)),
+        r"W_enc_0 has shape \(5, 12\), expected \(12, 5\) \(features, d_model\)",
+    ),
+    "an encoder of GemmaScope that is not transposed": (
+        with_tensors(one_of_gemma_scope, "layer_0/l0_7/params.npz", W_enc=random(FEATURES, WIDTH)),
+        r"W_enc has shape \(12, 5\), expected \(5, 12\) \(d_model, features\)",
+    ),
+    "a transposed decoder of GemmaScope-2": (
+        with_tensors(
+            one_of_gemma_scope_2, "params_layer_0.safetensors", w_dec=random(WIDTH, FEATURES)
+        ),
+        r"w_dec has shape \(5, 12\), expected \(12, 5\) \(features, d_model\)",
+    ),
     "a wrong decoder": (
         wrong_decoder,
         r"W_dec_1 has shape \(12, 3, 5\), expected \(12, 2, 5\) \(features, layers written to, "
@@ -921,6 +976,18 @@ BROKEN = {
         with_config("feature_input_hook: hook_q"),
         r"feature_input_hook is 'hook_q', which is not known; use one of hook_resid_mid, "
         r"hook_resid_pre, hook_mlp_in, ln2.hook_normalized, mlp",
+    ),
+    "a hook in capitals": (
+        with_config("feature_input_hook: Hook_Resid_Mid"),
+        r"feature_input_hook is 'Hook_Resid_Mid', which is not known; use one of hook_resid_mid",
+    ),
+    "a kind with a hyphen": (
+        with_config("model_kind: transcoder-set"),
+        r"model_kind is 'transcoder-set', which is not known; use one of transcoder_set",
+    ),
+    "a list of activations": (
+        with_config("activation: [relu]"),
+        r"activation is \['relu'\], which is not known; use one of relu",
     ),
     "an unknown output hook": (
         with_config("feature_output_hook: hook_z"),
@@ -962,6 +1029,13 @@ BROKEN = {
     "a strange entry": (
         with_config("transcoders: [{layer: 0}]"),
         r"entry 0 of transcoders is {'layer': 0}; give a path, an hf:// address",
+    ),
+    "a layer that is no number": (
+        with_config(
+            "transcoders: [{layer: false, filepath: layer_0.safetensors}, "
+            "{layer: true, filepath: layer_1.safetensors}]"
+        ),
+        r"entry 0 of transcoders is {'layer': False, .*; give a path, an hf:// address, or layer",
     ),
     "a layer twice": (
         with_config("transcoders: [{layer: 0, filepath: a.npz}, {layer: 0, filepath: b.npz}]"),

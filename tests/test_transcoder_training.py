@@ -4,6 +4,7 @@ model stays as it was.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -191,9 +192,20 @@ def test_a_checkpoint_of_other_settings_is_refused(model: Model, tmp_path: Path)
     ("change", "message"),
     [
         ({"k": (1.0, 2.0, 3.0)}, "one for each of the 2 layers"),
-        ({"k": (49.0,)}, "k at most n_features"),
-        ({"kind": "other"}, "use plt, skip-plt or clt"),
-        ({"steps": 0}, "must be positive"),
+        (
+            {"k": (49.0,)},
+            r"^k=\(49.0,\), and n_features=48: give k at most n_features\.$",
+        ),
+        ({"k": (math.nan, 1.0)}, r"^k=\(nan, 1.0\): give one positive number"),
+        ({"penalty": (math.inf,)}, r"^penalty=\(inf,\): give one positive number"),
+        ({"kind": "other"}, r"^kind='other': use one of plt, skip-plt, clt\.$"),
+        ({"dtype": "int8"}, r"^dtype='int8': use one of float32, float64\.$"),
+        ({"steps": 0}, r"^steps=0: give 1 or more\.$"),
+        ({"checkpoint_every": -3}, r"^checkpoint_every=-3: give 1 or more\.$"),
+        ({"dead_after": -1}, r"^dead_after=-1: give 0 or more\.$"),
+        ({"learning_rate": -1.0}, r"^learning_rate=-1.0: give a finite number, 0 or more\.$"),
+        ({"learning_rate": math.nan}, r"^learning_rate=nan: give a finite number, 0 or more\.$"),
+        ({"learning_rate": math.inf}, r"^learning_rate=inf: give a finite number, 0 or more\.$"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(

@@ -269,12 +269,19 @@ class FeatureGraph:
         """Return the `n` strongest edges into a node, by absolute weight.
 
         Columns are `node`, `weight`, and its parts `direct` and `attention`.
+
+        Raises:
+            InputError: the graph has no such node, or `n` is negative.
         """
         chosen = self.target == self.find(node)
         return self._strongest(chosen, self.source, n)
 
     def outgoing(self, node: Node | str, n: int = 10) -> pd.DataFrame:
-        """Return the `n` strongest edges out of a node, with the same columns as `incoming`."""
+        """Return the `n` strongest edges out of a node, with the same columns as `incoming`.
+
+        Raises:
+            InputError: the graph has no such node, or `n` is negative.
+        """
         chosen = self.source == self.find(node)
         return self._strongest(chosen, self.target, n)
 

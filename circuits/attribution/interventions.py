@@ -88,17 +88,29 @@ class Intervention:
 
     @staticmethod
     def set(feature: Feature | str, value: float) -> Intervention:
-        """Set a feature, at its position or, without one, at all positions."""
+        """Set a feature, at its position or, without one, at all positions.
+
+        Raises:
+            InputError: `feature` is no feature, or `value` is not finite.
+        """
         return Intervention(*_layer_index_position(feature), value=value)
 
     @staticmethod
     def scale(feature: Feature | str, factor: float) -> Intervention:
-        """Multiply a feature."""
+        """Multiply a feature.
+
+        Raises:
+            InputError: `feature` is no feature, or `factor` is not finite.
+        """
         return Intervention(*_layer_index_position(feature), factor=factor)
 
     @staticmethod
     def ablate(feature: Feature | str) -> Intervention:
-        """Set a feature to zero."""
+        """Set a feature to zero.
+
+        Raises:
+            InputError: `feature` is no feature.
+        """
         return Intervention.scale(feature, 0.0)
 
     def applied(self, activation: Activations) -> Activations:

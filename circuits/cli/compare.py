@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import MISSING, fields
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import pandas as pd
 import tyro
 from rich.console import Console
 
 from circuits.cli.console import frame_table, print_json, progress_bar
-from circuits.cli.methods import Method, find_method, options_of
+from circuits.cli.methods import Method, find_method, option_types
 from circuits.cli.options import AblationName, TaskOptions, Unprefixed
 from circuits.discovery.discoverer import CircuitDiscoverer
 from circuits.evaluation.compare import Comparison, compare
@@ -24,6 +27,7 @@ from circuits.runs.run_folder import digest
 from circuits.system.errors import InputError
 from circuits.system.files import write_bytes, write_json
 from circuits.system.ranks import is_first
+from circuits.tasks.messages import suggestion
 from circuits.tasks.task import Task
 
 RANDOM_SEEDS = 5
@@ -126,21 +130,40 @@ def _variations(kind: Method, settings: Texts, thresholds: Texts, ablation: str)
 
 
 def _make(kind: Method, settings: Texts, entry: str) -> CircuitDiscoverer:
-    words = [f"--{setting}" for setting in settings]
-    known = options_of(kind)
+    where = f"--methods {entry!r}"
+    types = option_types(kind)
+    values = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if name not in types:
+            known = suggestion(name, types)
+            raise InputError(f"{where}: {kind.name} has no setting {name!r}; {known}")
+        if not equals:
+            raise InputError(f"{where}: {name} has no value; write {name}=VALUE.")
+        values[name] = _value(types[name], text, f"{where}: {setting!r}")
+    for field in fields(kind):
+        is_needed = field.default is field.default_factory is MISSING
+        if is_needed and field.name not in values:
+            example = f"{kind.name}:{field.name}=VALUE"
+            raise InputError(f"{where}: {kind.name} needs {field.name}; write {example}.")
+    return kind(**values)
+
+
+def _value(hint: Any, text: str, where: str) -> Any:
     try:
-        # Silent, so that a mistake is one line like all others.
-        options = tyro.cli(known, args=words, console_outputs=False)
+        # tyro prints some mistakes in any case, and they are to be one line like all others.
+        with redirect_stderr(StringIO()):
+            return tyro.cli(hint, args=[text], console_outputs=False)
     except SystemExit as error:
-        names = []
-        for field in fields(kind):
-            is_needed = field.default is field.default_factory is MISSING
-            names.append(f"{field.name} (needed)" if is_needed else field.name)
-        raise InputError(
-            f"--methods {entry!r} cannot be used; the settings of {kind.name} are "
-            f"{', '.join(names)}, written like {kind.name}:threshold=0.01."
-        ) from error
-    return kind(**vars(options))
+        raise InputError(f"{where} has a wrong value; give {_in_words(hint)}.") from error
+
+
+def _in_words(hint: Any) -> str:
+    """A type as a reader sees it: "float", or "clean or corrupted or both"."""
+    parts = get_args(hint)
+    if parts:
+        return " or ".join(map(_in_words, parts))
+    return "None" if hint is NoneType else getattr(hint, "__name__", str(hint))
 
 
 def _run_all(sweeps: Sweeps, model: Model, task: Task, source: TaskOptions, out: Path) -> Runs:

@@ -42,12 +42,11 @@ def options_of(kind: Method, taken: Collection[str] = ()) -> Any:
 
     Options of the command itself are `taken`: a field of that name becomes `--method-<field>`.
     """
-    hints = get_type_hints(kind)
+    types = option_types(kind)
     options: list[Any] = []
     for field in dataclasses.fields(kind):
         name = f"method-{field.name}" if field.name in taken else None
-        hint = hints[field.name]
-        option_type: Any = _option_type(field.name, hint)
+        option_type = types[field.name]
         named = tyro.conf.arg(name=name)
         argument: Any = Annotated[option_type, named]
         # A copy, because a dataclass changes the fields that it is made of.
@@ -55,6 +54,13 @@ def options_of(kind: Method, taken: Collection[str] = ()) -> Any:
         options.append((field.name, argument, copied))
     documented = {"__doc__": kind.__doc__}
     return dataclasses.make_dataclass(f"{kind.__name__}Options", options, namespace=documented)
+
+
+def option_types(kind: Method) -> dict[str, Any]:
+    """The types of a method's options, by the names of its fields."""
+    hints = get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind)]
+    return {name: _option_type(name, hints[name]) for name in names}
 
 
 def _methods_in(file: Path) -> dict[str, Method]:

@@ -107,11 +107,19 @@ class CircuitDiscoverer:
         raise NotImplementedError
 
     def search_graph(self, model: Model, graph: Graph | None) -> Graph:
-        """The graph to search: the one given, or the component graph."""
+        """The graph to search: the one given, or the component graph.
+
+        Raises:
+            InputError: the model has no component graph, or the method cannot take the given graph.
+        """
         return component_graph(model) if graph is None else graph
 
     def refuse_checkpoint(self, checkpoint: object) -> None:
-        """Refuse a checkpoint, for methods that have no state to resume from."""
+        """Refuse a checkpoint, for methods that have no state to resume from.
+
+        Raises:
+            InputError: a checkpoint is given.
+        """
         where = checkpoint.path if isinstance(checkpoint, Checkpoint) else checkpoint
         if where is not None:
             raise InputError(
@@ -137,12 +145,20 @@ class CircuitDiscoverer:
         return {"method": self.name, "settings": settings, **found}
 
     def meter(self, model: Model, graph: Graph, task: Task) -> DamageMeter:
-        """Measures the damage of circuits as the method's fields say."""
+        """Measures the damage of circuits as the method's fields say.
+
+        Raises:
+            InputError: the model, graph, task and fields do not fit together.
+        """
         settings = self.run_settings(task)
         return DamageMeter.prepare(model, graph, task, settings)
 
     def run_settings(self, task: Task) -> RunSettings:
-        """How to run circuits on `task` and judge them: the method's fields named RUN_SETTINGS."""
+        """How to run circuits on `task` and judge them: the method's fields named RUN_SETTINGS.
+
+        Raises:
+            InputError: there is no such ablation, metric or precision.
+        """
         names = {each.name for each in fields(self)}
         own = {name: getattr(self, name) for name in names.intersection(RUN_SETTINGS)}
         return RunSettings.parse(task, **own)

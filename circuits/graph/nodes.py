@@ -215,7 +215,11 @@ def at_position(node: AnyNode, position: Position) -> AnyNode:
 
 
 def check_position_name(name: str) -> None:
-    """Refuse a span name that would not survive the text form of nodes and edges."""
+    """Refuse a span name that would not survive the text form of nodes and edges.
+
+    Raises:
+        InputError: the name is empty, a number, or contains a character of the text form.
+    """
     if not name or name.isdecimal() or re.search(r"[@<>\s.]|->", name):
         raise InputError(
             f"span name {name!r} cannot be used: it must not be empty, a number, or contain "

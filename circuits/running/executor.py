@@ -43,7 +43,12 @@ class Executor(Protocol):
 
 
 def get_executor(model: Model, graph: Graph, task: Task, settings: RunSettings) -> Executor:
-    """The executor for this graph: the incremental one, unless it cannot run the model."""
+    """The executor for this graph: the incremental one, unless it cannot run the model.
+
+    Raises:
+        InputError: the executor cannot run this graph or has no such precision; the model, graph
+            and task do not fit together; or memory runs out.
+    """
     name, precision = model.cfg.model_name, settings.precision
     only_incremental = precision is not None or settings.executor == "incremental"
 

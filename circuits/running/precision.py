@@ -99,7 +99,11 @@ class Precision:
 
 
 def get_precision(precision: str | Precision | None) -> Precision | None:
-    """A precision, by the name of its background type; of anything else an InputError."""
+    """A precision, by the name of its background type.
+
+    Raises:
+        InputError: there is no such type, or it is neither a name nor a precision.
+    """
     if isinstance(precision, str):
         return Precision(precision)
     if precision is not None and not isinstance(precision, Precision):

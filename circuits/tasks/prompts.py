@@ -107,7 +107,10 @@ def read_pairs(path: str | Path, convert: Callable[[PromptPair], Any]) -> list[A
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the task file {path} cannot be read: {error}.") from error
+        raise InputError(
+            f"the task file {path} cannot be read: {error}; give a text file with one JSON object "
+            "per line."
+        ) from error
     converted = []
     # str.splitlines would also break lines at characters that JSON allows inside strings.
     for number, line in enumerate(text.split("\n"), start=1):

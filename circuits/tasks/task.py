@@ -165,8 +165,10 @@ class Task:
         scored = validation.check_scored(answer_positions, clean, lengths)
         spans = validation.check_spans(positions or {}, clean, lengths)
         if not re.fullmatch(r"[\w+-][\w.+-]*", name):
-            # Folders get this name.
-            raise InputError(f"a task cannot be called {name!r}; use letters, digits and . _ - +")
+            raise InputError(
+                f"a task cannot be called {name!r}, because folders get its name; use only "
+                "letters, digits and . _ - +, and no . at the start."
+            )
         metric = _default_metric(answers, wrong_answers) if metric is None else metric
         return Task(name, clean, corrupted, lengths, scored, answers, wrong_answers, spans, metric)
 

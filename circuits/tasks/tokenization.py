@@ -166,7 +166,10 @@ class PromptTokenizer:
         # Only fast tokenizers say which characters a token stands for.
         if not self.tokenizer.is_fast:
             name = self.cfg.model_name
-            raise InputError(f"spans need a fast tokenizer, which that of {name} is not.")
+            raise InputError(
+                f"spans need a fast tokenizer, which that of {name} is not; load a fast one, or "
+                "leave the spans out."
+            )
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return encoded["offset_mapping"]
 

@@ -15,13 +15,11 @@ from circuits.graph.nodes import check_position_name
 from circuits.system.errors import InputError
 
 Masks = Mapping[str, Tensor]
-_KINDS: dict[str, Any] = {"integers": Integer, "booleans": Bool}
 
 
 def check_prompts(clean: Tensor, corrupted: Tensor) -> tuple[Tensor, Tensor]:
     """Clean and corrupted token ids have the same shape."""
-    clean = _integers("clean", clean, "batch pos", lowest=0)
-    corrupted = _integers("corrupted", corrupted, "batch pos", lowest=0)
+    clean, corrupted = _tokens("clean", clean), _tokens("corrupted", corrupted)
     if clean.shape != corrupted.shape:
         raise InputError(
             f"clean has shape {tuple(clean.shape)} and corrupted {tuple(corrupted.shape)}; "
@@ -35,7 +33,10 @@ def check_lengths(lengths: Tensor | None, clean: Tensor) -> Tensor:
     batch, pos = clean.shape
     if lengths is None:
         return clean.new_full((batch,), pos)
-    lengths = _integers("lengths", lengths, f"{batch}", lowest=1, highest=pos)
+    advice = f"integers [{batch}], from 1 to {pos}"
+    _require("lengths", lengths, advice, Integer[Tensor, f"{batch}"])
+    lengths = lengths.long()
+    _require_valid("lengths", lengths, (lengths >= 1) & (lengths <= pos), advice)
     return lengths.to(clean.device)
 
 
@@ -44,12 +45,17 @@ def check_answers(name: str, tokens: Tensor | None, clean: Tensor) -> Tensor | N
     if tokens is None:
         return None
     batch = len(clean)
-    tokens = _integers(name, tokens, f"{batch}", f"{batch} k", lowest=-1)
+    advice = f"integers [{batch}] or [{batch}, k], padded with -1"
+    _require(name, tokens, advice, Integer[Tensor, f"{batch}"], Integer[Tensor, f"{batch} k"])
     # [batch] answers are the case k = 1.
-    tokens = tokens.reshape(batch, -1).to(clean.device)
+    tokens = tokens.reshape(batch, -1).to(clean.device).long()
+    _require_valid(name, tokens, tokens >= -1, "token ids, padded with -1")
     without = (tokens < 0).all(1).nonzero()
     if len(without):
-        raise InputError(f"{name} is empty for prompt {int(without[0])}; give it a token.")
+        raise InputError(
+            f"{name} is empty for prompt {int(without[0])}; give every prompt at least one token, "
+            f"or leave {name} out."
+        )
     return tokens
 
 
@@ -59,10 +65,16 @@ def check_scored(answer_positions: Tensor | None, clean: Tensor, lengths: Tensor
     batch, pos = clean.shape
     # By default the last real token is scored.
     scored = lengths - 1 if answer_positions is None else answer_positions
+    advice = f"integers [{batch}] or booleans [{batch}, {pos}]"
+    _require(name, scored, advice, Integer[Tensor, f"{batch}"], Bool[Tensor, f"{batch} {pos}"])
+    scored = scored.to(clean.device)
     if scored.dtype != torch.bool:
-        scored = _integers(name, scored, f"{batch}", lowest=0, highest=pos - 1)
-        scored = one_hot(scored, pos).bool()
-    scored = _mask(name, scored, lengths, pos)
+        scored = scored.long()
+        prompts = torch.arange(batch, device=scored.device)
+        marks = torch.stack([prompts, scored], dim=1)
+        _require_real(name, marks, lengths)
+        return one_hot(scored, pos).bool()
+    _require_real(name, scored.nonzero(), lengths)
     without = (~scored.any(1)).nonzero()
     if len(without):
         raise InputError(f"prompt {int(without[0])} has no scored position; set {name} in it.")
@@ -71,46 +83,50 @@ def check_scored(answer_positions: Tensor | None, clean: Tensor, lengths: Tensor
 
 def check_spans(spans: Masks, clean: Tensor, lengths: Tensor) -> Masks:
     """The names of spans can be written in node names, and their tokens are real."""
+    batch, pos = clean.shape
     checked = {}
     for name, mask in spans.items():
         check_position_name(name)
-        checked[name] = _mask(f"span {name!r}", mask, lengths, clean.shape[1])
+        title = f"span {name!r}"
+        _require(title, mask, f"booleans [{batch}, {pos}]", Bool[Tensor, f"{batch} {pos}"])
+        mask = mask.to(clean.device)
+        _require_real(title, mask.nonzero(), lengths)
+        checked[name] = mask
     return checked
 
 
-def _mask(name: str, mask: Tensor, lengths: Tensor, pos: int) -> Tensor:
-    _require(name, mask, "booleans", f"{len(lengths)} {pos}")
-    mask = mask.to(lengths.device)
-    positions = torch.arange(pos, device=lengths.device)
-    is_padding = positions >= lengths[:, None]
-    marked_padding = (mask & is_padding).nonzero()
-    if len(marked_padding):
-        prompt, position = marked_padding[0].tolist()
+def _tokens(name: str, tokens: Tensor) -> Tensor:
+    _require(name, tokens, "integers [batch, pos]", Integer[Tensor, "batch pos"])
+    tokens = tokens.long()
+    advice = "token ids of 0 or more: pad with any token, and give lengths"
+    _require_valid(name, tokens, tokens >= 0, advice)
+    return tokens
+
+
+def _require(name: str, tensor: Tensor, wanted: str, *types: Any) -> None:
+    # The types of jaxtyping check dtype and shape at once.
+    is_empty = tensor.numel() == 0
+    if is_empty or not isinstance(tensor, types):
+        found = f"shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
+        also = ", with no axis of size 0" if is_empty else ""
+        raise InputError(f"{name} has {found}; give {wanted}{also}.")
+
+
+def _require_valid(name: str, values: Tensor, is_valid: Tensor, wanted: str) -> None:
+    # Both tensors are [batch, ...].
+    wrong = (~is_valid).nonzero()
+    if len(wrong):
+        value, prompt = int(values[~is_valid][0]), int(wrong[0, 0])
+        raise InputError(f"{name} holds {value} for prompt {prompt}; give {wanted}.")
+
+
+def _require_real(name: str, marks: Tensor, lengths: Tensor) -> None:
+    # `marks` are rows of a prompt and a position in it.
+    prompts, positions = marks.T
+    is_padding = (positions < 0) | (positions >= lengths[prompts])
+    if is_padding.any():
+        prompt, position = marks[is_padding][0].tolist()
         raise InputError(
             f"{name} marks position {position} of prompt {prompt}, "
             f"which has {int(lengths[prompt])} tokens; mark real tokens only."
         )
-    return mask
-
-
-def _integers(
-    name: str, values: Tensor, *shapes: str, lowest: int, highest: int | None = None
-) -> Tensor:
-    _require(name, values, "integers", *shapes)
-    smallest, largest = map(int, values.aminmax())
-    if smallest < lowest:
-        raise InputError(f"{name} holds {smallest}; the smallest valid value is {lowest}.")
-    if highest is not None and largest > highest:
-        raise InputError(f"{name} holds {largest}; the largest valid value is {highest}.")
-    return values.long()
-
-
-def _require(name: str, tensor: Tensor, kind: str, *shapes: str) -> None:
-    # Shapes are in jaxtyping's notation, such as "3 k". Its types check dtype and shape at once.
-    types = tuple(_KINDS[kind][Tensor, shape] for shape in shapes)
-    is_empty = tensor.numel() == 0
-    if is_empty or not isinstance(tensor, types):
-        found = f"shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
-        wanted = " or ".join(f"[{shape.replace(' ', ', ')}]" for shape in shapes)
-        also = ", with no axis of size 0" if is_empty else ""
-        raise InputError(f"{name} has {found}; give {kind} {wanted}{also}.")

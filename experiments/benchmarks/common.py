@@ -21,7 +21,7 @@ from circuits.models import Model, build_model
 
 Result = TypeVar("Result")
 
-PACKAGES = ("torch", "transformer-lens", "circuits")
+PACKAGES = ("torch", "transformer-lens", "transformer-circuits")
 
 # Shapes of HookedTransformerConfig.
 SHAPES: dict[str, dict[str, Any]] = {

@@ -317,8 +317,9 @@ class EdgeScoring:
         fixed, per_prompt = needed(self.products, task, together)
         if limit is not None and fixed + per_prompt > limit:
             raise InputError(
-                f"one prompt of {task.clean.shape[1]} tokens needs {fixed + per_prompt:,} "
-                f"bytes, but max_memory={limit:,}: allow more, or use shorter prompts."
+                f"one prompt of {task.clean.shape[1]} tokens may need up to "
+                f"{fixed + per_prompt:,} bytes, but max_memory={limit:,}: allow more, or use "
+                "shorter prompts."
             )
         fitting = (self.products.budget - fixed) // per_prompt
         return min(len(task), max(1, fitting))

@@ -86,7 +86,11 @@ class GradientMethod(CircuitDiscoverer, ABC):
 
     @override
     def search_graph(self, model: Model, graph: Graph | None) -> Graph:
-        """The graph to score: the one given, if it fits the model, or the component graph."""
+        """The graph to score: the one given, if it fits the model, or the component graph.
+
+        Raises:
+            InputError: the model has no component graph, or the graph is of another model.
+        """
         # A graph that is made here fits; checking it would read all weights again.
         if graph is None:
             return component_graph(model)

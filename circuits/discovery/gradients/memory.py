@@ -10,7 +10,7 @@ from circuits.tasks.task import Task
 
 
 def needed(products: EdgeProducts, task: Task, points: int) -> tuple[int, int]:
-    """Bytes that a batch needs: a fixed number, and a number for each prompt."""
+    """Bytes that a batch needs at most: a fixed number, and a number for each prompt."""
     # The bound is generous, since what autograd keeps of a layer depends on the model's code.
     cfg = products.model.cfg
     pos = task.clean.shape[1]

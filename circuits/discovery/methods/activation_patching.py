@@ -117,7 +117,11 @@ class ActivationPatching(Resumable):
     def node_scores(
         self, model: Model, task: Task, *, graph: Graph | None = None
     ) -> dict[Node, float]:
-        """The damage of patching each node's output, that is of ablating all its outgoing edges."""
+        """The damage of patching each node's output, that is of ablating all its outgoing edges.
+
+        Raises:
+            InputError: the model, graph, task and settings do not fit together.
+        """
         graph = self.search_graph(model, graph)
         meter = self.meter(model, graph, task)
         sources = graph.source.unique()

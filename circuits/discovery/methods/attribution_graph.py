@@ -125,7 +125,11 @@ class AttributionGraph(Resumable):
             raise InputError(f"{name}={value!r}: give a whole number, {least} or more.")
 
     def search_graph(self, model: Model, graph: Graph | None) -> Graph:
-        """The empty graph: the method finds the nodes itself, and refuses a graph with edges."""
+        """The empty graph, since the method finds the nodes itself.
+
+        Raises:
+            InputError: the given graph has nodes.
+        """
         if graph is not None and graph.nodes:
             raise InputError(
                 f"{self.name} makes its graph of features itself and takes none; leave out graph, "

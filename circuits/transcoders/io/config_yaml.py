@@ -85,8 +85,9 @@ def _settings(file: Path, source: str) -> Settings:
 def _choose(key: str, value: object, source: str) -> Any:
     if value is None:
         return None
+    plain = _plain if key == "activation" else str
     for known, meaning in MEANINGS[key].items():
-        if _plain(known) == _plain(str(value)):
+        if isinstance(value, str) and plain(value) == plain(known):
             return meaning
     known_values = ", ".join(MEANINGS[key])
     raise InputError(
@@ -95,7 +96,7 @@ def _choose(key: str, value: object, source: str) -> Any:
 
 
 def _plain(name: str) -> str:
-    # JumpReLU, jump-relu and jump_relu are one.
+    # JumpReLU, jump-relu and jump_relu are one activation.
     return re.sub(r"[-_\s]", "", name).lower()
 
 
@@ -121,7 +122,8 @@ def _layer_file(number: int, entry: object, source: str) -> ListedFile:
     # An entry is a path, whose layer is the entry's number, or {layer, filepath}.
     where = f"{source}: entry {number} of transcoders is {entry!r}"
     match entry:
-        case {"layer": int(layer), "filepath": str(file)} if layer >= 0:
+        # As with k, `layer: true` must not be 1.
+        case {"layer": layer, "filepath": str(file)} if type(layer) is int and layer >= 0:
             return layer, file
         case str():
             layers = re.findall(r"(?:^|[/_])layer_(\d+)(?=[/_.]|$)", entry)

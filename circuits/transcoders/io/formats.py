@@ -21,14 +21,15 @@ from circuits.transcoders.io.tensor_files import read_tensors
 from circuits.transcoders.transcoder import Reads, Writes
 
 THRESHOLD = "activation_function.threshold"
+Axes = tuple[str, ...]
 # The biases come first: they tell the sizes that all other tensors must have.
-AXES = {
-    "bias": "features",
-    "decoder_bias": "d_model",
-    "encoder": "features, d_model",
-    "decoder": "features, d_model",
-    "threshold": "features",
-    "skip": "d_model, d_model",
+AXES: dict[str, Axes] = {
+    "bias": ("features",),
+    "decoder_bias": ("d_model",),
+    "encoder": ("features", "d_model"),
+    "decoder": ("features", "d_model"),
+    "threshold": ("features",),
+    "skip": ("d_model", "d_model"),
 }
 
 Tensors = dict[str, Tensor]
@@ -43,18 +44,21 @@ class Format:
     name: str
     reads: Reads
     writes: Writes
-    # Names of the tensors, with {} for the layer. The skip adds x @ W_skip.T.
+    # Names of the tensors, with {} for the layer; empty if the format has no such part. The skip
+    # adds x @ W_skip.T.
     encoder: str = "W_enc"
     decoder: str = "W_dec"
     bias: str = "b_enc"
     decoder_bias: str = "b_dec"
     threshold: str = "threshold"
     skip: str = "W_skip"
-    # Parts that not all sets of the format have, and parts that are stored transposed.
+    # Parts that not all sets of the format have, parts that are stored transposed, and parts that
+    # some files store transposed.
     optional: tuple[str, ...] = ("skip",)
     transposed: tuple[str, ...] = ()
+    either_way: tuple[str, ...] = ()
     kind: str = PLT_KIND
-    decoder_axes: str = AXES["decoder"]
+    decoder_axes: Axes = AXES["decoder"]
 
     def tensor(self, part: str, layer: int) -> str:
         """Return the name of a tensor."""
@@ -64,7 +68,14 @@ class Format:
 
 # Where features read and write is from what the authors publish: PLTs of Qwen-3 and others, CLTs of
 # Llama and Gemma-2; GemmaScope as circuit tracing uses it.
-PLT = Format("PLT", "mlp_input", "mlp", threshold=THRESHOLD, optional=("threshold", "skip"))
+PLT = Format(
+    "PLT",
+    "mlp_input",
+    "mlp",
+    threshold=THRESHOLD,
+    optional=("threshold", "skip"),
+    either_way=("encoder", "decoder"),
+)
 CLT = Format(
     "CLT",
     "residual",
@@ -78,9 +89,9 @@ CLT = Format(
     optional=("threshold", "skip"),
     transposed=("skip",),
     kind=CLT_KIND,
-    decoder_axes="features, layers written to, d_model",
+    decoder_axes=("features", "layers written to", "d_model"),
 )
-GEMMA_SCOPE = Format("GemmaScope", "normalized", "residual", transposed=("encoder",))
+GEMMA_SCOPE = Format("GemmaScope", "normalized", "residual", skip="", transposed=("encoder",))
 # With A the stored matrix, the skip adds x @ A in both kinds of file. (Other tools load
 # W_skip = A.T and add x @ W_skip.T in a PLT, but A and x @ W_skip in a CLT.)
 GEMMA_SCOPE_2_PLT = Format(
@@ -96,7 +107,7 @@ GEMMA_SCOPE_2_CLT = replace(
     GEMMA_SCOPE_2_PLT,
     name="GemmaScope-2 CLT",
     kind=CLT_KIND,
-    decoder_axes="features, layers, d_model",
+    decoder_axes=("features", "layers", "d_model"),
 )
 
 
@@ -153,8 +164,8 @@ def _read_layer(files: Sequence[Path], layer: int, sizes: Sizes, copy: Copier) -
     tensors: Tensors = {}
     for file in files:
         tensors |= read_tensors(file)
-    k = _k(tensors.pop("k", None), where)
     format = _format_of(tensors, files[0])
+    k = _k(tensors.pop("k", None), where) if format is PLT else None
     parts = _parts(tensors, format, layer, sizes, where)
     parts["decoder"] = _used(parts["decoder"], format, layer)
     for part, tensor in parts.items():
@@ -179,8 +190,7 @@ def _parts(tensors: Tensors, format: Format, layer: int, sizes: Sizes, where: st
             name = "threshold"
         if name in tensors:
             stored = tensors[name]
-            tensor = _turned(stored) if part in format.transposed else stored
-            parts[part] = _fitting(tensor, axes, sizes, f"{where}: {name}")
+            parts[part] = _part(stored, part, axes, format, sizes, f"{where}: {name}")
         elif part not in format.optional:
             raise InputError(
                 f"{where}: there is no tensor {name}; there are {', '.join(tensors)}. Restore the "
@@ -212,31 +222,40 @@ def _format_of(tensors: Tensors, file: Path) -> Format:
     )
 
 
-def _fitting(tensor: Tensor, axes: str, sizes: Sizes, name: str) -> Tensor:
-    # Return a tensor with certain axes, such as "features, d_model"; add sizes that are new.
+def _part(tensor: Tensor, part: str, axes: Axes, format: Format, sizes: Sizes, name: str) -> Tensor:
+    # Return a tensor with our axes, which the file may have in the other order.
+    reverse = axes[::-1]
+    is_turned = part in format.transposed
+    if part in format.either_way:
+        is_turned = _fits(tensor, reverse, sizes) and not _fits(tensor, axes, sizes)
+    if is_turned:
+        return _checked(tensor, reverse, sizes, name).T
+    return _checked(tensor, axes, sizes, name)
+
+
+def _checked(tensor: Tensor, axes: Axes, sizes: Sizes, name: str) -> Tensor:
+    # Refuse a tensor without these axes; add sizes that are new.
     if not tensor.is_floating_point():
         raise InputError(
             f"{name} holds {tensor.dtype}, not floating-point numbers; convert the weights to "
             "bfloat16 or float32."
         )
-    names = axes.split(", ")
-    # A matrix that fits only when transposed is transposed: older files have such decoders.
-    for candidate in (tensor, _turned(tensor)):
-        shape = tuple(candidate.shape)
-        expected = [sizes.get(axis, size) for axis, size in zip(names, shape, strict=False)]
-        if len(shape) == len(names) and list(shape) == expected:
-            sizes.update(zip(names, shape, strict=True))
-            return candidate
-    known = tuple(sizes.get(axis, "any size") for axis in names)
-    raise InputError(
-        f"{name} has shape {tuple(tensor.shape)}, expected {known} ({axes}); features and d_model "
-        "are as in layer 0, whose biases tell them. Check that the file is complete and of this "
-        "set."
-    )
+    if not _fits(tensor, axes, sizes):
+        known = tuple(sizes.get(axis, "any size") for axis in axes)
+        raise InputError(
+            f"{name} has shape {tuple(tensor.shape)}, expected {known} ({', '.join(axes)}); "
+            "features and d_model are as in layer 0, whose biases tell them. Check that the file "
+            "is complete and of this set."
+        )
+    sizes.update(zip(axes, tensor.shape, strict=True))
+    return tensor
 
 
-def _turned(tensor: Tensor) -> Tensor:
-    return tensor.T if tensor.dim() == 2 else tensor
+def _fits(tensor: Tensor, axes: Axes, sizes: Sizes) -> bool:
+    if tensor.dim() != len(axes):
+        return False
+    pairs = zip(axes, tensor.shape, strict=True)
+    return all(sizes.get(axis, size) == size for axis, size in pairs)
 
 
 def _k(k: Tensor | None, where: str) -> int | None:

@@ -37,9 +37,12 @@ def save_transcoders(
     replaced. If the process is killed, the folder says that it is unfinished and does not load.
 
     Args:
-        folder: is created if it does not exist, and returned.
+        folder: is created if it does not exist.
         model_name: name of the model they are for, for config.yaml.
         dtype: precision of the stored weights; None stores them as they are.
+
+    Returns:
+        The folder.
 
     Raises:
         InputError: parts do not fit together; layers have different activation functions; the

@@ -14,6 +14,7 @@ feature wrote, averaged over batches. What fires at a token then depends on no o
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -47,6 +48,7 @@ LayerNumbers = Float[Tensor, " layer"]
 Fires = Bool[Tensor, "layer token feature"]
 InputsOutputs = tuple[Vectors, Vectors]
 Sparsity = Literal["batch_topk", "l1", "tanh"]
+DtypeName = Literal["float32", "float64"]
 Batches = Callable[[int], tuple[Tensor, Tensor]]
 """Returns the tokens [batch, pos] of a step and their mask, True for real tokens. It must return
 the same for the same step, so that an interrupted training can be resumed."""
@@ -57,6 +59,9 @@ READS_WRITES: dict[str, tuple[Reads, Writes]] = {
     "skip-plt": ("mlp_input", "mlp"),
     "clt": ("residual", "residual"),
 }
+# The words that settings are chosen from, and the least that counts can be.
+CHOICES = {"kind": TranscoderKind, "sparsity": Sparsity, "dtype": DtypeName}
+LEAST = {"n_features": 1, "steps": 1, "dead_after": 0, "checkpoint_every": 1}
 CALIBRATION_BATCHES = 16
 TANH_SCALE = 10
 AUXILIARY_FEATURES, AUXILIARY_WEIGHT = 64, 0.2
@@ -84,7 +89,7 @@ class Training:
     """A feature that has not fired for this many tokens is dead."""
     seed: int = 0
     """Seed of the initial weights."""
-    dtype: Literal["float32", "float64"] = "float32"
+    dtype: DtypeName = "float32"
     """Precision of training."""
     checkpoint_every: int = 200
     """Number of steps between checkpoints."""
@@ -346,21 +351,32 @@ def _check(model: Model, config: Training) -> None:
     cfg = model.cfg
     if cfg.attn_only:
         raise InputError(f"{cfg.model_name} has no MLPs, so there is nothing to learn.")
-    kinds, sparsities = get_args(TranscoderKind), get_args(Sparsity)
-    if config.kind not in kinds or config.sparsity not in sparsities:
-        raise InputError(
-            f"kind {config.kind!r} with sparsity {config.sparsity!r}; use plt, skip-plt or clt, "
-            "and batch_topk, l1 or tanh."
-        )
+    for name, choices in CHOICES.items():
+        value = getattr(config, name)
+        known = get_args(choices)
+        if value not in known:
+            raise InputError(f"{name}={value!r}: use one of {', '.join(known)}.")
+    for name, least in LEAST.items():
+        count = getattr(config, name)
+        if count < least:
+            raise InputError(f"{name}={count}: give {least} or more.")
+    rate = config.learning_rate
+    # NaN fails every comparison.
+    if not 0 <= rate < math.inf:
+        raise InputError(f"learning_rate={rate}: give a finite number, 0 or more.")
+    _check_layers(config, cfg.n_layers)
+
+
+def _check_layers(config: Training, n_layers: int) -> None:
     for name in ("k", "penalty"):
         values = getattr(config, name)
-        fits = len(values) in (1, cfg.n_layers)
-        if not fits or min(values) <= 0:
+        are_positive = all(0 < value < math.inf for value in values)
+        if len(values) not in (1, n_layers) or not are_positive:
             raise InputError(
-                f"{name}={values}: give one positive number, or one for each of the "
-                f"{cfg.n_layers} layers."
+                f"{name}={values}: give one positive number, or one for each of the {n_layers} "
+                "layers."
             )
-    n_features = config.n_features
-    smallest_count = min(n_features, config.steps, config.checkpoint_every)
-    if smallest_count < 1 or max(config.k) > n_features:
-        raise InputError(f"{config}: all counts must be positive, and k at most n_features.")
+    if max(config.k) > config.n_features:
+        raise InputError(
+            f"k={config.k}, and n_features={config.n_features}: give k at most n_features."
+        )
