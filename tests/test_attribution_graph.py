@@ -513,6 +513,19 @@ def test_a_graph_whose_nodes_are_not_in_order_is_refused(tmp_path):
         FeatureGraph.load(tmp_path)
 
 
+def test_transcoders_in_a_folder_that_changes_are_read_anew(tmp_path):
+    model = model_of("gpt2")
+    method = circuits.AttributionGraph(tmp_path)
+    seen = set()
+    for seed in (3, 4):
+        transcoders = random_transcoders(model, seed=seed)
+        circuits.save_transcoders(transcoders, tmp_path)
+        graph = method.attribute(model, PROMPT)
+        assert graph.transcoders.weights == transcoders.identity.weights
+        seen.add(graph.transcoders.weights)
+    assert len(seen) == 2
+
+
 @torch.no_grad()
 def test_a_notebook_shows_a_small_table_with_escaped_text():
     model = model_of("gpt2")

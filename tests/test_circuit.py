@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from architectures import random_model, random_task
@@ -131,8 +132,16 @@ def test_a_circuit_saved_and_loaded_is_the_same(model, options, tmp_path):
 
 def test_a_record_that_is_not_json_is_refused_rather_than_lost(circuit, tmp_path):
     unsaved = circuits.Circuit.full(circuit.graph, record={"losses": torch.ones(3)})
-    with pytest.raises(circuits.InputError, match="a Tensor cannot be saved as JSON; keep only"):
+    with pytest.raises(circuits.InputError, match=r"holds a Tensor\); keep only numbers"):
         unsaved.save(tmp_path)
+    with pytest.raises(circuits.InputError, match="texts as keys"):
+        circuits.Circuit.full(circuit.graph, record={"by": {(0, 1): 2}}).save(tmp_path)
+
+
+def test_numbers_of_numpy_are_saved_as_numbers(circuit, tmp_path):
+    record = {"n": np.int64(3), "share": np.float32(0.5)}
+    circuits.Circuit.full(circuit.graph, record=record).save(tmp_path)
+    assert circuits.Circuit.load(tmp_path).record == {"n": 3, "share": 0.5}
 
 
 def test_nothing_is_left_behind_but_the_file(circuit, tmp_path):

@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import circuits
+from circuits.cli.console import frame_table, terminal
 from circuits.cli.main import main
 
 METHOD_OF_ONES_OWN = '''
@@ -535,6 +537,8 @@ def test_a_mistake_is_told_in_one_line_with_status_2(capsys, tmp_path, monkeypat
         ("acdc:threshold=x", "'threshold=x' has a wrong value; give float."),
         ("eap:max_memory=x", "'max_memory=x' has a wrong value; give int or None."),
         ("eap:gradient_at=here", "'gradient_at=here' has a wrong value; give clean or corrupted"),
+        ("acdc:speculate=no", "'speculate=no' has a wrong value; give True or False."),
+        ("acdc:threshold=0.1:threshold=0.2", "threshold is given twice."),
     ],
 )
 def test_a_setting_that_a_method_cannot_take_is_named_in_one_line(capsys, methods, told):
@@ -542,6 +546,22 @@ def test_a_setting_that_a_method_cannot_take_is_named_in_one_line(capsys, method
     assert (status, output, errors.count("\n")) == (2, "", 1)
     assert errors.startswith(f"circuits: --methods {methods!r}: ")
     assert told in errors
+
+
+def test_a_threshold_that_is_no_number_is_named(capsys):
+    status, output, errors = run_here(capsys, "compare", "--thresholds", "0.5,x")
+    assert (status, output) == (2, "")
+    assert errors == (
+        "circuits: --thresholds '0.5,x': 'x' is no number; write numbers separated by commas.\n"
+    )
+
+
+def test_texts_that_look_like_markup_are_printed_as_they_are(capsys):
+    frame = pd.DataFrame({"token": ["[bold]", ":smile:"]}, index=["[/INST]", "[red]"])
+    terminal().print(frame_table(frame, "' x' -> '[/INST]'"))
+    output = capsys.readouterr().out
+    for text in ("' x' -> '[/INST]'", "[bold]", ":smile:", "[/INST]", "[red]"):
+        assert text in output
 
 
 def test_cuda_that_is_not_there_is_one_line(capsys, monkeypatch):

@@ -357,6 +357,24 @@ def test_the_thresholds_draw_what_prune_keeps(
 
 
 @pytest.mark.browser
+def test_influences_that_a_weight_makes_undefined_are_said_to_be_that(
+    browser: Browser, tmp_path: Path, graph: FeatureGraph
+) -> None:
+    into_a_target = int((graph.target == len(graph.nodes) - 1).nonzero()[0])
+    odd = replace(
+        graph, weight=graph.weight.index_fill(0, torch.tensor([into_a_target]), torch.nan)
+    )
+    opened(browser, tmp_path, odd)
+    influences = browser.js(
+        "[...document.querySelectorAll('#stage .node[data-kind=feature]')].map((one) => "
+        "one.getAttribute('aria-label'))"
+    )
+    assert influences
+    assert all("influence undefined" in each for each in influences)
+    assert browser.errors() == []
+
+
+@pytest.mark.browser
 def test_a_clicked_node_lists_and_draws_its_strongest_edges(
     browser: Browser, tmp_path: Path, graph: FeatureGraph
 ) -> None:

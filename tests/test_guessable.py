@@ -1,6 +1,7 @@
 """What users type first works, or says what to do."""
 
 import importlib.metadata
+from dataclasses import replace
 
 import networkx
 import pytest
@@ -105,6 +106,12 @@ def test_values_show_themselves_in_a_notebook(toy_world, task, scored):
         assert html.startswith("<") and "<script" not in html
     strongest = max(scored, key=lambda edge: abs(scored[edge]))
     assert str(strongest).replace(">", "&gt;") in scored._repr_html_()
+
+
+def test_the_notes_of_a_comparison_are_escaped(toy_world, task, scored):
+    comparison = circuits.compare(toy_world, {"eap": scored}, task, size=20)
+    noted = replace(comparison, notes=("1 < 2 <script>",))
+    assert "<p>1 &lt; 2 &lt;script&gt;</p>" in noted._repr_html_()
 
 
 def test_functions_are_not_hidden_by_modules_of_their_name(toy_world, task, scored, tmp_path):

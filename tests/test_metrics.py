@@ -168,6 +168,18 @@ def test_a_shipped_metric_with_another_function_is_ones_own(task, logits, clean)
     torch.testing.assert_close(both[1], both[0] + 1)
 
 
+def test_a_metric_that_is_added_to_the_list_is_ones_own(task, logits, clean, monkeypatch):
+    def over_all(logits, clean_logits, task):
+        return (logits / logits.std()).max(-1).values
+
+    own = circuits.Metric("own", over_all, "lower_is_damage")
+    monkeypatch.setitem(circuits.METRICS, "own", own)
+    assert not own.shipped
+    assert str(own) != "own"
+    both = torch.stack([logits, 100 * clean])
+    torch.testing.assert_close(own(both, clean, task)[0], own(logits, clean, task))
+
+
 def test_a_task_may_bring_its_own_metric(task, unchecked_types):
     own = circuits.Metric("own", lambda logits, clean, task: logits[:, 0], "lower_is_damage")
     assert get_metric(None, replace(task, metric=own)) is own

@@ -211,7 +211,7 @@ def test_the_tooltip_of_a_node_lists_its_ten_strongest_edges_in_and_out_with_sco
         expected = [str(node)]
         for direction, end in (("in", "target"), ("out", "source")):
             edges = [edge for edge in strongest if getattr(edge, end) == node]
-            expected.append(f"edges {direction}: {len(edges)}")
+            expected.append(f"edges drawn {direction}: {len(edges)}")
             expected += [f"  {edge}  {circuit[edge]:+.4g}" for edge in edges[:10]]
             expected += [f"  and {len(edges) - 10} more"] * (len(edges) > 10)
         assert tooltip(svg, node) == expected

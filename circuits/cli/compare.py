@@ -13,9 +13,8 @@ from typing import Any, get_args
 
 import pandas as pd
 import tyro
-from rich.console import Console
 
-from circuits.cli.console import frame_table, print_json, progress_bar
+from circuits.cli.console import frame_table, print_json, progress_bar, terminal
 from circuits.cli.methods import Method, find_method, option_types
 from circuits.cli.options import AblationName, TaskOptions, Unprefixed
 from circuits.discovery.discoverer import CircuitDiscoverer
@@ -75,7 +74,7 @@ def command(
     task = source.load_task(model, n, "train")
     # Users' own prompts have no splits.
     held_out = task if source.data else source.load_task(model, n_eval, "test")
-    sweeps = _sweeps(methods, thresholds.split(","), ablation)
+    sweeps = _sweeps(methods, _thresholds(thresholds), ablation)
     runs = _run_all(sweeps, model, task, source, out)
     # All ranks search, and the first evaluates.
     if not is_first():
@@ -95,7 +94,19 @@ def command(
         print_json({"report": str(report), "table": table})
     else:
         _show(comparison, details)
-        Console().print(f"Report: {report}", soft_wrap=True)
+        terminal().print(f"Report: {report}", soft_wrap=True)
+
+
+def _thresholds(text: str) -> list[str]:
+    found = [each.strip() for each in text.split(",")]
+    for each in found:
+        try:
+            float(each)
+        except ValueError as error:
+            raise InputError(
+                f"--thresholds {text!r}: {each!r} is no number; write numbers separated by commas."
+            ) from error
+    return found
 
 
 def _sweeps(methods: str, thresholds: Texts, ablation: str) -> Sweeps:
@@ -140,6 +151,8 @@ def _make(kind: Method, settings: Texts, entry: str) -> CircuitDiscoverer:
             raise InputError(f"{where}: {kind.name} has no setting {name!r}; {known}")
         if not equals:
             raise InputError(f"{where}: {name} has no value; write {name}=VALUE.")
+        if name in values:
+            raise InputError(f"{where}: {name} is given twice.")
         values[name] = _value(types[name], text, f"{where}: {setting!r}")
     for field in fields(kind):
         is_needed = field.default is field.default_factory is MISSING
@@ -163,6 +176,8 @@ def _in_words(hint: Any) -> str:
     parts = get_args(hint)
     if parts:
         return " or ".join(map(_in_words, parts))
+    if hint is bool:
+        return "True or False"
     return "None" if hint is NoneType else getattr(hint, "__name__", str(hint))
 
 
@@ -232,7 +247,7 @@ def _show(comparison: Comparison, details: Details) -> None:
     )
     heading = title.format(**details)
     table = comparison.table.drop(columns="of")
-    console = Console()
+    console = terminal()
     console.print(frame_table(table, heading))
     console.print(f"model runs: {MODEL_RUNS_IN_WORDS}")
     console.print(frame_table(comparison.overlap, "Overlap of the circuits (Jaccard)"))

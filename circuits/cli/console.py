@@ -50,6 +50,11 @@ class _RateColumn(ProgressColumn):
         return Text(f"{speed:.1f}/s" if speed else "", style="progress.data.speed")
 
 
+def terminal() -> Console:
+    """Make a console that prints texts as they are: names and tokens may look like markup."""
+    return Console(markup=False, emoji=False)
+
+
 def frame_table(frame: pd.DataFrame, title: str) -> Table:
     """Make a table of a frame's rows, with the index as its first column."""
     table = Table(title=title, title_justify="left")

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.console import Console
 
-from circuits.cli.console import edge_table, print_run, progress_bar
+from circuits.cli.console import edge_table, print_run, progress_bar, terminal
 from circuits.cli.evaluate import show_evaluation, size_needed
 from circuits.cli.methods import find_method, options_of
 from circuits.cli.options import TaskOptions, Unprefixed
@@ -114,7 +113,7 @@ def _show_scores(found: CircuitRun, options: DiscoverOptions) -> None:
     if options.json:
         print_run(found, {"edges": len(found.circuit)})
         return
-    console = Console()
+    console = terminal()
     console.print(edge_table(found.circuit))
     console.print(size_needed(found))
     console.print(f"{'Found again' if found.reused else 'Saved'}: {found.folder}", soft_wrap=True)

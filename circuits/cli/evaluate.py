@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from rich.console import Console
 from tyro.conf import Positional
 
-from circuits.cli.console import frame_table, print_run
+from circuits.cli.console import frame_table, print_run, terminal
 from circuits.cli.options import AblationName, TaskOptions, Unprefixed
 from circuits.running.ablation import NAMES as ABLATIONS
 from circuits.runs.circuit_run import CircuitRun, evaluate_run, load_run
@@ -82,7 +81,7 @@ def show_evaluation(found: CircuitRun, evaluation: Record, source: TaskOptions) 
     title = f"{found.record['method']}: {edges}, {prompts}, {evaluation['ablation']} ablation"
     values = pd.DataFrame.from_dict(evaluation["values"], orient="index")
     values.index.name = "metric"
-    console = Console()
+    console = terminal()
     console.print(frame_table(values, title))
     console.print(f"Run folder: {found.folder}", soft_wrap=True)
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
-from rich.console import Console
 from tyro.conf import Positional
 
 from circuits.attribution.feature_graph import FEATURE, FeatureGraph
 from circuits.attribution.influence import node_influence
-from circuits.cli.console import frame_table, print_run
+from circuits.cli.console import frame_table, print_run, terminal
 from circuits.cli.options import ModelOptions, Unprefixed
 from circuits.discovery.methods.attribution_graph import AttributionGraph, Explained
 from circuits.formats.neuronpedia import save_neuronpedia
@@ -105,7 +104,7 @@ def _explained(text: str | None) -> list[Explained] | None:
 
 
 def _show(found: GraphRun) -> None:
-    console = Console()
+    console = terminal()
     features = _top_features(found.graph)
     labels = map(repr, found.record["explained"][:N_LABELS])
     counts = f"{len(features)} most influential of {found.record['features']:,} active features"

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from inspect import getdoc
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from circuits.cli.console import print_json
+from circuits.cli.console import print_json, terminal
 from circuits.discovery.registry import discoverers
 from circuits.running.ablation import NAMES as ABLATIONS
 from circuits.tasks.metrics import METRICS
@@ -43,7 +42,7 @@ def _print_table(title: str, names: Any) -> None:
     described = names if isinstance(names, dict) else dict.fromkeys(names, "")
     for name, description in described.items():
         table.add_row(name, description)
-    Console().print(table)
+    terminal().print(table)
 
 
 def _described(documented: Mapping[str, Any]) -> dict[str, str]:

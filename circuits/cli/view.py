@@ -6,9 +6,9 @@ import contextlib
 import webbrowser
 from pathlib import Path
 
-from rich.console import Console
 from tyro.conf import Positional
 
+from circuits.cli.console import terminal
 from circuits.plotting.graph_page.server import open_server
 
 
@@ -28,7 +28,7 @@ def command(folder: Positional[Path], port: int = 8000, browser: bool = True) ->
     """
     with contextlib.suppress(KeyboardInterrupt), open_server(folder, port) as server:
         text = f"{folder} is shown at {server.url} (Ctrl-C ends this)"
-        Console().print(text, soft_wrap=True, highlight=False, markup=False)
+        terminal().print(text, soft_wrap=True, highlight=False)
         if browser:
             webbrowser.open(server.url)
         server.serve_forever()

@@ -13,6 +13,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -63,18 +64,23 @@ def to_json(content: Mapping[str, Any]) -> str:
     """Return `content` as JSON; dataclasses become dictionaries.
 
     Raises:
-        InputError: a value is something else that JSON has no form for, such as a tensor.
+        InputError: a value or key is something else that JSON has no form for, such as a tensor.
     """
-    return json.dumps(content, default=_as_dictionary)
+    try:
+        return json.dumps(content, default=_as_json)
+    except TypeError as error:
+        raise InputError(
+            f"a record cannot be saved as JSON ({error}); keep only numbers, texts, lists and "
+            "dictionaries with texts as keys in it."
+        ) from error
 
 
-def _as_dictionary(value: object) -> dict[str, Any]:
+def _as_json(value: object) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
-    raise InputError(
-        f"a {type(value).__name__} cannot be saved as JSON; keep only numbers, texts, lists and "
-        "dictionaries in a record."
-    )
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"it holds a {type(value).__name__}")
 
 
 def write_json(path: Path, content: Mapping[str, Any], kind: str, version: int) -> Path:

@@ -47,8 +47,8 @@ class Metric:
             gives the prompt of each scored row.
         direction: whether larger values are worse ("higher_is_damage", as for KL) or better
             ("lower_is_damage", as for a logit difference).
-        vectorised: whether `function` also maps logits [variant, scored, vocab] to
-            [variant, scored], so that one call judges several circuits.
+        vectorised: set it if `function` also maps logits [variant, scored, vocab] to
+            [variant, scored]; one call then does for several circuits.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Metric:
     @property
     def shipped(self) -> bool:
         """Whether it is one of this package: vectorised, and identified by its name alone."""
-        return METRICS.get(self.name) == self
+        return _SHIPPED.get(self.name) == self
 
     @property
     def sign(self) -> int:
@@ -220,6 +220,8 @@ METRICS: dict[str, Metric] = {}
 for _function, _direction in _DIRECTIONS.items():
     _name = _function.__name__
     METRICS[_name] = Metric(_name, _function, _direction)
+# Users may add metrics of their own to METRICS.
+_SHIPPED = dict(METRICS)
 
 
 def _tokens(task: Task, kind: AnswerKind) -> AnswerTokens:

@@ -144,7 +144,7 @@ class AttributionGraph(Resumable):
 
     @property
     def loaded(self) -> Transcoders:
-        """The transcoders themselves, read anew if they are given as a folder or a name."""
+        """The transcoders themselves; given as a folder or a name, they are read anew."""
         if isinstance(self.transcoders, Transcoders):
             return self.transcoders
         return load_transcoders(self.transcoders)

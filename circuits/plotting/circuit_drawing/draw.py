@@ -256,7 +256,8 @@ def _text(text: str, attributes: str) -> str:
 def _legend(edges: Edges) -> str:
     """Explain the colours, dashes and widths that are in the drawing."""
     slots = {one.edge.slot for one in edges}
-    has_features = any(isinstance(one.edge.target, Feature) for one in edges)
+    ends = [end for one in edges for end in (one.edge.source, one.edge.target)]
+    has_features = any(isinstance(end, Feature | Error) for end in ends)
     without_slot = "into features or logits" if has_features else "into MLPs or logits"
     entries = []
     for slot, colour in SLOT_COLOURS.items():
@@ -360,7 +361,7 @@ rx="{radius}" fill="{fill}" stroke="{INK}" stroke-width="1.1"/>{label}</g>""")
 
 def _listed(direction: str, edges: Edges) -> list[str]:
     """List the strongest of the edges into or out of a node, for its tooltip."""
-    lines = [f"edges {direction}: {len(edges)}"]
+    lines = [f"edges drawn {direction}: {len(edges)}"]
     lines += [f"  {one.text}" for one in edges[:MAX_TOOLTIP_EDGES]]
     n_more = len(edges) - MAX_TOOLTIP_EDGES
     if n_more > 0:

@@ -78,7 +78,7 @@ class HeldGraph {
     const cut = cutAt(
       this.nodes.map((node) => node.influence),
       nodeThreshold,
-      this.about.total.influence,
+      this.about.total.influence ?? Number.POSITIVE_INFINITY, // undefined: keep all
     );
     const nodes = this.nodes.map((node) => Number(node.influence >= cut || node.kind === EMBEDDING || node.kind === TARGET));
     const { between, scores } = this.carried(nodes);

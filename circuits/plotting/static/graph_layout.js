@@ -44,6 +44,7 @@ function targetText(node, about) {
 }
 
 function percent(share) {
+  if (share === null) return "undefined";
   return `${share >= 0.0995 ? (100 * share).toFixed(0) : Number((100 * share).toPrecision(2))} %`;
 }
 

@@ -144,7 +144,10 @@ function spoken(node, about, { supernode, pinned, chosen, supernodeName }) {
 }
 
 function shareOf(node, about) {
-  return node.kind === TARGET ? node.probability : node.influence / Math.max(about.total.influence, 1e-12);
+  if (node.kind === TARGET) return node.probability;
+  const total = about.total.influence;
+  // Weights that are not finite leave influences undefined.
+  return total === null || node.influence === null ? null : node.influence / Math.max(total, 1e-12);
 }
 
 // A curve that leaves and arrives vertically; sign as colour and dashes, |weight| as width.
