@@ -13,18 +13,16 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from circuits.discovery.search.confirmation import Damages, Increases
 from circuits.discovery.search.measurement import Measurement
-from circuits.discovery.search.state import Group, Search, without_each
+from circuits.discovery.search.state import Decisions, Group, Search, without_each
 from circuits.system.errors import NotFiniteError
 from circuits.system.ranks import ranks
 
 Batch = list[Group]
 Measured = tuple[Increases, Damages]
-Decisions = Bool[np.ndarray, " group"]
-"""True for groups that stay."""
 
 # How often a guess fails that rests on a measurement in a neighbouring state.
 WRONG_AFTER_MEASURING = 0.08
@@ -94,9 +92,8 @@ class Speculation:
         decided = batch[: surprises[0] + 1] if len(surprises) else batch
         self._learn(batch, stays, decided)
         self.search.state.wrong += len(surprises) > 0
-        measured = zip(increases.tolist(), values.tolist(), strict=False)
-        for group, stay, (increase, damage) in zip(decided, stays, measured, strict=False):
-            self.search.decide(group, increase, damage, remove=not stay)
+        rows = slice(len(decided))
+        self.search.decide_all(decided, increases[rows], values[rows], stays[rows])
 
     def _measured_or_first(self, batch: Batch, expected: Decisions) -> Measured:
         """What was measured of the batch; only of its first group if another is not finite."""
