@@ -13,18 +13,16 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from circuits.discovery.search.confirmation import Damages, Increases
 from circuits.discovery.search.measurement import Measurement
-from circuits.discovery.search.state import Group, Search, without_each
+from circuits.discovery.search.state import Decisions, Group, Search, without_each
 from circuits.system.errors import NotFiniteError
 from circuits.system.ranks import ranks
 
 Batch = list[Group]
 Measured = tuple[Increases, Damages]
-Decisions = Bool[np.ndarray, " group"]
-"""True for groups that stay."""
 
 # How often a guess fails that rests on a measurement in a neighbouring state.
 WRONG_AFTER_MEASURING = 0.08
@@ -91,12 +89,11 @@ class Speculation:
         stays = ~self.measure.harmless(increases)
         surprises = np.flatnonzero(stays != expected)
         # Up to and including the first surprise, states were those of the sequential search.
-        decided = batch[: surprises[0] + 1] if len(surprises) else batch
-        self._learn(batch, stays, decided)
+        n_decided = int(surprises[0]) + 1 if len(surprises) else len(batch)
+        now = slice(n_decided)
+        self._learn(batch, stays, batch[now])
         self.search.state.wrong += len(surprises) > 0
-        measured = zip(increases.tolist(), values.tolist(), strict=False)
-        for group, stay, (increase, damage) in zip(decided, stays, measured, strict=False):
-            self.search.decide(group, increase, damage, remove=not stay)
+        self.search.decide_all(batch[now], increases[now], values[now], stays[now])
 
     def _measured_or_first(self, batch: Batch, expected: Decisions) -> Measured:
         """What was measured of the batch; only of its first group if another is not finite."""

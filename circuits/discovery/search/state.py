@@ -13,7 +13,7 @@ from torch import Tensor
 
 from circuits.discovery.checkpoint import Checkpoint, TensorState
 from circuits.discovery.discoverer import EdgeScores, Progress
-from circuits.discovery.search.confirmation import Noise
+from circuits.discovery.search.confirmation import Damages, Increases, Noise
 from circuits.discovery.search.edge_order import Trial
 from circuits.graph.graph import EdgeMask, Graph
 from circuits.running.damage import DamageMeter
@@ -22,6 +22,8 @@ from circuits.system.errors import InputError
 NEVER = 1 << 62
 Group = list[int]
 """Edges that are removed together; most groups have one edge."""
+Decisions = Bool[np.ndarray, " group"]
+"""True for groups that stay."""
 
 
 @dataclass(kw_only=True)
@@ -95,8 +97,9 @@ class SearchState(Removals, Noise):
         """Take edges out of H."""
         # numpy indexing takes a tenth of the time of torch's.
         # H <- H \ edges
-        self.kept.numpy()[edges] = False
-        self.removed_at.numpy()[edges] = self.announced
+        removed = np.array(edges)
+        self.kept.numpy()[removed] = False
+        self.removed_at.numpy()[removed] = self.announced
 
 
 @dataclass
@@ -134,14 +137,23 @@ class Search:
 
     def decide(self, group: Group, increase: float, damage: float, *, remove: bool) -> None:
         """Record the decision on the next group: `damage` is L(H without the group)."""
+        increases, damages = np.array([increase]), np.array([damage])
+        self.decide_all([group], increases, damages, np.array([not remove]))
+
+    def decide_all(
+        self, groups: list[Group], increases: Increases, damages: Damages, stays: Decisions
+    ) -> None:
+        """Record the decisions on the next groups: `damages` are L(H without each), in turn."""
         state = self.state
-        if len(group) == 1:
-            state.scores[group[0]] = increase
-        if remove:
-            state.remove(group)
-            state.damage = damage
-        state.decided += 1
-        state.evaluations += 1
+        alone = [row for row, group in enumerate(groups) if len(group) == 1]
+        tried_alone = [groups[row][0] for row in alone]
+        state.scores.numpy()[tried_alone] = increases[alone]
+        removed = np.flatnonzero(~stays).tolist()
+        if removed:
+            state.remove([edge for row in removed for edge in groups[row]])
+            state.damage = float(damages[removed[-1]])
+        state.decided += len(groups)
+        state.evaluations += len(groups)
 
     def _approach(self, groups: list[Group]) -> None:
         """At a new target, tell the executor about H, which the next circuits are close to."""
@@ -187,7 +199,7 @@ class Search:
 def without_each(
     kept: EdgeMask,
     groups: list[Group],
-    expected: Bool[np.ndarray, " group"],
+    expected: Decisions,
 ) -> Bool[Tensor, "group edge"]:
     """For each group, H without it and without the groups before it that are expected to go."""
     numbers = np.arange(len(groups))
