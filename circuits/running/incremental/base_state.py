@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.models.functional import HeadSelection
-from circuits.running.incremental.plan import Place, Plan, SplitEdges, Step, TargetBlock
+from circuits.running.incremental.plan import Needs, Place, Plan, SplitEdges, Step, TargetBlock
 
 EdgeMask = Bool[Tensor, " edge"]
 TokenMask = Bool[Tensor, " token"]
@@ -32,6 +32,8 @@ class BaseRun:
     kept: EdgeMask
     # M0[u, r] by span: the same edges as the layout arranges them.
     mask: SplitEdges
+    # Which sources the circuit needs.
+    needs: Needs
     # What each source writes to the residual stream.
     outputs: Outputs
     # What targets read [node or 1, token, d_model]; one row while all heads read the same.

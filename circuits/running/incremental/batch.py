@@ -6,7 +6,7 @@ those of the base. A run stores the change out_u - out0_u of every source u that
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,7 @@ from torch import Tensor
 from circuits.models.functional import Multiply
 from circuits.running.incremental.base_state import Activation, BaseRun, BySlot, EdgeMask
 from circuits.running.incremental.edge_changes import EdgeChanges
-from circuits.running.incremental.plan import Indices, InputUpdate, Place, Plan, Step
+from circuits.running.incremental.plan import Indices, InputUpdate, Needs, Place, Plan, Step
 from circuits.running.incremental.shared_inputs import DistinctHeads
 from circuits.running.incremental.sublayer_run import EdgeWeights, TaskModel
 from circuits.running.incremental.tokens import TokenSet
@@ -56,14 +56,13 @@ class VariantRun:
         """A new run of some of the variants."""
         rounds = self.background.rounds_changes
         edge_changes = self.edge_changes.of_variants(variants, base_first=rounds)
-        return replace(self, edge_changes=edge_changes)
+        return VariantRun(self.model, self.base, edge_changes, self.plan, self.background)
 
     @torch.inference_mode()
     def execute(self) -> Logits:
         """Run, and return the logits of every variant."""
         residual = self._final_residual()
-        into_logits = self.model.blocks[-1].rows
-        product = self._product(into_logits)
+        product = self._product(self.plan.into_logits)
         logits = self.model.unembedding(residual, product)
         return logits[1:] if self.background.rounds_changes else logits
 
@@ -77,19 +76,22 @@ class VariantRun:
                 base.write(name, place, values[:, 0])
         base.kept = kept.clone()
         base.mask = self.model.mask(kept)
+        base.needs = Needs.of(self.model.blocks, base.mask)
         base.plans.clear()
 
     def _final_residual(self) -> Residual:
         """Take all steps; returns the input of the logits."""
         self._make_room()
-        # That of the base, if no change reaches the logits.
         logits = self.model.blocks[-1]
-        residual = self.base.read(Place(logits, slice(None), self.model.window.scored))
         for step in self.plan.steps:
-            if step.block is logits:
-                residual = self._input(step.inputs[0])
-            else:
+            if step.block is not logits:
                 self._recompute(step)
+        into_logits = self.plan.into_logits
+        if into_logits:
+            residual = self._input(into_logits[0])
+        else:
+            place = Place(logits, slice(None), self.model.window.scored)
+            residual = self.base.read(place)
         return residual[0].expand(self.n_variants, -1, -1)
 
     def _make_room(self) -> None:
@@ -112,8 +114,7 @@ class VariantRun:
 
     def _write_changes(self, step: Step, into: Outputs) -> None:
         """Write out_u - out0_u of the nodes of a step."""
-        rows = [update.rows for update in step.inputs]
-        product = self._product(*rows)
+        product = self._product(step.inputs)
         old = self.base.written(step)
         distinct = self._distinct_heads(step)
         if distinct is not None:
@@ -173,7 +174,7 @@ class VariantRun:
             weights = self._weights(update)
             change = self.model.weighted_sum(weights, changes, tokens)
             residual = residual + change
-        if self.edge_changes.reach(update.rows):
+        if update.edges_change:
             residual = self._with_edge_changes(update, residual)
         self._record("inputs", update, residual)
         return residual
@@ -198,7 +199,7 @@ class VariantRun:
         if update not in cache:
             cache[update] = self._base_weights(rows, sources)
         weights = cache[update]
-        if self.edge_changes.reach(rows):
+        if update.edges_change:
             signs = self.edge_changes.between(rows, sources)
             # M = M0 + (M - M0)
             if signs.any():
@@ -215,10 +216,10 @@ class VariantRun:
         weights = torch.from_numpy(mask[None])
         return weights.to(self.base.outputs)
 
-    def _product(self, *targets: Indices | slice) -> Multiply:
-        """How to multiply in a step in which these targets change."""
+    def _product(self, inputs: list[InputUpdate]) -> Multiply:
+        """How to multiply in a step in which these inputs change."""
         # Nodes into which edges change are under investigation: their changes are not rounded.
-        if any(map(self.edge_changes.reach, targets)):
+        if any(update.edges_change for update in inputs):
             return self.background.product_of_values
         return self.background.product_of_changes(self.n_variants)
 

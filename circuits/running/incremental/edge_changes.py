@@ -66,11 +66,6 @@ class EdgeChanges:
             signs = np.concatenate([of_base, signs])
         return replace(self, signs=signs)
 
-    def reach(self, rows: Indices | slice) -> bool:
-        """Whether an edge into any of these targets changes."""
-        changed = self.row_of[rows] >= 0
-        return bool(changed.any())
-
     def into(self, rows: Indices) -> Signs:
         """The signs of the edges from `columns` into these targets."""
         places = self.row_of[rows]

@@ -96,21 +96,21 @@ class Needs:
     everywhere: SourceMask
 
     @staticmethod
-    def of(blocks: Blocks, kept: Edges) -> Needs:
+    def of(blocks: Blocks, mask: SplitEdges) -> Needs:
         """Follow the kept edges upstream from the logits."""
+        kept = np.any(mask, axis=0)
         n_sources = kept.shape[1]
-        everywhere = np.zeros(n_sources + 1, dtype=bool)
-        live = everywhere.copy()
-        live[-1] = True
+        # The rows are `live` and `everywhere`.
+        needed = np.zeros((2, n_sources + 1), dtype=bool)
+        needed[0, -1] = True
         for block in reversed(blocks):
-            edges = kept[block.rows]
-            readers = live[block.sources]
-            # Boolean matrix products: the sources from which an edge leads to some reader.
-            live[:-1] |= readers @ edges
-            # Needed everywhere are the sources of live keys and values, and all upstream of these.
-            if block.slot not in KEYS:
-                readers = everywhere[block.sources]
-            everywhere[:-1] |= readers @ edges
+            readers = needed[:, block.sources]
+            # The sources of live keys and values are needed everywhere, as all upstream of these.
+            if block.slot in KEYS:
+                readers = readers[:1]
+            # A Boolean matrix product: the sources from which an edge leads to some reader.
+            needed[:, :-1] |= readers @ kept[block.rows]
+        live, everywhere = needed
         return Needs(live, everywhere)
 
 
@@ -130,6 +130,8 @@ class InputUpdate(Place):
     rows: Indices
     # How many of `Plan.changed[tokens]` are recomputed before.
     n_changed: int
+    # Whether edges into these nodes change, and not only outputs upstream of them.
+    edges_change: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,26 +164,36 @@ class Plan:
     # Cache of the edges along which changes reach each input.
     weights: dict[InputUpdate, Tensor] = field(default_factory=dict)
 
+    @property
+    def into_logits(self) -> list[InputUpdate]:
+        """The new input of the logits; none if no change reaches them."""
+        if not self.steps or self.steps[-1].block.slot != "logits":
+            return []
+        return self.steps[-1].inputs
 
-def make_plan(blocks: Blocks, window: Window, mask: SplitEdges, targets: Indices) -> Plan:
+
+def make_plan(
+    blocks: Blocks, window: Window, mask: SplitEdges, needs: Needs, targets: Indices
+) -> Plan:
     """Plan a run of variants that keep edges of `mask`, and change edges into `targets`."""
     kept = np.any(mask, axis=0)
     scored = window.scored
     plan = Plan([], {scored: [], window.all: []})
-    needs = Needs.of(blocks, kept)
-    affected = np.zeros(len(kept), dtype=bool)
-    affected[targets] = True
+    edges_change = np.zeros(len(kept), dtype=bool)
+    edges_change[targets] = True
+    affected = edges_change.copy()
     for group in sublayers(blocks):
         rows = slice(group[0].rows.start, group[-1].rows.stop)
-        # Nothing changes upstream of the first of the targets.
-        if not plan.steps and not affected[rows].any():
-            continue
         # A kept edge from a changed source affects its target.
         changed = plan.changed[scored]
-        from_changed = kept[rows][:, changed]
-        affected[rows] |= from_changed.any(1)
+        if changed:
+            from_changed = kept[rows][:, changed]
+            affected[rows] |= from_changed.any(1)
+        if not affected[rows].any():
+            continue
         # Heads of a layer do not read each other: `changed` grows after all steps of the layer.
-        for step in list(_sublayer_steps(plan, group, window, needs, affected[rows])):
+        steps = _sublayer_steps(plan, group, window, needs, affected[rows], edges_change)
+        for step in list(steps):
             plan.steps.append(step)
             for tokens in {step.tokens, scored}:
                 plan.changed[tokens] += step.sources
@@ -189,7 +201,12 @@ def make_plan(blocks: Blocks, window: Window, mask: SplitEdges, targets: Indices
 
 
 def _sublayer_steps(
-    plan: Plan, group: Blocks, window: Window, needs: Needs, affected: TargetMask
+    plan: Plan,
+    group: Blocks,
+    window: Window,
+    needs: Needs,
+    affected: TargetMask,
+    edges_change: Bool[np.ndarray, " every_target"],
 ) -> Iterator[Step]:
     """One step for all live nodes that have the same slots affected and need the same tokens."""
     sources = group[0].sources
@@ -212,5 +229,6 @@ def _sublayer_steps(
             read_at = window.all if block.slot in KEYS else tokens
             rows = block.rows.start + numbers
             n_changed = len(plan.changed[read_at])
-            inputs.append(InputUpdate(block, nodes, read_at, rows, n_changed))
+            into_rows = bool(edges_change[rows].any())
+            inputs.append(InputUpdate(block, nodes, read_at, rows, n_changed, into_rows))
         yield Step(group[0], nodes, tokens, group, numbers, inputs)

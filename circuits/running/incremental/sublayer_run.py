@@ -24,6 +24,7 @@ from circuits.running.incremental.base_state import (
 from circuits.running.incremental.plan import (
     Blocks,
     Edges,
+    Needs,
     Place,
     SplitEdges,
     sublayers,
@@ -113,7 +114,9 @@ class TaskModel:
         n_sources = len(self.layout.nodes)
         outputs = written.new_empty(n_sources, *written.shape[1:])
         outputs[: len(written)] = written
-        result = BaseRun(kept, self.mask(kept), outputs, {}, {})
+        mask = self.mask(kept)
+        needs = Needs.of(self.blocks, mask)
+        result = BaseRun(kept, mask, needs, outputs, {}, {})
         # What targets read of each source u: out_u, or c_u in the circuit without edges.
         read = outputs if bool(kept.all()) else written
         stream = before_attention = written[self.embeddings].sum(0, keepdim=True)
