@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -230,22 +231,24 @@ class FeatureExecutor:
     def _by_span(self, circuit: Circuit) -> dict[Part, Bool[Tensor, "span _"]]:
         """The nodes of a circuit."""
         spans = self.graph.positions or (None,)
-        # [span, feature] of features; [span, 1] of tokens and errors.
-        shape = (len(spans), self.transcoders.n_features)
-        none = torch.zeros(shape, dtype=torch.bool, device=self.model.cfg.device)
-        one = none[:, :1]
-        found = {TOKENS: one.clone()}
-        for layer in range(self.transcoders.n_layers):
-            found[Feature, layer] = none.clone()
-            found[Error, layer] = one.clone()
+        n_layers, n_spans = self.transcoders.n_layers, len(spans)
+        # Written in numpy and moved once: on a GPU each node would be an operation of its own.
+        features = np.zeros((n_layers, n_spans, self.transcoders.n_features), dtype=bool)
+        errors = np.zeros((n_layers, n_spans, 1), dtype=bool)
+        tokens = np.zeros((n_spans, 1), dtype=bool)
         for node in circuit:
             match node:
                 case Feature(layer, index, position):
-                    found[Feature, layer][spans.index(position), index] = True
+                    features[layer, spans.index(position), index] = True
                 case Error(layer, position):
-                    found[Error, layer][spans.index(position)] = True
+                    errors[layer, spans.index(position)] = True
                 case TokenEmbed(position):
-                    found[TOKENS][spans.index(position)] = True
+                    tokens[spans.index(position)] = True
+        device = self.model.cfg.device
+        found: dict[Part, Bool[Tensor, "span _"]] = {TOKENS: torch.from_numpy(tokens).to(device)}
+        for kind, by_layer in (Feature, features), (Error, errors):
+            moved = torch.from_numpy(by_layer).to(device)
+            found |= {(kind, layer): nodes for layer, nodes in enumerate(moved)}
         return found
 
     def _means(self) -> NodeOutputs:

@@ -89,11 +89,11 @@ class Speculation:
         stays = ~self.measure.harmless(increases)
         surprises = np.flatnonzero(stays != expected)
         # Up to and including the first surprise, states were those of the sequential search.
-        decided = batch[: surprises[0] + 1] if len(surprises) else batch
-        self._learn(batch, stays, decided)
+        n_decided = int(surprises[0]) + 1 if len(surprises) else len(batch)
+        now = slice(n_decided)
+        self._learn(batch, stays, batch[now])
         self.search.state.wrong += len(surprises) > 0
-        rows = slice(len(decided))
-        self.search.decide_all(decided, increases[rows], values[rows], stays[rows])
+        self.search.decide_all(batch[now], increases[now], values[now], stays[now])
 
     def _measured_or_first(self, batch: Batch, expected: Decisions) -> Measured:
         """What was measured of the batch; only of its first group if another is not finite."""

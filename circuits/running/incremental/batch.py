@@ -86,11 +86,12 @@ class VariantRun:
         for step in self.plan.steps:
             if step.block is not logits:
                 self._recompute(step)
-        if self.plan.into_logits:
-            residual = self._input(self.plan.into_logits[0])
+        into_logits = self.plan.into_logits
+        if into_logits:
+            residual = self._input(into_logits[0])
         else:
-            # No change reaches the logits.
-            residual = self.base.read(Place(logits, slice(None), self.model.window.scored))
+            place = Place(logits, slice(None), self.model.window.scored)
+            residual = self.base.read(place)
         return residual[0].expand(self.n_variants, -1, -1)
 
     def _make_room(self) -> None:

@@ -207,7 +207,7 @@ def _sublayer_steps(
     window: Window,
     needs: Needs,
     affected: TargetMask,
-    edges_change: AllTargetsMask,
+    edges_change: Bool[np.ndarray, " every_target"],
 ) -> Iterator[Step]:
     """One step for all live nodes that have the same slots affected and need the same tokens."""
     sources = group[0].sources
