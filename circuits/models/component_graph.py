@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -33,7 +34,9 @@ POST_NORM_ARCHITECTURES = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
 
 Spans = tuple[str | int, ...] | None
 EdgeMask = Bool[Tensor, " edge"]
-EdgeColumns = Int[Tensor, "column edge"]
+EdgeColumn = Int[Tensor, " edge"]
+# Component, slot and number of sources of everything that reads.
+Reads = Int[np.ndarray, "read 3"]
 
 
 def component_graph(
@@ -73,32 +76,29 @@ def _complete_graph(model: Model, split_embed: bool, spans: Spans) -> Graph:
     """Make the graph of all edges, without the identity of the model."""
     components = (*component_nodes(model, split_embed), Logits())
     names = spans or (None,)
-    # Edges are columns of integers, because a model of a hundred layers has millions of them.
-    columns = []
-    for index, target in enumerate(components):
-        n_sources = sources_of(model, target, split_embed)
-        n_slots = len(SLOTS)
-        slots = range(n_slots) if isinstance(target, Head) else [NO_SLOT]
-        for slot in slots:
-            into_slot = _edges_into(index, slot, n_sources, len(names))
-            columns.append(into_slot)
-    edges = torch.cat(columns, dim=1)
-    # Cloned, because files cannot hold tensors that share memory.
-    source, target, slot = (column.clone() for column in edges)
+    reads = []
+    for number, node in enumerate(components):
+        n_sources = sources_of(model, node, split_embed)
+        slots = range(len(SLOTS)) if isinstance(node, Head) else [NO_SLOT]
+        reads += [(number, slot, n_sources) for slot in slots]
+    source, target, slot = _edge_columns(np.array(reads), len(names))
     nodes = tuple(at_position(node, span) for node in components for span in names)
     is_causal = model.cfg.attention_dir == "causal"
     return Graph(nodes, source, target, slot, spans, is_causal)
 
 
-def _edges_into(target: int, slot: int, n_sources: int, n_spans: int) -> EdgeColumns:
-    """Source, target and slot of the edges into one slot: its sources in turn for each span."""
-    span = torch.arange(n_spans).repeat_interleave(n_sources)
-    source = torch.arange(n_sources).repeat(n_spans)
-    slots = torch.full_like(span, slot)
+def _edge_columns(reads: Reads, n_spans: int) -> list[EdgeColumn]:
+    """Source, target and slot of all edges: of each read in turn, and there of each span."""
+    # Integers in numpy, because a model of a hundred layers has millions of edges.
+    component, slot, n_sources = reads.T
+    n_edges = n_sources.repeat(n_spans)
+    run = np.arange(len(n_edges)).repeat(n_edges)
+    first_of_run = n_edges.cumsum() - n_edges
+    source = np.arange(len(run)) - first_of_run[run]
+    read, span = np.divmod(run, n_spans)
     # Component c at span s is node c * n_spans + s.
-    sources = source * n_spans + span
-    targets = target * n_spans + span
-    return torch.stack([sources, targets, slots])
+    columns = [source * n_spans + span, component[read] * n_spans + span, slot[read]]
+    return list(map(torch.from_numpy, columns))
 
 
 def reaching_logits(model: Model, graph: Graph) -> Callable[[EdgeMask], EdgeMask]:

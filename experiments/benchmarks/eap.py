@@ -122,16 +122,23 @@ def times(model: Model, task: circuits.Task, config: Config) -> dict[str, Any]:
     }
 
 
-def memory(model: Model, task: circuits.Task) -> list[dict[str, int]]:
-    """Peak above model and task, for `max_memory` from one prompt's need to that of all prompts."""
+def memory(model: Model, task: circuits.Task) -> list[dict[str, int | None]]:
+    """Peak above model and task, for `max_memory` from one prompt's need to that of all prompts.
+
+    None where it is refused.
+    """
     device, graph = str(model.cfg.device), circuits.component_graph(model)
     one = most_allocated(lambda: circuits.EAP().discover(model, task[:1], graph=graph), device)
     every = most_allocated(lambda: circuits.EAP().discover(model, task, graph=graph), device)
     rows = []
     for part in (0.1, 0.3, 0.6):
         method = circuits.EAP(max_memory=int(one + part * (every - one)))
-        peak = most_allocated(lambda: method.discover(model, task, graph=graph), device)  # noqa: B023
-        rows.append({"max_memory": method.max_memory or 0, "peak": peak})
+        try:
+            peak = most_allocated(lambda: method.discover(model, task, graph=graph), device)  # noqa: B023
+        except circuits.InputError:
+            # The bound on what a prompt needs is generous.
+            peak = None
+        rows.append({"max_memory": method.max_memory, "peak": peak})
     return rows
 
 
@@ -154,7 +161,7 @@ def show(case: dict[str, Any]) -> None:
         .to_string()
     )
     print(
-        pd.DataFrame(case["memory"])
+        pd.DataFrame(case["memory"], dtype=float)
         .assign(ratio=lambda rows: rows["peak"] / rows["max_memory"])
         .round(3)
         .to_string(index=False)

@@ -254,10 +254,10 @@ def _attribution(name: str, case: Results, tokens: Sequence[int]) -> dict[str, o
         for program, ratio in case["over_floor"].items()
         if program != "floor"
     }
-    if "memory" in case:
-        row["peak / max_memory, at most"] = (
-            f"{max(each['peak'] / each['max_memory'] for each in case['memory']):.2f}"
-        )
+    measured = [each for each in case.get("memory", []) if each["peak"] is not None]
+    if measured:
+        share = max(each["peak"] / each["max_memory"] for each in measured)
+        row["peak / max_memory, at most"] = f"{share:.2f}"
     return row
 
 

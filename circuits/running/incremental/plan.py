@@ -30,7 +30,6 @@ from circuits.running.incremental.tokens import TokenSet, Window
 Indices = Int[np.ndarray, " _"]
 SourceMask = Bool[np.ndarray, " source"]
 TargetMask = Bool[np.ndarray, " target"]
-AllTargetsMask = Bool[np.ndarray, " all_targets"]
 Edges = Bool[np.ndarray, "target source"]
 SplitEdges = Bool[np.ndarray, "span target source"]
 
