@@ -15,7 +15,7 @@ from torch import Tensor
 from circuits.models.functional import Multiply
 from circuits.running.incremental.base_state import Activation, BaseRun, BySlot, EdgeMask
 from circuits.running.incremental.edge_changes import EdgeChanges
-from circuits.running.incremental.plan import Indices, InputUpdate, Needs, Place, Plan, Step
+from circuits.running.incremental.plan import Indices, InputUpdate, Place, Plan, Step
 from circuits.running.incremental.shared_inputs import DistinctHeads
 from circuits.running.incremental.sublayer_run import EdgeWeights, TaskModel
 from circuits.running.incremental.tokens import TokenSet
@@ -76,7 +76,7 @@ class VariantRun:
                 base.write(name, place, values[:, 0])
         base.kept = kept.clone()
         base.mask = self.model.mask(kept)
-        base.needs = Needs.of(self.model.blocks, base.mask)
+        base.needs = self.model.needs(base.mask)
         base.plans.clear()
 
     def _final_residual(self) -> Residual:

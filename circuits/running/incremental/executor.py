@@ -40,7 +40,7 @@ from circuits.running.incremental.base_state import BaseRun, EdgeMask, Outputs, 
 from circuits.running.incremental.batch import Logits, VariantRun
 from circuits.running.incremental.cost import Cost
 from circuits.running.incremental.edge_changes import EdgeChanges
-from circuits.running.incremental.plan import Indices, Needs, Plan, make_plan
+from circuits.running.incremental.plan import Indices, Plan, make_plan
 from circuits.running.incremental.sublayer_run import TaskModel, UnsupportedError
 from circuits.running.incremental.tokens import TokenSet, Window
 from circuits.running.precision import EXACT, Background, Precision
@@ -206,8 +206,7 @@ class IncrementalExecutor:
         plan = partial(make_plan, model.blocks, model.window)
         if base is not self.bases.get("near"):
             mask = model.mask(kept.any(0))
-            needs = Needs.of(model.blocks, mask)
-            return plan(mask, needs, targets)
+            return plan(mask, model.needs(mask), targets)
         # Variants are subsets of the "near" circuit: one plan for its edges serves them all.
         if key not in base.plans:
             base.plans[key] = plan(base.mask, base.needs, targets)

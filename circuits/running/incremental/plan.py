@@ -96,9 +96,8 @@ class Needs:
     everywhere: SourceMask
 
     @staticmethod
-    def of(blocks: Blocks, mask: SplitEdges) -> Needs:
+    def of(blocks: Blocks, kept: Edges) -> Needs:
         """Follow the kept edges upstream from the logits."""
-        kept = np.any(mask, axis=0)
         n_sources = kept.shape[1]
         # The rows are `live` and `everywhere`.
         needed = np.zeros((2, n_sources + 1), dtype=bool)

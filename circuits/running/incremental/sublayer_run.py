@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -93,6 +94,11 @@ class TaskModel:
         ablated = self.layout.ablated(kept[None])
         return ~ablated[0].numpy() & self.possible
 
+    def needs(self, mask: SplitEdges) -> Needs:
+        """Which sources a circuit with these edges needs."""
+        kept = np.any(mask, axis=0)
+        return Needs.of(self.blocks, kept)
+
     def no_keys(self, like: Outputs) -> ByBlock:
         """Zeros as keys and values of the other positions, for a run of all that is read."""
         cfg = self.model.cfg
@@ -115,8 +121,7 @@ class TaskModel:
         outputs = written.new_empty(n_sources, *written.shape[1:])
         outputs[: len(written)] = written
         mask = self.mask(kept)
-        needs = Needs.of(self.blocks, mask)
-        result = BaseRun(kept, mask, needs, outputs, {}, {})
+        result = BaseRun(kept, mask, self.needs(mask), outputs, {}, {})
         # What targets read of each source u: out_u, or c_u in the circuit without edges.
         read = outputs if bool(kept.all()) else written
         stream = before_attention = written[self.embeddings].sum(0, keepdim=True)
