@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import ConsoleMessage, Download, Request, sync_playwright
+from playwright.sync_api import ConsoleMessage, Download, Page, Request, sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = ["--disable-quic", "--disable-background-networking", "--disable-dev-shm-usage"]
@@ -71,6 +71,10 @@ class Browser:
         self._requests.clear()
         self.page.goto(address.as_uri() if isinstance(address, Path) else address)
         self.wait(READY)
+
+    def another_page(self) -> Page:
+        """A page of its own, that the caller closes."""
+        return self._chromium.new_page()
 
     def reload(self) -> None:
         """Load the page anew."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from browser import Browser, wait_for
+from browser import READY, Browser, wait_for
 from random_transcoders import model_of, random_transcoders
 from synthetic_feature_graph import SENTENCE, synthetic_graph
 
@@ -439,6 +439,41 @@ def test_lists_of_a_page_that_holds_some_edges_say_so(
         r"/^Inputs the strongest 10 of "
         r"\d+$/.test(document.querySelector('.edges-of[data-side=inputs] h3')?.textContent)"
     )
+
+
+@pytest.mark.browser
+def test_the_picture_is_drawn_once_until_the_window_changes(
+    browser: Browser, tmp_path: Path, graph: FeatureGraph
+) -> None:
+    path = opened(browser, tmp_path, graph)
+    page = browser.another_page()
+    page.add_init_script(
+        "window.drawings = 0; new MutationObserver((changes) => { for (const one of changes) "
+        "drawings += one.target.id === 'stage' ? one.addedNodes.length : 0; })"
+        ".observe(document, {childList: true, subtree: true});"
+    )
+    page.goto(path.as_uri())
+    page.wait_for_function(f"() => {READY}")
+    page.wait_for_timeout(500)
+    assert page.evaluate("drawings") == 1
+    page.set_viewport_size({"width": 1000, "height": 700})
+    page.wait_for_function("() => drawings === 2")
+    page.close()
+
+
+@pytest.mark.browser
+def test_a_press_counts_although_the_picture_is_drawn_anew_meanwhile(
+    browser: Browser, tmp_path: Path, graph: FeatureGraph
+) -> None:
+    opened(browser, tmp_path, graph)
+    browser.point("#stage .node[data-kind=target]")
+    browser.js("document.querySelector('#stage svg').dataset.old = true")
+    browser.page.mouse.down()
+    browser.resize(1270, 800)
+    browser.wait("!document.querySelector('#stage svg').dataset.old")
+    browser.page.mouse.up()
+    browser.wait("/target/.test(document.querySelector('#selection h2').textContent)")
+    browser.resize(1280, 800)
 
 
 @pytest.mark.browser

@@ -18,6 +18,7 @@ class Picture {
     this.stage = stage;
     this.about = about;
     this.svg = null;
+    this.drawnIn = "";
     this.places = new Map();
     this.guests = new Map();
     stage.addEventListener("scroll", () => this.stick());
@@ -25,6 +26,15 @@ class Picture {
 
   size(zoom) {
     return { width: (this.stage.clientWidth - 2) * zoom, height: (this.stage.clientHeight - 4) * zoom };
+  }
+
+  // Whether the picture was drawn for the window's present size.
+  fits() {
+    return this.drawnIn === this.window();
+  }
+
+  window() {
+    return `${this.stage.clientWidth} ${this.stage.clientHeight}`;
   }
 
   drawGraph(state, nodes) {
@@ -76,6 +86,7 @@ class Picture {
       boxes: [],
       quiet: { children: [] },
     });
+    this.drawnIn = this.window();
     this.stage.replaceChildren(make("p", { class: "empty" }, NOTHING_PINNED));
   }
 
@@ -88,6 +99,7 @@ class Picture {
       { width, height, viewBox: `0 0 ${width.toFixed(1)} ${height.toFixed(1)}`, role: "group", "aria-label": label, "font-family": SANS },
       ...parts,
     );
+    this.drawnIn = this.window();
     this.stage.replaceChildren(this.svg);
     this.marks = new Map(
       [...this.svg.querySelectorAll(".node")].map((element) => [Number(element.dataset.id ?? element.dataset.box), element]),
