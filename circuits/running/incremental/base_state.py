@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -40,6 +41,8 @@ class BaseRun:
     inputs: ByBlock
     # q of each head [head, token, d_head]; its k and v at all positions [head, batch, key, d_head].
     projected: ByBlock
+    # Which sources may write something else than in the whole model.
+    changed: Bool[np.ndarray, " source"]
     # Plans made for this circuit, by the targets into which edges change.
     plans: dict[bytes, Plan] = field(init=False, default_factory=dict)
     _private: set[int] = field(init=False, default_factory=set)
@@ -62,7 +65,8 @@ class BaseRun:
     def copy(self) -> BaseRun:
         """A base run that can be changed without changing this one."""
         inputs, projected = dict(self.inputs), dict(self.projected)
-        return replace(self, outputs=self.outputs.clone(), inputs=inputs, projected=projected)
+        outputs, changed = self.outputs.clone(), self.changed.copy()
+        return replace(self, outputs=outputs, inputs=inputs, projected=projected, changed=changed)
 
     def written(self, place: Place) -> Outputs:
         """out0_u of some nodes."""
@@ -95,6 +99,7 @@ class BaseRun:
         block = place.block
         if name == "outputs":
             held = self.outputs[block.sources]
+            self.changed[block.sources] = True
         else:
             held = self._own(getattr(self, name), block)
         if name != "projected" or block.slot == "q":

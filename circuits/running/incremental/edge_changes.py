@@ -18,13 +18,34 @@ Differences = Float[Tensor, "column 1 token d_model"]
 
 
 @dataclass(frozen=True, eq=False)
+class SourceDifferences:
+    """out_u - c_u of sources u."""
+
+    # out_u of the whole model, and c_u, of every source u.
+    whole: Outputs
+    counterfactuals: Outputs
+    # The differences of the whole model, by tokens.
+    _of_whole: dict[TokenSet, Outputs] = field(init=False, default_factory=dict)
+
+    def between(self, base: BaseRun, sources: Indices, tokens: TokenSet) -> Outputs:
+        """out0_u - c_u, with out0 of a base."""
+        rows = row_selection(sources, base.outputs.device)
+        replacing = tokens.select(self.counterfactuals)
+        if base.changed[sources].any():
+            return tokens.select(base.outputs)[rows] - replacing[rows]
+        # Most bases are still the whole model up to the sources that are in question.
+        if tokens not in self._of_whole:
+            self._of_whole[tokens] = tokens.select(self.whole) - replacing
+        return self._of_whole[tokens][rows]
+
+
+@dataclass(frozen=True, eq=False)
 class EdgeChanges:
     """The edges in which some variant M differs from the base M0."""
 
     model: TaskModel
     base: BaseRun
-    # c_u of every source u.
-    counterfactuals: Outputs
+    source_differences: SourceDifferences
     # The targets and the sources between which edges change.
     rows: Indices
     columns: Indices
@@ -38,7 +59,7 @@ class EdgeChanges:
 
     @staticmethod
     def of(
-        model: TaskModel, base: BaseRun, counterfactuals: Outputs, kept: Variants
+        model: TaskModel, base: BaseRun, source_differences: SourceDifferences, kept: Variants
     ) -> EdgeChanges:
         """Compare variants with the base."""
         new = kept.numpy()
@@ -56,7 +77,7 @@ class EdgeChanges:
         # M[u, r] - M0[u, r]
         signs[:, *between] = new[:, changed]
         signs[:, *between] -= old[changed]
-        return EdgeChanges(model, base, counterfactuals, rows, columns, row_of, column_of, signs)
+        return EdgeChanges(model, base, source_differences, rows, columns, row_of, column_of, signs)
 
     def of_variants(self, variants: slice, *, base_first: bool) -> EdgeChanges:
         """Those of some variants, behind the base as one more variant if `base_first`."""
@@ -79,10 +100,8 @@ class EdgeChanges:
     def differences(self, tokens: TokenSet) -> Differences:
         """out0_u - c_u of the sources `columns`, with out0 of the base, as one variant."""
         if tokens not in self._differences:
-            sources = row_selection(self.columns, self.base.outputs.device)
-            outputs = tokens.select(self.base.outputs)[sources]
-            replacing = tokens.select(self.counterfactuals)[sources]
-            self._differences[tokens] = (outputs - replacing)[:, None]
+            found = self.source_differences.between(self.base, self.columns, tokens)
+            self._differences[tokens] = found[:, None]
         return self._differences[tokens]
 
 

@@ -39,7 +39,7 @@ from circuits.running.edge_layout import check_runnable
 from circuits.running.incremental.base_state import BaseRun, EdgeMask, Outputs, Variants
 from circuits.running.incremental.batch import Logits, VariantRun
 from circuits.running.incremental.cost import Cost
-from circuits.running.incremental.edge_changes import EdgeChanges
+from circuits.running.incremental.edge_changes import EdgeChanges, SourceDifferences
 from circuits.running.incremental.plan import Indices, Plan, make_plan
 from circuits.running.incremental.sublayer_run import TaskModel, UnsupportedError
 from circuits.running.incremental.tokens import TokenSet, Window
@@ -60,8 +60,8 @@ class IncrementalExecutor:
     """Runs circuits of one graph on the prompts of one task, each from a base run."""
 
     model: TaskModel
-    # c_u of every source u.
-    counterfactuals: Outputs
+    # c_u of every source u, and what replacing out_u by it takes away.
+    source_differences: SourceDifferences
     # The base run of the whole model.
     whole: BaseRun
     # Memory that one batch may take, in bytes.
@@ -98,8 +98,9 @@ class IncrementalExecutor:
             task_model = TaskModel.of(model, graph, task, window)
             whole = _run_clean_prompts(task_model, product)
             replacing = _counterfactuals(task_model, ablation, whole, product)
+        differences = SourceDifferences(whole.outputs, replacing)
         budget = memory_budget(model.cfg.device, max_memory)
-        return IncrementalExecutor(task_model, replacing, whole, budget, background)
+        return IncrementalExecutor(task_model, differences, whole, budget, background)
 
     def exact(self) -> IncrementalExecutor:
         """The same executor without a background; both share their base runs."""
@@ -190,13 +191,14 @@ class IncrementalExecutor:
         product = self.background.product_of_values
         with torch.inference_mode():
             # x_r = b_r + sum over sources u of c_u
-            empty = model.run(kept, self.counterfactuals, tokens, clean.projected, product)
+            read = self.source_differences.counterfactuals
+            empty = model.run(kept, read, tokens, clean.projected, product)
             # Embeddings read nothing: their outputs are the clean ones in every circuit.
             empty.outputs[embeddings] = clean.outputs[embeddings]
         return empty
 
     def _variant_run(self, base: BaseRun, kept: Variants) -> VariantRun:
-        edge_changes = EdgeChanges.of(self.model, base, self.counterfactuals, kept)
+        edge_changes = EdgeChanges.of(self.model, base, self.source_differences, kept)
         plan = self._plan(base, kept, edge_changes.rows)
         return VariantRun(self.model, base, edge_changes, plan, self.background)
 

@@ -121,7 +121,8 @@ class TaskModel:
         outputs = written.new_empty(n_sources, *written.shape[1:])
         outputs[: len(written)] = written
         mask = self.mask(kept)
-        result = BaseRun(kept, mask, self.needs(mask), outputs, {}, {})
+        changed = np.full(n_sources, not bool(kept.all()))
+        result = BaseRun(kept, mask, self.needs(mask), outputs, {}, {}, changed)
         # What targets read of each source u: out_u, or c_u in the circuit without edges.
         read = outputs if bool(kept.all()) else written
         stream = before_attention = written[self.embeddings].sum(0, keepdim=True)
