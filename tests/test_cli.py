@@ -81,6 +81,16 @@ def test_only_the_command_itself_says_how_threads_wait_and_only_where_the_user_d
         assert output.splitlines()[-1] == expected
 
 
+@pytest.mark.parametrize("name", ["discover", "evaluate", "compare", "graph", "view"])
+def test_help_shows_each_example_on_a_line_of_its_own(capsys, name):
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    examples = [line for line in lines if line.startswith("$ ")]
+    assert len(examples) >= 2
+    assert all(line.count(f"circuits {name} ") == 1 for line in examples)
+
+
 @pytest.mark.parametrize("name", ["discover", "evaluate", "compare", "list"])
 def test_every_command_has_help_of_its_own(capsys, name):
     with pytest.raises(SystemExit) as stopped:

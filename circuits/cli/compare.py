@@ -53,9 +53,9 @@ def command(
 ) -> None:
     """Discover with several methods on the same prompts, and evaluate them on the same others.
 
-    circuits compare --task ioi --methods acdc,eap,eap-ig,random
-    circuits compare --task docstring --methods acdc:threshold=0.02,eap:gradient_at=both --n 32
-    circuits compare --task two_hop --methods acdc,attribution-graph:transcoders=toy-world-clt
+    $ circuits compare --task ioi --methods acdc,eap,eap-ig,random
+    $ circuits compare --task docstring --methods acdc:threshold=0.02,eap:gradient_at=both --n 32
+    $ circuits compare --task two_hop --methods acdc,attribution-graph:transcoders=toy-world-clt
 
     Args:
         source: The model and the prompts.

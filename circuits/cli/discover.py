@@ -26,10 +26,10 @@ from circuits.system.ranks import is_first
 class DiscoverOptions(TaskOptions):
     """Find a circuit on prompts of the train split, and evaluate it on held-out prompts.
 
-    circuits discover --method acdc --threshold 0.01 --task ioi
-    circuits discover --method eap-ig --steps 10 --task greater_than --size 50
-    circuits discover --method eap --data prompts.jsonl --model gpt2 --size 200
-    torchrun --nproc-per-node=4 -m -- circuits discover --method acdc --threshold 0.01 --n 64
+    $ circuits discover --method acdc --threshold 0.01 --task ioi
+    $ circuits discover --method eap-ig --steps 10 --task greater_than --size 50
+    $ circuits discover --method eap --data prompts.jsonl --model gpt2 --size 200
+    $ torchrun --nproc-per-node=4 -m -- circuits discover --method acdc --threshold 0.01 --n 64
 
     The last one shares the work among four devices. Without `--`, torchrun would take `--n` for
     one of its own options.

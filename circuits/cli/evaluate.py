@@ -31,8 +31,8 @@ def command(
 
     Model, task and seed are by default those of the run.
 
-    circuits evaluate runs/ioi/acdc-1a2b3c4d --n 64
-    circuits evaluate runs/ioi/eap-ig-1a2b3c4d --size 50 --metrics kl,accuracy
+    $ circuits evaluate runs/ioi/acdc-1a2b3c4d --n 64
+    $ circuits evaluate runs/ioi/eap-ig-1a2b3c4d --size 50 --metrics kl,accuracy
 
     Args:
         circuit: A run folder.

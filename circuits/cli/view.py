@@ -15,8 +15,8 @@ from circuits.plotting.graph_page.server import open_server
 def command(folder: Positional[Path], port: int = 8000, browser: bool = True) -> None:
     """Explore a run folder's attribution graph in the browser, whatever its size. Ctrl-C ends it.
 
-    circuits view runs/graphs/the-capital-of-the-state-1a2b3c4d
-    circuits view my_graph --port 8123 --no-browser
+    $ circuits view runs/graphs/the-capital-of-the-state-1a2b3c4d
+    $ circuits view my_graph --port 8123 --no-browser
 
     Only this machine can open the page, but all of its users can. Pinned nodes and supernodes are
     kept in the folder, in groups.json.
