@@ -462,21 +462,6 @@ def test_the_picture_is_drawn_once_until_the_window_changes(
 
 
 @pytest.mark.browser
-def test_a_press_counts_although_the_picture_is_drawn_anew_meanwhile(
-    browser: Browser, tmp_path: Path, graph: FeatureGraph
-) -> None:
-    opened(browser, tmp_path, graph)
-    browser.point("#stage .node[data-kind=target]")
-    browser.js("document.querySelector('#stage svg').dataset.old = true")
-    browser.page.mouse.down()
-    browser.resize(1270, 800)
-    browser.wait("!document.querySelector('#stage svg').dataset.old")
-    browser.page.mouse.up()
-    browser.wait("/target/.test(document.querySelector('#selection h2').textContent)")
-    browser.resize(1280, 800)
-
-
-@pytest.mark.browser
 def test_pointing_lights_up_a_node_and_says_what_it_is(
     browser: Browser, tmp_path: Path, graph: FeatureGraph
 ) -> None:

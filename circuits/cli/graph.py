@@ -42,7 +42,7 @@ def command(
 
     $ circuits graph "The capital of the state containing Dallas is"
     $ circuits graph "The capital of Texas is" --explain " Austin" --transcoders toy-world-plt
-    $ circuits graph "Fact: the" --model gpt2 --transcoders my/transcoders --budget 5000 --neuronpedia
+    $ circuits graph "Fact: the" --model gpt2 --transcoders my_set --budget 5000 --neuronpedia
 
     Args:
         prompt: The prompt's text.

@@ -22,8 +22,8 @@ function startInput(page) {
   let frame = 0;
   new ResizeObserver(() => {
     cancelAnimationFrame(frame);
-    // Observers are told once without any change.
-    frame = requestAnimationFrame(() => !page.picture.fits() && page.draw());
+    // An observer is told once without any change; a drawing then would lose a press that has begun.
+    frame = requestAnimationFrame(() => !page.picture.fits() && page.run(page.draw()));
   }).observe(page.elements.stage);
 }
 
@@ -66,14 +66,13 @@ async function zoom(page, factor, event) {
   stage.scrollTo(share[0] * stage.scrollWidth - x, share[1] * stage.scrollHeight - y);
 }
 
-// A press counts where the pointer comes up, not as a "click": that is lost when a drawing replaces the node that was pressed.
 function startPointer(page, stage) {
-  let press = null;
+  let drag = null;
   stage.addEventListener("pointermove", (event) => {
-    if (press?.drags) {
-      const [dx, dy] = [event.clientX - press.x, event.clientY - press.y];
-      press.moved ||= Math.hypot(dx, dy) > DRAG;
-      if (press.moved) stage.scrollTo(press.left - dx, press.top - dy);
+    if (drag) {
+      const [dx, dy] = [event.clientX - drag.x, event.clientY - drag.y];
+      drag.moved ||= Math.hypot(dx, dy) > DRAG;
+      if (drag.moved) stage.scrollTo(drag.left - dx, drag.top - dy);
       return;
     }
     const edge = event.target.closest(".edge"),
@@ -92,21 +91,20 @@ function startPointer(page, stage) {
     page.point(null, null);
   });
   stage.addEventListener("pointerdown", (event) => {
-    if (event.button !== 0) return;
-    const drags = page.picture.at(event) === null;
-    press = { x: event.clientX, y: event.clientY, left: stage.scrollLeft, top: stage.scrollTop, drags, moved: false };
+    if (event.button === 0 && page.picture.at(event) === null)
+      drag = { x: event.clientX, y: event.clientY, left: stage.scrollLeft, top: stage.scrollTop, moved: false };
   });
-  stage.addEventListener("pointerup", (event) => {
-    if (event.button !== 0 || !press || press.moved) return;
+  window.addEventListener("pointerup", () =>
+    setTimeout(() => {
+      drag = null;
+    }),
+  );
+  stage.addEventListener("click", (event) => {
     const id = page.picture.at(event);
     page.tip.hidden = true;
     if (id !== null) page.clicked(id, event.shiftKey);
-    else if (press.drags) page.select(null);
+    else if (!drag?.moved) page.select(null);
   });
-  for (const end of ["pointerup", "pointercancel"])
-    window.addEventListener(end, () => {
-      press = null;
-    });
   stage.addEventListener(
     "wheel",
     (event) => {

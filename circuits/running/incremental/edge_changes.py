@@ -11,7 +11,7 @@ from torch import Tensor
 from circuits.running.incremental.base_state import BaseRun, Outputs, Variants
 from circuits.running.incremental.plan import Indices, row_selection
 from circuits.running.incremental.sublayer_run import TaskModel
-from circuits.running.incremental.tokens import TokenSet
+from circuits.running.incremental.tokens import TokenSet, Window
 
 Signs = Float[np.ndarray, "variant span _ _"]
 Differences = Float[Tensor, "column 1 token d_model"]
@@ -21,22 +21,28 @@ Differences = Float[Tensor, "column 1 token d_model"]
 class SourceDifferences:
     """out_u - c_u of sources u."""
 
-    # out_u of the whole model, and c_u, of every source u.
-    whole: Outputs
+    # c_u of every source u.
     counterfactuals: Outputs
-    # The differences of the whole model, by tokens.
-    _of_whole: dict[TokenSet, Outputs] = field(init=False, default_factory=dict)
+    # The differences of the whole model.
+    of_whole: dict[TokenSet, Outputs]
+
+    @staticmethod
+    def of(whole: BaseRun, counterfactuals: Outputs, window: Window) -> SourceDifferences:
+        """Compute those of the whole model, at all tokens and at the scored ones."""
+        of_whole = {
+            tokens: tokens.select(whole.outputs) - tokens.select(counterfactuals)
+            for tokens in (window.all, window.scored)
+        }
+        return SourceDifferences(counterfactuals, of_whole)
 
     def between(self, base: BaseRun, sources: Indices, tokens: TokenSet) -> Outputs:
         """out0_u - c_u, with out0 of a base."""
         rows = row_selection(sources, base.outputs.device)
-        replacing = tokens.select(self.counterfactuals)
-        if base.changed[sources].any():
-            return tokens.select(base.outputs)[rows] - replacing[rows]
-        # Most bases are still the whole model up to the sources that are in question.
-        if tokens not in self._of_whole:
-            self._of_whole[tokens] = tokens.select(self.whole) - replacing
-        return self._of_whole[tokens][rows]
+        # Mostly the base is still the whole model up to the sources that are in question.
+        if not base.changed[sources].any():
+            return self.of_whole[tokens][rows]
+        outputs = tokens.select(base.outputs)[rows]
+        return outputs - tokens.select(self.counterfactuals)[rows]
 
 
 @dataclass(frozen=True, eq=False)

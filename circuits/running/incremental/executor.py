@@ -98,7 +98,7 @@ class IncrementalExecutor:
             task_model = TaskModel.of(model, graph, task, window)
             whole = _run_clean_prompts(task_model, product)
             replacing = _counterfactuals(task_model, ablation, whole, product)
-        differences = SourceDifferences(whole.outputs, replacing)
+        differences = SourceDifferences.of(whole, replacing, window)
         budget = memory_budget(model.cfg.device, max_memory)
         return IncrementalExecutor(task_model, differences, whole, budget, background)
 
