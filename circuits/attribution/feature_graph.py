@@ -25,7 +25,7 @@ from circuits.attribution.tensor_table import select_rows, tensors_of, true_rows
 from circuits.graph.identity import ModelIdentity, TranscodersIdentity
 from circuits.graph.nodes import Error, Feature, Logits, Node, Position, TokenEmbed, parse_node
 from circuits.system.errors import InputError
-from circuits.system.files import read_tensors, to_json, write_tensors
+from circuits.system.files import json_text, read_tensors, write_tensors
 
 FILE = "graph.safetensors"
 FORMAT, FORMAT_VERSION = "circuits.feature_graph", 1
@@ -331,7 +331,7 @@ class FeatureGraph:
         for name in ("source", "target"):
             tensors[name] = tensors[name].int()
         values = {name: getattr(self, name) for name in DESCRIPTION}
-        metadata = {"description": to_json(values)}
+        metadata = {"description": json_text(values)}
         path = Path(folder) / FILE
         return write_tensors(path, tensors, metadata, FORMAT, FORMAT_VERSION)
 

@@ -22,7 +22,7 @@ from circuits.graph.graph import Graph, PooledFeatureGraph
 from circuits.graph.identity import ModelIdentity, TranscodersIdentity
 from circuits.graph.nodes import Node, parse_node
 from circuits.system.errors import InputError
-from circuits.system.files import read_tensors, to_json, write_tensors
+from circuits.system.files import json_text, read_tensors, write_tensors
 
 FILE = "circuit.safetensors"
 FORMAT = "circuits.circuit"
@@ -270,7 +270,7 @@ class Circuit:
             "record": dict(self.record),
         }
         path = Path(folder) / FILE
-        metadata = {"description": to_json(description)}
+        metadata = {"description": json_text(description)}
         return write_tensors(path, tensors, metadata, FORMAT, FORMAT_VERSION)
 
     @staticmethod

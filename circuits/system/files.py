@@ -60,14 +60,14 @@ def read_tensors(path: Path, kind: str, version: int) -> TensorsAndMetadata:
         ) from error
 
 
-def to_json(content: Mapping[str, Any]) -> str:
-    """Return `content` as JSON; dataclasses become dictionaries.
+def json_text(content: Mapping[str, Any]) -> str:
+    """Return `content` as JSON text; dataclasses become dictionaries.
 
     Raises:
         InputError: a value or key is something else that JSON has no form for, such as a tensor.
     """
     try:
-        return json.dumps(content, default=_as_json)
+        return json.dumps(content, default=_plain)
     except TypeError as error:
         raise InputError(
             f"a record cannot be saved as JSON ({error}); keep only numbers, texts, lists and "
@@ -75,7 +75,7 @@ def to_json(content: Mapping[str, Any]) -> str:
         ) from error
 
 
-def _as_json(value: object) -> Any:
+def _plain(value: object) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     if isinstance(value, np.generic):

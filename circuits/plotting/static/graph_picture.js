@@ -18,7 +18,7 @@ class Picture {
     this.stage = stage;
     this.about = about;
     this.svg = null;
-    this.drawnIn = "";
+    this.drawnAt = "";
     this.places = new Map();
     this.guests = new Map();
     stage.addEventListener("scroll", () => this.stick());
@@ -28,12 +28,12 @@ class Picture {
     return { width: (this.stage.clientWidth - 2) * zoom, height: (this.stage.clientHeight - 4) * zoom };
   }
 
-  // Whether the picture was drawn for the window's present size.
+  // Whether the picture was drawn for the stage's present size.
   fits() {
-    return this.drawnIn === this.window();
+    return this.drawnAt === this.stageSize();
   }
 
-  window() {
+  stageSize() {
     return `${this.stage.clientWidth} ${this.stage.clientHeight}`;
   }
 
@@ -86,7 +86,7 @@ class Picture {
       boxes: [],
       quiet: { children: [] },
     });
-    this.drawnIn = this.window();
+    this.drawnAt = this.stageSize();
     this.stage.replaceChildren(make("p", { class: "empty" }, NOTHING_PINNED));
   }
 
@@ -99,7 +99,7 @@ class Picture {
       { width, height, viewBox: `0 0 ${width.toFixed(1)} ${height.toFixed(1)}`, role: "group", "aria-label": label, "font-family": SANS },
       ...parts,
     );
-    this.drawnIn = this.window();
+    this.drawnAt = this.stageSize();
     this.stage.replaceChildren(this.svg);
     this.marks = new Map(
       [...this.svg.querySelectorAll(".node")].map((element) => [Number(element.dataset.id ?? element.dataset.box), element]),

@@ -121,10 +121,11 @@ class TaskModel:
         outputs = written.new_empty(n_sources, *written.shape[1:])
         outputs[: len(written)] = written
         mask = self.mask(kept)
-        changed = np.full(n_sources, not bool(kept.all()))
+        is_whole = bool(kept.all())
+        changed = np.full(n_sources, not is_whole)
         result = BaseRun(kept, mask, self.needs(mask), outputs, {}, {}, changed)
         # What targets read of each source u: out_u, or c_u in the circuit without edges.
-        read = outputs if bool(kept.all()) else written
+        read = outputs if is_whole else written
         stream = before_attention = written[self.embeddings].sum(0, keepdim=True)
         for group in sublayers(self.blocks):
             block = group[0]
