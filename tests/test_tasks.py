@@ -471,6 +471,18 @@ def test_bos_goes_before_a_prompt_once_and_only_where_the_model_expects_it(
     ]
 
 
+def test_text_that_brings_its_bos_keeps_the_space_after_it(bpe: Model) -> None:
+    """To a tokenizer like GPT-2's, a word with a space before it is another token."""
+    bos = bpe.tokenizer.bos_token
+    for text in (f"{bos} Then Mary", f"{bos}Then Mary"):
+        ids = bpe.tokenizer(text, add_special_tokens=False)["input_ids"]
+        pair = PromptPair(text, text.replace("Mary", "John"), " and")
+        task = Task.from_prompts(bpe, [pair])
+        assert task.clean[0].tolist() == ids and ids.count(bpe.tokenizer.bos_token_id) == 1
+        assert task.answers is not None
+        assert bpe.tokenizer.decode([*ids, int(task.answers)]) == f"{text} and"
+
+
 def test_padding_is_on_the_right_and_masked_whatever_the_tokenizer_prefers(
     bpe: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

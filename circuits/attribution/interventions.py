@@ -164,6 +164,7 @@ def intervene(
     frozen_layers: Sequence[int] = (),
     freeze_norms: bool = False,
     leading: int = 1,
+    prepend_bos: bool | None = None,
 ) -> Intervened:
     """Run a prompt under several lists of interventions, one variant per list.
 
@@ -183,12 +184,14 @@ def intervene(
             interventions. If any are given, features write their changes to these layers only.
         freeze_norms: freeze the scales of all norms at their clean values.
         leading: the number of first positions without features.
+        prepend_bos: True begins the prompt with exactly one BOS token, which it may bring; False
+            takes it as it is; None is the model's default for text, and False for token ids.
 
     Raises:
         InputError: the transcoders do not fit the model, the prompt cannot be used, or an
             intervention or frozen layer does not exist.
     """
-    tokens = _checked_prompt(model, transcoders, prompt, leading)
+    tokens = _checked_prompt(model, transcoders, prompt, leading, prepend_bos)
     layers = range(transcoders.n_layers)
     _check_run(variants, frozen_layers, layers)
     length = len(tokens)
@@ -223,6 +226,7 @@ def direct_effects(
     variants: Variants,
     *,
     leading: int = 1,
+    prepend_bos: bool | None = None,
 ) -> Intervened:
     """Run `intervene` with attention, norms and all MLPs frozen, as attribution graphs assume.
 
@@ -235,7 +239,7 @@ def direct_effects(
     True
 
     Args:
-        prompt, variants, leading: see `intervene`.
+        prompt, variants, leading, prepend_bos: see `intervene`.
 
     Raises:
         InputError: see `intervene`.
@@ -249,6 +253,7 @@ def direct_effects(
         frozen_layers=range(transcoders.n_layers),
         freeze_norms=True,
         leading=leading,
+        prepend_bos=prepend_bos,
     )
 
 
@@ -262,6 +267,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     leading: int = 1,
+    prepend_bos: bool | None = None,
 ) -> Tokens:
     """Continue a prompt under interventions, with nothing frozen, and return all token ids.
 
@@ -275,7 +281,7 @@ def generate(
     '<bos> The capital of Texas is Austin'
 
     Args:
-        prompt, leading: see `intervene`.
+        prompt, leading, prepend_bos: see `intervene`.
         new_tokens: how many tokens to add; fewer if the context ends.
         temperature: 0 takes the most probable token each time.
         seed: seeds the sampling if the temperature is positive.
@@ -283,7 +289,7 @@ def generate(
     Raises:
         InputError: see `intervene`; or `new_tokens` or `temperature` is negative.
     """
-    tokens = _checked_prompt(model, transcoders, prompt, leading)
+    tokens = _checked_prompt(model, transcoders, prompt, leading, prepend_bos)
     if not isinstance(new_tokens, int) or new_tokens < 0:
         raise InputError(f"new_tokens={new_tokens!r}: give a whole number, 0 or more.")
     if not 0 <= temperature < math.inf:
@@ -418,11 +424,17 @@ def _is_list(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 
-def _checked_prompt(model: Model, transcoders: Transcoders, prompt: Prompt, leading: int) -> Tokens:
+def _checked_prompt(
+    model: Model,
+    transcoders: Transcoders,
+    prompt: Prompt,
+    leading: int,
+    prepend_bos: bool | None,
+) -> Tokens:
     check_transcoders(model, transcoders)
     if not isinstance(leading, int) or leading < 0:
         raise InputError(f"leading={leading!r}: give a whole number, 0 or more.")
-    tokens = prompt_tokens(model, prompt)
+    tokens = prompt_tokens(model, prompt, prepend_bos)
     pad_prompts(model, [tokens])  # refuses prompts that are empty or too long
     return tokens
 

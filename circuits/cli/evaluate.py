@@ -29,7 +29,7 @@ def command(
 ) -> None:
     """Run a saved circuit on held-out prompts, with everything outside it ablated.
 
-    Model, task and seed are by default those of the run.
+    Model, task, seed and BOS token are by default those of the run.
 
     $ circuits evaluate runs/ioi/acdc-1a2b3c4d --n 64
     $ circuits evaluate runs/ioi/eap-ig-1a2b3c4d --size 50 --metrics kl,accuracy
@@ -94,7 +94,8 @@ def _with_defaults_of_run(source: TaskOptions, notes: Record) -> TaskOptions:
         data = Path(notes["data"]) if notes.get("data") else None
         task = None if data else notes.get("task")
     model = source.model or notes.get("model")
-    return replace(source, model=model, seed=seed, task=task, data=data)
+    prepend = notes.get("prepend_bos") if source.prepend_bos is None else source.prepend_bos
+    return replace(source, model=model, seed=seed, task=task, data=data, prepend_bos=prepend)
 
 
 def _ablation_of_run(found: CircuitRun) -> str:

@@ -33,6 +33,7 @@ def command(
     node_threshold: float = 0.8,
     edge_threshold: float = 0.98,
     leading: int = 1,
+    prepend_bos: bool | None = None,
     neuronpedia: bool = False,
     out: Path = Path("runs"),
 ) -> None:
@@ -57,6 +58,8 @@ def command(
         edge_threshold: Share of the influence between these nodes that the edges shown at first
             have.
         leading: Number of first positions without features (beginning-of-sequence tokens).
+        prepend_bos: Begin the prompt with exactly one BOS token, or (False) take it as it is; by
+            default as the model does.
         neuronpedia: Write the pruned graph as Neuronpedia's JSON, too.
         out: The folder of all runs. A graph that is already there is not computed again.
     """
@@ -69,7 +72,15 @@ def command(
     )
     notes = {"model": source.model or EMBEDDED, "transcoders": method.transcoders}
     model, explained = source.load_model(), _explained(explain)
-    found = run_graph(method, model, prompt, explain=explained, out=out, notes=notes)
+    found = run_graph(
+        method,
+        model,
+        prompt,
+        explain=explained,
+        prepend_bos=prepend_bos,
+        out=out,
+        notes=notes,
+    )
     if neuronpedia:
         save_neuronpedia(
             found.graph,

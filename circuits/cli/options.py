@@ -52,6 +52,9 @@ class TaskOptions(ModelOptions):
     corrupted, answer and wrong_answer. All prompts are used for discovery and for evaluation."""
     seed: int | None = None
     """Seed for drawing prompts; by default 0."""
+    prepend_bos: bool | None = None
+    """Begin each prompt with exactly one BOS token, or (False) take text as it is; by default as
+    the model does."""
 
     def load_task(self, model: Model, n: int, split: str) -> Task:
         """Load n prompts from a split of the task, or all of the user's own prompts."""
@@ -61,9 +64,10 @@ class TaskOptions(ModelOptions):
             )
         if self.data:
             name = re.sub(r"[^\w+-]+", "-", self.data.stem) or "data"
-            return Task.from_jsonl(self.data, model, name=name)
+            return Task.from_jsonl(self.data, model, name=name, prepend_bos=self.prepend_bos)
         name, seed = self.task or DEFAULT_TASK, self.seed or 0
-        return load_task(name, model, n=n, seed=seed, split=split)
+        bos = self.prepend_bos
+        return load_task(name, model, n=n, seed=seed, split=split, prepend_bos=bos)
 
     def notes(self) -> dict[str, Any]:
         """What a record says of how the model and the prompts were chosen."""
@@ -72,4 +76,5 @@ class TaskOptions(ModelOptions):
             "task": self.task or DEFAULT_TASK,
             "data": str(self.data) if self.data else None,
             "seed": self.seed or 0,
+            "prepend_bos": self.prepend_bos,
         }

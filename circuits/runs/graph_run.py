@@ -102,6 +102,7 @@ def run_graph(
     prompt: str | Sequence[int] | PromptTokens,
     *,
     explain: Sequence[Explained] | None = None,
+    prepend_bos: bool | None = None,
     out: str | Path = "runs",
     notes: Mapping[str, Any] | None = None,
 ) -> GraphRun:
@@ -109,7 +110,7 @@ def run_graph(
 
     Args:
         prompt: text or tokens.
-        explain: see `AttributionGraph.attribute`; by default the most probable next tokens.
+        explain, prepend_bos: see `AttributionGraph.attribute`.
         out: the folder of all runs.
         notes: recorded as well.
 
@@ -125,7 +126,7 @@ def run_graph(
     """
     # Load the transcoders once: the digest needs them as well as the method.
     method = replace(method, transcoders=method.loaded)
-    tokens = prompt_tokens(model, prompt)
+    tokens = prompt_tokens(model, prompt, prepend_bos)
     numbers = map(str, tokens.tolist())
     text = prompt if isinstance(prompt, str) else " ".join(numbers)
     name = f"{_slug(text)}-{_digest(method, model, tokens, explain)}"
@@ -199,7 +200,8 @@ def _found_again(folder: Path) -> GraphRun:
 
 
 def _slug(prompt: str) -> str:
-    words = re.findall(r"[a-z0-9]+", prompt.lower())
+    # Text with and without its <bos> has the same tokens, and is to be found in one folder.
+    words = re.findall(r"[a-z0-9]+", re.sub("<[^<>]*>", "", prompt.lower()))
     return "-".join(words)[:LONGEST_SLUG].strip("-") or "prompt"
 
 

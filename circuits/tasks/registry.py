@@ -44,6 +44,7 @@ def load_task(
     n: int,
     seed: int = 0,
     split: str = "test",
+    prepend_bos: bool | None = None,
     **options: Any,
 ) -> Task:
     """Load a task by name, on the device of the model.
@@ -63,6 +64,7 @@ def load_task(
         n: the number of prompts to draw.
         seed: of the random draw.
         split: "train" or "test", which share no prompts, clean or corrupted, whatever the seeds.
+        prepend_bos: see `Task.from_prompts`.
         options: fields of the task's family, such as `corruption="swapped"` for ioi.
 
     Raises:
@@ -73,7 +75,7 @@ def load_task(
         raise InputError(f"there is no split {split!r}; choose {' or '.join(map(repr, SPLITS))}.")
     if n < 1:
         raise InputError(f"n={n}: a task needs at least one prompt.")
-    encoder = PromptTokenizer.of(model)
+    encoder = PromptTokenizer.of(model, prepend_bos)
     # Drawn before tokenization, so that every model gets the same text.
     pairs = family.pairs(n, seed, split)
     if len(pairs) < n:

@@ -72,6 +72,7 @@ class Task:
         *,
         name: str = "custom",
         metric: str | None = None,
+        prepend_bos: bool | None = None,
     ) -> Task:
         """Make a task from text, scored at the last token of each prompt.
 
@@ -83,12 +84,14 @@ class Task:
         Args:
             metric: None means "logit_difference"; "negative_log_probability" if there are no wrong
                 answers; "kl" if there are no answers.
+            prepend_bos: True begins each prompt with exactly one BOS token, which its text may
+                bring; False takes text as it is; None is the model's default.
 
         Raises:
             InputError: the model has no tokenizer; only some pairs have answers or a span; prompts
                 of a pair differ in length, are empty or too long; or an answer is several tokens.
         """
-        encode = PromptTokenizer.of(model).encode
+        encode = PromptTokenizer.of(model, prepend_bos).encode
         encoded = [encode(pair) for pair in pairs]
         return task_from_encoded(encoded, name, metric, model)
 
@@ -99,6 +102,7 @@ class Task:
         *,
         name: str | None = None,
         metric: str | None = None,
+        prepend_bos: bool | None = None,
     ) -> Task:
         """Make a task from a file with one JSON object per line.
 
@@ -112,12 +116,12 @@ class Task:
 
         Args:
             name: None means the file's name without its suffix.
-            metric: as in `from_prompts`.
+            metric, prepend_bos: as in `from_prompts`.
 
         Raises:
             InputError: the file cannot be read, or a line cannot be used.
         """
-        encoded = read_pairs(path, PromptTokenizer.of(model).encode)
+        encoded = read_pairs(path, PromptTokenizer.of(model, prepend_bos).encode)
         name = Path(path).stem if name is None else name
         return task_from_encoded(encoded, name, metric, model)
 

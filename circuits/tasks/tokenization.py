@@ -21,7 +21,8 @@ from circuits.tasks.messages import quoted, shorten
 from circuits.tasks.prompts import CharSpan, PromptPair
 
 TokenIds = list[int]
-PromptTokens = Int[Tensor, " pos"]
+# Its length may change where BOS is put in front.
+PromptTokens = Int[Tensor, " _"]
 _ONE_PROMPT: tuple[Any, ...] = (Integer[Tensor, " pos"], Integer[Tensor, "1 pos"])
 
 
@@ -50,18 +51,29 @@ class PromptTokenizer:
     # A Hugging Face tokenizer, and the configuration of the model.
     tokenizer: Any
     cfg: Any
-    # The token ids before every prompt: BOS, or nothing.
-    bos: tuple[int, ...]
+    # The token with which every prompt begins, once; None if text is taken as it is.
+    bos: int | None
 
     @staticmethod
-    def of(model: Model) -> PromptTokenizer:
-        """The prompt tokenizer of a model, or an InputError if it has no tokenizer."""
+    def of(model: Model, prepend_bos: bool | None = None) -> PromptTokenizer:
+        """The prompt tokenizer of a model, or an InputError if it has no tokenizer.
+
+        Args:
+            prepend_bos: whether prompts begin with BOS, exactly once, even if the text has it;
+                False puts nothing in front; None takes the model's default.
+        """
         cfg, tokenizer = model.cfg, model.tokenizer
+        name = cfg.model_name
         if tokenizer is None:
-            name = cfg.model_name
             raise InputError(f"the model {name!r} has no tokenizer; use Task.from_tokens.")
-        bos_id = tokenizer.bos_token_id if cfg.default_prepend_bos else None
-        bos = () if bos_id is None else (bos_id,)
+        if prepend_bos not in (None, True, False):
+            raise InputError(f"prepend_bos={prepend_bos!r}: give True, False or None.")
+        wanted = cfg.default_prepend_bos if prepend_bos is None else prepend_bos
+        bos = tokenizer.bos_token_id if wanted else None
+        if prepend_bos and bos is None:
+            raise InputError(
+                f"prepend_bos=True, but the tokenizer of {name!r} has no BOS token; leave it out."
+            )
         return PromptTokenizer(tokenizer, cfg, bos)
 
     def encode(self, pair: PromptPair) -> EncodedPair:
@@ -84,11 +96,11 @@ class PromptTokenizer:
         return EncodedPair(pair, fields | self._spans(pair))
 
     def prompt(self, text: str, role: str = "given") -> TokenIds:
-        """Turn a prompt into tokens, with BOS where the model expects it. Errors name the role."""
+        """Turn a prompt into tokens that begin with `bos`. Errors name the role."""
         if not text.strip():
             raise InputError(f"a {role} prompt is empty ({text!r}); give it some text.")
         text_ids = self._ids(text)
-        ids = [*self.bos, *text_ids]
+        ids = self.with_bos(text_ids)
         if len(ids) > self.cfg.n_ctx:
             raise InputError(
                 f"the {role} prompt {shorten(text)} has {len(ids)} tokens and "
@@ -100,13 +112,23 @@ class PromptTokenizer:
 
     def answer(self, prompt: str, word: str) -> int:
         """The single token by which `word` continues `prompt`; DoesNotFit if there is none."""
-        prompt_ids = self.prompt(prompt)
+        prompt_ids = self.with_bos(self._ids(prompt))
         [token] = self._answers(prompt, prompt_ids, [word])
         return token
+
+    def with_bos(self, ids: Sequence[int]) -> TokenIds:
+        """The ids of a text as a prompt: BOS comes once, also if the text begins with it."""
+        own = self._n_bos(ids)
+        return list(ids) if self.bos is None else [self.bos, *ids[own:]]
 
     def words(self, tokens: Sequence[int]) -> list[str]:
         """The text of each token."""
         return [self._text([token]) for token in tokens]
+
+    def _n_bos(self, ids: Sequence[int]) -> int:
+        """How many tokens BOS the ids begin with."""
+        others = (place for place, token in enumerate(ids) if token != self.bos)
+        return next(others, len(ids))
 
     def _ids(self, text: str) -> TokenIds:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -122,9 +144,10 @@ class PromptTokenizer:
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
     def _check_words(self, text: str) -> None:
-        # Some tokenizers declare an ordinary token as the unknown token. No single word gives it.
-        unk_id = self.tokenizer.unk_token_id
-        words = dict.fromkeys(text.split())
+        # Some tokenizers declare an ordinary token, such as BOS, as the unknown token. No single
+        # word gives it, and a text may spell it out.
+        unk, unk_id = self.tokenizer.unk_token, self.tokenizer.unk_token_id
+        words = dict.fromkeys(text.replace(unk, " ").split())
         unknown = [word for word in words if unk_id in self._ids(word)]
         if unknown:
             raise DoesNotFit(
@@ -151,7 +174,7 @@ class PromptTokenizer:
     def _answer(self, prompt: str, prompt_ids: TokenIds, word: str) -> int | None:
         unk_id = self.tokenizer.unk_token_id
         continued = self._ids(prompt + word)
-        *context, token = [*self.bos, *continued]
+        *context, token = self.with_bos(continued)
         if context == prompt_ids and token != unk_id:
             return token
         # "17" and "33" may merge into the token "1733". The answer is still the token "33", if
@@ -171,16 +194,19 @@ class PromptTokenizer:
                 "leave the spans out."
             )
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return encoded["offset_mapping"]
+        offsets, own = encoded["offset_mapping"], self._n_bos(encoded["input_ids"])
+        if self.bos is None:
+            return offsets
+        # A BOS that is put in front stands for no characters.
+        return offsets[own - 1 :] if own else [(0, 0), *offsets]
 
     def _spans(self, pair: PromptPair) -> dict[str, list[bool]]:
         text = pair.clean
         offsets = self._offsets(text) if pair.spans else []
-        before = [False] * len(self.bos)
         spans = {}
         for name, (start, end) in sorted(pair.spans.items()):
             check_position_name(name)
-            # A token belongs to a span when it overlaps it. BOS is not part of the text.
+            # A token belongs to a span when it overlaps it.
             overlaps = [first < end and start < last for first, last in offsets]
             is_inside = 0 <= start < end <= len(text)
             if not is_inside or not any(overlaps):
@@ -188,17 +214,21 @@ class PromptTokenizer:
                     f"span {name!r} = {(start, end)} holds no token of {shorten(text)}; "
                     f"give (start, end) in characters, 0 <= start < end <= {len(text)}."
                 )
-            spans[f"span {name}"] = before + overlaps
+            spans[f"span {name}"] = overlaps
         return spans
 
 
-def prompt_tokens(model: Model, prompt: str | Sequence[int] | PromptTokens) -> PromptTokens:
+def prompt_tokens(
+    model: Model, prompt: str | Sequence[int] | PromptTokens, prepend_bos: bool | None = None
+) -> PromptTokens:
     """Token ids of one prompt, on the CPU, or an InputError if it cannot be used.
 
-    Text gets BOS where the model expects it. Token ids, also as a batch of one prompt, do not.
+    Args:
+        prompt: text, or token ids, also as a batch of one prompt.
+        prepend_bos: see `PromptTokenizer.of`; token ids are by default taken as they are.
     """
     if isinstance(prompt, str):
-        encoder = PromptTokenizer.of(model)
+        encoder = PromptTokenizer.of(model, prepend_bos)
         return torch.tensor(encoder.prompt(prompt))
     try:
         tokens = torch.as_tensor(prompt).cpu()
@@ -210,7 +240,11 @@ def prompt_tokens(model: Model, prompt: str | Sequence[int] | PromptTokens) -> P
     if not isinstance(tokens, _ONE_PROMPT):
         found = f"shape {tuple(tokens.shape)} and type {tokens.dtype}"
         raise InputError(f"token ids of {found} are no prompt: give one list of integers.")
-    return tokens.reshape(-1).long()
+    tokens = tokens.reshape(-1).long()
+    if not prepend_bos:
+        return tokens
+    encoder = PromptTokenizer.of(model, prepend_bos)
+    return torch.tensor(encoder.with_bos(tokens.tolist()))
 
 
 def _check_answers(pair: PromptPair) -> None:

@@ -150,7 +150,12 @@ class AttributionGraph(Resumable):
         return load_transcoders(self.transcoders)
 
     def attribute(
-        self, model: Model, prompt: Prompt, *, explain: Sequence[Explained] | None = None
+        self,
+        model: Model,
+        prompt: Prompt,
+        *,
+        explain: Sequence[Explained] | None = None,
+        prepend_bos: bool | None = None,
     ) -> FeatureGraph:
         """The graph of one prompt, unpruned, on the CPU; `circuits.pruned` keeps what matters.
 
@@ -159,13 +164,15 @@ class AttributionGraph(Resumable):
             explain: what the graph explains; None takes the most probable next tokens. A token
                 stands for its logit minus the mean logit, since the softmax does not see the mean;
                 a pair of tokens for the difference of their logits.
+            prepend_bos: True begins the prompt with exactly one BOS token, which it may bring;
+                False takes it as it is; None is the model's default for text, and False for ids.
 
         Raises:
             InputError: the transcoders do not fit the model; the prompt is empty or too long, or no
                 feature is active on it; or what is to be explained is not one token.
         """
         wanted = None if explain is None else [explain]
-        return self.attribute_all(model, [prompt], explain=wanted)[0]
+        return self.attribute_all(model, [prompt], explain=wanted, prepend_bos=prepend_bos)[0]
 
     def attribute_all(
         self,
@@ -173,6 +180,7 @@ class AttributionGraph(Resumable):
         prompts: Sequence[Prompt],
         *,
         explain: Sequence[Sequence[Explained] | None] | None = None,
+        prepend_bos: bool | None = None,
     ) -> list[FeatureGraph]:
         """The graphs of several prompts, which are run together.
 
@@ -189,7 +197,7 @@ class AttributionGraph(Resumable):
 
         transcoders = self.loaded
         described = self._described(model, transcoders)
-        token_ids = [prompt_tokens(model, prompt) for prompt in prompts]
+        token_ids = [prompt_tokens(model, prompt, prepend_bos) for prompt in prompts]
         tokens = list(map(torch.as_tensor, token_ids))
         graphs = self._graphs(model, transcoders, tokens, directions)
         return [replace(graph.to("cpu"), **described) for _, graph in graphs]
