@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from circuits.attribution.build import Direction, difference_direction
 from circuits.attribution.local_model import LocalModel
 from circuits.models import Model
 from circuits.system.errors import InputError
+from circuits.system.numbers import items, python_number, shown
 from circuits.tasks.tokenization import DoesNotFit, PromptTokenizer
 
 Explained = str | int | tuple[str | int, str | int] | Direction
@@ -69,12 +71,13 @@ def directions_of(model: Model, local: LocalModel, explain: Sequence[Explained])
         InputError: nothing was asked for; something is not a token, pair or direction of this
             model; or something was asked for twice.
     """
-    if isinstance(explain, str | int | Direction) or not len(explain):
+    wanted = [] if isinstance(explain, Direction) else _listed(explain)
+    if not wanted:
         raise InputError(
-            f"explain={explain!r}: give a list of tokens, pairs of tokens or Directions, at least "
-            "one."
+            f"explain={shown(explain)}: give a list of tokens, pairs of tokens or Directions, at "
+            "least one."
         )
-    directions = [_direction(model, local, each) for each in explain]
+    directions = [_direction(model, local, each) for each in wanted]
     seen = set()
     for direction in directions:
         name = direction.label if direction.token is None else direction.token
@@ -84,6 +87,14 @@ def directions_of(model: Model, local: LocalModel, explain: Sequence[Explained])
             )
         seen.add((name, direction.position))
     return directions
+
+
+def _listed(explain: Any) -> list[Any]:
+    """What a list, array or tensor of tokens holds; nothing if it is no such thing."""
+    try:
+        return items(explain, "explain")
+    except InputError:
+        return []
 
 
 def _direction(model: Model, local: LocalModel, wanted: Explained) -> Direction:
@@ -169,9 +180,10 @@ def _token(model: Model, local: LocalModel, wanted: str | int) -> int:
             # Words are shown without the space before them.
             return tokenizer.answer(str(prompt), f" {wanted}")
     vocabulary = local.unembedding.shape[1]
-    if not isinstance(wanted, int) or not 0 <= wanted < vocabulary:
+    number = python_number(wanted)
+    if number is None or number % 1 or not 0 <= number < vocabulary:
         raise InputError(
-            f"{wanted!r} is no token of this model's; give its text, or an id from 0 to "
+            f"{shown(wanted)} is no token of this model's; give its text, or an id from 0 to "
             f"{vocabulary - 1}."
         )
-    return wanted
+    return int(number)

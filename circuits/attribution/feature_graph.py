@@ -26,6 +26,7 @@ from circuits.graph.identity import ModelIdentity, TranscodersIdentity
 from circuits.graph.nodes import Error, Feature, Logits, Node, Position, TokenEmbed, parse_node
 from circuits.system.errors import InputError
 from circuits.system.files import json_text, read_tensors, write_tensors
+from circuits.system.numbers import WholeNumber, whole
 
 FILE = "graph.safetensors"
 FORMAT, FORMAT_VERSION = "circuits.feature_graph", 1
@@ -265,7 +266,7 @@ class FeatureGraph:
             constants=self.constants[nodes],
         )
 
-    def incoming(self, node: Node | str, n: int = 10) -> pd.DataFrame:
+    def incoming(self, node: Node | str, n: WholeNumber = 10) -> pd.DataFrame:
         """Return the `n` strongest edges into a node, by absolute weight.
 
         Columns are `node`, `weight`, and its parts `direct` and `attention`.
@@ -276,7 +277,7 @@ class FeatureGraph:
         chosen = self.target == self.find(node)
         return self._strongest(chosen, self.source, n)
 
-    def outgoing(self, node: Node | str, n: int = 10) -> pd.DataFrame:
+    def outgoing(self, node: Node | str, n: WholeNumber = 10) -> pd.DataFrame:
         """Return the `n` strongest edges out of a node, with the same columns as `incoming`.
 
         Raises:
@@ -285,9 +286,8 @@ class FeatureGraph:
         chosen = self.source == self.find(node)
         return self._strongest(chosen, self.target, n)
 
-    def _strongest(self, chosen: EdgeMask, other_end: EdgeNumbers, n: int) -> pd.DataFrame:
-        if n < 0:
-            raise InputError(f"n={n} edges were asked for; give 0 or more.")
+    def _strongest(self, chosen: EdgeMask, other_end: EdgeNumbers, n: WholeNumber) -> pd.DataFrame:
+        n = whole(n, "n", least=0)
         edges = true_rows(chosen)
         sizes = self.weight[edges].abs()
         order = sizes.argsort(descending=True, stable=True)

@@ -28,6 +28,7 @@ from circuits.attribution.feature_graph import (
     NodeScores,
 )
 from circuits.system.errors import InputError
+from circuits.system.numbers import RealNumber, real
 
 SMALLEST_SUM = 1e-10
 SORTED_AT_ONCE = 1 << 14
@@ -101,8 +102,8 @@ class Pruning:
 def prune(
     graph: FeatureGraph,
     *,
-    node_threshold: float = 0.8,
-    edge_threshold: float = 0.98,
+    node_threshold: RealNumber = 0.8,
+    edge_threshold: RealNumber = 0.98,
 ) -> Pruning:
     """Choose the most influential nodes, and the most influential edges between them.
 
@@ -123,12 +124,8 @@ def prune(
     Raises:
         InputError: a threshold is not between 0 and 1.
     """
-    thresholds = {"node_threshold": node_threshold, "edge_threshold": edge_threshold}
-    for name, threshold in thresholds.items():
-        if not 0 <= threshold <= 1:
-            raise InputError(
-                f"{name}={threshold}: choose the share of influence to keep, from 0 to 1."
-            )
+    node_threshold = _share("node_threshold", node_threshold)
+    edge_threshold = _share("edge_threshold", edge_threshold)
     influence = node_influence(graph)
     nodes = influence >= _cutoff(influence, node_threshold)
     nodes |= graph.is_kind(EMBEDDING, TARGET)
@@ -143,8 +140,8 @@ def prune(
 def pruned(
     graph: FeatureGraph,
     *,
-    node_threshold: float = 0.8,
-    edge_threshold: float = 0.98,
+    node_threshold: RealNumber = 0.8,
+    edge_threshold: RealNumber = 0.98,
 ) -> FeatureGraph:
     """Return the subgraph that `prune` keeps.
 
@@ -206,6 +203,13 @@ def completeness_score(graph: FeatureGraph) -> float:
     explained = (1 - unexplained / sums) * weight
     # 0 / 0 is NaN.
     return float(explained.sum() / weight.sum())
+
+
+def _share(name: str, threshold: RealNumber) -> float:
+    share = real(threshold, name)
+    if not 0 <= share <= 1:
+        raise InputError(f"{name}={share}: choose the share of influence to keep, from 0 to 1.")
+    return share
 
 
 def _cutoff(scores: Scores, threshold: float) -> float:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from numbers import Real
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -40,6 +40,15 @@ from circuits.models import (
     unembed,
 )
 from circuits.system.errors import InputError
+from circuits.system.numbers import (
+    RealNumber,
+    WholeNumber,
+    items,
+    python_number,
+    shown,
+    whole,
+)
+from circuits.system.randomness import random_generator
 from circuits.tasks.tokenization import prompt_tokens
 from circuits.transcoders.transcoder import Transcoders
 
@@ -60,8 +69,8 @@ class Intervention:
 
     Attributes:
         layer, index: the feature.
-        position: a position, a slice of positions, or None for all. Negative ones count from the
-            end of the prompt. A slice without an end also covers generated tokens.
+        position: a position, several of them, a slice, or None for all. Negative ones count from
+            the end of the prompt. A slice without an end also covers generated tokens.
         value, factor: the new activation, or what it is multiplied by; the other one is None.
 
     Raises:
@@ -70,39 +79,49 @@ class Intervention:
 
     layer: int
     index: int
-    position: int | slice | None = None
+    position: int | slice | Sequence[int] | Int[Tensor, " _"] | None = None
     value: float | None = None
     factor: float | None = None
 
     def __post_init__(self) -> None:
-        name = f"f{self.layer}.{self.index}"
+        plain: dict[str, Any] = {"position": _plain_position(self.position)}
+        for each in ("layer", "index"):
+            given = getattr(self, each)
+            number = python_number(given)
+            # Whatever else is given names no feature of any transcoders.
+            plain[each] = given if number is None or number % 1 else int(number)
+        name = f"f{plain['layer']}.{plain['index']}"
         if (self.value is None) == (self.factor is None):
             raise InputError(
                 f"an intervention on {name} has either a value or a factor; give one of them."
             )
-        number = self.factor if self.value is None else self.value
-        if not isinstance(number, Real) or not math.isfinite(number):
+        given = self.factor if self.value is None else self.value
+        number = python_number(given)
+        if number is None or not math.isfinite(number):
             raise InputError(
-                f"{name} cannot be set to or multiplied by {number!r}; give a finite number."
+                f"{name} cannot be set to or multiplied by {shown(given)}; give a finite number."
             )
+        plain["factor" if self.value is None else "value"] = float(number)
+        for each, value in plain.items():
+            object.__setattr__(self, each, value)
 
     @staticmethod
-    def set(feature: Feature | str, value: float) -> Intervention:
+    def set(feature: Feature | str, value: RealNumber) -> Intervention:
         """Set a feature, at its position or, without one, at all positions.
 
         Raises:
             InputError: `feature` is no feature, or `value` is not finite.
         """
-        return Intervention(*_layer_index_position(feature), value=value)
+        return Intervention(*_layer_index_position(feature), value=value)  # type: ignore[arg-type]
 
     @staticmethod
-    def scale(feature: Feature | str, factor: float) -> Intervention:
+    def scale(feature: Feature | str, factor: RealNumber) -> Intervention:
         """Multiply a feature.
 
         Raises:
             InputError: `feature` is no feature, or `factor` is not finite.
         """
-        return Intervention(*_layer_index_position(feature), factor=factor)
+        return Intervention(*_layer_index_position(feature), factor=factor)  # type: ignore[arg-type]
 
     @staticmethod
     def ablate(feature: Feature | str) -> Intervention:
@@ -122,6 +141,17 @@ class Intervention:
 
 
 Variants = Sequence[Sequence[Intervention]]
+
+
+def _plain_position(position: Any) -> int | slice | tuple[int, ...] | None:
+    if position is None or isinstance(position, slice):
+        return position
+    if python_number(position) is not None:
+        return whole(position, "position")
+    several = items(position, "position")
+    if not several:
+        raise InputError("position=[] holds no position; leave it out for all positions.")
+    return tuple(whole(each, "position") for each in several)
 
 
 def _layer_index_position(feature: Feature | str) -> tuple[int, int, int | None]:
@@ -163,7 +193,7 @@ def intervene(
     freeze_attention: bool = True,
     frozen_layers: Sequence[int] = (),
     freeze_norms: bool = False,
-    leading: int = 1,
+    leading: WholeNumber = 1,
     prepend_bos: bool | None = None,
 ) -> Intervened:
     """Run a prompt under several lists of interventions, one variant per list.
@@ -191,6 +221,7 @@ def intervene(
         InputError: the transcoders do not fit the model, the prompt cannot be used, or an
             intervention or frozen layer does not exist.
     """
+    leading = whole(leading, "leading", least=0)
     tokens = _checked_prompt(model, transcoders, prompt, leading, prepend_bos)
     layers = range(transcoders.n_layers)
     _check_run(variants, frozen_layers, layers)
@@ -210,9 +241,9 @@ def _check_run(variants: Variants, frozen_layers: Sequence[int], layers: range) 
             "variants must be a list with a list of interventions for each run; "
             "for one run, give [[intervention, ...]]."
         )
-    if isinstance(frozen_layers, int | str):
+    if python_number(frozen_layers) is not None or isinstance(frozen_layers, str):
         raise InputError(f"frozen_layers={frozen_layers!r}: give a list of layers, such as [0, 1].")
-    unknown = [layer for layer in frozen_layers if layer not in layers]
+    unknown = [layer for layer in items(frozen_layers, "frozen_layers") if layer not in layers]
     if unknown:
         raise InputError(
             f"frozen_layers holds {unknown[0]!r}, and the model has layers 0 to {layers[-1]}."
@@ -225,7 +256,7 @@ def direct_effects(
     prompt: Prompt,
     variants: Variants,
     *,
-    leading: int = 1,
+    leading: WholeNumber = 1,
     prepend_bos: bool | None = None,
 ) -> Intervened:
     """Run `intervene` with attention, norms and all MLPs frozen, as attribution graphs assume.
@@ -263,10 +294,10 @@ def generate(
     prompt: Prompt,
     interventions: Sequence[Intervention],
     *,
-    new_tokens: int = 20,
-    temperature: float = 0.0,
-    seed: int = 0,
-    leading: int = 1,
+    new_tokens: WholeNumber = 20,
+    temperature: RealNumber = 0.0,
+    seed: WholeNumber = 0,
+    leading: WholeNumber = 1,
     prepend_bos: bool | None = None,
 ) -> Tokens:
     """Continue a prompt under interventions, with nothing frozen, and return all token ids.
@@ -289,29 +320,30 @@ def generate(
     Raises:
         InputError: see `intervene`; or `new_tokens` or `temperature` is negative.
     """
+    leading = whole(leading, "leading", least=0)
+    new_tokens = whole(new_tokens, "new_tokens", least=0)
+    heat = python_number(temperature)
     tokens = _checked_prompt(model, transcoders, prompt, leading, prepend_bos)
-    if not isinstance(new_tokens, int) or new_tokens < 0:
-        raise InputError(f"new_tokens={new_tokens!r}: give a whole number, 0 or more.")
-    if not 0 <= temperature < math.inf:
+    if heat is None or not 0 <= heat < math.inf:
         raise InputError(
-            f"temperature={temperature}: give 0 for the most probable token each time, or more."
+            f"temperature={shown(temperature)}: give 0 for the most probable token each time, or more."
         )
     if not _is_list(interventions):
         raise InputError("interventions must be a list; for a single one, give [intervention].")
     length = len(tokens)
     final_length = min(length + new_tokens, model.cfg.n_ctx)
     span = _PromptSpan(length, final_length, leading, transcoders)
-    located = list(map(span.located, interventions))
-    generator = torch.Generator().manual_seed(seed)
+    (located,) = span.each_located([interventions])
+    generator = random_generator(seed)
     while len(tokens) < final_length:
         run = _InterventionRun(model, transcoders, [located], leading)
         logits = run.execute(tokens).logits
         logits = logits[0, -1]
         logits = logits.float().cpu()
-        if temperature == 0:
+        if heat == 0:
             next_token = logits.argmax()[None]
         else:
-            probabilities = (logits / temperature).softmax(-1)
+            probabilities = (logits / heat).softmax(-1)
             next_token = torch.multinomial(probabilities, 1, generator=generator)
         tokens = torch.cat([tokens, next_token])
     return tokens
@@ -420,21 +452,22 @@ def _as_in_first_row(n_rows: int, activation: Tensor) -> Tensor:
     return first.reshape_as(activation)
 
 
+def _single_positions(changes: Sequence[Intervention]) -> Iterator[Intervention]:
+    """The interventions, those at several positions as one at each."""
+    for change in changes:
+        if isinstance(change, Intervention) and isinstance(change.position, tuple):
+            yield from (replace(change, position=each) for each in change.position)
+        else:
+            yield change
+
+
 def _is_list(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 
-def _checked_prompt(
-    model: Model,
-    transcoders: Transcoders,
-    prompt: Prompt,
-    leading: int,
-    prepend_bos: bool | None,
-) -> Tokens:
+def _checked_prompt(model: Model, transcoders: Transcoders, prompt: Prompt) -> Tokens:
     check_transcoders(model, transcoders)
-    if not isinstance(leading, int) or leading < 0:
-        raise InputError(f"leading={leading!r}: give a whole number, 0 or more.")
-    tokens = prompt_tokens(model, prompt, prepend_bos)
+    tokens = prompt_tokens(model, prompt)
     pad_prompts(model, [tokens])  # refuses prompts that are empty or too long
     return tokens
 
@@ -477,9 +510,9 @@ class _PromptSpan:
 
     def each_located(self, variants: Variants) -> Variants:
         """Check and locate the interventions of each run."""
-        return [list(map(self.located, variant)) for variant in variants]
+        return [[self.located(one) for one in _single_positions(run)] for run in variants]
 
-    def _covered(self, position: int | slice | None) -> range:
+    def _covered(self, position: Any) -> range:
         """Return the positions that are changed; none if `position` is invalid."""
         everywhere = range(self.final_length)
         if position is None:

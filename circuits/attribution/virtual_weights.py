@@ -34,6 +34,7 @@ from circuits.models import Model
 from circuits.models.functional import LinearNorm
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget
+from circuits.system.numbers import RealNumber, WholeNumber, whole
 from circuits.transcoders.extraction import (
     BLOCK,
     ExtractedFeatures,
@@ -162,9 +163,9 @@ def expected_coactivation(
     batches: HiddenStates | ExtractedFeatures | Iterable[HiddenStates | ExtractedFeatures],
     transcoders: Transcoders,
     *,
-    top_k: int | None = None,
-    threshold: float = 0.0,
-    leading: int = 1,
+    top_k: WholeNumber | None = None,
+    threshold: RealNumber = 0.0,
+    leading: WholeNumber = 1,
     max_memory: int | None = None,
 ) -> Coactivation:
     """Record which features fire together on some text, for `virtual_weights`.
@@ -185,6 +186,7 @@ def expected_coactivation(
         InputError: there is no batch, or one that lacks a layer, is too short, or belongs to other
             transcoders; see also `extract_features`.
     """
+    leading = whole(leading, "leading", least=0)
     several = [batches] if isinstance(batches, Mapping | ExtractedFeatures) else batches
     firings, n_tokens = [], 0
     for found in several:
@@ -216,7 +218,7 @@ def expected_coactivation(
 def virtual_weights(
     transcoders: Transcoders,
     *,
-    top_k: int = 16,
+    top_k: WholeNumber = 16,
     model: Model | None = None,
     coactivation: Coactivation | None = None,
     max_memory: int | None = None,
@@ -238,7 +240,8 @@ def virtual_weights(
     Raises:
         InputError: `top_k` is below 1, or transcoders, model and coactivation do not fit together.
     """
-    _check(transcoders, top_k, model, coactivation)
+    top_k = whole(top_k, "top_k", least=1)
+    _check(transcoders, model, coactivation)
     n_layers, n_features = transcoders.n_layers, transcoders.n_features
     pairs = _Pairs(transcoders, model, coactivation)
     # The strongest weights into each target so far, and the numbers of their sources, ascending.
@@ -372,10 +375,8 @@ class _Pairs:
 
 
 def _check(
-    transcoders: Transcoders, top_k: int, model: Model | None, coactivation: Coactivation | None
+    transcoders: Transcoders, model: Model | None, coactivation: Coactivation | None
 ) -> None:
-    if top_k < 1:
-        raise InputError(f"top_k={top_k}: give how many weights to keep per feature, at least 1.")
     if model is not None:
         check_transcoders(model, transcoders)
     shape = (transcoders.n_layers, transcoders.n_features)
@@ -392,10 +393,10 @@ def _check_batch(found: ExtractedFeatures, transcoders: Transcoders, leading: in
             f"a batch has layers {list(found.layers)}; "
             f"give all {transcoders.n_layers} of {transcoders.name!r}, from 0."
         )
-    if leading < 0 or found.shape[1] <= leading:
+    if found.shape[1] <= leading:
         raise InputError(
             f"leading={leading} of {found.shape[1]} positions are left out; "
-            "give a smaller number, 0 or more, or longer prompts."
+            "give a smaller number, or longer prompts."
         )
     if (found.index >= transcoders.n_features).any():
         raise InputError(

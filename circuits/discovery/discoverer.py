@@ -18,6 +18,7 @@ from circuits.models.component_graph import component_graph
 from circuits.running.damage import DamageMeter
 from circuits.running.settings import RunSettings
 from circuits.system.errors import InputError
+from circuits.system.fields import CheckedFields
 from circuits.tasks.task import Task
 
 SPEED_ONLY = {"speed_only": True}
@@ -34,7 +35,7 @@ EdgeScores = Float[Tensor, " edge"]
 
 
 @dataclass(frozen=True)
-class CircuitDiscoverer:
+class CircuitDiscoverer(CheckedFields):
     """A method that finds a circuit: hyperparameters are fields, data are arguments.
 
     A subclass is a frozen dataclass that defines `find`, or `discover` as a whole. If it has a

@@ -10,7 +10,7 @@ import pandas as pd
 
 from circuits.evaluation.evaluate import (
     Row,
-    Size,
+    Sizes,
     default_metrics,
     evaluations,
     judge_points,
@@ -24,6 +24,7 @@ from circuits.models import Model
 from circuits.running.ablation import Ablation
 from circuits.running.settings import RunSettings
 from circuits.system.errors import InputError
+from circuits.system.numbers import WholeNumber
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
 from circuits.transcoders.transcoder import Transcoders
@@ -60,8 +61,8 @@ def compare(
     found: Mapping[str, Circuit | Sequence[Circuit]],
     task: Task,
     *,
-    size: int | None = None,
-    sizes: Sequence[Size] | None = None,
+    size: WholeNumber | None = None,
+    sizes: Sizes | None = None,
     metric: str | Metric | None = None,
     ablation: str | Ablation = "resample",
     transcoders: Mapping[str, Transcoders] | None = None,
@@ -116,7 +117,7 @@ def compare(
     )
 
 
-def _tabulated(sweep: Sweep, sweeps: Mapping[str, Sweep], size: int | None) -> Sweep:
+def _tabulated(sweep: Sweep, sweeps: Mapping[str, Sweep], size: WholeNumber | None) -> Sweep:
     """One circuit of a threshold sweep, or the seeds of a ranking cut to a size."""
     if sweep[0].selected:
         return sweep[:1]
@@ -167,7 +168,7 @@ def _curve(
     model: Model,
     sweep: Sweep,
     task: Task,
-    sizes: Sequence[Size] | None,
+    sizes: Sizes | None,
     settings: RunSettings,
 ) -> pd.DataFrame:
     if sweep[0].selected:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
@@ -18,12 +19,14 @@ from circuits.running.ablation import Ablation
 from circuits.running.run import model_logits, run_variants
 from circuits.running.settings import RunSettings
 from circuits.system.errors import InputError
+from circuits.system.numbers import RealNumber, WholeNumber, items, python_number, shown
 from circuits.tasks.metrics import Metric, get_metric
 from circuits.tasks.task import Task
 from circuits.transcoders.transcoder import Transcoders
 
-Size = int | float
+Size = WholeNumber | RealNumber
 """A number of edges, or as a float a fraction of the circuit's edges."""
+Sizes = Sequence[Size] | np.ndarray | Tensor
 
 Row = dict[str, float]
 
@@ -230,7 +233,7 @@ def faithfulness_curve(
     model: Model,
     circuit: Circuit,
     task: Task,
-    sizes: Sequence[Size] | None = None,
+    sizes: Sizes | None = None,
     *,
     metric: str | Metric | None = None,
     ablation: str | Ablation = "resample",
@@ -331,11 +334,11 @@ def mean_and_faithfulness(evaluation: Evaluation, metric: Metric) -> Row:
 
 def of_sizes(
     circuit: Circuit,
-    sizes: Sequence[Size] | None,
+    sizes: Sizes | None,
     by: Literal["magnitude", "signed"] = "magnitude",
 ) -> list[Circuit]:
     """The circuits of the highest-scored edges; see `faithfulness_curve`."""
-    wanted = CURVE_FRACTIONS if sizes is None else sizes
+    wanted = CURVE_FRACTIONS if sizes is None else items(sizes, "sizes")
     available = len(circuit)
     numbers = {_number_of_edges(size, available) for size in wanted}
     return [circuit.top(number, by=by) for number in sorted(numbers)]
@@ -354,12 +357,13 @@ def _full_name(metric: str | Metric) -> str | Metric:
 
 
 def _number_of_edges(size: Size, available: int) -> int:
-    is_fraction = isinstance(size, float)
-    if is_fraction and 0 < size <= 1:
-        return max(1, round(size * available))
-    if size == 0 or (not is_fraction and 0 <= size <= available):
-        return int(size)
+    number = python_number(size)
+    is_fraction = isinstance(number, float)
+    if is_fraction and 0 < number <= 1:
+        return max(1, round(number * available))
+    if number == 0 or (isinstance(number, int) and 0 <= number <= available):
+        return int(number)
     raise InputError(
-        f"size {size} is out of range; give a number of edges from 0 to {available}, or a fraction "
-        "from 0.0 to 1.0."
+        f"size {shown(size)} is out of range; give a number of edges from 0 to {available}, or a "
+        "fraction from 0.0 to 1.0."
     )

@@ -24,6 +24,7 @@ from circuits.models import Model
 from circuits.models.component_graph import component_graph
 from circuits.system.errors import InputError
 from circuits.system.files import write_bytes
+from circuits.system.numbers import WholeNumber, whole
 
 EAP_IG_EMBED = "input"
 CONFIG_FIELDS = ("n_layers", "n_heads", "parallel_attn_mlp", "d_model")
@@ -132,7 +133,7 @@ def _edge_entries(circuit: Circuit, n_prompts: int) -> EdgeEntries:
 
 
 def load_eap_ig(
-    path: str | Path, model: Model, *, n_prompts: int = 1, graph: Graph | None = None
+    path: str | Path, model: Model, *, n_prompts: WholeNumber = 1, graph: Graph | None = None
 ) -> Circuit:
     """Read EAP-IG's graph JSON as a circuit of `model`.
 
@@ -154,6 +155,7 @@ def load_eap_ig(
         >>> circuits.load_eap_ig(path, model)
         Circuit(1 of 479 edges)
     """
+    n_prompts = whole(n_prompts, "n_prompts", least=1)
     graph = component_graph(model) if graph is None else graph
     path = Path(path)
     file = read_checked_json(path, GRAPH_FILE, "graph JSON of EAP-IG")

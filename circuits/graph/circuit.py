@@ -23,6 +23,7 @@ from circuits.graph.identity import ModelIdentity, TranscodersIdentity
 from circuits.graph.nodes import Node, parse_node
 from circuits.system.errors import InputError
 from circuits.system.files import json_text, read_tensors, write_tensors
+from circuits.system.numbers import RealNumber, WholeNumber, python_number, real, whole
 
 FILE = "circuit.safetensors"
 FORMAT = "circuits.circuit"
@@ -159,14 +160,18 @@ class Circuit:
         numbers = ends.unique().tolist()
         return tuple(graph.nodes[number] for number in numbers)
 
-    def top(self, n: int, by: Literal["magnitude", "signed"] = "magnitude") -> Circuit:
+    def top(self, n: WholeNumber, by: Literal["magnitude", "signed"] = "magnitude") -> Circuit:
         """The `n` kept edges of largest |score| (or largest score).
 
         Ties go to the first edge in graph order; edges without a score come last.
 
         Raises:
-            InputError: `n` is negative or larger than the number of kept edges.
+            InputError: `n` is no number of edges, or larger than that of the kept ones.
         """
+        # 1.0 is the whole circuit where a size is a fraction, and would be a single edge here.
+        if isinstance(python_number(n), float):
+            raise InputError(f"top({n}): give a number of edges, such as {len(self) // 2}.")
+        n = whole(n, "n")
         if not 0 <= n <= len(self):
             raise InputError(
                 f"top({n}) of a circuit that keeps {len(self)} edges; "
@@ -187,9 +192,13 @@ class Circuit:
         kept[edges[order[:n]]] = True
         return replace(self, kept=kept, selected=True)
 
-    def above(self, threshold: float) -> Circuit:
-        """The kept edges whose ablation does more damage than `threshold` (signed score)."""
-        kept = self.kept & (self.scores > threshold)
+    def above(self, threshold: RealNumber) -> Circuit:
+        """The kept edges whose ablation does more damage than `threshold` (signed score).
+
+        Raises:
+            InputError: `threshold` is no number.
+        """
+        kept = self.kept & (self.scores > real(threshold, "threshold"))
         return replace(self, kept=kept, selected=True)
 
     def connected(self, *, from_inputs: bool = False) -> Circuit:

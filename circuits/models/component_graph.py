@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from circuits.graph.nodes import (
 from circuits.models import Model
 from circuits.models.identity import identity
 from circuits.system.errors import InputError
+from circuits.system.numbers import WholeNumber, items, python_number, whole
 
 REST = "rest"
 """The span of all tokens that belong to no named span."""
@@ -40,7 +42,10 @@ Reads = Int[np.ndarray, "read 3"]
 
 
 def component_graph(
-    model: Model, *, split_embed: bool = False, positions: Sequence[str] | int | None = None
+    model: Model,
+    *,
+    split_embed: bool = False,
+    positions: Sequence[str] | WholeNumber | None = None,
 ) -> Graph:
     """Make the graph of all edges between a model's embeddings, heads, MLPs and logits.
 
@@ -186,21 +191,23 @@ def check_supported(model: Model) -> None:
         )
 
 
-def _spans(positions: Sequence[str] | int | None) -> Spans:
+def _spans(positions: Any) -> Spans:
     if positions is None:
         return None
-    if isinstance(positions, int):
-        if positions < 1:
+    number = python_number(positions)
+    if number is not None:
+        if number < 1:
             raise InputError(
-                f"positions={positions}: a graph needs at least one position; "
+                f"positions={number}: a graph needs at least one position; "
                 "give the length of the prompts."
             )
-        return tuple(range(positions))
+        return tuple(range(whole(number, "positions")))
     if isinstance(positions, str):
         raise InputError(
             f"positions={positions!r} is one string; "
             "give a sequence of span names, such as ['S1', 'S2', 'END']."
         )
+    positions = items(positions, "positions")
     for name in positions:
         check_position_name(name)
     names = {REST, *positions}

@@ -14,6 +14,7 @@ from pandas.api.types import is_bool_dtype, is_numeric_dtype
 from circuits.graph.circuit import Circuit
 from circuits.plotting.circuit_drawing.draw import draw, edge_limit, ranked_edges
 from circuits.plotting.markup import Details, details_list, fill_template, static_file
+from circuits.system.numbers import WholeNumber
 
 MISSING = "&ndash;"
 # A scored graph can have hundreds of thousands of edges; the table lists the strongest of them.
@@ -32,7 +33,7 @@ def page(*, title: str, details: Details, body: str) -> str:
     )
 
 
-def circuit_panel(circuit: Circuit, *, label: str, max_edges: int | None) -> str:
+def circuit_panel(circuit: Circuit, *, label: str, max_edges: WholeNumber | None) -> str:
     """Write a drawing with its slider and a table of the kept edges."""
     drawing = draw(circuit, title=None, max_edges=max_edges)
     n_kept = len(circuit)
@@ -52,7 +53,7 @@ def circuit_panel(circuit: Circuit, *, label: str, max_edges: int | None) -> str
     )
 
 
-def methods_panel(circuits: Mapping[str, Circuit], *, max_edges: int | None) -> str:
+def methods_panel(circuits: Mapping[str, Circuit], *, max_edges: WholeNumber | None) -> str:
     """Write the circuits of several methods: one at a time behind buttons, or side by side."""
     panels = []
     buttons = []

@@ -16,6 +16,7 @@ from circuits.plotting.figures import faithfulness_figure, figure_html
 from circuits.plotting.graph_page.page import graph_page
 from circuits.plotting.html import circuit_panel, data_table, methods_panel, page
 from circuits.plotting.markup import Details
+from circuits.system.numbers import WholeNumber
 
 FAITHFULNESS_EXPLAINED = (
     "Faithfulness is the share of the model's metric that a circuit keeps when every other edge "
@@ -25,7 +26,7 @@ FAITHFULNESS_EXPLAINED = (
 
 
 def draw_circuit(
-    circuit: Circuit, *, title: str | None = None, max_edges: int | None = None
+    circuit: Circuit, *, title: str | None = None, max_edges: WholeNumber | None = None
 ) -> str:
     """Draw a circuit as a standalone SVG.
 
@@ -54,7 +55,7 @@ def draw_circuit(
 
 
 def circuit_page(
-    circuit: Circuit, *, title: str, details: Details = None, max_edges: int | None = None
+    circuit: Circuit, *, title: str, details: Details = None, max_edges: WholeNumber | None = None
 ) -> str:
     """Write a self-contained HTML page about a circuit.
 
@@ -110,7 +111,7 @@ def report_page(
     curves: pandas.DataFrame,
     circuits: Mapping[str, Circuit],
     details: Details = None,
-    max_edges: int | None = None,
+    max_edges: WholeNumber | None = None,
 ) -> str:
     """Write a self-contained HTML report of a comparison of methods.
 

@@ -36,6 +36,7 @@ from circuits.running.ablation import Ablation
 from circuits.runs.run_folder import RECORD, describe_setup, digest, lock_folder
 from circuits.system.errors import InputError
 from circuits.system.files import read_json, write_bytes, write_json
+from circuits.system.numbers import WholeNumber, whole
 from circuits.system.ranks import RankError, on_first, ranks, totals
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
@@ -167,7 +168,7 @@ def evaluate_run(
     *,
     metrics: Sequence[str | Metric] | None = None,
     ablation: str | Ablation = "resample",
-    size: int | None = None,
+    size: WholeNumber | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run's circuit on other prompts, unless its `metrics.json` has the evaluation.
 
@@ -177,6 +178,7 @@ def evaluate_run(
     Raises:
         InputError: circuit, model and task do not fit together, or the file is damaged.
     """
+    size = None if size is None else whole(size, "size")
     settings = {
         "task": task.name,
         "prompts": task.digest(),

@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from circuits.system.errors import InputError
+from circuits.system.numbers import WholeNumber, whole
 
 # A step takes this share of the free memory. On a CPU a large step is slower, because its tensors
 # no longer fit into the caches, so its size is bounded as well.
@@ -17,7 +18,10 @@ CPU_BYTES = 1 << 28
 
 
 def memory_budget(
-    device: torch.device | str | None, max_memory: int | None = None, *, cpu_bytes: int = CPU_BYTES
+    device: torch.device | str | None,
+    max_memory: WholeNumber | None = None,
+    *,
+    cpu_bytes: int = CPU_BYTES,
 ) -> int:
     """Return how many bytes the tensors of one step may take on a device.
 
@@ -25,12 +29,13 @@ def memory_budget(
     `cpu_bytes`.
     """
     if max_memory is not None:
-        if not max_memory > 0:
+        max_memory = whole(max_memory, "max_memory")
+        if max_memory <= 0:
             raise InputError(
                 f"max_memory={max_memory} must be a positive number of bytes, "
                 f"such as {1 << 30} for one GiB."
             )
-        return int(max_memory)
+        return max_memory
     device = torch.device(device or "cpu")
     if device.type == "cuda":
         # The driver counts memory in torch's cache as used, but torch will give it to us.

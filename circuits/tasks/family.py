@@ -6,6 +6,7 @@ from random import Random
 from typing import Any, ClassVar
 
 from circuits.system.errors import InputError
+from circuits.system.fields import CheckedFields
 from circuits.tasks.prompts import PromptPair, Split, split_of
 
 # A family is exhausted after this many draws in a row that repeat or belong to the other split.
@@ -13,7 +14,7 @@ MAX_REJECTED_DRAWS = 5000
 
 
 @dataclass(frozen=True)
-class TaskFamily(ABC):
+class TaskFamily(CheckedFields, ABC):
     """Draws prompt pairs of one kind. Its fields are its options.
 
     Subclass it as a frozen dataclass with a `name`. Defining the class registers it, so that

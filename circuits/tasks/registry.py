@@ -8,6 +8,7 @@ from typing import Any
 
 from circuits.models import Model
 from circuits.system.errors import InputError
+from circuits.system.numbers import WholeNumber, whole
 from circuits.tasks import families
 from circuits.tasks.family import REGISTRY, TaskFamily
 from circuits.tasks.messages import quoted, suggestion
@@ -41,8 +42,8 @@ def load_task(
     name: str,
     model: Model,
     *,
-    n: int,
-    seed: int = 0,
+    n: WholeNumber,
+    seed: WholeNumber = 0,
     split: str = "test",
     prepend_bos: bool | None = None,
     **options: Any,
@@ -73,6 +74,7 @@ def load_task(
     family = make_family(name, **options)
     if split not in SPLITS:
         raise InputError(f"there is no split {split!r}; choose {' or '.join(map(repr, SPLITS))}.")
+    n, seed = whole(n, "n"), whole(seed, "seed")
     if n < 1:
         raise InputError(f"n={n}: a task needs at least one prompt.")
     encoder = PromptTokenizer.of(model, prepend_bos)

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget
+from circuits.system.numbers import RealNumber, WholeNumber, real, whole
 from circuits.transcoders.activations import BatchTopK, ReLU
 from circuits.transcoders.transcoder import Transcoders
 
@@ -87,8 +88,8 @@ class ExtractedFeatures:
 def extract_features(
     hidden_states: HiddenStates,
     transcoders: Transcoders,
-    top_k: int | None = None,
-    threshold: float = 0.0,
+    top_k: WholeNumber | None = None,
+    threshold: RealNumber = 0.0,
     *,
     max_memory: int | None = None,
 ) -> ExtractedFeatures:
@@ -128,7 +129,10 @@ def extract_features(
     >>> len(found) <= 2 * 2 * 3 * 5  # layers, prompts, positions, top_k
     True
     """
-    _check(hidden_states, transcoders, top_k, threshold)
+    if top_k is not None:
+        top_k = whole(top_k, "top_k", least=1)
+    threshold = real(threshold, "threshold")
+    _check(hidden_states, transcoders, threshold)
     layers = tuple(sorted(hidden_states))
     first = hidden_states[layers[0]]
     tokens = {}
@@ -327,11 +331,7 @@ def _largest_below(threshold: float, dtype: torch.dtype) -> float:
     return max(0.0, float(number))
 
 
-def _check(
-    hidden_states: HiddenStates, transcoders: Transcoders, top_k: int | None, threshold: float
-) -> None:
-    if top_k is not None and top_k < 1:
-        raise InputError(f"top_k={top_k}: give 1 or more, or None for all features that fire.")
+def _check(hidden_states: HiddenStates, transcoders: Transcoders, threshold: float) -> None:
     if not 0 <= threshold < math.inf:
         raise InputError(f"threshold={threshold}: give a number from 0 up.")
     if not isinstance(hidden_states, Mapping) or not hidden_states:

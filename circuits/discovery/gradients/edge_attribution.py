@@ -11,6 +11,8 @@ from torch import Tensor
 
 from circuits.graph.graph import Graph
 from circuits.graph.nodes import MLP, Head, Node
+from circuits.system.numbers import WholeNumber, whole
+from circuits.system.randomness import random_generator
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,11 +72,17 @@ class EdgeAttribution:
                 result[node.layer, int(is_mlp)] += score
         return result
 
-    def bootstrap(self, samples: int, *, seed: int = 0) -> Float[Tensor, "sample edge"]:
-        """Scores on `samples` draws of the prompts with replacement; no model is run."""
+    def bootstrap(
+        self, samples: WholeNumber, *, seed: WholeNumber = 0
+    ) -> Float[Tensor, "sample edge"]:
+        """Scores on `samples` draws of the prompts with replacement; no model is run.
+
+        Raises:
+            InputError: `samples` or `seed` is no whole number, or there is no sample.
+        """
         n_prompts = len(self.rows)
-        generator = torch.Generator().manual_seed(seed)
-        shape = (samples, n_prompts)
+        generator = random_generator(seed)
+        shape = (whole(samples, "samples", least=1), n_prompts)
         draws = torch.randint(n_prompts, shape, generator=generator)
         weights = torch.zeros(shape)
         # A prompt drawn several times counts its rows as often.

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from typing_extensions import override
@@ -34,6 +34,7 @@ from circuits.running.ablation import Ablation
 from circuits.running.damage import DamageMeter
 from circuits.running.precision import Precision, get_precision
 from circuits.system.errors import InputError
+from circuits.system.numbers import items, real
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
 
@@ -107,11 +108,6 @@ class ACDC(Resumable):
     def __post_init__(self) -> None:
         get_precision(self.precision)
         check_threshold(self.threshold)
-        if self.guess not in get_args(GuessName):
-            raise InputError(
-                f"guess={self.guess!r}: choose 'own', 'removed' or 'eap'; "
-                "a circuit is given to `sweep`."
-            )
 
     @override
     def find(
@@ -150,7 +146,7 @@ class ACDC(Resumable):
                 `checkpoint` is a file, or belongs to another sweep; or the model, task, graph or
                 settings cannot be used.
         """
-        wanted = list(map(float, thresholds))
+        wanted = [real(each, "threshold") for each in items(thresholds, "thresholds")]
         descending = sorted(set(wanted), reverse=True)
         methods = [replace(self, threshold=each) for each in descending]
         graph = self.search_graph(model, graph)

@@ -40,6 +40,7 @@ from circuits.models import Model
 from circuits.models.component_graph import REST
 from circuits.models.identity import identity
 from circuits.system.errors import InputError
+from circuits.system.numbers import whole
 from circuits.tasks.task import Task
 from circuits.tasks.tokenization import prompt_tokens
 from circuits.transcoders.io.load import load_transcoders
@@ -54,6 +55,7 @@ NumberedGraphs = Iterator[tuple[int, FeatureGraph]]
 GraphsFrom = Callable[[int], NumberedGraphs]
 # Settings that play no part in the graph of one prompt.
 TASK_SETTINGS = ("by_position", "kept_only", "max_memory")
+LEAST = {"budget": 1, "at_a_time": 1, "most_logits": 1, "leading": 0}
 
 
 @dataclass(frozen=True)
@@ -105,24 +107,19 @@ class AttributionGraph(Resumable):
     max_memory: int | None = field(default=None, metadata=SPEED_ONLY)
 
     def __post_init__(self) -> None:
-        for name in ("budget", "at_a_time", "most_logits"):
-            self._check_whole(name, least=1)
-        self._check_whole("leading", least=0)
+        for name, least in LEAST.items():
+            number = getattr(self, name)
+            if number is not None:
+                whole(number, name, least=least)
         for name in ("probability", "node_threshold", "edge_threshold"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 < value <= 1:
+            if not 0 < value <= 1:
                 raise InputError(f"{name}={value!r}: give a share above 0 and up to 1.")
         if not isinstance(self.transcoders, str | Path | Transcoders):
             raise InputError(
                 f"transcoders={self.transcoders!r}: give loaded ones, a folder, or the name of a "
                 "set that ships with this package."
             )
-
-    def _check_whole(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if value is not None and not (whole and value >= least):
-            raise InputError(f"{name}={value!r}: give a whole number, {least} or more.")
 
     def search_graph(self, model: Model, graph: Graph | None) -> Graph:
         """The empty graph, since the method finds the nodes itself.
@@ -334,8 +331,8 @@ class AttributionGraph(Resumable):
         ]
 
     def _made_with(self, transcoders: Transcoders) -> TranscodersIdentity:
-        whole = self.budget is None and not self.kept_only
-        return replace(transcoders.identity, leading=self.leading, whole=whole)
+        is_whole = self.budget is None and not self.kept_only
+        return replace(transcoders.identity, leading=self.leading, whole=is_whole)
 
     def _span_names(self, task: Task) -> tuple[str, ...] | None:
         by_position = bool(task.positions) if self.by_position is None else self.by_position

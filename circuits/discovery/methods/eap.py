@@ -58,12 +58,6 @@ class EAP(GradientMethod):
     name: ClassVar[str] = "eap"
     gradient_at: Literal["clean", "corrupted", "both"] = "clean"
 
-    def __post_init__(self) -> None:
-        if self.gradient_at not in FRACTIONS:
-            raise InputError(
-                f"gradient_at={self.gradient_at!r}: choose 'clean', 'corrupted' or 'both'."
-            )
-
     @override
     def points(self, nodes: Nodes) -> list[GradientPoint]:
         return [GradientPoint(fraction) for fraction in FRACTIONS[self.gradient_at]]
@@ -103,10 +97,6 @@ class EAPIG(GradientMethod):
             raise InputError(
                 f"steps={self.steps}: at least one gradient must be taken; 5 is usual."
             )
-        if self.along not in ("inputs", "activations"):
-            raise InputError(f"along={self.along!r}: choose 'inputs' or 'activations'.")
-        if self.quadrature not in ("midpoint", "left"):
-            raise InputError(f"quadrature={self.quadrature!r}: choose 'midpoint' or 'left'.")
 
     @override
     def points(self, nodes: Nodes) -> list[GradientPoint]:

@@ -13,6 +13,7 @@ from circuits.discovery.discoverer import CircuitDiscoverer, Progress
 from circuits.graph.circuit import Circuit
 from circuits.graph.graph import Graph
 from circuits.models import Model
+from circuits.system.randomness import random_generator
 from circuits.tasks.task import Task
 
 
@@ -38,6 +39,6 @@ class RandomScores(CircuitDiscoverer):
     def find(
         self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
     ) -> Circuit:
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = random_generator(self.seed)
         scores = torch.rand(len(graph), generator=generator)
         return Circuit.full(graph, scores, record=self.record())

@@ -29,6 +29,7 @@ from circuits.plotting.circuit_drawing.layout import (
 )
 from circuits.plotting.style import BAND, BLUE, GREEN, INK, MONO, PAPER, QUIET, SANS, VERMILION
 from circuits.system.errors import InputError
+from circuits.system.numbers import WholeNumber, whole
 
 DEFAULT_MAX_EDGES = 200
 # Features are side by side in one row, so fewer of their edges fit on a page.
@@ -93,7 +94,7 @@ Marks = list[str]
 EdgesByNode = defaultdict[Node, list[RankedEdge]]
 
 
-def draw(circuit: Circuit, *, title: str | None, max_edges: int | None) -> str:
+def draw(circuit: Circuit, *, title: str | None, max_edges: WholeNumber | None) -> str:
     """Draw a circuit as SVG; `circuits.draw_circuit` explains the arguments."""
     edges = ranked_edges(circuit, edge_limit(circuit, max_edges))
     counts = _counts(circuit, len(edges))
@@ -110,7 +111,7 @@ def draw(circuit: Circuit, *, title: str | None, max_edges: int | None) -> str:
     return _document(title, lines, layout, edges)
 
 
-def edge_limit(circuit: Circuit, max_edges: int | None) -> int:
+def edge_limit(circuit: Circuit, max_edges: WholeNumber | None) -> int:
     """Return the largest number of edges to draw, which has a default for each kind of graph.
 
     Raises:
@@ -119,6 +120,7 @@ def edge_limit(circuit: Circuit, max_edges: int | None) -> int:
     if max_edges is None:
         has_features = isinstance(circuit.graph, PooledFeatureGraph)
         return DEFAULT_MAX_FEATURE_EDGES if has_features else DEFAULT_MAX_EDGES
+    max_edges = whole(max_edges, "max_edges")
     if max_edges < 0:
         raise InputError(
             f"max_edges={max_edges} is negative; give the largest number of edges to draw, "

@@ -23,6 +23,7 @@ from circuits.plotting.graph_page.groups import grouped_names, load_groups, save
 from circuits.plotting.graph_page.page import compact_json, served_page
 from circuits.plotting.graph_page.queries import QUERIES, answer
 from circuits.system.errors import InputError
+from circuits.system.numbers import WholeNumber, whole
 
 ADDRESS = "127.0.0.1"
 HOST_NAMES = ("localhost", ADDRESS, "[::1]")
@@ -100,7 +101,7 @@ class GraphServer(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def open_server(folder: str | Path, port: int) -> GraphServer:
+def open_server(folder: str | Path, port: WholeNumber) -> GraphServer:
     """Open the server of a folder's graph, at a free port if it is 0; the caller runs it.
 
     Raises:
@@ -109,6 +110,7 @@ def open_server(folder: str | Path, port: int) -> GraphServer:
     folder = Path(folder)
     if not (folder / FILE).is_file():
         raise InputError(f"{folder} holds no {FILE}; give a folder that circuits graph made.")
+    port = whole(port, "port")
     if not 0 <= port <= 65535:
         raise InputError(
             f"--port {port} is no port; give a number from 1 to 65535, or 0 for a free one."

@@ -12,6 +12,8 @@ import torch
 
 from circuits.models import Model, build_model
 from circuits.system.errors import InputError
+from circuits.system.numbers import RealNumber, WholeNumber, real, whole
+from circuits.system.randomness import random_generator
 from circuits.tasks.known_circuits.recipes import RECIPES
 from circuits.tasks.known_circuits.wiring import rotated
 from circuits.tasks.task import Task
@@ -59,10 +61,10 @@ def known_circuit(
     *,
     rotate: bool = True,
     decoys: bool = True,
-    leak: float = 0.0,
+    leak: RealNumber = 0.0,
     soft: bool = False,
-    seed: int = 0,
-    n_prompts: int = 64,
+    seed: WholeNumber = 0,
+    n_prompts: WholeNumber = 64,
     device: str | torch.device | None = None,
 ) -> KnownCircuit:
     """Make a hand-wired model, a task for it, and its true edges.
@@ -111,16 +113,15 @@ def known_circuit(
     """
     if name not in RECIPES:
         raise InputError(f"there is no known circuit {name!r}; there are {', '.join(RECIPES)}.")
+    leak, n_prompts = real(leak, "leak"), whole(n_prompts, "n_prompts", least=1)
     if not 0 <= leak < 1:
         raise InputError(f"leak={leak} is out of range: give at least 0 and less than 1.")
     if leak and not decoys:
         raise InputError(f"leak={leak} needs decoys, which leak; use decoys=True or leak=0.")
-    if n_prompts < 1:
-        raise InputError(f"n_prompts={n_prompts}: a task needs at least one prompt.")
     recipe = RECIPES[name]
     wiring = recipe.wire(SOFT if soft else SHARP)
     # The prompts have a generator of their own, so that they do not depend on these options.
-    generator = torch.Generator().manual_seed(seed)
+    generator = random_generator(seed)
     weights = wiring.weights
     if decoys:
         weights = wiring.with_decoys(generator, leak)
@@ -130,5 +131,5 @@ def known_circuit(
     config = {**wiring.config, "model_name": f"known-{name}"}
     model = build_model(config, weights, device=device)
     edges = tuple(map(str, wiring.edges))
-    task = recipe.task(config, n_prompts, seed)
+    task = recipe.task(config, n_prompts, whole(seed, "seed"))
     return KnownCircuit(model, task, edges, recipe.minimal(edges))

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from circuits.system.randomness import random_generator
 from circuits.transcoders.activations import Activation, JumpReLU, ReLU
 from circuits.transcoders.transcoder import Encoder, Transcoders
 
@@ -75,7 +76,7 @@ class TranscoderParameters:
         The inputs give the number of layers, d_model, device and dtype.
         """
         n_layers, _, d_model = inputs.shape
-        generator = torch.Generator().manual_seed(seed)
+        generator = random_generator(seed)
 
         def rows(*shape: int, length: float) -> Tensor:
             # Drawn on the CPU, so that a seed means the same on all devices.

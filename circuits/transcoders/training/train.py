@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -30,6 +30,7 @@ from circuits.models import Model
 from circuits.models.identity import checksum, identity
 from circuits.system.errors import InputError
 from circuits.system.files import read_tensors, write_tensors
+from circuits.system.numbers import items, python_number, whole
 from circuits.transcoders.training.parameters import (
     TINY,
     FeatureValues,
@@ -93,6 +94,24 @@ class Training:
     """Precision of training."""
     checkpoint_every: int = 200
     """Number of steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        plain: dict[str, Any] = {
+            name: whole(getattr(self, name), name) for name in (*LEAST, "seed")
+        }
+        plain["learning_rate"] = _plain(self.learning_rate)
+        for name in ("k", "penalty"):
+            given = getattr(self, name)
+            numbers = [given] if python_number(given) is not None else items(given, name)
+            plain[name] = tuple(map(_plain, numbers))
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+
+
+def _plain(value: Any) -> Any:
+    """A number as Python's own; what is none is NaN, which every check refuses."""
+    number = python_number(value)
+    return math.nan if number is None else number
 
 
 def train_transcoders(

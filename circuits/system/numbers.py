@@ -1,0 +1,100 @@
+"""Numbers from users: of Python, numpy or torch, as Python's own, or refused in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from numbers import Real
+from typing import Any, SupportsFloat, SupportsIndex
+
+from circuits.system.errors import InputError
+
+# What signatures say that these functions check: numpy's and torch's numbers are such, too.
+WholeNumber = SupportsIndex
+RealNumber = SupportsFloat
+
+MOST_SHOWN = 80
+
+
+def whole(value: Any, name: str, *, least: int | None = None) -> int:
+    """A whole number, at least `least`. Bools, texts and fractions are none; 16.0 is one.
+
+    >>> import numpy, torch
+    >>> whole(numpy.int64(3), "n"), whole(torch.tensor([3]), "n"), whole(3.0, "n")
+    (3, 3, 3)
+
+    Raises:
+        InputError: the value is something else, or too small.
+    """
+    number = python_number(value)
+    is_below = least is not None and number is not None and number < least
+    # The remainder of an infinite number is NaN, which counts as true.
+    if number is None or number % 1 or is_below:
+        bound = "" if least is None else f" of at least {least}"
+        raise InputError(f"{name}={shown(value)} must be a whole number{bound}.")
+    return int(number)
+
+
+def real(value: Any, name: str) -> float:
+    """A number, which may be infinite. Bools, texts and NaN are none.
+
+    >>> import numpy, torch
+    >>> real(numpy.float32(0.5), "threshold"), real(torch.tensor(0.5), "threshold")
+    (0.5, 0.5)
+
+    Raises:
+        InputError: the value is something else.
+    """
+    number = python_number(value)
+    # NaN differs from itself.
+    if number is None or number != number:
+        raise InputError(f"{name}={shown(value)} must be a number.")
+    return float(number)
+
+
+def truth(value: Any, name: str) -> bool:
+    """True or False, also of numpy or torch. Other values have a truth too, which nobody meant.
+
+    Raises:
+        InputError: the value is something else, such as the text "False".
+    """
+    found = _item(value)
+    if not isinstance(found, bool):
+        raise InputError(f"{name}={shown(value)} must be True or False.")
+    return found
+
+
+def python_number(value: Any) -> Any:
+    """The value as a number of Python's, whichever library it is from; None if it is no number."""
+    number = _item(value)
+    is_number = isinstance(number, Real) and not isinstance(number, bool)
+    return number if is_number else None
+
+
+def items(values: Any, name: str) -> list[Any]:
+    """What a list, tuple, array, tensor or other series holds, as Python's own objects.
+
+    Raises:
+        InputError: the value is a single number, a text or a mapping.
+    """
+    listed = getattr(values, "tolist", None)
+    found = listed() if callable(listed) else values
+    if not isinstance(found, Iterable) or isinstance(found, str | bytes | Mapping):
+        raise InputError(f"{name}={shown(values)} must be a list; for one, give [{shown(values)}].")
+    return list(found)
+
+
+def shown(value: object) -> str:
+    """The value as code, in one line of moderate length."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]} ..."
+
+
+def _item(value: Any) -> Any:
+    """The only item of an array or tensor, as Python's own; other values as they are."""
+    item = getattr(value, "item", None)
+    if not callable(item):
+        return value
+    try:
+        return item()
+    except (RuntimeError, TypeError, ValueError):
+        return value
