@@ -18,6 +18,19 @@ from circuits.running.incremental.batch import VariantRun
 from circuits.runs.circuit_run import run
 from circuits.system.ranks import RankError, ranks, start
 
+TOKEN_OF_PROMPT = torch.tensor([3, 1, 4, 1, 5])
+
+
+def own_values(
+    logits: torch.Tensor, clean_logits: torch.Tensor, task: circuits.Task
+) -> torch.Tensor:
+    """A logit for each prompt, known to this function only, against the other rows."""
+    token = TOKEN_OF_PROMPT[task.row_prompt]
+    standardised = (logits - logits.mean(0)) / (logits.std(0, correction=0) + 1)
+    return (standardised + logits).gather(1, token[:, None])[:, 0]
+
+
+OWN = circuits.Metric("own", own_values, "lower_is_damage")
 METHODS: dict[str, circuits.CircuitDiscoverer] = {
     "acdc": circuits.ACDC(0.02),
     # One candidate at a time: more ranks than candidates.
@@ -27,6 +40,8 @@ METHODS: dict[str, circuits.CircuitDiscoverer] = {
     "eap": circuits.EAP(),
     "eap-mean": circuits.EAP(gradient_at="corrupted", ablation="mean_by_position"),
     "eap-ig": circuits.EAPIG(),
+    "eap-own-metric": circuits.EAP(metric=OWN, gradient_at="both"),
+    "eap-ig-own-metric": circuits.EAPIG(metric=OWN, along="activations", steps=2),
     "patching": circuits.ActivationPatching(),
 }
 TASKS = {
@@ -52,6 +67,20 @@ def failing(error: type[Exception] | None) -> circuits.Metric:
         return logits[..., 0]
 
     return circuits.Metric("failing", values, "higher_is_damage")
+
+
+@contextmanager
+def broken_executor() -> Iterator[None]:
+    """The second rank's fails with an error that is no user's."""
+    whole = VariantRun.execute
+
+    def execute(run: VariantRun) -> torch.Tensor:
+        if ranks().rank == 1 and run.n_variants > 1:
+            raise ValueError("no number here")
+        return whole(run)
+
+    with patch.object(VariantRun, "execute", execute):
+        yield
 
 
 @contextmanager
@@ -90,9 +119,12 @@ def main(folder: Path) -> None:
             METHODS["acdc"].discover(random_model(), TASKS["several"]()).save(
                 mine / "little memory"
             )
+        with broken_executor():
+            mistake = told(circuits.ActivationPatching())
         details = circuits.EAP().attribute(random_model(), TASKS["several"]())
         summary: dict[str, Any] = {
             "world": ranks().world,
+            "mistake": mistake,
             "by_prompt": details.edges_by_prompt.tolist(),
             "positions": details.sources_by_position.tolist(),
             "neurons": details.neurons.tolist(),
@@ -102,7 +134,7 @@ def main(folder: Path) -> None:
             ],
             "vanishing": told(circuits.EAP(metric="kl")),
             "input error": told(circuits.ActivationPatching(metric=failing(circuits.InputError))),
-            "mistake": told(circuits.ActivationPatching(metric=failing(ValueError))),
+            "metric's error": told(circuits.ActivationPatching(metric=failing(ValueError))),
             "nan": told(circuits.ACDC(0.02, metric=failing(None))),
         }
         (mine / "summary.json").write_text(json.dumps(summary))

@@ -118,6 +118,8 @@ def test_an_error_on_one_rank_is_raised_on_both(summaries):
     assert first["vanishing"] == second["vanishing"]
     assert "the gradient of kl vanishes" in first["vanishing"]
     assert first["input error"] == second["input error"] == "SharedError: no number here"
+    assert first["metric's error"] == second["metric's error"]
+    assert "metric 'failing' fails with ValueError: no number here." in first["metric's error"]
     assert first["nan"] == second["nan"]
     assert first["nan"].startswith("SharedNotFiniteError: metric 'failing' is NaN or infinite on")
     # What is not for the user to mend keeps its traceback where it happened.

@@ -148,7 +148,7 @@ def test_one_metric_may_be_given_without_a_list():
 def test_an_unknown_metric_is_named_with_those_there_are():
     model, task = random_model("gpt2"), random_task()
     with pytest.raises(
-        circuits.InputError, match=r"no metric 'kld'; there are kl, logit_difference"
+        circuits.InputError, match=r"no metric 'kld'; did you mean 'kl'\? there are kl, logit_dif"
     ):
         circuits.evaluate(
             model, circuits.Circuit.full(circuits.component_graph(model)), task, metrics=["kld"]

@@ -158,7 +158,7 @@ class FeatureExecutor:
         with frozen(self.model), plain_inputs(self.model), torch.no_grad():
             parts = [self._part_logits(prompts, circuits) for prompts in self._parts()]
         logits = torch.cat(parts, dim=1)
-        check_finite(logits)
+        check_finite(logits, self.model)
         return torch.cat([function(each[None]) for each in logits])
 
     def near(self, kept: EdgeMask) -> None:

@@ -82,7 +82,7 @@ class HookedExecutor:
         with frozen(self.model), torch.no_grad(), separate_inputs(self.model):
             parts = [self._part_logits(prompts, ablated) for prompts in self._parts()]
         logits = torch.cat(parts, dim=1)
-        check_finite(logits)
+        check_finite(logits, self.model)
         n_nodes = len(self.layout.nodes)
         self.counts["node_evaluations"] += n_nodes * len(kept)
         self.counts["batches"] += 1

@@ -176,5 +176,5 @@ def model_logits(
             residual = run_to_residual(model, tokens, part.mask)
             logits.append(unembed(model, residual[part.scored]))
     result = torch.cat(logits)
-    check_finite(result)
+    check_finite(result, model)
     return result

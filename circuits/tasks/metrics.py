@@ -15,7 +15,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from circuits.models import Model, cause, count_not_finite
 from circuits.system.errors import InputError, NotFiniteError
+from circuits.system.memory import is_out_of_memory
+from circuits.tasks.messages import suggestion
 from circuits.tasks.task import Task
 
 MetricFunction = Callable[[Tensor, Tensor, Task], Tensor]
@@ -43,8 +46,10 @@ class Metric:
     Attributes:
         name: identifies the metric in tables and records.
         function: (logits [scored, vocab], clean_logits [scored, vocab], task) -> [scored].
-            `clean_logits` are those of the whole model on the clean prompts. `task.row_prompt`
-            gives the prompt of each scored row.
+            `clean_logits` are those of the whole model on the clean prompts. Every method gives
+            it all scored rows of the whole task at once, so it may hold data of its own, by row or
+            by prompt (`task.row_prompt` is the prompt of each scored row), and compare rows. Whole
+            numbers and booleans count as numbers.
         direction: whether larger values are worse ("higher_is_damage", as for KL) or better
             ("lower_is_damage", as for a logit difference).
         vectorised: set it if `function` also maps logits [variant, scored, vocab] to
@@ -57,6 +62,9 @@ class Metric:
     vectorised: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not callable(self.function):
+            given = f"name={self.name!r}, function={self.function!r}"
+            raise InputError(f"metric with {given}: give a text, and a function of tensors.")
         allowed = get_args(Direction)
         if self.direction not in allowed:
             found = f"metric {self.name!r}: direction={self.direction!r}"
@@ -78,7 +86,7 @@ class Metric:
 
     @property
     def shipped(self) -> bool:
-        """Whether it is one of this package: vectorised, and identified by its name alone."""
+        """Whether it is one of this package: vectorised, row by row, and known by its name."""
         return _SHIPPED.get(self.name) == self
 
     @property
@@ -93,7 +101,8 @@ class Metric:
         finite, as checking them again would cost time.
 
         Raises:
-            InputError: the logits are not finite, or the metric returns NaN or another shape.
+            InputError: the logits are not finite, the metric fails on them, or it returns NaN,
+                another shape or no numbers.
         """
         is_single = logits.ndim == 2
         if not (is_single or self.vectorised or self.shipped):
@@ -103,22 +112,47 @@ class Metric:
         clean_logits = _at_least_float32(clean_logits)
         if is_single:
             check_finite(logits)
-        values: Any = self.function(logits, clean_logits, task)
-        expected = logits.shape[:-1]
-        is_tensor = isinstance(values, Tensor)
-        if not is_tensor or values.shape != expected:
-            found = f"shape {tuple(values.shape)}" if is_tensor else type(values).__name__
-            raise InputError(
-                f"metric {self.name!r} returned {found}; it must return one number per scored "
-                f"row, shape ({expected[-1]},), and leave the averaging to the caller."
-            )
-        n_bad = _count_not_finite(values)
+        values = self._values(logits, clean_logits, task)
+        n_bad = count_not_finite(values)
         if n_bad:
             raise NotFiniteError(
                 f"metric {self.name!r} is NaN or infinite on {n_bad} of {values.numel()} scored "
                 "rows although the logits are finite; correct the metric."
             )
-        return values.to(logits.dtype)
+        return values
+
+    def _values(self, logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
+        """What the function returns, if that is what it must return, in the logits' dtype."""
+        if not self.shipped:
+            # Functions of other people may write to what they are given.
+            logits, clean_logits = logits.clone(), clean_logits.clone()
+        try:
+            values: Any = self.function(logits, clean_logits, task)
+            self._check_values(values, logits.shape[:-1])
+            return values.to(logits)
+        except InputError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            reason, *_ = str(error).splitlines() or [""]
+            failure = f"{type(error).__name__}: {reason[:200]}".rstrip(".")
+            raise InputError(
+                f"metric {self.name!r} fails with {failure}. It gets "
+                f"logits and clean_logits [scored, vocab], here {tuple(clean_logits.shape)}, which "
+                "have no axis of positions, and the task; it returns one number per row."
+            ) from error
+
+    def _check_values(self, values: Any, expected: torch.Size) -> None:
+        found = type(values).__name__
+        if isinstance(values, Tensor):
+            if values.shape == expected and not values.is_complex():
+                return
+            found = str(values.dtype) if values.is_complex() else f"shape {tuple(values.shape)}"
+        raise InputError(
+            f"metric {self.name!r} returned {found}; it must return one number per scored row, "
+            f"shape ({expected[-1]},), as a tensor, and leave the averaging to the caller."
+        )
 
     def damage(self, logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
         """The metric with the sign that makes larger values worse."""
@@ -127,31 +161,31 @@ class Metric:
 
 def get_metric(metric: str | Metric | None, task: Task) -> Metric:
     """The metric of that name, or an InputError if there is none; None means the task's own."""
-    name = task.metric if metric is None else metric
-    if isinstance(name, Metric):
-        return name
-    if name not in METRICS:
-        names = ", ".join(METRICS)
-        raise InputError(f"no metric {name!r}; there are {names}, or make a circuits.Metric.")
-    return METRICS[name]
-
-
-def check_finite(logits: Float[Tensor, "*rows vocab"]) -> None:
-    """Raise an InputError if logits are NaN or infinite."""
-    n_bad = _count_not_finite(logits)
-    if n_bad:
-        raise NotFiniteError(
-            f"{n_bad} of {logits.numel()} logits are NaN or infinite: the model overflows in its "
-            "dtype; load it with dtype=torch.float32 (or torch.bfloat16, which has the same range)."
+    given: Any = task.metric if metric is None else metric
+    found = METRICS.get(given) if isinstance(given, str) else given
+    if isinstance(found, Metric):
+        return found
+    if callable(found):
+        name = getattr(found, "__name__", "mine")
+        raise InputError(
+            f"metric {given!r} is a function, which does not say whether more is worse: give "
+            f"circuits.Metric({name!r}, function, 'higher_is_damage'), or 'lower_is_damage'."
         )
+    if isinstance(given, str):
+        known = suggestion(given.lower(), METRICS)
+        raise InputError(f"no metric {given!r}; {known[:-1]}, or make a circuits.Metric.")
+    raise InputError(
+        f"metric={repr(given)[:99]} must be the name of a metric, or a circuits.Metric."
+    )
 
 
-def _count_not_finite(values: Float[Tensor, "*rows"]) -> int:
-    # A finite sum has finite terms, and is faster to check. The sum of finite terms may overflow.
-    if math.isfinite(float(values.detach().sum())):
-        return 0
-    is_bad = ~values.isfinite()
-    return int(is_bad.sum())
+def check_finite(logits: Float[Tensor, "*rows vocab"], model: Model | None = None) -> None:
+    """Raise an InputError if logits, those of `model` if it is given, are NaN or infinite."""
+    n_bad = count_not_finite(logits)
+    if n_bad:
+        why = "give finite ones." if model is None else cause(model)
+        found = f"{n_bad} of {logits.numel()} logits are NaN or infinite"
+        raise NotFiniteError(f"{found}: {why}")
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ the products.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -27,16 +28,16 @@ from circuits.discovery.gradients.edge_products import BatchProducts, EdgeProduc
 from circuits.discovery.gradients.gradient_pass import (
     GradientPass,
     Gradients,
-    Logits,
     Override,
     PassResult,
     is_embedding,
     written_hook,
 )
-from circuits.discovery.gradients.memory import needed
+from circuits.discovery.gradients.memory import bytes_to_judge, needed
+from circuits.discovery.gradients.slopes import Logits, OfLogits, rows_of, slopes
 from circuits.graph.graph import Graph
 from circuits.graph.nodes import Head, Node
-from circuits.models import Model, frozen, output_hook, unembed
+from circuits.models import Model, cause, count_not_finite, frozen, output_hook, unembed
 from circuits.models.component_graph import check_supported
 from circuits.models.propagation import PropagationRules
 from circuits.models.source_outputs import SourceOutputs, output_groups, run_and_record
@@ -45,7 +46,7 @@ from circuits.running.edge_layout import EdgeLayout
 from circuits.running.settings import RunSettings
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget, shrinking
-from circuits.system.ranks import SharedError, gathered, share
+from circuits.system.ranks import SharedError, SharedNotFiniteError, gathered, ranks, share
 from circuits.tasks.metrics import check_finite
 from circuits.tasks.model_fit import check_task
 from circuits.tasks.task import Task
@@ -78,12 +79,16 @@ class GradientPoint:
 
 
 CLEAN_END, COUNTERFACTUAL_END = GradientPoint(1.0), GradientPoint(0.0)
+Step = Callable[[slice], list[Tensor]]
 
 
 @dataclass(eq=False)
 class _Line:
     """What is known of a batch before gradients are taken between the ends of the line."""
 
+    task: Task
+    # Which prompts of the whole task these are
+    prompts: slice
     clean: SourceOutputs
     clean_logits: Logits
     # c_u - out_u(clean) of every source u
@@ -127,13 +132,18 @@ class EdgeScoring:
         groups = tuple(target_groups(model, layout))
         self.task = task.to(model.cfg.device)
         self.settings = settings
+        self.metric = settings.metric
         self.points = points
+        self.current = points  # those that are taken in one go
+        # The number of points that the score is the mean of; scores by pieces are sums.
+        self.averaged = sum(point.until is None for point in points) or 1
+        # By where it is taken, the gradient at the logits of all prompts, see `slopes`.
+        self.whole: dict[GradientPoint, Logits] = {}
         self.products = EdgeProducts(model, graph, layout, groups, details, budget)
         self.passes = GradientPass(
             model,
             layout.nodes,
             layout.targets,
-            settings.metric,
             rules or PropagationRules(),
             at_outputs=details,
         )
@@ -143,7 +153,7 @@ class EdgeScoring:
         edges, _, _ = self._over_ranks(progress)
         rows = len(self.task.row_prompt)
         # The mean over scored rows and over points
-        return edges.sum(0) / (rows * self._points_averaged)
+        return edges.sum(0) / (rows * self.averaged)
 
     def attribution(self, progress: Progress = no_progress) -> EdgeAttribution:
         """The scores in detail."""
@@ -151,7 +161,7 @@ class EdgeScoring:
         row_prompt = self.task.row_prompt.cpu()
         prompts = len(self.task)
         rows = torch.bincount(row_prompt, minlength=prompts)
-        weights = rows * self._points_averaged
+        weights = rows * self.averaged
         return EdgeAttribution(
             graph=self.products.graph,
             nodes=self.passes.nodes,
@@ -161,28 +171,51 @@ class EdgeScoring:
             neurons=neurons.sum(0) / weights.sum(),
         )
 
-    @property
-    def _points_averaged(self) -> int:
-        """The number of points that the score is the mean of; scores by pieces are sums."""
-        return sum(point.until is None for point in self.points) or 1
-
     def _over_ranks(self, progress: Progress) -> list[Tensor]:
         """The products of all prompts, see `BatchProducts.results`; each rank adds its share."""
-        *results, slopes = gathered(lambda: self._run(progress))
-        steepest = float(slopes.max())
+        total: list[Tensor] = []
+        steepest = 0.0
+        rounds = self._rounds()
+        for number, points in enumerate(rounds):
+            self.current, self.whole = points, {}
+            *found, largest = self._gathered(partial(_part, progress, number, len(rounds)))
+            found[-1] = found[-1].sum(0, keepdim=True)
+            pairs = zip(total or map(torch.zeros_like, found), found, strict=True)
+            total = [before + new for before, new in pairs]
+            steepest = max(steepest, float(largest.max()))
         if steepest < VANISHING:
             raise SharedError(
-                f"the gradient of {self.passes.metric.name} vanishes where it is taken (largest "
+                f"the gradient of {self.metric.name} vanishes where it is taken (largest "
                 f"entry {steepest:.1e}), as that of kl does at the clean run: use "
                 "gradient_at='corrupted' or 'both', EAPIG, or another metric."
             )
-        return results
+        n_bad = sum(map(count_not_finite, total))
+        if n_bad:
+            raise SharedNotFiniteError(
+                f"{n_bad} products of gradients are NaN or infinite: {cause(self.passes.model)}"
+            )
+        return total
 
-    def _run(self, progress: Progress) -> list[Tensor]:
-        """The results of this rank's share of the prompts."""
+    def _rounds(self) -> list[Sequence[GradientPoint]]:
+        """All points; fewer at a time where the slopes at all of them may have to be kept."""
+        size = len(self.points) if self.metric.shipped else POINTS_TOGETHER
+        starts = range(0, len(self.points), size)
+        return [self.points[start : start + size] for start in starts]
+
+    def _gathered(self, progress: Progress) -> list[Tensor]:
+        """The results of all ranks' shares of the prompts."""
+        logits: list[Tensor] = []
+        if ranks().world > 1 and not self.metric.shipped:
+            logits = gathered(self._logits)
+        return gathered(lambda: self._run(logits, progress))
+
+    def _run(self, logits: list[Tensor], progress: Progress) -> list[Tensor]:
+        """The results of this rank's share of the prompts, from the logits of all if they count."""
+        if logits:
+            self._take_slopes(logits)
         results: list[list[Tensor]] = []
-        with torch.inference_mode(False), torch.no_grad(), frozen(self.passes.model):
-            for found in self._batches(progress):
+        with self._undisturbed():
+            for found in self._in_batches(lambda some: self.batch(some).results(), progress):
                 if results and not self.products.details:
                     # Added up at once, because there may be many edges.
                     results[0][0] += found[0]
@@ -190,15 +223,19 @@ class EdgeScoring:
                 results.append(found)
         return list(map(torch.cat, zip(*results, strict=True)))
 
-    def _batches(self, progress: Progress) -> Iterator[list[Tensor]]:
-        """The results of batches that fit into memory."""
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        with torch.inference_mode(False), torch.no_grad(), frozen(self.passes.model):
+            yield
+
+    def _in_batches(self, step: Step, progress: Progress = no_progress) -> Iterator[list[Tensor]]:
+        """What `step` finds on batches of this rank's prompts that fit into memory."""
         mine = share(len(self.task))
         size = self._batch_size
         start = mine.start
 
         def batch(prompts: int) -> list[Tensor]:
-            some = slice(start, start + prompts)
-            return self.batch(some).results()
+            return step(slice(start, start + prompts))
 
         while start < mine.stop:
             size = min(size, mine.stop - start)
@@ -207,36 +244,77 @@ class EdgeScoring:
             yield found
             progress(start - mine.start, mine.stop - mine.start)
 
+    def _logits(self) -> list[Logits]:
+        """Of this rank's share of the prompts, the clean logits, and those at every place."""
+        with self._undisturbed():
+            found = self._in_batches(self._batch_logits)
+            return list(map(torch.cat, zip(*found, strict=True)))
+
+    def _batch_logits(self, prompts: slice) -> list[Logits]:
+        task = self.task[prompts]
+        clean, logits = self._plain_run(task)
+        changes = self._counterfactuals.changes(task, prompts, clean, None)
+        line = _Line(task, prompts, clean, logits, changes, {})
+        overrides = (self._override(place, line) for place in self._places)
+        return [logits, *(self.passes.logits(task, override) for override in overrides)]
+
+    @property
+    def _places(self) -> list[GradientPoint]:
+        """Where the model is run: at every point, and at the end of its piece of the line."""
+        places = []
+        for point in self.current:
+            start = replace(point, until=None)
+            end = start if point.until is None else replace(start, fraction=point.until)
+            places += [start, end]
+        return list(dict.fromkeys(places))
+
+    def _take_slopes(self, logits: list[Logits]) -> None:
+        """Judge the logits of all prompts, from `_logits`, at every place."""
+        clean, *at = (each.to(self.task.clean.device) for each in logits)
+        for place, there in zip(self._places, at, strict=True):
+            self.whole[place] = slopes(self.metric, clean, self.task, there)
+
+    def _slopes(
+        self, task: Task, prompts: slice, place: GradientPoint, clean: Logits | None
+    ) -> OfLogits:
+        """The gradient at the logits of a batch, from them or from those of all prompts."""
+        if not self.whole:
+            return partial(slopes, self.metric, clean, task)
+        rows = rows_of(self.task, prompts)
+        return lambda _: self.whole[place][rows]
+
     def batch(self, prompts: slice) -> BatchProducts:
         """The products of some prompts."""
         task = self.task[prompts]
+        if not (self.metric.shipped or self.whole or len(task) == len(self.task)):
+            self._take_slopes(self._logits())
         products = self.products.start(task)
         line = self._line(task, prompts)
-        averaged = [point for point in self.points if point.until is None]
+        averaged = [point for point in self.current if point.until is None]
         for start in range(0, len(averaged), POINTS_TOGETHER):
             some = averaged[start : start + POINTS_TOGETHER]
             # No name is left for these gradients, which would keep them during the next passes.
-            products.add(line.changes, [self._gradients(task, point, line) for point in some])
-        self._add_pieces(products, task, line)
+            products.add(line.changes, [self._gradients(point, line) for point in some])
+        self._add_pieces(products, line)
         return products
 
-    def _gradients(self, task: Task, point: GradientPoint, line: _Line) -> Gradients:
+    def _gradients(self, point: GradientPoint, line: _Line) -> Gradients:
         """The gradients at a point; those of an end are taken out of `line`."""
         if point in line.ends:
             return line.ends.pop(point)
-        return self._run_point(task, point, line).gradients
+        return self._run_point(point, line).gradients
 
-    def _add_pieces(self, products: BatchProducts, task: Task, line: _Line) -> None:
+    def _add_pieces(self, products: BatchProducts, line: _Line) -> None:
         """For each piece of the line, its gradient times the change of the outputs along it."""
         runs: dict[GradientPoint, PassResult] = {}
-        for point in self.points:
+        for point in self.current:
             if point.until is None:
                 continue
             start = replace(point, until=None)
             end = replace(start, fraction=point.until)
             for each in (start, end):
                 if each not in runs:
-                    runs[each] = self._run_point(task, each, line)
+                    runs[each] = self._run_point(each, line)
             # out_u(fraction) - out_u(until)
             run = runs[start]
             change = run.outputs - runs[end].outputs
@@ -247,27 +325,28 @@ class EdgeScoring:
         """Run the clean and the corrupted prompts; a point at an end is one of these two runs."""
         ends: dict[GradientPoint, Gradients] = {}
         run, cut = self.passes.run, self._cut
-        if CLEAN_END in self.points:
-            found = run(task, task.clean, cut, None)
+        slopes = partial(self._slopes, task, prompts)
+        if CLEAN_END in self.current:
+            found = run(task, task.clean, cut, slopes(CLEAN_END, None))
             ends[CLEAN_END] = found.gradients
             clean, logits = found.outputs, found.logits
         else:
             clean, logits = self._plain_run(task)
         corrupted = None
         resamples = self.settings.ablation.name == "resample"
-        if resamples and COUNTERFACTUAL_END in self.points:
-            found = run(task, task.corrupted, cut, logits)
+        if resamples and COUNTERFACTUAL_END in self.current:
+            found = run(task, task.corrupted, cut, slopes(COUNTERFACTUAL_END, logits))
             ends[COUNTERFACTUAL_END] = found.gradients
             corrupted = found.outputs
         changes = self._counterfactuals.changes(task, prompts, clean, corrupted)
-        return _Line(clean, logits, changes, ends)
+        return _Line(task, prompts, clean, logits, changes, ends)
 
     def _plain_run(self, task: Task) -> tuple[SourceOutputs, Logits]:
         model, nodes = self.passes.model, self.passes.nodes
         tokens, mask = task.clean, task.mask
         clean, residual = run_and_record(model, nodes, tokens, mask)
         logits = unembed(model, residual[task.scored])
-        check_finite(logits)
+        check_finite(logits, model)
         return clean, logits
 
     @property
@@ -276,9 +355,10 @@ class EdgeScoring:
         embeddings = filter(is_embedding, self.passes.nodes)
         return dict.fromkeys(map(output_hook, embeddings))
 
-    def _run_point(self, task: Task, point: GradientPoint, line: _Line) -> PassResult:
+    def _run_point(self, point: GradientPoint, line: _Line) -> PassResult:
         override = self._override(point, line)
-        return self.passes.run(task, task.clean, override, line.clean_logits)
+        slopes = self._slopes(line.task, line.prompts, point, line.clean_logits)
+        return self.passes.run(line.task, line.task.clean, override, slopes)
 
     def _override(self, point: GradientPoint, line: _Line) -> Override:
         """What to put at hook points to move the clean run to a point."""
@@ -315,14 +395,25 @@ class EdgeScoring:
         together = min(len(self.points), POINTS_TOGETHER)
         task, limit = self.task, self.settings.max_memory
         fixed, per_prompt = needed(self.products, task, together)
-        if limit is not None and fixed + per_prompt > limit:
+        smallest, at_once = fixed + per_prompt, ""
+        if not self.metric.shipped:
+            kept, judging = bytes_to_judge(self.products.model, task, together)
+            fixed += kept
+            smallest = max(smallest + kept, judging)
+            at_once = f", as {self.metric.name} is given all {len(task.row_prompt)} rows at once"
+        if limit is not None and smallest > limit:
             raise InputError(
                 f"one prompt of {task.clean.shape[1]} tokens may need up to "
-                f"{fixed + per_prompt:,} bytes, but max_memory={limit:,}: allow more, or use "
+                f"{smallest:,} bytes{at_once}, but max_memory={limit:,}: allow more, or use "
                 "shorter prompts."
             )
         fitting = (self.products.budget - fixed) // per_prompt
         return min(len(task), max(1, fitting))
+
+
+def _part(progress: Progress, number: int, parts: int, done: int, total: int) -> None:
+    """Report the progress of one of several equal parts as progress of all of them."""
+    progress(number * total + done, parts * total)
 
 
 def _warn_of_dead_norms(

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from circuits.discovery.gradients.slopes import Logits, OfLogits
 from circuits.graph.nodes import Embed, Head, Node, PosEmbed, TokenEmbed
 from circuits.models import (
     Hook,
@@ -33,8 +34,7 @@ from circuits.models import (
 from circuits.models.propagation import PropagationRules
 from circuits.models.source_outputs import SourceOutputs, output_groups
 from circuits.running.edge_layout import HookedTarget
-from circuits.system.errors import InputError
-from circuits.tasks.metrics import Metric
+from circuits.tasks.metrics import check_finite
 from circuits.tasks.task import Task
 
 # Rows of gradients go back through a norm in pieces of about this size.
@@ -42,7 +42,6 @@ PIECE_BYTES, PIECE_BYTES_GPU = 1 << 19, 1 << 26
 Activations = Mapping[str, Tensor]
 Norms = tuple[tuple[Tensor, Tensor] | None, ...]
 Override = Mapping[str, Tensor | None]
-Logits = Float[Tensor, "scored vocab"]
 Tokens = Int[Tensor, "batch pos"]
 Residual = Float[Tensor, "batch pos d_model"]
 HeadGradients = Float[Tensor, "batch pos head d_head"]
@@ -148,34 +147,35 @@ class GradientPass:
     model: Model
     nodes: tuple[Node, ...]
     targets: Sequence[HookedTarget]
-    metric: Metric
     rules: PropagationRules
     # Also keep the gradients at what sources write
     at_outputs: bool
 
-    def run(
-        self, task: Task, tokens: Tokens, override: Override, clean_logits: Logits | None
-    ) -> PassResult:
-        """Run `tokens`, and go back from the damage on the rows that `task` scores.
+    def run(self, task: Task, tokens: Tokens, override: Override, slopes: OfLogits) -> PassResult:
+        """Run `tokens`, and go back from the logits of the rows that `task` scores.
 
         Args:
             override: by hook point, what to put there; None keeps what is there. The gradient is
                 cut either way. The embeddings must be among them: gradients start there, because
                 the weights have none.
-            clean_logits: of the whole model on the clean prompts; None if this is that run.
+            slopes: from these logits, the gradient of the damage at them.
         """
         seen: dict[str, Tensor] = {}
         with torch.enable_grad(), separate_gradients(self.model):
             final, logits = self._forward(task, tokens, override, seen)
-            against = logits.detach() if clean_logits is None else clean_logits
-            damage = self.metric.damage(logits, against, task)
-            total = damage.sum()
-            gradients = self._gradients(total, seen, final, logits)
+            found = logits.detach()
+            gradients = self._gradients(slopes(found), seen, final, logits)
         outputs = self._outputs(seen)
         overridden = any(value is not None for value in override.values())
         if not overridden:
             outputs.check(final, task.mask)
-        return PassResult(gradients, outputs, logits.detach())
+        return PassResult(gradients, outputs, found)
+
+    def logits(self, task: Task, override: Override) -> Logits:
+        """The logits of the clean prompts with `override`, as `run` computes them."""
+        with separate_gradients(self.model):
+            _, logits = self._forward(task, task.clean, override, {})
+        return logits
 
     def _forward(
         self, task: Task, tokens: Tokens, override: Override, seen: dict[str, Tensor]
@@ -186,7 +186,9 @@ class GradientPass:
         hooks += self._keeping_hooks(seen)
         with hooked(model, self.rules.hooks(model)):
             final = run_to_residual(model, tokens, task.mask, hooks)
-            return final, unembed(model, final[task.scored])
+            logits = unembed(model, final[task.scored])
+        check_finite(logits, model)
+        return final, logits
 
     def _outputs(self, seen: Activations) -> SourceOutputs:
         written = {}
@@ -195,23 +197,18 @@ class GradientPass:
         return SourceOutputs(self.model, self.nodes, written)
 
     def _gradients(
-        self, damage: Tensor, seen: Activations, final: Residual, logits: Logits
+        self, slopes: Logits, seen: dict[str, Tensor], final: Residual, logits: Logits
     ) -> Gradients:
-        if not damage.requires_grad:
-            raise InputError(
-                f"metric {self.metric.name!r} has no gradient; choose a differentiable one, "
-                "such as logit_difference."
-            )
         *before, last = self._hooks_with_gradient
         seen_before = {name: seen[name] for name in before}
         live = {name: each for name, each in seen_before.items() if each.requires_grad}
         live[last] = final
-        wanted = [*live.values(), logits]
-        *found, at_logits = torch.autograd.grad(damage, wanted, allow_unused=True)
+        wanted = [*live.values()]
+        found = torch.autograd.grad(logits, wanted, slopes, allow_unused=True)
         pairs = zip(live, found, strict=True)
         # Nothing flows back past an activation that was overridden.
         reached = {name: gradient for name, gradient in pairs if gradient is not None}
-        steepest = float(at_logits.abs().max())
+        steepest = float(slopes.abs().max())
         return Gradients(self.model, self.rules, self._norms(seen), reached, steepest)
 
     def _norms(self, seen: Activations) -> Norms:

@@ -25,6 +25,19 @@ def needed(products: EdgeProducts, task: Task, points: int) -> tuple[int, int]:
     return fixed * size, ceil(per_prompt * size)
 
 
+def bytes_to_judge(model: Model, task: Task, points: int) -> tuple[int, int]:
+    """Bytes that the logits of all prompts need: while batches are run, and while judged at once.
+
+    Only metrics that do not come with this package are given them all.
+    """
+    size = model.cfg.dtype.itemsize
+    numbers = model.cfg.d_vocab_out * len(task.row_prompt)
+    # The clean logits, and those or their slopes at each point and at the end of a piece.
+    kept = (points + 2) * size * numbers
+    # What autograd keeps of a metric, which computes in float32 at least.
+    return kept, kept + 10 * max(size, 4) * numbers
+
+
 def _copied_weights(model: Model) -> int:
     """Transposed copies of the weights of attention, of gated MLPs and of the unembedding."""
     cfg = model.cfg

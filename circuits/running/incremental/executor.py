@@ -147,7 +147,7 @@ class IncrementalExecutor:
         logits = batch.execute().clone()
         self.counts["node_evaluations"] += batch.n_evaluated
         self.counts["batches"] += 1
-        check_finite(logits)
+        check_finite(logits, self.model.model)
         return function(logits)
 
     def near(self, kept: EdgeMask) -> None:

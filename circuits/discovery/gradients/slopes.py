@@ -1,0 +1,60 @@
+"""Slopes: the gradient of the damage at the logits, where a backward pass starts.
+
+A metric of this package judges every scored row by itself, so its slopes are computed batch by
+batch. Any other may hold data of its own by row or prompt, or compare rows. It is given the logits
+of all scored rows together, and each batch starts from its rows of the slopes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from circuits.models import count_not_finite
+from circuits.system.errors import InputError, NotFiniteError
+from circuits.tasks.metrics import Metric
+from circuits.tasks.task import Task
+
+Logits = Float[Tensor, "scored vocab"]
+OfLogits = Callable[[Logits], Logits]
+
+
+def slopes(metric: Metric, clean_logits: Logits | None, task: Task, logits: Logits) -> Logits:
+    """d (damage, summed over scored rows) / d logits.
+
+    Args:
+        clean_logits: of the whole model on the clean prompts; None if these are `logits`.
+
+    Raises:
+        InputError: the damage has no gradient, or one that is not finite.
+    """
+    with torch.enable_grad():
+        varied = logits.detach().requires_grad_()
+        against = logits.detach() if clean_logits is None else clean_logits
+        total = metric.damage(varied, against, task).sum()
+        found = None
+        if total.requires_grad:
+            (found,) = torch.autograd.grad(total, varied, allow_unused=True)
+    if found is None:
+        raise InputError(
+            f"metric {metric.name!r} has no gradient; choose a differentiable one, such as "
+            "logit_difference."
+        )
+    n_bad = count_not_finite(found)
+    if n_bad:
+        raise NotFiniteError(
+            f"the gradient of metric {metric.name!r} is NaN or infinite at {n_bad} logits although "
+            "its values are finite, as that of a square root is at 0; correct the metric, or take "
+            "the gradient elsewhere."
+        )
+    return found
+
+
+def rows_of(task: Task, prompts: slice) -> slice:
+    """The scored rows of some consecutive prompts."""
+    before = int(task.scored[: prompts.start].sum())
+    within = int(task.scored[prompts].sum())
+    return slice(before, before + within)
