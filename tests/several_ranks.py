@@ -27,6 +27,10 @@ METHODS: dict[str, circuits.CircuitDiscoverer] = {
     "eap": circuits.EAP(),
     "eap-mean": circuits.EAP(gradient_at="corrupted", ablation="mean_by_position"),
     "eap-ig": circuits.EAPIG(),
+    "eap-ig-noise": circuits.EAPIG(ablation="noise"),
+    "patching-other-mean": circuits.ActivationPatching(
+        ablation=circuits.Ablation("mean", over=random_task(length=12, seed=5))
+    ),
     "patching": circuits.ActivationPatching(),
 }
 TASKS = {
