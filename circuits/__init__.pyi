@@ -146,6 +146,7 @@ from .plotting.pages import (
     report_page as report_page,
 )
 from .running.ablation import Ablation as Ablation
+from .running.activations import circuit_activations as circuit_activations
 from .running.precision import Precision as Precision
 from .running.run import (
     model_logits as model_logits,
@@ -175,6 +176,7 @@ from .tasks.known_circuits.circuits import (
 from .tasks.known_circuits.circuits import (
     known_circuit as known_circuit,
 )
+from .tasks.known_circuits.published import published_circuit as published_circuit
 from .tasks.metrics import METRICS as METRICS
 from .tasks.metrics import Metric as Metric
 from .tasks.registry import load_task as load_task

@@ -42,6 +42,10 @@ METHODS: dict[str, circuits.CircuitDiscoverer] = {
     "eap-ig": circuits.EAPIG(),
     "eap-own-metric": circuits.EAP(metric=OWN, gradient_at="both"),
     "eap-ig-own-metric": circuits.EAPIG(metric=OWN, along="activations", steps=2),
+    "eap-ig-noise": circuits.EAPIG(ablation="noise"),
+    "patching-other-mean": circuits.ActivationPatching(
+        ablation=circuits.Ablation("mean", over=random_task(length=12, seed=5))
+    ),
     "patching": circuits.ActivationPatching(),
 }
 TASKS = {

@@ -1,5 +1,8 @@
 """Running circuits: what must hold whatever the architecture and the executor."""
 
+from dataclasses import replace
+
+import numpy as np
 import pandas.testing
 import pytest
 import torch
@@ -11,6 +14,7 @@ from circuits.models.component_graph import component_nodes
 from circuits.models.source_outputs import source_outputs
 from circuits.running import run as execution
 from circuits.running.ablation import NAMES
+from circuits.running.noise import embedding_noise
 from circuits.tasks.task import Task
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -372,6 +376,171 @@ def test_mean_by_position_averages_over_the_prompts_that_reach_a_position(execut
 
 
 @every_executor
+@pytest.mark.parametrize("length", [8, 5, 12])
+@pytest.mark.parametrize("name", ["mean", "mean_by_position"])
+def test_means_can_be_taken_over_the_clean_prompts_of_another_task(name, length, executor):
+    model, task = random_model("gpt2"), random_task(ragged=True)
+    other = random_task(batch=9, length=length, seed=5, ragged=True)
+    by_position = name == "mean_by_position"
+    graph = circuits.component_graph(model)
+    nodes = component_nodes(model, split_embed=False)
+    kept = torch.rand(1, len(graph), generator=torch.Generator().manual_seed(0)) < 0.5
+    ablation = circuits.Ablation(name, over=other)
+    if by_position and length < 8:
+        with pytest.raises(circuits.InputError, match="of 8 tokens, and those of 'custom' have 5"):
+            circuits.run_circuits(model, graph, kept, task, ablation=ablation, executor=executor)
+        return
+    # Straight from the model, prompt by prompt and without padding.
+    runs = []
+    for tokens, n_tokens in zip(other.clean, other.lengths, strict=True):
+        cache = model.run_with_cache(tokens[None, :n_tokens])[1]
+        heads = [torch.einsum("bphd,hdm->hbpm", cache["z", i], model.W_O[i]) for i in range(2)]
+        written = torch.cat(
+            [
+                cache["resid_pre", 0][None],
+                *(torch.cat([heads[i], cache["mlp_out", i][None]]) for i in range(2)),
+            ]
+        )[:, 0]
+        runs.append(written)
+    tokens = torch.cat(runs, dim=1)
+    by_hand = {
+        node: torch.stack(
+            [
+                torch.stack([run[row, position] for run in runs if run.shape[1] > position]).mean(0)
+                for position in range(8)
+            ]
+        )
+        if by_position
+        else tokens[row].mean(0)
+        for row, node in enumerate(nodes)
+    }
+    torch.testing.assert_close(
+        circuits.run_circuits(model, graph, kept, task, ablation=ablation, executor=executor),
+        circuits.run_circuits(
+            model,
+            graph,
+            kept,
+            task,
+            ablation=circuits.Ablation("given", outputs=by_hand),
+            executor=executor,
+        ),
+        atol=1e-5,
+        rtol=0,
+    )
+
+
+class TestNoiseOnTheTokenEmbeddings:
+    @pytest.fixture
+    def spanned(self) -> Task:
+        task = random_task(ragged=True)
+        span = torch.zeros_like(task.mask)
+        span[:, 2:4] = True
+        return replace(task, positions={"subject": span})
+
+    @staticmethod
+    def noised(model, task, row, scale=3.0, seed=0, span=None):
+        """A hook of TransformerLens that adds the noise of one prompt, without padding."""
+        n_tokens = int(task.lengths[row])
+        alone = circuits.Task.from_tokens(*[task.clean[row : row + 1, :n_tokens].clone()] * 2)
+        drawn = embedding_noise(model, alone, 1.0, seed, None)[0] / model.W_E.std()
+        noise = scale * model.W_E.std() * drawn
+        if span is not None:
+            noise = noise * task.positions[span][row, :n_tokens, None]
+        return lambda embedding, hook: embedding + noise
+
+    @every_executor
+    @pytest.mark.parametrize("span", [None, "subject"])
+    @pytest.mark.parametrize("architecture", ["gpt2", "llama", "alibi"])
+    def test_with_everything_ablated_the_logits_are_those_of_the_noised_prompts(
+        self, architecture, spanned, executor, span
+    ):
+        model, task = random_model(architecture), spanned
+        empty = circuits.Circuit.from_edges(circuits.component_graph(model), [])
+        expected = [
+            model.run_with_hooks(
+                task.clean[row : row + 1, : task.lengths[row]],
+                fwd_hooks=[("hook_embed", self.noised(model, task, row, 2.0, 7, span))],
+            )[0, -1]
+            for row in range(len(task))
+        ]
+        found = circuits.run_circuit(
+            model,
+            empty,
+            task,
+            ablation=circuits.Ablation("noise", scale=2, seed=7, span=span),
+            executor=executor,
+        )
+        torch.testing.assert_close(found, torch.stack(expected), atol=1e-4, rtol=0)
+
+    @torch.no_grad()
+    def test_a_patched_head_writes_what_it_writes_on_the_noised_prompt(self, spanned):
+        model, task = random_model("gpt2"), spanned
+        scores = circuits.ActivationPatching(
+            metric="negative_log_probability", ablation="noise"
+        ).node_scores(model, task)
+        damage = []
+        for row in range(len(task)):
+            tokens = task.clean[row : row + 1, : task.lengths[row]]
+            z = {}
+            model.run_with_hooks(
+                tokens,
+                fwd_hooks=[
+                    ("hook_embed", self.noised(model, task, row)),
+                    (
+                        "blocks.1.attn.hook_z",
+                        lambda value, hook, z=z: z.update(head=value[:, :, 2].clone()),
+                    ),
+                ],
+            )
+
+            def patch(value, hook, z=z):
+                value[:, :, 2] = z["head"]
+                return value
+
+            patched = model.run_with_hooks(tokens, fwd_hooks=[("blocks.1.attn.hook_z", patch)])
+            answers = task.answers[row]
+            clean, damaged = (
+                -logits[0, -1].log_softmax(-1)[answers].logsumexp(-1)
+                for logits in (model(tokens), patched)
+            )
+            damage.append(damaged - clean)
+        assert scores[Head(1, 2)] == pytest.approx(float(torch.stack(damage).mean()), abs=1e-5)
+
+    def test_a_prompts_noise_depends_on_nothing_but_its_tokens_and_the_seed(self, spanned):
+        model, task = random_model("gpt2"), spanned
+        noise = embedding_noise(model, task, 3.0, 0, None)
+        some = torch.tensor([4, 1])
+        assert torch.equal(embedding_noise(model, task[some], 3.0, 0, None), noise[some])
+        longer = torch.nn.functional.pad(task.clean, (0, 3))
+        padded = circuits.Task.from_tokens(longer, longer, lengths=task.lengths)
+        assert torch.equal(embedding_noise(model, padded, 3.0, 0, None)[:, :8], noise)
+        assert not torch.allclose(embedding_noise(model, task, 3.0, 1, None), noise)
+        assert not noise[~task.mask].any()
+        deviation = noise[task.mask].std() / model.W_E.detach().std()
+        assert float(deviation) == pytest.approx(3, rel=0.1)
+
+    @pytest.mark.usefixtures("unchecked_types")
+    def test_an_absent_span_and_senseless_options_are_refused(self, spanned):
+        model = random_model("gpt2")
+        whole = circuits.Circuit.full(circuits.component_graph(model))
+        with pytest.raises(circuits.InputError, match=r"no span 'subjct'.*did you mean 'subject'"):
+            circuits.run_circuit(
+                model, whole, spanned, ablation=circuits.Ablation("noise", span="subjct")
+            )
+        for options, message in [
+            ({"name": "noise", "scale": 0}, "scale=0.* positive"),
+            ({"name": "noise", "scale": float("nan")}, "scale=nan"),
+            ({"name": "noise", "seed": 1.5}, "seed=1.5"),
+            ({"name": "zero", "scale": 2.0}, "has no scale.*'noise'"),
+            ({"name": "resample", "over": "corrupted"}, "has no over.*'mean'"),
+            ({"name": "mean", "over": 3}, "over=int"),
+            ({"name": "nois"}, "did you mean 'noise'"),
+        ]:
+            with pytest.raises(circuits.InputError, match=message):
+                circuits.Ablation(**options)
+
+
+@every_executor
 def test_zero_ablation_leaves_the_attention_bias(executor):
     model, task = random_model("gpt2"), random_task()
     empty = circuits.Circuit.from_edges(circuits.component_graph(model), [])
@@ -513,6 +682,7 @@ def test_an_unknown_executor_or_ablation_is_named(task):
         circuits.run_circuits(model, whole.graph, whole.kept[None, :-1], task)
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_outputs_given_must_name_every_source_and_fit(task):
     model = random_model("gpt2")
     whole = circuits.Circuit.full(circuits.component_graph(model))
@@ -535,6 +705,33 @@ def test_outputs_given_must_name_every_source_and_fit(task):
             task,
             ablation=circuits.Ablation("given", outputs={**sources, "m9": torch.zeros(24)}),
         )
+    for given, message in [
+        ([1.0], "a list"),
+        ({"m1": "much"}, "m1 is a str"),
+        ({**sources, "m1": torch.zeros(24, dtype=torch.complex64)}, "m1 is complex"),
+        ({**sources, "m1": torch.full((24,), torch.nan)}, "m1 has entries that are not finite"),
+        ({**sources, "m1": torch.full((24,), 1e300).double()}, "not finite in torch.float32"),
+        ({**sources, MLP(1): torch.zeros(24)}, "m1 twice"),
+    ]:
+        with pytest.raises(circuits.InputError, match=message):
+            circuits.run_circuit(
+                model, whole, task, ablation=circuits.Ablation("given", outputs=given)
+            )
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_outputs_may_be_given_as_numbers_or_arrays_in_another_precision(task):
+    model = random_model("gpt2")
+    empty = circuits.Circuit.from_edges(circuits.component_graph(model), [])
+    nodes = component_nodes(model, split_embed=False)
+    given = [0, 0.0, np.zeros(24), [0] * 24, torch.zeros(8, 24).double()]
+    outputs = {node: given[index % 5] for index, node in enumerate(nodes)}
+    torch.testing.assert_close(
+        circuits.run_circuit(
+            model, empty, task, ablation=circuits.Ablation("given", outputs=outputs)
+        ),
+        circuits.run_circuit(model, empty, task, ablation="zero"),
+    )
 
 
 class TestManyPromptsAreRunInPieces:

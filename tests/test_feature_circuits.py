@@ -16,6 +16,7 @@ from circuits.attribution.pooling import effects
 from circuits.evaluation.compare import compare
 from circuits.evaluation.similarity import coarse_overlap, coarsened
 from circuits.graph.nodes import Feature
+from circuits.running.noise import embedding_noise
 
 
 def ranked(circuit: circuits.Circuit) -> circuits.Circuit:
@@ -41,6 +42,27 @@ def test_everything_kept_is_the_model_and_nothing_kept_the_corrupted_prompt(arch
     torch.testing.assert_close(logits[0], whole, rtol=0, atol=1e-4)
     torch.testing.assert_close(logits[1], corrupted, rtol=1e-4, atol=1e-3)
     assert not torch.allclose(logits[2], logits[0]) and not torch.allclose(logits[2], logits[1])
+
+
+@torch.no_grad()
+def test_with_nothing_kept_under_noise_the_logits_are_those_of_the_noised_prompts():
+    model, task = model_of("gpt2"), random_task()
+    transcoders = random_transcoders(model, "plt")
+    circuit = circuits.AttributionGraph(transcoders).discover(model, task)
+    none = replace(circuit, kept=torch.zeros_like(circuit.kept))
+    noise = embedding_noise(model, task, 2.0, 1, None)
+    noised = model.run_with_hooks(
+        task.clean, fwd_hooks=[("hook_embed", lambda value, hook: value + noise)]
+    )
+    found = circuits.run_circuit(
+        model,
+        none,
+        task,
+        ablation=circuits.Ablation("noise", scale=2.0, seed=1),
+        transcoders=transcoders,
+        max_memory=1,
+    )
+    torch.testing.assert_close(found, noised[task.scored], rtol=1e-4, atol=1e-3)
 
 
 class Definition:
@@ -221,7 +243,24 @@ def test_mean_ablation_takes_means_over_real_tokens_of_all_prompts():
         model, none, task, ablation="mean", transcoders=transcoders, max_memory=1
     )
     torch.testing.assert_close(again, found, rtol=1e-4, atol=1e-4)
-    for other in ("mean_by_position", circuits.Ablation("mean", over="corrupted")):
+    task_of_their_own = random_task(batch=9, length=11, seed=5, ragged=True)
+    torch.testing.assert_close(
+        circuits.run_circuit(
+            model,
+            none,
+            task,
+            ablation=circuits.Ablation("mean", over=task_of_their_own),
+            transcoders=transcoders,
+        ),
+        mean_by_hand(model, transcoders, task, task_of_their_own),
+        rtol=1e-4,
+        atol=1e-3,
+    )
+    for other in (
+        "mean_by_position",
+        circuits.Ablation("mean", over="corrupted"),
+        circuits.Ablation("mean_by_position", over=task_of_their_own),
+    ):
         assert not torch.allclose(
             circuits.run_circuit(model, none, task, ablation=other, transcoders=transcoders), found
         )
@@ -235,14 +274,15 @@ def test_mean_ablation_takes_means_over_real_tokens_of_all_prompts():
         )
 
 
-def mean_by_hand(model, transcoders, task) -> torch.Tensor:
+def mean_by_hand(model, transcoders, task, over=None) -> torch.Tensor:
     """Nothing kept: every MLP writes its bias and the mean of what features and errors write, over
-    all tokens but pads and the first.
+    all tokens (of another task's prompts) but pads and the first.
     """
+    averaged = over or task
     definition = Definition(model, transcoders, set(), "mean")
     tokens, features, errors = [], [], []
-    for prompt, n in enumerate(task.lengths.tolist()):
-        acts, errs, embed = definition.recorded(task.clean[prompt, :n])
+    for prompt, n in enumerate(averaged.lengths.tolist()):
+        acts, errs, embed = definition.recorded(averaged.clean[prompt, :n])
         tokens.append(embed)
         features.append([part[1:] for part in acts])
         errors.append([part[1:] for part in errs])

@@ -13,7 +13,7 @@ from circuits.discovery.methods.eap import EAP, EAPIG
 from circuits.discovery.methods.eap import _sub_layers as sub_layers
 from circuits.models.component_graph import component_nodes
 from circuits.models.source_outputs import source_outputs
-from circuits.running.ablation import Counterfactuals
+from circuits.running.ablation import Counterfactuals, get_ablation
 from circuits.running.edge_layout import EdgeLayout
 from circuits.running.settings import RunSettings
 from circuits.runs.circuit_run import counting_passes
@@ -300,7 +300,17 @@ def test_gradients_at_zero_embeddings_are_taken_with_a_warning():
     EAP(ablation="zero", gradient_at="both").discover(random_model("no_norms"), task)
 
 
-@pytest.mark.parametrize("ablation", ["zero", "mean", "mean_by_position"])
+@pytest.mark.parametrize(
+    "ablation",
+    [
+        "zero",
+        "mean",
+        "mean_by_position",
+        "noise",
+        circuits.Ablation("mean_by_position", over=random_task(length=9, seed=5)),
+    ],
+    ids=str,
+)
 def test_eap_predicts_small_changes_under_every_ablation(ablation):
     """Mixed in by a thousandth, the ablated outputs do a thousandth of the predicted damage."""
     model, task = random_model("gpt2", dtype=torch.float64), random_task(ragged=True)
@@ -308,7 +318,7 @@ def test_eap_predicts_small_changes_under_every_ablation(ablation):
     scores = EAP(ablation=ablation).discover(model, task, graph=graph).scores
     nodes = component_nodes(model, split_embed=False)
     clean = source_outputs(model, nodes, task.clean, task.mask)
-    replaced = Counterfactuals.prepare(model, nodes, task, circuits.Ablation(ablation)).on(task)
+    replaced = Counterfactuals.prepare(model, nodes, task, get_ablation(ablation)).on(task)
     mixed = circuits.Ablation(
         "given",
         outputs={node: torch.lerp(clean[i], replaced[i], 1e-3) for i, node in enumerate(nodes)},

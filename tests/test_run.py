@@ -133,8 +133,8 @@ def test_other_settings_prompts_weights_or_graphs_are_other_runs(model, tmp_path
 
 
 def test_what_only_shares_a_name_is_another_run(model, tmp_path):
-    """Given outputs, a metric of one's own, and an architecture that differs in more than its
-    weights' shapes.
+    """Given outputs, means over other prompts, noise, a metric of one's own, and an architecture
+    that differs in more than its weights' shapes.
     """
     graph, task = circuits.component_graph(model), random_task()
     given = [
@@ -142,6 +142,15 @@ def test_what_only_shares_a_name_is_another_run(model, tmp_path):
             "given", outputs={node: torch.full((24,), float(value)) for node in graph.nodes[:-1]}
         )
         for value in (0, 1)
+    ]
+    means = [
+        circuits.Ablation("mean", over=random_task(seed=seed, length=length))
+        for seed, length in ((1, 8), (2, 8), (2, 9))
+    ]
+    noise = [
+        circuits.Ablation("noise"),
+        circuits.Ablation("noise", scale=1.0),
+        circuits.Ablation("noise", seed=1),
     ]
     own = [
         circuits.Metric(
@@ -154,12 +163,15 @@ def test_what_only_shares_a_name_is_another_run(model, tmp_path):
     capped = random_model("gpt2", output_logits_soft_cap=1.0)
     assert torch.equal(capped.W_E, model.W_E)
     runs = [
-        *(run(circuits.EAP(ablation=ablation), model, task, out=tmp_path) for ablation in given),
+        *(
+            run(circuits.EAP(ablation=ablation), model, task, out=tmp_path)
+            for ablation in (*given, *means, *noise)
+        ),
         *(run(circuits.EAP(metric=metric), model, task, out=tmp_path) for metric in own),
         *(run(circuits.EAP(), each, task, out=tmp_path) for each in (model, capped)),
     ]
     assert not any(found.reused for found in runs)
-    assert len({found.folder for found in runs}) == 6
+    assert len({found.folder for found in runs}) == 12
 
 
 def test_passes_and_prompts_are_counted(model):

@@ -326,7 +326,8 @@ def generate(
     tokens = _checked_prompt(model, transcoders, prompt, leading, prepend_bos)
     if heat is None or not 0 <= heat < math.inf:
         raise InputError(
-            f"temperature={shown(temperature)}: give 0 for the most probable token each time, or more."
+            f"temperature={shown(temperature)}: give 0 for the most probable token each time, "
+            "or more."
         )
     if not _is_list(interventions):
         raise InputError("interventions must be a list; for a single one, give [intervention].")

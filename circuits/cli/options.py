@@ -19,7 +19,7 @@ DEFAULT_TASK = "ioi"
 # The options of a group have no prefix.
 T = TypeVar("T")
 Unprefixed = Annotated[T, tyro.conf.arg(name="")]
-AblationName = Literal["resample", "zero", "mean", "mean_by_position"]
+AblationName = Literal["resample", "zero", "mean", "mean_by_position", "noise"]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ class ModelIdentity:
 
     Attributes:
         shape: numbers of layers, heads and so on. A model of another shape is refused.
-        weights: a fingerprint. Other weights give a warning.
+        weights: a fingerprint; empty if it is not known. Other weights give a warning.
     """
 
     name: str

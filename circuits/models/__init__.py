@@ -11,6 +11,7 @@ from circuits.models.hook_points import (
     FINAL_SCALE,
     NORMS,
     attention_output_hook,
+    hook_names,
     input_hook,
     mlp_output_hook,
     mlp_residual_hook,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from circuits.graph.edges import NO_SLOT, SLOTS
 from circuits.graph.graph import Graph
+from circuits.graph.identity import ModelIdentity
 from circuits.graph.nodes import (
     MLP,
     Embed,
@@ -39,6 +40,30 @@ EdgeMask = Bool[Tensor, " edge"]
 EdgeColumn = Int[Tensor, " edge"]
 # Component, slot and number of sources of everything that reads.
 Reads = Int[np.ndarray, "read 3"]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes that decide which edges a causal model has, for one that is not loaded."""
+
+    n_layers: int
+    n_heads: int
+    attn_only: bool
+    parallel_attn_mlp: bool
+    attention_dir = "causal"
+
+    @property
+    def cfg(self) -> ModelShape:
+        """Found where a model has its configuration."""
+        return self
+
+    def graph(self, name: str) -> Graph:
+        """Make the component graph of models of this shape, whatever their weights."""
+        graph = _complete_graph(self, False, None)
+        return replace(graph, model=ModelIdentity(name, asdict(self), weights=""))
+
+
+Sizes = Model | ModelShape
 
 
 def component_graph(
@@ -77,7 +102,7 @@ def component_graph(
     return replace(graph, model=identity(model))
 
 
-def _complete_graph(model: Model, split_embed: bool, spans: Spans) -> Graph:
+def _complete_graph(model: Sizes, split_embed: bool, spans: Spans) -> Graph:
     """Make the graph of all edges, without the identity of the model."""
     components = (*component_nodes(model, split_embed), Logits())
     names = spans or (None,)
@@ -124,7 +149,7 @@ def reaching_logits(model: Model, graph: Graph) -> Callable[[EdgeMask], EdgeMask
     return reaching
 
 
-def component_nodes(model: Model, split_embed: bool) -> tuple[Node, ...]:
+def component_nodes(model: Sizes, split_embed: bool) -> tuple[Node, ...]:
     """Return the sources, in order of computation."""
     nodes: list[Node] = [Embed()]
     if split_embed:
@@ -143,7 +168,7 @@ def computed_nodes(graph: Graph) -> int:
     return len({node.label for node in computed})
 
 
-def sources_of(model: Model, target: Node, split_embed: bool) -> int:
+def sources_of(model: Sizes, target: Node, split_embed: bool) -> int:
     """Return n such that the sources of `target` are the first n of `component_nodes`."""
     # Sources are ordered as embeddings, heads of layer 0, MLP of layer 0, heads of layer 1 ...
     cfg = model.cfg

@@ -38,15 +38,16 @@ def check_fits(model: Model, graph: Graph) -> None:
         return
     here, there = identity(model), graph.model
     differences = []
-    for name, size in here.shape.items():
-        if there.shape.get(name) != size:
-            differences.append(f"{name} {there.shape.get(name)} there, {size} here")
+    # A graph that was made without a model has the sizes that decide which edges there are.
+    for name, size in there.shape.items():
+        if here.shape.get(name) != size:
+            differences.append(f"{name} {size} there, {here.shape.get(name)} here")
     if differences:
         raise InputError(
             f"this circuit belongs to {there.name!r}, a model of another shape "
             f"({'; '.join(differences)}); load that model, or discover a circuit in this one."
         )
-    if here.weights != there.weights:
+    if there.weights and here.weights != there.weights:
         warnings.warn(
             f"this circuit was found in {there.name!r} with other weights than this model has.",
             stacklevel=4,

@@ -107,9 +107,16 @@ def _relative_gap(found: Residual, expected: Residual) -> float:
 
 
 def run_and_record(
-    model: Model, nodes: Sequence[Node], tokens: Tokens, mask: Mask
+    model: Model,
+    nodes: Sequence[Node],
+    tokens: Tokens,
+    mask: Mask,
+    hooks: Sequence[tuple[str, Hook]] = (),
 ) -> tuple[SourceOutputs, Residual]:
     """Run a model, and return the outputs of its sources and the final residual stream.
+
+    Args:
+        hooks: change activations before they are recorded.
 
     Raises:
         InputError: the outputs and biases do not sum to the residual stream, so that no component
@@ -117,9 +124,9 @@ def run_and_record(
     """
     activations: dict[str, Tensor] = {}
     names = dict.fromkeys(map(output_hook, nodes))
-    hooks = [(name, keeper(activations, name)) for name in names]
+    keepers = [(name, keeper(activations, name)) for name in names]
     with torch.no_grad(), plain_inputs(model):
-        residual = run_to_residual(model, tokens, mask, hooks)
+        residual = run_to_residual(model, tokens, mask, [*hooks, *keepers])
         written = SourceOutputs(model, tuple(nodes), activations)
         written.check(residual, mask)
     return written, residual

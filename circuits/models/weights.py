@@ -41,6 +41,10 @@ class ModelWeights:
 
     model: Model
 
+    def embedding_deviation(self) -> float:
+        """Return the standard deviation of all entries of the token embedding W_E."""
+        return float(self.model.W_E.detach().float().std())
+
     def normalized(self, layer: int | None, residual: Residual) -> tuple[Residual, Scale] | None:
         """Normalize as before attention, or by the final norm, without the norm's weight and bias.
 

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
-from circuits.graph.nodes import Node, parse_node
-from circuits.models import Model, frozen
+from circuits.graph.nodes import Node, TokenEmbed, parse_node
+from circuits.models import Hook, Model, frozen, output_hook
 from circuits.models.source_outputs import SourceOutputs, run_and_record
+from circuits.running.noise import embedding_noise
 from circuits.system.errors import InputError
+from circuits.tasks.messages import suggestion
+from circuits.tasks.model_fit import check_task
 from circuits.tasks.task import Task
 
-NAMES = ("resample", "zero", "mean", "mean_by_position")
+NAMES = ("resample", "zero", "mean", "mean_by_position", "noise")
+
+# Which attributes each ablation reads.
+OPTIONS = {
+    "mean": ("over",),
+    "mean_by_position": ("over",),
+    "noise": ("scale", "seed", "span"),
+    "given": ("outputs",),
+}
 
 Nodes = tuple[Node, ...]
 GivenOutputs = Mapping[Node | str, Tensor]
@@ -26,6 +40,7 @@ TokenIds = Int[Tensor, "batch pos"]
 TokenMask = Bool[Tensor, "batch pos"]
 Axes = tuple[int, ...]
 Sums = dict[Any, Tensor]
+NamedHooks = list[tuple[str, Hook]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,38 +49,79 @@ class Ablation:
 
     Attributes:
         name: "resample", the source's output on the corrupted prompt; "zero"; "mean", its mean over
-            prompts and positions; "mean_by_position", its mean over prompts at each position; or
-            "given", the tensors in `outputs`.
-        over: which prompts means are taken over, "clean" or "corrupted". Padding is left out.
+            prompts and positions; "mean_by_position", its mean over prompts at each position;
+            "noise", its output on the clean prompt with noise on the token embeddings; or "given",
+            the tensors in `outputs`.
+        over: which prompts means are taken over: the task's "clean" or "corrupted" ones, or the
+            clean prompts of another task. Padding is left out. At a position that one prompt alone
+            reaches, its mean by position is its own output, so nothing is ablated there.
         outputs: for "given", a tensor for every source (or its text) that broadcasts to
             [batch, pos, d_model].
+        scale: of noise, in standard deviations of all entries of the token embedding W_E.
+        seed: of noise. A prompt's noise depends on the seed and its clean tokens alone, not on the
+            other prompts or the device.
+        span: of noise, the tokens that get it, a span of the task; None means all real tokens.
 
     >>> import circuits
     >>> str(circuits.Ablation("mean", over="corrupted"))
     'mean over corrupted'
+    >>> str(circuits.Ablation("noise", scale=1, span="S1"))
+    'noise scale=1.0 span=S1'
     """
 
     name: str = "resample"
-    over: str = "clean"
+    over: Literal["clean", "corrupted"] | Task = "clean"
     outputs: GivenOutputs | None = None
+    scale: float = 3.0
+    seed: int = 0
+    span: str | None = None
 
     def __post_init__(self) -> None:
         if self.name not in (*NAMES, "given"):
             raise InputError(
-                f"there is no ablation {self.name!r}; there are {', '.join(NAMES)}, or "
+                f"there is no ablation {self.name!r}; {suggestion(str(self.name), NAMES)} Or write "
                 "Ablation('given', outputs=...)."
             )
-        if self.over not in ("clean", "corrupted"):
+        if not isinstance(self.over, Task) and self.over not in ("clean", "corrupted"):
+            given = type(self.over).__name__ if not isinstance(self.over, str) else repr(self.over)
             raise InputError(
-                f"Ablation(over={self.over!r}): means are taken over 'clean' or 'corrupted' "
-                "prompts."
+                f"Ablation(over={given}): means are taken over 'clean' or 'corrupted' "
+                "prompts, or over the clean prompts of another Task."
             )
-        has_outputs = self.outputs is not None
-        if has_outputs != (self.name == "given"):
+        if self.name == "given" and self.outputs is None:
             raise InputError(
-                "an Ablation has outputs exactly when its name is 'given'; write "
-                "Ablation('given', outputs={node: tensor})."
+                "Ablation('given') needs outputs; write Ablation('given', outputs={node: tensor})."
             )
+        if self.outputs is not None:
+            object.__setattr__(self, "outputs", _as_tensors(self.outputs))
+        unread = [name for name in self._set if name not in OPTIONS.get(self.name, ())]
+        if unread:
+            reading = [name for name, options in OPTIONS.items() if unread[0] in options]
+            raise InputError(
+                f"Ablation({self.name!r}) has no {unread[0]}; leave it out, or choose "
+                f"{' or '.join(map(repr, reading))}."
+            )
+        self._check_noise()
+
+    def _check_noise(self) -> None:
+        """The scale and the seed become a float and an int."""
+        scale, seed = self.scale, self.seed
+        is_number = isinstance(scale, Real) and not isinstance(scale, bool)
+        if not is_number or not 0 < scale < math.inf:
+            raise InputError(
+                f"Ablation(scale={scale!r}): noise needs a positive number of standard deviations, "
+                "such as 3.0."
+            )
+        if not isinstance(seed, Integral) or isinstance(seed, bool):
+            raise InputError(f"Ablation(seed={seed!r}): a seed is an integer, such as 0.")
+        object.__setattr__(self, "scale", float(scale))
+        object.__setattr__(self, "seed", int(seed))
+
+    @property
+    def _set(self) -> list[str]:
+        """The options that differ from their defaults."""
+        options = fields(self)[1:]
+        return [each.name for each in options if getattr(self, each.name) != each.default]
 
     @property
     def takes_means(self) -> bool:
@@ -78,22 +134,77 @@ class Ablation:
         by_position = self.name == "mean_by_position"
         return (0,) if by_position else (0, 1)
 
-    def averaged(self, task: Task) -> TokenIds:
-        """The prompts of a task that means are taken over."""
-        return task.clean if self.over == "clean" else task.corrupted
+    def averaged(self, task: Task) -> Task:
+        """The prompts that means are taken over, as the clean prompts of a task on its device.
+
+        They are padded so that they have as many positions as `task`, or more.
+
+        Raises:
+            InputError: means are taken by position, and the prompts of `task` are longer.
+        """
+        other = self.over if isinstance(self.over, Task) else task
+        tokens = task.corrupted if self.over == "corrupted" else other.clean
+        n_missing = task.clean.shape[1] - tokens.shape[1]
+        longest, longest_averaged = int(task.lengths.max()), int(other.lengths.max())
+        if self.name == "mean_by_position" and longest > longest_averaged:
+            raise InputError(
+                f"task {task.name!r} has prompts of {longest} tokens, and those of {other.name!r} "
+                f"have {longest_averaged} at most, so later positions have no mean; use the "
+                "ablation 'mean', or longer prompts."
+            )
+        padded = pad(tokens, (0, max(0, n_missing)))
+        found = Task.from_tokens(padded, padded, lengths=other.lengths, name=other.name)
+        return found.to(task.clean.device)
+
+    def counterfactual_run(self, model: Model, task: Task) -> tuple[TokenIds, NamedHooks]:
+        """Of resample and noise: the prompts to run, and the hooks to run them with.
+
+        Raises:
+            InputError: the task lacks the span that gets noise.
+        """
+        if self.name != "noise":
+            return task.corrupted, []
+        noise = embedding_noise(model, task, self.scale, self.seed, self.span)
+        return task.clean, [(output_hook(TokenEmbed()), noise.add)]
 
     def __str__(self) -> str:
         if self.outputs is not None:
             return f"given {_digest(self.outputs)}"
-        over_corrupted = self.takes_means and self.over == "corrupted"
-        return f"{self.name} over corrupted" if over_corrupted else self.name
+        if self.name == "noise":
+            options = [f"{name}={getattr(self, name)}" for name in self._set]
+            return " ".join([self.name, *options])
+        if isinstance(self.over, Task):
+            return f"{self.name} over {self.over.name} {self.over.digest()}"
+        return self.name if self.over == "clean" else f"{self.name} over {self.over}"
+
+
+def _as_tensors(outputs: object) -> dict[Node | str, Tensor]:
+    """The outputs that a user gives, as tensors of real numbers."""
+    if not isinstance(outputs, Mapping):
+        raise InputError(
+            f"Ablation(outputs=...) is a {type(outputs).__name__}; give a dict with a tensor for "
+            "every source."
+        )
+    tensors = {}
+    for node, value in outputs.items():
+        try:
+            tensor = torch.as_tensor(value).detach()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"the output given for {node} is a {type(value).__name__} of no numbers; give a "
+                "tensor."
+            ) from error
+        if tensor.is_complex():
+            raise InputError(f"the output given for {node} is complex; give real numbers.")
+        tensors[node] = tensor
+    return tensors
 
 
 def _digest(outputs: GivenOutputs) -> str:
     digest = hashlib.blake2b(digest_size=4)
     # Sorted, so that the order in which outputs are given does not matter.
     for node in sorted(outputs, key=str):
-        tensor = outputs[node].detach().cpu()
+        tensor = outputs[node].cpu()
         digest.update(f"{node} {tuple(tensor.shape)}".encode())
         numbers = tensor.double().contiguous()
         digest.update(numbers.numpy().tobytes())
@@ -127,6 +238,7 @@ class Counterfactuals:
 
     model: Model
     nodes: Nodes
+    ablation: Ablation
     means: SourceOutputs | None
     given: Outputs | None
 
@@ -147,14 +259,14 @@ class Counterfactuals:
         if ablation.takes_means:
             size = prompts_per_run or len(task)
             means = _means(model, nodes, task, ablation, size)
-        elif ablation.name != "resample":
+        elif ablation.name in ("zero", "given"):
             cfg = model.cfg
             # Zeros are a view of one number, so they take no memory.
             zero = torch.zeros(1, dtype=cfg.dtype, device=cfg.device)
             given = zero.expand(len(nodes), *task.clean.shape, cfg.d_model)
             if ablation.outputs is not None:
                 given = _given(nodes, ablation.outputs, given)
-        return Counterfactuals(model, nodes, means, given)
+        return Counterfactuals(model, nodes, ablation, means, given)
 
     def on(self, task: Task) -> Outputs:
         """c_u of every source u, on the task that this was prepared for."""
@@ -184,7 +296,8 @@ class Counterfactuals:
     def _recorded(self, task: Task) -> SourceOutputs:
         if self.means is not None:
             return self.means
-        outputs, _ = run_and_record(self.model, self.nodes, task.corrupted, task.mask)
+        tokens, hooks = self.ablation.counterfactual_run(self.model, task)
+        outputs, _ = run_and_record(self.model, self.nodes, tokens, task.mask, hooks)
         return outputs
 
 
@@ -231,32 +344,38 @@ def _means(
 ) -> SourceOutputs:
     """Means of the outputs. A head's mean output is mean(z) @ W_O, so storing mean(z) is enough."""
     sums: Sums = {}
-    axes = ablation.axes
-    for start in range(0, len(task), prompts_per_run):
-        part = task[start : start + prompts_per_run]
-        tokens = ablation.averaged(part)
-        run, _ = run_and_record(model, nodes, tokens, part.mask)
+    axes, n_tokens = ablation.axes, task.clean.shape[1]
+    averaged = ablation.averaged(task)
+    check_task(model, averaged)
+    # As many tokens at once as `prompts_per_run` prompts of the task have.
+    size = max(1, prompts_per_run * n_tokens // averaged.clean.shape[1])
+    for start in range(0, len(averaged), size):
+        part = averaged[start : start + size]
+        run, _ = run_and_record(model, nodes, part.clean, part.mask)
         add_sums(sums, run.activations, part.mask, axes)
     # Beyond the longest prompt there is no mean, and no real token reads it.
-    counts = task.mask.sum(axes, keepdim=True)
+    counts = averaged.mask.sum(axes, keepdim=True)
     counts = counts.clamp(min=1)[..., None]
     means = {}
     for name, total in sums.items():
-        mean = total.flatten(2) / counts
-        means[name] = mean.view_as(total).to(model.cfg.dtype)
+        mean = (total.flatten(2) / counts).view_as(total)
+        # Prompts of another task may have more positions.
+        means[name] = mean[:, :n_tokens].to(model.cfg.dtype)
     return SourceOutputs(model, nodes, means)
 
 
 def _given(nodes: Nodes, outputs: GivenOutputs, like: Outputs) -> Outputs:
     """The outputs of all sources, broadcast to the shape of `like`."""
-    given = {}
+    given: dict[Node, Tensor] = {}
     for name, tensor in outputs.items():
         node = parse_node(name) if isinstance(name, str) else name
-        given[node] = tensor
+        if node in given:
+            raise InputError(f"outputs are given for {node} twice; give each source one.")
+        given[node] = tensor.to(like)
     _check_given(given, nodes, like.shape[1:])
     # Outputs that are the same for all prompts or positions are stored once.
     three_axes = like.new_zeros(1, 1, 1)
-    tensors = [given[node].to(like) for node in nodes]
+    tensors = [given[node] for node in nodes]
     _, *same_shape = torch.broadcast_tensors(three_axes, *tensors)
     return torch.stack(same_shape).expand(like.shape)
 
@@ -265,8 +384,8 @@ def _check_given(given: dict[Node, Tensor], nodes: Nodes, shape: torch.Size) -> 
     unknown = [str(node) for node in given if node not in nodes]
     if unknown:
         raise InputError(
-            f"outputs are given for {', '.join(unknown)}, which write nothing in this graph; its "
-            f"sources are {nodes[0]} ... {nodes[-1]}."
+            f"outputs are given for {', '.join(unknown[:8])}, which write nothing in this graph; "
+            f"its sources are {nodes[0]} ... {nodes[-1]}."
         )
     missing = [str(node) for node in nodes if node not in given]
     if missing:
@@ -275,6 +394,11 @@ def _check_given(given: dict[Node, Tensor], nodes: Nodes, shape: torch.Size) -> 
             "tensor ablates to zero)."
         )
     for node, tensor in given.items():
+        if not tensor.isfinite().all():
+            raise InputError(
+                f"the output given for {node} has entries that are not finite in {tensor.dtype}; "
+                "give numbers in the range of the model's data type."
+            )
         try:
             tensor.expand(shape)
         except RuntimeError as error:

@@ -44,7 +44,7 @@ from circuits.models import (
 )
 from circuits.models.component_graph import REST
 from circuits.models.identity import check_fits
-from circuits.running.ablation import Ablation, add_sums
+from circuits.running.ablation import NAMES, Ablation, add_sums
 from circuits.running.settings import NO_RUNS, Counts, EdgeMask, KeptEdges, OfLogits, VariantLogits
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget
@@ -137,8 +137,7 @@ class FeatureExecutor:
         check_task(model, task)
         if ablation.name == "given":
             raise InputError(
-                "circuits of features are ablated by resample, zero, mean or mean_by_position; "
-                "outputs cannot be given."
+                f"circuits of features are ablated by {', '.join(NAMES)}; outputs cannot be given."
             )
         _check_positions(graph, task)
         task = task.to(model.cfg.device)
@@ -156,7 +155,7 @@ class FeatureExecutor:
         """`function` of the logits, one circuit at a time."""
         circuits = [self._kept_nodes(row) for row in kept]
         with frozen(self.model), plain_inputs(self.model), torch.no_grad():
-            parts = [self._part_logits(prompts, circuits) for prompts in self._parts()]
+            parts = [self._part_logits(prompts, circuits) for prompts in self._parts(self.task)]
         logits = torch.cat(parts, dim=1)
         check_finite(logits, self.model)
         return torch.cat([function(each[None]) for each in logits])
@@ -178,16 +177,16 @@ class FeatureExecutor:
         numbers = touched.unique().tolist()
         return [graph.nodes[index] for index in numbers]
 
-    def _parts(self) -> list[Task]:
-        """The prompts in parts that fit into memory."""
+    def _parts(self, task: Task) -> list[Task]:
+        """The prompts of a task in parts that fit into memory."""
         # Features and errors in float32 on the clean prompts, as replaced, and in the circuit.
         shape = self.transcoders
         widths = shape.n_features + shape.d_model
-        length = self.task.clean.shape[1]
+        length = task.clean.shape[1]
         prompt_bytes = 12 * shape.n_layers * widths * length
         budget = memory_budget(self.model.cfg.device, self.max_memory, cpu_bytes=CPU_BYTES)
         size = max(1, budget // prompt_bytes)
-        return [self.task[start : start + size] for start in range(0, len(self.task), size)]
+        return [task[start : start + size] for start in range(0, len(task), size)]
 
     def _part_logits(self, prompts: Task, circuits: Sequence[Circuit | None]) -> VariantLogits:
         clean = _Run(self, prompts)
@@ -211,8 +210,9 @@ class FeatureExecutor:
             return self.means
         if self.ablation.name == "zero":
             return {part: torch.zeros_like(value) for part, value in clean.items()}
+        tokens, hooks = self.ablation.counterfactual_run(self.model, prompts)
         corrupted = _Run(self, prompts)
-        corrupted.residual(prompts.corrupted)
+        corrupted.residual(tokens, hooks)
         return corrupted.outputs
 
     def _staying(self, prompts: Task, circuit: Circuit, clean: NodeOutputs) -> NodePlaces:
@@ -253,11 +253,14 @@ class FeatureExecutor:
 
     def _means(self) -> NodeOutputs:
         """Means over all prompts, padding left out."""
-        axes, mask = self.ablation.axes, self.task.mask
+        axes, n_tokens = self.ablation.axes, self.task.clean.shape[1]
+        averaged = self.ablation.averaged(self.task)
+        check_task(self.model, averaged)
+        mask = averaged.mask
         sums: NodeOutputs = {}
-        for prompts in self._parts():
+        for prompts in self._parts(averaged):
             run = _Run(self, prompts)
-            run.residual(self.ablation.averaged(prompts))
+            run.residual(prompts.clean)
             add_sums(sums, run.outputs, prompts.mask, axes)
         # The leading positions have no features and errors, so they do not count in their means.
         later = mask.clone()
@@ -266,7 +269,9 @@ class FeatureExecutor:
         for part, total in sums.items():
             counted = mask if part == TOKENS else later
             count = counted.sum(axes, keepdim=True).clamp(min=1)
-            means[part] = total / count[..., None]
+            mean = total / count[..., None]
+            # Prompts of another task may have more positions.
+            means[part] = mean[:, :n_tokens]
         return means
 
 
@@ -292,11 +297,11 @@ class _Run:
     features: dict[int, Tensor] = field(default_factory=dict)
     changes: dict[int, Tensor] = field(default_factory=dict)
 
-    def residual(self, tokens: Tokens) -> Stream:
-        """Run the model; return the residual stream after the last layer."""
+    def residual(self, tokens: Tokens, hooks: Hooks | None = None) -> Stream:
+        """Run the model, under more hooks; return the residual stream after the last layer."""
         model, transcoders = self.executor.model, self.executor.transcoders
         before_norm = transcoders.writes == "mlp"
-        hooks: Hooks = [(output_hook(TokenEmbed()), self.embed)]
+        hooks = [*(hooks or ()), (output_hook(TokenEmbed()), self.embed)]
         for layer in range(transcoders.n_layers):
             writes = mlp_output_hook(model, layer, before_norm=before_norm)
             reads = mlp_residual_hook(model, layer)

@@ -24,7 +24,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.graph.graph import Graph
-from circuits.models import Model, frozen, input_hook, run_to_residual, separate_inputs, unembed
+from circuits.models import (
+    Hook,
+    Model,
+    frozen,
+    input_hook,
+    run_to_residual,
+    separate_inputs,
+    unembed,
+)
 from circuits.models.component_graph import sources_of
 from circuits.models.source_outputs import recording_hooks
 from circuits.running.ablation import Ablation, Counterfactuals
@@ -42,6 +50,8 @@ CACHED_BYTES = 1 << 24
 SpanIndices = Int[Tensor, "batch pos"]
 Counterfactual = Float[Tensor, "source batch pos d_model"]
 VariantOutputs = Float[Tensor, "source variant batch pos d_model"]
+VariantResidual = Float[Tensor, "variant batch pos d_model"]
+Hooks = Sequence[tuple[str, Hook]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +90,7 @@ class HookedExecutor:
         on_device = kept.to(self.counterfactuals.device)
         ablated = self.layout.ablated(on_device)
         with frozen(self.model), torch.no_grad(), separate_inputs(self.model):
-            parts = [self._part_logits(prompts, ablated) for prompts in self._parts()]
+            parts = [self._part_logits(prompts, ablated) for prompts in self.parts()]
         logits = torch.cat(parts, dim=1)
         check_finite(logits, self.model)
         n_nodes = len(self.layout.nodes)
@@ -99,7 +109,7 @@ class HookedExecutor:
         """Little: every circuit is a whole run."""
         return 0.1
 
-    def _parts(self) -> list[slice]:
+    def parts(self) -> list[slice]:
         """The prompts in parts for which the outputs of all sources fit into memory."""
         budget = memory_budget(self.counterfactuals.device, self.max_memory)
         prompt_bytes = self.counterfactuals[:, 0].nbytes
@@ -125,19 +135,31 @@ class HookedExecutor:
 
     def _run(self, prompts: slice, ablated: AblatedEdges, n_circuits: int) -> Tensor:
         """Logits [circuit, scored, vocab] of the first circuits, from one forward pass."""
+        _, residual = self.run(prompts, ablated[:n_circuits])
+        return unembed(self.model, residual[:, self.task[prompts].scored])
+
+    def run(
+        self, prompts: slice, ablated: AblatedEdges, observers: Hooks = ()
+    ) -> tuple[VariantOutputs, VariantResidual]:
+        """Run circuits: the outputs of all sources, and the residual stream after the last layer.
+
+        Args:
+            observers: hooks that see activations as edges are ablated, on the prompts of one
+                circuit after the other.
+        """
         model, task = self.model, self.task[prompts]
+        n_circuits = len(ablated)
         # out_u(M) of every source u, filled in as the pass goes on
         n_sources, *shape = self.counterfactuals[:, prompts].shape
         outputs = self.counterfactuals.new_empty(n_sources, n_circuits, *shape)
         # A source writes before its targets read, so its row is filled when they need it.
         hooks = recording_hooks(model, self.layout.nodes, outputs)
-        hooks += self._ablating_hooks(prompts, ablated[:n_circuits], outputs)
+        hooks += [*self._ablating_hooks(prompts, ablated, outputs), *observers]
         # Every circuit runs on a copy of the prompts.
         tokens = task.clean.repeat(n_circuits, 1)
         mask = task.mask.repeat(n_circuits, 1)
         residual = run_to_residual(model, tokens, mask, hooks)
-        by_circuit = residual.unflatten(0, (n_circuits, -1))
-        return unembed(model, by_circuit[:, task.scored])
+        return outputs, residual.unflatten(0, (n_circuits, -1))
 
     def _ablating_hooks(
         self, prompts: slice, ablated: AblatedEdges, outputs: VariantOutputs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -114,6 +115,17 @@ def run_variants(
             f"kept has shape {tuple(kept.shape)} of {kept.dtype}; it must be [variant, edge] of "
             f"bool, over {len(graph)} edges."
         )
+    logits = []
+    for own_graph, part, own_settings in parts_that_fit(model, graph, task, settings):
+        executor = get_executor(model, own_graph, part, own_settings)
+        logits.append(executor.logits(kept))
+    return logits[0] if len(logits) == 1 else torch.cat(logits, dim=1)
+
+
+def parts_that_fit(
+    model: Model, graph: Graph, task: Task, settings: RunSettings
+) -> Iterator[tuple[Graph, Task, RunSettings]]:
+    """The task in parts that executors can be prepared for, each with the graph and settings."""
     size = len(task)
     # The executor of features cuts the prompts itself, and outputs that the user gives are in
     # memory for all prompts already.
@@ -121,8 +133,8 @@ def run_variants(
     if not of_features and settings.ablation.name != "given":
         size = _prompts_at_once(model, settings.max_memory, task)
     if size >= len(task):
-        executor = get_executor(model, graph, task, settings)
-        return executor.logits(kept)
+        yield graph, task, settings
+        return
     # Means would be taken before an executor could refuse what does not fit.
     check_runnable(model, graph, task)
     task = task.to(model.cfg.device)
@@ -131,12 +143,8 @@ def run_variants(
     settings = replace(settings, ablation=ablation)
     # The fit was checked above; without an identity no part reads all weights again.
     graph = replace(graph, model=None)
-    logits = []
     for start in range(0, len(task), size):
-        part = task[start : start + size]
-        executor = get_executor(model, graph, part, settings)
-        logits.append(executor.logits(kept))
-    return torch.cat(logits, dim=1)
+        yield graph, task[start : start + size], settings
 
 
 def _prompts_at_once(model: Model, max_memory: int | None, task: Task) -> int:

@@ -1,0 +1,54 @@
+"""Noise on token embeddings, as in causal tracing.
+
+Meng et al. 2022, "Locating and Editing Factual Associations in GPT"
+(https://arxiv.org/abs/2202.05262), whose noise has 3 standard deviations on the subject's tokens.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from circuits.models import Model, ModelWeights
+from circuits.system.errors import InputError
+from circuits.tasks.messages import suggestion
+from circuits.tasks.task import Task
+
+Noise = Float[Tensor, "batch pos d_model"]
+
+
+def embedding_noise(model: Model, task: Task, scale: float, seed: int, span: str | None) -> Noise:
+    """Gaussian noise for the clean prompts; zero at padding and outside of the span.
+
+    Args:
+        scale: standard deviation, in that of all entries of W_E.
+
+    Raises:
+        InputError: the task has no such span.
+    """
+    if span is not None and span not in task.positions:
+        raise InputError(
+            f"task {task.name!r} has no span {span!r} to put noise on: "
+            f"{suggestion(span, task.positions)}"
+        )
+    noised = task.mask if span is None else task.positions[span]
+    noise = torch.zeros(*noised.shape, model.cfg.d_model)
+    for row, length in enumerate(task.lengths.tolist()):
+        tokens = task.clean[row, :length]
+        noise[row, :length] = _normal(tokens, model.cfg.d_model, seed)
+    deviation = scale * ModelWeights(model).embedding_deviation()
+    scaled = noise * noised.cpu()[..., None] * deviation
+    return scaled.to(model.cfg.device, model.cfg.dtype)
+
+
+def _normal(tokens: Int[Tensor, " pos"], width: int, seed: int) -> Float[Tensor, "pos width"]:
+    """Standard normal numbers, the same wherever these tokens are a prompt."""
+    ids = tokens.cpu().numpy().tobytes()
+    digest = blake2b(f"{seed} ".encode() + ids, digest_size=8).digest()
+    # Drawn on the CPU, whose generator gives the same numbers on every machine; 63 bits fit it.
+    own_seed = int.from_bytes(digest, "little") >> 1
+    generator = torch.Generator().manual_seed(own_seed)
+    return torch.randn(len(tokens), width, generator=generator)
