@@ -222,7 +222,7 @@ def intervene(
             intervention or frozen layer does not exist.
     """
     leading = whole(leading, "leading", least=0)
-    tokens = _checked_prompt(model, transcoders, prompt, leading, prepend_bos)
+    tokens = _checked_prompt(model, transcoders, prompt, prepend_bos)
     layers = range(transcoders.n_layers)
     _check_run(variants, frozen_layers, layers)
     length = len(tokens)
@@ -323,7 +323,7 @@ def generate(
     leading = whole(leading, "leading", least=0)
     new_tokens = whole(new_tokens, "new_tokens", least=0)
     heat = python_number(temperature)
-    tokens = _checked_prompt(model, transcoders, prompt, leading, prepend_bos)
+    tokens = _checked_prompt(model, transcoders, prompt, prepend_bos)
     if heat is None or not 0 <= heat < math.inf:
         raise InputError(
             f"temperature={shown(temperature)}: give 0 for the most probable token each time, "
@@ -466,9 +466,11 @@ def _is_list(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 
-def _checked_prompt(model: Model, transcoders: Transcoders, prompt: Prompt) -> Tokens:
+def _checked_prompt(
+    model: Model, transcoders: Transcoders, prompt: Prompt, prepend_bos: bool | None
+) -> Tokens:
     check_transcoders(model, transcoders)
-    tokens = prompt_tokens(model, prompt)
+    tokens = prompt_tokens(model, prompt, prepend_bos)
     pad_prompts(model, [tokens])  # refuses prompts that are empty or too long
     return tokens
 
