@@ -29,6 +29,7 @@ from circuits.attribution.feature_graph import FEATURE, TARGET, FeatureGraph, Lo
 from circuits.attribution.influence import SMALLEST_SUM
 from circuits.attribution.local_model import LocalModel, ModelVector, TargetNumbers
 from circuits.attribution.tensor_table import join_rows, row_numbers, select_rows, true_rows
+from circuits.models import count_not_finite
 from circuits.system.errors import InputError
 from circuits.transcoders.transcoder import Transcoders
 
@@ -159,7 +160,7 @@ def build_feature_graph(
         directions=vectors,
         n_layers=len(model.layers),
     )
-    if not graph.weight.isfinite().all():
+    if any(count_not_finite(each) for each in (weights, graph.direct, constants)):
         raise InputError(
             f"some edges are not finite: check the decoders of {transcoders.name!r}, or load "
             "model and transcoders in float32."

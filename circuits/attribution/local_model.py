@@ -31,6 +31,7 @@ from circuits.models import (
     NORMS,
     Model,
     ModelWeights,
+    cause,
     frozen,
     mlp_output_hook,
     mlp_residual_hook,
@@ -43,7 +44,7 @@ from circuits.models import (
 from circuits.models.component_graph import POST_NORM_ARCHITECTURES
 from circuits.models.functional import LinearNorm, soft_capped
 from circuits.models.source_outputs import keeper
-from circuits.system.errors import InputError
+from circuits.system.errors import InputError, NotFiniteError
 from circuits.transcoders.transcoder import Transcoders
 
 FINAL_RESIDUAL = "residual stream after the last layer"
@@ -344,10 +345,7 @@ def _record(model: Model, tokens: TokenBatch, mask: TokenMask) -> Activations:
     with frozen(model), plain_inputs(model):
         residual = run_to_residual(model, tokens, mask, hooks)
     if not residual[mask].isfinite().all():
-        raise InputError(
-            "a prompt gives values that are not finite; "
-            "load the model in float32, or check its weights."
-        )
+        raise NotFiniteError(f"a prompt gives values that are not finite: {cause(model)}")
     return recorded | {FINAL_RESIDUAL: residual}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,11 +14,12 @@ from torch import Tensor
 from circuits.discovery.checkpoint import Checkpoint
 from circuits.graph.circuit import Circuit
 from circuits.graph.graph import Graph
-from circuits.models import Model
+from circuits.models import Model, cause
 from circuits.models.component_graph import component_graph
 from circuits.running.damage import DamageMeter
+from circuits.running.run import model_logits
 from circuits.running.settings import RunSettings
-from circuits.system.errors import InputError
+from circuits.system.errors import InputError, NotFiniteError
 from circuits.system.fields import CheckedFields
 from circuits.tasks.task import Task
 
@@ -32,6 +34,29 @@ Progress = Callable[[int, int], None]
 """Called with (done, total) while a method runs."""
 
 EdgeScores = Float[Tensor, " edge"]
+
+
+def _checked(discover: Callable[..., Circuit]) -> Callable[..., Circuit]:
+    """`discover` of any method, refusing scores that are not finite."""
+
+    @wraps(discover)
+    def checked(self: Any, model: Model, task: Task, **options: Any) -> Circuit:
+        found = discover(self, model, task, **options)
+        if isinstance(found, Circuit):
+            _check_scores(found, model, task)
+        return found
+
+    return checked
+
+
+def _check_scores(found: Circuit, model: Model, task: Task) -> None:
+    n_infinite = int(found.scores.isinf().sum())
+    if n_infinite:
+        raise NotFiniteError(f"{n_infinite} scores are infinite: {cause(model)}")
+    if found.scores[found.kept].isnan().any():
+        # They were never scored, or their scores are those of a model that computes NaN.
+        model_logits(model, task)
+        model_logits(model, task, "corrupted")
 
 
 @dataclass(frozen=True)
@@ -61,6 +86,8 @@ class CircuitDiscoverer(CheckedFields):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "discover" in cls.__dict__:
+            cls.discover = _checked(cls.discover)  # type: ignore[method-assign]
         if "name" not in cls.__dict__:
             return
         other = REGISTRY.get(cls.name, cls)
@@ -71,6 +98,7 @@ class CircuitDiscoverer(CheckedFields):
             )
         REGISTRY[cls.name] = cls
 
+    @_checked
     def discover(
         self,
         model: Model,
@@ -89,7 +117,8 @@ class CircuitDiscoverer(CheckedFields):
             progress: called with (done, total).
 
         Raises:
-            InputError: the model, task, graph, checkpoint or settings cannot be used.
+            InputError: the model, task, graph, checkpoint or settings cannot be used; or scores
+                are not finite.
         """
         if not isinstance(self, Resumable):
             self.refuse_checkpoint(checkpoint)

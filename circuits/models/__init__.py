@@ -33,5 +33,5 @@ from circuits.models.hooked_run import (
     unembed,
 )
 from circuits.models.loading import EMBEDDED, Model, build_model, load_model, save_model
-from circuits.models.overflow import cause, count_not_finite
+from circuits.models.overflow import cause, check_weights, count_not_finite
 from circuits.models.weights import ModelWeights

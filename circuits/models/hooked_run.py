@@ -12,6 +12,7 @@ from torch import Tensor
 
 from circuits.models.functional import soft_capped
 from circuits.models.loading import Model
+from circuits.models.overflow import check_size
 
 Hook = Callable[[Tensor], Tensor | None]
 """Takes an activation and returns its replacement, or None to leave it unchanged."""
@@ -96,6 +97,9 @@ def run_to_residual(
     Args:
         mask: True for real tokens, False for padding on the right, which no real token reads.
         layers: stop after this many layers.
+
+    Raises:
+        NotFiniteError: the residual stream is too large for the norm after it.
     """
     # With a tokenizer that pads on the left TransformerLens would guess where the padding is.
     pads_left = getattr(model.tokenizer, "padding_side", None) == "left"
@@ -103,7 +107,9 @@ def run_to_residual(
     last = model.cfg.n_layers if layers is None else layers
     all_hooks = [*hooks, *_padding_hooks(model, mask)]
     with hooked(model, all_hooks):
-        return model(tokens, stop_at_layer=last, attention_mask=attention_mask)
+        residual = model(tokens, stop_at_layer=last, attention_mask=attention_mask)
+    check_size(model, residual)
+    return residual
 
 
 @contextlib.contextmanager

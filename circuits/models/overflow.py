@@ -1,4 +1,4 @@
-"""Why numbers that a model computes are not finite."""
+"""Whether numbers that a model holds and computes are finite, and why not."""
 
 from __future__ import annotations
 
@@ -9,28 +9,53 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.models.loading import Model
+from circuits.system.errors import NotFiniteError
 
 
 def cause(model: Model) -> str:
     """The likely cause, for an error message: a parameter, or a dtype that is too narrow."""
-    dtype, parameters = model.cfg.dtype, dict(model.named_parameters())
-    narrow = f"load it with dtype=torch.float32 instead of {dtype}"
-    for name, parameter in parameters.items():
-        n_bad = count_not_finite(parameter)
-        if n_bad:
-            remedy = narrow if dtype == torch.float16 else "load the weights again"
-            return f"{n_bad} of {parameter.numel()} entries of {name} are; {remedy}."
-    if dtype == torch.float16:
+    try:
+        check_weights(model)
+    except NotFiniteError as error:
+        return str(error)
+    if model.cfg.dtype == torch.float16:
         return (
             "the model overflows in its dtype; load it with dtype=torch.float32 "
             "(or torch.bfloat16, which has the same range)."
         )
-    sizes = {name: float(each.detach().abs().max()) for name, each in parameters.items()}
+    parameters = model.named_parameters()
+    sizes = {name: float(each.detach().abs().max()) for name, each in parameters}
     largest = max(sizes, key=lambda name: sizes[name])
     return (
         f"the weights are finite, the largest {sizes[largest]:.1e} in {largest}: look for damaged "
         "weights if that is too large, else for hooks and given outputs that are not finite."
     )
+
+
+def check_weights(model: Model) -> None:
+    """Raise an InputError if weights are not finite, some of which TransformerLens would hide."""
+    for name, parameter in model.named_parameters():
+        n_bad = count_not_finite(parameter)
+        if n_bad:
+            is_narrow = model.cfg.dtype == torch.float16
+            remedy = "load it with dtype=torch.float32" if is_narrow else "load the weights again"
+            raise NotFiniteError(
+                f"{n_bad} of {parameter.numel()} entries of {name} are not finite (NaN or "
+                f"infinite); {remedy}."
+            )
+
+
+def check_size(model: Model, residual: Float[Tensor, "*axes d_model"]) -> None:
+    """Raise an InputError if the norm of a residual stream overflows, which makes it zero."""
+    if model.cfg.normalization_type is None:
+        return
+    wide = torch.promote_types(residual.dtype, torch.float32)
+    squares = residual.detach().to(wide).square()
+    n_bad = int(squares.sum(-1).isinf().sum())
+    if n_bad:
+        raise NotFiniteError(
+            f"the residual stream overflows in the norm after it at {n_bad} tokens: {cause(model)}"
+        )
 
 
 def count_not_finite(values: Float[Tensor, "*axes"]) -> int:
