@@ -110,7 +110,7 @@ def test_a_methods_options_are_its_fields_and_their_help_its_docstring(capsys):
         "--steps",
         "--along {inputs,activations}",
         "--quadrature {midpoint,left}",
-        "--ablation {resample,zero,mean,mean-by-position}",
+        "--ablation {resample,zero,mean,mean-by-position,noise}",
     ):
         assert option.replace("mean-by-position", "mean_by_position") in output
     assert "gradients taken along each line" in output

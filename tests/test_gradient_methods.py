@@ -2,6 +2,10 @@
 each other.
 """
 
+from functools import partial
+from itertools import product
+
+import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, random_model, random_task
@@ -331,6 +335,95 @@ def test_a_metric_without_a_gradient_is_refused():
     model, task = random_model("gpt2"), random_task()
     with pytest.raises(circuits.InputError, match=r"'accuracy' has no gradient"):
         EAP(metric="accuracy").discover(model, task)
+
+
+class TestExactPatchingOfHeadsLayersAndPositions:
+    """Against hooks of TransformerLens that put in what the corrupted run writes."""
+
+    @pytest.fixture(params=["gpt2", "pythia", "llama"])
+    def model(self, request):
+        return random_model(request.param)
+
+    @staticmethod
+    def damage(model, task, name, where):
+        """Of corrupted values at `where` of one activation: the mean over prompts."""
+        corrupted = model.run_with_cache(task.corrupted)[1][name]
+
+        def patch(value, hook):
+            value = value.clone()
+            value[where] = corrupted[where]
+            return value
+
+        found = []
+        with torch.no_grad():
+            patched = model.run_with_hooks(task.clean, fwd_hooks=[(name, patch)])
+            for logits in (model(task.clean), patched):
+                last = logits[torch.arange(len(task)), task.lengths - 1]
+                right = last.gather(1, task.answers).mean(1)
+                found.append(right - last.gather(1, task.wrong_answers)[:, 0])
+        return float((found[0] - found[1]).mean())
+
+    def test_heads_and_layers(self, model):
+        task = random_task(ragged=True)
+        method = circuits.ActivationPatching()
+        damage = partial(self.damage, model, task)
+        every = slice(None)
+        heads = [
+            [damage(f"blocks.{i}.attn.hook_z", (every, every, head)) for head in range(4)]
+            for i in range(2)
+        ]
+        layers = [
+            [damage(f"blocks.{i}.{name}", every) for name in ("hook_attn_out", "hook_mlp_out")]
+            for i in range(2)
+        ]
+        found = method.heads(model, task)
+        torch.testing.assert_close(found, torch.tensor(heads), atol=2e-5, rtol=0)
+        torch.testing.assert_close(
+            method.layers(model, task), torch.tensor(layers), atol=2e-5, rtol=0
+        )
+        details = EAP().attribute(model, task)
+        assert details.heads().shape == found.shape
+        assert details.layers().shape == method.layers(model, task).shape
+        nodes = method.node_scores(model, task)
+        for (layer, head), score in np.ndenumerate(found.numpy()):
+            assert nodes[circuits.Head(layer, head)] == pytest.approx(score, abs=1e-6)
+        by_position = circuits.component_graph(model, positions=8)
+        torch.testing.assert_close(
+            method.heads(model, task, graph=by_position), found, atol=2e-5, rtol=0
+        )
+
+    @pytest.mark.parametrize(
+        ("of", "name"),
+        [("residual", "hook_resid_pre"), ("heads", "hook_attn_out"), ("mlp", "hook_mlp_out")],
+    )
+    def test_every_position_of_every_layer(self, model, of, name):
+        task = random_task(batch=3, length=6)
+        table = circuits.ActivationPatching().by_position(model, task, of)
+        assert table.shape == (6, 2) and table.index.name == "position"
+        for position, layer in product(range(6), range(2)):
+            expected = self.damage(
+                model, task, f"blocks.{layer}.{name}", (slice(None), slice(position, position + 1))
+            )
+            assert table.loc[position, layer] == pytest.approx(expected, abs=2e-5)
+
+
+def test_a_table_by_position_has_a_row_for_each_span(toy_world):
+    task = circuits.load_task("ioi", toy_world, n=3)
+    graph = circuits.component_graph(toy_world, positions=["S1", "S2", "END"])
+    method = circuits.ActivationPatching()
+    table = method.by_position(toy_world, task, "mlp", graph=graph)
+    nodes = method.node_scores(toy_world, task, graph=graph)
+    assert list(table.index) == ["rest", "S1", "S2", "END"]
+    for span, layer in product(table.index, range(4)):
+        assert table.loc[span, layer] == pytest.approx(nodes[circuits.MLP(layer, span)], abs=1e-6)
+    with pytest.raises(circuits.InputError, match="not split by position"):
+        method.by_position(toy_world, task, graph=circuits.component_graph(toy_world))
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_what_a_table_by_position_cannot_be_of_is_refused():
+    with pytest.raises(circuits.InputError, match=r"of='resid': choose 'residual', 'heads'"):
+        circuits.ActivationPatching().by_position(random_model("gpt2"), random_task(), "resid")
 
 
 def test_patching_a_whole_node_is_not_the_sum_of_its_edges():

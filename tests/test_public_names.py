@@ -156,6 +156,8 @@ def test_public_methods_say_what_they_raise():
         circuits.ACDC.meter,
         circuits.ACDC.run_settings,
         circuits.ActivationPatching.node_scores,
+        circuits.ActivationPatching.heads,
+        circuits.ActivationPatching.layers,
         circuits.EAP.search_graph,
         circuits.FeatureGraph.incoming,
         circuits.FeatureGraph.outgoing,

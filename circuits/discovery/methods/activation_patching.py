@@ -7,13 +7,15 @@ Goldowsky-Dill et al. 2023, "Localizing Model Behavior with Path Patching"
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
-from typing import ClassVar
+from itertools import groupby, islice
+from typing import ClassVar, Literal
 
+import numpy as np
+import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from typing_extensions import override
 
@@ -21,10 +23,12 @@ from circuits.discovery.checkpoint import Checkpoint, TensorState
 from circuits.discovery.discoverer import SPEED_ONLY, EdgeScores, Progress, Resumable
 from circuits.graph.circuit import Circuit
 from circuits.graph.graph import Graph
-from circuits.graph.nodes import Node, at_position
+from circuits.graph.nodes import MLP, Head, Logits, Node, at_position
 from circuits.models import Model
+from circuits.models.component_graph import component_graph
 from circuits.running.ablation import Ablation
 from circuits.running.damage import DamageMeter
+from circuits.system.errors import InputError
 from circuits.system.ranks import ranks
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
@@ -35,6 +39,7 @@ LARGEST_STEP = 256
 # Circuits without a whole node share little, so fewer are measured together.
 NODES_PER_STEP = 32
 OneDamage = Float[Tensor, " 1"]
+EdgeMask = Bool[Tensor, " edge"]
 
 
 @dataclass
@@ -123,15 +128,136 @@ class ActivationPatching(Resumable):
             InputError: the model, graph, task and settings do not fit together.
         """
         graph = self.search_graph(model, graph)
-        meter = self.meter(model, graph, task)
-        sources = graph.source.unique()
-        kept = graph.source[None] != sources[:, None]
-        parts = kept.split(NODES_PER_STEP)
-        # score(u) = L(G without all edges from u) - L(G)
-        damages = [meter(part) for part in parts]
-        scores = torch.cat(damages) - _whole(meter, graph)
-        nodes = [graph.nodes[source] for source in sources.tolist()]
+        sources = graph.source.unique().tolist()
+        groups = (graph.source == source for source in sources)
+        scores = self._without_each(groups, model, graph, task)
+        nodes = [graph.nodes[source] for source in sources]
         return dict(zip(nodes, scores.tolist(), strict=True))
+
+    def heads(
+        self, model: Model, task: Task, *, graph: Graph | None = None
+    ) -> Float[Tensor, "layer head"]:
+        """The damage of patching each head's output, all positions together.
+
+        >>> import circuits
+        >>> model = circuits.load_model("toy-world")
+        >>> task = circuits.load_task("ioi", model, n=2)
+        >>> circuits.ActivationPatching().heads(model, task).shape
+        torch.Size([4, 4])
+
+        Raises:
+            InputError: the model, graph, task and settings do not fit together.
+        """
+        graph = self.search_graph(model, graph)
+        shape = model.cfg.n_layers, model.cfg.n_heads
+        labels = [Head(*place).label for place in np.ndindex(shape)]
+        groups = (
+            _of_nodes(graph, [node.label == label for node in graph.nodes]) for label in labels
+        )
+        return self._without_each(groups, model, graph, task).float().view(shape)
+
+    def layers(
+        self, model: Model, task: Task, *, graph: Graph | None = None
+    ) -> Float[Tensor, "layer 2"]:
+        """The damage of patching what each layer's heads write together, and what its MLP writes.
+
+        Raises:
+            InputError: the model, graph, task and settings do not fit together.
+        """
+        graph = self.search_graph(model, graph)
+        shape = model.cfg.n_layers, 2
+        groups = (
+            _at_layer(graph, layer, of)
+            for layer in range(model.cfg.n_layers)
+            for of in ("heads", "mlp")
+        )
+        return self._without_each(groups, model, graph, task).float().view(shape)
+
+    def by_position(
+        self,
+        model: Model,
+        task: Task,
+        of: Literal["residual", "heads", "mlp"] = "residual",
+        *,
+        graph: Graph | None = None,
+    ) -> pd.DataFrame:
+        """The damage of patching one position of each layer.
+
+        >>> import circuits
+        >>> model = circuits.load_model("toy-world")
+        >>> task = circuits.load_task("ioi", model, n=2)
+        >>> graph = circuits.component_graph(model, positions=["S1", "S2", "END"])
+        >>> table = circuits.ActivationPatching().by_position(model, task, graph=graph)
+        >>> list(table.index), list(table.columns)
+        (['rest', 'S1', 'S2', 'END'], [0, 1, 2, 3])
+
+        Args:
+            of: what is patched: the "residual" stream that enters the layer, or what its "heads"
+                write together, or its "mlp".
+            graph: a graph split by position; None splits by every position of the prompts.
+
+        Returns:
+            A row per position, or named span, and a column per layer.
+
+        Raises:
+            InputError: there is no such `of`; the graph is not split by position; or the model,
+                graph, task and settings do not fit together.
+        """
+        if of not in ("residual", "heads", "mlp"):
+            raise InputError(f"of={of!r}: choose 'residual', 'heads' or 'mlp'.")
+        if graph is None:
+            graph = component_graph(model, positions=task.clean.shape[1])
+        graph = self.search_graph(model, graph)
+        if graph.positions is None:
+            raise InputError(
+                "this graph is not split by position; make it with component_graph(model, "
+                "positions=[...]), or leave it out."
+            )
+        layers = range(model.cfg.n_layers)
+        groups = (
+            _at_layer(graph, layer, of)
+            & _of_nodes(graph, [node == at_position(node, position) for node in graph.nodes])
+            for position in graph.positions
+            for layer in layers
+        )
+        scores = self._without_each(groups, model, graph, task)
+        table = scores.view(len(graph.positions), -1).numpy()
+        index = pd.Index(graph.positions, name="position")
+        return pd.DataFrame(table, index, pd.Index(layers, name="layer"))
+
+    def _without_each(
+        self, groups: Iterable[EdgeMask], model: Model, graph: Graph, task: Task
+    ) -> Float[Tensor, " group"]:
+        """The damage of ablating each group of edges at once."""
+        meter = self.meter(model, graph, task)
+        left = iter(groups)
+        damages = []
+        while step := list(islice(left, NODES_PER_STEP)):
+            kept = ~torch.stack(step)
+            damages.append(meter(kept))
+        # score(group) = L(G without the group) - L(G)
+        return torch.cat(damages) - _whole(meter, graph)
+
+
+def _of_nodes(graph: Graph, chosen: list[bool]) -> EdgeMask:
+    """The edges that leave the chosen ones of a graph's nodes."""
+    return torch.tensor(chosen)[graph.source]
+
+
+def _at_layer(graph: Graph, layer: int, of: str) -> EdgeMask:
+    """The edges that carry what enters a layer, or what its heads or its MLP write."""
+    if of == "residual":
+        # Embeddings come before, and the logits after every layer.
+        layers = [getattr(node, "layer", -1) for node in graph.nodes]
+        reads = [
+            isinstance(node, Logits) or at >= layer
+            for node, at in zip(graph.nodes, layers, strict=True)
+        ]
+        is_before = _of_nodes(graph, [at < layer for at in layers])
+        return is_before & torch.tensor(reads)[graph.target]
+    kind = Head if of == "heads" else MLP
+    chosen = [isinstance(node, kind) and node.layer == layer for node in graph.nodes]
+    return _of_nodes(graph, chosen)
 
 
 def _whole(meter: DamageMeter, graph: Graph) -> OneDamage:
