@@ -24,9 +24,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.graph.graph import Graph
-from circuits.models import Model, frozen, input_hook, run_to_residual, separate_inputs, unembed
+from circuits.models import (
+    Model,
+    frozen,
+    input_hook,
+    run_to_residual,
+    scored_logits,
+    separate_inputs,
+)
 from circuits.models.component_graph import sources_of
-from circuits.models.source_outputs import recording_hooks
+from circuits.models.source_outputs import check_honoured, recording_hooks
 from circuits.running.ablation import Ablation, Counterfactuals
 from circuits.running.edge_layout import AblatedEdges, EdgeLayout, check_runnable
 from circuits.running.settings import NO_RUNS, Counts, EdgeMask, KeptEdges, OfLogits, VariantLogits
@@ -70,7 +77,9 @@ class HookedExecutor:
         layout = EdgeLayout.of(model, graph)
         task = task.to(model.cfg.device)
         spans = token_spans(graph, task)
+        prompts = task.clean, task.corrupted
         with frozen(model), torch.no_grad():
+            check_honoured(model, layout.nodes, prompts, task.mask, task.scored)
             counterfactuals = Counterfactuals.prepare(model, layout.nodes, task, ablation)
             replaced = counterfactuals.on(task)
         return HookedExecutor(model, layout, task, spans, replaced, max_memory)
@@ -136,8 +145,9 @@ class HookedExecutor:
         tokens = task.clean.repeat(n_circuits, 1)
         mask = task.mask.repeat(n_circuits, 1)
         residual = run_to_residual(model, tokens, mask, hooks)
-        by_circuit = residual.unflatten(0, (n_circuits, -1))
-        return unembed(model, by_circuit[:, task.scored])
+        scored = task.scored.repeat(n_circuits, 1)
+        logits = scored_logits(model, residual, scored)
+        return logits.unflatten(0, (n_circuits, -1))
 
     def _ablating_hooks(
         self, prompts: slice, ablated: AblatedEdges, outputs: VariantOutputs

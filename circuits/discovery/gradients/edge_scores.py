@@ -36,10 +36,15 @@ from circuits.discovery.gradients.gradient_pass import (
 from circuits.discovery.gradients.memory import needed
 from circuits.graph.graph import Graph
 from circuits.graph.nodes import Head, Node
-from circuits.models import Model, frozen, output_hook, unembed
+from circuits.models import Model, changes, check_differentiable, frozen, output_hook, scored_logits
 from circuits.models.component_graph import check_supported
 from circuits.models.propagation import PropagationRules
-from circuits.models.source_outputs import SourceOutputs, output_groups, run_and_record
+from circuits.models.source_outputs import (
+    SourceOutputs,
+    check_honoured,
+    output_groups,
+    run_and_record,
+)
 from circuits.running.ablation import Changes, Counterfactuals
 from circuits.running.edge_layout import EdgeLayout
 from circuits.running.settings import RunSettings
@@ -120,6 +125,7 @@ class EdgeScoring:
     ) -> None:
         assert settings.metric is not None
         check_supported(model)
+        check_differentiable(model)
         check_task(model, task)
         _warn_of_dead_norms(model, settings, points)
         budget = memory_budget(model.cfg.device, settings.max_memory, cpu_bytes=CPU_BYTES)
@@ -136,6 +142,7 @@ class EdgeScoring:
             settings.metric,
             rules or PropagationRules(),
             at_outputs=details,
+            separate=bool(changes(model)),
         )
 
     def scores(self, progress: Progress = no_progress) -> EdgeScores:
@@ -181,7 +188,10 @@ class EdgeScoring:
     def _run(self, progress: Progress) -> list[Tensor]:
         """The results of this rank's share of the prompts."""
         results: list[list[Tensor]] = []
-        with torch.inference_mode(False), torch.no_grad(), frozen(self.passes.model):
+        model, nodes, task = self.passes.model, self.passes.nodes, self.task
+        prompts = task.clean, task.corrupted
+        with frozen(model), torch.no_grad():
+            check_honoured(model, nodes, prompts, task.mask, task.scored)
             for found in self._batches(progress):
                 if results and not self.products.details:
                     # Added up at once, because there may be many edges.
@@ -266,7 +276,7 @@ class EdgeScoring:
         model, nodes = self.passes.model, self.passes.nodes
         tokens, mask = task.clean, task.mask
         clean, residual = run_and_record(model, nodes, tokens, mask)
-        logits = unembed(model, residual[task.scored])
+        logits = scored_logits(model, residual, task.scored)
         check_finite(logits)
         return clean, logits
 
@@ -314,7 +324,7 @@ class EdgeScoring:
         """The number of prompts that fit into memory together."""
         together = min(len(self.points), POINTS_TOGETHER)
         task, limit = self.task, self.settings.max_memory
-        fixed, per_prompt = needed(self.products, task, together)
+        fixed, per_prompt = needed(self.products, task, together, self.passes.separate)
         if limit is not None and fixed + per_prompt > limit:
             raise InputError(
                 f"one prompt of {task.clean.shape[1]} tokens may need up to "
