@@ -10,6 +10,7 @@ import pytest
 import torch
 from architectures import random_model, random_task
 from attribution_case import RUNS, Run, case_model, case_tokens, case_transcoders
+from changed_models import HONOURED
 from random_transcoders import KINDS, WITH_MLPS, model_of, random_transcoders
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -390,6 +391,23 @@ def test_other_precisions_give_graphs_and_pages_too(dtype, architecture):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    ["a hook on the last norm", "no last norm", "a parametrized norm", "a hook on a pattern"],
+)
+def test_a_model_that_is_not_what_its_weights_say_is_refused(change):
+    transcoders = random_transcoders(model_of("gpt2"))
+    model = model_of("gpt2")
+    HONOURED[change](model)
+    for compute in (
+        lambda: circuits.AttributionGraph(transcoders).attribute(model, PROMPT),
+        lambda: circuits.intervene(model, transcoders, PROMPT, [[]]),
+        lambda: circuits.generate(model, transcoders, PROMPT, [], new_tokens=1),
+    ):
+        with pytest.raises(circuits.InputError, match=r"not what its weights say.*reset_hooks"):
+            compute()
+
+
 def test_a_last_norm_of_another_kind_is_taken_as_it_is():
     for kind in ("LN", "RMS"):
         model = model_of("gpt2", normalization_type=kind, final_rms=True)

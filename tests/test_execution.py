@@ -1,5 +1,6 @@
 """Running circuits: what must hold whatever the architecture and the executor."""
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pandas.testing
 import pytest
 import torch
 from architectures import ARCHITECTURES, VOCAB, random_model, random_task
+from changed_models import HONOURED, REFUSED
 
 import circuits
 from circuits.graph.nodes import MLP, Head, Node
@@ -827,3 +829,73 @@ class TestManyPromptsAreRunInPieces:
             circuits.run_circuit(
                 model, circuits.Circuit.full(circuits.component_graph(model)), task, max_memory=0
             )
+
+
+class TestModelsThatAUserHasChanged:
+    """The whole circuit is the model and the empty one its corrupted run, or both are refused."""
+
+    @pytest.fixture(autouse=True)
+    def reference_executor_is_said_to_be_used(self, recwarn):
+        warnings.simplefilter("default")
+
+    @pytest.mark.parametrize("change", HONOURED)
+    def test_are_run_as_they_are(self, change, task):
+        model = random_model("gpt2")
+        HONOURED[change](model)
+        graph = circuits.component_graph(model)
+        kept = torch.stack([~graph.mask([]), graph.mask([])])
+        expected = torch.stack(
+            [whole_logits(model, tokens)[task.scored] for tokens in (task.clean, task.corrupted)]
+        )
+        torch.testing.assert_close(
+            circuits.model_logits(model, task), expected[0], atol=1e-4, rtol=0
+        )
+        for executor in ("auto", "hooks"):
+            found = circuits.run_circuits(model, graph, kept, task, executor=executor)
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+    @pytest.mark.parametrize("change", REFUSED)
+    def test_are_refused_in_one_line_where_circuits_would_not_be_theirs(self, change, task):
+        model = random_model("gpt2")
+        graph = circuits.component_graph(model)
+        make, told = REFUSED[change]
+        make(model)
+        whole = circuits.Circuit.full(graph)
+        for compute in (
+            lambda: circuits.run_circuit(model, whole, task),
+            lambda: circuits.run_circuit(model, whole, task, executor="hooks"),
+            lambda: circuits.EAP().discover(model, task, graph=graph),
+        ):
+            with pytest.raises(circuits.InputError, match=told) as error:
+                compute()
+            assert "\n" not in str(error.value) and len(str(error.value)) <= 500
+
+    def test_hooks_in_a_context_act_inside_of_it_only(self, task):
+        model = random_model("gpt2")
+        graph = circuits.component_graph(model)
+        whole = circuits.Circuit.full(graph)
+        halve = ("ln_final.hook_normalized", lambda x, hook: x * 0.5)
+        with model.hooks(fwd_hooks=[halve]):
+            inside, expected = circuits.run_circuit(model, whole, task), model(task.clean)
+        torch.testing.assert_close(inside, expected[task.scored].detach(), atol=1e-4, rtol=0)
+        outside = circuits.run_circuit(model, whole, task)
+        torch.testing.assert_close(
+            outside, whole_logits(model, task.clean)[task.scored], atol=1e-4, rtol=0
+        )
+
+    def test_are_searched_and_evaluated_as_they_are(self, task):
+        model = random_model("gpt2")
+        HONOURED["a hook on the last norm"](model)
+        circuit = circuits.ACDC(0.05).discover(model, task)
+        evaluation = circuits.evaluate(model, circuit, task)
+        expected = whole_logits(model, task.clean)[task.scored]
+        metric = circuits.tasks.metrics.METRICS["logit_difference"]
+        mean = float(metric.function(expected, expected, task).mean())
+        assert evaluation.table().loc["logit_difference", "model"] == pytest.approx(mean, abs=1e-4)
+        whole = circuits.evaluate(model, circuits.Circuit.full(circuit.graph), task)
+        assert whole.kl == pytest.approx(0, abs=1e-5)
+
+
+def whole_logits(model, tokens) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens)

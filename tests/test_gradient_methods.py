@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, random_model, random_task
+from changed_models import HONOURED
 from published import COMPILED, case, case_model, our_edge, scored_everywhere_task
 
 import circuits
@@ -166,6 +167,20 @@ def test_eap_is_the_derivative_of_the_damage_with_respect_to_ablating_an_edge(ar
     graph = circuits.component_graph(model)
     expected = differentiated_by_hand(model, graph, task, "logit_difference")
     scores = EAP().discover(model, task, graph=graph).scores
+    torch.testing.assert_close(
+        scores, expected.float(), atol=2e-6 * float(expected.abs().max()), rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("change", HONOURED)
+def test_eap_of_a_model_that_a_user_has_changed_is_the_derivative_of_what_it_computes(change):
+    model, task = random_model("gpt2", dtype=torch.float64), random_task(batch=3)
+    HONOURED[change](model)
+    graph = circuits.component_graph(model)
+    some = torch.arange(0, len(graph), 5)
+    few = circuits.Graph(graph.nodes, graph.source[some], graph.target[some], graph.slot[some])
+    expected = differentiated_by_hand(model, few, task, "logit_difference")
+    scores = EAP().discover(model, task, graph=few).scores
     torch.testing.assert_close(
         scores, expected.float(), atol=2e-6 * float(expected.abs().max()), rtol=1e-4
     )

@@ -185,3 +185,25 @@ def test_for_edges_from_the_embedding_pieces_of_the_line_are_integrated_gradient
         found.scores[embedding], expected.scores[embedding], atol=1e-5, rtol=1e-4
     )
     assert (found.scores - expected.scores)[~embedding].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_hook_that_changes_nothing_changes_no_score(architecture):
+    """Gradients of a hooked model are taken in another way, at separate inputs of heads."""
+    model, task = random_model(architecture), random_task(ragged=True, several=True)
+    methods = [EAP(), EAPIG(along="activations", steps=1), RelP()]
+    plain = [method.attribute(model, task) for method in methods]
+    model.add_hook("blocks.1.ln1.hook_normalized", lambda x, hook: None)
+    for method, expected in zip(methods, plain, strict=True):
+        found = method.attribute(model, task)
+        torch.testing.assert_close(found.edges, expected.edges, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found.neurons, expected.neurons, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_relp_as_hooks_around_eap_is_relp(architecture):
+    model, task = random_model(architecture), random_task(several=True)
+    with model.hooks(fwd_hooks=relevance_hooks(model)):
+        found = EAP().discover(model, task)
+    expected = RelP().discover(model, task)
+    torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=1e-4)

@@ -32,9 +32,12 @@ from circuits.models import (
     Model,
     ModelWeights,
     cause,
+    changes,
+    check_model,
     frozen,
     mlp_output_hook,
     mlp_residual_hook,
+    named,
     output_hook,
     pattern_hook,
     plain_inputs,
@@ -208,12 +211,15 @@ def check_transcoders(model: Model, transcoders: Transcoders) -> None:
         InputError: the model has a part that cannot be frozen or replaced, or the transcoders
             have other layers or another width.
     """
-    if not isinstance(model, Model):
-        raise InputError(
-            f"expected a HookedTransformer, got {type(model).__name__}; "
-            "load it with circuits.load_model."
-        )
+    check_model(model)
     cfg = model.cfg
+    changed = changes(model)
+    if changed:
+        raise InputError(
+            f"{cfg.model_name} is not what its weights say: {named(changed)}. Attribution graphs "
+            "and features are computed from weights; remove hooks with "
+            "reset_hooks(including_permanent=True), or load the model anew."
+        )
     found = _cannot_be_frozen(model)
     if found:
         raise InputError(
@@ -255,6 +261,12 @@ def freeze(model: Model, transcoders: Transcoders, prompts: Sequence[Prompt]) ->
         InputError: see `check_transcoders` and `pad_prompts`; or activations are not finite.
     """
     check_transcoders(model, transcoders)
+    # In one turn: weights are read as well, in part through attributes that other runs change.
+    with frozen(model):
+        return _freeze(model, transcoders, prompts)
+
+
+def _freeze(model: Model, transcoders: Transcoders, prompts: Sequence[Prompt]) -> list[LocalModel]:
     tokens, mask = pad_prompts(model, prompts)
     recorded = _record(model, tokens, mask)
     dtype = compute_dtype(model)
@@ -342,7 +354,7 @@ def norm_without_scale(model: Model, layer: int, name: str, like: Tensor) -> Lin
 def _record(model: Model, tokens: TokenBatch, mask: TokenMask) -> Activations:
     recorded: Activations = {}
     hooks = [(name, keeper(recorded, name)) for name in _recorded_hooks(model)]
-    with frozen(model), plain_inputs(model):
+    with plain_inputs(model):
         residual = run_to_residual(model, tokens, mask, hooks)
     if not residual[mask].isfinite().all():
         raise NotFiniteError(f"a prompt gives values that are not finite: {cause(model)}")

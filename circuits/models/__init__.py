@@ -7,6 +7,14 @@ hooks, gradients and modes are restored.
 
 # ruff: noqa: F401  (what other rooms import from here)
 
+from circuits.models.changes import (
+    after_embedding,
+    changes,
+    check_differentiable,
+    check_model,
+    named,
+    turn,
+)
 from circuits.models.hook_points import (
     FINAL_SCALE,
     NORMS,
@@ -24,10 +32,13 @@ from circuits.models.hook_points import (
 from circuits.models.hooked_run import (
     Hook,
     copies_per_head,
+    counting_passes,
     frozen,
     hooked,
     plain_inputs,
+    run_to_logits,
     run_to_residual,
+    scored_logits,
     separate_gradients,
     separate_inputs,
     unembed,

@@ -1,8 +1,13 @@
-"""Run a model with hooks and leave it unchanged: flags, hooks, gradients and modes are restored."""
+"""Run a model with hooks and leave it unchanged: flags, hooks, gradients and modes are restored.
+
+Whoever changes a model for a run takes its turn (`changes.turn`), so that several threads can use
+one model.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,14 +15,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from circuits.models.changes import NORM_TYPES, Own, is_changed, last_step_changed, turn
 from circuits.models.functional import soft_capped
 from circuits.models.loading import Model
 from circuits.models.overflow import check_size
+from circuits.system.torch_modes import without_modes
 
 Hook = Callable[[Tensor], Tensor | None]
 """Takes an activation and returns its replacement, or None to leave it unchanged."""
 
 Hooks = Sequence[tuple[str, Hook]]
+# Where all tokens are run to the logits, about this many numbers at a time.
+WHOLE_LOGITS = 1 << 24
+
 TokenMask = Bool[Tensor, "batch pos"]
 Forward = Callable[[Tensor], Tensor]
 Attribute = tuple[Any, str, Any]
@@ -73,14 +83,15 @@ def copies_per_head(model: Model, slot: str) -> int:
 
 @contextlib.contextmanager
 def frozen(model: Model) -> Iterator[None]:
-    """Set evaluation mode and switch off the gradients of the weights."""
-    training = [module for module in model.modules() if module.training]
-    modes = [(module, "training", False) for module in training]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with _attributes(modes), contextlib.ExitStack() as stack:
-        for parameter in trainable:
-            stack.callback(parameter.requires_grad_)
-            parameter.requires_grad_(False)
+    """Take the model's turn, in evaluation mode, without gradients of weights or modes of torch."""
+    with turn(model), without_modes(), contextlib.ExitStack() as stack:
+        training = [module for module in model.modules() if module.training]
+        stack.enter_context(_attributes([(module, "training", False) for module in training]))
+        for parameter in model.parameters():
+            # Weights made in inference mode have no gradient in any case.
+            if parameter.requires_grad and not parameter.is_inference():
+                stack.callback(parameter.requires_grad_)
+                parameter.requires_grad_(False)
         yield
 
 
@@ -101,45 +112,111 @@ def run_to_residual(
     Raises:
         NotFiniteError: the residual stream is too large for the norm after it.
     """
+    last = model.cfg.n_layers if layers is None else layers
+    residual = _run(model, tokens, mask, hooks, stop_at_layer=last)
+    check_size(model, residual)
+    return residual
+
+
+def run_to_logits(
+    model: Model, tokens: Int[Tensor, "batch pos"], mask: TokenMask
+) -> Float[Tensor, "batch pos vocab"]:
+    """Run a model as it is, to the logits at every token."""
+    return _run(model, tokens, mask)
+
+
+def _run(model: Model, tokens: Tensor, mask: Tensor, hooks: Hooks = (), **options: int) -> Tensor:
     # With a tokenizer that pads on the left TransformerLens would guess where the padding is.
     pads_left = getattr(model.tokenizer, "padding_side", None) == "left"
     attention_mask = torch.ones_like(tokens) if pads_left else None
-    last = model.cfg.n_layers if layers is None else layers
-    all_hooks = [*hooks, *_padding_hooks(model, mask)]
-    with hooked(model, all_hooks):
-        residual = model(tokens, stop_at_layer=last, attention_mask=attention_mask)
-    check_size(model, residual)
-    return residual
+    with hooked(model, [*hooks, *_padding_hooks(model, mask)]):
+        return model(tokens, attention_mask=attention_mask, **options)
 
 
 @contextlib.contextmanager
 def hooked(model: Model, hooks: Hooks) -> Iterator[None]:
     """Add hooks to hook points, or to the outputs of modules, and remove them at the end."""
-    with contextlib.ExitStack() as stack:
+    with turn(model), contextlib.ExitStack() as stack:
         for name, function in hooks:
             # A hook point is a module as well: it returns the activation that it is given.
             module = model.get_submodule(name)
-            handle = module.register_forward_hook(_on_output(function))
+            handle = module.register_forward_hook(_OnOutput(function))
             stack.callback(handle.remove)
         yield
+
+
+@contextlib.contextmanager
+def counting_passes(model: Model) -> Iterator[dict[str, int]]:
+    """Count this thread's `forward_passes`, and the `prompts_run` in them (prompts times circuits).
+
+    >>> import circuits, torch
+    >>> model = circuits.load_model("toy-world")
+    >>> with counting_passes(model) as counts:
+    ...     _ = model(torch.zeros(3, 5, dtype=torch.long))
+    >>> counts
+    {'forward_passes': 1, 'prompts_run': 3}
+    """
+    counts = {"forward_passes": 0, "prompts_run": 0}
+    with turn(model):
+        handle = model.register_forward_pre_hook(_Counter(counts))
+    try:
+        yield counts
+    finally:
+        with turn(model):
+            handle.remove()
+
+
+def scored_logits(
+    model: Model, residual: Float[Tensor, "batch pos d_model"], scored: TokenMask
+) -> Float[Tensor, "scored vocab"]:
+    """Compute the logits at some tokens from the final residual stream."""
+    if not last_step_changed(model):
+        return unembed(model, residual[scored])
+    # A user's hook there may depend on the position, so it sees whole prompts, as in the model.
+    size = max(1, WHOLE_LOGITS // (model.cfg.d_vocab_out * residual.shape[1]))
+    pairs = zip(residual.split(size), scored.split(size), strict=True)
+    return torch.cat([_last_step(model, stream)[chosen] for stream, chosen in pairs])
 
 
 def unembed(
     model: Model, residual: Float[Tensor, "*batch d_model"]
 ) -> Float[Tensor, "*batch vocab"]:
     """Compute the logits from the final residual stream with the model's own modules."""
-    # cap(norm(x) W_U + b_U), where modules want a batch axis
-    normed = residual.flatten(0, -2)[None]
+    logits = _last_step(model, residual.flatten(0, -2)[None])
+    return logits[0].unflatten(0, residual.shape[:-1])
+
+
+def _last_step(
+    model: Model, residual: Float[Tensor, "batch pos d_model"]
+) -> Float[Tensor, "batch pos vocab"]:
+    # cap(norm(x) W_U + b_U)
+    normed = residual
     if model.cfg.normalization_type is not None:
         normed = model.ln_final(normed)
     soft_cap = model.cfg.output_logits_soft_cap or 0
-    logits = soft_capped(model.unembed(normed), soft_cap)
-    batch = residual.shape[:-1]
-    return logits[0].unflatten(0, batch)
+    return soft_capped(model.unembed(normed), soft_cap)
 
 
-def _on_output(function: Hook) -> Callable[..., Tensor | None]:
-    return lambda module, arguments, output: function(output)
+class _OnOutput(Own):
+    """A hook of torch that calls a `Hook`."""
+
+    def __init__(self, function: Hook) -> None:
+        self.function = function
+
+    def __call__(self, module: object, arguments: object, output: Tensor) -> Tensor | None:
+        return self.function(output)
+
+
+class _Counter(Own):
+    """A hook of torch that counts the runs of the thread that it was made in."""
+
+    def __init__(self, counts: dict[str, int]) -> None:
+        self.counts, self.thread = counts, threading.get_ident()
+
+    def __call__(self, module: object, arguments: Sequence[Tensor]) -> None:
+        if threading.get_ident() == self.thread:
+            self.counts["forward_passes"] += 1
+            self.counts["prompts_run"] += len(arguments[0])
 
 
 def _padding_hooks(model: Model, mask: TokenMask) -> Hooks:
@@ -160,31 +237,34 @@ def _padding_hooks(model: Model, mask: TokenMask) -> Hooks:
 def _input_flags(model: Model, *chosen: str) -> Iterator[None]:
     """Set these of `INPUT_FLAGS`, and clear the others."""
     flags = [(model.cfg, name, name in chosen) for name in INPUT_FLAGS]
-    with _attributes(flags):
+    with turn(model), _attributes(flags):
         yield
 
 
 @contextlib.contextmanager
 def _shared_norms(model: Model) -> Iterator[None]:
     """Compute the norm before attention once for q, k and v, not three times as TransformerLens."""
-    norms = [block.ln1 for block in model.blocks]
-    forwards = [(norm, "forward", _remembering(norm.forward)) for norm in norms]
+    kind = NORM_TYPES.get(str(model.cfg.normalization_type), type(None))
+    # A changed norm may compute something else each time.
+    norms = [block.ln1 for block in model.blocks if not is_changed(block.ln1, kind)]
+    forwards = [(norm, "forward", _Remembering(norm.forward)) for norm in norms]
     with _attributes(forwards):
         yield
 
 
-def _remembering(forward: Forward) -> Forward:
+class _Remembering(Own):
     """Return the last result again for the next two calls on the same tensor, then forget it."""
-    # The input and the output, once for each call that is left.
-    last: list[tuple[Tensor, Tensor]] = []
 
-    def remembering(given: Tensor) -> Tensor:
-        if not last or last[0][0] is not given:
-            call = (given, forward(given))
-            last[:] = [call, call, call]
-        return last.pop()[1]
+    def __init__(self, forward: Forward) -> None:
+        self.forward = forward
+        # The input and the output, once for each call that is left.
+        self.last: list[tuple[Tensor, Tensor]] = []
 
-    return remembering
+    def __call__(self, given: Tensor) -> Tensor:
+        if not self.last or self.last[0][0] is not given:
+            call = (given, self.forward(given))
+            self.last = [call, call, call]
+        return self.last.pop()[1]
 
 
 @contextlib.contextmanager

@@ -12,17 +12,32 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.graph.nodes import Head, Node, PosEmbed, TokenEmbed
-from circuits.models import Hook, Model, ModelWeights, output_hook, plain_inputs, run_to_residual
+from circuits.models import (
+    Hook,
+    Model,
+    ModelWeights,
+    changes,
+    named,
+    output_hook,
+    plain_inputs,
+    run_to_logits,
+    run_to_residual,
+    scored_logits,
+    separate_inputs,
+)
 from circuits.system.errors import InputError
 
 Tokens = Int[Tensor, "batch pos"]
 Mask = Bool[Tensor, "batch pos"]
 Residual = Float[Tensor, "batch pos d_model"]
 Outputs = Float[Tensor, "source batch pos d_model"]
+Directions = Float[Tensor, "d_model direction"]
 OutputRows = Float[Tensor, "source *batch pos d_model"]
 
 # Rounding makes the sum of the outputs differ from the residual stream by less than this share of
 # its size; a missing term makes it differ by far more.
+DIRECTIONS = 8
+CHECKED_PROMPTS = 8
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 
 
@@ -71,39 +86,46 @@ class SourceOutputs:
 
     def check(self, residual: Residual, mask: Mask) -> None:
         """Refuse a model whose final residual stream is not the sum of the outputs and biases."""
-        # The first prompt's last token is enough to detect a missing term.
-        n_tokens = int(mask[0].sum())
-        token = slice(1), slice(n_tokens - 1, n_tokens)
-        activations = {name: value[token] for name, value in self.activations.items()}
-        # sum over sources u of out_u + sum over layers of b_O = residual stream
-        written = replace(self, activations=activations)._sum()
-        expected = residual.detach()[token]
-        gap = _relative_gap(written, expected)
+        # Compared along a few random directions r, which needs no product with W_O at every token:
+        #     sum over sources u of out_u . r + sum over layers of b_O . r = residual stream . r
+        wide = torch.promote_types(residual.dtype, torch.float32)
+        generator = torch.Generator().manual_seed(0)
+        random = torch.randn(self.model.cfg.d_model, DIRECTIONS, generator=generator, dtype=wide)
+        directions = random.to(residual.device)
+        expected = (residual.detach().to(wide) @ directions)[mask]
+        written = [each[mask] for each in self._along(directions)]
+        gap = (torch.stack(written).sum(0) - expected).norm(dim=-1)
+        # Rounding is relative to the largest of all that is summed.
+        size = torch.stack([*written, expected]).norm(dim=-1).amax(0)
+        largest = float((gap / size.clamp(min=1e-30)).max())
         # False where the gap is NaN: overflow is reported where the logits are checked.
-        if gap > TOLERANCE[self.model.cfg.dtype]:
+        if largest > TOLERANCE[self.model.cfg.dtype]:
+            found = changes(self.model)
+            reason = f": {named(found)}; hooks can be where nodes write, as hook_z" if found else ""
             raise InputError(
-                f"in {self.model.cfg.model_name} the outputs of the components do not sum "
-                f"to the residual stream (they miss {gap:.1%} of it), so it has no component graph."
+                f"in {self.model.cfg.model_name} the outputs of the components do not sum to the "
+                f"residual stream (they miss {largest:.1%} of it at one token), so it has no "
+                f"component graph{reason}."
             )
 
-    def _sum(self) -> Residual:
-        """Everything that is written, with biases, in float32 at least."""
-        written = []
+    def _along(self, directions: Directions) -> Iterator[Float[Tensor, "batch pos direction"]]:
+        """What is written at each hook point, with biases, along some directions."""
+        weights, wide = ModelWeights(self.model), directions.dtype
         for name, group in output_groups(self.nodes):
-            first = self.nodes[group.start]
-            output = self.activations[name]
+            first, written = self.nodes[group.start], self.activations[name]
+            along, bias = directions, directions.new_zeros(())
             if isinstance(first, Head):
-                output = self.attention(first.layer)
-            written.append(output)
-        stacked = torch.stack(written)
-        wide = torch.promote_types(stacked.dtype, torch.float32)
-        return stacked.sum(0, dtype=wide)
+                # out_h . r = z_h . (W_O[h] r)
+                projection = weights.output_projection(first.layer).flatten(0, 1)
+                along = projection.to(wide) @ directions
+                bias = weights.output_bias(first.layer).to(wide) @ directions
+            yield written.flatten(2).to(wide) @ along + bias
 
 
-def _relative_gap(found: Residual, expected: Residual) -> float:
-    largest = (found - expected).abs().max()
+def relative_gap(found: Tensor, expected: Tensor) -> float:
+    """The largest difference between two tensors, as a share of the largest expected number."""
     size = expected.abs().max()
-    return float(largest / size.clamp(min=1e-30))
+    return float((found - expected).abs().max() / size.clamp(min=1e-30))
 
 
 def run_and_record(
@@ -130,6 +152,39 @@ def run_and_record(
         written = SourceOutputs(model, tuple(nodes), activations)
         written.check(residual, mask)
     return written, residual
+
+
+@torch.no_grad()
+def check_honoured(
+    model: Model, nodes: Sequence[Node], prompts: Sequence[Tokens], mask: Mask, scored: Mask
+) -> None:
+    """Refuse changes of a model that would act in some of the runs made here and not in others.
+
+    Raises:
+        InputError: the outputs do not sum to the residual stream, or the logits are not the model's
+            where heads have separate inputs or other prompts are in the batch.
+    """
+    found = changes(model)
+    if not found:
+        return
+    for tokens in prompts:
+        pieces = [each.split(CHECKED_PROMPTS) for each in (tokens, mask, scored)]
+        for some, real, rows in zip(*pieces, strict=True):
+            _, residual = run_and_record(model, nodes, some, real)
+            expected = run_to_logits(model, some, real)[rows]
+            # Circuits run as copies of the prompts.
+            twice = [each.repeat(2, 1) for each in (some, real, rows)]
+            with separate_inputs(model):
+                separate = run_to_residual(model, *twice[:2])
+            first, second = scored_logits(model, separate, twice[2]).chunk(2)
+            logits = [scored_logits(model, residual, rows), first, second]
+            gap = max(relative_gap(each, expected) for each in logits)
+            if gap > TOLERANCE[expected.dtype]:
+                raise InputError(
+                    f"{model.cfg.model_name} computes other logits (by {gap:.1%}) in batches where "
+                    f"heads have separate inputs, [batch, pos, head, d_model]: {named(found)}; "
+                    "let it act on each vector of the last axis alone, or remove it."
+                )
 
 
 @torch.no_grad()

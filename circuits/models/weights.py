@@ -10,8 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
+from transformer_lens.utilities.activation_functions import SUPPORTED_ACTIVATIONS
 
 from circuits.graph.edges import SLOTS
+from circuits.models.changes import turn
 from circuits.models.functional import (
     Attention,
     FeedForward,
@@ -30,7 +32,9 @@ from circuits.models.loading import Model
 LAYER_NORMS = ("LayerNorm", "LayerNormPre")
 RMS_NORMS = ("RMSNorm", "RMSNormPre")
 # TransformerLens' version of this activation takes eight passes over memory.
-GELU_TANH_NAMES = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
+GELU_TANH = tuple(
+    SUPPORTED_ACTIVATIONS[name] for name in ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
+)
 
 Scale = Float[Tensor, "*batch 1"]
 
@@ -55,12 +59,12 @@ class ModelWeights:
             return None
         wide = torch.promote_types(residual.dtype, torch.float32)
         x = residual.to(wide)
-        name = "ln_final" if layer is None else "ln1"
+        norm = self._norm_module(layer, "ln_final" if layer is None else "ln1")
         # n = (x - mean(x)) / s   with   s = sqrt(mean((x - mean(x))^2) + eps)
-        if _centres(self._norm_module(layer, name)):
+        if _centres(norm):
             x = x - x.mean(-1, keepdim=True)
         variance = x.square().mean(-1, keepdim=True)
-        squared_scale = variance + self.model.cfg.eps
+        squared_scale = variance + cast(float, norm.eps)
         scale = squared_scale.sqrt()
         return x / scale, scale
 
@@ -160,9 +164,9 @@ class ModelWeights:
         kind = type(mlp).__name__
         # Any other kind, such as a mixture of experts, is left to the model's own module.
         if kind not in ("MLP", "GatedMLP") or cfg.is_layer_norm_activation():
-            return partial(_mlp_by_module, norm, mlp)
+            return partial(_mlp_by_module, self.model, norm, mlp)
         gate = mlp.W_gate if kind == "GatedMLP" else None
-        activation = gelu_tanh if cfg.act_fn in GELU_TANH_NAMES else mlp.act_fn
+        activation = gelu_tanh if mlp.act_fn in GELU_TANH else mlp.act_fn
         return WeightedMLP(norm, mlp.W_in, mlp.b_in, gate, mlp.W_out, mlp.b_out, activation)
 
     def unembedding(self) -> Unembedding:
@@ -179,9 +183,12 @@ class ModelWeights:
         return self.model.get_submodule(name)
 
 
-def _mlp_by_module(norm: Norm, mlp: Norm, residual: Residual, product: Multiply) -> Residual:
+def _mlp_by_module(
+    model: Model, norm: Norm, mlp: Norm, residual: Residual, product: Multiply
+) -> Residual:
     normed = norm(residual).flatten(0, -2)
-    return mlp(normed[None]).view(residual.shape)
+    with turn(model):
+        return mlp(normed[None]).view(residual.shape)
 
 
 def _parameter(module: nn.Module, name: str, like: Tensor) -> Tensor | None:

@@ -83,8 +83,10 @@ def get_executor(model: Model, graph: Graph, task: Task, settings: RunSettings) 
         if only_incremental:
             remedy = "use executor='auto'" if precision is None else "leave out the precision"
             raise InputError(f"{name} cannot be run incrementally: {error}; {remedy}.") from error
-        _warn_once(f"{name} is run by the reference executor, which is slower: {error}.")
-    return prepared(HookedExecutor)
+        reason = error
+    ready = prepared(HookedExecutor)
+    _warn_once(f"{name} is run by the reference executor, which is slower: {reason}.")
+    return ready
 
 
 @cache

@@ -30,11 +30,11 @@ from circuits.models import (
     frozen,
     input_hook,
     run_to_residual,
+    scored_logits,
     separate_inputs,
-    unembed,
 )
 from circuits.models.component_graph import sources_of
-from circuits.models.source_outputs import recording_hooks
+from circuits.models.source_outputs import check_honoured, recording_hooks
 from circuits.running.ablation import Ablation, Counterfactuals
 from circuits.running.edge_layout import AblatedEdges, EdgeLayout, check_runnable
 from circuits.running.settings import NO_RUNS, Counts, EdgeMask, KeptEdges, OfLogits, VariantLogits
@@ -80,7 +80,9 @@ class HookedExecutor:
         layout = EdgeLayout.of(model, graph)
         task = task.to(model.cfg.device)
         spans = token_spans(graph, task)
+        prompts = task.clean, task.corrupted
         with frozen(model), torch.no_grad():
+            check_honoured(model, layout.nodes, prompts, task.mask, task.scored)
             counterfactuals = Counterfactuals.prepare(model, layout.nodes, task, ablation)
             replaced = counterfactuals.on(task)
         return HookedExecutor(model, layout, task, spans, replaced, max_memory)
@@ -136,7 +138,9 @@ class HookedExecutor:
     def _run(self, prompts: slice, ablated: AblatedEdges, n_circuits: int) -> Tensor:
         """Logits [circuit, scored, vocab] of the first circuits, from one forward pass."""
         _, residual = self.run(prompts, ablated[:n_circuits])
-        return unembed(self.model, residual[:, self.task[prompts].scored])
+        scored = self.task[prompts].scored.repeat(n_circuits, 1)
+        logits = scored_logits(self.model, residual.flatten(0, 1), scored)
+        return logits.unflatten(0, (n_circuits, -1))
 
     def run(
         self, prompts: slice, ablated: AblatedEdges, observers: Hooks = ()

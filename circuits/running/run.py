@@ -12,7 +12,7 @@ from torch import Tensor
 
 from circuits.graph.circuit import Circuit
 from circuits.graph.graph import Graph, PooledFeatureGraph
-from circuits.models import Model, frozen, run_to_residual, unembed
+from circuits.models import Model, check_model, frozen, run_to_residual, scored_logits
 from circuits.models.component_graph import component_nodes
 from circuits.running.ablation import Ablation, with_means_taken
 from circuits.running.edge_layout import check_runnable
@@ -173,6 +173,7 @@ def model_logits(
     >>> circuits.model_logits(model, circuits.load_task("ioi", model, n=4)).shape[0]
     4
     """
+    check_model(model)
     check_task(model, task)
     task = task.to(model.cfg.device)
     logits = []
@@ -182,7 +183,7 @@ def model_logits(
             # Only the scored rows are unembedded: a vocabulary is wide.
             tokens = part.clean if prompts == "clean" else part.corrupted
             residual = run_to_residual(model, tokens, part.mask)
-            logits.append(unembed(model, residual[part.scored]))
+            logits.append(scored_logits(model, residual, part.scored))
     result = torch.cat(logits)
     check_finite(result, model)
     return result

@@ -28,7 +28,7 @@ from circuits.discovery.discoverer import CircuitDiscoverer, Progress, Resumable
 from circuits.evaluation.evaluate import Evaluation, evaluate
 from circuits.graph.circuit import FILE, Circuit
 from circuits.graph.graph import Graph
-from circuits.models import Model
+from circuits.models import Model, counting_passes
 from circuits.models.component_graph import computed_nodes
 from circuits.models.identity import identity
 from circuits.plotting.pages import circuit_page
@@ -43,7 +43,6 @@ from circuits.tasks.task import Task
 
 METRICS, PAGE, CHECKPOINT = "metrics.json", "circuit.html", "checkpoint.safetensors"
 RECORD_FORMAT, METRICS_FORMAT, FORMAT_VERSION = "circuits.run", "circuits.metrics", 1
-Counts = dict[str, int]
 REQUIRED_IN_RECORD = ("method", "settings", "seconds", "forward_passes")
 SECONDS_BETWEEN_TRIES = 60
 
@@ -215,19 +214,6 @@ def _values(evaluation: Evaluation) -> dict[Any, Any]:
     # JSON has no NaN: a value that is not defined is null.
     defined = table.astype(object).where(table.notna(), None)
     return defined.to_dict(orient="index")
-
-
-@contextlib.contextmanager
-def counting_passes(model: Model) -> Iterator[Counts]:
-    """Count `forward_passes` of the model, and `prompts_run` in them (prompts times circuits)."""
-    counts = {"forward_passes": 0, "prompts_run": 0}
-
-    def count(_: Model, arguments: Any) -> None:
-        counts["forward_passes"] += 1
-        counts["prompts_run"] += len(arguments[0])
-
-    with model.register_forward_pre_hook(count):
-        yield counts
 
 
 def _discover(

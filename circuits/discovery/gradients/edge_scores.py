@@ -37,10 +37,24 @@ from circuits.discovery.gradients.memory import bytes_to_judge, needed
 from circuits.discovery.gradients.slopes import Logits, OfLogits, rows_of, slopes
 from circuits.graph.graph import Graph
 from circuits.graph.nodes import Head, Node
-from circuits.models import Model, cause, count_not_finite, frozen, output_hook, unembed
+from circuits.models import (
+    Model,
+    cause,
+    changes,
+    check_differentiable,
+    count_not_finite,
+    frozen,
+    output_hook,
+    scored_logits,
+)
 from circuits.models.component_graph import check_supported
 from circuits.models.propagation import PropagationRules
-from circuits.models.source_outputs import SourceOutputs, output_groups, run_and_record
+from circuits.models.source_outputs import (
+    SourceOutputs,
+    check_honoured,
+    output_groups,
+    run_and_record,
+)
 from circuits.running.ablation import Changes, Counterfactuals
 from circuits.running.edge_layout import EdgeLayout
 from circuits.running.settings import RunSettings
@@ -125,6 +139,7 @@ class EdgeScoring:
     ) -> None:
         assert settings.metric is not None
         check_supported(model)
+        check_differentiable(model)
         check_task(model, task)
         _warn_of_dead_norms(model, settings, points)
         budget = memory_budget(model.cfg.device, settings.max_memory, cpu_bytes=CPU_BYTES)
@@ -146,6 +161,7 @@ class EdgeScoring:
             layout.targets,
             rules or PropagationRules(),
             at_outputs=details,
+            separate=bool(changes(model)),
         )
 
     def scores(self, progress: Progress = no_progress) -> EdgeScores:
@@ -214,7 +230,10 @@ class EdgeScoring:
         if logits:
             self._take_slopes(logits)
         results: list[list[Tensor]] = []
+        model, nodes, task = self.passes.model, self.passes.nodes, self.task
+        prompts = task.clean, task.corrupted
         with self._undisturbed():
+            check_honoured(model, nodes, prompts, task.mask, task.scored)
             for found in self._in_batches(lambda some: self.batch(some).results(), progress):
                 if results and not self.products.details:
                     # Added up at once, because there may be many edges.
@@ -225,7 +244,7 @@ class EdgeScoring:
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
-        with torch.inference_mode(False), torch.no_grad(), frozen(self.passes.model):
+        with frozen(self.passes.model), torch.no_grad():
             yield
 
     def _in_batches(self, step: Step, progress: Progress = no_progress) -> Iterator[list[Tensor]]:
@@ -345,7 +364,7 @@ class EdgeScoring:
         model, nodes = self.passes.model, self.passes.nodes
         tokens, mask = task.clean, task.mask
         clean, residual = run_and_record(model, nodes, tokens, mask)
-        logits = unembed(model, residual[task.scored])
+        logits = scored_logits(model, residual, task.scored)
         check_finite(logits, model)
         return clean, logits
 
@@ -394,7 +413,7 @@ class EdgeScoring:
         """The number of prompts that fit into memory together."""
         together = min(len(self.points), POINTS_TOGETHER)
         task, limit = self.task, self.settings.max_memory
-        fixed, per_prompt = needed(self.products, task, together)
+        fixed, per_prompt = needed(self.products, task, together, self.passes.separate)
         smallest, at_once = fixed + per_prompt, ""
         if not self.metric.shipped:
             kept, judging = bytes_to_judge(self.products.model, task, together)

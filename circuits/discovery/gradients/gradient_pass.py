@@ -2,7 +2,8 @@
 
 TransformerLens' per-head flags would make such a pass about nine times slower, and are not needed.
 Gradients are kept where the model holds them, at q, k and v; the gradient at a head's own input is
-computed when asked for, layer by layer, back through the projection and the norm.
+computed when asked for, layer by layer, back through the projection and the norm. What a user has
+changed on a model, such as a hook on a norm, is not in its weights: then the flags are set.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from circuits.models import (
     projection_hook,
     residual_hook,
     run_to_residual,
+    scored_logits,
     separate_gradients,
-    unembed,
+    separate_inputs,
 )
 from circuits.models.propagation import PropagationRules
 from circuits.models.source_outputs import SourceOutputs, output_groups
@@ -59,6 +61,8 @@ class Gradients:
     # By hook point, the gradient at q, k and v [batch pos head d_head], and at what MLPs and logits
     # read and sources write [batch pos d_model]; heads of a layer write together
     at: Activations
+    # Whether gradients are kept at the separate inputs of heads [batch pos head d_model] instead
+    separate: bool
     # The largest entry of the gradient at the logits
     steepest: float
 
@@ -75,10 +79,12 @@ class Gradients:
         counts = [count for _, _, count in targets]
         split = into.split(counts)
         for (node, slot, _), rows in zip(targets, split, strict=True):
-            hook = read_hook(self.model, node, slot)
+            hook = read_hook(self.model, node, slot, self.separate)
             gradient = self.at.get(hook)
             if gradient is None:
                 rows.zero_()
+            elif self.separate and isinstance(node, Head):
+                rows.copy_(gradient.movedim(2, 0))
             elif isinstance(node, Head) and slot:
                 self._at_heads(node.layer, slot, gradient, rows)
             else:
@@ -150,6 +156,8 @@ class GradientPass:
     rules: PropagationRules
     # Also keep the gradients at what sources write
     at_outputs: bool
+    # Give heads separate inputs, for a model with changes
+    separate: bool = False
 
     def run(self, task: Task, tokens: Tokens, override: Override, slopes: OfLogits) -> PassResult:
         """Run `tokens`, and go back from the logits of the rows that `task` scores.
@@ -161,7 +169,8 @@ class GradientPass:
             slopes: from these logits, the gradient of the damage at them.
         """
         seen: dict[str, Tensor] = {}
-        with torch.enable_grad(), separate_gradients(self.model):
+        inputs = separate_inputs if self.separate else separate_gradients
+        with torch.enable_grad(), inputs(self.model):
             final, logits = self._forward(task, tokens, override, seen)
             found = logits.detach()
             gradients = self._gradients(slopes(found), seen, final, logits)
@@ -186,7 +195,7 @@ class GradientPass:
         hooks += self._keeping_hooks(seen)
         with hooked(model, self.rules.hooks(model)):
             final = run_to_residual(model, tokens, task.mask, hooks)
-            logits = unembed(model, final[task.scored])
+            logits = scored_logits(model, final, task.scored)
         check_finite(logits, model)
         return final, logits
 
@@ -209,7 +218,8 @@ class GradientPass:
         # Nothing flows back past an activation that was overridden.
         reached = {name: gradient for name, gradient in pairs if gradient is not None}
         steepest = float(slopes.abs().max())
-        return Gradients(self.model, self.rules, self._norms(seen), reached, steepest)
+        norms = () if self.separate else self._norms(seen)
+        return Gradients(self.model, self.rules, norms, reached, self.separate, steepest)
 
     def _norms(self, seen: Activations) -> Norms:
         weights = ModelWeights(self.model)
@@ -228,7 +238,8 @@ class GradientPass:
     def _hooks_with_gradient(self) -> list[str]:
         """Where gradients are kept; what the logits read comes last."""
         written = map(written_hook, self.nodes) if self.at_outputs else ()
-        read = [read_hook(self.model, node, slot) for node, slot, _ in self.targets]
+        model, separate = self.model, self.separate
+        read = [read_hook(model, node, slot, separate) for node, slot, _ in self.targets]
         return list(dict.fromkeys([*written, *read]))
 
     def _keeping_hooks(self, seen: dict[str, Tensor]) -> list[tuple[str, Hook]]:
@@ -237,15 +248,15 @@ class GradientPass:
         names += self._residual_hooks + self._hooks_with_gradient[:-1]
         copies = dict.fromkeys(names, 1)
         for node, slot, _ in self.targets:
-            if isinstance(node, Head) and slot:
+            if isinstance(node, Head) and slot and not self.separate:
                 name = projection_hook(node.layer, slot)
                 copies[name] = copies_per_head(self.model, slot)
         return [(name, _keep(seen, name, number)) for name, number in copies.items()]
 
 
-def read_hook(model: Model, node: Node, slot: str | None) -> str:
-    """Where the gradient at what a target reads is kept: for heads at their q, k or v."""
-    if isinstance(node, Head) and slot:
+def read_hook(model: Model, node: Node, slot: str | None, separate: bool) -> str:
+    """Where the gradient at what a target reads is kept: for heads mostly at their q, k or v."""
+    if isinstance(node, Head) and slot and not separate:
         return projection_hook(node.layer, slot)
     return input_hook(model, node, slot)
 

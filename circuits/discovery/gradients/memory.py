@@ -9,14 +9,24 @@ from circuits.models import Model
 from circuits.tasks.task import Task
 
 
-def needed(products: EdgeProducts, task: Task, points: int) -> tuple[int, int]:
-    """Bytes that a batch needs at most: a fixed number, and a number for each prompt."""
+def needed(
+    products: EdgeProducts, task: Task, points: int, separate: bool = False
+) -> tuple[int, int]:
+    """Bytes that a batch needs at most: a fixed number, and a number for each prompt.
+
+    Args:
+        separate: whether heads have separate inputs.
+    """
     # The bound is generous, since what autograd keeps of a layer depends on the model's code.
     cfg = products.model.cfg
     pos = task.clean.shape[1]
     scored = len(task.row_prompt)
     logits = 10 * cfg.d_vocab_out * scored / len(task)
-    per_prompt = pos * _numbers_per_token(products, pos, points) + logits
+    per_token = _numbers_per_token(products, pos, points)
+    if separate:
+        # q, k and v inputs of every head, their gradients, and what autograd keeps of their norms.
+        per_token += (points + 6) * 3 * cfg.n_layers * cfg.n_heads * cfg.d_model
+    per_prompt = pos * per_token + logits
     dense = prod(products.layout.shape)
     if products.details:
         per_prompt += 2 * dense

@@ -31,9 +31,18 @@ from jaxtyping import Int
 from torch import Tensor
 
 from circuits.graph.graph import Graph
-from circuits.models import Model, frozen
+from circuits.graph.nodes import Node
+from circuits.models import Model, after_embedding, changes, frozen, named, unembed
+from circuits.models.component_graph import component_nodes
 from circuits.models.functional import Multiply, multiply
-from circuits.models.source_outputs import TOLERANCE, embedding_outputs, source_outputs
+from circuits.models.source_outputs import (
+    CHECKED_PROMPTS,
+    TOLERANCE,
+    check_honoured,
+    embedding_outputs,
+    relative_gap,
+    run_and_record,
+)
 from circuits.running.ablation import Ablation, Counterfactuals
 from circuits.running.edge_layout import check_runnable
 from circuits.running.incremental.base_state import BaseRun, EdgeMask, Outputs, Variants
@@ -50,8 +59,9 @@ from circuits.system.memory import memory_budget, shrinking
 from circuits.tasks.metrics import check_finite
 from circuits.tasks.task import Task
 
-CHECKED_PROMPTS = 8
+CHECKED_ROWS = 8
 
+Nodes = tuple[Node, ...]
 Prompts = Int[Tensor, "batch pos"]
 
 
@@ -95,6 +105,7 @@ class IncrementalExecutor:
         window = _window(model, task, ablation)
         product = background.product_of_values
         with frozen(model), torch.no_grad():
+            _check_changes(model, component_nodes(model, graph.splits_embedding), task)
             task_model = TaskModel.of(model, graph, task, window)
             whole = _run_clean_prompts(task_model, product)
             replacing = _counterfactuals(task_model, ablation, whole, product)
@@ -215,6 +226,24 @@ class IncrementalExecutor:
         return base.plans[key]
 
 
+def _check_changes(model: Model, nodes: Nodes, task: Task) -> None:
+    """Refuse a model that computes something else than its weights say."""
+    found = changes(model)
+    if beyond := after_embedding(found):
+        # A residual stream that is no sum of its nodes is refused by every executor.
+        few = task[:CHECKED_PROMPTS]
+        run_and_record(model, nodes, few.clean, few.mask)
+        raise UnsupportedError(f"{named(beyond)}, so outputs differ from what its weights say")
+    if found:
+        # The model's own modules embed tokens, but where tokens do not differ nothing may change.
+        prompts = task.clean, task.corrupted
+        check_honoured(model, nodes, prompts, task.mask, task.scored)
+        clean, corrupted = (embedding_outputs(model, nodes, each, task.mask) for each in prompts)
+        same = task.clean == task.corrupted
+        if not torch.equal(clean[:, same], corrupted[:, same]):
+            raise UnsupportedError(f"{named(found)}, which mixes tokens, so outputs differ")
+
+
 def _window(model: Model, task: Task, ablation: Ablation) -> Window:
     causal = model.cfg.attention_dir == "causal"
     resample = ablation.name == "resample"
@@ -257,18 +286,23 @@ def _embedded(task_model: TaskModel, prompts: Prompts, tokens: TokenSet) -> Outp
 
 
 def _check_outputs(task_model: TaskModel, found: Outputs) -> None:
-    """Refuse a model whose own outputs on a few prompts differ from those of a clean run."""
-    few = task_model.task[:CHECKED_PROMPTS]
+    """Refuse a model whose own outputs and logits on a few prompts differ from a clean run's."""
+    model, few = task_model.model, task_model.task[:CHECKED_PROMPTS]
     tokens = task_model.window.everywhere
     here = tokens.prompts < len(few)
-    outputs = source_outputs(task_model.model, task_model.layout.nodes, few.clean, few.mask)
-    expected = outputs[:, tokens.prompts[here], tokens.positions[here]]
-    largest = (found[:, here] - expected).abs().max()
-    size = expected.abs().max()
-    gap = float(largest / size.clamp(min=1e-30))
+    written, residual = run_and_record(model, task_model.layout.nodes, few.clean, few.mask)
+    expected = written.outputs()[:, tokens.prompts[here], tokens.positions[here]]
+    gap = relative_gap(found[:, here], expected)
+    # A few rows are enough for the last step, which does the same to each of them.
+    stream = residual[few.scored][:CHECKED_ROWS]
+    last_gap = relative_gap(task_model.unembedding(stream, multiply), unembed(model, stream))
     if gap > TOLERANCE[expected.dtype]:
         raise UnsupportedError(
             f"its components compute something that is not known (outputs differ by {gap:.1%})"
+        )
+    if last_gap > TOLERANCE[expected.dtype]:
+        raise UnsupportedError(
+            f"its last norm or unembedding is not known (outputs differ by {last_gap:.1%})"
         )
 
 

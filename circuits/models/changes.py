@@ -1,0 +1,205 @@
+"""What a user has changed on a model: hooks, replaced modules and methods, compiled code.
+
+`changes` lists it. The reference executor and gradients run the model itself, and so honour it.
+What computes from weights, as the incremental executor and attribution graphs do, needs a model
+without changes. `check_model` refuses what nothing here can honour.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.nn.modules import module as every_module
+from transformer_lens import components
+from transformer_lens.hook_points import HookPoint
+
+from circuits.models.loading import Model
+from circuits.system.errors import InputError
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where torch keeps the hooks of a module; with `_global` before it, those of all modules."""
+
+# Here TransformerLens copies what nodes read or write, if flags say so. Edges are ablated here,
+# with flags of our own, so a user's hook would act in some runs and not in others.
+FLAGGED_POINTS = (
+    "hook_q_input", "hook_k_input", "hook_v_input", "hook_attn_in", "hook_mlp_in",
+    "attn.hook_result",
+)  # fmt: skip
+NORM_TYPES: dict[str, type[nn.Module]] = {
+    "LN": components.LayerNorm,
+    "LNPre": components.LayerNormPre,
+    "RMS": components.RMSNorm,
+    "RMSPre": components.RMSNormPre,
+}
+# What attention scores of later tokens are set to; up to this, softmax gives them nothing.
+LARGEST_MASKED = -1e4
+EMBEDDING = ("embed", "hook_embed", "pos_embed", "hook_pos_embed")
+# Under these names wrappers keep the model.
+INSIDE = ("_orig_mod", "module", "base_model", "model")
+WHOLE = "the model itself"
+
+Changes = dict[str, str]
+"""What is changed, by the name of the module."""
+
+_LOCKS: WeakKeyDictionary[Model, Any] = WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
+
+
+class Own:
+    """Marks what this package itself puts on a model while it runs."""
+
+
+def turn(model: Model) -> AbstractContextManager[object]:
+    """Wait until no other thread of this package runs the model, and keep the others waiting.
+
+    While a model runs, hooks and flags are on it that other runs must not see. A thread may take
+    its turn again inside its turn.
+    """
+    with _LOCKS_LOCK:
+        lock: AbstractContextManager[object] = _LOCKS.setdefault(model, threading.RLock())
+        return lock
+
+
+def changes(model: Model) -> Changes:
+    """Describe what a model has that TransformerLens does not build from its settings."""
+    with turn(model):
+        found = {}
+        if any(_hooks(every_module, "_global")):
+            found["all modules of torch"] = "a hook"
+        expected = _expected_types(model)
+        for name, module in model.named_modules():
+            generic = re.sub(r"^blocks\.\d+", "block", name)
+            if type(module) is not expected.get(generic, type(module)):
+                found[name] = f"a {type(module).__name__}"
+            elif change := _change_of(module):
+                found[name or WHOLE] = change
+        return found
+
+
+def named(found: Changes) -> str:
+    """The first changes, for a message."""
+    texts = [f"{change} at {name}" for name, change in found.items()]
+    more = f" and {len(texts) - 2} more changes" if len(texts) > 2 else ""
+    return f"it has {' and '.join(texts[:2])}{more}"
+
+
+def after_embedding(found: Changes) -> Changes:
+    """The changes that are not of the embeddings alone."""
+    return {name: change for name, change in found.items() if name not in EMBEDDING}
+
+
+def is_changed(module: nn.Module, expected: type) -> bool:
+    """Whether a module is of another type than expected, or has been changed inside."""
+    return type(module) is not expected or any(map(_change_of, module.modules()))
+
+
+def last_step_changed(model: Model) -> bool:
+    """Whether the final norm or the unembedding has been changed."""
+    if is_changed(model.unembed, components.Unembed):
+        return True
+    has_norm = model.cfg.normalization_type is not None
+    return has_norm and is_changed(model.ln_final, _final_norm_type(model))
+
+
+def check_model(model: object) -> None:
+    """Refuse what is no HookedTransformer, or one that cannot be run as it is.
+
+    Raises:
+        InputError: it is of another class; it is compiled; hooks are where edges are ablated or on
+            the model itself; or its settings do not say where and in which type its weights are.
+    """
+    if not isinstance(model, Model):
+        inside = [name for name in INSIDE if isinstance(getattr(model, name, None), Model)]
+        remedy = f"hand over its .{inside[0]}" if inside else "load it with circuits.load_model"
+        raise InputError(f"expected a HookedTransformer, got {type(model).__name__}; {remedy}.")
+    with turn(model):
+        problems = [*_unusable_parts(model), *_unusable_weights(model)]
+    if problems:
+        raise InputError(f"{model.cfg.model_name} cannot be run as it is: {problems[0]}.")
+
+
+def check_differentiable(model: Model) -> None:
+    """Refuse weights that no gradient can pass."""
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise InputError(
+            f"the weights of {model.cfg.model_name} were made inside torch.inference_mode(), so no "
+            "gradient passes them; load the model outside of it."
+        )
+
+
+def _unusable_parts(model: Model) -> Iterator[str]:
+    own_forward = "forward" in vars(model) or type(model).forward is not Model.forward
+    after = [name for name in HOOKS if name != "_forward_pre_hooks"]
+    if own_forward or any(_hooks(model, names=after)):
+        what = "another forward method" if own_forward else "a hook"
+        yield (
+            f"it has {what} at {WHOLE}, and only scored tokens are run to the logits; put a hook "
+            "at unembed.hook_out instead, or remove it"
+        )
+    for name, module in model.named_modules():
+        where = name or WHOLE
+        if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
+            yield f"{where} is compiled, and hooks do not reach into it; use it uncompiled"
+        if isinstance(module, HookPoint) and name.endswith(FLAGGED_POINTS) and any(_hooks(module)):
+            yield f"it has a hook at {name}, where edges are ablated; remove it with reset_hooks()"
+
+
+def _unusable_weights(model: Model) -> Iterator[str]:
+    cfg = model.cfg
+    expected = torch.device(cfg.device or "cpu")
+    if expected.type == "cuda" and expected.index is None:
+        expected = torch.device("cuda", torch.cuda.current_device())
+    for name, parameter in model.named_parameters():
+        device, dtype = parameter.device, parameter.dtype
+        if device.type == "meta":
+            yield f"{name} is on the meta device, without values; load the weights"
+        elif device != expected and cfg.n_devices == 1:
+            yield f"{name} is on {device} and cfg.device is {cfg.device}; use model.to('{device}')"
+        elif dtype != cfg.dtype and dtype.is_floating_point:
+            yield f"{name} is in {dtype} and cfg.dtype is {cfg.dtype}; use model.to({cfg.dtype})"
+
+
+def _hooks(owner: Any, prefix: str = "", names: Iterable[str] = HOOKS) -> Iterator[object]:
+    """The hooks of a module, or of all modules, that are not our own."""
+    for name in names:
+        registered = getattr(owner, prefix + name)
+        yield from (hook for hook in registered.values() if not isinstance(hook, Own))
+
+
+def _change_of(module: nn.Module) -> str | None:
+    """A hook on a module, a method in place of its class's, or attention that masks nothing."""
+    if any(_hooks(module)):
+        return "a hook"
+    for name, value in vars(module).items():
+        if callable(getattr(type(module), name, None)) and not isinstance(value, Own):
+            return f"another {name} method"
+    masked = module._buffers.get("IGNORE")
+    if masked is not None and masked > LARGEST_MASKED:
+        return f"IGNORE={float(masked):g}"
+    return None
+
+
+def _final_norm_type(model: Model) -> type[nn.Module]:
+    kind = str(model.cfg.normalization_type)
+    return NORM_TYPES[kind.replace("LN", "RMS") if model.cfg.final_rms else kind]
+
+
+def _expected_types(model: Model) -> dict[str, type[nn.Module]]:
+    """The class of every module that TransformerLens builds; `block` stands for every layer."""
+    cfg = model.cfg
+    # On this device modules take no memory and no random numbers.
+    with torch.device("meta"):
+        block = components.TransformerBlock(cfg, 0)
+    expected = {"embed": components.Embed, "unembed": components.Unembed}
+    for name, module in block.named_modules(prefix="block"):
+        expected[name] = type(module)
+    if cfg.normalization_type is not None:
+        expected["ln_final"] = _final_norm_type(model)
+    return expected

@@ -1,0 +1,208 @@
+"""Models that a user has changed: hooks, replaced modules and methods, and settings set by hand.
+
+Each function changes the model that it is given in place.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+Change = Callable[[Any], object]
+
+
+class Halved(nn.Module):
+    def forward(self, x):
+        return x * 0.5
+
+
+class LowRank(nn.Module):
+    """A layer with an adapter beside it, and no weights under the names that it had."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        d_model, _ = base.W_U.shape
+        generator = torch.Generator().manual_seed(0)
+        down = torch.randn(d_model, 2, generator=generator, dtype=base.W_U.dtype)
+        self.down, self.up = nn.Parameter(down), nn.Parameter(base.W_U[:2].clone())
+
+    def forward(self, x):
+        return self.base(x) + x @ self.down @ self.up
+
+
+def hook(point: str, function, direction: str = "fwd") -> Change:
+    return lambda model: model.add_hook(point, lambda x, hook: function(x), dir=direction)
+
+
+def at_position(position: int, function):
+    def change(x):
+        x = x.clone()
+        x[:, position] = function(x[:, position])
+        return x
+
+    return change
+
+
+def without_head(z):
+    z[:, :, 1] = 0
+    return z
+
+
+def forward_of(name: str, function) -> Change:
+    def change(model):
+        module = model.get_submodule(name)
+        forward = module.forward
+        module.forward = lambda *args, **kwargs: function(forward(*args, **kwargs))
+
+    return change
+
+
+def module_at(name: str, make) -> Change:
+    def change(model):
+        parent, _, child = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        setattr(owner, child, make(getattr(owner, child)))
+
+    return change
+
+
+def torch_hook(name: str, function, kind: str = "forward_hook") -> Change:
+    return lambda model: getattr(model.get_submodule(name), f"register_{kind}")(function)
+
+
+def as_linear(unembed: nn.Module) -> nn.Linear:
+    linear = nn.Linear(*unembed.W_U.shape, dtype=unembed.W_U.dtype)
+    linear.weight.data, linear.bias.data = unembed.W_U.data.T * 0.5, unembed.b_U.data
+    return linear
+
+
+def set_value(path: str, value) -> Change:
+    owner, _, name = path.rpartition(".")
+
+    def change(model):
+        part = model
+        for each in filter(None, owner.split(".")):
+            part = getattr(part, each)
+        setattr(part, name, value)
+
+    return change
+
+
+def with_other_scores(model):
+    attention = model.blocks[1].attn
+    plain = attention.calculate_attention_scores
+    attention.calculate_attention_scores = lambda q, k: plain(q, k) * 0.5
+
+
+def with_low_mask(model):
+    model.blocks[1].attn.IGNORE.fill_(-2.0)
+
+
+# What the model computes by nodes, whatever it is, so that circuits of it exist.
+HONOURED: dict[str, Change] = {
+    "a hook on the last norm": hook("ln_final.hook_normalized", lambda x: x * 0.5),
+    "a hook on logits at the last position": hook(
+        "unembed.hook_out", at_position(-1, lambda x: x * 2)
+    ),
+    "a hook on logits at another position": hook(
+        "unembed.hook_out", at_position(0, lambda x: x * 2)
+    ),
+    "a hook of torch on the last norm": torch_hook("ln_final", lambda m, args, out: out * 0.7),
+    "a hook of torch before the unembedding": torch_hook(
+        "unembed", lambda m, args: (args[0] * 0.7,), "forward_pre_hook"
+    ),
+    "a hook of torch that writes in place": torch_hook(
+        "blocks.1.ln1", lambda m, args, out: out.mul_(0.5)
+    ),
+    "a hook of torch that looks at gradients": torch_hook(
+        "blocks.1.mlp", lambda *_: None, "full_backward_hook"
+    ),
+    "a hook on a norm's scale": hook("blocks.1.ln1.hook_scale", lambda x: x * 0.5),
+    "a hook on a norm's output": hook("blocks.1.ln1.hook_normalized", lambda x: x * 0.5),
+    "a head ablated in place": hook("blocks.1.attn.hook_z", without_head),
+    "a hook that depends on the data": hook("blocks.0.hook_mlp_out", lambda x: x * x.sigmoid()),
+    "a hook on embeddings": hook("hook_embed", at_position(2, lambda x: x * 1.3)),
+    "a hook on the first layer's input": hook(
+        "blocks.0.hook_resid_pre", at_position(2, lambda x: x * 1.3)
+    ),
+    "a hook on a pattern": hook("blocks.1.attn.hook_pattern", lambda x: x * 0.5),
+    "a hook on keys": hook("blocks.1.attn.hook_k", lambda x: x * 0.5),
+    "a hook that returns nothing": hook("blocks.1.hook_attn_out", lambda x: None),
+    "another forward of the unembedding": forward_of("unembed", lambda x: x * 0.5),
+    "another forward of an MLP": forward_of("blocks.1.mlp", lambda x: x * 0.5),
+    "another method of attention": with_other_scores,
+    "an adapter beside the unembedding": module_at("unembed", LowRank),
+    "a linear layer as unembedding": module_at("unembed", as_linear),
+    "no last norm": module_at("ln_final", lambda norm: nn.Identity()),
+    "no norm before attention": module_at("blocks.1.ln1", lambda norm: nn.Identity()),
+    "a module after a norm": module_at("blocks.1.ln2", lambda norm: nn.Sequential(norm, Halved())),
+    "a copy of a module": module_at("blocks.1.mlp", copy.deepcopy),
+    "a parametrized unembedding": lambda model: parametrize.register_parametrization(
+        model.unembed, "W_U", Halved()
+    ),
+    "a parametrized norm": lambda model: parametrize.register_parametrization(
+        model.blocks[1].ln1, "w", Halved()
+    ),
+    "weight norm": lambda model: parametrizations.weight_norm(model.blocks[1].mlp, "W_in"),
+    "logits that are capped": set_value("cfg.output_logits_soft_cap", 2.0),
+    "scores that are capped": set_value("cfg.attn_scores_soft_cap", 1.0),
+    "another epsilon in the settings": set_value("cfg.eps", 1.0),
+    "another epsilon in the last norm": set_value("ln_final.eps", 1.0),
+    "another epsilon in a norm": set_value("blocks.1.ln1.eps", 1.0),
+    "another scale of attention": set_value("blocks.1.attn.attn_scale", 1.0),
+    "another activation": set_value("blocks.1.mlp.act_fn", torch.relu),
+    "another activation in the settings": set_value("cfg.act_fn", "gelu_new"),
+    "attention that sees later tokens": with_low_mask,
+}
+
+# What acts in some runs and not in others, or leaves no sum of nodes, and what is said then.
+REFUSED: dict[str, tuple[Change, str]] = {
+    "a hook of torch on the model": (torch_hook("", lambda m, args, out: out * 0.5), "unembed"),
+    "another forward of the model": (forward_of("", lambda x: x * 0.5), "another forward"),
+    "a steering vector": (
+        hook("blocks.1.hook_resid_pre", lambda x: x + 1 + torch.arange(x.shape[-1])),
+        "do not sum .* hook at blocks.1.hook_resid_pre",
+    ),
+    "a steering vector at one position": (
+        hook("blocks.1.hook_resid_pre", at_position(1, lambda x: x * 3)),
+        "do not sum .* hook at blocks.1.hook_resid_pre",
+    ),
+    "a hook between attention and MLP": (
+        hook("blocks.0.hook_resid_mid", at_position(1, lambda x: x * 3)),
+        "do not sum",
+    ),
+    "a hook on the last residual stream": (
+        hook("blocks.1.hook_resid_post", at_position(1, lambda x: x * 3)),
+        "do not sum",
+    ),
+    "a hook on what attention writes": (
+        hook("blocks.1.hook_attn_out", lambda x: x * 0.5),
+        "do not sum",
+    ),
+    "a hook that counts axes": (
+        hook("blocks.1.ln1.hook_normalized", lambda x: x.index_fill(2, torch.tensor([1]), 0)),
+        r"computes other logits .*ln1\.hook_normalized",
+    ),
+    "a hook that depends on the batch": (
+        hook("ln_final.hook_normalized", lambda x: x * torch.arange(len(x))[:, None, None]),
+        "computes other logits",
+    ),
+    "a hook where edges are ablated": (
+        lambda model: (
+            set_value("cfg.use_split_qkv_input", True)(model),
+            hook("blocks.1.hook_q_input", lambda x: x * 0.5)(model),
+        ),
+        "where edges are ablated",
+    ),
+    "a compiled model": (lambda model: model.compile(backend="eager"), "is compiled"),
+    "a compiled layer": (
+        module_at("blocks.1", lambda block: torch.compile(block, backend="eager")),
+        "blocks.1 is compiled",
+    ),
+    "half of the weights in another type": (lambda model: model.blocks[0].half(), "float16"),
+    "weights on no device": (lambda model: nn.Module.to(model, "meta"), "meta device"),
+}
