@@ -9,7 +9,7 @@ from architectures import random_model, random_task
 from meters import damage_meter
 
 import circuits
-from circuits.cli.methods import options_of
+from circuits.cli.parsing.methods import options_of
 from circuits.discovery.search.edge_order import edge_groups, edge_order
 
 # Batch sizes change the last bits.

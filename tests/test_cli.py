@@ -13,6 +13,8 @@ import pytest
 import circuits
 from circuits.cli.console import frame_table, terminal
 from circuits.cli.main import main
+from circuits.cli.parsing.method_source import UnreadableError, described_in, shipped_methods
+from circuits.cli.parsing.methods import describe, describe_method
 
 METHOD_OF_ONES_OWN = '''
 from dataclasses import dataclass
@@ -48,16 +50,83 @@ def run_here(capsys, *words: str) -> tuple[int, str, str]:
     return status, output, errors
 
 
-def test_help_answers_without_importing_torch():
-    script = (
-        "import sys; from circuits.cli.main import main; main(['--help']); "
-        "assert 'torch' not in sys.modules"
-    )
-    output = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    ).stdout
-    for name in ("discover", "evaluate", "compare", "list", "examples:"):
-        assert name in output
+HELP_AND_MISTAKES = """
+import contextlib, io, sys
+from circuits.cli.main import main
+
+def said(*words):
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        try:
+            status = main(words)
+        except SystemExit as stopped:
+            status = stopped.code
+    heavy = {"torch", "transformers", "transformer_lens", "pandas", "plotly"} & set(sys.modules)
+    assert not heavy, (words, heavy)
+    return status, " ".join(text.getvalue().split())
+
+for command in ("discover", "evaluate", "compare", "graph", "view", "list"):
+    assert said(command, "--help")[0] == 0
+for words in MISTAKES:
+    status, text = said(*words[:-1])
+    assert status == 2 and words[-1] in text, (words, status, text)
+    assert text.startswith("circuits: ") and len(text) <= 500, text
+FILE = ["--method", sys.argv[1]]
+assert "--sign {late,early}" in said("discover", *FILE, "--help")[1]
+assert "did you mean 'late'" in said("discover", *FILE, "--sign", "lat")[1]
+"""
+
+
+def test_help_and_mistakes_in_options_are_answered_without_importing_torch(tmp_path):
+    eap = ("discover", "--method", "eap")
+    mistakes = [
+        ("discver", "there is no command 'discver'; did you mean 'discover'?"),
+        ("discover", "--threshold FLOAT"),
+        ("discover", "--threshold", "x", "--threshold: could not convert string to float: 'x'"),
+        ("discover", "--method", "ACDCC", "there is no method 'ACDCC'; did you mean 'acdc'?"),
+        ("discover", "--method", "missing.py", "there is no Python file missing.py"),
+        (*eap, "--gradient-a", "both", "Perhaps you meant: --gradient-at"),
+        (*eap, "--gradient-at", "bot", "did you mean 'both'?"),
+        (*eap, "--ablation", "zeros", "did you mean 'zero'?"),
+        (*eap, "--metric", "kll", "there is no metric 'kll'; did you mean 'kl'?"),
+        (*eap, "--task", "IOI", "there is no task 'IOI'; did you mean 'ioi'?"),
+        (*eap, "--size", "x", "parsing --size"),
+        (*eap, "--n", "9" * 5000 + "x", "parsing --n"),
+        ("evaluate", "circuits evaluate: PATH"),
+        ("evaluate", "x", "--metrics", "kl,acuracy", "did you mean 'accuracy'?"),
+        ("compare", "--methods", "acdc,eaap", "did you mean 'eap'?"),
+        ("compare", "--methods", "eap:metric=kll", "did you mean 'kl'?"),
+        ("compare", "--methods", "eap:steps=3", "eap has no setting 'steps'"),
+        ("compare", "--thresholds", "1,x", "'x' is no number"),
+        ("graph", "x", "--budgt", "3", "Perhaps you meant: --budget"),
+        ("view", "x", "--port", "http", "parsing --port"),
+    ]
+    file = tmp_path / "mine.py"
+    file.write_text(METHOD_OF_ONES_OWN)
+    script = HELP_AND_MISTAKES.replace("MISTAKES", repr(mistakes))
+    words = [sys.executable, "-c", script, str(file)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_is_read_of_a_methods_source_is_what_importing_it_gives():
+    methods = circuits.discoverers()
+    ours = [name for name in methods if methods[name].__module__.startswith("circuits.")]
+    assert list(shipped_methods()) == ours
+    for name in ours:
+        assert describe_method(name) == describe(methods[name])
+    script = "from circuits.cli.parsing.method_source import metric_names; print(*metric_names())"
+    names = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout
+    assert names.split() == list(circuits.METRICS)
+
+
+def test_a_method_whose_source_does_not_say_its_options_is_imported(tmp_path):
+    file = tmp_path / "computed.py"
+    own = METHOD_OF_ONES_OWN.replace("layer-depth", "computed-default")
+    file.write_text(own.replace("scale: float = 1.0", "scale: float = float('2')"))
+    with pytest.raises(UnreadableError):
+        described_in(file)
+    assert describe_method(str(file)).options["scale"] == (float, 2.0)
 
 
 def test_only_the_command_itself_says_how_threads_wait_and_only_where_the_user_does_not(
@@ -493,7 +562,7 @@ def test_only_the_prompts_of_the_search_are_called_those_it_was_found_on(capsys,
         (["fly"], "there is no command 'fly'; there are discover"),
         (
             ["discover", "--method", "acdcd", "--threshold", "0.1"],
-            "there is no method 'acdcd'; there are acdc",
+            "there is no method 'acdcd'; did you mean 'acdc'? there are acdc",
         ),
         (["discover", "--method", "missing.py"], "there is no Python file missing.py"),
         (

@@ -1,6 +1,7 @@
 """`circuits graph`: a prompt's attribution graph in a folder, its page and its mistakes."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,8 @@ def test_a_graph_is_written_shown_and_found_again(capsys, tmp_path):
         "--neuronpedia",
     )
     status, output, errors = run_here(capsys, *words)
-    assert (status, errors) == (0, "")
+    # A slow machine says what it does.
+    assert status == 0 and re.fullmatch(r"(circuits: .* \.\.\.\n)*", errors)
     assert "replacement score: 0." in output and "f0." in output
     shown = " ".join(output.split())
     assert f"{PROMPT}' -> 'Austin': the 12 most influential of 146 active features" in shown

@@ -78,6 +78,138 @@ def test_a_checkpoint_that_transformer_lens_cannot_convert_is_one_clear_line(tmp
         circuits.load_model(tmp_path, device="cpu")
 
 
+CODE = """
+from pathlib import Path
+Path({trace!r}).write_text("ran")
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+class Config(LlamaConfig):
+    model_type = "own"
+class Model(LlamaForCausalLM):
+    config_class = Config
+class Tokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+CODE_OF_MODEL = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+CODE_OF_TOKENIZER = {"AutoTokenizer": ["own.Tokenizer", "own.Tokenizer"]}
+
+
+def change(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def llama_checkpoint(folder):
+    tokenizer = byte_pair_tokenizer(folder)
+    config = CHECKPOINTS["llama"](len(tokenizer))
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("part", ["model", "tokenizer", "own tokenizer", "both known"])
+def test_code_in_a_models_folder_never_runs_and_nobody_is_asked_to_run_it(
+    part, tmp_path, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "y")
+    waits = transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    folder, trace = tmp_path / "folder", tmp_path / "trace"
+    folder.mkdir()
+    if part == "own tokenizer":
+        circuits.save_model(circuits.load_model("toy-world", device="cpu"), folder)
+    else:
+        llama_checkpoint(folder)
+    (folder / "own.py").write_text(CODE.format(trace=str(trace)))
+    config, of_tokenizer = folder / "config.json", folder / "tokenizer_config.json"
+    if part == "model":
+        change(config, auto_map=CODE_OF_MODEL, model_type="own")
+    elif part == "both known":
+        change(config, auto_map=CODE_OF_MODEL)
+        change(of_tokenizer, auto_map=CODE_OF_TOKENIZER)
+    else:
+        change(of_tokenizer, auto_map=CODE_OF_TOKENIZER, tokenizer_class="Tokenizer")
+    try:
+        model = circuits.load_model(folder, device="cpu")
+    except circuits.InputError as error:
+        # A changed file of one's own may be refused for that.
+        assert part != "both known"
+        assert part == "own tokenizer" or "code of models is never run" in str(error)
+    else:
+        assert part in ("own tokenizer", "both known")
+        assert model.tokenizer.bos_token
+    assert not trace.exists() and not asked
+    assert transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE == waits > 0
+
+
+def test_a_kernel_on_the_hub_that_a_checkpoint_names_is_not_loaded(tmp_path):
+    llama_checkpoint(tmp_path)
+    change(tmp_path / "config.json", _attn_implementation="kernels-community/flash-attn")
+    assert circuits.load_model(tmp_path, device="cpu").cfg.n_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "told"),
+    [
+        (
+            transformers.T5Config(
+                num_layers=1, num_heads=2, d_model=16, d_kv=8, d_ff=16, vocab_size=40
+            ),
+            transformers.T5ForConditionalGeneration,
+            "is an encoder-decoder model; circuits are found in decoder-only language models",
+        ),
+        (
+            transformers.BertConfig(vocab_size=40, **SMALL),
+            transformers.BertForMaskedLM,
+            "is an encoder .a masked language model.; circuits are found in decoder-only",
+        ),
+    ],
+    ids=["T5", "BERT"],
+)
+@pytest.mark.parametrize("by", ["folder", "name"])
+def test_encoders_are_refused_as_what_they_are(by, config, kind, told, tmp_path, monkeypatch):
+    kind(config).save_pretrained(tmp_path)
+    byte_pair_tokenizer(tmp_path)
+    where = tmp_path
+    if by == "name":
+        where = {"t5": "t5-small", "bert": "bert-base-cased"}[config.model_type]
+        saved = transformers.AutoConfig.from_pretrained(tmp_path)
+        monkeypatch.setattr(
+            "transformer_lens.loading_from_pretrained.AutoConfig.from_pretrained",
+            lambda *_, **__: saved,
+        )
+    with pytest.raises(circuits.InputError, match=told):
+        circuits.load_model(where, device="cpu")
+
+
+def _halve(file):
+    file.write_bytes(file.read_bytes()[:2000])
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda folder: _halve(folder / "model.safetensors"), "SafetensorError"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
+        (lambda folder: (folder / "tokenizer_config.json").write_text("[1"), "JSONDecodeError"),
+        (lambda folder: change(folder / "config.json", num_attention_heads=0), "ZeroDivisionError"),
+        (lambda folder: change(folder / "config.json", architectures=None), "TransformerLens"),
+        (
+            lambda folder: change(
+                folder / "config.json",
+                quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True},
+            ),
+            "bitsandbytes",
+        ),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_read_is_one_line_with_the_reason(damage, told, tmp_path):
+    llama_checkpoint(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(circuits.InputError, match=told) as refused:
+        circuits.load_model(tmp_path, device="cpu")
+    text = str(refused.value)
+    assert str(tmp_path) in text and "; give a complete folder" in text
+    assert "\n" not in text and len(text) <= 500
+
+
 def test_a_model_saved_and_loaded_is_the_same(tmp_path):
     model = random_model("llama")
     circuits.save_model(model, tmp_path)

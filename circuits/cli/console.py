@@ -1,53 +1,21 @@
-"""Output of commands: progress bars, tables, JSON."""
+"""Output of commands: tables, JSON."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, ProgressColumn
-from rich.progress import Task as ProgressTask
 from rich.table import Table
-from rich.text import Text
 
-from circuits.discovery.discoverer import Progress as Callback
 from circuits.graph.circuit import Circuit
 from circuits.runs.circuit_run import CircuitRun
 from circuits.runs.graph_run import GraphRun
-from circuits.system.ranks import is_first
 
 MOST_EDGES_SHOWN = 15
-
-
-@contextlib.contextmanager
-def progress_bar(description: str, *, quiet: bool = False) -> Iterator[Callback | None]:
-    """Show a progress bar with rate and remaining time, if standard error is a terminal.
-
-    Yields the function that updates the bar; None if there is none.
-    """
-    if quiet or not is_first() or not sys.stderr.isatty():
-        yield None
-        return
-    columns = Progress.get_default_columns()
-    columns += (MofNCompleteColumn(), _RateColumn())
-    console = Console(stderr=True)
-    bar = Progress(*columns, console=console, transient=True)
-    with bar:
-        # The method tells the total with every update.
-        row = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(row, completed=done, total=total)
-
-
-class _RateColumn(ProgressColumn):
-    # rich's own column shows a speed only while the total is unknown.
-    def render(self, task: ProgressTask) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:.1f}/s" if speed else "", style="progress.data.speed")
 
 
 def terminal() -> Console:

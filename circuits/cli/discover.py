@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
-import tyro
-
-from circuits.cli.console import edge_table, print_run, progress_bar, terminal
+from circuits.cli.console import edge_table, print_run, terminal
 from circuits.cli.evaluate import show_evaluation, size_needed
-from circuits.cli.methods import find_method, options_of
-from circuits.cli.options import TaskOptions, Unprefixed
-from circuits.discovery.discoverer import CircuitDiscoverer
+from circuits.cli.inputs import model_of, notes_of, task_of
+from circuits.cli.parsing.methods import find_method
+from circuits.cli.parsing.options import DiscoverOptions
+from circuits.cli.progress import phase, progress_bar
 from circuits.graph.graph import Graph
 from circuits.models import Model
 from circuits.models.component_graph import component_graph
@@ -22,42 +17,12 @@ from circuits.runs.circuit_run import CircuitRun, evaluate_run, run
 from circuits.system.ranks import is_first
 
 
-@dataclass(frozen=True)
-class DiscoverOptions(TaskOptions):
-    """Find a circuit on prompts of the train split, and evaluate it on held-out prompts.
-
-    $ circuits discover --method acdc --threshold 0.01 --task ioi
-    $ circuits discover --method eap-ig --steps 10 --task greater_than --size 50
-    $ circuits discover --method eap --data prompts.jsonl --model gpt2 --size 200
-    $ torchrun --nproc-per-node=4 -m -- circuits discover --method acdc --threshold 0.01 --n 64
-
-    The last one shares the work among four devices. Without `--`, torchrun would take `--n` for
-    one of its own options.
-    """
-
-    method: str = "acdc"
-    """A method's name (`circuits list` shows them), or a Python file that defines one.
-    The last options are the method's own."""
-    n: int = 64
-    """Number of prompts to discover on."""
-    n_eval: int = 64
-    """Number of held-out prompts to evaluate on."""
-    size: int | None = None
-    """Number of highest-scored edges to evaluate, for methods that only score."""
-    split_embed: bool = False
-    """Make token and position embedding two nodes."""
-    positions: str | None = None
-    """Split edges by span (names separated by commas, such as IO,S1,S1+1,S2,END), or by position
-    (the number of positions)."""
-    out: Path = Path("runs")
-    """The folder of all runs. A run that is already there is not computed again."""
-
-
-def discover(words: Sequence[str]) -> None:
+def command(options: DiscoverOptions, settings: dict[str, Any]) -> None:
     """Find a circuit into a run folder, and evaluate it on held-out prompts."""
-    options, discoverer = _parse(words)
-    model = options.load_model()
-    task = options.load_task(model, options.n, "train")
+    kind = find_method(options.method)
+    discoverer = kind(**settings)
+    model = model_of(options)
+    task = task_of(options, model, options.n, "train")
     with progress_bar(f"{discoverer.name} on {task.name}", quiet=options.json) as progress:
         found = run(
             discoverer,
@@ -66,7 +31,7 @@ def discover(words: Sequence[str]) -> None:
             out=options.out,
             graph=_graph(model, options),
             progress=progress,
-            notes=options.notes(),
+            notes=notes_of(options),
         )
     # All ranks search, and the first evaluates.
     if not is_first():
@@ -75,27 +40,11 @@ def discover(words: Sequence[str]) -> None:
         _show_scores(found, options)
         return
     # Users' own prompts have no splits.
-    held_out = task if options.data else options.load_task(model, options.n_eval, "test")
+    held_out = task if options.data else task_of(options, model, options.n_eval, "test")
     ablation = getattr(discoverer, "ablation", "resample")
-    evaluation = evaluate_run(found, model, held_out, size=options.size, ablation=ablation)
+    with phase(f"evaluating on {len(held_out)} prompts", quiet=options.json):
+        evaluation = evaluate_run(found, model, held_out, size=options.size, ablation=ablation)
     show_evaluation(found, evaluation, options)
-
-
-def _parse(words: Sequence[str]) -> tuple[DiscoverOptions, CircuitDiscoverer]:
-    program = "circuits discover"
-    # The method comes first, because its fields are options, too.
-    chosen, _ = tyro.cli(
-        DiscoverOptions, prog=program, args=words, return_unknown_args=True, add_help=False
-    )
-    kind = find_method(chosen.method)
-    # A field called like one of the command's options gets another name.
-    taken = [field.name for field in fields(DiscoverOptions)]
-    settings: Any = options_of(kind, taken)
-    both: Any = tuple[Unprefixed[DiscoverOptions], Unprefixed[settings]]
-    description = f"{inspect.getdoc(DiscoverOptions)}\n\nThe options of {kind.name} come last."
-    parsed = tyro.cli(both, prog=program, description=description, args=words)
-    options, chosen_settings = parsed
-    return options, kind(**vars(chosen_settings))
 
 
 def _graph(model: Model, options: DiscoverOptions) -> Graph | None:

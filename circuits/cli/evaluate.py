@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from tyro.conf import Positional
 
 from circuits.cli.console import frame_table, print_run, terminal
-from circuits.cli.options import AblationName, TaskOptions, Unprefixed
+from circuits.cli.inputs import model_of, task_of
+from circuits.cli.parsing.options import EvaluateOptions, TaskOptions
+from circuits.cli.progress import phase
 from circuits.running.ablation import NAMES as ABLATIONS
 from circuits.runs.circuit_run import CircuitRun, evaluate_run, load_run
 from circuits.system.errors import InputError
@@ -19,45 +20,26 @@ from circuits.system.errors import InputError
 Record = Mapping[str, Any]
 
 
-def command(
-    circuit: Positional[Path],
-    source: Unprefixed[TaskOptions],
-    n: int = 64,
-    size: int | None = None,
-    metrics: str | None = None,
-    ablation: AblationName | None = None,
-) -> None:
-    """Run a saved circuit on held-out prompts, with everything outside it ablated.
-
-    Model, task, seed and BOS token are by default those of the run.
-
-    $ circuits evaluate runs/ioi/acdc-1a2b3c4d --n 64
-    $ circuits evaluate runs/ioi/eap-ig-1a2b3c4d --size 50 --metrics kl,accuracy
-
-    Args:
-        circuit: A run folder.
-        source: The model and the prompts.
-        n: Number of held-out prompts.
-        size: Number of highest-scored edges to keep; by default the circuit as it is.
-        metrics: Metrics separated by commas; by default kl, logit_difference and the task's own.
-        ablation: What edges outside the circuit carry; by default what they carried in the search.
-    """
-    found = load_run(circuit)
-    if not found.circuit.selected and size is None:
+def command(options: EvaluateOptions) -> None:
+    """Run a saved circuit on held-out prompts."""
+    with phase(f"reading {options.circuit}", quiet=options.json):
+        found = load_run(options.circuit)
+    if not found.circuit.selected and options.size is None:
         raise InputError(size_needed(found))
     notes = found.record.get("notes", {})
-    source = _with_defaults_of_run(source, notes)
-    model = source.load_model()
-    task = source.load_task(model, n, "test")
-    evaluation = evaluate_run(
-        found,
-        model,
-        task,
-        metrics=metrics.split(",") if metrics else None,
-        ablation=ablation or _ablation_of_run(found),
-        size=size,
-    )
-    show_evaluation(found, evaluation, source)
+    options = _with_defaults_of_run(options, notes)
+    model = model_of(options)
+    task = task_of(options, model, options.n, "test")
+    with phase(f"evaluating on {len(task)} prompts", quiet=options.json):
+        evaluation = evaluate_run(
+            found,
+            model,
+            task,
+            metrics=options.metrics.split(",") if options.metrics else None,
+            ablation=options.ablation or _ablation_of_run(found),
+            size=options.size,
+        )
+    show_evaluation(found, evaluation, options)
 
 
 def size_needed(found: CircuitRun) -> str:
@@ -68,9 +50,9 @@ def size_needed(found: CircuitRun) -> str:
     )
 
 
-def show_evaluation(found: CircuitRun, evaluation: Record, source: TaskOptions) -> None:
+def show_evaluation(found: CircuitRun, evaluation: Record, options: TaskOptions) -> None:
     """Print an evaluation as a table, or as JSON."""
-    if source.json:
+    if options.json:
         print_run(found, evaluation)
         return
     edges = f"{evaluation['edges']:,} of {len(found.circuit.graph):,} edges"
@@ -86,16 +68,16 @@ def show_evaluation(found: CircuitRun, evaluation: Record, source: TaskOptions) 
     console.print(f"Run folder: {found.folder}", soft_wrap=True)
 
 
-def _with_defaults_of_run(source: TaskOptions, notes: Record) -> TaskOptions:
-    seed = notes.get("seed") if source.seed is None else source.seed
-    task, data = source.task, source.data
+def _with_defaults_of_run(options: EvaluateOptions, notes: Record) -> EvaluateOptions:
+    seed = notes.get("seed") if options.seed is None else options.seed
+    task, data = options.task, options.data
     # A task given here replaces the run's own prompts, and the other way round.
     if task is None and data is None:
         data = Path(notes["data"]) if notes.get("data") else None
         task = None if data else notes.get("task")
-    model = source.model or notes.get("model")
-    prepend = notes.get("prepend_bos") if source.prepend_bos is None else source.prepend_bos
-    return replace(source, model=model, seed=seed, task=task, data=data, prepend_bos=prepend)
+    model = options.model or notes.get("model")
+    prepend = notes.get("prepend_bos") if options.prepend_bos is None else options.prepend_bos
+    return replace(options, model=model, seed=seed, task=task, data=data, prepend_bos=prepend)
 
 
 def _ablation_of_run(found: CircuitRun) -> str:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pandas as pd
-from tyro.conf import Positional
 
 from circuits.attribution.feature_graph import FEATURE, FeatureGraph
 from circuits.attribution.influence import node_influence
 from circuits.cli.console import frame_table, print_run, terminal
-from circuits.cli.options import ModelOptions, Unprefixed
+from circuits.cli.inputs import model_of
+from circuits.cli.parsing.options import GraphOptions
+from circuits.cli.progress import phase
 from circuits.discovery.methods.attribution_graph import AttributionGraph, Explained
 from circuits.formats.neuronpedia import save_neuronpedia
 from circuits.models import EMBEDDED
@@ -24,75 +23,43 @@ REPLACEMENT_SCORE_EXPLAINED = (
 )
 
 
-def command(
-    prompt: Positional[str],
-    source: Unprefixed[ModelOptions],
-    transcoders: str | None = None,
-    explain: str | None = None,
-    budget: int | None = None,
-    node_threshold: float = 0.8,
-    edge_threshold: float = 0.98,
-    leading: int = 1,
-    prepend_bos: bool | None = None,
-    neuronpedia: bool = False,
-    out: Path = Path("runs"),
-) -> None:
-    """Compute which features, at which positions, made the model say this: an attribution graph.
-
-    The run folder gets a page to explore the graph.
-
-    $ circuits graph "The capital of the state containing Dallas is"
-    $ circuits graph "The capital of Texas is" --explain " Austin" --transcoders toy-world-plt
-    $ circuits graph "Fact: the" --model gpt2 --transcoders my_set --budget 5000 --neuronpedia
-
-    Args:
-        prompt: The prompt's text.
-        source: The model.
-        transcoders: A folder, a hub address (hf://owner/name), or embedded ones: toy-world-plt,
-            toy-world-skip-plt, toy-world-clt (the default for toy-world).
-        explain: The token to explain, with its leading space if it has one in the text; two tokens
-            separated by / explain their difference. By default the most probable next tokens.
-        budget: Number of features that get incoming edges, the most influential ones; by default
-            all.
-        node_threshold: Share of the influence that the nodes shown at first have.
-        edge_threshold: Share of the influence between these nodes that the edges shown at first
-            have.
-        leading: Number of first positions without features (beginning-of-sequence tokens).
-        prepend_bos: Begin the prompt with exactly one BOS token, or (False) take it as it is; by
-            default as the model does.
-        neuronpedia: Write the pruned graph as Neuronpedia's JSON, too.
-        out: The folder of all runs. A graph that is already there is not computed again.
-    """
+def command(options: GraphOptions) -> None:
+    """Compute a prompt's attribution graph into a run folder."""
     method = AttributionGraph(
-        _transcoders(transcoders, source.model),
-        budget=budget,
-        node_threshold=node_threshold,
-        edge_threshold=edge_threshold,
-        leading=leading,
+        _transcoders(options.transcoders, options.model),
+        budget=options.budget,
+        node_threshold=options.node_threshold,
+        edge_threshold=options.edge_threshold,
+        leading=options.leading,
     )
-    notes = {"model": source.model or EMBEDDED, "transcoders": method.transcoders}
-    model, explained = source.load_model(), _explained(explain)
-    found = run_graph(
-        method,
-        model,
-        prompt,
-        explain=explained,
-        prepend_bos=prepend_bos,
-        out=out,
-        notes=notes,
-    )
-    if neuronpedia:
-        save_neuronpedia(
-            found.graph,
-            found.folder / "neuronpedia.json",
-            slug=found.folder.name,
-            node_threshold=node_threshold,
-            edge_threshold=edge_threshold,
+    notes = {"model": options.model or EMBEDDED, "transcoders": method.transcoders}
+    model, explained = model_of(options), _explained(options.explain)
+    with phase("computing the attribution graph", quiet=options.json):
+        found = run_graph(
+            method,
+            model,
+            options.prompt,
+            explain=explained,
+            prepend_bos=options.prepend_bos,
+            out=options.out,
+            notes=notes,
         )
-    if source.json:
+        if options.neuronpedia:
+            _save_neuronpedia(found, options)
+    if options.json:
         print_run(found, found.record)
     else:
         _show(found)
+
+
+def _save_neuronpedia(found: GraphRun, options: GraphOptions) -> None:
+    save_neuronpedia(
+        found.graph,
+        found.folder / "neuronpedia.json",
+        slug=found.folder.name,
+        node_threshold=options.node_threshold,
+        edge_threshold=options.edge_threshold,
+    )
 
 
 def _transcoders(given: str | None, model: str | None) -> str:

@@ -9,19 +9,16 @@ from typing import Any
 from rich.table import Table
 
 from circuits.cli.console import print_json, terminal
+from circuits.cli.parsing.options import ListOptions
 from circuits.discovery.registry import discoverers
 from circuits.running.ablation import NAMES as ABLATIONS
+from circuits.tasks.families import task_families
 from circuits.tasks.metrics import METRICS
-from circuits.tasks.registry import task_families
 from circuits.transcoders.io.load import embedded_transcoders
 
 
-def command(json: bool = False) -> None:
-    """List methods, tasks, metrics, ablations and embedded transcoders.
-
-    Args:
-        json: Print JSON for programs instead of tables.
-    """
+def command(options: ListOptions) -> None:
+    """List methods, tasks, metrics, ablations and embedded transcoders."""
     content = {
         "methods": _described(discoverers()),
         "tasks": _described(task_families()),
@@ -29,7 +26,7 @@ def command(json: bool = False) -> None:
         "ablations": ABLATIONS,
         "transcoders that ship with the package": embedded_transcoders(),
     }
-    if json:
+    if options.json:
         print_json(content)
         return
     for title, names in content.items():

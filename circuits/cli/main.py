@@ -1,6 +1,6 @@
 """Entry point of the `circuits` command.
 
-`circuits --help` answers without importing torch; the help of each command lists its options.
+Options are read, and mistakes in them told, before torch is imported, which takes seconds.
 """
 
 from __future__ import annotations
@@ -8,10 +8,14 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 
 import circuits
+from circuits.cli.progress import is_first_rank, phase
+from circuits.system.errors import InputError
+from circuits.system.messages import one_line, suggestion
 
 HELP = """\
 Find, evaluate and compare circuits in transformer language models.
@@ -56,17 +60,33 @@ def main(arguments: Words | None = None) -> int:
         sys.stdout.write(texts[command])
         return 0
     if command not in COMMANDS:
-        known = ", ".join(COMMANDS)
-        return _fail(f"there is no command {command!r}; there are {known}. Try circuits --help.", 2)
+        known = suggestion(command, COMMANDS)
+        return _fail(f"there is no command {command!r}; {known} Try circuits --help.", 2)
     if arguments is None:
         # Threads that spin while they wait slow small models down many times on a busy machine.
         # This process belongs to the command, so its environment can be set.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    return _run(command, words[1:])
+    try:
+        work = _prepared(command, words[1:])
+    except InputError as error:
+        # All ranks read the same words.
+        return _fail(str(error), 2) if is_first_rank() else 2
+    except KeyboardInterrupt:
+        return _fail("interrupted.", 130)
+    return _run(command, work)
 
 
-def _run(command: str, words: Words) -> int:
-    from circuits.system.errors import InputError
+def _prepared(command: str, words: Words) -> Callable[[], None]:
+    """The command's work: a function without arguments."""
+    from circuits.cli.parsing.read import read_arguments
+
+    arguments = read_arguments(command, words)
+    with phase("loading PyTorch", quiet="--json" in words):
+        module = import_module(f"circuits.cli.{command}")
+    return partial(module.command, *arguments)
+
+
+def _run(command: str, work: Callable[[], None]) -> int:
     from circuits.system.ranks import RankError, SharedError, is_first, start
 
     first = True
@@ -78,7 +98,7 @@ def _run(command: str, words: Words) -> int:
             if not first:
                 warnings.simplefilter("ignore")  # the first rank prints the same
             if first or command in COMMANDS_OF_ALL_RANKS:
-                _call(command, words)
+                work()
     except InputError as error:
         # The first rank prints errors that all ranks share.
         if first or not isinstance(error, SharedError):
@@ -91,25 +111,12 @@ def _run(command: str, words: Words) -> int:
     return 0
 
 
-def _call(command: str, words: Words) -> None:
-    import tyro
-
-    module = import_module(f"circuits.cli.{command}")
-    if command == "discover":
-        # Its options depend on the method.
-        module.discover(words)
-    else:
-        # The parameters of the function are the options.
-        program = f"circuits {command}"
-        tyro.cli(module.command, prog=program, args=words)
-
-
 def _fail(message: str, status: int) -> int:
-    sys.stderr.write(f"circuits: {message}\n")
+    sys.stderr.write(f"circuits: {one_line(message)}\n")
     return status
 
 
 def _print_note(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
     """Print a warning in one line, without source lines; deprecations are not for users."""
     if not issubclass(category, DeprecationWarning | FutureWarning):
-        sys.stderr.write(f"circuits: note: {message}\n")
+        sys.stderr.write(f"circuits: note: {one_line(str(message))}\n")

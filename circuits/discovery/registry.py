@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib
 from importlib.metadata import entry_points
 
+from circuits.discovery import ENTRY_POINTS
 from circuits.discovery.discoverer import REGISTRY, CircuitDiscoverer
-
-ENTRY_POINTS = "circuits.discoverers"
 
 
 def discoverers() -> dict[str, type[CircuitDiscoverer]]:

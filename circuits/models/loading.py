@@ -7,7 +7,8 @@ import difflib
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens import loading_from_pretrained as conversion
+from transformer_lens.utilities.architectures import classify_model_config, classify_model_name
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers import dynamic_module_utils as remote_code
 
 from circuits.system.device import device_called
 from circuits.system.errors import InputError
@@ -32,9 +36,25 @@ EMBEDDED = "toy-world"
 ASSETS = Path(__file__).parents[1] / "assets"
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 FORMAT, FORMAT_VERSION = "circuits.model", 1
+LONGEST_REASON = 200  # characters of another library's message
 
 # Suffixes of the buffers that TransformerLens derives from the configuration.
 DERIVED_BUFFERS = (".mask", ".IGNORE", ".rotary_sin", ".rotary_cos")
+
+TRUST = "trust_remote_code"
+NO_CODE: dict[str, Any] = {TRUST: False}
+# Seconds that transformers waits for an answer to its question; with 0 it does not ask.
+TIME_TO_ANSWER = "TIME_OUT_REMOTE_CODE"
+# These settings are global, so models are loaded one at a time.
+_LOADING = threading.RLock()
+
+# What models without a causal decoder are, by TransformerLens' name for their kind.
+NO_DECODERS = {
+    "seq2seq": "an encoder-decoder model",
+    "masked_lm": "an encoder (a masked language model)",
+    "audio": "an audio model",
+    "vision": "a vision model",
+}
 
 # TransformerLens' names for ways of rewriting weights, none of which is wanted.
 REWRITES = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
@@ -62,15 +82,17 @@ def load_model(
         dtype: of the weights.
 
     Raises:
-        InputError: no model has this name, the folder holds no model, the weights cannot be
-            downloaded, or the device does not exist.
+        InputError: no model has this name, the folder holds no model, or one that cannot be loaded
+            (such as an encoder, or a model that needs Python code of its own, which is never run);
+            the weights cannot be downloaded, or the device does not exist.
     """
     chosen = _device(device)
     # A folder of this name in the working directory does not hide the model that ships.
     folder = ASSETS / EMBEDDED if name_or_path == EMBEDDED else Path(name_or_path)
-    if folder.is_dir():
-        return _load_folder(folder, chosen, dtype)
-    return _load_by_name(str(name_or_path), chosen, dtype)
+    with _running_no_code():
+        if folder.is_dir():
+            return _load_folder(folder, chosen, dtype)
+        return _load_by_name(str(name_or_path), chosen, dtype)
 
 
 def build_model(
@@ -100,7 +122,8 @@ def build_model(
     chosen = str(_device(device))
     placed = {"dtype": dtype, "device": chosen}
     settings = HookedTransformerConfig(**{**config, **fixed, **placed})
-    model = HookedTransformer(settings, tokenizer)
+    with _running_no_code():
+        model = HookedTransformer(settings, tokenizer)
     given = _without_derived(weights)
     _check_weights(_without_derived(model.state_dict()), given)
     # Not strict, because the derived buffers are missing.
@@ -179,29 +202,32 @@ def _is_saved_model(config: Path) -> bool:
 
 def _load_checkpoint(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:
     """Load a Hugging Face checkpoint and convert it."""
-    try:
-        source = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"the folder {folder} cannot be loaded as a checkpoint: {_first_line(error)}"
-        ) from error
-    with tempfile.TemporaryDirectory() as parent:
+    with _refusals(f"the folder {folder} cannot be loaded as a checkpoint"):
+        settings = AutoConfig.from_pretrained(folder, **NO_CODE)
+        _check_is_decoder(str(folder), classify_model_config(settings))
+        # The attention that config.json names may be a kernel on the hub, which is code. Any does,
+        # as only weights are taken.
+        settings._attn_implementation = "eager"
+        source = AutoModelForCausalLM.from_pretrained(
+            folder, config=settings, dtype=dtype, use_safetensors=True, **NO_CODE
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
+    with (
+        tempfile.TemporaryDirectory() as parent,
+        _refusals(f"TransformerLens cannot convert the checkpoint in {folder}"),
+    ):
         # TransformerLens guesses the architecture from words in the path, such as "llama". Under
         # a neutral path it reads config.json instead.
         neutral = Path(parent, "checkpoint")
         neutral.symlink_to(folder.resolve(), target_is_directory=True)
         path = str(neutral)
-        try:
-            config = conversion.get_pretrained_model_config(path, device=str(device), dtype=dtype)
-            weights = conversion.get_pretrained_state_dict(path, config, source, dtype=dtype)
-        except (NotImplementedError, ValueError, AttributeError, KeyError) as error:
-            raise InputError(
-                f"TransformerLens cannot convert the checkpoint in {folder}: {_first_line(error)}"
-            ) from error
-    model = HookedTransformer(config, tokenizer, move_to_device=False)
-    rewrites = dict.fromkeys(REWRITES, False)
-    model.load_and_process_state_dict(weights, **rewrites)
+        config = conversion.get_pretrained_model_config(
+            path, device=str(device), dtype=dtype, **NO_CODE
+        )
+        weights = conversion.get_pretrained_state_dict(path, config, source, dtype=dtype, **NO_CODE)
+        model = HookedTransformer(config, tokenizer, move_to_device=False)
+        rewrites = dict.fromkeys(REWRITES, False)
+        model.load_and_process_state_dict(weights, **rewrites)
     model.cfg.model_name = folder.name
     model.move_model_modules_to_device()
     return model.eval()
@@ -209,23 +235,78 @@ def _load_checkpoint(folder: Path, device: torch.device, dtype: torch.dtype) -> 
 
 def _load_by_name(name: str, device: torch.device, dtype: torch.dtype) -> Model:
     known = conversion.make_model_alias_map()
-    lower = name.lower()
-    if lower not in known:
+    if name.lower() not in known:
         hint = f"use {EMBEDDED}, a name that TransformerLens knows (gpt2, pythia-160m) or a folder."
-        similar = difflib.get_close_matches(lower, known, n=3)
+        similar = difflib.get_close_matches(name.lower(), [EMBEDDED, *known], n=3)
         if similar:
             hint = f"did you mean {' or '.join(similar)}?"
         raise InputError(f"there is no model or folder {name!r}; {hint}")
-    try:
-        # TransformerLens prints, but a program may read our standard output.
-        with contextlib.redirect_stdout(sys.stderr):
-            return HookedTransformer.from_pretrained_no_processing(
-                name, device=str(device), dtype=dtype
-            ).eval()
-    except OSError as error:
+    place: dict[str, Any] = {"device": str(device), "dtype": dtype}
+    # TransformerLens prints, but a program may read our standard output.
+    with (
+        contextlib.redirect_stdout(sys.stderr),
+        _refusals(f"the model {name!r} cannot be loaded"),
+    ):
+        kind = "causal_lm"
+        # The hub has no configuration for a few names; TransformerLens says what cannot be loaded.
+        with contextlib.suppress(Exception):
+            kind = classify_model_name(known[name.lower()])
+        _check_is_decoder(name, kind)
+        try:
+            config = conversion.get_pretrained_model_config(name, **place, **NO_CODE)
+            if config.trust_remote_code:
+                raise ValueError(f"TransformerLens would load it with {TRUST}")
+            return HookedTransformer.from_pretrained_no_processing(name, **place, **NO_CODE).eval()
+        except OSError as error:
+            raise InputError(
+                f"the weights of {name!r} cannot be downloaded: {_first_line(error)} "
+                "Download them elsewhere and give the folder."
+            ) from error
+
+
+def _check_is_decoder(name: str, kind: str) -> None:
+    if kind in NO_DECODERS:
         raise InputError(
-            f"the weights of {name!r} cannot be downloaded: {_first_line(error)} "
-            "Download them elsewhere and give the folder."
+            f"{name} is {NO_DECODERS[kind]}; circuits are found in decoder-only language models, "
+            "such as gpt2, pythia-160m or Llama: give one of these."
+        )
+
+
+@contextlib.contextmanager
+def _running_no_code() -> Iterator[None]:
+    """Run no code that comes with a model, and ask nobody whether it should be.
+
+    `trust_remote_code=False` is not enough: TransformerLens loads a tokenizer a second time without
+    it, in which case transformers asks on the terminal, and takes it for true for some names.
+    """
+    changed = ((conversion, "NEED_REMOTE_CODE_MODELS", ()), (remote_code, TIME_TO_ANSWER, 0))
+    with _LOADING, contextlib.ExitStack() as stack:
+        for module, name, value in changed:
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, value)
+        yield
+
+
+@contextlib.contextmanager
+def _refusals(problem: str) -> Iterator[None]:
+    """Tell in one line what transformers or TransformerLens cannot load."""
+    try:
+        yield
+    except InputError:
+        raise
+    # They raise errors of every type.
+    except Exception as error:
+        if TRUST in str(error):
+            raise InputError(
+                f"{problem}: it needs Python code that comes with it (auto_map in its JSON files), "
+                "and code of models is never run; give a checkpoint whose architecture "
+                "transformers itself has."
+            ) from error
+        words = str(error).split()
+        reason = " ".join([type(error).__name__, *words])[:LONGEST_REASON]
+        raise InputError(
+            f"{problem} ({reason}); give a complete folder of a decoder-only model that "
+            "TransformerLens supports."
         ) from error
 
 

@@ -19,7 +19,7 @@ from circuits.models import Hook, Model, frozen, output_hook
 from circuits.models.source_outputs import SourceOutputs, run_and_record
 from circuits.running.noise import embedding_noise
 from circuits.system.errors import InputError
-from circuits.tasks.messages import suggestion
+from circuits.system.messages import suggestion
 from circuits.tasks.model_fit import check_task
 from circuits.tasks.task import Task
 

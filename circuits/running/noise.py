@@ -14,7 +14,7 @@ from torch import Tensor
 
 from circuits.models import Model, ModelWeights
 from circuits.system.errors import InputError
-from circuits.tasks.messages import suggestion
+from circuits.system.messages import suggestion
 from circuits.tasks.task import Task
 
 Noise = Float[Tensor, "batch pos d_model"]

@@ -18,7 +18,7 @@ from torch import Tensor
 from circuits.models import Model, cause, count_not_finite
 from circuits.system.errors import InputError, NotFiniteError
 from circuits.system.memory import is_out_of_memory
-from circuits.tasks.messages import suggestion
+from circuits.system.messages import suggestion
 from circuits.tasks.task import Task
 
 MetricFunction = Callable[[Tensor, Tensor, Task], Tensor]

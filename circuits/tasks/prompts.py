@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, StrictInt, ValidationError
 
 from circuits.system.errors import InputError
-from circuits.tasks.messages import shorten, suggestion
+from circuits.system.messages import shorten, suggestion
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")

@@ -2,16 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import fields
-from importlib import import_module
-from pkgutil import iter_modules
 from typing import Any
 
 from circuits.models import Model
 from circuits.system.errors import InputError
+from circuits.system.messages import quoted, suggestion
 from circuits.system.numbers import WholeNumber, whole
-from circuits.tasks import families
-from circuits.tasks.family import REGISTRY, TaskFamily
-from circuits.tasks.messages import quoted, suggestion
+from circuits.tasks.families import task_families
+from circuits.tasks.family import TaskFamily
 from circuits.tasks.prompts import SPLITS, PromptPair
 from circuits.tasks.task import Task, task_from_encoded
 from circuits.tasks.tokenization import DoesNotFit, EncodedPair, PromptTokenizer
@@ -19,13 +17,6 @@ from circuits.tasks.tokenization import DoesNotFit, EncodedPair, PromptTokenizer
 # The share of the drawn prompts that must fit the model.
 MIN_FITTING_SHARE = 0.5
 MAX_WORDS_SHOWN = 8
-
-
-def task_families() -> dict[str, type[TaskFamily]]:
-    """Every task family by name: those in `families/` and the user's own."""
-    for module in iter_modules(families.__path__):
-        import_module(f"{families.__name__}.{module.name}")
-    return dict(sorted(REGISTRY.items()))
 
 
 def task_names() -> tuple[str, ...]:

@@ -17,8 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from circuits.models import Model
 from circuits.system.errors import InputError
+from circuits.system.messages import shorten
 from circuits.tasks import validation
-from circuits.tasks.messages import shorten
 from circuits.tasks.prompts import PromptPair, read_pairs
 from circuits.tasks.tokenization import EncodedPair, PromptTokenizer
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from circuits.graph.nodes import check_position_name
 from circuits.models import Model
 from circuits.system.errors import InputError
-from circuits.tasks.messages import quoted, shorten
+from circuits.system.messages import quoted, shorten
 from circuits.tasks.prompts import CharSpan, PromptPair
 
 TokenIds = list[int]

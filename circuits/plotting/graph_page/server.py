@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import socket
 import socketserver
 import sys
+import time
 from collections.abc import Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import BoundedSemaphore
 from typing import Any
 
 from circuits.attribution.feature_graph import FILE, FeatureGraph
@@ -32,7 +35,9 @@ TEXT = "text/plain; charset=utf-8"
 LARGEST_BODY = 1 << 20
 # Python refuses to parse numbers of thousands of digits.
 MAX_LENGTH_DIGITS = 18
+# For the whole of a request, from the connection to the last byte of its body.
 REQUEST_SECONDS = 20
+MOST_CONNECTIONS = 512
 DRAIN_SECONDS, DRAIN_BYTES = 2, 1 << 24
 # Other pages may neither frame this one nor read its answers.
 HEADERS = {
@@ -63,6 +68,7 @@ class GraphServer(ThreadingHTTPServer):
         details = _details(data.graph)
         page, policy = served_page(data, title, details)
         self.page = page.encode(errors="replace")
+        self.free_connections = BoundedSemaphore(MOST_CONNECTIONS)
         self.policy = f"{policy}; frame-ancestors 'none'"
         super().__init__((ADDRESS, port), GraphRequestHandler)
         self.hosts = {f"{name}:{self.server_port}" for name in HOST_NAMES}
@@ -94,6 +100,20 @@ class GraphServer(ThreadingHTTPServer):
         """Bind without looking up this machine's name, which can take seconds."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = ADDRESS, self.server_address[1]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread of its own; close connections beyond the number that may be open."""
+        if self.free_connections.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer, and free the connection."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.free_connections.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Do not report readers who closed their connection."""
@@ -136,13 +156,43 @@ def _details(graph: FeatureGraph) -> dict[str, str]:
     return {label: name for label, name in names.items() if name}
 
 
+class RequestReader(io.RawIOBase):
+    """Reads from a connection until a deadline, however slowly the bytes come."""
+
+    def __init__(self, connection: socket.socket, seconds: float) -> None:
+        self.connection = connection
+        self.allow(seconds)
+
+    def allow(self, seconds: float) -> None:
+        """Set the deadline, from now on."""
+        self.deadline = time.monotonic() + seconds
+
+    def readable(self) -> bool:
+        """As a buffer around this one asks."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what there is; raise TimeoutError at the deadline."""
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the request takes too long")
+        self.connection.settimeout(left)
+        return self.connection.recv_into(buffer)
+
+
 class GraphRequestHandler(BaseHTTPRequestHandler):
     """Answers the requests of one connection."""
 
     server: GraphServer
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "circuits", ""
-    timeout = REQUEST_SECONDS
+
+    def setup(self) -> None:
+        """Read with a deadline for the whole request."""
+        super().setup()
+        self.rfile.close()
+        self.reader = RequestReader(self.connection, REQUEST_SECONDS)
+        self.rfile = io.BufferedReader(self.reader)
 
     def do_GET(self) -> None:
         """Send the page or the answer to one of its queries."""
@@ -212,6 +262,9 @@ class GraphRequestHandler(BaseHTTPRequestHandler):
         try:
             body = self.rfile.read(self._body_length())
             return json.loads(body)
+        except TimeoutError as error:
+            reason = f"the request took longer than {REQUEST_SECONDS} seconds."
+            raise HttpError(HTTPStatus.REQUEST_TIMEOUT, reason) from error
         except (ValueError, RecursionError) as error:
             raise HttpError(HTTPStatus.BAD_REQUEST, "the body is not JSON.") from error
 
@@ -258,7 +311,7 @@ class GraphRequestHandler(BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             self.wfile.flush()
             self.connection.shutdown(socket.SHUT_WR)
-            self.connection.settimeout(DRAIN_SECONDS)
+            self.reader.allow(DRAIN_SECONDS)
             self.rfile.read(DRAIN_BYTES)
 
     def _send_json(self, content: JsonObject) -> None:
@@ -276,6 +329,8 @@ class GraphRequestHandler(BaseHTTPRequestHandler):
         }
         if status == HTTPStatus.METHOD_NOT_ALLOWED:
             headers["Allow"] = "GET, POST" if self.path == GROUPS else "GET"
+        # The client may take its time again to read the answer.
+        self.connection.settimeout(REQUEST_SECONDS)
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)

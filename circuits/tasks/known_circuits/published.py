@@ -11,7 +11,7 @@ from circuits.models import Model
 from circuits.models.component_graph import ModelShape, component_graph
 from circuits.models.identity import check_fits
 from circuits.system.errors import InputError
-from circuits.tasks.messages import suggestion
+from circuits.system.messages import suggestion
 
 FILE = Path(__file__).parents[2] / "assets" / "published_circuits.json"
 

@@ -1,0 +1,46 @@
+"""The model and the prompts that options ask for."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+from circuits.cli.parsing.options import ModelOptions, TaskOptions
+from circuits.cli.progress import phase
+from circuits.models import EMBEDDED, Model, load_model
+from circuits.tasks.registry import load_task
+from circuits.tasks.task import Task
+
+DEFAULT_TASK = "ioi"
+
+
+def model_of(options: ModelOptions) -> Model:
+    """Load the model."""
+    name = options.model or EMBEDDED
+    dtype = getattr(torch, options.dtype)
+    with phase(f"loading the model {name}", quiet=options.json):
+        return load_model(name, device=options.device, dtype=dtype)
+
+
+def task_of(options: TaskOptions, model: Model, n: int, split: str) -> Task:
+    """Load n prompts from a split of the task, or all of the user's own prompts."""
+    name, seed = options.task or DEFAULT_TASK, options.seed or 0
+    bos = options.prepend_bos
+    with phase(f"tokenizing the prompts of {options.data or name}", quiet=options.json):
+        if options.data is None:
+            return load_task(name, model, n=n, seed=seed, split=split, prepend_bos=bos)
+        stem = re.sub(r"[^\w+-]+", "-", options.data.stem) or "data"
+        return Task.from_jsonl(options.data, model, name=stem, prepend_bos=bos)
+
+
+def notes_of(options: TaskOptions) -> dict[str, Any]:
+    """What a record says of how the model and the prompts were chosen."""
+    return {
+        "model": options.model or EMBEDDED,
+        "task": options.task or DEFAULT_TASK,
+        "data": str(options.data) if options.data else None,
+        "seed": options.seed or 0,
+        "prepend_bos": options.prepend_bos,
+    }

@@ -1,0 +1,244 @@
+"""What the command must know of methods, read from their source text.
+
+Importing a method imports torch, which takes seconds. Its name, docstring and fields can be read in
+milliseconds, so that help and mistakes are answered at once. What cannot be read is imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import circuits
+
+PACKAGE = Path(circuits.__file__).parent
+PUBLIC_NAMES = PACKAGE / "__init__.pyi"
+METHODS = PACKAGE / "discovery" / "methods"
+BASE = "CircuitDiscoverer"
+TYPES: Mapping[str, Any] = {each.__name__: each for each in (bool, int, float, str, Path)}
+
+
+class UnreadableError(Exception):
+    """Says what only Python itself can find out, by importing the module."""
+
+
+class OtherType:
+    """Stands for a type that no option has, such as `Metric`."""
+
+
+class Option(NamedTuple):
+    """A field of a method: its type, and its default or MISSING."""
+
+    type: Any
+    default: Any
+
+
+@dataclass(frozen=True)
+class Description:
+    """A method as the command sees it."""
+
+    name: str
+    documentation: str | None
+    options: dict[str, Option]
+
+
+class Definition(NamedTuple):
+    """What a name stands for, and the file that says so."""
+
+    file: Path
+    node: Any  # of `ast`; which kind, is found out where it is used
+
+
+@dataclass(frozen=True)
+class _Class:
+    """A class statement, with the fields that it inherits."""
+
+    node: ast.ClassDef
+    is_method: bool = False
+    options: dict[str, Option] = field(default_factory=dict)
+
+
+def described_in(file: Path) -> dict[str, Description]:
+    """The methods that a file defines, by name.
+
+    Raises:
+        UnreadableError: the file must be imported to find out.
+    """
+    found = {}
+    for node in _definitions(file).values():
+        name = _method_name(node) if isinstance(node, ast.ClassDef) else None
+        if name is None:
+            continue
+        read = _class(Definition(file, node))
+        if read.is_method:
+            documentation = ast.get_docstring(node, clean=False)
+            found[name] = Description(name, documentation, read.options)
+    return found
+
+
+@cache
+def shipped_methods() -> dict[str, Description]:
+    """The methods of this package, by name.
+
+    Raises:
+        UnreadableError: see `described_in`.
+    """
+    found: dict[str, Description] = {}
+    for file in METHODS.glob("*.py"):
+        found |= described_in(file)
+    return dict(sorted(found.items()))
+
+
+def metric_names() -> list[str]:
+    """The names of metrics: those of this package, or all if the module is imported already."""
+    imported = sys.modules.get("circuits.tasks.metrics")
+    if imported is not None:
+        return list(imported.METRICS)
+    directions = _definitions(PACKAGE / "tasks" / "metrics.py")["_DIRECTIONS"]
+    return [key.id for key in directions.keys if isinstance(key, ast.Name)]
+
+
+@cache
+def _definitions(file: Path) -> dict[str, Any]:
+    """What the names at the top level of a file stand for."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UnreadableError(file) from error
+    found: dict[str, Any] = {}
+    for statement in tree.body:
+        match statement:
+            case ast.ClassDef(name=name):
+                found[name] = statement
+            case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                found[name] = value
+            case ast.AnnAssign(target=ast.Name(id=name), value=ast.AST() as value):
+                found[name] = value
+            case ast.Import(names=names) | ast.ImportFrom(names=names):
+                found |= {alias.asname or alias.name: statement for alias in names}
+    return found
+
+
+def _class(definition: Definition) -> _Class:
+    file, node = definition
+    if not isinstance(node, ast.ClassDef):
+        raise UnreadableError(node)
+    bases = [_class(each) for each in _bases(definition)]
+    options: dict[str, Option] = {}
+    # As in Python, the first base has the last word.
+    for base in reversed(bases):
+        options |= base.options
+    if any(map(_makes_dataclass, node.decorator_list)):
+        options |= dict(_own_options(definition))
+    is_base = node.name == BASE and file.is_relative_to(PACKAGE)
+    is_method = is_base or any(base.is_method for base in bases)
+    return _Class(node, is_method, options)
+
+
+def _bases(definition: Definition) -> Iterator[Definition]:
+    for base in definition.node.bases:
+        if isinstance(base, ast.Name) and base.id in ("ABC", "object"):
+            continue
+        yield _resolved(Definition(definition.file, base))
+
+
+def _resolved(definition: Definition) -> Definition:
+    """Follow names and imports inside this package to what they stand for."""
+    file, node = definition
+    match node:
+        case ast.Name(id=name):
+            found = _definitions(file).get(name)
+        case ast.Attribute(value=ast.Name(id="circuits"), attr=name):
+            file, found = PUBLIC_NAMES, _definitions(PUBLIC_NAMES).get(name)
+        case _:
+            return definition
+    if found is None:
+        raise UnreadableError(name)
+    if isinstance(found, ast.ImportFrom):
+        original = next(each.name for each in found.names if name in (each.asname, each.name))
+        return _resolved(Definition(_module_file(found, file), ast.Name(original)))
+    return _resolved(Definition(file, found))
+
+
+def _module_file(statement: ast.ImportFrom, file: Path) -> Path:
+    if statement.module == "circuits":
+        return PUBLIC_NAMES
+    parts = (statement.module or "").split(".")
+    is_relative = statement.level == 1 and file == PUBLIC_NAMES
+    if not is_relative and parts.pop(0) != "circuits":
+        raise UnreadableError(statement.module)
+    return PACKAGE.joinpath(*parts).with_suffix(".py")
+
+
+def _makes_dataclass(decorator: ast.AST) -> bool:
+    function = decorator.func if isinstance(decorator, ast.Call) else decorator
+    return "dataclass" in (getattr(function, "id", ""), getattr(function, "attr", ""))
+
+
+def _own_options(definition: Definition) -> Iterator[tuple[str, Option]]:
+    file, node = definition
+    for statement in node.body:
+        if not isinstance(statement, ast.AnnAssign) or _is_class_variable(statement):
+            continue
+        kind = _type(Definition(file, statement.annotation))
+        default = statement.value
+        value = MISSING if default is None else _default(Definition(file, default))
+        yield ast.unparse(statement.target), Option(kind, value)
+
+
+def _is_class_variable(statement: ast.AnnAssign) -> bool:
+    return "ClassVar" in ast.unparse(statement.annotation)
+
+
+def _method_name(node: ast.ClassDef) -> str | None:
+    """The class variable `name`, which a class must set itself to be registered."""
+    for statement in node.body:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id="name")], value=value):
+                return str(_literal(value))
+            case ast.AnnAssign(target=ast.Name(id="name"), value=ast.AST() as value):
+                return str(_literal(value))
+    return None
+
+
+def _default(definition: Definition) -> Any:
+    node = definition.node
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "field":
+        settings = {each.arg: each.value for each in node.keywords}
+        if not settings.keys() <= {"default", "kw_only", "metadata"}:
+            raise UnreadableError(ast.unparse(node))
+        if "default" not in settings:
+            return MISSING
+        node = settings["default"]
+    return _literal(_resolved(Definition(definition.file, node)).node)
+
+
+def _literal(node: ast.AST) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError as error:
+        raise UnreadableError(ast.unparse(node)) from error
+
+
+def _type(definition: Definition) -> Any:
+    file, node = definition
+    match node:
+        case ast.Constant(value=None):
+            return None
+        case ast.Constant(value=str() as text):
+            return _type(Definition(file, ast.parse(text, mode="eval").body))
+        case ast.Name(id=name) if name in TYPES:
+            return TYPES[name]
+        case ast.BinOp(op=ast.BitOr(), left=left, right=right):
+            return _type(Definition(file, left)) | _type(Definition(file, right))
+        case ast.Subscript(value=ast.Name(id="Literal"), slice=choices):
+            return Literal[_literal(choices)]
+        case ast.Name() | ast.Attribute():
+            meaning = _resolved(definition)
+            return OtherType if isinstance(meaning.node, ast.ClassDef) else _type(meaning)
+    raise UnreadableError(ast.unparse(node))

@@ -1,0 +1,122 @@
+"""Read the words of a command, and check what can be checked without torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import redirect_stderr
+from dataclasses import fields
+from inspect import getdoc
+from io import StringIO
+from typing import Annotated, Any
+
+import tyro
+
+from circuits.cli.parsing import options
+from circuits.cli.parsing.method_source import metric_names
+from circuits.cli.parsing.methods import adds_names, describe_method, options_of
+from circuits.cli.parsing.sweeps import read_sweeps
+from circuits.system.errors import InputError
+from circuits.system.messages import suggestion
+from circuits.tasks.families import task_families
+
+Words = Sequence[str]
+# The options of a group have no prefix.
+UNPREFIXED = tyro.conf.arg(name="")
+# What a command's function is called with.
+Arguments = tuple[Any, ...]
+OPTIONS: dict[str, Any] = {
+    "discover": options.DiscoverOptions,
+    "evaluate": options.EvaluateOptions,
+    "compare": options.CompareOptions,
+    "graph": options.GraphOptions,
+    "view": options.ViewOptions,
+    "list": options.ListOptions,
+}
+# The sides of tyro's boxes, where they are drawn in Unicode or in ASCII.
+SIDES = "│|╭╮╰╯+ "
+BETWEEN_PARAGRAPHS = re.compile(r"[─-]{3,}")
+WRONG_CHOICE = re.compile(r"invalid choice '(.*)' for .* one of \('(.*)'\)")
+
+
+def read_arguments(command: str, words: Words) -> Arguments:
+    """What the command's function is called with.
+
+    Raises:
+        InputError: an option is unknown or missing, or its value is not one that it can have.
+    """
+    if command == "discover":
+        return _read_discover(words)
+    given = _parsed(OPTIONS[command], command, words)
+    if command == "compare":
+        sweeps = read_sweeps(given)
+        planned = [each.settings for sweep in sweeps.values() for each in sweep]
+        _check_names(given, given.methods, [each.get("metric") for each in planned])
+        return given, sweeps
+    metrics = getattr(given, "metrics", None)
+    _check_names(given, "", metrics.split(",") if metrics else ())
+    return (given,)
+
+
+def _read_discover(words: Words) -> Arguments:
+    # The method comes first, because its fields are options, too.
+    own: Any = OPTIONS["discover"]
+    chosen, _ = _parsed(own, "discover", words, add_help=False, return_unknown_args=True)
+    method = describe_method(chosen.method)
+    # A field called like one of the command's options gets another name.
+    taken = [field.name for field in fields(own)]
+    of_method: Any = options_of(method, taken)
+    both: Any = tuple[Annotated[own, UNPREFIXED], Annotated[of_method, UNPREFIXED]]
+    description = f"{getdoc(own)}\n\nThe options of {method.name} come last."
+    given, settings = _parsed(both, "discover", words, description=description)
+    values = vars(settings)
+    _check_names(given, given.method, [values.get("metric")])
+    return given, values
+
+
+def _parsed(kind: Any, command: str, words: Words, **settings: Any) -> Any:
+    """What tyro makes of the words; its errors, which are boxes of several lines, in one line."""
+    printed = StringIO()
+    try:
+        with redirect_stderr(printed):
+            return tyro.cli(kind, prog=f"circuits {command}", args=words, **settings)
+    except SystemExit as stopped:
+        if not stopped.code:
+            raise
+        raise InputError(_message(printed.getvalue(), command)) from stopped
+
+
+def _message(box: str, command: str) -> str:
+    """What tyro prints in a box as one line, without what says again how options are written."""
+    _title, *lines = [line.strip(SIDES) for line in box.strip().splitlines()]
+    paragraphs = []
+    for paragraph in BETWEEN_PARAGRAPHS.split(" ".join(lines)):
+        text = " ".join(paragraph.split())
+        if text and not text.startswith(("For full helptext", "Argument helptext")):
+            paragraphs.append(text.partition(" Got errors:")[0].rstrip("."))
+    wrong = WRONG_CHOICE.search(paragraphs[0])
+    if wrong:
+        word, choices = wrong.groups()
+        paragraphs[1:] = [suggestion(word, choices.split("', '")).rstrip(".")]
+    first, *more = paragraphs
+    text = "; ".join([first[:1].lower() + first[1:], *more])
+    return f"{text}. Try circuits {command} --help."
+
+
+def _check_names(given: Any, method: str, metrics: Iterable[str | None]) -> None:
+    if not isinstance(given, options.TaskOptions):
+        return
+    if given.data and given.task:
+        raise InputError(
+            f"--task {given.task} and --data {given.data} were both given; give one of them."
+        )
+    # Others' code may define tasks and metrics when it is imported.
+    if adds_names(method):
+        return
+    tasks = task_families()
+    if given.task is not None and given.task not in tasks:
+        raise InputError(f"there is no task {given.task!r}; {suggestion(given.task, tasks)}")
+    for metric in metrics:
+        known = metric_names()
+        if metric is not None and metric not in known:
+            raise InputError(f"there is no metric {metric!r}; {suggestion(metric, known)}")

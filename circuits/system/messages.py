@@ -1,0 +1,44 @@
+"""Pieces of text that several error messages share."""
+
+import difflib
+from collections.abc import Iterable
+
+LONGEST_LINE = 480  # characters; of these, the end is the remedy
+LONGEST_END = 160
+MOST_LISTED = 20
+
+
+def one_line(text: str) -> str:
+    """Write a message in one line; of a long one, such as one with a long value, leave out the
+    middle.
+    """
+    line = " ".join(text.split("\n"))
+    if len(line) <= LONGEST_LINE:
+        return line
+    gap = " ... "
+    start = LONGEST_LINE - LONGEST_END - len(gap)
+    return f"{line[:start]}{gap}{line[-LONGEST_END:]}"
+
+
+def shorten(text: str) -> str:
+    """Quote a prompt; a long one is reduced to its beginning and its end."""
+    return repr(text if len(text) <= 70 else f"{text[:40]} ... {text[-25:]}")
+
+
+def quoted(words: Iterable[str]) -> str:
+    """Quote words and join them with commas."""
+    return ", ".join(map(repr, words))
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """For an unknown word: the most similar known one, if any is, then all unless they are many."""
+    # Names are written in small letters, which is no reason to find "ACDC" unlike "acdc".
+    known = {each.lower(): each for each in known}
+    if not known:
+        return "there is none."
+    similar = difflib.get_close_matches(word.lower(), known, n=1)
+    parts = [f"did you mean {known[each]!r}?" for each in similar]
+    if len(known) <= MOST_LISTED or not similar:
+        parts.append(f"there are {', '.join(list(known.values())[:MOST_LISTED])}")
+        parts[-1] += "." if len(known) <= MOST_LISTED else f" and {len(known) - MOST_LISTED} more."
+    return " ".join(parts)
