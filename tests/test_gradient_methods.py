@@ -14,8 +14,7 @@ from published import COMPILED, case, case_model, our_edge, scored_everywhere_ta
 
 import circuits
 from circuits.discovery.gradients.edge_scores import EdgeScoring, GradientPoint
-from circuits.discovery.methods.eap import EAP, EAPIG
-from circuits.discovery.methods.eap import _sub_layers as sub_layers
+from circuits.discovery.methods.eap import EAP, EAPIG, _sub_layers as sub_layers
 from circuits.models.component_graph import component_nodes
 from circuits.models.source_outputs import source_outputs
 from circuits.running.ablation import Counterfactuals, get_ablation

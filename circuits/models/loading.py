@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformer_lens import loading_from_pretrained as conversion
+from transformer_lens import (
+    HookedTransformer,
+    HookedTransformerConfig,
+    loading_from_pretrained as conversion,
+)
 from transformer_lens.utilities.architectures import classify_model_config, classify_model_name
 from transformers import (
     AutoConfig,
@@ -23,8 +26,8 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    dynamic_module_utils as remote_code,
 )
-from transformers import dynamic_module_utils as remote_code
 
 from circuits.system.device import device_called
 from circuits.system.errors import InputError
