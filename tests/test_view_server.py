@@ -469,6 +469,7 @@ def test_groups_are_kept_in_the_folder_and_come_back(
     assert answer(server, "/api/groups")["pinned"] == []
     assert send(server, GROUPS)[0] == 200
     written = json.loads((server.folder / "groups.json").read_text())
+    assert written.pop("digest").startswith("circuits-sha256:")
     assert written == {"format": "circuits.graph_groups", "format_version": 1, **GROUPS}
     found = answer(server, "/api/groups")
     assert found == {**GROUPS, "nodes": found["nodes"]}

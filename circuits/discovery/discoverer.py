@@ -19,6 +19,7 @@ from circuits.models.component_graph import component_graph
 from circuits.running.damage import DamageMeter
 from circuits.running.run import model_logits
 from circuits.running.settings import RunSettings
+from circuits.system.code_digest import CodeDigest, code_digest
 from circuits.system.errors import InputError, NotFiniteError
 from circuits.system.fields import CheckedFields
 from circuits.tasks.task import Task
@@ -162,12 +163,12 @@ class CircuitDiscoverer(CheckedFields):
         return {each.name: as_json(getattr(self, each.name)) for each in fields(self)}
 
     def identity(self) -> dict[str, Any]:
-        """What the result depends on: the method and its settings, except `SPEED_ONLY` ones."""
-        settings = self.settings()
-        for each in fields(self):
-            if each.metadata.get("speed_only"):
-                del settings[each.name]
-        return {"method": self.name, "settings": settings}
+        """What the result depends on: the method and its settings, except `SPEED_ONLY` ones, and
+        a digest of its code and of the data that it holds.
+        """
+        settings = {name: as_json(value) for name, value in _held(self).items()}
+        code = code_of(self, as_first_seen=True).key()
+        return {"method": self.name, "settings": settings, "code": code}
 
     def record(self, **found: Any) -> JsonObject:
         """The record of a circuit: the method, its settings, and what the run counted."""
@@ -210,6 +211,16 @@ REGISTRY: dict[str, type[CircuitDiscoverer]] = {}
 
 def no_progress(done: int, total: int) -> None:
     """Report nothing."""
+
+
+def code_of(discoverer: CircuitDiscoverer, *, as_first_seen: bool = False) -> CodeDigest:
+    """The digest of a method's code and of its fields, except `SPEED_ONLY` ones."""
+    return code_digest(type(discoverer), _held(discoverer), as_first_seen=as_first_seen)
+
+
+def _held(discoverer: CircuitDiscoverer) -> dict[str, Any]:
+    kept = (each for each in fields(discoverer) if not each.metadata.get("speed_only"))
+    return {each.name: getattr(discoverer, each.name) for each in kept}
 
 
 def as_json(value: Any) -> Any:

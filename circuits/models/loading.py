@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,24 @@ from transformers import (
 
 from circuits.system.device import device_called
 from circuits.system.errors import InputError
-from circuits.system.files import read_json, read_tensors, write_json, write_tensors
+from circuits.system.files import (
+    DIGEST,
+    read_json,
+    read_json_object,
+    read_tensors,
+    stated_digest,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
 
 Model = HookedTransformer
 Weights = Mapping[str, Tensor]
 EMBEDDED = "toy-world"
 ASSETS = Path(__file__).parents[1] / "assets"
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+# Keys of config.json with the digests of the other files.
+DIGEST_OF = "digest of "
 FORMAT, FORMAT_VERSION = "circuits.model", 1
 LONGEST_REASON = 200  # characters of another library's message
 
@@ -137,6 +148,12 @@ def build_model(
 def save_model(model: Model, folder: str | Path) -> None:
     """Write config.json, model.safetensors and the tokenizer's files, for `load_model`.
 
+    `config.json` comes last and names the digests of the other files, so that files of two models,
+    or of a save that was interrupted, are never taken for one model.
+
+    Raises:
+        InputError: the files cannot be written.
+
     >>> import circuits, tempfile
     >>> model = circuits.load_model("toy-world")
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -148,10 +165,21 @@ def save_model(model: Model, folder: str | Path) -> None:
     settings = model.cfg.to_dict()
     config = {name: value for name, value in settings.items() if _is_json(value)}
     weights = _without_derived(model.state_dict())
-    write_tensors(folder / WEIGHTS_FILE, weights, {}, FORMAT, FORMAT_VERSION)
-    write_json(folder / CONFIG_FILE, {"config": config}, FORMAT, FORMAT_VERSION)
-    if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(folder)
+    written = write_tensors(folder / WEIGHTS_FILE, weights, {}, FORMAT, FORMAT_VERSION)
+    digests = {DIGEST_OF + WEIGHTS_FILE: stated_digest(written)}
+    for name, content in _tokenizer_files(model.tokenizer).items():
+        write_bytes(folder / name, content)
+        digests[DIGEST_OF + name] = sha256(content).hexdigest()
+    # Each on a line of its own that can be deleted.
+    write_json(folder / CONFIG_FILE, {**digests, "config": config}, FORMAT, FORMAT_VERSION)
+
+
+def _tokenizer_files(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, bytes]:
+    if tokenizer is None:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
 def _without_derived(state: Weights) -> dict[str, Tensor]:
@@ -185,22 +213,42 @@ def _load_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> Mode
             f"the folder {folder} holds no model: it has no {CONFIG_FILE}; "
             "give a folder that save_model wrote, or one with a checkpoint."
         )
-    if not _is_saved_model(config):
+    content = read_json_object(config, "configuration")
+    # Folders of checkpoints have a config.json as well.
+    if content.get("format") != FORMAT:
         return _load_checkpoint(folder, device, dtype)
-    settings = read_json(config, FORMAT, FORMAT_VERSION)["config"]
+    content = read_json(config, FORMAT, FORMAT_VERSION)
     weights, _ = read_tensors(folder / WEIGHTS_FILE, FORMAT, FORMAT_VERSION)
-    has_tokenizer = (folder / "tokenizer.json").is_file()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder) if has_tokenizer else None
-    return build_model(settings, weights, tokenizer, device=device, dtype=dtype)
-
-
-def _is_saved_model(config: Path) -> bool:
-    """Whether `save_model` wrote it; folders of checkpoints have a config.json as well."""
     try:
-        content = json.loads(config.read_text())
-        return content.get("format") == FORMAT
-    except ValueError as error:
-        raise InputError(f"{config} is truncated or not JSON ({error}); restore it.") from error
+        _check_digests(folder, content)
+        has_tokenizer = (folder / "tokenizer.json").is_file()
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder) if has_tokenizer else None
+        return build_model(content["config"], weights, tokenizer, device=device, dtype=dtype)
+    except InputError:
+        raise
+    # The libraries for tokenizers and models raise errors of every type for files that are damaged.
+    except Exception as error:
+        raise InputError(
+            f"the model in {folder} is damaged ({type(error).__name__}: {_first_line(error)}); "
+            "restore the folder or save the model again."
+        ) from error
+
+
+def _check_digests(folder: Path, content: Mapping[str, Any]) -> None:
+    for key, digest in content.items():
+        if not key.startswith(DIGEST_OF):
+            continue
+        path = folder / key.removeprefix(DIGEST_OF)
+        if path.name == WEIGHTS_FILE:
+            found = stated_digest(path)
+        else:
+            found = sha256(path.read_bytes()).hexdigest() if path.is_file() else "missing"
+        if found != digest:
+            raise InputError(
+                f"{path} is not the file that was saved with {CONFIG_FILE}: it was changed, or "
+                "saving was interrupted. Save the model again; if the change is wanted, delete "
+                f'the lines "{key}" and "{DIGEST}" in {CONFIG_FILE}.'
+            )
 
 
 def _load_checkpoint(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:

@@ -7,14 +7,17 @@
         circuit.html            a drawing of the circuit
         checkpoint.safetensors  the state of an unfinished run, from which it is resumed
 
-The digest covers what the result depends on: method, settings, model weights, prompts and graph.
-Of several ranks, only the first one reads and writes the folder.
+The digest covers what the result depends on: the method with its settings, code and data, the
+metric's code, this package's code, model weights, prompts and graph. What was changed is run anew.
+Of several ranks, only the first one reads and writes the folder. A finished run is read without a
+lock, so that it can be used where nothing can be written.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +26,13 @@ from typing import Any
 import torch
 from filelock import Timeout
 
-import circuits
-from circuits.discovery.discoverer import CircuitDiscoverer, Progress, Resumable, as_json
+from circuits.discovery.discoverer import (
+    CircuitDiscoverer,
+    Progress,
+    Resumable,
+    as_json,
+    code_of,
+)
 from circuits.evaluation.evaluate import Evaluation, evaluate
 from circuits.graph.circuit import FILE, Circuit
 from circuits.graph.graph import Graph
@@ -33,9 +41,18 @@ from circuits.models.component_graph import computed_nodes
 from circuits.models.identity import identity
 from circuits.plotting.pages import circuit_page
 from circuits.running.ablation import Ablation
-from circuits.runs.run_folder import RECORD, describe_setup, digest, lock_folder
-from circuits.system.errors import InputError
-from circuits.system.files import read_json, write_bytes, write_json
+from circuits.runs.run_folder import (
+    RECORD,
+    describe_setup,
+    digest,
+    locked,
+    locked_once,
+    read_record,
+    tell_waiting,
+)
+from circuits.system.code_digest import code_digest
+from circuits.system.errors import InputError, NotWrittenError
+from circuits.system.files import is_file, json_text, read_json, write_bytes, write_json
 from circuits.system.numbers import WholeNumber, whole
 from circuits.system.ranks import RankError, on_first, ranks, totals
 from circuits.tasks.metrics import Metric
@@ -43,8 +60,13 @@ from circuits.tasks.task import Task
 
 METRICS, PAGE, CHECKPOINT = "metrics.json", "circuit.html", "checkpoint.safetensors"
 RECORD_FORMAT, METRICS_FORMAT, FORMAT_VERSION = "circuits.run", "circuits.metrics", 1
-REQUIRED_IN_RECORD = ("method", "settings", "seconds", "forward_passes")
-SECONDS_BETWEEN_TRIES = 60
+# What a record must hold, with the type in JSON.
+IN_RECORD: dict[str, Any] = {
+    "method": str,
+    "settings": dict,
+    "seconds": int | float,
+    "forward_passes": int | float,
+}
 
 
 @dataclass(frozen=True)
@@ -106,15 +128,19 @@ def run(
     >>> first.reused, again.reused
     (False, True)
     """
+    # A note that has no form in JSON is told before the search.
+    json_text(notes or {})
     graph = discoverer.search_graph(model, graph)
-    name = f"{discoverer.name}-{_digest(discoverer, model, task, graph)[:8]}"
-    folder = Path(out) / task.name / name
+    key = on_first(lambda: _digest(discoverer, model, task, graph))
+    folder = Path(out) / task.name / f"{discoverer.name}-{key[:8]}"
+    # Only the first rank looks: another may see the folder late, on a network disk.
+    if on_first(lambda: is_file(folder / RECORD)):
+        return on_first(lambda: _found_again(folder, key))
     with _taking_turns(folder):
-        # Only the first rank looks: another may see the folder late, on a network disk.
-        if on_first((folder / RECORD).exists):
-            return on_first(lambda: load_run(folder))
+        if on_first(lambda: is_file(folder / RECORD)):
+            return on_first(lambda: _found_again(folder, key))
         checkpoint = folder / CHECKPOINT
-        resumed = checkpoint.exists()
+        resumed = is_file(checkpoint)
         started = time.perf_counter()
         with counting_passes(model) as passes:
             circuit = _discover(discoverer, model, task, graph, checkpoint, progress)
@@ -125,9 +151,20 @@ def run(
             "resumed": resumed,
             "seconds": seconds,
             "notes": dict(notes or {}),
+            "key": key,
         }
         found = CircuitRun(folder, circuit, record, reused=False)
         return on_first(lambda: _save(found))
+
+
+def _found_again(folder: Path, key: str) -> CircuitRun:
+    found = load_run(folder)
+    # The name of the folder holds a part of the key, and folders can be renamed.
+    if found.record.get("key", key) != key:
+        raise InputError(
+            f"{folder} holds another run than its name says; move it away or give another out."
+        )
+    return found
 
 
 def load_run(folder: str | Path) -> CircuitRun:
@@ -145,18 +182,12 @@ def load_run(folder: str | Path) -> CircuitRun:
     True
     """
     folder = Path(folder)
-    path = folder / RECORD
-    if not path.exists():
+    if not is_file(folder / RECORD):
         remedy = f"give a folder with {RECORD} and {FILE}"
         if (folder / CHECKPOINT).exists():
             remedy = "it is unfinished: give the same discover command again to resume it"
         raise InputError(f"{folder} holds no finished run; {remedy}.")
-    record = read_json(path, RECORD_FORMAT, FORMAT_VERSION)
-    missing = [name for name in REQUIRED_IN_RECORD if name not in record]
-    if missing:
-        raise InputError(
-            f"{path} is damaged: it has no {', '.join(missing)}; delete the folder and run again."
-        )
+    record = read_record(folder, RECORD_FORMAT, FORMAT_VERSION, IN_RECORD)
     return CircuitRun(folder, Circuit.load(folder), record, reused=True)
 
 
@@ -170,6 +201,9 @@ def evaluate_run(
     size: WholeNumber | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run's circuit on other prompts, unless its `metrics.json` has the evaluation.
+
+    Where the folder cannot be written, the evaluation is computed and a warning says why it is not
+    kept.
 
     Args:
         size: the number of highest-scored edges to keep; by default the circuit as it is.
@@ -185,18 +219,14 @@ def evaluate_run(
         "ablation": as_json(ablation),
         "size": size,
     }
-    weights = identity(model).weights
-    key = digest([settings, weights], size=8)
-    path = found.folder / METRICS
-    with lock_folder(found.folder):
-        known = {}
-        if path.exists():
-            content = read_json(path, METRICS_FORMAT, FORMAT_VERSION)
-            known = content.get("evaluations", {})
+    code = code_digest(metrics, ablation).key()
+    key = digest([settings, identity(model).weights, code], size=8)
+    if key in (known := _evaluations(found)):
+        return known[key]
+    with _locked_if_possible(found.folder):
+        known = _evaluations(found)
         if key not in known:
-            circuit = found.circuit
-            if size is not None:
-                circuit = circuit.top(size)
+            circuit = found.circuit if size is None else found.circuit.top(size)
             evaluation = evaluate(model, circuit, task, metrics=metrics, ablation=ablation)
             known[key] = {
                 **settings,
@@ -204,8 +234,35 @@ def evaluate_run(
                 "edges": len(circuit),
                 "values": _values(evaluation),
             }
-            write_json(path, {"evaluations": known}, METRICS_FORMAT, FORMAT_VERSION)
+            _keep(found, known)
     return known[key]
+
+
+def _evaluations(found: CircuitRun) -> dict[str, Any]:
+    """The evaluations in `metrics.json`, by what they depend on."""
+    path = found.folder / METRICS
+    if not is_file(path):
+        return {}
+    known = read_json(path, METRICS_FORMAT, FORMAT_VERSION).get("evaluations")
+    if not isinstance(known, dict) or not all(isinstance(each, dict) for each in known.values()):
+        raise InputError(f"{path} is damaged: it holds no evaluations; delete it.")
+    return known
+
+
+@contextlib.contextmanager
+def _locked_if_possible(folder: Path) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(NotWrittenError):
+            stack.enter_context(locked(folder))
+        yield
+
+
+def _keep(found: CircuitRun, evaluations: Mapping[str, Any]) -> None:
+    path = found.folder / METRICS
+    try:
+        write_json(path, {"evaluations": evaluations}, METRICS_FORMAT, FORMAT_VERSION)
+    except NotWrittenError as error:
+        warnings.warn(f"the evaluation is not kept: {error}", stacklevel=3)
 
 
 def _values(evaluation: Evaluation) -> dict[Any, Any]:
@@ -266,9 +323,9 @@ def _taking_turns(folder: Path) -> Iterator[None]:
 
         def try_lock() -> bool:
             try:
-                lock = lock_folder(folder)
-                stack.enter_context(lock.acquire(timeout=SECONDS_BETWEEN_TRIES))
+                stack.enter_context(locked_once(folder))
             except Timeout:
+                tell_waiting(folder)
                 return False
             return True
 
@@ -278,14 +335,13 @@ def _taking_turns(folder: Path) -> Iterator[None]:
         yield
 
 
-def _digest(discoverer: CircuitDiscoverer, model: Model, task: Task, graph: Graph) -> str:
-    parts = [
-        circuits.__version__,
-        discoverer.identity(),
-        identity(model).weights,
-        task.digest(),
-        graph.positions,
-    ]
+def _digest(
+    discoverer: CircuitDiscoverer, model: Model, task: Task, graph: Graph, **search: Any
+) -> str:
+    """Hash what a run depends on; `search` holds further arguments of `discover`."""
+    method = [discoverer.identity(), code_of(discoverer).text]
+    weights = identity(model).weights
+    parts = [method, weights, task.digest(), graph.positions, code_digest(search).key()]
     edges = (graph.source, graph.target, graph.slot)
     return digest(parts, edges)
 

@@ -19,24 +19,32 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import circuits
 from circuits.attribution.build import Direction
 from circuits.attribution.feature_graph import FEATURE, FILE, FeatureGraph
 from circuits.attribution.influence import completeness_score, pruned, replacement_score
-from circuits.discovery.discoverer import as_json
+from circuits.discovery.discoverer import as_json, code_of
 from circuits.discovery.methods.attribution_graph import AttributionGraph, Explained
 from circuits.models import Model
 from circuits.models.identity import identity
 from circuits.plotting.graph_page.data import GraphData
 from circuits.plotting.graph_page.groups import load_groups
 from circuits.plotting.graph_page.page import graph_page
-from circuits.runs.run_folder import LOCK, RECORD, describe_setup, digest, lock_folder
-from circuits.system.errors import InputError
-from circuits.system.files import read_json, write_bytes, write_json
+from circuits.runs.run_folder import LOCK, RECORD, describe_setup, digest, locked, read_record
+from circuits.system.errors import InputError, NotWrittenError
+from circuits.system.files import is_file, json_text, write_bytes, write_json
 from circuits.tasks.tokenization import PromptTokens, prompt_tokens
 
 PAGE = "graph.html"
 RECORD_FORMAT, FORMAT_VERSION = "circuits.graph_run", 1
+# What a record must hold, with the type in JSON.
+COUNTS = ("features", "edges", "kept_features", "kept_edges")
+IN_RECORD: dict[str, Any] = {
+    "prompt": str,
+    "model": dict,
+    "transcoders": dict,
+    "explained": list,
+    **dict.fromkeys(COUNTS, int),
+}
 LONGEST_SLUG = 40  # characters
 SCORES = {"replacement": replacement_score, "completeness": completeness_score}
 
@@ -131,7 +139,11 @@ def run_graph(
     text = prompt if isinstance(prompt, str) else " ".join(numbers)
     name = f"{_slug(text)}-{_digest(method, model, tokens, explain)}"
     folder = Path(out) / "graphs" / name
-    with _removing_if_unused(folder), lock_folder(folder):
+    json_text(notes or {})
+    # Read without a lock, so that it can be used where nothing can be written.
+    if is_file(folder / RECORD):
+        return _found_again(folder)
+    with _removing_if_unused(folder), locked(folder):
         if (folder / RECORD).exists():
             return _found_again(folder)
         started = time.perf_counter()
@@ -167,12 +179,12 @@ def load_graph_run(folder: str | Path) -> GraphRun:
         True
     """
     folder = Path(folder)
-    if not (folder / RECORD).exists():
+    if not is_file(folder / RECORD):
         raise InputError(
             f"{folder} holds no finished graph; "
             f"give a folder with {RECORD} and {FILE}, as `circuits graph` writes it."
         )
-    record = read_json(folder / RECORD, RECORD_FORMAT, FORMAT_VERSION)
+    record = read_record(folder, RECORD_FORMAT, FORMAT_VERSION, IN_RECORD)
     return GraphRun(folder, FeatureGraph.load(folder), record, reused=True)
 
 
@@ -194,8 +206,10 @@ def _found_again(folder: Path) -> GraphRun:
         found = load_graph_run(folder)
     except InputError as error:
         raise InputError(f"{error} To have it made again, delete the folder {folder}.") from error
-    if not (folder / PAGE).exists():
-        _write_page(found)
+    if not is_file(folder / PAGE):
+        # The graph can be used all the same where nothing can be written.
+        with contextlib.suppress(NotWrittenError):
+            _write_page(found)
     return found
 
 
@@ -212,8 +226,7 @@ def _digest(
     explain: Sequence[Explained] | None,
 ) -> str:
     parts = [
-        circuits.__version__,
-        method.identity(),
+        [method.identity(), code_of(method).text],
         identity(model).weights,
         tokens.tolist(),
         None if explain is None else list(map(_explained_as_json, explain)),

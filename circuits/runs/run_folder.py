@@ -5,24 +5,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 import circuits
 from circuits.models import Model
 from circuits.models.identity import identity
-from circuits.system.errors import InputError
+from circuits.system.errors import InputError, NotWrittenError
+from circuits.system.files import read_json, remove_abandoned
 
 RECORD, LOCK = "record.json", ".lock"
 PACKAGES = ("torch", "transformer-lens", "transformers")
+SECONDS_BETWEEN_TRIES = 60
 
 
 def digest(parts: Any, columns: Iterable[Tensor] = (), *, size: int = 64) -> str:
@@ -35,15 +39,65 @@ def digest(parts: Any, columns: Iterable[Tensor] = (), *, size: int = 64) -> str
     return result.hexdigest()
 
 
-def lock_folder(folder: Path) -> FileLock:
-    """Make a folder, or raise an InputError; return a lock on it that ends with its process."""
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make a folder, and wait until no other process works in it; see `locked_once`."""
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(locked_once(folder))
+                break
+            except Timeout:
+                tell_waiting(folder)
+        yield
+
+
+@contextlib.contextmanager
+def locked_once(folder: Path) -> Iterator[None]:
+    """Make a folder and lock it, with a lock that ends with its process.
+
+    Raises:
+        NotWrittenError: the folder cannot be made, written or locked.
+        Timeout: another process holds the lock for longer than `SECONDS_BETWEEN_TRIES`.
+    """
+    lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"the run folder {folder} cannot be made ({error.strerror}); give another one with out."
+        lock.acquire(timeout=SECONDS_BETWEEN_TRIES)
+    except Timeout:
+        raise
+    except (OSError, NotImplementedError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise NotWrittenError(
+            f"the run folder {folder} cannot be made or locked ({reason}); give another one, on a "
+            "disk that can be written and has locks, with out."
         ) from error
-    return FileLock(folder / LOCK)
+    try:
+        remove_abandoned(folder)
+        yield
+    finally:
+        lock.release()
+
+
+def read_record(folder: Path, kind: str, version: int, needed: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the record of a finished run, which holds values of the `needed` types by their names.
+
+    Raises:
+        InputError: the file is missing, damaged, of another kind or from a newer version.
+    """
+    path = folder / RECORD
+    record = read_json(path, kind, version)
+    wrong = [name for name, type_ in needed.items() if not isinstance(record.get(name), type_)]
+    if wrong:
+        raise InputError(
+            f"{path} is damaged: it has no {', '.join(wrong)}; delete the folder and run again."
+        )
+    return record
+
+
+def tell_waiting(folder: Path) -> None:
+    """Say why nothing happens."""
+    warnings.warn(f"another process works in {folder}; waiting until it is done.", stacklevel=2)
 
 
 def describe_setup(model: Model) -> dict[str, Any]:

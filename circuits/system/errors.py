@@ -15,9 +15,13 @@ class InputError(ValueError):
     circuits.system.errors.InputError: 'a9.h6.q' names no node; nodes are written like ...
     """
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str = "") -> None:
         super().__init__(one_line(message))
 
 
 class NotFiniteError(InputError):
     """Raised where logits or a metric are NaN or infinite."""
+
+
+class NotWrittenError(InputError):
+    """Raised where a file cannot be written, such as on a full or read-only disk."""

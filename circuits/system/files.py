@@ -1,24 +1,46 @@
-"""Read and write safetensors and JSON files that state their format and version.
+"""Read and write safetensors and JSON files that state their format, version and digest.
 
 Every write is atomic: a reader, or a process that is killed, leaves the old file or the new one.
+The digest covers all that a file says, so that a change made later is noticed. Files without one
+(of earlier versions, or of other programs) are read as they are.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, is_dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from circuits.system.errors import InputError
+from circuits.system.errors import InputError, NotWrittenError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+DIGEST, PREFIX = "digest", "circuits-sha256:"
+# Below this many bytes, starting threads takes longer than hashing.
+MANY_BYTES = 1 << 24
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}")
+# A temporary file that is empty may belong to a process that is about to write it.
+SECONDS_EMPTY = 3600
+# What safetensors, and torch for shapes or types that it does not know, raise for broken files.
+BROKEN = (SafetensorError, OSError, ValueError, TypeError, RuntimeError, AttributeError)
 
 Tensors = dict[str, Tensor]
 TensorsAndMetadata = tuple[Tensors, dict[str, str]]
@@ -34,18 +56,24 @@ def write_tensors(
     """Write a safetensors file whose header states its format and version."""
     # The header of a safetensors file holds texts only.
     header = {"format": kind, "format_version": str(version), **metadata}
+    return write_bytes(path, tensor_file(tensors, header))
+
+
+def tensor_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of a safetensors file with these tensors and metadata, and a digest of both."""
     on_cpu = {}
     for name, tensor in tensors.items():
         copy = tensor.detach().cpu()
         on_cpu[name] = copy.contiguous()
-    return write_bytes(path, save(on_cpu, header))
+    return save(on_cpu, with_digest(metadata, on_cpu))
 
 
 def read_tensors(path: Path, kind: str, version: int) -> TensorsAndMetadata:
     """Read the tensors of a safetensors file and the metadata in its header.
 
     Raises:
-        InputError: the file is missing, truncated, of another format or from a newer version.
+        InputError: the file is missing, truncated, changed after it was written, of another format
+            or from a newer version.
     """
     _check_exists(path)
     try:
@@ -53,11 +81,69 @@ def read_tensors(path: Path, kind: str, version: int) -> TensorsAndMetadata:
             metadata = file.metadata() or {}
             _check_format(path, metadata, kind, version)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            return tensors, metadata
-    except (SafetensorError, OSError) as error:
+    except InputError:
+        raise
+    except BROKEN as error:
         raise InputError(
             f"{path} is truncated or not a safetensors file ({error}); restore it or make it again."
         ) from error
+    check_digest(path, metadata, tensors)
+    metadata.pop(DIGEST, None)
+    return tensors, metadata
+
+
+def with_digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The header of a file with these tensors, beginning with a digest of all other content."""
+    return {DIGEST: _content_digest(header, tensors), **header}
+
+
+def check_digest(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Compare the digest in a file's header, if there is one, with the file's content.
+
+    Raises:
+        InputError: they differ.
+    """
+    stated = {
+        name: value
+        for name, value in header.items()
+        if name == DIGEST or (isinstance(value, str) and value.startswith(PREFIX))
+    }
+    if not stated:
+        return
+    rest = {name: value for name, value in header.items() if name not in stated}
+    if stated != {DIGEST: _content_digest(rest, tensors)}:
+        raise InputError(
+            f"{path} was changed after it was written: its content does not have the digest that "
+            "it states. Restore it or make it again; if the change is wanted, "
+            + ("save it again with circuits." if tensors else f'delete the line "{DIGEST}" in it.')
+        )
+
+
+def stated_digest(path: Path) -> str:
+    """The digest in the header of a safetensors file, without its prefix; empty if it has none."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    return metadata.get(DIGEST, "").removeprefix(PREFIX)
+
+
+def _content_digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    if sum(tensor.nbytes for tensor in tensors.values()) < MANY_BYTES:
+        digests = list(map(_tensor_digest, tensors.values()))
+    else:
+        # hashlib lets other threads run while it hashes.
+        with ThreadPoolExecutor() as pool:
+            digests = list(pool.map(_tensor_digest, tensors.values()))
+    described = {
+        name: [str(tensor.dtype), list(tensor.shape), digest]
+        for (name, tensor), digest in zip(tensors.items(), digests, strict=True)
+    }
+    text = json.dumps([header, described], sort_keys=True, default=str)
+    return PREFIX + sha256(text.encode()).hexdigest()
+
+
+def _tensor_digest(tensor: Tensor) -> str:
+    data = tensor.reshape(-1).view(torch.uint8)
+    return sha256(data.numpy().data).hexdigest()
 
 
 def json_text(content: Mapping[str, Any]) -> str:
@@ -84,51 +170,138 @@ def _plain(value: object) -> Any:
 
 
 def write_json(path: Path, content: Mapping[str, Any], kind: str, version: int) -> Path:
-    """Write a JSON object that states its format and version."""
+    """Write a JSON object that states its format, version and digest.
+
+    Raises:
+        InputError: it holds something that JSON has no form for, or the file cannot be written.
+    """
     stamped = {"format": kind, "format_version": version, **content}
-    text = json.dumps(stamped, indent=2)
+    # As it will be read: with texts as keys, and lists for tuples.
+    plain = json.loads(json_text(stamped))
+    text = json.dumps(with_digest(plain, {}), indent=2)
     return write_bytes(path, text.encode())
 
 
 def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
-    """Read the object in a JSON file, without its format and version.
+    """Read the object in a JSON file, without its format, version and digest.
 
     Raises:
-        InputError: the file is missing, truncated, of another format or from a newer version.
+        InputError: the file is missing, truncated, changed after it was written, of another format
+            or from a newer version.
+    """
+    content = read_json_object(path, kind)
+    _check_format(path, content, kind, version)
+    check_digest(path, content, {})
+    del content["format"], content["format_version"]
+    content.pop(DIGEST, None)
+    return content
+
+
+def read_json_object(path: Path, kind: str) -> dict[str, Any]:
+    """Read a JSON file that holds an object, whoever wrote it; `kind` says what it should be.
+
+    Raises:
+        InputError: the file is missing, not JSON, or holds something else.
     """
     _check_exists(path)
     try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=_with_unique_keys)
+    except (ValueError, RecursionError, OSError) as error:
         raise InputError(
             f"{path} is truncated or not JSON ({error}); restore it or make it again."
         ) from error
     if not isinstance(content, dict):
         found = type(content).__name__
         raise InputError(f"{path} holds no {kind}: expected a JSON object, found {found}.")
-    _check_format(path, content, kind, version)
-    del content["format"], content["format_version"]
+    return content
+
+
+def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} appears twice")
     return content
 
 
 def write_bytes(path: Path, content: bytes) -> Path:
-    """Write a file by way of a temporary one in the same folder, creating the folder if needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file by way of a temporary one in the same folder, creating the folder if needed.
+
+    Temporary files that killed processes left behind for this file are removed.
+
+    Raises:
+        NotWrittenError: it cannot be written, for example because the disk is full.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with temporary.open("wb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path.parent, path.name)
+        with _removed_at_the_end(temporary), temporary.open("wb") as file:
+            with contextlib.suppress(OSError):  # some network disks have no locks
+                _lock(file)
             file.write(content)
             file.flush()
             # Without fsync a power cut could leave the new name with no content behind it.
             os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            if fcntl is None:
+                file.close()  # Windows renames no open file
+            temporary.replace(path)
+    except OSError as error:
+        raise NotWrittenError(
+            f"{path} cannot be written ({error.strerror or error}); what was there before is "
+            "unchanged. Free space, or give another folder that can be written."
+        ) from error
     return path
 
 
+def remove_abandoned(folder: Path, name: str | None = None) -> None:
+    """Remove the temporary files of killed processes, for one file or for all in a folder.
+
+    Those that a process is still writing stay.
+    """
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            match = TEMPORARY.fullmatch(path.name)
+            if match and name in (None, match["name"]) and _is_abandoned(path):
+                path.unlink(missing_ok=True)
+
+
+def _is_abandoned(path: Path) -> bool:
+    # A writer holds a lock on its file, which ends with the process.
+    with contextlib.suppress(OSError), path.open("r+b") as file:
+        _lock(file)
+        status = os.fstat(file.fileno())
+        seconds = time.time() - status.st_mtime
+        return seconds > SECONDS_EMPTY or (status.st_size > 0 and fcntl is not None)
+    return False
+
+
+def _lock(file: BinaryIO) -> None:
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@contextlib.contextmanager
+def _removed_at_the_end(path: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file that can be looked at, with a name that the disk can hold."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def _check_exists(path: Path) -> None:
-    if not path.is_file():
+    if not is_file(path):
         raise InputError(f"there is no file {path}; check the path.")
 
 
@@ -139,7 +312,7 @@ def _check_format(path: Path, header: Mapping[str, Any], kind: str, version: int
         raise InputError(
             f"{path} is not a {kind} file (its format is {found!r}); give the right file."
         )
-    if not found_version.isdecimal() or int(found_version) > version:
+    if not re.fullmatch("[0-9]{1,9}", found_version) or int(found_version) > version:
         raise InputError(
             f"{path} has format version {found_version}, and this version of circuits "
             f"reads up to {version}; upgrade circuits."

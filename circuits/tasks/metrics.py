@@ -4,11 +4,9 @@ Values have their natural sign. A metric's `direction` says which way is worse, 
 always grows as the output gets worse.
 """
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.models import Model, cause, count_not_finite
+from circuits.system.code_digest import code_digest
 from circuits.system.errors import InputError, NotFiniteError
 from circuits.system.memory import is_out_of_memory
 from circuits.system.messages import suggestion
@@ -71,18 +70,11 @@ class Metric:
             raise InputError(f"{found} must be one of {allowed}.")
 
     def __str__(self) -> str:
-        """The name; for a user's metric, with a hash of its source, since names may coincide."""
+        """The name; for a user's metric, with a digest of its code, since names may coincide."""
         if self.shipped:
             return self.name
-        try:
-            source = inspect.getsource(self.function)
-        except (OSError, TypeError):
-            # Functions typed into a console have no source, and callable objects no name.
-            kind = type(self.function).__name__
-            source = getattr(self.function, "__qualname__", kind)
-        content = f"{self.direction} {source}".encode()
-        digest = blake2b(content, digest_size=4)
-        return f"{self.name} {digest.hexdigest()}"
+        digest = code_digest(self.function, self.direction, as_first_seen=True)
+        return f"{self.name} {digest.text[:8]}"
 
     @property
     def shipped(self) -> bool:

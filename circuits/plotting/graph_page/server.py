@@ -25,7 +25,7 @@ from circuits.plotting.graph_page.data import GraphData, JsonObject
 from circuits.plotting.graph_page.groups import grouped_names, load_groups, save_groups
 from circuits.plotting.graph_page.page import compact_json, served_page
 from circuits.plotting.graph_page.queries import QUERIES, answer
-from circuits.system.errors import InputError
+from circuits.system.errors import InputError, NotWrittenError
 from circuits.system.numbers import WholeNumber, whole
 
 ADDRESS = "127.0.0.1"
@@ -92,8 +92,8 @@ class GraphServer(ThreadingHTTPServer):
         """Write the reader's groups into the folder."""
         try:
             save_groups(self.folder, self.data, groups)
-        except OSError as error:
-            reason = f"groups.json could not be written into {self.folder}: {error.strerror}."
+        except (OSError, NotWrittenError) as error:
+            reason = f"groups.json could not be written into {self.folder}: {error}"
             raise HttpError(HTTPStatus.INTERNAL_SERVER_ERROR, reason) from error
 
     def server_bind(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from circuits.system.errors import InputError
+from circuits.system.files import check_digest
 from circuits.transcoders.transcoder import Reads, Writes
 
 CONFIG = "config.yaml"
@@ -66,7 +67,8 @@ def read_config(file: Path, source: str) -> TranscoderConfig:
 def _settings(file: Path, source: str) -> Settings:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
+    # What is not a valid date or number is a ValueError, and an unhashable key a TypeError.
+    except (yaml.YAMLError, ValueError, TypeError, OSError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{source} cannot be read as YAML ({reason}); restore it.") from error
     if not isinstance(content, dict):
@@ -74,6 +76,7 @@ def _settings(file: Path, source: str) -> Settings:
             f"{source} holds {type(content).__name__} and no settings; expected lines like "
             "model_kind: transcoder_set."
         )
+    check_digest(file, content, {})
     if content.get("model_kind") == UNFINISHED:
         raise InputError(
             f"{source}: saving into this folder was interrupted, so its files may be of different "

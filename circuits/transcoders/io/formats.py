@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -135,13 +136,16 @@ class LayerWeights:
         }
 
 
-def read_layers(files: LayerFiles, source: str, copy: Copier) -> list[LayerWeights]:
-    """Read and copy the weights of all layers of the set `source`."""
+def read_layers(files: LayerFiles, source: str, copy: Copier, *, check: bool) -> list[LayerWeights]:
+    """Read and copy the weights of all layers of the set `source`.
+
+    `check` also compares the digests of the files and looks for NaN, for which all is read.
+    """
     sizes: Sizes = {}
     layers = []
     for number, paths in enumerate(files):
         # Copied before the next is read, so that the memory holds no more than one file.
-        layer = _read_layer(paths, number, sizes, copy)
+        layer = _read_layer(paths, number, sizes, copy, check)
         layers.append(layer)
         # Each layer of a CLT writes to one layer less than the layer before.
         sizes["layers written to"] = layer.decoder.shape[1] - 1
@@ -158,19 +162,36 @@ def read_layers(files: LayerFiles, source: str, copy: Copier) -> list[LayerWeigh
     return layers
 
 
-def _read_layer(files: Sequence[Path], layer: int, sizes: Sizes, copy: Copier) -> LayerWeights:
+def _read_layer(
+    files: Sequence[Path], layer: int, sizes: Sizes, copy: Copier, check: bool
+) -> LayerWeights:
     # The files are the one of a layer, or the two of a CLT.
     where = " and ".join(map(str, files))
     tensors: Tensors = {}
     for file in files:
-        tensors |= read_tensors(file)
+        tensors |= read_tensors(file, check=check)
     format = _format_of(tensors, files[0])
     k = _k(tensors.pop("k", None), where) if format is PLT else None
     parts = _parts(tensors, format, layer, sizes, where)
     parts["decoder"] = _used(parts["decoder"], format, layer)
     for part, tensor in parts.items():
+        if check:
+            _check_finite(tensor, part, where)
         parts[part] = copy(tensor)
     return LayerWeights(format, k=k, **parts)
+
+
+def _check_finite(tensor: Tensor, part: str, where: str) -> None:
+    # A finite sum has finite terms, and is faster to check.
+    if tensor.sum(dtype=torch.float32).isfinite():
+        return
+    # A feature with an infinite threshold never fires.
+    bad = tensor.isnan() if part == "threshold" else ~tensor.isfinite()
+    if n_bad := int(bad.sum()):
+        raise InputError(
+            f"{where}: {n_bad} of {tensor.numel()} numbers of the {part} are NaN or infinite; "
+            "restore the file or convert the weights again."
+        )
 
 
 def _used(decoder: Tensor, format: Format, layer: int) -> Tensor:

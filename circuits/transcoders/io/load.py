@@ -48,7 +48,8 @@ def load_transcoders(
         dtype: their precision; None is float32. Files are read one by one, so the memory holds at
             most one copy of the weights and one file.
         mapped: leave the weights in their files, in their stored precision, and read what is used
-            when it is used. Give neither device nor dtype then. An encoder stored transposed
+            when it is used. Give neither device nor dtype then. Digests, for which whole files
+            would be read, are not compared. An encoder stored transposed
             (GemmaScope-2) is read whole when used, and npz files are read into memory.
 
     Raises:
@@ -65,7 +66,7 @@ def load_transcoders(
     copy = weight_copier(device, dtype, mapped)
     folder, config = _find(where)
     source = str(where if where in embedded_transcoders() else folder)
-    layers = read_layers(_layer_files(folder, config), source, copy)
+    layers = read_layers(_layer_files(folder, config), source, copy, check=not mapped)
     _check_kind(layers[0], config)
     transcoders = replace(_assembled(layers, config), name=folder.name, source=source)
     transcoders.check()

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import save
 
 from circuits.system.errors import InputError
-from circuits.system.files import write_bytes
+from circuits.system.files import tensor_file, with_digest, write_bytes
 from circuits.transcoders.activations import JumpReLU
 from circuits.transcoders.io.config_yaml import CLT_KIND, CONFIG, MEANINGS, PLT_KIND, UNFINISHED
 from circuits.transcoders.io.formats import CLT, PLT, Format, Tensors
@@ -68,7 +67,7 @@ def save_transcoders(
     for file, tensors in files.items():
         # safetensors refuses tensors that share memory, so each is copied.
         stored = {name: copied(tensor, "cpu", dtype) for name, tensor in tensors.items()}
-        write_bytes(folder / file, save(stored))
+        write_bytes(folder / file, tensor_file(stored, {}))
     _write_config(folder, config)
     return folder
 
@@ -131,7 +130,7 @@ def _value(key: str, meaning: str) -> str:
 
 
 def _write_config(folder: Path, config: Config) -> None:
-    text = yaml.safe_dump(config, sort_keys=False)
+    text = yaml.safe_dump(with_digest(config, {}), sort_keys=False)
     write_bytes(folder / CONFIG, text.encode())
 
 

@@ -13,22 +13,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from circuits.system.device import device_called
 from circuits.system.errors import InputError
+from circuits.system.files import BROKEN, check_digest
 
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 WEIGHTS = (".safetensors", ".npz")
 # What safetensors, NumPy and zipfile raise for broken files.
-BROKEN_FILE = (SafetensorError, zipfile.BadZipFile, zlib.error)
-BROKEN_ARRAY = (OSError, ValueError, TypeError, EOFError)
+BROKEN_FILE = (*BROKEN, zipfile.BadZipFile, zlib.error, EOFError)
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Read all tensors of a file. Those of safetensors files are mapped, not yet in memory."""
+def read_tensors(file: Path, *, check: bool = True) -> dict[str, Tensor]:
+    """Read all tensors of a file. Those of safetensors files are mapped, not yet in memory.
+
+    `check` compares the digest of a file that has one, for which the whole file is read.
+    """
     if file.suffix in PICKLES:
         raise InputError(pickle_message(file))
     if file.suffix not in WEIGHTS:
@@ -38,13 +40,23 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             f"there is no file {file}; restore it, or correct the list in config.yaml."
         )
     try:
-        return load_file(file) if file.suffix == ".safetensors" else _load_npz(file)
-    except (*BROKEN_FILE, *BROKEN_ARRAY) as error:
+        return _load_npz(file) if file.suffix == ".npz" else _load_safetensors(file, check)
+    except InputError:
+        raise
+    except BROKEN_FILE as error:
         reason = str(error).strip() or type(error).__name__
         raise InputError(
             f"{file} is truncated or not what its name says ({reason.splitlines()[0]}); restore it "
             "or fetch it again."
         ) from error
+
+
+def _load_safetensors(file: Path, check: bool) -> dict[str, Tensor]:
+    with safe_open(file, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+        if check:
+            check_digest(file, opened.metadata() or {}, tensors)
+        return tensors
 
 
 def _load_npz(file: Path) -> dict[str, Tensor]:

@@ -1,0 +1,382 @@
+"""A digest of what the result of a user's code depends on: its source, and the data it holds.
+
+A stored result may only answer for the same code. Three things enter the digest:
+
+- the source of the files that define the code, and of the files beside them that these import;
+- the code that was loaded, which can differ from the files (a notebook, an edit without a reload);
+- the data that it holds: fields, closures, defaults, and the module globals that it names.
+
+The standard library and installed packages count by their names, this package by all its files.
+"""
+
+from __future__ import annotations
+
+import ast
+import copyreg
+import functools
+import sys
+import types
+import uuid
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import blake2b
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PACKAGE = __name__.partition(".")[0]
+NOT_OWN = {PACKAGE, "torch", *sys.stdlib_module_names}
+INSTALLED = {"site-packages", "dist-packages"}
+PLAIN = (type(None), type(...), bool, int, float, complex, str, bytes)
+CODE_FIELDS = (
+    "co_code", "co_consts", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_flags",
+    "co_argcount", "co_posonlyargcount", "co_kwonlyargcount", "co_exceptiontable",
+)  # fmt: skip
+# What holds functions, and the attributes that hold them.
+HOLDERS = (
+    staticmethod, classmethod, property, types.MethodType, functools.partial,
+    functools.cached_property,
+)  # fmt: skip
+HELD = ("__func__", "__self__", "func", "args", "keywords", "fget", "fset", "fdel")
+BUILTINS = (
+    types.BuiltinFunctionType, types.WrapperDescriptorType, types.MethodWrapperType,
+    types.MethodDescriptorType, types.ClassMethodDescriptorType, types.GetSetDescriptorType,
+    types.MemberDescriptorType,
+)  # fmt: skip
+
+Digest = bytes
+Files = dict[Path, bytes]
+Import = tuple[int, str]
+
+
+@dataclass(frozen=True)
+class CodeDigest:
+    """A digest, and what it does not cover.
+
+    Attributes:
+        text: in hexadecimal digits.
+        unknown: what could not be hashed, such as "Mine.lock holds a lock"; empty if all was.
+    """
+
+    text: str
+    unknown: str = ""
+
+    def key(self) -> str:
+        """The digest as a key of stored results; what is not covered is said, and never found."""
+        if not self.unknown:
+            return self.text
+        warnings.warn(
+            f"this result cannot be found again and will be computed anew, because {self.unknown}, "
+            "which cannot be hashed; hold it elsewhere, or as numbers, texts or tensors.",
+            stacklevel=2,
+        )
+        return f"{self.text} {uuid.uuid4().hex}"
+
+
+def code_digest(*values: Any, as_first_seen: bool = False) -> CodeDigest:
+    """The digest of values, such as methods and metrics, with their code and the data they hold.
+
+    Args:
+        as_first_seen: lists, sets and dictionaries in closures count as they were when this process
+            first saw them: a function that notes down its calls keeps its digest.
+    """
+    walk = _Walk(values, as_first_seen)
+    digests = [walk.digest(value, _name(value)) for value in values]
+    files = _with_imported(walk.files)
+    sources = sorted(_hash(file.name, source) for file, source in files.items())
+    return CodeDigest(_hash("all", package_digest(), *digests, *sources).hex(), walk.unknown)
+
+
+@functools.cache
+def package_digest() -> Digest:
+    """The digest of the source of this package, which is read once in a process."""
+    root = Path(__file__).parents[1]
+    files = {str(file.relative_to(root)): file for file in root.rglob("*.py")}
+    return _hash("package", *(_hash(name, files[name].read_bytes()) for name in sorted(files)))
+
+
+def _hash(kind: str, *parts: bytes) -> Digest:
+    digest = blake2b(kind.encode(), digest_size=16)
+    for part in parts:
+        # With the lengths, so that ("a", "bc") and ("ab", "c") differ.
+        digest.update(b"%d " % len(part) + part)
+    return digest.digest()
+
+
+def _name(value: Any) -> str:
+    """The name of a function or class, or of the class of another value."""
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{getattr(named, '__module__', '')}.{named.__qualname__}".removeprefix("builtins.")
+
+
+def _top(module: object) -> str:
+    return str(module).partition(".")[0]
+
+
+class _Walk:
+    """Visits values and all that they hold.
+
+    Attributes:
+        files: those that define the functions and classes that were visited.
+        unknown: the first value that could not be hashed.
+    """
+
+    def __init__(self, roots: Iterable[Any], as_first_seen: bool) -> None:
+        self.as_first_seen = as_first_seen
+        self.files: set[Path] = set()
+        self.unknown = ""
+        # Installed packages count by their names, but for those that define the roots themselves.
+        for root in roots:
+            kind = root if isinstance(root, type) else type(root)
+            for each in (root, *kind.__mro__):
+                self._add_module(getattr(each, "__module__", None))
+        # By id. The values are kept, since the id of one that is gone can be given to another.
+        self._known: dict[int, tuple[Digest, Any]] = {}
+
+    def digest(self, value: Any, where: str) -> Digest:
+        """The digest of a value; `where` says where it was found."""
+        if type(value) in PLAIN:
+            return _hash(type(value).__name__, repr(value).encode())
+        if self.as_first_seen and id(value) in _first_seen:
+            return _first_seen[id(value)][0]
+        if id(value) not in self._known:
+            # Met again inside itself, a value counts as this.
+            self._known[id(value)] = _hash("itself"), value
+            try:
+                found = self._visit(value, where)
+            # What cannot be copied, such as a lock or an open file, raises errors of any type.
+            except Exception:
+                self.unknown = self.unknown or f"{where} holds a {_name(type(value))}"
+                found = _hash("unknown")
+            self._known[id(value)] = found, value
+        return self._known[id(value)][0]
+
+    def _visit(self, value: Any, where: str) -> Digest:
+        for kinds, visit in _VISITS.items():
+            if isinstance(value, kinds):
+                return visit(self, value, where)
+        return self._object(value, where)
+
+    def _all(self, kind: str, values: Iterable[Any], where: str) -> Digest:
+        return _hash(kind, *[self.digest(value, where) for value in values])
+
+    def _tensor(self, tensor: Tensor, where: str) -> Digest:
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        return _hash(f"{tensor.dtype} {tuple(tensor.shape)}", data.numpy().tobytes())
+
+    def _array(self, array: Any, where: str) -> Digest:
+        if array.dtype.hasobject:
+            return self._object(array, where)
+        return _hash(f"{array.dtype} {array.shape}", array.tobytes())
+
+    def _tuple(self, values: tuple[Any, ...], where: str) -> Digest:
+        return self._all(_name(values), values, where)
+
+    def _set(self, values: frozenset[Any], where: str) -> Digest:
+        # In an order of their own: that of a set differs between processes.
+        return _hash(_name(values), *sorted(self.digest(value, where) for value in values))
+
+    def _dict(self, values: dict[Any, Any], where: str) -> Digest:
+        parts = []
+        for key, value in values.items():
+            inside = f"{where}.{key}" if isinstance(key, str) else where
+            parts += [self.digest(key, where), self.digest(value, inside)]
+        return _hash(_name(values), *parts)
+
+    def _code(self, code: types.CodeType, where: str) -> Digest:
+        return self._all("code", [getattr(code, field) for field in CODE_FIELDS], where)
+
+    def _function(self, function: types.FunctionType, where: str) -> Digest:
+        cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+        values: dict[str, Any] = {"": [function.__defaults__, function.__kwdefaults__]}
+        for name, cell in cells.items():
+            with suppress(ValueError):  # not yet assigned
+                values[name] = cell.cell_contents
+                self._note_first(values[name], name)
+        values |= vars(function)
+        if self._is_own(function.__globals__.get("__name__")):
+            self._add_file(function.__code__.co_filename)
+            values[" code"] = function.__code__
+            values |= dict(self._globals_of(function))
+        return _hash(_name(function), self._dict(values, function.__qualname__))
+
+    def _note_first(self, value: Any, where: str) -> None:
+        if isinstance(value, list | dict | set) and id(value) not in _first_seen:
+            _first_seen[id(value)] = self.digest(value, where), value
+
+    def _globals_of(self, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+        names = sorted(set(_names_in(function.__code__)))
+        for name in names:
+            if name not in function.__globals__:
+                continue
+            value = function.__globals__[name]
+            yield name, value
+            if isinstance(value, types.ModuleType) and self._is_own(value.__name__):
+                attributes = vars(value)
+                yield from (
+                    (f"{name}.{each}", attributes[each]) for each in names if each in attributes
+                )
+
+    def _class(self, kind: type, where: str) -> Digest:
+        parts = []
+        for each in kind.__mro__:
+            parts.append(_name(each).encode())
+            if self._is_own(each.__module__):
+                self._add_module(each.__module__)
+                parts.append(self._dict(_members(each), each.__qualname__))
+        return _hash("class", *parts)
+
+    def _module(self, module: types.ModuleType, where: str) -> Digest:
+        if self._is_own(module.__name__):
+            self._add_module(module.__name__)
+        return _hash("module", module.__name__.encode())
+
+    def _holder(self, value: Any, where: str) -> Digest:
+        held = {name: getattr(value, name, None) for name in HELD}
+        return _hash(_name(type(value)), self._dict(held, where))
+
+    def _builtin(self, value: Any, where: str) -> Digest:
+        owner = getattr(value, "__self__", None)
+        return _hash(_name(value), self.digest(owner, where))
+
+    def _object(self, value: Any, where: str) -> Digest:
+        """Any other object: its class, and what a copy of it would be made of."""
+        kind = type(value)
+        identity = getattr(kind, "identity", None)
+        if _top(kind.__module__) == PACKAGE and isinstance(identity, functools.cached_property):
+            # Large weights of this package have a fingerprint.
+            return _hash(_name(kind), self.digest(value.identity.weights, where))
+        reduce = copyreg.dispatch_table.get(kind)
+        made_of = reduce(value) if reduce else value.__reduce_ex__(4)
+        parts = [self.digest(kind, where), self.digest(getattr(value, "__wrapped__", None), where)]
+        if isinstance(made_of, str):
+            return _hash(made_of, *parts)
+        function, arguments, *more = made_of
+        state, items, entries = (*more, None, None, None)[:3]
+        if isinstance(state, dict):
+            kept = {name: state[name] for name in state if not _is_cache(kind, name)}
+            state = kept or None
+        pieces = [function, arguments, state, tuple(items or ()), tuple(entries or ())]
+        return _hash("object", *parts, *[self.digest(piece, where) for piece in pieces])
+
+    def _is_own(self, module: str | None) -> bool:
+        file = getattr(sys.modules.get(_top(module)), "__file__", None) or ""
+        return _top(module) not in NOT_OWN and INSTALLED.isdisjoint(Path(file).parts)
+
+    def _add_module(self, name: str | None) -> None:
+        if _top(name) not in NOT_OWN:
+            self._add_file(getattr(sys.modules.get(str(name)), "__file__", None))
+
+    def _add_file(self, name: str | None) -> None:
+        # The code of a console or a notebook has a name such as "<stdin>", and no file.
+        if name is not None and Path(name).is_file():
+            self.files.add(Path(name).resolve())
+
+
+# By id, with the values themselves as above.
+_first_seen: dict[int, tuple[Digest, Any]] = {}
+
+# The first that fits. Other objects, lists among them, are visited by what copies are made of.
+_VISITS: dict[Any, Any] = {
+    Tensor: _Walk._tensor,
+    np.ndarray: _Walk._array,
+    tuple: _Walk._tuple,
+    (set, frozenset): _Walk._set,
+    (dict, types.MappingProxyType): _Walk._dict,
+    types.CodeType: _Walk._code,
+    types.FunctionType: _Walk._function,
+    type: _Walk._class,
+    types.ModuleType: _Walk._module,
+    HOLDERS: _Walk._holder,
+    BUILTINS: _Walk._builtin,
+}
+
+
+def _names_in(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names_in(constant)
+
+
+def _members(kind: type) -> dict[str, Any]:
+    """What a class defines, without what Python and libraries note down in it."""
+    members = {}
+    for name, value in vars(kind).items():
+        is_noted = name.startswith("__") and not isinstance(value, (types.FunctionType, *HOLDERS))
+        if not is_noted and name != "_abc_impl":
+            members[name] = value
+    return members
+
+
+def _is_cache(kind: type, name: str) -> bool:
+    return isinstance(getattr(kind, name, None), functools.cached_property)
+
+
+def _with_imported(files: Iterable[Path]) -> Files:
+    """Source files, and those that they import, directly or not, from beside them."""
+    found: Files = {}
+    waiting = list(files)
+    while waiting:
+        file = waiting.pop()
+        if file not in found:
+            found[file] = file.read_bytes()
+            waiting += _imported(file, found[file])
+    return found
+
+
+def _imported(file: Path, source: bytes) -> Iterator[Path]:
+    packages = [folder for folder in file.parents if (folder / "__init__.py").is_file()]
+    package = packages[-1] if packages else file
+    yield from (folder / "__init__.py" for folder in packages)
+    for level, name in _imports(source):
+        places = [file.parents[level - 1]] if level else []
+        if not level and _top(name) != PACKAGE:
+            places = [file.parent, package.parent, *_place_of(_top(name))]
+        for path in (path for place in places for path in _paths(place, name)):
+            is_own = INSTALLED.isdisjoint(path.parts) or path.is_relative_to(package)
+            if is_own and path.is_file():
+                yield path.resolve()
+
+
+@functools.lru_cache(maxsize=1024)
+def _imports(source: bytes) -> frozenset[Import]:
+    """The modules that a source names in imports, and how many dots stand before each."""
+    found = set()
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return frozenset()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {(0, alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            # What is imported from a package may be a module of it.
+            start = f"{node.module}." if node.module else ""
+            found |= {(node.level, f"{start}{alias.name}") for alias in node.names}
+    return frozenset(found)
+
+
+def _place_of(top: str) -> Iterator[Path]:
+    """The folder that holds a module or package, which is not executed to find out."""
+    if top in NOT_OWN:
+        return
+    with suppress(ImportError, ValueError, AttributeError):
+        spec = find_spec(top)
+        if spec is not None:
+            folders = spec.submodule_search_locations or [spec.origin or ""]
+            yield from (Path(folder).parent for folder in folders)
+
+
+def _paths(place: Path, name: str) -> Iterator[Path]:
+    """Where a module and the packages that it is in would be."""
+    for part in name.split("."):
+        yield place / f"{part}.py"
+        place /= part
+        yield place / "__init__.py"
