@@ -1,5 +1,7 @@
 """Evaluation: metrics of a circuit, faithfulness over sizes, recovery of known edges."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from architectures import random_model, random_task
@@ -51,6 +53,22 @@ def test_the_whole_model_is_fully_faithful_and_the_empty_circuit_not_at_all(mode
     assert whole.kl == pytest.approx(0, abs=1e-5)
     assert empty.faithfulness("logit_difference") == pytest.approx(0, abs=1e-4)
     assert list(whole.table().columns) == ["circuit", "model", "empty", "faithfulness"]
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "soft_caps"])
+def test_where_ablation_changes_nothing_faithfulness_is_not_a_ratio_of_rounding_errors(
+    architecture,
+):
+    model, task = random_model(architecture), random_task(several=True)
+    unchanged = replace(task, corrupted=task.clean)
+    circuit = circuits.EAP().discover(model, task).top(30)
+    metrics = [name for name in METRICS if name != "accuracy"]
+    table = circuits.evaluate(model, circuit, unchanged, metrics=metrics).table()
+    assert table["faithfulness"].isna().all()
+    curve = circuits.faithfulness_curve(model, circuit, unchanged, [10])
+    assert curve["faithfulness"].isna().all()
+    table = circuits.evaluate(model, circuit, task, metrics=metrics).table()
+    assert table["faithfulness"].notna().all()
 
 
 def test_a_faithfulness_curve_has_a_row_per_size(model, task, ranked):

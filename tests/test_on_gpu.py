@@ -198,3 +198,27 @@ def test_component_circuits_are_the_same(method):
     same = ~here.scores.isnan() & ~there.scores.isnan()
     assert int(same.sum()) > 200
     torch.testing.assert_close(there.scores.cpu()[same], here.scores[same], rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["noise", "mean"])
+def test_what_replaces_outputs_and_what_is_inside_a_circuits_run_are_the_same(name):
+    names = ["a2.h1", "m1", "blocks.1.attn.hook_pattern", "blocks.2.hook_q_input"]
+
+    def found(device, model):
+        task = circuits.load_task("ioi", model, n=6, split="train")
+        # Prompts of another length, on the CPU.
+        other = circuits.load_task("greater_than", model, n=9, split="train").to("cpu")
+        ablation = circuits.Ablation("noise")
+        if name == "mean":
+            ablation = circuits.Ablation("mean", over=other)
+        circuit = circuits.Circuit.from_edges(
+            circuits.component_graph(model), ["embed->a0.h1.v", "a0.h1->m1", "m1->logits"]
+        )
+        inside = circuits.circuit_activations(model, circuit, task, names, ablation=ablation)
+        logits = circuits.run_circuit(model, circuit, task, ablation=ablation)
+        scores = circuits.EAPIG(steps=2, ablation=ablation).discover(model, task).scores
+        heads = circuits.ActivationPatching(ablation=ablation).heads(model, task)
+        return [*inside.values(), logits, scores, heads]
+
+    for here, there in zip(*on_both(found), strict=True):
+        torch.testing.assert_close(there.cpu(), here, rtol=1e-4, atol=2e-4)
