@@ -193,6 +193,7 @@ class EdgeScoring:
     def _batches(self, progress: Progress) -> Iterator[list[Tensor]]:
         """The results of batches that fit into memory."""
         mine = share(len(self.task))
+        progress(0, mine.stop - mine.start)
         size = self._batch_size
         start = mine.start
 
