@@ -150,6 +150,21 @@ def test_an_interrupted_run_resumed_equals_an_uninterrupted_one(method, model, t
     assert steps == sorted(set(steps)), "a step was taken twice"
 
 
+@pytest.mark.parametrize("name", sorted(SHIPPED - {"random"}))
+def test_progress_starts_at_zero_before_the_model_runs(name, model):
+    seen: list[tuple[int, int]] = []
+    passes: list[int] = []
+
+    def report(done: int, total: int) -> None:
+        assert seen or not passes
+        seen.append((done, total))
+
+    with model.register_forward_pre_hook(lambda *_: passes.append(1)):
+        made(METHODS[name]).discover(model, random_task(), progress=report)
+    assert seen[0][0] == 0 < seen[0][1]
+    assert seen[-1] == (seen[0][1], seen[0][1])
+
+
 @pytest.mark.parametrize("name", sorted(SHIPPED - set(RESUMABLE)))
 def test_a_method_that_cannot_resume_says_so(name, model, tmp_path):
     with pytest.raises(

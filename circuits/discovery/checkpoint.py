@@ -56,6 +56,11 @@ class Checkpoint:
         path = None if where is None else Path(where)
         return Checkpoint(path, key)
 
+    @property
+    def is_new(self) -> bool:
+        """Whether there is no state to resume from."""
+        return self.path is None or not self.path.exists()
+
     def restore(self, start: Tensors) -> State:
         """The state saved last, or `start` if there is none.
 
@@ -65,7 +70,7 @@ class Checkpoint:
         return on_first(lambda: self._read(start))
 
     def _read(self, start: Tensors) -> State:
-        if self.path is None or not self.path.exists():
+        if self.path is None or self.is_new:
             return dict(start)
         state, metadata = read_tensors(self.path, FORMAT, FORMAT_VERSION)
         if metadata.get("key") == self.key and state.keys() != start.keys():

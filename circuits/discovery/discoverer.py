@@ -32,7 +32,7 @@ RUN_SETTINGS = ("ablation", "metric", "max_memory", "precision")
 
 JsonObject = dict[str, Any]
 Progress = Callable[[int, int], None]
-"""Called with (done, total) while a method runs."""
+"""Called with (done, total) while a method runs, first with (0, total) before a long step."""
 
 EdgeScores = Float[Tensor, " edge"]
 

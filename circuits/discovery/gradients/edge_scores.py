@@ -250,6 +250,7 @@ class EdgeScoring:
     def _in_batches(self, step: Step, progress: Progress = no_progress) -> Iterator[list[Tensor]]:
         """What `step` finds on batches of this rank's prompts that fit into memory."""
         mine = share(len(self.task))
+        progress(0, mine.stop - mine.start)
         size = self._batch_size
         start = mine.start
 

@@ -113,6 +113,8 @@ class ACDC(Resumable):
     def find(
         self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
     ) -> Circuit:
+        if saved.is_new:
+            progress(0, len(chains(graph, self.order)))
         guess = self._guess(model, graph, task)
         meter = self.meter(model, graph, task)
         return self._search(graph, meter, saved, progress, guess)

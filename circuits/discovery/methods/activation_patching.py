@@ -105,6 +105,8 @@ class ActivationPatching(Resumable):
     def find(
         self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
     ) -> Circuit:
+        if saved.is_new:
+            progress(0, len(graph))
         meter = self.meter(model, graph, task)
         whole = _whole(meter, graph)
         state = PatchingState.start(graph)

@@ -212,6 +212,8 @@ class AttributionGraph(Resumable):
         self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
     ) -> Circuit:
         names = self._span_names(task)
+        if saved.is_new:
+            progress(0, len(task))
         transcoders = self.loaded
         graphs = partial(self._task_graphs, model, transcoders, task)
         pooled = self._pooled(graphs, task, names, saved, progress)

@@ -147,6 +147,8 @@ class BatchedACDC(Resumable):
         self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
     ) -> Circuit:
         groups = edge_groups(graph, self.group)
+        if saved.is_new:
+            progress(0, len(groups))
         meter = self.meter(model, graph, task)
         state = BatchedState.start(graph, meter, len(groups))
         search = BatchedSearch(meter, state, self.threshold, self.verify)
