@@ -40,6 +40,7 @@ from circuits.models import (
     unembed,
 )
 from circuits.system.errors import InputError
+from circuits.system.torch_modes import without_modes
 from circuits.tasks.tokenization import prompt_tokens
 from circuits.transcoders.transcoder import Transcoders
 
@@ -154,6 +155,7 @@ class Intervened:
     activations: Sequence[FeatureValues]
 
 
+@without_modes()
 def intervene(
     model: Model,
     transcoders: Transcoders,
@@ -252,6 +254,7 @@ def direct_effects(
     )
 
 
+@without_modes()
 def generate(
     model: Model,
     transcoders: Transcoders,

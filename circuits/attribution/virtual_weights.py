@@ -34,6 +34,7 @@ from circuits.models import Model
 from circuits.models.functional import LinearNorm
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget
+from circuits.system.torch_modes import without_modes
 from circuits.transcoders.extraction import (
     BLOCK,
     ExtractedFeatures,
@@ -158,6 +159,7 @@ class Coactivation:
 
 
 @torch.no_grad()
+@without_modes()
 def expected_coactivation(
     batches: HiddenStates | ExtractedFeatures | Iterable[HiddenStates | ExtractedFeatures],
     transcoders: Transcoders,
@@ -213,6 +215,7 @@ def expected_coactivation(
 
 
 @torch.no_grad()
+@without_modes()
 def virtual_weights(
     transcoders: Transcoders,
     *,

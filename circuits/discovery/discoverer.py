@@ -18,6 +18,7 @@ from circuits.models.component_graph import component_graph
 from circuits.running.damage import DamageMeter
 from circuits.running.settings import RunSettings
 from circuits.system.errors import InputError
+from circuits.system.torch_modes import without_modes
 from circuits.tasks.task import Task
 
 SPEED_ONLY = {"speed_only": True}
@@ -70,6 +71,7 @@ class CircuitDiscoverer:
             )
         REGISTRY[cls.name] = cls
 
+    @without_modes()
     def discover(
         self,
         model: Model,

@@ -18,6 +18,7 @@ from circuits.running.ablation import Ablation
 from circuits.running.run import model_logits, run_variants
 from circuits.running.settings import RunSettings
 from circuits.system.errors import InputError
+from circuits.system.torch_modes import without_modes
 from circuits.tasks.metrics import Metric, get_metric
 from circuits.tasks.task import Task
 from circuits.transcoders.transcoder import Transcoders
@@ -155,6 +156,7 @@ def _means(values: ByRow) -> Row:
     return {name: float(row.mean()) for name, row in values.items()}
 
 
+@without_modes()
 def evaluate(
     model: Model,
     circuit: Circuit,
@@ -194,6 +196,7 @@ def evaluate(
     return evaluations(model, [circuit], task, chosen, settings)[0]
 
 
+@without_modes()
 def evaluations(
     model: Model,
     circuits: Sequence[Circuit],
@@ -226,6 +229,7 @@ def evaluations(
     ]
 
 
+@without_modes()
 def faithfulness_curve(
     model: Model,
     circuit: Circuit,
@@ -273,6 +277,7 @@ def faithfulness_curve(
     )
 
 
+@without_modes()
 def faithfulness_points(
     model: Model,
     circuits: Sequence[Circuit],

@@ -26,6 +26,7 @@ from circuits.graph.nodes import (
 from circuits.models import Model, check_model
 from circuits.models.identity import identity
 from circuits.system.errors import InputError
+from circuits.system.torch_modes import without_modes
 
 REST = "rest"
 """The span of all tokens that belong to no named span."""
@@ -39,6 +40,7 @@ EdgeColumn = Int[Tensor, " edge"]
 Reads = Int[np.ndarray, "read 3"]
 
 
+@without_modes()
 def component_graph(
     model: Model, *, split_embed: bool = False, positions: Sequence[str] | int | None = None
 ) -> Graph:

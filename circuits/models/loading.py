@@ -25,6 +25,7 @@ from transformers import (
 from circuits.system.device import device_called
 from circuits.system.errors import InputError
 from circuits.system.files import read_json, read_tensors, write_json, write_tensors
+from circuits.system.torch_modes import without_modes
 
 Model = HookedTransformer
 Weights = Mapping[str, Tensor]
@@ -40,6 +41,7 @@ DERIVED_BUFFERS = (".mask", ".IGNORE", ".rotary_sin", ".rotary_cos")
 REWRITES = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
 
 
+@without_modes()
 def load_model(
     name_or_path: str | Path,
     *,
@@ -73,6 +75,7 @@ def load_model(
     return _load_by_name(str(name_or_path), chosen, dtype)
 
 
+@without_modes()
 def build_model(
     config: Mapping[str, Any],
     weights: Weights,

@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from circuits.system.errors import InputError
+from circuits.system.torch_modes import without_modes
 
 Tensors = dict[str, Tensor]
 TensorsAndMetadata = tuple[Tensors, dict[str, str]]
@@ -41,6 +42,7 @@ def write_tensors(
     return write_bytes(path, save(on_cpu, header))
 
 
+@without_modes()
 def read_tensors(path: Path, kind: str, version: int) -> TensorsAndMetadata:
     """Read the tensors of a safetensors file and the metadata in its header.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from circuits.models import Model
 from circuits.system.errors import InputError
+from circuits.system.torch_modes import without_modes
 from circuits.tasks import families
 from circuits.tasks.family import REGISTRY, TaskFamily
 from circuits.tasks.messages import quoted, suggestion
@@ -37,6 +38,7 @@ def task_names() -> tuple[str, ...]:
     return tuple(task_families())
 
 
+@without_modes()
 def load_task(
     name: str,
     model: Model,

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget
+from circuits.system.torch_modes import without_modes
 from circuits.transcoders.activations import BatchTopK, ReLU
 from circuits.transcoders.transcoder import Transcoders
 
@@ -84,6 +85,7 @@ class ExtractedFeatures:
 
 
 @torch.no_grad()
+@without_modes()
 def extract_features(
     hidden_states: HiddenStates,
     transcoders: Transcoders,

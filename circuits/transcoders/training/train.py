@@ -30,6 +30,7 @@ from circuits.models import Model
 from circuits.models.identity import checksum, identity
 from circuits.system.errors import InputError
 from circuits.system.files import read_tensors, write_tensors
+from circuits.system.torch_modes import without_modes
 from circuits.transcoders.training.parameters import (
     TINY,
     FeatureValues,
@@ -95,6 +96,7 @@ class Training:
     """Number of steps between checkpoints."""
 
 
+@without_modes()
 def train_transcoders(
     model: Model,
     batches: Batches,
