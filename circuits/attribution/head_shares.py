@@ -38,6 +38,7 @@ from circuits.attribution.tensor_table import join_rows, row_numbers, select_row
 from circuits.models import Model
 from circuits.models.identity import identity
 from circuits.system.errors import InputError
+from circuits.system.torch_modes import without_modes
 from circuits.transcoders.transcoder import Transcoders
 
 # Sources, and targets, that are carried through the layers together.
@@ -54,6 +55,7 @@ Shares = tuple[int, EdgeNumbers, Float[Tensor, "edge head"]]
 
 
 @torch.no_grad()
+@without_modes()
 def head_shares(
     model: Model, transcoders: Transcoders, graph: FeatureGraph
 ) -> Float[Tensor, "edge layer head"]:

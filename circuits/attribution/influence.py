@@ -29,12 +29,14 @@ from circuits.attribution.feature_graph import (
 )
 from circuits.system.errors import InputError
 from circuits.system.numbers import RealNumber, real
+from circuits.system.torch_modes import without_modes
 
 SMALLEST_SUM = 1e-10
 SORTED_AT_ONCE = 1 << 14
 Scores = Float[Tensor, " _"]
 
 
+@without_modes()
 def node_influence(graph: FeatureGraph) -> NodeScores:
     """Return how much of the targets' probability reaches each node, over all paths.
 
@@ -47,6 +49,7 @@ def node_influence(graph: FeatureGraph) -> NodeScores:
     return _influence(graph)[0]
 
 
+@without_modes()
 def edge_influence(graph: FeatureGraph) -> EdgeScores:
     """Return how much of the targets' probability flows along each edge."""
     return _influence(graph)[1]
@@ -99,6 +102,7 @@ class Pruning:
     cumulative: NodeScores
 
 
+@without_modes()
 def prune(
     graph: FeatureGraph,
     *,
@@ -137,6 +141,7 @@ def prune(
     return Pruning(nodes, edges, _cumulative_share(influence))
 
 
+@without_modes()
 def pruned(
     graph: FeatureGraph,
     *,
@@ -161,6 +166,7 @@ def pruned(
     return graph.subgraph(kept.nodes, kept.edges)
 
 
+@without_modes()
 def replacement_score(graph: FeatureGraph) -> float:
     """Return the share of input influence that comes from tokens and not from errors.
 
@@ -179,6 +185,7 @@ def replacement_score(graph: FeatureGraph) -> float:
     return float(tokens / (tokens + errors))
 
 
+@without_modes()
 def completeness_score(graph: FeatureGraph) -> float:
     """Return the share of each node's incoming edges that does not come from errors.
 

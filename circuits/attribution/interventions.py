@@ -49,6 +49,7 @@ from circuits.system.numbers import (
     whole,
 )
 from circuits.system.randomness import random_generator
+from circuits.system.torch_modes import without_modes
 from circuits.tasks.tokenization import prompt_tokens
 from circuits.transcoders.transcoder import Transcoders
 
@@ -184,6 +185,7 @@ class Intervened:
     activations: Sequence[FeatureValues]
 
 
+@without_modes()
 def intervene(
     model: Model,
     transcoders: Transcoders,
@@ -288,6 +290,7 @@ def direct_effects(
     )
 
 
+@without_modes()
 def generate(
     model: Model,
     transcoders: Transcoders,

@@ -35,6 +35,7 @@ from circuits.models.functional import LinearNorm
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget
 from circuits.system.numbers import RealNumber, WholeNumber, whole
+from circuits.system.torch_modes import without_modes
 from circuits.transcoders.extraction import (
     BLOCK,
     ExtractedFeatures,
@@ -159,6 +160,7 @@ class Coactivation:
 
 
 @torch.no_grad()
+@without_modes()
 def expected_coactivation(
     batches: HiddenStates | ExtractedFeatures | Iterable[HiddenStates | ExtractedFeatures],
     transcoders: Transcoders,
@@ -215,6 +217,7 @@ def expected_coactivation(
 
 
 @torch.no_grad()
+@without_modes()
 def virtual_weights(
     transcoders: Transcoders,
     *,

@@ -22,6 +22,7 @@ from circuits.running.settings import RunSettings
 from circuits.system.code_digest import CodeDigest, code_digest
 from circuits.system.errors import InputError, NotFiniteError
 from circuits.system.fields import CheckedFields
+from circuits.system.torch_modes import without_modes
 from circuits.tasks.task import Task
 
 SPEED_ONLY = {"speed_only": True}
@@ -100,6 +101,7 @@ class CircuitDiscoverer(CheckedFields):
         REGISTRY[cls.name] = cls
 
     @_checked
+    @without_modes()
     def discover(
         self,
         model: Model,

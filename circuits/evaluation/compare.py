@@ -25,6 +25,7 @@ from circuits.running.ablation import Ablation
 from circuits.running.settings import RunSettings
 from circuits.system.errors import InputError
 from circuits.system.numbers import WholeNumber
+from circuits.system.torch_modes import without_modes
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
 from circuits.transcoders.transcoder import Transcoders
@@ -56,6 +57,7 @@ class Comparison:
         return self.table.to_html(float_format="%.4g") + notes
 
 
+@without_modes()
 def compare(
     model: Model,
     found: Mapping[str, Circuit | Sequence[Circuit]],

@@ -20,6 +20,7 @@ from circuits.running.run import model_logits, run_variants
 from circuits.running.settings import RunSettings
 from circuits.system.errors import InputError
 from circuits.system.numbers import RealNumber, WholeNumber, items, python_number, shown
+from circuits.system.torch_modes import without_modes
 from circuits.tasks.metrics import Metric, get_metric
 from circuits.tasks.task import Task
 from circuits.transcoders.transcoder import Transcoders
@@ -164,6 +165,7 @@ def _means(values: ByRow) -> Row:
     return {name: float(row.mean()) for name, row in values.items()}
 
 
+@without_modes()
 def evaluate(
     model: Model,
     circuit: Circuit,
@@ -203,6 +205,7 @@ def evaluate(
     return evaluations(model, [circuit], task, chosen, settings)[0]
 
 
+@without_modes()
 def evaluations(
     model: Model,
     circuits: Sequence[Circuit],
@@ -244,6 +247,7 @@ def _equal_when_rounded(found: Logits, expected: Logits) -> bool:
     return bool(gap <= tolerance * expected.abs().max())
 
 
+@without_modes()
 def faithfulness_curve(
     model: Model,
     circuit: Circuit,
@@ -291,6 +295,7 @@ def faithfulness_curve(
     )
 
 
+@without_modes()
 def faithfulness_points(
     model: Model,
     circuits: Sequence[Circuit],

@@ -170,7 +170,7 @@ def load_eap_ig(
 def _scores_and_kept(entries: EdgeEntries, n_prompts: int, graph: Graph) -> tuple[Tensor, Tensor]:
     embed = "tok_embed" if TokenEmbed() in graph.nodes else "embed"
     n_edges = len(graph)
-    scores = torch.full((n_edges,), torch.nan)
+    scores = torch.full((n_edges,), torch.nan, dtype=torch.float32)
     kept = torch.zeros(n_edges, dtype=torch.bool)
     for name, entry in entries.items():
         index = graph.index(edge_from_eap_ig(name, embed=embed))

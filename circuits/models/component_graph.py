@@ -29,6 +29,7 @@ from circuits.models import Model, check_model
 from circuits.models.identity import identity
 from circuits.system.errors import InputError
 from circuits.system.numbers import WholeNumber, items, python_number, whole
+from circuits.system.torch_modes import without_modes
 
 REST = "rest"
 """The span of all tokens that belong to no named span."""
@@ -66,6 +67,7 @@ class ModelShape:
 Sizes = Model | ModelShape
 
 
+@without_modes()
 def component_graph(
     model: Model,
     *,

@@ -41,6 +41,7 @@ from circuits.system.files import (
     write_json,
     write_tensors,
 )
+from circuits.system.torch_modes import without_modes
 
 Model = HookedTransformer
 Weights = Mapping[str, Tensor]
@@ -74,6 +75,7 @@ NO_DECODERS = {
 REWRITES = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
 
 
+@without_modes()
 def load_model(
     name_or_path: str | Path,
     *,
@@ -109,6 +111,7 @@ def load_model(
         return _load_by_name(str(name_or_path), chosen, dtype)
 
 
+@without_modes()
 def build_model(
     config: Mapping[str, Any],
     weights: Weights,

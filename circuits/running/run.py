@@ -20,6 +20,7 @@ from circuits.running.executor import get_executor
 from circuits.running.settings import ExecutorName, KeptEdges, RunSettings, VariantLogits
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget
+from circuits.system.torch_modes import without_modes
 from circuits.tasks.metrics import check_finite
 from circuits.tasks.model_fit import check_task
 from circuits.tasks.task import Task
@@ -102,6 +103,7 @@ def run_circuit(
     return logits[0]
 
 
+@without_modes()
 def run_variants(
     model: Model, graph: Graph, kept: KeptEdges, task: Task, settings: RunSettings
 ) -> VariantLogits:
@@ -160,6 +162,7 @@ def _prompts_at_once(model: Model, max_memory: int | None, task: Task) -> int:
     return max(1, budget // bytes_per_prompt)
 
 
+@without_modes()
 def model_logits(
     model: Model, task: Task, prompts: Literal["clean", "corrupted"] = "clean"
 ) -> Float[Tensor, "scored vocab"]:

@@ -27,6 +27,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from circuits.system.errors import InputError, NotWrittenError
+from circuits.system.torch_modes import without_modes
 
 try:
     import fcntl
@@ -68,6 +69,7 @@ def tensor_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> b
     return save(on_cpu, with_digest(metadata, on_cpu))
 
 
+@without_modes()
 def read_tensors(path: Path, kind: str, version: int) -> TensorsAndMetadata:
     """Read the tensors of a safetensors file and the metadata in its header.
 

@@ -8,6 +8,7 @@ from circuits.models import Model
 from circuits.system.errors import InputError
 from circuits.system.messages import quoted, suggestion
 from circuits.system.numbers import WholeNumber, whole
+from circuits.system.torch_modes import without_modes
 from circuits.tasks.families import task_families
 from circuits.tasks.family import TaskFamily
 from circuits.tasks.prompts import SPLITS, PromptPair
@@ -29,6 +30,7 @@ def task_names() -> tuple[str, ...]:
     return tuple(task_families())
 
 
+@without_modes()
 def load_task(
     name: str,
     model: Model,

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from circuits.models import Model
 from circuits.system.errors import InputError
 from circuits.system.messages import shorten
+from circuits.system.torch_modes import without_modes
 from circuits.tasks import validation
 from circuits.tasks.prompts import PromptPair, read_pairs
 from circuits.tasks.tokenization import EncodedPair, PromptTokenizer
@@ -66,6 +67,7 @@ class Task:
     prompts: tuple[PromptPair, ...] | None = None
 
     @staticmethod
+    @without_modes()
     def from_prompts(
         model: Model,
         pairs: Sequence[PromptPair],
@@ -96,6 +98,7 @@ class Task:
         return task_from_encoded(encoded, name, metric, model)
 
     @staticmethod
+    @without_modes()
     def from_jsonl(
         path: str | Path,
         model: Model,
@@ -128,6 +131,7 @@ class Task:
     # Users pass these tensors, so `validation` checks them. Shapes in this signature would make
     # the runtime type checker of the tests reject them first.
     @staticmethod
+    @without_modes()
     def from_tokens(
         clean: Tensor,
         corrupted: Tensor,
@@ -184,6 +188,7 @@ class Task:
         size = f"{len(self)} prompts of up to {self.clean.shape[1]} tokens"
         return f"Task({self.name!r}, {size}, metric={self.metric!r})"
 
+    @without_modes()
     def __getitem__(self, indices: slice | Tensor | Sequence[int]) -> Task:
         """Select prompts by a slice, integers, or one boolean per prompt."""
         if not isinstance(indices, slice):
@@ -223,7 +228,12 @@ class Task:
 
     def to(self, device: str | torch.device | None) -> Task:
         """The same task with its tensors on `device`."""
-        return self._with_tensors(lambda tensor: tensor.to(device))
+
+        def moved(tensor: Tensor) -> Tensor:
+            # No gradient passes a tensor that was made in inference mode, but its copy.
+            return tensor.to(device, copy=tensor.is_inference())
+
+        return self._with_tensors(moved)
 
     def digest(self) -> str:
         """A hash of the name, the metric and every tensor; the same on every device."""

@@ -20,6 +20,7 @@ from torch.nn import functional
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget
 from circuits.system.numbers import RealNumber, WholeNumber, real, whole
+from circuits.system.torch_modes import without_modes
 from circuits.transcoders.activations import BatchTopK, ReLU
 from circuits.transcoders.transcoder import Transcoders
 
@@ -85,6 +86,7 @@ class ExtractedFeatures:
 
 
 @torch.no_grad()
+@without_modes()
 def extract_features(
     hidden_states: HiddenStates,
     transcoders: Transcoders,

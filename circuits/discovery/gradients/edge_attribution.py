@@ -13,6 +13,7 @@ from circuits.graph.graph import Graph
 from circuits.graph.nodes import MLP, Head, Node
 from circuits.system.numbers import WholeNumber, whole
 from circuits.system.randomness import random_generator
+from circuits.system.torch_modes import without_modes
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,20 +59,23 @@ class EdgeAttribution:
         nodes = [graph.nodes[source] for source in sources.tolist()]
         return dict(zip(nodes, sums.tolist(), strict=True))
 
+    @without_modes()
     def heads(self) -> Float[Tensor, "layer head"]:
         """Scores of heads, all positions together."""
         scores = [score for node, score in self._by_source if isinstance(node, Head)]
         return torch.stack(scores).unflatten(0, (self._n_layers, -1))
 
+    @without_modes()
     def layers(self) -> Float[Tensor, "layer 2"]:
         """Scores of each layer: its heads together, and its MLP."""
-        result = torch.zeros(self._n_layers, 2)
+        result = torch.zeros(self._n_layers, 2, dtype=torch.float32)
         for node, score in self._by_source:
             if isinstance(node, Head | MLP):
                 is_mlp = isinstance(node, MLP)
                 result[node.layer, int(is_mlp)] += score
         return result
 
+    @without_modes()
     def bootstrap(
         self, samples: WholeNumber, *, seed: WholeNumber = 0
     ) -> Float[Tensor, "sample edge"]:
@@ -84,7 +88,7 @@ class EdgeAttribution:
         generator = random_generator(seed)
         shape = (whole(samples, "samples", least=1), n_prompts)
         draws = torch.randint(n_prompts, shape, generator=generator)
-        weights = torch.zeros(shape)
+        weights = torch.zeros(shape, dtype=torch.float32)
         # A prompt drawn several times counts its rows as often.
         rows = self.rows[draws].float()
         weights.scatter_add_(1, draws, rows)
@@ -102,6 +106,7 @@ class EdgeAttribution:
         heads = [node for node in self.nodes if isinstance(node, Head)]
         return len({head.layer for head in heads})
 
+    @without_modes()
     def _mean(self, by_prompt: Float[Tensor, " prompt *rest"]) -> Float[Tensor, " *rest"]:
         # mean = sum over prompts of rows[prompt] / sum(rows) * value[prompt]
         weights = self.rows.to(by_prompt.dtype) / self.rows.sum()

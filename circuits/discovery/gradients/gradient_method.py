@@ -26,6 +26,7 @@ from circuits.models.component_graph import check_supported, component_graph, co
 from circuits.models.identity import check_fits
 from circuits.models.propagation import PropagationRules
 from circuits.running.ablation import Ablation
+from circuits.system.torch_modes import without_modes
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
 
@@ -60,6 +61,7 @@ class GradientMethod(CircuitDiscoverer, ABC):
         scores = self._scoring(model, graph, task).scores(progress)
         return Circuit.full(graph, scores, record=self.record())
 
+    @without_modes()
     def attribute(
         self,
         model: Model,

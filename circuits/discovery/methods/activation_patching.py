@@ -30,6 +30,7 @@ from circuits.running.ablation import Ablation
 from circuits.running.damage import DamageMeter
 from circuits.system.errors import InputError
 from circuits.system.ranks import ranks
+from circuits.system.torch_modes import without_modes
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
 
@@ -53,7 +54,7 @@ class PatchingState(TensorState):
     def start(graph: Graph) -> PatchingState:
         """Nothing measured."""
         shape = (len(graph),)
-        return PatchingState(torch.full(shape, torch.nan))
+        return PatchingState(torch.full(shape, torch.nan, dtype=torch.float32))
 
     @property
     def edges_measured(self) -> int:
@@ -121,6 +122,7 @@ class ActivationPatching(Resumable):
         record = self.record(evaluations=len(graph), node_evaluations=counted)
         return Circuit.full(graph, state.scores, record=record)
 
+    @without_modes()
     def node_scores(
         self, model: Model, task: Task, *, graph: Graph | None = None
     ) -> dict[Node, float]:

@@ -41,6 +41,7 @@ from circuits.models.component_graph import REST
 from circuits.models.identity import identity
 from circuits.system.errors import InputError
 from circuits.system.numbers import whole
+from circuits.system.torch_modes import without_modes
 from circuits.tasks.task import Task
 from circuits.tasks.tokenization import prompt_tokens
 from circuits.transcoders.io.load import load_transcoders
@@ -171,6 +172,7 @@ class AttributionGraph(Resumable):
         wanted = None if explain is None else [explain]
         return self.attribute_all(model, [prompt], explain=wanted, prepend_bos=prepend_bos)[0]
 
+    @without_modes()
     def attribute_all(
         self,
         model: Model,

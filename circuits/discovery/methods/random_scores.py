@@ -40,5 +40,5 @@ class RandomScores(CircuitDiscoverer):
         self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
     ) -> Circuit:
         generator = random_generator(self.seed)
-        scores = torch.rand(len(graph), generator=generator)
+        scores = torch.rand(len(graph), generator=generator, dtype=torch.float32)
         return Circuit.full(graph, scores, record=self.record())

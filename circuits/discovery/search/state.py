@@ -86,7 +86,7 @@ class SearchState(Removals, Noise):
         kept = torch.ones(shape, dtype=torch.bool)
         return SearchState(
             kept=kept,
-            scores=torch.full(shape, torch.nan),
+            scores=torch.full(shape, torch.nan, dtype=torch.float32),
             damage=float(meter(kept[None])),
             removed_at=torch.full(shape, NEVER),
             stays=~kept if stays is None else stays,

@@ -153,7 +153,7 @@ def _feature_graph(
         target=target,
         weight=weight,
         direct=torch.full_like(weight, torch.nan),
-        constants=torch.zeros(len(nodes), 0),
+        constants=torch.zeros(len(nodes), 0, dtype=torch.float32),
         constant_names=(),
         tokens=_tokens(nodes, len(words)),
         words=words,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from circuits.system.errors import InputError
+from circuits.system.torch_modes import without_modes
 from circuits.transcoders.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from circuits.transcoders.io.config_yaml import CONFIG, TranscoderConfig, read_config
 from circuits.transcoders.io.formats import THRESHOLD, LayerWeights, read_layers
@@ -21,6 +22,7 @@ from circuits.transcoders.transcoder import Encoder, Transcoders
 Place = Path | Address
 
 
+@without_modes()
 def load_transcoders(
     where: str | Path,
     *,

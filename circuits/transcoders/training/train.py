@@ -31,6 +31,7 @@ from circuits.models.identity import checksum, identity
 from circuits.system.errors import InputError
 from circuits.system.files import read_tensors, write_tensors
 from circuits.system.numbers import items, python_number, whole
+from circuits.system.torch_modes import without_modes
 from circuits.transcoders.training.parameters import (
     TINY,
     FeatureValues,
@@ -114,6 +115,7 @@ def _plain(value: Any) -> Any:
     return math.nan if number is None else number
 
 
+@without_modes()
 def train_transcoders(
     model: Model,
     batches: Batches,
