@@ -53,6 +53,18 @@ def test_the_whole_model_is_fully_faithful_and_the_empty_circuit_not_at_all(mode
     assert list(whole.table().columns) == ["circuit", "model", "empty", "faithfulness"]
 
 
+def test_a_faithfulness_of_rounding_over_rounding_is_not_a_number_and_a_note_says_why(model, task):
+    """The mean over one prompt is what is there already."""
+    one = random_task(several=True)[:1]
+    circuit = circuits.RandomScores().discover(model, one).top(30)
+    evaluation = circuits.evaluate(model, circuit, one, ablation="mean_by_position")
+    assert evaluation.table()["faithfulness"].isna().all()
+    (note,) = evaluation.notes
+    assert "empty circuit has the kl, logit_difference of the model up to rounding" in note
+    resampled = circuits.evaluate(model, circuit, one)
+    assert not resampled.table()["faithfulness"].isna().any() and resampled.notes == ()
+
+
 def test_a_faithfulness_curve_has_a_row_per_size(model, task, ranked):
     curve = circuits.faithfulness_curve(model, ranked, task, [10, 50, 0, 1.0])
     assert curve["edges"].tolist() == [0, 10, 50, 110]

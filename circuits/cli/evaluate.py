@@ -83,6 +83,8 @@ def show_evaluation(found: CircuitRun, evaluation: Record, source: TaskOptions) 
     values.index.name = "metric"
     console = terminal()
     console.print(frame_table(values, title))
+    for note in evaluation.get("notes", ()):
+        console.print(f"note: {note}")
     console.print(f"Run folder: {found.folder}", soft_wrap=True)
 
 
@@ -95,7 +97,9 @@ def _with_defaults_of_run(source: TaskOptions, notes: Record) -> TaskOptions:
         task = None if data else notes.get("task")
     model = source.model or notes.get("model")
     prepend = notes.get("prepend_bos") if source.prepend_bos is None else source.prepend_bos
-    return replace(source, model=model, seed=seed, task=task, data=data, prepend_bos=prepend)
+    skip = source.skip_misfits or notes.get("skip_misfits", False)
+    changes: Record = {"model": model, "seed": seed, "task": task, "data": data}
+    return replace(source, **changes, prepend_bos=prepend, skip_misfits=skip)
 
 
 def _ablation_of_run(found: CircuitRun) -> str:

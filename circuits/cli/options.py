@@ -52,6 +52,8 @@ class TaskOptions(ModelOptions):
     corrupted, answer and wrong_answer. All prompts are used for discovery and for evaluation."""
     seed: int | None = None
     """Seed for drawing prompts; by default 0."""
+    skip_misfits: bool = False
+    """Leave out pairs of --data that do not fit the model, instead of refusing the file."""
     prepend_bos: bool | None = None
     """Begin each prompt with exactly one BOS token, or (False) take text as it is; by default as
     the model does."""
@@ -64,7 +66,8 @@ class TaskOptions(ModelOptions):
             )
         if self.data:
             name = re.sub(r"[^\w+-]+", "-", self.data.stem) or "data"
-            return Task.from_jsonl(self.data, model, name=name, prepend_bos=self.prepend_bos)
+            skip, bos = self.skip_misfits, self.prepend_bos
+            return Task.from_jsonl(self.data, model, name=name, prepend_bos=bos, skip_misfits=skip)
         name, seed = self.task or DEFAULT_TASK, self.seed or 0
         bos = self.prepend_bos
         return load_task(name, model, n=n, seed=seed, split=split, prepend_bos=bos)
@@ -77,4 +80,5 @@ class TaskOptions(ModelOptions):
             "data": str(self.data) if self.data else None,
             "seed": self.seed or 0,
             "prepend_bos": self.prepend_bos,
+            "skip_misfits": self.skip_misfits,
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -105,6 +105,31 @@ def get_ablation(ablation: str | Ablation) -> Ablation:
     return ablation if isinstance(ablation, Ablation) else Ablation(ablation)
 
 
+def check_corrupted(ablation: Ablation, task: Task) -> None:
+    """Refuse an ablation that uses corrupted prompts which are the clean ones.
+
+    Raises:
+        InputError: a corrupted prompt is the clean one, and the ablation uses it.
+    """
+    if ablation.name != "resample" and not str(ablation).endswith("over corrupted"):
+        return
+    if task.alignment is not None:
+        if ablation.name != "resample":
+            raise InputError(
+                f"{ablation} needs corrupted prompts of the lengths of the clean ones, which task "
+                f"{task.name!r} has not; use resample, zero, or means over clean prompts."
+            )
+        return
+    differs = ((task.clean != task.corrupted) & task.mask).any(1)
+    if not differs.all():
+        same = int((~differs).sum())
+        raise InputError(
+            f"{same} of {len(task)} corrupted prompts of task {task.name!r} are the clean ones "
+            f"(the first is prompt {int(differs.int().argmin())}), so the ablation {ablation} "
+            "would change nothing there; give other ones, or ablate by zero or mean."
+        )
+
+
 def with_means_taken(
     model: Model, nodes: Nodes, task: Task, ablation: Ablation, *, prompts_per_run: int
 ) -> Ablation:
@@ -184,8 +209,10 @@ class Counterfactuals:
     def _recorded(self, task: Task) -> SourceOutputs:
         if self.means is not None:
             return self.means
-        outputs, _ = run_and_record(self.model, self.nodes, task.corrupted, task.mask)
-        return outputs
+        tokens, mask = task.corrupted, task.corrupted_mask
+        outputs, _ = run_and_record(self.model, self.nodes, tokens, mask)
+        activations = {name: task.to_clean(each) for name, each in outputs.activations.items()}
+        return replace(outputs, activations=activations)
 
 
 @dataclass(frozen=True, eq=False)

@@ -202,6 +202,7 @@ def evaluate_run(
                 "n_prompts": len(task),
                 "edges": len(circuit),
                 "values": _values(evaluation),
+                "notes": list(evaluation.notes),
             }
             write_json(path, {"evaluations": known}, METRICS_FORMAT, FORMAT_VERSION)
     return known[key]
@@ -306,7 +307,7 @@ def _describe(
     discoverer: CircuitDiscoverer, model: Model, task: Task, circuit: Circuit
 ) -> dict[str, Any]:
     graph = circuit.graph
-    prompts = {"prompts": len(task), "digest": task.digest()}
+    prompts = {"prompts": len(task), "digest": task.digest(), "left_out": dict(task.left_out)}
     return {
         "method": discoverer.name,
         "settings": discoverer.settings(),

@@ -40,7 +40,7 @@ from circuits.models import Model, frozen, output_hook, unembed
 from circuits.models.component_graph import check_supported
 from circuits.models.propagation import PropagationRules
 from circuits.models.source_outputs import SourceOutputs, output_groups, run_and_record
-from circuits.running.ablation import Changes, Counterfactuals
+from circuits.running.ablation import Changes, Counterfactuals, check_corrupted
 from circuits.running.edge_layout import EdgeLayout
 from circuits.running.settings import RunSettings
 from circuits.system.errors import InputError
@@ -121,6 +121,13 @@ class EdgeScoring:
         assert settings.metric is not None
         check_supported(model)
         check_task(model, task)
+        check_corrupted(settings.ablation, task)
+        resamples = settings.ablation.name == "resample"
+        if task.alignment is not None and resamples and COUNTERFACTUAL_END in points:
+            raise InputError(
+                f"gradients at the corrupted prompts need prompts of the clean lengths, which task "
+                f"{task.name!r} has not; use gradient_at='clean', or quadrature='midpoint'."
+            )
         _warn_of_dead_norms(model, settings, points)
         budget = memory_budget(model.cfg.device, settings.max_memory, cpu_bytes=CPU_BYTES)
         layout = EdgeLayout.of(model, graph)
