@@ -1,5 +1,6 @@
 """The token <bos> comes once before a prompt, whoever puts it there: the package or the text."""
 
+import copy
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -203,7 +204,9 @@ def test_a_bos_that_does_not_exist_cannot_be_asked_for(
 ) -> None:
     with pytest.raises(circuits.InputError, match="prepend_bos='no': give True, False or None"):
         prompt_tokens(toy_world, TEXT, "no")  # type: ignore[arg-type]
-    monkeypatch.setattr(toy_world.tokenizer, "bos_token", None)
+    without_bos = copy.deepcopy(toy_world.tokenizer)
+    without_bos.bos_token = None
+    monkeypatch.setattr(toy_world, "tokenizer", without_bos)
     assert len(prompt_tokens(toy_world, TEXT)) == N_WORDS
     with pytest.raises(circuits.InputError, match="has no BOS token; leave it out"):
         prompt_tokens(toy_world, TEXT, True)

@@ -539,6 +539,22 @@ def test_ones_own_prompts_come_from_a_file(capsys, tmp_path):
     assert "mine.jsonl, line 2" in errors
 
 
+def test_pairs_that_do_not_fit_are_skipped_on_request_and_the_record_counts_them(capsys, tmp_path):
+    data, out = tmp_path / "mine.jsonl", str(tmp_path / "runs")
+    line = {"clean": "So Mary is", "corrupted": "So John is", "answer": " a", "wrong_answer": " he"}
+    data.write_text("\n".join(map(json.dumps, [line, {**line, "corrupted": "So John"}])))
+    words = ("discover", "--method", "eap", "--data", str(data), "--out", out, "--device", "cpu")
+    status, _, errors = run_here(capsys, *words)
+    assert status == 2 and "line 2" in errors and "reword one" in errors
+    status, _, errors = run_here(capsys, *words, "--skip-misfits")
+    assert status == 0 and "1 of 2 prompt pairs do not fit the model and are left out" in errors
+    (folder,) = (tmp_path / "runs" / "mine").iterdir()
+    record = json.loads((folder / "record.json").read_text())
+    assert record["task"]["left_out"] == {"two prompts of different numbers of tokens": 1}
+    status, _, errors = run_here(capsys, "evaluate", str(folder), "--size", "9", "--device", "cpu")
+    assert status == 0
+
+
 def test_only_the_prompts_of_the_search_are_called_those_it_was_found_on(capsys, tmp_path):
     first, other = tmp_path / "first.jsonl", tmp_path / "other.jsonl"
     for path, name in ((first, "Sarah"), (other, "Anna")):

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas.testing
@@ -899,3 +900,135 @@ class TestModelsThatAUserHasChanged:
 def whole_logits(model, tokens) -> torch.Tensor:
     with torch.no_grad():
         return model(tokens)
+
+
+# Prompts of different lengths
+
+
+def unequal_pair(clean: str, name: str, corrupted: str, other: str) -> circuits.PromptPair:
+    """Two prompts that correspond at a name."""
+    start, first = clean.index(name), corrupted.index(other)
+    return circuits.PromptPair(
+        clean,
+        corrupted,
+        " to",
+        " is",
+        spans={"NAME": (start, start + len(name))},
+        corrupted_spans={"NAME": (first, first + len(other))},
+    )
+
+
+@pytest.fixture(scope="module")
+def unequal(toy_world) -> Task:
+    """Corrupted prompts that are longer than the clean ones, as long, and shorter."""
+    pairs = [
+        unequal_pair("So Mary and John went", "Mary", "So a great friend and John went", "a great"),
+        unequal_pair("So Mary and John went", "Mary", "So Anna and John went", "Anna"),
+        unequal_pair("Then a great friend went", "a great friend", "So Mary went", "Mary"),
+    ]
+    return Task.from_prompts(toy_world, pairs)
+
+
+def test_tokens_of_unequal_prompts_are_paired_from_the_right_within_and_between_spans(unequal):
+    assert unequal.alignment.tolist() == [
+        # <bos> So | Mary | and John went, with "a great" and "friend and John went"
+        [0, 1, 3, 5, 6, 7],
+        [0, 1, 2, 3, 4, 5],
+        [0, 1, 2, 2, 2, 3],
+    ]
+    assert unequal.corrupted_lengths.tolist() == [8, 6, 4]
+    assert unequal[[2, 0]].alignment.tolist() == unequal.alignment[[2, 0]].tolist()
+    assert unequal[1:2].digest() != unequal[:1].digest()
+
+
+@every_executor
+@torch.no_grad()
+def test_what_is_ablated_is_what_the_counterpart_has_in_a_run_of_the_other_prompt(
+    executor, unequal, toy_world
+):
+    """All edges out of some heads ablated is the same as patching these heads by hand."""
+    model, graph, heads = toy_world, circuits.component_graph(toy_world), [(0, 1), (1, 2), (2, 0)]
+    sources = {f"a{layer}.h{head}" for layer, head in heads}
+    kept = torch.tensor([str(edge).split("->")[0] not in sources for edge in graph.edges])
+    kept = torch.stack([kept, torch.zeros_like(kept)])
+    patched, empty = circuits.run_circuits(model, graph, kept, unequal, executor=executor)
+    for row in range(len(unequal)):
+        length, other = int(unequal.lengths[row]), int(unequal.corrupted_lengths[row])
+        counterpart = unequal.alignment[row, :length]
+        expected, cache = model.run_with_cache(
+            unequal.corrupted[row : row + 1, :other], prepend_bos=False
+        )
+
+        def patch(z, hook, cache=cache, counterpart=counterpart):
+            for layer, head in heads:
+                if hook.layer() == layer:
+                    z[0, :, head] = cache[hook.name][0, counterpart, head]
+            return z
+
+        hooks = [(f"blocks.{layer}.attn.hook_z", patch) for layer, _ in heads]
+        by_hand = model.run_with_hooks(
+            unequal.clean[row : row + 1, :length], prepend_bos=False, fwd_hooks=hooks
+        )
+        torch.testing.assert_close(patched[row], by_hand[0, -1], atol=1e-4, rtol=1e-4)
+        # Without any edge, the scored token has what its counterpart computes.
+        torch.testing.assert_close(empty[row], expected[0, -1], atol=1e-4, rtol=1e-4)
+        found = circuits.model_logits(model, unequal, "corrupted")[row]
+        torch.testing.assert_close(found, expected[0, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_unequal_prompts_are_run_incrementally_as_by_hooks_and_together_as_alone(
+    unequal, toy_world
+):
+    graph = circuits.component_graph(toy_world)
+    kept = torch.rand(4, len(graph), generator=torch.Generator().manual_seed(0))
+    kept = kept < torch.tensor([0.1, 0.5, 0.8, 0.95])[:, None]
+    run = partial(circuits.run_circuits, toy_world, graph, kept)
+    together = run(unequal, executor="hooks")
+    torch.testing.assert_close(run(unequal, executor="incremental"), together, atol=1e-4, rtol=1e-4)
+    for row in range(len(unequal)):
+        alone = run(unequal[[row]], executor="incremental")[:, 0]
+        torch.testing.assert_close(alone, together[:, row], atol=1e-4, rtol=1e-4)
+
+
+def test_the_gradient_score_of_an_edge_uses_what_the_counterpart_has(unequal, toy_world):
+    scores = circuits.EAP().discover(toy_world, unequal)
+    place = [str(edge) for edge in scores.graph.edges].index("m3->logits")
+    damages = []
+    for row in range(len(unequal)):
+        length, other = int(unequal.lengths[row]), int(unequal.corrupted_lengths[row])
+        ids = unequal.clean[row : row + 1, :length], unequal.corrupted[row : row + 1, :other]
+        clean, corrupted = (toy_world.run_with_cache(each, prepend_bos=False)[1] for each in ids)
+        end, name = int(unequal.alignment[row, length - 1]), "blocks.3.hook_mlp_out"
+        change = corrupted[name][0, end] - clean[name][0, -1]
+        residual = clean["blocks.3.hook_resid_post"][:, -1:].detach().requires_grad_()
+        logits = toy_world.unembed(toy_world.ln_final(residual))[0, 0]
+        difference = logits[unequal.answers[row, 0]] - logits[unequal.wrong_answers[row, 0]]
+        (gradient,) = torch.autograd.grad(difference, residual)
+        damages.append(-float(gradient[0, 0] @ change))
+    assert float(scores.scores[place]) == pytest.approx(sum(damages) / 3, rel=1e-3)
+
+
+def test_what_unequal_prompts_cannot_do_is_refused_with_the_remedy(unequal, toy_world):
+    whole = circuits.Circuit.full(circuits.component_graph(toy_world))
+    with pytest.raises(circuits.InputError, match="use gradient_at='clean', or quadrature"):
+        circuits.EAP(gradient_at="both").discover(toy_world, unequal)
+    with pytest.raises(circuits.InputError, match="means over clean prompts"):
+        over = circuits.Ablation("mean", over="corrupted")
+        circuits.evaluate(toy_world, whole, unequal, ablation=over)
+    circuits.evaluate(toy_world, whole, unequal, ablation="mean_by_position")
+    plain = unequal.prompts[0]
+    for spans, told in (
+        ({}, r"reword one until the numbers agree, or name what corresponds \(spans and"),
+        ({"OTHER": (3, 5)}, "corrupted_spans has 'OTHER', but spans has not"),
+        ({"NAME": (5, 30)}, "tokens 3 to 5 of the clean prompt have no counterpart"),
+    ):
+        pair = replace(plain, corrupted_spans=spans)
+        with pytest.raises(circuits.InputError, match=told):
+            Task.from_prompts(toy_world, [pair])
+    crossed = replace(
+        plain,
+        spans={"A": (3, 7), "B": (12, 16)},
+        corrupted_spans={"A": (22, 26), "B": (5, 10)},
+    )
+    with pytest.raises(circuits.InputError, match="span 'B' begins before the span before it ends"):
+        Task.from_prompts(toy_world, [crossed])

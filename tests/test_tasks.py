@@ -1,5 +1,7 @@
 """Tasks: the same text for every model, tokens that fit it, and refusals that say what to do."""
 
+import copy
+import dataclasses
 import json
 import os
 import random
@@ -25,9 +27,11 @@ from circuits.tasks.families.ioi import NAMES, OBJECTS, PLACES
 from circuits.tasks.families.two_hop import STATES
 from circuits.tasks.families.words import COMMON, MEN, WOMEN
 from circuits.tasks.family import REGISTRY, TaskFamily
+from circuits.tasks.model_fit import check_task
 from circuits.tasks.prompts import split_of
 from circuits.tasks.registry import make_family
 from circuits.tasks.task import PromptPair, Task
+from circuits.tasks.tokenization import PromptTokenizer
 
 TASKS = ("docstring", "gendered_pronoun", "greater_than", "induction", "ioi", "two_hop")
 COMMON_NAMES, RARE_NAMES = NAMES[:75], NAMES[75:]
@@ -532,9 +536,33 @@ BAD_PAIRS = {
         [PromptPair("So Mary is", "So Mary")],
         r"'So Mary is' has 4 tokens and the corrupted 'So Mary' has 3.*reword",
     ),
-    "several tokens": (
+    "answers of different numbers of tokens": (
         [PromptPair("So Mary", "So John", " is a", " he")],
-        r"' is a' is \['is', 'a'\].*Task.from_tokens",
+        r"' is a' is \['is', 'a'\]; ' he' is \['he'\].*Task.from_tokens",
+    ),
+    "a set of answers of several tokens": (
+        [PromptPair("So Mary", "So John", (" is a", " is the"))],
+        r"one token each \(or one answer and one wrong answer of equally many\).* is \['is', 'a'\]",
+    ),
+    "no leading space": (
+        [PromptPair("So Mary", "So John", "is", " he")],
+        r"after 'So Mary', .*write ' is' for 'is'",
+    ),
+    "several tokens without a leading space": (
+        [PromptPair("So Mary", "So John", "is a")],
+        r"write ' is a' for 'is a'",
+    ),
+    "the same prompt": (
+        [PromptPair("So Mary", "So Mary", " is")],
+        r"the clean and the corrupted prompt 'So Mary' are the same; change .* or give corrupted=",
+    ),
+    "the same tokens": (
+        [PromptPair("So  Mary", "So Mary", " is")],
+        r"the clean and the corrupted prompt 'So  Mary' are the same",
+    ),
+    "too long with its answer": (
+        [PromptPair("door " * 63, "wall " * 63, " is a")],
+        r"has 65 tokens and toy-world reads 64; shorten",
     ),
     "unknown answer": (
         [PromptPair("So Mary", "So John", " quokka")],
@@ -584,6 +612,140 @@ def test_pairs_that_cannot_be_used_are_refused_in_one_line(
     with pytest.raises(circuits.InputError, match=message) as caught:
         Task.from_prompts(toy, pairs)
     assert "\n" not in str(caught.value)
+
+
+def test_spaces_that_are_forgotten_or_doubled_are_named_where_a_tokenizer_makes_pieces_of_them(
+    bpe: Model,
+) -> None:
+    for answer, right in (("Mary", " Mary"), ("  Mary", " Mary")):
+        pair = PromptPair("Then Mary gave a drink to", "Then John gave a drink to", answer)
+        with pytest.raises(circuits.InputError, match=f"write '{right}' for '{answer}'"):
+            Task.from_prompts(bpe, [pair])
+    # A word may go on.
+    pair = PromptPair("from 17", "from 16", "76")
+    assert Task.from_prompts(bpe, [pair]).answers is not None
+
+
+def test_a_prompt_without_tokens_is_refused(toy: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = PromptTokenizer.of(toy)
+    monkeypatch.setattr(PromptTokenizer, "_ids", lambda self, text: [])
+    with pytest.raises(circuits.InputError, match=r"a clean prompt is empty \('\\u200b'\)"):
+        encoder.prompt("\u200b", "clean")
+
+
+MISFITS = [
+    PromptPair("So Mary", "So Mary", " is"),
+    PromptPair("So Mary is", "So Mary", " is"),
+    PromptPair("So quokka", "So Mary", " is"),
+    PromptPair("So wombat", "So Mary", " is"),
+    PromptPair("door " * 80, "wall " * 80, " is"),
+    PromptPair(" ", " ", " is"),
+    PromptPair("So Mary", "So John", " quokka"),
+    PromptPair("So Mary", "So John", "is"),
+    PromptPair("So Mary", "So John", " is", " is"),
+    PromptPair("So Mary", "So John", (" is a", " is")),
+]
+
+
+def test_pairs_that_do_not_fit_are_left_out_on_request_and_counted(
+    tmp_path: Path, toy: Model
+) -> None:
+    fitting = [PromptPair("So Mary", "So John", " is"), PromptPair("So Anna", "So John", " is")]
+    pairs = [fitting[0], *MISFITS, fitting[1]]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps(dataclasses.asdict(pair)) for pair in pairs))
+    told = "10 of 12 prompt pairs do not fit the model and are left out: .*2 have a word that"
+    with pytest.warns(UserWarning, match=told) as warned:
+        task = Task.from_prompts(toy, pairs, skip_misfits=True)
+    assert len(warned) == 1 and "\n" not in str(warned[0].message)
+    assert task.prompts == tuple(fitting)
+    assert task.left_out["a word that the tokenizer does not know"] == 2
+    assert sum(task.left_out.values()) == 10 and task[:1].left_out == task.left_out
+    assert task.digest() == Task.from_prompts(toy, fitting).digest()
+    with pytest.warns(UserWarning, match=told):
+        assert Task.from_jsonl(path, toy, skip_misfits=True).left_out == task.left_out
+    for pair in MISFITS:
+        with pytest.raises(circuits.InputError):
+            Task.from_prompts(toy, [pair, fitting[0]])
+    with pytest.raises(circuits.InputError, match="10 of 10 prompt pairs do not fit the model: 1"):
+        Task.from_prompts(toy, MISFITS, skip_misfits=True)
+
+
+def test_a_mistake_in_the_pairs_themselves_is_never_skipped(toy: Model) -> None:
+    pair = PromptPair("So Mary", "So John", spans={"NAME": (3, 30)})
+    with pytest.raises(circuits.InputError, match="span 'NAME'"):
+        Task.from_prompts(toy, [pair], skip_misfits=True)
+
+
+def test_a_task_without_corrupted_prompts_is_for_ablations_that_need_none(toy: Model) -> None:
+    pairs = [PromptPair("So Mary is", answer=" a"), PromptPair("So John", None, " is")]
+    task = Task.from_prompts(toy, pairs)
+    whole = circuits.Circuit.full(circuits.component_graph(toy))
+    for ablation in ("zero", "mean"):
+        circuits.evaluate(toy, whole, task, ablation=ablation)
+    for ablation in ("resample", circuits.Ablation("mean", over="corrupted")):
+        with pytest.raises(
+            circuits.InputError, match=r"2 of 2 corrupted prompts .* clean ones.*or"
+        ):
+            circuits.evaluate(toy, whole, task, ablation=ablation)
+
+
+@torch.no_grad()
+def log_probability(model: Model, prompt: list[int], answer: list[int]) -> float:
+    """Of a whole answer, token by token."""
+    total = 0.0
+    for token in answer:
+        logits = model(torch.tensor([prompt]), prepend_bos=False)[0, -1]
+        total += float(logits.log_softmax(-1)[token])
+        prompt = [*prompt, token]
+    return total
+
+
+@pytest.mark.parametrize("which", ["toy", "bpe"])
+def test_the_rows_of_an_answer_of_several_tokens_add_up_to_its_log_probability(
+    which: str, request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(which)
+    pairs = [
+        PromptPair("So Mary", "So John", " is a friend", spans={"NAME": (3, 7)}),
+        PromptPair("Then Mary and John went", "Then John and Mary went", " to the"),
+        PromptPair("So John", "So Mary", " is"),
+    ]
+    pairs = [dataclasses.replace(pair, spans={}) for pair in pairs]
+    task = Task.from_prompts(model, pairs)
+    logits = circuits.model_logits(model, task)
+    surprise = circuits.tasks.metrics.METRICS["negative_log_probability"](logits, logits, task)
+    by_prompt = torch.zeros(len(pairs)).index_add(0, task.row_prompt, surprise)
+    encoder = PromptTokenizer.of(model)
+    for pair, found in zip(pairs, by_prompt, strict=True):
+        prompt = encoder.prompt(pair.clean)
+        whole = encoder.prompt(f"{pair.clean}{pair.answer}")
+        answer = whole[len(prompt) :]
+        assert float(found) == pytest.approx(-log_probability(model, prompt, answer), abs=1e-4)
+    # Both prompts go on with the answer, and each prompt can be taken alone.
+    assert torch.equal((task.clean != task.corrupted).sum(1) > 0, torch.ones(3).bool())
+    for number in (2, 0, 1):
+        alone = task[[number]]
+        rows = task.row_prompt == number
+        assert torch.equal(alone.row_answers, task.row_answers[rows])
+        torch.testing.assert_close(circuits.model_logits(model, alone), logits[rows])
+
+
+@torch.no_grad()
+def test_a_wrong_answer_of_several_tokens_is_compared_within_the_right_one(toy: Model) -> None:
+    pair = PromptPair("So Mary", "So John", " is a", " is the", spans={"NAME": (3, 7)})
+    task = Task.from_prompts(toy, [pair])
+    assert words_under(toy, task, "NAME") == ["Mary"] and task.metric == "logit_difference"
+    ids = toy.tokenizer("<bos> So Mary is a the", add_special_tokens=False)["input_ids"]
+    logits = toy(torch.tensor([ids[:4]]), prepend_bos=False)[0]
+    expected = [0.0, float(logits[3, ids[4]] - logits[3, ids[5]])]
+    found = circuits.tasks.metrics.METRICS["logit_difference"](logits[2:], logits[2:], task)
+    assert found.tolist() == pytest.approx(expected)
+
+
+def test_load_task_still_drops_answers_of_several_tokens(bpe: Model) -> None:
+    task = circuits.load_task("ioi", bpe, n=100, seed=4)
+    assert task.scored.sum() == len(task) and sum(task.left_out.values()) == 100 - len(task) > 0
 
 
 def test_spans_with_a_slow_tokenizer_are_refused_with_the_remedy(
@@ -694,6 +856,120 @@ def test_by_default_the_last_real_token_is_scored() -> None:
     assert moved.scored.nonzero()[:, 1].tolist() == [0, 1, 2]
 
 
+def shifted(rows: list[list[int]], before: list[int], width: int) -> Tensor:
+    """Rows of tokens with padding (token 1) before and after them."""
+    padded = torch.ones(len(rows), width).long()
+    for row, (tokens, start) in enumerate(zip(rows, before, strict=True)):
+        padded[row, start : start + len(tokens)] = torch.tensor(tokens)
+    return padded
+
+
+@pytest.mark.parametrize("before", [[0, 0, 0], [2, 0, 3], [1, 0, 1]], ids=str)
+def test_padding_may_be_wherever_a_mask_says(before: list[int], toy: Model) -> None:
+    rows = [[0, 319, 372], [0, 532, 625, 604, 390], [604, 390]]
+    other = [[0, 319, 390], [0, 532, 604, 604, 390], [372, 390]]
+    clean, corrupted = shifted(rows, before, 5), shifted(other, before, 5)
+    starts = torch.tensor(before)
+    scored, span = torch.zeros(2, 3, 5).bool()
+    for row in range(3):
+        scored[row, [before[row], before[row] + 1]] = True
+        span[row, before[row] + 1] = True
+    answers = torch.arange(6)
+    mask = (clean != 1).long()
+    task = Task.from_tokens(
+        clean,
+        corrupted,
+        answers,
+        attention_mask=mask,
+        answer_positions=scored,
+        positions={"SECOND": span},
+    )
+    right = Task.from_tokens(
+        shifted(rows, [0, 0, 0], 5),
+        shifted(other, [0, 0, 0], 5),
+        answers,
+        lengths=torch.tensor([3, 5, 2]),
+        answer_positions=torch.tensor([[1, 1, 0, 0, 0]] * 3).bool(),
+        positions={"SECOND": torch.tensor([[0, 1, 0, 0, 0]] * 3).bool()},
+    )
+    assert task.digest() == right.digest()
+    assert task.clean[task.positions["SECOND"]].tolist() == [319, 532, 390]
+    logits = circuits.model_logits(toy, task)
+    for row, tokens in enumerate(rows):
+        alone = toy(torch.tensor([tokens]), prepend_bos=False)[0, :2]
+        torch.testing.assert_close(logits[2 * row : 2 * row + 2], alone, atol=1e-4, rtol=1e-4)
+    last = Task.from_tokens(clean, corrupted, attention_mask=mask.bool())
+    at = Task.from_tokens(
+        clean, corrupted, attention_mask=mask, answer_positions=starts + torch.tensor([2, 4, 1])
+    )
+    assert last.digest() == at.digest()
+
+
+def test_lengths_may_be_those_of_prompts_padded_on_the_left() -> None:
+    lengths = torch.tensor([2, 4, 3])
+    task = Task.from_tokens(TOKENS, TOKENS.flip(0), lengths=lengths, padding_side="left")
+    assert task.clean[0, :2].tolist() == [2, 3] and task.lengths.tolist() == [2, 4, 3]
+    assert task.clean[task.scored].tolist() == [3, 7, 11]
+
+
+def test_padding_that_nobody_marked_is_refused_when_the_task_meets_a_model(
+    toy: Model, bpe: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = torch.tensor([[2, 3, 4, 5], [6, 7, 8, 9]])
+
+    def padded(pad: int, *places: tuple[int, int]) -> Tensor:
+        tokens = text.clone()
+        for place in places:
+            tokens[place] = pad
+        return tokens
+
+    pad, end = toy.tokenizer.pad_token_id, 0
+    assert pad != toy.tokenizer.bos_token_id and bpe.tokenizer.eos_token_id == end
+    padding = copy.deepcopy(bpe.tokenizer)
+    padding.pad_token = padding.eos_token
+    monkeypatch.setattr(bpe, "tokenizer", padding)
+    for model, tokens, told in (
+        (toy, padded(pad, (1, 0)), "clean prompt 1 .* begins with padding"),
+        (toy, padded(pad, (0, 3)), "clean prompt 0 .* ends with padding"),
+        # To this tokenizer padding is the token that also begins a text.
+        (bpe, padded(end, (0, 0), (1, 0)), None),
+        (bpe, padded(end, (0, 0), (1, 0), (1, 1)), "clean prompt 1 .* begins with padding"),
+        (bpe, padded(end, (1, 0)), "clean prompt 1 .* begins with padding"),
+        (bpe, padded(end, (0, 3)), "clean prompt 0 .* ends with padding"),
+        (bpe, text, None),
+    ):
+        task = Task.from_tokens(tokens, text)
+        marked = Task.from_tokens(tokens, text, attention_mask=torch.ones_like(tokens))
+        check_task(model, marked)
+        # Padding after the last scored token is not read.
+        check_task(model, Task.from_tokens(text, text, answer_positions=torch.tensor([2, 2])))
+        if told is None:
+            check_task(model, task)
+            continue
+        with pytest.raises(circuits.InputError, match=told + ".*pass attention_mask"):
+            circuits.model_logits(model, task)
+        with pytest.raises(circuits.InputError, match=told.replace("clean", "corrupted")):
+            check_task(model, Task.from_tokens(text, tokens))
+
+
+def test_answers_may_be_given_for_each_scored_row() -> None:
+    scored = torch.tensor([[0, 1, 0, 1], [0, 0, 1, 0], [1, 1, 0, 1]]).bool()
+    answers, wrong = torch.arange(6), torch.tensor([[9, -1], [8, 7]] * 3)
+    task = Task.from_tokens(TOKENS, TOKENS.flip(0), answers, wrong, answer_positions=scored)
+    assert task.row_answers is not None and task.row_answers.tolist() == answers[:, None].tolist()
+    assert torch.equal(task.row_wrong_answers, wrong)
+    part = task[[2, 0]]
+    assert part.row_answers.tolist() == [[3], [4], [5], [0], [1]]
+    assert part.row_wrong_answers.tolist() == wrong[[3, 4, 5, 0, 1]].tolist()
+    assert part.to("cpu").digest() == part.digest() != task.digest()
+    assert task[1:2].row_answers.tolist() == [[2]]
+    # Those of a prompt hold for all its rows.
+    by_prompt = Task.from_tokens(
+        TOKENS, TOKENS.flip(0), TOKENS[:, 0], wrong, answer_positions=scored
+    )
+    assert by_prompt[[2, 0]].row_answers.flatten().tolist() == [8, 8, 8, 0, 0]
+
+
 BAD_TENSORS: dict[str, tuple[dict[str, object], str]] = {
     "shapes": ({"corrupted": TOKENS[:, :3]}, r"clean has shape \(3, 4\) and corrupted \(3, 3\)"),
     "floats": ({"clean": TOKENS.float()}, r"clean has .* dtype torch.float32; give integers"),
@@ -725,6 +1001,47 @@ BAD_TENSORS: dict[str, tuple[dict[str, object], str]] = {
     "wrong answers": (
         {"wrong_answers": torch.tensor([1, -7, 1])},
         r"wrong_answers holds -7 for prompt 1; give token ids, padded with -1",
+    ),
+    "answers for rows": (
+        {"answers": torch.arange(4), "answer_positions": TOKENS < 5},
+        r"prompt 2 has no scored position",
+    ),
+    "answers for neither prompts nor rows": (
+        {"answers": torch.arange(4), "answer_positions": (TOKENS % 4) < 2},
+        r"answers has shape \(4,\) .*or 6 for the scored rows instead of 3 for the prompts",
+    ),
+    "an answer that is wrong": (
+        {"answers": torch.tensor([1, 2, 3]), "wrong_answers": torch.tensor([2, 2, 1])},
+        r"prompt 1 has an answer that is also a wrong answer \(such as token 2\)",
+    ),
+    "hole": (
+        {"attention_mask": (TOKENS != 5).long()},
+        r"attention_mask has a hole in prompt 1; mark one stretch",
+    ),
+    "mask without tokens": (
+        {"attention_mask": TOKENS > 3},
+        r"attention_mask marks no token in prompt 0",
+    ),
+    "mask values": (
+        {"attention_mask": TOKENS},
+        r"attention_mask holds 2 for prompt 0; give booleans, or integers 0 and 1",
+    ),
+    "mask shape": (
+        {"attention_mask": TOKENS[:, :3]},
+        r"attention_mask has shape \(3, 3\)",
+    ),
+    "mask and lengths": (
+        {"attention_mask": TOKENS < 12, "lengths": torch.tensor([4, 4, 4])},
+        r"attention_mask and lengths both say",
+    ),
+    "side without lengths": (
+        {"padding_side": "left"},
+        r"padding_side='left', but nothing says how much",
+    ),
+    "side": ({"padding_side": "top"}, r"padding_side='top': give 'right' or 'left'"),
+    "position in the left padding": (
+        {"attention_mask": TOKENS > 0, "answer_positions": torch.tensor([0, 3, 3])},
+        r"answer_positions marks position 0 of prompt 0, which has 3 tokens",
     ),
     "lengths": (
         {"lengths": torch.tensor([4, 5, 1])},
@@ -771,7 +1088,9 @@ BAD_TENSORS: dict[str, tuple[dict[str, object], str]] = {
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD_TENSORS.values(), ids=BAD_TENSORS)
-def test_tensors_that_cannot_be_used_are_refused(changes: dict[str, object], message: str) -> None:
+def test_tensors_that_cannot_be_used_are_refused(
+    changes: dict[str, object], message: str, unchecked_types: None
+) -> None:
     arguments: dict[str, object] = {"clean": TOKENS, "corrupted": TOKENS, **changes}
     with pytest.raises(circuits.InputError, match=message):
         Task.from_tokens(arguments.pop("clean"), arguments.pop("corrupted"), **arguments)  # type: ignore[arg-type]

@@ -65,6 +65,8 @@ def show_evaluation(found: CircuitRun, evaluation: Record, options: TaskOptions)
     values.index.name = "metric"
     console = terminal()
     console.print(frame_table(values, title))
+    for note in evaluation.get("notes", ()):
+        console.print(f"note: {note}")
     console.print(f"Run folder: {found.folder}", soft_wrap=True)
 
 
@@ -77,7 +79,9 @@ def _with_defaults_of_run(options: EvaluateOptions, notes: Record) -> EvaluateOp
         task = None if data else notes.get("task")
     model = options.model or notes.get("model")
     prepend = notes.get("prepend_bos") if options.prepend_bos is None else options.prepend_bos
-    return replace(options, model=model, seed=seed, task=task, data=data, prepend_bos=prepend)
+    skip = options.skip_misfits or notes.get("skip_misfits", False)
+    changes: Record = {"model": model, "seed": seed, "task": task, "data": data}
+    return replace(options, **changes, prepend_bos=prepend, skip_misfits=skip)
 
 
 def _ablation_of_run(found: CircuitRun) -> str:

@@ -32,7 +32,8 @@ def task_of(options: TaskOptions, model: Model, n: int, split: str) -> Task:
         if options.data is None:
             return load_task(name, model, n=n, seed=seed, split=split, prepend_bos=bos)
         stem = re.sub(r"[^\w+-]+", "-", options.data.stem) or "data"
-        return Task.from_jsonl(options.data, model, name=stem, prepend_bos=bos)
+        skip = options.skip_misfits
+        return Task.from_jsonl(options.data, model, name=stem, prepend_bos=bos, skip_misfits=skip)
 
 
 def notes_of(options: TaskOptions) -> dict[str, Any]:
@@ -43,4 +44,5 @@ def notes_of(options: TaskOptions) -> dict[str, Any]:
         "data": str(options.data) if options.data else None,
         "seed": options.seed or 0,
         "prepend_bos": options.prepend_bos,
+        "skip_misfits": options.skip_misfits,
     }

@@ -34,13 +34,10 @@ Row = dict[str, float]
 ByRow = Mapping[str, Float[Tensor, " scored"]]
 """By metric name, one number per scored row, with the metric's natural sign."""
 
-Logits = Float[Tensor, "scored vocab"]
-
-# Executors differ by a few units in the last place of the largest logit.
-ROUNDINGS = 32
-
 # The sizes of the MIB benchmark.
 CURVE_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+# The relative difference of two means of a metric that float32 cannot tell apart.
+ROUNDING = 1e-6
 ALIASES = {"logit_diff": "logit_difference", "prob_diff": "probability_difference"}
 
 
@@ -122,8 +119,8 @@ class Evaluation:
     def faithfulness(self, metric: str) -> float:
         """(m(circuit) - m(empty)) / (m(model) - m(empty)), with m the mean over scored rows.
 
-        1 for the whole model, 0 for the empty circuit; NaN if the metric is equal on both, as where
-        the corrupted prompts are the clean ones.
+        1 for the whole model, 0 for the empty circuit; NaN if the metric is equal on both, up to
+        rounding. `notes` then says so.
 
         Raises:
             InputError: the metric was not evaluated.
@@ -132,9 +129,20 @@ class Evaluation:
         runs = (self.values, self.model_values, self.empty_values)
         # (m(circuit) - m(empty)) / (m(model) - m(empty))
         circuit, model, empty = (_means(run)[name] for run in runs)
-        if model == empty:
+        if math.isclose(model, empty, rel_tol=ROUNDING):
             return math.nan
         return (circuit - empty) / (model - empty)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What else to know before reading these numbers."""
+        undefined = [name for name in self.values if math.isnan(self.faithfulness(name))]
+        if not undefined:
+            return ()
+        return (
+            f"the empty circuit has the {', '.join(undefined)} of the model up to rounding, so "
+            "there is no faithfulness (NaN): the ablation changes nothing that matters here.",
+        )
 
     def by_prompt(self) -> pd.DataFrame:
         """A row per prompt and a column per metric: the mean over the prompt's scored rows."""
@@ -159,6 +167,12 @@ class Evaluation:
                 f"this evaluation has no metric {metric!r}; it has {', '.join(self.values)}."
             )
         return name
+
+
+def _is_rounding(differences: Tensor, logits: Tensor) -> bool:
+    largest = float(differences.abs().max())
+    relative = min(32 * torch.finfo(logits.dtype).eps, 1e-2)
+    return largest <= relative * float(logits.abs().max())
 
 
 def _means(values: ByRow) -> Row:
@@ -226,25 +240,19 @@ def evaluations(
     kept = [circuit.kept for circuit in circuits]
     # The empty circuit is one more variant.
     kept.append(torch.zeros_like(kept[0]))
-    *runs, empty = run_variants(model, graph, torch.stack(kept), task, settings)
-    # Where ablation changes nothing there is no faithfulness: a ratio of rounding errors.
-    if _equal_when_rounded(empty, whole):
-        empty = whole
+    runs = run_variants(model, graph, torch.stack(kept), task, settings)
+    if _is_rounding(runs[-1] - whole, whole):
+        # The ablation changes nothing, so that a faithfulness would be noise over noise.
+        runs = torch.cat([runs[:-1], whole[None]])
     model_values, *values, empty_values = (
         {metric.name: metric(logits, whole, task).cpu() for metric in metrics}
-        for logits in (whole, *runs, empty)
+        for logits in (whole, *runs)
     )
     row_prompt = task.row_prompt.cpu()
     return [
         Evaluation(by_row, model_values, empty_values, row_prompt, len(circuit))
         for by_row, circuit in zip(values, circuits, strict=True)
     ]
-
-
-def _equal_when_rounded(found: Logits, expected: Logits) -> bool:
-    tolerance = min(ROUNDINGS * torch.finfo(expected.dtype).eps, 1e-3)
-    gap = (found - expected).abs().max()
-    return bool(gap <= tolerance * expected.abs().max())
 
 
 @without_modes()

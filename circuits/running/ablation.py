@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -216,6 +216,31 @@ def get_ablation(ablation: str | Ablation) -> Ablation:
     return ablation if isinstance(ablation, Ablation) else Ablation(ablation)
 
 
+def check_corrupted(ablation: Ablation, task: Task) -> None:
+    """Refuse an ablation that uses corrupted prompts which are the clean ones.
+
+    Raises:
+        InputError: a corrupted prompt is the clean one, and the ablation uses it.
+    """
+    if ablation.name != "resample" and not str(ablation).endswith("over corrupted"):
+        return
+    if task.alignment is not None:
+        if ablation.name != "resample":
+            raise InputError(
+                f"{ablation} needs corrupted prompts of the lengths of the clean ones, which task "
+                f"{task.name!r} has not; use resample, zero, or means over clean prompts."
+            )
+        return
+    differs = ((task.clean != task.corrupted) & task.mask).any(1)
+    if not differs.all():
+        same = int((~differs).sum())
+        raise InputError(
+            f"{same} of {len(task)} corrupted prompts of task {task.name!r} are the clean ones "
+            f"(the first is prompt {int(differs.int().argmin())}), so the ablation {ablation} "
+            "would change nothing there; give other ones, or ablate by zero or mean."
+        )
+
+
 def with_means_taken(
     model: Model, nodes: Nodes, task: Task, ablation: Ablation, *, prompts_per_run: int
 ) -> Ablation:
@@ -297,8 +322,11 @@ class Counterfactuals:
         if self.means is not None:
             return self.means
         tokens, hooks = self.ablation.counterfactual_run(self.model, task)
-        outputs, _ = run_and_record(self.model, self.nodes, tokens, task.mask, hooks)
-        return outputs
+        if self.ablation.name == "noise":
+            return run_and_record(self.model, self.nodes, tokens, task.mask, hooks)[0]
+        outputs, _ = run_and_record(self.model, self.nodes, tokens, task.corrupted_mask)
+        activations = {name: task.to_clean(each) for name, each in outputs.activations.items()}
+        return replace(outputs, activations=activations)
 
 
 @dataclass(frozen=True, eq=False)

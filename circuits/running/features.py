@@ -135,6 +135,11 @@ class FeatureExecutor:
         check_transcoders(model, found)
         check_fits(model, graph)
         check_task(model, task)
+        if task.alignment is not None and ablation.name == "resample":
+            raise InputError(
+                f"circuits of features need corrupted prompts of the lengths of the clean ones, "
+                f"which task {task.name!r} has not; ablate by zero or mean."
+            )
         if ablation.name == "given":
             raise InputError(
                 f"circuits of features are ablated by {', '.join(NAMES)}; outputs cannot be given."

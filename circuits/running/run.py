@@ -14,7 +14,7 @@ from circuits.graph.circuit import Circuit
 from circuits.graph.graph import Graph, PooledFeatureGraph
 from circuits.models import Model, check_model, frozen, run_to_residual, scored_logits
 from circuits.models.component_graph import component_nodes
-from circuits.running.ablation import Ablation, with_means_taken
+from circuits.running.ablation import Ablation, check_corrupted, with_means_taken
 from circuits.running.edge_layout import check_runnable
 from circuits.running.executor import get_executor
 from circuits.running.settings import ExecutorName, KeptEdges, RunSettings, VariantLogits
@@ -139,6 +139,7 @@ def parts_that_fit(
         return
     # Means would be taken before an executor could refuse what does not fit.
     check_runnable(model, graph, task)
+    check_corrupted(settings.ablation, task)
     task = task.to(model.cfg.device)
     nodes = component_nodes(model, graph.splits_embedding)
     ablation = with_means_taken(model, nodes, task, settings.ablation, prompts_per_run=size)
@@ -184,8 +185,11 @@ def model_logits(
         for start in range(0, len(task), PROMPTS_PER_RUN):
             part = task[start : start + PROMPTS_PER_RUN]
             # Only the scored rows are unembedded: a vocabulary is wide.
-            tokens = part.clean if prompts == "clean" else part.corrupted
-            residual = run_to_residual(model, tokens, part.mask)
+            if prompts == "clean":
+                residual = run_to_residual(model, part.clean, part.mask)
+            else:
+                found = run_to_residual(model, part.corrupted, part.corrupted_mask)
+                residual = part.to_clean(found)
             logits.append(scored_logits(model, residual, part.scored))
     result = torch.cat(logits)
     check_finite(result, model)

@@ -233,6 +233,7 @@ def evaluate_run(
                 "n_prompts": len(task),
                 "edges": len(circuit),
                 "values": _values(evaluation),
+                "notes": list(evaluation.notes),
             }
             _keep(found, known)
     return known[key]
@@ -350,7 +351,7 @@ def _describe(
     discoverer: CircuitDiscoverer, model: Model, task: Task, circuit: Circuit
 ) -> dict[str, Any]:
     graph = circuit.graph
-    prompts = {"prompts": len(task), "digest": task.digest()}
+    prompts = {"prompts": len(task), "digest": task.digest(), "left_out": dict(task.left_out)}
     return {
         "method": discoverer.name,
         "settings": discoverer.settings(),

@@ -65,7 +65,7 @@ class TaskFamily(CheckedFields, ABC):
         while len(pairs) < n and n_rejected < MAX_REJECTED_DRAWS:
             pair = self.draw(random)
             # No text of one split may occur in the other, also as a corrupted prompt.
-            texts = (pair.clean, pair.corrupted)
+            texts = filter(None, (pair.clean, pair.corrupted))
             splits = set(map(split_of, texts))
             if pair.clean in pairs or splits != {split}:
                 n_rejected += 1

@@ -31,19 +31,26 @@ class PromptPair:
 
     Attributes:
         clean: the prompt whose completion is studied.
-        corrupted: the same prompt with the information that decides the answer changed.
-        answer: the token that should follow the clean prompt, or a tuple of tokens if any of
-            them is right. Write it as it continues the prompt, with its leading space: " Mary".
-        wrong_answer: the token or tokens that should not follow, written the same way.
+        corrupted: the same prompt with the information that decides the answer changed; None if
+            there is no such prompt, for ablations that need none.
+        answer: what should follow the clean prompt, or a tuple of tokens if any of them is right.
+            Write it as it continues the prompt, with its leading space: " Mary". Every token of an
+            answer of several tokens is scored, each after the ones before it.
+        wrong_answer: what should not follow, written the same way. A wrong answer of several tokens
+            has as many as the answer, and is compared with it token by token, each after the
+            beginning of the right answer.
         spans: named stretches of the clean prompt as (start, end), in characters. A token belongs
             to a span when it overlaps it.
+        corrupted_spans: where these stretches are in the corrupted prompt, if it has another number
+            of tokens. Within each stretch, and between them, tokens are then paired from the right.
     """
 
     clean: str
-    corrupted: str
+    corrupted: str | None = None
     answer: Answer = None
     wrong_answer: Answer = None
     spans: Mapping[str, CharSpan] = field(default_factory=dict, hash=False)
+    corrupted_spans: Mapping[str, CharSpan] = field(default_factory=dict, hash=False)
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -132,15 +139,16 @@ _Answer = str | _Words | None
 _Spans = dict[str, tuple[StrictInt, StrictInt]] | None
 _PROMPT = "the prompt as a string"
 _WORDS = "a string, or a list of strings if several are right"
-_SPANS = "an object of name: [start, end], in characters of the clean prompt"
+_SPANS = "an object of name: [start, end], in characters of the prompt"
 
 
 class _Line(BaseModel, extra="forbid"):
     clean: str = Field(description=_PROMPT)
-    corrupted: str = Field(description=_PROMPT)
+    corrupted: str | None = Field(description=_PROMPT)
     answer: _Answer = Field(None, description=_WORDS)
     wrong_answer: _Answer = Field(None, description=_WORDS)
     spans: _Spans = Field(None, description=_SPANS)
+    corrupted_spans: _Spans = Field(None, description=_SPANS)
 
 
 def _parse(line: str) -> PromptPair:

@@ -1,7 +1,7 @@
 """Tasks by name. A module in `families/` that defines a `TaskFamily` adds its task."""
 
-from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 from circuits.models import Model
@@ -11,9 +11,9 @@ from circuits.system.numbers import WholeNumber, whole
 from circuits.system.torch_modes import without_modes
 from circuits.tasks.families import task_families
 from circuits.tasks.family import TaskFamily
-from circuits.tasks.prompts import SPLITS, PromptPair
+from circuits.tasks.prompts import SPLITS
 from circuits.tasks.task import Task, task_from_encoded
-from circuits.tasks.tokenization import DoesNotFit, EncodedPair, PromptTokenizer
+from circuits.tasks.tokenization import Fitting, PromptTokenizer
 
 # The share of the drawn prompts that must fit the model.
 MIN_FITTING_SHARE = 0.5
@@ -76,31 +76,18 @@ def load_task(
     if len(pairs) < n:
         few = f"task {name!r} has only {len(pairs)} different prompts in this split"
         raise InputError(f"{few}; ask for n={len(pairs)} or fewer.")
-    encoded = _encode_fitting(name, pairs, encoder)
-    return task_from_encoded(encoded, name, family.metric, model)
-
-
-def _encode_fitting(
-    name: str, pairs: Sequence[PromptPair], encoder: PromptTokenizer
-) -> list[EncodedPair]:
-    encoded = []
-    misfits: list[str] = []
-    for pair in pairs:
-        try:
-            encoded.append(encoder.encode(pair))
-        except DoesNotFit as misfit:
-            misfits += misfit.words
+    fitting = Fitting(partial(encoder.encode, single=True), skip=True)
+    encoded = list(filter(None, map(fitting, pairs)))
     if len(encoded) < len(pairs) * MIN_FITTING_SHARE:
-        words = list(dict.fromkeys(misfits))
+        words = list(dict.fromkeys(fitting.words))
         shown, hidden = words[:MAX_WORDS_SHOWN], words[MAX_WORDS_SHOWN:]
         more = f" and {len(hidden)} more" if hidden else ""
         raise InputError(
             f"task {name!r}: only {len(encoded)} of {len(pairs)} prompts fit "
-            f"{encoder.cfg.model_name}, and at least half must; {quoted(shown)}{more} are not "
-            "single tokens of this model, or make the two prompts of a pair differ in length. "
-            "Use another model, or your own prompts (Task.from_prompts)."
+            f"{model.cfg.model_name}, and at least half must: {fitting.told()} "
+            f"({quoted(shown)}{more}). Use another model, or your own prompts (Task.from_prompts)."
         )
-    return encoded
+    return task_from_encoded(encoded, name, family.metric, model, fitting.left_out)
 
 
 def make_family(name: str, **options: Any) -> TaskFamily:

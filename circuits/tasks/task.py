@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -21,13 +22,15 @@ from circuits.system.messages import shorten
 from circuits.system.torch_modes import without_modes
 from circuits.tasks import validation
 from circuits.tasks.prompts import PromptPair, read_pairs
-from circuits.tasks.tokenization import EncodedPair, PromptTokenizer
+from circuits.tasks.tokenization import EncodedPair, Fitting, PromptTokenizer
 
 TokenMask = Bool[Tensor, "batch pos"]
 EncodedPairs = Sequence[EncodedPair]
 OptionalTensor = Tensor | None
 
-TENSOR_FIELDS = ("clean", "corrupted", "lengths", "scored", "answers", "wrong_answers")
+ANSWER_FIELDS = ("answers", "wrong_answers")
+ALIGNED_FIELDS = ("alignment", "corrupted_lengths")
+TENSOR_FIELDS = ("clean", "corrupted", "lengths", "scored", *ANSWER_FIELDS, *ALIGNED_FIELDS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,26 +48,37 @@ class Task:
     Attributes:
         name: identifies the task in records and folders.
         clean: the clean prompts, padded on the right.
-        corrupted: their corrupted counterparts, aligned token by token.
+        corrupted: their corrupted counterparts, aligned token by token unless `alignment` says
+            otherwise; the clean prompts themselves if there are none.
         lengths: the number of real tokens of each prompt.
         scored: the positions at which the next token is scored.
-        answers: the right next tokens of each prompt, padded with -1; None if there are none.
+        answers: the right next tokens of each prompt, or of each scored row where a prompt has
+            several, padded with -1; None if there are none.
         wrong_answers: the wrong ones, in the same form.
         positions: named spans: for each name, which tokens belong to the span.
         metric: the name of the metric used unless another is given.
         prompts: the text of the prompts, if the task was made from text.
+        alignment: where corrupted prompts have other lengths, the position of each clean token's
+            counterpart; else None.
+        corrupted_lengths: the numbers of tokens of these corrupted prompts.
+        left_out: how many prompts were left out because they do not fit the model, by reason.
+        finds_padding: whether it is checked that no prompt has padding that nobody marked.
     """
 
     name: str
     clean: Int[Tensor, "batch pos"]
-    corrupted: Int[Tensor, "batch pos"]
+    corrupted: Int[Tensor, "batch corrupted_pos"]
     lengths: Int[Tensor, " batch"]
     scored: TokenMask
-    answers: Int[Tensor, "batch k"] | None
-    wrong_answers: Int[Tensor, "batch k_wrong"] | None
+    answers: Int[Tensor, "answered k"] | None
+    wrong_answers: Int[Tensor, "wrongly_answered k_wrong"] | None
     positions: Mapping[str, TokenMask]
     metric: str
     prompts: tuple[PromptPair, ...] | None = None
+    alignment: Int[Tensor, "batch pos"] | None = None
+    corrupted_lengths: Int[Tensor, " batch"] | None = None
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    finds_padding: bool = False
 
     @staticmethod
     @without_modes()
@@ -75,8 +89,13 @@ class Task:
         name: str = "custom",
         metric: str | None = None,
         prepend_bos: bool | None = None,
+        skip_misfits: bool = False,
     ) -> Task:
         """Make a task from text, scored at the last token of each prompt.
+
+        An answer of several tokens is appended to both prompts but for its last token, and all
+        positions that predict its tokens are scored: its negative log probabilities add up to that
+        of the whole answer.
 
         >>> import circuits
         >>> pair = circuits.PromptPair("So Mary", "So John", " is", spans={"NAME": (3, 7)})
@@ -88,14 +107,18 @@ class Task:
                 answers; "kl" if there are no answers.
             prepend_bos: True begins each prompt with exactly one BOS token, which its text may
                 bring; False takes text as it is; None is the model's default.
+            skip_misfits: leave out pairs that do not fit the model, with a warning that counts
+                them. `task.left_out` has the counts.
 
         Raises:
             InputError: the model has no tokenizer; only some pairs have answers or a span; prompts
-                of a pair differ in length, are empty or too long; or an answer is several tokens.
+                of a pair differ in length, are the same, empty or too long, or have unknown words;
+                or answers are not one token each, or one answer and one wrong answer of equally
+                many tokens.
         """
-        encode = PromptTokenizer.of(model, prepend_bos).encode
+        encode = Fitting(PromptTokenizer.of(model, prepend_bos).encode, skip_misfits)
         encoded = [encode(pair) for pair in pairs]
-        return task_from_encoded(encoded, name, metric, model)
+        return _task_of_fitting(encode, encoded, name, metric, model)
 
     @staticmethod
     @without_modes()
@@ -106,6 +129,7 @@ class Task:
         name: str | None = None,
         metric: str | None = None,
         prepend_bos: bool | None = None,
+        skip_misfits: bool = False,
     ) -> Task:
         """Make a task from a file with one JSON object per line.
 
@@ -119,14 +143,15 @@ class Task:
 
         Args:
             name: None means the file's name without its suffix.
-            metric, prepend_bos: as in `from_prompts`.
+            metric, prepend_bos, skip_misfits: as in `from_prompts`.
 
         Raises:
             InputError: the file cannot be read, or a line cannot be used.
         """
-        encoded = read_pairs(path, PromptTokenizer.of(model, prepend_bos).encode)
+        encode = Fitting(PromptTokenizer.of(model, prepend_bos).encode, skip_misfits)
+        encoded = read_pairs(path, encode)
         name = Path(path).stem if name is None else name
-        return task_from_encoded(encoded, name, metric, model)
+        return _task_of_fitting(encode, encoded, name, metric, model)
 
     # Users pass these tensors, so `validation` checks them. Shapes in this signature would make
     # the runtime type checker of the tests reject them first.
@@ -134,11 +159,13 @@ class Task:
     @without_modes()
     def from_tokens(
         clean: Tensor,
-        corrupted: Tensor,
+        corrupted: Tensor | None = None,
         answers: Tensor | None = None,
         wrong_answers: Tensor | None = None,
         *,
+        attention_mask: Tensor | None = None,
         lengths: Tensor | None = None,
+        padding_side: Literal["right", "left"] = "right",
         answer_positions: Tensor | None = None,
         positions: Mapping[str, Tensor] | None = None,
         metric: str | None = None,
@@ -154,10 +181,16 @@ class Task:
 
         Args:
             clean: integers [batch, pos].
-            corrupted: integers [batch, pos].
-            answers: the right next tokens, integers [batch] or [batch, k] padded with -1.
+            corrupted: integers [batch, pos]; None if there are none, for ablations that need none.
+            answers: the right next tokens of each prompt, integers [batch] or [batch, k] padded
+                with -1; or of each scored row, integers [scored] or [scored, k].
             wrong_answers: the wrong ones, in the same form.
-            lengths: integers [batch], the number of real tokens of each prompt; None means all.
+            attention_mask: the real tokens of clean and corrupted prompts, booleans or 0 and 1
+                [batch, pos]. Padding may be on both sides; all positions that are given count it,
+                and the task has it on the right.
+            lengths: instead of a mask, the number of real tokens of each prompt, integers [batch].
+                Without both, all tokens are real.
+            padding_side: where the padding is that `lengths` leaves.
             answer_positions: the scored positions: integers [batch], or booleans [batch, pos] for
                 several positions per prompt; None means the last real token.
             positions: named spans, booleans [batch, pos].
@@ -166,19 +199,33 @@ class Task:
         Raises:
             InputError: a tensor has the wrong shape, type or values.
         """
+        corrupted = clean if corrupted is None else corrupted
         clean, corrupted = validation.check_prompts(clean, corrupted)
-        lengths = validation.check_lengths(lengths, clean)
-        answers = validation.check_answers("answers", answers, clean)
-        wrong_answers = validation.check_answers("wrong_answers", wrong_answers, clean)
-        scored = validation.check_scored(answer_positions, clean, lengths)
-        spans = validation.check_spans(positions or {}, clean, lengths)
+        mask = validation.check_mask(attention_mask, lengths, padding_side, clean)
+        scored = validation.check_scored(answer_positions, clean, mask)
+        answers = validation.check_answers("answers", answers, scored)
+        wrong_answers = validation.check_answers("wrong_answers", wrong_answers, scored)
+        validation.check_different(answers, wrong_answers, scored)
+        spans = validation.check_spans(positions or {}, clean, mask)
         if not re.fullmatch(r"[\w+-][\w.+-]*", name):
             raise InputError(
                 f"a task cannot be called {name!r}, because folders get its name; use only "
                 "letters, digits and . _ - +, and no . at the start."
             )
         metric = _default_metric(answers, wrong_answers) if metric is None else metric
-        return Task(name, clean, corrupted, lengths, scored, answers, wrong_answers, spans, metric)
+        task = Task(
+            name,
+            clean,
+            corrupted,
+            mask.sum(1),
+            scored,
+            answers,
+            wrong_answers,
+            spans,
+            metric,
+            finds_padding=attention_mask is None and lengths is None,
+        )
+        return task._padded_on_the_right(mask)
 
     def __len__(self) -> int:
         """The number of prompts."""
@@ -195,7 +242,16 @@ class Task:
             indices = torch.as_tensor(indices).cpu()
         # Indices of prompts, whatever they were selected by.
         index = torch.arange(len(self))[indices]
-        task = self._with_tensors(lambda tensor: tensor[index.to(tensor.device)])
+        index = index.to(self.scored.device)
+        # The number of each scored row, where it is scored
+        numbers = self.scored.flatten().cumsum(0).view_as(self.scored) - 1
+        rows = numbers[index][self.scored[index]]
+
+        def select(name: str, tensor: Tensor) -> Tensor:
+            by_row = name in ANSWER_FIELDS and len(tensor) == len(self.row_prompt)
+            return tensor[rows if by_row else index]
+
+        task = self._with_tensors(select)
         if self.prompts is None:
             return task
         prompts = [self.prompts[number] for number in index]
@@ -207,6 +263,21 @@ class Task:
         n_tokens = self.clean.shape[1]
         positions = torch.arange(n_tokens, device=self.clean.device)
         return positions < self.lengths[:, None]
+
+    @cached_property
+    def corrupted_mask(self) -> Bool[Tensor, "batch corrupted_pos"]:
+        """True at real tokens of the corrupted prompts."""
+        if self.corrupted_lengths is None:
+            return self.mask
+        positions = torch.arange(self.corrupted.shape[1], device=self.corrupted.device)
+        return positions < self.corrupted_lengths[:, None]
+
+    def to_clean(self, activation: Tensor) -> Tensor:
+        """What each clean token's counterpart has, of [batch, pos, ...] on corrupted prompts."""
+        if self.alignment is None:
+            return activation
+        prompts = torch.arange(len(self), device=self.alignment.device)
+        return activation[prompts[:, None], self.alignment]
 
     @cached_property
     def row_prompt(self) -> Int[Tensor, " scored"]:
@@ -224,12 +295,13 @@ class Task:
         return self._by_row(self.wrong_answers)
 
     def _by_row(self, tokens: OptionalTensor) -> OptionalTensor:
-        return None if tokens is None else tokens[self.row_prompt]
+        is_by_prompt = tokens is not None and len(tokens) != len(self.row_prompt)
+        return tokens[self.row_prompt] if tokens is not None and is_by_prompt else tokens
 
     def to(self, device: str | torch.device | None) -> Task:
         """The same task with its tensors on `device`."""
 
-        def moved(tensor: Tensor) -> Tensor:
+        def moved(_: str, tensor: Tensor) -> Tensor:
             # No gradient passes a tensor that was made in inference mode, but its copy.
             return tensor.to(device, copy=tensor.is_inference())
 
@@ -249,51 +321,107 @@ class Task:
                 digest.update(values.numpy().tobytes())
         return digest.hexdigest()
 
-    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Task:
+    def _padded_on_the_right(self, mask: TokenMask) -> Task:
+        """The task with all padding on the right; its real tokens are still where `mask` says."""
+        first = mask.int().argmax(1, keepdim=True)
+        n_tokens = mask.shape[1]
+        # From each prompt's first real token on, and then what was before it
+        order = (torch.arange(n_tokens, device=mask.device) + first) % n_tokens
+
+        def moved(name: str, tensor: Tensor) -> Tensor:
+            has_positions = name not in ("lengths", *ANSWER_FIELDS)
+            return tensor.gather(1, order) if has_positions else tensor
+
+        return self._with_tensors(moved)
+
+    def _with_tensors(self, change: Callable[[str, Tensor], Tensor]) -> Task:
+        """The task with every tensor changed, by a function of its name and itself."""
         fields: dict[str, Any] = {}
         for name in TENSOR_FIELDS:
             tensor = getattr(self, name)
-            fields[name] = None if tensor is None else change(tensor)
-        spans = {span: change(mask) for span, mask in self.positions.items()}
+            fields[name] = None if tensor is None else change(name, tensor)
+        spans = {span: change("positions", mask) for span, mask in self.positions.items()}
         return replace(self, **fields, positions=spans)
 
 
-def task_from_encoded(encoded: EncodedPairs, name: str, metric: str | None, model: Model) -> Task:
+def _task_of_fitting(
+    encode: Fitting,
+    pairs: Sequence[EncodedPair | None],
+    name: str,
+    metric: str | None,
+    model: Model,
+) -> Task:
+    """Make a task from the pairs that fit, and warn of those that were left out."""
+    encoded = [each for each in pairs if each is not None]
+    if encode.left_out:
+        told = f"{len(pairs) - len(encoded)} of {len(pairs)} prompt pairs do not fit the model"
+        if not encoded:
+            raise InputError(f"task {name!r}: {told}: {encode.told()}; use other prompts.")
+        warnings.warn(f"task {name!r}: {told} and are left out: {encode.told()}.", stacklevel=3)
+    return task_from_encoded(encoded, name, metric, model, encode.left_out)
+
+
+def task_from_encoded(
+    encoded: EncodedPairs,
+    name: str,
+    metric: str | None,
+    model: Model,
+    left_out: Mapping[str, int],
+) -> Task:
     """Make a task from encoded prompt pairs, on the device of the model."""
     if not encoded:
         raise InputError(f"task {name!r} has no prompts; give at least one PromptPair.")
     _check_same_fields(encoded)
-    tensors = _padded(encoded)
+    tensors: dict[str, Any] = _padded(encoded)
+    alignment = _alignment(encoded)
+    if alignment:
+        # The corrupted prompts, which have another shape, come afterwards.
+        alignment["corrupted"] = tensors.pop("corrupted")
     prompts = tuple(each.pair for each in encoded)
     # In the order of the first pair, which sorted fields have lost.
     spans = {span: tensors.pop(f"span {span}") for span in prompts[0].spans}
-    n_tokens = [len(each.fields["clean"]) for each in encoded]
+    lengths = torch.tensor([len(each.fields["clean"]) for each in encoded])
+    n_scored = torch.tensor([each.n_scored for each in encoded])
+    from_end = lengths[:, None] - torch.arange(tensors["clean"].shape[1])
     task = Task.from_tokens(
         **tensors,
-        lengths=torch.tensor(n_tokens),
+        lengths=lengths,
+        answer_positions=(from_end > 0) & (from_end <= n_scored[:, None]),
         positions=spans,
         metric=metric,
         name=name,
     )
-    return replace(task, prompts=prompts).to(model.cfg.device)
+    task = replace(task, prompts=prompts, left_out=dict(left_out), **alignment)
+    return task.to(model.cfg.device)
+
+
+def _alignment(encoded: EncodedPairs) -> dict[str, Any]:
+    """The fields of a task some of whose corrupted prompts are not aligned token by token."""
+    pairings = [list(each.alignment) for each in encoded]
+    lengths = [len(each.fields["corrupted"]) for each in encoded]
+    if all(pairing == list(range(n)) for pairing, n in zip(pairings, lengths, strict=True)):
+        return {}
+    return {"alignment": _stacked(pairings, 0), "corrupted_lengths": torch.tensor(lengths)}
 
 
 def _padded(encoded: EncodedPairs) -> dict[str, Tensor]:
-    tensors = {}
-    for name in encoded[0].fields:
-        values = [each.fields[name] for each in encoded]
-        rows = list(map(torch.tensor, values))
-        # No token has the id -1, and no span holds padding.
-        padding = -1 if name in ("answers", "wrong_answers") else 0
-        tensors[name] = pad_sequence(rows, batch_first=True, padding_value=padding)
+    first = encoded[0]
+    # No span holds padding, and no token has the id -1.
+    tensors = {name: _stacked([each.fields[name] for each in encoded], 0) for name in first.fields}
+    for name in first.answers:
+        by_row = [tokens for each in encoded for tokens in each.answers[name]]
+        tensors[name] = _stacked(by_row, -1)
     return tensors
+
+
+def _stacked(rows: Sequence[Sequence[int]], padding: int) -> Tensor:
+    return pad_sequence(list(map(torch.tensor, rows)), batch_first=True, padding_value=padding)
 
 
 def _check_same_fields(encoded: EncodedPairs) -> None:
     # All pairs have clean and corrupted tokens, which come first.
-    _, _, *expected = encoded[0].fields
-    for each in encoded:
-        _, _, *fields = each.fields
+    expected, *others = [[*each.answers, *list(each.fields)[2:]] for each in encoded]
+    for each, fields in zip(encoded[1:], others, strict=True):
         if fields != expected:
             raise InputError(
                 f"prompt {shorten(each.pair.clean)} has the fields {fields}, and the first prompt "

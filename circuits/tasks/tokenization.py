@@ -6,8 +6,9 @@ tokenizer's state, and may add a second BOS token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,19 +19,28 @@ from circuits.graph.nodes import check_position_name
 from circuits.models import Model
 from circuits.system.errors import InputError
 from circuits.system.messages import quoted, shorten
+from circuits.tasks.alignment import aligned
 from circuits.tasks.prompts import CharSpan, PromptPair
 
 TokenIds = list[int]
 # Its length may change where BOS is put in front.
 PromptTokens = Int[Tensor, " _"]
+_ONE = "one token each"
+_ONE_OR_AS_MANY = f"{_ONE} (or one answer and one wrong answer of equally many)"
 _ONE_PROMPT: tuple[Any, ...] = (Integer[Tensor, " pos"], Integer[Tensor, "1 pos"])
 
 
 class DoesNotFit(InputError):
-    """A prompt pair that this model's tokenizer cannot represent, because of `words`."""
+    """A prompt pair that cannot be used with this model.
 
-    def __init__(self, message: str, words: Iterable[str]) -> None:
+    Attributes:
+        reason: why, in words that other pairs may share.
+        words: the words that are to blame, if any are.
+    """
+
+    def __init__(self, message: str, reason: str, words: Iterable[str] = ()) -> None:
         super().__init__(message)
+        self.reason = reason
         self.words = tuple(words)
 
 
@@ -39,9 +49,19 @@ class EncodedPair:
     """A prompt pair as token ids."""
 
     pair: PromptPair
-    # "clean", "corrupted", then "answers" and "wrong_answers" if the pair has them, as token ids;
-    # then for each "span NAME" whether it holds each token of the clean prompt.
+    # "clean" and "corrupted" as token ids; then for each "span NAME" whether it holds each token
+    # of the clean prompt.
     fields: dict[str, Sequence[int]]
+    # For "answers" and "wrong_answers", if the pair has them, the tokens of each scored position.
+    # The scored positions are the last ones.
+    answers: dict[str, list[TokenIds]]
+    # For each token of the clean prompt, the position of its counterpart in the corrupted one.
+    alignment: Sequence[int]
+
+    @property
+    def n_scored(self) -> int:
+        """The number of scored positions."""
+        return max(map(len, self.answers.values()), default=1)
 
 
 @dataclass(frozen=True)
@@ -76,36 +96,41 @@ class PromptTokenizer:
             )
         return PromptTokenizer(tokenizer, cfg, bos)
 
-    def encode(self, pair: PromptPair) -> EncodedPair:
-        """Turn a prompt pair into tokens, or raise DoesNotFit or another InputError."""
+    def encode(self, pair: PromptPair, *, single: bool = False) -> EncodedPair:
+        """Turn a prompt pair into tokens, or raise DoesNotFit or another InputError.
+
+        Args:
+            single: refuse answers of several tokens.
+        """
         clean = self.prompt(pair.clean, "clean")
-        corrupted = self.prompt(pair.corrupted, "corrupted")
-        fields: dict[str, Sequence[int]] = {"clean": clean, "corrupted": corrupted}
-        _check_answers(pair)
-        for name in ("answers", "wrong_answers"):
-            words = getattr(pair, name)
-            if words:
-                fields[name] = self._answers(pair.clean, clean, words)
-        if len(clean) != len(corrupted):
-            raise DoesNotFit(
-                f"the clean prompt {shorten(pair.clean)} has {len(clean)} tokens and the corrupted "
-                f"{shorten(pair.corrupted)} has {len(corrupted)}; they are compared token by "
-                "token, so reword one until the numbers agree.",
-                _differing_words(pair),
-            )
-        return EncodedPair(pair, fields | self._spans(pair))
+        answers = self._answers(pair, clean, single=single)
+        corrupted = clean
+        if pair.corrupted is not None:
+            corrupted = self.prompt(pair.corrupted, "corrupted")
+            _check_differ(pair, clean, corrupted)
+        spans = self._spans(pair.clean, pair.spans)
+        named = self._spans(pair.corrupted or "", pair.corrupted_spans)
+        pairing = aligned(len(clean), len(corrupted), spans, named)
+        # Teacher forcing: before each token of an answer stand the ones before it.
+        right = answers.get("answers", [[]])
+        forced = [tokens[0] for tokens in right[:-1]]
+        self._check_length([*clean, *forced], pair.clean, "clean")
+        fields: dict[str, Sequence[int]]
+        fields = {"clean": clean + forced, "corrupted": corrupted + forced}
+        for name, is_inside in spans.items():
+            fields[f"span {name}"] = is_inside + [False] * len(forced)
+        pairing += range(len(corrupted), len(corrupted) + len(forced))
+        return EncodedPair(pair, fields, answers, pairing)
 
     def prompt(self, text: str, role: str = "given") -> TokenIds:
         """Turn a prompt into tokens that begin with `bos`. Errors name the role."""
-        if not text.strip():
-            raise InputError(f"a {role} prompt is empty ({text!r}); give it some text.")
         text_ids = self._ids(text)
-        ids = self.with_bos(text_ids)
-        if len(ids) > self.cfg.n_ctx:
-            raise InputError(
-                f"the {role} prompt {shorten(text)} has {len(ids)} tokens and "
-                f"{self.cfg.model_name} reads {self.cfg.n_ctx}; shorten it."
+        if not text.strip() or not text_ids:
+            raise DoesNotFit(
+                f"a {role} prompt is empty ({text!r}); give it some text.", "an empty prompt"
             )
+        ids = self.with_bos(text_ids)
+        self._check_length(ids, text, role)
         if self.tokenizer.unk_token_id in text_ids:
             self._check_words(text)
         return ids
@@ -113,7 +138,7 @@ class PromptTokenizer:
     def answer(self, prompt: str, word: str) -> int:
         """The single token by which `word` continues `prompt`; DoesNotFit if there is none."""
         prompt_ids = self.with_bos(self._ids(prompt))
-        [token] = self._answers(prompt, prompt_ids, [word])
+        [[token]] = self._continuations(prompt, prompt_ids, [word], single=True)
         return token
 
     def with_bos(self, ids: Sequence[int]) -> TokenIds:
@@ -143,6 +168,14 @@ class PromptTokenizer:
     def _text(self, ids: TokenIds) -> str:
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
+    def _check_length(self, ids: TokenIds, text: str, role: str) -> None:
+        if len(ids) > self.cfg.n_ctx:
+            raise DoesNotFit(
+                f"the {role} prompt {shorten(text)} has {len(ids)} tokens and "
+                f"{self.cfg.model_name} reads {self.cfg.n_ctx}; shorten it.",
+                "a prompt that is too long",
+            )
+
     def _check_words(self, text: str) -> None:
         # Some tokenizers declare an ordinary token, such as BOS, as the unknown token. No single
         # word gives it, and a text may spell it out.
@@ -153,37 +186,98 @@ class PromptTokenizer:
             raise DoesNotFit(
                 f"the tokenizer of {self.cfg.model_name} does not know {quoted(unknown)} in "
                 f"{shorten(text)}; use other words.",
+                "a word that the tokenizer does not know",
                 unknown,
             )
 
-    def _answers(self, prompt: str, prompt_ids: TokenIds, words: Sequence[str]) -> TokenIds:
-        found = {word: self._answer(prompt, prompt_ids, word) for word in words}
-        # Two words may be the same token, or None.
-        tokens = dict.fromkeys(found.values())
-        if None in tokens:
-            misfits = [word for word, token in found.items() if token is None]
-            pieces = [f"{word!r} is {self.tokenizer.tokenize(word)}" for word in misfits[:4]]
+    def _answers(
+        self, pair: PromptPair, prompt_ids: TokenIds, *, single: bool
+    ) -> dict[str, list[TokenIds]]:
+        """By kind of answers, the tokens of each scored position; see `EncodedPair`."""
+        words = {"answers": pair.answers, "wrong_answers": pair.wrong_answers}
+        found = {
+            kind: self._continuations(pair.clean, prompt_ids, some, single=single)
+            for kind, some in words.items()
+            if some
+        }
+        right, wrong = found.get("answers", []), found.get("wrong_answers", [])
+        both = [word for word, ids in zip(pair.wrong_answers, wrong, strict=True) if ids in right]
+        if both:
             raise DoesNotFit(
-                f"answers must be one token each after {shorten(prompt)}, with their leading "
-                f"space where the text has one: {'; '.join(pieces)}; "
-                "use other words, or Task.from_tokens.",
-                misfits,
+                f"{quoted(both)} is both an answer and a wrong answer of {shorten(pair.clean)}; "
+                "remove it from one.",
+                "an answer that is also a wrong answer",
             )
-        return [token for token in tokens if token is not None]
+        if all(len(ids) == 1 for ids in right + wrong):
+            # A set of tokens at one position; two words may be the same token.
+            sets = {kind: dict.fromkeys(token for [token] in ids) for kind, ids in found.items()}
+            return {kind: [list(tokens)] for kind, tokens in sets.items()}
+        lengths = {len(ids) for ids in right + wrong}
+        if len(right) == 1 and len(wrong) <= 1 and len(lengths) == 1:
+            return {kind: [[token] for token in ids] for kind, [ids] in found.items()}
+        several = dict.fromkeys(pair.answers + pair.wrong_answers)
+        reason = "answers of different numbers of tokens"
+        raise self._unfit(pair.clean, several, reason, _ONE_OR_AS_MANY)
 
-    def _answer(self, prompt: str, prompt_ids: TokenIds, word: str) -> int | None:
+    def _continuations(
+        self, prompt: str, prompt_ids: TokenIds, words: Sequence[str], *, single: bool
+    ) -> list[TokenIds]:
+        """The tokens by which each word continues the prompt."""
+        found = [self._continuation(prompt, prompt_ids, word) for word in words]
+        slips = {}
+        for word, ids in zip(words, found, strict=True):
+            respaced = self._respaced(prompt, prompt_ids, word, ids)
+            if respaced or not ids or (single and len(ids) > 1):
+                slips[word] = respaced
+        if slips:
+            wanted = _ONE if single else _ONE_OR_AS_MANY
+            raise self._unfit(prompt, slips, "an answer that does not fit", wanted)
+        return [ids for ids in found if ids]
+
+    def _unfit(
+        self, prompt: str, words: Mapping[str, str | None], reason: str, wanted: str
+    ) -> DoesNotFit:
+        """The error about some words; for each, what to write instead, if that is known."""
+        pieces = []
+        for word, better in list(words.items())[:4]:
+            is_tokens = f"{word!r} is {self.tokenizer.tokenize(word)}"
+            pieces.append(f"write {better!r} for {word!r}" if better else is_tokens)
+        return DoesNotFit(
+            f"answers must be {wanted} after {shorten(prompt)}, with their leading space where the "
+            f"text has one: {'; '.join(pieces)}; use other words, or Task.from_tokens.",
+            reason,
+            words,
+        )
+
+    def _continuation(self, prompt: str, prompt_ids: TokenIds, word: str) -> TokenIds | None:
         unk_id = self.tokenizer.unk_token_id
-        continued = self._ids(prompt + word)
-        *context, token = self.with_bos(continued)
-        if context == prompt_ids and token != unk_id:
-            return token
+        length = len(prompt_ids)
+        continued = self.with_bos(self._ids(prompt + word))
+        added = continued[length:]
+        if continued[:length] == prompt_ids and unk_id not in added:
+            return added
         # "17" and "33" may merge into the token "1733". The answer is still the token "33", if
         # that adds exactly this text: some tokenizers put a space before a word on its own.
         alone = self._ids(word)
-        if len(alone) != 1 or alone[0] == unk_id:
+        if unk_id in alone:
             return None
         extended = self._text(prompt_ids + alone)
-        return alone[0] if extended == self._text(prompt_ids) + word else None
+        return alone if extended == self._text(prompt_ids) + word else None
+
+    def _respaced(
+        self, prompt: str, prompt_ids: TokenIds, word: str, ids: TokenIds | None
+    ) -> str | None:
+        """The word with the right leading space, if that was forgotten or doubled."""
+        bare = word.lstrip()
+        # "17" may go on with "332".
+        fuses = prompt[-1:].isalpha() and word[:1].isalpha()
+        if ids and not (fuses or word[:2].isspace()):
+            return None
+        for candidate in (f" {bare}", bare):
+            better = candidate != word and self._continuation(prompt, prompt_ids, candidate)
+            if better and (not ids or len(better) < len(ids)):
+                return candidate
+        return None
 
     def _offsets(self, text: str) -> list[CharSpan]:
         # Only fast tokenizers say which characters a token stands for.
@@ -200,11 +294,11 @@ class PromptTokenizer:
         # A BOS that is put in front stands for no characters.
         return offsets[own - 1 :] if own else [(0, 0), *offsets]
 
-    def _spans(self, pair: PromptPair) -> dict[str, list[bool]]:
-        text = pair.clean
-        offsets = self._offsets(text) if pair.spans else []
+    def _spans(self, text: str, named: Mapping[str, CharSpan]) -> dict[str, list[bool]]:
+        """By name, whether a span holds each token of a text."""
+        offsets = self._offsets(text) if named else []
         spans = {}
-        for name, (start, end) in sorted(pair.spans.items()):
+        for name, (start, end) in sorted(named.items()):
             check_position_name(name)
             # A token belongs to a span when it overlaps it.
             overlaps = [first < end and start < last for first, last in offsets]
@@ -214,8 +308,34 @@ class PromptTokenizer:
                     f"span {name!r} = {(start, end)} holds no token of {shorten(text)}; "
                     f"give (start, end) in characters, 0 <= start < end <= {len(text)}."
                 )
-            spans[f"span {name}"] = overlaps
+            spans[name] = overlaps
         return spans
+
+
+@dataclass
+class Fitting:
+    """Turns pairs into tokens; leaves out those that do not fit, if asked to, and says why."""
+
+    encode: Callable[[PromptPair], EncodedPair]
+    skip: bool
+    # How many pairs were left out, by reason, and the words that are to blame.
+    left_out: Counter[str] = field(default_factory=Counter)
+    words: list[str] = field(default_factory=list)
+
+    def __call__(self, pair: PromptPair) -> EncodedPair | None:
+        """The pair as tokens; None if it is left out."""
+        try:
+            return self.encode(pair)
+        except DoesNotFit as misfit:
+            if not self.skip:
+                raise
+            self.left_out[misfit.reason] += 1
+            self.words += misfit.words
+        return None
+
+    def told(self) -> str:
+        """Why pairs were left out, such as "3 have an empty prompt"."""
+        return ", ".join(f"{count} have {reason}" for reason, count in self.left_out.items())
 
 
 def prompt_tokens(
@@ -247,17 +367,25 @@ def prompt_tokens(
     return torch.tensor(encoder.with_bos(tokens.tolist()))
 
 
-def _check_answers(pair: PromptPair) -> None:
-    both = set(pair.answers) & set(pair.wrong_answers)
-    if both:
-        raise InputError(
-            f"{quoted(sorted(both))} is both an answer and a wrong answer of "
-            f"{shorten(pair.clean)}; remove it from one."
+def _check_differ(pair: PromptPair, clean: TokenIds, corrupted: TokenIds) -> None:
+    assert pair.corrupted is not None
+    if clean == corrupted:
+        raise DoesNotFit(
+            f"the clean and the corrupted prompt {shorten(pair.clean)} are the same; change what "
+            "decides the answer, or give corrupted=None and ablate by zero or mean.",
+            "a corrupted prompt that is the clean one",
+        )
+    if len(clean) != len(corrupted) and not pair.corrupted_spans:
+        raise DoesNotFit(
+            f"the clean prompt {shorten(pair.clean)} has {len(clean)} tokens and the corrupted "
+            f"{shorten(pair.corrupted)} has {len(corrupted)}; they are compared token by "
+            "token, so reword one until the numbers agree, or name what corresponds (spans and "
+            "corrupted_spans).",
+            "two prompts of different numbers of tokens",
+            _differing_words(pair.clean.split(), pair.corrupted.split()),
         )
 
 
-def _differing_words(pair: PromptPair) -> list[str]:
-    clean = pair.clean.split()
-    corrupted = pair.corrupted.split()
+def _differing_words(clean: list[str], corrupted: list[str]) -> list[str]:
     differing = set(clean) ^ set(corrupted)
     return [word for word in clean + corrupted if word in differing]

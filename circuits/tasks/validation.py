@@ -28,43 +28,102 @@ def check_prompts(clean: Tensor, corrupted: Tensor) -> tuple[Tensor, Tensor]:
     return clean, corrupted.to(clean.device)
 
 
-def check_lengths(lengths: Tensor | None, clean: Tensor) -> Tensor:
-    """The number of real tokens of each prompt; None means that all tokens are real."""
+def check_mask(
+    attention_mask: Tensor | None, lengths: Tensor | None, padding_side: str, clean: Tensor
+) -> Tensor:
+    """The real tokens of each prompt, one stretch [batch, pos]; by default all tokens are real."""
     batch, pos = clean.shape
+    if padding_side not in ("right", "left"):
+        raise InputError(f"padding_side={padding_side!r}: give 'right' or 'left'.")
+    if attention_mask is not None and lengths is not None:
+        raise InputError("attention_mask and lengths both say which tokens are real; give one.")
+    if attention_mask is not None:
+        return _stretches(attention_mask, clean)
     if lengths is None:
-        return clean.new_full((batch,), pos)
+        if padding_side == "left":
+            raise InputError(
+                "padding_side='left', but nothing says how much padding there is; give lengths, or "
+                "attention_mask instead."
+            )
+        return torch.ones_like(clean, dtype=torch.bool)
     advice = f"integers [{batch}], from 1 to {pos}"
     _require("lengths", lengths, advice, Integer[Tensor, f"{batch}"])
     lengths = lengths.long()
     _require_valid("lengths", lengths, (lengths >= 1) & (lengths <= pos), advice)
-    return lengths.to(clean.device)
+    real = torch.arange(pos) < lengths.cpu()[:, None]
+    return (real.flip(1) if padding_side == "left" else real).to(clean.device)
 
 
-def check_answers(name: str, tokens: Tensor | None, clean: Tensor) -> Tensor | None:
-    """Answer tokens become [batch, k], padded with -1, and no prompt is left without any."""
+def _stretches(mask: Tensor, clean: Tensor) -> Tensor:
+    """A mask as booleans; each prompt has one stretch of real tokens."""
+    batch, pos = clean.shape
+    name, shape = "attention_mask", f"{batch} {pos}"
+    advice = f"booleans, or integers 0 and 1, [{batch}, {pos}]"
+    _require(name, mask, advice, Integer[Tensor, shape], Bool[Tensor, shape])
+    _require_valid(name, mask, (mask == 0) | (mask == 1), advice)
+    real = mask.to(clean.device).bool()
+    # A stretch starts at a real token after no real token.
+    starts = real.int().diff(dim=1, prepend=torch.zeros_like(clean[:, :1])) > 0
+    for prompt in (starts.sum(1) != 1).nonzero()[:1].flatten().tolist():
+        found = "has a hole" if real[prompt].any() else "marks no token"
+        raise InputError(
+            f"attention_mask {found} in prompt {prompt}; mark one stretch of real tokens in every "
+            "prompt, with padding before and after it only."
+        )
+    return real
+
+
+def check_answers(name: str, tokens: Tensor | None, scored: Tensor) -> Tensor | None:
+    """Answer tokens become [batch, k] or [scored, k], padded with -1; none are without any."""
     if tokens is None:
         return None
-    batch = len(clean)
+    batch, rows = len(scored), int(scored.sum())
     advice = f"integers [{batch}] or [{batch}, k], padded with -1"
-    _require(name, tokens, advice, Integer[Tensor, f"{batch}"], Integer[Tensor, f"{batch} k"])
-    # [batch] answers are the case k = 1.
-    tokens = tokens.reshape(batch, -1).to(clean.device).long()
-    _require_valid(name, tokens, tokens >= -1, "token ids, padded with -1")
+    if rows != batch:
+        advice += f", or {rows} for the scored rows instead of {batch} for the prompts"
+    types = [Integer[Tensor, f"{n}{k}"] for n in (batch, rows) for k in ("", " k")]
+    _require(name, tokens, advice, *types)
+    # Without an axis k there is one answer each.
+    tokens = tokens.reshape(len(tokens), -1).to(scored.device).long()
+    what = "prompt" if len(tokens) == batch else "scored row"
+    _require_valid(name, tokens, tokens >= -1, "token ids, padded with -1", what)
     without = (tokens < 0).all(1).nonzero()
     if len(without):
         raise InputError(
-            f"{name} is empty for prompt {int(without[0])}; give every prompt at least one token, "
+            f"{name} is empty for {what} {int(without[0])}; give every {what} at least one token, "
             f"or leave {name} out."
         )
     return tokens
 
 
-def check_scored(answer_positions: Tensor | None, clean: Tensor, lengths: Tensor) -> Tensor:
+def check_different(answers: Tensor | None, wrong_answers: Tensor | None, scored: Tensor) -> None:
+    """In no prompt is an answer also a wrong answer, at every scored position."""
+    if answers is None or wrong_answers is None:
+        return
+    row_prompt = scored.nonzero()[:, 0]
+    right, wrong = (
+        tokens if len(tokens) == len(row_prompt) else tokens[row_prompt]
+        for tokens in (answers, wrong_answers)
+    )
+    both = (right[:, :, None] == wrong[:, None]) & (right >= 0)[:, :, None]
+    # Answers of several tokens may begin alike.
+    differs = torch.zeros(len(scored), dtype=torch.bool, device=scored.device)
+    differs[row_prompt[~both.any((1, 2))]] = True
+    for prompt in (~differs).nonzero()[:1].flatten().tolist():
+        token = int(right[row_prompt == prompt][0, 0])
+        raise InputError(
+            f"prompt {prompt} has an answer that is also a wrong answer (such as token {token}); "
+            "remove it from one."
+        )
+
+
+def check_scored(answer_positions: Tensor | None, clean: Tensor, mask: Tensor) -> Tensor:
     """Every prompt has a scored position: [batch] integers, [batch, pos] booleans, or the last."""
     name = "answer_positions"
     batch, pos = clean.shape
     # By default the last real token is scored.
-    scored = lengths - 1 if answer_positions is None else answer_positions
+    last = pos - 1 - mask.flip(1).int().argmax(1)
+    scored = last if answer_positions is None else answer_positions
     advice = f"integers [{batch}] or booleans [{batch}, {pos}]"
     _require(name, scored, advice, Integer[Tensor, f"{batch}"], Bool[Tensor, f"{batch} {pos}"])
     scored = scored.to(clean.device)
@@ -72,16 +131,16 @@ def check_scored(answer_positions: Tensor | None, clean: Tensor, lengths: Tensor
         scored = scored.long()
         prompts = torch.arange(batch, device=scored.device)
         marks = torch.stack([prompts, scored], dim=1)
-        _require_real(name, marks, lengths)
+        _require_real(name, marks, mask)
         return one_hot(scored, pos).bool()
-    _require_real(name, scored.nonzero(), lengths)
+    _require_real(name, scored.nonzero(), mask)
     without = (~scored.any(1)).nonzero()
     if len(without):
         raise InputError(f"prompt {int(without[0])} has no scored position; set {name} in it.")
     return scored
 
 
-def check_spans(spans: Masks, clean: Tensor, lengths: Tensor) -> Masks:
+def check_spans(spans: Masks, clean: Tensor, real: Tensor) -> Masks:
     """The names of spans can be written in node names, and their tokens are real."""
     batch, pos = clean.shape
     checked = {}
@@ -90,7 +149,7 @@ def check_spans(spans: Masks, clean: Tensor, lengths: Tensor) -> Masks:
         title = f"span {name!r}"
         _require(title, mask, f"booleans [{batch}, {pos}]", Bool[Tensor, f"{batch} {pos}"])
         mask = mask.to(clean.device)
-        _require_real(title, mask.nonzero(), lengths)
+        _require_real(title, mask.nonzero(), real)
         checked[name] = mask
     return checked
 
@@ -112,21 +171,24 @@ def _require(name: str, tensor: Tensor, wanted: str, *types: Any) -> None:
         raise InputError(f"{name} has {found}; give {wanted}{also}.")
 
 
-def _require_valid(name: str, values: Tensor, is_valid: Tensor, wanted: str) -> None:
+def _require_valid(
+    name: str, values: Tensor, is_valid: Tensor, wanted: str, what: str = "prompt"
+) -> None:
     # Both tensors are [batch, ...].
     wrong = (~is_valid).nonzero()
     if len(wrong):
         value, prompt = int(values[~is_valid][0]), int(wrong[0, 0])
-        raise InputError(f"{name} holds {value} for prompt {prompt}; give {wanted}.")
+        raise InputError(f"{name} holds {value} for {what} {prompt}; give {wanted}.")
 
 
-def _require_real(name: str, marks: Tensor, lengths: Tensor) -> None:
+def _require_real(name: str, marks: Tensor, real: Tensor) -> None:
     # `marks` are rows of a prompt and a position in it.
     prompts, positions = marks.T
-    is_padding = (positions < 0) | (positions >= lengths[prompts])
+    inside = positions.clamp(0, real.shape[1] - 1)
+    is_padding = (positions != inside) | ~real[prompts, inside]
     if is_padding.any():
         prompt, position = marks[is_padding][0].tolist()
         raise InputError(
             f"{name} marks position {position} of prompt {prompt}, "
-            f"which has {int(lengths[prompt])} tokens; mark real tokens only."
+            f"which has {int(real[prompt].sum())} tokens; mark real tokens only."
         )

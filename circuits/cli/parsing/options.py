@@ -36,6 +36,8 @@ class TaskOptions(ModelOptions):
     corrupted, answer and wrong_answer. All prompts are used for discovery and for evaluation."""
     seed: int | None = None
     """Seed for drawing prompts; by default 0."""
+    skip_misfits: bool = False
+    """Leave out pairs of --data that do not fit the model, instead of refusing the file."""
     prepend_bos: bool | None = None
     """Begin each prompt with exactly one BOS token, or (False) take text as it is; by default as
     the model does."""

@@ -55,7 +55,7 @@ from circuits.models.source_outputs import (
     output_groups,
     run_and_record,
 )
-from circuits.running.ablation import Changes, Counterfactuals
+from circuits.running.ablation import Changes, Counterfactuals, check_corrupted
 from circuits.running.edge_layout import EdgeLayout
 from circuits.running.settings import RunSettings
 from circuits.system.errors import InputError
@@ -141,6 +141,13 @@ class EdgeScoring:
         check_supported(model)
         check_differentiable(model)
         check_task(model, task)
+        check_corrupted(settings.ablation, task)
+        resamples = settings.ablation.name == "resample"
+        if task.alignment is not None and resamples and COUNTERFACTUAL_END in points:
+            raise InputError(
+                f"gradients at the corrupted prompts need prompts of the clean lengths, which task "
+                f"{task.name!r} has not; use gradient_at='clean', or quadrature='midpoint'."
+            )
         _warn_of_dead_norms(model, settings, points)
         budget = memory_budget(model.cfg.device, settings.max_memory, cpu_bytes=CPU_BYTES)
         layout = EdgeLayout.of(model, graph)

@@ -328,11 +328,15 @@ class AttributionGraph(Resumable):
         if task.answers is None:
             by_position = [self._most_probable(model, local, position) for position in positions]
             return list(chain.from_iterable(by_position))
-        right = _tokens(task.answers[row])
-        wrong = None if task.wrong_answers is None else _tokens(task.wrong_answers[row])
-        return [
-            difference_direction(local, right, wrong, "answer", position) for position in positions
-        ]
+        prompt = task[row : row + 1]
+        right, wrong = prompt.row_answers, prompt.row_wrong_answers
+        assert right is not None
+        directions = []
+        for number, position in enumerate(positions):
+            others = None if wrong is None else _tokens(wrong[number])
+            tokens = _tokens(right[number])
+            directions.append(difference_direction(local, tokens, others, "answer", position))
+        return directions
 
     def _made_with(self, transcoders: Transcoders) -> TranscodersIdentity:
         is_whole = self.budget is None and not self.kept_only

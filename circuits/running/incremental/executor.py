@@ -246,7 +246,7 @@ def _check_changes(model: Model, nodes: Nodes, task: Task) -> None:
 
 def _window(model: Model, task: Task, ablation: Ablation) -> Window:
     causal = model.cfg.attention_dir == "causal"
-    resample = ablation.name == "resample"
+    resample = ablation.name == "resample" and task.alignment is None
     return Window.of(task, causal=causal, resample=resample)
 
 
@@ -311,7 +311,7 @@ def _counterfactuals(
 ) -> Outputs:
     """c_u of every source u."""
     task, tokens = task_model.task, task_model.window.all
-    if ablation.name == "resample":
+    if ablation.name == "resample" and task.alignment is None:
         written = _embedded(task_model, task.corrupted, tokens)
         run = task_model.run(clean.kept, written, tokens, clean.projected, product)
         return run.outputs

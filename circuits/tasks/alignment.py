@@ -1,0 +1,67 @@
+"""Which token of a corrupted prompt is the counterpart of each token of the clean prompt."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from circuits.system.errors import InputError
+
+# Whether a span holds each token.
+Spans = Mapping[str, Sequence[bool]]
+Bounds = tuple[int, int]
+
+
+def aligned(n_clean: int, n_corrupted: int, spans: Spans, corrupted_spans: Spans) -> list[int]:
+    """The position of each clean token's counterpart in the corrupted prompt.
+
+    Both prompts are cut at the spans that `corrupted_spans` names. Within each piece tokens are
+    paired from the right end; clean tokens that are left over get the piece's first corrupted one.
+
+    >>> clean, corrupted = [False, True, True, False], [False, True, False]
+    >>> aligned(4, 3, {"NAME": clean}, {"NAME": corrupted})
+    [0, 1, 1, 2]
+
+    Raises:
+        InputError: a span is named in the corrupted prompt only, the spans come in another order or
+            share tokens, or a clean piece has no counterpart.
+    """
+    unknown = [name for name in corrupted_spans if name not in spans]
+    if unknown:
+        raise InputError(f"corrupted_spans has {unknown[0]!r}, but spans has not; name it in both.")
+    bounds = {
+        name: (_bounds(spans[name]), _bounds(found)) for name, found in corrupted_spans.items()
+    }
+    names = sorted(bounds, key=bounds.__getitem__)
+    pairing: list[int] = []
+    pieces = zip(
+        _pieces([bounds[name][0] for name in names], n_clean, names),
+        _pieces([bounds[name][1] for name in names], n_corrupted, names),
+        strict=True,
+    )
+    for (start, end), (first, last) in pieces:
+        if start < end and first == last:
+            raise InputError(
+                f"tokens {start} to {end - 1} of the clean prompt have no counterpart in the "
+                "corrupted one; name spans that leave tokens around them in both."
+            )
+        shift = last - end
+        pairing += [max(first, position + shift) for position in range(start, end)]
+    return pairing
+
+
+def _bounds(is_inside: Sequence[bool]) -> Bounds:
+    places = [place for place, inside in enumerate(is_inside) if inside]
+    return places[0], places[-1] + 1
+
+
+def _pieces(bounds: Sequence[Bounds], n_tokens: int, names: Sequence[str]) -> Iterator[Bounds]:
+    """The spans and what is between them, in order."""
+    done = 0
+    for name, (start, end) in zip(names, bounds, strict=True):
+        if start < done:
+            raise InputError(
+                f"span {name!r} begins before the span before it ends, in one of the two prompts; "
+                "spans that align them come in one order and share no tokens."
+            )
+        yield done, start
+        yield start, end
+        done = end
+    yield done, n_tokens
