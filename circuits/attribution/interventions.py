@@ -49,11 +49,11 @@ from circuits.system.numbers import (
     whole,
 )
 from circuits.system.randomness import random_generator
+from circuits.tasks.readers.tokens import Prompt
 from circuits.tasks.tokenization import prompt_tokens
 from circuits.transcoders.transcoder import Transcoders
 
 Tokens = Int[Tensor, " pos"]
-Prompt = str | Sequence[int] | Tokens
 Activations = Float[Tensor, " pos"]
 FeatureValues = Float[Tensor, "variant pos feature"]
 Residual = Float[Tensor, "variant pos d_model"]
@@ -320,7 +320,8 @@ def generate(
     tokens = _checked_prompt(model, transcoders, prompt)
     if heat is None or not 0 <= heat < math.inf:
         raise InputError(
-            f"temperature={shown(temperature)}: give 0 for the most probable token each time, or more."
+            f"temperature={shown(temperature)}: give 0 for the most probable token each time, or "
+            "more."
         )
     if not _is_list(interventions):
         raise InputError("interventions must be a list; for a single one, give [intervention].")

@@ -48,8 +48,9 @@ class TaskOptions(ModelOptions):
     task: str | None = None
     """The name of a task; `circuits list` shows them. By default ioi."""
     data: Path | None = None
-    """Your own prompts instead of a task: a JSONL file. Each line is an object with clean,
-    corrupted, answer and wrong_answer. All prompts are used for discovery and for evaluation."""
+    """Your own prompts instead of a task: a file of JSON lines, a JSON list or a table (.csv,
+    .tsv) with clean, corrupted, answer and wrong_answer; EAP-IG's and MIB's data too. All prompts
+    are used for discovery and for evaluation."""
     seed: int | None = None
     """Seed for drawing prompts; by default 0."""
 
@@ -61,7 +62,7 @@ class TaskOptions(ModelOptions):
             )
         if self.data:
             name = re.sub(r"[^\w+-]+", "-", self.data.stem) or "data"
-            return Task.from_jsonl(self.data, model, name=name)
+            return Task.from_file(self.data, model, name=name)
         name, seed = self.task or DEFAULT_TASK, self.seed or 0
         return load_task(name, model, n=n, seed=seed, split=split)
 

@@ -24,7 +24,7 @@ from circuits.graph.nodes import (
     at_position,
     check_position_name,
 )
-from circuits.models import Model
+from circuits.models import Model, check_model
 from circuits.models.identity import identity
 from circuits.system.errors import InputError
 from circuits.system.numbers import WholeNumber, items, python_number, whole
@@ -164,11 +164,7 @@ def sources_of(model: Model, target: Node, split_embed: bool) -> int:
 
 def check_supported(model: Model) -> None:
     """Refuse architectures whose residual stream is not the sum of their nodes."""
-    if not isinstance(model, Model):
-        raise InputError(
-            f"expected a HookedTransformer, got {type(model).__name__}; "
-            "load it with circuits.load_model."
-        )
+    check_model(model)
     cfg = model.cfg
     architecture, positions = cfg.original_architecture, cfg.positional_embedding_type
     reasons = {

@@ -25,6 +25,7 @@ from transformers import (
 from circuits.system.device import device_called
 from circuits.system.errors import InputError
 from circuits.system.files import read_json, read_tensors, write_json, write_tensors
+from circuits.system.kinds import expect
 
 Model = HookedTransformer
 Weights = Mapping[str, Tensor]
@@ -73,6 +74,11 @@ def load_model(
     return _load_by_name(str(name_or_path), chosen, dtype)
 
 
+def check_model(model: object) -> None:
+    """Refuse what is no model, such as its name or one of Hugging Face's."""
+    expect(model, Model, "a HookedTransformer", "load it with circuits.load_model")
+
+
 def build_model(
     config: Mapping[str, Any],
     weights: Weights,
@@ -117,6 +123,7 @@ def save_model(model: Model, folder: str | Path) -> None:
     ...     circuits.save_model(model, folder)
     ...     loaded = circuits.load_model(folder)
     """
+    check_model(model)
     folder = Path(folder)
     # Types and devices are chosen when the model is loaded.
     settings = model.cfg.to_dict()

@@ -15,6 +15,8 @@ from circuits.graph.nodes import Node, parse_node
 from circuits.models import Model, frozen
 from circuits.models.source_outputs import SourceOutputs, run_and_record
 from circuits.system.errors import InputError
+from circuits.system.kinds import expect
+from circuits.system.tensors import as_tensor
 from circuits.tasks.task import Task
 
 NAMES = ("resample", "zero", "mean", "mean_by_position")
@@ -60,6 +62,10 @@ class Ablation:
                 f"Ablation(over={self.over!r}): means are taken over 'clean' or 'corrupted' "
                 "prompts."
             )
+        if self.outputs is not None:
+            expect(self.outputs, Mapping, "outputs by node", "give {node: tensor}")
+            outputs = {node: as_tensor(each, str(node)) for node, each in self.outputs.items()}
+            object.__setattr__(self, "outputs", outputs)
         has_outputs = self.outputs is not None
         if has_outputs != (self.name == "given"):
             raise InputError(

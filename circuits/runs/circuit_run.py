@@ -36,9 +36,11 @@ from circuits.running.ablation import Ablation
 from circuits.runs.run_folder import RECORD, describe_setup, digest, lock_folder
 from circuits.system.errors import InputError
 from circuits.system.files import read_json, write_bytes, write_json
+from circuits.system.kinds import expect
 from circuits.system.numbers import WholeNumber, whole
 from circuits.system.ranks import RankError, on_first, ranks, totals
 from circuits.tasks.metrics import Metric
+from circuits.tasks.model_fit import check_task
 from circuits.tasks.task import Task
 
 METRICS, PAGE, CHECKPOINT = "metrics.json", "circuit.html", "checkpoint.safetensors"
@@ -107,6 +109,8 @@ def run(
     >>> first.reused, again.reused
     (False, True)
     """
+    expect(discoverer, CircuitDiscoverer, "a method", "give one, such as circuits.ACDC(0.01)")
+    check_task(model, task)
     graph = discoverer.search_graph(model, graph)
     name = f"{discoverer.name}-{_digest(discoverer, model, task, graph)[:8]}"
     folder = Path(out) / task.name / name
@@ -178,6 +182,7 @@ def evaluate_run(
     Raises:
         InputError: circuit, model and task do not fit together, or the file is damaged.
     """
+    check_task(model, task)
     size = None if size is None else whole(size, "size")
     settings = {
         "task": task.name,

@@ -14,3 +14,7 @@ class InputError(ValueError):
 
 class NotFiniteError(InputError):
     """Raised where logits or a metric are NaN or infinite."""
+
+
+class OutOfRangeError(InputError, IndexError):
+    """Raised for an index beyond the end, where Python expects an IndexError."""

@@ -60,7 +60,7 @@ def shrinking(step: Callable[[int], Any], size: int, item: str) -> tuple[Any, in
         try:
             return step(size), size
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if size <= 1:
                 raise InputError(
@@ -72,7 +72,8 @@ def shrinking(step: Callable[[int], Any], size: int, item: str) -> tuple[Any, in
             torch.cuda.empty_cache()
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out."""
     # On the CPU torch raises a plain RuntimeError.
     return (
         isinstance(error, torch.OutOfMemoryError | MemoryError)

@@ -16,10 +16,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.system.errors import InputError, NotFiniteError
+from circuits.system.memory import is_out_of_memory
+from circuits.system.numbers import shown
 from circuits.tasks.task import Task
 
 MetricFunction = Callable[[Tensor, Tensor, Task], Tensor]
 Direction = Literal["higher_is_damage", "lower_is_damage"]
+
+# What a function raises that expects other arguments.
+FAULTS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 RowLogits = Float[Tensor, "scored vocab"]
 # The logits of one circuit, or of several ("variants") on a leading axis.
@@ -57,6 +62,11 @@ class Metric:
     vectorised: bool = False
 
     def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise InputError(
+                f"metric {self.name!r}: function={shown(self.function)} must be a function of "
+                "(logits, clean_logits, task)."
+            )
         allowed = get_args(Direction)
         if self.direction not in allowed:
             found = f"metric {self.name!r}: direction={self.direction!r}"
@@ -103,7 +113,7 @@ class Metric:
         clean_logits = _at_least_float32(clean_logits)
         if is_single:
             check_finite(logits)
-        values: Any = self.function(logits, clean_logits, task)
+        values = self._values(logits, clean_logits, task)
         expected = logits.shape[:-1]
         is_tensor = isinstance(values, Tensor)
         if not is_tensor or values.shape != expected:
@@ -120,6 +130,18 @@ class Metric:
             )
         return values.to(logits.dtype)
 
+    def _values(self, logits: Tensor, clean_logits: Tensor, task: Task) -> Any:
+        try:
+            return self.function(logits, clean_logits, task)
+        except FAULTS as error:
+            if is_out_of_memory(error) or isinstance(error, InputError) or self.shipped:
+                raise
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise InputError(
+                f"metric {self.name!r} fails: {reason[:200]}. It gets logits [scored, vocab] of "
+                f"shape {tuple(logits.shape)}, a row per scored position; correct the function."
+            ) from error
+
     def damage(self, logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
         """The metric with the sign that makes larger values worse."""
         return self.sign * self(logits, clean_logits, task)
@@ -130,9 +152,9 @@ def get_metric(metric: str | Metric | None, task: Task) -> Metric:
     name = task.metric if metric is None else metric
     if isinstance(name, Metric):
         return name
-    if name not in METRICS:
+    if not isinstance(name, str) or name not in METRICS:
         names = ", ".join(METRICS)
-        raise InputError(f"no metric {name!r}; there are {names}, or make a circuits.Metric.")
+        raise InputError(f"no metric {shown(name)}; there are {names}, or make a circuits.Metric.")
     return METRICS[name]
 
 

@@ -17,9 +17,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from circuits.models import Model
 from circuits.system.errors import InputError
+from circuits.system.tensors import as_tensor, optional_tensor
 from circuits.tasks import validation
 from circuits.tasks.messages import shorten
+from circuits.tasks.pairs import PromptPairs, prompt_pairs
 from circuits.tasks.prompts import PromptPair, read_pairs
+from circuits.tasks.readers.tokens import as_token_ids, prompt_indices
 from circuits.tasks.tokenization import EncodedPair, PromptTokenizer
 
 TokenMask = Bool[Tensor, "batch pos"]
@@ -34,7 +37,7 @@ class Task:
     """Prompt pairs as tokens, with the positions at which the model's prediction is scored.
 
     Each scored (prompt, position) is one row of the logits given to a metric. Make a task with
-    `circuits.load_task`, `from_prompts`, `from_jsonl` or `from_tokens`.
+    `circuits.load_task`, `from_prompts`, `from_file` or `from_tokens`.
 
     >>> import circuits
     >>> task = circuits.load_task("ioi", circuits.load_model("toy-world"), n=8)
@@ -68,12 +71,16 @@ class Task:
     @staticmethod
     def from_prompts(
         model: Model,
-        pairs: Sequence[PromptPair],
+        pairs: PromptPairs,
         *,
         name: str = "custom",
         metric: str | None = None,
     ) -> Task:
         """Make a task from text, scored at the last token of each prompt.
+
+        A pair is a `PromptPair`, a dict with its fields, or a tuple (clean, corrupted, answer,
+        wrong_answer). Pairs may come as a list or as a table of pandas; a single one may come
+        alone. Rows of MIB's data sets and EAP-IG's tables are understood as in `from_file`.
 
         >>> import circuits
         >>> pair = circuits.PromptPair("So Mary", "So John", " is", spans={"NAME": (3, 7)})
@@ -89,25 +96,29 @@ class Task:
                 of a pair differ in length, are empty or too long; or an answer is several tokens.
         """
         encode = PromptTokenizer.of(model).encode
-        encoded = [encode(pair) for pair in pairs]
+        encoded = [encode(pair) for pair in prompt_pairs(pairs)]
         return task_from_encoded(encoded, name, metric, model)
 
     @staticmethod
-    def from_jsonl(
+    def from_file(
         path: str | Path,
         model: Model,
         *,
         name: str | None = None,
         metric: str | None = None,
     ) -> Task:
-        """Make a task from a file with one JSON object per line.
+        r"""Make a task from a file: JSON lines, a JSON list, or a table (.csv, .tsv).
 
-        The fields of an object are those of `PromptPair`: `clean`, `corrupted`, `answer`, ...
+        Fields or columns are those of `PromptPair`, with spaces as they stand; in a table, several
+        answers are a JSON list. Token ids of answers are in `answer_idx` and `wrong_answer_idx`.
+        The tables of EAP-IG are understood as well (`correct_idx` and `incorrect_idx`,
+        `country_idx` and `corrupted_country_idx`, ...), and the data sets of MIB as JSON, with the
+        counterfactuals of its circuit track.
 
         >>> import circuits, pathlib, tempfile
-        >>> path = pathlib.Path(tempfile.mkdtemp(), "names.jsonl")
-        >>> _ = path.write_text('{"clean": "So Mary", "corrupted": "So John", "answer": " is"}')
-        >>> circuits.Task.from_jsonl(path, circuits.load_model("toy-world")).name
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "names.csv")
+        >>> _ = path.write_text("clean,corrupted,answer\nSo Mary,So John, is")
+        >>> circuits.Task.from_file(path, circuits.load_model("toy-world")).name
         'names'
 
         Args:
@@ -121,22 +132,27 @@ class Task:
         name = Path(path).stem if name is None else name
         return task_from_encoded(encoded, name, metric, model)
 
+    # Its name when JSON lines were the only format.
+    from_jsonl = from_file
+
     # Users pass these tensors, so `validation` checks them. Shapes in this signature would make
     # the runtime type checker of the tests reject them first.
     @staticmethod
     def from_tokens(
-        clean: Tensor,
-        corrupted: Tensor,
-        answers: Tensor | None = None,
-        wrong_answers: Tensor | None = None,
+        clean: Any,
+        corrupted: Any,
+        answers: Any = None,
+        wrong_answers: Any = None,
         *,
-        lengths: Tensor | None = None,
-        answer_positions: Tensor | None = None,
-        positions: Mapping[str, Tensor] | None = None,
+        lengths: Any = None,
+        answer_positions: Any = None,
+        positions: Mapping[str, Any] | None = None,
         metric: str | None = None,
         name: str = "custom",
     ) -> Task:
         """Make a task from token ids. The task is on the device of `clean`.
+
+        Lists and numpy arrays are as good as tensors, and so is a tokenizer's output.
 
         >>> import circuits, torch
         >>> clean = torch.tensor([[5, 6, 7], [5, 8, 7]])
@@ -158,12 +174,18 @@ class Task:
         Raises:
             InputError: a tensor has the wrong shape, type or values.
         """
+        clean, corrupted = as_token_ids(clean, "clean"), as_token_ids(corrupted, "corrupted")
+        answers = optional_tensor(answers, "answers", padding=-1)
+        wrong_answers = optional_tensor(wrong_answers, "wrong_answers", padding=-1)
+        lengths = optional_tensor(lengths, "lengths")
+        answer_positions = optional_tensor(answer_positions, "answer_positions")
+        masks = {name: as_tensor(mask, name) for name, mask in (positions or {}).items()}
         clean, corrupted = validation.check_prompts(clean, corrupted)
         lengths = validation.check_lengths(lengths, clean)
         answers = validation.check_answers("answers", answers, clean)
         wrong_answers = validation.check_answers("wrong_answers", wrong_answers, clean)
         scored = validation.check_scored(answer_positions, clean, lengths)
-        spans = validation.check_spans(positions or {}, clean, lengths)
+        spans = validation.check_spans(masks, clean, lengths)
         if not re.fullmatch(r"[\w+-][\w.+-]*", name):
             raise InputError(
                 f"a task cannot be called {name!r}, because folders get its name; use only "
@@ -180,10 +202,13 @@ class Task:
         size = f"{len(self)} prompts of up to {self.clean.shape[1]} tokens"
         return f"Task({self.name!r}, {size}, metric={self.metric!r})"
 
-    def __getitem__(self, indices: slice | Tensor | Sequence[int]) -> Task:
-        """Select prompts by a slice, integers, or one boolean per prompt."""
-        if not isinstance(indices, slice):
-            indices = torch.as_tensor(indices).cpu()
+    def __getitem__(self, indices: Any) -> Task:
+        """Select prompts by a slice, integers, or one boolean per prompt.
+
+        Raises:
+            InputError: there are no such prompts.
+        """
+        indices = prompt_indices(indices, len(self))
         # Indices of prompts, whatever they were selected by.
         index = torch.arange(len(self))[indices]
         task = self._with_tensors(lambda tensor: tensor[index.to(tensor.device)])

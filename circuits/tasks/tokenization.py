@@ -15,10 +15,12 @@ from jaxtyping import Int, Integer
 from torch import Tensor
 
 from circuits.graph.nodes import check_position_name
-from circuits.models import Model
+from circuits.models import Model, check_model
 from circuits.system.errors import InputError
+from circuits.system.numbers import shown
 from circuits.tasks.messages import quoted, shorten
-from circuits.tasks.prompts import CharSpan, PromptPair
+from circuits.tasks.prompts import CharSpan, PromptPair, Token
+from circuits.tasks.readers.tokens import Prompt, checked_id, one_prompt
 
 TokenIds = list[int]
 PromptTokens = Int[Tensor, " pos"]
@@ -56,6 +58,7 @@ class PromptTokenizer:
     @staticmethod
     def of(model: Model) -> PromptTokenizer:
         """The prompt tokenizer of a model, or an InputError if it has no tokenizer."""
+        check_model(model)
         cfg, tokenizer = model.cfg, model.tokenizer
         if tokenizer is None:
             name = cfg.model_name
@@ -133,12 +136,12 @@ class PromptTokenizer:
                 unknown,
             )
 
-    def _answers(self, prompt: str, prompt_ids: TokenIds, words: Sequence[str]) -> TokenIds:
+    def _answers(self, prompt: str, prompt_ids: TokenIds, words: Sequence[Token]) -> TokenIds:
         found = {word: self._answer(prompt, prompt_ids, word) for word in words}
         # Two words may be the same token, or None.
         tokens = dict.fromkeys(found.values())
         if None in tokens:
-            misfits = [word for word, token in found.items() if token is None]
+            misfits = [str(word) for word, token in found.items() if token is None]
             pieces = [f"{word!r} is {self.tokenizer.tokenize(word)}" for word in misfits[:4]]
             raise DoesNotFit(
                 f"answers must be one token each after {shorten(prompt)}, with their leading "
@@ -148,7 +151,9 @@ class PromptTokenizer:
             )
         return [token for token in tokens if token is not None]
 
-    def _answer(self, prompt: str, prompt_ids: TokenIds, word: str) -> int | None:
+    def _answer(self, prompt: str, prompt_ids: TokenIds, word: Token) -> int | None:
+        if isinstance(word, int):
+            return checked_id(word, self.cfg)
         unk_id = self.tokenizer.unk_token_id
         continued = self._ids(prompt + word)
         *context, token = [*self.bos, *continued]
@@ -192,7 +197,7 @@ class PromptTokenizer:
         return spans
 
 
-def prompt_tokens(model: Model, prompt: str | Sequence[int] | PromptTokens) -> PromptTokens:
+def prompt_tokens(model: Model, prompt: Prompt) -> PromptTokens:
     """Token ids of one prompt, on the CPU, or an InputError if it cannot be used.
 
     Text gets BOS where the model expects it. Token ids, also as a batch of one prompt, do not.
@@ -201,9 +206,11 @@ def prompt_tokens(model: Model, prompt: str | Sequence[int] | PromptTokens) -> P
         encoder = PromptTokenizer.of(model)
         return torch.tensor(encoder.prompt(prompt))
     try:
-        tokens = torch.as_tensor(prompt).cpu()
+        tokens = torch.as_tensor(one_prompt(prompt)).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{prompt!r} is no prompt: give text, or a list of token ids.") from error
+        raise InputError(
+            f"{shown(prompt)} is no prompt: give text, or a list of token ids."
+        ) from error
     if tokens.shape == (0,):
         # An empty list becomes a tensor of floats.
         return tokens.long()
@@ -217,7 +224,7 @@ def _check_answers(pair: PromptPair) -> None:
     both = set(pair.answers) & set(pair.wrong_answers)
     if both:
         raise InputError(
-            f"{quoted(sorted(both))} is both an answer and a wrong answer of "
+            f"{quoted(sorted(map(str, both)))} is both an answer and a wrong answer of "
             f"{shorten(pair.clean)}; remove it from one."
         )
 
