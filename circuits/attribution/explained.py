@@ -13,7 +13,8 @@ from circuits.attribution.build import Direction, difference_direction
 from circuits.attribution.local_model import LocalModel
 from circuits.models import Model
 from circuits.system.errors import InputError
-from circuits.system.numbers import items, python_number, shown
+from circuits.system.numbers import items, python_number, shown, whole
+from circuits.system.tensors import as_tensor
 from circuits.tasks.tokenization import DoesNotFit, PromptTokenizer
 
 Explained = str | int | tuple[str | int, str | int] | Direction
@@ -99,6 +100,7 @@ def _listed(explain: Any) -> list[Any]:
 
 def _direction(model: Model, local: LocalModel, wanted: Explained) -> Direction:
     if isinstance(wanted, Direction):
+        wanted = _plain_direction(wanted)
         _check_direction(local, wanted)
         return wanted
     if isinstance(wanted, tuple):
@@ -127,12 +129,29 @@ def _pair(model: Model, local: LocalModel, wanted: tuple[str | int, ...]) -> Dir
     return difference_direction(local, [right], [wrong], label)
 
 
+def _plain_direction(wanted: Direction) -> Direction:
+    """A direction whose numbers are Python's own, and whose vector is a tensor."""
+    numbers: dict[str, Any] = {}
+    for name in ("bias", "weight"):
+        found = python_number(getattr(wanted, name))
+        # What is no number is not finite either.
+        numbers[name] = math.nan if found is None else float(found)
+    if wanted.position is not None:
+        numbers["position"] = whole(wanted.position, "position")
+    vector = wanted.vector
+    if not isinstance(vector, Tensor | str | None):
+        vector = as_tensor(vector, "vector").float()
+    return replace(wanted, vector=vector, **numbers)
+
+
 def _check_direction(local: LocalModel, wanted: Direction) -> None:
     """Refuse a direction that does not fit the model or cannot be named."""
     length, width = local.embedding.shape
     vector, named = wanted.vector, f"the Direction {wanted.label!r}"
     if not isinstance(vector, Tensor):
-        raise InputError(f"{named} has {vector!r} for a vector; give a tensor of {width} numbers.")
+        raise InputError(
+            f"{named} has {shown(vector)} for a vector; give a tensor of {width} numbers."
+        )
     is_weight = 0 < wanted.weight < math.inf
     if not math.isfinite(wanted.bias) or not is_weight:
         raise InputError(

@@ -26,6 +26,7 @@ from circuits.graph.identity import ModelIdentity, TranscodersIdentity
 from circuits.graph.nodes import Error, Feature, Logits, Node, Position, TokenEmbed, parse_node
 from circuits.system.errors import InputError
 from circuits.system.files import json_text, read_tensors, write_tensors
+from circuits.system.kinds import expect
 from circuits.system.numbers import WholeNumber, whole
 
 FILE = "graph.safetensors"
@@ -452,3 +453,9 @@ def _of_edges(graph: FeatureGraph) -> Iterator[Condition]:
 def _in_range(name: str, numbers: Tensor, highest: int) -> Condition:
     inside = (numbers >= 0) & (numbers <= highest)
     return inside, f"{name} is outside 0 to {highest}"
+
+
+def check_is_feature_graph(graph: object) -> None:
+    """Refuse what is no attribution graph, such as a circuit."""
+    remedy = "make one with circuits.AttributionGraph(...).attribute"
+    expect(graph, FeatureGraph, "a FeatureGraph", remedy)

@@ -26,6 +26,7 @@ from circuits.attribution.feature_graph import (
     FeatureGraph,
     NodeMask,
     NodeScores,
+    check_is_feature_graph,
 )
 from circuits.system.errors import InputError
 from circuits.system.numbers import RealNumber, real
@@ -56,6 +57,7 @@ def edge_influence(graph: FeatureGraph) -> EdgeScores:
 
 
 def _influence(graph: FeatureGraph) -> tuple[NodeScores, EdgeScores]:
+    check_is_feature_graph(graph)
     sizes = graph.weight.double().abs()
     # A[t, s] = |w[t, s]| / sum over s' of |w[t, s']|
     return propagate(graph, sizes, _incoming_sums(graph, sizes))
@@ -198,6 +200,7 @@ def completeness_score(graph: FeatureGraph) -> float:
     >>> 0.5 < circuits.completeness_score(graph) < 1
     True
     """
+    check_is_feature_graph(graph)
     sizes = graph.weight.double().abs()
     sums = _incoming_sums(graph, sizes)
     influence, _ = propagate(graph, sizes, sums)

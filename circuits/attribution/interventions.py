@@ -50,11 +50,11 @@ from circuits.system.numbers import (
 )
 from circuits.system.randomness import random_generator
 from circuits.system.torch_modes import without_modes
+from circuits.tasks.readers.tokens import Prompt
 from circuits.tasks.tokenization import prompt_tokens
 from circuits.transcoders.transcoder import Transcoders
 
 Tokens = Int[Tensor, " pos"]
-Prompt = str | Sequence[int] | Tokens
 Activations = Float[Tensor, " pos"]
 FeatureValues = Float[Tensor, "variant pos feature"]
 Residual = Float[Tensor, "variant pos d_model"]

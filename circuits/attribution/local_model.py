@@ -48,7 +48,7 @@ from circuits.models.component_graph import POST_NORM_ARCHITECTURES
 from circuits.models.functional import LinearNorm, soft_capped
 from circuits.models.source_outputs import keeper
 from circuits.system.errors import InputError, NotFiniteError
-from circuits.transcoders.transcoder import Transcoders
+from circuits.transcoders.transcoder import Transcoders, check_is_transcoders
 
 FINAL_RESIDUAL = "residual stream after the last layer"
 TOKEN_EMBEDDING = output_hook(TokenEmbed())
@@ -225,10 +225,7 @@ def check_transcoders(model: Model, transcoders: Transcoders) -> None:
         raise InputError(
             f"{cfg.model_name} has {' and '.join(found)}: no attribution graph can be made of it."
         )
-    if not isinstance(transcoders, Transcoders):
-        raise InputError(
-            f"expected transcoders, got {transcoders!r}; load them with circuits.load_transcoders."
-        )
+    check_is_transcoders(transcoders)
     transcoders.check()
     n_layers, d_model = transcoders.n_layers, transcoders.d_model
     if n_layers != cfg.n_layers or d_model != cfg.d_model:

@@ -43,7 +43,7 @@ from circuits.transcoders.extraction import (
     extract_features,
     largest_columns,
 )
-from circuits.transcoders.transcoder import Device, Dtype, Transcoders
+from circuits.transcoders.transcoder import Device, Dtype, Transcoders, check_is_transcoders
 
 FeatureColumn = Int[Tensor, " edge"]
 Firings = Int[Tensor, " fired"]
@@ -244,6 +244,7 @@ def virtual_weights(
         InputError: `top_k` is below 1, or transcoders, model and coactivation do not fit together.
     """
     top_k = whole(top_k, "top_k", least=1)
+    check_is_transcoders(transcoders)
     _check(transcoders, model, coactivation)
     n_layers, n_features = transcoders.n_layers, transcoders.n_features
     pairs = _Pairs(transcoders, model, coactivation)

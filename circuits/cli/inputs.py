@@ -33,7 +33,7 @@ def task_of(options: TaskOptions, model: Model, n: int, split: str) -> Task:
             return load_task(name, model, n=n, seed=seed, split=split, prepend_bos=bos)
         stem = re.sub(r"[^\w+-]+", "-", options.data.stem) or "data"
         skip = options.skip_misfits
-        return Task.from_jsonl(options.data, model, name=stem, prepend_bos=bos, skip_misfits=skip)
+        return Task.from_file(options.data, model, name=stem, prepend_bos=bos, skip_misfits=skip)
 
 
 def notes_of(options: TaskOptions) -> dict[str, Any]:

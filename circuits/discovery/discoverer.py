@@ -13,7 +13,7 @@ from torch import Tensor
 
 from circuits.discovery.checkpoint import Checkpoint
 from circuits.graph.circuit import Circuit
-from circuits.graph.graph import Graph
+from circuits.graph.graph import Graph, check_is_graph
 from circuits.models import Model, cause
 from circuits.models.component_graph import component_graph
 from circuits.running.damage import DamageMeter
@@ -23,6 +23,7 @@ from circuits.system.code_digest import CodeDigest, code_digest
 from circuits.system.errors import InputError, NotFiniteError
 from circuits.system.fields import CheckedFields
 from circuits.system.torch_modes import without_modes
+from circuits.tasks.model_fit import check_is_task, check_task
 from circuits.tasks.task import Task
 
 SPEED_ONLY = {"speed_only": True}
@@ -125,6 +126,7 @@ class CircuitDiscoverer(CheckedFields):
         """
         if not isinstance(self, Resumable):
             self.refuse_checkpoint(checkpoint)
+        check_task(model, task)
         graph = self.search_graph(model, graph)
         saved = Checkpoint()
         if checkpoint is not None:
@@ -145,7 +147,10 @@ class CircuitDiscoverer(CheckedFields):
         Raises:
             InputError: the model has no component graph, or the method cannot take the given graph.
         """
-        return component_graph(model) if graph is None else graph
+        if graph is None:
+            return component_graph(model)
+        check_is_graph(graph)
+        return graph
 
     def refuse_checkpoint(self, checkpoint: object) -> None:
         """Refuse a checkpoint, for methods that have no state to resume from.
@@ -192,6 +197,7 @@ class CircuitDiscoverer(CheckedFields):
         Raises:
             InputError: there is no such ablation, metric or precision.
         """
+        check_is_task(task)
         names = {each.name for each in fields(self)}
         own = {name: getattr(self, name) for name in names.intersection(RUN_SETTINGS)}
         return RunSettings.parse(task, **own)

@@ -18,15 +18,17 @@ from circuits.evaluation.evaluate import (
     of_sizes,
 )
 from circuits.evaluation.similarity import overlap_table
-from circuits.graph.circuit import Circuit
+from circuits.graph.circuit import Circuit, check_is_circuit
 from circuits.graph.graph import PooledFeatureGraph
 from circuits.models import Model
 from circuits.running.ablation import Ablation
 from circuits.running.settings import RunSettings
 from circuits.system.errors import InputError
-from circuits.system.numbers import WholeNumber
+from circuits.system.kinds import expect
+from circuits.system.numbers import WholeNumber, items
 from circuits.system.torch_modes import without_modes
 from circuits.tasks.metrics import Metric
+from circuits.tasks.model_fit import check_task
 from circuits.tasks.task import Task
 from circuits.transcoders.transcoder import Transcoders
 
@@ -93,12 +95,16 @@ def compare(
     >>> circuits.compare(model, found, task, size=50).table["edges"].to_dict()
     {'eap': 50, 'random': 50}
     """
+    expect(found, Mapping, "a dict of circuits by method", "give {'eap': circuit, ...}")
     if not found:
         raise InputError("there is nothing to compare; give at least one method's circuit.")
+    check_task(model, task)
     settings = RunSettings.parse(task, ablation=ablation, metric=metric)
     sweeps = {}
     for name, given in found.items():
-        sweeps[name] = [given] if isinstance(given, Circuit) else list(given)
+        sweeps[name] = [given] if isinstance(given, Circuit) else items(given, name)
+        for circuit in sweeps[name]:
+            check_is_circuit(circuit)
     rows, curves, circuits = {}, [], {}
     for name, sweep in sweeps.items():
         if transcoders is not None:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.graph.circuit import Circuit
+from circuits.graph.circuit import Circuit, check_is_circuit
 from circuits.models import Model
 from circuits.running.ablation import Ablation
 from circuits.running.run import model_logits, run_variants
@@ -22,6 +22,7 @@ from circuits.system.errors import InputError
 from circuits.system.numbers import RealNumber, WholeNumber, items, python_number, shown
 from circuits.system.torch_modes import without_modes
 from circuits.tasks.metrics import Metric, get_metric
+from circuits.tasks.model_fit import check_task
 from circuits.tasks.task import Task
 from circuits.transcoders.transcoder import Transcoders
 
@@ -187,7 +188,7 @@ def evaluate(
     *,
     metrics: Sequence[str | Metric] | None = None,
     ablation: str | Ablation = "resample",
-    max_memory: int | None = None,
+    max_memory: WholeNumber | None = None,
     transcoders: Transcoders | None = None,
 ) -> Evaluation:
     """Run a circuit, with everything outside it ablated, and judge its logits.
@@ -209,6 +210,7 @@ def evaluate(
     >>> list(circuits.evaluate(model, circuit, task).table().columns)
     ['circuit', 'model', 'empty', 'faithfulness']
     """
+    check_task(model, task)
     settings = RunSettings.parse(ablation=ablation, max_memory=max_memory, transcoders=transcoders)
     if isinstance(metrics, str):
         metrics = [metrics]
@@ -230,6 +232,8 @@ def evaluations(
     """Evaluate circuits over one graph, which share the runs of the model and the empty circuit."""
     if not circuits:
         raise InputError("there are no circuits to evaluate; give at least one, or one size.")
+    for circuit in circuits:
+        check_is_circuit(circuit)
     graph = circuits[0].graph
     if any(circuit.graph != graph for circuit in circuits):
         raise InputError(
@@ -265,7 +269,7 @@ def faithfulness_curve(
     metric: str | Metric | None = None,
     ablation: str | Ablation = "resample",
     by: Literal["magnitude", "signed"] = "magnitude",
-    max_memory: int | None = None,
+    max_memory: WholeNumber | None = None,
     transcoders: Transcoders | None = None,
 ) -> pd.DataFrame:
     """How faithful the highest-scored edges are, by the number of edges kept.
@@ -311,7 +315,7 @@ def faithfulness_points(
     *,
     metric: str | Metric | None = None,
     ablation: str | Ablation = "resample",
-    max_memory: int | None = None,
+    max_memory: WholeNumber | None = None,
     transcoders: Transcoders | None = None,
 ) -> pd.DataFrame:
     """How faithful each of several circuits over one graph is, such as those of a threshold sweep.
@@ -333,6 +337,7 @@ def faithfulness_points(
     >>> circuits.faithfulness_points(model, found, task)["edges"].is_monotonic_decreasing
     True
     """
+    check_task(model, task)
     settings = RunSettings.parse(
         task, ablation=ablation, metric=metric, max_memory=max_memory, transcoders=transcoders
     )
@@ -367,6 +372,7 @@ def of_sizes(
 ) -> list[Circuit]:
     """The circuits of the highest-scored edges; see `faithfulness_curve`."""
     wanted = CURVE_FRACTIONS if sizes is None else items(sizes, "sizes")
+    check_is_circuit(circuit)
     available = len(circuit)
     numbers = {_number_of_edges(size, available) for size in wanted}
     return [circuit.top(number, by=by) for number in sorted(numbers)]

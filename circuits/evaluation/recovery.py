@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuits.graph.circuit import Circuit
+from circuits.graph.circuit import Circuit, check_is_circuit
 from circuits.graph.edges import Edge
 from circuits.graph.graph import Graph
 from circuits.system.errors import InputError
@@ -67,6 +67,7 @@ def recovery(circuit: Circuit, truth: Sequence[Edge | str]) -> Recovery:
     >>> result.precision, result.recall
     (0.5, 1.0)
     """
+    check_is_circuit(circuit)
     graph = circuit.graph
     true = graph.mask(truth)
     if not true.any():

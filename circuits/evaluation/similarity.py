@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.graph.circuit import Circuit
+from circuits.graph.circuit import Circuit, check_is_circuit
 from circuits.graph.graph import PooledFeatureGraph
 from circuits.graph.nodes import MLP, Embed, Error, Feature, Node, PosEmbed, TokenEmbed, at_position
 from circuits.system.errors import InputError
@@ -31,6 +31,8 @@ def overlap(first: Circuit, second: Circuit) -> float:
     >>> circuits.overlap(small, small | circuits.Circuit.from_edges(graph, ["m2->logits"]))
     0.5
     """
+    for circuit in (first, second):
+        check_is_circuit(circuit)
     # |A and B| / |A or B|
     either = len(first | second)
     return len(first & second) / either if either else 1.0
@@ -147,6 +149,8 @@ def score_table(first: Circuit, second: Circuit) -> pd.DataFrame:
     >>> circuits.score_table(scores, scores).shape
     (479, 2)
     """
+    for circuit in (first, second):
+        check_is_circuit(circuit)
     if first.graph != second.graph:
         raise InputError(
             "these circuits are over different graphs; score the same graph with both methods."

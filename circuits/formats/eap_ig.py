@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from circuits.formats.validation import read_checked_json
-from circuits.graph.circuit import Circuit
+from circuits.graph.circuit import Circuit, check_is_circuit
 from circuits.graph.edges import Edge, parse_edge
 from circuits.graph.graph import Graph
 from circuits.graph.nodes import Embed, Node, PosEmbed, TokenEmbed
@@ -97,6 +97,8 @@ def save_eap_ig(circuit: Circuit, path: str | Path, *, n_prompts: int = 1) -> Pa
         >>> sum(edge["in_graph"] for edge in json.loads(path.read_text())["edges"].values())
         2
     """
+    check_is_circuit(circuit)
+    n_prompts = whole(n_prompts, "n_prompts", least=1)
     graph = circuit.graph
     if graph.model is None:
         raise InputError(

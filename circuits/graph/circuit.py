@@ -18,12 +18,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.graph.edges import Edge, EdgesOrTexts
-from circuits.graph.graph import Graph, PooledFeatureGraph
+from circuits.graph.graph import Graph, PooledFeatureGraph, check_is_graph
 from circuits.graph.identity import ModelIdentity, TranscodersIdentity
 from circuits.graph.nodes import Node, parse_node
 from circuits.system.errors import InputError
 from circuits.system.files import json_text, read_tensors, write_tensors
+from circuits.system.kinds import expect
 from circuits.system.numbers import RealNumber, WholeNumber, python_number, real, whole
+from circuits.system.tensors import as_tensor
 
 FILE = "circuit.safetensors"
 FORMAT = "circuits.circuit"
@@ -65,8 +67,10 @@ class Circuit:
     record: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_is_graph(self.graph)
         for name in ("scores", "kept"):
-            column = getattr(self, name)
+            column = as_tensor(getattr(self, name), name)
+            object.__setattr__(self, name, column)
             if column.shape != (len(self.graph),):
                 raise InputError(
                     f"{name} has shape {tuple(column.shape)}, but the graph has {len(self.graph)} "
@@ -83,9 +87,10 @@ class Circuit:
 
     @staticmethod
     def full(
-        graph: Graph, scores: Tensor | None = None, *, record: Mapping[str, Any] | None = None
+        graph: Graph, scores: Any = None, *, record: Mapping[str, Any] | None = None
     ) -> Circuit:
         """The circuit that keeps every edge: a whole model, or scores without a selection."""
+        check_is_graph(graph)
         if scores is None:
             scores = _no_scores(graph)
         kept = torch.ones_like(graph.source, dtype=torch.bool)
@@ -98,6 +103,7 @@ class Circuit:
         Raises:
             InputError: the graph lacks one of them.
         """
+        check_is_graph(graph)
         kept = graph.mask(edges)
         return Circuit(graph, _no_scores(graph), kept)
 
@@ -316,6 +322,12 @@ class Circuit:
         # The scores stay those of the first circuit; no method found the combination.
         kept = operation(self.kept, other.kept)
         return replace(self, kept=kept, selected=True, record={})
+
+
+def check_is_circuit(circuit: object) -> None:
+    """Refuse what is no circuit, such as its graph or its folder."""
+    remedy = "discover one, or read it with Circuit.load"
+    expect(circuit, Circuit, "a Circuit", remedy)
 
 
 def _no_scores(graph: Graph) -> Float[Tensor, " edge"]:

@@ -24,6 +24,7 @@ from circuits.graph.edges import NO_SLOT, SLOTS, Edge, EdgesOrTexts, parse_edge
 from circuits.graph.identity import ModelIdentity, TranscodersIdentity
 from circuits.graph.nodes import Embed, Head, Logits, Node, PosEmbed, TokenEmbed
 from circuits.system.errors import InputError
+from circuits.system.kinds import expect
 
 EdgeIndex = Int[Tensor, " edge"]
 EdgeMask = Bool[Tensor, " edge"]
@@ -238,3 +239,9 @@ class PooledFeatureGraph(Graph):
     executors: ClassVar[Names] = ("features",)
 
     transcoders: TranscodersIdentity = field(kw_only=True)
+
+
+def check_is_graph(graph: object) -> None:
+    """Refuse what is no graph, such as a circuit, which has one."""
+    remedy = "make one with circuits.component_graph, or take a circuit's .graph"
+    expect(graph, Graph, "a Graph", remedy)

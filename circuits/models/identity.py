@@ -9,7 +9,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from circuits.graph.graph import Graph
+from circuits.graph.graph import Graph, check_is_graph
 from circuits.graph.identity import ModelIdentity
 from circuits.models import Model, check_weights
 from circuits.system.errors import InputError
@@ -34,6 +34,7 @@ SMALL = 1 << 12
 
 def check_fits(model: Model, graph: Graph) -> None:
     """Refuse a graph made from a model of another shape; warn when only the weights differ."""
+    check_is_graph(graph)
     if graph.model is None:
         return
     here, there = identity(model), graph.model

@@ -41,6 +41,7 @@ from circuits.system.files import (
     write_json,
     write_tensors,
 )
+from circuits.system.kinds import expect
 from circuits.system.torch_modes import without_modes
 
 Model = HookedTransformer
@@ -163,6 +164,7 @@ def save_model(model: Model, folder: str | Path) -> None:
     ...     circuits.save_model(model, folder)
     ...     loaded = circuits.load_model(folder)
     """
+    expect(model, Model, "a HookedTransformer", "load it with circuits.load_model")
     folder = Path(folder)
     # Types and devices are chosen when the model is loaded.
     settings = model.cfg.to_dict()

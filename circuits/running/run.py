@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from circuits.graph.circuit import Circuit
-from circuits.graph.graph import Graph, PooledFeatureGraph
+from circuits.graph.circuit import Circuit, check_is_circuit
+from circuits.graph.graph import Graph, PooledFeatureGraph, check_is_graph
 from circuits.models import Model, check_model, frozen, run_to_residual, scored_logits
 from circuits.models.component_graph import component_nodes
 from circuits.running.ablation import Ablation, check_corrupted, with_means_taken
@@ -20,6 +20,8 @@ from circuits.running.executor import get_executor
 from circuits.running.settings import ExecutorName, KeptEdges, RunSettings, VariantLogits
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget
+from circuits.system.numbers import WholeNumber
+from circuits.system.tensors import as_tensor
 from circuits.system.torch_modes import without_modes
 from circuits.tasks.metrics import check_finite
 from circuits.tasks.model_fit import check_task
@@ -34,17 +36,18 @@ PREPARED_CPU_BYTES = 1 << 32
 def run_circuits(
     model: Model,
     graph: Graph,
-    kept: Bool[Tensor, "variant edge"],
+    kept: Any,
     task: Task,
     *,
     ablation: str | Ablation = "resample",
     executor: ExecutorName = "auto",
-    max_memory: int | None = None,
+    max_memory: WholeNumber | None = None,
     transcoders: Transcoders | None = None,
 ) -> Float[Tensor, "variant scored vocab"]:
     """Logits of many circuits at every scored row: variant i keeps the edges `kept[i]`.
 
     Args:
+        kept: booleans [variant, edge], as a tensor, an array or lists.
         ablation: what the other edges carry instead.
         executor: "incremental" recomputes only what changes; "hooks" is the reference executor;
             "auto" takes the first where the architecture is known to it.
@@ -78,7 +81,7 @@ def run_circuit(
     *,
     ablation: str | Ablation = "resample",
     executor: ExecutorName = "auto",
-    max_memory: int | None = None,
+    max_memory: WholeNumber | None = None,
     transcoders: Transcoders | None = None,
 ) -> Float[Tensor, "scored vocab"]:
     """Logits of one circuit at every scored row: every edge outside the circuit is ablated.
@@ -99,6 +102,7 @@ def run_circuit(
     settings = RunSettings.parse(
         ablation=ablation, executor=executor, max_memory=max_memory, transcoders=transcoders
     )
+    check_is_circuit(circuit)
     logits = run_variants(model, circuit.graph, circuit.kept[None], task, settings)
     return logits[0]
 
@@ -112,6 +116,9 @@ def run_variants(
     If the prompts do not fit into memory together they are run in parts; means are still taken
     over all of them.
     """
+    check_task(model, task)
+    check_is_graph(graph)
+    kept = as_tensor(kept, "kept")
     if kept.dtype != torch.bool or kept.shape[1:] != (len(graph),):
         raise InputError(
             f"kept has shape {tuple(kept.shape)} of {kept.dtype}; it must be [variant, edge] of "

@@ -12,9 +12,11 @@ from torch import Tensor
 from circuits.running.ablation import Ablation, get_ablation
 from circuits.running.precision import Precision, get_precision
 from circuits.system.errors import InputError
+from circuits.system.numbers import WholeNumber, whole
 from circuits.tasks.metrics import Metric, get_metric
+from circuits.tasks.model_fit import check_is_task
 from circuits.tasks.task import Task
-from circuits.transcoders.transcoder import Transcoders
+from circuits.transcoders.transcoder import Transcoders, check_is_transcoders
 
 ExecutorName = Literal["auto", "incremental", "hooks"]
 
@@ -57,7 +59,7 @@ class RunSettings:
         ablation: str | Ablation = "resample",
         metric: str | Metric | None = None,
         executor: ExecutorName = "auto",
-        max_memory: int | None = None,
+        max_memory: WholeNumber | None = None,
         precision: str | Precision | None = None,
         transcoders: Transcoders | None = None,
     ) -> RunSettings:
@@ -74,12 +76,16 @@ class RunSettings:
             raise InputError(
                 f"there is no executor {executor!r}; choose 'auto', 'incremental' or 'hooks'."
             )
+        if task is not None:
+            check_is_task(task)
+        if transcoders is not None:
+            check_is_transcoders(transcoders)
         # A metric judges on a task; without one the logits themselves are wanted.
         return RunSettings(
             get_ablation(ablation),
             None if task is None else get_metric(metric, task),
             executor,
-            max_memory,
+            None if max_memory is None else whole(max_memory, "max_memory"),
             get_precision(precision),
             transcoders,
         )

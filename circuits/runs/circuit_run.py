@@ -53,9 +53,11 @@ from circuits.runs.run_folder import (
 from circuits.system.code_digest import code_digest
 from circuits.system.errors import InputError, NotWrittenError
 from circuits.system.files import is_file, json_text, read_json, write_bytes, write_json
+from circuits.system.kinds import expect
 from circuits.system.numbers import WholeNumber, whole
 from circuits.system.ranks import RankError, on_first, ranks, totals
 from circuits.tasks.metrics import Metric
+from circuits.tasks.model_fit import check_task
 from circuits.tasks.task import Task
 
 METRICS, PAGE, CHECKPOINT = "metrics.json", "circuit.html", "checkpoint.safetensors"
@@ -128,6 +130,8 @@ def run(
     >>> first.reused, again.reused
     (False, True)
     """
+    expect(discoverer, CircuitDiscoverer, "a method", "give one, such as circuits.ACDC(0.01)")
+    check_task(model, task)
     # A note that has no form in JSON is told before the search.
     json_text(notes or {})
     graph = discoverer.search_graph(model, graph)
@@ -211,6 +215,7 @@ def evaluate_run(
     Raises:
         InputError: circuit, model and task do not fit together, or the file is damaged.
     """
+    check_task(model, task)
     size = None if size is None else whole(size, "size")
     settings = {
         "task": task.name,

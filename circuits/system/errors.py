@@ -25,3 +25,7 @@ class NotFiniteError(InputError):
 
 class NotWrittenError(InputError):
     """Raised where a file cannot be written, such as on a full or read-only disk."""
+
+
+class OutOfRangeError(InputError, IndexError):
+    """Raised for an index beyond the end, where Python expects an IndexError."""

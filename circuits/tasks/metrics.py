@@ -18,6 +18,7 @@ from circuits.system.code_digest import code_digest
 from circuits.system.errors import InputError, NotFiniteError
 from circuits.system.memory import is_out_of_memory
 from circuits.system.messages import suggestion
+from circuits.system.numbers import shown
 from circuits.tasks.task import Task
 
 MetricFunction = Callable[[Tensor, Tensor, Task], Tensor]
@@ -62,8 +63,10 @@ class Metric:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not callable(self.function):
-            given = f"name={self.name!r}, function={self.function!r}"
-            raise InputError(f"metric with {given}: give a text, and a function of tensors.")
+            given = f"name={shown(self.name)}, function={shown(self.function)}"
+            raise InputError(
+                f"metric with {given}: give a text, and a function of (logits, clean_logits, task)."
+            )
         allowed = get_args(Direction)
         if self.direction not in allowed:
             found = f"metric {self.name!r}: direction={self.direction!r}"

@@ -2,13 +2,24 @@
 
 from typing import Any
 
-from circuits.models import Model
+from circuits.models import Model, check_model
 from circuits.system.errors import InputError
+from circuits.system.kinds import expect
 from circuits.tasks.task import Task
 
 
+def check_is_task(task: object) -> None:
+    """Refuse what is no task, such as a list of prompts."""
+    expect(task, Task, "a Task", "make one with circuits.load_task or Task.from_prompts")
+
+
 def check_task(model: Model, task: Task) -> None:
-    """Raise an InputError if the model lacks tokens of a task, or its prompts are too long."""
+    """Raise an InputError if the model lacks tokens of a task, or its prompts are too long.
+
+    Also if one of the two is something else.
+    """
+    check_model(model)
+    check_is_task(task)
     cfg = model.cfg
     n_tokens = max(task.clean.shape[1], task.corrupted.shape[1])
     if n_tokens > cfg.n_ctx:

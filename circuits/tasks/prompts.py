@@ -1,7 +1,6 @@
 """Prompt pairs as text: the pair itself, pairs from templates and files, and the two splits."""
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -11,13 +10,18 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, StrictInt, ValidationError
 
 from circuits.system.errors import InputError
-from circuits.system.messages import shorten, suggestion
+from circuits.system.messages import suggestion
+from circuits.system.numbers import items, python_number, shown, whole
+from circuits.tasks.readers.data_sets import known_fields
+from circuits.tasks.readers.files import EXAMPLE, rows
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
 # Start and end of a stretch of text, in characters; the end is exclusive.
 CharSpan = tuple[int, int]
-Answer = str | tuple[str, ...] | None
+Token = str | int
+"""The text of a token, or its id."""
+Answer = Token | Sequence[Token] | None
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,9 @@ class PromptPair:
         corrupted: the same prompt with the information that decides the answer changed; None if
             there is no such prompt, for ablations that need none.
         answer: what should follow the clean prompt, or a tuple of tokens if any of them is right.
-            Write it as it continues the prompt, with its leading space: " Mary". Every token of an
-            answer of several tokens is scored, each after the ones before it.
+            Write it as it continues the prompt, with its leading space: " Mary"; or
+            give its id. Every token of an answer of several tokens is scored, each after the ones
+            before it.
         wrong_answer: what should not follow, written the same way. A wrong answer of several tokens
             has as many as the answer, and is compared with it token by token, each after the
             beginning of the right answer.
@@ -52,19 +57,50 @@ class PromptPair:
     spans: Mapping[str, CharSpan] = field(default_factory=dict, hash=False)
     corrupted_spans: Mapping[str, CharSpan] = field(default_factory=dict, hash=False)
 
+    def __post_init__(self) -> None:
+        for name in ("clean", "corrupted"):
+            text = getattr(self, name)
+            is_missing = name == "corrupted" and text is None
+            if not (is_missing or isinstance(text, str)):
+                raise InputError(
+                    f"{name}={shown(text)} is no text; for token ids use Task.from_tokens."
+                )
+        for name in ("answer", "wrong_answer"):
+            object.__setattr__(self, name, _plain_answer(getattr(self, name), name))
+
     @property
-    def answers(self) -> tuple[str, ...]:
+    def answers(self) -> tuple[Token, ...]:
         """All right answers."""
         return _as_tuple(self.answer)
 
     @property
-    def wrong_answers(self) -> tuple[str, ...]:
+    def wrong_answers(self) -> tuple[Token, ...]:
         """All wrong answers."""
         return _as_tuple(self.wrong_answer)
 
 
-def _as_tuple(answer: Answer) -> tuple[str, ...]:
-    return (answer,) if isinstance(answer, str) else tuple(answer or ())
+def _plain_answer(answer: Any, name: str) -> Token | tuple[Token, ...] | None:
+    """A text, an id, or a tuple of them, whatever the user has them in; None if it is missing."""
+    number = python_number(answer)
+    # Tables mark what is missing by NaN, which differs from itself.
+    if answer is None or number != number:
+        return None
+    if isinstance(answer, str):
+        return answer
+    if number is not None:
+        return whole(number, name, least=0)
+    if isinstance(answer, bool) or not isinstance(answer, Iterable):
+        raise InputError(f"{name}={shown(answer)}: give a text, a token id, or a list of them.")
+    several = items(sorted(answer, key=repr) if isinstance(answer, Set) else answer, name)
+    if not several:
+        raise InputError(f"{name}={shown(answer)} holds no answer; leave it out, or give one.")
+    return tuple(each if isinstance(each, str) else whole(each, name, least=0) for each in several)
+
+
+def _as_tuple(answer: Answer) -> tuple[Token, ...]:
+    if answer is None:
+        return ()
+    return (answer,) if isinstance(answer, Token) else tuple(answer)
 
 
 def split_of(text: str) -> Split:
@@ -107,32 +143,21 @@ def fill_template(
 
 
 def read_pairs(path: str | Path, convert: Callable[[PromptPair], Any]) -> list[Any]:
-    """Read a file with one JSON object per line, and convert each prompt pair.
+    """Read a file (see `readers.files`), and convert each prompt pair.
 
     An InputError, also one that `convert` raises, gives the line number.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"the task file {path} cannot be read: {error}; give a text file with one JSON object "
-            "per line."
-        ) from error
     converted = []
-    # str.splitlines would also break lines at characters that JSON allows inside strings.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
+    for where, content in rows(path):
         try:
-            converted.append(convert(_parse(line)))
+            converted.append(convert(_parse(content)))
         except InputError as error:
-            raise InputError(f"{path}, line {number}: {error}") from error
+            raise InputError(f"{path}, {where}: {error}") from error
     if not converted:
-        raise InputError(f"{path} holds no prompt pair; write at least one line, {_EXAMPLE}.")
+        raise InputError(f"{path} holds no prompt pair; write at least one line, {EXAMPLE}.")
     return converted
 
 
-_EXAMPLE = 'such as {"clean": ..., "corrupted": ..., "answer": ...}'
 # JSON has lists where PromptPair has tuples; pydantic converts them.
 _Words = Annotated[tuple[str, ...], Field(min_length=1)]
 _Answer = str | _Words | None
@@ -151,13 +176,10 @@ class _Line(BaseModel, extra="forbid"):
     corrupted_spans: _Spans = Field(None, description=_SPANS)
 
 
-def _parse(line: str) -> PromptPair:
-    try:
-        content = json.loads(line)
-    except ValueError as error:
-        raise InputError(
-            f"not JSON ({error}): {shorten(line)}; write one object per line, {_EXAMPLE}."
-        ) from error
+def _parse(content: Any) -> PromptPair:
+    known = known_fields(content) if isinstance(content, dict) else None
+    if known is not None:
+        return PromptPair(**known)
     try:
         fields = _Line.model_validate(content)
     except ValidationError as error:
@@ -169,7 +191,7 @@ def _problem(content: Any, error: ValidationError) -> str:
     known = _Line.model_fields
     if not isinstance(content, dict):
         kind = type(content).__name__
-        return f"expected a JSON object, found {kind}; write one, {_EXAMPLE}."
+        return f"expected a JSON object, found {kind}; write one, {EXAMPLE}."
     unknown = [name for name in content if name not in known]
     if unknown:
         return f"unknown field {unknown[0]!r}; {suggestion(unknown[0], known)}"
@@ -178,4 +200,4 @@ def _problem(content: Any, error: ValidationError) -> str:
     wanted = known[name].description
     if name not in content:
         return f"field {name!r} is missing; give {wanted}."
-    return f"field {name!r} is {content[name]!r}; give {wanted}."
+    return f"field {name!r} is {shown(content[name])}; give {wanted}."

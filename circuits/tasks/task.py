@@ -19,9 +19,12 @@ from torch.nn.utils.rnn import pad_sequence
 from circuits.models import Model
 from circuits.system.errors import InputError
 from circuits.system.messages import shorten
+from circuits.system.tensors import as_tensor, optional_tensor
 from circuits.system.torch_modes import without_modes
 from circuits.tasks import validation
+from circuits.tasks.pairs import PromptPairs, prompt_pairs
 from circuits.tasks.prompts import PromptPair, read_pairs
+from circuits.tasks.readers.tokens import prompt_indices, token_ids
 from circuits.tasks.tokenization import EncodedPair, Fitting, PromptTokenizer
 
 TokenMask = Bool[Tensor, "batch pos"]
@@ -38,7 +41,7 @@ class Task:
     """Prompt pairs as tokens, with the positions at which the model's prediction is scored.
 
     Each scored (prompt, position) is one row of the logits given to a metric. Make a task with
-    `circuits.load_task`, `from_prompts`, `from_jsonl` or `from_tokens`.
+    `circuits.load_task`, `from_prompts`, `from_file` or `from_tokens`.
 
     >>> import circuits
     >>> task = circuits.load_task("ioi", circuits.load_model("toy-world"), n=8)
@@ -84,7 +87,7 @@ class Task:
     @without_modes()
     def from_prompts(
         model: Model,
-        pairs: Sequence[PromptPair],
+        pairs: PromptPairs,
         *,
         name: str = "custom",
         metric: str | None = None,
@@ -92,6 +95,10 @@ class Task:
         skip_misfits: bool = False,
     ) -> Task:
         """Make a task from text, scored at the last token of each prompt.
+
+        A pair is a `PromptPair`, a dict with its fields, or a tuple (clean, corrupted, answer,
+        wrong_answer). Pairs may come as a list or as a table of pandas; a single one may come
+        alone. Rows of MIB's data sets and EAP-IG's tables are understood as in `from_file`.
 
         An answer of several tokens is appended to both prompts but for its last token, and all
         positions that predict its tokens are scored: its negative log probabilities add up to that
@@ -117,12 +124,12 @@ class Task:
                 many tokens.
         """
         encode = Fitting(PromptTokenizer.of(model, prepend_bos).encode, skip_misfits)
-        encoded = [encode(pair) for pair in pairs]
+        encoded = [encode(pair) for pair in prompt_pairs(pairs)]
         return _task_of_fitting(encode, encoded, name, metric, model)
 
     @staticmethod
     @without_modes()
-    def from_jsonl(
+    def from_file(
         path: str | Path,
         model: Model,
         *,
@@ -131,14 +138,18 @@ class Task:
         prepend_bos: bool | None = None,
         skip_misfits: bool = False,
     ) -> Task:
-        """Make a task from a file with one JSON object per line.
+        r"""Make a task from a file: JSON lines, a JSON list, or a table (.csv, .tsv).
 
-        The fields of an object are those of `PromptPair`: `clean`, `corrupted`, `answer`, ...
+        Fields or columns are those of `PromptPair`, with spaces as they stand; in a table, several
+        answers are a JSON list. Token ids of answers are in `answer_idx` and `wrong_answer_idx`.
+        The tables of EAP-IG are understood as well (`correct_idx` and `incorrect_idx`,
+        `country_idx` and `corrupted_country_idx`, ...), and the data sets of MIB as JSON, with the
+        counterfactuals of its circuit track.
 
         >>> import circuits, pathlib, tempfile
-        >>> path = pathlib.Path(tempfile.mkdtemp(), "names.jsonl")
-        >>> _ = path.write_text('{"clean": "So Mary", "corrupted": "So John", "answer": " is"}')
-        >>> circuits.Task.from_jsonl(path, circuits.load_model("toy-world")).name
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "names.csv")
+        >>> _ = path.write_text("clean,corrupted,answer\nSo Mary,So John, is")
+        >>> circuits.Task.from_file(path, circuits.load_model("toy-world")).name
         'names'
 
         Args:
@@ -153,25 +164,30 @@ class Task:
         name = Path(path).stem if name is None else name
         return _task_of_fitting(encode, encoded, name, metric, model)
 
+    # Its name when JSON lines were the only format.
+    from_jsonl = from_file
+
     # Users pass these tensors, so `validation` checks them. Shapes in this signature would make
     # the runtime type checker of the tests reject them first.
     @staticmethod
     @without_modes()
     def from_tokens(
-        clean: Tensor,
-        corrupted: Tensor | None = None,
-        answers: Tensor | None = None,
-        wrong_answers: Tensor | None = None,
+        clean: Any,
+        corrupted: Any = None,
+        answers: Any = None,
+        wrong_answers: Any = None,
         *,
-        attention_mask: Tensor | None = None,
-        lengths: Tensor | None = None,
+        attention_mask: Any = None,
+        lengths: Any = None,
         padding_side: Literal["right", "left"] = "right",
-        answer_positions: Tensor | None = None,
-        positions: Mapping[str, Tensor] | None = None,
+        answer_positions: Any = None,
+        positions: Mapping[str, Any] | None = None,
         metric: str | None = None,
         name: str = "custom",
     ) -> Task:
         """Make a task from token ids. The task is on the device of `clean`.
+
+        Lists and numpy arrays are as good as tensors, and so is a tokenizer's output.
 
         >>> import circuits, torch
         >>> clean = torch.tensor([[5, 6, 7], [5, 8, 7]])
@@ -199,14 +215,19 @@ class Task:
         Raises:
             InputError: a tensor has the wrong shape, type or values.
         """
-        corrupted = clean if corrupted is None else corrupted
+        clean, corrupted, attention_mask = token_ids(clean, corrupted, attention_mask)
+        answers = optional_tensor(answers, "answers", padding=-1)
+        wrong_answers = optional_tensor(wrong_answers, "wrong_answers", padding=-1)
+        lengths = optional_tensor(lengths, "lengths")
+        answer_positions = optional_tensor(answer_positions, "answer_positions")
+        masks = {name: as_tensor(mask, name) for name, mask in (positions or {}).items()}
         clean, corrupted = validation.check_prompts(clean, corrupted)
         mask = validation.check_mask(attention_mask, lengths, padding_side, clean)
         scored = validation.check_scored(answer_positions, clean, mask)
         answers = validation.check_answers("answers", answers, scored)
         wrong_answers = validation.check_answers("wrong_answers", wrong_answers, scored)
         validation.check_different(answers, wrong_answers, scored)
-        spans = validation.check_spans(positions or {}, clean, mask)
+        spans = validation.check_spans(masks, clean, mask)
         if not re.fullmatch(r"[\w+-][\w.+-]*", name):
             raise InputError(
                 f"a task cannot be called {name!r}, because folders get its name; use only "
@@ -236,10 +257,13 @@ class Task:
         return f"Task({self.name!r}, {size}, metric={self.metric!r})"
 
     @without_modes()
-    def __getitem__(self, indices: slice | Tensor | Sequence[int]) -> Task:
-        """Select prompts by a slice, integers, or one boolean per prompt."""
-        if not isinstance(indices, slice):
-            indices = torch.as_tensor(indices).cpu()
+    def __getitem__(self, indices: Any) -> Task:
+        """Select prompts by a slice, integers, or one boolean per prompt.
+
+        Raises:
+            InputError: there are no such prompts.
+        """
+        indices = prompt_indices(indices, len(self))
         # Indices of prompts, whatever they were selected by.
         index = torch.arange(len(self))[indices]
         index = index.to(self.scored.device)

@@ -18,9 +18,12 @@ from torch import Tensor
 from circuits.graph.nodes import check_position_name
 from circuits.models import Model
 from circuits.system.errors import InputError
+from circuits.system.kinds import expect
 from circuits.system.messages import quoted, shorten
+from circuits.system.numbers import shown
 from circuits.tasks.alignment import aligned
-from circuits.tasks.prompts import CharSpan, PromptPair
+from circuits.tasks.prompts import CharSpan, PromptPair, Token
+from circuits.tasks.readers.tokens import Prompt, checked_id, one_prompt
 
 TokenIds = list[int]
 # Its length may change where BOS is put in front.
@@ -82,6 +85,7 @@ class PromptTokenizer:
             prepend_bos: whether prompts begin with BOS, exactly once, even if the text has it;
                 False puts nothing in front; None takes the model's default.
         """
+        expect(model, Model, "a HookedTransformer", "load it with circuits.load_model")
         cfg, tokenizer = model.cfg, model.tokenizer
         name = cfg.model_name
         if tokenizer is None:
@@ -204,8 +208,8 @@ class PromptTokenizer:
         both = [word for word, ids in zip(pair.wrong_answers, wrong, strict=True) if ids in right]
         if both:
             raise DoesNotFit(
-                f"{quoted(both)} is both an answer and a wrong answer of {shorten(pair.clean)}; "
-                "remove it from one.",
+                f"{quoted(map(str, both))} is both an answer and a wrong answer of "
+                f"{shorten(pair.clean)}; remove it from one.",
                 "an answer that is also a wrong answer",
             )
         if all(len(ids) == 1 for ids in right + wrong):
@@ -220,13 +224,15 @@ class PromptTokenizer:
         raise self._unfit(pair.clean, several, reason, _ONE_OR_AS_MANY)
 
     def _continuations(
-        self, prompt: str, prompt_ids: TokenIds, words: Sequence[str], *, single: bool
+        self, prompt: str, prompt_ids: TokenIds, words: Sequence[Token], *, single: bool
     ) -> list[TokenIds]:
         """The tokens by which each word continues the prompt."""
         found = [self._continuation(prompt, prompt_ids, word) for word in words]
         slips = {}
         for word, ids in zip(words, found, strict=True):
-            respaced = self._respaced(prompt, prompt_ids, word, ids)
+            respaced = None
+            if isinstance(word, str):
+                respaced = self._respaced(prompt, prompt_ids, word, ids)
             if respaced or not ids or (single and len(ids) > 1):
                 slips[word] = respaced
         if slips:
@@ -235,21 +241,23 @@ class PromptTokenizer:
         return [ids for ids in found if ids]
 
     def _unfit(
-        self, prompt: str, words: Mapping[str, str | None], reason: str, wanted: str
+        self, prompt: str, words: Mapping[Token, str | None], reason: str, wanted: str
     ) -> DoesNotFit:
         """The error about some words; for each, what to write instead, if that is known."""
         pieces = []
         for word, better in list(words.items())[:4]:
-            is_tokens = f"{word!r} is {self.tokenizer.tokenize(word)}"
+            is_tokens = f"{word!r} is {self.tokenizer.tokenize(str(word))}"
             pieces.append(f"write {better!r} for {word!r}" if better else is_tokens)
         return DoesNotFit(
             f"answers must be {wanted} after {shorten(prompt)}, with their leading space where the "
             f"text has one: {'; '.join(pieces)}; use other words, or Task.from_tokens.",
             reason,
-            words,
+            map(str, words),
         )
 
-    def _continuation(self, prompt: str, prompt_ids: TokenIds, word: str) -> TokenIds | None:
+    def _continuation(self, prompt: str, prompt_ids: TokenIds, word: Token) -> TokenIds | None:
+        if isinstance(word, int):
+            return [checked_id(word, self.cfg)]
         unk_id = self.tokenizer.unk_token_id
         length = len(prompt_ids)
         continued = self.with_bos(self._ids(prompt + word))
@@ -338,9 +346,7 @@ class Fitting:
         return ", ".join(f"{count} have {reason}" for reason, count in self.left_out.items())
 
 
-def prompt_tokens(
-    model: Model, prompt: str | Sequence[int] | PromptTokens, prepend_bos: bool | None = None
-) -> PromptTokens:
+def prompt_tokens(model: Model, prompt: Prompt, prepend_bos: bool | None = None) -> PromptTokens:
     """Token ids of one prompt, on the CPU, or an InputError if it cannot be used.
 
     Args:
@@ -351,9 +357,11 @@ def prompt_tokens(
         encoder = PromptTokenizer.of(model, prepend_bos)
         return torch.tensor(encoder.prompt(prompt))
     try:
-        tokens = torch.as_tensor(prompt).cpu()
+        tokens = torch.as_tensor(one_prompt(prompt)).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{prompt!r} is no prompt: give text, or a list of token ids.") from error
+        raise InputError(
+            f"{shown(prompt)} is no prompt: give text, or a list of token ids."
+        ) from error
     if tokens.shape == (0,):
         # An empty list becomes a tensor of floats.
         return tokens.long()

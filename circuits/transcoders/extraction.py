@@ -22,7 +22,7 @@ from circuits.system.memory import memory_budget
 from circuits.system.numbers import RealNumber, WholeNumber, real, whole
 from circuits.system.torch_modes import without_modes
 from circuits.transcoders.activations import BatchTopK, ReLU
-from circuits.transcoders.transcoder import Transcoders
+from circuits.transcoders.transcoder import Transcoders, check_is_transcoders
 
 # `largest_columns` first selects among blocks of this many neighbouring numbers.
 BLOCK = 32
@@ -334,6 +334,7 @@ def _largest_below(threshold: float, dtype: torch.dtype) -> float:
 
 
 def _check(hidden_states: HiddenStates, transcoders: Transcoders, threshold: float) -> None:
+    check_is_transcoders(transcoders)
     if not 0 <= threshold < math.inf:
         raise InputError(f"threshold={threshold}: give a number from 0 up.")
     if not isinstance(hidden_states, Mapping) or not hidden_states:

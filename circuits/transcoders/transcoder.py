@@ -27,6 +27,7 @@ from torch.nn import functional
 from circuits.graph.identity import TranscodersIdentity
 from circuits.models.identity import checksum
 from circuits.system.errors import InputError
+from circuits.system.kinds import expect
 from circuits.transcoders.activations import Activation, BatchTopK, JumpReLU, TopK
 
 Reads = Literal["residual", "normalized", "mlp_input"]
@@ -301,6 +302,12 @@ class Transcoders:
         if isinstance(encoder.activation, JumpReLU):
             tensors["threshold"] = encoder.activation.threshold
         return tensors
+
+
+def check_is_transcoders(transcoders: object) -> None:
+    """Refuse what are no transcoders, such as their name."""
+    remedy = "load them with circuits.load_transcoders"
+    expect(transcoders, Transcoders, "transcoders", remedy)
 
 
 def _fingerprint(tensor: Tensor) -> bytes:

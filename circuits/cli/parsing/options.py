@@ -32,8 +32,9 @@ class TaskOptions(ModelOptions):
     task: str | None = None
     """The name of a task; `circuits list` shows them. By default ioi."""
     data: Path | None = None
-    """Your own prompts instead of a task: a JSONL file. Each line is an object with clean,
-    corrupted, answer and wrong_answer. All prompts are used for discovery and for evaluation."""
+    """Your own prompts instead of a task: a file of JSON lines, a JSON list, or a table (.csv, .tsv)
+    with clean, corrupted, answer and wrong_answer; EAP-IG's tables and MIB's data sets are understood.
+    All prompts are used for discovery and for evaluation."""
     seed: int | None = None
     """Seed for drawing prompts; by default 0."""
     skip_misfits: bool = False

@@ -34,21 +34,21 @@ from circuits.attribution.pooling import Pooled, spans_of
 from circuits.discovery.checkpoint import Checkpoint
 from circuits.discovery.discoverer import SPEED_ONLY, JsonObject, Progress, Resumable
 from circuits.graph.circuit import Circuit
-from circuits.graph.graph import Graph
+from circuits.graph.graph import Graph, check_is_graph
 from circuits.graph.identity import TranscodersIdentity
-from circuits.models import Model
+from circuits.models import Model, check_model
 from circuits.models.component_graph import REST
 from circuits.models.identity import identity
 from circuits.system.errors import InputError
 from circuits.system.numbers import whole
 from circuits.system.torch_modes import without_modes
+from circuits.tasks.readers.tokens import Prompt, each_prompt
 from circuits.tasks.task import Task
 from circuits.tasks.tokenization import prompt_tokens
 from circuits.transcoders.io.load import load_transcoders
 from circuits.transcoders.transcoder import Transcoders
 
 PROMPTS_AT_ONCE = 16
-Prompt = str | Sequence[int] | Int[Tensor, " _"]
 # What to explain, from a prompt's number and local model.
 Directions = Callable[[int, LocalModel], list[Direction]]
 NumberedGraphs = Iterator[tuple[int, FeatureGraph]]
@@ -128,6 +128,8 @@ class AttributionGraph(Resumable):
         Raises:
             InputError: the given graph has nodes.
         """
+        if graph is not None:
+            check_is_graph(graph)
         if graph is not None and graph.nodes:
             raise InputError(
                 f"{self.name} makes its graph of features itself and takes none; leave out graph, "
@@ -176,16 +178,22 @@ class AttributionGraph(Resumable):
     def attribute_all(
         self,
         model: Model,
-        prompts: Sequence[Prompt],
+        prompts: Any,
         *,
         explain: Sequence[Sequence[Explained] | None] | None = None,
         prepend_bos: bool | None = None,
     ) -> list[FeatureGraph]:
         """The graphs of several prompts, which are run together.
 
+        Args:
+            prompts: a list of prompts as for `attribute`, or a tokenizer's output for several.
+            explain: for each prompt, what its graph explains.
+
         Raises:
             InputError: see `attribute`; or `explain` has another length than `prompts`.
         """
+        check_model(model)
+        prompts = each_prompt(prompts)
         wanted = _wanted(prompts, explain)
 
         def directions(number: int, local: LocalModel) -> list[Direction]:

@@ -20,6 +20,7 @@ from circuits.attribution.feature_graph import (
     TARGET,
     FeatureGraph,
     NodeScores,
+    check_is_feature_graph,
 )
 from circuits.attribution.influence import prune as choose_influential
 from circuits.formats.neuronpedia.format import (
@@ -83,6 +84,7 @@ def save_neuronpedia(
         >>> circuits.save_neuronpedia(graph, tempfile.mkdtemp() + "/a.json", slug="dallas").name
         'a.json'
     """
+    check_is_feature_graph(graph)
     _check(graph, Path(path), slug)
     thresholds = {"node_threshold": node_threshold, "edge_threshold": edge_threshold}
     kept = choose_influential(graph, **thresholds)

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from circuits.graph.circuit import Circuit
+from circuits.graph.circuit import Circuit, check_is_circuit
 from circuits.graph.edges import Edge
 from circuits.graph.graph import PooledFeatureGraph
 from circuits.graph.nodes import MLP, Error, Feature, Head, Logits, Node, Position
@@ -117,6 +117,7 @@ def edge_limit(circuit: Circuit, max_edges: WholeNumber | None) -> int:
     Raises:
         InputError: `max_edges` is negative.
     """
+    check_is_circuit(circuit)
     if max_edges is None:
         has_features = isinstance(circuit.graph, PooledFeatureGraph)
         return DEFAULT_MAX_FEATURE_EDGES if has_features else DEFAULT_MAX_EDGES

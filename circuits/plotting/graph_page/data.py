@@ -19,7 +19,13 @@ import pandas
 import torch
 from torch import Tensor
 
-from circuits.attribution.feature_graph import EMBEDDING, FEATURE, TARGET, FeatureGraph
+from circuits.attribution.feature_graph import (
+    EMBEDDING,
+    FEATURE,
+    TARGET,
+    FeatureGraph,
+    check_is_feature_graph,
+)
 from circuits.attribution.influence import edge_influence, node_influence, prune
 
 N_CACHED_VIEWS = 16
@@ -39,6 +45,7 @@ class GraphData:
     @staticmethod
     def of(graph: FeatureGraph) -> GraphData:
         """Move a graph to the CPU."""
+        check_is_feature_graph(graph)
         return GraphData(graph.to("cpu"))
 
     @cached_property

@@ -1,0 +1,1 @@
+"""Readers: what users bring, in files or in memory, as prompt pairs and token ids."""

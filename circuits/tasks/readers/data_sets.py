@@ -1,0 +1,117 @@
+"""Rows of other projects' data sets, as the fields of a `PromptPair`.
+
+EAP-IG (https://github.com/hannamw/EAP-IG) keeps tables with the columns clean and corrupted, and
+the token ids of the answers in two columns named after the task. MIB (https://huggingface.co/
+mib-bench) has a prompt, its answer, and counterfactuals, each with a prompt of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from circuits.system.errors import InputError
+from circuits.system.numbers import python_number, shown
+
+# The columns of the right and the wrong answers' token ids.
+TOKEN_COLUMNS = (
+    ("answer_idx", "wrong_answer_idx"),
+    ("correct_idx", "incorrect_idx"),
+    ("country_idx", "corrupted_country_idx"),
+    ("capital_idx", "corrupted_capital_idx"),
+    ("clean_answer_idx", "corrupted_answer_idx"),
+    ("answers_idx", "corrupted_answers_idx"),
+    ("answer_idx", "corrupted_idx"),
+    ("clean_idx", "corrupted_idx"),
+)
+# The counterfactuals that MIB's circuit track uses, of each kind of task.
+COUNTERFACTUALS = ("s2_io_flip_counterfactual", "symbol_counterfactual", "random_counterfactual")
+
+Content = Mapping[str, Any]
+Fields = dict[str, Any]
+
+
+def known_fields(row: Content) -> Fields | None:
+    """The fields of a `PromptPair` that a row of a known data set stands for; None for others.
+
+    Raises:
+        InputError: the row belongs to a known data set, but is incomplete.
+    """
+    if "prompt" in row and any(name.endswith("_counterfactual") for name in row):
+        return _of_mib(row)
+    if "clean" in row and "corrupted" in row and "answer" not in row:
+        return _of_eap_ig(row)
+    return None
+
+
+def _of_eap_ig(row: Content) -> Fields | None:
+    found = [pair for pair in TOKEN_COLUMNS if pair[0] in row and pair[1] in row]
+    if len(found) > 1:
+        raise InputError(
+            f"{found[0][0]!r} and {found[1][0]!r} both hold answers; leave one pair of columns."
+        )
+    prompts = {name: row[name] for name in ("clean", "corrupted")}
+    if found:
+        [(right, wrong)] = found
+        answers = {"answer": _ids(right, row[right]), "wrong_answer": _ids(wrong, row[wrong])}
+        return prompts | answers
+    if "answer_idx" in row:
+        return prompts | {"answer": _ids("answer_idx", row["answer_idx"])}
+    single = [(right, wrong) for right, wrong in TOKEN_COLUMNS if right in row]
+    if single:
+        # In EAP-IG's greater-than data, correct_idx is a year.
+        [(right, wrong), *_] = single
+        raise InputError(
+            f"{right!r} without {wrong!r} need not be a token id (EAP-IG writes years there); "
+            "give the answers as text in columns answer and wrong_answer."
+        )
+    return None
+
+
+def _ids(column: str, value: Any) -> list[int]:
+    """Token ids from a number, a list, or the text of either."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = [value]
+    listed = value if isinstance(value, list | tuple) else [value]
+    ids = [python_number(each) for each in listed]
+    if not ids or any(each is None or each % 1 or each < 0 for each in ids):
+        raise InputError(f"{column!r} is {shown(value)}; give a token id, or a list of token ids.")
+    return [int(each) for each in ids if each is not None]
+
+
+def _of_mib(row: Content) -> Fields:
+    available = [name for name in row if name.endswith("_counterfactual")]
+    chosen = [name for name in COUNTERFACTUALS if name in available]
+    if not chosen:
+        raise InputError(
+            f"of the counterfactuals {', '.join(available)} none is MIB's for circuits; give "
+            "PromptPairs with the prompts you want to Task.from_prompts."
+        )
+    other = row[chosen[0]]
+    if not isinstance(other, Mapping) or not other.get("prompt"):
+        raise InputError(f"{chosen[0]!r} has no prompt; leave out this row.")
+    prompts = {"clean": row["prompt"], "corrupted": other["prompt"]}
+    names = row.get("metadata")
+    if isinstance(names, Mapping) and {"indirect_object", "subject"} <= names.keys():
+        # The names of the clean prompt, whichever counterfactual it is.
+        right, wrong = f" {names['indirect_object']}", f" {names['subject']}"
+    else:
+        right, wrong = _mib_answer(row), _mib_answer(other)
+    return prompts | {"answer": right, "wrong_answer": wrong}
+
+
+def _mib_answer(row: Content) -> str:
+    """The label that is the right answer, as MIB writes it."""
+    choices, key = row.get("choices"), python_number(row.get("answerKey"))
+    labels = choices.get("label") if isinstance(choices, Mapping) else choices
+    try:
+        answer = row.get("label") if labels is None else list(labels)[int(key)]
+    except (IndexError, TypeError, ValueError):
+        answer = None
+    if answer is None:
+        raise InputError("a row has no answer; give choices and answerKey, or a label.")
+    return str(answer)

@@ -1,0 +1,103 @@
+"""Token ids and masks from what users have: lists, arrays, tensors, a tokenizer's output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from circuits.system.errors import InputError, OutOfRangeError
+from circuits.system.numbers import python_number, shown, whole
+from circuits.system.tensors import as_tensor
+
+Prompt = str | Sequence[int] | np.ndarray | Tensor | Mapping[str, Any]
+"""Text, or the token ids of one prompt, also as a tokenizer's output."""
+
+
+def split_encoding(given: Any) -> tuple[Any, Any]:
+    """The token ids and, if there is one, the attention mask of a tokenizer's output."""
+    # BatchEncoding is a UserDict, which is a mapping.
+    if isinstance(given, Mapping) and "input_ids" in given:
+        return given["input_ids"], given.get("attention_mask")
+    return given, None
+
+
+def token_ids(clean: Any, corrupted: Any, mask: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Token ids of clean and corrupted prompts as tensors, and the attention mask of both.
+
+    Raises:
+        InputError: they are no numbers; or there are several masks, and they differ.
+    """
+    ids, own_mask = _token_ids(clean, "clean")
+    others, other_mask = (ids, None) if corrupted is None else _token_ids(corrupted, "corrupted")
+    given = [each for each in (mask, own_mask, other_mask) if each is not None]
+    masks = [as_tensor(each, "attention_mask") for each in given]
+    if any(not torch.equal(each.bool(), masks[0].bool()) for each in masks[1:]):
+        raise InputError(
+            "the attention masks that are given differ, and clean and corrupted prompts are "
+            "compared token by token; give prompts of the same lengths, padded alike, or text with "
+            "corrupted_spans."
+        )
+    return ids, others, masks[0] if masks else None
+
+
+def _token_ids(given: Any, name: str) -> tuple[Tensor, Any]:
+    ids, mask = split_encoding(given)
+    if ids is None or isinstance(ids, str):
+        raise InputError(f"{name}={shown(ids)}: give token ids; for text use Task.from_prompts.")
+    return as_tensor(ids, name), mask
+
+
+def checked_id(token: int, cfg: Any) -> int:
+    """A token id that the model of this configuration predicts, or an InputError."""
+    if token >= cfg.d_vocab_out:
+        raise InputError(
+            f"there is no token {token}: {cfg.model_name} predicts 0 to {cfg.d_vocab_out - 1}; "
+            "give an id of this model's, or the text."
+        )
+    return token
+
+
+def each_prompt(given: Any) -> Any:
+    """The prompts of a list, or of a tokenizer's output for several; others as they are."""
+    ids, mask = split_encoding(given)
+    if mask is None:
+        return ids
+    pairs = zip(ids, mask, strict=True)
+    return [one_prompt({"input_ids": row, "attention_mask": real}) for row, real in pairs]
+
+
+def one_prompt(given: Any) -> Any:
+    """The token ids of one prompt; those of a tokenizer's output without its padding."""
+    ids, mask = split_encoding(given)
+    if mask is None:
+        return ids
+    ids, mask = as_tensor(ids, "input_ids"), as_tensor(mask, "attention_mask")
+    return ids[mask.bool()] if ids.shape == mask.shape and len(ids.squeeze(0).shape) == 1 else ids
+
+
+def prompt_indices(given: Any, n_prompts: int) -> slice | Tensor:
+    """What selects prompts: a slice as it is, or integers, also for a number or booleans.
+
+    Raises:
+        InputError: it is neither integers of existing prompts nor a boolean for each.
+    """
+    if isinstance(given, slice):
+        return given
+    if python_number(given) is not None:
+        given = [whole(given, "index")]
+    indices = as_tensor(given, "indices").cpu()
+    if indices.dtype == torch.bool and indices.shape == (n_prompts,):
+        return indices.nonzero().flatten()
+    if not indices.numel():
+        return indices.long()
+    wrong = indices.is_floating_point() or indices.dtype == torch.bool or indices.ndim != 1
+    if wrong or indices.max() >= n_prompts or indices.min() < -n_prompts:
+        raise OutOfRangeError(
+            f"{shown(given)} selects no prompts of {n_prompts}; give a slice, numbers from 0 to "
+            f"{n_prompts - 1}, or a boolean for each."
+        )
+    return indices.long()
