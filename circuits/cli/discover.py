@@ -15,10 +15,12 @@ from circuits.cli.evaluate import show_evaluation, size_needed
 from circuits.cli.methods import find_method, options_of
 from circuits.cli.options import TaskOptions, Unprefixed
 from circuits.discovery.discoverer import CircuitDiscoverer
+from circuits.graph.circuit import Circuit
 from circuits.graph.graph import Graph
 from circuits.models import Model
 from circuits.models.component_graph import component_graph
 from circuits.runs.circuit_run import CircuitRun, evaluate_run, run
+from circuits.system.errors import InputError
 from circuits.system.ranks import is_first
 
 
@@ -29,6 +31,7 @@ class DiscoverOptions(TaskOptions):
     $ circuits discover --method acdc --threshold 0.01 --task ioi
     $ circuits discover --method eap-ig --steps 10 --task greater_than --size 50
     $ circuits discover --method eap --data prompts.jsonl --model gpt2 --size 200
+    $ circuits discover --method acdc --threshold 0.01 --start runs/ioi/eap-1a2b3c4d --start-size 99
     $ torchrun --nproc-per-node=4 -m -- circuits discover --method acdc --threshold 0.01 --n 64
 
     The last one shares the work among four devices. Without `--`, torchrun would take `--n` for
@@ -49,6 +52,13 @@ class DiscoverOptions(TaskOptions):
     positions: str | None = None
     """Split edges by span (names separated by commas, such as IO,S1,S1+1,S2,END), or by position
     (the number of positions)."""
+    layers: str | None = None
+    """Try only edges into heads and MLPs of these layers, such as 6-11 or 0,2-4; for methods that
+    search."""
+    start: Path | None = None
+    """Start the search from the circuit of this run folder; edges outside it are ablated."""
+    start_size: int | None = None
+    """Start from that many edges of that circuit, grown from the logits by their |score|."""
     out: Path = Path("runs")
     """The folder of all runs. A run that is already there is not computed again."""
 
@@ -67,6 +77,8 @@ def discover(words: Sequence[str]) -> None:
             graph=_graph(model, options),
             progress=progress,
             notes=options.notes(),
+            start=_start(options),
+            layers=_layers(options.layers),
         )
     # All ranks search, and the first evaluates.
     if not is_first():
@@ -107,6 +119,34 @@ def _graph(model: Model, options: DiscoverOptions) -> Graph | None:
     if spans:
         positions = int(spans) if spans.isdecimal() else spans.split(",")
     return component_graph(model, split_embed=options.split_embed, positions=positions)
+
+
+def _start(options: DiscoverOptions) -> Circuit | None:
+    """The circuit to start from."""
+    if options.start is None:
+        return None
+    circuit = Circuit.load(options.start)
+    if options.start_size is not None:
+        return circuit.greedy(options.start_size)
+    if not circuit.selected:
+        raise InputError(
+            f"the method of --start {options.start} scores every edge and chooses none: give "
+            "--start-size N to start from N of them."
+        )
+    return circuit
+
+
+def _layers(text: str | None) -> list[int] | None:
+    """The layers that a text such as 0,2-4 names."""
+    if text is None:
+        return None
+    layers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal()):
+            raise InputError(f"--layers {text} names no layers; write them like 6-11 or 0,2-4.")
+        layers += range(int(first), int(last or first) + 1)
+    return layers
 
 
 def _show_scores(found: CircuitRun, options: DiscoverOptions) -> None:

@@ -70,7 +70,7 @@ class EdgeLayout:
         positions = [node.position for node in graph.nodes]  # type: ignore[attr-defined]
         slots = (*SLOTS, None)  # no slot is -1, which indexes the last column
         rows = _places(product(components, slots), all_targets)
-        rows = rows.view(-1, len(slots))
+        rows = rows.view(len(components), len(slots))
         span = _places(positions, spans)[graph.target]
         target = rows[graph.target, graph.slot]
         source = _places(components, nodes)[graph.source]
@@ -125,7 +125,7 @@ def _places(items: Items, order: Items) -> Tensor:
     """The place [item] of each item in an order; -1 for what is not there."""
     place = {item: index for index, item in enumerate(order)}
     places = [place.get(item, -1) for item in items]
-    return torch.tensor(places)
+    return torch.tensor(places, dtype=torch.long)
 
 
 def _each_target(targets: Iterable[HookedTarget]) -> Iterator[Target]:

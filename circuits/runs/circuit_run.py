@@ -25,6 +25,7 @@ from filelock import Timeout
 
 import circuits
 from circuits.discovery.discoverer import CircuitDiscoverer, Progress, Resumable, as_json
+from circuits.discovery.search_space import SearchSpace
 from circuits.evaluation.evaluate import Evaluation, evaluate
 from circuits.graph.circuit import FILE, Circuit
 from circuits.graph.graph import Graph
@@ -85,6 +86,7 @@ def run(
     graph: Graph | None = None,
     progress: Progress | None = None,
     notes: Mapping[str, Any] | None = None,
+    **part: Any,
 ) -> CircuitRun:
     """Discover a circuit into a run folder, resume an interrupted run, or return a finished one.
 
@@ -92,6 +94,8 @@ def run(
         out: the folder of all runs.
         graph: the edges to choose from; by default the component graph, or the method's own graph.
         notes: recorded as well, for example the names and seeds of model and task.
+        part: where a search may search, as in `CircuitDiscoverer.discover`: `start`, `frozen_in`,
+            `frozen_out`, `layers` and `nodes`.
 
     Raises:
         InputError: a setting cannot be used, or a file there is damaged or from a newer version.
@@ -106,8 +110,9 @@ def run(
     >>> first.reused, again.reused
     (False, True)
     """
-    graph = discoverer.search_graph(model, graph)
-    name = f"{discoverer.name}-{_digest(discoverer, model, task, graph)[:8]}"
+    part = {name: value for name, value in part.items() if value is not None}
+    space = discoverer.search_space(model, graph, **part)
+    name = f"{discoverer.name}-{_digest(discoverer, model, task, space)[:8]}"
     folder = Path(out) / task.name / name
     with _taking_turns(folder):
         # Only the first rank looks: another may see the folder late, on a network disk.
@@ -117,7 +122,7 @@ def run(
         resumed = checkpoint.exists()
         started = time.perf_counter()
         with counting_passes(model) as passes:
-            circuit = _discover(discoverer, model, task, graph, checkpoint, progress)
+            circuit = _discover(discoverer, model, task, checkpoint, progress, space, part)
         seconds = time.perf_counter() - started
         record = {
             **_describe(discoverer, model, task, circuit),
@@ -232,13 +237,16 @@ def _discover(
     discoverer: CircuitDiscoverer,
     model: Model,
     task: Task,
-    graph: Graph,
     checkpoint: Path,
     progress: Progress | None,
+    space: SearchSpace,
+    part: Mapping[str, Any],
 ) -> Circuit:
-    state = checkpoint if isinstance(discoverer, Resumable) else None
+    options = {"graph": space.graph, "progress": progress, **part}
+    if isinstance(discoverer, Resumable):
+        options["checkpoint"] = checkpoint
     try:
-        circuit = discoverer.discover(model, task, graph=graph, checkpoint=state, progress=progress)
+        circuit = discoverer.discover(model, task, **options)
     except RankError as error:
         saved = f"the state is in {checkpoint}" if checkpoint.exists() else "nothing was saved yet"
         raise RankError(f"{error}; {saved}: run the same command again") from error
@@ -290,10 +298,11 @@ def _taking_turns(folder: Path) -> Iterator[None]:
         yield
 
 
-def _digest(discoverer: CircuitDiscoverer, model: Model, task: Task, graph: Graph) -> str:
+def _digest(discoverer: CircuitDiscoverer, model: Model, task: Task, space: SearchSpace) -> str:
+    graph = space.graph
     parts = [
         circuits.__version__,
-        discoverer.identity(),
+        {**discoverer.identity(), **space.identity()},
         identity(model).weights,
         task.digest(),
         graph.positions,
