@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, random_model
+from architectures import ARCHITECTURES, random_model, random_task
 
 import circuits
 from circuits.graph.nodes import check_position_name
@@ -312,6 +312,33 @@ def test_paths_lead_along_edges_that_the_graph_lacks(architecture, positions, fr
         assert set(found.edges) == expected
 
 
+def test_a_graph_whose_columns_do_not_fit_is_refused(unchecked_types):
+    whole = circuits.component_graph(random_model("gpt2"))
+    for columns in (
+        (whole.nodes, whole.source[:9], whole.target, whole.slot),
+        (whole.nodes[:-1], whole.source, whole.target, whole.slot),
+        (whole.nodes, whole.source - 1, whole.target, whole.slot),
+        (whole.nodes, whole.source, whole.target, whole.slot + 9),
+    ):
+        with pytest.raises(circuits.InputError, match=r"one entry per edge .*graph\.only"):
+            circuits.Graph(*columns)
+
+
+def test_a_graph_with_an_edge_that_no_run_can_tell_apart_is_refused():
+    model, task = random_model("gpt2"), random_task()
+    whole = circuits.component_graph(model, positions=8)
+    twice = torch.tensor([3, 3, 5])
+    columns = (whole.source[twice], whole.target[twice], whole.slot[twice])
+    doubled = circuits.Graph(whole.nodes, *columns, whole.positions)
+    with pytest.raises(circuits.InputError, match="1 edges of the graph come twice"):
+        circuits.run_circuit(model, circuits.Circuit.full(doubled), task)
+    sideways = circuits.Graph(
+        whole.nodes, whole.source[:1] + 1, whole.target[:1], whole.slot[:1], whole.positions
+    )
+    with pytest.raises(circuits.InputError, match=r"no edge embed@1->a0\.h0\.q@0"):
+        circuits.run_circuit(model, circuits.Circuit.full(sideways), task)
+
+
 def test_a_graph_that_names_no_model_has_unknown_paths():
     whole = circuits.component_graph(random_model("gpt2"))
     by_hand = circuits.Graph(whole.nodes, whole.source, whole.target, whole.slot)
@@ -328,8 +355,6 @@ def test_a_graph_that_names_no_model_has_unknown_paths():
 
 @pytest.mark.parametrize("architecture", ["gpt2", "pythia", "attention_only"])
 def test_what_connected_drops_changes_no_logit(architecture):
-    from architectures import random_task
-
     model, task = random_model(architecture), random_task()
     whole, split = circuits.component_graph(model), circuits.component_graph(model, positions=8)
     generator = torch.Generator().manual_seed(3)

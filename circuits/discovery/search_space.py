@@ -30,7 +30,7 @@ class SearchSpace:
     >>> graph = circuits.component_graph(circuits.load_model("toy-world"))
     >>> space = SearchSpace.parse(graph, frozen_out=["m3->logits"], layers=[3])
     >>> int(space.kept.sum()), int(space.tried.sum())
-    (478, 220)
+    (478, 212)
     """
 
     graph: Graph

@@ -174,7 +174,10 @@ class Circuit:
 
     @property
     def nodes(self) -> tuple[Node, ...]:
-        """The nodes at either end of a kept edge, in order of computation."""
+        """The nodes at either end of a kept edge, in order of computation.
+
+        Nodes that only edges which the graph lacks lead to, or from, are not among them.
+        """
         graph, kept = self.graph, self.kept
         ends = torch.cat([graph.source[kept], graph.target[kept]])
         numbers = ends.unique().tolist()

@@ -79,6 +79,17 @@ class Graph:
     causal: bool = True
     model: ModelIdentity | None = None
 
+    def __post_init__(self) -> None:
+        lengths = set(map(len, self._columns))
+        ends, slot = torch.cat([self.source, self.target]), self.slot
+        unknown = ((ends < 0) | (ends >= len(self.nodes))).any()
+        if len(lengths) > 1 or unknown or not torch.isin(slot, torch.arange(-1, len(SLOTS))).all():
+            raise InputError(
+                f"source, target and slot must have one entry per edge (they have {lengths}): two "
+                f"numbers of the {len(self.nodes)} nodes, and 0, 1, 2 or -1; cut a graph with "
+                "graph.only(edges)."
+            )
+
     @staticmethod
     def empty(model: ModelIdentity | None = None) -> Graph:
         """A graph without edges, for methods that make their own graph."""
@@ -199,7 +210,7 @@ class Graph:
         >>> import circuits
         >>> graph = circuits.component_graph(circuits.load_model("toy-world"))
         >>> graph.only([edge for edge in graph.edges if isinstance(edge.source, circuits.Head)])
-        Graph(22 nodes, 328 edges)
+        Graph(22 nodes, 344 edges)
         """
         rows = self.mask(edges)
         source, target, slot = (column[rows] for column in self._columns)

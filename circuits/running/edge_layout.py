@@ -71,10 +71,13 @@ class EdgeLayout:
         slots = (*SLOTS, None)  # no slot is -1, which indexes the last column
         rows = _places(product(components, slots), all_targets)
         rows = rows.view(len(components), len(slots))
-        span = _places(positions, spans)[graph.target]
+        span_of_node = _places(positions, spans)
+        span = span_of_node[graph.target]
         target = rows[graph.target, graph.slot]
         source = _places(components, nodes)[graph.source]
         missing = (span < 0) | (target < 0) | (source < 0)
+        # An edge leads from a position to the same one.
+        missing |= span != span_of_node[graph.source]
         if missing.any():
             first = int(missing.nonzero()[0])
             edge = graph.edges[first]
@@ -83,6 +86,14 @@ class EdgeLayout:
                 f"edge {edge}."
             )
         shape = (len(spans), len(all_targets), len(nodes))
+        taken = torch.zeros(shape, dtype=torch.bool)
+        taken[span, target, source] = True
+        n_twice = len(graph) - int(taken.sum())
+        if n_twice:
+            raise InputError(
+                f"{n_twice} edges of the graph come twice, so whether a circuit keeps them is not "
+                "defined; give each edge once."
+            )
         return EdgeLayout(nodes, targets, shape, span, target, source)
 
     @property
