@@ -64,6 +64,93 @@ def test_above_is_signed(circuit):
     assert torch.equal(circuit.above(0.5).kept, circuit.scores > 0.5)
 
 
+def test_above_by_magnitude_keeps_what_helps_or_hurts_that_much(circuit):
+    assert torch.equal(circuit.above(0.5, by="magnitude").kept, circuit.scores.abs() > 0.5)
+    with pytest.raises(circuits.InputError, match=r"above\(nan\) keeps no edge"):
+        circuit.above(float("nan"))
+
+
+def test_there_are_two_ways_to_rank_edges(circuit, unchecked_types):
+    for choose in (circuit.top, circuit.greedy, circuit.above):
+        with pytest.raises(circuits.InputError, match=r"by='size' is not a way to rank edges"):
+            choose(1, by="size")
+
+
+def greedy_from_definition(circuit, n, rank):
+    """Add, n times, the edge of highest rank that reaches the logits once it is added."""
+    chosen = torch.zeros_like(circuit.kept)
+    for _ in range(n):
+        best = None
+        for edge in circuit.kept.nonzero().flatten().tolist():
+            if not chosen[edge] and (best is None or rank[edge] > rank[best]):
+                added = chosen.clone()
+                added[edge] = True
+                if circuit.graph.reaching_logits(added)[edge]:
+                    best = edge
+        chosen[best] = True
+    return chosen
+
+
+@pytest.mark.parametrize("by", ["magnitude", "signed"])
+@pytest.mark.parametrize(("positions", "share"), [(None, 1), (None, 0.8), (3, 1), (3, 0.9)])
+def test_greedy_adds_the_best_edge_whose_target_reaches_the_logits(positions, share, by):
+    whole = circuits.component_graph(
+        random_model("gpt2", n_heads=2, d_head=12), positions=positions
+    )
+    generator = torch.Generator().manual_seed(4)
+    graph = whole.only(torch.rand(len(whole), generator=generator) < share)
+    scores = torch.randn(len(graph), generator=generator)
+    scores[3:6], scores[20:24] = torch.nan, 0.5
+    kept = torch.rand(len(graph), generator=generator) < 0.8
+    some = circuits.Circuit(graph, scores, kept)
+    rank = (scores.abs() if by == "magnitude" else scores).nan_to_num(nan=-torch.inf)
+    found = some.greedy(12, by=by)
+    assert torch.equal(found.kept, greedy_from_definition(some, 12, rank))
+    if share == 1:
+        assert not torch.equal(found.kept, some.top(12, by=by).kept)
+    assert found.connected() == found
+    reaching = some.connected()
+    assert torch.equal(some.greedy(len(reaching), by=by).kept, reaching.kept)
+
+
+def test_a_greedy_size_out_of_range_is_refused(model, circuit):
+    some = circuits.Circuit.from_edges(circuit.graph, ["m1->logits", "embed->m0"])
+    assert [str(edge) for edge in some.greedy(1)] == ["m1->logits"]
+    for n in (-1, 2):
+        with pytest.raises(
+            circuits.InputError, match=rf"greedy\({n}\) .* 1 edges reach .* between 0 and 1"
+        ):
+            some.greedy(n)
+
+
+def test_the_circuit_of_some_nodes_has_all_edges_between_them(model):
+    graph = circuits.component_graph(model, positions=["IO", "END"])
+    nodes = ["embed", circuits.Head(0, 1), "m1@END", "logits@END"]
+    wanted = {"embed@rest", "embed@IO", "embed@END", "a0.h1@rest", "a0.h1@IO", "a0.h1@END"}
+    wanted |= {"m1@END", "logits@END"}
+    circuit = circuits.Circuit.from_nodes(graph, nodes)
+    assert set(circuit.edges) == {
+        edge for edge in graph.edges if {str(edge.source), str(edge.target)} <= wanted
+    }
+    assert set(map(str, circuit.nodes)) == wanted
+    assert circuits.Circuit.from_nodes(graph, circuit.nodes) == circuit
+    assert len(circuits.Circuit.from_nodes(graph, [])) == 0
+
+
+@pytest.mark.parametrize(
+    ("nodes", "told"),
+    [
+        (["m0", "m9"], "the graph has no node m9; it has embed, a0.h0"),
+        ("m0", r"m0 is no list of nodes; give one, such as \['m0', 'logits'\]"),
+        (["m0.q"], "names no node"),
+        ([7], "the graph has no node 7"),
+    ],
+)
+def test_what_names_no_nodes_is_refused(circuit, nodes, told, unchecked_types):
+    with pytest.raises(circuits.InputError, match=told):
+        circuits.Circuit.from_nodes(circuit.graph, nodes)
+
+
 def test_circuits_combine_as_sets(circuit):
     a, b = circuit.top(30), circuit.top(60, by="signed")
     assert torch.equal((a & b).kept, a.kept & b.kept)

@@ -505,6 +505,39 @@ def test_positions_and_a_split_embedding_can_be_asked_for(capsys, tmp_path):
     assert any(isinstance(node, circuits.TokenEmbed) for node in circuit.graph.nodes)
 
 
+def test_a_search_can_start_from_another_run_and_try_some_layers(capsys, tmp_path):
+    words = ["--n", "4", "--n-eval", "4", "--out", str(tmp_path), "--json"]
+    _, output, _ = run_here(capsys, "discover", "--method", "eap", *words)
+    scored = json.loads(output)["folder"]
+    search = ("discover", "--method", "acdc", "--threshold", "0.01", "--start", scored, *words)
+    status, _, errors = run_here(capsys, *search)
+    assert status == 2
+    assert "chooses none: give --start-size N to start from N of them" in errors
+    _, output, _ = run_here(capsys, *search, "--start-size", "60", "--layers", "0,2-3")
+    found = circuits.load_run(json.loads(output)["folder"])
+    start = circuits.Circuit.load(scored).greedy(60)
+    assert len(found.circuit - start) == 0
+    tried = [edge for edge in start if re.search(r"->[am][023]", str(edge))]
+    assert found.record["search_space"]["tried"] == len(tried)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("acdc", "--threshold", "0.1", "--layers", "one"), "--layers one names no layers"),
+        (("acdc", "--threshold", "0.1", "--layers", "2-9"), "give layers of the graph"),
+        (("eap", "--layers", "1"), "eap does not search, so it cannot be told where by layers="),
+        (("eap", "--start", "nowhere"), "nowhere"),
+    ],
+)
+def test_a_search_that_cannot_be_told_so_is_refused(capsys, tmp_path, words, told):
+    status, _, errors = run_here(
+        capsys, "discover", "--n", "2", "--out", str(tmp_path), "--method", *words
+    )
+    assert status == 2
+    assert told in errors
+
+
 def test_ones_own_prompts_come_from_a_file(capsys, tmp_path):
     data = tmp_path / "mine.jsonl"
     prompt = "So {} is a really great friend, isn't"

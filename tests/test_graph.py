@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, random_model
+from architectures import ARCHITECTURES, random_model, random_task
 
 import circuits
 from circuits.graph.nodes import check_position_name
@@ -171,6 +171,36 @@ def test_an_edge_the_graph_lacks_is_named_with_the_reason():
         graph.index("m7->logits")
     with pytest.raises(circuits.InputError, match=r"m1 does not write where m0 reads"):
         graph.mask(["m1->m0"])
+    with pytest.raises(circuits.InputError, match=r"or the graph was made without this edge"):
+        graph.only(["m0->logits"]).index("m0->m1")
+
+
+@pytest.mark.parametrize(
+    ("edges", "told"),
+    [
+        ("m0->logits", "m0->logits is no list of edges"),
+        (3, "3 is no list of edges"),
+        ([3], "3 is no edge"),
+        (torch.ones(109, dtype=torch.bool), r"shape \(109,\) cannot choose .* of shape \(110,\)"),
+        (torch.ones(110), r"torch.float32 and shape \(110,\) cannot choose"),
+    ],
+)
+def test_what_chooses_no_edges_is_refused(edges, told, unchecked_types):
+    graph = circuits.component_graph(random_model("gpt2"))
+    for choose in (graph.mask, graph.only):
+        with pytest.raises(circuits.InputError, match=told):
+            choose(edges)
+
+
+def test_a_graph_is_cut_to_some_edges_in_its_own_order():
+    graph = circuits.component_graph(random_model("gpt2"), positions=3)
+    texts = ["m1@2->logits@2", "embed@0->a0.h1.k@0"]
+    cut = graph.only(texts)
+    assert list(map(str, cut.edges)) == texts[::-1]
+    assert (cut.nodes, cut.positions, cut.model) == (graph.nodes, graph.positions, graph.model)
+    mask = graph.mask(texts)
+    for same in (mask, mask.numpy(), circuits.Circuit.from_edges(graph, texts)):
+        assert graph.only(same) == cut
 
 
 def test_edges_that_cannot_reach_the_logits_are_dropped():
@@ -232,12 +262,104 @@ def test_under_bidirectional_attention_and_between_named_spans_every_position_fe
         assert len(circuit.connected(from_inputs=True)) == 2
 
 
+def edges_on_paths(whole, lacking, kept, *, from_inputs):
+    """The kept edges on paths, from the definition: an edge that the graph lacks is kept, and what
+    a head reads through k or v at a position feeds its outputs there and later.
+    """
+    open_edges = lacking | kept
+    by_numbers = all(isinstance(span, int) for span in whole.positions or ())
+
+    def feeds(first, second):
+        """Whether what the first edge carries is in what the second one carries."""
+        read, written = first.target, second.source
+        if first.slot in ("k", "v") and isinstance(written, circuits.Head):
+            same_head = (read.layer, read.head) == (written.layer, written.head)
+            later = read.position is None or read.position <= written.position
+            return same_head and (later if by_numbers and whole.causal else True)
+        return read == written
+
+    ahead = {edge for edge in open_edges if isinstance(edge.target, circuits.Logits)}
+    behind = {edge for edge in open_edges if "embed" in str(edge.source)}
+    for reached, follows in ((ahead, lambda a, b: feeds(a, b)), (behind, lambda a, b: feeds(b, a))):
+        new = reached
+        while new:
+            new = {
+                edge for edge in open_edges - reached if any(follows(edge, other) for other in new)
+            }
+            reached |= new
+    return kept & ahead & (behind if from_inputs else kept)
+
+
+@pytest.mark.parametrize("from_inputs", [False, True])
+@pytest.mark.parametrize("positions", [None, 3, ["S1", "END"]])
+@pytest.mark.parametrize("architecture", ["gpt2", "pythia", "attention_only", "bidirectional"])
+def test_paths_lead_along_edges_that_the_graph_lacks(architecture, positions, from_inputs):
+    whole = circuits.component_graph(
+        random_model(architecture, n_heads=2, d_head=12), positions=positions
+    )
+    generator = torch.Generator().manual_seed(1)
+    for share in (1.0, 0.95, 0.8, 0.4):
+        graph = whole.only(torch.rand(len(whole), generator=generator) < share)
+        kept = torch.rand(len(graph), generator=generator) < 0.2
+        circuit = circuits.Circuit.full(graph)
+        circuit = circuits.Circuit(graph, circuit.scores, kept)
+        lacking = set(whole.edges) - set(graph.edges)
+        found = circuit.connected()
+        if from_inputs:
+            reached = graph.reached_from_inputs(found.kept)
+            found = circuits.Circuit(graph, circuit.scores, found.kept & reached)
+        expected = edges_on_paths(whole, lacking, set(circuit.edges), from_inputs=from_inputs)
+        assert set(found.edges) == expected
+
+
+def test_a_graph_whose_columns_do_not_fit_is_refused(unchecked_types):
+    whole = circuits.component_graph(random_model("gpt2"))
+    for columns in (
+        (whole.nodes, whole.source[:9], whole.target, whole.slot),
+        (whole.nodes[:-1], whole.source, whole.target, whole.slot),
+        (whole.nodes, whole.source - 1, whole.target, whole.slot),
+        (whole.nodes, whole.source, whole.target, whole.slot + 9),
+    ):
+        with pytest.raises(circuits.InputError, match=r"one entry per edge .*graph\.only"):
+            circuits.Graph(*columns)
+
+
+def test_a_graph_with_an_edge_that_no_run_can_tell_apart_is_refused():
+    model, task = random_model("gpt2"), random_task()
+    whole = circuits.component_graph(model, positions=8)
+    twice = torch.tensor([3, 3, 5])
+    columns = (whole.source[twice], whole.target[twice], whole.slot[twice])
+    doubled = circuits.Graph(whole.nodes, *columns, whole.positions)
+    with pytest.raises(circuits.InputError, match="1 edges of the graph come twice"):
+        circuits.run_circuit(model, circuits.Circuit.full(doubled), task)
+    sideways = circuits.Graph(
+        whole.nodes, whole.source[:1] + 1, whole.target[:1], whole.slot[:1], whole.positions
+    )
+    with pytest.raises(circuits.InputError, match=r"no edge embed@1->a0\.h0\.q@0"):
+        circuits.run_circuit(model, circuits.Circuit.full(sideways), task)
+
+
+def test_a_graph_that_names_no_model_has_unknown_paths():
+    whole = circuits.component_graph(random_model("gpt2"))
+    by_hand = circuits.Graph(whole.nodes, whole.source, whole.target, whole.slot)
+    circuit = circuits.Circuit.full(by_hand)
+    for follow in (circuit.connected, lambda: circuit.greedy(3)):
+        with pytest.raises(circuits.InputError, match=r"does not name its model.*graph\.only"):
+            follow()
+    backwards = circuits.Graph(
+        whole.nodes, whole.target, whole.source, whole.slot, model=whole.model
+    )
+    with pytest.raises(circuits.InputError, match=r"the model has no edge a0\.h0->embed"):
+        circuits.Circuit.full(backwards).connected()
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "pythia", "attention_only"])
 def test_what_connected_drops_changes_no_logit(architecture):
-    from architectures import random_task
-
     model, task = random_model(architecture), random_task()
-    for graph in (circuits.component_graph(model), circuits.component_graph(model, positions=8)):
+    whole, split = circuits.component_graph(model), circuits.component_graph(model, positions=8)
+    generator = torch.Generator().manual_seed(3)
+    cut = [each.only(torch.rand(len(each), generator=generator) < 0.8) for each in (whole, split)]
+    for graph in (whole, split, *cut):
         kept = (
             torch.rand(4, len(graph), generator=torch.Generator().manual_seed(2))
             < torch.tensor([0.02, 0.05, 0.1, 0.3])[:, None]
@@ -249,7 +371,7 @@ def test_what_connected_drops_changes_no_logit(architecture):
         assert bool((pruned != kept).any())
         torch.testing.assert_close(
             circuits.run_circuits(model, graph, kept, task),
-            circuits.run_circuits(model, graph, pruned, task),
+            circuits.run_circuits(model, graph, pruned, task, executor="hooks"),
             atol=1e-5,
             rtol=0,
         )

@@ -10,10 +10,12 @@ from circuits.cli.inputs import model_of, notes_of, task_of
 from circuits.cli.parsing.methods import find_method
 from circuits.cli.parsing.options import DiscoverOptions
 from circuits.cli.progress import phase, progress_bar
+from circuits.graph.circuit import Circuit
 from circuits.graph.graph import Graph
 from circuits.models import Model
 from circuits.models.component_graph import component_graph
 from circuits.runs.circuit_run import CircuitRun, evaluate_run, run
+from circuits.system.errors import InputError
 from circuits.system.ranks import is_first
 
 
@@ -32,6 +34,8 @@ def command(options: DiscoverOptions, settings: dict[str, Any]) -> None:
             graph=_graph(model, options),
             progress=progress,
             notes=notes_of(options),
+            start=_start(options),
+            layers=_layers(options.layers),
         )
     # All ranks search, and the first evaluates.
     if not is_first():
@@ -56,6 +60,34 @@ def _graph(model: Model, options: DiscoverOptions) -> Graph | None:
     if spans:
         positions = int(spans) if spans.isdecimal() else spans.split(",")
     return component_graph(model, split_embed=options.split_embed, positions=positions)
+
+
+def _start(options: DiscoverOptions) -> Circuit | None:
+    """The circuit to start from."""
+    if options.start is None:
+        return None
+    circuit = Circuit.load(options.start)
+    if options.start_size is not None:
+        return circuit.greedy(options.start_size)
+    if not circuit.selected:
+        raise InputError(
+            f"the method of --start {options.start} scores every edge and chooses none: give "
+            "--start-size N to start from N of them."
+        )
+    return circuit
+
+
+def _layers(text: str | None) -> list[int] | None:
+    """The layers that a text such as 0,2-4 names."""
+    if text is None:
+        return None
+    layers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal()):
+            raise InputError(f"--layers {text} names no layers; write them like 6-11 or 0,2-4.")
+        layers += range(int(first), int(last or first) + 1)
+    return layers
 
 
 def _show_scores(found: CircuitRun, options: DiscoverOptions) -> None:

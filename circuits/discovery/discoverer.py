@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.discovery.checkpoint import Checkpoint
+from circuits.discovery.search_space import Edges, Layers, SearchSpace
 from circuits.graph.circuit import Circuit
-from circuits.graph.graph import Graph, check_is_graph
+from circuits.graph.graph import Graph, NodesOrTexts, check_is_graph
 from circuits.models import Model, cause
 from circuits.models.component_graph import component_graph
 from circuits.running.damage import DamageMeter
@@ -66,9 +67,9 @@ def _check_scores(found: Circuit, model: Model, task: Task) -> None:
 class CircuitDiscoverer(CheckedFields):
     """A method that finds a circuit: hyperparameters are fields, data are arguments.
 
-    A subclass is a frozen dataclass that defines `find`, or `discover` as a whole. If it has a
-    `name` it is registered: `circuits.discoverers()` and the command list it, its fields are the
-    command's options, and its docstring is the help.
+    A subclass is a frozen dataclass that defines `find`, or `search`, or `discover` as a whole. If
+    it has a `name` it is registered: `circuits.discoverers()` and the command list it, its fields
+    are the command's options, and its docstring is the help.
 
     >>> import circuits, dataclasses, torch
     >>> @dataclasses.dataclass(frozen=True)
@@ -109,37 +110,83 @@ class CircuitDiscoverer(CheckedFields):
         task: Task,
         *,
         graph: Graph | None = None,
+        start: Circuit | None = None,
+        frozen_in: Edges | None = None,
+        frozen_out: Edges | None = None,
+        layers: Layers | None = None,
+        nodes: NodesOrTexts | None = None,
         checkpoint: Checkpoint | str | Path | None = None,
         progress: Progress | None = None,
     ) -> Circuit:
         """Find a circuit.
 
+        The arguments from `start` to `nodes` say where to search; methods that only score edges
+        refuse them. Edges that they exclude are not tried and get no score; unless they are outside
+        `start` or in `frozen_out`, they stay in the circuit.
+
         Args:
-            graph: the edges to consider; None takes the component graph, or the method's own.
+            graph: the edges to consider; all other edges of the model are always kept. None takes
+                the graph of `start`, the component graph, or the method's own.
+            start: the circuit to start from; edges outside it are ablated from the start.
+            frozen_in: edges to keep always, even if `start` lacks them: a circuit, edges or their
+                texts, or a mask over the graph's edges.
+            frozen_out: edges to ablate always, even if `start` keeps them.
+            layers: try only edges into heads and MLPs of these layers. The logits are in no layer.
+            nodes: try only edges from or into these nodes (nodes or their texts; one without a
+                position stands for it at every position). With `layers`, both must hold.
             checkpoint: a file for the state of a long run, from which it resumes after an
                 interruption. Only for methods that are `Resumable`.
             progress: called with (done, total).
 
         Raises:
-            InputError: the model, task, graph, checkpoint or settings cannot be used; or scores
-                are not finite.
+            InputError: the model, task, graph, checkpoint or settings cannot be used; the method
+                does not search, or there is nothing to search; or scores are not finite.
         """
         if not isinstance(self, Resumable):
             self.refuse_checkpoint(checkpoint)
         check_task(model, task)
-        graph = self.search_graph(model, graph)
+        part = {"frozen_in": frozen_in, "frozen_out": frozen_out, "layers": layers, "nodes": nodes}
+        space = self.search_space(model, graph, start=start, **part)
         saved = Checkpoint()
         if checkpoint is not None:
-            identity = self.identity()
-            saved = Checkpoint.open(checkpoint, identity, graph, task)
+            identity = {**self.identity(), **space.identity()}
+            saved = Checkpoint.open(checkpoint, identity, space.graph, task)
         progress = progress or no_progress
-        return self.find(model, task, graph, saved, progress)
+        return self.search(model, task, space, saved, progress)
 
     def find(
         self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
     ) -> Circuit:
         """Find a circuit in `graph`; `saved` holds no state unless the method is `Resumable`."""
         raise NotImplementedError
+
+    def search(
+        self, model: Model, task: Task, space: SearchSpace, saved: Checkpoint, progress: Progress
+    ) -> Circuit:
+        """Find a circuit in a part of a graph: what a method defines, instead of `find`, that can
+        be told where to search.
+        """
+        return self.find(model, task, space.graph, saved, progress)
+
+    def search_space(
+        self, model: Model, graph: Graph | None = None, *, start: Circuit | None = None, **part: Any
+    ) -> SearchSpace:
+        """The graph, and where to search in it; the arguments are those of `discover`.
+
+        Raises:
+            InputError: the graph or an argument cannot be used, or the method does not search.
+        """
+        given = {"start": start, **part}
+        names = [f"{name}=" for name, value in given.items() if value is not None]
+        if names and type(self).search is CircuitDiscoverer.search:
+            raise InputError(
+                f"{self.name} does not search, so it cannot be told where by {', '.join(names)}; "
+                "leave that out, or use a method that searches, such as ACDC."
+            )
+        if graph is None and isinstance(start, Circuit):
+            graph = start.graph
+        graph = self.search_graph(model, graph)
+        return SearchSpace.parse(graph, **given)
 
     def search_graph(self, model: Model, graph: Graph | None) -> Graph:
         """The graph to search: the one given, or the component graph.

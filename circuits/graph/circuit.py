@@ -9,16 +9,16 @@ from dataclasses import dataclass, field, replace
 from html import escape
 from itertools import compress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import networkx
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.graph.edges import Edge, EdgesOrTexts
-from circuits.graph.graph import Graph, PooledFeatureGraph, check_is_graph
+from circuits.graph.graph import Graph, NodesOrTexts, PooledFeatureGraph, check_is_graph
 from circuits.graph.identity import ModelIdentity, TranscodersIdentity
 from circuits.graph.nodes import Node, parse_node
 from circuits.system.errors import InputError
@@ -26,6 +26,8 @@ from circuits.system.files import json_text, read_tensors, write_tensors
 from circuits.system.kinds import expect
 from circuits.system.numbers import RealNumber, WholeNumber, python_number, real, whole
 from circuits.system.tensors import as_tensor
+
+RankBy = Literal["magnitude", "signed"]
 
 FILE = "circuit.safetensors"
 FORMAT = "circuits.circuit"
@@ -107,6 +109,25 @@ class Circuit:
         kept = graph.mask(edges)
         return Circuit(graph, _no_scores(graph), kept)
 
+    @staticmethod
+    def from_nodes(graph: Graph, nodes: NodesOrTexts) -> Circuit:
+        """The circuit of all edges between these nodes, without scores.
+
+        Nothing is added to the nodes: without `embed` no edge comes from the input, and without
+        `logits` none leads there. A node without a position stands for it at every position.
+
+        Raises:
+            InputError: the graph lacks one of them.
+
+        >>> import circuits
+        >>> graph = circuits.component_graph(circuits.load_model("toy-world"))
+        >>> list(map(str, circuits.Circuit.from_nodes(graph, ["m0", "m3", circuits.Logits()])))
+        ['m0->m3', 'm0->logits', 'm3->logits']
+        """
+        chosen = graph.node_mask(nodes)
+        kept = chosen[graph.source] & chosen[graph.target]
+        return Circuit(graph, _no_scores(graph), kept)
+
     def __len__(self) -> int:
         return int(self.kept.sum())
 
@@ -160,13 +181,16 @@ class Circuit:
 
     @property
     def nodes(self) -> tuple[Node, ...]:
-        """The nodes at either end of a kept edge, in order of computation."""
+        """The nodes at either end of a kept edge, in order of computation.
+
+        Nodes that only edges which the graph lacks lead to, or from, are not among them.
+        """
         graph, kept = self.graph, self.kept
         ends = torch.cat([graph.source[kept], graph.target[kept]])
         numbers = ends.unique().tolist()
         return tuple(graph.nodes[number] for number in numbers)
 
-    def top(self, n: WholeNumber, by: Literal["magnitude", "signed"] = "magnitude") -> Circuit:
+    def top(self, n: WholeNumber, by: RankBy = "magnitude") -> Circuit:
         """The `n` kept edges of largest |score| (or largest score).
 
         Ties go to the first edge in graph order; edges without a score come last.
@@ -183,36 +207,63 @@ class Circuit:
                 f"top({n}) of a circuit that keeps {len(self)} edges; "
                 f"choose n between 0 and {len(self)}."
             )
-        if by not in ("magnitude", "signed"):
-            raise InputError(
-                f"by={by!r} is not a way to rank edges; choose 'magnitude' or 'signed'."
-            )
-        edges = self.kept.nonzero().flatten()
-        rank = self.scores[edges]
-        if by == "magnitude":
-            rank = rank.abs()
-        # Edges without a score come last.
-        rank[rank.isnan()] = -torch.inf
-        order = rank.argsort(descending=True, stable=True)
-        kept = torch.zeros_like(self.kept)
-        kept[edges[order[:n]]] = True
-        return replace(self, kept=kept, selected=True)
+        return self._choosing(self._ranked(by)[:n])
 
-    def above(self, threshold: RealNumber) -> Circuit:
-        """The kept edges whose ablation does more damage than `threshold` (signed score).
+    def greedy(self, n: WholeNumber, by: RankBy = "magnitude") -> Circuit:
+        """`n` kept edges that all reach the logits, chosen as by EAP-IG's greedy search.
+
+        Edges are added one at a time: the one of largest |score| (or largest score) among those
+        whose target reaches the logits, along edges added before or edges that the graph lacks.
+        Ties go to the first edge in graph order; edges without a score come last.
 
         Raises:
-            InputError: `threshold` is no number.
+            InputError: `n` is negative or larger than the number of kept edges that can reach the
+                logits, or the graph names no model.
+
+        >>> import circuits, torch
+        >>> graph = circuits.component_graph(circuits.load_model("toy-world"))
+        >>> scores = torch.arange(len(graph), 0.0, -1)  # the first edge has the largest score
+        >>> circuit = circuits.Circuit.full(graph, scores)
+        >>> str(circuit.top(1).edges[0]), str(circuit.greedy(1).edges[0])
+        ('embed->a0.h0.q', 'embed->logits')
         """
-        kept = self.kept & (self.scores > real(threshold, "threshold"))
+        n = whole(n, "n")
+        ranked = self._ranked(by).tolist()
+        chosen = self.graph.paths.grown(ranked, n) if n >= 0 else []
+        if len(chosen) != n:
+            reaching = len(self.connected())
+            raise InputError(
+                f"greedy({n}) of a circuit of which {reaching} edges reach the logits; "
+                f"choose n between 0 and {reaching}."
+            )
+        return self._choosing(torch.tensor(chosen, dtype=torch.long))
+
+    def above(self, threshold: RealNumber, by: RankBy = "signed") -> Circuit:
+        """The kept edges whose score is larger than `threshold`, or whose |score| is.
+
+        Edges without a score are left out.
+
+        Raises:
+            InputError: `threshold` is no number, or `by` is no way to rank edges.
+        """
+        kept = self.kept & (self._rank(by) > real(threshold, "threshold"))
         return replace(self, kept=kept, selected=True)
 
     def connected(self, *, from_inputs: bool = False) -> Circuit:
         """The circuit without edges that cannot reach the logits, which never change its output.
 
+        Paths lead along kept edges, along edges of the model that the graph lacks, which are never
+        ablated, and, split by position, through attention: what a head reads at a position through
+        k or v feeds its outputs there and later. In a graph of features they lead along kept edges
+        only; such circuits are run by their nodes, so dropping the last edge of a node can change
+        the output.
+
         Args:
-            from_inputs: also drop edges that no kept path from an embedding reaches. That leaves
-                the output unchanged only under resample ablation.
+            from_inputs: also drop edges that no path from an embedding reaches. That leaves the
+                output unchanged only under resample ablation.
+
+        Raises:
+            InputError: the graph names no model, so that it is unknown which edges it lacks.
         """
         graph = self.graph
         kept = graph.reaching_logits(self.kept)
@@ -309,6 +360,27 @@ class Circuit:
             raise InputError(
                 f"{path} is damaged ({error}); discover the circuit again or restore the file."
             ) from error
+
+    def _rank(self, by: RankBy) -> Float[Tensor, " edge"]:
+        """The numbers that edges are ranked by; NaN for those without a score."""
+        if by not in get_args(RankBy):
+            raise InputError(
+                f"by={by!r} is not a way to rank edges; choose 'magnitude' or 'signed'."
+            )
+        return self.scores.abs() if by == "magnitude" else self.scores
+
+    def _ranked(self, by: RankBy) -> Int[Tensor, " kept"]:
+        """The kept edges, those that rank highest first."""
+        edges = self.kept.nonzero().flatten()
+        rank = self._rank(by)[edges]
+        # Edges without a score come last.
+        rank[rank.isnan()] = -torch.inf
+        return edges[rank.argsort(descending=True, stable=True)]
+
+    def _choosing(self, edges: Int[Tensor, " chosen"]) -> Circuit:
+        kept = torch.zeros_like(self.kept)
+        kept[edges] = True
+        return replace(self, kept=kept, selected=True)
 
     def _combined(self, other: Circuit, operation: Callable[[Tensor, Tensor], Tensor]) -> Circuit:
         if not isinstance(other, Circuit):

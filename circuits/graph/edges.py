@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from circuits.graph.nodes import Head, Node, parse_node
@@ -39,7 +39,7 @@ class Edge:
         return f"{self.source}->{label}.{self.slot}{at}{position}"
 
 
-EdgesOrTexts = Sequence[Edge | str]
+EdgesOrTexts = Iterable[Edge | str]
 
 
 def parse_edge(text: str) -> Edge:

@@ -9,10 +9,10 @@ sources in the same order.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
-from types import UnionType
 from typing import ClassVar
 
 import numpy as np
@@ -20,22 +20,39 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from circuits.graph.components import FACTS, Components
 from circuits.graph.edges import NO_SLOT, SLOTS, Edge, EdgesOrTexts, parse_edge
 from circuits.graph.identity import ModelIdentity, TranscodersIdentity
-from circuits.graph.nodes import Embed, Head, Logits, Node, PosEmbed, TokenEmbed
+from circuits.graph.nodes import (
+    Head,
+    Logits,
+    Node,
+    PosEmbed,
+    TokenEmbed,
+    at_position,
+    parse_node,
+)
+from circuits.graph.paths import Paths, Steps
 from circuits.system.errors import InputError
 from circuits.system.kinds import expect
 
 EdgeIndex = Int[Tensor, " edge"]
 EdgeMask = Bool[Tensor, " edge"]
+ChosenEdges = EdgesOrTexts | EdgeMask | Bool[np.ndarray, " edge"]
+EdgeNumbers = Int[np.ndarray, " edge"]
+NodeMask = Bool[Tensor, " node"]
 NodeNumbers = Int[Tensor, " _"]
-Steps = Int[np.ndarray, " step"]
+NodesOrTexts = Sequence[Node | str]
 Names = tuple[str, ...]
+Positions = tuple[str | int, ...] | None
 
 
 @dataclass(frozen=True, eq=False)
 class Graph:
     """Edges between the components of a model, as columns of integers into `nodes`.
+
+    Edges of the model that a graph lacks are always kept: no circuit over it ablates them, and
+    paths lead along them. `only` cuts a graph.
 
     Attributes:
         nodes: every node, in order of computation.
@@ -43,7 +60,8 @@ class Graph:
         slot: 0, 1, 2 for q, k, v; -1 where the target has no slots.
         positions: the spans that edges are split by (names or numbers), or None.
         causal: whether a head's output depends only on earlier positions.
-        model: the model the graph was made from, if any.
+        model: the model the graph was made from. Without it the graph can be run, but the edges
+            that it lacks are unknown, so paths in it cannot be followed.
 
     >>> import circuits
     >>> graph = circuits.component_graph(circuits.load_model("toy-world"))
@@ -58,15 +76,35 @@ class Graph:
     source: EdgeIndex
     target: EdgeIndex
     slot: EdgeIndex
-    positions: tuple[str | int, ...] | None = None
+    positions: Positions = None
     causal: bool = True
     model: ModelIdentity | None = None
+
+    def __post_init__(self) -> None:
+        lengths = set(map(len, self._columns))
+        ends, slot = torch.cat([self.source, self.target]), self.slot
+        unknown = ((ends < 0) | (ends >= len(self.nodes))).any()
+        if len(lengths) > 1 or unknown or not torch.isin(slot, torch.arange(-1, len(SLOTS))).all():
+            raise InputError(
+                f"source, target and slot must have one entry per edge (they have {lengths}): two "
+                f"numbers of the {len(self.nodes)} nodes, and 0, 1, 2 or -1; cut a graph with "
+                "graph.only(edges)."
+            )
 
     @staticmethod
     def empty(model: ModelIdentity | None = None) -> Graph:
         """A graph without edges, for methods that make their own graph."""
         none = torch.zeros(0, dtype=torch.long)
         return Graph((), none, none, none, model=model)
+
+    @staticmethod
+    def complete(components: Components, positions: Positions, *, causal: bool) -> Graph:
+        """The graph of all edges between components."""
+        spans = positions or (None,)
+        parts = (*components.sources, Logits())
+        nodes = tuple(at_position(node, span) for node in parts for span in spans)
+        source, target, slot = components.edges(len(spans))
+        return Graph(nodes, source, target, slot, positions, causal)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -126,49 +164,102 @@ class Graph:
             InputError: the graph has no such edge.
         """
         edge = parse_edge(edge) if isinstance(edge, str) else edge
+        if not isinstance(edge, Edge):
+            raise InputError(f"{edge!r} is no edge; give an Edge, or text like a5.h5->a9.h9.q.")
         if edge not in self._edge_index:
             raise InputError(f"the graph has no edge {edge}: {self._why_not(edge)}")
         return self._edge_index[edge]
 
-    def mask(self, edges: EdgesOrTexts) -> EdgeMask:
-        """True for the given edges.
+    def mask(self, edges: ChosenEdges) -> EdgeMask:
+        """True for the given edges; a mask over the graph's edges is returned as it is.
 
         Raises:
-            InputError: the graph lacks one of them.
+            InputError: the graph lacks one of them, or the mask does not fit.
         """
+        if isinstance(edges, Tensor | np.ndarray):
+            return self._checked_mask(torch.as_tensor(edges))
+        if isinstance(edges, Edge | str) or not isinstance(edges, Iterable):
+            raise InputError(f"{edges} is no list of edges; give one, such as ['m0->logits'].")
         numbers = [self.index(edge) for edge in edges]
         kept = torch.zeros_like(self.source, dtype=torch.bool)
         kept[numbers] = True
         return kept
 
+    def node_mask(self, nodes: NodesOrTexts) -> NodeMask:
+        """True for the given nodes; a node without a position stands for it at every position.
+
+        Raises:
+            InputError: the graph lacks one of them.
+        """
+        if isinstance(nodes, Node | str) or not isinstance(nodes, Iterable):
+            raise InputError(f"{nodes} is no list of nodes; give one, such as ['m0', 'logits'].")
+        found = torch.zeros(len(self.nodes), dtype=torch.bool)
+        for given in nodes:
+            node = parse_node(given) if isinstance(given, str) else given
+            numbers = self._numbers_of.get(node)
+            if numbers is None:
+                raise InputError(f"the graph has no node {node}; {self._some_nodes}.")
+            found[numbers] = True
+        return found
+
+    def only(self, edges: ChosenEdges) -> Graph:
+        """The graph of only these edges: all others of the model are then always kept.
+
+        Raises:
+            InputError: the graph lacks one of them, or the mask does not fit.
+
+        >>> import circuits
+        >>> graph = circuits.component_graph(circuits.load_model("toy-world"))
+        >>> graph.only([edge for edge in graph.edges if isinstance(edge.source, circuits.Head)])
+        Graph(22 nodes, 344 edges)
+        """
+        rows = self.mask(edges)
+        source, target, slot = (column[rows] for column in self._columns)
+        return replace(self, source=source, target=target, slot=slot)
+
     def reaching_logits(self, kept: EdgeMask) -> EdgeMask:
-        """The kept edges from which a path of kept edges leads to the logits."""
-        sources, readers = self._steps
-        return self._crossed(kept, readers, sources, Logits)
+        """The kept edges from which a path leads to the logits.
+
+        Paths lead along kept edges, and along edges of the model that the graph lacks.
+
+        Raises:
+            InputError: the graph names no model, so that it is unknown which edges it lacks.
+        """
+        return self.paths.reaching_logits(kept)
 
     def reached_from_inputs(self, kept: EdgeMask) -> EdgeMask:
-        """The kept edges to which a path of kept edges leads from an embedding."""
-        sources, readers = self._steps
-        return self._crossed(kept, sources, readers, Embed | TokenEmbed | PosEmbed)
+        """The kept edges to which a path leads from an embedding; see `reaching_logits`."""
+        return self.paths.reached_from_inputs(kept)
 
-    def _crossed(
-        self, kept: EdgeMask, begin: Steps, end: Steps, kind: type[Node] | UnionType
-    ) -> EdgeMask:
-        """The kept edges on paths of steps from `begin` to `end` that leave nodes of a kind."""
-        allowed = np.ones(len(begin), dtype=bool)
-        allowed[: len(kept)] = kept.numpy()
-        is_first = [isinstance(node, kind) for node in self.nodes]
-        # No path begins at keys and values.
-        not_first = np.zeros_like(is_first)
-        reached = np.concatenate([is_first, not_first])
-        crossed = np.zeros_like(allowed)
-        while True:
-            # Follow one more step of every path, until no further step is crossed.
-            crossing = allowed & reached[begin]
-            if np.array_equal(crossing, crossed):
-                return torch.from_numpy(crossed[: len(kept)])
-            crossed = crossing
-            reached[end[crossed]] = True
+    @cached_property
+    def paths(self) -> Paths:
+        """Where paths can lead.
+
+        Raises:
+            InputError: the graph names no model, so that it is unknown which edges it lacks.
+        """
+        shape = {} if self.model is None else self.model.shape
+        if not FACTS <= shape.keys():
+            raise InputError(
+                "this graph does not name its model, so it is unknown which of the model's edges "
+                "it lacks, and paths may lead along those; cut it from component_graph(model) with "
+                "graph.only(edges), or give Graph(...) that graph's model."
+            )
+        return self.paths_in(Components.of(shape, self.splits_embedding))
+
+    def paths_in(self, components: Components) -> Paths:
+        """Where paths can lead in a model of these components.
+
+        Raises:
+            InputError: the graph has an edge that such a model lacks.
+        """
+        whole = Graph.complete(components, self.positions, causal=self.causal)
+        source, reader = whole._steps
+        own = self._numbers_in(whole)
+        # Steps along edges that the graph lacks, and through attention, need no kept edge.
+        always = np.delete(np.arange(len(source)), own)
+        order = np.concatenate([own, always])
+        return Paths(whole.nodes, source[order], reader[order], len(own))
 
     @property
     def _columns(self) -> tuple[EdgeIndex, EdgeIndex, EdgeIndex]:
@@ -178,14 +269,61 @@ class Graph:
     def _edge_index(self) -> dict[Edge, int]:
         return {edge: index for index, edge in enumerate(self.edges)}
 
+    @cached_property
+    def _numbers_of(self) -> dict[Node, list[int]]:
+        """The indices of each node; without a position, those at all positions."""
+        numbers = defaultdict(list)
+        for number, node in enumerate(self.nodes):
+            for named in {node, at_position(node, None)}:
+                numbers[named].append(number)
+        return dict(numbers)
+
+    def _numbers_in(self, whole: Graph) -> EdgeNumbers:
+        """The index of each edge in the graph of all edges."""
+        numbers = [whole.node_index.get(node, -1) for node in self.nodes]
+        place, n_nodes = torch.tensor(numbers, dtype=torch.long), len(whole.nodes)
+
+        def keys(source: EdgeIndex, target: EdgeIndex, slot: EdgeIndex) -> EdgeNumbers:
+            # One integer per edge. No source is the last node, so that -1 makes no key of an edge.
+            slots = target * (len(SLOTS) + 1) + slot + 1
+            return (slots * n_nodes + source).numpy()
+
+        own = keys(place[self.source], place[self.target], self.slot)
+        known = keys(*whole._columns)
+        order = known.argsort()
+        near = known.searchsorted(own, sorter=order)
+        found = order[near.clip(max=len(order) - 1)]
+        wrong = np.flatnonzero(known[found] != own)
+        if len(wrong):
+            name = self.model.name if self.model else "this model"
+            raise InputError(
+                f"this graph is not a component graph of {name}: the model has no edge "
+                f"{self.edges[wrong[0]]}."
+            )
+        return found
+
+    def _checked_mask(self, mask: Tensor) -> EdgeMask:
+        if mask.dtype != torch.bool or mask.shape != (len(self),):
+            raise InputError(
+                f"a mask of {mask.dtype} and shape {tuple(mask.shape)} cannot choose among the "
+                f"graph's edges; it must be boolean, of shape ({len(self)},)."
+            )
+        return mask.cpu()
+
+    @property
+    def _some_nodes(self) -> str:
+        if not self.nodes:
+            return "it has none"
+        first = ", ".join(map(str, self.nodes[:3]))
+        return f"it has {first}, ... {self.nodes[-1]} ({len(self.nodes)} nodes)"
+
     def _why_not(self, edge: Edge) -> str:
         for node in (edge.source, edge.target):
             if node not in self.node_index:
-                first = ", ".join(map(str, self.nodes[:3]))
-                last = f"{self.nodes[-1]} ({len(self.nodes)} nodes)"
-                return f"it has no node {node}; it has {first}, ... {last}."
+                return f"it has no node {node}; {self._some_nodes}."
         return (
-            f"{edge.source} does not write where {edge.target} reads; sources come before targets."
+            f"{edge.source} does not write where {edge.target} reads, or the graph was made "
+            "without this edge."
         )
 
     @cached_property
@@ -239,6 +377,11 @@ class PooledFeatureGraph(Graph):
     executors: ClassVar[Names] = ("features",)
 
     transcoders: TranscodersIdentity = field(kw_only=True)
+
+    @cached_property
+    def paths(self) -> Paths:
+        """Where paths can lead: along edges only, since nothing passes between other features."""
+        return Paths(self.nodes, *self._steps, len(self))
 
 
 def check_is_graph(graph: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,10 +70,13 @@ def identity(model: Model) -> ModelIdentity:
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(checksum(parameter.detach()))
-    # What makes circuits of one model meaningless in another.
-    shape = {name: getattr(model.cfg, name) for name in SHAPE}
     name = str(model.cfg.model_name)
-    return ModelIdentity(name, shape, digest.hexdigest())
+    return ModelIdentity(name, shape_of(model), digest.hexdigest())
+
+
+def shape_of(model: Model) -> dict[str, Any]:
+    """Return what makes circuits of one model meaningless in another."""
+    return {name: getattr(model.cfg, name) for name in SHAPE}
 
 
 def _architecture(model: Model) -> str:

@@ -70,11 +70,14 @@ class EdgeLayout:
         positions = [node.position for node in graph.nodes]  # type: ignore[attr-defined]
         slots = (*SLOTS, None)  # no slot is -1, which indexes the last column
         rows = _places(product(components, slots), all_targets)
-        rows = rows.view(-1, len(slots))
-        span = _places(positions, spans)[graph.target]
+        rows = rows.view(len(components), len(slots))
+        span_of_node = _places(positions, spans)
+        span = span_of_node[graph.target]
         target = rows[graph.target, graph.slot]
         source = _places(components, nodes)[graph.source]
         missing = (span < 0) | (target < 0) | (source < 0)
+        # An edge leads from a position to the same one.
+        missing |= span != span_of_node[graph.source]
         if missing.any():
             first = int(missing.nonzero()[0])
             edge = graph.edges[first]
@@ -83,6 +86,14 @@ class EdgeLayout:
                 f"edge {edge}."
             )
         shape = (len(spans), len(all_targets), len(nodes))
+        taken = torch.zeros(shape, dtype=torch.bool)
+        taken[span, target, source] = True
+        n_twice = len(graph) - int(taken.sum())
+        if n_twice:
+            raise InputError(
+                f"{n_twice} edges of the graph come twice, so whether a circuit keeps them is not "
+                "defined; give each edge once."
+            )
         return EdgeLayout(nodes, targets, shape, span, target, source)
 
     @property
@@ -125,7 +136,7 @@ def _places(items: Items, order: Items) -> Tensor:
     """The place [item] of each item in an order; -1 for what is not there."""
     place = {item: index for index, item in enumerate(order)}
     places = [place.get(item, -1) for item in items]
-    return torch.tensor(places)
+    return torch.tensor(places, dtype=torch.long)
 
 
 def _each_target(targets: Iterable[HookedTarget]) -> Iterator[Target]:

@@ -33,6 +33,7 @@ from circuits.discovery.discoverer import (
     as_json,
     code_of,
 )
+from circuits.discovery.search_space import SearchSpace
 from circuits.evaluation.evaluate import Evaluation, evaluate
 from circuits.graph.circuit import FILE, Circuit
 from circuits.graph.graph import Graph
@@ -109,6 +110,7 @@ def run(
     graph: Graph | None = None,
     progress: Progress | None = None,
     notes: Mapping[str, Any] | None = None,
+    **part: Any,
 ) -> CircuitRun:
     """Discover a circuit into a run folder, resume an interrupted run, or return a finished one.
 
@@ -116,6 +118,8 @@ def run(
         out: the folder of all runs.
         graph: the edges to choose from; by default the component graph, or the method's own graph.
         notes: recorded as well, for example the names and seeds of model and task.
+        part: where a search may search, as in `CircuitDiscoverer.discover`: `start`, `frozen_in`,
+            `frozen_out`, `layers` and `nodes`.
 
     Raises:
         InputError: a setting cannot be used, or a file there is damaged or from a newer version.
@@ -134,8 +138,9 @@ def run(
     check_task(model, task)
     # A note that has no form in JSON is told before the search.
     json_text(notes or {})
-    graph = discoverer.search_graph(model, graph)
-    key = on_first(lambda: _digest(discoverer, model, task, graph))
+    part = {name: value for name, value in part.items() if value is not None}
+    space = discoverer.search_space(model, graph, **part)
+    key = on_first(lambda: _digest(discoverer, model, task, space))
     folder = Path(out) / task.name / f"{discoverer.name}-{key[:8]}"
     # Only the first rank looks: another may see the folder late, on a network disk.
     if on_first(lambda: is_file(folder / RECORD)):
@@ -147,7 +152,7 @@ def run(
         resumed = is_file(checkpoint)
         started = time.perf_counter()
         with counting_passes(model) as passes:
-            circuit = _discover(discoverer, model, task, graph, checkpoint, progress)
+            circuit = _discover(discoverer, model, task, checkpoint, progress, space, part)
         seconds = time.perf_counter() - started
         record = {
             **_describe(discoverer, model, task, circuit),
@@ -283,13 +288,16 @@ def _discover(
     discoverer: CircuitDiscoverer,
     model: Model,
     task: Task,
-    graph: Graph,
     checkpoint: Path,
     progress: Progress | None,
+    space: SearchSpace,
+    part: Mapping[str, Any],
 ) -> Circuit:
-    state = checkpoint if isinstance(discoverer, Resumable) else None
+    options = {"graph": space.graph, "progress": progress, **part}
+    if isinstance(discoverer, Resumable):
+        options["checkpoint"] = checkpoint
     try:
-        circuit = discoverer.discover(model, task, graph=graph, checkpoint=state, progress=progress)
+        circuit = discoverer.discover(model, task, **options)
     except RankError as error:
         saved = f"the state is in {checkpoint}" if checkpoint.exists() else "nothing was saved yet"
         raise RankError(f"{error}; {saved}: run the same command again") from error
@@ -341,13 +349,11 @@ def _taking_turns(folder: Path) -> Iterator[None]:
         yield
 
 
-def _digest(
-    discoverer: CircuitDiscoverer, model: Model, task: Task, graph: Graph, **search: Any
-) -> str:
-    """Hash what a run depends on; `search` holds further arguments of `discover`."""
-    method = [discoverer.identity(), code_of(discoverer).text]
-    weights = identity(model).weights
-    parts = [method, weights, task.digest(), graph.positions, code_digest(search).key()]
+def _digest(discoverer: CircuitDiscoverer, model: Model, task: Task, space: SearchSpace) -> str:
+    """Hash what a run depends on."""
+    graph = space.graph
+    method = [{**discoverer.identity(), **space.identity()}, code_of(discoverer).text]
+    parts = [method, identity(model).weights, task.digest(), graph.positions]
     edges = (graph.source, graph.target, graph.slot)
     return digest(parts, edges)
 

@@ -102,9 +102,9 @@ def random_task(model: Model, prompts: int, tokens: int, *, seed: int = 0) -> ci
 def truncated(graph: circuits.Graph, edges: int) -> circuits.Graph:
     """Some of a graph's edges, evenly spread; a search tries these and keeps the others."""
     some = torch.linspace(0, len(graph) - 1, min(edges, len(graph))).long()
-    return circuits.Graph(
-        graph.nodes, graph.source[some], graph.target[some], graph.slot[some], model=graph.model
-    )
+    chosen = torch.zeros(len(graph), dtype=torch.bool)
+    chosen[some] = True
+    return graph.only(chosen)
 
 
 def _parameter_shapes(config: Mapping[str, Any]) -> dict[str, torch.Size]:

@@ -32,9 +32,9 @@ class TaskOptions(ModelOptions):
     task: str | None = None
     """The name of a task; `circuits list` shows them. By default ioi."""
     data: Path | None = None
-    """Your own prompts instead of a task: a file of JSON lines, a JSON list, or a table (.csv, .tsv)
-    with clean, corrupted, answer and wrong_answer; EAP-IG's tables and MIB's data sets are understood.
-    All prompts are used for discovery and for evaluation."""
+    """Your own prompts instead of a task: a file of JSON lines, a JSON list or a table (.csv, .tsv)
+    with clean, corrupted, answer and wrong_answer; EAP-IG's and MIB's data too. All prompts are
+    used for discovery and for evaluation."""
     seed: int | None = None
     """Seed for drawing prompts; by default 0."""
     skip_misfits: bool = False
@@ -51,6 +51,7 @@ class DiscoverOptions(TaskOptions):
     $ circuits discover --method acdc --threshold 0.01 --task ioi
     $ circuits discover --method eap-ig --steps 10 --task greater_than --size 50
     $ circuits discover --method eap --data prompts.jsonl --model gpt2 --size 200
+    $ circuits discover --method acdc --threshold 0.01 --start runs/ioi/eap-1a2b3c4d --start-size 99
     $ torchrun --nproc-per-node=4 -m -- circuits discover --method acdc --threshold 0.01 --n 64
 
     The last one shares the work among four devices. Without `--`, torchrun would take `--n` for
@@ -71,6 +72,13 @@ class DiscoverOptions(TaskOptions):
     positions: str | None = None
     """Split edges by span (names separated by commas, such as IO,S1,S1+1,S2,END), or by position
     (the number of positions)."""
+    layers: str | None = None
+    """Try only edges into heads and MLPs of these layers, such as 6-11 or 0,2-4; for methods that
+    search."""
+    start: Path | None = None
+    """Start the search from the circuit of this run folder; edges outside it are ablated."""
+    start_size: int | None = None
+    """Start from that many edges of that circuit, grown from the logits by their |score|."""
     out: Path = Path("runs")
     """The folder of all runs. A run that is already there is not computed again."""
 

@@ -26,6 +26,7 @@ from circuits.discovery.search.edge_order import OrderName, chains
 from circuits.discovery.search.measurement import Measurement
 from circuits.discovery.search.speculation import Speculation
 from circuits.discovery.search.state import Search, SearchState, check_threshold
+from circuits.discovery.search_space import SearchSpace
 from circuits.graph.circuit import Circuit
 from circuits.graph.graph import EdgeMask, Graph
 from circuits.models import Model
@@ -61,10 +62,10 @@ def sequential(search: Search, measure: Measurement) -> None:
 class ACDC(Resumable):
     """Remove edges, one at a time from the logits back, whose removal does little damage.
 
-    The search starts from the whole graph. An edge is removed if its removal raises the damage by
-    less than the threshold, given all that was removed before. Edges into a target that no longer
-    reaches the logits are removed without being tried. Scores are the measured increases in damage;
-    edges never tried alone have no score.
+    The search starts from the whole graph, or from a circuit, see `discover`. An edge is removed if
+    its removal raises the damage by less than the threshold, given all that was removed before.
+    Edges into a target that no longer reaches the logits are removed without being tried. Scores
+    are the measured increases in damage; edges never tried alone have no score.
 
     Reference: Conmy et al. 2023, https://arxiv.org/abs/2304.14997
 
@@ -110,14 +111,14 @@ class ACDC(Resumable):
         check_threshold(self.threshold)
 
     @override
-    def find(
-        self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
+    def search(
+        self, model: Model, task: Task, space: SearchSpace, saved: Checkpoint, progress: Progress
     ) -> Circuit:
         if saved.is_new:
-            progress(0, len(chains(graph, self.order)))
-        guess = self._guess(model, graph, task)
-        meter = self.meter(model, graph, task)
-        return self._search(graph, meter, saved, progress, guess)
+            progress(0, len(chains(space.graph, self.order, space.tried)))
+        guess = self._guess(model, space.graph, task)
+        meter = self.meter(model, space.graph, task)
+        return self._search(space, meter, saved, progress, guess)
 
     def sweep(
         self,
@@ -129,6 +130,7 @@ class ACDC(Resumable):
         guess: Circuit | None = None,
         checkpoint: str | Path | None = None,
         progress: Progress | None = None,
+        **part: Any,
     ) -> list[Circuit]:
         """The circuits that `discover` finds at several thresholds, in the order given.
 
@@ -142,6 +144,8 @@ class ACDC(Resumable):
             checkpoint: a folder with one file per threshold, from which an interrupted sweep
                 resumes.
             progress: called with (done, total), over all thresholds.
+            part: where to search, as in `discover`: `start`, `frozen_in`, `frozen_out`, `layers`
+                and `nodes`.
 
         Raises:
             InputError: there is no threshold, or a negative one; `guess` is over another graph;
@@ -151,52 +155,57 @@ class ACDC(Resumable):
         wanted = [real(each, "threshold") for each in items(thresholds, "thresholds")]
         descending = sorted(set(wanted), reverse=True)
         methods = [replace(self, threshold=each) for each in descending]
-        graph = self.search_graph(model, graph)
-        _check_sweep(descending, guess, graph, checkpoint)
-        stays = methods[0]._guess(model, graph, task) if guess is None else guess.kept
-        meter = self.meter(model, graph, task)
+        space = self.search_space(model, graph, **part)
+        _check_sweep(descending, guess, space.graph, checkpoint)
+        stays = methods[0]._guess(model, space.graph, task) if guess is None else guess.kept
+        meter = self.meter(model, space.graph, task)
         found: dict[float, Circuit] = {}
         report = progress or no_progress
         for number, method in enumerate(methods):
-            saved = method._checkpoint_in(checkpoint, graph, task)
-            part = partial(_report_part, report, number, len(methods))
-            circuit = method._search(graph, meter, saved, part, stays)
+            saved = method._checkpoint_in(checkpoint, space, task)
+            report_part = partial(_report_part, report, number, len(methods))
+            circuit = method._search(space, meter, saved, report_part, stays)
             found[method.threshold] = circuit
             stays = circuit.kept
         return [found[threshold] for threshold in wanted]
 
-    def _checkpoint_in(self, folder: str | Path | None, graph: Graph, task: Task) -> Checkpoint:
+    def _checkpoint_in(
+        self, folder: str | Path | None, space: SearchSpace, task: Task
+    ) -> Checkpoint:
         name = f"{self.threshold}.safetensors"
         file = None if folder is None else Path(folder, name)
-        return Checkpoint.open(file, self.identity(), graph, task)
+        identity = {**self.identity(), **space.identity()}
+        return Checkpoint.open(file, identity, space.graph, task)
 
     def _search(
         self,
-        graph: Graph,
+        space: SearchSpace,
         meter: DamageMeter,
         saved: Checkpoint,
         progress: Progress,
         stays: EdgeMask | None,
     ) -> Circuit:
         """Search from the saved state on; `stays=None` guesses from the search's own decisions."""
-        order = chains(graph, self.order)
-        state = SearchState.start(graph, meter, stays)
-        search = Search(graph, meter, order, state, saved, progress)
+        order = chains(space.graph, self.order, space.tried)
+        state = SearchState.start(space, meter, stays)
+        search = Search(space, meter, order, state, saved, progress)
         measure = Measurement(search, self.threshold, self.absolute, self._confirms)
         if self.speculate:
             Speculation(search, measure, learns=stays is None).run()
         else:
             sequential(search, measure)
         record = self.record(**self._record_fields(search))
-        return Circuit(graph, state.scores, state.kept, record=record)
+        return Circuit(space.graph, state.scores, state.kept, record=record)
 
     def _record_fields(self, search: Search) -> dict[str, Any]:
         """What the record says of a finished search."""
         state = search.state
+        space = search.space
         found = {name: getattr(state, name) for name in RECORDED}
+        found["search_space"] = space.counts()
         found["accepted"] = state.evaluations / max(1, state.measured)
-        # Baseline: one forward pass, which computes every node, for every edge.
-        all_nodes = len(search.graph) * computed_nodes(search.graph)
+        # Baseline: one forward pass, which computes every node, for every edge tried.
+        all_nodes = int(space.tried.sum()) * computed_nodes(space.graph)
         found["saving"] = all_nodes / max(1, state.node_evaluations)
         found["damage"] = _final_damage(search)
         if search.meter.exact is not None and self._confirms:

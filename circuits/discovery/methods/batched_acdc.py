@@ -22,9 +22,9 @@ from typing_extensions import override
 from circuits.discovery.checkpoint import Checkpoint
 from circuits.discovery.discoverer import SPEED_ONLY, Progress, Resumable
 from circuits.discovery.search.edge_order import GroupName, edge_groups
-from circuits.discovery.search.state import Removals, check_threshold
+from circuits.discovery.search.state import BEFORE, Removals, check_threshold, damage_at_start
+from circuits.discovery.search_space import SearchSpace
 from circuits.graph.circuit import Circuit
-from circuits.graph.graph import Graph
 from circuits.models import Model
 from circuits.running.ablation import Ablation
 from circuits.running.damage import DamageMeter
@@ -54,7 +54,8 @@ RECORDED = (
 class BatchedState(Removals):
     """What has been decided so far."""
 
-    # The group in which each edge was removed; the number of groups for kept edges
+    # The group in which each edge was removed; the number of groups for kept edges, BEFORE for
+    # those not in the circuit that the search started from
     removed_in: Int[Tensor, " edge"]
     # The number of finished groups
     groups_done: int = 0
@@ -70,15 +71,14 @@ class BatchedState(Removals):
     bisections: int = 0
 
     @staticmethod
-    def start(graph: Graph, meter: DamageMeter, groups: int) -> BatchedState:
-        """The whole graph, with nothing tried."""
-        shape = (len(graph),)
-        kept = torch.ones(shape, dtype=torch.bool)
+    def start(space: SearchSpace, meter: DamageMeter, groups: int) -> BatchedState:
+        """Nothing tried."""
+        kept = space.kept.clone()
         return BatchedState(
             kept=kept,
-            scores=torch.full(shape, torch.nan, dtype=torch.float64),
-            damage=float(meter(kept[None])),
-            removed_in=torch.full(shape, groups),
+            scores=torch.full(kept.shape, torch.nan, dtype=torch.float64),
+            damage=damage_at_start(space, meter),
+            removed_in=torch.where(kept, groups, BEFORE),
         )
 
     def remove(self, edges: Group) -> None:
@@ -143,18 +143,19 @@ class BatchedACDC(Resumable):
             )
 
     @override
-    def find(
-        self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
+    def search(
+        self, model: Model, task: Task, space: SearchSpace, saved: Checkpoint, progress: Progress
     ) -> Circuit:
-        groups = edge_groups(graph, self.group)
+        graph = space.graph
+        groups = edge_groups(graph, self.group, space.tried)
         if saved.is_new:
             progress(0, len(groups))
         meter = self.meter(model, graph, task)
-        state = BatchedState.start(graph, meter, len(groups))
+        state = BatchedState.start(space, meter, len(groups))
         search = BatchedSearch(meter, state, self.threshold, self.verify)
         search.run(groups, saved, progress)
         found = {name: getattr(state, name) for name in RECORDED}
-        record = self.record(**found)
+        record = self.record(**found, search_space=space.counts())
         return Circuit(graph, state.scores, state.kept, record=record)
 
 

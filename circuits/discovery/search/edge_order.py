@@ -1,7 +1,7 @@
 """The order in which sequential searches try edges, which is part of their result.
 
 Every order goes from the logits back to the embeddings, so that nothing upstream of the tested edge
-has been ablated.
+has been ablated, unless the search started without it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import partial
 from itertools import groupby
 from typing import Literal, get_args
 
-from circuits.graph.graph import Graph
+from circuits.graph.graph import EdgeMask, Graph
 from circuits.graph.nodes import MLP, Head, Logits, Node
 from circuits.system.errors import InputError
 
@@ -31,8 +31,8 @@ class Trial:
     together: bool = False
 
 
-def edge_order(graph: Graph, order: OrderName) -> list[Trial]:
-    """Every edge of a component graph, in the order in which to try them.
+def edge_order(graph: Graph, order: OrderName, tried: EdgeMask | None = None) -> list[Trial]:
+    """Every edge of a component graph, or those to be `tried`, in the order in which to try them.
 
     "topological": the logits; then, layer by layer from the top, the MLP and the heads from the
     highest, each v, k, q. Sources come from the most downstream up, `pos_embed` before `tok_embed`;
@@ -53,7 +53,7 @@ def edge_order(graph: Graph, order: OrderName) -> list[Trial]:
             "the original code knows no positions; use order='topological' for a graph split by "
             "position."
         )
-    slots = _edges_by_slot(graph)
+    slots = _edges_by_slot(graph, tried)
     trials = []
     rank = partial(_rank, graph, order)
     targets = sorted(slots, key=rank)
@@ -66,7 +66,7 @@ def edge_order(graph: Graph, order: OrderName) -> list[Trial]:
     return trials
 
 
-def chains(graph: Graph, order: OrderName) -> list[list[Trial]]:
+def chains(graph: Graph, order: OrderName, tried: EdgeMask | None = None) -> list[list[Trial]]:
     """The trials of an order, in groups: those into one target, or the group tests of one layer."""
 
     def chain_of(trial: Trial) -> tuple[bool, object]:
@@ -74,12 +74,14 @@ def chains(graph: Graph, order: OrderName) -> list[list[Trial]]:
         layer, _ = _layer_and_kind((edge.target, edge.slot))
         return trial.together, layer if trial.together else edge.target
 
-    trials = edge_order(graph, order)
+    trials = edge_order(graph, order, tried)
     groups = groupby(trials, key=chain_of)
     return [list(chain) for _, chain in groups]
 
 
-def edge_groups(graph: Graph, group: GroupName | int) -> list[tuple[int, ...]]:
+def edge_groups(
+    graph: Graph, group: GroupName | int, tried: EdgeMask | None = None
+) -> list[tuple[int, ...]]:
     """The topological order, cut into groups of consecutive edges.
 
     Args:
@@ -90,7 +92,7 @@ def edge_groups(graph: Graph, group: GroupName | int) -> list[tuple[int, ...]]:
     Raises:
         InputError: the graph is not a component graph.
     """
-    trials = edge_order(graph, "topological")
+    trials = edge_order(graph, "topological", tried)
     edges = [edge for trial in trials for edge in trial.edges]
     if isinstance(group, int):
         starts = range(0, len(edges), group)
@@ -106,10 +108,12 @@ def edge_groups(graph: Graph, group: GroupName | int) -> list[tuple[int, ...]]:
     return [tuple(part) for _, part in groups]
 
 
-def _edges_by_slot(graph: Graph) -> dict[TargetSlot, list[int]]:
+def _edges_by_slot(graph: Graph, tried: EdgeMask | None) -> dict[TargetSlot, list[int]]:
     """The edges into each slot of each target, from the most downstream source up."""
     slots: dict[TargetSlot, list[int]] = {}
     order = graph.source.argsort(descending=True, stable=True)
+    if tried is not None:
+        order = order[tried[order]]
     for index in order.tolist():
         edge = graph.edges[index]
         slot = (edge.target, edge.slot)

@@ -135,6 +135,6 @@ class Speculation:
     @cached_property
     def _kind(self) -> Int[np.ndarray, " edge"]:
         """The same number for edges from one source into the same slot of any target."""
-        graph = self.search.graph
+        graph = self.search.space.graph
         kind = graph.source * 4 + graph.slot
         return kind.numpy()

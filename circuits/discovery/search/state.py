@@ -15,11 +15,12 @@ from circuits.discovery.checkpoint import Checkpoint, TensorState
 from circuits.discovery.discoverer import EdgeScores, Progress
 from circuits.discovery.search.confirmation import Damages, Increases, Noise
 from circuits.discovery.search.edge_order import Trial
-from circuits.graph.graph import EdgeMask, Graph
+from circuits.discovery.search_space import SearchSpace
+from circuits.graph.graph import EdgeMask
 from circuits.running.damage import DamageMeter
 from circuits.system.errors import InputError
 
-NEVER = 1 << 62
+NEVER, BEFORE = 1 << 62, -1
 Group = list[int]
 """Edges that are removed together; most groups have one edge."""
 Decisions = Bool[np.ndarray, " group"]
@@ -59,7 +60,8 @@ class SearchState(Removals, Noise):
     A chain is what is tried between two targets, see `edge_order.chains`.
     """
 
-    # `announced` when each edge was removed; NEVER for kept edges
+    # `announced` when each edge was removed; NEVER for kept edges, BEFORE for those not in the
+    # circuit that the search started from
     removed_at: Int[Tensor, " edge"]
     # The number of finished chains
     chains_done: int = 0
@@ -80,17 +82,17 @@ class SearchState(Removals, Noise):
     wrong: int = 0
 
     @staticmethod
-    def start(graph: Graph, meter: DamageMeter, stays: EdgeMask | None) -> SearchState:
-        """The whole graph, with nothing tried; `stays=None` expects that all edges go."""
-        shape = (len(graph),)
-        kept = torch.ones(shape, dtype=torch.bool)
+    def start(space: SearchSpace, meter: DamageMeter, stays: EdgeMask | None) -> SearchState:
+        """Nothing tried; `stays=None` expects that all edges go."""
+        kept = space.kept.clone()
+        none = torch.zeros_like(kept)
         return SearchState(
             kept=kept,
-            scores=torch.full(shape, torch.nan, dtype=torch.float32),
-            damage=float(meter(kept[None])),
-            removed_at=torch.full(shape, NEVER),
-            stays=~kept if stays is None else stays,
-            expected=~kept,
+            scores=torch.full(kept.shape, torch.nan, dtype=torch.float32),
+            damage=damage_at_start(space, meter),
+            removed_at=torch.where(kept, NEVER, BEFORE),
+            stays=none if stays is None else stays,
+            expected=none.clone(),
         )
 
     def remove(self, edges: Sequence[int]) -> None:
@@ -104,9 +106,9 @@ class SearchState(Removals, Noise):
 
 @dataclass
 class Search:
-    """Walks through the edges of a graph in a fixed order."""
+    """Walks through the edges of a search space in a fixed order."""
 
-    graph: Graph
+    space: SearchSpace
     meter: DamageMeter
     chains: list[list[Trial]]
     state: SearchState
@@ -159,7 +161,7 @@ class Search:
         """At a new target, tell the executor about H, which the next circuits are close to."""
         state = self.state
         first_edges = [group[0] for group in groups]
-        targets = self.graph.target.numpy()[first_edges].tolist()
+        targets = self.space.graph.target.numpy()[first_edges].tolist()
         target = targets[state.decided]
         at_start = state.decided == 0
         self.at_new_target = at_start or target != targets[state.decided - 1]
@@ -212,6 +214,23 @@ def without_each(
     without = np.tile(kept.numpy(), shape)
     without[:, np.concatenate(groups)] = ~gone
     return torch.from_numpy(without)
+
+
+def damage_at_start(space: SearchSpace, meter: DamageMeter) -> float:
+    """Measure the circuit that a search starts from.
+
+    Raises:
+        InputError: nothing that the search could remove changes the logits.
+    """
+    live = meter.reaching_logits(space.kept)
+    if not (live & space.tried).any():
+        counts = space.counts()
+        raise InputError(
+            f"none of the {counts['tried']} edges to try reaches the logits, with "
+            f"{counts['frozen_out']} others ablated from the start; start from a circuit that "
+            "reaches them, such as scores.greedy(n), or from a graph with edges."
+        )
+    return float(meter(space.kept[None]))
 
 
 def check_threshold(threshold: float) -> None:

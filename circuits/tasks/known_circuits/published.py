@@ -7,8 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from circuits.graph.circuit import Circuit
+from circuits.graph.components import Components
+from circuits.graph.graph import Graph
+from circuits.graph.identity import ModelIdentity
 from circuits.models import Model
-from circuits.models.component_graph import ModelShape, component_graph
+from circuits.models.component_graph import component_graph
 from circuits.models.identity import check_fits
 from circuits.system.errors import InputError
 from circuits.system.messages import suggestion
@@ -65,7 +68,9 @@ def published_circuit(name: str, model: Model | None = None) -> Circuit:
         )
     record = published[name]
     shape, by_source = record.pop("shape"), record.pop("edges")
-    graph = ModelShape(**shape).graph(record["model"])
+    # Nothing is known of the weights here.
+    known = ModelIdentity(record["model"], shape, weights="")
+    graph = replace(Graph.complete(Components(**shape), None, causal=True), model=known)
     if model is not None:
         own = component_graph(model)
         check_fits(model, graph)

@@ -1,0 +1,98 @@
+"""Paths through a graph: along its edges, along edges that are always kept, through attention."""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import UnionType
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from circuits.graph.nodes import Embed, Logits, Node, PosEmbed, TokenEmbed
+
+EdgeMask = Bool[Tensor, " edge"]
+Steps = Int[np.ndarray, " step"]
+Ends = Bool[np.ndarray, " end"]
+
+
+@dataclass(frozen=True, eq=False)
+class Paths:
+    """Steps between the ends of edges.
+
+    Attributes:
+        nodes: end n is node n, and end len(nodes) + n what node n, a head, reads through k and v.
+        source, reader: the two ends of each step. First come the edges of a graph; the other steps
+            can always be taken.
+        n_edges: the number of the graph's edges.
+    """
+
+    nodes: tuple[Node, ...]
+    source: Steps
+    reader: Steps
+    n_edges: int
+
+    def reaching_logits(self, kept: EdgeMask) -> EdgeMask:
+        """The kept edges from which a path leads to the logits."""
+        return self._crossed(kept, self.reader, self.source, Logits)
+
+    def reached_from_inputs(self, kept: EdgeMask) -> EdgeMask:
+        """The kept edges to which a path leads from an embedding."""
+        return self._crossed(kept, self.source, self.reader, Embed | TokenEmbed | PosEmbed)
+
+    def grown(self, ranked: Sequence[int], n: int) -> list[int]:
+        """Grow a circuit from the logits: n times, add the first of the `ranked` edges whose target
+        reaches the logits by then. Fewer if no more can.
+        """
+        ranks_into = defaultdict(list)
+        for rank, edge in enumerate(ranked):
+            ranks_into[int(self.reader[edge])].append(rank)
+        reaching = np.zeros(2 * len(self.nodes), dtype=bool)
+        new = self._ends(Logits)
+        candidates: list[int] = []
+        chosen: list[int] = []
+        while True:
+            for end in self._opened(reaching, new):
+                for rank in ranks_into[end]:
+                    heapq.heappush(candidates, rank)
+            if not candidates or len(chosen) == n:
+                return chosen
+            edge = ranked[heapq.heappop(candidates)]
+            chosen.append(edge)
+            new = np.zeros_like(reaching)
+            new[self.source[edge]] = True
+
+    def _opened(self, reaching: Ends, new: Ends) -> list[int]:
+        """Add new ends, and those from which steps that need no edge lead there; return these."""
+        source, reader = self.source[self.n_edges :], self.reader[self.n_edges :]
+        before = reaching.copy()
+        while (new & ~reaching).any():
+            reaching |= new
+            new = np.zeros_like(reaching)
+            new[source[reaching[reader]]] = True
+        return np.flatnonzero(reaching & ~before).tolist()
+
+    def _ends(self, kind: type[Node] | UnionType) -> Ends:
+        is_kind = [isinstance(node, kind) for node in self.nodes]
+        # No path begins at keys and values.
+        return np.concatenate([is_kind, np.zeros_like(is_kind)]).astype(bool)
+
+    def _crossed(
+        self, kept: EdgeMask, begin: Steps, end: Steps, kind: type[Node] | UnionType
+    ) -> EdgeMask:
+        """The kept edges on paths of steps from `begin` to `end` that leave nodes of a kind."""
+        allowed = np.ones(len(begin), dtype=bool)
+        allowed[: self.n_edges] = kept.numpy()
+        reached = self._ends(kind)
+        crossed = np.zeros_like(allowed)
+        while True:
+            # Follow one more step of every path, until no further step is crossed.
+            crossing = allowed & reached[begin]
+            if np.array_equal(crossing, crossed):
+                return torch.from_numpy(crossed[: self.n_edges])
+            crossed = crossing
+            reached[end[crossed]] = True
