@@ -713,7 +713,10 @@ def test_outputs_given_must_name_every_source_and_fit(task):
         ({"m1": "much"}, "m1 is a str"),
         ({**sources, "m1": torch.zeros(24, dtype=torch.complex64)}, "m1 is complex"),
         ({**sources, "m1": torch.full((24,), torch.nan)}, "m1 has entries that are not finite"),
-        ({**sources, "m1": torch.full((24,), 1e300).double()}, "not finite in torch.float32"),
+        (
+            {**sources, "m1": torch.full((24,), 1e300, dtype=torch.float64)},
+            "not finite in torch.float32",
+        ),
         ({**sources, MLP(1): torch.zeros(24)}, "m1 twice"),
     ]:
         with pytest.raises(circuits.InputError, match=message):
