@@ -1,15 +1,19 @@
 """Running circuits: what must hold whatever the architecture and the executor."""
 
+import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pandas.testing
 import pytest
 import torch
 from architectures import ARCHITECTURES, VOCAB, random_model, random_task
 from changed_models import HONOURED, REFUSED
+from random_transcoders import random_transcoders
 
 import circuits
 from circuits.graph.nodes import MLP, Head, Node
+from circuits.models import counting_passes
 from circuits.models.component_graph import component_nodes
 from circuits.models.source_outputs import source_outputs
 from circuits.running import run as execution
@@ -703,3 +707,59 @@ class TestModelsThatAUserHasChanged:
 def whole_logits(model, tokens) -> torch.Tensor:
     with torch.no_grad():
         return model(tokens)
+
+
+@pytest.fixture
+def threads_that_take_turns_often():
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("threads_that_take_turns_often")
+def test_threads_that_share_a_model_find_what_each_finds_alone():
+    model, task = random_model("llama"), random_task(batch=2)
+    transcoders, graph = random_transcoders(model), circuits.component_graph(model)
+    few = circuits.EAP().discover(model, task).top(20)
+    computations = {
+        "acdc": lambda: circuits.ACDC(0.3).discover(model, task, graph=graph).scores,
+        "eap": lambda: circuits.EAP().discover(model, task, graph=graph).scores,
+        "hooks": lambda: circuits.run_circuit(model, few, task, executor="hooks"),
+        "features": lambda: (
+            circuits.AttributionGraph(transcoders).attribute(model, [3, 1, 2]).weight
+        ),
+    }
+    alone = {name: compute() for name, compute in computations.items()}
+
+    def same_each_time(name: str) -> bool:
+        found = [computations[name]() for _ in range(8)]
+        return all(torch.allclose(each, alone[name], equal_nan=True) for each in found)
+
+    with ThreadPoolExecutor(len(computations)) as pool:
+        results = dict(zip(computations, pool.map(same_each_time, computations), strict=True))
+    assert results == dict.fromkeys(computations, True)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_pass_is_counted_in_the_thread_that_makes_it(task):
+    model = random_model("gpt2")
+    with counting_passes(model) as counts, ThreadPoolExecutor(1) as pool:
+        pool.submit(circuits.model_logits, model, task).result()
+        assert counts == {"forward_passes": 0, "prompts_run": 0}
+        circuits.model_logits(model, task)
+    assert counts == {"forward_passes": 1, "prompts_run": len(task)}
+
+
+def test_a_model_is_free_again_when_a_run_of_it_raises(task):
+    model = random_model("gpt2")
+    model.add_hook("hook_embed", lambda x, hook: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        circuits.model_logits(model, task)
+    with pytest.raises(ZeroDivisionError):
+        circuits.EAP().discover(model, task)
+    model.reset_hooks()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(circuits.model_logits, model, task).result(timeout=60)
