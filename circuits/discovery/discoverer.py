@@ -13,7 +13,7 @@ from torch import Tensor
 from circuits.discovery.checkpoint import Checkpoint
 from circuits.graph.circuit import Circuit
 from circuits.graph.graph import Graph
-from circuits.models import Model
+from circuits.models import Model, check_model
 from circuits.models.component_graph import component_graph
 from circuits.running.damage import DamageMeter
 from circuits.running.settings import RunSettings
@@ -92,6 +92,7 @@ class CircuitDiscoverer:
         Raises:
             InputError: the model, task, graph, checkpoint or settings cannot be used.
         """
+        check_model(model)
         if not isinstance(self, Resumable):
             self.refuse_checkpoint(checkpoint)
         graph = self.search_graph(model, graph)

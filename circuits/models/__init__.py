@@ -42,5 +42,12 @@ from circuits.models.hooked_run import (
     separate_inputs,
     unembed,
 )
-from circuits.models.loading import EMBEDDED, Model, build_model, load_model, save_model
+from circuits.models.loading import (
+    EMBEDDED,
+    Model,
+    build_model,
+    check_class,
+    load_model,
+    save_model,
+)
 from circuits.models.weights import ModelWeights

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from circuits.graph.graph import Graph
 from circuits.graph.identity import ModelIdentity
-from circuits.models import Model
+from circuits.models import Model, check_class
 from circuits.system.errors import InputError
 
 # Prefixes of settings that change no logit: hook flags, where a model is, where it came from.
@@ -55,6 +55,7 @@ def check_fits(model: Model, graph: Graph) -> None:
 
 def identity(model: Model) -> ModelIdentity:
     """Return the model's name, its shape, and a fingerprint of its weights and architecture."""
+    check_class(model)
     # The fingerprint is the same on every device and whatever hook flags are set.
     architecture = _architecture(model).encode()
     digest = hashlib.blake2b(architecture, digest_size=16)

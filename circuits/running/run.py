@@ -111,6 +111,7 @@ def run_variants(
     If the prompts do not fit into memory together they are run in parts; means are still taken
     over all of them.
     """
+    check_model(model)
     if kept.dtype != torch.bool or kept.shape[1:] != (len(graph),):
         raise InputError(
             f"kept has shape {tuple(kept.shape)} of {kept.dtype}; it must be [variant, edge] of "

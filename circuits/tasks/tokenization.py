@@ -15,7 +15,7 @@ from jaxtyping import Int, Integer
 from torch import Tensor
 
 from circuits.graph.nodes import check_position_name
-from circuits.models import Model
+from circuits.models import Model, check_class
 from circuits.system.errors import InputError
 from circuits.tasks.messages import quoted, shorten
 from circuits.tasks.prompts import CharSpan, PromptPair
@@ -56,6 +56,7 @@ class PromptTokenizer:
     @staticmethod
     def of(model: Model) -> PromptTokenizer:
         """The prompt tokenizer of a model, or an InputError if it has no tokenizer."""
+        check_class(model)
         cfg, tokenizer = model.cfg, model.tokenizer
         if tokenizer is None:
             name = cfg.model_name

@@ -36,7 +36,7 @@ from circuits.discovery.discoverer import SPEED_ONLY, JsonObject, Progress, Resu
 from circuits.graph.circuit import Circuit
 from circuits.graph.graph import Graph
 from circuits.graph.identity import TranscodersIdentity
-from circuits.models import Model
+from circuits.models import Model, check_model
 from circuits.models.component_graph import REST
 from circuits.models.identity import identity
 from circuits.system.errors import InputError
@@ -181,6 +181,7 @@ class AttributionGraph(Resumable):
         Raises:
             InputError: see `attribute`; or `explain` has another length than `prompts`.
         """
+        check_model(model)
         wanted = _wanted(prompts, explain)
 
         def directions(number: int, local: LocalModel) -> list[Direction]:
