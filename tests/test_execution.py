@@ -678,6 +678,48 @@ class TestModelsThatAUserHasChanged:
                 compute()
             assert "\n" not in str(error.value) and len(str(error.value)) <= 500
 
+    def test_a_hook_that_fails_with_separate_inputs_is_named(self, task):
+        def change(x, hook):
+            _, _, d_model = x.shape
+            return x / d_model
+
+        model = random_model("gpt2")
+        model.add_hook("blocks.1.ln1.hook_normalized", change)
+        whole = circuits.Circuit.full(circuits.component_graph(model))
+        told = r"ValueError: 'too many values .*blocks\.1\.ln1\.hook_normalized"
+        with pytest.raises(circuits.InputError, match=told):
+            circuits.run_circuit(model, whole, task)
+
+    def test_a_hook_that_mixes_the_embeddings_of_tokens_is_honoured(self, task):
+        model = random_model("gpt2")
+        model.add_hook("hook_embed", lambda x, hook: x + x.mean(1, keepdim=True))
+        even = task[task.lengths == task.clean.shape[1]]
+        graph = circuits.component_graph(model)
+        kept = torch.stack([~graph.mask([]), graph.mask([])])
+        found = circuits.run_circuits(model, graph, kept, even)
+        for logits, tokens in zip(found, (even.clean, even.corrupted), strict=True):
+            expected = whole_logits(model, tokens)[even.scored]
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+    def test_a_hook_of_torch_on_all_modules_is_honoured(self, task):
+        def halve_norms(module, arguments, output):
+            return output * 0.5 if type(module).__name__ == "LayerNorm" else None
+
+        model = random_model("gpt2")
+        whole = circuits.Circuit.full(circuits.component_graph(model))
+        handle = torch.nn.modules.module.register_module_forward_hook(halve_norms)
+        try:
+            found, expected = circuits.run_circuit(model, whole, task), model(task.clean)
+        finally:
+            handle.remove()
+        torch.testing.assert_close(found, expected[task.scored].detach(), atol=1e-4, rtol=0)
+
+    def test_a_hook_that_writes_over_what_gradients_need_is_refused(self, task):
+        model = random_model("gpt2")
+        model.add_hook("blocks.1.ln1.hook_scale", lambda x, hook: x.mul_(0.5))
+        with pytest.raises(circuits.InputError, match=r"in place .*ln1\.hook_scale"):
+            circuits.EAP().discover(model, task)
+
     def test_hooks_in_a_context_act_inside_of_it_only(self, task):
         model = random_model("gpt2")
         graph = circuits.component_graph(model)

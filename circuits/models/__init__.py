@@ -12,6 +12,7 @@ from circuits.models.changes import (
     changes,
     check_differentiable,
     check_model,
+    check_unchanged,
     named,
     turn,
 )

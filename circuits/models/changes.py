@@ -120,6 +120,17 @@ def check_model(model: Model) -> None:
         raise InputError(f"{model.cfg.model_name} cannot be run as it is: {problems[0]}.")
 
 
+def check_unchanged(model: Model) -> None:
+    """Refuse what `check_model` refuses, and changes, where weights must say what is computed."""
+    check_model(model)
+    if found := changes(model):
+        raise InputError(
+            f"{model.cfg.model_name} is not what its weights say: {named(found)}. Features and "
+            "attribution graphs are computed from weights; remove hooks with "
+            "reset_hooks(including_permanent=True), or load the model anew."
+        )
+
+
 def check_differentiable(model: Model) -> None:
     """Refuse weights that no gradient can pass."""
     if any(parameter.is_inference() for parameter in model.parameters()):

@@ -21,9 +21,11 @@ from circuits.models import (
     Model,
     ModelWeights,
     attention_output_hook,
+    changes,
     copies_per_head,
     hooked,
     input_hook,
+    named,
     output_hook,
     projection_hook,
     residual_hook,
@@ -216,13 +218,25 @@ class GradientPass:
         live = {name: each for name, each in seen_before.items() if each.requires_grad}
         live[last] = final
         wanted = [*live.values(), logits]
-        *found, at_logits = torch.autograd.grad(damage, wanted, allow_unused=True)
+        *found, at_logits = self._differentiated(damage, wanted)
+        assert at_logits is not None
         pairs = zip(live, found, strict=True)
         # Nothing flows back past an activation that was overridden.
         reached = {name: gradient for name, gradient in pairs if gradient is not None}
         steepest = float(at_logits.abs().max())
         norms = () if self.separate else self._norms(seen)
         return Gradients(self.model, self.rules, norms, reached, self.separate, steepest)
+
+    def _differentiated(self, damage: Tensor, wanted: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        try:
+            return torch.autograd.grad(damage, wanted, allow_unused=True)
+        except RuntimeError as error:
+            if "inplace operation" not in str(error):
+                raise
+            raise InputError(
+                "a hook writes in place over an activation that gradients need "
+                f"({named(changes(self.model))}); let it return a new tensor."
+            ) from error
 
     def _norms(self, seen: Activations) -> Norms:
         weights = ModelWeights(self.model)
