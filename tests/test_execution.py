@@ -1,6 +1,8 @@
 """Running circuits: what must hold whatever the architecture and the executor."""
 
+import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -10,9 +12,11 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, VOCAB, random_model, random_task
 from changed_models import HONOURED, REFUSED
+from random_transcoders import random_transcoders
 
 import circuits
 from circuits.graph.nodes import MLP, Head, Node
+from circuits.models import counting_passes
 from circuits.models.component_graph import component_nodes
 from circuits.models.source_outputs import source_outputs
 from circuits.running import run as execution
@@ -874,6 +878,48 @@ class TestModelsThatAUserHasChanged:
                 compute()
             assert "\n" not in str(error.value) and len(str(error.value)) <= 500
 
+    def test_a_hook_that_fails_with_separate_inputs_is_named(self, task):
+        def change(x, hook):
+            _, _, d_model = x.shape
+            return x / d_model
+
+        model = random_model("gpt2")
+        model.add_hook("blocks.1.ln1.hook_normalized", change)
+        whole = circuits.Circuit.full(circuits.component_graph(model))
+        told = r"ValueError: 'too many values .*blocks\.1\.ln1\.hook_normalized"
+        with pytest.raises(circuits.InputError, match=told):
+            circuits.run_circuit(model, whole, task)
+
+    def test_a_hook_that_mixes_the_embeddings_of_tokens_is_honoured(self, task):
+        model = random_model("gpt2")
+        model.add_hook("hook_embed", lambda x, hook: x + x.mean(1, keepdim=True))
+        even = task[task.lengths == task.clean.shape[1]]
+        graph = circuits.component_graph(model)
+        kept = torch.stack([~graph.mask([]), graph.mask([])])
+        found = circuits.run_circuits(model, graph, kept, even)
+        for logits, tokens in zip(found, (even.clean, even.corrupted), strict=True):
+            expected = whole_logits(model, tokens)[even.scored]
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+    def test_a_hook_of_torch_on_all_modules_is_honoured(self, task):
+        def halve_norms(module, arguments, output):
+            return output * 0.5 if type(module).__name__ == "LayerNorm" else None
+
+        model = random_model("gpt2")
+        whole = circuits.Circuit.full(circuits.component_graph(model))
+        handle = torch.nn.modules.module.register_module_forward_hook(halve_norms)
+        try:
+            found, expected = circuits.run_circuit(model, whole, task), model(task.clean)
+        finally:
+            handle.remove()
+        torch.testing.assert_close(found, expected[task.scored].detach(), atol=1e-4, rtol=0)
+
+    def test_a_hook_that_writes_over_what_gradients_need_is_refused(self, task):
+        model = random_model("gpt2")
+        model.add_hook("blocks.1.ln1.hook_scale", lambda x, hook: x.mul_(0.5))
+        with pytest.raises(circuits.InputError, match=r"in place .*ln1\.hook_scale"):
+            circuits.EAP().discover(model, task)
+
     def test_hooks_in_a_context_act_inside_of_it_only(self, task):
         model = random_model("gpt2")
         graph = circuits.component_graph(model)
@@ -1035,3 +1081,59 @@ def test_what_unequal_prompts_cannot_do_is_refused_with_the_remedy(unequal, toy_
     )
     with pytest.raises(circuits.InputError, match="span 'B' begins before the span before it ends"):
         Task.from_prompts(toy_world, [crossed])
+
+
+@pytest.fixture
+def threads_that_take_turns_often():
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("threads_that_take_turns_often")
+def test_threads_that_share_a_model_find_what_each_finds_alone():
+    model, task = random_model("llama"), random_task(batch=2)
+    transcoders, graph = random_transcoders(model), circuits.component_graph(model)
+    few = circuits.EAP().discover(model, task).top(20)
+    computations = {
+        "acdc": lambda: circuits.ACDC(0.3).discover(model, task, graph=graph).scores,
+        "eap": lambda: circuits.EAP().discover(model, task, graph=graph).scores,
+        "hooks": lambda: circuits.run_circuit(model, few, task, executor="hooks"),
+        "features": lambda: (
+            circuits.AttributionGraph(transcoders).attribute(model, [3, 1, 2]).weight
+        ),
+    }
+    alone = {name: compute() for name, compute in computations.items()}
+
+    def same_each_time(name: str) -> bool:
+        found = [computations[name]() for _ in range(5)]
+        return all(torch.allclose(each, alone[name], equal_nan=True) for each in found)
+
+    with ThreadPoolExecutor(len(computations)) as pool:
+        results = dict(zip(computations, pool.map(same_each_time, computations), strict=True))
+    assert results == dict.fromkeys(computations, True)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_pass_is_counted_in_the_thread_that_makes_it(task):
+    model = random_model("gpt2")
+    with counting_passes(model) as counts, ThreadPoolExecutor(1) as pool:
+        pool.submit(circuits.model_logits, model, task).result()
+        assert counts == {"forward_passes": 0, "prompts_run": 0}
+        circuits.model_logits(model, task)
+    assert counts == {"forward_passes": 1, "prompts_run": len(task)}
+
+
+def test_a_model_is_free_again_when_a_run_of_it_raises(task):
+    model = random_model("gpt2")
+    model.add_hook("hook_embed", lambda x, hook: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        circuits.model_logits(model, task)
+    with pytest.raises(ZeroDivisionError):
+        circuits.EAP().discover(model, task)
+    model.reset_hooks()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(circuits.model_logits, model, task).result(timeout=60)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers
-from architectures import random_model
+from architectures import random_model, random_task
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import circuits
@@ -273,6 +273,78 @@ def test_cuda_that_is_not_there_is_an_error_that_says_what_to_do(monkeypatch):
         circuits.load_model("toy-world", device="cuda")
 
 
-def test_something_else_than_a_hooked_transformer_is_refused(unchecked_types):
-    with pytest.raises(circuits.InputError, match="expected a HookedTransformer, got Linear"):
-        circuits.component_graph(torch.nn.Linear(2, 2))
+CALLS = {
+    "graph": lambda model, task, graph: circuits.component_graph(model),
+    "eap": lambda model, task, graph: circuits.EAP().discover(model, task),
+    "acdc": lambda model, task, graph: circuits.ACDC(0.1).discover(model, task, graph=graph),
+    "random": lambda model, task, graph: circuits.RandomScores().discover(model, task, graph=graph),
+    "logits": lambda model, task, graph: circuits.model_logits(model, task),
+    "run": lambda model, task, graph: circuits.run_circuit(
+        model, circuits.Circuit.full(graph), task
+    ),
+    "evaluation": lambda model, task, graph: circuits.evaluate(
+        model, circuits.Circuit.full(graph), task
+    ),
+    "curve": lambda model, task, graph: circuits.faithfulness_curve(
+        model, circuits.Circuit.full(graph), task, [3]
+    ),
+    "attribution graph": lambda model, task, graph: circuits.AttributionGraph(
+        "toy-world-clt"
+    ).attribute(model, "Dallas is in"),
+    "task": lambda model, task, graph: circuits.load_task("ioi", model, n=2),
+    "prompts": lambda model, task, graph: circuits.Task.from_prompts(
+        model, [circuits.PromptPair("So Mary", "So John")]
+    ),
+    "saving": lambda model, task, graph: circuits.save_model(model, "nowhere"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("call", CALLS)
+def test_something_else_than_a_hooked_transformer_is_refused(call, toy_world, unchecked_types):
+    task, graph = circuits.load_task("ioi", toy_world, n=2), circuits.component_graph(toy_world)
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=20)
+    for wrong, told in (
+        (torch.nn.Linear(2, 2), "expected a HookedTransformer, got Linear; load it with"),
+        (None, "got NoneType; load it with circuits.load_model"),
+        ("toy-world", "got str; load it with"),
+        (transformers.GPT2LMHeadModel(config), "got GPT2LMHeadModel; load it with"),
+        (torch.nn.DataParallel(toy_world), r"got DataParallel; hand over its \.module"),
+        (torch.compile(toy_world), r"got OptimizedModule; hand over its \._orig_mod"),
+    ):
+        with pytest.raises(circuits.InputError, match=told):
+            CALLS[call](wrong, task, graph)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            lambda model: model.half(),
+            r"embed\.W_E is in torch\.float16 .*model\.to\(torch\.float16",
+        ),
+        (lambda model: model.double(), r"in torch\.float64 and cfg\.dtype is torch\.float32"),
+        (lambda model: model.unembed.bfloat16(), r"unembed\.W_U is in torch\.bfloat16"),
+        (lambda model: torch.nn.Module.to(model, "meta"), "on the meta device"),
+        (lambda model: setattr(model.cfg, "device", "cuda"), r"on cpu .*model\.to\('cpu'\)"),
+        (lambda model: setattr(model.cfg, "device", None), r"on cpu .*model\.to\('cpu'\)"),
+        (lambda model: setattr(model.cfg, "n_layers", 3), r"2 layers and cfg\.n_layers is 3"),
+    ],
+)
+def test_settings_that_do_not_say_what_the_weights_are_refused(change, told):
+    model, task = random_model("gpt2"), random_task()
+    graph = circuits.component_graph(model)
+    change(model)
+    for call in ("logits", "run", "acdc", "eap", "evaluation"):
+        with pytest.raises(circuits.InputError, match=f"cannot be run as it is: .*{told}"):
+            CALLS[call](model, task, graph)
+
+
+def test_a_model_that_transformer_lens_converts_to_another_type_is_run_in_it(capsys):
+    model, task = random_model("gpt2"), random_task()
+    plain = circuits.EAP().discover(model, task).scores
+    model.to(torch.float64)
+    assert circuits.model_logits(model, task).dtype == torch.float64
+    torch.testing.assert_close(
+        circuits.EAP().discover(model, task).scores, plain, atol=1e-5, rtol=1e-4
+    )

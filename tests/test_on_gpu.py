@@ -222,3 +222,33 @@ def test_what_replaces_outputs_and_what_is_inside_a_circuits_run_are_the_same(na
 
     for here, there in zip(*on_both(found), strict=True):
         torch.testing.assert_close(there.cpu(), here, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        lambda: torch.autocast("cuda", dtype=torch.bfloat16),
+        lambda: torch.device("cuda"),
+        torch.inference_mode,
+    ],
+    ids=["autocast", "default device", "inference mode"],
+)
+def test_results_are_those_without_the_mode(mode):
+    model = circuits.load_model("toy-world", device="cuda")
+    task = circuits.load_task("ioi", model, n=4)
+    methods = [circuits.EAP(), circuits.ACDC(0.02), circuits.ActivationPatching()]
+    plain = [method.discover(model, task).scores for method in methods]
+    logits = circuits.model_logits(model, task)
+    with mode():
+        found = [method.discover(model, task).scores for method in methods]
+        again = circuits.model_logits(model, task)
+    for here, there in zip((*plain, logits), (*found, again), strict=True):
+        torch.testing.assert_close(there, here, rtol=0, atol=1e-5, equal_nan=True)
+
+
+def test_a_model_moved_behind_its_settings_is_refused():
+    model = circuits.load_model("toy-world", device="cpu")
+    task = circuits.load_task("ioi", model, n=2)
+    torch.nn.Module.cuda(model)
+    with pytest.raises(circuits.InputError, match=r"on cuda:0 and cfg\.device is cpu"):
+        circuits.model_logits(model, task)

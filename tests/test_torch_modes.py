@@ -79,7 +79,7 @@ COMPUTED = {
     ),
     "random": lambda model, task, transcoders: circuits.RandomScores().discover(model, task).scores,
     "evaluation": lambda model, task, transcoders: (
-        circuits.evaluate(model, half(model), task).table().to_numpy()
+        circuits.evaluate(model, half(model), task).table().to_numpy(copy=True)
     ),
     "attribution graph": lambda model, task, transcoders: (
         circuits.AttributionGraph(transcoders).attribute(model, PROMPT).weight

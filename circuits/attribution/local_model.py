@@ -32,12 +32,10 @@ from circuits.models import (
     Model,
     ModelWeights,
     cause,
-    changes,
-    check_model,
+    check_unchanged,
     frozen,
     mlp_output_hook,
     mlp_residual_hook,
-    named,
     output_hook,
     pattern_hook,
     plain_inputs,
@@ -211,15 +209,8 @@ def check_transcoders(model: Model, transcoders: Transcoders) -> None:
         InputError: the model has a part that cannot be frozen or replaced, or the transcoders
             have other layers or another width.
     """
-    check_model(model)
+    check_unchanged(model)
     cfg = model.cfg
-    changed = changes(model)
-    if changed:
-        raise InputError(
-            f"{cfg.model_name} is not what its weights say: {named(changed)}. Attribution graphs "
-            "and features are computed from weights; remove hooks with "
-            "reset_hooks(including_permanent=True), or load the model anew."
-        )
     found = _cannot_be_frozen(model)
     if found:
         raise InputError(

@@ -15,7 +15,7 @@ from circuits.discovery.checkpoint import Checkpoint
 from circuits.discovery.search_space import Edges, Layers, SearchSpace
 from circuits.graph.circuit import Circuit
 from circuits.graph.graph import Graph, NodesOrTexts, check_is_graph
-from circuits.models import Model, cause
+from circuits.models import Model, cause, check_model
 from circuits.models.component_graph import component_graph
 from circuits.running.damage import DamageMeter
 from circuits.running.run import model_logits
@@ -142,6 +142,7 @@ class CircuitDiscoverer(CheckedFields):
             InputError: the model, task, graph, checkpoint or settings cannot be used; the method
                 does not search, or there is nothing to search; or scores are not finite.
         """
+        check_model(model)
         if not isinstance(self, Resumable):
             self.refuse_checkpoint(checkpoint)
         check_task(model, task)

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.graph.circuit import Circuit, check_is_circuit
-from circuits.models import Model
+from circuits.models import Model, check_model
 from circuits.running.ablation import Ablation
 from circuits.running.run import model_logits, run_variants
 from circuits.running.settings import RunSettings
@@ -239,6 +239,7 @@ def evaluations(
         raise InputError(
             "these circuits are over different graphs; evaluate each graph's circuits separately."
         )
+    check_model(model)
     task = task.to(model.cfg.device)
     whole = model_logits(model, task)
     kept = [circuit.kept for circuit in circuits]

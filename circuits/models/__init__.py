@@ -12,6 +12,7 @@ from circuits.models.changes import (
     changes,
     check_differentiable,
     check_model,
+    check_unchanged,
     named,
     turn,
 )
@@ -43,6 +44,13 @@ from circuits.models.hooked_run import (
     separate_inputs,
     unembed,
 )
-from circuits.models.loading import EMBEDDED, Model, build_model, load_model, save_model
+from circuits.models.loading import (
+    EMBEDDED,
+    Model,
+    build_model,
+    check_class,
+    load_model,
+    save_model,
+)
 from circuits.models.overflow import cause, check_weights, count_not_finite
 from circuits.models.weights import ModelWeights

@@ -20,7 +20,7 @@ from torch.nn.modules import module as every_module
 from transformer_lens import components
 from transformer_lens.hook_points import HookPoint
 
-from circuits.models.loading import Model
+from circuits.models.loading import Model, check_class
 from circuits.system.errors import InputError
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -41,8 +41,6 @@ NORM_TYPES: dict[str, type[nn.Module]] = {
 # What attention scores of later tokens are set to; up to this, softmax gives them nothing.
 LARGEST_MASKED = -1e4
 EMBEDDING = ("embed", "hook_embed", "pos_embed", "hook_pos_embed")
-# Under these names wrappers keep the model.
-INSIDE = ("_orig_mod", "module", "base_model", "model")
 WHOLE = "the model itself"
 
 Changes = dict[str, str]
@@ -108,21 +106,29 @@ def last_step_changed(model: Model) -> bool:
     return has_norm and is_changed(model.ln_final, _final_norm_type(model))
 
 
-def check_model(model: object) -> None:
+def check_model(model: Model) -> None:
     """Refuse what is no HookedTransformer, or one that cannot be run as it is.
 
     Raises:
         InputError: it is of another class; it is compiled; hooks are where edges are ablated or on
             the model itself; or its settings do not say where and in which type its weights are.
     """
-    if not isinstance(model, Model):
-        inside = [name for name in INSIDE if isinstance(getattr(model, name, None), Model)]
-        remedy = f"hand over its .{inside[0]}" if inside else "load it with circuits.load_model"
-        raise InputError(f"expected a HookedTransformer, got {type(model).__name__}; {remedy}.")
+    check_class(model)
     with turn(model):
         problems = [*_unusable_parts(model), *_unusable_weights(model)]
     if problems:
         raise InputError(f"{model.cfg.model_name} cannot be run as it is: {problems[0]}.")
+
+
+def check_unchanged(model: Model) -> None:
+    """Refuse what `check_model` refuses, and changes, where weights must say what is computed."""
+    check_model(model)
+    if found := changes(model):
+        raise InputError(
+            f"{model.cfg.model_name} is not what its weights say: {named(found)}. Features and "
+            "attribution graphs are computed from weights; remove hooks with "
+            "reset_hooks(including_permanent=True), or load the model anew."
+        )
 
 
 def check_differentiable(model: Model) -> None:
@@ -153,17 +159,23 @@ def _unusable_parts(model: Model) -> Iterator[str]:
 
 def _unusable_weights(model: Model) -> Iterator[str]:
     cfg = model.cfg
+    if len(model.blocks) != cfg.n_layers:
+        has = f"it has {len(model.blocks)} layers and cfg.n_layers is {cfg.n_layers}"
+        yield f"{has}; make them equal"
     expected = torch.device(cfg.device or "cpu")
-    if expected.type == "cuda" and expected.index is None:
+    if expected == torch.device("cuda") and torch.cuda.is_available():
         expected = torch.device("cuda", torch.cuda.current_device())
     for name, parameter in model.named_parameters():
         device, dtype = parameter.device, parameter.dtype
         if device.type == "meta":
             yield f"{name} is on the meta device, without values; load the weights"
-        elif device != expected and cfg.n_devices == 1:
+        elif cfg.device is None or (device != expected and cfg.n_devices == 1):
             yield f"{name} is on {device} and cfg.device is {cfg.device}; use model.to('{device}')"
         elif dtype != cfg.dtype and dtype.is_floating_point:
-            yield f"{name} is in {dtype} and cfg.dtype is {cfg.dtype}; use model.to({cfg.dtype})"
+            yield (
+                f"{name} is in {dtype} and cfg.dtype is {cfg.dtype}; use model.to({dtype}) or "
+                f"model.to({cfg.dtype}), which set both"
+            )
 
 
 def _hooks(owner: Any, prefix: str = "", names: Iterable[str] = HOOKS) -> Iterator[object]:

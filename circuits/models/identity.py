@@ -12,7 +12,7 @@ from torch import Tensor
 
 from circuits.graph.graph import Graph, check_is_graph
 from circuits.graph.identity import ModelIdentity
-from circuits.models import Model, check_weights
+from circuits.models import Model, check_class, check_weights
 from circuits.system.errors import InputError
 
 # Prefixes of settings that change no logit: hook flags, where a model is, where it came from.
@@ -62,6 +62,7 @@ def identity(model: Model) -> ModelIdentity:
     Raises:
         InputError: weights are not finite.
     """
+    check_class(model)
     check_weights(model)
     # The fingerprint is the same on every device and whatever hook flags are set.
     architecture = _architecture(model).encode()

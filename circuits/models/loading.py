@@ -41,11 +41,12 @@ from circuits.system.files import (
     write_json,
     write_tensors,
 )
-from circuits.system.kinds import expect
 from circuits.system.torch_modes import without_modes
 
 Model = HookedTransformer
 Weights = Mapping[str, Tensor]
+# Under these names wrappers keep a model.
+INSIDE = ("_orig_mod", "module", "base_model", "model")
 EMBEDDED = "toy-world"
 ASSETS = Path(__file__).parents[1] / "assets"
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -149,6 +150,15 @@ def build_model(
     return model.eval()
 
 
+def check_class(model: object) -> None:
+    """Refuse anything but a HookedTransformer."""
+    if isinstance(model, Model):
+        return
+    inside = [name for name in INSIDE if isinstance(getattr(model, name, None), Model)]
+    remedy = f"hand over its .{inside[0]}" if inside else "load it with circuits.load_model"
+    raise InputError(f"expected a HookedTransformer, got {type(model).__name__}; {remedy}.")
+
+
 def save_model(model: Model, folder: str | Path) -> None:
     """Write config.json, model.safetensors and the tokenizer's files, for `load_model`.
 
@@ -164,7 +174,7 @@ def save_model(model: Model, folder: str | Path) -> None:
     ...     circuits.save_model(model, folder)
     ...     loaded = circuits.load_model(folder)
     """
-    expect(model, Model, "a HookedTransformer", "load it with circuits.load_model")
+    check_class(model)
     folder = Path(folder)
     # Types and devices are chosen when the model is loaded.
     settings = model.cfg.to_dict()

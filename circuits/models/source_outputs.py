@@ -25,6 +25,7 @@ from circuits.models import (
     scored_logits,
     separate_inputs,
 )
+from circuits.models.changes import Changes
 from circuits.system.errors import InputError
 
 Tokens = Int[Tensor, "batch pos"]
@@ -174,8 +175,7 @@ def check_honoured(
             expected = run_to_logits(model, some, real)[rows]
             # Circuits run as copies of the prompts.
             twice = [each.repeat(2, 1) for each in (some, real, rows)]
-            with separate_inputs(model):
-                separate = run_to_residual(model, *twice[:2])
+            separate = _with_separate_inputs(model, found, *twice[:2])
             first, second = scored_logits(model, separate, twice[2]).chunk(2)
             logits = [scored_logits(model, residual, rows), first, second]
             gap = max(relative_gap(each, expected) for each in logits)
@@ -185,6 +185,21 @@ def check_honoured(
                     f"heads have separate inputs, [batch, pos, head, d_model]: {named(found)}; "
                     "let it act on each vector of the last axis alone, or remove it."
                 )
+
+
+def _with_separate_inputs(model: Model, found: Changes, tokens: Tokens, mask: Mask) -> Residual:
+    try:
+        with separate_inputs(model):
+            return run_to_residual(model, tokens, mask)
+    except torch.OutOfMemoryError:
+        raise
+    # A user's hook may raise anything. It did not when the model ran as it is.
+    except Exception as error:
+        raise InputError(
+            f"{model.cfg.model_name} cannot be run where heads have separate inputs, [batch, pos, "
+            f"head, d_model] ({type(error).__name__}: {str(error)[:80]!r}): {named(found)}; "
+            "let it act on each vector of the last axis alone, or remove it."
+        ) from error
 
 
 @torch.no_grad()

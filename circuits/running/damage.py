@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.graph.graph import Graph
-from circuits.models import Model
+from circuits.models import Model, check_model
 from circuits.models.component_graph import reaching_logits
 from circuits.running.executor import Executor, get_executor
 from circuits.running.incremental.executor import IncrementalExecutor
@@ -43,6 +43,7 @@ class DamageMeter:
         """Run the clean and the counterfactual prompts once, for all circuits to come."""
         metric, precision = settings.metric, settings.precision
         assert metric is not None
+        check_model(model)
         # All that is measured is on the model's device.
         task = task.to(model.cfg.device)
         executor = get_executor(model, graph, task, settings)

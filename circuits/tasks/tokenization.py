@@ -16,9 +16,8 @@ from jaxtyping import Int, Integer
 from torch import Tensor
 
 from circuits.graph.nodes import check_position_name
-from circuits.models import Model
+from circuits.models import Model, check_class
 from circuits.system.errors import InputError
-from circuits.system.kinds import expect
 from circuits.system.messages import quoted, shorten
 from circuits.system.numbers import shown
 from circuits.tasks.alignment import aligned
@@ -85,7 +84,7 @@ class PromptTokenizer:
             prepend_bos: whether prompts begin with BOS, exactly once, even if the text has it;
                 False puts nothing in front; None takes the model's default.
         """
-        expect(model, Model, "a HookedTransformer", "load it with circuits.load_model")
+        check_class(model)
         cfg, tokenizer = model.cfg, model.tokenizer
         name = cfg.model_name
         if tokenizer is None:

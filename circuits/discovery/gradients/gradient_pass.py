@@ -22,9 +22,11 @@ from circuits.models import (
     Model,
     ModelWeights,
     attention_output_hook,
+    changes,
     copies_per_head,
     hooked,
     input_hook,
+    named,
     output_hook,
     projection_hook,
     residual_hook,
@@ -36,6 +38,7 @@ from circuits.models import (
 from circuits.models.propagation import PropagationRules
 from circuits.models.source_outputs import SourceOutputs, output_groups
 from circuits.running.edge_layout import HookedTarget
+from circuits.system.errors import InputError
 from circuits.tasks.metrics import check_finite
 from circuits.tasks.task import Task
 
@@ -212,14 +215,26 @@ class GradientPass:
         seen_before = {name: seen[name] for name in before}
         live = {name: each for name, each in seen_before.items() if each.requires_grad}
         live[last] = final
-        wanted = [*live.values()]
-        found = torch.autograd.grad(logits, wanted, slopes, allow_unused=True)
+        found = self._differentiated(logits, slopes, [*live.values()])
         pairs = zip(live, found, strict=True)
         # Nothing flows back past an activation that was overridden.
         reached = {name: gradient for name, gradient in pairs if gradient is not None}
         steepest = float(slopes.abs().max())
         norms = () if self.separate else self._norms(seen)
         return Gradients(self.model, self.rules, norms, reached, self.separate, steepest)
+
+    def _differentiated(
+        self, logits: Logits, slopes: Logits, wanted: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        try:
+            return torch.autograd.grad(logits, wanted, slopes, allow_unused=True)
+        except RuntimeError as error:
+            if "inplace operation" not in str(error):
+                raise
+            raise InputError(
+                "a hook writes in place over an activation that gradients need "
+                f"({named(changes(self.model))}); let it return a new tensor."
+            ) from error
 
     def _norms(self, seen: Activations) -> Norms:
         weights = ModelWeights(self.model)

@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from circuits.models import Model
+from circuits.models import Model, check_unchanged
 from circuits.models.identity import checksum, identity
 from circuits.system.errors import InputError
 from circuits.system.files import read_tensors, write_tensors
@@ -369,6 +369,7 @@ def _squares(vectors: Vectors) -> LayerNumbers:
 
 
 def _check(model: Model, config: Training) -> None:
+    check_unchanged(model)
     cfg = model.cfg
     if cfg.attn_only:
         raise InputError(f"{cfg.model_name} has no MLPs, so there is nothing to learn.")
