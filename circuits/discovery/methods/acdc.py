@@ -115,7 +115,7 @@ class ACDC(Resumable):
             )
 
     @override
-    def search(
+    def find_within(
         self, model: Model, task: Task, space: SearchSpace, saved: Checkpoint, progress: Progress
     ) -> Circuit:
         guess = self._guess(model, space.graph, task)
