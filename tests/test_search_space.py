@@ -9,7 +9,7 @@ from architectures import random_model, random_task
 from replay import assert_sequential
 
 import circuits
-from circuits.discovery.discoverer import CircuitDiscoverer
+from circuits.discovery.discoverer import REGISTRY, CircuitDiscoverer
 from circuits.discovery.search_space import SearchSpace
 
 THRESHOLD = 0.02
@@ -248,19 +248,26 @@ def test_methods_that_do_not_search_cannot_be_told_where(method, model, task, sc
 
 
 def test_a_users_method_with_a_find_goes_on_working_and_refuses_a_space(model, task):
-    @dataclasses.dataclass(frozen=True)
     class FromTheEnd(CircuitDiscoverer):
-        """Score edges by their place.
-
-        Reference: none; an example.
-        """
-
         name: ClassVar[str] = "from-the-end"
 
         def find(self, model, task, graph, saved, progress):
             scores = torch.arange(len(graph)).float()
             return circuits.Circuit.full(graph, scores, record=self.record())
 
+    class ConnectedACDC(circuits.ACDC):
+        name: ClassVar[str] = "connected-acdc"
+
+        def find(self, model, task, graph, saved, progress):
+            found = super().find(model, task, graph, saved, progress)
+            return dataclasses.replace(found.connected(), record={"by": "a user"})
+
     assert len(FromTheEnd().discover(model, task)) == 110
-    with pytest.raises(circuits.InputError, match="from-the-end does not search"):
-        FromTheEnd().discover(model, task, nodes=["m0"])
+    over = ConnectedACDC(THRESHOLD).discover(model, task)
+    assert over.record == {"by": "a user"}
+    assert over == circuits.ACDC(THRESHOLD).discover(model, task)
+    for method in (FromTheEnd(), ConnectedACDC(THRESHOLD)):
+        with pytest.raises(circuits.InputError, match=f"^{method.name} does not search"):
+            method.discover(model, task, nodes=["m0"])
+    for name in ("from-the-end", "connected-acdc"):
+        del REGISTRY[name]

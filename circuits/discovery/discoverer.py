@@ -67,9 +67,10 @@ def _check_scores(found: Circuit, model: Model, task: Task) -> None:
 class CircuitDiscoverer(CheckedFields):
     """A method that finds a circuit: hyperparameters are fields, data are arguments.
 
-    A subclass is a frozen dataclass that defines `find`, or `search`, or `discover` as a whole. If
-    it has a `name` it is registered: `circuits.discoverers()` and the command list it, its fields
-    are the command's options, and its docstring is the help.
+    A subclass is a frozen dataclass that defines `find`; or `find_within`, if it can be told where
+    to search; or `discover` as a whole. If it has a `name` it is registered:
+    `circuits.discoverers()` and the command list it, its fields are the command's options, and its
+    docstring is the help.
 
     >>> import circuits, dataclasses, torch
     >>> @dataclasses.dataclass(frozen=True)
@@ -153,21 +154,35 @@ class CircuitDiscoverer(CheckedFields):
             identity = {**self.identity(), **space.identity()}
             saved = Checkpoint.open(checkpoint, identity, space.graph, task)
         progress = progress or no_progress
-        return self.search(model, task, space, saved, progress)
+        if self.searches():
+            return self.find_within(model, task, space, saved, progress)
+        return self.find(model, task, space.graph, saved, progress)
 
     def find(
         self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
     ) -> Circuit:
         """Find a circuit in `graph`; `saved` holds no state unless the method is `Resumable`."""
-        raise NotImplementedError
+        space = SearchSpace.parse(graph)
+        return self.find_within(model, task, space, saved, progress)
 
-    def search(
+    def find_within(
         self, model: Model, task: Task, space: SearchSpace, saved: Checkpoint, progress: Progress
     ) -> Circuit:
-        """Find a circuit in a part of a graph: what a method defines, instead of `find`, that can
-        be told where to search.
+        """Find a circuit in a part of a graph."""
+        raise NotImplementedError
+
+    @classmethod
+    def searches(cls) -> bool:
+        """Whether the method can be told where to search: it, or a base, defines `find_within`.
+
+        A `find` defined over that cannot be told, so it is given whole graphs only.
         """
-        return self.find(model, task, space.graph, saved, progress)
+        for kind in cls.__mro__:
+            if "find_within" in vars(kind):
+                return kind is not CircuitDiscoverer
+            if "find" in vars(kind):
+                return False
+        return False
 
     def search_space(
         self, model: Model, graph: Graph | None = None, *, start: Circuit | None = None, **part: Any
@@ -179,7 +194,7 @@ class CircuitDiscoverer(CheckedFields):
         """
         given = {"start": start, **part}
         names = [f"{name}=" for name, value in given.items() if value is not None]
-        if names and type(self).search is CircuitDiscoverer.search:
+        if names and not self.searches():
             raise InputError(
                 f"{self.name} does not search, so it cannot be told where by {', '.join(names)}; "
                 "leave that out, or use a method that searches, such as ACDC."

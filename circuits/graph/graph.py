@@ -12,19 +12,17 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import product
 from typing import ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 
 from circuits.graph.components import FACTS, Components
 from circuits.graph.edges import NO_SLOT, SLOTS, Edge, EdgesOrTexts, parse_edge
 from circuits.graph.identity import ModelIdentity, TranscodersIdentity
 from circuits.graph.nodes import (
-    Head,
     Logits,
     Node,
     PosEmbed,
@@ -32,19 +30,14 @@ from circuits.graph.nodes import (
     at_position,
     parse_node,
 )
-from circuits.graph.paths import Paths, Steps
+from circuits.graph.paths import EdgeIndex, EdgeMask, EdgeNumbers, Paths, Positions
 from circuits.system.errors import InputError
 from circuits.system.kinds import expect
 
-EdgeIndex = Int[Tensor, " edge"]
-EdgeMask = Bool[Tensor, " edge"]
 ChosenEdges = EdgesOrTexts | EdgeMask | Bool[np.ndarray, " edge"]
-EdgeNumbers = Int[np.ndarray, " edge"]
 NodeMask = Bool[Tensor, " node"]
-NodeNumbers = Int[Tensor, " _"]
 NodesOrTexts = Sequence[Node | str]
 Names = tuple[str, ...]
-Positions = tuple[str | int, ...] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,16 +247,18 @@ class Graph:
             InputError: the graph has an edge that such a model lacks.
         """
         whole = Graph.complete(components, self.positions, causal=self.causal)
-        source, reader = whole._steps
         own = self._numbers_in(whole)
-        # Steps along edges that the graph lacks, and through attention, need no kept edge.
-        always = np.delete(np.arange(len(source)), own)
-        order = np.concatenate([own, always])
-        return Paths(whole.nodes, source[order], reader[order], len(own))
+        # The edges that this graph lacks are always kept.
+        return whole._own_paths.of_edges(own)
 
     @property
     def _columns(self) -> tuple[EdgeIndex, EdgeIndex, EdgeIndex]:
         return self.source, self.target, self.slot
+
+    @property
+    def _own_paths(self) -> Paths:
+        """Paths along the edges of the graph alone."""
+        return Paths.along(self.nodes, *self._columns, positions=self.positions, causal=self.causal)
 
     @cached_property
     def _edge_index(self) -> dict[Edge, int]:
@@ -326,45 +321,6 @@ class Graph:
             "without this edge."
         )
 
-    @cached_property
-    def _steps(self) -> tuple[Steps, Steps]:
-        """The two ends of each step of a path: first along the edges, then through attention."""
-        # They are numbers of nodes; the keys and values of head n are len(nodes) + n.
-        source, reader = self.source, self.target
-        if self.positions is not None:
-            # Attention carries what a head reads through k or v to other positions.
-            key, query = self._attention_steps()
-            n_nodes = len(self.nodes)
-            source = torch.cat([source, key + n_nodes])
-            carried = n_nodes * (self.slot > 0)
-            reader = torch.cat([reader + carried, query])
-        # numpy, whose operations on this few numbers take a fraction of torch's time.
-        return source.numpy(), reader.numpy()
-
-    def _attention_steps(self) -> tuple[NodeNumbers, NodeNumbers]:
-        """Pairs (a head at the position of a key, the same head where a query may attend to it)."""
-        by_head = defaultdict(list)
-        for number, node in enumerate(self.nodes):
-            if isinstance(node, Head):
-                by_head[node.label].append(number)
-        pairs: list[tuple[int, int]] = []
-        for same in by_head.values():
-            pairs += product(same, same)
-        steps = torch.tensor(pairs, dtype=torch.long)
-        key, query = steps.reshape(-1, 2).T
-        if not self._positions_in_order:
-            return key, query
-        attends = key <= query
-        return key[attends], query[attends]
-
-    @property
-    def _positions_in_order(self) -> bool:
-        """Whether attention carries information from earlier positions to later ones only."""
-        # Named spans have no order that holds for every prompt, so attention may carry information
-        # between any two of them. Numbered positions are in order.
-        named = [name for name in self.positions or () if isinstance(name, str)]
-        return self.causal and not named
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PooledFeatureGraph(Graph):
@@ -381,7 +337,7 @@ class PooledFeatureGraph(Graph):
     @cached_property
     def paths(self) -> Paths:
         """Where paths can lead: along edges only, since nothing passes between other features."""
-        return Paths(self.nodes, *self._steps, len(self))
+        return self._own_paths
 
 
 def check_is_graph(graph: object) -> None:

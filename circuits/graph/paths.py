@@ -6,6 +6,7 @@ import heapq
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from types import UnionType
 
 import numpy as np
@@ -13,9 +14,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from circuits.graph.nodes import Embed, Logits, Node, PosEmbed, TokenEmbed
+from circuits.graph.nodes import Embed, Head, Logits, Node, PosEmbed, TokenEmbed
 
+EdgeIndex = Int[Tensor, " edge"]
 EdgeMask = Bool[Tensor, " edge"]
+EdgeNumbers = Int[np.ndarray, " edge"]
+Positions = tuple[str | int, ...] | None
 Steps = Int[np.ndarray, " step"]
 Ends = Bool[np.ndarray, " end"]
 
@@ -35,6 +39,40 @@ class Paths:
     source: Steps
     reader: Steps
     n_edges: int
+
+    @staticmethod
+    def along(
+        nodes: tuple[Node, ...],
+        source: EdgeIndex,
+        target: EdgeIndex,
+        slot: EdgeIndex,
+        *,
+        positions: Positions,
+        causal: bool,
+    ) -> Paths:
+        """Paths along edges; split by position, attention carries what heads read to others.
+
+        Args:
+            causal: whether a head's output depends only on earlier positions.
+        """
+        n_nodes, n_edges = len(nodes), len(source)
+        # numpy, whose operations on this few numbers take a fraction of torch's time.
+        begin, end = source.numpy(), target.numpy()
+        if positions is not None:
+            # Named spans have no order that holds for every prompt, so attention may carry
+            # information between any two of them. Numbered positions are in order.
+            named = any(isinstance(position, str) for position in positions)
+            key, query = _attention_steps(nodes, in_order=causal and not named)
+            begin = np.concatenate([begin, key + n_nodes])
+            through_key = n_nodes * (slot.numpy() > 0)
+            end = np.concatenate([end + through_key, query])
+        return Paths(nodes, begin, end, n_edges)
+
+    def of_edges(self, own: EdgeNumbers) -> Paths:
+        """The paths of a graph that has only these edges; the others are always kept."""
+        always = np.delete(np.arange(len(self.source)), own)
+        order = np.concatenate([own, always])
+        return Paths(self.nodes, self.source[order], self.reader[order], len(own))
 
     def reaching_logits(self, kept: EdgeMask) -> EdgeMask:
         """The kept edges from which a path leads to the logits."""
@@ -96,3 +134,17 @@ class Paths:
                 return torch.from_numpy(crossed[: self.n_edges])
             crossed = crossing
             reached[end[crossed]] = True
+
+
+def _attention_steps(nodes: Sequence[Node], *, in_order: bool) -> tuple[Steps, Steps]:
+    """Pairs (a head at the position of a key, the same head where a query may attend to it)."""
+    by_head = defaultdict(list)
+    for number, node in enumerate(nodes):
+        if isinstance(node, Head):
+            by_head[node.label].append(number)
+    pairs: list[tuple[int, int]] = []
+    for same in by_head.values():
+        pairs += product(same, same)
+    key, query = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+    attends = key <= query if in_order else np.ones_like(key, dtype=bool)
+    return key[attends], query[attends]

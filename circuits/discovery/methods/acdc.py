@@ -111,7 +111,7 @@ class ACDC(Resumable):
         check_threshold(self.threshold)
 
     @override
-    def search(
+    def find_within(
         self, model: Model, task: Task, space: SearchSpace, saved: Checkpoint, progress: Progress
     ) -> Circuit:
         if saved.is_new:

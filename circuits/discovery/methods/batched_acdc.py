@@ -143,7 +143,7 @@ class BatchedACDC(Resumable):
             )
 
     @override
-    def search(
+    def find_within(
         self, model: Model, task: Task, space: SearchSpace, saved: Checkpoint, progress: Progress
     ) -> Circuit:
         graph = space.graph
