@@ -486,6 +486,8 @@ def test_text_that_brings_its_bos_keeps_the_space_after_it(bpe: Model) -> None:
         assert task.clean[0].tolist() == ids and ids.count(bpe.tokenizer.bos_token_id) == 1
         assert task.answers is not None
         assert bpe.tokenizer.decode([*ids, int(task.answers)]) == f"{text} and"
+    with pytest.raises(circuits.InputError, match=r"white space before its own <\|endoftext\|>"):
+        PromptTokenizer.of(bpe).prompt(f"\n{bos}Then Mary")
 
 
 def test_padding_is_on_the_right_and_masked_whatever_the_tokenizer_prefers(
@@ -659,7 +661,7 @@ def test_pairs_that_do_not_fit_are_left_out_on_request_and_counted(
     pairs = [fitting[0], *MISFITS, fitting[1]]
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(json.dumps(dataclasses.asdict(pair)) for pair in pairs))
-    told = "10 of 12 prompt pairs do not fit the model and are left out: .*a word that the tokenizer does not know .2."
+    told = "10 of 12 prompt pairs do not fit .*left out: .*a word .* does not know .2.,"
     with pytest.warns(UserWarning, match=told) as warned:
         task = Task.from_prompts(toy, pairs, skip_misfits=True)
     assert len(warned) == 1 and "\n" not in str(warned[0].message)

@@ -132,6 +132,12 @@ class PromptTokenizer:
             raise DoesNotFit(
                 f"a {role} prompt is empty ({text!r}); give it some text.", "an empty prompt"
             )
+        spelt = self.tokenizer.bos_token
+        if self.bos not in (None, text_ids[0]) and text.lstrip().startswith(spelt):
+            raise InputError(
+                f"the {role} prompt {shorten(text)} has white space before its own {spelt}, which "
+                "would get a second one in front; remove the white space."
+            )
         ids = self.with_bos(text_ids)
         self._check_length(ids, text, role)
         if self.tokenizer.unk_token_id in text_ids:
