@@ -572,6 +572,7 @@ def test_ones_own_prompts_come_from_a_file(capsys, tmp_path):
     assert "mine.jsonl, line 2" in errors
 
 
+@pytest.mark.filterwarnings("always:task")
 def test_pairs_that_do_not_fit_are_skipped_on_request_and_the_record_counts_them(capsys, tmp_path):
     data, out = tmp_path / "mine.jsonl", str(tmp_path / "runs")
     line = {"clean": "So Mary is", "corrupted": "So John is", "answer": " a", "wrong_answer": " he"}

@@ -448,3 +448,36 @@ def test_circuits_of_features_stand_beside_circuits_of_components():
     )
     assert of_errors > 0 and coarse_overlap(features, features) == pytest.approx(1)
     assert not compare(model, {"eap": components}, task).notes
+
+
+def test_each_token_of_an_answer_is_explained_where_it_is_scored(toy_world):
+    pairs = [
+        circuits.PromptPair("So Mary", "So John", " is a", " he is"),
+        circuits.PromptPair("So Anna and Mary", "So John and Mary", " is a", " he is"),
+    ]
+    task = circuits.Task.from_prompts(toy_world, pairs)
+    method = circuits.AttributionGraph("toy-world-plt", by_position=False)
+
+    def scores(task: circuits.Task) -> dict[str, float]:
+        found = method.discover(toy_world, task)
+        edges = map(str, found.graph.edges)
+        return dict(zip(edges, found.scores.tolist(), strict=True))
+
+    together = scores(task)
+    rows = task.scored.nonzero()[:, 1].view(2, 2)
+    alone = [
+        scores(
+            circuits.Task.from_tokens(
+                task.clean,
+                task.corrupted,
+                task.row_answers.view(2, 2)[:, row],
+                task.row_wrong_answers.view(2, 2)[:, row],
+                lengths=task.lengths,
+                answer_positions=rows[:, row],
+            )
+        )
+        for row in (0, 1)
+    ]
+    for edge, score in together.items():
+        expected = (alone[0].get(edge, 0.0) + alone[1].get(edge, 0.0)) / 2
+        assert score == pytest.approx(expected, abs=1e-4)

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import circuits
+from circuits.attribution.explained import words_of
 from circuits.models import Model, build_model
 from circuits.tasks.families.greater_than import NOUNS
 from circuits.tasks.families.ioi import NAMES, OBJECTS, PLACES
@@ -31,7 +32,7 @@ from circuits.tasks.model_fit import check_task
 from circuits.tasks.prompts import split_of
 from circuits.tasks.registry import make_family
 from circuits.tasks.task import PromptPair, Task
-from circuits.tasks.tokenization import PromptTokenizer
+from circuits.tasks.tokenization import PromptTokenizer, prompt_tokens
 
 TASKS = ("docstring", "gendered_pronoun", "greater_than", "induction", "ioi", "two_hop")
 COMMON_NAMES, RARE_NAMES = NAMES[:75], NAMES[75:]
@@ -485,6 +486,8 @@ def test_text_that_brings_its_bos_keeps_the_space_after_it(bpe: Model) -> None:
         assert task.clean[0].tolist() == ids and ids.count(bpe.tokenizer.bos_token_id) == 1
         assert task.answers is not None
         assert bpe.tokenizer.decode([*ids, int(task.answers)]) == f"{text} and"
+    with pytest.raises(circuits.InputError, match=r"white space before its own <\|endoftext\|>"):
+        PromptTokenizer.of(bpe).prompt(f"\n{bos}Then Mary")
 
 
 def test_padding_is_on_the_right_and_masked_whatever_the_tokenizer_prefers(
@@ -621,9 +624,13 @@ def test_spaces_that_are_forgotten_or_doubled_are_named_where_a_tokenizer_makes_
         pair = PromptPair("Then Mary gave a drink to", "Then John gave a drink to", answer)
         with pytest.raises(circuits.InputError, match=f"write '{right}' for '{answer}'"):
             Task.from_prompts(bpe, [pair])
-    # A word may go on.
+    # A word may go on: with digits it often does, with letters it is told.
     pair = PromptPair("from 17", "from 16", "76")
     assert Task.from_prompts(bpe, [pair]).answers is not None
+    pair = PromptPair("Then Mary gave a drink to", "Then John gave a drink to", "a")
+    with pytest.warns(UserWarning, match="'a' goes on within the last word of .*write ' a' if"):
+        task = Task.from_prompts(bpe, [pair])
+    assert task.answers is not None and words_of(bpe, task.answers[0].tolist()) == ["a"]
 
 
 def test_a_prompt_without_tokens_is_refused(toy: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -654,7 +661,7 @@ def test_pairs_that_do_not_fit_are_left_out_on_request_and_counted(
     pairs = [fitting[0], *MISFITS, fitting[1]]
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(json.dumps(dataclasses.asdict(pair)) for pair in pairs))
-    told = "10 of 12 prompt pairs do not fit the model and are left out: .*2 have a word that"
+    told = "10 of 12 prompt pairs do not fit .*left out: .*a word .* does not know .2.,"
     with pytest.warns(UserWarning, match=told) as warned:
         task = Task.from_prompts(toy, pairs, skip_misfits=True)
     assert len(warned) == 1 and "\n" not in str(warned[0].message)
@@ -667,7 +674,7 @@ def test_pairs_that_do_not_fit_are_left_out_on_request_and_counted(
     for pair in MISFITS:
         with pytest.raises(circuits.InputError):
             Task.from_prompts(toy, [pair, fitting[0]])
-    with pytest.raises(circuits.InputError, match="10 of 10 prompt pairs do not fit the model: 1"):
+    with pytest.raises(circuits.InputError, match="10 of 10 prompt pairs do not fit the model: a"):
         Task.from_prompts(toy, MISFITS, skip_misfits=True)
 
 
@@ -950,6 +957,17 @@ def test_padding_that_nobody_marked_is_refused_when_the_task_meets_a_model(
             circuits.model_logits(model, task)
         with pytest.raises(circuits.InputError, match=told.replace("clean", "corrupted")):
             check_task(model, Task.from_tokens(text, tokens))
+
+
+@pytest.mark.parametrize("padded", [[1, 1, 0, 319, 372], [0, 319, 372, 1]], ids=str)
+def test_padding_of_a_single_prompts_ids_is_refused(padded: list[int], toy: Model) -> None:
+    """As in a row of a batch that a tokenizer has padded."""
+    with pytest.raises(circuits.InputError, match=r"with padding \(. of token 1, '<pad>'\)"):
+        prompt_tokens(toy, torch.tensor(padded))
+    method = circuits.AttributionGraph("toy-world-clt")
+    with pytest.raises(circuits.InputError, match="give its real tokens only"):
+        method.attribute_all(toy, list(torch.tensor([padded, padded])))
+    assert prompt_tokens(toy, [token for token in padded if token != 1]).tolist() == [0, 319, 372]
 
 
 def test_answers_may_be_given_for_each_scored_row() -> None:

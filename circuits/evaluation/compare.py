@@ -15,6 +15,7 @@ from circuits.evaluation.evaluate import (
     evaluations,
     judge_points,
     mean_and_faithfulness,
+    no_faithfulness,
     of_sizes,
 )
 from circuits.evaluation.similarity import overlap_table
@@ -116,12 +117,14 @@ def compare(
         rows[name] = _mean_row(model, chosen, task, settings)
     table = pd.DataFrame.from_dict(rows, orient="index")
     table = table.rename_axis("method")
+    assert settings.metric is not None
+    undefined = [settings.metric.name] if table["faithfulness"].isna().any() else []
     return Comparison(
         table.astype({"edges": int, "of": int}),
         pd.concat(curves, ignore_index=True),
         overlap_table(circuits),
         circuits,
-        _notes(circuits),
+        _notes(circuits) + no_faithfulness(undefined),
     )
 
 

@@ -137,12 +137,8 @@ class Evaluation:
     @property
     def notes(self) -> tuple[str, ...]:
         """What else to know before reading these numbers."""
-        undefined = [name for name in self.values if math.isnan(self.faithfulness(name))]
-        if not undefined:
-            return ()
-        return (
-            f"the empty circuit has the {', '.join(undefined)} of the model up to rounding, so "
-            "there is no faithfulness (NaN): the ablation changes nothing that matters here.",
+        return no_faithfulness(
+            [name for name in self.values if math.isnan(self.faithfulness(name))]
         )
 
     def by_prompt(self) -> pd.DataFrame:
@@ -168,6 +164,16 @@ class Evaluation:
                 f"this evaluation has no metric {metric!r}; it has {', '.join(self.values)}."
             )
         return name
+
+
+def no_faithfulness(metrics: Sequence[str]) -> tuple[str, ...]:
+    """Why these metrics have no faithfulness; nothing if there are none."""
+    if not metrics:
+        return ()
+    return (
+        f"the empty circuit has the {', '.join(metrics)} of the model up to rounding, so there is "
+        "no faithfulness (NaN): the ablation changes nothing that matters here.",
+    )
 
 
 def _is_rounding(differences: Tensor, logits: Tensor) -> bool:

@@ -26,17 +26,11 @@ def aligned(n_clean: int, n_corrupted: int, spans: Spans, corrupted_spans: Spans
     unknown = [name for name in corrupted_spans if name not in spans]
     if unknown:
         raise InputError(f"corrupted_spans has {unknown[0]!r}, but spans has not; name it in both.")
-    bounds = {
-        name: (_bounds(spans[name]), _bounds(found)) for name, found in corrupted_spans.items()
-    }
-    names = sorted(bounds, key=bounds.__getitem__)
+    names = sorted(corrupted_spans, key=lambda name: _bounds(spans[name]))
+    pieces = _pieces(spans, names, n_clean)
+    counterparts = _pieces(corrupted_spans, names, n_corrupted)
     pairing: list[int] = []
-    pieces = zip(
-        _pieces([bounds[name][0] for name in names], n_clean, names),
-        _pieces([bounds[name][1] for name in names], n_corrupted, names),
-        strict=True,
-    )
-    for (start, end), (first, last) in pieces:
+    for (start, end), (first, last) in zip(pieces, counterparts, strict=True):
         if start < end and first == last:
             raise InputError(
                 f"tokens {start} to {end - 1} of the clean prompt have no counterpart in the "
@@ -52,10 +46,11 @@ def _bounds(is_inside: Sequence[bool]) -> Bounds:
     return places[0], places[-1] + 1
 
 
-def _pieces(bounds: Sequence[Bounds], n_tokens: int, names: Sequence[str]) -> Iterator[Bounds]:
-    """The spans and what is between them, in order."""
+def _pieces(spans: Spans, names: Sequence[str], n_tokens: int) -> Iterator[Bounds]:
+    """The named spans and what is between them, in order."""
     done = 0
-    for name, (start, end) in zip(names, bounds, strict=True):
+    for name in names:
+        start, end = _bounds(spans[name])
         if start < done:
             raise InputError(
                 f"span {name!r} begins before the span before it ends, in one of the two prompts; "

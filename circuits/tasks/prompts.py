@@ -26,7 +26,9 @@ Answer = Token | Sequence[Token] | None
 
 @dataclass(frozen=True)
 class PromptPair:
-    """A clean prompt and its corrupted counterpart, as text with the same number of tokens.
+    """A clean prompt and its corrupted counterpart, as text.
+
+    Both have the same number of tokens, unless `corrupted_spans` says what corresponds.
 
     >>> import circuits
     >>> pair = circuits.PromptPair("So Mary is", "So John is", " she", (" he", " it"))

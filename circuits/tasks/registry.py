@@ -82,10 +82,11 @@ def load_task(
         words = list(dict.fromkeys(fitting.words))
         shown, hidden = words[:MAX_WORDS_SHOWN], words[MAX_WORDS_SHOWN:]
         more = f" and {len(hidden)} more" if hidden else ""
+        to_blame = f" ({quoted(shown)}{more})" if shown else ""
         raise InputError(
             f"task {name!r}: only {len(encoded)} of {len(pairs)} prompts fit "
-            f"{model.cfg.model_name}, and at least half must: {fitting.told()} "
-            f"({quoted(shown)}{more}). Use another model, or your own prompts (Task.from_prompts)."
+            f"{model.cfg.model_name}, and at least half must: {fitting.told()}{to_blame}. "
+            "Use another model, or your own prompts (Task.from_prompts)."
         )
     return task_from_encoded(encoded, name, family.metric, model, fitting.left_out)
 

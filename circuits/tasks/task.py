@@ -319,8 +319,9 @@ class Task:
         return self._by_row(self.wrong_answers)
 
     def _by_row(self, tokens: OptionalTensor) -> OptionalTensor:
-        is_by_prompt = tokens is not None and len(tokens) != len(self.row_prompt)
-        return tokens[self.row_prompt] if tokens is not None and is_by_prompt else tokens
+        if tokens is None or len(tokens) == len(self.row_prompt):
+            return tokens
+        return tokens[self.row_prompt]
 
     def to(self, device: str | torch.device | None) -> Task:
         """The same task with its tensors on `device`."""
@@ -382,6 +383,14 @@ def _task_of_fitting(
         if not encoded:
             raise InputError(f"task {name!r}: {told}: {encode.told()}; use other prompts.")
         warnings.warn(f"task {name!r}: {told} and are left out: {encode.told()}.", stacklevel=3)
+    fused = next((each for each in encoded if each.fused), None)
+    if fused is not None:
+        warnings.warn(
+            f"task {name!r}: the answer {fused.fused!r} goes on within the last word of "
+            f"{shorten(fused.pair.clean)}; write {' ' + str(fused.fused)!r} if it is a word of its "
+            "own.",
+            stacklevel=3,
+        )
     return task_from_encoded(encoded, name, metric, model, encode.left_out)
 
 

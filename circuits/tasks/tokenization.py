@@ -59,6 +59,8 @@ class EncodedPair:
     answers: dict[str, list[TokenIds]]
     # For each token of the clean prompt, the position of its counterpart in the corrupted one.
     alignment: Sequence[int]
+    # An answer that goes on within the last word of the prompt, though it is a word of its own too.
+    fused: str | None
 
     @property
     def n_scored(self) -> int:
@@ -118,12 +120,13 @@ class PromptTokenizer:
         right = answers.get("answers", [[]])
         forced = [tokens[0] for tokens in right[:-1]]
         self._check_length([*clean, *forced], pair.clean, "clean")
+        self._check_length([*corrupted, *forced], str(pair.corrupted), "corrupted")
         fields: dict[str, Sequence[int]]
         fields = {"clean": clean + forced, "corrupted": corrupted + forced}
         for name, is_inside in spans.items():
             fields[f"span {name}"] = is_inside + [False] * len(forced)
         pairing += range(len(corrupted), len(corrupted) + len(forced))
-        return EncodedPair(pair, fields, answers, pairing)
+        return EncodedPair(pair, fields, answers, pairing, self._fused(pair, clean))
 
     def prompt(self, text: str, role: str = "given") -> TokenIds:
         """Turn a prompt into tokens that begin with `bos`. Errors name the role."""
@@ -131,6 +134,12 @@ class PromptTokenizer:
         if not text.strip() or not text_ids:
             raise DoesNotFit(
                 f"a {role} prompt is empty ({text!r}); give it some text.", "an empty prompt"
+            )
+        spelt = self.tokenizer.bos_token
+        if self.bos not in (None, text_ids[0]) and text.lstrip().startswith(spelt):
+            raise InputError(
+                f"the {role} prompt {shorten(text)} has white space before its own {spelt}, which "
+                "would get a second one in front; remove the white space."
             )
         ids = self.with_bos(text_ids)
         self._check_length(ids, text, role)
@@ -245,7 +254,8 @@ class PromptTokenizer:
         """The error about some words; for each, what to write instead, if that is known."""
         pieces = []
         for word, better in list(words.items())[:4]:
-            is_tokens = f"{word!r} is {self.tokenizer.tokenize(str(word))}"
+            text = str(word)
+            is_tokens = f"{shorten(text)} is {self.tokenizer.tokenize(text)[:6]}"
             pieces.append(f"write {better!r} for {word!r}" if better else is_tokens)
         return DoesNotFit(
             f"answers must be {wanted} after {shorten(prompt)}, with their leading space where the "
@@ -284,6 +294,16 @@ class PromptTokenizer:
             better = candidate != word and self._continuation(prompt, prompt_ids, candidate)
             if better and (not ids or len(better) < len(ids)):
                 return candidate
+        return None
+
+    def _fused(self, pair: PromptPair, prompt_ids: TokenIds) -> str | None:
+        """An answer such as "Mary" after "to", which is read as "toMary"."""
+        for word in pair.answers + pair.wrong_answers:
+            fuses = pair.clean[-1:].isalpha() and word[:1].isalpha()
+            forms = (word, f" {word}") if fuses else ()
+            found = [self._continuation(pair.clean, prompt_ids, form) for form in forms]
+            if all(found) and len(set(map(len, filter(None, found)))) == 1:
+                return word
         return None
 
     def _offsets(self, text: str) -> list[CharSpan]:
@@ -341,8 +361,8 @@ class Fitting:
         return None
 
     def told(self) -> str:
-        """Why pairs were left out, such as "3 have an empty prompt"."""
-        return ", ".join(f"{count} have {reason}" for reason, count in self.left_out.items())
+        """Why pairs were left out, such as "an empty prompt (3)"."""
+        return ", ".join(f"{reason} ({count})" for reason, count in self.left_out.items())
 
 
 def prompt_tokens(model: Model, prompt: Prompt, prepend_bos: bool | None = None) -> PromptTokens:
@@ -354,7 +374,7 @@ def prompt_tokens(model: Model, prompt: Prompt, prepend_bos: bool | None = None)
     """
     if isinstance(prompt, str):
         encoder = PromptTokenizer.of(model, prepend_bos)
-        return torch.tensor(encoder.prompt(prompt))
+        return torch.tensor(encoder.prompt(prompt), dtype=torch.long)
     try:
         tokens = torch.as_tensor(one_prompt(prompt)).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -368,10 +388,27 @@ def prompt_tokens(model: Model, prompt: Prompt, prepend_bos: bool | None = None)
         found = f"shape {tuple(tokens.shape)} and type {tokens.dtype}"
         raise InputError(f"token ids of {found} are no prompt: give one list of integers.")
     tokens = tokens.reshape(-1).long()
+    _check_no_padding(model.tokenizer, tokens)
     if not prepend_bos:
         return tokens
     encoder = PromptTokenizer.of(model, prepend_bos)
     return torch.tensor(encoder.with_bos(tokens.tolist()))
+
+
+def _check_no_padding(tokenizer: Any, tokens: PromptTokens) -> None:
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if pad is None:
+        return
+    is_pad = tokens == pad
+    # One token that also begins or ends a text is not padding.
+    most = int(pad in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+    for where, outward in (("begins", is_pad), ("ends", is_pad.flip(0))):
+        count = int(outward.cumprod(0).sum())
+        if count > most:
+            raise InputError(
+                f"the prompt {where} with padding ({count} of token {pad}, "
+                f"{tokenizer.pad_token!r}), which would be read as text; give its real tokens only."
+            )
 
 
 def _check_differ(pair: PromptPair, clean: TokenIds, corrupted: TokenIds) -> None:
