@@ -13,6 +13,7 @@ import pytest
 import circuits
 from circuits.cli.console import frame_table, terminal
 from circuits.cli.main import main
+from circuits.cli.notes import notes_on_values
 from circuits.cli.parsing.method_source import UnreadableError, described_in, shipped_methods
 from circuits.cli.parsing.methods import describe, describe_method
 
@@ -657,3 +658,58 @@ def test_list_names_what_there_is(capsys):
         content["tasks"]
     )
     assert "kl" in content["metrics"]
+
+
+FEW = ("--n", "2", "--n-eval", "2")
+
+
+def found_by(capsys, tmp_path, *words: str) -> tuple[dict, str]:
+    """What discover prints as JSON, and its notes."""
+    status, output, errors = run_here(
+        capsys, "discover", *words, *FEW, "--out", str(tmp_path), "--json"
+    )
+    assert status == 0, errors
+    return json.loads(output), errors
+
+
+@pytest.mark.parametrize("method", ["acdc", "batched-acdc"])
+def test_a_threshold_that_removes_every_edge_is_told_with_one_that_does_not(
+    capsys, tmp_path, method
+):
+    found, notes = found_by(capsys, tmp_path, "--method", method, "--threshold", "1000")
+    assert found["edges"] == 0
+    assert notes.startswith("circuits: note: every edge was removed (0 of 479 left): the largest")
+    better = re.search(r"try --threshold (\S+)\.\n", notes)[1]
+    found, notes = found_by(capsys, tmp_path, "--method", method, "--threshold", better)
+    assert 0 < found["edges"] < 479 and notes == ""
+
+
+def test_a_threshold_that_removes_no_edge_is_told(capsys, tmp_path):
+    words = ("--method", "acdc", "--absolute", "--threshold", "0")
+    found, notes = found_by(capsys, tmp_path, *words)
+    assert found["edges"] == 479
+    assert notes.startswith("circuits: note: no edge was removed (479 of 479 left): the smallest")
+
+
+def test_a_size_larger_than_the_circuit_is_refused_in_terms_of_the_option(capsys, tmp_path):
+    words = ("discover", "--method", "eap", *FEW, "--out", str(tmp_path), "--size")
+    for size in ("480", "-1"):
+        status, output, errors = run_here(capsys, *words, size)
+        assert (status, output) == (2, "")
+        assert f"--size {size}: the circuit that eap found has 479 edges" in errors
+
+
+def test_compare_tells_thresholds_that_give_the_same_circuit(capsys, tmp_path):
+    words = ("compare", "--methods", "acdc,random", "--thresholds", "0.1,500,1000", *FEW)
+    status, output, _ = run_here(capsys, *words, "--out", str(tmp_path), "--json")
+    assert status == 0
+    told = "acdc: the thresholds 500 and 1000 give the same circuit."
+    content = json.loads(output)
+    assert content["notes"] == [told]
+    assert told in Path(content["report"]).read_text()
+
+
+def test_faithfulness_that_is_not_defined_is_told():
+    values = {"kl": {"faithfulness": 0.5}, "accuracy": {"faithfulness": None}}
+    (told,) = notes_on_values(values)
+    assert told.startswith("faithfulness of accuracy is not defined (-): the whole model and the")

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, ProgressColumn, Task
 from rich.text import Text
 
+from circuits.system.messages import one_line
+
 # Without a terminal, what is done sooner is not worth a line in a log.
 SECONDS_BEFORE_LINE = 1.5
 
@@ -41,6 +43,11 @@ def progress_bar(
     else:
         with _line(description, quiet=quiet):
             yield None
+
+
+def note(text: str) -> None:
+    """Print what a reader should know besides the result, in one line on standard error."""
+    sys.stderr.write(f"circuits: note: {one_line(text)}\n")
 
 
 def is_first_rank() -> bool:
