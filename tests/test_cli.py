@@ -450,6 +450,7 @@ def test_a_users_method_in_one_file_works_with_options_and_help(capsys, tmp_path
     ("content", "told"),
     [
         ("def f(:", "cannot be run: SyntaxError"),
+        ("raise SystemExit(3)", "cannot be run: SystemExit: 3"),
         (
             METHOD_OF_ONES_OWN.replace("layer-depth", "no-circuit").replace(
                 "return circuits.Circuit", "None and circuits.Circuit"
@@ -589,6 +590,11 @@ def test_only_the_prompts_of_the_search_are_called_those_it_was_found_on(capsys,
         ),
         (["evaluate", "missing-folder"], "missing-folder holds no finished run"),
         (["discover", "--method", "random", "--device", "gpu"], "there is no device 'gpu'"),
+        (["discover", "--method", "random", "--device", "meta"], "device 'meta' cannot be used"),
+        (
+            ["compare", "--methods", "random", "--n", "2", "--n-eval", "2", "--size", "480"],
+            "--size 480: the circuit that random found has 479 edges",
+        ),
         (
             ["discover", "--method", "random", "--n", "2", "--out", "/dev/null/runs"],
             "cannot be made",

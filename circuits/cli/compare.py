@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from circuits.cli.console import frame_table, print_json, terminal
+from circuits.cli.evaluate import check_size
 from circuits.cli.inputs import model_of, notes_of, task_of
 from circuits.cli.notes import notes_on, notes_on_sweep
 from circuits.cli.parsing.methods import find_method
@@ -55,6 +57,9 @@ def command(options: CompareOptions, planned: Mapping[str, Sequence[MethodSettin
         circuits[label] = [found.circuit for found in sweep]
         folders += [str(found.folder) for found in sweep]
     size, ablation = options.size, options.ablation
+    for found in itertools.chain(*runs.values()):
+        if not found.circuit.selected:
+            check_size(found, size)
     with phase(f"evaluating on {len(held_out)} prompts", quiet=options.json):
         comparison = compare(model, circuits, held_out, size=size, ablation=ablation)
     notes = [*comparison.notes, *_notes(runs)]
