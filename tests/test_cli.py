@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,11 @@ import pytest
 
 import circuits
 from circuits.cli.console import frame_table, terminal
-from circuits.cli.main import main
+from circuits.cli.main import HELP, main
 from circuits.cli.notes import notes_on_values
 from circuits.cli.parsing.method_source import UnreadableError, described_in, shipped_methods
 from circuits.cli.parsing.methods import describe, describe_method
+from circuits.cli.parsing.read import OPTIONS, read_arguments
 
 METHOD_OF_ONES_OWN = '''
 from dataclasses import dataclass
@@ -53,7 +55,7 @@ def run_here(capsys, *words: str) -> tuple[int, str, str]:
 
 HELP_AND_MISTAKES = """
 import contextlib, io, sys
-from circuits.cli.main import main
+from circuits.cli.main import HELP, main
 
 def said(*words):
     text = io.StringIO()
@@ -159,6 +161,27 @@ def test_help_shows_each_example_on_a_line_of_its_own(capsys, name):
     examples = [line for line in lines if line.startswith("$ ")]
     assert len(examples) >= 2
     assert all(line.count(f"circuits {name} ") == 1 for line in examples)
+
+
+def test_every_example_in_the_help_can_be_read(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my_method.py").write_text(METHOD_OF_ONES_OWN.replace("layer-depth", "of-the-example"))
+    monkeypatch.setenv("COLUMNS", "200")
+    texts = [HELP]
+    for name in OPTIONS:
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        texts.append(capsys.readouterr().out)
+    examples = re.findall(
+        r"(?:  |\$ |-- )circuits (.*?)(?:    .*)?$", "\n".join(texts), re.MULTILINE
+    )
+    read = 0
+    for example in examples:
+        command, *words = shlex.split(example)
+        if command in OPTIONS and "..." not in words:
+            read_arguments(command, words)
+            read += 1
+    assert read >= 20
 
 
 @pytest.mark.parametrize("name", ["discover", "evaluate", "compare", "list"])

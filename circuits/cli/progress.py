@@ -52,7 +52,7 @@ def note(text: str) -> None:
 
 def is_first_rank() -> bool:
     """Whether this is the process that prints, of those that `torchrun` started."""
-    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def _draws() -> bool:

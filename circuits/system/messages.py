@@ -12,7 +12,7 @@ def one_line(text: str) -> str:
     """Write a message in one line; of a long one, such as one with a long value, leave out the
     middle.
     """
-    line = " ".join(text.split("\n"))
+    line = " ".join(text.splitlines())
     if len(line) <= LONGEST_LINE:
         return line
     gap = " ... "
