@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,11 @@ import pytest
 
 import circuits
 from circuits.cli.console import frame_table, terminal
-from circuits.cli.main import main
+from circuits.cli.main import HELP, main
+from circuits.cli.notes import notes_on_values
 from circuits.cli.parsing.method_source import UnreadableError, described_in, shipped_methods
 from circuits.cli.parsing.methods import describe, describe_method
+from circuits.cli.parsing.read import OPTIONS, read_arguments
 
 METHOD_OF_ONES_OWN = '''
 from dataclasses import dataclass
@@ -52,7 +55,7 @@ def run_here(capsys, *words: str) -> tuple[int, str, str]:
 
 HELP_AND_MISTAKES = """
 import contextlib, io, sys
-from circuits.cli.main import main
+from circuits.cli.main import HELP, main
 
 def said(*words):
     text = io.StringIO()
@@ -158,6 +161,27 @@ def test_help_shows_each_example_on_a_line_of_its_own(capsys, name):
     examples = [line for line in lines if line.startswith("$ ")]
     assert len(examples) >= 2
     assert all(line.count(f"circuits {name} ") == 1 for line in examples)
+
+
+def test_every_example_in_the_help_can_be_read(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my_method.py").write_text(METHOD_OF_ONES_OWN.replace("layer-depth", "of-the-example"))
+    monkeypatch.setenv("COLUMNS", "200")
+    texts = [HELP]
+    for name in OPTIONS:
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        texts.append(capsys.readouterr().out)
+    examples = re.findall(
+        r"(?:  |\$ |-- )circuits (.*?)(?:    .*)?$", "\n".join(texts), re.MULTILINE
+    )
+    read = 0
+    for example in examples:
+        command, *words = shlex.split(example)
+        if command in OPTIONS and "..." not in words:
+            read_arguments(command, words)
+            read += 1
+    assert read >= 20
 
 
 @pytest.mark.parametrize("name", ["discover", "evaluate", "compare", "list"])
@@ -449,6 +473,7 @@ def test_a_users_method_in_one_file_works_with_options_and_help(capsys, tmp_path
     ("content", "told"),
     [
         ("def f(:", "cannot be run: SyntaxError"),
+        ("raise SystemExit(3)", "cannot be run: SystemExit: 3"),
         (
             METHOD_OF_ONES_OWN.replace("layer-depth", "no-circuit").replace(
                 "return circuits.Circuit", "None and circuits.Circuit"
@@ -638,6 +663,11 @@ def test_only_the_prompts_of_the_search_are_called_those_it_was_found_on(capsys,
         ),
         (["evaluate", "missing-folder"], "missing-folder holds no finished run"),
         (["discover", "--method", "random", "--device", "gpu"], "there is no device 'gpu'"),
+        (["discover", "--method", "random", "--device", "meta"], "device 'meta' cannot be used"),
+        (
+            ["compare", "--methods", "random", "--n", "2", "--n-eval", "2", "--size", "480"],
+            "--size 480: the circuit that random found has 479 edges",
+        ),
         (
             ["discover", "--method", "random", "--n", "2", "--out", "/dev/null/runs"],
             "cannot be made",
@@ -707,3 +737,58 @@ def test_list_names_what_there_is(capsys):
         content["tasks"]
     )
     assert "kl" in content["metrics"]
+
+
+FEW = ("--n", "2", "--n-eval", "2")
+
+
+def found_by(capsys, tmp_path, *words: str) -> tuple[dict, str]:
+    """What discover prints as JSON, and its notes."""
+    status, output, errors = run_here(
+        capsys, "discover", *words, *FEW, "--out", str(tmp_path), "--json"
+    )
+    assert status == 0, errors
+    return json.loads(output), errors
+
+
+@pytest.mark.parametrize("method", ["acdc", "batched-acdc"])
+def test_a_threshold_that_removes_every_edge_is_told_with_one_that_does_not(
+    capsys, tmp_path, method
+):
+    found, notes = found_by(capsys, tmp_path, "--method", method, "--threshold", "1000")
+    assert found["edges"] == 0
+    assert notes.startswith("circuits: note: every edge was removed (0 of 479 left): the largest")
+    better = re.search(r"try --threshold (\S+)\.\n", notes)[1]
+    found, notes = found_by(capsys, tmp_path, "--method", method, "--threshold", better)
+    assert 0 < found["edges"] < 479 and notes == ""
+
+
+def test_a_threshold_that_removes_no_edge_is_told(capsys, tmp_path):
+    words = ("--method", "acdc", "--absolute", "--threshold", "0")
+    found, notes = found_by(capsys, tmp_path, *words)
+    assert found["edges"] == 479
+    assert notes.startswith("circuits: note: no edge was removed (479 of 479 left): the smallest")
+
+
+def test_a_size_larger_than_the_circuit_is_refused_in_terms_of_the_option(capsys, tmp_path):
+    words = ("discover", "--method", "eap", *FEW, "--out", str(tmp_path), "--size")
+    for size in ("480", "-1"):
+        status, output, errors = run_here(capsys, *words, size)
+        assert (status, output) == (2, "")
+        assert f"--size {size}: the circuit that eap found has 479 edges" in errors
+
+
+def test_compare_tells_thresholds_that_give_the_same_circuit(capsys, tmp_path):
+    words = ("compare", "--methods", "acdc,random", "--thresholds", "0.1,500,1000", *FEW)
+    status, output, _ = run_here(capsys, *words, "--out", str(tmp_path), "--json")
+    assert status == 0
+    told = "acdc: the thresholds 500 and 1000 give the same circuit."
+    content = json.loads(output)
+    assert content["notes"] == [told]
+    assert told in Path(content["report"]).read_text()
+
+
+def test_faithfulness_that_is_not_defined_is_told():
+    values = {"kl": {"faithfulness": 0.5}, "accuracy": {"faithfulness": None}}
+    (told,) = notes_on_values(values)
+    assert told.startswith("faithfulness of accuracy is not defined (-): the whole model and the")

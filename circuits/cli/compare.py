@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from circuits.cli.console import frame_table, print_json, terminal
+from circuits.cli.evaluate import check_size
 from circuits.cli.inputs import model_of, notes_of, task_of
+from circuits.cli.notes import notes_on, notes_on_sweep
 from circuits.cli.parsing.methods import find_method
 from circuits.cli.parsing.options import CompareOptions
 from circuits.cli.parsing.sweeps import RANDOM_SEEDS, MethodSettings
@@ -53,8 +57,13 @@ def command(options: CompareOptions, planned: Mapping[str, Sequence[MethodSettin
         circuits[label] = [found.circuit for found in sweep]
         folders += [str(found.folder) for found in sweep]
     size, ablation = options.size, options.ablation
+    for found in itertools.chain(*runs.values()):
+        if not found.circuit.selected:
+            check_size(found, size)
     with phase(f"evaluating on {len(held_out)} prompts", quiet=options.json):
         comparison = compare(model, circuits, held_out, size=size, ablation=ablation)
+    notes = [*comparison.notes, *_notes(runs)]
+    comparison = replace(comparison, notes=tuple(notes))
     _add_costs(comparison.table, runs)
     settings = [folders, held_out.digest(), size, ablation]
     folder = options.out / task.name / f"compare-{digest(settings, size=4)}"
@@ -62,7 +71,7 @@ def command(options: CompareOptions, planned: Mapping[str, Sequence[MethodSettin
     details = _details(options, task, held_out, comparison)
     table = _write_report(report, comparison, details)
     if options.json:
-        print_json({"report": str(report), "table": table})
+        print_json({"report": str(report), "table": table, "notes": notes})
     else:
         _show(comparison, details)
         terminal().print(f"Report: {report}", soft_wrap=True)
@@ -85,6 +94,15 @@ def _add_costs(table: pd.DataFrame, runs: Runs) -> None:
     first = [runs[label][0] for label in table.index]
     table["model runs"] = [round(found.model_runs) for found in first]
     table["seconds"] = [found.record["seconds"] for found in first]
+
+
+def _notes(runs: Runs) -> list[str]:
+    notes = []
+    for label, sweep in runs.items():
+        # The table shows the first.
+        notes += [f"{label}: {text}" for text in notes_on(sweep[0])]
+        notes += notes_on_sweep(label, sweep)
+    return notes
 
 
 def _details(

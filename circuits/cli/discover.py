@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from circuits.cli.console import edge_table, print_run, terminal
-from circuits.cli.evaluate import show_evaluation, size_needed
+from circuits.cli.evaluate import check_size, show_evaluation, size_needed
 from circuits.cli.inputs import model_of, notes_of, task_of
 from circuits.cli.parsing.methods import find_method
 from circuits.cli.parsing.options import DiscoverOptions
@@ -43,6 +43,7 @@ def command(options: DiscoverOptions, settings: dict[str, Any]) -> None:
     if not found.circuit.selected and options.size is None:
         _show_scores(found, options)
         return
+    check_size(found, options.size)
     # Users' own prompts have no splits.
     held_out = task if options.data else task_of(options, model, options.n_eval, "test")
     ablation = getattr(discoverer, "ablation", "resample")

@@ -11,8 +11,9 @@ import pandas as pd
 
 from circuits.cli.console import frame_table, print_run, terminal
 from circuits.cli.inputs import model_of, task_of
+from circuits.cli.notes import notes_on, notes_on_values
 from circuits.cli.parsing.options import EvaluateOptions, TaskOptions
-from circuits.cli.progress import phase
+from circuits.cli.progress import note, phase
 from circuits.running.ablation import NAMES as ABLATIONS
 from circuits.runs.circuit_run import CircuitRun, evaluate_run, load_run
 from circuits.system.errors import InputError
@@ -26,6 +27,7 @@ def command(options: EvaluateOptions) -> None:
         found = load_run(options.circuit)
     if not found.circuit.selected and options.size is None:
         raise InputError(size_needed(found))
+    check_size(found, options.size)
     notes = found.record.get("notes", {})
     options = _with_defaults_of_run(options, notes)
     model = model_of(options)
@@ -50,8 +52,20 @@ def size_needed(found: CircuitRun) -> str:
     )
 
 
+def check_size(found: CircuitRun, size: int | None) -> None:
+    """Refuse to cut a circuit to more edges than it has."""
+    largest = len(found.circuit)
+    if size is not None and not 0 <= size <= largest:
+        raise InputError(
+            f"--size {size}: the circuit that {found.record['method']} found has {largest} edges; "
+            f"give a number from 0 to {largest}, or leave --size out."
+        )
+
+
 def show_evaluation(found: CircuitRun, evaluation: Record, options: TaskOptions) -> None:
     """Print an evaluation as a table, or as JSON."""
+    for text in [*notes_on(found), *notes_on_values(evaluation["values"])]:
+        note(text)
     if options.json:
         print_run(found, evaluation)
         return

@@ -13,7 +13,7 @@ from functools import partial
 from importlib import import_module
 
 import circuits
-from circuits.cli.progress import is_first_rank, phase
+from circuits.cli.progress import is_first_rank, note, phase
 from circuits.system.errors import InputError
 from circuits.system.messages import one_line, suggestion
 
@@ -119,4 +119,4 @@ def _fail(message: str, status: int) -> int:
 def _print_note(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
     """Print a warning in one line, without source lines; deprecations are not for users."""
     if not issubclass(category, DeprecationWarning | FutureWarning):
-        sys.stderr.write(f"circuits: note: {one_line(str(message))}\n")
+        note(str(message))

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, ProgressColumn, Task
 from rich.text import Text
 
+from circuits.system.messages import one_line
+
 # Without a terminal, what is done sooner is not worth a line in a log.
 SECONDS_BEFORE_LINE = 1.5
 
@@ -43,9 +45,14 @@ def progress_bar(
             yield None
 
 
+def note(text: str) -> None:
+    """Print what a reader should know besides the result, in one line on standard error."""
+    sys.stderr.write(f"circuits: note: {one_line(text)}\n")
+
+
 def is_first_rank() -> bool:
     """Whether this is the process that prints, of those that `torchrun` started."""
-    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def _draws() -> bool:

@@ -14,8 +14,8 @@ def device_called(name: str | torch.device) -> torch.device:
     """Return the device with this name; `cuda` without a number is the GPU of this rank.
 
     Raises:
-        InputError: no such device exists, torch finds no CUDA on this machine, or there are more
-            ranks than GPUs.
+        InputError: no such device exists or it holds no data, torch finds no CUDA on this machine,
+            or there are more ranks than GPUs.
     """
     try:
         device = torch.device(name)
@@ -26,6 +26,13 @@ def device_called(name: str | torch.device) -> torch.device:
             f"device {str(name)!r} was asked for, but torch {torch.__version__} finds "
             "no CUDA here; use device='cpu' or a CUDA build."
         )
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"device {str(name)!r} cannot be used ({reason}); use 'cpu', 'cuda' or 'cuda:1'."
+        ) from error
     rank, world = ranks()
     if world == 1 or device != torch.device("cuda"):
         return device

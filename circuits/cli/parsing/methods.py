@@ -138,7 +138,7 @@ def _methods_in(file: Path) -> dict[str, type[circuits.CircuitDiscoverer]]:
         sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(sys.modules[name])
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             del sys.modules[name]
             raise InputError(f"{file} cannot be run: {type(error).__name__}: {error}.") from error
     known = circuits.discoverers()
