@@ -14,7 +14,6 @@ import pytest
 import circuits
 from circuits.cli.console import frame_table, terminal
 from circuits.cli.main import HELP, main
-from circuits.cli.notes import notes_on_values
 from circuits.cli.parsing.method_source import UnreadableError, described_in, shipped_methods
 from circuits.cli.parsing.methods import describe, describe_method
 from circuits.cli.parsing.read import OPTIONS, read_arguments
@@ -786,9 +785,3 @@ def test_compare_tells_thresholds_that_give_the_same_circuit(capsys, tmp_path):
     content = json.loads(output)
     assert content["notes"] == [told]
     assert told in Path(content["report"]).read_text()
-
-
-def test_faithfulness_that_is_not_defined_is_told():
-    values = {"kl": {"faithfulness": 0.5}, "accuracy": {"faithfulness": None}}
-    (told,) = notes_on_values(values)
-    assert told.startswith("faithfulness of accuracy is not defined (-): the whole model and the")

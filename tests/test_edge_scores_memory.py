@@ -1,17 +1,21 @@
 """What gradient methods cost: passes of the model, and memory against `max_memory`."""
 
 import re
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from architectures import ARCHITECTURES, random_model, random_task
+from test_propagation_rules import Conductance
 
 import circuits
+from circuits.discovery.gradients.edge_products import BatchProducts
 from circuits.discovery.gradients.edge_scores import EdgeScoring
 from circuits.discovery.gradients.memory import needed
 from circuits.discovery.methods.eap import EAP, EAPIG
 from circuits.runs.circuit_run import counting_passes
+from circuits.tasks.metrics import METRICS
 
 MODEL = {"n_layers": 4, "d_model": 48, "n_heads": 6, "d_head": 8, "d_mlp": 96}
 
@@ -46,7 +50,7 @@ def most_allocated(call) -> int:
 
 def smallest_memory(method, model, task) -> int:
     """What one prompt may need, as the error says it."""
-    message = r"one prompt of 12 tokens may need up to [\d,]+ bytes, but max_memory=1: allow more"
+    message = r"one prompt of 12 tokens may need up to [\d,]+ bytes.*, but max_memory=1: allow more"
     with pytest.raises(circuits.InputError, match=message) as caught:
         method(max_memory=1).discover(model, task)
     return int(re.search(r"up to ([\d,]+) bytes", str(caught.value))[1].replace(",", ""))
@@ -201,3 +205,112 @@ def test_memory_that_is_no_number_of_bytes_is_refused(model, task):
     with pytest.raises(circuits.InputError, match="positive number of bytes"):
         EAP(max_memory=0).discover(model, task)
     assert EAP(max_memory=1 << 30).identity() == EAP().identity()
+
+
+def own_metric(task, calls):
+    """Knows a token of each prompt and a weight of each row, and compares rows."""
+    generator = torch.Generator().manual_seed(5)
+    token = torch.randint(50, (len(task),), generator=generator)
+    weight = torch.rand(len(task.row_prompt), generator=generator)
+
+    def values(logits, clean_logits, given):
+        calls.append(len(given))
+        own = logits.gather(1, token[given.row_prompt][:, None])[:, 0]
+        spread = (logits - logits.mean(0)) / (logits.std(0) + 0.5)
+        return weight * (own + spread.square().mean(-1)) + (logits - clean_logits)[:, 0]
+
+    return circuits.Metric("own", values, "lower_is_damage")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        partial(EAP),
+        partial(EAP, gradient_at="both", ablation="mean"),
+        partial(EAPIG, steps=6),
+        partial(EAPIG, steps=2, along="activations"),
+        partial(Conductance),
+    ],
+)
+def test_a_metric_of_ones_own_gets_all_rows_however_many_prompts_are_run_together(method, batches):
+    model, task = random_model("gpt2"), random_task(batch=6, length=12, several=True)
+    calls: list[int] = []
+    metric = own_metric(task, calls)
+    whole = method(metric=metric).attribute(model, task)
+    one = smallest_memory(partial(method, metric=metric), model, task)
+    calls.clear()
+    batches.clear()
+    found = method(metric=metric, max_memory=int(1.5 * one)).attribute(model, task)
+    assert max(batches) < len(task)
+    assert set(calls) == {len(task)}
+    for name in ("edges", "edges_by_prompt", "sources_by_position", "neurons"):
+        expected = getattr(whole, name)
+        torch.testing.assert_close(
+            getattr(found, name), expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-4
+        )
+
+
+def test_a_copy_of_a_shipped_metric_gives_its_scores_bit_by_bit(model, task):
+    other = replace(METRICS["squared_error"], name="other")
+    for method in (partial(EAP, gradient_at="both"), partial(EAPIG, steps=12)):
+        expected = method(metric="squared_error").discover(model, task).scores
+        assert torch.equal(method(metric=other).discover(model, task).scores, expected)
+
+
+def test_the_rows_that_a_metric_of_ones_own_gets_are_part_of_the_bound(model, task):
+    metric = own_metric(task, [])
+    message = r"bytes, as own is given all 24 rows at once, but max_memory=1"
+    with pytest.raises(circuits.InputError, match=message):
+        EAP(metric=metric, max_memory=1).discover(model, task)
+    max_memory = 2 * smallest_memory(partial(EAP, metric=metric), model, task)
+    method = EAP(metric=metric, max_memory=max_memory)
+    assert most_allocated(lambda: method.discover(model, task)) <= 1.2 * max_memory
+
+
+def test_a_batch_that_shrinks_for_want_of_memory_does_not_cut_what_the_metric_gets(
+    model, task, monkeypatch
+):
+    calls: list[int] = []
+    metric = own_metric(task, calls)
+    whole = EAP(metric=metric).discover(model, task).scores
+    results = BatchProducts.results
+
+    def failing(self):
+        if self.positions.shape[1] > 4:
+            raise torch.OutOfMemoryError("out of memory")
+        return results(self)
+
+    monkeypatch.setattr(BatchProducts, "results", failing)
+    found = EAP(metric=metric).discover(model, task).scores
+    torch.testing.assert_close(found, whole, atol=1e-6, rtol=1e-4)
+    assert set(calls) == {len(task)}
+
+
+def test_progress_of_several_rounds_goes_up(model, task):
+    seen = []
+    method = EAPIG(steps=12, metric=own_metric(task, []))
+    method.discover(model, task, progress=lambda done, total: seen.append(done / total))
+    assert seen == sorted(set(seen))
+    assert seen[-1] == 1
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda logits, clean, task: logits[:, 0].detach(), "'mine' has no gradient"),
+        (lambda logits, clean, task: logits.argmax(-1), "'mine' has no gradient"),
+        (lambda logits, clean, task: torch.ones(24).requires_grad_(), "'mine' has no gradient"),
+        (
+            lambda logits, clean, task: (logits - clean).square().sum(-1).sqrt(),
+            "gradient of metric 'mine' is NaN or infinite at .* although its values are finite",
+        ),
+        (
+            lambda logits, clean, task: (logits.exp_().log() * logits.zero_())[:, 0],
+            "'mine' cannot be differentiated .* do not write to tensors",
+        ),
+    ],
+)
+def test_a_metric_without_a_usable_gradient_is_refused(model, task, function, message):
+    metric = circuits.Metric("mine", function, "lower_is_damage")
+    with pytest.raises(circuits.InputError, match=message):
+        EAP(metric=metric).discover(model, task)

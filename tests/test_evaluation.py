@@ -167,3 +167,25 @@ def test_a_comparison_gives_rankings_the_size_of_the_selection_and_averages_seed
     assert comparison.overlap.loc["acdc", "eap"] == pytest.approx(
         overlap(sweep[0], ranked.top(len(sweep[0])))
     )
+
+
+def test_metrics_are_told_apart_by_their_names(unchecked_types):
+    model, task = random_model("gpt2"), random_task()
+    whole = circuits.Circuit.full(circuits.component_graph(model))
+
+    def first(logits, clean_logits, task):
+        return logits[:, 0]
+
+    def second(logits, clean_logits, task):
+        return logits[:, 1]
+
+    one, other = (circuits.Metric("own", each, "lower_is_damage") for each in (first, second))
+    assert set(circuits.evaluate(model, whole, task, metrics=one).values) == {"own"}
+    assert set(circuits.evaluate(model, whole, task, metrics=[one, one]).values) == {"own"}
+    with pytest.raises(circuits.InputError, match="two metrics are named 'own'"):
+        circuits.evaluate(model, whole, task, metrics=[one, other])
+    with pytest.raises(circuits.InputError, match="is a function"):
+        circuits.evaluate(model, whole, task, metrics=first)
+    column = circuits.Metric("edges", first, "lower_is_damage")
+    with pytest.raises(circuits.InputError, match="name of another column"):
+        circuits.faithfulness_curve(model, whole, task, [3], metric=column)

@@ -200,3 +200,91 @@ def test_a_metric_of_ones_own_works_in_every_method():
         ).margin
         > 0
     )
+
+
+def failing(logits, clean_logits, task):
+    raise KeyError("no such column")
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda logits, clean, task: logits[None], r"returned shape \(1, 4, 7\); it must return"),
+        (lambda logits, clean, task: logits[:, -1, 0], r"fails with IndexError: too many indices"),
+        (lambda logits, clean, task: logits[:, :0].sum(1).view(2, 3), "fails with RuntimeError"),
+        (lambda logits, clean: logits[:, 0], "fails with TypeError: .*takes 2 positional"),
+        (lambda logits, clean, task: logits[:, 0].numpy(), "returned ndarray; .* as a tensor"),
+        (lambda logits, clean, task: [1.0] * 4, "returned list"),
+        (lambda logits, clean, task: logits[:, 0] * 1j, "returned torch.complex64"),
+        (lambda logits, clean, task: logits[:, 0].to("meta"), "fails with NotImplementedError"),
+        (failing, "fails with KeyError: 'no such column'. It gets logits and clean_logits "),
+    ],
+)
+def test_what_a_function_does_wrong_is_told_in_a_line_that_names_the_metric(
+    task, logits, clean, function, message
+):
+    metric = circuits.Metric("mine", function, "lower_is_damage")
+    with pytest.raises(circuits.InputError, match=f"^metric 'mine' {message}") as caught:
+        metric(logits, clean, task)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) <= 500
+
+
+def test_memory_that_runs_out_in_a_metric_is_no_fault_of_the_metric(task, logits, clean):
+    def too_large(logits, clean_logits, task):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    metric = circuits.Metric("mine", too_large, "lower_is_damage")
+    with pytest.raises(torch.OutOfMemoryError):
+        metric(logits, clean, task)
+
+
+def test_whole_numbers_booleans_and_double_precision_are_numbers(task, logits, clean):
+    for values in (torch.tensor([0, 1, 2, 3]), torch.tensor([True] * 4), torch.ones(4).double()):
+        metric = circuits.Metric("mine", lambda *_, values=values: values, "lower_is_damage")
+        found = metric(logits, clean, task)
+        assert torch.equal(found, values.float())
+        assert found.dtype == torch.float32
+
+
+def test_a_metric_that_writes_to_its_logits_changes_them_for_nobody_else(task, logits, clean):
+    def centred(logits, clean_logits, task):
+        logits -= logits.mean(-1, keepdim=True)
+        clean_logits.zero_()
+        return logits[..., 0]
+
+    before = logits.clone(), clean.clone()
+    for vectorised in (False, True):
+        metric = circuits.Metric("centred", centred, "lower_is_damage", vectorised)
+        both = metric(torch.stack([logits, logits]), clean, task)
+        torch.testing.assert_close(both[0], logits[:, 0] - logits.mean(-1))
+    assert torch.equal(logits, before[0])
+    assert torch.equal(clean, before[1])
+
+
+def no_metric(logits, clean_logits, task):
+    return logits[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        (no_metric, r"is a function, .* give circuits.Metric\('no_metric', function, "),
+        ("added", r"metric 'added' is a function, .* or 'lower_is_damage'"),
+        ("Logit_diference", "no metric 'Logit_diference'; did you mean 'logit_difference'"),
+        (["kl"], r"metric=\['kl'\] must be the name of a metric, or a circuits.Metric"),
+        (3, "metric=3 must be the name"),
+    ],
+)
+def test_what_is_no_metric_is_refused_with_how_to_make_one(
+    task, monkeypatch, unchecked_types, metric, message
+):
+    monkeypatch.setitem(circuits.METRICS, "added", no_metric)
+    with pytest.raises(circuits.InputError, match=message):
+        get_metric(metric, task)
+
+
+def test_name_and_function_of_a_metric_are_checked(unchecked_types):
+    for name, function in (("mine", "kl"), (no_metric, "mine")):
+        with pytest.raises(circuits.InputError, match="give a text, and a function of tensors"):
+            circuits.Metric(name, function, "lower_is_damage")

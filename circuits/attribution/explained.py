@@ -15,6 +15,7 @@ from circuits.models import Model
 from circuits.system.errors import InputError
 from circuits.system.numbers import items, python_number, shown, whole
 from circuits.system.tensors import as_tensor
+from circuits.tasks.metrics import check_finite
 from circuits.tasks.tokenization import DoesNotFit, PromptTokenizer
 
 Explained = str | int | tuple[str | int, str | int] | Direction
@@ -41,6 +42,7 @@ def most_probable(
     There are at most `most`, and no more than reach `probability` together.
     """
     logits = local.logits(-1 if position is None else position)
+    check_finite(logits, model)
     most = min(most, len(logits))
     probabilities = logits.softmax(-1)
     values, tokens = probabilities.topk(most)

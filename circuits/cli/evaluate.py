@@ -11,7 +11,7 @@ import pandas as pd
 
 from circuits.cli.console import frame_table, print_run, terminal
 from circuits.cli.inputs import model_of, task_of
-from circuits.cli.notes import notes_on, notes_on_values
+from circuits.cli.notes import notes_on
 from circuits.cli.parsing.options import EvaluateOptions, TaskOptions
 from circuits.cli.progress import note, phase
 from circuits.running.ablation import NAMES as ABLATIONS
@@ -64,7 +64,7 @@ def check_size(found: CircuitRun, size: int | None) -> None:
 
 def show_evaluation(found: CircuitRun, evaluation: Record, options: TaskOptions) -> None:
     """Print an evaluation as a table, or as JSON."""
-    for text in [*notes_on(found), *notes_on_values(evaluation["values"])]:
+    for text in [*notes_on(found), *evaluation.get("notes", ())]:
         note(text)
     if options.json:
         print_run(found, evaluation)
@@ -79,8 +79,6 @@ def show_evaluation(found: CircuitRun, evaluation: Record, options: TaskOptions)
     values.index.name = "metric"
     console = terminal()
     console.print(frame_table(values, title))
-    for note in evaluation.get("notes", ()):
-        console.print(f"note: {note}")
     console.print(f"Run folder: {found.folder}", soft_wrap=True)
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from circuits.runs.circuit_run import CircuitRun
-
-Record = Mapping[str, Any]
 
 
 def notes_on(found: CircuitRun) -> list[str]:
@@ -44,17 +41,6 @@ def notes_on_sweep(label: str, sweep: Sequence[CircuitRun]) -> list[str]:
             alike.setdefault(kept, []).append(f"{found.record['settings']['threshold']:g}")
     several = [" and ".join(each) for each in alike.values() if len(each) > 1]
     return [f"{label}: the thresholds {each} give the same circuit." for each in several]
-
-
-def notes_on_values(values: Mapping[Any, Record]) -> list[str]:
-    """Say where faithfulness is not defined."""
-    undefined = [str(name) for name, row in values.items() if row["faithfulness"] is None]
-    if not undefined:
-        return []
-    return [
-        f"faithfulness of {', '.join(undefined)} is not defined (-): the whole model and the empty "
-        "circuit have the same value on these prompts."
-    ]
 
 
 def _two_digits(value: float, *, above: bool) -> float:

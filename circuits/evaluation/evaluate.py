@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -39,6 +39,8 @@ ByRow = Mapping[str, Float[Tensor, " scored"]]
 CURVE_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 # The relative difference of two means of a metric that float32 cannot tell apart.
 ROUNDING = 1e-6
+# What a curve's table has besides metrics.
+COLUMNS = ("edges", "fraction", "faithfulness", "method", "selected", "of")
 ALIASES = {"logit_diff": "logit_difference", "prob_diff": "probability_difference"}
 
 
@@ -192,7 +194,7 @@ def evaluate(
     circuit: Circuit,
     task: Task,
     *,
-    metrics: Sequence[str | Metric] | None = None,
+    metrics: str | Metric | Sequence[str | Metric] | None = None,
     ablation: str | Ablation = "resample",
     max_memory: WholeNumber | None = None,
     transcoders: Transcoders | None = None,
@@ -200,8 +202,8 @@ def evaluate(
     """Run a circuit, with everything outside it ablated, and judge its logits.
 
     Args:
-        metrics: None takes `kl`, `logit_difference` if the task has answers and wrong answers, and
-            the task's own metric.
+        metrics: one or several; None takes `kl`, `logit_difference` if the task has answers and
+            wrong answers, and the task's own metric.
         ablation: what edges outside the circuit carry instead.
         max_memory, transcoders: see `run_circuits`.
 
@@ -218,12 +220,12 @@ def evaluate(
     """
     check_task(model, task)
     settings = RunSettings.parse(ablation=ablation, max_memory=max_memory, transcoders=transcoders)
-    if isinstance(metrics, str):
-        metrics = [metrics]
     if metrics is None:
         chosen = default_metrics(task)
     else:
-        chosen = [get_metric(_full_name(metric), task) for metric in metrics]
+        given: Any = metrics if isinstance(metrics, list | tuple) else [metrics]
+        chosen = [get_metric(_full_name(metric), task) for metric in given]
+        _check_names(chosen)
     return evaluations(model, [circuit], task, chosen, settings)[0]
 
 
@@ -357,6 +359,10 @@ def judge_points(
     """`faithfulness_points`, with its arguments parsed."""
     metric = settings.metric
     assert metric is not None
+    if metric.name in COLUMNS:
+        raise InputError(
+            f"metric {metric.name!r} has the name of another column of the table; rename it."
+        )
     metrics = [get_metric("kl", task), metric]
     rows = []
     for evaluation in evaluations(model, circuits, task, metrics, settings):
@@ -390,7 +396,18 @@ def default_metrics(task: Task) -> list[Metric]:
     names = ["kl", "logit_difference", task.metric]
     if task.answers is None or task.wrong_answers is None:
         names.remove("logit_difference")
-    return [get_metric(name, task) for name in dict.fromkeys(names)]
+    metrics = [get_metric(name, task) for name in names]
+    return [*{metric.name: metric for metric in metrics}.values()]
+
+
+def _check_names(metrics: Sequence[Metric]) -> None:
+    by_name: dict[str, Metric] = {}
+    for metric in metrics:
+        if by_name.setdefault(metric.name, metric) != metric:
+            raise InputError(
+                f"two metrics are named {metric.name!r}, and an evaluation holds one of a name; "
+                "give one of them another name."
+            )
 
 
 def _full_name(metric: str | Metric) -> str | Metric:

@@ -23,7 +23,7 @@ def cause(model: Model) -> str:
             "the model overflows in its dtype; load it with dtype=torch.float32 "
             "(or torch.bfloat16, which has the same range)."
         )
-    parameters = model.named_parameters()
+    parameters = [(name, each) for name, each in model.named_parameters() if each.numel()]
     sizes = {name: float(each.detach().abs().max()) for name, each in parameters}
     largest = max(sizes, key=lambda name: sizes[name])
     return (

@@ -298,7 +298,8 @@ class PromptTokenizer:
 
     def _fused(self, pair: PromptPair, prompt_ids: TokenIds) -> str | None:
         """An answer such as "Mary" after "to", which is read as "toMary"."""
-        for word in pair.answers + pair.wrong_answers:
+        words = (each for each in pair.answers + pair.wrong_answers if isinstance(each, str))
+        for word in words:
             fuses = pair.clean[-1:].isalpha() and word[:1].isalpha()
             forms = (word, f" {word}") if fuses else ()
             found = [self._continuation(pair.clean, prompt_ids, form) for form in forms]

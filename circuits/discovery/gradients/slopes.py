@@ -15,6 +15,7 @@ from torch import Tensor
 
 from circuits.models import count_not_finite
 from circuits.system.errors import InputError, NotFiniteError
+from circuits.system.memory import is_out_of_memory
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
 
@@ -35,9 +36,7 @@ def slopes(metric: Metric, clean_logits: Logits | None, task: Task, logits: Logi
         varied = logits.detach().requires_grad_()
         against = logits.detach() if clean_logits is None else clean_logits
         total = metric.damage(varied, against, task).sum()
-        found = None
-        if total.requires_grad:
-            (found,) = torch.autograd.grad(total, varied, allow_unused=True)
+        found = _gradient(metric, total, varied) if total.requires_grad else None
     if found is None:
         raise InputError(
             f"metric {metric.name!r} has no gradient; choose a differentiable one, such as "
@@ -50,6 +49,19 @@ def slopes(metric: Metric, clean_logits: Logits | None, task: Task, logits: Logi
             "its values are finite, as that of a square root is at 0; correct the metric, or take "
             "the gradient elsewhere."
         )
+    return found
+
+
+def _gradient(metric: Metric, total: Tensor, logits: Logits) -> Logits | None:
+    try:
+        (found,) = torch.autograd.grad(total, logits, allow_unused=True)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"metric {metric.name!r} cannot be differentiated ({str(error)[:200]}): do not write "
+            "to tensors that it has computed with."
+        ) from error
     return found
 
 
