@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import MISSING, fields
@@ -23,7 +24,7 @@ from circuits.models import Model
 from circuits.plotting.pages import report_page
 from circuits.runs.circuit_run import CircuitRun, run
 from circuits.runs.run_folder import digest
-from circuits.system.errors import InputError
+from circuits.system.errors import InputError, NotWrittenError
 from circuits.system.files import write_bytes, write_json
 from circuits.system.ranks import is_first
 from circuits.tasks.messages import suggestion
@@ -229,7 +230,6 @@ def _write_report(report: Path, comparison: Comparison, details: Details) -> Any
     curves_json = comparison.curves.to_json(orient="records")
     curves = json.loads(curves_json)
     content = {"details": details, "table": table, "curves": curves}
-    write_json(report.with_name("comparison.json"), content, "circuits.comparison", 1)
     page = report_page(
         title="{task} in {model}".format(**details),
         table=comparison.table,
@@ -237,7 +237,12 @@ def _write_report(report: Path, comparison: Comparison, details: Details) -> Any
         circuits=comparison.circuits,
         details=details,
     )
-    write_bytes(report, page.encode())
+    try:
+        write_json(report.with_name("comparison.json"), content, "circuits.comparison", 1)
+        write_bytes(report, page.encode())
+    except NotWrittenError as error:
+        # The table is shown all the same.
+        warnings.warn(f"the report is not kept: {error}", stacklevel=2)
     return table
 
 

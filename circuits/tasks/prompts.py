@@ -146,7 +146,7 @@ class _Line(BaseModel, extra="forbid"):
 def _parse(line: str) -> PromptPair:
     try:
         content = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(
             f"not JSON ({error}): {shorten(line)}; write one object per line, {_EXAMPLE}."
         ) from error
