@@ -80,6 +80,10 @@ def test_files_that_do_not_fit_are_one_clear_line(model, tmp_path):
         ("{", "truncated or not JSON"),
         ('{"nodes": {}}', "edges is missing; it is required"),
         ('{"edges": {"input->m0": {}}}', "edges.input->m0.score is missing; it is required"),
+        (
+            '{"edges": {"input->m0": {"score": 1e300, "in_graph": true}}}',
+            r"the score of input->m0 is 1e\+300, which is too large for float32",
+        ),
     ):
         (tmp_path / "broken.json").write_text(content)
         with pytest.raises(circuits.InputError, match=told):

@@ -1,6 +1,7 @@
 """Loading and saving models, by name, from folders and from checkpoints of real architectures."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -264,6 +265,40 @@ def test_a_folder_that_holds_no_model_or_a_damaged_one_is_one_clear_line(tmp_pat
     circuits.save_model(random_model("gpt2"), tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"abc")
     with pytest.raises(circuits.InputError, match="truncated"):
+        circuits.load_model(tmp_path, device="cpu")
+
+
+def test_files_of_two_models_or_of_an_interrupted_save_are_not_taken_for_one(toy_world, tmp_path):
+    for seed in (1, 2):
+        circuits.save_model(random_model("gpt2", seed=seed), tmp_path / str(seed))
+    shutil.copy(tmp_path / "1" / "model.safetensors", tmp_path / "2")
+    with pytest.raises(circuits.InputError, match=r"model\.safetensors is not the file that was"):
+        circuits.load_model(tmp_path / "2", device="cpu")
+    circuits.save_model(toy_world, tmp_path / "toy")
+    tokenizer = tmp_path / "toy" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"Mary"', '"Marie"'))
+    with pytest.raises(circuits.InputError, match=r"tokenizer\.json is not.*delete the lines"):
+        circuits.load_model(tmp_path / "toy", device="cpu")
+    config = tmp_path / "toy" / "config.json"
+    kept = [line for line in config.read_text().splitlines() if '"digest' not in line]
+    config.write_text("\n".join(kept))
+    assert "Marie" in circuits.load_model(tmp_path / "toy", device="cpu").tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize(
+    "n_layer, reason", [(3, "lacks weights"), (1, "more layers than"), (10**9, "n_layer is 1")]
+)
+def test_a_checkpoint_with_another_number_of_layers_than_its_configuration_is_refused(
+    n_layer, reason, toy_world, tmp_path
+):
+    toy_world.tokenizer.save_pretrained(tmp_path)
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 8, "n_positions": 16, "vocab_size": 673}
+    config = transformers.GPT2Config(**shape, n_ctx=16)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    assert circuits.load_model(tmp_path, device="cpu").cfg.n_layers == 2
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_layer": n_layer}))
+    with pytest.raises(circuits.InputError, match=reason):
         circuits.load_model(tmp_path, device="cpu")
 
 

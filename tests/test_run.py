@@ -1,10 +1,15 @@
 """Runs: folders that are found again, resumed after being killed, and shared by processes."""
 
+import errno
+import functools
+import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +18,7 @@ import torch
 from architectures import random_model, random_task
 
 import circuits
+from circuits.discovery.discoverer import CircuitDiscoverer
 from circuits.runs.circuit_run import (
     CHECKPOINT,
     METRICS,
@@ -23,6 +29,7 @@ from circuits.runs.circuit_run import (
     load_run,
     run,
 )
+from circuits.system.code_digest import code_digest
 from circuits.system.files import read_json, read_tensors, write_json
 
 DISCOVER = [
@@ -278,3 +285,260 @@ def test_two_processes_on_one_run_folder_take_turns(tmp_path):
     assert answers[0]["values"] == answers[1]["values"]
     assert sorted(each["reused"] for each in answers) == [False, True]
     assert load_run(Path(answers[0]["folder"])).record["edges"] == answers[0]["edges"]
+
+
+# What the code of a method or metric depends on
+
+METHOD = '''
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+import circuits
+import {helper}
+
+
+@dataclass(frozen=True)
+class Mine(circuits.CircuitDiscoverer):
+    """A method of one's own."""
+
+    name: ClassVar[str] = "{helper} mine"
+
+    def find(self, model, task, graph, saved, progress):
+        scores = torch.full((len(graph),), {helper}.value())
+        return circuits.Circuit.full(graph, scores, record=self.record())
+'''
+
+
+@pytest.fixture
+def loaded(tmp_path, monkeypatch):
+    """Write a method's file, with one beside it that it imports, and load both."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write_and_load(helper: str, *, extra: str = "") -> CircuitDiscoverer:
+        name = f"helper_{tmp_path.name}"
+        for module, source in (
+            (name, f"def value():\n    return {helper}\n"),
+            (f"method_{tmp_path.name}", METHOD.format(helper=name) + extra),
+        ):
+            (tmp_path / f"{module}.py").write_text(source)
+            importlib.invalidate_caches()
+            sys.modules.pop(module, None)
+            # Two edits within a second have one time stamp.
+            shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+            method = importlib.import_module(module)
+        return method.Mine()
+
+    return write_and_load
+
+
+def test_an_edited_method_or_an_edited_file_that_it_imports_is_another_run(loaded, model, tmp_path):
+    found = []
+    for arguments in ({"helper": "1.0"}, {"helper": "2.0"}, {"helper": "2.0", "extra": "x = 1\n"}):
+        found.append(run(loaded(**arguments), model, random_task(), out=tmp_path / "runs"))
+    assert [float(one.circuit.scores[0]) for one in found] == [1.0, 2.0, 2.0]
+    assert not any(one.reused for one in found)
+    again = run(loaded("1.0"), model, random_task(), out=tmp_path / "runs")
+    assert again.reused and again.circuit == found[0].circuit
+
+
+def test_a_file_that_was_edited_but_not_loaded_again_does_not_store_the_old_result_as_the_new(
+    loaded, model, tmp_path
+):
+    old = loaded("1.0")
+    (tmp_path / f"helper_{tmp_path.name}.py").write_text("def value():\n    return 2.0\n")
+    assert run(old, model, random_task(), out=tmp_path / "runs").circuit.scores[0] == 1
+    found = run(loaded("2.0"), model, random_task(), out=tmp_path / "runs")
+    assert not found.reused
+    assert found.circuit.scores[0] == 2
+
+
+SCALE = 1.0
+
+
+class Scaled:
+    """A metric that is an object."""
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, logits, clean_logits, task):
+        return logits[:, 0] * self.scale
+
+
+def scaled(logits, clean_logits, task, scale=1.0):
+    return logits[:, 0] * scale
+
+
+def by_global(logits, clean_logits, task):
+    return logits[:, 0] * SCALE
+
+
+def by_closure(scale):
+    return lambda logits, clean_logits, task: logits[:, 0] * scale
+
+
+HELD = {
+    "a closure": by_closure,
+    "a tensor in a closure": lambda scale: by_closure(torch.tensor(scale)),
+    "a partial function": lambda scale: functools.partial(scaled, scale=scale),
+    "an attribute": Scaled,
+    "a bound method": lambda scale: Scaled(scale).__call__,
+    "a decorated function": lambda scale: functools.wraps(scaled)(by_closure(scale)),
+    "code without a file": lambda scale: eval(
+        f"lambda logits, clean, task: logits[:, 0] * {scale}"
+    ),
+}
+
+
+@pytest.mark.parametrize("held", HELD)
+def test_metrics_of_one_name_that_hold_other_data_are_other_runs_and_evaluations(
+    held, model, tmp_path
+):
+    task = random_task()
+    metrics = [circuits.Metric("m", HELD[held](scale), "lower_is_damage") for scale in (1.0, 2.0)]
+    runs = [run(circuits.EAP(metric=metric), model, task, out=tmp_path) for metric in metrics]
+    assert [found.reused for found in runs] == [False, False]
+    assert str(metrics[0]) != str(metrics[1])
+    values = [
+        evaluate_run(runs[0], model, task, metrics=[metric])["values"]["m"]["circuit"]
+        for metric in metrics
+    ]
+    assert values[1] == pytest.approx(2 * values[0])
+    same = circuits.Metric("m", HELD[held](1.0), "lower_is_damage")
+    assert run(circuits.EAP(metric=same), model, task, out=tmp_path).reused
+
+
+def test_a_global_that_a_metric_reads_is_part_of_it(model, tmp_path, monkeypatch):
+    metric = circuits.Metric("m", by_global, "lower_is_damage")
+    first = run(circuits.EAP(metric=metric), model, random_task(), out=tmp_path)
+    monkeypatch.setitem(globals(), "SCALE", 2.0)
+    second = run(circuits.EAP(metric=metric), model, random_task(), out=tmp_path)
+    assert not second.reused
+    assert second.circuit.scores.allclose(2 * first.circuit.scores)
+
+
+def test_what_cannot_be_hashed_is_said_and_never_found_again(model, tmp_path):
+    lock = threading.Lock()
+
+    def with_lock(logits, clean_logits, task):
+        with lock:
+            return logits[:, 0]
+
+    method = circuits.EAP(metric=circuits.Metric("m", with_lock, "lower_is_damage"))
+    for _ in range(2):
+        with pytest.warns(
+            UserWarning, match=r"cannot be found again.*with_lock.*lock holds a.*lock"
+        ):
+            assert not run(method, model, random_task(), out=tmp_path).reused
+
+
+def test_a_digest_does_not_depend_on_the_process(tmp_path, monkeypatch):
+    """Sets are in another order in each process."""
+    source = "NAMES = {'a', 'b', 'c'}\ndef f():\n    return NAMES, {'x', 'y'}, 'z' in {'p', 'q'}\n"
+    (tmp_path / "code_with_sets.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    script = "import code_with_sets; from circuits.system.code_digest import code_digest;"
+    script += "print(code_digest(code_with_sets.f, {'x', 'y', 'z'}).text)"
+    places = os.pathsep.join([str(tmp_path), str(Path(circuits.__file__).parents[1])])
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": places},
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    function = importlib.import_module("code_with_sets").f
+    assert code_digest(function, {"x", "y", "z"}).text == elsewhere.stdout.strip()
+
+
+# Disks that are full, read-only or without locks
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    def fsync(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return lambda: monkeypatch.setattr(os, "fsync", fsync)
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_is_finished(model, tmp_path, full_disk):
+    found = run(circuits.EAP(), model, random_task(), out=tmp_path)
+    kept = evaluate_run(found, model, random_task(), size=5)
+    full_disk()
+    with pytest.raises(
+        circuits.InputError, match=r"circuit\.safetensors cannot be written \(No sp"
+    ):
+        run(circuits.EAPIG(), model, random_task(), out=tmp_path)
+    assert run(circuits.EAP(), model, random_task(), out=tmp_path).circuit == found.circuit
+    assert evaluate_run(found, model, random_task(), size=5) == kept
+    with pytest.warns(UserWarning, match="the evaluation is not kept: .*No space left"):
+        new = evaluate_run(found, model, random_task(seed=2), size=5)
+    expected = circuits.evaluate(model, found.circuit.top(5), random_task(seed=2))
+    assert new["values"]["kl"]["circuit"] == pytest.approx(expected.kl)
+    assert not [path for path in tmp_path.rglob(".*") if len(path.name) > 32]
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ENOLCK, errno.ENOSYS, errno.EROFS])
+def test_without_a_lock_what_is_finished_is_used_and_a_new_run_is_refused_in_one_line(
+    code, model, tmp_path, monkeypatch
+):
+    found = run(circuits.EAP(), model, random_task(), out=tmp_path)
+
+    def no_lock(*arguments, **options):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("circuits.runs.run_folder.FileLock.acquire", no_lock)
+    assert run(circuits.EAP(), model, random_task(), out=tmp_path).reused
+    assert load_run(found.folder).circuit == found.circuit
+    assert evaluate_run(found, model, random_task(), size=5)["edges"] == 5
+    with pytest.raises(circuits.InputError, match=f"cannot be made or locked .{os.strerror(code)}"):
+        run(circuits.EAPIG(), model, random_task(), out=tmp_path)
+
+
+def test_temporary_files_of_killed_processes_are_removed_and_those_of_running_ones_kept(
+    model, tmp_path
+):
+    found = run(circuits.EAP(), model, random_task(), out=tmp_path)
+    dead, running, foreign = (
+        found.folder / name
+        for name in (f".{RECORD}.{'0' * 32}", f".{METRICS}.{'1' * 32}", ".note.txt")
+    )
+    for path in (dead, foreign):
+        path.write_bytes(b"x")
+    holder = "import fcntl, sys, time; f = open(sys.argv[1], 'wb'); fcntl.flock(f, fcntl.LOCK_EX);"
+    holder += "f.write(b'x'); f.flush(); print('locked', flush=True); time.sleep(60)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", holder, str(running)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "locked\n"
+        evaluate_run(found, model, random_task(), size=5)
+        assert (dead.exists(), running.exists(), foreign.exists()) == (False, True, True)
+    finally:
+        process.kill()
+        process.communicate()
+    evaluate_run(found, model, random_task(), size=6)
+    assert not running.exists()
+
+
+def test_a_note_that_has_no_form_in_json_is_told_before_the_search(model, tmp_path):
+    with counting_passes(model) as passes:
+        with pytest.raises(circuits.InputError, match="saved as JSON"):
+            run(circuits.EAP(), model, random_task(), out=tmp_path, notes={"x": torch.ones(1)})
+    assert passes["forward_passes"] == 0
+
+
+def test_a_change_to_json_is_noticed_and_accepted_once_its_digest_is_deleted(model, tmp_path):
+    found = run(circuits.EAP(), model, random_task(), out=tmp_path, notes={"seed": 3})
+    path = found.folder / RECORD
+    path.write_text(path.read_text().replace('"seed": 3', '"seed": 4'))
+    with pytest.raises(
+        circuits.InputError, match=r'changed after it was written.*delete the line "d'
+    ):
+        load_run(found.folder)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(line for line in lines if '"digest": "circuits-sha256' not in line))
+    assert load_run(found.folder).record["notes"] == {"seed": 4}

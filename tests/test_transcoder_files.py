@@ -906,6 +906,18 @@ BROKEN = {
         broken(b_enc=random(FEATURES + 1)),
         r"b_enc has shape \(13,\), expected \(12,\) \(features\); .*as in layer 0",
     ),
+    "numbers that are not finite": (
+        broken(b_enc=torch.full((FEATURES,), torch.nan)),
+        r"12 of 12 numbers of the bias are NaN or infinite; restore the file",
+    ),
+    "fewer layers than config.yaml says": (
+        with_config("n_layers: 7"),
+        r"says n_layers: 7, but there are files of \d layers; restore the others",
+    ),
+    "a config.yaml that would take minutes to read": (
+        with_config("[" * 100_000),
+        r"config.yaml cannot be read as YAML \(it has more than 65,536 bytes\)",
+    ),
     "integers": (
         broken(W_dec=torch.ones(FEATURES, WIDTH, dtype=torch.int8)),
         r"W_dec holds torch.int8, not floating-point numbers",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from circuits.models import Model
 from circuits.plotting.pages import report_page
 from circuits.runs.circuit_run import CircuitRun, run
 from circuits.runs.run_folder import digest
+from circuits.system.errors import NotWrittenError
 from circuits.system.files import write_bytes, write_json
 from circuits.system.ranks import is_first
 from circuits.tasks.task import Task
@@ -134,7 +136,6 @@ def _write_report(report: Path, comparison: Comparison, details: Details) -> Any
     curves_json = comparison.curves.to_json(orient="records")
     curves = json.loads(curves_json)
     content = {"details": details, "table": table, "curves": curves}
-    write_json(report.with_name("comparison.json"), content, "circuits.comparison", 1)
     page = report_page(
         title="{task} in {model}".format(**details),
         table=comparison.table,
@@ -142,7 +143,12 @@ def _write_report(report: Path, comparison: Comparison, details: Details) -> Any
         circuits=comparison.circuits,
         details=details,
     )
-    write_bytes(report, page.encode())
+    try:
+        write_json(report.with_name("comparison.json"), content, "circuits.comparison", 1)
+        write_bytes(report, page.encode())
+    except NotWrittenError as error:
+        # The table is shown all the same.
+        warnings.warn(f"the report is not kept: {error}", stacklevel=2)
     return table
 
 

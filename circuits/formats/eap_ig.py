@@ -27,6 +27,7 @@ from circuits.system.files import write_bytes
 from circuits.system.numbers import WholeNumber, whole
 
 EAP_IG_EMBED = "input"
+LARGEST = torch.finfo(torch.float32).max
 CONFIG_FIELDS = ("n_layers", "n_heads", "parallel_attn_mlp", "d_model")
 
 
@@ -176,7 +177,13 @@ def _scores_and_kept(entries: EdgeEntries, n_prompts: int, graph: Graph) -> tupl
     kept = torch.zeros(n_edges, dtype=torch.bool)
     for name, entry in entries.items():
         index = graph.index(edge_from_eap_ig(name, embed=embed))
-        scores[index] = entry["score"] * n_prompts
+        score = entry["score"] * n_prompts
+        # NaN is an edge that was never scored.
+        if abs(score) > LARGEST:
+            raise InputError(
+                f"the score of {name} is {score}, which is too large for float32; correct it."
+            )
+        scores[index] = score
         kept[index] = entry["in_graph"]
     return scores, kept
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 import sys
 import tempfile
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformer_lens import (
     HookedTransformer,
@@ -32,6 +34,7 @@ from transformers import (
 from circuits.system.device import device_called
 from circuits.system.errors import InputError
 from circuits.system.files import (
+    BROKEN,
     DIGEST,
     read_json,
     read_json_object,
@@ -268,16 +271,24 @@ def _check_digests(folder: Path, content: Mapping[str, Any]) -> None:
 
 def _load_checkpoint(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:
     """Load a Hugging Face checkpoint and convert it."""
+    _check_layers(folder)
     with _refusals(f"the folder {folder} cannot be loaded as a checkpoint"):
         settings = AutoConfig.from_pretrained(folder, **NO_CODE)
         _check_is_decoder(str(folder), classify_model_config(settings))
         # The attention that config.json names may be a kernel on the hub, which is code. Any does,
         # as only weights are taken.
         settings._attn_implementation = "eager"
-        source = AutoModelForCausalLM.from_pretrained(
-            folder, config=settings, dtype=dtype, use_safetensors=True, **NO_CODE
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=settings,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **NO_CODE,
         )
+        source, loaded = found
         tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
+    _check_complete(folder, source.state_dict(), loaded)
     with (
         tempfile.TemporaryDirectory() as parent,
         _refusals(f"TransformerLens cannot convert the checkpoint in {folder}"),
@@ -297,6 +308,46 @@ def _load_checkpoint(folder: Path, device: torch.device, dtype: torch.dtype) -> 
     model.cfg.model_name = folder.name
     model.move_model_modules_to_device()
     return model.eval()
+
+
+def _check_layers(folder: Path) -> None:
+    """Refuse a number of layers for which the files have no weights, before they are made."""
+    content = read_json_object(folder / CONFIG_FILE, "configuration")
+    n_tensors = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                n_tensors += len(file.keys())
+        except BROKEN as error:
+            raise InputError(
+                f"{path} is truncated or not a safetensors file ({_first_line(error)}); restore it."
+            ) from error
+    for name in ("num_hidden_layers", "num_layers", "n_layer", "n_layers"):
+        n_layers = content.get(name)
+        if isinstance(n_layers, int) and n_layers > n_tensors > 0:
+            raise InputError(
+                f"{folder / CONFIG_FILE}: {name} is {n_layers}, but the folder holds {n_tensors} "
+                "tensors; correct it."
+            )
+
+
+def _check_complete(folder: Path, weights: Weights, loaded: Mapping[str, Any]) -> None:
+    """Refuse weights that Transformers made up, and layers of the files that it left out."""
+    same_in_all_layers = {re.sub(r"\.\d+\.", ".", name) for name in weights}
+    left_out = [
+        name
+        for name in sorted(loaded["unexpected_keys"])
+        if re.sub(r"\.\d+\.", ".", name) in same_in_all_layers
+    ]
+    for problem, names in (
+        ("lacks weights that its config.json needs", sorted(loaded["missing_keys"])),
+        ("has weights of more layers than its config.json says", left_out),
+    ):
+        if names:
+            raise InputError(
+                f"the checkpoint in {folder} {problem} ({names[0]} and {len(names) - 1} more); "
+                "restore its files."
+            )
 
 
 def _load_by_name(name: str, device: torch.device, dtype: torch.dtype) -> Model:

@@ -60,7 +60,8 @@ def locked_once(folder: Path) -> Iterator[None]:
         NotWrittenError: the folder cannot be made, written or locked.
         Timeout: another process holds the lock for longer than `SECONDS_BETWEEN_TRIES`.
     """
-    lock = FileLock(folder / LOCK)
+    # A lock that is a file which exists would outlive its process, and be copied with the folder.
+    lock = FileLock(folder / LOCK, fallback_to_soft=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=SECONDS_BETWEEN_TRIES)

@@ -18,7 +18,7 @@ import sys
 import types
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -178,11 +178,11 @@ class _Walk:
     def _tuple(self, values: tuple[Any, ...], where: str) -> Digest:
         return self._all(_name(values), values, where)
 
-    def _set(self, values: frozenset[Any], where: str) -> Digest:
+    def _set(self, values: set[Any] | frozenset[Any], where: str) -> Digest:
         # In an order of their own: that of a set differs between processes.
         return _hash(_name(values), *sorted(self.digest(value, where) for value in values))
 
-    def _dict(self, values: dict[Any, Any], where: str) -> Digest:
+    def _dict(self, values: Mapping[Any, Any], where: str) -> Digest:
         parts = []
         for key, value in values.items():
             inside = f"{where}.{key}" if isinstance(key, str) else where

@@ -253,7 +253,7 @@ def write_bytes(path: Path, content: bytes) -> Path:
     except OSError as error:
         raise NotWrittenError(
             f"{path} cannot be written ({error.strerror or error}); what was there before is "
-            "unchanged. Free space, or give another folder that can be written."
+            "unchanged. Make room there, or give a folder that can be written."
         ) from error
     return path
 

@@ -15,6 +15,8 @@ from circuits.transcoders.transcoder import Reads, Writes
 
 CONFIG = "config.yaml"
 PLT_KIND, CLT_KIND = "transcoder_set", "cross_layer_transcoder"
+# The list of a set with many layers has some 10,000 bytes; much larger files would take minutes.
+MOST_BYTES = 1 << 16
 # The model_kind of a set that is being saved.
 UNFINISHED = "unfinished"
 
@@ -48,6 +50,7 @@ class TranscoderConfig:
     writes: Writes | None = None
     activation: str | None = None
     k: int | None = None
+    n_layers: int | None = None
     # Layer and file of each entry, as written: a path or an hf:// address.
     files: ListedFiles = ()
 
@@ -59,13 +62,16 @@ def read_config(file: Path, source: str) -> TranscoderConfig:
     content = _settings(file, source)
     meanings = [_choose(key, content.get(key), source) for key in MEANINGS]
     kind, reads, writes, activation = meanings
-    k = _k(content.get("k"), source)
+    k = _count(content.get("k"), f"{source}: k", "the number of features that may fire")
+    n_layers = _count(content.get("n_layers"), f"{source}: n_layers", "the number of layers")
     files = _files(content.get("transcoders"), source)
-    return TranscoderConfig(source, kind, reads, writes, activation, k, files)
+    return TranscoderConfig(source, kind, reads, writes, activation, k, n_layers, files)
 
 
 def _settings(file: Path, source: str) -> Settings:
     try:
+        if file.stat().st_size > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     # What is not a valid date or number is a ValueError, and an unhashable key a TypeError.
     except (yaml.YAMLError, ValueError, TypeError, OSError, RecursionError) as error:
@@ -103,11 +109,11 @@ def _plain(name: str) -> str:
     return re.sub(r"[-_\s]", "", name).lower()
 
 
-def _k(value: object, source: str) -> int | None:
+def _count(value: object, name: str, meaning: str) -> int | None:
     # bool is a subclass of int, so `k: true` would be 1.
     if value is None or (type(value) is int and value > 0):
         return value
-    raise InputError(f"{source}: k is {value!r}; give the number of features that may fire.")
+    raise InputError(f"{name} is {value!r}; give {meaning}.")
 
 
 def _files(entries: object, source: str) -> ListedFiles:

@@ -69,7 +69,7 @@ def load_transcoders(
     folder, config = _find(where)
     source = str(where if where in embedded_transcoders() else folder)
     layers = read_layers(_layer_files(folder, config), source, copy, check=not mapped)
-    _check_kind(layers[0], config)
+    _check_kind(layers, config)
     transcoders = replace(_assembled(layers, config), name=folder.name, source=source)
     transcoders.check()
     return transcoders
@@ -136,8 +136,13 @@ def _layer_files(folder: Place, config: TranscoderConfig) -> LayerFiles:
     return [[file] for file in fetch_files(list(places.values()))]
 
 
-def _check_kind(layer: LayerWeights, config: TranscoderConfig) -> None:
-    kind = layer.format.kind
+def _check_kind(layers: list[LayerWeights], config: TranscoderConfig) -> None:
+    if config.n_layers not in (None, len(layers)):
+        raise InputError(
+            f"{config.source} says n_layers: {config.n_layers}, but there are files of "
+            f"{len(layers)} layers; restore the others."
+        )
+    kind = layers[0].format.kind
     if config.kind not in (None, kind):
         raise InputError(
             f"{config.source} says model_kind: {config.kind}, but the files are of a {kind}; "

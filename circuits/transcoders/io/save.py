@@ -119,6 +119,7 @@ def _config(transcoders: Transcoders, model_name: str) -> Config:
         "feature_output_hook": _value("feature_output_hook", transcoders.writes),
         "activation": first.name,
         "k": getattr(first, "k", None),
+        "n_layers": transcoders.n_layers,
     }
     return {key: value for key, value in config.items() if value}
 
