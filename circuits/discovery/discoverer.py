@@ -19,6 +19,7 @@ from circuits.running.damage import DamageMeter
 from circuits.running.settings import RunSettings
 from circuits.system.errors import InputError
 from circuits.system.fields import CheckedFields
+from circuits.system.numbers import python_number
 from circuits.tasks.model_fit import check_is_task, check_task
 from circuits.tasks.task import Task
 
@@ -191,7 +192,10 @@ def no_progress(done: int, total: int) -> None:
 
 def as_json(value: Any) -> Any:
     """A hyperparameter as a JSON value; other objects as their text."""
-    if value is None or isinstance(value, bool | int | float | str):
+    number = python_number(value)
+    if number is not None:
+        return number
+    if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, list | tuple):
         return [as_json(item) for item in value]

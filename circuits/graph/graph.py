@@ -25,6 +25,7 @@ from circuits.graph.identity import ModelIdentity, TranscodersIdentity
 from circuits.graph.nodes import Embed, Head, Logits, Node, PosEmbed, TokenEmbed
 from circuits.system.errors import InputError
 from circuits.system.kinds import expect
+from circuits.system.numbers import items
 
 EdgeIndex = Int[Tensor, " edge"]
 EdgeMask = Bool[Tensor, " edge"]
@@ -117,7 +118,7 @@ class Graph:
 
     def __contains__(self, edge: Edge | str) -> bool:
         edge = parse_edge(edge) if isinstance(edge, str) else edge
-        return edge in self._edge_index
+        return isinstance(edge, Edge) and edge in self._edge_index
 
     def index(self, edge: Edge | str) -> int:
         """The position of `edge` in graph order.
@@ -126,6 +127,7 @@ class Graph:
             InputError: the graph has no such edge.
         """
         edge = parse_edge(edge) if isinstance(edge, str) else edge
+        expect(edge, Edge, "an edge or its text", "write it like a5.h5->a9.h9.q")
         if edge not in self._edge_index:
             raise InputError(f"the graph has no edge {edge}: {self._why_not(edge)}")
         return self._edge_index[edge]
@@ -136,7 +138,8 @@ class Graph:
         Raises:
             InputError: the graph lacks one of them.
         """
-        numbers = [self.index(edge) for edge in edges]
+        listed = [edges] if isinstance(edges, str | Edge) else items(edges, "edges")
+        numbers = list(map(self.index, listed))
         kept = torch.zeros_like(self.source, dtype=torch.bool)
         kept[numbers] = True
         return kept

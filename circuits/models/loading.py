@@ -22,9 +22,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from circuits.system.device import device_called
+from circuits.system.device import device_called, dtype_called
 from circuits.system.errors import InputError
-from circuits.system.files import read_json, read_tensors, write_json, write_tensors
+from circuits.system.files import path_of, read_json, read_tensors, write_json, write_tensors
 from circuits.system.kinds import expect
 
 Model = HookedTransformer
@@ -66,9 +66,9 @@ def load_model(
         InputError: no model has this name, the folder holds no model, the weights cannot be
             downloaded, or the device does not exist.
     """
-    chosen = _device(device)
+    chosen, dtype = _device(device), dtype_called(dtype)
     # A folder of this name in the working directory does not hide the model that ships.
-    folder = ASSETS / EMBEDDED if name_or_path == EMBEDDED else Path(name_or_path)
+    folder = ASSETS / EMBEDDED if name_or_path == EMBEDDED else path_of(name_or_path)
     if folder.is_dir():
         return _load_folder(folder, chosen, dtype)
     return _load_by_name(str(name_or_path), chosen, dtype)
@@ -104,7 +104,7 @@ def build_model(
     # A seed in the configuration would set the seeds of torch, numpy and random globally.
     fixed = {"seed": None, "init_weights": False}
     chosen = str(_device(device))
-    placed = {"dtype": dtype, "device": chosen}
+    placed = {"dtype": dtype_called(dtype), "device": chosen}
     settings = HookedTransformerConfig(**{**config, **fixed, **placed})
     model = HookedTransformer(settings, tokenizer)
     given = _without_derived(weights)

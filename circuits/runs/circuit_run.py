@@ -35,7 +35,7 @@ from circuits.plotting.pages import circuit_page
 from circuits.running.ablation import Ablation
 from circuits.runs.run_folder import RECORD, describe_setup, digest, lock_folder
 from circuits.system.errors import InputError
-from circuits.system.files import read_json, write_bytes, write_json
+from circuits.system.files import path_of, read_json, write_bytes, write_json
 from circuits.system.kinds import expect
 from circuits.system.numbers import WholeNumber, whole
 from circuits.system.ranks import RankError, on_first, ranks, totals
@@ -113,7 +113,7 @@ def run(
     check_task(model, task)
     graph = discoverer.search_graph(model, graph)
     name = f"{discoverer.name}-{_digest(discoverer, model, task, graph)[:8]}"
-    folder = Path(out) / task.name / name
+    folder = path_of(out) / task.name / name
     with _taking_turns(folder):
         # Only the first rank looks: another may see the folder late, on a network disk.
         if on_first((folder / RECORD).exists):
@@ -149,7 +149,7 @@ def load_run(folder: str | Path) -> CircuitRun:
     ...     circuits.load_run(found.folder).circuit == found.circuit
     True
     """
-    folder = Path(folder)
+    folder = path_of(folder)
     path = folder / RECORD
     if not path.exists():
         remedy = f"give a folder with {RECORD} and {FILE}"

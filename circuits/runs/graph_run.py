@@ -32,7 +32,7 @@ from circuits.plotting.graph_page.groups import load_groups
 from circuits.plotting.graph_page.page import graph_page
 from circuits.runs.run_folder import LOCK, RECORD, describe_setup, digest, lock_folder
 from circuits.system.errors import InputError
-from circuits.system.files import read_json, write_bytes, write_json
+from circuits.system.files import path_of, read_json, write_bytes, write_json
 from circuits.tasks.tokenization import PromptTokens, prompt_tokens
 
 PAGE = "graph.html"
@@ -129,7 +129,7 @@ def run_graph(
     numbers = map(str, tokens.tolist())
     text = prompt if isinstance(prompt, str) else " ".join(numbers)
     name = f"{_slug(text)}-{_digest(method, model, tokens, explain)}"
-    folder = Path(out) / "graphs" / name
+    folder = path_of(out) / "graphs" / name
     with _removing_if_unused(folder), lock_folder(folder):
         if (folder / RECORD).exists():
             return _found_again(folder)
@@ -165,7 +165,7 @@ def load_graph_run(folder: str | Path) -> GraphRun:
         >>> circuits.load_graph_run(found.folder).record == found.record
         True
     """
-    folder = Path(folder)
+    folder = path_of(folder)
     if not (folder / RECORD).exists():
         raise InputError(
             f"{folder} holds no finished graph; "

@@ -20,5 +20,5 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     if not known:
         return "there is none."
     listed = f"there are {', '.join(known)}."
-    similar = difflib.get_close_matches(word, known, n=1)
+    similar = difflib.get_close_matches(str(word), known, n=1)
     return f"did you mean {similar[0]!r}? {listed}" if similar else listed

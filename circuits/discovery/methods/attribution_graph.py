@@ -157,7 +157,7 @@ class AttributionGraph(Resumable):
             prompt: text, or token ids.
             explain: what the graph explains; None takes the most probable next tokens. A token
                 stands for its logit minus the mean logit, since the softmax does not see the mean;
-                a pair of tokens for the difference of their logits.
+                a pair of tokens, or of lists of tokens, for the difference of their (mean) logits.
 
         Raises:
             InputError: the transcoders do not fit the model; the prompt is empty or too long, or no
