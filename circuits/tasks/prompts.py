@@ -1,12 +1,13 @@
-"""Prompt pairs as text: the pair itself, pairs from templates and files, and the two splits."""
+"""Prompt pairs as text: the pair, pairs from templates, files and memory, and the two splits."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from hashlib import blake2b
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
 
+import pandas as pd
 from pydantic import BaseModel, Field, StrictInt, ValidationError
 
 from circuits.system.errors import InputError
@@ -172,10 +173,10 @@ def _parse(content: Any) -> PromptPair:
     if known is not None:
         return PromptPair(**known)
     try:
-        fields = _Line.model_validate(content)
+        line = _Line.model_validate(content)
     except ValidationError as error:
         raise InputError(_problem(content, error)) from error
-    return PromptPair(**fields.model_dump(exclude_none=True))
+    return PromptPair(**line.model_dump(exclude_none=True))
 
 
 def _problem(content: Any, error: ValidationError) -> str:
@@ -192,3 +193,63 @@ def _problem(content: Any, error: ValidationError) -> str:
     if name not in content:
         return f"field {name!r} is missing; give {wanted}."
     return f"field {name!r} is {shown(content[name])}; give {wanted}."
+
+
+PromptPairs = Iterable[Any] | PromptPair
+FORMS = "a PromptPair, a dict with its fields, or a tuple (clean, corrupted, answer, wrong_answer)"
+
+
+def prompt_pairs(given: Any) -> list[PromptPair]:
+    """All pairs of a list, a table (of pandas, or a dict of columns), or a single pair.
+
+    Raises:
+        InputError: something is no prompt pair; the message gives its number, from 0.
+    """
+    if isinstance(given, pd.DataFrame):
+        # A missing cell is None rather than NaN.
+        given = given.astype(object).where(given.notna(), None).to_dict("records")
+    elif isinstance(given, Mapping) and _has_columns(given):
+        columns = given.values()
+        given = [dict(zip(given, cells, strict=True)) for cells in zip(*columns, strict=True)]
+    elif isinstance(given, PromptPair | Mapping | pd.Series) or _is_pair(given):
+        given = [given]
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise InputError(f"{shown(given)} is no list of prompt pairs; each is {FORMS}.")
+    return [_pair(number, each) for number, each in enumerate(given)]
+
+
+def _has_columns(given: Mapping[str, Any]) -> bool:
+    return isinstance(given.get("clean", given.get("prompt")), list | tuple | pd.Series)
+
+
+def _is_pair(given: Any) -> bool:
+    return isinstance(given, tuple) and all(isinstance(each, str) for each in given[:2])
+
+
+def _pair(number: int, given: Any) -> PromptPair:
+    if isinstance(given, PromptPair):
+        return given
+    try:
+        if isinstance(given, Mapping | pd.Series):
+            return _from_fields(dict(given))
+        if isinstance(given, list | tuple) and 2 <= len(given) <= 4:
+            return PromptPair(*given)
+    except InputError as error:
+        raise InputError(f"prompt pair {number}: {error}") from error
+    raise InputError(f"prompt pair {number} is {shown(given)}; give {FORMS}.")
+
+
+def _from_fields(given: dict[str, Any]) -> PromptPair:
+    known = known_fields(given)
+    if known is not None:
+        return PromptPair(**known)
+    named = {each.name: each for each in fields(PromptPair)}
+    for name in given:
+        if name not in named:
+            raise InputError(f"unknown field {name!r}; {suggestion(str(name), named)}")
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, each in named.items():
+        has_default = each.default is not MISSING or each.default_factory is not MISSING
+        if not has_default and name not in given:
+            raise InputError(f"field {name!r} is missing; give a text.")
+    return PromptPair(**given)

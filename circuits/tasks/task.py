@@ -20,8 +20,7 @@ from circuits.system.errors import InputError
 from circuits.system.tensors import as_tensor, optional_tensor
 from circuits.tasks import validation
 from circuits.tasks.messages import shorten
-from circuits.tasks.pairs import PromptPairs, prompt_pairs
-from circuits.tasks.prompts import PromptPair, read_pairs
+from circuits.tasks.prompts import PromptPair, PromptPairs, prompt_pairs, read_pairs
 from circuits.tasks.readers.tokens import as_token_ids, prompt_indices
 from circuits.tasks.tokenization import EncodedPair, PromptTokenizer
 
