@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, SupportsIndex
 
 from torch import Tensor
 
@@ -18,8 +18,11 @@ from circuits.system.tensors import as_tensor
 from circuits.tasks.metrics import check_finite
 from circuits.tasks.tokenization import DoesNotFit, PromptTokenizer
 
-Explained = str | int | tuple[str | int, str | int] | Direction
-"""A token (its text or id), a token against another, or any direction after the last norm."""
+Token = str | SupportsIndex
+"""The text of a token, or its id."""
+Group = Token | Sequence[Token] | Tensor
+Explained = Token | tuple[Group, Group] | Direction
+"""A token, a token or a group of them against others, or any direction after the last norm."""
 
 
 def words_of(model: Model, tokens: Sequence[int]) -> list[str]:
@@ -113,22 +116,34 @@ def _direction(model: Model, local: LocalModel, wanted: Explained) -> Direction:
     return _token_direction(model, local, token, probability)
 
 
-def _pair(model: Model, local: LocalModel, wanted: tuple[str | int, ...]) -> Direction:
+def _pair(model: Model, local: LocalModel, wanted: tuple[Group, ...]) -> Direction:
     if len(wanted) != 2:
         raise InputError(
             f"explain holds {wanted!r}; a pair is (token, other token), whose logits' difference "
             "is explained."
         )
-    right, wrong = (_token(model, local, each) for each in wanted)
-    if right == wrong:
+    right, wrong = (_group(model, local, each) for each in wanted)
+    if set(right) & set(wrong):
         raise InputError(
-            f"explain holds {wanted!r}: a token against itself; give two different ones."
+            f"explain holds {shown(wanted)}: a token against itself; give two different ones."
         )
-    words = words_of(model, [right, wrong])
+    words = [" + ".join(words_of(model, tokens)) for tokens in (right, wrong)]
     label = " - ".join(words)
     if not _can_name_a_node(label):
-        label = f"#{right} - #{wrong}"
-    return difference_direction(local, [right], [wrong], label)
+        ids = [" + ".join(f"#{token}" for token in tokens) for tokens in (right, wrong)]
+        label = " - ".join(ids)
+    return difference_direction(local, right, wrong, label)
+
+
+def _group(model: Model, local: LocalModel, wanted: Any) -> list[int]:
+    """One token, or several whose mean logit counts."""
+    is_single = isinstance(wanted, str) or python_number(wanted) is not None
+    tokens = [_token(model, local, each) for each in ([wanted] if is_single else _listed(wanted))]
+    if not tokens:
+        raise InputError(
+            f"explain holds {shown(wanted)} in a pair; give a token, or a list of them."
+        )
+    return list(dict.fromkeys(tokens))
 
 
 def _plain_direction(wanted: Direction) -> Direction:
@@ -163,8 +178,8 @@ def _check_direction(local: LocalModel, wanted: Direction) -> None:
     is_direction = vector.isfinite().all() and vector.any()
     if vector.shape != (width,) or not is_direction:
         raise InputError(
-            f"{named} has a vector of shape {tuple(vector.shape)}; it must be {width} finite "
-            "numbers, not all zero."
+            f"{named} has a vector of shape {tuple(vector.shape)}; give a tensor of {width} "
+            "finite numbers, not all zero."
         )
     _check_position_and_label(wanted, length)
 
@@ -187,7 +202,7 @@ def _can_name_a_node(label: str) -> bool:
     return bool(label) and "@" not in label and not label.isdecimal()
 
 
-def _token(model: Model, local: LocalModel, wanted: str | int) -> int:
+def _token(model: Model, local: LocalModel, wanted: Token) -> int:
     """The token of a text or id, refused if it is not one token of this model."""
     if isinstance(wanted, str):
         tokenizer = PromptTokenizer.of(model)

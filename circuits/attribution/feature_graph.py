@@ -25,7 +25,7 @@ from circuits.attribution.tensor_table import select_rows, tensors_of, true_rows
 from circuits.graph.identity import ModelIdentity, TranscodersIdentity
 from circuits.graph.nodes import Error, Feature, Logits, Node, Position, TokenEmbed, parse_node
 from circuits.system.errors import InputError
-from circuits.system.files import json_text, read_tensors, write_tensors
+from circuits.system.files import json_text, path_of, read_tensors, write_tensors
 from circuits.system.kinds import expect
 from circuits.system.numbers import WholeNumber, whole
 
@@ -333,7 +333,7 @@ class FeatureGraph:
             tensors[name] = tensors[name].int()
         values = {name: getattr(self, name) for name in DESCRIPTION}
         metadata = {"description": json_text(values)}
-        path = Path(folder) / FILE
+        path = path_of(folder) / FILE
         return write_tensors(path, tensors, metadata, FORMAT, FORMAT_VERSION)
 
     @staticmethod
@@ -343,7 +343,7 @@ class FeatureGraph:
         Raises:
             InputError: the file is missing, damaged, of another kind, or from a newer version.
         """
-        path = Path(folder)
+        path = path_of(folder)
         if not path.is_file():
             path /= FILE
         tensors, metadata = read_tensors(path, FORMAT, FORMAT_VERSION)

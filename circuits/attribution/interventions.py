@@ -81,8 +81,8 @@ class Intervention:
     layer: int
     index: int
     position: int | slice | Sequence[int] | Int[Tensor, " _"] | None = None
-    value: float | None = None
-    factor: float | None = None
+    value: RealNumber | None = None
+    factor: RealNumber | None = None
 
     def __post_init__(self) -> None:
         plain: dict[str, Any] = {"position": _plain_position(self.position)}
@@ -113,7 +113,7 @@ class Intervention:
         Raises:
             InputError: `feature` is no feature, or `value` is not finite.
         """
-        return Intervention(*_layer_index_position(feature), value=value)  # type: ignore[arg-type]
+        return Intervention(*_layer_index_position(feature), value=value)
 
     @staticmethod
     def scale(feature: Feature | str, factor: RealNumber) -> Intervention:
@@ -122,7 +122,7 @@ class Intervention:
         Raises:
             InputError: `feature` is no feature, or `factor` is not finite.
         """
-        return Intervention(*_layer_index_position(feature), factor=factor)  # type: ignore[arg-type]
+        return Intervention(*_layer_index_position(feature), factor=factor)
 
     @staticmethod
     def ablate(feature: Feature | str) -> Intervention:
@@ -136,9 +136,9 @@ class Intervention:
     def applied(self, activation: Activations) -> Activations:
         """Return the feature's new activation."""
         if self.factor is not None:
-            return activation * self.factor
+            return activation * float(self.factor)
         assert self.value is not None
-        return torch.full_like(activation, self.value)
+        return torch.full_like(activation, float(self.value))
 
 
 Variants = Sequence[Sequence[Intervention]]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from circuits.graph.graph import Graph
 from circuits.system.errors import InputError
-from circuits.system.files import read_tensors, write_tensors
+from circuits.system.files import path_of, read_tensors, write_tensors
 from circuits.system.ranks import is_first, on_first
 from circuits.tasks.task import Task
 
@@ -53,7 +53,7 @@ class Checkpoint:
         key = _digest(method, graph, task)
         if isinstance(where, Checkpoint):
             return Checkpoint(where.path, key)
-        path = None if where is None else Path(where)
+        path = None if where is None else path_of(where)
         return Checkpoint(path, key)
 
     @property

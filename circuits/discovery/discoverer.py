@@ -23,6 +23,7 @@ from circuits.running.settings import RunSettings
 from circuits.system.code_digest import CodeDigest, code_digest
 from circuits.system.errors import InputError, NotFiniteError
 from circuits.system.fields import CheckedFields
+from circuits.system.numbers import python_number
 from circuits.system.torch_modes import without_modes
 from circuits.tasks.model_fit import check_is_task, check_task
 from circuits.tasks.task import Task
@@ -296,7 +297,10 @@ def _held(discoverer: CircuitDiscoverer) -> dict[str, Any]:
 
 def as_json(value: Any) -> Any:
     """A hyperparameter as a JSON value; other objects as their text."""
-    if value is None or isinstance(value, bool | int | float | str):
+    number = python_number(value)
+    if number is not None:
+        return number
+    if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, list | tuple):
         return [as_json(item) for item in value]

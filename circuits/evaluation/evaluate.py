@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,7 @@ from circuits.running.ablation import Ablation
 from circuits.running.run import model_logits, run_variants
 from circuits.running.settings import RunSettings
 from circuits.system.errors import InputError
+from circuits.system.kinds import expect
 from circuits.system.numbers import RealNumber, WholeNumber, items, python_number, shown
 from circuits.system.torch_modes import without_modes
 from circuits.tasks.metrics import Metric, get_metric
@@ -160,6 +161,7 @@ class Evaluation:
         return pd.DataFrame(columns).rename_axis("metric")
 
     def _name(self, metric: str) -> str:
+        expect(metric, str, "a metric's name", f"choose of {', '.join(self.values)}")
         name = metric if metric in self.values else ALIASES.get(metric, metric)
         if name not in self.values:
             raise InputError(
@@ -220,11 +222,13 @@ def evaluate(
     """
     check_task(model, task)
     settings = RunSettings.parse(ablation=ablation, max_memory=max_memory, transcoders=transcoders)
+    if isinstance(metrics, str | Metric):
+        metrics = [metrics]
     if metrics is None:
         chosen = default_metrics(task)
     else:
-        given: Any = metrics if isinstance(metrics, list | tuple) else [metrics]
-        chosen = [get_metric(_full_name(metric), task) for metric in given]
+        names = items(metrics, "metrics")
+        chosen = [get_metric(_full_name(metric), task) for metric in names]
         _check_names(chosen)
     return evaluations(model, [circuit], task, chosen, settings)[0]
 

@@ -23,7 +23,7 @@ from circuits.graph.nodes import Embed, Node, PosEmbed, TokenEmbed
 from circuits.models import Model
 from circuits.models.component_graph import component_graph
 from circuits.system.errors import InputError
-from circuits.system.files import write_bytes
+from circuits.system.files import path_of, write_bytes
 from circuits.system.numbers import WholeNumber, whole
 
 EAP_IG_EMBED = "input"
@@ -113,7 +113,7 @@ def save_eap_ig(circuit: Circuit, path: str | Path, *, n_prompts: int = 1) -> Pa
         "edges": _edge_entries(circuit, n_prompts),
     }
     text = json.dumps(content)
-    return write_bytes(Path(path), text.encode())
+    return write_bytes(path_of(path), text.encode())
 
 
 def _node_entries(circuit: Circuit) -> dict[str, dict[str, bool]]:
@@ -160,7 +160,7 @@ def load_eap_ig(
     """
     n_prompts = whole(n_prompts, "n_prompts", least=1)
     graph = component_graph(model) if graph is None else graph
-    path = Path(path)
+    path = path_of(path)
     file = read_checked_json(path, GRAPH_FILE, "graph JSON of EAP-IG")
     try:
         scores, kept = _scores_and_kept(file["edges"], n_prompts, graph)

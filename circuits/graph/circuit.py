@@ -22,7 +22,7 @@ from circuits.graph.graph import Graph, NodesOrTexts, PooledFeatureGraph, check_
 from circuits.graph.identity import ModelIdentity, TranscodersIdentity
 from circuits.graph.nodes import Node, parse_node
 from circuits.system.errors import InputError
-from circuits.system.files import json_text, read_tensors, write_tensors
+from circuits.system.files import json_text, path_of, read_tensors, write_tensors
 from circuits.system.kinds import expect
 from circuits.system.numbers import RealNumber, WholeNumber, python_number, real, whole
 from circuits.system.tensors import as_tensor
@@ -335,7 +335,7 @@ class Circuit:
             "selected": self.selected,
             "record": dict(self.record),
         }
-        path = Path(folder) / FILE
+        path = path_of(folder) / FILE
         metadata = {"description": json_text(description)}
         return write_tensors(path, tensors, metadata, FORMAT, FORMAT_VERSION)
 
@@ -347,7 +347,7 @@ class Circuit:
             InputError: there is no such file, or it is damaged, of another kind, or from a newer
                 version of this package.
         """
-        path = Path(folder)
+        path = path_of(folder)
         if not path.is_file():
             path /= FILE
         tensors, metadata = read_tensors(path, FORMAT, FORMAT_VERSION)

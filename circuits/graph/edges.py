@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from circuits.graph.nodes import Head, Node, parse_node
 from circuits.system.errors import InputError
+from circuits.system.kinds import expect
 
 SLOTS = ("q", "k", "v")
 NO_SLOT = -1
@@ -51,6 +52,7 @@ def parse_edge(text: str) -> Edge:
     >>> parse_edge("a5.h5@S2->a9.h9.q@END").slot
     'q'
     """
+    expect(text, str, "an edge's text", "write it like a5.h5->a9.h9.q")
     # a9.h9<q> becomes a9.h9.q; a position follows the slot, as in a9.h9.q@END.
     match = EDGE_PATTERN.fullmatch(re.sub(r"<([qkv])>$", r".\1", text.strip()))
     if match is None:

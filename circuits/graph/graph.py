@@ -9,7 +9,7 @@ sources in the same order.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
@@ -33,6 +33,7 @@ from circuits.graph.nodes import (
 from circuits.graph.paths import EdgeIndex, EdgeMask, EdgeNumbers, Paths, Positions
 from circuits.system.errors import InputError
 from circuits.system.kinds import expect
+from circuits.system.numbers import items
 
 ChosenEdges = EdgesOrTexts | EdgeMask | Bool[np.ndarray, " edge"]
 NodeMask = Bool[Tensor, " node"]
@@ -148,7 +149,7 @@ class Graph:
 
     def __contains__(self, edge: Edge | str) -> bool:
         edge = parse_edge(edge) if isinstance(edge, str) else edge
-        return edge in self._edge_index
+        return isinstance(edge, Edge) and edge in self._edge_index
 
     def index(self, edge: Edge | str) -> int:
         """The position of `edge` in graph order.
@@ -157,8 +158,7 @@ class Graph:
             InputError: the graph has no such edge.
         """
         edge = parse_edge(edge) if isinstance(edge, str) else edge
-        if not isinstance(edge, Edge):
-            raise InputError(f"{edge!r} is no edge; give an Edge, or text like a5.h5->a9.h9.q.")
+        expect(edge, Edge, "an edge or its text", "write it like a5.h5->a9.h9.q")
         if edge not in self._edge_index:
             raise InputError(f"the graph has no edge {edge}: {self._why_not(edge)}")
         return self._edge_index[edge]
@@ -171,9 +171,8 @@ class Graph:
         """
         if isinstance(edges, Tensor | np.ndarray):
             return self._checked_mask(torch.as_tensor(edges))
-        if isinstance(edges, Edge | str) or not isinstance(edges, Iterable):
-            raise InputError(f"{edges} is no list of edges; give one, such as ['m0->logits'].")
-        numbers = [self.index(edge) for edge in edges]
+        listed = [edges] if isinstance(edges, str | Edge) else items(edges, "edges")
+        numbers = list(map(self.index, listed))
         kept = torch.zeros_like(self.source, dtype=torch.bool)
         kept[numbers] = True
         return kept
@@ -184,10 +183,8 @@ class Graph:
         Raises:
             InputError: the graph lacks one of them.
         """
-        if isinstance(nodes, Node | str) or not isinstance(nodes, Iterable):
-            raise InputError(f"{nodes} is no list of nodes; give one, such as ['m0', 'logits'].")
         found = torch.zeros(len(self.nodes), dtype=torch.bool)
-        for given in nodes:
+        for given in [nodes] if isinstance(nodes, Node | str) else items(nodes, "nodes"):
             node = parse_node(given) if isinstance(given, str) else given
             numbers = self._numbers_of.get(node)
             if numbers is None:

@@ -16,6 +16,8 @@ from typing import ClassVar, TypeVar
 from typing_extensions import override
 
 from circuits.system.errors import InputError
+from circuits.system.kinds import expect
+from circuits.system.numbers import python_number, whole
 
 Position = str | int | None
 """A named span of each prompt, a position counted from 0, or None for all positions."""
@@ -26,6 +28,13 @@ class Node:
     """Base class: a node has a text form and, optionally, a position."""
 
     pattern: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        # Numbers of numpy and torch become Python's, so that equal nodes are equal. Most are that.
+        for name, value in vars(self).items():
+            is_number = python_number(value) is not None
+            if type(value) is not int and (is_number or name in ("layer", "head", "index")):
+                object.__setattr__(self, name, whole(value, name))
 
     def __str__(self) -> str:
         position: Position = getattr(self, "position", None)
@@ -190,6 +199,7 @@ def parse_node(text: str) -> Node:
     >>> parse_node("a9.h6@END")
     Head(layer=9, head=6, position='END')
     """
+    expect(text, str, "a node's text", "write it like a9.h6")
     label, at, position = text.strip().partition("@")
     # "a9.h6@" has no position after the @.
     if bool(at) == bool(position):

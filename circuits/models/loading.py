@@ -31,11 +31,12 @@ from transformers import (
     dynamic_module_utils as remote_code,
 )
 
-from circuits.system.device import device_called
+from circuits.system.device import device_called, dtype_called
 from circuits.system.errors import InputError
 from circuits.system.files import (
     BROKEN,
     DIGEST,
+    path_of,
     read_json,
     read_json_object,
     read_tensors,
@@ -107,9 +108,9 @@ def load_model(
             (such as an encoder, or a model that needs Python code of its own, which is never run);
             the weights cannot be downloaded, or the device does not exist.
     """
-    chosen = _device(device)
+    chosen, dtype = _device(device), dtype_called(dtype)
     # A folder of this name in the working directory does not hide the model that ships.
-    folder = ASSETS / EMBEDDED if name_or_path == EMBEDDED else Path(name_or_path)
+    folder = ASSETS / EMBEDDED if name_or_path == EMBEDDED else path_of(name_or_path)
     with _running_no_code():
         if folder.is_dir():
             return _load_folder(folder, chosen, dtype)
@@ -142,7 +143,7 @@ def build_model(
     # A seed in the configuration would set the seeds of torch, numpy and random globally.
     fixed = {"seed": None, "init_weights": False}
     chosen = str(_device(device))
-    placed = {"dtype": dtype, "device": chosen}
+    placed = {"dtype": dtype_called(dtype), "device": chosen}
     settings = HookedTransformerConfig(**{**config, **fixed, **placed})
     with _running_no_code():
         model = HookedTransformer(settings, tokenizer)

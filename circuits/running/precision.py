@@ -75,7 +75,7 @@ class Precision:
     confirm: bool = True
 
     def __post_init__(self) -> None:
-        if self.background not in DTYPES:
+        if not isinstance(self.background, str) or self.background not in DTYPES:
             raise InputError(
                 f"there is no background precision {self.background!r}; choose one of "
                 f"{', '.join(DTYPES)}."

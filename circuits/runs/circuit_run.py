@@ -53,7 +53,7 @@ from circuits.runs.run_folder import (
 )
 from circuits.system.code_digest import code_digest
 from circuits.system.errors import InputError, NotWrittenError
-from circuits.system.files import is_file, json_text, read_json, write_bytes, write_json
+from circuits.system.files import is_file, json_text, path_of, read_json, write_bytes, write_json
 from circuits.system.kinds import expect
 from circuits.system.numbers import WholeNumber, whole
 from circuits.system.ranks import RankError, on_first, ranks, totals
@@ -141,7 +141,7 @@ def run(
     part = {name: value for name, value in part.items() if value is not None}
     space = discoverer.search_space(model, graph, **part)
     key = on_first(lambda: _digest(discoverer, model, task, space))
-    folder = Path(out) / task.name / f"{discoverer.name}-{key[:8]}"
+    folder = path_of(out) / task.name / f"{discoverer.name}-{key[:8]}"
     # Only the first rank looks: another may see the folder late, on a network disk.
     if on_first(lambda: is_file(folder / RECORD)):
         return on_first(lambda: _found_again(folder, key))
@@ -190,7 +190,7 @@ def load_run(folder: str | Path) -> CircuitRun:
     ...     circuits.load_run(found.folder).circuit == found.circuit
     True
     """
-    folder = Path(folder)
+    folder = path_of(folder)
     if not is_file(folder / RECORD):
         remedy = f"give a folder with {RECORD} and {FILE}"
         if (folder / CHECKPOINT).exists():

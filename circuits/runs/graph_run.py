@@ -29,9 +29,16 @@ from circuits.models.identity import identity
 from circuits.plotting.graph_page.data import GraphData
 from circuits.plotting.graph_page.groups import load_groups
 from circuits.plotting.graph_page.page import graph_page
-from circuits.runs.run_folder import LOCK, RECORD, describe_setup, digest, locked, read_record
+from circuits.runs.run_folder import (
+    LOCK,
+    RECORD,
+    describe_setup,
+    digest,
+    locked,
+    read_record,
+)
 from circuits.system.errors import InputError, NotWrittenError
-from circuits.system.files import is_file, json_text, write_bytes, write_json
+from circuits.system.files import is_file, json_text, path_of, write_bytes, write_json
 from circuits.tasks.tokenization import PromptTokens, prompt_tokens
 
 PAGE = "graph.html"
@@ -138,7 +145,7 @@ def run_graph(
     numbers = map(str, tokens.tolist())
     text = prompt if isinstance(prompt, str) else " ".join(numbers)
     name = f"{_slug(text)}-{_digest(method, model, tokens, explain)}"
-    folder = Path(out) / "graphs" / name
+    folder = path_of(out) / "graphs" / name
     json_text(notes or {})
     # Read without a lock, so that it can be used where nothing can be written.
     if is_file(folder / RECORD):
@@ -178,7 +185,7 @@ def load_graph_run(folder: str | Path) -> GraphRun:
         >>> circuits.load_graph_run(found.folder).record == found.record
         True
     """
-    folder = Path(folder)
+    folder = path_of(folder)
     if not is_file(folder / RECORD):
         raise InputError(
             f"{folder} holds no finished graph; "

@@ -1,12 +1,14 @@
-"""Devices by name."""
+"""Devices and types of numbers by name."""
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
 from circuits.system.errors import InputError
+from circuits.system.numbers import shown
 from circuits.system.ranks import ranks
 
 
@@ -19,8 +21,10 @@ def device_called(name: str | torch.device) -> torch.device:
     """
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"there is no device {name!r}; use 'cpu', 'cuda' or 'cuda:1'.") from error
+    except (RuntimeError, TypeError) as error:
+        raise InputError(
+            f"there is no device {shown(name)}; use 'cpu', 'cuda' or 'cuda:1'."
+        ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(
             f"device {str(name)!r} was asked for, but torch {torch.__version__} finds "
@@ -44,3 +48,18 @@ def device_called(name: str | torch.device) -> torch.device:
             f"start {count} processes, or use device='cpu'."
         )
     return torch.device("cuda", local)
+
+
+def dtype_called(name: Any) -> torch.dtype:
+    """Return the type of numbers with this name, such as "float32", also numpy's.
+
+    Raises:
+        InputError: torch has no such type of numbers, or it holds whole numbers only.
+    """
+    text = getattr(name, "__name__", str(name)).removeprefix("torch.")
+    dtype = name if isinstance(name, torch.dtype) else getattr(torch, text, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(
+            f"dtype={shown(name)}: choose torch.float32, float64, bfloat16 or float16."
+        )
+    return dtype

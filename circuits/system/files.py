@@ -27,6 +27,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from circuits.system.errors import InputError, NotWrittenError
+from circuits.system.kinds import expect
 from circuits.system.torch_modes import without_modes
 
 try:
@@ -45,6 +46,16 @@ BROKEN = (SafetensorError, OSError, ValueError, TypeError, RuntimeError, Attribu
 
 Tensors = dict[str, Tensor]
 TensorsAndMetadata = tuple[Tensors, dict[str, str]]
+
+
+def path_of(given: object) -> Path:
+    """A file or folder that a user names.
+
+    Raises:
+        InputError: it is no path.
+    """
+    expect(given, str | Path, "a path", "give a text or a pathlib.Path")
+    return Path(str(given))
 
 
 def write_tensors(

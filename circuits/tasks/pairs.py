@@ -62,12 +62,13 @@ def _from_fields(given: dict[str, Any]) -> PromptPair:
     known = known_fields(given)
     if known is not None:
         return PromptPair(**known)
-    named = {field.name: field for field in fields(PromptPair)}
+    named = {each.name: each for each in fields(PromptPair)}
     for name in given:
         if name not in named:
             raise InputError(f"unknown field {name!r}; {suggestion(str(name), named)}")
     given = {name: value for name, value in given.items() if value is not None}
-    for name, field in named.items():
-        if field.default is MISSING and field.default_factory is MISSING and name not in given:
+    for name, each in named.items():
+        has_default = each.default is not MISSING or each.default_factory is not MISSING
+        if not has_default and name not in given:
             raise InputError(f"field {name!r} is missing; give a text.")
     return PromptPair(**given)

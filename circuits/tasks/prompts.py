@@ -1,4 +1,4 @@
-"""Prompt pairs as text: the pair itself, pairs from templates and files, and the two splits."""
+"""Prompt pairs as text: the pair, pairs from templates, files and memory, and the two splits."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -183,10 +183,10 @@ def _parse(content: Any) -> PromptPair:
     if known is not None:
         return PromptPair(**known)
     try:
-        fields = _Line.model_validate(content)
+        line = _Line.model_validate(content)
     except ValidationError as error:
         raise InputError(_problem(content, error)) from error
-    return PromptPair(**fields.model_dump(exclude_none=True))
+    return PromptPair(**line.model_dump(exclude_none=True))
 
 
 def _problem(content: Any, error: ValidationError) -> str:

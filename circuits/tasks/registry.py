@@ -94,7 +94,7 @@ def load_task(
 def make_family(name: str, **options: Any) -> TaskFamily:
     """The task family of that name, or an InputError if there is no such family or option."""
     families_by_name = task_families()
-    if name not in families_by_name:
+    if not isinstance(name, str) or name not in families_by_name:
         raise InputError(f"there is no task {name!r}; {suggestion(name, families_by_name)}")
     family = families_by_name[name]
     known = [field.name for field in fields(family)]

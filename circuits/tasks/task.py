@@ -228,7 +228,7 @@ class Task:
         wrong_answers = validation.check_answers("wrong_answers", wrong_answers, scored)
         validation.check_different(answers, wrong_answers, scored)
         spans = validation.check_spans(masks, clean, mask)
-        if not re.fullmatch(r"[\w+-][\w.+-]*", name):
+        if not isinstance(name, str) or not re.fullmatch(r"[\w+-][\w.+-]*", name):
             raise InputError(
                 f"a task cannot be called {name!r}, because folders get its name; use only "
                 "letters, digits and . _ - +, and no . at the start."

@@ -38,6 +38,7 @@ from circuits.formats.neuronpedia.schema import (
 from circuits.formats.validation import read_checked_json
 from circuits.graph.nodes import Node
 from circuits.system.errors import InputError
+from circuits.system.files import path_of
 
 NODE_ID = re.compile(r"(E|[0-9]{1,9})_([0-9]{1,15})_([0-9]{1,9})")
 # A template that names a row of the table of links in an error message.
@@ -106,7 +107,7 @@ def load_neuronpedia(path: str | Path) -> ImportedGraph:
         >>> circuits.load_neuronpedia(path).graph.prompt == graph.prompt
         True
     """
-    path = Path(path)
+    path = path_of(path)
     content = read_checked_json(path, GRAPH_FILE, "graph JSON of Neuronpedia")
     try:
         return _imported(content, path)

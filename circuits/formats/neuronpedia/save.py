@@ -32,7 +32,7 @@ from circuits.formats.neuronpedia.format import (
 )
 from circuits.graph.nodes import Feature, Logits, Node, at_position, parse_node
 from circuits.system.errors import InputError
-from circuits.system.files import write_bytes
+from circuits.system.files import path_of, write_bytes
 
 NodeName = Node | str
 NodeNames = Sequence[NodeName]
@@ -85,7 +85,7 @@ def save_neuronpedia(
         'a.json'
     """
     check_is_feature_graph(graph)
-    _check(graph, Path(path), slug)
+    _check(graph, path_of(path), slug)
     thresholds = {"node_threshold": node_threshold, "edge_threshold": edge_threshold}
     kept = choose_influential(graph, **thresholds)
     written, cumulative = graph, kept.cumulative
@@ -110,7 +110,7 @@ def save_neuronpedia(
         "links": _links(written, ids),
     }
     text = json.dumps(content, allow_nan=False, separators=(",", ":"))
-    return write_bytes(Path(path), text.encode())
+    return write_bytes(path_of(path), text.encode())
 
 
 def _check(graph: FeatureGraph, path: Path, slug: str) -> None:

@@ -111,7 +111,7 @@ def known_circuit(
     Raises:
         InputError: there is no such circuit, or an option is out of range.
     """
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         raise InputError(f"there is no known circuit {name!r}; there are {', '.join(RECIPES)}.")
     leak, n_prompts = real(leak, "leak"), whole(n_prompts, "n_prompts", least=1)
     if not 0 <= leak < 1:

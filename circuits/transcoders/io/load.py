@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from circuits.system.errors import InputError
+from circuits.system.files import path_of
 from circuits.system.torch_modes import without_modes
 from circuits.transcoders.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from circuits.transcoders.io.config_yaml import CONFIG, TranscoderConfig, read_config
@@ -110,7 +111,8 @@ def _find(where: str | Path) -> tuple[Place, TranscoderConfig]:
         config = address / CONFIG
         return address, read_config(fetch_if_present(config), str(config))
     embedded = _embedded()
-    path = embedded[where] if where in embedded else Path(where)
+    is_name = isinstance(where, str) and where in embedded
+    path = embedded[str(where)] if is_name else path_of(where)
     if path.is_dir():
         path = path / CONFIG
     elif not path.is_file() or path.suffix not in (".yaml", ".yml"):

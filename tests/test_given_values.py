@@ -1,0 +1,361 @@
+"""Values of ordinary types other than the expected ones: read as meant, or refused in one line."""
+
+import dataclasses
+import math
+from typing import ClassVar, Literal, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+
+import circuits
+from circuits.attribution.feature_graph import FEATURE
+from circuits.discovery.discoverer import CircuitDiscoverer
+from circuits.system.numbers import real, truth, whole
+
+# What a user sees, who has no runtime type checks.
+pytestmark = pytest.mark.usefixtures("unchecked_types")
+
+SHIPPED = {
+    name: method
+    for name, method in circuits.discoverers().items()
+    if method.__module__.startswith("circuits.")
+}
+REQUIRED = {
+    "acdc": {"threshold": 0.1},
+    "batched-acdc": {"threshold": 0.1},
+    "attribution-graph": {"transcoders": "toy-world-plt"},
+}
+NUMERIC = {int, float, bool, int | None, float | None, bool | None}
+NUMBER_FIELDS = [
+    (name, field.name, hint)
+    for name, method in SHIPPED.items()
+    for field in dataclasses.fields(method)
+    if (hint := get_type_hints(method)[field.name]) in NUMERIC
+]
+NO_NUMBERS = ["0.01", True, math.nan, [1, 2], torch.tensor([1, 2]), np.array([1, 2]), {}, 1j]
+
+
+def made(name: str, **given: object) -> CircuitDiscoverer:
+    return SHIPPED[name](**{**REQUIRED.get(name, {}), **given})
+
+
+def refused(call, message: str = "") -> str:
+    """The error of a call, which must be one line that holds the message."""
+    with pytest.raises(circuits.InputError) as caught:
+        call()
+    text = str(caught.value)
+    assert "\n" not in text and len(text) <= 500 and message in text, text
+    return text
+
+
+@pytest.mark.parametrize(
+    "three", [3, 3.0, np.int64(3), np.uint8(3), np.array([3]), torch.tensor(3), torch.tensor([3])]
+)
+def test_three_is_three_whichever_library_it_is_from(three):
+    assert whole(three, "n") == 3 and type(whole(three, "n")) is int
+    assert real(three, "x") == 3 and type(real(three, "x")) is float
+
+
+@pytest.mark.parametrize("value", [*NO_NUMBERS, None, 1.5, np.float32(1.5), torch.tensor(0.5)])
+def test_what_is_no_whole_number_is_refused(value):
+    refused(lambda: whole(value, "n"), "must be a whole number")
+
+
+@pytest.mark.parametrize("value", [*NO_NUMBERS, None])
+def test_what_is_no_number_is_refused(value):
+    refused(lambda: real(value, "x"), "must be a number")
+
+
+def test_only_true_and_false_are_truths():
+    assert truth(np.bool_(True), "x") is True and truth(torch.tensor(False), "x") is False
+    for value in ("False", 1, None):
+        refused(lambda value=value: truth(value, "x"), "must be True or False")
+
+
+@pytest.mark.parametrize(("name", "field", "hint"), NUMBER_FIELDS)
+def test_no_method_takes_what_is_no_number_for_one(name, field, hint):
+    for value in [*NO_NUMBERS, None]:
+        is_bool = hint in (bool, bool | None) and isinstance(value, bool)
+        is_default = value is None and hint in (int | None, float | None, bool | None)
+        if not (is_bool or is_default):
+            refused(lambda value=value: made(name, **{field: value}), f"{field}=")
+
+
+@pytest.mark.parametrize(("name", "field", "hint"), NUMBER_FIELDS)
+def test_a_methods_settings_do_not_depend_on_the_library_of_a_number(name, field, hint):
+    plain = {int: 2, int | None: 2, float: 0.5, float | None: 0.5}.get(hint, True)
+    kind = {int: np.int64, float: np.float64, bool: np.bool_}[type(plain)]
+    expected = made(name, **{field: plain})
+    for given in (kind(plain), torch.tensor(plain, dtype=torch.float64 if plain == 0.5 else None)):
+        method = made(name, **{field: given})
+        assert method == expected and method.identity() == expected.identity()
+        assert type(getattr(method, field)) is type(plain)
+
+
+def test_a_users_method_is_protected_as_well():
+    @dataclasses.dataclass(frozen=True)
+    class Mine(CircuitDiscoverer):
+        width: int
+        rate: float | None = None
+        mode: Literal["a", "b"] = "a"
+        size: int | str = "all"
+        seen: ClassVar[list] = []
+
+        def __post_init__(self):
+            self.seen.append(self.width + 1)
+
+    method = Mine(np.int64(3), torch.tensor(0.25), size=np.int32(7))
+    assert (method.width, method.rate, method.size, Mine.seen) == (3, 0.25, 7, [4])
+    assert Mine(3, size="all").size == "all"
+    refused(lambda: Mine("3"), "width='3' must be a whole number")
+    refused(lambda: Mine(3, mode="c"), "mode='c': choose 'a' or 'b'")
+
+
+@pytest.mark.parametrize("option", ["gradient_at", "along", "quadrature", "order", "guess"])
+def test_a_word_that_is_no_choice_is_refused_with_the_choices(option):
+    [name] = [
+        name
+        for name, method in SHIPPED.items()
+        if option in {field.name for field in dataclasses.fields(method)}
+    ]
+    for value in ("clear", None, 1, ["clean"]):
+        text = refused(lambda value=value: made(name, **{option: value}), f"{option}=")
+        assert "choose '" in text
+
+
+@pytest.fixture(scope="module")
+def task(toy_world):
+    return circuits.load_task("ioi", toy_world, n=4)
+
+
+@pytest.fixture(scope="module")
+def scores(toy_world, task):
+    return circuits.EAP().discover(toy_world, task)
+
+
+NUMBERS_TAKEN = {
+    "top": lambda model, task, scores, n: scores.top(n).kept,
+    "above": lambda model, task, scores, n: scores.above(n).kept,
+    "n": lambda model, task, scores, n: circuits.load_task("ioi", model, n=n).clean,
+    "seed": lambda model, task, scores, n: circuits.load_task("ioi", model, n=2, seed=n).clean,
+    "positions": lambda model, task, scores, n: circuits.component_graph(model, positions=n).source,
+    "size": lambda model, task, scores, n: torch.tensor(
+        circuits.faithfulness_curve(model, scores, task, [n])["edges"].tolist()
+    ),
+    "option": lambda model, task, scores, n: (
+        circuits.load_task("docstring", model, n=2, before=n).clean
+    ),
+    "random": lambda model, task, scores, n: (
+        circuits.RandomScores(seed=n).discover(model, task).scores
+    ),
+    "max_edges": lambda model, task, scores, n: torch.tensor(
+        len(circuits.draw_circuit(scores, max_edges=n))
+    ),
+}
+
+
+@pytest.mark.parametrize("take", NUMBERS_TAKEN.values(), ids=NUMBERS_TAKEN)
+def test_a_number_may_be_of_any_library_wherever_one_is_taken(take, toy_world, task, scores):
+    expected = take(toy_world, task, scores, 5)
+    for five in (np.int64(5), np.int32(5), torch.tensor(5), torch.tensor([5])):
+        assert torch.equal(take(toy_world, task, scores, five), expected)
+    for value in ("5", True, math.nan):
+        refused(lambda value=value: take(toy_world, task, scores, value))
+
+
+def test_sizes_and_thresholds_may_be_arrays(toy_world, task, scores):
+    curve = circuits.faithfulness_curve(toy_world, scores, task, np.array([5, 10]))
+    assert curve["edges"].tolist() == [5, 10]
+    fractions = circuits.faithfulness_curve(toy_world, scores, task, torch.tensor([0.5, 1.0]))
+    assert fractions["edges"].tolist() == [240, 479]
+    found = circuits.ACDC(1.0).sweep(toy_world, task, np.array([1.0, 3.0]))
+    assert found == circuits.ACDC(1.0).sweep(toy_world, task, [1.0, 3.0])
+
+
+def test_a_fraction_is_no_number_of_edges(scores):
+    # A user who means the whole circuit would get a single edge.
+    refused(lambda: scores.top(1.0), "give a number of edges")
+
+
+def test_a_seed_that_is_too_long_is_refused(toy_world, task):
+    refused(lambda: circuits.RandomScores(seed=2**70).discover(toy_world, task), "too long")
+
+
+def test_scores_and_kept_edges_may_be_arrays_or_lists(toy_world, scores):
+    graph = scores.graph
+    same = circuits.Circuit(graph, scores.scores.tolist(), scores.kept.numpy(), selected=False)
+    assert same == scores
+    assert circuits.Circuit.full(graph, scores.scores.numpy()) == scores
+
+
+def test_kept_edges_and_given_outputs_may_be_arrays(toy_world, task, scores):
+    few = scores.top(20)
+    outputs = {str(node): np.ones(128, dtype=np.float32) for node in scores.graph.nodes[:-1]}
+    given = circuits.Ablation("given", outputs=outputs)
+    tensors = {name: torch.ones(128) for name in outputs}
+    logits = circuits.run_circuits(
+        toy_world, few.graph, few.kept[None].numpy(), task, ablation=given
+    )
+    expected = circuits.run_circuit(
+        toy_world, few, task, ablation=circuits.Ablation("given", outputs=tensors)
+    )
+    assert torch.equal(logits[0], expected)
+
+
+ENTRANCES_OF_TASKS = {
+    **{name: lambda model, task, name=name: made(name).discover(model, task) for name in SHIPPED},
+    "attribute": lambda model, task: circuits.EAPIG().attribute(model, task),
+    "sweep": lambda model, task: circuits.ACDC(0.1).sweep(model, task, [0.1]),
+    "run": lambda model, task: circuits.run(circuits.EAP(), model, task),
+    "logits": lambda model, task: circuits.model_logits(model, task),
+    "evaluate": lambda model, task: circuits.evaluate(model, full(), task),
+    "run_circuit": lambda model, task: circuits.run_circuit(model, full(), task),
+    "curve": lambda model, task: circuits.faithfulness_curve(model, full(), task),
+    "points": lambda model, task: circuits.faithfulness_points(model, [full()], task),
+    "compare": lambda model, task: circuits.compare(model, {"full": full()}, task),
+}
+
+
+def full() -> circuits.Circuit:
+    return circuits.Circuit.full(circuits.component_graph(circuits.load_model("toy-world")))
+
+
+@pytest.mark.parametrize("use", ENTRANCES_OF_TASKS.values(), ids=ENTRANCES_OF_TASKS)
+def test_what_is_no_task_or_model_is_refused_with_the_remedy(use, toy_world, task):
+    for no_task in (["Julia gave it to"], "ioi", None, toy_world):
+        refused(lambda no_task=no_task: use(toy_world, no_task), "circuits.load_task")
+    for no_model in ("gpt2", None, torch.nn.Linear(2, 2), task):
+        refused(lambda no_model=no_model: use(no_model, task), "circuits.load_model")
+
+
+ENTRANCES_OF_MODELS = {
+    "load_task": lambda model: circuits.load_task("ioi", model, n=2),
+    "from_prompts": lambda model: circuits.Task.from_prompts(model, [("a", "b")]),
+    "component_graph": circuits.component_graph,
+    "attribute": lambda model: circuits.AttributionGraph("toy-world-plt").attribute(model, "Texas"),
+    "intervene": lambda model: circuits.intervene(model, None, "Texas", [[]]),
+    "save_model": lambda model: circuits.save_model(model, "nowhere"),
+}
+
+
+@pytest.mark.parametrize("use", ENTRANCES_OF_MODELS.values(), ids=ENTRANCES_OF_MODELS)
+def test_what_is_no_model_is_refused_with_the_remedy(use):
+    for no_model in ("gpt2", None, torch.nn.Linear(2, 2)):
+        refused(lambda no_model=no_model: use(no_model), "circuits.load_model")
+
+
+ENTRANCES_OF_CIRCUITS = {
+    "evaluate": lambda model, task, circuit: circuits.evaluate(model, circuit, task),
+    "run_circuit": lambda model, task, circuit: circuits.run_circuit(model, circuit, task),
+    "curve": lambda model, task, circuit: circuits.faithfulness_curve(model, circuit, task),
+    "overlap": lambda model, task, circuit: circuits.overlap(full(), circuit),
+    "correlation": lambda model, task, circuit: circuits.score_correlation(circuit, full()),
+    "recovery": lambda model, task, circuit: circuits.recovery(circuit, ["m3->logits"]),
+    "draw": lambda model, task, circuit: circuits.draw_circuit(circuit),
+    "eap-ig": lambda model, task, circuit: circuits.save_eap_ig(circuit, "nowhere"),
+}
+
+
+@pytest.mark.parametrize("use", ENTRANCES_OF_CIRCUITS.values(), ids=ENTRANCES_OF_CIRCUITS)
+def test_what_is_no_circuit_is_refused(use, toy_world, task, scores):
+    for no_circuit in (scores.graph, "runs/ioi", None):
+        refused(lambda no=no_circuit: use(toy_world, task, no), "expected a Circuit")
+
+
+def test_what_is_no_graph_is_refused(toy_world, task, scores):
+    for no_graph in (scores, "graph"):
+        for use in (
+            lambda graph: circuits.EAP().discover(toy_world, task, graph=graph),
+            lambda graph: circuits.ACDC(0.1).discover(toy_world, task, graph=graph),
+            lambda graph: circuits.run_circuits(toy_world, graph, scores.kept[None], task),
+            circuits.Circuit.full,
+        ):
+            refused(lambda use=use, graph=no_graph: use(graph), "expected a Graph")
+        for use in (circuits.pruned, circuits.node_influence, circuits.completeness_score):
+            refused(lambda use=use, graph=no_graph: use(graph), "expected a FeatureGraph")
+
+
+def test_what_are_no_transcoders_metric_or_ablation_is_refused(toy_world, task, scores):
+    for value in (5, [1], "none of these", len):
+        refused(lambda value=value: circuits.EAP(metric=value).discover(toy_world, task), "metric")
+        refused(lambda value=value: circuits.EAP(ablation=value).discover(toy_world, task), "abl")
+        refused(
+            lambda value=value: circuits.run_circuit(toy_world, scores, task, transcoders=value),
+            "circuits.load_transcoders",
+        )
+        refused(lambda value=value: circuits.virtual_weights(value), "circuits.load_transcoders")
+    refused(lambda: circuits.Metric("mine", "logits", "lower_is_damage"), "must be a function")
+
+
+def test_a_metric_that_fails_is_said_to_with_what_it_gets(toy_world, task):
+    metric = circuits.Metric(
+        "mine", lambda logits, clean, task: logits[:, -1, 0], "lower_is_damage"
+    )
+    text = refused(lambda: circuits.EAP(metric=metric).discover(toy_world, task), "'mine'")
+    assert "IndexError" in text and "[scored, vocab] of shape (4, 673)" in text
+
+
+PROMPT = "The capital of Texas is"
+
+
+@pytest.fixture(scope="module")
+def transcoders():
+    return circuits.load_transcoders("toy-world-clt")
+
+
+@pytest.mark.parametrize(
+    "position", [[3, 4], (3, 4), np.array([3, 4]), torch.tensor([3, 4]), range(3, 5), slice(3, 5)]
+)
+def test_an_intervention_at_several_positions_is_one_at_each(position, toy_world, transcoders):
+    together = [circuits.Intervention(0, 48, position, factor=2.0)]
+    single = [circuits.Intervention(0, 48, each, factor=2.0) for each in (3, 4)]
+    runs = circuits.intervene(toy_world, transcoders, PROMPT, [together, single]).logits
+    assert torch.equal(runs[0], runs[1])
+
+
+def test_numbers_of_a_graph_make_an_intervention(toy_world, transcoders):
+    graph = circuits.AttributionGraph(transcoders).attribute(toy_world, PROMPT)
+    nodes, number = graph.nodes, int(graph.is_kind(FEATURE).nonzero()[0])
+    given = circuits.Intervention(
+        nodes.layer[number],
+        np.int64(nodes.index[number]),
+        nodes.position[number],
+        value=2 * nodes.activation[number],
+    )
+    assert given == circuits.Intervention(
+        int(nodes.layer[number]),
+        int(nodes.index[number]),
+        int(nodes.position[number]),
+        value=2 * float(nodes.activation[number]),
+    )
+
+
+def test_positions_that_are_none_are_refused():
+    for position in ("3", True, 1.5, [], [1.5], {}):
+        refused(lambda position=position: circuits.Intervention(0, 1, position, factor=0.0), "posi")
+
+
+@pytest.mark.parametrize(
+    "explain", [[128], [np.int64(128)], torch.tensor([128]), np.array([128]), [torch.tensor(128)]]
+)
+def test_explained_tokens_may_be_of_any_library(explain, toy_world, transcoders):
+    method = circuits.AttributionGraph(transcoders)
+    graph = method.attribute(toy_world, PROMPT, explain=explain)
+    expected = method.attribute(toy_world, PROMPT, explain=[128])
+    assert len(graph) == len(expected) and torch.equal(graph.weight, expected.weight)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "array", "list", "encoding", "padded"])
+def test_a_prompt_may_be_a_tokenizers_output_an_array_or_a_list(kind, toy_world, transcoders):
+    tokenizer = toy_world.tokenizer
+    ids = toy_world.to_tokens(PROMPT)
+    given = {
+        "tensor": ids,
+        "array": ids[0].numpy(),
+        "list": ids[0].tolist(),
+        "encoding": tokenizer(PROMPT),
+        "padded": tokenizer([PROMPT], padding="max_length", max_length=9, return_tensors="pt"),
+    }[kind]
+    run = circuits.intervene(toy_world, transcoders, given, [[]])
+    assert torch.equal(run.logits, circuits.intervene(toy_world, transcoders, PROMPT, [[]]).logits)
