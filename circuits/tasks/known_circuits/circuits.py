@@ -12,6 +12,7 @@ import torch
 
 from circuits.models import Model, build_model
 from circuits.system.errors import InputError
+from circuits.system.messages import suggestion
 from circuits.tasks.known_circuits.recipes import RECIPES
 from circuits.tasks.known_circuits.wiring import rotated
 from circuits.tasks.task import Task
@@ -110,7 +111,7 @@ def known_circuit(
         InputError: there is no such circuit, or an option is out of range.
     """
     if name not in RECIPES:
-        raise InputError(f"there is no known circuit {name!r}; there are {', '.join(RECIPES)}.")
+        raise InputError(f"there is no known circuit {name!r}; {suggestion(str(name), RECIPES)}")
     if not 0 <= leak < 1:
         raise InputError(f"leak={leak} is out of range: give at least 0 and less than 1.")
     if leak and not decoys:
