@@ -266,7 +266,8 @@ def test_names_are_listed() -> None:
 
 def test_an_unknown_name_is_an_error_that_lists_the_names() -> None:
     with pytest.raises(
-        InputError, match="no known circuit 'xor'; there are induction, proportion, and, or"
+        InputError,
+        match=r"no known circuit 'xor'; did you mean 'or'\? there are induction, proportion, and",
     ):
         on_cpu("xor")
 

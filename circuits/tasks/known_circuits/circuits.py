@@ -14,6 +14,7 @@ from circuits.models import Model, build_model
 from circuits.system.errors import InputError
 from circuits.system.numbers import RealNumber, WholeNumber, real, whole
 from circuits.system.randomness import random_generator
+from circuits.system.messages import suggestion
 from circuits.tasks.known_circuits.recipes import RECIPES
 from circuits.tasks.known_circuits.wiring import rotated
 from circuits.tasks.task import Task
@@ -112,7 +113,7 @@ def known_circuit(
         InputError: there is no such circuit, or an option is out of range.
     """
     if not isinstance(name, str) or name not in RECIPES:
-        raise InputError(f"there is no known circuit {name!r}; there are {', '.join(RECIPES)}.")
+        raise InputError(f"there is no known circuit {name!r}; {suggestion(str(name), RECIPES)}")
     leak, n_prompts = real(leak, "leak"), whole(n_prompts, "n_prompts", least=1)
     if not 0 <= leak < 1:
         raise InputError(f"leak={leak} is out of range: give at least 0 and less than 1.")
