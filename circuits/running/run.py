@@ -114,6 +114,8 @@ def run_variants(
             f"kept has shape {tuple(kept.shape)} of {kept.dtype}; it must be [variant, edge] of "
             f"bool, over {len(graph)} edges."
         )
+    check_task(model, task)
+    check_corrupted(settings.ablation, task)
     size = len(task)
     # The executor of features cuts the prompts itself, and outputs that the user gives are in
     # memory for all prompts already.
@@ -125,7 +127,6 @@ def run_variants(
         return executor.logits(kept)
     # Means would be taken before an executor could refuse what does not fit.
     check_runnable(model, graph, task)
-    check_corrupted(settings.ablation, task)
     task = task.to(model.cfg.device)
     nodes = component_nodes(model, graph.splits_embedding)
     ablation = with_means_taken(model, nodes, task, settings.ablation, prompts_per_run=size)
