@@ -692,9 +692,17 @@ def test_a_task_without_corrupted_prompts_is_for_ablations_that_need_none(toy: M
         circuits.evaluate(toy, whole, task, ablation=ablation)
     for ablation in ("resample", circuits.Ablation("mean", over="corrupted")):
         with pytest.raises(
-            circuits.InputError, match=r"2 of 2 corrupted prompts .* clean ones.*or"
+            circuits.InputError, match=r"corrupted prompts of .* are the clean ones.*or"
         ):
             circuits.evaluate(toy, whole, task, ablation=ablation)
+    # Also token ids that are the same twice; one prompt that is not corrupted does no harm.
+    same, other = task.clean, task.clean.clone()
+    other[0, 1] += 1
+    for method in (circuits.EAP(metric="kl", gradient_at="corrupted"), circuits.ACDC(0.1)):
+        with pytest.raises(circuits.InputError, match="are the clean ones"):
+            method.discover(toy, Task.from_tokens(same, same, lengths=task.lengths))
+    mixed = Task.from_tokens(same, other, lengths=task.lengths)
+    assert circuits.evaluate(toy, whole, mixed).kl == pytest.approx(0, abs=1e-5)
 
 
 @torch.no_grad()

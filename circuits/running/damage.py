@@ -13,11 +13,13 @@ from torch import Tensor
 from circuits.graph.graph import Graph
 from circuits.models import Model, check_model
 from circuits.models.component_graph import reaching_logits
+from circuits.running.ablation import check_corrupted
 from circuits.running.executor import Executor, get_executor
 from circuits.running.incremental.executor import IncrementalExecutor
 from circuits.running.settings import Counts, EdgeMask, KeptEdges, RunSettings
 from circuits.system.ranks import in_slices, totals
 from circuits.tasks.metrics import Metric
+from circuits.tasks.model_fit import check_task
 from circuits.tasks.task import Task
 
 
@@ -46,6 +48,8 @@ class DamageMeter:
         check_model(model)
         # All that is measured is on the model's device.
         task = task.to(model.cfg.device)
+        check_task(model, task)
+        check_corrupted(settings.ablation, task)
         executor = get_executor(model, graph, task, settings)
         # Keeping every edge is the whole model, whichever edges the graph has.
         whole = ~graph.mask([])

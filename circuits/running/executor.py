@@ -11,7 +11,6 @@ from torch import Tensor
 
 from circuits.graph.graph import Graph
 from circuits.models import Model
-from circuits.running.ablation import check_corrupted
 from circuits.running.features import FeatureExecutor
 from circuits.running.hooked import HookedExecutor
 from circuits.running.incremental.executor import IncrementalExecutor
@@ -19,7 +18,6 @@ from circuits.running.incremental.sublayer_run import UnsupportedError
 from circuits.running.settings import EdgeMask, KeptEdges, OfLogits, RunSettings, VariantLogits
 from circuits.system.errors import InputError
 from circuits.system.memory import shrinking
-from circuits.tasks.model_fit import check_task
 from circuits.tasks.task import Task
 
 
@@ -51,8 +49,6 @@ def get_executor(model: Model, graph: Graph, task: Task, settings: RunSettings) 
         InputError: the executor cannot run this graph or has no such precision; the model, graph
             and task do not fit together; or memory runs out.
     """
-    check_task(model, task)
-    check_corrupted(settings.ablation, task)
     name, precision = model.cfg.model_name, settings.precision
     only_incremental = precision is not None or settings.executor == "incremental"
 

@@ -116,7 +116,6 @@ def run_variants(
     If the prompts do not fit into memory together they are run in parts; means are still taken
     over all of them.
     """
-    check_task(model, task)
     check_is_graph(graph)
     kept = as_tensor(kept, "kept")
     if kept.dtype != torch.bool or kept.shape[1:] != (len(graph),):
@@ -135,6 +134,8 @@ def parts_that_fit(
     model: Model, graph: Graph, task: Task, settings: RunSettings
 ) -> Iterator[tuple[Graph, Task, RunSettings]]:
     """The task in parts that executors can be prepared for, each with the graph and settings."""
+    check_task(model, task)
+    check_corrupted(settings.ablation, task)
     size = len(task)
     # The executor of features cuts the prompts itself, and outputs that the user gives are in
     # memory for all prompts already.
@@ -146,7 +147,6 @@ def parts_that_fit(
         return
     # Means would be taken before an executor could refuse what does not fit.
     check_runnable(model, graph, task)
-    check_corrupted(settings.ablation, task)
     task = task.to(model.cfg.device)
     nodes = component_nodes(model, graph.splits_embedding)
     ablation = with_means_taken(model, nodes, task, settings.ablation, prompts_per_run=size)

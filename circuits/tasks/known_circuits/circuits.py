@@ -12,9 +12,9 @@ import torch
 
 from circuits.models import Model, build_model
 from circuits.system.errors import InputError
+from circuits.system.messages import suggestion
 from circuits.system.numbers import RealNumber, WholeNumber, real, whole
 from circuits.system.randomness import random_generator
-from circuits.system.messages import suggestion
 from circuits.tasks.known_circuits.recipes import RECIPES
 from circuits.tasks.known_circuits.wiring import rotated
 from circuits.tasks.task import Task
