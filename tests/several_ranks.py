@@ -123,11 +123,15 @@ def main(folder: Path) -> None:
             METHODS["acdc"].discover(random_model(), TASKS["several"]()).save(
                 mine / "little memory"
             )
+        model, task = random_model(), TASKS["several"]()
+        with torch.inference_mode():
+            own = METHODS["eap-own-metric"].discover(model, task)
         with broken_executor():
             mistake = told(circuits.ActivationPatching())
         details = circuits.EAP().attribute(random_model(), TASKS["several"]())
         summary: dict[str, Any] = {
             "world": ranks().world,
+            "in inference mode": own.scores.tolist(),
             "mistake": mistake,
             "by_prompt": details.edges_by_prompt.tolist(),
             "positions": details.sources_by_position.tolist(),

@@ -109,6 +109,13 @@ def test_attributions_by_prompt_are_those_of_one_process(summaries):
             torch.testing.assert_close(torch.tensor(summary[name]), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_metric_of_ones_own_gets_all_rows_in_inference_mode_too(summaries):
+    alone = METHODS["eap-own-metric"].discover(random_model(), TASKS["several"]())
+    for summary in summaries:
+        found = torch.tensor(summary["in inference mode"])
+        torch.testing.assert_close(found, alone.scores, rtol=1e-5, atol=1e-5)
+
+
 def test_a_finished_run_is_found_again_by_every_rank(summaries):
     assert [summary["reused"] for summary in summaries] == [[False, True]] * 2
 

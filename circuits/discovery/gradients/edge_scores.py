@@ -203,8 +203,7 @@ class EdgeScoring:
             self.current, self.whole = points, {}
             *found, largest = self._gathered(partial(_part, progress, number, len(rounds)))
             found[-1] = found[-1].sum(0, keepdim=True)
-            pairs = zip(total or map(torch.zeros_like, found), found, strict=True)
-            total = [before + new for before, new in pairs]
+            total = list(map(torch.add, total, found)) if total else found
             steepest = max(steepest, float(largest.max()))
         if steepest < VANISHING:
             raise SharedError(
@@ -234,13 +233,13 @@ class EdgeScoring:
 
     def _run(self, logits: list[Tensor], progress: Progress) -> list[Tensor]:
         """The results of this rank's share of the prompts, from the logits of all if they count."""
-        if logits:
-            self._take_slopes(logits)
         results: list[list[Tensor]] = []
         model, nodes, task = self.passes.model, self.passes.nodes, self.task
         prompts = task.clean, task.corrupted
         with self._undisturbed():
             check_honoured(model, nodes, prompts, task.mask, task.scored)
+            if logits:
+                self._take_slopes(logits)
             for found in self._in_batches(lambda some: self.batch(some).results(), progress):
                 if results and not self.products.details:
                     # Added up at once, because there may be many edges.
@@ -280,6 +279,8 @@ class EdgeScoring:
     def _batch_logits(self, prompts: slice) -> list[Logits]:
         task = self.task[prompts]
         clean, logits = self._plain_run(task)
+        if self._places == [CLEAN_END]:
+            return [logits, logits]
         changes = self._counterfactuals.changes(task, prompts, clean, None)
         line = _Line(task, prompts, clean, logits, changes, {})
         overrides = (self._override(place, line) for place in self._places)
@@ -297,9 +298,14 @@ class EdgeScoring:
 
     def _take_slopes(self, logits: list[Logits]) -> None:
         """Judge the logits of all prompts, from `_logits`, at every place."""
-        clean, *at = (each.to(self.task.clean.device) for each in logits)
-        for place, there in zip(self._places, at, strict=True):
-            self.whole[place] = slopes(self.metric, clean, self.task, there)
+        whole = {}
+        device = self.task.clean.device
+        # Each is let go when it is judged. Clones are no inference tensors, whoever gathered them.
+        clean = logits.pop(0).to(device).clone()
+        for place in self._places:
+            there = logits.pop(0).to(device).clone()
+            whole[place] = slopes(self.metric, clean, self.task, there)
+        self.whole = whole
 
     def _slopes(
         self, task: Task, prompts: slice, place: GradientPoint, clean: Logits | None
