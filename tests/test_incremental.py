@@ -219,6 +219,20 @@ class TestWhatCannotBeRunIncrementally:
                 executor="incremental",
             )
 
+    def test_a_last_step_that_is_not_what_it_is_said_to_be_is_found_by_its_logits(
+        self, monkeypatch
+    ):
+        model, task = random_model("gpt2"), random_task()
+        plain = type(model.unembed).forward
+        # On the class, so that the model looks like any other.
+        monkeypatch.setattr(type(model.unembed), "forward", lambda self, x: plain(self, x) * 0.5)
+        whole = circuits.Circuit.full(circuits.component_graph(model))
+        with pytest.warns(UserWarning, match="last norm or unembedding"):
+            found = circuits.run_circuit(model, whole, task)
+        torch.testing.assert_close(
+            found, model(task.clean)[task.scored].detach(), atol=1e-4, rtol=0
+        )
+
     def test_positions_that_depend_on_the_length_of_the_prompt_are_left_to_the_reference(self):
         model, task = random_model("gpt2", use_logn_attn=True), random_task()
         with pytest.warns(UserWarning, match="positions enter its attention"):
