@@ -214,7 +214,7 @@ def test_pairs_in_memory_come_in_what_users_have_them_in(kind, toy_world):
 
 @pytest.mark.parametrize(
     "pairs",
-    ["So Mary", ["So Mary", "So John"], 5, None, [5], [("So Mary", 5)], [{"clean": "So Mary"}]],
+    ["So Mary", ["So Mary", "So John"], 5, None, [5], [("So Mary", 5)], [{"corrupted": "So John"}]],
 )
 def test_what_are_no_pairs_is_refused(pairs, toy_world):
     with pytest.raises(circuits.InputError):
@@ -266,13 +266,13 @@ def test_all_that_goes_with_token_ids_may_be_lists_or_arrays():
         IDS,
         IDS,
         [9, [3, 4]],
-        [{10, 11}, {3}],
+        [{10, 11}, {12}],
         lengths=np.array([2, 3]),
         answer_positions=[[False, True, False], [True, False, True]],
         positions={"A": [[True, False, False]] * 2},
     )
     assert task.answers.tolist() == [[9, -1], [3, 4]]
-    assert task.wrong_answers.tolist() == [[10, 11], [3, -1]]
+    assert task.wrong_answers.tolist() == [[10, 11], [12, -1]]
     assert task.lengths.tolist() == [2, 3] and int(task.scored.sum()) == 3
     assert task.positions["A"].dtype == torch.bool
 
