@@ -59,7 +59,7 @@ def test_three_is_three_whichever_library_it_is_from(three):
 
 @pytest.mark.parametrize("value", [*NO_NUMBERS, None, 1.5, np.float32(1.5), torch.tensor(0.5)])
 def test_what_is_no_whole_number_is_refused(value):
-    refused(lambda: whole(value, "n"), "must be a whole number")
+    refused(lambda: whole(value, "n"), "give a whole number")
 
 
 @pytest.mark.parametrize("value", [*NO_NUMBERS, None])
@@ -108,7 +108,7 @@ def test_a_users_method_is_protected_as_well():
     method = Mine(np.int64(3), torch.tensor(0.25), size=np.int32(7))
     assert (method.width, method.rate, method.size, Mine.seen) == (3, 0.25, 7, [4])
     assert Mine(3, size="all").size == "all"
-    refused(lambda: Mine("3"), "width='3' must be a whole number")
+    refused(lambda: Mine("3"), "width='3': give a whole number")
     refused(lambda: Mine(3, mode="c"), "mode='c': choose 'a' or 'b'")
 
 

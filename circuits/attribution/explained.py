@@ -178,8 +178,8 @@ def _check_direction(local: LocalModel, wanted: Direction) -> None:
     is_direction = vector.isfinite().all() and vector.any()
     if vector.shape != (width,) or not is_direction:
         raise InputError(
-            f"{named} has a vector of shape {tuple(vector.shape)}; give a tensor of {width} "
-            "finite numbers, not all zero."
+            f"{named} has a vector of shape {tuple(vector.shape)}; it must be {width} finite "
+            "numbers, not all zero: give a tensor of them."
         )
     _check_position_and_label(wanted, length)
 

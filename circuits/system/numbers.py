@@ -29,8 +29,8 @@ def whole(value: Any, name: str, *, least: int | None = None) -> int:
     is_below = least is not None and number is not None and number < least
     # The remainder of an infinite number is NaN, which counts as true.
     if number is None or number % 1 or is_below:
-        bound = "" if least is None else f" of at least {least}"
-        raise InputError(f"{name}={shown(value)} must be a whole number{bound}.")
+        bound = "" if least is None else f", {least} or more"
+        raise InputError(f"{name}={shown(value)}: give a whole number{bound}.")
     return int(number)
 
 
