@@ -393,7 +393,7 @@ def test_other_precisions_give_graphs_and_pages_too(dtype, architecture):
 @torch.no_grad()
 @pytest.mark.parametrize(
     "change",
-    ["a hook on the last norm", "no last norm", "a parametrized norm", "a hook on a pattern"],
+    ["a hook on the last norm", "no last norm", "a parametrized norm", "a head ablated in place"],
 )
 def test_a_model_that_is_not_what_its_weights_say_is_refused(change):
     transcoders = random_transcoders(model_of("gpt2"))
@@ -406,6 +406,17 @@ def test_a_model_that_is_not_what_its_weights_say_is_refused(change):
     ):
         with pytest.raises(circuits.InputError, match=r"not what its weights say.*reset_hooks"):
             compute()
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "pythia", "gemma"])
+def test_hooks_that_only_look_do_not_disturb_a_graph(architecture):
+    model, seen = model_of(architecture), []
+    method = circuits.AttributionGraph(random_transcoders(model))
+    expected = method.attribute(model, PROMPT)
+    with model.hooks(fwd_hooks=[("blocks.0.attn.hook_z", lambda z, hook: seen.append(z.shape))]):
+        found = method.attribute(model, PROMPT)
+    assert seen
+    torch.testing.assert_close(found.weight, expected.weight, rtol=0, atol=0)
 
 
 def test_a_last_norm_of_another_kind_is_taken_as_it_is():

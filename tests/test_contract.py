@@ -190,7 +190,7 @@ CONDITIONS: dict[str, tuple[Callable[[str], Runs], float]] = {
         1e-3,
     ),
     "a hook at the final norm": (
-        functools.partial(hook, where="ln_final.hook_normalized", weight="unembed.W_U"),
+        functools.partial(hook, where="ln_final.hook_normalized", weight="ln_final.w"),
         1e-3,
     ),
     "inference mode": (inference_mode, 1e-4),
@@ -218,6 +218,11 @@ def share_that_differs(found: circuits.Circuit, expected: circuits.Circuit) -> f
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_finds_the_same_under(condition, name):
     runs, tolerance = CONDITIONS[condition]
+    if (name, condition) == (OF_FEATURES, "a hook at the final norm"):
+        # It is computed from weights, which do not say what the hook does.
+        with pytest.raises(circuits.InputError, match="not what its weights say"):
+            runs(name)
+        return
     expected, found = runs(name)
     assert share_that_differs(found, expected) <= tolerance
 

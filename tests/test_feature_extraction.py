@@ -493,7 +493,7 @@ def test_hidden_states_that_do_not_fit_are_refused_in_one_line(change, message, 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"top_k": 0}, "top_k=0: give 1 or more"),
+        ({"top_k": 0}, "top_k=0: give a whole number, 1 or more"),
         ({"threshold": -0.5}, "threshold=-0.5: give a number from 0 up"),
         ({"threshold": float("nan")}, "threshold=nan"),
         ({"max_memory": 0}, "max_memory=0 must be a positive number"),

@@ -285,7 +285,9 @@ def test_what_are_no_transcoders_metric_or_ablation_is_refused(toy_world, task, 
             "circuits.load_transcoders",
         )
         refused(lambda value=value: circuits.virtual_weights(value), "circuits.load_transcoders")
-    refused(lambda: circuits.Metric("mine", "logits", "lower_is_damage"), "must be a function")
+    refused(
+        lambda: circuits.Metric("mine", "logits", "lower_is_damage"), "give a text, and a function"
+    )
 
 
 def test_a_metric_that_fails_is_said_to_with_what_it_gets(toy_world, task):
@@ -293,7 +295,7 @@ def test_a_metric_that_fails_is_said_to_with_what_it_gets(toy_world, task):
         "mine", lambda logits, clean, task: logits[:, -1, 0], "lower_is_damage"
     )
     text = refused(lambda: circuits.EAP(metric=metric).discover(toy_world, task), "'mine'")
-    assert "IndexError" in text and "[scored, vocab] of shape (4, 673)" in text
+    assert "IndexError" in text and "[scored, vocab], here (4, 673)" in text
 
 
 PROMPT = "The capital of Texas is"

@@ -350,7 +350,10 @@ def test_what_does_not_fit_together_is_refused_in_one_line():
     transcoders, states = random_transcoders(), random_states()
     fewer = random_transcoders(features=39)
     cases = [
-        (lambda: virtual_weights(transcoders, top_k=0), "top_k=0: give how many"),
+        (
+            lambda: virtual_weights(transcoders, top_k=0),
+            "top_k=0: give a whole number, 1 or more",
+        ),
         (
             lambda: virtual_weights(transcoders, model=random_model("gpt2")),
             "are for 4 layers of width 6",

@@ -178,9 +178,8 @@ def test_an_edge_the_graph_lacks_is_named_with_the_reason():
 @pytest.mark.parametrize(
     ("edges", "told"),
     [
-        ("m0->logits", "m0->logits is no list of edges"),
-        (3, "3 is no list of edges"),
-        ([3], "3 is no edge"),
+        (3, "edges=3 must be a list"),
+        ([3], "expected an edge or its text, got 3"),
         (torch.ones(109, dtype=torch.bool), r"shape \(109,\) cannot choose .* of shape \(110,\)"),
         (torch.ones(110), r"torch.float32 and shape \(110,\) cannot choose"),
     ],

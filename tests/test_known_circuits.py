@@ -277,7 +277,7 @@ def test_an_unknown_name_is_an_error_that_lists_the_names() -> None:
     [
         ({"leak": 0.1, "decoys": False}, "leak=0.1 needs decoys"),
         ({"leak": -0.1}, "leak=-0.1 is out of range"),
-        ({"leak": float("nan")}, "leak=nan is out of range"),
+        ({"leak": float("nan")}, "leak=nan must be a number"),
         ({"n_prompts": 0}, "n_prompts=0"),
     ],
 )

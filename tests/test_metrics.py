@@ -286,5 +286,5 @@ def test_what_is_no_metric_is_refused_with_how_to_make_one(
 
 def test_name_and_function_of_a_metric_are_checked(unchecked_types):
     for name, function in (("mine", "kl"), (no_metric, "mine")):
-        with pytest.raises(circuits.InputError, match="give a text, and a function of tensors"):
+        with pytest.raises(circuits.InputError, match="give a text, and a function of"):
             circuits.Metric(name, function, "lower_is_damage")

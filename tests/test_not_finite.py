@@ -23,16 +23,19 @@ class OwnForward(circuits.CircuitDiscoverer):
 
     Attributes:
         scale: what the scores are multiplied by.
+        scores: instead of those that it computes.
     """
 
     name: ClassVar[str] = "own-forward"
     scale: float = 1.0
+    scores: torch.Tensor | None = None
 
     def discover(self, model, task, *, graph=None, checkpoint=None, progress=None):
         graph = circuits.component_graph(random_model("gpt2"))
         logits = model(task.clean)[:, -1].sum()
         scores = self.scale * logits.detach() * torch.ones(len(graph))
-        return circuits.Circuit.full(graph, scores, record=self.record())
+        scores = scores if self.scores is None else self.scores
+        return circuits.Circuit.full(graph, scores)
 
 
 def broken(name: str, value: float):
@@ -94,7 +97,8 @@ def test_scores_of_a_users_own_forward_pass_are_checked():
 
 def test_scores_that_were_never_made_are_no_error_where_the_model_is_sound():
     model, task = random_model("gpt2"), random_task()
-    assert OwnForward(scale=NAN).discover(model, task).scores.isnan().all()
+    never = circuits.Circuit.full(circuits.component_graph(model)).scores
+    assert OwnForward(scores=never).discover(model, task).scores.isnan().all()
 
 
 def test_products_that_overflow_are_refused_although_the_logits_are_finite():
@@ -102,10 +106,11 @@ def test_products_that_overflow_are_refused_although_the_logits_are_finite():
     model, task = random_model("gpt2"), random_task()
     nodes = {edge.source for edge in circuits.component_graph(model).edges}
     outputs = {node: torch.zeros(1, 1, 24) for node in nodes}
-    outputs[max(nodes, key=str)] = torch.full((1, 1, 24), NAN)
+    outputs[max(nodes, key=str)] = torch.full((1, 1, 24), 3e38)
     ablation = circuits.Ablation("given", outputs=outputs)
+    large = circuits.Metric("large", lambda logits, *_: 1e4 * logits[:, 0], "lower_is_damage")
     with pytest.raises(circuits.InputError, match=r"NaN or infinite: .* given outputs that"):
-        circuits.EAP(ablation=ablation).discover(model, task)
+        circuits.EAP(metric=large, ablation=ablation).discover(model, task)
 
 
 def test_a_small_dtype_is_named_where_it_is_the_cause():

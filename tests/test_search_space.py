@@ -203,7 +203,7 @@ REFUSED = {
         r"frozen_in and frozen_out both hold m0->m1 \(1 edges in all\)",
     ),
     "unknown edge": ({"frozen_out": ["m7->m9"]}, "^frozen_out: the graph has no edge m7->m9"),
-    "no list": ({"frozen_in": "m0->m1"}, "^frozen_in: m0->m1 is no list of edges"),
+    "no list": ({"frozen_in": 3}, "^frozen_in: edges=3 must be a list"),
     "mask": ({"frozen_in": torch.ones(7, dtype=torch.bool)}, r"frozen_in: .* shape \(7,\)"),
     "start of edges": ({"start": ["m0->m1"]}, "is no circuit; give one"),
     "no layer": ({"layers": [0, 2]}, r"layers=\[0, 2\]: give layers .* from 0 to 1"),

@@ -967,7 +967,9 @@ def test_padding_that_nobody_marked_is_refused_when_the_task_meets_a_model(
             check_task(model, Task.from_tokens(text, tokens))
 
 
-@pytest.mark.parametrize("padded", [[1, 1, 0, 319, 372], [0, 319, 372, 1]], ids=str)
+@pytest.mark.parametrize(
+    "padded", [[1, 1, 0, 319, 372], [1, 0, 319, 372], [0, 319, 372, 1, 1]], ids=str
+)
 def test_padding_of_a_single_prompts_ids_is_refused(padded: list[int], toy: Model) -> None:
     """As in a row of a batch that a tokenizer has padded."""
     with pytest.raises(circuits.InputError, match=r"with padding \(. of token 1, '<pad>'\)"):

@@ -32,19 +32,24 @@ from circuits.models import (
     Model,
     ModelWeights,
     cause,
+    changes,
+    check_model,
     check_unchanged,
     frozen,
     mlp_output_hook,
     mlp_residual_hook,
+    named,
+    only_hooked,
     output_hook,
     pattern_hook,
     plain_inputs,
+    run_to_logits,
     run_to_residual,
     scale_hooks,
 )
 from circuits.models.component_graph import POST_NORM_ARCHITECTURES
 from circuits.models.functional import LinearNorm, soft_capped
-from circuits.models.source_outputs import keeper
+from circuits.models.source_outputs import TOLERANCE, keeper, relative_gap
 from circuits.system.errors import InputError, NotFiniteError
 from circuits.transcoders.transcoder import Transcoders, check_is_transcoders
 
@@ -193,8 +198,20 @@ class LocalModel:
     parallel: bool
     causal: bool
 
-    def logits(self, position: int = -1) -> Float[Tensor, " vocab"]:
-        """Return the model's logits at a position."""
+    def replayed(self) -> Residual:
+        """Return the residual stream after the last layer as the layers compute it."""
+        # r = embedding;  then by layer  r += LN(sum_h A_h V_h(r) W_O[h]) + constant + MLP output
+        residual = self.embedding
+        if self.position_embedding is not None:
+            residual = residual + self.position_embedding
+        for layer in self.layers:
+            values = layer.values(residual[:, None])
+            attention = layer.attention_output(values)[:, 0] + layer.attention_constant
+            residual = residual + attention + layer.mlp_output
+        return residual
+
+    def logits(self, position: int | slice = -1) -> Float[Tensor, "*pos vocab"]:
+        """Return the model's logits at a position, or at several."""
         # logits = LN_final(residual) W_U + b_U
         normed = apply_norm(self.final, self.residual)[position]
         products = normed.to(self.unembedding) @ self.unembedding
@@ -206,10 +223,14 @@ def check_transcoders(model: Model, transcoders: Transcoders) -> None:
     """Check that an attribution graph can be made of this model with these transcoders.
 
     Raises:
-        InputError: the model has a part that cannot be frozen or replaced, or the transcoders
-            have other layers or another width.
+        InputError: the model has been changed, or has a part that cannot be frozen or replaced; or
+            the transcoders have other layers or another width.
     """
     check_unchanged(model)
+    _check_fit(model, transcoders)
+
+
+def _check_fit(model: Model, transcoders: Transcoders) -> None:
     cfg = model.cfg
     found = _cannot_be_frozen(model)
     if found:
@@ -246,9 +267,13 @@ def freeze(model: Model, transcoders: Transcoders, prompts: Sequence[Prompt]) ->
     """Make the local replacement models of some prompts from one forward pass.
 
     Raises:
-        InputError: see `check_transcoders` and `pad_prompts`; or activations are not finite.
+        InputError: see `check_transcoders` and `pad_prompts`; or activations are not finite. Of
+            changes of the model, those are refused that its weights do not show on these prompts.
     """
-    check_transcoders(model, transcoders)
+    check_model(model)
+    if not only_hooked(changes(model)):
+        check_unchanged(model)
+    _check_fit(model, transcoders)
     # In one turn: weights are read as well, in part through attributes that other runs change.
     with frozen(model):
         return _freeze(model, transcoders, prompts)
@@ -268,10 +293,35 @@ def _freeze(model: Model, transcoders: Transcoders, prompts: Sequence[Prompt]) -
         by_layer.append(frozen_layers)
     unembedding = ModelWeights(model).unembedding()
     mean_unembedding = unembedding.weight.mean(1, dtype=dtype)
-    return [
+    local_models = [
         _local_model(model, prompt, layers, mean_unembedding, run)
         for prompt, run, *layers in zip(prompts, runs, *by_layer, strict=True)
     ]
+    if changes(model):
+        _check_explained(model, run_to_logits(model, tokens, mask), local_models)
+    return local_models
+
+
+def _check_explained(
+    model: Model, logits: Float[Tensor, "batch pos vocab"], local_models: Sequence[LocalModel]
+) -> None:
+    """Refuse a changed model of which local models compute something else.
+
+    Hooks that only look, and what changes MLPs, are part of what was recorded.
+    """
+    everywhere = slice(None)
+    for local, expected in zip(local_models, logits, strict=True):
+        found = local.logits(everywhere)
+        gaps = [
+            relative_gap(local.replayed(), local.residual),
+            relative_gap(found, expected[: len(found)]),
+        ]
+        if max(gaps) > TOLERANCE[model.cfg.dtype]:
+            raise InputError(
+                f"{model.cfg.model_name} is not what its weights say ({max(gaps):.1%} of its "
+                f"output): {named(changes(model))}. Attribution graphs are computed from weights; "
+                "remove hooks with reset_hooks(including_permanent=True), or load the model anew."
+            )
 
 
 def compute_dtype(model: Model) -> torch.dtype:

@@ -25,6 +25,7 @@ from circuits.system.errors import InputError, NotFiniteError
 from circuits.system.fields import CheckedFields
 from circuits.system.numbers import python_number
 from circuits.system.torch_modes import without_modes
+from circuits.tasks.metrics import Metric
 from circuits.tasks.model_fit import check_is_task, check_task
 from circuits.tasks.task import Task
 
@@ -45,7 +46,7 @@ def _checked(discover: Callable[..., Circuit]) -> Callable[..., Circuit]:
     """`discover` of any method, refusing scores that are not finite."""
 
     @wraps(discover)
-    def checked(self: Any, model: Model, task: Task, **options: Any) -> Circuit:
+    def checked(self: Any, model: Model, task: Task, **options: Any) -> Any:
         found = discover(self, model, task, **options)
         if isinstance(found, Circuit):
             _check_scores(found, model, task)
@@ -287,7 +288,15 @@ def no_progress(done: int, total: int) -> None:
 
 def code_of(discoverer: CircuitDiscoverer, *, as_first_seen: bool = False) -> CodeDigest:
     """The digest of a method's code and of its fields, except `SPEED_ONLY` ones."""
-    return code_digest(type(discoverer), _held(discoverer), as_first_seen=as_first_seen)
+    held = {name: each for name, each in _held(discoverer).items() if not _told_by_text(each)}
+    return code_digest(type(discoverer), held, as_first_seen=as_first_seen)
+
+
+def _told_by_text(value: Any) -> bool:
+    """Whether the settings say all of a value: "int8" and Precision("int8") are one."""
+    kind = type(value)
+    is_ours = kind.__module__.startswith("circuits.") and "__str__" in vars(kind)
+    return isinstance(value, str) or (is_ours and not isinstance(value, Metric))
 
 
 def _held(discoverer: CircuitDiscoverer) -> dict[str, Any]:

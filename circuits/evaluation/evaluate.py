@@ -222,7 +222,7 @@ def evaluate(
     """
     check_task(model, task)
     settings = RunSettings.parse(ablation=ablation, max_memory=max_memory, transcoders=transcoders)
-    if isinstance(metrics, str | Metric):
+    if isinstance(metrics, str | Metric) or callable(metrics):
         metrics = [metrics]
     if metrics is None:
         chosen = default_metrics(task)

@@ -14,6 +14,7 @@ from circuits.models.changes import (
     check_model,
     check_unchanged,
     named,
+    only_hooked,
     turn,
 )
 from circuits.models.hook_points import (

@@ -42,6 +42,7 @@ NORM_TYPES: dict[str, type[nn.Module]] = {
 LARGEST_MASKED = -1e4
 EMBEDDING = ("embed", "hook_embed", "pos_embed", "hook_pos_embed")
 WHOLE = "the model itself"
+A_HOOK = "a hook"
 
 Changes = dict[str, str]
 """What is changed, by the name of the module."""
@@ -70,7 +71,7 @@ def changes(model: Model) -> Changes:
     with turn(model):
         found = {}
         if any(_hooks(every_module, "_global")):
-            found["all modules of torch"] = "a hook"
+            found["all modules of torch"] = A_HOOK
         expected = _expected_types(model)
         for name, module in model.named_modules():
             generic = re.sub(r"^blocks\.\d+", "block", name)
@@ -86,6 +87,11 @@ def named(found: Changes) -> str:
     texts = [f"{change} at {name}" for name, change in found.items()]
     more = f" and {len(texts) - 2} more changes" if len(texts) > 2 else ""
     return f"it has {' and '.join(texts[:2])}{more}"
+
+
+def only_hooked(found: Changes) -> bool:
+    """Whether all changes are hooks: the modules are those that TransformerLens builds."""
+    return set(found.values()) <= {A_HOOK}
 
 
 def after_embedding(found: Changes) -> Changes:
@@ -144,7 +150,7 @@ def _unusable_parts(model: Model) -> Iterator[str]:
     own_forward = "forward" in vars(model) or type(model).forward is not Model.forward
     after = [name for name in HOOKS if name != "_forward_pre_hooks"]
     if own_forward or any(_hooks(model, names=after)):
-        what = "another forward method" if own_forward else "a hook"
+        what = "another forward method" if own_forward else A_HOOK
         yield (
             f"it has {what} at {WHOLE}, and only scored tokens are run to the logits; put a hook "
             "at unembed.hook_out instead, or remove it"
@@ -188,7 +194,7 @@ def _hooks(owner: Any, prefix: str = "", names: Iterable[str] = HOOKS) -> Iterat
 def _change_of(module: nn.Module) -> str | None:
     """A hook on a module, a method in place of its class's, or attention that masks nothing."""
     if any(_hooks(module)):
-        return "a hook"
+        return A_HOOK
     for name, value in vars(module).items():
         if callable(getattr(type(module), name, None)) and not isinstance(value, Own):
             return f"another {name} method"

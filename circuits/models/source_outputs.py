@@ -30,6 +30,7 @@ from circuits.system.errors import InputError
 
 Tokens = Int[Tensor, "batch pos"]
 Mask = Bool[Tensor, "batch pos"]
+MaskedPrompts = tuple[Tensor, Tensor, Tensor]
 Residual = Float[Tensor, "batch pos d_model"]
 Outputs = Float[Tensor, "source batch pos d_model"]
 Directions = Float[Tensor, "d_model direction"]
@@ -156,10 +157,11 @@ def run_and_record(
 
 
 @torch.no_grad()
-def check_honoured(
-    model: Model, nodes: Sequence[Node], prompts: Sequence[Tokens], mask: Mask, scored: Mask
-) -> None:
+def check_honoured(model: Model, nodes: Sequence[Node], prompts: Sequence[MaskedPrompts]) -> None:
     """Refuse changes of a model that would act in some of the runs made here and not in others.
+
+    Args:
+        prompts: tokens, which of them are real, and where logits are compared.
 
     Raises:
         InputError: the outputs do not sum to the residual stream, or the logits are not the model's
@@ -168,8 +170,8 @@ def check_honoured(
     found = changes(model)
     if not found:
         return
-    for tokens in prompts:
-        pieces = [each.split(CHECKED_PROMPTS) for each in (tokens, mask, scored)]
+    for masked in prompts:
+        pieces = [each.split(CHECKED_PROMPTS) for each in masked]
         for some, real, rows in zip(*pieces, strict=True):
             _, residual = run_and_record(model, nodes, some, real)
             expected = run_to_logits(model, some, real)[rows]

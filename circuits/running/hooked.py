@@ -80,9 +80,8 @@ class HookedExecutor:
         layout = EdgeLayout.of(model, graph)
         task = task.to(model.cfg.device)
         spans = token_spans(graph, task)
-        prompts = task.clean, task.corrupted
         with frozen(model), torch.no_grad():
-            check_honoured(model, layout.nodes, prompts, task.mask, task.scored)
+            check_honoured(model, layout.nodes, task.masked_prompts)
             counterfactuals = Counterfactuals.prepare(model, layout.nodes, task, ablation)
             replaced = counterfactuals.on(task)
         return HookedExecutor(model, layout, task, spans, replaced, max_memory)

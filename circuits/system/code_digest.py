@@ -18,6 +18,7 @@ import sys
 import types
 import uuid
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -241,6 +242,9 @@ class _Walk:
         held = {name: getattr(value, name, None) for name in HELD}
         return _hash(_name(type(value)), self._dict(held, where))
 
+    def _reference(self, reference: weakref.ref[Any], where: str) -> Digest:
+        return _hash("reference", self.digest(reference(), where))
+
     def _builtin(self, value: Any, where: str) -> Digest:
         owner = getattr(value, "__self__", None)
         return _hash(_name(value), self.digest(owner, where))
@@ -294,6 +298,7 @@ _VISITS: dict[Any, Any] = {
     type: _Walk._class,
     types.ModuleType: _Walk._module,
     HOLDERS: _Walk._holder,
+    weakref.ReferenceType: _Walk._reference,
     BUILTINS: _Walk._builtin,
 }
 

@@ -296,6 +296,16 @@ class Task:
         positions = torch.arange(self.corrupted.shape[1], device=self.corrupted.device)
         return positions < self.corrupted_lengths[:, None]
 
+    @property
+    def masked_prompts(self) -> tuple[tuple[Tensor, Tensor, Tensor], ...]:
+        """Tokens, their mask and their scored positions: of clean, then of corrupted prompts."""
+        scored = self.scored
+        if self.alignment is not None:
+            scored = torch.zeros_like(self.corrupted, dtype=torch.bool)
+            scored[self.row_prompt, self.alignment[self.scored]] = True
+        corrupted = self.corrupted, self.corrupted_mask, scored
+        return (self.clean, self.mask, self.scored), corrupted
+
     def to_clean(self, activation: Tensor) -> Tensor:
         """What each clean token's counterpart has, of [batch, pos, ...] on corrupted prompts."""
         if self.alignment is None:

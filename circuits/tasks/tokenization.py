@@ -401,11 +401,12 @@ def _check_no_padding(tokenizer: Any, tokens: PromptTokens) -> None:
     if pad is None:
         return
     is_pad = tokens == pad
-    # One token that also begins or ends a text is not padding.
-    most = int(pad in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+    bos = tokenizer.bos_token_id
+    # A single one can be a token that somebody chose, unless BOS comes after it.
+    before_bos = bos != pad and bos is not None and tokens[1:2].tolist() == [bos]
     for where, outward in (("begins", is_pad), ("ends", is_pad.flip(0))):
         count = int(outward.cumprod(0).sum())
-        if count > most:
+        if count > 1 or (count and where == "begins" and before_bos):
             raise InputError(
                 f"the prompt {where} with padding ({count} of token {pad}, "
                 f"{tokenizer.pad_token!r}), which would be read as text; give its real tokens only."

@@ -234,10 +234,9 @@ class EdgeScoring:
     def _run(self, logits: list[Tensor], progress: Progress) -> list[Tensor]:
         """The results of this rank's share of the prompts, from the logits of all if they count."""
         results: list[list[Tensor]] = []
-        model, nodes, task = self.passes.model, self.passes.nodes, self.task
-        prompts = task.clean, task.corrupted
+        model, nodes = self.passes.model, self.passes.nodes
         with self._undisturbed():
-            check_honoured(model, nodes, prompts, task.mask, task.scored)
+            check_honoured(model, nodes, self.task.masked_prompts)
             if logits:
                 self._take_slopes(logits)
             for found in self._in_batches(lambda some: self.batch(some).results(), progress):

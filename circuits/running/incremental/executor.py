@@ -235,10 +235,14 @@ def _check_changes(model: Model, nodes: Nodes, task: Task) -> None:
         run_and_record(model, nodes, few.clean, few.mask)
         raise UnsupportedError(f"{named(beyond)}, so outputs differ from what its weights say")
     if found:
+        check_honoured(model, nodes, task.masked_prompts)
+        if task.alignment is not None:
+            return
         # The model's own modules embed tokens, but where tokens do not differ nothing may change.
-        prompts = task.clean, task.corrupted
-        check_honoured(model, nodes, prompts, task.mask, task.scored)
-        clean, corrupted = (embedding_outputs(model, nodes, each, task.mask) for each in prompts)
+        clean, corrupted = (
+            embedding_outputs(model, nodes, each, task.mask)
+            for each in (task.clean, task.corrupted)
+        )
         same = task.clean == task.corrupted
         if not torch.equal(clean[:, same], corrupted[:, same]):
             raise UnsupportedError(f"{named(found)}, which mixes tokens, so outputs differ")
