@@ -236,7 +236,8 @@ class EdgeScoring:
         results: list[list[Tensor]] = []
         model, nodes = self.passes.model, self.passes.nodes
         with self._undisturbed():
-            check_honoured(model, nodes, self.task.masked_prompts)
+            if self.passes.separate:
+                check_honoured(model, nodes, self.task.masked_prompts)
             if logits:
                 self._take_slopes(logits)
             for found in self._in_batches(lambda some: self.batch(some).results(), progress):
