@@ -152,11 +152,7 @@ class Sources:
 
 @torch.no_grad()
 def gather_sources(
-    model: LocalModel,
-    transcoders: Transcoders,
-    features: ActiveFeatures,
-    *,
-    leading: int = 1,
+    model: LocalModel, transcoders: Transcoders, features: ActiveFeatures, *, leading: int = 1
 ) -> Sources:
     """Compute what the active features write, and split the rest of each MLP output.
 

@@ -33,12 +33,7 @@ def words_of(model: Model, tokens: Sequence[int]) -> list[str]:
 
 
 def most_probable(
-    model: Model,
-    local: LocalModel,
-    *,
-    most: int,
-    probability: float,
-    position: int | None = None,
+    model: Model, local: LocalModel, *, most: int, probability: float, position: int | None = None
 ) -> list[Direction]:
     """The most probable next tokens, weighted by their probabilities.
 
@@ -58,11 +53,7 @@ def most_probable(
 
 
 def _token_direction(
-    model: Model,
-    local: LocalModel,
-    token: int,
-    weight: float,
-    position: int | None = None,
+    model: Model, local: LocalModel, token: int, weight: float, position: int | None = None
 ) -> Direction:
     """The direction of a token's logit minus the mean logit."""
     (label,) = words_of(model, [token])

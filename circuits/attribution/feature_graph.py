@@ -364,7 +364,7 @@ def _rows(*columns: Tensor) -> Iterator[Any]:
 
 
 def _from_file(values: dict[str, Any]) -> FeatureGraph:
-    nodes = _nodes_from_file(values)
+    columns = [values.pop(f"nodes.{column.name}") for column in fields(Nodes)]
     for name in ("source", "target"):
         values[name] = values[name].long()
     for name in ("words", "constant_names"):
@@ -374,13 +374,7 @@ def _from_file(values: dict[str, Any]) -> FeatureGraph:
     for name, identity in IDENTITIES.items():
         if values[name] is not None:
             values[name] = identity(**values[name])
-    return FeatureGraph(nodes, **values)
-
-
-def _nodes_from_file(values: dict[str, Any]) -> Nodes:
-    names = [column.name for column in fields(Nodes)]
-    columns = [values.pop(f"nodes.{name}") for name in names]
-    return Nodes(*columns)
+    return FeatureGraph(Nodes(*columns), **values)
 
 
 def _check(graph: FeatureGraph) -> None:

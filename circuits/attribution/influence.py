@@ -106,10 +106,7 @@ class Pruning:
 
 @without_modes()
 def prune(
-    graph: FeatureGraph,
-    *,
-    node_threshold: RealNumber = 0.8,
-    edge_threshold: RealNumber = 0.98,
+    graph: FeatureGraph, *, node_threshold: RealNumber = 0.8, edge_threshold: RealNumber = 0.98
 ) -> Pruning:
     """Choose the most influential nodes, and the most influential edges between them.
 
@@ -145,10 +142,7 @@ def prune(
 
 @without_modes()
 def pruned(
-    graph: FeatureGraph,
-    *,
-    node_threshold: RealNumber = 0.8,
-    edge_threshold: RealNumber = 0.98,
+    graph: FeatureGraph, *, node_threshold: RealNumber = 0.8, edge_threshold: RealNumber = 0.98
 ) -> FeatureGraph:
     """Return the subgraph that `prune` keeps.
 

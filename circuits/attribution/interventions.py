@@ -40,14 +40,7 @@ from circuits.models import (
     unembed,
 )
 from circuits.system.errors import InputError
-from circuits.system.numbers import (
-    RealNumber,
-    WholeNumber,
-    items,
-    python_number,
-    shown,
-    whole,
-)
+from circuits.system.numbers import RealNumber, WholeNumber, items, python_number, shown, whole
 from circuits.system.randomness import random_generator
 from circuits.system.torch_modes import without_modes
 from circuits.tasks.readers.tokens import Prompt

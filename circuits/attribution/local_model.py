@@ -283,8 +283,7 @@ def _freeze(model: Model, transcoders: Transcoders, prompts: Sequence[Prompt]) -
     tokens, mask = pad_prompts(model, prompts)
     recorded = _record(model, tokens, mask)
     dtype = compute_dtype(model)
-    lengths = [len(prompt) for prompt in prompts]
-    runs = [_unpadded(recorded, row, length, dtype) for row, length in enumerate(lengths)]
+    runs = [_unpadded(recorded, row, len(prompt), dtype) for row, prompt in enumerate(prompts)]
     # Layer by layer, because prompts share the converted weights of a layer.
     by_layer = []
     for layer in range(model.cfg.n_layers):
@@ -309,9 +308,8 @@ def _check_explained(
 
     Hooks that only look, and what changes MLPs, are part of what was recorded.
     """
-    everywhere = slice(None)
     for local, expected in zip(local_models, logits, strict=True):
-        found = local.logits(everywhere)
+        found = local.logits(EVERYWHERE)
         gaps = [
             relative_gap(local.replayed(), local.residual),
             relative_gap(found, expected[: len(found)]),
@@ -481,11 +479,7 @@ def _layer_weights(model: Model, transcoders: Transcoders, layer: int) -> _Layer
 
 
 def _frozen_layer(
-    model: Model,
-    transcoders: Transcoders,
-    layer: int,
-    weights: _LayerWeights,
-    run: Activations,
+    model: Model, transcoders: Transcoders, layer: int, weights: _LayerWeights, run: Activations
 ) -> FrozenLayer:
     norm_before, norm_after, norm_read, norm_write = _norms(model, layer, run)
     pattern = run[pattern_hook(layer)].to(weights.value)

@@ -78,11 +78,7 @@ class Pooled:
 
     @staticmethod
     def of(
-        graph: FeatureGraph,
-        kept: EdgeMask,
-        spans: Spans | None,
-        *,
-        kept_only: bool = False,
+        graph: FeatureGraph, kept: EdgeMask, spans: Spans | None, *, kept_only: bool = False
     ) -> Pooled:
         """Pool one prompt's graph over its positions.
 
@@ -92,7 +88,8 @@ class Pooled:
         _, scores = effects(graph)
         ends = torch.stack([graph.source, graph.target], 1)
         chosen = kept if kept_only else slice(None)
-        edges = [column[chosen].cpu() for column in (ends, scores, kept.long())]
+        columns = (ends, scores, kept.long())
+        edges = [column[chosen].cpu() for column in columns]
         nodes = _node_keys(graph.nodes.to("cpu"), spans)
         pooled = Pooled(nodes, *edges).merged()
         # A prompt that keeps several instances of an edge counts once.

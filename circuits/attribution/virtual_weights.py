@@ -140,7 +140,10 @@ class Coactivation:
 
     def _firings(self, layer: int, features: slice) -> Tensor:
         """Return activations as a sparse matrix [feature token]."""
-        starts = self._starts_and_end(layer, features)
+        n_features = self.shape[1]
+        first, stop, _ = features.indices(n_features)
+        offset = layer * n_features
+        starts = self.starts[offset + first : offset + stop + 1]
         fired = slice(int(starts[0]), int(starts[-1]))
         token = self.token[fired]
         rows = torch.arange(len(starts) - 1)
@@ -151,12 +154,6 @@ class Coactivation:
         return torch.sparse_coo_tensor(
             places, self.activation[fired], size, is_coalesced=True, check_invariants=False
         )
-
-    def _starts_and_end(self, layer: int, features: slice) -> Tensor:
-        n_features = self.shape[1]
-        first, stop, _ = features.indices(n_features)
-        offset = layer * n_features
-        return self.starts[offset + first : offset + stop + 1]
 
 
 @torch.no_grad()

@@ -176,11 +176,7 @@ def _mean_row(model: Model, circuits: Sweep, task: Task, settings: RunSettings) 
 
 
 def _curve(
-    model: Model,
-    sweep: Sweep,
-    task: Task,
-    sizes: Sizes | None,
-    settings: RunSettings,
+    model: Model, sweep: Sweep, task: Task, sizes: Sizes | None, settings: RunSettings
 ) -> pd.DataFrame:
     if sweep[0].selected:
         points = judge_points(model, sweep, task, settings)

@@ -228,7 +228,8 @@ def evaluate(
         chosen = default_metrics(task)
     else:
         names = items(metrics, "metrics")
-        chosen = [get_metric(_full_name(metric), task) for metric in names]
+        names = [ALIASES.get(each, each) if isinstance(each, str) else each for each in names]
+        chosen = [get_metric(metric, task) for metric in names]
         _check_names(chosen)
     return evaluations(model, [circuit], task, chosen, settings)[0]
 
@@ -383,9 +384,7 @@ def mean_and_faithfulness(evaluation: Evaluation, metric: Metric) -> Row:
 
 
 def of_sizes(
-    circuit: Circuit,
-    sizes: Sizes | None,
-    by: Literal["magnitude", "signed"] = "magnitude",
+    circuit: Circuit, sizes: Sizes | None, by: Literal["magnitude", "signed"] = "magnitude"
 ) -> list[Circuit]:
     """The circuits of the highest-scored edges; see `faithfulness_curve`."""
     wanted = CURVE_FRACTIONS if sizes is None else items(sizes, "sizes")
@@ -412,10 +411,6 @@ def _check_names(metrics: Sequence[Metric]) -> None:
                 f"two metrics are named {metric.name!r}, and an evaluation holds one of a name; "
                 "give one of them another name."
             )
-
-
-def _full_name(metric: str | Metric) -> str | Metric:
-    return ALIASES.get(metric, metric) if isinstance(metric, str) else metric
 
 
 def _number_of_edges(size: Size, available: int) -> int:

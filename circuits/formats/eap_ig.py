@@ -75,8 +75,7 @@ def edge_from_eap_ig(name: str, *, embed: str = "embed") -> Edge:
     Raises:
         InputError: the name has another form.
     """
-    with_slot = re.sub(r"<([qkv])>$", r".\1", name)
-    return parse_edge(re.sub(f"^{EAP_IG_EMBED}->", f"{embed}->", with_slot))
+    return parse_edge(re.sub(f"^{EAP_IG_EMBED}->", f"{embed}->", name))
 
 
 def save_eap_ig(circuit: Circuit, path: str | Path, *, n_prompts: int = 1) -> Path:
@@ -84,19 +83,17 @@ def save_eap_ig(circuit: Circuit, path: str | Path, *, n_prompts: int = 1) -> Pa
 
     Args:
         circuit: over the component graph of a model, without positions.
-        path: the file to write.
         n_prompts: scores are divided by it, as EAP-IG divides by the number of prompts.
 
     Raises:
         InputError: the circuit keeps an edge that EAP-IG cannot write, or is not over a model.
 
-    Example:
-        >>> import circuits, json, tempfile
-        >>> graph = circuits.component_graph(circuits.load_model("toy-world"))
-        >>> circuit = circuits.Circuit.from_edges(graph, ["embed->m0", "a0.h1->logits"])
-        >>> path = circuits.save_eap_ig(circuit, tempfile.mkdtemp() + "/graph.json")
-        >>> sum(edge["in_graph"] for edge in json.loads(path.read_text())["edges"].values())
-        2
+    >>> import circuits, json, tempfile
+    >>> graph = circuits.component_graph(circuits.load_model("toy-world"))
+    >>> circuit = circuits.Circuit.from_edges(graph, ["embed->m0", "a0.h1->logits"])
+    >>> path = circuits.save_eap_ig(circuit, tempfile.mkdtemp() + "/graph.json")
+    >>> sum(edge["in_graph"] for edge in json.loads(path.read_text())["edges"].values())
+    2
     """
     check_is_circuit(circuit)
     n_prompts = whole(n_prompts, "n_prompts", least=1)
@@ -117,7 +114,7 @@ def save_eap_ig(circuit: Circuit, path: str | Path, *, n_prompts: int = 1) -> Pa
 
 
 def _node_entries(circuit: Circuit) -> dict[str, dict[str, bool]]:
-    used = {node for edge in circuit.edges for node in (edge.source, edge.target)}
+    used = set(circuit.nodes)
     written = [node for node in circuit.graph.nodes if not isinstance(node, PosEmbed)]
     return {_node_name(node): {"in_graph": node in used} for node in written}
 
@@ -141,8 +138,6 @@ def load_eap_ig(
     """Read EAP-IG's graph JSON as a circuit of `model`.
 
     Args:
-        path: the file to read.
-        model: the model that the file's graph belongs to.
         n_prompts: scores are multiplied by it, because EAP-IG divides by the number of prompts once
             too often (except in scores of its `exact` method).
         graph: by default the component graph. If it splits the embedding, `input` is `tok_embed`.
@@ -150,13 +145,12 @@ def load_eap_ig(
     Raises:
         InputError: the file is not a graph JSON of EAP-IG, or belongs to a model of another shape.
 
-    Example:
-        >>> import circuits, tempfile
-        >>> model = circuits.load_model("toy-world")
-        >>> circuit = circuits.Circuit.from_edges(circuits.component_graph(model), ["embed->m0"])
-        >>> path = circuits.save_eap_ig(circuit, tempfile.mkdtemp() + "/graph.json")
-        >>> circuits.load_eap_ig(path, model)
-        Circuit(1 of 479 edges)
+    >>> import circuits, tempfile
+    >>> model = circuits.load_model("toy-world")
+    >>> circuit = circuits.Circuit.from_edges(circuits.component_graph(model), ["embed->m0"])
+    >>> path = circuits.save_eap_ig(circuit, tempfile.mkdtemp() + "/graph.json")
+    >>> circuits.load_eap_ig(path, model)
+    Circuit(1 of 479 edges)
     """
     n_prompts = whole(n_prompts, "n_prompts", least=1)
     graph = component_graph(model) if graph is None else graph

@@ -70,22 +70,20 @@ class Circuit:
 
     def __post_init__(self) -> None:
         check_is_graph(self.graph)
-        for name in ("scores", "kept"):
+        for name, dtype in (("scores", torch.float32), ("kept", torch.bool)):
             column = as_tensor(getattr(self, name), name)
-            object.__setattr__(self, name, column)
             if column.shape != (len(self.graph),):
                 raise InputError(
                     f"{name} has shape {tuple(column.shape)}, but the graph has {len(self.graph)} "
                     "edges; give one entry per edge."
                 )
-        if self.kept.dtype != torch.bool:
-            raise InputError(
-                f"kept holds {self.kept.dtype}; it must be boolean, True for the edges to keep."
-            )
-        # Copies, so that later changes to the tensors passed in do not change the circuit.
-        for name, dtype in (("scores", torch.float32), ("kept", torch.bool)):
-            given = getattr(self, name).detach()
-            object.__setattr__(self, name, given.to("cpu", dtype, copy=True))
+            if name == "kept" and column.dtype != dtype:
+                raise InputError(
+                    f"kept holds {column.dtype}; it must be boolean, True for the edges to keep."
+                )
+            # A copy, so that later changes to the tensor passed in do not change the circuit.
+            column = column.detach().to("cpu", dtype, copy=True)
+            object.__setattr__(self, name, column)
 
     @staticmethod
     def full(

@@ -22,14 +22,7 @@ from torch import Tensor
 from circuits.graph.components import FACTS, Components
 from circuits.graph.edges import NO_SLOT, SLOTS, Edge, EdgesOrTexts, parse_edge
 from circuits.graph.identity import ModelIdentity, TranscodersIdentity
-from circuits.graph.nodes import (
-    Logits,
-    Node,
-    PosEmbed,
-    TokenEmbed,
-    at_position,
-    parse_node,
-)
+from circuits.graph.nodes import Logits, Node, PosEmbed, TokenEmbed, at_position, parse_node
 from circuits.graph.paths import EdgeIndex, EdgeMask, EdgeNumbers, Paths, Positions
 from circuits.system.errors import InputError
 from circuits.system.kinds import expect

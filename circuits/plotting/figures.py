@@ -111,8 +111,7 @@ def score_scatter(frame: pandas.DataFrame, *, x_name: str = "x", y_name: str = "
         frame: one row per edge, with the columns `edge` (or an index of that name), `x` and `y`;
             optionally `group`, which gives each group its colour. Edges that lack a score are
             left out.
-        x_name: the method or measure on the x axis, for example `exact patching`.
-        y_name: the method or measure on the y axis, for example `EAP`.
+        x_name, y_name: the method or measure on each axis, for example `exact patching`.
 
     Raises:
         InputError: a column is missing.

@@ -36,7 +36,6 @@ def draw_circuit(
     two columns can read at one position and write at the other.
 
     Args:
-        circuit: the circuit whose kept edges are drawn.
         title: a heading inside the picture.
         max_edges: largest number of edges to draw. If the circuit keeps more, the strongest are
             drawn and the picture says so. None: 200, or 50 in a graph of transcoder features.
@@ -63,8 +62,6 @@ def circuit_page(
     its strongest edges and a slider hides weak edges, and a sortable table of the kept edges.
 
     Args:
-        circuit: the circuit to show.
-        title: heading of the page.
         details: settings and results to list under the title, as plain text.
         max_edges: largest number of edges to draw, as in `draw_circuit`.
 
@@ -90,8 +87,6 @@ def attribution_page(graph: FeatureGraph, *, title: str, details: Details = None
     and edges, and says so; `circuits view` serves all of them.
 
     Args:
-        graph: the attribution graph.
-        title: heading of the page.
         details: settings and results to list under the title, as plain text.
 
     >>> import circuits
@@ -119,7 +114,6 @@ def report_page(
     method.
 
     Args:
-        title: heading of the page.
         table: one row per method, shown as it is.
         curves: the columns that `faithfulness_figure` takes; if empty, there is no figure.
         circuits: circuits by name of the method, in the order of the buttons.

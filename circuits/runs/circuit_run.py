@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import Timeout
 
 from circuits.discovery.discoverer import (
     CircuitDiscoverer,
@@ -42,15 +41,7 @@ from circuits.models.component_graph import computed_nodes
 from circuits.models.identity import identity
 from circuits.plotting.pages import circuit_page
 from circuits.running.ablation import Ablation
-from circuits.runs.run_folder import (
-    RECORD,
-    describe_setup,
-    digest,
-    locked,
-    locked_once,
-    read_record,
-    tell_waiting,
-)
+from circuits.runs.run_folder import RECORD, describe_setup, digest, entered, locked, read_record
 from circuits.system.code_digest import code_digest
 from circuits.system.errors import InputError, NotWrittenError
 from circuits.system.files import is_file, json_text, path_of, read_json, write_bytes, write_json
@@ -334,17 +325,8 @@ def _save(found: CircuitRun) -> CircuitRun:
 def _taking_turns(folder: Path) -> Iterator[None]:
     """Wait until no other process works in the folder. The first rank holds the lock for all."""
     with contextlib.ExitStack() as stack:
-
-        def try_lock() -> bool:
-            try:
-                stack.enter_context(locked_once(folder))
-            except Timeout:
-                tell_waiting(folder)
-                return False
-            return True
-
         # The first rank tells the others after each try. Without this they would time out.
-        while not on_first(try_lock):
+        while not on_first(lambda: entered(stack, folder)):
             pass
         yield
 

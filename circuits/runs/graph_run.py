@@ -29,14 +29,7 @@ from circuits.models.identity import identity
 from circuits.plotting.graph_page.data import GraphData
 from circuits.plotting.graph_page.groups import load_groups
 from circuits.plotting.graph_page.page import graph_page
-from circuits.runs.run_folder import (
-    LOCK,
-    RECORD,
-    describe_setup,
-    digest,
-    locked,
-    read_record,
-)
+from circuits.runs.run_folder import LOCK, RECORD, describe_setup, digest, locked, read_record
 from circuits.system.errors import InputError, NotWrittenError
 from circuits.system.files import is_file, json_text, path_of, write_bytes, write_json
 from circuits.tasks.tokenization import PromptTokens, prompt_tokens
@@ -66,13 +59,12 @@ class GraphRun:
         record: the content of `record.json`.
         reused: whether the graph was found in the folder instead of computed.
 
-    Example:
-        >>> import circuits, tempfile
-        >>> model = circuits.load_model("toy-world")
-        >>> method = circuits.AttributionGraph("toy-world-clt")
-        >>> found = circuits.run_graph(method, model, "Dallas is in", out=tempfile.mkdtemp())
-        >>> found.record["edges"] == len(found.graph)
-        True
+    >>> import circuits, tempfile
+    >>> model = circuits.load_model("toy-world")
+    >>> method = circuits.AttributionGraph("toy-world-clt")
+    >>> found = circuits.run_graph(method, model, "Dallas is in", out=tempfile.mkdtemp())
+    >>> found.record["edges"] == len(found.graph)
+    True
     """
 
     folder: Path
@@ -132,12 +124,11 @@ def run_graph(
     Raises:
         InputError: see `AttributionGraph.attribute`; or a file there is damaged or too new.
 
-    Example:
-        >>> import circuits, tempfile
-        >>> model = circuits.load_model("toy-world")
-        >>> method = circuits.AttributionGraph("toy-world-clt")
-        >>> circuits.run_graph(method, model, "Dallas is in", out=tempfile.mkdtemp()).reused
-        False
+    >>> import circuits, tempfile
+    >>> model = circuits.load_model("toy-world")
+    >>> method = circuits.AttributionGraph("toy-world-clt")
+    >>> circuits.run_graph(method, model, "Dallas is in", out=tempfile.mkdtemp()).reused
+    False
     """
     # Load the transcoders once: the digest needs them as well as the method.
     method = replace(method, transcoders=method.loaded)
@@ -177,13 +168,12 @@ def load_graph_run(folder: str | Path) -> GraphRun:
     Raises:
         InputError: the folder holds none, a damaged file, or one from a newer version.
 
-    Example:
-        >>> import circuits, tempfile
-        >>> model = circuits.load_model("toy-world")
-        >>> method = circuits.AttributionGraph("toy-world-clt")
-        >>> found = circuits.run_graph(method, model, "Dallas is in", out=tempfile.mkdtemp())
-        >>> circuits.load_graph_run(found.folder).record == found.record
-        True
+    >>> import circuits, tempfile
+    >>> model = circuits.load_model("toy-world")
+    >>> method = circuits.AttributionGraph("toy-world-clt")
+    >>> found = circuits.run_graph(method, model, "Dallas is in", out=tempfile.mkdtemp())
+    >>> circuits.load_graph_run(found.folder).record == found.record
+    True
     """
     folder = path_of(folder)
     if not is_file(folder / RECORD):

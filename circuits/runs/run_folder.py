@@ -43,13 +43,19 @@ def digest(parts: Any, columns: Iterable[Tensor] = (), *, size: int = 64) -> str
 def locked(folder: Path) -> Iterator[None]:
     """Make a folder, and wait until no other process works in it; see `locked_once`."""
     with contextlib.ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(locked_once(folder))
-                break
-            except Timeout:
-                tell_waiting(folder)
+        while not entered(stack, folder):
+            pass
         yield
+
+
+def entered(stack: contextlib.ExitStack, folder: Path) -> bool:
+    """Try to enter `locked_once`; say why nothing happens if another process holds the lock."""
+    try:
+        stack.enter_context(locked_once(folder))
+    except Timeout:
+        warnings.warn(f"another process works in {folder}; waiting until it is done.", stacklevel=2)
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -94,11 +100,6 @@ def read_record(folder: Path, kind: str, version: int, needed: Mapping[str, Any]
             f"{path} is damaged: it has no {', '.join(wrong)}; delete the folder and run again."
         )
     return record
-
-
-def tell_waiting(folder: Path) -> None:
-    """Say why nothing happens."""
-    warnings.warn(f"another process works in {folder}; waiting until it is done.", stacklevel=2)
 
 
 def describe_setup(model: Model) -> dict[str, Any]:

@@ -70,13 +70,12 @@ class ImportedGraph:
         slug: the name of the graph.
         scan: the name of the model on Neuronpedia.
 
-    Example:
-        >>> import circuits, tempfile
-        >>> model = circuits.load_model("toy-world")
-        >>> graph = circuits.AttributionGraph("toy-world-clt").attribute(model, "Dallas is in")
-        >>> path = circuits.save_neuronpedia(graph, tempfile.mkdtemp() + "/a.json", slug="dallas")
-        >>> circuits.load_neuronpedia(path).slug
-        'dallas'
+    >>> import circuits, tempfile
+    >>> model = circuits.load_model("toy-world")
+    >>> graph = circuits.AttributionGraph("toy-world-clt").attribute(model, "Dallas is in")
+    >>> path = circuits.save_neuronpedia(graph, tempfile.mkdtemp() + "/a.json", slug="dallas")
+    >>> circuits.load_neuronpedia(path).slug
+    'dallas'
     """
 
     graph: FeatureGraph
@@ -99,13 +98,12 @@ def load_neuronpedia(path: str | Path) -> ImportedGraph:
             the same id; a link ends at no node or does not lead upwards; a number is not finite; or
             a node has a type that cannot be read, such as Lorsa's attention features.
 
-    Example:
-        >>> import circuits, tempfile
-        >>> model = circuits.load_model("toy-world")
-        >>> graph = circuits.AttributionGraph("toy-world-clt").attribute(model, "Dallas is in")
-        >>> path = circuits.save_neuronpedia(graph, tempfile.mkdtemp() + "/a.json", slug="dallas")
-        >>> circuits.load_neuronpedia(path).graph.prompt == graph.prompt
-        True
+    >>> import circuits, tempfile
+    >>> model = circuits.load_model("toy-world")
+    >>> graph = circuits.AttributionGraph("toy-world-clt").attribute(model, "Dallas is in")
+    >>> path = circuits.save_neuronpedia(graph, tempfile.mkdtemp() + "/a.json", slug="dallas")
+    >>> circuits.load_neuronpedia(path).graph.prompt == graph.prompt
+    True
     """
     path = path_of(path)
     content = read_checked_json(path, GRAPH_FILE, "graph JSON of Neuronpedia")

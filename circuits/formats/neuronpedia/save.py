@@ -63,11 +63,9 @@ def save_neuronpedia(
     Args:
         graph: the whole graph.
         path: of the file, for example `graphs/my-graph.json`.
-        slug: the name of the graph.
         scan: the model's name on Neuronpedia; by default the name of the graph's model.
         source_set: the transcoders' name on Neuronpedia, if it knows their features.
-        node_threshold: see `circuits.prune`. The pages also hide nodes above it.
-        edge_threshold: see `circuits.prune`.
+        node_threshold, edge_threshold: see `circuits.prune`. The pages hide nodes above the first.
         prune: whether to prune; if False, every node and edge is written and the pages hide some.
         groups: supernodes by name. Their nodes are pinned, because the pages draw only pinned ones.
         pinned: nodes to pin on the page.
@@ -77,12 +75,11 @@ def save_neuronpedia(
         InputError: the slug is empty, a threshold is not between 0 and 1, a group names a node that
             the graph lacks or pruning drops, two targets are the same, or a number is not finite.
 
-    Example:
-        >>> import circuits, tempfile
-        >>> model = circuits.load_model("toy-world")
-        >>> graph = circuits.AttributionGraph("toy-world-clt").attribute(model, "Dallas is in")
-        >>> circuits.save_neuronpedia(graph, tempfile.mkdtemp() + "/a.json", slug="dallas").name
-        'a.json'
+    >>> import circuits, tempfile
+    >>> model = circuits.load_model("toy-world")
+    >>> graph = circuits.AttributionGraph("toy-world-clt").attribute(model, "Dallas is in")
+    >>> circuits.save_neuronpedia(graph, tempfile.mkdtemp() + "/a.json", slug="dallas").name
+    'a.json'
     """
     check_is_feature_graph(graph)
     _check(graph, path_of(path), slug)

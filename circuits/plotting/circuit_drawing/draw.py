@@ -104,10 +104,10 @@ def draw(circuit: Circuit, *, title: str | None, max_edges: WholeNumber | None) 
     if not edges:
         lines.append(_text("No edges kept: there is nothing to draw.", f'fill="{INK}"'))
         return _document(title, lines, None, [])
-    lines.append(_legend(edges))
-    if _is_head_in_two_columns(edges):
-        lines.append(_text(TWO_COLUMNS_NOTE, f'fill="{QUIET}"'))
     layout = _layout(circuit, edges)
+    lines.append(_legend(layout, edges))
+    if _is_head_in_two_columns(layout):
+        lines.append(_text(TWO_COLUMNS_NOTE, f'fill="{QUIET}"'))
     return _document(title, lines, layout, edges)
 
 
@@ -177,9 +177,10 @@ def _layout(circuit: Circuit, edges: Edges) -> Layout:
     edge_widths = {one.edge: one.width for one in edges}
     used = set(map(position_of, node_widths))
     column_widths = {}
-    # Of all nodes, because those with edges may not be in the order of the positions.
+    # Of all nodes, because those with edges may not be in the order of the positions: numbers in
+    # order, then names as in the graph.
     positions = map(position_of, all_nodes)
-    for position in sorted(positions, key=_position_key):
+    for position in sorted(positions, key=lambda at: at if isinstance(at, int) else math.inf):
         if position in used:
             name = _position_text(position)
             column_widths[position] = LABEL_CHARACTER * len(name)
@@ -194,11 +195,6 @@ def _edges_by_end(edges: Edges) -> tuple[EdgesByNode, EdgesByNode]:
         leaving[one.edge.source].append(one)
         entering[one.edge.target].append(one)
     return leaving, entering
-
-
-def _position_key(position: Position) -> float:
-    """Sorting by this gives numbers in order, then names as in the graph."""
-    return position if isinstance(position, int) else math.inf
 
 
 def _node_width(node: Node, n_ports: int) -> float:
@@ -256,11 +252,10 @@ def _text(text: str, attributes: str) -> str:
     return f"<text {attributes}>{escape(text)}</text>"
 
 
-def _legend(edges: Edges) -> str:
+def _legend(layout: Layout, edges: Edges) -> str:
     """Explain the colours, dashes and widths that are in the drawing."""
     slots = {one.edge.slot for one in edges}
-    ends = [end for one in edges for end in (one.edge.source, one.edge.target)]
-    has_features = any(isinstance(end, Feature | Error) for end in ends)
+    has_features = any(isinstance(node, Feature | Error) for node in layout.nodes)
     without_slot = "into features or logits" if has_features else "into MLPs or logits"
     entries = []
     for slot, colour in SLOT_COLOURS.items():
@@ -279,9 +274,8 @@ def _legend(edges: Edges) -> str:
     return f'<text fill="{QUIET}">{explained}</text>'
 
 
-def _is_head_in_two_columns(edges: Edges) -> bool:
-    nodes = {node for one in edges for node in (one.edge.source, one.edge.target)}
-    labels = [node.label for node in nodes if isinstance(node, Head)]
+def _is_head_in_two_columns(layout: Layout) -> bool:
+    labels = [node.label for node in layout.nodes if isinstance(node, Head)]
     return len(set(labels)) < len(labels)
 
 

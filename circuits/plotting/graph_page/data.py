@@ -106,18 +106,17 @@ class GraphData:
         """Describe the whole graph."""
         graph = self.graph
         influence = self.nodes["influence"].sum(skipna=False)
-        total = {
-            "nodes": len(graph.nodes),
-            "edges": len(graph),
-            "influence": _json_value(influence),
-        }
         return {
             "digest": self.digest,
             "words": graph.words,
             "targets": list(map(asdict, graph.targets)),
             "n_layers": graph.n_layers,
             "constant_names": graph.constant_names,
-            "total": total,
+            "total": {
+                "nodes": len(graph.nodes),
+                "edges": len(graph),
+                "influence": _json_value(influence),
+            },
         }
 
     def held(self, max_nodes: int, max_edges: int) -> JsonObject:

@@ -95,10 +95,9 @@ def _page(
 
 def _what_is_left_out(data: GraphData, held: JsonObject | None) -> str:
     """Say how much of the graph the page holds, if it does not hold all."""
-    n_nodes = len(data.nodes)
-    n_edges = len(data.edges)
     if held is None:
         return ""
+    n_nodes, n_edges = len(data.nodes), len(data.edges)
     held_nodes = len(held["nodes"]["id"])
     held_edges = len(held["edges"]["source"])
     if (held_nodes, held_edges) == (n_nodes, n_edges):

@@ -275,11 +275,8 @@ class GraphRequestHandler(BaseHTTPRequestHandler):
         _require(is_whole, HTTPStatus.LENGTH_REQUIRED, reason)
         digits = lengths[0]
         is_number = digits.isascii() and digits.isdecimal()
-        _require(
-            is_number and len(lengths) == 1,
-            HTTPStatus.BAD_REQUEST,
-            "Content-Length is not a number.",
-        )
+        is_one = is_number and len(lengths) == 1
+        _require(is_one, HTTPStatus.BAD_REQUEST, "Content-Length is not a number.")
         fits = len(digits) <= MAX_LENGTH_DIGITS and int(digits) <= LARGEST_BODY
         reason = f"the body is larger than {LARGEST_BODY:,} bytes."
         _require(fits, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, reason)
