@@ -2,6 +2,7 @@
 model loaded once.
 """
 
+import multiprocessing
 from collections.abc import Iterator
 
 import jaxtyping
@@ -16,6 +17,16 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def toy_world():
     return circuits.load_model("toy-world", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def new_process():
+    """Starts functions in processes like new interpreters, but for imports, which take seconds:
+    each is a copy of a process that has made them.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["circuits.models", "circuits.models.loading"])
+    return context.Process
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
-"""What `test_distributed` starts on several ranks: every method, and errors on one rank. Each rank
-writes what it found into its folder.
+"""Two ranks on this machine, and what `test_distributed` does there: every method, and errors on
+one rank. Each rank writes what it found into its folder.
 """
 
 import json
-import sys
-from collections.abc import Iterator
+import os
+import socket
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,30 @@ def told(discoverer: circuits.CircuitDiscoverer) -> str:
     return "nothing"
 
 
-def main(folder: Path) -> None:
+def as_rank(rank: int, port: int, work: Callable[..., None], *arguments: Any) -> None:
+    """Work as one of two ranks, in a process of its own."""
+    torch.set_num_threads(1)
+    os.environ.update(TORCHELASTIC_RUN_ID="test", MASTER_ADDR="localhost", WORLD_SIZE="2")
+    os.environ.update(MASTER_PORT=str(port), RANK=str(rank))
+    work(*arguments)
+
+
+def on_two_ranks(new_process: Callable[..., Any], work: Callable[..., None], *arguments) -> None:
+    """Let two ranks work, without torchrun."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = [
+        new_process(target=as_rank, args=(rank, port, work, *arguments)) for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=300)
+        assert process.exitcode == 0
+
+
+def save_all(folder: Path) -> None:
     """Everything, on this rank."""
     with start():
         mine = folder / str(ranks().rank)
@@ -146,7 +170,3 @@ def main(folder: Path) -> None:
             "nan": told(circuits.ACDC(0.02, metric=failing(None))),
         }
         (mine / "summary.json").write_text(json.dumps(summary))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

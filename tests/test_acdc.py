@@ -204,7 +204,7 @@ class TestSpeculation:
     def test_decisions_are_those_of_the_replayed_sequential_search(
         self, toy_world, name, threshold
     ):
-        task = circuits.load_task(name, toy_world, n=8, split="train")
+        task = circuits.load_task(name, toy_world, n=4, split="train")
         circuit = ACDC(threshold).discover(toy_world, task)
         assert (
             assert_sequential(circuit, toy_world, task, threshold) == circuit.record["evaluations"]

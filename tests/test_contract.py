@@ -4,10 +4,7 @@ Each condition gives two runs that must agree. What differs between them is a sh
 """
 
 import functools
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
@@ -17,6 +14,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from architectures import random_model, random_task
+from several_ranks import on_two_ranks
 from test_discoverers import REQUIRED
 
 import circuits
@@ -227,14 +225,18 @@ def test_a_method_finds_the_same_under(condition, name):
     assert share_that_differs(found, expected) <= tolerance
 
 
+def save_each(folder: Path) -> None:
+    """What every method finds on this rank."""
+    with start():
+        for each in METHODS:
+            run(each).save(folder / str(ranks().rank) / each)
+
+
 @pytest.fixture(scope="module")
-def of_two_ranks(tmp_path_factory) -> Path:
+def of_two_ranks(tmp_path_factory, new_process) -> Path:
     """The folder in which each rank has saved its circuits."""
     folder = tmp_path_factory.mktemp("ranks")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", __file__, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(launch, env=environment, check=True, capture_output=True, timeout=300)
+    on_two_ranks(new_process, save_each, folder)
     return folder
 
 
@@ -243,9 +245,3 @@ def test_two_ranks_find_the_same(of_two_ranks, name):
     first, second = (circuits.Circuit.load(of_two_ranks / rank / name) for rank in "01")
     assert first == second
     assert share_that_differs(first, plain(name)) <= 1e-4
-
-
-if __name__ == "__main__":
-    with start():
-        for each in METHODS:
-            run(each).save(Path(sys.argv[1], str(ranks().rank), each))

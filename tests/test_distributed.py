@@ -17,11 +17,12 @@ import psutil
 import pytest
 import torch
 from architectures import random_model
-from several_ranks import METHODS, TASKS
+from several_ranks import METHODS, TASKS, on_two_ranks, save_all
+from test_run import tried
 
 import circuits
+from circuits.cli.main import main
 from circuits.runs.circuit_run import CHECKPOINT, RECORD, load_run
-from circuits.system.files import read_tensors
 from circuits.system.ranks import exchanged, gathered, in_slices, on_first, ranks, share, start
 
 DISCOVER = [
@@ -58,18 +59,11 @@ def begin(words: list[str]) -> subprocess.Popen:
     )
 
 
-def finish(words: list[str]) -> str:
-    process = begin(words)
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    return output
-
-
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> Path:
+def found(tmp_path_factory, new_process) -> Path:
     """What two ranks found."""
     folder = tmp_path_factory.mktemp("ranks")
-    assert finish([*TORCHRUN, str(Path(__file__).with_name("several_ranks.py")), str(folder)]) == ""
+    on_two_ranks(new_process, save_all, folder)
     return folder
 
 
@@ -158,8 +152,7 @@ def kill_second_rank(words: list[str], folder: Path) -> tuple[int, str]:
     """
     process = begin([*words, "--out", str(folder)])
     while process.poll() is None and not any(
-        int(read_tensors(path, "circuits.checkpoint", 1)[0]["evaluations"]) >= 10
-        for path in folder.rglob(CHECKPOINT)
+        tried(path) >= 10 for path in folder.rglob(CHECKPOINT)
     ):
         time.sleep(0.005)
     (second,) = (child for child in psutil.Process(process.pid).children() if rank_of(child) == "1")
@@ -168,7 +161,14 @@ def kill_second_rank(words: list[str], folder: Path) -> tuple[int, str]:
     return process.returncode, errors
 
 
-def test_when_a_rank_is_killed_the_other_says_where_to_go_on_and_the_circuit_is_the_same(tmp_path):
+def discover(folder: Path) -> None:
+    """Run the command in this process."""
+    assert main([*DISCOVER, "--out", str(folder)]) == 0
+
+
+def test_when_a_rank_is_killed_the_other_says_where_to_go_on_and_the_circuit_is_the_same(
+    new_process, tmp_path
+):
     status, errors = kill_second_rank(COMMAND, tmp_path / "killed")
     assert status != 0
     (line,) = (line for line in errors.splitlines() if line.startswith("circuits: "))
@@ -178,16 +178,13 @@ def test_when_a_rank_is_killed_the_other_says_where_to_go_on_and_the_circuit_is_
     assert f"the state is in {checkpoint}: run the same command again." in line
     assert not (checkpoint.parent / RECORD).exists()
     shutil.copytree(tmp_path / "killed", tmp_path / "alone")
+    on_two_ranks(new_process, discover, tmp_path / "killed")
+    for name in ("alone", "whole"):
+        discover(tmp_path / name)
     folders = [
-        json.loads(finish([*COMMAND, "--out", str(tmp_path / "killed")]))["folder"],
-        json.loads(
-            finish([sys.executable, "-m", "circuits", *DISCOVER, "--out", str(tmp_path / "alone")])
-        )["folder"],
-        json.loads(
-            finish([sys.executable, "-m", "circuits", *DISCOVER, "--out", str(tmp_path / "whole")])
-        )["folder"],
+        next((tmp_path / name).rglob(RECORD)).parent for name in ("killed", "alone", "whole")
     ]
-    together, alone, whole = (load_run(folder) for folder in folders)
+    together, alone, whole = map(load_run, folders)
     assert [each.record["resumed"] for each in (together, alone, whole)] == [True, True, False]
     assert [each.record["ranks"] for each in (together, alone, whole)] == [2, 1, 1]
     for resumed in (together, alone):

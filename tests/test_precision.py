@@ -204,7 +204,7 @@ class TestConfirmation:
 class TestSearches:
     @pytest.mark.parametrize("task", ["ioi", "docstring"])
     def test_confirmed_the_circuit_is_that_of_float32(self, toy_world, task):
-        prompts = circuits.load_task(task, toy_world, n=8)
+        prompts = circuits.load_task(task, toy_world, n=4)
         exact = circuits.ACDC(0.03).discover(toy_world, prompts)
         for name in TYPES:
             found = circuits.ACDC(0.03, precision=name).discover(toy_world, prompts)

@@ -1,5 +1,6 @@
 """Runs: folders that are found again, resumed after being killed, and shared by processes."""
 
+import contextlib
 import errno
 import functools
 import importlib
@@ -18,6 +19,7 @@ import torch
 from architectures import random_model, random_task
 
 import circuits
+from circuits.cli.main import main
 from circuits.discovery.discoverer import CircuitDiscoverer
 from circuits.runs.circuit_run import (
     CHECKPOINT,
@@ -53,23 +55,26 @@ def model():
     return random_model("gpt2")
 
 
-def command(*words: str, folder: Path) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    words = (sys.executable, "-m", "circuits", *words, "--out", str(folder))
-    return subprocess.Popen(
-        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def discover(folder: Path, answer: Path) -> None:
+    """Run the command, and write what it answers into a file."""
+    torch.set_num_threads(1)
+    with answer.open("w") as file, contextlib.redirect_stdout(file):
+        assert main([*DISCOVER, "--out", str(folder)]) == 0
 
 
-def answer(process: subprocess.Popen) -> dict:
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    return json.loads(output)
+def discovered(folder: Path) -> dict:
+    """What the command answers in this process."""
+    answer = folder.with_suffix(".json")
+    discover(folder, answer)
+    return json.loads(answer.read_text())
 
 
 def tried(checkpoint: Path) -> int:
-    """How many decisions a run has made."""
-    return int(read_tensors(checkpoint, "circuits.checkpoint", 1)[0]["evaluations"])
+    """How many decisions a run has made; 0 where the file is replaced while it is read."""
+    try:
+        return int(read_tensors(checkpoint, "circuits.checkpoint", 1)[0]["evaluations"])
+    except circuits.InputError:
+        return 0
 
 
 def test_a_run_leaves_circuit_record_and_picture(model, tmp_path):
@@ -254,20 +259,22 @@ def test_damaged_and_newer_run_folders_are_one_clear_line(model, tmp_path):
         run(circuits.EAP(), model, random_task(), out=tmp_path)
 
 
-def test_killed_in_the_middle_of_acdc_and_started_again_the_circuit_is_the_same(tmp_path):
-    process = command(*DISCOVER, folder=tmp_path / "killed")
-    while process.poll() is None and not any(
+def test_killed_in_the_middle_of_acdc_and_started_again_the_circuit_is_the_same(
+    new_process, tmp_path
+):
+    process = new_process(target=discover, args=(tmp_path / "killed", tmp_path / "answer"))
+    process.start()
+    while process.is_alive() and not any(
         tried(path) >= 10 for path in (tmp_path / "killed").rglob(CHECKPOINT)
     ):
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     (found,) = (tmp_path / "killed").rglob(CHECKPOINT)
     assert 10 <= tried(found) < 200
     assert not (found.parent / RECORD).exists()
-    resumed = answer(command(*DISCOVER, folder=tmp_path / "killed"))
-    whole = answer(command(*DISCOVER, folder=tmp_path / "whole"))
+    resumed, whole = (discovered(tmp_path / name) for name in ("killed", "whole"))
     a, b = (load_run(Path(each["folder"])) for each in (resumed, whole))
     assert a.circuit == b.circuit
     assert a.record["resumed"]
@@ -277,10 +284,15 @@ def test_killed_in_the_middle_of_acdc_and_started_again_the_circuit_is_the_same(
     assert not list(tmp_path.rglob(CHECKPOINT))
 
 
-def test_two_processes_on_one_run_folder_take_turns(tmp_path):
-    answers = [
-        answer(process) for process in [command(*DISCOVER, folder=tmp_path) for _ in range(2)]
-    ]
+def test_two_processes_on_one_run_folder_take_turns(new_process, tmp_path):
+    files = [tmp_path / name for name in ("first", "second")]
+    processes = [new_process(target=discover, args=(tmp_path / "runs", file)) for file in files]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=300)
+        assert process.exitcode == 0
+    answers = [json.loads(file.read_text()) for file in files]
     assert answers[0]["folder"] == answers[1]["folder"]
     assert answers[0]["values"] == answers[1]["values"]
     assert sorted(each["reused"] for each in answers) == [False, True]

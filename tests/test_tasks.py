@@ -3,11 +3,8 @@
 import copy
 import dataclasses
 import json
-import os
 import random
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -168,27 +165,6 @@ def test_a_longer_task_begins_with_the_shorter_one_and_another_seed_is_another_t
     )
     assert long.prompts is not None and long.prompts[:10] == short.prompts
     assert not set(short.prompts or ()) & set(other.prompts or ())
-
-
-def test_text_does_not_depend_on_the_hash_seed() -> None:
-    text = f"repr([make_family(name).pairs(20, 7, 'test') for name in {TASKS!r}])"
-    script = (
-        "from circuits.tasks.registry import make_family; import sys; "
-        f"sys.stdout.buffer.write({text}.encode())"
-    )
-    environment = {
-        **os.environ,
-        "PYTHONHASHSEED": "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2",
-    }
-    command = [sys.executable, "-W", "ignore", "-c", script]
-    there = subprocess.run(
-        command,
-        capture_output=True,
-        check=True,
-        env=environment,
-        cwd=Path(circuits.__file__).parents[1],
-    ).stdout
-    assert there.decode() == repr([make_family(name).pairs(20, 7, "test") for name in TASKS])
 
 
 def test_loading_a_task_leaves_global_randomness_as_it_was(toy: Model) -> None:

@@ -4,14 +4,14 @@ stay usable in a real browser.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +25,7 @@ from synthetic_feature_graph import SENTENCE, synthetic_graph
 
 from circuits.attribution.feature_graph import EMBEDDING, TARGET, FeatureGraph
 from circuits.attribution.influence import prune
+from circuits.cli.main import main
 from circuits.cli.view import command
 from circuits.plotting.graph_page.data import GraphData
 from circuits.plotting.graph_page.server import LARGEST_BODY, GraphServer, open_server
@@ -572,35 +573,39 @@ def test_the_command_opens_the_page_and_ends_quietly(
     assert len(pages) == 1
 
 
-def test_ctrl_c_ends_a_running_server_quietly(tmp_path: Path, graph: FeatureGraph) -> None:
-    graph.save(tmp_path)
+def serve(folder: Path, output: Path, errors: Path) -> None:
+    """Run the command, and write what it says into files."""
+    os.environ["COLUMNS"] = "200"
     # Where this test is itself a background job, its children would ignore Ctrl-C.
-    script = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from circuits.cli.main import main; "
-        f"main(['view', {str(tmp_path)!r}, '--port', '0', '--no-browser']); print('ended')"
-    )
-    words = [sys.executable, "-u", "-c", script]
-    with subprocess.Popen(
-        words,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"COLUMNS": "200"},
-    ) as process:
-        line = process.stdout.readline()  # type: ignore[union-attr]
-        address = line.split("http://127.0.0.1:")[1].split("/")[0]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with output.open("w", buffering=1) as out, errors.open("w") as error:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+            main(["view", str(folder), "--port", "0", "--no-browser"])
+            out.write("ended\n")
+
+
+def test_ctrl_c_ends_a_running_server_quietly(
+    tmp_path: Path, graph: FeatureGraph, new_process: Callable[..., Any]
+) -> None:
+    graph.save(tmp_path)
+    output, errors = tmp_path / "output", tmp_path / "errors"
+    process = new_process(target=serve, args=(tmp_path, output, errors))
+    process.start()
+    try:
+        while process.is_alive() and not (output.exists() and output.read_text().endswith("\n")):
+            time.sleep(0.01)
+        address = output.read_text().split("http://127.0.0.1:")[1].split("/")[0]
         connection = http.client.HTTPConnection("127.0.0.1", int(address), timeout=20)
         connection.request("GET", "/api/groups")
         assert connection.getresponse().status == 200
-        process.send_signal(signal.SIGINT)
-        try:
-            output, errors = process.communicate(timeout=20)
-        finally:
-            process.kill()
-        connection.close()
-    said = [line for line in errors.splitlines() if not line.endswith(" ...")]
-    assert process.returncode == 0 and output == "ended\n" and said == []
+        os.kill(process.pid, signal.SIGINT)
+        process.join(timeout=20)
+    finally:
+        process.kill()
+    connection.close()
+    said = [line for line in errors.read_text().splitlines() if not line.endswith(" ...")]
+    _, *rest = output.read_text().splitlines()
+    assert process.exitcode == 0 and rest == ["ended"] and said == []
 
 
 # In the browser
