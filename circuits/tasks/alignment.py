@@ -36,8 +36,8 @@ def aligned(n_clean: int, n_corrupted: int, spans: Spans, corrupted_spans: Spans
                 f"tokens {start} to {end - 1} of the clean prompt have no counterpart in the "
                 "corrupted one; name spans that leave tokens around them in both."
             )
-        shift = last - end
-        pairing += [max(first, position + shift) for position in range(start, end)]
+        counterpart = range(last - (end - start), last)
+        pairing += [max(first, position) for position in counterpart]
     return pairing
 
 

@@ -143,7 +143,8 @@ class Metric:
         if isinstance(values, Tensor):
             if values.shape == expected and not values.is_complex():
                 return
-            found = str(values.dtype) if values.is_complex() else f"shape {tuple(values.shape)}"
+            shape = f"shape {tuple(values.shape)}"
+            found = str(values.dtype) if values.is_complex() else shape
         raise InputError(
             f"metric {self.name!r} returned {found}; it must return one number per scored row, "
             f"shape ({expected[-1]},), as a tensor, and leave the averaging to the caller."
@@ -210,9 +211,8 @@ def probability_difference(logits: CircuitLogits, clean_logits: RowLogits, task:
     """Summed probability of the answers minus that of the wrong answers."""
     # sum_{v in answers} p(v) - sum_{v in wrong answers} p(v)
     probabilities = logits.softmax(-1)
-    right = _gather(probabilities, task, "answers")
-    wrong = _gather(probabilities, task, "wrong_answers")
-    return right.sum(-1) - wrong.sum(-1)
+    right = _gather(probabilities, task, "answers").sum(-1)
+    return right - _gather(probabilities, task, "wrong_answers").sum(-1)
 
 
 def negative_log_probability(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
@@ -269,12 +269,12 @@ def _gather(
     tokens = _tokens(task, kind)
     # gather needs valid indices, so it reads token 0 where the tokens are padded with -1.
     indices = tokens.clamp(min=0)
-    indices = indices.expand(*values.shape[:-1], -1)
-    found = values.gather(-1, indices)
+    rows = values.shape[:-1]
+    found = values.gather(-1, indices.expand(*rows, -1))
     return found.masked_fill(tokens < 0, padding)
 
 
 def _mean_logit(logits: CircuitLogits, task: Task, kind: AnswerKind) -> Values:
-    total = _gather(logits, task, kind).sum(-1)
+    total = _gather(logits, task, kind)
     is_answer = _tokens(task, kind) >= 0
-    return total / is_answer.sum(-1)
+    return total.sum(-1) / is_answer.sum(-1)

@@ -14,10 +14,7 @@ def check_is_task(task: object) -> None:
 
 
 def check_task(model: Model, task: Task) -> None:
-    """Raise an InputError if the model lacks tokens of a task, or its prompts are too long.
-
-    Also if one of the two is something else.
-    """
+    """Raise an InputError if one of the two is something else, or the task does not fit."""
     check_model(model)
     check_is_task(task)
     cfg = model.cfg
@@ -48,10 +45,11 @@ def _check_padding(tokenizer: Any, task: Task) -> None:
     pad = tokenizer.pad_token_id
     if pad is None:
         return
+    has_two_uses = pad in (tokenizer.bos_token_id, tokenizer.eos_token_id)
     for kind, tokens in (("clean", task.clean), ("corrupted", task.corrupted)):
         is_pad = tokens == pad
         # Where BOS is also used for padding, one at the start of every prompt is BOS.
-        first = int(pad in (tokenizer.bos_token_id, tokenizer.eos_token_id) and is_pad[:, 0].all())
+        first = int(has_two_uses and is_pad[:, 0].all())
         before = is_pad[:, first:].cumprod(1).any(1)
         # Padding after the last scored token does no harm.
         after = is_pad[:, -1] & task.scored[:, -1]

@@ -93,7 +93,8 @@ def _plain_answer(answer: Any, name: str) -> Token | tuple[Token, ...] | None:
         return whole(number, name, least=0)
     if isinstance(answer, bool) or not isinstance(answer, Iterable):
         raise InputError(f"{name}={shown(answer)}: give a text, a token id, or a list of them.")
-    several = items(sorted(answer, key=repr) if isinstance(answer, Set) else answer, name)
+    in_order = sorted(answer, key=repr) if isinstance(answer, Set) else answer
+    several = items(in_order, name)
     if not several:
         raise InputError(f"{name}={shown(answer)} holds no answer; leave it out, or give one.")
     return tuple(each if isinstance(each, str) else whole(each, name, least=0) for each in several)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -228,11 +227,7 @@ class Task:
         wrong_answers = validation.check_answers("wrong_answers", wrong_answers, scored)
         validation.check_different(answers, wrong_answers, scored)
         spans = validation.check_spans(masks, clean, mask)
-        if not isinstance(name, str) or not re.fullmatch(r"[\w+-][\w.+-]*", name):
-            raise InputError(
-                f"a task cannot be called {name!r}, because folders get its name; use only "
-                "letters, digits and . _ - +, and no . at the start."
-            )
+        validation.check_name(name)
         metric = _default_metric(answers, wrong_answers) if metric is None else metric
         task = Task(
             name,
@@ -263,9 +258,8 @@ class Task:
         Raises:
             InputError: there are no such prompts.
         """
-        indices = prompt_indices(indices, len(self))
         # Indices of prompts, whatever they were selected by.
-        index = torch.arange(len(self))[indices]
+        index = torch.arange(len(self))[prompt_indices(indices, len(self))]
         index = index.to(self.scored.device)
         # The number of each scored row, where it is scored
         numbers = self.scored.flatten().cumsum(0).view_as(self.scored) - 1
@@ -275,26 +269,20 @@ class Task:
             by_row = name in ANSWER_FIELDS and len(tensor) == len(self.row_prompt)
             return tensor[rows if by_row else index]
 
-        task = self._with_tensors(select)
-        if self.prompts is None:
-            return task
-        prompts = [self.prompts[number] for number in index]
-        return replace(task, prompts=tuple(prompts))
+        prompts = self.prompts and tuple(self.prompts[number] for number in index)
+        return replace(self._with_tensors(select), prompts=prompts)
 
     @cached_property
     def mask(self) -> TokenMask:
         """True at real tokens, False at padding."""
-        n_tokens = self.clean.shape[1]
-        positions = torch.arange(n_tokens, device=self.clean.device)
-        return positions < self.lengths[:, None]
+        return validation.first_tokens(self.lengths, self.clean)
 
     @cached_property
     def corrupted_mask(self) -> Bool[Tensor, "batch corrupted_pos"]:
         """True at real tokens of the corrupted prompts."""
         if self.corrupted_lengths is None:
             return self.mask
-        positions = torch.arange(self.corrupted.shape[1], device=self.corrupted.device)
-        return positions < self.corrupted_lengths[:, None]
+        return validation.first_tokens(self.corrupted_lengths, self.corrupted)
 
     @property
     def masked_prompts(self) -> tuple[tuple[Tensor, Tensor, Tensor], ...]:
@@ -329,9 +317,7 @@ class Task:
         return self._by_row(self.wrong_answers)
 
     def _by_row(self, tokens: OptionalTensor) -> OptionalTensor:
-        if tokens is None or len(tokens) == len(self.row_prompt):
-            return tokens
-        return tokens[self.row_prompt]
+        return None if tokens is None else validation.by_row(tokens, self.row_prompt)
 
     def to(self, device: str | torch.device | None) -> Task:
         """The same task with its tensors on `device`."""
@@ -424,12 +410,12 @@ def task_from_encoded(
     # In the order of the first pair, which sorted fields have lost.
     spans = {span: tensors.pop(f"span {span}") for span in prompts[0].spans}
     lengths = torch.tensor([len(each.fields["clean"]) for each in encoded])
-    n_scored = torch.tensor([each.n_scored for each in encoded])
-    from_end = lengths[:, None] - torch.arange(tensors["clean"].shape[1])
+    n_before = lengths - torch.tensor([each.n_scored for each in encoded])
+    up_to, before = [validation.first_tokens(n, tensors["clean"]) for n in (lengths, n_before)]
     task = Task.from_tokens(
         **tensors,
         lengths=lengths,
-        answer_positions=(from_end > 0) & (from_end <= n_scored[:, None]),
+        answer_positions=up_to & ~before,
         positions=spans,
         metric=metric,
         name=name,

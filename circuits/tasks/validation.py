@@ -3,6 +3,7 @@
 They return tensors in the form that `Task` keeps: int64 or bool, on the device of `clean`.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,15 @@ from circuits.graph.nodes import check_position_name
 from circuits.system.errors import InputError
 
 Masks = Mapping[str, Tensor]
+
+
+def check_name(name: Any) -> None:
+    """The name of a task can be that of a folder."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w+-][\w.+-]*", name):
+        raise InputError(
+            f"a task cannot be called {name!r}, because folders get its name; use only "
+            "letters, digits and . _ - +, and no . at the start."
+        )
 
 
 def check_prompts(clean: Tensor, corrupted: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,8 +60,19 @@ def check_mask(
     _require("lengths", lengths, advice, Integer[Tensor, f"{batch}"])
     lengths = lengths.long()
     _require_valid("lengths", lengths, (lengths >= 1) & (lengths <= pos), advice)
-    real = torch.arange(pos) < lengths.cpu()[:, None]
-    return (real.flip(1) if padding_side == "left" else real).to(clean.device)
+    real = first_tokens(lengths.to(clean.device), clean)
+    return real.flip(1) if padding_side == "left" else real
+
+
+def first_tokens(n: Tensor, tokens: Tensor) -> Bool[Tensor, "batch pos"]:
+    """True at as many tokens of each prompt [batch, pos] as `n` [batch] says, from the first on."""
+    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    return positions < n[:, None]
+
+
+def by_row(tokens: Tensor, row_prompt: Tensor) -> Tensor:
+    """The answers of each scored row, of those of each prompt or of each row already."""
+    return tokens if len(tokens) == len(row_prompt) else tokens[row_prompt]
 
 
 def _stretches(mask: Tensor, clean: Tensor) -> Tensor:
@@ -101,14 +122,12 @@ def check_different(answers: Tensor | None, wrong_answers: Tensor | None, scored
     if answers is None or wrong_answers is None:
         return
     row_prompt = scored.nonzero()[:, 0]
-    right, wrong = (
-        tokens if len(tokens) == len(row_prompt) else tokens[row_prompt]
-        for tokens in (answers, wrong_answers)
-    )
-    both = (right[:, :, None] == wrong[:, None]) & (right >= 0)[:, :, None]
+    right, wrong = by_row(answers, row_prompt), by_row(wrong_answers, row_prompt)
+    is_wrong = right[:, :, None] == wrong[:, None]
+    both = is_wrong.any(2) & (right >= 0)
     # Answers of several tokens may begin alike.
-    differs = torch.zeros(len(scored), dtype=torch.bool, device=scored.device)
-    differs[row_prompt[~both.any((1, 2))]] = True
+    differs = torch.zeros_like(scored[:, 0])
+    differs[row_prompt[~both.any(1)]] = True
     for prompt in (~differs).nonzero()[:1].flatten().tolist():
         token = int(right[row_prompt == prompt][0, 0])
         raise InputError(

@@ -81,8 +81,7 @@ class ExtractedFeatures:
         indices = torch.stack(columns, 1).cpu()
         table = DataFrame(indices.numpy(), columns=COLUMNS)
         # NumPy has no bfloat16.
-        activation = self.activation.float().cpu()
-        return table.assign(activation=activation.numpy())
+        return table.assign(activation=self.activation.float().cpu().numpy())
 
 
 @torch.no_grad()
@@ -137,27 +136,20 @@ def extract_features(
     _check(hidden_states, transcoders, threshold)
     layers = tuple(sorted(hidden_states))
     first = hidden_states[layers[0]]
-    tokens = {}
-    for layer in layers:
-        on_device = hidden_states[layer].to(first.device)
-        tokens[layer] = on_device.flatten(0, 1)
-    n_prompts, n_positions, _ = first.shape
-    budget = memory_budget(first.device, max_memory)
-    encoders = _Encoders(transcoders, tokens, n_positions, budget)
+    device, shape = first.device, (first.shape[0], first.shape[1])
+    tokens = {layer: hidden_states[layer].to(device).flatten(0, 1) for layer in layers}
+    budget = memory_budget(device, max_memory)
+    encoders = _Encoders(transcoders, tokens, shape[1], budget)
     bound = _largest_below(threshold, first.dtype)
     found, n_rows = [], 0
     for values in encoders.activations():
         row, index, activation = _above(values, bound, top_k)
         found.append((n_rows + row, index, activation))
         n_rows += len(values)
-    columns = zip(*found, strict=True)
-    row, index, activation = map(torch.cat, columns)
-    searched = (len(layers), n_prompts, n_positions)
-    number, batch, position = torch.unravel_index(row, searched)
-    numbers = torch.tensor(layers, device=row.device)
-    where = (numbers[number], batch, position)
-    shape = (n_prompts, n_positions)
-    return ExtractedFeatures(*where, index, activation, layers, shape)
+    row, index, activation = map(torch.cat, zip(*found, strict=True))
+    number, batch, position = torch.unravel_index(row, (len(layers), *shape))
+    layer = torch.tensor(layers, device=device)[number]
+    return ExtractedFeatures(layer, batch, position, index, activation, layers, shape)
 
 
 def _above(values: Values, bound: float, top_k: int | None) -> Found:
@@ -185,8 +177,7 @@ def largest_columns(values: Values, k: int) -> Columns:
         return _columns_by_key(values, k)
     if values.is_cuda:
         # Reductions over few numbers are slow on a GPU.
-        pooled = functional.max_pool1d(values[:, None], block)
-        maxima = pooled.squeeze(1)
+        maxima = functional.max_pool1d(values[:, None], block)[:, 0]
     else:
         maxima = blocks.amax(-1)
     # A block that is left out has a smaller maximum than each chosen block, or an equal one and
@@ -247,17 +238,21 @@ class _Encoders:
         starts = range(0, len(like), n_tokens)
         for first, start in product(firsts, starts):
             layers = every[first : first + n_layers]
-            piece = slice(start, start + n_tokens)
-            shape = (len(layers), len(like[piece]), self.transcoders.n_features)
-            values, maxima = like.new_empty(shape), []
-            for layer, out in zip(layers, values, strict=True):
-                x = self.tokens[layer][piece]
-                self._write_preactivations(layer, x, out)
-                maxima.append(out.amax())
-                self._activate(layer, out)
+            values, maxima = self._of_piece(layers, slice(start, start + n_tokens))
             yield values.flatten(0, 1)
             # The host has waited for the device by now.
-            self._check_finite(layers, torch.stack(maxima))
+            self._check_finite(layers, maxima)
+
+    def _of_piece(self, layers: Sequence[int], piece: slice) -> tuple[Tensor, Tensor]:
+        """Activations of some layers at some tokens, and each layer's largest pre-activation."""
+        like = self.tokens[layers[0]][piece]
+        values = like.new_empty(len(layers), len(like), self.transcoders.n_features)
+        maxima = []
+        for layer, out in zip(layers, values, strict=True):
+            self._write_preactivations(layer, self.tokens[layer][piece], out)
+            maxima.append(out.amax())
+            self._activate(layer, out)
+        return values, torch.stack(maxima)
 
     def _piece_size(self, like: Tokens) -> tuple[int, int]:
         """How many layers with all their tokens make a piece, or how many tokens of one layer."""
@@ -365,8 +360,7 @@ def _check_layer(layer: int, states: Tensor, transcoders: Transcoders) -> None:
             f"{last_layer}."
         )
     shape = tuple(states.shape)
-    has_axes = len(shape) == 3 and 0 not in shape
-    if not has_axes or shape[2] != transcoders.d_model:
+    if len(shape) != 3 or 0 in shape or shape[2] != transcoders.d_model:
         raise InputError(
             f"the hidden states of layer {layer} have shape {shape}; {name!r} reads "
             f"[batch, pos, {transcoders.d_model}], at least one position of one prompt."

@@ -112,16 +112,24 @@ def _definitions(file: Path) -> dict[str, Any]:
         raise UnreadableError(file) from error
     found: dict[str, Any] = {}
     for statement in tree.body:
-        match statement:
-            case ast.ClassDef(name=name):
-                found[name] = statement
-            case ast.Assign(targets=[ast.Name(id=name)], value=value):
-                found[name] = value
-            case ast.AnnAssign(target=ast.Name(id=name), value=ast.AST() as value):
-                found[name] = value
-            case ast.Import(names=names) | ast.ImportFrom(names=names):
-                found |= {alias.asname or alias.name: statement for alias in names}
+        if isinstance(statement, ast.ClassDef):
+            found[statement.name] = statement
+        elif isinstance(statement, ast.Import | ast.ImportFrom):
+            for alias in statement.names:
+                found[alias.asname or alias.name] = statement
+        else:
+            found |= _assigned(statement)
     return found
+
+
+def _assigned(statement: ast.stmt) -> dict[str, Any]:
+    """The name that a statement gives a value, and the value; empty for other statements."""
+    match statement:
+        case ast.Assign(targets=[ast.Name(id=name)], value=value):
+            return {name: value}
+        case ast.AnnAssign(target=ast.Name(id=name), value=ast.AST() as value):
+            return {name: value}
+    return {}
 
 
 def _class(definition: Definition) -> _Class:
@@ -160,8 +168,9 @@ def _resolved(definition: Definition) -> Definition:
     if found is None:
         raise UnreadableError(name)
     if isinstance(found, ast.ImportFrom):
+        file = _module_file(found, file)
         original = next(each.name for each in found.names if name in (each.asname, each.name))
-        return _resolved(Definition(_module_file(found, file), ast.Name(original)))
+        found = ast.Name(original)
     return _resolved(Definition(file, found))
 
 
@@ -176,33 +185,30 @@ def _module_file(statement: ast.ImportFrom, file: Path) -> Path:
 
 
 def _makes_dataclass(decorator: ast.AST) -> bool:
-    function = decorator.func if isinstance(decorator, ast.Call) else decorator
-    return "dataclass" in (getattr(function, "id", ""), getattr(function, "attr", ""))
+    function = getattr(decorator, "func", decorator)
+    name = getattr(function, "id", None) or getattr(function, "attr", None)
+    return name == "dataclass"
 
 
 def _own_options(definition: Definition) -> Iterator[tuple[str, Option]]:
     file, node = definition
     for statement in node.body:
-        if not isinstance(statement, ast.AnnAssign) or _is_class_variable(statement):
+        if not isinstance(statement, ast.AnnAssign):
+            continue
+        if "ClassVar" in ast.unparse(statement.annotation):
             continue
         kind = _type(Definition(file, statement.annotation))
-        default = statement.value
-        value = MISSING if default is None else _default(Definition(file, default))
-        yield ast.unparse(statement.target), Option(kind, value)
-
-
-def _is_class_variable(statement: ast.AnnAssign) -> bool:
-    return "ClassVar" in ast.unparse(statement.annotation)
+        name, value = ast.unparse(statement.target), statement.value
+        default = MISSING if value is None else _default(Definition(file, value))
+        yield name, Option(kind, default)
 
 
 def _method_name(node: ast.ClassDef) -> str | None:
     """The class variable `name`, which a class must set itself to be registered."""
     for statement in node.body:
-        match statement:
-            case ast.Assign(targets=[ast.Name(id="name")], value=value):
-                return str(_literal(value))
-            case ast.AnnAssign(target=ast.Name(id="name"), value=ast.AST() as value):
-                return str(_literal(value))
+        value = _assigned(statement).get("name")
+        if value is not None:
+            return str(_literal(value))
     return None
 
 

@@ -29,11 +29,7 @@ class MethodSettings(NamedTuple):
 
 
 def read_sweeps(options: CompareOptions) -> dict[str, list[MethodSettings]]:
-    """What to run for each entry of --methods, by the entry's label in the table.
-
-    Raises:
-        InputError: there is no such method or setting, or a value cannot be read.
-    """
+    """What to run for each entry of --methods, by the entry's label in the table."""
     thresholds = _thresholds(options.thresholds)
     sweeps: dict[str, list[MethodSettings]] = {}
     for entry in options.methods.split(","):
@@ -45,9 +41,8 @@ def read_sweeps(options: CompareOptions) -> dict[str, list[MethodSettings]]:
         label = ":".join([method.name, *settings])
         if label in sweeps:
             raise InputError(f"--methods names {label!r} twice; give each entry other settings.")
-        variations = _variations(method, settings, thresholds, options.ablation)
         sweeps[label] = []
-        for more in variations:
+        for more in _variations(method, settings, thresholds, options.ablation):
             values = _values(method, [*settings, *more], entry)
             sweeps[label].append(MethodSettings(name, values))
     return sweeps

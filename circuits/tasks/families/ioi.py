@@ -55,9 +55,7 @@ class IOI(TaskFamily):
 
     def draw(self, random: Random) -> PromptPair:
         """Draw one pair, with spans S2, IO, S1, S1+1 (the token after S1) and END."""
-        template = random.choice(TEMPLATES)
-        place = random.choice(PLACES)
-        thing = random.choice(OBJECTS)
+        template, place, thing = map(random.choice, (TEMPLATES, PLACES, OBJECTS))
         io, subject, *others = random.sample(NAMES, 5)
         fields = ABBA if random.random() < 0.5 else BABA
         # Fill everything but the names; their blanks become fields such as {IO}.
@@ -70,7 +68,6 @@ class IOI(TaskFamily):
         pair = fill_template(template, clean, corrupted, f" {io}", f" {subject}")
         # A space follows S1, then a word, whose first character marks its first token.
         _, s1_end = pair.spans["S1"]
-        after_s1 = (s1_end + 1, s1_end + 2)
-        spans = {**pair.spans, "S1+1": after_s1}
+        spans = {**pair.spans, "S1+1": (s1_end + 1, s1_end + 2)}
         # In a fixed order: which name comes first depends on the template.
         return replace(pair, spans={name: spans[name] for name in SPANS})

@@ -123,9 +123,7 @@ def known_circuit(
     wiring = recipe.wire(SOFT if soft else SHARP)
     # The prompts have a generator of their own, so that they do not depend on these options.
     generator = random_generator(seed)
-    weights = wiring.weights
-    if decoys:
-        weights = wiring.with_decoys(generator, leak)
+    weights = wiring.with_decoys(generator, leak) if decoys else wiring.weights
     if rotate:
         weights = rotated(weights, generator)
     # Run folders and error messages show the name.

@@ -31,9 +31,7 @@ def _wire_induction(sharpness: float) -> Wiring:
     tokens = torch.eye(n_tokens)
     here = {POSITION: torch.eye(n_positions)}
     # k at position j equals q at position j + 1, which thus attends to j.
-    ones = torch.ones(n_positions - 1)
-    one_later = torch.diag(ones, 1)
-    before = {POSITION: one_later}
+    before = {POSITION: torch.diag(torch.ones(n_positions - 1), 1)}
     wiring.head(Head(0, 1), "previous", q=here, k=before, v={TOKEN: tokens})
     _wire_induction_head(wiring, tokens)
     wiring.unembed({"copied": tokens})
@@ -132,10 +130,10 @@ class Recipe:
 
     def minimal(self, edges: Sequence[str]) -> dict[str, tuple[str, ...]]:
         """For each ablation, the true edges that it shows."""
-        found = {}
-        for ablation, missing in self.not_found.items():
-            found[ablation] = tuple(edge for edge in edges if edge not in missing)
-        return found
+        return {
+            ablation: tuple(edge for edge in edges if edge not in missing)
+            for ablation, missing in self.not_found.items()
+        }
 
 
 # These edges carry the same in every prompt, so resampling changes nothing.

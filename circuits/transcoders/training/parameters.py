@@ -42,10 +42,9 @@ class Normalization:
     def of(vectors: Vectors) -> Normalization:
         """Measure some vectors."""
         mean = vectors.mean(1, keepdim=True)
-        deviation = vectors - mean
-        squares = deviation.square().sum(2, keepdim=True)
-        scale = squares.mean(1, keepdim=True).sqrt()
-        return Normalization(mean, scale.clamp(min=TINY))
+        squares = (vectors - mean).square()
+        variance = squares.sum(2, keepdim=True).mean(1, keepdim=True)
+        return Normalization(mean, variance.sqrt().clamp(min=TINY))
 
     def apply(self, vectors: Vectors) -> Vectors:
         """Normalize some vectors."""
@@ -89,10 +88,9 @@ class TranscoderParameters:
             n_written = n_layers - layer if kind == "clt" else 1
             length = 0.3 * (n_written * d_model) ** -0.5
             decoders.append(rows(n_features, n_written, d_model, length=length))
-        encoder_bias = inputs.new_zeros(n_layers, 1, n_features)
-        decoder_bias = inputs.new_zeros(n_layers, 1, d_model)
+        biases = [inputs.new_zeros(n_layers, 1, size) for size in (n_features, d_model)]
         skip = inputs.new_zeros(n_layers, d_model, d_model) if kind == "skip-plt" else None
-        parameters = TranscoderParameters(encoder, encoder_bias, decoders, decoder_bias, skip)
+        parameters = TranscoderParameters(encoder, biases[0], decoders, biases[1], skip)
         for tensor in parameters.tensors():
             tensor.requires_grad_()
         return parameters
@@ -152,13 +150,11 @@ class TranscoderParameters:
             written = slice(layer, layer + decoder.shape[1])
             decoders.append(decoder * scales[written])
         lengths = _lengths(decoders)
-        divisors = lengths[..., None, None]
-        decoders = [one / divisor for one, divisor in zip(decoders, divisors, strict=True)]
+        decoders = list(map(torch.div, decoders, lengths[..., None, None]))
         # W_enc = length W_enc' / s_in,   b_enc = length b_enc' - W_enc mean_in
         weights = self.encoder * (lengths[..., None] / inputs.scale)
-        encoder_biases = self.encoder_bias[:, 0] * lengths
         mean = inputs.mean[:, 0]
-        encoder_biases -= _products(weights, mean)
+        encoder_biases = self.encoder_bias[:, 0] * lengths - _products(weights, mean)
         # b_dec = mean_out + s_out b_dec' - W_skip mean_in,   W_skip = s_out W_skip' / s_in
         biases = outputs.mean[:, 0] + self.decoder_bias[:, 0] * scales
         skips = None
@@ -169,9 +165,8 @@ class TranscoderParameters:
         activations: list[Activation] = [ReLU()] * len(decoders)
         if thresholds is not None:
             # a' writes the length a' length', and length / length' takes it to the model's units.
-            in_model = thresholds[:, None] * lengths
-            in_model /= _lengths(self.decoders)
-            activations = [JumpReLU(threshold) for threshold in in_model]
+            in_model = thresholds[:, None] * lengths / _lengths(self.decoders)
+            activations = list(map(JumpReLU, in_model))
         encoders = list(map(Encoder, weights, encoder_biases, activations))
         return Transcoders(encoders, decoders, list(biases), skips)
 
@@ -185,5 +180,4 @@ def _lengths(decoders: Decoders) -> Float[Tensor, "layer feature"]:
 def _products(
     matrices: Float[Tensor, "layer n d_model"], vectors: Float[Tensor, "layer d_model"]
 ) -> Float[Tensor, "layer n"]:
-    products = map(torch.mv, matrices, vectors)
-    return torch.stack(list(products))
+    return torch.stack(list(map(torch.mv, matrices, vectors)))
