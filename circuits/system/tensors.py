@@ -26,9 +26,6 @@ def as_tensor(given: Any, name: str, *, padding: int | None = None) -> Tensor:
 
     Args:
         padding: fills up lists of different lengths; None refuses them.
-
-    Raises:
-        InputError: the value holds something else than numbers, or lists of different lengths.
     """
     if isinstance(given, Tensor):
         return given

@@ -19,11 +19,7 @@ FORMS = "a PromptPair, a dict with its fields, or a tuple (clean, corrupted, ans
 
 
 def prompt_pairs(given: Any) -> list[PromptPair]:
-    """All pairs of a list, a table (of pandas, or a dict of columns), or a single pair.
-
-    Raises:
-        InputError: something is no prompt pair; the message gives its number, from 0.
-    """
+    """All pairs of a list, a table (of pandas, or a dict of columns), or a single pair."""
     if isinstance(given, pd.DataFrame):
         # A missing cell is None rather than NaN.
         given = given.astype(object).where(given.notna(), None).to_dict("records")

@@ -24,7 +24,7 @@ from circuits.tasks import validation
 from circuits.tasks.pairs import PromptPairs, prompt_pairs
 from circuits.tasks.prompts import PromptPair, read_pairs
 from circuits.tasks.readers.tokens import prompt_indices, token_ids
-from circuits.tasks.tokenization import EncodedPair, Fitting, PromptTokenizer
+from circuits.tasks.tokenization import EncodedPair, Fitting, fitting
 
 TokenMask = Bool[Tensor, "batch pos"]
 EncodedPairs = Sequence[EncodedPair]
@@ -122,8 +122,8 @@ class Task:
                 or answers are not one token each, or one answer and one wrong answer of equally
                 many tokens.
         """
-        encode = Fitting(PromptTokenizer.of(model, prepend_bos).encode, skip_misfits)
-        encoded = [encode(pair) for pair in prompt_pairs(pairs)]
+        encode = fitting(model, prepend_bos, skip_misfits)
+        encoded = list(map(encode, prompt_pairs(pairs)))
         return _task_of_fitting(encode, encoded, name, metric, model)
 
     @staticmethod
@@ -158,7 +158,7 @@ class Task:
         Raises:
             InputError: the file cannot be read, or a line cannot be used.
         """
-        encode = Fitting(PromptTokenizer.of(model, prepend_bos).encode, skip_misfits)
+        encode = fitting(model, prepend_bos, skip_misfits)
         encoded = read_pairs(path, encode)
         name = Path(path).stem if name is None else name
         return _task_of_fitting(encode, encoded, name, metric, model)
@@ -263,10 +263,10 @@ class Task:
         index = index.to(self.scored.device)
         # The number of each scored row, where it is scored
         numbers = self.scored.flatten().cumsum(0).view_as(self.scored) - 1
-        rows = numbers[index][self.scored[index]]
+        rows, n_rows = numbers[index][self.scored[index]], len(self.row_prompt)
 
         def select(name: str, tensor: Tensor) -> Tensor:
-            by_row = name in ANSWER_FIELDS and len(tensor) == len(self.row_prompt)
+            by_row = name in ANSWER_FIELDS and len(tensor) == n_rows
             return tensor[rows if by_row else index]
 
         prompts = self.prompts and tuple(self.prompts[number] for number in index)
@@ -428,7 +428,7 @@ def _alignment(encoded: EncodedPairs) -> dict[str, Any]:
     """The fields of a task some of whose corrupted prompts are not aligned token by token."""
     pairings = [list(each.alignment) for each in encoded]
     lengths = [len(each.fields["corrupted"]) for each in encoded]
-    if all(pairing == list(range(n)) for pairing, n in zip(pairings, lengths, strict=True)):
+    if pairings == [list(range(length)) for length in lengths]:
         return {}
     return {"alignment": _stacked(pairings, 0), "corrupted_lengths": torch.tensor(lengths)}
 

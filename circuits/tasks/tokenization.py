@@ -109,10 +109,7 @@ class PromptTokenizer:
         """
         clean = self.prompt(pair.clean, "clean")
         answers = self._answers(pair, clean, single=single)
-        corrupted = clean
-        if pair.corrupted is not None:
-            corrupted = self.prompt(pair.corrupted, "corrupted")
-            _check_differ(pair, clean, corrupted)
+        corrupted = self._corrupted(pair, clean)
         spans = self._spans(pair.clean, pair.spans)
         named = self._spans(pair.corrupted or "", pair.corrupted_spans)
         pairing = aligned(len(clean), len(corrupted), spans, named)
@@ -127,6 +124,13 @@ class PromptTokenizer:
             fields[f"span {name}"] = is_inside + [False] * len(forced)
         pairing += range(len(corrupted), len(fields["corrupted"]))
         return EncodedPair(pair, fields, answers, pairing, self._fused(pair, clean))
+
+    def _corrupted(self, pair: PromptPair, clean: TokenIds) -> TokenIds:
+        if pair.corrupted is None:
+            return clean
+        corrupted = self.prompt(pair.corrupted, "corrupted")
+        _check_differ(pair, clean, corrupted)
+        return corrupted
 
     def prompt(self, text: str, role: str = "given") -> TokenIds:
         """Turn a prompt into tokens that begin with `bos`. Errors name the role."""
@@ -354,6 +358,12 @@ class Fitting:
     def told(self) -> str:
         """Why pairs were left out, such as "an empty prompt (3)"."""
         return ", ".join(f"{reason} ({count})" for reason, count in self.left_out.items())
+
+
+def fitting(model: Model, prepend_bos: bool | None, skip: bool) -> Fitting:
+    """What turns a user's pairs into tokens of this model."""
+    encoder = PromptTokenizer.of(model, prepend_bos)
+    return Fitting(encoder.encode, skip)
 
 
 def prompt_tokens(model: Model, prompt: Prompt, prepend_bos: bool | None = None) -> PromptTokens:

@@ -84,8 +84,9 @@ def _stretches(mask: Tensor, clean: Tensor) -> Tensor:
     _require_valid(name, mask, (mask == 0) | (mask == 1), advice)
     real = mask.to(clean.device).bool()
     # A stretch starts at a real token after no real token.
-    starts = real.int().diff(dim=1, prepend=torch.zeros_like(clean[:, :1])) > 0
-    for prompt in (starts.sum(1) != 1).nonzero()[:1].flatten().tolist():
+    nothing = torch.zeros_like(clean[:, :1])
+    starts = real.int().diff(dim=1, prepend=nothing) > 0
+    for prompt in _first_without(starts.sum(1, keepdim=True) == 1):
         found = "has a hole" if real[prompt].any() else "marks no token"
         raise InputError(
             f"attention_mask {found} in prompt {prompt}; mark one stretch of real tokens in every "
@@ -108,11 +109,10 @@ def check_answers(name: str, tokens: Tensor | None, scored: Tensor) -> Tensor | 
     tokens = tokens.reshape(len(tokens), -1).to(scored.device).long()
     what = "prompt" if len(tokens) == batch else "scored row"
     _require_valid(name, tokens, tokens >= -1, "token ids, padded with -1", what)
-    without = (tokens < 0).all(1).nonzero()
-    if len(without):
+    for row in _first_without(tokens >= 0):
         raise InputError(
-            f"{name} is empty for {what} {int(without[0])}; give every {what} at least one token, "
-            f"or leave {name} out."
+            f"{name} is empty for {what} {row}; give every {what} at least one token, or leave "
+            f"{name} out."
         )
     return tokens
 
@@ -126,9 +126,9 @@ def check_different(answers: Tensor | None, wrong_answers: Tensor | None, scored
     is_wrong = right[:, :, None] == wrong[:, None]
     both = is_wrong.any(2) & (right >= 0)
     # Answers of several tokens may begin alike.
-    differs = torch.zeros_like(scored[:, 0])
+    differs = torch.zeros_like(scored[:, :1])
     differs[row_prompt[~both.any(1)]] = True
-    for prompt in (~differs).nonzero()[:1].flatten().tolist():
+    for prompt in _first_without(differs):
         token = int(right[row_prompt == prompt][0, 0])
         raise InputError(
             f"prompt {prompt} has an answer that is also a wrong answer (such as token {token}); "
@@ -149,13 +149,11 @@ def check_scored(answer_positions: Tensor | None, clean: Tensor, mask: Tensor) -
     if scored.dtype != torch.bool:
         scored = scored.long()
         prompts = torch.arange(batch, device=scored.device)
-        marks = torch.stack([prompts, scored], dim=1)
-        _require_real(name, marks, mask)
+        _require_real(name, torch.stack([prompts, scored], 1), mask)
         return one_hot(scored, pos).bool()
     _require_real(name, scored.nonzero(), mask)
-    without = (~scored.any(1)).nonzero()
-    if len(without):
-        raise InputError(f"prompt {int(without[0])} has no scored position; set {name} in it.")
+    for prompt in _first_without(scored):
+        raise InputError(f"prompt {prompt} has no scored position; set {name} in it.")
     return scored
 
 
@@ -179,6 +177,12 @@ def _tokens(name: str, tokens: Tensor) -> Tensor:
     advice = "token ids of 0 or more: pad with any token, and give lengths"
     _require_valid(name, tokens, tokens >= 0, advice)
     return tokens
+
+
+def _first_without(marks: Tensor) -> list[int]:
+    """The first row without a mark, if there is one."""
+    without = ~marks.any(1)
+    return without.nonzero()[:1].flatten().tolist()
 
 
 def _require(name: str, tensor: Tensor, wanted: str, *types: Any) -> None:

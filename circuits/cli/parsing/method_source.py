@@ -83,11 +83,7 @@ def described_in(file: Path) -> dict[str, Description]:
 
 @cache
 def shipped_methods() -> dict[str, Description]:
-    """The methods of this package, by name.
-
-    Raises:
-        UnreadableError: see `described_in`.
-    """
+    """The methods of this package, by name."""
     found: dict[str, Description] = {}
     for file in METHODS.glob("*.py"):
         found |= described_in(file)

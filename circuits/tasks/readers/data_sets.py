@@ -33,11 +33,7 @@ Fields = dict[str, Any]
 
 
 def known_fields(row: Content) -> Fields | None:
-    """The fields of a `PromptPair` that a row of a known data set stands for; None for others.
-
-    Raises:
-        InputError: the row belongs to a known data set, but is incomplete.
-    """
+    """The fields of a `PromptPair` that a row of a known data set stands for; None for others."""
     if "prompt" in row and _counterfactuals(row):
         return _of_mib(row)
     if "clean" in row and "corrupted" in row and "answer" not in row:
