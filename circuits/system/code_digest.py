@@ -28,8 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from circuits.system.tensors import bytes_of
 
 PACKAGE = __name__.partition(".")[0]
 NOT_OWN = {PACKAGE, "torch", *sys.stdlib_module_names}
@@ -55,6 +56,7 @@ Digest = bytes
 Known = dict[int, tuple[Digest, Any]]
 Names = Mapping[Any, Any]
 Files = dict[Path, bytes]
+Paths = Iterator[Path]
 Import = tuple[int, str]
 
 
@@ -155,38 +157,38 @@ class _Walk:
         if id(value) not in self._known:
             # Met again inside itself, a value counts as this.
             self._known[id(value)] = _hash("itself"), value
-            before = self._where
-            self._where = where or before
-            try:
-                found = self._visit(value)
-            # What cannot be copied, such as a lock or an open file, raises errors of any type.
-            except Exception:
-                self.unknown = self.unknown or f"{self._where} holds a {_name(type(value))}"
-                found = _hash("unknown")
-            self._where = before
-            self._known[id(value)] = found, value
-        return self._known[id(value)][0]
+            self._known[id(value)] = self._visit(value, where), value
+        found, _ = self._known[id(value)]
+        return found
 
-    def _visit(self, value: Any) -> Digest:
-        for kinds, visit in _VISITS.items():
-            if isinstance(value, kinds):
-                return visit(self, value)
-        return self._object(value)
+    def _visit(self, value: Any, where: str) -> Digest:
+        before = self._where
+        self._where = where or before
+        try:
+            for kinds, visit in _VISITS.items():
+                if isinstance(value, kinds):
+                    return visit(self, value)
+            return self._object(value)
+        # What cannot be copied, such as a lock or an open file, raises errors of any type.
+        except Exception:
+            self.unknown = self.unknown or f"{self._where} holds a {_name(type(value))}"
+            return _hash("unknown")
+        finally:
+            self._where = before
 
     def _all(self, kind: str, values: Iterable[Any]) -> Digest:
         return _hash(kind, *map(self.digest, values))
 
     def _tensor(self, tensor: Tensor) -> Digest:
-        data = tensor.detach().cpu().contiguous()
-        data = data.reshape(-1).view(torch.uint8)
-        return _hash(f"{tensor.dtype} {tuple(tensor.shape)}", data.numpy().tobytes())
+        data = bytes_of(tensor.detach().cpu().contiguous())
+        return _hash(f"{tensor.dtype} {tuple(tensor.shape)}", data.tobytes())
 
     def _array(self, array: Any) -> Digest:
         if array.dtype.hasobject:
             return self._object(array)
         return _hash(f"{array.dtype} {array.shape}", array.tobytes())
 
-    def _tuple(self, values: tuple[Any, ...]) -> Digest:
+    def _tuple(self, values: Collection[Any]) -> Digest:
         return self._all(_name(values), values)
 
     def _set(self, values: Collection[Any]) -> Digest:
@@ -253,7 +255,7 @@ class _Walk:
         held = {name: getattr(value, name, None) for name in HELD}
         return _hash(_name(type(value)), self._dict(held))
 
-    def _reference(self, reference: weakref.ref[Any]) -> Digest:
+    def _reference(self, reference: Any) -> Digest:
         return self._all("reference", [reference()])
 
     def _builtin(self, value: Any) -> Digest:
@@ -346,7 +348,7 @@ def _with_imported(files: Iterable[Path]) -> Files:
     return found
 
 
-def _imported(file: Path, source: bytes) -> Iterator[Path]:
+def _imported(file: Path, source: bytes) -> Paths:
     packages = [folder for folder in file.parents if (folder / "__init__.py").is_file()]
     package = packages[-1] if packages else file
     yield from (folder / "__init__.py" for folder in packages)
@@ -378,7 +380,7 @@ def _imports(source: bytes) -> frozenset[Import]:
     return frozenset(found)
 
 
-def _place_of(top: str) -> Iterator[Path]:
+def _place_of(top: str) -> Paths:
     """The folder that holds a module or package, which is not executed to find out."""
     if top in NOT_OWN:
         return
@@ -389,7 +391,7 @@ def _place_of(top: str) -> Iterator[Path]:
             yield from (Path(folder).parent for folder in folders)
 
 
-def _paths(place: Path, name: str) -> Iterator[Path]:
+def _paths(place: Path, name: str) -> Paths:
     """Where a module and the packages that it is in would be."""
     for part in name.split("."):
         yield place / f"{part}.py"

@@ -32,9 +32,12 @@ def device_called(name: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"device {str(name)!r} cannot be used ({reason}); {REMEDY}") from error
-    rank, world = ranks()
-    if world == 1 or device != torch.device("cuda"):
-        return device
+    is_shared = ranks().world > 1 and device == torch.device("cuda")
+    return _gpu_of_rank() if is_shared else device
+
+
+def _gpu_of_rank() -> torch.device:
+    rank = ranks().rank
     local = int(os.environ.get("LOCAL_RANK", rank))
     count = torch.cuda.device_count()
     if local >= count:

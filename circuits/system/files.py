@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from circuits.system.errors import InputError, NotWrittenError
 from circuits.system.kinds import expect
+from circuits.system.tensors import bytes_of
 from circuits.system.torch_modes import without_modes
 
 try:
@@ -138,8 +138,7 @@ def _content_digest(header: Header, tensors: Tensors) -> str:
 
 
 def _described(tensor: Tensor) -> list[Any]:
-    data = tensor.reshape(-1).view(torch.uint8)
-    digest = sha256(data.numpy().data)
+    digest = sha256(bytes_of(tensor).data)
     return [str(tensor.dtype), list(tensor.shape), digest.hexdigest()]
 
 

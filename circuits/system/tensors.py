@@ -42,6 +42,11 @@ def as_tensor(given: Any, name: str, *, padding: int | None = None) -> Tensor:
         ) from error
 
 
+def bytes_of(tensor: Tensor) -> np.ndarray:
+    """The bytes of a contiguous tensor on the CPU, which share its memory."""
+    return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
 def _plain(given: Any) -> Any:
     """Tensors and arrays inside of lists as lists; sets in order."""
     listed = getattr(given, "tolist", None)

@@ -24,20 +24,21 @@ def check_task(model: Model, task: Task) -> None:
             f"task {task.name!r} has prompts of {n_tokens} tokens, but {cfg.model_name} reads "
             f"{cfg.n_ctx}; shorten them."
         )
-    for kind, tokens, vocabulary in (
-        ("token", task.clean, cfg.d_vocab),
-        ("token", task.corrupted, cfg.d_vocab),
-        ("answer", task.answers, cfg.d_vocab_out),
-        ("answer", task.wrong_answers, cfg.d_vocab_out),
-    ):
-        largest = -1 if tokens is None else int(tokens.max())
-        if largest >= vocabulary:
-            raise InputError(
-                f"task {task.name!r} has {kind} {largest}, but {cfg.model_name} knows 0 to "
-                f"{vocabulary - 1}; use a task that was made for this model."
-            )
+    for prompts in (task.clean, task.corrupted):
+        _check_known(task, "token", prompts, cfg.d_vocab, cfg)
+    for answers in (task.answers, task.wrong_answers):
+        _check_known(task, "answer", answers, cfg.d_vocab_out, cfg)
     if task.finds_padding and model.tokenizer is not None:
         _check_padding(model.tokenizer, task)
+
+
+def _check_known(task: Task, kind: str, tokens: Any, vocabulary: int, cfg: Any) -> None:
+    largest = -1 if tokens is None else int(tokens.max())
+    if largest >= vocabulary:
+        raise InputError(
+            f"task {task.name!r} has {kind} {largest}, but {cfg.model_name} knows 0 to "
+            f"{vocabulary - 1}; use a task that was made for this model."
+        )
 
 
 def _check_padding(tokenizer: Any, task: Task) -> None:

@@ -261,9 +261,7 @@ class Task:
         # Indices of prompts, whatever they were selected by.
         index = torch.arange(len(self))[prompt_indices(indices, len(self))]
         index = index.to(self.scored.device)
-        # The number of each scored row, where it is scored
-        numbers = self.scored.flatten().cumsum(0).view_as(self.scored) - 1
-        rows, n_rows = numbers[index][self.scored[index]], len(self.row_prompt)
+        rows, n_rows = self._rows_of(index), len(self.row_prompt)
 
         def select(name: str, tensor: Tensor) -> Tensor:
             by_row = name in ANSWER_FIELDS and len(tensor) == n_rows
@@ -271,6 +269,11 @@ class Task:
 
         prompts = self.prompts and tuple(self.prompts[number] for number in index)
         return replace(self._with_tensors(select), prompts=prompts)
+
+    def _rows_of(self, index: Tensor) -> Tensor:
+        # The number of each scored row, where it is scored
+        numbers = self.scored.flatten().cumsum(0) - 1
+        return numbers.view_as(self.scored)[index][self.scored[index]]
 
     @cached_property
     def mask(self) -> TokenMask:

@@ -44,6 +44,7 @@ Found = tuple[Column, Column, FloatColumn]
 Tokens = Float[Tensor, "token d_model"]
 Values = Float[Tensor, "row n"]
 Columns = Int[Tensor, "row k"]
+Moved = dict[tuple[int, int], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,7 +228,7 @@ class _Encoders:
     # Bytes: half is for activations, a quarter for weights that are moved to the device.
     budget: int
     # The weights that were moved last, by layer and first feature.
-    moved: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    moved: Moved = field(default_factory=dict)
 
     def activations(self) -> Iterator[Values]:
         """Yield activations with a row for each layer and token; negative numbers mean zero."""

@@ -20,6 +20,7 @@ PACKAGE = Path(circuits.__file__).parent
 PUBLIC_NAMES = PACKAGE / "__init__.pyi"
 METHODS = PACKAGE / "discovery" / "methods"
 BASE = "CircuitDiscoverer"
+Statements = dict[str, Any]  # of `ast`, by the names that they define
 TYPES: Mapping[str, Any] = {each.__name__: each for each in (bool, int, float, str, Path)}
 
 
@@ -100,13 +101,13 @@ def metric_names() -> list[str]:
 
 
 @cache
-def _definitions(file: Path) -> dict[str, Any]:
+def _definitions(file: Path) -> Statements:
     """What the names at the top level of a file stand for."""
     try:
         tree = ast.parse(file.read_bytes())
     except (OSError, SyntaxError, ValueError) as error:
         raise UnreadableError(file) from error
-    found: dict[str, Any] = {}
+    found: Statements = {}
     for statement in tree.body:
         if isinstance(statement, ast.ClassDef):
             found[statement.name] = statement
@@ -118,7 +119,7 @@ def _definitions(file: Path) -> dict[str, Any]:
     return found
 
 
-def _assigned(statement: ast.stmt) -> dict[str, Any]:
+def _assigned(statement: ast.stmt) -> Statements:
     """The name that a statement gives a value, and the value; empty for other statements."""
     match statement:
         case ast.Assign(targets=[ast.Name(id=name)], value=value):

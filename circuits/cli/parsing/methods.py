@@ -87,13 +87,16 @@ def options_of(
     for name, option in method.options.items():
         other_name = f"method-{name}" if name in taken else None
         argument: Any = Annotated[option.type, tyro.conf.arg(name=other_name)]
-        default: Any = dataclasses.field()
-        if option.default is not dataclasses.MISSING:
-            # A factory may return what a default may not be, such as a list.
-            default = dataclasses.field(default_factory=partial(copy, option.default))
-        fields.append((name, argument, default))
+        fields.append((name, argument, _field(option.default)))
     documented = {"__doc__": method.documentation}
     return dataclasses.make_dataclass("MethodOptions", fields, namespace=documented, kw_only=True)
+
+
+def _field(default: Any) -> Any:
+    if default is dataclasses.MISSING:
+        return dataclasses.field()
+    # A factory may return what a default may not be, such as a list.
+    return dataclasses.field(default_factory=partial(copy, default))
 
 
 def _file_and_method(name: str) -> tuple[Path | None, str]:
@@ -120,8 +123,8 @@ def _unknown_method(name: str, known: Iterable[str]) -> InputError:
 def _methods_in(file: Path) -> dict[str, type[circuits.CircuitDiscoverer]]:
     """The methods of a Python file, which is run once."""
     # A name of its own, so that a file called torch.py does not replace a module in use.
-    path = str(file.resolve()).encode()
-    name = f"circuits_method_{blake2b(path, digest_size=6).hexdigest()}"
+    digest = blake2b(str(file.resolve()).encode(), digest_size=6)
+    name = f"circuits_method_{digest.hexdigest()}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, file)
         if spec is None or spec.loader is None:

@@ -28,15 +28,15 @@ class MethodSettings(NamedTuple):
     settings: dict[str, Any]
 
 
-def read_sweeps(options: CompareOptions) -> dict[str, list[MethodSettings]]:
+Sweeps = dict[str, list[MethodSettings]]
+
+
+def read_sweeps(options: CompareOptions) -> Sweeps:
     """What to run for each entry of --methods, by the entry's label in the table."""
     thresholds = _thresholds(options.thresholds)
-    sweeps: dict[str, list[MethodSettings]] = {}
+    sweeps: Sweeps = {}
     for entry in options.methods.split(","):
-        name, *settings = entry.strip().split(":")
-        # FILE.py:NAME is one method, not a file with a setting.
-        if name.endswith(".py") and settings and "=" not in settings[0]:
-            name = f"{name}:{settings.pop(0)}"
+        name, settings = _name_and_settings(entry)
         method = describe_method(name)
         label = ":".join([method.name, *settings])
         if label in sweeps:
@@ -46,6 +46,14 @@ def read_sweeps(options: CompareOptions) -> dict[str, list[MethodSettings]]:
             values = _values(method, [*settings, *more], entry)
             sweeps[label].append(MethodSettings(name, values))
     return sweeps
+
+
+def _name_and_settings(entry: str) -> tuple[str, list[str]]:
+    name, *settings = entry.strip().split(":")
+    # FILE.py:NAME is one method, not a file with a setting.
+    if name.endswith(".py") and settings and "=" not in settings[0]:
+        name = f"{name}:{settings.pop(0)}"
+    return name, settings
 
 
 def _thresholds(text: str) -> list[str]:

@@ -1,6 +1,6 @@
 """How each known circuit is wired, its prompts, and the true edges that ablation cannot show."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -11,6 +11,8 @@ from torch import Tensor
 from circuits.graph.nodes import MLP, Head
 from circuits.tasks.known_circuits.wiring import POSITION, TOKEN, Matrix, Wiring
 from circuits.tasks.task import Task
+
+Edges = tuple[str, ...]
 
 BOS = 0
 COUNTED = YES = 1
@@ -102,7 +104,7 @@ class Recipe:
     # Makes the model for a given sharpness of attention. Prompts have n_ctx tokens.
     wire: Callable[[float], Wiring]
     # For each ablation, the true edges that the minimal circuit lacks.
-    not_found: Mapping[str, tuple[str, ...]]
+    not_found: Mapping[str, Edges]
     # The first scored position; all later ones are scored too.
     scored_from: int = 1
     # The words at positions that are not random.
@@ -128,7 +130,7 @@ class Recipe:
             *prompts, answer_positions=scored, metric="squared_error", name=name
         )
 
-    def minimal(self, edges: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    def minimal(self, edges: Edges) -> dict[str, Edges]:
         """For each ablation, the true edges that it shows."""
         return {
             ablation: tuple(edge for edge in edges if edge not in missing)

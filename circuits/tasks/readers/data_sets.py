@@ -94,14 +94,14 @@ def _of_mib(row: Content) -> Fields:
     other = row[chosen[0]]
     if not isinstance(other, Mapping) or not other.get("prompt"):
         raise InputError(f"{chosen[0]!r} has no prompt; leave out this row.")
-    prompts = {"clean": row["prompt"], "corrupted": other["prompt"]}
+    fields = {"clean": row["prompt"], "corrupted": other["prompt"]}
     names = row.get("metadata")
     if isinstance(names, Mapping) and {"indirect_object", "subject"} <= names.keys():
         # The names of the clean prompt, whichever counterfactual it is.
-        right, wrong = f" {names['indirect_object']}", f" {names['subject']}"
+        answers = [f" {names[role]}" for role in ("indirect_object", "subject")]
     else:
-        right, wrong = _mib_answer(row), _mib_answer(other)
-    return prompts | {"answer": right, "wrong_answer": wrong}
+        answers = [_mib_answer(each) for each in (row, other)]
+    return fields | dict(zip(("answer", "wrong_answer"), answers, strict=True))
 
 
 def _mib_answer(row: Content) -> str:

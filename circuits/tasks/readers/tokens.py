@@ -82,11 +82,12 @@ def prompt_indices(given: Any, n_prompts: int) -> slice | Tensor:
     if python_number(given) is not None:
         given = [whole(given, "index")]
     indices = as_tensor(given, "indices").cpu()
-    if indices.dtype == torch.bool and indices.shape == (n_prompts,):
+    is_mask = indices.dtype == torch.bool
+    if is_mask and indices.shape == (n_prompts,):
         return indices.nonzero().flatten()
     if not indices.numel():
         return indices.long()
-    wrong = indices.is_floating_point() or indices.dtype == torch.bool or indices.ndim != 1
+    wrong = indices.is_floating_point() or is_mask or indices.ndim != 1
     if wrong or indices.max() >= n_prompts or indices.min() < -n_prompts:
         raise OutOfRangeError(
             f"{shown(given)} selects no prompts of {n_prompts}; give a slice, numbers from 0 to "

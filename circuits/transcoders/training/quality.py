@@ -65,10 +65,10 @@ def _sums(
     for layer, prompt in enumerate(inputs[:, None]):
         activations[layer] = transcoders.encode(layer, prompt)
         made.append(transcoders.output(layer, activations, prompt))
-    fires = torch.cat(list(activations.values())) != 0
-    errors = (outputs - torch.cat(made)).double()
+    fires = torch.cat([*activations.values()]) != 0
+    errors = outputs - torch.cat(made)
     y = outputs.double()
-    by_token = (fires.double(), y, y.square(), errors.square())
+    by_token = (fires.double(), y, y.square(), errors.double().square())
     return inputs.shape[1], *(each.sum(1) for each in by_token)
 
 
