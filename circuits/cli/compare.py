@@ -125,9 +125,9 @@ def _details(
 
 def _write_report(report: Path, comparison: Comparison, details: Details) -> Any:
     # By way of pandas, which writes NaN as null.
-    table = json.loads(comparison.table.to_json(orient="index"))
-    curves = json.loads(comparison.curves.to_json(orient="records"))
-    content = {"details": details, "table": table, "curves": curves}
+    table = comparison.table.to_json(orient="index")
+    curves = comparison.curves.to_json(orient="records")
+    content = {"details": details, "table": json.loads(table), "curves": json.loads(curves)}
     page = report_page(
         title="{task} in {model}".format(**details),
         table=comparison.table,
@@ -141,7 +141,7 @@ def _write_report(report: Path, comparison: Comparison, details: Details) -> Any
     except NotWrittenError as error:
         # The table is shown all the same.
         warnings.warn(f"the report is not kept: {error}", stacklevel=2)
-    return table
+    return content["table"]
 
 
 def _show(comparison: Comparison, details: Details) -> None:

@@ -211,8 +211,9 @@ def probability_difference(logits: CircuitLogits, clean_logits: RowLogits, task:
     """Summed probability of the answers minus that of the wrong answers."""
     # sum_{v in answers} p(v) - sum_{v in wrong answers} p(v)
     probabilities = logits.softmax(-1)
-    right = _gather(probabilities, task, "answers").sum(-1)
-    return right - _gather(probabilities, task, "wrong_answers").sum(-1)
+    right = _gather(probabilities, task, "answers")
+    wrong = _gather(probabilities, task, "wrong_answers")
+    return right.sum(-1) - wrong.sum(-1)
 
 
 def negative_log_probability(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:

@@ -282,8 +282,7 @@ class PromptTokenizer:
         """The word with the right leading space, if that was forgotten or doubled."""
         bare = word.lstrip()
         # "17" may go on with "332".
-        fuses = prompt[-1:].isalpha() and word[:1].isalpha()
-        if ids and not (fuses or word[:2].isspace()):
+        if ids and not (_fuses(prompt, word) or word[:2].isspace()):
             return None
         for candidate in (f" {bare}", bare):
             better = candidate != word and self._continuation(prompt, prompt_ids, candidate)
@@ -295,8 +294,7 @@ class PromptTokenizer:
         """An answer such as "Mary" after "to", which is read as "toMary"."""
         words = (each for each in pair.answers + pair.wrong_answers if isinstance(each, str))
         for word in words:
-            fuses = pair.clean[-1:].isalpha() and word[:1].isalpha()
-            forms = (word, f" {word}") if fuses else ()
+            forms = (word, f" {word}") if _fuses(pair.clean, word) else ()
             found = [self._continuation(pair.clean, prompt_ids, form) for form in forms]
             if all(found) and len(set(map(len, filter(None, found)))) == 1:
                 return word
@@ -446,6 +444,10 @@ def _check_differ(pair: PromptPair, clean: TokenIds, corrupted: TokenIds) -> Non
             "two prompts of different numbers of tokens",
             _differing_words(pair.clean.split(), pair.corrupted.split()),
         )
+
+
+def _fuses(prompt: str, word: str) -> bool:
+    return prompt[-1:].isalpha() and word[:1].isalpha()
 
 
 def _differing_words(clean: list[str], corrupted: list[str]) -> list[str]:

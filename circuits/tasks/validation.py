@@ -140,21 +140,24 @@ def check_scored(answer_positions: Tensor | None, clean: Tensor, mask: Tensor) -
     """Every prompt has a scored position: [batch] integers, [batch, pos] booleans, or the last."""
     name = "answer_positions"
     batch, pos = clean.shape
-    # By default the last real token is scored.
-    last = pos - 1 - mask.flip(1).int().argmax(1)
-    scored = last if answer_positions is None else answer_positions
+    scored = _last(mask) if answer_positions is None else answer_positions
     advice = f"integers [{batch}] or booleans [{batch}, {pos}]"
     _require(name, scored, advice, Integer[Tensor, f"{batch}"], Bool[Tensor, f"{batch} {pos}"])
     scored = scored.to(clean.device)
     if scored.dtype != torch.bool:
-        scored = scored.long()
         prompts = torch.arange(batch, device=scored.device)
-        _require_real(name, torch.stack([prompts, scored], 1), mask)
-        return one_hot(scored, pos).bool()
+        _require_real(name, torch.stack([prompts, scored.long()], 1), mask)
+        return one_hot(scored.long(), pos).bool()
     _require_real(name, scored.nonzero(), mask)
     for prompt in _first_without(scored):
         raise InputError(f"prompt {prompt} has no scored position; set {name} in it.")
     return scored
+
+
+def _last(mask: Tensor) -> Tensor:
+    """The last real token of each prompt."""
+    n_after = mask.flip(1).int().argmax(1)
+    return mask.shape[1] - 1 - n_after
 
 
 def check_spans(spans: Masks, clean: Tensor, real: Tensor) -> Masks:

@@ -176,11 +176,7 @@ def largest_columns(values: Values, k: int) -> Columns:
     blocks = values.unflatten(1, (-1, block))
     if blocks.shape[1] <= k or block == 1:
         return _columns_by_key(values, k)
-    if values.is_cuda:
-        # Reductions over few numbers are slow on a GPU.
-        maxima = functional.max_pool1d(values[:, None], block)[:, 0]
-    else:
-        maxima = blocks.amax(-1)
+    maxima = _block_maxima(values, block)
     # A block that is left out has a smaller maximum than each chosen block, or an equal one and
     # follows it, so none of its numbers precedes the k largest ones.
     chosen = _columns_by_key(maxima, k)
@@ -190,6 +186,13 @@ def largest_columns(values: Values, k: int) -> Columns:
     # column = block number * block size + offset
     first = chosen.gather(1, place // block) * block
     return first + place % block
+
+
+def _block_maxima(values: Values, block: int) -> Values:
+    if values.is_cuda:
+        # Reductions over few numbers are slow on a GPU.
+        return functional.max_pool1d(values[:, None], block)[:, 0]
+    return values.unflatten(1, (-1, block)).amax(-1)
 
 
 def _columns_by_key(values: Values, k: int) -> Columns:

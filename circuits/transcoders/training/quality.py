@@ -81,7 +81,8 @@ def record(
     All real tokens are recorded but the first of each prompt.
     """
     device = model.cfg.device
-    tokens, mask = tokens.to(device), mask.to(device)
+    tokens = tokens.to(device)
+    mask = mask.to(device)
     counted = mask.clone()
     counted[:, 0] = False
     if not counted.any():
