@@ -127,7 +127,7 @@ def _write_report(report: Path, comparison: Comparison, details: Details) -> Any
     # By way of pandas, which writes NaN as null.
     table = comparison.table.to_json(orient="index")
     curves = comparison.curves.to_json(orient="records")
-    content = {"details": details, "table": json.loads(table), "curves": json.loads(curves)}
+    content = {"table": json.loads(table), "curves": json.loads(curves)}
     page = report_page(
         title="{task} in {model}".format(**details),
         table=comparison.table,
@@ -136,7 +136,8 @@ def _write_report(report: Path, comparison: Comparison, details: Details) -> Any
         details=details,
     )
     try:
-        write_json(report.with_name("comparison.json"), content, "circuits.comparison", 1)
+        whole = {"details": details, **content}
+        write_json(report.with_name("comparison.json"), whole, "circuits.comparison", 1)
         write_bytes(report, page.encode())
     except NotWrittenError as error:
         # The table is shown all the same.

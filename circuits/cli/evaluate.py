@@ -79,7 +79,8 @@ def show_evaluation(found: CircuitRun, evaluation: Record, options: TaskOptions)
 
 
 def _with_defaults_of_run(options: EvaluateOptions, notes: Record) -> EvaluateOptions:
-    changes: dict[str, Any] = {"model": options.model or notes.get("model")}
+    model = options.model or notes.get("model")
+    changes: dict[str, Any] = {}
     for name in ("seed", "prepend_bos"):
         given = getattr(options, name)
         changes[name] = notes.get(name) if given is None else given
@@ -89,7 +90,8 @@ def _with_defaults_of_run(options: EvaluateOptions, notes: Record) -> EvaluateOp
         data = Path(notes["data"]) if notes.get("data") else None
         task = None if data else notes.get("task")
     skip = options.skip_misfits or notes.get("skip_misfits", False)
-    return replace(options, **changes, task=task, data=data, skip_misfits=skip)
+    changes |= {"model": model, "task": task, "data": data, "skip_misfits": skip}
+    return replace(options, **changes)
 
 
 def _ablation_of_run(found: CircuitRun) -> str:

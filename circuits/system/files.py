@@ -48,6 +48,7 @@ Tensors = Mapping[str, Tensor]
 Texts = Mapping[str, str]
 Header = Mapping[str, Any]
 Content = dict[str, Any]
+TensorsAndMetadata = tuple[dict[str, Tensor], dict[str, str]]
 
 
 def path_of(given: object) -> Path:
@@ -72,13 +73,8 @@ def tensor_file(tensors: Tensors, metadata: Texts) -> bytes:
 
 
 @without_modes()
-def read_tensors(path: Path, kind: str, version: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors of a safetensors file and the metadata in its header.
-
-    Raises:
-        InputError: the file is missing, truncated, changed after it was written, of another format
-            or from a newer version.
-    """
+def read_tensors(path: Path, kind: str, version: int) -> TensorsAndMetadata:
+    """Read the tensors of a safetensors file and the metadata in its header."""
     _check_exists(path)
     try:
         with safe_open(path, framework="pt") as file:

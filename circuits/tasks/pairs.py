@@ -65,4 +65,5 @@ def _from_fields(given: dict[str, Any]) -> PromptPair:
             raise InputError(f"unknown field {name!r}; {suggestion(str(name), names)}")
     if given.get("clean") is None:
         raise InputError("field 'clean' is missing; give a text.")
-    return PromptPair(**{name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    return PromptPair(**given)

@@ -82,7 +82,8 @@ class ExtractedFeatures:
         indices = torch.stack(columns, 1).cpu()
         table = DataFrame(indices.numpy(), columns=COLUMNS)
         # NumPy has no bfloat16.
-        return table.assign(activation=self.activation.float().cpu().numpy())
+        activation = self.activation.float().cpu()
+        return table.assign(activation=activation.numpy())
 
 
 @torch.no_grad()
@@ -137,10 +138,12 @@ def extract_features(
     _check(hidden_states, transcoders, threshold)
     layers = tuple(sorted(hidden_states))
     first = hidden_states[layers[0]]
-    device, shape = first.device, (first.shape[0], first.shape[1])
-    tokens = {layer: hidden_states[layer].to(device).flatten(0, 1) for layer in layers}
-    budget = memory_budget(device, max_memory)
-    encoders = _Encoders(transcoders, tokens, shape[1], budget)
+    n_prompts, n_positions, _ = first.shape
+    tokens = {}
+    for layer in layers:
+        tokens[layer] = hidden_states[layer].to(first.device).flatten(0, 1)
+    budget = memory_budget(first.device, max_memory)
+    encoders = _Encoders(transcoders, tokens, n_positions, budget)
     bound = _largest_below(threshold, first.dtype)
     found, n_rows = [], 0
     for values in encoders.activations():
@@ -148,9 +151,10 @@ def extract_features(
         found.append((n_rows + row, index, activation))
         n_rows += len(values)
     row, index, activation = map(torch.cat, zip(*found, strict=True))
-    number, batch, position = torch.unravel_index(row, (len(layers), *shape))
-    layer = torch.tensor(layers, device=device)[number]
-    return ExtractedFeatures(layer, batch, position, index, activation, layers, shape)
+    searched = (len(layers), n_prompts, n_positions)
+    number, batch, position = torch.unravel_index(row, searched)
+    where = (torch.tensor(layers, device=row.device)[number], batch, position)
+    return ExtractedFeatures(*where, index, activation, layers, searched[1:])
 
 
 def _above(values: Values, bound: float, top_k: int | None) -> Found:
@@ -191,8 +195,9 @@ def largest_columns(values: Values, k: int) -> Columns:
 def _block_maxima(values: Values, block: int) -> Values:
     if values.is_cuda:
         # Reductions over few numbers are slow on a GPU.
-        return functional.max_pool1d(values[:, None], block)[:, 0]
-    return values.unflatten(1, (-1, block)).amax(-1)
+        return functional.max_pool1d(values[:, None], block).squeeze(1)
+    blocks = values.unflatten(1, (-1, block))
+    return blocks.amax(-1)
 
 
 def _columns_by_key(values: Values, k: int) -> Columns:
@@ -242,7 +247,8 @@ class _Encoders:
         starts = range(0, len(like), n_tokens)
         for first, start in product(firsts, starts):
             layers = every[first : first + n_layers]
-            values, maxima = self._of_piece(layers, slice(start, start + n_tokens))
+            piece = slice(start, start + n_tokens)
+            values, maxima = self._of_piece(layers, piece)
             yield values.flatten(0, 1)
             # The host has waited for the device by now.
             self._check_finite(layers, maxima)
@@ -253,7 +259,8 @@ class _Encoders:
         values = like.new_empty(len(layers), len(like), self.transcoders.n_features)
         maxima = []
         for layer, out in zip(layers, values, strict=True):
-            self._write_preactivations(layer, self.tokens[layer][piece], out)
+            x = self.tokens[layer][piece]
+            self._write_preactivations(layer, x, out)
             maxima.append(out.amax())
             self._activate(layer, out)
         return values, torch.stack(maxima)

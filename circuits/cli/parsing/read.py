@@ -48,10 +48,11 @@ def read_arguments(command: str, words: Words) -> Arguments:
     if command == "compare":
         sweeps = read_sweeps(given)
         planned = chain(*sweeps.values())
-        _check_names(given, given.methods, [each.settings.get("metric") for each in planned])
+        metrics = [each.settings.get("metric") for each in planned]
+        _check_names(given, given.methods, metrics)
         return given, sweeps
-    metrics = getattr(given, "metrics", None)
-    _check_names(given, "", metrics.split(",") if metrics else ())
+    named = getattr(given, "metrics", None)
+    _check_names(given, "", named.split(",") if named else ())
     return (given,)
 
 

@@ -52,8 +52,8 @@ class Docstring(TaskFamily):
         others = words[11:16]
         first_after = 16 + self.before
         before, after = words[16:first_after], words[first_after:]
-        arguments = ", ".join([*before, "{A_def}", "{B_def}", "{C_def}", *after])
-        template = TEMPLATE.format(*words, arguments=arguments)
+        arguments = [*before, "{A_def}", "{B_def}", "{C_def}", *after]
+        template = TEMPLATE.format(*words, arguments=", ".join(arguments))
         # The definition and the docstring name the same arguments only in the clean prompt.
         named = [*described, answer, *described]
         clean = dict(zip(FIELDS, named, strict=True))

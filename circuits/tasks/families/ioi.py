@@ -68,6 +68,7 @@ class IOI(TaskFamily):
         pair = fill_template(template, clean, corrupted, f" {io}", f" {subject}")
         # A space follows S1, then a word, whose first character marks its first token.
         _, s1_end = pair.spans["S1"]
-        spans = {**pair.spans, "S1+1": (s1_end + 1, s1_end + 2)}
+        after_s1 = (s1_end + 1, s1_end + 2)
+        spans = {**pair.spans, "S1+1": after_s1}
         # In a fixed order: which name comes first depends on the template.
         return replace(pair, spans={name: spans[name] for name in SPANS})

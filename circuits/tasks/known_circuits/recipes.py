@@ -33,7 +33,8 @@ def _wire_induction(sharpness: float) -> Wiring:
     tokens = torch.eye(n_tokens)
     here = {POSITION: torch.eye(n_positions)}
     # k at position j equals q at position j + 1, which thus attends to j.
-    before = {POSITION: torch.diag(torch.ones(n_positions - 1), 1)}
+    one_later = torch.diag(torch.ones(n_positions - 1), 1)
+    before = {POSITION: one_later}
     wiring.head(Head(0, 1), "previous", q=here, k=before, v={TOKEN: tokens})
     _wire_induction_head(wiring, tokens)
     wiring.unembed({"copied": tokens})

@@ -178,7 +178,8 @@ def _zero_weights(config: Config) -> Weights:
     weights = {}
     for layer, name in product(range(config["n_layers"]), shapes):
         sizes = [config[axis] for axis in shapes[name].split()]
-        weights[name.format(layer=layer)] = torch.zeros(sizes, dtype=torch.float64)
+        zeros = torch.zeros(sizes, dtype=torch.float64)
+        weights[name.format(layer=layer)] = zeros
     return weights
 
 

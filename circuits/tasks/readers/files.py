@@ -30,11 +30,7 @@ Row = tuple[str, Any]
 
 
 def rows(path: str | Path) -> Iterator[Row]:
-    """The rows of a file, with where they are, such as "line 3".
-
-    Raises:
-        InputError: the file cannot be read, is no text, or is damaged; with the line.
-    """
+    """The rows of a file, with where they are, such as "line 3"."""
     expect(path, str | Path, "the path of a file", "give a text file with " + FORMATS)
     path = Path(path)
     text = _text(path)

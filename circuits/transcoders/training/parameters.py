@@ -43,8 +43,9 @@ class Normalization:
         """Measure some vectors."""
         mean = vectors.mean(1, keepdim=True)
         squares = (vectors - mean).square()
-        variance = squares.sum(2, keepdim=True).mean(1, keepdim=True)
-        return Normalization(mean, variance.sqrt().clamp(min=TINY))
+        lengths = squares.sum(2, keepdim=True)
+        scale = lengths.mean(1, keepdim=True).sqrt()
+        return Normalization(mean, scale.clamp(min=TINY))
 
     def apply(self, vectors: Vectors) -> Vectors:
         """Normalize some vectors."""
@@ -88,9 +89,10 @@ class TranscoderParameters:
             n_written = n_layers - layer if kind == "clt" else 1
             length = 0.3 * (n_written * d_model) ** -0.5
             decoders.append(rows(n_features, n_written, d_model, length=length))
-        biases = [inputs.new_zeros(n_layers, 1, size) for size in (n_features, d_model)]
+        encoder_bias = inputs.new_zeros(n_layers, 1, n_features)
+        decoder_bias = inputs.new_zeros(n_layers, 1, d_model)
         skip = inputs.new_zeros(n_layers, d_model, d_model) if kind == "skip-plt" else None
-        parameters = TranscoderParameters(encoder, biases[0], decoders, biases[1], skip)
+        parameters = TranscoderParameters(encoder, encoder_bias, decoders, decoder_bias, skip)
         for tensor in parameters.tensors():
             tensor.requires_grad_()
         return parameters
@@ -180,4 +182,5 @@ def _lengths(decoders: Decoders) -> Float[Tensor, "layer feature"]:
 def _products(
     matrices: Float[Tensor, "layer n d_model"], vectors: Float[Tensor, "layer d_model"]
 ) -> Float[Tensor, "layer n"]:
-    return torch.stack(list(map(torch.mv, matrices, vectors)))
+    products = map(torch.mv, matrices, vectors)
+    return torch.stack(list(products))

@@ -68,8 +68,9 @@ def _sums(
     fires = torch.cat([*activations.values()]) != 0
     errors = outputs - torch.cat(made)
     y = outputs.double()
-    by_token = (fires.double(), y, y.square(), errors.double().square())
-    return inputs.shape[1], *(each.sum(1) for each in by_token)
+    squared_errors = errors.double().square()
+    by_token = (fires.double(), y, y.square(), squared_errors)
+    return inputs.shape[1], *[each.sum(1) for each in by_token]
 
 
 @torch.no_grad()
