@@ -7,12 +7,7 @@ from typing import Any
 
 import torch
 
-from circuits.cli.parsing.options import (
-    CompareOptions,
-    DiscoverOptions,
-    ModelOptions,
-    TaskOptions,
-)
+from circuits.cli.parsing.options import CompareOptions, DiscoverOptions, ModelOptions, TaskOptions
 from circuits.cli.progress import phase
 from circuits.models import EMBEDDED, Model, load_model
 from circuits.tasks.registry import load_task

@@ -54,7 +54,7 @@ BUILTINS = (
 
 Digest = bytes
 Known = dict[int, tuple[Digest, Any]]
-Names = Mapping[Any, Any]
+Entries = Mapping[Any, Any]
 Files = dict[Path, bytes]
 Paths = Iterator[Path]
 Import = tuple[int, str]
@@ -149,7 +149,7 @@ class _Walk:
         self._known: Known = {}
 
     def digest(self, value: Any, where: str = "") -> Digest:
-        """The digest of a value; `where` says where it was found, if not in the last one."""
+        """The digest of a value, found at `where`, by default where that which holds it was."""
         if type(value) in PLAIN:
             return _hash(type(value).__name__, repr(value).encode())
         if self.as_first_seen and id(value) in _first_seen:
@@ -195,7 +195,7 @@ class _Walk:
         # In an order of their own: that of a set differs between processes.
         return _hash(_name(values), *sorted(map(self.digest, values)))
 
-    def _dict(self, values: Names, where: str = "") -> Digest:
+    def _dict(self, values: Entries, where: str = "") -> Digest:
         where = where or self._where
         parts = []
         for key, value in values.items():
