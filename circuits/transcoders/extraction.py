@@ -192,7 +192,7 @@ def largest_columns(values: Values, k: int) -> Columns:
     return first + place % block
 
 
-def _block_maxima(values: Values, block: int) -> Values:
+def _block_maxima(values: Values, block: int) -> Float[Tensor, "row block"]:
     if values.is_cuda:
         # Reductions over few numbers are slow on a GPU.
         return functional.max_pool1d(values[:, None], block).squeeze(1)
