@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,11 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from circuits.cli.console import frame_table, print_json, terminal
 from circuits.cli.evaluate import check_size
-from circuits.cli.inputs import model_of, notes_of, task_of
+from circuits.cli.inputs import held_out_of, model_of, notes_of, task_of
 from circuits.cli.notes import notes_on, notes_on_sweep
 from circuits.cli.parsing.methods import find_method
 from circuits.cli.parsing.options import CompareOptions
@@ -48,31 +45,20 @@ def command(options: CompareOptions, planned: Mapping[str, Sequence[MethodSettin
         sweeps[label] = [find_method(name)(**settings) for name, settings in plan]
     model = model_of(options)
     task = task_of(options, model, options.n, "train")
-    # Users' own prompts have no splits.
-    held_out = task if options.data else task_of(options, model, options.n_eval, "test")
+    held_out = held_out_of(options, model, task)
     runs = _run_all(sweeps, model, task, options)
     # All ranks search, and the first evaluates.
     if not is_first():
         return
-    circuits, folders = {}, []
-    for label, sweep in runs.items():
-        circuits[label] = [found.circuit for found in sweep]
-        folders += [str(found.folder) for found in sweep]
-    size, ablation = options.size, options.ablation
-    for found in itertools.chain(*runs.values()):
-        if not found.circuit.selected:
-            check_size(found, size)
-    with phase(f"evaluating on {len(held_out)} prompts", quiet=options.json):
-        comparison = compare(model, circuits, held_out, size=size, ablation=ablation)
-    notes = [*comparison.notes, *_notes(runs)]
-    comparison = replace(comparison, notes=tuple(notes))
-    _add_costs(comparison.table, runs)
-    settings = [folders, held_out.digest(), size, ablation]
+    comparison = _compared(runs, model, held_out, options)
+    folders = [str(found.folder) for sweep in runs.values() for found in sweep]
+    settings = [folders, held_out.digest(), options.size, options.ablation]
     folder = options.out / task.name / f"compare-{digest(settings, size=4)}"
     report = folder / "report.html"
     details = _details(options, task, held_out, comparison)
     table = _write_report(report, comparison, details)
     if options.json:
+        notes = list(comparison.notes)
         print_json({"report": str(report), "table": table, "notes": notes})
     else:
         _show(comparison, details)
@@ -81,8 +67,9 @@ def command(options: CompareOptions, planned: Mapping[str, Sequence[MethodSettin
 
 def _run_all(sweeps: Sweeps, model: Model, task: Task, options: CompareOptions) -> Runs:
     notes, out = notes_of(options), options.out
-    runs: Runs = {label: [] for label in sweeps}
+    runs: Runs = {}
     for label, sweep in sweeps.items():
+        runs[label] = []
         for number, discoverer in enumerate(sweep, 1):
             description = f"{label}, {number} of {len(sweep)}"
             with progress_bar(description, quiet=options.json) as progress:
@@ -91,20 +78,27 @@ def _run_all(sweeps: Sweeps, model: Model, task: Task, options: CompareOptions) 
     return runs
 
 
-def _add_costs(table: pd.DataFrame, runs: Runs) -> None:
+def _compared(runs: Runs, model: Model, held_out: Task, options: CompareOptions) -> Comparison:
+    """The circuits side by side, with what they cost to find and notes on their thresholds."""
+    size, ablation = options.size, options.ablation
+    circuits = {}
+    for label, sweep in runs.items():
+        circuits[label] = [found.circuit for found in sweep]
+        for found in sweep:
+            if not found.circuit.selected:
+                check_size(found, size)
+    with phase(f"evaluating on {len(held_out)} prompts", quiet=options.json):
+        comparison = compare(model, circuits, held_out, size=size, ablation=ablation)
     # The table shows the first run of each sweep.
+    table = comparison.table
     first = [runs[label][0] for label in table.index]
     table["model runs"] = [round(found.model_runs) for found in first]
     table["seconds"] = [found.record["seconds"] for found in first]
-
-
-def _notes(runs: Runs) -> list[str]:
-    notes = []
+    notes = [*comparison.notes]
     for label, sweep in runs.items():
-        # The table shows the first.
         notes += [f"{label}: {text}" for text in notes_on(sweep[0])]
         notes += notes_on_sweep(label, sweep)
-    return notes
+    return replace(comparison, notes=tuple(notes))
 
 
 def _details(
@@ -131,11 +125,9 @@ def _details(
 
 def _write_report(report: Path, comparison: Comparison, details: Details) -> Any:
     # By way of pandas, which writes NaN as null.
-    table_json = comparison.table.to_json(orient="index")
-    table = json.loads(table_json)
-    curves_json = comparison.curves.to_json(orient="records")
-    curves = json.loads(curves_json)
-    content = {"details": details, "table": table, "curves": curves}
+    table = comparison.table.to_json(orient="index")
+    curves = comparison.curves.to_json(orient="records")
+    content = {"table": json.loads(table), "curves": json.loads(curves)}
     page = report_page(
         title="{task} in {model}".format(**details),
         table=comparison.table,
@@ -144,12 +136,13 @@ def _write_report(report: Path, comparison: Comparison, details: Details) -> Any
         details=details,
     )
     try:
-        write_json(report.with_name("comparison.json"), content, "circuits.comparison", 1)
+        whole = {"details": details, **content}
+        write_json(report.with_name("comparison.json"), whole, "circuits.comparison", 1)
         write_bytes(report, page.encode())
     except NotWrittenError as error:
         # The table is shown all the same.
         warnings.warn(f"the report is not kept: {error}", stacklevel=2)
-    return table
+    return content["table"]
 
 
 def _show(comparison: Comparison, details: Details) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -55,6 +56,11 @@ def print_json(content: Any) -> None:
 def print_run(found: CircuitRun | GraphRun, content: Mapping[str, Any]) -> None:
     """Print where a run is and what it holds, as JSON."""
     print_json({"folder": str(found.folder), "reused": found.reused, **content})
+
+
+def print_place(found: CircuitRun | GraphRun, place: Path) -> None:
+    """Print where a run, or its page, is saved or was found."""
+    terminal().print(f"{'Found again' if found.reused else 'Saved'}: {place}", soft_wrap=True)
 
 
 def _cell(value: Any) -> str:

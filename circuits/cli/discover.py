@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from circuits.cli.console import edge_table, print_run, terminal
+from circuits.cli.console import edge_table, print_place, print_run, terminal
 from circuits.cli.evaluate import check_size, show_evaluation, size_needed
-from circuits.cli.inputs import model_of, notes_of, task_of
+from circuits.cli.inputs import held_out_of, model_of, notes_of, task_of
 from circuits.cli.parsing.methods import find_method
 from circuits.cli.parsing.options import DiscoverOptions
 from circuits.cli.progress import phase, progress_bar
@@ -21,8 +21,7 @@ from circuits.system.ranks import is_first
 
 def command(options: DiscoverOptions, settings: dict[str, Any]) -> None:
     """Find a circuit into a run folder, and evaluate it on held-out prompts."""
-    kind = find_method(options.method)
-    discoverer = kind(**settings)
+    discoverer = find_method(options.method)(**settings)
     model = model_of(options)
     task = task_of(options, model, options.n, "train")
     with progress_bar(f"{discoverer.name} on {task.name}", quiet=options.json) as progress:
@@ -44,8 +43,7 @@ def command(options: DiscoverOptions, settings: dict[str, Any]) -> None:
         _show_scores(found, options)
         return
     check_size(found, options.size)
-    # Users' own prompts have no splits.
-    held_out = task if options.data else task_of(options, model, options.n_eval, "test")
+    held_out = held_out_of(options, model, task)
     ablation = getattr(discoverer, "ablation", "resample")
     with phase(f"evaluating on {len(held_out)} prompts", quiet=options.json):
         evaluation = evaluate_run(found, model, held_out, size=options.size, ablation=ablation)
@@ -98,4 +96,4 @@ def _show_scores(found: CircuitRun, options: DiscoverOptions) -> None:
     console = terminal()
     console.print(edge_table(found.circuit))
     console.print(size_needed(found))
-    console.print(f"{'Found again' if found.reused else 'Saved'}: {found.folder}", soft_wrap=True)
+    print_place(found, found.folder)

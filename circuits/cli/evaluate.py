@@ -32,14 +32,11 @@ def command(options: EvaluateOptions) -> None:
     options = _with_defaults_of_run(options, notes)
     model = model_of(options)
     task = task_of(options, model, options.n, "test")
+    ablation = options.ablation or _ablation_of_run(found)
+    metrics = options.metrics.split(",") if options.metrics else None
     with phase(f"evaluating on {len(task)} prompts", quiet=options.json):
         evaluation = evaluate_run(
-            found,
-            model,
-            task,
-            metrics=options.metrics.split(",") if options.metrics else None,
-            ablation=options.ablation or _ablation_of_run(found),
-            size=options.size,
+            found, model, task, metrics=metrics, ablation=ablation, size=options.size
         )
     show_evaluation(found, evaluation, options)
 
@@ -71,8 +68,7 @@ def show_evaluation(found: CircuitRun, evaluation: Record, options: TaskOptions)
         return
     edges = f"{evaluation['edges']:,} of {len(found.circuit.graph):,} edges"
     prompts = f"{evaluation['n_prompts']} prompts of {evaluation['task']}"
-    found_on = found.record["task"]["digest"]
-    if evaluation["prompts"] == found_on:
+    if evaluation["prompts"] == found.record["task"]["digest"]:
         prompts += ", those it was found on"
     title = f"{found.record['method']}: {edges}, {prompts}, {evaluation['ablation']} ablation"
     values = pd.DataFrame.from_dict(evaluation["values"], orient="index")
@@ -83,17 +79,19 @@ def show_evaluation(found: CircuitRun, evaluation: Record, options: TaskOptions)
 
 
 def _with_defaults_of_run(options: EvaluateOptions, notes: Record) -> EvaluateOptions:
-    seed = notes.get("seed") if options.seed is None else options.seed
+    model = options.model or notes.get("model")
+    changes: dict[str, Any] = {}
+    for name in ("seed", "prepend_bos"):
+        given = getattr(options, name)
+        changes[name] = notes.get(name) if given is None else given
     task, data = options.task, options.data
     # A task given here replaces the run's own prompts, and the other way round.
     if task is None and data is None:
         data = Path(notes["data"]) if notes.get("data") else None
         task = None if data else notes.get("task")
-    model = options.model or notes.get("model")
-    prepend = notes.get("prepend_bos") if options.prepend_bos is None else options.prepend_bos
     skip = options.skip_misfits or notes.get("skip_misfits", False)
-    changes: Record = {"model": model, "seed": seed, "task": task, "data": data}
-    return replace(options, **changes, prepend_bos=prepend, skip_misfits=skip)
+    changes |= {"model": model, "task": task, "data": data, "skip_misfits": skip}
+    return replace(options, **changes)
 
 
 def _ablation_of_run(found: CircuitRun) -> str:

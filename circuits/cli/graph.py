@@ -6,7 +6,7 @@ import pandas as pd
 
 from circuits.attribution.feature_graph import FEATURE, FeatureGraph
 from circuits.attribution.influence import node_influence
-from circuits.cli.console import frame_table, print_run, terminal
+from circuits.cli.console import frame_table, print_place, print_run, terminal
 from circuits.cli.inputs import model_of
 from circuits.cli.parsing.options import GraphOptions
 from circuits.cli.progress import phase
@@ -32,7 +32,7 @@ def command(options: GraphOptions) -> None:
         edge_threshold=options.edge_threshold,
         leading=options.leading,
     )
-    notes = {"model": options.model or EMBEDDED, "transcoders": method.transcoders}
+    name = options.model or EMBEDDED
     model, explained = model_of(options), _explained(options.explain)
     with phase("computing the attribution graph", quiet=options.json):
         found = run_graph(
@@ -42,7 +42,7 @@ def command(options: GraphOptions) -> None:
             explain=explained,
             prepend_bos=options.prepend_bos,
             out=options.out,
-            notes=notes,
+            notes={"model": name, "transcoders": method.transcoders},
         )
         if options.neuronpedia:
             _save_neuronpedia(found, options)
@@ -91,27 +91,24 @@ def _show(found: GraphRun) -> None:
     for name, text in found.details.items():
         console.print(f"{name}: {text}")
     console.print(REPLACEMENT_SCORE_EXPLAINED)
-    page = found.folder / PAGE
-    console.print(f"{'Found again' if found.reused else 'Saved'}: {page}", soft_wrap=True)
+    print_place(found, found.folder / PAGE)
 
 
 def _top_features(graph: FeatureGraph) -> pd.DataFrame:
     """The most influential features: where they fire, how strongly, and their strongest input."""
     influence = node_influence(graph)
     total = influence.sum()
-    is_feature = graph.is_kind(FEATURE)
-    features = is_feature.nonzero().flatten()
+    features = graph.is_kind(FEATURE).nonzero().flatten()
     order = influence[features].argsort(descending=True)
-    most_influential = features[order]
     rows = {}
-    for number in most_influential[:N_SHOWN]:
+    for number in features[order][:N_SHOWN]:
         node = graph.node(int(number))
-        position = graph.nodes.position[number]
+        inputs = graph.incoming(node, 1)
         rows[str(node)] = {
-            "token": graph.words[position],
+            "token": graph.words[graph.nodes.position[number]],
             "activation": float(graph.nodes.activation[number]),
             "share of influence": float(influence[number] / total),
-            "strongest input": "".join(graph.incoming(node, 1)["node"]),
+            "strongest input": "".join(inputs["node"]),
         }
     table = pd.DataFrame.from_dict(rows, orient="index")
     return table.rename_axis("feature")

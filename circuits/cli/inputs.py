@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from circuits.cli.parsing.options import ModelOptions, TaskOptions
+from circuits.cli.parsing.options import CompareOptions, DiscoverOptions, ModelOptions, TaskOptions
 from circuits.cli.progress import phase
 from circuits.models import EMBEDDED, Model, load_model
 from circuits.tasks.registry import load_task
@@ -26,14 +26,20 @@ def model_of(options: ModelOptions) -> Model:
 
 def task_of(options: TaskOptions, model: Model, n: int, split: str) -> Task:
     """Load n prompts from a split of the task, or all of the user's own prompts."""
-    name, seed = options.task or DEFAULT_TASK, options.seed or 0
+    name = options.task or DEFAULT_TASK
     bos = options.prepend_bos
     with phase(f"tokenizing the prompts of {options.data or name}", quiet=options.json):
         if options.data is None:
+            seed = options.seed or 0
             return load_task(name, model, n=n, seed=seed, split=split, prepend_bos=bos)
         stem = re.sub(r"[^\w+-]+", "-", options.data.stem) or "data"
         skip = options.skip_misfits
         return Task.from_file(options.data, model, name=stem, prepend_bos=bos, skip_misfits=skip)
+
+
+def held_out_of(options: CompareOptions | DiscoverOptions, model: Model, task: Task) -> Task:
+    """Load the prompts to evaluate on; users' own have no splits, so they are those of `task`."""
+    return task if options.data else task_of(options, model, options.n_eval, "test")
 
 
 def notes_of(options: TaskOptions) -> dict[str, Any]:

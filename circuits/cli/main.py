@@ -41,6 +41,7 @@ examples:
   torchrun --nproc-per-node=4 -m -- circuits discover ...    share the work among four devices
 """
 Words = Sequence[str]
+Work = Callable[[], None]
 COMMANDS = ("discover", "evaluate", "compare", "graph", "view", "list")
 # The ranks that torchrun starts run these commands together; the first runs the others alone.
 COMMANDS_OF_ALL_RANKS = ("discover", "compare")
@@ -76,7 +77,7 @@ def main(arguments: Words | None = None) -> int:
     return _run(command, work)
 
 
-def _prepared(command: str, words: Words) -> Callable[[], None]:
+def _prepared(command: str, words: Words) -> Work:
     """The command's work: a function without arguments."""
     from circuits.cli.parsing.read import read_arguments
 
@@ -86,7 +87,7 @@ def _prepared(command: str, words: Words) -> Callable[[], None]:
     return partial(module.command, *arguments)
 
 
-def _run(command: str, work: Callable[[], None]) -> int:
+def _run(command: str, work: Work) -> int:
     from circuits.system.ranks import RankError, SharedError, is_first, start
 
     first = True

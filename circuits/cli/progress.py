@@ -18,6 +18,8 @@ from circuits.system.messages import one_line
 # Without a terminal, what is done sooner is not worth a line in a log.
 SECONDS_BEFORE_LINE = 1.5
 
+Update = Callable[[int, int], None]
+
 
 def phase(description: str, *, quiet: bool = False) -> AbstractContextManager[object]:
     """Say what the command does in the `with` block: beside a spinner, on a terminal.
@@ -30,9 +32,7 @@ def phase(description: str, *, quiet: bool = False) -> AbstractContextManager[ob
 
 
 @contextlib.contextmanager
-def progress_bar(
-    description: str, *, quiet: bool = False
-) -> Iterator[Callable[[int, int], None] | None]:
+def progress_bar(description: str, *, quiet: bool = False) -> Iterator[Update | None]:
     """Show a bar with rate and remaining time, on a terminal; elsewhere as `phase`.
 
     Yields the function that updates the bar; None if there is none.
@@ -72,7 +72,7 @@ def _line(description: str, *, quiet: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _bar(description: str) -> Iterator[Callable[[int, int], None]]:
+def _bar(description: str) -> Iterator[Update]:
     columns = Progress.get_default_columns()
     columns += (MofNCompleteColumn(), _RateColumn())
     console = Console(stderr=True)

@@ -19,7 +19,7 @@ import types
 import uuid
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -28,8 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from circuits.system.tensors import bytes_of
 
 PACKAGE = __name__.partition(".")[0]
 NOT_OWN = {PACKAGE, "torch", *sys.stdlib_module_names}
@@ -52,7 +53,10 @@ BUILTINS = (
 )  # fmt: skip
 
 Digest = bytes
+Known = dict[int, tuple[Digest, Any]]
+Entries = Mapping[Any, Any]
 Files = dict[Path, bytes]
+Paths = Iterator[Path]
 Import = tuple[int, str]
 
 
@@ -91,7 +95,8 @@ def code_digest(*values: Any, as_first_seen: bool = False) -> CodeDigest:
     digests = [walk.digest(value, _name(value)) for value in values]
     files = _with_imported(walk.files)
     sources = sorted(_hash(file.name, source) for file, source in files.items())
-    return CodeDigest(_hash("all", package_digest(), *digests, *sources).hex(), walk.unknown)
+    digest = _hash("all", package_digest(), *digests, *sources)
+    return CodeDigest(digest.hex(), walk.unknown)
 
 
 @functools.cache
@@ -99,7 +104,8 @@ def package_digest() -> Digest:
     """The digest of the source of this package, which is read once in a process."""
     root = Path(__file__).parents[1]
     files = {str(file.relative_to(root)): file for file in root.rglob("*.py")}
-    return _hash("package", *(_hash(name, files[name].read_bytes()) for name in sorted(files)))
+    digests = [_hash(name, file.read_bytes()) for name, file in sorted(files.items())]
+    return _hash("package", *digests)
 
 
 def _hash(kind: str, *parts: bytes) -> Digest:
@@ -132,16 +138,18 @@ class _Walk:
         self.as_first_seen = as_first_seen
         self.files: set[Path] = set()
         self.unknown = ""
+        # Where the value that is being visited was found.
+        self._where = ""
         # Installed packages count by their names, but for those that define the roots themselves.
         for root in roots:
             kind = root if isinstance(root, type) else type(root)
             for each in (root, *kind.__mro__):
                 self._add_module(getattr(each, "__module__", None))
         # By id. The values are kept, since the id of one that is gone can be given to another.
-        self._known: dict[int, tuple[Digest, Any]] = {}
+        self._known: Known = {}
 
-    def digest(self, value: Any, where: str) -> Digest:
-        """The digest of a value; `where` says where it was found."""
+    def digest(self, value: Any, where: str = "") -> Digest:
+        """The digest of a value, found at `where`, by default where that which holds it was."""
         if type(value) in PLAIN:
             return _hash(type(value).__name__, repr(value).encode())
         if self.as_first_seen and id(value) in _first_seen:
@@ -149,54 +157,59 @@ class _Walk:
         if id(value) not in self._known:
             # Met again inside itself, a value counts as this.
             self._known[id(value)] = _hash("itself"), value
-            try:
-                found = self._visit(value, where)
-            # What cannot be copied, such as a lock or an open file, raises errors of any type.
-            except Exception:
-                self.unknown = self.unknown or f"{where} holds a {_name(type(value))}"
-                found = _hash("unknown")
-            self._known[id(value)] = found, value
-        return self._known[id(value)][0]
+            self._known[id(value)] = self._visit(value, where), value
+        found, _ = self._known[id(value)]
+        return found
 
     def _visit(self, value: Any, where: str) -> Digest:
-        for kinds, visit in _VISITS.items():
-            if isinstance(value, kinds):
-                return visit(self, value, where)
-        return self._object(value, where)
+        before = self._where
+        self._where = where or before
+        try:
+            for kinds, visit in _VISITS.items():
+                if isinstance(value, kinds):
+                    return visit(self, value)
+            return self._object(value)
+        # What cannot be copied, such as a lock or an open file, raises errors of any type.
+        except Exception:
+            self.unknown = self.unknown or f"{self._where} holds a {_name(type(value))}"
+            return _hash("unknown")
+        finally:
+            self._where = before
 
-    def _all(self, kind: str, values: Iterable[Any], where: str) -> Digest:
-        return _hash(kind, *[self.digest(value, where) for value in values])
+    def _all(self, kind: str, values: Iterable[Any]) -> Digest:
+        return _hash(kind, *map(self.digest, values))
 
-    def _tensor(self, tensor: Tensor, where: str) -> Digest:
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        return _hash(f"{tensor.dtype} {tuple(tensor.shape)}", data.numpy().tobytes())
+    def _tensor(self, tensor: Tensor) -> Digest:
+        data = bytes_of(tensor.detach().cpu().contiguous())
+        return _hash(f"{tensor.dtype} {tuple(tensor.shape)}", data.tobytes())
 
-    def _array(self, array: Any, where: str) -> Digest:
+    def _array(self, array: Any) -> Digest:
         if array.dtype.hasobject:
-            return self._object(array, where)
+            return self._object(array)
         return _hash(f"{array.dtype} {array.shape}", array.tobytes())
 
-    def _tuple(self, values: tuple[Any, ...], where: str) -> Digest:
-        return self._all(_name(values), values, where)
+    def _tuple(self, values: Collection[Any]) -> Digest:
+        return self._all(_name(values), values)
 
-    def _set(self, values: set[Any] | frozenset[Any], where: str) -> Digest:
+    def _set(self, values: Collection[Any]) -> Digest:
         # In an order of their own: that of a set differs between processes.
-        return _hash(_name(values), *sorted(self.digest(value, where) for value in values))
+        return _hash(_name(values), *sorted(map(self.digest, values)))
 
-    def _dict(self, values: Mapping[Any, Any], where: str) -> Digest:
+    def _dict(self, values: Entries, where: str = "") -> Digest:
+        where = where or self._where
         parts = []
         for key, value in values.items():
             inside = f"{where}.{key}" if isinstance(key, str) else where
             parts += [self.digest(key, where), self.digest(value, inside)]
         return _hash(_name(values), *parts)
 
-    def _code(self, code: types.CodeType, where: str) -> Digest:
-        return self._all("code", [getattr(code, field) for field in CODE_FIELDS], where)
+    def _code(self, code: types.CodeType) -> Digest:
+        return self._all("code", [getattr(code, field) for field in CODE_FIELDS])
 
-    def _function(self, function: types.FunctionType, where: str) -> Digest:
-        cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    def _function(self, function: types.FunctionType) -> Digest:
+        names, cells = function.__code__.co_freevars, function.__closure__ or ()
         values: dict[str, Any] = {"": [function.__defaults__, function.__kwdefaults__]}
-        for name, cell in cells.items():
+        for name, cell in zip(names, cells, strict=True):
             with suppress(ValueError):  # not yet assigned
                 values[name] = cell.cell_contents
                 self._note_first(values[name], name)
@@ -205,7 +218,8 @@ class _Walk:
             self._add_file(function.__code__.co_filename)
             values[" code"] = function.__code__
             values |= dict(self._globals_of(function))
-        return _hash(_name(function), self._dict(values, function.__qualname__))
+        inside = self._dict(values, function.__qualname__)
+        return _hash(_name(function), inside)
 
     def _note_first(self, value: Any, where: str) -> None:
         if isinstance(value, list | dict | set) and id(value) not in _first_seen:
@@ -219,55 +233,53 @@ class _Walk:
             value = function.__globals__[name]
             yield name, value
             if isinstance(value, types.ModuleType) and self._is_own(value.__name__):
-                attributes = vars(value)
-                yield from (
-                    (f"{name}.{each}", attributes[each]) for each in names if each in attributes
-                )
+                held = vars(value)
+                yield from ((f"{name}.{each}", held[each]) for each in names if each in held)
 
-    def _class(self, kind: type, where: str) -> Digest:
+    def _class(self, kind: type) -> Digest:
         parts = []
         for each in kind.__mro__:
             parts.append(_name(each).encode())
             if self._is_own(each.__module__):
                 self._add_module(each.__module__)
-                parts.append(self._dict(_members(each), each.__qualname__))
+                members = self._dict(_members(each), each.__qualname__)
+                parts.append(members)
         return _hash("class", *parts)
 
-    def _module(self, module: types.ModuleType, where: str) -> Digest:
+    def _module(self, module: types.ModuleType) -> Digest:
         if self._is_own(module.__name__):
             self._add_module(module.__name__)
         return _hash("module", module.__name__.encode())
 
-    def _holder(self, value: Any, where: str) -> Digest:
+    def _holder(self, value: Any) -> Digest:
         held = {name: getattr(value, name, None) for name in HELD}
-        return _hash(_name(type(value)), self._dict(held, where))
+        return _hash(_name(type(value)), self._dict(held))
 
-    def _reference(self, reference: weakref.ref[Any], where: str) -> Digest:
-        return _hash("reference", self.digest(reference(), where))
+    def _reference(self, reference: Any) -> Digest:
+        return self._all("reference", [reference()])
 
-    def _builtin(self, value: Any, where: str) -> Digest:
-        owner = getattr(value, "__self__", None)
-        return _hash(_name(value), self.digest(owner, where))
+    def _builtin(self, value: Any) -> Digest:
+        return self._all(_name(value), [getattr(value, "__self__", None)])
 
-    def _object(self, value: Any, where: str) -> Digest:
+    def _object(self, value: Any) -> Digest:
         """Any other object: its class, and what a copy of it would be made of."""
         kind = type(value)
         identity = getattr(kind, "identity", None)
         if _top(kind.__module__) == PACKAGE and isinstance(identity, functools.cached_property):
             # Large weights of this package have a fingerprint.
-            return _hash(_name(kind), self.digest(value.identity.weights, where))
+            return self._all(_name(kind), [value.identity.weights])
         reduce = copyreg.dispatch_table.get(kind)
         made_of = reduce(value) if reduce else value.__reduce_ex__(4)
-        parts = [self.digest(kind, where), self.digest(getattr(value, "__wrapped__", None), where)]
+        about = [kind, getattr(value, "__wrapped__", None)]
         if isinstance(made_of, str):
-            return _hash(made_of, *parts)
+            return self._all(made_of, about)
         function, arguments, *more = made_of
-        state, items, entries = (*more, None, None, None)[:3]
+        state, *series = (*more, None, None, None)[:3]
         if isinstance(state, dict):
-            kept = {name: state[name] for name in state if not _is_cache(kind, name)}
-            state = kept or None
-        pieces = [function, arguments, state, tuple(items or ()), tuple(entries or ())]
-        return _hash("object", *parts, *[self.digest(piece, where) for piece in pieces])
+            kept = [name for name in state if not _is_cache(kind, name)]
+            state = {name: state[name] for name in kept} or None
+        items, entries = [tuple(each or ()) for each in series]
+        return self._all("object", [*about, function, arguments, state, items, entries])
 
     def _is_own(self, module: str | None) -> bool:
         file = getattr(sys.modules.get(_top(module)), "__file__", None) or ""
@@ -284,7 +296,7 @@ class _Walk:
 
 
 # By id, with the values themselves as above.
-_first_seen: dict[int, tuple[Digest, Any]] = {}
+_first_seen: Known = {}
 
 # The first that fits. Other objects, lists among them, are visited by what copies are made of.
 _VISITS: dict[Any, Any] = {
@@ -314,8 +326,8 @@ def _members(kind: type) -> dict[str, Any]:
     """What a class defines, without what Python and libraries note down in it."""
     members = {}
     for name, value in vars(kind).items():
-        is_noted = name.startswith("__") and not isinstance(value, (types.FunctionType, *HOLDERS))
-        if not is_noted and name != "_abc_impl":
+        is_code = isinstance(value, (types.FunctionType, *HOLDERS))
+        if name != "_abc_impl" and (is_code or not name.startswith("__")):
             members[name] = value
     return members
 
@@ -336,7 +348,7 @@ def _with_imported(files: Iterable[Path]) -> Files:
     return found
 
 
-def _imported(file: Path, source: bytes) -> Iterator[Path]:
+def _imported(file: Path, source: bytes) -> Paths:
     packages = [folder for folder in file.parents if (folder / "__init__.py").is_file()]
     package = packages[-1] if packages else file
     yield from (folder / "__init__.py" for folder in packages)
@@ -368,7 +380,7 @@ def _imports(source: bytes) -> frozenset[Import]:
     return frozenset(found)
 
 
-def _place_of(top: str) -> Iterator[Path]:
+def _place_of(top: str) -> Paths:
     """The folder that holds a module or package, which is not executed to find out."""
     if top in NOT_OWN:
         return
@@ -379,7 +391,7 @@ def _place_of(top: str) -> Iterator[Path]:
             yield from (Path(folder).parent for folder in folders)
 
 
-def _paths(place: Path, name: str) -> Iterator[Path]:
+def _paths(place: Path, name: str) -> Paths:
     """Where a module and the packages that it is in would be."""
     for part in name.split("."):
         yield place / f"{part}.py"

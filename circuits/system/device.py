@@ -11,6 +11,8 @@ from circuits.system.errors import InputError
 from circuits.system.numbers import shown
 from circuits.system.ranks import ranks
 
+REMEDY = "use 'cpu', 'cuda' or 'cuda:1'."
+
 
 def device_called(name: str | torch.device) -> torch.device:
     """Return the device with this name; `cuda` without a number is the GPU of this rank.
@@ -19,12 +21,7 @@ def device_called(name: str | torch.device) -> torch.device:
         InputError: no such device exists or it holds no data, torch finds no CUDA on this machine,
             or there are more ranks than GPUs.
     """
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(
-            f"there is no device {shown(name)}; use 'cpu', 'cuda' or 'cuda:1'."
-        ) from error
+    device = _device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(
             f"device {str(name)!r} was asked for, but torch {torch.__version__} finds "
@@ -34,12 +31,13 @@ def device_called(name: str | torch.device) -> torch.device:
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"device {str(name)!r} cannot be used ({reason}); use 'cpu', 'cuda' or 'cuda:1'."
-        ) from error
-    rank, world = ranks()
-    if world == 1 or device != torch.device("cuda"):
-        return device
+        raise InputError(f"device {str(name)!r} cannot be used ({reason}); {REMEDY}") from error
+    is_shared = ranks().world > 1 and device == torch.device("cuda")
+    return _gpu_of_rank() if is_shared else device
+
+
+def _gpu_of_rank() -> torch.device:
+    rank = ranks().rank
     local = int(os.environ.get("LOCAL_RANK", rank))
     count = torch.cuda.device_count()
     if local >= count:
@@ -50,12 +48,15 @@ def device_called(name: str | torch.device) -> torch.device:
     return torch.device("cuda", local)
 
 
-def dtype_called(name: Any) -> torch.dtype:
-    """Return the type of numbers with this name, such as "float32", also numpy's.
+def _device(name: str | torch.device) -> torch.device:
+    try:
+        return torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"there is no device {shown(name)}; {REMEDY}") from error
 
-    Raises:
-        InputError: torch has no such type of numbers, or it holds whole numbers only.
-    """
+
+def dtype_called(name: Any) -> torch.dtype:
+    """Return the type of numbers with this name, such as "float32", also numpy's."""
     text = getattr(name, "__name__", str(name)).removeprefix("torch.")
     dtype = name if isinstance(name, torch.dtype) else getattr(torch, text, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:

@@ -11,7 +11,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from circuits.system.errors import InputError
 from circuits.system.numbers import python_number, real, shown, truth, whole
 
-CHECKS: dict[Any, Callable[[Any, str], Any]] = {int: whole, float: real, bool: truth}
+Check = Callable[[Any, str], Any]
+CHECKS: dict[Any, Check] = {int: whole, float: real, bool: truth}
 
 
 class CheckedFields:
@@ -67,8 +68,12 @@ def _converted(value: Any, name: str, hint: Any) -> Any:
         return CHECKS[hint](value, name)
     if get_origin(hint) is Literal:
         return _chosen(value, name, get_args(hint))
-    if get_origin(hint) not in (Union, UnionType):
-        return value
+    if get_origin(hint) in (Union, UnionType):
+        return _of_union(value, name, hint)
+    return value
+
+
+def _of_union(value: Any, name: str, hint: Any) -> Any:
     kinds = [kind for kind in get_args(hint) if kind is not type(None)]
     is_optional = len(kinds) < len(get_args(hint))
     if is_optional and value is None:

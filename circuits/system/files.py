@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from circuits.system.errors import InputError, NotWrittenError
 from circuits.system.kinds import expect
+from circuits.system.tensors import bytes_of
 from circuits.system.torch_modes import without_modes
 
 try:
@@ -44,50 +44,37 @@ SECONDS_EMPTY = 3600
 # What safetensors, and torch for shapes or types that it does not know, raise for broken files.
 BROKEN = (SafetensorError, OSError, ValueError, TypeError, RuntimeError, AttributeError)
 
-Tensors = dict[str, Tensor]
-TensorsAndMetadata = tuple[Tensors, dict[str, str]]
+Tensors = Mapping[str, Tensor]
+Texts = Mapping[str, str]
+Header = Mapping[str, Any]
+Content = dict[str, Any]
+TensorsAndMetadata = tuple[dict[str, Tensor], dict[str, str]]
 
 
 def path_of(given: object) -> Path:
-    """A file or folder that a user names.
-
-    Raises:
-        InputError: it is no path.
-    """
+    """A file or folder that a user names."""
     expect(given, str | Path, "a path", "give a text or a pathlib.Path")
     return Path(str(given))
 
 
-def write_tensors(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    kind: str,
-    version: int,
-) -> Path:
+def write_tensors(path: Path, tensors: Tensors, metadata: Texts, kind: str, version: int) -> Path:
     """Write a safetensors file whose header states its format and version."""
     # The header of a safetensors file holds texts only.
     header = {"format": kind, "format_version": str(version), **metadata}
     return write_bytes(path, tensor_file(tensors, header))
 
 
-def tensor_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+def tensor_file(tensors: Tensors, metadata: Texts) -> bytes:
     """The bytes of a safetensors file with these tensors and metadata, and a digest of both."""
     on_cpu = {}
     for name, tensor in tensors.items():
-        copy = tensor.detach().cpu()
-        on_cpu[name] = copy.contiguous()
+        on_cpu[name] = tensor.detach().cpu().contiguous()
     return save(on_cpu, with_digest(metadata, on_cpu))
 
 
 @without_modes()
 def read_tensors(path: Path, kind: str, version: int) -> TensorsAndMetadata:
-    """Read the tensors of a safetensors file and the metadata in its header.
-
-    Raises:
-        InputError: the file is missing, truncated, changed after it was written, of another format
-            or from a newer version.
-    """
+    """Read the tensors of a safetensors file and the metadata in its header."""
     _check_exists(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -105,26 +92,21 @@ def read_tensors(path: Path, kind: str, version: int) -> TensorsAndMetadata:
     return tensors, metadata
 
 
-def with_digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def with_digest(header: Header, tensors: Tensors) -> Content:
     """The header of a file with these tensors, beginning with a digest of all other content."""
     return {DIGEST: _content_digest(header, tensors), **header}
 
 
-def check_digest(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Compare the digest in a file's header, if there is one, with the file's content.
-
-    Raises:
-        InputError: they differ.
-    """
-    stated = {
-        name: value
-        for name, value in header.items()
-        if name == DIGEST or (isinstance(value, str) and value.startswith(PREFIX))
-    }
-    if not stated:
-        return
-    rest = {name: value for name, value in header.items() if name not in stated}
-    if stated != {DIGEST: _content_digest(rest, tensors)}:
+def check_digest(path: Path, header: Header, tensors: Tensors) -> None:
+    """Compare the digest in a file's header, if there is one, with the file's content."""
+    stated: Content = {}
+    rest: Content = {}
+    for name, value in header.items():
+        if name == DIGEST or (isinstance(value, str) and value.startswith(PREFIX)):
+            stated[name] = value
+        else:
+            rest[name] = value
+    if stated and stated != {DIGEST: _content_digest(rest, tensors)}:
         raise InputError(
             f"{path} was changed after it was written: its content does not have the digest that "
             "it states. Restore it or make it again; if the change is wanted, "
@@ -139,32 +121,25 @@ def stated_digest(path: Path) -> str:
     return metadata.get(DIGEST, "").removeprefix(PREFIX)
 
 
-def _content_digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+def _content_digest(header: Header, tensors: Tensors) -> str:
     if sum(tensor.nbytes for tensor in tensors.values()) < MANY_BYTES:
-        digests = list(map(_tensor_digest, tensors.values()))
+        described = list(map(_described, tensors.values()))
     else:
         # hashlib lets other threads run while it hashes.
         with ThreadPoolExecutor() as pool:
-            digests = list(pool.map(_tensor_digest, tensors.values()))
-    described = {
-        name: [str(tensor.dtype), list(tensor.shape), digest]
-        for (name, tensor), digest in zip(tensors.items(), digests, strict=True)
-    }
-    text = json.dumps([header, described], sort_keys=True, default=str)
+            described = list(pool.map(_described, tensors.values()))
+    content = [header, dict(zip(tensors, described, strict=True))]
+    text = json.dumps(content, sort_keys=True, default=str)
     return PREFIX + sha256(text.encode()).hexdigest()
 
 
-def _tensor_digest(tensor: Tensor) -> str:
-    data = tensor.reshape(-1).view(torch.uint8)
-    return sha256(data.numpy().data).hexdigest()
+def _described(tensor: Tensor) -> list[Any]:
+    digest = sha256(bytes_of(tensor).data)
+    return [str(tensor.dtype), list(tensor.shape), digest.hexdigest()]
 
 
-def json_text(content: Mapping[str, Any]) -> str:
-    """Return `content` as JSON text; dataclasses become dictionaries.
-
-    Raises:
-        InputError: a value or key is something else that JSON has no form for, such as a tensor.
-    """
+def json_text(content: Header) -> str:
+    """Return `content` as JSON text; dataclasses become dictionaries."""
     try:
         return json.dumps(content, default=_plain)
     except TypeError as error:
@@ -182,12 +157,8 @@ def _plain(value: object) -> Any:
     raise TypeError(f"it holds a {type(value).__name__}")
 
 
-def write_json(path: Path, content: Mapping[str, Any], kind: str, version: int) -> Path:
-    """Write a JSON object that states its format, version and digest.
-
-    Raises:
-        InputError: it holds something that JSON has no form for, or the file cannot be written.
-    """
+def write_json(path: Path, content: Header, kind: str, version: int) -> Path:
+    """Write a JSON object that states its format, version and digest."""
     stamped = {"format": kind, "format_version": version, **content}
     # As it will be read: with texts as keys, and lists for tuples.
     plain = json.loads(json_text(stamped))
@@ -195,13 +166,8 @@ def write_json(path: Path, content: Mapping[str, Any], kind: str, version: int) 
     return write_bytes(path, text.encode())
 
 
-def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
-    """Read the object in a JSON file, without its format, version and digest.
-
-    Raises:
-        InputError: the file is missing, truncated, changed after it was written, of another format
-            or from a newer version.
-    """
+def read_json(path: Path, kind: str, version: int) -> Content:
+    """Read the object in a JSON file, without its format, version and digest."""
     content = read_json_object(path, kind)
     _check_format(path, content, kind, version)
     check_digest(path, content, {})
@@ -210,12 +176,8 @@ def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
     return content
 
 
-def read_json_object(path: Path, kind: str) -> dict[str, Any]:
-    """Read a JSON file that holds an object, whoever wrote it; `kind` says what it should be.
-
-    Raises:
-        InputError: the file is missing, not JSON, or holds something else.
-    """
+def read_json_object(path: Path, kind: str) -> Content:
+    """Read a JSON file that holds an object, whoever wrote it; `kind` says what it should be."""
     _check_exists(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -230,7 +192,7 @@ def read_json_object(path: Path, kind: str) -> dict[str, Any]:
     return content
 
 
-def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _with_unique_keys(pairs: list[tuple[str, Any]]) -> Content:
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
@@ -286,8 +248,8 @@ def _is_abandoned(path: Path) -> bool:
     with contextlib.suppress(OSError), path.open("r+b") as file:
         _lock(file)
         status = os.fstat(file.fileno())
-        seconds = time.time() - status.st_mtime
-        return seconds > SECONDS_EMPTY or (status.st_size > 0 and fcntl is not None)
+        is_old = time.time() - status.st_mtime > SECONDS_EMPTY
+        return is_old or (status.st_size > 0 and fcntl is not None)
     return False
 
 
@@ -318,7 +280,7 @@ def _check_exists(path: Path) -> None:
         raise InputError(f"there is no file {path}; check the path.")
 
 
-def _check_format(path: Path, header: Mapping[str, Any], kind: str, version: int) -> None:
+def _check_format(path: Path, header: Header, kind: str, version: int) -> None:
     found = header.get("format")
     found_version = str(header.get("format_version"))
     if found != kind:

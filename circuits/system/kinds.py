@@ -12,11 +12,7 @@ PLAIN = (str, int, float, list, tuple, dict, type(None))
 
 
 def expect(value: object, kind: Any, wanted: str, remedy: str) -> None:
-    """Refuse an argument of another kind: `wanted` says what it should be, such as "a Task".
-
-    Raises:
-        InputError: the value is no instance of `kind`; the message ends with the remedy.
-    """
+    """Refuse an argument of another kind: `wanted` says what it should be, such as "a Task"."""
     if not isinstance(value, kind):
         found = shown(value) if isinstance(value, PLAIN) else type(value).__name__
         raise InputError(f"expected {wanted}, got {found}; {remedy}.")

@@ -74,8 +74,7 @@ def shrinking(step: Callable[[int], Any], size: int, item: str) -> tuple[Any, in
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the error says that there is not enough memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
     # On the CPU torch raises a plain RuntimeError.
-    return (
-        isinstance(error, torch.OutOfMemoryError | MemoryError)
-        or "allocate memory" in str(error).lower()
-    )
+    return "allocate memory" in str(error).lower()

@@ -38,7 +38,9 @@ def suggestion(word: str, known: Iterable[str]) -> str:
         return "there is none."
     similar = difflib.get_close_matches(word.lower(), known, n=1)
     parts = [f"did you mean {known[each]!r}?" for each in similar]
-    if len(known) <= MOST_LISTED or not similar:
-        parts.append(f"there are {', '.join(list(known.values())[:MOST_LISTED])}")
-        parts[-1] += "." if len(known) <= MOST_LISTED else f" and {len(known) - MOST_LISTED} more."
+    n_more = len(known) - MOST_LISTED
+    if n_more <= 0 or not similar:
+        listed = ", ".join(list(known.values())[:MOST_LISTED])
+        more = f" and {n_more} more" if n_more > 0 else ""
+        parts.append(f"there are {listed}{more}.")
     return " ".join(parts)

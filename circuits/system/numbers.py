@@ -21,9 +21,6 @@ def whole(value: Any, name: str, *, least: int | None = None) -> int:
     >>> import numpy, torch
     >>> whole(numpy.int64(3), "n"), whole(torch.tensor([3]), "n"), whole(3.0, "n")
     (3, 3, 3)
-
-    Raises:
-        InputError: the value is something else, or too small.
     """
     number = python_number(value)
     is_below = least is not None and number is not None and number < least
@@ -40,9 +37,6 @@ def real(value: Any, name: str) -> float:
     >>> import numpy, torch
     >>> real(numpy.float32(0.5), "threshold"), real(torch.tensor(0.5), "threshold")
     (0.5, 0.5)
-
-    Raises:
-        InputError: the value is something else.
     """
     number = python_number(value)
     # NaN differs from itself.
@@ -52,11 +46,7 @@ def real(value: Any, name: str) -> float:
 
 
 def truth(value: Any, name: str) -> bool:
-    """True or False, also of numpy or torch. Other values have a truth too, which nobody meant.
-
-    Raises:
-        InputError: the value is something else, such as the text "False".
-    """
+    """True or False, also of numpy or torch. Other values have a truth too, which nobody meant."""
     found = _item(value)
     if not isinstance(found, bool):
         raise InputError(f"{name}={shown(value)} must be True or False.")
@@ -71,11 +61,7 @@ def python_number(value: Any) -> Any:
 
 
 def items(values: Any, name: str) -> list[Any]:
-    """What a list, tuple, array, tensor or other series holds, as Python's own objects.
-
-    Raises:
-        InputError: the value is a single number, a text or a mapping.
-    """
+    """What a list, tuple, array, tensor or other series holds, as Python's own objects."""
     listed = getattr(values, "tolist", None)
     found = listed() if callable(listed) else values
     if not isinstance(found, Iterable) or isinstance(found, str | bytes | Mapping):

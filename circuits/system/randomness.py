@@ -11,11 +11,7 @@ from circuits.system.numbers import whole
 
 
 def random_generator(seed: Any) -> torch.Generator:
-    """A generator of this seed, on the CPU, so that a seed means the same on all devices.
-
-    Raises:
-        InputError: the seed is no whole number, or too long for torch.
-    """
+    """A generator of this seed, on the CPU, so that a seed means the same on all devices."""
     number = whole(seed, "seed")
     if not -(2**63) <= number < 2**64:
         raise InputError(f"seed={number} is too long; give a number of at most 18 digits.")

@@ -23,6 +23,7 @@ from circuits.system.errors import InputError, NotFiniteError
 
 Result = TypeVar("Result")
 Work = Callable[[], Result]
+_Error = Exception | None
 # How long to wait for a rank that hangs. A rank that died is noticed at once by its connection.
 TIMEOUT = timedelta(minutes=30)
 
@@ -100,7 +101,8 @@ def in_slices(total: int, measure: Callable[[slice], Tensor]) -> Tensor:
         return measure(slice(0, total))
     mine = share(total)
     has_work = mine.stop > mine.start
-    return gathered(lambda: [measure(mine)] if has_work else [])[0]
+    (measured,) = gathered(lambda: [measure(mine)] if has_work else [])
+    return measured
 
 
 def gathered(measure: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
@@ -128,7 +130,7 @@ class _Report(NamedTuple):
     """What a rank sends to the others: its result, or the error to raise there."""
 
     result: Any = None
-    error: Exception | None = None
+    error: _Error = None
 
 
 def exchanged(function: Work[Result]) -> list[Result]:
@@ -136,7 +138,7 @@ def exchanged(function: Work[Result]) -> list[Result]:
     # The values are pickled, so they should be small.
     if ranks().world == 1:
         return [function()]
-    own_error: Exception | None = None
+    own_error: _Error = None
     try:
         report = _Report(function())
     except RankError:
@@ -151,19 +153,14 @@ def exchanged(function: Work[Result]) -> list[Result]:
     return [each.result for each in reports]
 
 
-def _raise_worst(reports: list[_Report], own: _Report, own_error: Exception | None) -> None:
+def _raise_worst(reports: list[_Report], own: _Report, own_error: _Error) -> None:
     # Any error but an InputError may be a bug. It comes first, and where it happened it is raised
     # with its traceback.
     if isinstance(own.error, RankError) and own_error is not None:
         raise own_error
     errors = [each.error for each in reports if each.error]
-    errors.sort(key=_is_input_error)
     if errors:
-        raise errors[0] from own_error
-
-
-def _is_input_error(error: Exception) -> bool:
-    return isinstance(error, InputError)
+        raise min(errors, key=lambda error: isinstance(error, InputError)) from own_error
 
 
 def _for_all_ranks(error: Exception) -> Exception:

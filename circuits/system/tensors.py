@@ -26,9 +26,6 @@ def as_tensor(given: Any, name: str, *, padding: int | None = None) -> Tensor:
 
     Args:
         padding: fills up lists of different lengths; None refuses them.
-
-    Raises:
-        InputError: the value holds something else than numbers, or lists of different lengths.
     """
     if isinstance(given, Tensor):
         return given
@@ -43,6 +40,11 @@ def as_tensor(given: Any, name: str, *, padding: int | None = None) -> Tensor:
             f"{name}={shown(given)} must hold numbers, in lists of equal length, an array or a "
             "tensor."
         ) from error
+
+
+def bytes_of(tensor: Tensor) -> np.ndarray:
+    """The bytes of a contiguous tensor on the CPU, which share its memory."""
+    return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
 def _plain(given: Any) -> Any:

@@ -18,10 +18,6 @@ def aligned(n_clean: int, n_corrupted: int, spans: Spans, corrupted_spans: Spans
     >>> clean, corrupted = [False, True, True, False], [False, True, False]
     >>> aligned(4, 3, {"NAME": clean}, {"NAME": corrupted})
     [0, 1, 1, 2]
-
-    Raises:
-        InputError: a span is named in the corrupted prompt only, the spans come in another order or
-            share tokens, or a clean piece has no counterpart.
     """
     unknown = [name for name in corrupted_spans if name not in spans]
     if unknown:
@@ -36,8 +32,8 @@ def aligned(n_clean: int, n_corrupted: int, spans: Spans, corrupted_spans: Spans
                 f"tokens {start} to {end - 1} of the clean prompt have no counterpart in the "
                 "corrupted one; name spans that leave tokens around them in both."
             )
-        shift = last - end
-        pairing += [max(first, position + shift) for position in range(start, end)]
+        counterpart = range(last - (end - start), last)
+        pairing += [max(first, position) for position in counterpart]
     return pairing
 
 

@@ -143,7 +143,8 @@ class Metric:
         if isinstance(values, Tensor):
             if values.shape == expected and not values.is_complex():
                 return
-            found = str(values.dtype) if values.is_complex() else f"shape {tuple(values.shape)}"
+            shape = f"shape {tuple(values.shape)}"
+            found = str(values.dtype) if values.is_complex() else shape
         raise InputError(
             f"metric {self.name!r} returned {found}; it must return one number per scored row, "
             f"shape ({expected[-1]},), as a tensor, and leave the averaging to the caller."
@@ -269,12 +270,12 @@ def _gather(
     tokens = _tokens(task, kind)
     # gather needs valid indices, so it reads token 0 where the tokens are padded with -1.
     indices = tokens.clamp(min=0)
-    indices = indices.expand(*values.shape[:-1], -1)
-    found = values.gather(-1, indices)
+    rows = values.shape[:-1]
+    found = values.gather(-1, indices.expand(*rows, -1))
     return found.masked_fill(tokens < 0, padding)
 
 
 def _mean_logit(logits: CircuitLogits, task: Task, kind: AnswerKind) -> Values:
-    total = _gather(logits, task, kind).sum(-1)
+    total = _gather(logits, task, kind)
     is_answer = _tokens(task, kind) >= 0
-    return total / is_answer.sum(-1)
+    return total.sum(-1) / is_answer.sum(-1)

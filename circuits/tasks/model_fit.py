@@ -14,10 +14,7 @@ def check_is_task(task: object) -> None:
 
 
 def check_task(model: Model, task: Task) -> None:
-    """Raise an InputError if the model lacks tokens of a task, or its prompts are too long.
-
-    Also if one of the two is something else.
-    """
+    """Raise an InputError if one of the two is something else, or the task does not fit."""
     check_model(model)
     check_is_task(task)
     cfg = model.cfg
@@ -27,20 +24,21 @@ def check_task(model: Model, task: Task) -> None:
             f"task {task.name!r} has prompts of {n_tokens} tokens, but {cfg.model_name} reads "
             f"{cfg.n_ctx}; shorten them."
         )
-    for kind, tokens, vocabulary in (
-        ("token", task.clean, cfg.d_vocab),
-        ("token", task.corrupted, cfg.d_vocab),
-        ("answer", task.answers, cfg.d_vocab_out),
-        ("answer", task.wrong_answers, cfg.d_vocab_out),
-    ):
-        largest = -1 if tokens is None else int(tokens.max())
-        if largest >= vocabulary:
-            raise InputError(
-                f"task {task.name!r} has {kind} {largest}, but {cfg.model_name} knows 0 to "
-                f"{vocabulary - 1}; use a task that was made for this model."
-            )
+    for prompts in (task.clean, task.corrupted):
+        _check_known(task, "token", prompts, cfg.d_vocab, cfg)
+    for answers in (task.answers, task.wrong_answers):
+        _check_known(task, "answer", answers, cfg.d_vocab_out, cfg)
     if task.finds_padding and model.tokenizer is not None:
         _check_padding(model.tokenizer, task)
+
+
+def _check_known(task: Task, kind: str, tokens: Any, vocabulary: int, cfg: Any) -> None:
+    largest = -1 if tokens is None else int(tokens.max())
+    if largest >= vocabulary:
+        raise InputError(
+            f"task {task.name!r} has {kind} {largest}, but {cfg.model_name} knows 0 to "
+            f"{vocabulary - 1}; use a task that was made for this model."
+        )
 
 
 def _check_padding(tokenizer: Any, task: Task) -> None:
@@ -48,10 +46,11 @@ def _check_padding(tokenizer: Any, task: Task) -> None:
     pad = tokenizer.pad_token_id
     if pad is None:
         return
+    has_two_uses = pad in (tokenizer.bos_token_id, tokenizer.eos_token_id)
     for kind, tokens in (("clean", task.clean), ("corrupted", task.corrupted)):
         is_pad = tokens == pad
         # Where BOS is also used for padding, one at the start of every prompt is BOS.
-        first = int(pad in (tokenizer.bos_token_id, tokenizer.eos_token_id) and is_pad[:, 0].all())
+        first = int(has_two_uses and is_pad[:, 0].all())
         before = is_pad[:, first:].cumprod(1).any(1)
         # Padding after the last scored token does no harm.
         after = is_pad[:, -1] & task.scored[:, -1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Any
 
 import pandas as pd
@@ -19,17 +19,14 @@ FORMS = "a PromptPair, a dict with its fields, or a tuple (clean, corrupted, ans
 
 
 def prompt_pairs(given: Any) -> list[PromptPair]:
-    """All pairs of a list, a table (of pandas, or a dict of columns), or a single pair.
-
-    Raises:
-        InputError: something is no prompt pair; the message gives its number, from 0.
-    """
+    """All pairs of a list, a table (of pandas, or a dict of columns), or a single pair."""
     if isinstance(given, pd.DataFrame):
         # A missing cell is None rather than NaN.
         given = given.astype(object).where(given.notna(), None).to_dict("records")
     elif isinstance(given, Mapping) and _has_columns(given):
         columns = given.values()
-        given = [dict(zip(given, cells, strict=True)) for cells in zip(*columns, strict=True)]
+        rows = zip(*columns, strict=True)
+        given = [dict(zip(given, cells, strict=True)) for cells in rows]
     elif isinstance(given, PromptPair | Mapping | pd.Series) or _is_pair(given):
         given = [given]
     if isinstance(given, str) or not isinstance(given, Iterable):
@@ -62,13 +59,11 @@ def _from_fields(given: dict[str, Any]) -> PromptPair:
     known = known_fields(given)
     if known is not None:
         return PromptPair(**known)
-    named = {each.name: each for each in fields(PromptPair)}
+    names = [each.name for each in fields(PromptPair)]
     for name in given:
-        if name not in named:
-            raise InputError(f"unknown field {name!r}; {suggestion(str(name), named)}")
+        if name not in names:
+            raise InputError(f"unknown field {name!r}; {suggestion(str(name), names)}")
+    if given.get("clean") is None:
+        raise InputError("field 'clean' is missing; give a text.")
     given = {name: value for name, value in given.items() if value is not None}
-    for name, each in named.items():
-        has_default = each.default is not MISSING or each.default_factory is not MISSING
-        if not has_default and name not in given:
-            raise InputError(f"field {name!r} is missing; give a text.")
     return PromptPair(**given)

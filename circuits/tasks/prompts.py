@@ -19,6 +19,7 @@ Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
 # Start and end of a stretch of text, in characters; the end is exclusive.
 CharSpan = tuple[int, int]
+CharSpans = Mapping[str, CharSpan]
 Token = str | int
 """The text of a token, or its id."""
 Answer = Token | Sequence[Token] | None
@@ -56,19 +57,20 @@ class PromptPair:
     corrupted: str | None = None
     answer: Answer = None
     wrong_answer: Answer = None
-    spans: Mapping[str, CharSpan] = field(default_factory=dict, hash=False)
-    corrupted_spans: Mapping[str, CharSpan] = field(default_factory=dict, hash=False)
+    spans: CharSpans = field(default_factory=dict, hash=False)
+    corrupted_spans: CharSpans = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for name in ("clean", "corrupted"):
             text = getattr(self, name)
-            is_missing = name == "corrupted" and text is None
-            if not (is_missing or isinstance(text, str)):
+            may_be = str | None if name == "corrupted" else str
+            if not isinstance(text, may_be):
                 raise InputError(
                     f"{name}={shown(text)} is no text; for token ids use Task.from_tokens."
                 )
         for name in ("answer", "wrong_answer"):
-            object.__setattr__(self, name, _plain_answer(getattr(self, name), name))
+            plain = _plain_answer(getattr(self, name), name)
+            object.__setattr__(self, name, plain)
 
     @property
     def answers(self) -> tuple[Token, ...]:
@@ -81,7 +83,7 @@ class PromptPair:
         return _as_tuple(self.wrong_answer)
 
 
-def _plain_answer(answer: Any, name: str) -> Token | tuple[Token, ...] | None:
+def _plain_answer(answer: Any, name: str) -> Answer:
     """A text, an id, or a tuple of them, whatever the user has them in; None if it is missing."""
     number = python_number(answer)
     # Tables mark what is missing by NaN, which differs from itself.
@@ -93,7 +95,8 @@ def _plain_answer(answer: Any, name: str) -> Token | tuple[Token, ...] | None:
         return whole(number, name, least=0)
     if isinstance(answer, bool) or not isinstance(answer, Iterable):
         raise InputError(f"{name}={shown(answer)}: give a text, a token id, or a list of them.")
-    several = items(sorted(answer, key=repr) if isinstance(answer, Set) else answer, name)
+    in_order = sorted(answer, key=repr) if isinstance(answer, Set) else answer
+    several = items(in_order, name)
     if not several:
         raise InputError(f"{name}={shown(answer)} holds no answer; leave it out, or give one.")
     return tuple(each if isinstance(each, str) else whole(each, name, least=0) for each in several)

@@ -1,5 +1,6 @@
 """Tasks by name. A module in `families/` that defines a `TaskFamily` adds its task."""
 
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -79,16 +80,20 @@ def load_task(
     fitting = Fitting(partial(encoder.encode, single=True), skip=True)
     encoded = list(filter(None, map(fitting, pairs)))
     if len(encoded) < len(pairs) * MIN_FITTING_SHARE:
-        words = list(dict.fromkeys(fitting.words))
-        shown, hidden = words[:MAX_WORDS_SHOWN], words[MAX_WORDS_SHOWN:]
-        more = f" and {len(hidden)} more" if hidden else ""
-        to_blame = f" ({quoted(shown)}{more})" if shown else ""
         raise InputError(
             f"task {name!r}: only {len(encoded)} of {len(pairs)} prompts fit "
-            f"{model.cfg.model_name}, and at least half must: {fitting.told()}{to_blame}. "
+            f"{model.cfg.model_name}, and at least half must: {fitting.told()}"
+            f"{_to_blame(fitting.words)}. "
             "Use another model, or your own prompts (Task.from_prompts)."
         )
     return task_from_encoded(encoded, name, family.metric, model, fitting.left_out)
+
+
+def _to_blame(words: Sequence[str]) -> str:
+    words = list(dict.fromkeys(words))
+    shown, hidden = words[:MAX_WORDS_SHOWN], words[MAX_WORDS_SHOWN:]
+    more = f" and {len(hidden)} more" if hidden else ""
+    return f" ({quoted(shown)}{more})" if shown else ""
 
 
 def make_family(name: str, **options: Any) -> TaskFamily:

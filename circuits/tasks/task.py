@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +24,7 @@ from circuits.tasks import validation
 from circuits.tasks.pairs import PromptPairs, prompt_pairs
 from circuits.tasks.prompts import PromptPair, read_pairs
 from circuits.tasks.readers.tokens import prompt_indices, token_ids
-from circuits.tasks.tokenization import EncodedPair, Fitting, PromptTokenizer
+from circuits.tasks.tokenization import EncodedPair, Fitting, fitting
 
 TokenMask = Bool[Tensor, "batch pos"]
 EncodedPairs = Sequence[EncodedPair]
@@ -123,8 +122,8 @@ class Task:
                 or answers are not one token each, or one answer and one wrong answer of equally
                 many tokens.
         """
-        encode = Fitting(PromptTokenizer.of(model, prepend_bos).encode, skip_misfits)
-        encoded = [encode(pair) for pair in prompt_pairs(pairs)]
+        encode = fitting(model, prepend_bos, skip_misfits)
+        encoded = list(map(encode, prompt_pairs(pairs)))
         return _task_of_fitting(encode, encoded, name, metric, model)
 
     @staticmethod
@@ -159,7 +158,7 @@ class Task:
         Raises:
             InputError: the file cannot be read, or a line cannot be used.
         """
-        encode = Fitting(PromptTokenizer.of(model, prepend_bos).encode, skip_misfits)
+        encode = fitting(model, prepend_bos, skip_misfits)
         encoded = read_pairs(path, encode)
         name = Path(path).stem if name is None else name
         return _task_of_fitting(encode, encoded, name, metric, model)
@@ -228,11 +227,7 @@ class Task:
         wrong_answers = validation.check_answers("wrong_answers", wrong_answers, scored)
         validation.check_different(answers, wrong_answers, scored)
         spans = validation.check_spans(masks, clean, mask)
-        if not isinstance(name, str) or not re.fullmatch(r"[\w+-][\w.+-]*", name):
-            raise InputError(
-                f"a task cannot be called {name!r}, because folders get its name; use only "
-                "letters, digits and . _ - +, and no . at the start."
-            )
+        validation.check_name(name)
         metric = _default_metric(answers, wrong_answers) if metric is None else metric
         task = Task(
             name,
@@ -263,38 +258,34 @@ class Task:
         Raises:
             InputError: there are no such prompts.
         """
-        indices = prompt_indices(indices, len(self))
         # Indices of prompts, whatever they were selected by.
-        index = torch.arange(len(self))[indices]
+        index = torch.arange(len(self))[prompt_indices(indices, len(self))]
         index = index.to(self.scored.device)
-        # The number of each scored row, where it is scored
-        numbers = self.scored.flatten().cumsum(0).view_as(self.scored) - 1
-        rows = numbers[index][self.scored[index]]
+        rows, n_rows = self._rows_of(index), len(self.row_prompt)
 
         def select(name: str, tensor: Tensor) -> Tensor:
-            by_row = name in ANSWER_FIELDS and len(tensor) == len(self.row_prompt)
+            by_row = name in ANSWER_FIELDS and len(tensor) == n_rows
             return tensor[rows if by_row else index]
 
-        task = self._with_tensors(select)
-        if self.prompts is None:
-            return task
-        prompts = [self.prompts[number] for number in index]
-        return replace(task, prompts=tuple(prompts))
+        prompts = self.prompts and tuple(self.prompts[number] for number in index)
+        return replace(self._with_tensors(select), prompts=prompts)
+
+    def _rows_of(self, index: Tensor) -> Tensor:
+        # The number of each scored row, where it is scored
+        numbers = self.scored.flatten().cumsum(0) - 1
+        return numbers.view_as(self.scored)[index][self.scored[index]]
 
     @cached_property
     def mask(self) -> TokenMask:
         """True at real tokens, False at padding."""
-        n_tokens = self.clean.shape[1]
-        positions = torch.arange(n_tokens, device=self.clean.device)
-        return positions < self.lengths[:, None]
+        return validation.first_tokens(self.lengths, self.clean)
 
     @cached_property
     def corrupted_mask(self) -> Bool[Tensor, "batch corrupted_pos"]:
         """True at real tokens of the corrupted prompts."""
         if self.corrupted_lengths is None:
             return self.mask
-        positions = torch.arange(self.corrupted.shape[1], device=self.corrupted.device)
-        return positions < self.corrupted_lengths[:, None]
+        return validation.first_tokens(self.corrupted_lengths, self.corrupted)
 
     @property
     def masked_prompts(self) -> tuple[tuple[Tensor, Tensor, Tensor], ...]:
@@ -329,9 +320,7 @@ class Task:
         return self._by_row(self.wrong_answers)
 
     def _by_row(self, tokens: OptionalTensor) -> OptionalTensor:
-        if tokens is None or len(tokens) == len(self.row_prompt):
-            return tokens
-        return tokens[self.row_prompt]
+        return None if tokens is None else validation.by_row(tokens, self.row_prompt)
 
     def to(self, device: str | torch.device | None) -> Task:
         """The same task with its tensors on `device`."""
@@ -424,12 +413,12 @@ def task_from_encoded(
     # In the order of the first pair, which sorted fields have lost.
     spans = {span: tensors.pop(f"span {span}") for span in prompts[0].spans}
     lengths = torch.tensor([len(each.fields["clean"]) for each in encoded])
-    n_scored = torch.tensor([each.n_scored for each in encoded])
-    from_end = lengths[:, None] - torch.arange(tensors["clean"].shape[1])
+    n_before = lengths - torch.tensor([each.n_scored for each in encoded])
+    up_to, before = [validation.first_tokens(n, tensors["clean"]) for n in (lengths, n_before)]
     task = Task.from_tokens(
         **tensors,
         lengths=lengths,
-        answer_positions=(from_end > 0) & (from_end <= n_scored[:, None]),
+        answer_positions=up_to & ~before,
         positions=spans,
         metric=metric,
         name=name,
@@ -442,7 +431,7 @@ def _alignment(encoded: EncodedPairs) -> dict[str, Any]:
     """The fields of a task some of whose corrupted prompts are not aligned token by token."""
     pairings = [list(each.alignment) for each in encoded]
     lengths = [len(each.fields["corrupted"]) for each in encoded]
-    if all(pairing == list(range(n)) for pairing, n in zip(pairings, lengths, strict=True)):
+    if pairings == [list(range(length)) for length in lengths]:
         return {}
     return {"alignment": _stacked(pairings, 0), "corrupted_lengths": torch.tensor(lengths)}
 

@@ -15,9 +15,6 @@ def token_spans(graph: Graph, task: Task) -> SpanIndices | None:
     """For each token, the index of its span in `graph.positions`; None if edges are not split.
 
     Padding gets index 0 if the spans have names.
-
-    Raises:
-        InputError: the task lacks a span, spans share a token, or a prompt is too long.
     """
     if graph.positions is None:
         return None

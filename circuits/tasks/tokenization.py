@@ -25,6 +25,8 @@ from circuits.tasks.prompts import CharSpan, PromptPair, Token
 from circuits.tasks.readers.tokens import Prompt, checked_id, one_prompt
 
 TokenIds = list[int]
+# By kind ("answers", "wrong_answers"), the tokens of each word, or of each scored position.
+Answers = dict[str, list[TokenIds]]
 # Its length may change where BOS is put in front.
 PromptTokens = Int[Tensor, " _"]
 _ONE = "one token each"
@@ -54,9 +56,8 @@ class EncodedPair:
     # "clean" and "corrupted" as token ids; then for each "span NAME" whether it holds each token
     # of the clean prompt.
     fields: dict[str, Sequence[int]]
-    # For "answers" and "wrong_answers", if the pair has them, the tokens of each scored position.
-    # The scored positions are the last ones.
-    answers: dict[str, list[TokenIds]]
+    # For the kinds that the pair has, the tokens of each scored position, which are the last ones.
+    answers: Answers
     # For each token of the clean prompt, the position of its counterpart in the corrupted one.
     alignment: Sequence[int]
     # An answer that goes on within the last word of the prompt, though it is a word of its own too.
@@ -104,37 +105,39 @@ class PromptTokenizer:
     def encode(self, pair: PromptPair, *, single: bool = False) -> EncodedPair:
         """Turn a prompt pair into tokens, or raise DoesNotFit or another InputError.
 
-        Args:
-            single: refuse answers of several tokens.
+        `single` refuses answers of several tokens.
         """
         clean = self.prompt(pair.clean, "clean")
         answers = self._answers(pair, clean, single=single)
-        corrupted = clean
-        if pair.corrupted is not None:
-            corrupted = self.prompt(pair.corrupted, "corrupted")
-            _check_differ(pair, clean, corrupted)
+        corrupted = self._corrupted(pair, clean)
         spans = self._spans(pair.clean, pair.spans)
         named = self._spans(pair.corrupted or "", pair.corrupted_spans)
         pairing = aligned(len(clean), len(corrupted), spans, named)
         # Teacher forcing: before each token of an answer stand the ones before it.
         right = answers.get("answers", [[]])
         forced = [tokens[0] for tokens in right[:-1]]
-        self._check_length([*clean, *forced], pair.clean, "clean")
-        self._check_length([*corrupted, *forced], str(pair.corrupted), "corrupted")
-        fields: dict[str, Sequence[int]]
-        fields = {"clean": clean + forced, "corrupted": corrupted + forced}
+        fields: dict[str, Sequence[int]] = {}
+        for role, ids in (("clean", clean), ("corrupted", corrupted)):
+            fields[role] = ids + forced
+            self._check_length(fields[role], str(getattr(pair, role)), role)
         for name, is_inside in spans.items():
             fields[f"span {name}"] = is_inside + [False] * len(forced)
-        pairing += range(len(corrupted), len(corrupted) + len(forced))
+        pairing += range(len(corrupted), len(fields["corrupted"]))
         return EncodedPair(pair, fields, answers, pairing, self._fused(pair, clean))
+
+    def _corrupted(self, pair: PromptPair, clean: TokenIds) -> TokenIds:
+        if pair.corrupted is None:
+            return clean
+        corrupted = self.prompt(pair.corrupted, "corrupted")
+        _check_differ(pair, clean, corrupted)
+        return corrupted
 
     def prompt(self, text: str, role: str = "given") -> TokenIds:
         """Turn a prompt into tokens that begin with `bos`. Errors name the role."""
         text_ids = self._ids(text)
         if not text.strip() or not text_ids:
-            raise DoesNotFit(
-                f"a {role} prompt is empty ({text!r}); give it some text.", "an empty prompt"
-            )
+            message = f"a {role} prompt is empty ({text!r}); give it some text."
+            raise DoesNotFit(message, "an empty prompt")
         spelt = self.tokenizer.bos_token
         if self.bos not in (None, text_ids[0]) and text.lstrip().startswith(spelt):
             raise InputError(
@@ -148,15 +151,16 @@ class PromptTokenizer:
         return ids
 
     def answer(self, prompt: str, word: str) -> int:
-        """The single token by which `word` continues `prompt`; DoesNotFit if there is none."""
+        """The single token by which `word` continues `prompt`, or DoesNotFit."""
         prompt_ids = self.with_bos(self._ids(prompt))
         [[token]] = self._continuations(prompt, prompt_ids, [word], single=True)
         return token
 
     def with_bos(self, ids: Sequence[int]) -> TokenIds:
         """The ids of a text as a prompt: BOS comes once, also if the text begins with it."""
-        own = self._n_bos(ids)
-        return list(ids) if self.bos is None else [self.bos, *ids[own:]]
+        if self.bos is None:
+            return list(ids)
+        return [self.bos, *ids[self._n_bos(ids) :]]
 
     def words(self, tokens: Sequence[int]) -> list[str]:
         """The text of each token."""
@@ -180,7 +184,7 @@ class PromptTokenizer:
     def _text(self, ids: TokenIds) -> str:
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
-    def _check_length(self, ids: TokenIds, text: str, role: str) -> None:
+    def _check_length(self, ids: Sequence[int], text: str, role: str) -> None:
         if len(ids) > self.cfg.n_ctx:
             raise DoesNotFit(
                 f"the {role} prompt {shorten(text)} has {len(ids)} tokens and "
@@ -202,29 +206,20 @@ class PromptTokenizer:
                 unknown,
             )
 
-    def _answers(
-        self, pair: PromptPair, prompt_ids: TokenIds, *, single: bool
-    ) -> dict[str, list[TokenIds]]:
+    def _answers(self, pair: PromptPair, prompt_ids: TokenIds, *, single: bool) -> Answers:
         """By kind of answers, the tokens of each scored position; see `EncodedPair`."""
-        words = {"answers": pair.answers, "wrong_answers": pair.wrong_answers}
-        found = {
-            kind: self._continuations(pair.clean, prompt_ids, some, single=single)
-            for kind, some in words.items()
-            if some
-        }
+        found: Answers = {}
+        for kind in ("answers", "wrong_answers"):
+            words = getattr(pair, kind)
+            if words:
+                found[kind] = self._continuations(pair.clean, prompt_ids, words, single=single)
         right, wrong = found.get("answers", []), found.get("wrong_answers", [])
-        both = [word for word, ids in zip(pair.wrong_answers, wrong, strict=True) if ids in right]
-        if both:
-            raise DoesNotFit(
-                f"{quoted(map(str, both))} is both an answer and a wrong answer of "
-                f"{shorten(pair.clean)}; remove it from one.",
-                "an answer that is also a wrong answer",
-            )
-        if all(len(ids) == 1 for ids in right + wrong):
+        _check_no_answer_is_wrong(pair, right, wrong)
+        lengths = {len(ids) for ids in right + wrong}
+        if lengths <= {1}:
             # A set of tokens at one position; two words may be the same token.
             sets = {kind: dict.fromkeys(token for [token] in ids) for kind, ids in found.items()}
             return {kind: [list(tokens)] for kind, tokens in sets.items()}
-        lengths = {len(ids) for ids in right + wrong}
         if len(right) == 1 and len(wrong) <= 1 and len(lengths) == 1:
             return {kind: [[token] for token in ids] for kind, [ids] in found.items()}
         several = dict.fromkeys(pair.answers + pair.wrong_answers)
@@ -287,8 +282,7 @@ class PromptTokenizer:
         """The word with the right leading space, if that was forgotten or doubled."""
         bare = word.lstrip()
         # "17" may go on with "332".
-        fuses = prompt[-1:].isalpha() and word[:1].isalpha()
-        if ids and not (fuses or word[:2].isspace()):
+        if ids and not (_fuses(prompt, word) or word[:2].isspace()):
             return None
         for candidate in (f" {bare}", bare):
             better = candidate != word and self._continuation(prompt, prompt_ids, candidate)
@@ -300,8 +294,7 @@ class PromptTokenizer:
         """An answer such as "Mary" after "to", which is read as "toMary"."""
         words = (each for each in pair.answers + pair.wrong_answers if isinstance(each, str))
         for word in words:
-            fuses = pair.clean[-1:].isalpha() and word[:1].isalpha()
-            forms = (word, f" {word}") if fuses else ()
+            forms = (word, f" {word}") if _fuses(pair.clean, word) else ()
             found = [self._continuation(pair.clean, prompt_ids, form) for form in forms]
             if all(found) and len(set(map(len, filter(None, found)))) == 1:
                 return word
@@ -310,10 +303,9 @@ class PromptTokenizer:
     def _offsets(self, text: str) -> list[CharSpan]:
         # Only fast tokenizers say which characters a token stands for.
         if not self.tokenizer.is_fast:
-            name = self.cfg.model_name
             raise InputError(
-                f"spans need a fast tokenizer, which that of {name} is not; load a fast one, or "
-                "leave the spans out."
+                f"spans need a fast tokenizer, which that of {self.cfg.model_name} is not; load a "
+                "fast one, or leave the spans out."
             )
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         offsets, own = encoded["offset_mapping"], self._n_bos(encoded["input_ids"])
@@ -366,6 +358,12 @@ class Fitting:
         return ", ".join(f"{reason} ({count})" for reason, count in self.left_out.items())
 
 
+def fitting(model: Model, prepend_bos: bool | None, skip: bool) -> Fitting:
+    """What turns a user's pairs into tokens of this model."""
+    encoder = PromptTokenizer.of(model, prepend_bos)
+    return Fitting(encoder.encode, skip)
+
+
 def prompt_tokens(model: Model, prompt: Prompt, prepend_bos: bool | None = None) -> PromptTokens:
     """Token ids of one prompt, on the CPU, or an InputError if it cannot be used.
 
@@ -375,7 +373,16 @@ def prompt_tokens(model: Model, prompt: Prompt, prepend_bos: bool | None = None)
     """
     if isinstance(prompt, str):
         encoder = PromptTokenizer.of(model, prepend_bos)
-        return torch.tensor(encoder.prompt(prompt), dtype=torch.long)
+        return torch.tensor(encoder.prompt(prompt))
+    tokens = _given_tokens(prompt)
+    _check_no_padding(model.tokenizer, tokens)
+    if not prepend_bos or not len(tokens):
+        return tokens
+    encoder = PromptTokenizer.of(model, prepend_bos)
+    return torch.tensor(encoder.with_bos(tokens.tolist()))
+
+
+def _given_tokens(prompt: Any) -> PromptTokens:
     try:
         tokens = torch.as_tensor(one_prompt(prompt)).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -388,12 +395,7 @@ def prompt_tokens(model: Model, prompt: Prompt, prepend_bos: bool | None = None)
     if not isinstance(tokens, _ONE_PROMPT):
         found = f"shape {tuple(tokens.shape)} and type {tokens.dtype}"
         raise InputError(f"token ids of {found} are no prompt: give one list of integers.")
-    tokens = tokens.reshape(-1).long()
-    _check_no_padding(model.tokenizer, tokens)
-    if not prepend_bos:
-        return tokens
-    encoder = PromptTokenizer.of(model, prepend_bos)
-    return torch.tensor(encoder.with_bos(tokens.tolist()))
+    return tokens.reshape(-1).long()
 
 
 def _check_no_padding(tokenizer: Any, tokens: PromptTokens) -> None:
@@ -413,6 +415,18 @@ def _check_no_padding(tokenizer: Any, tokens: PromptTokens) -> None:
             )
 
 
+def _check_no_answer_is_wrong(
+    pair: PromptPair, right: list[TokenIds], wrong: list[TokenIds]
+) -> None:
+    both = [word for word, ids in zip(pair.wrong_answers, wrong, strict=True) if ids in right]
+    if both:
+        raise DoesNotFit(
+            f"{quoted(map(str, both))} is both an answer and a wrong answer of "
+            f"{shorten(pair.clean)}; remove it from one.",
+            "an answer that is also a wrong answer",
+        )
+
+
 def _check_differ(pair: PromptPair, clean: TokenIds, corrupted: TokenIds) -> None:
     assert pair.corrupted is not None
     if clean == corrupted:
@@ -430,6 +444,10 @@ def _check_differ(pair: PromptPair, clean: TokenIds, corrupted: TokenIds) -> Non
             "two prompts of different numbers of tokens",
             _differing_words(pair.clean.split(), pair.corrupted.split()),
         )
+
+
+def _fuses(prompt: str, word: str) -> bool:
+    return prompt[-1:].isalpha() and word[:1].isalpha()
 
 
 def _differing_words(clean: list[str], corrupted: list[str]) -> list[str]:

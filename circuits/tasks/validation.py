@@ -3,6 +3,7 @@
 They return tensors in the form that `Task` keeps: int64 or bool, on the device of `clean`.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,15 @@ from circuits.graph.nodes import check_position_name
 from circuits.system.errors import InputError
 
 Masks = Mapping[str, Tensor]
+
+
+def check_name(name: Any) -> None:
+    """The name of a task can be that of a folder."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w+-][\w.+-]*", name):
+        raise InputError(
+            f"a task cannot be called {name!r}, because folders get its name; use only "
+            "letters, digits and . _ - +, and no . at the start."
+        )
 
 
 def check_prompts(clean: Tensor, corrupted: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,8 +60,19 @@ def check_mask(
     _require("lengths", lengths, advice, Integer[Tensor, f"{batch}"])
     lengths = lengths.long()
     _require_valid("lengths", lengths, (lengths >= 1) & (lengths <= pos), advice)
-    real = torch.arange(pos) < lengths.cpu()[:, None]
-    return (real.flip(1) if padding_side == "left" else real).to(clean.device)
+    real = first_tokens(lengths.to(clean.device), clean)
+    return real.flip(1) if padding_side == "left" else real
+
+
+def first_tokens(n: Tensor, tokens: Tensor) -> Bool[Tensor, "batch pos"]:
+    """True at as many tokens of each prompt [batch, pos] as `n` [batch] says, from the first on."""
+    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    return positions < n[:, None]
+
+
+def by_row(tokens: Tensor, row_prompt: Tensor) -> Tensor:
+    """The answers of each scored row, of those of each prompt or of each row already."""
+    return tokens if len(tokens) == len(row_prompt) else tokens[row_prompt]
 
 
 def _stretches(mask: Tensor, clean: Tensor) -> Tensor:
@@ -63,8 +84,9 @@ def _stretches(mask: Tensor, clean: Tensor) -> Tensor:
     _require_valid(name, mask, (mask == 0) | (mask == 1), advice)
     real = mask.to(clean.device).bool()
     # A stretch starts at a real token after no real token.
-    starts = real.int().diff(dim=1, prepend=torch.zeros_like(clean[:, :1])) > 0
-    for prompt in (starts.sum(1) != 1).nonzero()[:1].flatten().tolist():
+    nothing = torch.zeros_like(clean[:, :1])
+    starts = real.int().diff(dim=1, prepend=nothing) > 0
+    for prompt in _first_without(starts.sum(1, keepdim=True) == 1):
         found = "has a hole" if real[prompt].any() else "marks no token"
         raise InputError(
             f"attention_mask {found} in prompt {prompt}; mark one stretch of real tokens in every "
@@ -87,11 +109,10 @@ def check_answers(name: str, tokens: Tensor | None, scored: Tensor) -> Tensor | 
     tokens = tokens.reshape(len(tokens), -1).to(scored.device).long()
     what = "prompt" if len(tokens) == batch else "scored row"
     _require_valid(name, tokens, tokens >= -1, "token ids, padded with -1", what)
-    without = (tokens < 0).all(1).nonzero()
-    if len(without):
+    for row in _first_without(tokens >= 0):
         raise InputError(
-            f"{name} is empty for {what} {int(without[0])}; give every {what} at least one token, "
-            f"or leave {name} out."
+            f"{name} is empty for {what} {row}; give every {what} at least one token, or leave "
+            f"{name} out."
         )
     return tokens
 
@@ -101,15 +122,13 @@ def check_different(answers: Tensor | None, wrong_answers: Tensor | None, scored
     if answers is None or wrong_answers is None:
         return
     row_prompt = scored.nonzero()[:, 0]
-    right, wrong = (
-        tokens if len(tokens) == len(row_prompt) else tokens[row_prompt]
-        for tokens in (answers, wrong_answers)
-    )
-    both = (right[:, :, None] == wrong[:, None]) & (right >= 0)[:, :, None]
+    right, wrong = by_row(answers, row_prompt), by_row(wrong_answers, row_prompt)
+    is_wrong = right[:, :, None] == wrong[:, None]
+    both = is_wrong.any(2) & (right >= 0)
     # Answers of several tokens may begin alike.
-    differs = torch.zeros(len(scored), dtype=torch.bool, device=scored.device)
-    differs[row_prompt[~both.any((1, 2))]] = True
-    for prompt in (~differs).nonzero()[:1].flatten().tolist():
+    differs = torch.zeros_like(scored[:, :1])
+    differs[row_prompt[~both.any(1)]] = True
+    for prompt in _first_without(differs):
         token = int(right[row_prompt == prompt][0, 0])
         raise InputError(
             f"prompt {prompt} has an answer that is also a wrong answer (such as token {token}); "
@@ -121,23 +140,24 @@ def check_scored(answer_positions: Tensor | None, clean: Tensor, mask: Tensor) -
     """Every prompt has a scored position: [batch] integers, [batch, pos] booleans, or the last."""
     name = "answer_positions"
     batch, pos = clean.shape
-    # By default the last real token is scored.
-    last = pos - 1 - mask.flip(1).int().argmax(1)
-    scored = last if answer_positions is None else answer_positions
+    scored = _last(mask) if answer_positions is None else answer_positions
     advice = f"integers [{batch}] or booleans [{batch}, {pos}]"
     _require(name, scored, advice, Integer[Tensor, f"{batch}"], Bool[Tensor, f"{batch} {pos}"])
     scored = scored.to(clean.device)
     if scored.dtype != torch.bool:
-        scored = scored.long()
         prompts = torch.arange(batch, device=scored.device)
-        marks = torch.stack([prompts, scored], dim=1)
-        _require_real(name, marks, mask)
-        return one_hot(scored, pos).bool()
+        _require_real(name, torch.stack([prompts, scored.long()], 1), mask)
+        return one_hot(scored.long(), pos).bool()
     _require_real(name, scored.nonzero(), mask)
-    without = (~scored.any(1)).nonzero()
-    if len(without):
-        raise InputError(f"prompt {int(without[0])} has no scored position; set {name} in it.")
+    for prompt in _first_without(scored):
+        raise InputError(f"prompt {prompt} has no scored position; set {name} in it.")
     return scored
+
+
+def _last(mask: Tensor) -> Tensor:
+    """The last real token of each prompt."""
+    n_after = mask.flip(1).int().argmax(1)
+    return mask.shape[1] - 1 - n_after
 
 
 def check_spans(spans: Masks, clean: Tensor, real: Tensor) -> Masks:
@@ -160,6 +180,12 @@ def _tokens(name: str, tokens: Tensor) -> Tensor:
     advice = "token ids of 0 or more: pad with any token, and give lengths"
     _require_valid(name, tokens, tokens >= 0, advice)
     return tokens
+
+
+def _first_without(marks: Tensor) -> list[int]:
+    """The first row without a mark, if there is one."""
+    without = ~marks.any(1)
+    return without.nonzero()[:1].flatten().tolist()
 
 
 def _require(name: str, tensor: Tensor, wanted: str, *types: Any) -> None:

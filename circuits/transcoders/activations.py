@@ -13,6 +13,7 @@ from circuits.system.errors import InputError
 
 # Pre-activations or activations of the features of one layer.
 FeatureValues = Float[Tensor, "batch pos feature"]
+Mask = Bool[Tensor, "batch pos"] | None
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,7 @@ class BatchTopK(_Largest):
 
     name: ClassVar[str] = "batch_topk"
 
-    def __call__(
-        self, pre: FeatureValues, mask: Bool[Tensor, "batch pos"] | None = None
-    ) -> FeatureValues:
+    def __call__(self, pre: FeatureValues, mask: Mask = None) -> FeatureValues:
         """Return the activations; where the mask is False, for padding, nothing fires."""
         if mask is None or mask.all():
             # All prompts are equally long, so each is a row of pos * feature numbers.

@@ -44,6 +44,7 @@ Found = tuple[Column, Column, FloatColumn]
 Tokens = Float[Tensor, "token d_model"]
 Values = Float[Tensor, "row n"]
 Columns = Int[Tensor, "row k"]
+Moved = dict[tuple[int, int], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,11 +138,10 @@ def extract_features(
     _check(hidden_states, transcoders, threshold)
     layers = tuple(sorted(hidden_states))
     first = hidden_states[layers[0]]
+    n_prompts, n_positions, _ = first.shape
     tokens = {}
     for layer in layers:
-        on_device = hidden_states[layer].to(first.device)
-        tokens[layer] = on_device.flatten(0, 1)
-    n_prompts, n_positions, _ = first.shape
+        tokens[layer] = hidden_states[layer].to(first.device).flatten(0, 1)
     budget = memory_budget(first.device, max_memory)
     encoders = _Encoders(transcoders, tokens, n_positions, budget)
     bound = _largest_below(threshold, first.dtype)
@@ -150,14 +150,11 @@ def extract_features(
         row, index, activation = _above(values, bound, top_k)
         found.append((n_rows + row, index, activation))
         n_rows += len(values)
-    columns = zip(*found, strict=True)
-    row, index, activation = map(torch.cat, columns)
+    row, index, activation = map(torch.cat, zip(*found, strict=True))
     searched = (len(layers), n_prompts, n_positions)
     number, batch, position = torch.unravel_index(row, searched)
-    numbers = torch.tensor(layers, device=row.device)
-    where = (numbers[number], batch, position)
-    shape = (n_prompts, n_positions)
-    return ExtractedFeatures(*where, index, activation, layers, shape)
+    where = (torch.tensor(layers, device=row.device)[number], batch, position)
+    return ExtractedFeatures(*where, index, activation, layers, searched[1:])
 
 
 def _above(values: Values, bound: float, top_k: int | None) -> Found:
@@ -183,12 +180,7 @@ def largest_columns(values: Values, k: int) -> Columns:
     blocks = values.unflatten(1, (-1, block))
     if blocks.shape[1] <= k or block == 1:
         return _columns_by_key(values, k)
-    if values.is_cuda:
-        # Reductions over few numbers are slow on a GPU.
-        pooled = functional.max_pool1d(values[:, None], block)
-        maxima = pooled.squeeze(1)
-    else:
-        maxima = blocks.amax(-1)
+    maxima = _block_maxima(values, block)
     # A block that is left out has a smaller maximum than each chosen block, or an equal one and
     # follows it, so none of its numbers precedes the k largest ones.
     chosen = _columns_by_key(maxima, k)
@@ -198,6 +190,14 @@ def largest_columns(values: Values, k: int) -> Columns:
     # column = block number * block size + offset
     first = chosen.gather(1, place // block) * block
     return first + place % block
+
+
+def _block_maxima(values: Values, block: int) -> Float[Tensor, "row block"]:
+    if values.is_cuda:
+        # Reductions over few numbers are slow on a GPU.
+        return functional.max_pool1d(values[:, None], block).squeeze(1)
+    blocks = values.unflatten(1, (-1, block))
+    return blocks.amax(-1)
 
 
 def _columns_by_key(values: Values, k: int) -> Columns:
@@ -236,7 +236,7 @@ class _Encoders:
     # Bytes: half is for activations, a quarter for weights that are moved to the device.
     budget: int
     # The weights that were moved last, by layer and first feature.
-    moved: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    moved: Moved = field(default_factory=dict)
 
     def activations(self) -> Iterator[Values]:
         """Yield activations with a row for each layer and token; negative numbers mean zero."""
@@ -248,16 +248,22 @@ class _Encoders:
         for first, start in product(firsts, starts):
             layers = every[first : first + n_layers]
             piece = slice(start, start + n_tokens)
-            shape = (len(layers), len(like[piece]), self.transcoders.n_features)
-            values, maxima = like.new_empty(shape), []
-            for layer, out in zip(layers, values, strict=True):
-                x = self.tokens[layer][piece]
-                self._write_preactivations(layer, x, out)
-                maxima.append(out.amax())
-                self._activate(layer, out)
+            values, maxima = self._of_piece(layers, piece)
             yield values.flatten(0, 1)
             # The host has waited for the device by now.
-            self._check_finite(layers, torch.stack(maxima))
+            self._check_finite(layers, maxima)
+
+    def _of_piece(self, layers: Sequence[int], piece: slice) -> tuple[Tensor, Tensor]:
+        """Activations of some layers at some tokens, and each layer's largest pre-activation."""
+        like = self.tokens[layers[0]][piece]
+        values = like.new_empty(len(layers), len(like), self.transcoders.n_features)
+        maxima = []
+        for layer, out in zip(layers, values, strict=True):
+            x = self.tokens[layer][piece]
+            self._write_preactivations(layer, x, out)
+            maxima.append(out.amax())
+            self._activate(layer, out)
+        return values, torch.stack(maxima)
 
     def _piece_size(self, like: Tokens) -> tuple[int, int]:
         """How many layers with all their tokens make a piece, or how many tokens of one layer."""
@@ -365,8 +371,7 @@ def _check_layer(layer: int, states: Tensor, transcoders: Transcoders) -> None:
             f"{last_layer}."
         )
     shape = tuple(states.shape)
-    has_axes = len(shape) == 3 and 0 not in shape
-    if not has_axes or shape[2] != transcoders.d_model:
+    if len(shape) != 3 or 0 in shape or shape[2] != transcoders.d_model:
         raise InputError(
             f"the hidden states of layer {layer} have shape {shape}; {name!r} reads "
             f"[batch, pos, {transcoders.d_model}], at least one position of one prompt."

@@ -20,7 +20,7 @@ from hashlib import blake2b
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
@@ -28,7 +28,7 @@ from circuits.graph.identity import TranscodersIdentity
 from circuits.models.identity import checksum
 from circuits.system.errors import InputError
 from circuits.system.kinds import expect
-from circuits.transcoders.activations import Activation, BatchTopK, JumpReLU, TopK
+from circuits.transcoders.activations import Activation, BatchTopK, JumpReLU, Mask, TopK
 
 Reads = Literal["residual", "normalized", "mlp_input"]
 """What features read: the residual stream before the norm of the MLP ("residual"), after that norm
@@ -48,7 +48,6 @@ LayerValues = Mapping[int, FeatureValues]
 FeatureVectors = Float[Tensor, "n d_model"]
 Indices = Int[Tensor, " n"]
 HiddenStates = Float[Tensor, "batch pos d_model"]
-Mask = Bool[Tensor, "batch pos"] | None
 Device = str | torch.device | None
 Dtype = torch.dtype | None
 
@@ -225,7 +224,7 @@ class Transcoders:
         Tensors mapped from a file are read whole.
         """
 
-        def moved(parts: Sequence[Any]) -> list[Any]:
+        def moved(parts: Any) -> list[Any]:
             return [part.to(device, dtype) for part in parts]
 
         return replace(

@@ -20,6 +20,7 @@ PACKAGE = Path(circuits.__file__).parent
 PUBLIC_NAMES = PACKAGE / "__init__.pyi"
 METHODS = PACKAGE / "discovery" / "methods"
 BASE = "CircuitDiscoverer"
+Statements = dict[str, Any]  # of `ast`, by the names that they define
 TYPES: Mapping[str, Any] = {each.__name__: each for each in (bool, int, float, str, Path)}
 
 
@@ -83,11 +84,7 @@ def described_in(file: Path) -> dict[str, Description]:
 
 @cache
 def shipped_methods() -> dict[str, Description]:
-    """The methods of this package, by name.
-
-    Raises:
-        UnreadableError: see `described_in`.
-    """
+    """The methods of this package, by name."""
     found: dict[str, Description] = {}
     for file in METHODS.glob("*.py"):
         found |= described_in(file)
@@ -104,24 +101,32 @@ def metric_names() -> list[str]:
 
 
 @cache
-def _definitions(file: Path) -> dict[str, Any]:
+def _definitions(file: Path) -> Statements:
     """What the names at the top level of a file stand for."""
     try:
         tree = ast.parse(file.read_bytes())
     except (OSError, SyntaxError, ValueError) as error:
         raise UnreadableError(file) from error
-    found: dict[str, Any] = {}
+    found: Statements = {}
     for statement in tree.body:
-        match statement:
-            case ast.ClassDef(name=name):
-                found[name] = statement
-            case ast.Assign(targets=[ast.Name(id=name)], value=value):
-                found[name] = value
-            case ast.AnnAssign(target=ast.Name(id=name), value=ast.AST() as value):
-                found[name] = value
-            case ast.Import(names=names) | ast.ImportFrom(names=names):
-                found |= {alias.asname or alias.name: statement for alias in names}
+        if isinstance(statement, ast.ClassDef):
+            found[statement.name] = statement
+        elif isinstance(statement, ast.Import | ast.ImportFrom):
+            for alias in statement.names:
+                found[alias.asname or alias.name] = statement
+        else:
+            found |= _assigned(statement)
     return found
+
+
+def _assigned(statement: ast.stmt) -> Statements:
+    """The name that a statement gives a value, and the value; empty for other statements."""
+    match statement:
+        case ast.Assign(targets=[ast.Name(id=name)], value=value):
+            return {name: value}
+        case ast.AnnAssign(target=ast.Name(id=name), value=ast.AST() as value):
+            return {name: value}
+    return {}
 
 
 def _class(definition: Definition) -> _Class:
@@ -160,8 +165,9 @@ def _resolved(definition: Definition) -> Definition:
     if found is None:
         raise UnreadableError(name)
     if isinstance(found, ast.ImportFrom):
+        file = _module_file(found, file)
         original = next(each.name for each in found.names if name in (each.asname, each.name))
-        return _resolved(Definition(_module_file(found, file), ast.Name(original)))
+        found = ast.Name(original)
     return _resolved(Definition(file, found))
 
 
@@ -176,33 +182,30 @@ def _module_file(statement: ast.ImportFrom, file: Path) -> Path:
 
 
 def _makes_dataclass(decorator: ast.AST) -> bool:
-    function = decorator.func if isinstance(decorator, ast.Call) else decorator
-    return "dataclass" in (getattr(function, "id", ""), getattr(function, "attr", ""))
+    function = getattr(decorator, "func", decorator)
+    name = getattr(function, "id", None) or getattr(function, "attr", None)
+    return name == "dataclass"
 
 
 def _own_options(definition: Definition) -> Iterator[tuple[str, Option]]:
     file, node = definition
     for statement in node.body:
-        if not isinstance(statement, ast.AnnAssign) or _is_class_variable(statement):
+        if not isinstance(statement, ast.AnnAssign):
+            continue
+        if "ClassVar" in ast.unparse(statement.annotation):
             continue
         kind = _type(Definition(file, statement.annotation))
-        default = statement.value
-        value = MISSING if default is None else _default(Definition(file, default))
-        yield ast.unparse(statement.target), Option(kind, value)
-
-
-def _is_class_variable(statement: ast.AnnAssign) -> bool:
-    return "ClassVar" in ast.unparse(statement.annotation)
+        name, value = ast.unparse(statement.target), statement.value
+        default = MISSING if value is None else _default(Definition(file, value))
+        yield name, Option(kind, default)
 
 
 def _method_name(node: ast.ClassDef) -> str | None:
     """The class variable `name`, which a class must set itself to be registered."""
     for statement in node.body:
-        match statement:
-            case ast.Assign(targets=[ast.Name(id="name")], value=value):
-                return str(_literal(value))
-            case ast.AnnAssign(target=ast.Name(id="name"), value=ast.AST() as value):
-                return str(_literal(value))
+        value = _assigned(statement).get("name")
+        if value is not None:
+            return str(_literal(value))
     return None
 
 

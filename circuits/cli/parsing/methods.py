@@ -31,11 +31,7 @@ AblationName = Literal["resample", "zero", "mean", "mean_by_position", "noise"]
 
 
 def describe_method(name: str) -> Description:
-    """Describe a method, without importing it (and thus torch) where its source says enough.
-
-    Raises:
-        InputError: there is no such method or file.
-    """
+    """Describe a method, without importing it (and thus torch) where its source says enough."""
     file, chosen = _file_and_method(name)
     try:
         known = shipped_methods() if file is None else described_in(file)
@@ -51,11 +47,7 @@ def describe_method(name: str) -> Description:
 
 
 def find_method(name: str) -> type[circuits.CircuitDiscoverer]:
-    """Find a method by its name, or in a file (`file.py`, or `file.py:name` if it has several).
-
-    Raises:
-        InputError: there is no such method or file, or the file cannot be run.
-    """
+    """Find a method by its name, or in a file (`file.py`, or `file.py:name` if it has several)."""
     file, chosen = _file_and_method(name)
     known = circuits.discoverers() if file is None else _methods_in(file)
     if file and not chosen and len(known) == 1:
@@ -93,15 +85,18 @@ def options_of(
         method = describe(method)
     fields: list[Any] = []
     for name, option in method.options.items():
-        named = tyro.conf.arg(name=f"method-{name}" if name in taken else None)
-        argument: Any = Annotated[option.type, named]
-        default: Any = dataclasses.field()
-        if option.default is not dataclasses.MISSING:
-            # A factory may return what a default may not be, such as a list.
-            default = dataclasses.field(default_factory=partial(copy, option.default))
-        fields.append((name, argument, default))
+        other_name = f"method-{name}" if name in taken else None
+        argument: Any = Annotated[option.type, tyro.conf.arg(name=other_name)]
+        fields.append((name, argument, _field(option.default)))
     documented = {"__doc__": method.documentation}
     return dataclasses.make_dataclass("MethodOptions", fields, namespace=documented, kw_only=True)
+
+
+def _field(default: Any) -> Any:
+    if default is dataclasses.MISSING:
+        return dataclasses.field()
+    # A factory may return what a default may not be, such as a list.
+    return dataclasses.field(default_factory=partial(copy, default))
 
 
 def _file_and_method(name: str) -> tuple[Path | None, str]:
@@ -128,8 +123,8 @@ def _unknown_method(name: str, known: Iterable[str]) -> InputError:
 def _methods_in(file: Path) -> dict[str, type[circuits.CircuitDiscoverer]]:
     """The methods of a Python file, which is run once."""
     # A name of its own, so that a file called torch.py does not replace a module in use.
-    path = str(file.resolve()).encode()
-    name = f"circuits_method_{blake2b(path, digest_size=6).hexdigest()}"
+    digest = blake2b(str(file.resolve()).encode(), digest_size=6)
+    name = f"circuits_method_{digest.hexdigest()}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, file)
         if spec is None or spec.loader is None:
@@ -142,13 +137,13 @@ def _methods_in(file: Path) -> dict[str, type[circuits.CircuitDiscoverer]]:
             del sys.modules[name]
             raise InputError(f"{file} cannot be run: {type(error).__name__}: {error}.") from error
     known = circuits.discoverers()
-    return {method: known[method] for method in known if known[method].__module__ == name}
+    return {method: kind for method, kind in known.items() if kind.__module__ == name}
 
 
 def _with_option_types(method: Description) -> Description:
     options = {}
-    for name, (kind, default) in method.options.items():
-        options[name] = Option(_option_type(name, kind), default)
+    for name, option in method.options.items():
+        options[name] = option._replace(type=_option_type(name, option.type))
     return dataclasses.replace(method, options=options)
 
 

@@ -8,6 +8,7 @@ from contextlib import redirect_stderr
 from dataclasses import fields
 from inspect import getdoc
 from io import StringIO
+from itertools import chain
 from typing import Annotated, Any
 
 import tyro
@@ -40,21 +41,18 @@ WRONG_CHOICE = re.compile(r"invalid choice '(.*)' for .* one of \('(.*)'\)")
 
 
 def read_arguments(command: str, words: Words) -> Arguments:
-    """What the command's function is called with.
-
-    Raises:
-        InputError: an option is unknown or missing, or its value is not one that it can have.
-    """
+    """What the command's function is called with."""
     if command == "discover":
         return _read_discover(words)
     given = _parsed(OPTIONS[command], command, words)
     if command == "compare":
         sweeps = read_sweeps(given)
-        planned = [each.settings for sweep in sweeps.values() for each in sweep]
-        _check_names(given, given.methods, [each.get("metric") for each in planned])
+        planned = chain(*sweeps.values())
+        metrics = [each.settings.get("metric") for each in planned]
+        _check_names(given, given.methods, metrics)
         return given, sweeps
-    metrics = getattr(given, "metrics", None)
-    _check_names(given, "", metrics.split(",") if metrics else ())
+    named = getattr(given, "metrics", None)
+    _check_names(given, "", named.split(",") if named else ())
     return (given,)
 
 
@@ -94,13 +92,14 @@ def _message(box: str, command: str) -> str:
         text = " ".join(paragraph.split())
         if text and not text.startswith(("For full helptext", "Argument helptext")):
             paragraphs.append(text.partition(" Got errors:")[0].rstrip("."))
-    wrong = WRONG_CHOICE.search(paragraphs[0])
+    first, *more = paragraphs
+    wrong = WRONG_CHOICE.search(first)
     if wrong:
         word, choices = wrong.groups()
-        paragraphs[1:] = [suggestion(word, choices.split("', '")).rstrip(".")]
-    first, *more = paragraphs
-    text = "; ".join([first[:1].lower() + first[1:], *more])
-    return f"{text}. Try circuits {command} --help."
+        known = choices.split("', '")
+        more = [suggestion(word, known).rstrip(".")]
+    told = "; ".join([first, *more])
+    return f"{told[:1].lower()}{told[1:]}. Try circuits {command} --help."
 
 
 def _check_names(given: Any, method: str, metrics: Iterable[str | None]) -> None:

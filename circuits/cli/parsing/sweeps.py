@@ -28,29 +28,32 @@ class MethodSettings(NamedTuple):
     settings: dict[str, Any]
 
 
-def read_sweeps(options: CompareOptions) -> dict[str, list[MethodSettings]]:
-    """What to run for each entry of --methods, by the entry's label in the table.
+Sweeps = dict[str, list[MethodSettings]]
 
-    Raises:
-        InputError: there is no such method or setting, or a value cannot be read.
-    """
+
+def read_sweeps(options: CompareOptions) -> Sweeps:
+    """What to run for each entry of --methods, by the entry's label in the table."""
     thresholds = _thresholds(options.thresholds)
-    sweeps: dict[str, list[MethodSettings]] = {}
+    sweeps: Sweeps = {}
     for entry in options.methods.split(","):
-        name, *settings = entry.strip().split(":")
-        # FILE.py:NAME is one method, not a file with a setting.
-        if name.endswith(".py") and settings and "=" not in settings[0]:
-            name = f"{name}:{settings.pop(0)}"
+        name, settings = _name_and_settings(entry)
         method = describe_method(name)
         label = ":".join([method.name, *settings])
         if label in sweeps:
             raise InputError(f"--methods names {label!r} twice; give each entry other settings.")
-        variations = _variations(method, settings, thresholds, options.ablation)
         sweeps[label] = []
-        for more in variations:
+        for more in _variations(method, settings, thresholds, options.ablation):
             values = _values(method, [*settings, *more], entry)
             sweeps[label].append(MethodSettings(name, values))
     return sweeps
+
+
+def _name_and_settings(entry: str) -> tuple[str, list[str]]:
+    name, *settings = entry.strip().split(":")
+    # FILE.py:NAME is one method, not a file with a setting.
+    if name.endswith(".py") and settings and "=" not in settings[0]:
+        name = f"{name}:{settings.pop(0)}"
+    return name, settings
 
 
 def _thresholds(text: str) -> list[str]:

@@ -46,14 +46,12 @@ class Docstring(TaskFamily):
 
     def draw(self, random: Random) -> PromptPair:
         """Draw one pair, with spans END, A_def, B_def, C_def, A_doc and B_doc."""
-        n_words = 16 + self.before + self.after
-        words = random.sample(COMMON, n_words)
+        words = random.sample(COMMON, 16 + self.before + self.after)
         # The first eight words fill the numbered blanks.
         *described, answer = words[8:11]
         others = words[11:16]
-        undescribed = words[16:]
-        before = undescribed[: self.before]
-        after = undescribed[self.before :]
+        first_after = 16 + self.before
+        before, after = words[16:first_after], words[first_after:]
         arguments = [*before, "{A_def}", "{B_def}", "{C_def}", *after]
         template = TEMPLATE.format(*words, arguments=", ".join(arguments))
         # The definition and the docstring name the same arguments only in the clean prompt.

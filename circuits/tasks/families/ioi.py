@@ -55,9 +55,7 @@ class IOI(TaskFamily):
 
     def draw(self, random: Random) -> PromptPair:
         """Draw one pair, with spans S2, IO, S1, S1+1 (the token after S1) and END."""
-        template = random.choice(TEMPLATES)
-        place = random.choice(PLACES)
-        thing = random.choice(OBJECTS)
+        template, place, thing = map(random.choice, (TEMPLATES, PLACES, OBJECTS))
         io, subject, *others = random.sample(NAMES, 5)
         fields = ABBA if random.random() < 0.5 else BABA
         # Fill everything but the names; their blanks become fields such as {IO}.

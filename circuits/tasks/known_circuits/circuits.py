@@ -15,7 +15,7 @@ from circuits.system.errors import InputError
 from circuits.system.messages import suggestion
 from circuits.system.numbers import RealNumber, WholeNumber, real, whole
 from circuits.system.randomness import random_generator
-from circuits.tasks.known_circuits.recipes import RECIPES
+from circuits.tasks.known_circuits.recipes import RECIPES, Edges
 from circuits.tasks.known_circuits.wiring import rotated
 from circuits.tasks.task import Task
 
@@ -48,8 +48,8 @@ class KnownCircuit:
 
     model: Model
     task: Task
-    edges: tuple[str, ...]
-    minimal: Mapping[str, tuple[str, ...]]
+    edges: Edges
+    minimal: Mapping[str, Edges]
 
 
 def known_circuits() -> tuple[str, ...]:
@@ -123,14 +123,13 @@ def known_circuit(
     wiring = recipe.wire(SOFT if soft else SHARP)
     # The prompts have a generator of their own, so that they do not depend on these options.
     generator = random_generator(seed)
-    weights = wiring.weights
-    if decoys:
-        weights = wiring.with_decoys(generator, leak)
+    weights = wiring.with_decoys(generator, leak) if decoys else wiring.weights
     if rotate:
         weights = rotated(weights, generator)
     # Run folders and error messages show the name.
     config = {**wiring.config, "model_name": f"known-{name}"}
     model = build_model(config, weights, device=device)
     edges = tuple(map(str, wiring.edges))
-    task = recipe.task(config, n_prompts, whole(seed, "seed"))
+    seed = whole(seed, "seed")
+    task = recipe.task(config, n_prompts, seed)
     return KnownCircuit(model, task, edges, recipe.minimal(edges))

@@ -63,20 +63,19 @@ def published_circuit(name: str, model: Model | None = None) -> Circuit:
     """
     published = json.loads(FILE.read_text())
     if str(name) not in published:
-        raise InputError(
-            f"there is no published circuit {name!r}; {suggestion(str(name), published)}"
-        )
+        known = suggestion(str(name), published)
+        raise InputError(f"there is no published circuit {name!r}; {known}")
     record = published[name]
-    shape, by_source = record.pop("shape"), record.pop("edges")
+    shape = record.pop("shape")
+    graph = Graph.complete(Components(**shape), None, causal=True)
     # Nothing is known of the weights here.
-    known = ModelIdentity(record["model"], shape, weights="")
-    graph = replace(Graph.complete(Components(**shape), None, causal=True), model=known)
+    graph = replace(graph, model=ModelIdentity(record["model"], shape, weights=""))
     if model is not None:
         own = component_graph(model)
         check_fits(model, graph)
         graph = own
-    edges = [
-        f"{source}->{target}" for source, targets in by_source.items() for target in targets.split()
-    ]
+    edges = []
+    for source, targets in record.pop("edges").items():
+        edges += [f"{source}->{target}" for target in targets.split()]
     found = Circuit.from_edges(graph, edges)
     return replace(found, record={"method": "published", "name": name, **record})

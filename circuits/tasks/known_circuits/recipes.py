@@ -1,6 +1,6 @@
 """How each known circuit is wired, its prompts, and the true edges that ablation cannot show."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -11,6 +11,8 @@ from torch import Tensor
 from circuits.graph.nodes import MLP, Head
 from circuits.tasks.known_circuits.wiring import POSITION, TOKEN, Matrix, Wiring
 from circuits.tasks.task import Task
+
+Edges = tuple[str, ...]
 
 BOS = 0
 COUNTED = YES = 1
@@ -31,8 +33,7 @@ def _wire_induction(sharpness: float) -> Wiring:
     tokens = torch.eye(n_tokens)
     here = {POSITION: torch.eye(n_positions)}
     # k at position j equals q at position j + 1, which thus attends to j.
-    ones = torch.ones(n_positions - 1)
-    one_later = torch.diag(ones, 1)
+    one_later = torch.diag(torch.ones(n_positions - 1), 1)
     before = {POSITION: one_later}
     wiring.head(Head(0, 1), "previous", q=here, k=before, v={TOKEN: tokens})
     _wire_induction_head(wiring, tokens)
@@ -104,7 +105,7 @@ class Recipe:
     # Makes the model for a given sharpness of attention. Prompts have n_ctx tokens.
     wire: Callable[[float], Wiring]
     # For each ablation, the true edges that the minimal circuit lacks.
-    not_found: Mapping[str, tuple[str, ...]]
+    not_found: Mapping[str, Edges]
     # The first scored position; all later ones are scored too.
     scored_from: int = 1
     # The words at positions that are not random.
@@ -130,12 +131,12 @@ class Recipe:
             *prompts, answer_positions=scored, metric="squared_error", name=name
         )
 
-    def minimal(self, edges: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    def minimal(self, edges: Edges) -> dict[str, Edges]:
         """For each ablation, the true edges that it shows."""
-        found = {}
-        for ablation, missing in self.not_found.items():
-            found[ablation] = tuple(edge for edge in edges if edge not in missing)
-        return found
+        return {
+            ablation: tuple(edge for edge in edges if edge not in missing)
+            for ablation, missing in self.not_found.items()
+        }
 
 
 # These edges carry the same in every prompt, so resampling changes nothing.

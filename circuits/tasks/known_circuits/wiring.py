@@ -27,6 +27,7 @@ Vector = Float[Tensor, " _"]
 Reads = Mapping[str, Matrix]
 Sizes = Mapping[str, int]
 Weights = dict[str, Tensor]
+Config = dict[str, Any]
 
 TOKEN, POSITION, UNREAD = "token", "position", "unread"
 UNREAD_WIDTH = 8
@@ -80,23 +81,19 @@ class Wiring:
         self.sharpness = sharpness
         self.edges: list[Edge] = []
         self._writers: dict[str, Node] = {}
-        widths = {
-            TOKEN: sizes["d_vocab"],
-            POSITION: sizes["n_ctx"],
-            **subspaces,
-            UNREAD: UNREAD_WIDTH,
-        }
+        widths = {TOKEN: sizes["d_vocab"], POSITION: sizes["n_ctx"]}
+        widths |= {**subspaces, UNREAD: UNREAD_WIDTH}
         d_model = sum(widths.values())
         # Each subspace gets the next dimensions of the residual stream.
-        dimensions = torch.arange(d_model).split([*widths.values()])
+        dimensions = torch.arange(d_model).split(list(widths.values()))
         self._dimensions = dict(zip(widths, dimensions, strict=True))
         # The arguments of HookedTransformerConfig.
-        self.config: dict[str, Any] = {**FIXED_CONFIG, **sizes, "d_model": d_model}
+        self.config: Config = {**FIXED_CONFIG, **sizes, "d_model": d_model}
         self.config["attn_only"] = "d_mlp" not in sizes
-        self.weights = weights = _zero_weights(self.config)
+        self.weights = _zero_weights(self.config)
         # One dimension per token, and one per position.
-        self._write(TOKEN, TokenEmbed(), weights["embed.W_E"])
-        self._write(POSITION, PosEmbed(), weights["pos_embed.W_pos"])
+        self._write(TOKEN, TokenEmbed(), self.weights["embed.W_E"])
+        self._write(POSITION, PosEmbed(), self.weights["pos_embed.W_pos"])
 
     def head(
         self, node: Head, writes: str, *, q: Reads, k: Reads, v: Reads, b_q: Vector | None = None
@@ -171,13 +168,12 @@ class Wiring:
         assert writer is source, f"subspace {subspace} is already written by {writer}."
         dimensions = self._dimensions[subspace]
         # By default each of the first rows writes one dimension of the subspace.
-        if matrix is None:
-            matrix = torch.eye(len(dimensions))
+        matrix = torch.eye(len(dimensions)) if matrix is None else matrix
         rows = weight[: len(matrix)]
         rows[:, dimensions] = matrix.double()
 
 
-def _zero_weights(config: Mapping[str, Any]) -> Weights:
+def _zero_weights(config: Config) -> Weights:
     shapes = SHAPES if config["attn_only"] else SHAPES | MLP_SHAPES
     weights = {}
     for layer, name in product(range(config["n_layers"]), shapes):

@@ -33,12 +33,8 @@ Fields = dict[str, Any]
 
 
 def known_fields(row: Content) -> Fields | None:
-    """The fields of a `PromptPair` that a row of a known data set stands for; None for others.
-
-    Raises:
-        InputError: the row belongs to a known data set, but is incomplete.
-    """
-    if "prompt" in row and any(name.endswith("_counterfactual") for name in row):
+    """The fields of a `PromptPair` that a row of a known data set stands for; None for others."""
+    if "prompt" in row and _counterfactuals(row):
         return _of_mib(row)
     if "clean" in row and "corrupted" in row and "answer" not in row:
         return _of_eap_ig(row)
@@ -46,22 +42,21 @@ def known_fields(row: Content) -> Fields | None:
 
 
 def _of_eap_ig(row: Content) -> Fields | None:
-    found = [pair for pair in TOKEN_COLUMNS if pair[0] in row and pair[1] in row]
+    known = [columns for columns in TOKEN_COLUMNS if columns[0] in row]
+    found = [(right, wrong) for right, wrong in known if wrong in row]
     if len(found) > 1:
         raise InputError(
             f"{found[0][0]!r} and {found[1][0]!r} both hold answers; leave one pair of columns."
         )
-    prompts = {name: row[name] for name in ("clean", "corrupted")}
+    fields = {"clean": row["clean"], "corrupted": row["corrupted"]}
     if found:
-        [(right, wrong)] = found
-        answers = {"answer": _ids(right, row[right]), "wrong_answer": _ids(wrong, row[wrong])}
-        return prompts | answers
+        right, wrong = found[0]
+        return fields | {"answer": _ids(row, right), "wrong_answer": _ids(row, wrong)}
     if "answer_idx" in row:
-        return prompts | {"answer": _ids("answer_idx", row["answer_idx"])}
-    single = [(right, wrong) for right, wrong in TOKEN_COLUMNS if right in row]
-    if single:
+        return fields | {"answer": _ids(row, "answer_idx")}
+    if known:
         # In EAP-IG's greater-than data, correct_idx is a year.
-        [(right, wrong), *_] = single
+        right, wrong = known[0]
         raise InputError(
             f"{right!r} without {wrong!r} need not be a token id (EAP-IG writes years there); "
             "give the answers as text in columns answer and wrong_answer."
@@ -69,8 +64,9 @@ def _of_eap_ig(row: Content) -> Fields | None:
     return None
 
 
-def _ids(column: str, value: Any) -> list[int]:
+def _ids(row: Content, column: str) -> list[int]:
     """Token ids from a number, a list, or the text of either."""
+    value = row[column]
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -80,11 +76,15 @@ def _ids(column: str, value: Any) -> list[int]:
     ids = [python_number(each) for each in listed]
     if not ids or any(each is None or each % 1 or each < 0 for each in ids):
         raise InputError(f"{column!r} is {shown(value)}; give a token id, or a list of token ids.")
-    return [int(each) for each in ids if each is not None]
+    return list(map(int, ids))
+
+
+def _counterfactuals(row: Content) -> list[str]:
+    return [name for name in row if name.endswith("_counterfactual")]
 
 
 def _of_mib(row: Content) -> Fields:
-    available = [name for name in row if name.endswith("_counterfactual")]
+    available = _counterfactuals(row)
     chosen = [name for name in COUNTERFACTUALS if name in available]
     if not chosen:
         raise InputError(
@@ -94,14 +94,14 @@ def _of_mib(row: Content) -> Fields:
     other = row[chosen[0]]
     if not isinstance(other, Mapping) or not other.get("prompt"):
         raise InputError(f"{chosen[0]!r} has no prompt; leave out this row.")
-    prompts = {"clean": row["prompt"], "corrupted": other["prompt"]}
+    fields = {"clean": row["prompt"], "corrupted": other["prompt"]}
     names = row.get("metadata")
     if isinstance(names, Mapping) and {"indirect_object", "subject"} <= names.keys():
         # The names of the clean prompt, whichever counterfactual it is.
-        right, wrong = f" {names['indirect_object']}", f" {names['subject']}"
+        answers = [f" {names[role]}" for role in ("indirect_object", "subject")]
     else:
-        right, wrong = _mib_answer(row), _mib_answer(other)
-    return prompts | {"answer": right, "wrong_answer": wrong}
+        answers = [_mib_answer(each) for each in (row, other)]
+    return fields | dict(zip(("answer", "wrong_answer"), answers, strict=True))
 
 
 def _mib_answer(row: Content) -> str:

@@ -30,11 +30,7 @@ Row = tuple[str, Any]
 
 
 def rows(path: str | Path) -> Iterator[Row]:
-    """The rows of a file, with where they are, such as "line 3".
-
-    Raises:
-        InputError: the file cannot be read, is no text, or is damaged; with the line.
-    """
+    """The rows of a file, with where they are, such as "line 3"."""
     expect(path, str | Path, "the path of a file", "give a text file with " + FORMATS)
     path = Path(path)
     text = _text(path)
@@ -120,7 +116,7 @@ def _after_spaces(text: str, position: int) -> int:
 
 
 def _table(text: str) -> Iterator[Row]:
-    header = text.partition("\n")[0]
+    header, *_ = text.partition("\n")
     delimiter = next((each for each in DELIMITERS if _names(header, each)), ",")
     # Strict, so that a quotation mark in the wrong place is no silent change of the text.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -148,7 +144,8 @@ def _table(text: str) -> Iterator[Row]:
 
 def _names(header: str, delimiter: str) -> bool:
     """Whether a table's first line names a column for clean prompts, with this delimiter."""
-    return "clean" in next(csv.reader([header.strip("\r")], delimiter=delimiter), [])
+    reader = csv.reader([header.strip("\r")], delimiter=delimiter)
+    return "clean" in next(reader, [])
 
 
 def _checked_names(names: list[str], line: int) -> list[str]:

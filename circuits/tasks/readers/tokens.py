@@ -26,11 +26,7 @@ def split_encoding(given: Any) -> tuple[Any, Any]:
 
 
 def token_ids(clean: Any, corrupted: Any, mask: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Token ids of clean and corrupted prompts as tensors, and the attention mask of both.
-
-    Raises:
-        InputError: they are no numbers; or there are several masks, and they differ.
-    """
+    """Token ids of clean and corrupted prompts as tensors, and the attention mask of both."""
     ids, own_mask = _token_ids(clean, "clean")
     others, other_mask = (ids, None) if corrupted is None else _token_ids(corrupted, "corrupted")
     given = [each for each in (mask, own_mask, other_mask) if each is not None]
@@ -80,21 +76,18 @@ def one_prompt(given: Any) -> Any:
 
 
 def prompt_indices(given: Any, n_prompts: int) -> slice | Tensor:
-    """What selects prompts: a slice as it is, or integers, also for a number or booleans.
-
-    Raises:
-        InputError: it is neither integers of existing prompts nor a boolean for each.
-    """
+    """What selects prompts: a slice as it is, or integers, also for a number or booleans."""
     if isinstance(given, slice):
         return given
     if python_number(given) is not None:
         given = [whole(given, "index")]
     indices = as_tensor(given, "indices").cpu()
-    if indices.dtype == torch.bool and indices.shape == (n_prompts,):
+    is_mask = indices.dtype == torch.bool
+    if is_mask and indices.shape == (n_prompts,):
         return indices.nonzero().flatten()
     if not indices.numel():
         return indices.long()
-    wrong = indices.is_floating_point() or indices.dtype == torch.bool or indices.ndim != 1
+    wrong = indices.is_floating_point() or is_mask or indices.ndim != 1
     if wrong or indices.max() >= n_prompts or indices.min() < -n_prompts:
         raise OutOfRangeError(
             f"{shown(given)} selects no prompts of {n_prompts}; give a slice, numbers from 0 to "

@@ -67,10 +67,13 @@ class Address:
         return f"{PREFIX}{path.rstrip('/')}{revision}"
 
 
+Place = Path | Address
+
+
 def fetch_if_present(file: Address) -> Path:
     """Fetch a file; return where it is on this machine if the hub has it."""
-    repository = _download(file, [glob.escape(file.path)])
-    return repository / file.path
+    wanted = [glob.escape(file.path)]
+    return _download(file, wanted) / file.path
 
 
 def fetch_folder(folder: Address) -> Path:
@@ -80,8 +83,7 @@ def fetch_folder(folder: Address) -> Path:
     wanted = [f"{prefix}*{suffix}" for suffix in WEIGHTS]
     repository = _download(folder, wanted, ignored=[f"{prefix}*/*"])
     local = repository / folder.path
-    suffixes = {file.suffix for file in local.glob("*")}
-    if suffixes.isdisjoint(WEIGHTS):
+    if not any(file.suffix in WEIGHTS for file in local.glob("*")):
         raise InputError(
             f"{folder} has no safetensors or npz files directly in it, and no config.yaml that "
             "lists others; give a folder within it, or a config.yaml of your own that lists the "
@@ -90,7 +92,7 @@ def fetch_folder(folder: Address) -> Path:
     return local
 
 
-def fetch_files(files: Sequence[Path | Address]) -> list[Path]:
+def fetch_files(files: Sequence[Place]) -> list[Path]:
     """Fetch the files that are on the hub, possibly in several repositories."""
     wanted = defaultdict(list)
     for file in files:
@@ -100,7 +102,7 @@ def fetch_files(files: Sequence[Path | Address]) -> list[Path]:
     return [_fetched(file, folders) for file in files]
 
 
-def _fetched(file: Path | Address, folders: dict[Address, Path]) -> Path:
+def _fetched(file: Place, folders: dict[Address, Path]) -> Path:
     if isinstance(file, Path):
         return file
     path = folders[file.root] / file.path

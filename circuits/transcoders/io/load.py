@@ -15,12 +15,20 @@ from circuits.system.torch_modes import without_modes
 from circuits.transcoders.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from circuits.transcoders.io.config_yaml import CONFIG, TranscoderConfig, read_config
 from circuits.transcoders.io.formats import THRESHOLD, LayerWeights, read_layers
-from circuits.transcoders.io.hub import PREFIX, Address, fetch_files, fetch_folder, fetch_if_present
+from circuits.transcoders.io.hub import (
+    PREFIX,
+    Address,
+    Place,
+    fetch_files,
+    fetch_folder,
+    fetch_if_present,
+)
 from circuits.transcoders.io.layer_files import LayerFiles, find_layer_files, require_all
 from circuits.transcoders.io.tensor_files import weight_copier
 from circuits.transcoders.transcoder import Encoder, Transcoders
 
-Place = Path | Address
+Layers = list[LayerWeights]
+Found = tuple[Place, TranscoderConfig]
 
 
 @without_modes()
@@ -76,7 +84,7 @@ def load_transcoders(
     return transcoders
 
 
-def _assembled(layers: list[LayerWeights], config: TranscoderConfig) -> Transcoders:
+def _assembled(layers: Layers, config: TranscoderConfig) -> Transcoders:
     format = layers[0].format
     encoders = []
     for layer in layers:
@@ -104,7 +112,7 @@ def _embedded() -> dict[str, Path]:
     return {config.parent.name: config.parent for config in configs}
 
 
-def _find(where: str | Path) -> tuple[Place, TranscoderConfig]:
+def _find(where: str | Path) -> Found:
     # The folder, here or on the hub, and what its config.yaml says.
     if str(where).startswith(PREFIX):
         address = Address.parse(str(where))
@@ -138,7 +146,7 @@ def _layer_files(folder: Place, config: TranscoderConfig) -> LayerFiles:
     return [[file] for file in fetch_files(list(places.values()))]
 
 
-def _check_kind(layers: list[LayerWeights], config: TranscoderConfig) -> None:
+def _check_kind(layers: Layers, config: TranscoderConfig) -> None:
     if config.n_layers not in (None, len(layers)):
         raise InputError(
             f"{config.source} says n_layers: {config.n_layers}, but there are files of "

@@ -42,9 +42,9 @@ class Normalization:
     def of(vectors: Vectors) -> Normalization:
         """Measure some vectors."""
         mean = vectors.mean(1, keepdim=True)
-        deviation = vectors - mean
-        squares = deviation.square().sum(2, keepdim=True)
-        scale = squares.mean(1, keepdim=True).sqrt()
+        squares = (vectors - mean).square()
+        lengths = squares.sum(2, keepdim=True)
+        scale = lengths.mean(1, keepdim=True).sqrt()
         return Normalization(mean, scale.clamp(min=TINY))
 
     def apply(self, vectors: Vectors) -> Vectors:
@@ -152,13 +152,11 @@ class TranscoderParameters:
             written = slice(layer, layer + decoder.shape[1])
             decoders.append(decoder * scales[written])
         lengths = _lengths(decoders)
-        divisors = lengths[..., None, None]
-        decoders = [one / divisor for one, divisor in zip(decoders, divisors, strict=True)]
+        decoders = list(map(torch.div, decoders, lengths[..., None, None]))
         # W_enc = length W_enc' / s_in,   b_enc = length b_enc' - W_enc mean_in
         weights = self.encoder * (lengths[..., None] / inputs.scale)
-        encoder_biases = self.encoder_bias[:, 0] * lengths
         mean = inputs.mean[:, 0]
-        encoder_biases -= _products(weights, mean)
+        encoder_biases = self.encoder_bias[:, 0] * lengths - _products(weights, mean)
         # b_dec = mean_out + s_out b_dec' - W_skip mean_in,   W_skip = s_out W_skip' / s_in
         biases = outputs.mean[:, 0] + self.decoder_bias[:, 0] * scales
         skips = None
@@ -169,9 +167,8 @@ class TranscoderParameters:
         activations: list[Activation] = [ReLU()] * len(decoders)
         if thresholds is not None:
             # a' writes the length a' length', and length / length' takes it to the model's units.
-            in_model = thresholds[:, None] * lengths
-            in_model /= _lengths(self.decoders)
-            activations = [JumpReLU(threshold) for threshold in in_model]
+            in_model = thresholds[:, None] * lengths / _lengths(self.decoders)
+            activations = list(map(JumpReLU, in_model))
         encoders = list(map(Encoder, weights, encoder_biases, activations))
         return Transcoders(encoders, decoders, list(biases), skips)
 

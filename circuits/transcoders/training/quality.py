@@ -45,14 +45,13 @@ def quality(
     # sum (y - mean)^2 = sum y^2 - (sum y)^2 / n
     deviation = y_squared - y.square() / n_tokens
     unexplained = errors.sum(1) / deviation.sum(1)
-    never_fires = fired == 0
+    never_fires = (fired == 0).double()
     columns = {
-        "explained_variance": 1 - unexplained,
-        "l0": fired.sum(1) / n_tokens,
-        "dead": never_fires.double().mean(1),
+        "explained_variance": (1 - unexplained).cpu(),
+        "l0": (fired.sum(1) / n_tokens).cpu(),
+        "dead": never_fires.mean(1).cpu(),
     }
-    table = pd.DataFrame({name: column.cpu() for name, column in columns.items()})
-    return table.rename_axis("layer")
+    return pd.DataFrame(columns).rename_axis("layer")
 
 
 def _sums(
@@ -66,12 +65,12 @@ def _sums(
     for layer, prompt in enumerate(inputs[:, None]):
         activations[layer] = transcoders.encode(layer, prompt)
         made.append(transcoders.output(layer, activations, prompt))
-    fires = torch.cat(list(activations.values())) != 0
-    errors = (outputs - torch.cat(made)).double()
+    fires = torch.cat([*activations.values()]) != 0
+    errors = outputs - torch.cat(made)
     y = outputs.double()
-    by_token = (fires.double(), y, y.square(), errors.square())
-    summed = [each.sum(1) for each in by_token]
-    return inputs.shape[1], *summed
+    squared_errors = errors.double().square()
+    by_token = (fires.double(), y, y.square(), squared_errors)
+    return inputs.shape[1], *[each.sum(1) for each in by_token]
 
 
 @torch.no_grad()
@@ -94,22 +93,21 @@ def record(
     read = [models.mlp_residual_hook(model, layer) for layer in layers]
     written = [models.mlp_output_hook(model, layer, before_norm=before_norm) for layer in layers]
     recorded: dict[str, Tensor] = {}
-    names = (*read, *written)
-    hooks = [(name, keeper(recorded, name)) for name in names]
+    hooks = [(name, keeper(recorded, name)) for name in (*read, *written)]
     with models.frozen(model), models.plain_inputs(model):
         models.run_to_residual(model, tokens, mask, hooks)
+    weights = models.ModelWeights(model)
     inputs = []
     for layer, name in enumerate(read):
-        vectors = _read_by_features(model, layer, reads, recorded[name])
+        vectors = _read_by_features(weights, layer, reads, recorded[name])
         inputs.append(vectors[counted])
     outputs = [recorded[name][counted] for name in written]
     return torch.stack(inputs), torch.stack(outputs)
 
 
 def _read_by_features(
-    model: models.Model, layer: int, reads: Reads, residual: Residual
+    weights: models.ModelWeights, layer: int, reads: Reads, residual: Residual
 ) -> Residual:
-    weights = models.ModelWeights(model)
     if reads == "mlp_input":
         return weights.mlp_input(layer, residual)
     normalized = weights.normalized(layer, residual) if reads == "normalized" else None

@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
+from torch.optim import Adam
 
 from circuits.models import Model, check_unchanged
 from circuits.models.identity import checksum, identity
@@ -54,6 +55,8 @@ DtypeName = Literal["float32", "float64"]
 Batches = Callable[[int], tuple[Tensor, Tensor]]
 """Returns the tokens [batch, pos] of a step and their mask, True for real tokens. It must return
 the same for the same step, so that an interrupted training can be resumed."""
+
+Progress = Callable[[int, float], None]
 
 # Where features read and write.
 READS_WRITES: dict[str, tuple[Reads, Writes]] = {
@@ -122,7 +125,7 @@ def train_transcoders(
     config: Training,
     *,
     checkpoint: str | Path | None = None,
-    progress: Callable[[int, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> Transcoders:
     """Train transcoders for all layers of a model.
 
@@ -319,8 +322,8 @@ class _Trainer:
         return replace(trained, reads=reads, writes=writes, name=name)
 
 
-def _adam(parameters: list[Tensor]) -> torch.optim.Adam:
-    optimizer = torch.optim.Adam(parameters, betas=(0.9, 0.99))
+def _adam(parameters: list[Tensor]) -> Adam:
+    optimizer = Adam(parameters, betas=(0.9, 0.99))
     for tensor in parameters:
         # Adam begins like this. A checkpoint is copied into these tensors.
         optimizer.state[tensor] = {
