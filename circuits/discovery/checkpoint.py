@@ -44,12 +44,7 @@ class Checkpoint:
     def open(
         where: Checkpoint | str | Path | None, method: Mapping[str, Any], graph: Graph, task: Task
     ) -> Checkpoint:
-        """The checkpoint of one method on one graph and task.
-
-        Args:
-            where: the file; None keeps no state.
-            method: identifies the method and its settings, see `CircuitDiscoverer.identity`.
-        """
+        """The checkpoint of one method (its `CircuitDiscoverer.identity`) on one graph and task."""
         key = _digest(method, graph, task)
         if isinstance(where, Checkpoint):
             return Checkpoint(where.path, key)
@@ -64,8 +59,7 @@ class Checkpoint:
     def restore(self, start: Tensors) -> State:
         """The state saved last, or `start` if there is none.
 
-        Raises:
-            InputError: the file is damaged or belongs to another run.
+        Raises InputError if the file is damaged or belongs to another run.
         """
         return on_first(lambda: self._read(start))
 
@@ -73,22 +67,23 @@ class Checkpoint:
         if self.path is None or self.is_new:
             return dict(start)
         state, metadata = read_tensors(self.path, FORMAT, FORMAT_VERSION)
-        if metadata.get("key") == self.key and state.keys() != start.keys():
-            raise InputError(
-                f"the checkpoint {self.path} was written by another version of this package; "
-                "delete it to start again."
-            )
         if metadata.get("key") != self.key:
             raise InputError(
                 f"the checkpoint {self.path} belongs to a run with other settings, model or "
                 "prompts; give another path or delete it."
+            )
+        if state.keys() != start.keys():
+            raise InputError(
+                f"the checkpoint {self.path} was written by another version of this package; "
+                "delete it to start again."
             )
         return {name: state[name].to(start[name].device) for name in start}
 
     def save(self, state: Tensors) -> None:
         """Replace the saved state."""
         if self.path is not None and is_first():
-            write_tensors(self.path, state, {"key": self.key}, FORMAT, FORMAT_VERSION)
+            metadata = {"key": self.key}
+            write_tensors(self.path, state, metadata, FORMAT, FORMAT_VERSION)
 
 
 class TensorState:
@@ -96,7 +91,8 @@ class TensorState:
 
     def restore(self, saved: Checkpoint) -> None:
         """Take over the state saved last, if there is one."""
-        for name, stored in saved.restore(self._tensors()).items():
+        restored = saved.restore(self._tensors())
+        for name, stored in restored.items():
             is_number = not isinstance(getattr(self, name), Tensor)
             setattr(self, name, stored.item() if is_number else stored)
 
@@ -121,6 +117,8 @@ def _digest(method: Mapping[str, Any], graph: Graph, task: Task) -> str:
     inputs = [method, model, nodes, task.digest()]
     text = json.dumps(inputs).encode()
     digest = hashlib.blake2b(text, digest_size=16)
-    for column in (graph.source, graph.target, graph.slot):
-        digest.update(column.cpu().numpy().tobytes())
+    columns = graph.source, graph.target, graph.slot
+    for column in columns:
+        numbers = column.cpu().numpy()
+        digest.update(numbers.tobytes())
     return digest.hexdigest()

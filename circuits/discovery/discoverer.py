@@ -56,10 +56,12 @@ def _checked(discover: Callable[..., Circuit]) -> Callable[..., Circuit]:
 
 
 def _check_scores(found: Circuit, model: Model, task: Task) -> None:
-    n_infinite = int(found.scores.isinf().sum())
+    infinite = found.scores.isinf()
+    n_infinite = int(infinite.sum())
     if n_infinite:
         raise NotFiniteError(f"{n_infinite} scores are infinite: {cause(model)}")
-    if found.scores[found.kept].isnan().any():
+    scores = found.scores[found.kept]
+    if scores.isnan().any():
         # They were never scored, or their scores are those of a model that computes NaN.
         model_logits(model, task)
         model_logits(model, task, "corrupted")
@@ -151,10 +153,7 @@ class CircuitDiscoverer(CheckedFields):
         check_task(model, task)
         part = {"frozen_in": frozen_in, "frozen_out": frozen_out, "layers": layers, "nodes": nodes}
         space = self.search_space(model, graph, start=start, **part)
-        saved = Checkpoint()
-        if checkpoint is not None:
-            identity = {**self.identity(), **space.identity()}
-            saved = Checkpoint.open(checkpoint, identity, space.graph, task)
+        saved = self.checkpoint_at(checkpoint, space, task)
         progress = progress or no_progress
         if self.searches():
             return self.find_within(model, task, space, saved, progress)
@@ -191,8 +190,7 @@ class CircuitDiscoverer(CheckedFields):
     ) -> SearchSpace:
         """The graph, and where to search in it; the arguments are those of `discover`.
 
-        Raises:
-            InputError: the graph or an argument cannot be used, or the method does not search.
+        Raises InputError if the graph or an argument cannot be used, or the method does not search.
         """
         given = {"start": start, **part}
         names = [f"{name}=" for name, value in given.items() if value is not None]
@@ -218,11 +216,7 @@ class CircuitDiscoverer(CheckedFields):
         return graph
 
     def refuse_checkpoint(self, checkpoint: object) -> None:
-        """Refuse a checkpoint, for methods that have no state to resume from.
-
-        Raises:
-            InputError: a checkpoint is given.
-        """
+        """Refuse a checkpoint, for methods that have no state to resume from: an InputError."""
         where = checkpoint.path if isinstance(checkpoint, Checkpoint) else checkpoint
         if where is not None:
             raise InputError(
@@ -230,14 +224,21 @@ class CircuitDiscoverer(CheckedFields):
                 "between steps; leave the checkpoint out."
             )
 
-    def settings(self) -> dict[str, Any]:
+    def checkpoint_at(
+        self, where: Checkpoint | str | Path | None, space: SearchSpace, task: Task
+    ) -> Checkpoint:
+        """The checkpoint of a search in that space; None keeps no state."""
+        if where is None:
+            return Checkpoint()
+        identity = {**self.identity(), **space.identity()}
+        return Checkpoint.open(where, identity, space.graph, task)
+
+    def settings(self) -> JsonObject:
         """The hyperparameters as JSON values."""
         return {each.name: as_json(getattr(self, each.name)) for each in fields(self)}
 
-    def identity(self) -> dict[str, Any]:
-        """What the result depends on: the method and its settings, except `SPEED_ONLY` ones, and
-        a digest of its code and of the data that it holds.
-        """
+    def identity(self) -> JsonObject:
+        """What the result depends on: method, settings that matter, digest of code and data."""
         settings = {name: as_json(value) for name, value in _held(self).items()}
         code = code_of(self, as_first_seen=True).key()
         return {"method": self.name, "settings": settings, "code": code}
@@ -263,8 +264,8 @@ class CircuitDiscoverer(CheckedFields):
             InputError: there is no such ablation, metric or precision.
         """
         check_is_task(task)
-        names = {each.name for each in fields(self)}
-        own = {name: getattr(self, name) for name in names.intersection(RUN_SETTINGS)}
+        names = {each.name for each in fields(self)}.intersection(RUN_SETTINGS)
+        own = {name: getattr(self, name) for name in names}
         return RunSettings.parse(task, **own)
 
 
@@ -286,6 +287,11 @@ def no_progress(done: int, total: int) -> None:
     """Report nothing."""
 
 
+def report_part(progress: Progress, number: int, parts: int, done: int, total: int) -> None:
+    """Report the progress of one of several equally long parts as progress of all of them."""
+    progress(number * total + done, parts * total)
+
+
 def code_of(discoverer: CircuitDiscoverer, *, as_first_seen: bool = False) -> CodeDigest:
     """The digest of a method's code and of its fields, except `SPEED_ONLY` ones."""
     held = {name: each for name, each in _held(discoverer).items() if not _told_by_text(each)}
@@ -299,7 +305,7 @@ def _told_by_text(value: Any) -> bool:
     return isinstance(value, str) or (is_ours and not isinstance(value, Metric))
 
 
-def _held(discoverer: CircuitDiscoverer) -> dict[str, Any]:
+def _held(discoverer: CircuitDiscoverer) -> JsonObject:
     kept = (each for each in fields(discoverer) if not each.metadata.get("speed_only"))
     return {each.name: getattr(discoverer, each.name) for each in kept}
 

@@ -58,7 +58,8 @@ class SearchSpace:
                 f"start={str(start)[:60]!r} is no circuit; give one, such as scores.greedy(200) or "
                 "Circuit.from_edges(graph, edges)."
             )
-        started = ~graph.mask([]) if start is None else _edges(graph, start, "start")
+        whole = ~graph.mask([])
+        started = whole if start is None else _edges(graph, start, "start")
         always = _edges(graph, frozen_in, "frozen_in")
         never = _edges(graph, frozen_out, "frozen_out")
         both = (always & never).nonzero().flatten().tolist()

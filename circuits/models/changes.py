@@ -206,7 +206,9 @@ def _change_of(module: nn.Module) -> str | None:
 
 def _final_norm_type(model: Model) -> type[nn.Module]:
     kind = str(model.cfg.normalization_type)
-    return NORM_TYPES[kind.replace("LN", "RMS") if model.cfg.final_rms else kind]
+    if model.cfg.final_rms:
+        kind = kind.replace("LN", "RMS")
+    return NORM_TYPES[kind]
 
 
 def _expected_types(model: Model) -> dict[str, type[nn.Module]]:

@@ -56,7 +56,8 @@ def component_graph(
         )
     components = components_of(model, split_embed)
     is_causal = model.cfg.attention_dir == "causal"
-    graph = Graph.complete(components, _spans(positions), causal=is_causal)
+    spans = _spans(positions)
+    graph = Graph.complete(components, spans, causal=is_causal)
     return replace(graph, model=identity(model))
 
 

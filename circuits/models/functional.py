@@ -97,15 +97,17 @@ class Rotation:
         width = cos.shape[-1]
         pairs, rest = x.tensor_split([width], -1)
         # (a, b) -> (a cos t - b sin t, b cos t + a sin t) = (a, b) cos t + (-b, a) sin t
+        rotated = pairs * cos + self._quarter_turn(pairs) * sin
+        return torch.cat([rotated, rest], -1)
+
+    def _quarter_turn(self, pairs: Tensor) -> Tensor:
+        # (a, b) -> (-b, a)
         if self.adjacent:
             a, b = pairs[..., ::2], pairs[..., 1::2]
-            turned = torch.stack([-b, a], dim=-1)
-            quarter_turn = turned.flatten(-2)
-        else:
-            a, b = pairs.chunk(2, -1)
-            quarter_turn = torch.cat([-b, a], -1)
-        rotated = pairs * cos + quarter_turn * sin
-        return torch.cat([rotated, rest], -1)
+            turned = torch.stack([-b, a], -1)
+            return turned.flatten(-2)
+        a, b = pairs.chunk(2, -1)
+        return torch.cat([-b, a], -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +156,8 @@ class Attention:
     ) -> Projected:
         """Compute q, k or v of some heads from their normalized input, which they may share."""
         # norm(x) W + b
-        weight, bias = self.weights[slot], self.biases[slot]
+        weight = self.weights[slot]
+        bias = self.biases[slot]
         rows = normed.flatten(1, -2)
         flat = product(rows, weight, bias, heads)
         projected = flat.unflatten(1, normed.shape[1:-1])
@@ -224,7 +227,8 @@ def _product_of_variants(
     # Broadcasting would copy b for every variant, so multiply the rows of all variants together.
     by_prompt = a.transpose(1, 2)
     rows = by_prompt.flatten(2, 3)
-    product = (rows @ b[:, 0]).unflatten(2, by_prompt.shape[2:4])
+    flat = rows @ b[:, 0]
+    product = flat.unflatten(2, by_prompt.shape[2:4])
     return product.transpose(1, 2)
 
 

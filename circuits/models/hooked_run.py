@@ -86,7 +86,8 @@ def frozen(model: Model) -> Iterator[None]:
     """Take the model's turn, in evaluation mode, without gradients of weights or modes of torch."""
     with turn(model), without_modes(), contextlib.ExitStack() as stack:
         training = [module for module in model.modules() if module.training]
-        stack.enter_context(_attributes([(module, "training", False) for module in training]))
+        evaluating = [(module, "training", False) for module in training]
+        stack.enter_context(_attributes(evaluating))
         for parameter in model.parameters():
             # Weights made in inference mode have no gradient in any case.
             if parameter.requires_grad and not parameter.is_inference():
@@ -105,12 +106,11 @@ def run_to_residual(
 ) -> Float[Tensor, "batch pos d_model"]:
     """Run a model with hooks, and return the residual stream after the last layer.
 
+    One that is too large for the norm after it is refused.
+
     Args:
         mask: True for real tokens, False for padding on the right, which no real token reads.
         layers: stop after this many layers.
-
-    Raises:
-        NotFiniteError: the residual stream is too large for the norm after it.
     """
     last = model.cfg.n_layers if layers is None else layers
     residual = _run(model, tokens, mask, hooks, stop_at_layer=last)
@@ -173,7 +173,8 @@ def scored_logits(
     if not last_step_changed(model):
         return unembed(model, residual[scored])
     # A user's hook there may depend on the position, so it sees whole prompts, as in the model.
-    size = max(1, WHOLE_LOGITS // (model.cfg.d_vocab_out * residual.shape[1]))
+    prompt_logits = model.cfg.d_vocab_out * residual.shape[1]
+    size = max(1, WHOLE_LOGITS // prompt_logits)
     pairs = zip(residual.split(size), scored.split(size), strict=True)
     return torch.cat([_last_step(model, stream)[chosen] for stream, chosen in pairs])
 
@@ -182,7 +183,8 @@ def unembed(
     model: Model, residual: Float[Tensor, "*batch d_model"]
 ) -> Float[Tensor, "*batch vocab"]:
     """Compute the logits from the final residual stream with the model's own modules."""
-    logits = _last_step(model, residual.flatten(0, -2)[None])
+    rows = residual.flatten(0, -2)
+    logits = _last_step(model, rows[None])
     return logits[0].unflatten(0, residual.shape[:-1])
 
 
@@ -244,7 +246,8 @@ def _input_flags(model: Model, *chosen: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _shared_norms(model: Model) -> Iterator[None]:
     """Compute the norm before attention once for q, k and v, not three times as TransformerLens."""
-    kind = NORM_TYPES.get(str(model.cfg.normalization_type), type(None))
+    name = str(model.cfg.normalization_type)
+    kind = NORM_TYPES.get(name, type(None))
     # A changed norm may compute something else each time.
     norms = [block.ln1 for block in model.blocks if not is_changed(block.ln1, kind)]
     forwards = [(norm, "forward", _Remembering(norm.forward)) for norm in norms]

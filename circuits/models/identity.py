@@ -57,11 +57,7 @@ def check_fits(model: Model, graph: Graph) -> None:
 
 
 def identity(model: Model) -> ModelIdentity:
-    """Return the model's name, its shape, and a fingerprint of its weights and architecture.
-
-    Raises:
-        InputError: weights are not finite.
-    """
+    """Return the model's name, its shape, and a fingerprint of its weights and architecture."""
     check_class(model)
     check_weights(model)
     # The fingerprint is the same on every device and whatever hook flags are set.

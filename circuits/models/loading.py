@@ -190,7 +190,8 @@ def save_model(model: Model, folder: str | Path) -> None:
         write_bytes(folder / name, content)
         digests[DIGEST_OF + name] = sha256(content).hexdigest()
     # Each on a line of its own that can be deleted.
-    write_json(folder / CONFIG_FILE, {**digests, "config": config}, FORMAT, FORMAT_VERSION)
+    described = {**digests, "config": config}
+    write_json(folder / CONFIG_FILE, described, FORMAT, FORMAT_VERSION)
 
 
 def _tokenizer_files(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, bytes]:
@@ -236,7 +237,12 @@ def _load_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> Mode
     # Folders of checkpoints have a config.json as well.
     if content.get("format") != FORMAT:
         return _load_checkpoint(folder, device, dtype)
-    content = read_json(config, FORMAT, FORMAT_VERSION)
+    return _load_saved(folder, device, dtype)
+
+
+def _load_saved(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:
+    """Load what `save_model` wrote."""
+    content = read_json(folder / CONFIG_FILE, FORMAT, FORMAT_VERSION)
     weights, _ = read_tensors(folder / WEIGHTS_FILE, FORMAT, FORMAT_VERSION)
     try:
         _check_digests(folder, content)
@@ -421,7 +427,8 @@ def _refusals(problem: str) -> Iterator[None]:
                 "transformers itself has."
             ) from error
         words = str(error).split()
-        reason = " ".join([type(error).__name__, *words])[:LONGEST_REASON]
+        reason = " ".join([type(error).__name__, *words])
+        reason = reason[:LONGEST_REASON]
         raise InputError(
             f"{problem} ({reason}); give a complete folder of a decoder-only model that "
             "TransformerLens supports."

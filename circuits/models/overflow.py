@@ -25,7 +25,7 @@ def cause(model: Model) -> str:
         )
     parameters = [(name, each) for name, each in model.named_parameters() if each.numel()]
     sizes = {name: float(each.detach().abs().max()) for name, each in parameters}
-    largest = max(sizes, key=lambda name: sizes[name])
+    largest = max(sizes, key=sizes.__getitem__)
     return (
         f"the weights are finite, the largest {sizes[largest]:.1e} in {largest}: look for damaged "
         "weights if that is too large, else for hooks and given outputs that are not finite."
@@ -51,7 +51,8 @@ def check_size(model: Model, residual: Float[Tensor, "*axes d_model"]) -> None:
         return
     wide = torch.promote_types(residual.dtype, torch.float32)
     squares = residual.detach().to(wide).square()
-    n_bad = int(squares.sum(-1).isinf().sum())
+    overflows = squares.sum(-1).isinf()
+    n_bad = int(overflows.sum())
     if n_bad:
         raise NotFiniteError(
             f"the residual stream overflows in the norm after it at {n_bad} tokens: {cause(model)}"
@@ -61,7 +62,8 @@ def check_size(model: Model, residual: Float[Tensor, "*axes d_model"]) -> None:
 def count_not_finite(values: Float[Tensor, "*axes"]) -> int:
     """How many entries are NaN or infinite."""
     # A finite sum has finite terms, and is faster to check. The sum of finite terms may overflow.
-    if math.isfinite(float(values.detach().sum())):
+    total = values.detach().sum()
+    if math.isfinite(float(total)):
         return 0
     is_bad = ~values.isfinite()
     return int(is_bad.sum())

@@ -96,10 +96,13 @@ class SourceOutputs:
         directions = random.to(residual.device)
         expected = (residual.detach().to(wide) @ directions)[mask]
         written = [each[mask] for each in self._along(directions)]
-        gap = (torch.stack(written).sum(0) - expected).norm(dim=-1)
+        total = torch.stack(written).sum(0)
+        gap = (total - expected).norm(dim=-1)
         # Rounding is relative to the largest of all that is summed.
-        size = torch.stack([*written, expected]).norm(dim=-1).amax(0)
-        largest = float((gap / size.clamp(min=1e-30)).max())
+        summed = torch.stack([*written, expected])
+        size = summed.norm(dim=-1).amax(0)
+        share = gap / size.clamp(min=1e-30)
+        largest = float(share.max())
         # False where the gap is NaN: overflow is reported where the logits are checked.
         if largest > TOLERANCE[self.model.cfg.dtype]:
             found = changes(self.model)
@@ -114,20 +117,22 @@ class SourceOutputs:
         """What is written at each hook point, with biases, along some directions."""
         weights, wide = ModelWeights(self.model), directions.dtype
         for name, group in output_groups(self.nodes):
-            first, written = self.nodes[group.start], self.activations[name]
+            first = self.nodes[group.start]
+            written = self.activations[name].flatten(2)
             along, bias = directions, directions.new_zeros(())
             if isinstance(first, Head):
                 # out_h . r = z_h . (W_O[h] r)
                 projection = weights.output_projection(first.layer).flatten(0, 1)
                 along = projection.to(wide) @ directions
                 bias = weights.output_bias(first.layer).to(wide) @ directions
-            yield written.flatten(2).to(wide) @ along + bias
+            yield written.to(wide) @ along + bias
 
 
 def relative_gap(found: Tensor, expected: Tensor) -> float:
     """The largest difference between two tensors, as a share of the largest expected number."""
     size = expected.abs().max()
-    return float((found - expected).abs().max() / size.clamp(min=1e-30))
+    gap = (found - expected).abs().max()
+    return float(gap / size.clamp(min=1e-30))
 
 
 def run_and_record(
@@ -139,12 +144,10 @@ def run_and_record(
 ) -> tuple[SourceOutputs, Residual]:
     """Run a model, and return the outputs of its sources and the final residual stream.
 
+    A model whose outputs and biases do not sum to the residual stream is refused.
+
     Args:
         hooks: change activations before they are recorded.
-
-    Raises:
-        InputError: the outputs and biases do not sum to the residual stream, so that no component
-            graph describes the model.
     """
     activations: dict[str, Tensor] = {}
     names = dict.fromkeys(map(output_hook, nodes))
@@ -160,12 +163,10 @@ def run_and_record(
 def check_honoured(model: Model, nodes: Sequence[Node], prompts: Sequence[MaskedPrompts]) -> None:
     """Refuse changes of a model that would act in some of the runs made here and not in others.
 
+    In some of them heads have separate inputs, or other prompts are in the batch.
+
     Args:
         prompts: tokens, which of them are real, and where logits are compared.
-
-    Raises:
-        InputError: the outputs do not sum to the residual stream, or the logits are not the model's
-            where heads have separate inputs or other prompts are in the batch.
     """
     found = changes(model)
     if not found:
@@ -178,8 +179,8 @@ def check_honoured(model: Model, nodes: Sequence[Node], prompts: Sequence[Masked
             # Circuits run as copies of the prompts.
             twice = [each.repeat(2, 1) for each in (some, real, rows)]
             separate = _with_separate_inputs(model, found, *twice[:2])
-            first, second = scored_logits(model, separate, twice[2]).chunk(2)
-            logits = [scored_logits(model, residual, rows), first, second]
+            copies = scored_logits(model, separate, twice[2])
+            logits = [scored_logits(model, residual, rows), *copies.chunk(2)]
             gap = max(relative_gap(each, expected) for each in logits)
             if gap > TOLERANCE[expected.dtype]:
                 raise InputError(
@@ -261,6 +262,6 @@ def _write_outputs(model: Model, node: Node, into: OutputRows, activation: Tenso
     # out_h = z_h W_O[h]
     weights = ModelWeights(model)
     projection = weights.output_projection(node.layer).detach()
-    z = activation.detach().flatten(0, 1).transpose(0, 1)
+    z = activation.detach().flatten(0, 1)
     rows = into.view(len(into), -1, into.shape[-1])
-    torch.bmm(z, projection, out=rows)
+    torch.bmm(z.transpose(0, 1), projection, out=rows)

@@ -47,13 +47,13 @@ class ModelWeights:
 
     def embedding_deviation(self) -> float:
         """Return the standard deviation of all entries of the token embedding W_E."""
-        return float(self.model.W_E.detach().float().std())
+        embedding = self.model.W_E.detach()
+        return float(embedding.float().std())
 
     def normalized(self, layer: int | None, residual: Residual) -> tuple[Residual, Scale] | None:
         """Normalize as before attention, or by the final norm, without the norm's weight and bias.
 
-        Returns:
-            The normalized stream and the divisor, in float32 at least; None without norms.
+        Returns the normalized stream and the divisor, in float32 at least; None without norms.
         """
         if self.model.cfg.normalization_type is None:
             return None
@@ -125,7 +125,8 @@ class ModelWeights:
         """Return the heads of a layer as functions; None if positions enter in an unknown way."""
         cfg = self.model.cfg
         block = self.model.blocks[layer]
-        positions, module = cfg.positional_embedding_type, cast(Any, block.attn)
+        positions = cfg.positional_embedding_type
+        module = cast(Any, block.attn)
         # Learned positions ("standard") are part of the residual stream already.
         is_known = positions in ("standard", "rotary", "alibi")
         if not is_known or cfg.use_logn_attn or cfg.use_dynamic_ntk_rope:

@@ -82,12 +82,7 @@ class Ablation:
                 f"there is no ablation {self.name!r}; {suggestion(str(self.name), NAMES)} Or write "
                 "Ablation('given', outputs=...)."
             )
-        if not isinstance(self.over, Task) and self.over not in ("clean", "corrupted"):
-            given = type(self.over).__name__ if not isinstance(self.over, str) else repr(self.over)
-            raise InputError(
-                f"Ablation(over={given}): means are taken over 'clean' or 'corrupted' "
-                "prompts, or over the clean prompts of another Task."
-            )
+        self._check_over()
         if self.name == "given" and self.outputs is None:
             raise InputError(
                 "Ablation('given') needs outputs; write Ablation('given', outputs={node: tensor})."
@@ -102,6 +97,14 @@ class Ablation:
                 f"{' or '.join(map(repr, reading))}."
             )
         self._check_noise()
+
+    def _check_over(self) -> None:
+        if not isinstance(self.over, Task) and self.over not in ("clean", "corrupted"):
+            given = repr(self.over) if isinstance(self.over, str) else type(self.over).__name__
+            raise InputError(
+                f"Ablation(over={given}): means are taken over 'clean' or 'corrupted' "
+                "prompts, or over the clean prompts of another Task."
+            )
 
     def _check_noise(self) -> None:
         """The scale and the seed become a float and an int."""
@@ -144,28 +147,27 @@ class Ablation:
         """
         other = self.over if isinstance(self.over, Task) else task
         tokens = task.corrupted if self.over == "corrupted" else other.clean
-        n_missing = task.clean.shape[1] - tokens.shape[1]
-        longest, longest_averaged = int(task.lengths.max()), int(other.lengths.max())
+        n_tokens = task.clean.shape[1]
+        longest = int(task.lengths.max())
+        longest_averaged = int(other.lengths.max())
         if self.name == "mean_by_position" and longest > longest_averaged:
             raise InputError(
                 f"task {task.name!r} has prompts of {longest} tokens, and those of {other.name!r} "
                 f"have {longest_averaged} at most, so later positions have no mean; use the "
                 "ablation 'mean', or longer prompts."
             )
-        padded = pad(tokens, (0, max(0, n_missing)))
+        n_missing = max(0, n_tokens - tokens.shape[1])
+        padded = pad(tokens, (0, n_missing))
         found = Task.from_tokens(padded, padded, lengths=other.lengths, name=other.name)
         return found.to(task.clean.device)
 
     def counterfactual_run(self, model: Model, task: Task) -> tuple[TokenIds, NamedHooks]:
-        """Of resample and noise: the prompts to run, and the hooks to run them with.
-
-        Raises:
-            InputError: the task lacks the span that gets noise.
-        """
+        """Of resample and noise: the prompts to run, and the hooks to run them with."""
         if self.name != "noise":
             return task.corrupted, []
         noise = embedding_noise(model, task, self.scale, self.seed, self.span)
-        return task.clean, [(output_hook(TokenEmbed()), noise.add)]
+        hook = output_hook(TokenEmbed()), noise.add
+        return task.clean, [hook]
 
     def __str__(self) -> str:
         if self.outputs is not None:
@@ -227,7 +229,8 @@ def check_corrupted(ablation: Ablation, task: Task) -> None:
                 f"{task.name!r} has not; use resample, zero, or means over clean prompts."
             )
         return
-    if not ((task.clean != task.corrupted) & task.mask).any():
+    differs = (task.clean != task.corrupted) & task.mask
+    if not differs.any():
         raise InputError(
             f"the corrupted prompts of task {task.name!r} are the clean ones, so the ablation "
             f"{ablation} would change nothing; give other ones, or ablate by zero or mean."
@@ -241,8 +244,9 @@ def with_means_taken(
     if not ablation.takes_means:
         return ablation
     with frozen(model), torch.no_grad():
-        means = _means(model, nodes, task, ablation, prompts_per_run).outputs()
-    return Ablation("given", outputs=dict(zip(nodes, means, strict=True)))
+        means = _means(model, nodes, task, ablation, prompts_per_run)
+        outputs = means.outputs()
+    return Ablation("given", outputs=dict(zip(nodes, outputs, strict=True)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -301,11 +305,7 @@ class Counterfactuals:
         clean: SourceOutputs,
         corrupted: SourceOutputs | None = None,
     ) -> Changes:
-        """c_u - out_u(clean) of every source u, on a part of the task: these of its prompts.
-
-        Args:
-            corrupted: outputs on the corrupted prompts, where the ablation uses them, if known.
-        """
+        """c_u - out_u(clean) of every source u, on a part of the task: these of its prompts."""
         if self.given is not None:
             return Changes(clean, self.given[:, prompts])
         replacing = corrupted or self._recorded(task)
@@ -343,20 +343,15 @@ class Changes:
         return torch.sub(self.given[rows], outputs, out=outputs)
 
 
-def masked_sum(value: Tensor, mask: TokenMask, axes: Axes) -> Tensor:
-    """The sum of activations [batch, pos, ...] at tokens that count, in float32 at least."""
-    wide = torch.promote_types(value.dtype, torch.float32)
-    # The axes after [batch, pos] broadcast.
-    ones = [1] * (value.dim() - 2)
-    weights = mask.to(wide)
-    weights = weights.reshape(*mask.shape, *ones)
-    return (value * weights).sum(axes, keepdim=True)
-
-
 def add_sums(sums: Sums, new: Mapping[Any, Tensor], mask: TokenMask, axes: Axes) -> None:
-    """Add the sums of activations, by name, over the tokens that count."""
+    """Add the sums of activations [batch, pos, ...] over the tokens that count, by name."""
     for name, value in new.items():
-        total = masked_sum(value, mask, axes)
+        # In float32 at least; the axes after [batch, pos] broadcast.
+        wide = torch.promote_types(value.dtype, torch.float32)
+        ones = [1] * (value.dim() - 2)
+        weights = mask.to(wide)
+        weights = weights.reshape(*mask.shape, *ones)
+        total = (value * weights).sum(axes, keepdim=True)
         sums[name] = sums.get(name, 0) + total
 
 
@@ -365,7 +360,8 @@ def _means(
 ) -> SourceOutputs:
     """Means of the outputs. A head's mean output is mean(z) @ W_O, so storing mean(z) is enough."""
     sums: Sums = {}
-    axes, n_tokens = ablation.axes, task.clean.shape[1]
+    axes = ablation.axes
+    n_tokens = task.clean.shape[1]
     averaged = ablation.averaged(task)
     check_task(model, averaged)
     # As many tokens at once as `prompts_per_run` prompts of the task have.
@@ -374,15 +370,21 @@ def _means(
         part = averaged[start : start + size]
         run, _ = run_and_record(model, nodes, part.clean, part.mask)
         add_sums(sums, run.activations, part.mask, axes)
-    # Beyond the longest prompt there is no mean, and no real token reads it.
-    counts = averaged.mask.sum(axes, keepdim=True)
-    counts = counts.clamp(min=1)[..., None]
     means = {}
     for name, total in sums.items():
-        mean = (total.flatten(2) / counts).view_as(total)
-        # Prompts of another task may have more positions.
-        means[name] = mean[:, :n_tokens].to(model.cfg.dtype)
+        mean = mean_of(total, averaged.mask, axes, n_tokens)
+        means[name] = mean.to(model.cfg.dtype)
     return SourceOutputs(model, nodes, means)
+
+
+def mean_of(total: Tensor, mask: TokenMask, axes: Axes, n_tokens: int) -> Tensor:
+    """The mean at the first positions, from a sum over the tokens of a mask, see `add_sums`."""
+    # Beyond the longest prompt there is no mean, and no real token reads it.
+    counts = mask.sum(axes, keepdim=True)
+    counts = counts.clamp(min=1)[..., None]
+    mean = total.flatten(2) / counts
+    # Prompts of another task may have more positions.
+    return mean.view_as(total)[:, :n_tokens]
 
 
 def _given(nodes: Nodes, outputs: GivenOutputs, like: Outputs) -> Outputs:

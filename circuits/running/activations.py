@@ -75,7 +75,8 @@ def circuit_activations(
         )
     check_runnable(model, graph, task)
     wanted = [names] if isinstance(names, str | Node) else names
-    texts = list(dict.fromkeys(map(str, wanted)))
+    distinct = dict.fromkeys(map(str, wanted))
+    texts = list(distinct)
     nodes = component_nodes(model, graph.splits_embedding)
     rows = {str(node): row for row, node in enumerate(nodes)}
     _check_names(model, texts, rows)
@@ -95,7 +96,7 @@ def _check_names(model: Model, texts: Sequence[str], rows: Rows) -> None:
         if text not in known:
             similar = get_close_matches(text, known, n=1)
             hint = f"did you mean {similar[0]!r}? " if similar else ""
-            first, last = known[0], list(rows)[-1]
+            first, *_, last = rows
             raise InputError(
                 f"{text!r} is no activation of this circuit's run; {hint}There are its sources, "
                 f"{first} to {last}, and hook points such as blocks.0.attn.hook_pattern."

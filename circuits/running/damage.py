@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.graph.graph import Graph
+from circuits.graph.graph import EdgeMask, Graph
 from circuits.models import Model, check_model
 from circuits.models.component_graph import reaching_logits
 from circuits.running.ablation import check_corrupted
 from circuits.running.executor import Executor, get_executor
 from circuits.running.incremental.executor import IncrementalExecutor
-from circuits.running.settings import Counts, EdgeMask, KeptEdges, RunSettings
+from circuits.running.settings import Counts, KeptEdges, RunSettings
 from circuits.system.ranks import in_slices, totals
 from circuits.tasks.metrics import Metric
 from circuits.tasks.model_fit import check_task
@@ -73,7 +73,8 @@ class DamageMeter:
 
         Raises NotFiniteError if the logits or the metric of one of the circuits are not finite.
         """
-        by_row = in_slices(len(kept), lambda mine: self.executor.map(kept[mine], self._of_logits))
+        run = self.executor.map
+        by_row = in_slices(len(kept), lambda mine: run(kept[mine], self._of_logits))
         return by_row.cpu()
 
     def _of_logits(self, logits: Tensor) -> Tensor:

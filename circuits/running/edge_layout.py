@@ -17,12 +17,12 @@ from circuits.graph.nodes import MLP, Head, Logits, Node, TokenEmbed, at_positio
 from circuits.models import Model
 from circuits.models.component_graph import check_supported, component_nodes, sources_of
 from circuits.models.identity import check_fits
+from circuits.running.settings import KeptEdges
 from circuits.system.errors import InputError
 from circuits.tasks.model_fit import check_task
 from circuits.tasks.task import Task
 
 Indices = Int[np.ndarray, " _"]
-KeptEdges = Bool[Tensor, "variant edge"]
 AblatedEdges = Bool[Tensor, "variant span target source"]
 Items = Iterable[object]
 Target = tuple[Node, str | None]
@@ -75,7 +75,8 @@ class EdgeLayout:
         span = span_of_node[graph.target]
         target = rows[graph.target, graph.slot]
         source = _places(components, nodes)[graph.source]
-        missing = (span < 0) | (target < 0) | (source < 0)
+        places = torch.stack([span, target, source])
+        missing = (places < 0).any(0)
         # An edge leads from a position to the same one.
         missing |= span != span_of_node[graph.source]
         if missing.any():
@@ -118,7 +119,8 @@ class EdgeLayout:
         upstream: list[int] = []
         for node, _, count in self.targets:
             upstream += [sources_of(model, node, self.splits_embedding)] * count
-        n_sources, n_upstream = self.shape[2], torch.tensor(upstream)
+        n_upstream = torch.tensor(upstream)
+        n_sources = self.shape[2]
         return torch.arange(n_sources) < n_upstream[:, None]
 
 
@@ -126,7 +128,8 @@ def _targets(model: Model) -> tuple[HookedTarget, ...]:
     targets: list[HookedTarget] = []
     for layer in range(model.cfg.n_layers):
         first = Head(layer, 0)
-        targets += [(first, slot, model.cfg.n_heads) for slot in SLOTS]
+        n_heads = model.cfg.n_heads
+        targets += [(first, slot, n_heads) for slot in SLOTS]
         if not model.cfg.attn_only:
             targets.append((MLP(layer), None, 1))
     return (*targets, (Logits(), None, 1))

@@ -9,13 +9,13 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from circuits.graph.graph import Graph
+from circuits.graph.graph import EdgeMask, Graph
 from circuits.models import Model
 from circuits.running.features import FeatureExecutor
 from circuits.running.hooked import HookedExecutor
 from circuits.running.incremental.executor import IncrementalExecutor
 from circuits.running.incremental.sublayer_run import UnsupportedError
-from circuits.running.settings import EdgeMask, KeptEdges, OfLogits, RunSettings, VariantLogits
+from circuits.running.settings import KeptEdges, OfLogits, RunSettings, VariantLogits
 from circuits.system.errors import InputError
 from circuits.system.memory import shrinking
 from circuits.tasks.task import Task
@@ -43,12 +43,7 @@ class Executor(Protocol):
 
 
 def get_executor(model: Model, graph: Graph, task: Task, settings: RunSettings) -> Executor:
-    """The executor for this graph: the incremental one, unless it cannot run the model.
-
-    Raises:
-        InputError: the executor cannot run this graph or has no such precision; the model, graph
-            and task do not fit together; or memory runs out.
-    """
+    """The executor for this graph: the incremental one, unless it cannot run the model."""
     name, precision = model.cfg.model_name, settings.precision
     only_incremental = precision is not None or settings.executor == "incremental"
 

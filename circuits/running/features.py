@@ -28,7 +28,7 @@ from torch import Tensor
 
 from circuits.attribution.local_model import check_transcoders, compute_dtype, read_by_features
 from circuits.attribution.pooling import spans_of
-from circuits.graph.graph import Graph, PooledFeatureGraph
+from circuits.graph.graph import EdgeMask, Graph, PooledFeatureGraph
 from circuits.graph.nodes import Error, Feature, Node, TokenEmbed
 from circuits.models import (
     Hook,
@@ -44,8 +44,8 @@ from circuits.models import (
 )
 from circuits.models.component_graph import REST
 from circuits.models.identity import check_fits
-from circuits.running.ablation import NAMES, Ablation, add_sums
-from circuits.running.settings import NO_RUNS, Counts, EdgeMask, KeptEdges, OfLogits, VariantLogits
+from circuits.running.ablation import NAMES, Ablation, add_sums, mean_of
+from circuits.running.settings import NO_RUNS, Counts, KeptEdges, OfLogits, VariantLogits
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget
 from circuits.tasks.metrics import check_finite
@@ -91,7 +91,17 @@ def transcoders_of(graph: PooledFeatureGraph, given: Transcoders | None) -> Tran
     return found
 
 
-def _check_positions(graph: Graph, task: Task) -> None:
+def _check_usable(graph: Graph, task: Task, ablation: Ablation) -> None:
+    """Refuse prompts, ablations and positions that circuits of features cannot be run with."""
+    if task.alignment is not None and ablation.name == "resample":
+        raise InputError(
+            f"circuits of features need corrupted prompts of the lengths of the clean ones, "
+            f"which task {task.name!r} has not; ablate by zero or mean."
+        )
+    if ablation.name == "given":
+        raise InputError(
+            f"circuits of features are ablated by {', '.join(NAMES)}; outputs cannot be given."
+        )
     named = {REST, *task.positions}
     missing = [name for name in graph.positions or () if name not in named]
     if missing:
@@ -135,16 +145,7 @@ class FeatureExecutor:
         check_transcoders(model, found)
         check_fits(model, graph)
         check_task(model, task)
-        if task.alignment is not None and ablation.name == "resample":
-            raise InputError(
-                f"circuits of features need corrupted prompts of the lengths of the clean ones, "
-                f"which task {task.name!r} has not; ablate by zero or mean."
-            )
-        if ablation.name == "given":
-            raise InputError(
-                f"circuits of features are ablated by {', '.join(NAMES)}; outputs cannot be given."
-            )
-        _check_positions(graph, task)
+        _check_usable(graph, task, ablation)
         task = task.to(model.cfg.device)
         executor = FeatureExecutor(model, found, graph, task, ablation, max_memory)
         if not ablation.takes_means:
@@ -160,7 +161,8 @@ class FeatureExecutor:
         """`function` of the logits, one circuit at a time."""
         circuits = [self._kept_nodes(row) for row in kept]
         with frozen(self.model), plain_inputs(self.model), torch.no_grad():
-            parts = [self._part_logits(prompts, circuits) for prompts in self._parts(self.task)]
+            tasks = self._parts(self.task)
+            parts = [self._part_logits(prompts, circuits) for prompts in tasks]
         logits = torch.cat(parts, dim=1)
         check_finite(logits, self.model)
         return torch.cat([function(each[None]) for each in logits])
@@ -178,8 +180,8 @@ class FeatureExecutor:
         if self.graph.transcoders.whole and kept.all():
             return None
         graph = self.graph
-        touched = torch.cat([graph.source[kept], graph.target[kept]])
-        numbers = touched.unique().tolist()
+        ends = [graph.source[kept], graph.target[kept]]
+        numbers = torch.cat(ends).unique().tolist()
         return [graph.nodes[index] for index in numbers]
 
     def _parts(self, task: Task) -> list[Task]:
@@ -187,8 +189,7 @@ class FeatureExecutor:
         # Features and errors in float32 on the clean prompts, as replaced, and in the circuit.
         shape = self.transcoders
         widths = shape.n_features + shape.d_model
-        length = task.clean.shape[1]
-        prompt_bytes = 12 * shape.n_layers * widths * length
+        prompt_bytes = 12 * shape.n_layers * widths * task.clean.shape[1]
         budget = memory_budget(self.model.cfg.device, self.max_memory, cpu_bytes=CPU_BYTES)
         size = max(1, budget // prompt_bytes)
         return [task[start : start + size] for start in range(0, len(task), size)]
@@ -205,7 +206,8 @@ class FeatureExecutor:
                 staying = self._staying(prompts, circuit, clean.outputs)
                 run = _Run(self, prompts, staying, replacing)
                 residual = run.residual(prompts.clean)
-            logits.append(unembed(self.model, residual[prompts.scored]))
+            scored = residual[prompts.scored]
+            logits.append(unembed(self.model, scored))
         self.counts["batches"] += len(circuits)
         return torch.stack(logits)
 
@@ -239,8 +241,8 @@ class FeatureExecutor:
         n_layers, n_spans = self.transcoders.n_layers, len(spans)
         # Written in numpy and moved once: on a GPU each node would be an operation of its own.
         features = np.zeros((n_layers, n_spans, self.transcoders.n_features), dtype=bool)
-        errors = np.zeros((n_layers, n_spans, 1), dtype=bool)
-        tokens = np.zeros((n_spans, 1), dtype=bool)
+        errors = np.zeros((n_layers, n_spans, 1), bool)
+        tokens = np.zeros((n_spans, 1), bool)
         for node in circuit:
             match node:
                 case Feature(layer, index, position):
@@ -258,25 +260,22 @@ class FeatureExecutor:
 
     def _means(self) -> NodeOutputs:
         """Means over all prompts, padding left out."""
-        axes, n_tokens = self.ablation.axes, self.task.clean.shape[1]
+        axes = self.ablation.axes
+        n_tokens = self.task.clean.shape[1]
         averaged = self.ablation.averaged(self.task)
         check_task(self.model, averaged)
-        mask = averaged.mask
         sums: NodeOutputs = {}
         for prompts in self._parts(averaged):
             run = _Run(self, prompts)
             run.residual(prompts.clean)
             add_sums(sums, run.outputs, prompts.mask, axes)
         # The leading positions have no features and errors, so they do not count in their means.
-        later = mask.clone()
+        later = averaged.mask.clone()
         later[:, : self.graph.transcoders.leading] = False
         means = {}
         for part, total in sums.items():
-            counted = mask if part == TOKENS else later
-            count = counted.sum(axes, keepdim=True).clamp(min=1)
-            mean = total / count[..., None]
-            # Prompts of another task may have more positions.
-            means[part] = mean[:, :n_tokens]
+            counted = averaged.mask if part == TOKENS else later
+            means[part] = mean_of(total, counted, axes, n_tokens)
         return means
 
 
@@ -306,11 +305,13 @@ class _Run:
         """Run the model, under more hooks; return the residual stream after the last layer."""
         model, transcoders = self.executor.model, self.executor.transcoders
         before_norm = transcoders.writes == "mlp"
-        hooks = [*(hooks or ()), (output_hook(TokenEmbed()), self.embed)]
+        embedding = output_hook(TokenEmbed())
+        hooks = [*(hooks or ()), (embedding, self.embed)]
         for layer in range(transcoders.n_layers):
             writes = mlp_output_hook(model, layer, before_norm=before_norm)
             reads = mlp_residual_hook(model, layer)
-            hooks += [(reads, partial(self.read, layer)), (writes, partial(self.write, layer))]
+            hooks.append((reads, partial(self.read, layer)))
+            hooks.append((writes, partial(self.write, layer)))
         return run_to_residual(model, tokens, self.prompts.mask, hooks)
 
     def embed(self, embedding: Stream) -> Stream:

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.graph.graph import Graph
+from circuits.graph.graph import EdgeMask, Graph
 from circuits.models import (
     Hook,
     Model,
@@ -37,7 +37,7 @@ from circuits.models.component_graph import sources_of
 from circuits.models.source_outputs import check_honoured, recording_hooks
 from circuits.running.ablation import Ablation, Counterfactuals
 from circuits.running.edge_layout import AblatedEdges, EdgeLayout, check_runnable
-from circuits.running.settings import NO_RUNS, Counts, EdgeMask, KeptEdges, OfLogits, VariantLogits
+from circuits.running.settings import NO_RUNS, Counts, KeptEdges, OfLogits, VariantLogits
 from circuits.system.memory import memory_budget, shrinking
 from circuits.tasks.metrics import check_finite
 from circuits.tasks.task import Task
@@ -124,21 +124,21 @@ class HookedExecutor:
         circuit_bytes = self.counterfactuals[:, prompts].nbytes
         size = max(1, budget // circuit_bytes)
         parts: list[Tensor] = []
-        done = 0
-        while done < len(ablated):
-            rest = ablated[done:]
-            step = partial(self._run, prompts, rest)
-            most = min(size, len(ablated) - done)
-            part, size = shrinking(step, most, "circuit")
+        while len(ablated):
+            step = partial(self._run, prompts, ablated)
+            size = min(size, len(ablated))
+            part, size = shrinking(step, size, "circuit")
             parts.append(part)
-            done += size
+            ablated = ablated[size:]
         return torch.cat(parts)
 
     def _run(self, prompts: slice, ablated: AblatedEdges, n_circuits: int) -> Tensor:
         """Logits [circuit, scored, vocab] of the first circuits, from one forward pass."""
         _, residual = self.run(prompts, ablated[:n_circuits])
-        scored = self.task[prompts].scored.repeat(n_circuits, 1)
-        logits = scored_logits(self.model, residual.flatten(0, 1), scored)
+        scored = self.task[prompts].scored
+        scored = scored.repeat(n_circuits, 1)
+        rows = residual.flatten(0, 1)
+        logits = scored_logits(self.model, rows, scored)
         return logits.unflatten(0, (n_circuits, -1))
 
     def run(
@@ -157,7 +157,8 @@ class HookedExecutor:
         outputs = self.counterfactuals.new_empty(n_sources, n_circuits, *shape)
         # A source writes before its targets read, so its row is filled when they need it.
         hooks = recording_hooks(model, self.layout.nodes, outputs)
-        hooks += [*self._ablating_hooks(prompts, ablated, outputs), *observers]
+        hooks += self._ablating_hooks(prompts, ablated, outputs)
+        hooks += observers
         # Every circuit runs on a copy of the prompts.
         tokens = task.clean.repeat(n_circuits, 1)
         mask = task.mask.repeat(n_circuits, 1)

@@ -23,11 +23,7 @@ Noise = Float[Tensor, "batch pos d_model"]
 def embedding_noise(model: Model, task: Task, scale: float, seed: int, span: str | None) -> Noise:
     """Gaussian noise for the clean prompts; zero at padding and outside of the span.
 
-    Args:
-        scale: standard deviation, in that of all entries of W_E.
-
-    Raises:
-        InputError: the task has no such span.
+    Its standard deviation is `scale` times that of all entries of W_E.
     """
     if span is not None and span not in task.positions:
         raise InputError(
@@ -40,7 +36,8 @@ def embedding_noise(model: Model, task: Task, scale: float, seed: int, span: str
         tokens = task.clean[row, :length]
         noise[row, :length] = _normal(tokens, model.cfg.d_model, seed)
     deviation = scale * ModelWeights(model).embedding_deviation()
-    scaled = noise * noised.cpu()[..., None] * deviation
+    weights = noised.cpu()[..., None]
+    scaled = noise * weights * deviation
     return scaled.to(model.cfg.device, model.cfg.dtype)
 
 

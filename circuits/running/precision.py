@@ -99,11 +99,7 @@ class Precision:
 
 
 def get_precision(precision: str | Precision | None) -> Precision | None:
-    """A precision, by the name of its background type.
-
-    Raises:
-        InputError: there is no such type, or it is neither a name nor a precision.
-    """
+    """A precision, by the name of its background type; anything else is an InputError."""
     if isinstance(precision, str):
         return Precision(precision)
     if precision is not None and not isinstance(precision, Precision):
@@ -247,7 +243,8 @@ def _matmul(a: Tensor, b: Tensor) -> Product:
 
 def _matmul_16_bit(a: Tensor, b: Tensor) -> Product:
     if b.dim() == 2:
-        product = torch.mm(a.flatten(0, -2), b, out_dtype=torch.float32)
+        rows = a.flatten(0, -2)
+        product = torch.mm(rows, b, out_dtype=torch.float32)
         return product.unflatten(0, a.shape[:-1])
     n_heads = len(b)
     by_head = a.expand(n_heads, -1, -1)

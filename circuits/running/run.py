@@ -103,7 +103,8 @@ def run_circuit(
         ablation=ablation, executor=executor, max_memory=max_memory, transcoders=transcoders
     )
     check_is_circuit(circuit)
-    logits = run_variants(model, circuit.graph, circuit.kept[None], task, settings)
+    kept = circuit.kept[None]
+    logits = run_variants(model, circuit.graph, kept, task, settings)
     return logits[0]
 
 
@@ -192,12 +193,15 @@ def model_logits(
         for start in range(0, len(task), PROMPTS_PER_RUN):
             part = task[start : start + PROMPTS_PER_RUN]
             # Only the scored rows are unembedded: a vocabulary is wide.
-            if prompts == "clean":
-                residual = run_to_residual(model, part.clean, part.mask)
-            else:
-                found = run_to_residual(model, part.corrupted, part.corrupted_mask)
-                residual = part.to_clean(found)
+            residual = _residual(model, part, prompts)
             logits.append(scored_logits(model, residual, part.scored))
     result = torch.cat(logits)
     check_finite(result, model)
     return result
+
+
+def _residual(model: Model, task: Task, prompts: str) -> Float[Tensor, "batch pos d_model"]:
+    if prompts == "clean":
+        return run_to_residual(model, task.clean, task.mask)
+    found = run_to_residual(model, task.corrupted, task.corrupted_mask)
+    return task.to_clean(found)

@@ -23,7 +23,6 @@ ExecutorName = Literal["auto", "incremental", "hooks"]
 RESAMPLE = Ablation("resample")
 
 # What executors run, return and count.
-EdgeMask = Bool[Tensor, " edge"]
 KeptEdges = Bool[Tensor, "variant edge"]
 VariantLogits = Float[Tensor, "variant scored vocab"]
 OfLogits = Callable[[Tensor], Tensor]
@@ -38,11 +37,9 @@ class RunSettings:
     Attributes:
         ablation: what ablated edges carry instead.
         metric: None if the logits themselves are wanted.
-        executor: "incremental" recomputes only what changes; "hooks" is the reference executor;
-            "auto" takes the first where the architecture is known to it.
+        executor, transcoders: see `run_circuits`.
         max_memory: bytes that one step may take; None chooses from the memory that is free.
         precision: of the incremental executor; None is float32 throughout.
-        transcoders: for a graph of features; None loads the transcoders that the graph names.
     """
 
     ablation: Ablation = RESAMPLE
@@ -65,8 +62,7 @@ class RunSettings:
     ) -> RunSettings:
         """The settings that a user's arguments ask for.
 
-        Args:
-            task: the task to be judged on. With it, `metric=None` means the task's own metric.
+        On a task to be judged on, `metric=None` means the task's own metric.
 
         Raises:
             InputError: an argument names no ablation, metric, executor or precision, or the metric

@@ -56,14 +56,16 @@ class EdgeAttribution:
         scores = self.edges.double()
         sums = scores.new_zeros(len(sources))
         sums.index_add_(0, of_edge, scores)
-        nodes = [graph.nodes[source] for source in sources.tolist()]
+        numbers = sources.tolist()
+        nodes = [graph.nodes[number] for number in numbers]
         return dict(zip(nodes, sums.tolist(), strict=True))
 
     @without_modes()
     def heads(self) -> Float[Tensor, "layer head"]:
         """Scores of heads, all positions together."""
         scores = [score for node, score in self._by_source if isinstance(node, Head)]
-        return torch.stack(scores).unflatten(0, (self._n_layers, -1))
+        by_layer = (self._n_layers, -1)
+        return torch.stack(scores).unflatten(0, by_layer)
 
     @without_modes()
     def layers(self) -> Float[Tensor, "layer 2"]:
@@ -98,16 +100,15 @@ class EdgeAttribution:
     @property
     def _by_source(self) -> Iterator[tuple[Node, Tensor]]:
         means = self._mean(self.sources_by_position)
-        totals = means.sum(-1)
-        return zip(self.nodes, totals, strict=True)
+        return zip(self.nodes, means.sum(-1), strict=True)
 
     @property
     def _n_layers(self) -> int:
-        heads = [node for node in self.nodes if isinstance(node, Head)]
-        return len({head.layer for head in heads})
+        return len({node.layer for node in self.nodes if isinstance(node, Head)})
 
     @without_modes()
     def _mean(self, by_prompt: Float[Tensor, " prompt *rest"]) -> Float[Tensor, " *rest"]:
         # mean = sum over prompts of rows[prompt] / sum(rows) * value[prompt]
-        weights = self.rows.to(by_prompt.dtype) / self.rows.sum()
+        rows = self.rows.to(by_prompt.dtype)
+        weights = rows / self.rows.sum()
         return torch.tensordot(weights, by_prompt, dims=1)

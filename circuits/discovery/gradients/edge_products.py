@@ -139,7 +139,7 @@ class BatchProducts:
         by_edge = dense[:, layout.span, layout.target, layout.source]
         positions = self.positions.transpose(0, 1)
         steepest = torch.tensor([self.steepest])
-        results = (by_edge, positions, self.neurons[None], steepest)
+        results = by_edge, positions, self.neurons[None], steepest
         return [each.float().cpu() for each in results]
 
     def _chunks(
@@ -147,17 +147,16 @@ class BatchProducts:
     ) -> Iterator[slice]:
         """All sources, as many at a time as fit into memory; those that write together stay so."""
         kept = changes.kept
-        held = [*kept.activations.values(), *buffers]
-        free = self.of.budget - sum(tensor.nbytes for tensor in held)
-        free -= sum(each.nbytes for each in gradients)
+        held: list[Tensor | Gradients] = [*kept.activations.values(), *buffers, *gradients]
+        held_bytes = sum(each.nbytes for each in held)
+        free = self.of.budget - held_bytes
         # A source's changes, their products with the gradient, and given outputs.
         given = changes.given is not None
         copies = 1 + self.of.details + given
         source_bytes = copies * buffers[0][0].nbytes
         start = stop = 0
         for _, rows in output_groups(kept.nodes):
-            needed = (rows.stop - start) * source_bytes
-            if stop > start and needed > free:
+            if stop > start and (rows.stop - start) * source_bytes > free:
                 yield slice(start, stop)
                 start = stop
             stop = rows.stop
@@ -176,22 +175,22 @@ class BatchProducts:
                 upstream = changes[: stop - rows.start]
                 slopes = _summed(gradients, group, buffers)
                 products = self._products(upstream, slopes)
-                self.edges[:, group.rows, rows.start : stop] += products
+                edges = self.edges[:, group.rows]
+                edges[..., rows.start : stop] += products
 
     def _products(self, changes: SourceChanges, gradients: TargetGradients) -> DenseEdges:
         """(c_u - out_u(clean)) . d L / d x_r of every source u and target r, summed by part."""
-        prompts = len(self.edges) if self.part is None else self.part.numel()
-        targets, sources = len(gradients), len(changes)
-        by_target = gradients.reshape(targets, prompts, -1).transpose(0, 1)
-        by_source = changes.reshape(sources, prompts, -1).permute(1, 2, 0)
+        part = self.part
+        prompts = len(self.edges) if part is None else part.numel()
+        by_target = gradients.reshape(len(gradients), prompts, -1).transpose(0, 1)
+        by_source = changes.reshape(len(changes), prompts, -1).permute(1, 2, 0)
         # products[part, r, u] = sum over tokens of the part and d_model of gradient[r] * change[u]
         products = torch.bmm(by_target, by_source)
-        if self.part is None:
+        if part is None:
             return products
         # Products by token so far.
-        part = self.part.flatten()
         by_part = products.new_zeros(len(self.edges), *products.shape[1:])
-        return by_part.index_add_(0, part, products)
+        return by_part.index_add_(0, part.flatten(), products)
 
     def _add_nodes(
         self,
@@ -216,14 +215,9 @@ class BatchProducts:
 def target_groups(model: Model, layout: EdgeLayout) -> Iterator[TargetGroup]:
     """Cut the targets into groups; each ends with the v slot of a layer's heads."""
     targets = layout.targets
-    counts = [count for _, _, count in targets]
-    row = [0, *accumulate(counts)]
-    cuts = [0]
-    for index, (_, slot, _) in enumerate(targets, start=1):
-        if slot == SLOTS[-1]:
-            cuts.append(index)
-    cuts.append(len(targets))
-    for start, stop in pairwise(cuts):
+    row = [0, *accumulate(count for _, _, count in targets)]
+    ends = [index for index, (_, slot, _) in enumerate(targets, 1) if slot == SLOTS[-1]]
+    for start, stop in pairwise([0, *ends, len(targets)]):
         last, *_ = targets[stop - 1]
         n_sources = sources_of(model, last, layout.splits_embedding)
         rows = slice(row[start], row[stop])

@@ -14,15 +14,14 @@ the products.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
-from circuits.discovery.discoverer import EdgeScores, Progress, no_progress
+from circuits.discovery.discoverer import EdgeScores, Progress, no_progress, report_part
 from circuits.discovery.gradients.edge_attribution import EdgeAttribution
 from circuits.discovery.gradients.edge_products import BatchProducts, EdgeProducts, target_groups
 from circuits.discovery.gradients.gradient_pass import (
@@ -49,12 +48,7 @@ from circuits.models import (
 )
 from circuits.models.component_graph import check_supported
 from circuits.models.propagation import PropagationRules
-from circuits.models.source_outputs import (
-    SourceOutputs,
-    check_honoured,
-    output_groups,
-    run_and_record,
-)
+from circuits.models.source_outputs import SourceOutputs, output_groups, run_and_record
 from circuits.running.ablation import Changes, Counterfactuals, check_corrupted
 from circuits.running.edge_layout import EdgeLayout
 from circuits.running.settings import RunSettings
@@ -91,9 +85,18 @@ class GradientPoint:
     nodes: tuple[Node, ...] = ()
     until: float | None = None
 
+    @property
+    def places(self) -> tuple[GradientPoint, GradientPoint]:
+        """Where the model is run: here, and at the end of this piece of the line."""
+        start = replace(self, until=None)
+        if self.until is None:
+            return start, start
+        return start, replace(start, fraction=self.until)
+
 
 CLEAN_END, COUNTERFACTUAL_END = GradientPoint(1.0), GradientPoint(0.0)
 Step = Callable[[slice], list[Tensor]]
+Ends = dict[GradientPoint, Gradients]
 
 
 @dataclass(eq=False)
@@ -108,7 +111,7 @@ class _Line:
     # c_u - out_u(clean) of every source u
     changes: Changes
     # Gradients at the clean and the counterfactual end, where these runs were made anyway
-    ends: dict[GradientPoint, Gradients]
+    ends: Ends
 
     def clean_output(self, name: str, node: Node) -> Tensor:
         """What is written at a hook point; heads write there together, with their bias."""
@@ -142,25 +145,27 @@ class EdgeScoring:
         check_differentiable(model)
         check_task(model, task)
         check_corrupted(settings.ablation, task)
-        resamples = settings.ablation.name == "resample"
-        if task.alignment is not None and resamples and COUNTERFACTUAL_END in points:
+        self.resamples = settings.ablation.name == "resample"
+        at_corrupted = self.resamples and COUNTERFACTUAL_END in points
+        if at_corrupted and task.alignment is not None:
             raise InputError(
                 f"gradients at the corrupted prompts need prompts of the clean lengths, which task "
                 f"{task.name!r} has not; use gradient_at='clean', or quadrature='midpoint'."
             )
         _warn_of_dead_norms(model, settings, points)
-        budget = memory_budget(model.cfg.device, settings.max_memory, cpu_bytes=CPU_BYTES)
-        layout = EdgeLayout.of(model, graph)
-        groups = tuple(target_groups(model, layout))
         self.task = task.to(model.cfg.device)
         self.settings = settings
         self.metric = settings.metric
         self.points = points
         self.current = points  # those that are taken in one go
         # The number of points that the score is the mean of; scores by pieces are sums.
-        self.averaged = sum(point.until is None for point in points) or 1
+        whole_lines = [point for point in points if point.until is None]
+        self.averaged = len(whole_lines) or 1
         # By where it is taken, the gradient at the logits of all prompts, see `slopes`.
         self.whole: dict[GradientPoint, Logits] = {}
+        budget = memory_budget(model.cfg.device, settings.max_memory, cpu_bytes=CPU_BYTES)
+        layout = EdgeLayout.of(model, graph)
+        groups = tuple(target_groups(model, layout))
         self.products = EdgeProducts(model, graph, layout, groups, details, budget)
         self.passes = GradientPass(
             model,
@@ -201,22 +206,26 @@ class EdgeScoring:
         rounds = self._rounds()
         for number, points in enumerate(rounds):
             self.current, self.whole = points, {}
-            *found, largest = self._gathered(partial(_part, progress, number, len(rounds)))
+            reporting = partial(report_part, progress, number, len(rounds))
+            *found, largest = self._gathered(reporting)
             found[-1] = found[-1].sum(0, keepdim=True)
             total = list(map(torch.add, total, found)) if total else found
             steepest = max(steepest, float(largest.max()))
+        self._check(total, steepest)
+        return total
+
+    def _check(self, products: list[Tensor], steepest: float) -> None:
         if steepest < VANISHING:
             raise SharedError(
                 f"the gradient of {self.metric.name} vanishes where it is taken (largest "
                 f"entry {steepest:.1e}), as that of kl does at the clean run: use "
                 "gradient_at='corrupted' or 'both', EAPIG, or another metric."
             )
-        n_bad = sum(map(count_not_finite, total))
+        n_bad = sum(map(count_not_finite, products))
         if n_bad:
             raise SharedNotFiniteError(
                 f"{n_bad} products of gradients are NaN or infinite: {cause(self.passes.model)}"
             )
-        return total
 
     def _rounds(self) -> list[Sequence[GradientPoint]]:
         """All points; fewer at a time where the slopes at all of them may have to be kept."""
@@ -234,10 +243,8 @@ class EdgeScoring:
     def _run(self, logits: list[Tensor], progress: Progress) -> list[Tensor]:
         """The results of this rank's share of the prompts, from the logits of all if they count."""
         results: list[list[Tensor]] = []
-        model, nodes = self.passes.model, self.passes.nodes
-        with self._undisturbed():
-            if self.passes.separate:
-                check_honoured(model, nodes, self.task.masked_prompts)
+        with frozen(self.passes.model), torch.no_grad():
+            self.passes.check_honoured(self.task.masked_prompts)
             if logits:
                 self._take_slopes(logits)
             for found in self._in_batches(lambda some: self.batch(some).results(), progress):
@@ -246,12 +253,7 @@ class EdgeScoring:
                     results[0][0] += found[0]
                     found[0] = found[0][:0]
                 results.append(found)
-        return list(map(torch.cat, zip(*results, strict=True)))
-
-    @contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        with frozen(self.passes.model), torch.no_grad():
-            yield
+        return _joined(results)
 
     def _in_batches(self, step: Step, progress: Progress = no_progress) -> Iterator[list[Tensor]]:
         """What `step` finds on batches of this rank's prompts that fit into memory."""
@@ -272,16 +274,15 @@ class EdgeScoring:
 
     def _logits(self) -> list[Logits]:
         """Of this rank's share of the prompts, the clean logits, and those at every place."""
-        with self._undisturbed():
-            found = self._in_batches(self._batch_logits)
-            return list(map(torch.cat, zip(*found, strict=True)))
+        with frozen(self.passes.model), torch.no_grad():
+            return _joined(self._in_batches(self._batch_logits))
 
     def _batch_logits(self, prompts: slice) -> list[Logits]:
         task = self.task[prompts]
         clean, logits = self._plain_run(task)
         if self._places == [CLEAN_END]:
             return [logits, logits]
-        changes = self._counterfactuals.changes(task, prompts, clean, None)
+        changes = self._counterfactuals.changes(task, prompts, clean)
         line = _Line(task, prompts, clean, logits, changes, {})
         overrides = (self._override(place, line) for place in self._places)
         return [logits, *(self.passes.logits(task, override) for override in overrides)]
@@ -289,11 +290,7 @@ class EdgeScoring:
     @property
     def _places(self) -> list[GradientPoint]:
         """Where the model is run: at every point, and at the end of its piece of the line."""
-        places = []
-        for point in self.current:
-            start = replace(point, until=None)
-            end = start if point.until is None else replace(start, fraction=point.until)
-            places += [start, end]
+        places = [place for point in self.current for place in point.places]
         return list(dict.fromkeys(places))
 
     def _take_slopes(self, logits: list[Logits]) -> None:
@@ -301,7 +298,8 @@ class EdgeScoring:
         whole = {}
         device = self.task.clean.device
         # Each is let go when it is judged. Clones are no inference tensors, whoever gathered them.
-        clean = logits.pop(0).to(device).clone()
+        clean = logits.pop(0).to(device)
+        clean = clean.clone()
         for place in self._places:
             there = logits.pop(0).to(device).clone()
             whole[place] = slopes(self.metric, clean, self.task, there)
@@ -323,13 +321,17 @@ class EdgeScoring:
             self._take_slopes(self._logits())
         products = self.products.start(task)
         line = self._line(task, prompts)
+        self._add_averaged(products, line)
+        self._add_pieces(products, line)
+        return products
+
+    def _add_averaged(self, products: BatchProducts, line: _Line) -> None:
+        """For each point, its gradient times the whole change of the outputs."""
         averaged = [point for point in self.current if point.until is None]
         for start in range(0, len(averaged), POINTS_TOGETHER):
             some = averaged[start : start + POINTS_TOGETHER]
             # No name is left for these gradients, which would keep them during the next passes.
             products.add(line.changes, [self._gradients(point, line) for point in some])
-        self._add_pieces(products, line)
-        return products
 
     def _gradients(self, point: GradientPoint, line: _Line) -> Gradients:
         """The gradients at a point; those of an end are taken out of `line`."""
@@ -343,41 +345,39 @@ class EdgeScoring:
         for point in self.current:
             if point.until is None:
                 continue
-            start = replace(point, until=None)
-            end = replace(start, fraction=point.until)
-            for each in (start, end):
+            for each in point.places:
                 if each not in runs:
                     runs[each] = self._run_point(each, line)
+            start, end = point.places
             # out_u(fraction) - out_u(until)
-            run = runs[start]
-            change = run.outputs - runs[end].outputs
-            products.add(Changes(change), [run.gradients])
+            change = runs[start].outputs - runs[end].outputs
+            products.add(Changes(change), [runs[start].gradients])
             runs = {end: runs[end]}  # where the next piece starts
 
     def _line(self, task: Task, prompts: slice) -> _Line:
         """Run the clean and the corrupted prompts; a point at an end is one of these two runs."""
-        ends: dict[GradientPoint, Gradients] = {}
-        run, cut = self.passes.run, self._cut
-        slopes = partial(self._slopes, task, prompts)
-        if CLEAN_END in self.current:
-            found = run(task, task.clean, cut, slopes(CLEAN_END, None))
-            ends[CLEAN_END] = found.gradients
-            clean, logits = found.outputs, found.logits
-        else:
-            clean, logits = self._plain_run(task)
+        ends: Ends = {}
         corrupted = None
-        resamples = self.settings.ablation.name == "resample"
-        if resamples and COUNTERFACTUAL_END in self.current:
-            found = run(task, task.corrupted, cut, slopes(COUNTERFACTUAL_END, logits))
+        clean, logits = self._clean_run(task, prompts, ends)
+        if self.resamples and COUNTERFACTUAL_END in self.current:
+            slopes = self._slopes(task, prompts, COUNTERFACTUAL_END, logits)
+            found = self.passes.run(task, task.corrupted, self._cut, slopes)
             ends[COUNTERFACTUAL_END] = found.gradients
             corrupted = found.outputs
         changes = self._counterfactuals.changes(task, prompts, clean, corrupted)
         return _Line(task, prompts, clean, logits, changes, ends)
 
+    def _clean_run(self, task: Task, prompts: slice, ends: Ends) -> tuple[SourceOutputs, Logits]:
+        if CLEAN_END not in self.current:
+            return self._plain_run(task)
+        slopes = self._slopes(task, prompts, CLEAN_END, None)
+        found = self.passes.run(task, task.clean, self._cut, slopes)
+        ends[CLEAN_END] = found.gradients
+        return found.outputs, found.logits
+
     def _plain_run(self, task: Task) -> tuple[SourceOutputs, Logits]:
-        model, nodes = self.passes.model, self.passes.nodes
-        tokens, mask = task.clean, task.mask
-        clean, residual = run_and_record(model, nodes, tokens, mask)
+        model = self.passes.model
+        clean, residual = run_and_record(model, self.passes.nodes, task.clean, task.mask)
         logits = scored_logits(model, residual, task.scored)
         check_finite(logits, model)
         return clean, logits
@@ -430,7 +430,7 @@ class EdgeScoring:
         fixed, per_prompt = needed(self.products, task, together, self.passes.separate)
         smallest, at_once = fixed + per_prompt, ""
         if not self.metric.shipped:
-            kept, judging = bytes_to_judge(self.products.model, task, together)
+            kept, judging = bytes_to_judge(self.passes.model, task, together)
             fixed += kept
             smallest = max(smallest + kept, judging)
             at_once = f", as {self.metric.name} is given all {len(task.row_prompt)} rows at once"
@@ -444,9 +444,9 @@ class EdgeScoring:
         return min(len(task), max(1, fitting))
 
 
-def _part(progress: Progress, number: int, parts: int, done: int, total: int) -> None:
-    """Report the progress of one of several equal parts as progress of all of them."""
-    progress(number * total + done, parts * total)
+def _joined(parts: Iterable[list[Tensor]]) -> list[Tensor]:
+    """Each result of all batches, joined along its first axis."""
+    return list(map(torch.cat, zip(*parts, strict=True)))
 
 
 def _warn_of_dead_norms(

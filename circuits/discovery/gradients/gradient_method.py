@@ -1,11 +1,4 @@
-"""The base class of methods that score edges by difference times gradient.
-
-For every edge from a source u to a target r,
-
-    score(u -> r) = (c_u - out_u(clean)) . d L / d x_r
-
-with c_u the counterfactual output, x_r the input of r and L the damage.
-"""
+"""The base class of methods that score edges by difference times gradient, see `edge_scores`."""
 
 from __future__ import annotations
 
@@ -58,7 +51,8 @@ class GradientMethod(CircuitDiscoverer, ABC):
     def find(
         self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
     ) -> Circuit:
-        scores = self._scoring(model, graph, task).scores(progress)
+        scoring = self._scoring(model, graph, task)
+        scores = scoring.scores(progress)
         return Circuit.full(graph, scores, record=self.record())
 
     @without_modes()
@@ -77,7 +71,8 @@ class GradientMethod(CircuitDiscoverer, ABC):
                 or one that vanishes; or a single prompt does not fit into `max_memory`.
         """
         graph = self.search_graph(model, graph)
-        return self._scoring(model, graph, task, details=True).attribution(progress or no_progress)
+        scoring = self._scoring(model, graph, task, details=True)
+        return scoring.attribution(progress or no_progress)
 
     def _scoring(
         self, model: Model, graph: Graph, task: Task, *, details: bool = False

@@ -8,8 +8,9 @@ changed on a model, such as a hook on a norm, is not in its weights: then the fl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 
 import torch
 from jaxtyping import Float, Int
@@ -36,7 +37,12 @@ from circuits.models import (
     separate_inputs,
 )
 from circuits.models.propagation import PropagationRules
-from circuits.models.source_outputs import SourceOutputs, output_groups
+from circuits.models.source_outputs import (
+    MaskedPrompts,
+    SourceOutputs,
+    check_honoured,
+    output_groups,
+)
 from circuits.running.edge_layout import HookedTarget
 from circuits.system.errors import InputError
 from circuits.tasks.metrics import check_finite
@@ -79,9 +85,10 @@ class Gradients:
 
     def at_inputs(self, targets: Sequence[HookedTarget], into: TargetGradients) -> None:
         """Write the gradient at what each target reads into `into`."""
-        counts = [count for _, _, count in targets]
-        split = into.split(counts)
-        for (node, slot, _), rows in zip(targets, split, strict=True):
+        start = 0
+        for node, slot, count in targets:
+            rows = into[start : start + count]
+            start += count
             hook = read_hook(self.model, node, slot, self.separate)
             gradient = self.at.get(hook)
             if gradient is None:
@@ -162,6 +169,11 @@ class GradientPass:
     # Give heads separate inputs, for a model with changes
     separate: bool = False
 
+    def check_honoured(self, prompts: Sequence[MaskedPrompts]) -> None:
+        """Refuse changes of the model that would not act on `prompts` as in the model itself."""
+        if self.separate:
+            check_honoured(self.model, self.nodes, prompts)
+
     def run(self, task: Task, tokens: Tokens, override: Override, slopes: OfLogits) -> PassResult:
         """Run `tokens`, and go back from the logits of the rows that `task` scores.
 
@@ -177,7 +189,9 @@ class GradientPass:
             final, logits = self._forward(task, tokens, override, seen)
             found = logits.detach()
             gradients = self._gradients(slopes(found), seen, final, logits)
-        outputs = self._outputs(seen)
+        names = dict(output_groups(self.nodes))
+        written = {name: seen[name].detach() for name in names}
+        outputs = SourceOutputs(self.model, self.nodes, written)
         overridden = any(value is not None for value in override.values())
         if not overridden:
             outputs.check(final, task.mask)
@@ -202,32 +216,25 @@ class GradientPass:
         check_finite(logits, model)
         return final, logits
 
-    def _outputs(self, seen: Activations) -> SourceOutputs:
-        written = {}
-        for name, _ in output_groups(self.nodes):
-            written[name] = seen[name].detach()
-        return SourceOutputs(self.model, self.nodes, written)
-
     def _gradients(
         self, slopes: Logits, seen: dict[str, Tensor], final: Residual, logits: Logits
     ) -> Gradients:
         *before, last = self._hooks_with_gradient
-        seen_before = {name: seen[name] for name in before}
-        live = {name: each for name, each in seen_before.items() if each.requires_grad}
+        live = {name: seen[name] for name in before if seen[name].requires_grad}
         live[last] = final
-        found = self._differentiated(logits, slopes, [*live.values()])
+        found = self._differentiated(logits, slopes, live.values())
         pairs = zip(live, found, strict=True)
         # Nothing flows back past an activation that was overridden.
         reached = {name: gradient for name, gradient in pairs if gradient is not None}
         steepest = float(slopes.abs().max())
-        norms = () if self.separate else self._norms(seen)
+        norms = self._norms(seen)
         return Gradients(self.model, self.rules, norms, reached, self.separate, steepest)
 
     def _differentiated(
-        self, logits: Logits, slopes: Logits, wanted: Sequence[Tensor]
+        self, logits: Logits, slopes: Logits, wanted: Iterable[Tensor]
     ) -> Sequence[Tensor | None]:
         try:
-            return torch.autograd.grad(logits, wanted, slopes, allow_unused=True)
+            return torch.autograd.grad(logits, tuple(wanted), slopes, allow_unused=True)
         except RuntimeError as error:
             if "inplace operation" not in str(error):
                 raise
@@ -237,12 +244,11 @@ class GradientPass:
             ) from error
 
     def _norms(self, seen: Activations) -> Norms:
+        if self.separate:
+            return ()
         weights = ModelWeights(self.model)
-        norms = []
-        for layer, name in enumerate(self._residual_hooks):
-            residual = seen[name].detach()
-            norms.append(weights.normalized(layer, residual))
-        return tuple(norms)
+        streams = (seen[name].detach() for name in self._residual_hooks)
+        return tuple(starmap(weights.normalized, enumerate(streams)))
 
     @property
     def _residual_hooks(self) -> list[str]:

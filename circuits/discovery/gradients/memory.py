@@ -9,14 +9,8 @@ from circuits.models import Model
 from circuits.tasks.task import Task
 
 
-def needed(
-    products: EdgeProducts, task: Task, points: int, separate: bool = False
-) -> tuple[int, int]:
-    """Bytes that a batch needs at most: a fixed number, and a number for each prompt.
-
-    Args:
-        separate: whether heads have separate inputs.
-    """
+def needed(products: EdgeProducts, task: Task, points: int, separate: bool) -> tuple[int, int]:
+    """Bytes that a batch needs at most: a fixed number, and a number for each prompt."""
     # The bound is generous, since what autograd keeps of a layer depends on the model's code.
     cfg = products.model.cfg
     pos = task.clean.shape[1]

@@ -24,18 +24,12 @@ OfLogits = Callable[[Logits], Logits]
 
 
 def slopes(metric: Metric, clean_logits: Logits | None, task: Task, logits: Logits) -> Logits:
-    """d (damage, summed over scored rows) / d logits.
-
-    Args:
-        clean_logits: of the whole model on the clean prompts; None if these are `logits`.
-
-    Raises:
-        InputError: the damage has no gradient, or one that is not finite.
-    """
+    """d (damage, summed over scored rows) / d logits; `clean_logits=None` if these are `logits`."""
     with torch.enable_grad():
         varied = logits.detach().requires_grad_()
         against = logits.detach() if clean_logits is None else clean_logits
-        total = metric.damage(varied, against, task).sum()
+        damage = metric.damage(varied, against, task)
+        total = damage.sum()
         found = _gradient(metric, total, varied) if total.requires_grad else None
     if found is None:
         raise InputError(

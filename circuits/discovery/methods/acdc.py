@@ -20,7 +20,7 @@ import torch
 from typing_extensions import override
 
 from circuits.discovery.checkpoint import Checkpoint
-from circuits.discovery.discoverer import SPEED_ONLY, Progress, Resumable, no_progress
+from circuits.discovery.discoverer import SPEED_ONLY, Progress, Resumable, no_progress, report_part
 from circuits.discovery.gradients.edge_scores import EdgeScoring, GradientPoint
 from circuits.discovery.search.edge_order import OrderName, chains
 from circuits.discovery.search.measurement import Measurement
@@ -51,11 +51,11 @@ def sequential(search: Search, measure: Measurement) -> None:
     """Try edge after edge, from the logits back to the embeddings."""
     # H is the circuit so far, L its damage, tau the threshold.
     for groups in search.undecided():
-        edges = groups[0]  # one edge, or all edges into a slot in the original code's group tests
-        increase, damage = measure.one(edges)
+        now = groups[:1]  # one edge, or all edges into a slot in the original code's group tests
+        increases, damages = measure.one(groups[0])
         # Remove e if L(H \ e) - L(H) < tau.
-        remove = bool(measure.harmless(increase))
-        search.decide(edges, increase, damage, remove=remove)
+        stays = ~measure.harmless(increases)
+        search.decide_all(now, increases, damages, stays)
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ class ACDC(Resumable):
         self, model: Model, task: Task, space: SearchSpace, saved: Checkpoint, progress: Progress
     ) -> Circuit:
         if saved.is_new:
-            progress(0, len(chains(space.graph, self.order, space.tried)))
+            order = chains(space.graph, self.order, space.tried)
+            progress(0, len(order))
         guess = self._guess(model, space.graph, task)
         meter = self.meter(model, space.graph, task)
         return self._search(space, meter, saved, progress, guess)
@@ -162,20 +163,14 @@ class ACDC(Resumable):
         found: dict[float, Circuit] = {}
         report = progress or no_progress
         for number, method in enumerate(methods):
-            saved = method._checkpoint_in(checkpoint, space, task)
-            report_part = partial(_report_part, report, number, len(methods))
-            circuit = method._search(space, meter, saved, report_part, stays)
+            name = f"{method.threshold}.safetensors"
+            file = None if checkpoint is None else Path(checkpoint, name)
+            saved = method.checkpoint_at(file, space, task)
+            reporting = partial(report_part, report, number, len(methods))
+            circuit = method._search(space, meter, saved, reporting, stays)
             found[method.threshold] = circuit
             stays = circuit.kept
         return [found[threshold] for threshold in wanted]
-
-    def _checkpoint_in(
-        self, folder: str | Path | None, space: SearchSpace, task: Task
-    ) -> Checkpoint:
-        name = f"{self.threshold}.safetensors"
-        file = None if folder is None else Path(folder, name)
-        identity = {**self.identity(), **space.identity()}
-        return Checkpoint.open(file, identity, space.graph, task)
 
     def _search(
         self,
@@ -191,7 +186,8 @@ class ACDC(Resumable):
         search = Search(space, meter, order, state, saved, progress)
         measure = Measurement(search, self.threshold, self.absolute, self._confirms)
         if self.speculate:
-            Speculation(search, measure, learns=stays is None).run()
+            learns = stays is None
+            Speculation(search, measure, learns).run()
         else:
             sequential(search, measure)
         record = self.record(**self._record_fields(search))
@@ -205,7 +201,8 @@ class ACDC(Resumable):
         found["search_space"] = space.counts()
         found["accepted"] = state.evaluations / max(1, state.measured)
         # Baseline: one forward pass, which computes every node, for every edge tried.
-        all_nodes = int(space.tried.sum()) * computed_nodes(space.graph)
+        n_tried = int(space.tried.sum())
+        all_nodes = n_tried * computed_nodes(space.graph)
         found["saving"] = all_nodes / max(1, state.node_evaluations)
         found["damage"] = _final_damage(search)
         if search.meter.exact is not None and self._confirms:
@@ -260,8 +257,3 @@ def _check_sweep(
             f"{guess.graph.positions}) than the sweep ({len(graph)} edges, positions "
             f"{graph.positions}); give a circuit over the same one."
         )
-
-
-def _report_part(progress: Progress, number: int, parts: int, done: int, total: int) -> None:
-    """Report the progress of one of several equally long searches as progress of all of them."""
-    progress(number * total + done, parts * total)

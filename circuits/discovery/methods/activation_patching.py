@@ -9,20 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import groupby, islice
+from itertools import groupby, islice, product
 from typing import ClassVar, Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
 from circuits.discovery.checkpoint import Checkpoint, TensorState
 from circuits.discovery.discoverer import SPEED_ONLY, EdgeScores, Progress, Resumable
 from circuits.graph.circuit import Circuit
-from circuits.graph.graph import Graph
+from circuits.graph.graph import EdgeMask, Graph
 from circuits.graph.nodes import MLP, Head, Logits, Node, at_position
 from circuits.models import Model
 from circuits.models.component_graph import component_graph
@@ -40,7 +40,6 @@ LARGEST_STEP = 256
 # Circuits without a whole node share little, so fewer are measured together.
 NODES_PER_STEP = 32
 OneDamage = Float[Tensor, " 1"]
-EdgeMask = Bool[Tensor, " edge"]
 
 
 @dataclass
@@ -106,20 +105,19 @@ class ActivationPatching(Resumable):
     def find(
         self, model: Model, task: Task, graph: Graph, saved: Checkpoint, progress: Progress
     ) -> Circuit:
+        total = len(graph)
         if saved.is_new:
-            progress(0, len(graph))
+            progress(0, total)
         meter = self.meter(model, graph, task)
         whole = _whole(meter, graph)
         state = PatchingState.start(graph)
         state.restore(saved)
         for step in _steps(graph):
-            left = state.scores[step].isnan()
-            if left.any():  # not measured before an interruption
+            if state.scores[step].isnan().any():  # not measured before an interruption
                 state.measure(meter, step, whole)
                 state.save(saved)
-                progress(state.edges_measured, len(graph))
-        counted = state.node_evaluations
-        record = self.record(evaluations=len(graph), node_evaluations=counted)
+                progress(state.edges_measured, total)
+        record = self.record(evaluations=total, node_evaluations=state.node_evaluations)
         return Circuit.full(graph, state.scores, record=record)
 
     @without_modes()
@@ -143,14 +141,14 @@ class ActivationPatching(Resumable):
     ) -> Float[Tensor, "layer head"]:
         """The damage of patching each head's output, all positions together.
 
+        Raises:
+            InputError: the model, graph, task and settings do not fit together.
+
         >>> import circuits
         >>> model = circuits.load_model("toy-world")
         >>> task = circuits.load_task("ioi", model, n=2)
         >>> circuits.ActivationPatching().heads(model, task).shape
         torch.Size([4, 4])
-
-        Raises:
-            InputError: the model, graph, task and settings do not fit together.
         """
         graph = self.search_graph(model, graph)
         shape = model.cfg.n_layers, model.cfg.n_heads
@@ -170,11 +168,9 @@ class ActivationPatching(Resumable):
         """
         graph = self.search_graph(model, graph)
         shape = model.cfg.n_layers, 2
-        groups = (
-            _at_layer(graph, layer, of)
-            for layer in range(model.cfg.n_layers)
-            for of in ("heads", "mlp")
-        )
+        layers = range(model.cfg.n_layers)
+        places = product(layers, ("heads", "mlp"))
+        groups = (_at_layer(graph, layer, of) for layer, of in places)
         return self._without_each(groups, model, graph, task).float().view(shape)
 
     def by_position(
@@ -237,8 +233,7 @@ class ActivationPatching(Resumable):
         left = iter(groups)
         damages = []
         while step := list(islice(left, NODES_PER_STEP)):
-            kept = ~torch.stack(step)
-            damages.append(meter(kept))
+            damages.append(meter(~torch.stack(step)))
         # score(group) = L(G without the group) - L(G)
         return torch.cat(damages) - _whole(meter, graph)
 

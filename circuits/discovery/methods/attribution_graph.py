@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -49,6 +48,8 @@ from circuits.transcoders.io.load import load_transcoders
 from circuits.transcoders.transcoder import Transcoders
 
 PROMPTS_AT_ONCE = 16
+# For each prompt, what is to be explained; None stands for the most probable tokens.
+Wanted = Sequence[Sequence[Explained] | None]
 # What to explain, from a prompt's number and local model.
 Directions = Callable[[int, LocalModel], list[Direction]]
 NumberedGraphs = Iterator[tuple[int, FeatureGraph]]
@@ -123,14 +124,11 @@ class AttributionGraph(Resumable):
             )
 
     def search_graph(self, model: Model, graph: Graph | None) -> Graph:
-        """The empty graph, since the method finds the nodes itself.
-
-        Raises:
-            InputError: the given graph has nodes.
-        """
-        if graph is not None:
-            check_is_graph(graph)
-        if graph is not None and graph.nodes:
+        """The empty graph, since the method finds the nodes itself; another is an InputError."""
+        if graph is None:
+            return Graph.empty(identity(model))
+        check_is_graph(graph)
+        if graph.nodes:
             raise InputError(
                 f"{self.name} makes its graph of features itself and takes none; leave out graph, "
                 "split_embed and positions."
@@ -139,8 +137,8 @@ class AttributionGraph(Resumable):
 
     def identity(self) -> dict[str, Any]:
         """Method, settings, and a fingerprint of the transcoders' weights."""
-        transcoders = self.loaded
-        return {**super().identity(), "transcoders": transcoders.identity.weights}
+        weights = self.loaded.identity.weights
+        return {**super().identity(), "transcoders": weights}
 
     @property
     def loaded(self) -> Transcoders:
@@ -180,7 +178,7 @@ class AttributionGraph(Resumable):
         model: Model,
         prompts: Any,
         *,
-        explain: Sequence[Sequence[Explained] | None] | None = None,
+        explain: Wanted | None = None,
         prepend_bos: bool | None = None,
     ) -> list[FeatureGraph]:
         """The graphs of several prompts, which are run together.
@@ -195,19 +193,14 @@ class AttributionGraph(Resumable):
         check_model(model)
         prompts = each_prompt(prompts)
         wanted = _wanted(prompts, explain)
-
-        def directions(number: int, local: LocalModel) -> list[Direction]:
-            asked = wanted[number]
-            if asked is None:
-                return self._most_probable(model, local)
-            return directions_of(model, local, asked)
-
+        directions = partial(self._asked_directions, model, wanted)
         transcoders = self.loaded
         described = self._described(model, transcoders)
         token_ids = [prompt_tokens(model, prompt, prepend_bos) for prompt in prompts]
         tokens = list(map(torch.as_tensor, token_ids))
         graphs = self._graphs(model, transcoders, tokens, directions)
-        return [replace(graph.to("cpu"), **described) for _, graph in graphs]
+        on_cpu = (graph.to("cpu") for _, graph in graphs)
+        return [replace(graph, **described) for graph in on_cpu]
 
     def _described(self, model: Model, transcoders: Transcoders) -> JsonObject:
         """What the graph of a prompt records of its making."""
@@ -229,7 +222,8 @@ class AttributionGraph(Resumable):
         pooled = self._pooled(graphs, task, names, saved, progress)
         label = "top" if task.answers is None else "answer"
         made_with = self._made_with(transcoders)
-        graph, place = pooled.graph(names, label, identity(model), made_with)
+        of_model = identity(model)
+        graph, place = pooled.graph(names, label, of_model, made_with)
         rows = int(task.scored.sum())
         scores = pooled.scores[place] / rows
         keeping = pooled.keeping[place]
@@ -248,7 +242,8 @@ class AttributionGraph(Resumable):
     ) -> Pooled:
         """The pruned graphs of all prompts, pooled."""
         spans = None if names is None else spans_of(task.positions, names)
-        stored = saved.restore({"next": torch.tensor(0), **vars(Pooled.nothing())})
+        nothing = vars(Pooled.nothing())
+        stored = saved.restore({"next": torch.tensor(0), **nothing})
         done = int(stored.pop("next"))
         pooled = Pooled(**stored)
         parts: list[Pooled] = []
@@ -327,6 +322,15 @@ class AttributionGraph(Resumable):
             model, local, most=self.most_logits, probability=self.probability, position=position
         )
 
+    def _asked_directions(
+        self, model: Model, wanted: Wanted, number: int, local: LocalModel
+    ) -> list[Direction]:
+        """What the user asks of a prompt, or the most probable tokens."""
+        asked = wanted[number]
+        if asked is None:
+            return self._most_probable(model, local)
+        return directions_of(model, local, asked)
+
     def _scored_directions(
         self, model: Model, task: Task, row: int, local: LocalModel
     ) -> list[Direction]:
@@ -334,8 +338,11 @@ class AttributionGraph(Resumable):
         scored = task.scored[row].nonzero()
         positions = scored.flatten().tolist()
         if task.answers is None:
-            by_position = [self._most_probable(model, local, position) for position in positions]
-            return list(chain.from_iterable(by_position))
+            return [
+                each
+                for position in positions
+                for each in self._most_probable(model, local, position)
+            ]
         prompt = task[row : row + 1]
         right, wrong = prompt.row_answers, prompt.row_wrong_answers
         assert right is not None
@@ -360,9 +367,7 @@ class AttributionGraph(Resumable):
         return (REST, *task.positions) if by_position else None
 
 
-def _wanted(
-    prompts: Sequence[Prompt], explain: Sequence[Sequence[Explained] | None] | None
-) -> Sequence[Sequence[Explained] | None]:
+def _wanted(prompts: Sequence[Prompt], explain: Wanted | None) -> Wanted:
     """What to explain of each prompt."""
     if isinstance(prompts, str):
         raise InputError(

@@ -250,7 +250,8 @@ class BatchedSearch:
         state = self.state
         live = self.meter.reaching_logits(state.kept)
         dead = state.kept & ~live
-        state.remove([edge for edge in edges if dead[edge]])
+        cut_off = [edge for edge in edges if dead[edge]]
+        state.remove(cut_off)
         return [edge for edge in edges if live[edge]]
 
     def _damages_without(self, edges: Group) -> Float[Tensor, " tried"]:

@@ -4,14 +4,9 @@ EAP: Syed, Rager and Conmy 2023, "Attribution Patching Outperforms Automated Cir
 (https://arxiv.org/abs/2310.10348). EAP-IG: Hanna, Pezzelle and Belinkov 2024, "Have Faith in
 Faithfulness" (https://arxiv.org/abs/2403.17806).
 
-Both compute, for every edge from a source u to a target r,
-
-    score(u -> r) = (c_u - out_u(clean)) . d L / d x_r
-
-with c_u the counterfactual output, x_r the input of r and L the damage; see
-`gradients.edge_scores`. They differ in where the gradient is taken. Scores differ from the
-published code's in scale and sign: ours are the predicted damage, mean over scored rows, of
-ablating the edge.
+Both are difference times gradient (`gradients.edge_scores`), and differ in where the gradient is
+taken. Scores differ from the published code's in scale and sign: ours are the predicted damage,
+mean over scored rows, of ablating the edge.
 """
 
 from __future__ import annotations
@@ -60,7 +55,7 @@ class EAP(GradientMethod):
 
     @override
     def points(self, nodes: Nodes) -> list[GradientPoint]:
-        return [GradientPoint(fraction) for fraction in FRACTIONS[self.gradient_at]]
+        return list(map(GradientPoint, FRACTIONS[self.gradient_at]))
 
 
 @dataclass(frozen=True)

@@ -42,27 +42,17 @@ def edge_order(graph: Graph, order: OrderName, tried: EdgeMask | None = None) ->
     (github.com/ArthurConmy/Automatic-Circuit-Discovery). In each layer the MLP; then, as group
     tests, v of all heads from the highest, k of all heads, q of all heads; then the edges of these
     slots one by one, in the same order.
-
-    Raises:
-        InputError: there is no such order, or it does not fit the graph.
     """
-    if order not in get_args(OrderName):
-        raise InputError(f"there is no order {order!r}; choose 'topological' or 'original'.")
-    if order == "original" and graph.positions is not None:
-        raise InputError(
-            "the original code knows no positions; use order='topological' for a graph split by "
-            "position."
-        )
+    _check_order(graph, order)
     slots = _edges_by_slot(graph, tried)
-    trials = []
+    trials: list[Trial] = []
     rank = partial(_rank, graph, order)
     targets = sorted(slots, key=rank)
     for (_, kind), some in groupby(targets, key=_layer_and_kind):
         edges = [tuple(slots[target]) for target in some]
-        single = list(map(Trial, edges))
         if order == "original" and kind == HEADS:
             trials += [Trial(each, together=True) for each in edges]
-        trials += single
+        trials += map(Trial, edges)
     return trials
 
 
@@ -84,13 +74,9 @@ def edge_groups(
 ) -> list[tuple[int, ...]]:
     """The topological order, cut into groups of consecutive edges.
 
-    Args:
-        group: "target" groups the edges into one node (a head's v, k and q together), at one
-            position if the graph is split by position; "layer" groups the edges into a layer's
-            MLP, into all heads of a layer, or into the logits; a number groups that many edges.
-
-    Raises:
-        InputError: the graph is not a component graph.
+    "target" groups the edges into one node (a head's v, k and q together), at one position if the
+    graph is split by position; "layer" groups the edges into a layer's MLP, into all heads of a
+    layer, or into the logits; a number groups that many edges.
     """
     trials = edge_order(graph, "topological", tried)
     edges = [edge for trial in trials for edge in trial.edges]
@@ -106,6 +92,16 @@ def edge_groups(
 
     groups = groupby(edges, key=group_of)
     return [tuple(part) for _, part in groups]
+
+
+def _check_order(graph: Graph, order: OrderName) -> None:
+    if order not in get_args(OrderName):
+        raise InputError(f"there is no order {order!r}; choose 'topological' or 'original'.")
+    if order == "original" and graph.positions is not None:
+        raise InputError(
+            "the original code knows no positions; use order='topological' for a graph split by "
+            "position."
+        )
 
 
 def _edges_by_slot(graph: Graph, tried: EdgeMask | None) -> dict[TargetSlot, list[int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.discovery.search.confirmation import Damages, Increases, StateIndices, confirm
-from circuits.discovery.search.state import Group, Search, without_each
+from circuits.discovery.search.state import Decisions, Group, Search, without_each
 from circuits.system.errors import NotFiniteError
 
 CircuitMasks = Bool[Tensor, "circuit edge"]
@@ -29,20 +28,20 @@ class Measurement:
     # In low precision, measure again in float32 what is near the threshold
     confirms: bool
 
-    def harmless(self, increase: Increases | float) -> Any:
+    def harmless(self, increases: Increases) -> Decisions:
         """Whether removals that raise the damage by this much are below the threshold."""
-        return self._compared(increase) < self.threshold
+        return self._compared(increases) < self.threshold
 
-    def one(self, edges: Group) -> tuple[float, float]:
+    def one(self, edges: Group) -> tuple[Increases, Damages]:
         """L(H without the edges) - L(H), and L(H without the edges), with H the circuit so far."""
         state = self.search.state
         removed = np.array([False])
         without = without_each(state.kept, [edges], removed)
-        whole = np.array([1])
         with state.counting(self.search.meter):
-            increases, values = self.many(without, before=whole)
+            whole = np.array([1])
+            found = self.many(without, before=whole)
         state.measured += 1
-        return float(increases[0]), float(values[0])
+        return found
 
     def many(self, without: CircuitMasks, before: Rows) -> tuple[Increases, Damages]:
         """L(row) - L(before[row]) for every row, and L of every row and of H, the circuit so far.
@@ -51,10 +50,10 @@ class Measurement:
             without: the circuits to measure.
             before: the row that each is compared with; `len(without)` is H.
         """
-        state = self.search.state
-        if self.search.meter.exact is None:
+        state, meter = self.search.state, self.search.meter
+        if meter.exact is None:
             # In float32 the damage of H is known from an earlier measurement.
-            damages = self.search.meter(without).tolist()
+            damages = meter(without).tolist()
             values = np.array([*damages, state.damage])
             return values[:-1] - values[before], values
         # H is measured with the others, because rounding depends on what the executor starts from.
@@ -94,5 +93,5 @@ class Measurement:
             in_float32 = replace(meter, executor=meter.exact.executor)
             return in_float32(states)
 
-    def _compared(self, increase: Any) -> Any:
-        return np.abs(increase) if self.absolute else increase
+    def _compared(self, increases: Increases) -> Increases:
+        return np.abs(increases) if self.absolute else increases

@@ -89,8 +89,7 @@ class Speculation:
         stays = ~self.measure.harmless(increases)
         surprises = np.flatnonzero(stays != expected)
         # Up to and including the first surprise, states were those of the sequential search.
-        n_decided = int(surprises[0]) + 1 if len(surprises) else len(batch)
-        now = slice(n_decided)
+        now = slice(surprises[0] + 1 if len(surprises) else len(batch))
         self._learn(batch, stays, batch[now])
         self.search.state.wrong += len(surprises) > 0
         self.search.decide_all(batch[now], increases[now], values[now], stays[now])

@@ -137,11 +137,6 @@ class Search:
             state.save(self.saved)
             self.progress(state.chains_done, len(self.chains))
 
-    def decide(self, group: Group, increase: float, damage: float, *, remove: bool) -> None:
-        """Record the decision on the next group: `damage` is L(H without the group)."""
-        increases, damages = np.array([increase]), np.array([damage])
-        self.decide_all([group], increases, damages, np.array([not remove]))
-
     def decide_all(
         self, groups: list[Group], increases: Increases, damages: Damages, stays: Decisions
     ) -> None:
@@ -163,8 +158,7 @@ class Search:
         first_edges = [group[0] for group in groups]
         targets = self.space.graph.target.numpy()[first_edges].tolist()
         target = targets[state.decided]
-        at_start = state.decided == 0
-        self.at_new_target = at_start or target != targets[state.decided - 1]
+        self.at_new_target = target not in targets[: state.decided][-1:]
         if self.at_new_target:
             with state.counting(self.meter):
                 self.meter.near(state.kept)
@@ -199,9 +193,7 @@ class Search:
 
 
 def without_each(
-    kept: EdgeMask,
-    groups: list[Group],
-    expected: Decisions,
+    kept: EdgeMask, groups: list[Group], expected: Decisions
 ) -> Bool[Tensor, "group edge"]:
     """For each group, H without it and without the groups before it that are expected to go."""
     numbers = np.arange(len(groups))
@@ -217,11 +209,7 @@ def without_each(
 
 
 def damage_at_start(space: SearchSpace, meter: DamageMeter) -> float:
-    """Measure the circuit that a search starts from.
-
-    Raises:
-        InputError: nothing that the search could remove changes the logits.
-    """
+    """Measure the circuit that a search starts from; refuse one of which nothing matters."""
     live = meter.reaching_logits(space.kept)
     if not (live & space.tried).any():
         counts = space.counts()

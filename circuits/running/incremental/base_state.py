@@ -9,12 +9,12 @@ import numpy as np
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from circuits.graph.graph import EdgeMask
 from circuits.models.functional import HeadSelection
 from circuits.running.incremental.plan import Needs, Place, Plan, SplitEdges, Step, TargetBlock
+from circuits.running.settings import KeptEdges
 
-EdgeMask = Bool[Tensor, " edge"]
 TokenMask = Bool[Tensor, " token"]
-Variants = Bool[Tensor, "variant edge"]
 Outputs = Float[Tensor, "source token d_model"]
 Inputs = Float[Tensor, "#node 1 token d_model"]
 Projected = Float[Tensor, "_ _ ... d_head"]
@@ -47,7 +47,7 @@ class BaseRun:
     plans: dict[bytes, Plan] = field(init=False, default_factory=dict)
     _private: set[int] = field(init=False, default_factory=set)
 
-    def contains(self, kept: EdgeMask | Variants) -> bool:
+    def contains(self, kept: EdgeMask | KeptEdges) -> bool:
         """Whether every variant keeps a subset of this circuit's edges."""
         added = kept.numpy() > self.kept.numpy()
         return not added.any()
@@ -64,8 +64,10 @@ class BaseRun:
 
     def copy(self) -> BaseRun:
         """A base run that can be changed without changing this one."""
-        inputs, projected = dict(self.inputs), dict(self.projected)
-        outputs, changed = self.outputs.clone(), self.changed.copy()
+        inputs = dict(self.inputs)
+        projected = dict(self.projected)
+        outputs = self.outputs.clone()
+        changed = self.changed.copy()
         return replace(self, outputs=outputs, inputs=inputs, projected=projected, changed=changed)
 
     def written(self, place: Place) -> Outputs:

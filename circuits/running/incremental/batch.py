@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from circuits.graph.graph import EdgeMask
 from circuits.models.functional import Multiply
-from circuits.running.incremental.base_state import Activation, BaseRun, BySlot, EdgeMask
-from circuits.running.incremental.edge_changes import EdgeChanges
+from circuits.running.incremental.base_state import Activation, BaseRun, BySlot
+from circuits.running.incremental.edge_changes import Differences, EdgeChanges
 from circuits.running.incremental.plan import Indices, InputUpdate, Place, Plan, Step
 from circuits.running.incremental.shared_inputs import DistinctHeads
 from circuits.running.incremental.sublayer_run import EdgeWeights, TaskModel
@@ -25,7 +26,6 @@ Logits = Float[Tensor, "variant scored vocab"]
 Residual = Float[Tensor, "variant scored d_model"]
 Outputs = Float[Tensor, "node variant token d_model"]
 Inputs = Float[Tensor, "#node _ token d_model"]
-Differences = Float[Tensor, "column 1 token d_model"]
 Write = tuple[Activation, Place, Tensor]
 
 
@@ -90,7 +90,8 @@ class VariantRun:
         if into_logits:
             residual = self._input(into_logits[0])
         else:
-            place = Place(logits, slice(None), self.model.window.scored)
+            scored = self.model.window.scored
+            place = Place(logits, slice(None), scored)
             residual = self.base.read(place)
         return residual[0].expand(self.n_variants, -1, -1)
 
@@ -148,7 +149,8 @@ class VariantRun:
         """out_u of the nodes of a step."""
         if step.block.slot == "mlp":
             residual = self._input(step.inputs[0])
-            return self.model.mlps[step.block.layer](residual, product)
+            mlp = self.model.mlps[step.block.layer]
+            return mlp(residual, product)
         qkv: BySlot = {}
         for update in step.inputs:
             qkv[update.block.slot] = self._projected(update, product)

@@ -33,9 +33,11 @@ class Cost:
         for tokens, sources in plan.changed.items():
             n_rows += len(sources) * len(tokens)
         held = n_rows * weight.shape[0] + peak
-        overhead = OVERHEAD["cpu" if weight.device.type == "cpu" else "cuda"]
+        on_cpu = weight.device.type == "cpu"
+        overhead = OVERHEAD["cpu" if on_cpu else "cuda"]
         overhead *= 1 + len(plan.steps)
-        return Cost(max(1, held * weight.element_size()), overhead / max(1, products))
+        n_bytes = held * weight.element_size()
+        return Cost(max(1, n_bytes), overhead / max(1, products))
 
 
 def _step_cost(step: Step, model: TaskModel) -> tuple[int, int]:
@@ -57,4 +59,5 @@ def _step_cost(step: Step, model: TaskModel) -> tuple[int, int]:
     scores = written * model.window.readable.shape[1]
     outputs = written * cfg.d_model
     products = (read + written) * cfg.d_head * cfg.d_model
-    return inputs + 3 * projected + 3 * scores + 2 * outputs, products
+    attention = 3 * (projected + scores) + 2 * outputs
+    return inputs + attention, products

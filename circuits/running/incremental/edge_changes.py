@@ -8,10 +8,11 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.running.incremental.base_state import BaseRun, Outputs, Variants
+from circuits.running.incremental.base_state import BaseRun, Outputs
 from circuits.running.incremental.plan import Indices, row_selection
 from circuits.running.incremental.sublayer_run import TaskModel
 from circuits.running.incremental.tokens import TokenSet, Window
+from circuits.running.settings import KeptEdges
 
 Signs = Float[np.ndarray, "variant span _ _"]
 Differences = Float[Tensor, "column 1 token d_model"]
@@ -65,7 +66,7 @@ class EdgeChanges:
 
     @staticmethod
     def of(
-        model: TaskModel, base: BaseRun, source_differences: SourceDifferences, kept: Variants
+        model: TaskModel, base: BaseRun, source_differences: SourceDifferences, kept: KeptEdges
     ) -> EdgeChanges:
         """Compare variants with the base."""
         new = kept.numpy()
@@ -77,7 +78,8 @@ class EdgeChanges:
         rows, columns = _distinct(target), _columns(source)
         row_of = _places(rows, n_targets)
         column_of = _places(columns, n_sources)
-        shape = (len(kept), n_spans, len(rows) + 1, len(columns) + 1)
+        n_rows, n_columns = len(rows) + 1, len(columns) + 1
+        shape = (len(kept), n_spans, n_rows, n_columns)
         signs = np.zeros(shape, dtype=np.float32)
         between = span, row_of[target], column_of[source]
         # M[u, r] - M0[u, r]

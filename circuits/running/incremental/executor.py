@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from circuits.graph.graph import Graph
+from circuits.graph.graph import EdgeMask, Graph
 from circuits.graph.nodes import Node
 from circuits.models import Model, after_embedding, changes, frozen, named, unembed
 from circuits.models.component_graph import component_nodes
@@ -45,7 +45,7 @@ from circuits.models.source_outputs import (
 )
 from circuits.running.ablation import Ablation, Counterfactuals
 from circuits.running.edge_layout import check_runnable
-from circuits.running.incremental.base_state import BaseRun, EdgeMask, Outputs, Variants
+from circuits.running.incremental.base_state import BaseRun, Outputs
 from circuits.running.incremental.batch import Logits, VariantRun
 from circuits.running.incremental.cost import Cost
 from circuits.running.incremental.edge_changes import EdgeChanges, SourceDifferences
@@ -53,7 +53,7 @@ from circuits.running.incremental.plan import Indices, Plan, make_plan
 from circuits.running.incremental.sublayer_run import TaskModel, UnsupportedError
 from circuits.running.incremental.tokens import TokenSet, Window
 from circuits.running.precision import EXACT, Background, Precision
-from circuits.running.settings import NO_RUNS, Counts, OfLogits
+from circuits.running.settings import NO_RUNS, Counts, KeptEdges, OfLogits
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget, shrinking
 from circuits.tasks.metrics import check_finite
@@ -94,10 +94,7 @@ class IncrementalExecutor:
     ) -> IncrementalExecutor:
         """Run the clean and the counterfactual prompts, once for all circuits that follow.
 
-        Raises:
-            InputError: the model is not supported, or model, graph, task and precision do not fit
-                together.
-            UnsupportedError: the model computes something that is not implemented here.
+        Raises UnsupportedError if the model computes something that is not implemented here.
         """
         check_runnable(model, graph, task)
         background = _background(model, precision)
@@ -117,21 +114,19 @@ class IncrementalExecutor:
         """The same executor without a background; both share their base runs."""
         return replace(self, background=EXACT)
 
-    def logits(self, kept: Variants) -> Logits:
-        """Logits of every circuit at every scored token; raises what `map` raises."""
+    def logits(self, kept: KeptEdges) -> Logits:
+        """Logits of every circuit at every scored token."""
         return self.map(kept, lambda logits: logits)
 
-    def map(self, kept: Variants, function: OfLogits) -> Tensor:
+    def map(self, kept: KeptEdges, function: OfLogits) -> Tensor:
         """Apply a function to the logits batch by batch, so that they need not all fit in memory.
 
         Args:
             function: from the logits of a batch [variant, scored, vocab] to [variant, ...].
-
-        Raises:
-            InputError: the logits overflow, or memory runs out.
         """
         kept = kept.cpu()
-        run = self._variant_run(self._nearest_base(kept), kept)
+        base = self._nearest_base(kept)
+        run = self._variant_run(base, kept)
         n_fitting = self._n_fitting(run)
         size = min(len(kept), n_fitting)
         results: list[Tensor] = []
@@ -179,15 +174,17 @@ class IncrementalExecutor:
         """Overhead of a batch whose circuits drop some of these edges, in units of one circuit."""
         base = self.bases.get("near", self.whole)
         targets = self.model.layout.target.numpy()[edges]
-        plan = self._plan(base, base.kept[None], np.unique(targets))
+        kept = base.kept[None]
+        plan = self._plan(base, kept, np.unique(targets))
         return Cost.of(plan, self.model).fixed
 
-    def _nearest_base(self, kept: Variants) -> BaseRun:
+    def _nearest_base(self, kept: KeptEdges) -> BaseRun:
         near = self.bases.get("near")
         if near is not None and near.contains(kept):
             return near
         # Edges that the graph lacks are always kept: then no circuit is without edges.
-        complete = self.whole.mask.sum() == kept.shape[1]
+        n_edges = kept.shape[1]
+        complete = self.whole.mask.sum() == n_edges
         n_kept = int(kept.sum())
         if not complete or 2 * n_kept > kept.numel():
             return self.whole
@@ -208,19 +205,19 @@ class IncrementalExecutor:
             empty.outputs[embeddings] = clean.outputs[embeddings]
         return empty
 
-    def _variant_run(self, base: BaseRun, kept: Variants) -> VariantRun:
+    def _variant_run(self, base: BaseRun, kept: KeptEdges) -> VariantRun:
         edge_changes = EdgeChanges.of(self.model, base, self.source_differences, kept)
         plan = self._plan(base, kept, edge_changes.rows)
         return VariantRun(self.model, base, edge_changes, plan, self.background)
 
-    def _plan(self, base: BaseRun, kept: Variants, targets: Indices) -> Plan:
+    def _plan(self, base: BaseRun, kept: KeptEdges, targets: Indices) -> Plan:
         """What to recompute if edges into these targets change."""
         model, key = self.model, targets.tobytes()
         plan = partial(make_plan, model.blocks, model.window)
         if base is not self.bases.get("near"):
             mask = model.mask(kept.any(0))
             return plan(mask, model.needs(mask), targets)
-        # Variants are subsets of the "near" circuit: one plan for its edges serves them all.
+        # KeptEdges are subsets of the "near" circuit: one plan for its edges serves them all.
         if key not in base.plans:
             base.plans[key] = plan(base.mask, base.needs, targets)
         return base.plans[key]
@@ -244,7 +241,8 @@ def _check_changes(model: Model, nodes: Nodes, task: Task) -> None:
             for each in (task.clean, task.corrupted)
         )
         same = task.clean == task.corrupted
-        if not torch.equal(clean[:, same], corrupted[:, same]):
+        unchanged = torch.equal(clean[:, same], corrupted[:, same])
+        if not unchanged:
             raise UnsupportedError(f"{named(found)}, which mixes tokens, so outputs differ")
 
 
@@ -299,7 +297,8 @@ def _check_outputs(task_model: TaskModel, found: Outputs) -> None:
     gap = relative_gap(found[:, here], expected)
     # A few rows are enough for the last step, which does the same to each of them.
     stream = residual[few.scored][:CHECKED_ROWS]
-    last_gap = relative_gap(task_model.unembedding(stream, multiply), unembed(model, stream))
+    logits = task_model.unembedding(stream, multiply)
+    last_gap = relative_gap(logits, unembed(model, stream))
     if gap > TOLERANCE[expected.dtype]:
         raise UnsupportedError(
             f"its components compute something that is not known (outputs differ by {gap:.1%})"
@@ -321,4 +320,5 @@ def _counterfactuals(
         return run.outputs
     nodes = task_model.layout.nodes
     replacing = Counterfactuals.prepare(task_model.model, nodes, task, ablation)
-    return tokens.gather(replacing.on(task)).contiguous()
+    outputs = tokens.gather(replacing.on(task))
+    return outputs.contiguous()

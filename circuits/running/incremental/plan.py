@@ -100,7 +100,8 @@ class Needs:
         """Follow the kept edges upstream from the logits."""
         n_sources = kept.shape[1]
         # The rows are `live` and `everywhere`.
-        needed = np.zeros((2, n_sources + 1), dtype=bool)
+        shape = (2, n_sources + 1)
+        needed = np.zeros(shape, dtype=bool)
         needed[0, -1] = True
         for block in reversed(blocks):
             readers = needed[:, block.sources]
@@ -182,7 +183,8 @@ def make_plan(
     edges_change[targets] = True
     affected = edges_change.copy()
     for group in sublayers(blocks):
-        rows = slice(group[0].rows.start, group[-1].rows.stop)
+        first, last = group[0].rows, group[-1].rows
+        rows = slice(first.start, last.stop)
         # A kept edge from a changed source affects its target.
         changed = plan.changed[scored]
         if changed:

@@ -8,7 +8,6 @@ two variants if the same edges into it change.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -51,7 +50,8 @@ class DistinctInputs:
     def of(node: PerInput, variant: PerInput, changes: ChangedEdges) -> DistinctInputs:
         """Find them, given which edges change into each input."""
         # An input equal to the base's has the label of a head and no edges.
-        labels = [*zip(node.tolist(), map(bytes, changes), strict=True)]
+        edges_of = map(bytes, changes)
+        labels = [*zip(node.tolist(), edges_of, strict=True)]
         first: dict[Label, int] = {}
         for index, label in enumerate(labels):
             first.setdefault(label, index)
@@ -82,13 +82,14 @@ class DistinctHeads:
         # Every head in every variant, with the edges that change into each slot.
         n_variants = len(edge_changes.signs)
         shape = (len(step.numbers), n_variants)
-        node, variant = np.indices(shape).reshape(2, -1)
+        indices = np.indices(shape)
+        node, variant = indices.reshape(2, -1)
         changes = [_changed_edges(edge_changes, update) for update in step.inputs]
         into_all_slots = np.hstack(changes)
         cases = DistinctInputs.of(node, variant, into_all_slots)
-        first = cases.node * n_variants + cases.variant
-        of_cases = partial(DistinctInputs.of, cases.node, cases.variant)
-        by_slot = [of_cases(part[first]) for part in changes]
+        node, variant = cases.node, cases.variant
+        first = node * n_variants + variant
+        by_slot = [DistinctInputs.of(node, variant, part[first]) for part in changes]
         return DistinctHeads(edge_changes, step, cases, by_slot)
 
     @property
@@ -117,7 +118,8 @@ class DistinctHeads:
         # One row per case, out_u - out0_u, then one per head for variants in which it is zero.
         changes = old.new_zeros(n_cases + len(old), *old.shape[1:])
         torch.sub(outputs, old[node], out=changes[:n_cases])
-        torch.index_select(changes, 0, number, out=into.view(-1, *old.shape[1:]))
+        rows = into.view(-1, *old.shape[1:])
+        torch.index_select(changes, 0, number, out=rows)
 
     def _outputs(self, multiply: Multiply) -> HeadOutputs:
         step, changes = self.step, self.edge_changes
@@ -143,11 +145,13 @@ class DistinctHeads:
         # Where each case has an input of its own, inputs are in the order of the cases.
         if len(inputs) == len(self.cases):
             return found
-        return self._of_cases(found, base.projection(update), inputs.number)
+        unchanged = base.projection(update)
+        return self._of_cases(found, unchanged, inputs.number)
 
     def _of_cases(self, found: Projected, unchanged: Projected, number: PerInput) -> Projected:
         """The row of each case, by the number of its input."""
-        table = torch.cat([found.flatten(0, 1), unchanged.flatten(0, 1)])
+        rows = [each.flatten(0, 1) for each in (found, unchanged)]
+        table = torch.cat(rows)
         of_cases = table[self._index(number)]
         return of_cases[None] if self.of_one_head else of_cases[:, None]
 

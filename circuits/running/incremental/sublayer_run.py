@@ -10,18 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.graph.graph import Graph
+from circuits.graph.graph import EdgeMask, Graph
 from circuits.models import Model, ModelWeights
 from circuits.models.functional import Attention, FeedForward, Multiply, Unembedding
 from circuits.running.edge_layout import EdgeLayout
-from circuits.running.incremental.base_state import (
-    BaseRun,
-    ByBlock,
-    BySlot,
-    EdgeMask,
-    Outputs,
-    Projected,
-)
+from circuits.running.incremental.base_state import BaseRun, ByBlock, BySlot, Outputs, Projected
 from circuits.running.incremental.plan import (
     Blocks,
     Edges,
@@ -135,7 +128,8 @@ class TaskModel:
                 self._run_attention(result, group, tokens, keys, multiply)
                 # The bias b_O belongs to no node.
                 bias = ModelWeights(self.model).output_bias(block.layer)
-                stream = stream + read[block.sources].sum(0) + bias
+                written_here = read[block.sources].sum(0)
+                stream = stream + written_here + bias
             if block.slot == "mlp":
                 if self.model.cfg.parallel_attn_mlp:
                     result.inputs[block] = before_attention
@@ -161,7 +155,8 @@ class TaskModel:
     ) -> Projected:
         """q of some heads at some tokens; or k or v, at the other positions those of `keys`."""
         block, heads = place.block, place.nodes
-        attention, tokens = self.attention[block.layer], place.tokens
+        tokens = place.tokens
+        attention = self.attention[block.layer]
         normed = attention.norm(residual)
         found = attention.project(block.slot, heads, normed, tokens.positions, multiply)
         if block.slot == "q":

@@ -81,7 +81,8 @@ class TokenSet:
         """Keys or values at all positions: `found` at these tokens, `base` elsewhere."""
         n_variants = found.shape[1]
         # `repeat` takes twice as long to copy the base for each variant.
-        keys = base.flatten(1, 2)[:, None].expand(-1, n_variants, -1, -1).clone()
+        flat = base.flatten(1, 2)[:, None]
+        keys = flat.expand(-1, n_variants, -1, -1).clone()
         keys.index_copy_(2, self.keys, found)
         return keys.unflatten(2, base.shape[1:3])
 
