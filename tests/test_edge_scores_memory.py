@@ -314,3 +314,12 @@ def test_a_metric_without_a_usable_gradient_is_refused(model, task, function, me
     metric = circuits.Metric("mine", function, "lower_is_damage")
     with pytest.raises(circuits.InputError, match=message):
         EAP(metric=metric).discover(model, task)
+
+
+def test_a_metric_of_ones_own_is_judged_in_batches_on_a_hooked_model_with_shared_heads(task):
+    model = random_model("llama")
+    metric = own_metric(task, [])
+    with model.hooks(fwd_hooks=[("blocks.0.attn.hook_z", lambda z, hook: z * 1.5)]):
+        whole = EAPIG(steps=2, metric=metric).discover(model, task).scores
+        scoring = EAPIG(steps=2, metric=metric, max_memory=2_000_000).discover(model, task).scores
+    torch.testing.assert_close(scoring, whole, atol=1e-6, rtol=1e-4)

@@ -1137,3 +1137,8 @@ def test_a_model_is_free_again_when_a_run_of_it_raises(task):
     assert all(parameter.requires_grad for parameter in model.parameters())
     with ThreadPoolExecutor(1) as pool:
         pool.submit(circuits.model_logits, model, task).result(timeout=60)
+
+
+def test_prompts_that_a_task_does_not_have_are_refused(task, unchecked_types):
+    with pytest.raises(circuits.InputError, match="prompts='Clean': choose 'clean' or"):
+        circuits.model_logits(random_model("gpt2"), task, "Clean")

@@ -271,3 +271,14 @@ def test_a_users_method_with_a_find_goes_on_working_and_refuses_a_space(model, t
             method.discover(model, task, nodes=["m0"])
     for name in ("from-the-end", "connected-acdc"):
         del REGISTRY[name]
+
+
+def test_edges_from_a_generator_are_frozen_in_a_run_too(model, task, tmp_path):
+    edges = ["m0->logits", "m1->logits", "embed->m0"]
+    method = circuits.ACDC(THRESHOLD)
+    listed = circuits.run(method, model, task, out=tmp_path / "listed", frozen_in=edges)
+    generated = circuits.run(
+        method, model, task, out=tmp_path / "generated", frozen_in=(each for each in edges)
+    )
+    assert generated.circuit == listed.circuit
+    assert generated.record["search_space"] == listed.record["search_space"]

@@ -20,7 +20,7 @@ from circuits.running.executor import get_executor
 from circuits.running.settings import ExecutorName, KeptEdges, RunSettings, VariantLogits
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget
-from circuits.system.numbers import WholeNumber
+from circuits.system.numbers import WholeNumber, shown
 from circuits.system.tensors import as_tensor
 from circuits.system.torch_modes import without_modes
 from circuits.tasks.metrics import check_finite
@@ -178,7 +178,8 @@ def model_logits(
     """Logits of the whole model at every scored row, on the clean or the corrupted prompts.
 
     Raises:
-        InputError: the task does not fit the model, or the logits overflow.
+        InputError: the task does not fit the model, there are no such prompts, or the logits
+            overflow.
 
     >>> import circuits
     >>> model = circuits.load_model("toy-world")
@@ -187,6 +188,8 @@ def model_logits(
     """
     check_model(model)
     check_task(model, task)
+    if prompts not in ("clean", "corrupted"):
+        raise InputError(f"prompts={shown(prompts)}: choose 'clean' or 'corrupted'.")
     task = task.to(model.cfg.device)
     logits = []
     with frozen(model), torch.no_grad():

@@ -129,7 +129,12 @@ def run(
     check_task(model, task)
     # A note that has no form in JSON is told before the search.
     json_text(notes or {})
-    part = {name: value for name, value in part.items() if value is not None}
+    # An iterator would be empty at its second reading.
+    part = {
+        name: list(value) if isinstance(value, Iterator) else value
+        for name, value in part.items()
+        if value is not None
+    }
     space = discoverer.search_space(model, graph, **part)
     key = on_first(lambda: _digest(discoverer, model, task, space))
     folder = path_of(out) / task.name / f"{discoverer.name}-{key[:8]}"

@@ -8,7 +8,8 @@ changed on a model, such as a hook on a norm, is not in its weights: then the fl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import starmap
 
@@ -184,8 +185,7 @@ class GradientPass:
             slopes: from these logits, the gradient of the damage at them.
         """
         seen: dict[str, Tensor] = {}
-        inputs = separate_inputs if self.separate else separate_gradients
-        with torch.enable_grad(), inputs(self.model):
+        with torch.enable_grad(), self._inputs(self.model):
             final, logits = self._forward(task, tokens, override, seen)
             found = logits.detach()
             gradients = self._gradients(slopes(found), seen, final, logits)
@@ -197,9 +197,13 @@ class GradientPass:
             outputs.check(final, task.mask)
         return PassResult(gradients, outputs, found)
 
+    @property
+    def _inputs(self) -> Callable[[Model], AbstractContextManager[None]]:
+        return separate_inputs if self.separate else separate_gradients
+
     def logits(self, task: Task, override: Override) -> Logits:
         """The logits of the clean prompts with `override`, as `run` computes them."""
-        with separate_gradients(self.model):
+        with self._inputs(self.model):
             _, logits = self._forward(task, task.clean, override, {})
         return logits
 
