@@ -244,12 +244,14 @@ def remove_abandoned(folder: Path, name: str | None = None) -> None:
 
 
 def _is_abandoned(path: Path) -> bool:
-    # A writer holds a lock on its file, which ends with the process.
+    # A writer holds a lock on its file, which ends with the process, from before it writes. An
+    # empty file is left alone, because its writer may be about to lock it.
     with contextlib.suppress(OSError), path.open("r+b") as file:
-        _lock(file)
         status = os.fstat(file.fileno())
         is_old = time.time() - status.st_mtime > SECONDS_EMPTY
-        return is_old or (status.st_size > 0 and fcntl is not None)
+        if is_old or (status.st_size > 0 and fcntl is not None):
+            _lock(file)
+            return True
     return False
 
 
