@@ -81,6 +81,7 @@ assert "did you mean 'late'" in said("discover", *FILE, "--sign", "lat")[1]
 
 def test_help_and_mistakes_in_options_are_answered_without_importing_torch(tmp_path):
     eap = ("discover", "--method", "eap")
+    acdc = ("discover", "--method", "acdc", "--threshold", "0.1")
     mistakes = [
         ("discver", "there is no command 'discver'; did you mean 'discover'?"),
         ("discover", "--threshold FLOAT"),
@@ -94,12 +95,25 @@ def test_help_and_mistakes_in_options_are_answered_without_importing_torch(tmp_p
         (*eap, "--task", "IOI", "there is no task 'IOI'; did you mean 'ioi'?"),
         (*eap, "--size", "x", "parsing --size"),
         (*eap, "--n", "9" * 5000 + "x", "parsing --n"),
+        (*eap, "--n", "0", "--n=0: give a whole number, 1 or more"),
+        (*eap, "--data", "missing.csv", "--data: there is no file missing.csv"),
+        (*eap, "--skip-misfits", "--skip-misfits needs prompts of your own"),
+        (*eap, "--start", "missing", "eap does not search"),
+        (*eap, "--positions", "S1,,S2", "--positions 'S1,,S2': a span has no name"),
+        (*acdc, "--layers", "3-2", "3-2 is empty; write it as 2-3"),
+        (*acdc, "--start-size", "9", "add --start FOLDER"),
+        (*acdc, "--start", "missing", "--start: there is no folder missing"),
+        ("discover", "--threshold", "-1", "threshold=-1.0 must be a number of at least 0"),
+        ("discover", "--metod", "eap", "there is no option --metod; did you mean '--method'?"),
         ("evaluate", "circuits evaluate: PATH"),
         ("evaluate", "x", "--metrics", "kl,acuracy", "did you mean 'accuracy'?"),
         ("compare", "--methods", "acdc,eaap", "did you mean 'eap'?"),
         ("compare", "--methods", "eap:metric=kll", "did you mean 'kl'?"),
         ("compare", "--methods", "eap:steps=3", "eap has no setting 'steps'"),
         ("compare", "--thresholds", "1,x", "'x' is no number"),
+        ("compare", "--thresholds", "1,-1", "threshold=-1.0 must be"),
+        ("evaluate", "missing", "missing holds no finished run"),
+        ("evaluate", "x", "--ablation", "zeroes", "did you mean 'zero'? there are mean, mean_by"),
         ("graph", "x", "--budgt", "3", "Perhaps you meant: --budget"),
         ("view", "x", "--port", "http", "parsing --port"),
     ]
@@ -544,8 +558,8 @@ def test_a_search_can_start_from_another_run_and_try_some_layers(capsys, tmp_pat
     [
         (("acdc", "--threshold", "0.1", "--layers", "one"), "--layers one names no layers"),
         (("acdc", "--threshold", "0.1", "--layers", "2-9"), "give layers of the graph"),
-        (("eap", "--layers", "1"), "eap does not search, so it cannot be told where by layers="),
-        (("eap", "--start", "nowhere"), "nowhere"),
+        (("eap", "--layers", "1"), "eap does not search, so it cannot be told where by --layers"),
+        (("acdc", "--threshold", "0.1", "--start", "nowhere"), "nowhere"),
     ],
 )
 def test_a_search_that_cannot_be_told_so_is_refused(capsys, tmp_path, words, told):
@@ -754,6 +768,15 @@ def test_a_threshold_that_removes_every_edge_is_told_with_one_that_does_not(
     better = re.search(r"try --threshold (\S+)\.\n", notes)[1]
     found, notes = found_by(capsys, tmp_path, "--method", method, "--threshold", better)
     assert 0 < found["edges"] < 479 and notes == ""
+
+
+def test_a_threshold_that_removes_every_edge_that_was_tried_is_told(capsys, tmp_path):
+    search = ("--method", "acdc", "--layers", "3", "--threshold")
+    found, notes = found_by(capsys, tmp_path, *search, "1000")
+    assert 0 < found["edges"] < 479
+    assert f"every edge tried was removed ({found['edges']} of 479 left)" in notes
+    better = re.search(r"try --threshold (\S+)\.\n", notes)[1]
+    assert found_by(capsys, tmp_path, *search, better)[1] == ""
 
 
 def test_a_threshold_that_removes_no_edge_is_told(capsys, tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 from circuits.cli.console import edge_table, print_place, print_run, terminal
 from circuits.cli.evaluate import check_size, show_evaluation, size_needed
 from circuits.cli.inputs import held_out_of, model_of, notes_of, task_of
+from circuits.cli.parsing.checks import layers_of, positions_of
 from circuits.cli.parsing.methods import find_method
 from circuits.cli.parsing.options import DiscoverOptions
 from circuits.cli.progress import phase, progress_bar
@@ -34,7 +35,7 @@ def command(options: DiscoverOptions, settings: dict[str, Any]) -> None:
             progress=progress,
             notes=notes_of(options),
             start=_start(options),
-            layers=_layers(options.layers),
+            layers=layers_of(options.layers),
         )
     # All ranks search, and the first evaluates.
     if not is_first():
@@ -52,12 +53,9 @@ def command(options: DiscoverOptions, settings: dict[str, Any]) -> None:
 
 def _graph(model: Model, options: DiscoverOptions) -> Graph | None:
     """The graph that the options ask for; None leaves it to the method."""
-    spans = options.positions
-    if not (options.split_embed or spans):
+    if not (options.split_embed or options.positions):
         return None
-    positions: list[str] | int | None = None
-    if spans:
-        positions = int(spans) if spans.isdecimal() else spans.split(",")
+    positions = positions_of(options.positions)
     return component_graph(model, split_embed=options.split_embed, positions=positions)
 
 
@@ -74,19 +72,6 @@ def _start(options: DiscoverOptions) -> Circuit | None:
             "--start-size N to start from N of them."
         )
     return circuit
-
-
-def _layers(text: str | None) -> list[int] | None:
-    """The layers that a text such as 0,2-4 names."""
-    if text is None:
-        return None
-    layers: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not (first.isdecimal() and (last or first).isdecimal()):
-            raise InputError(f"--layers {text} names no layers; write them like 6-11 or 0,2-4.")
-        layers += range(int(first), int(last or first) + 1)
-    return layers
 
 
 def _show_scores(found: CircuitRun, options: DiscoverOptions) -> None:

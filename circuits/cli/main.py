@@ -79,9 +79,11 @@ def main(arguments: Words | None = None) -> int:
 
 def _prepared(command: str, words: Words) -> Work:
     """The command's work: a function without arguments."""
+    from circuits.cli.parsing.checks import check_paths
     from circuits.cli.parsing.read import read_arguments
 
     arguments = read_arguments(command, words)
+    check_paths(arguments[0])
     with phase("loading PyTorch", quiet="--json" in words):
         module = import_module(f"circuits.cli.{command}")
     return partial(module.command, *arguments)

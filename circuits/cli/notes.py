@@ -12,15 +12,18 @@ def notes_on(found: CircuitRun) -> list[str]:
     """Say when a threshold removed all edges or none, and which would not."""
     circuit, settings = found.circuit, found.record["settings"]
     n_kept, n_edges = len(circuit), len(circuit.graph)
-    if "threshold" not in settings or 0 < n_kept < n_edges:
+    space = found.record.get("search_space", {"tried": n_edges, "frozen_out": 0})
+    n_removed = n_edges - space["frozen_out"] - n_kept
+    if "threshold" not in settings or 0 < n_removed < space["tried"]:
         return []
     # Scores are the measured increases in damage; an edge goes if its increase is below the
     # threshold.
     increases = circuit.scores[circuit.scores.isfinite()]
     if settings.get("absolute"):
         increases = increases.abs()
-    removed_all = n_kept == 0
-    text = f"{'every' if removed_all else 'no'} edge was removed ({n_kept:,} of {n_edges:,} left)"
+    removed_all = n_removed > 0
+    which_edges = f"{'every' if removed_all else 'no'} edge{' tried' * (space['tried'] < n_edges)}"
+    text = f"{which_edges} was removed ({n_kept:,} of {n_edges:,} left)"
     if len(increases) == 0:
         return [f"{text}, and none was measured alone."]
     which, extreme = ("largest", "max") if removed_all else ("smallest", "min")

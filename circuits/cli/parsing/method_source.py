@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -46,6 +46,8 @@ class Description:
     name: str
     documentation: str | None
     options: dict[str, Option]
+    searches: bool
+    is_ours: bool = True
 
 
 class Definition(NamedTuple):
@@ -61,6 +63,7 @@ class _Class:
 
     node: ast.ClassDef
     is_method: bool = False
+    searches: bool = False
     options: dict[str, Option] = field(default_factory=dict)
 
 
@@ -78,7 +81,8 @@ def described_in(file: Path) -> dict[str, Description]:
         read = _class(Definition(file, node))
         if read.is_method:
             documentation = ast.get_docstring(node, clean=False)
-            found[name] = Description(name, documentation, read.options)
+            is_ours = file.is_relative_to(PACKAGE)
+            found[name] = Description(name, documentation, read.options, read.searches, is_ours)
     return found
 
 
@@ -142,7 +146,16 @@ def _class(definition: Definition) -> _Class:
         options |= dict(_own_options(definition))
     is_base = node.name == BASE and file.is_relative_to(PACKAGE)
     is_method = is_base or any(base.is_method for base in bases)
-    return _Class(node, is_method, options)
+    searches = not is_base and _searches(node, bases)
+    return _Class(node, is_method, searches, options)
+
+
+def _searches(node: ast.ClassDef, bases: Iterable[_Class]) -> bool:
+    """As `CircuitDiscoverer.searches`."""
+    defined = {each.name for each in node.body if isinstance(each, ast.FunctionDef)}
+    if not defined.isdisjoint(("find_within", "find")):
+        return "find_within" in defined
+    return any(base.searches for base in bases)
 
 
 def _bases(definition: Definition) -> Iterator[Definition]:

@@ -71,7 +71,9 @@ def describe(kind: type[circuits.CircuitDiscoverer]) -> Description:
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         options[field.name] = Option(hints[field.name], default)
-    return _with_option_types(Description(kind.name, kind.__doc__, options))
+    is_ours = kind.__module__.startswith("circuits.")
+    read = Description(kind.name, kind.__doc__, options, kind.searches(), is_ours)
+    return _with_option_types(read)
 
 
 def options_of(

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import tyro
 
 from circuits.cli.parsing import options
+from circuits.cli.parsing.checks import check_options, check_search
 from circuits.cli.parsing.method_source import metric_names
 from circuits.cli.parsing.methods import adds_names, describe_method, options_of
 from circuits.cli.parsing.sweeps import read_sweeps
@@ -37,7 +38,8 @@ OPTIONS: dict[str, Any] = {
 # The sides of tyro's boxes, where they are drawn in Unicode or in ASCII.
 SIDES = "│|╭╮╰╯+ "
 BETWEEN_PARAGRAPHS = re.compile(r"[─-]{3,}")
-WRONG_CHOICE = re.compile(r"invalid choice '(.*)' for .* one of \('(.*)'\)")
+WRONG_CHOICE = re.compile(r"(invalid choice '(.*)' for .*)\. Expected one of \('(.*)'\)")
+UNKNOWN_OPTION = re.compile(r"Unrecognized options: ")
 
 
 def read_arguments(command: str, words: Words) -> Arguments:
@@ -45,6 +47,7 @@ def read_arguments(command: str, words: Words) -> Arguments:
     if command == "discover":
         return _read_discover(words)
     given = _parsed(OPTIONS[command], command, words)
+    check_options(given)
     if command == "compare":
         sweeps = read_sweeps(given)
         planned = chain(*sweeps.values())
@@ -68,6 +71,8 @@ def _read_discover(words: Words) -> Arguments:
     description = f"{getdoc(own)}\n\nThe options of {method.name} come last."
     given, settings = _parsed(both, "discover", words, description=description)
     values = vars(settings)
+    check_options(given)
+    check_search(given, method, values)
     _check_names(given, given.method, [values.get("metric")])
     return given, values
 
@@ -93,11 +98,17 @@ def _message(box: str, command: str) -> str:
         if text and not text.startswith(("For full helptext", "Argument helptext")):
             paragraphs.append(text.partition(" Got errors:")[0].rstrip("."))
     first, *more = paragraphs
-    wrong = WRONG_CHOICE.search(first)
+    wrong, *unknown = WRONG_CHOICE.search(first), *filter(UNKNOWN_OPTION.match, more)
     if wrong:
-        word, choices = wrong.groups()
-        known = choices.split("', '")
-        more = [suggestion(word, known).rstrip(".")]
+        # The choices of a union come in any order.
+        told, word, choices = wrong.groups()
+        known = sorted(set(choices.split("', '")) - {"None"})
+        first, more = told, [suggestion(word, known).rstrip(".")]
+    elif unknown:
+        # A misspelt option may be why another is missing.
+        named = [f"--{each.name.replace('_', '-')}" for each in fields(OPTIONS[command])]
+        word = unknown[0].split()[2]
+        first, more = f"there is no option {word}", [suggestion(word, named).rstrip(".")]
     told = "; ".join([first, *more])
     return f"{told[:1].lower()}{told[1:]}. Try circuits {command} --help."
 
@@ -105,10 +116,6 @@ def _message(box: str, command: str) -> str:
 def _check_names(given: Any, method: str, metrics: Iterable[str | None]) -> None:
     if not isinstance(given, options.TaskOptions):
         return
-    if given.data and given.task:
-        raise InputError(
-            f"--task {given.task} and --data {given.data} were both given; give one of them."
-        )
     # Others' code may define tasks and metrics when it is imported.
     if adds_names(method):
         return

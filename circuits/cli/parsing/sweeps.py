@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, get_args
 
 import tyro
 
+from circuits.cli.parsing.checks import check_settings
 from circuits.cli.parsing.method_source import Description
 from circuits.cli.parsing.methods import describe_method
 from circuits.cli.parsing.options import CompareOptions
@@ -44,6 +45,7 @@ def read_sweeps(options: CompareOptions) -> Sweeps:
         sweeps[label] = []
         for more in _variations(method, settings, thresholds, options.ablation):
             values = _values(method, [*settings, *more], entry)
+            check_settings(method, values)
             sweeps[label].append(MethodSettings(name, values))
     return sweeps
 

@@ -25,8 +25,9 @@ from circuits.discovery.gradients.edge_scores import EdgeScoring, GradientPoint
 from circuits.discovery.search.edge_order import OrderName, chains
 from circuits.discovery.search.measurement import Measurement
 from circuits.discovery.search.speculation import Speculation
-from circuits.discovery.search.state import Search, SearchState, check_threshold
+from circuits.discovery.search.state import Search, SearchState
 from circuits.discovery.search_space import SearchSpace
+from circuits.discovery.threshold import check_threshold
 from circuits.graph.circuit import Circuit
 from circuits.graph.graph import EdgeMask, Graph
 from circuits.models import Model

@@ -22,8 +22,9 @@ from typing_extensions import override
 from circuits.discovery.checkpoint import Checkpoint
 from circuits.discovery.discoverer import SPEED_ONLY, Progress, Resumable
 from circuits.discovery.search.edge_order import GroupName, edge_groups
-from circuits.discovery.search.state import BEFORE, Removals, check_threshold, damage_at_start
+from circuits.discovery.search.state import BEFORE, Removals, damage_at_start
 from circuits.discovery.search_space import SearchSpace
+from circuits.discovery.threshold import check_threshold
 from circuits.graph.circuit import Circuit
 from circuits.models import Model
 from circuits.running.ablation import Ablation

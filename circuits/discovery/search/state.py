@@ -219,11 +219,3 @@ def damage_at_start(space: SearchSpace, meter: DamageMeter) -> float:
             "reaches them, such as scores.greedy(n), or from a graph with edges."
         )
     return float(meter(space.kept[None]))
-
-
-def check_threshold(threshold: float) -> None:
-    """Refuse a threshold that is negative or no number."""
-    if not threshold >= 0:
-        raise InputError(
-            f"threshold={threshold} must be a number of at least 0; 0.01 is usual for KL."
-        )
