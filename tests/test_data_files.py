@@ -75,6 +75,12 @@ DAMAGED = {
     "years.csv": ("clean,corrupted,correct_idx\nSo Mary,So John,52\n", "writes years there"),
     "id.csv": ("clean,corrupted,correct_idx,incorrect_idx\nSo Mary,So John,x,1\n", "a token id"),
     "vocabulary.csv": ("clean,corrupted,answer_idx\nSo Mary,So John,673\n", "no token 673"),
+    "name-twice.jsonl": (LINE[:-1] + ', "answer": " a"}', "the name 'answer' is there twice"),
+    "name-twice.json": (f'[{LINE[:-1]}, "answer": " a"}}]', "the name 'answer' is there twice"),
+    "id.jsonl": ('{"clean": "So Mary", "answer": 9}', "token ids go into answer_idx"),
+    "ids.csv": ('clean,answer\nSo Mary,"[9, 10]"\n', "token ids go into answer_idx"),
+    "unnamed.csv": ("clean,corrupted,\nSo Mary,So John,x\n", "unknown field ''"),
+    "uncorrupted.csv": ("clean,corrupted\nSo Mary,So John\nSo Anna,\n", "corrupted=None"),
 }
 
 
@@ -84,7 +90,8 @@ def test_a_damaged_file_is_refused_in_one_line_that_says_where(name, tmp_path, t
     with pytest.raises(circuits.InputError) as caught:
         Task.from_file(written(tmp_path, name, content), toy_world)
     text = str(caught.value).replace(str(tmp_path), "")
-    assert message in text and name in text and "\n" not in text and len(text) <= 500
+    assert message in text and "\n" not in text and len(text) <= 500
+    assert name in text or name == "uncorrupted.csv"
 
 
 def test_a_path_that_is_none_is_refused(toy_world, tmp_path):
@@ -99,15 +106,247 @@ def test_several_answers_and_spans_of_a_table_are_json(tmp_path, toy_world):
     assert task.prompts == (PromptPair("So Mary", "So John", (" is", " was"), spans={"N": (3, 7)}),)
 
 
+def in_every_form(row, folder):
+    """A row as a file of each kind, and as what holds it in memory."""
+    cells = {
+        name: json.dumps(cell) if isinstance(cell, list | dict) else cell
+        for name, cell in row.items()
+    }
+    table = written(folder, "row.csv", pd.DataFrame([cells]).to_csv())
+    forms = {
+        "csv": table,
+        "jsonl": written(folder, "row.jsonl", json.dumps(row)),
+        "dict": row,
+        "columns": {name: [cell] for name, cell in row.items()},
+        "frame": pd.DataFrame([row]),
+        "read by pandas": pd.read_csv(table),
+        "row": pd.read_csv(table).iloc[0],
+        "named tuple": next(pd.DataFrame([row]).itertuples()),
+    }
+    if "wrong_answer_idx" not in row:
+        forms["series"] = pd.Series(row)
+    return forms
+
+
+def made(form, model, **settings):
+    make = Task.from_file if hasattr(form, "suffix") else Task.from_prompts
+    rows = [form] if isinstance(form, tuple) else form
+    return make(*((rows, model) if make is Task.from_file else (model, rows)), **settings)
+
+
+PROMPTS = {"clean": "So Mary", "corrupted": "So John"}
+SPANS = {"N": [3, 7]}
+ALL_USED = {
+    "ids and spans": (
+        PROMPTS | {"answer_idx": 9, "wrong_answer_idx": 10, "spans": SPANS},
+        PromptPair("So Mary", "So John", 9, 10, {"N": (3, 7)}),
+    ),
+    "an id and a wrong text": (
+        PROMPTS | {"answer_idx": [9, 11], "wrong_answer": " was"},
+        PromptPair("So Mary", "So John", (9, 11), " was"),
+    ),
+    "a text and a wrong id": (
+        PROMPTS | {"answer": [" is", " a"], "wrong_answer_idx": 10},
+        PromptPair("So Mary", "So John", (" is", " a"), 10),
+    ),
+    "an id without a corrupted prompt": (
+        {"clean": "So Mary", "answer_idx": 9, "spans": SPANS},
+        PromptPair("So Mary", None, 9, spans={"N": (3, 7)}),
+    ),
+    "EAP-IG's ids and spans": (
+        PROMPTS | {"correct_idx": 9, "incorrect_idx": 10, "spans": SPANS, "corrupted_spans": SPANS},
+        PromptPair("So Mary", "So John", 9, 10, {"N": (3, 7)}, {"N": (3, 7)}),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ALL_USED)
+def test_every_field_of_a_row_is_used_in_whatever_form_the_row_comes(name, tmp_path, toy_world):
+    row, pair = ALL_USED[name]
+    for form in in_every_form(row, tmp_path).values():
+        task = made(form, toy_world)
+        assert task.prompts == (pair,) and list(task.positions) == list(pair.spans)
+
+
+CONTRADICTIONS = {
+    "answers": ({"answer": " is", "answer_idx": 9}, "'answer' and 'answer_idx' both give"),
+    "wrong answers": (
+        {"answer_idx": 9, "wrong_answer": " was", "wrong_answer_idx": 10},
+        "'wrong_answer' and 'wrong_answer_idx' both give",
+    ),
+    "EAP-IG's": (
+        {"answer": " is", "correct_idx": 9, "incorrect_idx": 10},
+        "'correct_idx' both give",
+    ),
+    "two of EAP-IG's": (
+        {"correct_idx": 9, "incorrect_idx": 10, "clean_idx": 9, "corrupted_idx": 10},
+        "'correct_idx' and 'clean_idx' both give",
+    ),
+    "years": ({"answer": " is", "correct_idx": 52}, "EAP-IG writes years"),
+    "misspelt ids": ({"answer_idx": 9, "wrong_answr_idx": 10}, "did you mean 'wrong_answer_idx'"),
+    "misspelt spans": ({"answer_idx": 9, "spnas": SPANS}, "did you mean 'spans'"),
+    "unknown": ({"correct_idx": 9, "incorrect_idx": 10, "weight": 3}, "unknown field 'weight'"),
+    "of EAP-IG alone": ({"answer": " is", "country": "x"}, "unknown field 'country'"),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_what_a_row_says_twice_or_in_vain_is_refused(name, tmp_path, toy_world):
+    fields, message = CONTRADICTIONS[name]
+    for form in in_every_form(PROMPTS | fields, tmp_path).values():
+        with pytest.raises(circuits.InputError, match=message):
+            made(form, toy_world)
+
+
+def test_a_table_says_the_same_read_by_pandas_and_from_its_file(tmp_path, toy_world):
+    rows = (
+        ',clean,corrupted,answer,spans\n0,So Mary,,"["" is"", "" was""]","{""N"": [3, 7]}"\n'
+        '1,So John,, is a,"{""N"": [3, 7]}"\n'
+    )
+    path = written(tmp_path, "same.csv", rows.replace(" is a", " is"))
+    from_file = Task.from_file(path, toy_world, name="same")
+    frame = pd.read_csv(path)
+    tables = [frame, frame.convert_dtypes(), [row for _, row in frame.iterrows()]]
+    for table in tables:
+        task = Task.from_prompts(toy_world, table, name="same")
+        assert task.prompts == from_file.prompts and task.digest() == from_file.digest()
+    assert from_file.prompts[0] == PromptPair("So Mary", None, (" is", " was"), spans={"N": (3, 7)})
+    # Whether 9 is a text or a token id, a frame does not say.
+    numbers = written(tmp_path, "numbers.csv", "clean,answer\nSo Mary,9\n")
+    with pytest.raises(circuits.InputError, match="token ids go into answer_idx"):
+        Task.from_prompts(toy_world, pd.read_csv(numbers))
+
+
+def test_a_column_that_is_there_twice_is_refused(toy_world):
+    table = pd.DataFrame([["So Mary", "So John", " is", " was"]])
+    table.columns = ["clean", "corrupted", "answer", "answer"]
+    for given in (table, table.iloc[0]):
+        with pytest.raises(circuits.InputError, match="'answer' is there twice"):
+            Task.from_prompts(toy_world, given)
+
+
+COLUMNS = {
+    "lengths": (
+        {"clean": ["So Mary"] * 2, "corrupted": ["So John"]},
+        "clean has 2, corrupted has 1",
+    ),
+    "one text": ({"clean": ["So Mary"] * 3, "answer": " is"}, r"for one, give \[' is'\]"),
+    "one span": ({"clean": ["So Mary"], "spans": {"N": (3, 7)}}, "spans=.* must be a list"),
+    "a set": ({"clean": {"So Mary", "So John"}, "corrupted": {"a", "b"}}, "no order"),
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_columns_that_do_not_belong_together_are_refused(name, toy_world):
+    given, message = COLUMNS[name]
+    with pytest.raises(circuits.InputError, match=message):
+        Task.from_prompts(toy_world, given)
+
+
+def test_columns_may_be_arrays_or_missing(toy_world):
+    columns = {"clean": np.array(["So Mary"]), "corrupted": None, "answer_idx": np.array([[9, 11]])}
+    expected = (PromptPair("So Mary", None, (9, 11)),)
+    assert Task.from_prompts(toy_world, columns).prompts == expected
+
+
+MISSING = [None, float("nan"), np.float32("nan"), pd.NA, pd.NaT]
+
+
+@pytest.mark.parametrize("missing", MISSING, ids=repr)
+def test_what_is_missing_is_missing_in_whatever_a_pair_is_in(missing, toy_world):
+    names = ["clean", "corrupted", "answer"]
+    cells = ["So Mary", missing, missing]
+    row = dict(zip(names, cells, strict=True))
+    table = pd.DataFrame([row])
+    for given in (tuple(cells), row, table, table.iloc[0], {name: [row[name]] for name in row}):
+        assert Task.from_prompts(toy_world, given).prompts == (PromptPair("So Mary"),)
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [
+        [1],
+        "N",
+        5,
+        {"N": 3},
+        {"N": "ab"},
+        {"N": (3, 5, 7)},
+        {"N": (3.5, 7)},
+        {"N": (True, 7)},
+        {3: (3, 7)},
+    ],
+    ids=repr,
+)
+def test_what_are_no_spans_is_refused(spans):
+    for name in ("spans", "corrupted_spans"):
+        with pytest.raises(circuits.InputError, match=rf"{name}.*start, end\b.* in characters"):
+            PromptPair("So Mary", "So John", **{name: spans})
+
+
+def test_spans_may_be_lists_or_arrays_of_numbers_of_any_library():
+    for bounds in ([3, 7], np.array([3, 7]), torch.tensor([3, 7]), (np.int64(3), 7.0)):
+        assert PromptPair("So Mary", spans={"N": bounds}).spans == {"N": (3, 7)}
+
+
+def test_rows_that_do_not_fit_are_left_out_on_request_whatever_is_wrong(tmp_path, toy_world):
+    row = MIB["mcqa"]
+    unfit = [
+        {**row, "symbol_counterfactual": None},
+        {**row, "answerKey": 7},
+        {name: value for name, value in row.items() if name != "symbol_counterfactual"}
+        | {"abc_counterfactual": {"prompt": "So Mary"}},
+        PROMPTS | {"answer_idx": 673, "wrong_answer_idx": 10},
+        PROMPTS | {"answer_idx": 9},
+        PROMPTS | {"spans": SPANS, "answer_idx": 9, "wrong_answer_idx": 10},
+        {"clean": "So Mary", "answer_idx": 9, "wrong_answer_idx": 10},
+    ]
+    path = written(tmp_path, "rows.jsonl", "\n".join(map(json.dumps, [*unfit, row, row])))
+    for form in (path, [*unfit, row, row]):
+        with pytest.warns(UserWarning, match="7 of 9 prompt pairs do not fit"):
+            task = made(form, toy_world, skip_misfits=True)
+        assert len(task) == 2 and sum(task.left_out.values()) == 7
+    with pytest.raises(circuits.InputError, match="skip_misfits='no' must be True or False"):
+        Task.from_file(path, toy_world, skip_misfits="no")
+
+
+def test_a_pair_whose_tokens_have_no_counterparts_can_be_left_out(toy_world):
+    spans = {"N": (3, 7)}
+    unfit = PromptPair("So Mary", "Mary John", spans=spans, corrupted_spans={"N": (0, 4)})
+    pairs = [unfit, PromptPair("So Mary", "So John", spans=spans)]
+    with pytest.raises(circuits.InputError, match="have no counterpart"):
+        Task.from_prompts(toy_world, pairs, prepend_bos=False)
+    with pytest.warns(UserWarning, match="tokens without a counterpart"):
+        task = Task.from_prompts(toy_world, pairs, prepend_bos=False, skip_misfits=True)
+    assert task.prompts == tuple(pairs[1:])
+
+
+def test_a_task_is_named_after_its_file_whatever_the_file_is_called(tmp_path, toy_world):
+    for file_name, name in (("my prompts (1).jsonl", "my-prompts-1-"), ("..a.b.jsonl", "a.b")):
+        assert Task.from_file(written(tmp_path, file_name, LINE), toy_world).name == name
+
+
+def test_wrong_answers_without_answers_are_no_reason_for_kl(toy_world):
+    for make in (
+        lambda **settings: Task.from_prompts(
+            toy_world, ("So Mary", None, None, " was"), **settings
+        ),
+        lambda **settings: Task.from_tokens(IDS, IDS, wrong_answers=[9, 10], **settings),
+    ):
+        with pytest.raises(circuits.InputError, match="wrong answers but no answers"):
+            make()
+        assert make(metric="kl").wrong_answers is not None
+
+
 # As in the data folders of hannamw/EAP-IG and hannamw/eap-ig-faithfulness.
 EAP_IG = {
     "ioi": ",clean,corrupted,corrupted_hard,correct_idx,incorrect_idx\n7,So Mary,So John,x,9,10\n",
-    "fact": "clean,country,country_idx,corrupted,corrupted_country,corrupted_country_idx\n"
-    "So Mary,a,9,So John,b,10\n",
+    "fact": "clean,capital,country,country_idx,corrupted,corrupted_capital,corrupted_country,"
+    "corrupted_country_idx\nSo Mary,c,a,9,So John,d,b,10\n",
     "gender": "clean,corrupted,clean_answer_idx,corrupted_answer_idx,label\n"
     "So Mary,So John,9,10,x\n",
-    "hypernymy": "clean,h1,answers,answers_idx,corrupted,corrupted_answers,corrupted_answers_idx\n"
-    "So Mary,a,\"['gem']\",[9],So John,['x'],[10]\n",
+    "hypernymy": "clean,h1,hypernym,answers,answers_idx,corrupted,c1,corrupted_hypernym,"
+    "corrupted_answers,corrupted_answers_idx,clean2,corrupted2,prob_diff\n"
+    "So Mary,a,b,\"['gem']\",[9],So John,c,d,['x'],[10],e,f,0.1\n",
 }
 
 
@@ -145,6 +384,10 @@ MIB = {
     # mib-bench/copycolors_mcqa and arc_easy, whose counterfactual labels may be numbers
     "mcqa": {
         "question": "x",
+        "dataset": "x",
+        "dataset_specific_id": "x",
+        "arc_id": "x",
+        "idx": 3,
         "choices": {"label": [" Mark", " Mary"], "text": ["x", "y"]},
         "answerKey": 1,
         "prompt": NAMES.format("John"),
@@ -156,7 +399,12 @@ MIB = {
     },
     # mib-bench/arithmetic_addition
     "arithmetic": {
+        "idx": 3,
+        "template": "x",
+        "num_digit": 2,
         "operator": "+",
+        "operand1": 1,
+        "operand2": 2,
         "prompt": NAMES.format("John"),
         "label": " Mary",
         "ones_carry_counterfactual": None,
@@ -190,6 +438,23 @@ def test_a_row_of_mib_without_its_counterfactual_is_refused(toy_world):
             del row[name]
         with pytest.raises(circuits.InputError, match=message):
             Task.from_prompts(toy_world, [row])
+
+
+@pytest.mark.parametrize("kind", MIB)
+def test_a_row_of_mib_may_have_spans_and_nothing_else_that_would_be_lost(kind, tmp_path, toy_world):
+    row = MIB[kind]
+    task = Task.from_prompts(toy_world, row | {"spans": {"N": [0, 4]}})
+    assert task.prompts[0].spans == {"N": (0, 4)} and list(task.positions) == ["N"]
+    for name, message in (
+        ("spnas", "did you mean 'spans'"),
+        ("answer", "'answer' and '.*' both give the answer"),
+        ("wrong_answer_idx", "'wrong_answer_idx' and '.*' both give the wrong_answer"),
+        ("clean", "'clean' and 'prompt' both give"),
+    ):
+        slip = row | {name: 9 if name == "wrong_answer_idx" else " is"}
+        for form in (slip, written(tmp_path, "slip.jsonl", json.dumps(slip))):
+            with pytest.raises(circuits.InputError, match=message):
+                made(form, toy_world)
 
 
 TABLE = pd.DataFrame([FIELDS])

@@ -16,7 +16,8 @@ from circuits.system.errors import InputError
 from circuits.system.numbers import items, python_number, shown, whole
 from circuits.system.tensors import as_tensor
 from circuits.tasks.metrics import check_finite
-from circuits.tasks.tokenization import DoesNotFit, PromptTokenizer
+from circuits.tasks.prompts import DoesNotFit
+from circuits.tasks.tokenization import PromptTokenizer
 
 Token = str | SupportsIndex
 """The text of a token, or its id."""

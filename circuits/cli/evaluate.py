@@ -89,7 +89,7 @@ def _with_defaults_of_run(options: EvaluateOptions, notes: Record) -> EvaluateOp
     if task is None and data is None:
         data = Path(notes["data"]) if notes.get("data") else None
         task = None if data else notes.get("task")
-    skip = options.skip_misfits or notes.get("skip_misfits", False)
+    skip = options.skip_misfits or bool(data and notes.get("skip_misfits"))
     changes |= {"model": model, "task": task, "data": data, "skip_misfits": skip}
     return replace(options, **changes)
 

@@ -60,6 +60,20 @@ def python_number(value: Any) -> Any:
     return number if is_number else None
 
 
+def is_missing(value: Any) -> bool:
+    """Whether a value stands for nothing: None, NaN, or what pandas has for it.
+
+    >>> is_missing(float("nan")), is_missing(0), is_missing("")
+    (True, False, False)
+    """
+    # Not imported, as pandas is slow to load.
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return True
+    number = python_number(value)
+    # NaN differs from itself.
+    return bool(number != number)
+
+
 def items(values: Any, name: str) -> list[Any]:
     """What a list, tuple, array, tensor or other series holds, as Python's own objects."""
     listed = getattr(values, "tolist", None)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from circuits.system.errors import InputError
+from circuits.tasks.prompts import DoesNotFit
 
 # Whether a span holds each token.
 Spans = Mapping[str, Sequence[bool]]
@@ -28,9 +29,10 @@ def aligned(n_clean: int, n_corrupted: int, spans: Spans, corrupted_spans: Spans
     pairing: list[int] = []
     for (start, end), (first, last) in zip(pieces, counterparts, strict=True):
         if start < end and first == last:
-            raise InputError(
+            raise DoesNotFit(
                 f"tokens {start} to {end - 1} of the clean prompt have no counterpart in the "
-                "corrupted one; name spans that leave tokens around them in both."
+                "corrupted one; name spans that leave tokens around them in both.",
+                "tokens without a counterpart",
             )
         counterpart = range(last - (end - start), last)
         pairing += [max(first, position) for position in counterpart]

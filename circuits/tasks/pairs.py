@@ -2,68 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import pandas as pd
 
 from circuits.system.errors import InputError
-from circuits.system.messages import suggestion
-from circuits.system.numbers import shown
-from circuits.tasks.prompts import PromptPair
-from circuits.tasks.readers.data_sets import known_fields
+from circuits.system.numbers import is_missing, items, shown
+from circuits.tasks.prompts import PromptPair, plain_fields
+from circuits.tasks.readers.cells import TableRow
+from circuits.tasks.readers.data_sets import FIELDS, pair_fields
+from circuits.tasks.readers.files import Row
 
 PromptPairs = Iterable[Any] | PromptPair
 FORMS = "a PromptPair, a dict with its fields, or a tuple (clean, corrupted, answer, wrong_answer)"
 
 
-def prompt_pairs(given: Any) -> list[PromptPair]:
-    """All pairs of a list, a table (of pandas, or a dict of columns), or a single pair."""
-    if isinstance(given, pd.DataFrame):
-        # A missing cell is None rather than NaN.
-        given = given.astype(object).where(given.notna(), None).to_dict("records")
-    elif isinstance(given, Mapping) and _has_columns(given):
-        columns = given.values()
-        rows = zip(*columns, strict=True)
-        given = [dict(zip(given, cells, strict=True)) for cells in rows]
-    elif isinstance(given, PromptPair | Mapping | pd.Series) or _is_pair(given):
-        given = [given]
-    if isinstance(given, str) or not isinstance(given, Iterable):
-        raise InputError(f"{shown(given)} is no list of prompt pairs; each is {FORMS}.")
-    return [_pair(number, each) for number, each in enumerate(given)]
-
-
-def _has_columns(given: Mapping[str, Any]) -> bool:
-    return isinstance(given.get("clean", given.get("prompt")), list | tuple | pd.Series)
-
-
-def _is_pair(given: Any) -> bool:
-    return isinstance(given, tuple) and all(isinstance(each, str) for each in given[:2])
-
-
-def _pair(number: int, given: Any) -> PromptPair:
+def pair_of(given: Any) -> PromptPair:
+    """A pair in any of its forms as a PromptPair."""
     if isinstance(given, PromptPair):
         return given
-    try:
-        if isinstance(given, Mapping | pd.Series):
-            return _from_fields(dict(given))
-        if isinstance(given, list | tuple) and 2 <= len(given) <= 4:
-            return PromptPair(*given)
-    except InputError as error:
-        raise InputError(f"prompt pair {number}: {error}") from error
-    raise InputError(f"prompt pair {number} is {shown(given)}; give {FORMS}.")
+    if isinstance(given, pd.Series):
+        given = TableRow.of_cells(given.index, given)
+    elif hasattr(given, "_asdict"):
+        # A row of a table as a named tuple, whose columns may come in any order
+        given = given._asdict()
+    if isinstance(given, Mapping):
+        return PromptPair(**pair_fields(given))
+    if isinstance(given, list | tuple) and 2 <= len(given) <= 4:
+        return PromptPair(**plain_fields(dict(zip(FIELDS, given, strict=False))))
+    raise InputError(f"{shown(given)} is no prompt pair; give {FORMS}.")
 
 
-def _from_fields(given: dict[str, Any]) -> PromptPair:
-    known = known_fields(given)
-    if known is not None:
-        return PromptPair(**known)
-    names = [each.name for each in fields(PromptPair)]
-    for name in given:
-        if name not in names:
-            raise InputError(f"unknown field {name!r}; {suggestion(str(name), names)}")
-    if given.get("clean") is None:
-        raise InputError("field 'clean' is missing; give a text.")
-    given = {name: value for name, value in given.items() if value is not None}
-    return PromptPair(**given)
+def pair_rows(given: Any) -> Iterator[Row]:
+    """All pairs of a list, a table (of pandas, or a dict of columns), or a single pair."""
+    if isinstance(given, pd.DataFrame):
+        names, cells = given.columns, given.itertuples(index=False, name=None)
+        given = (TableRow.of_cells(names, row) for row in cells)
+    elif _is_single(given):
+        given = [given]
+    elif isinstance(given, Mapping):
+        given = _rows_of_columns(given)
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise InputError(f"{shown(given)} is no list of prompt pairs; each is {FORMS}.")
+    for number, each in enumerate(given):
+        yield f"prompt pair {number}", each
+
+
+def _is_single(given: Any) -> bool:
+    if isinstance(given, tuple):
+        return bool(given) and all(isinstance(each, str) or is_missing(each) for each in given[:2])
+    if not isinstance(given, Mapping | pd.Series):
+        return isinstance(given, PromptPair)
+    clean = given.get("clean", given.get("prompt"))
+    is_column = isinstance(clean, Iterable) and not isinstance(clean, str | Mapping)
+    return not is_column and (isinstance(given, Mapping) or clean is not None)
+
+
+def _rows_of_columns(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a dict of columns; a column that is None holds nothing."""
+    given = {name: column for name, column in columns.items() if column is not None}
+    for name, column in given.items():
+        if isinstance(column, Set):
+            raise InputError(f"{name}={shown(column)} is a set, which has no order; give a list.")
+    listed = {name: items(column, name) for name, column in given.items()}
+    lengths = {name: len(column) for name, column in listed.items()}
+    if len(set(lengths.values())) > 1:
+        counts = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+        raise InputError(f"columns of different lengths ({counts}); give an entry for each prompt.")
+    return [dict(zip(listed, cells, strict=True)) for cells in zip(*listed.values(), strict=True)]

@@ -1,19 +1,13 @@
-"""Prompt pairs as text: the pair, pairs from templates, files and memory, and the two splits."""
+"""Prompt pairs as text: the pair, pairs from templates, and the two splits."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from pathlib import Path
 from string import Formatter
-from typing import Annotated, Any, Literal
-
-from pydantic import BaseModel, Field, StrictInt, ValidationError
+from typing import Any, Literal
 
 from circuits.system.errors import InputError
-from circuits.system.messages import suggestion
-from circuits.system.numbers import items, python_number, shown, whole
-from circuits.tasks.readers.data_sets import known_fields
-from circuits.tasks.readers.files import EXAMPLE, rows
+from circuits.system.numbers import is_missing, items, python_number, shown, whole
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -23,6 +17,20 @@ CharSpans = Mapping[str, CharSpan]
 Token = str | int
 """The text of a token, or its id."""
 Answer = Token | Sequence[Token] | None
+
+
+class DoesNotFit(InputError):
+    """A prompt pair that cannot be used with this model.
+
+    Attributes:
+        reason: why, in words that other pairs may share.
+        words: the words that are to blame, if any are.
+    """
+
+    def __init__(self, message: str, reason: str, words: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.words = tuple(words)
 
 
 @dataclass(frozen=True)
@@ -61,16 +69,14 @@ class PromptPair:
     corrupted_spans: CharSpans = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        for name in ("clean", "corrupted"):
-            text = getattr(self, name)
-            may_be = str | None if name == "corrupted" else str
-            if not isinstance(text, may_be):
-                raise InputError(
-                    f"{name}={shown(text)} is no text; for token ids use Task.from_tokens."
-                )
-        for name in ("answer", "wrong_answer"):
-            plain = _plain_answer(getattr(self, name), name)
-            object.__setattr__(self, name, plain)
+        plain = plain_fields(vars(self))
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+        if self.corrupted is None and self.corrupted_spans:
+            raise InputError(
+                f"corrupted_spans={shown(self.corrupted_spans)} without a corrupted prompt; give "
+                "one, or leave them out."
+            )
 
     @property
     def answers(self) -> tuple[Token, ...]:
@@ -83,14 +89,31 @@ class PromptPair:
         return _as_tuple(self.wrong_answer)
 
 
-def _plain_answer(answer: Any, name: str) -> Answer:
+def plain_fields(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a pair as Python's own texts, numbers, tuples and dicts, or an InputError."""
+    return {name: _PLAIN[name](value, name) for name, value in given.items()}
+
+
+def _plain_text(text: Any, name: str) -> str:
+    if not isinstance(text, str):
+        raise InputError(
+            f"field {name!r} is {shown(text)}; give the prompt as a string; for token ids use "
+            "Task.from_tokens."
+        )
+    return text
+
+
+def _optional_text(text: Any, name: str) -> str | None:
+    return None if is_missing(text) else _plain_text(text, name)
+
+
+def plain_answer(answer: Any, name: str) -> Answer:
     """A text, an id, or a tuple of them, whatever the user has them in; None if it is missing."""
-    number = python_number(answer)
-    # Tables mark what is missing by NaN, which differs from itself.
-    if answer is None or number != number:
+    if is_missing(answer):
         return None
     if isinstance(answer, str):
         return answer
+    number = python_number(answer)
     if number is not None:
         return whole(number, name, least=0)
     if isinstance(answer, bool) or not isinstance(answer, Iterable):
@@ -100,6 +123,37 @@ def _plain_answer(answer: Any, name: str) -> Answer:
     if not several:
         raise InputError(f"{name}={shown(answer)} holds no answer; leave it out, or give one.")
     return tuple(each if isinstance(each, str) else whole(each, name, least=0) for each in several)
+
+
+def _plain_spans(spans: Any, name: str) -> dict[str, CharSpan]:
+    """Spans as pairs of Python's own numbers; there are none if they are missing."""
+    if is_missing(spans):
+        return {}
+    if not isinstance(spans, Mapping) or not all(isinstance(each, str) for each in spans):
+        raise InputError(
+            f"{name} is {shown(spans)}; give a dict of name: [start, end], in characters."
+        )
+    plain = {}
+    for span, bounds in spans.items():
+        title = f"{name}[{span!r}]"
+        try:
+            start, end = (whole(each, title) for each in items(bounds, title))
+        except ValueError as error:
+            raise InputError(
+                f"{title} is {shown(bounds)}; give [start, end], in characters of the prompt."
+            ) from error
+        plain[span] = (start, end)
+    return plain
+
+
+_PLAIN: dict[str, Callable[[Any, str], Any]] = {
+    "clean": _plain_text,
+    "corrupted": _optional_text,
+    "answer": plain_answer,
+    "wrong_answer": plain_answer,
+    "spans": _plain_spans,
+    "corrupted_spans": _plain_spans,
+}
 
 
 def _as_tuple(answer: Answer) -> tuple[Token, ...]:
@@ -145,64 +199,3 @@ def fill_template(
     spans.setdefault("END", (end - 1, end))
     other_text = template.format(**corrupted)
     return PromptPair(text, other_text, answer, wrong_answer, spans)
-
-
-def read_pairs(path: str | Path, convert: Callable[[PromptPair], Any]) -> list[Any]:
-    """Read a file (see `readers.files`), and convert each prompt pair.
-
-    An InputError, also one that `convert` raises, gives the line number.
-    """
-    converted = []
-    for where, content in rows(path):
-        try:
-            converted.append(convert(_parse(content)))
-        except InputError as error:
-            raise InputError(f"{path}, {where}: {error}") from error
-    if not converted:
-        raise InputError(f"{path} holds no prompt pair; write at least one line, {EXAMPLE}.")
-    return converted
-
-
-# JSON has lists where PromptPair has tuples; pydantic converts them.
-_Words = Annotated[tuple[str, ...], Field(min_length=1)]
-_Answer = str | _Words | None
-_Spans = dict[str, tuple[StrictInt, StrictInt]] | None
-_PROMPT = "the prompt as a string"
-_WORDS = "a string, or a list of strings if several are right"
-_SPANS = "an object of name: [start, end], in characters of the prompt"
-
-
-class _Line(BaseModel, extra="forbid"):
-    clean: str = Field(description=_PROMPT)
-    corrupted: str | None = Field(description=_PROMPT)
-    answer: _Answer = Field(None, description=_WORDS)
-    wrong_answer: _Answer = Field(None, description=_WORDS)
-    spans: _Spans = Field(None, description=_SPANS)
-    corrupted_spans: _Spans = Field(None, description=_SPANS)
-
-
-def _parse(content: Any) -> PromptPair:
-    known = known_fields(content) if isinstance(content, dict) else None
-    if known is not None:
-        return PromptPair(**known)
-    try:
-        line = _Line.model_validate(content)
-    except ValidationError as error:
-        raise InputError(_problem(content, error)) from error
-    return PromptPair(**line.model_dump(exclude_none=True))
-
-
-def _problem(content: Any, error: ValidationError) -> str:
-    known = _Line.model_fields
-    if not isinstance(content, dict):
-        kind = type(content).__name__
-        return f"expected a JSON object, found {kind}; write one, {EXAMPLE}."
-    unknown = [name for name in content if name not in known]
-    if unknown:
-        return f"unknown field {unknown[0]!r}; {suggestion(unknown[0], known)}"
-    location = error.errors()[0]["loc"]
-    name = str(location[0])
-    wanted = known[name].description
-    if name not in content:
-        return f"field {name!r} is missing; give {wanted}."
-    return f"field {name!r} is {shown(content[name])}; give {wanted}."

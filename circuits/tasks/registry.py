@@ -100,7 +100,7 @@ def make_family(name: str, **options: Any) -> TaskFamily:
     """The task family of that name, or an InputError if there is no such family or option."""
     families_by_name = task_families()
     if not isinstance(name, str) or name not in families_by_name:
-        raise InputError(f"there is no task {name!r}; {suggestion(name, families_by_name)}")
+        raise InputError(f"there is no task {name!r}; {suggestion(str(name), families_by_name)}")
     family = families_by_name[name]
     known = [field.name for field in fields(family)]
     for option in options:

@@ -17,12 +17,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from circuits.models import Model
 from circuits.system.errors import InputError
+from circuits.system.kinds import expect
 from circuits.system.messages import shorten
 from circuits.system.tensors import as_tensor, optional_tensor
 from circuits.system.torch_modes import without_modes
 from circuits.tasks import validation
-from circuits.tasks.pairs import PromptPairs, prompt_pairs
-from circuits.tasks.prompts import PromptPair, read_pairs
+from circuits.tasks.pairs import PromptPairs, pair_rows
+from circuits.tasks.prompts import PromptPair
+from circuits.tasks.readers.files import file_rows, name_of
 from circuits.tasks.readers.tokens import prompt_indices, token_ids
 from circuits.tasks.tokenization import EncodedPair, Fitting, fitting
 
@@ -123,7 +125,7 @@ class Task:
                 many tokens.
         """
         encode = fitting(model, prepend_bos, skip_misfits)
-        encoded = list(map(encode, prompt_pairs(pairs)))
+        encoded = encode.all(pair_rows(pairs))
         return _task_of_fitting(encode, encoded, name, metric, model)
 
     @staticmethod
@@ -152,15 +154,15 @@ class Task:
         'names'
 
         Args:
-            name: None means the file's name without its suffix.
+            name: None means the file's name without its suffix, with - for what names cannot have.
             metric, prepend_bos, skip_misfits: as in `from_prompts`.
 
         Raises:
             InputError: the file cannot be read, or a line cannot be used.
         """
         encode = fitting(model, prepend_bos, skip_misfits)
-        encoded = read_pairs(path, encode)
-        name = Path(path).stem if name is None else name
+        encoded = encode.all(file_rows(path))
+        name = name_of(path) if name is None else name
         return _task_of_fitting(encode, encoded, name, metric, model)
 
     # Its name when JSON lines were the only format.
@@ -219,7 +221,9 @@ class Task:
         wrong_answers = optional_tensor(wrong_answers, "wrong_answers", padding=-1)
         lengths = optional_tensor(lengths, "lengths")
         answer_positions = optional_tensor(answer_positions, "answer_positions")
-        masks = {name: as_tensor(mask, name) for name, mask in (positions or {}).items()}
+        named = {} if positions is None else positions
+        expect(named, Mapping, "positions as a dict", "give name: booleans [batch, pos]")
+        masks = {name: as_tensor(mask, name) for name, mask in named.items()}
         clean, corrupted = validation.check_prompts(clean, corrupted)
         mask = validation.check_mask(attention_mask, lengths, padding_side, clean)
         scored = validation.check_scored(answer_positions, clean, mask)
@@ -376,7 +380,7 @@ def _task_of_fitting(
     model: Model,
 ) -> Task:
     """Make a task from the pairs that fit, and warn of those that were left out."""
-    encoded = [each for each in pairs if each is not None]
+    encoded = encode.alike([each for each in pairs if each is not None])
     if encode.left_out:
         told = f"{len(pairs) - len(encoded)} of {len(pairs)} prompt pairs do not fit the model"
         if not encoded:
@@ -451,8 +455,7 @@ def _stacked(rows: Sequence[Sequence[int]], padding: int) -> Tensor:
 
 
 def _check_same_fields(encoded: EncodedPairs) -> None:
-    # All pairs have clean and corrupted tokens, which come first.
-    expected, *others = [[*each.answers, *list(each.fields)[2:]] for each in encoded]
+    expected, *others = [each.parts for each in encoded]
     for each, fields in zip(encoded[1:], others, strict=True):
         if fields != expected:
             raise InputError(
@@ -462,6 +465,11 @@ def _check_same_fields(encoded: EncodedPairs) -> None:
 
 
 def _default_metric(answers: OptionalTensor, wrong_answers: OptionalTensor) -> str:
+    if answers is None and wrong_answers is not None:
+        raise InputError(
+            "there are wrong answers but no answers, and kl would use neither; give answers, too, "
+            "or the metric."
+        )
     if answers is None:
         return "kl"
     return "negative_log_probability" if wrong_answers is None else "logit_difference"

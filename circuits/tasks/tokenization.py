@@ -19,9 +19,10 @@ from circuits.graph.nodes import check_position_name
 from circuits.models import Model, check_class
 from circuits.system.errors import InputError
 from circuits.system.messages import quoted, shorten
-from circuits.system.numbers import shown
+from circuits.system.numbers import shown, truth
 from circuits.tasks.alignment import aligned
-from circuits.tasks.prompts import CharSpan, PromptPair, Token
+from circuits.tasks.pairs import Row, pair_of
+from circuits.tasks.prompts import CharSpan, DoesNotFit, PromptPair, Token
 from circuits.tasks.readers.tokens import Prompt, checked_id, one_prompt
 
 TokenIds = list[int]
@@ -32,20 +33,6 @@ PromptTokens = Int[Tensor, " _"]
 _ONE = "one token each"
 _ONE_OR_AS_MANY = f"{_ONE} (or one answer and one wrong answer of equally many)"
 _ONE_PROMPT: tuple[Any, ...] = (Integer[Tensor, " pos"], Integer[Tensor, "1 pos"])
-
-
-class DoesNotFit(InputError):
-    """A prompt pair that cannot be used with this model.
-
-    Attributes:
-        reason: why, in words that other pairs may share.
-        words: the words that are to blame, if any are.
-    """
-
-    def __init__(self, message: str, reason: str, words: Iterable[str] = ()) -> None:
-        super().__init__(message)
-        self.reason = reason
-        self.words = tuple(words)
 
 
 @dataclass(frozen=True)
@@ -62,6 +49,12 @@ class EncodedPair:
     alignment: Sequence[int]
     # An answer that goes on within the last word of the prompt, though it is a word of its own too.
     fused: str | None
+
+    @property
+    def parts(self) -> list[str]:
+        """What the pair has besides its prompts, which all pairs of a task have."""
+        lacking = ["corrupted=None"] if self.pair.corrupted is None else []
+        return [*self.answers, *list(self.fields)[2:], *lacking]
 
     @property
     def n_scored(self) -> int:
@@ -342,16 +335,36 @@ class Fitting:
     left_out: Counter[str] = field(default_factory=Counter)
     words: list[str] = field(default_factory=list)
 
-    def __call__(self, pair: PromptPair) -> EncodedPair | None:
-        """The pair as tokens; None if it is left out."""
+    def all(self, rows: Iterable[Row]) -> list[EncodedPair | None]:
+        """The pairs of rows; an InputError says in which row it is."""
+        encoded = []
+        for where, given in rows:
+            try:
+                encoded.append(self(given))
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from error
+        return encoded
+
+    def __call__(self, given: Any) -> EncodedPair | None:
+        """A pair, in any of its forms, as tokens; None if it is left out."""
         try:
-            return self.encode(pair)
+            return self.encode(pair_of(given))
         except DoesNotFit as misfit:
             if not self.skip:
                 raise
             self.left_out[misfit.reason] += 1
             self.words += misfit.words
         return None
+
+    def alike(self, encoded: Sequence[EncodedPair]) -> list[EncodedPair]:
+        """Those with the fields that most have; all of them if none are to be left out."""
+        if not self.skip or not encoded:
+            return list(encoded)
+        [(usual, _)] = Counter(tuple(each.parts) for each in encoded).most_common(1)
+        kept = [each for each in encoded if tuple(each.parts) == usual]
+        if len(kept) < len(encoded):
+            self.left_out["other fields than most prompts have"] += len(encoded) - len(kept)
+        return kept
 
     def told(self) -> str:
         """Why pairs were left out, such as "an empty prompt (3)"."""
@@ -361,7 +374,7 @@ class Fitting:
 def fitting(model: Model, prepend_bos: bool | None, skip: bool) -> Fitting:
     """What turns a user's pairs into tokens of this model."""
     encoder = PromptTokenizer.of(model, prepend_bos)
-    return Fitting(encoder.encode, skip)
+    return Fitting(encoder.encode, truth(skip, "skip_misfits"))
 
 
 def prompt_tokens(model: Model, prompt: Prompt, prepend_bos: bool | None = None) -> PromptTokens:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from circuits.system.errors import InputError
 from circuits.system.kinds import expect
 from circuits.system.messages import shorten
+from circuits.tasks.readers.cells import DECODER, TableRow, from_json, repeated
 
 FORMATS = "one JSON object per line, a JSON list, or a table (.csv, .tsv)"
 EXAMPLE = 'such as {"clean": ..., "corrupted": ..., "answer": ...}'
@@ -29,8 +30,13 @@ MARKS = {
 Row = tuple[str, Any]
 
 
-def rows(path: str | Path) -> Iterator[Row]:
-    """The rows of a file, with where they are, such as "line 3"."""
+def name_of(path: str | Path) -> str:
+    """The name of a file without its suffix, as a task can be called."""
+    return re.sub(r"[^\w.+-]+", "-", Path(path).stem).lstrip(".") or "data"
+
+
+def file_rows(path: str | Path) -> Iterator[Row]:
+    """The rows of a file, with where they are, such as "pairs.csv, line 3"."""
     expect(path, str | Path, "the path of a file", "give a text file with " + FORMATS)
     path = Path(path)
     text = _text(path)
@@ -40,10 +46,22 @@ def rows(path: str | Path) -> Iterator[Row]:
         read = _json_list(text)
     else:
         read = _json_lines(text)
+    is_empty = True
     try:
-        yield from read
+        for where, content in read:
+            is_empty = False
+            yield f"{path}, {where}", _checked(content, where)
     except _DamagedError as error:
         raise InputError(f"{path}, {error}") from error
+    if is_empty:
+        raise InputError(f"{path} holds no prompt pair; write at least one line, {EXAMPLE}.")
+
+
+def _checked(content: Any, where: str) -> TableRow:
+    if isinstance(content, dict):
+        return TableRow(content)
+    kind = type(content).__name__
+    raise _DamagedError(f"{where}: expected a JSON object, found {kind}; write one, {EXAMPLE}.")
 
 
 class _DamagedError(Exception):
@@ -78,7 +96,7 @@ def _json_lines(text: str) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            yield f"line {number}", json.loads(line)
+            yield f"line {number}", from_json(line)
         except (ValueError, RecursionError) as error:
             raise _DamagedError(
                 f"line {number}: not JSON ({error}): {shorten(line)}; write one object per line, "
@@ -89,7 +107,7 @@ def _json_lines(text: str) -> Iterator[Row]:
 def _json_list(text: str) -> Iterator[Row]:
     try:
         # The whole list first, so that a damaged one is said to be so.
-        n_entries = len(json.loads(text))
+        n_entries = len(from_json(text))
     except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", 1)
         raise _DamagedError(
@@ -97,13 +115,12 @@ def _json_list(text: str) -> Iterator[Row]:
             "between them."
         ) from error
     # Then entry by entry, to know their lines.
-    decoder = json.JSONDecoder()
     position, line = text.index("[") + 1, 1
     counted = 0
     for number in range(1, n_entries + 1):
         start = _after_spaces(text, position)
         line += text.count("\n", counted, start)
-        content, end = decoder.raw_decode(text, start)
+        content, end = DECODER.raw_decode(text, start)
         yield f"line {line} (entry {number})", content
         # A comma stands before the next one.
         position, counted = _after_spaces(text, end) + 1, start
@@ -137,7 +154,7 @@ def _table(text: str) -> Iterator[Row]:
                     f"line {line} has {len(cells)} cells, and the first line names {len(names)} "
                     f"columns; quote cells that hold {delimiter!r}."
                 )
-            yield f"line {line}", _row(names, cells)
+            yield f"line {line}", TableRow.of_cells(names, cells)
         # A cell may hold line breaks.
         line = reader.line_num + 1
 
@@ -149,23 +166,8 @@ def _names(header: str, delimiter: str) -> bool:
 
 
 def _checked_names(names: list[str], line: int) -> list[str]:
-    twice = [name for name in names if names.count(name) > 1]
+    # Row numbers of pandas have no name, however many there are.
+    twice = repeated(filter(None, names))
     if twice:
         raise _DamagedError(f"line {line} names the column {twice[0]!r} twice; rename one.")
     return names
-
-
-def _row(names: list[str], cells: list[str]) -> dict[str, Any]:
-    # Columns without a name are row numbers, which pandas writes; empty cells hold nothing.
-    filled = zip(names, cells, strict=True)
-    return {name: _cell(cell) for name, cell in filled if name and cell}
-
-
-def _cell(cell: str) -> Any:
-    """A cell's text, or what it holds if that is a JSON list or object."""
-    if cell[0] not in "[{":
-        return cell
-    try:
-        return json.loads(cell)
-    except (ValueError, RecursionError):
-        return cell

@@ -12,6 +12,7 @@ from torch import Tensor
 from circuits.system.errors import InputError, OutOfRangeError
 from circuits.system.numbers import python_number, shown, whole
 from circuits.system.tensors import as_tensor
+from circuits.tasks.prompts import DoesNotFit
 
 Prompt = str | Sequence[int] | np.ndarray | Tensor | Mapping[str, Any]
 """Text, or the token ids of one prompt, also as a tokenizer's output."""
@@ -50,9 +51,10 @@ def _token_ids(given: Any, name: str) -> tuple[Tensor, Any]:
 def checked_id(token: int, cfg: Any) -> int:
     """A token id that the model of this configuration predicts, or an InputError."""
     if token >= cfg.d_vocab_out:
-        raise InputError(
+        raise DoesNotFit(
             f"there is no token {token}: {cfg.model_name} predicts 0 to {cfg.d_vocab_out - 1}; "
-            "give an id of this model's, or the text."
+            "give an id of this model's, or the text.",
+            "a token id that the model does not have",
         )
     return token
 
