@@ -121,7 +121,7 @@ def in_every_form(row, folder):
         "frame": pd.DataFrame([row]),
         "read by pandas": pd.read_csv(table),
         "row": pd.read_csv(table).iloc[0],
-        "named tuple": next(pd.DataFrame([row]).itertuples()),
+        "named tuple": next(pd.read_csv(table, index_col=0).iloc[:, ::-1].itertuples()),
     }
     if "wrong_answer_idx" not in row:
         forms["series"] = pd.Series(row)
@@ -293,18 +293,21 @@ def test_rows_that_do_not_fit_are_left_out_on_request_whatever_is_wrong(tmp_path
     unfit = [
         {**row, "symbol_counterfactual": None},
         {**row, "answerKey": 7},
+        {**row, "answerKey": -1},
+        {**row, "answerKey": 0.5},
         {name: value for name, value in row.items() if name != "symbol_counterfactual"}
         | {"abc_counterfactual": {"prompt": "So Mary"}},
         PROMPTS | {"answer_idx": 673, "wrong_answer_idx": 10},
         PROMPTS | {"answer_idx": 9},
         PROMPTS | {"spans": SPANS, "answer_idx": 9, "wrong_answer_idx": 10},
         {"clean": "So Mary", "answer_idx": 9, "wrong_answer_idx": 10},
+        {"clean": None, "corrupted": "So John", "answer_idx": 9, "wrong_answer_idx": 10},
     ]
     path = written(tmp_path, "rows.jsonl", "\n".join(map(json.dumps, [*unfit, row, row])))
     for form in (path, [*unfit, row, row]):
-        with pytest.warns(UserWarning, match="7 of 9 prompt pairs do not fit"):
+        with pytest.warns(UserWarning, match="10 of 12 prompt pairs do not fit"):
             task = made(form, toy_world, skip_misfits=True)
-        assert len(task) == 2 and sum(task.left_out.values()) == 7
+        assert len(task) == 2 and sum(task.left_out.values()) == 10
     with pytest.raises(circuits.InputError, match="skip_misfits='no' must be True or False"):
         Task.from_file(path, toy_world, skip_misfits="no")
 

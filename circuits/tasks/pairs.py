@@ -24,9 +24,9 @@ def pair_of(given: Any) -> PromptPair:
         return given
     if isinstance(given, pd.Series):
         given = TableRow.of_cells(given.index, given)
-    elif hasattr(given, "_asdict"):
+    elif hasattr(given, "_fields"):
         # A row of a table as a named tuple, whose columns may come in any order
-        given = given._asdict()
+        given = TableRow.of_cells(given._fields, given)
     if isinstance(given, Mapping):
         return PromptPair(**pair_fields(given))
     if isinstance(given, list | tuple) and 2 <= len(given) <= 4:

@@ -59,6 +59,9 @@ class PromptPair:
             to a span when it overlaps it.
         corrupted_spans: where these stretches are in the corrupted prompt, if it has another number
             of tokens. Within each stretch, and between them, tokens are then paired from the right.
+
+    Raises:
+        InputError: a prompt is no text, an answer neither text nor id, or a span no (start, end).
     """
 
     clean: str

@@ -142,10 +142,10 @@ class Task:
         r"""Make a task from a file: JSON lines, a JSON list, or a table (.csv, .tsv).
 
         Fields or columns are those of `PromptPair`, with spaces as they stand; in a table, several
-        answers are a JSON list. Token ids of answers are in `answer_idx` and `wrong_answer_idx`.
+        answers and spans are JSON. Token ids of answers are in `answer_idx` and `wrong_answer_idx`.
         The tables of EAP-IG are understood as well (`correct_idx` and `incorrect_idx`,
         `country_idx` and `corrupted_country_idx`, ...), and the data sets of MIB as JSON, with the
-        counterfactuals of its circuit track.
+        counterfactuals of its circuit track. Columns that are none of these are refused.
 
         >>> import circuits, pathlib, tempfile
         >>> path = pathlib.Path(tempfile.mkdtemp(), "names.csv")

@@ -16,7 +16,7 @@ from typing import Any
 
 from circuits.system.errors import InputError
 from circuits.system.messages import suggestion
-from circuits.system.numbers import is_missing, python_number, shown
+from circuits.system.numbers import is_missing, items, python_number, shown
 from circuits.tasks.prompts import DoesNotFit, PromptPair, plain_answer, plain_fields
 from circuits.tasks.readers.cells import TableRow, from_json
 
@@ -49,8 +49,6 @@ OF_MIB = (
 )
 # What pandas calls row numbers: in files, named tuples and data sets of the hub.
 ROW_NUMBERS = re.compile(r"|Index|Unnamed: \d+|__index_level_\d+__")
-
-
 # What a column says: a field of the pair, the column's own name, and the value of the field.
 Claim = tuple[str, str, Any]
 
@@ -78,7 +76,7 @@ def pair_fields(row: Content) -> dict[str, Any]:
             raise InputError(f"{both} both give the {field}; leave one of them out.")
         given[field] = value
     if "clean" not in given:
-        raise InputError("field 'clean' is missing; give a text.")
+        raise DoesNotFit("field 'clean' is missing; give a text.", "no clean prompt")
     return plain_fields(given)
 
 
@@ -147,11 +145,11 @@ def _mib_answer(row: Content) -> str:
     """The label that is the right answer, as MIB writes it."""
     choices, key = row.get("choices"), python_number(row.get("answerKey"))
     labels = choices.get("label") if isinstance(choices, Mapping) else choices
-    try:
-        answer = row.get("label") if labels is None else list(labels)[int(key)]
-    except (IndexError, TypeError, ValueError):
-        answer = None
-    if answer is None:
+    if is_missing(labels):
+        answer = row.get("label")
+    else:
+        answer = dict(enumerate(items(labels, "choices"))).get(key)
+    if is_missing(answer):
         told = "a row has no answer; give choices and answerKey, or a label."
         raise DoesNotFit(told, "no answer")
     return str(answer)
