@@ -206,7 +206,8 @@ def test_a_table_says_the_same_read_by_pandas_and_from_its_file(tmp_path, toy_wo
     path = written(tmp_path, "same.csv", rows.replace(" is a", " is"))
     from_file = Task.from_file(path, toy_world, name="same")
     frame = pd.read_csv(path)
-    tables = [frame, frame.convert_dtypes(), [row for _, row in frame.iterrows()]]
+    tables = [frame, frame.convert_dtypes(), frame.set_index("answer")]
+    tables += [[row for _, row in frame.iterrows()]]
     for table in tables:
         task = Task.from_prompts(toy_world, table, name="same")
         assert task.prompts == from_file.prompts and task.digest() == from_file.digest()

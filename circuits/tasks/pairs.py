@@ -11,7 +11,7 @@ from circuits.system.errors import InputError
 from circuits.system.numbers import is_missing, items, shown
 from circuits.tasks.prompts import PromptPair, plain_fields
 from circuits.tasks.readers.cells import TableRow
-from circuits.tasks.readers.data_sets import FIELDS, pair_fields
+from circuits.tasks.readers.data_sets import ALL_FIELDS, FIELDS, pair_fields
 from circuits.tasks.readers.files import Row
 
 PromptPairs = Iterable[Any] | PromptPair
@@ -37,8 +37,10 @@ def pair_of(given: Any) -> PromptPair:
 def pair_rows(given: Any) -> Iterator[Row]:
     """All pairs of a list, a table (of pandas, or a dict of columns), or a single pair."""
     if isinstance(given, pd.DataFrame):
-        names, cells = given.columns, given.itertuples(index=False, name=None)
-        given = (TableRow.of_cells(names, row) for row in cells)
+        # An index may be one of the fields.
+        table = given.reset_index([name for name in given.index.names if name in ALL_FIELDS])
+        cells = table.itertuples(index=False, name=None)
+        given = (TableRow.of_cells(table.columns, row) for row in cells)
     elif _is_single(given):
         given = [given]
     elif isinstance(given, Mapping):

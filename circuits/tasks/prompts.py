@@ -72,14 +72,8 @@ class PromptPair:
     corrupted_spans: CharSpans = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        plain = plain_fields(vars(self))
-        for name, value in plain.items():
+        for name, value in plain_fields(vars(self)).items():
             object.__setattr__(self, name, value)
-        if self.corrupted is None and self.corrupted_spans:
-            raise InputError(
-                f"corrupted_spans={shown(self.corrupted_spans)} without a corrupted prompt; give "
-                "one, or leave them out."
-            )
 
     @property
     def answers(self) -> tuple[Token, ...]:

@@ -35,6 +35,7 @@ TOKEN_COLUMNS = (
     ("answer_idx", "corrupted_idx"),
     ("clean_idx", "corrupted_idx"),
 )
+ALL_FIELDS = (*FIELDS, *OWN_IDS, *chain(*TOKEN_COLUMNS))
 # What the tables of EAP-IG have besides, which no prompt pair needs.
 OF_EAP_IG = (
     *("corrupted_hard", "label", "country", "corrupted_country", "capital", "corrupted_capital"),
