@@ -115,8 +115,8 @@ class Task:
                 answers; "kl" if there are no answers.
             prepend_bos: True begins each prompt with exactly one BOS token, which its text may
                 bring; False takes text as it is; None is the model's default.
-            skip_misfits: leave out pairs that do not fit the model, with a warning that counts
-                them. `task.left_out` has the counts.
+            skip_misfits: leave out pairs that do not fit the model, or have other fields than most,
+                with a warning that counts them. `task.left_out` has the counts.
 
         Raises:
             InputError: the model has no tokenizer; only some pairs have answers or a span; prompts
@@ -125,7 +125,7 @@ class Task:
                 many tokens.
         """
         encode = fitting(model, prepend_bos, skip_misfits)
-        encoded = encode.all(pair_rows(pairs))
+        encoded = encode.each(pair_rows(pairs))
         return _task_of_fitting(encode, encoded, name, metric, model)
 
     @staticmethod
@@ -161,7 +161,7 @@ class Task:
             InputError: the file cannot be read, or a line cannot be used.
         """
         encode = fitting(model, prepend_bos, skip_misfits)
-        encoded = encode.all(file_rows(path))
+        encoded = encode.each(file_rows(path))
         name = name_of(path) if name is None else name
         return _task_of_fitting(encode, encoded, name, metric, model)
 

@@ -335,7 +335,7 @@ class Fitting:
     left_out: Counter[str] = field(default_factory=Counter)
     words: list[str] = field(default_factory=list)
 
-    def all(self, rows: Iterable[Row]) -> list[EncodedPair | None]:
+    def each(self, rows: Iterable[Row]) -> list[EncodedPair | None]:
         """The pairs of rows; an InputError says in which row it is."""
         encoded = []
         for where, given in rows:

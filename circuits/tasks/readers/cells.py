@@ -22,7 +22,7 @@ class TableRow(dict[str, Any]):
         pairs = [(name, _cell(name, cell)) for name, cell in zip(names, cells, strict=True)]
         # Columns without a name are row numbers, which pandas writes, or empty.
         pairs = [(name, value) for name, value in pairs if name != "" or value is not None]
-        twice = repeated(name for name, _ in pairs)
+        twice = repeated(name for name, _ in pairs if name != "")
         if twice:
             raise InputError(f"the column {twice[0]!r} is there twice; rename one.")
         return TableRow(pairs)
