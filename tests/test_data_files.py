@@ -221,7 +221,8 @@ def test_a_table_says_the_same_read_by_pandas_and_from_its_file(tmp_path, toy_wo
 def test_a_column_that_is_there_twice_is_refused(toy_world):
     table = pd.DataFrame([["So Mary", "So John", " is", " was"]])
     table.columns = ["clean", "corrupted", "answer", "answer"]
-    for given in (table, table.iloc[0]):
+    indexed = table.iloc[:, :3].set_index("answer", drop=False)
+    for given in (table, table.iloc[0], indexed):
         with pytest.raises(circuits.InputError, match="'answer' is there twice"):
             Task.from_prompts(toy_world, given)
 

@@ -38,7 +38,8 @@ def pair_rows(given: Any) -> Iterator[Row]:
     """All pairs of a list, a table (of pandas, or a dict of columns), or a single pair."""
     if isinstance(given, pd.DataFrame):
         # An index may be one of the fields.
-        table = given.reset_index([name for name in given.index.names if name in ALL_FIELDS])
+        named = [name for name in given.index.names if name in ALL_FIELDS]
+        table = given.reset_index(named, allow_duplicates=True)
         cells = table.itertuples(index=False, name=None)
         given = (TableRow.of_cells(table.columns, row) for row in cells)
     elif _is_single(given):
