@@ -12,6 +12,7 @@ import pandas as pd
 from circuits.cli.console import frame_table, print_run, terminal
 from circuits.cli.inputs import model_of, task_of
 from circuits.cli.notes import notes_on
+from circuits.cli.parsing.checks import check_skipping
 from circuits.cli.parsing.options import EvaluateOptions, TaskOptions
 from circuits.cli.progress import note, phase
 from circuits.running.ablation import NAMES as ABLATIONS
@@ -91,7 +92,9 @@ def _with_defaults_of_run(options: EvaluateOptions, notes: Record) -> EvaluateOp
         task = None if data else notes.get("task")
     skip = options.skip_misfits or bool(data and notes.get("skip_misfits"))
     changes |= {"model": model, "task": task, "data": data, "skip_misfits": skip}
-    return replace(options, **changes)
+    completed = replace(options, **changes)
+    check_skipping(completed)
+    return completed
 
 
 def _ablation_of_run(found: CircuitRun) -> str:

@@ -9,7 +9,6 @@ import torch
 from circuits.cli.parsing.options import CompareOptions, DiscoverOptions, ModelOptions, TaskOptions
 from circuits.cli.progress import phase
 from circuits.models import EMBEDDED, Model, load_model
-from circuits.system.errors import InputError
 from circuits.tasks.registry import load_task
 from circuits.tasks.task import Task
 
@@ -28,8 +27,6 @@ def task_of(options: TaskOptions, model: Model, n: int, split: str) -> Task:
     """Load n prompts from a split of the task, or all of the user's own prompts."""
     name = options.task or DEFAULT_TASK
     bos = options.prepend_bos
-    if options.skip_misfits and not options.data:
-        raise InputError("--skip-misfits is for prompts of --data; give a file, or leave it out.")
     with phase(f"tokenizing the prompts of {options.data or name}", quiet=options.json):
         if options.data is None:
             seed = options.seed or 0

@@ -33,7 +33,13 @@ def check_options(given: Any) -> None:
             f"--task {given.task} and --data {given.data} were both given; give one of them."
         )
     # A run that is evaluated may hold prompts of one's own.
-    if given.skip_misfits and not (given.data or isinstance(given, EvaluateOptions)):
+    if not isinstance(given, EvaluateOptions):
+        check_skipping(given)
+
+
+def check_skipping(given: TaskOptions) -> None:
+    """Refuse to skip prompts of a task, which fit or are left out anyway."""
+    if given.skip_misfits and not given.data:
         raise InputError("--skip-misfits needs prompts of your own; add --data FILE.")
 
 
