@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
 
 import circuits
 from circuits.cli.main import main
@@ -143,6 +144,26 @@ def test_every_entrance_of_text_puts_bos_in_front_once_or_leaves_text_as_it_is(
         assert entrance(text, prepend_bos=prepend_bos) == N_WORDS + extra, (text, prepend_bos)
 
 
+@pytest.mark.parametrize("name", ENTRANCES)
+def test_every_entrance_of_text_refuses_padding(
+    name: str,
+    toy_world: Model,
+    transcoders: circuits.Transcoders,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As in a decoded row of a batch that a tokenizer has padded."""
+    entrance = getattr(Entrances(toy_world, transcoders, tmp_path), name)
+    for text in (f"<pad><pad><bos> {TEXT}", f"<pad> {TEXT}", f"<bos> {TEXT}<pad>"):
+        for prepend_bos in (None, True, False):
+            is_command = name.endswith("command")
+            kind = AssertionError if is_command else circuits.InputError
+            with pytest.raises(kind) as caught:
+                entrance(text, prepend_bos=prepend_bos)
+            told = capsys.readouterr().err if is_command else str(caught.value)
+            assert "s with padding (" in told and "remove it" in told
+
+
 def test_a_graphs_own_text_and_its_tokens_decoded_give_the_same_graph_in_the_same_folder(
     toy_world: Model, transcoders: circuits.Transcoders, tmp_path: Path
 ) -> None:
@@ -202,8 +223,10 @@ def test_ids_are_taken_as_they_are_unless_bos_is_asked_for(toy_world: Model) -> 
 def test_a_bos_that_does_not_exist_cannot_be_asked_for(
     toy_world: Model, monkeypatch: pytest.MonkeyPatch, unchecked_types: None
 ) -> None:
-    with pytest.raises(circuits.InputError, match="prepend_bos='no': give True, False or None"):
-        prompt_tokens(toy_world, TEXT, "no")  # type: ignore[arg-type]
+    for value in ("no", torch.tensor([1, 1]), [True]):
+        for prompt in (TEXT, [319, 372]):
+            with pytest.raises(circuits.InputError, match=r"prepend_bos=.*: give True, False or"):
+                prompt_tokens(toy_world, prompt, value)  # type: ignore[arg-type]
     without_bos = copy.deepcopy(toy_world.tokenizer)
     without_bos.bos_token = None
     monkeypatch.setattr(toy_world, "tokenizer", without_bos)

@@ -526,6 +526,12 @@ class TestNoiseOnTheTokenEmbeddings:
         deviation = noise[task.mask].std() / model.W_E.detach().std()
         assert float(deviation) == pytest.approx(3, rel=0.1)
 
+    def test_an_answer_that_was_appended_to_a_prompt_gets_no_noise(self, toy_world):
+        pair = circuits.PromptPair("So Mary and John", answer=" went to the")
+        task = Task.from_prompts(toy_world, [pair])
+        noise = embedding_noise(toy_world, task, 3.0, 0, None)
+        assert noise.any(-1).tolist() == [[True] * 5 + [False] * 2]
+
     @pytest.mark.usefixtures("unchecked_types")
     def test_an_absent_span_and_senseless_options_are_refused(self, spanned):
         model = random_model("gpt2")
@@ -988,6 +994,26 @@ def test_tokens_of_unequal_prompts_are_paired_from_the_right_within_and_between_
     assert unequal.corrupted_lengths.tolist() == [8, 6, 4]
     assert unequal[[2, 0]].alignment.tolist() == unequal.alignment[[2, 0]].tolist()
     assert unequal[1:2].digest() != unequal[:1].digest()
+
+
+def test_before_all_spans_tokens_are_paired_from_the_left_and_bos_with_bos_only(toy_world):
+    def alignment(clean: str, corrupted: str, **options: bool) -> list[int]:
+        pair = unequal_pair(f"{clean}Mary went", "Mary", f"{corrupted}John went", "John")
+        (found,) = Task.from_prompts(toy_world, [pair], **options).alignment.tolist()
+        return found
+
+    assert alignment("", "When ") == [0, 2, 3]
+    assert alignment("When ", "So the ") == [0, 1, 3, 4]
+    assert alignment("So the ", "When ") == [0, 1, 1, 2, 3]
+    # Text that brings its own
+    for options in ({}, {"prepend_bos": False}):
+        assert alignment("<bos>", "<bos>When ", **options) == [0, 2, 3]
+    assert alignment("So the ", "When ", prepend_bos=False) == [0, 0, 1, 2]
+    bos, longer = "<bos> Mary", "<bos> When Mary"
+    pair = unequal_pair(f"{bos} went", bos, f"{longer} went", longer)
+    assert Task.from_prompts(toy_world, [pair]).alignment.tolist() == [[0, 2, 3]]
+    with pytest.raises(circuits.InputError, match=r"tokens 1 to 1 .* have no counterpart"):
+        alignment("When ", "")
 
 
 @every_executor

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import random
 import re
@@ -541,7 +542,7 @@ BAD_PAIRS = {
     ),
     "too long with its answer": (
         [PromptPair("door " * 63, "wall " * 63, " is a")],
-        r"has 65 tokens and toy-world reads 64; shorten",
+        r"door ' with its answer has 65 tokens and toy-world reads 64; shorten",
     ),
     "unknown answer": (
         [PromptPair("So Mary", "So John", " quokka")],
@@ -564,6 +565,10 @@ BAD_PAIRS = {
     "some answered": (
         [PromptPair("So Mary", "So John", " is"), PromptPair("So John", "So Mary")],
         r"'So John' has the fields \[\], and the first prompt \['answers'\]",
+    ),
+    "corrupted spans of no prompt": (
+        [PromptPair("So Mary", spans={"A": (3, 7)}, corrupted_spans={"A": (3, 7)})],
+        r"'So Mary' has corrupted_spans, but no corrupted prompt; give one, or leave",
     ),
     "span outside": (
         [PromptPair("So Mary", "So John", spans={"NAME": (3, 30)})],
@@ -932,8 +937,6 @@ def test_padding_that_nobody_marked_is_refused_when_the_task_meets_a_model(
         task = Task.from_tokens(tokens, text)
         marked = Task.from_tokens(tokens, text, attention_mask=torch.ones_like(tokens))
         check_task(model, marked)
-        # Padding after the last scored token is not read.
-        check_task(model, Task.from_tokens(text, text, answer_positions=torch.tensor([2, 2])))
         if told is None:
             check_task(model, task)
             continue
@@ -941,19 +944,104 @@ def test_padding_that_nobody_marked_is_refused_when_the_task_meets_a_model(
             circuits.model_logits(model, task)
         with pytest.raises(circuits.InputError, match=told.replace("clean", "corrupted")):
             check_task(model, Task.from_tokens(text, tokens))
+        # Means and attribution graphs read all tokens, also those after the last scored one.
+        early = Task.from_tokens(tokens, text, answer_positions=torch.tensor([2, 2]))
+        with pytest.raises(circuits.InputError, match=told):
+            check_task(model, early)
+
+
+def test_lengths_that_leave_padding_in_a_prompt_are_refused(toy: Model) -> None:
+    rows, other = [[0, 319, 372], [0, 532, 625, 604]], [[0, 319, 390], [0, 532, 625, 390]]
+    expected = None
+    for before, right_side in (([0, 0], "right"), ([1, 0], "left")):
+        clean, corrupted = shifted(rows, before, 4), shifted(other, before, 4)
+        for lengths, side in itertools.product(([3, 4], [4, 4]), ("right", "left")):
+            task = Task.from_tokens(clean, corrupted, lengths=lengths, padding_side=side)
+            if (lengths, side) == ([3, 4], right_side):
+                logits = circuits.model_logits(toy, task)
+                expected = logits if expected is None else expected
+                torch.testing.assert_close(logits, expected)
+                continue
+            where = "begins" if right_side == "left" else "ends"
+            with pytest.raises(circuits.InputError, match=f"{where} with padding .*padding_side"):
+                circuits.model_logits(toy, task)
+
+
+def test_the_other_prompts_of_a_mean_are_checked_as_a_task_is(toy: Model) -> None:
+    task = circuits.load_task("ioi", toy, n=2)
+    circuit = circuits.Circuit.from_edges(circuits.component_graph(toy), [])
+    features = circuits.AttributionGraph("toy-world-plt").discover(toy, task)
+    rows = shifted([[0, 319, 372], [0, 532, 625, 604, 390]], [2, 0], 5)
+    for over, told in (
+        (Task.from_tokens(rows), "prompt 0 .* begins with padding"),
+        (Task.from_tokens(rows, lengths=[3, 5]), "prompt 0 .* begins with padding"),
+        (Task.from_tokens(rows.flip(1), answer_positions=[1, 1]), "prompt 0 .* ends with padding"),
+        (task[2:], "has no prompts"),
+    ):
+        for mean, found in (("mean", features), ("mean_by_position", circuit), ("mean", circuit)):
+            with pytest.raises(circuits.InputError, match=told):
+                circuits.evaluate(
+                    toy, found, task, ablation=circuits.Ablation(mean, over=over), metrics="kl"
+                )
+
+
+def test_a_token_that_begins_or_ends_texts_and_also_pads_is_told_so(
+    bpe: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    padding = copy.deepcopy(bpe.tokenizer)
+    padding.pad_token = padding.eos_token
+    monkeypatch.setattr(bpe, "tokenizer", padding)
+    task = Task.from_tokens([[0, 5, 6], [5, 6, 7]])
+    with pytest.raises(circuits.InputError, match="also BOS and EOS, but not all prompts begin so"):
+        check_task(bpe, task)
+    end = padding.eos_token
+    # Text that spells it out means it; several of them are padding.
+    for text in (f"Then Mary{end}", f"{end}Then Mary", f"{end}{end}Then Mary"):
+        Task.from_prompts(bpe, [PromptPair(text), PromptPair("Then John")])
+    for given in (f"Then Mary{end}{end}", [0, 0, 5, 6], [5, 6, 0, 0]):
+        with pytest.raises(circuits.InputError, match=r"s with padding \(2 of token 0"):
+            prompt_tokens(bpe, given)
 
 
 @pytest.mark.parametrize(
-    "padded", [[1, 1, 0, 319, 372], [1, 0, 319, 372], [0, 319, 372, 1, 1]], ids=str
+    "padded",
+    [
+        [1, 1, 0, 319, 372],
+        [1, 0, 319, 372],
+        [1, 319, 372],
+        [0, 1, 319, 372],
+        [0, 319, 372, 1],
+        [0, 319, 372, 1, 1],
+    ],
+    ids=str,
 )
 def test_padding_of_a_single_prompts_ids_is_refused(padded: list[int], toy: Model) -> None:
     """As in a row of a batch that a tokenizer has padded."""
     with pytest.raises(circuits.InputError, match=r"with padding \(. of token 1, '<pad>'\)"):
         prompt_tokens(toy, torch.tensor(padded))
-    method = circuits.AttributionGraph("toy-world-clt")
+    method = circuits.AttributionGraph("toy-world-plt")
     with pytest.raises(circuits.InputError, match="give its real tokens only"):
         method.attribute_all(toy, list(torch.tensor([padded, padded])))
-    assert prompt_tokens(toy, [token for token in padded if token != 1]).tolist() == [0, 319, 372]
+    real = [token for token in padded if token != 1]
+    assert prompt_tokens(toy, real).tolist() == real
+    # A mask says which tokens are text: here all of them, and then those of each row.
+    encoding = {"input_ids": padded, "attention_mask": [1] * len(padded)}
+    assert method.attribute(toy, encoding).tokens.tolist() == padded
+    rows = {"input_ids": [padded] * 2, "attention_mask": [[1] * len(padded)] * 2}
+    rows["attention_mask"][1] = [int(token != 1) for token in padded]
+    if padded[:2] != [0, 1]:
+        found = [graph.tokens.tolist() for graph in method.attribute_all(toy, rows)]
+        assert found == [padded, real]
+
+
+def test_a_mask_that_does_not_fit_a_single_prompt_is_refused(toy: Model) -> None:
+    for mask, told in (
+        ([1, 0, 1], "has a hole in prompt 0"),
+        ([1, 1], r"has shape \(1, 2\) .*\[1, 3\]"),
+        ([0, 0, 0], "marks no token"),
+    ):
+        with pytest.raises(circuits.InputError, match=f"attention_mask {told}"):
+            prompt_tokens(toy, {"input_ids": [[0, 319, 372]], "attention_mask": mask})
 
 
 def test_answers_may_be_given_for_each_scored_row() -> None:
@@ -1121,6 +1209,32 @@ def test_some_prompts_of_a_task_are_a_task(indices: slice | list[int] | Tensor, 
         and torch.equal(part.row_answers, task.row_answers[1:3])
     )
     assert part.digest() == task[1:3].digest() != task.digest()
+
+
+def test_slices_of_a_task_may_go_backwards(toy: Model) -> None:
+    task = circuits.load_task("ioi", toy, n=4)
+    for chosen in (slice(None, None, -1), slice(-1, 0, -2), slice(-3, torch.tensor(3))):
+        part = task[chosen]
+        numbers = list(range(4)[chosen])
+        assert part.digest() == task[numbers].digest()
+        assert part.prompts == tuple(task.prompts[number] for number in numbers)
+    for wrong in (slice("a", None), slice(None, None, 0), slice(0, 1.5)):
+        with pytest.raises(circuits.InputError, match=r"slice.* selects no prompts"):
+            task[wrong]
+
+
+def test_a_task_without_prompts_is_refused_when_it_meets_a_model(toy: Model) -> None:
+    task = circuits.load_task("ioi", toy, n=2)[2:]
+    circuit = circuits.Circuit.full(circuits.component_graph(toy))
+    for use in (
+        lambda: circuits.evaluate(toy, circuit, task),
+        lambda: circuits.EAP().discover(toy, task),
+        lambda: circuits.AttributionGraph("toy-world-plt").discover(toy, task),
+        lambda: circuits.model_logits(toy, task),
+        lambda: circuits.ActivationPatching().by_position(toy, task),
+    ):
+        with pytest.raises(circuits.InputError, match="task 'ioi' has no prompts"):
+            use()
 
 
 def test_the_digest_sees_every_tensor_and_the_metric() -> None:

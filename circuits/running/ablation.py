@@ -60,7 +60,8 @@ class Ablation:
         scale: of noise, in standard deviations of all entries of the token embedding W_E.
         seed: of noise. A prompt's noise depends on the seed and its clean tokens alone, not on the
             other prompts or the device.
-        span: of noise, the tokens that get it, a span of the task; None means all real tokens.
+        span: of noise, the tokens that get it, a span of the task; None means all tokens of the
+            prompts, without those of an answer that were appended.
 
     >>> import circuits
     >>> str(circuits.Ablation("mean", over="corrupted"))
@@ -137,15 +138,17 @@ class Ablation:
         by_position = self.name == "mean_by_position"
         return (0,) if by_position else (0, 1)
 
-    def averaged(self, task: Task) -> Task:
+    def averaged(self, model: Model, task: Task) -> Task:
         """The prompts that means are taken over, as the clean prompts of a task on its device.
 
         They are padded so that they have as many positions as `task`, or more.
 
         Raises:
-            InputError: means are taken by position, and the prompts of `task` are longer.
+            InputError: the other task does not fit the model; or means are taken by position, and
+                the prompts of `task` are longer.
         """
         other = self.over if isinstance(self.over, Task) else task
+        check_task(model, other)
         tokens = task.corrupted if self.over == "corrupted" else other.clean
         n_tokens = task.clean.shape[1]
         longest = int(task.lengths.max())
@@ -362,8 +365,7 @@ def _means(
     sums: Sums = {}
     axes = ablation.axes
     n_tokens = task.clean.shape[1]
-    averaged = ablation.averaged(task)
-    check_task(model, averaged)
+    averaged = ablation.averaged(model, task)
     # As many tokens at once as `prompts_per_run` prompts of the task have.
     size = max(1, prompts_per_run * n_tokens // averaged.clean.shape[1])
     for start in range(0, len(averaged), size):

@@ -262,8 +262,7 @@ class FeatureExecutor:
         """Means over all prompts, padding left out."""
         axes = self.ablation.axes
         n_tokens = self.task.clean.shape[1]
-        averaged = self.ablation.averaged(self.task)
-        check_task(self.model, averaged)
+        averaged = self.ablation.averaged(self.model, self.task)
         sums: NodeOutputs = {}
         for prompts in self._parts(averaged):
             run = _Run(self, prompts)

@@ -21,7 +21,7 @@ Noise = Float[Tensor, "batch pos d_model"]
 
 
 def embedding_noise(model: Model, task: Task, scale: float, seed: int, span: str | None) -> Noise:
-    """Gaussian noise for the clean prompts; zero at padding and outside of the span.
+    """Gaussian noise for the clean prompts; zero outside of the span, or of the prompts as given.
 
     Its standard deviation is `scale` times that of all entries of W_E.
     """
@@ -30,7 +30,7 @@ def embedding_noise(model: Model, task: Task, scale: float, seed: int, span: str
             f"task {task.name!r} has no span {span!r} to put noise on: "
             f"{suggestion(span, task.positions)}"
         )
-    noised = task.mask if span is None else task.positions[span]
+    noised = task.prompt_mask if span is None else task.positions[span]
     noise = torch.zeros(*noised.shape, model.cfg.d_model)
     for row, length in enumerate(task.lengths.tolist()):
         tokens = task.clean[row, :length]

@@ -145,7 +145,7 @@ def run_graph(
         if (folder / RECORD).exists():
             return _found_again(folder)
         started = time.perf_counter()
-        graph = method.attribute(model, tokens, explain=explain)
+        graph = method.attribute(model, prompt, explain=explain, prepend_bos=prepend_bos)
         seconds = time.perf_counter() - started
         record = {
             "prompt": text,

@@ -5,7 +5,10 @@ from typing import Any
 from circuits.models import Model, check_model
 from circuits.system.errors import InputError
 from circuits.system.kinds import expect
+from circuits.tasks.readers.padding import check_no_padding
 from circuits.tasks.task import Task
+
+ROLES = ("clean", "corrupted")
 
 
 def check_is_task(task: object) -> None:
@@ -18,6 +21,8 @@ def check_task(model: Model, task: Task) -> None:
     check_model(model)
     check_is_task(task)
     cfg = model.cfg
+    if not len(task):
+        raise InputError(f"task {task.name!r} has no prompts; select at least one.")
     n_tokens = max(task.clean.shape[1], task.corrupted.shape[1])
     if n_tokens > cfg.n_ctx:
         raise InputError(
@@ -28,7 +33,7 @@ def check_task(model: Model, task: Task) -> None:
         _check_known(task, "token", prompts, cfg.d_vocab, cfg)
     for answers in (task.answers, task.wrong_answers):
         _check_known(task, "answer", answers, cfg.d_vocab_out, cfg)
-    if task.finds_padding and model.tokenizer is not None:
+    if task.finds_padding:
         _check_padding(model.tokenizer, task)
 
 
@@ -42,24 +47,13 @@ def _check_known(task: Task, kind: str, tokens: Any, vocabulary: int, cfg: Any) 
 
 
 def _check_padding(tokenizer: Any, task: Task) -> None:
-    """Refuse padding that is read as text because nobody marked it."""
-    pad = tokenizer.pad_token_id
-    if pad is None:
-        return
-    has_two_uses = pad in (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    for kind, tokens in (("clean", task.clean), ("corrupted", task.corrupted)):
-        is_pad = tokens == pad
-        # Where BOS is also used for padding, one at the start of every prompt is BOS.
-        first = int(has_two_uses and is_pad[:, 0].all())
-        before = is_pad[:, first:].cumprod(1).any(1)
-        # Padding after the last scored token does no harm.
-        after = is_pad[:, -1] & task.scored[:, -1]
-        padded = (before | after).nonzero()
-        if len(padded):
-            prompt = int(padded[0])
-            where = "begins" if before[prompt] else "ends"
-            raise InputError(
-                f"{kind} prompt {prompt} of task {task.name!r} {where} with padding (token {pad}, "
-                f"{tokenizer.pad_token!r}), which would be read as text; pass attention_mask to "
-                "Task.from_tokens (all ones if it is text)."
-            )
+    remedy = (
+        "pass attention_mask to Task.from_tokens (all ones if it is text), or lengths and their "
+        "padding_side."
+    )
+    for role, (tokens, real, _) in zip(ROLES, task.masked_prompts, strict=True):
+
+        def name(prompt: int, role: str = role) -> str:
+            return f"{role} prompt {prompt} of task {task.name!r}"
+
+        check_no_padding(tokenizer, tokens, real, name, remedy)

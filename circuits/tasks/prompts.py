@@ -58,7 +58,8 @@ class PromptPair:
         spans: named stretches of the clean prompt as (start, end), in characters. A token belongs
             to a span when it overlaps it.
         corrupted_spans: where these stretches are in the corrupted prompt, if it has another number
-            of tokens. Within each stretch, and between them, tokens are then paired from the right.
+            of tokens. Within each stretch, and after it, tokens are then paired from the right;
+            before the first one, from the left.
 
     Raises:
         InputError: a prompt is no text, an answer neither text nor id, or a span no (start, end).

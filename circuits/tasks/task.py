@@ -66,7 +66,8 @@ class Task:
             counterpart; else None.
         corrupted_lengths: the numbers of tokens of these corrupted prompts.
         left_out: how many prompts were left out because they do not fit the model, by reason.
-        finds_padding: whether it is checked that no prompt has padding that nobody marked.
+        finds_padding: whether it is checked that no prompt begins or ends with padding, which a
+            mask would have marked.
     """
 
     name: str
@@ -243,7 +244,7 @@ class Task:
             wrong_answers,
             spans,
             metric,
-            finds_padding=attention_mask is None and lengths is None,
+            finds_padding=attention_mask is None,
         )
         return task._padded_on_the_right(mask)
 
@@ -290,6 +291,15 @@ class Task:
         if self.corrupted_lengths is None:
             return self.mask
         return validation.first_tokens(self.corrupted_lengths, self.corrupted)
+
+    @property
+    def prompt_mask(self) -> TokenMask:
+        """True at the tokens of the prompts as they were given, without appended answer tokens."""
+        if self.prompts is None:
+            return self.mask
+        # The last token of a prompt is the first that is scored.
+        n_appended = self.scored.sum(1) - 1
+        return validation.first_tokens(self.lengths - n_appended, self.clean)
 
     @property
     def masked_prompts(self) -> tuple[tuple[Tensor, Tensor, Tensor], ...]:
@@ -418,11 +428,11 @@ def task_from_encoded(
     spans = {span: tensors.pop(f"span {span}") for span in prompts[0].spans}
     lengths = torch.tensor([len(each.fields["clean"]) for each in encoded])
     n_before = lengths - torch.tensor([each.n_scored for each in encoded])
-    up_to, before = [validation.first_tokens(n, tensors["clean"]) for n in (lengths, n_before)]
+    real, before = [validation.first_tokens(n, tensors["clean"]) for n in (lengths, n_before)]
     task = Task.from_tokens(
         **tensors,
-        lengths=lengths,
-        answer_positions=up_to & ~before,
+        attention_mask=real,
+        answer_positions=real & ~before,
         positions=spans,
         metric=metric,
         name=name,

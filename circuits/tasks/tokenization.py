@@ -20,10 +20,13 @@ from circuits.models import Model, check_class
 from circuits.system.errors import InputError
 from circuits.system.messages import quoted, shorten
 from circuits.system.numbers import shown, truth
-from circuits.tasks.alignment import aligned
+from circuits.system.tensors import as_tensor
+from circuits.tasks.alignment import Spans, aligned
 from circuits.tasks.pairs import Row, pair_of
 from circuits.tasks.prompts import CharSpan, DoesNotFit, PromptPair, Token
-from circuits.tasks.readers.tokens import Prompt, checked_id, one_prompt
+from circuits.tasks.readers.padding import check_no_padding
+from circuits.tasks.readers.tokens import Prompt, checked_id, split_encoding
+from circuits.tasks.validation import check_mask
 
 TokenIds = list[int]
 # By kind ("answers", "wrong_answers"), the tokens of each word, or of each scored position.
@@ -85,11 +88,10 @@ class PromptTokenizer:
         name = cfg.model_name
         if tokenizer is None:
             raise InputError(f"the model {name!r} has no tokenizer; use Task.from_tokens.")
-        if prepend_bos not in (None, True, False):
-            raise InputError(f"prepend_bos={prepend_bos!r}: give True, False or None.")
-        wanted = cfg.default_prepend_bos if prepend_bos is None else prepend_bos
+        chosen = _checked_choice(prepend_bos)
+        wanted = cfg.default_prepend_bos if chosen is None else chosen
         bos = tokenizer.bos_token_id if wanted else None
-        if prepend_bos and bos is None:
+        if chosen and bos is None:
             raise InputError(
                 f"prepend_bos=True, but the tokenizer of {name!r} has no BOS token; leave it out."
             )
@@ -104,15 +106,15 @@ class PromptTokenizer:
         answers = self._answers(pair, clean, single=single)
         corrupted = self._corrupted(pair, clean)
         spans = self._spans(pair.clean, pair.spans)
-        named = self._spans(pair.corrupted or "", pair.corrupted_spans)
-        pairing = aligned(len(clean), len(corrupted), spans, named)
+        pairing = self._pairing(pair, clean, corrupted, spans)
         # Teacher forcing: before each token of an answer stand the ones before it.
         right = answers.get("answers", [[]])
         forced = [tokens[0] for tokens in right[:-1]]
         fields: dict[str, Sequence[int]] = {}
         for role, ids in (("clean", clean), ("corrupted", corrupted)):
             fields[role] = ids + forced
-            self._check_length(fields[role], str(getattr(pair, role)), role)
+            text = getattr(pair, role) or pair.clean
+            self._check_length(fields[role], _called(role, text, forced))
         for name, is_inside in spans.items():
             fields[f"span {name}"] = is_inside + [False] * len(forced)
         pairing += range(len(corrupted), len(fields["corrupted"]))
@@ -124,6 +126,19 @@ class PromptTokenizer:
         corrupted = self.prompt(pair.corrupted, "corrupted")
         _check_differ(pair, clean, corrupted)
         return corrupted
+
+    def _pairing(
+        self, pair: PromptPair, clean: TokenIds, corrupted: TokenIds, spans: Spans
+    ) -> list[int]:
+        if pair.corrupted is None and pair.corrupted_spans:
+            raise InputError(
+                f"the prompt {shorten(pair.clean)} has corrupted_spans, but no corrupted prompt; "
+                "give one, or leave them out."
+            )
+        named = self._spans(pair.corrupted or "", pair.corrupted_spans)
+        # BOS is no word's counterpart.
+        n_shared = int(clean[0] == corrupted[0] == self.tokenizer.bos_token_id)
+        return aligned(len(clean), len(corrupted), spans, named, n_shared=n_shared)
 
     def prompt(self, text: str, role: str = "given") -> TokenIds:
         """Turn a prompt into tokens that begin with `bos`. Errors name the role."""
@@ -137,10 +152,11 @@ class PromptTokenizer:
                 f"the {role} prompt {shorten(text)} has white space before its own {spelt}, which "
                 "would get a second one in front; remove the white space."
             )
-        ids = self.with_bos(text_ids)
-        self._check_length(ids, text, role)
+        ids, called = self.with_bos(text_ids), _called(role, text)
+        self._check_length(ids, called)
         if self.tokenizer.unk_token_id in text_ids:
             self._check_words(text)
+        _check_padding(self.tokenizer, torch.tensor(ids), called, "remove it")
         return ids
 
     def answer(self, prompt: str, word: str) -> int:
@@ -177,11 +193,11 @@ class PromptTokenizer:
     def _text(self, ids: TokenIds) -> str:
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
-    def _check_length(self, ids: Sequence[int], text: str, role: str) -> None:
+    def _check_length(self, ids: Sequence[int], called: str) -> None:
         if len(ids) > self.cfg.n_ctx:
             raise DoesNotFit(
-                f"the {role} prompt {shorten(text)} has {len(ids)} tokens and "
-                f"{self.cfg.model_name} reads {self.cfg.n_ctx}; shorten it.",
+                f"{called} has {len(ids)} tokens and {self.cfg.model_name} reads "
+                f"{self.cfg.n_ctx}; shorten it.",
                 "a prompt that is too long",
             )
 
@@ -387,9 +403,14 @@ def prompt_tokens(model: Model, prompt: Prompt, prepend_bos: bool | None = None)
     if isinstance(prompt, str):
         encoder = PromptTokenizer.of(model, prepend_bos)
         return torch.tensor(encoder.prompt(prompt))
-    tokens = _given_tokens(prompt)
-    _check_no_padding(model.tokenizer, tokens)
-    if not prepend_bos or not len(tokens):
+    ids, mask = split_encoding(prompt)
+    tokens = _given_tokens(ids)
+    if mask is None:
+        _check_padding(model.tokenizer, tokens, "the prompt", "give its real tokens only")
+    else:
+        mask = as_tensor(mask, "attention_mask").reshape(1, -1)
+        tokens = tokens[check_mask(mask, None, "right", tokens[None])[0]]
+    if not _checked_choice(prepend_bos) or not len(tokens):
         return tokens
     encoder = PromptTokenizer.of(model, prepend_bos)
     return torch.tensor(encoder.with_bos(tokens.tolist()))
@@ -397,7 +418,7 @@ def prompt_tokens(model: Model, prompt: Prompt, prepend_bos: bool | None = None)
 
 def _given_tokens(prompt: Any) -> PromptTokens:
     try:
-        tokens = torch.as_tensor(one_prompt(prompt)).cpu()
+        tokens = torch.as_tensor(prompt).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{shown(prompt)} is no prompt: give text, or a list of token ids."
@@ -411,21 +432,23 @@ def _given_tokens(prompt: Any) -> PromptTokens:
     return tokens.reshape(-1).long()
 
 
-def _check_no_padding(tokenizer: Any, tokens: PromptTokens) -> None:
-    pad = getattr(tokenizer, "pad_token_id", None)
-    if pad is None:
-        return
-    is_pad = tokens == pad
-    bos = tokenizer.bos_token_id
-    # A single one can be a token that somebody chose, unless BOS comes after it.
-    before_bos = bos != pad and bos is not None and tokens[1:2].tolist() == [bos]
-    for where, outward in (("begins", is_pad), ("ends", is_pad.flip(0))):
-        count = int(outward.cumprod(0).sum())
-        if count > 1 or (count and where == "begins" and before_bos):
-            raise InputError(
-                f"the prompt {where} with padding ({count} of token {pad}, "
-                f"{tokenizer.pad_token!r}), which would be read as text; give its real tokens only."
-            )
+def _called(role: str, text: str, forced: TokenIds | None = None) -> str:
+    """What errors call a prompt, with the tokens of its answer after it."""
+    return f"the {role} prompt {shorten(text)}{' with its answer' if forced else ''}"
+
+
+def _check_padding(tokenizer: Any, tokens: PromptTokens, called: str, remedy: str) -> None:
+    way_out = f"{remedy}, or give token ids with an attention_mask of ones if it is text."
+    everything = torch.ones_like(tokens[None], dtype=torch.bool)
+    check_no_padding(tokenizer, tokens[None], everything, lambda _: called, way_out)
+
+
+def _checked_choice(prepend_bos: Any) -> bool | None:
+    try:
+        return None if prepend_bos is None else truth(prepend_bos, "prepend_bos")
+    except InputError as error:
+        found = shown(prepend_bos)
+        raise InputError(f"prepend_bos={found}: give True, False or None.") from error
 
 
 def _check_no_answer_is_wrong(

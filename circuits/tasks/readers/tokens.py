@@ -65,25 +65,18 @@ def each_prompt(given: Any) -> Any:
     if mask is None:
         return ids
     pairs = zip(ids, mask, strict=True)
-    return [one_prompt({"input_ids": row, "attention_mask": real}) for row, real in pairs]
+    return [{"input_ids": row, "attention_mask": real} for row, real in pairs]
 
 
-def one_prompt(given: Any) -> Any:
-    """The token ids of one prompt; those of a tokenizer's output without its padding."""
-    ids, mask = split_encoding(given)
-    if mask is None:
-        return ids
-    ids, mask = as_tensor(ids, "input_ids"), as_tensor(mask, "attention_mask")
-    return ids[mask.bool()] if ids.shape == mask.shape and len(ids.squeeze(0).shape) == 1 else ids
-
-
-def prompt_indices(given: Any, n_prompts: int) -> slice | Tensor:
-    """What selects prompts: a slice as it is, or integers, also for a number or booleans."""
-    if isinstance(given, slice):
-        return given
+def prompt_indices(given: Any, n_prompts: int) -> Tensor:
+    """What selects prompts, as integers: a slice, a number, several, or a boolean for each."""
+    chosen = given
     if python_number(given) is not None:
-        given = [whole(given, "index")]
-    indices = as_tensor(given, "indices").cpu()
+        chosen = [whole(given, "index")]
+    elif isinstance(given, slice):
+        # Tensors have no slices that go backwards.
+        chosen = _in_slice(given, n_prompts)
+    indices = as_tensor(chosen, "indices").cpu()
     is_mask = indices.dtype == torch.bool
     if is_mask and indices.shape == (n_prompts,):
         return indices.nonzero().flatten()
@@ -96,3 +89,10 @@ def prompt_indices(given: Any, n_prompts: int) -> slice | Tensor:
             f"{n_prompts - 1}, or a boolean for each."
         )
     return indices.long()
+
+
+def _in_slice(given: slice, n_prompts: int) -> list[int]:
+    try:
+        return list(range(n_prompts)[given])
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{shown(given)} selects no prompts: {error}.") from error
