@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -612,6 +613,24 @@ def test_spaces_that_are_forgotten_or_doubled_are_named_where_a_tokenizer_makes_
     with pytest.warns(UserWarning, match="'a' goes on within the last word of .*write ' a' if"):
         task = Task.from_prompts(bpe, [pair])
     assert task.answers is not None and words_of(bpe, task.answers[0].tolist()) == ["a"]
+
+
+def test_a_space_that_stands_at_the_end_of_a_prompt_or_lacks_there_is_told(bpe: Model) -> None:
+    prompt = "Then Mary gave a drink to"
+    for end, answer, told in (
+        (" ", "a", f"'a' comes after the space that '{prompt} ' ends with; write ' a', and leave"),
+        (" ", " a", "leave out that space"),
+        (":", "a", f"'a' follows '{prompt}:' without a space; write ' a' if"),
+    ):
+        with pytest.warns(UserWarning, match=told):
+            task = Task.from_prompts(bpe, [PromptPair(prompt + end, answer=answer)])
+        # It is taken as it is written.
+        assert task.answers is not None
+        assert words_of(bpe, [int(task.clean[0, -1]), int(task.answers)]) == [end, answer]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for end, answer in ((":", " a"), ("\n", "a"), (" (", "a"), (" 17.", "33")):
+            Task.from_prompts(bpe, [PromptPair(prompt + end, answer=answer)])
 
 
 def test_a_prompt_without_tokens_is_refused(toy: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -396,14 +396,9 @@ def _task_of_fitting(
         if not encoded:
             raise InputError(f"task {name!r}: {told}: {encode.told()}; use other prompts.")
         warnings.warn(f"task {name!r}: {told} and are left out: {encode.told()}.", stacklevel=3)
-    fused = next((each for each in encoded if each.fused), None)
-    if fused is not None:
-        warnings.warn(
-            f"task {name!r}: the answer {fused.fused!r} goes on within the last word of "
-            f"{shorten(fused.pair.clean)}; write {' ' + str(fused.fused)!r} if it is a word of its "
-            "own.",
-            stacklevel=3,
-        )
+    remark = next((each.remark for each in encoded if each.remark), None)
+    if remark is not None:
+        warnings.warn(f"task {name!r}: {remark}", stacklevel=3)
     return task_from_encoded(encoded, name, metric, model, encode.left_out)
 
 

@@ -33,6 +33,8 @@ TokenIds = list[int]
 Answers = dict[str, list[TokenIds]]
 # Its length may change where BOS is put in front.
 PromptTokens = Int[Tensor, " _"]
+# After these, words have a space before them.
+ENDS = tuple(".,:;?!)]}")
 _ONE = "one token each"
 _ONE_OR_AS_MANY = f"{_ONE} (or one answer and one wrong answer of equally many)"
 _ONE_PROMPT: tuple[Any, ...] = (Integer[Tensor, " pos"], Integer[Tensor, "1 pos"])
@@ -50,8 +52,8 @@ class EncodedPair:
     answers: Answers
     # For each token of the clean prompt, the position of its counterpart in the corrupted one.
     alignment: Sequence[int]
-    # An answer that goes on within the last word of the prompt, though it is a word of its own too.
-    fused: str | None
+    # On the space before an answer, if another one may be meant.
+    remark: str | None
 
     @property
     def parts(self) -> list[str]:
@@ -118,7 +120,7 @@ class PromptTokenizer:
         for name, is_inside in spans.items():
             fields[f"span {name}"] = is_inside + [False] * len(forced)
         pairing += range(len(corrupted), len(fields["corrupted"]))
-        return EncodedPair(pair, fields, answers, pairing, self._fused(pair, clean))
+        return EncodedPair(pair, fields, answers, pairing, self._remark(pair, clean))
 
     def _corrupted(self, pair: PromptPair, clean: TokenIds) -> TokenIds:
         if pair.corrupted is None:
@@ -299,14 +301,27 @@ class PromptTokenizer:
                 return candidate
         return None
 
-    def _fused(self, pair: PromptPair, prompt_ids: TokenIds) -> str | None:
-        """An answer such as "Mary" after "to", which is read as "toMary"."""
+    def _remark(self, pair: PromptPair, prompt_ids: TokenIds) -> str | None:
+        """On the space before an answer, if another one than the given may be meant."""
+        prompt, trimmed = pair.clean, pair.clean.rstrip(" ")
         words = (each for each in pair.answers + pair.wrong_answers if isinstance(each, str))
         for word in words:
-            forms = (word, f" {word}") if _fuses(pair.clean, word) else ()
-            found = [self._continuation(pair.clean, prompt_ids, form) for form in forms]
-            if all(found) and len(set(map(len, filter(None, found)))) == 1:
-                return word
+            spaced = f" {word.lstrip()}"
+            given = self._continuation(prompt, prompt_ids, word) or []
+            n_given = len(prompt_ids) + len(given)
+            # Most tokenizers put a space into the token after it.
+            if trimmed != prompt and len(self.with_bos(self._ids(trimmed + spaced))) < n_given:
+                return (
+                    f"the answer {word!r} comes after the space that {shorten(prompt)} ends with; "
+                    f"write {spaced!r}, and leave out that space."
+                )
+            other = self._continuation(prompt, prompt_ids, spaced) or []
+            if _lacks_space(prompt, word) and given != other and len(given) == len(other):
+                fuses = "goes on within the last word of" if _fuses(prompt, word) else "follows"
+                return (
+                    f"the answer {word!r} {fuses} {shorten(prompt)} without a space; write "
+                    f"{spaced!r} if it is a word of its own."
+                )
         return None
 
     def _offsets(self, text: str) -> list[CharSpan]:
@@ -480,6 +495,12 @@ def _check_differ(pair: PromptPair, clean: TokenIds, corrupted: TokenIds) -> Non
             "two prompts of different numbers of tokens",
             _differing_words(pair.clean.split(), pair.corrupted.split()),
         )
+
+
+def _lacks_space(prompt: str, word: str) -> bool:
+    # "4.5" is one number.
+    is_apart = prompt[-1:] in ENDS and word[:1].isalnum() and not prompt[-2:-1].isdigit()
+    return is_apart or _fuses(prompt, word)
 
 
 def _fuses(prompt: str, word: str) -> bool:
