@@ -222,6 +222,31 @@ def test_models_without_mlps_and_prompts_of_one_token_are_refused(model: Model) 
         train_transcoders(model, lambda step: batches(step, length=1), SMALL)
 
 
+def test_padding_of_the_text_may_be_on_either_side(model: Model) -> None:
+    def padded_left(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a tokenizer gives, whose masks are integers."""
+        tokens, mask = batches(step)
+        n_pads = (~mask).sum(1)
+        rows = [row.roll(int(n)) for row, n in zip(tokens, n_pads, strict=True)]
+        return torch.stack(rows), mask.flip(1).long()
+
+    settings = replace(SMALL, steps=3)
+    right, left = [train_transcoders(model, text, settings) for text in (batches, padded_left)]
+    for one, other in zip(tensors(right), tensors(left), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_text_of_another_model_is_refused(model: Model) -> None:
+    for change, told in ((VOCAB, "knows 0 to"), (-VOCAB, "holds -")):
+
+        def other(step: int, change: int = change) -> tuple[torch.Tensor, torch.Tensor]:
+            tokens, mask = batches(step)
+            return tokens + change, mask
+
+        with pytest.raises(InputError, match=told):
+            train_transcoders(model, other, SMALL)
+
+
 def test_the_model_is_left_as_it_was(model: Model) -> None:
     model.cfg.use_hook_mlp_in = True
     state, generator, threads = (

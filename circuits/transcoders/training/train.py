@@ -33,6 +33,8 @@ from circuits.system.errors import InputError
 from circuits.system.files import read_tensors, write_tensors
 from circuits.system.numbers import items, python_number, whole
 from circuits.system.torch_modes import without_modes
+from circuits.tasks.model_fit import check_task
+from circuits.tasks.task import Task
 from circuits.transcoders.training.parameters import (
     TINY,
     FeatureValues,
@@ -134,7 +136,8 @@ def train_transcoders(
     Args:
         model: the model whose MLPs are approximated.
         batches: the training text: a function from the number of a step to tokens [batch, pos] and
-            a mask [batch, pos] of real tokens. The first position of each prompt is not used.
+            a mask [batch, pos] of real tokens, with padding on either side. The first real token of
+            each prompt is not used.
         config: the settings.
         checkpoint: a file that stores the state of training. If it exists, training continues from
             it, with the same result as without the interruption.
@@ -144,8 +147,9 @@ def train_transcoders(
         The transcoders. Their activation is `JumpReLU` with `batch_topk`, otherwise `ReLU`.
 
     Raises:
-        InputError: the settings do not fit the model; a batch has no tokens after the first of a
-            prompt; or the checkpoint was written with other settings, another model or text.
+        InputError: the settings do not fit the model; a batch does not, or has no tokens after the
+            first of a prompt; or the checkpoint was written with other settings, another model or
+            text.
 
     Example:
         >>> import circuits, torch
@@ -196,7 +200,12 @@ class _Trainer:
     def _record(self, step: int) -> InputsOutputs:
         # MLP inputs and outputs on the text of a step, not yet normalized.
         reads, writes = READS_WRITES[self.config.kind]
-        inputs, outputs = record(self.model, reads, writes, *self.batches(step))
+        tokens, mask = self.batches(step)
+        some = mask.any(1)
+        # A task has its padding on the right, wherever it was.
+        text = Task.from_tokens(tokens[some], attention_mask=mask[some])
+        check_task(self.model, text)
+        inputs, outputs = record(self.model, reads, writes, text.clean, text.mask)
         dtype = getattr(torch, self.config.dtype)
         return inputs.to(dtype), outputs.to(dtype)
 
