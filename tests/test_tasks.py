@@ -986,6 +986,18 @@ def test_lengths_that_leave_padding_in_a_prompt_are_refused(toy: Model) -> None:
                 circuits.model_logits(toy, task)
 
 
+def test_the_mask_of_one_prompt_does_not_mark_the_padding_of_the_other(toy: Model) -> None:
+    tokens = [[1, 0, 319, 372]]
+    clean = {"input_ids": tokens, "attention_mask": [[0, 1, 1, 1]]}
+    for other, told in (([[0, 319, 390, 1]], "ends"), ([[1, 1, 0, 319]], "begins")):
+        with pytest.raises(circuits.InputError, match=f"corrupted prompt 0 .* {told} with padding"):
+            check_task(toy, Task.from_tokens(clean, other))
+    check_task(toy, Task.from_tokens(clean, [[1, 0, 319, 390]]))
+    text = {"input_ids": tokens, "attention_mask": [[1, 1, 1, 1]]}
+    for corrupted in (None, text):
+        check_task(toy, Task.from_tokens(text, corrupted))
+
+
 def test_the_other_prompts_of_a_mean_are_checked_as_a_task_is(toy: Model) -> None:
     task = circuits.load_task("ioi", toy, n=2)
     circuit = circuits.Circuit.from_edges(circuits.component_graph(toy), [])

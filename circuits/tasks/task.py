@@ -217,7 +217,8 @@ class Task:
         Raises:
             InputError: a tensor has the wrong shape, type or values.
         """
-        clean, corrupted, attention_mask = token_ids(clean, corrupted, attention_mask)
+        given = token_ids(clean, corrupted, attention_mask)
+        clean, corrupted, attention_mask, are_marked = given
         answers = optional_tensor(answers, "answers", padding=-1)
         wrong_answers = optional_tensor(wrong_answers, "wrong_answers", padding=-1)
         lengths = optional_tensor(lengths, "lengths")
@@ -244,7 +245,7 @@ class Task:
             wrong_answers,
             spans,
             metric,
-            finds_padding=attention_mask is None,
+            finds_padding=not are_marked,
         )
         return task._padded_on_the_right(mask)
 

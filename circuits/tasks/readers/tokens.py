@@ -26,10 +26,13 @@ def split_encoding(given: Any) -> tuple[Any, Any]:
     return given, None
 
 
-def token_ids(clean: Any, corrupted: Any, mask: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Token ids of clean and corrupted prompts as tensors, and the attention mask of both."""
+def token_ids(clean: Any, corrupted: Any, mask: Any) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+    """Token ids of clean and corrupted prompts, their mask, and whether both have one."""
     ids, own_mask = _token_ids(clean, "clean")
-    others, other_mask = (ids, None) if corrupted is None else _token_ids(corrupted, "corrupted")
+    others, other_mask = ids, own_mask
+    if corrupted is not None:
+        others, other_mask = _token_ids(corrupted, "corrupted")
+    are_marked = mask is not None or (own_mask is not None and other_mask is not None)
     given = [each for each in (mask, own_mask, other_mask) if each is not None]
     masks = [as_tensor(each, "attention_mask") for each in given]
     if any(not torch.equal(each.bool(), masks[0].bool()) for each in masks[1:]):
@@ -38,7 +41,7 @@ def token_ids(clean: Any, corrupted: Any, mask: Any) -> tuple[Tensor, Tensor, Te
             "compared token by token; give prompts of the same lengths, padded alike, or text with "
             "corrupted_spans."
         )
-    return ids, others, masks[0] if masks else None
+    return ids, others, masks[0] if masks else None, are_marked
 
 
 def _token_ids(given: Any, name: str) -> tuple[Tensor, Any]:
