@@ -986,6 +986,17 @@ def test_lengths_that_leave_padding_in_a_prompt_are_refused(toy: Model) -> None:
                 circuits.model_logits(toy, task)
 
 
+def test_a_model_without_bos_may_be_given_the_token_that_pads_in_its_place(
+    toy: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(toy.cfg, "default_prepend_bos", False)
+    assert prompt_tokens(toy, "<pad> So Mary").tolist() == [1, *prompt_tokens(toy, "So Mary")]
+    check_task(toy, Task.from_tokens([[1, 319, 372], [1, 532, 625]]))
+    for rows in ([[1, 1, 319]], [[1, 319, 372], [532, 625, 319]], [[1, 0, 319]], [[0, 319, 1]]):
+        with pytest.raises(circuits.InputError, match="s with padding"):
+            check_task(toy, Task.from_tokens(rows))
+
+
 def test_the_mask_of_one_prompt_does_not_mark_the_padding_of_the_other(toy: Model) -> None:
     tokens = [[1, 0, 319, 372]]
     clean = {"input_ids": tokens, "attention_mask": [[0, 1, 1, 1]]}
@@ -1016,14 +1027,14 @@ def test_the_other_prompts_of_a_mean_are_checked_as_a_task_is(toy: Model) -> Non
                 )
 
 
-def test_a_token_that_begins_or_ends_texts_and_also_pads_is_told_so(
+def test_a_token_that_begins_or_ends_texts_and_also_pads_is_text_where_all_have_one(
     bpe: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     padding = copy.deepcopy(bpe.tokenizer)
     padding.pad_token = padding.eos_token
     monkeypatch.setattr(bpe, "tokenizer", padding)
     task = Task.from_tokens([[0, 5, 6], [5, 6, 7]])
-    with pytest.raises(circuits.InputError, match="also BOS and EOS, but not all prompts begin so"):
+    with pytest.raises(circuits.InputError, match=r"endoftext.*, with which not all begin"):
         check_task(bpe, task)
     end = padding.eos_token
     # Text that spells it out means it; several of them are padding.

@@ -34,7 +34,7 @@ def check_task(model: Model, task: Task) -> None:
     for answers in (task.answers, task.wrong_answers):
         _check_known(task, "answer", answers, cfg.d_vocab_out, cfg)
     if task.finds_padding:
-        _check_padding(model.tokenizer, task)
+        _check_padding(model, task)
 
 
 def _check_known(task: Task, kind: str, tokens: Any, vocabulary: int, cfg: Any) -> None:
@@ -46,7 +46,7 @@ def _check_known(task: Task, kind: str, tokens: Any, vocabulary: int, cfg: Any) 
         )
 
 
-def _check_padding(tokenizer: Any, task: Task) -> None:
+def _check_padding(model: Model, task: Task) -> None:
     remedy = (
         "pass attention_mask to Task.from_tokens (all ones if it is text), or lengths and their "
         "padding_side."
@@ -56,4 +56,4 @@ def _check_padding(tokenizer: Any, task: Task) -> None:
         def name(prompt: int, role: str = role) -> str:
             return f"{role} prompt {prompt} of task {task.name!r}"
 
-        check_no_padding(tokenizer, tokens, real, name, remedy)
+        check_no_padding(model.tokenizer, model.cfg, tokens, real, name, remedy)

@@ -158,7 +158,7 @@ class PromptTokenizer:
         self._check_length(ids, called)
         if self.tokenizer.unk_token_id in text_ids:
             self._check_words(text)
-        _check_padding(self.tokenizer, torch.tensor(ids), called, "remove it")
+        _check_padding(self.tokenizer, self.cfg, ids, called, "remove it")
         return ids
 
     def answer(self, prompt: str, word: str) -> int:
@@ -421,7 +421,8 @@ def prompt_tokens(model: Model, prompt: Prompt, prepend_bos: bool | None = None)
     ids, mask = split_encoding(prompt)
     tokens = _given_tokens(ids)
     if mask is None:
-        _check_padding(model.tokenizer, tokens, "the prompt", "give its real tokens only")
+        remedy = "give its real tokens only"
+        _check_padding(model.tokenizer, model.cfg, tokens.tolist(), "the prompt", remedy)
     else:
         mask = as_tensor(mask, "attention_mask").reshape(1, -1)
         tokens = tokens[check_mask(mask, None, "right", tokens[None])[0]]
@@ -452,10 +453,11 @@ def _called(role: str, text: str, forced: TokenIds | None = None) -> str:
     return f"the {role} prompt {shorten(text)}{' with its answer' if forced else ''}"
 
 
-def _check_padding(tokenizer: Any, tokens: PromptTokens, called: str, remedy: str) -> None:
+def _check_padding(tokenizer: Any, cfg: Any, ids: TokenIds, called: str, remedy: str) -> None:
     way_out = f"{remedy}, or give token ids with an attention_mask of ones if it is text."
-    everything = torch.ones_like(tokens[None], dtype=torch.bool)
-    check_no_padding(tokenizer, tokens[None], everything, lambda _: called, way_out)
+    tokens = torch.tensor([ids], dtype=torch.long)
+    everything = torch.ones_like(tokens, dtype=torch.bool)
+    check_no_padding(tokenizer, cfg, tokens, everything, lambda _: called, way_out)
 
 
 def _checked_choice(prepend_bos: Any) -> bool | None:
