@@ -1014,6 +1014,9 @@ def test_before_all_spans_tokens_are_paired_from_the_left_and_bos_with_bos_only(
     assert Task.from_prompts(toy_world, [pair]).alignment.tolist() == [[0, 2, 3]]
     with pytest.raises(circuits.InputError, match=r"tokens 1 to 1 .* have no counterpart"):
         alignment("When ", "")
+    for clean, corrupted in (("<bos>", "When "), ("When ", "<bos>")):
+        with pytest.raises(circuits.InputError, match=r"only one of .* begins with BOS"):
+            alignment(clean, corrupted, prepend_bos=False)
 
 
 @every_executor

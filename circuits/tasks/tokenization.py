@@ -137,9 +137,15 @@ class PromptTokenizer:
                 f"the prompt {shorten(pair.clean)} has corrupted_spans, but no corrupted prompt; "
                 "give one, or leave them out."
             )
+        bos = self.tokenizer.bos_token_id
+        n_with_bos = [clean[0], corrupted[0]].count(bos)
+        if n_with_bos == 1 and pair.corrupted_spans:
+            raise InputError(
+                f"only one of the prompts {shorten(pair.clean)} and {shorten(str(pair.corrupted))} "
+                "begins with BOS, which is no word's counterpart; begin both with it."
+            )
         named = self._spans(pair.corrupted or "", pair.corrupted_spans)
-        # BOS is no word's counterpart.
-        n_shared = int(clean[0] == corrupted[0] == self.tokenizer.bos_token_id)
+        n_shared = int(n_with_bos == 2)
         return aligned(len(clean), len(corrupted), spans, named, n_shared=n_shared)
 
     def prompt(self, text: str, role: str = "given") -> TokenIds:
