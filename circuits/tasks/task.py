@@ -205,7 +205,8 @@ class Task:
             wrong_answers: the wrong ones, in the same form.
             attention_mask: the real tokens of clean and corrupted prompts, booleans or 0 and 1
                 [batch, pos]. Padding may be on both sides; all positions that are given count it,
-                and the task has it on the right.
+                and the task has it on the right. Only a mask makes text of a token that pads at
+                either end of a prompt; models refuse it otherwise.
             lengths: instead of a mask, the number of real tokens of each prompt, integers [batch].
                 Without both, all tokens are real.
             padding_side: where the padding is that `lengths` leaves.
