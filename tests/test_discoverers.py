@@ -1,5 +1,6 @@
 """The contract: what holds for every registered method, shipped or a user's."""
 
+import copy
 import dataclasses
 import os
 import subprocess
@@ -193,6 +194,45 @@ def test_a_checkpoint_of_another_run_is_refused_rather_than_continued(model, tmp
         circuits.ACDC(0.02).discover(model, random_task(), checkpoint=path)
 
 
+def test_a_checkpoint_is_refused_when_what_its_metric_reads_or_the_model_has_changed(
+    model, tmp_path
+):
+    task, model = random_task(), copy.deepcopy(model)
+    scale, weights, log = {"all": 1.0}, [1.0], []
+
+    def scaled(logits, clean_logits, task):
+        log.append(len(logits))
+        difference = (logits - clean_logits).square().mean(-1)
+        return difference * scale["all"] * sum(weights)
+
+    metric = circuits.Metric("scaled", scaled, "higher_is_damage")
+
+    def search():
+        return circuits.ACDC(0.02, metric=metric).discover(model, task, checkpoint=path)
+
+    path = tmp_path / "checkpoint.safetensors"
+    found = search()
+    changes = {
+        "an entry": (lambda: scale.update(all=100.0), lambda: scale.update(all=1.0)),
+        "one more entry": (lambda: weights.append(99.0), weights.pop),
+        "a hook": (
+            lambda: model.add_hook("blocks.1.attn.hook_z", lambda z, hook: z * 0.5),
+            model.reset_hooks,
+        ),
+        "an epsilon": (
+            lambda: setattr(model.blocks[1].ln1, "eps", 1.0),
+            lambda: setattr(model.blocks[1].ln1, "eps", model.cfg.eps),
+        ),
+    }
+    for change, undo in changes.values():
+        change()
+        with pytest.raises(circuits.InputError, match="belongs to a run with other settings"):
+            search()
+        undo()
+        # The metric also notes down its calls, which changes nothing.
+        assert log and search() == found
+
+
 def test_a_checkpoint_of_another_version_is_said_to_be_that(model, tmp_path):
     path, task = tmp_path / "checkpoint.safetensors", random_task()
     circuits.ACDC(0.02).discover(model, task, checkpoint=path)
@@ -209,19 +249,23 @@ def test_an_empty_checkpoint_is_none(model):
 
 
 def test_what_a_failing_metric_leaves_is_resumed(model, tmp_path):
-    """Nothing already computed is lost when a run stops with an error."""
-    path, task, calls, mended = tmp_path / "checkpoint.safetensors", random_task(), [], []
+    """Nothing already computed is lost when a run stops with an error. What is on the disk is no
+    part of a metric.
+    """
+    path, task, calls = tmp_path / "checkpoint.safetensors", random_task(), []
+    called, mended = tmp_path / "called", tmp_path / "mended"
 
     def sometimes_nan(logits, clean_logits, task):
         calls.append(1)
-        return (logits - clean_logits).square().mean(-1) * (
-            float("nan") if len(calls) > 30 and not mended else 1.0
-        )
+        with called.open("a") as file:
+            print(file=file)
+        fails = called.stat().st_size > 30 and not mended.exists()
+        return (logits - clean_logits).square().mean(-1) * (float("nan") if fails else 1.0)
 
     metric = circuits.Metric("sometimes", sometimes_nan, "higher_is_damage")
     with pytest.raises(circuits.InputError, match="NaN"):
         circuits.ACDC(0.002, metric=metric).discover(model, task, checkpoint=path)
-    mended.append(True)
+    mended.touch()
     before = len(calls)
     resumed = circuits.ACDC(0.002, metric=metric).discover(model, task, checkpoint=path)
     assert len(calls) - before < resumed.record["measured"] - 10

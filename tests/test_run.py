@@ -1,6 +1,7 @@
 """Runs: folders that are found again, resumed after being killed, and shared by processes."""
 
 import contextlib
+import copy
 import errno
 import functools
 import importlib
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import random_model, random_task
+from changed_models import HONOURED
 
 import circuits
 from circuits.cli.main import main
@@ -431,6 +433,171 @@ def test_a_global_that_a_metric_reads_is_part_of_it(model, tmp_path, monkeypatch
     assert second.circuit.scores.allclose(2 * first.circuit.scores)
 
 
+def test_a_value_in_a_module_in_a_package_that_a_metric_reads_is_part_of_it(tmp_path, monkeypatch):
+    name = f"package_{tmp_path.name}"
+    for file, source in {
+        f"{name}/__init__.py": "",
+        f"{name}/inner/__init__.py": "",
+        f"{name}/inner/constants.py": "SCALE = 1.0\n",
+        f"use_{name}.py": f"import {name}.inner.constants\n"
+        f"def metric(logits, clean, task):\n    return logits * {name}.inner.constants.SCALE\n",
+    }.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    metric = importlib.import_module(f"use_{name}").metric
+    before = code_digest(metric)
+    monkeypatch.setattr(sys.modules[f"{name}.inner.constants"], "SCALE", 2.0)
+    assert code_digest(metric) != before
+
+
+class Table(dict):
+    """A metric that is a dictionary with more to it."""
+
+    def __call__(self, logits, clean_logits, task):
+        return logits[:, 0] * self.scale
+
+
+def test_an_attribute_of_a_dictionary_or_tuple_of_ones_own_class_is_part_of_it():
+    tables = [Table(a=1), Table(a=1)]
+    for scale, table in enumerate(tables):
+        table.scale = scale
+    assert code_digest(tables[0]) != code_digest(tables[1])
+    assert code_digest(tables[1]) == code_digest(copy.deepcopy(tables[1]))
+
+
+def test_a_metric_that_notes_down_its_calls_is_found_again_and_one_that_reads_its_notes_is_not(
+    model, tmp_path
+):
+    calls, times = [], []
+
+    def noting(logits, clean_logits, task):
+        calls.append(len(logits))
+        return logits[:, 0]
+
+    def reading(logits, clean_logits, task):
+        times.append(1)
+        return logits[:, 0] * len(times)
+
+    for function, is_found in ((noting, True), (reading, False)):
+        metric = circuits.Metric("m", function, "lower_is_damage")
+        found = [run(circuits.EAP(metric=metric), model, random_task(), out=tmp_path) for _ in "12"]
+        assert [each.reused for each in found] == [False, is_found]
+    assert calls and times
+
+
+# Models that a user has changed
+
+
+SLOWER = "ignore:.*is run by the reference executor:UserWarning"
+
+
+@pytest.mark.filterwarnings(SLOWER)
+def test_a_changed_model_is_another_run_and_another_evaluation(model, tmp_path):
+    model, task = copy.deepcopy(model), random_task()
+    plain = run(circuits.EAP(), model, task, out=tmp_path)
+    value = evaluate_run(plain, model, task, size=20)
+    scores = [plain.circuit.scores]
+    norm, mlp = model.blocks[1].ln1, model.blocks[1].mlp
+    halved, act_fn = lambda z, hook: z * 0.5, mlp.act_fn
+    for change, undo in (
+        (lambda: model.add_hook("blocks.1.attn.hook_z", halved), model.reset_hooks),
+        (lambda: setattr(norm, "eps", 1.0), lambda: setattr(norm, "eps", model.cfg.eps)),
+        (lambda: setattr(mlp, "act_fn", torch.relu), lambda: setattr(mlp, "act_fn", act_fn)),
+    ):
+        change()
+        found = run(circuits.EAP(), model, task, out=tmp_path)
+        assert not found.reused
+        assert found.circuit.scores.equal(circuits.EAP().discover(model, task).scores)
+        assert not any(found.circuit.scores.equal(other) for other in scores)
+        scores.append(found.circuit.scores)
+        changed = evaluate_run(plain, model, task, size=20)
+        assert changed["values"]["kl"]["circuit"] == pytest.approx(
+            circuits.evaluate(model, plain.circuit.top(20), task).kl
+        )
+        assert changed != value
+        assert run(circuits.EAP(), model, task, out=tmp_path).reused
+        undo()
+        assert run(circuits.EAP(), model, task, out=tmp_path).folder == plain.folder
+
+
+def test_a_stored_graph_is_not_that_of_a_changed_model(toy_world, tmp_path):
+    model, method = copy.deepcopy(toy_world), circuits.AttributionGraph("toy-world-plt")
+    circuits.run_graph(method, model, "Dallas is in", out=tmp_path)
+    assert circuits.run_graph(method, model, "Dallas is in", out=tmp_path).reused
+    model.blocks[1].attn.attn_scale *= 2
+    found = circuits.run_graph(method, model, "Dallas is in", out=tmp_path)
+    assert not found.reused
+    expected = method.attribute(model, "Dallas is in")
+    assert found.graph.nodes.activation.allclose(expected.nodes.activation, equal_nan=True)
+
+
+def test_every_change_of_a_model_changes_its_digest_and_what_this_package_does_changes_none(model):
+    plain = code_digest(model)
+    digests = {plain.text: "no change"}
+    for name in (
+        "a hook of torch on the last norm", "another forward of an MLP", "another activation",
+        "an adapter beside the unembedding", "weight norm", "no norm before attention",
+        "another epsilon in a norm", "another scale of attention",
+        "attention that sees later tokens",
+    ):  # fmt: skip
+        changed = copy.deepcopy(model)
+        HONOURED[name](changed)
+        digest = code_digest(changed)
+        assert not digest.unknown
+        assert digests.setdefault(digest.text, name) == name
+    with counting_passes(model):
+        circuits.EAP().discover(model, random_task())
+        circuits.ACDC(0.02).discover(model, random_task())
+        assert code_digest(model) == plain == code_digest(copy.deepcopy(model).train())
+    model.add_hook("blocks.0.hook_mlp_out", lambda x, hook: x * model.cfg.n_layers)
+    assert code_digest(model) != plain
+    model.reset_hooks()
+    assert code_digest(model) == plain
+
+
+def test_a_method_that_is_put_into_a_class_of_another_package_changes_the_digest(
+    model, monkeypatch
+):
+    plain, kind = code_digest(model), type(model.blocks[0].mlp)
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: forward(self, x) * 0.5)
+    assert code_digest(model) != plain
+
+
+@pytest.mark.filterwarnings(SLOWER)
+def test_a_hook_that_cannot_be_hashed_is_said_and_nothing_is_found_again(model, tmp_path):
+    model, lock = copy.deepcopy(model), threading.Lock()
+
+    def with_lock(z, hook):
+        with lock:
+            return z * 0.5
+
+    model.add_hook("blocks.1.attn.hook_z", with_lock)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"cannot be found again.*with_lock.lock holds a"):
+            found = run(circuits.EAP(), model, random_task(), out=tmp_path)
+        assert not found.reused
+        with pytest.warns(UserWarning, match=r"cannot be found again.*with_lock.lock holds a"):
+            evaluate_run(found, model, random_task(), size=5)
+
+
+def test_an_interrupted_run_whose_metric_holds_the_model_is_resumed(model, tmp_path):
+    def by_layers(logits, clean_logits, task):
+        return (logits - clean_logits).square().mean(-1) / model.cfg.n_layers
+
+    def stop(done, total):
+        if done > 1:
+            raise KeyboardInterrupt
+
+    method = circuits.ACDC(0.02, metric=circuits.Metric("m", by_layers, "higher_is_damage"))
+    with pytest.raises(KeyboardInterrupt):
+        run(method, model, random_task(), out=tmp_path, progress=stop)
+    found = run(method, model, random_task(), out=tmp_path)
+    assert found.record["resumed"]
+    assert found.circuit.kept.equal(method.discover(model, random_task()).kept)
+
+
 def test_what_cannot_be_hashed_is_said_and_never_found_again(model, tmp_path):
     lock = threading.Lock()
 
@@ -446,23 +613,62 @@ def test_what_cannot_be_hashed_is_said_and_never_found_again(model, tmp_path):
             assert not run(method, model, random_task(), out=tmp_path).reused
 
 
-def test_a_digest_does_not_depend_on_the_process(tmp_path, monkeypatch):
-    """Sets are in another order in each process."""
-    source = "NAMES = {'a', 'b', 'c'}\ndef f():\n    return NAMES, {'x', 'y'}, 'z' in {'p', 'q'}\n"
-    (tmp_path / "code_with_sets.py").write_text(source)
+VALUES = """
+import dataclasses, functools
+import circuits, numpy, torch
+from architectures import random_model
+
+NAMES = {'a', 'b', 'c'}
+
+def f():
+    return NAMES, {'x', 'y'}, 'z' in {'p', 'q'}
+
+@dataclasses.dataclass
+class Scale:
+    values: numpy.ndarray
+
+    def __call__(self, z, hook):
+        return z * torch.tensor(self.values)
+
+    def method(self, z, hook):
+        return z * float(self.values.sum())
+
+def scaled(z, hook, by):
+    return by(z, hook)
+
+scale = Scale(numpy.arange(3.0))
+probe = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+torch.nn.init.ones_(probe[0].weight), torch.nn.init.ones_(probe[0].bias)
+probe.register_forward_hook(lambda module, given, output: output + 1)
+model = random_model()
+for hook in (scale, scale.method, functools.partial(scaled, by=lambda z, hook: z * len(NAMES))):
+    model.add_hook("blocks.1.attn.hook_z", hook)
+    model.add_hook("blocks.1.attn.hook_z", hook, dir="bwd")
+model.blocks[1].mlp.register_forward_pre_hook(lambda module, given: (probe(given[0]),))
+metric = circuits.Metric("m", f, "lower_is_damage")
+values = f, {'x', 'y', 'z'}, scale, probe, model, circuits.EAP(metric=metric)
+"""
+
+
+def write_digests(folder: Path) -> list[str]:
+    sys.path.insert(0, str(folder))
+    values = importlib.import_module("values_to_hash").values
+    digests = list(map(code_digest, values))
+    assert not any(digest.unknown for digest in digests)
+    texts = [digest.text for digest in digests]
+    (folder / "digests.json").write_text(json.dumps(texts))
+    return texts
+
+
+def test_a_digest_does_not_depend_on_the_process(new_process, tmp_path, monkeypatch):
+    """Sets are in another order in each process, and hooks have other numbers."""
+    (tmp_path / "values_to_hash.py").write_text(VALUES)
+    other = new_process(target=write_digests, args=(tmp_path,))
+    other.start()
+    other.join()
+    elsewhere = json.loads((tmp_path / "digests.json").read_text())
     monkeypatch.syspath_prepend(tmp_path)
-    script = "import code_with_sets; from circuits.system.code_digest import code_digest;"
-    script += "print(code_digest(code_with_sets.f, {'x', 'y', 'z'}).text)"
-    places = os.pathsep.join([str(tmp_path), str(Path(circuits.__file__).parents[1])])
-    elsewhere = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": places},
-        capture_output=True,
-        check=True,
-        text=True,
-    )
-    function = importlib.import_module("code_with_sets").f
-    assert code_digest(function, {"x", "y", "z"}).text == elsewhere.stdout.strip()
+    assert write_digests(tmp_path) == elsewhere
 
 
 # Disks that are full, read-only or without locks

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from circuits.graph.graph import Graph
+from circuits.models import Model
+from circuits.system.code_digest import code_digest
 from circuits.system.errors import InputError
 from circuits.system.files import path_of, read_tensors, write_tensors
 from circuits.system.ranks import is_first, on_first
@@ -42,10 +44,14 @@ class Checkpoint:
 
     @staticmethod
     def open(
-        where: Checkpoint | str | Path | None, method: Mapping[str, Any], graph: Graph, task: Task
+        where: Checkpoint | str | Path | None,
+        method: Mapping[str, Any],
+        model: Model,
+        graph: Graph,
+        task: Task,
     ) -> Checkpoint:
         """The checkpoint of one method (its `CircuitDiscoverer.identity`) on one graph and task."""
-        key = _digest(method, graph, task)
+        key = _digest(method, model, graph, task)
         if isinstance(where, Checkpoint):
             return Checkpoint(where.path, key)
         path = None if where is None else path_of(where)
@@ -110,11 +116,9 @@ class TensorState:
         return tensors
 
 
-def _digest(method: Mapping[str, Any], graph: Graph, task: Task) -> str:
-    made_from = graph.model
-    model = made_from and [made_from.name, made_from.weights]
+def _digest(method: Mapping[str, Any], model: Model, graph: Graph, task: Task) -> str:
     nodes = list(map(str, graph.nodes))
-    inputs = [method, model, nodes, task.digest()]
+    inputs = [method, code_digest(model).key(), nodes, task.digest()]
     text = json.dumps(inputs).encode()
     digest = hashlib.blake2b(text, digest_size=16)
     columns = graph.source, graph.target, graph.slot

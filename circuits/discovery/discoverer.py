@@ -20,7 +20,7 @@ from circuits.models.component_graph import component_graph
 from circuits.running.damage import DamageMeter
 from circuits.running.run import model_logits
 from circuits.running.settings import RunSettings
-from circuits.system.code_digest import CodeDigest, code_digest
+from circuits.system.code_digest import code_digest
 from circuits.system.errors import InputError, NotFiniteError
 from circuits.system.fields import CheckedFields
 from circuits.system.numbers import python_number
@@ -153,7 +153,7 @@ class CircuitDiscoverer(CheckedFields):
         check_task(model, task)
         part = {"frozen_in": frozen_in, "frozen_out": frozen_out, "layers": layers, "nodes": nodes}
         space = self.search_space(model, graph, start=start, **part)
-        saved = self.checkpoint_at(checkpoint, space, task)
+        saved = self.checkpoint_at(checkpoint, model, space, task)
         progress = progress or no_progress
         if self.searches():
             return self.find_within(model, task, space, saved, progress)
@@ -225,13 +225,13 @@ class CircuitDiscoverer(CheckedFields):
             )
 
     def checkpoint_at(
-        self, where: Checkpoint | str | Path | None, space: SearchSpace, task: Task
+        self, where: Checkpoint | str | Path | None, model: Model, space: SearchSpace, task: Task
     ) -> Checkpoint:
         """The checkpoint of a search in that space; None keeps no state."""
         if where is None:
             return Checkpoint()
         identity = {**self.identity(), **space.identity()}
-        return Checkpoint.open(where, identity, space.graph, task)
+        return Checkpoint.open(where, identity, model, space.graph, task)
 
     def settings(self) -> JsonObject:
         """The hyperparameters as JSON values."""
@@ -239,8 +239,10 @@ class CircuitDiscoverer(CheckedFields):
 
     def identity(self) -> JsonObject:
         """What the result depends on: method, settings that matter, digest of code and data."""
-        settings = {name: as_json(value) for name, value in _held(self).items()}
-        code = code_of(self, as_first_seen=True).key()
+        held = _held(self)
+        settings = {name: as_json(value) for name, value in held.items()}
+        data = {name: value for name, value in held.items() if not _told_by_text(value)}
+        code = code_digest(type(self), data).key()
         return {"method": self.name, "settings": settings, "code": code}
 
     def record(self, **found: Any) -> JsonObject:
@@ -292,12 +294,6 @@ def report_part(progress: Progress, number: int, parts: int, done: int, total: i
     progress(number * total + done, parts * total)
 
 
-def code_of(discoverer: CircuitDiscoverer, *, as_first_seen: bool = False) -> CodeDigest:
-    """The digest of a method's code and of its fields, except `SPEED_ONLY` ones."""
-    held = {name: each for name, each in _held(discoverer).items() if not _told_by_text(each)}
-    return code_digest(type(discoverer), held, as_first_seen=as_first_seen)
-
-
 def _told_by_text(value: Any) -> bool:
     """Whether the settings say all of a value: "int8" and Precision("int8") are one."""
     kind = type(value)
@@ -306,6 +302,7 @@ def _told_by_text(value: Any) -> bool:
 
 
 def _held(discoverer: CircuitDiscoverer) -> JsonObject:
+    """The fields of a method, except `SPEED_ONLY` ones."""
     kept = (each for each in fields(discoverer) if not each.metadata.get("speed_only"))
     return {each.name: getattr(discoverer, each.name) for each in kept}
 

@@ -1,4 +1,4 @@
-"""Fingerprints: which model a graph was made from."""
+"""Fingerprints: which model a graph was made from, and what a model computes as it is now."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as every_module
+from transformer_lens.config import TransformerLensConfig
 
 from circuits.graph.graph import Graph, check_is_graph
 from circuits.graph.identity import ModelIdentity
-from circuits.models import Model, check_class, check_weights
+from circuits.models import Model, check_class, check_weights, turn
+from circuits.models.changes import HOOKS, Own
+from circuits.system.code_digest import stand_in
 from circuits.system.errors import InputError
 
 # Prefixes of settings that change no logit: hook flags, where a model is, where it came from.
@@ -28,6 +32,13 @@ SHAPE = (
     "attn_only", "parallel_attn_mlp",
 )  # fmt: skip
 INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# What torch keeps in every module, and what TransformerLens notes down in its own.
+OF_TORCH = set(vars(nn.Module()))
+OF_LENS = {
+    "mod_dict", "hook_dict", "fwd_hooks", "bwd_hooks", "is_caching", "context_level", "dataset",
+    "tokenizer", "alibi",
+}  # fmt: skip
 
 # Up to this many entries of a parameter enter the fingerprint bit by bit.
 SMALL = 1 << 12
@@ -61,7 +72,7 @@ def identity(model: Model) -> ModelIdentity:
     check_class(model)
     check_weights(model)
     # The fingerprint is the same on every device and whatever hook flags are set.
-    architecture = _architecture(model).encode()
+    architecture = _architecture(model.cfg).encode()
     digest = hashlib.blake2b(architecture, digest_size=16)
     # Sorted, so that the order of parameters does not matter.
     for name, parameter in sorted(model.named_parameters()):
@@ -76,9 +87,53 @@ def shape_of(model: Model) -> dict[str, Any]:
     return {name: getattr(model.cfg, name) for name in SHAPE}
 
 
-def _architecture(model: Model) -> str:
+@stand_in.register(Model)
+def _computed_by(model: Model) -> dict[str, Any]:
+    """All that decides what a model computes: its weights, and what is in and on its modules."""
+    with turn(model):
+        parts = {name: _values_and_hooks(module) for name, module in model.named_modules()}
+        on_all = _hooks(every_module, "_global")
+    return {"weights": identity(model).weights, "all modules": on_all, **parts}
+
+
+@stand_in.register(nn.Module)
+def _held_by(module: nn.Module) -> tuple[Any, ...]:
+    parts = module._parameters, module._modules
+    return _values_and_hooks(module), module.training, *parts
+
+
+def _values_and_hooks(module: nn.Module) -> tuple[Any, ...]:
+    """The class, attributes, buffers and hooks of a module, but for those of this package."""
+    is_lens = type(module).__module__.startswith("transformer_lens.")
+    noted = OF_TORCH | OF_LENS if is_lens else OF_TORCH
+    values = {}
+    for name, value in sorted(vars(module).items()):
+        if name not in noted and not isinstance(value, Own):
+            values[name] = value
+    buffers = {}
+    for name, buffer in module._buffers.items():
+        # Masks and tables of positions can be large.
+        buffers[name] = buffer if buffer is None else _told(buffer)
+    return type(module), values, buffers, _hooks(module)
+
+
+def _told(buffer: Tensor) -> tuple[Any, ...]:
+    return str(buffer.dtype), tuple(buffer.shape), checksum(buffer)
+
+
+def _hooks(owner: Any, prefix: str = "") -> dict[str, tuple[Any, ...]]:
+    found = {}
+    for kind in HOOKS:
+        registered = getattr(owner, prefix + kind).values()
+        if hooks := tuple(hook for hook in registered if not isinstance(hook, Own)):
+            found[kind] = hooks
+    return found
+
+
+@stand_in.register(TransformerLensConfig)
+def _architecture(cfg: TransformerLensConfig) -> str:
     """The settings that change logits, in an order that does not depend on the model's."""
-    settings = vars(model.cfg)
+    settings = vars(cfg)
     texts = {}
     for name in sorted(settings):
         if not name.startswith(NOT_ARCHITECTURE):

@@ -8,7 +8,8 @@
         checkpoint.safetensors  the state of an unfinished run, from which it is resumed
 
 The digest covers what the result depends on: the method with its settings, code and data, the
-metric's code, this package's code, model weights, prompts and graph. What was changed is run anew.
+metric's code, this package's code, the model's weights, settings and hooks, prompts and graph. What
+was changed is run anew.
 Of several ranks, only the first one reads and writes the folder. A finished run is read without a
 lock, so that it can be used where nothing can be written.
 """
@@ -30,7 +31,6 @@ from circuits.discovery.discoverer import (
     Progress,
     Resumable,
     as_json,
-    code_of,
 )
 from circuits.discovery.search_space import SearchSpace
 from circuits.evaluation.evaluate import Evaluation, evaluate
@@ -38,10 +38,9 @@ from circuits.graph.circuit import FILE, Circuit
 from circuits.graph.graph import Graph
 from circuits.models import Model, counting_passes
 from circuits.models.component_graph import computed_nodes
-from circuits.models.identity import identity
 from circuits.plotting.pages import circuit_page
 from circuits.running.ablation import Ablation
-from circuits.runs.run_folder import RECORD, describe_setup, digest, entered, locked, read_record
+from circuits.runs.run_folder import RECORD, describe_setup, digest, locked, read_record
 from circuits.system.code_digest import code_digest
 from circuits.system.errors import InputError, NotWrittenError
 from circuits.system.files import is_file, json_text, path_of, read_json, write_bytes, write_json
@@ -141,7 +140,7 @@ def run(
     # Only the first rank looks: another may see the folder late, on a network disk.
     if on_first(lambda: is_file(folder / RECORD)):
         return on_first(lambda: _found_again(folder, key))
-    with _taking_turns(folder):
+    with locked(folder, on=on_first):
         if on_first(lambda: is_file(folder / RECORD)):
             return on_first(lambda: _found_again(folder, key))
         checkpoint = folder / CHECKPOINT
@@ -225,14 +224,15 @@ def evaluate_run(
         "ablation": as_json(ablation),
         "size": size,
     }
-    code = code_digest(metrics, ablation).key()
-    key = digest([settings, identity(model).weights, code], size=8)
+    code = code_digest(metrics, ablation, model).key()
+    circuit = found.circuit
+    key = digest([settings, code], (circuit.kept, circuit.scores), size=8)
     if key in (known := _evaluations(found)):
         return known[key]
     with _locked_if_possible(found.folder):
         known = _evaluations(found)
         if key not in known:
-            circuit = found.circuit if size is None else found.circuit.top(size)
+            circuit = circuit if size is None else circuit.top(size)
             evaluation = evaluate(model, circuit, task, metrics=metrics, ablation=ablation)
             known[key] = {
                 **settings,
@@ -326,21 +326,11 @@ def _save(found: CircuitRun) -> CircuitRun:
     return found
 
 
-@contextlib.contextmanager
-def _taking_turns(folder: Path) -> Iterator[None]:
-    """Wait until no other process works in the folder. The first rank holds the lock for all."""
-    with contextlib.ExitStack() as stack:
-        # The first rank tells the others after each try. Without this they would time out.
-        while not on_first(lambda: entered(stack, folder)):
-            pass
-        yield
-
-
 def _digest(discoverer: CircuitDiscoverer, model: Model, task: Task, space: SearchSpace) -> str:
     """Hash what a run depends on."""
     graph = space.graph
-    method = [{**discoverer.identity(), **space.identity()}, code_of(discoverer).text]
-    parts = [method, identity(model).weights, task.digest(), graph.positions]
+    method = {**discoverer.identity(), **space.identity()}
+    parts = [method, code_digest(model).key(), task.digest(), graph.positions]
     edges = (graph.source, graph.target, graph.slot)
     return digest(parts, edges)
 

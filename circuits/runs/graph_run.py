@@ -22,14 +22,14 @@ from typing import Any
 from circuits.attribution.build import Direction
 from circuits.attribution.feature_graph import FEATURE, FILE, FeatureGraph
 from circuits.attribution.influence import completeness_score, pruned, replacement_score
-from circuits.discovery.discoverer import as_json, code_of
+from circuits.discovery.discoverer import as_json
 from circuits.discovery.methods.attribution_graph import AttributionGraph, Explained
 from circuits.models import Model
-from circuits.models.identity import identity
 from circuits.plotting.graph_page.data import GraphData
 from circuits.plotting.graph_page.groups import load_groups
 from circuits.plotting.graph_page.page import graph_page
 from circuits.runs.run_folder import LOCK, RECORD, describe_setup, digest, locked, read_record
+from circuits.system.code_digest import code_digest
 from circuits.system.errors import InputError, NotWrittenError
 from circuits.system.files import is_file, json_text, path_of, write_bytes, write_json
 from circuits.tasks.tokenization import PromptTokens, prompt_tokens
@@ -223,8 +223,8 @@ def _digest(
     explain: Sequence[Explained] | None,
 ) -> str:
     parts = [
-        [method.identity(), code_of(method).text],
-        identity(model).weights,
+        method.identity(),
+        code_digest(model).key(),
         tokens.tolist(),
         None if explain is None else list(map(_explained_as_json, explain)),
     ]

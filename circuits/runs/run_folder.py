@@ -9,7 +9,7 @@ import contextlib
 import json
 import platform
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +28,8 @@ RECORD, LOCK = "record.json", ".lock"
 PACKAGES = ("torch", "transformer-lens", "transformers")
 SECONDS_BETWEEN_TRIES = 60
 
+Entering = Callable[[], bool]
+
 
 def digest(parts: Any, columns: Iterable[Tensor] = (), *, size: int = 64) -> str:
     """Hash JSON values and then tensors, to `size` bytes in hexadecimal digits."""
@@ -40,18 +42,22 @@ def digest(parts: Any, columns: Iterable[Tensor] = (), *, size: int = 64) -> str
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make a folder, and wait until no other process works in it; see `locked_once`."""
+def locked(folder: Path, on: Callable[[Entering], bool] = lambda enter: enter()) -> Iterator[None]:
+    """Make a folder, and wait until no other process works in it; see `_locked_once`.
+
+    With `on=on_first`, the first rank holds the lock for all. It tells the others after each try,
+    since they would time out.
+    """
     with contextlib.ExitStack() as stack:
-        while not entered(stack, folder):
+        while not on(lambda: _entered(stack, folder)):
             pass
         yield
 
 
-def entered(stack: contextlib.ExitStack, folder: Path) -> bool:
-    """Try to enter `locked_once`; say why nothing happens if another process holds the lock."""
+def _entered(stack: contextlib.ExitStack, folder: Path) -> bool:
+    """Try to enter `_locked_once`; say why nothing happens if another process holds the lock."""
     try:
-        stack.enter_context(locked_once(folder))
+        stack.enter_context(_locked_once(folder))
     except Timeout:
         warnings.warn(f"another process works in {folder}; waiting until it is done.", stacklevel=2)
         return False
@@ -59,7 +65,7 @@ def entered(stack: contextlib.ExitStack, folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def locked_once(folder: Path) -> Iterator[None]:
+def _locked_once(folder: Path) -> Iterator[None]:
     """Make a folder and lock it, with a lock that ends with its process.
 
     Raises:

@@ -6,13 +6,15 @@ A stored result may only answer for the same code. Three things enter the digest
 - the code that was loaded, which can differ from the files (a notebook, an edit without a reload);
 - the data that it holds: fields, closures, defaults, and the module globals that it names.
 
-The standard library and installed packages count by their names, this package by all its files.
+The standard library and installed packages count by their names, and by the functions that a user
+has put into their classes; this package counts by all its files.
 """
 
 from __future__ import annotations
 
 import ast
 import copyreg
+import dis
 import functools
 import sys
 import types
@@ -30,6 +32,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from circuits.system.errors import InputError
 from circuits.system.tensors import bytes_of
 
 PACKAGE = __name__.partition(".")[0]
@@ -51,6 +54,14 @@ BUILTINS = (
     types.MethodDescriptorType, types.ClassMethodDescriptorType, types.GetSetDescriptorType,
     types.MemberDescriptorType,
 )  # fmt: skip
+# What only receives values tells a function nothing: these methods return None.
+LOGS: dict[type, set[str]] = {
+    list: {"append", "extend", "insert"},
+    set: {"add", "update"},
+    dict: {"update"},
+}
+
+EXACT = {tuple, dict}
 
 Digest = bytes
 Known = dict[int, tuple[Digest, Any]]
@@ -84,19 +95,27 @@ class CodeDigest:
         return f"{self.text} {uuid.uuid4().hex}"
 
 
-def code_digest(*values: Any, as_first_seen: bool = False) -> CodeDigest:
+def code_digest(*values: Any) -> CodeDigest:
     """The digest of values, such as methods and metrics, with their code and the data they hold.
 
-    Args:
-        as_first_seen: lists, sets and dictionaries in closures count as they were when this process
-            first saw them: a function that notes down its calls keeps its digest.
+    A list that a function only adds to does not count: a metric that notes down its calls keeps its
+    digest.
     """
-    walk = _Walk(values, as_first_seen)
+    walk = _Walk(values)
     digests = [walk.digest(value, _name(value)) for value in values]
     files = _with_imported(walk.files)
     sources = sorted(_hash(file.name, source) for file, source in files.items())
     digest = _hash("all", package_digest(), *digests, *sources)
     return CodeDigest(digest.hex(), walk.unknown)
+
+
+@functools.singledispatch
+def stand_in(value: object) -> Any:
+    """What counts in the place of an object; None takes what a copy of it would be made of.
+
+    Registered for classes of objects that are large, or that change while they are used.
+    """
+    return None
 
 
 @functools.cache
@@ -134,8 +153,7 @@ class _Walk:
         unknown: the first value that could not be hashed.
     """
 
-    def __init__(self, roots: Iterable[Any], as_first_seen: bool) -> None:
-        self.as_first_seen = as_first_seen
+    def __init__(self, roots: Iterable[Any]) -> None:
         self.files: set[Path] = set()
         self.unknown = ""
         # Where the value that is being visited was found.
@@ -143,7 +161,8 @@ class _Walk:
         # Installed packages count by their names, but for those that define the roots themselves.
         for root in roots:
             kind = root if isinstance(root, type) else type(root)
-            for each in (root, *kind.__mro__):
+            is_copied = stand_in.dispatch(kind) is stand_in.dispatch(object)
+            for each in (root, *kind.__mro__) if is_copied else ():
                 self._add_module(getattr(each, "__module__", None))
         # By id. The values are kept, since the id of one that is gone can be given to another.
         self._known: Known = {}
@@ -152,8 +171,6 @@ class _Walk:
         """The digest of a value, found at `where`, by default where that which holds it was."""
         if type(value) in PLAIN:
             return _hash(type(value).__name__, repr(value).encode())
-        if self.as_first_seen and id(value) in _first_seen:
-            return _first_seen[id(value)][0]
         if id(value) not in self._known:
             # Met again inside itself, a value counts as this.
             self._known[id(value)] = _hash("itself"), value
@@ -166,9 +183,12 @@ class _Walk:
         self._where = where or before
         try:
             for kinds, visit in _VISITS.items():
-                if isinstance(value, kinds):
+                # Classes derived from tuple and dict can hold more, and can be called.
+                if isinstance(value, kinds) and (kinds not in EXACT or type(value) is kinds):
                     return visit(self, value)
             return self._object(value)
+        except InputError:
+            raise
         # What cannot be copied, such as a lock or an open file, raises errors of any type.
         except Exception:
             self.unknown = self.unknown or f"{self._where} holds a {_name(type(value))}"
@@ -207,43 +227,44 @@ class _Walk:
         return self._all("code", [getattr(code, field) for field in CODE_FIELDS])
 
     def _function(self, function: types.FunctionType) -> Digest:
-        names, cells = function.__code__.co_freevars, function.__closure__ or ()
-        values: dict[str, Any] = {"": [function.__defaults__, function.__kwdefaults__]}
-        for name, cell in zip(names, cells, strict=True):
-            with suppress(ValueError):  # not yet assigned
-                values[name] = cell.cell_contents
-                self._note_first(values[name], name)
+        code = function.__code__
+        values: dict[str, Any] = dict(_closure_of(function))
+        is_own = self._is_own(function.__globals__.get("__name__"))
+        if is_own:
+            self._add_file(code.co_filename)
+            values |= self._globals_of(function)
+        for name, method in _noted(code).items():
+            if method in LOGS.get(type(values.get(name)), set()):
+                del values[name]
         values |= vars(function)
-        if self._is_own(function.__globals__.get("__name__")):
-            self._add_file(function.__code__.co_filename)
-            values[" code"] = function.__code__
-            values |= dict(self._globals_of(function))
+        values[""] = [function.__defaults__, function.__kwdefaults__, code if is_own else None]
         inside = self._dict(values, function.__qualname__)
         return _hash(_name(function), inside)
 
-    def _note_first(self, value: Any, where: str) -> None:
-        if isinstance(value, list | dict | set) and id(value) not in _first_seen:
-            _first_seen[id(value)] = self.digest(value, where), value
-
-    def _globals_of(self, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    def _globals_of(self, function: types.FunctionType) -> Entries:
+        """The globals that a function names, and what it names in modules, and in theirs."""
         names = sorted(set(_names_in(function.__code__)))
-        for name in names:
-            if name not in function.__globals__:
-                continue
-            value = function.__globals__[name]
-            yield name, value
-            if isinstance(value, types.ModuleType) and self._is_own(value.__name__):
-                held = vars(value)
-                yield from ((f"{name}.{each}", held[each]) for each in names if each in held)
+        found: dict[str, Any] = {}
+        places = [("", function.__globals__)]
+        # It grows by modules, which can hold each other.
+        for place, held in places:
+            for name in (name for name in names if name in held):
+                value = found[place + name] = held[name]
+                is_module = isinstance(value, types.ModuleType) and self._is_own(value.__name__)
+                if is_module and all(vars(value) is not known for _, known in places):
+                    places.append((f"{place}{name}.", vars(value)))
+        return found
 
     def _class(self, kind: type) -> Digest:
         parts = []
         for each in kind.__mro__:
             parts.append(_name(each).encode())
+            members = _members(each)
             if self._is_own(each.__module__):
                 self._add_module(each.__module__)
-                members = self._dict(_members(each), each.__qualname__)
-                parts.append(members)
+            else:
+                members = {name: put for name, put in members.items() if self._is_put(put)}
+            parts.append(self._dict(members, each.__qualname__))
         return _hash("class", *parts)
 
     def _module(self, module: types.ModuleType) -> Digest:
@@ -264,10 +285,8 @@ class _Walk:
     def _object(self, value: Any) -> Digest:
         """Any other object: its class, and what a copy of it would be made of."""
         kind = type(value)
-        identity = getattr(kind, "identity", None)
-        if _top(kind.__module__) == PACKAGE and isinstance(identity, functools.cached_property):
-            # Large weights of this package have a fingerprint.
-            return self._all(_name(kind), [value.identity.weights])
+        if (counted := stand_in(value)) is not None:
+            return self._all("stand-in", [kind, counted])
         reduce = copyreg.dispatch_table.get(kind)
         made_of = reduce(value) if reduce else value.__reduce_ex__(4)
         about = [kind, getattr(value, "__wrapped__", None)]
@@ -285,6 +304,12 @@ class _Walk:
         file = getattr(sys.modules.get(_top(module)), "__file__", None) or ""
         return _top(module) not in NOT_OWN and INSTALLED.isdisjoint(Path(file).parts)
 
+    def _is_put(self, member: Any) -> bool:
+        """Whether a member of an installed class is a function of a user."""
+        held = getattr(member, "__globals__", {})
+        module = held.get("__name__")
+        return module in sys.modules and self._is_own(module)
+
     def _add_module(self, name: str | None) -> None:
         if _top(name) not in NOT_OWN:
             self._add_file(getattr(sys.modules.get(str(name)), "__file__", None))
@@ -295,16 +320,14 @@ class _Walk:
             self.files.add(Path(name).resolve())
 
 
-# By id, with the values themselves as above.
-_first_seen: Known = {}
-
 # The first that fits. Other objects, lists among them, are visited by what copies are made of.
 _VISITS: dict[Any, Any] = {
     Tensor: _Walk._tensor,
     np.ndarray: _Walk._array,
     tuple: _Walk._tuple,
     (set, frozenset): _Walk._set,
-    (dict, types.MappingProxyType): _Walk._dict,
+    dict: _Walk._dict,
+    types.MappingProxyType: _Walk._dict,
     types.CodeType: _Walk._code,
     types.FunctionType: _Walk._function,
     type: _Walk._class,
@@ -320,6 +343,35 @@ def _names_in(code: types.CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _names_in(constant)
+
+
+def _closure_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    cells = function.__closure__ or ()
+    for name, cell in zip(function.__code__.co_freevars, cells, strict=True):
+        with suppress(ValueError):  # not yet assigned
+            yield name, cell.cell_contents
+
+
+@functools.lru_cache(maxsize=1024)
+def _noted(code: types.CodeType) -> dict[str, str]:
+    """Variables, each with the one method of it that code calls, if it does nothing else with it.
+
+    In `calls.append(1)` the variable is loaded, and then its method.
+    """
+    uses: dict[str, set[str]] = {}
+    waiting = [code]
+    while waiting:
+        part = waiting.pop()
+        waiting += [each for each in part.co_consts if isinstance(each, types.CodeType)]
+        steps = list(dis.get_instructions(part))
+        for step, following in zip(steps, [*steps[1:], steps[-1]], strict=True):
+            if step.opname in ("LOAD_DEREF", "LOAD_GLOBAL"):
+                is_method = following.opname in ("LOAD_METHOD", "LOAD_ATTR")
+                uses.setdefault(step.argval, set()).add(following.argval if is_method else "")
+            elif step.opname != "LOAD_CLOSURE" and isinstance(step.argval, str):
+                # Assigned, deleted or an attribute.
+                uses.setdefault(step.argval, set()).add("")
+    return {name: methods.pop() for name, methods in uses.items() if len(methods) == 1}
 
 
 def _members(kind: type) -> dict[str, Any]:

@@ -72,9 +72,27 @@ def tensor_file(tensors: Tensors, metadata: Texts) -> bytes:
     return save(on_cpu, with_digest(metadata, on_cpu))
 
 
-@without_modes()
 def read_tensors(path: Path, kind: str, version: int) -> TensorsAndMetadata:
     """Read the tensors of a safetensors file and the metadata in its header."""
+    while True:
+        before = _version_of(path)
+        try:
+            return _read_tensors(path, kind, version)
+        except InputError:
+            # safetensors opens a file twice, and another process may replace it in between.
+            if _version_of(path) == before:
+                raise
+
+
+def _version_of(path: Path) -> tuple[int, int]:
+    with contextlib.suppress(OSError):
+        status = path.stat()
+        return status.st_ino, status.st_mtime_ns
+    return 0, 0
+
+
+@without_modes()
+def _read_tensors(path: Path, kind: str, version: int) -> TensorsAndMetadata:
     _check_exists(path)
     try:
         with safe_open(path, framework="pt") as file:

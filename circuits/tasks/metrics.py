@@ -76,7 +76,7 @@ class Metric:
         """The name; for a user's metric, with a digest of its code, since names may coincide."""
         if self.shipped:
             return self.name
-        digest = code_digest(self.function, self.direction, as_first_seen=True)
+        digest = code_digest(self.function, self.direction)
         return f"{self.name} {digest.text[:8]}"
 
     @property

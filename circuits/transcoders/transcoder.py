@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from circuits.graph.identity import TranscodersIdentity
 from circuits.models.identity import checksum
+from circuits.system.code_digest import stand_in
 from circuits.system.errors import InputError
 from circuits.system.kinds import expect
 from circuits.transcoders.activations import Activation, BatchTopK, JumpReLU, Mask, TopK
@@ -301,6 +302,11 @@ class Transcoders:
         if isinstance(encoder.activation, JumpReLU):
             tensors["threshold"] = encoder.activation.threshold
         return tensors
+
+
+@stand_in.register(Transcoders)
+def _weights_of(transcoders: Transcoders) -> str:
+    return transcoders.identity.weights
 
 
 def check_is_transcoders(transcoders: object) -> None:

@@ -159,14 +159,17 @@ class ACDC(Resumable):
         methods = [replace(self, threshold=each) for each in descending]
         space = self.search_space(model, graph, **part)
         _check_sweep(descending, guess, space.graph, checkpoint)
+        # Before the metric is called, since it may note that down.
+        saved_at = []
+        for method in methods:
+            name = f"{method.threshold}.safetensors"
+            file = None if checkpoint is None else Path(checkpoint, name)
+            saved_at.append(method.checkpoint_at(file, model, space, task))
         stays = methods[0]._guess(model, space.graph, task) if guess is None else guess.kept
         meter = self.meter(model, space.graph, task)
         found: dict[float, Circuit] = {}
         report = progress or no_progress
-        for number, method in enumerate(methods):
-            name = f"{method.threshold}.safetensors"
-            file = None if checkpoint is None else Path(checkpoint, name)
-            saved = method.checkpoint_at(file, space, task)
+        for number, (method, saved) in enumerate(zip(methods, saved_at, strict=True)):
             reporting = partial(report_part, report, number, len(methods))
             circuit = method._search(space, meter, saved, reporting, stays)
             found[method.threshold] = circuit
