@@ -5,6 +5,7 @@ import copy
 import errno
 import functools
 import importlib
+import itertools
 import json
 import os
 import shutil
@@ -14,11 +15,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from architectures import random_model, random_task
 from changed_models import HONOURED
+from safetensors import safe_open
 
 import circuits
 from circuits.cli.main import main
@@ -34,7 +37,7 @@ from circuits.runs.circuit_run import (
     run,
 )
 from circuits.system.code_digest import code_digest
-from circuits.system.files import read_json, read_tensors, write_json
+from circuits.system.files import read_json, read_tensors, write_json, write_tensors
 
 DISCOVER = [
     "discover",
@@ -72,7 +75,7 @@ def discovered(folder: Path) -> dict:
 
 
 def tried(checkpoint: Path) -> int:
-    """How many decisions a run has made; 0 where the file is replaced while it is read."""
+    """How many decisions a run has made; 0 where it has just ended, without its checkpoint."""
     try:
         return int(read_tensors(checkpoint, "circuits.checkpoint", 1)[0]["evaluations"])
     except circuits.InputError:
@@ -747,6 +750,32 @@ def test_a_note_that_has_no_form_in_json_is_told_before_the_search(model, tmp_pa
         with pytest.raises(circuits.InputError, match="saved as JSON"):
             run(circuits.EAP(), model, random_task(), out=tmp_path, notes={"x": torch.ones(1)})
     assert passes["forward_passes"] == 0
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    """safetensors opens a file once for its header and once for its tensors."""
+    path = tmp_path / "file.safetensors"
+
+    def write(value: float) -> None:
+        write_tensors(path, {"x": torch.tensor(value)}, {"value": str(value)}, "kind", 1)
+
+    write(0.0)
+    values = iter((1.0, 2.0))
+
+    @contextlib.contextmanager
+    def replaced(path, **options):
+        with safe_open(path, **options) as file:
+            header = file.metadata()
+        for value in itertools.islice(values, 1):
+            write(value)
+        with safe_open(path, **options) as file:
+            yield SimpleNamespace(
+                metadata=lambda: header, keys=file.keys, get_tensor=file.get_tensor
+            )
+
+    monkeypatch.setattr("circuits.system.files.safe_open", replaced)
+    tensors, metadata = read_tensors(path, "kind", 1)
+    assert (float(tensors["x"]), metadata["value"]) == (2.0, "2.0")
 
 
 def test_a_change_to_json_is_noticed_and_accepted_once_its_digest_is_deleted(model, tmp_path):

@@ -28,7 +28,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Adam
 
 from circuits.models import Model, check_unchanged
-from circuits.models.identity import checksum, identity
+from circuits.models.identity import checksum
+from circuits.system.code_digest import code_digest
 from circuits.system.errors import InputError
 from circuits.system.files import read_tensors, write_tensors
 from circuits.system.numbers import items, python_number, whole
@@ -222,7 +223,7 @@ class _Trainer:
         settings["auxiliary"] = AUXILIARY_FEATURES, AUXILIARY_WEIGHT
         tokens, _ = self.batches(0)
         digest = hashlib.blake2b(checksum(tokens), digest_size=8)
-        return f"{settings} {identity(self.model)} {digest.hexdigest()}"
+        return f"{settings} {code_digest(self.model).key()} {digest.hexdigest()}"
 
     def _tensors(self) -> dict[str, Tensor]:
         # All tensors that change, by their names in a checkpoint.
