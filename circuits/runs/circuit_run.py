@@ -104,6 +104,9 @@ def run(
 ) -> CircuitRun:
     """Discover a circuit into a run folder, resume an interrupted run, or return a finished one.
 
+    A run is found again for the same code and data, prompts and graph, and for a model with the
+    same weights, settings, modules and hooks. What cannot be hashed is said, and never found again.
+
     Args:
         out: the folder of all runs.
         graph: the edges to choose from; by default the component graph, or the method's own graph.

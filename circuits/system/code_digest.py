@@ -54,13 +54,14 @@ BUILTINS = (
     types.MethodDescriptorType, types.ClassMethodDescriptorType, types.GetSetDescriptorType,
     types.MemberDescriptorType,
 )  # fmt: skip
-# What only receives values tells a function nothing: these methods return None.
+# Methods that return None: what a function only gives values to tells it nothing.
 LOGS: dict[type, set[str]] = {
     list: {"append", "extend", "insert"},
     set: {"add", "update"},
     dict: {"update"},
 }
 
+# Classes derived from these can hold more, and can be called.
 EXACT = {tuple, dict}
 
 Digest = bytes
@@ -98,8 +99,8 @@ class CodeDigest:
 def code_digest(*values: Any) -> CodeDigest:
     """The digest of values, such as methods and metrics, with their code and the data they hold.
 
-    A list that a function only adds to does not count: a metric that notes down its calls keeps its
-    digest.
+    They count as they are now. A list that a function only adds to does not: a metric that notes
+    down its calls keeps its digest.
     """
     walk = _Walk(values)
     digests = [walk.digest(value, _name(value)) for value in values]
@@ -183,7 +184,6 @@ class _Walk:
         self._where = where or before
         try:
             for kinds, visit in _VISITS.items():
-                # Classes derived from tuple and dict can hold more, and can be called.
                 if isinstance(value, kinds) and (kinds not in EXACT or type(value) is kinds):
                     return visit(self, value)
             return self._object(value)
