@@ -169,6 +169,27 @@ def test_a_comparison_gives_rankings_the_size_of_the_selection_and_averages_seed
     )
 
 
+def test_curves_and_tables_rank_no_edges_without_scores(model, task, ranked):
+    whole = circuits.Circuit.full(ranked.graph)
+    truth = ["m1->logits", "embed->m0"]
+    for call in (
+        lambda: circuits.faithfulness_curve(model, whole, task),
+        lambda: circuits.faithfulness_curve(model, whole, task, [3, 1.0], by="signed"),
+        lambda: compare(model, {"eap": ranked, "whole": whole}, task, size=5, sizes=[1.0]),
+        lambda: circuits.recovery(whole, truth),
+    ):
+        with pytest.raises(circuits.InputError, match="only 0 of 110 edges have a score"):
+            call()
+    curve = circuits.faithfulness_curve(model, whole, task, [0, 1.0])
+    assert curve["faithfulness"].tolist() == pytest.approx([0, 1], abs=1e-4)
+
+
+def test_a_comparison_takes_circuits_of_one_kind_from_each_method(model, task, ranked):
+    for found in ([], [ranked, ranked.top(5)]):
+        with pytest.raises(circuits.InputError, match=r"eap=\[.*must hold circuits that all"):
+            compare(model, {"eap": found}, task)
+
+
 def test_metrics_are_told_apart_by_their_names(unchecked_types):
     model, task = random_model("gpt2"), random_task()
     whole = circuits.Circuit.full(circuits.component_graph(model))

@@ -39,11 +39,9 @@ def frame_table(frame: pd.DataFrame, title: str) -> Table:
 
 def edge_table(circuit: Circuit) -> Table:
     """Make a table of the edges of largest |score|, strongest first."""
-    n_shown = min(MOST_EDGES_SHOWN, len(circuit))
-    strongest = circuit.top(n_shown).to_dataframe()
-    strongest = strongest.sort_values("score", key=abs, ascending=False)
+    strongest = circuit.strongest(MOST_EDGES_SHOWN)
     scores = strongest.set_index("edge")[["score"]]
-    title = f"The {n_shown} edges of largest |score|"
+    title = f"The {len(scores)} edges of largest |score|"
     return frame_table(scores.map("{:+.4f}".format), title)
 
 

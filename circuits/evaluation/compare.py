@@ -26,7 +26,7 @@ from circuits.running.ablation import Ablation
 from circuits.running.settings import RunSettings
 from circuits.system.errors import InputError
 from circuits.system.kinds import expect
-from circuits.system.numbers import WholeNumber, items
+from circuits.system.numbers import WholeNumber, items, shown
 from circuits.system.torch_modes import without_modes
 from circuits.tasks.metrics import Metric
 from circuits.tasks.model_fit import check_task
@@ -103,9 +103,14 @@ def compare(
     settings = RunSettings.parse(task, ablation=ablation, metric=metric)
     sweeps = {}
     for name, given in found.items():
-        sweeps[name] = [given] if isinstance(given, Circuit) else items(given, name)
+        sweeps[name] = [given] if isinstance(given, Circuit) else items(given, str(name))
         for circuit in sweeps[name]:
             check_is_circuit(circuit)
+        if len({circuit.selected for circuit in sweeps[name]}) != 1:
+            raise InputError(
+                f"{name}={shown(sweeps[name])} must hold circuits that all choose edges, or that "
+                "all only score them, and one at least."
+            )
     rows, curves, circuits = {}, [], {}
     for name, sweep in sweeps.items():
         if transcoders is not None:

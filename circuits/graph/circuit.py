@@ -151,11 +151,9 @@ class Circuit:
         return f"Circuit({len(self):,} of {len(self.graph):,} edges{scored_only})"
 
     def _repr_html_(self) -> str:
-        shown = min(ROWS_SHOWN, len(self))
-        strongest = self.top(shown).to_dataframe()
-        strongest = strongest.sort_values("score", key=abs, ascending=False)
+        strongest = self.strongest(ROWS_SHOWN)
         table = strongest.to_html(index=False)
-        more = len(self) - shown
+        more = len(self) - len(strongest)
         rest = f"<p>... and {more:,} more edges</p>" if more else ""
         return f"<p><b>{escape(repr(self))}</b></p>{table}{rest}"
 
@@ -191,10 +189,11 @@ class Circuit:
     def top(self, n: WholeNumber, by: RankBy = "magnitude") -> Circuit:
         """The `n` kept edges of largest |score| (or largest score).
 
-        Ties go to the first edge in graph order; edges without a score come last.
+        Ties go to the first edge in graph order.
 
         Raises:
-            InputError: `n` is no number of edges, or larger than that of the kept ones.
+            InputError: `n` is no number of edges, or larger than that of the kept ones; or fewer
+                have a score, and `n` is not all of them.
         """
         # 1.0 is the whole circuit where a size is a fraction, and would be a single edge here.
         if isinstance(python_number(n), float):
@@ -205,18 +204,19 @@ class Circuit:
                 f"top({n}) of a circuit that keeps {len(self)} edges; "
                 f"choose n between 0 and {len(self)}."
             )
-        return self._choosing(self._ranked(by)[:n])
+        return self._choosing(self._ranked(by)[:n], self, "top")
 
     def greedy(self, n: WholeNumber, by: RankBy = "magnitude") -> Circuit:
         """`n` kept edges that all reach the logits, chosen as by EAP-IG's greedy search.
 
         Edges are added one at a time: the one of largest |score| (or largest score) among those
         whose target reaches the logits, along edges added before or edges that the graph lacks.
-        Ties go to the first edge in graph order; edges without a score come last.
+        Ties go to the first edge in graph order.
 
         Raises:
             InputError: `n` is negative or larger than the number of kept edges that can reach the
-                logits, or the graph names no model.
+                logits; or one without a score would be added, and `n` is not all of them; or the
+                graph names no model.
 
         >>> import circuits, torch
         >>> graph = circuits.component_graph(circuits.load_model("toy-world"))
@@ -228,13 +228,13 @@ class Circuit:
         n = whole(n, "n")
         ranked = self._ranked(by).tolist()
         chosen = self.graph.paths.grown(ranked, n) if n >= 0 else []
+        reaching = self.connected()
         if len(chosen) != n:
-            reaching = len(self.connected())
             raise InputError(
-                f"greedy({n}) of a circuit of which {reaching} edges reach the logits; "
-                f"choose n between 0 and {reaching}."
+                f"greedy({n}) of a circuit of which {len(reaching)} edges reach the logits; "
+                f"choose n between 0 and {len(reaching)}."
             )
-        return self._choosing(torch.tensor(chosen, dtype=torch.long))
+        return self._choosing(torch.tensor(chosen, dtype=torch.long), reaching, "greedy")
 
     def above(self, threshold: RealNumber, by: RankBy = "signed") -> Circuit:
         """The kept edges whose score is larger than `threshold`, or whose |score| is.
@@ -242,9 +242,14 @@ class Circuit:
         Edges without a score are left out.
 
         Raises:
-            InputError: `threshold` is no number, or `by` is no way to rank edges.
+            InputError: `threshold` is no number, `by` is no way to rank edges, or no edge has a
+                score.
         """
-        kept = self.kept & (self._rank(by) > real(threshold, "threshold"))
+        threshold = real(threshold, "threshold")
+        rank = self._rank(by)
+        if len(self) and rank[self.kept].isnan().all():
+            raise _unscored(f"above({threshold})", 0, len(self))
+        kept = self.kept & (rank > threshold)
         return replace(self, kept=kept, selected=True)
 
     def connected(self, *, from_inputs: bool = False) -> Circuit:
@@ -281,6 +286,17 @@ class Circuit:
 
     def __sub__(self, other: Circuit) -> Circuit:
         return self._combined(other, lambda ours, theirs: ours & ~theirs)
+
+    def strongest(self, n: int) -> pd.DataFrame:
+        """At most `n` kept edges as a table, those of largest |score| first, for people to read.
+
+        Edges without a score come last, in graph order.
+        """
+        edges = self._ranked("magnitude")[:n]
+        kept = torch.zeros_like(self.kept)
+        kept[edges] = True
+        table = replace(self, kept=kept).to_dataframe()
+        return table.sort_values("score", key=abs, ascending=False, kind="stable")
 
     def to_dataframe(self) -> pd.DataFrame:
         """The kept edges as a table: columns `edge`, `source`, `target`, `slot`, `score`."""
@@ -375,7 +391,12 @@ class Circuit:
         rank[rank.isnan()] = -torch.inf
         return edges[rank.argsort(descending=True, stable=True)]
 
-    def _choosing(self, edges: Int[Tensor, " chosen"]) -> Circuit:
+    def _choosing(self, edges: Int[Tensor, " chosen"], of: Circuit, name: str) -> Circuit:
+        n, scored = len(edges), ~self.scores.isnan()
+        # Among edges without a score nothing says which to take, unless all of them are taken.
+        if n < len(of) and not scored[edges].all():
+            n_scored = int((scored & of.kept).sum())
+            raise _unscored(f"{name}({n})", n_scored, len(of))
         kept = torch.zeros_like(self.kept)
         kept[edges] = True
         return replace(self, kept=kept, selected=True)
@@ -398,6 +419,13 @@ def check_is_circuit(circuit: object) -> None:
     """Refuse what is no circuit, such as its graph or its folder."""
     remedy = "discover one, or read it with Circuit.load"
     expect(circuit, Circuit, "a Circuit", remedy)
+
+
+def _unscored(call: str, n_scored: int, n_edges: int) -> InputError:
+    return InputError(
+        f"{call}: only {n_scored} of {n_edges} edges have a score, so nothing says which others to "
+        "take; choose fewer edges or all, or score them, as EAP does."
+    )
 
 
 def _no_scores(graph: Graph) -> Float[Tensor, " edge"]:
