@@ -384,7 +384,9 @@ class TestSweep:
         self, toy_world, task, swept, tmp_path
     ):
         split = circuits.component_graph(toy_world, split_embed=True)
-        with pytest.raises(circuits.InputError, match=r"guess is over another graph \(479 edges"):
+        with pytest.raises(
+            circuits.InputError, match=r"guess is a circuit over another graph \(479 edges"
+        ):
             ACDC(1.0).sweep(toy_world, task, [0.01], graph=split, guess=swept[0])
         (tmp_path / "file").touch()
         with pytest.raises(

@@ -95,7 +95,7 @@ def test_above_by_magnitude_keeps_what_helps_or_hurts_that_much(circuit):
 
 def test_there_are_two_ways_to_rank_edges(circuit, unchecked_types):
     for choose in (circuit.top, circuit.greedy, circuit.above):
-        with pytest.raises(circuits.InputError, match=r"by='size' is not a way to rank edges"):
+        with pytest.raises(circuits.InputError, match=r"by='size': choose 'magnitude' or 'signed'"):
             choose(1, by="size")
 
 

@@ -8,12 +8,12 @@ from architectures import ARCHITECTURES, random_model, random_task
 
 import circuits
 from circuits.running.ablation import get_ablation
-from circuits.running.executor import _warn_once
 from circuits.running.hooked import HookedExecutor
 from circuits.running.incremental.batch import VariantRun
 from circuits.running.incremental.executor import IncrementalExecutor
 from circuits.running.incremental.shared_inputs import DistinctHeads
 from circuits.running.incremental.sublayer_run import TaskModel
+from circuits.system.messages import warn_once
 
 ABLATIONS = ["resample", "zero", "mean"]
 
@@ -175,7 +175,7 @@ def test_the_work_falls_with_the_circuit():
 class TestWhatCannotBeRunIncrementally:
     @pytest.fixture(autouse=True)
     def nothing_said_yet(self):
-        _warn_once.cache_clear()
+        warn_once.cache_clear()
 
     def changed(self):
         """A model with a hook of the user's that changes what heads write: no node computes what

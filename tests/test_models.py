@@ -251,7 +251,7 @@ def test_weights_that_do_not_fit_are_named():
 
 def test_an_unknown_name_suggests_what_was_meant():
     with pytest.raises(
-        circuits.InputError, match=r"no model or folder 'gpt2-smal'; did you mean gpt2-small"
+        circuits.InputError, match=r"no model or folder 'gpt2-smal'; did you mean 'gpt2-small'"
     ):
         circuits.load_model("gpt2-smal", device="cpu")
 

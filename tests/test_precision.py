@@ -10,7 +10,8 @@ import circuits
 from circuits.discovery.search.confirmation import Noise, confirm
 from circuits.running.ablation import get_ablation
 from circuits.running.incremental.executor import IncrementalExecutor
-from circuits.running.precision import DTYPES, Background, Precision, _say_once
+from circuits.running.precision import DTYPES, Background, Precision
+from circuits.system.messages import warn_once
 
 # The simulation says so once, in whichever test comes first.
 pytestmark = pytest.mark.filterwarnings("ignore:.*simulated:UserWarning")
@@ -311,7 +312,7 @@ class TestMistakes:
             )
 
     def test_a_simulation_says_so_once(self):
-        _say_once.cache_clear()
+        warn_once.cache_clear()
         with pytest.warns(UserWarning, match="int8 is simulated on this cpu"):
             Background.of(Precision("int8"), "cpu")
         Background.of(Precision("int8"), "cpu")

@@ -207,7 +207,7 @@ REFUSED = {
     "mask": ({"frozen_in": torch.ones(7, dtype=torch.bool)}, r"frozen_in: .* shape \(7,\)"),
     "start of edges": ({"start": ["m0->m1"]}, "is no circuit; give one"),
     "no layer": ({"layers": [0, 2]}, r"layers=\[0, 2\]: give layers .* from 0 to 1"),
-    "layers in words": ({"layers": "1-2"}, "layers=1-2: give layers"),
+    "layers in words": ({"layers": "1-2"}, "layers='1-2' must be a list"),
     "half a layer": ({"layers": 0.5}, "layers=0.5: give layers"),
     "unknown node": ({"nodes": ["m9"]}, "the graph has no node m9"),
     "no nodes": ({"nodes": []}, "no edge is left to try: of 110 edges, 110 are kept"),

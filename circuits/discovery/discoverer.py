@@ -23,7 +23,8 @@ from circuits.running.settings import RunSettings
 from circuits.system.code_digest import code_digest
 from circuits.system.errors import InputError, NotFiniteError
 from circuits.system.fields import CheckedFields
-from circuits.system.numbers import python_number
+from circuits.system.messages import suggestion
+from circuits.system.numbers import python_number, shown
 from circuits.system.torch_modes import without_modes
 from circuits.tasks.metrics import Metric
 from circuits.tasks.model_fit import check_is_task, check_task
@@ -34,6 +35,9 @@ SPEED_ONLY = {"speed_only": True}
 
 # Fields of methods that say how circuits are run and judged.
 RUN_SETTINGS = ("ablation", "metric", "max_memory", "precision")
+
+# What says where to search, besides `start`.
+WHERE = ("frozen_in", "frozen_out", "layers", "nodes")
 
 JsonObject = dict[str, Any]
 Progress = Callable[[int, int], None]
@@ -154,7 +158,7 @@ class CircuitDiscoverer(CheckedFields):
         part = {"frozen_in": frozen_in, "frozen_out": frozen_out, "layers": layers, "nodes": nodes}
         space = self.search_space(model, graph, start=start, **part)
         saved = self.checkpoint_at(checkpoint, model, space, task)
-        progress = progress or no_progress
+        progress = progress_of(progress)
         if self.searches():
             return self.find_within(model, task, space, saved, progress)
         return self.find(model, task, space.graph, saved, progress)
@@ -192,6 +196,8 @@ class CircuitDiscoverer(CheckedFields):
 
         Raises InputError if the graph or an argument cannot be used, or the method does not search.
         """
+        for name in part.keys() - set(WHERE):
+            raise InputError(f"there is no argument {name!r}; {suggestion(name, WHERE)}")
         given = {"start": start, **part}
         names = [f"{name}=" for name, value in given.items() if value is not None]
         if names and not self.searches():
@@ -287,6 +293,15 @@ REGISTRY: dict[str, type[CircuitDiscoverer]] = {}
 
 def no_progress(done: int, total: int) -> None:
     """Report nothing."""
+
+
+def progress_of(given: Any) -> Progress:
+    """What a user gives as `progress`; None reports nothing."""
+    if given is None:
+        return no_progress
+    if not callable(given):
+        raise InputError(f"progress={shown(given)} must be a function of (done, total).")
+    return given
 
 
 def report_part(progress: Progress, number: int, parts: int, done: int, total: int) -> None:

@@ -12,9 +12,10 @@ import torch
 from circuits.graph.circuit import Circuit
 from circuits.graph.graph import ChosenEdges, EdgeMask, Graph, NodesOrTexts
 from circuits.system.errors import InputError
+from circuits.system.numbers import WholeNumber, items, python_number, shown, whole
 
 Edges = Circuit | ChosenEdges
-Layers = Iterable[int] | int
+Layers = Iterable[WholeNumber] | WholeNumber
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +56,7 @@ class SearchSpace:
         """
         if start is not None and not isinstance(start, Circuit):
             raise InputError(
-                f"start={str(start)[:60]!r} is no circuit; give one, such as scores.greedy(200) or "
+                f"start={shown(start)} is no circuit; give one, such as scores.greedy(200) or "
                 "Circuit.from_edges(graph, edges)."
             )
         whole = ~graph.mask([])
@@ -99,30 +100,37 @@ class SearchSpace:
 
 def _edges(graph: Graph, edges: Edges | None, name: str) -> EdgeMask:
     if isinstance(edges, Circuit):
-        if edges.graph != graph:
-            raise InputError(
-                f"{name} is a circuit over another graph ({len(edges.graph)} edges, positions "
-                f"{edges.graph.positions}) than the search ({len(graph)} edges, positions "
-                f"{graph.positions}); give one over the same graph, or that graph as graph=."
-            )
-        return edges.kept
+        return kept_over(graph, edges, name)
     try:
         return graph.mask(() if edges is None else edges)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
 
 
+def kept_over(graph: Graph, circuit: Circuit, name: str) -> EdgeMask:
+    """The edges that a circuit keeps; an InputError if it is over another graph."""
+    own = circuit.graph
+    if own != graph:
+        raise InputError(
+            f"{name} is a circuit over another graph ({len(own)} edges, positions {own.positions}) "
+            f"than the search ({len(graph)} edges, positions {graph.positions}); give one over the "
+            "same graph, or that graph as graph=."
+        )
+    return circuit.kept
+
+
 def _into_layers(graph: Graph, layers: Layers | None) -> EdgeMask:
     """The edges into heads and MLPs of these layers."""
     if layers is None:
         return ~graph.mask([])
+    one = python_number(layers) is not None
+    wanted = [whole(each, "layers") for each in ([layers] if one else items(layers, "layers"))]
     of_node = np.array([getattr(node, "layer", -1) for node in graph.nodes])
-    wanted = np.array(list(layers) if isinstance(layers, Iterable) else [layers])
     known = of_node[of_node >= 0]
-    if wanted.dtype.kind not in "iu" or not len(wanted) or not np.isin(wanted, known).all():
+    if not wanted or not np.isin(wanted, known).all():
         last = known.max(initial=0)
         raise InputError(
-            f"layers={str(layers)[:60]}: give layers of the graph, whole numbers from 0 to {last}, "
+            f"layers={shown(wanted)}: give layers of the graph, whole numbers from 0 to {last}, "
             f"such as [0, {last}]."
         )
     into = np.isin(of_node, wanted)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from html import escape
 
 import pandas as pd
@@ -97,10 +97,11 @@ def compare(
     {'eap': 50, 'random': 50}
     """
     expect(found, Mapping, "a dict of circuits by method", "give {'eap': circuit, ...}")
+    if transcoders is not None:
+        expect(transcoders, Mapping, "a dict of transcoders by method", "give {'graph': ...}")
     if not found:
         raise InputError("there is nothing to compare; give at least one method's circuit.")
     check_task(model, task)
-    settings = RunSettings.parse(task, ablation=ablation, metric=metric)
     sweeps = {}
     for name, given in found.items():
         sweeps[name] = [given] if isinstance(given, Circuit) else items(given, str(name))
@@ -113,8 +114,8 @@ def compare(
             )
     rows, curves, circuits = {}, [], {}
     for name, sweep in sweeps.items():
-        if transcoders is not None:
-            settings = replace(settings, transcoders=transcoders.get(name))
+        own = None if transcoders is None else transcoders.get(name)
+        settings = RunSettings.parse(task, ablation=ablation, metric=metric, transcoders=own)
         curve = _curve(model, sweep, task, sizes, settings)
         curves.append(curve.assign(method=name))
         chosen = _tabulated(sweep, sweeps, size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -222,14 +222,10 @@ def evaluate(
     """
     check_task(model, task)
     settings = RunSettings.parse(ablation=ablation, max_memory=max_memory, transcoders=transcoders)
-    if isinstance(metrics, str | Metric) or callable(metrics):
-        metrics = [metrics]
     if metrics is None:
         chosen = default_metrics(task)
     else:
-        names = items(metrics, "metrics")
-        names = [ALIASES.get(each, each) if isinstance(each, str) else each for each in names]
-        chosen = [get_metric(metric, task) for metric in names]
+        chosen = [get_metric(metric, task) for metric in listed_metrics(metrics)]
         _check_names(chosen)
     return evaluations(model, [circuit], task, chosen, settings)[0]
 
@@ -310,15 +306,11 @@ def faithfulness_curve(
     >>> curve["faithfulness"].round(3).tolist()
     [0.0, 1.0]
     """
-    return faithfulness_points(
-        model,
-        of_sizes(circuit, sizes, by),
-        task,
-        metric=metric,
-        ablation=ablation,
-        max_memory=max_memory,
-        transcoders=transcoders,
+    check_task(model, task)
+    settings = RunSettings.parse(
+        task, ablation=ablation, metric=metric, max_memory=max_memory, transcoders=transcoders
     )
+    return judge_points(model, of_sizes(circuit, sizes, by), task, settings)
 
 
 @without_modes()
@@ -369,6 +361,8 @@ def judge_points(
             f"metric {metric.name!r} has the name of another column of the table; rename it."
         )
     metrics = [get_metric("kl", task), metric]
+    # An iterator could be read once only.
+    circuits = items(circuits, "circuits")
     rows = []
     for evaluation in evaluations(model, circuits, task, metrics, settings):
         fraction = evaluation.n_edges / len(circuits[0].graph)
@@ -392,6 +386,15 @@ def of_sizes(
     available = len(circuit)
     numbers = {_number_of_edges(size, available) for size in wanted}
     return [circuit.top(number, by=by) for number in sorted(numbers)]
+
+
+def listed_metrics(metrics: Any) -> list[Any]:
+    """One or several metrics, or their names, as a list; names as `METRICS` has them."""
+    one = isinstance(metrics, str | Metric) or callable(metrics)
+    names = [metrics] if one else items(metrics, "metrics")
+    if not names:
+        raise InputError("metrics=[] names no metric; leave it out for the usual ones.")
+    return [ALIASES.get(each, each) if isinstance(each, str) else each for each in names]
 
 
 def default_metrics(task: Task) -> list[Metric]:

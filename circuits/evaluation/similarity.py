@@ -17,6 +17,7 @@ from circuits.graph.circuit import Circuit, check_is_circuit
 from circuits.graph.graph import PooledFeatureGraph
 from circuits.graph.nodes import MLP, Embed, Error, Feature, Node, PosEmbed, TokenEmbed, at_position
 from circuits.system.errors import InputError
+from circuits.system.kinds import one_of
 
 
 def overlap(first: Circuit, second: Circuit) -> float:
@@ -121,7 +122,7 @@ def score_correlation(
     """Correlation of two circuits' scores over the edges that both scored; NaN for fewer than two.
 
     Raises:
-        InputError: the circuits are over different graphs.
+        InputError: the circuits are over different graphs, or there is no such `method`.
 
     >>> import circuits
     >>> model = circuits.load_model("toy-world")
@@ -131,7 +132,7 @@ def score_correlation(
     """
     scores = score_table(first, second)
     # Spearman's correlation is Pearson's of the ranks.
-    if method == "spearman":
+    if one_of(method, "method", ["spearman", "pearson"]) == "spearman":
         scores = scores.rank()
     correlation = scores.corr()
     return float(correlation.loc["x", "y"])

@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 from circuits.formats.validation import read_checked_json
 from circuits.graph.circuit import Circuit, check_is_circuit
 from circuits.graph.edges import Edge, parse_edge
-from circuits.graph.graph import Graph
+from circuits.graph.graph import Graph, check_is_graph
 from circuits.graph.nodes import Embed, Node, PosEmbed, TokenEmbed
 from circuits.models import Model
 from circuits.models.component_graph import component_graph
@@ -154,6 +154,7 @@ def load_eap_ig(
     """
     n_prompts = whole(n_prompts, "n_prompts", least=1)
     graph = component_graph(model) if graph is None else graph
+    check_is_graph(graph)
     path = path_of(path)
     file = read_checked_json(path, GRAPH_FILE, "graph JSON of EAP-IG")
     try:

@@ -18,13 +18,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.graph.edges import Edge, EdgesOrTexts
-from circuits.graph.graph import Graph, NodesOrTexts, PooledFeatureGraph, check_is_graph
+from circuits.graph.graph import COLUMNS, Graph, NodesOrTexts, PooledFeatureGraph, check_is_graph
 from circuits.graph.identity import ModelIdentity, TranscodersIdentity
 from circuits.graph.nodes import Node, parse_node
 from circuits.system.errors import InputError
 from circuits.system.files import json_text, path_of, read_tensors, write_tensors
-from circuits.system.kinds import expect
-from circuits.system.numbers import RealNumber, WholeNumber, python_number, real, whole
+from circuits.system.kinds import expect, one_of
+from circuits.system.numbers import RealNumber, WholeNumber, python_number, real, truth, whole
 from circuits.system.tensors import as_tensor
 
 RankBy = Literal["magnitude", "signed"]
@@ -33,8 +33,6 @@ FILE = "circuit.safetensors"
 FORMAT = "circuits.circuit"
 FORMAT_VERSION = 1
 ROWS_SHOWN = 10  # in a notebook
-# The tensors of a graph, in a file.
-COLUMNS = ("source", "target", "slot")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +68,8 @@ class Circuit:
 
     def __post_init__(self) -> None:
         check_is_graph(self.graph)
+        object.__setattr__(self, "selected", truth(self.selected, "selected"))
+        expect(self.record, Mapping, "a dict as record", "leave it out")
         for name, dtype in (("scores", torch.float32), ("kept", torch.bool)):
             column = as_tensor(getattr(self, name), name)
             if column.shape != (len(self.graph),):
@@ -94,7 +94,7 @@ class Circuit:
         if scores is None:
             scores = _no_scores(graph)
         kept = torch.ones_like(graph.source, dtype=torch.bool)
-        return Circuit(graph, scores, kept, selected=False, record=record or {})
+        return Circuit(graph, scores, kept, selected=False, record={} if record is None else record)
 
     @staticmethod
     def from_edges(graph: Graph, edges: EdgesOrTexts) -> Circuit:
@@ -122,6 +122,7 @@ class Circuit:
         >>> list(map(str, circuits.Circuit.from_nodes(graph, ["m0", "m3", circuits.Logits()])))
         ['m0->m3', 'm0->logits', 'm3->logits']
         """
+        check_is_graph(graph)
         chosen = graph.node_mask(nodes)
         kept = chosen[graph.source] & chosen[graph.target]
         return Circuit(graph, _no_scores(graph), kept)
@@ -269,6 +270,7 @@ class Circuit:
             InputError: the graph names no model, so that it is unknown which edges it lacks.
         """
         graph = self.graph
+        from_inputs = truth(from_inputs, "from_inputs")
         kept = graph.reaching_logits(self.kept)
         # Dropping edges that no input reaches may cut off others from the logits.
         while from_inputs:
@@ -377,11 +379,9 @@ class Circuit:
 
     def _rank(self, by: RankBy) -> Float[Tensor, " edge"]:
         """The numbers that edges are ranked by; NaN for those without a score."""
-        if by not in get_args(RankBy):
-            raise InputError(
-                f"by={by!r} is not a way to rank edges; choose 'magnitude' or 'signed'."
-            )
-        return self.scores.abs() if by == "magnitude" else self.scores
+        return (
+            self.scores.abs() if one_of(by, "by", get_args(RankBy)) == "magnitude" else self.scores
+        )
 
     def _ranked(self, by: RankBy) -> Int[Tensor, " kept"]:
         """The kept edges, those that rank highest first."""

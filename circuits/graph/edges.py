@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from circuits.graph.nodes import Head, Node, parse_node
 from circuits.system.errors import InputError
-from circuits.system.kinds import expect
+from circuits.system.kinds import expect, one_of
+from circuits.system.numbers import shown
 
 SLOTS = ("q", "k", "v")
 NO_SLOT = -1
@@ -31,6 +32,16 @@ class Edge:
     source: Node
     target: Node
     slot: str | None = None
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.source, Node) and isinstance(self.target, Node)):
+            given = f"{shown(self.source)} and {shown(self.target)}"
+            raise InputError(
+                f"an edge between {given}: give two nodes, such as circuits.MLP(0), or write "
+                "circuits.parse_edge('m0->logits')."
+            )
+        if self.slot is not None:
+            one_of(self.slot, "slot", SLOTS)
 
     def __str__(self) -> str:
         if self.slot is None:

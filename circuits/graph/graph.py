@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,16 +22,19 @@ from torch import Tensor
 from circuits.graph.components import FACTS, Components
 from circuits.graph.edges import NO_SLOT, SLOTS, Edge, EdgesOrTexts, parse_edge
 from circuits.graph.identity import ModelIdentity, TranscodersIdentity
-from circuits.graph.nodes import Logits, Node, PosEmbed, TokenEmbed, at_position, parse_node
+from circuits.graph.nodes import Head, Logits, Node, PosEmbed, TokenEmbed, at_position, parse_node
 from circuits.graph.paths import EdgeIndex, EdgeMask, EdgeNumbers, Paths, Positions
 from circuits.system.errors import InputError
 from circuits.system.kinds import expect
-from circuits.system.numbers import items
+from circuits.system.numbers import items, shown, truth
+from circuits.system.tensors import as_tensor
 
 ChosenEdges = EdgesOrTexts | EdgeMask | Bool[np.ndarray, " edge"]
 NodeMask = Bool[Tensor, " node"]
 NodesOrTexts = Sequence[Node | str]
 Names = tuple[str, ...]
+# The fields of a graph that are tensors.
+COLUMNS = ("source", "target", "slot")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,15 +71,20 @@ class Graph:
     model: ModelIdentity | None = None
 
     def __post_init__(self) -> None:
-        lengths = set(map(len, self._columns))
-        ends, slot = torch.cat([self.source, self.target]), self.slot
-        unknown = ((ends < 0) | (ends >= len(self.nodes))).any()
-        if len(lengths) > 1 or unknown or not torch.isin(slot, torch.arange(-1, len(SLOTS))).all():
-            raise InputError(
-                f"source, target and slot must have one entry per edge (they have {lengths}): two "
-                f"numbers of the {len(self.nodes)} nodes, and 0, 1, 2 or -1; cut a graph with "
-                "graph.only(edges)."
-            )
+        nodes, columns = tuple(items(self.nodes, "nodes")), self._given_columns
+        unknown = [node for node in nodes if not isinstance(node, Node)]
+        if unknown:
+            raise InputError(f"nodes: {shown(unknown[0])} is none; write circuits.MLP(0) or such.")
+        ends, slot = torch.cat(columns[:2]), columns[2]
+        is_wrong = ((ends < 0) | (ends >= len(nodes))).any()
+        if is_wrong or not torch.isin(slot, torch.arange(-1, len(SLOTS))).all():
+            raise self._wrong_columns
+        positions = None if self.positions is None else tuple(items(self.positions, "positions"))
+        truth(self.causal, "causal")
+        expect(self.model, ModelIdentity | None, "a ModelIdentity", "take another graph's .model")
+        values = (nodes, *columns, positions)
+        for name, value in zip(("nodes", *COLUMNS, "positions"), values, strict=True):
+            object.__setattr__(self, name, value)
 
     @staticmethod
     def empty(model: ModelIdentity | None = None) -> Graph:
@@ -162,8 +170,9 @@ class Graph:
         Raises:
             InputError: the graph lacks one of them, or the mask does not fit.
         """
-        if isinstance(edges, Tensor | np.ndarray):
-            return self._checked_mask(torch.as_tensor(edges))
+        holds_numbers = isinstance(edges, np.ndarray) and edges.dtype.kind not in "OU"
+        if isinstance(edges, Tensor) or holds_numbers:
+            return self._checked_mask(edges)
         listed = [edges] if isinstance(edges, str | Edge) else items(edges, "edges")
         numbers = list(map(self.index, listed))
         kept = torch.zeros_like(self.source, dtype=torch.bool)
@@ -179,7 +188,7 @@ class Graph:
         found = torch.zeros(len(self.nodes), dtype=torch.bool)
         for given in [nodes] if isinstance(nodes, Node | str) else items(nodes, "nodes"):
             node = parse_node(given) if isinstance(given, str) else given
-            numbers = self._numbers_of.get(node)
+            numbers = self._numbers_of.get(node) if isinstance(node, Node) else None
             if numbers is None:
                 raise InputError(f"the graph has no node {node}; {self._some_nodes}.")
             found[numbers] = True
@@ -208,11 +217,11 @@ class Graph:
         Raises:
             InputError: the graph names no model, so that it is unknown which edges it lacks.
         """
-        return self.paths.reaching_logits(kept)
+        return self.paths.reaching_logits(self._checked_mask(kept))
 
     def reached_from_inputs(self, kept: EdgeMask) -> EdgeMask:
         """The kept edges to which a path leads from an embedding; see `reaching_logits`."""
-        return self.paths.reached_from_inputs(kept)
+        return self.paths.reached_from_inputs(self._checked_mask(kept))
 
     @cached_property
     def paths(self) -> Paths:
@@ -244,6 +253,27 @@ class Graph:
     @property
     def _columns(self) -> tuple[EdgeIndex, EdgeIndex, EdgeIndex]:
         return self.source, self.target, self.slot
+
+    @property
+    def _given_columns(self) -> list[Tensor]:
+        columns = [as_tensor(getattr(self, name), name) for name in COLUMNS]
+        # Whole numbers are those that fit in with int64; an empty list has no type.
+        are_whole = all(
+            torch.promote_types(column.dtype, torch.long) == torch.long or not len(column)
+            for column in columns
+            if column.dim() == 1
+        )
+        if {tuple(column.shape) for column in columns} != {(columns[0].numel(),)} or not are_whole:
+            raise self._wrong_columns
+        return [column.long() for column in columns]
+
+    @property
+    def _wrong_columns(self) -> InputError:
+        shapes = [tuple(as_tensor(column, "").shape) for column in self._columns]
+        return InputError(
+            f"source, target and slot must have one entry per edge (shapes {shapes}): numbers of "
+            f"two of {len(self.nodes)} nodes, and 0, 1, 2 or -1; cut one with graph.only(edges)."
+        )
 
     @property
     def _own_paths(self) -> Paths:
@@ -287,7 +317,8 @@ class Graph:
             )
         return found
 
-    def _checked_mask(self, mask: Tensor) -> EdgeMask:
+    def _checked_mask(self, mask: Any) -> EdgeMask:
+        mask = as_tensor(mask, "a mask")
         if mask.dtype != torch.bool or mask.shape != (len(self),):
             raise InputError(
                 f"a mask of {mask.dtype} and shape {tuple(mask.shape)} cannot choose among the "
@@ -306,6 +337,8 @@ class Graph:
         for node in (edge.source, edge.target):
             if node not in self.node_index:
                 return f"it has no node {node}; {self._some_nodes}."
+        if isinstance(edge.target, Head) and edge.slot is None:
+            return "a head is read in a slot; give 'q', 'k' or 'v'."
         return (
             f"{edge.source} does not write where {edge.target} reads, or the graph was made "
             "without this edge."

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from circuits.system.errors import InputError
 from circuits.system.kinds import expect
-from circuits.system.numbers import python_number, whole
+from circuits.system.numbers import python_number, shown, whole
 
 Position = str | int | None
 """A named span of each prompt, a position counted from 0, or None for all positions."""
@@ -32,9 +32,12 @@ class Node:
     def __post_init__(self) -> None:
         # Numbers of numpy and torch become Python's, so that equal nodes are equal. Most are that.
         for name, value in vars(self).items():
-            is_number = python_number(value) is not None
-            if type(value) is not int and (is_number or name in ("layer", "head", "index")):
-                object.__setattr__(self, name, whole(value, name))
+            may_be_text = name in ("position", "token")
+            if type(value) is int or (may_be_text and isinstance(value, str | None)):
+                continue
+            if may_be_text and python_number(value) is None:
+                raise InputError(f"{name}={shown(value)}: give a text or a whole number.")
+            object.__setattr__(self, name, whole(value, name))
 
     def __str__(self) -> str:
         position: Position = getattr(self, "position", None)
@@ -228,8 +231,9 @@ def check_position_name(name: str) -> None:
     """Refuse a span name that would not survive the text form of nodes and edges.
 
     Raises:
-        InputError: the name is empty, a number, or contains a character of the text form.
+        InputError: the name is no text, empty, a number, or contains a character of the text form.
     """
+    expect(name, str, "a span's name", "give a text such as 'S1'")
     if not name or name.isdecimal() or re.search(r"[@<>\s.]|->", name):
         raise InputError(
             f"span name {name!r} cannot be used: it must not be empty, a number, or contain "

@@ -12,7 +12,7 @@ from circuits.graph.nodes import MLP, Head, Node, check_position_name
 from circuits.models import Model, check_model
 from circuits.models.identity import identity, shape_of
 from circuits.system.errors import InputError
-from circuits.system.numbers import WholeNumber, items, python_number, whole
+from circuits.system.numbers import WholeNumber, items, python_number, truth, whole
 from circuits.system.torch_modes import without_modes
 
 REST = "rest"
@@ -49,6 +49,7 @@ def component_graph(
     """
     check_supported(model)
     kind = model.cfg.positional_embedding_type
+    split_embed = truth(split_embed, "split_embed")
     if split_embed and kind != "standard":
         raise InputError(
             f"this model has no position embedding to split off (its positions are {kind}); "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import re
 import sys
 import tempfile
@@ -45,6 +44,8 @@ from circuits.system.files import (
     write_json,
     write_tensors,
 )
+from circuits.system.kinds import expect
+from circuits.system.messages import suggestion
 from circuits.system.torch_modes import without_modes
 
 Model = HookedTransformer
@@ -110,7 +111,8 @@ def load_model(
     """
     chosen, dtype = _device(device), dtype_called(dtype)
     # A folder of this name in the working directory does not hide the model that ships.
-    folder = ASSETS / EMBEDDED if name_or_path == EMBEDDED else path_of(name_or_path)
+    is_embedded = isinstance(name_or_path, str) and name_or_path == EMBEDDED
+    folder = ASSETS / EMBEDDED if is_embedded else path_of(name_or_path)
     with _running_no_code():
         if folder.is_dir():
             return _load_folder(folder, chosen, dtype)
@@ -138,19 +140,32 @@ def build_model(
         weights: a state dict with TransformerLens' names.
 
     Raises:
-        InputError: a weight is missing, unknown or of another shape than the configuration needs.
+        InputError: the configuration makes no model; a weight is missing, unknown or of another
+            shape than it needs.
     """
+    for name, given in {"config": config, "weights": weights}.items():
+        expect(given, Mapping, f"a dict as {name}", "see a model's cfg.to_dict() and state_dict()")
+    if tokenizer is not None:
+        remedy = "take a model's .tokenizer, or leave it out"
+        expect(tokenizer, PreTrainedTokenizerBase, "a tokenizer of transformers", remedy)
     # A seed in the configuration would set the seeds of torch, numpy and random globally.
     fixed = {"seed": None, "init_weights": False}
     chosen = str(_device(device))
     placed = {"dtype": dtype_called(dtype), "device": chosen}
-    settings = HookedTransformerConfig(**{**config, **fixed, **placed})
+    try:
+        settings = HookedTransformerConfig(**{**config, **fixed, **placed})
+    # It raises errors of several types.
+    except Exception as error:
+        raise InputError(
+            f"the configuration makes no model ({_first_line(error)}); give one such as "
+            "model.cfg.to_dict()."
+        ) from error
     with _running_no_code():
         model = HookedTransformer(settings, tokenizer)
-    given = _without_derived(weights)
-    _check_weights(_without_derived(model.state_dict()), given)
+    own = _without_derived(weights)
+    _check_weights(_without_derived(model.state_dict()), own)
     # Not strict, because the derived buffers are missing.
-    model.load_state_dict(given, strict=False)
+    model.load_state_dict(own, strict=False)
     return model.eval()
 
 
@@ -179,7 +194,7 @@ def save_model(model: Model, folder: str | Path) -> None:
     ...     loaded = circuits.load_model(folder)
     """
     check_class(model)
-    folder = Path(folder)
+    folder = path_of(folder)
     # Types and devices are chosen when the model is loaded.
     settings = model.cfg.to_dict()
     config = {name: value for name, value in settings.items() if _is_json(value)}
@@ -361,10 +376,8 @@ def _load_by_name(name: str, device: torch.device, dtype: torch.dtype) -> Model:
     known = conversion.make_model_alias_map()
     if name.lower() not in known:
         hint = f"use {EMBEDDED}, a name that TransformerLens knows (gpt2, pythia-160m) or a folder."
-        similar = difflib.get_close_matches(name.lower(), [EMBEDDED, *known], n=3)
-        if similar:
-            hint = f"did you mean {' or '.join(similar)}?"
-        raise InputError(f"there is no model or folder {name!r}; {hint}")
+        similar = suggestion(name, [EMBEDDED, *known], otherwise=hint)
+        raise InputError(f"there is no model or folder {name!r}; {similar}")
     place: dict[str, Any] = {"device": str(device), "dtype": dtype}
     # TransformerLens prints, but a program may read our standard output.
     with (

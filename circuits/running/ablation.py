@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -19,7 +18,10 @@ from circuits.models import Hook, Model, frozen, output_hook
 from circuits.models.source_outputs import SourceOutputs, run_and_record
 from circuits.running.noise import embedding_noise
 from circuits.system.errors import InputError
-from circuits.system.messages import suggestion
+from circuits.system.fields import CheckedFields
+from circuits.system.kinds import expect
+from circuits.system.messages import quoted, suggestion
+from circuits.system.numbers import shown
 from circuits.tasks.model_fit import check_task
 from circuits.tasks.task import Task
 
@@ -44,7 +46,7 @@ NamedHooks = list[tuple[str, Hook]]
 
 
 @dataclass(frozen=True, eq=False)
-class Ablation:
+class Ablation(CheckedFields):
     """What replaces the output of each source.
 
     Attributes:
@@ -80,7 +82,7 @@ class Ablation:
     def __post_init__(self) -> None:
         if self.name not in (*NAMES, "given"):
             raise InputError(
-                f"there is no ablation {self.name!r}; {suggestion(str(self.name), NAMES)} Or write "
+                f"there is no ablation {self.name!r}; {suggestion(self.name, NAMES)} Or write "
                 "Ablation('given', outputs=...)."
             )
         self._check_over()
@@ -97,29 +99,19 @@ class Ablation:
                 f"Ablation({self.name!r}) has no {unread[0]}; leave it out, or choose "
                 f"{' or '.join(map(repr, reading))}."
             )
-        self._check_noise()
+        if not 0 < self.scale < math.inf:
+            raise InputError(
+                f"Ablation(scale={self.scale}): noise needs a positive number of standard "
+                "deviations, such as 3.0."
+            )
 
     def _check_over(self) -> None:
-        if not isinstance(self.over, Task) and self.over not in ("clean", "corrupted"):
-            given = repr(self.over) if isinstance(self.over, str) else type(self.over).__name__
+        named = isinstance(self.over, str) and self.over in ("clean", "corrupted")
+        if not isinstance(self.over, Task) and not named:
             raise InputError(
-                f"Ablation(over={given}): means are taken over 'clean' or 'corrupted' "
+                f"Ablation(over={shown(self.over)}): means are taken over 'clean' or 'corrupted' "
                 "prompts, or over the clean prompts of another Task."
             )
-
-    def _check_noise(self) -> None:
-        """The scale and the seed become a float and an int."""
-        scale, seed = self.scale, self.seed
-        is_number = isinstance(scale, Real) and not isinstance(scale, bool)
-        if not is_number or not 0 < scale < math.inf:
-            raise InputError(
-                f"Ablation(scale={scale!r}): noise needs a positive number of standard deviations, "
-                "such as 3.0."
-            )
-        if not isinstance(seed, Integral) or isinstance(seed, bool):
-            raise InputError(f"Ablation(seed={seed!r}): a seed is an integer, such as 0.")
-        object.__setattr__(self, "scale", float(scale))
-        object.__setattr__(self, "seed", int(seed))
 
     @property
     def _set(self) -> list[str]:
@@ -218,12 +210,15 @@ def _digest(outputs: GivenOutputs) -> str:
 
 def get_ablation(ablation: str | Ablation) -> Ablation:
     """The ablation of that name."""
-    return ablation if isinstance(ablation, Ablation) else Ablation(ablation)
+    if isinstance(ablation, Ablation):
+        return ablation
+    expect(ablation, str, "an ablation", f"choose {quoted(NAMES)}, or make a circuits.Ablation")
+    return Ablation(ablation)
 
 
 def check_corrupted(ablation: Ablation, task: Task) -> None:
     """Raise an InputError if an ablation uses corrupted prompts and there are none that differ."""
-    if ablation.name != "resample" and not str(ablation).endswith("over corrupted"):
+    if ablation.name != "resample" and ablation.over != "corrupted":
         return
     if task.alignment is not None:
         if ablation.name != "resample":

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 
 import torch
 from torch import Tensor
 
-from circuits.graph.circuit import Circuit
+from circuits.graph.circuit import Circuit, check_is_circuit
 from circuits.graph.nodes import Node
 from circuits.models import Model, frozen, hook_names, separate_inputs
 from circuits.models.component_graph import component_nodes
@@ -18,6 +17,10 @@ from circuits.running.hooked import HookedExecutor
 from circuits.running.run import parts_that_fit
 from circuits.running.settings import RunSettings
 from circuits.system.errors import InputError
+from circuits.system.kinds import expect
+from circuits.system.messages import suggestion
+from circuits.system.numbers import WholeNumber, items
+from circuits.system.torch_modes import without_modes
 from circuits.tasks.task import Task
 
 Activations = dict[str, Tensor]
@@ -25,6 +28,7 @@ Seen = dict[str, list[Tensor]]
 Rows = dict[str, int]
 
 
+@without_modes()
 def circuit_activations(
     model: Model,
     circuit: Circuit,
@@ -32,7 +36,7 @@ def circuit_activations(
     names: Sequence[str | Node] | str | Node,
     *,
     ablation: str | Ablation = "resample",
-    max_memory: int | None = None,
+    max_memory: WholeNumber | None = None,
 ) -> Activations:
     """Activations inside the run of a circuit, in which every edge outside it is ablated.
 
@@ -68,13 +72,16 @@ def circuit_activations(
         InputError: a name is unknown, or is not computed once in such a run; the circuit is one of
             features; or the model, circuit and task do not fit together.
     """
+    check_is_circuit(circuit)
     graph = circuit.graph
     if "hooks" not in graph.executors:
         raise InputError(
             "this circuit is one of transcoder features; give a circuit of heads and MLPs."
         )
     check_runnable(model, graph, task)
-    wanted = [names] if isinstance(names, str | Node) else names
+    wanted = [names] if isinstance(names, str | Node) else items(names, "names")
+    for name in wanted:
+        expect(name, str | Node, "a name or a node", "write it like 'a1.h0'")
     distinct = dict.fromkeys(map(str, wanted))
     texts = list(distinct)
     nodes = component_nodes(model, graph.splits_embedding)
@@ -83,9 +90,8 @@ def circuit_activations(
     settings = RunSettings.parse(ablation=ablation, executor="hooks", max_memory=max_memory)
     parts: list[Activations] = []
     for own_graph, part, own_settings in parts_that_fit(model, graph, task, settings):
-        executor = HookedExecutor.prepare(
-            model, own_graph, part, own_settings.ablation, max_memory=max_memory
-        )
+        ablation, limit = own_settings.ablation, own_settings.max_memory
+        executor = HookedExecutor.prepare(model, own_graph, part, ablation, max_memory=limit)
         parts += _of_parts(executor, circuit, texts, rows)
     return {text: torch.cat([part[text] for part in parts]) for text in texts}
 
@@ -94,13 +100,13 @@ def _check_names(model: Model, texts: Sequence[str], rows: Rows) -> None:
     known = [*rows, *hook_names(model)]
     for text in texts:
         if text not in known:
-            similar = get_close_matches(text, known, n=1)
-            hint = f"did you mean {similar[0]!r}? " if similar else ""
             first, *_, last = rows
-            raise InputError(
-                f"{text!r} is no activation of this circuit's run; {hint}There are its sources, "
-                f"{first} to {last}, and hook points such as blocks.0.attn.hook_pattern."
+            there_are = (
+                f"there are its sources, {first} to {last}, and hook points such as "
+                "blocks.0.attn.hook_pattern."
             )
+            similar = suggestion(text, known, otherwise=there_are)
+            raise InputError(f"{text!r} is no activation of this circuit's run; {similar}")
 
 
 def _of_parts(

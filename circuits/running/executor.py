@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -18,6 +16,7 @@ from circuits.running.incremental.sublayer_run import UnsupportedError
 from circuits.running.settings import KeptEdges, OfLogits, RunSettings, VariantLogits
 from circuits.system.errors import InputError
 from circuits.system.memory import shrinking
+from circuits.system.messages import warn_once
 from circuits.tasks.task import Task
 
 
@@ -80,10 +79,5 @@ def get_executor(model: Model, graph: Graph, task: Task, settings: RunSettings) 
             raise InputError(f"{name} cannot be run incrementally: {error}; {remedy}.") from error
         reason = error
     ready = prepared(HookedExecutor)
-    _warn_once(f"{name} is run by the reference executor, which is slower: {reason}.")
+    warn_once(f"{name} is run by the reference executor, which is slower: {reason}.")
     return ready
-
-
-@cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=3)

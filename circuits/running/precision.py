@@ -12,7 +12,6 @@ metric are computed in float32.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Literal
@@ -24,8 +23,8 @@ from torch.nn import functional
 
 from circuits.models.functional import HeadSelection, Multiply, multiply
 from circuits.system.errors import InputError
-
-TypeName = Literal["bfloat16", "float16", "float8_e4m3", "int8"]
+from circuits.system.fields import CheckedFields
+from circuits.system.messages import warn_once
 
 DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -52,7 +51,7 @@ Stored = tuple[Tensor, Scaled]
 
 
 @dataclass(frozen=True)
-class Precision:
+class Precision(CheckedFields):
     """How exactly a search computes.
 
     Attributes:
@@ -75,7 +74,7 @@ class Precision:
     confirm: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.background, str) or self.background not in DTYPES:
+        if self.background not in DTYPES:
             raise InputError(
                 f"there is no background precision {self.background!r}; choose one of "
                 f"{', '.join(DTYPES)}."
@@ -132,7 +131,7 @@ class Background:
         where = torch.device(device or "cpu")
         kernel = _has_kernel(dtype, where)
         if not kernel:
-            _say_once(
+            warn_once(
                 f"{precision.background} is simulated on this {where.type}: its rounding is real, "
                 "but it is no faster."
             )
@@ -288,8 +287,3 @@ def _kernel_error(dtype: torch.dtype, device: torch.device, *shape: int) -> floa
     expected = a.double() @ b.double()
     errors = _matmul(a, b) - expected
     return float(errors.abs().max() / expected.abs().max())
-
-
-@cache
-def _say_once(message: str) -> None:
-    warnings.warn(message, stacklevel=4)

@@ -19,8 +19,9 @@ from circuits.running.edge_layout import check_runnable
 from circuits.running.executor import get_executor
 from circuits.running.settings import ExecutorName, KeptEdges, RunSettings, VariantLogits
 from circuits.system.errors import InputError
+from circuits.system.kinds import one_of
 from circuits.system.memory import memory_budget
-from circuits.system.numbers import WholeNumber, shown
+from circuits.system.numbers import WholeNumber
 from circuits.system.tensors import as_tensor
 from circuits.system.torch_modes import without_modes
 from circuits.tasks.metrics import check_finite
@@ -188,8 +189,7 @@ def model_logits(
     """
     check_model(model)
     check_task(model, task)
-    if prompts not in ("clean", "corrupted"):
-        raise InputError(f"prompts={shown(prompts)}: choose 'clean' or 'corrupted'.")
+    one_of(prompts, "prompts", ["clean", "corrupted"])
     task = task.to(model.cfg.device)
     logits = []
     with frozen(model), torch.no_grad():

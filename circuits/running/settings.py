@@ -11,7 +11,7 @@ from torch import Tensor
 
 from circuits.running.ablation import Ablation, get_ablation
 from circuits.running.precision import Precision, get_precision
-from circuits.system.errors import InputError
+from circuits.system.kinds import one_of
 from circuits.system.numbers import WholeNumber, whole
 from circuits.tasks.metrics import Metric, get_metric
 from circuits.tasks.model_fit import check_is_task
@@ -68,10 +68,6 @@ class RunSettings:
             InputError: an argument names no ablation, metric, executor or precision, or the metric
                 does not fit the task.
         """
-        if executor not in get_args(ExecutorName):
-            raise InputError(
-                f"there is no executor {executor!r}; choose 'auto', 'incremental' or 'hooks'."
-            )
         if task is not None:
             check_is_task(task)
         if transcoders is not None:
@@ -80,7 +76,7 @@ class RunSettings:
         return RunSettings(
             get_ablation(ablation),
             None if task is None else get_metric(metric, task),
-            executor,
+            one_of(executor, "executor", get_args(ExecutorName)),
             None if max_memory is None else whole(max_memory, "max_memory"),
             get_precision(precision),
             transcoders,

@@ -33,13 +33,13 @@ from circuits.discovery.discoverer import (
     as_json,
 )
 from circuits.discovery.search_space import SearchSpace
-from circuits.evaluation.evaluate import Evaluation, evaluate
+from circuits.evaluation.evaluate import Evaluation, evaluate, listed_metrics
 from circuits.graph.circuit import FILE, Circuit
 from circuits.graph.graph import Graph
 from circuits.models import Model, counting_passes
 from circuits.models.component_graph import computed_nodes
 from circuits.plotting.pages import circuit_page
-from circuits.running.ablation import Ablation
+from circuits.running.ablation import Ablation, get_ablation
 from circuits.runs.run_folder import RECORD, describe_setup, digest, locked, read_record
 from circuits.system.code_digest import code_digest
 from circuits.system.errors import InputError, NotWrittenError
@@ -129,8 +129,10 @@ def run(
     """
     expect(discoverer, CircuitDiscoverer, "a method", "give one, such as circuits.ACDC(0.01)")
     check_task(model, task)
+    notes = {} if notes is None else notes
+    expect(notes, Mapping, "a dict as notes", "give {'seed': 0}, or leave it out")
     # A note that has no form in JSON is told before the search.
-    json_text(notes or {})
+    json_text(notes)
     # An iterator would be empty at its second reading.
     part = {
         name: list(value) if isinstance(value, Iterator) else value
@@ -157,7 +159,7 @@ def run(
             **totals(passes),
             "resumed": resumed,
             "seconds": seconds,
-            "notes": dict(notes or {}),
+            "notes": dict(notes),
             "key": key,
         }
         found = CircuitRun(folder, circuit, record, reused=False)
@@ -203,7 +205,7 @@ def evaluate_run(
     model: Model,
     task: Task,
     *,
-    metrics: Sequence[str | Metric] | None = None,
+    metrics: str | Metric | Sequence[str | Metric] | None = None,
     ablation: str | Ablation = "resample",
     size: WholeNumber | None = None,
 ) -> dict[str, Any]:
@@ -219,11 +221,14 @@ def evaluate_run(
         InputError: circuit, model and task do not fit together, or the file is damaged.
     """
     check_task(model, task)
+    expect(found, CircuitRun, "a run", "read it with circuits.load_run")
     size = None if size is None else whole(size, "size")
+    metrics = None if metrics is None else listed_metrics(metrics)
+    get_ablation(ablation)
     settings = {
         "task": task.name,
         "prompts": task.digest(),
-        "metrics": None if metrics is None else list(map(as_json, metrics)),
+        "metrics": as_json(metrics),
         "ablation": as_json(ablation),
         "size": size,
     }

@@ -51,7 +51,7 @@ def _gpu_of_rank() -> torch.device:
 def _device(name: str | torch.device) -> torch.device:
     try:
         return torch.device(name)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"there is no device {shown(name)}; {REMEDY}") from error
 
 

@@ -8,11 +8,11 @@ from functools import cache, wraps
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from circuits.system.errors import InputError
-from circuits.system.numbers import python_number, real, shown, truth, whole
+from circuits.system.kinds import one_of, text
+from circuits.system.numbers import python_number, real, truth, whole
 
 Check = Callable[[Any, str], Any]
-CHECKS: dict[Any, Check] = {int: whole, float: real, bool: truth}
+CHECKS: dict[Any, Check] = {int: whole, float: real, bool: truth, str: text}
 
 
 class CheckedFields:
@@ -20,7 +20,7 @@ class CheckedFields:
 
     Numbers of other libraries become Python's own, so that settings compare, print and save alike,
     before a subclass's own `__post_init__` compares them. Fields are changed whose type is a
-    number, bool, `Literal` or union with one; other types are for others to check.
+    number, bool, text, `Literal` or union with one; other types are for others to check.
 
     Raises:
         InputError: a field holds something that its type does not include.
@@ -67,7 +67,7 @@ def _converted(value: Any, name: str, hint: Any) -> Any:
     if hint in CHECKS:
         return CHECKS[hint](value, name)
     if get_origin(hint) is Literal:
-        return _chosen(value, name, get_args(hint))
+        return one_of(value, name, get_args(hint))
     if get_origin(hint) in (Union, UnionType):
         return _of_union(value, name, hint)
     return value
@@ -87,13 +87,3 @@ def _of_union(value: Any, name: str, hint: Any) -> Any:
     if int in kinds and number % 1 == 0:
         return int(number)
     return float(number) if float in kinds else value
-
-
-def _chosen(value: Any, name: str, choices: tuple[Any, ...]) -> Any:
-    for choice in choices:
-        # The type first, because arrays compare item by item.
-        if isinstance(value, type(choice)) and value == choice:
-            return choice
-    *others, last = map(repr, choices)
-    known = f"{', '.join(others)} or {last}" if others else last
-    raise InputError(f"{name}={shown(value)}: choose {known}.")

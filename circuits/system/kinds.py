@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from circuits.system.errors import InputError
 from circuits.system.numbers import shown
 
 # Things whose text says more than their type.
-PLAIN = (str, int, float, list, tuple, dict, type(None))
+PLAIN = (str, bytes, int, float, list, tuple, dict, type(None))
 
 
 def expect(value: object, kind: Any, wanted: str, remedy: str) -> None:
     """Refuse an argument of another kind: `wanted` says what it should be, such as "a Task"."""
     if not isinstance(value, kind):
-        found = shown(value) if isinstance(value, PLAIN) else type(value).__name__
-        raise InputError(f"expected {wanted}, got {found}; {remedy}.")
+        raise InputError(f"expected {wanted}, got {_told(value)}; {remedy}.")
+
+
+def one_of(value: object, name: str, choices: Sequence[Any]) -> Any:
+    """One of a few plain values.
+
+    >>> one_of("signed", "by", ["magnitude", "signed"])
+    'signed'
+    """
+    for choice in choices:
+        # The type first, because arrays compare item by item.
+        if isinstance(value, type(choice)) and value == choice:
+            return choice
+    *others, last = map(repr, choices)
+    known = f"{', '.join(others)} or {last}" if others else last
+    raise InputError(f"{name}={shown(value)}: choose {known}.")
+
+
+def text(value: object, name: str) -> str:
+    """A text, as it is."""
+    if not isinstance(value, str):
+        raise InputError(f"{name}={shown(value)} must be a text.")
+    return value
+
+
+def _told(value: object) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return shown(value) if isinstance(value, PLAIN) else type(value).__name__

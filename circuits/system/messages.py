@@ -1,7 +1,9 @@
 """Pieces of text that several error messages share."""
 
 import difflib
+import warnings
 from collections.abc import Iterable
+from functools import cache
 
 LONGEST_LINE = 480  # characters; of these, the end is the remedy
 LONGEST_END = 160
@@ -30,17 +32,30 @@ def quoted(words: Iterable[str]) -> str:
     return ", ".join(map(repr, words))
 
 
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """For an unknown word: the most similar known one, if any is, then all unless they are many."""
+def suggestion(word: object, known: Iterable[str], *, otherwise: str = "") -> str:
+    """For an unknown word: the most similar known one, if any is, then all unless they are many.
+
+    Args:
+        otherwise: said instead of many words of which none is similar.
+    """
     # Names are written in small letters, which is no reason to find "ACDC" unlike "acdc".
     known = {each.lower(): each for each in known}
     if not known:
         return "there is none."
-    similar = difflib.get_close_matches(word.lower(), known, n=1)
+    written = word.lower() if isinstance(word, str) else ""
+    similar = difflib.get_close_matches(written, known, n=1)
     parts = [f"did you mean {known[each]!r}?" for each in similar]
     n_more = len(known) - MOST_LISTED
+    if n_more > 0 and not similar and otherwise:
+        return otherwise
     if n_more <= 0 or not similar:
         listed = ", ".join(list(known.values())[:MOST_LISTED])
         more = f" and {n_more} more" if n_more > 0 else ""
         parts.append(f"there are {listed}{more}.")
     return " ".join(parts)
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Warn, of each message once."""
+    warnings.warn(message, stacklevel=4)

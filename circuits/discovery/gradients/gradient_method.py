@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing_extensions import override
 
 from circuits.discovery.checkpoint import Checkpoint
-from circuits.discovery.discoverer import SPEED_ONLY, CircuitDiscoverer, Progress, no_progress
+from circuits.discovery.discoverer import SPEED_ONLY, CircuitDiscoverer, Progress, progress_of
 from circuits.discovery.gradients.edge_attribution import EdgeAttribution
 from circuits.discovery.gradients.edge_scores import EdgeScoring, GradientPoint
 from circuits.graph.circuit import Circuit
@@ -72,7 +72,7 @@ class GradientMethod(CircuitDiscoverer, ABC):
         """
         graph = self.search_graph(model, graph)
         scoring = self._scoring(model, graph, task, details=True)
-        return scoring.attribution(progress or no_progress)
+        return scoring.attribution(progress_of(progress))
 
     def _scoring(
         self, model: Model, graph: Graph, task: Task, *, details: bool = False

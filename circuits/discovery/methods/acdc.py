@@ -10,7 +10,7 @@ time (`search.speculation`), and in low precision doubtful ones are confirmed in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,15 +20,15 @@ import torch
 from typing_extensions import override
 
 from circuits.discovery.checkpoint import Checkpoint
-from circuits.discovery.discoverer import SPEED_ONLY, Progress, Resumable, no_progress, report_part
+from circuits.discovery.discoverer import SPEED_ONLY, Progress, Resumable, progress_of, report_part
 from circuits.discovery.gradients.edge_scores import EdgeScoring, GradientPoint
 from circuits.discovery.search.edge_order import OrderName, chains
 from circuits.discovery.search.measurement import Measurement
 from circuits.discovery.search.speculation import Speculation
 from circuits.discovery.search.state import Search, SearchState
-from circuits.discovery.search_space import SearchSpace
+from circuits.discovery.search_space import SearchSpace, kept_over
 from circuits.discovery.threshold import check_threshold
-from circuits.graph.circuit import Circuit
+from circuits.graph.circuit import Circuit, check_is_circuit
 from circuits.graph.graph import EdgeMask, Graph
 from circuits.models import Model
 from circuits.models.component_graph import computed_nodes
@@ -36,7 +36,9 @@ from circuits.running.ablation import Ablation
 from circuits.running.damage import DamageMeter
 from circuits.running.precision import Precision, get_precision
 from circuits.system.errors import InputError
+from circuits.system.files import path_of
 from circuits.system.numbers import items, real
+from circuits.system.torch_modes import without_modes
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
 
@@ -122,6 +124,7 @@ class ACDC(Resumable):
         meter = self.meter(model, space.graph, task)
         return self._search(space, meter, saved, progress, guess)
 
+    @without_modes()
     def sweep(
         self,
         model: Model,
@@ -158,17 +161,22 @@ class ACDC(Resumable):
         descending = sorted(set(wanted), reverse=True)
         methods = [replace(self, threshold=each) for each in descending]
         space = self.search_space(model, graph, **part)
-        _check_sweep(descending, guess, space.graph, checkpoint)
+        if not wanted:
+            raise InputError("there are no thresholds to sweep over; give at least one, like 0.01.")
+        folder = None if checkpoint is None else _folder(checkpoint)
         # Before the metric is called, since it may note that down.
         saved_at = []
         for method in methods:
-            name = f"{method.threshold}.safetensors"
-            file = None if checkpoint is None else Path(checkpoint, name)
+            file = None if folder is None else folder / f"{method.threshold}.safetensors"
             saved_at.append(method.checkpoint_at(file, model, space, task))
-        stays = methods[0]._guess(model, space.graph, task) if guess is None else guess.kept
+        if guess is None:
+            stays = methods[0]._guess(model, space.graph, task)
+        else:
+            check_is_circuit(guess)
+            stays = kept_over(space.graph, guess, "guess")
         meter = self.meter(model, space.graph, task)
         found: dict[float, Circuit] = {}
-        report = progress or no_progress
+        report = progress_of(progress)
         for number, (method, saved) in enumerate(zip(methods, saved_at, strict=True)):
             reporting = partial(report_part, report, number, len(methods))
             circuit = method._search(space, meter, saved, reporting, stays)
@@ -245,19 +253,11 @@ def _final_damage(search: Search) -> float:
     return float(exact(state.kept[None]))
 
 
-def _check_sweep(
-    thresholds: Sequence[float], guess: Circuit | None, graph: Graph, checkpoint: str | Path | None
-) -> None:
-    if not thresholds:
-        raise InputError("there are no thresholds to sweep over; give at least one, like 0.01.")
-    if checkpoint is not None and Path(checkpoint).is_file():
+def _folder(checkpoint: str | Path) -> Path:
+    folder = path_of(checkpoint)
+    if folder.is_file():
         raise InputError(
             f"checkpoint={checkpoint} is a file; a sweep has a file for each threshold: give a "
             "folder."
         )
-    if guess is not None and guess.graph != graph:
-        raise InputError(
-            f"guess is over another graph ({len(guess.graph)} edges, positions "
-            f"{guess.graph.positions}) than the sweep ({len(graph)} edges, positions "
-            f"{graph.positions}); give a circuit over the same one."
-        )
+    return folder

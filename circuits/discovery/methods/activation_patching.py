@@ -24,14 +24,16 @@ from circuits.discovery.discoverer import SPEED_ONLY, EdgeScores, Progress, Resu
 from circuits.graph.circuit import Circuit
 from circuits.graph.graph import EdgeMask, Graph
 from circuits.graph.nodes import MLP, Head, Logits, Node, at_position
-from circuits.models import Model
+from circuits.models import Model, check_model
 from circuits.models.component_graph import component_graph
 from circuits.running.ablation import Ablation
 from circuits.running.damage import DamageMeter
 from circuits.system.errors import InputError
+from circuits.system.kinds import one_of
 from circuits.system.ranks import ranks
 from circuits.system.torch_modes import without_modes
 from circuits.tasks.metrics import Metric
+from circuits.tasks.model_fit import check_task
 from circuits.tasks.task import Task
 
 # Circuits measured in one go, for each of the ranks that share them. Split by position, thousands
@@ -136,6 +138,7 @@ class ActivationPatching(Resumable):
         nodes = [graph.nodes[source] for source in sources]
         return dict(zip(nodes, scores.tolist(), strict=True))
 
+    @without_modes()
     def heads(
         self, model: Model, task: Task, *, graph: Graph | None = None
     ) -> Float[Tensor, "layer head"]:
@@ -150,6 +153,7 @@ class ActivationPatching(Resumable):
         >>> circuits.ActivationPatching().heads(model, task).shape
         torch.Size([4, 4])
         """
+        check_model(model)
         graph = self.search_graph(model, graph)
         shape = model.cfg.n_layers, model.cfg.n_heads
         labels = [Head(*place).label for place in np.ndindex(shape)]
@@ -158,6 +162,7 @@ class ActivationPatching(Resumable):
         )
         return self._without_each(groups, model, graph, task).float().view(shape)
 
+    @without_modes()
     def layers(
         self, model: Model, task: Task, *, graph: Graph | None = None
     ) -> Float[Tensor, "layer 2"]:
@@ -166,6 +171,7 @@ class ActivationPatching(Resumable):
         Raises:
             InputError: the model, graph, task and settings do not fit together.
         """
+        check_model(model)
         graph = self.search_graph(model, graph)
         shape = model.cfg.n_layers, 2
         layers = range(model.cfg.n_layers)
@@ -173,6 +179,7 @@ class ActivationPatching(Resumable):
         groups = (_at_layer(graph, layer, of) for layer, of in places)
         return self._without_each(groups, model, graph, task).float().view(shape)
 
+    @without_modes()
     def by_position(
         self,
         model: Model,
@@ -203,8 +210,8 @@ class ActivationPatching(Resumable):
             InputError: there is no such `of`; the graph is not split by position; or the model,
                 graph, task and settings do not fit together.
         """
-        if of not in ("residual", "heads", "mlp"):
-            raise InputError(f"of={of!r}: choose 'residual', 'heads' or 'mlp'.")
+        one_of(of, "of", ["residual", "heads", "mlp"])
+        check_task(model, task)
         if graph is None:
             graph = component_graph(model, positions=task.clean.shape[1])
         graph = self.search_graph(model, graph)

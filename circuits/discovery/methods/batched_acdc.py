@@ -30,6 +30,7 @@ from circuits.models import Model
 from circuits.running.ablation import Ablation
 from circuits.running.damage import DamageMeter
 from circuits.system.errors import InputError
+from circuits.system.numbers import python_number
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
 
@@ -134,10 +135,9 @@ class BatchedACDC(Resumable):
 
     def __post_init__(self) -> None:
         check_threshold(self.threshold)
-        known = self.group in get_args(GroupName)
-        if isinstance(self.group, int) and not isinstance(self.group, bool):
-            known = self.group >= 1
-        if not known:
+        number = python_number(self.group)
+        named = isinstance(self.group, str) and self.group in get_args(GroupName)
+        if not named and (number is None or number < 1):
             raise InputError(
                 f"group={self.group!r} is no way to group edges; choose 'target', 'layer' or a "
                 "number of edges of at least 1."
