@@ -12,7 +12,7 @@ import torch
 from circuits.graph.circuit import Circuit
 from circuits.graph.graph import ChosenEdges, EdgeMask, Graph, NodesOrTexts
 from circuits.system.errors import InputError
-from circuits.system.numbers import WholeNumber, items, python_number, shown, whole
+from circuits.system.numbers import WholeNumber, items, python_number, shown
 
 Edges = Circuit | ChosenEdges
 Layers = Iterable[WholeNumber] | WholeNumber
@@ -124,13 +124,14 @@ def _into_layers(graph: Graph, layers: Layers | None) -> EdgeMask:
     if layers is None:
         return ~graph.mask([])
     one = python_number(layers) is not None
-    wanted = [whole(each, "layers") for each in ([layers] if one else items(layers, "layers"))]
+    given = [layers] if one else items(layers, "layers")
+    wanted = [python_number(each) for each in given]
     of_node = np.array([getattr(node, "layer", -1) for node in graph.nodes])
     known = of_node[of_node >= 0]
-    if not wanted or not np.isin(wanted, known).all():
+    if not wanted or not set(wanted) <= set(known.tolist()):
         last = known.max(initial=0)
         raise InputError(
-            f"layers={shown(wanted)}: give layers of the graph, whole numbers from 0 to {last}, "
+            f"layers={shown(layers)}: give layers of the graph, whole numbers from 0 to {last}, "
             f"such as [0, {last}]."
         )
     into = np.isin(of_node, wanted)

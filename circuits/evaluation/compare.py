@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 import pandas as pd
 
@@ -17,6 +18,7 @@ from circuits.evaluation.evaluate import (
     mean_and_faithfulness,
     no_faithfulness,
     of_sizes,
+    settings_of_points,
 )
 from circuits.evaluation.similarity import overlap_table
 from circuits.graph.circuit import Circuit, check_is_circuit
@@ -26,10 +28,9 @@ from circuits.running.ablation import Ablation
 from circuits.running.settings import RunSettings
 from circuits.system.errors import InputError
 from circuits.system.kinds import expect
-from circuits.system.numbers import WholeNumber, items, shown
+from circuits.system.numbers import WholeNumber, items, shown, whole
 from circuits.system.torch_modes import without_modes
 from circuits.tasks.metrics import Metric
-from circuits.tasks.model_fit import check_task
 from circuits.tasks.task import Task
 from circuits.transcoders.transcoder import Transcoders
 
@@ -101,7 +102,9 @@ def compare(
         expect(transcoders, Mapping, "a dict of transcoders by method", "give {'graph': ...}")
     if not found:
         raise InputError("there is nothing to compare; give at least one method's circuit.")
-    check_task(model, task)
+    size = None if size is None else whole(size, "size")
+    options: dict[str, Any] = {"ablation": ablation, "metric": metric}
+    settings = settings_of_points(model, task, **options)
     sweeps = {}
     for name, given in found.items():
         sweeps[name] = [given] if isinstance(given, Circuit) else items(given, str(name))
@@ -114,8 +117,9 @@ def compare(
             )
     rows, curves, circuits = {}, [], {}
     for name, sweep in sweeps.items():
-        own = None if transcoders is None else transcoders.get(name)
-        settings = RunSettings.parse(task, ablation=ablation, metric=metric, transcoders=own)
+        if transcoders is not None:
+            options["transcoders"] = transcoders.get(name)
+            settings = settings_of_points(model, task, **options)
         curve = _curve(model, sweep, task, sizes, settings)
         curves.append(curve.assign(method=name))
         chosen = _tabulated(sweep, sweeps, size)

@@ -306,10 +306,8 @@ def faithfulness_curve(
     >>> curve["faithfulness"].round(3).tolist()
     [0.0, 1.0]
     """
-    check_task(model, task)
-    settings = RunSettings.parse(
-        task, ablation=ablation, metric=metric, max_memory=max_memory, transcoders=transcoders
-    )
+    options = {"ablation": ablation, "max_memory": max_memory, "transcoders": transcoders}
+    settings = settings_of_points(model, task, metric=metric, **options)
     return judge_points(model, of_sizes(circuit, sizes, by), task, settings)
 
 
@@ -343,11 +341,21 @@ def faithfulness_points(
     >>> circuits.faithfulness_points(model, found, task)["edges"].is_monotonic_decreasing
     True
     """
-    check_task(model, task)
-    settings = RunSettings.parse(
-        task, ablation=ablation, metric=metric, max_memory=max_memory, transcoders=transcoders
-    )
+    options = {"ablation": ablation, "max_memory": max_memory, "transcoders": transcoders}
+    settings = settings_of_points(model, task, metric=metric, **options)
     return judge_points(model, circuits, task, settings)
+
+
+def settings_of_points(model: Model, task: Task, **options: Any) -> RunSettings:
+    """The settings of `judge_points`, from a user's arguments."""
+    check_task(model, task)
+    settings = RunSettings.parse(task, **options)
+    metric = settings.metric
+    if metric is not None and metric.name in COLUMNS:
+        raise InputError(
+            f"metric {metric.name!r} has the name of another column of the table; rename it."
+        )
+    return settings
 
 
 def judge_points(
@@ -356,10 +364,6 @@ def judge_points(
     """`faithfulness_points`, with its arguments parsed."""
     metric = settings.metric
     assert metric is not None
-    if metric.name in COLUMNS:
-        raise InputError(
-            f"metric {metric.name!r} has the name of another column of the table; rename it."
-        )
     metrics = [get_metric("kl", task), metric]
     # An iterator could be read once only.
     circuits = items(circuits, "circuits")
