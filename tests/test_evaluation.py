@@ -180,11 +180,17 @@ def test_curves_and_tables_rank_no_edges_without_scores(model, task, ranked):
     ):
         with pytest.raises(circuits.InputError, match="only 0 of 110 edges have a score"):
             call()
+    with pytest.raises(circuits.InputError, match=r"^other: top\(5\)"):
+        compare(model, {"eap": ranked, "other": whole}, task, size=5)
     curve = circuits.faithfulness_curve(model, whole, task, [0, 1.0])
     assert curve["faithfulness"].tolist() == pytest.approx([0, 1], abs=1e-4)
 
 
-def test_a_comparison_takes_circuits_of_one_kind_from_each_method(model, task, ranked):
+def test_a_comparison_takes_circuits_of_one_kind_from_each_method(
+    model, task, ranked, unchecked_types
+):
+    by_twos = compare(model, {"a": [ranked, ranked], "b": ranked}, task, sizes=iter([2, 4]))
+    assert by_twos.curves["edges"].tolist() == [2, 4] * 2
     for found in ([], [ranked, ranked.top(5)]):
         with pytest.raises(circuits.InputError, match=r"eap=\[.*must hold circuits that all"):
             compare(model, {"eap": found}, task)

@@ -105,26 +105,27 @@ def compare(
     size = None if size is None else whole(size, "size")
     options: dict[str, Any] = {"ablation": ablation, "metric": metric}
     settings = settings_of_points(model, task, **options)
-    sweeps = {}
-    for name, given in found.items():
-        sweeps[name] = [given] if isinstance(given, Circuit) else items(given, str(name))
-        for circuit in sweeps[name]:
-            check_is_circuit(circuit)
-        if len({circuit.selected for circuit in sweeps[name]}) != 1:
-            raise InputError(
-                f"{name}={shown(sweeps[name])} must hold circuits that all choose edges, or that "
-                "all only score them, and one at least."
-            )
-    rows, curves, circuits = {}, [], {}
+    # An iterator could be read once only.
+    sizes = None if sizes is None else items(sizes, "sizes")
+    sweeps = {name: _sweep(given, name) for name, given in found.items()}
+    points, chosen = {}, {}
     for name, sweep in sweeps.items():
+        # Before anything is run.
+        try:
+            chosen[name] = _tabulated(sweep, sweeps, size)
+            points[name] = _points(sweep, sizes)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
+    rows, curves = {}, []
+    for name in sweeps:
         if transcoders is not None:
             options["transcoders"] = transcoders.get(name)
             settings = settings_of_points(model, task, **options)
-        curve = _curve(model, sweep, task, sizes, settings)
-        curves.append(curve.assign(method=name))
-        chosen = _tabulated(sweep, sweeps, size)
-        circuits[name] = chosen[0]
-        rows[name] = _mean_row(model, chosen, task, settings)
+        curve = _curve(model, points[name], task, settings)
+        is_selected = sweeps[name][0].selected
+        curves.append(curve.assign(selected=is_selected, method=name))
+        rows[name] = _mean_row(model, chosen[name], task, settings)
+    circuits = {name: first for name, (first, *_) in chosen.items()}
     table = pd.DataFrame.from_dict(rows, orient="index")
     table = table.rename_axis("method")
     assert settings.metric is not None
@@ -136,6 +137,26 @@ def compare(
         circuits,
         _notes(circuits) + no_faithfulness(undefined),
     )
+
+
+def _sweep(given: Any, name: str) -> Sweep:
+    """What one method found."""
+    sweep = [given] if isinstance(given, Circuit) else items(given, str(name))
+    for circuit in sweep:
+        check_is_circuit(circuit)
+    if len({circuit.selected for circuit in sweep}) != 1:
+        raise InputError(
+            f"{name}={shown(sweep)} must hold circuits that all choose edges, or that all only "
+            "score them, and one at least."
+        )
+    return sweep
+
+
+def _points(sweep: Sweep, sizes: Sizes | None) -> list[Sweep]:
+    """The circuits of a method's curve; of several rankings, each one's."""
+    if sweep[0].selected:
+        return [sweep]
+    return [of_sizes(circuit, sizes) for circuit in sweep]
 
 
 def _tabulated(sweep: Sweep, sweeps: Mapping[str, Sweep], size: WholeNumber | None) -> Sweep:
@@ -166,8 +187,8 @@ def _notes(circuits: Mapping[str, Circuit]) -> tuple[str, ...]:
     return (
         f"{', '.join(of_features)}: edges between features; their number cannot be compared with "
         "that of edges between components. Overlap with other circuits is that of the shares of "
-        "|score| that leave each MLP and embedding: a layer's features and error count as its MLP, "
-        "and heads, which are no features, are left out.",
+        "|score| that leave each MLP and embedding (of edges, where one has no score): a layer's "
+        "features and error count as its MLP, and heads, which are no features, are left out.",
     )
 
 
@@ -186,16 +207,11 @@ def _mean_row(model: Model, circuits: Sweep, task: Task, settings: RunSettings) 
 
 
 def _curve(
-    model: Model, sweep: Sweep, task: Task, sizes: Sizes | None, settings: RunSettings
+    model: Model, points: Sequence[Sweep], task: Task, settings: RunSettings
 ) -> pd.DataFrame:
-    if sweep[0].selected:
-        points = judge_points(model, sweep, task, settings)
-        return points.assign(selected=True)
-    curves = []
-    for circuit in sweep:
-        ranked = of_sizes(circuit, sizes)
-        curves.append(judge_points(model, ranked, task, settings))
+    tables = [judge_points(model, each, task, settings) for each in points]
+    if len(tables) == 1:
+        return tables[0]
     # The seeds of a ranking are averaged at each size.
-    points = pd.concat(curves)
-    by_size = points.groupby("edges", as_index=False)
-    return by_size.mean().assign(selected=False)
+    by_size = pd.concat(tables).groupby("edges", as_index=False)
+    return by_size.mean()
