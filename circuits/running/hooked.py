@@ -38,7 +38,7 @@ from circuits.models.source_outputs import check_honoured, recording_hooks
 from circuits.running.ablation import Ablation, Counterfactuals
 from circuits.running.edge_layout import AblatedEdges, EdgeLayout, check_runnable
 from circuits.running.settings import NO_RUNS, Counts, KeptEdges, OfLogits, VariantLogits
-from circuits.system.memory import memory_budget, shrinking
+from circuits.system.memory import in_steps, memory_budget
 from circuits.tasks.metrics import check_finite
 from circuits.tasks.task import Task
 from circuits.tasks.token_spans import token_spans
@@ -123,18 +123,14 @@ class HookedExecutor:
         budget = memory_budget(self.model.cfg.device, self.max_memory, cpu_bytes=CACHED_BYTES)
         circuit_bytes = self.counterfactuals[:, prompts].nbytes
         size = max(1, budget // circuit_bytes)
-        parts: list[Tensor] = []
-        while len(ablated):
-            step = partial(self._run, prompts, ablated)
-            size = min(size, len(ablated))
-            part, size = shrinking(step, size, "circuit")
-            parts.append(part)
-            ablated = ablated[size:]
-        return torch.cat(parts)
+        step = partial(self._run, prompts, ablated)
+        parts = in_steps(step, len(ablated), size, "circuit")
+        return torch.cat([logits for _, logits in parts])
 
-    def _run(self, prompts: slice, ablated: AblatedEdges, n_circuits: int) -> Tensor:
-        """Logits [circuit, scored, vocab] of the first circuits, from one forward pass."""
-        _, residual = self.run(prompts, ablated[:n_circuits])
+    def _run(self, prompts: slice, ablated: AblatedEdges, circuits: slice) -> Tensor:
+        """Logits [circuit, scored, vocab] of some circuits, from one forward pass."""
+        _, residual = self.run(prompts, ablated[circuits])
+        n_circuits = len(residual)
         scored = self.task[prompts].scored
         scored = scored.repeat(n_circuits, 1)
         rows = residual.flatten(0, 1)

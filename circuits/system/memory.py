@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import psutil
@@ -70,6 +71,27 @@ def shrinking(step: Callable[[int], Any], size: int, item: str) -> tuple[Any, in
         size //= 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def in_steps(
+    step: Callable[[slice], Any], total: int, size: int, item: str
+) -> Iterator[tuple[int, Any]]:
+    """Run `step` on `total` items, at most `size` at a time; on fewer once memory runs out.
+
+    Yields the number of items done, and the result for the last ones; for errors see `shrinking`.
+
+    >>> list(in_steps(lambda some: some, 5, 3, "number"))
+    [(3, slice(0, 3, None)), (5, slice(3, 5, None))]
+    """
+    done = 0
+    while done < total:
+        found, size = shrinking(partial(_on_next, step, done), min(size, total - done), item)
+        done += size
+        yield done, found
+
+
+def _on_next(step: Callable[[slice], Any], done: int, size: int) -> Any:
+    return step(slice(done, done + size))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

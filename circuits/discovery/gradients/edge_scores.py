@@ -53,7 +53,7 @@ from circuits.running.ablation import Changes, Counterfactuals, check_corrupted
 from circuits.running.edge_layout import EdgeLayout
 from circuits.running.settings import RunSettings
 from circuits.system.errors import InputError
-from circuits.system.memory import memory_budget, shrinking
+from circuits.system.memory import in_steps, memory_budget
 from circuits.system.ranks import SharedError, SharedNotFiniteError, gathered, ranks, share
 from circuits.tasks.metrics import check_finite
 from circuits.tasks.model_fit import check_task
@@ -258,19 +258,15 @@ class EdgeScoring:
     def _in_batches(self, step: Step, progress: Progress = no_progress) -> Iterator[list[Tensor]]:
         """What `step` finds on batches of this rank's prompts that fit into memory."""
         mine = share(len(self.task))
-        progress(0, mine.stop - mine.start)
-        size = self._batch_size
-        start = mine.start
+        start, n_mine = mine.start, mine.stop - mine.start
+        progress(0, n_mine)
 
-        def batch(prompts: int) -> list[Tensor]:
-            return step(slice(start, start + prompts))
+        def batch(prompts: slice) -> list[Tensor]:
+            return step(slice(start + prompts.start, start + prompts.stop))
 
-        while start < mine.stop:
-            size = min(size, mine.stop - start)
-            found, size = shrinking(batch, size, "prompt")
-            start += size
+        for done, found in in_steps(batch, n_mine, self._batch_size, "prompt"):
             yield found
-            progress(start - mine.start, mine.stop - mine.start)
+            progress(done, n_mine)
 
     def _logits(self) -> list[Logits]:
         """Of this rank's share of the prompts, the clean logits, and those at every place."""

@@ -55,7 +55,7 @@ from circuits.running.incremental.tokens import TokenSet, Window
 from circuits.running.precision import EXACT, Background, Precision
 from circuits.running.settings import NO_RUNS, Counts, KeptEdges, OfLogits
 from circuits.system.errors import InputError
-from circuits.system.memory import memory_budget, shrinking
+from circuits.system.memory import in_steps, memory_budget, shrinking
 from circuits.tasks.metrics import check_finite
 from circuits.tasks.task import Task
 
@@ -127,15 +127,9 @@ class IncrementalExecutor:
         kept = kept.cpu()
         base = self._nearest_base(kept)
         run = self._variant_run(base, kept)
-        n_fitting = self._n_fitting(run)
-        size = min(len(kept), n_fitting)
-        results: list[Tensor] = []
-        done = 0
-        while done < len(kept):
-            step = partial(self._apply, function, run, done)
-            result, size = shrinking(step, size, "circuit")
-            results.append(result)
-            done += size
+        step = partial(self._apply, function, run)
+        steps = in_steps(step, len(kept), self._n_fitting(run), "circuit")
+        results = [result for _, result in steps]
         return results[0] if len(results) == 1 else torch.cat(results)
 
     def _n_fitting(self, run: VariantRun) -> int:
@@ -147,8 +141,8 @@ class IncrementalExecutor:
             n_fitting -= 1
         return max(1, n_fitting)
 
-    def _apply(self, function: OfLogits, run: VariantRun, start: int, size: int) -> Tensor:
-        batch = run.of_variants(slice(start, start + size))
+    def _apply(self, function: OfLogits, run: VariantRun, variants: slice) -> Tensor:
+        batch = run.of_variants(variants)
         # A copy made outside of inference mode, since `function` may write to it.
         logits = batch.execute().clone()
         self.counts["node_evaluations"] += batch.n_evaluated
