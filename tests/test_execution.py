@@ -546,7 +546,7 @@ class TestNoiseOnTheTokenEmbeddings:
             ({"name": "noise", "seed": 1.5}, "seed=1.5"),
             ({"name": "zero", "scale": 2.0}, "has no scale.*'noise'"),
             ({"name": "resample", "over": "corrupted"}, "has no over.*'mean'"),
-            ({"name": "mean", "over": 3}, "over=int"),
+            ({"name": "mean", "over": 3}, "over=3"),
             ({"name": "nois"}, "did you mean 'noise'"),
         ]:
             with pytest.raises(circuits.InputError, match=message):
