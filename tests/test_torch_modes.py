@@ -62,6 +62,10 @@ COMPUTED = {
         "toy-world", device="cpu"
     ).unembed.W_U.detach(),
     "logits": lambda model, task, transcoders: circuits.model_logits(model, task),
+    "activations": lambda model, task, transcoders: circuits.circuit_activations(
+        model, half(model), task, ["m1"], ablation="mean"
+    )["m1"],
+    "heads": lambda model, task, transcoders: circuits.ActivationPatching().heads(model, task),
     "incremental": lambda model, task, transcoders: run(model, task, executor="incremental"),
     "hooks": lambda model, task, transcoders: run(model, task, executor="hooks"),
     "means": lambda model, task, transcoders: run(model, task, ablation="mean"),

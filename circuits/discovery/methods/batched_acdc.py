@@ -30,7 +30,6 @@ from circuits.models import Model
 from circuits.running.ablation import Ablation
 from circuits.running.damage import DamageMeter
 from circuits.system.errors import InputError
-from circuits.system.numbers import python_number
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
 
@@ -135,9 +134,10 @@ class BatchedACDC(Resumable):
 
     def __post_init__(self) -> None:
         check_threshold(self.threshold)
-        number = python_number(self.group)
         named = isinstance(self.group, str) and self.group in get_args(GroupName)
-        if not named and (number is None or number < 1):
+        # Whole numbers of any library are ints by now, and bools are none.
+        is_number = type(self.group) is int and self.group >= 1
+        if not (named or is_number):
             raise InputError(
                 f"group={self.group!r} is no way to group edges; choose 'target', 'layer' or a "
                 "number of edges of at least 1."
