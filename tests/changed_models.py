@@ -8,8 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from architectures import random_model
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
+from transformer_lens import HookedTransformer
+from transformer_lens.components import TransformerBlock
 
 Change = Callable[[Any], object]
 
@@ -17,6 +20,44 @@ Change = Callable[[Any], object]
 class Halved(nn.Module):
     def forward(self, x):
         return x * 0.5
+
+
+class Wrapper(nn.Module):
+    """A module under another name, which may change what it returns."""
+
+    def __init__(self, inner: nn.Module, change=lambda x: x) -> None:
+        super().__init__()
+        self.inner, self.change = inner, change
+
+    def forward(self, *args, **kwargs):
+        return self.change(self.inner(*args, **kwargs))
+
+
+class Transparent(Wrapper):
+    """A wrapper that has the parts of what it wraps."""
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inner, name)
+
+
+class WithoutMLPInput(TransformerBlock):
+    """A layer that never copies what its MLP reads."""
+
+    def forward(self, *args, **kwargs):
+        flag, self.cfg.use_hook_mlp_in = self.cfg.use_hook_mlp_in, False
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.cfg.use_hook_mlp_in = flag
+
+
+class WithLargeEmbeddings(HookedTransformer):
+    def input_to_embed(self, *args, **kwargs):
+        residual, *rest = super().input_to_embed(*args, **kwargs)
+        return residual * 1.5, *rest
 
 
 class LowRank(nn.Module):
@@ -92,6 +133,21 @@ def set_value(path: str, value) -> Change:
     return change
 
 
+def on_tokens(function) -> Change:
+    return torch_hook("", lambda m, args: (function(args[0]), *args[1:]), "forward_pre_hook")
+
+
+def layer_of_another_model(**settings) -> Change:
+    def of_another(block: nn.Module) -> nn.Module:
+        return random_model(seed=5, dtype=block.attn.W_O.dtype, **settings).blocks[1]
+
+    return module_at("blocks.1", of_another)
+
+
+def as_class(name: str, kind: type) -> Change:
+    return lambda model: setattr(model.get_submodule(name), "__class__", kind)
+
+
 def with_other_scores(model):
     attention = model.blocks[1].attn
     plain = attention.calculate_attention_scores
@@ -157,6 +213,30 @@ HONOURED: dict[str, Change] = {
     "another activation": set_value("blocks.1.mlp.act_fn", torch.relu),
     "another activation in the settings": set_value("cfg.act_fn", "gelu_new"),
     "attention that sees later tokens": with_low_mask,
+    "a hook of torch on tokens": on_tokens(lambda tokens: (tokens + 1) % 50),
+    "a hook that mixes tokens of a prompt": hook("hook_embed", lambda x: x + x.roll(1, 1)),
+    "a copy of a layer": module_at("blocks.1", copy.deepcopy),
+    "a layer of another model": layer_of_another_model(),
+    "a layer with another activation": layer_of_another_model(act_fn="relu"),
+    "a layer with capped scores": layer_of_another_model(attn_scores_soft_cap=1.0),
+    "a wrapper that has the parts of attention": module_at("blocks.1.attn", Transparent),
+    "a wrapper that has the parts of a layer": module_at("blocks.1", Transparent),
+    "a wrapped embedding": module_at("embed", lambda embed: Wrapper(embed, lambda x: x * 0.5)),
+    "a model of another class": as_class("", WithLargeEmbeddings),
+    "parametrized attention": lambda model: parametrize.register_parametrization(
+        model.blocks[1].attn, "W_O", Halved()
+    ),
+}
+
+# What gives a prompt other numbers when it is beside others, or each time.
+MIXES_PROMPTS: dict[str, Change] = {
+    "the mean": hook("blocks.0.hook_mlp_out", lambda x: x - x.mean(0)),
+    "the largest": hook("blocks.1.attn.hook_z", lambda x: x.amax(0).expand_as(x)),
+    "the other way round": hook("blocks.0.ln1.hook_normalized", lambda x: x.flip(0)),
+    "the next one": hook("hook_embed", lambda x: x.roll(1, 0)),
+    "the first one": on_tokens(lambda tokens: tokens[:1].expand_as(tokens)),
+    "tokens the other way round": on_tokens(lambda tokens: tokens.flip(0)),
+    "chance": module_at("embed", lambda e: Wrapper(e, lambda x: x + torch.randn_like(x))),
 }
 
 # What acts in some runs and not in others, or leaves no sum of nodes, and what is said then.
@@ -197,6 +277,30 @@ REFUSED: dict[str, tuple[Change, str]] = {
             hook("blocks.1.hook_q_input", lambda x: x * 0.5)(model),
         ),
         "where edges are ablated",
+    ),
+    **{
+        f"a hook that mixes prompts: {name}": (change, "other prompts are in the batch")
+        for name, change in MIXES_PROMPTS.items()
+    },
+    "attention under another name": (
+        module_at("blocks.1.attn", Wrapper),
+        r"no blocks\.1\.attn\.hook_z: it has a Wrapper at blocks\.1\.attn; give the new module",
+    ),
+    "a layer under another name": (
+        module_at("blocks.1", Wrapper),
+        r"no blocks\.1\.attn\.hook_z: it has a Wrapper at blocks\.1; give the new module",
+    ),
+    "attention whose output is halved": (
+        module_at("blocks.1.attn", lambda attention: Transparent(attention, lambda x: x * 0.5)),
+        "do not sum .* a Transparent at blocks.1.attn",
+    ),
+    "one layer twice": (
+        lambda model: setattr(model.blocks, "1", model.blocks[0]),
+        r"blocks\.1\..* and blocks\.0\..* are one module.*copy\.deepcopy",
+    ),
+    "one MLP twice": (
+        lambda model: setattr(model.blocks[1], "mlp", model.blocks[0].mlp),
+        r"blocks\.1\.mlp\..* and blocks\.0\.mlp\..* are one module",
     ),
     "a compiled model": (lambda model: model.compile(backend="eager"), "is compiled"),
     "a compiled layer": (

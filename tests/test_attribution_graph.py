@@ -10,7 +10,7 @@ import pytest
 import torch
 from architectures import random_model, random_task
 from attribution_case import RUNS, Run, case_model, case_tokens, case_transcoders
-from changed_models import HONOURED
+from changed_models import HONOURED, hook, torch_hook
 from random_transcoders import KINDS, WITH_MLPS, model_of, random_transcoders
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -406,6 +406,82 @@ def test_a_model_that_is_not_what_its_weights_say_is_refused(change):
     ):
         with pytest.raises(circuits.InputError, match=r"not what its weights say.*reset_hooks"):
             compute()
+
+
+def token_times(position: int, factor: float):
+    factors = torch.ones(len(PROMPT), 1)
+    factors[position] = factor
+    return lambda x: x * factors
+
+
+def added_to(point: str, amount: float):
+    # Not a constant: norms would take it away.
+    return hook(point, lambda x: x + amount * torch.arange(x.shape[-1]))
+
+
+def both(*several):
+    return lambda model: [change(model) for change in several]
+
+
+# By what is changed, a change that the last residual stream does not show.
+UNSEEN = {
+    "what an MLP reads": hook("blocks.1.ln2.hook_normalized", torch.zeros_like),
+    "what an MLP is given": torch_hook(
+        "blocks.1.mlp", lambda m, args: (args[0] * 0.5,), "forward_pre_hook"
+    ),
+    "a stream that is changed back": both(
+        added_to("blocks.1.hook_resid_mid", 0.1), added_to("blocks.1.hook_resid_post", -0.1)
+    ),
+    "a token beside a far larger one": both(
+        hook("hook_embed", token_times(0, 1e4)),
+        hook("blocks.1.hook_resid_pre", token_times(3, 1.1)),
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", UNSEEN)
+def test_a_hook_is_refused_wherever_it_changes_what_weights_say(change):
+    model = model_of("gpt2")
+    UNSEEN[change](model)
+    with pytest.raises(circuits.InputError, match=r"not what its weights say.*reset_hooks"):
+        circuits.AttributionGraph(random_transcoders(model)).attribute(model, PROMPT)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        hook("blocks.1.ln2.hook_scale", lambda x: x * 0.5),
+        hook("blocks.0.attn.hook_pattern", lambda x: x * 0.5),
+        hook("blocks.0.hook_mlp_out", lambda x: x * 0.5),
+        hook("hook_embed", lambda x: x * 0.5),
+    ],
+)
+@torch.no_grad()
+def test_hooks_on_what_is_frozen_are_part_of_the_graph(change):
+    model = model_of("gpt2")
+    change(model)
+    transcoders = random_transcoders(model, reads="mlp_input")
+    graph = circuits.AttributionGraph(transcoders).attribute(model, PROMPT)
+    read: list[torch.Tensor] = []
+    for block in model.blocks:
+        block.mlp.register_forward_hook(lambda mlp, args, out: read.append(args[0][0]))
+    model(graph.tokens[None])
+    features = graph.nodes[graph.is_kind(FEATURE)]
+    pre = torch.stack([transcoders.preactivations(layer, x) for layer, x in enumerate(read)])
+    sums = torch.zeros(len(graph.nodes)).index_add_(0, graph.target, graph.weight)
+    sums += graph.constants.sum(1)
+    expected = pre[features.layer, features.position, features.index]
+    torch.testing.assert_close(sums[graph.is_kind(FEATURE)], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_that_a_hook_mixes_are_refused_and_a_single_one_is_not():
+    model = model_of("gpt2")
+    hook("blocks.0.hook_mlp_out", lambda x: x.mean(0, keepdim=True).expand_as(x))(model)
+    method = circuits.AttributionGraph(random_transcoders(model))
+    assert len(method.attribute(model, PROMPT))
+    with pytest.raises(circuits.InputError, match=r"hook at blocks\.0\.hook_mlp_out"):
+        list(method.attribute_all(model, [PROMPT, PROMPT[::-1]]))
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "pythia", "gemma"])

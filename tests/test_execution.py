@@ -11,12 +11,13 @@ import pandas.testing
 import pytest
 import torch
 from architectures import ARCHITECTURES, VOCAB, random_model, random_task
-from changed_models import HONOURED, REFUSED
+from changed_models import HONOURED, MIXES_PROMPTS, REFUSED, WithoutMLPInput
 from random_transcoders import random_transcoders
+from transformer_lens.components import LayerNorm
 
 import circuits
 from circuits.graph.nodes import MLP, Head, Node
-from circuits.models import counting_passes
+from circuits.models import changes, counting_passes
 from circuits.models.component_graph import component_nodes
 from circuits.models.source_outputs import source_outputs
 from circuits.running import run as execution
@@ -883,6 +884,47 @@ class TestModelsThatAUserHasChanged:
             with pytest.raises(circuits.InputError, match=told) as error:
                 compute()
             assert "\n" not in str(error.value) and len(str(error.value)) <= 500
+
+    def test_a_layer_in_which_edges_cannot_be_ablated_is_refused_if_any_are(self, task):
+        model = random_model("gpt2")
+        graph = circuits.component_graph(model)
+        model.blocks[1].__class__ = WithoutMLPInput
+        whole = circuits.Circuit.full(graph)
+        expected = whole_logits(model, task.clean)[task.scored]
+        found = circuits.run_circuit(model, whole, task)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        none = circuits.run_circuits, (model, graph, graph.mask([])[None], task)
+        for compute, arguments in (none, (circuits.EAP().discover, (model, task))):
+            told = r"blocks\.1\.hook_mlp_in is not computed.* a WithoutMLPInput at blocks\.1\."
+            with pytest.raises(circuits.InputError, match=told):
+                compute(*arguments)
+
+    def test_a_class_of_transformer_lens_with_another_method_is_a_change(self, task, monkeypatch):
+        model = random_model("gpt2")
+        whole = circuits.Circuit.full(circuits.component_graph(model))
+        forward = LayerNorm.forward
+        monkeypatch.setattr(LayerNorm, "forward", lambda norm, x: forward(norm, x) * 0.5)
+        assert changes(model) == {"the class LayerNorm": "another forward method"}
+        expected = whole_logits(model, task.clean)[task.scored]
+        found = circuits.run_circuit(model, whole, task)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+    @pytest.mark.parametrize("change", [name for name in MIXES_PROMPTS if name != "chance"])
+    def test_the_logits_of_a_prompt_are_what_it_gives_alone(self, change, task):
+        model = random_model("gpt2")
+        MIXES_PROMPTS[change](model)
+        alone = [whole_logits(model, tokens[None])[0] for tokens in task.clean]
+        expected = torch.stack(alone)[task.scored]
+        found = circuits.model_logits(model, task)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+    def test_noise_for_an_embedding_without_weights_is_refused(self, task):
+        model = random_model("gpt2")
+        HONOURED["a wrapped embedding"](model)
+        whole = circuits.Circuit.full(circuits.component_graph(model))
+        told = r"has no embed\.W_E: it has a Wrapper at embed"
+        with pytest.raises(circuits.InputError, match=told):
+            circuits.run_circuit(model, whole, task, ablation="noise")
 
     def test_a_hook_that_fails_with_separate_inputs_is_named(self, task):
         def change(x, hook):

@@ -135,7 +135,7 @@ def differentiated_by_hand(model, graph, task, metric) -> torch.Tensor:
 def nudged_logits(model, task, edge, change) -> torch.Tensor:
     """The clean run with `change` added to what one slot of one target reads."""
 
-    def nudge(activation, hook):
+    def nudge(point, arguments, activation):
         if edge.slot is None:
             return activation + change
         return activation.index_add(2, torch.tensor([edge.target.head]), change[:, :, None])
@@ -144,14 +144,18 @@ def nudged_logits(model, task, edge, change) -> torch.Tensor:
     name = {None: "hook_mlp_in"}.get(edge.slot, f"hook_{edge.slot}_input")
     name = "hook_resid_post" if isinstance(edge.target, circuits.Logits) else name
     flags = ("use_split_qkv_input", "use_hook_mlp_in", "ungroup_grouped_query_attention")
-    for flag in flags:
-        setattr(model.cfg, flag, flag != "use_hook_mlp_in" or not model.cfg.attn_only)
+    # A layer of another model has settings of its own.
+    configs = [model.cfg, *(block.cfg for block in model.blocks)]
+    configs += [block.attn.cfg for block in model.blocks]
+    for cfg, flag in product(configs, flags):
+        setattr(cfg, flag, flag != "use_hook_mlp_in" or not model.cfg.attn_only)
+    # TransformerLens' own table of hook points is that of the layers that were there first.
+    handle = model.get_submodule(f"blocks.{layer}.{name}").register_forward_hook(nudge)
     with torch.no_grad():
-        logits = model.run_with_hooks(task.clean, fwd_hooks=[(f"blocks.{layer}.{name}", nudge)])[
-            task.scored
-        ]
-    for flag in flags:
-        setattr(model.cfg, flag, False)
+        logits = model(task.clean)[task.scored]
+    handle.remove()
+    for cfg, flag in product(configs, flags):
+        setattr(cfg, flag, False)
     return logits
 
 

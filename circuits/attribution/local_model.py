@@ -15,7 +15,7 @@ https://transformer-circuits.pub/2025/attribution-graphs/methods.html
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -43,10 +43,12 @@ from circuits.models import (
     output_hook,
     pattern_hook,
     plain_inputs,
+    received,
     run_to_logits,
     run_to_residual,
     scale_hooks,
 )
+from circuits.models.changes import Changes
 from circuits.models.component_graph import POST_NORM_ARCHITECTURES
 from circuits.models.functional import LinearNorm, soft_capped
 from circuits.models.source_outputs import TOLERANCE, keeper, relative_gap
@@ -198,8 +200,8 @@ class LocalModel:
     parallel: bool
     causal: bool
 
-    def replayed(self) -> Residual:
-        """Return the residual stream after the last layer as the layers compute it."""
+    def replayed(self) -> Iterator[Residual]:
+        """Yield what the layers compute: the residual stream that each MLP reads, and the last."""
         # r = embedding;  then by layer  r += LN(sum_h A_h V_h(r) W_O[h]) + constant + MLP output
         residual = self.embedding
         if self.position_embedding is not None:
@@ -207,8 +209,10 @@ class LocalModel:
         for layer in self.layers:
             values = layer.values(residual[:, None])
             attention = layer.attention_output(values)[:, 0] + layer.attention_constant
-            residual = residual + attention + layer.mlp_output
-        return residual
+            written = residual + attention
+            yield residual if self.parallel else written
+            residual = written + layer.mlp_output
+        yield residual
 
     def logits(self, position: int | slice = -1) -> Float[Tensor, "*pos vocab"]:
         """Return the model's logits at a position, or at several."""
@@ -296,30 +300,38 @@ def _freeze(model: Model, transcoders: Transcoders, prompts: Sequence[Prompt]) -
         _local_model(model, prompt, layers, mean_unembedding, run)
         for prompt, run, *layers in zip(prompts, runs, *by_layer, strict=True)
     ]
-    if changes(model):
-        _check_explained(model, run_to_logits(model, tokens, mask), local_models)
+    if found := changes(model):
+        for local, run in zip(local_models, runs, strict=True):
+            _check_explained(model, found, local, run)
     return local_models
 
 
-def _check_explained(
-    model: Model, logits: Float[Tensor, "batch pos vocab"], local_models: Sequence[LocalModel]
-) -> None:
-    """Refuse a changed model of which local models compute something else.
+def _check_explained(model: Model, found: Changes, local: LocalModel, run: Activations) -> None:
+    """Refuse a changed model of which a local model is something else than the prompt alone gives.
 
     Hooks that only look, and what changes MLPs, are part of what was recorded.
     """
-    for local, expected in zip(local_models, logits, strict=True):
-        found = local.logits(EVERYWHERE)
-        gaps = [
-            relative_gap(local.replayed(), local.residual),
-            relative_gap(found, expected[: len(found)]),
-        ]
-        if max(gaps) > TOLERANCE[model.cfg.dtype]:
-            raise InputError(
-                f"{model.cfg.model_name} is not what its weights say ({max(gaps):.1%} of its "
-                f"output): {named(changes(model))}. Attribution graphs are computed from weights; "
-                "remove hooks with reset_hooks(including_permanent=True), or load the model anew."
-            )
+    layers = range(model.cfg.n_layers)
+    prompt = local.tokens[None]
+    mlps = [f"blocks.{layer}.mlp" for layer in layers]
+    with received(model, mlps) as given:
+        (logits,) = run_to_logits(model, prompt, torch.ones_like(prompt).bool())
+    streams = [run[mlp_residual_hook(model, layer)] for layer in layers]
+    pairs = [
+        (local.logits(EVERYWHERE), logits),
+        *zip(local.replayed(), [*streams, local.residual], strict=True),
+    ]
+    for layer, stream in enumerate(streams):
+        _, _, norm, _ = _norms(model, layer, run)
+        pairs.append((apply_norm(norm, stream), given[mlps[layer]][0]))
+    # Position by position: those of the first token may be far larger than all others.
+    gap = max(relative_gap(*vectors) for pair in pairs for vectors in zip(*pair, strict=True))
+    if gap > TOLERANCE[model.cfg.dtype]:
+        raise InputError(
+            f"{model.cfg.model_name} is not what its weights say ({gap:.1%} of an activation "
+            f"differs): {named(found)}. Attribution graphs are computed from weights; remove "
+            "hooks with reset_hooks(including_permanent=True), or load the model anew."
+        )
 
 
 def compute_dtype(model: Model) -> torch.dtype:

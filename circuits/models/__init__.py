@@ -38,6 +38,7 @@ from circuits.models.hooked_run import (
     frozen,
     hooked,
     plain_inputs,
+    received,
     run_to_logits,
     run_to_residual,
     scored_logits,

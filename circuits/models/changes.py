@@ -11,6 +11,8 @@ import re
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
+from inspect import isfunction
+from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,9 +31,9 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 # Here TransformerLens copies what nodes read or write, if flags say so. Edges are ablated here,
 # with flags of our own, so a user's hook would act in some runs and not in others.
 FLAGGED_POINTS = (
-    "hook_q_input", "hook_k_input", "hook_v_input", "hook_attn_in", "hook_mlp_in",
-    "attn.hook_result",
+    "hook_q_input", "hook_k_input", "hook_v_input", "hook_attn_in", "hook_mlp_in", "hook_result",
 )  # fmt: skip
+LIBRARIES = ("transformer_lens", "torch")
 NORM_TYPES: dict[str, type[nn.Module]] = {
     "LN": components.LayerNorm,
     "LNPre": components.LayerNormPre,
@@ -72,14 +74,46 @@ def changes(model: Model) -> Changes:
         found = {}
         if any(_hooks(every_module, "_global")):
             found["all modules of torch"] = A_HOOK
-        expected = _expected_types(model)
+        expected, settings = _expected_types(model), own_settings(model)
+        for kind in dict.fromkeys([type(model), *expected.values()]):
+            for name in _new_methods(kind):
+                found[f"the class {kind.__name__}"] = f"another {name} method"
         for name, module in model.named_modules():
             generic = re.sub(r"^blocks\.\d+", "block", name)
             if type(module) is not expected.get(generic, type(module)):
                 found[name] = f"a {type(module).__name__}"
             elif change := _change_of(module):
                 found[name or WHOLE] = change
+            elif settings.get(name, model.cfg) != model.cfg:
+                found[name] = "other settings"
         return found
+
+
+def own_settings(model: Model) -> dict[str, Any]:
+    """Return the settings of the modules that do not share those of the model, by their names."""
+    found = {name: getattr(module, "cfg", None) for name, module in model.named_modules()}
+    return {
+        name: cfg
+        for name, cfg in found.items()
+        if isinstance(cfg, type(model.cfg)) and cfg is not model.cfg
+    }
+
+
+def part_of(model: Model, name: str) -> Any:
+    """Return a module or a weight by its full name; a model that has it elsewhere is refused."""
+    try:
+        return attrgetter(name)(model)
+    except AttributeError as error:
+        raise InputError(
+            f"{model.cfg.model_name} has no {name}{because(model)}; give the new module what it "
+            "replaces under the same names, as a subclass has, or change its forward method."
+        ) from error
+
+
+def because(model: Model) -> str:
+    """What has been changed, as the end of a message; empty if nothing is."""
+    found = changes(model)
+    return f": {named(found)}" if found else ""
 
 
 def named(found: Changes) -> str:
@@ -147,7 +181,7 @@ def check_differentiable(model: Model) -> None:
 
 
 def _unusable_parts(model: Model) -> Iterator[str]:
-    own_forward = "forward" in vars(model) or type(model).forward is not Model.forward
+    own_forward = "forward" in vars(model) or "forward" in _new_methods(type(model))
     after = [name for name in HOOKS if name != "_forward_pre_hooks"]
     if own_forward or any(_hooks(model, names=after)):
         what = "another forward method" if own_forward else A_HOOK
@@ -155,11 +189,19 @@ def _unusable_parts(model: Model) -> Iterator[str]:
             f"it has {what} at {WHOLE}, and only scored tokens are run to the logits; put a hook "
             "at unembed.hook_out instead, or remove it"
         )
-    for name, module in model.named_modules():
+    first: dict[nn.Module, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
         where = name or WHOLE
         if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
             yield f"{where} is compiled, and hooks do not reach into it; use it uncompiled"
-        if isinstance(module, HookPoint) and name.endswith(FLAGGED_POINTS) and any(_hooks(module)):
+        if not isinstance(module, HookPoint):
+            continue
+        if first.setdefault(module, name) != name:
+            yield (
+                f"{name} and {first[module]} are one module, so they cannot be told apart; "
+                "give each layer modules of its own, as copy.deepcopy makes them"
+            )
+        if name.endswith(FLAGGED_POINTS) and any(_hooks(module)):
             yield f"it has a hook at {name}, where edges are ablated; remove it with reset_hooks()"
 
 
@@ -202,6 +244,18 @@ def _change_of(module: nn.Module) -> str | None:
     if masked is not None and masked > LARGEST_MASKED:
         return f"IGNORE={float(masked):g}"
     return None
+
+
+def _new_methods(kind: type) -> list[str]:
+    """The methods of a class that replace those of the library that it comes from."""
+    known = [base for base in kind.__mro__ if base.__module__.startswith(LIBRARIES)]
+    return [
+        name
+        for base in kind.__mro__
+        for name, method in vars(base).items()
+        if isfunction(method) and not str(method.__module__).startswith(LIBRARIES)
+        if name != "__init__" and any(hasattr(each, name) for each in known)
+    ]
 
 
 def _final_norm_type(model: Model) -> type[nn.Module]:

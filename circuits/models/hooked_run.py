@@ -8,17 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.models.changes import NORM_TYPES, Own, is_changed, last_step_changed, turn
+from circuits.models.changes import (
+    NORM_TYPES,
+    Own,
+    because,
+    is_changed,
+    last_step_changed,
+    own_settings,
+    part_of,
+    turn,
+)
 from circuits.models.functional import soft_capped
 from circuits.models.loading import Model
 from circuits.models.overflow import check_size
+from circuits.system.errors import InputError
 from circuits.system.torch_modes import without_modes
 
 Hook = Callable[[Tensor], Tensor | None]
@@ -32,6 +42,10 @@ TokenMask = Bool[Tensor, "batch pos"]
 Forward = Callable[[Tensor], Tensor]
 Attribute = tuple[Any, str, Any]
 
+INSTEAD = (
+    "read a head's output by its name (a0.h1), what it reads at hook_q_input, hook_k_input and "
+    "hook_v_input, and what the logits read at the last hook_resid_post"
+)
 INPUT_FLAGS = (
     "use_hook_mlp_in", "use_split_qkv_input", "ungroup_grouped_query_attention",
     "use_attn_in", "use_attn_result",
@@ -113,7 +127,7 @@ def run_to_residual(
         layers: stop after this many layers.
     """
     last = model.cfg.n_layers if layers is None else layers
-    residual = _run(model, tokens, mask, hooks, stop_at_layer=last)
+    residual = _run(model, tokens, mask, hooks, last)
     check_size(model, residual)
     return residual
 
@@ -125,24 +139,48 @@ def run_to_logits(
     return _run(model, tokens, mask)
 
 
-def _run(model: Model, tokens: Tensor, mask: Tensor, hooks: Hooks = (), **options: int) -> Tensor:
+def _run(
+    model: Model, tokens: Tensor, mask: Tensor, hooks: Hooks = (), layers: int | None = None
+) -> Tensor:
     # With a tokenizer that pads on the left TransformerLens would guess where the padding is.
     pads_left = getattr(model.tokenizer, "padding_side", None) == "left"
     attention_mask = torch.ones_like(tokens) if pads_left else None
-    with hooked(model, [*hooks, *_padding_hooks(model, mask)]):
-        return model(tokens, attention_mask=attention_mask, **options)
+    masking = _padding_hooks(model, mask)[:layers]
+    with hooked(model, [*hooks, *masking]):
+        return model(tokens, attention_mask=attention_mask, stop_at_layer=layers)
 
 
 @contextlib.contextmanager
 def hooked(model: Model, hooks: Hooks) -> Iterator[None]:
-    """Add hooks to hook points, or to the outputs of modules, and remove them at the end."""
+    """Add hooks to hook points, or to the outputs of modules, and remove them at the end.
+
+    A model that lacks one of these modules, or does not run it in between, is refused.
+    """
     with turn(model), contextlib.ExitStack() as stack:
+        added: list[tuple[str, _OnOutput]] = []
         for name, function in hooks:
             # A hook point is a module as well: it returns the activation that it is given.
-            module = model.get_submodule(name)
-            handle = module.register_forward_hook(_OnOutput(function))
+            hook = _OnOutput(function)
+            handle = part_of(model, name).register_forward_hook(hook)
             stack.callback(handle.remove)
+            added.append((name, hook))
         yield
+    # A hook that is not run would change nothing, and nobody would know.
+    for name, hook in added:
+        if not hook.was_run:
+            reason = because(model) or f"; {INSTEAD}"
+            raise InputError(f"{name} is not computed in the run of a circuit{reason}.")
+
+
+@contextlib.contextmanager
+def received(model: Model, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Record what modules are given, by their names."""
+    seen: dict[str, Tensor] = {}
+    with turn(model), contextlib.ExitStack() as stack:
+        for name in names:
+            handle = part_of(model, name).register_forward_hook(_Receiver(name, seen))
+            stack.callback(handle.remove)
+        yield seen
 
 
 @contextlib.contextmanager
@@ -203,10 +241,21 @@ class _OnOutput(Own):
     """A hook of torch that calls a `Hook`."""
 
     def __init__(self, function: Hook) -> None:
-        self.function = function
+        self.function, self.was_run = function, False
 
     def __call__(self, module: object, arguments: object, output: Tensor) -> Tensor | None:
+        self.was_run = True
         return self.function(output)
+
+
+class _Receiver(Own):
+    """A hook of torch that records what a module is given, as other hooks have left it."""
+
+    def __init__(self, name: str, seen: dict[str, Tensor]) -> None:
+        self.name, self.seen = name, seen
+
+    def __call__(self, module: object, arguments: Sequence[Tensor], output: object) -> None:
+        self.seen[self.name] = arguments[0]
 
 
 class _Counter(Own):
@@ -222,7 +271,7 @@ class _Counter(Own):
 
 
 def _padding_hooks(model: Model, mask: TokenMask) -> Hooks:
-    """Mask pads on the right, which TransformerLens does under causal attention only."""
+    """By layer, mask pads on the right, which TransformerLens does in causal attention only."""
     if model.cfg.attention_dir == "causal" or mask.all():
         return []
     # [batch, head, query, key]
@@ -238,7 +287,9 @@ def _padding_hooks(model: Model, mask: TokenMask) -> Hooks:
 @contextlib.contextmanager
 def _input_flags(model: Model, *chosen: str) -> Iterator[None]:
     """Set these of `INPUT_FLAGS`, and clear the others."""
-    flags = [(model.cfg, name, name in chosen) for name in INPUT_FLAGS]
+    # A layer that was copied, or comes from another model, has settings of its own.
+    configs = {id(each): each for each in (model.cfg, *own_settings(model).values())}
+    flags = [(cfg, name, name in chosen) for cfg in configs.values() for name in INPUT_FLAGS]
     with turn(model), _attributes(flags):
         yield
 
@@ -248,8 +299,9 @@ def _shared_norms(model: Model) -> Iterator[None]:
     """Compute the norm before attention once for q, k and v, not three times as TransformerLens."""
     name = str(model.cfg.normalization_type)
     kind = NORM_TYPES.get(name, type(None))
+    found = (module for path, module in model.named_modules() if path.endswith(".ln1"))
     # A changed norm may compute something else each time.
-    norms = [block.ln1 for block in model.blocks if not is_changed(block.ln1, kind)]
+    norms = [norm for norm in found if not is_changed(norm, kind)]
     forwards = [(norm, "forward", _Remembering(norm.forward)) for norm in norms]
     with _attributes(forwards):
         yield

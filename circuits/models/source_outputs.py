@@ -27,6 +27,7 @@ from circuits.models import (
 )
 from circuits.models.changes import Changes
 from circuits.system.errors import InputError
+from circuits.system.memory import is_out_of_memory
 
 Tokens = Int[Tensor, "batch pos"]
 Mask = Bool[Tensor, "batch pos"]
@@ -163,7 +164,8 @@ def run_and_record(
 def check_honoured(model: Model, nodes: Sequence[Node], prompts: Sequence[MaskedPrompts]) -> None:
     """Refuse changes of a model that would act in some of the runs made here and not in others.
 
-    In some of them heads have separate inputs, or other prompts are in the batch.
+    In some of them heads have separate inputs, or other prompts are in the batch. What each prompt
+    gives alone is right.
 
     Args:
         prompts: tokens, which of them are real, and where logits are compared.
@@ -175,18 +177,23 @@ def check_honoured(model: Model, nodes: Sequence[Node], prompts: Sequence[Masked
         pieces = [each.split(CHECKED_PROMPTS) for each in masked]
         for some, real, rows in zip(*pieces, strict=True):
             _, residual = run_and_record(model, nodes, some, real)
-            expected = run_to_logits(model, some, real)[rows]
-            # Circuits run as copies of the prompts.
-            twice = [each.repeat(2, 1) for each in (some, real, rows)]
-            separate = _with_separate_inputs(model, found, *twice[:2])
-            copies = scored_logits(model, separate, twice[2])
-            logits = [scored_logits(model, residual, rows), *copies.chunk(2)]
+            each = zip(some.split(1), real.split(1), rows.split(1), strict=True)
+            alone = [run_to_logits(model, tokens, mask)[row] for tokens, mask, row in each]
+            expected = torch.cat(alone)
+            # Circuits run as copies of the prompts, each with other activations.
+            others = (some + 1) % model.cfg.d_vocab
+            tokens = torch.cat([some, some, others])
+            mask, scored = (tensor.repeat(3, 1) for tensor in (real, rows))
+            separate = _with_separate_inputs(model, found, tokens, mask)
+            copies = scored_logits(model, separate, scored).chunk(3)
+            logits = [scored_logits(model, residual, rows), *copies[:2]]
             gap = max(relative_gap(each, expected) for each in logits)
             if gap > TOLERANCE[expected.dtype]:
                 raise InputError(
-                    f"{model.cfg.model_name} computes other logits (by {gap:.1%}) in batches where "
-                    f"heads have separate inputs, [batch, pos, head, d_model]: {named(found)}; "
-                    "let it act on each vector of the last axis alone, or remove it."
+                    f"{model.cfg.model_name} computes other logits (by {gap:.1%}) where other "
+                    "prompts are in the batch or heads have separate inputs, [batch, pos, head, "
+                    f"d_model]: {named(found)}; let it act on each prompt, and on each vector of "
+                    "the last axis, alone and without chance, or remove it."
                 )
 
 
@@ -194,10 +201,10 @@ def _with_separate_inputs(model: Model, found: Changes, tokens: Tokens, mask: Ma
     try:
         with separate_inputs(model):
             return run_to_residual(model, tokens, mask)
-    except torch.OutOfMemoryError:
-        raise
     # A user's hook may raise anything. It did not when the model ran as it is.
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise InputError(
             f"{model.cfg.model_name} cannot be run where heads have separate inputs, [batch, pos, "
             f"head, d_model] ({type(error).__name__}: {str(error)[:80]!r}): {named(found)}; "

@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformer_lens.utilities.activation_functions import SUPPORTED_ACTIVATIONS
 
 from circuits.graph.edges import SLOTS
-from circuits.models.changes import turn
+from circuits.models.changes import part_of, turn
 from circuits.models.functional import (
     Attention,
     FeedForward,
@@ -47,7 +47,7 @@ class ModelWeights:
 
     def embedding_deviation(self) -> float:
         """Return the standard deviation of all entries of the token embedding W_E."""
-        embedding = self.model.W_E.detach()
+        embedding = part_of(self.model, "embed.W_E").detach()
         return float(embedding.float().std())
 
     def normalized(self, layer: int | None, residual: Residual) -> tuple[Residual, Scale] | None:
@@ -115,11 +115,11 @@ class ModelWeights:
 
     def output_projection(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         """Return W_O."""
-        return self.model.blocks[layer].attn.W_O
+        return part_of(self.model, f"blocks.{layer}.attn.W_O")
 
     def output_bias(self, layer: int) -> Float[Tensor, " d_model"]:
         """Return b_O, which belongs to no node."""
-        return self.model.blocks[layer].attn.b_O
+        return part_of(self.model, f"blocks.{layer}.attn.b_O")
 
     def attention(self, layer: int) -> Attention | None:
         """Return the heads of a layer as functions; None if positions enter in an unknown way."""

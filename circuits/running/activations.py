@@ -11,6 +11,7 @@ from circuits.graph.circuit import Circuit, check_is_circuit
 from circuits.graph.nodes import Node
 from circuits.models import Model, frozen, hook_names, separate_inputs
 from circuits.models.component_graph import component_nodes
+from circuits.models.hooked_run import INSTEAD
 from circuits.running.ablation import Ablation
 from circuits.running.edge_layout import check_runnable
 from circuits.running.hooked import HookedExecutor
@@ -130,8 +131,4 @@ def _of_parts(
 def _only(hook: str, seen: Sequence[Tensor]) -> Tensor:
     if len(seen) == 1:
         return seen[0]
-    why = "is computed for q, k and v each" if seen else "is not computed in the run of a circuit"
-    raise InputError(
-        f"{hook!r} {why}; read a head's output by its name (a0.h1), what it reads at hook_q_input, "
-        "hook_k_input and hook_v_input, and what the logits read at the last hook_resid_post."
-    )
+    raise InputError(f"{hook!r} is computed for q, k and v each; {INSTEAD}.")

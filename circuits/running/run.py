@@ -12,7 +12,7 @@ from torch import Tensor
 
 from circuits.graph.circuit import Circuit, check_is_circuit
 from circuits.graph.graph import Graph, PooledFeatureGraph, check_is_graph
-from circuits.models import Model, check_model, frozen, run_to_residual, scored_logits
+from circuits.models import Model, changes, check_model, frozen, run_to_residual, scored_logits
 from circuits.models.component_graph import component_nodes
 from circuits.running.ablation import Ablation, check_corrupted, with_means_taken
 from circuits.running.edge_layout import check_runnable
@@ -193,8 +193,10 @@ def model_logits(
     task = task.to(model.cfg.device)
     logits = []
     with frozen(model), torch.no_grad():
-        for start in range(0, len(task), PROMPTS_PER_RUN):
-            part = task[start : start + PROMPTS_PER_RUN]
+        # What a user has changed may mix the prompts of a batch.
+        size = 1 if changes(model) else PROMPTS_PER_RUN
+        for start in range(0, len(task), size):
+            part = task[start : start + size]
             # Only the scored rows are unembedded: a vocabulary is wide.
             residual = _residual(model, part, prompts)
             logits.append(scored_logits(model, residual, part.scored))
