@@ -33,7 +33,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 FLAGGED_POINTS = (
     "hook_q_input", "hook_k_input", "hook_v_input", "hook_attn_in", "hook_mlp_in", "hook_result",
 )  # fmt: skip
-LIBRARIES = ("transformer_lens", "torch")
+LIBRARY = "transformer_lens"
 NORM_TYPES: dict[str, type[nn.Module]] = {
     "LN": components.LayerNorm,
     "LNPre": components.LayerNormPre,
@@ -247,14 +247,16 @@ def _change_of(module: nn.Module) -> str | None:
 
 
 def _new_methods(kind: type) -> list[str]:
-    """The methods of a class that replace those of the library that it comes from."""
-    known = [base for base in kind.__mro__ if base.__module__.startswith(LIBRARIES)]
+    """The methods of a class that replace those of TransformerLens."""
+    # Other libraries add methods to `nn.Module` itself, as transformers does.
+    bases = [base for base in kind.__mro__ if base not in nn.Module.__mro__]
+    known = [vars(base) for base in bases if base.__module__.startswith(LIBRARY)]
     return [
         name
-        for base in kind.__mro__
+        for base in bases
         for name, method in vars(base).items()
-        if isfunction(method) and not str(method.__module__).startswith(LIBRARIES)
-        if name != "__init__" and any(hasattr(each, name) for each in known)
+        if isfunction(method) and not str(method.__module__).startswith(LIBRARY)
+        if name != "__init__" and any(name in methods for methods in known)
     ]
 
 
