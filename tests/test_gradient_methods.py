@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, random_model, random_task
-from changed_models import HONOURED
+from changed_models import HONOURED, hook
 from published import COMPILED, case, case_model, our_edge, scored_everywhere_task
 
 import circuits
@@ -186,6 +186,37 @@ def test_eap_of_a_model_that_a_user_has_changed_is_the_derivative_of_what_it_com
     scores = EAP().discover(model, task, graph=few).scores
     torch.testing.assert_close(
         scores, expected.float(), atol=2e-6 * float(expected.abs().max()), rtol=1e-4
+    )
+
+
+BACKWARD = {
+    "the other way round": hook("blocks.1.hook_mlp_out", lambda g: (g.flip(0),), "bwd"),
+    "the mean": hook("blocks.0.hook_mlp_out", lambda g: (g.mean(0).expand_as(g),), "bwd"),
+    "by axis": hook(
+        "blocks.1.ln1.hook_normalized", lambda g: (g.index_fill(2, torch.tensor(1), 0),), "bwd"
+    ),
+}
+
+
+@pytest.mark.parametrize("change", BACKWARD)
+def test_a_hook_that_mixes_the_gradients_of_prompts_is_refused(change):
+    model, task = random_model("gpt2"), random_task()
+    BACKWARD[change](model)
+    told = r"computes other gradients .* hook at blocks\.\d\."
+    with pytest.raises(circuits.InputError, match=told):
+        EAP().discover(model, task)
+
+
+def test_a_hook_that_scales_gradients_scales_scores():
+    model, task = random_model("gpt2"), random_task()
+    plain = EAP().discover(model, task).scores
+    hook("blocks.1.hook_resid_post", lambda g: (g * 0.5,), "bwd")(model)
+    into_logits = torch.tensor(
+        [isinstance(e.target, circuits.Logits) for e in circuits.component_graph(model).edges]
+    )
+    scores = EAP().discover(model, task).scores
+    torch.testing.assert_close(
+        scores[~into_logits], plain[~into_logits] * 0.5, atol=1e-6, rtol=1e-4
     )
 
 

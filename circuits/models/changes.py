@@ -128,6 +128,13 @@ def only_hooked(found: Changes) -> bool:
     return set(found.values()) <= {A_HOOK}
 
 
+def has_backward_hooks(model: Model) -> bool:
+    """Whether hooks see gradients of the model, and may change them."""
+    backward = [name for name in HOOKS if "backward" in name]
+    hooked = (any(_hooks(module, names=backward)) for module in model.modules())
+    return any(hooked) or any(_hooks(every_module, "_global", backward))
+
+
 def after_embedding(found: Changes) -> Changes:
     """The changes that are not of the embeddings alone."""
     return {name: change for name, change in found.items() if name not in EMBEDDING}

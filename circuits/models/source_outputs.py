@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -20,12 +20,13 @@ from circuits.models import (
     named,
     output_hook,
     plain_inputs,
+    residual_hook,
     run_to_logits,
     run_to_residual,
     scored_logits,
     separate_inputs,
 )
-from circuits.models.changes import Changes
+from circuits.models.changes import Changes, has_backward_hooks
 from circuits.system.errors import InputError
 from circuits.system.memory import is_out_of_memory
 
@@ -161,7 +162,13 @@ def run_and_record(
 
 
 @torch.no_grad()
-def check_honoured(model: Model, nodes: Sequence[Node], prompts: Sequence[MaskedPrompts]) -> None:
+def check_honoured(
+    model: Model,
+    nodes: Sequence[Node],
+    prompts: Sequence[MaskedPrompts],
+    *,
+    gradients: bool = False,
+) -> None:
     """Refuse changes of a model that would act in some of the runs made here and not in others.
 
     In some of them heads have separate inputs, or other prompts are in the batch. What each prompt
@@ -169,10 +176,12 @@ def check_honoured(model: Model, nodes: Sequence[Node], prompts: Sequence[Masked
 
     Args:
         prompts: tokens, which of them are real, and where logits are compared.
+        gradients: compare those at what the first layer reads as well, if hooks may change them.
     """
     found = changes(model)
     if not found:
         return
+    gradients = gradients and has_backward_hooks(model)
     for masked in prompts:
         pieces = [each.split(CHECKED_PROMPTS) for each in masked]
         for some, real, rows in zip(*pieces, strict=True):
@@ -184,23 +193,47 @@ def check_honoured(model: Model, nodes: Sequence[Node], prompts: Sequence[Masked
             others = (some + 1) % model.cfg.d_vocab
             tokens = torch.cat([some, some, others])
             mask, scored = (tensor.repeat(3, 1) for tensor in (real, rows))
-            separate = _with_separate_inputs(model, found, tokens, mask)
+            run = partial(run_to_residual, model, tokens, mask)
+            separate = _with_separate_inputs(model, found, run)
             copies = scored_logits(model, separate, scored).chunk(3)
             logits = [scored_logits(model, residual, rows), *copies[:2]]
-            gap = max(relative_gap(each, expected) for each in logits)
+            gap, what = max(relative_gap(each, expected) for each in logits), "logits"
+            if gradients:
+                each = zip(some.split(1), real.split(1), rows.split(1), strict=True)
+                gradient = torch.cat([_gradient(model, *prompt) for prompt in each])
+                run = partial(_gradient, model, tokens, mask, scored)
+                several = _with_separate_inputs(model, found, run).chunk(3)
+                backward = max(relative_gap(copy, gradient) for copy in several[:2])
+                gap, what = max((gap, what), (backward, "gradients"))
             if gap > TOLERANCE[expected.dtype]:
                 raise InputError(
-                    f"{model.cfg.model_name} computes other logits (by {gap:.1%}) where other "
+                    f"{model.cfg.model_name} computes other {what} (by {gap:.1%}) where other "
                     "prompts are in the batch or heads have separate inputs, [batch, pos, head, "
                     f"d_model]: {named(found)}; let it act on each prompt, and on each vector of "
                     "the last axis, alone and without chance, or remove it."
                 )
 
 
-def _with_separate_inputs(model: Model, found: Changes, tokens: Tokens, mask: Mask) -> Residual:
+@torch.enable_grad()
+def _gradient(model: Model, tokens: Tokens, mask: Mask, rows: Mask) -> Residual:
+    """The gradient of half the squared logits with respect to what the first layer reads."""
+    read: dict[str, Tensor] = {}
+    name = residual_hook(0)
+
+    def start(residual: Tensor) -> Tensor:
+        read[name] = residual.detach().requires_grad_()
+        return read[name]
+
+    final = run_to_residual(model, tokens, mask, [(name, start)])
+    logits = scored_logits(model, final, rows)
+    (gradient,) = torch.autograd.grad(logits, read[name], logits.detach())
+    return gradient
+
+
+def _with_separate_inputs(model: Model, found: Changes, run: Callable[[], Residual]) -> Residual:
     try:
         with separate_inputs(model):
-            return run_to_residual(model, tokens, mask)
+            return run()
     # A user's hook may raise anything. It did not when the model ran as it is.
     except Exception as error:
         if is_out_of_memory(error):

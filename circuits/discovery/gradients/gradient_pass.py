@@ -173,7 +173,7 @@ class GradientPass:
     def check_honoured(self, prompts: Sequence[MaskedPrompts]) -> None:
         """Refuse changes of the model that would not act on `prompts` as in the model itself."""
         if self.separate:
-            check_honoured(self.model, self.nodes, prompts)
+            check_honoured(self.model, self.nodes, prompts, gradients=True)
 
     def run(self, task: Task, tokens: Tokens, override: Override, slopes: OfLogits) -> PassResult:
         """Run `tokens`, and go back from the logits of the rows that `task` scores.
