@@ -26,7 +26,7 @@ from circuits.models import (
     scored_logits,
     separate_inputs,
 )
-from circuits.models.changes import Changes, has_backward_hooks
+from circuits.models.changes import because, has_backward_hooks
 from circuits.system.errors import InputError
 from circuits.system.memory import is_out_of_memory
 
@@ -36,6 +36,7 @@ MaskedPrompts = tuple[Tensor, Tensor, Tensor]
 Residual = Float[Tensor, "batch pos d_model"]
 Outputs = Float[Tensor, "source batch pos d_model"]
 Directions = Float[Tensor, "d_model direction"]
+Compute = Callable[[Model, Tensor, Tensor, Tensor], Tensor]
 OutputRows = Float[Tensor, "source *batch pos d_model"]
 
 # Rounding makes the sum of the outputs differ from the residual stream by less than this share of
@@ -181,41 +182,47 @@ def check_honoured(
     found = changes(model)
     if not found:
         return
-    gradients = gradients and has_backward_hooks(model)
+    computed = {"logits": (_model_logits, _logits)}
+    if gradients and has_backward_hooks(model):
+        computed["gradients"] = _gradient, _gradient
     for masked in prompts:
         pieces = [each.split(CHECKED_PROMPTS) for each in masked]
         for some, real, rows in zip(*pieces, strict=True):
-            _, residual = run_and_record(model, nodes, some, real)
-            each = zip(some.split(1), real.split(1), rows.split(1), strict=True)
-            alone = [run_to_logits(model, tokens, mask)[row] for tokens, mask, row in each]
-            expected = torch.cat(alone)
-            # Circuits run as copies of the prompts, each with other activations.
-            others = (some + 1) % model.cfg.d_vocab
-            tokens = torch.cat([some, some, others])
-            mask, scored = (tensor.repeat(3, 1) for tensor in (real, rows))
-            run = partial(run_to_residual, model, tokens, mask)
-            separate = _with_separate_inputs(model, found, run)
-            copies = scored_logits(model, separate, scored).chunk(3)
-            logits = [scored_logits(model, residual, rows), *copies[:2]]
-            gap, what = max(relative_gap(each, expected) for each in logits), "logits"
-            if gradients:
-                each = zip(some.split(1), real.split(1), rows.split(1), strict=True)
-                gradient = torch.cat([_gradient(model, *prompt) for prompt in each])
-                run = partial(_gradient, model, tokens, mask, scored)
-                several = _with_separate_inputs(model, found, run).chunk(3)
-                backward = max(relative_gap(copy, gradient) for copy in several[:2])
-                gap, what = max((gap, what), (backward, "gradients"))
-            if gap > TOLERANCE[expected.dtype]:
-                raise InputError(
-                    f"{model.cfg.model_name} computes other {what} (by {gap:.1%}) where other "
-                    "prompts are in the batch or heads have separate inputs, [batch, pos, head, "
-                    f"d_model]: {named(found)}; let it act on each prompt, and on each vector of "
-                    "the last axis, alone and without chance, or remove it."
-                )
+            run_and_record(model, nodes, some, real)
+            for what, (alone, together) in computed.items():
+                gap = _gap(model, (some, real, rows), alone, together)
+                if gap > TOLERANCE[model.cfg.dtype]:
+                    raise InputError(
+                        f"{model.cfg.model_name} computes other {what} (by {gap:.1%}) where other "
+                        "prompts are in the batch or heads have separate inputs, [batch, pos, "
+                        f"head, d_model]: {named(found)}; let it act on each prompt, and on each "
+                        "vector of the last axis, alone and without chance, or remove it."
+                    )
+
+
+def _gap(model: Model, prompts: MaskedPrompts, alone: Compute, together: Compute) -> float:
+    """The difference between what prompts give alone, and beside others with separate inputs."""
+    tokens, mask, scored = prompts
+    each = zip(tokens.split(1), mask.split(1), scored.split(1), strict=True)
+    expected = torch.cat([alone(model, *prompt) for prompt in each])
+    # Circuits run as copies of the prompts, each with other activations.
+    others = (tokens + 1) % model.cfg.d_vocab
+    beside = torch.cat([tokens, tokens, others])
+    copies = (given.repeat(3, 1) for given in (mask, scored))
+    found = _with_separate_inputs(model, partial(together, model, beside, *copies))
+    return max(relative_gap(copy, expected) for copy in found.chunk(3)[:2])
+
+
+def _model_logits(model: Model, tokens: Tokens, mask: Mask, scored: Mask) -> Tensor:
+    return run_to_logits(model, tokens, mask)[scored]
+
+
+def _logits(model: Model, tokens: Tokens, mask: Mask, scored: Mask) -> Tensor:
+    return scored_logits(model, run_to_residual(model, tokens, mask), scored)
 
 
 @torch.enable_grad()
-def _gradient(model: Model, tokens: Tokens, mask: Mask, rows: Mask) -> Residual:
+def _gradient(model: Model, tokens: Tokens, mask: Mask, scored: Mask) -> Residual:
     """The gradient of half the squared logits with respect to what the first layer reads."""
     read: dict[str, Tensor] = {}
     name = residual_hook(0)
@@ -225,12 +232,12 @@ def _gradient(model: Model, tokens: Tokens, mask: Mask, rows: Mask) -> Residual:
         return read[name]
 
     final = run_to_residual(model, tokens, mask, [(name, start)])
-    logits = scored_logits(model, final, rows)
+    logits = scored_logits(model, final, scored)
     (gradient,) = torch.autograd.grad(logits, read[name], logits.detach())
     return gradient
 
 
-def _with_separate_inputs(model: Model, found: Changes, run: Callable[[], Residual]) -> Residual:
+def _with_separate_inputs(model: Model, run: Callable[[], Tensor]) -> Tensor:
     try:
         with separate_inputs(model):
             return run()
@@ -240,7 +247,7 @@ def _with_separate_inputs(model: Model, found: Changes, run: Callable[[], Residu
             raise
         raise InputError(
             f"{model.cfg.model_name} cannot be run where heads have separate inputs, [batch, pos, "
-            f"head, d_model] ({type(error).__name__}: {str(error)[:80]!r}): {named(found)}; "
+            f"head, d_model] ({type(error).__name__}: {str(error)[:80]!r}){because(model)}; "
             "let it act on each vector of the last axis alone, or remove it."
         ) from error
 
