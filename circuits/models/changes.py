@@ -75,9 +75,7 @@ def changes(model: Model) -> Changes:
         if any(_hooks(every_module, "_global")):
             found["all modules of torch"] = A_HOOK
         expected, settings = _expected_types(model), own_settings(model)
-        for kind in dict.fromkeys([type(model), *expected.values()]):
-            for name in _new_methods(kind):
-                found[f"the class {kind.__name__}"] = f"another {name} method"
+        found |= _changed_class(type(model))
         for name, module in model.named_modules():
             generic = re.sub(r"^blocks\.\d+", "block", name)
             if type(module) is not expected.get(generic, type(module)):
@@ -87,6 +85,14 @@ def changes(model: Model) -> Changes:
             elif settings.get(name, model.cfg) != model.cfg:
                 found[name] = "other settings"
         return found
+
+
+def changes_and_classes(model: Model) -> Changes:
+    """Describe changes of the model, and of the classes of its modules, which all models share."""
+    found = changes(model)
+    for kind in _expected_types(model).values():
+        found |= _changed_class(kind)
+    return found
 
 
 def own_settings(model: Model) -> dict[str, Any]:
@@ -170,7 +176,7 @@ def check_model(model: Model) -> None:
 def check_unchanged(model: Model) -> None:
     """Refuse what `check_model` refuses, and changes, where weights must say what is computed."""
     check_model(model)
-    if found := changes(model):
+    if found := changes_and_classes(model):
         raise InputError(
             f"{model.cfg.model_name} is not what its weights say: {named(found)}. Features and "
             "attribution graphs are computed from weights; remove hooks with "
@@ -251,6 +257,10 @@ def _change_of(module: nn.Module) -> str | None:
     if masked is not None and masked > LARGEST_MASKED:
         return f"IGNORE={float(masked):g}"
     return None
+
+
+def _changed_class(kind: type) -> Changes:
+    return {f"the class {kind.__name__}": f"another {name} method" for name in _new_methods(kind)}
 
 
 def _new_methods(kind: type) -> list[str]:
