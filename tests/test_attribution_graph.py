@@ -328,16 +328,23 @@ def test_what_would_give_a_wrong_graph_is_refused(unchecked_types):
             lambda: circuits.AttributionGraph(replace(transcoders, reads="resid")).attribute(
                 model, PROMPT
             ),
-            "reads='resid' is none of",
+            "reads='resid': choose",
         ),
         (
             lambda: circuits.AttributionGraph(replace(transcoders, writes="resid")).attribute(
                 model, PROMPT
             ),
-            "writes='resid' is none of",
+            "writes='resid': choose",
         ),
         (lambda: method.attribute(model, torch.tensor([PROMPT, PROMPT])), "are no prompt"),
-        (lambda: method.attribute_all(model, "some text"), "takes a list of prompts"),
+        (
+            lambda: method.attribute_all(model, "some text"),
+            "must be a list; for one, give",
+        ),
+        (
+            lambda: method.attribute_all(model, PROMPT),
+            "holds ids; give a list of prompts",
+        ),
         *(
             (
                 lambda weight=weight: method.attribute(
@@ -673,11 +680,16 @@ def test_what_cannot_be_explained_is_said_in_one_line(unchecked_types):
         method.attribute(model_of("attention_only"), PROMPT)
     vector = model.W_U[:, 7]
     for explain, message in (
-        ([77], "77 is no token of this model's"),
+        ([77], "holds 77, which is no token of this model's"),
         ([], "give a list of tokens"),
-        (7, "give a list of tokens"),
-        (" Austin", "give a list of tokens"),
-        ([None], "None is no token"),
+        (7, r"explain=7 must be a list; for one, give \[7\]"),
+        (" Austin", "explain=' Austin' must be a list"),
+        (circuits.Direction("mine", vector), "must be a list"),
+        ((7, 21), r"may be a pair or two tokens; give \[\(7, 21\)\] .*, or \[7, 21\]"),
+        ([[7, 21]], "a pair of tokens is a tuple"),
+        ([circuits.Direction(7, vector)], "a text as a Direction's label"),
+        ([circuits.Direction("mine", vector, token=50)], "which is no token of this model's"),
+        ([None], "holds None, which is no token"),
         ([(7,)], "a pair is"),
         ([7, 7], "explain holds 7 twice"),
         (

@@ -12,6 +12,7 @@ import circuits
 from circuits.attribution.feature_graph import FEATURE
 from circuits.discovery.discoverer import CircuitDiscoverer
 from circuits.system.numbers import real, truth, whole
+from circuits.transcoders.training.train import Training
 
 # What a user sees, who has no runtime type checks.
 pytestmark = pytest.mark.usefixtures("unchecked_types")
@@ -331,6 +332,73 @@ def test_numbers_of_a_graph_make_an_intervention(toy_world, transcoders):
         int(nodes.position[number]),
         value=2 * float(nodes.activation[number]),
     )
+
+
+@pytest.mark.parametrize("layers", [np.array([0, 2]), torch.tensor([0, 2]), {0, 2}, iter([0, 2])])
+def test_frozen_layers_may_be_in_any_series(layers, toy_world, transcoders):
+    change = [circuits.Intervention.ablate("f0.475@3")]
+    runs = [
+        circuits.intervene(toy_world, transcoders, PROMPT, [change], frozen_layers=each).logits
+        for each in (layers, [0, 2])
+    ]
+    assert torch.equal(*runs)
+
+
+def test_parts_of_transcoders_are_not_counted_from_the_end(transcoders):
+    states = torch.randn(1, 2, transcoders.d_model)
+    for call in (
+        lambda: transcoders.encode(-1, states),
+        lambda: transcoders.decoder_rows(1, torch.tensor([0]), 0, states),
+        lambda: transcoders.encoder_rows(0, torch.tensor([-1]), states),
+    ):
+        with pytest.raises(IndexError):
+            call()
+        refused(call)
+
+
+def test_firings_are_taken_by_slices_without_steps(transcoders):
+    fired = circuits.expected_coactivation(
+        {layer: torch.randn(1, 4, transcoders.d_model) for layer in range(4)}, transcoders
+    )
+    refused(lambda: fired.mean(0, slice(0, 8, 2)), "without a step")
+    refused(lambda: fired.mean(-1, slice(0, 8)), "there is no layer -1")
+
+
+def test_a_mask_of_ones_and_zeros_is_no_list_of_positions(toy_world):
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    refused(
+        lambda: circuits.train_transcoders(
+            toy_world, lambda step: (tokens, torch.ones_like(tokens)), Training(n_features=8, k=2)
+        ),
+        "of booleans",
+    )
+
+
+def test_explained_words_that_are_not_one_token_are_told_as_such(toy_world, transcoders):
+    method = circuits.AttributionGraph(transcoders)
+    told = refused(lambda: method.attribute(toy_world, PROMPT, explain=["Austin and"]), "explain")
+    assert "must be one token after" in told and "answers" not in told
+
+
+def test_one_text_encoded_is_no_list_of_prompts(toy_world, transcoders):
+    method, encoded = circuits.AttributionGraph(transcoders), toy_world.tokenizer(PROMPT)
+    refused(lambda: method.attribute_all(toy_world, encoded), "or one to attribute")
+    encoded = toy_world.tokenizer([PROMPT, PROMPT])
+    assert len(method.attribute_all(toy_world, encoded)) == 2
+    assert len(method.attribute_all(toy_world, (each for each in (PROMPT, PROMPT)))) == 2
+
+
+def test_a_graph_run_explains_what_a_generator_or_a_list_of_numbers_says(
+    toy_world, transcoders, tmp_path
+):
+    method = circuits.AttributionGraph(transcoders)
+    vector = (toy_world.W_U[:, 7] - toy_world.W_U[:, 21]).tolist()
+    for explain in ([128, 7], [circuits.Direction("7 against 21", vector)]):
+        expected = method.attribute(toy_world, PROMPT, explain=explain)
+        run = circuits.run_graph(method, toy_world, PROMPT, explain=iter(explain), out=tmp_path)
+        assert not run.reused and torch.equal(run.graph.weight, expected.weight)
+        again = circuits.run_graph(method, toy_world, PROMPT, explain=explain, out=tmp_path)
+        assert again.reused
 
 
 def test_positions_that_are_none_are_refused():

@@ -119,7 +119,7 @@ def test_other_settings_make_another_folder(capsys, tmp_path):
         (("",), "is empty"),
         ((" ".join(["the"] * 80),), "has 81 tokens and toy-world reads 64"),
         (("The xylophone is",), "does not know 'xylophone'"),
-        ((PROMPT, "--explain", " New York"), "answers must be one token"),
+        ((PROMPT, "--explain", " New York"), "must be one token after"),
         ((PROMPT, "--model", "gpt2"), "which transcoders of gpt2?"),
         ((PROMPT, "--explain", "Austin/Austin"), "a token against itself"),
         ((PROMPT, "--node-threshold", "2"), "node_threshold=2.0"),

@@ -243,15 +243,15 @@ def test_things_of_another_kind_are_refused_in_one_line(unchecked_types):
         ),
         (
             lambda: intervene(model, transcoders, PROMPT, [["f0.1@3"]]),
-            "is no intervention; make one of a feature",
+            "expected an intervention, got",
         ),
         (
             lambda: intervene(model, transcoders, PROMPT, [[]], frozen_layers=1),
-            "give a list of layers",
+            "frozen_layers=1 must be a list; for one, give",
         ),
         (
             lambda: intervene(model, transcoders, PROMPT, [[Intervention(0.5, 1, factor=0.0)]]),
-            "there is no feature f0.5.1",
+            "layer=0.5: give a whole number",
         ),
         (lambda: intervene(model, transcoders, [PROMPT, PROMPT], [[]]), "are no prompt"),
         (lambda: intervene(model, transcoders, [0.0, 1.5], [[]]), "are no prompt"),
@@ -290,7 +290,7 @@ def test_what_cannot_be_changed_is_said():
         generate(model, transcoders, PROMPT, [Intervention(5, 0, value=1.0)], new_tokens=0)
     with pytest.raises(circuits.InputError, match="a prompt has 17 tokens"):
         generate(model, transcoders, [1] * 17, [])
-    for temperature in (-1.0, math.nan):
+    for temperature in (-1.0, math.inf):
         with pytest.raises(circuits.InputError, match="give 0 for the most probable token"):
             generate(model, transcoders, PROMPT, [], temperature=temperature)
     with pytest.raises(circuits.InputError, match="new_tokens=-1"):

@@ -7,7 +7,7 @@ import torch
 from architectures import random_model, random_task
 
 import circuits
-from circuits.tasks.metrics import METRICS, get_metric
+from circuits.tasks.metrics import ALIASES, METRICS, get_metric
 from circuits.tasks.task import Task
 
 VOCAB = 7
@@ -132,7 +132,7 @@ def test_values_so_large_that_their_sum_overflows_are_finite_all_the_same(task, 
 
 
 def test_a_direction_that_does_not_exist_is_refused(unchecked_types):
-    with pytest.raises(circuits.InputError, match="direction='higher_is_worse' must be"):
+    with pytest.raises(circuits.InputError, match="direction='higher_is_worse': choose"):
         circuits.Metric("mine", lambda logits, clean_logits, task: logits[:, 0], "higher_is_worse")
 
 
@@ -216,8 +216,12 @@ def failing(logits, clean_logits, task):
         (lambda logits, clean, task: logits[:, 0].numpy(), "returned ndarray; .* as a tensor"),
         (lambda logits, clean, task: [1.0] * 4, "returned list"),
         (lambda logits, clean, task: logits[:, 0] * 1j, "returned torch.complex64"),
+        (lambda logits, clean, task: logits[:, 0].to_sparse(), "returned torch.float32, .*sparse"),
         (lambda logits, clean, task: logits[:, 0].to("meta"), "fails with NotImplementedError"),
-        (failing, "fails with KeyError: 'no such column'. It gets logits and clean_logits "),
+        (
+            failing,
+            "fails with KeyError: 'no such column'. It gets logits ",
+        ),
     ],
 )
 def test_what_a_function_does_wrong_is_told_in_a_line_that_names_the_metric(
@@ -288,3 +292,30 @@ def test_name_and_function_of_a_metric_are_checked(unchecked_types):
     for name, function in (("mine", "kl"), (no_metric, "mine")):
         with pytest.raises(circuits.InputError, match="give a text, and a function of"):
             circuits.Metric(name, function, "lower_is_damage")
+
+
+@pytest.mark.parametrize(("name", "shipped"), ALIASES.items())
+def test_metrics_are_known_by_the_names_of_other_programs_too(task, name, shipped):
+    assert get_metric(name, task) is circuits.METRICS[shipped]
+
+
+def test_a_metric_in_the_list_under_another_name_is_refused(task, monkeypatch):
+    metric = circuits.Metric(
+        "largest", lambda logits, clean, task: logits.amax(-1), "lower_is_damage"
+    )
+    monkeypatch.setitem(circuits.METRICS, "mine", metric)
+    with pytest.raises(
+        circuits.InputError, match=r"METRICS\['mine'\] holds a metric called 'largest'"
+    ):
+        get_metric("mine", task)
+
+
+def test_a_vectorised_metric_that_is_none_is_told_what_it_gets(task, logits, clean):
+    metric = circuits.Metric(
+        "mine",
+        lambda logits, clean, task: logits[:, 0].amax(-1),
+        "lower_is_damage",
+        vectorised=True,
+    )
+    with pytest.raises(circuits.InputError, match=r"scored row and circuit, as it is vectorised"):
+        metric(torch.stack([logits, logits]), clean, task)

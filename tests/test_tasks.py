@@ -1306,14 +1306,16 @@ def test_the_digest_sees_every_tensor_and_the_metric() -> None:
 # Names and options
 
 
-def test_unknown_tasks_splits_and_options_are_refused_with_what_there_is(toy: Model) -> None:
+def test_unknown_tasks_splits_and_options_are_refused_with_what_there_is(
+    toy: Model, unchecked_types: None
+) -> None:
     for arguments, message in (
         ({"name": "ioy"}, r"no task 'ioy'; did you mean 'ioi'\? there are .*greater_than.*two_hop"),
-        ({"split": "validation"}, r"no split 'validation'; choose 'train' or 'test'"),
+        ({"split": "validation"}, r"split='validation': choose 'train' or 'test'"),
         ({"corupption": "abc"}, r"'ioi' has no option 'corupption'; did you mean 'corruption'\?"),
-        ({"corruption": "cba"}, r"no corruption 'cba'; choose 'abc' or 'swapped'"),
+        ({"corruption": "cba"}, r"corruption='cba': choose 'abc' or 'swapped'"),
         ({"name": "two_hop", "hops": 3}, r"'two_hop' has no option 'hops'; there is none"),
-        ({"n": 0}, r"n=0: a task needs at least one prompt"),
+        ({"n": 0}, r"n=0: give a whole number, 1 or more"),
     ):
         with pytest.raises(circuits.InputError, match=message):
             circuits.load_task(**{"name": "ioi", "model": toy, "n": 4, **arguments})

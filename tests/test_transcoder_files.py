@@ -578,9 +578,7 @@ def test_saving_refuses_what_the_formats_cannot_say(tmp_path):
         match=r"layer 0 fire by TopK\(k=3\) and those of layer 2 by TopK\(k=5\)",
     ):
         save_transcoders(replace(transcoders, encoders=encoders), tmp_path)
-    with pytest.raises(
-        circuits.InputError, match=r"cannot be of dtype torch.int8; use torch.float32"
-    ):
+    with pytest.raises(circuits.InputError, match=r"dtype=torch.int8: choose torch.float32"):
         save_transcoders(transcoders, tmp_path, dtype=torch.int8)
     (tmp_path / "layer_3.safetensors").touch()
     with pytest.raises(
@@ -1082,12 +1080,12 @@ def test_what_cannot_be_loaded_is_one_clear_line(tmp_path, case):
             r"finds no CUDA here; use device='cpu'|there is no device",
         ),
         ({"device": "abacus"}, r"there is no device 'abacus'; use 'cpu', 'cuda' or 'cuda:1'"),
-        ({"dtype": torch.int64}, r"weights cannot be of dtype torch.int64"),
+        ({"dtype": torch.int64}, r"dtype=torch.int64: choose torch.float32"),
         (
             {"dtype": torch.float16, "mapped": True},
             r"mapped=True leaves weights in their files.*leave both out",
         ),
-        ({"device": "meta", "mapped": True}, r"mapped=True leaves weights in their files"),
+        ({"device": "meta", "mapped": True}, r"device 'meta' cannot be used"),
     ],
 )
 def test_options_that_cannot_be_had_are_one_clear_line(tmp_path, options, message):

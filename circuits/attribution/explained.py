@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +14,8 @@ from circuits.attribution.build import Direction, difference_direction
 from circuits.attribution.local_model import LocalModel
 from circuits.models import Model
 from circuits.system.errors import InputError
+from circuits.system.kinds import expect
+from circuits.system.messages import shorten
 from circuits.system.numbers import items, python_number, shown, whole
 from circuits.system.tensors import as_tensor
 from circuits.tasks.metrics import check_finite
@@ -62,6 +65,27 @@ def _token_direction(
     return replace(direction, weight=weight, token=token)
 
 
+def listed(explain: Any) -> list[Any]:
+    """What the user asked to explain, in a list, with Directions of plain numbers and tensors.
+
+    Raises:
+        InputError: nothing was asked for, or a pair outside of a list; or a Direction holds what is
+            none of its kind.
+    """
+    wanted = items(explain, "explain")
+    if not wanted:
+        raise InputError(
+            f"explain={shown(explain)}: give a list of tokens, pairs of tokens or Directions, at "
+            "least one."
+        )
+    if isinstance(explain, tuple) and len(explain) == 2:
+        raise InputError(
+            f"explain={shown(explain)} may be a pair or two tokens; give [{shown(explain)}] for "
+            f"their difference, or {shown(wanted)} for each of them."
+        )
+    return [_plain_direction(each) if isinstance(each, Direction) else each for each in wanted]
+
+
 def directions_of(model: Model, local: LocalModel, explain: Sequence[Explained]) -> list[Direction]:
     """What the user asked to explain, as directions.
 
@@ -69,13 +93,7 @@ def directions_of(model: Model, local: LocalModel, explain: Sequence[Explained])
         InputError: nothing was asked for; something is not a token, pair or direction of this
             model; or something was asked for twice.
     """
-    wanted = [] if isinstance(explain, Direction) else _listed(explain)
-    if not wanted:
-        raise InputError(
-            f"explain={shown(explain)}: give a list of tokens, pairs of tokens or Directions, at "
-            "least one."
-        )
-    directions = [_direction(model, local, each) for each in wanted]
+    directions = [_direction(model, local, each) for each in listed(explain)]
     seen = set()
     for direction in directions:
         name = direction.label if direction.token is None else direction.token
@@ -87,19 +105,11 @@ def directions_of(model: Model, local: LocalModel, explain: Sequence[Explained])
     return directions
 
 
-def _listed(explain: Any) -> list[Any]:
-    """What a list, array or tensor of tokens holds; nothing if it is no such thing."""
-    try:
-        return items(explain, "explain")
-    except InputError:
-        return []
-
-
 def _direction(model: Model, local: LocalModel, wanted: Explained) -> Direction:
     if isinstance(wanted, Direction):
-        wanted = _plain_direction(wanted)
         _check_direction(local, wanted)
-        return wanted
+        token = wanted.token
+        return wanted if token is None else replace(wanted, token=_token(model, local, token))
     if isinstance(wanted, tuple):
         return _pair(model, local, wanted)
     token = _token(model, local, wanted)
@@ -130,7 +140,8 @@ def _pair(model: Model, local: LocalModel, wanted: tuple[Group, ...]) -> Directi
 def _group(model: Model, local: LocalModel, wanted: Any) -> list[int]:
     """One token, or several whose mean logit counts."""
     is_single = isinstance(wanted, str) or python_number(wanted) is not None
-    tokens = [_token(model, local, each) for each in ([wanted] if is_single else _listed(wanted))]
+    several = [wanted] if is_single else items(wanted, "a part of a pair in explain")
+    tokens = [_token(model, local, each) for each in several]
     if not tokens:
         raise InputError(
             f"explain holds {shown(wanted)} in a pair; give a token, or a list of them."
@@ -140,6 +151,7 @@ def _group(model: Model, local: LocalModel, wanted: Any) -> list[int]:
 
 def _plain_direction(wanted: Direction) -> Direction:
     """A direction whose numbers are Python's own, and whose vector is a tensor."""
+    expect(wanted.label, str, "a text as a Direction's label", "give it a name")
     numbers: dict[str, Any] = {}
     for name in ("bias", "weight"):
         found = python_number(getattr(wanted, name))
@@ -147,27 +159,21 @@ def _plain_direction(wanted: Direction) -> Direction:
         numbers[name] = math.nan if found is None else float(found)
     if wanted.position is not None:
         numbers["position"] = whole(wanted.position, "position")
-    vector = wanted.vector
-    if not isinstance(vector, Tensor | str | None):
-        vector = as_tensor(vector, "vector").float()
-    return replace(wanted, vector=vector, **numbers)
+    vector = as_tensor(wanted.vector, f"the vector of the Direction {wanted.label!r}")
+    return replace(wanted, vector=vector.detach(), **numbers)
 
 
 def _check_direction(local: LocalModel, wanted: Direction) -> None:
     """Refuse a direction that does not fit the model or cannot be named."""
     length, width = local.embedding.shape
     vector, named = wanted.vector, f"the Direction {wanted.label!r}"
-    if not isinstance(vector, Tensor):
-        raise InputError(
-            f"{named} has {shown(vector)} for a vector; give a tensor of {width} numbers."
-        )
     is_weight = 0 < wanted.weight < math.inf
     if not math.isfinite(wanted.bias) or not is_weight:
         raise InputError(
             f"{named} has bias {wanted.bias} and weight {wanted.weight}: give finite ones, the "
             "weight above 0."
         )
-    is_direction = vector.isfinite().all() and vector.any()
+    is_direction = vector.isfinite().all() and vector.any() and not vector.is_complex()
     if vector.shape != (width,) or not is_direction:
         raise InputError(
             f"{named} has a vector of shape {tuple(vector.shape)}; it must be {width} finite "
@@ -197,21 +203,27 @@ def _can_name_a_node(label: str) -> bool:
 def _token(model: Model, local: LocalModel, wanted: Token) -> int:
     """The token of a text or id, refused if it is not one token of this model."""
     if isinstance(wanted, str):
-        tokenizer = PromptTokenizer.of(model)
-        ids = local.tokens.tolist()
-        prompt = tokenizer.tokenizer.decode(ids, skip_special_tokens=True)
-        try:
-            return tokenizer.answer(str(prompt), wanted)
-        except DoesNotFit:
-            if wanted.startswith(" "):
-                raise
-            # Words are shown without the space before them.
-            return tokenizer.answer(str(prompt), f" {wanted}")
+        return _token_of_text(model, local, wanted)
     vocabulary = local.unembedding.shape[1]
     number = python_number(wanted)
     if number is None or number % 1 or not 0 <= number < vocabulary:
         raise InputError(
-            f"{shown(wanted)} is no token of this model's; give its text, or an id from 0 to "
-            f"{vocabulary - 1}."
+            f"explain holds {shown(wanted)}, which is no token of this model's; give its text, or "
+            f"an id from 0 to {vocabulary - 1}; a pair of tokens is a tuple."
         )
     return int(number)
+
+
+def _token_of_text(model: Model, local: LocalModel, text: str) -> int:
+    tokenizer = PromptTokenizer.of(model)
+    ids = local.tokens.tolist()
+    prompt = str(tokenizer.tokenizer.decode(ids, skip_special_tokens=True))
+    # Words are shown without the space before them.
+    for written in (text,) if text.startswith(" ") else (text, f" {text}"):
+        with contextlib.suppress(DoesNotFit):
+            return tokenizer.answer(prompt, written)
+    pieces = tokenizer.tokenizer.tokenize(text)
+    raise InputError(
+        f"explain holds {shown(text)}, which must be one token after {shorten(prompt)} and is "
+        f"{shown(pieces)}; give one token's text, with its leading space, or its id."
+    )

@@ -24,7 +24,8 @@ from torch import Tensor
 from circuits.attribution.tensor_table import select_rows, tensors_of, true_rows
 from circuits.graph.identity import ModelIdentity, TranscodersIdentity
 from circuits.graph.nodes import Error, Feature, Logits, Node, Position, TokenEmbed, parse_node
-from circuits.system.errors import InputError
+from circuits.system.arguments import checked_arguments
+from circuits.system.errors import InputError, OutOfRangeError
 from circuits.system.files import json_text, path_of, read_tensors, write_tensors
 from circuits.system.kinds import expect
 from circuits.system.numbers import WholeNumber, whole
@@ -192,8 +193,12 @@ class FeatureGraph:
         hold_spaces = any(word.startswith(" ") for word in self.words)
         return ("" if hold_spaces else " ").join(self.words)
 
-    def node(self, number: int) -> Node:
-        """Return the node in row `number` of `nodes`."""
+    @checked_arguments
+    def node(self, number: WholeNumber) -> Node:
+        """Return the node in row `number` of `nodes`; negative ones count from the end."""
+        number, n_nodes = int(number), len(self.nodes)
+        if not -n_nodes <= number < n_nodes:
+            raise OutOfRangeError(f"there is no node {number}: the graph has {n_nodes:,}.")
         return self._all_nodes[number]
 
     def find(self, node: Node | str) -> int:
@@ -203,6 +208,7 @@ class FeatureGraph:
             InputError: the graph has no such node.
         """
         wanted = parse_node(node) if isinstance(node, str) else node
+        expect(wanted, Node, "a node", "write it like f2.1204@5, or take one of graph.node(row)")
         if wanted not in self._numbers:
             examples = map(str, self._all_nodes[-3:])
             raise InputError(
@@ -250,8 +256,19 @@ class FeatureGraph:
         ascending = [slice(*ends) for ends in pairwise(bounds)]
         return ascending[::-1]
 
+    @checked_arguments
     def subgraph(self, nodes: NodeMask, edges: EdgeMask | None = None) -> FeatureGraph:
-        """Return the graph of the chosen nodes and the edges, or chosen edges, between them."""
+        """Return the graph of the chosen nodes and the edges, or chosen edges, between them.
+
+        Raises:
+            InputError: a mask has another length than there are nodes or edges.
+        """
+        for name, mask, table in (("nodes", nodes, self.nodes), ("edges", edges, self)):
+            if mask is not None and len(mask) != len(table):
+                raise InputError(
+                    f"{name} has {len(mask)} entries, and the graph has {len(table)} {name}; give "
+                    "True or False for each."
+                )
         kept = nodes[self.source] & nodes[self.target]
         if edges is not None:
             kept &= edges
@@ -316,6 +333,7 @@ class FeatureGraph:
             result.add_edge(names[source], names[target], weight=weight, direct=direct)
         return result
 
+    @checked_arguments
     def to(self, device: Device) -> FeatureGraph:
         """Return the same graph with its tensors on `device`."""
         moved = tensors_of(self)

@@ -32,6 +32,7 @@ from circuits.attribution.feature_graph import (
     TARGET,
     FeatureGraph,
     Nodes,
+    check_is_feature_graph,
 )
 from circuits.attribution.local_model import Gradient, LocalModel, check_transcoders, freeze
 from circuits.attribution.tensor_table import join_rows, row_numbers, select_rows, true_rows
@@ -89,6 +90,7 @@ def head_shares(
 
 
 def _check_graph(model: Model, transcoders: Transcoders, graph: FeatureGraph) -> None:
+    check_is_feature_graph(graph)
     if graph.directions is None:
         raise InputError(
             "this graph came from another program and does not say what it explains; "

@@ -39,7 +39,9 @@ from circuits.models import (
     scale_hooks,
     unembed,
 )
+from circuits.system.arguments import checked_arguments
 from circuits.system.errors import InputError
+from circuits.system.kinds import expect
 from circuits.system.numbers import RealNumber, WholeNumber, items, python_number, shown, whole
 from circuits.system.randomness import random_generator
 from circuits.system.torch_modes import without_modes
@@ -80,10 +82,7 @@ class Intervention:
     def __post_init__(self) -> None:
         plain: dict[str, Any] = {"position": _plain_position(self.position)}
         for each in ("layer", "index"):
-            given = getattr(self, each)
-            number = python_number(given)
-            # Whatever else is given names no feature of any transcoders.
-            plain[each] = given if number is None or number % 1 else int(number)
+            plain[each] = whole(getattr(self, each), each)
         name = f"f{plain['layer']}.{plain['index']}"
         if (self.value is None) == (self.factor is None):
             raise InputError(
@@ -178,6 +177,7 @@ class Intervened:
     activations: Sequence[FeatureValues]
 
 
+@checked_arguments
 @without_modes()
 def intervene(
     model: Model,
@@ -186,7 +186,7 @@ def intervene(
     variants: Variants,
     *,
     freeze_attention: bool = True,
-    frozen_layers: Sequence[int] = (),
+    frozen_layers: Sequence[int] | Int[Tensor, " _"] = (),
     freeze_norms: bool = False,
     leading: WholeNumber = 1,
     prepend_bos: bool | None = None,
@@ -219,7 +219,8 @@ def intervene(
     leading = whole(leading, "leading", least=0)
     tokens = _checked_prompt(model, transcoders, prompt, prepend_bos)
     layers = range(transcoders.n_layers)
-    _check_run(variants, frozen_layers, layers)
+    _check_variants(variants)
+    frozen_layers = [_existing(layer, layers) for layer in items(frozen_layers, "frozen_layers")]
     length = len(tokens)
     span = _PromptSpan(length, length, leading, transcoders)
     located = span.each_located(variants or [[]])
@@ -230,21 +231,24 @@ def intervene(
     return run.execute(tokens)
 
 
-def _check_run(variants: Variants, frozen_layers: Sequence[int], layers: range) -> None:
+def _check_variants(variants: Variants) -> None:
     if not _is_list(variants) or not all(map(_is_list, variants)):
         raise InputError(
             "variants must be a list with a list of interventions for each run; "
             "for one run, give [[intervention, ...]]."
         )
-    if python_number(frozen_layers) is not None or isinstance(frozen_layers, str):
-        raise InputError(f"frozen_layers={frozen_layers!r}: give a list of layers, such as [0, 1].")
-    unknown = [layer for layer in items(frozen_layers, "frozen_layers") if layer not in layers]
-    if unknown:
+
+
+def _existing(layer: Any, layers: range) -> int:
+    if python_number(layer) not in layers:
         raise InputError(
-            f"frozen_layers holds {unknown[0]!r}, and the model has layers 0 to {layers[-1]}."
+            f"frozen_layers holds {shown(layer)}, and the model has layers 0 to {layers[-1]}; give "
+            "some of these."
         )
+    return whole(layer, "frozen_layers")
 
 
+@checked_arguments
 def direct_effects(
     model: Model,
     transcoders: Transcoders,
@@ -283,6 +287,7 @@ def direct_effects(
     )
 
 
+@checked_arguments
 @without_modes()
 def generate(
     model: Model,
@@ -318,12 +323,11 @@ def generate(
     """
     leading = whole(leading, "leading", least=0)
     new_tokens = whole(new_tokens, "new_tokens", least=0)
-    heat = python_number(temperature)
+    heat = float(temperature)
     tokens = _checked_prompt(model, transcoders, prompt, prepend_bos)
-    if heat is None or not 0 <= heat < math.inf:
+    if not 0 <= heat < math.inf:
         raise InputError(
-            f"temperature={shown(temperature)}: give 0 for the most probable token each time, "
-            "or more."
+            f"temperature={heat}: give 0 for the most probable token each time, or more."
         )
     if not _is_list(interventions):
         raise InputError("interventions must be a list; for a single one, give [intervention].")
@@ -482,11 +486,8 @@ class _PromptSpan:
 
     def located(self, change: Intervention) -> Intervention:
         """Check an intervention and make its position a slice from the start of the prompt."""
-        if not isinstance(change, Intervention):
-            raise InputError(
-                f"{change!r} is no intervention; make one of a feature, "
-                f"such as circuits.Intervention.ablate({str(change)!r})."
-            )
+        remedy = "make one of a feature, such as circuits.Intervention.ablate('f2.120@5')"
+        expect(change, Intervention, "an intervention", remedy)
         name = f"f{change.layer}.{change.index}"
         n_layers, n_features = self.transcoders.n_layers, self.transcoders.n_features
         if change.layer not in range(n_layers) or change.index not in range(n_features):

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
+from typing import Any
 
 import pandas as pd
 import torch
@@ -32,9 +33,11 @@ from torch.nn import functional
 from circuits.attribution.local_model import check_transcoders, norm_without_scale, read_by_features
 from circuits.models import Model
 from circuits.models.functional import LinearNorm
-from circuits.system.errors import InputError
+from circuits.system.arguments import checked_arguments
+from circuits.system.errors import InputError, OutOfRangeError
+from circuits.system.kinds import expect
 from circuits.system.memory import memory_budget
-from circuits.system.numbers import RealNumber, WholeNumber, whole
+from circuits.system.numbers import RealNumber, WholeNumber, python_number, shown, whole
 from circuits.system.torch_modes import without_modes
 from circuits.transcoders.extraction import (
     BLOCK,
@@ -114,35 +117,51 @@ class Coactivation:
     shape: tuple[int, int]
     n_tokens: int
 
-    def mean(self, layer: int, features: slice) -> Float[Tensor, " feature"]:
+    @checked_arguments
+    def mean(self, layer: WholeNumber, features: slice) -> Float[Tensor, " feature"]:
         """Return E[a] of some features of a layer."""
         # E[a] = E[a 1]
         one = self.activation.new_ones(self.n_tokens, 1)
         return self.together(layer, features, one).flatten()
 
-    def activations(self, layer: int, features: slice) -> TokenValues:
+    @checked_arguments
+    def activations(self, layer: WholeNumber, features: slice) -> TokenValues:
         """Return the activations of some features at every token; most are zero."""
         firings = self._firings(layer, features)
         return firings.t().to_dense()
 
+    @checked_arguments
     def together(
-        self, layer: int, features: slice, others: Float[Tensor, "token other"]
+        self, layer: WholeNumber, features: slice, others: Float[Tensor, "token other"]
     ) -> Float[Tensor, "feature other"]:
-        """Return E[a b] of some features with others, given the others' activations."""
+        """Return E[a b] of some features with others, given the others' activations.
+
+        Raises:
+            InputError: there is no such layer, or `others` is of another text.
+        """
+        if len(others) != self.n_tokens:
+            raise InputError(
+                f"others has {len(others)} rows; give one for each of the {self.n_tokens} tokens."
+            )
         firings = self._firings(layer, features)
         return torch.sparse.mm(firings, others) / self.n_tokens
 
+    @checked_arguments
     def to(self, device: Device, dtype: Dtype = None) -> Coactivation:
         """Return the same coactivation on a device, with activations in a precision."""
         token = self.token.to(device)
         activation = self.activation.to(device, dtype)
         return replace(self, token=token, activation=activation)
 
-    def _firings(self, layer: int, features: slice) -> Tensor:
+    def _firings(self, layer: WholeNumber, features: slice) -> Tensor:
         """Return activations as a sparse matrix [feature token]."""
-        n_features = self.shape[1]
-        first, stop, _ = features.indices(n_features)
-        offset = layer * n_features
+        n_layers, n_features = self.shape
+        if layer not in range(n_layers):
+            raise OutOfRangeError(f"there is no layer {layer}: there are 0 to {n_layers - 1}.")
+        first, stop, step = features.indices(n_features)
+        if step != 1 or stop <= first:
+            raise InputError(f"features={features}: give a slice of some features, without a step.")
+        offset = int(layer) * n_features
         starts = self.starts[offset + first : offset + stop + 1]
         fired = slice(int(starts[0]), int(starts[-1]))
         token = self.token[fired]
@@ -156,6 +175,7 @@ class Coactivation:
         )
 
 
+@checked_arguments
 @torch.no_grad()
 @without_modes()
 def expected_coactivation(
@@ -186,7 +206,11 @@ def expected_coactivation(
             transcoders; see also `extract_features`.
     """
     leading = whole(leading, "leading", least=0)
-    several = [batches] if isinstance(batches, Mapping | ExtractedFeatures) else batches
+    several: Any = [batches] if isinstance(batches, Mapping | ExtractedFeatures) else batches
+    # Tensors without an axis look iterable, too.
+    if not isinstance(several, Iterable) or python_number(several) is not None:
+        raise InputError(f"batches={shown(several)}: give hidden states, or a list of them.")
+    check_is_transcoders(transcoders)
     firings, n_tokens = [], 0
     for found in several:
         if not isinstance(found, ExtractedFeatures):
@@ -213,6 +237,7 @@ def expected_coactivation(
     return Coactivation(token, activation.to(dtype), starts, shape, n_tokens)
 
 
+@checked_arguments
 @torch.no_grad()
 @without_modes()
 def virtual_weights(
@@ -381,6 +406,9 @@ def _check(
     if model is not None:
         check_transcoders(model, transcoders)
     shape = (transcoders.n_layers, transcoders.n_features)
+    expect(
+        coactivation, Coactivation | None, "a Coactivation", "make one with expected_coactivation"
+    )
     if coactivation is not None and coactivation.shape != shape:
         raise InputError(
             "the coactivation is of {} layers of {} features, and {!r} has {} of {}; compute it "

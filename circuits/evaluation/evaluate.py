@@ -22,7 +22,7 @@ from circuits.system.errors import InputError
 from circuits.system.kinds import expect
 from circuits.system.numbers import RealNumber, WholeNumber, items, python_number, shown
 from circuits.system.torch_modes import without_modes
-from circuits.tasks.metrics import Metric, get_metric
+from circuits.tasks.metrics import ALIASES, Metric, get_metric
 from circuits.tasks.model_fit import check_task
 from circuits.tasks.task import Task
 from circuits.transcoders.transcoder import Transcoders
@@ -42,7 +42,6 @@ CURVE_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 ROUNDING = 1e-6
 # What a curve's table has besides metrics.
 COLUMNS = ("edges", "fraction", "faithfulness", "method", "selected", "of")
-ALIASES = {"logit_diff": "logit_difference", "prob_diff": "probability_difference"}
 
 
 if TYPE_CHECKING:

@@ -78,7 +78,7 @@ def edge_from_eap_ig(name: str, *, embed: str = "embed") -> Edge:
     return parse_edge(re.sub(f"^{EAP_IG_EMBED}->", f"{embed}->", name))
 
 
-def save_eap_ig(circuit: Circuit, path: str | Path, *, n_prompts: int = 1) -> Path:
+def save_eap_ig(circuit: Circuit, path: str | Path, *, n_prompts: WholeNumber = 1) -> Path:
     """Write a circuit as EAP-IG's graph JSON, which its `Graph.from_json` reads.
 
     Args:

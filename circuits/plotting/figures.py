@@ -9,15 +9,21 @@ from typing import Any
 
 import pandas
 import plotly.graph_objects as go
+from pandas.api.types import is_complex_dtype, is_numeric_dtype
 
 from circuits.plotting.style import INK, PALETTE, SANS
+from circuits.system.arguments import checked_arguments
 from circuits.system.errors import InputError
+from circuits.system.kinds import expect
+from circuits.system.numbers import shown
 
 Frames = dict[str, pandas.DataFrame]
 # What a button changes; by label, the arguments of a button's method.
 Changes = dict[str, Any]
 Buttons = dict[str, list[Changes]]
 RANDOM = "random"
+# The columns that hold numbers, and may lack some
+NUMBERS = {"edges", "faithfulness", "kl", "x", "y"}
 # Columns of the curves, their labels, and the values of the whole model.
 MEASURES = (("faithfulness", "faithfulness", 1), ("kl", "KL from the model", 0))
 # Traces also differ in their symbols, for readers and printers without colour.
@@ -102,6 +108,7 @@ def faithfulness_figure(curves: pandas.DataFrame) -> go.Figure:
     return figure
 
 
+@checked_arguments
 def score_scatter(frame: pandas.DataFrame, *, x_name: str = "x", y_name: str = "y") -> go.Figure:
     """Plot two methods' scores of the same edges against each other.
 
@@ -122,7 +129,8 @@ def score_scatter(frame: pandas.DataFrame, *, x_name: str = "x", y_name: str = "
     >>> score_scatter(scores, x_name="exact patching", y_name="EAP").layout.title.text
     'Pearson 1.000, Spearman 1.000 (2 edges)'
     """
-    frame = frame.reset_index() if frame.index.name == "edge" else frame
+    if getattr(getattr(frame, "index", None), "name", None) == "edge":
+        frame = frame.reset_index()
     _check_columns(frame, ("edge", "x", "y"), "a score scatter")
     scored = frame.dropna(subset=["x", "y"])
     x, y = scored["x"], scored["y"]
@@ -245,9 +253,16 @@ def _plain(text: str) -> str:
 
 
 def _check_columns(frame: pandas.DataFrame, needed: tuple[str, ...], what: str) -> None:
+    expect(frame, pandas.DataFrame, f"a data frame with {what}", "make one with pandas")
     missing = [name for name in needed if name not in frame]
     if missing:
         raise InputError(
             f"{what} need the columns {', '.join(needed)}; {', '.join(missing)} not found among "
             f"{', '.join(map(str, frame.columns))}."
         )
+    for name in NUMBERS.intersection(frame):
+        column = frame[name].infer_objects()
+        is_real = is_numeric_dtype(column) and not is_complex_dtype(column)
+        if len(column) and not is_real:
+            first = shown(next(iter(column), None))
+            raise InputError(f"the column {name} of {what} must hold numbers, not {first}.")

@@ -7,6 +7,8 @@ from html import escape
 from importlib import resources
 from string import Template
 
+from circuits.system.kinds import expect
+
 # Settings and results by label, as plain text.
 Details = Mapping[str, str] | None
 
@@ -24,8 +26,9 @@ def fill_template(name: str, **values: str) -> str:
 
 def details_list(details: Details) -> str:
     """Write settings and results, given as plain text, as a description list."""
+    expect(details, Mapping | None, "a dictionary as details", "give names and texts")
     entries = [
-        f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>"
+        f"<div><dt>{escape(str(name))}</dt><dd>{escape(str(text))}</dd></div>"
         for name, text in (details or {}).items()
     ]
     return f"<dl>{''.join(entries)}</dl>" if entries else ""

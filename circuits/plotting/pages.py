@@ -16,6 +16,8 @@ from circuits.plotting.figures import faithfulness_figure, figure_html
 from circuits.plotting.graph_page.page import graph_page
 from circuits.plotting.html import circuit_panel, data_table, methods_panel, page
 from circuits.plotting.markup import Details
+from circuits.system.arguments import checked_arguments
+from circuits.system.kinds import expect
 from circuits.system.numbers import WholeNumber
 
 FAITHFULNESS_EXPLAINED = (
@@ -25,6 +27,7 @@ FAITHFULNESS_EXPLAINED = (
 )
 
 
+@checked_arguments
 def draw_circuit(
     circuit: Circuit, *, title: str | None = None, max_edges: WholeNumber | None = None
 ) -> str:
@@ -53,6 +56,7 @@ def draw_circuit(
     return draw(circuit, title=title, max_edges=max_edges)
 
 
+@checked_arguments
 def circuit_page(
     circuit: Circuit, *, title: str, details: Details = None, max_edges: WholeNumber | None = None
 ) -> str:
@@ -79,6 +83,7 @@ def circuit_page(
     return page(title=title, details=details, body=panel)
 
 
+@checked_arguments
 def attribution_page(graph: FeatureGraph, *, title: str, details: Details = None) -> str:
     """Write a self-contained HTML page to explore an attribution graph.
 
@@ -99,6 +104,7 @@ def attribution_page(graph: FeatureGraph, *, title: str, details: Details = None
     return graph_page(graph, title=title, details=details)
 
 
+@checked_arguments
 def report_page(
     *,
     title: str,
@@ -130,6 +136,10 @@ def report_page(
     >>> "Faithfulness by size" in report
     True
     """
+    remedy = "make one with pandas"
+    for frame in (table, curves):
+        expect(frame, pandas.DataFrame, "a data frame", remedy)
+    expect(circuits, Mapping, "circuits by name", "give a dictionary")
     sections = {"Comparison": data_table(table)}
     if len(curves):
         figure = figure_html(faithfulness_figure(curves))

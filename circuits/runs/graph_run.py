@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from circuits.attribution.build import Direction
+from circuits.attribution.explained import listed
 from circuits.attribution.feature_graph import FEATURE, FILE, FeatureGraph
 from circuits.attribution.influence import completeness_score, pruned, replacement_score
 from circuits.discovery.discoverer import as_json
 from circuits.discovery.methods.attribution_graph import AttributionGraph, Explained
-from circuits.models import Model
+from circuits.models import Model, check_model
 from circuits.plotting.graph_page.data import GraphData
 from circuits.plotting.graph_page.groups import load_groups
 from circuits.plotting.graph_page.page import graph_page
@@ -32,6 +33,7 @@ from circuits.runs.run_folder import LOCK, RECORD, describe_setup, digest, locke
 from circuits.system.code_digest import code_digest
 from circuits.system.errors import InputError, NotWrittenError
 from circuits.system.files import is_file, json_text, path_of, write_bytes, write_json
+from circuits.system.kinds import expect
 from circuits.tasks.tokenization import PromptTokens, prompt_tokens
 
 PAGE = "graph.html"
@@ -130,6 +132,11 @@ def run_graph(
     >>> circuits.run_graph(method, model, "Dallas is in", out=tempfile.mkdtemp()).reused
     False
     """
+    expect(method, AttributionGraph, "an AttributionGraph", "make one with your transcoders")
+    check_model(model)
+    expect(notes, Mapping | None, "a dictionary of notes", "give names and JSON values")
+    # Read once, as it may be a generator.
+    explain = None if explain is None else listed(explain)
     # Load the transcoders once: the digest needs them as well as the method.
     method = replace(method, transcoders=method.loaded)
     tokens = prompt_tokens(model, prompt, prepend_bos)
@@ -235,7 +242,7 @@ def _explained_as_json(explained: Explained) -> Any:
     """A JSON value that differs between any two different targets."""
     if not isinstance(explained, Direction):
         return as_json(explained)
-    vector = explained.vector.double().cpu()
+    vector = explained.vector.detach().double().cpu()
     fingerprint = blake2b(vector.numpy().tobytes())
     fields = vars(explained) | {"vector": fingerprint.hexdigest()}
     return list(fields.values())

@@ -227,7 +227,7 @@ def write_bytes(path: Path, content: bytes) -> Path:
     Raises:
         NotWrittenError: it cannot be written, for example because the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(path.parent, path.name)

@@ -7,18 +7,21 @@ always grows as the output gets worse.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.models import Model, cause, count_not_finite
+from circuits.system.arguments import checked_arguments
 from circuits.system.code_digest import code_digest
 from circuits.system.errors import InputError, NotFiniteError
+from circuits.system.fields import CheckedFields
 from circuits.system.memory import is_out_of_memory
 from circuits.system.messages import suggestion
 from circuits.system.numbers import shown
+from circuits.tasks.model_fit import check_is_task
 from circuits.tasks.task import Task
 
 MetricFunction = Callable[[Tensor, Tensor, Task], Tensor]
@@ -33,7 +36,7 @@ AnswerKind = Literal["answers", "wrong_answers"]
 
 
 @dataclass(frozen=True)
-class Metric:
+class Metric(CheckedFields):
     """A named metric. Pass one wherever a metric's name is accepted.
 
     >>> import circuits
@@ -67,10 +70,6 @@ class Metric:
             raise InputError(
                 f"metric with {given}: give a text, and a function of (logits, clean_logits, task)."
             )
-        allowed = get_args(Direction)
-        if self.direction not in allowed:
-            found = f"metric {self.name!r}: direction={self.direction!r}"
-            raise InputError(f"{found} must be one of {allowed}.")
 
     def __str__(self) -> str:
         """The name; for a user's metric, with a digest of its code, since names may coincide."""
@@ -89,6 +88,7 @@ class Metric:
         """+1 if higher values are damage, -1 if lower values are."""
         return 1 if self.direction == "higher_is_damage" else -1
 
+    @checked_arguments
     def __call__(self, logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
         """One value per scored row, in float32 or float64.
 
@@ -99,6 +99,7 @@ class Metric:
             InputError: the logits are not finite, the metric fails on them, or it returns NaN,
                 another shape or no numbers.
         """
+        check_is_task(task)
         is_single = logits.ndim == 2
         if not (is_single or self.vectorised or self.shipped):
             values_by_circuit = [self(each, clean_logits, task) for each in logits]
@@ -131,23 +132,25 @@ class Metric:
             if is_out_of_memory(error):
                 raise
             reason, *_ = str(error).splitlines() or [""]
-            failure = f"{type(error).__name__}: {reason[:200]}".rstrip(".")
+            failure = f"{type(error).__name__}: {reason[:160]}".rstrip(".")
+            several = "[variant, scored, vocab]" if logits.ndim > 2 else "[scored, vocab]"
             raise InputError(
-                f"metric {self.name!r} fails with {failure}. It gets "
-                f"logits and clean_logits [scored, vocab], here {tuple(clean_logits.shape)}, which "
-                "have no axis of positions, and the task; it returns one number per row."
+                f"metric {self.name!r} fails with {failure}. It gets logits {several}, here "
+                f"{tuple(logits.shape)}, clean_logits {tuple(clean_logits.shape)}, which have no "
+                f"axis of positions, and the task; it returns {_wanted(logits.shape[:-1])}."
             ) from error
 
     def _check_values(self, values: Any, expected: torch.Size) -> None:
         found = type(values).__name__
         if isinstance(values, Tensor):
-            if values.shape == expected and not values.is_complex():
+            found = f"shape {tuple(values.shape)}"
+            if values.is_complex() or values.layout != torch.strided:
+                found = f"{values.dtype}, {values.layout}"
+            elif values.shape == expected:
                 return
-            shape = f"shape {tuple(values.shape)}"
-            found = str(values.dtype) if values.is_complex() else shape
         raise InputError(
-            f"metric {self.name!r} returned {found}; it must return one number per scored row, "
-            f"shape ({expected[-1]},), as a tensor, and leave the averaging to the caller."
+            f"metric {self.name!r} returned {found}; it must return {_wanted(expected)}, as a "
+            "tensor, and leave the averaging to the caller."
         )
 
     def damage(self, logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
@@ -158,8 +161,15 @@ class Metric:
 def get_metric(metric: str | Metric | None, task: Task) -> Metric:
     """The metric of that name, or an InputError if there is none; None means the task's own."""
     given: Any = task.metric if metric is None else metric
-    found = METRICS.get(given) if isinstance(given, str) else given
+    found = given
+    if isinstance(given, str):
+        found = METRICS.get(given) or METRICS.get(ALIASES.get(given, given))
     if isinstance(found, Metric):
+        if isinstance(given, str) and found.name not in (given, ALIASES.get(given)):
+            raise InputError(
+                f"METRICS[{given!r}] holds a metric called {found.name!r}, the name under which "
+                "its results are kept; give both the same name."
+            )
         return found
     if callable(found):
         name = getattr(found, "__name__", "mine")
@@ -170,9 +180,7 @@ def get_metric(metric: str | Metric | None, task: Task) -> Metric:
     if isinstance(given, str):
         known = suggestion(given.lower(), METRICS)
         raise InputError(f"no metric {given!r}; {known[:-1]}, or make a circuits.Metric.")
-    raise InputError(
-        f"metric={repr(given)[:99]} must be the name of a metric, or a circuits.Metric."
-    )
+    raise InputError(f"metric={shown(given)} must be the name of a metric, or a circuits.Metric.")
 
 
 def check_finite(logits: Float[Tensor, "*rows vocab"], model: Model | None = None) -> None:
@@ -182,6 +190,12 @@ def check_finite(logits: Float[Tensor, "*rows vocab"], model: Model | None = Non
         why = "give finite ones." if model is None else cause(model)
         found = f"{n_bad} of {logits.numel()} logits are NaN or infinite"
         raise NotFiniteError(f"{found}: {why}")
+
+
+def _wanted(shape: torch.Size) -> str:
+    """What a metric must return, given logits of this shape but for the vocabulary."""
+    several = " and circuit, as it is vectorised" if len(shape) > 1 else ""
+    return f"one number per scored row{several}, shape {tuple(shape)}"
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:
@@ -247,6 +261,8 @@ _DIRECTIONS: dict[MetricFunction, Direction] = {
     squared_error: "higher_is_damage",
 }
 METRICS: dict[str, Metric] = {}
+# Other names of metrics, as other programs have them
+ALIASES = {"logit_diff": "logit_difference", "prob_diff": "probability_difference"}
 for _function, _direction in _DIRECTIONS.items():
     _name = _function.__name__
     METRICS[_name] = Metric(_name, _function, _direction)

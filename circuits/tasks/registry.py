@@ -6,7 +6,9 @@ from functools import partial
 from typing import Any
 
 from circuits.models import Model
+from circuits.system.arguments import checked_arguments
 from circuits.system.errors import InputError
+from circuits.system.kinds import one_of
 from circuits.system.messages import quoted, suggestion
 from circuits.system.numbers import WholeNumber, whole
 from circuits.system.torch_modes import without_modes
@@ -31,6 +33,7 @@ def task_names() -> tuple[str, ...]:
     return tuple(task_families())
 
 
+@checked_arguments
 @without_modes()
 def load_task(
     name: str,
@@ -66,14 +69,10 @@ def load_task(
         InputError: there is no such task, split or option, or too few prompts fit this model.
     """
     family = make_family(name, **options)
-    if split not in SPLITS:
-        raise InputError(f"there is no split {split!r}; choose {' or '.join(map(repr, SPLITS))}.")
-    n, seed = whole(n, "n"), whole(seed, "seed")
-    if n < 1:
-        raise InputError(f"n={n}: a task needs at least one prompt.")
+    n, seed = whole(n, "n", least=1), whole(seed, "seed")
     encoder = PromptTokenizer.of(model, prepend_bos)
     # Drawn before tokenization, so that every model gets the same text.
-    pairs = family.pairs(n, seed, split)
+    pairs = family.pairs(n, seed, one_of(split, "split", SPLITS))
     if len(pairs) < n:
         few = f"task {name!r} has only {len(pairs)} different prompts in this split"
         raise InputError(f"{few}; ask for n={len(pairs)} or fewer.")

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.system.errors import InputError
+from circuits.system.fields import CheckedFields
 
 # Pre-activations or activations of the features of one layer.
 FeatureValues = Float[Tensor, "batch pos feature"]
@@ -51,7 +52,7 @@ class JumpReLU:
 
 
 @dataclass(frozen=True)
-class _Largest:
+class _Largest(CheckedFields):
     k: int
 
     def __post_init__(self) -> None:

@@ -17,9 +17,11 @@ from pandas import DataFrame
 from torch import Tensor
 from torch.nn import functional
 
+from circuits.system.arguments import checked_arguments
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget
-from circuits.system.numbers import RealNumber, WholeNumber, real, whole
+from circuits.system.numbers import RealNumber, WholeNumber, whole
+from circuits.system.tensors import as_tensor
 from circuits.system.torch_modes import without_modes
 from circuits.transcoders.activations import BatchTopK, ReLU
 from circuits.transcoders.transcoder import Transcoders, check_is_transcoders
@@ -86,6 +88,7 @@ class ExtractedFeatures:
         return table.assign(activation=activation.numpy())
 
 
+@checked_arguments
 @torch.no_grad()
 @without_modes()
 def extract_features(
@@ -134,8 +137,8 @@ def extract_features(
     """
     if top_k is not None:
         top_k = whole(top_k, "top_k", least=1)
-    threshold = real(threshold, "threshold")
-    _check(hidden_states, transcoders, threshold)
+    threshold = float(threshold)
+    hidden_states = _checked_states(hidden_states, transcoders, threshold)
     layers = tuple(sorted(hidden_states))
     first = hidden_states[layers[0]]
     n_prompts, n_positions, _ = first.shape
@@ -339,15 +342,20 @@ def _largest_below(threshold: float, dtype: torch.dtype) -> float:
     return max(0.0, float(number))
 
 
-def _check(hidden_states: HiddenStates, transcoders: Transcoders, threshold: float) -> None:
+def _checked_states(
+    given: HiddenStates, transcoders: Transcoders, threshold: float
+) -> dict[int, Tensor]:
     check_is_transcoders(transcoders)
     if not 0 <= threshold < math.inf:
         raise InputError(f"threshold={threshold}: give a number from 0 up.")
-    if not isinstance(hidden_states, Mapping) or not hidden_states:
+    if not isinstance(given, Mapping) or not given:
         raise InputError(
             "there are no hidden states by layer; give a mapping from layers to tensors "
             "[batch, pos, d_model], such as dict(enumerate(states)) for a list of all layers."
         )
+    hidden_states = {}
+    for layer, states in given.items():
+        hidden_states[whole(layer, "a layer")] = as_tensor(states, "the hidden states of a layer")
     first_layer, *_ = hidden_states
     expected = _described(hidden_states[first_layer])
     for layer, states in hidden_states.items():
@@ -357,6 +365,7 @@ def _check(hidden_states: HiddenStates, transcoders: Transcoders, threshold: flo
                 f"the hidden states of layer {layer} are {_described(states)}, those of layer "
                 f"{first_layer} {expected}; give the same prompts to all layers, in one precision."
             )
+    return hidden_states
 
 
 def _described(states: Tensor) -> str:

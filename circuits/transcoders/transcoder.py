@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -26,9 +26,13 @@ from torch.nn import functional
 
 from circuits.graph.identity import TranscodersIdentity
 from circuits.models.identity import checksum
+from circuits.system.arguments import checked_arguments
 from circuits.system.code_digest import stand_in
-from circuits.system.errors import InputError
+from circuits.system.errors import InputError, OutOfRangeError
+from circuits.system.fields import CheckedFields
 from circuits.system.kinds import expect
+from circuits.system.numbers import WholeNumber, shown, whole
+from circuits.system.tensors import as_tensor
 from circuits.transcoders.activations import Activation, BatchTopK, JumpReLU, Mask, TopK
 
 Reads = Literal["residual", "normalized", "mlp_input"]
@@ -61,6 +65,7 @@ class Encoder:
     bias: Float[Tensor, " feature"]
     activation: Activation
 
+    @checked_arguments
     def to(self, device: Device = None, dtype: Dtype = None) -> Encoder:
         """Return a copy on a device and in a precision; None leaves each tensor as it is."""
         activation = self.activation
@@ -73,7 +78,7 @@ class Encoder:
 
 
 @dataclass(frozen=True, eq=False)
-class Transcoders:
+class Transcoders(CheckedFields):
     """Transcoders for all layers of a model.
 
     The tensors may be on any device, in any precision, or mapped from a file. Methods move what
@@ -137,88 +142,141 @@ class Transcoders:
         activation = self.encoders[0].activation.name
         return f"Transcoders({self.name!r}, {self.kind}, {layers}, {activation})"
 
-    def written_by(self, layer: int) -> range:
-        """Return the layers whose MLP outputs the features of `layer` write to."""
-        n_written = self.decoders[layer].shape[1]
-        return range(layer, layer + n_written)
+    def _of_layer(self, parts: Sequence[Any], layer: WholeNumber) -> Any:
+        """The part of a layer, which Python's own indexing would count from the end if negative."""
+        number = whole(layer, "layer")
+        if number not in range(self.n_layers):
+            raise OutOfRangeError(
+                f"there is no layer {number}: {self.name!r} has 0 to {self.n_layers - 1}."
+            )
+        return parts[number]
 
-    def preactivations(self, layer: int, inputs: Vectors) -> FeatureValues:
+    def _check_width(self, vectors: Tensor, width: int) -> None:
+        if vectors.shape[-1:] != (width,):
+            raise InputError(
+                f"{self.name}: vectors of shape {tuple(vectors.shape)} were given; their last axis "
+                f"must be {width} wide."
+            )
+
+    def written_by(self, layer: WholeNumber) -> range:
+        """Return the layers whose MLP outputs the features of `layer` write to."""
+        n_written = self._of_layer(self.decoders, layer).shape[1]
+        return range(int(layer), int(layer) + n_written)
+
+    @checked_arguments
+    def preactivations(self, layer: WholeNumber, inputs: Vectors) -> FeatureValues:
         """Return weight @ x + bias for each x of `inputs`."""
-        encoder = self.encoders[layer]
+        encoder = self._of_layer(self.encoders, layer)
+        self._check_width(inputs, self.d_model)
         weight = encoder.weight.to(inputs)
         bias = encoder.bias.to(inputs)
         # W_enc x + b_enc
         return functional.linear(inputs, weight, bias)
 
+    @checked_arguments
     def encode(
-        self, layer: int, inputs: HiddenStates, mask: Mask = None
+        self, layer: WholeNumber, inputs: HiddenStates, mask: Mask = None
     ) -> Float[Tensor, "batch pos feature"]:
         """Return the activations of a layer's features on what they read.
 
         Only `BatchTopK` depends on the mask, which is True for real tokens, False for padding.
         """
-        activation = self.encoders[layer].activation
+        activation = self._of_layer(self.encoders, layer).activation
         pre = self.preactivations(layer, inputs)
         if isinstance(activation, BatchTopK):
             return activation(pre, mask)
         return activation(pre)
 
-    def encoder_rows(self, layer: int, features: Indices, like: Tensor) -> FeatureVectors:
+    @checked_arguments
+    def encoder_rows(self, layer: WholeNumber, features: Indices, like: Tensor) -> FeatureVectors:
         """Return the encoder weights of some features, on the device and in the dtype of `like`."""
-        weight = self.encoders[layer].weight
+        weight = self._of_layer(self.encoders, layer).weight
         return _rows(weight, features).to(like)
 
+    @checked_arguments
     def decoder_rows(
-        self, layer: int, features: Indices, target_layer: int, like: Tensor
+        self, layer: WholeNumber, features: Indices, target_layer: WholeNumber, like: Tensor
     ) -> FeatureVectors:
         """Return what some features of `layer` write to the MLP output of `target_layer`."""
-        decoder = self.decoders[layer][:, target_layer - layer]
+        written = self.written_by(layer)
+        if target_layer not in written:
+            raise OutOfRangeError(
+                f"features of layer {layer} do not write to layer {target_layer}; they write to "
+                f"{list(written)}."
+            )
+        decoder = self._of_layer(self.decoders, layer)[:, int(target_layer) - int(layer)]
         return _rows(decoder, features).to(like)
 
-    def decode(self, activations: LayerValues, target_layer: int) -> Vectors:
+    @checked_arguments
+    def decode(self, activations: LayerValues, target_layer: WholeNumber) -> Vectors:
         """Sum what features write to the MLP output of `target_layer`, without bias and skip.
 
         Of the activations, by layer, those of layers that do not write there are ignored.
+
+        Raises:
+            InputError: no layer writes there, or activations are not of all features of a layer.
         """
+        remedy = "give a dictionary from layers to tensors"
+        expect(activations, Mapping, "activations by layer", remedy)
         # sum_s W_dec_{s->target}^T a_s
         parts = []
-        for layer, values in sorted(activations.items()):
+        for layer in sorted(activations):
+            values = as_tensor(activations[layer], "activations")
+            self._check_width(values, self.n_features)
             if target_layer in self.written_by(layer):
                 # The decoder may be mapped from a file: read only rows of features that fire.
                 fires = values.flatten(0, -2).any(0)
                 firing = fires.nonzero().flatten()
                 rows = self.decoder_rows(layer, firing, target_layer, values)
                 parts.append(values[..., firing] @ rows)
+        if not parts:
+            raise InputError(
+                f"no layer of {sorted(activations)} writes to layer {target_layer} of "
+                f"{self.name!r}; give activations of layer {target_layer}."
+            )
         return torch.stack(parts).sum(0)
 
-    def skip(self, layer: int, inputs: Vectors) -> Vectors:
+    @checked_arguments
+    def skip(self, layer: WholeNumber, inputs: Vectors) -> Vectors:
         """Return W_skip @ x for each x of `inputs`, or zeros where there are no skips."""
+        self._check_width(inputs, self.d_model)
         if self.skips is None:
             return torch.zeros_like(inputs)
-        weight = self.skips[layer].to(inputs)
+        weight = self._of_layer(self.skips, layer).to(inputs)
         return inputs @ weight.T
 
+    @checked_arguments
     def reconstruct(self, inputs: Mapping[int, HiddenStates]) -> dict[int, HiddenStates]:
-        """Approximate the MLP outputs of all layers from what the features of all layers read."""
+        """Approximate the MLP outputs of all layers from what the features of all layers read.
+
+        Raises:
+            InputError: a layer is missing, or what it reads has another width.
+        """
         activations, outputs = {}, {}
         # No feature writes to an earlier layer.
+        expect(inputs, Mapping, "inputs by layer", "give a dictionary from layers to tensors")
+        missing = set(range(self.n_layers)) - set(inputs)
+        if missing:
+            raise InputError(f"inputs lacks the layers {sorted(missing)}; give all layers' inputs.")
         for layer in range(self.n_layers):
             x = inputs[layer]
             activations[layer] = self.encode(layer, x)
             outputs[layer] = self.output(layer, activations, x)
         return outputs
 
-    def output(self, layer: int, activations: LayerValues, inputs: Vectors) -> Vectors:
+    @checked_arguments
+    def output(self, layer: WholeNumber, activations: LayerValues, inputs: Vectors) -> Vectors:
         """Approximate the MLP output of one layer.
 
         `inputs` are what the features of `layer` read, which the skip reads too; `activations` are
         by layer, of all features that write to `layer`.
         """
         features = self.decode(activations, layer)
-        bias = self.decoder_biases[layer].to(inputs)
+        bias = self._of_layer(self.decoder_biases, layer).to(inputs)
         # sum_s W_dec_{s->layer}^T a_s + b_dec + W_skip x
         return features + bias + self.skip(layer, inputs)
 
+    @checked_arguments
     def to(self, device: Device = None, dtype: Dtype = None) -> Transcoders:
         """Return a copy on a device and in a precision; None leaves each tensor as it is.
 
@@ -238,7 +296,12 @@ class Transcoders:
 
     @cached_property
     def identity(self) -> TranscodersIdentity:
-        """Name, source and a fingerprint of the weights, which is the same on every device."""
+        """Name, source and a fingerprint of the weights, which is the same on every device.
+
+        Raises:
+            InputError: see `check`.
+        """
+        self.check()
         digest = blake2b(f"{self.kind} {self.reads} {self.writes}".encode(), digest_size=16)
         for layer, encoder in enumerate(self.encoders):
             activation = encoder.activation
@@ -254,18 +317,30 @@ class Transcoders:
 
     def check(self) -> None:
         """Raise an `InputError` if parts do not fit together."""
-        for field, choices in (("reads", Reads), ("writes", Writes)):
-            value, allowed = getattr(self, field), get_args(choices)
-            if value not in allowed:
-                raise InputError(f"{self.name}: {field}={value!r} is none of {', '.join(allowed)}.")
-        for field in ("decoders", "decoder_biases", "skips"):
+        for field in ("encoders", "decoders", "decoder_biases", "skips"):
             given = getattr(self, field)
-            if given is not None and len(given) != self.n_layers:
+            if given is None and field == "skips":
+                continue
+            kind = Encoder if field == "encoders" else Tensor
+            is_list = isinstance(given, Sequence) and all(isinstance(one, kind) for one in given)
+            if not is_list or not len(given):
+                raise InputError(
+                    f"{self.name}: {field}={shown(given)}; give a list with one {kind.__name__} "
+                    "for each layer."
+                )
+            if len(given) != self.n_layers:
                 raise InputError(
                     f"{self.name}: there are {self.n_layers} encoders and {len(given)} {field}; "
                     "give one for each layer."
                 )
-        for layer in range(self.n_layers):
+        for part, tensor, n_axes in (
+            ("encoder weight", self.encoders[0].weight, 2),
+            ("decoder", self.decoders[0], 3),
+        ):
+            if not isinstance(tensor, Tensor) or tensor.ndim != n_axes:
+                raise InputError(f"{self.name}: the {part} must be a tensor of {n_axes} axes.")
+        for layer, encoder in enumerate(self.encoders):
+            expect(encoder.activation, Activation, "an activation", "give ReLU() or another one")
             self._check_layer(layer)
 
     def _check_layer(self, layer: int) -> None:
@@ -284,10 +359,11 @@ class Transcoders:
         if self.skips:
             tensors["skip"] = self.skips[layer]
         for part, tensor in tensors.items():
-            if tensor.shape != shapes[part]:
+            shape = tuple(getattr(tensor, "shape", ()))
+            if shape != shapes[part] or not tensor.is_floating_point():
                 raise InputError(
-                    f"{self.name}, layer {layer}: the {part} has shape {tuple(tensor.shape)}; "
-                    f"it must be {shapes[part]}."
+                    f"{self.name}, layer {layer}: the {part} has shape {shape}; "
+                    f"it must be {shapes[part]}, of floating-point numbers."
                 )
 
     def _layer_tensors(self, layer: int) -> dict[str, Tensor]:
@@ -327,4 +403,9 @@ def _fingerprint(tensor: Tensor) -> bytes:
 
 def _rows(matrix: Tensor, rows: Indices) -> Tensor:
     # Some rows of a matrix, which may be on another device than the row numbers.
-    return matrix[rows.to(matrix.device)]
+    rows = rows.to(matrix.device)
+    if len(rows) and (rows.min() < 0 or rows.max() >= len(matrix)):
+        raise OutOfRangeError(
+            f"there are no features {shown(rows.tolist())}: a layer has 0 to {len(matrix) - 1}."
+        )
+    return matrix[rows]

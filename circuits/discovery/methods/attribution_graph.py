@@ -39,7 +39,7 @@ from circuits.models import Model, check_model
 from circuits.models.component_graph import REST
 from circuits.models.identity import identity
 from circuits.system.errors import InputError
-from circuits.system.numbers import whole
+from circuits.system.numbers import items, python_number, shown, whole
 from circuits.system.torch_modes import without_modes
 from circuits.tasks.readers.tokens import Prompt, each_prompt
 from circuits.tasks.task import Task
@@ -144,6 +144,7 @@ class AttributionGraph(Resumable):
     def loaded(self) -> Transcoders:
         """The transcoders themselves; given as a folder or a name, they are read anew."""
         if isinstance(self.transcoders, Transcoders):
+            self.transcoders.check()
             return self.transcoders
         return load_transcoders(self.transcoders)
 
@@ -191,7 +192,7 @@ class AttributionGraph(Resumable):
             InputError: see `attribute`; or `explain` has another length than `prompts`.
         """
         check_model(model)
-        prompts = each_prompt(prompts)
+        prompts = _listed_prompts(prompts)
         wanted = _wanted(prompts, explain)
         directions = partial(self._asked_directions, model, wanted)
         transcoders = self.loaded
@@ -367,13 +368,18 @@ class AttributionGraph(Resumable):
         return (REST, *task.positions) if by_position else None
 
 
+def _listed_prompts(given: Any) -> list[Any]:
+    prompts = items(each_prompt(given), "prompts")
+    if any(python_number(prompt) is not None for prompt in prompts):
+        raise InputError(
+            f"prompts={shown(prompts)} holds ids; give a list of prompts, or one to attribute."
+        )
+    return prompts
+
+
 def _wanted(prompts: Sequence[Prompt], explain: Wanted | None) -> Wanted:
     """What to explain of each prompt."""
-    if isinstance(prompts, str):
-        raise InputError(
-            f"attribute_all takes a list of prompts; for one, attribute(model, {prompts!r})."
-        )
-    wanted = [None] * len(prompts) if explain is None else explain
+    wanted = [None] * len(prompts) if explain is None else items(explain, "explain")
     if len(wanted) != len(prompts):
         raise InputError(
             f"there are {len(prompts)} prompts and {len(wanted)} entries in explain; give one "

@@ -31,8 +31,11 @@ from circuits.formats.neuronpedia.format import (
     output_text,
 )
 from circuits.graph.nodes import Feature, Logits, Node, at_position, parse_node
+from circuits.system.arguments import checked_arguments
 from circuits.system.errors import InputError
 from circuits.system.files import path_of, write_bytes
+from circuits.system.kinds import expect
+from circuits.system.numbers import RealNumber, items, shown
 
 NodeName = Node | str
 NodeNames = Sequence[NodeName]
@@ -40,6 +43,7 @@ NodeTexts = Mapping[Node, str]
 Entry = dict[str, Any]
 
 
+@checked_arguments
 def save_neuronpedia(
     graph: FeatureGraph,
     path: str | Path,
@@ -47,8 +51,8 @@ def save_neuronpedia(
     slug: str,
     scan: str | None = None,
     source_set: str | None = None,
-    node_threshold: float = 0.8,
-    edge_threshold: float = 0.98,
+    node_threshold: RealNumber = 0.8,
+    edge_threshold: RealNumber = 0.98,
     prune: bool = True,
     groups: Mapping[str, NodeNames] | None = None,
     pinned: NodeNames = (),
@@ -83,6 +87,8 @@ def save_neuronpedia(
     """
     check_is_feature_graph(graph)
     _check(graph, path_of(path), slug)
+    expect(groups, Mapping | None, "a dictionary as groups", "give names and lists of nodes")
+    expect(labels, Mapping | None, "a dictionary as labels", "give features and texts")
     thresholds = {"node_threshold": node_threshold, "edge_threshold": edge_threshold}
     kept = choose_influential(graph, **thresholds)
     written, cumulative = graph, kept.cumulative
@@ -166,7 +172,10 @@ def _node_entries(
     graph: FeatureGraph, cumulative: NodeScores, labels: Mapping[NodeName, str]
 ) -> list[Entry]:
     nodes = graph.nodes
-    label_of = {_parsed(node): label for node, label in labels.items()}
+    label_of = {}
+    for node, label in labels.items():
+        expect(label, str, f"a text to label {shown(node)}", "give texts")
+        label_of[_parsed(node)] = label
     places = [nodes.kind, nodes.layer, nodes.position, nodes.index]
     scores = [nodes.probability, cumulative, nodes.activation]
     columns = places + [each.float() for each in scores]
@@ -243,6 +252,7 @@ def _page_state(id_of: NodeTexts, groups: Mapping[str, NodeNames], pinned: NodeN
     supernodes = []
     shown = _ids(id_of, pinned)
     for label, nodes in groups.items():
+        expect(label, str, "a text as the name of a group", "name it")
         members = _ids(id_of, nodes)
         supernodes.append([label, *members])
         shown += members
@@ -256,7 +266,7 @@ def _page_state(id_of: NodeTexts, groups: Mapping[str, NodeNames], pinned: NodeN
 
 
 def _ids(id_of: NodeTexts, names: NodeNames) -> list[str]:
-    nodes = list(map(_parsed, names))
+    nodes = list(map(_parsed, items(names, "a list of nodes")))
     for node in nodes:
         if node not in id_of:
             raise InputError(
@@ -267,7 +277,9 @@ def _ids(id_of: NodeTexts, names: NodeNames) -> list[str]:
 
 
 def _parsed(node: NodeName) -> Node:
-    return parse_node(node) if isinstance(node, str) else node
+    node = parse_node(node) if isinstance(node, str) else node
+    expect(node, Node, "a node", "write it like f2.1204@5")
+    return node
 
 
 def _numbers(column: Tensor) -> list[Any]:

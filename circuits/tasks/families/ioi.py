@@ -5,8 +5,8 @@
 
 from dataclasses import dataclass, replace
 from random import Random
+from typing import Literal
 
-from circuits.system.errors import InputError
 from circuits.tasks.families.words import MEN, WOMEN
 from circuits.tasks.family import TaskFamily
 from circuits.tasks.prompts import PromptPair, fill_template
@@ -46,12 +46,7 @@ class IOI(TaskFamily):
     """
 
     name = "ioi"
-    corruption: str = "abc"
-
-    def __post_init__(self) -> None:
-        if self.corruption not in ("abc", "swapped"):
-            wrong = self.corruption
-            raise InputError(f"'ioi' has no corruption {wrong!r}; choose 'abc' or 'swapped'.")
+    corruption: Literal["abc", "swapped"] = "abc"
 
     def draw(self, random: Random) -> PromptPair:
         """Draw one pair, with spans S2, IO, S1, S1+1 (the token after S1) and END."""

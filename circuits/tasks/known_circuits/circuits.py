@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from circuits.models import Model, build_model
+from circuits.system.arguments import checked_arguments
 from circuits.system.errors import InputError
 from circuits.system.messages import suggestion
-from circuits.system.numbers import RealNumber, WholeNumber, real, whole
+from circuits.system.numbers import RealNumber, WholeNumber, whole
 from circuits.system.randomness import random_generator
 from circuits.tasks.known_circuits.recipes import RECIPES, Edges
 from circuits.tasks.known_circuits.wiring import rotated
@@ -57,6 +58,7 @@ def known_circuits() -> tuple[str, ...]:
     return tuple(RECIPES)
 
 
+@checked_arguments
 def known_circuit(
     name: str,
     *,
@@ -112,9 +114,9 @@ def known_circuit(
     Raises:
         InputError: there is no such circuit, or an option is out of range.
     """
-    if not isinstance(name, str) or name not in RECIPES:
-        raise InputError(f"there is no known circuit {name!r}; {suggestion(str(name), RECIPES)}")
-    leak, n_prompts = real(leak, "leak"), whole(n_prompts, "n_prompts", least=1)
+    if name not in RECIPES:
+        raise InputError(f"there is no known circuit {name!r}; {suggestion(name, RECIPES)}")
+    leak, n_prompts = float(leak), whole(n_prompts, "n_prompts", least=1)
     if not 0 <= leak < 1:
         raise InputError(f"leak={leak} is out of range: give at least 0 and less than 1.")
     if leak and not decoys:

@@ -13,12 +13,14 @@ from circuits.graph.identity import ModelIdentity
 from circuits.models import Model
 from circuits.models.component_graph import component_graph
 from circuits.models.identity import check_fits
+from circuits.system.arguments import checked_arguments
 from circuits.system.errors import InputError
 from circuits.system.messages import suggestion
 
 FILE = Path(__file__).parents[2] / "assets" / "published_circuits.json"
 
 
+@checked_arguments
 def published_circuit(name: str, model: Model | None = None) -> Circuit:
     """Return a published circuit, as the edges that the ACDC repository takes it to have.
 
@@ -62,8 +64,8 @@ def published_circuit(name: str, model: Model | None = None) -> Circuit:
         InputError: there is no such circuit, or the model has another shape.
     """
     published = json.loads(FILE.read_text())
-    if str(name) not in published:
-        known = suggestion(str(name), published)
+    if name not in published:
+        known = suggestion(name, published)
         raise InputError(f"there is no published circuit {name!r}; {known}")
     record = published[name]
     shape = record.pop("shape")

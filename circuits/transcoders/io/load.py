@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from circuits.system.arguments import checked_arguments
 from circuits.system.errors import InputError
 from circuits.system.files import path_of
 from circuits.system.torch_modes import without_modes
@@ -31,6 +32,7 @@ Layers = list[LayerWeights]
 Found = tuple[Place, TranscoderConfig]
 
 
+@checked_arguments
 @without_modes()
 def load_transcoders(
     where: str | Path,

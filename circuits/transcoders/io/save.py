@@ -9,19 +9,21 @@ from typing import Any
 import torch
 import yaml
 
+from circuits.system.arguments import checked_arguments
 from circuits.system.errors import InputError
-from circuits.system.files import tensor_file, with_digest, write_bytes
+from circuits.system.files import path_of, tensor_file, with_digest, write_bytes
 from circuits.transcoders.activations import JumpReLU
 from circuits.transcoders.io.config_yaml import CLT_KIND, CONFIG, MEANINGS, PLT_KIND, UNFINISHED
 from circuits.transcoders.io.formats import CLT, PLT, Format, Tensors
 from circuits.transcoders.io.layer_files import DECODER, ENCODER, PER_LAYER
-from circuits.transcoders.io.tensor_files import PICKLES, WEIGHTS, check_weight_dtype, copied
-from circuits.transcoders.transcoder import Transcoders
+from circuits.transcoders.io.tensor_files import PICKLES, WEIGHTS, copied
+from circuits.transcoders.transcoder import Transcoders, check_is_transcoders
 
 Files = dict[str, Tensors]
 Config = dict[str, Any]
 
 
+@checked_arguments
 def save_transcoders(
     transcoders: Transcoders,
     folder: str | Path,
@@ -54,9 +56,9 @@ def save_transcoders(
         >>> circuits.load_transcoders(folder).identity.weights == transcoders.identity.weights
         True
     """
+    check_is_transcoders(transcoders)
     transcoders.check()
-    check_weight_dtype(dtype)
-    folder = Path(folder)
+    folder = path_of(folder)
     config = _config(transcoders, model_name)
     files: Files = {}
     for layer in range(transcoders.n_layers):

@@ -85,7 +85,6 @@ def weight_copier(
             "cannot be applied; leave both out (rows that are used are moved to the device and "
             "dtype of the activations) or load with mapped=False."
         )
-    check_weight_dtype(dtype)
     place = device_called(device or "cpu")
     if mapped:
         return lambda tensor: tensor
@@ -98,12 +97,3 @@ def copied(tensor: Tensor, device: str | torch.device, dtype: torch.dtype | None
     contiguous = torch.contiguous_format
     dtype = dtype or tensor.dtype
     return tensor.detach().to(device, dtype, copy=True, memory_format=contiguous)
-
-
-def check_weight_dtype(dtype: torch.dtype | None) -> None:
-    """Refuse a dtype that is not a floating-point type."""
-    if dtype is not None and not dtype.is_floating_point:
-        raise InputError(
-            f"weights cannot be of dtype {dtype}; use torch.float32, torch.bfloat16 or "
-            "torch.float16."
-        )

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from circuits import models
 from circuits.models.source_outputs import keeper
+from circuits.system.arguments import checked_arguments
 from circuits.system.errors import InputError
-from circuits.transcoders.transcoder import Reads, Transcoders, Writes
+from circuits.system.numbers import WholeNumber, whole
+from circuits.transcoders.transcoder import Reads, Transcoders, Writes, check_is_transcoders
 
 Tokens = Int[Tensor, "batch pos"]
 Mask = Bool[Tensor, "batch pos"]
@@ -20,6 +22,7 @@ LayerVectors = Float[Tensor, "layer token d_model"]
 Residual = Float[Tensor, "batch pos d_model"]
 
 
+@checked_arguments
 @torch.no_grad()
 def quality(
     model: models.Model,
@@ -27,7 +30,7 @@ def quality(
     tokens: Tokens,
     mask: Mask,
     *,
-    prompts_at_once: int = 64,
+    prompts_at_once: WholeNumber = 64,
 ) -> pd.DataFrame:
     """Measure how well transcoders approximate the MLPs on some text.
 
@@ -38,7 +41,11 @@ def quality(
         deviation from the mean), `l0` (mean number of features that fire at a token) and `dead`
         (share of features that never fire).
     """
-    batches = zip(tokens.split(prompts_at_once), mask.split(prompts_at_once), strict=True)
+    models.check_unchanged(model)
+    check_is_transcoders(transcoders)
+    transcoders.check()
+    size = whole(prompts_at_once, "prompts_at_once", least=1)
+    batches = zip(tokens.split(size), mask.split(size), strict=True)
     sums = [_sums(model, transcoders, *batch) for batch in batches]
     totals: Any = map(sum, zip(*sums, strict=True))
     n_tokens, fired, y, y_squared, errors = totals
@@ -73,6 +80,7 @@ def _sums(
     return inputs.shape[1], *[each.sum(1) for each in by_token]
 
 
+@checked_arguments
 @torch.no_grad()
 def record(
     model: models.Model, reads: Reads, writes: Writes, tokens: Tokens, mask: Mask
@@ -82,6 +90,21 @@ def record(
     All real tokens are recorded but the first of each prompt.
     """
     device = model.cfg.device
+    if mask.shape != tokens.shape:
+        raise InputError(
+            f"the mask has shape {tuple(mask.shape)} and the tokens {tuple(tokens.shape)}; give "
+            "one of the same shape, True for real tokens."
+        )
+    if not tokens.numel() or tokens.min() < 0 or tokens.max() >= model.cfg.d_vocab:
+        raise InputError(
+            f"the text has no tokens, or some outside 0 to {model.cfg.d_vocab - 1}; tokenize it "
+            "with this model's tokenizer."
+        )
+    if tokens.shape[1] > model.cfg.n_ctx:
+        raise InputError(
+            f"prompts of {tokens.shape[1]} tokens are too long: {model.cfg.model_name} reads "
+            f"{model.cfg.n_ctx}; cut them."
+        )
     tokens = tokens.to(device)
     mask = mask.to(device)
     counted = mask.clone()

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -29,10 +29,13 @@ from torch.optim import Adam
 
 from circuits.models import Model, check_unchanged
 from circuits.models.identity import checksum
+from circuits.system.arguments import checked_arguments
 from circuits.system.code_digest import code_digest
 from circuits.system.errors import InputError
-from circuits.system.files import read_tensors, write_tensors
-from circuits.system.numbers import items, python_number, whole
+from circuits.system.fields import CheckedFields
+from circuits.system.files import path_of, read_tensors, write_tensors
+from circuits.system.kinds import expect
+from circuits.system.numbers import items, python_number, real, shown
 from circuits.system.torch_modes import without_modes
 from circuits.tasks.model_fit import check_task
 from circuits.tasks.task import Task
@@ -67,8 +70,7 @@ READS_WRITES: dict[str, tuple[Reads, Writes]] = {
     "skip-plt": ("mlp_input", "mlp"),
     "clt": ("residual", "residual"),
 }
-# The words that settings are chosen from, and the least that counts can be.
-CHOICES = {"kind": TranscoderKind, "sparsity": Sparsity, "dtype": DtypeName}
+# The least that counts can be.
 LEAST = {"n_features": 1, "steps": 1, "dead_after": 0, "checkpoint_every": 1}
 CALIBRATION_BATCHES = 16
 TANH_SCALE = 10
@@ -76,8 +78,12 @@ AUXILIARY_FEATURES, AUXILIARY_WEIGHT = 64, 0.2
 
 
 @dataclass(frozen=True)
-class Training:
-    """Settings of training."""
+class Training(CheckedFields):
+    """Settings of training.
+
+    >>> Training(kind="clt", n_features=256, k=8).k
+    (8.0,)
+    """
 
     kind: TranscoderKind = "plt"
     """PLTs read what the MLP reads, after its norm; CLTs read the residual stream."""
@@ -103,24 +109,13 @@ class Training:
     """Number of steps between checkpoints."""
 
     def __post_init__(self) -> None:
-        plain: dict[str, Any] = {
-            name: whole(getattr(self, name), name) for name in (*LEAST, "seed")
-        }
-        plain["learning_rate"] = _plain(self.learning_rate)
         for name in ("k", "penalty"):
             given = getattr(self, name)
             numbers = [given] if python_number(given) is not None else items(given, name)
-            plain[name] = tuple(map(_plain, numbers))
-        for name, value in plain.items():
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, tuple(real(number, name) for number in numbers))
 
 
-def _plain(value: Any) -> Any:
-    """A number as Python's own; what is none is NaN, which every check refuses."""
-    number = python_number(value)
-    return math.nan if number is None else number
-
-
+@checked_arguments
 @without_modes()
 def train_transcoders(
     model: Model,
@@ -163,8 +158,11 @@ def train_transcoders(
         Transcoders('toy-world-plt', PLT, 4 layers of 32 features, jump_relu)
     """
     _check(model, config)
+    if not callable(batches) or isinstance(batches, type):
+        raise InputError(f"batches={shown(batches)}: give a function of the number of a step.")
+    expect(progress, Callable | None, "a function as progress", "leave it out")
     trainer = _Trainer(model, batches, config)
-    path = None if checkpoint is None else Path(checkpoint)
+    path = None if checkpoint is None else path_of(checkpoint)
     first = 1
     if path is not None and path.exists():
         first = trainer.restore(path) + 1
@@ -201,7 +199,7 @@ class _Trainer:
     def _record(self, step: int) -> InputsOutputs:
         # MLP inputs and outputs on the text of a step, not yet normalized.
         reads, writes = READS_WRITES[self.config.kind]
-        tokens, mask = self.batches(step)
+        tokens, mask = self._batch(step)
         some = mask.any(1)
         # A task has its padding on the right, wherever it was.
         text = Task.from_tokens(tokens[some], attention_mask=mask[some])
@@ -209,6 +207,14 @@ class _Trainer:
         inputs, outputs = record(self.model, reads, writes, text.clean, text.mask)
         dtype = getattr(torch, self.config.dtype)
         return inputs.to(dtype), outputs.to(dtype)
+
+    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
+        found = self.batches(step)
+        if not isinstance(found, Sequence) or len(found) != 2:
+            raise InputError(
+                f"batches({step}) returned {shown(found)}; it must return tokens and their mask."
+            )
+        return found
 
     def _normalized(self, step: int) -> InputsOutputs:
         inputs, outputs = self._record(step)
@@ -221,7 +227,7 @@ class _Trainer:
         settings = asdict(self.config)
         del settings["checkpoint_every"]
         settings["auxiliary"] = AUXILIARY_FEATURES, AUXILIARY_WEIGHT
-        tokens, _ = self.batches(0)
+        tokens, _ = self._batch(0)
         digest = hashlib.blake2b(checksum(tokens), digest_size=8)
         return f"{settings} {code_digest(self.model).key()} {digest.hexdigest()}"
 
@@ -383,20 +389,15 @@ def _squares(vectors: Vectors) -> LayerNumbers:
 
 def _check(model: Model, config: Training) -> None:
     check_unchanged(model)
+    expect(config, Training, "the settings of training", "make a Training(...)")
     cfg = model.cfg
     if cfg.attn_only:
         raise InputError(f"{cfg.model_name} has no MLPs, so there is nothing to learn.")
-    for name, choices in CHOICES.items():
-        value = getattr(config, name)
-        known = get_args(choices)
-        if value not in known:
-            raise InputError(f"{name}={value!r}: use one of {', '.join(known)}.")
     for name, least in LEAST.items():
         count = getattr(config, name)
         if count < least:
             raise InputError(f"{name}={count}: give {least} or more.")
     rate = config.learning_rate
-    # NaN fails every comparison.
     if not 0 <= rate < math.inf:
         raise InputError(f"learning_rate={rate}: give a finite number, 0 or more.")
     _check_layers(config, cfg.n_layers)
