@@ -319,3 +319,14 @@ def test_a_vectorised_metric_that_is_none_is_told_what_it_gets(task, logits, cle
     )
     with pytest.raises(circuits.InputError, match=r"scored row and circuit, as it is vectorised"):
         metric(torch.stack([logits, logits]), clean, task)
+
+
+def test_a_vectorised_metric_that_mixes_circuits_is_refused(task, logits, clean):
+    def above_average(logits, clean_logits, task):
+        return logits.amax(-1) - logits.mean()
+
+    metric = circuits.Metric("mine", above_average, "lower_is_damage", vectorised=True)
+    alone = metric(logits, clean, task)
+    assert torch.equal(metric(logits[None], clean, task), alone[None])
+    with pytest.raises(circuits.InputError, match=r"among others and .* alone; reduce over the"):
+        metric(torch.stack([logits, clean]), clean, task)

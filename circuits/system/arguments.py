@@ -63,7 +63,11 @@ def checked_arguments(function: Function) -> Function:
 
     @wraps(function)
     def checked(*given: Any, **named: Any) -> Any:
-        bound = signature.bind(*given, **named)
+        try:
+            bound = signature.bind(*given, **named)
+        except TypeError:
+            # The function itself says best which argument is missing or unknown.
+            return function(*given, **named)
         hints = _hints(function)
         for name in bound.arguments.keys() & hints:
             bound.arguments[name] = _checked(bound.arguments[name], name, hints[name])

@@ -27,6 +27,9 @@ from circuits.tasks.task import Task
 MetricFunction = Callable[[Tensor, Tensor, Task], Tensor]
 Direction = Literal["higher_is_damage", "lower_is_damage"]
 
+# What rounding may change: a share, and an absolute difference
+TOLERANCES = (1e-3, 1e-4)
+
 RowLogits = Float[Tensor, "scored vocab"]
 # The logits of one circuit, or of several ("variants") on a leading axis.
 CircuitLogits = Float[Tensor, "*variant scored vocab"]
@@ -56,7 +59,7 @@ class Metric(CheckedFields):
         direction: whether larger values are worse ("higher_is_damage", as for KL) or better
             ("lower_is_damage", as for a logit difference).
         vectorised: set it if `function` also maps logits [variant, scored, vocab] to
-            [variant, scored]; one call then does for several circuits.
+            [variant, scored], each variant as if alone; one call then does for several circuits.
     """
 
     name: str
@@ -115,7 +118,23 @@ class Metric(CheckedFields):
                 f"metric {self.name!r} is NaN or infinite on {n_bad} of {values.numel()} scored "
                 "rows although the logits are finite; correct the metric."
             )
+        if not (is_single or self.shipped):
+            self._check_alone(values, logits, clean_logits, task)
         return values
+
+    def _check_alone(
+        self, values: Values, logits: CircuitLogits, clean_logits: RowLogits, task: Task
+    ) -> None:
+        """Refuse a vectorised function that mixes circuits, such as by a mean over all axes."""
+        among = values.flatten(0, -2)[0]
+        alone = self._values(logits.flatten(0, -3)[0], clean_logits, task)
+        if not torch.allclose(among, alone, *TOLERANCES):
+            row = (among - alone).abs().argmax()
+            raise InputError(
+                f"metric {self.name!r} is vectorised, but gives row {int(row)} of a circuit "
+                f"{float(among[row]):.4g} among others and {float(alone[row]):.4g} alone; reduce "
+                "over the last axis only, or leave out vectorised=True."
+            )
 
     def _values(self, logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
         """What the function returns, if that is what it must return, in the logits' dtype."""

@@ -160,9 +160,10 @@ class AttributionGraph(Resumable):
 
         Args:
             prompt: text, or token ids.
-            explain: what the graph explains; None takes the most probable next tokens. A token
-                stands for its logit minus the mean logit, since the softmax does not see the mean;
-                a pair of tokens, or of lists of tokens, for the difference of their (mean) logits.
+            explain: a list of what the graph explains; None takes the most probable next tokens. A
+                token stands for its logit minus the mean logit, since the softmax does not see the
+                mean; a tuple of two tokens, or of two lists of tokens, for the difference of their
+                (mean) logits.
             prepend_bos: True begins the prompt with exactly one BOS token, which it may bring;
                 False takes it as it is; None is the model's default for text, and False for ids.
 

@@ -81,7 +81,7 @@ AUXILIARY_FEATURES, AUXILIARY_WEIGHT = 64, 0.2
 class Training(CheckedFields):
     """Settings of training.
 
-    >>> Training(kind="clt", n_features=256, k=8).k
+    >>> Training(kind="clt", n_features=256, k=(8,)).k
     (8.0,)
     """
 
