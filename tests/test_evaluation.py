@@ -178,7 +178,7 @@ def test_curves_and_tables_rank_no_edges_without_scores(model, task, ranked):
         lambda: compare(model, {"eap": ranked, "whole": whole}, task, size=5, sizes=[1.0]),
         lambda: circuits.recovery(whole, truth),
     ):
-        with pytest.raises(circuits.InputError, match="only 0 of 110 edges have a score"):
+        with pytest.raises(circuits.InputError, match="none of the 110 edges has a score"):
             call()
     with pytest.raises(circuits.InputError, match=r"^other: top\(5\)"):
         compare(model, {"eap": ranked, "other": whole}, task, size=5)

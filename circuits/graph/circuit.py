@@ -190,11 +190,11 @@ class Circuit:
     def top(self, n: WholeNumber, by: RankBy = "magnitude") -> Circuit:
         """The `n` kept edges of largest |score| (or largest score).
 
-        Ties go to the first edge in graph order.
+        Ties go to the first edge in graph order; edges without a score come last.
 
         Raises:
-            InputError: `n` is no number of edges, or larger than that of the kept ones; or fewer
-                have a score, and `n` is not all of them.
+            InputError: `n` is no number of edges, or larger than that of the kept ones; or none of
+                them has a score.
         """
         # 1.0 is the whole circuit where a size is a fraction, and would be a single edge here.
         if isinstance(python_number(n), float):
@@ -212,12 +212,11 @@ class Circuit:
 
         Edges are added one at a time: the one of largest |score| (or largest score) among those
         whose target reaches the logits, along edges added before or edges that the graph lacks.
-        Ties go to the first edge in graph order.
+        Ties go to the first edge in graph order; edges without a score come last.
 
         Raises:
             InputError: `n` is negative or larger than the number of kept edges that can reach the
-                logits; or one without a score would be added, and `n` is not all of them; or the
-                graph names no model.
+                logits; or none of them has a score; or the graph names no model.
 
         >>> import circuits, torch
         >>> graph = circuits.component_graph(circuits.load_model("toy-world"))
@@ -248,8 +247,8 @@ class Circuit:
         """
         threshold = real(threshold, "threshold")
         rank = self._rank(by)
-        if len(self) and rank[self.kept].isnan().all():
-            raise _unscored(f"above({threshold})", 0, len(self))
+        if len(self):
+            self._check_scored(f"above({threshold})")
         kept = self.kept & (rank > threshold)
         return replace(self, kept=kept, selected=True)
 
@@ -391,12 +390,17 @@ class Circuit:
         rank[rank.isnan()] = -torch.inf
         return edges[rank.argsort(descending=True, stable=True)]
 
+    def _check_scored(self, call: str) -> None:
+        """Refuse to choose among kept edges none of which has a score: an InputError."""
+        if self.scores[self.kept].isnan().all():
+            raise InputError(
+                f"{call}: none of the {len(self)} edges has a score, so nothing says which to "
+                "take; find them with a method that scores edges, such as EAP."
+            )
+
     def _choosing(self, edges: Int[Tensor, " chosen"], of: Circuit, name: str) -> Circuit:
-        n, scored = len(edges), ~self.scores.isnan()
-        # Among edges without a score nothing says which to take, unless all of them are taken.
-        if n < len(of) and not scored[edges].all():
-            n_scored = int((scored & of.kept).sum())
-            raise _unscored(f"{name}({n})", n_scored, len(of))
+        if 0 < len(edges) < len(of):
+            of._check_scored(f"{name}({len(edges)})")
         kept = torch.zeros_like(self.kept)
         kept[edges] = True
         return replace(self, kept=kept, selected=True)
@@ -419,13 +423,6 @@ def check_is_circuit(circuit: object) -> None:
     """Refuse what is no circuit, such as its graph or its folder."""
     remedy = "discover one, or read it with Circuit.load"
     expect(circuit, Circuit, "a Circuit", remedy)
-
-
-def _unscored(call: str, n_scored: int, n_edges: int) -> InputError:
-    return InputError(
-        f"{call}: only {n_scored} of {n_edges} edges have a score, so nothing says which others to "
-        "take; choose fewer edges or all, or score them, as EAP does."
-    )
 
 
 def _no_scores(graph: Graph) -> Float[Tensor, " edge"]:
