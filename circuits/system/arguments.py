@@ -7,8 +7,9 @@ a model or a circuit, is checked by the function, which knows where to get one.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from functools import cache, reduce, wraps
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache, partial, reduce, wraps
+from itertools import zip_longest
 from operator import or_
 from pathlib import Path
 from types import NoneType, UnionType
@@ -59,56 +60,79 @@ def checked_arguments(function: Function) -> Function:
     Raises:
         InputError: an argument is not of its declared type.
     """
-    signature = inspect.signature(function)
+    names = tuple(inspect.signature(function).parameters)
 
     @wraps(function)
     def checked(*given: Any, **named: Any) -> Any:
-        try:
-            bound = signature.bind(*given, **named)
-        except TypeError:
-            # The function itself says best which argument is missing or unknown.
-            return function(*given, **named)
-        hints = _hints(function)
-        for name in bound.arguments.keys() & hints:
-            bound.arguments[name] = _checked(bound.arguments[name], name, hints[name])
-        return function(*bound.args, **bound.kwargs)
+        checks = _checks(function)
+        values = []
+        # What is too many or missing is for Python to say.
+        for name, value in zip_longest(names[: len(given)], given):
+            values.append(checks[name](value, name) if name in checks else value)
+        for name in checks.keys() & named:
+            named[name] = checks[name](named[name], name)
+        return function(*values, **named)
 
     return checked  # type: ignore[return-value]
 
 
 @cache
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    return get_type_hints(function)
+def _checks(function: Callable[..., Any]) -> dict[str, Check]:
+    """The checks of a function's arguments, by name."""
+    found = {}
+    for name, hint in get_type_hints(function).items():
+        check = _check_of(hint)
+        if check is not None:
+            found[name] = check
+    return found
 
 
-def _checked(value: Any, name: str, hint: Any) -> Any:
+def _check_of(hint: Any) -> Check | None:
     is_union = get_origin(hint) in (Union, UnionType)
     kinds = get_args(hint) if is_union else (hint,)
-    if value is None and NoneType in kinds:
-        return None
     kind: Any = reduce(or_, [kind for kind in kinds if kind is not NoneType])
+    check: Check | None = None
     if kind in MADE:
-        return MADE[kind](value, name)
-    if get_origin(kind) is Literal:
-        return one_of(value, name, get_args(kind))
-    if inspect.isclass(kind) and issubclass(kind, AbstractArray):
-        return _tensor(value, name, kind)
-    if kind in CLASSES and not isinstance(value, kind):
+        check = MADE[kind]
+    elif get_origin(kind) is Literal:
+        check = partial(_one_of, get_args(kind))
+    elif inspect.isclass(kind) and issubclass(kind, AbstractArray):
+        check = partial(_tensor, kind)
+    elif kind in CLASSES:
+        check = partial(_instance, kind)
+    return partial(_optional, check) if check and NoneType in kinds else check
+
+
+def _optional(check: Check, value: Any, name: str) -> Any:
+    return None if value is None else check(value, name)
+
+
+def _one_of(choices: Sequence[Any], value: Any, name: str) -> Any:
+    return one_of(value, name, choices)
+
+
+def _instance(kind: Any, value: Any, name: str) -> Any:
+    if not isinstance(value, kind):
         raise InputError(f"{name}={shown(value)}: give {CLASSES[kind]}.")
     return value
 
 
-def _tensor(value: Any, name: str, kind: Any) -> Tensor:
+def _tensor(kind: Any, value: Any, name: str) -> Tensor:
     found = as_tensor(value, name)
-    # A scope of their own for the names of axes, whatever types the callers check.
-    with jaxtyped("context"):
-        fits = isinstance(found, kind)
-    if not fits:
+    if not _fits(kind, found.dtype, found.shape):
         raise InputError(
             f"{name} has shape {tuple(found.shape)} and type {found.dtype}: give a tensor "
             f"[{kind.dim_str.strip()}] of {_numbers(kind)}."
         )
     return found
+
+
+# jaxtyping takes longer than many a function that is called in a loop.
+@lru_cache(maxsize=1024)
+def _fits(kind: Any, dtype: torch.dtype, shape: torch.Size) -> bool:
+    # A scope of their own for the names of axes, whatever types the callers check.
+    with jaxtyped("context"):
+        return isinstance(torch.empty(shape, dtype=dtype, device="meta"), kind)
 
 
 def _numbers(kind: Any) -> str:
