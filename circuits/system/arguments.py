@@ -38,7 +38,6 @@ MADE: dict[Any, Check] = {
 }
 # Other classes that are checked, and what a value of them is called.
 CLASSES: dict[Any, str] = {
-    str: "a text",
     str | Path: "a text or a pathlib.Path",
     slice: "a slice",
     Tensor: "a tensor",
