@@ -194,6 +194,7 @@ def test_a_checkpoint_of_another_run_is_refused_rather_than_continued(model, tmp
         circuits.ACDC(0.02).discover(model, random_task(), checkpoint=path)
 
 
+@pytest.mark.filterwarnings("ignore:custom is run by the reference executor")
 def test_a_checkpoint_is_refused_when_what_its_metric_reads_or_the_model_has_changed(
     model, tmp_path
 ):

@@ -12,7 +12,6 @@ import circuits
 from circuits.attribution.feature_graph import FEATURE
 from circuits.discovery.discoverer import CircuitDiscoverer
 from circuits.system.numbers import real, truth, whole
-from circuits.transcoders.training.train import Training
 
 # What a user sees, who has no runtime type checks.
 pytestmark = pytest.mark.usefixtures("unchecked_types")
@@ -286,9 +285,7 @@ def test_what_are_no_transcoders_metric_or_ablation_is_refused(toy_world, task, 
             "circuits.load_transcoders",
         )
         refused(lambda value=value: circuits.virtual_weights(value), "circuits.load_transcoders")
-    refused(
-        lambda: circuits.Metric("mine", "logits", "lower_is_damage"), "give a text, and a function"
-    )
+    refused(lambda: circuits.Metric("mine", "logits", "lower_is_damage"), "give a function")
 
 
 def test_a_metric_that_fails_is_said_to_with_what_it_gets(toy_world, task):
@@ -362,16 +359,6 @@ def test_firings_are_taken_by_slices_without_steps(transcoders):
     )
     refused(lambda: fired.mean(0, slice(0, 8, 2)), "without a step")
     refused(lambda: fired.mean(-1, slice(0, 8)), "there is no layer -1")
-
-
-def test_a_mask_of_ones_and_zeros_is_no_list_of_positions(toy_world):
-    tokens = torch.tensor([[1, 2, 3, 4]])
-    refused(
-        lambda: circuits.train_transcoders(
-            toy_world, lambda step: (tokens, torch.ones_like(tokens)), Training(n_features=8, k=2)
-        ),
-        "of booleans",
-    )
 
 
 def test_explained_words_that_are_not_one_token_are_told_as_such(toy_world, transcoders):

@@ -289,8 +289,11 @@ def test_what_is_no_metric_is_refused_with_how_to_make_one(
 
 
 def test_name_and_function_of_a_metric_are_checked(unchecked_types):
-    for name, function in (("mine", "kl"), (no_metric, "mine")):
-        with pytest.raises(circuits.InputError, match="give a text, and a function of"):
+    for name, function, told in (
+        ("mine", "kl", "'mine' with function='kl': give a function of"),
+        (no_metric, "mine", "name=<function no_metric.* must be a text"),
+    ):
+        with pytest.raises(circuits.InputError, match=told):
             circuits.Metric(name, function, "lower_is_damage")
 
 

@@ -68,7 +68,7 @@ def head_shares(
     >>> import circuits
     >>> model = circuits.load_model("toy-world")
     >>> transcoders = circuits.load_transcoders("toy-world-plt")
-    >>> graph = circuits.AttributionGraph(transcoders).attribute(model, [1, 2, 3])
+    >>> graph = circuits.AttributionGraph(transcoders).attribute(model, [0, 2, 3])
     >>> small = circuits.pruned(graph, node_threshold=0.5)
     >>> shares = circuits.head_shares(model, transcoders, small)
     >>> shares.shape == (len(small), model.cfg.n_layers, model.cfg.n_heads)

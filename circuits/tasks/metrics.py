@@ -68,10 +68,10 @@ class Metric(CheckedFields):
     vectorised: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not callable(self.function):
-            given = f"name={shown(self.name)}, function={shown(self.function)}"
+        if not callable(self.function):
             raise InputError(
-                f"metric with {given}: give a text, and a function of (logits, clean_logits, task)."
+                f"metric {self.name!r} with function={shown(self.function)}: give a function of "
+                "(logits, clean_logits, task)."
             )
 
     def __str__(self) -> str:

@@ -41,7 +41,7 @@ from circuits.models.identity import identity
 from circuits.system.errors import InputError
 from circuits.system.numbers import items, python_number, shown, whole
 from circuits.system.torch_modes import without_modes
-from circuits.tasks.readers.tokens import Prompt, each_prompt
+from circuits.tasks.readers.tokens import Prompt, each_prompt, split_encoding
 from circuits.tasks.task import Task
 from circuits.tasks.tokenization import prompt_tokens
 from circuits.transcoders.io.load import load_transcoders
@@ -371,7 +371,8 @@ class AttributionGraph(Resumable):
 
 def _listed_prompts(given: Any) -> list[Any]:
     prompts = items(each_prompt(given), "prompts")
-    if any(python_number(prompt) is not None for prompt in prompts):
+    # One encoded text is a list of numbers, or of pairs of a number and its mask.
+    if any(python_number(split_encoding(prompt)[0]) is not None for prompt in prompts):
         raise InputError(
             f"prompts={shown(prompts)} holds ids; give a list of prompts, or one to attribute."
         )
