@@ -17,6 +17,7 @@ from circuits.cli.main import HELP, main
 from circuits.cli.parsing.method_source import UnreadableError, described_in, shipped_methods
 from circuits.cli.parsing.methods import describe, describe_method
 from circuits.cli.parsing.read import OPTIONS, read_arguments
+from circuits.tasks.metrics import ALIASES
 
 METHOD_OF_ONES_OWN = '''
 from dataclasses import dataclass
@@ -44,6 +45,9 @@ class LayerDepth(circuits.CircuitDiscoverer):
         scores = self.scale * graph.source.float() * (1 if self.sign == "late" else -1)
         return circuits.Circuit.full(graph, scores, record=self.record())
 '''
+
+
+FEW = ("--n", "2", "--n-eval", "2")
 
 
 def run_here(capsys, *words: str) -> tuple[int, str, str]:
@@ -88,7 +92,7 @@ def test_help_and_mistakes_in_options_are_answered_without_importing_torch(tmp_p
         ("discover", "--threshold", "x", "--threshold: could not convert string to float: 'x'"),
         ("discover", "--method", "ACDCC", "there is no method 'ACDCC'; did you mean 'acdc'?"),
         ("discover", "--method", "missing.py", "there is no Python file missing.py"),
-        (*eap, "--gradient-a", "both", "Perhaps you meant: --gradient-at"),
+        (*eap, "--gradient-a", "both", "no option --gradient-a; did you mean '--gradient-at'?"),
         (*eap, "--gradient-at", "bot", "did you mean 'both'?"),
         (*eap, "--ablation", "zeros", "did you mean 'zero'?"),
         (*eap, "--metric", "kll", "there is no metric 'kll'; did you mean 'kl'?"),
@@ -101,6 +105,8 @@ def test_help_and_mistakes_in_options_are_answered_without_importing_torch(tmp_p
         (*eap, "--start", "missing", "eap does not search"),
         (*eap, "--positions", "S1,,S2", "--positions 'S1,,S2': a span has no name"),
         (*acdc, "--layers", "3-2", "3-2 is empty; write it as 2-3"),
+        (*acdc, "--layers", "2-", "--layers 2- names no layers"),
+        ("discover", "--treshold", "0.1", "did you mean '--threshold'?"),
         (*acdc, "--start-size", "9", "add --start FOLDER"),
         (*acdc, "--start", "missing", "--start: there is no folder missing"),
         ("discover", "--threshold", "-1", "threshold=-1.0 must be a number of at least 0"),
@@ -112,9 +118,11 @@ def test_help_and_mistakes_in_options_are_answered_without_importing_torch(tmp_p
         ("compare", "--methods", "eap:steps=3", "eap has no setting 'steps'"),
         ("compare", "--thresholds", "1,x", "'x' is no number"),
         ("compare", "--thresholds", "1,-1", "threshold=-1.0 must be"),
+        ("compare", "--methods", "eap,", "an entry is empty"),
         ("evaluate", "missing", "missing holds no finished run"),
         ("evaluate", "x", "--ablation", "zeroes", "did you mean 'zero'? there are mean, mean_by"),
-        ("graph", "x", "--budgt", "3", "Perhaps you meant: --budget"),
+        ("graph", "x", "--budgt", "3", "did you mean '--budget'?"),
+        ("graph", "The", "capital", "'capital' is one word too many; put texts with spaces into"),
         ("view", "x", "--port", "http", "parsing --port"),
     ]
     file = tmp_path / "mine.py"
@@ -133,7 +141,7 @@ def test_what_is_read_of_a_methods_source_is_what_importing_it_gives():
         assert describe_method(name) == describe(methods[name])
     script = "from circuits.cli.parsing.method_source import metric_names; print(*metric_names())"
     names = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout
-    assert names.split() == list(circuits.METRICS)
+    assert names.split() == [*circuits.METRICS, *ALIASES]
 
 
 def test_a_method_whose_source_does_not_say_its_options_is_imported(tmp_path):
@@ -739,6 +747,16 @@ def test_cuda_that_is_not_there_is_one_line(capsys, monkeypatch):
     assert "finds no CUDA here; use device='cpu'" in errors
 
 
+def test_metrics_have_the_names_of_other_programs_too(capsys, tmp_path):
+    words = ("discover", "--method", "eap", "--metric", "logit_diff", "--size", "9", *FEW)
+    status, output, _ = run_here(capsys, *words, "--out", str(tmp_path), "--json")
+    assert status == 0
+    folder = json.loads(output)["folder"]
+    words = ("evaluate", folder, "--size", "9", "--metrics", "kl, logit_diff", "--n", "2", "--json")
+    status, output, _ = run_here(capsys, *words)
+    assert status == 0 and list(json.loads(output)["values"]) == ["kl", "logit_difference"]
+
+
 def test_list_names_what_there_is(capsys):
     content = json.loads(run_here(capsys, "list", "--json")[1])
     assert {"acdc", "eap", "eap-ig", "random", "activation-patching"} <= set(content["methods"])
@@ -746,9 +764,6 @@ def test_list_names_what_there_is(capsys):
         content["tasks"]
     )
     assert "kl" in content["metrics"]
-
-
-FEW = ("--n", "2", "--n-eval", "2")
 
 
 def found_by(capsys, tmp_path, *words: str) -> tuple[dict, str]:
@@ -790,10 +805,11 @@ def test_a_threshold_that_removes_no_edge_is_told(capsys, tmp_path):
 
 def test_a_size_larger_than_the_circuit_is_refused_in_terms_of_the_option(capsys, tmp_path):
     words = ("discover", "--method", "eap", *FEW, "--out", str(tmp_path), "--size")
-    for size in ("480", "-1"):
+    told = {"480": "--size 480: the circuit that eap found has 479 edges", "-1": "--size=-1: give"}
+    for size, error in told.items():
         status, output, errors = run_here(capsys, *words, size)
         assert (status, output) == (2, "")
-        assert f"--size {size}: the circuit that eap found has 479 edges" in errors
+        assert error in errors
 
 
 def test_compare_tells_thresholds_that_give_the_same_circuit(capsys, tmp_path):

@@ -12,7 +12,7 @@ import pandas as pd
 from circuits.cli.console import frame_table, print_run, terminal
 from circuits.cli.inputs import model_of, task_of
 from circuits.cli.notes import notes_on
-from circuits.cli.parsing.checks import check_skipping
+from circuits.cli.parsing.checks import check_skipping, listed
 from circuits.cli.parsing.options import EvaluateOptions, TaskOptions
 from circuits.cli.progress import note, phase
 from circuits.running.ablation import NAMES as ABLATIONS
@@ -34,7 +34,7 @@ def command(options: EvaluateOptions) -> None:
     model = model_of(options)
     task = task_of(options, model, options.n, "test")
     ablation = options.ablation or _ablation_of_run(found)
-    metrics = options.metrics.split(",") if options.metrics else None
+    metrics = listed(options.metrics) if options.metrics else None
     with phase(f"evaluating on {len(task)} prompts", quiet=options.json):
         evaluation = evaluate_run(
             found, model, task, metrics=metrics, ablation=ablation, size=options.size

@@ -104,6 +104,8 @@ class Metric(CheckedFields):
         """
         check_is_task(task)
         is_single = logits.ndim == 2
+        if not logits.numel():
+            return logits.new_zeros(logits.shape[:-1])
         if not (is_single or self.vectorised or self.shipped):
             values_by_circuit = [self(each, clean_logits, task) for each in logits]
             return torch.stack(values_by_circuit)
@@ -126,8 +128,9 @@ class Metric(CheckedFields):
         self, values: Values, logits: CircuitLogits, clean_logits: RowLogits, task: Task
     ) -> None:
         """Refuse a vectorised function that mixes circuits, such as by a mean over all axes."""
-        among = values.flatten(0, -2)[0]
-        alone = self._values(logits.flatten(0, -3)[0], clean_logits, task)
+        # The last one, because what adds up over circuits leaves the first as it is.
+        among = values.flatten(0, -2)[-1]
+        alone = self._values(logits.flatten(0, -3)[-1], clean_logits, task)
         if not torch.allclose(among, alone, *TOLERANCES):
             row = (among - alone).abs().argmax()
             raise InputError(

@@ -11,7 +11,7 @@ from circuits.discovery.threshold import check_threshold
 from circuits.system.errors import InputError
 from circuits.system.numbers import whole
 
-LEAST = {"n": 1, "n_eval": 1, "start_size": 1, "budget": 1, "leading": 0, "port": 0}
+LEAST = {"n": 1, "n_eval": 1, "size": 0, "start_size": 1, "budget": 1, "leading": 0, "port": 0}
 MISSING = {
     "circuit": "{} holds no finished run: there is no such folder",
     "data": "--data: there is no file {}",
@@ -79,11 +79,12 @@ def layers_of(text: str | None) -> list[int] | None:
     if text is None:
         return None
     layers: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not (first.isdecimal() and (last or first).isdecimal()):
+    for part in listed(text):
+        first, dash, last = part.partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal()):
             raise InputError(f"--layers {text} names no layers; write them like 6-11 or 0,2-4.")
-        named = range(int(first), int(last or first) + 1)
+        named = range(int(first), int(last) + 1)
         if not named:
             raise InputError(f"--layers {text}: {part} is empty; write it as {last}-{first}.")
         layers += named
@@ -96,10 +97,15 @@ def positions_of(text: str | None) -> list[str] | int | None:
         return None
     if text.isdecimal():
         return int(text)
-    spans = [each.strip() for each in text.split(",")]
+    spans = listed(text)
     if not all(spans):
         raise InputError(f"--positions {text!r}: a span has no name; write them like IO,S1,END.")
     return spans
+
+
+def listed(text: str) -> list[str]:
+    """What commas separate."""
+    return [each.strip() for each in text.split(",")]
 
 
 def _exists(path: Path) -> bool:

@@ -99,9 +99,10 @@ def metric_names() -> list[str]:
     """The names of metrics: those of this package, or all if the module is imported already."""
     imported = sys.modules.get("circuits.tasks.metrics")
     if imported is not None:
-        return list(imported.METRICS)
-    directions = _definitions(PACKAGE / "tasks" / "metrics.py")["_DIRECTIONS"]
-    return [key.id for key in directions.keys if isinstance(key, ast.Name)]
+        return [*imported.METRICS, *imported.ALIASES]
+    defined = _definitions(PACKAGE / "tasks" / "metrics.py")
+    names = [key.id for key in defined["_DIRECTIONS"].keys if isinstance(key, ast.Name)]
+    return [*names, *_literal(defined["ALIASES"])]
 
 
 @cache

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 
 from circuits.cli.parsing import options
-from circuits.cli.parsing.checks import check_options, check_search
+from circuits.cli.parsing.checks import check_options, check_search, listed
 from circuits.cli.parsing.method_source import metric_names
 from circuits.cli.parsing.methods import adds_names, describe_method, options_of
 from circuits.cli.parsing.sweeps import read_sweeps
@@ -39,7 +39,8 @@ OPTIONS: dict[str, Any] = {
 SIDES = "│|╭╮╰╯+ "
 BETWEEN_PARAGRAPHS = re.compile(r"[─-]{3,}")
 WRONG_CHOICE = re.compile(r"(invalid choice '(.*)' for .*)\. Expected one of \('(.*)'\)")
-UNKNOWN_OPTION = re.compile(r"Unrecognized options: ")
+BETWEEN_CHOICES = "', '"
+UNKNOWN = re.compile(r"Unrecognized options: ([^\s,]+)")
 
 
 def read_arguments(command: str, words: Words) -> Arguments:
@@ -55,7 +56,7 @@ def read_arguments(command: str, words: Words) -> Arguments:
         _check_names(given, given.methods, metrics)
         return given, sweeps
     named = getattr(given, "metrics", None)
-    _check_names(given, "", named.split(",") if named else ())
+    _check_names(given, "", listed(named) if named else ())
     return (given,)
 
 
@@ -69,7 +70,8 @@ def _read_discover(words: Words) -> Arguments:
     of_method: Any = options_of(method, taken)
     both: Any = tuple[Annotated[own, UNPREFIXED], Annotated[of_method, UNPREFIXED]]
     description = f"{getdoc(own)}\n\nThe options of {method.name} come last."
-    given, settings = _parsed(both, "discover", words, description=description)
+    known = [*taken, *method.options]
+    given, settings = _parsed(both, "discover", words, known, description=description)
     values = vars(settings)
     check_options(given)
     check_search(given, method, values)
@@ -77,8 +79,11 @@ def _read_discover(words: Words) -> Arguments:
     return given, values
 
 
-def _parsed(kind: Any, command: str, words: Words, **settings: Any) -> Any:
+def _parsed(
+    kind: Any, command: str, words: Words, known: Iterable[str] | None = None, **settings: Any
+) -> Any:
     """What tyro makes of the words; its errors, which are boxes of several lines, in one line."""
+    known = [each.name for each in fields(kind)] if known is None else known
     printed = StringIO()
     try:
         with redirect_stderr(printed):
@@ -86,10 +91,11 @@ def _parsed(kind: Any, command: str, words: Words, **settings: Any) -> Any:
     except SystemExit as stopped:
         if not stopped.code:
             raise
-        raise InputError(_message(printed.getvalue(), command)) from stopped
+        told = _message(printed.getvalue(), known)
+        raise InputError(f"{told} Try circuits {command} --help.") from stopped
 
 
-def _message(box: str, command: str) -> str:
+def _message(box: str, options: Iterable[str]) -> str:
     """What tyro prints in a box as one line, without what says again how options are written."""
     _title, *lines = [line.strip(SIDES) for line in box.strip().splitlines()]
     paragraphs = []
@@ -98,19 +104,24 @@ def _message(box: str, command: str) -> str:
         if text and not text.startswith(("For full helptext", "Argument helptext")):
             paragraphs.append(text.partition(" Got errors:")[0].rstrip("."))
     first, *more = paragraphs
-    wrong, *unknown = WRONG_CHOICE.search(first), *filter(UNKNOWN_OPTION.match, more)
+    wrong = WRONG_CHOICE.search(first)
+    # A misspelt option may be why another is missing.
+    unknown = list(filter(None, map(UNKNOWN.match, paragraphs)))
     if wrong:
         # The choices of a union come in any order.
         told, word, choices = wrong.groups()
-        known = sorted(set(choices.split("', '")) - {"None"})
-        first, more = told, [suggestion(word, known).rstrip(".")]
-    elif unknown:
-        # A misspelt option may be why another is missing.
-        named = [f"--{each.name.replace('_', '-')}" for each in fields(OPTIONS[command])]
-        word = unknown[0].split()[2]
-        first, more = f"there is no option {word}", [suggestion(word, named).rstrip(".")]
+        return f"{told}; {suggestion(word, sorted(set(choices.split(BETWEEN_CHOICES)) - {'None'}))}"
+    if unknown:
+        return _unknown(unknown[0][1], options)
     told = "; ".join([first, *more])
-    return f"{told[:1].lower()}{told[1:]}. Try circuits {command} --help."
+    return f"{told[:1].lower()}{told[1:]}."
+
+
+def _unknown(word: str, options: Iterable[str]) -> str:
+    if not word.startswith("-"):
+        return f"{word!r} is one word too many; put texts with spaces into quotes."
+    named = [f"--{each.replace('_', '-')}" for each in options]
+    return f"there is no option {word}; {suggestion(word, named)}"
 
 
 def _check_names(given: Any, method: str, metrics: Iterable[str | None]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, get_args
 
 import tyro
 
-from circuits.cli.parsing.checks import check_settings
+from circuits.cli.parsing.checks import check_settings, listed
 from circuits.cli.parsing.method_source import Description
 from circuits.cli.parsing.methods import describe_method
 from circuits.cli.parsing.options import CompareOptions
@@ -36,7 +36,11 @@ def read_sweeps(options: CompareOptions) -> Sweeps:
     """What to run for each entry of --methods, by the entry's label in the table."""
     thresholds = _thresholds(options.thresholds)
     sweeps: Sweeps = {}
-    for entry in options.methods.split(","):
+    for entry in listed(options.methods):
+        if not entry:
+            raise InputError(
+                f"--methods {options.methods!r}: an entry is empty; write methods like acdc,eap."
+            )
         name, settings = _name_and_settings(entry)
         method = describe_method(name)
         label = ":".join([method.name, *settings])
@@ -51,7 +55,7 @@ def read_sweeps(options: CompareOptions) -> Sweeps:
 
 
 def _name_and_settings(entry: str) -> tuple[str, list[str]]:
-    name, *settings = entry.strip().split(":")
+    name, *settings = entry.split(":")
     # FILE.py:NAME is one method, not a file with a setting.
     if name.endswith(".py") and settings and "=" not in settings[0]:
         name = f"{name}:{settings.pop(0)}"
@@ -59,7 +63,7 @@ def _name_and_settings(entry: str) -> tuple[str, list[str]]:
 
 
 def _thresholds(text: str) -> list[str]:
-    found = [each.strip() for each in text.split(",")]
+    found = listed(text)
     for each in found:
         try:
             float(each)
