@@ -7,13 +7,11 @@ a model or a circuit, is checked by the function, which knows where to get one.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from functools import cache, lru_cache, partial, reduce, wraps
+from collections.abc import Callable
+from functools import cache, lru_cache, partial, wraps
 from itertools import zip_longest
-from operator import or_
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from jaxtyping import AbstractArray, jaxtyped
@@ -21,8 +19,7 @@ from torch import Tensor
 
 from circuits.system.device import device_called, dtype_called
 from circuits.system.errors import InputError
-from circuits.system.fields import CHECKS, Check
-from circuits.system.kinds import one_of
+from circuits.system.fields import Check, checks_of
 from circuits.system.numbers import RealNumber, WholeNumber, real, shown, whole
 from circuits.system.tensors import as_tensor
 
@@ -30,7 +27,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 # By type, what makes a value one of it.
 MADE: dict[Any, Check] = {
-    **CHECKS,
     WholeNumber: whole,
     RealNumber: real,
     torch.dtype: lambda value, _: dtype_called(value),
@@ -78,36 +74,15 @@ def checked_arguments(function: Function) -> Function:
 @cache
 def _checks(function: Callable[..., Any]) -> dict[str, Check]:
     """The checks of a function's arguments, by name."""
-    found = {}
-    for name, hint in get_type_hints(function).items():
-        check = _check_of(hint)
-        if check is not None:
-            found[name] = check
-    return found
+    return checks_of(get_type_hints(function), _check_of)
 
 
-def _check_of(hint: Any) -> Check | None:
-    is_union = get_origin(hint) in (Union, UnionType)
-    kinds = get_args(hint) if is_union else (hint,)
-    kind: Any = reduce(or_, [kind for kind in kinds if kind is not NoneType])
-    check: Check | None = None
+def _check_of(kind: Any) -> Check | None:
     if kind in MADE:
-        check = MADE[kind]
-    elif get_origin(kind) is Literal:
-        check = partial(_one_of, get_args(kind))
-    elif inspect.isclass(kind) and issubclass(kind, AbstractArray):
-        check = partial(_tensor, kind)
-    elif kind in CLASSES:
-        check = partial(_instance, kind)
-    return partial(_optional, check) if check and NoneType in kinds else check
-
-
-def _optional(check: Check, value: Any, name: str) -> Any:
-    return None if value is None else check(value, name)
-
-
-def _one_of(choices: Sequence[Any], value: Any, name: str) -> Any:
-    return one_of(value, name, choices)
+        return MADE[kind]
+    if inspect.isclass(kind) and issubclass(kind, AbstractArray):
+        return partial(_tensor, kind)
+    return partial(_instance, kind) if kind in CLASSES else None
 
 
 def _instance(kind: Any, value: Any, name: str) -> Any:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from functools import cache, wraps
-from types import UnionType
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial, reduce, wraps
+from operator import or_
+from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from circuits.system.kinds import one_of, text
 from circuits.system.numbers import python_number, real, truth, whole
 
+# Makes a value what it should be, given what errors call it.
 Check = Callable[[Any, str], Any]
+Further = Callable[[Any], Check | None]
 CHECKS: dict[Any, Check] = {int: whole, float: real, bool: truth, str: text}
 
 
@@ -46,41 +49,60 @@ class CheckedFields:
 def convert_fields(instance: Any) -> None:
     """Make the fields of a dataclass what they are declared to hold; see `CheckedFields`."""
     kind: Any = type(instance)
-    hints = _hints(kind)
+    checks = _checks(kind)
     for field in dataclasses.fields(instance):
-        if field.init and field.name in hints:
+        if field.init and field.name in checks:
             value = getattr(instance, field.name)
-            converted = _converted(value, field.name, hints[field.name])
+            converted = checks[field.name](value, field.name)
             # Fields of frozen dataclasses are set like this.
             object.__setattr__(instance, field.name, converted)
 
 
 @cache
-def _hints(kind: type) -> dict[str, Any]:
+def _checks(kind: type) -> dict[str, Check]:
     try:
-        return get_type_hints(kind)
+        return checks_of(get_type_hints(kind))
     except NameError:  # names that only type checkers import, or that are local to a function
         return {}
 
 
-def _converted(value: Any, name: str, hint: Any) -> Any:
-    if hint in CHECKS:
-        return CHECKS[hint](value, name)
-    if get_origin(hint) is Literal:
-        return one_of(value, name, get_args(hint))
-    if get_origin(hint) in (Union, UnionType):
-        return _of_union(value, name, hint)
-    return value
+def no_check(kind: Any) -> Check | None:
+    """No check, for any type."""
 
 
-def _of_union(value: Any, name: str, hint: Any) -> Any:
-    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
-    is_optional = len(kinds) < len(get_args(hint))
-    if is_optional and value is None:
+def checks_of(hints: Mapping[str, Any], further: Further = no_check) -> dict[str, Check]:
+    """The checks of values with these declared types, by name.
+
+    Numbers, bools, texts, choices and unions with them are checked, and what `further` knows.
+    """
+    found = {name: _check_of(hint, further) for name, hint in hints.items()}
+    return {name: check for name, check in found.items() if check is not None}
+
+
+def _check_of(hint: Any, further: Further) -> Check | None:
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kinds = [kind for kind in members if kind is not NoneType]
+    if not kinds:
         return None
-    if is_optional and len(kinds) == 1:
-        return _converted(value, name, kinds[0])
-    # A number among other types: whether the others fit is for those who know them.
+    kind = reduce(or_, kinds)
+    check = CHECKS.get(kind) or further(kind)
+    if check is None and get_origin(kind) is Literal:
+        check = partial(_one_of, get_args(kind))
+    if check is None and len(kinds) > 1:
+        check = partial(_number_among, kinds)
+    return partial(_optional, check) if check and len(kinds) < len(members) else check
+
+
+def _optional(check: Check, value: Any, name: str) -> Any:
+    return None if value is None else check(value, name)
+
+
+def _one_of(choices: Sequence[Any], value: Any, name: str) -> Any:
+    return one_of(value, name, choices)
+
+
+def _number_among(kinds: Sequence[Any], value: Any, _name: str) -> Any:
+    """Of other types, whether they fit is for those who know them."""
     number = python_number(value)
     if number is None:
         return value
