@@ -31,6 +31,7 @@ FeatureValues = Float[Tensor, "pos feature"]
 RowNumbers = Int[Tensor, " row"]
 OutputRows = Float[Tensor, "row d_model"]
 ResidualByLayer = Float[Tensor, "layer pos d_model"]
+LocalModels = Sequence[LocalModel]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +48,7 @@ class ActiveFeatures:
 
 
 def active_features(
-    models: Sequence[LocalModel], transcoders: Transcoders, *, leading: int = 1
+    models: LocalModels, transcoders: Transcoders, *, leading: int = 1
 ) -> list[ActiveFeatures]:
     """Find the active features of several prompts, applying each encoder to all of them at once.
 
@@ -65,7 +66,7 @@ def active_features(
 
 
 def _active_in_layer(
-    models: Sequence[LocalModel], transcoders: Transcoders, layer: int, leading: int
+    models: LocalModels, transcoders: Transcoders, layer: int, leading: int
 ) -> list[ActiveFeatures]:
     inputs = [model.layers[layer].feature_input for model in models]
     preactivations = transcoders.preactivations(layer, torch.cat(inputs))
@@ -169,7 +170,8 @@ def gather_sources(
         outputs.append(written)
         errors.append(error)
         constants.append(constant)
-    return Sources(features, order, outputs, torch.stack(errors), torch.stack(constants))
+    stacked = map(torch.stack, (errors, constants))
+    return Sources(features, order, outputs, *stacked)
 
 
 def _feature_outputs(
@@ -178,7 +180,8 @@ def _feature_outputs(
     """What features, sorted by position, write into the MLP output of `layer`."""
     # The layers that write are consecutive, and so are the columns of their features at a position.
     writing = [other for other in range(layer + 1) if layer in transcoders.written_by(other)]
-    is_writing = (features.layer >= writing[0]) & (features.layer <= layer)
+    written_from = features.layer >= writing[0]
+    is_writing = written_from & (features.layer <= layer)
     columns = true_rows(is_writing)
     writers = select_rows(features, columns)
     shape = (len(writers), transcoders.d_model)
@@ -197,7 +200,8 @@ def _feature_outputs(
     # A position without rows may start after the last one.
     padded = functional.pad(columns, (0, 1))
     first_columns = padded[starts].tolist()
-    return FeatureOutputs(rows, columns, writers.position, counts.tolist(), first_columns)
+    n_rows = counts.tolist()
+    return FeatureOutputs(rows, columns, writers.position, n_rows, first_columns)
 
 
 def _error_and_constant(

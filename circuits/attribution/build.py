@@ -7,7 +7,7 @@ those of the most influential features; collect nodes and nonzero edges in a `Fe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from circuits.attribution.active_features import ActiveFeatures, gather_sources
 from circuits.attribution.edge_weights import (
     CONSTANTS,
+    Blocks,
     EdgeWeights,
     LinearSweep,
     SweepTargets,
@@ -37,7 +38,6 @@ from circuits.transcoders.transcoder import Transcoders
 UNSELECTED = "unselected_features"
 
 # The numbers of some targets, and the weights of the edges into them.
-Blocks = Iterable[tuple[TargetNumbers, EdgeWeights]]
 DirectionWeights = Float[Tensor, " direction"]
 NodeConstants = Float[Tensor, "node constant"]
 SourceNodes = Int[Tensor, " _"]
@@ -129,7 +129,8 @@ def build_feature_graph(
             "there is no graph; give a longer prompt or transcoders that were trained on this "
             "model."
         )
-    weight = model.embedding.new_tensor([one.weight for one in directions])
+    direction_weights = [one.weight for one in directions]
+    weight = model.embedding.new_tensor(direction_weights)
     vectors, into_directions = _direction_targets(model, directions)
     into_features = feature_targets(model, transcoders, features)
     targets = join_rows([into_features, into_directions])
@@ -160,7 +161,8 @@ def build_feature_graph(
         directions=vectors,
         n_layers=len(model.layers),
     )
-    if any(count_not_finite(each) for each in (weights, graph.direct, constants)):
+    numbers = (weights, graph.direct, constants)
+    if any(map(count_not_finite, numbers)):
         raise InputError(
             f"some edges are not finite: check the decoders of {transcoders.name!r}, or load "
             "model and transcoders in float32."
@@ -240,7 +242,8 @@ def _feature_shares(weights: EdgeWeights) -> Float[Tensor, "target feature"]:
     sizes = weights.weight.abs()
     sums = sizes.sum(1, keepdim=True)
     n_features = len(weights.sources.order)
-    return sizes[:, :n_features] / sums.clamp(min=SMALLEST_SUM)
+    of_features = sizes[:, :n_features]
+    return of_features / sums.clamp(min=SMALLEST_SUM)
 
 
 def _nodes(
@@ -250,11 +253,12 @@ def _nodes(
     n_layers = len(model.layers)
     layers = position.new_tensor(range(n_layers))
     error_layer = layers.repeat_interleave(len(position))
+    error_position = position.repeat(n_layers)
     before_layers = torch.full_like(position, -1)
     # Layer, position and index of features, errors, embeddings and directions, as in `NodeKind`
     kinds = (
         (features.layer, features.position, features.index),
-        (error_layer, position.repeat(n_layers), torch.zeros_like(error_layer)),
+        (error_layer, error_position, torch.zeros_like(error_layer)),
         (before_layers, position, model.tokens),
         (directions.layer, directions.position, row_numbers(weight)),
     )

@@ -114,7 +114,11 @@ class EdgeWeights:
     def _others(self) -> Float[Tensor, "target layer_or_embedding pos"]:
         n_features = len(self.sources.order)
         n_positions = self.sources.errors.shape[1]
-        return self.weight[:, n_features:].unflatten(1, (-1, n_positions))
+        others = self.weight[:, n_features:]
+        return others.unflatten(1, (-1, n_positions))
+
+
+Blocks = Iterator[tuple[TargetNumbers, EdgeWeights]]
 
 
 def feature_targets(
@@ -170,7 +174,7 @@ class LinearSweep:
         return select_rows(join_rows(weights), order)
 
     @torch.no_grad()
-    def by_block(self, targets: SweepTargets) -> Iterator[tuple[TargetNumbers, EdgeWeights]]:
+    def by_block(self, targets: SweepTargets) -> Blocks:
         """Yield the same rows in the blocks of `split`, with the numbers of their targets."""
         for numbers in self.split(targets):
             block = select_rows(targets, numbers)
@@ -301,13 +305,15 @@ class _Descent:
 
     def _read_off_features(self, outputs: FeatureOutputs) -> None:
         starts, positions = outputs.starts, self.positions
-        here = slice(starts[positions.start], starts[positions.stop])
+        first, stop = positions.start, positions.stop
+        here = slice(starts[first], starts[stop])
         # A[t, n] += G_t . out_n, the activation times the decoder row of feature n
         if self._pads(outputs, here):
             self._read_off_padded(outputs, here)
             return
         weight = self.weights.weight
-        by_position = outputs.rows[here].split(outputs.counts[positions])
+        counts = outputs.counts[positions]
+        by_position = outputs.rows[here].split(counts)
         columns = outputs.first_columns[positions]
         parts = zip(self.gradient, by_position, columns, strict=True)
         for gradient, rows, first in parts:
@@ -332,8 +338,8 @@ class _Descent:
         # products[p, t, slot] = G_t[p] . out_n of the feature n in that slot
         products = torch.bmm(self.gradient, padded.mT)
         products = rearrange(products, "pos target slot -> target (pos slot)")
-        weight = self.weights.weight
-        weight.index_add_(1, outputs.columns[here], products[:, slots])
+        columns = outputs.columns[here]
+        self.weights.weight.index_add_(1, columns, products[:, slots])
 
     def _read_off_embeddings(self) -> None:
         model, weights = self.sweep.model, self.weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, SupportsIndex
 
 from torch import Tensor
@@ -93,7 +93,9 @@ def directions_of(model: Model, local: LocalModel, explain: Sequence[Explained])
         InputError: nothing was asked for; something is not a token, pair or direction of this
             model; or something was asked for twice.
     """
-    directions = [_direction(model, local, each) for each in listed(explain)]
+    reader = _Reader(model, local)
+    wanted = listed(explain)
+    directions = list(map(reader.direction, wanted))
     seen = set()
     for direction in directions:
         name = direction.label if direction.token is None else direction.token
@@ -105,48 +107,82 @@ def directions_of(model: Model, local: LocalModel, explain: Sequence[Explained])
     return directions
 
 
-def _direction(model: Model, local: LocalModel, wanted: Explained) -> Direction:
-    if isinstance(wanted, Direction):
-        _check_direction(local, wanted)
-        token = wanted.token
-        return wanted if token is None else replace(wanted, token=_token(model, local, token))
-    if isinstance(wanted, tuple):
-        return _pair(model, local, wanted)
-    token = _token(model, local, wanted)
-    probabilities = local.logits().softmax(-1)
-    probability = float(probabilities[token])
-    return _token_direction(model, local, token, probability)
+@dataclass(frozen=True)
+class _Reader:
+    """Reads what a user asked to explain of one prompt."""
 
+    model: Model
+    local: LocalModel
 
-def _pair(model: Model, local: LocalModel, wanted: tuple[Group, ...]) -> Direction:
-    if len(wanted) != 2:
+    def direction(self, wanted: Explained) -> Direction:
+        if isinstance(wanted, Direction):
+            _check_direction(self.local, wanted)
+            token = wanted.token
+            if token is None:
+                return wanted
+            return replace(wanted, token=self._token(token))
+        if isinstance(wanted, tuple):
+            return self._pair(wanted)
+        token = self._token(wanted)
+        probabilities = self.local.logits().softmax(-1)
+        probability = float(probabilities[token])
+        return _token_direction(self.model, self.local, token, probability)
+
+    def _pair(self, wanted: tuple[Group, ...]) -> Direction:
+        if len(wanted) != 2:
+            raise InputError(
+                f"explain holds {wanted!r}; a pair is (token, other token), whose logits' "
+                "difference is explained."
+            )
+        right, wrong = map(self._group, wanted)
+        if set(right) & set(wrong):
+            raise InputError(
+                f"explain holds {shown(wanted)}: a token against itself; give two different ones."
+            )
+        words = [" + ".join(words_of(self.model, tokens)) for tokens in (right, wrong)]
+        label = " - ".join(words)
+        if not _can_name_a_node(label):
+            ids = [" + ".join(f"#{token}" for token in tokens) for tokens in (right, wrong)]
+            label = " - ".join(ids)
+        return difference_direction(self.local, right, wrong, label)
+
+    def _group(self, wanted: Any) -> list[int]:
+        """One token, or several whose mean logit counts."""
+        is_single = isinstance(wanted, str) or python_number(wanted) is not None
+        several = [wanted] if is_single else items(wanted, "a part of a pair in explain")
+        tokens = list(map(self._token, several))
+        if not tokens:
+            raise InputError(
+                f"explain holds {shown(wanted)} in a pair; give a token, or a list of them."
+            )
+        return list(dict.fromkeys(tokens))
+
+    def _token(self, wanted: Token) -> int:
+        """The token of a text or id, refused if it is not one token of this model."""
+        if isinstance(wanted, str):
+            return self._token_of_text(wanted)
+        vocabulary = self.local.unembedding.shape[1]
+        number = python_number(wanted)
+        if number is None or number % 1 or not 0 <= number < vocabulary:
+            raise InputError(
+                f"explain holds {shown(wanted)}, which is no token of this model's; give its text, "
+                f"or an id from 0 to {vocabulary - 1}; a pair of tokens is a tuple."
+            )
+        return int(number)
+
+    def _token_of_text(self, text: str) -> int:
+        tokenizer = PromptTokenizer.of(self.model)
+        ids = self.local.tokens.tolist()
+        prompt = str(tokenizer.tokenizer.decode(ids, skip_special_tokens=True))
+        # Words are shown without the space before them.
+        for space in ("",) if text.startswith(" ") else ("", " "):
+            with contextlib.suppress(DoesNotFit):
+                return tokenizer.answer(prompt, space + text)
+        pieces = tokenizer.tokenizer.tokenize(text)
         raise InputError(
-            f"explain holds {wanted!r}; a pair is (token, other token), whose logits' difference "
-            "is explained."
+            f"explain holds {shown(text)}, which must be one token after {shorten(prompt)} and is "
+            f"{shown(pieces)}; give one token's text, with its leading space, or its id."
         )
-    right, wrong = (_group(model, local, each) for each in wanted)
-    if set(right) & set(wrong):
-        raise InputError(
-            f"explain holds {shown(wanted)}: a token against itself; give two different ones."
-        )
-    words = [" + ".join(words_of(model, tokens)) for tokens in (right, wrong)]
-    label = " - ".join(words)
-    if not _can_name_a_node(label):
-        ids = [" + ".join(f"#{token}" for token in tokens) for tokens in (right, wrong)]
-        label = " - ".join(ids)
-    return difference_direction(local, right, wrong, label)
-
-
-def _group(model: Model, local: LocalModel, wanted: Any) -> list[int]:
-    """One token, or several whose mean logit counts."""
-    is_single = isinstance(wanted, str) or python_number(wanted) is not None
-    several = [wanted] if is_single else items(wanted, "a part of a pair in explain")
-    tokens = [_token(model, local, each) for each in several]
-    if not tokens:
-        raise InputError(
-            f"explain holds {shown(wanted)} in a pair; give a token, or a list of them."
-        )
-    return list(dict.fromkeys(tokens))
 
 
 def _plain_direction(wanted: Direction) -> Direction:
@@ -198,32 +234,3 @@ def _check_position_and_label(wanted: Direction, length: int) -> None:
 def _can_name_a_node(label: str) -> bool:
     # Nodes are written logits:<token or label>@<position>.
     return bool(label) and "@" not in label and not label.isdecimal()
-
-
-def _token(model: Model, local: LocalModel, wanted: Token) -> int:
-    """The token of a text or id, refused if it is not one token of this model."""
-    if isinstance(wanted, str):
-        return _token_of_text(model, local, wanted)
-    vocabulary = local.unembedding.shape[1]
-    number = python_number(wanted)
-    if number is None or number % 1 or not 0 <= number < vocabulary:
-        raise InputError(
-            f"explain holds {shown(wanted)}, which is no token of this model's; give its text, or "
-            f"an id from 0 to {vocabulary - 1}; a pair of tokens is a tuple."
-        )
-    return int(number)
-
-
-def _token_of_text(model: Model, local: LocalModel, text: str) -> int:
-    tokenizer = PromptTokenizer.of(model)
-    ids = local.tokens.tolist()
-    prompt = str(tokenizer.tokenizer.decode(ids, skip_special_tokens=True))
-    # Words are shown without the space before them.
-    for written in (text,) if text.startswith(" ") else (text, f" {text}"):
-        with contextlib.suppress(DoesNotFit):
-            return tokenizer.answer(prompt, written)
-    pieces = tokenizer.tokenizer.tokenize(text)
-    raise InputError(
-        f"explain holds {shown(text)}, which must be one token after {shorten(prompt)} and is "
-        f"{shown(pieces)}; give one token's text, with its leading space, or its id."
-    )

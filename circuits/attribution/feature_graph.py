@@ -11,7 +11,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, starmap
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ EdgeMask = Bool[Tensor, " edge"]
 EdgeNumbers = Int[Tensor, " edge"]
 EdgeScores = Float[Tensor, " edge"]
 Device = str | torch.device
+edge_columns = attrgetter("source", "target", "weight", "direct")
 # The explained logits by token or label.
 Names = Sequence[str | int]
 # What must hold of a graph, and the problem if it does not.
@@ -94,8 +96,9 @@ class Nodes:
 
     def to(self, device: Device) -> Nodes:
         """Return the same nodes on `device`."""
-        columns = [column.to(device) for column in vars(self).values()]
-        return Nodes(*columns)
+        columns = vars(self).values()
+        moved = [column.to(device) for column in columns]
+        return Nodes(*moved)
 
 
 @dataclass(frozen=True)
@@ -249,11 +252,12 @@ class FeatureGraph:
         """
         # Features are the first nodes, sorted by layer. All edges after theirs lead to targets.
         feature_layers = self.nodes.layer[self.is_kind(FEATURE)]
-        layers = torch.arange(self.n_layers + 1, device=self.target.device)
+        n_levels = self.n_layers + 1
+        layers = self.target.new_tensor(range(n_levels))
         first_nodes = torch.searchsorted(feature_layers, layers)
         first_edges = torch.searchsorted(self.target, first_nodes)
         bounds = [*first_edges.tolist(), len(self)]
-        ascending = [slice(*ends) for ends in pairwise(bounds)]
+        ascending = list(starmap(slice, pairwise(bounds)))
         return ascending[::-1]
 
     @checked_arguments
@@ -328,9 +332,10 @@ class FeatureGraph:
         activations = self.nodes.activation[features]
         for number, activation in _rows(features, activations):
             result.add_node(names[number], activation=activation)
-        columns = (self.source, self.target, self.weight, self.direct)
+        columns = edge_columns(self)
         for source, target, weight, direct in _rows(*columns):
-            result.add_edge(names[source], names[target], weight=weight, direct=direct)
+            ends = names[source], names[target]
+            result.add_edge(*ends, weight=weight, direct=direct)
         return result
 
     @checked_arguments
@@ -339,7 +344,8 @@ class FeatureGraph:
         moved = tensors_of(self)
         for name, tensor in moved.items():
             moved[name] = tensor.to(device)
-        return replace(self, nodes=self.nodes.to(device), **moved)
+        nodes = self.nodes.to(device)
+        return replace(self, nodes=nodes, **moved)
 
     def save(self, folder: str | Path) -> Path:
         """Write `graph.safetensors` into `folder`, made if missing; return the file's path."""
@@ -385,10 +391,9 @@ def _from_file(values: dict[str, Any]) -> FeatureGraph:
     columns = [values.pop(f"nodes.{column.name}") for column in fields(Nodes)]
     for name in ("source", "target"):
         values[name] = values[name].long()
-    for name in ("words", "constant_names"):
+    values["targets"] = [LogitTarget(**target) for target in values["targets"]]
+    for name in ("words", "constant_names", "targets"):
         values[name] = tuple(values[name])
-    targets = [LogitTarget(**target) for target in values["targets"]]
-    values["targets"] = tuple(targets)
     for name, identity in IDENTITIES.items():
         if values[name] is not None:
             values[name] = identity(**values[name])
@@ -406,10 +411,10 @@ def _check(graph: FeatureGraph) -> None:
 
 def _of_columns(graph: FeatureGraph) -> Iterator[Condition]:
     n_nodes = len(graph.nodes)
-    shapes = {column.shape for column in vars(graph.nodes).values()}
+    columns = vars(graph.nodes).values()
+    shapes = {column.shape for column in columns}
     yield shapes == {(n_nodes,)}, "its columns differ in length"
-    edges = (graph.source, graph.target, graph.weight, graph.direct)
-    shapes = {column.shape for column in edges}
+    shapes = {column.shape for column in edge_columns(graph)}
     yield shapes == {(len(graph),)}, "its columns differ in length"
     constants = (n_nodes, len(graph.constant_names))
     yield graph.constants.shape == constants, "its constants are incomplete"
@@ -428,7 +433,8 @@ def _of_description(graph: FeatureGraph) -> Iterator[Condition]:
 
 def _of_targets(graph: FeatureGraph) -> Iterator[Condition]:
     targets = graph.nodes[graph.is_kind(TARGET)]
-    yield _in_range("a target's index", targets.index, len(graph.targets) - 1)
+    last = len(graph.targets) - 1
+    yield _in_range("a target's index", targets.index, last)
     yield targets.layer == graph.n_layers, "a target is in a layer"
     probability = graph.nodes.probability
     proper = torch.isfinite(probability) & (probability >= 0)
@@ -438,7 +444,8 @@ def _of_targets(graph: FeatureGraph) -> Iterator[Condition]:
 def _of_nodes(graph: FeatureGraph) -> Iterator[Condition]:
     nodes, top = graph.nodes, graph.n_layers
     yield _in_range("a node's kind", nodes.kind, TARGET)
-    yield _in_range("a node's position", nodes.position, len(graph.tokens) - 1)
+    last = len(graph.tokens) - 1
+    yield _in_range("a node's position", nodes.position, last)
     in_layer = nodes.layer[graph.is_kind(FEATURE, ERROR)]
     yield _in_range("the layer of a feature or error", in_layer, top - 1)
     # Influence visits nodes layer by layer, so it needs their order.

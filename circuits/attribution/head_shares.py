@@ -78,9 +78,10 @@ def head_shares(
         InputError: the graph was not made with this model and these transcoders.
     """
     _check_graph(model, transcoders, graph)
-    shape = (len(graph), model.cfg.n_layers, model.cfg.n_heads)
+    n_edges, cfg = len(graph), model.cfg
+    shape = (n_edges, cfg.n_layers, cfg.n_heads)
     shares = graph.weight.new_zeros(shape)
-    if not len(graph):
+    if not n_edges:
         return shares
     sweep = _HeadSweep.of(model, transcoders, graph)
     for layer, edge, share in sweep.shares():
@@ -120,8 +121,9 @@ class _HeadSweep:
     @staticmethod
     def of(model: Model, transcoders: Transcoders, graph: FeatureGraph) -> _HeadSweep:
         leading = 1 if graph.transcoders is None else graph.transcoders.leading
-        (local,) = freeze(model, transcoders, [graph.tokens.cpu()])
-        (features,) = active_features([local], transcoders, leading=leading)
+        prompt = graph.tokens.cpu()
+        [local] = freeze(model, transcoders, [prompt])
+        [features] = active_features([local], transcoders, leading=leading)
         sources = gather_sources(local, transcoders, features, leading=leading)
         graph = graph.to(local.embedding.device)
         return _HeadSweep(transcoders, local, sources, graph)
@@ -230,7 +232,8 @@ class _HeadSweep:
                 _add_at_mlp_input(gradient, skip, targets, layer)
             at_values = frozen.value_gradient(gradient)
             # share_h(s -> t) = sum over positions of V_h(s) . dV_h(t)
-            yield layer, values[layer] @ rearrange(at_values, BY_NODE).mT
+            by_node = rearrange(at_values, BY_NODE)
+            yield layer, values[layer] @ by_node.mT
             frozen.add_attention_gradient(at_values, gradient)
             if local.parallel:
                 _add_at_mlp_input(gradient, skip, targets, layer)

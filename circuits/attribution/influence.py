@@ -11,6 +11,7 @@ https://transformer-circuits.pub/2025/attribution-graphs/methods.html
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -135,7 +136,8 @@ def prune(
     # Shares are normalized again over the remaining edges before these are scored.
     scores = edge_influence(graph.subgraph(nodes))
     edges = nodes[graph.source] & nodes[graph.target]
-    edges[edges.clone()] = scores >= _cutoff(scores, edge_threshold)
+    cutoff = _cutoff(scores, edge_threshold)
+    edges[edges.clone()] = scores >= cutoff
     nodes, edges = _without_dead_ends(graph, nodes, edges)
     return Pruning(nodes, edges, _cumulative_share(influence))
 
@@ -262,11 +264,12 @@ def _without_dead_ends(
     """Drop nodes that are on no path from an embedding or error to a target, and their edges."""
     needs_output = graph.is_kind(FEATURE, ERROR)
     needs_input = graph.is_kind(FEATURE)
-    n_nodes = len(nodes)
+    count = partial(torch.bincount, minlength=len(nodes))
     while True:
-        n_outputs = torch.bincount(graph.source[edges], minlength=n_nodes)
-        n_inputs = torch.bincount(graph.target[edges], minlength=n_nodes)
-        is_dead_end = needs_output & (n_outputs == 0) | needs_input & (n_inputs == 0)
+        n_outputs = count(graph.source[edges])
+        n_inputs = count(graph.target[edges])
+        lacks_output = needs_output & (n_outputs == 0)
+        is_dead_end = lacks_output | needs_input & (n_inputs == 0)
         fewer = nodes & ~is_dead_end
         if torch.equal(fewer, nodes):
             return nodes, edges

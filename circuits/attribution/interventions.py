@@ -84,17 +84,19 @@ class Intervention:
         for each in ("layer", "index"):
             plain[each] = whole(getattr(self, each), each)
         name = f"f{plain['layer']}.{plain['index']}"
-        if (self.value is None) == (self.factor is None):
+        has_value = self.value is not None
+        if has_value == (self.factor is not None):
             raise InputError(
                 f"an intervention on {name} has either a value or a factor; give one of them."
             )
-        given = self.factor if self.value is None else self.value
+        name_of_number = "value" if has_value else "factor"
+        given = getattr(self, name_of_number)
         number = python_number(given)
         if number is None or not math.isfinite(number):
             raise InputError(
                 f"{name} cannot be set to or multiplied by {shown(given)}; give a finite number."
             )
-        plain["factor" if self.value is None else "value"] = float(number)
+        plain[name_of_number] = float(number)
         for each, value in plain.items():
             object.__setattr__(self, each, value)
 
@@ -224,7 +226,7 @@ def intervene(
     length = len(tokens)
     span = _PromptSpan(length, length, leading, transcoders)
     located = span.each_located(variants or [[]])
-    held = [pattern_hook(layer) for layer in layers] if freeze_attention else []
+    held = list(map(pattern_hook, layers)) if freeze_attention else []
     if freeze_norms and model.cfg.normalization_type is not None:
         held += [*scale_hooks(model).values(), FINAL_SCALE]
     run = _InterventionRun(model, transcoders, located, leading, held, frozen_layers)
@@ -385,7 +387,8 @@ class _InterventionRun:
         with frozen(model), plain_inputs(model), hooked(model, hooks):
             residual = run_to_residual(model, rows, mask)
             logits = unembed(model, residual)
-        return Intervened(logits[self.n_clean :], self.preactivations, self.activations)
+        logits = logits[self.n_clean :]
+        return Intervened(logits, self.preactivations, self.activations)
 
     def _hooks(self, n_rows: int) -> Iterator[tuple[str, Hook]]:
         for name in self.held:
@@ -490,7 +493,8 @@ class _PromptSpan:
         expect(change, Intervention, "an intervention", remedy)
         name = f"f{change.layer}.{change.index}"
         n_layers, n_features = self.transcoders.n_layers, self.transcoders.n_features
-        if change.layer not in range(n_layers) or change.index not in range(n_features):
+        is_feature = change.index in range(n_features)
+        if change.layer not in range(n_layers) or not is_feature:
             raise InputError(
                 f"there is no feature {name}: {self.transcoders.name!r} has {n_layers} layers "
                 f"of {n_features} features."

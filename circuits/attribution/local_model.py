@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import NamedTuple
 
 import torch
@@ -51,7 +52,7 @@ from circuits.models import (
 from circuits.models.changes import Changes, changes_and_classes
 from circuits.models.component_graph import POST_NORM_ARCHITECTURES
 from circuits.models.functional import LinearNorm, soft_capped
-from circuits.models.source_outputs import TOLERANCE, keeper, relative_gap
+from circuits.models.source_outputs import TOLERANCE, keepers, relative_gap
 from circuits.system.errors import InputError, NotFiniteError
 from circuits.transcoders.transcoder import Transcoders, check_is_transcoders
 
@@ -150,7 +151,8 @@ class FrozenLayer:
 
     def add_attention_gradient(self, values: ValueGradient, gradient: Gradient) -> None:
         """Add to `gradient` what reaches the residual stream through the values."""
-        flat = gradient.view(-1, gradient.shape[-1])
+        d_model = gradient.shape[-1]
+        flat = gradient.view(-1, d_model)
         if len(values) != len(self.value):
             values = reduce(values, "(kv copy) ... -> kv ...", "sum", kv=len(self.value))
         # G += LN^T(sum_h dV_h W_V[h]^T); LN^T is part of `value` and `mixing`.
@@ -208,8 +210,8 @@ class LocalModel:
             residual = residual + self.position_embedding
         for layer in self.layers:
             values = layer.values(residual[:, None])
-            attention = layer.attention_output(values)[:, 0] + layer.attention_constant
-            written = residual + attention
+            attention = layer.attention_output(values)[:, 0]
+            written = residual + (attention + layer.attention_constant)
             yield residual if self.parallel else written
             residual = written + layer.mlp_output
         yield residual
@@ -263,7 +265,7 @@ def _cannot_be_frozen(model: Model) -> list[str]:
         "shortformer positions": cfg.positional_embedding_type == "shortformer",
         f"layers spread over {cfg.n_devices} devices": cfg.n_devices > 1,
     }
-    return [reason for reason, holds in reasons.items() if holds]
+    return list(compress(reasons, reasons.values()))
 
 
 @torch.no_grad()
@@ -296,9 +298,10 @@ def _freeze(model: Model, transcoders: Transcoders, prompts: Sequence[Prompt]) -
         by_layer.append(frozen_layers)
     unembedding = ModelWeights(model).unembedding()
     mean_unembedding = unembedding.weight.mean(1, dtype=dtype)
+    by_prompt = zip(prompts, runs, *by_layer, strict=True)
     local_models = [
         _local_model(model, prompt, layers, mean_unembedding, run)
-        for prompt, run, *layers in zip(prompts, runs, *by_layer, strict=True)
+        for prompt, run, *layers in by_prompt
     ]
     if found := changes(model):
         for local, run in zip(local_models, runs, strict=True):
@@ -315,7 +318,8 @@ def _check_explained(model: Model, found: Changes, local: LocalModel, run: Activ
     prompt = local.tokens[None]
     mlps = [f"blocks.{layer}.mlp" for layer in layers]
     with received(model, mlps) as given:
-        (logits,) = run_to_logits(model, prompt, torch.ones_like(prompt).bool())
+        mask = torch.ones_like(prompt).bool()
+        [logits] = run_to_logits(model, prompt, mask)
     streams = [run[mlp_residual_hook(model, layer)] for layer in layers]
     pairs = [
         (local.logits(EVERYWHERE), logits),
@@ -323,7 +327,8 @@ def _check_explained(model: Model, found: Changes, local: LocalModel, run: Activ
     ]
     for layer, stream in enumerate(streams):
         _, _, norm, _ = _norms(model, layer, run)
-        pairs.append((apply_norm(norm, stream), given[mlps[layer]][0]))
+        mlp_input = given[mlps[layer]][0]
+        pairs.append((apply_norm(norm, stream), mlp_input))
     # Position by position: those of the first token may be far larger than all others.
     gap = max(relative_gap(*vectors) for pair in pairs for vectors in zip(*pair, strict=True))
     if gap > TOLERANCE[model.cfg.dtype]:
@@ -353,15 +358,16 @@ def pad_prompts(model: Model, prompts: Sequence[Prompt]) -> tuple[TokenBatch, To
             raise InputError(
                 f"a prompt {problem}; {cfg.model_name} takes from 1 to {cfg.n_ctx} tokens."
             )
-        if prompt.min() < 0 or prompt.max() >= cfg.d_vocab:
+        lowest, highest = prompt.aminmax()
+        if lowest < 0 or highest >= cfg.d_vocab:
             raise InputError(
                 f"a prompt holds a token outside 0 to {cfg.d_vocab - 1}; "
                 "tokenize it with this model's tokenizer."
             )
-    on_device = [prompt.long().to(cfg.device) for prompt in prompts]
-    tokens = pad_sequence(on_device, batch_first=True)
-    real = [torch.ones_like(prompt).bool() for prompt in on_device]
-    return tokens, pad_sequence(real, batch_first=True)
+    on_device = [prompt.to(cfg.device) for prompt in prompts]
+    tokens = pad_sequence(on_device, batch_first=True).long()
+    real = [torch.ones_like(prompt) for prompt in on_device]
+    return tokens, pad_sequence(real, batch_first=True).bool()
 
 
 def read_by_features(
@@ -401,7 +407,7 @@ def norm_without_scale(model: Model, layer: int, name: str, like: Tensor) -> Lin
 
 def _record(model: Model, tokens: TokenBatch, mask: TokenMask) -> Activations:
     recorded: Activations = {}
-    hooks = [(name, keeper(recorded, name)) for name in _recorded_hooks(model)]
+    hooks = keepers(recorded, _recorded_hooks(model))
     with plain_inputs(model):
         residual = run_to_residual(model, tokens, mask, hooks)
     if not residual[mask].isfinite().all():
@@ -542,4 +548,5 @@ def _per_position(norm: LinearNorm, positions: slice = EVERYWHERE) -> LinearNorm
     # For tensors with an axis of sources or targets between position and d_model.
     if norm.scale is None:
         return norm
-    return replace(norm, scale=norm.scale[positions, None])
+    scale = norm.scale[positions, None]
+    return replace(norm, scale=scale)

@@ -73,7 +73,8 @@ class Pooled:
     def nothing() -> Pooled:
         """Return the pool of no graphs."""
         empty = torch.zeros(0, dtype=torch.long)
-        nodes, edges = empty.view(0, 4), empty.view(0, 2)
+        nodes = empty.view(0, 4)
+        edges = empty.view(0, 2)
         return Pooled(nodes, edges, empty.double(), empty)
 
     @staticmethod
@@ -114,7 +115,8 @@ class Pooled:
         n = len(nodes)
         keys = source * n + target
         keys, place = keys.unique(return_inverse=True)
-        edges = torch.stack([keys // n, keys % n], 1)
+        ends = [keys // n, keys % n]
+        edges = torch.stack(ends, 1)
         scores = torch.bincount(place, self.scores)
         keeping = torch.bincount(place, self.keeping)
         return Pooled(nodes, edges, scores, keeping.long())
@@ -158,7 +160,8 @@ class Pooled:
 
 def _node_keys(nodes: Nodes, spans: Spans | None) -> PooledNodes:
     # Only features keep their index: tokens are pooled, and errors have none.
-    index = torch.where(nodes.kind == FEATURE, nodes.index, 0)
+    is_feature = nodes.kind == FEATURE
+    index = torch.where(is_feature, nodes.index, 0)
     span = torch.full_like(index, ANYWHERE)
     if spans is not None:
         span = spans[nodes.position]

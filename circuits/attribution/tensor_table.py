@@ -16,7 +16,9 @@ Table = TypeVar("Table", bound=Any)
 
 def select_rows(table: Table, rows: Tensor | slice) -> Table:
     """Return the table with some of its rows."""
-    columns = {name: column[rows] for name, column in tensors_of(table).items()}
+    columns = tensors_of(table)
+    for name, column in columns.items():
+        columns[name] = column[rows]
     return replace(table, **columns)
 
 

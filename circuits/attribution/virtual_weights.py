@@ -163,15 +163,17 @@ class Coactivation:
             raise InputError(f"features={features}: give a slice of some features, without a step.")
         offset = int(layer) * n_features
         starts = self.starts[offset + first : offset + stop + 1]
-        fired = slice(int(starts[0]), int(starts[-1]))
+        ends = starts[[0, -1]].tolist()
+        fired = slice(*ends)
         token = self.token[fired]
         rows = torch.arange(len(starts) - 1)
         feature = rows.repeat_interleave(starts.diff())
         places = torch.stack([feature.to(token), token])
         size = (len(rows), self.n_tokens)
+        activation = self.activation[fired]
         # Firings are sorted and unique.
         return torch.sparse_coo_tensor(
-            places, self.activation[fired], size, is_coalesced=True, check_invariants=False
+            places, activation, size, is_coalesced=True, check_invariants=False
         )
 
 
@@ -221,7 +223,8 @@ def expected_coactivation(
         kept = found.position >= leading
         feature = found.layer * transcoders.n_features + found.index
         token = n_tokens + found.batch * length + found.position - leading
-        firings.append((feature[kept], token[kept], found.activation[kept]))
+        values = (feature, token, found.activation)
+        firings.append([each[kept] for each in values])
         n_tokens += n_prompts * length
     if not firings:
         raise InputError("there are no batches; give hidden states of at least one.")
@@ -232,9 +235,11 @@ def expected_coactivation(
     shape = (transcoders.n_layers, transcoders.n_features)
     n_features = math.prod(shape)
     counts = torch.bincount(feature, minlength=n_features)
-    starts = functional.pad(counts.cumsum(0), (1, 0)).cpu()
+    ends = counts.cumsum(0).cpu()
+    starts = functional.pad(ends, (1, 0))
     dtype = torch.promote_types(activation.dtype, torch.float32)
-    return Coactivation(token, activation.to(dtype), starts, shape, n_tokens)
+    activation = activation.to(dtype)
+    return Coactivation(token, activation, starts, shape, n_tokens)
 
 
 @checked_arguments
@@ -291,7 +296,8 @@ def _strongest_first(
     source = sources.gather(2, order)[found]
     layer, target, _ = found
     # source number = layer * number of features + index
-    source_layer, source = torch.unravel_index(source, weights.shape[:2])
+    n_layers_features = weights.shape[:2]
+    source_layer, source = torch.unravel_index(source, n_layers_features)
     weight = weights[found]
     return VirtualWeights(source_layer, source, layer, target, weight)
 

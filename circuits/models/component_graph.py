@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import compress
 from typing import Any
 
 from circuits.graph.components import Components
@@ -107,7 +108,7 @@ def check_supported(model: Model) -> None:
         "4-bit weights": cfg.load_in_4bit,
         f"layers spread over {cfg.n_devices} devices": cfg.n_devices > 1,
     }
-    found = [reason for reason, holds in reasons.items() if holds]
+    found = list(compress(reasons, reasons.values()))
     if found:
         raise InputError(
             f"{cfg.model_name} has {' and '.join(found)}: its residual stream is not a sum of its "

@@ -41,6 +41,8 @@ WHOLE_LOGITS = 1 << 24
 TokenMask = Bool[Tensor, "batch pos"]
 Forward = Callable[[Tensor], Tensor]
 Attribute = tuple[Any, str, Any]
+Counts = dict[str, int]
+Context = Iterator[None]
 
 INSTEAD = (
     "read a head's output by its name (a0.h1), what it reads at hook_q_input, hook_k_input and "
@@ -151,7 +153,7 @@ def _run(
 
 
 @contextlib.contextmanager
-def hooked(model: Model, hooks: Hooks) -> Iterator[None]:
+def hooked(model: Model, hooks: Hooks) -> Context:
     """Add hooks to hook points, or to the outputs of modules, and remove them at the end.
 
     A model that lacks one of these modules, or does not run it in between, is refused.
@@ -184,7 +186,7 @@ def received(model: Model, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
 
 
 @contextlib.contextmanager
-def counting_passes(model: Model) -> Iterator[dict[str, int]]:
+def counting_passes(model: Model) -> Iterator[Counts]:
     """Count this thread's `forward_passes`, and the `prompts_run` in them (prompts times circuits).
 
     >>> import circuits, torch
@@ -261,7 +263,7 @@ class _Receiver(Own):
 class _Counter(Own):
     """A hook of torch that counts the runs of the thread that it was made in."""
 
-    def __init__(self, counts: dict[str, int]) -> None:
+    def __init__(self, counts: Counts) -> None:
         self.counts, self.thread = counts, threading.get_ident()
 
     def __call__(self, module: object, arguments: Sequence[Tensor]) -> None:
@@ -285,7 +287,7 @@ def _padding_hooks(model: Model, mask: TokenMask) -> Hooks:
 
 
 @contextlib.contextmanager
-def _input_flags(model: Model, *chosen: str) -> Iterator[None]:
+def _input_flags(model: Model, *chosen: str) -> Context:
     """Set these of `INPUT_FLAGS`, and clear the others."""
     # A layer that was copied, or comes from another model, has settings of its own.
     configs = {id(each): each for each in (model.cfg, *own_settings(model).values())}
@@ -323,7 +325,7 @@ class _Remembering(Own):
 
 
 @contextlib.contextmanager
-def _attributes(changes: Sequence[Attribute]) -> Iterator[None]:
+def _attributes(changes: Sequence[Attribute]) -> Context:
     """Set attributes, given as (object, name, value), and restore them at the end."""
     with contextlib.ExitStack() as stack:
         for owner, name, value in changes:

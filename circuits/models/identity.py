@@ -34,6 +34,7 @@ SHAPE = (
 INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # What torch keeps in every module, and what TransformerLens notes down in its own.
+Parts = tuple[Any, ...]
 OF_TORCH = set(vars(nn.Module()))
 OF_LENS = {
     "mod_dict", "hook_dict", "fwd_hooks", "bwd_hooks", "is_caching", "context_level", "dataset",
@@ -93,16 +94,17 @@ def _computed_by(model: Model) -> dict[str, Any]:
     with turn(model):
         parts = {name: _values_and_hooks(module) for name, module in model.named_modules()}
         on_all = _hooks(every_module, "_global")
-    return {"weights": identity(model).weights, "all modules": on_all, **parts}
+    weights = identity(model).weights
+    return {"weights": weights, "all modules": on_all, **parts}
 
 
 @stand_in.register(nn.Module)
-def _held_by(module: nn.Module) -> tuple[Any, ...]:
+def _held_by(module: nn.Module) -> Parts:
     parts = module._parameters, module._modules
     return _values_and_hooks(module), module.training, *parts
 
 
-def _values_and_hooks(module: nn.Module) -> tuple[Any, ...]:
+def _values_and_hooks(module: nn.Module) -> Parts:
     """The class, attributes, buffers and hooks of a module, but for those of this package."""
     is_lens = type(module).__module__.startswith("transformer_lens.")
     noted = OF_TORCH | OF_LENS if is_lens else OF_TORCH
@@ -117,7 +119,7 @@ def _values_and_hooks(module: nn.Module) -> tuple[Any, ...]:
     return type(module), values, buffers, _hooks(module)
 
 
-def _told(buffer: Tensor) -> tuple[Any, ...]:
+def _told(buffer: Tensor) -> Parts:
     return str(buffer.dtype), tuple(buffer.shape), checksum(buffer)
 
 
@@ -155,9 +157,9 @@ def checksum(parameter: Tensor) -> bytes:
     if bits.numel() <= SMALL:
         return _bytes(bits)
     # Two 16-bit numbers at a time are summed as one of 32 bits.
-    if bits.dtype is torch.int16 and bits.shape[-1] % 2 == 0:
+    if integer is torch.int16 and bits.shape[-1] % 2 == 0:
         bits = bits.view(torch.int32)
-    width = torch.int64 if bits.dtype is torch.int64 else torch.int32
+    width = torch.int64 if integer is torch.int64 else torch.int32
     over_rows = bits.sum(0, dtype=width)
     over_columns = bits.sum(1, dtype=width)
     return _bytes(over_rows) + _bytes(over_columns)

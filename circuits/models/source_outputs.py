@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from circuits.graph.nodes import Head, Node, PosEmbed, TokenEmbed
 from circuits.models import (
-    Hook,
     Model,
     ModelWeights,
     changes,
@@ -27,6 +26,7 @@ from circuits.models import (
     separate_inputs,
 )
 from circuits.models.changes import because, has_backward_hooks
+from circuits.models.hooked_run import Hooks
 from circuits.system.errors import InputError
 from circuits.system.memory import is_out_of_memory
 
@@ -125,9 +125,10 @@ class SourceOutputs:
             along, bias = directions, directions.new_zeros(())
             if isinstance(first, Head):
                 # out_h . r = z_h . (W_O[h] r)
-                projection = weights.output_projection(first.layer).flatten(0, 1)
+                layer = first.layer
+                projection = weights.output_projection(layer).flatten(0, 1)
                 along = projection.to(wide) @ directions
-                bias = weights.output_bias(first.layer).to(wide) @ directions
+                bias = weights.output_bias(layer).to(wide) @ directions
             yield written.to(wide) @ along + bias
 
 
@@ -143,7 +144,7 @@ def run_and_record(
     nodes: Sequence[Node],
     tokens: Tokens,
     mask: Mask,
-    hooks: Sequence[tuple[str, Hook]] = (),
+    hooks: Hooks = (),
 ) -> tuple[SourceOutputs, Residual]:
     """Run a model, and return the outputs of its sources and the final residual stream.
 
@@ -154,9 +155,9 @@ def run_and_record(
     """
     activations: dict[str, Tensor] = {}
     names = dict.fromkeys(map(output_hook, nodes))
-    keepers = [(name, keeper(activations, name)) for name in names]
+    hooks = [*hooks, *keepers(activations, names)]
     with torch.no_grad(), plain_inputs(model):
-        residual = run_to_residual(model, tokens, mask, [*hooks, *keepers])
+        residual = run_to_residual(model, tokens, mask, hooks)
         written = SourceOutputs(model, tuple(nodes), activations)
         written.check(residual, mask)
     return written, residual
@@ -265,7 +266,7 @@ def embedding_outputs(model: Model, nodes: Sequence[Node], tokens: Tokens, mask:
     recorded: dict[str, Tensor] = {}
     split = [node for node in nodes if isinstance(node, TokenEmbed | PosEmbed)]
     names = list(map(output_hook, split))
-    hooks = [(name, keeper(recorded, name)) for name in names]
+    hooks = keepers(recorded, names)
     residual = run_to_residual(model, tokens, mask, hooks, layers=0)
     if not names:
         # The embedding as one node writes the whole residual stream before the first layer.
@@ -282,18 +283,16 @@ def output_groups(nodes: Sequence[Node]) -> Iterator[tuple[str, slice]]:
         start = stop
 
 
-def keeper(read: dict[str, Tensor], name: str) -> Hook:
-    """Return a hook that stores the activation, detached, in `read` under `name`."""
+def keepers(recorded: dict[str, Tensor], names: Iterable[str]) -> Hooks:
+    """Return hooks that store the activations at these points, detached, in `recorded`."""
 
-    def keep(activation: Tensor) -> None:
-        read[name] = activation.detach()
+    def keep(name: str, activation: Tensor) -> None:
+        recorded[name] = activation.detach()
 
-    return keep
+    return [(name, partial(keep, name)) for name in names]
 
 
-def recording_hooks(
-    model: Model, nodes: Sequence[Node], outputs: OutputRows
-) -> list[tuple[str, Hook]]:
+def recording_hooks(model: Model, nodes: Sequence[Node], outputs: OutputRows) -> Hooks:
     """Return hooks that write what each node adds to the residual stream into its row."""
     return [
         (name, partial(_write_outputs, model, nodes[group.start], outputs[group]))

@@ -206,7 +206,8 @@ def _centres(norm: nn.Module) -> bool:
 
 def _norm(module: nn.Module) -> Norm:
     """Return a norm as one fused operation where torch has one, and else the module itself."""
-    weight, bias = (getattr(module, name, None) for name in ("w", "b"))
+    weight = getattr(module, "w", None)
+    bias = getattr(module, "b", None)
     eps: float = getattr(module, "eps", 0.0)
 
     def layer_norm(x: Tensor) -> Tensor:

@@ -26,14 +26,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.attribution.local_model import check_transcoders, compute_dtype, read_by_features
+from circuits.attribution.local_model import (
+    check_transcoders,
+    compute_dtype,
+    norm_at,
+    read_by_features,
+)
 from circuits.attribution.pooling import spans_of
 from circuits.graph.graph import EdgeMask, Graph, PooledFeatureGraph
 from circuits.graph.nodes import Error, Feature, Node, TokenEmbed
 from circuits.models import (
     Hook,
     Model,
-    ModelWeights,
     frozen,
     mlp_output_hook,
     mlp_residual_hook,
@@ -57,7 +61,7 @@ from circuits.transcoders.transcoder import Transcoders
 CPU_BYTES = 1 << 30
 
 Circuit = Sequence[Node]
-Hooks = list[tuple[str, Hook]]
+Hooks = Sequence[tuple[str, Hook]]
 Tokens = Int[Tensor, "batch pos"]
 Stream = Float[Tensor, "batch pos d_model"]
 
@@ -189,7 +193,8 @@ class FeatureExecutor:
         # Features and errors in float32 on the clean prompts, as replaced, and in the circuit.
         shape = self.transcoders
         widths = shape.n_features + shape.d_model
-        prompt_bytes = 12 * shape.n_layers * widths * task.clean.shape[1]
+        length = task.clean.shape[1]
+        prompt_bytes = 12 * shape.n_layers * widths * length
         budget = memory_budget(self.model.cfg.device, self.max_memory, cpu_bytes=CPU_BYTES)
         size = max(1, budget // prompt_bytes)
         return [task[start : start + size] for start in range(0, len(task), size)]
@@ -300,18 +305,18 @@ class _Run:
     features: dict[int, Tensor] = field(default_factory=dict)
     changes: dict[int, Tensor] = field(default_factory=dict)
 
-    def residual(self, tokens: Tokens, hooks: Hooks | None = None) -> Stream:
+    def residual(self, tokens: Tokens, hooks: Hooks = ()) -> Stream:
         """Run the model, under more hooks; return the residual stream after the last layer."""
         model, transcoders = self.executor.model, self.executor.transcoders
         before_norm = transcoders.writes == "mlp"
         embedding = output_hook(TokenEmbed())
-        hooks = [*(hooks or ()), (embedding, self.embed)]
+        all_hooks = [*hooks, (embedding, self.embed)]
         for layer in range(transcoders.n_layers):
             writes = mlp_output_hook(model, layer, before_norm=before_norm)
             reads = mlp_residual_hook(model, layer)
-            hooks.append((reads, partial(self.read, layer)))
-            hooks.append((writes, partial(self.write, layer)))
-        return run_to_residual(model, tokens, self.prompts.mask, hooks)
+            all_hooks.append((reads, partial(self.read, layer)))
+            all_hooks.append((writes, partial(self.write, layer)))
+        return run_to_residual(model, tokens, self.prompts.mask, all_hooks)
 
     def embed(self, embedding: Stream) -> Stream:
         self.outputs[TOKENS] = embedding
@@ -329,9 +334,7 @@ class _Run:
 
     def _feature_inputs(self, layer: int, residual: Stream) -> Stream:
         model = self.executor.model
-        weights = ModelWeights(model)
-        _, scale = weights.normalized(layer, residual) or (None, None)
-        norm = weights.linear_norm(layer, "ln2", scale)
+        norm = norm_at(model, layer, "ln2", residual)
         stream = residual.to(compute_dtype(model))
         _, inputs = read_by_features(self.executor.transcoders, norm, stream)
         return inputs

@@ -144,7 +144,8 @@ def extract_features(
     n_prompts, n_positions, _ = first.shape
     tokens = {}
     for layer in layers:
-        tokens[layer] = hidden_states[layer].to(first.device).flatten(0, 1)
+        states = hidden_states[layer].to(first.device)
+        tokens[layer] = states.flatten(0, 1)
     budget = memory_budget(first.device, max_memory)
     encoders = _Encoders(transcoders, tokens, n_positions, budget)
     bound = _largest_below(threshold, first.dtype)
@@ -153,11 +154,13 @@ def extract_features(
         row, index, activation = _above(values, bound, top_k)
         found.append((n_rows + row, index, activation))
         n_rows += len(values)
-    row, index, activation = map(torch.cat, zip(*found, strict=True))
+    columns = zip(*found, strict=True)
+    row, index, activation = map(torch.cat, columns)
     searched = (len(layers), n_prompts, n_positions)
     number, batch, position = torch.unravel_index(row, searched)
-    where = (torch.tensor(layers, device=row.device)[number], batch, position)
-    return ExtractedFeatures(*where, index, activation, layers, searched[1:])
+    layer_numbers = torch.tensor(layers, device=row.device)
+    features = (layer_numbers[number], batch, position, index, activation)
+    return ExtractedFeatures(*features, layers, searched[1:])
 
 
 def _above(values: Values, bound: float, top_k: int | None) -> Found:
@@ -198,7 +201,8 @@ def largest_columns(values: Values, k: int) -> Columns:
 def _block_maxima(values: Values, block: int) -> Float[Tensor, "row block"]:
     if values.is_cuda:
         # Reductions over few numbers are slow on a GPU.
-        return functional.max_pool1d(values[:, None], block).squeeze(1)
+        maxima = functional.max_pool1d(values[:, None], block)
+        return maxima.squeeze(1)
     blocks = values.unflatten(1, (-1, block))
     return blocks.amax(-1)
 
@@ -355,7 +359,8 @@ def _checked_states(
         )
     hidden_states = {}
     for layer, states in given.items():
-        hidden_states[whole(layer, "a layer")] = as_tensor(states, "the hidden states of a layer")
+        tensor = as_tensor(states, "the hidden states of a layer")
+        hidden_states[whole(layer, "a layer")] = tensor
     first_layer, *_ = hidden_states
     expected = _described(hidden_states[first_layer])
     for layer, states in hidden_states.items():
@@ -380,7 +385,8 @@ def _check_layer(layer: int, states: Tensor, transcoders: Transcoders) -> None:
             f"{last_layer}."
         )
     shape = tuple(states.shape)
-    if len(shape) != 3 or 0 in shape or shape[2] != transcoders.d_model:
+    has_positions = len(shape) == 3 and 0 not in shape
+    if not has_positions or shape[2] != transcoders.d_model:
         raise InputError(
             f"the hidden states of layer {layer} have shape {shape}; {name!r} reads "
             f"[batch, pos, {transcoders.d_model}], at least one position of one prompt."

@@ -236,7 +236,8 @@ def _text(graph: FeatureGraph, number: int, label_of: NodeTexts) -> str:
         return label_of.get(node, at_all_positions)
     if isinstance(node, Logits):
         target = graph.targets[graph.nodes.index[number]]
-        return output_text(target.label, float(graph.nodes.probability[number]))
+        probability = float(graph.nodes.probability[number])
+        return output_text(target.label, probability)
     return ""
 
 

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from circuits.attribution.feature_graph import (
     TARGET,
     FeatureGraph,
     check_is_feature_graph,
+    edge_columns,
 )
 from circuits.attribution.influence import edge_influence, node_influence, prune
 
@@ -96,8 +97,7 @@ class GraphData:
         texts = json.dumps(content).encode()
         digest = hashlib.blake2b(texts, digest_size=12)
         nodes = vars(graph.nodes).values()
-        ends = (graph.source, graph.target)
-        for column in (*nodes, *ends, graph.weight, graph.direct, graph.tokens):
+        for column in (*nodes, *edge_columns(graph), graph.tokens):
             data = column.contiguous().view(torch.uint8)
             digest.update(data.numpy())
         return digest.hexdigest()
@@ -190,12 +190,13 @@ class GraphData:
         kind = self.nodes["kind"]
         names = self._lower_names
         # Plain Python is faster here than the text methods of pandas.
-        in_text = np.fromiter((wanted in text for text in self._lower_texts), bool)
+        as_mask = partial(np.fromiter, dtype=bool)
+        in_text = as_mask(wanted in text for text in self._lower_texts)
         matches = [
-            np.fromiter((name == wanted for name in names), bool),
-            np.fromiter((name.startswith(wanted) for name in names), bool),
+            as_mask(name == wanted for name in names),
+            as_mask(name.startswith(wanted) for name in names),
             in_text & kind.isin([TARGET, EMBEDDING]),
-            np.fromiter((wanted in name for name in names), bool),
+            as_mask(wanted in name for name in names),
             in_text & (kind == FEATURE),
         ]
         quality = np.select(matches, range(len(matches)), np.nan)

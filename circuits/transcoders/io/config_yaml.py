@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ PLT_KIND, CLT_KIND = "transcoder_set", "cross_layer_transcoder"
 MOST_BYTES = 1 << 16
 # The model_kind of a set that is being saved.
 UNFINISHED = "unfinished"
+ACTIVATIONS = ("relu", "jump_relu", "topk", "batch_topk")
 
 Settings = dict[str, Any]
 # The values of each key and their meanings. Of several values with one meaning, the first is the
@@ -33,7 +35,7 @@ MEANINGS: dict[str, Settings] = {
         "mlp.hook_in": "mlp_input",
     },
     "feature_output_hook": {"hook_mlp_out": "residual", "mlp.hook_out": "mlp"},
-    "activation": {name: name for name in ("relu", "jump_relu", "topk", "batch_topk")},
+    "activation": {name: name for name in ACTIVATIONS},
 }
 
 ListedFile = tuple[int, str]
@@ -60,7 +62,7 @@ def read_config(file: Path, source: str) -> TranscoderConfig:
     if not file.is_file():
         return TranscoderConfig(source)
     content = _settings(file, source)
-    meanings = [_choose(key, content.get(key), source) for key in MEANINGS]
+    meanings = map(partial(_choose, content, source), MEANINGS)
     kind, reads, writes, activation = meanings
     k = _count(content.get("k"), f"{source}: k", "the number of features that may fire")
     n_layers = _count(content.get("n_layers"), f"{source}: n_layers", "the number of layers")
@@ -91,7 +93,8 @@ def _settings(file: Path, source: str) -> Settings:
     return content
 
 
-def _choose(key: str, value: object, source: str) -> Any:
+def _choose(content: Settings, source: str, key: str) -> Any:
+    value = content.get(key)
     if value is None:
         return None
     plain = _plain if key == "activation" else str
@@ -124,7 +127,8 @@ def _files(entries: object, source: str) -> ListedFiles:
             f"{source}: transcoders is {entries!r}; give a list with the file of each layer, or "
             "leave it out."
         )
-    return tuple(_layer_file(*numbered, source) for numbered in enumerate(entries))
+    numbered = enumerate(entries)
+    return tuple(_layer_file(*entry, source) for entry in numbered)
 
 
 def _layer_file(number: int, entry: object, source: str) -> ListedFile:

@@ -18,7 +18,7 @@ from torch import Tensor
 from circuits.system.errors import InputError
 from circuits.transcoders.io.config_yaml import CLT_KIND, PLT_KIND
 from circuits.transcoders.io.layer_files import LayerFiles, require_all
-from circuits.transcoders.io.tensor_files import read_tensors
+from circuits.transcoders.io.tensor_files import Tensors, read_tensors
 from circuits.transcoders.transcoder import Reads, Writes
 
 THRESHOLD = "activation_function.threshold"
@@ -33,7 +33,6 @@ AXES: dict[str, Axes] = {
     "skip": ("d_model", "d_model"),
 }
 
-Tensors = dict[str, Tensor]
 Sizes = dict[str, int]
 Copier = Callable[[Tensor], Tensor]
 
@@ -248,7 +247,8 @@ def _part(tensor: Tensor, part: str, axes: Axes, format: Format, sizes: Sizes, n
     reverse = axes[::-1]
     is_turned = part in format.transposed
     if part in format.either_way:
-        is_turned = _fits(tensor, reverse, sizes) and not _fits(tensor, axes, sizes)
+        fits = _fits(tensor, axes, sizes)
+        is_turned = not fits and _fits(tensor, reverse, sizes)
     if is_turned:
         return _checked(tensor, reverse, sizes, name).T
     return _checked(tensor, axes, sizes, name)
@@ -275,8 +275,8 @@ def _checked(tensor: Tensor, axes: Axes, sizes: Sizes, name: str) -> Tensor:
 def _fits(tensor: Tensor, axes: Axes, sizes: Sizes) -> bool:
     if tensor.dim() != len(axes):
         return False
-    pairs = zip(axes, tensor.shape, strict=True)
-    return all(sizes.get(axis, size) == size for axis, size in pairs)
+    stated = map(sizes.get, axes, tensor.shape)
+    return tuple(stated) == tensor.shape
 
 
 def _k(k: Tensor | None, where: str) -> int | None:

@@ -38,12 +38,14 @@ class Address:
                 f"{text!r} is no address of transcoders; write hf://owner/repo/folder?revision=REV,"
                 " where folder and revision can be left out."
             )
-        repository, path, revision = (unquote(part or "") for part in match.groups())
+        parts = match.groups("")
+        repository, path, revision = map(unquote, parts)
         return cls(repository, revision=revision or None) / path
 
     def __truediv__(self, path: str) -> Address:
         """Return the address of a path relative to this one, within the repository."""
-        joined = posixpath.normpath(posixpath.join(self.path, path))
+        joined = posixpath.join(self.path, path)
+        joined = posixpath.normpath(joined)
         if joined.startswith(("/", "..")):
             raise InputError(
                 f"{path!r} lies outside of the repository {self.repository}; give a path within it "
@@ -83,7 +85,8 @@ def fetch_folder(folder: Address) -> Path:
     wanted = [f"{prefix}*{suffix}" for suffix in WEIGHTS]
     repository = _download(folder, wanted, ignored=[f"{prefix}*/*"])
     local = repository / folder.path
-    if not any(file.suffix in WEIGHTS for file in local.glob("*")):
+    files = local.glob("*")
+    if not any(file.suffix in WEIGHTS for file in files):
         raise InputError(
             f"{folder} has no safetensors or npz files directly in it, and no config.yaml that "
             "lists others; give a folder within it, or a config.yaml of your own that lists the "
@@ -97,7 +100,8 @@ def fetch_files(files: Sequence[Place]) -> list[Path]:
     wanted = defaultdict(list)
     for file in files:
         if isinstance(file, Address):
-            wanted[file.root].append(glob.escape(file.path))
+            pattern = glob.escape(file.path)
+            wanted[file.root].append(pattern)
     folders = {root: _download(root, patterns) for root, patterns in wanted.items()}
     return [_fetched(file, folders) for file in files]
 
@@ -122,7 +126,8 @@ def _download(address: Address, wanted: list[str], ignored: list[str] | None = N
         )
     # Errors have many types, some from a network library, and vary between versions of the hub.
     except Exception as error:
-        reason, *_ = str(error).strip().splitlines() or [type(error).__name__]
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
         raise InputError(
             f"{address} cannot be fetched: {reason.rstrip('.')}. Correct the address, or download "
             "it elsewhere and give the folder."

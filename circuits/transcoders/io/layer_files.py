@@ -6,6 +6,7 @@ import re
 import textwrap
 from collections import defaultdict
 from collections.abc import Collection, Sequence
+from itertools import chain
 from pathlib import Path
 
 from circuits.system.errors import InputError
@@ -17,6 +18,7 @@ LayerFiles = Sequence[Sequence[Path]]
 
 PER_LAYER, NESTED = "layer_{}.safetensors", "layer_{}"
 ENCODER, DECODER = "W_enc_{}.safetensors", "W_dec_{}.safetensors"
+GLOBS = ("*.safetensors", "layer_*/**/params.*")
 # The paths of the files with these names in a folder.
 PATTERNS = {
     PER_LAYER: r"(?:params_)?layer_(\d+)\.safetensors",
@@ -36,18 +38,20 @@ EXPECTED = (
 
 def find_layer_files(folder: Path, config: TranscoderConfig) -> LayerFiles:
     """Find the files of each layer; if there are a PLT and a CLT, the config.yaml chooses."""
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("layer_*/**/params.*")])
-    paths = [file.relative_to(folder).as_posix() for file in files]
+    files = chain.from_iterable(map(folder.glob, GLOBS))
+    paths = [file.relative_to(folder).as_posix() for file in sorted(files)]
     found = {name: _by_layer(paths, pattern) for name, pattern in PATTERNS.items()}
     present = [name for name in PATTERNS if found[name]]
     if not present:
         raise InputError(_nothing_found(folder))
     names = _chosen(present, folder, config)
-    return _of_all_layers({name: found[name] for name in names}, folder)
+    chosen = {name: found[name] for name in names}
+    return _of_all_layers(chosen, folder)
 
 
 def _of_all_layers(found: dict[str, PathsByLayer], folder: Path) -> LayerFiles:
-    n_layers = 1 + max(max(layers, default=0) for layers in found.values())
+    layers = chain.from_iterable(found.values())
+    n_layers = 1 + max(layers, default=0)
     by_name = []
     for name, paths in found.items():
         require_all(paths, str(folder), name, n_layers)

@@ -28,6 +28,7 @@ from circuits.transcoders.io.layer_files import LayerFiles, find_layer_files, re
 from circuits.transcoders.io.tensor_files import weight_copier
 from circuits.transcoders.transcoder import Encoder, Transcoders
 
+YAML = (".yaml", ".yml")
 Layers = list[LayerWeights]
 Found = tuple[Place, TranscoderConfig]
 
@@ -79,7 +80,8 @@ def load_transcoders(
     copy = weight_copier(device, dtype, mapped)
     folder, config = _find(where)
     source = str(where if where in embedded_transcoders() else folder)
-    layers = read_layers(_layer_files(folder, config), source, copy, check=not mapped)
+    files = _layer_files(folder, config)
+    layers = read_layers(files, source, copy, check=not mapped)
     _check_kind(layers, config)
     transcoders = replace(_assembled(layers, config), name=folder.name, source=source)
     transcoders.check()
@@ -111,26 +113,29 @@ def embedded_transcoders() -> tuple[str, ...]:
 def _embedded() -> dict[str, Path]:
     package = Path(str(resources.files("circuits")))
     configs = sorted(package.glob(f"assets/transcoders/*/{CONFIG}"))
-    return {config.parent.name: config.parent for config in configs}
+    folders = (config.parent for config in configs)
+    return {folder.name: folder for folder in folders}
 
 
 def _find(where: str | Path) -> Found:
     # The folder, here or on the hub, and what its config.yaml says.
-    if str(where).startswith(PREFIX):
-        address = Address.parse(str(where))
+    text = str(where)
+    if text.startswith(PREFIX):
+        address = Address.parse(text)
         config = address / CONFIG
         return address, read_config(fetch_if_present(config), str(config))
     embedded = _embedded()
     is_name = isinstance(where, str) and where in embedded
-    path = embedded[str(where)] if is_name else path_of(where)
+    path = embedded[text] if is_name else path_of(where)
     if path.is_dir():
         path = path / CONFIG
-    elif not path.is_file() or path.suffix not in (".yaml", ".yml"):
+    elif not path.is_file() or path.suffix not in YAML:
         raise InputError(
-            f"there are no transcoders {str(where)!r}; give a folder, one of the sets in this "
+            f"there are no transcoders {text!r}; give a folder, one of the sets in this "
             f"package ({', '.join(embedded)}) or an address hf://owner/repo."
         )
-    return path.parent.resolve(), read_config(path, str(path))
+    folder = path.parent.resolve()
+    return folder, read_config(path, str(path))
 
 
 def _layer_files(folder: Place, config: TranscoderConfig) -> LayerFiles:
@@ -145,7 +150,8 @@ def _layer_files(folder: Place, config: TranscoderConfig) -> LayerFiles:
         # Paths are relative to the folder of the config.yaml.
         places[layer] = Address.parse(file) if file.startswith(PREFIX) else folder / file
     require_all(places, config.source)
-    return [[file] for file in fetch_files(list(places.values()))]
+    files = fetch_files([*places.values()])
+    return [[file] for file in files]
 
 
 def _check_kind(layers: Layers, config: TranscoderConfig) -> None:

@@ -14,9 +14,9 @@ from circuits.system.errors import InputError
 from circuits.system.files import path_of, tensor_file, with_digest, write_bytes
 from circuits.transcoders.activations import JumpReLU
 from circuits.transcoders.io.config_yaml import CLT_KIND, CONFIG, MEANINGS, PLT_KIND, UNFINISHED
-from circuits.transcoders.io.formats import CLT, PLT, Format, Tensors
+from circuits.transcoders.io.formats import CLT, PLT, Format
 from circuits.transcoders.io.layer_files import DECODER, ENCODER, PER_LAYER
-from circuits.transcoders.io.tensor_files import PICKLES, WEIGHTS, copied
+from circuits.transcoders.io.tensor_files import PICKLES, WEIGHTS, Tensors, copied
 from circuits.transcoders.transcoder import Transcoders, check_is_transcoders
 
 Files = dict[str, Tensors]
@@ -133,7 +133,8 @@ def _value(key: str, meaning: str) -> str:
 
 
 def _write_config(folder: Path, config: Config) -> None:
-    text = yaml.safe_dump(with_digest(config, {}), sort_keys=False)
+    stated = with_digest(config, {})
+    text = yaml.safe_dump(stated, sort_keys=False)
     write_bytes(folder / CONFIG, text.encode())
 
 

@@ -24,9 +24,10 @@ PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 WEIGHTS = (".safetensors", ".npz")
 # What safetensors, NumPy and zipfile raise for broken files.
 BROKEN_FILE = (*BROKEN, zipfile.BadZipFile, zlib.error, EOFError)
+Tensors = dict[str, Tensor]
 
 
-def read_tensors(file: Path, *, check: bool = True) -> dict[str, Tensor]:
+def read_tensors(file: Path, *, check: bool = True) -> Tensors:
     """Read all tensors of a file. Those of safetensors files are mapped, not yet in memory.
 
     `check` compares the digest of a file that has one, for which the whole file is read.
@@ -51,7 +52,7 @@ def read_tensors(file: Path, *, check: bool = True) -> dict[str, Tensor]:
         ) from error
 
 
-def _load_safetensors(file: Path, check: bool) -> dict[str, Tensor]:
+def _load_safetensors(file: Path, check: bool) -> Tensors:
     with safe_open(file, framework="pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}
         if check:

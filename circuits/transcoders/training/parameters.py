@@ -152,9 +152,11 @@ class TranscoderParameters:
             written = slice(layer, layer + decoder.shape[1])
             decoders.append(decoder * scales[written])
         lengths = _lengths(decoders)
-        decoders = list(map(torch.div, decoders, lengths[..., None, None]))
+        by_feature = lengths[..., None]
+        by_row = by_feature[..., None]
+        decoders = list(map(torch.div, decoders, by_row))
         # W_enc = length W_enc' / s_in,   b_enc = length b_enc' - W_enc mean_in
-        weights = self.encoder * (lengths[..., None] / inputs.scale)
+        weights = self.encoder * (by_feature / inputs.scale)
         mean = inputs.mean[:, 0]
         encoder_biases = self.encoder_bias[:, 0] * lengths - _products(weights, mean)
         # b_dec = mean_out + s_out b_dec' - W_skip mean_in,   W_skip = s_out W_skip' / s_in

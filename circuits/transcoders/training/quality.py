@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits import models
-from circuits.models.source_outputs import keeper
+from circuits.models.source_outputs import keepers
 from circuits.system.arguments import checked_arguments
 from circuits.system.errors import InputError
 from circuits.system.numbers import WholeNumber, whole
@@ -47,18 +47,19 @@ def quality(
     size = whole(prompts_at_once, "prompts_at_once", least=1)
     batches = zip(tokens.split(size), mask.split(size), strict=True)
     sums = [_sums(model, transcoders, *batch) for batch in batches]
-    totals: Any = map(sum, zip(*sums, strict=True))
+    columns = zip(*sums, strict=True)
+    totals: Any = map(sum, columns)
     n_tokens, fired, y, y_squared, errors = totals
     # sum (y - mean)^2 = sum y^2 - (sum y)^2 / n
     deviation = y_squared - y.square() / n_tokens
     unexplained = errors.sum(1) / deviation.sum(1)
     never_fires = (fired == 0).double()
-    columns = {
+    measures = {
         "explained_variance": (1 - unexplained).cpu(),
         "l0": (fired.sum(1) / n_tokens).cpu(),
         "dead": never_fires.mean(1).cpu(),
     }
-    return pd.DataFrame(columns).rename_axis("layer")
+    return pd.DataFrame(measures).rename_axis("layer")
 
 
 def _sums(
@@ -116,7 +117,7 @@ def record(
     read = [models.mlp_residual_hook(model, layer) for layer in layers]
     written = [models.mlp_output_hook(model, layer, before_norm=before_norm) for layer in layers]
     recorded: dict[str, Tensor] = {}
-    hooks = [(name, keeper(recorded, name)) for name in (*read, *written)]
+    hooks = keepers(recorded, [*read, *written])
     with models.frozen(model), models.plain_inputs(model):
         models.run_to_residual(model, tokens, mask, hooks)
     weights = models.ModelWeights(model)
@@ -133,5 +134,5 @@ def _read_by_features(
 ) -> Residual:
     if reads == "mlp_input":
         return weights.mlp_input(layer, residual)
-    normalized = weights.normalized(layer, residual) if reads == "normalized" else None
-    return residual if normalized is None else normalized[0].to(residual)
+    normalized = reads == "normalized" and weights.normalized(layer, residual)
+    return normalized[0].to(residual) if normalized else residual

@@ -111,8 +111,10 @@ class Training(CheckedFields):
     def __post_init__(self) -> None:
         for name in ("k", "penalty"):
             given = getattr(self, name)
-            numbers = [given] if python_number(given) is not None else items(given, name)
-            object.__setattr__(self, name, tuple(real(number, name) for number in numbers))
+            is_one = python_number(given) is not None
+            numbers = [given] if is_one else items(given, name)
+            checked = tuple(real(number, name) for number in numbers)
+            object.__setattr__(self, name, checked)
 
 
 @checked_arguments
@@ -202,7 +204,8 @@ class _Trainer:
         tokens, mask = self._batch(step)
         some = mask.any(1)
         # A task has its padding on the right, wherever it was.
-        text = Task.from_tokens(tokens[some], attention_mask=mask[some])
+        tokens, mask = tokens[some], mask[some]
+        text = Task.from_tokens(tokens, attention_mask=mask)
         check_task(self.model, text)
         inputs, outputs = record(self.model, reads, writes, text.clean, text.mask)
         dtype = getattr(torch, self.config.dtype)
@@ -360,7 +363,8 @@ def auxiliary_loss(
     if not dead.any():
         return inputs.new_zeros(())
     is_alive = ~dead[:, None]
-    pre = parameters.preactivations(inputs).masked_fill(is_alive, -torch.inf)
+    pre = parameters.preactivations(inputs)
+    pre = pre.masked_fill(is_alive, -torch.inf)
     left = error - parameters.decode(_largest_activations(pre))
     # |error - dead features|^2 / |error|^2
     squares = _squares(error).clamp(min=TINY)
