@@ -118,7 +118,8 @@ class TensorState:
 
 def _digest(method: Mapping[str, Any], model: Model, graph: Graph, task: Task) -> str:
     nodes = list(map(str, graph.nodes))
-    inputs = [method, code_digest(model).key(), nodes, task.digest()]
+    code = code_digest(model).key()
+    inputs = [method, code, nodes, task.digest()]
     text = json.dumps(inputs).encode()
     digest = hashlib.blake2b(text, digest_size=16)
     columns = graph.source, graph.target, graph.slot

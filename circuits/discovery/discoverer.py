@@ -236,7 +236,7 @@ class CircuitDiscoverer(CheckedFields):
         """The checkpoint of a search in that space; None keeps no state."""
         if where is None:
             return Checkpoint()
-        identity = {**self.identity(), **space.identity()}
+        identity = self.identity() | space.identity()
         return Checkpoint.open(where, identity, model, space.graph, task)
 
     def settings(self) -> JsonObject:

@@ -129,7 +129,8 @@ def score_scatter(frame: pandas.DataFrame, *, x_name: str = "x", y_name: str = "
     >>> score_scatter(scores, x_name="exact patching", y_name="EAP").layout.title.text
     'Pearson 1.000, Spearman 1.000 (2 edges)'
     """
-    if getattr(getattr(frame, "index", None), "name", None) == "edge":
+    index = getattr(frame, "index", None)
+    if getattr(index, "name", None) == "edge":
         frame = frame.reset_index()
     _check_columns(frame, ("edge", "x", "y"), "a score scatter")
     scored = frame.dropna(subset=["x", "y"])

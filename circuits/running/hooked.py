@@ -152,9 +152,9 @@ class HookedExecutor:
         n_sources, *shape = self.counterfactuals[:, prompts].shape
         outputs = self.counterfactuals.new_empty(n_sources, n_circuits, *shape)
         # A source writes before its targets read, so its row is filled when they need it.
-        hooks = recording_hooks(model, self.layout.nodes, outputs)
-        hooks += self._ablating_hooks(prompts, ablated, outputs)
-        hooks += observers
+        recording = recording_hooks(model, self.layout.nodes, outputs)
+        ablating = self._ablating_hooks(prompts, ablated, outputs)
+        hooks: Hooks = [*recording, *ablating, *observers]
         # Every circuit runs on a copy of the prompts.
         tokens = task.clean.repeat(n_circuits, 1)
         mask = task.mask.repeat(n_circuits, 1)

@@ -31,14 +31,15 @@ def embedding_noise(model: Model, task: Task, scale: float, seed: int, span: str
             f"{suggestion(span, task.positions)}"
         )
     noised = task.prompt_mask if span is None else task.positions[span]
-    noise = torch.zeros(*noised.shape, model.cfg.d_model)
+    cfg = model.cfg
+    noise = torch.zeros(*noised.shape, cfg.d_model)
     for row, length in enumerate(task.lengths.tolist()):
         tokens = task.clean[row, :length]
-        noise[row, :length] = _normal(tokens, model.cfg.d_model, seed)
+        noise[row, :length] = _normal(tokens, cfg.d_model, seed)
     deviation = scale * ModelWeights(model).embedding_deviation()
     weights = noised.cpu()[..., None]
     scaled = noise * weights * deviation
-    return scaled.to(model.cfg.device, model.cfg.dtype)
+    return scaled.to(cfg.device, cfg.dtype)
 
 
 def _normal(tokens: Int[Tensor, " pos"], width: int, seed: int) -> Float[Tensor, "pos width"]:

@@ -279,8 +279,7 @@ def _kernel_error(dtype: torch.dtype, device: torch.device, *shape: int) -> floa
     """The relative error of a random product; with heads, in another order than stored."""
     generator = torch.Generator().manual_seed(0)
     random = partial(torch.randn, shape, generator=generator)
-    x = random().to(device)
-    a, _ = _rounded(x, dtype, ROW)
+    a, _ = _rounded(random().to(device), dtype, ROW)
     b, _ = _for_kernel(random().to(device), dtype)
     if b.dim() == 3:
         b = b[[1, 0]]

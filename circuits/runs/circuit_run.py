@@ -197,7 +197,8 @@ def load_run(folder: str | Path) -> CircuitRun:
             remedy = "it is unfinished: give the same discover command again to resume it"
         raise InputError(f"{folder} holds no finished run; {remedy}.")
     record = read_record(folder, RECORD_FORMAT, FORMAT_VERSION, IN_RECORD)
-    return CircuitRun(folder, Circuit.load(folder), record, reused=True)
+    circuit = Circuit.load(folder)
+    return CircuitRun(folder, circuit, record, reused=True)
 
 
 def evaluate_run(
@@ -337,7 +338,7 @@ def _save(found: CircuitRun) -> CircuitRun:
 def _digest(discoverer: CircuitDiscoverer, model: Model, task: Task, space: SearchSpace) -> str:
     """Hash what a run depends on."""
     graph = space.graph
-    method = {**discoverer.identity(), **space.identity()}
+    method = discoverer.identity() | space.identity()
     parts = [method, code_digest(model).key(), task.digest(), graph.positions]
     edges = (graph.source, graph.target, graph.slot)
     return digest(parts, edges)

@@ -98,7 +98,8 @@ class GraphRun:
             InputError: `groups.json` is damaged.
         """
         groups: dict[str, list[str]] = {}
-        kept = load_groups(self.folder, GraphData.of(self.graph))
+        data = GraphData.of(self.graph)
+        kept = load_groups(self.folder, data)
         for supernode in kept["supernodes"]:
             members = groups.setdefault(supernode["name"], [])
             members.extend(supernode["nodes"])
@@ -189,7 +190,8 @@ def load_graph_run(folder: str | Path) -> GraphRun:
             f"give a folder with {RECORD} and {FILE}, as `circuits graph` writes it."
         )
     record = read_record(folder, RECORD_FORMAT, FORMAT_VERSION, IN_RECORD)
-    return GraphRun(folder, FeatureGraph.load(folder), record, reused=True)
+    graph = FeatureGraph.load(folder)
+    return GraphRun(folder, graph, record, reused=True)
 
 
 @contextlib.contextmanager
@@ -219,7 +221,8 @@ def _found_again(folder: Path) -> GraphRun:
 
 def _slug(prompt: str) -> str:
     # Text with and without its <bos> has the same tokens, and is to be found in one folder.
-    words = re.findall(r"[a-z0-9]+", re.sub("<[^<>]*>", "", prompt.lower()))
+    without_tags = re.sub("<[^<>]*>", "", prompt)
+    words = re.findall(r"[a-z0-9]+", without_tags.lower())
     return "-".join(words)[:LONGEST_SLUG].strip("-") or "prompt"
 
 
@@ -233,7 +236,7 @@ def _digest(
         method.identity(),
         code_digest(model).key(),
         tokens.tolist(),
-        None if explain is None else list(map(_explained_as_json, explain)),
+        explain and list(map(_explained_as_json, explain)),
     ]
     return digest(parts, size=4)
 

@@ -153,6 +153,7 @@ class EdgeScoring:
                 f"{task.name!r} has not; use gradient_at='clean', or quadrature='midpoint'."
             )
         _warn_of_dead_norms(model, settings, points)
+        self.model = model
         self.task = task.to(model.cfg.device)
         self.settings = settings
         self.metric = settings.metric
@@ -207,8 +208,8 @@ class EdgeScoring:
         for number, points in enumerate(rounds):
             self.current, self.whole = points, {}
             reporting = partial(report_part, progress, number, len(rounds))
-            *found, largest = self._gathered(reporting)
-            found[-1] = found[-1].sum(0, keepdim=True)
+            *found, neurons, largest = self._gathered(reporting)
+            found.append(neurons.sum(0, keepdim=True))
             total = list(map(torch.add, total, found)) if total else found
             steepest = max(steepest, float(largest.max()))
         self._check(total, steepest)
@@ -229,9 +230,10 @@ class EdgeScoring:
 
     def _rounds(self) -> list[Sequence[GradientPoint]]:
         """All points; fewer at a time where the slopes at all of them may have to be kept."""
-        size = len(self.points) if self.metric.shipped else POINTS_TOGETHER
-        starts = range(0, len(self.points), size)
-        return [self.points[start : start + size] for start in starts]
+        points = self.points
+        size = len(points) if self.metric.shipped else POINTS_TOGETHER
+        starts = range(0, len(points), size)
+        return [points[start : start + size] for start in starts]
 
     def _gathered(self, progress: Progress) -> list[Tensor]:
         """The results of all ranks' shares of the prompts."""
@@ -243,7 +245,7 @@ class EdgeScoring:
     def _run(self, logits: list[Tensor], progress: Progress) -> list[Tensor]:
         """The results of this rank's share of the prompts, from the logits of all if they count."""
         results: list[list[Tensor]] = []
-        with frozen(self.passes.model), torch.no_grad():
+        with frozen(self.model), torch.no_grad():
             self.passes.check_honoured(self.task.masked_prompts)
             if logits:
                 self._take_slopes(logits)
@@ -270,7 +272,7 @@ class EdgeScoring:
 
     def _logits(self) -> list[Logits]:
         """Of this rank's share of the prompts, the clean logits, and those at every place."""
-        with frozen(self.passes.model), torch.no_grad():
+        with frozen(self.model), torch.no_grad():
             return _joined(self._in_batches(self._batch_logits))
 
     def _batch_logits(self, prompts: slice) -> list[Logits]:
@@ -281,7 +283,8 @@ class EdgeScoring:
         changes = self._counterfactuals.changes(task, prompts, clean)
         line = _Line(task, prompts, clean, logits, changes, {})
         overrides = (self._override(place, line) for place in self._places)
-        return [logits, *(self.passes.logits(task, override) for override in overrides)]
+        run = partial(self.passes.logits, task)
+        return [logits, *map(run, overrides)]
 
     @property
     def _places(self) -> list[GradientPoint]:
@@ -426,7 +429,7 @@ class EdgeScoring:
         fixed, per_prompt = needed(self.products, task, together, self.passes.separate)
         smallest, at_once = fixed + per_prompt, ""
         if not self.metric.shipped:
-            kept, judging = bytes_to_judge(self.passes.model, task, together)
+            kept, judging = bytes_to_judge(self.model, task, together)
             fixed += kept
             smallest = max(smallest + kept, judging)
             at_once = f", as {self.metric.name} is given all {len(task.row_prompt)} rows at once"
@@ -442,7 +445,8 @@ class EdgeScoring:
 
 def _joined(parts: Iterable[list[Tensor]]) -> list[Tensor]:
     """Each result of all batches, joined along its first axis."""
-    return list(map(torch.cat, zip(*parts, strict=True)))
+    columns = zip(*parts, strict=True)
+    return list(map(torch.cat, columns))
 
 
 def _warn_of_dead_norms(

@@ -177,7 +177,8 @@ class ACDC(Resumable):
         meter = self.meter(model, space.graph, task)
         found: dict[float, Circuit] = {}
         report = progress_of(progress)
-        for number, (method, saved) in enumerate(zip(methods, saved_at, strict=True)):
+        pairs = zip(methods, saved_at, strict=True)
+        for number, (method, saved) in enumerate(pairs):
             reporting = partial(report_part, report, number, len(methods))
             circuit = method._search(space, meter, saved, reporting, stays)
             found[method.threshold] = circuit
@@ -207,8 +208,7 @@ class ACDC(Resumable):
 
     def _record_fields(self, search: Search) -> dict[str, Any]:
         """What the record says of a finished search."""
-        state = search.state
-        space = search.space
+        state, space = search.state, search.space
         found = {name: getattr(state, name) for name in RECORDED}
         found["search_space"] = space.counts()
         found["accepted"] = state.evaluations / max(1, state.measured)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import groupby, islice, product
+from functools import partial
+from itertools import groupby, islice, product, starmap
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -160,7 +161,8 @@ class ActivationPatching(Resumable):
         groups = (
             _of_nodes(graph, [node.label == label for node in graph.nodes]) for label in labels
         )
-        return self._without_each(groups, model, graph, task).float().view(shape)
+        scores = self._without_each(groups, model, graph, task)
+        return scores.float().view(shape)
 
     @without_modes()
     def layers(
@@ -176,8 +178,9 @@ class ActivationPatching(Resumable):
         shape = model.cfg.n_layers, 2
         layers = range(model.cfg.n_layers)
         places = product(layers, ("heads", "mlp"))
-        groups = (_at_layer(graph, layer, of) for layer, of in places)
-        return self._without_each(groups, model, graph, task).float().view(shape)
+        groups = starmap(partial(_at_layer, graph), places)
+        scores = self._without_each(groups, model, graph, task)
+        return scores.float().view(shape)
 
     @without_modes()
     def by_position(

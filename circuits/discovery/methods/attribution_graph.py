@@ -258,7 +258,7 @@ class AttributionGraph(Resumable):
                 pooled = Pooled.together([pooled, *parts])
                 parts.clear()
                 number = torch.tensor(done)
-                saved.save({"next": number, **vars(pooled)})
+                saved.save({"next": number} | vars(pooled))
                 progress(done, len(task))
         return pooled
 

@@ -134,9 +134,10 @@ class BatchedACDC(Resumable):
 
     def __post_init__(self) -> None:
         check_threshold(self.threshold)
-        named = isinstance(self.group, str) and self.group in get_args(GroupName)
+        group = self.group
+        named = isinstance(group, str) and group in get_args(GroupName)
         # Whole numbers of any library are ints by now, and bools are none.
-        is_number = type(self.group) is int and self.group >= 1
+        is_number = type(group) is int and group >= 1
         if not (named or is_number):
             raise InputError(
                 f"group={self.group!r} is no way to group edges; choose 'target', 'layer' or a "

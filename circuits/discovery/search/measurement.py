@@ -15,6 +15,7 @@ from circuits.system.errors import NotFiniteError
 
 CircuitMasks = Bool[Tensor, "circuit edge"]
 Rows = Int[np.ndarray, " row"]
+Measured = tuple[Increases, Damages]
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Measurement:
         """Whether removals that raise the damage by this much are below the threshold."""
         return self._compared(increases) < self.threshold
 
-    def one(self, edges: Group) -> tuple[Increases, Damages]:
+    def one(self, edges: Group) -> Measured:
         """L(H without the edges) - L(H), and L(H without the edges), with H the circuit so far."""
         state = self.search.state
         removed = np.array([False])
@@ -43,7 +44,7 @@ class Measurement:
         state.measured += 1
         return found
 
-    def many(self, without: CircuitMasks, before: Rows) -> tuple[Increases, Damages]:
+    def many(self, without: CircuitMasks, before: Rows) -> Measured:
         """L(row) - L(before[row]) for every row, and L of every row and of H, the circuit so far.
 
         Args:
@@ -58,8 +59,7 @@ class Measurement:
             return values[:-1] - values[before], values
         # H is measured with the others, because rounding depends on what the executor starts from.
         states = torch.cat([without, state.kept[None]])
-        measured = self._in_low_precision(states)
-        values = measured.numpy().copy()
+        values = self._in_low_precision(states).numpy().copy()
         increases = values[:-1] - values[before]
         if self.confirms:
             self._confirm(increases, values, before, states)

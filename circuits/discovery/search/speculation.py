@@ -15,14 +15,12 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
-from circuits.discovery.search.confirmation import Damages, Increases
-from circuits.discovery.search.measurement import Measurement
+from circuits.discovery.search.measurement import Measured, Measurement
 from circuits.discovery.search.state import Decisions, Group, Search, without_each
 from circuits.system.errors import NotFiniteError
 from circuits.system.ranks import ranks
 
 Batch = list[Group]
-Measured = tuple[Increases, Damages]
 
 # How often a guess fails that rests on a measurement in a neighbouring state.
 WRONG_AFTER_MEASURING = 0.08
@@ -52,11 +50,11 @@ class Speculation:
 
     def _batch_size(self) -> int:
         """The number of decisions that makes an accepted decision cheapest."""
-        state = self.search.state
-        world = ranks().world
-        assert self.search.fixed_cost is not None
+        search, world = self.search, ranks().world
+        state = search.state
+        assert search.fixed_cost is not None
         # Ranks share the cost of circuits, but each bears the fixed cost of a batch.
-        fixed_cost = self.search.fixed_cost * world
+        fixed_cost = search.fixed_cost * world
         # Guesses fail as often as they did so far; at first, one in eight.
         wrong_unmeasured = (state.wrong + 1) / (state.evaluations + 8)
         sizes = 1 + np.arange(LARGEST_BATCH * world)

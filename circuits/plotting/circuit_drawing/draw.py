@@ -142,8 +142,7 @@ def ranked_edges(circuit: Circuit, limit: int) -> Edges:
     ranked = []
     for rank, index in enumerate(strongest[:limit].tolist(), 1):
         edge, score = edges[index], float(scores[index])
-        one = RankedEdge(edge, score, rank, strengths[index])
-        ranked.append(one)
+        ranked.append(RankedEdge(edge, score, rank, strengths[index]))
     return ranked
 
 

@@ -32,6 +32,7 @@ SCRIPTS = (
 )
 # The script that asks the server; only the served page has it.
 SERVED_SCRIPT = "graph_served.js"
+Held = JsonObject | None
 JSON_ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 # Initial values of the sliders, unless the graph's settings give others.
 THRESHOLDS = {"node_threshold": 0.8, "edge_threshold": 0.98}
@@ -52,7 +53,8 @@ def graph_page(
     Raises:
         InputError: `max_nodes` or `max_edges` is negative.
     """
-    for name, value in (("max_nodes", max_nodes), ("max_edges", max_edges)):
+    limits = {"max_nodes": max_nodes, "max_edges": max_edges}
+    for name, value in limits.items():
         if value < 0:
             raise InputError(
                 f"{name}={value} is negative; give how many the page may hold, for example "
@@ -69,9 +71,7 @@ def served_page(data: GraphData, title: str, details: Details = None) -> tuple[s
     return _page(data, title, details, None)
 
 
-def _page(
-    data: GraphData, title: str, details: Details, held: JsonObject | None
-) -> tuple[str, str]:
+def _page(data: GraphData, title: str, details: Details, held: Held) -> tuple[str, str]:
     """Write the page around the data that it holds (None: it asks its server)."""
     scripts = SCRIPTS if held is not None else (SERVED_SCRIPT, *SCRIPTS)
     style = "\n".join(map(static_file, STYLES))
@@ -93,7 +93,7 @@ def _page(
     return page, policy
 
 
-def _what_is_left_out(data: GraphData, held: JsonObject | None) -> str:
+def _what_is_left_out(data: GraphData, held: Held) -> str:
     """Say how much of the graph the page holds, if it does not hold all."""
     if held is None:
         return ""

@@ -15,12 +15,13 @@ from circuits.system.errors import InputError
 MAX_NODES, MAX_EDGES, MAX_LISTED = 10_000, 20_000, 1000
 VIEW = {**THRESHOLDS, "max_nodes": MAX_NODES, "max_edges": MAX_EDGES}
 Defaults = dict[str, Any]
+NODE = {"node": ""}
 # For each address the method of `GraphData` that answers, and the defaults of its parameters. The
 # default of a count is also its largest value.
 QUERIES: dict[str, tuple[str, Defaults]] = {
     "/api/nodes": ("cached_view", VIEW),
-    "/api/edges": ("around", {"node": "", "most": MAX_LISTED}),
-    "/api/between": ("between", {"node": "", "most": MAX_EDGES}),
+    "/api/edges": ("around", {**NODE, "most": MAX_LISTED}),
+    "/api/between": ("between", {**NODE, "most": MAX_EDGES}),
     "/api/search": ("search", {"text": "", "most": MAX_LISTED}),
 }
 SHOWN_CHARACTERS = 50  # of a wrong value, in error messages
