@@ -26,7 +26,7 @@ from transformer_lens import HookedTransformerConfig
 
 import circuits
 from circuits.models import Model, frozen, mlp_residual_hook, run_to_residual
-from circuits.models.source_outputs import keeper
+from circuits.models.source_outputs import keepers
 from circuits.transcoders.activations import JumpReLU
 from circuits.transcoders.transcoder import Encoder, Transcoders
 
@@ -180,7 +180,7 @@ def random_transcoders(
             model,
             tokens[None],
             torch.ones_like(tokens[None], dtype=torch.bool),
-            [(name, keeper(seen, name)) for name in names],
+            keepers(seen, names),
         )
     like = {"device": tokens.device, "dtype": model.cfg.dtype}
     encoders, decoders = [], []
