@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import errno
 import functools
 import importlib
@@ -425,6 +426,56 @@ def test_metrics_of_one_name_that_hold_other_data_are_other_runs_and_evaluations
     assert values[1] == pytest.approx(2 * values[0])
     same = circuits.Metric("m", HELD[held](1.0), "lower_is_damage")
     assert run(circuits.EAP(metric=same), model, task, out=tmp_path).reused
+
+
+@pytest.mark.parametrize("name", ["mine", "kl", "logit_difference"])
+def test_a_metric_told_by_its_name_is_the_one_that_is_registered_under_it_now(
+    name, model, tmp_path, monkeypatch
+):
+    task = random_task()
+    own = dataclasses.replace(task, metric=name)
+
+    @dataclasses.dataclass(frozen=True)
+    class ByLists(circuits.EAP):
+        metrics: tuple[str, ...] = (name,)
+
+    methods = (circuits.EAP(metric=name), task), (circuits.EAP(metric=None), own)
+    found, identities = [], []
+    for scale in (1.0, 2.0):
+        metric = circuits.Metric(name, by_closure(scale), "lower_is_damage")
+        monkeypatch.setitem(circuits.METRICS, name, metric)
+        for method, each in methods:
+            circuit = run(method, model, each, out=tmp_path / each.metric)
+            assert not circuit.reused
+            assert circuit.circuit.scores.equal(method.discover(model, each).scores)
+            assert run(method, model, each, out=tmp_path / each.metric).reused
+        found.append(evaluate_run(circuit, model, task, metrics=name)["values"][name]["circuit"])
+        identities.append(str(ByLists().identity()))
+    assert found[1] == pytest.approx(2 * found[0])
+    assert identities[0] != identities[1]
+
+
+def test_a_checkpoint_belongs_to_the_metric_that_a_name_means_now(model, tmp_path, monkeypatch):
+    def stop(done, total):
+        if done > 1:
+            raise KeyboardInterrupt
+
+    options = {"checkpoint": tmp_path / "checkpoint.safetensors", "progress": stop}
+    for scale, expected in ((1.0, KeyboardInterrupt), (2.0, circuits.InputError)):
+        metric = circuits.Metric("mine", by_closure(scale), "lower_is_damage")
+        monkeypatch.setitem(circuits.METRICS, "mine", metric)
+        with pytest.raises(expected):
+            circuits.ACDC(0.02, metric="mine").discover(model, random_task(), **options)
+
+
+def test_two_names_of_a_metric_make_one_run_and_one_evaluation(model, tmp_path):
+    task = random_task()
+    names = "logit_difference", "logit_diff", circuits.METRICS["logit_difference"]
+    runs = [run(circuits.EAP(metric=name), model, task, out=tmp_path) for name in names]
+    assert [found.reused for found in runs] == [False, True, True]
+    for name in names:
+        evaluate_run(runs[0], model, task, metrics=name)
+    assert len(read_json(runs[0].folder / METRICS, "circuits.metrics", 1)["evaluations"]) == 1
 
 
 def test_a_global_that_a_metric_reads_is_part_of_it(model, tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from circuits.system.fields import CheckedFields
 from circuits.system.messages import suggestion
 from circuits.system.numbers import python_number, shown
 from circuits.system.torch_modes import without_modes
-from circuits.tasks.metrics import Metric
+from circuits.tasks.metrics import ALIASES, METRICS, Metric
 from circuits.tasks.model_fit import check_is_task, check_task
 from circuits.tasks.task import Task
 
@@ -236,17 +236,22 @@ class CircuitDiscoverer(CheckedFields):
         """The checkpoint of a search in that space; None keeps no state."""
         if where is None:
             return Checkpoint()
-        identity = self.identity() | space.identity()
+        identity = self.identity(task) | space.identity()
         return Checkpoint.open(where, identity, model, space.graph, task)
 
     def settings(self) -> JsonObject:
         """The hyperparameters as JSON values."""
         return {each.name: as_json(getattr(self, each.name)) for each in fields(self)}
 
-    def identity(self) -> JsonObject:
-        """What the result depends on: method, settings that matter, digest of code and data."""
+    def identity(self, task: Task | None = None) -> JsonObject:
+        """What the result depends on: method, settings that matter, digest of code and data.
+
+        A metric that is told by its name counts as it is registered now; so does the task's own.
+        """
         held = _held(self)
         settings = {name: as_json(value) for name, value in held.items()}
+        if task is not None:
+            held["metric of the task"] = named_metrics(task.metric)
         data = {name: value for name, value in held.items() if not _told_by_text(value)}
         code = code_digest(type(self), data).key()
         return {"method": self.name, "settings": settings, "code": code}
@@ -312,14 +317,26 @@ def report_part(progress: Progress, number: int, parts: int, done: int, total: i
 def _told_by_text(value: Any) -> bool:
     """Whether the settings say all of a value: "int8" and Precision("int8") are one."""
     kind = type(value)
+    if isinstance(value, Metric):
+        return value.shipped
     is_ours = kind.__module__.startswith("circuits.") and "__str__" in vars(kind)
-    return isinstance(value, str) or (is_ours and not isinstance(value, Metric))
+    return isinstance(value, str) or is_ours
 
 
 def _held(discoverer: CircuitDiscoverer) -> JsonObject:
     """The fields of a method, except `SPEED_ONLY` ones."""
     kept = (each for each in fields(discoverer) if not each.metadata.get("speed_only"))
-    return {each.name: getattr(discoverer, each.name) for each in kept}
+    return {each.name: named_metrics(getattr(discoverer, each.name)) for each in kept}
+
+
+def named_metrics(value: Any) -> Any:
+    """A setting with metrics in the places of their names, which others can be registered under."""
+    if isinstance(value, str):
+        name = ALIASES.get(value, value)
+        return METRICS.get(value) or METRICS.get(name, value)
+    if type(value) in (list, tuple):
+        return type(value)(map(named_metrics, value))
+    return value
 
 
 def as_json(value: Any) -> Any:

@@ -221,11 +221,8 @@ def evaluate(
     """
     check_task(model, task)
     settings = RunSettings.parse(ablation=ablation, max_memory=max_memory, transcoders=transcoders)
-    if metrics is None:
-        chosen = default_metrics(task)
-    else:
-        chosen = [get_metric(metric, task) for metric in listed_metrics(metrics)]
-        _check_names(chosen)
+    chosen = chosen_metrics(metrics, task)
+    _check_names(chosen)
     return evaluations(model, [circuit], task, chosen, settings)[0]
 
 
@@ -391,13 +388,15 @@ def of_sizes(
     return [circuit.top(number, by=by) for number in sorted(numbers)]
 
 
-def listed_metrics(metrics: Any) -> list[Any]:
-    """One or several metrics, or their names, as a list; names as `METRICS` has them."""
+def chosen_metrics(metrics: Any, task: Task) -> list[Metric]:
+    """One or several metrics, or those of these names; None takes the usual ones."""
+    if metrics is None:
+        return default_metrics(task)
     one = isinstance(metrics, str | Metric) or callable(metrics)
     names = [metrics] if one else items(metrics, "metrics")
     if not names:
         raise InputError("metrics=[] names no metric; leave it out for the usual ones.")
-    return [ALIASES.get(each, each) if isinstance(each, str) else each for each in names]
+    return [get_metric(each, task) for each in names]
 
 
 def default_metrics(task: Task) -> list[Metric]:

@@ -33,7 +33,7 @@ from circuits.discovery.discoverer import (
     as_json,
 )
 from circuits.discovery.search_space import SearchSpace
-from circuits.evaluation.evaluate import Evaluation, evaluate, listed_metrics
+from circuits.evaluation.evaluate import Evaluation, chosen_metrics, evaluate
 from circuits.graph.circuit import FILE, Circuit
 from circuits.graph.graph import Graph
 from circuits.models import Model, counting_passes
@@ -224,16 +224,16 @@ def evaluate_run(
     check_task(model, task)
     expect(found, CircuitRun, "a run", "read it with circuits.load_run")
     size = None if size is None else whole(size, "size")
-    metrics = None if metrics is None else listed_metrics(metrics)
+    chosen = chosen_metrics(metrics, task)
     get_ablation(ablation)
     settings = {
         "task": task.name,
         "prompts": task.digest(),
-        "metrics": as_json(metrics),
+        "metrics": None if metrics is None else as_json(chosen),
         "ablation": as_json(ablation),
         "size": size,
     }
-    code = code_digest(metrics, ablation, model).key()
+    code = code_digest(chosen, ablation, model).key()
     circuit = found.circuit
     key = digest([settings, code], (circuit.kept, circuit.scores), size=8)
     if key in (known := _evaluations(found)):
@@ -242,7 +242,7 @@ def evaluate_run(
         known = _evaluations(found)
         if key not in known:
             circuit = circuit if size is None else circuit.top(size)
-            evaluation = evaluate(model, circuit, task, metrics=metrics, ablation=ablation)
+            evaluation = evaluate(model, circuit, task, metrics=chosen, ablation=ablation)
             known[key] = {
                 **settings,
                 "n_prompts": len(task),
@@ -338,7 +338,7 @@ def _save(found: CircuitRun) -> CircuitRun:
 def _digest(discoverer: CircuitDiscoverer, model: Model, task: Task, space: SearchSpace) -> str:
     """Hash what a run depends on."""
     graph = space.graph
-    method = discoverer.identity() | space.identity()
+    method = discoverer.identity(task) | space.identity()
     parts = [method, code_digest(model).key(), task.digest(), graph.positions]
     edges = (graph.source, graph.target, graph.slot)
     return digest(parts, edges)
