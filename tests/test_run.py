@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -505,6 +506,96 @@ def test_a_value_in_a_module_in_a_package_that_a_metric_reads_is_part_of_it(tmp_
     assert code_digest(metric) != before
 
 
+def test_only_globals_that_code_names_as_such_are_part_of_it(monkeypatch):
+    def by_mean(logits, clean_logits, task):
+        return logits.mean(-1) * max(SCALE for _ in "1")
+
+    before = code_digest(by_mean)
+    monkeypatch.setitem(globals(), "mean", 3.0)
+    assert code_digest(by_mean) == before
+    monkeypatch.setitem(globals(), "SCALE", 2.0)
+    assert code_digest(by_mean) != before
+
+
+class Hidden:
+    """What it holds is not in its copies; a lock in it changes nothing."""
+
+    def __init__(self, scale):
+        self.scale, self.lock = scale, threading.Lock()
+
+    def __getstate__(self):
+        return {}
+
+
+class WithoutCopies(Hidden):
+    def __reduce__(self):
+        return Hidden, (1.0,)
+
+
+COMPILED = torch.compile(scaled, backend="eager")
+PAIRS = {
+    "what a copy leaves out": lambda scale: Hidden(scale),
+    "what makes no part of a copy": lambda scale: WithoutCopies(scale),
+    "the scale of a quantised tensor": lambda scale: torch.quantize_per_tensor(
+        torch.full((4,), 10 * scale), scale, 0, torch.qint8
+    ),
+    "a sparse tensor": lambda scale: (scale * torch.eye(3)).to_sparse(),
+    "a sparse tensor by rows": lambda scale: (scale * torch.eye(3)).to_sparse_csr(),
+    "a complex tensor": lambda scale: torch.full((3,), scale * 1j, dtype=torch.complex128),
+    "a conjugate": lambda scale: torch.full((3,), scale * 1j).conj(),
+    "a single number of a table": lambda scale: torch.full((3, 3), scale)[:1, 0],
+    "a compiled function": lambda scale: torch.compile(by_closure(scale), backend="eager"),
+    "a decorated compiled function": lambda scale: functools.wraps(COMPILED)(by_closure(scale)),
+    "a compiled module": lambda scale: torch.compile(Filled(scale), backend="eager"),
+    "a scripted function": lambda scale: torch.jit.trace(
+        lambda x: x + torch.full((500,), scale), torch.ones(500)
+    ),
+}  # fmt: skip
+
+
+class Filled(torch.nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        value = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+        self.register_buffer("table", value)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", PAIRS)
+def test_what_differs_in_value_differs_in_digest_and_what_is_made_alike_does_not(name):
+    one, two, same = (code_digest(PAIRS[name](scale)) for scale in (1.0, 2.0, 1.0))
+    assert not one.unknown
+    assert one == same != two
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name", ["the scale of a quantised tensor", "a sparse tensor", "a complex tensor"]
+)
+def test_a_buffer_of_any_kind_is_part_of_a_model(name, model):
+    digests = []
+    for scale in (1.0, 2.0):
+        changed = copy.deepcopy(model)
+        changed.blocks[0].mlp.extra = Filled(PAIRS[name](scale))
+        digests.append(code_digest(changed))
+    assert digests[0] != digests[1] and not digests[0].unknown
+
+
+def test_a_buffer_without_values_is_named(model):
+    changed = copy.deepcopy(model)
+    changed.blocks[0].mlp.extra = Filled(torch.empty(2, device="meta"))
+    assert "blocks.0.mlp.extra.table holds a" in code_digest(changed).unknown
+
+
+def test_a_tokenizer_that_was_used_counts_as_before(toy_world):
+    tokenizer = copy.deepcopy(toy_world.tokenizer)
+    before = code_digest(tokenizer)
+    tokenizer(["a", "a a"], padding=True, truncation=True, max_length=4, return_tensors="pt")
+    assert code_digest(tokenizer) == before and not before.unknown
+    tokenizer.add_tokens(["another"])
+    assert code_digest(tokenizer) != before
+
+
 class Table(dict):
     """A metric that is a dictionary with more to it."""
 
@@ -538,6 +629,83 @@ def test_a_metric_that_notes_down_its_calls_is_found_again_and_one_that_reads_it
         found = [run(circuits.EAP(metric=metric), model, random_task(), out=tmp_path) for _ in "12"]
         assert [each.reused for each in found] == [False, is_found]
     assert calls and times
+
+
+ACTIVATIONS, TIMES, BY_POINT = {}, Counter(), defaultdict(list)
+
+
+def counting():
+    n = 0
+
+    def count(x, hook):
+        nonlocal n
+        n += 1
+
+    return count
+
+
+def keeping(x, hook):
+    ACTIVATIONS[hook.name] = x.detach()
+    ACTIVATIONS[hook.name + str(len(hook.name))] = None
+
+
+def counting_by_point(x, hook):
+    TIMES[hook.name] += 1
+
+
+def collecting(x, hook):
+    BY_POINT[hook.name].append(x)
+
+
+def in_context(x, hook):
+    hook.ctx["n"] = hook.ctx.get("n", 0) + 1
+
+
+def accumulating(x, hook):
+    ACTIVATIONS[hook.name] = ACTIVATIONS.get(hook.name, 0) + x
+
+
+def counting_and_reading():
+    n = 0
+
+    def count(x, hook):
+        nonlocal n
+        n += 1
+        return x * n
+
+    return count
+
+
+POINT = "blocks.0.hook_mlp_out"
+LOGGING = {
+    "a dictionary": (lambda model: model.add_hook(POINT, keeping), True),
+    "a method of a dictionary": (
+        lambda model: model.add_hook(POINT, lambda x, hook: ACTIVATIONS.__setitem__(hook.name, x)),
+        True,
+    ),
+    "a number": (lambda model: model.add_hook(POINT, counting()), True),
+    "numbers by name": (lambda model: model.add_hook(POINT, counting_by_point), True),
+    "lists by name": (lambda model: model.add_hook(POINT, collecting), True),
+    "the context": (lambda model: model.add_hook(POINT, in_context), True),
+    "TransformerLens' cache": (lambda model: model.add_caching_hooks([POINT]), True),
+    "a dictionary that is read": (
+        lambda model: model.add_hook(POINT, accumulating),
+        False,
+    ),
+    "a number that is read": (lambda model: model.add_hook(POINT, counting_and_reading()), False),
+}
+
+
+@pytest.mark.parametrize("log", LOGGING)
+def test_a_hook_that_only_notes_down_what_it_sees_is_the_same_afterwards(log, model):
+    change, is_same = LOGGING[log]
+    model = copy.deepcopy(model)
+    change(model)
+    for notes in (ACTIVATIONS, TIMES, BY_POINT):
+        notes.clear()
+    before = code_digest(model)
+    model(random_task().clean)
+    assert (code_digest(model) == before) == is_same
 
 
 # Models that a user has changed
@@ -615,8 +783,15 @@ def test_a_method_that_is_put_into_a_class_of_another_package_changes_the_digest
 ):
     plain, kind = code_digest(model), type(model.blocks[0].mlp)
     forward = kind.forward
-    monkeypatch.setattr(kind, "forward", lambda self, x: forward(self, x) * 0.5)
-    assert code_digest(model) != plain
+    halved = functools.partialmethod(lambda self, by, x: forward(self, x) * by, 0.5)
+    for put in (
+        lambda self, x: forward(self, x) * 0.5, halved, staticmethod(torch.relu),
+        staticmethod(lambda x: x), property(lambda self: torch.relu), Scaled(0.5),
+    ):  # fmt: skip
+        monkeypatch.setattr(kind, "forward", put)
+        assert code_digest(model) != plain
+    monkeypatch.setattr(kind, "forward", forward)
+    assert code_digest(model) == plain
 
 
 @pytest.mark.filterwarnings(SLOWER)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as every_module
 from transformer_lens.config import TransformerLensConfig
+from transformers import PreTrainedTokenizerFast
 
 from circuits.graph.graph import Graph, check_is_graph
 from circuits.graph.identity import ModelIdentity
@@ -18,6 +19,7 @@ from circuits.models import Model, check_class, check_weights, turn
 from circuits.models.changes import HOOKS, Own
 from circuits.system.code_digest import stand_in
 from circuits.system.errors import InputError
+from circuits.system.tensors import plain_tensor
 
 # Prefixes of settings that change no logit: hook flags, where a model is, where it came from.
 NOT_ARCHITECTURE = (
@@ -35,7 +37,7 @@ INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64
 
 # What torch keeps in every module, and what TransformerLens notes down in its own.
 Parts = tuple[Any, ...]
-OF_TORCH = set(vars(nn.Module()))
+OF_TORCH = {*vars(nn.Module()), "_compiled_call_impl"}
 OF_LENS = {
     "mod_dict", "hook_dict", "fwd_hooks", "bwd_hooks", "is_caching", "context_level", "dataset",
     "tokenizer", "alibi",
@@ -99,7 +101,10 @@ def _computed_by(model: Model) -> dict[str, Any]:
 
 
 @stand_in.register(nn.Module)
-def _held_by(module: nn.Module) -> Parts:
+def _held_by(module: nn.Module) -> Any:
+    if type(module).__module__.startswith("torch._dynamo."):
+        # Compiled, with what the compiler notes down.
+        return module._modules["_orig_mod"]
     parts = module._parameters, module._modules
     return _values_and_hooks(module), module.training, *parts
 
@@ -119,8 +124,21 @@ def _values_and_hooks(module: nn.Module) -> Parts:
     return type(module), values, buffers, _hooks(module)
 
 
-def _told(buffer: Tensor) -> Parts:
-    return str(buffer.dtype), tuple(buffer.shape), checksum(buffer)
+def _told(buffer: Tensor) -> Any:
+    try:
+        return str(buffer.dtype), tuple(buffer.shape), checksum(buffer)
+    except (RuntimeError, NotImplementedError, TypeError, KeyError):
+        # One without values, such as on "meta", is named where the digest meets it.
+        return buffer
+
+
+@stand_in.register(PreTrainedTokenizerFast)
+def _tokenized_by(tokenizer: PreTrainedTokenizerFast) -> Parts:
+    """What a tokenizer makes of a text, without what each call sets anew."""
+    settings = json.loads(tokenizer.backend_tokenizer.to_str())
+    del settings["padding"], settings["truncation"]
+    sides = tokenizer.padding_side, tokenizer.truncation_side, tokenizer.model_max_length
+    return json.dumps(settings), sides, str(tokenizer.special_tokens_map)
 
 
 def _hooks(owner: Any, prefix: str = "") -> dict[str, tuple[Any, ...]]:
@@ -150,8 +168,8 @@ def checksum(parameter: Tensor) -> bytes:
     They wrap around in 32 bits (64 for float64), which is exact in any order, and twenty times
     faster than sums in 64 bits.
     """
-    integer = INTEGER_OF_SIZE[parameter.element_size()]
-    rows = torch.atleast_2d(parameter).contiguous()
+    rows = torch.atleast_2d(plain_tensor(parameter)).contiguous()
+    integer = INTEGER_OF_SIZE[rows.element_size()]
     bits = rows.view(integer).flatten(0, -2)
     # A small parameter is stored whole: its sums would be about as long.
     if bits.numel() <= SMALL:

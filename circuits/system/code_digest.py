@@ -6,8 +6,8 @@ A stored result may only answer for the same code. Three things enter the digest
 - the code that was loaded, which can differ from the files (a notebook, an edit without a reload);
 - the data that it holds: fields, closures, defaults, and the module globals that it names.
 
-The standard library and installed packages count by their names, and by the functions that a user
-has put into their classes; this package counts by all its files.
+The standard library and installed packages count by their names, and by what a user has put into
+their classes; this package counts by all its files.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import types
 import uuid
 import warnings
 import weakref
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,10 +31,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from circuits.system.errors import InputError
-from circuits.system.tensors import bytes_of
+from circuits.system.tensors import bytes_of, plain_tensor
 
 PACKAGE = __name__.partition(".")[0]
 NOT_OWN = {PACKAGE, "torch", *sys.stdlib_module_names}
@@ -46,7 +48,7 @@ CODE_FIELDS = (
 # What holds functions, and the attributes that hold them.
 HOLDERS = (
     staticmethod, classmethod, property, types.MethodType, functools.partial,
-    functools.cached_property,
+    functools.partialmethod, functools.cached_property,
 )  # fmt: skip
 HELD = ("__func__", "__self__", "func", "args", "keywords", "fget", "fset", "fdel")
 BUILTINS = (
@@ -54,12 +56,21 @@ BUILTINS = (
     types.MethodDescriptorType, types.ClassMethodDescriptorType, types.GetSetDescriptorType,
     types.MemberDescriptorType,
 )  # fmt: skip
+# To set an item, and to add a constant; n[k] += 1 compiles to the third.
+SET, ADD = "[]", "+="
+METHOD = ("LOAD_METHOD", "LOAD_ATTR")
+ADD_TO_ITEM = ["COPY", "COPY", "BINARY_SUBSCR", "LOAD_CONST", "BINARY_OP", "SWAP", "SWAP"]
 # Methods that return None: what a function only gives values to tells it nothing.
 LOGS: dict[type, set[str]] = {
-    list: {"append", "extend", "insert"},
+    list: {"append", "extend", "insert", SET},
     set: {"add", "update"},
-    dict: {"update"},
+    **{each: {"update", "__setitem__", SET} for each in (dict, OrderedDict, Counter)},
+    defaultdict: {"update", "__setitem__", SET, f"{SET}.append"},
+    int: {ADD},
+    float: {ADD},
 }
+# Instructions that name globals; a module that is imported may be one.
+OF_GLOBALS = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS", "IMPORT_NAME"}
 
 # Classes derived from these can hold more, and can be called.
 EXACT = {tuple, dict}
@@ -117,6 +128,13 @@ def stand_in(value: object) -> Any:
     Registered for classes of objects that are large, or that change while they are used.
     """
     return None
+
+
+@stand_in.register(torch.jit.ScriptFunction)
+def _scripted(function: Any) -> tuple[Any, ...]:
+    graph = function.inlined_graph
+    constants = graph.findAllNodes("prim::Constant")
+    return graph.str(False), [each.output().toIValue() for each in constants]
 
 
 @functools.cache
@@ -200,7 +218,7 @@ class _Walk:
         return _hash(kind, *map(self.digest, values))
 
     def _tensor(self, tensor: Tensor) -> Digest:
-        data = bytes_of(tensor.detach().cpu().contiguous())
+        data = bytes_of(plain_tensor(tensor.detach()).cpu().contiguous())
         return _hash(f"{tensor.dtype} {tuple(tensor.shape)}", data.tobytes())
 
     def _array(self, array: Any) -> Digest:
@@ -227,14 +245,18 @@ class _Walk:
         return self._all("code", [getattr(code, field) for field in CODE_FIELDS])
 
     def _function(self, function: types.FunctionType) -> Digest:
+        compiled = vars(function).get("_torchdynamo_orig_callable")
+        # Decorators copy this from what they are given.
+        if compiled is not None and function.__globals__["__name__"].startswith("torch._dynamo."):
+            return self._all("compiled", [compiled])
         code = function.__code__
         values: dict[str, Any] = dict(_closure_of(function))
         is_own = self._is_own(function.__globals__.get("__name__"))
         if is_own:
             self._add_file(code.co_filename)
             values |= self._globals_of(function)
-        for name, method in _noted(code).items():
-            if method in LOGS.get(type(values.get(name)), set()):
+        for name, use in _noted(code).items():
+            if use in LOGS.get(type(values.get(name)), set()):
                 del values[name]
         values |= vars(function)
         values[""] = [function.__defaults__, function.__kwdefaults__, code if is_own else None]
@@ -243,12 +265,15 @@ class _Walk:
 
     def _globals_of(self, function: types.FunctionType) -> Entries:
         """The globals that a function names, and what it names in modules, and in theirs."""
-        names = sorted(set(_names_in(function.__code__)))
+        steps = [step for step in _steps_of(function.__code__) if step.opcode in dis.hasname]
+        global_names = {step.argval for step in steps if step.opname in OF_GLOBALS}
+        inside = {step.argval for step in steps if step.opname not in OF_GLOBALS}
         found: dict[str, Any] = {}
         places = [("", function.__globals__)]
         # It grows by modules, which can hold each other.
         for place, held in places:
-            for name in (name for name in names if name in held):
+            names = inside if place else global_names
+            for name in sorted(names.intersection(held)):
                 value = found[place + name] = held[name]
                 is_module = isinstance(value, types.ModuleType) and self._is_own(value.__name__)
                 if is_module and all(vars(value) is not known for _, known in places):
@@ -263,7 +288,8 @@ class _Walk:
             if self._is_own(each.__module__):
                 self._add_module(each.__module__)
             else:
-                members = {name: put for name, put in members.items() if self._is_put(put)}
+                for name, put in members.items():
+                    members[name] = put if self._is_put(put) else _name(put)
             parts.append(self._dict(members, each.__qualname__))
         return _hash("class", *parts)
 
@@ -298,16 +324,30 @@ class _Walk:
             kept = [name for name in state if not _is_cache(kind, name)]
             state = {name: state[name] for name in kept} or None
         items, entries = [tuple(each or ()) for each in series]
-        return self._all("object", [*about, function, arguments, state, items, entries])
+        copied = state if isinstance(state, dict) else ()
+        hidden = self._hidden(value, copied) if self._is_own(kind.__module__) else b""
+        return self._all("object", [*about, function, arguments, state, items, entries, hidden])
+
+    def _hidden(self, value: Any, copied: Collection[str]) -> Digest:
+        """What an object holds and does not give to a copy, as far as that can be hashed."""
+        held = getattr(value, "__dict__", {})
+        hidden = [name for name in held if name not in copied and not _is_cache(type(value), name)]
+        # Locks and open files are hidden since they cannot be copied.
+        unknown = self.unknown
+        digest = self._dict({name: held[name] for name in hidden})
+        self.unknown = unknown
+        return digest
 
     def _is_own(self, module: str | None) -> bool:
         file = getattr(sys.modules.get(_top(module)), "__file__", None) or ""
         return _top(module) not in NOT_OWN and INSTALLED.isdisjoint(Path(file).parts)
 
     def _is_put(self, member: Any) -> bool:
-        """Whether a member of an installed class is a function of a user."""
-        held = getattr(member, "__globals__", {})
-        module = held.get("__name__")
+        """Whether a member of an installed class is a user's: a function, holder or object."""
+        if isinstance(member, HOLDERS):
+            is_filled = isinstance(member, functools.partial | functools.partialmethod)
+            return is_filled or any(self._is_put(getattr(member, name, None)) for name in HELD)
+        module = getattr(member, "__globals__", {}).get("__name__", type(member).__module__)
         return module in sys.modules and self._is_own(module)
 
     def _add_module(self, name: str | None) -> None:
@@ -338,11 +378,14 @@ _VISITS: dict[Any, Any] = {
 }
 
 
-def _names_in(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
+@functools.lru_cache(maxsize=1024)
+def _steps_of(code: types.CodeType) -> list[dis.Instruction]:
+    """The instructions of code, and of the functions that are defined in it."""
+    steps = list(dis.get_instructions(code))
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _names_in(constant)
+            steps += _steps_of(constant)
+    return steps
 
 
 def _closure_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
@@ -354,24 +397,45 @@ def _closure_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
 
 @functools.lru_cache(maxsize=1024)
 def _noted(code: types.CodeType) -> dict[str, str]:
-    """Variables, each with the one method of it that code calls, if it does nothing else with it.
+    """Variables, each with the one use that code makes of it: a method, or one of `SET` and `ADD`.
 
     In `calls.append(1)` the variable is loaded, and then its method.
     """
     uses: dict[str, set[str]] = {}
-    waiting = [code]
-    while waiting:
-        part = waiting.pop()
-        waiting += [each for each in part.co_consts if isinstance(each, types.CodeType)]
-        steps = list(dis.get_instructions(part))
-        for step, following in zip(steps, [*steps[1:], steps[-1]], strict=True):
-            if step.opname in ("LOAD_DEREF", "LOAD_GLOBAL"):
-                is_method = following.opname in ("LOAD_METHOD", "LOAD_ATTR")
-                uses.setdefault(step.argval, set()).add(following.argval if is_method else "")
-            elif step.opname != "LOAD_CLOSURE" and isinstance(step.argval, str):
-                # Assigned, deleted or an attribute.
-                uses.setdefault(step.argval, set()).add("")
-    return {name: methods.pop() for name, methods in uses.items() if len(methods) == 1}
+    steps = _steps_of(code)
+    for at, step in enumerate(steps):
+        if step.opname in ("LOAD_DEREF", "LOAD_GLOBAL"):
+            uses.setdefault(step.argval, set()).add(_use(steps, at))
+        elif step.opname != "LOAD_CLOSURE" and isinstance(step.argval, str):
+            # Assigned, deleted or an attribute.
+            use = _use(steps, max(at - 3, 0)) if step.opname.startswith("STORE_") else ""
+            uses.setdefault(step.argval, set()).add(use if use == ADD else "")
+    return {name: used.pop() for name, used in uses.items() if len(used) == 1}
+
+
+def _use(steps: list[dis.Instruction], at: int) -> str:
+    """What is done with the variable that a step loads, if it tells the code nothing."""
+    variable, following, *_ = after = [*steps[at:], steps[-1]]
+    if following.opname in METHOD:
+        return str(following.argval)
+    # n += 1
+    names = [step.opname for step in after[1:3]]
+    if names == ["LOAD_CONST", "BINARY_OP"] and after[3].opname.startswith("STORE_"):
+        return ADD if after[3].argval == variable.argval else ""
+    # The values that lie above that of the variable, until it is used.
+    above = 0
+    for number, step in enumerate(after[1:], 1):
+        names = [each.opname for each in after[number : number + len(ADD_TO_ITEM)]]
+        if above == 1 and (names[0] == "STORE_SUBSCR" or names == ADD_TO_ITEM):
+            return SET
+        if above == 1 and names[0] == "BINARY_SUBSCR" and names[1] in METHOD:
+            return f"{SET}.{after[number + 1].argval}"
+        if step.opname in ("COPY", "SWAP") or step.opcode in (*dis.hasjrel, *dis.hasjabs):
+            return ""
+        above += dis.stack_effect(step.opcode, step.arg)
+        if above < 1:
+            return ""
+    return ""
 
 
 def _members(kind: type) -> dict[str, Any]:

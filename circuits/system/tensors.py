@@ -42,9 +42,21 @@ def as_tensor(given: Any, name: str, *, padding: int | None = None) -> Tensor:
         ) from error
 
 
+def plain_tensor(tensor: Tensor) -> Tensor:
+    """The values of a quantised, sparse or complex tensor in a real one; any other as it is."""
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    tensor = tensor.resolve_conj().resolve_neg()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
 def bytes_of(tensor: Tensor) -> np.ndarray:
     """The bytes of a contiguous tensor on the CPU, which share its memory."""
-    return tensor.reshape(-1).view(torch.uint8).numpy()
+    flat = tensor.reshape(-1)
+    # A single number can have any stride.
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy()
 
 
 def _plain(given: Any) -> Any:
