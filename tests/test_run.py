@@ -686,7 +686,7 @@ LOGGING = {
     "a number": (lambda model: model.add_hook(POINT, counting()), True),
     "numbers by name": (lambda model: model.add_hook(POINT, counting_by_point), True),
     "lists by name": (lambda model: model.add_hook(POINT, collecting), True),
-    "the context": (lambda model: model.add_hook(POINT, in_context), True),
+    "a context that it reads": (lambda model: model.add_hook(POINT, in_context), False),
     "TransformerLens' cache": (lambda model: model.add_caching_hooks([POINT]), True),
     "a dictionary that is read": (
         lambda model: model.add_hook(POINT, accumulating),
