@@ -10,6 +10,7 @@ import torch
 
 import circuits
 from circuits import PromptPair, Task
+from circuits.tasks.pairs import pair_of
 
 # What a user sees, who has no runtime type checks.
 pytestmark = pytest.mark.usefixtures("unchecked_types")
@@ -33,6 +34,10 @@ SAME_PAIR = {
     "bom.jsonl": "\ufeff" + LINE,
     "utf16.jsonl": LINE.encode("utf-16"),
     "list.json": f"[{LINE}]",
+    "old-mac.csv": (HEADER + ROW).replace("\n", "\r"),
+    "old-mac.jsonl": LINE + "\r" * 2,
+    "blank-first.csv": "\n" + (HEADER + ROW).replace(",", ";"),
+    "renumbered.csv": "Unnamed: 0.1,index,level_0," + HEADER + "0,0,0," + ROW,
     "pretty.json": json.dumps([FIELDS], indent=2),
 }
 
@@ -80,7 +85,11 @@ DAMAGED = {
     "id.jsonl": ('{"clean": "So Mary", "answer": 9}', "token ids go into answer_idx"),
     "ids.csv": ('clean,answer\nSo Mary,"[9, 10]"\n', "token ids go into answer_idx"),
     "unnamed.csv": ("clean,corrupted,\nSo Mary,So John,x\n", "unknown field ''"),
-    "uncorrupted.csv": ("clean,corrupted\nSo Mary,So John\nSo Anna,\n", "corrupted=None"),
+    "uncorrupted.csv": ("clean,corrupted\nSo Mary,So John\nSo Anna,\n", "line 3: prompt 'So Anna"),
+    "wide.csv": ("x" * 140_000 + "\n", "line 1: not a table"),
+    "half.jsonl": ('{"clean": "So \\ud83d"}', r"holds '\ud83d', half of a character"),
+    "column.tsv": ("prompt\tcorrupted\nSo Mary\tSo John\n", "unknown field 'prompt'"),
+    "id-column.csv": ("id,clean\n3,So Mary\n", "If it is none, remove it"),
 }
 
 
@@ -91,7 +100,7 @@ def test_a_damaged_file_is_refused_in_one_line_that_says_where(name, tmp_path, t
         Task.from_file(written(tmp_path, name, content), toy_world)
     text = str(caught.value).replace(str(tmp_path), "")
     assert message in text and "\n" not in text and len(text) <= 500
-    assert name in text or name == "uncorrupted.csv"
+    assert name in text
 
 
 def test_a_path_that_is_none_is_refused(toy_world, tmp_path):
@@ -104,6 +113,74 @@ def test_several_answers_and_spans_of_a_table_are_json(tmp_path, toy_world):
     rows = 'clean,corrupted,answer,spans\nSo Mary,So John,"["" is"", "" was""]","{""N"": [3, 7]}"\n'
     task = Task.from_file(written(tmp_path, "several.csv", rows), toy_world)
     assert task.prompts == (PromptPair("So Mary", "So John", (" is", " was"), spans={"N": (3, 7)}),)
+
+
+def test_answers_and_spans_of_a_table_that_pandas_wrote_are_read(tmp_path, toy_world):
+    path = tmp_path / "lists.csv"
+    pair = PromptPair("So Mary", "So John", (" is", " was"), spans=SPANS)
+    ids = PromptPair("So Mary", "So John", (9, 11))
+    for fields, expected in (
+        ({"answer": [" is", " was"], "spans": SPANS}, pair),
+        ({"answer": (" is", " was"), "spans": {"N": (3, 7)}}, pair),
+        ({"answer_idx": [9, 11]}, ids),
+        ({"answer_idx": (9, 11)}, ids),
+    ):
+        pd.DataFrame([PROMPTS | fields]).to_csv(path)
+        for form in (path, pd.read_csv(path)):
+            assert made(form, toy_world).prompts == (expected,)
+
+
+LISTS = [
+    "[' is' ' was']",
+    "[' is',' was']",
+    "[' is', nan]",
+    "[np.str_(' is')]",
+    ' [" is", " was"]',
+    "['is",
+    "{' is', ' was'}",
+    "array([' is'], dtype=object)",
+    "tensor([ 9, 10])",
+    "[ 9 10]",
+    "[]",
+    "{}",
+]
+
+
+@pytest.mark.parametrize("text", LISTS)
+def test_a_text_of_a_table_that_may_be_a_list_is_not_scored_as_a_text(text, tmp_path, toy_world):
+    for column in ("answer", "wrong_answer"):
+        table = pd.DataFrame([PROMPTS | {"answer": " is"} | {column: text}])
+        table.to_csv(tmp_path / "lists.csv")
+        for form in (tmp_path / "lists.csv", table):
+            with pytest.raises(circuits.InputError, match=f"{column}.* as a JSON list"):
+                made(form, toy_world)
+        # As the remedy has it
+        row = pd.Series(PROMPTS | {column: json.dumps([text])})
+        assert getattr(pair_of(row), column) == (text,)
+
+
+def test_a_text_that_is_a_list_of_texts_is_not_scored_as_a_text_wherever_it_comes_from():
+    for text in ("[' is', ' was']", '[" is"]', "(' is', ' was')", "[' is' ' was']"):
+        for give in (PromptPair, lambda *pair: pair_of(pair)):
+            with pytest.raises(
+                circuits.InputError, match="a text that holds a list; give the list"
+            ):
+                give("So Mary", "So John", text)
+            assert give("So Mary", "So John", [text]).answers == (text,)
+    for text in ("[", "['", "[0]", "()", "(x)", '("x")', "{", "[x]"):
+        assert PromptPair("So Mary", answer=text).answers == (text,)
+
+
+def test_brackets_alone_are_text_in_a_table():
+    for text in ("[", "[0", "(", "()", '("x")', "[x]", "{", " [0]"):
+        assert pair_of(pd.Series(PROMPTS | {"answer": text})).answers == (text,)
+
+
+def test_numbers_among_the_answers_of_a_table_are_refused_whatever_they_are_in(toy_world):
+    for answer in (9, [9, 10], np.array([9, 10]), torch.tensor([9, 10]), (9,), [" is", 9]):
+        table = pd.DataFrame({"clean": ["So Mary"], "answer": [answer]})
+        with pytest.raises(circuits.InputError, match="token ids go into answer_idx"):
+            Task.from_prompts(toy_world, table)
 
 
 def in_every_form(row, folder):
@@ -484,7 +561,17 @@ def test_pairs_in_memory_come_in_what_users_have_them_in(kind, toy_world):
 
 @pytest.mark.parametrize(
     "pairs",
-    ["So Mary", ["So Mary", "So John"], 5, None, [5], [("So Mary", 5)], [{"corrupted": "So John"}]],
+    [
+        np.array(3),
+        torch.tensor(3),
+        "So Mary",
+        ["So Mary", "So John"],
+        5,
+        None,
+        [5],
+        [("So Mary", 5)],
+        [{"corrupted": "So John"}],
+    ],
 )
 def test_what_are_no_pairs_is_refused(pairs, toy_world):
     with pytest.raises(circuits.InputError):
@@ -500,10 +587,14 @@ def test_an_answer_may_be_a_token_id(answer, toy_world):
     assert task.answers.tolist() == [[9]] and task.wrong_answers.tolist() == [[10, 11]]
 
 
-@pytest.mark.parametrize("answer", [-1, 673, 1.5, True, [], [None], {}])
+@pytest.mark.parametrize(
+    "answer",
+    [-1, 673, 10**400, 1.5, True, [], [None], [" is", None], [True], {}, b"x", np.array(" is")],
+)
 def test_what_is_no_answer_is_refused(answer, toy_world):
-    with pytest.raises(circuits.InputError):
+    with pytest.raises(circuits.InputError, match="give ") as told:
         Task.from_prompts(toy_world, [("So Mary", "So John", answer)])
+    assert "[{}]" not in str(told.value) and len(str(told.value)) < 300
 
 
 def test_a_missing_cell_is_no_answer(toy_world):
@@ -557,7 +648,7 @@ def test_a_task_is_indexed_by_numbers_of_any_library(toy_world):
     task = circuits.load_task("ioi", toy_world, n=4)
     for index in (2, -2, np.int64(2), torch.tensor(2), [2], np.array([False, False, True, False])):
         assert torch.equal(task[index].clean, task.clean[2:3])
-    for index in (4, -5, 1.5, "a", None, [4], [True], [[0]]):
+    for index in (4, -5, 1.5, 1j, [1j], "a", None, [4], [True], [[0]]):
         with pytest.raises(circuits.InputError):
             task[index]
     assert [len(prompt) for prompt in task] == [1, 1, 1, 1]

@@ -27,11 +27,13 @@ from circuits.tasks.families.ioi import NAMES, OBJECTS, PLACES
 from circuits.tasks.families.two_hop import STATES
 from circuits.tasks.families.words import COMMON, MEN, WOMEN
 from circuits.tasks.family import REGISTRY, TaskFamily
+from circuits.tasks.metrics import METRICS
 from circuits.tasks.model_fit import check_task
 from circuits.tasks.prompts import split_of
 from circuits.tasks.registry import make_family
 from circuits.tasks.task import PromptPair, Task
 from circuits.tasks.tokenization import PromptTokenizer, prompt_tokens
+from circuits.tasks.validation import SHIPPED_METRICS
 
 TASKS = ("docstring", "gendered_pronoun", "greater_than", "induction", "ioi", "two_hop")
 COMMON_NAMES, RARE_NAMES = NAMES[:75], NAMES[75:]
@@ -621,16 +623,85 @@ def test_a_space_that_stands_at_the_end_of_a_prompt_or_lacks_there_is_told(bpe: 
         (" ", "a", f"'a' comes after the space that '{prompt} ' ends with; write ' a', and leave"),
         (" ", " a", "leave out that space"),
         (":", "a", f"'a' follows '{prompt}:' without a space; write ' a' if"),
+        # One token with its space, and two without
+        (":", "Mary", f"'Mary' follows '{prompt}:' without a space; write ' Mary' if"),
     ):
         with pytest.warns(UserWarning, match=told):
             task = Task.from_prompts(bpe, [PromptPair(prompt + end, answer=answer)])
         # It is taken as it is written.
         assert task.answers is not None
-        assert words_of(bpe, [int(task.clean[0, -1]), int(task.answers)]) == [end, answer]
+        ids = [int(task.clean[task.scored][0]), *task.answers.flatten().tolist()]
+        assert "".join(words_of(bpe, ids)) == end + answer
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for end, answer in ((":", " a"), ("\n", "a"), (" (", "a"), (" 17.", "33")):
             Task.from_prompts(bpe, [PromptPair(prompt + end, answer=answer)])
+
+
+def test_a_space_that_a_tokenizer_puts_before_words_is_not_told_to_be_doubled() -> None:
+    """Llama's tokenizers have no piece for a word without its space."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=80, special_tokens=["<unk>", "<s>"], show_progress=False
+    )
+    tokenizer.train_from_iterator(["The capital is Paris"] * 20, trainer)
+    model = with_tokenizer(
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
+    )
+    for prompt, told in (
+        ("The capital is ", "leave out the space that the prompt ends with; write ' Paris' for"),
+        ("The capital is", r"one: write ' Paris' for"),
+    ):
+        with pytest.raises(circuits.InputError, match=told):
+            Task.from_prompts(model, [PromptPair(prompt, answer="Paris")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Task.from_prompts(model, [PromptPair("The capital is", answer=" Paris")])
+
+
+def test_the_token_that_ends_texts_may_be_an_answer_where_it_is_also_the_unknown_one(
+    bpe: Model, toy: Model
+) -> None:
+    assert bpe.tokenizer.unk_token == bpe.tokenizer.eos_token
+    task = Task.from_prompts(bpe, [PromptPair("Then Mary", answer="<|endoftext|>")])
+    assert task.answers is not None and task.answers.tolist() == [[bpe.tokenizer.eos_token_id]]
+    with pytest.raises(circuits.InputError, match="answers must be"):
+        Task.from_prompts(toy, [PromptPair("So Mary", answer=" quokka")])
+
+
+def test_half_of_a_character_is_refused_wherever_text_is_taken(toy: Model) -> None:
+    half = "\ud83d"
+    method = circuits.AttributionGraph("toy-world-plt")
+    for give in (
+        lambda: Task.from_prompts(toy, [PromptPair(half, "So John")]),
+        lambda: Task.from_prompts(toy, [PromptPair("So Mary", half)]),
+        lambda: Task.from_prompts(toy, [PromptPair("So Mary", "So John", half)]),
+        lambda: Task.from_prompts(toy, [PromptPair("So Mary", "So John", " is", half)]),
+        lambda: prompt_tokens(toy, f"So {half}"),
+        lambda: method.attribute(toy, "So Mary", explain=[half]),
+    ):
+        with pytest.raises(circuits.InputError, match=r"holds '\\ud83d', half of a character"):
+            give()
+
+
+def test_the_metric_of_a_task_is_known_and_has_one_name(toy: Model, unchecked_types: None) -> None:
+    def made(metric: object) -> Task:
+        return Task.from_prompts(
+            toy, [PromptPair("So Mary", "So John", " is", " was")], metric=metric
+        )
+
+    assert made("logit_diff").metric == "logit_difference"
+    assert made("logit_diff").digest() == made("logit_difference").digest() == made(None).digest()
+    own = circuits.Metric("mine", lambda logits, clean, task: logits[:, 0], "lower_is_damage")
+    assert made(own).metric is own
+    with pytest.raises(circuits.InputError, match="there is no metric 'KLL'; did you mean 'kl'"):
+        made("KLL")
+    for wrong in (5, [], b"kl", len):
+        with pytest.raises(circuits.InputError, match="give the name of a metric, or a Metric"):
+            made(wrong)
+    assert set(SHIPPED_METRICS) == {name for name in METRICS if METRICS[name].shipped}
 
 
 def test_a_prompt_without_tokens_is_refused(toy: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -946,11 +1017,11 @@ def test_padding_that_nobody_marked_is_refused_when_the_task_meets_a_model(
     for model, tokens, told in (
         (toy, padded(pad, (1, 0)), "clean prompt 1 .* begins with padding"),
         (toy, padded(pad, (0, 3)), "clean prompt 0 .* ends with padding"),
-        # To this tokenizer padding is the token that also begins a text.
-        (bpe, padded(end, (0, 0), (1, 0)), None),
-        (bpe, padded(end, (0, 0), (1, 0), (1, 1)), "clean prompt 1 .* begins with padding"),
         (bpe, padded(end, (1, 0)), "clean prompt 1 .* begins with padding"),
         (bpe, padded(end, (0, 3)), "clean prompt 0 .* ends with padding"),
+        # To this tokenizer padding is the token that also begins or ends a text: of all prompts.
+        (bpe, padded(end, (0, 0), (1, 0)), "clean prompt 0 .*, with which not all begin"),
+        (bpe, padded(end, (0, 3), (1, 3)), "clean prompt 0 .*, with which not all end"),
         (bpe, text, None),
     ):
         task = Task.from_tokens(tokens, text)
@@ -1033,6 +1104,8 @@ def test_a_token_that_begins_or_ends_texts_and_also_pads_is_text_where_all_have_
     padding = copy.deepcopy(bpe.tokenizer)
     padding.pad_token = padding.eos_token
     monkeypatch.setattr(bpe, "tokenizer", padding)
+    for rows in ([[0, 5, 6], [0, 6, 7]], [[5, 6, 0], [5, 7, 0]]):
+        check_task(bpe, Task.from_tokens(rows[:1], rows[1:]))
     task = Task.from_tokens([[0, 5, 6], [5, 6, 7]])
     with pytest.raises(circuits.InputError, match=r"endoftext.*, with which not all begin"):
         check_task(bpe, task)
@@ -1172,7 +1245,7 @@ BAD_TENSORS: dict[str, tuple[dict[str, object], str]] = {
         {"padding_side": "left"},
         r"padding_side='left', but nothing says how much",
     ),
-    "side": ({"padding_side": "top"}, r"padding_side='top': give 'right' or 'left'"),
+    "side": ({"padding_side": "top"}, r"padding_side='top': choose 'right' or 'left'"),
     "position in the left padding": (
         {"attention_mask": TOKENS > 0, "answer_positions": torch.tensor([0, 3, 3])},
         r"answer_positions marks position 0 of prompt 0, which has 3 tokens",

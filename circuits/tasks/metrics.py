@@ -23,6 +23,7 @@ from circuits.system.messages import suggestion
 from circuits.system.numbers import shown
 from circuits.tasks.model_fit import check_is_task
 from circuits.tasks.task import Task
+from circuits.tasks.validation import ALIASES as ALIASES, METRICS as METRICS
 
 MetricFunction = Callable[[Tensor, Tensor, Task], Tensor]
 Direction = Literal["higher_is_damage", "lower_is_damage"]
@@ -282,9 +283,6 @@ _DIRECTIONS: dict[MetricFunction, Direction] = {
     accuracy: "lower_is_damage",
     squared_error: "higher_is_damage",
 }
-METRICS: dict[str, Metric] = {}
-# Other names of metrics, as other programs have them
-ALIASES = {"logit_diff": "logit_difference", "prob_diff": "probability_difference"}
 for _function, _direction in _DIRECTIONS.items():
     _name = _function.__name__
     METRICS[_name] = Metric(_name, _function, _direction)

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from circuits.models import Model, check_model
 from circuits.system.errors import InputError
 from circuits.system.kinds import expect
@@ -51,9 +53,12 @@ def _check_padding(model: Model, task: Task) -> None:
         "pass attention_mask to Task.from_tokens (all ones if it is text), or lengths and their "
         "padding_side."
     )
-    for role, (tokens, real, _) in zip(ROLES, task.masked_prompts, strict=True):
 
-        def name(prompt: int, role: str = role) -> str:
-            return f"{role} prompt {prompt} of task {task.name!r}"
+    def name(prompt: int) -> str:
+        role, number = divmod(prompt, len(task))
+        return f"{ROLES[role]} prompt {number} of task {task.name!r}"
 
-        check_no_padding(model.tokenizer, model.cfg, tokens, real, name, remedy)
+    # Together, as what only the corrupted prompts end with is padding. Both have one shape here.
+    tokens = torch.cat([task.clean, task.corrupted])
+    real = torch.cat([task.mask, task.corrupted_mask])
+    check_no_padding(model.tokenizer, model.cfg, tokens, real, name, remedy)

@@ -46,7 +46,9 @@ def pair_rows(given: Any) -> Iterator[Row]:
         given = [given]
     elif isinstance(given, Mapping):
         given = _rows_of_columns(given)
-    if isinstance(given, str) or not isinstance(given, Iterable):
+    # An array without axes has no items.
+    is_series = isinstance(given, Iterable) and getattr(given, "ndim", 1) > 0
+    if isinstance(given, str) or not is_series:
         raise InputError(f"{shown(given)} is no list of prompt pairs; each is {FORMS}.")
     for number, each in enumerate(given):
         yield f"prompt pair {number}", each

@@ -1,5 +1,6 @@
 """Prompt pairs as text: the pair, pairs from templates, and the two splits."""
 
+import ast
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -17,6 +18,7 @@ CharSpans = Mapping[str, CharSpan]
 Token = str | int
 """The text of a token, or its id."""
 Answer = Token | Sequence[Token] | None
+_ANSWERS = "give a text, a token id, or a list of them"
 
 
 class DoesNotFit(InputError):
@@ -109,18 +111,41 @@ def plain_answer(answer: Any, name: str) -> Answer:
     """A text, an id, or a tuple of them, whatever the user has them in; None if it is missing."""
     if is_missing(answer):
         return None
-    if isinstance(answer, str):
-        return answer
-    number = python_number(answer)
-    if number is not None:
-        return whole(number, name, least=0)
-    if isinstance(answer, bool) or not isinstance(answer, Iterable):
-        raise InputError(f"{name}={shown(answer)}: give a text, a token id, or a list of them.")
+    if isinstance(answer, str) and _holds_texts(answer):
+        raise InputError(
+            f"{name}={shown(answer)} is a text that holds a list; give the list, or [text] if it "
+            "is one answer."
+        )
+    if isinstance(answer, str) or python_number(answer) is not None:
+        return _plain_token(answer, name)
+    is_list = isinstance(answer, Iterable) and getattr(answer, "ndim", 1) > 0
+    if isinstance(answer, bytes | Mapping) or not is_list:
+        raise InputError(f"{name}={shown(answer)}: {_ANSWERS}.")
     in_order = sorted(answer, key=repr) if isinstance(answer, Set) else answer
     several = items(in_order, name)
     if not several:
         raise InputError(f"{name}={shown(answer)} holds no answer; leave it out, or give one.")
-    return tuple(each if isinstance(each, str) else whole(each, name, least=0) for each in several)
+    return tuple(_plain_token(each, name) for each in several)
+
+
+def _plain_token(token: Any, name: str) -> Token:
+    if isinstance(token, str):
+        return token
+    if python_number(token) is None:
+        raise InputError(f"{name} holds {shown(token)}: {_ANSWERS}.")
+    return whole(token, name, least=0)
+
+
+def _holds_texts(text: str) -> bool:
+    """Whether a text is a list of texts, as a program writes it."""
+    if text.lstrip()[:1] not in ("[", "(", "{"):
+        return False
+    try:
+        found = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return False
+    is_list = isinstance(found, list | tuple | set)
+    return is_list and any(isinstance(each, str) for each in found)
 
 
 def _plain_spans(spans: Any, name: str) -> dict[str, CharSpan]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from circuits.models import Model
+from circuits.system.arguments import checked_arguments
 from circuits.system.errors import InputError
 from circuits.system.kinds import expect
 from circuits.system.messages import shorten
@@ -235,7 +236,8 @@ class Task:
         validation.check_different(answers, wrong_answers, scored)
         spans = validation.check_spans(masks, clean, mask)
         validation.check_name(name)
-        metric = _default_metric(answers, wrong_answers) if metric is None else metric
+        if metric is None:
+            metric = _default_metric(answers, wrong_answers)
         task = Task(
             name,
             clean,
@@ -245,7 +247,7 @@ class Task:
             answers,
             wrong_answers,
             spans,
-            metric,
+            validation.check_metric(metric),
             finds_padding=not are_marked,
         )
         return task._padded_on_the_right(mask)
@@ -338,8 +340,13 @@ class Task:
     def _by_row(self, tokens: OptionalTensor) -> OptionalTensor:
         return None if tokens is None else validation.by_row(tokens, self.row_prompt)
 
+    @checked_arguments
     def to(self, device: str | torch.device | None) -> Task:
-        """The same task with its tensors on `device`."""
+        """The same task with its tensors on `device`; None leaves them where they are.
+
+        Raises:
+            InputError: there is no such device, or it cannot be used.
+        """
 
         def moved(_: str, tensor: Tensor) -> Tensor:
             # No gradient passes a tensor that was made in inference mode, but its copy.
@@ -466,8 +473,8 @@ def _check_same_fields(encoded: EncodedPairs) -> None:
     for each, fields in zip(encoded[1:], others, strict=True):
         if fields != expected:
             raise InputError(
-                f"prompt {shorten(each.pair.clean)} has the fields {fields}, and the first prompt "
-                f"{expected}; give all prompts the same fields."
+                f"{each.where}prompt {shorten(each.pair.clean)} has the fields {fields}, and "
+                f"the first prompt {expected}; give all prompts the same fields."
             )
 
 

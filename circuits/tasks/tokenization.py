@@ -6,9 +6,10 @@ tokenizer's state, and may add a second BOS token.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ Answers = dict[str, list[TokenIds]]
 PromptTokens = Int[Tensor, " _"]
 # After these, words have a space before them.
 ENDS = tuple(".,:;?!)]}")
+# Two of them are one character, in UTF-16; alone they are none.
+SURROGATES = re.compile(r"[\ud800-\udfff]")
 _ONE = "one token each"
 _ONE_OR_AS_MANY = f"{_ONE} (or one answer and one wrong answer of equally many)"
 _ONE_PROMPT: tuple[Any, ...] = (Integer[Tensor, " pos"], Integer[Tensor, "1 pos"])
@@ -54,6 +57,8 @@ class EncodedPair:
     alignment: Sequence[int]
     # On the space before an answer, if another one may be meant.
     remark: str | None
+    # Where it comes from, such as "line 3"
+    where: str = ""
 
     @property
     def parts(self) -> list[str]:
@@ -189,6 +194,12 @@ class PromptTokenizer:
         return next(others, len(ids))
 
     def _ids(self, text: str) -> TokenIds:
+        halves = SURROGATES.findall(text)
+        if halves:
+            raise InputError(
+                f"the text {shorten(text)} holds {halves[0]!r}, half of a character, which no "
+                "tokenizer reads; write the whole character."
+            )
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         largest = max(ids, default=0)
         if largest >= self.cfg.d_vocab:
@@ -222,6 +233,11 @@ class PromptTokenizer:
                 "a word that the tokenizer does not know",
                 unknown,
             )
+
+    def _knows(self, text: str, ids: TokenIds) -> bool:
+        """Whether these ids of a text stand for all of it; it may spell the unknown token out."""
+        unk = self.tokenizer.unk_token
+        return unk is None or ids.count(self.tokenizer.unk_token_id) <= text.count(unk)
 
     def _answers(self, pair: PromptPair, prompt_ids: TokenIds, *, single: bool) -> Answers:
         """By kind of answers, the tokens of each scored position; see `EncodedPair`."""
@@ -269,6 +285,8 @@ class PromptTokenizer:
             text = str(word)
             is_tokens = f"{shorten(text)} is {self.tokenizer.tokenize(text)[:6]}"
             pieces.append(f"write {better!r} for {word!r}" if better else is_tokens)
+        if prompt.endswith(" ") and any(words.values()):
+            pieces.insert(0, "leave out the space that the prompt ends with")
         return DoesNotFit(
             f"answers must be {wanted} after {shorten(prompt)}, with their leading space where the "
             f"text has one: {'; '.join(pieces)}; use other words, or Task.from_tokens.",
@@ -279,16 +297,15 @@ class PromptTokenizer:
     def _continuation(self, prompt: str, prompt_ids: TokenIds, word: Token) -> TokenIds | None:
         if isinstance(word, int):
             return [checked_id(word, self.cfg)]
-        unk_id = self.tokenizer.unk_token_id
         length = len(prompt_ids)
         continued = self.with_bos(self._ids(prompt + word))
         added = continued[length:]
-        if continued[:length] == prompt_ids and unk_id not in added:
+        if continued[:length] == prompt_ids and self._knows(word, added):
             return added
         # "17" and "33" may merge into the token "1733". The answer is still the token "33", if
         # that adds exactly this text: some tokenizers put a space before a word on its own.
         alone = self._ids(word)
-        if unk_id in alone:
+        if not self._knows(word, alone):
             return None
         extended = self._text(prompt_ids + alone)
         return alone if extended == self._text(prompt_ids) + word else None
@@ -299,7 +316,7 @@ class PromptTokenizer:
         """The word with the right leading space, if that was forgotten or doubled."""
         bare = word.lstrip()
         # "17" may go on with "332".
-        if ids and not (_fuses(prompt, word) or word[:2].isspace()):
+        if not bare or (ids and not (_fuses(prompt, word) or word[:2].isspace())):
             return None
         for candidate in (f" {bare}", bare):
             better = candidate != word and self._continuation(prompt, prompt_ids, candidate)
@@ -322,7 +339,8 @@ class PromptTokenizer:
                     f"write {spaced!r}, and leave out that space."
                 )
             other = self._continuation(prompt, prompt_ids, spaced) or []
-            if _lacks_space(prompt, word) and given != other and len(given) == len(other):
+            is_other = given != other and 0 < len(other) <= len(given)
+            if is_other and _lacks_space(prompt, word):
                 fuses = "goes on within the last word of" if _fuses(prompt, word) else "follows"
                 return (
                     f"the answer {word!r} {fuses} {shorten(prompt)} without a space; write "
@@ -377,7 +395,8 @@ class Fitting:
         encoded = []
         for where, given in rows:
             try:
-                encoded.append(self(given))
+                pair = self(given)
+                encoded.append(pair and replace(pair, where=f"{where}: "))
             except InputError as error:
                 raise InputError(f"{where}: {error}") from error
         return encoded

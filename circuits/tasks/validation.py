@@ -5,7 +5,7 @@ They return tensors in the form that `Task` keeps: int64 or bool, on the device 
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Integer
@@ -14,8 +14,23 @@ from torch.nn.functional import one_hot
 
 from circuits.graph.nodes import check_position_name
 from circuits.system.errors import InputError
+from circuits.system.kinds import one_of
+from circuits.system.messages import suggestion
+from circuits.system.numbers import shown
+
+if TYPE_CHECKING:
+    from circuits.tasks.metrics import Metric
 
 Masks = Mapping[str, Tensor]
+# The metrics that ship with this package, which `circuits.tasks.metrics` defines.
+SHIPPED_METRICS = (
+    *("kl", "logit_difference", "probability_difference"),
+    *("negative_log_probability", "accuracy", "squared_error"),
+)
+# By name, what `circuits.tasks.metrics` adds, and users
+METRICS: dict[str, "Metric"] = {}
+# Other names of metrics, as other programs have them
+ALIASES = {"logit_diff": "logit_difference", "prob_diff": "probability_difference"}
 
 
 def check_name(name: Any) -> None:
@@ -25,6 +40,20 @@ def check_name(name: Any) -> None:
             f"a task cannot be called {name!r}, because folders get its name; use only "
             "letters, digits and . _ - +, and no . at the start."
         )
+
+
+def check_metric(metric: Any) -> Any:
+    """The name of a metric as `METRICS` has it, or a metric of the user's own."""
+    known = dict.fromkeys((*SHIPPED_METRICS, *METRICS))
+    if not isinstance(metric, str):
+        # Made by `Metric`, which is defined above this room's tasks.
+        if hasattr(metric, "damage"):
+            return metric
+        raise InputError(f"metric={shown(metric)}: give the name of a metric, or a Metric.")
+    name = metric if metric in known else ALIASES.get(metric)
+    if name is None:
+        raise InputError(f"there is no metric {shown(metric)}; {suggestion(metric, known)}")
+    return name
 
 
 def check_prompts(clean: Tensor, corrupted: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,8 +72,7 @@ def check_mask(
 ) -> Tensor:
     """The real tokens of each prompt, one stretch [batch, pos]; by default all tokens are real."""
     batch, pos = clean.shape
-    if padding_side not in ("right", "left"):
-        raise InputError(f"padding_side={padding_side!r}: give 'right' or 'left'.")
+    padding_side = one_of(padding_side, "padding_side", ("right", "left"))
     if attention_mask is not None and lengths is not None:
         raise InputError("attention_mask and lengths both say which tokens are real; give one.")
     if attention_mask is not None:

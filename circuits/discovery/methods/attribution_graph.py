@@ -372,10 +372,12 @@ class AttributionGraph(Resumable):
 def _listed_prompts(given: Any) -> list[Any]:
     prompts = items(each_prompt(given), "prompts")
     # One encoded text is a list of numbers, or of pairs of a number and its mask.
-    if any(python_number(split_encoding(prompt)[0]) is not None for prompt in prompts):
-        raise InputError(
-            f"prompts={shown(prompts)} holds ids; give a list of prompts, or one to attribute."
-        )
+    for prompt in prompts:
+        if python_number(split_encoding(prompt)[0]) is not None:
+            raise InputError(
+                f"{shown(prompt)} is no prompt, which is a text or a list of token ids; give a "
+                "list of prompts, or one to attribute."
+            )
     return prompts
 
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from circuits.system.errors import InputError
-from circuits.system.numbers import is_missing, python_number, shown
+from circuits.system.numbers import is_missing, items, python_number, shown
 
 # The columns that are text whatever it looks like.
 PROMPTS = ("clean", "corrupted", "prompt")
+# How the others begin that may be lists or objects, in JSON or Python
+LISTED = ("[", "{", "('", '("')
+# Texts that may be several answers, as numpy and torch write them, or what is left of a list
+SEVERAL = re.compile(r"""\s*([\[{]\s*['"]|\[.*[\s,(].*\]\s*$|(array|tensor)\()""", re.DOTALL)
+AS_JSON = 'write several, or one with brackets, as a JSON list, such as [" a"]'
 
 
 class TableRow(dict[str, Any]):
@@ -28,10 +36,14 @@ class TableRow(dict[str, Any]):
         return TableRow(pairs)
 
     def check_answers(self) -> None:
-        """Refuse numbers, which may stand for text or for token ids."""
+        """Refuse numbers, which may stand for text or for token ids, and what may be a list."""
         for name in ("answer", "wrong_answer"):
             given = self.get(name)
-            several = given if isinstance(given, list | tuple) else [given]
+            is_one = isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable)
+            several = [given] if is_one else items(given, name)
+            is_list = isinstance(given, str) and SEVERAL.match(given)
+            if is_list or not several or isinstance(given, Mapping):
+                raise InputError(f"field {name!r} is {shown(given)}, no plain text; {AS_JSON}.")
             if any(python_number(each) is not None for each in several if not is_missing(each)):
                 raise InputError(
                     f"field {name!r} is {shown(given)}; give a string, or a list of strings; "
@@ -50,6 +62,22 @@ def from_json(text: str) -> Any:
     return DECODER.decode(text)
 
 
+def from_text(text: str) -> Any:
+    """What a text stands for in JSON, or as Python and so pandas writes it; else the text."""
+    for read in (from_json, _literal):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return read(text)
+    return text
+
+
+def _literal(text: str) -> Any:
+    found = ast.literal_eval(text)
+    # To Python, what numpy writes as ['a' 'b'] is ['ab'].
+    if not isinstance(found, list | tuple | dict) or repr(found) != text:
+        raise ValueError
+    return found
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     twice = repeated(name for name, _ in pairs)
     if twice:
@@ -63,9 +91,5 @@ DECODER = json.JSONDecoder(object_pairs_hook=_object)
 def _cell(name: Any, cell: Any) -> Any:
     if not isinstance(cell, str):
         return None if is_missing(cell) else cell
-    if name in PROMPTS or not cell.startswith(("[", "{")):
-        return cell or None
-    try:
-        return from_json(cell)
-    except (ValueError, RecursionError):
-        return cell
+    is_text = name in PROMPTS or not cell.startswith(LISTED)
+    return cell or None if is_text else from_text(cell)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import fields
 from itertools import chain
 from typing import Any
@@ -18,7 +17,7 @@ from circuits.system.errors import InputError
 from circuits.system.messages import suggestion
 from circuits.system.numbers import is_missing, items, python_number, shown
 from circuits.tasks.prompts import DoesNotFit, PromptPair, plain_answer, plain_fields
-from circuits.tasks.readers.cells import TableRow, from_json
+from circuits.tasks.readers.cells import TableRow, from_text
 
 Content = Mapping[Any, Any]
 
@@ -48,8 +47,8 @@ OF_MIB = (
     *("prompt", "choices", "answerKey", "label", "metadata", "template", "question", "idx"),
     *("arc_id", "dataset", "dataset_specific_id", "operator", "operand1", "operand2", "num_digit"),
 )
-# What pandas calls row numbers: in files, named tuples and data sets of the hub.
-ROW_NUMBERS = re.compile(r"|Index|Unnamed: \d+|__index_level_\d+__")
+# What pandas calls row numbers: in files, named tuples, data sets of the hub, `reset_index`.
+ROW_NUMBERS = re.compile(r"|[Ii]ndex|level_\d+|Unnamed: [\d.]+|__index_level_\d+__")
 # What a column says: a field of the pair, the column's own name, and the value of the field.
 Claim = tuple[str, str, Any]
 
@@ -95,7 +94,7 @@ def _check_known(row: Content, known: Container[str]) -> None:
                 "instead give the answers as text in columns answer and wrong_answer."
             )
         told = suggestion(str(name), (*FIELDS, *OWN_IDS))
-        raise InputError(f"unknown field {name!r}; {told}")
+        raise InputError(f"unknown field {name!r}; {told} If it is none, remove it.")
 
 
 def _of_ids(row: Content, pairs: Iterable[tuple[str, str]]) -> Iterator[Claim]:
@@ -109,8 +108,7 @@ def _of_ids(row: Content, pairs: Iterable[tuple[str, str]]) -> Iterator[Claim]:
 def _ids(value: Any, column: str) -> Any:
     """Token ids from a number, a list, or the text of either."""
     if isinstance(value, str):
-        with suppress(ValueError, RecursionError):
-            value = from_json(value)
+        value = from_text(value)
     ids = plain_answer(value, column)
     several = ids if isinstance(ids, tuple) else (ids,)
     if any(isinstance(each, str) for each in several):

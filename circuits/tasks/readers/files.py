@@ -19,6 +19,8 @@ FORMATS = "one JSON object per line, a JSON list, or a table (.csv, .tsv)"
 EXAMPLE = 'such as {"clean": ..., "corrupted": ..., "answer": ...}'
 TABLES = (".csv", ".tsv")
 DELIMITERS = (",", "\t", ";")
+# Of Windows, of old Macs, of all others
+LINE_END = re.compile(r"\r\n|\r|\n")
 # Excel and Windows editors mark the encoding at the start of a file.
 MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
@@ -92,7 +94,7 @@ def _text(path: Path) -> str:
 
 def _json_lines(text: str) -> Iterator[Row]:
     # str.splitlines would also break lines at characters that JSON allows inside strings.
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(LINE_END.split(text), start=1):
         if not line.strip():
             continue
         try:
@@ -133,7 +135,7 @@ def _after_spaces(text: str, position: int) -> int:
 
 
 def _table(text: str) -> Iterator[Row]:
-    header, *_ = text.partition("\n")
+    header = next(filter(str.strip, LINE_END.split(text)), "")
     delimiter = next((each for each in DELIMITERS if _names(header, each)), ",")
     # Strict, so that a quotation mark in the wrong place is no silent change of the text.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -161,8 +163,11 @@ def _table(text: str) -> Iterator[Row]:
 
 def _names(header: str, delimiter: str) -> bool:
     """Whether a table's first line names a column for clean prompts, with this delimiter."""
-    reader = csv.reader([header.strip("\r")], delimiter=delimiter)
-    return "clean" in next(reader, [])
+    try:
+        names = next(csv.reader([header], delimiter=delimiter), [])
+    except csv.Error:  # such as cells that are too long
+        return False
+    return "clean" in names or "prompt" in names
 
 
 def _checked_names(names: list[str], line: int) -> list[str]:

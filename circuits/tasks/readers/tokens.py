@@ -55,8 +55,8 @@ def checked_id(token: int, cfg: Any) -> int:
     """A token id that the model of this configuration predicts, or an InputError."""
     if token >= cfg.d_vocab_out:
         raise DoesNotFit(
-            f"there is no token {token}: {cfg.model_name} predicts 0 to {cfg.d_vocab_out - 1}; "
-            "give an id of this model's, or the text.",
+            f"there is no token {shown(token)}: {cfg.model_name} predicts 0 to "
+            f"{cfg.d_vocab_out - 1}; give an id of this model's, or the text.",
             "a token id that the model does not have",
         )
     return token
@@ -85,7 +85,7 @@ def prompt_indices(given: Any, n_prompts: int) -> Tensor:
         return indices.nonzero().flatten()
     if not indices.numel():
         return indices.long()
-    wrong = indices.is_floating_point() or is_mask or indices.ndim != 1
+    wrong = indices.is_floating_point() or indices.is_complex() or is_mask or indices.ndim != 1
     if wrong or indices.max() >= n_prompts or indices.min() < -n_prompts:
         raise OutOfRangeError(
             f"{shown(given)} selects no prompts of {n_prompts}; give a slice, numbers from 0 to "
