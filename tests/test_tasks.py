@@ -638,7 +638,9 @@ def test_a_space_that_stands_at_the_end_of_a_prompt_or_lacks_there_is_told(bpe: 
             Task.from_prompts(bpe, [PromptPair(prompt + end, answer=answer)])
 
 
-def test_a_space_that_a_tokenizer_puts_before_words_is_not_told_to_be_doubled() -> None:
+def test_a_space_that_a_tokenizer_puts_before_words_is_not_told_to_be_doubled(
+    tmp_path: Path,
+) -> None:
     """Llama's tokenizers have no piece for a word without its space."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -647,9 +649,9 @@ def test_a_space_that_a_tokenizer_puts_before_words_is_not_told_to_be_doubled() 
         vocab_size=80, special_tokens=["<unk>", "<s>"], show_progress=False
     )
     tokenizer.train_from_iterator(["The capital is Paris"] * 20, trainer)
-    model = with_tokenizer(
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
-    )
+    special = {"bos_token": "<s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path)
+    model = with_tokenizer(PreTrainedTokenizerFast.from_pretrained(tmp_path))
     for prompt, told in (
         ("The capital is ", "leave out the space that the prompt ends with; write ' Paris' for"),
         ("The capital is", r"one: write ' Paris' for"),
