@@ -590,6 +590,7 @@ def test_an_answer_may_be_a_token_id(answer, toy_world):
 @pytest.mark.parametrize(
     "answer",
     [-1, 673, 10**400, 1.5, True, [], [None], [" is", None], [True], {}, b"x", np.array(" is")],
+    ids=lambda answer: repr(answer)[:20],
 )
 def test_what_is_no_answer_is_refused(answer, toy_world):
     with pytest.raises(circuits.InputError, match="give ") as told:

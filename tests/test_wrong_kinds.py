@@ -7,14 +7,16 @@ What some entrance understands of these (5 prompts, a list of layers) is tested 
 
 import dataclasses
 import math
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from architectures import random_model, random_task
+from architectures import SMALL, random_model, random_task
 
 import circuits
+from circuits import Task
 from circuits.runs.circuit_run import evaluate_run
 
 # What a user sees, who has no runtime type checks.
@@ -26,6 +28,14 @@ SCORED = circuits.EAP().discover(MODEL, TASK)
 SOME = SCORED.top(20)
 WHOLE = circuits.Circuit.full(GRAPH)
 EVALUATION = circuits.evaluate(MODEL, SOME, TASK)
+FOLDER = Path(tempfile.mkdtemp())
+SOME.save(FOLDER / "circuit")
+EAP_IG_FILE = circuits.save_eap_ig(SOME, FOLDER / "graph.json")
+RUN = circuits.run(circuits.EAP(), MODEL, TASK, out=FOLDER / "runs")
+TABLE = FOLDER / "pairs.csv"
+TABLE.write_text("clean,corrupted,answer,wrong_answer\nSo Mary,So John, is, was\n")
+TOY = circuits.load_model("toy-world", device="cpu")
+CONFIG = {name: getattr(MODEL.cfg, name) for name in [*SMALL, "normalization_type"]}
 
 WRONG = {
     "nothing": None,
@@ -63,11 +73,12 @@ def fields(kind: type) -> dict[str, object]:
     return {each.name: each.default for each in dataclasses.fields(kind) if each.name != "over"}
 
 
-RUN = {"ablation": "zero", "max_memory": None, "transcoders": None}
+HOW = {"ablation": "zero", "max_memory": None, "transcoders": None}
 PART = {"start": WHOLE, "frozen_in": ["m1->logits"], "frozen_out": ["m0->m1"], "layers": [0, 1]}
 PART |= {"nodes": ["m1"], "graph": GRAPH, "progress": None}
 COLUMNS = {name: getattr(GRAPH, name) for name in ("nodes", "source", "target", "slot")}
 ACDC = circuits.ACDC(0.5)
+MADE = {"name": "a", "metric": "kl", "prepend_bos": None, "skip_misfits": False}
 # By name, a function and its right arguments.
 ENTRANCES = {
     "Graph": (circuits.Graph, {**COLUMNS, "positions": None, "causal": True, "model": None}),
@@ -99,18 +110,18 @@ ENTRANCES = {
     "greedy": (SCORED.greedy, {"n": 3, "by": "signed"}),
     "above": (SOME.above, {"threshold": 0.1, "by": "signed"}),
     "connected": (SOME.connected, {"from_inputs": True}),
-    "load": (circuits.Circuit.load, {"folder": "nowhere"}),
+    "load": (circuits.Circuit.load, {"folder": FOLDER / "circuit"}),
     "component_graph": (
         circuits.component_graph,
         {"model": MODEL, "split_embed": False, "positions": None},
     ),
     "run_circuit": (
         circuits.run_circuit,
-        {"model": MODEL, "circuit": SOME, "task": TASK, "executor": "hooks", **RUN},
+        {"model": MODEL, "circuit": SOME, "task": TASK, "executor": "hooks", **HOW},
     ),
     "run_circuits": (
         circuits.run_circuits,
-        {"model": MODEL, "graph": GRAPH, "kept": SOME.kept[None], "task": TASK, **RUN},
+        {"model": MODEL, "graph": GRAPH, "kept": SOME.kept[None], "task": TASK, **HOW},
     ),
     "model_logits": (circuits.model_logits, {"model": MODEL, "task": TASK, "prompts": "clean"}),
     "circuit_activations": (
@@ -119,15 +130,15 @@ ENTRANCES = {
     ),
     "evaluate": (
         circuits.evaluate,
-        {"model": MODEL, "circuit": SOME, "task": TASK, "metrics": "kl", **RUN},
+        {"model": MODEL, "circuit": SOME, "task": TASK, "metrics": "kl", **HOW},
     ),
     "faithfulness_curve": (
         circuits.faithfulness_curve,
-        {"model": MODEL, "circuit": SOME, "task": TASK, "sizes": [2], "metric": "kl", **RUN},
+        {"model": MODEL, "circuit": SOME, "task": TASK, "sizes": [2], "metric": "kl", **HOW},
     ),
     "faithfulness_points": (
         circuits.faithfulness_points,
-        {"model": MODEL, "circuits": [SOME], "task": TASK, "metric": "kl", **RUN},
+        {"model": MODEL, "circuits": [SOME], "task": TASK, "metric": "kl", **HOW},
     ),
     "compare": (
         circuits.compare,
@@ -185,22 +196,45 @@ ENTRANCES = {
     ),
     "run": (
         circuits.run,
-        {"discoverer": circuits.EAP(), "model": None, "task": TASK, "notes": None},
+        {"discoverer": circuits.EAP(), "model": MODEL, "task": TASK, "notes": None, "out": "runs"},
     ),
-    "load_run": (circuits.load_run, {"folder": "nowhere"}),
+    "load_run": (circuits.load_run, {"folder": RUN.folder}),
     "evaluate_run": (
         evaluate_run,
-        {"found": None, "model": MODEL, "task": TASK, "metrics": None, "size": None},
+        {"found": RUN, "model": MODEL, "task": TASK, "metrics": None, "size": 3},
     ),
     "load_eap_ig": (
         circuits.load_eap_ig,
-        {"path": "nowhere", "model": MODEL, "n_prompts": 1, "graph": None},
+        {"path": EAP_IG_FILE, "model": MODEL, "n_prompts": 1, "graph": None},
     ),
-    "load_model": (circuits.load_model, {"name_or_path": "nowhere", "device": "cpu"}),
+    "load_model": (circuits.load_model, {"name_or_path": "toy-world", "device": "cpu"}),
     "build_model": (
         circuits.build_model,
-        {"config": {"n_layers": 1}, "weights": {}, "tokenizer": None, "device": "cpu"},
+        {"config": CONFIG, "weights": MODEL.state_dict(), "tokenizer": None, "device": "cpu"},
     ),
+    "PromptPair": (
+        circuits.PromptPair,
+        {"clean": "So Mary", "corrupted": "So John", "answer": " is", "wrong_answer": " was"}
+        | {"spans": {"N": (3, 7)}, "corrupted_spans": {"N": (3, 7)}},
+    ),
+    "from_prompts": (
+        Task.from_prompts,
+        {"model": TOY, "pairs": [("So Mary", "So John", " is", " was")], **MADE},
+    ),
+    "from_file": (Task.from_file, {"path": TABLE, "model": TOY, **MADE}),
+    "from_tokens": (
+        Task.from_tokens,
+        {"clean": [[1, 2, 3]], "corrupted": [[1, 2, 4]], "answers": [5], "wrong_answers": [6]}
+        | {"attention_mask": [[1, 1, 1]], "lengths": None, "padding_side": "right"}
+        | {"answer_positions": [2], "positions": {"A": [[True, False, False]]}}
+        | {"metric": "kl", "name": "a"},
+    ),
+    "lengths": (
+        lambda **given: Task.from_tokens([[1, 2, 3]], [[1, 2, 4]], **given),
+        {"lengths": [2], "padding_side": "left"},
+    ),
+    "some prompts": (TASK.__getitem__, {"indices": [0]}),
+    "task to": (TASK.to, {"device": "cpu"}),
 }
 
 
@@ -208,6 +242,7 @@ ENTRANCES = {
 def test_arguments_of_any_kind_end_in_a_result_or_in_one_line(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some texts are names of files
     entrance, right = ENTRANCES[name]
+    entrance(**right)
     failed = {}
     for argument in right:
         for kind, wrong in WRONG.items():
