@@ -62,6 +62,12 @@ def test_what_is_no_whole_number_is_refused(value):
     refused(lambda: whole(value, "n"), "give a whole number")
 
 
+def test_a_number_of_thousands_of_digits_is_told_in_one_line():
+    refused(lambda: real(10**400, "x"), "too large")
+    refused(lambda: real(10**5000, "x"), "too large")
+    refused(lambda: truth(10**5000, "x"), "must be True or False")
+
+
 @pytest.mark.parametrize("value", [*NO_NUMBERS, None])
 def test_what_is_no_number_is_refused(value):
     refused(lambda: real(value, "x"), "must be a number")

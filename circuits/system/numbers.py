@@ -42,7 +42,10 @@ def real(value: Any, name: str) -> float:
     # NaN differs from itself.
     if number is None or number != number:
         raise InputError(f"{name}={shown(value)} must be a number.")
-    return float(number)
+    try:
+        return float(number)
+    except OverflowError as error:
+        raise InputError(f"{name}={shown(value)} is too large; give a smaller number.") from error
 
 
 def truth(value: Any, name: str) -> bool:
@@ -85,7 +88,10 @@ def items(values: Any, name: str) -> list[Any]:
 
 def shown(value: object) -> str:
     """The value as code, in one line of moderate length."""
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python writes no number of more than 4300 digits
+        text = f"a value of {type(value).__name__} that cannot be shown"
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]} ..."
 
 

@@ -144,10 +144,11 @@ class Task:
         r"""Make a task from a file: JSON lines, a JSON list, or a table (.csv, .tsv).
 
         Fields or columns are those of `PromptPair`, with spaces as they stand; in a table, several
-        answers and spans are JSON. Token ids of answers are in `answer_idx` and `wrong_answer_idx`.
-        The tables of EAP-IG are understood as well (`correct_idx` and `incorrect_idx`,
-        `country_idx` and `corrupted_country_idx`, ...), and the data sets of MIB as JSON, with the
-        counterfactuals of its circuit track. Columns that are none of these are refused.
+        answers and spans are JSON, or what pandas writes for lists and dicts. Token ids of answers
+        are in `answer_idx` and `wrong_answer_idx`. The tables of EAP-IG are understood as well
+        (`correct_idx` and `incorrect_idx`, `country_idx` and `corrupted_country_idx`, ...), and the
+        data sets of MIB as JSON, with the counterfactuals of its circuit track. Columns that are
+        none of these are refused.
 
         >>> import circuits, pathlib, tempfile
         >>> path = pathlib.Path(tempfile.mkdtemp(), "names.csv")

@@ -37,7 +37,7 @@ def check_name(name: Any) -> None:
     """The name of a task can be that of a folder."""
     if not isinstance(name, str) or not re.fullmatch(r"[\w+-][\w.+-]*", name):
         raise InputError(
-            f"a task cannot be called {name!r}, because folders get its name; use only "
+            f"a task cannot be called {shown(name)}, because folders get its name; use only "
             "letters, digits and . _ - +, and no . at the start."
         )
 

@@ -73,9 +73,10 @@ class _DamagedError(Exception):
 def _text(path: Path) -> str:
     try:
         content = path.read_bytes()
-    except OSError as error:
+    # Names with a zero byte or half of a character are no names.
+    except (OSError, ValueError) as error:
         raise InputError(
-            f"the task file {path} cannot be read: {error}; give a text file with {FORMATS}."
+            f"the task file {str(path)!r} cannot be read: {error}; give a text file with {FORMATS}."
         ) from error
     encodings = [name for mark, name in MARKS.items() if content.startswith(mark)]
     try:
