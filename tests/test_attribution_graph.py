@@ -343,7 +343,7 @@ def test_what_would_give_a_wrong_graph_is_refused(unchecked_types):
         ),
         (
             lambda: method.attribute_all(model, PROMPT),
-            "holds ids; give a list of prompts",
+            "3 is no prompt, .*give a list of prompts",
         ),
         *(
             (
