@@ -17,7 +17,6 @@ from circuits.cli.main import HELP, main
 from circuits.cli.parsing.method_source import UnreadableError, described_in, shipped_methods
 from circuits.cli.parsing.methods import describe, describe_method
 from circuits.cli.parsing.read import OPTIONS, read_arguments
-from circuits.tasks.metrics import ALIASES
 
 METHOD_OF_ONES_OWN = '''
 from dataclasses import dataclass
@@ -139,9 +138,6 @@ def test_what_is_read_of_a_methods_source_is_what_importing_it_gives():
     assert list(shipped_methods()) == ours
     for name in ours:
         assert describe_method(name) == describe(methods[name])
-    script = "from circuits.cli.parsing.method_source import metric_names; print(*metric_names())"
-    names = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout
-    assert names.split() == [*circuits.METRICS, *ALIASES]
 
 
 def test_a_method_whose_source_does_not_say_its_options_is_imported(tmp_path):

@@ -27,13 +27,13 @@ from circuits.tasks.families.ioi import NAMES, OBJECTS, PLACES
 from circuits.tasks.families.two_hop import STATES
 from circuits.tasks.families.words import COMMON, MEN, WOMEN
 from circuits.tasks.family import REGISTRY, TaskFamily
+from circuits.tasks.metric_names import SHIPPED_METRICS
 from circuits.tasks.metrics import METRICS
 from circuits.tasks.model_fit import check_task
 from circuits.tasks.prompts import split_of
 from circuits.tasks.registry import make_family
 from circuits.tasks.task import PromptPair, Task
 from circuits.tasks.tokenization import PromptTokenizer, prompt_tokens
-from circuits.tasks.validation import SHIPPED_METRICS
 
 TASKS = ("docstring", "gendered_pronoun", "greater_than", "induction", "ioi", "two_hop")
 COMMON_NAMES, RARE_NAMES = NAMES[:75], NAMES[75:]

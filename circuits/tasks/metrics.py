@@ -21,9 +21,9 @@ from circuits.system.fields import CheckedFields
 from circuits.system.memory import is_out_of_memory
 from circuits.system.messages import suggestion
 from circuits.system.numbers import shown
+from circuits.tasks.metric_names import ALIASES as ALIASES, METRICS as METRICS
 from circuits.tasks.model_fit import check_is_task
 from circuits.tasks.task import Task
-from circuits.tasks.validation import ALIASES as ALIASES, METRICS as METRICS
 
 MetricFunction = Callable[[Tensor, Tensor, Task], Tensor]
 Direction = Literal["higher_is_damage", "lower_is_damage"]

@@ -23,6 +23,7 @@ from circuits.system.messages import shorten
 from circuits.system.tensors import as_tensor, optional_tensor
 from circuits.system.torch_modes import without_modes
 from circuits.tasks import validation
+from circuits.tasks.metric_names import checked_metric
 from circuits.tasks.pairs import PromptPairs, pair_rows
 from circuits.tasks.prompts import PromptPair
 from circuits.tasks.readers.files import file_rows, name_of
@@ -248,7 +249,7 @@ class Task:
             answers,
             wrong_answers,
             spans,
-            validation.check_metric(metric),
+            checked_metric(metric),
             finds_padding=not are_marked,
         )
         return task._padded_on_the_right(mask)

@@ -5,7 +5,7 @@ They return tensors in the form that `Task` keeps: int64 or bool, on the device 
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Integer
@@ -15,22 +15,9 @@ from torch.nn.functional import one_hot
 from circuits.graph.nodes import check_position_name
 from circuits.system.errors import InputError
 from circuits.system.kinds import one_of
-from circuits.system.messages import suggestion
 from circuits.system.numbers import shown
 
-if TYPE_CHECKING:
-    from circuits.tasks.metrics import Metric
-
 Masks = Mapping[str, Tensor]
-# The metrics that ship with this package, which `circuits.tasks.metrics` defines.
-SHIPPED_METRICS = (
-    *("kl", "logit_difference", "probability_difference"),
-    *("negative_log_probability", "accuracy", "squared_error"),
-)
-# By name, what `circuits.tasks.metrics` adds, and users
-METRICS: dict[str, "Metric"] = {}
-# Other names of metrics, as other programs have them
-ALIASES = {"logit_diff": "logit_difference", "prob_diff": "probability_difference"}
 
 
 def check_name(name: Any) -> None:
@@ -40,20 +27,6 @@ def check_name(name: Any) -> None:
             f"a task cannot be called {shown(name)}, because folders get its name; use only "
             "letters, digits and . _ - +, and no . at the start."
         )
-
-
-def check_metric(metric: Any) -> Any:
-    """The name of a metric as `METRICS` has it, or a metric of the user's own."""
-    known = dict.fromkeys((*SHIPPED_METRICS, *METRICS))
-    if not isinstance(metric, str):
-        # Made by `Metric`, which is defined above this room's tasks.
-        if hasattr(metric, "damage"):
-            return metric
-        raise InputError(f"metric={shown(metric)}: give the name of a metric, or a Metric.")
-    name = metric if metric in known else ALIASES.get(metric)
-    if name is None:
-        raise InputError(f"there is no metric {shown(metric)}; {suggestion(metric, known)}")
-    return name
 
 
 def check_prompts(clean: Tensor, corrupted: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ milliseconds, so that help and mistakes are answered at once. What cannot be rea
 from __future__ import annotations
 
 import ast
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
 from functools import cache
@@ -93,16 +92,6 @@ def shipped_methods() -> dict[str, Description]:
     for file in METHODS.glob("*.py"):
         found |= described_in(file)
     return dict(sorted(found.items()))
-
-
-def metric_names() -> list[str]:
-    """The names of metrics: those of this package, or all if the module is imported already."""
-    imported = sys.modules.get("circuits.tasks.metrics")
-    if imported is not None:
-        return [*imported.METRICS, *imported.ALIASES]
-    defined = _definitions(PACKAGE / "tasks" / "metrics.py")
-    names = [key.id for key in defined["_DIRECTIONS"].keys if isinstance(key, ast.Name)]
-    return [*names, *_literal(defined["ALIASES"])]
 
 
 @cache

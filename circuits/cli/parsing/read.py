@@ -15,12 +15,12 @@ import tyro
 
 from circuits.cli.parsing import options
 from circuits.cli.parsing.checks import check_options, check_search, listed
-from circuits.cli.parsing.method_source import metric_names
 from circuits.cli.parsing.methods import adds_names, describe_method, options_of
 from circuits.cli.parsing.sweeps import read_sweeps
 from circuits.system.errors import InputError
 from circuits.system.messages import suggestion
 from circuits.tasks.families import task_families
+from circuits.tasks.metric_names import checked_metric
 
 Words = Sequence[str]
 # The options of a group have no prefix.
@@ -134,6 +134,5 @@ def _check_names(given: Any, method: str, metrics: Iterable[str | None]) -> None
     if given.task is not None and given.task not in tasks:
         raise InputError(f"there is no task {given.task!r}; {suggestion(given.task, tasks)}")
     for metric in metrics:
-        known = metric_names()
-        if metric is not None and metric not in known:
-            raise InputError(f"there is no metric {metric!r}; {suggestion(metric, known)}")
+        if metric is not None:
+            checked_metric(metric)
