@@ -228,6 +228,13 @@ HONOURED: dict[str, Change] = {
     ),
 }
 
+# Of these, what gives a prompt other numbers when padding follows it.
+READS_PADDING = (
+    "a hook on logits at the last position",
+    "attention that sees later tokens",
+    "a hook that mixes tokens of a prompt",
+)
+
 # What gives a prompt other numbers when it is beside others, or each time.
 MIXES_PROMPTS: dict[str, Change] = {
     "the mean": hook("blocks.0.hook_mlp_out", lambda x: x - x.mean(0)),
@@ -301,6 +308,18 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "one MLP twice": (
         lambda model: setattr(model.blocks[1], "mlp", model.blocks[0].mlp),
         r"blocks\.1\.mlp\..* and blocks\.0\.mlp\..* are one module",
+    ),
+    "one norm twice in a layer": (
+        lambda model: setattr(model.blocks[1], "ln2", model.blocks[1].ln1),
+        r"blocks\.1\.ln2\..* and blocks\.1\.ln1\..* are one module",
+    ),
+    "the norm of a layer at the end": (
+        lambda model: setattr(model, "ln_final", model.blocks[1].ln2),
+        r"ln_final\..* and blocks\.1\.ln2\..* are one module",
+    ),
+    "another call of the model": (
+        as_class("", type("Called", (HookedTransformer,), {"__call__": lambda *_, **__: None})),
+        "another __call__ method at the model itself",
     ),
     "a compiled model": (lambda model: model.compile(backend="eager"), "is compiled"),
     "a compiled layer": (

@@ -4,16 +4,19 @@ is linear.
 
 import json
 from dataclasses import replace
+from functools import partial, partialmethod, wraps
 from xml.etree import ElementTree
 
 import pytest
 import torch
 from architectures import random_model, random_task
 from attribution_case import RUNS, Run, case_model, case_tokens, case_transcoders
-from changed_models import HONOURED, hook, torch_hook
+from changed_models import HONOURED, Halved, hook, torch_hook
 from random_transcoders import KINDS, WITH_MLPS, model_of, random_transcoders
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformer_lens import HookedTransformer
+from transformer_lens.components import MLP, Attention, GatedMLP, LayerNorm, PosEmbed
 
 import circuits
 from circuits.attribution.active_features import active_features, gather_sources
@@ -31,7 +34,9 @@ from circuits.attribution.interventions import Intervention, direct_effects
 from circuits.attribution.local_model import freeze
 from circuits.attribution.pooling import effects
 from circuits.graph.nodes import at_position
+from circuits.models import changes, check_unchanged
 
+MLP_FORWARD = MLP.forward
 PROMPT = [3, 14, 15, 9, 26, 5, 35, 8]
 
 
@@ -413,6 +418,97 @@ def test_a_model_that_is_not_what_its_weights_say_is_refused(change):
     ):
         with pytest.raises(circuits.InputError, match=r"not what its weights say.*reset_hooks"):
             compute()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "replacement",
+    [
+        partialmethod(lambda mlp, factor, x: MLP_FORWARD(mlp, x) * factor, 0.5),
+        wraps(MLP_FORWARD)(lambda mlp, x: MLP_FORWARD(mlp, x) * 0.5),
+        staticmethod(lambda x: x * 0.5),
+        property(lambda mlp: lambda x: MLP_FORWARD(mlp, x) * 0.5),
+        GatedMLP.forward,
+        Halved(),
+    ],
+    ids=["partialmethod", "wraps", "staticmethod", "property", "of another class", "module"],
+)
+def test_whatever_replaces_a_method_of_a_class_is_seen(replacement, monkeypatch):
+    model = model_of("gpt2")
+    method = circuits.AttributionGraph(random_transcoders(model))
+    method.attribute(model, PROMPT)
+    monkeypatch.setattr(MLP, "forward", replacement)
+    told = "not what its weights say: it has another forward method at the class MLP"
+    with pytest.raises(circuits.InputError, match=told):
+        method.attribute(model, PROMPT)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (MLP, "b_in"),
+        (MLP, "__call__"),
+        (LayerNorm, "eps"),
+        (Attention, "calculate_z_scores"),
+        (PosEmbed, "forward"),
+        (HookedTransformer, "input_to_embed"),
+        (HookedTransformer, "get_pos_offset"),
+    ],
+)
+def test_what_a_run_looks_up_in_a_class_is_seen(kind, name, monkeypatch):
+    model = model_of("gpt2")
+    replacement = property(lambda module: None, lambda module, value: None)
+    monkeypatch.setattr(kind, name, replacement, raising=False)
+    told = f"another {name} method at the class|cannot build the modules of .*{name}"
+    with pytest.raises(circuits.InputError, match=told):
+        check_unchanged(model)
+
+
+class WithAnotherGenerate(HookedTransformer):
+    def generate(self, *args, **kwargs):
+        return super().generate(*args, **kwargs)
+
+    def about(self):
+        return 3
+
+
+# What a user may add or replace without another number in any run.
+NOT_COMPUTED = {
+    "a method of a subclass": lambda model, patch: patch(model, "__class__", WithAnotherGenerate),
+    "a method of the model": lambda model, patch: patch(
+        model, "to_tokens", partial(model.to_tokens, prepend_bos=False)
+    ),
+    "a method of a class": lambda model, patch: patch(
+        HookedTransformer, "about", lambda model: 3, raising=False
+    ),
+    "a method of a module's class": lambda model, patch: patch(
+        MLP, "about", lambda mlp: 3, raising=False
+    ),
+    "a method of a module": lambda model, patch: patch(model.blocks[0], "extra_repr", lambda: ""),
+}
+
+
+@pytest.mark.parametrize("change", NOT_COMPUTED)
+def test_methods_that_compute_nothing_are_no_changes(change, monkeypatch):
+    model = model_of("gpt2")
+    method = circuits.AttributionGraph(random_transcoders(model))
+    expected = method.attribute(model, PROMPT)
+    NOT_COMPUTED[change](model, monkeypatch.setattr)
+    assert changes(model) == {}
+    found = method.attribute(model, PROMPT)
+    torch.testing.assert_close(found.weight, expected.weight, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_prompts_whose_padding_a_hook_acts_on_are_refused_and_each_alone_is_not():
+    model = model_of("gpt2")
+    hook("blocks.0.hook_mlp_out", lambda x: torch.cat([x[:, :-1], 0 * x[:, -1:]], 1))(model)
+    method = circuits.AttributionGraph(random_transcoders(model))
+    assert len(list(method.attribute_all(model, [PROMPT, PROMPT[::-1]]))) == 2
+    assert len(method.attribute(model, PROMPT[:-2]))
+    with pytest.raises(circuits.InputError, match=r"hook at blocks\.0\.hook_mlp_out"):
+        list(method.attribute_all(model, [PROMPT, PROMPT[:-2]]))
 
 
 def token_times(position: int, factor: float):

@@ -11,8 +11,18 @@ import pandas.testing
 import pytest
 import torch
 from architectures import ARCHITECTURES, VOCAB, random_model, random_task
-from changed_models import HONOURED, MIXES_PROMPTS, REFUSED, WithoutMLPInput
+from changed_models import (
+    HONOURED,
+    MIXES_PROMPTS,
+    READS_PADDING,
+    REFUSED,
+    WithoutMLPInput,
+    at_position,
+    hook,
+    module_at,
+)
 from random_transcoders import random_transcoders
+from torch import nn
 from transformer_lens.components import LayerNorm
 
 import circuits
@@ -846,6 +856,43 @@ class TestManyPromptsAreRunInPieces:
             )
 
 
+ACTS_ON_PADDING = {
+    "the last position of an MLP": hook("blocks.1.hook_mlp_out", at_position(-1, torch.zeros_like)),
+    "the last position of heads": hook("blocks.1.attn.hook_z", at_position(-1, lambda z: z * 3)),
+    "the last position of logits": hook("unembed.hook_out", at_position(-1, lambda x: x * 3)),
+    "the last position of embeddings": hook("hook_embed", at_position(-1, lambda x: x * 3)),
+    "the mean over positions": hook("blocks.0.hook_mlp_out", lambda x: x - x.mean(1, keepdim=True)),
+    "the other way round": hook("blocks.1.hook_mlp_out", lambda x: x + x.flip(1)),
+}
+
+
+class Adapter(nn.Module):
+    """Around a module of TransformerLens, with some of its parts under the names that they had."""
+
+    def __init__(self, base: nn.Module, *names: str) -> None:
+        super().__init__()
+        self.base = base
+        for name in names:
+            setattr(self, name, getattr(base, name))
+
+    def forward(self, *args, **kwargs):
+        return self.base(*args, **kwargs)
+
+
+def around_attention(attention: nn.Module) -> nn.Module:
+    points = [name for name, _ in attention.named_children()]
+    return Adapter(attention, *points, "W_O", "b_O", "W_Q", "W_K", "W_V", "cfg")
+
+
+SECOND_NAMES = {
+    "all layers": lambda model: setattr(model, "layers", model.blocks),
+    "one layer": lambda model: setattr(model, "probe_layer", model.blocks[1]),
+    "one hook point": lambda model: setattr(model, "probe", model.blocks[1].hook_resid_post),
+    "an adapter around an MLP": module_at("blocks.1.mlp", lambda mlp: Adapter(mlp, "hook_pre")),
+    "an adapter around attention": module_at("blocks.1.attn", around_attention),
+}
+
+
 class TestModelsThatAUserHasChanged:
     """The whole circuit is the model and the empty one its corrupted run, or both are refused."""
 
@@ -857,6 +904,8 @@ class TestModelsThatAUserHasChanged:
     def test_are_run_as_they_are(self, change, task):
         model = random_model("gpt2")
         HONOURED[change](model)
+        if change in READS_PADDING:
+            task = task[task.lengths == task.clean.shape[1]]
         graph = circuits.component_graph(model)
         kept = torch.stack([~graph.mask([]), graph.mask([])])
         expected = torch.stack(
@@ -868,6 +917,55 @@ class TestModelsThatAUserHasChanged:
         for executor in ("auto", "hooks"):
             found = circuits.run_circuits(model, graph, kept, task, executor=executor)
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+    @pytest.mark.parametrize("change", ACTS_ON_PADDING)
+    @torch.no_grad()
+    def test_are_refused_where_they_act_on_padding_and_give_logits_of_prompts_alone(
+        self, change, unequal
+    ):
+        model = circuits.load_model("toy-world")
+        whole = circuits.Circuit.full(circuits.component_graph(model))
+        ACTS_ON_PADDING[change](model)
+        clean, corrupted = (
+            [model(row[None, :n])[0] for row, n in zip(tokens, mask.sum(1), strict=True)]
+            for tokens, mask, _ in unequal.masked_prompts
+        )
+        rows = [
+            (clean[prompt][position], corrupted[prompt][unequal.alignment[prompt, position]])
+            for prompt, position in unequal.scored.nonzero().tolist()
+        ]
+        for prompts, expected in zip(("clean", "corrupted"), zip(*rows, strict=True), strict=True):
+            found = circuits.model_logits(model, unequal, prompts)
+            torch.testing.assert_close(found, torch.stack(expected), atol=1e-4, rtol=1e-4)
+        told = "padding follows a prompt"
+        for compute in (
+            lambda: circuits.run_circuit(model, whole, unequal),
+            lambda: circuits.circuit_activations(model, whole, unequal, ["m1"]),
+            lambda: circuits.EAP().discover(model, unequal),
+        ):
+            with pytest.raises(circuits.InputError, match=told):
+                compute()
+
+    def test_means_over_prompts_with_padding_that_a_hook_acts_on_are_refused(self, task):
+        model = random_model("gpt2")
+        even = task[task.lengths == task.clean.shape[1]]
+        whole = circuits.Circuit.full(circuits.component_graph(model))
+        ACTS_ON_PADDING["the last position of an MLP"](model)
+        circuits.run_circuit(model, whole, even, ablation=circuits.Ablation("mean", over=even))
+        with pytest.raises(circuits.InputError, match="padding follows a prompt"):
+            circuits.run_circuit(model, whole, even, ablation=circuits.Ablation("mean", over=task))
+
+    @pytest.mark.parametrize("change", SECOND_NAMES)
+    def test_second_names_of_modules_change_nothing(self, change, task):
+        model = random_model("gpt2")
+        graph = circuits.component_graph(model)
+        kept = torch.stack([~graph.mask([]), graph.mask([])])
+        expected = circuits.run_circuits(model, graph, kept, task)
+        scores = circuits.EAP().discover(model, task).scores
+        SECOND_NAMES[change](model)
+        torch.testing.assert_close(circuits.run_circuits(model, graph, kept, task), expected)
+        found = circuits.EAP().discover(model, task).scores
+        torch.testing.assert_close(found, scores, atol=1e-6, rtol=1e-4)
 
     @pytest.mark.parametrize("change", REFUSED)
     def test_are_refused_in_one_line_where_circuits_would_not_be_theirs(self, change, task):

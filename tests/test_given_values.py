@@ -422,3 +422,34 @@ def test_a_prompt_may_be_a_tokenizers_output_an_array_or_a_list(kind, toy_world,
     }[kind]
     run = circuits.intervene(toy_world, transcoders, given, [[]])
     assert torch.equal(run.logits, circuits.intervene(toy_world, transcoders, PROMPT, [[]]).logits)
+
+
+class AnyPath:
+    """A path of another library, as `py.path.local` or a folder in a notebook is."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __fspath__(self):
+        return self.path
+
+
+def test_paths_of_other_libraries_are_taken(tmp_path, toy_world, task, transcoders):
+    folder = AnyPath(str(tmp_path))
+    circuits.save_transcoders(transcoders, folder, model_name="toy-world")
+    assert circuits.load_transcoders(folder).n_features == transcoders.n_features
+    assert circuits.AttributionGraph(folder).transcoders == tmp_path
+    circuits.save_model(toy_world, AnyPath(str(tmp_path / "model")))
+    loaded = circuits.load_model(AnyPath(str(tmp_path / "model")))
+    assert torch.equal(loaded(task.clean), toy_world(task.clean))
+    found = circuits.run(circuits.EAP(), toy_world, task, out=AnyPath(str(tmp_path / "runs")))
+    assert circuits.load_run(AnyPath(str(found.folder))).folder == found.folder
+    refused(lambda: circuits.load_run(AnyPath(b"runs")), "=b'runs': give a text or a pathlib.Path")
+    refused(lambda: circuits.save_model(toy_world, 3), "path=3: give a text or a pathlib.Path")
+
+
+def test_an_empty_list_of_features_gives_no_rows(transcoders):
+    like = torch.randn(1, 2, transcoders.d_model)
+    for none in ([], np.array([]), torch.tensor([])):
+        assert transcoders.encoder_rows(0, none, like).shape == (0, transcoders.d_model)
+    refused(lambda: transcoders.encoder_rows(0, [[]], like), "has shape (1, 0)")

@@ -359,3 +359,38 @@ def test_quality_agrees_with_its_definition(
         assert found.dead[layer] == pytest.approx(
             float((activations == 0).all(0).float().mean()), abs=0.03
         )
+
+
+def test_batches_may_be_lists_and_integers(model: Model) -> None:
+    def listed(step: int) -> tuple[list, list]:
+        tokens, mask = batches(step)
+        return tokens.tolist(), mask.int().tolist()
+
+    config = replace(SMALL, steps=2)
+    both = [train_transcoders(model, each, config) for each in (batches, listed)]
+    assert all(torch.equal(one, other) for one, other in zip(*map(tensors, both), strict=True))
+
+
+TOKENS = torch.arange(24).view(4, 6)
+REAL = torch.ones(4, 6, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((TOKENS, REAL[:3]), r"tokens of shape \(4, 6\) and a mask of shape \(3, 6\)"),
+        ((TOKENS, REAL[:, :5]), r"tokens of shape \(4, 6\) and a mask of shape \(4, 5\)"),
+        ((TOKENS[0], REAL[0]), r"tokens of shape \(6,\).* must be \[prompt, position\]"),
+        ((TOKENS, True), r"a mask of shape \(1,\)"),
+        ((TOKENS, ~REAL), r"^batches\(0\) returned a mask of \(4, 6\) without any real tokens"),
+        ((TOKENS[:0], REAL[:0]), "without any real tokens"),
+        ((TOKENS, "all"), r"^the mask of batches\(0\)='all' must hold numbers"),
+        ((TOKENS, None), r"^the mask of batches\(0\)=None must hold numbers"),
+        ((TOKENS + 0.5, REAL), "integers"),
+    ],
+)
+def test_batches_that_are_no_tokens_and_mask_are_refused(
+    given: tuple, message: str, model: Model, unchecked_types: None
+) -> None:
+    with pytest.raises(InputError, match=message):
+        train_transcoders(model, lambda step: given, SMALL)

@@ -11,8 +11,8 @@ import re
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from inspect import isfunction
 from operator import attrgetter
+from types import CodeType, FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -44,6 +44,9 @@ NORM_TYPES: dict[str, type[nn.Module]] = {
 LARGEST_MASKED = -1e4
 EMBEDDING = ("embed", "hook_embed", "pos_embed", "hook_pos_embed")
 WHOLE = "the model itself"
+# How torch runs a module, and what a run from tokens to logits does not use of what it may.
+RUN = ("forward", "__call__", "_call_impl")
+NOT_RUN = ("to_tokens", "loss_fn", "to")
 A_HOOK = "a hook"
 
 Changes = dict[str, str]
@@ -77,8 +80,7 @@ def changes(model: Model) -> Changes:
         expected, settings = _expected_types(model), own_settings(model)
         found |= _changed_class(type(model))
         for name, module in model.named_modules():
-            generic = re.sub(r"^blocks\.\d+", "block", name)
-            if type(module) is not expected.get(generic, type(module)):
+            if type(module) is not expected.get(_in_any_layer(name), type(module)):
                 found[name] = f"a {type(module).__name__}"
             elif change := _change_of(module):
                 found[name or WHOLE] = change
@@ -194,22 +196,24 @@ def check_differentiable(model: Model) -> None:
 
 
 def _unusable_parts(model: Model) -> Iterator[str]:
-    own_forward = "forward" in vars(model) or "forward" in _new_methods(type(model))
+    own = [name for name in RUN if name in vars(model) or name in _new_members(type(model))]
     after = [name for name in HOOKS if name != "_forward_pre_hooks"]
-    if own_forward or any(_hooks(model, names=after)):
-        what = "another forward method" if own_forward else A_HOOK
+    if own or any(_hooks(model, names=after)):
+        what = f"another {own[0]} method" if own else A_HOOK
         yield (
             f"it has {what} at {WHOLE}, and only scored tokens are run to the logits; put a hook "
             "at unembed.hook_out instead, or remove it"
         )
     first: dict[nn.Module, str] = {}
+    expected = _expected_types(model)
     for name, module in model.named_modules(remove_duplicate=False):
         where = name or WHOLE
         if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
             yield f"{where} is compiled, and hooks do not reach into it; use it uncompiled"
         if not isinstance(module, HookPoint):
             continue
-        if first.setdefault(module, name) != name:
+        # A second name of a module, where TransformerLens has none, is no second place of it.
+        if _in_any_layer(name) in expected and first.setdefault(module, name) != name:
             yield (
                 f"{name} and {first[module]} are one module, so they cannot be told apart; "
                 "give each layer modules of its own, as copy.deepcopy makes them"
@@ -251,7 +255,8 @@ def _change_of(module: nn.Module) -> str | None:
     if any(_hooks(module)):
         return A_HOOK
     for name, value in vars(module).items():
-        if callable(getattr(type(module), name, None)) and not isinstance(value, Own):
+        is_method = callable(getattr(type(module), name, None)) and not isinstance(value, Own)
+        if is_method and name in _used_names(type(module)):
             return f"another {name} method"
     masked = module._buffers.get("IGNORE")
     if masked is not None and masked > LARGEST_MASKED:
@@ -260,21 +265,65 @@ def _change_of(module: nn.Module) -> str | None:
 
 
 def _changed_class(kind: type) -> Changes:
-    return {f"the class {kind.__name__}": f"another {name} method" for name in _new_methods(kind)}
+    return {f"the class {kind.__name__}": f"another {name} method" for name in _new_members(kind)}
 
 
-def _new_methods(kind: type) -> list[str]:
-    """The methods of a class that replace those of TransformerLens."""
-    # Other libraries add methods to `nn.Module` itself, as transformers does.
-    bases = [base for base in kind.__mro__ if base not in nn.Module.__mro__]
-    known = [vars(base) for base in bases if base.__module__.startswith(LIBRARY)]
-    return [
+def _new_members(kind: type) -> list[str]:
+    """The members of a class that a run uses, and that TransformerLens did not define there."""
+    new = [
         name
-        for base in bases
-        for name, method in vars(base).items()
-        if isfunction(method) and not str(method.__module__).startswith(LIBRARY)
-        if name != "__init__" and any(name in methods for methods in known)
+        for base in _bases(kind)
+        for name, member in vars(base).items()
+        if not _is_original(base, name, member)
     ]
+    used = _used_names(kind)
+    return [name for name in new if name in used]
+
+
+def _bases(kind: type) -> list[type]:
+    # Other libraries add methods to `nn.Module` itself, as transformers does.
+    return [base for base in kind.__mro__ if base not in nn.Module.__mro__]
+
+
+def _is_original(base: type, name: str, member: object) -> bool:
+    """Whether TransformerLens defined it there; a wrapper may have another function's name."""
+    function = _function_of(member)
+    if function is None or not base.__module__.startswith(LIBRARY):
+        return False
+    is_of_module = function.__globals__.get("__name__") == base.__module__
+    return is_of_module and function.__code__.co_qualname == f"{base.__qualname__}.{name}"
+
+
+def _function_of(member: object) -> FunctionType | None:
+    if isinstance(member, property):
+        member = member.fget
+    elif isinstance(member, staticmethod | classmethod):
+        member = member.__func__
+    return member if isinstance(member, FunctionType) else None
+
+
+def _used_names(kind: type) -> set[str]:
+    """The names that a run of a module of this class may look up, in its methods or elsewhere."""
+    found: set[str] = set()
+    names = set(RUN)
+    while names:
+        found |= names
+        members = [vars(base).get(name) for base in _bases(kind) for name in names]
+        functions = filter(None, map(_function_of, members))
+        names = {name for each in functions for name in _names_in(each.__code__)}
+        names -= found.union(NOT_RUN)
+    return found
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_in(constant)
+
+
+def _in_any_layer(name: str) -> str:
+    return re.sub(r"^blocks\.\d+", "block", name)
 
 
 def _final_norm_type(model: Model) -> type[nn.Module]:
@@ -287,12 +336,25 @@ def _final_norm_type(model: Model) -> type[nn.Module]:
 def _expected_types(model: Model) -> dict[str, type[nn.Module]]:
     """The class of every module that TransformerLens builds; `block` stands for every layer."""
     cfg = model.cfg
-    # On this device modules take no memory and no random numbers.
-    with torch.device("meta"):
-        block = components.TransformerBlock(cfg, 0)
-    expected = {"embed": components.Embed, "unembed": components.Unembed}
-    for name, module in block.named_modules(prefix="block"):
-        expected[name] = type(module)
+    parts = {"embed": components.Embed, "unembed": components.Unembed}
+    if cfg.positional_embedding_type == "standard":
+        parts["pos_embed"] = components.PosEmbed
     if cfg.normalization_type is not None:
-        expected["ln_final"] = _final_norm_type(model)
+        parts["ln_final"] = _final_norm_type(model)
+    # On this device modules take no memory and no random numbers.
+    try:
+        with torch.device("meta"):
+            built = {name: kind(cfg) for name, kind in parts.items()}
+            built["block"] = components.TransformerBlock(cfg, 0)
+    # Its classes may have been changed in any way.
+    except Exception as error:
+        raise InputError(
+            f"TransformerLens cannot build the modules of {cfg.model_name} any more "
+            f"({type(error).__name__}: {str(error)[:80]!r}); undo what was changed in its classes "
+            "or in model.cfg."
+        ) from error
+    expected: dict[str, type[nn.Module]] = {"hook_embed": HookPoint, "hook_pos_embed": HookPoint}
+    for part, whole in built.items():
+        for name, module in whole.named_modules(prefix=part):
+            expected[name] = type(module)
     return expected

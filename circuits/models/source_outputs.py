@@ -173,8 +173,8 @@ def check_honoured(
 ) -> None:
     """Refuse changes of a model that would act in some of the runs made here and not in others.
 
-    In some of them heads have separate inputs, or other prompts are in the batch. What each prompt
-    gives alone is right.
+    In some of them heads have separate inputs, other prompts are in the batch, or padding follows.
+    What each prompt gives alone, without padding, is right.
 
     Args:
         prompts: tokens, which of them are real, and where logits are compared.
@@ -195,16 +195,19 @@ def check_honoured(
                 if gap > TOLERANCE[model.cfg.dtype]:
                     raise InputError(
                         f"{model.cfg.model_name} computes other {what} (by {gap:.1%}) where other "
-                        "prompts are in the batch or heads have separate inputs, [batch, pos, "
-                        f"head, d_model]: {named(found)}; let it act on each prompt, and on each "
-                        "vector of the last axis, alone and without chance, or remove it."
+                        "prompts are in the batch, padding follows a prompt or heads have separate "
+                        f"inputs, [batch, pos, head, d_model]: {named(found)}; let it act on each "
+                        "prompt, and on each vector of the last axis, alone and without chance, or "
+                        "remove it."
                     )
 
 
 def _gap(model: Model, prompts: MaskedPrompts, alone: Compute, together: Compute) -> float:
     """The difference between what prompts give alone, and beside others with separate inputs."""
     tokens, mask, scored = prompts
-    each = zip(tokens.split(1), mask.split(1), scored.split(1), strict=True)
+    lengths = mask.sum(1).tolist()
+    # What acts on the last position, or on all, acts on real tokens here.
+    each = [[given[row : row + 1, :n] for given in prompts] for row, n in enumerate(lengths)]
     expected = torch.cat([alone(model, *prompt) for prompt in each])
     # Circuits run as copies of the prompts, each with other activations.
     others = (tokens + 1) % model.cfg.d_vocab
@@ -223,8 +226,11 @@ def _logits(model: Model, tokens: Tokens, mask: Mask, scored: Mask) -> Tensor:
 
 
 @torch.enable_grad()
-def _gradient(model: Model, tokens: Tokens, mask: Mask, scored: Mask) -> Residual:
-    """The gradient of half the squared logits with respect to what the first layer reads."""
+def _gradient(model: Model, tokens: Tokens, mask: Mask, scored: Mask) -> Tensor:
+    """The gradient of half the squared logits with respect to what the first layer reads.
+
+    At real tokens, [token, d_model].
+    """
     read: dict[str, Tensor] = {}
     name = residual_hook(0)
 
@@ -235,7 +241,7 @@ def _gradient(model: Model, tokens: Tokens, mask: Mask, scored: Mask) -> Residua
     final = run_to_residual(model, tokens, mask, [(name, start)])
     logits = scored_logits(model, final, scored)
     (gradient,) = torch.autograd.grad(logits, read[name], logits.detach())
-    return gradient
+    return gradient[mask]
 
 
 def _with_separate_inputs(model: Model, run: Callable[[], Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from circuits.graph.nodes import Node, TokenEmbed, parse_node
 from circuits.models import Hook, Model, frozen, output_hook
-from circuits.models.source_outputs import SourceOutputs, run_and_record
+from circuits.models.source_outputs import SourceOutputs, check_honoured, run_and_record
 from circuits.running.noise import embedding_noise
 from circuits.system.errors import InputError
 from circuits.system.fields import CheckedFields
@@ -361,6 +361,9 @@ def _means(
     axes = ablation.axes
     n_tokens = task.clean.shape[1]
     averaged = ablation.averaged(model, task)
+    if isinstance(ablation.over, Task):
+        # The prompts of the task itself are checked where circuits are run.
+        check_honoured(model, nodes, averaged.masked_prompts[:1])
     # As many tokens at once as `prompts_per_run` prompts of the task have.
     size = max(1, prompts_per_run * n_tokens // averaged.clean.shape[1])
     for start in range(0, len(averaged), size):

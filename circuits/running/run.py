@@ -197,16 +197,22 @@ def model_logits(
         size = 1 if changes(model) else PROMPTS_PER_RUN
         for start in range(0, len(task), size):
             part = task[start : start + size]
-            # Only the scored rows are unembedded: a vocabulary is wide.
-            residual = _residual(model, part, prompts)
-            logits.append(scored_logits(model, residual, part.scored))
+            logits.append(_logits(model, part, prompts))
     result = torch.cat(logits)
     check_finite(result, model)
     return result
 
 
-def _residual(model: Model, task: Task, prompts: str) -> Float[Tensor, "batch pos d_model"]:
+def _logits(model: Model, task: Task, prompts: str) -> Float[Tensor, "scored vocab"]:
+    clean, corrupted = task.masked_prompts
+    tokens, mask, scored = clean if prompts == "clean" else corrupted
+    # No padding follows the longest prompt, where hooks might act on it.
+    length = int(mask.sum(1).max())
+    residual = run_to_residual(model, tokens[:, :length], mask[:, :length])
+    # Only the scored rows are unembedded: a vocabulary is wide.
+    logits = scored_logits(model, residual, scored[:, :length])
     if prompts == "clean":
-        return run_to_residual(model, task.clean, task.mask)
-    found = run_to_residual(model, task.corrupted, task.corrupted_mask)
-    return task.to_clean(found)
+        return logits
+    # Several rows can have the same counterpart.
+    number = scored.flatten().cumsum(0).view_as(scored) - 1
+    return logits[task.to_clean(number)[task.scored]]

@@ -20,6 +20,7 @@ from torch import Tensor
 from circuits.system.device import device_called, dtype_called
 from circuits.system.errors import InputError
 from circuits.system.fields import Check, checks_of
+from circuits.system.files import text_or_path
 from circuits.system.numbers import RealNumber, WholeNumber, real, shown, whole
 from circuits.system.tensors import as_tensor
 
@@ -29,15 +30,18 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 MADE: dict[Any, Check] = {
     WholeNumber: whole,
     RealNumber: real,
+    str | Path: text_or_path,
     torch.dtype: lambda value, _: dtype_called(value),
     str | torch.device: lambda value, _: device_called(value),
 }
 # Other classes that are checked, and what a value of them is called.
 CLASSES: dict[Any, str] = {
-    str | Path: "a text or a pathlib.Path",
     slice: "a slice",
     Tensor: "a tensor",
 }
+
+EMPTY = {"Int": torch.long, "Bool": torch.bool}
+"""The type of an empty tensor, by the kind that is asked for; others are floating-point."""
 
 
 def checked_arguments(function: Function) -> Function:
@@ -93,6 +97,9 @@ def _instance(kind: Any, value: Any, name: str) -> Any:
 
 def _tensor(kind: Any, value: Any, name: str) -> Tensor:
     found = as_tensor(value, name)
+    if not found.numel():
+        # An empty list says nothing of its numbers.
+        found = found.to(EMPTY.get(kind.dtype.__name__, found.dtype))
     if not _fits(kind, found.dtype, found.shape):
         raise InputError(
             f"{name} has shape {tuple(found.shape)} and type {found.dtype}: give a tensor "

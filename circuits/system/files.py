@@ -26,7 +26,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from circuits.system.errors import InputError, NotWrittenError
-from circuits.system.kinds import expect
+from circuits.system.numbers import shown
 from circuits.system.tensors import bytes_of
 from circuits.system.torch_modes import without_modes
 
@@ -53,8 +53,17 @@ TensorsAndMetadata = tuple[dict[str, Tensor], dict[str, str]]
 
 def path_of(given: object) -> Path:
     """A file or folder that a user names."""
-    expect(given, str | Path, "a path", "give a text or a pathlib.Path")
-    return Path(str(given))
+    return Path(text_or_path(given, "path"))
+
+
+def text_or_path(given: object, name: str) -> str | Path:
+    """A text as it is, or a path of any library as a `pathlib.Path`."""
+    if isinstance(given, os.PathLike):
+        plain = os.fspath(given)
+        given = Path(plain) if isinstance(plain, str) else plain
+    if not isinstance(given, str | Path):
+        raise InputError(f"{name}={shown(given)}: give a text or a pathlib.Path.")
+    return given
 
 
 def write_tensors(path: Path, tensors: Tensors, metadata: Texts, kind: str, version: int) -> Path:

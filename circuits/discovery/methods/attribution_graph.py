@@ -12,6 +12,7 @@ gives the graph itself. For a task `discover` pools the graphs of its prompts in
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -39,6 +40,7 @@ from circuits.models import Model, check_model
 from circuits.models.component_graph import REST
 from circuits.models.identity import identity
 from circuits.system.errors import InputError
+from circuits.system.files import path_of
 from circuits.system.numbers import items, python_number, shown, whole
 from circuits.system.torch_modes import without_modes
 from circuits.tasks.readers.tokens import Prompt, each_prompt, split_encoding
@@ -117,6 +119,8 @@ class AttributionGraph(Resumable):
             value = getattr(self, name)
             if not 0 < value <= 1:
                 raise InputError(f"{name}={value!r}: give a share above 0 and up to 1.")
+        if isinstance(self.transcoders, os.PathLike):
+            object.__setattr__(self, "transcoders", path_of(self.transcoders))
         if not isinstance(self.transcoders, str | Path | Transcoders):
             raise InputError(
                 f"transcoders={self.transcoders!r}: give loaded ones, a folder, or the name of a "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +40,7 @@ def name_of(path: str | Path) -> str:
 
 def file_rows(path: str | Path) -> Iterator[Row]:
     """The rows of a file, with where they are, such as "pairs.csv, line 3"."""
-    expect(path, str | Path, "the path of a file", "give a text file with " + FORMATS)
+    expect(path, str | os.PathLike, "the path of a file", "give a text file with " + FORMATS)
     path = Path(path)
     text = _text(path)
     if path.suffix.lower() in TABLES:

@@ -36,6 +36,7 @@ from circuits.system.fields import CheckedFields
 from circuits.system.files import path_of, read_tensors, write_tensors
 from circuits.system.kinds import expect
 from circuits.system.numbers import items, python_number, real, shown
+from circuits.system.tensors import as_tensor
 from circuits.system.torch_modes import without_modes
 from circuits.tasks.model_fit import check_task
 from circuits.tasks.task import Task
@@ -202,9 +203,7 @@ class _Trainer:
         # MLP inputs and outputs on the text of a step, not yet normalized.
         reads, writes = READS_WRITES[self.config.kind]
         tokens, mask = self._batch(step)
-        some = mask.any(1)
         # A task has its padding on the right, wherever it was.
-        tokens, mask = tokens[some], mask[some]
         text = Task.from_tokens(tokens, attention_mask=mask)
         check_task(self.model, text)
         inputs, outputs = record(self.model, reads, writes, text.clean, text.mask)
@@ -212,12 +211,26 @@ class _Trainer:
         return inputs.to(dtype), outputs.to(dtype)
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:
+        # The tokens of a step and their mask, without rows that are padding alone.
         found = self.batches(step)
         if not isinstance(found, Sequence) or len(found) != 2:
             raise InputError(
                 f"batches({step}) returned {shown(found)}; it must return tokens and their mask."
             )
-        return found
+        names = f"the tokens of batches({step})", f"the mask of batches({step})"
+        tokens, mask = map(as_tensor, found, names)
+        if tokens.dim() != 2 or mask.shape != tokens.shape:
+            raise InputError(
+                f"batches({step}) returned tokens of shape {tuple(tokens.shape)} and a mask of "
+                f"shape {tuple(mask.shape)}; both must be [prompt, position]."
+            )
+        some = mask.any(1)
+        if not some.any():
+            raise InputError(
+                f"batches({step}) returned a mask of {tuple(mask.shape)} without any real tokens; "
+                "it must be True where tokens are real."
+            )
+        return tokens[some], mask[some]
 
     def _normalized(self, step: int) -> InputsOutputs:
         inputs, outputs = self._record(step)
