@@ -33,7 +33,8 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 FLAGGED_POINTS = (
     "hook_q_input", "hook_k_input", "hook_v_input", "hook_attn_in", "hook_mlp_in", "hook_result",
 )  # fmt: skip
-LIBRARY = "transformer_lens"
+# Where the classes of unchanged modules come from.
+LIBRARIES = ("transformer_lens", "torch.")
 NORM_TYPES: dict[str, type[nn.Module]] = {
     "LN": components.LayerNorm,
     "LNPre": components.LayerNormPre,
@@ -286,9 +287,9 @@ def _bases(kind: type) -> list[type]:
 
 
 def _is_original(base: type, name: str, member: object) -> bool:
-    """Whether TransformerLens defined it there; a wrapper may have another function's name."""
+    """Whether a library defined it there; a wrapper may have another function's name."""
     function = _function_of(member)
-    if function is None or not base.__module__.startswith(LIBRARY):
+    if function is None or not base.__module__.startswith(LIBRARIES):
         return False
     is_of_module = function.__globals__.get("__name__") == base.__module__
     return is_of_module and function.__code__.co_qualname == f"{base.__qualname__}.{name}"
