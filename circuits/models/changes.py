@@ -205,22 +205,25 @@ def _unusable_parts(model: Model) -> Iterator[str]:
             f"it has {what} at {WHOLE}, and only scored tokens are run to the logits; put a hook "
             "at unembed.hook_out instead, or remove it"
         )
-    first: dict[nn.Module, str] = {}
-    expected = _expected_types(model)
+    names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         where = name or WHOLE
         if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
             yield f"{where} is compiled, and hooks do not reach into it; use it uncompiled"
         if not isinstance(module, HookPoint):
             continue
-        # A second name of a module, where TransformerLens has none, is no second place of it.
-        if _in_any_layer(name) in expected and first.setdefault(module, name) != name:
-            yield (
-                f"{name} and {first[module]} are one module, so they cannot be told apart; "
-                "give each layer modules of its own, as copy.deepcopy makes them"
-            )
+        names.setdefault(module, []).append(name)
         if name.endswith(FLAGGED_POINTS) and any(_hooks(module)):
             yield f"it has a hook at {name}, where edges are ablated; remove it with reset_hooks()"
+    for several in filter(lambda each: len(each) > 1, names.values()):
+        # Where TransformerLens has no module of this name, it is no second place in a run.
+        expected = _expected_types(model)
+        first, *others = [name for name in several if _in_any_layer(name) in expected] or [""]
+        for name in others:
+            yield (
+                f"{name} and {first} are one module, so they cannot be told apart; "
+                "give each layer modules of its own, as copy.deepcopy makes them"
+            )
 
 
 def _unusable_weights(model: Model) -> Iterator[str]:
