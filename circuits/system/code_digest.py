@@ -134,7 +134,8 @@ def stand_in(value: object) -> Any:
 def _scripted(function: Any) -> tuple[Any, ...]:
     graph = function.inlined_graph
     constants = graph.findAllNodes("prim::Constant")
-    return graph.str(False), [each.output().toIValue() for each in constants]
+    values = [each.output().toIValue() for each in constants]
+    return graph.str(False), values
 
 
 @functools.cache
@@ -202,7 +203,8 @@ class _Walk:
         self._where = where or before
         try:
             for kinds, visit in _VISITS.items():
-                if isinstance(value, kinds) and (kinds not in EXACT or type(value) is kinds):
+                fits = type(value) is kinds if kinds in EXACT else isinstance(value, kinds)
+                if fits:
                     return visit(self, value)
             return self._object(value)
         except InputError:
@@ -242,7 +244,8 @@ class _Walk:
         return _hash(_name(values), *parts)
 
     def _code(self, code: types.CodeType) -> Digest:
-        return self._all("code", [getattr(code, field) for field in CODE_FIELDS])
+        held = [getattr(code, field) for field in CODE_FIELDS]
+        return self._all("code", held)
 
     def _function(self, function: types.FunctionType) -> Digest:
         compiled = vars(function).get("_torchdynamo_orig_callable")
@@ -306,7 +309,8 @@ class _Walk:
         return self._all("reference", [reference()])
 
     def _builtin(self, value: Any) -> Digest:
-        return self._all(_name(value), [getattr(value, "__self__", None)])
+        owner = getattr(value, "__self__", None)
+        return self._all(_name(value), [owner])
 
     def _object(self, value: Any) -> Digest:
         """Any other object: its class, and what a copy of it would be made of."""
@@ -410,7 +414,8 @@ def _noted(code: types.CodeType) -> dict[str, str]:
             # Assigned, deleted or an attribute.
             use = _use(steps, max(at - 3, 0)) if step.opname.startswith("STORE_") else ""
             uses.setdefault(step.argval, set()).add(use if use == ADD else "")
-    return {name: used.pop() for name, used in uses.items() if len(used) == 1}
+    single = {name: used for name, used in uses.items() if len(used) == 1}
+    return {name: used.pop() for name, used in single.items()}
 
 
 def _use(steps: list[dis.Instruction], at: int) -> str:

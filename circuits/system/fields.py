@@ -75,8 +75,12 @@ def checks_of(hints: Mapping[str, Any], further: Further = no_check) -> dict[str
 
     Numbers, bools, texts, choices and unions with them are checked, and what `further` knows.
     """
-    found = {name: _check_of(hint, further) for name, hint in hints.items()}
-    return {name: check for name, check in found.items() if check is not None}
+    found = {}
+    for name, hint in hints.items():
+        check = _check_of(hint, further)
+        if check is not None:
+            found[name] = check
+    return found
 
 
 def _check_of(hint: Any, further: Further) -> Check | None:
@@ -90,7 +94,8 @@ def _check_of(hint: Any, further: Further) -> Check | None:
         check = partial(_one_of, get_args(kind))
     if check is None and len(kinds) > 1:
         check = partial(_number_among, kinds)
-    return partial(_optional, check) if check and len(kinds) < len(members) else check
+    is_optional = len(kinds) < len(members)
+    return partial(_optional, check) if check and is_optional else check
 
 
 def _optional(check: Check, value: Any, name: str) -> Any:

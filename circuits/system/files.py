@@ -162,7 +162,8 @@ def _content_digest(header: Header, tensors: Tensors) -> str:
 
 def _described(tensor: Tensor) -> list[Any]:
     digest = sha256(bytes_of(tensor).data)
-    return [str(tensor.dtype), list(tensor.shape), digest.hexdigest()]
+    shape = list(tensor.shape)
+    return [str(tensor.dtype), shape, digest.hexdigest()]
 
 
 def json_text(content: Header) -> str:

@@ -85,7 +85,8 @@ def in_steps(
     """
     done = 0
     while done < total:
-        found, size = shrinking(partial(_on_next, step, done), min(size, total - done), item)
+        size = min(size, total - done)
+        found, size = shrinking(partial(_on_next, step, done), size, item)
         done += size
         yield done, found
 

@@ -123,7 +123,8 @@ def gathered(measure: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
 
     by_rank = exchanged(on_cpu)
     with_work = [tensors for tensors in by_rank if tensors]
-    return [torch.cat(pieces) for pieces in zip(*with_work, strict=True)]
+    columns = zip(*with_work, strict=True)
+    return list(map(torch.cat, columns))
 
 
 class _Report(NamedTuple):
@@ -180,7 +181,10 @@ def on_first(function: Work[Result]) -> Result:
 def totals(counts: Mapping[str, int]) -> dict[str, int]:
     """Sum counts over the ranks."""
     by_rank = exchanged(lambda: dict(counts))
-    return {name: sum(each[name] for each in by_rank) for name in counts}
+    total = {}
+    for name in counts:
+        total[name] = sum(each[name] for each in by_rank)
+    return total
 
 
 @contextlib.contextmanager

@@ -108,8 +108,8 @@ class Metric(CheckedFields):
         if not logits.numel():
             return logits.new_zeros(logits.shape[:-1])
         if not (is_single or self.vectorised or self.shipped):
-            values_by_circuit = [self(each, clean_logits, task) for each in logits]
-            return torch.stack(values_by_circuit)
+            alone = [self(each, clean_logits, task) for each in logits]
+            return torch.stack(alone)
         logits = _at_least_float32(logits)
         clean_logits = _at_least_float32(clean_logits)
         if is_single:
