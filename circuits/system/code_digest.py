@@ -278,9 +278,11 @@ class _Walk:
             names = inside if place else global_names
             for name in sorted(names.intersection(held)):
                 value = found[place + name] = held[name]
-                is_module = isinstance(value, types.ModuleType) and self._is_own(value.__name__)
-                if is_module and all(vars(value) is not known for _, known in places):
-                    places.append((f"{place}{name}.", vars(value)))
+                if not isinstance(value, types.ModuleType) or not self._is_own(value.__name__):
+                    continue
+                there = vars(value)
+                if all(there is not known for _, known in places):
+                    places.append((f"{place}{name}.", there))
         return found
 
     def _class(self, kind: type) -> Digest:

@@ -61,4 +61,5 @@ class Docstring(TaskFamily):
         wrong = before + described + after + others
         wrong_answers = tuple(f" {word}" for word in wrong)
         pair = fill_template(template, clean, corrupted, f" {answer}", wrong_answers)
-        return replace(pair, spans={name: pair.spans[name] for name in SPANS})
+        ordered = {name: pair.spans[name] for name in SPANS}
+        return replace(pair, spans=ordered)

@@ -66,4 +66,5 @@ class IOI(TaskFamily):
         after_s1 = (s1_end + 1, s1_end + 2)
         spans = {**pair.spans, "S1+1": after_s1}
         # In a fixed order: which name comes first depends on the template.
-        return replace(pair, spans={name: spans[name] for name in SPANS})
+        ordered = {name: spans[name] for name in SPANS}
+        return replace(pair, spans=ordered)
