@@ -889,6 +889,13 @@ def write_digests(folder: Path) -> list[str]:
     return texts
 
 
+def test_a_digest_does_not_depend_on_what_was_compiled_before(model):
+    """Compiling puts other methods into `torch.nn.Module`."""
+    before = code_digest(model).text
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+    assert code_digest(model).text == before
+
+
 def test_a_digest_does_not_depend_on_the_process(new_process, tmp_path, monkeypatch):
     """Sets are in another order in each process, and hooks have other numbers."""
     (tmp_path / "values_to_hash.py").write_text(VALUES)

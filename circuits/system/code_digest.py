@@ -293,8 +293,7 @@ class _Walk:
             if self._is_own(each.__module__):
                 self._add_module(each.__module__)
             else:
-                for name, put in members.items():
-                    members[name] = put if self._is_put(put) else _name(put)
+                members = self._put_into(each, members)
             parts.append(self._dict(members, each.__qualname__))
         return _hash("class", *parts)
 
@@ -347,6 +346,17 @@ class _Walk:
     def _is_own(self, module: str | None) -> bool:
         file = getattr(sys.modules.get(_top(module)), "__file__", None) or ""
         return _top(module) not in NOT_OWN and INSTALLED.isdisjoint(Path(file).parts)
+
+    def _put_into(self, kind: type, members: Entries) -> dict[Any, Any]:
+        """The members of an installed class: a user's own, and the names of the others."""
+        told = {}
+        for name, member in members.items():
+            if self._is_put(member):
+                told[name] = member
+            # Torch replaces its own at run time, when something is compiled.
+            elif _top(kind.__module__) != "torch":
+                told[name] = _name(member)
+        return told
 
     def _is_put(self, member: Any) -> bool:
         """Whether a member of an installed class is a user's: a function, holder or object."""
