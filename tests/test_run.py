@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -631,7 +631,7 @@ def test_a_metric_that_notes_down_its_calls_is_found_again_and_one_that_reads_it
     assert calls and times
 
 
-ACTIVATIONS, TIMES, BY_POINT = {}, Counter(), defaultdict(list)
+ACTIVATIONS, TIMES, SEEN, PAIR = {}, Counter(), [], [1, 2]
 
 
 def counting():
@@ -653,8 +653,13 @@ def counting_by_point(x, hook):
     TIMES[hook.name] += 1
 
 
-def collecting(x, hook):
-    BY_POINT[hook.name].append(x)
+def listing(x, hook):
+    SEEN.append(x)
+
+
+def unpacking(x, hook):
+    PAIR[0] += 1
+    TIMES[hook.name], _ = PAIR
 
 
 def in_context(x, hook):
@@ -665,17 +670,6 @@ def accumulating(x, hook):
     ACTIVATIONS[hook.name] = ACTIVATIONS.get(hook.name, 0) + x
 
 
-def counting_and_reading():
-    n = 0
-
-    def count(x, hook):
-        nonlocal n
-        n += 1
-        return x * n
-
-    return count
-
-
 POINT = "blocks.0.hook_mlp_out"
 LOGGING = {
     "a dictionary": (lambda model: model.add_hook(POINT, keeping), True),
@@ -683,16 +677,16 @@ LOGGING = {
         lambda model: model.add_hook(POINT, lambda x, hook: ACTIVATIONS.__setitem__(hook.name, x)),
         True,
     ),
-    "a number": (lambda model: model.add_hook(POINT, counting()), True),
-    "numbers by name": (lambda model: model.add_hook(POINT, counting_by_point), True),
-    "lists by name": (lambda model: model.add_hook(POINT, collecting), True),
+    "a list": (lambda model: model.add_hook(POINT, listing), True),
     "a context that it reads": (lambda model: model.add_hook(POINT, in_context), False),
     "TransformerLens' cache": (lambda model: model.add_caching_hooks([POINT]), True),
     "a dictionary that is read": (
         lambda model: model.add_hook(POINT, accumulating),
         False,
     ),
-    "a number that is read": (lambda model: model.add_hook(POINT, counting_and_reading()), False),
+    "a number": (lambda model: model.add_hook(POINT, counting()), False),
+    "numbers by name": (lambda model: model.add_hook(POINT, counting_by_point), False),
+    "a list that is unpacked": (lambda model: model.add_hook(POINT, unpacking), False),
 }
 
 
@@ -701,7 +695,7 @@ def test_a_hook_that_only_notes_down_what_it_sees_is_the_same_afterwards(log, mo
     change, is_same = LOGGING[log]
     model = copy.deepcopy(model)
     change(model)
-    for notes in (ACTIVATIONS, TIMES, BY_POINT):
+    for notes in (ACTIVATIONS, TIMES, SEEN):
         notes.clear()
     before = code_digest(model)
     model(random_task().clean)
@@ -905,6 +899,32 @@ def test_a_digest_does_not_depend_on_the_process(new_process, tmp_path, monkeypa
     elsewhere = json.loads((tmp_path / "digests.json").read_text())
     monkeypatch.syspath_prepend(tmp_path)
     assert write_digests(tmp_path) == elsewhere
+
+
+NAME_OF_A_METRIC = """
+import circuits
+
+def metric_of(model):
+    return circuits.Metric("mine", lambda logits, *_: model.unembed(logits), "lower_is_damage")
+
+file.write_text(str(metric_of(circuits.load_model("toy-world", device="cpu"))))
+"""
+
+
+def test_a_metric_that_holds_a_model_has_one_digest_before_and_after_anything_was_run(
+    new_process, tmp_path
+):
+    texts = []
+    for name in "ab":
+        arguments = NAME_OF_A_METRIC, {"file": tmp_path / name}
+        if name == "a":
+            other = new_process(target=exec, args=arguments)
+            other.start()
+            other.join()
+        else:
+            exec(*arguments)
+        texts.append((tmp_path / name).read_text())
+    assert texts[0] == texts[1]
 
 
 # Disks that are full, read-only or without locks

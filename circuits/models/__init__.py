@@ -46,6 +46,7 @@ from circuits.models.hooked_run import (
     separate_inputs,
     unembed,
 )
+from circuits.models.identity import check_fits
 from circuits.models.loading import (
     EMBEDDED,
     Model,

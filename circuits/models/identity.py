@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 from circuits.graph.graph import Graph, check_is_graph
 from circuits.graph.identity import ModelIdentity
-from circuits.models import Model, check_class, check_weights, turn
-from circuits.models.changes import HOOKS, Own
+from circuits.models.changes import HOOKS, Own, turn
+from circuits.models.loading import Model, check_class
+from circuits.models.overflow import check_weights
 from circuits.system.code_digest import stand_in
 from circuits.system.errors import InputError
 from circuits.system.tensors import plain_tensor

@@ -14,9 +14,8 @@ from torch import Tensor
 from circuits.graph.edges import SLOTS
 from circuits.graph.graph import Graph
 from circuits.graph.nodes import MLP, Head, Logits, Node, TokenEmbed, at_position
-from circuits.models import Model
+from circuits.models import Model, check_fits
 from circuits.models.component_graph import check_supported, component_nodes, sources_of
-from circuits.models.identity import check_fits
 from circuits.running.settings import KeptEdges
 from circuits.system.errors import InputError
 from circuits.tasks.model_fit import check_task

@@ -38,6 +38,7 @@ from circuits.graph.nodes import Error, Feature, Node, TokenEmbed
 from circuits.models import (
     Hook,
     Model,
+    check_fits,
     frozen,
     mlp_output_hook,
     mlp_residual_hook,
@@ -47,7 +48,6 @@ from circuits.models import (
     unembed,
 )
 from circuits.models.component_graph import REST
-from circuits.models.identity import check_fits
 from circuits.running.ablation import NAMES, Ablation, add_sums, mean_of
 from circuits.running.settings import NO_RUNS, Counts, KeptEdges, OfLogits, VariantLogits
 from circuits.system.errors import InputError

@@ -21,7 +21,7 @@ import types
 import uuid
 import warnings
 import weakref
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -56,19 +56,11 @@ BUILTINS = (
     types.MethodDescriptorType, types.ClassMethodDescriptorType, types.GetSetDescriptorType,
     types.MemberDescriptorType,
 )  # fmt: skip
-# To set an item, and to add a constant; n[k] += 1 compiles to the third.
-SET, ADD = "[]", "+="
 METHOD = ("LOAD_METHOD", "LOAD_ATTR")
-ADD_TO_ITEM = ["COPY", "COPY", "BINARY_SUBSCR", "LOAD_CONST", "BINARY_OP", "SWAP", "SWAP"]
-# Methods that return None: what a function only gives values to tells it nothing.
-LOGS: dict[type, set[str]] = {
-    list: {"append", "extend", "insert", SET},
-    set: {"add", "update"},
-    **{each: {"update", "__setitem__", SET} for each in (dict, OrderedDict, Counter)},
-    defaultdict: {"update", "__setitem__", SET, f"{SET}.append"},
-    int: {ADD},
-    float: {ADD},
-}
+# What a function only gives values to tells it nothing: these methods return None.
+SET = "[]"
+GIVES = {"append", "extend", "insert", "add", "update", "__setitem__", SET}
+LOGS = (list, set, dict, deque, OrderedDict, Counter, defaultdict)
 # Instructions that name globals; a module that is imported may be one.
 OF_GLOBALS = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS", "IMPORT_NAME"}
 
@@ -258,8 +250,8 @@ class _Walk:
         if is_own:
             self._add_file(code.co_filename)
             values |= self._globals_of(function)
-        for name, use in _noted(code).items():
-            if use in LOGS.get(type(values.get(name)), set()):
+        for name in _only_given(code):
+            if type(values.get(name)) in LOGS:
                 del values[name]
         values |= vars(function)
         values[""] = [function.__defaults__, function.__kwdefaults__, code if is_own else None]
@@ -412,46 +404,31 @@ def _closure_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _noted(code: types.CodeType) -> dict[str, str]:
-    """Variables, each with the one use that code makes of it: a method, or one of `SET` and `ADD`.
-
-    In `calls.append(1)` the variable is loaded, and then its method.
-    """
-    uses: dict[str, set[str]] = {}
+def _only_given(code: types.CodeType) -> set[str]:
+    """The variables with which code does nothing but to give them values, as in calls.append(1)."""
+    given, others = set(), set()
     steps = _steps_of(code)
     for at, step in enumerate(steps):
-        if step.opname in ("LOAD_DEREF", "LOAD_GLOBAL"):
-            uses.setdefault(step.argval, set()).add(_use(steps, at))
+        if step.opname in ("LOAD_DEREF", "LOAD_GLOBAL") and _use(steps[at + 1 :]) in GIVES:
+            given.add(step.argval)
         elif step.opname != "LOAD_CLOSURE" and isinstance(step.argval, str):
-            # Assigned, deleted or an attribute.
-            use = _use(steps, max(at - 3, 0)) if step.opname.startswith("STORE_") else ""
-            uses.setdefault(step.argval, set()).add(use if use == ADD else "")
-    single = {name: used for name, used in uses.items() if len(used) == 1}
-    return {name: used.pop() for name, used in single.items()}
+            # Read, assigned, deleted or an attribute.
+            others.add(step.argval)
+    return given - others
 
 
-def _use(steps: list[dis.Instruction], at: int) -> str:
-    """What is done with the variable that a step loads, if it tells the code nothing."""
-    variable, following, *_ = after = [*steps[at:], steps[-1]]
-    if following.opname in METHOD:
-        return str(following.argval)
-    # n += 1
-    names = [step.opname for step in after[1:3]]
-    if names == ["LOAD_CONST", "BINARY_OP"] and after[3].opname.startswith("STORE_"):
-        return ADD if after[3].argval == variable.argval else ""
+def _use(steps: list[dis.Instruction]) -> str:
+    """What is done first with a variable that was loaded: a method that is called, or `SET`."""
+    if steps[0].opname in METHOD:
+        return str(steps[0].argval)
     # The values that lie above that of the variable, until it is used.
     above = 0
-    for number, step in enumerate(after[1:], 1):
-        names = [each.opname for each in after[number : number + len(ADD_TO_ITEM)]]
-        if above == 1 and (names[0] == "STORE_SUBSCR" or names == ADD_TO_ITEM):
+    for step in steps:
+        if step.opname == "STORE_SUBSCR" and above == 1:
             return SET
-        if above == 1 and names[0] == "BINARY_SUBSCR" and names[1] in METHOD:
-            return f"{SET}.{after[number + 1].argval}"
-        if step.opname in ("COPY", "SWAP") or step.opcode in (*dis.hasjrel, *dis.hasjabs):
-            return ""
         above += dis.stack_effect(step.opcode, step.arg)
-        if above < 1:
-            return ""
+        if above < 1 or step.opname in ("COPY", "SWAP") or step.opcode in dis.hasjrel:
+            break
     return ""
 
 

@@ -14,9 +14,8 @@ from circuits.discovery.gradients.edge_scores import EdgeScoring, GradientPoint
 from circuits.graph.circuit import Circuit
 from circuits.graph.graph import Graph
 from circuits.graph.nodes import Node
-from circuits.models import Model
+from circuits.models import Model, check_fits
 from circuits.models.component_graph import check_supported, component_graph, component_nodes
-from circuits.models.identity import check_fits
 from circuits.models.propagation import PropagationRules
 from circuits.running.ablation import Ablation
 from circuits.system.torch_modes import without_modes

@@ -10,9 +10,8 @@ from circuits.graph.circuit import Circuit
 from circuits.graph.components import Components
 from circuits.graph.graph import Graph
 from circuits.graph.identity import ModelIdentity
-from circuits.models import Model
+from circuits.models import Model, check_fits
 from circuits.models.component_graph import component_graph
-from circuits.models.identity import check_fits
 from circuits.system.arguments import checked_arguments
 from circuits.system.errors import InputError
 from circuits.system.messages import suggestion
