@@ -1,5 +1,6 @@
 """The embedded model does what its model card says, on prompts it was not trained on."""
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ import circuits
 from circuits.models import Model
 from circuits.running.run import model_logits
 from circuits.tasks.task import Task
+
+# What is found, and not its types, is in question here; checking them takes most of the time.
+pytestmark = pytest.mark.usefixtures("unchecked_types")
 
 FOLDER = Path(circuits.__file__).parent / "assets" / "toy-world"
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -102,7 +106,7 @@ def test_the_training_script_makes_the_shipped_tokenizer(
 
 
 def test_training_interrupted_and_resumed_equals_training_without_a_break(
-    training: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    training: ModuleType, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def config(name: str) -> object:
         settings = {
@@ -116,6 +120,9 @@ def test_training_interrupted_and_resumed_equals_training_without_a_break(
         return training.Config(
             out=tmp_path / name, checkpoint=tmp_path / f"{name}.safetensors", **settings
         )
+
+    # Making it takes most of the time; it is checked above.
+    monkeypatch.setattr(training, "make_tokenizer", lambda: copy.deepcopy(model.tokenizer))
 
     def make_batch_until_killed(tokenizer: object, config: object, step: int) -> object:
         if step == 2:
@@ -146,7 +153,7 @@ def test_the_training_text_holds_no_held_out_prompt(training: ModuleType, model:
     sequences = [
         draw(random, length)
         for draw, length in ((training.chunks, 64), (training.induction_first, 32))
-        for _ in range(800)
+        for _ in range(200)
     ]
     chunks = [chunk for sequence in sequences for chunk in sequence]
     assert not held_out & {

@@ -7,6 +7,10 @@ import pytest
 import circuits
 
 
+# What is found, and not its types, is in question here; checking them takes most of the time.
+pytestmark = pytest.mark.usefixtures("unchecked_types")
+
+
 @pytest.fixture(scope="module")
 def train(toy_world):
     return circuits.load_task("ioi", toy_world, n=16, split="train")

@@ -17,6 +17,9 @@ from circuits.tasks.task import Task
 from circuits.transcoders.io.load import load_transcoders
 from circuits.transcoders.training.quality import quality
 
+# What is found, and not its types, is in question here; checking them takes most of the time.
+pytestmark = pytest.mark.usefixtures("unchecked_types")
+
 FOLDER = Path(circuits.__file__).parent / "assets" / "transcoders"
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 L0 = {

@@ -197,7 +197,8 @@ def check_differentiable(model: Model) -> None:
 
 
 def _unusable_parts(model: Model) -> Iterator[str]:
-    own = [name for name in RUN if name in vars(model) or name in _new_members(type(model))]
+    new = {*vars(model), *_new_members(type(model))}
+    own = [name for name in RUN if name in new]
     after = [name for name in HOOKS if name != "_forward_pre_hooks"]
     if own or any(_hooks(model, names=after)):
         what = f"another {own[0]} method" if own else A_HOOK
@@ -274,14 +275,13 @@ def _changed_class(kind: type) -> Changes:
 
 def _new_members(kind: type) -> list[str]:
     """The members of a class that a run uses, and that TransformerLens did not define there."""
-    new = [
+    used = _used_names(kind)
+    return [
         name
         for base in _bases(kind)
         for name, member in vars(base).items()
-        if not _is_original(base, name, member)
+        if name in used and not _is_original(base, name, member)
     ]
-    used = _used_names(kind)
-    return [name for name in new if name in used]
 
 
 def _bases(kind: type) -> list[type]:
@@ -312,7 +312,7 @@ def _used_names(kind: type) -> set[str]:
     names = set(RUN)
     while names:
         found |= names
-        members = [vars(base).get(name) for base in _bases(kind) for name in names]
+        members = [vars(base)[name] for base in _bases(kind) for name in names & vars(base).keys()]
         functions = filter(None, map(_function_of, members))
         names = {name for each in functions for name in _names_in(each.__code__)}
         names -= found.union(NOT_RUN)

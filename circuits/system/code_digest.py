@@ -157,6 +157,13 @@ def _top(module: object) -> str:
     return str(module).partition(".")[0]
 
 
+def _is_own(module: str | None) -> bool:
+    """Whether a module is neither installed nor a part of Python, torch or this package."""
+    top = _top(module)
+    file = getattr(sys.modules.get(top), "__file__", None) or ""
+    return top not in NOT_OWN and INSTALLED.isdisjoint(Path(file).parts)
+
+
 class _Walk:
     """Visits values and all that they hold.
 
@@ -168,6 +175,7 @@ class _Walk:
     def __init__(self, roots: Iterable[Any]) -> None:
         self.files: set[Path] = set()
         self.unknown = ""
+        self._is_own = functools.cache(_is_own)
         # Where the value that is being visited was found.
         self._where = ""
         # Installed packages count by their names, but for those that define the roots themselves.
@@ -335,18 +343,15 @@ class _Walk:
         self.unknown = unknown
         return digest
 
-    def _is_own(self, module: str | None) -> bool:
-        file = getattr(sys.modules.get(_top(module)), "__file__", None) or ""
-        return _top(module) not in NOT_OWN and INSTALLED.isdisjoint(Path(file).parts)
-
     def _put_into(self, kind: type, members: Entries) -> dict[Any, Any]:
         """The members of an installed class: a user's own, and the names of the others."""
+        # Torch replaces its own at run time, when something is compiled.
+        is_torch = _top(kind.__module__) == "torch"
         told = {}
         for name, member in members.items():
             if self._is_put(member):
                 told[name] = member
-            # Torch replaces its own at run time, when something is compiled.
-            elif _top(kind.__module__) != "torch":
+            elif not is_torch:
                 told[name] = _name(member)
         return told
 

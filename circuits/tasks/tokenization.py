@@ -327,8 +327,11 @@ class PromptTokenizer:
     def _remark(self, pair: PromptPair, prompt_ids: TokenIds) -> str | None:
         """On the space before an answer, if another one than the given may be meant."""
         prompt, trimmed = pair.clean, pair.clean.rstrip(" ")
-        words = (each for each in pair.answers + pair.wrong_answers if isinstance(each, str))
+        words = [each for each in pair.answers + pair.wrong_answers if isinstance(each, str)]
         for word in words:
+            lacks_space = _lacks_space(prompt, word)
+            if trimmed == prompt and not lacks_space:
+                continue
             spaced = f" {word.lstrip()}"
             given = self._continuation(prompt, prompt_ids, word) or []
             n_given = len(prompt_ids) + len(given)
@@ -340,7 +343,7 @@ class PromptTokenizer:
                 )
             other = self._continuation(prompt, prompt_ids, spaced) or []
             is_other = given != other and 0 < len(other) <= len(given)
-            if is_other and _lacks_space(prompt, word):
+            if is_other and lacks_space:
                 fuses = "goes on within the last word of" if _fuses(prompt, word) else "follows"
                 return (
                     f"the answer {word!r} {fuses} {shorten(prompt)} without a space; write "
