@@ -6,7 +6,6 @@ import pytest
 
 import circuits
 
-
 # What is found, and not its types, is in question here; checking them takes most of the time.
 pytestmark = pytest.mark.usefixtures("unchecked_types")
 
