@@ -18,7 +18,9 @@ import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy
 import pytest
 import torch
 from architectures import random_model, random_task
@@ -437,9 +439,10 @@ def test_a_metric_told_by_its_name_is_the_one_that_is_registered_under_it_now(
     own = dataclasses.replace(task, metric=name)
 
     @dataclasses.dataclass(frozen=True)
-    class ByLists(circuits.EAP):
-        metrics: tuple[str, ...] = (name,)
+    class Holding(circuits.EAP):
+        held: Any = None
 
+    holding = [Holding(held=held) for held in ((name,), {"by": name}, circuits.EAP(metric=name))]
     methods = (circuits.EAP(metric=name), task), (circuits.EAP(metric=None), own)
     found, identities = [], []
     for scale in (1.0, 2.0):
@@ -451,9 +454,50 @@ def test_a_metric_told_by_its_name_is_the_one_that_is_registered_under_it_now(
             assert circuit.circuit.scores.equal(method.discover(model, each).scores)
             assert run(method, model, each, out=tmp_path / each.metric).reused
         found.append(evaluate_run(circuit, model, task, metrics=name)["values"][name]["circuit"])
-        identities.append(str(ByLists().identity()))
+        identities.append([str(method.identity()) for method in holding])
     assert found[1] == pytest.approx(2 * found[0])
-    assert identities[0] != identities[1]
+    assert not {*identities[0]} & {*identities[1]}
+
+
+def test_a_method_adds_to_what_its_runs_are_found_by(model, tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class ByVersion(circuits.EAP):
+        def identity(self):
+            return {**super().identity(), "version": version}
+
+    reused = []
+    for version in (1, 1, 2):  # noqa: B007
+        reused.append(run(ByVersion(), model, random_task(), out=tmp_path).reused)
+    assert reused == [False, True, False]
+
+
+def test_graphs_of_other_nodes_are_other_runs(model, tmp_path):
+    """Their edges have the same numbers."""
+    whole = circuits.component_graph(model)
+    for name in ("a0.h1->m0", "a0.h2->m0"):
+        graph = whole.only([name])
+        found = run(circuits.EAP(), model, random_task(), graph=graph, out=tmp_path)
+        assert not found.reused and list(map(str, found.circuit.graph.edges)) == [name]
+
+
+def test_tokens_that_were_appended_and_tokens_that_were_given_are_two_tasks(toy_world):
+    """Noise goes to the prompt only."""
+    prompts = ("So Mary and John went to", "So Kate and John went to", " the store in")
+    task = circuits.Task.from_prompts(toy_world, [prompts])
+    given = dataclasses.replace(task, prompts=None)
+    assert given.clean.equal(task.clean) and given.digest() != task.digest()
+    noise = circuits.EAP(ablation="noise", metric="kl", gradient_at="corrupted")
+    scores = [noise.discover(toy_world, each).scores for each in (task, given)]
+    assert not scores[0].allclose(scores[1])
+
+
+def test_weights_of_which_only_the_order_differs_are_two_models():
+    model = random_model("gpt2", d_vocab=64, d_model=64)
+    digests = []
+    for order in (range(64), reversed(range(64))):
+        model.unembed.W_U.data = torch.eye(64)[list(order)]
+        digests.append(code_digest(model))
+    assert digests[0] != digests[1]
 
 
 def test_a_checkpoint_belongs_to_the_metric_that_a_name_means_now(model, tmp_path, monkeypatch):
@@ -506,6 +550,28 @@ def test_a_value_in_a_module_in_a_package_that_a_metric_reads_is_part_of_it(tmp_
     assert code_digest(metric) != before
 
 
+def test_a_value_in_a_module_that_a_metric_imports_itself_is_part_of_it(tmp_path, monkeypatch):
+    name = f"constants_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text("SCALE = 1.0\n")
+    metrics = f"use_{name}"
+    (tmp_path / f"{metrics}.py").write_text(
+        f"def whole(logits, clean, task):\n    import {name}\n    return logits * {name}.SCALE\n"
+        f"def part(logits, clean, task):\n    from {name} import SCALE\n    return logits * SCALE\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    module, constants = map(importlib.import_module, (metrics, name))
+    before = code_digest(module.whole), code_digest(module.part)
+    monkeypatch.setattr(constants, "SCALE", 2.0)
+    after = code_digest(module.whole), code_digest(module.part)
+    assert before[0] != after[0] and before[1] != after[1]
+
+
+def test_what_is_copied_by_a_name_that_no_module_has_is_named():
+    digest = code_digest(numpy.frompyfunc(lambda x: 2 * x, 1, 1))
+    assert "numpy.ufunc" in digest.unknown
+    assert not code_digest(numpy.add).unknown
+
+
 def test_only_globals_that_code_names_as_such_are_part_of_it(monkeypatch):
     def by_mean(logits, clean_logits, task):
         return logits.mean(-1) * max(SCALE for _ in "1")
@@ -532,6 +598,25 @@ class WithoutCopies(Hidden):
         return Hidden, (1.0,)
 
 
+class WithSlots:
+    __slots__ = ("scale",)
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __reduce__(self):
+        return WithSlots, (1.0,)
+
+
+class Labelled(set):
+    """A set with a name."""
+
+
+def labelled(value, scale):
+    value.scale = scale
+    return value
+
+
 COMPILED = torch.compile(scaled, backend="eager")
 PAIRS = {
     "what a copy leaves out": lambda scale: Hidden(scale),
@@ -543,6 +628,10 @@ PAIRS = {
     "a sparse tensor by rows": lambda scale: (scale * torch.eye(3)).to_sparse_csr(),
     "a complex tensor": lambda scale: torch.full((3,), scale * 1j, dtype=torch.complex128),
     "a conjugate": lambda scale: torch.full((3,), scale * 1j).conj(),
+    "a slot that makes no part of a copy": lambda scale: WithSlots(scale),
+    "an attribute of a tensor": lambda scale: labelled(torch.ones(2), scale),
+    "an attribute of a set": lambda scale: labelled(Labelled("ab"), scale),
+    "the mask of an array": lambda scale: numpy.ma.masked_array([1, 2], [True, scale == 1]),
     "a single number of a table": lambda scale: torch.full((3, 3), scale)[:1, 0],
     "a compiled function": lambda scale: torch.compile(by_closure(scale), backend="eager"),
     "a decorated compiled function": lambda scale: functools.wraps(COMPILED)(by_closure(scale)),
@@ -592,8 +681,16 @@ def test_a_tokenizer_that_was_used_counts_as_before(toy_world):
     before = code_digest(tokenizer)
     tokenizer(["a", "a a"], padding=True, truncation=True, max_length=4, return_tensors="pt")
     assert code_digest(tokenizer) == before and not before.unknown
-    tokenizer.add_tokens(["another"])
-    assert code_digest(tokenizer) != before
+    changes = {
+        "split_special_tokens": lambda: setattr(tokenizer, "split_special_tokens", True),
+        "a word": lambda: tokenizer.add_tokens(["another"]),
+        "an attribute of one's own": lambda: setattr(tokenizer, "scale", 2.0),
+    }
+    digests = [before]
+    for change in changes.values():
+        change()
+        digests.append(code_digest(tokenizer))
+    assert len({digest.text for digest in digests}) == len(digests)
 
 
 class Table(dict):

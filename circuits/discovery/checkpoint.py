@@ -18,6 +18,7 @@ from circuits.system.code_digest import code_digest
 from circuits.system.errors import InputError
 from circuits.system.files import path_of, read_tensors, write_tensors
 from circuits.system.ranks import is_first, on_first
+from circuits.tasks.metrics import METRICS, Metric
 from circuits.tasks.task import Task
 
 FORMAT, FORMAT_VERSION = "circuits.checkpoint", 1
@@ -51,7 +52,7 @@ class Checkpoint:
         task: Task,
     ) -> Checkpoint:
         """The checkpoint of one method (its `CircuitDiscoverer.identity`) on one graph and task."""
-        key = _digest(method, model, graph, task)
+        key = search_digest(method, model, graph, task)
         if isinstance(where, Checkpoint):
             return Checkpoint(where.path, key)
         path = None if where is None else path_of(where)
@@ -116,10 +117,14 @@ class TensorState:
         return tensors
 
 
-def _digest(method: Mapping[str, Any], model: Model, graph: Graph, task: Task) -> str:
+def search_digest(method: Mapping[str, Any], model: Model, graph: Graph, task: Task) -> str:
+    """Hash what the result of a method (its `CircuitDiscoverer.identity`) depends on."""
     nodes = list(map(str, graph.nodes))
-    code = code_digest(model).key()
-    inputs = [method, code, nodes, task.digest()]
+    # A metric that is told by its name counts as it is registered now.
+    metric = METRICS.get(str(task.metric), task.metric)
+    is_shipped = isinstance(metric, Metric) and metric.shipped
+    code = code_digest(model, str(metric) if is_shipped else metric).key()
+    inputs = [method, code, nodes, graph.positions, task.digest()]
     text = json.dumps(inputs).encode()
     digest = hashlib.blake2b(text, digest_size=16)
     columns = graph.source, graph.target, graph.slot

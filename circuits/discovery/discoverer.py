@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
@@ -236,22 +236,20 @@ class CircuitDiscoverer(CheckedFields):
         """The checkpoint of a search in that space; None keeps no state."""
         if where is None:
             return Checkpoint()
-        identity = self.identity(task) | space.identity()
+        identity = self.identity() | space.identity()
         return Checkpoint.open(where, identity, model, space.graph, task)
 
     def settings(self) -> JsonObject:
         """The hyperparameters as JSON values."""
         return {each.name: as_json(getattr(self, each.name)) for each in fields(self)}
 
-    def identity(self, task: Task | None = None) -> JsonObject:
+    def identity(self) -> JsonObject:
         """What the result depends on: method, settings that matter, digest of code and data.
 
-        A metric that is told by its name counts as it is registered now; so does the task's own.
+        A metric that is told by its name counts as it is registered now.
         """
         held = _held(self)
         settings = {name: as_json(value) for name, value in held.items()}
-        if task is not None:
-            held["metric of the task"] = named_metrics(task.metric)
         data = {name: value for name, value in held.items() if not _told_by_text(value)}
         code = code_digest(type(self), data).key()
         return {"method": self.name, "settings": settings, "code": code}
@@ -336,6 +334,10 @@ def named_metrics(value: Any) -> Any:
         return METRICS.get(value) or METRICS.get(name, value)
     if type(value) in (list, tuple):
         return type(value)(map(named_metrics, value))
+    if type(value) is dict:
+        return {name: named_metrics(each) for name, each in value.items()}
+    if isinstance(value, CircuitDiscoverer):
+        return type(value), _held(value)
     return value
 
 
@@ -348,4 +350,6 @@ def as_json(value: Any) -> Any:
         return value
     if isinstance(value, list | tuple):
         return [as_json(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): as_json(item) for key, item in value.items()}
     return str(value)

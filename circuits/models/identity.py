@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import warnings
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn.modules import module as every_module
 from transformer_lens.config import TransformerLensConfig
@@ -34,7 +36,6 @@ SHAPE = (
     "n_layers", "n_heads", "n_key_value_heads", "d_model", "d_head", "d_mlp", "d_vocab",
     "attn_only", "parallel_attn_mlp",
 )  # fmt: skip
-INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # What torch keeps in every module, and what TransformerLens notes down in its own.
 Parts = tuple[Any, ...]
@@ -44,8 +45,16 @@ OF_LENS = {
     "tokenizer", "alibi",
 }  # fmt: skip
 
-# Up to this many entries of a parameter enter the fingerprint bit by bit.
-SMALL = 1 << 12
+# What a tokenizer notes down about its calls, and about the files it was loaded from.
+OF_TOKENIZERS = {
+    "_tokenizer", "deprecation_warnings", "_in_target_context_manager", "verbose",
+    "init_inputs", "init_kwargs", "name_or_path", "files_loaded",
+}  # fmt: skip
+
+# The fingerprint of a parameter has one number for so many of its bits, 16 at a time.
+BLOCK = 1024
+# So many blocks at a time, to stay in a processor's cache.
+AT_A_TIME = 1024
 
 
 def check_fits(model: Model, graph: Graph) -> None:
@@ -138,8 +147,8 @@ def _tokenized_by(tokenizer: PreTrainedTokenizerFast) -> Parts:
     """What a tokenizer makes of a text, without what each call sets anew."""
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
     del settings["padding"], settings["truncation"]
-    sides = tokenizer.padding_side, tokenizer.truncation_side, tokenizer.model_max_length
-    return json.dumps(settings), sides, str(tokenizer.special_tokens_map)
+    held = {name: value for name, value in vars(tokenizer).items() if name not in OF_TOKENIZERS}
+    return json.dumps(settings), held
 
 
 def _hooks(owner: Any, prefix: str = "") -> dict[str, tuple[Any, ...]]:
@@ -163,25 +172,26 @@ def _architecture(cfg: TransformerLensConfig) -> str:
 
 
 def checksum(parameter: Tensor) -> bytes:
-    """Return the bits of a small parameter, or integer sums of the bits over rows and columns.
+    """Return weighted integer sums over blocks of a parameter's bits.
 
-    The sums depend on every bit and its place, but not on the device or the order of summation.
-    They wrap around in 32 bits (64 for float64), which is exact in any order, and twenty times
-    faster than sums in 64 bits.
+    The sums depend on every bit and its place, but not on the device or the order of summation:
+    they wrap around in 32 bits, which is exact in any order.
     """
-    rows = torch.atleast_2d(plain_tensor(parameter)).contiguous()
-    integer = INTEGER_OF_SIZE[rows.element_size()]
-    bits = rows.view(integer).flatten(0, -2)
-    # A small parameter is stored whole: its sums would be about as long.
-    if bits.numel() <= SMALL:
-        return _bytes(bits)
-    # Two 16-bit numbers at a time are summed as one of 32 bits.
-    if integer is torch.int16 and bits.shape[-1] % 2 == 0:
-        bits = bits.view(torch.int32)
-    width = torch.int64 if integer is torch.int64 else torch.int32
-    over_rows = bits.sum(0, dtype=width)
-    over_columns = bits.sum(1, dtype=width)
-    return _bytes(over_rows) + _bytes(over_columns)
+    values = plain_tensor(parameter).contiguous().flatten()
+    bits = values.view(torch.int8 if values.element_size() == 1 else torch.int16)
+    n_blocks = len(bits) // BLOCK
+    blocks, rest = bits.tensor_split([n_blocks * BLOCK])
+    # sum_j w_j b_ij, with odd random w_j, so that a one in another column is another sum.
+    weights = _odd_numbers().to(bits.device)
+    parts = blocks.view(-1, BLOCK).split(AT_A_TIME)
+    sums = [(part * weights).sum(1, dtype=torch.int32) for part in parts]
+    return _bytes(torch.cat([*sums, rest.int()]))
+
+
+@functools.cache
+def _odd_numbers() -> Int[Tensor, " block"]:
+    numbers = hashlib.shake_128(b"checksum").digest(4 * BLOCK)
+    return torch.frombuffer(bytearray(numbers), dtype=torch.int32) | 1
 
 
 def _bytes(values: Tensor) -> bytes:

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from circuits.discovery.checkpoint import search_digest
 from circuits.discovery.discoverer import (
     CircuitDiscoverer,
     Progress,
@@ -337,11 +338,8 @@ def _save(found: CircuitRun) -> CircuitRun:
 
 def _digest(discoverer: CircuitDiscoverer, model: Model, task: Task, space: SearchSpace) -> str:
     """Hash what a run depends on."""
-    graph = space.graph
-    method = discoverer.identity(task) | space.identity()
-    parts = [method, code_digest(model).key(), task.digest(), graph.positions]
-    edges = (graph.source, graph.target, graph.slot)
-    return digest(parts, edges)
+    method = discoverer.identity() | space.identity()
+    return search_digest(method, model, space.graph, task)
 
 
 def _describe(

@@ -65,7 +65,7 @@ LOGS = (list, set, dict, deque, OrderedDict, Counter, defaultdict)
 OF_GLOBALS = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS", "IMPORT_NAME"}
 
 # Classes derived from these can hold more, and can be called.
-EXACT = {tuple, dict}
+EXACT = {tuple, dict, np.ndarray}
 
 Digest = bytes
 Known = dict[int, tuple[Digest, Any]]
@@ -103,7 +103,8 @@ def code_digest(*values: Any) -> CodeDigest:
     """The digest of values, such as methods and metrics, with their code and the data they hold.
 
     They count as they are now. A list that a function only adds to does not: a metric that notes
-    down its calls keeps its digest.
+    down its calls keeps its digest. Nor do files that it opens, what it looks up by a name in a
+    text, or the value of a `functools.cached_property`.
     """
     walk = _Walk(values)
     digests = [walk.digest(value, _name(value)) for value in values]
@@ -221,7 +222,8 @@ class _Walk:
 
     def _tensor(self, tensor: Tensor) -> Digest:
         data = bytes_of(plain_tensor(tensor.detach()).cpu().contiguous())
-        return _hash(f"{tensor.dtype} {tuple(tensor.shape)}", data.tobytes())
+        digest = _hash(f"{tensor.dtype} {tuple(tensor.shape)}", data.tobytes())
+        return self._with_attributes(digest, tensor)
 
     def _array(self, array: Any) -> Digest:
         if array.dtype.hasobject:
@@ -233,7 +235,12 @@ class _Walk:
 
     def _set(self, values: Collection[Any]) -> Digest:
         # In an order of their own: that of a set differs between processes.
-        return _hash(_name(values), *sorted(map(self.digest, values)))
+        digest = _hash(_name(values), *sorted(map(self.digest, values)))
+        return self._with_attributes(digest, values)
+
+    def _with_attributes(self, digest: Digest, value: Any) -> Digest:
+        held = getattr(value, "__dict__", None)
+        return _hash("with attributes", digest, self._dict(held)) if held else digest
 
     def _dict(self, values: Entries, where: str = "") -> Digest:
         where = where or self._where
@@ -273,6 +280,9 @@ class _Walk:
         inside = {step.argval for step in steps if step.opname not in OF_GLOBALS}
         found: dict[str, Any] = {}
         places = [("", function.__globals__)]
+        for module in _loaded_by(steps, function.__globals__.get("__package__")):
+            if self._is_own(module.__name__):
+                places.append((f"{module.__name__}.", vars(module)))
         # It grows by modules, which can hold each other.
         for place, held in places:
             names = inside if place else global_names
@@ -322,6 +332,10 @@ class _Walk:
         made_of = reduce(value) if reduce else value.__reduce_ex__(4)
         about = [kind, getattr(value, "__wrapped__", None)]
         if isinstance(made_of, str):
+            # A copy would be what a module has under this name.
+            modules = [getattr(each, "__dict__", {}) for each in list(sys.modules.values())]
+            if not any(module.get(made_of) is value for module in modules):
+                raise TypeError(f"no module has {made_of}")
             return self._all(made_of, about)
         function, arguments, *more = made_of
         state, *series = (*more, None, None, None)[:3]
@@ -335,7 +349,10 @@ class _Walk:
 
     def _hidden(self, value: Any, copied: Collection[str]) -> Digest:
         """What an object holds and does not give to a copy, as far as that can be hashed."""
-        held = getattr(value, "__dict__", {})
+        held = dict(getattr(value, "__dict__", {}))
+        for name in copyreg._slotnames(type(value)):  # type: ignore[attr-defined]
+            if hasattr(value, name):
+                held[name] = getattr(value, name)
         hidden = [name for name in held if name not in copied and not _is_cache(type(value), name)]
         # Locks and open files are hidden since they cannot be copied.
         unknown = self.unknown
@@ -399,6 +416,14 @@ def _steps_of(code: types.CodeType) -> list[dis.Instruction]:
         if isinstance(constant, types.CodeType):
             steps += _steps_of(constant)
     return steps
+
+
+def _loaded_by(steps: Iterable[dis.Instruction], package: str | None) -> Iterator[Any]:
+    """The modules that are imported in a function of a package, if they are loaded."""
+    names = [step.argval for step in steps if step.opname == "IMPORT_NAME"]
+    for name in names + [f"{package}.{name}".rstrip(".") for name in names]:
+        if name in sys.modules:
+            yield sys.modules[name]
 
 
 def _closure_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:

@@ -361,6 +361,7 @@ class Task:
         title = f"{self.name} {self.metric}"
         digest = blake2b(title.encode(), digest_size=16)
         tensors = {name: getattr(self, name) for name in TENSOR_FIELDS}
+        tensors["prompt_mask"] = self.prompt_mask
         tensors |= {f"positions {span}": mask for span, mask in self.positions.items()}
         # Shapes count too, as the bytes of [2, 3] and [3, 2] tensors can be the same.
         for name, tensor in sorted(tensors.items()):

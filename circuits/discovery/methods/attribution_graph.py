@@ -139,10 +139,10 @@ class AttributionGraph(Resumable):
             )
         return Graph.empty(identity(model))
 
-    def identity(self, task: Task | None = None) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """Method, settings, and a fingerprint of the transcoders' weights."""
         weights = self.loaded.identity.weights
-        return {**super().identity(task), "transcoders": weights}
+        return {**super().identity(), "transcoders": weights}
 
     @property
     def loaded(self) -> Transcoders:
