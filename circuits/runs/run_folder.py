@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from circuits.system.errors import InputError, NotWrittenError
 from circuits.system.files import read_json, remove_abandoned
 
 RECORD, LOCK = "record.json", ".lock"
-PACKAGES = ("torch", "transformer-lens", "transformers")
+PACKAGES = ("transformer-lens", "transformers")
 SECONDS_BETWEEN_TRIES = 60
 
 Entering = Callable[[], bool]
@@ -123,6 +124,8 @@ def describe_setup(model: Model) -> dict[str, Any]:
             "python": platform.python_version(),
             "circuits": circuits.__version__,
             **versions,
+            # With its build, such as "+cu130", which its package does not always say.
+            "torch": torch.__version__,
         },
         "device": str(model.cfg.device),
     }
