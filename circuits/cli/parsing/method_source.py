@@ -79,7 +79,7 @@ def described_in(file: Path) -> dict[str, Description]:
             continue
         read = _class(Definition(file, node))
         if read.is_method:
-            documentation = ast.get_docstring(node, clean=False)
+            documentation = ast.get_docstring(node)
             is_ours = file.is_relative_to(PACKAGE)
             found[name] = Description(name, documentation, read.options, read.searches, is_ours)
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import inspect
 import sys
 from collections.abc import Collection, Iterable
 from copy import copy
@@ -72,7 +73,9 @@ def describe(kind: type[circuits.CircuitDiscoverer]) -> Description:
             default = field.default_factory()
         options[field.name] = Option(hints[field.name], default)
     is_ours = kind.__module__.startswith("circuits.")
-    read = Description(kind.name, kind.__doc__, options, kind.searches(), is_ours)
+    # From Python 3.13 on it is without indentation as it is.
+    documentation = inspect.cleandoc(kind.__doc__ or "") or None
+    read = Description(kind.name, documentation, options, kind.searches(), is_ours)
     return _with_option_types(read)
 
 
