@@ -65,6 +65,35 @@ def test_a_faithfulness_of_rounding_over_rounding_is_not_a_number_and_a_note_say
     assert not resampled.table()["faithfulness"].isna().any() and resampled.notes == ()
 
 
+@pytest.mark.filterwarnings("ignore:this circuit was found in")
+@pytest.mark.parametrize(
+    ("dtype", "mask", "tolerance"),
+    [
+        (torch.float32, -1e9, 1e-4),
+        (torch.float16, -1e4, 0.02),
+        (torch.bfloat16, -1e4, 0.1),
+    ],
+)
+def test_tokens_that_a_bias_masks_change_neither_an_evaluation_nor_what_counts_as_rounding(
+    dtype, mask, tolerance
+):
+    model = circuits.load_model("toy-world", dtype=dtype)
+    task = circuits.load_task("ioi", model, n=4)
+    circuit = circuits.EAP().discover(model, task).top(60)
+    plain = circuits.evaluate(model, circuit, task, metrics="logit_difference")
+    # All but the names that the task is about, so that most logits are masked.
+    is_masked = torch.ones(model.cfg.d_vocab, dtype=torch.bool)
+    is_masked[torch.cat([task.answers, task.wrong_answers]).unique()] = False
+    model.unembed.b_U.data[is_masked] = mask
+    masked = circuits.evaluate(model, circuit, task)
+    values = masked.table().loc["logit_difference"].tolist()
+    assert values == pytest.approx(plain.table().loc["logit_difference"], abs=tolerance)
+    assert masked.faithfulness("kl") > 0.5 and masked.notes == ()
+    # The mean over one prompt is what is there already.
+    nothing = circuits.evaluate(model, circuit, task[:1], ablation="mean_by_position")
+    assert nothing.table()["faithfulness"].isna().all() and len(nothing.notes) == 1
+
+
 def test_a_faithfulness_curve_has_a_row_per_size(model, task, ranked):
     curve = circuits.faithfulness_curve(model, ranked, task, [10, 50, 0, 1.0])
     assert curve["edges"].tolist() == [0, 10, 50, 110]

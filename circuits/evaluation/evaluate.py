@@ -40,6 +40,8 @@ ByRow = Mapping[str, Float[Tensor, " scored"]]
 CURVE_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 # The relative difference of two means of a metric that float32 cannot tell apart.
 ROUNDING = 1e-6
+# How far below the largest a logit is whose probability is none.
+MASKED = 100.0
 # What a curve's table has besides metrics.
 COLUMNS = ("edges", "fraction", "faithfulness", "method", "selected", "of")
 
@@ -180,9 +182,13 @@ def no_faithfulness(metrics: Sequence[str]) -> tuple[str, ...]:
 
 
 def _is_rounding(differences: Tensor, logits: Tensor) -> bool:
-    largest = float(differences.abs().max())
+    """Whether logits differ by no more than the digits that their type holds."""
+    size = logits.abs()
+    # exp(-100) is 0 in float32: such tokens are masked, and say nothing of the others' digits.
+    is_masked = logits < logits.amax(-1, keepdim=True) - MASKED
+    largest = size.masked_fill(is_masked, 0).max()
     relative = min(32 * torch.finfo(logits.dtype).eps, 1e-2)
-    return largest <= relative * float(logits.abs().max())
+    return bool((differences.abs() <= relative * size.maximum(largest)).all())
 
 
 def _means(values: ByRow) -> Row:
