@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -387,6 +388,11 @@ def test_a_note_is_one_line_without_a_place_in_our_source(capsys, tmp_path):
     assert status == 0
     assert errors.startswith("circuits: note: gradients are taken at zero embeddings")
     assert errors.count("\n") == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        status, _, errors = run_here(capsys, *words, "--n", "1")
+    assert status == 2 and errors.count("\n") == 1
+    assert "a warning is an error here: gradients are taken at zero embeddings" in errors
 
 
 def test_discover_evaluate_and_find_again(capsys, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -269,6 +270,31 @@ def test_a_folder_that_holds_no_model_or_a_damaged_one_is_one_clear_line(tmp_pat
     (tmp_path / "model.safetensors").write_bytes(b"abc")
     with pytest.raises(circuits.InputError, match="truncated"):
         circuits.load_model(tmp_path, device="cpu")
+
+
+def test_warnings_as_errors_fail_no_load_and_those_for_users_are_shown(
+    toy_world, tmp_path, monkeypatch
+):
+    llama_checkpoint(tmp_path)
+    circuits.save_model(toy_world, tmp_path / "toy")
+    loading = transformers.PreTrainedTokenizerFast.from_pretrained
+
+    def told(*given, **named):
+        warnings.warn("this will change", FutureWarning, stacklevel=1)
+        warnings.warn("this tokenizer is old", UserWarning, stacklevel=1)
+        return loading(*given, **named)
+
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "from_pretrained", told)
+    for action in ("error", "default"):
+        with warnings.catch_warnings(record=True) as shown:
+            warnings.simplefilter(action)
+            before = [*warnings.filters]
+            model = circuits.load_model(tmp_path / "toy", device="cpu")
+            assert warnings.filters == before
+            circuits.load_model(tmp_path, device="cpu")
+            circuits.build_model(model.cfg.to_dict(), model.state_dict(), model.tokenizer)
+        assert {str(each.message) for each in shown} == {"this tokenizer is old"}
+        assert identity(model) == identity(toy_world)
 
 
 def test_files_of_two_models_or_of_an_interrupted_save_are_not_taken_for_one(toy_world, tmp_path):

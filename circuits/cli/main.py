@@ -15,7 +15,7 @@ from importlib import import_module
 import circuits
 from circuits.cli.progress import is_first_rank, note, phase
 from circuits.system.errors import InputError
-from circuits.system.messages import one_line, suggestion
+from circuits.system.messages import FOR_AUTHORS, one_line, suggestion
 
 HELP = """\
 Find, evaluate and compare circuits in transformer language models.
@@ -109,6 +109,9 @@ def _run(command: str, work: Work) -> int:
         return 2
     except RankError as error:
         return _fail(f"{error}.", 1)
+    except Warning as warning:
+        # Of Python's filters, as PYTHONWARNINGS=error sets them.
+        return _fail(f"a warning is an error here: {warning}", 2)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on where it stopped.", 130)
     return 0
@@ -121,5 +124,5 @@ def _fail(message: str, status: int) -> int:
 
 def _print_note(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
     """Print a warning in one line, without source lines; deprecations are not for users."""
-    if not issubclass(category, DeprecationWarning | FutureWarning):
+    if not issubclass(category, FOR_AUTHORS):
         note(str(message))

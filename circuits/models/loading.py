@@ -45,7 +45,7 @@ from circuits.system.files import (
     write_tensors,
 )
 from circuits.system.kinds import expect
-from circuits.system.messages import suggestion
+from circuits.system.messages import suggestion, warnings_passed_on
 from circuits.system.torch_modes import without_modes
 
 Model = HookedTransformer
@@ -109,11 +109,11 @@ def load_model(
             (such as an encoder, or a model that needs Python code of its own, which is never run);
             the weights cannot be downloaded, or the device does not exist.
     """
-    chosen, dtype = _device(device), dtype_called(dtype)
     # A folder of this name in the working directory does not hide the model that ships.
     is_embedded = isinstance(name_or_path, str) and name_or_path == EMBEDDED
     folder = ASSETS / EMBEDDED if is_embedded else path_of(name_or_path)
     with _running_no_code():
+        chosen, dtype = _device(device), dtype_called(dtype)
         if folder.is_dir():
             return _load_folder(folder, chosen, dtype)
         return _load_by_name(str(name_or_path), chosen, dtype)
@@ -150,17 +150,17 @@ def build_model(
         expect(tokenizer, PreTrainedTokenizerBase, "a tokenizer of transformers", remedy)
     # A seed in the configuration would set the seeds of torch, numpy and random globally.
     fixed = {"seed": None, "init_weights": False}
-    chosen = str(_device(device))
-    placed = {"dtype": dtype_called(dtype), "device": chosen}
-    try:
-        settings = HookedTransformerConfig(**{**config, **fixed, **placed})
-    # It raises errors of several types.
-    except Exception as error:
-        raise InputError(
-            f"the configuration makes no model ({_first_line(error)}); give one such as "
-            "model.cfg.to_dict()."
-        ) from error
     with _running_no_code():
+        chosen = str(_device(device))
+        placed = {"dtype": dtype_called(dtype), "device": chosen}
+        try:
+            settings = HookedTransformerConfig(**{**config, **fixed, **placed})
+        # It raises errors of several types.
+        except Exception as error:
+            raise InputError(
+                f"the configuration makes no model ({_first_line(error)}); give one such as "
+                "model.cfg.to_dict()."
+            ) from error
         model = HookedTransformer(settings, tokenizer)
     own = _without_derived(weights)
     _check_weights(_without_derived(model.state_dict()), own)
@@ -417,7 +417,7 @@ def _running_no_code() -> Iterator[None]:
     it, in which case transformers asks on the terminal, and takes it for true for some names.
     """
     changed = ((conversion, "NEED_REMOTE_CODE_MODELS", ()), (remote_code, TIME_TO_ANSWER, 0))
-    with _LOADING, contextlib.ExitStack() as stack:
+    with _LOADING, warnings_passed_on(), contextlib.ExitStack() as stack:
         for module, name, value in changed:
             stack.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, value)

@@ -1,13 +1,17 @@
-"""Pieces of text that several error messages share."""
+"""Pieces of text that several error messages share, and warnings."""
 
+import contextlib
 import difflib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
+from typing import Any
 
 LONGEST_LINE = 480  # characters; of these, the end is the remedy
 LONGEST_END = 160
 MOST_LISTED = 20
+# Warnings of what will change in a library, which tell its callers' authors, not users.
+FOR_AUTHORS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 
 
 def one_line(text: str) -> str:
@@ -59,3 +63,20 @@ def suggestion(word: object, known: Iterable[str], *, otherwise: str = "") -> st
 def warn_once(message: str) -> None:
     """Warn, of each message once."""
     warnings.warn(message, stacklevel=4)
+
+
+@contextlib.contextmanager
+def warnings_passed_on() -> Iterator[None]:
+    """Show what libraries warn users of at the end, so that no filter makes it their failure."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for each in caught:
+        if issubclass(each.category, FOR_AUTHORS):
+            continue
+        told: Any = each.message, each.category, each.filename, each.lineno
+        try:
+            warnings.warn_explicit(*told)
+        except Warning:
+            # The filter is "error", and nothing failed.
+            warnings.showwarning(*told)

@@ -14,6 +14,7 @@ from urllib.parse import unquote
 import huggingface_hub
 
 from circuits.system.errors import InputError
+from circuits.system.messages import warnings_passed_on
 from circuits.transcoders.io.tensor_files import WEIGHTS
 
 PREFIX = "hf://"
@@ -118,12 +119,13 @@ def _fetched(file: Place, folders: dict[Address, Path]) -> Path:
 def _download(address: Address, wanted: list[str], ignored: list[str] | None = None) -> Path:
     # Fetch the matching files that are not in the cache; return the repository's local folder.
     try:
-        folder = huggingface_hub.snapshot_download(
-            address.repository,
-            revision=address.revision,
-            allow_patterns=wanted,
-            ignore_patterns=ignored,
-        )
+        with warnings_passed_on():
+            folder = huggingface_hub.snapshot_download(
+                address.repository,
+                revision=address.revision,
+                allow_patterns=wanted,
+                ignore_patterns=ignored,
+            )
     # Errors have many types, some from a network library, and vary between versions of the hub.
     except Exception as error:
         lines = str(error).strip().splitlines()
