@@ -122,7 +122,28 @@ def test_help_and_mistakes_in_options_are_answered_without_importing_torch(tmp_p
         ("evaluate", "missing", "missing holds no finished run"),
         ("evaluate", "x", "--ablation", "zeroes", "did you mean 'zero'? there are mean, mean_by"),
         ("graph", "x", "--budgt", "3", "did you mean '--budget'?"),
-        ("graph", "The", "capital", "'capital' is one word too many; put texts with spaces into"),
+        ("graph", "The", "capital", "'capital' is one word too many: name its option"),
+        ("discover", "acdc", "name its option (--OPTION acdc)"),
+        ("compare", "--methods", "eap", "acdc", "separate lists by commas"),
+        (*eap, "--gradient-at", "clean", "both", "'both' is one word too many"),
+        ("discover", "--treshold=0.1", "no option --treshold; did you mean '--threshold'?"),
+        *[
+            (command, *positional, option, "", f"{option} is empty")
+            for command, *positional, options in (
+                ("discover", ["--model", "--task", "--data", "--out", "--positions", "--start"]),
+                ("compare", ["--model", "--methods", "--thresholds", "--out", "--n-eval"]),
+                ("evaluate", "x", ["--model", "--metrics"]),
+                ("graph", "x", ["--model", "--transcoders", "--explain", "--out", "--device"]),
+            )
+            for option in options
+        ],
+        (*eap, "--model=", "--model is empty"),
+        (*eap, "--metric", "", "there is no metric ''"),
+        ("evaluate", "", "a text is empty"),
+        ("graph", "", "a text is empty"),
+        (*acdc, "--layers", "0-1000000000000", "names no layers"),
+        (*acdc, "--layers", "9" * 5000, "names no layers"),
+        ("discover", "--method", "x" * 300 + ".py", "there is no Python file xxx"),
         ("view", "x", "--port", "http", "parsing --port"),
     ]
     file = tmp_path / "mine.py"

@@ -11,7 +11,9 @@ import torch
 import circuits
 from circuits.attribution.feature_graph import FEATURE
 from circuits.discovery.discoverer import CircuitDiscoverer
+from circuits.plotting.graph_page.server import open_server
 from circuits.system.numbers import real, truth, whole
+from circuits.transcoders.training.train import Training
 
 # What a user sees, who has no runtime type checks.
 pytestmark = pytest.mark.usefixtures("unchecked_types")
@@ -66,6 +68,26 @@ def test_a_number_of_thousands_of_digits_is_told_in_one_line():
     refused(lambda: real(10**400, "x"), "too large")
     refused(lambda: real(10**5000, "x"), "too large")
     refused(lambda: truth(10**5000, "x"), "must be True or False")
+    for long in (10**30, 10**5000, -(10**30), 1e300):
+        refused(lambda long=long: whole(long, "x"), "is too long")
+
+
+def test_no_number_is_too_long_for_an_entrance(toy_world, scores):
+    for long in (10**30, 10**400, 10**5000):
+        for call in (
+            lambda long: scores.top(long),
+            lambda long: scores.greedy(long),
+            lambda long: circuits.component_graph(toy_world, positions=long),
+        ):
+            refused(lambda call=call, long=long: call(long), "is too long; give at most 18 digits")
+    for long in (10**400, 10**5000):
+        refused(lambda long=long: circuits.Intervention(0, 1, value=long), "is too large")
+        refused(lambda long=long: circuits.Intervention(0, 1, factor=-long), "is too large")
+    for text in ("m" + "9" * 5000, "a0.h" + "9" * 30, "m0@" + "9" * 5000):
+        refused(
+            lambda text=text: circuits.parse_node(text), "names no node; give at most 18 digits"
+        )
+    refused(lambda: circuits.component_graph(toy_world, positions=65), "the model reads up to 64")
 
 
 @pytest.mark.parametrize("value", [*NO_NUMBERS, None])
@@ -446,6 +468,64 @@ def test_paths_of_other_libraries_are_taken(tmp_path, toy_world, task, transcode
     assert circuits.load_run(AnyPath(str(found.folder))).folder == found.folder
     refused(lambda: circuits.load_run(AnyPath(b"runs")), "=b'runs': give a text or a pathlib.Path")
     refused(lambda: circuits.save_model(toy_world, 3), "path=3: give a text or a pathlib.Path")
+
+
+ENTRANCES_OF_PATHS = {
+    "Circuit.load": lambda path, have: circuits.Circuit.load(path),
+    "Circuit.save": lambda path, have: have["scores"].save(path),
+    "load_model": lambda path, have: circuits.load_model(path),
+    "save_model": lambda path, have: circuits.save_model(have["model"], path),
+    "run": lambda path, have: circuits.run(circuits.RandomScores(), *have["of run"], out=path),
+    "load_run": lambda path, have: circuits.load_run(path),
+    "checkpoint": lambda path, have: circuits.ACDC(9).discover(*have["of run"], checkpoint=path),
+    "Checkpoint": lambda path, have: circuits.ACDC(9).discover(
+        *have["of run"], checkpoint=circuits.Checkpoint(path)
+    ),
+    "Task.from_file": lambda path, have: circuits.Task.from_file(path, have["model"]),
+    "load_eap_ig": lambda path, have: circuits.load_eap_ig(path, have["model"]),
+    "save_eap_ig": lambda path, have: circuits.save_eap_ig(have["scores"], path),
+    "load_neuronpedia": lambda path, have: circuits.load_neuronpedia(path),
+    "save_neuronpedia": lambda path, have: circuits.save_neuronpedia(have["graph"], path, slug="a"),
+    "load_transcoders": lambda path, have: circuits.load_transcoders(path),
+    "save_transcoders": lambda path, have: circuits.save_transcoders(have["transcoders"], path),
+    "train_transcoders": lambda path, have: circuits.train_transcoders(
+        have["model"],
+        lambda step: (torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.bool)),
+        Training(n_features=4, k=(2,), steps=1),
+        checkpoint=path,
+    ),
+    "AttributionGraph": lambda path, have: circuits.AttributionGraph(path).loaded,
+    "FeatureGraph.load": lambda path, have: circuits.FeatureGraph.load(path),
+    "FeatureGraph.save": lambda path, have: have["graph"].save(path),
+    "run_graph": lambda path, have: circuits.run_graph(
+        circuits.AttributionGraph(have["transcoders"]), have["model"], PROMPT, out=path
+    ),
+    "load_graph_run": lambda path, have: circuits.load_graph_run(path),
+    "view": lambda path, have: open_server(path, 0),
+}
+
+
+@pytest.mark.parametrize("entrance", ENTRANCES_OF_PATHS)
+def test_what_no_disk_holds_under_such_a_name_is_refused_wherever_a_path_is_taken(
+    entrance, toy_world, task, scores, transcoders, feature_graph, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    have = {
+        "model": toy_world,
+        "of run": (toy_world, task),
+        "scores": scores,
+        "transcoders": transcoders,
+        "graph": feature_graph,
+    }
+    for name in ("x" * 300, "a" * 5000, "a\0b", "half \ud83d", f"{tmp_path}/{'x' * 300}", ""):
+        text = refused(lambda name=name: ENTRANCES_OF_PATHS[entrance](name, have))
+        assert text.isprintable()
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.fixture(scope="module")
+def feature_graph(toy_world, transcoders):
+    return circuits.AttributionGraph(transcoders).attribute(toy_world, PROMPT)
 
 
 def test_an_empty_list_of_features_gives_no_rows(transcoders):

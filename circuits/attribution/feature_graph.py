@@ -27,7 +27,7 @@ from circuits.graph.identity import ModelIdentity, TranscodersIdentity
 from circuits.graph.nodes import Error, Feature, Logits, Node, Position, TokenEmbed, parse_node
 from circuits.system.arguments import checked_arguments
 from circuits.system.errors import InputError, OutOfRangeError
-from circuits.system.files import json_text, path_of, read_tensors, write_tensors
+from circuits.system.files import is_file, json_text, path_of, read_tensors, write_tensors
 from circuits.system.kinds import expect
 from circuits.system.numbers import WholeNumber, whole
 
@@ -368,7 +368,7 @@ class FeatureGraph:
             InputError: the file is missing, damaged, of another kind, or from a newer version.
         """
         path = path_of(folder)
-        if not path.is_file():
+        if not is_file(path):
             path /= FILE
         tensors, metadata = read_tensors(path, FORMAT, FORMAT_VERSION)
         try:

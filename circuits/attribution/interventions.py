@@ -42,7 +42,15 @@ from circuits.models import (
 from circuits.system.arguments import checked_arguments
 from circuits.system.errors import InputError
 from circuits.system.kinds import expect
-from circuits.system.numbers import RealNumber, WholeNumber, items, python_number, shown, whole
+from circuits.system.numbers import (
+    RealNumber,
+    WholeNumber,
+    items,
+    python_number,
+    real,
+    shown,
+    whole,
+)
 from circuits.system.randomness import random_generator
 from circuits.system.torch_modes import without_modes
 from circuits.tasks.readers.tokens import Prompt
@@ -91,12 +99,12 @@ class Intervention:
             )
         name_of_number = "value" if has_value else "factor"
         given = getattr(self, name_of_number)
-        number = python_number(given)
-        if number is None or not math.isfinite(number):
+        number = real(given, f"the {name_of_number} of {name}")
+        if not math.isfinite(number):
             raise InputError(
                 f"{name} cannot be set to or multiplied by {shown(given)}; give a finite number."
             )
-        plain[name_of_number] = float(number)
+        plain[name_of_number] = number
         for each, value in plain.items():
             object.__setattr__(self, each, value)
 

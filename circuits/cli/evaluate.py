@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -18,6 +17,7 @@ from circuits.cli.progress import note, phase
 from circuits.running.ablation import NAMES as ABLATIONS
 from circuits.runs.circuit_run import CircuitRun, evaluate_run, load_run
 from circuits.system.errors import InputError
+from circuits.system.files import path_of
 
 Record = Mapping[str, Any]
 
@@ -88,7 +88,7 @@ def _with_defaults_of_run(options: EvaluateOptions, notes: Record) -> EvaluateOp
     task, data = options.task, options.data
     # A task given here replaces the run's own prompts, and the other way round.
     if task is None and data is None:
-        data = Path(notes["data"]) if notes.get("data") else None
+        data = path_of(notes["data"]) if notes.get("data") else None
         task = None if data else notes.get("task")
     skip = options.skip_misfits or bool(data and notes.get("skip_misfits"))
     changes |= {"model": model, "task": task, "data": data, "skip_misfits": skip}

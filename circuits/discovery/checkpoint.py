@@ -53,9 +53,8 @@ class Checkpoint:
     ) -> Checkpoint:
         """The checkpoint of one method (its `CircuitDiscoverer.identity`) on one graph and task."""
         key = search_digest(method, model, graph, task)
-        if isinstance(where, Checkpoint):
-            return Checkpoint(where.path, key)
-        path = None if where is None else path_of(where)
+        given = where.path if isinstance(where, Checkpoint) else where
+        path = None if given is None else path_of(given)
         return Checkpoint(path, key)
 
     @property

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from circuits.system.errors import InputError
+from circuits.system.files import is_file
 
 MOST_SHOWN = 60  # characters of a value in an error message
 PLAIN_MESSAGES = {"missing": "it is required", "dict_type": "it should be an object"}
@@ -29,10 +30,12 @@ def read_checked_json(
     Raises:
         InputError: there is no such file, it is not JSON, or it breaks the schema.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise InputError(f"there is no file {path}; check the path.")
     try:
         return schema.validate_json(path.read_bytes(), strict=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); check it.") from error
     except ValidationError as error:
         raise InputError(f"{path} is not a valid {kind}: {_first_problem(error)}.") from error
 

@@ -22,7 +22,7 @@ from circuits.graph.graph import COLUMNS, Graph, NodesOrTexts, PooledFeatureGrap
 from circuits.graph.identity import ModelIdentity, TranscodersIdentity
 from circuits.graph.nodes import Node, parse_node
 from circuits.system.errors import InputError
-from circuits.system.files import json_text, path_of, read_tensors, write_tensors
+from circuits.system.files import is_file, json_text, path_of, read_tensors, write_tensors
 from circuits.system.kinds import expect, one_of
 from circuits.system.numbers import RealNumber, WholeNumber, python_number, real, truth, whole
 from circuits.system.tensors import as_tensor
@@ -363,7 +363,7 @@ class Circuit:
                 version of this package.
         """
         path = path_of(folder)
-        if not path.is_file():
+        if not is_file(path):
             path /= FILE
         tensors, metadata = read_tensors(path, FORMAT, FORMAT_VERSION)
         try:

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from circuits.system.errors import InputError
 from circuits.system.kinds import expect
-from circuits.system.numbers import python_number, shown, whole
+from circuits.system.numbers import MOST_DIGITS, python_number, shown, whole
 
 Position = str | int | None
 """A named span of each prompt, a position counted from 0, or None for all positions."""
@@ -242,4 +242,8 @@ def check_position_name(name: str) -> None:
 
 
 def _number_or_text(text: str) -> str | int:
-    return int(text) if text.isdecimal() else text
+    if not text.isdecimal():
+        return text
+    if len(text) > MOST_DIGITS:
+        raise InputError(f"the number {text} names no node; give at most {MOST_DIGITS} digits.")
+    return int(text)

@@ -58,7 +58,7 @@ def component_graph(
         )
     components = components_of(model, split_embed)
     is_causal = model.cfg.attention_dir == "causal"
-    spans = _spans(positions)
+    spans = _spans(positions, model.cfg.n_ctx)
     graph = Graph.complete(components, spans, causal=is_causal)
     return replace(graph, model=identity(model))
 
@@ -116,17 +116,18 @@ def check_supported(model: Model) -> None:
         )
 
 
-def _spans(positions: Any) -> Positions:
+def _spans(positions: Any, longest: int) -> Positions:
     if positions is None:
         return None
     number = python_number(positions)
     if number is not None:
-        if number < 1:
+        number = whole(number, "positions")
+        if not 1 <= number <= longest:
             raise InputError(
-                f"positions={number}: a graph needs at least one position; "
-                "give the length of the prompts."
+                f"positions={number}: a graph needs at least one position, and the model reads up "
+                f"to {longest}; give the length of the prompts."
             )
-        return tuple(range(whole(number, "positions")))
+        return tuple(range(number))
     if isinstance(positions, str):
         raise InputError(
             f"positions={positions!r} is one string; "

@@ -35,6 +35,7 @@ from circuits.system.errors import InputError
 from circuits.system.files import (
     BROKEN,
     DIGEST,
+    is_file,
     path_of,
     read_json,
     read_json_object,
@@ -243,7 +244,7 @@ def _device(device: str | torch.device | None) -> torch.device:
 
 def _load_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:
     config = folder / CONFIG_FILE
-    if not config.is_file():
+    if not is_file(config):
         raise InputError(
             f"the folder {folder} holds no model: it has no {CONFIG_FILE}; "
             "give a folder that save_model wrote, or one with a checkpoint."

@@ -194,7 +194,7 @@ def load_run(folder: str | Path) -> CircuitRun:
     folder = path_of(folder)
     if not is_file(folder / RECORD):
         remedy = f"give a folder with {RECORD} and {FILE}"
-        if (folder / CHECKPOINT).exists():
+        if is_file(folder / CHECKPOINT):
             remedy = "it is unfinished: give the same discover command again to resume it"
         raise InputError(f"{folder} holds no finished run; {remedy}.")
     record = read_record(folder, RECORD_FORMAT, FORMAT_VERSION, IN_RECORD)

@@ -2,11 +2,14 @@
 
 import contextlib
 import difflib
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
+# Control characters and halves of characters, which not every terminal or file takes.
+UNWRITABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 LONGEST_LINE = 480  # characters; of these, the end is the remedy
 LONGEST_END = 160
 MOST_LISTED = 20
@@ -15,10 +18,10 @@ FOR_AUTHORS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 
 
 def one_line(text: str) -> str:
-    """Write a message in one line; of a long one, such as one with a long value, leave out the
-    middle.
+    """Write a message in one line, with all of it visible; of a long one, such as one with a long
+    value, leave out the middle.
     """
-    line = " ".join(text.splitlines())
+    line = UNWRITABLE.sub(lambda each: repr(each[0])[1:-1], " ".join(text.splitlines()))
     if len(line) <= LONGEST_LINE:
         return line
     gap = " ... "

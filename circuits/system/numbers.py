@@ -13,6 +13,8 @@ WholeNumber = SupportsIndex
 RealNumber = SupportsFloat
 
 MOST_SHOWN = 80
+# More make numbers that fit into no tensor.
+MOST_DIGITS = 18
 
 
 def whole(value: Any, name: str, *, least: int | None = None) -> int:
@@ -28,6 +30,9 @@ def whole(value: Any, name: str, *, least: int | None = None) -> int:
     if number is None or number % 1 or is_below:
         bound = "" if least is None else f", {least} or more"
         raise InputError(f"{name}={shown(value)}: give a whole number{bound}.")
+    # Seeds have up to 64 bits.
+    if abs(number) >= 2**64:
+        raise InputError(f"{name}={shown(value)} is too long; give at most {MOST_DIGITS} digits.")
     return int(number)
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
-from circuits.cli.parsing.method_source import Description
+from circuits.cli.parsing.method_source import Description, exists
 from circuits.cli.parsing.options import DiscoverOptions, EvaluateOptions, TaskOptions
 from circuits.discovery.threshold import check_threshold
 from circuits.system.errors import InputError
 from circuits.system.numbers import whole
 
 LEAST = {"n": 1, "n_eval": 1, "size": 0, "start_size": 1, "budget": 1, "leading": 0, "port": 0}
+# One layer, or the first and the last of several
+LAYERS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
 MISSING = {
     "circuit": "{} holds no finished run: there is no such folder",
     "data": "--data: there is no file {}",
@@ -47,7 +50,7 @@ def check_paths(given: Any) -> None:
     """Refuse files and folders that are not there."""
     for name, text in MISSING.items():
         path = getattr(given, name, None)
-        if isinstance(path, Path) and not _exists(path):
+        if isinstance(path, Path) and not exists(path):
             raise InputError(f"{text.format(path)}; check the path.")
 
 
@@ -80,10 +83,10 @@ def layers_of(text: str | None) -> list[int] | None:
         return None
     layers: list[int] = []
     for part in listed(text):
-        first, dash, last = part.partition("-")
-        last = last if dash else first
-        if not (first.isdecimal() and last.isdecimal()):
+        written = LAYERS.fullmatch(part)
+        if not written:
             raise InputError(f"--layers {text} names no layers; write them like 6-11 or 0,2-4.")
+        first, last = written[1], written[2] or written[1]
         named = range(int(first), int(last) + 1)
         if not named:
             raise InputError(f"--layers {text}: {part} is empty; write it as {last}-{first}.")
@@ -95,7 +98,7 @@ def positions_of(text: str | None) -> list[str] | int | None:
     """The spans, or the number of positions, that a text such as IO,S1,END or 12 names."""
     if text is None:
         return None
-    if text.isdecimal():
+    if re.fullmatch(r"\d{1,18}", text):
         return int(text)
     spans = listed(text)
     if not all(spans):
@@ -106,10 +109,3 @@ def positions_of(text: str | None) -> list[str] | int | None:
 def listed(text: str) -> list[str]:
     """What commas separate."""
     return [each.strip() for each in text.split(",")]
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name that is too long, or a folder that may not be read
-        return False

@@ -85,6 +85,14 @@ def described_in(file: Path) -> dict[str, Description]:
     return found
 
 
+def exists(path: Path) -> bool:
+    """Whether there is something at a path that a user names, whatever the name."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # no name for a file, or in a folder that may not be read
+        return False
+
+
 @cache
 def shipped_methods() -> dict[str, Description]:
     """The methods of this package, by name."""

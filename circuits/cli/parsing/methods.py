@@ -22,6 +22,7 @@ from circuits.cli.parsing.method_source import (
     Option,
     UnreadableError,
     described_in,
+    exists,
     shipped_methods,
 )
 from circuits.discovery import ENTRY_POINTS
@@ -108,7 +109,7 @@ def _file_and_method(name: str) -> tuple[Path | None, str]:
     if ".py" not in name:
         return None, name
     path, _, chosen = name.partition(":")
-    if not Path(path).is_file():
+    if not exists(Path(path)):
         raise InputError(f"there is no Python file {path}.")
     return Path(path), chosen
 

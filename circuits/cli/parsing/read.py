@@ -45,6 +45,7 @@ UNKNOWN = re.compile(r"Unrecognized options: ([^\s,]+)")
 
 def read_arguments(command: str, words: Words) -> Arguments:
     """What the command's function is called with."""
+    _check_not_empty(words, OPTIONS[command])
     if command == "discover":
         return _read_discover(words)
     given = _parsed(OPTIONS[command], command, words)
@@ -119,9 +120,33 @@ def _message(box: str, options: Iterable[str]) -> str:
 
 def _unknown(word: str, options: Iterable[str]) -> str:
     if not word.startswith("-"):
-        return f"{word!r} is one word too many; put texts with spaces into quotes."
-    named = [f"--{each.replace('_', '-')}" for each in options]
-    return f"there is no option {word}; {suggestion(word, named)}"
+        return (
+            f"{word!r} is one word too many: name its option (--OPTION {word}), separate lists by "
+            "commas, and put texts with spaces into quotes."
+        )
+    option, _, _ = word.partition("=")
+    return f"there is no option {option}; {suggestion(option, map(_written, options))}"
+
+
+def _written(name: str) -> str:
+    """The name of a field as an option."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _check_not_empty(words: Words, own: Any) -> None:
+    """Refuse empty texts, which shell variables that are not set leave behind."""
+    named = {_written(field.name) for field in fields(own)}
+    before = ""
+    for word in words:
+        option, equals, value = word.partition("=")
+        if not (equals and option.startswith("--")):
+            option, value = before, word
+        # What fields of methods hold is checked by them.
+        is_own = _written(option.removeprefix("--")) in named or not option.startswith("-")
+        if is_own and not value:
+            where = option if option.startswith("-") else "a text"
+            raise InputError(f"{where} is empty (''): give a value, or leave it out.")
+        before = word
 
 
 def _check_names(given: Any, method: str, metrics: Iterable[str | None]) -> None:

@@ -26,6 +26,7 @@ from circuits.plotting.graph_page.groups import grouped_names, load_groups, save
 from circuits.plotting.graph_page.page import compact_json, served_page
 from circuits.plotting.graph_page.queries import QUERIES, answer
 from circuits.system.errors import InputError, NotWrittenError
+from circuits.system.files import is_file, path_of
 from circuits.system.numbers import WholeNumber, whole
 
 ADDRESS = "127.0.0.1"
@@ -127,8 +128,8 @@ def open_server(folder: str | Path, port: WholeNumber) -> GraphServer:
     Raises:
         InputError: there is no graph, graph or groups are damaged, or the port is not available.
     """
-    folder = Path(folder)
-    if not (folder / FILE).is_file():
+    folder = path_of(folder)
+    if not is_file(folder / FILE):
         raise InputError(f"{folder} holds no {FILE}; give a folder that circuits graph made.")
     port = whole(port, "port")
     if not 0 <= port <= 65535:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from circuits.system.errors import InputError
-from circuits.system.files import check_digest
+from circuits.system.files import check_digest, is_file
 from circuits.transcoders.transcoder import Reads, Writes
 
 CONFIG = "config.yaml"
@@ -59,7 +59,7 @@ class TranscoderConfig:
 
 def read_config(file: Path, source: str) -> TranscoderConfig:
     """Read a config.yaml, if there is one, that is called `source` in messages."""
-    if not file.is_file():
+    if not is_file(file):
         return TranscoderConfig(source)
     content = _settings(file, source)
     meanings = map(partial(_choose, content, source), MEANINGS)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from circuits.system.arguments import checked_arguments
 from circuits.system.errors import InputError
-from circuits.system.files import path_of
+from circuits.system.files import is_file, path_of
 from circuits.system.torch_modes import without_modes
 from circuits.transcoders.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from circuits.transcoders.io.config_yaml import CONFIG, TranscoderConfig, read_config
@@ -129,7 +129,7 @@ def _find(where: str | Path) -> Found:
     path = embedded[text] if is_name else path_of(where)
     if path.is_dir():
         path = path / CONFIG
-    elif not path.is_file() or path.suffix not in YAML:
+    elif not is_file(path) or path.suffix not in YAML:
         raise InputError(
             f"there are no transcoders {text!r}; give a folder, one of the sets in this "
             f"package ({', '.join(embedded)}) or an address hf://owner/repo."

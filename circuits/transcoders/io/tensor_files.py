@@ -18,7 +18,7 @@ from torch import Tensor
 
 from circuits.system.device import device_called
 from circuits.system.errors import InputError
-from circuits.system.files import BROKEN, check_digest
+from circuits.system.files import BROKEN, check_digest, is_file
 
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 WEIGHTS = (".safetensors", ".npz")
@@ -36,7 +36,7 @@ def read_tensors(file: Path, *, check: bool = True) -> Tensors:
         raise InputError(pickle_message(file))
     if file.suffix not in WEIGHTS:
         raise InputError(f"{file} is neither a safetensors nor an npz file; give one of these.")
-    if not file.is_file():
+    if not is_file(file):
         raise InputError(
             f"there is no file {file}; restore it, or correct the list in config.yaml."
         )
