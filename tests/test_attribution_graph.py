@@ -539,6 +539,10 @@ UNSEEN = {
         hook("hook_embed", token_times(0, 1e4)),
         hook("blocks.1.hook_resid_pre", token_times(3, 1.1)),
     ),
+    "logits beside one that a bias masks": both(
+        lambda model: model.unembed.b_U.data[:1].fill_(-1e9),
+        hook("ln_final.hook_normalized", lambda x: 2 * x),
+    ),
 }
 
 

@@ -52,7 +52,7 @@ from circuits.models import (
 from circuits.models.changes import Changes, changes_and_classes
 from circuits.models.component_graph import POST_NORM_ARCHITECTURES
 from circuits.models.functional import LinearNorm, soft_capped
-from circuits.models.source_outputs import TOLERANCE, keepers, relative_gap
+from circuits.models.source_outputs import TOLERANCE, keepers, logit_gap, relative_gap
 from circuits.system.errors import InputError, NotFiniteError
 from circuits.transcoders.transcoder import Transcoders, check_is_transcoders
 
@@ -321,16 +321,15 @@ def _check_explained(model: Model, found: Changes, local: LocalModel, run: Activ
         mask = torch.ones_like(prompt).bool()
         [logits] = run_to_logits(model, prompt, mask)
     streams = [run[mlp_residual_hook(model, layer)] for layer in layers]
-    pairs = [
-        (local.logits(EVERYWHERE), logits),
-        *zip(local.replayed(), [*streams, local.residual], strict=True),
-    ]
+    pairs = [*zip(local.replayed(), [*streams, local.residual], strict=True)]
     for layer, stream in enumerate(streams):
         _, _, norm, _ = _norms(model, layer, run)
         mlp_input = given[mlps[layer]][0]
         pairs.append((apply_norm(norm, stream), mlp_input))
     # Position by position: those of the first token may be far larger than all others.
-    gap = max(relative_gap(*vectors) for pair in pairs for vectors in zip(*pair, strict=True))
+    gaps = [relative_gap(*vectors) for pair in pairs for vectors in zip(*pair, strict=True)]
+    at_each = zip(local.logits(EVERYWHERE).split(1), logits.split(1), strict=True)
+    gap = max(*gaps, *(logit_gap(*rows) for rows in at_each))
     if gap > TOLERANCE[model.cfg.dtype]:
         raise InputError(
             f"{model.cfg.model_name} is not what its weights say ({gap:.1%} of an activation "

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from circuits.graph.circuit import Circuit, check_is_circuit
 from circuits.models import Model, check_model
+from circuits.models.source_outputs import logit_gap
 from circuits.running.ablation import Ablation
 from circuits.running.run import model_logits, run_variants
 from circuits.running.settings import RunSettings
@@ -40,8 +41,6 @@ ByRow = Mapping[str, Float[Tensor, " scored"]]
 CURVE_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 # The relative difference of two means of a metric that float32 cannot tell apart.
 ROUNDING = 1e-6
-# How far below the largest a logit is whose probability is none.
-MASKED = 100.0
 # What a curve's table has besides metrics.
 COLUMNS = ("edges", "fraction", "faithfulness", "method", "selected", "of")
 
@@ -181,16 +180,6 @@ def no_faithfulness(metrics: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-def _is_rounding(differences: Tensor, logits: Tensor) -> bool:
-    """Whether logits differ by no more than the digits that their type holds."""
-    size = logits.abs()
-    # exp(-100) is 0 in float32: such tokens are masked, and say nothing of the others' digits.
-    is_masked = logits < logits.amax(-1, keepdim=True) - MASKED
-    largest = size.masked_fill(is_masked, 0).max()
-    relative = min(32 * torch.finfo(logits.dtype).eps, 1e-2)
-    return bool((differences.abs() <= relative * size.maximum(largest)).all())
-
-
 def _means(values: ByRow) -> Row:
     return {name: float(row.mean()) for name, row in values.items()}
 
@@ -257,7 +246,7 @@ def evaluations(
     # The empty circuit is one more variant.
     kept.append(torch.zeros_like(kept[0]))
     runs = run_variants(model, graph, torch.stack(kept), task, settings)
-    if _is_rounding(runs[-1] - whole, whole):
+    if logit_gap(runs[-1], whole) <= min(32 * torch.finfo(whole.dtype).eps, 1e-2):
         # The ablation changes nothing, so that a faithfulness would be noise over noise.
         runs = torch.cat([runs[:-1], whole[None]])
     model_values, *values, empty_values = (

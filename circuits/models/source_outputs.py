@@ -42,6 +42,8 @@ OutputRows = Float[Tensor, "source *batch pos d_model"]
 # Rounding makes the sum of the outputs differ from the residual stream by less than this share of
 # its size; a missing term makes it differ by far more.
 DIRECTIONS = 8
+# Logits that are so far below the largest have probabilities of 0 in float32: e^-88 = 6e-39.
+NEGLIGIBLE = 88
 CHECKED_PROMPTS = 8
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 
@@ -137,6 +139,19 @@ def relative_gap(found: Tensor, expected: Tensor) -> float:
     size = expected.abs().max()
     gap = (found - expected).abs().max()
     return float(gap / size.clamp(min=1e-30))
+
+
+def logit_gap(found: Float[Tensor, "row vocab"], expected: Float[Tensor, "row vocab"]) -> float:
+    """The largest difference between logits, as a share of their size.
+
+    The size is that of the logit itself, or if larger of the largest that counts: next to a token
+    that is masked by -1e9 a difference in all others must not look like rounding.
+    """
+    counts = expected > expected.amax(-1, keepdim=True) - NEGLIGIBLE
+    size = expected.abs()
+    largest = size.masked_fill(~counts, 0).max()
+    gap = (found - expected).abs()
+    return float((gap / size.clamp(min=largest).clamp(min=1e-30)).max())
 
 
 def run_and_record(
