@@ -8,6 +8,7 @@ direct effects remain: the columns of an attribution graph's adjacency matrix.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -42,15 +43,7 @@ from circuits.models import (
 from circuits.system.arguments import checked_arguments
 from circuits.system.errors import InputError
 from circuits.system.kinds import expect
-from circuits.system.numbers import (
-    RealNumber,
-    WholeNumber,
-    items,
-    python_number,
-    real,
-    shown,
-    whole,
-)
+from circuits.system.numbers import RealNumber, WholeNumber, items, python_number, shown, whole
 from circuits.system.randomness import random_generator
 from circuits.system.torch_modes import without_modes
 from circuits.tasks.readers.tokens import Prompt
@@ -99,12 +92,13 @@ class Intervention:
             )
         name_of_number = "value" if has_value else "factor"
         given = getattr(self, name_of_number)
-        number = real(given, f"the {name_of_number} of {name}")
-        if not math.isfinite(number):
+        number = python_number(given)
+        # Neither NaN nor whole numbers beyond all floats are.
+        if number is None or not abs(number) <= sys.float_info.max:
             raise InputError(
                 f"{name} cannot be set to or multiplied by {shown(given)}; give a finite number."
             )
-        plain[name_of_number] = number
+        plain[name_of_number] = float(number)
         for each, value in plain.items():
             object.__setattr__(self, each, value)
 

@@ -412,7 +412,7 @@ def _check_is_decoder(name: str, kind: str) -> None:
 
 @contextlib.contextmanager
 def _running_no_code() -> Iterator[None]:
-    """Run no code that comes with a model, and ask nobody whether it should be.
+    """Run no code that comes with a model, ask nobody whether it should be, and fail by no warning.
 
     `trust_remote_code=False` is not enough: TransformerLens loads a tokenizer a second time without
     it, in which case transformers asks on the terminal, and takes it for true for some names.

@@ -52,7 +52,7 @@ TensorsAndMetadata = tuple[dict[str, Tensor], dict[str, str]]
 
 
 def path_of(given: object) -> Path:
-    """A file or folder that a user names; what no disk holds under such a name is refused."""
+    """A file or folder that a user names, if a disk can hold one of that name."""
     path = Path(text_or_path(given, "path"))
     if given == "":
         raise InputError("path='' is empty; name a file or folder, such as '.' for this one.")
@@ -60,11 +60,11 @@ def path_of(given: object) -> Path:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         pass  # whether it has to be there, or can be made, is seen when it is used
-    # Names with a zero byte or half a character are ValueErrors; OSErrors: they are too long.
+    # Names with a zero byte or half a character, too long ones, and folders that may not be read.
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"path={shown(str(path))} names no file or folder ({reason}); give another one."
+            f"path={shown(str(path))} cannot be used ({reason}); give another one."
         ) from error
     return path
 
