@@ -125,6 +125,7 @@ def test_help_and_mistakes_in_options_are_answered_without_importing_torch(tmp_p
         ("graph", "The", "capital", "'capital' is one word too many: name its option"),
         ("discover", "acdc", "name its option (--OPTION acdc)"),
         ("compare", "--methods", "eap", "acdc", "separate lists by commas"),
+        ("compare", "eap,acdc", "'eap,acdc' is one word too many"),
         (*eap, "--gradient-at", "clean", "both", "'both' is one word too many"),
         ("discover", "--treshold=0.1", "no option --treshold; did you mean '--threshold'?"),
         *[
@@ -141,6 +142,7 @@ def test_help_and_mistakes_in_options_are_answered_without_importing_torch(tmp_p
         (*eap, "--metric", "", "there is no metric ''"),
         ("evaluate", "", "a text is empty"),
         ("graph", "", "a text is empty"),
+        ("view", "x", "--no-browser", "", "--no-browser is empty"),
         (*acdc, "--layers", "0-1000000000000", "names no layers"),
         (*acdc, "--layers", "9" * 5000, "names no layers"),
         ("discover", "--method", "x" * 300 + ".py", "there is no Python file xxx"),

@@ -12,9 +12,9 @@ from circuits.system.errors import InputError
 WholeNumber = SupportsIndex
 RealNumber = SupportsFloat
 
-MOST_SHOWN = 80
 # More make numbers that fit into no tensor.
 MOST_DIGITS = 18
+MOST_SHOWN = 80
 
 
 def whole(value: Any, name: str, *, least: int | None = None) -> int:

@@ -40,7 +40,7 @@ SIDES = "│|╭╮╰╯+ "
 BETWEEN_PARAGRAPHS = re.compile(r"[─-]{3,}")
 WRONG_CHOICE = re.compile(r"(invalid choice '(.*)' for .*)\. Expected one of \('(.*)'\)")
 BETWEEN_CHOICES = "', '"
-UNKNOWN = re.compile(r"Unrecognized options: ([^\s,]+)")
+UNKNOWN = re.compile(r"Unrecognized options: (\S+?),?(?:\s|$)")
 
 
 def read_arguments(command: str, words: Words) -> Arguments:
@@ -142,8 +142,8 @@ def _check_not_empty(words: Words, own: Any) -> None:
         if not (equals and option.startswith("--")):
             option, value = before, word
         # What fields of methods hold is checked by them.
-        is_own = _written(option.removeprefix("--")) in named or not option.startswith("-")
-        if is_own and not value:
+        is_own = _written(option.removeprefix("--").removeprefix("no-")) in named
+        if not value and (is_own or not option.startswith("-")):
             where = option if option.startswith("-") else "a text"
             raise InputError(f"{where} is empty (''): give a value, or leave it out.")
         before = word
