@@ -18,13 +18,28 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.graph.edges import Edge, EdgesOrTexts
-from circuits.graph.graph import COLUMNS, Graph, NodesOrTexts, PooledFeatureGraph, check_is_graph
+from circuits.graph.graph import (
+    COLUMNS,
+    Graph,
+    NodesOrTexts,
+    PooledFeatureGraph,
+    by_edge,
+    check_is_graph,
+)
 from circuits.graph.identity import ModelIdentity, TranscodersIdentity
 from circuits.graph.nodes import Node, parse_node
 from circuits.system.errors import InputError
 from circuits.system.files import is_file, json_text, path_of, read_tensors, write_tensors
 from circuits.system.kinds import expect, one_of
-from circuits.system.numbers import RealNumber, WholeNumber, python_number, real, truth, whole
+from circuits.system.numbers import (
+    RealNumber,
+    WholeNumber,
+    python_number,
+    real,
+    shown,
+    truth,
+    whole,
+)
 from circuits.system.tensors import as_tensor
 
 RankBy = Literal["magnitude", "signed"]
@@ -71,7 +86,7 @@ class Circuit:
         object.__setattr__(self, "selected", truth(self.selected, "selected"))
         expect(self.record, Mapping, "a dict as record", "leave it out")
         for name, dtype in (("scores", torch.float32), ("kept", torch.bool)):
-            column = as_tensor(getattr(self, name), name)
+            column = as_tensor(by_edge(self.graph, getattr(self, name), name), name)
             if column.shape != (len(self.graph),):
                 raise InputError(
                     f"{name} has shape {tuple(column.shape)}, but the graph has {len(self.graph)} "
@@ -81,15 +96,31 @@ class Circuit:
                 raise InputError(
                     f"kept holds {column.dtype}; it must be boolean, True for the edges to keep."
                 )
+            if column.is_complex():
+                raise InputError(f"{name} holds {column.dtype}; give real numbers, such as .real.")
             # A copy, so that later changes to the tensor passed in do not change the circuit.
-            column = column.detach().to("cpu", dtype, copy=True)
-            object.__setattr__(self, name, column)
+            copied = column.detach().to("cpu", dtype, copy=True)
+            too_large = copied.isinf() & ~column.detach().cpu().isinf()
+            for number in too_large.nonzero()[:1].flatten().tolist():
+                raise InputError(
+                    f"{name} holds {float(column[number]):g} for {self.graph.edges[number]}, which "
+                    f"is infinite in {dtype}; scale the scores down."
+                )
+            object.__setattr__(self, name, copied)
 
     @staticmethod
     def full(
         graph: Graph, scores: Any = None, *, record: Mapping[str, Any] | None = None
     ) -> Circuit:
-        """The circuit that keeps every edge: a whole model, or scores without a selection."""
+        """The circuit that keeps every edge: a whole model, or scores without a selection.
+
+        Args:
+            scores: one per edge, in graph order, or a series of pandas labelled by edges.
+
+        Raises:
+            InputError: there is not one real number per edge, or the labels of a series are those
+                of other edges, or numbers in another order.
+        """
         check_is_graph(graph)
         if scores is None:
             scores = _no_scores(graph)
@@ -198,11 +229,11 @@ class Circuit:
         """
         # 1.0 is the whole circuit where a size is a fraction, and would be a single edge here.
         if isinstance(python_number(n), float):
-            raise InputError(f"top({n}): give a number of edges, such as {len(self) // 2}.")
+            raise InputError(f"top({shown(n)}): give a number of edges, such as {len(self) // 2}.")
         n = whole(n, "n")
         if not 0 <= n <= len(self):
             raise InputError(
-                f"top({n}) of a circuit that keeps {len(self)} edges; "
+                f"top({shown(n)}) of a circuit that keeps {len(self)} edges; "
                 f"choose n between 0 and {len(self)}."
             )
         return self._choosing(self._ranked(by)[:n], self, "top")
@@ -231,7 +262,7 @@ class Circuit:
         reaching = self.connected()
         if len(chosen) != n:
             raise InputError(
-                f"greedy({n}) of a circuit of which {len(reaching)} edges reach the logits; "
+                f"greedy({shown(n)}) of a circuit of which {len(reaching)} edges reach the logits; "
                 f"choose n between 0 and {len(reaching)}."
             )
         return self._choosing(torch.tensor(chosen, dtype=torch.long), reaching, "greedy")
@@ -288,12 +319,15 @@ class Circuit:
     def __sub__(self, other: Circuit) -> Circuit:
         return self._combined(other, lambda ours, theirs: ours & ~theirs)
 
-    def strongest(self, n: int) -> pd.DataFrame:
+    def strongest(self, n: WholeNumber) -> pd.DataFrame:
         """At most `n` kept edges as a table, those of largest |score| first, for people to read.
 
         Edges without a score come last, in graph order.
+
+        Raises:
+            InputError: `n` is no whole number, or negative.
         """
-        edges = self._ranked("magnitude")[:n]
+        edges = self._ranked("magnitude")[: whole(n, "n", least=0)]
         kept = torch.zeros_like(self.kept)
         kept[edges] = True
         table = replace(self, kept=kept).to_dataframe()

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool
 from torch import Tensor
@@ -26,8 +27,8 @@ from circuits.graph.nodes import Head, Logits, Node, PosEmbed, TokenEmbed, at_po
 from circuits.graph.paths import EdgeIndex, EdgeMask, EdgeNumbers, Paths, Positions
 from circuits.system.errors import InputError
 from circuits.system.kinds import expect
-from circuits.system.numbers import items, shown, truth
-from circuits.system.tensors import as_tensor
+from circuits.system.numbers import items, ordered_items, shown, truth
+from circuits.system.tensors import as_tensor, check_in_order
 
 ChosenEdges = EdgesOrTexts | EdgeMask | Bool[np.ndarray, " edge"]
 NodeMask = Bool[Tensor, " node"]
@@ -71,7 +72,7 @@ class Graph:
     model: ModelIdentity | None = None
 
     def __post_init__(self) -> None:
-        nodes, columns = tuple(items(self.nodes, "nodes")), self._given_columns
+        nodes, columns = tuple(ordered_items(self.nodes, "nodes")), self._given_columns
         unknown = [node for node in nodes if not isinstance(node, Node)]
         if unknown:
             raise InputError(f"nodes: {shown(unknown[0])} is none; write circuits.MLP(0) or such.")
@@ -79,7 +80,9 @@ class Graph:
         is_wrong = ((ends < 0) | (ends >= len(nodes))).any()
         if is_wrong or not torch.isin(slot, torch.arange(-1, len(SLOTS))).all():
             raise self._wrong_columns
-        positions = None if self.positions is None else tuple(items(self.positions, "positions"))
+        positions = (
+            None if self.positions is None else tuple(ordered_items(self.positions, "positions"))
+        )
         truth(self.causal, "causal")
         expect(self.model, ModelIdentity | None, "a ModelIdentity", "take another graph's .model")
         values = (nodes, *columns, positions)
@@ -318,7 +321,7 @@ class Graph:
         return found
 
     def _checked_mask(self, mask: Any) -> EdgeMask:
-        mask = as_tensor(mask, "a mask")
+        mask = as_tensor(by_edge(self, mask, "a mask"), "a mask")
         if mask.dtype != torch.bool or mask.shape != (len(self),):
             raise InputError(
                 f"a mask of {mask.dtype} and shape {tuple(mask.shape)} cannot choose among the "
@@ -367,3 +370,28 @@ def check_is_graph(graph: object) -> None:
     """Refuse what is no graph, such as a circuit, which has one."""
     remedy = "make one with circuits.component_graph, or take a circuit's .graph"
     expect(graph, Graph, "a Graph", remedy)
+
+
+def by_edge(graph: Graph, given: Any, name: str) -> Any:
+    """What pandas labels by edge, in graph order: a series, or a frame with a column for each edge.
+
+    Others are returned as they are.
+
+    Raises:
+        InputError: the labels are not those of all edges, once; or numbers in another order.
+    """
+    if not isinstance(given, pd.Series | pd.DataFrame):
+        return given
+    axis = given.ndim - 1
+    labels = given.axes[axis]
+    edges = [label for label in labels if isinstance(label, Edge) or "->" in str(label)]
+    if not edges:
+        check_in_order(labels, name)
+        return given
+    numbers = [graph.index(edge) for edge in edges]
+    if len(labels) != len(graph) or sorted(numbers) != list(range(len(graph))):
+        raise InputError(
+            f"{name} has {len(labels)} labels, which name {len(set(numbers))} of the graph's "
+            f"{len(graph)} edges; give an entry for every edge, once."
+        )
+    return given.take(np.argsort(numbers), axis=axis)

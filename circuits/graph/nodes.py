@@ -234,10 +234,10 @@ def check_position_name(name: str) -> None:
         InputError: the name is no text, empty, a number, or contains a character of the text form.
     """
     expect(name, str, "a span's name", "give a text such as 'S1'")
-    if not name or name.isdecimal() or re.search(r"[@<>\s.]|->", name):
+    if not name or name.isdecimal() or re.search(r"[@<>\s.\ud800-\udfff]|->", name):
         raise InputError(
             f"span name {name!r} cannot be used: it must not be empty, a number, or contain "
-            "@ < > . or spaces; rename it."
+            "@ < > . spaces or half of a character; rename it."
         )
 
 

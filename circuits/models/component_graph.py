@@ -13,7 +13,7 @@ from circuits.graph.nodes import MLP, Head, Node, check_position_name
 from circuits.models import Model, check_model
 from circuits.models.identity import identity, shape_of
 from circuits.system.errors import InputError
-from circuits.system.numbers import WholeNumber, items, python_number, truth, whole
+from circuits.system.numbers import WholeNumber, ordered_items, python_number, truth, whole
 from circuits.system.torch_modes import without_modes
 
 REST = "rest"
@@ -133,7 +133,7 @@ def _spans(positions: Any, longest: int) -> Positions:
             f"positions={positions!r} is one string; "
             "give a sequence of span names, such as ['S1', 'S2', 'END']."
         )
-    positions = items(positions, "positions")
+    positions = ordered_items(positions, "positions")
     for name in positions:
         check_position_name(name)
     names = {REST, *positions}

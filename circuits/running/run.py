@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.graph.circuit import Circuit, check_is_circuit
-from circuits.graph.graph import Graph, PooledFeatureGraph, check_is_graph
+from circuits.graph.graph import Graph, PooledFeatureGraph, by_edge, check_is_graph
 from circuits.models import Model, changes, check_model, frozen, run_to_residual, scored_logits
 from circuits.models.component_graph import component_nodes
 from circuits.running.ablation import Ablation, check_corrupted, with_means_taken
@@ -119,12 +119,15 @@ def run_variants(
     over all of them.
     """
     check_is_graph(graph)
-    kept = as_tensor(kept, "kept")
+    kept = as_tensor(by_edge(graph, kept, "kept"), "kept")
     if kept.dtype != torch.bool or kept.shape[1:] != (len(graph),):
         raise InputError(
             f"kept has shape {tuple(kept.shape)} of {kept.dtype}; it must be [variant, edge] of "
             f"bool, over {len(graph)} edges."
         )
+    if not len(kept):
+        # Executors join what they have computed, and of no circuit there is nothing.
+        return run_variants(model, graph, torch.ones_like(graph.mask([]))[None], task, settings)[:0]
     logits = []
     for own_graph, part, own_settings in parts_that_fit(model, graph, task, settings):
         executor = get_executor(model, own_graph, part, own_settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,9 +35,9 @@ def one_of(value: object, name: str, choices: Sequence[Any]) -> Any:
 
 
 def text(value: object, name: str) -> str:
-    """A text, as it is."""
-    if not isinstance(value, str):
-        raise InputError(f"{name}={shown(value)} must be a text.")
+    """A text, as it is. Half of a character, as of a broken file, cannot be written."""
+    if not isinstance(value, str) or re.search(r"[\ud800-\udfff]", value):
+        raise InputError(f"{name}={shown(value)} must be a text, of whole characters.")
     return value
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Reversible, Set
 from numbers import Real
 from typing import Any, SupportsFloat, SupportsIndex
 
@@ -75,11 +75,16 @@ def is_missing(value: Any) -> bool:
     (True, False, False)
     """
     # Not imported, as pandas is slow to load.
-    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+    if value is None or type(value).__name__ in ("NAType", "NaTType", "MaskedConstant"):
         return True
     number = python_number(value)
     # NaN differs from itself.
     return bool(number != number)
+
+
+def is_series(value: Any) -> bool:
+    """Whether a value has items: an array or tensor without axes has none."""
+    return isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0
 
 
 def items(values: Any, name: str) -> list[Any]:
@@ -89,6 +94,14 @@ def items(values: Any, name: str) -> list[Any]:
     if not isinstance(found, Iterable) or isinstance(found, str | bytes | Mapping):
         raise InputError(f"{name}={shown(values)} must be a list; for one, give [{shown(values)}].")
     return list(found)
+
+
+def ordered_items(values: Any, name: str) -> list[Any]:
+    """`items`, where their order matters: a set has none, and gives another in every process."""
+    # Views of dicts and sets of other libraries may have one.
+    if isinstance(values, Set) and not isinstance(values, Reversible):
+        raise InputError(f"{name}={shown(values)} is a set, which has no order; give a list.")
+    return items(values, name)
 
 
 def shown(value: object) -> str:
@@ -103,7 +116,8 @@ def shown(value: object) -> str:
 def _item(value: Any) -> Any:
     """The only item of an array or tensor, as Python's own; other values as they are."""
     item = getattr(value, "item", None)
-    if not callable(item):
+    # What an array masks has a value, too, which nobody meant.
+    if not callable(item) or (hasattr(value, "filled") and value.mask.all()):
         return value
     try:
         return item()

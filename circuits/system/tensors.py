@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Set
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.masked import MaskedTensor
 
 from circuits.system.errors import InputError
 from circuits.system.numbers import shown
@@ -25,31 +27,98 @@ def as_tensor(given: Any, name: str, *, padding: int | None = None) -> Tensor:
     [[1, 2], [3, -1]]
 
     Args:
-        padding: fills up lists of different lengths; None refuses them.
+        padding: fills up lists of different lengths, sets, and what an array masks; None refuses
+            them.
     """
     if isinstance(given, Tensor):
-        return given
-    plain = given if isinstance(given, np.ndarray) else _plain(given)
-    if isinstance(plain, list) and padding is not None:
-        plain = _filled(plain, padding)
+        return _dense(_with_values(given, name))
     try:
+        plain = _array(given, name, padding)
+        if isinstance(plain, list) and padding is not None:
+            plain = _filled(plain, padding)
         # Some arrays cannot be shared with torch, such as reversed ones.
         return torch.as_tensor(np.ascontiguousarray(plain))
     except (TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(
-            f"{name}={shown(given)} must hold numbers, in lists of equal length, an array or a "
-            "tensor."
+            f"{name}={shown(given)} must hold numbers, in lists of equal length (sets have no "
+            "order), an array or a tensor."
         ) from error
+
+
+def check_same_labels(given: Mapping[str, Any]) -> None:
+    """Refuse series and frames of pandas whose rows have other labels, or another order of them.
+
+    By order and by label, different entries would belong together. So they would in frames whose
+    columns come in another order.
+    """
+    _check_same(given, "index")
+    _check_same(given, "columns")
+
+
+def _check_same(given: Mapping[str, Any], axis: str) -> None:
+    labels = {name: labels_of(each, axis) for name, each in given.items()}
+    labelled = [(name, index) for name, index in labels.items() if index is not None]
+    for name, index in labelled[1:]:
+        first, expected = labelled[0]
+        # Columns may be called after what they hold.
+        may_differ = axis == "columns" and set(index) != set(expected)
+        if len(index) == len(expected) and not may_differ and not index.equals(expected):
+            raise InputError(
+                f"{first} and {name} have different labels ({shown(list(expected[:3]))} and "
+                f"{shown(list(index[:3]))}), so by label other entries belong together than by "
+                "order; give both in one frame, or as lists (.tolist()) if the order counts."
+            )
+
+
+def check_in_order(labels: Any, name: str) -> None:
+    """Refuse labels of pandas that are numbers in another order, as after sorting by other values.
+
+    Labels that are no numbers say nothing of an order; None are no labels.
+    """
+    if labels is None:
+        return
+    is_number = labels.inferred_type in ("integer", "floating")
+    if labels.nlevels > 1 or (is_number and not labels.is_monotonic_increasing):
+        raise InputError(
+            f"{name} has the labels {shown(list(labels[:3]))}, so that its order may not be the "
+            "one it was made in; sort it (.sort_index()), or give a list (.tolist()) if it is."
+        )
+
+
+def labels_of(given: Any, axis: str = "index") -> Any:
+    """The labels of a series or frame of pandas; None for others, of which lists have a method."""
+    index = getattr(given, axis, None)
+    return index if hasattr(index, "is_monotonic_increasing") else None
 
 
 def plain_tensor(tensor: Tensor) -> Tensor:
     """The values of a quantised, sparse or complex tensor in a real one; any other as it is."""
+    tensor = _dense(tensor).resolve_conj().resolve_neg()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _dense(tensor: Tensor) -> Tensor:
     if tensor.is_quantized:
         tensor = tensor.dequantize()
-    if tensor.layout != torch.strided:
-        tensor = tensor.to_dense()
-    tensor = tensor.resolve_conj().resolve_neg()
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return tensor if tensor.layout == torch.strided else tensor.to_dense()
+
+
+def _with_values(tensor: Tensor, name: str) -> Tensor:
+    """The tensor, if it has a value at each place."""
+    kinds = {
+        "nested": tensor.is_nested,
+        "meta": tensor.is_meta,
+        "masked": isinstance(tensor, MaskedTensor),
+    }
+    for kind in kinds:
+        if kinds[kind]:
+            raise InputError(
+                f"{name} is a {kind} tensor, which lacks some or all of its values; give one that "
+                "has them all."
+            )
+    return tensor
 
 
 def bytes_of(tensor: Tensor) -> np.ndarray:
@@ -59,19 +128,32 @@ def bytes_of(tensor: Tensor) -> np.ndarray:
     return flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy()
 
 
+def _array(given: Any, name: str, padding: int | None) -> Any:
+    """An array of numbers, or what `_plain` makes of anything else."""
+    as_numpy = getattr(given, "to_numpy", None)
+    array = as_numpy() if callable(as_numpy) else given
+    if isinstance(array, np.ma.MaskedArray):
+        n_masked = np.ma.count_masked(array)
+        if n_masked and padding is None:
+            raise InputError(
+                f"{name} is an array that masks {n_masked} of its {array.size} entries; give one "
+                "without a mask (token ids with attention_mask=~array.mask)."
+            )
+        array = array.filled(padding) if n_masked else array.data
+    is_plain = isinstance(array, np.ndarray) and array.dtype != object
+    return array if is_plain else _plain(array)
+
+
 def _plain(given: Any) -> Any:
-    """Tensors and arrays inside of lists as lists; sets in order."""
+    """Tensors and arrays inside of lists as lists."""
     listed = getattr(given, "tolist", None)
-    if callable(listed):
-        return listed()
-    if isinstance(given, set | frozenset):
-        return sorted(map(_plain, given))
-    if isinstance(given, list | tuple | range):
-        return [_plain(each) for each in given]
-    return given
+    plain = listed() if callable(listed) else given
+    return [_plain(each) for each in plain] if isinstance(plain, list | tuple | range) else plain
 
 
 def _filled(rows: list[Any], padding: int) -> list[Any]:
+    # Within a row, the order of answers does not matter.
+    rows = [sorted(map(_plain, row)) if isinstance(row, Set) else row for row in rows]
     if not any(isinstance(row, list) for row in rows):
         return rows
     lists = [row if isinstance(row, list) else [row] for row in rows]

@@ -31,7 +31,7 @@ def checked_metric(metric: Any) -> Any:
     """The name of a metric as `METRICS` has it, or a metric of the user's own."""
     if not isinstance(metric, str):
         # Made by `Metric`, which is defined above this room's tasks.
-        if hasattr(metric, "damage"):
+        if hasattr(metric, "damage") and not isinstance(metric, type):
             return metric
         raise InputError(f"metric={shown(metric)}: give the name of a metric, or a Metric.")
     known = metric_names()

@@ -106,7 +106,7 @@ class Metric(CheckedFields):
         check_is_task(task)
         is_single = logits.ndim == 2
         if not logits.numel():
-            return logits.new_zeros(logits.shape[:-1])
+            return _at_least_float32(logits.new_zeros(logits.shape[:-1]))
         if not (is_single or self.vectorised or self.shipped):
             alone = [self(each, clean_logits, task) for each in logits]
             return torch.stack(alone)
@@ -129,16 +129,17 @@ class Metric(CheckedFields):
         self, values: Values, logits: CircuitLogits, clean_logits: RowLogits, task: Task
     ) -> None:
         """Refuse a vectorised function that mixes circuits, such as by a mean over all axes."""
-        # The last one, because what adds up over circuits leaves the first as it is.
-        among = values.flatten(0, -2)[-1]
-        alone = self._values(logits.flatten(0, -3)[-1], clean_logits, task)
-        if not torch.allclose(among, alone, *TOLERANCES):
-            row = (among - alone).abs().argmax()
-            raise InputError(
-                f"metric {self.name!r} is vectorised, but gives row {int(row)} of a circuit "
-                f"{float(among[row]):.4g} among others and {float(alone[row]):.4g} alone; reduce "
-                "over the last axis only, or leave out vectorised=True."
-            )
+        # A sum over the circuits so far leaves the first as it is, and a maximum the largest.
+        for place in (-1, 0):
+            among = values.flatten(0, -2)[place]
+            alone = self._values(logits.flatten(0, -3)[place], clean_logits, task)
+            if not torch.allclose(among, alone, *TOLERANCES):
+                row = (among - alone).abs().argmax()
+                raise InputError(
+                    f"metric {self.name!r} is vectorised, but gives row {int(row)} of a circuit "
+                    f"{float(among[row]):.4g} among others and {float(alone[row]):.4g} alone; "
+                    "reduce over the last axis only, or leave out vectorised=True."
+                )
 
     def _values(self, logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
         """What the function returns, if that is what it must return, in the logits' dtype."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from circuits.system.errors import InputError
-from circuits.system.numbers import is_missing, items, shown
+from circuits.system.numbers import is_missing, is_series, ordered_items, shown
+from circuits.system.tensors import check_same_labels
 from circuits.tasks.prompts import PromptPair, plain_fields
 from circuits.tasks.readers.cells import TableRow
 from circuits.tasks.readers.data_sets import ALL_FIELDS, FIELDS, pair_fields
@@ -27,6 +29,9 @@ def pair_of(given: Any) -> PromptPair:
     elif hasattr(given, "_fields"):
         # A row of a table as a named tuple, whose columns may come in any order
         given = TableRow.of_cells(given._fields, given)
+    elif isinstance(given, np.void | np.ndarray):
+        names, cells = given.dtype.names, given.tolist()
+        given = TableRow.of_cells(names, cells) if names and not given.ndim else cells
     if isinstance(given, Mapping):
         return PromptPair(**pair_fields(given))
     if isinstance(given, list | tuple) and 2 <= len(given) <= 4:
@@ -46,10 +51,10 @@ def pair_rows(given: Any) -> Iterator[Row]:
         given = [given]
     elif isinstance(given, Mapping):
         given = _rows_of_columns(given)
-    # An array without axes has no items.
-    is_series = isinstance(given, Iterable) and getattr(given, "ndim", 1) > 0
-    if isinstance(given, str) or not is_series:
+    if isinstance(given, str) or not is_series(given):
         raise InputError(f"{shown(given)} is no list of prompt pairs; each is {FORMS}.")
+    if isinstance(given, Set):
+        given = ordered_items(given, "pairs")
     for number, each in enumerate(given):
         yield f"prompt pair {number}", each
 
@@ -58,7 +63,7 @@ def _is_single(given: Any) -> bool:
     if isinstance(given, tuple):
         return bool(given) and all(isinstance(each, str) or is_missing(each) for each in given[:2])
     if not isinstance(given, Mapping | pd.Series):
-        return isinstance(given, PromptPair)
+        return isinstance(given, PromptPair | np.void)
     clean = given.get("clean", given.get("prompt"))
     is_column = isinstance(clean, Iterable) and not isinstance(clean, str | Mapping)
     return not is_column and (isinstance(given, Mapping) or clean is not None)
@@ -67,10 +72,8 @@ def _is_single(given: Any) -> bool:
 def _rows_of_columns(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of a dict of columns; a column that is None holds nothing."""
     given = {name: column for name, column in columns.items() if column is not None}
-    for name, column in given.items():
-        if isinstance(column, Set):
-            raise InputError(f"{name}={shown(column)} is a set, which has no order; give a list.")
-    listed = {name: items(column, name) for name, column in given.items()}
+    check_same_labels(given)
+    listed = {name: ordered_items(column, name) for name, column in given.items()}
     lengths = {name: len(column) for name, column in listed.items()}
     if len(set(lengths.values())) > 1:
         counts = ", ".join(f"{name} has {length}" for name, length in lengths.items())

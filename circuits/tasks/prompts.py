@@ -8,7 +8,15 @@ from string import Formatter
 from typing import Any, Literal
 
 from circuits.system.errors import InputError
-from circuits.system.numbers import is_missing, items, python_number, shown, whole
+from circuits.system.numbers import (
+    is_missing,
+    is_series,
+    items,
+    ordered_items,
+    python_number,
+    shown,
+    whole,
+)
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -18,6 +26,12 @@ CharSpans = Mapping[str, CharSpan]
 Token = str | int
 """The text of a token, or its id."""
 Answer = Token | Sequence[Token] | None
+# What is no single answer, and how Python writes it where that begins with a name
+HELD = (list, tuple, set, dict, bytes)
+COLLECTIONS = (
+    *("range", "set", "frozenset", "list", "tuple", "dict", "bytearray", "array", "tensor"),
+    *("deque", "dict_keys", "dict_values", "RangeIndex"),
+)
 _ANSWERS = "give a text, a token id, or a list of them"
 
 
@@ -111,15 +125,14 @@ def plain_answer(answer: Any, name: str) -> Answer:
     """A text, an id, or a tuple of them, whatever the user has them in; None if it is missing."""
     if is_missing(answer):
         return None
-    if isinstance(answer, str) and _holds_texts(answer):
+    if isinstance(answer, str) and any(isinstance(each, str | bytes) for each in held(answer)):
         raise InputError(
             f"{name}={shown(answer)} is a text that holds a list; give the list, or [text] if it "
             "is one answer."
         )
     if isinstance(answer, str) or python_number(answer) is not None:
         return _plain_token(answer, name)
-    is_list = isinstance(answer, Iterable) and getattr(answer, "ndim", 1) > 0
-    if isinstance(answer, bytes | Mapping) or not is_list:
+    if isinstance(answer, bytes | Mapping) or not is_series(answer):
         raise InputError(f"{name}={shown(answer)}: {_ANSWERS}.")
     in_order = sorted(answer, key=repr) if isinstance(answer, Set) else answer
     several = items(in_order, name)
@@ -136,16 +149,27 @@ def _plain_token(token: Any, name: str) -> Token:
     return whole(token, name, least=0)
 
 
-def _holds_texts(text: str) -> bool:
-    """Whether a text is a list of texts, as a program writes it."""
-    if text.lstrip()[:1] not in ("[", "(", "{"):
-        return False
+def held(text: str) -> list[Any]:
+    """What a text holds if it is a collection or bytes, as Python writes them; else nothing.
+
+    >>> held("(9, 10)"), held("frozenset({' a'})"), held("range(0, 3)"), held("f(x)")
+    ([9, 10], [' a'], [0, 3], [])
+    """
+    if text.rstrip()[-1:] not in tuple(")]}'\""):
+        return []
     try:
-        found = ast.literal_eval(text.strip())
+        node = ast.parse(text.strip(), mode="eval").body
+        parts = node.args if isinstance(node, ast.Call) else [node]
+        values = [ast.literal_eval(part) for part in parts]
     except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return False
-    is_list = isinstance(found, list | tuple | set)
-    return is_list and any(isinstance(each, str) for each in found)
+        return []
+    if isinstance(node, ast.Call):
+        name = ast.unparse(node.func).rpartition(".")[-1]
+        is_collection = name in COLLECTIONS or any(isinstance(each, HELD) for each in values)
+    else:
+        is_collection = isinstance(values[0], HELD)
+    leaves = [each.value for each in ast.walk(node) if isinstance(each, ast.Constant)]
+    return (leaves or [None]) if is_collection and ast.unparse(node) != "()" else []
 
 
 def _plain_spans(spans: Any, name: str) -> dict[str, CharSpan]:
@@ -160,7 +184,7 @@ def _plain_spans(spans: Any, name: str) -> dict[str, CharSpan]:
     for span, bounds in spans.items():
         title = f"{name}[{span!r}]"
         try:
-            start, end = (whole(each, title) for each in items(bounds, title))
+            start, end = (whole(each, title) for each in ordered_items(bounds, title))
         except ValueError as error:
             raise InputError(
                 f"{title} is {shown(bounds)}; give [start, end], in characters of the prompt."

@@ -1,5 +1,6 @@
 """Tasks by name. A module in `families/` that defines a `TaskFamily` adds its task."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
@@ -10,7 +11,7 @@ from circuits.system.arguments import checked_arguments
 from circuits.system.errors import InputError
 from circuits.system.kinds import one_of
 from circuits.system.messages import quoted, suggestion
-from circuits.system.numbers import WholeNumber, whole
+from circuits.system.numbers import WholeNumber, shown, whole
 from circuits.system.torch_modes import without_modes
 from circuits.tasks.families import task_families
 from circuits.tasks.family import TaskFamily
@@ -21,6 +22,8 @@ from circuits.tasks.tokenization import Fitting, PromptTokenizer
 # The share of the drawn prompts that must fit the model.
 MIN_FITTING_SHARE = 0.5
 MAX_WORDS_SHOWN = 8
+# Drawing more takes minutes; even more would not fit into memory.
+MANY_PROMPTS, MOST_PROMPTS = 20_000, 1_000_000
 
 
 def task_names() -> tuple[str, ...]:
@@ -59,7 +62,7 @@ def load_task(
     Args:
         name: one of `task_names()`.
         model: the model whose tokenizer is used.
-        n: the number of prompts to draw.
+        n: the number of prompts to draw, at most a million.
         seed: of the random draw.
         split: "train" or "test", which share no prompts, clean or corrupted, whatever the seeds.
         prepend_bos: see `Task.from_prompts`.
@@ -69,7 +72,7 @@ def load_task(
         InputError: there is no such task, split or option, or too few prompts fit this model.
     """
     family = make_family(name, **options)
-    n, seed = whole(n, "n", least=1), whole(seed, "seed")
+    n, seed = _number_of_prompts(n), whole(seed, "seed")
     encoder = PromptTokenizer.of(model, prepend_bos)
     # Drawn before tokenization, so that every model gets the same text.
     pairs = family.pairs(n, seed, one_of(split, "split", SPLITS))
@@ -86,6 +89,20 @@ def load_task(
             "Use another model, or your own prompts (Task.from_prompts)."
         )
     return task_from_encoded(encoded, name, family.metric, model, fitting.left_out)
+
+
+def _number_of_prompts(given: WholeNumber) -> int:
+    n = whole(given, "n", least=1)
+    if n > MOST_PROMPTS:
+        raise InputError(
+            f"n={shown(n)}: a task has at most {MOST_PROMPTS:,} prompts; ask for fewer, or for "
+            "several tasks with other seeds."
+        )
+    if n > MANY_PROMPTS:
+        warnings.warn(
+            f"drawing {n:,} prompts and making tokens of them takes a while.", stacklevel=3
+        )
+    return n
 
 
 def _to_blame(words: Sequence[str]) -> str:

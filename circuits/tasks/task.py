@@ -20,7 +20,7 @@ from circuits.system.arguments import checked_arguments
 from circuits.system.errors import InputError
 from circuits.system.kinds import expect
 from circuits.system.messages import shorten
-from circuits.system.tensors import as_tensor, optional_tensor
+from circuits.system.tensors import as_tensor, check_same_labels, optional_tensor
 from circuits.system.torch_modes import without_modes
 from circuits.tasks import validation
 from circuits.tasks.metric_names import checked_metric
@@ -204,7 +204,8 @@ class Task:
             clean: integers [batch, pos].
             corrupted: integers [batch, pos]; None if there are none, for ablations that need none.
             answers: the right next tokens of each prompt, integers [batch] or [batch, k] padded
-                with -1; or of each scored row, integers [scored] or [scored, k].
+                with -1; or of each scored row, integers [scored] or [scored, k]. Every answer
+                counts once, however often it is given.
             wrong_answers: the wrong ones, in the same form.
             attention_mask: the real tokens of clean and corrupted prompts, booleans or 0 and 1
                 [batch, pos]. Padding may be on both sides; all positions that are given count it,
@@ -221,14 +222,17 @@ class Task:
         Raises:
             InputError: a tensor has the wrong shape, type or values.
         """
+        by_name = {"clean": clean, "corrupted": corrupted, "attention_mask": attention_mask}
+        by_name |= {"answers": answers, "wrong_answers": wrong_answers, "lengths": lengths}
+        named = {} if positions is None else positions
+        expect(named, Mapping, "positions as a dict", "give name: booleans [batch, pos]")
+        check_same_labels(by_name | {"answer_positions": answer_positions} | dict(named))
         given = token_ids(clean, corrupted, attention_mask)
         clean, corrupted, attention_mask, are_marked = given
         answers = optional_tensor(answers, "answers", padding=-1)
         wrong_answers = optional_tensor(wrong_answers, "wrong_answers", padding=-1)
         lengths = optional_tensor(lengths, "lengths")
         answer_positions = optional_tensor(answer_positions, "answer_positions")
-        named = {} if positions is None else positions
-        expect(named, Mapping, "positions as a dict", "give name: booleans [batch, pos]")
         masks = {name: as_tensor(mask, name) for name, mask in named.items()}
         clean, corrupted = validation.check_prompts(clean, corrupted)
         mask = validation.check_mask(attention_mask, lengths, padding_side, clean)

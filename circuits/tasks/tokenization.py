@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int, Integer
 from torch import Tensor
@@ -26,7 +27,7 @@ from circuits.tasks.alignment import Spans, aligned
 from circuits.tasks.pairs import Row, pair_of
 from circuits.tasks.prompts import CharSpan, DoesNotFit, PromptPair, Token
 from circuits.tasks.readers.padding import check_no_padding
-from circuits.tasks.readers.tokens import Prompt, checked_id, split_encoding
+from circuits.tasks.readers.tokens import Prompt, checked_id, special_id, split_encoding
 from circuits.tasks.validation import check_mask
 
 TokenIds = list[int]
@@ -81,6 +82,8 @@ class PromptTokenizer:
     cfg: Any
     # The token with which every prompt begins, once; None if text is taken as it is.
     bos: int | None
+    # Which characters the tokenizer has been found to make no text of
+    blank: dict[str, bool] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
     def of(model: Model, prepend_bos: bool | None = None) -> PromptTokenizer:
@@ -97,7 +100,7 @@ class PromptTokenizer:
             raise InputError(f"the model {name!r} has no tokenizer; use Task.from_tokens.")
         chosen = _checked_choice(prepend_bos)
         wanted = cfg.default_prepend_bos if chosen is None else chosen
-        bos = tokenizer.bos_token_id if wanted else None
+        bos = special_id(tokenizer, "bos_token") if wanted else None
         if chosen and bos is None:
             raise InputError(
                 f"prepend_bos=True, but the tokenizer of {name!r} has no BOS token; leave it out."
@@ -142,8 +145,8 @@ class PromptTokenizer:
                 f"the prompt {shorten(pair.clean)} has corrupted_spans, but no corrupted prompt; "
                 "give one, or leave them out."
             )
-        bos = self.tokenizer.bos_token_id
-        n_with_bos = [clean[0], corrupted[0]].count(bos)
+        bos = special_id(self.tokenizer, "bos_token")
+        n_with_bos = [clean[0], corrupted[0]].count(-1 if bos is None else bos)
         if n_with_bos == 1 and pair.corrupted_spans:
             raise InputError(
                 f"only one of the prompts {shorten(pair.clean)} and {shorten(str(pair.corrupted))} "
@@ -167,8 +170,7 @@ class PromptTokenizer:
             )
         ids, called = self.with_bos(text_ids), _called(role, text)
         self._check_length(ids, called)
-        if self.tokenizer.unk_token_id in text_ids:
-            self._check_words(text)
+        self._check_read(text, text_ids)
         _check_padding(self.tokenizer, self.cfg, ids, called, "remove it")
         return ids
 
@@ -200,7 +202,14 @@ class PromptTokenizer:
                 f"the text {shorten(text)} holds {halves[0]!r}, half of a character, which no "
                 "tokenizer reads; write the whole character."
             )
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        try:
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        # Tokenizers of the `tokenizers` library raise plain exceptions.
+        except Exception as error:
+            raise InputError(
+                f"the tokenizer of {self.cfg.model_name} fails on {shorten(text)} ({error}); use "
+                "other words, or give it an unknown token."
+            ) from error
         largest = max(ids, default=0)
         if largest >= self.cfg.d_vocab:
             raise InputError(
@@ -220,19 +229,46 @@ class PromptTokenizer:
                 "a prompt that is too long",
             )
 
-    def _check_words(self, text: str) -> None:
+    def _check_read(self, text: str, ids: TokenIds) -> None:
+        """Refuse a text of which these ids say less than it does."""
+        unread = self._unknown(text, ids) or self._dropped(text, ids)
+        if unread:
+            raise DoesNotFit(
+                f"the tokenizer of {self.cfg.model_name} does not know {quoted(unread)} in "
+                f"{shorten(text)}; use other words.",
+                "a word that the tokenizer does not know",
+                unread,
+            )
+
+    def _unknown(self, text: str, ids: TokenIds) -> list[str]:
+        """The words, or else the white space, that become the unknown token."""
         # Some tokenizers declare an ordinary token, such as BOS, as the unknown token. No single
         # word gives it, and a text may spell it out.
         unk, unk_id = self.tokenizer.unk_token, self.tokenizer.unk_token_id
-        words = dict.fromkeys(text.replace(unk, " ").split())
-        unknown = [word for word in words if unk_id in self._ids(word)]
-        if unknown:
-            raise DoesNotFit(
-                f"the tokenizer of {self.cfg.model_name} does not know {quoted(unknown)} in "
-                f"{shorten(text)}; use other words.",
-                "a word that the tokenizer does not know",
-                unknown,
-            )
+        if unk is None or unk_id not in ids:
+            return []
+
+        def unknown(pieces: Iterable[str]) -> list[str]:
+            return [piece for piece in dict.fromkeys(pieces) if unk_id in self._ids(piece)]
+
+        words = unknown(text.replace(unk, " ").split())
+        if words or self._knows(text, ids):
+            return words
+        return unknown(filter(str.isspace, text.replace(unk, ""))) or [text]
+
+    def _dropped(self, text: str, ids: TokenIds) -> list[str]:
+        """The characters without which the text would be read alike, though they are no spaces."""
+        dropped = []
+        for character in dict.fromkeys(text):
+            if character not in self.blank:
+                alone = self._text(self._ids(character))
+                self.blank[character] = not alone.strip()
+            if not self.blank[character] or self._ids(text.replace(character, "")) != ids:
+                continue
+            # White space that ends words, whichever it is, is as good as a space.
+            if self._ids(text.replace(character, " ")) != ids:
+                dropped.append(character)
+        return dropped
 
     def _knows(self, text: str, ids: TokenIds) -> bool:
         """Whether these ids of a text stand for all of it; it may spell the unknown token out."""
@@ -249,12 +285,14 @@ class PromptTokenizer:
         right, wrong = found.get("answers", []), found.get("wrong_answers", [])
         _check_no_answer_is_wrong(pair, right, wrong)
         lengths = {len(ids) for ids in right + wrong}
+        # Two words may be the same tokens.
+        different = {
+            kind: [list(ids) for ids in dict.fromkeys(map(tuple, found[kind]))] for kind in found
+        }
         if lengths <= {1}:
-            # A set of tokens at one position; two words may be the same token.
-            sets = {kind: dict.fromkeys(token for [token] in ids) for kind, ids in found.items()}
-            return {kind: [list(tokens)] for kind, tokens in sets.items()}
-        if len(right) == 1 and len(wrong) <= 1 and len(lengths) == 1:
-            return {kind: [[token] for token in ids] for kind, [ids] in found.items()}
+            return {kind: [[token for [token] in ids]] for kind, ids in different.items()}
+        if len(lengths) == 1 and all(len(ids) == 1 for ids in different.values()) and right:
+            return {kind: [[token] for token in ids] for kind, [ids] in different.items()}
         several = dict.fromkeys(pair.answers + pair.wrong_answers)
         reason = "answers of different numbers of tokens"
         raise self._unfit(pair.clean, several, reason, _ONE_OR_AS_MANY)
@@ -297,6 +335,9 @@ class PromptTokenizer:
     def _continuation(self, prompt: str, prompt_ids: TokenIds, word: Token) -> TokenIds | None:
         if isinstance(word, int):
             return [checked_id(word, self.cfg)]
+        alone = self._ids(word)
+        if self._dropped(word, alone):
+            self._check_read(word, alone)
         length = len(prompt_ids)
         continued = self.with_bos(self._ids(prompt + word))
         added = continued[length:]
@@ -304,7 +345,6 @@ class PromptTokenizer:
             return added
         # "17" and "33" may merge into the token "1733". The answer is still the token "33", if
         # that adds exactly this text: some tokenizers put a space before a word on its own.
-        alone = self._ids(word)
         if not self._knows(word, alone):
             return None
         extended = self._text(prompt_ids + alone)
@@ -462,8 +502,10 @@ def prompt_tokens(model: Model, prompt: Prompt, prepend_bos: bool | None = None)
 
 def _given_tokens(prompt: Any) -> PromptTokens:
     try:
-        tokens = torch.as_tensor(prompt).cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
+        tokens = as_tensor(prompt, "the prompt").cpu()
+    except InputError as error:
+        if np.ma.isMaskedArray(prompt) or isinstance(prompt, Tensor):
+            raise
         raise InputError(
             f"{shown(prompt)} is no prompt: give text, or a list of token ids."
         ) from error

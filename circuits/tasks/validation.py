@@ -97,7 +97,7 @@ def _stretches(mask: Tensor, clean: Tensor) -> Tensor:
 
 
 def check_answers(name: str, tokens: Tensor | None, scored: Tensor) -> Tensor | None:
-    """Answer tokens become [batch, k] or [scored, k], padded with -1; none are without any."""
+    """Different answer tokens [batch, k] or [scored, k], padded with -1; none are without any."""
     if tokens is None:
         return None
     batch, rows = len(scored), int(scored.sum())
@@ -115,7 +115,18 @@ def check_answers(name: str, tokens: Tensor | None, scored: Tensor) -> Tensor | 
             f"{name} is empty for {what} {row}; give every {what} at least one token, or leave "
             f"{name} out."
         )
-    return tokens
+    return _different(tokens)
+
+
+def _different(tokens: Tensor) -> Tensor:
+    """Every token of a row [batch, k] once, in order of first appearance, padded with -1."""
+    in_order, places = tokens.sort(dim=1, stable=True)
+    again = torch.zeros_like(tokens, dtype=torch.bool)
+    again[:, 1:] = in_order[:, 1:] == in_order[:, :-1]
+    once = tokens.masked_fill(torch.zeros_like(again).scatter(1, places, again), -1)
+    # Padding comes last, and no more of it than the longest row needs.
+    first = (once < 0).int().argsort(dim=1, stable=True)
+    return once.gather(1, first)[:, : int((once >= 0).sum(1).max())]
 
 
 def check_different(answers: Tensor | None, wrong_answers: Tensor | None, scored: Tensor) -> None:

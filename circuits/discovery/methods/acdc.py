@@ -37,7 +37,7 @@ from circuits.running.damage import DamageMeter
 from circuits.running.precision import Precision, get_precision
 from circuits.system.errors import InputError
 from circuits.system.files import path_of
-from circuits.system.numbers import items, real
+from circuits.system.numbers import ordered_items, real
 from circuits.system.torch_modes import without_modes
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
@@ -157,7 +157,7 @@ class ACDC(Resumable):
                 `checkpoint` is a file, or belongs to another sweep; or the model, task, graph or
                 settings cannot be used.
         """
-        wanted = [real(each, "threshold") for each in items(thresholds, "thresholds")]
+        wanted = [real(each, "threshold") for each in ordered_items(thresholds, "thresholds")]
         descending = sorted(set(wanted), reverse=True)
         methods = [replace(self, threshold=each) for each in descending]
         space = self.search_space(model, graph, **part)

@@ -41,7 +41,7 @@ from circuits.models.component_graph import REST
 from circuits.models.identity import identity
 from circuits.system.errors import InputError
 from circuits.system.files import path_of
-from circuits.system.numbers import items, python_number, shown, whole
+from circuits.system.numbers import ordered_items, python_number, shown, whole
 from circuits.system.torch_modes import without_modes
 from circuits.tasks.readers.tokens import Prompt, each_prompt, split_encoding
 from circuits.tasks.task import Task
@@ -374,7 +374,7 @@ class AttributionGraph(Resumable):
 
 
 def _listed_prompts(given: Any) -> list[Any]:
-    prompts = items(each_prompt(given), "prompts")
+    prompts = ordered_items(each_prompt(given), "prompts")
     # One encoded text is a list of numbers, or of pairs of a number and its mask.
     for prompt in prompts:
         if python_number(split_encoding(prompt)[0]) is not None:
@@ -387,7 +387,7 @@ def _listed_prompts(given: Any) -> list[Any]:
 
 def _wanted(prompts: Sequence[Prompt], explain: Wanted | None) -> Wanted:
     """What to explain of each prompt."""
-    wanted = [None] * len(prompts) if explain is None else items(explain, "explain")
+    wanted = [None] * len(prompts) if explain is None else ordered_items(explain, "explain")
     if len(wanted) != len(prompts):
         raise InputError(
             f"there are {len(prompts)} prompts and {len(wanted)} entries in explain; give one "

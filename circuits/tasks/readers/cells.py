@@ -10,14 +10,18 @@ from contextlib import suppress
 from typing import Any
 
 from circuits.system.errors import InputError
-from circuits.system.numbers import is_missing, items, python_number, shown
+from circuits.system.numbers import is_missing, is_series, items, python_number, shown
+from circuits.tasks.prompts import held
 
 # The columns that are text whatever it looks like.
 PROMPTS = ("clean", "corrupted", "prompt")
 # How the others begin that may be lists or objects, in JSON or Python
 LISTED = ("[", "{", "('", '("')
-# Texts that may be several answers, as numpy and torch write them, or what is left of a list
-SEVERAL = re.compile(r"""\s*([\[{]\s*['"]|\[.*[\s,(].*\]\s*$|(array|tensor)\()""", re.DOTALL)
+# Texts that may be several answers, as numpy, torch and pandas write them, or as objects that only
+# have an address, or what is left of a list
+SEVERAL = re.compile(
+    r"""\s*([\[{]\s*['"]|\[.*[\s,(].*\]\s*$|(array|tensor)\(|<.* at 0x|.*\bdtype[:=])""", re.DOTALL
+)
 AS_JSON = 'write several, or one with brackets, as a JSON list, such as [" a"]'
 
 
@@ -39,9 +43,9 @@ class TableRow(dict[str, Any]):
         """Refuse numbers, which may stand for text or for token ids, and what may be a list."""
         for name in ("answer", "wrong_answer"):
             given = self.get(name)
-            is_one = isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable)
+            is_one = isinstance(given, str | bytes | Mapping) or not is_series(given)
             several = [given] if is_one else items(given, name)
-            is_list = isinstance(given, str) and SEVERAL.match(given)
+            is_list = isinstance(given, str) and (SEVERAL.match(given) or _is_collection(given))
             if is_list or not several or isinstance(given, Mapping):
                 raise InputError(f"field {name!r} is {shown(given)}, no plain text; {AS_JSON}.")
             if any(python_number(each) is not None for each in several if not is_missing(each)):
@@ -49,6 +53,11 @@ class TableRow(dict[str, Any]):
                     f"field {name!r} is {shown(given)}; give a string, or a list of strings; "
                     f"token ids go into {name}_idx."
                 )
+
+
+def _is_collection(text: str) -> bool:
+    # "[0]" is a list in JSON, which was read before; " [0]" is none.
+    return bool(held(text)) and not text.lstrip().startswith("[")
 
 
 def repeated(names: Iterable[Any]) -> list[Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from circuits.system.errors import InputError
+from circuits.system.files import path_of
 from circuits.system.kinds import expect
 from circuits.system.messages import shorten
 from circuits.tasks.readers.cells import DECODER, TableRow, from_json, repeated
@@ -41,7 +42,7 @@ def name_of(path: str | Path) -> str:
 def file_rows(path: str | Path) -> Iterator[Row]:
     """The rows of a file, with where they are, such as "pairs.csv, line 3"."""
     expect(path, str | os.PathLike, "the path of a file", "give a text file with " + FORMATS)
-    path = Path(path)
+    path = path_of(path)
     text = _text(path)
     if path.suffix.lower() in TABLES:
         read = _table(text)
@@ -150,7 +151,7 @@ def _table(text: str) -> Iterator[Row]:
             raise _DamagedError(f"line {line}: not a table ({error}); quote cells.") from error
         if cells is None:
             return
-        if cells and names is None:
+        if names is None and any(map(str.strip, cells)):
             names = _checked_names(cells, line)
         elif cells and names is not None:
             if len(cells) != len(names):

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from circuits.system.errors import InputError
+from circuits.tasks.readers.tokens import special_id
 
 
 def check_no_padding(
@@ -31,11 +32,11 @@ def check_no_padding(
         name: what an error calls the prompt of a number.
         remedy: what to do, also if the token is text.
     """
-    pad = getattr(tokenizer, "pad_token_id", None)
+    names = ("pad_token", "bos_token", "eos_token")
+    pad, bos, eos = [special_id(tokenizer, name) for name in names]
     if pad is None:
         return
-    bos = tokenizer.bos_token_id
-    has_two_uses = pad in (bos, tokenizer.eos_token_id)
+    has_two_uses = pad in (bos, eos)
     may_begin = has_two_uses or not cfg.default_prepend_bos
     is_pad = (tokens == pad) & real
     begins = real & (is_pad | (tokens == bos)).cumprod(1).bool()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from circuits.system.errors import InputError, OutOfRangeError
 from circuits.system.numbers import python_number, shown, whole
-from circuits.system.tensors import as_tensor
+from circuits.system.tensors import as_tensor, check_in_order, labels_of
 from circuits.tasks.prompts import DoesNotFit
 
 Prompt = str | Sequence[int] | np.ndarray | Tensor | Mapping[str, Any]
@@ -51,6 +51,18 @@ def _token_ids(given: Any, name: str) -> tuple[Tensor, Any]:
     return as_tensor(ids, name), mask
 
 
+def special_id(tokenizer: Any, name: str) -> int | None:
+    """The id of a token such as "bos_token", if the tokenizer has it.
+
+    TransformerLens gives every tokenizer the text of one; where its vocabulary lacks that text, the
+    id is that of the unknown token.
+    """
+    number: int | None = getattr(tokenizer, f"{name}_id", None)
+    if number is None or tokenizer.convert_ids_to_tokens(number) != getattr(tokenizer, name):
+        return None
+    return number
+
+
 def checked_id(token: int, cfg: Any) -> int:
     """A token id that the model of this configuration predicts, or an InputError."""
     if token >= cfg.d_vocab_out:
@@ -81,6 +93,8 @@ def prompt_indices(given: Any, n_prompts: int) -> Tensor:
         chosen = _in_slice(given, n_prompts)
     indices = as_tensor(chosen, "indices").cpu()
     is_mask = indices.dtype == torch.bool
+    if is_mask:
+        check_in_order(labels_of(given), "the choice of prompts")
     if is_mask and indices.shape == (n_prompts,):
         return indices.nonzero().flatten()
     if not indices.numel():
