@@ -37,6 +37,7 @@ SAME_PAIR = {
     "old-mac.csv": (HEADER + ROW).replace("\n", "\r"),
     "old-mac.jsonl": LINE + "\r" * 2,
     "blank-first.csv": "\n" + (HEADER + ROW).replace(",", ";"),
+    "spaces-first.csv": "   \n" + (HEADER + ROW).replace(",", ";"),
     "renumbered.csv": "Unnamed: 0.1,index,level_0," + HEADER + "0,0,0," + ROW,
     "pretty.json": json.dumps([FIELDS], indent=2),
 }
@@ -103,6 +104,18 @@ def test_a_damaged_file_is_refused_in_one_line_that_says_where(name, tmp_path, t
     assert name in text
 
 
+class PathOfBytes:
+    """A path as `os.scandir` gives one, asked for a folder in bytes."""
+
+    def __fspath__(self):
+        return b"pairs.csv"
+
+
+def test_a_path_in_bytes_is_refused(toy_world):
+    with pytest.raises(circuits.InputError, match=r"path=b'pairs.csv': give a text"):
+        Task.from_file(PathOfBytes(), toy_world)
+
+
 def test_a_path_that_is_none_is_refused(toy_world, tmp_path):
     for path in (None, 5, tmp_path, tmp_path / "none.csv", "a\0b", "\ud83d.csv"):
         with pytest.raises(circuits.InputError, match=r"give a(nother| text file)"):
@@ -143,6 +156,20 @@ LISTS = [
     "[ 9 10]",
     "[]",
     "{}",
+    "(9, 10)",
+    "(9,)",
+    " (9, 10)",
+    "{9, 10}",
+    "{' is': 1}",
+    "range(0, 3)",
+    "set()",
+    "frozenset({' is'})",
+    "dict_keys([' is'])",
+    "Index([' is', ' was'], dtype='str')",
+    "RangeIndex(start=0, stop=3, step=1)",
+    "0     is\n1    was\ndtype: object",
+    "<map object at 0x7f5c>",
+    "b' is'",
 ]
 
 
@@ -167,20 +194,27 @@ def test_a_text_that_is_a_list_of_texts_is_not_scored_as_a_text_wherever_it_come
             ):
                 give("So Mary", "So John", text)
             assert give("So Mary", "So John", [text]).answers == (text,)
-    for text in ("[", "['", "[0]", "()", "(x)", '("x")', "{", "[x]"):
+    for text in ("b' is'", "frozenset({' is'})", "Index([' is'], dtype='str')"):
+        with pytest.raises(circuits.InputError, match="a text that holds a list; give the list"):
+            PromptPair("So Mary", answer=text)
+    for text in ("[", "['", "[0]", "()", "(x)", '("x")', "{", "[x]", "f(x)", "(9, 10)"):
         assert PromptPair("So Mary", answer=text).answers == (text,)
 
 
 def test_brackets_alone_are_text_in_a_table():
-    for text in ("[", "[0", "(", "()", '("x")', "[x]", "{", " [0]"):
+    for text in ("[", "[0", "(", "()", '("x")', "[x]", "{", " [0]", "f(0)", "(a, b)", "range(n)"):
         assert pair_of(pd.Series(PROMPTS | {"answer": text})).answers == (text,)
 
 
 def test_numbers_among_the_answers_of_a_table_are_refused_whatever_they_are_in(toy_world):
-    for answer in (9, [9, 10], np.array([9, 10]), torch.tensor([9, 10]), (9,), [" is", 9]):
+    ones = (9, np.array(9), torch.tensor(9))
+    for answer in (*ones, [9, 10], np.array([9, 10]), torch.tensor([9, 10]), (9,), [" is", 9]):
         table = pd.DataFrame({"clean": ["So Mary"], "answer": [answer]})
         with pytest.raises(circuits.InputError, match="token ids go into answer_idx"):
             Task.from_prompts(toy_world, table)
+    for answer in ones:
+        table = pd.DataFrame({"clean": ["So Mary"], "answer_idx": [answer]})
+        assert Task.from_prompts(toy_world, table).answers.tolist() == [[9]]
 
 
 def in_every_form(row, folder):
@@ -311,6 +345,10 @@ COLUMNS = {
     ),
     "one text": ({"clean": ["So Mary"] * 3, "answer": " is"}, r"for one, give \[' is'\]"),
     "one span": ({"clean": ["So Mary"], "spans": {"N": (3, 7)}}, "spans=.* must be a list"),
+    "other labels": (
+        {"clean": pd.Series(["So Mary", "So Anna"]), "corrupted": pd.Series(["a", "b"])[::-1]},
+        "clean and corrupted have different labels",
+    ),
     "a set": ({"clean": {"So Mary", "So John"}, "corrupted": {"a", "b"}}, "no order"),
 }
 
@@ -653,3 +691,15 @@ def test_a_task_is_indexed_by_numbers_of_any_library(toy_world):
         with pytest.raises(circuits.InputError):
             task[index]
     assert [len(prompt) for prompt in task] == [1, 1, 1, 1]
+
+
+def test_pairs_may_be_the_rows_of_an_array(toy_world):
+    row = ("So Mary", "So John", " is", " was")
+    names = ["wrong_answer", "answer", "corrupted", "clean"]
+    records = pd.DataFrame([row[::-1]], columns=names).to_records()
+    structured = np.array([row[::-1]], dtype=[(name, "U9") for name in names])
+    for given in (np.array([row]), np.array([row], dtype=object), records, structured, records[0]):
+        assert Task.from_prompts(toy_world, given).prompts == (PAIR,)
+    masked = np.ma.array(structured, mask=[(True, False, False, False)])
+    expected = PromptPair("So Mary", "So John", " is")
+    assert Task.from_prompts(toy_world, masked).prompts == (expected,)

@@ -5,6 +5,7 @@ import math
 from typing import ClassVar, Literal, get_type_hints
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -533,3 +534,185 @@ def test_an_empty_list_of_features_gives_no_rows(transcoders):
     for none in ([], np.array([]), torch.tensor([])):
         assert transcoders.encoder_rows(0, none, like).shape == (0, transcoders.d_model)
     refused(lambda: transcoders.encoder_rows(0, [[]], like), "has shape (1, 0)")
+
+
+TOKENS, ANSWERS = [[5, 6], [5, 7], [5, 8]], [9, 10, 11]
+PAIR = circuits.PromptPair("So Mary", "So John", " is")
+
+
+def from_tokens(**given):
+    return circuits.Task.from_tokens(**{"clean": TOKENS, "answers": ANSWERS, **given})
+
+
+IN_A_SET = {
+    "answers": lambda model: from_tokens(answers={9, 10, 11}),
+    "answers that never change": lambda model: from_tokens(answers=frozenset({9, 10, 11})),
+    "lengths": lambda model: from_tokens(lengths={1, 2, 3}),
+    "answer positions": lambda model: from_tokens(
+        clean=[[5, 6]], answers=None, answer_positions={1}
+    ),
+    "tokens": lambda model: from_tokens(clean=[{5, 6}, {5, 7}, {5, 8}]),
+    "scores": lambda model: circuits.Circuit.full(circuits.component_graph(model), {1.0, 2.0}),
+    "prompt pairs": lambda model: circuits.Task.from_prompts(model, {PAIR}),
+    "a span": lambda model: circuits.PromptPair("So Mary", spans={"A": {3, 7}}),
+    "positions": lambda model: circuits.component_graph(model, positions={"S1", "END"}),
+    "a prompt": lambda model: circuits.AttributionGraph("toy-world-plt").attribute(model, {5, 6}),
+    "prompts": lambda model: circuits.AttributionGraph("toy-world-plt").attribute_all(
+        model, {"So Mary", "So John"}
+    ),
+    "thresholds": lambda model: circuits.ACDC(0.1).sweep(
+        model, circuits.load_task("ioi", model, n=1), {0.1, 0.2}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IN_A_SET)
+def test_a_set_is_refused_where_order_matters(name, toy_world):
+    refused(lambda: IN_A_SET[name](toy_world))
+
+
+def test_a_set_is_taken_where_order_does_not_matter(toy_world):
+    task = from_tokens(answers=[{9, 12}, [10], {11}])
+    assert task.answers.tolist() == [[9, 12], [10, -1], [11, -1]]
+    spans = {"S1": 1, "END": 2}.keys()
+    graph = circuits.component_graph(toy_world, positions=spans)
+    assert graph.positions == ("rest", "S1", "END")
+
+
+def test_what_an_array_masks_is_no_value(scores):
+    masked = np.ma.array
+    task = from_tokens(answers=masked([[9, 12], [10, 0], [11, 0]], mask=[[0, 0], [0, 1], [0, 1]]))
+    assert task.answers.tolist() == [[9, 12], [10, -1], [11, -1]]
+    assert from_tokens(clean=masked(TOKENS)).clean.tolist() == TOKENS
+    hidden = masked(TOKENS, mask=[[0, 0], [0, 1], [0, 0]])
+    refused(lambda: from_tokens(clean=hidden), "clean is an array that masks 1 of its 6 entries")
+    damage = masked(scores.scores.numpy(), mask=scores.scores.numpy() > 0)
+    refused(lambda: circuits.Circuit.full(scores.graph, damage), "scores is an array that masks")
+    for number in (np.ma.masked, masked([3], mask=[True])):
+        refused(lambda number=number: whole(number, "n"), "give a whole number")
+
+
+LACKING = {
+    "meta": lambda: torch.ones(479, device="meta"),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(3), torch.ones(2)]),
+    "masked": lambda: torch.masked.masked_tensor(torch.ones(479), torch.arange(479) > 3),
+}
+
+
+@pytest.mark.parametrize("kind", LACKING)
+@pytest.mark.filterwarnings("ignore")
+def test_a_tensor_without_a_value_at_each_place_is_refused(kind, scores, toy_world, task):
+    given = LACKING[kind]()
+    refused(lambda: circuits.Circuit.full(scores.graph, given), f"scores is a {kind} tensor")
+    refused(lambda: from_tokens(clean=given), f"clean is a {kind} tensor")
+    refused(lambda: from_tokens(answers=given), f"answers is a {kind} tensor")
+    refused(lambda: circuits.run_circuits(toy_world, scores.graph, given, task), "kept is a")
+
+
+def test_a_sparse_tensor_holds_what_a_dense_one_does(scores, toy_world, task):
+    assert circuits.Circuit.full(scores.graph, scores.scores.to_sparse()) == scores
+    kept = scores.top(20).kept[None]
+    sparse, dense = [
+        circuits.run_circuits(toy_world, scores.graph, each, task)
+        for each in (kept.to_sparse(), kept)
+    ]
+    assert torch.equal(sparse, dense)
+    clean = torch.tensor(TOKENS)
+    given = from_tokens(clean=clean.to_sparse(), answers=torch.tensor(ANSWERS).to_sparse())
+    assert given.digest() == from_tokens().digest()
+
+
+def test_scores_are_real_numbers_that_single_precision_holds(scores):
+    graph, n = scores.graph, len(scores)
+    refused(lambda: circuits.Circuit.full(graph, torch.arange(n) * 1j), "holds torch.complex64")
+    refused(
+        lambda: circuits.Circuit.full(graph, [1e39] * n), "scores holds 1e+39 for embed->a0.h0.q"
+    )
+    assert circuits.Circuit.full(graph, [math.inf] * n).scores.isinf().all()
+
+
+def test_numbers_of_edges_are_checked_wherever_they_are_given(scores):
+    assert len(scores.strongest(3)) == len(scores.strongest(np.float64(3.0))) == 3
+    for n in (-1, True, "3", 0.5):
+        refused(lambda n=n: scores.strongest(n), f"n={n!r}")
+    for choose in (scores.top, scores.greedy):
+        refused(lambda choose=choose: choose(10**5000), "a value of int")
+
+
+def test_no_circuits_have_no_logits(scores, toy_world, task):
+    none = scores.kept[None][:0]
+    for executor in ("incremental", "hooks"):
+        logits = circuits.run_circuits(toy_world, scores.graph, none, task, executor=executor)
+        assert logits.shape == (0, 4, toy_world.cfg.d_vocab)
+
+
+def test_a_series_that_is_labelled_by_edges_is_read_by_its_labels(scores, toy_world, task):
+    graph, table = scores.graph, scores.to_dataframe()
+    by_score = table.sort_values("score")
+    by_edge = by_score.set_index("edge")["score"]
+    assert circuits.Circuit.full(graph, by_edge) == scores
+    by_value = by_edge.set_axis([circuits.parse_edge(edge) for edge in by_edge.index])
+    assert circuits.Circuit.full(graph, by_value) == scores
+    assert circuits.Circuit(graph, by_edge, by_edge > 0).kept.equal(scores.scores > 0)
+    kept = pd.DataFrame([by_edge > 0.1])
+    expected = circuits.run_circuits(toy_world, graph, (scores.scores > 0.1)[None], task)
+    assert torch.equal(circuits.run_circuits(toy_world, graph, kept, task), expected)
+    reached = graph.reaching_logits(kept.iloc[0])
+    assert torch.equal(reached, graph.reaching_logits(scores.scores > 0.1))
+
+
+def test_labels_in_another_order_are_refused_and_others_do_not_matter(scores):
+    graph, table = scores.graph, scores.to_dataframe()
+    by_score = table.sort_values("score")
+    twice = table.set_index("edge")["score"].rename({"m3->logits": "m2->logits"})
+    for given, told in (
+        (by_score["score"], "scores has the labels"),
+        (table["score"][::-1], "give a list"),
+        (by_score.set_index(["source", "target"])["score"], "scores has the labels"),
+        (twice, "which name 478 of the graph's 479 edges"),
+        (twice.rename({"m2->logits": "m9->logits"}), "the graph has no edge m9->logits"),
+    ):
+        refused(lambda given=given: circuits.Circuit.full(graph, given), told)
+    for labels in (range(9, 488), [f"row {number}" for number in range(479)]):
+        labelled = table["score"].set_axis(labels)
+        assert circuits.Circuit.full(graph, labelled) == scores
+
+
+def test_tokens_and_answers_in_series_belong_together_by_order_and_by_label():
+    labels = [7, 3, 5]
+    frame = pd.DataFrame(TOKENS, index=labels)
+    answers = pd.Series(ANSWERS, index=labels)
+    assert from_tokens(clean=frame, answers=answers).digest() == from_tokens().digest()
+    for given in (
+        {"answers": answers.sort_index()},
+        {"corrupted": frame[::-1]},
+        {"corrupted": frame[[1, 0]]},
+        {"lengths": pd.Series([2, 2, 1])},
+        {"positions": {"A": (frame > 5)[::-1]}},
+    ):
+        call = {"clean": frame, "answers": answers} | given
+        refused(lambda call=call: from_tokens(**call), "have different labels")
+    mask = pd.Series([True, False, False], index=[2, 1, 0])
+    refused(lambda: from_tokens()[mask], "the choice of prompts has the labels [2, 1, 0]")
+    assert from_tokens()[mask[::-1]].answers.tolist() == [[11]]
+
+
+@pytest.mark.parametrize("kind", ["Int64", "object", "int32"])
+def test_token_ids_may_be_a_frame_or_an_array_of_objects(kind):
+    clean = pd.DataFrame(TOKENS).astype(kind)
+    task = from_tokens(clean=clean, answers=np.array(ANSWERS, dtype=object))
+    assert task.digest() == from_tokens().digest()
+
+
+def test_a_name_is_made_of_whole_characters(toy_world):
+    half = "\ud83d"
+    refused(lambda: circuits.Metric(half, len, "lower_is_damage"), "whole characters")
+    refused(lambda: from_tokens(positions={half: torch.ones(3, 2) > 0}), "half of a character")
+    pair = circuits.PromptPair("So Mary", "So John", spans={half: (3, 7)})
+    refused(lambda: circuits.Task.from_prompts(toy_world, [pair]), "half of a character")
+
+
+def test_a_class_is_no_metric(toy_world):
+    refused(
+        lambda: circuits.Task.from_prompts(toy_world, [PAIR], metric=circuits.Metric), "or a Metric"
+    )

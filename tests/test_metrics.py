@@ -333,3 +333,40 @@ def test_a_vectorised_metric_that_mixes_circuits_is_refused(task, logits, clean)
     assert torch.equal(metric(logits[None], clean, task), alone[None])
     with pytest.raises(circuits.InputError, match=r"among others and .* alone; reduce over the"):
         metric(torch.stack([logits, clean]), clean, task)
+
+
+def test_a_vectorised_metric_that_compares_with_the_largest_circuit_is_refused(task, logits, clean):
+    def of_the_largest(logits, clean_logits, task):
+        largest = logits[..., 0]
+        return largest / (largest.amax(0, keepdim=True) if logits.ndim == 3 else largest)
+
+    metric = circuits.Metric("mine", of_the_largest, "lower_is_damage", vectorised=True)
+    several = torch.stack([logits, clean, logits]).abs()
+    for place in range(3):
+        several[place] += 5
+        with pytest.raises(
+            circuits.InputError, match=r"among others and .* alone; reduce over the"
+        ):
+            metric(several, clean, task)
+        several[place] -= 5
+
+
+def test_values_of_no_circuits_are_as_precise_as_others(task, logits, clean):
+    half = torch.bfloat16
+    several = logits[None].to(half)
+    for n in (0, 1):
+        assert METRICS["kl"](several[:n], clean.to(half), task).dtype == torch.float32
+
+
+def test_an_answer_counts_once_however_often_it_is_given(task, logits, clean):
+    answers = torch.cat([task.answers, task.answers], 1)
+    wrong = torch.cat([task.wrong_answers.flip(1), task.wrong_answers, task.wrong_answers], 1)
+    repeated = Task.from_tokens(
+        task.clean, task.corrupted, answers, wrong, answer_positions=task.scored
+    )
+    assert torch.equal(repeated.answers, task.answers)
+    for metric in METRICS.values():
+        expected = metric(logits, clean, task)
+        torch.testing.assert_close(metric(logits, clean, repeated), expected)
+    weighted = Task.from_tokens([[1]], answers=[[5, -1, 3, 5, 3, 4]])
+    assert weighted.answers.tolist() == [[5, 3, 4]]

@@ -15,13 +15,14 @@ import numpy
 import pytest
 import torch
 from architectures import random_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import circuits
 from circuits.attribution.explained import words_of
 from circuits.models import Model, build_model
+from circuits.tasks import registry
 from circuits.tasks.families.greater_than import NOUNS
 from circuits.tasks.families.ioi import NAMES, OBJECTS, PLACES
 from circuits.tasks.families.two_hop import STATES
@@ -440,6 +441,18 @@ def test_asking_for_more_prompts_than_there_are_says_how_many_there_are(toy: Mod
         match=r"only \d{3} different prompts in this split; ask for n=\d{3} or fewer",
     ):
         circuits.load_task("two_hop", toy, n=10_000)
+    for n in (10**6 + 1, 10**30, 10**5000):
+        with pytest.raises(circuits.InputError, match="a task has at most 1,000,000 prompts"):
+            circuits.load_task("ioi", toy, n=n)
+
+
+def test_drawing_very_many_prompts_gives_a_sign_of_life(
+    toy: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "MANY_PROMPTS", 2)
+    assert len(circuits.load_task("ioi", toy, n=2)) == 2
+    with pytest.warns(UserWarning, match="drawing 3 prompts .* takes minutes"):
+        circuits.load_task("ioi", toy, n=3)
 
 
 @pytest.mark.parametrize("prepend", [True, False])
@@ -671,6 +684,95 @@ def test_the_token_that_ends_texts_may_be_an_answer_where_it_is_also_the_unknown
     assert task.answers is not None and task.answers.tolist() == [[bpe.tokenizer.eos_token_id]]
     with pytest.raises(circuits.InputError, match="answers must be"):
         Task.from_prompts(toy, [PromptPair("So Mary", answer=" quokka")])
+
+
+LETTERS = list("abcdefghijklmnopqrstuvwxyzJMS")
+
+
+def reading(tokenizer: Tokenizer, **special: str) -> Model:
+    """A random model that reads text with this tokenizer."""
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    model = random_model("gpt2", d_vocab=len(fast), n_ctx=64)
+    model.tokenizer = fast
+    return model
+
+
+def read(model: Model, text: str) -> list[str]:
+    return model.tokenizer.convert_ids_to_tokens(prompt_tokens(model, text))
+
+
+def test_white_space_that_a_tokenizer_does_not_know_is_named() -> None:
+    pieces = ["<unk>", "<s>", "▁", "▁So", "▁Mary", "▁went", "▁John", *LETTERS]
+    unigram = Tokenizer(models.Unigram([(piece, -9.0) for piece in pieces], unk_id=0))
+    unigram.pre_tokenizer, unigram.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    model = reading(unigram, unk_token="<unk>", bos_token="<s>")
+    for text, named in (
+        ("So Mary\nwent", r"'\\n'"),
+        ("So\tMary", r"'\\t'"),
+        ("So Mary\n", r"'\\n'"),
+        ("So\u00a0Mary", r"'\\xa0'"),
+        ("So <unk>\nMary", r"'\\n'"),
+        ("So élan", "'élan'"),
+    ):
+        with pytest.raises(circuits.InputError, match=f"does not know {named} in"):
+            Task.from_prompts(model, [PromptPair(text, "So John")])
+    assert read(model, "So Mary went") == ["<s>", "▁So", "▁Mary", "▁went"]
+    # As it is spelt out
+    assert read(model, "So <unk> went") == ["<s>", "▁So", "▁", "<unk>", "▁went"]
+
+
+def test_characters_that_a_tokenizer_drops_are_named() -> None:
+    vocabulary = {piece: number for number, piece in enumerate(["<s>", " ", ".", *LETTERS])}
+    letters = Tokenizer(models.BPE(vocabulary, []))
+    model = reading(letters, bos_token="<s>")
+    for text, named in (
+        ("So\u00a0Mary", r"'\\xa0'"),
+        ("So Mary ca\u0301n", "'\u0301'"),
+        ("So Mary\n", r"'\\n'"),
+        ("So, Mary", "','"),
+    ):
+        for pair in (PromptPair(text, "So John"), PromptPair("So Mary", "So Jary", f" {text}")):
+            with pytest.raises(circuits.InputError, match=f"does not know {named} in"):
+                Task.from_prompts(model, [pair])
+    assert "".join(read(model, "So Mary can. ")) == "<s>So Mary can. "
+
+
+def test_what_a_tokenizer_takes_for_a_space_is_as_good_as_one(toy: Model) -> None:
+    for text in ("So\nMary", "So\tMary", "So  Mary", "So Mary\n"):
+        assert read(toy, text) == ["<bos>", "So", "Mary"]
+
+
+def test_a_text_of_bos_that_the_vocabulary_lacks_is_no_bos() -> None:
+    words = {"[UNK]": 0, "so": 1, "mary": 2, "john": 3, "is": 4}
+    pieces = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
+    pieces.normalizer = normalizers.BertNormalizer()
+    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    model = reading(pieces, unk_token="[UNK]")
+    # As TransformerLens does, which adds nothing to the vocabulary
+    end = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>")
+    model.tokenizer._special_tokens_map.update(end)
+    assert model.tokenizer.bos_token_id == model.tokenizer.unk_token_id
+    task = Task.from_prompts(model, [PromptPair("So Mary", "So John", " is")])
+    assert task.clean.tolist() == [[1, 2]] and task.corrupted.tolist() == [[1, 3]]
+    assert circuits.model_logits(model, task).shape == (1, len(words))
+    with pytest.raises(circuits.InputError, match=r"prepend_bos=True.* has no BOS token"):
+        Task.from_prompts(model, [PromptPair("So Mary", "So John", " is")], prepend_bos=True)
+
+
+def test_a_tokenizer_that_fails_on_a_word_is_told_to() -> None:
+    words = Tokenizer(models.WordLevel({"So": 0, "Mary": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    model = reading(words)
+    with pytest.raises(circuits.InputError, match=r"fails on 'So John' .*; use other words"):
+        prompt_tokens(model, "So John")
+
+
+def test_an_answer_of_several_tokens_may_be_given_twice(toy: Model) -> None:
+    once, twice = [
+        Task.from_prompts(toy, [PromptPair("So Mary", "So John", answer)])
+        for answer in (" is a", [" is a", " is a"])
+    ]
+    assert once.digest() == twice.digest()
 
 
 def test_half_of_a_character_is_refused_wherever_text_is_taken(toy: Model) -> None:

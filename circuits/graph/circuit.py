@@ -86,7 +86,8 @@ class Circuit:
         object.__setattr__(self, "selected", truth(self.selected, "selected"))
         expect(self.record, Mapping, "a dict as record", "leave it out")
         for name, dtype in (("scores", torch.float32), ("kept", torch.bool)):
-            column = as_tensor(by_edge(self.graph, getattr(self, name), name), name)
+            given = by_edge(self.graph, getattr(self, name), name)
+            column = as_tensor(given, name).detach()
             if column.shape != (len(self.graph),):
                 raise InputError(
                     f"{name} has shape {tuple(column.shape)}, but the graph has {len(self.graph)} "
@@ -99,14 +100,15 @@ class Circuit:
             if column.is_complex():
                 raise InputError(f"{name} holds {column.dtype}; give real numbers, such as .real.")
             # A copy, so that later changes to the tensor passed in do not change the circuit.
-            copied = column.detach().to("cpu", dtype, copy=True)
-            too_large = copied.isinf() & ~column.detach().cpu().isinf()
-            for number in too_large.nonzero()[:1].flatten().tolist():
+            copied = column.to("cpu", dtype, copy=True)
+            object.__setattr__(self, name, copied)
+            became_infinite = copied.isinf() & column.cpu().isfinite()
+            if became_infinite.any():
+                number = int(became_infinite.int().argmax())
                 raise InputError(
                     f"{name} holds {float(column[number]):g} for {self.graph.edges[number]}, which "
                     f"is infinite in {dtype}; scale the scores down."
                 )
-            object.__setattr__(self, name, copied)
 
     @staticmethod
     def full(
@@ -327,7 +329,8 @@ class Circuit:
         Raises:
             InputError: `n` is no whole number, or negative.
         """
-        edges = self._ranked("magnitude")[: whole(n, "n", least=0)]
+        n = whole(n, "n", least=0)
+        edges = self._ranked("magnitude")[:n]
         kept = torch.zeros_like(self.kept)
         kept[edges] = True
         table = replace(self, kept=kept).to_dataframe()

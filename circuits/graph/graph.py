@@ -80,9 +80,9 @@ class Graph:
         is_wrong = ((ends < 0) | (ends >= len(nodes))).any()
         if is_wrong or not torch.isin(slot, torch.arange(-1, len(SLOTS))).all():
             raise self._wrong_columns
-        positions = (
-            None if self.positions is None else tuple(ordered_items(self.positions, "positions"))
-        )
+        positions = self.positions
+        if positions is not None:
+            positions = tuple(ordered_items(positions, "positions"))
         truth(self.causal, "causal")
         expect(self.model, ModelIdentity | None, "a ModelIdentity", "take another graph's .model")
         values = (nodes, *columns, positions)
@@ -384,14 +384,16 @@ def by_edge(graph: Graph, given: Any, name: str) -> Any:
         return given
     axis = given.ndim - 1
     labels = given.axes[axis]
-    edges = [label for label in labels if isinstance(label, Edge) or "->" in str(label)]
+    edges = [label for label in labels if "->" in str(label)]
     if not edges:
         check_in_order(labels, name)
         return given
-    numbers = [graph.index(edge) for edge in edges]
-    if len(labels) != len(graph) or sorted(numbers) != list(range(len(graph))):
+    numbers = np.array([graph.index(edge) for edge in edges])
+    order = numbers.argsort()
+    everything = np.arange(len(graph))
+    if len(labels) != len(numbers) or not np.array_equal(numbers[order], everything):
         raise InputError(
             f"{name} has {len(labels)} labels, which name {len(set(numbers))} of the graph's "
             f"{len(graph)} edges; give an entry for every edge, once."
         )
-    return given.take(np.argsort(numbers), axis=axis)
+    return given.take(order, axis=axis)

@@ -127,7 +127,8 @@ def run_variants(
         )
     if not len(kept):
         # Executors join what they have computed, and of no circuit there is nothing.
-        return run_variants(model, graph, torch.ones_like(graph.mask([]))[None], task, settings)[:0]
+        nothing = graph.mask([])[None]
+        return run_variants(model, graph, nothing, task, settings)[:0]
     logits = []
     for own_graph, part, own_settings in parts_that_fit(model, graph, task, settings):
         executor = get_executor(model, own_graph, part, own_settings)

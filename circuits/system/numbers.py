@@ -15,6 +15,8 @@ RealNumber = SupportsFloat
 # More make numbers that fit into no tensor.
 MOST_DIGITS = 18
 MOST_SHOWN = 80
+# What pandas and numpy have in the place of a value that is missing
+MISSING = ("NAType", "NaTType", "MaskedConstant")
 
 
 def whole(value: Any, name: str, *, least: int | None = None) -> int:
@@ -75,7 +77,7 @@ def is_missing(value: Any) -> bool:
     (True, False, False)
     """
     # Not imported, as pandas is slow to load.
-    if value is None or type(value).__name__ in ("NAType", "NaTType", "MaskedConstant"):
+    if value is None or type(value).__name__ in MISSING:
         return True
     number = python_number(value)
     # NaN differs from itself.
@@ -117,7 +119,8 @@ def _item(value: Any) -> Any:
     """The only item of an array or tensor, as Python's own; other values as they are."""
     item = getattr(value, "item", None)
     # What an array masks has a value, too, which nobody meant.
-    if not callable(item) or (hasattr(value, "filled") and value.mask.all()):
+    is_masked = hasattr(value, "filled") and value.mask.all()
+    if is_masked or not callable(item):
         return value
     try:
         return item()

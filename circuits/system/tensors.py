@@ -36,8 +36,9 @@ def as_tensor(given: Any, name: str, *, padding: int | None = None) -> Tensor:
         plain = _array(given, name, padding)
         if isinstance(plain, list) and padding is not None:
             plain = _filled(plain, padding)
-        # Some arrays cannot be shared with torch, such as reversed ones.
-        return torch.as_tensor(np.ascontiguousarray(plain))
+        # Some arrays cannot be shared with torch, such as reversed ones, or those of pandas.
+        array = np.require(np.ascontiguousarray(plain), requirements="W")
+        return torch.as_tensor(array)
     except (TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -140,15 +141,18 @@ def _array(given: Any, name: str, padding: int | None) -> Any:
                 "without a mask (token ids with attention_mask=~array.mask)."
             )
         array = array.filled(padding) if n_masked else array.data
-    is_plain = isinstance(array, np.ndarray) and array.dtype != object
-    return array if is_plain else _plain(array)
+    if isinstance(array, np.ndarray) and array.dtype.kind != "O":
+        return array
+    return _plain(array)
 
 
 def _plain(given: Any) -> Any:
     """Tensors and arrays inside of lists as lists."""
     listed = getattr(given, "tolist", None)
     plain = listed() if callable(listed) else given
-    return [_plain(each) for each in plain] if isinstance(plain, list | tuple | range) else plain
+    if not isinstance(plain, list | tuple | range):
+        return plain
+    return [_plain(each) for each in plain]
 
 
 def _filled(rows: list[Any], padding: int) -> list[Any]:

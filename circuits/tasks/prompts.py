@@ -32,6 +32,7 @@ COLLECTIONS = (
     *("range", "set", "frozenset", "list", "tuple", "dict", "bytearray", "array", "tensor"),
     *("deque", "dict_keys", "dict_values", "RangeIndex"),
 )
+ENDS_OF_COLLECTIONS = (")", "]", "}", "'", '"')
 _ANSWERS = "give a text, a token id, or a list of them"
 
 
@@ -125,7 +126,8 @@ def plain_answer(answer: Any, name: str) -> Answer:
     """A text, an id, or a tuple of them, whatever the user has them in; None if it is missing."""
     if is_missing(answer):
         return None
-    if isinstance(answer, str) and any(isinstance(each, str | bytes) for each in held(answer)):
+    of_text = held(answer) if isinstance(answer, str) else []
+    if any(isinstance(each, str | bytes) for each in of_text):
         raise InputError(
             f"{name}={shown(answer)} is a text that holds a list; give the list, or [text] if it "
             "is one answer."
@@ -155,21 +157,23 @@ def held(text: str) -> list[Any]:
     >>> held("(9, 10)"), held("frozenset({' a'})"), held("range(0, 3)"), held("f(x)")
     ([9, 10], [' a'], [0, 3], [])
     """
-    if text.rstrip()[-1:] not in tuple(")]}'\""):
+    if not text.rstrip().endswith(ENDS_OF_COLLECTIONS):
         return []
     try:
         node = ast.parse(text.strip(), mode="eval").body
-        parts = node.args if isinstance(node, ast.Call) else [node]
+        name, parts = "", [node]
+        if isinstance(node, ast.Call):
+            name, parts = ast.unparse(node.func), node.args
         values = [ast.literal_eval(part) for part in parts]
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return []
-    if isinstance(node, ast.Call):
-        name = ast.unparse(node.func).rpartition(".")[-1]
-        is_collection = name in COLLECTIONS or any(isinstance(each, HELD) for each in values)
-    else:
-        is_collection = isinstance(values[0], HELD)
+    is_named = name.rpartition(".")[-1] in COLLECTIONS
+    # Brackets around nothing are text.
+    is_written = any(isinstance(value, HELD) and value for value in values)
+    if not is_named and not is_written:
+        return []
     leaves = [each.value for each in ast.walk(node) if isinstance(each, ast.Constant)]
-    return (leaves or [None]) if is_collection and ast.unparse(node) != "()" else []
+    return leaves or [None]
 
 
 def _plain_spans(spans: Any, name: str) -> dict[str, CharSpan]:

@@ -100,7 +100,7 @@ def _number_of_prompts(given: WholeNumber) -> int:
         )
     if n > MANY_PROMPTS:
         warnings.warn(
-            f"drawing {n:,} prompts and making tokens of them takes a while.", stacklevel=3
+            f"drawing {n:,} prompts and making tokens of them takes minutes.", stacklevel=3
         )
     return n
 

@@ -146,7 +146,7 @@ class PromptTokenizer:
                 "give one, or leave them out."
             )
         bos = special_id(self.tokenizer, "bos_token")
-        n_with_bos = [clean[0], corrupted[0]].count(-1 if bos is None else bos)
+        n_with_bos = 0 if bos is None else [clean[0], corrupted[0]].count(bos)
         if n_with_bos == 1 and pair.corrupted_spans:
             raise InputError(
                 f"only one of the prompts {shorten(pair.clean)} and {shorten(str(pair.corrupted))} "
@@ -259,16 +259,19 @@ class PromptTokenizer:
     def _dropped(self, text: str, ids: TokenIds) -> list[str]:
         """The characters without which the text would be read alike, though they are no spaces."""
         dropped = []
-        for character in dict.fromkeys(text):
-            if character not in self.blank:
-                alone = self._text(self._ids(character))
-                self.blank[character] = not alone.strip()
-            if not self.blank[character] or self._ids(text.replace(character, "")) != ids:
-                continue
+        for character in filter(self._is_blank, dict.fromkeys(text)):
+            without, spaced = [text.replace(character, other) for other in ("", " ")]
             # White space that ends words, whichever it is, is as good as a space.
-            if self._ids(text.replace(character, " ")) != ids:
+            if self._ids(without) == ids != self._ids(spaced):
                 dropped.append(character)
         return dropped
+
+    def _is_blank(self, character: str) -> bool:
+        """Whether there is nothing to see of a character as the tokenizer reads it."""
+        if character not in self.blank:
+            alone = self._text(self._ids(character))
+            self.blank[character] = not alone.strip()
+        return self.blank[character]
 
     def _knows(self, text: str, ids: TokenIds) -> bool:
         """Whether these ids of a text stand for all of it; it may spell the unknown token out."""
@@ -286,12 +289,11 @@ class PromptTokenizer:
         _check_no_answer_is_wrong(pair, right, wrong)
         lengths = {len(ids) for ids in right + wrong}
         # Two words may be the same tokens.
-        different = {
-            kind: [list(ids) for ids in dict.fromkeys(map(tuple, found[kind]))] for kind in found
-        }
+        different = {kind: dict.fromkeys(map(tuple, ids)) for kind, ids in found.items()}
         if lengths <= {1}:
             return {kind: [[token for [token] in ids]] for kind, ids in different.items()}
-        if len(lengths) == 1 and all(len(ids) == 1 for ids in different.values()) and right:
+        n_answers = [len(ids) for ids in different.values()]
+        if right and len(lengths) == 1 and set(n_answers) == {1}:
             return {kind: [[token] for token in ids] for kind, [ids] in different.items()}
         several = dict.fromkeys(pair.answers + pair.wrong_answers)
         reason = "answers of different numbers of tokens"

@@ -121,12 +121,15 @@ def check_answers(name: str, tokens: Tensor | None, scored: Tensor) -> Tensor | 
 def _different(tokens: Tensor) -> Tensor:
     """Every token of a row [batch, k] once, in order of first appearance, padded with -1."""
     in_order, places = tokens.sort(dim=1, stable=True)
-    again = torch.zeros_like(tokens, dtype=torch.bool)
-    again[:, 1:] = in_order[:, 1:] == in_order[:, :-1]
-    once = tokens.masked_fill(torch.zeros_like(again).scatter(1, places, again), -1)
+    again = in_order == in_order.roll(1, dims=1)
+    again[:, 0] = False
+    in_order[again] = -1
+    once = torch.empty_like(tokens).scatter(1, places, in_order)
     # Padding comes last, and no more of it than the longest row needs.
-    first = (once < 0).int().argsort(dim=1, stable=True)
-    return once.gather(1, first)[:, : int((once >= 0).sum(1).max())]
+    is_padding = once < 0
+    order = is_padding.int().argsort(dim=1, stable=True)
+    n_most = int((~is_padding).sum(1).max())
+    return once.gather(1, order)[:, :n_most]
 
 
 def check_different(answers: Tensor | None, wrong_answers: Tensor | None, scored: Tensor) -> None:
