@@ -388,10 +388,10 @@ def by_edge(graph: Graph, given: Any, name: str) -> Any:
     if not edges:
         check_in_order(labels, name)
         return given
-    numbers = np.array([graph.index(edge) for edge in edges])
-    order = numbers.argsort()
-    everything = np.arange(len(graph))
-    if len(labels) != len(numbers) or not np.array_equal(numbers[order], everything):
+    numbers = np.array(list(map(graph.index, edges)))
+    order, everything = numbers.argsort(), np.arange(len(graph))
+    has_all = np.array_equal(numbers[order], everything)
+    if len(labels) > len(edges) or not has_all:
         raise InputError(
             f"{name} has {len(labels)} labels, which name {len(set(numbers))} of the graph's "
             f"{len(graph)} edges; give an entry for every edge, once."

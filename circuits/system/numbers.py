@@ -86,7 +86,8 @@ def is_missing(value: Any) -> bool:
 
 def is_series(value: Any) -> bool:
     """Whether a value has items: an array or tensor without axes has none."""
-    return isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0
+    n_axes = getattr(value, "ndim", 1)
+    return isinstance(value, Iterable) and n_axes > 0
 
 
 def items(values: Any, name: str) -> list[Any]:
@@ -119,8 +120,9 @@ def _item(value: Any) -> Any:
     """The only item of an array or tensor, as Python's own; other values as they are."""
     item = getattr(value, "item", None)
     # What an array masks has a value, too, which nobody meant.
-    is_masked = hasattr(value, "filled") and value.mask.all()
-    if is_masked or not callable(item):
+    if not callable(item):
+        return value
+    if hasattr(value, "filled") and value.mask.all():
         return value
     try:
         return item()

@@ -37,8 +37,8 @@ def as_tensor(given: Any, name: str, *, padding: int | None = None) -> Tensor:
         if isinstance(plain, list) and padding is not None:
             plain = _filled(plain, padding)
         # Some arrays cannot be shared with torch, such as reversed ones, or those of pandas.
-        array = np.require(np.ascontiguousarray(plain), requirements="W")
-        return torch.as_tensor(array)
+        array = np.ascontiguousarray(plain)
+        return torch.as_tensor(array if array.flags.writeable else array.copy())
     except (TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -59,13 +59,15 @@ def check_same_labels(given: Mapping[str, Any]) -> None:
 
 
 def _check_same(given: Mapping[str, Any], axis: str) -> None:
-    labels = {name: labels_of(each, axis) for name, each in given.items()}
-    labelled = [(name, index) for name, index in labels.items() if index is not None]
-    for name, index in labelled[1:]:
-        first, expected = labelled[0]
+    first = expected = None
+    for name, each in given.items():
+        index = labels_of(each, axis)
+        if expected is None:
+            first, expected = name, index
+        if index is None or len(index) != len(expected) or index.equals(expected):
+            continue
         # Columns may be called after what they hold.
-        may_differ = axis == "columns" and set(index) != set(expected)
-        if len(index) == len(expected) and not may_differ and not index.equals(expected):
+        if axis == "index" or set(index) == set(expected):
             raise InputError(
                 f"{first} and {name} have different labels ({shown(list(expected[:3]))} and "
                 f"{shown(list(index[:3]))}), so by label other entries belong together than by "
@@ -141,9 +143,8 @@ def _array(given: Any, name: str, padding: int | None) -> Any:
                 "without a mask (token ids with attention_mask=~array.mask)."
             )
         array = array.filled(padding) if n_masked else array.data
-    if isinstance(array, np.ndarray) and array.dtype.kind != "O":
-        return array
-    return _plain(array)
+    is_array = isinstance(array, np.ndarray)
+    return array if is_array and array.dtype.kind != "O" else _plain(array)
 
 
 def _plain(given: Any) -> Any:
@@ -152,12 +153,12 @@ def _plain(given: Any) -> Any:
     plain = listed() if callable(listed) else given
     if not isinstance(plain, list | tuple | range):
         return plain
-    return [_plain(each) for each in plain]
+    return list(map(_plain, plain))
 
 
 def _filled(rows: list[Any], padding: int) -> list[Any]:
     # Within a row, the order of answers does not matter.
-    rows = [sorted(map(_plain, row)) if isinstance(row, Set) else row for row in rows]
+    rows = [sorted(row) if isinstance(row, Set) else row for row in rows]
     if not any(isinstance(row, list) for row in rows):
         return rows
     lists = [row if isinstance(row, list) else [row] for row in rows]

@@ -29,9 +29,9 @@ Answer = Token | Sequence[Token] | None
 # What is no single answer, and how Python writes it where that begins with a name
 HELD = (list, tuple, set, dict, bytes)
 COLLECTIONS = (
-    *("range", "set", "frozenset", "list", "tuple", "dict", "bytearray", "array", "tensor"),
-    *("deque", "dict_keys", "dict_values", "RangeIndex"),
-)
+    "range set frozenset list tuple dict dict_keys dict_values bytearray deque array tensor "
+    "RangeIndex"
+).split()
 ENDS_OF_COLLECTIONS = (")", "]", "}", "'", '"')
 _ANSWERS = "give a text, a token id, or a list of them"
 

@@ -146,7 +146,8 @@ class PromptTokenizer:
                 "give one, or leave them out."
             )
         bos = special_id(self.tokenizer, "bos_token")
-        n_with_bos = 0 if bos is None else [clean[0], corrupted[0]].count(bos)
+        begins: list[int | None] = [clean[0], corrupted[0]]
+        n_with_bos = begins.count(bos)
         if n_with_bos == 1 and pair.corrupted_spans:
             raise InputError(
                 f"only one of the prompts {shorten(pair.clean)} and {shorten(str(pair.corrupted))} "
@@ -260,7 +261,8 @@ class PromptTokenizer:
         """The characters without which the text would be read alike, though they are no spaces."""
         dropped = []
         for character in filter(self._is_blank, dict.fromkeys(text)):
-            without, spaced = [text.replace(character, other) for other in ("", " ")]
+            without = text.replace(character, "")
+            spaced = text.replace(character, " ")
             # White space that ends words, whichever it is, is as good as a space.
             if self._ids(without) == ids != self._ids(spaced):
                 dropped.append(character)
@@ -292,8 +294,8 @@ class PromptTokenizer:
         different = {kind: dict.fromkeys(map(tuple, ids)) for kind, ids in found.items()}
         if lengths <= {1}:
             return {kind: [[token for [token] in ids]] for kind, ids in different.items()}
-        n_answers = [len(ids) for ids in different.values()]
-        if right and len(lengths) == 1 and set(n_answers) == {1}:
+        n_answers = set(map(len, different.values()))
+        if right and len(lengths) == 1 and n_answers == {1}:
             return {kind: [[token] for token in ids] for kind, [ids] in different.items()}
         several = dict.fromkeys(pair.answers + pair.wrong_answers)
         reason = "answers of different numbers of tokens"

@@ -126,9 +126,9 @@ def _different(tokens: Tensor) -> Tensor:
     in_order[again] = -1
     once = torch.empty_like(tokens).scatter(1, places, in_order)
     # Padding comes last, and no more of it than the longest row needs.
-    is_padding = once < 0
-    order = is_padding.int().argsort(dim=1, stable=True)
-    n_most = int((~is_padding).sum(1).max())
+    is_token = once >= 0
+    order = is_token.int().argsort(dim=1, descending=True, stable=True)
+    n_most = int(is_token.sum(1).max())
     return once.gather(1, order)[:, :n_most]
 
 

@@ -387,7 +387,9 @@ def _listed_prompts(given: Any) -> list[Any]:
 
 def _wanted(prompts: Sequence[Prompt], explain: Wanted | None) -> Wanted:
     """What to explain of each prompt."""
-    wanted = [None] * len(prompts) if explain is None else ordered_items(explain, "explain")
+    wanted = [None] * len(prompts)
+    if explain is not None:
+        wanted = ordered_items(explain, "explain")
     if len(wanted) != len(prompts):
         raise InputError(
             f"there are {len(prompts)} prompts and {len(wanted)} entries in explain; give one "

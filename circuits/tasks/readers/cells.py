@@ -45,7 +45,7 @@ class TableRow(dict[str, Any]):
             given = self.get(name)
             is_one = isinstance(given, str | bytes | Mapping) or not is_series(given)
             several = [given] if is_one else items(given, name)
-            is_list = isinstance(given, str) and (SEVERAL.match(given) or _is_collection(given))
+            is_list = isinstance(given, str) and _may_be_list(given)
             if is_list or not several or isinstance(given, Mapping):
                 raise InputError(f"field {name!r} is {shown(given)}, no plain text; {AS_JSON}.")
             if any(python_number(each) is not None for each in several if not is_missing(each)):
@@ -55,9 +55,11 @@ class TableRow(dict[str, Any]):
                 )
 
 
-def _is_collection(text: str) -> bool:
+def _may_be_list(text: str) -> bool:
+    if SEVERAL.match(text):
+        return True
     # "[0]" is a list in JSON, which was read before; " [0]" is none.
-    return bool(held(text)) and not text.lstrip().startswith("[")
+    return not text.lstrip().startswith("[") and bool(held(text))
 
 
 def repeated(names: Iterable[Any]) -> list[Any]:
