@@ -588,6 +588,10 @@ def test_what_an_array_masks_is_no_value(scores):
     refused(lambda: from_tokens(clean=hidden), "clean is an array that masks 1 of its 6 entries")
     damage = masked(scores.scores.numpy(), mask=scores.scores.numpy() > 0)
     refused(lambda: circuits.Circuit.full(scores.graph, damage), "scores is an array that masks")
+    refused(
+        lambda: circuits.Ablation("given", outputs={"m0": hidden}),
+        "m0 is a MaskedArray: it is an array that",
+    )
     for number in (np.ma.masked, masked([3], mask=[True])):
         refused(lambda number=number: whole(number, "n"), "give a whole number")
 

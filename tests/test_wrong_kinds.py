@@ -7,8 +7,8 @@ What some entrance understands of these (5 prompts, a list of layers) is tested 
 
 import dataclasses
 import math
-import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,18 +24,29 @@ pytestmark = pytest.mark.usefixtures("unchecked_types")
 
 MODEL, TASK = random_model("gpt2"), random_task(several=True)
 GRAPH = circuits.component_graph(MODEL)
-SCORED = circuits.EAP().discover(MODEL, TASK)
-SOME = SCORED.top(20)
 WHOLE = circuits.Circuit.full(GRAPH)
-EVALUATION = circuits.evaluate(MODEL, SOME, TASK)
-FOLDER = Path(tempfile.mkdtemp())
-SOME.save(FOLDER / "circuit")
-EAP_IG_FILE = circuits.save_eap_ig(SOME, FOLDER / "graph.json")
-RUN = circuits.run(circuits.EAP(), MODEL, TASK, out=FOLDER / "runs")
-TABLE = FOLDER / "pairs.csv"
-TABLE.write_text("clean,corrupted,answer,wrong_answer\nSo Mary,So John, is, was\n")
-TOY = circuits.load_model("toy-world", device="cpu")
 CONFIG = {name: getattr(MODEL.cfg, name) for name in [*SMALL, "normalization_type"]}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, toy_world):
+    folder = tmp_path_factory.mktemp("made")
+    scored = circuits.EAP().discover(MODEL, TASK)
+    some = scored.top(20)
+    some.save(folder / "circuit")
+    table = folder / "pairs.csv"
+    table.write_text("clean,corrupted,answer,wrong_answer\nSo Mary,So John, is, was\n")
+    return SimpleNamespace(
+        scored=scored,
+        some=some,
+        evaluation=circuits.evaluate(MODEL, some, TASK),
+        folder=folder,
+        eap_ig_file=circuits.save_eap_ig(some, folder / "graph.json"),
+        run=circuits.run(circuits.EAP(), MODEL, TASK, out=folder / "runs"),
+        table=table,
+        toy=toy_world,
+    )
+
 
 WRONG = {
     "nothing": None,
@@ -82,169 +93,196 @@ PART |= {"nodes": ["m1"], "graph": GRAPH, "progress": None}
 COLUMNS = {name: getattr(GRAPH, name) for name in ("nodes", "source", "target", "slot")}
 ACDC = circuits.ACDC(0.5)
 MADE = {"name": "a", "metric": "kl", "prepend_bos": None, "skip_misfits": False}
-# By name, a function and its right arguments.
+# By name, a function and its right arguments, of what `made` holds.
 ENTRANCES = {
-    "Graph": (circuits.Graph, {**COLUMNS, "positions": None, "causal": True, "model": None}),
-    "index": (GRAPH.index, {"edge": "m1->logits"}),
-    "contains": (GRAPH.__contains__, {"edge": "m1->logits"}),
-    "mask": (GRAPH.mask, {"edges": ["m1->logits"]}),
-    "only": (GRAPH.only, {"edges": ["m1->logits"]}),
-    "node_mask": (GRAPH.node_mask, {"nodes": ["m1"]}),
-    "reaching": (GRAPH.reaching_logits, {"kept": SOME.kept}),
-    "reached": (GRAPH.reached_from_inputs, {"kept": SOME.kept}),
-    "Head": (circuits.Head, {"layer": 0, "head": 0, "position": None}),
-    "Feature": (circuits.Feature, {"layer": 0, "index": 0, "position": None}),
-    "Logits": (circuits.Logits, {"token": None, "position": None}),
-    "Edge": (
+    "Graph": lambda a: (
+        circuits.Graph,
+        {**COLUMNS, "positions": None, "causal": True, "model": None},
+    ),
+    "index": lambda a: (GRAPH.index, {"edge": "m1->logits"}),
+    "contains": lambda a: (GRAPH.__contains__, {"edge": "m1->logits"}),
+    "mask": lambda a: (GRAPH.mask, {"edges": ["m1->logits"]}),
+    "only": lambda a: (GRAPH.only, {"edges": ["m1->logits"]}),
+    "node_mask": lambda a: (GRAPH.node_mask, {"nodes": ["m1"]}),
+    "reaching": lambda a: (GRAPH.reaching_logits, {"kept": a.some.kept}),
+    "reached": lambda a: (GRAPH.reached_from_inputs, {"kept": a.some.kept}),
+    "Head": lambda a: (circuits.Head, {"layer": 0, "head": 0, "position": None}),
+    "Feature": lambda a: (circuits.Feature, {"layer": 0, "index": 0, "position": None}),
+    "Logits": lambda a: (circuits.Logits, {"token": None, "position": None}),
+    "Edge": lambda a: (
         lambda **ends: GRAPH.index(circuits.Edge(**ends)),
         {"source": circuits.Embed(), "target": circuits.Head(0, 0), "slot": "q"},
     ),
-    "parse_node": (circuits.parse_node, {"text": "m1"}),
-    "parse_edge": (circuits.parse_edge, {"text": "m1->logits"}),
-    "Circuit": (
+    "parse_node": lambda a: (circuits.parse_node, {"text": "m1"}),
+    "parse_edge": lambda a: (circuits.parse_edge, {"text": "m1->logits"}),
+    "Circuit": lambda a: (
         circuits.Circuit,
-        {"graph": GRAPH, "scores": SOME.scores, "kept": SOME.kept, "selected": True, "record": {}},
+        {
+            "graph": GRAPH,
+            "scores": a.some.scores,
+            "kept": a.some.kept,
+            "selected": True,
+            "record": {},
+        },
     ),
-    "full": (circuits.Circuit.full, {"graph": GRAPH, "scores": None, "record": None}),
-    "from_edges": (circuits.Circuit.from_edges, {"graph": GRAPH, "edges": ["m1->logits"]}),
-    "from_nodes": (circuits.Circuit.from_nodes, {"graph": GRAPH, "nodes": ["m1", "logits"]}),
-    "score": (SOME.__getitem__, {"edge": "m1->logits"}),
-    "top": (SOME.top, {"n": 3, "by": "signed"}),
-    "greedy": (SCORED.greedy, {"n": 3, "by": "signed"}),
-    "above": (SOME.above, {"threshold": 0.1, "by": "signed"}),
-    "connected": (SOME.connected, {"from_inputs": True}),
-    "load": (circuits.Circuit.load, {"folder": FOLDER / "circuit"}),
-    "component_graph": (
+    "full": lambda a: (circuits.Circuit.full, {"graph": GRAPH, "scores": None, "record": None}),
+    "from_edges": lambda a: (
+        circuits.Circuit.from_edges,
+        {"graph": GRAPH, "edges": ["m1->logits"]},
+    ),
+    "from_nodes": lambda a: (
+        circuits.Circuit.from_nodes,
+        {"graph": GRAPH, "nodes": ["m1", "logits"]},
+    ),
+    "score": lambda a: (a.some.__getitem__, {"edge": "m1->logits"}),
+    "top": lambda a: (a.some.top, {"n": 3, "by": "signed"}),
+    "greedy": lambda a: (a.scored.greedy, {"n": 3, "by": "signed"}),
+    "above": lambda a: (a.some.above, {"threshold": 0.1, "by": "signed"}),
+    "connected": lambda a: (a.some.connected, {"from_inputs": True}),
+    "load": lambda a: (circuits.Circuit.load, {"folder": a.folder / "circuit"}),
+    "component_graph": lambda a: (
         circuits.component_graph,
         {"model": MODEL, "split_embed": False, "positions": None},
     ),
-    "run_circuit": (
+    "run_circuit": lambda a: (
         circuits.run_circuit,
-        {"model": MODEL, "circuit": SOME, "task": TASK, "executor": "hooks", **HOW},
+        {"model": MODEL, "circuit": a.some, "task": TASK, "executor": "hooks", **HOW},
     ),
-    "run_circuits": (
+    "run_circuits": lambda a: (
         circuits.run_circuits,
-        {"model": MODEL, "graph": GRAPH, "kept": SOME.kept[None], "task": TASK, **HOW},
+        {"model": MODEL, "graph": GRAPH, "kept": a.some.kept[None], "task": TASK, **HOW},
     ),
-    "model_logits": (circuits.model_logits, {"model": MODEL, "task": TASK, "prompts": "clean"}),
-    "circuit_activations": (
+    "model_logits": lambda a: (
+        circuits.model_logits,
+        {"model": MODEL, "task": TASK, "prompts": "clean"},
+    ),
+    "circuit_activations": lambda a: (
         circuits.circuit_activations,
-        {"model": MODEL, "circuit": SOME, "task": TASK, "names": ["m1"], "ablation": "zero"},
+        {"model": MODEL, "circuit": a.some, "task": TASK, "names": ["m1"], "ablation": "zero"},
     ),
-    "evaluate": (
+    "evaluate": lambda a: (
         circuits.evaluate,
-        {"model": MODEL, "circuit": SOME, "task": TASK, "metrics": "kl", **HOW},
+        {"model": MODEL, "circuit": a.some, "task": TASK, "metrics": "kl", **HOW},
     ),
-    "faithfulness_curve": (
+    "faithfulness_curve": lambda a: (
         circuits.faithfulness_curve,
-        {"model": MODEL, "circuit": SOME, "task": TASK, "sizes": [2], "metric": "kl", **HOW},
+        {"model": MODEL, "circuit": a.some, "task": TASK, "sizes": [2], "metric": "kl", **HOW},
     ),
-    "faithfulness_points": (
+    "faithfulness_points": lambda a: (
         circuits.faithfulness_points,
-        {"model": MODEL, "circuits": [SOME], "task": TASK, "metric": "kl", **HOW},
+        {"model": MODEL, "circuits": [a.some], "task": TASK, "metric": "kl", **HOW},
     ),
-    "compare": (
+    "compare": lambda a: (
         circuits.compare,
-        {"model": MODEL, "found": {"a": SCORED}, "task": TASK, "size": 3, "sizes": [2]}
+        {"model": MODEL, "found": {"a": a.scored}, "task": TASK, "size": 3, "sizes": [2]}
         | {"metric": "kl", "ablation": "zero", "transcoders": None},
     ),
-    "compare one": (
+    "compare one": lambda a: (
         lambda given: circuits.compare(MODEL, {"a": given}, TASK, size=3, sizes=[2]),
-        {"given": SCORED},
+        {"given": a.scored},
     ),
-    "metric": (EVALUATION.__getitem__, {"metric": "kl"}),
-    "faithfulness": (EVALUATION.faithfulness, {"metric": "kl"}),
-    "recovery": (circuits.recovery, {"circuit": SOME, "truth": ["m1->logits"]}),
-    "overlap": (circuits.overlap, {"first": SOME, "second": SOME}),
-    "score_correlation": (
+    "metric": lambda a: (a.evaluation.__getitem__, {"metric": "kl"}),
+    "faithfulness": lambda a: (a.evaluation.faithfulness, {"metric": "kl"}),
+    "recovery": lambda a: (circuits.recovery, {"circuit": a.some, "truth": ["m1->logits"]}),
+    "overlap": lambda a: (circuits.overlap, {"first": a.some, "second": a.some}),
+    "score_correlation": lambda a: (
         circuits.score_correlation,
-        {"first": SOME, "second": SOME, "method": "pearson"},
+        {"first": a.some, "second": a.some, "method": "pearson"},
     ),
-    "score_table": (circuits.score_table, {"first": SOME, "second": SOME}),
-    "mean": (circuits.Ablation, {"name": "mean", "over": "clean"}),
-    "given": (circuits.Ablation, {"name": "given", "outputs": {"m0": torch.zeros(1)}}),
-    "noise": (
+    "score_table": lambda a: (circuits.score_table, {"first": a.some, "second": a.some}),
+    "mean": lambda a: (circuits.Ablation, {"name": "mean", "over": "clean"}),
+    "given": lambda a: (circuits.Ablation, {"name": "given", "outputs": {"m0": torch.zeros(1)}}),
+    "noise": lambda a: (
         lambda **noise: circuits.run_circuit(
-            MODEL, SOME, TASK, ablation=circuits.Ablation("noise", **noise)
+            MODEL, a.some, TASK, ablation=circuits.Ablation("noise", **noise)
         ),
         {"scale": 1.0, "seed": 1, "span": None},
     ),
-    "Precision": (circuits.Precision, fields(circuits.Precision)),
-    "ACDC": (circuits.ACDC, {**fields(circuits.ACDC), "threshold": 0.5}),
-    "BatchedACDC": (circuits.BatchedACDC, {**fields(circuits.BatchedACDC), "threshold": 0.5}),
-    "EAPIG": (circuits.EAPIG, fields(circuits.EAPIG)),
-    "discover": (
+    "Precision": lambda a: (circuits.Precision, fields(circuits.Precision)),
+    "ACDC": lambda a: (circuits.ACDC, {**fields(circuits.ACDC), "threshold": 0.5}),
+    "BatchedACDC": lambda a: (
+        circuits.BatchedACDC,
+        {**fields(circuits.BatchedACDC), "threshold": 0.5},
+    ),
+    "EAPIG": lambda a: (circuits.EAPIG, fields(circuits.EAPIG)),
+    "discover": lambda a: (
         ACDC.discover,
         {"model": MODEL, "task": TASK, "checkpoint": None, **PART},
     ),
-    "sweep": (
+    "sweep": lambda a: (
         ACDC.sweep,
-        {"model": MODEL, "task": TASK, "thresholds": [0.5], "guess": SOME, "checkpoint": None}
+        {"model": MODEL, "task": TASK, "thresholds": [0.5], "guess": a.some, "checkpoint": None}
         | PART,
     ),
-    "scores": (
+    "scores": lambda a: (
         circuits.EAP().discover,
         {"model": MODEL, "task": TASK, "graph": GRAPH, "progress": None},
     ),
-    "attribute": (
+    "attribute": lambda a: (
         circuits.EAP().attribute,
         {"model": MODEL, "task": TASK, "graph": GRAPH, "progress": None},
     ),
-    "bootstrap": (circuits.EAP().attribute(MODEL, TASK).bootstrap, {"samples": 2, "seed": 0}),
-    "heads": (circuits.ActivationPatching().heads, {"model": MODEL, "task": TASK, "graph": GRAPH}),
-    "layers": (circuits.ActivationPatching().layers, {"model": MODEL, "task": TASK}),
-    "by_position": (
+    "bootstrap": lambda a: (
+        circuits.EAP().attribute(MODEL, TASK).bootstrap,
+        {"samples": 2, "seed": 0},
+    ),
+    "heads": lambda a: (
+        circuits.ActivationPatching().heads,
+        {"model": MODEL, "task": TASK, "graph": GRAPH},
+    ),
+    "layers": lambda a: (circuits.ActivationPatching().layers, {"model": MODEL, "task": TASK}),
+    "by_position": lambda a: (
         circuits.ActivationPatching().by_position,
         {"model": MODEL, "task": TASK[:1], "of": "mlp", "graph": None},
     ),
-    "run": (
+    "run": lambda a: (
         circuits.run,
         {"discoverer": circuits.EAP(), "model": MODEL, "task": TASK, "notes": None, "out": "runs"},
     ),
-    "load_run": (circuits.load_run, {"folder": RUN.folder}),
-    "evaluate_run": (
+    "load_run": lambda a: (circuits.load_run, {"folder": a.run.folder}),
+    "evaluate_run": lambda a: (
         evaluate_run,
-        {"found": RUN, "model": MODEL, "task": TASK, "metrics": None, "size": 3},
+        {"found": a.run, "model": MODEL, "task": TASK, "metrics": None, "size": 3},
     ),
-    "load_eap_ig": (
+    "load_eap_ig": lambda a: (
         circuits.load_eap_ig,
-        {"path": EAP_IG_FILE, "model": MODEL, "n_prompts": 1, "graph": None},
+        {"path": a.eap_ig_file, "model": MODEL, "n_prompts": 1, "graph": None},
     ),
-    "load_model": (circuits.load_model, {"name_or_path": "toy-world", "device": "cpu"}),
-    "build_model": (
+    "load_model": lambda a: (circuits.load_model, {"name_or_path": "toy-world", "device": "cpu"}),
+    "build_model": lambda a: (
         circuits.build_model,
         {"config": CONFIG, "weights": MODEL.state_dict(), "tokenizer": None, "device": "cpu"},
     ),
-    "PromptPair": (
+    "PromptPair": lambda a: (
         circuits.PromptPair,
         {"clean": "So Mary", "corrupted": "So John", "answer": " is", "wrong_answer": " was"}
         | {"spans": {"N": (3, 7)}, "corrupted_spans": {"N": (3, 7)}},
     ),
-    "from_prompts": (
+    "from_prompts": lambda a: (
         Task.from_prompts,
-        {"model": TOY, "pairs": [("So Mary", "So John", " is", " was")], **MADE},
+        {"model": a.toy, "pairs": [("So Mary", "So John", " is", " was")], **MADE},
     ),
-    "from_file": (Task.from_file, {"path": TABLE, "model": TOY, **MADE}),
-    "from_tokens": (
+    "from_file": lambda a: (Task.from_file, {"path": a.table, "model": a.toy, **MADE}),
+    "from_tokens": lambda a: (
         Task.from_tokens,
         {"clean": [[1, 2, 3]], "corrupted": [[1, 2, 4]], "answers": [5], "wrong_answers": [6]}
         | {"attention_mask": [[1, 1, 1]], "lengths": None, "padding_side": "right"}
         | {"answer_positions": [2], "positions": {"A": [[True, False, False]]}}
         | {"metric": "kl", "name": "a"},
     ),
-    "lengths": (
+    "lengths": lambda a: (
         lambda **given: Task.from_tokens([[1, 2, 3]], [[1, 2, 4]], **given),
         {"lengths": [2], "padding_side": "left"},
     ),
-    "some prompts": (TASK.__getitem__, {"indices": [0]}),
-    "task to": (TASK.to, {"device": "cpu"}),
+    "some prompts": lambda a: (TASK.__getitem__, {"indices": [0]}),
+    "task to": lambda a: (TASK.to, {"device": "cpu"}),
 }
 
 
 @pytest.mark.parametrize("name", ENTRANCES)
-def test_arguments_of_any_kind_end_in_a_result_or_in_one_line(name, tmp_path, monkeypatch):
+def test_arguments_of_any_kind_end_in_a_result_or_in_one_line(name, made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some texts are names of files
-    entrance, right = ENTRANCES[name]
+    entrance, right = ENTRANCES[name](made)
     entrance(**right)
     failed = {}
     for argument in right:
@@ -259,15 +297,15 @@ def test_arguments_of_any_kind_end_in_a_result_or_in_one_line(name, tmp_path, mo
     assert not failed
 
 
-def words(given: object) -> dict[str, object]:
+def words(a: SimpleNamespace | None, given: object) -> dict[str, object]:
     """Calls with a word where something else is wanted, all of which counted silently once."""
     return {
-        "from_inputs": lambda: SOME.connected(from_inputs=given),
-        "selected": lambda: circuits.Circuit(GRAPH, SOME.scores, SOME.kept, given),
-        "record": lambda: circuits.Circuit(GRAPH, SOME.scores, SOME.kept, record=given),
+        "from_inputs": lambda: a.some.connected(from_inputs=given),
+        "selected": lambda: circuits.Circuit(GRAPH, a.some.scores, a.some.kept, given),
+        "record": lambda: circuits.Circuit(GRAPH, a.some.scores, a.some.kept, record=given),
         "causal": lambda: circuits.Graph(**COLUMNS, causal=given),
         "split_embed": lambda: circuits.component_graph(MODEL, split_embed=given),
-        "method": lambda: circuits.score_correlation(SCORED, SCORED, given),
+        "method": lambda: circuits.score_correlation(a.scored, a.scored, given),
         "confirm": lambda: circuits.Precision("int8", confirm=given),
         "progress": lambda: circuits.RandomScores().discover(MODEL, TASK, progress=given),
         "notes": lambda: circuits.run(circuits.EAP(), MODEL, TASK, notes=given),
@@ -276,10 +314,10 @@ def words(given: object) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("name", words(None))
-def test_a_word_is_no_yes_no_number_and_no_other_choice(name):
+@pytest.mark.parametrize("name", words(None, None))
+def test_a_word_is_no_yes_no_number_and_no_other_choice(name, made):
     with pytest.raises(circuits.InputError, match=r"'no'"):
-        words("no")[name]()
+        words(made, "no")[name]()
 
 
 def test_nodes_are_at_no_position_that_only_looks_like_one():
@@ -319,6 +357,6 @@ def test_lists_and_numbers_of_other_libraries_say_the_same(tmp_path):
     assert evaluate_run(found, MODEL, TASK, metrics=metrics)["values"] == values
 
 
-def test_no_metrics_are_refused_where_metrics_are_asked_for():
+def test_no_metrics_are_refused_where_metrics_are_asked_for(made):
     with pytest.raises(circuits.InputError, match=r"metrics=\[\] names no metric"):
-        circuits.evaluate(MODEL, SOME, TASK, metrics=[])
+        circuits.evaluate(MODEL, made.some, TASK, metrics=[])

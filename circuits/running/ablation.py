@@ -22,6 +22,7 @@ from circuits.system.fields import CheckedFields
 from circuits.system.kinds import expect
 from circuits.system.messages import quoted, suggestion
 from circuits.system.numbers import shown
+from circuits.system.tensors import as_tensor
 from circuits.tasks.model_fit import check_task
 from circuits.tasks.task import Task
 
@@ -185,11 +186,10 @@ def _as_tensors(outputs: object) -> dict[Node | str, Tensor]:
     tensors = {}
     for node, value in outputs.items():
         try:
-            tensor = torch.as_tensor(value).detach()
-        except (TypeError, ValueError, RuntimeError) as error:
+            tensor = as_tensor(value, "it").detach()
+        except InputError as error:
             raise InputError(
-                f"the output given for {node} is a {type(value).__name__} of no numbers; give a "
-                "tensor."
+                f"the output given for {node} is a {type(value).__name__}: {error}"
             ) from error
         if tensor.is_complex():
             raise InputError(f"the output given for {node} is complex; give real numbers.")
