@@ -232,7 +232,7 @@ class PromptTokenizer:
 
     def _check_read(self, text: str, ids: TokenIds) -> None:
         """Refuse a text of which these ids say less than it does."""
-        unread = self._unknown(text, ids) or self._dropped(text, ids)
+        unread = self._unknown(text, ids) or self._dropped(text)
         if unread:
             raise DoesNotFit(
                 f"the tokenizer of {self.cfg.model_name} does not know {quoted(unread)} in "
@@ -257,19 +257,21 @@ class PromptTokenizer:
             return words
         return unknown(filter(str.isspace, text.replace(unk, ""))) or [text]
 
-    def _dropped(self, text: str, ids: TokenIds) -> list[str]:
+    def _dropped(self, text: str) -> list[str]:
         """The characters without which the text would be read alike, though they are no spaces."""
-        dropped = []
-        for character in filter(self._is_blank, dict.fromkeys(text)):
-            without = text.replace(character, "")
-            spaced = text.replace(character, " ")
-            # White space that ends words, whichever it is, is as good as a space.
-            if self._ids(without) == ids != self._ids(spaced):
-                dropped.append(character)
-        return dropped
+        blank = filter(self._is_blank, dict.fromkeys(text))
+        return [character for character in blank if self._drops(text, character)]
+
+    def _drops(self, text: str, character: str) -> bool:
+        without = text.replace(character, "")
+        spaced = text.replace(character, " ")
+        # White space that ends words, whichever it is, is as good as a space.
+        return self._ids(without) == self._ids(text) != self._ids(spaced)
 
     def _is_blank(self, character: str) -> bool:
-        """Whether there is nothing to see of a character as the tokenizer reads it."""
+        """Whether there is nothing to see of a character, but for spaces, as it is read."""
+        if character == " ":
+            return False
         if character not in self.blank:
             alone = self._text(self._ids(character))
             self.blank[character] = not alone.strip()
@@ -339,9 +341,8 @@ class PromptTokenizer:
     def _continuation(self, prompt: str, prompt_ids: TokenIds, word: Token) -> TokenIds | None:
         if isinstance(word, int):
             return [checked_id(word, self.cfg)]
-        alone = self._ids(word)
-        if self._dropped(word, alone):
-            self._check_read(word, alone)
+        if self._dropped(word):
+            self._check_read(word, self._ids(word))
         length = len(prompt_ids)
         continued = self.with_bos(self._ids(prompt + word))
         added = continued[length:]
@@ -349,6 +350,7 @@ class PromptTokenizer:
             return added
         # "17" and "33" may merge into the token "1733". The answer is still the token "33", if
         # that adds exactly this text: some tokenizers put a space before a word on its own.
+        alone = self._ids(word)
         if not self._knows(word, alone):
             return None
         extended = self._text(prompt_ids + alone)
