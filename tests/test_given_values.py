@@ -547,12 +547,12 @@ def from_tokens(**given):
 IN_A_SET = {
     "answers": lambda model: from_tokens(answers={9, 10, 11}),
     "answers that never change": lambda model: from_tokens(answers=frozenset({9, 10, 11})),
-    "lengths": lambda model: from_tokens(lengths={1, 2, 3}),
+    "lengths": lambda model: from_tokens(clean=TOKENS[:2], answers=None, lengths={1, 2}),
     "answer positions": lambda model: from_tokens(
         clean=[[5, 6]], answers=None, answer_positions={1}
     ),
     "tokens": lambda model: from_tokens(clean=[{5, 6}, {5, 7}, {5, 8}]),
-    "scores": lambda model: circuits.Circuit.full(circuits.component_graph(model), {1.0, 2.0}),
+    "scores": lambda model: circuits.Circuit.full(circuits.component_graph(model), set(range(479))),
     "prompt pairs": lambda model: circuits.Task.from_prompts(model, {PAIR}),
     "a span": lambda model: circuits.PromptPair("So Mary", spans={"A": {3, 7}}),
     "positions": lambda model: circuits.component_graph(model, positions={"S1", "END"}),
