@@ -49,7 +49,7 @@ from circuits.models import (
     run_to_residual,
     scale_hooks,
 )
-from circuits.models.changes import Changes, changes_and_classes
+from circuits.models.changes import Changes
 from circuits.models.component_graph import POST_NORM_ARCHITECTURES
 from circuits.models.functional import LinearNorm, soft_capped
 from circuits.models.source_outputs import TOLERANCE, keepers, logit_gap, relative_gap
@@ -277,7 +277,7 @@ def freeze(model: Model, transcoders: Transcoders, prompts: Sequence[Prompt]) ->
             changes of the model, those are refused that its weights do not show on these prompts.
     """
     check_model(model)
-    if not only_hooked(changes_and_classes(model)):
+    if not only_hooked(changes(model)):
         check_unchanged(model)
     _check_fit(model, transcoders)
     # In one turn: weights are read as well, in part through attributes that other runs change.

@@ -12,17 +12,24 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from operator import attrgetter
-from types import CodeType, FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as every_module
 from transformer_lens import components
 from transformer_lens.hook_points import HookPoint
+from transformer_lens.utilities.activation_functions import SUPPORTED_ACTIVATIONS
 
 from circuits.models.loading import Model, check_class
+from circuits.models.patches import (
+    RUN,
+    is_library_function,
+    looked_up,
+    patched_members,
+    patches,
+)
 from circuits.system.errors import InputError
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -33,8 +40,6 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 FLAGGED_POINTS = (
     "hook_q_input", "hook_k_input", "hook_v_input", "hook_attn_in", "hook_mlp_in", "hook_result",
 )  # fmt: skip
-# Where the classes of unchanged modules come from.
-LIBRARIES = ("transformer_lens", "torch.")
 NORM_TYPES: dict[str, type[nn.Module]] = {
     "LN": components.LayerNorm,
     "LNPre": components.LayerNormPre,
@@ -45,13 +50,11 @@ NORM_TYPES: dict[str, type[nn.Module]] = {
 LARGEST_MASKED = -1e4
 EMBEDDING = ("embed", "hook_embed", "pos_embed", "hook_pos_embed")
 WHOLE = "the model itself"
-# How torch runs a module, and what a run from tokens to logits does not use of what it may.
-RUN = ("forward", "__call__", "_call_impl")
-NOT_RUN = ("to_tokens", "loss_fn", "to")
 A_HOOK = "a hook"
 
+Modules = dict[str, nn.Module]
 Changes = dict[str, str]
-"""What is changed, by the name of the module."""
+"""What is changed, by the name of the module, or of what modules share."""
 
 _LOCKS: WeakKeyDictionary[Model, Any] = WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
@@ -78,24 +81,18 @@ def changes(model: Model) -> Changes:
         found = {}
         if any(_hooks(every_module, "_global")):
             found["all modules of torch"] = A_HOOK
-        expected, settings = _expected_types(model), own_settings(model)
-        found |= _changed_class(type(model))
+        expected, settings = _expected_modules(model), own_settings(model)
+        found |= _patches(model)
         for name, module in model.named_modules():
-            if type(module) is not expected.get(_in_any_layer(name), type(module)):
-                found[name] = f"a {type(module).__name__}"
+            if other := _other_module(module, _in_any_layer(name), expected):
+                found[name] = other
             elif change := _change_of(module):
                 found[name or WHOLE] = change
+            elif other := _other_values(module, expected.get(_in_any_layer(name))):
+                found[name] = other
             elif settings.get(name, model.cfg) != model.cfg:
                 found[name] = "other settings"
         return found
-
-
-def changes_and_classes(model: Model) -> Changes:
-    """Describe changes of the model, and of the classes of its modules, which all models share."""
-    found = changes(model)
-    for kind in _expected_types(model).values():
-        found |= _changed_class(kind)
-    return found
 
 
 def own_settings(model: Model) -> dict[str, Any]:
@@ -151,7 +148,8 @@ def after_embedding(found: Changes) -> Changes:
 
 def is_changed(module: nn.Module, expected: type) -> bool:
     """Whether a module is of another type than expected, or has been changed inside."""
-    return type(module) is not expected or any(map(_change_of, module.modules()))
+    is_other = type(module) is not expected or any(map(_change_of, module.modules()))
+    return is_other or bool(_patches(module))
 
 
 def last_step_changed(model: Model) -> bool:
@@ -179,7 +177,7 @@ def check_model(model: Model) -> None:
 def check_unchanged(model: Model) -> None:
     """Refuse what `check_model` refuses, and changes, where weights must say what is computed."""
     check_model(model)
-    if found := changes_and_classes(model):
+    if found := changes(model):
         raise InputError(
             f"{model.cfg.model_name} is not what its weights say: {named(found)}. Features and "
             "attribution graphs are computed from weights; remove hooks with "
@@ -197,7 +195,7 @@ def check_differentiable(model: Model) -> None:
 
 
 def _unusable_parts(model: Model) -> Iterator[str]:
-    new = {*vars(model), *_new_members(type(model))}
+    new = {*vars(model), *patched_members(type(model))}
     own = [name for name in RUN if name in new]
     after = [name for name in HOOKS if name != "_forward_pre_hooks"]
     if own or any(_hooks(model, names=after)):
@@ -216,9 +214,10 @@ def _unusable_parts(model: Model) -> Iterator[str]:
         names.setdefault(module, []).append(name)
         if name.endswith(FLAGGED_POINTS) and any(_hooks(module)):
             yield f"it has a hook at {name}, where edges are ablated; remove it with reset_hooks()"
-    for several in filter(lambda each: len(each) > 1, names.values()):
-        # Where TransformerLens has no module of this name, it is no second place in a run.
-        expected = _expected_types(model)
+    shared = [several for several in names.values() if len(several) > 1]
+    # Where TransformerLens has no module of this name, it is no second place in a run.
+    expected = _expected_modules(model) if shared else {}
+    for several in shared:
         first, *others = [name for name in several if _in_any_layer(name) in expected] or [""]
         for name in others:
             yield (
@@ -256,74 +255,54 @@ def _hooks(owner: Any, prefix: str = "", names: Iterable[str] = HOOKS) -> Iterat
 
 
 def _change_of(module: nn.Module) -> str | None:
-    """A hook on a module, a method in place of its class's, or attention that masks nothing."""
+    """A hook on a module, a function put in place of its own, or attention that masks nothing."""
     if any(_hooks(module)):
         return A_HOOK
     for name, value in vars(module).items():
-        is_method = callable(getattr(type(module), name, None)) and not isinstance(value, Own)
-        if is_method and name in _used_names(type(module)):
-            return f"another {name} method"
+        if callable(value) and not isinstance(value, Own) and not _is_activation(value):
+            if name in looked_up(type(module)).names:
+                return f"another {name} method"
     masked = module._buffers.get("IGNORE")
     if masked is not None and masked > LARGEST_MASKED:
         return f"IGNORE={float(masked):g}"
     return None
 
 
-def _changed_class(kind: type) -> Changes:
-    return {f"the class {kind.__name__}": f"another {name} method" for name in _new_members(kind)}
+def _is_activation(value: object) -> bool:
+    """Whether it is an activation that TransformerLens knows, which acts on each number alone."""
+    known = any(value is each for each in SUPPORTED_ACTIVATIONS.values())
+    return known and is_library_function(value)
 
 
-def _new_members(kind: type) -> list[str]:
-    """The members of a class that a run uses, and that TransformerLens did not define there."""
-    used = _used_names(kind)
-    return [
-        name
-        for base in _bases(kind)
-        for name, member in vars(base).items()
-        if name in used and not _is_original(base, name, member)
-    ]
+def _patches(module: nn.Module) -> Changes:
+    """What has been replaced in the classes of modules, and in what these call."""
+    kinds = {type(each) for each in module.modules()}
+    return {where: what for kind in kinds for where, what in patches(kind).items()}
 
 
-def _bases(kind: type) -> list[type]:
-    # Other libraries add methods to `nn.Module` itself, as transformers does.
-    return [base for base in kind.__mro__ if base not in nn.Module.__mro__]
+def _other_module(module: nn.Module, place: str, expected: Modules) -> str | None:
+    """A module of another class than TransformerLens builds, or where it builds none."""
+    if place in expected:
+        is_other = type(module) is not type(expected[place])
+    else:
+        # What is not looked up, as a probe that is kept in the model, is not run.
+        parent, _, last = place.rpartition(".")
+        is_other = parent in expected and last in looked_up(type(expected[parent])).names
+    return f"a {type(module).__name__}" if is_other else None
 
 
-def _is_original(base: type, name: str, member: object) -> bool:
-    """Whether a library defined it there; a wrapper may have another function's name."""
-    function = _function_of(member)
-    if function is None or not base.__module__.startswith(LIBRARIES):
-        return False
-    is_of_module = function.__globals__.get("__name__") == base.__module__
-    return is_of_module and function.__code__.co_qualname == f"{base.__qualname__}.{name}"
-
-
-def _function_of(member: object) -> FunctionType | None:
-    if isinstance(member, property):
-        member = member.fget
-    elif isinstance(member, staticmethod | classmethod):
-        member = member.__func__
-    return member if isinstance(member, FunctionType) else None
-
-
-def _used_names(kind: type) -> set[str]:
-    """The names that a run of a module of this class may look up, in its methods or elsewhere."""
-    found: set[str] = set()
-    names = set(RUN)
-    while names:
-        found |= names
-        members = [vars(base)[name] for base in _bases(kind) for name in names & vars(base).keys()]
-        functions = filter(None, map(_function_of, members))
-        names = {name for each in functions for name in _names_in(each.__code__)}
-        names -= found.union(NOT_RUN)
-    return found
-
-
-def _names_in(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names_in(constant)
+def _other_values(module: nn.Module, expected: nn.Module | None) -> str | None:
+    """Weights with more axes, or tensors for numbers, which may depend on the position."""
+    if expected is None:
+        return None
+    for name, built in expected._parameters.items():
+        given = module._parameters.get(name)
+        if given is not None and built is not None and given.dim() != built.dim():
+            return f"{name} of shape {list(given.shape)}"
+    for name, number in vars(expected).items():
+        if isinstance(number, int | float) and isinstance(vars(module).get(name), Tensor):
+            return f"a tensor as {name}"
+    return None
 
 
 def _in_any_layer(name: str) -> str:
@@ -337,8 +316,8 @@ def _final_norm_type(model: Model) -> type[nn.Module]:
     return NORM_TYPES[kind]
 
 
-def _expected_types(model: Model) -> dict[str, type[nn.Module]]:
-    """The class of every module that TransformerLens builds; `block` stands for every layer."""
+def _expected_modules(model: Model) -> Modules:
+    """Every module that TransformerLens builds, without weights; `block` stands for all layers."""
     cfg = model.cfg
     parts = {"embed": components.Embed, "unembed": components.Unembed}
     if cfg.positional_embedding_type == "standard":
@@ -357,8 +336,7 @@ def _expected_types(model: Model) -> dict[str, type[nn.Module]]:
             f"({type(error).__name__}: {str(error)[:80]!r}); undo what was changed in its classes "
             "or in model.cfg."
         ) from error
-    expected: dict[str, type[nn.Module]] = {"hook_embed": HookPoint, "hook_pos_embed": HookPoint}
+    expected: Modules = {"hook_embed": HookPoint(), "hook_pos_embed": HookPoint()}
     for part, whole in built.items():
-        for name, module in whole.named_modules(prefix=part):
-            expected[name] = type(module)
+        expected |= whole.named_modules(prefix=part)
     return expected
