@@ -82,16 +82,20 @@ def changes(model: Model) -> Changes:
         if any(_hooks(every_module, "_global")):
             found["all modules of torch"] = A_HOOK
         expected, settings = _expected_modules(model), own_settings(model)
-        found |= _patches(model)
+        kinds = {type(model)}
         for name, module in model.named_modules():
-            if other := _other_module(module, _in_any_layer(name), expected):
+            place = _in_any_layer(name)
+            if other := _other_module(module, place, expected):
                 found[name] = other
-            elif change := _change_of(module):
+                continue
+            if place in expected:
+                kinds.add(type(module))
+            if change := _change_of(module) or _other_values(module, expected.get(place)):
                 found[name or WHOLE] = change
-            elif other := _other_values(module, expected.get(_in_any_layer(name))):
-                found[name] = other
             elif settings.get(name, model.cfg) != model.cfg:
                 found[name] = "other settings"
+        for kind in kinds:
+            found |= patches(kind)
         return found
 
 
@@ -148,16 +152,23 @@ def after_embedding(found: Changes) -> Changes:
 
 def is_changed(module: nn.Module, expected: type) -> bool:
     """Whether a module is of another type than expected, or has been changed inside."""
-    is_other = type(module) is not expected or any(map(_change_of, module.modules()))
-    return is_other or bool(_patches(module))
+    if type(module) is not expected or any(map(_change_of, module.modules())):
+        return True
+    return any(map(patches, {type(each) for each in module.modules()}))
 
 
 def last_step_changed(model: Model) -> bool:
     """Whether the final norm or the unembedding has been changed."""
+    last: list[nn.Module] = [model.unembed]
     if is_changed(model.unembed, components.Unembed):
         return True
-    has_norm = model.cfg.normalization_type is not None
-    return has_norm and is_changed(model.ln_final, _final_norm_type(model))
+    if model.cfg.normalization_type is not None:
+        last.append(model.ln_final)
+        if is_changed(model.ln_final, _final_norm_type(model)):
+            return True
+    # A bias or a norm's weight with more axes than one is another at every position.
+    weights = (weight for module in last for weight in module.named_parameters())
+    return any(weight.dim() > 1 for name, weight in weights if name != "W_U")
 
 
 def check_model(model: Model) -> None:
@@ -272,12 +283,6 @@ def _is_activation(value: object) -> bool:
     """Whether it is an activation that TransformerLens knows, which acts on each number alone."""
     known = any(value is each for each in SUPPORTED_ACTIVATIONS.values())
     return known and is_library_function(value)
-
-
-def _patches(module: nn.Module) -> Changes:
-    """What has been replaced in the classes of modules, and in what these call."""
-    kinds = {type(each) for each in module.modules()}
-    return {where: what for kind in kinds for where, what in patches(kind).items()}
 
 
 def _other_module(module: nn.Module, place: str, expected: Modules) -> str | None:

@@ -9,18 +9,22 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformer_lens.hook_points import HookPoint
 
 from circuits.models.changes import (
     NORM_TYPES,
     Own,
     because,
+    changes,
     is_changed,
     last_step_changed,
+    named,
     own_settings,
     part_of,
     turn,
@@ -29,12 +33,16 @@ from circuits.models.functional import soft_capped
 from circuits.models.loading import Model
 from circuits.models.overflow import check_size
 from circuits.system.errors import InputError
+from circuits.system.memory import is_out_of_memory
 from circuits.system.torch_modes import without_modes
 
 Hook = Callable[[Tensor], Tensor | None]
 """Takes an activation and returns its replacement, or None to leave it unchanged."""
 
 Hooks = Sequence[tuple[str, Hook]]
+# Attention's own activations are [batch, head, query, key]. These and norms may be in float32.
+ATTENTION = ("hook_pattern", "hook_attn_scores")
+MIXED = (*ATTENTION, "hook_scale", "hook_normalized")
 # Where all tokens are run to the logits, about this many numbers at a time.
 WHOLE_LOGITS = 1 << 24
 
@@ -129,7 +137,8 @@ def run_to_residual(
         layers: stop after this many layers.
     """
     last = model.cfg.n_layers if layers is None else layers
-    residual = _run(model, tokens, mask, hooks, last)
+    given = _run(model, tokens, mask, hooks, last)
+    residual = _Expected(model, tokens.shape).whole("the residual stream", given)
     check_size(model, residual)
     return residual
 
@@ -138,7 +147,7 @@ def run_to_logits(
     model: Model, tokens: Int[Tensor, "batch pos"], mask: TokenMask
 ) -> Float[Tensor, "batch pos vocab"]:
     """Run a model as it is, to the logits at every token."""
-    return _run(model, tokens, mask)
+    return _Expected(model, tokens.shape).whole("the logits", _run(model, tokens, mask))
 
 
 def _run(
@@ -148,21 +157,26 @@ def _run(
     pads_left = getattr(model.tokenizer, "padding_side", None) == "left"
     attention_mask = torch.ones_like(tokens) if pads_left else None
     masking = _padding_hooks(model, mask)[:layers]
-    with hooked(model, [*hooks, *masking]):
+    shape = tokens.shape
+    with hooked(model, [*hooks, *masking], shape), told(model, shape):
         return model(tokens, attention_mask=attention_mask, stop_at_layer=layers)
 
 
 @contextlib.contextmanager
-def hooked(model: Model, hooks: Hooks) -> Context:
+def hooked(model: Model, hooks: Hooks, shape: Sequence[int] | None = None) -> Context:
     """Add hooks to hook points, or to the outputs of modules, and remove them at the end.
 
     A model that lacks one of these modules, or does not run it in between, is refused.
+
+    Args:
+        shape: of the tokens that are run, to which what a user's hooks return is expanded.
     """
+    expected = _Expected(model, shape)
     with turn(model), contextlib.ExitStack() as stack:
         added: list[tuple[str, _OnOutput]] = []
         for name, function in hooks:
             # A hook point is a module as well: it returns the activation that it is given.
-            hook = _OnOutput(function)
+            hook = _OnOutput(name, function, expected)
             handle = part_of(model, name).register_forward_hook(hook)
             stack.callback(handle.remove)
             added.append((name, hook))
@@ -216,7 +230,7 @@ def scored_logits(
     prompt_logits = model.cfg.d_vocab_out * residual.shape[1]
     size = max(1, WHOLE_LOGITS // prompt_logits)
     pairs = zip(residual.split(size), scored.split(size), strict=True)
-    return torch.cat([_last_step(model, stream)[chosen] for stream, chosen in pairs])
+    return torch.cat([_whole_last_step(model, stream)[chosen] for stream, chosen in pairs])
 
 
 def unembed(
@@ -226,6 +240,15 @@ def unembed(
     rows = residual.flatten(0, -2)
     logits = _last_step(model, rows[None])
     return logits[0].unflatten(0, residual.shape[:-1])
+
+
+def _whole_last_step(
+    model: Model, residual: Float[Tensor, "batch pos d_model"]
+) -> Float[Tensor, "batch pos vocab"]:
+    shape = residual.shape[:2]
+    with told(model, shape):
+        logits = _last_step(model, residual)
+    return _Expected(model, shape).whole("the logits", logits)
 
 
 def _last_step(
@@ -239,15 +262,72 @@ def _last_step(
     return soft_capped(model.unembed(normed), soft_cap)
 
 
+@contextlib.contextmanager
+def told(model: Model, shape: Sequence[int]) -> Context:
+    """Tell in one line what a model cannot be run on because of what a user has changed."""
+    try:
+        yield
+    # A user's hook may raise anything.
+    except Exception as error:
+        found = changes(model)
+        if isinstance(error, InputError) or is_out_of_memory(error) or not found:
+            raise
+        raise InputError(
+            f"{model.cfg.model_name} cannot be run on tokens of shape {list(shape)} "
+            f"({type(error).__name__}: {str(error)[:80]!r}): {named(found)}; let it act on prompts "
+            "of any number and length, and on each vector of the last axis alone, as heads may "
+            "have separate inputs, [batch, pos, head, d_model]; or remove it."
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """What activations are of a run of tokens: a user's hooks may return what broadcasts to it."""
+
+    model: Model
+    shape: Sequence[int] | None
+
+    def whole(self, name: str, found: Any, given: Tensor | None = None) -> Tensor:
+        """Expand an activation, [batch, pos, ...] or in attention [batch, head, query, key].
+
+        Args:
+            given: what it takes the place of.
+        """
+        if self.shape is None:
+            return found
+        try:
+            # Where the model adds what a hook returns, a number will do.
+            found = torch.as_tensor(found, device=None if given is None else given.device)
+            dtype = found.dtype if name.endswith(MIXED) else self.model.cfg.dtype
+            axes = 1 if name.endswith(ATTENTION) else 2
+            rest = (found if given is None else given).shape[axes:]
+            expected = (*self.shape[:axes], *rest)
+            found = found.to(dtype)
+            return found if found.shape == expected else found.expand(expected)
+        except (RuntimeError, TypeError, ValueError) as error:
+            is_tensor = isinstance(found, Tensor)
+            what = f"of shape {list(found.shape)}" if is_tensor else f"a {type(found).__name__}"
+            raise InputError(
+                f"in {self.model.cfg.model_name} {name} is {what} for tokens of shape "
+                f"{list(self.shape)}{because(self.model)}; let hooks return tensors that have the "
+                "shape of what they are given, for any number of prompts, or broadcast to it."
+            ) from error
+
+
 class _OnOutput(Own):
     """A hook of torch that calls a `Hook`."""
 
-    def __init__(self, function: Hook) -> None:
-        self.function, self.was_run = function, False
+    def __init__(self, name: str, function: Hook, expected: _Expected) -> None:
+        self.name, self.function, self.expected = name, function, expected
+        self.was_run = False
 
-    def __call__(self, module: object, arguments: object, output: Tensor) -> Tensor | None:
+    def __call__(self, module: object, arguments: Sequence[Tensor], output: Tensor) -> Tensor:
         self.was_run = True
-        return self.function(output)
+        # A hook point returns what it is given, if no user's hook has acted there.
+        given = arguments[0] if isinstance(module, HookPoint) else None
+        whole = self.expected.whole(self.name, output, given)
+        result = self.function(whole)
+        return whole if result is None else result
 
 
 class _Receiver(Own):

@@ -25,10 +25,9 @@ from circuits.models import (
     scored_logits,
     separate_inputs,
 )
-from circuits.models.changes import because, has_backward_hooks
-from circuits.models.hooked_run import Hooks
+from circuits.models.changes import has_backward_hooks
+from circuits.models.hooked_run import Hooks, told
 from circuits.system.errors import InputError
-from circuits.system.memory import is_out_of_memory
 
 Tokens = Int[Tensor, "batch pos"]
 Mask = Bool[Tensor, "batch pos"]
@@ -37,6 +36,7 @@ Residual = Float[Tensor, "batch pos d_model"]
 Outputs = Float[Tensor, "source batch pos d_model"]
 Directions = Float[Tensor, "d_model direction"]
 Compute = Callable[[Model, Tensor, Tensor, Tensor], Tensor]
+Gap = Callable[[Tensor, Tensor], float]
 OutputRows = Float[Tensor, "source *batch pos d_model"]
 
 # Rounding makes the sum of the outputs differ from the residual stream by less than this share of
@@ -198,15 +198,18 @@ def check_honoured(
     found = changes(model)
     if not found:
         return
-    computed = {"logits": (_model_logits, _logits)}
+    computed: dict[str, tuple[Compute, Compute, Gap]] = {
+        "logits": (_model_logits, _logits, logit_gap)
+    }
     if gradients and has_backward_hooks(model):
-        computed["gradients"] = _gradient, _gradient
+        computed["gradients"] = _gradient, _gradient, relative_gap
     for masked in prompts:
         pieces = [each.split(CHECKED_PROMPTS) for each in masked]
         for some, real, rows in zip(*pieces, strict=True):
             run_and_record(model, nodes, some, real)
-            for what, (alone, together) in computed.items():
-                gap = _gap(model, (some, real, rows), alone, together)
+            for what, (alone, together, gap_of) in computed.items():
+                found_and_expected = _pairs(model, (some, real, rows), alone, together)
+                gap = max(map(gap_of, *zip(*found_and_expected, strict=True)))
                 if gap > TOLERANCE[model.cfg.dtype]:
                     raise InputError(
                         f"{model.cfg.model_name} computes other {what} (by {gap:.1%}) where other "
@@ -217,8 +220,10 @@ def check_honoured(
                     )
 
 
-def _gap(model: Model, prompts: MaskedPrompts, alone: Compute, together: Compute) -> float:
-    """The difference between what prompts give alone, and beside others with separate inputs."""
+def _pairs(
+    model: Model, prompts: MaskedPrompts, alone: Compute, together: Compute
+) -> list[tuple[Tensor, Tensor]]:
+    """What prompts give beside others with separate inputs, and what they give alone."""
     tokens, mask, scored = prompts
     lengths = mask.sum(1).tolist()
     # What acts on the last position, or on all, acts on real tokens here.
@@ -228,8 +233,9 @@ def _gap(model: Model, prompts: MaskedPrompts, alone: Compute, together: Compute
     others = (tokens + 1) % model.cfg.d_vocab
     beside = torch.cat([tokens, tokens, others])
     copies = (given.repeat(3, 1) for given in (mask, scored))
-    found = _with_separate_inputs(model, partial(together, model, beside, *copies))
-    return max(relative_gap(copy, expected) for copy in found.chunk(3)[:2])
+    with separate_inputs(model):
+        found = together(model, beside, *copies)
+    return [(copy, expected) for copy in found.chunk(3)[:2]]
 
 
 def _model_logits(model: Model, tokens: Tokens, mask: Mask, scored: Mask) -> Tensor:
@@ -255,23 +261,9 @@ def _gradient(model: Model, tokens: Tokens, mask: Mask, scored: Mask) -> Tensor:
 
     final = run_to_residual(model, tokens, mask, [(name, start)])
     logits = scored_logits(model, final, scored)
-    (gradient,) = torch.autograd.grad(logits, read[name], logits.detach())
+    with told(model, tokens.shape):
+        (gradient,) = torch.autograd.grad(logits, read[name], logits.detach())
     return gradient[mask]
-
-
-def _with_separate_inputs(model: Model, run: Callable[[], Tensor]) -> Tensor:
-    try:
-        with separate_inputs(model):
-            return run()
-    # A user's hook may raise anything. It did not when the model ran as it is.
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise InputError(
-            f"{model.cfg.model_name} cannot be run where heads have separate inputs, [batch, pos, "
-            f"head, d_model] ({type(error).__name__}: {str(error)[:80]!r}){because(model)}; "
-            "let it act on each vector of the last axis alone, or remove it."
-        ) from error
 
 
 @torch.no_grad()

@@ -40,6 +40,7 @@ from circuits.models.source_outputs import (
     TOLERANCE,
     check_honoured,
     embedding_outputs,
+    logit_gap,
     relative_gap,
     run_and_record,
 )
@@ -292,7 +293,7 @@ def _check_outputs(task_model: TaskModel, found: Outputs) -> None:
     # A few rows are enough for the last step, which does the same to each of them.
     stream = residual[few.scored][:CHECKED_ROWS]
     logits = task_model.unembedding(stream, multiply)
-    last_gap = relative_gap(logits, unembed(model, stream))
+    last_gap = logit_gap(logits, unembed(model, stream))
     if gap > TOLERANCE[expected.dtype]:
         raise UnsupportedError(
             f"its components compute something that is not known (outputs differ by {gap:.1%})"

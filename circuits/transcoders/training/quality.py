@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from circuits import models
@@ -14,10 +14,11 @@ from circuits.models.source_outputs import keepers
 from circuits.system.arguments import checked_arguments
 from circuits.system.errors import InputError
 from circuits.system.numbers import WholeNumber, whole
+from circuits.system.tensors import as_tensor
+from circuits.tasks.model_fit import check_task
+from circuits.tasks.task import Task
 from circuits.transcoders.transcoder import Reads, Transcoders, Writes, check_is_transcoders
 
-Tokens = Int[Tensor, "batch pos"]
-Mask = Bool[Tensor, "batch pos"]
 LayerVectors = Float[Tensor, "layer token d_model"]
 Residual = Float[Tensor, "batch pos d_model"]
 
@@ -27,14 +28,18 @@ Residual = Float[Tensor, "batch pos d_model"]
 def quality(
     model: models.Model,
     transcoders: Transcoders,
-    tokens: Tokens,
-    mask: Mask,
+    tokens: Any,
+    mask: Any,
     *,
     prompts_at_once: WholeNumber = 64,
 ) -> pd.DataFrame:
     """Measure how well transcoders approximate the MLPs on some text.
 
-    All real tokens count but for the first of each prompt. The mask is True for real tokens.
+    All real tokens count but for the first of each prompt.
+
+    Args:
+        tokens: [batch, pos].
+        mask: True, or 1, for real tokens; padding may be on either side.
 
     Returns:
         A row for each layer, with the columns `explained_variance` (1 - squared error / squared
@@ -45,8 +50,10 @@ def quality(
     check_is_transcoders(transcoders)
     transcoders.check()
     size = whole(prompts_at_once, "prompts_at_once", least=1)
-    batches = zip(tokens.split(size), mask.split(size), strict=True)
-    sums = [_sums(model, transcoders, *batch) for batch in batches]
+    text = _text(model, tokens, mask)
+    starts = range(0, len(text), size)
+    batches = (text[start : start + size] for start in starts)
+    sums = [_sums(model, transcoders, batch.clean, batch.mask) for batch in batches]
     columns = zip(*sums, strict=True)
     totals: Any = map(sum, columns)
     n_tokens, fired, y, y_squared, errors = totals
@@ -63,7 +70,7 @@ def quality(
 
 
 def _sums(
-    model: models.Model, transcoders: Transcoders, tokens: Tokens, mask: Mask
+    model: models.Model, transcoders: Transcoders, tokens: Tensor, mask: Tensor
 ) -> tuple[Any, ...]:
     # The number of tokens; by layer, sums over them: how often each feature fires, the outputs y,
     # y^2, and squared errors.
@@ -81,33 +88,33 @@ def _sums(
     return inputs.shape[1], *[each.sum(1) for each in by_token]
 
 
+def _text(model: models.Model, tokens: Any, mask: Any) -> Task:
+    """The prompts of some text that have real tokens, with their padding on the right."""
+    tokens, mask = as_tensor(tokens, "tokens"), as_tensor(mask, "the mask")
+    if tokens.dim() != 2 or mask.shape != tokens.shape:
+        raise InputError(
+            f"the mask has shape {tuple(mask.shape)} and the tokens {tuple(tokens.shape)}; both "
+            "must be [prompt, position], and the mask True for real tokens."
+        )
+    some = mask.any(1)
+    if not some.any():
+        raise InputError("the text has no real tokens; the mask must be True where tokens are.")
+    text = Task.from_tokens(tokens[some], attention_mask=mask[some])
+    check_task(model, text)
+    return text.to(model.cfg.device)
+
+
 @checked_arguments
 @torch.no_grad()
 def record(
-    model: models.Model, reads: Reads, writes: Writes, tokens: Tokens, mask: Mask
+    model: models.Model, reads: Reads, writes: Writes, tokens: Any, mask: Any
 ) -> tuple[LayerVectors, LayerVectors]:
     """Run the model and record what features read and what MLPs write, in every layer.
 
-    All real tokens are recorded but the first of each prompt.
+    All real tokens are recorded but the first of each prompt, as in `quality`.
     """
-    device = model.cfg.device
-    if mask.shape != tokens.shape:
-        raise InputError(
-            f"the mask has shape {tuple(mask.shape)} and the tokens {tuple(tokens.shape)}; give "
-            "one of the same shape, True for real tokens."
-        )
-    if not tokens.numel() or tokens.min() < 0 or tokens.max() >= model.cfg.d_vocab:
-        raise InputError(
-            f"the text has no tokens, or some outside 0 to {model.cfg.d_vocab - 1}; tokenize it "
-            "with this model's tokenizer."
-        )
-    if tokens.shape[1] > model.cfg.n_ctx:
-        raise InputError(
-            f"prompts of {tokens.shape[1]} tokens are too long: {model.cfg.model_name} reads "
-            f"{model.cfg.n_ctx}; cut them."
-        )
-    tokens = tokens.to(device)
-    mask = mask.to(device)
+    text = _text(model, tokens, mask)
+    tokens, mask = text.clean, text.mask
     counted = mask.clone()
     counted[:, 0] = False
     if not counted.any():

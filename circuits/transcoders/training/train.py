@@ -38,8 +38,6 @@ from circuits.system.kinds import expect
 from circuits.system.numbers import items, python_number, real, shown
 from circuits.system.tensors import as_tensor
 from circuits.system.torch_modes import without_modes
-from circuits.tasks.model_fit import check_task
-from circuits.tasks.task import Task
 from circuits.transcoders.training.parameters import (
     TINY,
     FeatureValues,
@@ -203,10 +201,7 @@ class _Trainer:
         # MLP inputs and outputs on the text of a step, not yet normalized.
         reads, writes = READS_WRITES[self.config.kind]
         tokens, mask = self._batch(step)
-        # A task has its padding on the right, wherever it was.
-        text = Task.from_tokens(tokens, attention_mask=mask)
-        check_task(self.model, text)
-        inputs, outputs = record(self.model, reads, writes, text.clean, text.mask)
+        inputs, outputs = record(self.model, reads, writes, tokens, mask)
         dtype = getattr(torch, self.config.dtype)
         return inputs.to(dtype), outputs.to(dtype)
 
