@@ -223,6 +223,29 @@ HONOURED: dict[str, Change] = {
     "a wrapper that has the parts of a layer": module_at("blocks.1", Transparent),
     "a wrapped embedding": module_at("embed", lambda embed: Wrapper(embed, lambda x: x * 0.5)),
     "a model of another class": as_class("", WithLargeEmbeddings),
+    "one number for every MLP output": hook("blocks.0.hook_mlp_out", lambda x: 0.5),
+    "the same neurons for all tokens": hook(
+        "blocks.0.mlp.hook_post", lambda x: torch.linspace(-1, 1, x.shape[-1]).to(x)[None, None]
+    ),
+    "the same heads for all tokens": hook(
+        "blocks.1.attn.hook_z",
+        lambda z: torch.linspace(-1, 1, 24).view(1, 1, 4, 6).repeat(1, z.shape[1], 1, 1),
+    ),
+    "the same pattern for all prompts": hook(
+        "blocks.1.attn.hook_pattern", lambda x: torch.eye(x.shape[-1]).to(x)[None, None]
+    ),
+    "embeddings in another type": hook("hook_embed", lambda x: x.double()),
+    "values in another type": hook("blocks.1.attn.hook_v", lambda x: x.double()),
+    "scales of attention by head": set_value(
+        "blocks.1.attn.attn_scale", torch.tensor([1.0, 2.0, 3.0, 4.0]).view(4, 1, 1)
+    ),
+    "a bias with another axis": lambda model: setattr(
+        model.unembed, "b_U", nn.Parameter(model.unembed.b_U.detach()[None])
+    ),
+    "an activation that depends on the position": set_value(
+        "blocks.1.mlp.act_fn", lambda x: x.relu() * torch.arange(x.shape[1])[:, None]
+    ),
+    "an activation that is a module": set_value("blocks.1.mlp.act_fn", nn.Tanh()),
     "parametrized attention": lambda model: parametrize.register_parametrization(
         model.blocks[1].attn, "W_O", Halved()
     ),
@@ -243,6 +266,10 @@ MIXES_PROMPTS: dict[str, Change] = {
     "the next one": hook("hook_embed", lambda x: x.roll(1, 0)),
     "the first one": on_tokens(lambda tokens: tokens[:1].expand_as(tokens)),
     "tokens the other way round": on_tokens(lambda tokens: tokens.flip(0)),
+    "an activation": set_value("blocks.1.mlp.act_fn", lambda x: x.relu() - x.relu().mean(0)),
+    "a module as activation": set_value(
+        "blocks.1.mlp.act_fn", Wrapper(nn.ReLU(), lambda x: x - x.mean(0))
+    ),
     "chance": module_at("embed", lambda e: Wrapper(e, lambda x: x + torch.randn_like(x))),
 }
 
@@ -289,6 +316,22 @@ REFUSED: dict[str, tuple[Change, str]] = {
         f"a hook that mixes prompts: {name}": (change, "other prompts are in the batch")
         for name, change in MIXES_PROMPTS.items()
     },
+    "an activation by chance": (
+        set_value("blocks.1.mlp.act_fn", nn.functional.dropout),
+        r"computes other logits .* another act_fn method at blocks\.1\.mlp",
+    ),
+    "a bias by position": (
+        set_value("blocks.0.attn.b_O", nn.Parameter(torch.rand(8, 24))),
+        r"b_O of shape \[8, 24\] at blocks\.0\.attn; let it act on prompts of any",
+    ),
+    "a hook that keeps the batch of another run": (
+        hook("blocks.1.hook_mlp_out", lambda x: torch.ones(6, *x.shape[1:])),
+        r"of shape \[6, .* for tokens of shape \[1, .*hook at blocks\.1\.hook_mlp_out",
+    ),
+    "a hook at a position that only some prompts have": (
+        hook("blocks.0.hook_mlp_out", at_position(7, lambda x: x * 0)),
+        "cannot be run on each prompt alone.*hook at blocks.0.hook_mlp_out; let it act on",
+    ),
     "attention under another name": (
         module_at("blocks.1.attn", Wrapper),
         r"no blocks\.1\.attn\.hook_z: it has a Wrapper at blocks\.1\.attn; give the new module",

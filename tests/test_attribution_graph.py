@@ -15,8 +15,16 @@ from changed_models import HONOURED, Halved, hook, torch_hook
 from random_transcoders import KINDS, WITH_MLPS, model_of, random_transcoders
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 from transformer_lens import HookedTransformer
-from transformer_lens.components import MLP, Attention, GatedMLP, LayerNorm, PosEmbed
+from transformer_lens.components import (
+    MLP,
+    AbstractAttention,
+    Attention,
+    GatedMLP,
+    LayerNorm,
+    PosEmbed,
+)
 
 import circuits
 from circuits.attribution.active_features import active_features, gather_sources
@@ -454,6 +462,8 @@ def test_whatever_replaces_a_method_of_a_class_is_seen(replacement, monkeypatch)
         (PosEmbed, "forward"),
         (HookedTransformer, "input_to_embed"),
         (HookedTransformer, "get_pos_offset"),
+        (AbstractAttention, "create_alibi_bias"),
+        (nn.Module, "__call__"),
     ],
 )
 def test_what_a_run_looks_up_in_a_class_is_seen(kind, name, monkeypatch):
@@ -473,9 +483,21 @@ class WithAnotherGenerate(HookedTransformer):
         return 3
 
 
+class WithNamesOfTensors(HookedTransformer):
+    size = "small"
+
+    @property
+    def device(self):
+        return self.cfg.device
+
+
 # What a user may add or replace without another number in any run.
 NOT_COMPUTED = {
     "a method of a subclass": lambda model, patch: patch(model, "__class__", WithAnotherGenerate),
+    "names of others": lambda model, patch: patch(model, "__class__", WithNamesOfTensors),
+    "a module of its own": lambda model, patch: patch(
+        model, "probe", nn.Sequential(MLP(model.cfg), Halved()), raising=False
+    ),
     "a method of the model": lambda model, patch: patch(
         model, "to_tokens", partial(model.to_tokens, prepend_bos=False)
     ),

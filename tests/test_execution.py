@@ -23,11 +23,17 @@ from changed_models import (
 )
 from random_transcoders import random_transcoders
 from torch import nn
-from transformer_lens.components import LayerNorm
+from transformer_lens.components import (
+    AbstractAttention,
+    LayerNorm,
+    TransformerBlock,
+    abstract_attention as attention_functions,
+)
+from transformer_lens.components.mlps import mlp as mlp_functions
 
 import circuits
 from circuits.graph.nodes import MLP, Head, Node
-from circuits.models import check_unchanged, counting_passes
+from circuits.models import check_model, check_unchanged, counting_passes
 from circuits.models.component_graph import component_nodes
 from circuits.models.source_outputs import source_outputs
 from circuits.running import run as execution
@@ -893,6 +899,34 @@ SECOND_NAMES = {
 }
 
 
+def with_half_norms(model):
+    for norm in filter(lambda part: isinstance(part, LayerNorm), model.modules()):
+        norm.register_forward_hook(lambda norm, given, out: out / 2)
+
+
+def with_half_patterns(model):
+    for layer in range(2):
+        hook(f"blocks.{layer}.attn.hook_pattern", lambda x: x / 2)(model)
+
+
+def with_half_weights(model):
+    for parameter in (each for block in model.blocks for each in block.mlp.parameters()):
+        parameter.data /= 2
+
+
+# What is patched for all models, and the same change of one model.
+PATCHES = {
+    "a method": (LayerNorm, "forward", with_half_norms),
+    "a function of a module": (mlp_functions, "batch_addmm", with_half_weights),
+    "a function of torch": (nn.functional, "softmax", with_half_patterns),
+}
+MIXING_PATCHES = {
+    "an MLP": (mlp_functions.MLP, "forward", lambda x: x - x.mean(0)),
+    "heads": (AbstractAttention, "calculate_attention_scores", lambda x: x.roll(1, 0)),
+    "one way of reading": (attention_functions, "simple_attn_linear", lambda x: x * 1.5),
+}
+
+
 class TestModelsThatAUserHasChanged:
     """The whole circuit is the model and the empty one its corrupted run, or both are refused."""
 
@@ -956,13 +990,23 @@ class TestModelsThatAUserHasChanged:
             circuits.run_circuit(model, whole, even, ablation=circuits.Ablation("mean", over=task))
 
     @pytest.mark.parametrize("change", SECOND_NAMES)
-    def test_second_names_of_modules_change_nothing(self, change, task):
+    def test_second_names_of_modules_change_nothing(self, change, task, monkeypatch):
         model = random_model("gpt2")
         graph = circuits.component_graph(model)
         kept = torch.stack([~graph.mask([]), graph.mask([])])
         expected = circuits.run_circuits(model, graph, kept, task)
         scores = circuits.EAP().discover(model, task).scores
         SECOND_NAMES[change](model)
+        built = []
+        initial = TransformerBlock.__init__
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                TransformerBlock,
+                "__init__",
+                lambda block, *args: (built.append(block), initial(block, *args))[1],
+            )
+            check_model(model)
+        assert len(built) <= 1
         torch.testing.assert_close(circuits.run_circuits(model, graph, kept, task), expected)
         found = circuits.EAP().discover(model, task).scores
         torch.testing.assert_close(found, scores, atol=1e-6, rtol=1e-4)
@@ -982,6 +1026,49 @@ class TestModelsThatAUserHasChanged:
             with pytest.raises(circuits.InputError, match=told) as error:
                 compute()
             assert "\n" not in str(error.value) and len(str(error.value)) <= 500
+
+    @pytest.mark.parametrize("patch", PATCHES)
+    def test_a_patch_of_a_library_is_what_the_same_change_of_a_model_is(
+        self, patch, task, monkeypatch
+    ):
+        patched, changed = random_model("gpt2"), random_model("gpt2")
+        whole = circuits.Circuit.full(circuits.component_graph(patched))
+        owner, name, change = PATCHES[patch]
+        change(changed)
+        logits = circuits.run_circuit(changed, whole, task)
+        expected = circuits.EAP().discover(changed, task).scores
+        plain = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **rest: plain(*args, **rest) / 2)
+        found = circuits.run_circuit(patched, whole, task)
+        torch.testing.assert_close(found, logits, atol=1e-4, rtol=0)
+        found = circuits.EAP().discover(patched, task).scores
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+
+    @pytest.mark.parametrize("patch", MIXING_PATCHES)
+    def test_a_patch_of_a_library_that_acts_in_some_runs_only_is_refused(
+        self, patch, task, monkeypatch
+    ):
+        model = random_model("gpt2")
+        graph = circuits.component_graph(model)
+        owner, name, change = MIXING_PATCHES[patch]
+        plain = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: change(plain(*args)))
+        for compute in (
+            lambda: circuits.evaluate(model, circuits.Circuit.full(graph), task),
+            lambda: circuits.EAP().discover(model, task),
+        ):
+            with pytest.raises(circuits.InputError, match=f"computes other .* another {name} "):
+                compute()
+
+    @pytest.mark.parametrize("masked", [-1e9, -1e4])
+    def test_a_masked_token_does_not_hide_what_mixes_prompts(self, masked, task):
+        model = random_model("gpt2")
+        model.unembed.b_U.data[:40] = masked
+        whole = circuits.Circuit.full(circuits.component_graph(model))
+        circuits.run_circuit(model, whole, task, executor="hooks")
+        MIXES_PROMPTS["the mean"](model)
+        with pytest.raises(circuits.InputError, match="computes other logits"):
+            circuits.run_circuit(model, whole, task)
 
     def test_a_layer_in_which_edges_cannot_be_ablated_is_refused_if_any_are(self, task):
         model = random_model("gpt2")

@@ -207,6 +207,13 @@ def test_a_hook_that_mixes_the_gradients_of_prompts_is_refused(change):
         EAP().discover(model, task)
 
 
+def test_a_hook_that_gives_one_gradient_for_all_prompts_is_refused():
+    model = random_model("gpt2")
+    hook("blocks.0.hook_mlp_out", lambda g: (g[:1],), "bwd")(model)
+    with pytest.raises(circuits.InputError, match=r"changed the size .* hook at blocks\.0\."):
+        EAP().discover(model, random_task())
+
+
 def test_a_hook_that_scales_gradients_scales_scores():
     model, task = random_model("gpt2"), random_task()
     plain = EAP().discover(model, task).scores

@@ -8,6 +8,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import pandas.testing
 import pytest
 import torch
 from architectures import VOCAB, random_model
@@ -222,7 +223,9 @@ def test_models_without_mlps_and_prompts_of_one_token_are_refused(model: Model) 
         train_transcoders(model, lambda step: batches(step, length=1), SMALL)
 
 
-def test_padding_of_the_text_may_be_on_either_side(model: Model) -> None:
+def test_padding_of_the_text_may_be_on_either_side(
+    model: Model, trained: dict[TranscoderKind, Transcoders]
+) -> None:
     def padded_left(step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What a tokenizer gives, whose masks are integers."""
         tokens, mask = batches(step)
@@ -233,6 +236,19 @@ def test_padding_of_the_text_may_be_on_either_side(model: Model) -> None:
     settings = replace(SMALL, steps=3)
     right, left = [train_transcoders(model, text, settings) for text in (batches, padded_left)]
     for one, other in zip(tensors(right), tensors(left), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    made, (tokens, mask) = trained["plt"], padded_left(999)
+    # A prompt that is padding alone is none.
+    rows = torch.cat([torch.zeros_like(tokens[:1]), tokens])
+    real = torch.cat([torch.zeros_like(mask[:1]), mask])
+    expected = quality(model, made, *batches(999), prompts_at_once=1)
+    found = quality(model, made, rows, real, prompts_at_once=1)
+    pandas.testing.assert_frame_equal(found, expected)
+    for one, other in zip(
+        record(model, made.reads, made.writes, *batches(999)),
+        record(model, made.reads, made.writes, rows, real),
+        strict=True,
+    ):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 

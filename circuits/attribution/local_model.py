@@ -48,6 +48,7 @@ from circuits.models import (
     run_to_logits,
     run_to_residual,
     scale_hooks,
+    told,
 )
 from circuits.models.changes import Changes
 from circuits.models.component_graph import POST_NORM_ARCHITECTURES
@@ -304,8 +305,9 @@ def _freeze(model: Model, transcoders: Transcoders, prompts: Sequence[Prompt]) -
         for prompt, run, *layers in by_prompt
     ]
     if found := changes(model):
-        for local, run in zip(local_models, runs, strict=True):
-            _check_explained(model, found, local, run)
+        with told(model, tokens):
+            for local, run in zip(local_models, runs, strict=True):
+                _check_explained(model, found, local, run)
     return local_models
 
 

@@ -44,6 +44,7 @@ from circuits.models.hooked_run import (
     scored_logits,
     separate_gradients,
     separate_inputs,
+    told,
     unembed,
 )
 from circuits.models.identity import check_fits

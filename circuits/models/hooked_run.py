@@ -158,7 +158,7 @@ def _run(
     attention_mask = torch.ones_like(tokens) if pads_left else None
     masking = _padding_hooks(model, mask)[:layers]
     shape = tokens.shape
-    with hooked(model, [*hooks, *masking], shape), told(model, shape):
+    with hooked(model, [*hooks, *masking], shape):
         return model(tokens, attention_mask=attention_mask, stop_at_layer=layers)
 
 
@@ -186,6 +186,40 @@ def hooked(model: Model, hooks: Hooks, shape: Sequence[int] | None = None) -> Co
         if not hook.was_run:
             reason = because(model) or f"; {INSTEAD}"
             raise InputError(f"{name} is not computed in the run of a circuit{reason}.")
+
+
+@contextlib.contextmanager
+def told(model: Model, tokens: Int[Tensor, "batch pos"]) -> Context:
+    """Tell in one line how a changed model cannot be run, though it can be run on these prompts.
+
+    What it raises as well on all of them, with their padding, and on the first is raised as it is.
+    """
+    try:
+        yield
+    # A user's hook may raise anything.
+    except Exception as error:
+        found = changes(model)
+        if isinstance(error, InputError) or is_out_of_memory(error) or not found:
+            raise
+        if not (_can_run(model, tokens) or _can_run(model, tokens[:1])):
+            raise
+        raise InputError(
+            f"{model.cfg.model_name} cannot be run on each prompt alone and on many together "
+            f"({type(error).__name__}: {str(error)[:80]!r}): {named(found)}; let it act on prompts "
+            "of any number and length, and on each vector of the last axis alone, as heads may "
+            "have separate inputs, [batch, pos, head, d_model]; or remove it."
+        ) from error
+
+
+@torch.no_grad()
+def _can_run(model: Model, tokens: Int[Tensor, "batch pos"]) -> bool:
+    mask = torch.ones_like(tokens).bool()
+    try:
+        _run(model, tokens, mask, layers=model.cfg.n_layers)
+    # As above.
+    except Exception:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -245,10 +279,7 @@ def unembed(
 def _whole_last_step(
     model: Model, residual: Float[Tensor, "batch pos d_model"]
 ) -> Float[Tensor, "batch pos vocab"]:
-    shape = residual.shape[:2]
-    with told(model, shape):
-        logits = _last_step(model, residual)
-    return _Expected(model, shape).whole("the logits", logits)
+    return _Expected(model, residual.shape[:2]).whole("the logits", _last_step(model, residual))
 
 
 def _last_step(
@@ -260,24 +291,6 @@ def _last_step(
         normed = model.ln_final(normed)
     soft_cap = model.cfg.output_logits_soft_cap or 0
     return soft_capped(model.unembed(normed), soft_cap)
-
-
-@contextlib.contextmanager
-def told(model: Model, shape: Sequence[int]) -> Context:
-    """Tell in one line what a model cannot be run on because of what a user has changed."""
-    try:
-        yield
-    # A user's hook may raise anything.
-    except Exception as error:
-        found = changes(model)
-        if isinstance(error, InputError) or is_out_of_memory(error) or not found:
-            raise
-        raise InputError(
-            f"{model.cfg.model_name} cannot be run on tokens of shape {list(shape)} "
-            f"({type(error).__name__}: {str(error)[:80]!r}): {named(found)}; let it act on prompts "
-            "of any number and length, and on each vector of the last axis alone, as heads may "
-            "have separate inputs, [batch, pos, head, d_model]; or remove it."
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -321,7 +334,7 @@ class _OnOutput(Own):
         self.name, self.function, self.expected = name, function, expected
         self.was_run = False
 
-    def __call__(self, module: object, arguments: Sequence[Tensor], output: Tensor) -> Tensor:
+    def __call__(self, module: object, arguments: Sequence[Tensor], output: Any) -> Tensor:
         self.was_run = True
         # A hook point returns what it is given, if no user's hook has acted there.
         given = arguments[0] if isinstance(module, HookPoint) else None

@@ -47,9 +47,9 @@ _KNOWN: WeakKeyDictionary[type, LookedUp] = WeakKeyDictionary()
 
 def patches(kind: type) -> dict[str, str]:
     """Describe what libraries did not define of what a run of a module of this class looks up."""
-    found = {
-        f"the class {kind.__name__}": f"another {name} method" for name in patched_members(kind)
-    }
+    of_torch = [name for name in RUN if not _is_original(nn.Module, name)]
+    methods = [*patched_members(kind), *of_torch]
+    found = {f"the class {kind.__name__}": f"another {name} method" for name in methods}
     for (where, name), place in looked_up(kind).functions.items():
         value = place.get(name)
         if callable(value) and not isinstance(value, type) and not _is_library(value, name):
@@ -60,11 +60,10 @@ def patches(kind: type) -> dict[str, str]:
 def patched_members(kind: type) -> list[str]:
     """The members of a class that a run uses, and that no library defined there."""
     names = looked_up(kind).names
-    places = [(base, names) for base in _bases(kind)] + [(nn.Module, {*RUN})]
     return [
         name
-        for base, looked_for in places
-        for name in looked_for & vars(base).keys()
+        for base in _bases(kind)
+        for name in names & vars(base).keys()
         if not _is_original(base, name)
     ]
 

@@ -206,10 +206,12 @@ def check_honoured(
     for masked in prompts:
         pieces = [each.split(CHECKED_PROMPTS) for each in masked]
         for some, real, rows in zip(*pieces, strict=True):
-            run_and_record(model, nodes, some, real)
+            with told(model, masked[0]):
+                run_and_record(model, nodes, some, real)
             for what, (alone, together, gap_of) in computed.items():
-                found_and_expected = _pairs(model, (some, real, rows), alone, together)
-                gap = max(map(gap_of, *zip(*found_and_expected, strict=True)))
+                with told(model, masked[0]):
+                    pairs = _pairs(model, (some, real, rows), alone, together)
+                gap = max(map(gap_of, *zip(*pairs, strict=True)))
                 if gap > TOLERANCE[model.cfg.dtype]:
                     raise InputError(
                         f"{model.cfg.model_name} computes other {what} (by {gap:.1%}) where other "
@@ -261,8 +263,7 @@ def _gradient(model: Model, tokens: Tokens, mask: Mask, scored: Mask) -> Tensor:
 
     final = run_to_residual(model, tokens, mask, [(name, start)])
     logits = scored_logits(model, final, scored)
-    with told(model, tokens.shape):
-        (gradient,) = torch.autograd.grad(logits, read[name], logits.detach())
+    (gradient,) = torch.autograd.grad(logits, read[name], logits.detach())
     return gradient[mask]
 
 

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from circuits.graph.circuit import Circuit, check_is_circuit
 from circuits.graph.graph import Graph, PooledFeatureGraph, by_edge, check_is_graph
-from circuits.models import Model, changes, check_model, frozen, run_to_residual, scored_logits
+from circuits.models import (
+    Model,
+    changes,
+    check_model,
+    frozen,
+    run_to_residual,
+    scored_logits,
+    told,
+)
 from circuits.models.component_graph import component_nodes
 from circuits.running.ablation import Ablation, check_corrupted, with_means_taken
 from circuits.running.edge_layout import check_runnable
@@ -201,7 +209,8 @@ def model_logits(
         size = 1 if changes(model) else PROMPTS_PER_RUN
         for start in range(0, len(task), size):
             part = task[start : start + size]
-            logits.append(_logits(model, part, prompts))
+            with told(model, getattr(task, prompts)):
+                logits.append(_logits(model, part, prompts))
     result = torch.cat(logits)
     check_finite(result, model)
     return result

@@ -37,7 +37,6 @@ from circuits.models import (
     separate_gradients,
     separate_inputs,
 )
-from circuits.models.hooked_run import told
 from circuits.models.propagation import PropagationRules
 from circuits.models.source_outputs import (
     MaskedPrompts,
@@ -227,8 +226,7 @@ class GradientPass:
         *before, last = self._hooks_with_gradient
         live = {name: seen[name] for name in before if seen[name].requires_grad}
         live[last] = final
-        with told(self.model, final.shape[:2]):
-            found = self._differentiated(logits, slopes, live.values())
+        found = self._differentiated(logits, slopes, live.values())
         pairs = zip(live, found, strict=True)
         # Nothing flows back past an activation that was overridden.
         reached = {name: gradient for name, gradient in pairs if gradient is not None}

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from circuits.graph.graph import EdgeMask, Graph
 from circuits.graph.nodes import Node
-from circuits.models import Model, after_embedding, changes, frozen, named, unembed
+from circuits.models import Model, after_embedding, changes, frozen, named, told, unembed
 from circuits.models.component_graph import component_nodes
 from circuits.models.functional import Multiply, multiply
 from circuits.models.source_outputs import (
@@ -224,7 +224,8 @@ def _check_changes(model: Model, nodes: Nodes, task: Task) -> None:
     if beyond := after_embedding(found):
         # A residual stream that is no sum of its nodes is refused by every executor.
         few = task[:CHECKED_PROMPTS]
-        run_and_record(model, nodes, few.clean, few.mask)
+        with told(model, task.clean):
+            run_and_record(model, nodes, few.clean, few.mask)
         raise UnsupportedError(f"{named(beyond)}, so outputs differ from what its weights say")
     if found:
         check_honoured(model, nodes, task.masked_prompts)
