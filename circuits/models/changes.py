@@ -11,6 +11,7 @@ import re
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -90,8 +91,10 @@ def changes(model: Model) -> Changes:
                 continue
             if place in expected:
                 kinds.add(type(module))
-            if change := _change_of(module) or _other_values(module, expected.get(place)):
+            if change := _change_of(module):
                 found[name or WHOLE] = change
+            elif other := _other_values(module, expected.get(place)):
+                found[name] = other
             elif settings.get(name, model.cfg) != model.cfg:
                 found[name] = "other settings"
         for kind in kinds:
@@ -152,9 +155,11 @@ def after_embedding(found: Changes) -> Changes:
 
 def is_changed(module: nn.Module, expected: type) -> bool:
     """Whether a module is of another type than expected, or has been changed inside."""
-    if type(module) is not expected or any(map(_change_of, module.modules())):
+    if type(module) is not expected:
         return True
-    return any(map(patches, {type(each) for each in module.modules()}))
+    parts = list(module.modules())
+    kinds = {type(each) for each in parts}
+    return any(map(_change_of, parts)) or any(map(patches, kinds))
 
 
 def last_step_changed(model: Model) -> bool:
@@ -167,8 +172,10 @@ def last_step_changed(model: Model) -> bool:
         if is_changed(model.ln_final, _final_norm_type(model)):
             return True
     # A bias or a norm's weight with more axes than one is another at every position.
-    weights = (weight for module in last for weight in module.named_parameters())
-    return any(weight.dim() > 1 for name, weight in weights if name != "W_U")
+    named_weights = (module.named_parameters() for module in last)
+    weights = dict(chain(*named_weights))
+    weights.pop("W_U", None)
+    return any(weight.dim() > 1 for weight in weights.values())
 
 
 def check_model(model: Model) -> None:
@@ -270,9 +277,10 @@ def _change_of(module: nn.Module) -> str | None:
     if any(_hooks(module)):
         return A_HOOK
     for name, value in vars(module).items():
-        if callable(value) and not isinstance(value, Own) and not _is_activation(value):
-            if name in looked_up(type(module)).names:
-                return f"another {name} method"
+        if not callable(value) or isinstance(value, Own) or _is_activation(value):
+            continue
+        if name in looked_up(type(module)).names:
+            return f"another {name} method"
     masked = module._buffers.get("IGNORE")
     if masked is not None and masked > LARGEST_MASKED:
         return f"IGNORE={float(masked):g}"
@@ -292,7 +300,9 @@ def _other_module(module: nn.Module, place: str, expected: Modules) -> str | Non
     else:
         # What is not looked up, as a probe that is kept in the model, is not run.
         parent, _, last = place.rpartition(".")
-        is_other = parent in expected and last in looked_up(type(expected[parent])).names
+        if parent not in expected:
+            return None
+        is_other = last in looked_up(type(expected[parent])).names
     return f"a {type(module).__name__}" if is_other else None
 
 
@@ -302,10 +312,13 @@ def _other_values(module: nn.Module, expected: nn.Module | None) -> str | None:
         return None
     for name, built in expected._parameters.items():
         given = module._parameters.get(name)
-        if given is not None and built is not None and given.dim() != built.dim():
+        if given is None or built is None:
+            continue
+        if given.dim() != built.dim():
             return f"{name} of shape {list(given.shape)}"
     for name, number in vars(expected).items():
-        if isinstance(number, int | float) and isinstance(vars(module).get(name), Tensor):
+        given = vars(module).get(name)
+        if isinstance(number, int | float) and isinstance(given, Tensor):
             return f"a tensor as {name}"
     return None
 

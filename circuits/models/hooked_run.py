@@ -138,7 +138,8 @@ def run_to_residual(
     """
     last = model.cfg.n_layers if layers is None else layers
     given = _run(model, tokens, mask, hooks, last)
-    residual = _Expected(model, tokens.shape).whole("the residual stream", given)
+    expected = _Expected(model, tokens.shape)
+    residual = expected.whole("the residual stream", given)
     check_size(model, residual)
     return residual
 
@@ -147,7 +148,9 @@ def run_to_logits(
     model: Model, tokens: Int[Tensor, "batch pos"], mask: TokenMask
 ) -> Float[Tensor, "batch pos vocab"]:
     """Run a model as it is, to the logits at every token."""
-    return _Expected(model, tokens.shape).whole("the logits", _run(model, tokens, mask))
+    logits = _run(model, tokens, mask)
+    expected = _Expected(model, tokens.shape)
+    return expected.whole("the logits", logits)
 
 
 def _run(
@@ -199,9 +202,10 @@ def told(model: Model, tokens: Int[Tensor, "batch pos"]) -> Context:
     # A user's hook may raise anything.
     except Exception as error:
         found = changes(model)
-        if isinstance(error, InputError) or is_out_of_memory(error) or not found:
+        if isinstance(error, InputError) or is_out_of_memory(error):
             raise
-        if not (_can_run(model, tokens) or _can_run(model, tokens[:1])):
+        runs = (_can_run(model, each) for each in (tokens, tokens[:1]))
+        if not found or not any(runs):
             raise
         raise InputError(
             f"{model.cfg.model_name} cannot be run on each prompt alone and on many together "
@@ -264,7 +268,8 @@ def scored_logits(
     prompt_logits = model.cfg.d_vocab_out * residual.shape[1]
     size = max(1, WHOLE_LOGITS // prompt_logits)
     pairs = zip(residual.split(size), scored.split(size), strict=True)
-    return torch.cat([_whole_last_step(model, stream)[chosen] for stream, chosen in pairs])
+    whole = ((_whole_last_step(model, stream), chosen) for stream, chosen in pairs)
+    return torch.cat([logits[chosen] for logits, chosen in whole])
 
 
 def unembed(
@@ -279,7 +284,9 @@ def unembed(
 def _whole_last_step(
     model: Model, residual: Float[Tensor, "batch pos d_model"]
 ) -> Float[Tensor, "batch pos vocab"]:
-    return _Expected(model, residual.shape[:2]).whole("the logits", _last_step(model, residual))
+    logits = _last_step(model, residual)
+    expected = _Expected(model, residual.shape[:2])
+    return expected.whole("the logits", logits)
 
 
 def _last_step(
@@ -310,12 +317,12 @@ class _Expected:
             return found
         try:
             # Where the model adds what a hook returns, a number will do.
-            found = torch.as_tensor(found, device=None if given is None else given.device)
+            found = torch.as_tensor(found)
+            like = found if given is None else given
             dtype = found.dtype if name.endswith(MIXED) else self.model.cfg.dtype
             axes = 1 if name.endswith(ATTENTION) else 2
-            rest = (found if given is None else given).shape[axes:]
-            expected = (*self.shape[:axes], *rest)
-            found = found.to(dtype)
+            expected = (*self.shape[:axes], *like.shape[axes:])
+            found = found.to(like.device, dtype)
             return found if found.shape == expected else found.expand(expected)
         except (RuntimeError, TypeError, ValueError) as error:
             is_tensor = isinstance(found, Tensor)

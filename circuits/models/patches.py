@@ -27,6 +27,9 @@ LIBRARIES = ("transformer_lens", "torch", "einops", "numpy")
 STANDARD = sys.stdlib_module_names
 
 Path = tuple[str, ...]
+Lookups = tuple[set[str], set[Path], set[str]]
+Place = tuple[str, str]
+ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 # Marks a path that starts at a global name.
 GLOBAL = ""
 
@@ -39,7 +42,7 @@ class LookedUp:
     """
 
     names: set[str]
-    functions: dict[tuple[str, str], dict[str, Any]]
+    functions: dict[Place, dict[str, Any]]
 
 
 _KNOWN: WeakKeyDictionary[type, LookedUp] = WeakKeyDictionary()
@@ -50,9 +53,10 @@ def patches(kind: type) -> dict[str, str]:
     of_torch = [name for name in RUN if not _is_original(nn.Module, name)]
     methods = [*patched_members(kind), *of_torch]
     found = {f"the class {kind.__name__}": f"another {name} method" for name in methods}
-    for (where, name), place in looked_up(kind).functions.items():
-        value = place.get(name)
-        if callable(value) and not isinstance(value, type) and not _is_library(value, name):
+    functions = looked_up(kind).functions
+    for (where, name), names in functions.items():
+        value = names.get(name)
+        if _is_function(value) and not _is_library(value, name):
             found[where] = f"another {name} function"
     return found
 
@@ -76,9 +80,10 @@ def looked_up(kind: type) -> LookedUp:
     names = set(RUN)
     while names:
         found.names |= names
-        members = [vars(base)[name] for base in _bases(kind) for name in names & vars(base).keys()]
+        members = (vars(base)[name] for base in _bases(kind) for name in names & vars(base).keys())
+        functions = list(filter(None, map(_function_of, members)))
         names = set()
-        for function in filter(None, map(_function_of, members)):
+        for function in functions:
             names |= _names_in(kind, function)
             _add_functions(function, found)
         names -= found.names | NOT_RUN
@@ -104,11 +109,9 @@ def _names_in(kind: type, function: FunctionType) -> set[str]:
         for name in others & vars(base).keys()
         if _is_original(base, name)
     }
-    of_class = {
-        path[1]
-        for path in paths
-        if len(path) > 1 and function.__globals__.get(path[0]) in kind.__mro__
-    }
+    values = function.__globals__
+    longer = (path for path in paths if len(path) > 1)
+    of_class = {name for start, name, *_ in longer if values.get(start) in kind.__mro__}
     return of_self | methods | of_class
 
 
@@ -118,16 +121,21 @@ def _add_functions(function: FunctionType, found: LookedUp) -> None:
     for path in paths:
         place: Any = function.__globals__
         for name in path:
-            value, where = place.get(name), str(place.get("__name__"))
+            value = place.get(name)
             if isinstance(value, ModuleType):
                 place = vars(value)
                 continue
-            is_function = callable(value) and not isinstance(value, type)
-            if is_function and (where, name) not in found.functions:
-                found.functions[where, name] = place
-                if _root_of(value) == LIBRARIES[0] and isinstance(value, FunctionType):
+            key = str(place.get("__name__")), name
+            if _is_function(value) and key not in found.functions:
+                found.functions[key] = place
+                is_followed = isinstance(value, FunctionType)
+                if is_followed and _root_of(value) == LIBRARIES[0]:
                     _add_functions(value, found)
             break
+
+
+def _is_function(value: object) -> bool:
+    return callable(value) and not isinstance(value, type)
 
 
 def _is_library(value: object, name: str) -> bool:
@@ -137,7 +145,9 @@ def _is_library(value: object, name: str) -> bool:
     root = _root_of(value)
     if root == LIBRARIES[0]:
         return getattr(value, "__name__", "") == name
-    return root in LIBRARIES or (isinstance(value, FunctionType) and root in STANDARD)
+    if root in LIBRARIES:
+        return True
+    return isinstance(value, FunctionType) and root in STANDARD
 
 
 def _root_of(value: object) -> str:
@@ -158,7 +168,8 @@ def _bases(kind: type) -> list[type]:
 def _is_original(base: type, name: str) -> bool:
     """Whether a library defined it there; a wrapper may have another function's name."""
     function = _function_of(vars(base)[name])
-    if function is None or base.__module__.partition(".")[0] not in LIBRARIES:
+    library, _, _ = base.__module__.partition(".")
+    if function is None or library not in LIBRARIES:
         return False
     if base is nn.Module:
         return _root_of(function) == "torch"
@@ -175,21 +186,25 @@ def _function_of(member: object) -> FunctionType | None:
 
 
 @cache
-def _lookups(code: CodeType) -> tuple[set[str], set[Path], set[str]]:
+def _lookups(code: CodeType) -> Lookups:
     """What code looks up: names of its first argument, global names with theirs, and others."""
     first = code.co_varnames[:1]
-    of_self, paths, others = set[str](), set[Path](), set[str]()
+    of_self: set[str] = set()
+    paths: set[Path] = set()
+    others: set[str] = set()
     for each in _codes(code):
         others |= {*each.co_names}
         path: Path | None = None
         for step in dis.get_instructions(each):
             if step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
                 # Some versions of Python load two at once; the second is looked into.
-                loaded = step.argval[-1:] if isinstance(step.argval, tuple) else (step.argval,)
-                path = () if loaded == first else None
+                loaded = step.argval
+                if isinstance(loaded, tuple):
+                    loaded = loaded[-1]
+                path = () if loaded in first else None
             elif step.opname == "LOAD_GLOBAL":
                 path = (GLOBAL, step.argval)
-            elif path is not None and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            elif path is not None and step.opname in ATTRIBUTES:
                 path = (*path, step.argval)
             else:
                 path = None

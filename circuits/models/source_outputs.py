@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, starmap
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -36,7 +36,9 @@ Residual = Float[Tensor, "batch pos d_model"]
 Outputs = Float[Tensor, "source batch pos d_model"]
 Directions = Float[Tensor, "d_model direction"]
 Compute = Callable[[Model, Tensor, Tensor, Tensor], Tensor]
+LogitRows = Float[Tensor, "row vocab"]
 Gap = Callable[[Tensor, Tensor], float]
+Compared = tuple[Compute, Compute, Gap]
 OutputRows = Float[Tensor, "source *batch pos d_model"]
 
 # Rounding makes the sum of the outputs differ from the residual stream by less than this share of
@@ -141,7 +143,7 @@ def relative_gap(found: Tensor, expected: Tensor) -> float:
     return float(gap / size.clamp(min=1e-30))
 
 
-def logit_gap(found: Float[Tensor, "row vocab"], expected: Float[Tensor, "row vocab"]) -> float:
+def logit_gap(found: LogitRows, expected: LogitRows) -> float:
     """The largest difference between logits, as a share of their size.
 
     The size is that of the logit itself, or if larger of the largest that counts: next to a token
@@ -151,7 +153,9 @@ def logit_gap(found: Float[Tensor, "row vocab"], expected: Float[Tensor, "row vo
     size = expected.abs()
     largest = size.masked_fill(~counts, 0).max()
     gap = (found - expected).abs()
-    return float((gap / size.clamp(min=largest).clamp(min=1e-30)).max())
+    size = size.clamp(min=largest).clamp(min=1e-30)
+    share = gap / size
+    return float(share.max())
 
 
 def run_and_record(
@@ -198,9 +202,7 @@ def check_honoured(
     found = changes(model)
     if not found:
         return
-    computed: dict[str, tuple[Compute, Compute, Gap]] = {
-        "logits": (_model_logits, _logits, logit_gap)
-    }
+    computed: dict[str, Compared] = {"logits": (_model_logits, _logits, logit_gap)}
     if gradients and has_backward_hooks(model):
         computed["gradients"] = _gradient, _gradient, relative_gap
     for masked in prompts:
@@ -211,7 +213,7 @@ def check_honoured(
             for what, (alone, together, gap_of) in computed.items():
                 with told(model, masked[0]):
                     pairs = _pairs(model, (some, real, rows), alone, together)
-                gap = max(map(gap_of, *zip(*pairs, strict=True)))
+                gap = max(starmap(gap_of, pairs))
                 if gap > TOLERANCE[model.cfg.dtype]:
                     raise InputError(
                         f"{model.cfg.model_name} computes other {what} (by {gap:.1%}) where other "
@@ -237,7 +239,8 @@ def _pairs(
     copies = (given.repeat(3, 1) for given in (mask, scored))
     with separate_inputs(model):
         found = together(model, beside, *copies)
-    return [(copy, expected) for copy in found.chunk(3)[:2]]
+    one, other, _ = found.chunk(3)
+    return [(one, expected), (other, expected)]
 
 
 def _model_logits(model: Model, tokens: Tokens, mask: Mask, scored: Mask) -> Tensor:

@@ -53,7 +53,7 @@ def quality(
     text = _text(model, tokens, mask)
     starts = range(0, len(text), size)
     batches = (text[start : start + size] for start in starts)
-    sums = [_sums(model, transcoders, batch.clean, batch.mask) for batch in batches]
+    sums = [_sums(model, transcoders, batch) for batch in batches]
     columns = zip(*sums, strict=True)
     totals: Any = map(sum, columns)
     n_tokens, fired, y, y_squared, errors = totals
@@ -69,12 +69,11 @@ def quality(
     return pd.DataFrame(measures).rename_axis("layer")
 
 
-def _sums(
-    model: models.Model, transcoders: Transcoders, tokens: Tensor, mask: Tensor
-) -> tuple[Any, ...]:
+def _sums(model: models.Model, transcoders: Transcoders, text: Task) -> tuple[Any, ...]:
     # The number of tokens; by layer, sums over them: how often each feature fires, the outputs y,
     # y^2, and squared errors.
-    inputs, outputs = record(model, transcoders.reads, transcoders.writes, tokens, mask)
+    reads, writes = transcoders.reads, transcoders.writes
+    inputs, outputs = record(model, reads, writes, text.clean, text.mask)
     activations, made = {}, []
     # All tokens are taken as one prompt.
     for layer, prompt in enumerate(inputs[:, None]):
@@ -90,7 +89,8 @@ def _sums(
 
 def _text(model: models.Model, tokens: Any, mask: Any) -> Task:
     """The prompts of some text that have real tokens, with their padding on the right."""
-    tokens, mask = as_tensor(tokens, "tokens"), as_tensor(mask, "the mask")
+    tokens = as_tensor(tokens, "tokens")
+    mask = as_tensor(mask, "the mask")
     if tokens.dim() != 2 or mask.shape != tokens.shape:
         raise InputError(
             f"the mask has shape {tuple(mask.shape)} and the tokens {tuple(tokens.shape)}; both "
