@@ -40,9 +40,10 @@ Hook = Callable[[Tensor], Tensor | None]
 """Takes an activation and returns its replacement, or None to leave it unchanged."""
 
 Hooks = Sequence[tuple[str, Hook]]
-# Attention's own activations are [batch, head, query, key]. These and norms may be in float32.
+# Attention's own activations are [batch, head, query, key]. These, norms and the choice of experts
+# may be in another type than the model.
 ATTENTION = ("hook_pattern", "hook_attn_scores")
-MIXED = (*ATTENTION, "hook_scale", "hook_normalized")
+MIXED = (*ATTENTION, "hook_scale", "hook_normalized", "hook_expert_weights")
 # Where all tokens are run to the logits, about this many numbers at a time.
 WHOLE_LOGITS = 1 << 24
 
@@ -319,9 +320,15 @@ class _Expected:
             # Where the model adds what a hook returns, a number will do.
             found = torch.as_tensor(found)
             like = found if given is None else given
-            dtype = found.dtype if name.endswith(MIXED) else self.model.cfg.dtype
+            keeps_type = name.endswith(MIXED) or not like.is_floating_point()
+            dtype = like.dtype if keeps_type else self.model.cfg.dtype
             axes = 1 if name.endswith(ATTENTION) else 2
-            expected = (*self.shape[:axes], *like.shape[axes:])
+            tokens, rest = self.shape[:axes], like.shape[axes:]
+            expected = (*tokens, *rest)
+            # Norms of heads see all vectors in a row.
+            pairs = zip(like.shape, tokens, strict=False)
+            if given is not None and any(have not in (1, want) for have, want in pairs):
+                expected = tuple(like.shape)
             found = found.to(like.device, dtype)
             return found if found.shape == expected else found.expand(expected)
         except (RuntimeError, TypeError, ValueError) as error:
