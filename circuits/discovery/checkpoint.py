@@ -120,10 +120,12 @@ def search_digest(method: Mapping[str, Any], model: Model, graph: Graph, task: T
     """Hash what the result of a method (its `CircuitDiscoverer.identity`) depends on."""
     nodes = list(map(str, graph.nodes))
     # A metric that is told by its name counts as it is registered now.
-    metric = METRICS.get(str(task.metric), task.metric)
-    is_shipped = isinstance(metric, Metric) and metric.shipped
-    code = code_digest(model, str(metric) if is_shipped else metric).key()
-    inputs = [method, code, nodes, graph.positions, task.digest()]
+    metric: Any = METRICS.get(task.metric, task.metric)
+    if isinstance(metric, Metric) and metric.shipped:
+        metric = metric.name
+    code = code_digest(model, metric).key()
+    prompts = task.digest()
+    inputs = [method, code, nodes, graph.positions, prompts]
     text = json.dumps(inputs).encode()
     digest = hashlib.blake2b(text, digest_size=16)
     columns = graph.source, graph.target, graph.slot

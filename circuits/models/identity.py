@@ -147,7 +147,9 @@ def _tokenized_by(tokenizer: PreTrainedTokenizerFast) -> Parts:
     """What a tokenizer makes of a text, without what each call sets anew."""
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
     del settings["padding"], settings["truncation"]
-    held = {name: value for name, value in vars(tokenizer).items() if name not in OF_TOKENIZERS}
+    held = dict(vars(tokenizer))
+    for name in OF_TOKENIZERS:
+        held.pop(name, None)
     return json.dumps(settings), held
 
 
@@ -178,20 +180,22 @@ def checksum(parameter: Tensor) -> bytes:
     they wrap around in 32 bits, which is exact in any order.
     """
     values = plain_tensor(parameter).contiguous().flatten()
-    bits = values.view(torch.int8 if values.element_size() == 1 else torch.int16)
+    size = values.element_size()
+    bits = values.view(torch.int8 if size == 1 else torch.int16)
     n_blocks = len(bits) // BLOCK
     blocks, rest = bits.tensor_split([n_blocks * BLOCK])
     # sum_j w_j b_ij, with odd random w_j, so that a one in another column is another sum.
     weights = _odd_numbers().to(bits.device)
     parts = blocks.view(-1, BLOCK).split(AT_A_TIME)
     sums = [(part * weights).sum(1, dtype=torch.int32) for part in parts]
-    return _bytes(torch.cat([*sums, rest.int()]))
+    sums.append(rest.int())
+    return _bytes(torch.cat(sums))
 
 
 @functools.cache
 def _odd_numbers() -> Int[Tensor, " block"]:
-    numbers = hashlib.shake_128(b"checksum").digest(4 * BLOCK)
-    return torch.frombuffer(bytearray(numbers), dtype=torch.int32) | 1
+    numbers = bytearray(hashlib.shake_128(b"checksum").digest(4 * BLOCK))
+    return torch.frombuffer(numbers, dtype=torch.int32) | 1
 
 
 def _bytes(values: Tensor) -> bytes:

@@ -73,6 +73,7 @@ Entries = Mapping[Any, Any]
 Files = dict[Path, bytes]
 Paths = Iterator[Path]
 Import = tuple[int, str]
+Steps = list[dis.Instruction]
 
 
 @dataclass(frozen=True)
@@ -235,12 +236,15 @@ class _Walk:
 
     def _set(self, values: Collection[Any]) -> Digest:
         # In an order of their own: that of a set differs between processes.
-        digest = _hash(_name(values), *sorted(map(self.digest, values)))
+        members = sorted(map(self.digest, values))
+        digest = _hash(_name(values), *members)
         return self._with_attributes(digest, values)
 
     def _with_attributes(self, digest: Digest, value: Any) -> Digest:
         held = getattr(value, "__dict__", None)
-        return _hash("with attributes", digest, self._dict(held)) if held else digest
+        if not held:
+            return digest
+        return _hash("with attributes", digest, self._dict(held))
 
     def _dict(self, values: Entries, where: str = "") -> Digest:
         where = where or self._where
@@ -280,7 +284,8 @@ class _Walk:
         inside = {step.argval for step in steps if step.opname not in OF_GLOBALS}
         found: dict[str, Any] = {}
         places = [("", function.__globals__)]
-        for module in _loaded_by(steps, function.__globals__.get("__package__")):
+        package = function.__globals__.get("__package__")
+        for module in _loaded_by(steps, package):
             if self._is_own(module.__name__):
                 places.append((f"{module.__name__}.", vars(module)))
         # It grows by modules, which can hold each other.
@@ -333,8 +338,8 @@ class _Walk:
         about = [kind, getattr(value, "__wrapped__", None)]
         if isinstance(made_of, str):
             # A copy would be what a module has under this name.
-            modules = [getattr(each, "__dict__", {}) for each in list(sys.modules.values())]
-            if not any(module.get(made_of) is value for module in modules):
+            named = (vars(each).get(made_of) for each in _modules())
+            if all(each is not value for each in named):
                 raise TypeError(f"no module has {made_of}")
             return self._all(made_of, about)
         function, arguments, *more = made_of
@@ -409,7 +414,7 @@ _VISITS: dict[Any, Any] = {
 
 
 @functools.lru_cache(maxsize=1024)
-def _steps_of(code: types.CodeType) -> list[dis.Instruction]:
+def _steps_of(code: types.CodeType) -> Steps:
     """The instructions of code, and of the functions that are defined in it."""
     steps = list(dis.get_instructions(code))
     for constant in code.co_consts:
@@ -418,12 +423,20 @@ def _steps_of(code: types.CodeType) -> list[dis.Instruction]:
     return steps
 
 
-def _loaded_by(steps: Iterable[dis.Instruction], package: str | None) -> Iterator[Any]:
+def _modules() -> list[types.ModuleType]:
+    loaded = list(sys.modules.values())
+    return [each for each in loaded if isinstance(each, types.ModuleType)]
+
+
+def _loaded_by(steps: Steps, package: str | None) -> Iterator[types.ModuleType]:
     """The modules that are imported in a function of a package, if they are loaded."""
-    names = [step.argval for step in steps if step.opname == "IMPORT_NAME"]
-    for name in names + [f"{package}.{name}".rstrip(".") for name in names]:
-        if name in sys.modules:
-            yield sys.modules[name]
+    for step in steps:
+        if step.opname != "IMPORT_NAME":
+            continue
+        relative = f"{package}.{step.argval}".rstrip(".")
+        for name in (step.argval, relative):
+            if name in sys.modules:
+                yield sys.modules[name]
 
 
 def _closure_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
@@ -447,7 +460,7 @@ def _only_given(code: types.CodeType) -> set[str]:
     return given - others
 
 
-def _use(steps: list[dis.Instruction]) -> str:
+def _use(steps: Steps) -> str:
     """What is done first with a variable that was loaded: a method that is called, or `SET`."""
     if steps[0].opname in METHOD:
         return str(steps[0].argval)
