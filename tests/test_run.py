@@ -459,6 +459,27 @@ def test_a_metric_told_by_its_name_is_the_one_that_is_registered_under_it_now(
     assert not {*identities[0]} & {*identities[1]}
 
 
+@dataclasses.dataclass
+class OneLogit:
+    """Dataclasses that can be changed have no hash."""
+
+    token: int
+
+    def __call__(self, logits, clean_logits, task):
+        return logits[:, self.token]
+
+
+def test_the_metric_of_a_task_may_be_any_object_that_can_be_called(
+    model, tmp_path, unchecked_types
+):
+    reused = []
+    for token in (0, 0, 1):
+        metric = circuits.Metric("mine", OneLogit(token), "lower_is_damage")
+        task = dataclasses.replace(random_task(), metric=metric)
+        reused.append(run(circuits.EAP(metric=None), model, task, out=tmp_path).reused)
+    assert reused == [False, True, False]
+
+
 def test_a_method_adds_to_what_its_runs_are_found_by(model, tmp_path):
     @dataclasses.dataclass(frozen=True)
     class ByVersion(circuits.EAP):

@@ -765,6 +765,19 @@ def test_a_tokenizer_that_fails_on_a_word_is_told_to() -> None:
     model = reading(words)
     with pytest.raises(circuits.InputError, match=r"fails on 'So John' .*; use other words"):
         prompt_tokens(model, "So John")
+    # It fails on single letters, too, which are not in question.
+    assert prompt_tokens(model, "So Mary").tolist() == [0, 1]
+
+
+def test_only_the_tokens_of_a_prompt_must_be_those_of_the_model() -> None:
+    vocabulary = {"So": 0, "Mary": 1, "[UNK]": 2, "S": 500}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    model = reading(words)
+    model.cfg.d_vocab = 3
+    assert prompt_tokens(model, "So Mary").tolist() == [0, 1]
+    with pytest.raises(circuits.InputError, match="gives token 500"):
+        prompt_tokens(model, "S Mary")
 
 
 def test_an_answer_of_several_tokens_may_be_given_twice(toy: Model) -> None:

@@ -120,7 +120,9 @@ def search_digest(method: Mapping[str, Any], model: Model, graph: Graph, task: T
     """Hash what the result of a method (its `CircuitDiscoverer.identity`) depends on."""
     nodes = list(map(str, graph.nodes))
     # A metric that is told by its name counts as it is registered now.
-    metric: Any = METRICS.get(task.metric, task.metric)
+    metric: Any = task.metric
+    if isinstance(metric, str):
+        metric = METRICS.get(metric, metric)
     if isinstance(metric, Metric) and metric.shipped:
         metric = metric.name
     code = code_digest(model, metric).key()

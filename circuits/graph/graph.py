@@ -28,7 +28,7 @@ from circuits.graph.paths import EdgeIndex, EdgeMask, EdgeNumbers, Paths, Positi
 from circuits.system.errors import InputError
 from circuits.system.kinds import expect
 from circuits.system.numbers import items, ordered_items, shown, truth
-from circuits.system.tensors import as_tensor, check_in_order
+from circuits.system.tensors import as_tensor
 
 ChosenEdges = EdgesOrTexts | EdgeMask | Bool[np.ndarray, " edge"]
 NodeMask = Bool[Tensor, " node"]
@@ -386,7 +386,13 @@ def by_edge(graph: Graph, given: Any, name: str) -> Any:
     labels = given.axes[axis]
     edges = [label for label in labels if "->" in str(label)]
     if not edges:
-        check_in_order(labels, name)
+        # Numbers in another order are those of rows that were sorted or chosen by other values.
+        is_number = labels.inferred_type in ("integer", "floating")
+        if labels.nlevels > 1 or (is_number and not labels.is_monotonic_increasing):
+            raise InputError(
+                f"{name} has the labels {shown(list(labels[:3]))}, so that its order may not be "
+                "the graph's; label it by edges (.set_index('edge')), or give a list (.tolist())."
+            )
         return given
     numbers = np.array(list(map(graph.index, edges)))
     order, everything = numbers.argsort(), np.arange(len(graph))

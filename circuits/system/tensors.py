@@ -61,7 +61,7 @@ def check_same_labels(given: Mapping[str, Any]) -> None:
 def _check_same(given: Mapping[str, Any], axis: str) -> None:
     first = expected = None
     for name, each in given.items():
-        index = labels_of(each, axis)
+        index = _labels_of(each, axis)
         if expected is None:
             first, expected = name, index
         if index is None or len(index) != len(expected) or index.equals(expected):
@@ -75,22 +75,7 @@ def _check_same(given: Mapping[str, Any], axis: str) -> None:
             )
 
 
-def check_in_order(labels: Any, name: str) -> None:
-    """Refuse labels of pandas that are numbers in another order, as after sorting by other values.
-
-    Labels that are no numbers say nothing of an order; None are no labels.
-    """
-    if labels is None:
-        return
-    is_number = labels.inferred_type in ("integer", "floating")
-    if labels.nlevels > 1 or (is_number and not labels.is_monotonic_increasing):
-        raise InputError(
-            f"{name} has the labels {shown(list(labels[:3]))}, so that its order may not be the "
-            "one it was made in; sort it (.sort_index()), or give a list (.tolist()) if it is."
-        )
-
-
-def labels_of(given: Any, axis: str = "index") -> Any:
+def _labels_of(given: Any, axis: str = "index") -> Any:
     """The labels of a series or frame of pandas; None for others, of which lists have a method."""
     index = getattr(given, axis, None)
     return index if hasattr(index, "is_monotonic_increasing") else None

@@ -1,6 +1,7 @@
 """Prompt pairs as text: the pair, pairs from templates, and the two splits."""
 
 import ast
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -160,7 +161,9 @@ def held(text: str) -> list[Any]:
     if not text.rstrip().endswith(ENDS_OF_COLLECTIONS):
         return []
     try:
-        node = ast.parse(text.strip(), mode="eval").body
+        # Of escape sequences, which are text here.
+        with warnings.catch_warnings(action="ignore"):
+            node = ast.parse(text.strip(), mode="eval").body
         name, parts = "", [node]
         if isinstance(node, ast.Call):
             name, parts = ast.unparse(node.func), node.args

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -204,7 +205,7 @@ class PromptTokenizer:
                 "tokenizer reads; write the whole character."
             )
         try:
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = self._read(text)
         # Tokenizers of the `tokenizers` library raise plain exceptions.
         except Exception as error:
             raise InputError(
@@ -218,6 +219,15 @@ class PromptTokenizer:
                 f"{self.cfg.d_vocab} tokens; load the tokenizer that belongs to the model."
             )
         return ids
+
+    def _read(self, text: str) -> TokenIds:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _tried(self, text: str) -> TokenIds | None:
+        """The ids of a text that no user gave; None if the tokenizer fails on it."""
+        with suppress(Exception):
+            return self._read(text)
+        return None
 
     def _text(self, ids: TokenIds) -> str:
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
@@ -263,18 +273,18 @@ class PromptTokenizer:
         return [character for character in blank if self._drops(text, character)]
 
     def _drops(self, text: str, character: str) -> bool:
-        without = text.replace(character, "")
-        spaced = text.replace(character, " ")
+        texts = (text, text.replace(character, ""), text.replace(character, " "))
+        read, without, spaced = map(self._tried, texts)
         # White space that ends words, whichever it is, is as good as a space.
-        return self._ids(without) == self._ids(text) != self._ids(spaced)
+        return None not in (without, spaced) and without == read != spaced
 
     def _is_blank(self, character: str) -> bool:
         """Whether there is nothing to see of a character, but for spaces, as it is read."""
         if character == " ":
             return False
         if character not in self.blank:
-            alone = self._text(self._ids(character))
-            self.blank[character] = not alone.strip()
+            alone = self._tried(character)
+            self.blank[character] = alone is not None and not self._text(alone).strip()
         return self.blank[character]
 
     def _knows(self, text: str, ids: TokenIds) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from circuits.system.errors import InputError, OutOfRangeError
 from circuits.system.numbers import python_number, shown, whole
-from circuits.system.tensors import as_tensor, check_in_order, labels_of
+from circuits.system.tensors import as_tensor
 from circuits.tasks.prompts import DoesNotFit
 
 Prompt = str | Sequence[int] | np.ndarray | Tensor | Mapping[str, Any]
@@ -93,8 +93,6 @@ def prompt_indices(given: Any, n_prompts: int) -> Tensor:
         chosen = _in_slice(given, n_prompts)
     indices = as_tensor(chosen, "indices").cpu()
     is_mask = indices.dtype == torch.bool
-    if is_mask:
-        check_in_order(labels_of(given), "the choice of prompts")
     if is_mask and indices.shape == (n_prompts,):
         return indices.nonzero().flatten()
     if not indices.numel():
