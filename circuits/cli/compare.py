@@ -22,10 +22,10 @@ from circuits.evaluation.compare import Comparison, compare
 from circuits.models import Model
 from circuits.plotting.pages import report_page
 from circuits.runs.circuit_run import CircuitRun, run
-from circuits.runs.run_folder import digest
 from circuits.system.errors import NotWrittenError
 from circuits.system.files import write_bytes, write_json
 from circuits.system.ranks import is_first
+from circuits.system.tensors import digest
 from circuits.tasks.task import Task
 
 # By the label of the method in the table.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from circuits.system.code_digest import code_digest
 from circuits.system.errors import InputError
 from circuits.system.files import path_of, read_tensors, write_tensors
 from circuits.system.ranks import is_first, on_first
+from circuits.system.tensors import digest
 from circuits.tasks.metrics import METRICS, Metric
 from circuits.tasks.task import Task
 
@@ -128,10 +127,4 @@ def search_digest(method: Mapping[str, Any], model: Model, graph: Graph, task: T
     code = code_digest(model, metric).key()
     prompts = task.digest()
     inputs = [method, code, nodes, graph.positions, prompts]
-    text = json.dumps(inputs).encode()
-    digest = hashlib.blake2b(text, digest_size=16)
-    columns = graph.source, graph.target, graph.slot
-    for column in columns:
-        numbers = column.cpu().numpy()
-        digest.update(numbers.tobytes())
-    return digest.hexdigest()
+    return digest(inputs, (graph.source, graph.target, graph.slot))

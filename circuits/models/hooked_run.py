@@ -202,9 +202,9 @@ def told(model: Model, tokens: Int[Tensor, "batch pos"]) -> Context:
         yield
     # A user's hook may raise anything.
     except Exception as error:
-        found = changes(model)
         if isinstance(error, InputError) or is_out_of_memory(error):
             raise
+        found = changes(model)
         runs = (_can_run(model, each) for each in (tokens, tokens[:1]))
         if not found or not any(runs):
             raise

@@ -41,13 +41,14 @@ from circuits.models import Model, counting_passes
 from circuits.models.component_graph import computed_nodes
 from circuits.plotting.pages import circuit_page
 from circuits.running.ablation import Ablation, get_ablation
-from circuits.runs.run_folder import RECORD, describe_setup, digest, locked, read_record
+from circuits.runs.run_folder import RECORD, describe_setup, locked, read_record
 from circuits.system.code_digest import code_digest
 from circuits.system.errors import InputError, NotWrittenError
 from circuits.system.files import is_file, json_text, path_of, read_json, write_bytes, write_json
 from circuits.system.kinds import expect
 from circuits.system.numbers import WholeNumber, whole
 from circuits.system.ranks import RankError, on_first, ranks, totals
+from circuits.system.tensors import digest
 from circuits.tasks.metrics import Metric
 from circuits.tasks.model_fit import check_task
 from circuits.tasks.task import Task

@@ -29,11 +29,12 @@ from circuits.models import Model, check_model
 from circuits.plotting.graph_page.data import GraphData
 from circuits.plotting.graph_page.groups import load_groups
 from circuits.plotting.graph_page.page import graph_page
-from circuits.runs.run_folder import LOCK, RECORD, describe_setup, digest, locked, read_record
+from circuits.runs.run_folder import LOCK, RECORD, describe_setup, locked, read_record
 from circuits.system.code_digest import code_digest
 from circuits.system.errors import InputError, NotWrittenError
 from circuits.system.files import is_file, json_text, path_of, write_bytes, write_json
 from circuits.system.kinds import expect
+from circuits.system.tensors import digest
 from circuits.tasks.tokenization import PromptTokens, prompt_tokens
 
 PAGE = "graph.html"

@@ -6,18 +6,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import platform
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from hashlib import blake2b
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 import circuits
 from circuits.models import Model
@@ -30,16 +27,6 @@ PACKAGES = ("transformer-lens", "transformers")
 SECONDS_BETWEEN_TRIES = 60
 
 Entering = Callable[[], bool]
-
-
-def digest(parts: Any, columns: Iterable[Tensor] = (), *, size: int = 64) -> str:
-    """Hash JSON values and then tensors, to `size` bytes in hexadecimal digits."""
-    text = json.dumps(parts)
-    result = blake2b(text.encode(), digest_size=size)
-    for column in columns:
-        array = column.cpu().numpy()
-        result.update(array.tobytes())
-    return result.hexdigest()
 
 
 @contextlib.contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+import json
+from collections.abc import Iterable, Mapping, Set
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -75,7 +77,7 @@ def _check_same(given: Mapping[str, Any], axis: str) -> None:
             )
 
 
-def _labels_of(given: Any, axis: str = "index") -> Any:
+def _labels_of(given: Any, axis: str) -> Any:
     """The labels of a series or frame of pandas; None for others, of which lists have a method."""
     index = getattr(given, axis, None)
     return index if hasattr(index, "is_monotonic_increasing") else None
@@ -107,6 +109,16 @@ def _with_values(tensor: Tensor, name: str) -> Tensor:
                 "has them all."
             )
     return tensor
+
+
+def digest(parts: Any, columns: Iterable[Tensor] = (), *, size: int = 64) -> str:
+    """Hash JSON values and then tensors, to `size` bytes in hexadecimal digits."""
+    text = json.dumps(parts)
+    result = blake2b(text.encode(), digest_size=size)
+    for column in columns:
+        array = column.cpu().numpy()
+        result.update(array.tobytes())
+    return result.hexdigest()
 
 
 def bytes_of(tensor: Tensor) -> np.ndarray:
