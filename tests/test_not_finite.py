@@ -12,7 +12,7 @@ from test_discoverers import METHODS, made
 
 import circuits
 from circuits.models import cause
-from circuits.models.hooked_run import run_to_residual
+from circuits.models.running import run_to_residual
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,8 @@ from circuits.attribution.feature_graph import (
 )
 from circuits.attribution.local_model import Gradient, LocalModel, check_transcoders, freeze
 from circuits.attribution.tensor_table import join_rows, row_numbers, select_rows, true_rows
-from circuits.models import Model
-from circuits.models.identity import identity
+from circuits.models import Model, shape_of
+from circuits.models.identity import has_weights
 from circuits.system.errors import InputError
 from circuits.system.torch_modes import without_modes
 from circuits.transcoders.transcoder import Transcoders
@@ -78,7 +78,7 @@ def head_shares(
         InputError: the graph was not made with this model and these transcoders.
     """
     _check_graph(model, transcoders, graph)
-    n_edges, cfg = len(graph), model.cfg
+    n_edges, cfg = len(graph), shape_of(model)
     shape = (n_edges, cfg.n_layers, cfg.n_heads)
     shares = graph.weight.new_zeros(shape)
     if not n_edges:
@@ -98,15 +98,14 @@ def _check_graph(model: Model, transcoders: Transcoders, graph: FeatureGraph) ->
             "make the graph with this package to split its edges by head."
         )
     check_transcoders(model, transcoders)
-    for what, made_with, given in (
-        ("a model", graph.model, identity(model)),
-        ("transcoders", graph.transcoders, transcoders.identity),
-    ):
-        if made_with is not None and made_with.weights != given.weights:
-            raise InputError(
-                f"the graph was made with {what} of other weights than {given.name!r} has; "
-                "give those it was made with."
-            )
+    others = []
+    if graph.model is not None and not has_weights(model, graph.model):
+        others.append(f"a model of other weights than {shape_of(model).model_name!r} has")
+    made_with, given = graph.transcoders, transcoders.identity
+    if made_with is not None and made_with.weights != given.weights:
+        others.append(f"transcoders of other weights than {given.name!r} has")
+    if others:
+        raise InputError(f"the graph was made with {others[0]}; give those it was made with.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,6 +38,7 @@ from circuits.models import (
     plain_inputs,
     run_to_residual,
     scale_hooks,
+    shape_of,
     unembed,
 )
 from circuits.system.arguments import checked_arguments
@@ -229,7 +230,7 @@ def intervene(
     span = _PromptSpan(length, length, leading, transcoders)
     located = span.each_located(variants or [[]])
     held = list(map(pattern_hook, layers)) if freeze_attention else []
-    if freeze_norms and model.cfg.normalization_type is not None:
+    if freeze_norms and shape_of(model).has_norms:
         held += [*scale_hooks(model).values(), FINAL_SCALE]
     run = _InterventionRun(model, transcoders, located, leading, held, frozen_layers)
     return run.execute(tokens)
@@ -336,7 +337,7 @@ def generate(
     if not _is_list(interventions):
         raise InputError("interventions must be a list; for a single one, give [intervention].")
     length = len(tokens)
-    final_length = min(length + new_tokens, model.cfg.n_ctx)
+    final_length = min(length + new_tokens, shape_of(model).n_ctx)
     span = _PromptSpan(length, final_length, leading, transcoders)
     (located,) = span.each_located([interventions])
     generator = random_generator(seed)

@@ -31,7 +31,6 @@ from circuits.graph.nodes import PosEmbed, TokenEmbed
 from circuits.models import (
     NORMS,
     Model,
-    ModelWeights,
     cause,
     changes,
     check_model,
@@ -48,11 +47,12 @@ from circuits.models import (
     run_to_logits,
     run_to_residual,
     scale_hooks,
+    shape_of,
     told,
+    weights_of,
 )
 from circuits.models.changes import Changes
-from circuits.models.component_graph import POST_NORM_ARCHITECTURES
-from circuits.models.functional import LinearNorm, soft_capped
+from circuits.models.layers.functional import LinearNorm, soft_capped
 from circuits.models.source_outputs import TOLERANCE, keepers, logit_gap, relative_gap
 from circuits.system.errors import InputError, NotFiniteError
 from circuits.transcoders.transcoder import Transcoders, check_is_transcoders
@@ -238,7 +238,7 @@ def check_transcoders(model: Model, transcoders: Transcoders) -> None:
 
 
 def _check_fit(model: Model, transcoders: Transcoders) -> None:
-    cfg = model.cfg
+    cfg = shape_of(model)
     found = _cannot_be_frozen(model)
     if found:
         raise InputError(
@@ -256,15 +256,13 @@ def _check_fit(model: Model, transcoders: Transcoders) -> None:
 
 
 def _cannot_be_frozen(model: Model) -> list[str]:
-    cfg = model.cfg
-    architecture = cfg.original_architecture
-    only_post_norms = architecture in POST_NORM_ARCHITECTURES
+    shape = shape_of(model)
     reasons = {
-        "no MLPs": cfg.attn_only,
-        "clipped values, which are not linear": cfg.clip_qkv is not None,
-        f"norms only after attention and MLP ({architecture})": only_post_norms,
-        "shortformer positions": cfg.positional_embedding_type == "shortformer",
-        f"layers spread over {cfg.n_devices} devices": cfg.n_devices > 1,
+        "no MLPs": shape.attn_only,
+        "clipped values, which are not linear": shape.clips,
+        "norms only after attention and MLP": shape.has_norms and not shape.has_norms_before,
+        "shortformer positions": shape.positions == "shortformer",
+        f"layers spread over {shape.n_devices} devices": shape.n_devices > 1,
     }
     return list(compress(reasons, reasons.values()))
 
@@ -293,11 +291,11 @@ def _freeze(model: Model, transcoders: Transcoders, prompts: Sequence[Prompt]) -
     runs = [_unpadded(recorded, row, len(prompt), dtype) for row, prompt in enumerate(prompts)]
     # Layer by layer, because prompts share the converted weights of a layer.
     by_layer = []
-    for layer in range(model.cfg.n_layers):
+    for layer in range(shape_of(model).n_layers):
         weights = _layer_weights(model, transcoders, layer)
         frozen_layers = [_frozen_layer(model, transcoders, layer, weights, run) for run in runs]
         by_layer.append(frozen_layers)
-    unembedding = ModelWeights(model).unembedding()
+    unembedding = weights_of(model).unembedding()
     mean_unembedding = unembedding.weight.mean(1, dtype=dtype)
     by_prompt = zip(prompts, runs, *by_layer, strict=True)
     local_models = [
@@ -316,7 +314,7 @@ def _check_explained(model: Model, found: Changes, local: LocalModel, run: Activ
 
     Hooks that only look, and what changes MLPs, are part of what was recorded.
     """
-    layers = range(model.cfg.n_layers)
+    layers = range(shape_of(model).n_layers)
     prompt = local.tokens[None]
     mlps = [f"blocks.{layer}.mlp" for layer in layers]
     with received(model, mlps) as given:
@@ -332,9 +330,9 @@ def _check_explained(model: Model, found: Changes, local: LocalModel, run: Activ
     gaps = [relative_gap(*vectors) for pair in pairs for vectors in zip(*pair, strict=True)]
     at_each = zip(local.logits(EVERYWHERE).split(1), logits.split(1), strict=True)
     gap = max(*gaps, *(logit_gap(*rows) for rows in at_each))
-    if gap > TOLERANCE[model.cfg.dtype]:
+    if gap > TOLERANCE[shape_of(model).dtype]:
         raise InputError(
-            f"{model.cfg.model_name} is not what its weights say ({gap:.1%} of an activation "
+            f"{shape_of(model).model_name} is not what its weights say ({gap:.1%} of an activation "
             f"differs): {named(found)}. Attribution graphs are computed from weights; remove "
             "hooks with reset_hooks(including_permanent=True), or load the model anew."
         )
@@ -342,7 +340,7 @@ def _check_explained(model: Model, found: Changes, local: LocalModel, run: Activ
 
 def compute_dtype(model: Model) -> torch.dtype:
     """Return the precision of the linear map: at least float32, whatever the model's own is."""
-    return torch.promote_types(model.cfg.dtype, torch.float32)
+    return torch.promote_types(shape_of(model).dtype, torch.float32)
 
 
 def pad_prompts(model: Model, prompts: Sequence[Prompt]) -> tuple[TokenBatch, TokenMask]:
@@ -352,7 +350,7 @@ def pad_prompts(model: Model, prompts: Sequence[Prompt]) -> tuple[TokenBatch, To
         InputError: a prompt is empty, longer than the model's context, or holds a token outside
             the model's vocabulary.
     """
-    cfg = model.cfg
+    cfg = shape_of(model)
     for prompt in prompts:
         if not 1 <= len(prompt) <= cfg.n_ctx:
             problem = f"has {len(prompt)} tokens" if len(prompt) else "is empty"
@@ -394,7 +392,7 @@ def apply_norm(norm: LinearNorm, x: ModelVectors) -> ModelVectors:
 
 def norm_at(model: Model, layer: int | None, name: str, residual: ModelVectors) -> LinearNorm:
     """Return a norm with the scale that it has at this residual stream."""
-    weights = ModelWeights(model)
+    weights = weights_of(model)
     _, scale = weights.normalized(layer, residual) or (None, None)
     return weights.linear_norm(layer, name, scale)
 
@@ -403,7 +401,7 @@ def norm_without_scale(model: Model, layer: int, name: str, like: Tensor) -> Lin
     """Return a norm with scale 1, or the identity where the model has no such norm."""
     has_norm = (layer, name) in scale_hooks(model)
     no_scale = like.new_ones(1, 1) if has_norm else None
-    return ModelWeights(model).linear_norm(layer, name, no_scale)
+    return weights_of(model).linear_norm(layer, name, no_scale)
 
 
 def _record(model: Model, tokens: TokenBatch, mask: TokenMask) -> Activations:
@@ -417,9 +415,9 @@ def _record(model: Model, tokens: TokenBatch, mask: TokenMask) -> Activations:
 
 
 def _recorded_hooks(model: Model) -> list[str]:
-    cfg = model.cfg
+    cfg = shape_of(model)
     names = [TOKEN_EMBEDDING, *scale_hooks(model).values()]
-    if cfg.positional_embedding_type == "standard":
+    if cfg.positions == "standard":
         names.append(POSITION_EMBEDDING)
     for layer in range(cfg.n_layers):
         names.append(pattern_hook(layer))
@@ -446,7 +444,7 @@ def _local_model(
     run: Activations,
 ) -> LocalModel:
     residual = run[FINAL_RESIDUAL]
-    unembedding = ModelWeights(model).unembedding()
+    unembedding = weights_of(model).unembedding()
     return LocalModel(
         tokens=prompt.long().to(residual.device),
         layers=layers,
@@ -458,8 +456,8 @@ def _local_model(
         unembedding_bias=unembedding.bias.detach().to(residual),
         mean_unembedding=mean_unembedding,
         soft_cap=unembedding.soft_cap,
-        parallel=model.cfg.parallel_attn_mlp,
-        causal=model.cfg.attention_dir == "causal",
+        parallel=shape_of(model).parallel_attn_mlp,
+        causal=shape_of(model).causal,
     )
 
 
@@ -481,7 +479,7 @@ class _LayerWeights(NamedTuple):
 
 
 def _layer_weights(model: Model, transcoders: Transcoders, layer: int) -> _LayerWeights:
-    weights, dtype = ModelWeights(model), compute_dtype(model)
+    weights, dtype = weights_of(model), compute_dtype(model)
     output = weights.output_projection(layer).detach().to(dtype)
     # (b_V + b_LN W_V[h]) W_O[h]
     value_constant = weights.value_constant(layer).to(dtype)
@@ -524,7 +522,7 @@ def _frozen_layer(
 
 def _norms(model: Model, layer: int, run: Activations) -> list[LinearNorm]:
     """The norms before and after attention, and before and after the MLP."""
-    weights, hooks = ModelWeights(model), scale_hooks(model)
+    weights, hooks = weights_of(model), scale_hooks(model)
     norms = []
     for name in NORMS:
         hook = hooks.get((layer, name), "")

@@ -31,8 +31,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from circuits.attribution.local_model import check_transcoders, norm_without_scale, read_by_features
-from circuits.models import Model
-from circuits.models.functional import LinearNorm
+from circuits.models import Model, shape_of
+from circuits.models.layers.functional import LinearNorm
 from circuits.system.arguments import checked_arguments
 from circuits.system.errors import InputError, OutOfRangeError
 from circuits.system.kinds import expect
@@ -336,7 +336,7 @@ class _Pairs:
         weight = self.transcoders.encoders[0].weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         like = weight[:0].to(dtype)
-        return like if self.model is None else like.to(self.model.cfg.device)
+        return like if self.model is None else like.to(shape_of(self.model).device)
 
     def blocks(self, max_memory: int | None) -> Iterator[Block]:
         """Yield all weights, those from the first sources first."""

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.graph.circuit import Circuit, check_is_circuit
-from circuits.models import Model, check_model
+from circuits.models import Model, check_model, shape_of
 from circuits.models.source_outputs import logit_gap
 from circuits.running.ablation import Ablation
 from circuits.running.run import model_logits, run_variants
@@ -240,7 +240,7 @@ def evaluations(
             "these circuits are over different graphs; evaluate each graph's circuits separately."
         )
     check_model(model)
-    task = task.to(model.cfg.device)
+    task = task.to(shape_of(model).device)
     whole = model_logits(model, task)
     kept = [circuit.kept for circuit in circuits]
     # The empty circuit is one more variant.

@@ -20,7 +20,7 @@ from circuits.graph.circuit import Circuit, check_is_circuit
 from circuits.graph.edges import Edge, parse_edge
 from circuits.graph.graph import Graph, check_is_graph
 from circuits.graph.nodes import Embed, Node, PosEmbed, TokenEmbed
-from circuits.models import Model
+from circuits.models import Model, shape_of
 from circuits.models.component_graph import component_graph
 from circuits.system.errors import InputError
 from circuits.system.files import path_of, write_bytes
@@ -160,7 +160,7 @@ def load_eap_ig(
     try:
         scores, kept = _scores_and_kept(file["edges"], n_prompts, graph)
     except InputError as error:
-        raise InputError(f"{path} does not fit {model.cfg.model_name}: {error}") from error
+        raise InputError(f"{path} does not fit {shape_of(model).model_name}: {error}") from error
     record = {"imported_from": path.name}
     return Circuit(graph, scores, kept, selected=not bool(kept.all()), record=record)
 

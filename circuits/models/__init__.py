@@ -1,12 +1,24 @@
 """Models: the only package that imports transformer_lens or reads a model's modules.
 
 Everything else names nodes. This package knows the hook point at which a node writes or reads,
-which flags those hook points need, and what a block consists of. It never changes a model: flags,
-hooks, gradients and modes are restored.
+how a model is run so that hooks reach it, and what a block consists of. Models of TransformerLens'
+two classes are behind one interface, `Backend`. A model is never changed: flags, hooks, gradients
+and modes are restored.
 """
 
 # ruff: noqa: F401  (what other rooms import from here)
 
+import circuits.models.bridge.backend
+from circuits.models.backend import (
+    HAS_HOOKED_TRANSFORMER,
+    Changes,
+    Hook,
+    Model,
+    check_class,
+    hook_names,
+    shape_of,
+    weights_of,
+)
 from circuits.models.changes import (
     after_embedding,
     changes,
@@ -21,7 +33,6 @@ from circuits.models.hook_points import (
     FINAL_SCALE,
     NORMS,
     attention_output_hook,
-    hook_names,
     input_hook,
     mlp_output_hook,
     mlp_residual_hook,
@@ -31,8 +42,13 @@ from circuits.models.hook_points import (
     residual_hook,
     scale_hooks,
 )
-from circuits.models.hooked_run import (
-    Hook,
+from circuits.models.identity import check_fits
+from circuits.models.layers.weights import ModelWeights
+from circuits.models.loading.load import load_model
+from circuits.models.loading.saved import build_model, save_model
+from circuits.models.loading.source import EMBEDDED
+from circuits.models.overflow import cause, check_weights, count_not_finite
+from circuits.models.running import (
     copies_per_head,
     counting_passes,
     frozen,
@@ -47,14 +63,6 @@ from circuits.models.hooked_run import (
     told,
     unembed,
 )
-from circuits.models.identity import check_fits
-from circuits.models.loading import (
-    EMBEDDED,
-    Model,
-    build_model,
-    check_class,
-    load_model,
-    save_model,
-)
-from circuits.models.overflow import cause, check_weights, count_not_finite
-from circuits.models.weights import ModelWeights
+
+if HAS_HOOKED_TRANSFORMER:
+    import circuits.models.hooked_transformer.backend

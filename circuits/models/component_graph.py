@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import compress
 from typing import Any
 
 from circuits.graph.components import Components
 from circuits.graph.graph import EdgeMask, Graph, Positions
 from circuits.graph.nodes import MLP, Head, Node, check_position_name
-from circuits.models import Model, check_model
-from circuits.models.identity import identity, shape_of
+from circuits.models.backend import Model, backend, shape_of
+from circuits.models.changes import check_model
+from circuits.models.identity import identity
 from circuits.system.errors import InputError
 from circuits.system.numbers import WholeNumber, ordered_items, python_number, truth, whole
 from circuits.system.torch_modes import without_modes
 
 REST = "rest"
 """The span of all tokens that belong to no named span."""
-
-POST_NORM_ARCHITECTURES = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
 
 
 @without_modes()
@@ -49,7 +47,7 @@ def component_graph(
         InputError: the residual stream is not the sum of the nodes, or an option does not fit.
     """
     check_supported(model)
-    kind = model.cfg.positional_embedding_type
+    kind = shape_of(model).positions
     split_embed = truth(split_embed, "split_embed")
     if split_embed and kind != "standard":
         raise InputError(
@@ -57,15 +55,15 @@ def component_graph(
             "use split_embed=False."
         )
     components = components_of(model, split_embed)
-    is_causal = model.cfg.attention_dir == "causal"
-    spans = _spans(positions, model.cfg.n_ctx)
+    is_causal = shape_of(model).causal
+    spans = _spans(positions, shape_of(model).n_ctx)
     graph = Graph.complete(components, spans, causal=is_causal)
     return replace(graph, model=identity(model))
 
 
 def components_of(model: Model, split_embed: bool) -> Components:
     """Return the facts that decide which edges the model's component graph has."""
-    return Components.of(shape_of(model), split_embed)
+    return Components.of(shape_of(model).comparable(), split_embed)
 
 
 def component_nodes(model: Model, split_embed: bool) -> tuple[Node, ...]:
@@ -94,25 +92,11 @@ def computed_nodes(graph: Graph) -> int:
 def check_supported(model: Model) -> None:
     """Refuse architectures whose residual stream is not the sum of their nodes."""
     check_model(model)
-    cfg = model.cfg
-    architecture, positions = cfg.original_architecture, cfg.positional_embedding_type
-    reasons = {
-        "norms after attention and MLP, as in Gemma 2 and 3": (
-            cfg.use_normalization_before_and_after
-        ),
-        f"norms after attention and MLP ({architecture})": architecture in POST_NORM_ARCHITECTURES,
-        "shortformer positions, which enter queries and keys but not the residual stream": (
-            positions == "shortformer"
-        ),
-        "query and key norms that mix heads (OLMoE)": architecture == "OlmoeForCausalLM",
-        "4-bit weights": cfg.load_in_4bit,
-        f"layers spread over {cfg.n_devices} devices": cfg.n_devices > 1,
-    }
-    found = list(compress(reasons, reasons.values()))
+    found = list(backend(model).unsupported())
     if found:
         raise InputError(
-            f"{cfg.model_name} has {' and '.join(found)}: its residual stream is not a sum of its "
-            "components, so no component graph exists."
+            f"{shape_of(model).model_name} has {' and '.join(found)}: its residual stream is not a "
+            "sum of its components, so no component graph exists."
         )
 
 

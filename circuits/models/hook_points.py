@@ -6,7 +6,7 @@ from itertools import product
 
 from circuits.graph.edges import SLOTS
 from circuits.graph.nodes import MLP, Embed, Head, Logits, Node, PosEmbed, TokenEmbed
-from circuits.models.loading import Model
+from circuits.models.backend import Model, shape_of
 
 NORMS = ("ln1", "ln1_post", "ln2", "ln2_post")
 """The norms of a block: before and after attention, before and after the MLP."""
@@ -44,7 +44,7 @@ def input_hook(model: Model, node: Node, slot: str | None) -> str:
         case MLP(layer=layer):
             return f"blocks.{layer}.hook_mlp_in"
         case Logits():
-            return f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+            return f"blocks.{shape_of(model).n_layers - 1}.hook_resid_post"
     raise TypeError(f"{node} reads nothing in slot {slot}.")
 
 
@@ -71,26 +71,26 @@ def pattern_hook(layer: int) -> str:
 def mlp_residual_hook(model: Model, layer: int) -> str:
     """Return where the residual stream that an MLP reads can be read, before the MLP's norm."""
     # In a parallel block the MLP reads what the heads read.
-    point = "hook_resid_pre" if model.cfg.parallel_attn_mlp else "hook_resid_mid"
+    point = "hook_resid_pre" if shape_of(model).parallel_attn_mlp else "hook_resid_mid"
     return f"blocks.{layer}.{point}"
 
 
 def mlp_output_hook(model: Model, layer: int, *, before_norm: bool = False) -> str:
     """Return where an MLP's output can be read, optionally before a norm that follows the MLP."""
     # The module itself is the last point before such a norm.
-    inside = before_norm and model.cfg.use_normalization_before_and_after
+    inside = before_norm and shape_of(model).has_norms_after
     return f"blocks.{layer}.mlp" if inside else f"blocks.{layer}.hook_mlp_out"
 
 
 def scale_hooks(model: Model) -> dict[tuple[int, str], str]:
     """Return where the divisor of each norm of each block can be read, by layer and norm."""
     # The divisor of the final norm is at `FINAL_SCALE`.
-    cfg = model.cfg
-    if cfg.normalization_type is None:
+    cfg = shape_of(model)
+    if not cfg.has_norms:
         return {}
     names = ["ln1"] if cfg.attn_only else ["ln1", "ln2"]
     # Gemma 2 and 3 have norms after attention and MLP as well.
-    if cfg.use_normalization_before_and_after:
+    if cfg.has_norms_after:
         names += [f"{name}_post" for name in names]
     places = product(range(cfg.n_layers), names)
     return {(layer, name): f"blocks.{layer}.{name}.hook_scale" for layer, name in places}

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.models.loading import Model
+from circuits.models.backend import Model, shape_of
 from circuits.system.errors import NotFiniteError
 
 
@@ -18,7 +18,7 @@ def cause(model: Model) -> str:
         check_weights(model)
     except NotFiniteError as error:
         return str(error)
-    if model.cfg.dtype == torch.float16:
+    if shape_of(model).dtype == torch.float16:
         return (
             "the model overflows in its dtype; load it with dtype=torch.float32 "
             "(or torch.bfloat16, which has the same range)."
@@ -37,7 +37,7 @@ def check_weights(model: Model) -> None:
     for name, parameter in model.named_parameters():
         n_bad = count_not_finite(parameter)
         if n_bad:
-            is_narrow = model.cfg.dtype == torch.float16
+            is_narrow = shape_of(model).dtype == torch.float16
             remedy = "load it with dtype=torch.float32" if is_narrow else "load the weights again"
             raise NotFiniteError(
                 f"{n_bad} of {parameter.numel()} entries of {name} are not finite (NaN or "
@@ -47,7 +47,7 @@ def check_weights(model: Model) -> None:
 
 def check_size(model: Model, residual: Float[Tensor, "*axes d_model"]) -> None:
     """Raise an InputError if the norm of a residual stream overflows, which makes it zero."""
-    if model.cfg.normalization_type is None:
+    if not shape_of(model).has_norms:
         return
     wide = torch.promote_types(residual.dtype, torch.float32)
     squares = residual.detach().to(wide).square()

@@ -12,21 +12,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.graph.nodes import Head, Node, PosEmbed, TokenEmbed
-from circuits.models import (
-    Model,
-    ModelWeights,
-    changes,
-    named,
-    output_hook,
+from circuits.models.backend import Model, shape_of, weights_of
+from circuits.models.changes import changes, has_backward_hooks, named
+from circuits.models.hook_points import output_hook, residual_hook
+from circuits.models.running import (
+    Hooks,
     plain_inputs,
-    residual_hook,
     run_to_logits,
     run_to_residual,
     scored_logits,
     separate_inputs,
+    told,
 )
-from circuits.models.changes import has_backward_hooks
-from circuits.models.hooked_run import Hooks, told
 from circuits.system.errors import InputError
 
 Tokens = Int[Tensor, "batch pos"]
@@ -75,7 +72,7 @@ class SourceOutputs:
         nodes = self.nodes[rows]
         like = next(iter(self.activations.values()))
         batch, pos, *_ = like.shape
-        d_model = self.model.cfg.d_model
+        d_model = shape_of(self.model).d_model
         outputs = like.new_empty(len(nodes), batch, pos, d_model)
         # Computed in place: no second copy of the outputs exists.
         writers = recording_hooks(self.model, nodes, outputs)
@@ -86,7 +83,7 @@ class SourceOutputs:
     def attention(self, layer: int) -> Residual:
         """Compute what a layer's attention writes: the sum of z_h W_O[h] over heads, plus b_O."""
         # The heads' products are one product: [z_1 ... z_n] times the W_O[h] stacked.
-        weights = ModelWeights(self.model)
+        weights = weights_of(self.model)
         hook = output_hook(Head(layer, 0))
         z = self.activations[hook]
         projection = weights.output_projection(layer).flatten(0, 1)
@@ -99,7 +96,9 @@ class SourceOutputs:
         #     sum over sources u of out_u . r + sum over layers of b_O . r = residual stream . r
         wide = torch.promote_types(residual.dtype, torch.float32)
         generator = torch.Generator().manual_seed(0)
-        random = torch.randn(self.model.cfg.d_model, DIRECTIONS, generator=generator, dtype=wide)
+        random = torch.randn(
+            shape_of(self.model).d_model, DIRECTIONS, generator=generator, dtype=wide
+        )
         directions = random.to(residual.device)
         expected = (residual.detach().to(wide) @ directions)[mask]
         written = [each[mask] for each in self._along(directions)]
@@ -111,18 +110,18 @@ class SourceOutputs:
         share = gap / size.clamp(min=1e-30)
         largest = float(share.max())
         # False where the gap is NaN: overflow is reported where the logits are checked.
-        if largest > TOLERANCE[self.model.cfg.dtype]:
+        if largest > TOLERANCE[shape_of(self.model).dtype]:
             found = changes(self.model)
             reason = f": {named(found)}; hooks can be where nodes write, as hook_z" if found else ""
             raise InputError(
-                f"in {self.model.cfg.model_name} the outputs of the components do not sum to the "
-                f"residual stream (they miss {largest:.1%} of it at one token), so it has no "
+                f"in {shape_of(self.model).model_name} the outputs of the components do not sum to "
+                f"the residual stream (they miss {largest:.1%} of it at one token), so it has no "
                 f"component graph{reason}."
             )
 
     def _along(self, directions: Directions) -> Iterator[Float[Tensor, "batch pos direction"]]:
         """What is written at each hook point, with biases, along some directions."""
-        weights, wide = ModelWeights(self.model), directions.dtype
+        weights, wide = weights_of(self.model), directions.dtype
         for name, group in output_groups(self.nodes):
             first = self.nodes[group.start]
             written = self.activations[name].flatten(2)
@@ -214,13 +213,13 @@ def check_honoured(
                 with told(model, masked[0]):
                     pairs = _pairs(model, (some, real, rows), alone, together)
                 gap = max(starmap(gap_of, pairs))
-                if gap > TOLERANCE[model.cfg.dtype]:
+                if gap > TOLERANCE[shape_of(model).dtype]:
                     raise InputError(
-                        f"{model.cfg.model_name} computes other {what} (by {gap:.1%}) where other "
-                        "prompts are in the batch, padding follows a prompt or heads have separate "
-                        f"inputs, [batch, pos, head, d_model]: {named(found)}; let it act on each "
-                        "prompt, and on each vector of the last axis, alone and without chance, or "
-                        "remove it."
+                        f"{shape_of(model).model_name} computes other {what} (by {gap:.1%}) where "
+                        "other prompts are in the batch, padding follows a prompt or heads have "
+                        f"separate inputs, [batch, pos, head, d_model]: {named(found)}; let it act "
+                        "on each prompt, and on each vector of the last axis, alone and without "
+                        "chance, or remove it."
                     )
 
 
@@ -234,7 +233,7 @@ def _pairs(
     each = [[given[row : row + 1, :n] for given in prompts] for row, n in enumerate(lengths)]
     expected = torch.cat([alone(model, *prompt) for prompt in each])
     # Circuits run as copies of the prompts, each with other activations.
-    others = (tokens + 1) % model.cfg.d_vocab
+    others = (tokens + 1) % shape_of(model).d_vocab
     beside = torch.cat([tokens, tokens, others])
     copies = (given.repeat(3, 1) for given in (mask, scored))
     with separate_inputs(model):
@@ -323,7 +322,7 @@ def _write_outputs(model: Model, node: Node, into: OutputRows, activation: Tenso
         into.copy_(activation.reshape(into.shape))
         return
     # out_h = z_h W_O[h]
-    weights = ModelWeights(model)
+    weights = weights_of(model)
     projection = weights.output_projection(node.layer).detach()
     z = activation.detach().flatten(0, 1)
     rows = into.view(len(into), -1, into.shape[-1])

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from circuits.graph.nodes import Node, TokenEmbed, parse_node
-from circuits.models import Hook, Model, frozen, output_hook
+from circuits.models import Hook, Model, frozen, output_hook, shape_of
 from circuits.models.source_outputs import SourceOutputs, check_honoured, run_and_record
 from circuits.running.noise import embedding_noise
 from circuits.system.errors import InputError
@@ -280,7 +280,7 @@ class Counterfactuals:
             size = prompts_per_run or len(task)
             means = _means(model, nodes, task, ablation, size)
         elif ablation.name in ("zero", "given"):
-            cfg = model.cfg
+            cfg = shape_of(model)
             # Zeros are a view of one number, so they take no memory.
             zero = torch.zeros(1, dtype=cfg.dtype, device=cfg.device)
             given = zero.expand(len(nodes), *task.clean.shape, cfg.d_model)
@@ -373,7 +373,7 @@ def _means(
     means = {}
     for name, total in sums.items():
         mean = mean_of(total, averaged.mask, axes, n_tokens)
-        means[name] = mean.to(model.cfg.dtype)
+        means[name] = mean.to(shape_of(model).dtype)
     return SourceOutputs(model, nodes, means)
 
 

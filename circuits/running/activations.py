@@ -9,9 +9,9 @@ from torch import Tensor
 
 from circuits.graph.circuit import Circuit, check_is_circuit
 from circuits.graph.nodes import Node
-from circuits.models import Model, frozen, hook_names, separate_inputs
+from circuits.models import Model, frozen, hook_names, separate_inputs, shape_of
 from circuits.models.component_graph import component_nodes
-from circuits.models.hooked_run import INSTEAD
+from circuits.models.running import INSTEAD
 from circuits.running.ablation import Ablation
 from circuits.running.edge_layout import check_runnable
 from circuits.running.hooked import HookedExecutor
@@ -116,7 +116,7 @@ def _of_parts(
     """The activations on the executor's prompts, as many at a time as fit into memory."""
     model = executor.model
     hooks = [text for text in texts if text not in rows]
-    kept = circuit.kept[None].to(model.cfg.device)
+    kept = circuit.kept[None].to(shape_of(model).device)
     ablated = executor.layout.ablated(kept)
     for prompts in executor.parts():
         seen: Seen = {hook: [] for hook in hooks}

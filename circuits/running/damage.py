@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.graph.graph import EdgeMask, Graph
-from circuits.models import Model, check_model
+from circuits.models import Model, check_model, shape_of
 from circuits.models.component_graph import reaching_logits
 from circuits.running.ablation import check_corrupted
 from circuits.running.executor import Executor, get_executor
@@ -47,7 +47,7 @@ class DamageMeter:
         assert metric is not None
         check_model(model)
         # All that is measured is on the model's device.
-        task = task.to(model.cfg.device)
+        task = task.to(shape_of(model).device)
         check_task(model, task)
         check_corrupted(settings.ablation, task)
         executor = get_executor(model, graph, task, settings)

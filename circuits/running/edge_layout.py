@@ -14,7 +14,7 @@ from torch import Tensor
 from circuits.graph.edges import SLOTS
 from circuits.graph.graph import Graph
 from circuits.graph.nodes import MLP, Head, Logits, Node, TokenEmbed, at_position
-from circuits.models import Model, check_fits
+from circuits.models import Model, check_fits, shape_of
 from circuits.models.component_graph import check_supported, component_nodes, sources_of
 from circuits.running.settings import KeptEdges
 from circuits.system.errors import InputError
@@ -82,8 +82,8 @@ class EdgeLayout:
             first = int(missing.nonzero()[0])
             edge = graph.edges[first]
             raise InputError(
-                f"this graph is not a component graph of {model.cfg.model_name}: the model has no "
-                f"edge {edge}."
+                f"this graph is not a component graph of {shape_of(model).model_name}: the model "
+                f"has no edge {edge}."
             )
         shape = (len(spans), len(all_targets), len(nodes))
         taken = torch.zeros(shape, dtype=torch.bool)
@@ -125,11 +125,11 @@ class EdgeLayout:
 
 def _targets(model: Model) -> tuple[HookedTarget, ...]:
     targets: list[HookedTarget] = []
-    for layer in range(model.cfg.n_layers):
+    for layer in range(shape_of(model).n_layers):
         first = Head(layer, 0)
-        n_heads = model.cfg.n_heads
+        n_heads = shape_of(model).n_heads
         targets += [(first, slot, n_heads) for slot in SLOTS]
-        if not model.cfg.attn_only:
+        if not shape_of(model).attn_only:
             targets.append((MLP(layer), None, 1))
     return (*targets, (Logits(), None, 1))
 

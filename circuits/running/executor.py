@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from circuits.graph.graph import EdgeMask, Graph
-from circuits.models import Model
+from circuits.models import Model, shape_of
 from circuits.running.features import FeatureExecutor
 from circuits.running.hooked import HookedExecutor
 from circuits.running.incremental.executor import IncrementalExecutor
@@ -43,7 +43,7 @@ class Executor(Protocol):
 
 def get_executor(model: Model, graph: Graph, task: Task, settings: RunSettings) -> Executor:
     """The executor for this graph: the incremental one, unless it cannot run the model."""
-    name, precision = model.cfg.model_name, settings.precision
+    name, precision = shape_of(model).model_name, settings.precision
     only_incremental = precision is not None or settings.executor == "incremental"
 
     def prepared(executor: Any, **options: Any) -> Executor:

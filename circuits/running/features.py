@@ -45,6 +45,7 @@ from circuits.models import (
     output_hook,
     plain_inputs,
     run_to_residual,
+    shape_of,
     unembed,
 )
 from circuits.models.component_graph import REST
@@ -150,7 +151,7 @@ class FeatureExecutor:
         check_fits(model, graph)
         check_task(model, task)
         _check_usable(graph, task, ablation)
-        task = task.to(model.cfg.device)
+        task = task.to(shape_of(model).device)
         executor = FeatureExecutor(model, found, graph, task, ablation, max_memory)
         if not ablation.takes_means:
             return executor
@@ -195,7 +196,7 @@ class FeatureExecutor:
         widths = shape.n_features + shape.d_model
         length = task.clean.shape[1]
         prompt_bytes = 12 * shape.n_layers * widths * length
-        budget = memory_budget(self.model.cfg.device, self.max_memory, cpu_bytes=CPU_BYTES)
+        budget = memory_budget(shape_of(self.model).device, self.max_memory, cpu_bytes=CPU_BYTES)
         size = max(1, budget // prompt_bytes)
         return [task[start : start + size] for start in range(0, len(task), size)]
 
@@ -256,7 +257,7 @@ class FeatureExecutor:
                     errors[layer, spans.index(position)] = True
                 case TokenEmbed(position):
                     tokens[spans.index(position)] = True
-        device = self.model.cfg.device
+        device = shape_of(self.model).device
         found: dict[Part, Bool[Tensor, "span _"]] = {TOKENS: torch.from_numpy(tokens).to(device)}
         for kind, by_layer in (Feature, features), (Error, errors):
             moved = torch.from_numpy(by_layer).to(device)

@@ -32,6 +32,7 @@ from circuits.models import (
     run_to_residual,
     scored_logits,
     separate_inputs,
+    shape_of,
 )
 from circuits.models.component_graph import sources_of
 from circuits.models.source_outputs import check_honoured, recording_hooks
@@ -78,7 +79,7 @@ class HookedExecutor:
         """Compute the replacement output of every source once, for all circuits to come."""
         check_runnable(model, graph, task)
         layout = EdgeLayout.of(model, graph)
-        task = task.to(model.cfg.device)
+        task = task.to(shape_of(model).device)
         spans = token_spans(graph, task)
         with frozen(model), torch.no_grad():
             check_honoured(model, layout.nodes, task.masked_prompts)
@@ -120,7 +121,7 @@ class HookedExecutor:
 
     def _part_logits(self, prompts: slice, ablated: AblatedEdges) -> VariantLogits:
         """Logits on some prompts, of as many circuits at a time as fit into memory."""
-        budget = memory_budget(self.model.cfg.device, self.max_memory, cpu_bytes=CACHED_BYTES)
+        budget = memory_budget(shape_of(self.model).device, self.max_memory, cpu_bytes=CACHED_BYTES)
         circuit_bytes = self.counterfactuals[:, prompts].nbytes
         size = max(1, budget // circuit_bytes)
         step = partial(self._run, prompts, ablated)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.models import Model, ModelWeights
+from circuits.models import Model, shape_of, weights_of
 from circuits.system.errors import InputError
 from circuits.system.messages import suggestion
 from circuits.tasks.task import Task
@@ -31,12 +31,12 @@ def embedding_noise(model: Model, task: Task, scale: float, seed: int, span: str
             f"{suggestion(span, task.positions)}"
         )
     noised = task.prompt_mask if span is None else task.positions[span]
-    cfg = model.cfg
+    cfg = shape_of(model)
     noise = torch.zeros(*noised.shape, cfg.d_model)
     for row, length in enumerate(task.lengths.tolist()):
         tokens = task.clean[row, :length]
         noise[row, :length] = _normal(tokens, cfg.d_model, seed)
-    deviation = scale * ModelWeights(model).embedding_deviation()
+    deviation = scale * weights_of(model).embedding_deviation()
     weights = noised.cpu()[..., None]
     scaled = noise * weights * deviation
     return scaled.to(cfg.device, cfg.dtype)

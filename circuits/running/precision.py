@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from circuits.models.functional import HeadSelection, Multiply, multiply
+from circuits.models.layers.functional import HeadSelection, Multiply, multiply
 from circuits.system.errors import InputError
 from circuits.system.fields import CheckedFields
 from circuits.system.messages import warn_once

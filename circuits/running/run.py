@@ -19,6 +19,7 @@ from circuits.models import (
     frozen,
     run_to_residual,
     scored_logits,
+    shape_of,
     told,
 )
 from circuits.models.component_graph import component_nodes
@@ -161,7 +162,7 @@ def parts_that_fit(
         return
     # Means would be taken before an executor could refuse what does not fit.
     check_runnable(model, graph, task)
-    task = task.to(model.cfg.device)
+    task = task.to(shape_of(model).device)
     nodes = component_nodes(model, graph.splits_embedding)
     ablation = with_means_taken(model, nodes, task, settings.ablation, prompts_per_run=size)
     settings = replace(settings, ablation=ablation)
@@ -173,7 +174,7 @@ def parts_that_fit(
 
 def _prompts_at_once(model: Model, max_memory: int | None, task: Task) -> int:
     """For how many prompts an executor can be prepared and run one circuit; at least one."""
-    cfg = model.cfg
+    cfg = shape_of(model)
     # Stored: six times the outputs of all sources (clean, ablated, in the empty circuit, a
     # difference, and the changes in one circuit), and by layer the inputs of its slots, q, k and v.
     n_sources = len(component_nodes(model, split_embed=True))
@@ -202,7 +203,7 @@ def model_logits(
     check_model(model)
     check_task(model, task)
     one_of(prompts, "prompts", ["clean", "corrupted"])
-    task = task.to(model.cfg.device)
+    task = task.to(shape_of(model).device)
     logits = []
     with frozen(model), torch.no_grad():
         # What a user has changed may mix the prompts of a batch.

@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 
 import circuits
-from circuits.models import Model
+from circuits.models import Model, shape_of
 from circuits.models.identity import identity
 from circuits.system.errors import InputError, NotWrittenError
 from circuits.system.files import read_json, remove_abandoned
@@ -105,7 +105,7 @@ def describe_setup(model: Model) -> dict[str, Any]:
             "name": model_identity.name,
             "shape": dict(model_identity.shape),
             "weights": model_identity.weights,
-            "dtype": str(model.cfg.dtype),
+            "dtype": str(shape_of(model).dtype),
         },
         "versions": {
             "python": platform.python_version(),
@@ -114,5 +114,5 @@ def describe_setup(model: Model) -> dict[str, Any]:
             # With its build, such as "+cu130", which its package does not always say.
             "torch": torch.__version__,
         },
-        "device": str(model.cfg.device),
+        "device": str(shape_of(model).device),
     }

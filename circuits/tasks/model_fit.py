@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from circuits.models import Model, check_model
+from circuits.models import Model, check_model, shape_of
 from circuits.system.errors import InputError
 from circuits.system.kinds import expect
 from circuits.tasks.readers.padding import check_no_padding
@@ -22,7 +22,7 @@ def check_task(model: Model, task: Task) -> None:
     """Raise an InputError if one of the two is something else, or the task does not fit."""
     check_model(model)
     check_is_task(task)
-    cfg = model.cfg
+    cfg = shape_of(model)
     if not len(task):
         raise InputError(f"task {task.name!r} has no prompts; select at least one.")
     n_tokens = max(task.clean.shape[1], task.corrupted.shape[1])
@@ -61,4 +61,4 @@ def _check_padding(model: Model, task: Task) -> None:
     # Together, as what only the corrupted prompts end with is padding. Both have one shape here.
     tokens = torch.cat([task.clean, task.corrupted])
     real = torch.cat([task.mask, task.corrupted_mask])
-    check_no_padding(model.tokenizer, model.cfg, tokens, real, name, remedy)
+    check_no_padding(model.tokenizer, shape_of(model), tokens, real, name, remedy)

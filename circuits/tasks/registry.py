@@ -6,7 +6,7 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
-from circuits.models import Model
+from circuits.models import Model, shape_of
 from circuits.system.arguments import checked_arguments
 from circuits.system.errors import InputError
 from circuits.system.kinds import one_of
@@ -84,7 +84,7 @@ def load_task(
     if len(encoded) < len(pairs) * MIN_FITTING_SHARE:
         raise InputError(
             f"task {name!r}: only {len(encoded)} of {len(pairs)} prompts fit "
-            f"{model.cfg.model_name}, and at least half must: {fitting.told()}"
+            f"{shape_of(model).model_name}, and at least half must: {fitting.told()}"
             f"{_to_blame(fitting.words)}. "
             "Use another model, or your own prompts (Task.from_prompts)."
         )

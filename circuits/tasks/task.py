@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from circuits.models import Model
+from circuits.models import Model, shape_of
 from circuits.system.arguments import checked_arguments
 from circuits.system.errors import InputError
 from circuits.system.kinds import expect
@@ -449,7 +449,7 @@ def task_from_encoded(
         name=name,
     )
     task = replace(task, prompts=prompts, left_out=dict(left_out), **alignment)
-    return task.to(model.cfg.device)
+    return task.to(shape_of(model).device)
 
 
 def _alignment(encoded: EncodedPairs) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from jaxtyping import Int, Integer
 from torch import Tensor
 
 from circuits.graph.nodes import check_position_name
-from circuits.models import Model, check_class
+from circuits.models import Model, check_class, shape_of
 from circuits.system.errors import InputError
 from circuits.system.messages import quoted, shorten
 from circuits.system.numbers import shown, truth
@@ -95,7 +95,7 @@ class PromptTokenizer:
                 False puts nothing in front; None takes the model's default.
         """
         check_class(model)
-        cfg, tokenizer = model.cfg, model.tokenizer
+        cfg, tokenizer = shape_of(model), model.tokenizer
         name = cfg.model_name
         if tokenizer is None:
             raise InputError(f"the model {name!r} has no tokenizer; use Task.from_tokens.")
@@ -506,7 +506,7 @@ def prompt_tokens(model: Model, prompt: Prompt, prepend_bos: bool | None = None)
     tokens = _given_tokens(ids)
     if mask is None:
         remedy = "give its real tokens only"
-        _check_padding(model.tokenizer, model.cfg, tokens.tolist(), "the prompt", remedy)
+        _check_padding(model.tokenizer, shape_of(model), tokens.tolist(), "the prompt", remedy)
     else:
         mask = as_tensor(mask, "attention_mask").reshape(1, -1)
         tokens = tokens[check_mask(mask, None, "right", tokens[None])[0]]

@@ -21,7 +21,7 @@ from circuits.discovery.gradients.gradient_pass import Gradients, TargetGradient
 from circuits.graph.edges import SLOTS
 from circuits.graph.graph import Graph
 from circuits.graph.nodes import Node
-from circuits.models import Model
+from circuits.models import Model, shape_of
 from circuits.models.component_graph import sources_of
 from circuits.models.source_outputs import output_groups
 from circuits.running.ablation import Changes
@@ -65,7 +65,7 @@ class EdgeProducts:
 
     def start(self, task: Task) -> BatchProducts:
         """Zeros for a batch of prompts."""
-        cfg = self.model.cfg
+        cfg = shape_of(self.model)
         batch, pos = task.clean.shape
         spans, rows, sources = self.layout.shape
         prompts, nodes = (batch, sources) if self.details else (1, 0)

@@ -45,9 +45,10 @@ from circuits.models import (
     frozen,
     output_hook,
     scored_logits,
+    shape_of,
 )
 from circuits.models.component_graph import check_supported
-from circuits.models.propagation import PropagationRules
+from circuits.models.layers.propagation import PropagationRules
 from circuits.models.source_outputs import SourceOutputs, output_groups, run_and_record
 from circuits.running.ablation import Changes, Counterfactuals, check_corrupted
 from circuits.running.edge_layout import EdgeLayout
@@ -154,7 +155,7 @@ class EdgeScoring:
             )
         _warn_of_dead_norms(model, settings, points)
         self.model = model
-        self.task = task.to(model.cfg.device)
+        self.task = task.to(shape_of(model).device)
         self.settings = settings
         self.metric = settings.metric
         self.points = points
@@ -164,7 +165,7 @@ class EdgeScoring:
         self.averaged = len(whole_lines) or 1
         # By where it is taken, the gradient at the logits of all prompts, see `slopes`.
         self.whole: dict[GradientPoint, Logits] = {}
-        budget = memory_budget(model.cfg.device, settings.max_memory, cpu_bytes=CPU_BYTES)
+        budget = memory_budget(shape_of(model).device, settings.max_memory, cpu_bytes=CPU_BYTES)
         layout = EdgeLayout.of(model, graph)
         groups = tuple(target_groups(model, layout))
         self.products = EdgeProducts(model, graph, layout, groups, details, budget)
@@ -453,7 +454,7 @@ def _warn_of_dead_norms(
     model: Model, settings: RunSettings, points: Sequence[GradientPoint]
 ) -> None:
     at_zero = any(point.fraction == 0 and not point.nodes for point in points)
-    has_norms = model.cfg.normalization_type is not None
+    has_norms = shape_of(model).has_norms
     if settings.ablation.name == "zero" and at_zero and has_norms:
         warnings.warn(
             "gradients are taken at zero embeddings, where the norms multiply them by hundreds: "

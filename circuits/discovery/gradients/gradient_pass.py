@@ -22,7 +22,6 @@ from circuits.graph.nodes import Embed, Head, Node, PosEmbed, TokenEmbed
 from circuits.models import (
     Hook,
     Model,
-    ModelWeights,
     attention_output_hook,
     changes,
     copies_per_head,
@@ -36,8 +35,10 @@ from circuits.models import (
     scored_logits,
     separate_gradients,
     separate_inputs,
+    shape_of,
+    weights_of,
 )
-from circuits.models.propagation import PropagationRules
+from circuits.models.layers.propagation import PropagationRules
 from circuits.models.source_outputs import (
     MaskedPrompts,
     SourceOutputs,
@@ -104,7 +105,7 @@ class Gradients:
     def _at_heads(
         self, layer: int, slot: str, gradient: HeadGradients, rows: TargetGradients
     ) -> None:
-        projection = ModelWeights(self.model).projection_after_norm(layer, slot)
+        projection = weights_of(self.model).projection_after_norm(layer, slot)
         norm = self.norms[layer]
         if norm is None:
             _back_through_projection(projection, gradient, rows)
@@ -250,13 +251,13 @@ class GradientPass:
     def _norms(self, seen: Activations) -> Norms:
         if self.separate:
             return ()
-        weights = ModelWeights(self.model)
+        weights = weights_of(self.model)
         streams = (seen[name].detach() for name in self._residual_hooks)
         return tuple(starmap(weights.normalized, enumerate(streams)))
 
     @property
     def _residual_hooks(self) -> list[str]:
-        layers = range(self.model.cfg.n_layers)
+        layers = range(shape_of(self.model).n_layers)
         return list(map(residual_hook, layers))
 
     @property

@@ -5,14 +5,14 @@ from __future__ import annotations
 from math import ceil, prod
 
 from circuits.discovery.gradients.edge_products import EdgeProducts
-from circuits.models import Model
+from circuits.models import Model, shape_of
 from circuits.tasks.task import Task
 
 
 def needed(products: EdgeProducts, task: Task, points: int, separate: bool) -> tuple[int, int]:
     """Bytes that a batch needs at most: a fixed number, and a number for each prompt."""
     # The bound is generous, since what autograd keeps of a layer depends on the model's code.
-    cfg = products.model.cfg
+    cfg = shape_of(products.model)
     pos = task.clean.shape[1]
     scored = len(task.row_prompt)
     logits = 10 * cfg.d_vocab_out * scored / len(task)
@@ -34,8 +34,8 @@ def bytes_to_judge(model: Model, task: Task, points: int) -> tuple[int, int]:
 
     Only metrics that do not come with this package are given them all.
     """
-    size = model.cfg.dtype.itemsize
-    numbers = model.cfg.d_vocab_out * len(task.row_prompt)
+    size = shape_of(model).dtype.itemsize
+    numbers = shape_of(model).d_vocab_out * len(task.row_prompt)
     # The clean logits, and those or their slopes at each point and at the end of a piece.
     kept = (points + 2) * size * numbers
     # What autograd keeps of a metric, which computes in float32 at least.
@@ -44,7 +44,7 @@ def bytes_to_judge(model: Model, task: Task, points: int) -> tuple[int, int]:
 
 def _copied_weights(model: Model) -> int:
     """Transposed copies of the weights of attention, of gated MLPs and of the unembedding."""
-    cfg = model.cfg
+    cfg = shape_of(model)
     in_layer = 4 * cfg.n_heads * cfg.d_head
     if cfg.gated_mlp:
         in_layer += 3 * (cfg.d_mlp or 0)
@@ -53,7 +53,7 @@ def _copied_weights(model: Model) -> int:
 
 
 def _numbers_per_token(products: EdgeProducts, pos: int, points: int) -> int:
-    cfg = products.model.cfg
+    cfg = shape_of(products.model)
     d_model = cfg.d_model
     heads = cfg.n_heads * cfg.d_head
     mlp = cfg.d_mlp or 0

@@ -25,7 +25,7 @@ from circuits.discovery.discoverer import SPEED_ONLY, EdgeScores, Progress, Resu
 from circuits.graph.circuit import Circuit
 from circuits.graph.graph import EdgeMask, Graph
 from circuits.graph.nodes import MLP, Head, Logits, Node, at_position
-from circuits.models import Model, check_model
+from circuits.models import Model, check_model, shape_of
 from circuits.models.component_graph import component_graph
 from circuits.running.ablation import Ablation
 from circuits.running.damage import DamageMeter
@@ -156,7 +156,7 @@ class ActivationPatching(Resumable):
         """
         check_model(model)
         graph = self.search_graph(model, graph)
-        shape = model.cfg.n_layers, model.cfg.n_heads
+        shape = shape_of(model).n_layers, shape_of(model).n_heads
         labels = [Head(*place).label for place in np.ndindex(shape)]
         groups = (
             _of_nodes(graph, [node.label == label for node in graph.nodes]) for label in labels
@@ -175,8 +175,8 @@ class ActivationPatching(Resumable):
         """
         check_model(model)
         graph = self.search_graph(model, graph)
-        shape = model.cfg.n_layers, 2
-        layers = range(model.cfg.n_layers)
+        shape = shape_of(model).n_layers, 2
+        layers = range(shape_of(model).n_layers)
         places = product(layers, ("heads", "mlp"))
         groups = starmap(partial(_at_layer, graph), places)
         scores = self._without_each(groups, model, graph, task)
@@ -223,7 +223,7 @@ class ActivationPatching(Resumable):
                 "this graph is not split by position; make it with component_graph(model, "
                 "positions=[...]), or leave it out."
             )
-        layers = range(model.cfg.n_layers)
+        layers = range(shape_of(model).n_layers)
         groups = (
             _at_layer(graph, layer, of)
             & _of_nodes(graph, [node == at_position(node, position) for node in graph.nodes])

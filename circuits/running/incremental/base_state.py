@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from circuits.graph.graph import EdgeMask
-from circuits.models.functional import HeadSelection
+from circuits.models.layers.functional import HeadSelection
 from circuits.running.incremental.plan import Needs, Place, Plan, SplitEdges, Step, TargetBlock
 from circuits.running.settings import KeptEdges
 

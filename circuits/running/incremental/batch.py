@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.graph.graph import EdgeMask
-from circuits.models.functional import Multiply
+from circuits.models.layers.functional import Multiply
 from circuits.running.incremental.base_state import Activation, BaseRun, BySlot
 from circuits.running.incremental.edge_changes import Differences, EdgeChanges
 from circuits.running.incremental.plan import Indices, InputUpdate, Place, Plan, Step

@@ -32,9 +32,9 @@ from torch import Tensor
 
 from circuits.graph.graph import EdgeMask, Graph
 from circuits.graph.nodes import Node
-from circuits.models import Model, after_embedding, changes, frozen, named, told, unembed
+from circuits.models import Model, after_embedding, changes, frozen, named, shape_of, told, unembed
 from circuits.models.component_graph import component_nodes
-from circuits.models.functional import Multiply, multiply
+from circuits.models.layers.functional import Multiply, multiply
 from circuits.models.source_outputs import (
     CHECKED_PROMPTS,
     TOLERANCE,
@@ -99,7 +99,7 @@ class IncrementalExecutor:
         """
         check_runnable(model, graph, task)
         background = _background(model, precision)
-        task = task.to(model.cfg.device)
+        task = task.to(shape_of(model).device)
         window = _window(model, task, ablation)
         product = background.product_of_values
         with frozen(model), torch.no_grad():
@@ -108,7 +108,7 @@ class IncrementalExecutor:
             whole = _run_clean_prompts(task_model, product)
             replacing = _counterfactuals(task_model, ablation, whole, product)
         differences = SourceDifferences.of(whole, replacing, window)
-        budget = memory_budget(model.cfg.device, max_memory)
+        budget = memory_budget(shape_of(model).device, max_memory)
         return IncrementalExecutor(task_model, differences, whole, budget, background)
 
     def exact(self) -> IncrementalExecutor:
@@ -243,7 +243,7 @@ def _check_changes(model: Model, nodes: Nodes, task: Task) -> None:
 
 
 def _window(model: Model, task: Task, ablation: Ablation) -> Window:
-    causal = model.cfg.attention_dir == "causal"
+    causal = shape_of(model).causal
     resample = ablation.name == "resample" and task.alignment is None
     return Window.of(task, causal=causal, resample=resample)
 
@@ -251,12 +251,13 @@ def _window(model: Model, task: Task, ablation: Ablation) -> Window:
 def _background(model: Model, precision: Precision | None) -> Background:
     if precision is None:
         return EXACT
-    if model.cfg.dtype not in (torch.float32, torch.float64):
+    shape = shape_of(model)
+    if shape.dtype not in (torch.float32, torch.float64):
         raise InputError(
-            f"precision={str(precision)!r} needs a model in float32, and {model.cfg.model_name} is "
-            f"in {model.cfg.dtype}; load it with dtype=torch.float32, or leave out the precision."
+            f"precision={str(precision)!r} needs a model in float32, and {shape.model_name} is "
+            f"in {shape.dtype}; load it with dtype=torch.float32, or leave out the precision."
         )
-    return Background.of(precision, model.cfg.device)
+    return Background.of(precision, shape.device)
 
 
 def _run_clean_prompts(task_model: TaskModel, product: Multiply) -> BaseRun:

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from circuits.graph.nodes import MLP, Head, Logits
-from circuits.models.functional import HeadSelection
+from circuits.models.layers.functional import HeadSelection
 from circuits.running.edge_layout import EdgeLayout
 from circuits.running.incremental.tokens import TokenSet, Window
 

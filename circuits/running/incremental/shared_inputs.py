@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.models.functional import HeadSelection, Multiply
+from circuits.models.layers.functional import HeadSelection, Multiply
 from circuits.running.incremental.base_state import BySlot, Projected
 from circuits.running.incremental.edge_changes import EdgeChanges
 from circuits.running.incremental.plan import Indices, InputUpdate, Place, Step

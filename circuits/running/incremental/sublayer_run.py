@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits.graph.graph import EdgeMask, Graph
-from circuits.models import Model, ModelWeights
-from circuits.models.functional import Attention, FeedForward, Multiply, Unembedding
+from circuits.models import Model, shape_of, weights_of
+from circuits.models.layers.functional import Attention, FeedForward, Multiply, Unembedding
 from circuits.running.edge_layout import EdgeLayout
 from circuits.running.incremental.base_state import BaseRun, ByBlock, BySlot, Outputs, Projected
 from circuits.running.incremental.plan import (
@@ -66,7 +66,7 @@ class TaskModel:
     def of(model: Model, graph: Graph, task: Task, window: Window) -> TaskModel:
         """Read the functions from the weights; raises UnsupportedError if it cannot."""
         attention, mlps = _layers(model)
-        unembedding = ModelWeights(model).unembedding()
+        unembedding = weights_of(model).unembedding()
         layout = EdgeLayout.of(model, graph)
         possible = layout.possible(model).numpy()
         blocks = target_blocks(layout)
@@ -94,7 +94,7 @@ class TaskModel:
 
     def no_keys(self, like: Outputs) -> ByBlock:
         """Zeros as keys and values of the other positions, for a run of all that is read."""
-        cfg = self.model.cfg
+        cfg = shape_of(self.model)
         zeros = like.new_zeros(cfg.n_heads, *self.window.readable.shape, cfg.d_head)
         return dict.fromkeys(self.blocks, zeros)
 
@@ -127,11 +127,11 @@ class TaskModel:
                 before_attention = stream
                 self._run_attention(result, group, tokens, keys, multiply)
                 # The bias b_O belongs to no node.
-                bias = ModelWeights(self.model).output_bias(block.layer)
+                bias = weights_of(self.model).output_bias(block.layer)
                 written_here = read[block.sources].sum(0)
                 stream = stream + written_here + bias
             if block.slot == "mlp":
-                if self.model.cfg.parallel_attn_mlp:
+                if shape_of(self.model).parallel_attn_mlp:
                     result.inputs[block] = before_attention
                 mlp = self.mlps[block.layer]
                 outputs[block.sources] = mlp(result.inputs[block], multiply)
@@ -197,9 +197,9 @@ class TaskModel:
 
 def _layers(model: Model) -> tuple[list[Attention], list[FeedForward]]:
     """The attention and the MLP of each layer."""
-    weights = ModelWeights(model)
-    layers = range(model.cfg.n_layers)
-    mlp_layers = [] if model.cfg.attn_only else layers
+    weights = weights_of(model)
+    layers = range(shape_of(model).n_layers)
+    mlp_layers = [] if shape_of(model).attn_only else layers
     attention = [weights.attention(layer) for layer in layers]
     known = [part for part in attention if part is not None]
     if len(known) < len(layers):

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from circuits import models
+from circuits.models import shape_of
 from circuits.models.source_outputs import keepers
 from circuits.system.arguments import checked_arguments
 from circuits.system.errors import InputError
@@ -101,7 +102,7 @@ def _text(model: models.Model, tokens: Any, mask: Any) -> Task:
         raise InputError("the text has no real tokens; the mask must be True where tokens are.")
     text = Task.from_tokens(tokens[some], attention_mask=mask[some])
     check_task(model, text)
-    return text.to(model.cfg.device)
+    return text.to(shape_of(model).device)
 
 
 @checked_arguments
@@ -119,7 +120,7 @@ def record(
     counted[:, 0] = False
     if not counted.any():
         raise InputError("the text has no token after the first of a prompt; give longer prompts.")
-    layers = range(model.cfg.n_layers)
+    layers = range(shape_of(model).n_layers)
     before_norm = writes == "mlp"
     read = [models.mlp_residual_hook(model, layer) for layer in layers]
     written = [models.mlp_output_hook(model, layer, before_norm=before_norm) for layer in layers]
@@ -127,7 +128,7 @@ def record(
     hooks = keepers(recorded, [*read, *written])
     with models.frozen(model), models.plain_inputs(model):
         models.run_to_residual(model, tokens, mask, hooks)
-    weights = models.ModelWeights(model)
+    weights = models.weights_of(model)
     inputs = []
     for layer, name in enumerate(read):
         vectors = _read_by_features(weights, layer, reads, recorded[name])

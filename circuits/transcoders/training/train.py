@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Adam
 
-from circuits.models import Model, check_unchanged
+from circuits.models import Model, check_unchanged, shape_of
 from circuits.models.identity import checksum
 from circuits.system.arguments import checked_arguments
 from circuits.system.code_digest import code_digest
@@ -345,7 +345,7 @@ class _Trainer:
         thresholds = self._thresholds() if self.config.sparsity == "batch_topk" else None
         trained = self.parameters.to_transcoders(*self.norms, thresholds)
         reads, writes = READS_WRITES[kind]
-        name = f"{self.model.cfg.model_name}-{kind}"
+        name = f"{shape_of(self.model).model_name}-{kind}"
         return replace(trained, reads=reads, writes=writes, name=name)
 
 
@@ -402,7 +402,7 @@ def _squares(vectors: Vectors) -> LayerNumbers:
 def _check(model: Model, config: Training) -> None:
     check_unchanged(model)
     expect(config, Training, "the settings of training", "make a Training(...)")
-    cfg = model.cfg
+    cfg = shape_of(model)
     if cfg.attn_only:
         raise InputError(f"{cfg.model_name} has no MLPs, so there is nothing to learn.")
     for name, least in LEAST.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -110,18 +110,11 @@ class Rotation:
         return torch.cat([-b, a], -1)
 
 
-@dataclass(frozen=True, eq=False)
-class Attention:
-    """The heads of one layer.
-
-        q, k, v = norm(x) W + b            per slot, then clipped, normalized and rotated
-        A = softmax(q k^T / scale + bias)  bias: ALiBi, and -inf where a query may not look
-        z = A v                            the head writes z W_O
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AttentionSettings:
+    """What a layer's heads compute beside their weights.
 
     Attributes:
-        norm: of the residual stream, before the projections.
-        weights, biases: W and b by slot; shared key and value heads are repeated.
-        output: W_O.
         scale: divides the attention scores.
         soft_cap: bounds the attention scores; 0 for none.
         clip: bounds the entries of q, k and v.
@@ -132,19 +125,35 @@ class Attention:
         reach: causal queries attend to this many last positions only.
     """
 
+    scale: float
+    soft_cap: float = 0.0
+    clip: float | None = None
+    norms: Mapping[str, Norm] = field(default_factory=dict)
+    rotation: Rotation | None = None
+    slopes: Float[Tensor, " #head"] = field(default_factory=lambda: torch.zeros(1))
+    sinks: Float[Tensor, " head"] | None = None
+    causal: bool = True
+    reach: float = math.inf
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Attention(AttentionSettings):
+    """The heads of one layer.
+
+        q, k, v = norm(x) W + b            per slot, then clipped, normalized and rotated
+        A = softmax(q k^T / scale + bias)  bias: ALiBi, and -inf where a query may not look
+        z = A v                            the head writes z W_O
+
+    Attributes:
+        norm: of the residual stream, before the projections.
+        weights, biases: W and b by slot; shared key and value heads are repeated.
+        output: W_O.
+    """
+
     norm: Norm
     weights: Mapping[str, Float[Tensor, "head d_model d_head"]]
     biases: Mapping[str, Float[Tensor, "head d_head"]]
     output: Float[Tensor, "head d_head d_model"]
-    scale: float
-    soft_cap: float
-    clip: float | None
-    norms: Mapping[str, Norm]
-    rotation: Rotation | None
-    slopes: Float[Tensor, " #head"]
-    sinks: Float[Tensor, " head"] | None
-    causal: bool
-    reach: float
 
     def project(
         self,
@@ -286,6 +295,8 @@ class WeightedMLP:
 
     MLP(x) = act(n W_in + b_in) W_out + b_out                with n = norm(x)
     MLP(x) = (act(n W_gate) * (n W_in) + b_in) W_out + b_out  gated
+
+    In a gated MLP both products may have biases of their own, which are added before `act` and `*`.
     """
 
     norm: Norm
@@ -295,6 +306,8 @@ class WeightedMLP:
     weight_out: Float[Tensor, "d_mlp d_model"]
     bias_out: Float[Tensor, " d_model"]
     activation: Callable[[Tensor], Tensor]
+    bias_gate: Float[Tensor, " d_mlp"] | None = None
+    bias_linear: Float[Tensor, " d_mlp"] | None = None
 
     def __call__(self, residual: Residual, product: Multiply) -> Residual:
         """Compute what the MLP writes when it reads `residual`."""
@@ -317,27 +330,30 @@ class WeightedMLP:
             hidden = self.activation(before)
         else:
             # h = act(n W_gate) * (n W_in) + b_in
-            gate = self.activation(product(normed, self.weight_gate))
-            linear = product(normed, self.weight_in)
+            gate = self.activation(product(normed, self.weight_gate, self.bias_gate))
+            linear = product(normed, self.weight_in, self.bias_linear)
             hidden = gate.mul_(linear).add_(self.bias_in)
         return product(hidden, self.weight_out, self.bias_out)
 
 
 @dataclass(frozen=True, eq=False)
 class Unembedding:
-    """From the final residual stream to logits: cap(norm(x) W_U + b_U)."""
+    """From the final residual stream to logits: cap(scale * (norm(x) W_U + b_U))."""
 
     norm: Norm
     weight: Float[Tensor, "d_model vocab"]
     bias: Float[Tensor, " vocab"]
     soft_cap: float
+    scale: float = 1.0
 
     def __call__(self, residual: Residual, product: Multiply) -> VocabLogits:
         """Compute the logits at each token."""
-        # cap(n W_U + b_U)   with   n = norm(x)
+        # cap(scale (n W_U + b_U))   with   n = norm(x)
         normed = self.norm(residual)
         rows = normed.flatten(0, -2)
         logits = product(rows, self.weight, self.bias)
+        if self.scale != 1:
+            logits = logits * self.scale
         capped = soft_capped(logits, self.soft_cap)
         batch = residual.shape[:-1]
         return capped.unflatten(0, batch)

@@ -14,9 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from circuits.models.backend import Hook, Model, shape_of
 from circuits.models.hook_points import FINAL_SCALE, pattern_hook, scale_hooks
-from circuits.models.hooked_run import Hook
-from circuits.models.loading import Model
 
 SMALLEST_INPUT = 1e-9
 Hooks = list[tuple[str, Hook]]
@@ -43,8 +42,8 @@ class PropagationRules:
 
     def hooks(self, model: Model) -> Hooks:
         """Hooks that apply the rules in the backward pass of a run that they are part of."""
-        cfg, constant = model.cfg, list[str]()
-        if self.norms == "constant" and cfg.normalization_type is not None:
+        cfg, constant = shape_of(model), list[str]()
+        if self.norms == "constant" and cfg.has_norms:
             constant += [*scale_hooks(model).values(), FINAL_SCALE]
         if self.attention == "constant":
             constant += map(pattern_hook, range(cfg.n_layers))
@@ -56,7 +55,7 @@ class PropagationRules:
 
     def _mlp_hooks(self, model: Model, layer: int) -> Hooks:
         """Hooks on one MLP: post = f(pre), or post = f(pre) * linear if it is gated."""
-        mlp, gated = f"blocks.{layer}.mlp", model.cfg.gated_mlp
+        mlp, gated = f"blocks.{layer}.mlp", shape_of(model).gated_mlp
         if self.activations == "derivative" and not (gated and self.gates == "half"):
             return []
         inputs: dict[str, Tensor] = {}

@@ -1,0 +1,1 @@
+"""Models of the class TransformerBridge, which wraps a model of Hugging Face's transformers."""

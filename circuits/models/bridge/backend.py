@@ -1,0 +1,158 @@
+"""How a TransformerBridge is read and run: by a pass of this package over the wrapped weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+
+from circuits.models.backend import Backend, Changes, Hook, Hooks, Inputs
+from circuits.models.bridge.changes import (
+    all_modules,
+    changes,
+    hook_points,
+    hooked_points,
+    problems,
+    through,
+)
+from circuits.models.bridge.run import Pass
+from circuits.models.bridge.shape import bridge_shape, unsupported
+from circuits.models.bridge.weights import BridgeWeights
+from circuits.models.changes import Own, hooks_by_kind
+from circuits.models.running import Expected, check_were_run
+from circuits.models.shape import ModelShape
+
+Context = Iterator[None]
+
+
+class _Named:
+    """A hook of this package on the activation of a name."""
+
+    def __init__(self, name: str, function: Hook, expected: Expected) -> None:
+        self.name, self.function, self.expected = name, function, expected
+        self.was_run = False
+
+    def __call__(self, activation: Tensor) -> Tensor:
+        self.was_run = True
+        whole = self.expected.whole(self.name, activation)
+        result = self.function(whole)
+        return whole if result is None else result
+
+
+# The hooks of contexts that runs are in, in the order in which they came.
+_ACTIVE: WeakKeyDictionary[TransformerBridge, list[_Named]] = WeakKeyDictionary()
+
+
+class BridgeBackend(Backend, of=TransformerBridge):
+    """How a TransformerBridge is read and run."""
+
+    model: TransformerBridge
+
+    def shape(self) -> ModelShape:
+        """Return sizes and kinds, from the modules as far as they tell."""
+        return bridge_shape(self.model)
+
+    def weights(self) -> BridgeWeights:
+        """Return a view of the weights."""
+        return BridgeWeights(self.model, self.shape())
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Return all modules, those of the wrapped model as well."""
+        return (module for _, module in all_modules(self.model))
+
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Return all parameters of the wrapped model by name."""
+        return dict(self.model.original_model.named_parameters())
+
+    def hook_names(self) -> tuple[str, ...]:
+        """Return the names of all activations."""
+        return tuple(hook_points(self.model))
+
+    def run(self, tokens: Tensor, mask: Tensor, layers: int | None) -> Tensor:
+        """Run the model by the pass of this package."""
+        for hook in self.model._forward_pre_hooks.values():
+            # Those that count the passes.
+            if isinstance(hook, Own):
+                hook(self.model, (tokens,))
+        run = self._pass(tokens.shape)
+        residual = run.to_residual(tokens, self.shape().n_layers if layers is None else layers)
+        return run.to_logits(residual) if layers is None else residual
+
+    def last_step(self, residual: Tensor) -> Tensor:
+        """Compute logits from the final residual stream."""
+        return self._pass(None).to_logits(residual)
+
+    @contextlib.contextmanager
+    def hooked(self, hooks: Hooks, shape: Sequence[int] | None) -> Context:
+        """Apply hooks in the runs inside."""
+        expected = Expected(self.model, shape)
+        added = [_Named(name, function, expected) for name, function in hooks]
+        active = _ACTIVE.setdefault(self.model, [])
+        before = len(active)
+        active.extend(added)
+        try:
+            yield
+        finally:
+            del active[before:]
+        check_were_run(self.model, [hook.name for hook in added if not hook.was_run])
+
+    @contextlib.contextmanager
+    def received(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        """Record what modules are given."""
+        seen: dict[str, Tensor] = {}
+        hooks = [(f"{name}.hook_in", partial(seen.__setitem__, name)) for name in names]
+        with self.hooked(hooks, None):
+            yield seen
+
+    def inputs(self, kind: Inputs) -> contextlib.AbstractContextManager[None]:
+        """Do nothing: a run gives separate inputs to those that are hooked."""
+        return contextlib.nullcontext()
+
+    def changes(self) -> Changes:
+        """Describe the hooks of a user that a run honours."""
+        return changes(self.model)
+
+    def problems(self) -> Iterator[str]:
+        """Say why the model cannot be run as it is."""
+        return problems(self.model)
+
+    def computed(self) -> dict[str, Any]:
+        """Return the hooks of a user."""
+        points = hooked_points(self.model)
+        return {name: hooks_by_kind(point) for name, point in points.items()}
+
+    def first_fingerprint(self) -> None:
+        """Return nothing: the first version knew no bridges."""
+
+    def last_step_changed(self) -> bool:
+        """Whether the unembedding has a hook."""
+        return "unembed.hook_out" in hooked_points(self.model)
+
+    def unsupported(self) -> Iterator[str]:
+        """Say why the residual stream is not the sum of the model's components."""
+        return unsupported(self.model)
+
+    def _pass(self, shape: Sequence[int] | None) -> Pass:
+        expected = Expected(self.model, shape)
+        points = hooked_points(self.model)
+        ours: dict[str, list[_Named]] = {}
+        for hook in _ACTIVE.get(self.model, ()):
+            ours.setdefault(hook.name, []).append(hook)
+
+        def at(name: str, activation: Tensor) -> Tensor:
+            if name in points:
+                changed = through(points[name], name, activation)
+                activation = expected.whole(name, changed, activation)
+            for hook in ours.get(name, ()):
+                activation = hook(activation)
+            return activation
+
+        def is_hooked(name: str) -> bool:
+            return name in points or name in ours
+
+        return Pass(self.weights(), at, is_hooked)

@@ -1,0 +1,134 @@
+"""What a user has changed on a bridge, and which changes a run honours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+
+from circuits.models.backend import Changes
+from circuits.models.changes import A_HOOK, HOOKS, WHOLE, hooks_on, is_compiled
+
+# Where the pass of this package computes an activation, and a bridge's hook point for it; some of
+# them take the axes of heads as one.
+POINTS = {
+    "hook_resid_pre": "hook_in",
+    "attn.hook_q": "attn.q.hook_out",
+    "attn.hook_k": "attn.k.hook_out",
+    "attn.hook_v": "attn.v.hook_out",
+    "attn.hook_attn_scores": "attn.hook_attn_scores",
+    "attn.hook_pattern": "attn.hook_pattern",
+    "attn.hook_z": "attn.o.hook_in",
+    "hook_attn_out": "attn.hook_out",
+    "hook_mlp_out": "mlp.hook_out",
+    "hook_resid_post": "hook_out",
+}
+FLAT = ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z")
+
+
+# Bridges that have been compared with what they wrap.
+_TRUSTED: WeakSet[TransformerBridge] = WeakSet()
+
+
+def trust(model: TransformerBridge) -> None:
+    """Note that a bridge has been compared with its source."""
+    _TRUSTED.add(model)
+
+
+def hook_points(model: TransformerBridge) -> dict[str, HookPoint]:
+    """Return the hook points that a run calls, by the names of activations."""
+    found = {
+        "hook_embed": _embedding_point(model),
+        "hook_pos_embed": _point(model, "pos_embed.hook_out"),
+        "unembed.hook_out": _point(model, "unembed.hook_out"),
+    }
+    for layer, block in enumerate(model.blocks):
+        for name, path in POINTS.items():
+            found[f"blocks.{layer}.{name}"] = _point(block, path)
+    return {name: point for name, point in found.items() if point is not None}
+
+
+def hooked_points(model: TransformerBridge) -> dict[str, HookPoint]:
+    """Return those of `hook_points` that have hooks of a user."""
+    return {name: point for name, point in hook_points(model).items() if any(hooks_on(point))}
+
+
+def changes(model: TransformerBridge) -> Changes:
+    """Describe the hooks of a user that a run honours."""
+    return dict.fromkeys(hooked_points(model), A_HOOK)
+
+
+def all_modules(model: TransformerBridge) -> Iterator[tuple[str, nn.Module]]:
+    """Yield all modules once: of the bridge, and of the model that it wraps."""
+    seen: set[nn.Module] = set()
+    for owner in (model, model.original_model):
+        for name, module in owner.named_modules():
+            if module not in seen:
+                seen.add(module)
+                yield name, module
+
+
+def problems(model: TransformerBridge) -> Iterator[str]:
+    """Say why a bridge cannot be run as it is."""
+    honoured = set(hook_points(model).values())
+    after = [name for name in HOOKS if name != "_forward_pre_hooks"]
+    for name, module in all_modules(model):
+        where = name or WHOLE
+        if is_compiled(module):
+            yield f"{where} is compiled, and hooks do not reach into it; use it uncompiled"
+        if module in honoured:
+            continue
+        if any(hooks_on(module, names=after if module is model else HOOKS)):
+            yield (
+                f"it has a hook at {where}, which the run of a circuit does not compute; put it at "
+                "the output of a head (hook_z), an MLP (hook_mlp_out) or a layer, or remove it "
+                "with reset_hooks()"
+            )
+        if "forward" in vars(module):
+            yield f"it has another forward method at {where}; load the model anew"
+    yield from _unusable_weights(model)
+
+
+def _unusable_weights(model: TransformerBridge) -> Iterator[str]:
+    first = next(model.original_model.parameters())
+    for name, parameter in model.original_model.named_parameters():
+        if parameter.device.type == "meta":
+            yield f"{name} is on the meta device, without values; load the weights"
+        elif parameter.device != first.device:
+            yield (
+                f"{name} is on {parameter.device} and other weights are on {first.device}; "
+                "circuits are found on one device, so load it with device= instead of device_map"
+            )
+        elif not parameter.dtype.is_floating_point:
+            yield f"{name} is quantized ({parameter.dtype}); load the model in a plain type"
+        elif parameter.dtype != first.dtype:
+            yield (
+                f"{name} is in {parameter.dtype} and other weights are in {first.dtype}; "
+                f"use model.to({first.dtype})"
+            )
+
+
+def _embedding_point(model: TransformerBridge) -> HookPoint | None:
+    has_norm = model._modules.get("embed_ln") is not None
+    return _point(model, "embed_ln.hook_out" if has_norm else "embed.hook_out")
+
+
+def _point(owner: Any, path: str) -> HookPoint | None:
+    for name in path.split("."):
+        owner = owner._modules.get(name)
+        if owner is None:
+            return None
+    return owner
+
+
+def through(point: HookPoint, name: str, activation: Tensor) -> Tensor:
+    """Pass an activation through a bridge's hook point, in the layout that it has there."""
+    if not name.endswith(FLAT):
+        return torch.as_tensor(point(activation))
+    heads = activation.shape[2:]
+    return point(activation.flatten(2)).unflatten(-1, heads)

@@ -1,0 +1,235 @@
+"""The weights of a bridge, in the layout of this package."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from circuits.models.bridge import parts
+from circuits.models.changes import turn
+from circuits.models.layers.functional import (
+    AttentionSettings,
+    FeedForward,
+    Multiply,
+    Norm,
+    Residual,
+    Unembedding,
+    WeightedMLP,
+    gelu_tanh,
+)
+from circuits.models.layers.weights import ModelWeights, NormWeights
+from circuits.models.shape import ModelShape
+
+# Parts of a bridge that are no more than the linear maps of an MLP.
+LINEAR_MLPS = ("MLPBridge", "BloomMLPBridge", "GatedMLPBridge", "JointGateUpMLPBridge")
+# Classes of transformers that compute GELU in its tanh approximation.
+GELU_TANH = ("NewGELUActivation", "FastGELUActivation", "GELUTanh", "BloomGelu")
+
+
+@dataclass(frozen=True)
+class BridgeWeights(ModelWeights):
+    """The weights of a bridge, one layer at a time, as views of the wrapped model's."""
+
+    model: TransformerBridge
+    shape: ModelShape
+
+    def norm(self, layer: int | None, name: str) -> NormWeights | None:
+        """Return a norm, or None if there is none."""
+        owner = self.model if layer is None else self._block(layer)
+        found = parts.child(owner, name)
+        if found is None and name == "ln2" and self.shape.parallel_attn_mlp:
+            # The MLP reads what the heads read, through the same norm.
+            found = parts.child(owner, "ln1")
+        return None if found is None else parts.norm_weights(found)
+
+    def embedding(self) -> Float[Tensor, "vocab d_model"]:
+        """Return W_E, before it is scaled or normalized."""
+        return parts.original(self.model.embed).weight
+
+    def position_embedding(self) -> Float[Tensor, "ctx d_model"] | None:
+        """Return W_pos, if there is one."""
+        found = parts.child(self.model, "pos_embed")
+        if found is None:
+            return None
+        module = parts.original(found)
+        # OPT keeps two rows before the first position.
+        return module.weight[getattr(module, "offset", 0) :]
+
+    def embedded(
+        self, tokens: Tensor
+    ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "pos d_model"] | None]:
+        """Return what the token and the position embedding write."""
+        rows = self.embedding()[tokens] * self._embedding_scale()
+        norm = parts.child(self.model, "embed_ln")
+        if norm is not None:
+            rows = parts.norm_weights(norm)(rows)
+        table = self.position_embedding()
+        return rows, None if table is None else table[: tokens.shape[1]]
+
+    def projection(self, layer: int, slot: str) -> Float[Tensor, "kv_head d_model d_head"]:
+        """Return W_Q, W_K or W_V."""
+        found = parts.matrix(parts.child(self._block(layer).attn, slot))
+        return found.unflatten(1, (-1, self.shape.d_head)).transpose(0, 1)
+
+    def projection_bias(self, layer: int, slot: str) -> Float[Tensor, "kv_head d_head"]:
+        """Return b_Q, b_K or b_V."""
+        found = parts.full_bias(parts.child(self._block(layer).attn, slot))
+        return found.unflatten(0, (-1, self.shape.d_head))
+
+    def output_projection(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+        """Return W_O."""
+        found = parts.matrix(self._block(layer).attn.o)
+        scaled = self._scaled(found)
+        return scaled.unflatten(0, (-1, self.shape.d_head))
+
+    def output_bias(self, layer: int) -> Float[Tensor, " d_model"]:
+        """Return b_O."""
+        return self._scaled(parts.full_bias(self._block(layer).attn.o))
+
+    def attention_settings(self, layer: int) -> AttentionSettings | None:
+        """Return what heads compute beside weights."""
+        attention = parts.original(self._block(layer).attn)
+        config = parts.config_of(self.model)
+        slopes = parts.slopes(self.model, self.shape.n_heads)
+        sinks: Tensor | None = getattr(attention, "sinks", None)
+        clip = getattr(config, "clip_qkv", None) or getattr(attention, "clip_qkv", None)
+        like, n_ctx = self.output_bias(layer), self.shape.n_ctx
+        return AttentionSettings(
+            scale=_score_divisor(attention),
+            soft_cap=float(getattr(attention, "attn_logit_softcapping", None) or 0),
+            clip=clip,
+            norms=self._qk_norms(layer),
+            rotation=parts.rotation(self.model, layer, n_ctx) if slopes is None else None,
+            slopes=like.new_zeros(1) if slopes is None else slopes.to(like),
+            sinks=sinks,
+            causal=self.shape.causal,
+            reach=window(attention, config, layer),
+        )
+
+    def feed_forward(self, layer: int) -> FeedForward:
+        """Return the MLP of a layer, with the norm before it, as a function of tensors."""
+        mlp: Any = self._block(layer).mlp
+        norm = self.norm(layer, "ln2") or _identity
+        if type(mlp).__name__ not in LINEAR_MLPS:
+            return partial(_experts, norm, partial(self.experts, layer))
+        activation = self.activation(layer)
+        if type(activation).__name__ in GELU_TANH:
+            activation = gelu_tanh
+        linear, gate = parts.child(mlp, "in"), parts.child(mlp, "gate")
+        weight_in, out = parts.matrix(linear), parts.child(mlp, "out")
+        is_gated = gate is not None
+        return WeightedMLP(
+            norm,
+            weight_in=weight_in,
+            bias_in=weight_in.new_zeros(weight_in.shape[1])
+            if is_gated
+            else parts.full_bias(linear),
+            weight_gate=parts.matrix(gate) if is_gated else None,
+            weight_out=self._scaled(parts.matrix(out)),
+            bias_out=self._scaled(parts.full_bias(out)),
+            activation=activation,
+            bias_gate=parts.bias(gate) if is_gated else None,
+            bias_linear=parts.bias(linear) if is_gated else None,
+        )
+
+    def experts(self, layer: int, normed: Residual) -> Residual:
+        """Compute an MLP by the wrapped model's own module, from what the norm before it gives."""
+        with turn(self.model):
+            written = parts.original(self._block(layer).mlp)(normed)
+        if isinstance(written, tuple):
+            # The second is the choice of experts.
+            written = written[0]
+        return written.view(normed.shape) * self._residual_scale()
+
+    def mlp_parameters(self, layer: int) -> Mapping[str, Tensor]:
+        """Return the parameters of an MLP."""
+        return dict(parts.original(self._block(layer).mlp).named_parameters())
+
+    def activation(self, layer: int) -> Callable[[Tensor], Tensor]:
+        """Return the activation function of an MLP."""
+        return parts.activation(self.model, self._block(layer).mlp)
+
+    def unembedding(self) -> Unembedding:
+        """Return the final norm and the unembedding as a function of tensors."""
+        config = parts.config_of(self.model)
+        # Cohere multiplies the logits by a number, Granite divides them.
+        scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1)
+        return Unembedding(
+            self.norm(None, "ln_final") or _identity,
+            parts.matrix(self.model.unembed),
+            parts.full_bias(self.model.unembed),
+            soft_cap=float(getattr(config, "final_logit_softcapping", None) or 0),
+            scale=float(scale),
+        )
+
+    def _block(self, layer: int) -> Any:
+        return self.model.blocks[layer]
+
+    def _qk_norms(self, layer: int) -> dict[str, Norm]:
+        attention = self._block(layer).attn
+        found = {slot: parts.child(attention, f"{slot}_norm") for slot in "qk"}
+        return {slot: parts.norm_weights(norm) for slot, norm in found.items() if norm is not None}
+
+    def _embedding_scale(self) -> float | Tensor:
+        module = parts.original(self.model.embed)
+        config = parts.config_of(self.model)
+        # Granite; Gemma 3 has the scale in the module, Gemma 1 and 2 in the model.
+        if multiplier := getattr(config, "embedding_multiplier", None):
+            return float(multiplier)
+        if (scale := getattr(module, "embed_scale", None)) is not None:
+            return scale.to(module.weight) if isinstance(scale, Tensor) else float(scale)
+        if getattr(config, "model_type", "") in ("gemma", "gemma2"):
+            return torch.tensor(self.shape.d_model**0.5, dtype=module.weight.dtype)
+        return 1.0
+
+    def _residual_scale(self) -> float:
+        """What outputs are multiplied by before they are added to the residual stream (Granite)."""
+        return float(getattr(parts.config_of(self.model), "residual_multiplier", None) or 1)
+
+    def _scaled(self, weight: Tensor) -> Tensor:
+        scale = self._residual_scale()
+        return weight if scale == 1 else weight * scale
+
+
+def window(attention: Any, config: Any, layer: int) -> float:
+    """Return to how many last positions a layer attends; infinity if to all."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds and layer < len(kinds) and "sliding" not in kinds[layer]:
+        return math.inf
+    if getattr(attention, "attention_type", "") in ("local", "global"):
+        # GPT-Neo
+        is_local = attention.attention_type == "local"
+        return config.window_size if is_local else math.inf
+    size = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
+    if size is None or getattr(config, "use_sliding_window", True) is False:
+        return math.inf
+    return float(size)
+
+
+def _score_divisor(attention: Any) -> float:
+    """What attention scores are divided by."""
+    for name in ("scaling", "inv_norm_factor", "softmax_scale"):
+        if (factor := getattr(attention, name, None)) is not None:
+            return 1 / float(factor)
+    # GPT-J and TransformerLens' own class; GPT-Neo does not divide.
+    for name in ("scale_attn", "scale"):
+        if (divisor := getattr(attention, name, None)) is not None:
+            return float(divisor)
+    return 1.0
+
+
+def _identity(x: Residual) -> Residual:
+    return x
+
+
+def _experts(norm: Norm, mlp: Norm, residual: Residual, product: Multiply) -> Residual:
+    normed = norm(residual).flatten(0, -2)
+    return mlp(normed[None]).view(residual.shape)

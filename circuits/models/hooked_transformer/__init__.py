@@ -1,0 +1,1 @@
+"""Models of the class HookedTransformer, of TransformerLens 3."""

@@ -1,0 +1,210 @@
+"""A read-only view of a model's weights, and its layers as functions of tensors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from circuits.graph.edges import SLOTS
+from circuits.models.layers.functional import (
+    Attention,
+    AttentionSettings,
+    FeedForward,
+    LinearNorm,
+    Residual,
+    Unembedding,
+)
+from circuits.models.shape import ModelShape
+
+Scale = Float[Tensor, "*batch 1"]
+
+
+@dataclass(frozen=True, eq=False)
+class NormWeights:
+    """A norm: y = w * (x - mean(x)) / s + b with s = sqrt(mean((x - mean(x))^2) + eps).
+
+    Attributes:
+        module: what computes it.
+        centres: whether the mean is subtracted, as in LayerNorm, unlike in RMSNorm.
+        weight, bias: w and b; None where the norm has none.
+        is_plain: whether the equation above is all that it computes.
+    """
+
+    module: nn.Module
+    centres: bool
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    is_plain: bool = True
+
+    def __call__(self, x: Residual) -> Residual:
+        """Normalize, in one fused operation where torch has one."""
+        if not self.is_plain:
+            return self.module(x)
+        size = x.shape[-1:]
+        if self.centres:
+            return functional.layer_norm(x, size, self.weight, self.bias, self.eps)
+        return functional.rms_norm(x, size, self.weight, self.eps)
+
+    def centred(self, x: Residual) -> Residual:
+        """What is divided by `scale`."""
+        return x - x.mean(-1, keepdim=True) if self.centres else x
+
+    def scale(self, centred: Residual) -> Scale:
+        """The divisor s."""
+        variance = centred.square().mean(-1, keepdim=True)
+        squared = variance + self.eps
+        return squared.sqrt()
+
+
+class ModelWeights(ABC):
+    """A model's weights, one layer at a time."""
+
+    shape: ModelShape
+
+    @abstractmethod
+    def norm(self, layer: int | None, name: str) -> NormWeights | None:
+        """Return one of `NORMS` of a layer, or "ln_final" with no layer; None if there is none."""
+
+    @abstractmethod
+    def position_embedding(self) -> Float[Tensor, "ctx d_model"] | None:
+        """Return the learned position embedding W_pos, if there is one."""
+
+    @abstractmethod
+    def embedding(self) -> Float[Tensor, "vocab d_model"]:
+        """Return the token embedding W_E."""
+
+    @abstractmethod
+    def projection(self, layer: int, slot: str) -> Float[Tensor, "kv_head d_model d_head"]:
+        """Return W_Q, W_K or W_V, each shared head once."""
+
+    @abstractmethod
+    def projection_bias(self, layer: int, slot: str) -> Float[Tensor, "kv_head d_head"]:
+        """Return b_Q, b_K or b_V, each shared head once."""
+
+    @abstractmethod
+    def output_projection(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+        """Return W_O."""
+
+    @abstractmethod
+    def output_bias(self, layer: int) -> Float[Tensor, " d_model"]:
+        """Return b_O, which belongs to no node."""
+
+    @abstractmethod
+    def attention_settings(self, layer: int) -> AttentionSettings | None:
+        """Return what heads compute beside weights; None if positions enter in an unknown way."""
+
+    @abstractmethod
+    def feed_forward(self, layer: int) -> FeedForward:
+        """Return the MLP of a layer, with the norm before it, as a function of tensors."""
+
+    @abstractmethod
+    def mlp_parameters(self, layer: int) -> Mapping[str, Tensor]:
+        """Return the parameters of an MLP that is no `WeightedMLP`, such as of experts."""
+
+    @abstractmethod
+    def activation(self, layer: int) -> Callable[[Tensor], Tensor]:
+        """Return the activation function of an MLP."""
+
+    @abstractmethod
+    def unembedding(self) -> Unembedding:
+        """Return the final norm and the unembedding as a function of tensors."""
+
+    def attention(self, layer: int) -> Attention | None:
+        """Return the heads of a layer as functions; None if positions enter in an unknown way."""
+        settings = self.attention_settings(layer)
+        if settings is None:
+            return None
+        weights = {slot: self._repeated(slot, self.projection(layer, slot)) for slot in SLOTS}
+        biases = {slot: self._repeated(slot, self.projection_bias(layer, slot)) for slot in SLOTS}
+        return Attention(
+            **vars(settings),
+            norm=self.norm(layer, "ln1") or _identity,
+            weights=weights,
+            biases=biases,
+            output=self.output_projection(layer),
+        )
+
+    def embedding_deviation(self) -> float:
+        """Return the standard deviation of all entries of the token embedding W_E."""
+        embedding = self.embedding().detach()
+        return float(embedding.float().std())
+
+    def normalized(self, layer: int | None, residual: Residual) -> tuple[Residual, Scale] | None:
+        """Normalize as before attention, or by the final norm, without the norm's weight and bias.
+
+        Returns the normalized stream and the divisor, in float32 at least; None without norms.
+        """
+        norm = self.norm(layer, "ln_final" if layer is None else "ln1")
+        if norm is None:
+            return None
+        wide = torch.promote_types(residual.dtype, torch.float32)
+        x = norm.centred(residual.to(wide))
+        scale = norm.scale(x)
+        return x / scale, scale
+
+    def linear_norm(self, layer: int | None, name: str, scale: Scale | None) -> LinearNorm:
+        """Return a norm with a fixed divisor, in the divisor's precision.
+
+        Args:
+            name: one of `NORMS`; or "ln_final" with no layer.
+            scale: the divisor; None where the model has no such norm.
+        """
+        if scale is None:
+            return LinearNorm()
+        norm = self.norm(layer, name)
+        assert norm is not None
+        weight = _like(norm.weight, scale)
+        bias = _like(norm.bias, scale)
+        return LinearNorm(scale, norm.centres, weight, bias)
+
+    def projection_after_norm(self, layer: int, slot: str) -> Float[Tensor, "head d_model d_head"]:
+        """Return W_Q, W_K or W_V, shared heads once, with the weights and centring of the norm."""
+        weight = self.projection(layer, slot).detach()
+        norm = self.norm(layer, "ln1")
+        if norm is None:
+            return weight
+        # n W = x C diag(w) W / s   with   C = 1 - 1/d_model
+        norm_weight = _like(norm.weight, weight)
+        if norm_weight is not None:
+            weight = weight * norm_weight[:, None]
+        if norm.centres:
+            weight = weight - weight.mean(1, keepdim=True)
+        return weight
+
+    def value_constant(self, layer: int) -> Float[Tensor, "head d_head"]:
+        """Compute the part of every head's values that does not depend on the residual stream."""
+        constant = self.projection_bias(layer, "v").detach()
+        norm = self.norm(layer, "ln1")
+        if norm is not None and norm.bias is not None:
+            # b_V + b_norm W_V
+            weight = self.projection(layer, "v").detach()
+            bias = norm.bias.detach().to(weight)
+            constant = constant + torch.einsum("d,hde->he", bias, weight)
+        return self._repeated("v", constant)
+
+    def mlp_input(self, layer: int, residual: Residual) -> Residual:
+        """Apply the norm before the MLP."""
+        norm = self.norm(layer, "ln2")
+        return residual if norm is None else norm(residual)
+
+    def _repeated(self, slot: str, per_head: Tensor) -> Tensor:
+        """Repeat shared heads of k and v once per query head."""
+        repeats = self.shape.repeats
+        if slot == "q" or repeats == 1:
+            return per_head
+        return per_head.repeat_interleave(repeats, 0)
+
+
+def _identity(x: Residual) -> Residual:
+    return x
+
+
+def _like(parameter: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if parameter is None else parameter.detach().to(like)

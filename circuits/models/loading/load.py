@@ -1,0 +1,192 @@
+"""Load a model by its name or from files."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+
+from circuits.models.backend import HAS_HOOKED_TRANSFORMER, BackendName, Model
+from circuits.models.bridge.changes import trust
+from circuits.models.loading.agreement import Expected, computed_by, disagreement
+from circuits.models.loading.refusals import first_line, reason, refusals, running_no_code
+from circuits.models.loading.saved import FORMAT, chosen_device, load_saved
+from circuits.models.loading.source import (
+    CONFIG_FILE,
+    EMBEDDED,
+    Placement,
+    Source,
+    from_folder,
+    from_gguf,
+    from_hub,
+    is_checkpoint,
+    official_name,
+)
+from circuits.system.device import dtype_called
+from circuits.system.errors import InputError
+from circuits.system.files import path_of, read_json_object
+from circuits.system.kinds import one_of
+from circuits.system.torch_modes import without_modes
+
+if HAS_HOOKED_TRANSFORMER:
+    from circuits.models.loading import conversion
+
+ASSETS = Path(__file__).parents[2] / "assets"
+BACKENDS = ("hooked_transformer", "bridge")
+# Who publishes models in TransformerLens' own format.
+NOT_OF_TRANSFORMERS = ("NeelNanda/", "ArthurConmy/", "Baidicoot/")
+
+
+@without_modes()
+def load_model(
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    backend: BackendName | None = None,
+    device_map: Any = None,
+    check: bool = True,
+) -> Model:
+    """Load a model by name or from files, with its weights as trained: not folded or centred.
+
+    What is loaded is run on a few tokens beside the model of transformers that it comes from, and
+    refused if a layer's output or the logits differ by more than rounding.
+
+    >>> import circuits
+    >>> model = circuits.load_model("toy-world")
+    >>> model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_model
+    (4, 4, 128)
+
+    Args:
+        name_or_path: `toy-world`, the model that ships with this package; a name on the Hugging
+            Face hub, or a short one that TransformerLens knows, such as `gpt2`; a folder that
+            `save_model` wrote or that holds a Hugging Face checkpoint (config.json, safetensors
+            weights, tokenizer files); or a `.gguf` file, which needs the package `gguf`.
+        device: None takes CUDA if it is available, else the CPU. "cuda" is the GPU of this rank
+            where several processes work together.
+        dtype: of the weights.
+        backend: "hooked_transformer" or "bridge", the class of TransformerLens to load. None takes
+            a HookedTransformer where this version of TransformerLens has it and it agrees with its
+            source, else a TransformerBridge, with a warning that says why.
+        device_map: as in transformers; it must put the whole model on one device.
+        check: False skips the comparison.
+
+    Raises:
+        InputError: no model has this name, the folder holds no model, or one that cannot be loaded
+            (such as an encoder, or a model that needs Python code of its own, which is never run);
+            what is loaded does not agree with its source; the weights cannot be downloaded, or the
+            device does not exist.
+    """
+    # A folder of this name in the working directory does not hide the model that ships.
+    is_embedded = isinstance(name_or_path, str) and name_or_path == EMBEDDED
+    path = ASSETS / EMBEDDED if is_embedded else path_of(name_or_path)
+    if backend is not None:
+        _check_backend(backend)
+    with running_no_code():
+        placement = Placement(chosen_device(device), dtype_called(dtype), device_map)
+        if path.is_dir():
+            if not is_checkpoint(path):
+                raise InputError(
+                    f"the folder {path} holds no model: it has no {CONFIG_FILE}; "
+                    "give a folder that save_model wrote, or one with a checkpoint."
+                )
+            # Folders of checkpoints have a config.json as well.
+            if read_json_object(path / CONFIG_FILE, "configuration").get("format") == FORMAT:
+                return load_saved(path, placement, backend)
+            source = from_folder(path, placement)
+        elif path.is_file() and path.suffix == ".gguf":
+            source = from_gguf(path, placement)
+        else:
+            name = str(name_or_path)
+            if official_name(name).startswith(NOT_OF_TRANSFORMERS):
+                return _of_lens(name, placement)
+            source = from_hub(name, placement)
+        return _wrapped(source, placement, backend, check)
+
+
+def _wrapped(
+    source: Source, placement: Placement, backend: BackendName | None, check: bool
+) -> Model:
+    """Make a model of TransformerLens from one of transformers."""
+    expected = None
+    if check:
+        with refusals(f"{source.name} cannot be run"):
+            expected = computed_by(source)
+    why = None
+    if HAS_HOOKED_TRANSFORMER and backend != "bridge" and placement.device_map is None:
+        model, why = _converted(source, placement, expected)
+        if model is not None:
+            return model
+        if backend is not None:
+            raise InputError(f"{source.name} is no HookedTransformer: {why}; use backend='bridge'.")
+    model = _bridged(source, placement, expected)
+    if why is not None:
+        warnings.warn(
+            f"{source.name} is loaded as a TransformerBridge, as its HookedTransformer would be "
+            f"another model: {why}. backend='bridge' loads it without this warning.",
+            stacklevel=4,
+        )
+    return model
+
+
+def _converted(
+    source: Source, placement: Placement, expected: Expected | None
+) -> tuple[Model | None, str | None]:
+    """Make a HookedTransformer, or say why there is none that computes the same."""
+    try:
+        model = conversion.to_hooked_transformer(source, placement)
+        why = None if expected is None else disagreement(model, expected, source.model.config)
+    # Conversions raise errors of every type.
+    except Exception as error:
+        return None, f"TransformerLens cannot convert it ({reason(error)})"
+    return (model, None) if why is None else (None, why)
+
+
+def _bridged(source: Source, placement: Placement, expected: Expected | None) -> Model:
+    settings = source.model.config
+    with refusals(f"{source.name} cannot be loaded as a TransformerBridge"):
+        source.model.to(placement.device)
+        bridge = TransformerBridge.boot_transformers(
+            source.place,
+            hf_model=source.model,
+            tokenizer=source.tokenizer,
+            device=str(placement.device),
+            dtype=placement.dtype,
+        )
+        bridge.cfg.model_name = source.name
+        bridge.eval()
+        why = None if expected is None else disagreement(bridge, expected, settings)
+    if why is not None:
+        raise InputError(
+            f"{source.name} cannot be loaded: run layer by layer, {why}. Circuits in it would be "
+            "those of another model; check=False loads it all the same."
+        )
+    trust(bridge)
+    return bridge
+
+
+def _of_lens(name: str, placement: Placement) -> Model:
+    """Load a model in TransformerLens' own format from the hub."""
+    with refusals(f"the model {name!r} cannot be loaded"):
+        try:
+            if HAS_HOOKED_TRANSFORMER:
+                return conversion.by_name(name, placement)
+            place: dict[str, Any] = {"device": str(placement.device), "dtype": placement.dtype}
+            return TransformerBridge.boot_transformers(name, **place)
+        except OSError as error:
+            raise InputError(
+                f"the weights of {name!r} cannot be downloaded: {first_line(error)} "
+                "Download them elsewhere and give the folder."
+            ) from error
+
+
+def _check_backend(backend: BackendName) -> None:
+    one_of(backend, "backend", BACKENDS)
+    if backend == "hooked_transformer" and not HAS_HOOKED_TRANSFORMER:
+        raise InputError(
+            "backend='hooked_transformer': this version of TransformerLens has no such class; use "
+            "backend='bridge', or install transformer-lens<4."
+        )
