@@ -53,7 +53,8 @@ from circuits.models import (
 )
 from circuits.models.changes import Changes
 from circuits.models.layers.functional import LinearNorm, soft_capped
-from circuits.models.source_outputs import TOLERANCE, keepers, logit_gap, relative_gap
+from circuits.models.source_outputs import keepers
+from circuits.models.tolerance import TOLERANCE, logit_gap, relative_gap
 from circuits.system.errors import InputError, NotFiniteError
 from circuits.transcoders.transcoder import Transcoders, check_is_transcoders
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from circuits.graph.circuit import Circuit, check_is_circuit
 from circuits.models import Model, check_model, shape_of
-from circuits.models.source_outputs import logit_gap
+from circuits.models.tolerance import logit_gap
 from circuits.running.ablation import Ablation
 from circuits.running.run import model_logits, run_variants
 from circuits.running.settings import RunSettings

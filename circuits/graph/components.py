@@ -34,12 +34,15 @@ class Components:
     attn_only: bool
     parallel_attn_mlp: bool
     split_embed: bool = False
+    # Whether what one head of a layer writes depends on the others, through a norm after attention.
+    coupled_heads: bool = False
 
     @staticmethod
     def of(shape: Mapping[str, Any], split_embed: bool) -> Components:
         """The components of a model of a shape, see `ModelIdentity`."""
         facts = {name: shape[name] for name in FACTS}
-        return Components(**facts, split_embed=split_embed)
+        coupled = bool(shape.get("has_norms_after", False))
+        return Components(**facts, split_embed=split_embed, coupled_heads=coupled)
 
     @cached_property
     def sources(self) -> tuple[Node, ...]:

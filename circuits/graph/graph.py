@@ -251,7 +251,10 @@ class Graph:
         whole = Graph.complete(components, self.positions, causal=self.causal)
         own = self._numbers_in(whole)
         # The edges that this graph lacks are always kept.
-        return whole._own_paths.of_edges(own)
+        paths = whole._own_paths
+        if components.coupled_heads:
+            paths = paths.with_coupled_heads()
+        return paths.of_edges(own)
 
     @property
     def _columns(self) -> tuple[EdgeIndex, EdgeIndex, EdgeIndex]:

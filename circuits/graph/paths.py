@@ -68,6 +68,17 @@ class Paths:
             end = np.concatenate([end + through_key, query])
         return Paths(nodes, begin, end, n_edges)
 
+    def with_coupled_heads(self) -> Paths:
+        """The paths of a model in which what a head writes depends on all heads of its layer."""
+        layers = defaultdict(list)
+        for number, node in enumerate(self.nodes):
+            if isinstance(node, Head):
+                layers[node.layer, node.position].append(number)
+        pairs = [pair for heads in layers.values() for pair in product(heads, heads)]
+        begin, end = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+        source, reader = np.append(self.source, begin), np.append(self.reader, end)
+        return Paths(self.nodes, source, reader, self.n_edges)
+
     def of_edges(self, own: EdgeNumbers) -> Paths:
         """The paths of a graph that has only these edges; the others are always kept."""
         always = np.delete(np.arange(len(self.source)), own)

@@ -69,6 +69,8 @@ class ModelShape:
         that are not shared.
         """
         shared = self.n_key_value_heads if self.repeats > 1 else None
+        # Only where it is so: files of the first version do not name it.
+        coupled = {"has_norms_after": True} if self.has_norms_after else {}
         return {
             "n_layers": self.n_layers,
             "n_heads": self.n_heads,
@@ -79,4 +81,5 @@ class ModelShape:
             "d_vocab": self.d_vocab,
             "attn_only": self.attn_only,
             "parallel_attn_mlp": self.parallel_attn_mlp,
+            **coupled,
         }

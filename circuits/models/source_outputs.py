@@ -24,6 +24,7 @@ from circuits.models.running import (
     separate_inputs,
     told,
 )
+from circuits.models.tolerance import TOLERANCE, logit_gap, relative_gap
 from circuits.system.errors import InputError
 
 Tokens = Int[Tensor, "batch pos"]
@@ -33,18 +34,12 @@ Residual = Float[Tensor, "batch pos d_model"]
 Outputs = Float[Tensor, "source batch pos d_model"]
 Directions = Float[Tensor, "d_model direction"]
 Compute = Callable[[Model, Tensor, Tensor, Tensor], Tensor]
-LogitRows = Float[Tensor, "row vocab"]
 Gap = Callable[[Tensor, Tensor], float]
 Compared = tuple[Compute, Compute, Gap]
 OutputRows = Float[Tensor, "source *batch pos d_model"]
 
-# Rounding makes the sum of the outputs differ from the residual stream by less than this share of
-# its size; a missing term makes it differ by far more.
 DIRECTIONS = 8
-# Logits that are so far below the largest have probabilities of 0 in float32: e^-88 = 6e-39.
-NEGLIGIBLE = 88
 CHECKED_PROMPTS = 8
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +81,7 @@ class SourceOutputs:
         weights = weights_of(self.model)
         hook = output_hook(Head(layer, 0))
         z = self.activations[hook]
-        projection = weights.output_projection(layer).flatten(0, 1)
+        projection = weights.head_output(layer).flatten(0, 1)
         written = z.flatten(2) @ projection
         return written + weights.output_bias(layer)
 
@@ -129,32 +124,10 @@ class SourceOutputs:
             if isinstance(first, Head):
                 # out_h . r = z_h . (W_O[h] r)
                 layer = first.layer
-                projection = weights.output_projection(layer).flatten(0, 1)
+                projection = weights.head_output(layer).flatten(0, 1)
                 along = projection.to(wide) @ directions
                 bias = weights.output_bias(layer).to(wide) @ directions
             yield written.to(wide) @ along + bias
-
-
-def relative_gap(found: Tensor, expected: Tensor) -> float:
-    """The largest difference between two tensors, as a share of the largest expected number."""
-    size = expected.abs().max()
-    gap = (found - expected).abs().max()
-    return float(gap / size.clamp(min=1e-30))
-
-
-def logit_gap(found: LogitRows, expected: LogitRows) -> float:
-    """The largest difference between logits, as a share of their size.
-
-    The size is that of the logit itself, or if larger of the largest that counts: next to a token
-    that is masked by -1e9 a difference in all others must not look like rounding.
-    """
-    counts = expected > expected.amax(-1, keepdim=True) - NEGLIGIBLE
-    size = expected.abs()
-    largest = size.masked_fill(~counts, 0).max()
-    gap = (found - expected).abs()
-    size = size.clamp(min=largest).clamp(min=1e-30)
-    share = gap / size
-    return float(share.max())
 
 
 def run_and_record(
@@ -323,7 +296,7 @@ def _write_outputs(model: Model, node: Node, into: OutputRows, activation: Tenso
         return
     # out_h = z_h W_O[h]
     weights = weights_of(model)
-    projection = weights.output_projection(node.layer).detach()
+    projection = weights.head_output(node.layer).detach()
     z = activation.detach().flatten(0, 1)
     rows = into.view(len(into), -1, into.shape[-1])
     torch.bmm(z.transpose(0, 1), projection, out=rows)

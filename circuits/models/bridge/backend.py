@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -17,17 +18,23 @@ from circuits.models.bridge.changes import (
     changes,
     hook_points,
     hooked_points,
+    is_known,
+    note_known,
     problems,
     through,
 )
 from circuits.models.bridge.run import Pass
-from circuits.models.bridge.shape import bridge_shape, unsupported
+from circuits.models.bridge.shape import bridge_shape, unreadable, unsupported
 from circuits.models.bridge.weights import BridgeWeights
 from circuits.models.changes import Own, hooks_by_kind
 from circuits.models.running import Expected, check_were_run
 from circuits.models.shape import ModelShape
+from circuits.models.tolerance import TOLERANCE, logit_gap
 
 Context = Iterator[None]
+
+
+N_TOKENS = 16
 
 
 class _Named:
@@ -74,14 +81,14 @@ class BridgeBackend(Backend, of=TransformerBridge):
         return tuple(hook_points(self.model))
 
     def run(self, tokens: Tensor, mask: Tensor, layers: int | None) -> Tensor:
-        """Run the model by the pass of this package."""
+        """Run by the pass of this package; to the logits, by the model's own forward pass."""
+        if layers is None:
+            return self.model(tokens, attention_mask=torch.ones_like(tokens))
         for hook in self.model._forward_pre_hooks.values():
             # Those that count the passes.
             if isinstance(hook, Own):
                 hook(self.model, (tokens,))
-        run = self._pass(tokens.shape)
-        residual = run.to_residual(tokens, self.shape().n_layers if layers is None else layers)
-        return run.to_logits(residual) if layers is None else residual
+        return self._pass(tokens.shape).to_residual(tokens, layers)
 
     def last_step(self, residual: Tensor) -> Tensor:
         """Compute logits from the final residual stream."""
@@ -119,7 +126,12 @@ class BridgeBackend(Backend, of=TransformerBridge):
 
     def problems(self) -> Iterator[str]:
         """Say why the model cannot be run as it is."""
-        return problems(self.model)
+        for part in unreadable(self.model):
+            yield f"it has {part}; circuits are not found in such models"
+        found = list(problems(self.model))
+        yield from found
+        if not found and not self.changes():
+            yield from self._disagreement()
 
     def computed(self) -> dict[str, Any]:
         """Return the hooks of a user."""
@@ -136,6 +148,26 @@ class BridgeBackend(Backend, of=TransformerBridge):
     def unsupported(self) -> Iterator[str]:
         """Say why the residual stream is not the sum of the model's components."""
         return unsupported(self.model)
+
+    @torch.no_grad()
+    def _disagreement(self) -> Iterator[str]:
+        """Compare the pass of this package with the model's own, if anything is new in it."""
+        if is_known(self.model):
+            return
+        generator = torch.Generator().manual_seed(0)
+        shape = self.shape()
+        tokens = torch.randint(shape.d_vocab, (1, min(N_TOKENS, shape.n_ctx)), generator=generator)
+        tokens = tokens.to(shape.device)
+        here = self.last_step(self.run(tokens, tokens > 0, shape.n_layers))
+        there = self.run(tokens, tokens > 0, None)
+        gap = logit_gap(here[0].float(), there[0].float())
+        if not gap <= TOLERANCE[shape.dtype]:
+            yield (
+                f"its weights, run layer by layer, give other logits (by {gap:.1%}) than the model "
+                "does; undo what was changed in it, or load it anew with circuits.load_model"
+            )
+        else:
+            note_known(self.model)
 
     def _pass(self, shape: Sequence[int] | None) -> Pass:
         expected = Expected(self.model, shape)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,21 +24,36 @@ POINTS = {
     "attn.hook_v": "attn.v.hook_out",
     "attn.hook_attn_scores": "attn.hook_attn_scores",
     "attn.hook_pattern": "attn.hook_pattern",
-    "attn.hook_z": "attn.o.hook_in",
+    "attn.o.hook_in": "attn.o.hook_in",
     "hook_attn_out": "attn.hook_out",
     "hook_mlp_out": "mlp.hook_out",
     "hook_resid_post": "hook_out",
 }
-FLAT = ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z")
+FLAT = ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.o.hook_in")
 
 
-# Bridges that have been compared with what they wrap.
-_TRUSTED: WeakSet[TransformerBridge] = WeakSet()
+# Bridges whose pass has been compared with what they wrap, and what was in them then.
+_KNOWN: WeakKeyDictionary[TransformerBridge, Any] = WeakKeyDictionary()
+LIBRARIES = ("transformer_lens", "transformers", "torch", "accelerate")
 
 
-def trust(model: TransformerBridge) -> None:
-    """Note that a bridge has been compared with its source."""
-    _TRUSTED.add(model)
+def note_known(model: TransformerBridge) -> None:
+    """Note that a bridge, as it is now, has been compared with its source."""
+    _KNOWN[model] = _inside(model)
+
+
+def is_known(model: TransformerBridge) -> bool:
+    """Whether nothing has changed in a bridge since it was compared with its source."""
+    return model in _KNOWN and _KNOWN[model] == _inside(model)
+
+
+def _inside(model: TransformerBridge) -> Any:
+    """What tells whether modules compute something else: their parameters, and their code."""
+    parameters = model.original_model.parameters()
+    versions = [(id(each), None if each.is_inference() else each._version) for each in parameters]
+    modules = [module for _, module in all_modules(model)]
+    code = {type(module): getattr(type(module), "forward", None) for module in modules}
+    return versions, [id(module) for module in modules], code
 
 
 def hook_points(model: TransformerBridge) -> dict[str, HookPoint]:
@@ -83,15 +99,25 @@ def problems(model: TransformerBridge) -> Iterator[str]:
             yield f"{where} is compiled, and hooks do not reach into it; use it uncompiled"
         if module in honoured:
             continue
-        if any(hooks_on(module, names=after if module is model else HOOKS)):
+        names = after if module is model else HOOKS
+        hooks = [*hooks_on(module, names=names)]
+        if any(isinstance(module, HookPoint) or _is_users(hook) for hook in hooks):
             yield (
                 f"it has a hook at {where}, which the run of a circuit does not compute; put it at "
                 "the output of a head (hook_z), an MLP (hook_mlp_out) or a layer, or remove it "
                 "with reset_hooks()"
             )
-        if "forward" in vars(module):
+        if "forward" in vars(module) and _is_users(vars(module)["forward"]):
             yield f"it has another forward method at {where}; load the model anew"
     yield from _unusable_weights(model)
+
+
+def _is_users(function: Any) -> bool:
+    """Whether a function is no library's own."""
+    while isinstance(function, partial):
+        function = function.func
+    where = getattr(function, "__module__", None) or type(function).__module__
+    return where.partition(".")[0] not in LIBRARIES
 
 
 def _unusable_weights(model: TransformerBridge) -> Iterator[str]:

@@ -97,11 +97,23 @@ class Pass:
         scores = self.at(f"{name}.attn.hook_attn_scores", scores)
         pattern = self.at(f"{name}.attn.hook_pattern", _pattern(settings, scores).to(v.dtype))
         z = torch.einsum("bhqk,bkhe->bqhe", pattern, v)
+        z = self.at(f"{name}.attn.o.hook_in", z)
+        if self.shape.has_norms_after:
+            z = self._shared(layer, z)
         z = self.at(f"{name}.attn.hook_z", z)
         # sum over heads of z_h W_O[h], and b_O
-        output = self.weights.output_projection(layer).flatten(0, 1)
+        output = self.weights.head_output(layer).flatten(0, 1)
         written = z.flatten(2) @ output + self.weights.output_bias(layer)
         return self.at(f"{name}.hook_attn_out", written)
+
+    def _shared(self, layer: int, z: Heads) -> Heads:
+        """Divide z by the divisor of the norm after attention, which all heads share."""
+        # s = sqrt(mean(y^2) + eps)   with   y = sum over heads of z_h W_O[h]
+        norm = self.weights.norm(layer, "ln1_post")
+        assert norm is not None
+        summed = z.flatten(2) @ self.weights.output_projection(layer).flatten(0, 1)
+        scale = self.at(f"blocks.{layer}.ln1_post.hook_scale", norm.scale(summed))
+        return z / scale[..., None]
 
     def _projected(
         self, layer: int, slot: str, stream: Residual, settings: AttentionSettings
@@ -142,6 +154,7 @@ class Pass:
         else:
             written = self.weights.experts(layer, normed)
         written = self.at(f"{name}.mlp", written)
+        written = self._normed(f"{name}.ln2_post", self.weights.norm(layer, "ln2_post"), written)
         return self.at(f"{name}.hook_mlp_out", written)
 
     def _weighted_mlp(self, name: str, mlp: WeightedMLP, normed: Residual) -> Residual:

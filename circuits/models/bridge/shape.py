@@ -62,10 +62,58 @@ def bridge_shape(model: TransformerBridge) -> ModelShape:
     )
 
 
+def unreadable(model: TransformerBridge) -> Iterator[str]:
+    """Say why the pass of this package cannot compute what the model does."""
+    for block in model.blocks:
+        attention = parts.child(block, "attn")
+        if attention is None or parts.child(attention, "q") is None:
+            kind = type(parts.original(attention or block)).__name__
+            yield f"layers that are no attention with queries, keys and values ({kind})"
+            return
+        if type(attention).__name__ not in ATTENTION:
+            kind = type(parts.original(attention)).__name__
+            yield f"attention of a class that is not known ({kind})"
+            return
+    width = parts.original(model.embed).weight.shape[1]
+    if width != model.cfg.d_model:
+        yield f"token embeddings of another width ({width}) than the residual stream"
+    yield from _unknown_norms(model)
+
+
 def unsupported(model: TransformerBridge) -> Iterator[str]:
     """Say why the residual stream is not the sum of the model's components."""
-    if model.blocks and parts.child(model.blocks[0], "ln1_post") is not None:
-        yield "norms after attention and MLP, as in Gemma 2 and 3"
+    first: Any = model.blocks[0]
+    norm = parts.child(first, "ln1_post")
+    if norm is None:
+        return
+    if parts.child(first, "ln1") is None:
+        yield "norms after attention and MLP, and none before"
+    found = parts.norm_weights(norm)
+    if found.centres or found.bias is not None or parts.bias(first.attn.o) is not None:
+        yield "a bias or a mean in its norms after attention, of which heads have no share"
+
+
+def _unknown_norms(model: TransformerBridge) -> Iterator[str]:
+    block: Any = model.blocks[0]
+    for slot in "qk":
+        norm = parts.child(block.attn, f"{slot}_norm")
+        weight = None if norm is None else getattr(parts.original(norm), "weight", None)
+        if norm is None:
+            continue
+        if weight is None or weight.dim() > 1:
+            yield "query and key norms that differ between heads"
+            return
+        if len(weight) != model.cfg.d_head:
+            yield "query and key norms that mix heads, as in OLMo 2 and OLMoE"
+            return
+    if getattr(model.cfg, "qk_norm_after_rope", False):
+        yield "query and key norms after the rotation"
+    places = [(block, name) for name in ("ln1", "ln2", "ln1_post", "ln2_post")]
+    for owner, name in [*places, (model, "ln_final")]:
+        norm = parts.child(owner, name)
+        if norm is not None and not parts.norm_weights(norm).is_plain:
+            yield f"norms of a class that is not known ({type(parts.original(norm)).__name__})"
+            return
 
 
 def _context(model: TransformerBridge) -> int:

@@ -119,7 +119,8 @@ class BridgeWeights(ModelWeights):
         mlp: Any = self._block(layer).mlp
         norm = self.norm(layer, "ln2") or _identity
         if type(mlp).__name__ not in LINEAR_MLPS:
-            return partial(_experts, norm, partial(self.experts, layer))
+            after = self.norm(layer, "ln2_post") or _identity
+            return partial(_experts, norm, partial(self.experts, layer), after)
         activation = self.activation(layer)
         if type(activation).__name__ in GELU_TANH:
             activation = gelu_tanh
@@ -138,6 +139,7 @@ class BridgeWeights(ModelWeights):
             activation=activation,
             bias_gate=parts.bias(gate) if is_gated else None,
             bias_linear=parts.bias(linear) if is_gated else None,
+            norm_after=self.norm(layer, "ln2_post"),
         )
 
     def experts(self, layer: int, normed: Residual) -> Residual:
@@ -230,6 +232,6 @@ def _identity(x: Residual) -> Residual:
     return x
 
 
-def _experts(norm: Norm, mlp: Norm, residual: Residual, product: Multiply) -> Residual:
+def _experts(norm: Norm, mlp: Norm, after: Norm, residual: Residual, product: Multiply) -> Residual:
     normed = norm(residual).flatten(0, -2)
-    return mlp(normed[None]).view(residual.shape)
+    return after(mlp(normed[None])).view(residual.shape)

@@ -98,7 +98,7 @@ class HookedTransformerWeights(ModelWeights):
             qk_norms = {"q": norm_weights(module.q_norm), "k": norm_weights(module.k_norm)}
         return AttentionSettings(
             scale=float(module.attn_scale),
-            soft_cap=float(cfg.attn_scores_soft_cap or 0),
+            soft_cap=max(0.0, float(cfg.attn_scores_soft_cap or 0)),
             clip=cfg.clip_qkv,
             norms=qk_norms,
             rotation=rotation,
@@ -134,7 +134,7 @@ class HookedTransformerWeights(ModelWeights):
         """Return the final norm and the unembedding as a function of tensors."""
         module = self.model.unembed
         final = getattr(self.model, "ln_final", nn.Identity())
-        soft_cap = float(self.model.cfg.output_logits_soft_cap or 0)
+        soft_cap = max(0.0, float(self.model.cfg.output_logits_soft_cap or 0))
         return Unembedding(norm_weights(final), module.W_U, module.b_U, soft_cap)
 
     def _unrepeated(self, layer: int, name: str, slot: str) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,6 +18,19 @@ from torch import Tensor
 from torch.nn import functional
 
 Norm = Callable[[Tensor], Tensor]
+
+
+class SharedNorm(Protocol):
+    """A norm without mean and bias, after attention."""
+
+    @property
+    def weight(self) -> Tensor | None:
+        """What normalized vectors are multiplied by."""
+
+    def scale(self, centred: Tensor, /) -> Tensor:
+        """The divisor."""
+
+
 HeadSelection = slice | Tensor
 """A selection of heads, or of other rows of a tensor: a slice, or a tensor of indices."""
 
@@ -148,12 +162,14 @@ class Attention(AttentionSettings):
         norm: of the residual stream, before the projections.
         weights, biases: W and b by slot; shared key and value heads are repeated.
         output: W_O.
+        norm_after: of the sum of what heads write, whose divisor and weight heads then share.
     """
 
     norm: Norm
     weights: Mapping[str, Float[Tensor, "head d_model d_head"]]
     biases: Mapping[str, Float[Tensor, "head d_head"]]
     output: Float[Tensor, "head d_head d_model"]
+    norm_after: SharedNorm | None = None
 
     def project(
         self,
@@ -215,6 +231,18 @@ class Attention(AttentionSettings):
         # A = softmax(S),  z = A v
         pattern = self._pattern(heads, scores)
         return _product_of_variants(pattern, values)
+
+    def shared(self, written: Float[Tensor, "head *axes d_model"]) -> Tensor:
+        """Share a norm after attention among all heads of the layer, of which these are outputs.
+
+        share_h = w * out_h / s   with s = sqrt(mean(y^2) + eps) and y the sum of out_h
+        """
+        if self.norm_after is None:
+            return written
+        scale = self.norm_after.scale(written.sum(0))
+        shares = written / scale
+        weight = self.norm_after.weight
+        return shares if weight is None else shares * weight
 
     def _pattern(self, heads: HeadSelection, scores: Scores) -> Scores:
         if self.sinks is None:
@@ -308,6 +336,7 @@ class WeightedMLP:
     activation: Callable[[Tensor], Tensor]
     bias_gate: Float[Tensor, " d_mlp"] | None = None
     bias_linear: Float[Tensor, " d_mlp"] | None = None
+    norm_after: Norm | None = None
 
     def __call__(self, residual: Residual, product: Multiply) -> Residual:
         """Compute what the MLP writes when it reads `residual`."""
@@ -319,6 +348,8 @@ class WeightedMLP:
             size = max(256, CACHED_NUMBERS // d_mlp)
         pieces = tokens.split(size)
         written = torch.cat([self._at_tokens(piece, product) for piece in pieces])
+        if self.norm_after is not None:
+            written = self.norm_after(written)
         return written.view(residual.shape)
 
     def _at_tokens(self, tokens: Residual, product: Multiply) -> Residual:

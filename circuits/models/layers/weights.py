@@ -96,6 +96,17 @@ class ModelWeights(ABC):
     def output_bias(self, layer: int) -> Float[Tensor, " d_model"]:
         """Return b_O, which belongs to no node."""
 
+    def head_output(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+        """Return what `hook_z` is multiplied by to give what each head writes.
+
+        That is W_O, with the weight of a norm after attention if there is one: z is divided by that
+        norm's divisor at `hook_z`, so that what heads write still sums to what attention writes.
+        """
+        projection, norm = self.output_projection(layer), self.norm(layer, "ln1_post")
+        if norm is None or norm.weight is None:
+            return projection
+        return projection * norm.weight
+
     @abstractmethod
     def attention_settings(self, layer: int) -> AttentionSettings | None:
         """Return what heads compute beside weights; None if positions enter in an unknown way."""
@@ -129,6 +140,7 @@ class ModelWeights(ABC):
             weights=weights,
             biases=biases,
             output=self.output_projection(layer),
+            norm_after=self.norm(layer, "ln1_post"),
         )
 
     def embedding_deviation(self) -> float:

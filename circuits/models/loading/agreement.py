@@ -13,8 +13,9 @@ from torch import Tensor
 from circuits.models.backend import Model, shape_of
 from circuits.models.hook_points import residual_hook
 from circuits.models.loading.source import Source
-from circuits.models.running import frozen, run_to_logits, run_to_residual
-from circuits.models.source_outputs import TOLERANCE, keepers, logit_gap, relative_gap
+from circuits.models.running import frozen, run_to_residual, unembed
+from circuits.models.source_outputs import keepers
+from circuits.models.tolerance import TOLERANCE, logit_gap, relative_gap
 
 N_TOKENS = 16
 # A window of attention shows in prompts that are longer than it, up to this length.
@@ -66,8 +67,8 @@ def disagreement(model: Model, expected: Expected, settings: Any) -> str | None:
     names = [residual_hook(layer) for layer in range(shape.n_layers)]
     streams: dict[str, Tensor] = {}
     with frozen(model):
-        run_to_residual(model, tokens, mask, keepers(streams, names))
-        logits = run_to_logits(model, tokens, mask)
+        last = run_to_residual(model, tokens, mask, keepers(streams, names))
+        logits = unembed(model, last)
     if len(expected.streams) != len(names):
         return f"it has {len(names)} layers, and its source {len(expected.streams)}"
     for layer, (name, stream) in enumerate(zip(names, expected.streams, strict=True)):

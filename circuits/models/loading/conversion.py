@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformer_lens import HookedTransformer, loading_from_pretrained as conversion
+from transformer_lens import (
+    HookedTransformer,
+    HookedTransformerConfig,
+    loading_from_pretrained as conversion,
+)
 
 from circuits.models.loading.refusals import NO_CODE, TRUST
 from circuits.models.loading.source import Placement, Source
@@ -37,7 +41,7 @@ def to_hooked_transformer(source: Source, placement: Placement) -> HookedTransfo
             path, config, source.model, dtype=placement.dtype, **NO_CODE
         )
         model = HookedTransformer(config, source.tokenizer, move_to_device=False)
-    missing = [name for name in model.state_dict() if ".W_" in name and name not in weights]
+    missing = [name for name in model.state_dict() if _is_needed(name, config) and name not in weights]
     if missing:
         raise ValueError(f"its conversion has no {missing[0]}")
     state = model.fill_missing_keys(weights)
@@ -56,6 +60,12 @@ def by_name(name: str, placement: Placement) -> HookedTransformer:
     if config.trust_remote_code:
         raise ValueError(f"TransformerLens would load it with {TRUST}")
     return HookedTransformer.from_pretrained_no_processing(name, **place, **NO_CODE).eval()
+
+
+def _is_needed(name: str, config: HookedTransformerConfig) -> bool:
+    """Whether a model needs this weight; biases that a conversion leaves out are zero."""
+    is_used = name != "pos_embed.W_pos" or config.positional_embedding_type == "standard"
+    return ".W_" in name and is_used
 
 
 def _with_memory_of_its_own(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from circuits.models.backend import HAS_HOOKED_TRANSFORMER, BackendName, Model
-from circuits.models.bridge.changes import trust
+from circuits.models.bridge.changes import note_known
+from circuits.models.bridge.shape import unreadable
 from circuits.models.loading.agreement import Expected, computed_by, disagreement
 from circuits.models.loading.refusals import first_line, reason, refusals, running_no_code
 from circuits.models.loading.saved import FORMAT, chosen_device, load_saved
@@ -25,6 +26,8 @@ from circuits.models.loading.source import (
     is_checkpoint,
     official_name,
 )
+from circuits.models.running import frozen, run_to_logits
+from circuits.models.tolerance import TOLERANCE, logit_gap
 from circuits.system.device import dtype_called
 from circuits.system.errors import InputError
 from circuits.system.files import path_of, read_json_object
@@ -158,14 +161,35 @@ def _bridged(source: Source, placement: Placement, expected: Expected | None) ->
         )
         bridge.cfg.model_name = source.name
         bridge.eval()
+        for found in unreadable(bridge):
+            raise InputError(
+                f"{source.name} cannot be loaded: it has {found}, and circuits are not found in "
+                "such models; take another model."
+            )
         why = None if expected is None else disagreement(bridge, expected, settings)
     if why is not None:
         raise InputError(
             f"{source.name} cannot be loaded: run layer by layer, {why}. Circuits in it would be "
             "those of another model; check=False loads it all the same."
         )
-    trust(bridge)
+    if expected is not None:
+        _check_own_pass(bridge, source.name, expected)
+    note_known(bridge)
     return bridge
+
+
+@torch.no_grad()
+def _check_own_pass(bridge: TransformerBridge, name: str, expected: Expected) -> None:
+    """Refuse a bridge that computes something else than its source when it is called itself."""
+    with frozen(bridge):
+        mask = torch.ones_like(expected.tokens)
+        found = run_to_logits(bridge, expected.tokens, mask.bool())
+    gap = logit_gap(found.flatten(0, 1).float(), expected.logits.flatten(0, 1).float())
+    if not gap <= TOLERANCE[found.dtype]:
+        raise InputError(
+            f"{name} cannot be loaded: in this version of TransformerLens a TransformerBridge "
+            f"computes other logits for it (by {gap:.1%}); install a newer transformer-lens."
+        )
 
 
 def _of_lens(name: str, placement: Placement) -> Model:

@@ -136,7 +136,7 @@ class VariantRun:
 
     def _distinct_heads(self, step: Step) -> DistinctHeads | None:
         """The distinct cases of a step, if computing these instead of all heads saves work."""
-        if step.block.slot == "mlp" or step.inputs[0].n_changed:
+        if step.block.slot == "mlp" or step.block.coupled or step.inputs[0].n_changed:
             return None
         # If edges change into one target only, few variants are equal there.
         n_targets = len(self.edge_changes.rows)

@@ -37,13 +37,11 @@ from circuits.models.component_graph import component_nodes
 from circuits.models.layers.functional import Multiply, multiply
 from circuits.models.source_outputs import (
     CHECKED_PROMPTS,
-    TOLERANCE,
     check_honoured,
     embedding_outputs,
-    logit_gap,
-    relative_gap,
     run_and_record,
 )
+from circuits.models.tolerance import TOLERANCE, logit_gap, relative_gap
 from circuits.running.ablation import Ablation, Counterfactuals
 from circuits.running.edge_layout import check_runnable
 from circuits.running.incremental.base_state import BaseRun, Outputs

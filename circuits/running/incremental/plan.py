@@ -47,14 +47,20 @@ class TargetBlock:
     n_nodes: int
     rows: slice
     sources: slice
+    # Whether what each of its nodes writes depends on what all of them read.
+    coupled: bool = False
 
 
 Blocks = tuple[TargetBlock, ...]
 KEYS = ("k", "v")
 
 
-def target_blocks(layout: EdgeLayout) -> Blocks:
-    """All blocks of targets, in order of computation; the logits are the last."""
+def target_blocks(layout: EdgeLayout, coupled: bool = False) -> Blocks:
+    """All blocks of targets, in order of computation; the logits are the last.
+
+    Args:
+        coupled: whether the heads of a layer share a norm after attention.
+    """
     nodes = (*layout.nodes, Logits())
     blocks: list[TargetBlock] = []
     row = 0
@@ -65,7 +71,8 @@ def target_blocks(layout: EdgeLayout) -> Blocks:
         source = nodes.index(node)
         rows = slice(row, row + n_nodes)
         sources = slice(source, source + n_nodes)
-        blocks.append(TargetBlock(layer, kind, n_nodes, rows, sources))
+        together = coupled and isinstance(node, Head)
+        blocks.append(TargetBlock(layer, kind, n_nodes, rows, sources, together))
         row += n_nodes
     return tuple(blocks)
 
@@ -105,6 +112,8 @@ class Needs:
         needed[0, -1] = True
         for block in reversed(blocks):
             readers = needed[:, block.sources]
+            if block.coupled:
+                readers[:] = readers.any(1, keepdims=True)
             # The sources of live keys and values are needed everywhere, as all upstream of these.
             if block.slot in KEYS:
                 readers = readers[:1]
@@ -212,6 +221,9 @@ def _sublayer_steps(
     """One step for all live nodes that have the same slots affected and need the same tokens."""
     sources = group[0].sources
     by_slot = affected.reshape(len(group), -1)
+    if group[0].coupled:
+        # All heads of the layer are computed anew, and read in the same slots.
+        by_slot = np.broadcast_to(by_slot.any(1, keepdims=True), by_slot.shape)
     slots = by_slot & needs.live[sources]
     # The kind of a node as a number: a bit for each slot, and the lowest one for "everywhere".
     everywhere = needs.everywhere[sources] & slots.any(0)

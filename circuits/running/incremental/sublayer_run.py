@@ -69,7 +69,8 @@ class TaskModel:
         unembedding = weights_of(model).unembedding()
         layout = EdgeLayout.of(model, graph)
         possible = layout.possible(model).numpy()
-        blocks = target_blocks(layout)
+        coupled = any(part.norm_after is not None for part in attention)
+        blocks = target_blocks(layout, coupled)
         spans, tokens = token_spans(graph, task), window.all
         if spans is not None:
             spans = spans[tokens.prompts, tokens.positions]
@@ -174,7 +175,7 @@ class TaskModel:
         z = tokens.to_tokens(by_prompt)
         # out = z W_O
         written = multiply(z.flatten(1, -2), attention.output, None, place.nodes)
-        return written.unflatten(1, z.shape[1:-1])
+        return attention.shared(written.unflatten(1, z.shape[1:-1]))
 
     def _attention_bias(self, layer: int, tokens: TokenSet) -> Bias:
         key, readable = (layer, tokens), self.window.readable

@@ -1,0 +1,37 @@
+"""How far two computations of the same thing may differ, and how far they do."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+LogitRows = Float[Tensor, "row vocab"]
+
+# Logits that are so far below the largest have probabilities of 0 in float32: e^-88 = 6e-39.
+NEGLIGIBLE = 88
+# Rounding makes what is computed in two ways differ by less than this share of its size; a missing
+# term makes it differ by far more.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
+
+
+def relative_gap(found: Tensor, expected: Tensor) -> float:
+    """The largest difference between two tensors, as a share of the largest expected number."""
+    size = expected.abs().max()
+    gap = (found - expected).abs().max()
+    return float(gap / size.clamp(min=1e-30))
+
+
+def logit_gap(found: LogitRows, expected: LogitRows) -> float:
+    """The largest difference between logits, as a share of their size.
+
+    The size is that of the logit itself, or if larger of the largest that counts: next to a token
+    that is masked by -1e9 a difference in all others must not look like rounding.
+    """
+    counts = expected > expected.amax(-1, keepdim=True) - NEGLIGIBLE
+    size = expected.abs()
+    largest = size.masked_fill(~counts, 0).max()
+    gap = (found - expected).abs()
+    size = size.clamp(min=largest).clamp(min=1e-30)
+    share = gap / size
+    return float(share.max())
