@@ -156,7 +156,7 @@ def _settings(weights: ModelWeights) -> Iterator[Any]:
     for layer in range(weights.shape.n_layers):
         settings = weights.attention_settings(layer)
         yield None if settings is None else _told_apart(settings)
-        if not weights.shape.attn_only:
+        if not weights.shape.attn_only and isinstance(weights.feed_forward(layer), WeightedMLP):
             points = torch.tensor(PROBES, device=weights.shape.device)
             yield _rounded(weights.activation(layer)(points))
         norm = weights.norm(layer, "ln2")
@@ -169,7 +169,9 @@ def _settings(weights: ModelWeights) -> Iterator[Any]:
 def _told_apart(settings: AttentionSettings) -> list[Any]:
     turned = settings.rotation
     # The mean cosine at a position tells the frequencies, and their number the width.
-    angles = [] if turned is None else [*_rounded(turned.cos[-1:].float().mean(1)), turned.adjacent]
+    angles = (
+        [] if turned is None else [*_rounded(turned.cos[:8][-1:].float().mean(1)), turned.adjacent]
+    )
     clip = settings.clip or 0
     numbers = [settings.scale, settings.soft_cap, clip, settings.reach, *settings.slopes.tolist()]
     return [*_rounded(numbers), settings.causal, *angles]

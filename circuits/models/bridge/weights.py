@@ -152,8 +152,14 @@ class BridgeWeights(ModelWeights):
         return written.view(normed.shape) * self._residual_scale()
 
     def mlp_parameters(self, layer: int) -> Mapping[str, Tensor]:
-        """Return the parameters of an MLP."""
-        return dict(parts.original(self._block(layer).mlp).named_parameters())
+        """Return the parameters of experts, by TransformerLens' names in a HookedTransformer."""
+        found = {}
+        module = parts.original(self._block(layer).mlp)
+        is_interleaved = type(module).__name__ == "GptOssMLP"
+        for name, parameter in module.named_parameters():
+            plain = name.replace("_original_component.", "")
+            found |= _of_experts(plain, parameter, is_interleaved)
+        return found
 
     def activation(self, layer: int) -> Callable[[Tensor], Tensor]:
         """Return the activation function of an MLP."""
@@ -226,6 +232,31 @@ def _score_divisor(attention: Any) -> float:
         if (divisor := getattr(attention, name, None)) is not None:
             return float(divisor)
     return 1.0
+
+
+def _of_experts(name: str, parameter: Tensor, is_interleaved: bool) -> dict[str, Tensor]:
+    """Take apart a parameter that holds several of what TransformerLens keeps apart."""
+    kind = "bias" if name.endswith("bias") else "weight"
+    if name.startswith(("gate.", "router.")):
+        return {f"W_gate.{kind}": parameter}
+    # [expert, d_out, d_in]; in gpt-oss [expert, d_in, d_out], gate and linear map in turns.
+    if is_interleaved and kind == "weight":
+        parameter = parameter.mT
+    if name.startswith("experts.gate_up_proj"):
+        if is_interleaved:
+            maps = {"W_gate": parameter[:, ::2], "W_in": parameter[:, 1::2]}
+        else:
+            gate, linear = parameter.chunk(2, 1)
+            maps = {"W_gate": gate, "W_in": linear}
+    elif name.startswith("experts.down_proj"):
+        maps = {"W_out": parameter}
+    else:
+        return {name: parameter}
+    return {
+        f"experts.{expert}.{of}.{kind}": weight
+        for of, weights in maps.items()
+        for expert, weight in enumerate(weights)
+    }
 
 
 def _identity(x: Residual) -> Residual:

@@ -41,7 +41,9 @@ def to_hooked_transformer(source: Source, placement: Placement) -> HookedTransfo
             path, config, source.model, dtype=placement.dtype, **NO_CODE
         )
         model = HookedTransformer(config, source.tokenizer, move_to_device=False)
-    missing = [name for name in model.state_dict() if _is_needed(name, config) and name not in weights]
+    missing = [
+        name for name in model.state_dict() if _is_needed(name, config) and name not in weights
+    ]
     if missing:
         raise ValueError(f"its conversion has no {missing[0]}")
     state = model.fill_missing_keys(weights)
