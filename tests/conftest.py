@@ -25,7 +25,7 @@ def new_process():
     each is a copy of a process that has made them.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["circuits.models", "circuits.models.loading"])
+    context.set_forkserver_preload(["circuits.models", "circuits.models.loading.load"])
     return context.Process
 
 

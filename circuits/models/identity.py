@@ -168,10 +168,11 @@ def _settings(weights: ModelWeights) -> Iterator[Any]:
 
 def _told_apart(settings: AttentionSettings) -> list[Any]:
     turned = settings.rotation
-    # The mean cosine at a position tells the frequencies, and their number the width.
-    angles = (
-        [] if turned is None else [*_rounded(turned.cos[:8][-1:].float().mean(1)), turned.adjacent]
-    )
+    angles: list[Any] = []
+    if turned is not None:
+        # The mean cosine at a position tells the frequencies, and their number the width.
+        position = min(7, len(turned.cos) - 1)
+        angles = [round(float(turned.cos[position].float().mean()), DIGITS), turned.adjacent]
     clip = settings.clip or 0
     numbers = [settings.scale, settings.soft_cap, clip, settings.reach, *settings.slopes.tolist()]
     return [*_rounded(numbers), settings.causal, *angles]

@@ -153,7 +153,7 @@ class BridgeWeights(ModelWeights):
 
     def mlp_parameters(self, layer: int) -> Mapping[str, Tensor]:
         """Return the parameters of experts, by TransformerLens' names in a HookedTransformer."""
-        found = {}
+        found: dict[str, Tensor] = {}
         module = parts.original(self._block(layer).mlp)
         is_interleaved = type(module).__name__ == "GptOssMLP"
         for name, parameter in module.named_parameters():

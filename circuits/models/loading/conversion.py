@@ -41,9 +41,8 @@ def to_hooked_transformer(source: Source, placement: Placement) -> HookedTransfo
             path, config, source.model, dtype=placement.dtype, **NO_CODE
         )
         model = HookedTransformer(config, source.tokenizer, move_to_device=False)
-    missing = [
-        name for name in model.state_dict() if _is_needed(name, config) and name not in weights
-    ]
+    needed = [name for name in model.state_dict() if _is_needed(name, config)]
+    missing = [name for name in needed if name not in weights]
     if missing:
         raise ValueError(f"its conversion has no {missing[0]}")
     state = model.fill_missing_keys(weights)
