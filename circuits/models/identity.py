@@ -21,8 +21,8 @@ from circuits.graph.identity import ModelIdentity
 from circuits.models.backend import Model, backend
 from circuits.models.changes import hooks_by_kind, turn
 from circuits.models.hook_points import NORMS
-from circuits.models.layers.functional import AttentionSettings, WeightedMLP
-from circuits.models.layers.weights import ModelWeights, NormWeights
+from circuits.models.layers.functional import AttentionSettings, NormWeights, WeightedMLP
+from circuits.models.layers.weights import ModelWeights
 from circuits.models.overflow import check_weights
 from circuits.system.code_digest import stand_in
 from circuits.system.errors import InputError

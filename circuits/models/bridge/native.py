@@ -17,8 +17,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
 from circuits.models.backend import backend
-from circuits.models.layers.functional import WeightedMLP
-from circuits.models.layers.weights import ModelWeights, NormWeights
+from circuits.models.layers.functional import NormWeights, WeightedMLP
+from circuits.models.layers.weights import ModelWeights
 from circuits.system.errors import InputError
 
 NATIVE = "TransformerLensNative"

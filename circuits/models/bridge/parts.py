@@ -18,8 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from circuits.models.layers.functional import Rotation
-from circuits.models.layers.weights import NormWeights
+from circuits.models.layers.functional import NormWeights, Rotation
 
 # Angles of positions are known up to this one.
 LONGEST = 1 << 15

@@ -17,8 +17,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.models.bridge.weights import BridgeWeights
-from circuits.models.layers.functional import AttentionSettings, WeightedMLP, soft_capped
-from circuits.models.layers.weights import NormWeights
+from circuits.models.layers.functional import (
+    AttentionSettings,
+    NormWeights,
+    WeightedMLP,
+    soft_capped,
+)
 from circuits.models.shape import ModelShape
 
 Point = Callable[[str, Tensor], Tensor]

@@ -20,12 +20,13 @@ from circuits.models.layers.functional import (
     FeedForward,
     Multiply,
     Norm,
+    NormWeights,
     Residual,
     Unembedding,
     WeightedMLP,
     gelu_tanh,
 )
-from circuits.models.layers.weights import ModelWeights, NormWeights
+from circuits.models.layers.weights import ModelWeights
 from circuits.models.shape import ModelShape
 
 # Parts of a bridge that are no more than the linear maps of an MLP.

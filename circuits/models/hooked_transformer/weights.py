@@ -20,13 +20,14 @@ from circuits.models.layers.functional import (
     FeedForward,
     Multiply,
     Norm,
+    NormWeights,
     Residual,
     Rotation,
     Unembedding,
     WeightedMLP,
     gelu_tanh,
 )
-from circuits.models.layers.weights import ModelWeights, NormWeights
+from circuits.models.layers.weights import ModelWeights
 from circuits.models.shape import ModelShape
 
 LAYER_NORMS = ("LayerNorm", "LayerNormPre")

@@ -10,27 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 Norm = Callable[[Tensor], Tensor]
-
-
-class SharedNorm(Protocol):
-    """A norm without mean and bias, after attention."""
-
-    @property
-    def weight(self) -> Tensor | None:
-        """What normalized vectors are multiplied by."""
-
-    def scale(self, centred: Tensor, /) -> Tensor:
-        """The divisor."""
-
-
 HeadSelection = slice | Tensor
 """A selection of heads, or of other rows of a tensor: a slice, or a tensor of indices."""
 
@@ -38,6 +24,7 @@ Multiply = Callable[..., Tensor]
 """A way of multiplying matrices, with the signature of `multiply`, which is the plain way."""
 
 Residual = Float[Tensor, "*batch d_model"]
+Scale = Float[Tensor, "*batch 1"]
 FeedForward = Callable[[Residual, Multiply], Residual]
 """What an MLP writes when it reads the residual stream, and how to multiply."""
 
@@ -88,6 +75,44 @@ def gelu_tanh(x: Tensor) -> Tensor:
     factor = math.sqrt(8 / math.pi)
     twice_u = cubic.mul_(factor)
     return twice_u.sigmoid_().mul_(x)
+
+
+@dataclass(frozen=True, eq=False)
+class NormWeights:
+    """A norm: y = w * (x - mean(x)) / s + b with s = sqrt(mean((x - mean(x))^2) + eps).
+
+    Attributes:
+        module: what computes it.
+        centres: whether the mean is subtracted, as in LayerNorm, unlike in RMSNorm.
+        weight, bias: w and b; None where the norm has none.
+        is_plain: whether the equation above is all that it computes.
+    """
+
+    module: nn.Module
+    centres: bool
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    is_plain: bool = True
+
+    def __call__(self, x: Residual) -> Residual:
+        """Normalize, in one fused operation where torch has one."""
+        if not self.is_plain:
+            return self.module(x)
+        size = x.shape[-1:]
+        if self.centres:
+            return functional.layer_norm(x, size, self.weight, self.bias, self.eps)
+        return functional.rms_norm(x, size, self.weight, self.eps)
+
+    def centred(self, x: Residual) -> Residual:
+        """What is divided by `scale`."""
+        return x - x.mean(-1, keepdim=True) if self.centres else x
+
+    def scale(self, centred: Residual) -> Scale:
+        """The divisor s."""
+        variance = centred.square().mean(-1, keepdim=True)
+        squared = variance + self.eps
+        return squared.sqrt()
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +194,7 @@ class Attention(AttentionSettings):
     weights: Mapping[str, Float[Tensor, "head d_model d_head"]]
     biases: Mapping[str, Float[Tensor, "head d_head"]]
     output: Float[Tensor, "head d_head d_model"]
-    norm_after: SharedNorm | None = None
+    norm_after: NormWeights | None = None
 
     def project(
         self,

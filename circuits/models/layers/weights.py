@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from circuits.graph.edges import SLOTS
 from circuits.models.layers.functional import (
@@ -17,50 +15,12 @@ from circuits.models.layers.functional import (
     AttentionSettings,
     FeedForward,
     LinearNorm,
+    NormWeights,
     Residual,
+    Scale,
     Unembedding,
 )
 from circuits.models.shape import ModelShape
-
-Scale = Float[Tensor, "*batch 1"]
-
-
-@dataclass(frozen=True, eq=False)
-class NormWeights:
-    """A norm: y = w * (x - mean(x)) / s + b with s = sqrt(mean((x - mean(x))^2) + eps).
-
-    Attributes:
-        module: what computes it.
-        centres: whether the mean is subtracted, as in LayerNorm, unlike in RMSNorm.
-        weight, bias: w and b; None where the norm has none.
-        is_plain: whether the equation above is all that it computes.
-    """
-
-    module: nn.Module
-    centres: bool
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-    is_plain: bool = True
-
-    def __call__(self, x: Residual) -> Residual:
-        """Normalize, in one fused operation where torch has one."""
-        if not self.is_plain:
-            return self.module(x)
-        size = x.shape[-1:]
-        if self.centres:
-            return functional.layer_norm(x, size, self.weight, self.bias, self.eps)
-        return functional.rms_norm(x, size, self.weight, self.eps)
-
-    def centred(self, x: Residual) -> Residual:
-        """What is divided by `scale`."""
-        return x - x.mean(-1, keepdim=True) if self.centres else x
-
-    def scale(self, centred: Residual) -> Scale:
-        """The divisor s."""
-        variance = centred.square().mean(-1, keepdim=True)
-        squared = variance + self.eps
-        return squared.sqrt()
 
 
 class ModelWeights(ABC):
