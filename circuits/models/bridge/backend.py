@@ -16,14 +16,13 @@ from circuits.models.backend import Backend, Changes, Hook, Hooks, Inputs
 from circuits.models.bridge.changes import (
     all_modules,
     changes,
-    hook_points,
     hooked_points,
     is_known,
     note_known,
     problems,
     through,
 )
-from circuits.models.bridge.run import Pass
+from circuits.models.bridge.run import IN_BLOCK, OUTSIDE, Pass
 from circuits.models.bridge.shape import bridge_shape, unreadable, unsupported
 from circuits.models.bridge.weights import BridgeWeights
 from circuits.models.changes import Own, hooks_by_kind
@@ -78,7 +77,8 @@ class BridgeBackend(Backend, of=TransformerBridge):
 
     def hook_names(self) -> tuple[str, ...]:
         """Return the names of all activations."""
-        return tuple(hook_points(self.model))
+        layers = range(self.shape().n_layers)
+        return (*OUTSIDE, *(f"blocks.{layer}.{name}" for layer in layers for name in IN_BLOCK))
 
     def run(self, tokens: Tensor, mask: Tensor, layers: int | None) -> Tensor:
         """Run by the pass of this package; to the logits, by the model's own forward pass."""
@@ -149,7 +149,6 @@ class BridgeBackend(Backend, of=TransformerBridge):
         """Say why the residual stream is not the sum of the model's components."""
         return unsupported(self.model)
 
-    @torch.no_grad()
     def _disagreement(self) -> Iterator[str]:
         """Compare the pass of this package with the model's own, if anything is new in it."""
         if is_known(self.model):
@@ -158,8 +157,9 @@ class BridgeBackend(Backend, of=TransformerBridge):
         shape = self.shape()
         tokens = torch.randint(shape.d_vocab, (1, min(N_TOKENS, shape.n_ctx)), generator=generator)
         tokens = tokens.to(shape.device)
-        here = self.last_step(self.run(tokens, tokens > 0, shape.n_layers))
-        there = self.run(tokens, tokens > 0, None)
+        with torch.no_grad():
+            here = self.last_step(self.run(tokens, tokens > 0, shape.n_layers))
+            there = self.run(tokens, tokens > 0, None)
         gap = logit_gap(here[0].float(), there[0].float())
         if not gap <= TOLERANCE[shape.dtype]:
             yield (

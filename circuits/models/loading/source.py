@@ -120,6 +120,7 @@ def _read(
             found: Any = AutoModelForCausalLM.from_pretrained(place, **arguments)
             # The weights are plain now, which the configuration does not say.
             found.config.__dict__.pop("quantization_config", None)
+            found.config.architectures = [type(found).__name__]
             return Source(name, place, found.eval(), AutoTokenizer.from_pretrained(place, **chosen))
         found = AutoModelForCausalLM.from_pretrained(
             place,
