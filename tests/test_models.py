@@ -11,6 +11,7 @@ from architectures import random_model, random_task
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import circuits
+from circuits.models import HAS_HOOKED_TRANSFORMER
 from circuits.models.identity import identity
 
 
@@ -70,14 +71,22 @@ def test_a_checkpoint_in_a_folder_gives_its_own_logits_and_finds_circuits(family
     assert circuits.evaluate(model, circuit, task).kl == pytest.approx(0, abs=1e-5)
 
 
-def test_a_checkpoint_that_transformer_lens_cannot_convert_is_one_clear_line(tmp_path):
+def test_a_checkpoint_that_transformer_lens_cannot_convert_is_loaded_as_a_bridge_which_is_said(
+    tmp_path, monkeypatch
+):
     config = transformers.GemmaConfig(vocab_size=20, num_key_value_heads=1, head_dim=8, **SMALL)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    source = transformers.AutoModelForCausalLM.from_config(config)
+    source.save_pretrained(tmp_path)
     byte_pair_tokenizer(tmp_path)
-    with pytest.raises(
-        circuits.InputError, match=r"TransformerLens cannot convert .*GemmaForCausalLM"
-    ):
-        circuits.load_model(tmp_path, device="cpu")
+    said = []
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_: said.append(str(message)))
+    model = circuits.load_model(tmp_path, device="cpu")
+    assert type(model).__name__ == "TransformerBridge"
+    if HAS_HOOKED_TRANSFORMER:
+        assert any("TransformerLens cannot convert it" in each for each in said)
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), source.eval()(tokens).logits)
 
 
 CODE = """
@@ -195,7 +204,6 @@ def _halve(file):
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
         (lambda folder: (folder / "tokenizer_config.json").write_text("[1"), "JSONDecodeError"),
         (lambda folder: change(folder / "config.json", num_attention_heads=0), "ZeroDivisionError"),
-        (lambda folder: change(folder / "config.json", architectures=None), "TransformerLens"),
         (
             lambda folder: change(
                 folder / "config.json",
@@ -369,7 +377,7 @@ def test_something_else_than_a_hooked_transformer_is_refused(call, toy_world, un
     task, graph = circuits.load_task("ioi", toy_world, n=2), circuits.component_graph(toy_world)
     config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=20)
     for wrong, told in (
-        (torch.nn.Linear(2, 2), "expected a HookedTransformer, got Linear; load it with"),
+        (torch.nn.Linear(2, 2), "TransformerBridge, got Linear; load it with"),
         (None, "got NoneType; load it with circuits.load_model"),
         ("toy-world", "got str; load it with"),
         (transformers.GPT2LMHeadModel(config), "got GPT2LMHeadModel; load it with"),

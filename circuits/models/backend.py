@@ -128,7 +128,7 @@ def backend(model: object) -> Backend:
     known = tuple(Backend.classes)
     inside = [name for name in INSIDE if isinstance(getattr(model, name, None), known)]
     remedy = f"hand over its .{inside[0]}" if inside else "load it with circuits.load_model"
-    kinds = " or a ".join(kind.__name__ for kind in known)
+    kinds = " or a ".join(kind.__name__ for kind in reversed(known))
     raise InputError(f"expected a {kinds}, got {type(model).__name__}; {remedy}.")
 
 

@@ -22,7 +22,7 @@ from circuits.models.layers.functional import NormWeights, Rotation
 
 # Angles of positions are known up to this one.
 LONGEST = 1 << 15
-Table = Float[Tensor, "ctx rotated"]
+Table = Float[Tensor, "ctx pair"]
 ACTIVATION_MODULES = ("act_fn", "act", "activation_fn", "activation", "gelu_impl")
 ACTIVATION_SETTINGS = (
     "hidden_act", "hidden_activation", "activation_function", "activation", "act_fn",
@@ -216,7 +216,7 @@ def _made_tables(
     return _per_pair(cos[0]), _per_pair(sin[0])
 
 
-def _per_pair(table: Table) -> Table:
+def _per_pair(table: Float[Tensor, "ctx rotated"]) -> Table:
     """Reduce a table in which each pair's angle may be there twice."""
     half = table.shape[-1] // 2
     if torch.equal(table[:, :half], table[:, half:]):

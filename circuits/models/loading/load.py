@@ -116,7 +116,7 @@ def _wrapped(
     """Make a model of TransformerLens from one of transformers."""
     expected = None
     if check:
-        with refusals(f"{source.name} cannot be run"):
+        with refusals(f"{source.called} cannot be run"):
             expected = computed_by(source)
     why = None
     if HAS_HOOKED_TRANSFORMER and backend != "bridge" and placement.device_map is None:
@@ -124,11 +124,13 @@ def _wrapped(
         if model is not None:
             return model
         if backend is not None:
-            raise InputError(f"{source.name} is no HookedTransformer: {why}; use backend='bridge'.")
+            raise InputError(
+                f"{source.called} is no HookedTransformer: {why}; use backend='bridge'."
+            )
     model = _bridged(source, placement, expected)
     if why is not None:
         warnings.warn(
-            f"{source.name} is loaded as a TransformerBridge, as its HookedTransformer would be "
+            f"{source.called} is loaded as a TransformerBridge, as its HookedTransformer would be "
             f"another model: {why}. backend='bridge' loads it without this warning.",
             stacklevel=4,
         )
@@ -150,7 +152,7 @@ def _converted(
 
 def _bridged(source: Source, placement: Placement, expected: Expected | None) -> Model:
     settings = source.model.config
-    with refusals(f"{source.name} cannot be loaded as a TransformerBridge"):
+    with refusals(f"{source.called} cannot be loaded as a TransformerBridge"):
         source.model.to(placement.device)
         bridge = TransformerBridge.boot_transformers(
             source.place,
@@ -163,17 +165,17 @@ def _bridged(source: Source, placement: Placement, expected: Expected | None) ->
         bridge.eval()
         for found in unreadable(bridge):
             raise InputError(
-                f"{source.name} cannot be loaded: it has {found}, and circuits are not found in "
+                f"{source.called} cannot be loaded: it has {found}, and circuits are not found in "
                 "such models; take another model."
             )
         why = None if expected is None else disagreement(bridge, expected, settings)
     if why is not None:
         raise InputError(
-            f"{source.name} cannot be loaded: run layer by layer, {why}. Circuits in it would be "
+            f"{source.called} cannot be loaded: run layer by layer, {why}. Circuits in it would be "
             "those of another model; check=False loads it all the same."
         )
     if expected is not None:
-        _check_own_pass(bridge, source.name, expected)
+        _check_own_pass(bridge, source.called, expected)
     note_known(bridge)
     return bridge
 

@@ -61,7 +61,7 @@ def refusals(problem: str) -> Iterator[None]:
                 "transformers itself has."
             ) from error
         raise InputError(
-            f"{problem} ({reason(error)}); give a complete checkpoint of a decoder-only model that "
+            f"{problem} ({reason(error)}); give a complete folder of a decoder-only model that "
             "TransformerLens supports."
         ) from error
 

@@ -38,10 +38,12 @@ class Source:
     """A model of transformers, and where it comes from.
 
     Attributes:
-        name: for messages and as the name of what is made of it.
+        called: for messages.
+        name: of what is made of it.
         place: the folder, or the name on the hub.
     """
 
+    called: str
     name: str
     place: str
     model: Any
@@ -121,7 +123,8 @@ def _read(
             # The weights are plain now, which the configuration does not say.
             found.config.__dict__.pop("quantization_config", None)
             found.config.architectures = [type(found).__name__]
-            return Source(name, place, found.eval(), AutoTokenizer.from_pretrained(place, **chosen))
+            tokenizer = AutoTokenizer.from_pretrained(place, **chosen)
+            return Source(called, name, place, found.eval(), tokenizer)
         found = AutoModelForCausalLM.from_pretrained(
             place,
             config=settings,
@@ -133,22 +136,22 @@ def _read(
         model, loaded = found
         tokenizer = AutoTokenizer.from_pretrained(place, **NO_CODE)
     _check_complete(called, model.state_dict(), loaded)
-    return Source(name, place, model.eval(), tokenizer)
+    return Source(called, name, place, model.eval(), tokenizer)
 
 
 def _check_is_decoder(called: str, settings: Any) -> None:
     kind = classify_model_config(settings)
     if kind in NO_DECODERS:
         raise InputError(
-            f"{called} holds {NO_DECODERS[kind]}; circuits are found in decoder-only language "
+            f"{called} is {NO_DECODERS[kind]}; circuits are found in decoder-only language "
             "models, such as gpt2, pythia-160m or Llama: give one of these."
         )
     quantized = getattr(settings, "quantization_config", None)
     if quantized is not None:
         how = getattr(quantized, "quant_method", None) or dict(quantized).get("quant_method")
         raise InputError(
-            f"{called} holds quantized weights ({how}); circuits need plain ones: give the "
-            "checkpoint in float32, bfloat16 or float16, or a GGUF file, which is dequantized."
+            f"{called} holds quantized weights ({how}); circuits need plain ones; give a "
+            "complete folder in float32, bfloat16 or float16, or a GGUF file, which is dequantized."
         )
 
 
