@@ -3,13 +3,21 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check check-js docs clean
+# The second environment, with the newest TransformerLens 4, in which there is no HookedTransformer.
+BIN4 := .venv-tl4/bin
+READY4 := .venv-tl4/.ready
+
+.PHONY: demo test test-tl4 check check-js docs clean
 
 demo: $(READY)
 	$(BIN)/circuits compare --task ioi --methods acdc,eap,eap-ig,random --out runs
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2
+
+# All that touches models.
+test-tl4: $(READY4)
+	$(BIN4)/python -m pytest -n 2 -m models
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -30,5 +38,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	touch $(READY)
 
+$(READY4): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-tl4
+	grep -v '^transformer-lens' constraints.txt > .venv-tl4/constraints.txt
+	$(BIN4)/python -m pip install --quiet --constraint .venv-tl4/constraints.txt 'transformer-lens>=4,<5' --editable '.[dev]'
+	touch $(READY4)
+
 clean:
-	rm -rf .venv build site node_modules *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-tl4 build site node_modules *.egg-info .pytest_cache .mypy_cache .ruff_cache

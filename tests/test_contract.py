@@ -21,7 +21,7 @@ import circuits
 from circuits.discovery.discoverer import SPEED_ONLY, CircuitDiscoverer
 from circuits.discovery.gradients.edge_scores import GradientPoint
 from circuits.discovery.gradients.gradient_method import GradientMethod
-from circuits.models.layers.propagation import PropagationRules
+from circuits.models.propagation import PropagationRules
 from circuits.system.ranks import ranks, start
 from circuits.tasks.task import Task
 

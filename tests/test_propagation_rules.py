@@ -12,7 +12,7 @@ import circuits
 from circuits.discovery.gradients.edge_scores import GradientPoint
 from circuits.discovery.gradients.gradient_method import GradientMethod
 from circuits.discovery.methods.eap import EAP, EAPIG
-from circuits.models.layers.propagation import PropagationRules
+from circuits.models.propagation import PropagationRules
 
 
 @dataclass(frozen=True)

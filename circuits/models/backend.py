@@ -14,8 +14,8 @@ from typing import Any, ClassVar, Literal, TypeAlias
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
+from circuits.models.layers.shape import ModelShape
 from circuits.models.layers.weights import ModelWeights
-from circuits.models.shape import ModelShape
 from circuits.system.errors import InputError
 
 try:

@@ -48,7 +48,7 @@ from circuits.models import (
     shape_of,
 )
 from circuits.models.component_graph import check_supported
-from circuits.models.layers.propagation import PropagationRules
+from circuits.models.propagation import PropagationRules
 from circuits.models.source_outputs import SourceOutputs, output_groups, run_and_record
 from circuits.running.ablation import Changes, Counterfactuals, check_corrupted
 from circuits.running.edge_layout import EdgeLayout

@@ -16,7 +16,7 @@ from circuits.graph.graph import Graph
 from circuits.graph.nodes import Node
 from circuits.models import Model, check_fits
 from circuits.models.component_graph import check_supported, component_graph, component_nodes
-from circuits.models.layers.propagation import PropagationRules
+from circuits.models.propagation import PropagationRules
 from circuits.running.ablation import Ablation
 from circuits.system.torch_modes import without_modes
 from circuits.tasks.metrics import Metric

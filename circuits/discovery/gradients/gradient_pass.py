@@ -38,7 +38,7 @@ from circuits.models import (
     shape_of,
     weights_of,
 )
-from circuits.models.layers.propagation import PropagationRules
+from circuits.models.propagation import PropagationRules
 from circuits.models.source_outputs import (
     MaskedPrompts,
     SourceOutputs,

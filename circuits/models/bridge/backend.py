@@ -26,8 +26,8 @@ from circuits.models.bridge.run import IN_BLOCK, OUTSIDE, Pass
 from circuits.models.bridge.shape import bridge_shape, unreadable, unsupported
 from circuits.models.bridge.weights import BridgeWeights
 from circuits.models.changes import Own, hooks_by_kind
+from circuits.models.layers.shape import ModelShape
 from circuits.models.running import Expected, check_were_run
-from circuits.models.shape import ModelShape
 from circuits.models.tolerance import TOLERANCE, logit_gap
 
 Context = Iterator[None]

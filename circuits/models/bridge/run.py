@@ -23,7 +23,7 @@ from circuits.models.layers.functional import (
     WeightedMLP,
     soft_capped,
 )
-from circuits.models.shape import ModelShape
+from circuits.models.layers.shape import ModelShape
 
 # Names of the activations that pass hooks, those in a layer without its name.
 OUTSIDE = ("hook_embed", "hook_pos_embed", "ln_final.hook_scale", "unembed.hook_out")

@@ -8,7 +8,7 @@ from typing import Any
 from transformer_lens.model_bridge import TransformerBridge
 
 from circuits.models.bridge import parts
-from circuits.models.shape import ModelShape
+from circuits.models.layers.shape import ModelShape
 
 # Classes of attention that compute softmax(q k^T) v from linear maps q, k, v and o.
 ATTENTION = (

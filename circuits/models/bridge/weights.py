@@ -26,8 +26,8 @@ from circuits.models.layers.functional import (
     WeightedMLP,
     gelu_tanh,
 )
+from circuits.models.layers.shape import ModelShape
 from circuits.models.layers.weights import ModelWeights
-from circuits.models.shape import ModelShape
 
 # Parts of a bridge that are no more than the linear maps of an MLP.
 LINEAR_MLPS = ("MLPBridge", "BloomMLPBridge", "GatedMLPBridge", "JointGateUpMLPBridge")

@@ -26,8 +26,8 @@ from circuits.models.hooked_transformer.changes import (
 from circuits.models.hooked_transformer.identity import computed_by, first_fingerprint
 from circuits.models.hooked_transformer.weights import HookedTransformerWeights
 from circuits.models.layers.functional import soft_capped
+from circuits.models.layers.shape import ModelShape
 from circuits.models.running import Expected, attributes_set, check_were_run
-from circuits.models.shape import ModelShape
 
 Forward = Callable[[Tensor], Tensor]
 Context = Iterator[None]

@@ -27,8 +27,8 @@ from circuits.models.layers.functional import (
     WeightedMLP,
     gelu_tanh,
 )
+from circuits.models.layers.shape import ModelShape
 from circuits.models.layers.weights import ModelWeights
-from circuits.models.shape import ModelShape
 
 LAYER_NORMS = ("LayerNorm", "LayerNormPre")
 RMS_NORMS = ("RMSNorm", "RMSNormPre")

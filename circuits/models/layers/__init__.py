@@ -1,1 +1,1 @@
-"""Layers as functions of tensors, made from the weights of a model of any class."""
+"""What a model of any class consists of: its shape, and layers as functions of tensors."""

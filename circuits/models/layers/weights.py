@@ -20,7 +20,7 @@ from circuits.models.layers.functional import (
     Scale,
     Unembedding,
 )
-from circuits.models.shape import ModelShape
+from circuits.models.layers.shape import ModelShape
 
 
 class ModelWeights(ABC):
