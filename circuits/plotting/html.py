@@ -12,7 +12,9 @@ import pandas
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 from circuits.graph.circuit import Circuit
-from circuits.plotting.circuit_drawing.draw import draw, edge_limit, ranked_edges
+from circuits.plotting.circuit_drawing.draw import draw
+from circuits.plotting.circuit_drawing.node_types import TypeNames
+from circuits.plotting.circuit_drawing.ranking import edge_limit, ranked_edges
 from circuits.plotting.markup import Details, details_list, fill_template, static_file
 from circuits.system.numbers import WholeNumber
 
@@ -33,9 +35,11 @@ def page(*, title: str, details: Details, body: str) -> str:
     )
 
 
-def circuit_panel(circuit: Circuit, *, label: str, max_edges: WholeNumber | None) -> str:
+def circuit_panel(
+    circuit: Circuit, *, label: str, max_edges: WholeNumber | None, types: TypeNames = None
+) -> str:
     """Write a drawing with its slider and a table of the kept edges."""
-    drawing = draw(circuit, title=None, max_edges=max_edges)
+    drawing = draw(circuit, title=None, max_edges=max_edges, types=types)
     n_kept = len(circuit)
     if n_kept == 0:
         return f'<div class="drawing">{drawing}</div>'

@@ -12,6 +12,7 @@ import pandas
 from circuits.attribution.feature_graph import FeatureGraph
 from circuits.graph.circuit import Circuit
 from circuits.plotting.circuit_drawing.draw import draw
+from circuits.plotting.circuit_drawing.node_types import TypeNames
 from circuits.plotting.figures import faithfulness_figure, figure_html
 from circuits.plotting.graph_page.page import graph_page
 from circuits.plotting.html import circuit_panel, data_table, methods_panel, page
@@ -29,22 +30,30 @@ FAITHFULNESS_EXPLAINED = (
 
 @checked_arguments
 def draw_circuit(
-    circuit: Circuit, *, title: str | None = None, max_edges: WholeNumber | None = None
+    circuit: Circuit,
+    *,
+    title: str | None = None,
+    max_edges: WholeNumber | None = None,
+    types: TypeNames = None,
 ) -> str:
     """Draw a circuit as a standalone SVG.
 
     Layers are rows, with the embeddings at the bottom and the logits on top; positions are columns.
-    The colour of an edge shows its slot, its width the |score|; edges with a negative score are
-    dashed. Tooltips give names and scores; that of a node lists its strongest edges. A head in
-    two columns can read at one position and write at the other.
+    Layers without an edge are folded into a thin mark. The colour of an edge shows its slot, its
+    width the |score|; edges with a negative score are dashed. Tooltips give names and scores; that
+    of a node lists its strongest edges. A head in two columns can read at one position and write at
+    the other.
 
     Args:
         title: a heading inside the picture.
         max_edges: largest number of edges to draw. If the circuit keeps more, the strongest are
             drawn and the picture says so. None: 200, or 50 in a graph of transcoder features.
+        types: what nodes are known to do, by node or its text, such as `{"a9.h9": "name mover"}`.
+            Each type has a colour and a symbol, in the order in which types first appear. A node
+            without a position stands for it at every position. None: those of a published circuit.
 
     Raises:
-        InputError: `max_edges` is negative.
+        InputError: `max_edges` is negative, or the graph lacks a node of `types`.
 
     >>> import circuits
     >>> from circuits.plotting.pages import draw_circuit
@@ -52,13 +61,20 @@ def draw_circuit(
     >>> circuit = circuits.Circuit.from_edges(graph, ["embed->a0.h0.q", "a0.h0->logits"])
     >>> draw_circuit(circuit, title="Two edges").count('class="edge"')
     2
+    >>> "\u25cf a0.h0" in draw_circuit(circuit, types={"a0.h0": "previous token"})
+    True
     """
-    return draw(circuit, title=title, max_edges=max_edges)
+    return draw(circuit, title=title, max_edges=max_edges, types=types)
 
 
 @checked_arguments
 def circuit_page(
-    circuit: Circuit, *, title: str, details: Details = None, max_edges: WholeNumber | None = None
+    circuit: Circuit,
+    *,
+    title: str,
+    details: Details = None,
+    max_edges: WholeNumber | None = None,
+    types: TypeNames = None,
 ) -> str:
     """Write a self-contained HTML page about a circuit.
 
@@ -68,9 +84,10 @@ def circuit_page(
     Args:
         details: settings and results to list under the title, as plain text.
         max_edges: largest number of edges to draw, as in `draw_circuit`.
+        types: what nodes are known to do, as in `draw_circuit`.
 
     Raises:
-        InputError: `max_edges` is negative.
+        InputError: `max_edges` is negative, or the graph lacks a node of `types`.
 
     >>> import circuits
     >>> from circuits.plotting.pages import circuit_page
@@ -79,7 +96,7 @@ def circuit_page(
     >>> "All 2 edges" in circuit_page(circuit, title="Two edges", details={"task": "none"})
     True
     """
-    panel = circuit_panel(circuit, label=title, max_edges=max_edges)
+    panel = circuit_panel(circuit, label=title, max_edges=max_edges, types=types)
     return page(title=title, details=details, body=panel)
 
 

@@ -8,35 +8,37 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import pairwise
 
-from torch import Tensor
-
-from circuits.graph.circuit import Circuit, check_is_circuit
-from circuits.graph.edges import Edge
-from circuits.graph.graph import PooledFeatureGraph
+from circuits.graph.circuit import Circuit
 from circuits.graph.nodes import MLP, Error, Feature, Head, Logits, Node, Position
 from circuits.plotting.circuit_drawing.layout import (
-    NODE_HEIGHT,
     Layout,
     Point,
     lay_out,
     position_of,
+)
+from circuits.plotting.circuit_drawing.legend import (
+    LABEL_CHARACTER,
+    SLOT_COLOURS,
+    edge_legend,
+    label_width,
+    type_legend,
+)
+from circuits.plotting.circuit_drawing.node_types import NodeType, TypeNames, node_types
+from circuits.plotting.circuit_drawing.ranking import Edges, RankedEdge, edge_limit, ranked_edges
+from circuits.plotting.circuit_drawing.rows import (
+    BAND_PADDING,
+    INPUTS,
+    NODE_HEIGHT,
+    OUTPUT,
     row_key,
 )
-from circuits.plotting.style import BAND, BLUE, GREEN, INK, MONO, PAPER, QUIET, SANS, VERMILION
-from circuits.system.errors import InputError
-from circuits.system.numbers import WholeNumber, whole
+from circuits.plotting.style import BAND, INK, MONO, PAPER, QUIET, SANS
+from circuits.system.numbers import WholeNumber
 
-DEFAULT_MAX_EDGES = 200
-# Features are side by side in one row, so fewer of their edges fit on a page.
-DEFAULT_MAX_FEATURE_EDGES = 50
-MIN_STROKE_WIDTH, MAX_STROKE_WIDTH = 1.2, 6.5
-MIN_OPACITY, MAX_OPACITY = 0.55, 0.95
-SLOT_COLOURS = {"q": BLUE, "k": VERMILION, "v": GREEN, None: "#6d6875"}
 TWO_COLUMNS_NOTE = "A head in two columns can read at one position and write at the other."
 MAX_TOOLTIP_EDGES = 10  # into a node, and out of it
 # Fill, text colour and corner radius.
@@ -50,109 +52,41 @@ NODE_STYLES: dict[type[Node], Style] = {
     Logits: (INK, PAPER, 4),
 }
 
-OUTER_LAYERS = {-1: "inputs", math.inf: "output"}
+OUTER_LAYERS = {INPUTS: "inputs", OUTPUT: "output"}
+
+# Where control points are on the way from one point of a curve to the next
+CURVE = 0.4
 
 # Lengths are in pixels. Text cannot be measured here, so widths come from average characters.
-LABEL_CHARACTER, TITLE_CHARACTER = 7.3, 10.0
-MIN_NODE_WIDTH, MAX_NODE_WIDTH, NODE_PADDING, PORT_WIDTH = 40.0, 360.0, 14.0, 4.0
-MARGIN, LAYER_NAMES_WIDTH, BAND_PADDING = 20.0, 84.0, 11.0
+TITLE_CHARACTER = 10.0
+MIN_NODE_WIDTH, MAX_NODE_WIDTH, PORT_WIDTH = 40.0, 360.0, 4.0
+MARGIN, LAYER_NAMES_WIDTH = 20.0, 96.0
 MIN_WIDTH, LINE_HEIGHT = 660.0, 22.0
 
-
-@dataclass(frozen=True)
-class RankedEdge:
-    """A kept edge of a circuit, and how strong its stroke is, from 0 to 1."""
-
-    edge: Edge
-    score: float
-    rank: int
-    strength: float
-
-    @property
-    def score_text(self) -> str:
-        """The score for readers."""
-        return "not scored" if math.isnan(self.score) else f"{self.score:+.4g}"
-
-    @property
-    def text(self) -> str:
-        """The edge and its score, for tooltips."""
-        return f"{self.edge}  {self.score_text}"
-
-    @property
-    def width(self) -> float:
-        """Width of the stroke in pixels."""
-        return MIN_STROKE_WIDTH + (MAX_STROKE_WIDTH - MIN_STROKE_WIDTH) * self.strength
-
-    @property
-    def opacity(self) -> float:
-        """Opacity of the stroke."""
-        return MIN_OPACITY + (MAX_OPACITY - MIN_OPACITY) * self.strength
-
-
-Edges = Sequence[RankedEdge]
 Marks = list[str]
+Types = Mapping[Node, NodeType]
 EdgesByNode = defaultdict[Node, list[RankedEdge]]
 
 
-def draw(circuit: Circuit, *, title: str | None, max_edges: WholeNumber | None) -> str:
+def draw(
+    circuit: Circuit, *, title: str | None, max_edges: WholeNumber | None, types: TypeNames = None
+) -> str:
     """Draw a circuit as SVG; `circuits.draw_circuit` explains the arguments."""
     edges = ranked_edges(circuit, edge_limit(circuit, max_edges))
+    known = node_types(circuit, types)
     counts = _counts(circuit, len(edges))
     lines = [_text(counts, f'font-size="13" fill="{QUIET}"')]
     if title is not None:
         lines.insert(0, _text(title, f'font-size="17" font-weight="600" fill="{INK}"'))
     if not edges:
         lines.append(_text("No edges kept: there is nothing to draw.", f'fill="{INK}"'))
-        return _document(title, lines, None, [])
-    layout = _layout(circuit, edges)
-    lines.append(_legend(layout, edges))
+        return _document(title, lines, None, [], {})
+    layout = _layout(circuit, edges, known)
+    lines.append(edge_legend(layout.nodes, edges))
     if _is_head_in_two_columns(layout):
         lines.append(_text(TWO_COLUMNS_NOTE, f'fill="{QUIET}"'))
-    return _document(title, lines, layout, edges)
-
-
-def edge_limit(circuit: Circuit, max_edges: WholeNumber | None) -> int:
-    """Return the largest number of edges to draw, which has a default for each kind of graph.
-
-    Raises:
-        InputError: `max_edges` is negative.
-    """
-    check_is_circuit(circuit)
-    if max_edges is None:
-        has_features = isinstance(circuit.graph, PooledFeatureGraph)
-        return DEFAULT_MAX_FEATURE_EDGES if has_features else DEFAULT_MAX_EDGES
-    max_edges = whole(max_edges, "max_edges")
-    if max_edges < 0:
-        raise InputError(
-            f"max_edges={max_edges} is negative; give the largest number of edges to draw, "
-            f"for example {DEFAULT_MAX_EDGES}."
-        )
-    return max_edges
-
-
-def ranked_edges(circuit: Circuit, limit: int) -> Edges:
-    """Return the strongest kept edges, strongest first; edges without a score come last."""
-    edges = circuit.edges
-    scores = circuit.scores[circuit.kept].double()
-    sizes = scores.abs()
-    strengths = _strengths(sizes).tolist()
-    sortable = sizes.nan_to_num(nan=-1, posinf=math.inf)
-    # Ties are in graph order.
-    strongest = sortable.argsort(descending=True, stable=True)
-    ranked = []
-    for rank, index in enumerate(strongest[:limit].tolist(), 1):
-        edge, score = edges[index], float(scores[index])
-        ranked.append(RankedEdge(edge, score, rank, strengths[index]))
-    return ranked
-
-
-def _strengths(sizes: Tensor) -> Tensor:
-    # strength = sqrt(|score| / max |score|). Scores span orders of magnitude; the root keeps weak
-    # edges visible without changing the order.
-    finite = sizes[sizes.isfinite()].tolist()
-    largest = max(finite, default=0.0) or 1
-    share = sizes.nan_to_num() / largest
-    return share.clamp(max=1).sqrt()
+    drawn = {node: one for node, one in known.items() if node in layout.nodes}
+    return _document(title, lines, layout, edges, drawn)
 
 
 def _counts(circuit: Circuit, n_drawn: int) -> str:
@@ -164,7 +98,7 @@ def _counts(circuit: Circuit, n_drawn: int) -> str:
     return f"drawn: the {n_drawn:,} {which} of {n_kept:,} edges kept ({n_possible:,} in the graph)"
 
 
-def _layout(circuit: Circuit, edges: Edges) -> Layout:
+def _layout(circuit: Circuit, edges: Edges, types: Types) -> Layout:
     """Lay out the nodes that have edges, in graph order."""
     leaving, entering = _edges_by_end(edges)
     all_nodes = circuit.graph.nodes
@@ -172,7 +106,7 @@ def _layout(circuit: Circuit, edges: Edges) -> Layout:
     for node in all_nodes:
         n_ports = max(len(leaving[node]), len(entering[node]))
         if n_ports:
-            node_widths[node] = _node_width(node, n_ports)
+            node_widths[node] = _node_width(_label(node, types), n_ports)
     edge_widths = {one.edge: one.width for one in edges}
     used = set(map(position_of, node_widths))
     column_widths = {}
@@ -183,7 +117,13 @@ def _layout(circuit: Circuit, edges: Edges) -> Layout:
         if position in used:
             name = _position_text(position)
             column_widths[position] = LABEL_CHARACTER * len(name)
-    return lay_out(node_widths, edge_widths, column_widths)
+    return lay_out(node_widths, edge_widths, column_widths, _n_layers(circuit))
+
+
+def _n_layers(circuit: Circuit) -> int:
+    """Return the number of layers in the circuit's graph."""
+    layers = (getattr(node, "layer", INPUTS) for node in circuit.graph.nodes)
+    return 1 + max(layers)
 
 
 def _edges_by_end(edges: Edges) -> tuple[EdgesByNode, EdgesByNode]:
@@ -196,11 +136,14 @@ def _edges_by_end(edges: Edges) -> tuple[EdgesByNode, EdgesByNode]:
     return leaving, entering
 
 
-def _node_width(node: Node, n_ports: int) -> float:
+def _node_width(label: str, n_ports: int) -> float:
     """Return a width that has room for the label and for the edges on one side."""
     ports_width = min(PORT_WIDTH * n_ports, MAX_NODE_WIDTH)
-    label_width = LABEL_CHARACTER * len(node.label) + NODE_PADDING
-    return max(label_width, ports_width, MIN_NODE_WIDTH)
+    return max(label_width(label), ports_width, MIN_NODE_WIDTH)
+
+
+def _label(node: Node, types: Types) -> str:
+    return types[node].label(node.label) if node in types else node.label
 
 
 def _position_text(position: Position) -> str:
@@ -210,17 +153,23 @@ def _position_text(position: Position) -> str:
 # Parts of the picture
 
 
-def _document(title: str | None, lines: Marks, layout: Layout | None, edges: Edges) -> str:
+def _document(
+    title: str | None, lines: Marks, layout: Layout | None, edges: Edges, types: Types
+) -> str:
     """Write the SVG: lines of text, and below them the layers."""
-    title_width = TITLE_CHARACTER * len(title or "")
-    width = max(MIN_WIDTH, title_width + 2 * MARGIN)
+    shown = list(dict.fromkeys(types.values()))
+    widths = [MIN_WIDTH, TITLE_CHARACTER * len(title or "") + 2 * MARGIN]
+    if layout is not None:
+        widths.append(layout.width + LAYER_NAMES_WIDTH + 2 * MARGIN)
+    widths += [label_width(one.label(one.name)) + 2 * MARGIN for one in shown]
+    width = max(widths)
+    lines = lines + type_legend(shown, width - 2 * MARGIN)
     content = []
     for number, line in enumerate(lines, start=1):
         y = number * LINE_HEIGHT
         content.append(_moved(MARGIN, y, [line]))
     height = (len(lines) + 1) * LINE_HEIGHT
     if layout is not None:
-        width = max(width, layout.width + LAYER_NAMES_WIDTH + 2 * MARGIN)
         # A narrow drawing is in the middle of the space right of the layer names.
         left = (width + LAYER_NAMES_WIDTH - layout.width) / 2
         top = height + LINE_HEIGHT
@@ -228,13 +177,16 @@ def _document(title: str | None, lines: Marks, layout: Layout | None, edges: Edg
         content.append(_moved(0, top, bands))
         marks = _position_marks(layout)
         marks += _edge_marks(layout, edges)
-        marks += _node_marks(layout, edges)
+        marks += _node_marks(layout, edges, types)
         content.append(_moved(left, top, marks))
-        height = top + layout.height + MARGIN + BAND_PADDING
+        height = top + layout.height
+    about = title or "circuit"
+    if shown:
+        about += "; node types: " + ", ".join(one.name for one in shown)
     # The paper makes the picture readable on light and dark pages.
     return f"""\
 <svg xmlns="http://www.w3.org/2000/svg" width="{width:.1f}" height="{height:.1f}" \
-viewBox="0 0 {width:.1f} {height:.1f}" role="img" aria-label="{escape(title or "circuit")}" \
+viewBox="0 0 {width:.1f} {height:.1f}" role="img" aria-label="{escape(about)}" \
 font-family="{SANS}" font-size="12">
 <rect width="100%" height="100%" rx="8" fill="{PAPER}"/>
 {"".join(content)}
@@ -251,28 +203,6 @@ def _text(text: str, attributes: str) -> str:
     return f"<text {attributes}>{escape(text)}</text>"
 
 
-def _legend(layout: Layout, edges: Edges) -> str:
-    """Explain the colours, dashes and widths that are in the drawing."""
-    slots = {one.edge.slot for one in edges}
-    has_features = any(isinstance(node, Feature | Error) for node in layout.nodes)
-    without_slot = "into features or logits" if has_features else "into MLPs or logits"
-    entries = []
-    for slot, colour in SLOT_COLOURS.items():
-        if slot in slots:
-            name = slot or without_slot
-            entries.append(f'<tspan fill="{colour}">\u25ac {name}</tspan>')
-    scores = [one.score for one in edges]
-    if any(score < 0 for score in scores):
-        entries.append("\u254d score below 0")
-    finite = filter(math.isfinite, scores)
-    sizes = list(map(abs, finite))
-    widths = "edges without scores"
-    if sizes:
-        widths = f"width: |score|, {min(sizes):.3g} to {max(sizes):.3g}"
-    explained = "\u2003".join([*entries, widths])
-    return f'<text fill="{QUIET}">{explained}</text>'
-
-
 def _is_head_in_two_columns(layout: Layout) -> bool:
     labels = [node.label for node in layout.nodes if isinstance(node, Head)]
     return len(set(labels)) < len(labels)
@@ -281,9 +211,9 @@ def _is_head_in_two_columns(layout: Layout) -> bool:
 def _layer_bands(layout: Layout, width: float) -> Marks:
     """Draw a quiet band behind each layer, with the layer's name at its left end."""
     tops = defaultdict(list)
-    for node, vertex in layout.nodes.items():
+    for node, box in layout.nodes.items():
         layer, _ = row_key(node)
-        tops[layer].append(vertex.top)
+        tops[layer].append(box.top)
     marks = []
     for layer, inside in tops.items():
         top = min(inside) - BAND_PADDING
@@ -293,6 +223,12 @@ def _layer_bands(layout: Layout, width: float) -> Marks:
         name = OUTER_LAYERS.get(layer, f"layer {layer}")
         place = f'x="{MARGIN}" y="{top + height / 2 + 4:.1f}"'
         marks.append(_text(name, f'{place} fill="{QUIET}"'))
+    for fold in layout.folds:
+        y = fold.middle
+        end = f'x2="{width - MARGIN:.1f}" y2="{y:.1f}"'
+        line = f'<line x1="{MARGIN + LAYER_NAMES_WIDTH}" y1="{y:.1f}" {end} stroke="{QUIET}"'
+        marks.append(f'{line} stroke-dasharray="1 4"/>')
+        marks.append(_text(fold.text, f'x="{MARGIN}" y="{y + 4:.1f}" fill="{QUIET}"'))
     return marks
 
 
@@ -324,27 +260,38 @@ stroke-width="{one.width:.3f}" stroke-opacity="{one.opacity:.2f}" \
 
 
 def _smooth_path(route: Sequence[Point]) -> str:
-    """Connect the points by curves that start and end vertically, and by vertical lines."""
+    """Connect the points by curves that start and end vertically and never swing back."""
     x, y = route[0]
     commands = [f"M{x:.1f} {y:.1f}"]
-    for start, (next_x, next_y) in pairwise(route):
-        x, y = start
-        middle = (y + next_y) / 2
-        curve = f"C{x:.1f} {middle:.1f} {next_x:.1f} {middle:.1f} {next_x:.1f} {next_y:.1f}"
+    slopes = [(x - before) / (y - above) for (before, above), (x, y) in pairwise(route)]
+    # The harmonic mean of the slopes on both sides keeps x monotone between points, and is vertical
+    # where the edge turns (Fritsch and Butland 1984).
+    inner = [2 * a * b / (a + b) if a * b > 0 else 0.0 for a, b in pairwise(slopes)]
+    tangents = pairwise([0.0, *inner, 0.0])
+    for ((x, y), (next_x, next_y)), (slope, next_slope) in zip(
+        pairwise(route), tangents, strict=True
+    ):
+        third = (next_y - y) * CURVE
+        first = f"{x + slope * third:.1f} {y + third:.1f}"
+        second = f"{next_x - next_slope * third:.1f} {next_y - third:.1f}"
         is_vertical = abs(next_x - x) < 0.05
-        commands.append(f"V{next_y:.1f}" if is_vertical else curve)
+        end = f"{next_x:.1f} {next_y:.1f}"
+        commands.append(f"V{next_y:.1f}" if is_vertical else f"C{first} {second} {end}")
     return "".join(commands)
 
 
-def _node_marks(layout: Layout, edges: Edges) -> Marks:
+def _node_marks(layout: Layout, edges: Edges, types: Types) -> Marks:
     leaving, entering = _edges_by_end(edges)
     marks = []
     for number, (node, vertex) in enumerate(layout.nodes.items()):
         fill, ink, radius = NODE_STYLES.get(type(node), INPUT_STYLE)
         left, top = vertex.left, vertex.top
-        place = f'x="{vertex.x:.1f}" y="{top + 16.2:.1f}" text-anchor="middle"'
-        label = _text(node.label, f'{place} font-family="{MONO}" fill="{ink}"')
+        place = f'x="{vertex.x:.1f}" y="{top + 15.2:.1f}" text-anchor="middle"'
         lines = [str(node)]
+        if node in types:
+            fill, ink = types[node].fill, INK
+            lines.append(types[node].name)
+        label = _text(_label(node, types), f'{place} font-family="{MONO}" fill="{ink}"')
         lines += _listed("in", entering[node])
         lines += _listed("out", leaving[node])
         tooltip = escape("\n".join(lines))

@@ -6,24 +6,22 @@ invisible waypoint in each, so that it runs between the nodes. Lengths are in pi
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby, pairwise
-from operator import attrgetter, itemgetter
-from statistics import fmean
+from dataclasses import dataclass
+from itertools import pairwise
+from operator import itemgetter
+from typing import NamedTuple
 
 import numpy as np
 
 from circuits.graph.edges import Edge
-from circuits.graph.nodes import MLP, Error, Feature, Logits, Node, Position
+from circuits.graph.nodes import Node, Position
+from circuits.plotting.circuit_drawing.relaxation import Places, Room, relaxed
+from circuits.plotting.circuit_drawing.rows import NODE_HEIGHT, Fold, row_key, stacked
 
-N_SWEEPS = 10
-NODE_HEIGHT, ROW_GAP = 24.0, 44.0
-ROW_PITCH = NODE_HEIGHT + ROW_GAP
-NODE_GAP, WAYPOINT_GAP, COLUMN_GAP = 14.0, 4.0, 40.0
+# Edges that leave the same node can run closer together than others, as a ribbon.
+NODE_GAP, WAYPOINT_GAP, RIBBON_GAP, COLUMN_GAP = 14.0, 3.0, 1.2, 40.0
 # Edges meet a node on this share of its side, those into a head by slot from left to right.
 PORT_SHARE = 0.8
 SLOT_ORDER = {None: 0.0, "q": 0.0, "k": 1.0, "v": 2.0}
@@ -32,60 +30,53 @@ Point = tuple[float, float]
 Routes = dict[Edge, list[Point]]
 # Where each edge meets a node.
 Ports = dict[Edge, float]
-Floats = Sequence[float]
+# An edge at a node, after two numbers to sort it by.
+End = tuple[float, float, Edge]
 
 
-@dataclass(eq=False)
-class Vertex:
-    """A node, or a waypoint of an edge, with its centre x and its neighbours in its column."""
+class Vertex(NamedTuple):
+    """A node, or a waypoint of an edge."""
 
     row: int  # 0 at the top
-    column: Position
+    column: int
     width: float
-    gap: float
-    x: float = 0.0
-    below: list[Vertex] = field(default_factory=list)
-    above: list[Vertex] = field(default_factory=list)
+    gap: float  # half of it on each side
+    ribbon: int  # the number of the node itself, or of the edge's source
+
+
+Vertices = list[Vertex]
+# For each edge, the numbers of its source, of its waypoints and of its target.
+Chains = dict[Edge, list[int]]
+# For each edge, the x at which it leaves its source, passes rows, and enters its target.
+Ways = dict[Edge, list[float]]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A node, with its centre x."""
+
+    x: float
+    top: float
+    width: float
 
     @property
     def left(self) -> float:
         """The left side."""
         return self.x - self.width / 2
 
-    @property
-    def right(self) -> float:
-        """The right side."""
-        return self.x + self.width / 2
-
-    @property
-    def top(self) -> float:
-        """The upper side; as in SVG, y grows downwards."""
-        return self.row * ROW_PITCH
-
-    @property
-    def bottom(self) -> float:
-        """The lower side."""
-        return self.top + NODE_HEIGHT
-
-
-# The source of an edge, its waypoints and its target.
-Chain = list[Vertex]
-Chains = dict[Edge, Chain]
-# An edge at a vertex, after two numbers to sort it by.
-End = tuple[float, float, Edge]
-
 
 @dataclass(frozen=True)
 class Layout:
     """A drawing with coordinates from the top left corner, and the middle of each column.
 
-    A route starts on the source and ends on the target; between them are the bottom and the top of
-    each row that the edge passes.
+    A route starts on the source and ends on the target. Between them is the middle of each row that
+    the edge passes; near a node, its bottom and its top, so that the edge keeps clear of it.
     """
 
-    nodes: dict[Node, Vertex]
+    nodes: dict[Node, Box]
     routes: Routes
     columns: dict[Position, float]
+    folds: list[Fold]
     width: float
     height: float
 
@@ -94,39 +85,39 @@ def lay_out(
     node_widths: Mapping[Node, float],
     edge_widths: Mapping[Edge, float],
     column_widths: Mapping[Position, float],
+    n_layers: int,
 ) -> Layout:
-    """Place nodes and edges. Columns come in the given order and have at least the given widths."""
-    nodes = _nodes(node_widths)
+    """Place nodes and edges. Columns come in the given order and have at least the given widths.
+
+    Args:
+        n_layers: how many layers there are, with and without nodes.
+    """
+    keys = sorted(set(map(row_key, node_widths)), reverse=True)
+    columns = list(column_widths)
+    vertices: Vertices = []
+    numbers = {}
+    for number, (node, width) in enumerate(node_widths.items()):
+        row = keys.index(row_key(node))
+        column = columns.index(position_of(node))
+        vertices.append(Vertex(row, column, width, NODE_GAP, number))
+        numbers[node] = number
     chains = {}
     for edge, width in edge_widths.items():
-        source = nodes[edge.source]
-        target = nodes[edge.target]
-        chains[edge] = _connected(source, target, width)
-    joined = itertools.chain(*chains.values())
-    vertices = dict.fromkeys(joined)
-    middles = {}
-    left = 0.0
-    for position, min_width in column_widths.items():
-        column = [vertex for vertex in vertices if vertex.column == position]
-        _relax(column)
-        width = _move_to(left, column, min_width)
-        middles[position] = left + width / 2
-        left += width + COLUMN_GAP
-    return Layout(
-        nodes=nodes,
-        routes=_routes(chains),
-        columns=middles,
-        width=left - COLUMN_GAP,
-        height=max(node.bottom for node in nodes.values()),
-    )
-
-
-def row_key(node: Node) -> tuple[float, bool]:
-    """Return the layer of a node and whether it follows attention; sorting by it gives the rows."""
-    # Embeddings are in layer -1, the logits in layer infinity.
-    outside = math.inf if isinstance(node, Logits) else -1
-    layer: float = getattr(node, "layer", outside)
-    return layer, isinstance(node, MLP | Feature | Error)
+        chains[edge] = _chain(vertices, numbers[edge.source], numbers[edge.target], width)
+    x = _relaxed(vertices, chains)
+    middles, whole_width = _side_by_side(x, vertices, column_widths)
+    ways = _ways(vertices, chains, x.tolist())
+    (*tops, height), folds = stacked(keys, _moves(vertices, chains, ways), n_layers)
+    boxes = {}
+    for node, number in numbers.items():
+        row, _, width, *_ = vertices[number]
+        boxes[node] = Box(float(x[number]), tops[row], width)
+    rooms = _rooms_beside_nodes(x, vertices, len(numbers))
+    routes = {}
+    for edge, chain in chains.items():
+        passed = [(tops[vertices[number].row], rooms[number]) for number in chain]
+        routes[edge] = _route(ways[edge], passed)
+    return Layout(boxes, routes, middles, folds, whole_width, height)
 
 
 def position_of(node: Node) -> Position:
@@ -135,109 +126,53 @@ def position_of(node: Node) -> Position:
     return position
 
 
-def separated(wanted: Floats, widths: Floats) -> Floats:
-    """Move places so that these widths fit side by side in this order.
-
-    The largest move is as small as it can be.
-    """
-    # With half of each width and all widths left of it subtracted, places may touch but not swap.
-    # This is isotonic regression. In the maximum norm its solution is the mean of the largest
-    # value up to each place and the smallest one from there on.
-    halves = np.array(widths) / 2
-    offsets = np.cumsum(widths) - halves
-    free = wanted - offsets
-    largest = np.maximum.accumulate(free)
-    from_end = free[::-1]
-    smallest = np.minimum.accumulate(from_end)[::-1]
-    places = (largest + smallest) / 2 + offsets
-    return places.tolist()
-
-
-def _nodes(widths: Mapping[Node, float]) -> dict[Node, Vertex]:
-    different = set(map(row_key, widths))
-    row_keys = sorted(different, reverse=True)
-    nodes = {}
-    for node, width in widths.items():
-        row = row_keys.index(row_key(node))
-        column = position_of(node)
-        nodes[node] = Vertex(row, column, width, NODE_GAP)
-    return nodes
-
-
-def _connected(source: Vertex, target: Vertex, width: float) -> Chain:
+def _chain(vertices: Vertices, source: int, target: int, width: float) -> list[int]:
     """Connect two nodes by waypoints in the column of the source."""
-    visited = [source]
-    for row in reversed(range(target.row + 1, source.row)):
-        waypoint = Vertex(row, source.column, width, WAYPOINT_GAP)
-        visited.append(waypoint)
-    visited.append(target)
-    for lower, upper in pairwise(visited):
-        # Columns are laid out one by one, so what is in another one cannot pull.
-        if lower.column == upper.column:
-            lower.above.append(upper)
-            upper.below.append(lower)
-    return visited
+    first = len(vertices)
+    row, column, *_ = vertices[source]
+    for passed in range(row - 1, vertices[target].row, -1):
+        vertices.append(Vertex(passed, column, width, WAYPOINT_GAP, source))
+    return [source, *range(first, len(vertices)), target]
 
 
-def _relax(column: list[Vertex]) -> None:
-    """Move the rows of a column to their neighbours, one after another."""
-    # groupby needs the vertices of a row next to each other.
-    column.sort(key=attrgetter("row"))
-    rows = groupby(column, attrgetter("row"))
-    downwards = [list(row) for _, row in rows]
-    upwards = downwards[::-1]
-    # Following the row before untangles the edges.
-    for _ in range(N_SWEEPS):
-        for row in upwards:
-            _place(row, [vertex.below for vertex in row])
-        for row in downwards:
-            _place(row, [vertex.above for vertex in row])
-    # Following both rows straightens them.
-    for _ in range(N_SWEEPS):
-        for row in upwards + downwards:
-            both = [vertex.below + vertex.above for vertex in row]
-            _place(row, both)
+def _relaxed(vertices: Vertices, chains: Chains) -> Places:
+    row, column, width, gap, ribbon = map(np.array, zip(*vertices, strict=True))
+    links = [pair for chain in chains.values() for pair in pairwise(chain)]
+    lower, upper = np.array(links).T
+    # Columns are laid out one by one, so what is in another one cannot pull.
+    same = column[lower] == column[upper]
+    # The rows of each column, one column after another.
+    rows = column * (row.max() + 1) + row
+    return relaxed(rows, Room(width, gap, ribbon, RIBBON_GAP), (lower[same], upper[same]))
 
 
-def _place(row: list[Vertex], neighbours: list[list[Vertex]]) -> None:
-    """Move each vertex to the mean place of its neighbours, as far as there is room."""
-    for vertex, pulling in zip(row, neighbours, strict=True):
-        if pulling:
-            vertex.x = fmean(neighbour.x for neighbour in pulling)
-    row.sort(key=attrgetter("x"))
-    wanted = [vertex.x for vertex in row]
-    widths = [vertex.width + vertex.gap for vertex in row]
-    places = separated(wanted, widths)
-    for vertex, x in zip(row, places, strict=True):
-        vertex.x = x
+def _side_by_side(
+    x: Places, vertices: Vertices, min_widths: Mapping[Position, float]
+) -> tuple[dict[Position, float], float]:
+    """Move the columns beside each other; return their middles and the width of all."""
+    _, column, width, *_ = map(np.array, zip(*vertices, strict=True))
+    middles = {}
+    start = 0.0
+    for number, (position, min_width) in enumerate(min_widths.items()):
+        inside = column == number
+        low = (x - width / 2)[inside].min()
+        high = (x + width / 2)[inside].max()
+        middles[position] = start + max(high - low, min_width) / 2
+        x[inside] += middles[position] - (low + high) / 2
+        start += max(high - low, min_width) + COLUMN_GAP
+    return middles, start - COLUMN_GAP
 
 
-def _move_to(left: float, column: list[Vertex], min_width: float) -> float:
-    """Move a column so that it starts here; return its width."""
-    low = min(vertex.left for vertex in column)
-    high = max(vertex.right for vertex in column)
-    width = max(high - low, min_width)
-    move = left + width / 2 - (low + high) / 2
-    for vertex in column:
-        vertex.x += move
-    return width
+def _ways(vertices: Vertices, chains: Chains, places: Sequence[float]) -> Ways:
+    starts, ends = _ports(vertices, chains, places)
+    ways = {}
+    for edge, (_, *waypoints, _) in chains.items():
+        passed = [places[waypoint] for waypoint in waypoints]
+        ways[edge] = [starts[edge], *passed, ends[edge]]
+    return ways
 
 
-def _routes(chains: Chains) -> Routes:
-    starts, ends = _ports(chains)
-    routes = {}
-    for edge, chain in chains.items():
-        source, *waypoints, target = chain
-        route = [(starts[edge], source.top)]
-        for waypoint in waypoints:
-            route.append((waypoint.x, waypoint.bottom))
-            route.append((waypoint.x, waypoint.top))
-        route.append((ends[edge], target.bottom))
-        routes[edge] = route
-    return routes
-
-
-def _ports(chains: Chains) -> list[Ports]:
+def _ports(vertices: Vertices, chains: Chains, places: Sequence[float]) -> list[Ports]:
     """Return the x at which each edge leaves its source, and at which it enters its target."""
     # At a node, edges are in the order of where they go next, so that they do not cross.
     leaving = defaultdict(list)
@@ -246,20 +181,57 @@ def _ports(chains: Chains) -> list[Ports]:
         source, after_source, *_ = chain
         *_, before_target, target = chain
         slot = SLOT_ORDER[edge.slot]
-        leaves = (after_source.x, slot, edge)
+        leaves = (places[after_source], slot, edge)
         leaving[source].append(leaves)
-        enters = (slot, before_target.x, edge)
+        enters = (slot, places[before_target], edge)
         entering[target].append(enters)
-    return [_spread(leaving), _spread(entering)]
+    return [_spread(leaving, vertices, places), _spread(entering, vertices, places)]
 
 
-def _spread(ends: Mapping[Vertex, list[End]]) -> Ports:
-    """Spread the edges at each vertex evenly along its side, in the order of their numbers."""
-    places = {}
-    for vertex, edges in ends.items():
-        edges.sort(key=itemgetter(0, 1))
-        left = vertex.x - PORT_SHARE * vertex.width / 2
-        step = PORT_SHARE * vertex.width / len(edges)
-        for number, (*_, edge) in enumerate(edges):
-            places[edge] = left + step * (number + 0.5)
-    return places
+def _spread(ends_at: Mapping[int, list[End]], vertices: Vertices, places: Sequence[float]) -> Ports:
+    """Spread the edges at each node evenly along its side, in the order of their numbers."""
+    ports = {}
+    for node, ends in ends_at.items():
+        ends.sort(key=itemgetter(0, 1))
+        side = PORT_SHARE * vertices[node].width
+        left, step = places[node] - side / 2, side / len(ends)
+        for number, (*_, edge) in enumerate(ends):
+            ports[edge] = left + step * (number + 0.5)
+    return ports
+
+
+def _moves(vertices: Vertices, chains: Chains, ways: Ways) -> list[float]:
+    """Return, for each space between rows, how far edges move to the side there."""
+    moves = defaultdict(list)
+    for edge, way in ways.items():
+        *lower, _ = chains[edge]
+        for number, (start, end) in zip(lower, pairwise(way), strict=True):
+            moves[vertices[number].row].append(abs(end - start))
+    last = max(vertex.row for vertex in vertices)
+    # Of the edges, a fifth may be steeper.
+    return [float(np.quantile(moves[row], 0.8)) for row in range(1, last + 1)]
+
+
+def _rooms_beside_nodes(x: Places, vertices: Vertices, n_nodes: int) -> list[float]:
+    """Return how far each vertex is from the nearest node in its row; infinity without one."""
+    row, column, width, *_ = map(np.array, zip(*vertices, strict=True))
+    rooms = np.full(len(vertices), np.inf)
+    for node in range(n_nodes):
+        beside = np.flatnonzero((row == row[node]) & (column == column[node]))
+        distances = np.abs(x[beside] - x[node]) - (width[beside] + width[node]) / 2
+        rooms[beside] = np.minimum(rooms[beside], distances)
+    return rooms.tolist()
+
+
+def _route(way: Sequence[float], passed: Sequence[tuple[float, float]]) -> list[Point]:
+    (start, *_, end), ((source_top, _), *inner, (target_top, _)) = way, passed
+    route = [(start, source_top)]
+    for (before, x, after), (top, room) in zip(
+        zip(way, way[1:], way[2:], strict=False), inner, strict=True
+    ):
+        # Within the row, an edge moves by less than half of its move to the next row.
+        if max(abs(x - before), abs(after - x)) < 2 * room:
+            route.append((x, top + NODE_HEIGHT / 2))
+        else:
+            route += [(x, top + NODE_HEIGHT), (x, top)]
+    return [*route, (end, target_top + NODE_HEIGHT)]

@@ -1,0 +1,105 @@
+"""Places of vertices in their rows: near to their neighbours in other rows, with room between them.
+
+Rows are swept one after another, after Sugiyama et al. (1981).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+N_SWEEPS = 10
+Places = Float[np.ndarray, " vertex"]
+Numbers = Int[np.ndarray, " vertex"]
+Links = tuple[Int[np.ndarray, " link"], Int[np.ndarray, " link"]]
+
+
+@dataclass(frozen=True)
+class Pull:
+    """The neighbours in other rows that the vertices of a row are drawn to."""
+
+    members: Numbers  # the vertices of the row
+    pulled: Int[np.ndarray, " link"]  # which of the members, once for each of its neighbours
+    neighbours: Int[np.ndarray, " link"]
+
+    def wanted(self, x: Places) -> Places:
+        """Return the mean place of the neighbours of each vertex, or its own if it has none."""
+        places = x[self.members]
+        count = len(self.members)
+        sums = np.bincount(self.pulled, x[self.neighbours], count)
+        counts = np.bincount(self.pulled, minlength=count)
+        return np.divide(sums, counts, out=places, where=counts > 0)
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much room vertices need in a row."""
+
+    width: Places
+    gap: Places  # half of it on each side
+    ribbon: Numbers  # vertices of the same ribbon may be nearer to each other,
+    ribbon_gap: float  # at this distance
+
+    def distances(self, ordered: Numbers) -> Places:
+        """Return the least distance of each vertex from the next one to its right."""
+        width, gap, ribbon = self.width[ordered], self.gap[ordered], self.ribbon[ordered]
+        between = (gap[1:] + gap[:-1]) / 2
+        between[ribbon[1:] == ribbon[:-1]] = self.ribbon_gap
+        return (width[1:] + width[:-1]) / 2 + between
+
+
+def relaxed(row: Numbers, room: Room, links: Links) -> Places:
+    """Place the vertices of each row.
+
+    Args:
+        row: the row of each vertex, counted from the top.
+        links: pairs of neighbours, the lower ones and the upper ones.
+    """
+    lower, upper = links
+    below = list(_pulls(row, upper, lower))
+    above = list(_pulls(row, lower, upper))
+    both = list(_pulls(row, np.concatenate([upper, lower]), np.concatenate([lower, upper])))
+    # Following the row before untangles the edges; following both rows straightens them.
+    untangling = below[::-1] + above
+    straightening = both[::-1] + both
+    x = np.zeros(len(row))
+    for pull in N_SWEEPS * untangling + N_SWEEPS * straightening:
+        _place(x, pull, room)
+    return x
+
+
+def separated(wanted: Places, distances: Places) -> Places:
+    """Move places so that each has at least its distance from the next one, in this order.
+
+    The largest move is as small as it can be.
+    """
+    # With all distances left of it subtracted, places may touch but not swap. This is isotonic
+    # regression. In the maximum norm its solution is the mean of the largest value up to each
+    # place and the smallest one from there on.
+    offsets = np.concatenate([[0.0], np.cumsum(distances)])
+    free = wanted - offsets
+    largest = np.maximum.accumulate(free)
+    from_end = free[::-1]
+    smallest = np.minimum.accumulate(from_end)[::-1]
+    return (largest + smallest) / 2 + offsets
+
+
+def _pulls(row: Numbers, pulled: Numbers, neighbours: Numbers) -> Iterator[Pull]:
+    """Group pairs of neighbours by the row of the pulled one, from the top."""
+    row_of_link = row[pulled]
+    for number in np.unique(row):
+        members = np.flatnonzero(row == number)
+        links = row_of_link == number
+        yield Pull(members, np.searchsorted(members, pulled[links]), neighbours[links])
+
+
+def _place(x: Places, pull: Pull, room: Room) -> None:
+    """Move each vertex of a row to the mean place of its neighbours, as far as there is room."""
+    members, wanted = pull.members, pull.wanted(x)
+    # Ties stay in the order in which they are.
+    order = np.lexsort((x[members], wanted))
+    ordered = members[order]
+    x[ordered] = separated(wanted[order], room.distances(ordered))
