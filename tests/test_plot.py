@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import itertools
-import random
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pandas
 import pytest
 import torch
+from browser import Browser
 from plotly.offline import get_plotlyjs
 
 from circuits.graph.circuit import Circuit
 from circuits.graph.edges import SLOTS, Edge
 from circuits.graph.graph import Graph
-from circuits.graph.nodes import MLP, Embed, Feature, Head, Logits, Node, TokenEmbed, at_position
+from circuits.graph.nodes import (
+    MLP,
+    Embed,
+    Feature,
+    Head,
+    Logits,
+    Node,
+    TokenEmbed,
+    at_position,
+    parse_node,
+)
 from circuits.plotting import pages
-from circuits.plotting.circuit_drawing.layout import NODE_HEIGHT, Layout, lay_out, separated
+from circuits.plotting.circuit_drawing.layout import Layout, lay_out
+from circuits.plotting.circuit_drawing.relaxation import separated
+from circuits.plotting.circuit_drawing.rows import NODE_HEIGHT
 from circuits.system.errors import InputError
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -351,6 +366,92 @@ def test_a_negative_number_of_edges_to_draw_is_refused(circuit: Circuit) -> None
         pages.draw_circuit(circuit, max_edges=-1)
 
 
+# Types of nodes
+
+
+TYPES = {"a0.h1": "previous token", "a1.h0": "induction", "a1.h2": "induction", "m1": "a < b & c"}
+
+
+def type_legend(svg: str) -> dict[str, str | None]:
+    """The colours in the legend, by what is written there."""
+    return {
+        group.findtext(f"{SVG}text", ""): group.find(f"{SVG}rect").get("fill")  # type: ignore[union-attr]
+        for group in ElementTree.fromstring(svg).iter(f"{SVG}g")
+        if group.get("class") == "type"
+    }
+
+
+def test_types_colour_their_nodes_and_the_legend_names_each_once_in_their_order() -> None:
+    circuit = Circuit.full(components(2, 3))
+    plain, svg = (pages.draw_circuit(circuit, max_edges=999, types=each) for each in (None, TYPES))
+    legend = type_legend(svg)
+    assert type_legend(plain) == {}
+    assert [text.split(" ", 1)[1] for text in legend] == [
+        "previous token",
+        "induction",
+        "a < b & c",
+    ]
+    fill = {name: box.get("fill") for name, box in boxes(svg).items()}
+    before = {name: box.get("fill") for name, box in boxes(plain).items()}
+    by_name = {text.split(" ", 1)[1]: colour for text, colour in legend.items()}
+    assert fill == before | {node: by_name[name] for node, name in TYPES.items()}
+    assert len(set(by_name.values())) == 3
+
+
+def test_types_also_differ_in_the_symbol_before_the_label_and_the_tooltip_names_them() -> None:
+    svg = pages.draw_circuit(Circuit.full(components(2, 3)), types=TYPES, title="heads")
+    symbol = {name: text for text, name in (line.split(" ", 1) for line in type_legend(svg))}
+    assert len(set(symbol.values())) == 3
+    for node, name in TYPES.items():
+        assert f"{symbol[name]} {node}" in lines(svg)
+        assert tooltip(svg, parse_node(node))[1] == name
+    label = ElementTree.fromstring(svg).get("aria-label")
+    assert label == "heads; node types: previous token, induction, a < b & c"
+
+
+def test_a_type_keeps_its_colour_whichever_nodes_are_drawn_and_the_legend_names_only_those() -> (
+    None
+):
+    graph = components(2, 3)
+    whole = type_legend(pages.draw_circuit(Circuit.full(graph), types=TYPES))
+    one = type_legend(pages.draw_circuit(Circuit.from_edges(graph, ["a1.h0->logits"]), types=TYPES))
+    assert [text.split(" ", 1)[1] for text in one] == ["induction"]
+    assert one.items() < whole.items()
+
+
+def test_the_type_of_a_head_is_that_of_the_head_at_each_position() -> None:
+    graph = components(2, 2, SPANS)
+    types = {"a0.h1": "previous token", "a0.h1@S1": "something else"}
+    svg = pages.draw_circuit(Circuit.full(graph), max_edges=10**6, types=types)
+    names = {span: tooltip(svg, Head(0, 1, span))[1] for span in SPANS}
+    assert names == dict.fromkeys(SPANS, "previous token") | {"S1": "something else"}
+
+
+def test_many_types_differ_in_colour_or_symbol() -> None:
+    graph = components(3, 8)
+    types = {f"a{layer}.h{head}": f"{layer}{head}" for layer in range(3) for head in range(8)}
+    legend = type_legend(pages.draw_circuit(Circuit.full(graph), max_edges=10**6, types=types))
+    assert len({(text[0], colour) for text, colour in legend.items()}) == 24
+
+
+@pytest.mark.parametrize(
+    ("types", "message"),
+    [
+        ({"a9.h9": "name mover"}, "the graph has no node a9.h9"),
+        ({"nine": "name mover"}, "'nine' names no node"),
+        ({"a0.h0": 3}, r"types\[a0.h0\]=3"),
+        ({3: "name mover"}, "no node 3"),
+        (["a0.h0"], "expected types by node"),
+    ],
+)
+def test_types_that_cannot_be_drawn_are_refused(
+    circuit: Circuit, types, message: str, unchecked_types: None
+) -> None:
+    for draw in (pages.draw_circuit, partial(pages.circuit_page, title="types")):
+        with pytest.raises(InputError, match=message):
+            draw(circuit, types=types)
+
+
 # The layout
 
 
@@ -361,22 +462,77 @@ def laid_out(edges: Sequence[Edge], width: float = 4.0) -> Layout:
         node_widths=dict.fromkeys(nodes, 60.0),
         edge_widths=dict.fromkeys(edges, width),
         column_widths=dict.fromkeys(columns, 0.0),
+        n_layers=5,
     )
+
+
+def sampled(path: ElementTree.Element) -> np.ndarray:
+    """Points along curves and vertical lines: rows of x and y."""
+    shares = np.linspace(0, 1, 20)[:, None]
+    points = [np.zeros((1, 2))]
+    for command, numbers in re.findall(r"([MCV])([^MCV]*)", path.get("d", "")):
+        values = np.array(numbers.split(), dtype=float)
+        start = points[-1][-1]
+        if command == "M":
+            points = [values[None]]
+        elif command == "V":
+            points.append(start + shares * [0, values[0] - start[1]])
+        else:
+            first, second, end = values.reshape(3, 2)
+            rest = 1 - shares
+            points.append(
+                rest**3 * start
+                + 3 * rest**2 * shares * first
+                + 3 * rest * shares**2 * second
+                + shares**3 * end
+            )
+    return np.concatenate(points)
 
 
 @pytest.mark.parametrize("spans", [None, SPANS], ids=["one column", "four columns"])
 def test_edges_pass_between_boxes_and_boxes_do_not_overlap(spans: Sequence[str] | None) -> None:
-    edges = scored(components(5, 4, spans), 120).edges
-    placed = laid_out(edges)
-    for a, b in itertools.combinations(placed.nodes.values(), 2):
-        assert a.top != b.top or abs(a.x - b.x) >= (a.width + b.width) / 2
-    for edge in edges:
-        for (x, y), (node, box) in itertools.product(
-            placed.routes[edge][1:-1], placed.nodes.items()
-        ):
-            assert not box.top < y < box.bottom and (
-                y not in (box.top, box.bottom) or abs(x - box.x) > box.width / 2
-            ), f"{edge} runs behind {node}"
+    circuit = scored(components(8, 4, spans), 160)
+    svg = pages.draw_circuit(circuit)
+    marks = edge_marks(svg)
+    places = {}
+    for name, box in boxes(svg).items():
+        x, y, width = (float(box.get(side, "nan")) for side in ("x", "y", "width"))
+        places[name] = (x, x + width, y, y + NODE_HEIGHT)
+    for (left, right, top, _), other in itertools.combinations(places.values(), 2):
+        assert top != other[2] or right <= other[0] or other[1] <= left
+    for edge in circuit.edges:
+        x, y = sampled(marks[str(edge)]).T
+        for name in places.keys() - {str(edge.source), str(edge.target)}:
+            left, right, top, bottom = places[name]
+            behind = (left < x) & (x < right) & (top < y) & (y < bottom)
+            assert not behind.any(), f"{edge} runs behind {name}"
+
+
+def test_layers_without_a_node_are_named_in_a_thin_mark_between_the_others() -> None:
+    edges = ["embed->m1", "m1->a2.h0.q", "a2.h0->m6", "m6->m8"]
+    svg = pages.draw_circuit(Circuit.from_edges(components(12, 1), edges))
+    texts = lines(svg)
+    expected = [
+        *("layers 9 to 11", "layer 8", "layer 7", "layer 6"),
+        *("layers 3 to 5", "layer 2", "layer 1", "layer 0", "inputs"),
+    ]
+    heights = {
+        "".join(text.itertext()): float(text.get("y", "nan"))
+        for text in ElementTree.fromstring(svg).iter(f"{SVG}text")
+        if text.get("class") == "stay"
+    }
+    assert sorted(heights, key=heights.__getitem__) == expected
+    assert "output" not in texts
+
+
+def test_how_many_layers_are_left_out_does_not_change_the_height() -> None:
+    heights = []
+    for layers in (4, 40):
+        edges = ["embed->m0", f"m{layers - 1}->logits"]
+        svg = pages.draw_circuit(Circuit.from_edges(components(layers, 1), edges))
+        assert f"layers 1 to {layers - 2}" in visible_text(svg)
+        heights.append(float(ElementTree.fromstring(svg).get("height", "nan")))
+    assert heights[0] == heights[1] < 400
 
 
 def test_the_order_of_nodes_untangles_what_can_be_untangled() -> None:
@@ -390,23 +546,18 @@ def test_the_order_of_nodes_untangles_what_can_be_untangled() -> None:
 
 
 def test_separated_places_are_the_nearest_that_keep_their_distance() -> None:
-    generator = random.Random(0)
+    generator = np.random.default_rng(0)
     for _ in range(50):
-        size = generator.randint(1, 7)
-        wanted = [generator.gauss(0, 3) for _ in range(size)]
-        widths = [generator.uniform(0.1, 2) for _ in range(size)]
-        placed = separated(wanted, widths)
-        assert all(
-            b - a >= (left + right) / 2 - 1e-9
-            for (a, b), (left, right) in zip(
-                itertools.pairwise(placed), itertools.pairwise(widths), strict=True
-            )
-        )
-        cost = max(abs(x - y) for x, y in zip(placed, wanted, strict=True))
+        size = int(generator.integers(1, 8))
+        wanted = generator.normal(0, 3, size)
+        distances = generator.uniform(0.1, 2, size - 1)
+        placed = separated(wanted, distances)
+        assert (np.diff(placed) >= distances - 1e-9).all()
+        cost = np.abs(placed - wanted).max()
         for _ in range(50):
             # Another allowed placement.
-            other = separated([x + generator.gauss(0, 0.3) for x in placed], widths)
-            assert cost <= max(abs(x - y) for x, y in zip(other, wanted, strict=True)) + 1e-9
+            other = separated(placed + generator.normal(0, 0.3, size), distances)
+            assert cost <= np.abs(other - wanted).max() + 1e-9
 
 
 # Pages
@@ -467,3 +618,106 @@ def test_a_report_without_curves_or_circuits_has_no_empty_sections() -> None:
         circuits={},
     )
     assert re.findall("<h2>(.*?)</h2>", report) == ["Comparison"]
+
+
+def test_the_page_of_a_large_scored_graph_holds_its_strongest_edges_only() -> None:
+    graph = components(20, 6)
+    circuit = Circuit.full(graph, torch.linspace(0, 1, len(graph)))
+    page = pages.circuit_page(circuit, title="scored")
+    assert "drawn: the 200 strongest of 25,911 edges kept" in page
+    assert page.count("<tr data-rank=") == 1000
+    assert len(page) < 450_000
+
+
+# In the browser
+
+
+SMALLEST_TEXT = 9  # pixels
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    started = Browser()
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def large_page(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    circuit = scored(components(30, 4), 500)
+    heads = [node for node in circuit.graph.nodes if isinstance(node, Head)]
+    types = {node: f"type {node.head}" for node in heads}
+    path = tmp_path_factory.mktemp("pages") / "circuit.html"
+    page = pages.circuit_page(circuit, title="30 layers", max_edges=500, types=types)
+    path.write_text(page)
+    return path
+
+
+@pytest.fixture
+def opened(browser: Browser, large_page: Path) -> Browser:
+    browser.resize(1400, 900)
+    browser.page.goto(large_page.as_uri())
+    return browser
+
+
+def places_of(browser: Browser, selector: str) -> list[dict[str, float]]:
+    """Where elements are in the window, as left, right, top, bottom, width and height."""
+    found: list[dict[str, float]] = browser.js(
+        f"[...document.querySelectorAll('{selector}')].map(e => e.getBoundingClientRect().toJSON())"
+    )
+    return found
+
+
+def test_labels_of_a_large_circuit_are_readable_inside_their_nodes_and_do_not_overlap(
+    opened: Browser,
+) -> None:
+    labels, nodes = (places_of(opened, f".node {kind}") for kind in ("text", "rect"))
+    assert len(labels) > 90
+    for label, node in zip(labels, nodes, strict=True):
+        assert label["height"] > SMALLEST_TEXT
+        assert node["left"] < label["left"] and label["right"] < node["right"]
+    names = places_of(opened, ".drawing text.stay")
+    for group in (nodes, names, places_of(opened, ".type")):
+        for a, b in itertools.combinations(group, 2):
+            beside = a["right"] <= b["left"] or b["right"] <= a["left"]
+            assert beside or a["bottom"] <= b["top"] + 1 or b["bottom"] <= a["top"] + 1
+
+
+def test_layer_names_and_legend_stay_in_view_when_a_wide_drawing_is_scrolled(
+    opened: Browser,
+) -> None:
+    assert opened.js("document.querySelector('.drawing').scrollWidth") > 1400
+    for left in (0, 150, 600):
+        opened.js(f"document.querySelector('.drawing').scrollTo({left}, 0)")
+        opened.wait(f"document.querySelector('.drawing').style.cssText.includes(' {left}px')")
+        (drawing,) = places_of(opened, ".drawing")
+        for name in places_of(opened, ".stay"):
+            assert drawing["left"] < name["left"] < drawing["left"] + 60
+
+
+def test_a_drawing_that_fits_is_not_scrolled(opened: Browser) -> None:
+    assert not opened.js("document.querySelector('[data-fit]').checked")
+    opened.click("[data-fit]")
+    (drawing,), (svg,) = (places_of(opened, name) for name in (".drawing", ".drawing svg"))
+    assert svg["width"] <= drawing["width"]
+
+
+@pytest.mark.parametrize("reach", ["pointer", "keyboard"])
+def test_a_node_that_is_pointed_at_or_focused_lights_its_edges_and_shows_its_tooltip(
+    opened: Browser, reach: str
+) -> None:
+    node = '.node[data-node="0"]'
+    if reach == "pointer":
+        opened.page.locator(node).scroll_into_view_if_needed()
+        opened.point(f"{node} rect")
+    else:
+        opened.page.focus(".drawing")
+        opened.press("Tab")
+    lit = set(opened.js("[...document.querySelectorAll('.edge.lit')].map(e => e.dataset.rank)"))
+    near = '.edge[data-source="0"], .edge[data-target="0"]'
+    assert lit == set(
+        opened.js(f"[...document.querySelectorAll('{near}')].map(e => e.dataset.rank)")
+    )
+    assert lit and opened.js("document.querySelector('.tip').textContent").startswith("embed")
+    assert not opened.js("document.querySelector('.tip').hidden")
+    assert opened.errors() == []

@@ -1,7 +1,9 @@
 """Published circuits have the edges of the ACDC repository's functions (data/canonical)."""
 
 import json
+import re
 import warnings
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -107,3 +109,16 @@ def test_saving_keeps_the_groups_and_the_source(tmp_path):
 def test_an_unknown_name_is_answered_with_the_nearest_one():
     with pytest.raises(circuits.InputError, match=r"'greaterthan'; did you mean 'greater_than'\?"):
         circuits.published_circuit("greaterthan")
+
+
+def test_a_published_circuit_is_drawn_with_its_groups_as_types():
+    circuit = published("greater_than")
+    svg = circuits.draw_circuit(circuit, max_edges=len(circuit))
+    shown = re.findall(r'<g class="type">.*?<text [^>]*>. (.*?)</text>', svg)
+    assert shown == list(circuit.record["groups"])
+    for group, nodes in circuit.record["groups"].items():
+        assert all(f"<title>{node}\n{group}\n" in svg for node in nodes)
+    assert 'class="type"' not in circuits.draw_circuit(circuit, types={})
+    # Under that name, the record of another method may hold anything.
+    other = replace(circuit, record={"method": "mine", "groups": 3})
+    assert 'class="type"' not in circuits.draw_circuit(other)

@@ -236,9 +236,12 @@ def entrances(toy_world) -> dict[str, Entrance]:
         ),
         "circuit_page": (
             circuits.circuit_page,
-            {"circuit": circuit, "title": "a", "details": {}, "max_edges": 3},
+            {"circuit": circuit, "title": "a", "details": {}, "max_edges": 3, "types": {}},
         ),
-        "draw_circuit": (circuits.draw_circuit, {"circuit": circuit, "title": "a", "max_edges": 3}),
+        "draw_circuit": (
+            circuits.draw_circuit,
+            {"circuit": circuit, "title": "a", "max_edges": 3, "types": {"m0": "a"}},
+        ),
         "report_page": (
             circuits.report_page,
             {"title": "a", "table": curves, "curves": curves, "circuits": {"eap": circuit}},

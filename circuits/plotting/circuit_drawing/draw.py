@@ -1,7 +1,7 @@
 """A circuit as a standalone SVG: a picture for a README, and the drawing inside the pages.
 
 Edges and nodes carry `data-rank`, `data-node`, `data-source` and `data-target`, which the script
-of the pages reads.
+of the pages reads. What is of class `stay` stays in view there when a wide drawing is scrolled.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ CURVE = 0.4
 TITLE_CHARACTER = 10.0
 MIN_NODE_WIDTH, MAX_NODE_WIDTH, PORT_WIDTH = 40.0, 360.0, 4.0
 MARGIN, LAYER_NAMES_WIDTH = 20.0, 96.0
-MIN_WIDTH, LINE_HEIGHT = 660.0, 22.0
+MIN_WIDTH, MAX_LEGEND_WIDTH, LINE_HEIGHT = 660.0, 1100.0, 22.0
 
 Marks = list[str]
 Types = Mapping[Node, NodeType]
@@ -163,22 +163,23 @@ def _document(
         widths.append(layout.width + LAYER_NAMES_WIDTH + 2 * MARGIN)
     widths += [label_width(one.label(one.name)) + 2 * MARGIN for one in shown]
     width = max(widths)
-    lines = lines + type_legend(shown, width - 2 * MARGIN)
+    lines = lines + type_legend(shown, min(width, MAX_LEGEND_WIDTH) - 2 * MARGIN)
     content = []
     for number, line in enumerate(lines, start=1):
         y = number * LINE_HEIGHT
-        content.append(_moved(MARGIN, y, [line]))
+        content.append(_moved(MARGIN, y, [f'<g class="stay">{line}</g>']))
     height = (len(lines) + 1) * LINE_HEIGHT
     if layout is not None:
         # A narrow drawing is in the middle of the space right of the layer names.
         left = (width + LAYER_NAMES_WIDTH - layout.width) / 2
         top = height + LINE_HEIGHT
-        bands = _layer_bands(layout, width)
+        bands, names = _layer_marks(layout, width)
         content.append(_moved(0, top, bands))
         marks = _position_marks(layout)
         marks += _edge_marks(layout, edges)
         marks += _node_marks(layout, edges, types)
         content.append(_moved(left, top, marks))
+        content.append(_moved(MARGIN, top, names))
         height = top + layout.height
     about = title or "circuit"
     if shown:
@@ -208,28 +209,32 @@ def _is_head_in_two_columns(layout: Layout) -> bool:
     return len(set(labels)) < len(labels)
 
 
-def _layer_bands(layout: Layout, width: float) -> Marks:
-    """Draw a quiet band behind each layer, with the layer's name at its left end."""
+def _layer_marks(layout: Layout, width: float) -> tuple[Marks, Marks]:
+    """Draw a quiet band behind each layer and a line for layers left out, and write their names."""
     tops = defaultdict(list)
     for node, box in layout.nodes.items():
         layer, _ = row_key(node)
         tops[layer].append(box.top)
-    marks = []
+    marks, names = [], []
     for layer, inside in tops.items():
         top = min(inside) - BAND_PADDING
         height = max(inside) - top + NODE_HEIGHT + BAND_PADDING
         size = f'width="{width - MARGIN:.1f}" height="{height:.1f}" rx="6"'
         marks.append(f'<rect x="{MARGIN / 2}" y="{top:.1f}" {size} fill="{BAND}"/>')
         name = OUTER_LAYERS.get(layer, f"layer {layer}")
-        place = f'x="{MARGIN}" y="{top + height / 2 + 4:.1f}"'
-        marks.append(_text(name, f'{place} fill="{QUIET}"'))
+        names.append(_layer_name(name, top + height / 2))
     for fold in layout.folds:
-        y = fold.middle
-        end = f'x2="{width - MARGIN:.1f}" y2="{y:.1f}"'
-        line = f'<line x1="{MARGIN + LAYER_NAMES_WIDTH}" y1="{y:.1f}" {end} stroke="{QUIET}"'
-        marks.append(f'{line} stroke-dasharray="1 4"/>')
-        marks.append(_text(fold.text, f'x="{MARGIN}" y="{y + 4:.1f}" fill="{QUIET}"'))
-    return marks
+        ends = f'x1="{MARGIN + LAYER_NAMES_WIDTH}" x2="{width - MARGIN:.1f}"'
+        line = f'<line {ends} stroke="{QUIET}" stroke-dasharray="1 4"/>'
+        marks.append(_moved(0, fold.middle, [line]))
+        names.append(_layer_name(fold.text, fold.middle))
+    return marks, names
+
+
+def _layer_name(name: str, middle: float) -> str:
+    # Its border keeps it readable where edges pass below it.
+    border = f'stroke="{BAND}" stroke-width="5" paint-order="stroke"'
+    return _text(name, f'class="stay" y="{middle + 4:.1f}" fill="{QUIET}" {border}')
 
 
 def _position_marks(layout: Layout) -> Marks:

@@ -209,15 +209,15 @@ def _moves(vertices: Vertices, chains: Chains, ways: Ways) -> list[float]:
             moves[vertices[number].row].append(abs(end - start))
     last = max(vertex.row for vertex in vertices)
     # Of the edges, a fifth may be steeper.
-    return [float(np.quantile(moves[row], 0.8)) for row in range(1, last + 1)]
+    return [float(np.quantile(moves[row] or [0.0], 0.8)) for row in range(1, last + 1)]
 
 
 def _rooms_beside_nodes(x: Places, vertices: Vertices, n_nodes: int) -> list[float]:
     """Return how far each vertex is from the nearest node in its row; infinity without one."""
-    row, column, width, *_ = map(np.array, zip(*vertices, strict=True))
+    row, _, width, *_ = map(np.array, zip(*vertices, strict=True))
     rooms = np.full(len(vertices), np.inf)
     for node in range(n_nodes):
-        beside = np.flatnonzero((row == row[node]) & (column == column[node]))
+        beside = np.flatnonzero(row == row[node])
         distances = np.abs(x[beside] - x[node]) - (width[beside] + width[node]) / 2
         rooms[beside] = np.minimum(rooms[beside], distances)
     return rooms.tolist()

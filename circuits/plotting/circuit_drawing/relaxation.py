@@ -12,20 +12,25 @@ import numpy as np
 from jaxtyping import Float, Int
 
 N_SWEEPS = 10
+# Vertices are all of a drawing, members those of one row.
 Places = Float[np.ndarray, " vertex"]
 Numbers = Int[np.ndarray, " vertex"]
-Links = tuple[Int[np.ndarray, " link"], Int[np.ndarray, " link"]]
+MemberPlaces = Float[np.ndarray, " member"]
+Members = Int[np.ndarray, " member"]
+Distances = Float[np.ndarray, " between"]
+LinkEnds = Int[np.ndarray, " link"]
+Links = tuple[LinkEnds, LinkEnds]
 
 
 @dataclass(frozen=True)
 class Pull:
     """The neighbours in other rows that the vertices of a row are drawn to."""
 
-    members: Numbers  # the vertices of the row
-    pulled: Int[np.ndarray, " link"]  # which of the members, once for each of its neighbours
-    neighbours: Int[np.ndarray, " link"]
+    members: Members  # the vertices of the row
+    pulled: LinkEnds  # which of the members, once for each of its neighbours
+    neighbours: LinkEnds
 
-    def wanted(self, x: Places) -> Places:
+    def wanted(self, x: Places) -> MemberPlaces:
         """Return the mean place of the neighbours of each vertex, or its own if it has none."""
         places = x[self.members]
         count = len(self.members)
@@ -43,7 +48,7 @@ class Room:
     ribbon: Numbers  # vertices of the same ribbon may be nearer to each other,
     ribbon_gap: float  # at this distance
 
-    def distances(self, ordered: Numbers) -> Places:
+    def distances(self, ordered: Members) -> Distances:
         """Return the least distance of each vertex from the next one to its right."""
         width, gap, ribbon = self.width[ordered], self.gap[ordered], self.ribbon[ordered]
         between = (gap[1:] + gap[:-1]) / 2
@@ -71,7 +76,7 @@ def relaxed(row: Numbers, room: Room, links: Links) -> Places:
     return x
 
 
-def separated(wanted: Places, distances: Places) -> Places:
+def separated(wanted: MemberPlaces, distances: Distances) -> MemberPlaces:
     """Move places so that each has at least its distance from the next one, in this order.
 
     The largest move is as small as it can be.
@@ -87,7 +92,7 @@ def separated(wanted: Places, distances: Places) -> Places:
     return (largest + smallest) / 2 + offsets
 
 
-def _pulls(row: Numbers, pulled: Numbers, neighbours: Numbers) -> Iterator[Pull]:
+def _pulls(row: Numbers, pulled: LinkEnds, neighbours: LinkEnds) -> Iterator[Pull]:
     """Group pairs of neighbours by the row of the pulled one, from the top."""
     row_of_link = row[pulled]
     for number in np.unique(row):

@@ -5,12 +5,15 @@
 const tip = document.body.appendChild(Object.assign(document.createElement("div"), { className: "tip", hidden: true }));
 tip.setAttribute("role", "status");
 
-function showTip(text, event) {
+// At this share of its size, a label is still readable.
+const SMALLEST = 0.75;
+
+function showTip(text, x, y) {
   tip.textContent = text;
   tip.hidden = false;
   const { offsetWidth: width, offsetHeight: height } = tip;
-  tip.style.left = `${Math.max(4, Math.min(event.clientX + 14, innerWidth - width - 8))}px`;
-  tip.style.top = `${event.clientY + 14 + height < innerHeight ? event.clientY + 14 : Math.max(4, event.clientY - height - 12)}px`;
+  tip.style.left = `${Math.max(4, Math.min(x + 14, innerWidth - width - 8))}px`;
+  tip.style.top = `${y + 14 + height < innerHeight ? y + 14 : Math.max(4, y - height - 12)}px`;
 }
 
 // The browser's own tooltips would show beside ours, so titles become labels; invisible wide strokes make thin edges easy to hit.
@@ -31,6 +34,7 @@ function startCircuit(panel) {
   const node = new Map(nodes.map((mark) => [mark.dataset.node, mark]));
   let held = null, shown = null;
   [...edges, ...nodes].forEach(prepare);
+  for (const mark of nodes) mark.setAttribute("tabindex", "0");
 
   function light(mark) {
     if (mark === shown) return;
@@ -46,11 +50,19 @@ function startCircuit(panel) {
   drawing.addEventListener("pointermove", (event) => {
     const mark = event.target.closest(".edge, .node");
     light(mark || held);
-    if (mark) showTip(mark.dataset.tip, event);
+    if (mark) showTip(mark.dataset.tip, event.clientX, event.clientY);
     else tip.hidden = true;
   });
   drawing.addEventListener("pointerleave", () => { light(held); tip.hidden = true; });
   drawing.addEventListener("click", (event) => { held = event.target.closest(".edge, .node"); light(held); });
+  drawing.addEventListener("focusin", (event) => {
+    const mark = event.target.closest(".node:focus-visible");
+    if (!mark) return;
+    const { right, bottom } = mark.getBoundingClientRect();
+    light(mark);
+    showTip(mark.dataset.tip, right, bottom);
+  });
+  drawing.addEventListener("focusout", () => { light(held); tip.hidden = true; });
   for (const row of rows) {
     const edge = edges.find((each) => each.dataset.rank === row.dataset.rank);
     row.addEventListener("pointerenter", () => light(edge || held));
@@ -66,7 +78,16 @@ function startCircuit(panel) {
     const ends = new Set(edges.filter((edge) => !edge.matches(".weak")).flatMap((edge) => [edge.dataset.source, edge.dataset.target]));
     for (const mark of nodes) mark.classList.toggle("weak", !ends.has(mark.dataset.node));
   });
-  panel.querySelector("[data-fit]")?.addEventListener("change", (event) => drawing.classList.toggle("fit", event.target.checked));
+  const fit = panel.querySelector("[data-fit]");
+  const setFit = (fits) => {
+    fit.checked = fits;
+    drawing.classList.toggle("fit", fits);
+    drawing.scrollLeft = (drawing.scrollWidth - drawing.clientWidth) / 2;
+  };
+  drawing.addEventListener("scroll", () => drawing.style.setProperty("--scrolled", `${drawing.scrollLeft}px`));
+  fit?.addEventListener("change", () => setFit(fit.checked));
+  // A wide drawing is scrolled, from its middle on, because its labels would be too small.
+  if (fit) setFit(drawing.querySelector("svg").width.baseVal.value * SMALLEST <= drawing.clientWidth);
 }
 
 // Sorting: numbers by the exact value in data-value, missing ones last either way.
