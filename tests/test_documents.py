@@ -22,6 +22,11 @@ def python_of(document: Path) -> str:
 WITH_PYTHON = [document for document in DOCUMENTS if python_of(document)]
 
 
+def texts_of(picture: Path) -> list[str]:
+    """The names, scores and types in a picture, and its texts."""
+    return re.findall(r"(?<=>)[^<>]*\S[^<>]*(?=<)", picture.read_text())
+
+
 def run_program(folder: Path) -> None:
     """Run `program.py` in a folder, and write what it says there."""
     os.chdir(folder)
@@ -42,6 +47,10 @@ def test_the_python_of_a_document_runs(document, tmp_path, new_process):
     process.join()
     assert process.exitcode == 0, (tmp_path / "errors").read_text()
     assert ("print(" in program) == bool((tmp_path / "output").read_text())
+    for picture in tmp_path.glob("*.svg"):
+        shown = document.with_name(picture.name)
+        # Places can differ in their last digit from machine to machine.
+        assert texts_of(picture) == texts_of(shown), f"draw {shown.name} anew"
 
 
 def test_most_documents_have_python_that_runs():

@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from html import escape
-from itertools import pairwise
+from itertools import pairwise, starmap
 
 from circuits.graph.circuit import Circuit
 from circuits.graph.nodes import MLP, Error, Feature, Head, Logits, Node, Position
@@ -54,14 +54,14 @@ NODE_STYLES: dict[type[Node], Style] = {
 
 OUTER_LAYERS = {INPUTS: "inputs", OUTPUT: "output"}
 
-# Where control points are on the way from one point of a curve to the next
-CURVE = 0.4
+# A control point is this share of a curve's height away from its end.
+CONTROL_SHARE = 0.4
 
 # Lengths are in pixels. Text cannot be measured here, so widths come from average characters.
 TITLE_CHARACTER = 10.0
 MIN_NODE_WIDTH, MAX_NODE_WIDTH, PORT_WIDTH = 40.0, 360.0, 4.0
 MARGIN, LAYER_NAMES_WIDTH = 20.0, 96.0
-MIN_WIDTH, MAX_LEGEND_WIDTH, LINE_HEIGHT = 660.0, 1100.0, 22.0
+MIN_CONTENT_WIDTH, MAX_LEGEND_WIDTH, LINE_HEIGHT = 620.0, 1060.0, 22.0
 
 Marks = list[str]
 Types = Mapping[Node, NodeType]
@@ -69,7 +69,11 @@ EdgesByNode = defaultdict[Node, list[RankedEdge]]
 
 
 def draw(
-    circuit: Circuit, *, title: str | None, max_edges: WholeNumber | None, types: TypeNames = None
+    circuit: Circuit,
+    *,
+    title: str | None,
+    max_edges: WholeNumber | None,
+    types: TypeNames = None,
 ) -> str:
     """Draw a circuit as SVG; `circuits.draw_circuit` explains the arguments."""
     edges = ranked_edges(circuit, edge_limit(circuit, max_edges))
@@ -85,7 +89,8 @@ def draw(
     lines.append(edge_legend(layout.nodes, edges))
     if _is_head_in_two_columns(layout):
         lines.append(_text(TWO_COLUMNS_NOTE, f'fill="{QUIET}"'))
-    drawn = {node: one for node, one in known.items() if node in layout.nodes}
+    inside = filter(layout.nodes.__contains__, known)
+    drawn = {node: known[node] for node in inside}
     return _document(title, lines, layout, edges, drawn)
 
 
@@ -154,16 +159,21 @@ def _position_text(position: Position) -> str:
 
 
 def _document(
-    title: str | None, lines: Marks, layout: Layout | None, edges: Edges, types: Types
+    title: str | None,
+    lines: Marks,
+    layout: Layout | None,
+    edges: Edges,
+    types: Types,
 ) -> str:
     """Write the SVG: lines of text, and below them the layers."""
     shown = list(dict.fromkeys(types.values()))
-    widths = [MIN_WIDTH, TITLE_CHARACTER * len(title or "") + 2 * MARGIN]
+    title_width = TITLE_CHARACTER * len(title or "")
+    widths = [MIN_CONTENT_WIDTH, title_width]
     if layout is not None:
-        widths.append(layout.width + LAYER_NAMES_WIDTH + 2 * MARGIN)
-    widths += [label_width(one.label(one.name)) + 2 * MARGIN for one in shown]
-    width = max(widths)
-    lines = lines + type_legend(shown, min(width, MAX_LEGEND_WIDTH) - 2 * MARGIN)
+        widths.append(layout.width + LAYER_NAMES_WIDTH)
+    widths += [label_width(one.legend) for one in shown]
+    width = max(widths) + 2 * MARGIN
+    lines = lines + type_legend(shown, min(max(widths), MAX_LEGEND_WIDTH))
     content = []
     for number, line in enumerate(lines, start=1):
         y = number * LINE_HEIGHT
@@ -183,7 +193,8 @@ def _document(
         height = top + layout.height
     about = title or "circuit"
     if shown:
-        about += "; node types: " + ", ".join(one.name for one in shown)
+        names = [one.name for one in shown]
+        about += "; node types: " + ", ".join(names)
     # The paper makes the picture readable on light and dark pages.
     return f"""\
 <svg xmlns="http://www.w3.org/2000/svg" width="{width:.1f}" height="{height:.1f}" \
@@ -226,7 +237,8 @@ def _layer_marks(layout: Layout, width: float) -> tuple[Marks, Marks]:
     for fold in layout.folds:
         ends = f'x1="{MARGIN + LAYER_NAMES_WIDTH}" x2="{width - MARGIN:.1f}"'
         line = f'<line {ends} stroke="{QUIET}" stroke-dasharray="1 4"/>'
-        marks.append(_moved(0, fold.middle, [line]))
+        moved = _moved(0, fold.middle, [line])
+        marks.append(moved)
         names.append(_layer_name(fold.text, fold.middle))
     return marks, names
 
@@ -267,22 +279,37 @@ stroke-width="{one.width:.3f}" stroke-opacity="{one.opacity:.2f}" \
 def _smooth_path(route: Sequence[Point]) -> str:
     """Connect the points by curves that start and end vertically and never swing back."""
     x, y = route[0]
-    commands = [f"M{x:.1f} {y:.1f}"]
-    slopes = [(x - before) / (y - above) for (before, above), (x, y) in pairwise(route)]
-    # The harmonic mean of the slopes on both sides keeps x monotone between points, and is vertical
-    # where the edge turns (Fritsch and Butland 1984).
-    inner = [2 * a * b / (a + b) if a * b > 0 else 0.0 for a, b in pairwise(slopes)]
-    tangents = pairwise([0.0, *inner, 0.0])
-    for ((x, y), (next_x, next_y)), (slope, next_slope) in zip(
-        pairwise(route), tangents, strict=True
-    ):
-        third = (next_y - y) * CURVE
-        first = f"{x + slope * third:.1f} {y + third:.1f}"
-        second = f"{next_x - next_slope * third:.1f} {next_y - third:.1f}"
-        is_vertical = abs(next_x - x) < 0.05
-        end = f"{next_x:.1f} {next_y:.1f}"
-        commands.append(f"V{next_y:.1f}" if is_vertical else f"C{first} {second} {end}")
-    return "".join(commands)
+    slopes = starmap(_slope, pairwise(route))
+    inner = starmap(_slope_between, pairwise(slopes))
+    tangents = [0.0, *inner, 0.0]
+    commands = map(_curve, pairwise(route), pairwise(tangents))
+    return f"M{x:.1f} {y:.1f}" + "".join(commands)
+
+
+def _slope(start: Point, end: Point) -> float:
+    """Return how far a line moves to the side while it goes up."""
+    (x, y), (next_x, next_y) = start, end
+    return (next_x - x) / (next_y - y)
+
+
+def _slope_between(before: float, after: float) -> float:
+    # The harmonic mean keeps the curve from swinging back; it is vertical where it turns
+    # (Fritsch and Butland 1984).
+    if before * after <= 0:
+        return 0.0
+    return 2 * before * after / (before + after)
+
+
+def _curve(ends: tuple[Point, Point], slopes: tuple[float, float]) -> str:
+    """Write a cubic Bezier curve from one point to the other, or a vertical line."""
+    (x, y), (next_x, next_y) = ends
+    if abs(next_x - x) < 0.05:
+        return f"V{next_y:.1f}"
+    slope, next_slope = slopes
+    rise = CONTROL_SHARE * (next_y - y)
+    first = f"{x + slope * rise:.1f} {y + rise:.1f}"
+    second = f"{next_x - next_slope * rise:.1f} {next_y - rise:.1f}"
+    return f"C{first} {second} {next_x:.1f} {next_y:.1f}"
 
 
 def _node_marks(layout: Layout, edges: Edges, types: Types) -> Marks:

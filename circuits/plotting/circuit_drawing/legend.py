@@ -44,8 +44,7 @@ def type_legend(types: Iterable[NodeType], width: float) -> list[str]:
     lines: list[list[str]] = []
     left = math.inf
     for one in dict.fromkeys(types):
-        label = one.label(one.name)
-        chip_width = label_width(label)
+        chip_width = label_width(one.legend)
         if left + chip_width > width:
             lines.append([])
             left = 0.0
@@ -53,7 +52,7 @@ def type_legend(types: Iterable[NodeType], width: float) -> list[str]:
         lines[-1].append(
             f'<g class="type"><rect x="{left:.1f}" y="{CHIP_TOP}" {size} fill="{one.fill}" '
             f'stroke="{INK}"/><text x="{left + chip_width / 2:.1f}" text-anchor="middle" '
-            f'font-family="{MONO}" fill="{INK}">{escape(label)}</text></g>'
+            f'font-family="{MONO}" fill="{INK}">{escape(one.legend)}</text></g>'
         )
         left += chip_width + CHIP_GAP
     return list(map("".join, lines))

@@ -39,6 +39,11 @@ class NodeType:
         """Write the symbol before a text."""
         return f"{self.symbol} {text}"
 
+    @property
+    def legend(self) -> str:
+        """The symbol and the name."""
+        return self.label(self.name)
+
 
 def node_types(circuit: Circuit, types: TypeNames) -> dict[Node, NodeType]:
     """Return the type of each node that has one; None means those of a published circuit.
@@ -49,14 +54,16 @@ def node_types(circuit: Circuit, types: TypeNames) -> dict[Node, NodeType]:
     expect(types, Mapping | None, "types by node", "give {'a9.h9': 'name mover'}")
     if types is None:
         types = _published_types(circuit)
-    names = dict.fromkeys(text(name, f"types[{node}]") for node, name in types.items())
     # There are 8 colours and 7 symbols, so that 56 types look different.
-    styles = zip(names, cycle(FILLS), cycle(SYMBOLS), strict=False)
-    known = {name: NodeType(name, fill, symbol) for name, fill, symbol in styles}
+    styles = zip(cycle(FILLS), cycle(SYMBOLS), strict=False)
     graph = circuit.graph
+    known: dict[str, NodeType] = {}
     found = {}
     for given, name in types.items():
-        for number in graph.node_mask([given]).nonzero().flatten().tolist():
+        if text(name, f"types[{given}]") not in known:
+            known[name] = NodeType(name, *next(styles))
+        chosen = graph.node_mask([given]).nonzero()
+        for number in chosen.flatten().tolist():
             found[graph.nodes[number]] = known[name]
     return found
 
@@ -64,5 +71,7 @@ def node_types(circuit: Circuit, types: TypeNames) -> dict[Node, NodeType]:
 def _published_types(circuit: Circuit) -> dict[Node | str, str]:
     """Return the groups of a published circuit, by node."""
     record = circuit.record
-    groups = record.get("groups", {}) if record.get("method") == "published" else {}
-    return {node: name for name, nodes in groups.items() for node in nodes}
+    if record.get("method") != "published":
+        return {}
+    groups = record.get("groups", {})
+    return {node: name for name in groups for node in groups[name]}

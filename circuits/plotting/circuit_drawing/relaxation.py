@@ -34,26 +34,29 @@ class Pull:
         """Return the mean place of the neighbours of each vertex, or its own if it has none."""
         places = x[self.members]
         count = len(self.members)
-        sums = np.bincount(self.pulled, x[self.neighbours], count)
+        pulling = x[self.neighbours]
+        sums = np.bincount(self.pulled, pulling, count)
         counts = np.bincount(self.pulled, minlength=count)
-        return np.divide(sums, counts, out=places, where=counts > 0)
+        has = counts > 0
+        np.divide(sums, counts, places, where=has)
+        return places
 
 
 @dataclass(frozen=True)
 class Room:
     """How much room vertices need in a row."""
 
-    width: Places
-    gap: Places  # half of it on each side
-    ribbon: Numbers  # vertices of the same ribbon may be nearer to each other,
-    ribbon_gap: float  # at this distance
+    size: Places  # with half of the gap to the neighbours on each side
+    ribbon: Numbers  # where neighbours are of the same ribbon,
+    saved: float  # so much room is saved between them
 
     def distances(self, ordered: Members) -> Distances:
         """Return the least distance of each vertex from the next one to its right."""
-        width, gap, ribbon = self.width[ordered], self.gap[ordered], self.ribbon[ordered]
-        between = (gap[1:] + gap[:-1]) / 2
-        between[ribbon[1:] == ribbon[:-1]] = self.ribbon_gap
-        return (width[1:] + width[:-1]) / 2 + between
+        half = self.size[ordered] / 2
+        distances = half[1:] + half[:-1]
+        same = np.diff(self.ribbon[ordered]) == 0
+        distances[same] -= self.saved
+        return distances
 
 
 def relaxed(row: Numbers, room: Room, links: Links) -> Places:
@@ -66,7 +69,9 @@ def relaxed(row: Numbers, room: Room, links: Links) -> Places:
     lower, upper = links
     below = list(_pulls(row, upper, lower))
     above = list(_pulls(row, lower, upper))
-    both = list(_pulls(row, np.concatenate([upper, lower]), np.concatenate([lower, upper])))
+    ends = np.concatenate([lower, upper])
+    others = np.concatenate([upper, lower])
+    both = list(_pulls(row, ends, others))
     # Following the row before untangles the edges; following both rows straightens them.
     untangling = below[::-1] + above
     straightening = both[::-1] + both
@@ -84,7 +89,7 @@ def separated(wanted: MemberPlaces, distances: Distances) -> MemberPlaces:
     # With all distances left of it subtracted, places may touch but not swap. This is isotonic
     # regression. In the maximum norm its solution is the mean of the largest value up to each
     # place and the smallest one from there on.
-    offsets = np.concatenate([[0.0], np.cumsum(distances)])
+    offsets = np.append(0.0, np.cumsum(distances))
     free = wanted - offsets
     largest = np.maximum.accumulate(free)
     from_end = free[::-1]
@@ -98,7 +103,8 @@ def _pulls(row: Numbers, pulled: LinkEnds, neighbours: LinkEnds) -> Iterator[Pul
     for number in np.unique(row):
         members = np.flatnonzero(row == number)
         links = row_of_link == number
-        yield Pull(members, np.searchsorted(members, pulled[links]), neighbours[links])
+        places = np.searchsorted(members, pulled[links])
+        yield Pull(members, places, neighbours[links])
 
 
 def _place(x: Places, pull: Pull, room: Room) -> None:
@@ -107,4 +113,5 @@ def _place(x: Places, pull: Pull, room: Room) -> None:
     # Ties stay in the order in which they are.
     order = np.lexsort((x[members], wanted))
     ordered = members[order]
-    x[ordered] = separated(wanted[order], room.distances(ordered))
+    distances = room.distances(ordered)
+    x[ordered] = separated(wanted[order], distances)

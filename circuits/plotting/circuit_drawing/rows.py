@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from circuits.graph.nodes import MLP, Error, Feature, Logits, Node
 
@@ -47,25 +47,36 @@ def row_key(node: Node) -> RowKey:
     return layer, isinstance(node, MLP | Feature | Error)
 
 
-def stacked(
-    keys: Sequence[RowKey], moves: Sequence[float], n_layers: int
-) -> tuple[list[float], list[Fold]]:
-    """Return the top of each row and of the space below, and the layers that are left out.
+@dataclass
+class Stack:
+    """Rows on top of each other: the top of each, the layers that are left out, and the height."""
+
+    tops: list[float] = field(default_factory=list)
+    folds: list[Fold] = field(default_factory=list)
+    height: float = 0.0
+
+
+def stacked(keys: Sequence[RowKey], moves: Sequence[float], n_layers: int) -> Stack:
+    """Place the rows that have nodes, from the top.
 
     Args:
-        keys: the rows that have nodes, from the top.
         moves: below each row but the last one, how far edges move to the side.
     """
-    tops, folds = [], []
+    stack = Stack()
     above, bottom = OUTPUT, -MIN_ROW_GAP
-    for (layer, _), move in zip([*keys, FOOT], [0.0, *moves, 0.0], strict=True):
+    # Layers can be left out above the first row and below the last one, too.
+    spaces = zip([*keys, FOOT], [0.0, *moves, 0.0], strict=True)
+    for (layer, _), move in spaces:
         least = MIN_ROW_GAP if layer == above else 2 * BAND_PADDING + BAND_GAP
-        left_out = [number for number in range(n_layers) if layer < number < above]
+        left_out = [at for at in range(n_layers) if layer < at < above]
         if left_out:
             least = 2 * BAND_PADDING + FOLD_HEIGHT
         gap = max(least, min(SLOPE * move, MAX_ROW_GAP))
         if left_out:
-            folds.append(Fold(left_out[0], left_out[-1], bottom + gap / 2))
-        tops.append(bottom + gap)
+            middle = bottom + gap / 2
+            fold = Fold(min(left_out), max(left_out), middle)
+            stack.folds.append(fold)
+        stack.tops.append(bottom + gap)
         above, bottom = layer, bottom + gap + NODE_HEIGHT
-    return tops, folds
+    stack.height = stack.tops.pop()
+    return stack
