@@ -2,12 +2,19 @@
 held-out ones.
 """
 
+import re
+from pathlib import Path
+
 import pytest
 
 import circuits
 
 # What is found, and not its types, is in question here; checking them takes most of the time.
 pytestmark = pytest.mark.usefixtures("unchecked_types")
+
+
+PICTURE = Path(circuits.__file__).parent / "assets" / "ioi-circuit.svg"
+EDGE_NAMES = re.compile(r"<title>(\S+-&gt;\S+)  ")
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +32,11 @@ def test_acdc_keeps_few_edges_and_the_models_predictions(toy_world, train, held_
     assert len(circuit.graph) == 479
     assert len(circuit) <= 0.15 * 479
     assert circuits.evaluate(toy_world, circuit, held_out).kl <= 0.15
+    # The picture in the README; the numbers can differ a little from machine to machine.
+    title = "IOI in toy-world, found by ACDC (threshold 0.002)"
+    drawn, shown = circuits.draw_circuit(circuit, title=title), PICTURE.read_text()
+    names, names_shown = (set(EDGE_NAMES.findall(svg)) for svg in (drawn, shown))
+    assert names == names_shown and len(names) == len(circuit)
 
 
 def test_eap_ig_is_more_faithful_than_chance_at_every_size(toy_world, train, held_out):
