@@ -427,11 +427,19 @@ def test_the_type_of_a_head_is_that_of_the_head_at_each_position() -> None:
     assert names == dict.fromkeys(SPANS, "previous token") | {"S1": "something else"}
 
 
-def test_many_types_differ_in_colour_or_symbol() -> None:
+def test_many_types_differ_in_colour_or_symbol_and_their_legend_fits_into_the_picture() -> None:
     graph = components(3, 8)
-    types = {f"a{layer}.h{head}": f"{layer}{head}" for layer in range(3) for head in range(8)}
-    legend = type_legend(pages.draw_circuit(Circuit.full(graph), max_edges=10**6, types=types))
-    assert len({(text[0], colour) for text, colour in legend.items()}) == 24
+    heads = [node for node in graph.nodes if isinstance(node, Head)]
+    types = {str(head): f"like {head}" for head in heads}
+    svg = pages.draw_circuit(Circuit.full(graph), max_edges=10**6, types=types)
+    assert len({(text[0], colour) for text, colour in type_legend(svg).items()}) == 24
+    few = Circuit.from_edges(graph, [f"{head}->logits" for head in types])
+    root = ElementTree.fromstring(pages.draw_circuit(few, types=types))
+    width = float(root.get("width", "nan"))
+    for group in root.iter(f"{SVG}g"):
+        if group.get("class") == "type":
+            chip = group.find(f"{SVG}rect").attrib  # type: ignore[union-attr]
+            assert float(chip["x"]) + float(chip["width"]) < width - 20
 
 
 @pytest.mark.parametrize(
