@@ -729,3 +729,26 @@ def test_a_node_that_is_pointed_at_or_focused_lights_its_edges_and_shows_its_too
     assert lit and opened.js("document.querySelector('.tip').textContent").startswith("embed")
     assert not opened.js("document.querySelector('.tip').hidden")
     assert opened.errors() == []
+
+
+def test_a_report_can_be_read_before_its_figure_is_drawn(
+    browser: Browser, circuit: Circuit, tmp_path: Path
+) -> None:
+    curves = pandas.DataFrame({"method": "eap", "edges": [5, 50], "faithfulness": [0.2, 0.8]})
+    report = pages.report_page(
+        title="IOI",
+        table=curves,
+        curves=curves,
+        circuits={"acdc": circuit, "eap": circuit.top(9)},
+    )
+    path = tmp_path / "report.html"
+    path.write_text(report)
+    page = browser.another_page()
+    page.add_init_script("""addEventListener("load", () => {
+        const edges = document.querySelectorAll(".edge .hit").length;
+        window.atLoad = [typeof Plotly, document.querySelector(".tabs").hidden, edges];
+    })""")
+    page.goto(path.as_uri())
+    page.wait_for_selector("#faithfulness .main-svg .point")
+    assert page.evaluate("atLoad") == ["undefined", False, 59]
+    page.close()

@@ -156,7 +156,8 @@ def score_scatter(frame: pandas.DataFrame, *, x_name: str = "x", y_name: str = "
 def figure_html(figure: go.Figure) -> str:
     """Write a figure as HTML that holds plotly's script, so that it works offline.
 
-    Use it once per page: the script is several megabytes, and the element's id is fixed.
+    Use it once per page: the script is several megabytes, and the element's id is fixed. It takes
+    about a second to start, so `static/page.js` starts it when the rest of the page is there.
     """
     # Only these buttons: some of plotly's default ones can send the figure to a service.
     buttons = ["toImage", "zoom2d", "pan2d", "resetScale2d"]
@@ -167,7 +168,7 @@ def figure_html(figure: go.Figure) -> str:
         default_height="460px",
         div_id="faithfulness",
     )
-    return html
+    return html.replace("<script>", '<script type="text/plain" class="late">')
 
 
 def _curves(by_method: Frames) -> list[go.Scatter]:

@@ -129,3 +129,7 @@ function startTabs(tabs) {
 document.querySelectorAll("[data-circuit]").forEach(startCircuit);
 document.querySelectorAll("table").forEach(startTable);
 document.querySelectorAll(".tabs").forEach(startTabs);
+// The scripts of a figure are text until the page is shown: they take longer than all the rest.
+addEventListener("load", () => setTimeout(() => {
+  for (const late of document.querySelectorAll("script.late")) late.replaceWith(Object.assign(document.createElement("script"), { textContent: late.textContent }));
+}));
