@@ -114,6 +114,7 @@ def _wrapped(
     source: Source, placement: Placement, backend: BackendName | None, check: bool
 ) -> Model:
     """Make a model of TransformerLens from one of transformers."""
+    _only_device(source)
     expected = None
     if check:
         with refusals(f"{source.called} cannot be run"):
@@ -152,13 +153,15 @@ def _converted(
 
 def _bridged(source: Source, placement: Placement, expected: Expected | None) -> Model:
     settings = source.model.config
-    with refusals(f"{source.called} cannot be loaded as a TransformerBridge"):
+    if placement.device_map is None:
         source.model.to(placement.device)
+    device = _only_device(source)
+    with refusals(f"{source.called} cannot be loaded as a TransformerBridge"):
         bridge = TransformerBridge.boot_transformers(
             source.place,
             hf_model=source.model,
             tokenizer=source.tokenizer,
-            device=str(placement.device),
+            device=str(device),
             dtype=placement.dtype,
         )
         bridge.cfg.model_name = source.name
@@ -178,6 +181,17 @@ def _bridged(source: Source, placement: Placement, expected: Expected | None) ->
         _check_own_pass(bridge, source.called, expected)
     note_known(bridge)
     return bridge
+
+
+def _only_device(source: Source) -> torch.device:
+    """Return the device of a model; one that is spread over several is refused."""
+    device, *others = {parameter.device for parameter in source.model.parameters()}
+    if others:
+        raise InputError(
+            f"{source.called} cannot be loaded over {1 + len(others)} devices: circuits are found "
+            "in a model on one device; give device= instead of device_map, or a smaller dtype."
+        )
+    return device
 
 
 @torch.no_grad()
