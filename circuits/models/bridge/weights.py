@@ -27,7 +27,15 @@ from circuits.models.layers.functional import (
     gelu_tanh,
 )
 from circuits.models.layers.shape import ModelShape
-from circuits.models.layers.weights import ModelWeights
+from circuits.models.layers.weights import (
+    Embedding,
+    ModelVector,
+    ModelWeights,
+    OutputWeights,
+    PositionEmbedding,
+    SlotBias,
+    SlotWeights,
+)
 
 # Parts of a bridge that are no more than the linear maps of an MLP.
 LINEAR_MLPS = ("MLPBridge", "BloomMLPBridge", "GatedMLPBridge", "JointGateUpMLPBridge")
@@ -51,11 +59,11 @@ class BridgeWeights(ModelWeights):
             found = parts.child(owner, "ln1")
         return None if found is None else parts.norm_weights(found)
 
-    def embedding(self) -> Float[Tensor, "vocab d_model"]:
+    def embedding(self) -> Embedding:
         """Return W_E, before it is scaled or normalized."""
         return parts.original(self.model.embed).weight
 
-    def position_embedding(self) -> Float[Tensor, "ctx d_model"] | None:
+    def position_embedding(self) -> PositionEmbedding | None:
         """Return W_pos, if there is one."""
         found = parts.child(self.model, "pos_embed")
         if found is None:
@@ -75,23 +83,23 @@ class BridgeWeights(ModelWeights):
         table = self.position_embedding()
         return rows, None if table is None else table[: tokens.shape[1]]
 
-    def projection(self, layer: int, slot: str) -> Float[Tensor, "kv_head d_model d_head"]:
+    def projection(self, layer: int, slot: str) -> SlotWeights:
         """Return W_Q, W_K or W_V."""
         found = parts.matrix(parts.child(self._block(layer).attn, slot))
         return found.unflatten(1, (-1, self.shape.d_head)).transpose(0, 1)
 
-    def projection_bias(self, layer: int, slot: str) -> Float[Tensor, "kv_head d_head"]:
+    def projection_bias(self, layer: int, slot: str) -> SlotBias:
         """Return b_Q, b_K or b_V."""
         found = parts.full_bias(parts.child(self._block(layer).attn, slot))
         return found.unflatten(0, (-1, self.shape.d_head))
 
-    def output_projection(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+    def output_projection(self, layer: int) -> OutputWeights:
         """Return W_O."""
         found = parts.matrix(self._block(layer).attn.o)
         scaled = self._scaled(found)
         return scaled.unflatten(0, (-1, self.shape.d_head))
 
-    def output_bias(self, layer: int) -> Float[Tensor, " d_model"]:
+    def output_bias(self, layer: int) -> ModelVector:
         """Return b_O."""
         return self._scaled(parts.full_bias(self._block(layer).attn.o))
 

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 from transformer_lens.utilities.activation_functions import SUPPORTED_ACTIVATIONS
@@ -28,7 +27,15 @@ from circuits.models.layers.functional import (
     gelu_tanh,
 )
 from circuits.models.layers.shape import ModelShape
-from circuits.models.layers.weights import ModelWeights
+from circuits.models.layers.weights import (
+    Embedding,
+    ModelVector,
+    ModelWeights,
+    OutputWeights,
+    PositionEmbedding,
+    SlotBias,
+    SlotWeights,
+)
 
 LAYER_NORMS = ("LayerNorm", "LayerNormPre")
 RMS_NORMS = ("RMSNorm", "RMSNormPre")
@@ -53,29 +60,29 @@ class HookedTransformerWeights(ModelWeights):
         found = getattr(module, name, None)
         return None if found is None else norm_weights(found)
 
-    def position_embedding(self) -> Float[Tensor, "ctx d_model"] | None:
+    def position_embedding(self) -> PositionEmbedding | None:
         """Return W_pos, if there is one."""
         if self.shape.positions != "standard":
             return None
         return part_of(self.model, "pos_embed.W_pos")
 
-    def embedding(self) -> Float[Tensor, "vocab d_model"]:
+    def embedding(self) -> Embedding:
         """Return W_E."""
         return part_of(self.model, "embed.W_E")
 
-    def projection(self, layer: int, slot: str) -> Float[Tensor, "kv_head d_model d_head"]:
+    def projection(self, layer: int, slot: str) -> SlotWeights:
         """Return W_Q, W_K or W_V."""
         return self._unrepeated(layer, f"W_{slot.upper()}", slot)
 
-    def projection_bias(self, layer: int, slot: str) -> Float[Tensor, "kv_head d_head"]:
+    def projection_bias(self, layer: int, slot: str) -> SlotBias:
         """Return b_Q, b_K or b_V."""
         return self._unrepeated(layer, f"b_{slot.upper()}", slot)
 
-    def output_projection(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+    def output_projection(self, layer: int) -> OutputWeights:
         """Return W_O."""
         return part_of(self.model, f"blocks.{layer}.attn.W_O")
 
-    def output_bias(self, layer: int) -> Float[Tensor, " d_model"]:
+    def output_bias(self, layer: int) -> ModelVector:
         """Return b_O."""
         return part_of(self.model, f"blocks.{layer}.attn.b_O")
 

@@ -22,6 +22,13 @@ from circuits.models.layers.functional import (
 )
 from circuits.models.layers.shape import ModelShape
 
+SlotWeights = Float[Tensor, "kv_head d_model d_head"]
+SlotBias = Float[Tensor, "kv_head d_head"]
+OutputWeights = Float[Tensor, "head d_head d_model"]
+ModelVector = Float[Tensor, " d_model"]
+Embedding = Float[Tensor, "vocab d_model"]
+PositionEmbedding = Float[Tensor, "ctx d_model"]
+
 
 class ModelWeights(ABC):
     """A model's weights, one layer at a time."""
@@ -33,30 +40,30 @@ class ModelWeights(ABC):
         """Return one of `NORMS` of a layer, or "ln_final" with no layer; None if there is none."""
 
     @abstractmethod
-    def position_embedding(self) -> Float[Tensor, "ctx d_model"] | None:
+    def position_embedding(self) -> PositionEmbedding | None:
         """Return the learned position embedding W_pos, if there is one."""
 
     @abstractmethod
-    def embedding(self) -> Float[Tensor, "vocab d_model"]:
+    def embedding(self) -> Embedding:
         """Return the token embedding W_E."""
 
     @abstractmethod
-    def projection(self, layer: int, slot: str) -> Float[Tensor, "kv_head d_model d_head"]:
+    def projection(self, layer: int, slot: str) -> SlotWeights:
         """Return W_Q, W_K or W_V, each shared head once."""
 
     @abstractmethod
-    def projection_bias(self, layer: int, slot: str) -> Float[Tensor, "kv_head d_head"]:
+    def projection_bias(self, layer: int, slot: str) -> SlotBias:
         """Return b_Q, b_K or b_V, each shared head once."""
 
     @abstractmethod
-    def output_projection(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+    def output_projection(self, layer: int) -> OutputWeights:
         """Return W_O."""
 
     @abstractmethod
-    def output_bias(self, layer: int) -> Float[Tensor, " d_model"]:
+    def output_bias(self, layer: int) -> ModelVector:
         """Return b_O, which belongs to no node."""
 
-    def head_output(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+    def head_output(self, layer: int) -> OutputWeights:
         """Return what `hook_z` is multiplied by to give what each head writes.
 
         That is W_O, with the weight of a norm after attention if there is one: z is divided by that

@@ -13,8 +13,9 @@ from transformer_lens import (
     loading_from_pretrained as conversion,
 )
 
+from circuits.models.loading.placement import Placement
 from circuits.models.loading.refusals import NO_CODE, TRUST
-from circuits.models.loading.source import Placement, Source
+from circuits.models.loading.source import Source
 
 # TransformerLens wants this setting, which transformers no longer writes.
 CONTEXT = "n_ctx"

@@ -13,12 +13,12 @@ from circuits.models.backend import HAS_HOOKED_TRANSFORMER, BackendName, Model
 from circuits.models.bridge.changes import note_known
 from circuits.models.bridge.shape import unreadable
 from circuits.models.loading.agreement import Expected, computed_by, disagreement
+from circuits.models.loading.placement import Placement
 from circuits.models.loading.refusals import first_line, reason, refusals, running_no_code
 from circuits.models.loading.saved import FORMAT, chosen_device, load_saved
 from circuits.models.loading.source import (
     CONFIG_FILE,
     EMBEDDED,
-    Placement,
     Source,
     from_folder,
     from_gguf,

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from circuits.models.backend import HAS_HOOKED_TRANSFORMER, BackendName, Model, check_class
-from circuits.models.bridge import native
+from circuits.models.loading import native
+from circuits.models.loading.placement import Placement
 from circuits.models.loading.refusals import first_line, running_no_code
-from circuits.models.loading.source import CONFIG_FILE, Placement
+from circuits.models.loading.source import CONFIG_FILE
 from circuits.system.device import device_called, dtype_called
 from circuits.system.errors import InputError
 from circuits.system.files import (
@@ -62,8 +63,10 @@ def build_model(
     >>> halved = circuits.build_model(model.cfg.to_dict(), weights, model.tokenizer)
 
     Args:
-        config: arguments of TransformerLens' `HookedTransformerConfig`.
-        weights: a state dict with TransformerLens' names, such as `blocks.0.attn.W_Q`.
+        config: arguments of TransformerLens' `HookedTransformerConfig`, or of the configuration
+            of a `TransformerBridge` that TransformerLens builds itself.
+        weights: a state dict with TransformerLens' names, such as `blocks.0.attn.W_Q`, or those of
+            such a bridge.
         backend: see `load_model`.
 
     Raises:
@@ -85,10 +88,12 @@ def build_model(
     }
     own = _without_derived(weights)
     with running_no_code():
-        if backend == "bridge" or not HAS_HOOKED_TRANSFORMER:
-            made = native.build({**config, **fixed}, tokenizer, placement.device, placement.dtype)
-            _check_weights(native.weights_of(made), own)
-            native.fill(made, own)
+        is_bridged = backend == "bridge" or config.get("architecture") == native.NATIVE
+        if is_bridged or not HAS_HOOKED_TRANSFORMER:
+            made = native.build({**config, **fixed}, tokenizer, placement)
+            here = native.weights_named_as(own, made)
+            _check_weights(here, own)
+            native.fill(here, own)
             return made
         try:
             settings = HookedTransformerConfig(**{**config, **fixed})

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
 from transformer_lens.utilities.architectures import classify_model_config
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from circuits.models.loading.placement import Placement
 from circuits.models.loading.refusals import NO_CODE, first_line, refusals
 from circuits.system.errors import InputError
 from circuits.system.files import BROKEN, is_file, read_json_object
@@ -48,21 +48,6 @@ class Source:
     place: str
     model: Any
     tokenizer: Any
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where and in which type a model is loaded."""
-
-    device: torch.device
-    dtype: torch.dtype
-    device_map: Any = None
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Arguments of `from_pretrained`."""
-        chosen = {"dtype": self.dtype, "attn_implementation": "eager"}
-        return chosen if self.device_map is None else {**chosen, "device_map": self.device_map}
 
 
 def from_folder(folder: Path, placement: Placement) -> Source:

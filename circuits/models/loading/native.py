@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from circuits.models.backend import backend
 from circuits.models.layers.functional import NormWeights, WeightedMLP
 from circuits.models.layers.weights import ModelWeights
+from circuits.models.loading.placement import Placement
 from circuits.system.errors import InputError
 
 NATIVE = "TransformerLensNative"
@@ -50,8 +51,7 @@ def config_of(model: TransformerBridge) -> dict[str, Any]:
 def build(
     config: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase | None,
-    device: torch.device,
-    dtype: torch.dtype,
+    placement: Placement,
 ) -> TransformerBridge:
     """Build a model without weights of its own."""
     lacked = [
@@ -69,7 +69,10 @@ def build(
         settings = TransformerBridgeConfig.from_dict(known)
         with torch.random.fork_rng(devices=[]):
             model = TransformerBridge.boot_native(
-                settings, tokenizer=tokenizer, device=device, dtype=dtype
+                settings,
+                tokenizer=tokenizer,
+                device=placement.device,
+                dtype=placement.dtype,
             )
     # It raises errors of several types.
     except Exception as error:
@@ -96,11 +99,19 @@ def weights_of(model: TransformerBridge) -> dict[str, Tensor]:
     return dict(_named(backend(model).weights()))
 
 
+def weights_named_as(given: Mapping[str, Tensor], model: TransformerBridge) -> Mapping[str, Tensor]:
+    """Return the model's weights by the names that are given: of TransformerLens or of bridges."""
+    named_as_bridge = model.state_dict()
+    if given.keys() <= named_as_bridge.keys():
+        return named_as_bridge
+    return weights_of(model)
+
+
 @torch.no_grad()
-def fill(model: TransformerBridge, weights: Mapping[str, Tensor]) -> None:
-    """Copy weights into a model."""
-    for name, view in weights_of(model).items():
-        view.copy_(weights[name])
+def fill(weights: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Copy numbers into a model's weights."""
+    for name, view in weights.items():
+        view.copy_(given[name])
 
 
 def _named(weights: ModelWeights) -> Iterator[tuple[str, Tensor]]:
