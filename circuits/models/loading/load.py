@@ -185,13 +185,13 @@ def _bridged(source: Source, placement: Placement, expected: Expected | None) ->
 
 def _only_device(source: Source) -> torch.device:
     """Return the device of a model; one that is spread over several is refused."""
-    device, *others = {parameter.device for parameter in source.model.parameters()}
-    if others:
+    spread = {*map(str, getattr(source.model, "hf_device_map", {}).values())}
+    if len(spread) > 1:
         raise InputError(
-            f"{source.called} cannot be loaded over {1 + len(others)} devices: circuits are found "
-            "in a model on one device; give device= instead of device_map, or a smaller dtype."
+            f"{source.called} cannot be loaded over {len(spread)} devices: circuits are found in a "
+            "model on one device; give device= instead of device_map, or a smaller dtype."
         )
-    return device
+    return next(source.model.parameters()).device
 
 
 @torch.no_grad()

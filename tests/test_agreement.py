@@ -1,0 +1,240 @@
+"""What load_model gives computes what the files' own model does, or is refused with the reason."""
+
+import warnings
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import circuits
+from circuits.models import HAS_HOOKED_TRANSFORMER, run_to_residual, unembed
+from circuits.models.bridge import weights as bridge_weights
+
+VOCAB = 64
+LLAMA = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+def checkpoint(folder, config, dtype=torch.float32):
+    """A random checkpoint whose every part matters, saved; returns the model."""
+    source = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in source.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            size = 1.0 if "embed" in name else 0.25
+            parameter.copy_(size * noise if parameter.dim() > 1 else 1 + 0.2 * noise)
+    source.to(dtype).eval().save_pretrained(folder)
+    words = {"<bos>": 0, **{f"w{number}": number for number in range(1, VOCAB)}}
+    raw = Tokenizer(models.WordLevel(words, unk_token="<bos>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<bos>", eos_token="<bos>", unk_token="<bos>"
+    )
+    tokenizer.save_pretrained(folder)
+    return source
+
+
+@torch.no_grad()
+def logits(model, tokens):
+    return unembed(model, run_to_residual(model, tokens, torch.ones_like(tokens).bool()))
+
+
+def assert_agree(model, source):
+    tokens = torch.randint(VOCAB, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = source(tokens).logits
+    torch.testing.assert_close(logits(model, tokens), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """What warnings say."""
+    texts = []
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_: texts.append(str(message)))
+    return texts
+
+
+needs_hooked_transformer = pytest.mark.skipif(
+    not HAS_HOOKED_TRANSFORMER, reason="TransformerLens 4 has no HookedTransformer"
+)
+
+
+@needs_hooked_transformer
+def test_a_conversion_that_is_another_model_gives_way_to_a_bridge_and_the_reason_is_said(
+    tmp_path, said
+):
+    # TransformerLens 3.9 leaves the biases out.
+    config = transformers.LlamaConfig(**LLAMA, attention_bias=True)
+    source = checkpoint(tmp_path, config)
+    model = circuits.load_model(tmp_path, device="cpu")
+    assert type(model).__name__ == "TransformerBridge"
+    [text] = [text for text in said if "TransformerBridge" in text]
+    assert "the output of layer 0 differs by" in text and "attention_bias=True" in text
+    assert_agree(model, source)
+
+
+@needs_hooked_transformer
+def test_a_conversion_that_is_another_model_is_refused_if_one_insists_on_it(tmp_path):
+    checkpoint(tmp_path, transformers.LlamaConfig(**LLAMA, mlp_bias=True))
+    with pytest.raises(circuits.InputError, match="mlp_bias=True; use backend='bridge'"):
+        circuits.load_model(tmp_path, device="cpu", backend="hooked_transformer")
+
+
+def test_a_pass_that_differs_from_its_source_is_refused_with_the_layer_the_size_and_the_setting(
+    tmp_path, monkeypatch
+):
+    config = transformers.MistralConfig(**LLAMA, sliding_window=8)
+    source = checkpoint(tmp_path, config)
+    with monkeypatch.context() as patched:
+        patched.setattr(bridge_weights, "window", lambda *_: float("inf"))
+        told = r"the output of layer 0 differs by [\d.]+%; likely because of .*sliding_window=8"
+        with pytest.raises(circuits.InputError, match=told):
+            circuits.load_model(tmp_path, device="cpu", backend="bridge")
+        loaded = circuits.load_model(tmp_path, device="cpu", backend="bridge", check=False)
+        assert loaded.cfg.n_layers == 2
+    assert_agree(circuits.load_model(tmp_path, device="cpu", backend="bridge"), source)
+
+
+@pytest.mark.parametrize("backend", ["hooked_transformer", "bridge"])
+def test_a_folder_in_bfloat16_stays_mapped_from_its_file(backend, tmp_path):
+    if backend == "hooked_transformer" and not HAS_HOOKED_TRANSFORMER:
+        pytest.skip("TransformerLens 4 has no HookedTransformer")
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("the system does not say how much memory is mapped")
+
+    def own_bytes():
+        [line] = [line for line in status.read_text().splitlines() if "RssAnon" in line]
+        return 1024 * int(line.split()[1])
+
+    # 59 MB
+    large = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
+    config = transformers.LlamaConfig(**{**LLAMA, **large})
+    source = checkpoint(tmp_path, config, torch.bfloat16)
+    size = sum(2 * parameter.numel() for parameter in source.parameters())
+    before = own_bytes()
+    model = circuits.load_model(tmp_path, device="cpu", dtype=torch.bfloat16, backend=backend)
+    assert next(model.parameters()).dtype == torch.bfloat16
+    assert own_bytes() - before < 0.3 * size
+
+
+@pytest.mark.parametrize(
+    ("chosen", "told"),
+    [
+        ({"backend": "lens"}, "backend='lens': choose 'hooked_transformer' or 'bridge'"),
+        ({"device_map": {"": "meta"}}, "cannot be"),
+        ({"device_map": "nonsense"}, "nonsense"),
+    ],
+)
+def test_a_choice_that_cannot_be_is_one_line(chosen, told, tmp_path, unchecked_types):
+    checkpoint(tmp_path, transformers.LlamaConfig(**LLAMA))
+    with pytest.raises(circuits.InputError, match=told):
+        circuits.load_model(tmp_path, device="cpu", **chosen)
+
+
+def test_a_model_over_several_devices_is_refused(tmp_path):
+    checkpoint(tmp_path, transformers.LlamaConfig(**LLAMA))
+    spread = {"model.layers": "meta", "model.embed_tokens": "cpu", "model.norm": "cpu"}
+    spread |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+    with pytest.raises(circuits.InputError, match="over 2 devices: circuits are found"):
+        circuits.load_model(tmp_path, device="cpu", device_map=spread)
+
+
+def test_a_device_map_of_one_device_is_taken(tmp_path):
+    source = checkpoint(tmp_path, transformers.LlamaConfig(**LLAMA))
+    assert_agree(circuits.load_model(tmp_path, device_map={"": "cpu"}), source)
+
+
+STATE_SPACE = transformers.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2)
+LATENT = transformers.DeepseekV3Config(
+    **{**LLAMA, "num_key_value_heads": 4},
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=1,
+    topk_group=1,
+    moe_intermediate_size=32,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_rope_head_dim=4,
+    qk_nope_head_dim=4,
+    v_head_dim=8,
+)
+
+
+@pytest.mark.parametrize("config", [STATE_SPACE, LATENT], ids=["state space", "latent attention"])
+def test_a_model_without_queries_keys_and_values_is_refused_as_such(config, tmp_path):
+    checkpoint(tmp_path, config)
+    with pytest.raises(circuits.InputError, match="no attention with queries, keys and values"):
+        circuits.load_model(tmp_path, device="cpu")
+
+
+def write_gguf(path, source):
+    """A small Llama as a GGUF file, with a vocabulary of bytes."""
+    config, writer = source.config, gguf.GGUFWriter(path, "llama")
+    heads, d_head = config.num_attention_heads, config.head_dim
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(d_head)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(VOCAB)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([*map(chr, range(ord("A"), ord("A") + VOCAB - 1)), "AB"])
+    writer.add_token_types([1] * VOCAB)
+    writer.add_token_merges(["A B"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    names = {
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm", "model.layers": "blk", "lm_head": "output",
+        "model.embed_tokens": "token_embd", "model.norm": "output_norm",
+    }  # fmt: skip
+    for name, parameter in source.named_parameters():
+        values = parameter.detach()
+        if "q_proj" in name or "k_proj" in name:
+            # These files keep the two dimensions of a rotated pair side by side.
+            pairs = values.view(-1, 2, d_head // 2, values.shape[-1])
+            values = pairs.transpose(1, 2).reshape(values.shape)
+        for theirs, short in names.items():
+            name = name.replace(theirs, short)
+        writer.add_tensor(name, np.ascontiguousarray(values.numpy()))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_is_read_and_agrees_with_the_model_it_was_made_of(tmp_path):
+    source = checkpoint(tmp_path / "folder", transformers.LlamaConfig(**LLAMA))
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file, source)
+    model = circuits.load_model(file, device="cpu")
+    assert model.cfg.model_name == "tiny"
+    assert_agree(model, source)
+
+
+def test_a_broken_gguf_file_is_one_line(tmp_path):
+    file = tmp_path / "broken.gguf"
+    file.write_bytes(b"GGUF" + bytes(20))
+    with pytest.raises(circuits.InputError, match=r"broken\.gguf cannot be loaded"):
+        circuits.load_model(file, device="cpu")
