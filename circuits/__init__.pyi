@@ -40,6 +40,7 @@ from .evaluation.evaluate import (
     faithfulness_curve as faithfulness_curve,
     faithfulness_points as faithfulness_points,
 )
+from .evaluation.performance import performance as performance
 from .evaluation.recovery import Recovery as Recovery, recovery as recovery
 from .evaluation.similarity import (
     overlap as overlap,
@@ -102,6 +103,7 @@ from .tasks.known_circuits.published import published_circuit as published_circu
 from .tasks.metrics import METRICS as METRICS, Metric as Metric
 from .tasks.registry import load_task as load_task, task_names as task_names
 from .tasks.task import PromptPair as PromptPair, Task as Task
+from .tasks.tokenization import single_token_words as single_token_words
 from .transcoders.extraction import (
     ExtractedFeatures as ExtractedFeatures,
     extract_features as extract_features,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 import circuits
 from circuits.cli.console import frame_table, terminal
@@ -789,6 +790,45 @@ def test_list_names_what_there_is(capsys):
         content["tasks"]
     )
     assert "kl" in content["metrics"]
+
+
+def test_list_of_a_model_says_how_well_it_does_every_task(capsys):
+    words = ("list", "--model", "toy-world", "--n", "4")
+    status, output, notes = run_here(capsys, *words)
+    assert status == 0
+    assert re.search(r"ioi +│ +4 │ +0 │ +1\.000 │", output)
+    assert "task 'induction_prose': only 0 of 4 prompts fit toy-world" in notes
+    content = json.loads(run_here(capsys, *words, "--json")[1])
+    assert content["ioi"]["accuracy"] == 1 and content["induction_prose"]["accuracy"] is None
+    assert content["ioi:corruption=swapped"]["prompts"] == 4
+
+
+@pytest.mark.filterwarnings("always:task 'induction'")
+def test_what_speaks_against_the_prompts_is_told_before_the_search(capsys, tmp_path):
+    toy = circuits.load_model("toy-world")
+    with torch.no_grad():
+        toy.unembed.W_U.neg_()
+    circuits.save_model(toy, tmp_path / "model")
+    words = ("--model", str(tmp_path / "model"), "--method", "random", "--task", "induction")
+    found, notes = found_by(capsys, tmp_path, *words)
+    told = "circuits: note: task 'induction': the whole model does not do this task, so that"
+    assert notes.startswith(told) and "settings" not in found
+    assert found_by(capsys, tmp_path, *words[2:])[1] == ""
+
+
+def test_a_task_of_the_command_takes_options(capsys, tmp_path, unchecked_types):
+    words = ("--method", "random", "--size", "9", "--task", "ioi:corruption=swapped")
+    found, _ = found_by(capsys, tmp_path, *words)
+    swapped = circuits.load_task("ioi", circuits.load_model("toy-world"), n=2, corruption="swapped")
+    assert (found["task"], found["prompts"]) == ("ioi", swapped.digest())
+    again = json.loads(
+        run_here(capsys, "evaluate", found["folder"], "--size", "9", "--n", "2", "--json")[1]
+    )
+    assert again["prompts"] == swapped.digest()
+    status, _, errors = run_here(
+        capsys, "discover", "--method", "eap", "--task", "ioi:corruption=no"
+    )
+    assert status == 2 and "corruption='no': choose 'abc' or 'swapped'" in errors
 
 
 def found_by(capsys, tmp_path, *words: str) -> tuple[dict, str]:

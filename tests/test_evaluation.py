@@ -1,11 +1,15 @@
 """Evaluation: metrics of a circuit, faithfulness over sizes, recovery of known edges."""
 
+import dataclasses
+
+import pandas as pd
 import pytest
 import torch
 from architectures import random_model, random_task
 
 import circuits
 from circuits.evaluation.compare import compare
+from circuits.evaluation.evaluate import doubts
 from circuits.evaluation.similarity import overlap, score_correlation, score_table
 from circuits.tasks.metrics import METRICS
 
@@ -245,3 +249,80 @@ def test_metrics_are_told_apart_by_their_names(unchecked_types):
     column = circuits.Metric("edges", first, "lower_is_damage")
     with pytest.raises(circuits.InputError, match="name of another column"):
         circuits.faithfulness_curve(model, whole, task, [3], metric=column)
+
+
+def test_the_performance_of_a_model_is_that_of_its_own_logits(toy_world):
+    named = circuits.performance(toy_world, "docstring", n=12)
+    task = circuits.load_task("docstring", toy_world, n=12)
+    given = circuits.performance(toy_world, task)
+    pd.testing.assert_frame_equal(named, given)
+    rows = []
+    for tokens, length, (right,), wrong in zip(
+        task.clean, task.lengths, task.answers, task.wrong_answers, strict=True
+    ):
+        logits = toy_world(tokens[None, :length])[0, -1].detach()
+        probabilities, wrong = logits.softmax(0), wrong[wrong >= 0]
+        rows.append(
+            {
+                "accuracy": float(logits.argmax() == right),
+                "logit_difference": float(logits[right] - logits[wrong].mean()),
+                "probability_difference": float(probabilities[right] - probabilities[wrong].sum()),
+            }
+        )
+    expected = pd.DataFrame(rows).mean()
+    for name, value in expected.items():
+        assert given.loc["docstring", name] == pytest.approx(value, abs=1e-4)
+    assert given.loc["docstring", ["prompts", "left_out", "note"]].tolist() == [12, 0, ""]
+
+
+def test_every_task_in_every_form_has_a_performance_or_the_reason_why_not(
+    toy_world, unchecked_types
+):
+    table = circuits.performance(toy_world, n=4)
+    assert set(circuits.task_names()) < set(table.index)
+    refused = ["greater_than:digits=1", "induction_prose", "two_hop:about=countries"]
+    assert table.index[table["prompts"] == 0].tolist() == refused
+    assert table["note"][refused].str.contains("only 0 of 4 prompts fit toy-world").all()
+    able = table.drop(refused)
+    assert (able["accuracy"] == 1).all() and (able["note"] == "").all()
+    with pytest.raises(circuits.InputError, match="no task 'ioy'"):
+        circuits.performance(toy_world, "ioi", "ioy")
+    with pytest.raises(circuits.InputError, match="expected a Task"):
+        circuits.performance(toy_world, 3)
+
+
+def test_a_task_without_answers_has_no_performance_to_doubt(model):
+    task = random_task(several=True)
+    without = dataclasses.replace(task, answers=None, wrong_answers=None, metric="kl")
+    row = circuits.performance(model, without).iloc[0]
+    assert row[["accuracy", "logit_difference"]].isna().all() and row["note"] == ""
+
+
+def test_a_model_that_does_not_prefer_the_answers_is_told_wherever_it_is_judged(toy_world):
+    task = circuits.load_task("ioi", toy_world, n=8)
+    reversed_task = dataclasses.replace(
+        task, answers=task.wrong_answers, wrong_answers=task.answers
+    )
+    told = "the whole model does not do this task, so that a circuit explains little: its logit_"
+    circuit = circuits.RandomScores().discover(toy_world, task).top(100)
+    for each, doubted in ((task, False), (reversed_task, True)):
+        evaluation = circuits.evaluate(toy_world, circuit, each)
+        notes = [
+            evaluation.notes,
+            compare(toy_world, {"random": circuit}, each).notes,
+            (circuits.performance(toy_world, each)["note"].item(),),
+        ]
+        assert [told in " ".join(found) for found in notes] == [doubted] * 3
+        assert (told in evaluation._repr_html_()) == doubted
+
+
+def test_a_difference_within_two_standard_errors_of_nothing_is_doubted():
+    prompts = torch.tensor([0, 0, 1, 2, 3])
+    # By prompt 1, 2, 3, 6: mean 3, standard error 1.08
+    sure = {"logit_difference": torch.tensor([0.0, 2, 2, 3, 6])}
+    assert doubts(sure, prompts) == ()
+    unsure = {"logit_difference": torch.tensor([0.0, 2, 2, 3, 12])}
+    (note,) = doubts(unsure, prompts)
+    assert "its logit_difference is 4.5 (standard error 2.5, 4 prompts)" in note
+    assert doubts({"kl": torch.zeros(5), "accuracy": torch.zeros(5)}, prompts) == ()
+    assert doubts({"probability_difference": torch.tensor([0.1])}, torch.tensor([0])) == ()

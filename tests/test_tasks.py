@@ -8,6 +8,7 @@ import random
 import re
 import warnings
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,16 +24,16 @@ import circuits
 from circuits.attribution.explained import words_of
 from circuits.models import Model, build_model
 from circuits.tasks import registry
+from circuits.tasks.families import induction_prose, make_family, task_forms
 from circuits.tasks.families.greater_than import NOUNS
 from circuits.tasks.families.ioi import NAMES, OBJECTS, PLACES
-from circuits.tasks.families.two_hop import STATES
+from circuits.tasks.families.two_hop import CAPITALS, STATES
 from circuits.tasks.families.words import COMMON, MEN, WOMEN
 from circuits.tasks.family import REGISTRY, TaskFamily
 from circuits.tasks.metric_names import SHIPPED_METRICS
 from circuits.tasks.metrics import METRICS
 from circuits.tasks.model_fit import check_task
-from circuits.tasks.prompts import split_of
-from circuits.tasks.registry import make_family
+from circuits.tasks.prompts import SPLITS, split_of
 from circuits.tasks.task import PromptPair, Task
 from circuits.tasks.tokenization import PromptTokenizer, prompt_tokens
 
@@ -250,6 +251,49 @@ def test_a_span_may_have_any_name(toy: Model) -> None:
     assert words_under(toy, task, "answers") == ["Mary", "Mary"]
 
 
+# Of the text that toy-world was trained and tested on
+DIGESTS = {
+    "docstring": "d0b7aaec4b038c98",
+    "gendered_pronoun": "6cc35d9be33e337e",
+    "greater_than": "0c760b376309a211",
+    "induction": "36bd4d5ee5dfe4c2",
+    "ioi": "81827e82984658ec",
+    "two_hop": "22dcf80f95932549",
+}
+
+
+def test_the_text_of_a_task_and_a_seed_stays_what_it_was() -> None:
+    for name, expected in DIGESTS.items():
+        digest = blake2b(digest_size=8)
+        for split in SPLITS:
+            for pair in make_family(name).pairs(64, 0, split):
+                parts = (pair.clean, pair.corrupted, pair.answer, pair.wrong_answer)
+                digest.update(repr(parts).encode())
+        assert digest.hexdigest() == expected, name
+
+
+def test_a_model_that_reads_single_digits_completes_one_of_a_year() -> None:
+    digits = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)]
+    )
+    pairs = make_family("greater_than", digits=1).pairs(40, 0, "test")
+    words = {word for pair in pairs for word in re.findall(r"[A-Za-z]+|\d", pair.clean)}
+    vocabulary = {word: i for i, word in enumerate(["<unk>", *sorted(words | set("0123456789"))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = digits
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    model = with_tokenizer(fast, default_prepend_bos=False)
+    with pytest.raises(circuits.InputError, match="only 0 of 40 prompts fit"):
+        circuits.load_task("greater_than", model, n=40)
+    task = circuits.load_task("greater_than", model, n=40, digits=1)
+    assert len(task) == 40 and torch.equal(task.scored, task.positions["END"])
+    for pair in task.prompts or ():
+        decade, year, again = re.fullmatch(r"\D+(\d{3})(\d)\D+(\d{3})", pair.clean).groups()
+        assert decade == again and pair.corrupted == pair.clean.replace(decade + year, decade + "1")
+        assert set(pair.answers) == {str(later) for later in range(int(year) + 1, 10)}
+        assert set(pair.wrong_answers) == {str(other) for other in range(int(year) + 1)}
+
+
 def test_greater_than_answers_are_all_later_years_and_the_corrupted_year_is_01(toy: Model) -> None:
     task = circuits.load_task("greater_than", toy, n=50)
     assert task.metric == "probability_difference" and task.prompts is not None
@@ -283,6 +327,40 @@ def test_induction_repeats_one_word_and_its_corruption_none() -> None:
             last,
             str(pair.answer).strip(),
         ]
+
+
+def test_induction_may_repeat_several_words_of_ones_own() -> None:
+    letters = [f"w{number}" for number in range(20)]
+    for pair in make_family("induction", length=9, repeated=3, words=letters).pairs(50, 0, "test"):
+        clean, corrupted = pair.clean.split(), str(pair.corrupted).split()
+        words, again = clean[:9], clean[9:]
+        start = words.index(again[0])
+        assert start > 0 and words[start : start + 3] == again and set(clean) < set(letters)
+        assert pair.answer == f" {words[start + 3]}" and start + 4 < 9
+        changed = [a != b for a, b in zip(clean, corrupted, strict=True)]
+        assert [place for place, differs in enumerate(changed) if differs] == [
+            *range(start, start + 3)
+        ]
+        assert len(set(corrupted)) == 12
+        assert set(pair.wrong_answers) == {
+            f" {word}" for word in {*words} - {*words[start : start + 4]}
+        }
+        assert pair.clean[slice(*pair.spans["A1"])] == " ".join(again)
+
+
+def test_induction_in_prose_repeats_a_quality_and_its_corruption_none() -> None:
+    listed = {*induction_prose.QUALITIES, *induction_prose.THINGS}
+    assert len(listed) == len(induction_prose.QUALITIES) + len(induction_prose.THINGS)
+    for template in induction_prose.TEMPLATES:
+        assert not listed & set(re.findall(r"\w+", template))
+    for pair in make_family("induction_prose").pairs(100, 0, "test"):
+        quality, thing, other = pair.clean.split()[-1], str(pair.answer), str(pair.wrong_answer)
+        assert f"a {quality}{thing}" in pair.clean and pair.clean.count(quality) == 2
+        assert f"a {quality}{other}" not in pair.clean and other in pair.clean
+        assert str(pair.corrupted).split()[-1] == quality
+        assert str(pair.corrupted).count(quality) == 1 and thing in str(pair.corrupted)
+        assert pair.clean[slice(*pair.spans["A1"])] == quality
+        assert pair.clean[slice(*pair.spans["B"])] == thing.strip()
 
 
 def test_docstring_answer_is_the_definitions_next_argument_and_not_in_the_corrupted_prompt() -> (
@@ -324,6 +402,22 @@ def test_two_hop_answers_are_the_capitals_of_the_cities_states() -> None:
         )
         assert (pair.answer, pair.wrong_answer) == (f" {capital_of[city]}", f" {capital_of[other]}")
         assert pair.clean[slice(*pair.spans["CITY"])] == city
+
+
+def test_two_hop_answers_about_countries_are_their_capitals_or_languages() -> None:
+    facts = CAPITALS | {capital: language for language, capital in CAPITALS.items()}
+    answers = set()
+    for pair in make_family("two_hop", about="countries").pairs(100, 0, "test"):
+        cue, other = (
+            {word for word in re.findall(r"\w+", text) if word in facts}.pop()
+            for text in (pair.clean, pair.corrupted)
+        )
+        assert (pair.answer, pair.wrong_answer) == (f" {facts[cue]}", f" {facts[other]}")
+        assert pair.clean[slice(*pair.spans["CUE"])] == cue
+        asked = "capital" if cue in CAPITALS else "language"
+        assert asked in pair.clean.split(cue)[0] + pair.clean.split(cue)[1]
+        answers.add(pair.answer)
+    assert len(answers) > len(CAPITALS)
 
 
 def test_names_are_no_places_and_no_word_is_listed_twice() -> None:
@@ -406,6 +500,24 @@ def test_text_is_the_same_for_every_tokenizer_and_prompts_that_do_not_fit_are_dr
         str(pair.answer).strip() in RARE_NAMES or str(pair.wrong_answer).strip() in RARE_NAMES
         for pair in kept
     )
+
+
+def test_words_that_are_single_tokens_of_a_model_make_prompts_that_fit(
+    bpe: Model, toy: Model
+) -> None:
+    dropped = circuits.load_task("ioi", bpe, n=60)
+    names = circuits.single_token_words(bpe, NAMES)
+    ids = [bpe.tokenizer(f" {name}", add_special_tokens=False)["input_ids"] for name in NAMES]
+    assert names == tuple(name for name, each in zip(NAMES, ids, strict=True) if len(each) == 1)
+    fitting = circuits.load_task("ioi", bpe, n=60, names=names)
+    assert len(dropped) < 60 == len(fitting) and not fitting.left_out
+    vocabulary = circuits.single_token_words(toy)
+    assert set(NAMES) < set(vocabulary) < set(toy.tokenizer.get_vocab())
+    assert all(word.isalpha() for word in vocabulary)
+    random_words = circuits.load_task("induction", toy, n=20, words=vocabulary, repeated=4)
+    assert len(random_words) == 20
+    with pytest.raises(circuits.InputError, match="has no tokenizer"):
+        circuits.single_token_words(random_model())
 
 
 def test_answers_are_the_tokens_that_continue_the_prompt(bpe: Model) -> None:
@@ -1504,11 +1616,32 @@ def test_unknown_tasks_splits_and_options_are_refused_with_what_there_is(
         ({"split": "validation"}, r"split='validation': choose 'train' or 'test'"),
         ({"corupption": "abc"}, r"'ioi' has no option 'corupption'; did you mean 'corruption'\?"),
         ({"corruption": "cba"}, r"corruption='cba': choose 'abc' or 'swapped'"),
-        ({"name": "two_hop", "hops": 3}, r"'two_hop' has no option 'hops'; there is none"),
+        ({"name": "gendered_pronoun", "hops": 3}, r"has no option 'hops'; there is none"),
+        ({"name": "ioi:names=A B"}, r"names='A B': give 5 or more different words"),
+        ({"name": "ioi", "names": ["Mary Ann", "B", "C", "D", "E"]}, r"without spaces in them"),
+        ({"name": "ioi", "names": set("ABCDE")}, r"is a set, which has no order; give a list"),
+        ({"name": "induction", "words": "a b c d e e"}, r"give 5 or more different words"),
+        ({"name": "induction", "repeated": 12}, r"repeated=12 and length=12 of 187 words"),
+        ({"name": "induction", "repeated": 0}, r"repeated=0 and length=12 of"),
+        ({"name": "induction:repeated=2:length=4"}, r"repeated=2 and length=4 of 187 words: rep"),
+        ({"name": "greater_than:digits=3"}, r"digits=3: choose 1 or 2"),
+        ({"name": "ioi:corruption"}, r"'corruption' of a task has no value; write NAME=VALUE"),
+        ({"name": "ioi:names=A", "names": NAMES}, r"the option 'names' is given twice"),
+        ({"name": "ioy:corruption=abc"}, r"no task 'ioy'; did you mean 'ioi'\?"),
         ({"n": 0}, r"n=0: give a whole number, 1 or more"),
     ):
         with pytest.raises(circuits.InputError, match=message):
             circuits.load_task(**{"name": "ioi", "model": toy, "n": 4, **arguments})
+
+
+def test_options_may_come_with_the_name_of_a_task(toy: Model) -> None:
+    task = circuits.load_task("docstring:before=3:after=0", toy, n=8)
+    same = circuits.load_task("docstring", toy, n=8, before=3, after=0)
+    assert task.digest() == same.digest() and task.name == "docstring"
+    assert make_family("ioi:names=Mary John Anna Paul Mark:corruption=swapped") == make_family(
+        "ioi", names=["Mary", "John", "Anna", "Paul", "Mark"], corruption="swapped"
+    )
+    assert "two_hop:about=countries" in task_forms() and "ioi:corruption=abc" not in task_forms()
 
 
 def test_a_family_of_ones_own_is_registered_by_being_defined(toy: Model) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from circuits.cli.console import frame_table, print_json, terminal
 from circuits.cli.evaluate import check_size
-from circuits.cli.inputs import held_out_of, model_of, notes_of, task_of
+from circuits.cli.inputs import held_out_of, model_of, notes_of, task_to_search
 from circuits.cli.notes import notes_on, notes_on_sweep
 from circuits.cli.parsing.methods import find_method
 from circuits.cli.parsing.options import CompareOptions
@@ -44,7 +44,7 @@ def command(options: CompareOptions, planned: Mapping[str, Sequence[MethodSettin
     for label, plan in planned.items():
         sweeps[label] = [find_method(name)(**settings) for name, settings in plan]
     model = model_of(options)
-    task = task_of(options, model, options.n, "train")
+    task = task_to_search(options, model)
     held_out = held_out_of(options, model, task)
     runs = _run_all(sweeps, model, task, options)
     # All ranks search, and the first evaluates.

@@ -6,7 +6,7 @@ from typing import Any
 
 from circuits.cli.console import edge_table, print_place, print_run, terminal
 from circuits.cli.evaluate import check_size, show_evaluation, size_needed
-from circuits.cli.inputs import held_out_of, model_of, notes_of, task_of
+from circuits.cli.inputs import held_out_of, model_of, notes_of, task_to_search
 from circuits.cli.parsing.checks import layers_of, positions_of
 from circuits.cli.parsing.methods import find_method
 from circuits.cli.parsing.options import DiscoverOptions
@@ -24,7 +24,7 @@ def command(options: DiscoverOptions, settings: dict[str, Any]) -> None:
     """Find a circuit into a run folder, and evaluate it on held-out prompts."""
     discoverer = find_method(options.method)(**settings)
     model = model_of(options)
-    task = task_of(options, model, options.n, "train")
+    task = task_to_search(options, model)
     with progress_bar(f"{discoverer.name} on {task.name}", quiet=options.json) as progress:
         found = run(
             discoverer,

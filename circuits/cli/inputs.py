@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 
 from circuits.cli.parsing.options import CompareOptions, DiscoverOptions, ModelOptions, TaskOptions
 from circuits.cli.progress import phase
+from circuits.evaluation.performance import performance
 from circuits.models import EMBEDDED, Model, load_model
 from circuits.tasks.registry import load_task
 from circuits.tasks.task import Task
@@ -33,6 +35,20 @@ def task_of(options: TaskOptions, model: Model, n: int, split: str) -> Task:
             return load_task(name, model, n=n, seed=seed, split=split, prepend_bos=bos)
         skip = options.skip_misfits
         return Task.from_file(options.data, model, prepend_bos=bos, skip_misfits=skip)
+
+
+def task_to_search(options: CompareOptions | DiscoverOptions, model: Model) -> Task:
+    """Load the prompts to search on, and say before the search what speaks against them."""
+    task = task_of(options, model, options.n, "train")
+    if task.left_out and not options.data:
+        reasons = ", ".join(task.left_out)
+        told = f"task {task.name!r}: {len(task)} of {options.n} prompts fit the model"
+        warnings.warn(f"{told}, the others have {reasons}.", stacklevel=2)
+    with phase("running the model", quiet=options.json):
+        doubt = performance(model, task)["note"].item()
+    if doubt:
+        warnings.warn(f"task {task.name!r}: {doubt}", stacklevel=2)
+    return task
 
 
 def held_out_of(options: CompareOptions | DiscoverOptions, model: Model, task: Task) -> Task:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from inspect import getdoc
 from typing import Any
 
 from rich.table import Table
 
-from circuits.cli.console import print_json, terminal
+from circuits.cli.console import frame_table, print_json, terminal
+from circuits.cli.inputs import model_of
 from circuits.cli.parsing.options import ListOptions
+from circuits.cli.progress import note, phase
 from circuits.discovery.registry import discoverers
+from circuits.evaluation.performance import performance
 from circuits.running.ablation import NAMES as ABLATIONS
 from circuits.tasks.families import task_families
 from circuits.tasks.metrics import METRICS
@@ -18,7 +22,10 @@ from circuits.transcoders.io.load import embedded_transcoders
 
 
 def command(options: ListOptions) -> None:
-    """List methods, tasks, metrics, ablations and embedded transcoders."""
+    """List what there is; of a model, how well it does every task."""
+    if options.model is not None:
+        _list_tasks(options)
+        return
     content = {
         "methods": _described(discoverers()),
         "tasks": _described(task_families()),
@@ -31,6 +38,21 @@ def command(options: ListOptions) -> None:
         return
     for title, names in content.items():
         _print_table(title, names)
+
+
+def _list_tasks(options: ListOptions) -> None:
+    model = model_of(options)
+    with phase(f"running {options.model} on every task", quiet=options.json):
+        table = performance(model, n=options.n)
+    if options.json:
+        # By way of pandas, which writes NaN as null.
+        content = table.to_json(orient="index")
+        print_json(json.loads(content))
+        return
+    notes = filter(None, table.pop("note"))
+    terminal().print(frame_table(table, f"{options.n} prompts of each task"))
+    for text in notes:
+        note(text)
 
 
 def _print_table(title: str, names: Any) -> None:

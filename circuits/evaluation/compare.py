@@ -13,6 +13,7 @@ from circuits.evaluation.evaluate import (
     Row,
     Sizes,
     default_metrics,
+    doubts,
     evaluations,
     judge_points,
     mean_and_faithfulness,
@@ -124,7 +125,8 @@ def compare(
         curve = _curve(model, points[name], task, settings)
         is_selected = sweeps[name][0].selected
         curves.append(curve.assign(selected=is_selected, method=name))
-        rows[name] = _mean_row(model, chosen[name], task, settings)
+        # What is doubted of the whole model is so for every method.
+        rows[name], doubted = _mean_row(model, chosen[name], task, settings)
     circuits = {name: first for name, (first, *_) in chosen.items()}
     table = pd.DataFrame.from_dict(rows, orient="index")
     table = table.rename_axis("method")
@@ -135,7 +137,7 @@ def compare(
         pd.concat(curves, ignore_index=True),
         overlap_table(circuits),
         circuits,
-        _notes(circuits) + no_faithfulness(undefined),
+        _notes(circuits) + no_faithfulness(undefined) + doubted,
     )
 
 
@@ -192,7 +194,10 @@ def _notes(circuits: Mapping[str, Circuit]) -> tuple[str, ...]:
     )
 
 
-def _mean_row(model: Model, circuits: Sweep, task: Task, settings: RunSettings) -> Row:
+def _mean_row(
+    model: Model, circuits: Sweep, task: Task, settings: RunSettings
+) -> tuple[Row, tuple[str, ...]]:
+    """The means of a method's circuits, and doubts that the model does the task."""
     metric = settings.metric
     assert metric is not None
     # A metric given by the user replaces the shipped one of its name.
@@ -203,7 +208,8 @@ def _mean_row(model: Model, circuits: Sweep, task: Task, settings: RunSettings) 
         row: Row = {"edges": len(circuit)}
         row["of"] = len(circuit.graph)
         rows.append(row | mean_and_faithfulness(found, metric))
-    return pd.DataFrame(rows).mean().to_dict()
+    means = pd.DataFrame(rows).mean()
+    return means.to_dict(), doubts(found.model_values, found.row_prompt)
 
 
 def _curve(

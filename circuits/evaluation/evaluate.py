@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -34,11 +35,14 @@ Sizes = Sequence[Size] | np.ndarray | Tensor
 
 Row = dict[str, float]
 
+RowPrompt = Int[Tensor, " scored"]
 ByRow = Mapping[str, Float[Tensor, " scored"]]
 """By metric name, one number per scored row, with the metric's natural sign."""
 
 # The sizes of the MIB benchmark.
 CURVE_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+# Metrics that are above 0 where a model prefers the answers
+DIFFERENCES = ("logit_difference", "probability_difference")
 # The relative difference of two means of a metric that float32 cannot tell apart.
 ROUNDING = 1e-6
 # What a curve's table has besides metrics.
@@ -77,7 +81,7 @@ class Evaluation:
     values: ByRow
     model_values: ByRow
     empty_values: ByRow
-    row_prompt: Int[Tensor, " scored"]
+    row_prompt: RowPrompt
     n_edges: int
 
     def __getitem__(self, metric: str) -> float:
@@ -114,7 +118,8 @@ class Evaluation:
 
     def _repr_html_(self) -> str:
         table = self.table().to_html(float_format="%.4g")
-        return f"<p><b>{self.n_edges:,} edges</b></p>{table}"
+        notes = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
+        return f"<p><b>{self.n_edges:,} edges</b></p>{table}{notes}"
 
     def mean(self) -> Row:
         """Every metric's mean over scored rows."""
@@ -140,15 +145,12 @@ class Evaluation:
     @property
     def notes(self) -> tuple[str, ...]:
         """What else to know before reading these numbers."""
-        return no_faithfulness(
-            [name for name in self.values if math.isnan(self.faithfulness(name))]
-        )
+        undefined = [name for name in self.values if math.isnan(self.faithfulness(name))]
+        return no_faithfulness(undefined) + doubts(self.model_values, self.row_prompt)
 
     def by_prompt(self) -> pd.DataFrame:
         """A row per prompt and a column per metric: the mean over the prompt's scored rows."""
-        frame = pd.DataFrame(self.values, dtype=float)
-        prompts = frame.groupby(self.row_prompt.numpy())
-        return prompts.mean().rename_axis("prompt")
+        return _by_prompt(self.values, self.row_prompt)
 
     def table(self) -> pd.DataFrame:
         """A row per metric: its mean for circuit, model and empty circuit, and the faithfulness."""
@@ -178,6 +180,25 @@ def no_faithfulness(metrics: Sequence[str]) -> tuple[str, ...]:
         f"the empty circuit has the {', '.join(metrics)} of the model up to rounding, so there is "
         "no faithfulness (NaN): the ablation changes nothing that matters here.",
     )
+
+
+def doubts(model_values: ByRow, row_prompt: RowPrompt) -> tuple[str, ...]:
+    """Why the whole model cannot be said to do a task; nothing if it prefers the answers."""
+    by_prompt = _by_prompt(model_values, row_prompt)
+    means, errors = by_prompt.mean(), by_prompt.sem()
+    # The standard error of a single prompt is not known (NaN).
+    are_sure = means > 2 * errors.fillna(0)
+    return tuple(
+        f"the whole model does not do this task, so that a circuit explains little: its {name} is "
+        f"{means[name]:.2g} (standard error {errors[name]:.2g}, {len(by_prompt)} prompts)."
+        for name in DIFFERENCES
+        if not are_sure.get(name, True)
+    )
+
+
+def _by_prompt(values: ByRow, row_prompt: RowPrompt) -> pd.DataFrame:
+    rows = pd.DataFrame(values, row_prompt.numpy(), dtype=float)
+    return rows.groupby(level=0).mean().rename_axis("prompt")
 
 
 def _means(values: ByRow) -> Row:

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -10,11 +9,10 @@ from circuits.models import Model, shape_of
 from circuits.system.arguments import checked_arguments
 from circuits.system.errors import InputError
 from circuits.system.kinds import one_of
-from circuits.system.messages import quoted, suggestion
+from circuits.system.messages import quoted
 from circuits.system.numbers import WholeNumber, shown, whole
 from circuits.system.torch_modes import without_modes
-from circuits.tasks.families import task_families
-from circuits.tasks.family import TaskFamily
+from circuits.tasks.families import make_family, task_families
 from circuits.tasks.prompts import SPLITS
 from circuits.tasks.task import Task, task_from_encoded
 from circuits.tasks.tokenization import Fitting, PromptTokenizer
@@ -59,8 +57,10 @@ def load_task(
     >>> circuits.load_task("ioi", model, n=16, corruption="swapped")
     Task('ioi', 16 prompts of up to 21 tokens, metric='logit_difference')
 
+    Whether the model can do the task is another question: `circuits.performance(model, task)`.
+
     Args:
-        name: one of `task_names()`.
+        name: one of `task_names()`; options may follow, as in "ioi:corruption=swapped".
         model: the model whose tokenizer is used.
         n: the number of prompts to draw, at most a million.
         seed: of the random draw.
@@ -88,7 +88,7 @@ def load_task(
             f"{_to_blame(fitting.words)}. "
             "Use another model, or your own prompts (Task.from_prompts)."
         )
-    return task_from_encoded(encoded, name, family.metric, model, fitting.left_out)
+    return task_from_encoded(encoded, family.name, family.metric, model, fitting.left_out)
 
 
 def _number_of_prompts(given: WholeNumber) -> int:
@@ -110,16 +110,3 @@ def _to_blame(words: Sequence[str]) -> str:
     shown, hidden = words[:MAX_WORDS_SHOWN], words[MAX_WORDS_SHOWN:]
     more = f" and {len(hidden)} more" if hidden else ""
     return f" ({quoted(shown)}{more})" if shown else ""
-
-
-def make_family(name: str, **options: Any) -> TaskFamily:
-    """The task family of that name, or an InputError if there is no such family or option."""
-    families_by_name = task_families()
-    if not isinstance(name, str) or name not in families_by_name:
-        raise InputError(f"there is no task {name!r}; {suggestion(str(name), families_by_name)}")
-    family = families_by_name[name]
-    known = [field.name for field in fields(family)]
-    for option in options:
-        if option not in known:
-            raise InputError(f"task {name!r} has no option {option!r}; {suggestion(option, known)}")
-    return family(**options)

@@ -24,7 +24,9 @@ from circuits.system.errors import InputError
 from circuits.system.messages import quoted, shorten
 from circuits.system.numbers import shown, truth
 from circuits.system.tensors import as_tensor
+from circuits.system.torch_modes import without_modes
 from circuits.tasks.alignment import Spans, aligned
+from circuits.tasks.families.words import as_words
 from circuits.tasks.pairs import Row, pair_of
 from circuits.tasks.prompts import CharSpan, DoesNotFit, PromptPair, Token
 from circuits.tasks.readers.padding import check_no_padding
@@ -181,6 +183,13 @@ class PromptTokenizer:
         prompt_ids = self.with_bos(self._ids(prompt))
         [[token]] = self._continuations(prompt, prompt_ids, [word], single=True)
         return token
+
+    def is_single(self, word: str) -> bool:
+        """Whether a word is one known token after a space."""
+        # After a text, as some tokenizers put a space before a word on its own
+        before = self._ids("So")
+        ids = self._ids(f"So {word}")
+        return ids[:-1] == before and self._knows(word, ids[-1:])
 
     def with_bos(self, ids: Sequence[int]) -> TokenIds:
         """The ids of a text as a prompt: BOS comes once, also if the text begins with it."""
@@ -437,6 +446,36 @@ class PromptTokenizer:
                 )
             spans[name] = overlaps
         return spans
+
+
+@without_modes()
+def single_token_words(model: Model, words: Iterable[str] | None = None) -> tuple[str, ...]:
+    """The words that are one token each, after a space, of this model.
+
+    For tasks that take words: the text of a task never depends on a model, unless you choose its
+    words by one.
+
+    >>> import circuits
+    >>> model = circuits.load_model("toy-world")
+    >>> circuits.single_token_words(model, ["Mary", "Zebediah", "John"])
+    ('Mary', 'John')
+    >>> words = circuits.single_token_words(model)
+    >>> circuits.load_task("induction", model, n=8, words=words, repeated=2)
+    Task('induction', 8 prompts of up to 15 tokens, metric='logit_difference')
+
+    Args:
+        words: which words; None means all of the vocabulary that consist of letters.
+
+    Raises:
+        InputError: the model has no tokenizer, or it fails on a word.
+    """
+    encoder = PromptTokenizer.of(model, prepend_bos=False)
+    if words is None:
+        n_tokens = min(encoder.cfg.d_vocab, len(encoder.tokenizer))
+        texts = map(str.strip, encoder.words(range(n_tokens)))
+        words = list(dict.fromkeys(filter(str.isalpha, texts)))
+    given = as_words(words, "words", 1)
+    return tuple(filter(encoder.is_single, given))
 
 
 @dataclass

@@ -30,7 +30,8 @@ class TaskOptions(ModelOptions):
     """Which prompts to use."""
 
     task: str | None = None
-    """The name of a task; `circuits list` shows them. By default ioi."""
+    """The name of a task, with options after colons, such as greater_than:digits=1; `circuits list`
+    shows them. By default ioi."""
     data: Path | None = None
     """Your own prompts instead of a task: a file of JSON lines, a JSON list or a table (.csv, .tsv)
     with clean, corrupted, answer and wrong_answer; EAP-IG's and MIB's data too. All prompts are
@@ -189,8 +190,15 @@ class ViewOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ListOptions:
-    """List methods, tasks, metrics, ablations and embedded transcoders."""
+class ListOptions(ModelOptions):
+    """List methods, tasks, metrics, ablations and embedded transcoders.
 
-    json: bool = False
-    """Print JSON for programs instead of tables."""
+    $ circuits list
+    $ circuits list --model gpt2
+
+    Of a model, list how well it does every task by itself: its accuracy, and by how much it prefers
+    right answers to wrong ones.
+    """
+
+    n: int = 32
+    """Number of prompts of each task, where a model is given."""

@@ -19,7 +19,7 @@ from circuits.cli.parsing.methods import adds_names, describe_method, options_of
 from circuits.cli.parsing.sweeps import read_sweeps
 from circuits.system.errors import InputError
 from circuits.system.messages import suggestion
-from circuits.tasks.families import task_families
+from circuits.tasks.families import make_family
 from circuits.tasks.metric_names import checked_metric
 
 Words = Sequence[str]
@@ -155,9 +155,8 @@ def _check_names(given: Any, method: str, metrics: Iterable[str | None]) -> None
     # Others' code may define tasks and metrics when it is imported.
     if adds_names(method):
         return
-    tasks = task_families()
-    if given.task is not None and given.task not in tasks:
-        raise InputError(f"there is no task {given.task!r}; {suggestion(given.task, tasks)}")
+    if given.task is not None:
+        make_family(given.task)
     for metric in metrics:
         if metric is not None:
             checked_metric(metric)

@@ -1,15 +1,17 @@
 """Greater-than (Hanna et al. 2023, https://arxiv.org/abs/2305.00586).
 
-"The war lasted from the year 1732 to the year 17" -> any two digits above 32.
+"The war lasted from the year 1732 to the year 17" -> any two digits above 32. Models that read
+years digit by digit complete one digit: "... the year 1732 to the year 173" -> 3 to 9.
 """
 
 from dataclasses import dataclass
 from random import Random
+from typing import Literal
 
 from circuits.tasks.family import TaskFamily
 from circuits.tasks.prompts import PromptPair, fill_template
 
-TEMPLATE = "The {NOUN} lasted from the year {XX1}{YY} to the year {END}"
+TEMPLATE = "The {NOUN} lasted from the year {XX1}{YY} to the year {again}"
 NOUNS = (
     "war battle conflict fight struggle siege campaign mission expedition journey voyage project "
     "program study work effort treaty reign rule dynasty empire kingdom crisis famine plague "
@@ -19,7 +21,6 @@ NOUNS = (
     "era period"
 ).split()
 CENTURIES = range(11, 18)
-ENDINGS = tuple(f"{year:02d}" for year in range(100))
 
 
 @dataclass(frozen=True)
@@ -27,19 +28,31 @@ class GreaterThan(TaskFamily):
     """Greater-than: a span of years ends in a larger two-digit number than it began with.
 
     The corrupted prompt begins in year 01. Valid endings are answers, all others wrong answers.
+
+    Attributes:
+        digits: how many digits of the year are to be completed. 2 is the paper's task, for
+            tokenizers that have all pairs of digits. Of tokenizers that read single digits, or
+            three and then one, choose 1: the years share their decade, and the corrupted prompt
+            begins in a year that ends in 1.
     """
 
     name = "greater_than"
     metric = "probability_difference"
+    digits: Literal[1, 2] = 2
 
     def draw(self, random: Random) -> PromptPair:
-        """Draw one pair, with spans NOUN, XX1 and YY (the halves of the first year) and END."""
+        """Draw one pair, with spans NOUN, XX1 and YY (of the first year, the digits that both years
+        share, and the others) and END.
+        """
         noun = random.choice(NOUNS)
-        century = str(random.choice(CENTURIES))
-        year = random.randint(2, 98)
-        clean = {"NOUN": noun, "XX1": century, "YY": ENDINGS[year], "END": century}
-        corrupted = clean | {"YY": ENDINGS[1]}
+        shared = str(random.choice(CENTURIES))
+        if self.digits == 1:
+            shared += str(random.randrange(10))
+        endings = tuple(f"{year:0{self.digits}d}" for year in range(10**self.digits))
+        year = random.randint(2, len(endings) - 2)
+        clean = {"NOUN": noun, "XX1": shared, "YY": endings[year], "again": shared}
+        corrupted = clean | {"YY": endings[1]}
         # Every ending above the year is right.
         first_right = year + 1
-        right, wrong = ENDINGS[first_right:], ENDINGS[:first_right]
+        right, wrong = endings[first_right:], endings[:first_right]
         return fill_template(TEMPLATE, clean, corrupted, right, wrong)

@@ -3,11 +3,12 @@
 "Then, Mary and John went to the store. John gave a drink to" -> " Mary", the name that occurs once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Literal
 
-from circuits.tasks.families.words import MEN, WOMEN
+from circuits.tasks.families.words import MEN, WOMEN, as_words
 from circuits.tasks.family import TaskFamily
 from circuits.tasks.prompts import PromptPair, fill_template
 
@@ -43,15 +44,21 @@ class IOI(TaskFamily):
         corruption: "abc" replaces IO, S1 and S2 by three other, distinct names, so that no name is
             repeated and neither answer is in the prompt. "swapped" replaces only S2, by the IO
             name, so that the right answer becomes the wrong one.
+        names: what is drawn from. For a model that has few of the 80 names as single tokens, give
+            `circuits.single_token_words(model, names)`.
     """
 
     name = "ioi"
     corruption: Literal["abc", "swapped"] = "abc"
+    names: Sequence[str] = NAMES
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", as_words(self.names, "names", 5))
 
     def draw(self, random: Random) -> PromptPair:
         """Draw one pair, with spans S2, IO, S1, S1+1 (the token after S1) and END."""
         template, place, thing = map(random.choice, (TEMPLATES, PLACES, OBJECTS))
-        io, subject, *others = random.sample(NAMES, 5)
+        io, subject, *others = random.sample(self.names, 5)
         fields = ABBA if random.random() < 0.5 else BABA
         # Fill everything but the names; their blanks become fields such as {IO}.
         blanks = [f"{{{field}}}" for field in fields]

@@ -1,5 +1,10 @@
 """Words that several tasks share: common English, mostly single tokens in a large vocabulary."""
 
+from typing import Any
+
+from circuits.system.errors import InputError
+from circuits.system.numbers import ordered_items, shown
+
 # No name is also a city, a state or a capital of the two-hop task.
 WOMEN = (
     "Mary Sarah Anna Emily Laura Rachel Jessica Lisa Jennifer Michelle Amy Kate Alice Emma Julia "
@@ -26,3 +31,14 @@ COMMON = (
     "street sugar sun table tail tea tent tool tooth top tower town toy track train tree truck "
     "voice wall watch water wave wheel wind window wine wing wire wood wool"
 ).split()
+
+
+def as_words(given: Any, name: str, least: int) -> tuple[str, ...]:
+    """Words that an option holds: a list of at least so many, or a text with spaces between."""
+    words = given.split() if isinstance(given, str) else ordered_items(given, name)
+    are_words = [isinstance(word, str) and word.split() == [word] for word in words]
+    if not all(are_words) or len(set(words)) < max(least, len(words)):
+        raise InputError(
+            f"{name}={shown(given)}: give {least} or more different words, without spaces in them."
+        )
+    return tuple(words)
