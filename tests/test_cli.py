@@ -789,7 +789,7 @@ def test_list_names_what_there_is(capsys):
     assert {"ioi", "greater_than", "docstring", "induction", "gendered_pronoun", "two_hop"} <= set(
         content["tasks"]
     )
-    assert "kl" in content["metrics"]
+    assert content["tasks"]["greater_than:digits=1"] == "" and "kl" in content["metrics"]
 
 
 def test_list_of_a_model_says_how_well_it_does_every_task(capsys):
@@ -811,7 +811,7 @@ def test_what_speaks_against_the_prompts_is_told_before_the_search(capsys, tmp_p
     circuits.save_model(toy, tmp_path / "model")
     words = ("--model", str(tmp_path / "model"), "--method", "random", "--task", "induction")
     found, notes = found_by(capsys, tmp_path, *words)
-    told = "circuits: note: task 'induction': the whole model does not do this task, so that"
+    told = "circuits: note: task 'induction': the whole model does not clearly prefer the"
     assert notes.startswith(told) and "settings" not in found
     assert found_by(capsys, tmp_path, *words[2:])[1] == ""
 

@@ -303,7 +303,7 @@ def test_a_model_that_does_not_prefer_the_answers_is_told_wherever_it_is_judged(
     reversed_task = dataclasses.replace(
         task, answers=task.wrong_answers, wrong_answers=task.answers
     )
-    told = "the whole model does not do this task, so that a circuit explains little: its logit_"
+    told = "the whole model does not clearly prefer the answers, so that there is little to explain"
     circuit = circuits.RandomScores().discover(toy_world, task).top(100)
     for each, doubted in ((task, False), (reversed_task, True)):
         evaluation = circuits.evaluate(toy_world, circuit, each)

@@ -16,7 +16,7 @@ from circuits.cli.progress import note, phase
 from circuits.discovery.registry import discoverers
 from circuits.evaluation.performance import performance
 from circuits.running.ablation import NAMES as ABLATIONS
-from circuits.tasks.families import task_families
+from circuits.tasks.families import task_families, task_forms
 from circuits.tasks.metrics import METRICS
 from circuits.transcoders.io.load import embedded_transcoders
 
@@ -28,7 +28,7 @@ def command(options: ListOptions) -> None:
         return
     content = {
         "methods": _described(discoverers()),
-        "tasks": _described(task_families()),
+        "tasks": dict.fromkeys(task_forms(), "") | _described(task_families()),
         "metrics": _described({name: METRICS[name].function for name in METRICS}),
         "ablations": ABLATIONS,
         "transcoders that ship with the package": embedded_transcoders(),

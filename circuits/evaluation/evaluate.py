@@ -189,8 +189,9 @@ def doubts(model_values: ByRow, row_prompt: RowPrompt) -> tuple[str, ...]:
     # The standard error of a single prompt is not known (NaN).
     are_sure = means > 2 * errors.fillna(0)
     return tuple(
-        f"the whole model does not do this task, so that a circuit explains little: its {name} is "
-        f"{means[name]:.2g} (standard error {errors[name]:.2g}, {len(by_prompt)} prompts)."
+        f"the whole model does not clearly prefer the answers, so that there is little to explain: "
+        f"its {name} is {means[name]:.2g} (standard error {errors[name]:.2g}, {len(by_prompt)} "
+        "prompts)."
         for name in DIFFERENCES
         if not are_sure.get(name, True)
     )

@@ -12,6 +12,8 @@ from circuits.system.errors import InputError
 from circuits.system.messages import suggestion
 from circuits.tasks.family import REGISTRY, TaskFamily
 
+TRUTHS = {"True": True, "False": False}
+
 
 def task_families() -> dict[str, type[TaskFamily]]:
     """Every task family by name: those in this folder and the user's own."""
@@ -48,9 +50,11 @@ def _read_option(text: str) -> tuple[str, Any]:
     option, equals, value = text.partition("=")
     if not equals:
         raise InputError(f"the option {text!r} of a task has no value; write NAME=VALUE.")
-    # Numbers, True and False; all else is text.
-    with suppress(json.JSONDecodeError):
-        return option, json.loads(value.lower())
+    if value in TRUTHS:
+        return option, TRUTHS[value]
+    # A number or a list; all else is text.
+    with suppress(ValueError, RecursionError):
+        return option, json.loads(value)
     return option, value
 
 

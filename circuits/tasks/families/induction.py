@@ -22,8 +22,8 @@ class Induction(TaskFamily):
 
     Attributes:
         length: the number of words before the repetition.
-        repeated: the number of words that are repeated. Real models need several to notice: of 1,
-            SmolLM2-135M hardly ever says what followed, of 8 (and a length of 24) mostly.
+        repeated: the number of words that are repeated. Real models need several: with 1,
+            SmolLM2-135M says what followed in 11 % of prompts, with 8 (and a length of 24) in 56 %.
         words: what is drawn from, by default common English words; for random tokens of a model's
             vocabulary, `circuits.single_token_words(model)`.
     """
