@@ -287,7 +287,7 @@ def test_every_task_in_every_form_has_a_performance_or_the_reason_why_not(
     assert (able["accuracy"] == 1).all() and (able["note"] == "").all()
     with pytest.raises(circuits.InputError, match="no task 'ioy'"):
         circuits.performance(toy_world, "ioi", "ioy")
-    with pytest.raises(circuits.InputError, match="expected a Task"):
+    with pytest.raises(circuits.InputError, match="there is no task 3"):
         circuits.performance(toy_world, 3)
 
 

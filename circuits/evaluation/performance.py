@@ -70,12 +70,17 @@ def _measured(model: Model, task: Task) -> Row:
     measured = ["accuracy", *DIFFERENCES]
     if task.wrong_answers is None:
         measured = [] if task.answers is None else ["accuracy"]
-    values = {name: METRICS[name](logits, logits, task).cpu() for name in measured}
-    row: Row = {name: float(each.mean()) for name, each in values.items()}
+    values = {}
+    row: Row = {}
+    for name in measured:
+        metric = METRICS[name]
+        values[name] = metric(logits, logits, task).cpu()
+        row[name] = float(values[name].mean())
     # A task is done or not by the difference that it is about.
     own = task.metric if task.metric in DIFFERENCES else "logit_difference"
     judged = {own: values[own]} if own in values else {}
-    row["note"] = " ".join(doubts(judged, task.row_prompt.cpu()))
+    row_prompt = task.row_prompt.cpu()
+    row["note"] = " ".join(doubts(judged, row_prompt))
     row["prompts"] = len(task)
     row["left_out"] = sum(task.left_out.values())
     return row

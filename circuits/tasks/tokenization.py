@@ -473,7 +473,8 @@ def single_token_words(model: Model, words: Iterable[str] | None = None) -> tupl
     if words is None:
         n_tokens = min(encoder.cfg.d_vocab, len(encoder.tokenizer))
         texts = map(str.strip, encoder.words(range(n_tokens)))
-        words = list(dict.fromkeys(filter(str.isalpha, texts)))
+        different = dict.fromkeys(filter(str.isalpha, texts))
+        words = list(different)
     given = as_words(words, "words", 1)
     return tuple(filter(encoder.is_single, given))
 

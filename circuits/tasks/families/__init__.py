@@ -34,7 +34,8 @@ def make_family(name: str, **options: Any) -> TaskFamily:
     if not isinstance(name, str) or known not in families:
         raise InputError(f"there is no task {known!r}; {suggestion(str(known), families)}")
     family = families[known]
-    given = [*map(_read_option, written), *options.items()]
+    given = list(map(_read_option, written))
+    given += options.items()
     names = [field.name for field in fields(family)]
     for place, (option, _) in enumerate(given):
         if option not in names:

@@ -48,9 +48,11 @@ class GreaterThan(TaskFamily):
         shared = str(random.choice(CENTURIES))
         if self.digits == 1:
             shared += str(random.randrange(10))
-        endings = tuple(f"{year:0{self.digits}d}" for year in range(10**self.digits))
+        numbers = range(10**self.digits)
+        endings = [f"{number:0{self.digits}d}" for number in numbers]
         year = random.randint(2, len(endings) - 2)
-        clean = {"NOUN": noun, "XX1": shared, "YY": endings[year], "again": shared}
+        clean = {"NOUN": noun, "XX1": shared, "YY": endings[year]}
+        clean["again"] = shared
         corrupted = clean | {"YY": endings[1]}
         # Every ending above the year is right.
         first_right = year + 1

@@ -47,11 +47,13 @@ class Induction(TaskFamily):
 
     def draw(self, random: Random) -> PromptPair:
         """Draw one pair, with spans A1, B and END (the last token of the second A)."""
-        drawn = random.sample(self.words, self.length + self.repeated)
+        n_drawn = self.length + self.repeated
+        drawn = random.sample(self.words, n_drawn)
         words = drawn[: self.length]
         others = drawn[self.length :]
         # The first word has no leading space, so it is not A. A word separates B from the second A.
-        start = random.randrange(1, self.length - self.repeated - 1)
+        n_places = self.length - self.repeated - 2
+        start = 1 + random.randrange(n_places)
         index = start + self.repeated
         repeated = " ".join(words[start:index])
         answer = words[index]

@@ -53,7 +53,8 @@ class IOI(TaskFamily):
     names: Sequence[str] = NAMES
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "names", as_words(self.names, "names", 5))
+        names = as_words(self.names, "names", 5)
+        object.__setattr__(self, "names", names)
 
     def draw(self, random: Random) -> PromptPair:
         """Draw one pair, with spans S2, IO, S1, S1+1 (the token after S1) and END."""

@@ -113,4 +113,5 @@ def _about_countries(random: Random) -> PromptPair:
     facts = CAPITALS if template in TO_CAPITAL else LANGUAGES
     cue, other = random.sample(list(facts), 2)
     answer, wrong = f" {facts[cue]}", f" {facts[other]}"
-    return fill_template(template, {"CUE": cue}, {"CUE": other}, answer, wrong)
+    clean, corrupted = {"CUE": cue}, {"CUE": other}
+    return fill_template(template, clean, corrupted, answer, wrong)
