@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import circuits
+from circuits.tasks.families import task_families
+from circuits.tasks.family import REGISTRY
 
 torch.set_num_threads(1)
 
@@ -27,6 +29,14 @@ def new_process():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["circuits.models", "circuits.models.loading.load"])
     return context.Process
+
+
+@pytest.fixture
+def only_shipped_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the tasks that other tests and examples have defined."""
+    for name, family in task_families().items():
+        if not family.__module__.startswith("circuits.tasks.families."):
+            monkeypatch.delitem(REGISTRY, name)
 
 
 @pytest.fixture

@@ -792,7 +792,7 @@ def test_list_names_what_there_is(capsys):
     assert content["tasks"]["greater_than:digits=1"] == "" and "kl" in content["metrics"]
 
 
-def test_list_of_a_model_says_how_well_it_does_every_task(capsys):
+def test_list_of_a_model_says_how_well_it_does_every_task(capsys, only_shipped_tasks):
     words = ("list", "--model", "toy-world", "--n", "4")
     status, output, notes = run_here(capsys, *words)
     assert status == 0

@@ -309,7 +309,7 @@ def test_results_and_the_text_of_tasks_do_not_depend_on_the_hash_seed(capsys):
         "    print([str(edge) for edge in circuit.edges], circuit.scores.tolist())\n"
         "print(task.digest(), circuit.graph.model.weights)\n"
         "for family in task_families().values():\n"
-        "    if family.__module__.startswith('circuits.'):\n"
+        "    if family.__module__.startswith('circuits.tasks.families.'):\n"
         "        print(ascii(family().pairs(20, 7, 'test')))\n"
     )
     other_seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"

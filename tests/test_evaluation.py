@@ -276,7 +276,7 @@ def test_the_performance_of_a_model_is_that_of_its_own_logits(toy_world):
 
 
 def test_every_task_in_every_form_has_a_performance_or_the_reason_why_not(
-    toy_world, unchecked_types
+    toy_world, only_shipped_tasks, unchecked_types
 ):
     table = circuits.performance(toy_world, n=4)
     assert set(circuits.task_names()) < set(table.index)

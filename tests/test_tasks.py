@@ -1647,6 +1647,24 @@ def test_options_may_come_with_the_name_of_a_task(toy: Model) -> None:
     assert "two_hop:about=countries" in task_forms() and "ioi:corruption=abc" not in task_forms()
 
 
+def test_an_option_without_a_default_is_asked_for(toy: Model, only_shipped_tasks: None) -> None:
+    @dataclass(frozen=True)
+    class Named(TaskFamily):
+        name: ClassVar[str] = "named"
+        person: str
+
+        def draw(self, random: random.Random) -> PromptPair:
+            return PromptPair(f"So {self.person}", f"So {random.choice(MEN)}", " is")
+
+    try:
+        assert make_family("named:person=Mary").person == "Mary"
+        with pytest.raises(circuits.InputError, match=r"task 'named': .*; give its options person"):
+            circuits.load_task("named", toy, n=1)
+        assert "give its options person" in circuits.performance(toy, n=1)["note"]["named"]
+    finally:
+        del REGISTRY["named"]
+
+
 def test_a_family_of_ones_own_is_registered_by_being_defined(toy: Model) -> None:
     @dataclass(frozen=True)
     class Greeting(TaskFamily):

@@ -111,7 +111,7 @@ def _details(
         evaluated_on = f"{len(held_out)} prompts of the test split"
     details = {
         "model": notes["model"],
-        "task": task.name,
+        "task": task.name if options.data else notes["task"],
         "found on": found_on,
         "evaluated on": evaluated_on,
         "ablation": options.ablation,

@@ -47,6 +47,10 @@ def performance(model: Model, *tasks: Task | str, n: WholeNumber = 32) -> pd.Dat
     """
     check_model(model)
     n = whole(n, "n", least=1)
+    for task in tasks:
+        if not isinstance(task, Task):
+            # A name that is wrong is a mistake; prompts that do not fit are a finding.
+            make_family(task)
     rows = [_row(model, task, n) for task in tasks or task_forms()]
     return pd.DataFrame(rows, columns=COLUMNS).set_index("task")
 
@@ -54,8 +58,6 @@ def performance(model: Model, *tasks: Task | str, n: WholeNumber = 32) -> pd.Dat
 def _row(model: Model, given: Task | str, n: int) -> Row:
     if isinstance(given, Task):
         return {"task": given.name} | _measured(model, given)
-    # A name that is wrong is a mistake; prompts that do not fit are a finding.
-    make_family(given)
     row: Row = {"task": given}
     try:
         task = load_task(given, model, n=n)

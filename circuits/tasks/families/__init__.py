@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields
 from importlib import import_module
+from inspect import signature
 from pkgutil import iter_modules
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -43,7 +44,12 @@ def make_family(name: str, **options: Any) -> TaskFamily:
             raise InputError(f"task {known!r} has no option {option!r}; {known_options}")
         if option in dict(given[:place]):
             raise InputError(f"task {name!r}: the option {option!r} is given twice; give it once.")
-    return family(**dict(given))
+    try:
+        # Options of a user's family may have no default.
+        complete = signature(family).bind(**dict(given))
+    except TypeError as error:
+        raise InputError(f"task {name!r}: {error}; give its options {', '.join(names)}.") from error
+    return family(**complete.arguments)
 
 
 def _read_option(text: str) -> tuple[str, Any]:
