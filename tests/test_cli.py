@@ -816,6 +816,18 @@ def test_what_speaks_against_the_prompts_is_told_before_the_search(capsys, tmp_p
     assert found_by(capsys, tmp_path, *words[2:])[1] == ""
 
 
+@pytest.mark.filterwarnings("always:task 'ioi'")
+def test_prompts_of_a_task_that_do_not_fit_are_counted_before_the_search(capsys, tmp_path):
+    names = "Mary John Anna Paul Mark Sarah Emily James Robert Laura Zebediah"
+    words = ("--method", "random", "--task", f"ioi:names={names}", "--n", "16")
+    status, _, notes = run_here(capsys, "discover", *words, "--out", str(tmp_path), "--json")
+    task = circuits.load_task(
+        "ioi", circuits.load_model("toy-world"), n=16, split="train", names=names
+    )
+    told = f"task 'ioi': {len(task)} of 16 prompts fit the model, the others have a word that the"
+    assert status == 0 and told in notes and 8 <= len(task) < 16
+
+
 def test_a_task_of_the_command_takes_options(capsys, tmp_path, unchecked_types):
     words = ("--method", "random", "--size", "9", "--task", "ioi:corruption=swapped")
     found, _ = found_by(capsys, tmp_path, *words)
