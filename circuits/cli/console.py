@@ -27,7 +27,7 @@ def terminal() -> Console:
 def frame_table(frame: pd.DataFrame, title: str) -> Table:
     """Make a table of a frame's rows, with the index as its first column."""
     table = Table(title=title, title_justify="left")
-    table.add_column(str(frame.index.name or ""))
+    table.add_column(str(frame.index.name or ""), overflow="fold")
     for column in frame.columns:
         heading = str(column).replace("_", " ")
         table.add_column(heading, justify="right", overflow="fold")
