@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from circuits.evaluation.evaluate import DIFFERENCES, doubts
-from circuits.models import Model, check_model
+from circuits.models import Model, check_model, shape_of
 from circuits.running.run import model_logits
 from circuits.system.errors import InputError
 from circuits.system.numbers import WholeNumber, whole
@@ -68,7 +68,7 @@ def _row(model: Model, given: Task | str, n: int) -> Row:
 
 def _measured(model: Model, task: Task) -> Row:
     logits = model_logits(model, task)
-    task = task.to(model.cfg.device)
+    task = task.to(shape_of(model).device)
     measured = ["accuracy", *DIFFERENCES]
     if task.wrong_answers is None:
         measured = [] if task.answers is None else ["accuracy"]
