@@ -31,6 +31,7 @@ TELLING = {
     "partial_rotary_factor": 1.0, "scale_attn_by_inverse_layer_idx": False, "clip_qkv": None,
     "use_parallel_residual": None, "logit_scale": None, "logits_scaling": None,
     "residual_multiplier": None, "embedding_multiplier": None, "do_layer_norm_before": True,
+    "new_decoder_architecture": False, "alibi": False, "use_qk_norm": False,
 }  # fmt: skip
 
 
@@ -75,18 +76,18 @@ def disagreement(model: Model, expected: Expected, settings: Any) -> str | None:
         gap = relative_gap(streams[name].float(), stream.to(shape.device).float())
         if not gap <= tolerance:
             where = "the embedding" if layer == 0 else f"the output of layer {layer - 1}"
-            return f"{where} differs by {gap:.1%}{_likely(settings)}"
+            return f"{where} differs by {gap:.1%}{likely(settings)}"
     if logits.shape != expected.logits.shape:
         return f"it has {logits.shape[-1]} logits, and its source {expected.logits.shape[-1]}"
     rows = [each.flatten(0, 1).float() for each in (logits, expected.logits.to(shape.device))]
     gap = logit_gap(*rows)
     if not gap <= tolerance:
-        return f"the logits differ by {gap:.1%}{_likely(settings)}"
+        return f"the logits differ by {gap:.1%}{likely(settings)}"
     return None
 
 
-def _likely(settings: Any) -> str:
-    """The settings that are likely not to be known."""
+def likely(settings: Any) -> str:
+    """Name the settings that are likely not to be known, as the end of a message."""
     found = []
     for name, plain in TELLING.items():
         value = getattr(settings, name, plain)

@@ -12,7 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from circuits.models.backend import HAS_HOOKED_TRANSFORMER, BackendName, Model
 from circuits.models.bridge.changes import note_known
 from circuits.models.bridge.shape import unreadable
-from circuits.models.loading.agreement import Expected, computed_by, disagreement
+from circuits.models.loading.agreement import Expected, computed_by, disagreement, likely
 from circuits.models.loading.placement import Placement
 from circuits.models.loading.refusals import first_line, reason, refusals, running_no_code
 from circuits.models.loading.saved import FORMAT, chosen_device, load_saved
@@ -156,7 +156,8 @@ def _bridged(source: Source, placement: Placement, expected: Expected | None) ->
     if placement.device_map is None:
         source.model.to(placement.device)
     device = _only_device(source)
-    with refusals(f"{source.called} cannot be loaded as a TransformerBridge"):
+    reasons = likely(settings)
+    with refusals(f"{source.called} cannot be loaded as a TransformerBridge{reasons}"):
         bridge = TransformerBridge.boot_transformers(
             source.place,
             hf_model=source.model,

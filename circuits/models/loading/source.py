@@ -33,6 +33,10 @@ NO_DECODERS = {
 }
 
 
+# Kinds of layers in configurations.
+ATTENTION = ("full_attention", "sliding_attention", "attention")
+
+
 @dataclass(frozen=True)
 class Source:
     """A model of transformers, and where it comes from.
@@ -130,6 +134,13 @@ def _check_is_decoder(called: str, settings: Any) -> None:
         raise InputError(
             f"{called} is {NO_DECODERS[kind]}; circuits are found in decoder-only language "
             "models, such as gpt2, pythia-160m or Llama: give one of these."
+        )
+    kinds = {*(getattr(settings, "layer_types", None) or ())}
+    others = sorted(each for each in kinds if each not in ATTENTION)
+    if others:
+        raise InputError(
+            f"{called} has layers that are no attention with queries, keys and values "
+            f"({', '.join(others)}), and circuits are not found in such models; take another model."
         )
     quantized = getattr(settings, "quantization_config", None)
     if quantized is not None:
