@@ -196,6 +196,13 @@ def test_a_comparison_gives_rankings_the_size_of_the_selection_and_averages_seed
         "eap": 3,
         "random": 3,
     }
+    whole = circuits.evaluate(model, circuits.Circuit.full(ranked.graph), task)
+    ends = comparison.reference.loc[["whole model", "empty circuit"]]
+    assert ends["edges"].tolist() == [len(ranked.graph), 0]
+    assert ends["faithfulness"].tolist() == [1, 0] and ends["kl"].tolist() == pytest.approx(
+        whole.table().loc["kl", ["model", "empty"]].tolist()
+    )
+    assert list(ends.columns) == list(comparison.table.columns)
     assert comparison.overlap.loc["acdc", "acdc"] == 1
     assert comparison.overlap.loc["acdc", "eap"] == pytest.approx(
         overlap(sweep[0], ranked.top(len(sweep[0])))

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from circuits.cli.console import frame_table, print_json, terminal
 from circuits.cli.evaluate import check_size
 from circuits.cli.inputs import held_out_of, model_of, notes_of, task_to_search
@@ -56,10 +58,9 @@ def command(options: CompareOptions, planned: Mapping[str, Sequence[MethodSettin
     folder = options.out / task.name / f"compare-{digest(settings, size=4)}"
     report = folder / "report.html"
     details = _details(options, task, held_out, comparison)
-    table = _write_report(report, comparison, details)
+    tables = _write_report(report, comparison, details)
     if options.json:
-        notes = list(comparison.notes)
-        print_json({"report": str(report), "table": table, "notes": notes})
+        print_json({"report": str(report), **tables, "notes": list(comparison.notes)})
     else:
         _show(comparison, details)
         terminal().print(f"Report: {report}", soft_wrap=True)
@@ -94,11 +95,13 @@ def _compared(runs: Runs, model: Model, held_out: Task, options: CompareOptions)
     first = [runs[label][0] for label in table.index]
     table["model runs"] = [round(found.model_runs) for found in first]
     table["seconds"] = [found.record["seconds"] for found in first]
+    # There is nothing to find of the whole model and the empty circuit.
+    reference = comparison.reference.assign(**{"model runs": 0, "seconds": 0.0})
     notes = [*comparison.notes]
     for label, sweep in runs.items():
         notes += [f"{label}: {text}" for text in notes_on(sweep[0])]
         notes += notes_on_sweep(label, sweep)
-    return replace(comparison, notes=tuple(notes))
+    return replace(comparison, reference=reference, notes=tuple(notes))
 
 
 def _details(
@@ -123,26 +126,27 @@ def _details(
     return details
 
 
-def _write_report(report: Path, comparison: Comparison, details: Details) -> Any:
+def _write_report(report: Path, comparison: Comparison, details: Details) -> dict[str, Any]:
+    """Write the report and its numbers; return the tables as JSON values."""
     # By way of pandas, which writes NaN as null.
-    table = comparison.table.to_json(orient="index")
-    curves = comparison.curves.to_json(orient="records")
-    content = {"table": json.loads(table), "curves": json.loads(curves)}
+    frames = {"table": comparison.table, "reference": comparison.reference}
+    tables = {name: json.loads(frame.to_json(orient="index")) for name, frame in frames.items()}
+    curves = json.loads(comparison.curves.to_json(orient="records"))
     page = report_page(
         title="{task} in {model}".format(**details),
-        table=comparison.table,
+        table=pd.concat(frames.values()),
         curves=comparison.curves,
         circuits=comparison.circuits,
         details=details,
     )
     try:
-        whole = {"details": details, **content}
+        whole = {"details": details, **tables, "curves": curves}
         write_json(report.with_name("comparison.json"), whole, "circuits.comparison", 1)
         write_bytes(report, page.encode())
     except NotWrittenError as error:
         # The table is shown all the same.
         warnings.warn(f"the report is not kept: {error}", stacklevel=2)
-    return content["table"]
+    return tables
 
 
 def _show(comparison: Comparison, details: Details) -> None:
@@ -150,7 +154,7 @@ def _show(comparison: Comparison, details: Details) -> None:
         "{task} in {model}: found on {found on}, evaluated on {evaluated on}, {ablation} ablation"
     )
     heading = title.format(**details)
-    table = comparison.table.drop(columns="of")
+    table = pd.concat([comparison.table, comparison.reference]).drop(columns="of")
     console = terminal()
     console.print(frame_table(table, heading))
     console.print(f"model runs: {MODEL_RUNS_IN_WORDS}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
 import pandas as pd
 
 from circuits.evaluation.evaluate import (
+    Evaluation,
     Row,
     Sizes,
     default_metrics,
@@ -36,6 +37,7 @@ from circuits.tasks.task import Task
 from circuits.transcoders.transcoder import Transcoders
 
 Sweep = Sequence[Circuit]
+Judged = Mapping[str, Sequence[Evaluation]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +49,8 @@ class Comparison:
         curves: `method`, and the columns of `faithfulness_curve`. A method that selects instead of
             ranking has a row per circuit it found.
         overlap: the Jaccard overlap of every two methods' circuits.
+        reference: the same columns for the whole model and for the empty circuit (of the first
+            method's graph).
         circuits: the circuit of each method that the table is about.
         notes: what else to know before reading these numbers.
     """
@@ -54,12 +58,14 @@ class Comparison:
     table: pd.DataFrame
     curves: pd.DataFrame
     overlap: pd.DataFrame
+    reference: pd.DataFrame
     circuits: Mapping[str, Circuit]
     notes: tuple[str, ...] = ()
 
     def _repr_html_(self) -> str:
         notes = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
-        return self.table.to_html(float_format="%.4g") + notes
+        table = pd.concat([self.table, self.reference])
+        return table.to_html(float_format="%.4g") + notes
 
 
 @without_modes()
@@ -117,7 +123,8 @@ def compare(
             points[name] = _points(sweep, sizes)
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
-    rows, curves = {}, []
+    judged: dict[str, list[Evaluation]] = {}
+    curves = []
     for name in sweeps:
         if transcoders is not None:
             options["transcoders"] = transcoders.get(name)
@@ -125,17 +132,20 @@ def compare(
         curve = _curve(model, points[name], task, settings)
         is_selected = sweeps[name][0].selected
         curves.append(curve.assign(selected=is_selected, method=name))
-        # What is doubted of the whole model is so for every method.
-        rows[name], doubted = _mean_row(model, chosen[name], task, settings)
+        judged[name] = _judged(model, chosen[name], task, settings)
     circuits = {name: first for name, (first, *_) in chosen.items()}
-    table = pd.DataFrame.from_dict(rows, orient="index")
-    table = table.rename_axis("method")
+    # What is doubted of the whole model is so for every method.
+    whole = next(iter(judged.values()))[0]
+    doubted = doubts(whole.model_values, whole.row_prompt)
     assert settings.metric is not None
+    of = [len(circuit.graph) for circuit in circuits.values()]
+    table = _table(judged, of, settings.metric)
     undefined = [settings.metric.name] if table["faithfulness"].isna().any() else []
     return Comparison(
-        table.astype({"edges": int, "of": int}),
+        table,
         pd.concat(curves, ignore_index=True),
         overlap_table(circuits),
+        _table(_ends(judged, of[0]), of[:1] * 2, settings.metric),
         circuits,
         _notes(circuits) + no_faithfulness(undefined) + doubted,
     )
@@ -194,22 +204,34 @@ def _notes(circuits: Mapping[str, Circuit]) -> tuple[str, ...]:
     )
 
 
-def _mean_row(
-    model: Model, circuits: Sweep, task: Task, settings: RunSettings
-) -> tuple[Row, tuple[str, ...]]:
-    """The means of a method's circuits, and doubts that the model does the task."""
+def _judged(model: Model, circuits: Sweep, task: Task, settings: RunSettings) -> list[Evaluation]:
     metric = settings.metric
     assert metric is not None
     # A metric given by the user replaces the shipped one of its name.
     metrics = {each.name: each for each in (*default_metrics(task), metric)}
-    rows = []
-    for circuit in circuits:
-        (found,) = evaluations(model, [circuit], task, [*metrics.values()], settings)
-        row: Row = {"edges": len(circuit)}
-        row["of"] = len(circuit.graph)
-        rows.append(row | mean_and_faithfulness(found, metric))
-    means = pd.DataFrame(rows).mean()
-    return means.to_dict(), doubts(found.model_values, found.row_prompt)
+    return evaluations(model, circuits, task, [*metrics.values()], settings)
+
+
+def _ends(judged: Judged, of: int) -> Judged:
+    """The whole model and the empty circuit, as an evaluation of the first method has them."""
+    found = next(iter(judged.values()))[0]
+    return {
+        "whole model": [replace(found, values=found.model_values, n_edges=of)],
+        "empty circuit": [replace(found, values=found.empty_values, n_edges=0)],
+    }
+
+
+def _table(judged: Judged, of: Sequence[int], metric: Metric) -> pd.DataFrame:
+    """A row for each name: the mean over its circuits."""
+    rows = {}
+    for name, evaluated in judged.items():
+        each: list[Row] = [
+            {"edges": found.n_edges} | mean_and_faithfulness(found, metric) for found in evaluated
+        ]
+        rows[name] = pd.DataFrame(each).mean()
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+    table.insert(1, "of", of)
+    return table.astype({"edges": int})
 
 
 def _curve(
