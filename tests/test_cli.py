@@ -473,8 +473,14 @@ def test_compare_prints_a_table_and_writes_a_report(capsys, tmp_path):
     assert not re.search(
         r'(src|href)="https?:', re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
     )  # plotly.js is inlined
-    table = json.loads(run_here(capsys, *words, "--json")[1])["table"]
+    tables = json.loads(run_here(capsys, *words, "--json")[1])
+    table, reference = tables["table"], tables["reference"]
     assert {row["edges"] for row in table.values()} == {30}
+    assert {name: row["edges"] for name, row in reference.items()} == {
+        "whole model": 479,
+        "empty circuit": 0,
+    }
+    assert all(name in output and name in page for name in reference)
     assert {name: row["model runs"] for name, row in table.items()} == {
         "eap": 2,
         "eap-ig:steps=2": 4,
