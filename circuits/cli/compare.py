@@ -129,18 +129,19 @@ def _details(
 def _write_report(report: Path, comparison: Comparison, details: Details) -> dict[str, Any]:
     """Write the report and its numbers; return the tables as JSON values."""
     # By way of pandas, which writes NaN as null.
-    frames = {"table": comparison.table, "reference": comparison.reference}
-    tables = {name: json.loads(frame.to_json(orient="index")) for name, frame in frames.items()}
-    curves = json.loads(comparison.curves.to_json(orient="records"))
+    table = comparison.table.to_json(orient="index")
+    reference = comparison.reference.to_json(orient="index")
+    curves = comparison.curves.to_json(orient="records")
+    tables = {"table": json.loads(table), "reference": json.loads(reference)}
     page = report_page(
         title="{task} in {model}".format(**details),
-        table=pd.concat(frames.values()),
+        table=_with_reference(comparison),
         curves=comparison.curves,
         circuits=comparison.circuits,
         details=details,
     )
     try:
-        whole = {"details": details, **tables, "curves": curves}
+        whole = {"details": details, **tables, "curves": json.loads(curves)}
         write_json(report.with_name("comparison.json"), whole, "circuits.comparison", 1)
         write_bytes(report, page.encode())
     except NotWrittenError as error:
@@ -149,12 +150,16 @@ def _write_report(report: Path, comparison: Comparison, details: Details) -> dic
     return tables
 
 
+def _with_reference(comparison: Comparison) -> pd.DataFrame:
+    return pd.concat([comparison.table, comparison.reference])
+
+
 def _show(comparison: Comparison, details: Details) -> None:
     title = (
         "{task} in {model}: found on {found on}, evaluated on {evaluated on}, {ablation} ablation"
     )
     heading = title.format(**details)
-    table = pd.concat([comparison.table, comparison.reference]).drop(columns="of")
+    table = _with_reference(comparison).drop(columns="of")
     console = terminal()
     console.print(frame_table(table, heading))
     console.print(f"model runs: {MODEL_RUNS_IN_WORDS}")

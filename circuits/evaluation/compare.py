@@ -140,12 +140,13 @@ def compare(
     assert settings.metric is not None
     of = [len(circuit.graph) for circuit in circuits.values()]
     table = _table(judged, of, settings.metric)
+    ends = _ends(judged, of[0])
     undefined = [settings.metric.name] if table["faithfulness"].isna().any() else []
     return Comparison(
         table,
         pd.concat(curves, ignore_index=True),
         overlap_table(circuits),
-        _table(_ends(judged, of[0]), of[:1] * 2, settings.metric),
+        _table(ends, of[:1] * len(ends), settings.metric),
         circuits,
         _notes(circuits) + no_faithfulness(undefined) + doubted,
     )
@@ -214,20 +215,20 @@ def _judged(model: Model, circuits: Sweep, task: Task, settings: RunSettings) ->
 
 def _ends(judged: Judged, of: int) -> Judged:
     """The whole model and the empty circuit, as an evaluation of the first method has them."""
-    found = next(iter(judged.values()))[0]
-    return {
-        "whole model": [replace(found, values=found.model_values, n_edges=of)],
-        "empty circuit": [replace(found, values=found.empty_values, n_edges=0)],
-    }
+    (found, *_), *_ = judged.values()
+    whole = replace(found, values=found.model_values, n_edges=of)
+    empty = replace(found, values=found.empty_values, n_edges=0)
+    return {"whole model": [whole], "empty circuit": [empty]}
 
 
 def _table(judged: Judged, of: Sequence[int], metric: Metric) -> pd.DataFrame:
     """A row for each name: the mean over its circuits."""
     rows = {}
     for name, evaluated in judged.items():
-        each: list[Row] = [
-            {"edges": found.n_edges} | mean_and_faithfulness(found, metric) for found in evaluated
-        ]
+        each: list[Row] = []
+        for found in evaluated:
+            size: Row = {"edges": found.n_edges}
+            each.append(size | mean_and_faithfulness(found, metric))
         rows[name] = pd.DataFrame(each).mean()
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
     table.insert(1, "of", of)
