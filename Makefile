@@ -7,10 +7,22 @@ READY := .venv/.ready
 BIN4 := .venv-tl4/bin
 READY4 := .venv-tl4/.ready
 
-.PHONY: demo test test-tl4 check check-js docs clean
+# SmolLM2-135M, from PyPI.
+REAL := $(BIN)/python experiments/real_model.py
+
+.PHONY: demo real real-short real-graph test test-tl4 check check-js docs clean
 
 demo: $(READY)
 	$(BIN)/circuits compare --task ioi --methods acdc,eap,eap-ig,random --out runs
+
+real: $(READY)
+	$(REAL)
+
+real-short: $(READY)
+	$(REAL) short --out runs/real-short
+
+real-graph: $(READY)
+	$(REAL) graph
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2

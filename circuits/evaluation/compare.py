@@ -135,8 +135,8 @@ def compare(
         judged[name] = _judged(model, chosen[name], task, settings)
     circuits = {name: first for name, (first, *_) in chosen.items()}
     # What is doubted of the whole model is so for every method.
-    whole = next(iter(judged.values()))[0]
-    doubted = doubts(whole.model_values, whole.row_prompt)
+    first = next(iter(judged.values()))[0]
+    doubted = doubts(first.model_values, first.row_prompt)
     assert settings.metric is not None
     of = [len(circuit.graph) for circuit in circuits.values()]
     table = _table(judged, of, settings.metric)

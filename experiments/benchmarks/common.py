@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformer_lens import HookedTransformerConfig
 
 import circuits
 from circuits.models import Model, build_model
@@ -109,6 +108,9 @@ def truncated(graph: circuits.Graph, edges: int) -> circuits.Graph:
 
 def _parameter_shapes(config: Mapping[str, Any]) -> dict[str, torch.Size]:
     with torch.device("meta"):
+        # TransformerLens 4 has no such class; what else is in this file does not need it.
+        from transformer_lens import HookedTransformerConfig
+
         settings = HookedTransformerConfig(**config, init_weights=False, device="meta")
         return {
             name: parameter.shape
