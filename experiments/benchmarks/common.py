@@ -109,12 +109,14 @@ def truncated(graph: circuits.Graph, edges: int) -> circuits.Graph:
 def _parameter_shapes(config: Mapping[str, Any]) -> dict[str, torch.Size]:
     with torch.device("meta"):
         # TransformerLens 4 has no such class; what else is in this file does not need it.
-        from transformer_lens import HookedTransformerConfig
+        from transformer_lens import HookedTransformer, HookedTransformerConfig
 
         settings = HookedTransformerConfig(**config, init_weights=False, device="meta")
         return {
             name: parameter.shape
-            for name, parameter in Model(settings, move_to_device=False).named_parameters()
+            for name, parameter in HookedTransformer(
+                settings, move_to_device=False
+            ).named_parameters()
         }
 
 
