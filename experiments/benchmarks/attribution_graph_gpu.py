@@ -22,7 +22,7 @@ import torch
 import tyro
 from common import circumstances, clocked, most_allocated, write_results
 from torch.utils.flop_counter import FlopCounterMode
-from transformer_lens import HookedTransformerConfig
+from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import circuits
 from circuits.models import Model, frozen, mlp_residual_hook, run_to_residual
@@ -155,7 +155,7 @@ def random_model(
     sizes: dict[str, int], device: str, dtype: torch.dtype, generator: torch.Generator
 ) -> Model:
     """Made on the device, to avoid copying two billion numbers."""
-    model = Model(
+    model = HookedTransformer(
         HookedTransformerConfig(
             **GEMMA, **sizes, n_ctx=128, init_weights=False, device=device, dtype=dtype
         )

@@ -112,12 +112,8 @@ def _parameter_shapes(config: Mapping[str, Any]) -> dict[str, torch.Size]:
         from transformer_lens import HookedTransformer, HookedTransformerConfig
 
         settings = HookedTransformerConfig(**config, init_weights=False, device="meta")
-        return {
-            name: parameter.shape
-            for name, parameter in HookedTransformer(
-                settings, move_to_device=False
-            ).named_parameters()
-        }
+        model = HookedTransformer(settings, move_to_device=False)
+        return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
 def clocked(program: Callable[[], Result], device: str) -> tuple[Result, dict[str, float]]:
