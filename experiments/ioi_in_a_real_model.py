@@ -68,6 +68,8 @@ READS = (
     ("S-inhibition", NEGATIVE, "q"),
     ("S-inhibition", "S-inhibition", "q"),
 )
+# At most as many random sets of sources, and of targets, for each path: there are many paths.
+PATH_DRAWS = 1
 # Prompts at a time: the logits of a hundred circuits take 20 MB for every prompt.
 AT_ONCE = 16
 RESAMPLES = 2000
@@ -103,7 +105,7 @@ class Config:
     threads: int = 1
     """torch threads."""
     out: Path = Path("runs/ioi-in-a-real-model")
-    """Output folder: circuits (found again when repeated), tables, figure."""
+    """Output folder: circuits, tables, figure. Tables that are there are not made again."""
 
 
 def main(config: Config) -> None:
@@ -114,7 +116,10 @@ def main(config: Config) -> None:
     lab = Lab(model, circuits.component_graph(model), test, config)
     found = circuits_found(lab, train)
     kept = {name: set(heads_of(circuit)) for name, circuit in found.items()}
-    classes = classify(lab, train)
+    path = config.out / "classes.csv"
+    if not path.exists():
+        pd.Series(classify(lab, train), name="class").rename_axis("head").to_csv(path)
+    classes = dict(pd.read_csv(path).itertuples(index=False))
     members = {
         kind: [head for head in of_class(classes, kind) if head in set.union(*kept.values())]
         for kind in CLASSES
@@ -126,23 +131,23 @@ def main(config: Config) -> None:
         "The circuits": lambda: faithfulness(lab, found),
         "How many heads": lambda: head_counts(lab, classes, kept),
         "The heads": lambda: head_table(lab, members, kept),
-        "Knock-outs": lambda: knock_outs(lab, members, classes),
         "Paths": lambda: paths(lab, members, classes),
+        "Attention": lambda: attention_lost(lab, members),
+        "Knock-outs": lambda: knock_outs(lab, members, classes),
         "Paths through paths": lambda: mediation(lab, members),
-        "Attention": lambda: attention_lost(lab, members, classes),
-        "Backup": lambda: backup(lab, members),
+        "Backup": lambda: backup(lab, members, set.union(*kept.values())),
     }
+    circuit = circuit_of_heads(lab, members, found)
+    drawing = circuits.draw_circuit(circuit, title=f"IOI heads of {model.cfg.model_name}")
+    (config.out / "heads.svg").write_text(drawing)
     text = lab.described(train)
     for title, made in tables.items():
-        table = made()
-        table.to_csv(config.out / f"{title.lower().replace(' ', '-')}.csv", index=False)
-        text += f"\n\n## {title}\n\n{markdown(table)}"
+        path = config.out / f"{title.lower().replace(' ', '-')}.csv"
+        if not path.exists():
+            made().to_csv(path, index=False)
+        text += f"\n\n## {title}\n\n{markdown(pd.read_csv(path).fillna(''))}"
         (config.out / "tables.md").write_text(text)
         print(f"{title} done", flush=True)
-    circuit = circuit_of_heads(lab, members, found)
-    circuit.save(config.out / "heads")
-    title = f"IOI heads of {model.cfg.model_name}"
-    (config.out / "heads.svg").write_text(circuits.draw_circuit(circuit, title=title))
     print(text)
 
 
@@ -449,7 +454,9 @@ def spread(lost: pd.DataFrame, key: str, which: str) -> str:
     """The mean of what random sets lose, and its range."""
     random = lost[[name for name in lost if isinstance(name, tuple) and name[:2] == (key, which)]]
     means = random.mean()
-    return f"{means.mean():.2f} ({means.min():.2f} to {means.max():.2f})" if len(means) else ""
+    if len(means) < 2:
+        return "".join(f"{mean:.2f}" for mean in means)
+    return f"{means.mean():.2f} ({means.min():.2f} to {means.max():.2f})"
 
 
 def paths(lab: Lab, members: Mapping[str, Heads], classes: Mapping[str, str]) -> pd.DataFrame:
@@ -458,11 +465,10 @@ def paths(lab: Lab, members: Mapping[str, Heads], classes: Mapping[str, str]) ->
     ablated = {"everything": lab.edges(None)}
     for name, (sources, targets, slot) in class_paths(members).items():
         ablated[name] = lab.edges(sources, targets, slot)
-        if name in expected or targets == ["logits"]:
-            for number, others in enumerate(lab.others(sources, classes)):
-                ablated[name, "sources", number] = lab.edges(others, targets, slot)
         if name in expected:
-            for number, others in enumerate(lab.others(targets, classes)):
+            for number, others in enumerate(lab.others(sources, classes)[:PATH_DRAWS]):
+                ablated[name, "sources", number] = lab.edges(others, targets, slot)
+            for number, others in enumerate(lab.others(targets, classes)[:PATH_DRAWS]):
                 ablated[name, "targets", number] = lab.edges(sources, others, slot)
     lost, rows = lab.lost(ablated), []
     for name in class_paths(members):
@@ -511,26 +517,18 @@ def mediation(lab: Lab, members: Mapping[str, Heads]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def attention_lost(
-    lab: Lab, members: Mapping[str, Heads], classes: Mapping[str, str]
-) -> pd.DataFrame:
+def attention_lost(lab: Lab, members: Mapping[str, Heads]) -> pd.DataFrame:
     """Where a class looks when the heads that it is said to depend on are knocked out."""
     questions = (
         ("name mover", "S-inhibition", ("name mover", "to S1", "S-inhibition")),
         ("S-inhibition", "induction", ("S-inhibition",)),
-        ("S-inhibition", "duplicate token", ("S-inhibition",)),
-        ("induction", "previous token", ("induction",)),
-        ("induction", "duplicate token", ("induction",)),
     )
     whole, rows = lab.looks(lab.task), []
     for looking, absent, directions in questions:
         if not {looking, absent} <= members.keys():
             continue
-        sets = {"without": members[absent], "random": lab.others(members[absent], classes)[0]}
-        runs = {"model": whole} | {
-            name: lab.looks(lab.task, circuits.Circuit.from_edges(lab.graph, ~lab.edges(heads)))
-            for name, heads in sets.items()
-        }
+        circuit = circuits.Circuit.from_edges(lab.graph, ~lab.edges(members[absent]))
+        runs = {"model": whole, "without them": lab.looks(lab.task, circuit)}
         numbers = [lab.heads.index(head) for head in members[looking]]
         for direction in directions:
             query, key = {**LOOKS, "to S1": ("END", "S1")}[direction]
@@ -541,16 +539,17 @@ def attention_lost(
     return pd.DataFrame(rows)
 
 
-def backup(lab: Lab, members: Mapping[str, Heads]) -> pd.DataFrame:
+def backup(lab: Lab, members: Mapping[str, Heads], kept: set[str]) -> pd.DataFrame:
     """Which heads write more into the logits once the name movers are knocked out.
 
-    Every other head of their layers and later, by its edge into the logits.
+    The other heads of their layers and later that a method keeps, by their edges into the logits.
     """
     movers = members.get("name mover", [])
     if not movers:
         return pd.DataFrame()
     first, absent = min(map(layer_of, movers)), lab.edges(movers)
-    others = [head for head in lab.heads if layer_of(head) >= first and head not in movers]
+    late = [head for head in lab.heads if layer_of(head) >= first]
+    others = [head for head in late if head in kept and head not in movers]
     edges = {head: lab.edges([head], ["logits"]) for head in others}
     together = {(head, "too"): its | absent for head, its in edges.items()}
     lost = lab.lost({**edges, **together, "movers": absent})
@@ -572,15 +571,11 @@ def backup(lab: Lab, members: Mapping[str, Heads]) -> pd.DataFrame:
 def circuit_of_heads(
     lab: Lab, members: Mapping[str, Heads], found: Mapping[str, circuits.Circuit]
 ) -> circuits.Circuit:
-    """The edges between heads of the classes that a method keeps, by what is lost without each."""
+    """The edges between heads of the classes, and into the logits, that a method keeps."""
     names = [head for heads in members.values() for head in heads]
     kept = torch.stack([circuit.kept for circuit in found.values()]).any(0)
     kept &= lab.edges(names, [*names, "logits"])
-    numbers = kept.nonzero().flatten().tolist()
-    each = {number: torch.arange(len(lab.graph)) == number for number in numbers}
-    scores = torch.full((len(lab.graph),), torch.nan)
-    scores[numbers] = torch.tensor(lab.lost(each).mean().to_numpy(), dtype=torch.float32)
-    return circuits.Circuit(lab.graph, scores, kept, record={"classes": members})
+    return circuits.Circuit(lab.graph, found["EAP-IG"].scores, kept)
 
 
 if __name__ == "__main__":
