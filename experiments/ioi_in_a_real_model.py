@@ -145,7 +145,7 @@ def main(config: Config) -> None:
         path = config.out / f"{title.lower().replace(' ', '-')}.csv"
         if not path.exists():
             made().to_csv(path, index=False)
-        text += f"\n\n## {title}\n\n{markdown(pd.read_csv(path).fillna(''))}"
+        text += f"\n\n## {title}\n\n{markdown(pd.read_csv(path, keep_default_na=False))}"
         (config.out / "tables.md").write_text(text)
         print(f"{title} done", flush=True)
     print(text)
