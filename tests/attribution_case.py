@@ -11,9 +11,8 @@ import torch
 from published import DATA
 from safetensors.torch import load_file
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
-from circuits.models import build_model
+from circuits.models import Model, build_model
 from circuits.transcoders.activations import JumpReLU
 from circuits.transcoders.transcoder import Encoder, Transcoders
 
@@ -85,7 +84,7 @@ def case_files(case: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[st
     )
 
 
-def case_model(case: str) -> HookedTransformer:
+def case_model(case: str) -> Model:
     weights, _, content = case_files(case)
     config = {name: content["config"][name] for name in SHAPE}
     return build_model(

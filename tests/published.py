@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformer_lens import HookedTransformer
 
-from circuits.models import build_model
+from circuits.models import Model, build_model
 from circuits.tasks.task import Task
 
 DATA = Path(__file__).parent / "data"
@@ -20,9 +19,7 @@ def case(path: str) -> dict[str, Any]:
     return json.loads((DATA / f"{path}.json").read_text())
 
 
-def case_model(
-    config: dict[str, Any], weights: str, dtype: torch.dtype = torch.float32
-) -> HookedTransformer:
+def case_model(config: dict[str, Any], weights: str, dtype: torch.dtype = torch.float32) -> Model:
     return build_model(config, load_file(DATA / f"{weights}.safetensors"), dtype=dtype)
 
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from architectures import ARCHITECTURES, random_model
-from transformer_lens import HookedTransformer
 
+from circuits.models import Model
 from circuits.transcoders.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from circuits.transcoders.transcoder import Encoder, Transcoders
 
@@ -26,7 +26,7 @@ WITH_MLPS: dict[str, dict[str, Any]] = {
 }
 
 
-def model_of(architecture: str, **changes: Any) -> HookedTransformer:
+def model_of(architecture: str, **changes: Any) -> Model:
     if architecture == "local_attention" and "n_layers" in changes:
         changes["attn_types"] = (["global", "local"] * changes["n_layers"])[: changes["n_layers"]]
     base = architecture if architecture in ARCHITECTURES else "gpt2"
@@ -36,7 +36,7 @@ def model_of(architecture: str, **changes: Any) -> HookedTransformer:
 
 
 def random_transcoders(
-    model: HookedTransformer,
+    model: Model,
     kind: str = "plt",
     *,
     features: int = 40,

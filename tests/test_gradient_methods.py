@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, random_model, random_task
-from changed_models import HONOURED, hook
+from finite_differences import differentiated_by_hand
 from published import COMPILED, case, case_model, our_edge, scored_everywhere_task
 
 import circuits
@@ -18,10 +18,9 @@ from circuits.discovery.methods.eap import EAP, EAPIG, _sub_layers as sub_layers
 from circuits.models.component_graph import component_nodes
 from circuits.models.source_outputs import source_outputs
 from circuits.running.ablation import Counterfactuals, get_ablation
-from circuits.running.edge_layout import EdgeLayout
 from circuits.running.settings import RunSettings
 from circuits.runs.circuit_run import counting_passes
-from circuits.tasks.metrics import METRICS, get_metric
+from circuits.tasks.metrics import METRICS
 
 PUBLISHED = case("eap_case/case")
 PROMPTS = len(PUBLISHED["clean"])
@@ -110,55 +109,6 @@ def test_exact_patching_gives_the_effect_tables_of_compiled_programs(name, mode)
         assert scores[edge] == pytest.approx(effect, abs=1e-4 * abs(effect) + 5e-5), edge
 
 
-def differentiated_by_hand(model, graph, task, metric) -> torch.Tensor:
-    """d damage / d ablation of every edge, by autograd through the definition: hooks that mix in
-    each source's change by a weight per edge.
-    """
-    layout = EdgeLayout.of(model, graph)
-    clean = source_outputs(model, layout.nodes, task.clean, task.mask)
-    corrupted = source_outputs(model, layout.nodes, task.corrupted, task.mask)
-    step = 1e-4
-    scores = []
-    damage = get_metric(metric, task)
-    whole = circuits.model_logits(model, task)
-    for edge in graph.edges:
-        values = []
-        for sign in (1, -1):
-            change = sign * step * (corrupted - clean)[layout.nodes.index(edge.source)]
-            values.append(
-                float(damage.damage(nudged_logits(model, task, edge, change), whole, task).mean())
-            )
-        scores.append((values[0] - values[1]) / (2 * step))
-    return torch.tensor(scores)
-
-
-def nudged_logits(model, task, edge, change) -> torch.Tensor:
-    """The clean run with `change` added to what one slot of one target reads."""
-
-    def nudge(point, arguments, activation):
-        if edge.slot is None:
-            return activation + change
-        return activation.index_add(2, torch.tensor([edge.target.head]), change[:, :, None])
-
-    layer = getattr(edge.target, "layer", model.cfg.n_layers - 1)
-    name = {None: "hook_mlp_in"}.get(edge.slot, f"hook_{edge.slot}_input")
-    name = "hook_resid_post" if isinstance(edge.target, circuits.Logits) else name
-    flags = ("use_split_qkv_input", "use_hook_mlp_in", "ungroup_grouped_query_attention")
-    # A layer of another model has settings of its own.
-    configs = [model.cfg, *(block.cfg for block in model.blocks)]
-    configs += [block.attn.cfg for block in model.blocks]
-    for cfg, flag in product(configs, flags):
-        setattr(cfg, flag, flag != "use_hook_mlp_in" or not model.cfg.attn_only)
-    # TransformerLens' own table of hook points is that of the layers that were there first.
-    handle = model.get_submodule(f"blocks.{layer}.{name}").register_forward_hook(nudge)
-    with torch.no_grad():
-        logits = model(task.clean)[task.scored]
-    handle.remove()
-    for cfg, flag in product(configs, flags):
-        setattr(cfg, flag, False)
-    return logits
-
-
 @pytest.mark.parametrize(
     "architecture", [name for name in ARCHITECTURES if name != "bidirectional"]
 )
@@ -172,58 +122,6 @@ def test_eap_is_the_derivative_of_the_damage_with_respect_to_ablating_an_edge(ar
     scores = EAP().discover(model, task, graph=graph).scores
     torch.testing.assert_close(
         scores, expected.float(), atol=2e-6 * float(expected.abs().max()), rtol=1e-4
-    )
-
-
-@pytest.mark.parametrize("change", HONOURED)
-def test_eap_of_a_model_that_a_user_has_changed_is_the_derivative_of_what_it_computes(change):
-    model, task = random_model("gpt2", dtype=torch.float64), random_task(batch=3)
-    HONOURED[change](model)
-    graph = circuits.component_graph(model)
-    some = torch.arange(0, len(graph), 5)
-    few = circuits.Graph(graph.nodes, graph.source[some], graph.target[some], graph.slot[some])
-    expected = differentiated_by_hand(model, few, task, "logit_difference")
-    scores = EAP().discover(model, task, graph=few).scores
-    torch.testing.assert_close(
-        scores, expected.float(), atol=2e-6 * float(expected.abs().max()), rtol=1e-4
-    )
-
-
-BACKWARD = {
-    "the other way round": hook("blocks.1.hook_mlp_out", lambda g: (g.flip(0),), "bwd"),
-    "the mean": hook("blocks.0.hook_mlp_out", lambda g: (g.mean(0).expand_as(g),), "bwd"),
-    "by axis": hook(
-        "blocks.1.ln1.hook_normalized", lambda g: (g.index_fill(2, torch.tensor(1), 0),), "bwd"
-    ),
-}
-
-
-@pytest.mark.parametrize("change", BACKWARD)
-def test_a_hook_that_mixes_the_gradients_of_prompts_is_refused(change):
-    model, task = random_model("gpt2"), random_task()
-    BACKWARD[change](model)
-    told = r"computes other gradients .* hook at blocks\.\d\."
-    with pytest.raises(circuits.InputError, match=told):
-        EAP().discover(model, task)
-
-
-def test_a_hook_that_gives_one_gradient_for_all_prompts_is_refused():
-    model = random_model("gpt2")
-    hook("blocks.0.hook_mlp_out", lambda g: (g[:1],), "bwd")(model)
-    with pytest.raises(circuits.InputError, match=r"changed the size .* hook at blocks\.0\."):
-        EAP().discover(model, random_task())
-
-
-def test_a_hook_that_scales_gradients_scales_scores():
-    model, task = random_model("gpt2"), random_task()
-    plain = EAP().discover(model, task).scores
-    hook("blocks.1.hook_resid_post", lambda g: (g * 0.5,), "bwd")(model)
-    into_logits = torch.tensor(
-        [isinstance(e.target, circuits.Logits) for e in circuits.component_graph(model).edges]
-    )
-    scores = EAP().discover(model, task).scores
-    torch.testing.assert_close(
-        scores[~into_logits], plain[~into_logits] * 0.5, atol=1e-6, rtol=1e-4
     )
 
 

@@ -30,6 +30,9 @@ LACKED: dict[str, tuple[object, ...]] = {
     "num_experts": (None,), "use_logn_attn": (False, None), "post_embedding_ln": (False,),
     "use_normalization_before_and_after": (False,), "scale_attn_by_inverse_layer_idx": (False,),
     "positional_embedding_type": ("standard",), "use_NTK_by_parts_rope": (False,),
+    "attn_scores_soft_cap": (-1, 0, None), "output_logits_soft_cap": (-1, 0, None),
+    "use_attn_scale": (True,), "gated_mlp": (False,),
+    "act_fn": ("gelu", "gelu_new", "relu", "silu", None),
 }  # fmt: skip
 
 # The configurations that models were built from.
@@ -150,7 +153,5 @@ def _of_mlp(name: str, mlp: Any) -> Iterator[tuple[str, Tensor]]:
     assert isinstance(mlp, WeightedMLP)
     yield f"{name}.W_in", mlp.weight_in
     yield f"{name}.b_in", mlp.bias_in
-    if mlp.weight_gate is not None:
-        yield f"{name}.W_gate", mlp.weight_gate
     yield f"{name}.W_out", mlp.weight_out
     yield f"{name}.b_out", mlp.bias_out
