@@ -7,10 +7,14 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from architectures import random_model
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
+
+pytest.importorskip("transformer_lens.HookedTransformer")
+
 from transformer_lens import HookedTransformer
 from transformer_lens.components import TransformerBlock
 

@@ -7,7 +7,7 @@ import torch
 from architectures import ARCHITECTURES, random_model, random_task
 
 import circuits
-from circuits.models import hooked_run
+from circuits.models.backend import backend
 from circuits.running.ablation import get_ablation
 from circuits.running.hooked import HookedExecutor
 from circuits.running.incremental.batch import VariantRun
@@ -224,10 +224,11 @@ class TestWhatCannotBeRunIncrementally:
         self, monkeypatch
     ):
         model, task = random_model("gpt2"), random_task()
-        # Where nothing looks for changes, so that the model looks like any other.
-        plain = hooked_run.soft_capped
-        monkeypatch.setattr(hooked_run, "soft_capped", lambda x, cap: plain(x, cap) * 0.5)
         whole = circuits.Circuit.full(circuits.component_graph(model))
+        # Where nothing looks for changes, so that the model looks like any other.
+        kind = type(backend(model))
+        plain = kind.last_step
+        monkeypatch.setattr(kind, "last_step", lambda self, x: plain(self, x) * 0.5)
         with pytest.warns(UserWarning, match="last norm or unembedding"):
             found = circuits.run_circuit(model, whole, task)
         torch.testing.assert_close(
