@@ -16,6 +16,10 @@ from circuits.tasks.task import Task
 if HAS_HOOKED_TRANSFORMER:
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
+of_hooked_transformers = pytest.mark.skipif(
+    not HAS_HOOKED_TRANSFORMER, reason="about the inside of a HookedTransformer"
+)
+
 VOCAB = 50
 
 SMALL = {
@@ -154,14 +158,18 @@ def random_model(
         return hooked.eval()
     if architecture in HUGGING_FACE:
         return bridge_to(of_hugging_face(architecture, config, seed, dtype))
-    lacked = [
-        name for name, plain in native.LACKED.items() if config.get(name, plain[0]) not in plain
-    ]
-    if lacked:
-        pytest.skip(f"no {architecture} with {lacked[0]} in this version of TransformerLens")
+    skip_if_lacked(config)
     model = native.build(config, None, torch.device("cpu"), dtype)
     fill(dict(sorted(native.weights_of(model).items(), key=order)), config, seed)
     return model
+
+
+def skip_if_lacked(config: dict[str, Any]) -> None:
+    """Skip a test of a model that this version of TransformerLens does not build."""
+    allowed = {} if HAS_HOOKED_TRANSFORMER else native.LACKED
+    for name, plain in allowed.items():
+        if config.get(name, plain[0]) not in plain:
+            pytest.skip(f"no {name}={config[name]} in this version of TransformerLens")
 
 
 def of_hugging_face(
@@ -192,6 +200,13 @@ def order(item: tuple[str, Tensor]) -> tuple[int, int, int]:
         "unembed.b_U",
     )
     return (0 if "embed.W_" in name and name != "unembed.W_U" else 2), 0, names.index(name)
+
+
+def weight(model: Model, name: str) -> Tensor:
+    """A weight by its name in a HookedTransformer, to be read or changed in place."""
+    if native.is_native(model):
+        return native.weights_of(model)[name].detach()
+    return model.get_parameter(name).detach()
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from architectures import skip_if_lacked
 from safetensors.torch import load_file
 
 from circuits.models import Model, build_model
@@ -20,6 +21,7 @@ def case(path: str) -> dict[str, Any]:
 
 
 def case_model(config: dict[str, Any], weights: str, dtype: torch.dtype = torch.float32) -> Model:
+    skip_if_lacked(config)
     return build_model(config, load_file(DATA / f"{weights}.safetensors"), dtype=dtype)
 
 

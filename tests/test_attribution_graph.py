@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from architectures import random_model, random_task
+from architectures import random_model, random_task, weight as model_weight
 from attribution_case import RUNS, Run, case_model, case_tokens, case_transcoders
 from random_transcoders import KINDS, WITH_MLPS, model_of, random_transcoders
 from safetensors import safe_open
@@ -30,6 +30,7 @@ from circuits.attribution.interventions import Intervention, direct_effects
 from circuits.attribution.local_model import freeze
 from circuits.attribution.pooling import effects
 from circuits.graph.nodes import at_position
+from circuits.models import run_to_residual, weights_of
 
 PROMPT = [3, 14, 15, 9, 26, 5, 35, 8]
 
@@ -107,19 +108,20 @@ def preactivations(model, transcoders, graph: FeatureGraph) -> torch.Tensor:
         if 0 <= layer < len(pre)
     ]
     # Before a soft cap on the logits.
-    last = (
-        model.ln_final(local_residual(model, graph))
-        if model.cfg.normalization_type
-        else local_residual(model, graph)
-    )
-    logits = (last @ model.W_U + model.b_U)[-1]
+    logits = logits_of(model, local_residual(model, graph))[-1]
     return torch.stack(of_features[: int(graph.is_kind(FEATURE).sum())]), torch.stack(
         [logits[t.token] - logits.mean() for t in graph.targets]
     )
 
 
+def logits_of(model, residual: torch.Tensor) -> torch.Tensor:
+    last = weights_of(model).unembedding()
+    return last.norm(residual) @ last.weight + last.bias
+
+
 def local_residual(model, graph: FeatureGraph) -> torch.Tensor:
-    return model(graph.tokens[None], stop_at_layer=model.cfg.n_layers)[0]
+    tokens = graph.tokens[None]
+    return run_to_residual(model, tokens, torch.ones_like(tokens).bool())[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -259,7 +261,11 @@ def test_a_graph_explains_given_tokens_differences_and_directions():
     rows = [graph.adjacency()[-1, :-1] for graph in (one, other, both)]
     torch.testing.assert_close(rows[0] - rows[1], rows[2], rtol=0, atol=1e-5)
     assert (str(one.node(len(one.nodes) - 1)), both.targets[0].label) == ("logits:7@7", "#7 - #21")
-    direction = circuits.Direction("mine", model.W_U[:, 7] - model.W_U[:, 21], position=4)
+    direction = circuits.Direction(
+        "mine",
+        model_weight(model, "unembed.W_U")[:, 7] - model_weight(model, "unembed.W_U")[:, 21],
+        position=4,
+    )
     earlier = method.attribute(model, PROMPT, explain=[direction])
     assert (
         int(earlier.nodes.position[earlier.source[earlier.target == len(earlier.nodes) - 1]].max())
@@ -272,13 +278,14 @@ def test_directions_at_several_positions_keep_their_rows_and_constants_in_any_or
     model = model_of("gpt2")
     method = circuits.AttributionGraph(random_transcoders(model, "skip-plt"))
     directions = [
-        circuits.Direction(f"at {position}", model.W_U[:, token], position=position)
+        circuits.Direction(
+            f"at {position}", model_weight(model, "unembed.W_U")[:, token], position=position
+        )
         for position, token in ((5, 7), (3, 21), (7, 2))
     ]
     graph = method.attribute(model, PROMPT, explain=directions)
     assert bool((graph.target.diff() >= 0).all())
-    residual = model(torch.tensor([PROMPT]), stop_at_layer=2)
-    normed = model.ln_final(residual)[0]
+    normed = weights_of(model).unembedding().norm(local_residual(model, graph))
     sums = torch.zeros(len(graph.nodes)).index_add_(
         0, graph.target, graph.weight
     ) + graph.constants.sum(1)
@@ -583,7 +590,7 @@ def test_what_cannot_be_explained_is_said_in_one_line(unchecked_types):
         method.attribute(model_of("gpt2", n_layers=3), PROMPT)
     with pytest.raises(circuits.InputError, match="no MLPs"):
         method.attribute(model_of("attention_only"), PROMPT)
-    vector = model.W_U[:, 7]
+    vector = model_weight(model, "unembed.W_U")[:, 7]
     for explain, message in (
         ([77], "holds 77, which is no token of this model's"),
         ([], "give a list of tokens"),
@@ -628,7 +635,7 @@ def test_what_cannot_be_explained_is_said_in_one_line(unchecked_types):
     ):
         circuits.AttributionGraph(misshapen).attribute(model, PROMPT)
     broken = model_of("gpt2")
-    broken.blocks[1].mlp.W_out.data[0, 0] = float("nan")
+    model_weight(broken, "blocks.1.mlp.W_out")[0, 0] = float("nan")
     with pytest.raises(circuits.InputError, match="not finite"):
         method.attribute(broken, PROMPT)
 
@@ -649,7 +656,8 @@ def test_the_graphs_of_a_task_become_one_circuit_scored_by_predicted_damage():
     expected, keeping = {}, {}
     for prompt in range(len(task)):
         right, wrong = (
-            model.W_U[:, part[prompt]].mean(1) for part in (task.answers, task.wrong_answers)
+            model_weight(model, "unembed.W_U")[:, part[prompt]].mean(1)
+            for part in (task.answers, task.wrong_answers)
         )
         positions = task.scored[prompt].nonzero().flatten().tolist()
         directions = [

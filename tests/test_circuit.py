@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from architectures import random_model, random_task
+from architectures import random_model, random_task, weight
 
 import circuits
 from circuits.graph.circuit import FILE
@@ -297,7 +297,7 @@ def test_a_circuit_on_a_model_of_another_shape_is_an_error_and_with_other_weight
 
 def test_a_single_changed_weight_is_noticed(circuit):
     model = random_model("gpt2")
-    model.blocks[1].attn.W_V.data[2, 3, 4] += 1e-3
+    weight(model, "blocks.1.attn.W_V")[2, 3, 4] += 1e-3
     with pytest.warns(UserWarning, match="other weights"):
         circuits.run_circuit(model, circuit, random_task())
 

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from architectures import random_model, random_task
+from architectures import random_model, random_task, weight
 from random_transcoders import random_transcoders
 
 import circuits
@@ -70,7 +70,7 @@ def test_nodes_write_their_outputs(task, split_embed):
     found = circuits.circuit_activations(model, whole, task, [*embeddings, Head(1, 2), "m0"])
     cache = model.run_with_cache(task.clean)[1]
     assert list(found) == [*embeddings, "a1.h2", "m0"]
-    expected = cache["blocks.1.attn.hook_z"][:, :, 2] @ model.W_O[1, 2]
+    expected = cache["blocks.1.attn.hook_z"][:, :, 2] @ weight(model, "blocks.1.attn.W_O")[2]
     torch.testing.assert_close(found["a1.h2"], expected)
     torch.testing.assert_close(found["m0"], cache["blocks.0.hook_mlp_out"])
     written = torch.stack([found[name] for name in embeddings]).sum(0)
@@ -115,7 +115,7 @@ def test_one_ablated_edge_changes_what_a_hand_written_hook_changes(task):
         which: model.run_with_cache(tokens)[1]["blocks.0.attn.hook_z"][:, :, 1]
         for which, tokens in (("clean", task.clean), ("corrupted", task.corrupted))
     }
-    change = (z["corrupted"] - z["clean"]) @ model.W_O[0, 1]
+    change = (z["corrupted"] - z["clean"]) @ weight(model, "blocks.0.attn.W_O")[1]
 
     def query_reads(value, hook):
         value[:, :, 3] += change
@@ -134,7 +134,7 @@ def test_one_ablated_edge_changes_what_a_hand_written_hook_changes(task):
         )
     finally:
         model.set_use_split_qkv_input(False)
-    kept["a1.h3"] = kept["blocks.1.attn.hook_z"][:, :, 3] @ model.W_O[1, 3]
+    kept["a1.h3"] = kept["blocks.1.attn.hook_z"][:, :, 3] @ weight(model, "blocks.1.attn.W_O")[3]
     whole = circuits.Circuit.full(graph)
     plain = circuits.circuit_activations(model, whole, task, names)
     for name in names:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from architectures import random_model, random_task
+from architectures import random_model, random_task, weight as model_weight
 from several_ranks import on_two_ranks
 from test_discoverers import REQUIRED
 
@@ -162,7 +162,7 @@ def own_metric(name: str) -> Runs:
 def hook(name: str, where: str, weight: str) -> Runs:
     """A user's hook that halves an activation is a model with half the weights that read it."""
     other = deepcopy(model_for(name))
-    other.get_parameter(weight).data /= 2
+    model_weight(other, weight).div_(2)
     with model_for(name).hooks(fwd_hooks=[(where, lambda value, hook: value / 2)]):
         return run(name, other), run(name)
 

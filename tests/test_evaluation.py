@@ -5,7 +5,7 @@ import dataclasses
 import pandas as pd
 import pytest
 import torch
-from architectures import random_model, random_task
+from architectures import random_model, random_task, weight
 
 import circuits
 from circuits.evaluation.compare import compare
@@ -88,7 +88,7 @@ def test_tokens_that_a_bias_masks_change_neither_an_evaluation_nor_what_counts_a
     # All but the names that the task is about, so that most logits are masked.
     is_masked = torch.ones(model.cfg.d_vocab, dtype=torch.bool)
     is_masked[torch.cat([task.answers, task.wrong_answers]).unique()] = False
-    model.unembed.b_U.data[is_masked] = mask
+    weight(model, "unembed.b_U")[is_masked] = mask
     masked = circuits.evaluate(model, circuit, task)
     values = masked.table().loc["logit_difference"].tolist()
     assert values == pytest.approx(plain.table().loc["logit_difference"], abs=tolerance)

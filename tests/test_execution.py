@@ -9,13 +9,14 @@ import numpy as np
 import pandas.testing
 import pytest
 import torch
-from architectures import ARCHITECTURES, VOCAB, random_model, random_task
+from architectures import ARCHITECTURES, VOCAB, random_model, random_task, weight
 from random_transcoders import random_transcoders
+from torch.nn import functional
 from unequal_prompts import unequal_pair
 
 import circuits
 from circuits.graph.nodes import MLP, Head, Node
-from circuits.models import counting_passes
+from circuits.models import counting_passes, run_to_residual, unembed, weights_of
 from circuits.models.component_graph import component_nodes
 from circuits.models.source_outputs import source_outputs
 from circuits.running import run as execution
@@ -149,9 +150,10 @@ def test_node_outputs_and_biases_sum_to_the_residual_stream(architecture):
     outputs = source_outputs(
         model, component_nodes(model, split_embed=False), task.clean, task.mask
     )
-    biases = sum(block.attn.b_O for block in model.blocks)
+    weights = weights_of(model)
+    biases = sum(weights.output_bias(layer) for layer in range(model.cfg.n_layers))
     with torch.no_grad():
-        residual = model(task.clean, stop_at_layer=model.cfg.n_layers)
+        residual = run_to_residual(model, task.clean, task.mask)
     torch.testing.assert_close(outputs.sum(0) + biases.detach(), residual, atol=1e-5, rtol=1e-5)
 
 
@@ -161,9 +163,9 @@ def definition(model, graph, kept, task) -> torch.Tensor:
     """
     nodes = component_nodes(model, split_embed=False)
     corrupted = source_outputs(model, nodes, task.corrupted, task.mask)
-    outputs: dict[Node, torch.Tensor] = {
-        nodes[0]: model.embed(task.clean) + model.pos_embed(task.clean)
-    }
+    of = partial(weight, model)
+    positions = of("pos_embed.W_pos")[: task.clean.shape[1]]
+    outputs: dict[Node, torch.Tensor] = {nodes[0]: of("embed.W_E")[task.clean] + positions}
     keeps = dict(zip(graph.edges, kept.tolist(), strict=True))
 
     def read(target, slot, bias):
@@ -174,24 +176,29 @@ def definition(model, graph, kept, task) -> torch.Tensor:
                 total = total + (outputs[node] if keeps[edge] else corrupted[index])
         return total
 
+    def normed(name, x):
+        return functional.layer_norm(x, x.shape[-1:], of(f"{name}.w"), of(f"{name}.b"))
+
     bias = torch.zeros(model.cfg.d_model)
-    for layer, block in enumerate(model.blocks):
+    for layer in range(model.cfg.n_layers):
+        block, attention, mlp = (f"blocks.{layer}{part}" for part in ("", ".attn", ".mlp"))
         for head in range(model.cfg.n_heads):
-            attention = block.attn
             q, k, v = (
-                block.ln1(read(Head(layer, head), slot, bias))
-                @ getattr(attention, f"W_{slot.upper()}")[head]
-                + getattr(attention, f"b_{slot.upper()}")[head]
+                normed(f"{block}.ln1", read(Head(layer, head), slot, bias))
+                @ of(f"{attention}.W_{slot.upper()}")[head]
+                + of(f"{attention}.b_{slot.upper()}")[head]
                 for slot in "qkv"
             )
-            scores = (q @ k.transpose(1, 2) / attention.attn_scale).masked_fill(
+            scores = (q @ k.transpose(1, 2) / model.cfg.d_head**0.5).masked_fill(
                 ~torch.ones(q.shape[1], q.shape[1]).tril().bool(), -torch.inf
             )
-            outputs[Head(layer, head)] = scores.softmax(-1) @ v @ attention.W_O[head]
-        bias = bias + block.attn.b_O
-        outputs[MLP(layer)] = block.mlp(block.ln2(read(MLP(layer), None, bias)))
+            outputs[Head(layer, head)] = scores.softmax(-1) @ v @ of(f"{attention}.W_O")[head]
+        bias = bias + of(f"{attention}.b_O")
+        inputs = normed(f"{block}.ln2", read(MLP(layer), None, bias))
+        hidden = functional.gelu(inputs @ of(f"{mlp}.W_in") + of(f"{mlp}.b_in"))
+        outputs[MLP(layer)] = hidden @ of(f"{mlp}.W_out") + of(f"{mlp}.b_out")
     final = read(circuits.Logits(), None, bias)
-    return model.unembed(model.ln_final(final))[task.scored].detach()
+    return unembed(model, final[task.scored]).detach()
 
 
 @every_executor
@@ -400,7 +407,10 @@ def test_means_can_be_taken_over_the_clean_prompts_of_another_task(name, length,
     runs = []
     for tokens, n_tokens in zip(other.clean, other.lengths, strict=True):
         cache = model.run_with_cache(tokens[None, :n_tokens])[1]
-        heads = [torch.einsum("bphd,hdm->hbpm", cache["z", i], model.W_O[i]) for i in range(2)]
+        heads = [
+            torch.einsum("bphd,hdm->hbpm", cache["z", i], weight(model, f"blocks.{i}.attn.W_O"))
+            for i in range(2)
+        ]
         written = torch.cat(
             [
                 cache["resid_pre", 0][None],
@@ -448,8 +458,8 @@ class TestNoiseOnTheTokenEmbeddings:
         """A hook of TransformerLens that adds the noise of one prompt, without padding."""
         n_tokens = int(task.lengths[row])
         alone = circuits.Task.from_tokens(*[task.clean[row : row + 1, :n_tokens].clone()] * 2)
-        drawn = embedding_noise(model, alone, 1.0, seed, None)[0] / model.W_E.std()
-        noise = scale * model.W_E.std() * drawn
+        drawn = embedding_noise(model, alone, 1.0, seed, None)[0] / weight(model, "embed.W_E").std()
+        noise = scale * weight(model, "embed.W_E").std() * drawn
         if span is not None:
             noise = noise * task.positions[span][row, :n_tokens, None]
         return lambda embedding, hook: embedding + noise
@@ -522,7 +532,7 @@ class TestNoiseOnTheTokenEmbeddings:
         assert torch.equal(embedding_noise(model, padded, 3.0, 0, None)[:, :8], noise)
         assert not torch.allclose(embedding_noise(model, task, 3.0, 1, None), noise)
         assert not noise[~task.mask].any()
-        deviation = noise[task.mask].std() / model.W_E.detach().std()
+        deviation = noise[task.mask].std() / weight(model, "embed.W_E").std()
         assert float(deviation) == pytest.approx(3, rel=0.1)
 
     def test_an_answer_that_was_appended_to_a_prompt_gets_no_noise(self, toy_world):
@@ -556,10 +566,9 @@ class TestNoiseOnTheTokenEmbeddings:
 def test_zero_ablation_leaves_the_attention_bias(executor):
     model, task = random_model("gpt2"), random_task()
     empty = circuits.Circuit.from_edges(circuits.component_graph(model), [])
-    biases = sum(block.attn.b_O for block in model.blocks)
-    expected = (
-        model.unembed(model.ln_final(biases[None, None]))[0].detach().expand(len(task), VOCAB)
-    )
+    weights = weights_of(model)
+    biases = sum(weights.output_bias(layer) for layer in range(model.cfg.n_layers))
+    expected = unembed(model, biases[None]).detach().expand(len(task), VOCAB)
     torch.testing.assert_close(
         circuits.run_circuit(model, empty, task, ablation="zero", executor=executor),
         expected,
@@ -651,7 +660,7 @@ def test_a_model_whose_outputs_do_not_sum_up_is_caught_when_it_runs(task, execut
 @every_executor
 def test_logits_that_overflow_in_half_precision_are_an_error(task, executor):
     model = random_model("gpt2", dtype=torch.float16)
-    model.unembed.W_U.data.mul_(60_000)
+    weight(model, "unembed.W_U").mul_(60_000)
     with pytest.raises(circuits.InputError, match=r"overflows.*float32"):
         circuits.run_circuit(
             model, circuits.Circuit.full(circuits.component_graph(model)), task, executor=executor
@@ -942,7 +951,7 @@ def test_the_gradient_score_of_an_edge_uses_what_the_counterpart_has(unequal, to
         end, name = int(unequal.alignment[row, length - 1]), "blocks.3.hook_mlp_out"
         change = corrupted[name][0, end] - clean[name][0, -1]
         residual = clean["blocks.3.hook_resid_post"][:, -1:].detach().requires_grad_()
-        logits = toy_world.unembed(toy_world.ln_final(residual))[0, 0]
+        logits = unembed(toy_world, residual)[0, 0]
         difference = logits[unequal.answers[row, 0]] - logits[unequal.wrong_answers[row, 0]]
         (gradient,) = torch.autograd.grad(difference, residual)
         damages.append(-float(gradient[0, 0] @ change))

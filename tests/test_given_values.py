@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from architectures import weight
 
 import circuits
 from circuits.attribution.feature_graph import FEATURE
@@ -408,7 +409,8 @@ def test_a_graph_run_explains_what_a_generator_or_a_list_of_numbers_says(
     toy_world, transcoders, tmp_path
 ):
     method = circuits.AttributionGraph(transcoders)
-    vector = (toy_world.W_U[:, 7] - toy_world.W_U[:, 21]).tolist()
+    unembedding = weight(toy_world, "unembed.W_U")
+    vector = (unembedding[:, 7] - unembedding[:, 21]).tolist()
     for explain in ([128, 7], [circuits.Direction("7 against 21", vector)]):
         expected = method.attribute(toy_world, PROMPT, explain=explain)
         run = circuits.run_graph(method, toy_world, PROMPT, explain=iter(explain), out=tmp_path)

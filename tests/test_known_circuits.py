@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import weight
 from torch import Tensor
 
 from circuits.models import Model
@@ -246,7 +247,7 @@ def test_the_seed_decides_everything_and_nothing_global_changes(name: str) -> No
     )
     assert torch.equal(first.task.clean, again.task.clean)
     assert not torch.equal(first.task.clean, other.task.clean)
-    assert not torch.equal(first.model.W_E, other.model.W_E)
+    assert not torch.equal(*(weight(each.model, "embed.W_E") for each in (first, other)))
 
 
 def test_prompts_do_not_depend_on_the_model() -> None:

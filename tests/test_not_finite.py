@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from architectures import random_model, random_task
+from architectures import random_model, random_task, weight
 from test_discoverers import METHODS, made
 
 import circuits
@@ -41,7 +41,7 @@ class OwnForward(circuits.CircuitDiscoverer):
 def broken(name: str, value: float):
     """The model of all tests with one entry changed."""
     model = random_model("gpt2")
-    model.get_parameter(name).data.flatten()[3] = value
+    weight(model, name).view(-1)[3] = value
     return model
 
 
@@ -74,7 +74,7 @@ def test_weights_that_are_not_finite_or_far_too_large_are_named(method, name, va
 
 def test_details_feature_graphs_and_evaluations_refuse_them_too(toy_world):
     model = deepcopy(toy_world)
-    model.get_parameter("blocks.1.mlp.W_in").data[3, 4] = 1e30
+    weight(model, "blocks.1.mlp.W_in")[3, 4] = 1e30
     task = circuits.load_task("ioi", toy_world, n=2)
     whole = circuits.Circuit.full(circuits.component_graph(toy_world))
     for run in (
@@ -116,11 +116,11 @@ def test_products_that_overflow_are_refused_although_the_logits_are_finite():
 def test_a_small_dtype_is_named_where_it_is_the_cause():
     model = random_model("gpt2", dtype=torch.float16)
     assert "dtype=torch.float32 (or torch.bfloat16" in cause(model)
-    model.get_parameter("blocks.1.mlp.W_in").data[3, 4] = INFINITY
+    weight(model, "blocks.1.mlp.W_in")[3, 4] = INFINITY
     assert "W_in are not finite (NaN or infinite); load it with dtype=torch.float32" in cause(model)
 
 
 def test_large_activations_that_no_norm_reads_are_sound():
     model, task = random_model("no_norms"), random_task()
-    model.get_parameter("embed.W_E").data *= 1e20
+    weight(model, "embed.W_E").mul_(1e20)
     assert run_to_residual(model, task.clean, task.mask).isfinite().all()

@@ -34,6 +34,7 @@ Context = Iterator[None]
 
 
 N_TOKENS = 16
+INNER = "_original_component."
 
 
 class _Named:
@@ -73,7 +74,9 @@ class BridgeBackend(Backend, of=TransformerBridge):
 
     def parameters(self) -> Mapping[str, Tensor]:
         """Return all parameters of the wrapped model by name."""
-        return dict(self.model.original_model.named_parameters())
+        parameters = self.model.original_model.named_parameters()
+        # Bridges are inside of the model as well.
+        return {name.replace(INNER, ""): parameter for name, parameter in parameters}
 
     def hook_names(self) -> tuple[str, ...]:
         """Return the names of all activations."""
@@ -81,14 +84,16 @@ class BridgeBackend(Backend, of=TransformerBridge):
         return (*OUTSIDE, *(f"blocks.{layer}.{name}" for layer in layers for name in IN_BLOCK))
 
     def run(self, tokens: Tensor, mask: Tensor, layers: int | None) -> Tensor:
-        """Run by the pass of this package; to the logits, by the model's own forward pass."""
-        if layers is None:
+        """Run by the pass of this package; to the logits, by the model's own if nobody listens."""
+        if layers is None and not _ACTIVE.get(self.model):
             return self.model(tokens, attention_mask=torch.ones_like(tokens))
         for hook in self.model._forward_pre_hooks.values():
             # Those that count the passes.
             if isinstance(hook, Own):
                 hook(self.model, (tokens,))
-        return self._pass(tokens.shape).to_residual(tokens, layers)
+        last = self.shape().n_layers if layers is None else layers
+        residual = self._pass(tokens.shape).to_residual(tokens, last)
+        return self.last_step(residual) if layers is None else residual
 
     def last_step(self, residual: Tensor) -> Tensor:
         """Compute logits from the final residual stream."""

@@ -35,8 +35,9 @@ _OFFSETS: dict[type, int | None] = {}
 
 
 def child(owner: Any, name: str) -> Any:
-    """Return a part of a bridge, or None if it has none of this name."""
-    return owner._modules.get(name)
+    """Return a part of a bridge, or None if it has none of this name, or one that does nothing."""
+    found = owner._modules.get(name)
+    return None if found is None or isinstance(original(found), nn.Identity) else found
 
 
 def original(component: Any) -> Any:

@@ -83,8 +83,9 @@ def build(
             f"the configuration makes no model ({type(error).__name__}: {str(error)[:120]}); give "
             "one such as model.cfg.to_dict()."
         ) from error
-    if isinstance(name := config.get("model_name"), str):
-        model.cfg.model_name = name
+    name = config.get("model_name")
+    # As in a HookedTransformer.
+    model.cfg.model_name = name if isinstance(name, str) else "custom"
     _CONFIGS[model] = _plain(config)
     return model.eval()
 
