@@ -277,10 +277,9 @@ def test_a_graph_explains_given_tokens_differences_and_directions():
 def test_directions_at_several_positions_keep_their_rows_and_constants_in_any_order():
     model = model_of("gpt2")
     method = circuits.AttributionGraph(random_transcoders(model, "skip-plt"))
+    unembedding = model_weight(model, "unembed.W_U")
     directions = [
-        circuits.Direction(
-            f"at {position}", model_weight(model, "unembed.W_U")[:, token], position=position
-        )
+        circuits.Direction(f"at {position}", unembedding[:, token], position=position)
         for position, token in ((5, 7), (3, 21), (7, 2))
     ]
     graph = method.attribute(model, PROMPT, explain=directions)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.models.backend import Model, shape_of
+from circuits.models.backend import Model, backend, shape_of
 from circuits.system.errors import NotFiniteError
 
 
@@ -23,7 +24,7 @@ def cause(model: Model) -> str:
             "the model overflows in its dtype; load it with dtype=torch.float32 "
             "(or torch.bfloat16, which has the same range)."
         )
-    parameters = [(name, each) for name, each in model.named_parameters() if each.numel()]
+    parameters = [(name, each) for name, each in _weights(model) if each.numel()]
     sizes = {name: float(each.detach().abs().max()) for name, each in parameters}
     largest = max(sizes, key=sizes.__getitem__)
     return (
@@ -34,7 +35,7 @@ def cause(model: Model) -> str:
 
 def check_weights(model: Model) -> None:
     """Raise an InputError if weights are not finite, some of which TransformerLens would hide."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in _weights(model):
         n_bad = count_not_finite(parameter)
         if n_bad:
             is_narrow = shape_of(model).dtype == torch.float16
@@ -43,6 +44,10 @@ def check_weights(model: Model) -> None:
                 f"{n_bad} of {parameter.numel()} entries of {name} are not finite (NaN or "
                 f"infinite); {remedy}."
             )
+
+
+def _weights(model: Model) -> Iterable[tuple[str, Tensor]]:
+    return backend(model).parameters().items()
 
 
 def check_size(model: Model, residual: Float[Tensor, "*axes d_model"]) -> None:

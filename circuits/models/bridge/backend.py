@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from circuits.models.backend import Backend, Changes, Hook, Hooks, Inputs
+from circuits.models.bridge import parts
 from circuits.models.bridge.changes import (
     all_modules,
     changes,
@@ -76,7 +78,12 @@ class BridgeBackend(Backend, of=TransformerBridge):
         """Return all parameters of the wrapped model by name."""
         parameters = self.model.original_model.named_parameters()
         # Bridges are inside of the model as well.
-        return {name.replace(INNER, ""): parameter for name, parameter in parameters}
+        found: dict[str, Tensor] = {name.replace(INNER, ""): each for name, each in parameters}
+        # TransformerLens keeps this one among the buffers.
+        bias = parts.bias(self.model.unembed)
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            found["unembed.b_U"] = bias
+        return found
 
     def hook_names(self) -> tuple[str, ...]:
         """Return the names of all activations."""
@@ -166,7 +173,10 @@ class BridgeBackend(Backend, of=TransformerBridge):
             here = self.last_step(self.run(tokens, tokens > 0, shape.n_layers))
             there = self.run(tokens, tokens > 0, None)
         gap = logit_gap(here[0].float(), there[0].float())
-        if not gap <= TOLERANCE[shape.dtype]:
+        if math.isnan(gap):
+            # Of weights that are not finite or too large, which runs will name.
+            return
+        if gap > TOLERANCE[shape.dtype]:
             yield (
                 f"its weights, run layer by layer, give other logits (by {gap:.1%}) than the model "
                 "does; undo what was changed in it, or load it anew with circuits.load_model"
