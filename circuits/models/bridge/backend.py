@@ -16,6 +16,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from circuits.models.backend import Backend, Changes, Hook, Hooks, Inputs
 from circuits.models.bridge import parts
 from circuits.models.bridge.changes import (
+    INNER,
     all_modules,
     changes,
     hooked_points,
@@ -36,7 +37,6 @@ Context = Iterator[None]
 
 
 N_TOKENS = 16
-INNER = "_original_component."
 
 
 class _Named:
@@ -77,7 +77,6 @@ class BridgeBackend(Backend, of=TransformerBridge):
     def parameters(self) -> Mapping[str, Tensor]:
         """Return all parameters of the wrapped model by name."""
         parameters = self.model.original_model.named_parameters()
-        # Bridges are inside of the model as well.
         found: dict[str, Tensor] = {name.replace(INNER, ""): each for name, each in parameters}
         # TransformerLens keeps this one among the buffers.
         bias = parts.bias(self.model.unembed)

@@ -29,6 +29,8 @@ POINTS = {
     "hook_mlp_out": "mlp.hook_out",
     "hook_resid_post": "hook_out",
 }
+# Bridges are inside of the modules that they wrap.
+INNER = "_original_component."
 FLAT = ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.o.hook_in")
 
 
@@ -94,14 +96,14 @@ def problems(model: TransformerBridge) -> Iterator[str]:
     honoured = set(hook_points(model).values())
     after = [name for name in HOOKS if name != "_forward_pre_hooks"]
     for name, module in all_modules(model):
-        where = name or WHOLE
+        where = _called(name, module)
         if is_compiled(module):
             yield f"{where} is compiled, and hooks do not reach into it; use it uncompiled"
         if module in honoured:
             continue
         names = after if module is model else HOOKS
         hooks = [*hooks_on(module, names=names)]
-        if any(isinstance(module, HookPoint) or _is_users(hook) for hook in hooks):
+        if any(_is_users(hook) for hook in hooks):
             yield (
                 f"it has a hook at {where}, which the run of a circuit does not compute; put it at "
                 "the output of a head (hook_z), an MLP (hook_mlp_out) or a layer, or remove it "
@@ -112,17 +114,34 @@ def problems(model: TransformerBridge) -> Iterator[str]:
     yield from _unusable_weights(model)
 
 
+def _called(name: str, module: nn.Module) -> str:
+    """What users call a module: hook points have a name that is not the place where they are."""
+    known = module.name if isinstance(module, HookPoint) else None
+    return known or name.replace(INNER, "") or WHOLE
+
+
 def _is_users(function: Any) -> bool:
     """Whether a function is no library's own."""
-    while isinstance(function, partial):
-        function = function.func
+    while (inner := _inside_of(function)) is not None:
+        function = inner
     where = getattr(function, "__module__", None) or type(function).__module__
     return where.partition(".")[0] not in LIBRARIES
 
 
+def _inside_of(function: Any) -> Any:
+    """What a function calls that is the one that was given, as TransformerLens wraps hooks."""
+    if isinstance(function, partial):
+        return function.func
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+    held = dict(zip(code.co_freevars, cells, strict=True)) if code and cells else {}
+    found = held.get("hook") or held.get("full_hook")
+    return None if found is None else found.cell_contents
+
+
 def _unusable_weights(model: TransformerBridge) -> Iterator[str]:
     first = next(model.original_model.parameters())
-    for name, parameter in model.original_model.named_parameters():
+    for inner, parameter in model.original_model.named_parameters():
+        name = inner.replace(INNER, "")
         if parameter.device.type == "meta":
             yield f"{name} is on the meta device, without values; load the weights"
         elif parameter.device != first.device:
