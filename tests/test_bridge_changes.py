@@ -72,6 +72,7 @@ HONOURED = {
 # Points at which a run of circuits computes nothing of the kind, or what nodes do not write.
 REFUSED = {
     "what attention is given": ("blocks.1.attn.hook_in", r"blocks\.1\.attn\.hook_in"),
+    "scores": ("blocks.1.attn.hook_attn_scores", r"blocks\.1\.attn\.hook_attn_scores"),
     "what a norm gives": ("blocks.1.ln1.hook_normalized", r"blocks\.1\.ln1\.hook_normalized"),
     "a norm's scale": ("ln_final.hook_scale", r"ln_final\.hook_scale"),
     "neurons": ("blocks.1.mlp.in.hook_out", r"blocks\.1\.mlp\.in\.hook_out"),
@@ -114,6 +115,14 @@ def test_a_hook_on_a_module_of_hugging_face_is_refused_by_name(direction, task):
     register = mlp.register_forward_hook if direction == "fwd" else mlp.register_full_backward_hook
     register(lambda *arguments: None)
     with pytest.raises(circuits.InputError, match=r"has a hook at .*1\.mlp"):
+        circuits.EAP().discover(model, task)
+
+
+def test_a_hook_on_the_tokens_is_refused(task):
+    model = model_of()
+    circuits.EAP().discover(model, task)
+    model.register_forward_pre_hook(lambda module, args: (args[0].flip(1), *args[1:]))
+    with pytest.raises(circuits.InputError, match="has a hook at the model itself"):
         circuits.EAP().discover(model, task)
 
 
@@ -212,7 +221,6 @@ def test_folded_weights_are_right_or_refused(name, task):
     model = model_of(name)
     model.enable_compatibility_mode()
     try:
-        circuits.check_model(model) if hasattr(circuits, "check_model") else None
         graph = circuits.component_graph(model)
     except circuits.InputError as error:
         assert len(str(error)) <= 500

@@ -15,11 +15,6 @@ FINAL_SCALE = "ln_final.hook_scale"
 """What the final norm divides by."""
 
 
-def hook_names(model: Model) -> tuple[str, ...]:
-    """Return the names of all hook points, whether or not a run computes them."""
-    return tuple(model.hook_dict)
-
-
 def output_hook(node: Node) -> str:
     """Return where the output of a source can be read: a head writes z W_O, and its z is read."""
     match node:

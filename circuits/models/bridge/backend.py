@@ -25,7 +25,7 @@ from circuits.models.bridge.changes import (
     problems,
     through,
 )
-from circuits.models.bridge.run import IN_BLOCK, OUTSIDE, Pass
+from circuits.models.bridge.run import Pass
 from circuits.models.bridge.shape import bridge_shape, unreadable, unsupported
 from circuits.models.bridge.weights import BridgeWeights
 from circuits.models.changes import Own, hooks_by_kind
@@ -85,9 +85,20 @@ class BridgeBackend(Backend, of=TransformerBridge):
         return found
 
     def hook_names(self) -> tuple[str, ...]:
-        """Return the names of all activations."""
-        layers = range(self.shape().n_layers)
-        return (*OUTSIDE, *(f"blocks.{layer}.{name}" for layer in layers for name in IN_BLOCK))
+        """Return the names of all activations, from a run of one token."""
+        seen: dict[str, None] = {}
+
+        def at(name: str, activation: Tensor) -> Tensor:
+            if ".hook_" in name or name.startswith("hook_"):
+                seen[name] = None
+            return activation
+
+        shape = self.shape()
+        token = torch.zeros(1, 1, dtype=torch.long, device=shape.device)
+        noting = Pass(self.weights(), at, lambda name: True)
+        with torch.no_grad():
+            noting.to_logits(noting.to_residual(token, shape.n_layers))
+        return tuple(seen)
 
     def run(self, tokens: Tensor, mask: Tensor, layers: int | None) -> Tensor:
         """Run by the pass of this package; to the logits, by the model's own if nobody listens."""
@@ -169,8 +180,9 @@ class BridgeBackend(Backend, of=TransformerBridge):
         tokens = torch.randint(shape.d_vocab, (1, min(N_TOKENS, shape.n_ctx)), generator=generator)
         tokens = tokens.to(shape.device)
         with torch.no_grad():
-            here = self.last_step(self.run(tokens, tokens > 0, shape.n_layers))
-            there = self.run(tokens, tokens > 0, None)
+            # Not by calls, which are counted.
+            here = self.last_step(self._pass(tokens.shape).to_residual(tokens, shape.n_layers))
+            there = self.model.forward(tokens, attention_mask=torch.ones_like(tokens))
         gap = logit_gap(here[0].float(), there[0].float())
         if math.isnan(gap):
             # Of weights that are not finite or too large, which runs will name.

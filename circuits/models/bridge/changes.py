@@ -13,16 +13,16 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from circuits.models.backend import Changes
-from circuits.models.changes import A_HOOK, HOOKS, WHOLE, hooks_on, is_compiled
+from circuits.models.changes import A_HOOK, WHOLE, hooks_on, is_compiled
 
 # Where the pass of this package computes an activation, and a bridge's hook point for it; some of
-# them take the axes of heads as one.
+# them take the axes of heads as one. Scores are none of them: they are masked or scaled before the
+# hook or after it, as the class of attention has it.
 POINTS = {
     "hook_resid_pre": "hook_in",
     "attn.hook_q": "attn.q.hook_out",
     "attn.hook_k": "attn.k.hook_out",
     "attn.hook_v": "attn.v.hook_out",
-    "attn.hook_attn_scores": "attn.hook_attn_scores",
     "attn.hook_pattern": "attn.hook_pattern",
     "attn.o.hook_in": "attn.o.hook_in",
     "hook_attn_out": "attn.hook_out",
@@ -94,16 +94,13 @@ def all_modules(model: TransformerBridge) -> Iterator[tuple[str, nn.Module]]:
 def problems(model: TransformerBridge) -> Iterator[str]:
     """Say why a bridge cannot be run as it is."""
     honoured = set(hook_points(model).values())
-    after = [name for name in HOOKS if name != "_forward_pre_hooks"]
     for name, module in all_modules(model):
         where = _called(name, module)
         if is_compiled(module):
             yield f"{where} is compiled, and hooks do not reach into it; use it uncompiled"
         if module in honoured:
             continue
-        names = after if module is model else HOOKS
-        hooks = [*hooks_on(module, names=names)]
-        if any(_is_users(hook) for hook in hooks):
+        if any(_is_users(hook) for hook in hooks_on(module)):
             yield (
                 f"it has a hook at {where}, which the run of a circuit does not compute; put it at "
                 "the output of a head (hook_z), an MLP (hook_mlp_out) or a layer, or remove it "
@@ -173,7 +170,10 @@ def _point(owner: Any, path: str) -> HookPoint | None:
 
 def through(point: HookPoint, name: str, activation: Tensor) -> Tensor:
     """Pass an activation through a bridge's hook point, in the layout that it has there."""
-    if not name.endswith(FLAT):
-        return torch.as_tensor(point(activation))
-    heads = activation.shape[2:]
-    return point(activation.flatten(2)).unflatten(-1, heads)
+    if name.endswith(FLAT):
+        heads = activation.shape[2:]
+        return point(activation.flatten(2)).unflatten(-1, heads)
+    changed = torch.as_tensor(point(activation))
+    # In OPT what a hook returns is flattened, as the wrapped module wants it.
+    is_whole = changed.numel() == activation.numel()
+    return changed.view(activation.shape) if is_whole else changed

@@ -25,16 +25,6 @@ from circuits.models.layers.functional import (
 )
 from circuits.models.layers.shape import ModelShape
 
-# Names of the activations that pass hooks, those in a layer without its name.
-OUTSIDE = ("hook_embed", "hook_pos_embed", "ln_final.hook_scale", "unembed.hook_out")
-IN_BLOCK = (
-    "hook_resid_pre", "hook_q_input", "hook_k_input", "hook_v_input", "ln1.hook_scale",
-    "attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_attn_scores", "attn.hook_pattern",
-    "attn.hook_z", "ln1_post.hook_scale", "hook_attn_out", "hook_resid_mid", "hook_mlp_in",
-    "ln2.hook_scale", "mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post",
-    "ln2_post.hook_scale", "hook_mlp_out", "hook_resid_post",
-)  # fmt: skip
-
 Point = Callable[[str, Tensor], Tensor]
 Tokens = Int[Tensor, "batch pos"]
 Residual = Float[Tensor, "batch pos d_model"]
