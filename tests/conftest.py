@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import jaxtyping
 import pytest
 import torch
+from unequal_prompts import unequal_task
 
 import circuits
 from circuits.tasks.families import task_families
@@ -19,6 +20,11 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def toy_world():
     return circuits.load_model("toy-world", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def unequal(toy_world):
+    return unequal_task(toy_world)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,14 @@ import numpy as np
 import pandas.testing
 import pytest
 import torch
-from architectures import ARCHITECTURES, VOCAB, random_model, random_task, weight
+from architectures import (
+    ARCHITECTURES,
+    VOCAB,
+    of_hooked_transformers,
+    random_model,
+    random_task,
+    weight,
+)
 from random_transcoders import random_transcoders
 from torch.nn import functional
 from unequal_prompts import unequal_pair
@@ -590,6 +597,10 @@ def test_the_model_is_left_as_it_was(task):
         for name, value in vars(model.cfg).items()
         if name.startswith(("use_", "ungroup"))
     }
+    at_first = {
+        name: len(point.fwd_hooks) for name, point in model.hook_dict.items() if point.fwd_hooks
+    }
+    assert at_first["hook_embed"] == 1
     before = [(p.requires_grad, p.grad, p.clone()) for p in model.parameters()]
     modes = [module.training for module in model.modules()]
     random_state = torch.get_rng_state()
@@ -609,10 +620,11 @@ def test_the_model_is_left_as_it_was(task):
     assert torch.equal(torch.get_rng_state(), random_state)
     assert {
         name: len(point.fwd_hooks) for name, point in model.hook_dict.items() if point.fwd_hooks
-    } == {"hook_embed": 1}
+    } == at_first
     assert all(not point.bwd_hooks for point in model.hook_dict.values())
 
 
+@of_hooked_transformers
 def test_hooks_are_removed_when_the_forward_pass_raises(task, monkeypatch):
     model = random_model("gpt2")
     graph = circuits.component_graph(model)
@@ -626,6 +638,7 @@ def test_hooks_are_removed_when_the_forward_pass_raises(task, monkeypatch):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@of_hooked_transformers
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

@@ -27,6 +27,7 @@ from synthetic_feature_graph import synthetic_graph
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import circuits
+from circuits.models.loading.saved import parts_of
 from circuits.runs.circuit_run import METRICS, RECORD, evaluate_run, load_run, run
 from circuits.runs.graph_run import load_graph_run
 
@@ -97,9 +98,7 @@ def graph_run(folder: Path, name: str) -> Path:
 
 def saved_model(folder: Path, name: str) -> Path:
     toy = circuits.load_model("toy-world", device="cpu")
-    circuits.save_model(
-        circuits.build_model(MODEL.cfg.to_dict(), MODEL.state_dict(), toy.tokenizer), folder
-    )
+    circuits.save_model(circuits.build_model(*parts_of(MODEL), toy.tokenizer), folder)
     return folder / name
 
 

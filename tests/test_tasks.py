@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 import circuits
 from circuits.attribution.explained import words_of
 from circuits.models import Model, build_model
+from circuits.models.loading.saved import parts_of
 from circuits.tasks import registry
 from circuits.tasks.families import induction_prose, make_family, task_forms
 from circuits.tasks.families.greater_than import NOUNS
@@ -102,7 +103,7 @@ def with_tokenizer(tokenizer: PreTrainedTokenizerFast, **changes: object) -> Mod
     }
     return build_model(
         {**config, "normalization_type": "LN", **changes},
-        source.state_dict(),
+        parts_of(source)[1],
         tokenizer,
         device="cpu",
     )

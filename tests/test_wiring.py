@@ -15,6 +15,7 @@ from circuits.graph.edges import Edge, parse_edge
 from circuits.graph.nodes import MLP, Head, Logits, Node, PosEmbed, TokenEmbed
 from circuits.models import Model
 from circuits.models.component_graph import component_graph
+from circuits.models.loading.saved import parts_of
 from circuits.tasks.known_circuits.circuits import known_circuit, known_circuits
 from circuits.tasks.known_circuits.wiring import Wiring
 
@@ -76,7 +77,7 @@ def test_with_a_leak_every_decoy_writes_a_little_where_the_circuit_reads(name: s
 
 def test_a_rotated_model_hides_its_subspaces() -> None:
     plain, turned = (
-        on_cpu("induction", rotate=rotate).model.state_dict() for rotate in (False, True)
+        parts_of(on_cpu("induction", rotate=rotate).model)[1] for rotate in (False, True)
     )
     assert (plain["embed.W_E"] == 0).float().mean() > 0.9
     assert (turned["embed.W_E"] != 0).all()
@@ -118,7 +119,7 @@ def edge_weights(model: Model) -> dict[Edge, float]:
     """For every edge the graph can have, the largest entry of (what the source writes) @ (what the
     target reads).
     """
-    weights = model.state_dict()
+    weights = parts_of(model)[1]
     return {
         edge: (written(weights, edge.source) @ consumed(weights, edge.target, edge.slot))
         .abs()

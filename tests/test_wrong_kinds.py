@@ -17,6 +17,7 @@ from architectures import SMALL, random_model, random_task
 
 import circuits
 from circuits import Task
+from circuits.models.loading.saved import parts_of
 from circuits.runs.circuit_run import evaluate_run
 
 # What a user sees, who has no runtime type checks.
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("unchecked_types")
 MODEL, TASK = random_model("gpt2"), random_task(several=True)
 GRAPH = circuits.component_graph(MODEL)
 WHOLE = circuits.Circuit.full(GRAPH)
-CONFIG = {name: getattr(MODEL.cfg, name) for name in [*SMALL, "normalization_type"]}
+CONFIG = {**SMALL, "normalization_type": "LN"}
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +252,7 @@ ENTRANCES = {
     "load_model": lambda a: (circuits.load_model, {"name_or_path": "toy-world", "device": "cpu"}),
     "build_model": lambda a: (
         circuits.build_model,
-        {"config": CONFIG, "weights": MODEL.state_dict(), "tokenizer": None, "device": "cpu"},
+        {"config": CONFIG, "weights": parts_of(MODEL)[1], "tokenizer": None, "device": "cpu"},
     ),
     "PromptPair": lambda a: (
         circuits.PromptPair,

@@ -1,7 +1,5 @@
 """Prompts whose corrupted versions have other lengths."""
 
-import pytest
-
 import circuits
 from circuits.tasks.task import Task
 
@@ -19,8 +17,7 @@ def unequal_pair(clean: str, name: str, corrupted: str, other: str) -> circuits.
     )
 
 
-@pytest.fixture(scope="module")
-def unequal(toy_world) -> Task:
+def unequal_task(toy_world) -> Task:
     """Corrupted prompts that are longer than the clean ones, as long, and shorter."""
     pairs = [
         unequal_pair("So Mary and John went", "Mary", "So a great friend and John went", "a great"),
