@@ -26,7 +26,7 @@ VOCAB = 96
 # Both classes have these.
 IN_BOTH = (
     "toy-world", "gpt2", "llama", "qwen2", "qwen3", "pythia", "mistral", "mixtral", "opt", "phi3",
-    "gpt-oss", "gptj",
+    "gpt-oss", "gptj", "bloom",
 )  # fmt: skip
 # A norm after attention and MLP.
 AFTER = ("gemma2", "gemma3", "glm4")
@@ -99,7 +99,7 @@ def test_both_classes_give_every_edge_the_same_score(name, load):
     task = task_of(bridge)
     for method in METHODS.values():
         expected = method.discover(hooked, task).scores
-        assert_same(method.discover(bridge, task).scores, expected)
+        assert_same(method.discover(bridge, task).scores, expected, 3e-5)
 
 
 @both_classes
@@ -116,7 +116,9 @@ def test_both_classes_run_circuits_to_the_same_logits_and_have_the_same_circuit(
             for model in (bridge, hooked)
         )
         assert_same(found, expected)
-    found, expected = (circuits.ACDC(0.003).discover(each, task) for each in (bridge, hooked))
+    effects = circuits.ActivationPatching(metric="kl").discover(hooked, task).scores
+    method = circuits.ACDC(float(effects.quantile(0.8)), metric="kl")
+    found, expected = (method.discover(each, task) for each in (bridge, hooked))
     assert torch.equal(found.kept, expected.kept) and 0 < len(found) < len(graph)
 
 
@@ -128,7 +130,7 @@ def test_a_fingerprint_does_not_depend_on_the_class(name, load):
 
 
 @both_classes
-@pytest.mark.parametrize("name", ["bloom", "llama rope linear", "qwen3 biases", "gemma"])
+@pytest.mark.parametrize("name", ["llama rope linear", "qwen3 biases", "gemma"])
 def test_what_would_be_another_model_as_a_hooked_transformer_becomes_a_bridge(name, folder_of):
     with pytest.raises(circuits.InputError, match=r"is no HookedTransformer: .*backend='bridge'"):
         circuits.load_model(folder_of(name), device="cpu", backend="hooked_transformer")

@@ -234,6 +234,8 @@ def hugging_face_model(config: Any, *, seed: int = 0, dtype: torch.dtype = torch
                         # What norms multiply by stays about what it is: one, or in Gemma zero.
                         start = parameter if name == "weight" else torch.zeros_like(parameter)
                         parameter.copy_(start + noise * 0.3)
+    # As in files; TransformerLens asks for it.
+    model.config.architectures = [type(model).__name__]
     return model.to(dtype).eval()
 
 

@@ -158,7 +158,8 @@ def _settings(weights: ModelWeights) -> Iterator[Any]:
         yield None if settings is None else _told_apart(settings)
         if not weights.shape.attn_only and isinstance(weights.feed_forward(layer), WeightedMLP):
             points = torch.tensor(PROBES, device=weights.shape.device)
-            yield _rounded(weights.activation(layer)(points))
+            # That of Apertus has parameters.
+            yield _rounded(weights.activation(layer)(points).detach())
         norm = weights.norm(layer, "ln2")
         if norm is not None:
             yield norm.centres, f"{norm.eps:.2e}"
