@@ -10,7 +10,8 @@ from torch import Tensor
 from zoo import bridge_to, hugging_face_model
 
 from circuits.models import HAS_HOOKED_TRANSFORMER, Model
-from circuits.models.bridge import native
+from circuits.models.loading import native
+from circuits.models.loading.placement import Placement
 from circuits.tasks.task import Task
 
 if HAS_HOOKED_TRANSFORMER:
@@ -159,7 +160,7 @@ def random_model(
     if architecture in HUGGING_FACE:
         return bridge_to(of_hugging_face(architecture, config, seed, dtype))
     skip_if_lacked(config)
-    model = native.build(config, None, torch.device("cpu"), dtype)
+    model = native.build(config, None, Placement(torch.device("cpu"), dtype))
     fill(dict(sorted(native.weights_of(model).items(), key=order)), config, seed)
     return model
 

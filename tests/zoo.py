@@ -181,7 +181,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "mamba": (
         "Mamba",
         {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3},
-        "no attention with queries, keys and values .MambaBlock",
+        "no attention with queries, keys and values",
     ),
     "exaone4": (
         "Exaone4",
