@@ -210,7 +210,8 @@ def _bias(settings: AttentionSettings, scores: Tensor) -> Tensor:
     keys = torch.arange(n_keys, device=scores.device)
     distance = keys - queries[:, None]
     seen = (distance <= 0) & (distance > -settings.reach)
-    linear = settings.slopes.view(-1, 1, 1) * distance.clamp(max=0)
+    slopes = settings.slopes.view(-1, 1, 1)
+    linear = slopes * distance.clamp(max=0)
     return linear.to(scores).masked_fill(~seen, -torch.inf)
 
 

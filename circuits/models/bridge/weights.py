@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -76,49 +76,58 @@ class BridgeWeights(ModelWeights):
         self, tokens: Tensor
     ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "pos d_model"] | None]:
         """Return what the token and the position embedding write."""
-        rows = self.embedding()[tokens] * self._embedding_scale()
-        norm = parts.child(self.model, "embed_ln")
-        if norm is not None:
-            rows = parts.norm_weights(norm)(rows)
-        table = self.position_embedding()
-        return rows, None if table is None else table[: tokens.shape[1]]
+        table = self.embedding()
+        rows = table[tokens] * self._embedding_scale()
+        component = parts.child(self.model, "embed_ln")
+        if component is not None:
+            norm = parts.norm_weights(component)
+            rows = norm(rows)
+        positions = self.position_embedding()
+        if positions is not None:
+            positions = positions[: tokens.shape[1]]
+        return rows, positions
 
     def projection(self, layer: int, slot: str) -> SlotWeights:
         """Return W_Q, W_K or W_V."""
-        found = parts.matrix(parts.child(self._block(layer).attn, slot))
-        return found.unflatten(1, (-1, self.shape.d_head)).transpose(0, 1)
+        component = parts.child(self._attention(layer), slot)
+        by_head = parts.matrix(component).unflatten(1, self._heads)
+        return by_head.transpose(0, 1)
 
     def projection_bias(self, layer: int, slot: str) -> SlotBias:
         """Return b_Q, b_K or b_V."""
-        found = parts.full_bias(parts.child(self._block(layer).attn, slot))
-        return found.unflatten(0, (-1, self.shape.d_head))
+        component = parts.child(self._attention(layer), slot)
+        return parts.full_bias(component).unflatten(0, self._heads)
 
     def output_projection(self, layer: int) -> OutputWeights:
         """Return W_O."""
-        found = parts.matrix(self._block(layer).attn.o)
-        scaled = self._scaled(found)
-        return scaled.unflatten(0, (-1, self.shape.d_head))
+        found = parts.matrix(self._attention(layer).o)
+        return self._scaled(found).unflatten(0, self._heads)
 
     def output_bias(self, layer: int) -> ModelVector:
         """Return b_O."""
-        return self._scaled(parts.full_bias(self._block(layer).attn.o))
+        found = parts.full_bias(self._attention(layer).o)
+        return self._scaled(found)
 
     def attention_settings(self, layer: int) -> AttentionSettings | None:
         """Return what heads compute beside weights."""
-        attention = parts.original(self._block(layer).attn)
-        config = parts.config_of(self.model)
-        slopes = parts.slopes(self.model, self.shape.n_heads)
-        sinks: Tensor | None = getattr(attention, "sinks", None)
-        clip = getattr(config, "clip_qkv", None) or getattr(attention, "clip_qkv", None)
-        like, n_ctx = self.output_bias(layer), self.shape.n_ctx
+        attention = parts.original(self._attention(layer))
+        config, shape = parts.config_of(self.model), self.shape
+        rotation = None
+        slopes = parts.slopes(self.model, shape.n_heads)
+        if slopes is None:
+            slopes = torch.zeros(1)
+        if shape.positions == "rotary":
+            rotation = parts.rotation(self.model, layer, shape.n_ctx)
+        soft_cap = getattr(attention, "attn_logit_softcapping", None)
+        clip = getattr(config, "clip_qkv", None)
         return AttentionSettings(
             scale=_score_divisor(attention),
-            soft_cap=float(getattr(attention, "attn_logit_softcapping", None) or 0),
-            clip=clip,
+            soft_cap=soft_cap or 0.0,
+            clip=getattr(attention, "clip_qkv", clip),
             norms=self._qk_norms(layer),
-            rotation=parts.rotation(self.model, layer, n_ctx) if slopes is None else None,
-            slopes=like.new_zeros(1) if slopes is None else slopes.to(like),
-            sinks=sinks,
+            rotation=rotation,
+            slopes=slopes.to(self.embedding()),
+            sinks=getattr(attention, "sinks", None),
             causal=self.shape.causal,
             reach=window(attention, config, layer),
         )
@@ -133,22 +142,26 @@ class BridgeWeights(ModelWeights):
         activation = self.activation(layer)
         if type(activation).__name__ in GELU_TANH:
             activation = gelu_tanh
-        linear, gate = parts.child(mlp, "in"), parts.child(mlp, "gate")
-        weight_in, out = parts.matrix(linear), parts.child(mlp, "out")
-        is_gated = gate is not None
-        return WeightedMLP(
+        linear, out = parts.child(mlp, "in"), parts.child(mlp, "out")
+        plain = WeightedMLP(
             norm,
-            weight_in=weight_in,
-            bias_in=weight_in.new_zeros(weight_in.shape[1])
-            if is_gated
-            else parts.full_bias(linear),
-            weight_gate=parts.matrix(gate) if is_gated else None,
+            weight_in=parts.matrix(linear),
+            bias_in=parts.full_bias(linear),
+            weight_gate=None,
             weight_out=self._scaled(parts.matrix(out)),
             bias_out=self._scaled(parts.full_bias(out)),
             activation=activation,
-            bias_gate=parts.bias(gate) if is_gated else None,
-            bias_linear=parts.bias(linear) if is_gated else None,
             norm_after=self.norm(layer, "ln2_post"),
+        )
+        gate = parts.child(mlp, "gate")
+        if gate is None:
+            return plain
+        return replace(
+            plain,
+            weight_gate=parts.matrix(gate),
+            bias_in=torch.zeros_like(plain.bias_in),
+            bias_gate=parts.bias(gate),
+            bias_linear=parts.bias(linear),
         )
 
     def experts(self, layer: int, normed: Residual) -> Residual:
@@ -187,8 +200,16 @@ class BridgeWeights(ModelWeights):
             scale=float(scale),
         )
 
+    @property
+    def _heads(self) -> tuple[int, int]:
+        """The axes of heads, for one axis of all of them."""
+        return -1, self.shape.d_head
+
     def _block(self, layer: int) -> Any:
         return self.model.blocks[layer]
+
+    def _attention(self, layer: int) -> Any:
+        return self._block(layer).attn
 
     def _qk_norms(self, layer: int) -> dict[str, Norm]:
         attention = self._block(layer).attn
