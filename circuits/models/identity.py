@@ -99,8 +99,8 @@ def identity(model: Model) -> ModelIdentity:
     weights = found.weights()
     try:
         settings, named = [*kinds, *_settings(weights)], list(_named(weights))
-    except (InputError, AttributeError):
-        # Parts that a user has replaced may lack the weights that are looked for.
+    # Parts that a user has replaced may lack the weights that are looked for, and raise anything.
+    except Exception:
         settings, named = kinds, sorted(found.parameters().items())
     digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
     for name, tensor in named:
