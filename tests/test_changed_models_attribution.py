@@ -1,5 +1,6 @@
 """Attribution graphs of HookedTransformers that a user has changed inside."""
 
+import copy
 from functools import partial, partialmethod, wraps
 
 import pytest
@@ -114,7 +115,7 @@ NOT_COMPUTED = {
     "a method of a subclass": lambda model, patch: patch(model, "__class__", WithAnotherGenerate),
     "names of others": lambda model, patch: patch(model, "__class__", WithNamesOfTensors),
     "a module of its own": lambda model, patch: patch(
-        model, "probe", nn.Sequential(MLP(model.cfg), Halved()), raising=False
+        model, "probe", nn.Sequential(copy.deepcopy(model.blocks[0].mlp), Halved()), raising=False
     ),
     "a method of the model": lambda model, patch: patch(
         model, "to_tokens", partial(model.to_tokens, prepend_bos=False)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from architectures import VOCAB, random_model
 
-from circuits.models import Model, ModelWeights
+from circuits.models import Model, weights_of
 from circuits.system.errors import InputError
 from circuits.transcoders.activations import JumpReLU, ReLU
 from circuits.transcoders.training import train as training
@@ -339,7 +339,7 @@ def test_what_is_recorded_is_what_the_mlp_reads_and_writes(architecture: str) ->
         for layer in range(2):
             residual = cache[f"blocks.{layer}.{before}"]
             expected = (
-                ModelWeights(model).mlp_input(layer, residual)
+                weights_of(model).mlp_input(layer, residual)
                 if name is None
                 else cache[f"blocks.{layer}.{name}"]
             )

@@ -158,11 +158,12 @@ def _settings(weights: ModelWeights) -> Iterator[Any]:
         yield None if settings is None else _told_apart(settings)
         if not weights.shape.attn_only and isinstance(weights.feed_forward(layer), WeightedMLP):
             points = torch.tensor(PROBES, device=weights.shape.device)
+            activation = weights.stated_activation(layer)
             # That of Apertus has parameters.
-            yield _rounded(weights.activation(layer)(points).detach())
+            yield _rounded(activation(points).detach())
         norm = weights.norm(layer, "ln2")
         if norm is not None:
-            yield norm.centres, f"{norm.eps:.2e}"
+            yield norm.centres, f"{weights.stated_eps(norm):.2e}"
     unembedding = weights.unembedding()
     yield _rounded([unembedding.soft_cap, unembedding.scale])
 

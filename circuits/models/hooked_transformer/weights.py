@@ -138,6 +138,15 @@ class HookedTransformerWeights(ModelWeights):
         """Return the activation function of an MLP."""
         return part_of(self.model, f"blocks.{layer}.mlp.act_fn")
 
+    def stated_activation(self, layer: int) -> Callable[[Tensor], Tensor]:
+        """Return the activation function of the configuration."""
+        known = SUPPORTED_ACTIVATIONS.get(str(self.model.cfg.act_fn))
+        return self.activation(layer) if known is None else known
+
+    def stated_eps(self, norm: NormWeights) -> float:
+        """Return the eps of the configuration."""
+        return float(self.model.cfg.eps)
+
     def unembedding(self) -> Unembedding:
         """Return the final norm and the unembedding as a function of tensors."""
         module = self.model.unembed

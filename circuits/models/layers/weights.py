@@ -63,6 +63,14 @@ class ModelWeights(ABC):
     def output_bias(self, layer: int) -> ModelVector:
         """Return b_O, which belongs to no node."""
 
+    def stated_activation(self, layer: int) -> Callable[[Tensor], Tensor]:
+        """Return the activation function that settings name, whatever a user has put there."""
+        return self.activation(layer)
+
+    def stated_eps(self, norm: NormWeights) -> float:
+        """Return the eps of a norm that settings name, whatever a user has put there."""
+        return norm.eps
+
     def head_output(self, layer: int) -> OutputWeights:
         """Return what `hook_z` is multiplied by to give what each head writes.
 
