@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import circuits
 from circuits.models import HAS_HOOKED_TRANSFORMER, run_to_residual, unembed
 from circuits.models.bridge import weights as bridge_weights
+from circuits.models.identity import identity
 
 VOCAB = 64
 LLAMA = {
@@ -238,3 +239,23 @@ def test_a_broken_gguf_file_is_one_line(tmp_path):
     file.write_bytes(b"GGUF" + bytes(20))
     with pytest.raises(circuits.InputError, match=r"broken\.gguf cannot be loaded"):
         circuits.load_model(file, device="cpu")
+
+
+@pytest.mark.parametrize("backend", ["bridge", None])
+def test_weights_that_are_not_finite_are_named_when_a_folder_is_loaded(backend, tmp_path):
+    source = checkpoint(tmp_path, transformers.LlamaConfig(**LLAMA))
+    with torch.no_grad():
+        source.model.layers[1].mlp.up_proj.weight[3, 4] = torch.nan
+    source.save_pretrained(tmp_path)
+    with pytest.raises(circuits.InputError, match=r"1 of 1536 entries of .* are not finite"):
+        circuits.load_model(tmp_path, device="cpu", backend=backend)
+
+
+@pytest.mark.parametrize("norm", ["ln1", "ln2", "ln_final"])
+def test_an_eps_that_is_set_by_hand_in_a_bridge_is_another_fingerprint(norm, tmp_path):
+    checkpoint(tmp_path, transformers.LlamaConfig(**LLAMA))
+    model = circuits.load_model(tmp_path, device="cpu", backend="bridge")
+    before = identity(model).weights
+    owner = model if norm == "ln_final" else model.blocks[1]
+    getattr(owner, norm).original_component.variance_epsilon = 0.5
+    assert identity(model).weights != before

@@ -161,11 +161,15 @@ def _settings(weights: ModelWeights) -> Iterator[Any]:
             activation = weights.stated_activation(layer)
             # That of Apertus has parameters.
             yield _rounded(activation(points).detach())
-        norm = weights.norm(layer, "ln2")
-        if norm is not None:
-            yield norm.centres, f"{weights.stated_eps(norm):.2e}"
+        for name in NORMS:
+            yield _of_norm_kind(weights, weights.norm(layer, name))
+    yield _of_norm_kind(weights, weights.norm(None, "ln_final"))
     unembedding = weights.unembedding()
     yield _rounded([unembedding.soft_cap, unembedding.scale])
+
+
+def _of_norm_kind(weights: ModelWeights, norm: NormWeights | None) -> list[Any]:
+    return [] if norm is None else [norm.centres, f"{weights.stated_eps(norm):.2e}"]
 
 
 def _told_apart(settings: AttentionSettings) -> list[Any]:

@@ -154,15 +154,15 @@ class Pass:
         normed = self._normed(f"{name}.ln2", self.weights.norm(layer, "ln2"), read)
         normed = self.at(f"{name}.mlp.hook_in", normed)
         if isinstance(mlp, WeightedMLP):
-            written = self._weighted_mlp(name, mlp, normed)
+            written = self._weighted_mlp(layer, mlp, normed)
         else:
             written = self.weights.experts(layer, normed)
         written = self.at(f"{name}.mlp", written)
         written = self._normed(f"{name}.ln2_post", self.weights.norm(layer, "ln2_post"), written)
         return self.at(f"{name}.hook_mlp_out", written)
 
-    def _weighted_mlp(self, name: str, mlp: WeightedMLP, normed: Residual) -> Residual:
-        activation = self.weights.activation(int(name.rpartition(".")[2]))
+    def _weighted_mlp(self, layer: int, mlp: WeightedMLP, normed: Residual) -> Residual:
+        name, activation = f"blocks.{layer}", self.weights.activation(layer)
         if mlp.weight_gate is None:
             pre = self.at(f"{name}.mlp.hook_pre", normed @ mlp.weight_in + mlp.bias_in)
             hidden = activation(pre)

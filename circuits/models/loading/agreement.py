@@ -13,6 +13,7 @@ from torch import Tensor
 from circuits.models.backend import Model, shape_of
 from circuits.models.hook_points import residual_hook
 from circuits.models.loading.source import Source
+from circuits.models.overflow import check_weights
 from circuits.models.running import frozen, run_to_residual, unembed
 from circuits.models.source_outputs import keepers
 from circuits.models.tolerance import TOLERANCE, logit_gap, relative_gap
@@ -36,7 +37,7 @@ TELLING = {
 
 
 @dataclass(frozen=True)
-class Expected:
+class SourceRun:
     """What the source computes on a few tokens.
 
     Attributes:
@@ -49,18 +50,20 @@ class Expected:
 
 
 @torch.no_grad()
-def computed_by(source: Source) -> Expected:
+def computed_by(source: Source) -> SourceRun:
     """Run the source on random tokens, and on text if it has a tokenizer."""
     model = source.model
     device = next(model.parameters()).device
     tokens = _tokens(source).to(device)
     found = model(input_ids=tokens, output_hidden_states=True, use_cache=False)
-    return Expected(tokens, found.hidden_states[:-1], found.logits)
+    return SourceRun(tokens, found.hidden_states[:-1], found.logits)
 
 
 @torch.no_grad()
-def disagreement(model: Model, expected: Expected, settings: Any) -> str | None:
+def disagreement(model: Model, expected: SourceRun, settings: Any) -> str | None:
     """Say how a model differs from its source, if it does by more than rounding."""
+    # What is not finite agrees with nothing, and is named.
+    check_weights(model)
     shape = shape_of(model)
     tolerance = TOLERANCE[shape.dtype]
     tokens = expected.tokens.to(shape.device)

@@ -12,7 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from circuits.models.backend import HAS_HOOKED_TRANSFORMER, BackendName, Model
 from circuits.models.bridge.changes import note_known
 from circuits.models.bridge.shape import unreadable
-from circuits.models.loading.agreement import Expected, computed_by, disagreement, likely
+from circuits.models.loading.agreement import SourceRun, computed_by, disagreement, likely
 from circuits.models.loading.placement import Placement
 from circuits.models.loading.refusals import first_line, reason, refusals, running_no_code
 from circuits.models.loading.saved import FORMAT, chosen_device, load_saved
@@ -29,7 +29,7 @@ from circuits.models.loading.source import (
 from circuits.models.running import frozen, run_to_logits
 from circuits.models.tolerance import TOLERANCE, logit_gap
 from circuits.system.device import dtype_called
-from circuits.system.errors import InputError
+from circuits.system.errors import InputError, NotFiniteError
 from circuits.system.files import path_of, read_json_object
 from circuits.system.kinds import one_of
 from circuits.system.torch_modes import without_modes
@@ -139,19 +139,21 @@ def _wrapped(
 
 
 def _converted(
-    source: Source, placement: Placement, expected: Expected | None
+    source: Source, placement: Placement, expected: SourceRun | None
 ) -> tuple[Model | None, str | None]:
     """Make a HookedTransformer, or say why there is none that computes the same."""
     try:
         model = conversion.to_hooked_transformer(source, placement)
         why = None if expected is None else disagreement(model, expected, source.model.config)
+    except NotFiniteError:
+        raise
     # Conversions raise errors of every type.
     except Exception as error:
         return None, f"TransformerLens cannot convert it ({reason(error)})"
     return (model, None) if why is None else (None, why)
 
 
-def _bridged(source: Source, placement: Placement, expected: Expected | None) -> Model:
+def _bridged(source: Source, placement: Placement, expected: SourceRun | None) -> Model:
     settings = source.model.config
     if placement.device_map is None:
         source.model.to(placement.device)
@@ -179,7 +181,7 @@ def _bridged(source: Source, placement: Placement, expected: Expected | None) ->
             "those of another model; check=False loads it all the same."
         )
     if expected is not None:
-        _check_own_pass(bridge, source.called, expected)
+        _check_when_called(bridge, source.called, expected)
     note_known(bridge)
     return bridge
 
@@ -196,7 +198,7 @@ def _only_device(source: Source) -> torch.device:
 
 
 @torch.no_grad()
-def _check_own_pass(bridge: TransformerBridge, name: str, expected: Expected) -> None:
+def _check_when_called(bridge: TransformerBridge, name: str, expected: SourceRun) -> None:
     """Refuse a bridge that computes something else than its source when it is called itself."""
     with frozen(bridge):
         mask = torch.ones_like(expected.tokens)
