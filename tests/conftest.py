@@ -47,8 +47,8 @@ def only_shipped_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def unchecked_types() -> Iterator[None]:
-    """Without the runtime type checks of the test suite: what a user sees who passes something of a
-    wrong type.
+    """Without the runtime type checks of the test suite, which take a third of its time; and what
+    a user sees who passes something of a wrong type.
     """
     jaxtyping.config.update("jaxtyping_disable", True)
     yield

@@ -11,6 +11,9 @@ import circuits
 from circuits.discovery.methods.acdc import ACDC
 from circuits.discovery.search.edge_order import edge_order
 
+# Many models and methods: types are checked where each is tested.
+pytestmark = pytest.mark.usefixtures("unchecked_types")
+
 ORIGINAL = case("acdc_case/case")
 # toy-world does not know the words of ordinary prose.
 TASKS = sorted({*circuits.task_names()} - {"induction_prose"})

@@ -13,6 +13,9 @@ import circuits
 from circuits.models import HAS_HOOKED_TRANSFORMER, changes, counting_passes
 from circuits.models.identity import identity
 
+# Many models and methods: types are checked where each is tested.
+pytestmark = pytest.mark.usefixtures("unchecked_types")
+
 VOCAB = 96
 
 

@@ -36,6 +36,9 @@ from circuits.runs.circuit_run import counting_passes
 from circuits.system.code_digest import code_digest
 from circuits.tasks.task import Task
 
+# Many models and methods: types are checked where each is tested.
+pytestmark = pytest.mark.usefixtures("unchecked_types")
+
 
 @pytest.fixture(scope="module")
 def task() -> Task:

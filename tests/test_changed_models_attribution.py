@@ -25,6 +25,9 @@ import circuits
 from circuits.attribution.feature_graph import FEATURE
 from circuits.models import changes, check_unchanged
 
+# Many models and methods: types are checked where each is tested.
+pytestmark = pytest.mark.usefixtures("unchecked_types")
+
 PROMPT = [3, 14, 15, 9, 26, 5, 35, 8]
 MLP_FORWARD = MLP.forward
 

@@ -25,6 +25,9 @@ from circuits.models.propagation import PropagationRules
 from circuits.system.ranks import ranks, start
 from circuits.tasks.task import Task
 
+# Many models and methods: types are checked where each is tested.
+pytestmark = pytest.mark.usefixtures("unchecked_types")
+
 
 @dataclass(frozen=True)
 class TwoPoints(GradientMethod):

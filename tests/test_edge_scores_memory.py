@@ -17,6 +17,9 @@ from circuits.discovery.methods.eap import EAP, EAPIG
 from circuits.runs.circuit_run import counting_passes
 from circuits.tasks.metrics import METRICS
 
+# Many models and methods: types are checked where each is tested.
+pytestmark = pytest.mark.usefixtures("unchecked_types")
+
 MODEL = {"n_layers": 4, "d_model": 48, "n_heads": 6, "d_head": 8, "d_mlp": 96}
 
 

@@ -18,6 +18,9 @@ from circuits.evaluation.similarity import coarse_overlap, coarsened
 from circuits.graph.nodes import Feature
 from circuits.running.noise import embedding_noise
 
+# Many models and methods: types are checked where each is tested.
+pytestmark = pytest.mark.usefixtures("unchecked_types")
+
 
 def ranked(circuit: circuits.Circuit) -> circuits.Circuit:
     """Every edge of its graph, by score."""

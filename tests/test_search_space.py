@@ -12,6 +12,9 @@ import circuits
 from circuits.discovery.discoverer import REGISTRY, CircuitDiscoverer
 from circuits.discovery.search_space import SearchSpace
 
+# Many models and methods: types are checked where each is tested.
+pytestmark = pytest.mark.usefixtures("unchecked_types")
+
 THRESHOLD = 0.02
 
 

@@ -51,7 +51,8 @@ def performance(model: Model, *tasks: Task | str, n: WholeNumber = 32) -> pd.Dat
         if not isinstance(task, Task):
             # A name that is wrong is a mistake; prompts that do not fit are a finding.
             make_family(task)
-    rows = [_row(model, task, n) for task in tasks or task_forms()]
+    named = tasks or task_forms()
+    rows = [_row(model, task, n) for task in named]
     return pd.DataFrame(rows, columns=COLUMNS).set_index("task")
 
 
@@ -80,9 +81,9 @@ def _measured(model: Model, task: Task) -> Row:
         row[name] = float(values[name].mean())
     # A task is done or not by the difference that it is about.
     own = task.metric if task.metric in DIFFERENCES else "logit_difference"
-    judged = {own: values[own]} if own in values else {}
-    row_prompt = task.row_prompt.cpu()
-    row["note"] = " ".join(doubts(judged, row_prompt))
+    judged = {name: values[name] for name in values if name == own}
+    found = doubts(judged, task.row_prompt.cpu())
+    row["note"] = " ".join(found)
     row["prompts"] = len(task)
     row["left_out"] = sum(task.left_out.values())
     return row

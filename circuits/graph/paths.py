@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from types import UnionType
@@ -70,19 +70,15 @@ class Paths:
 
     def with_coupled_heads(self) -> Paths:
         """The paths of a model in which what a head writes depends on all heads of its layer."""
-        layers = defaultdict(list)
-        for number, node in enumerate(self.nodes):
-            if isinstance(node, Head):
-                layers[node.layer, node.position].append(number)
-        pairs = [pair for heads in layers.values() for pair in product(heads, heads)]
-        begin, end = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
-        source, reader = np.append(self.source, begin), np.append(self.reader, end)
+        begin, end = _pairs_of_heads(self.nodes, lambda head: (head.layer, head.position))
+        source = np.append(self.source, begin)
+        reader = np.append(self.reader, end)
         return Paths(self.nodes, source, reader, self.n_edges)
 
     def of_edges(self, own: EdgeNumbers) -> Paths:
         """The paths of a graph that has only these edges; the others are always kept."""
-        always = np.delete(np.arange(len(self.source)), own)
-        order = np.concatenate([own, always])
+        numbers = np.arange(len(self.source))
+        order = np.concatenate([own, np.delete(numbers, own)])
         return Paths(self.nodes, self.source[order], self.reader[order], len(own))
 
     def reaching_logits(self, kept: EdgeMask) -> EdgeMask:
@@ -117,7 +113,7 @@ class Paths:
 
     def _opened(self, reaching: Ends, new: Ends) -> list[int]:
         """Add new ends, and those from which steps that need no edge lead there; return these."""
-        source, reader = self.source[self.n_edges :], self.reader[self.n_edges :]
+        source, reader = (ends[self.n_edges :] for ends in (self.source, self.reader))
         before = reaching.copy()
         while (new & ~reaching).any():
             reaching |= new
@@ -126,9 +122,10 @@ class Paths:
         return np.flatnonzero(reaching & ~before).tolist()
 
     def _ends(self, kind: type[Node] | UnionType) -> Ends:
-        is_kind = [isinstance(node, kind) for node in self.nodes]
         # No path begins at keys and values.
-        return np.concatenate([is_kind, np.zeros_like(is_kind)]).astype(bool)
+        is_kind = np.zeros(2 * len(self.nodes), dtype=bool)
+        is_kind[: len(self.nodes)] = [isinstance(node, kind) for node in self.nodes]
+        return is_kind
 
     def _crossed(
         self, kept: EdgeMask, begin: Steps, end: Steps, kind: type[Node] | UnionType
@@ -149,13 +146,21 @@ class Paths:
 
 def _attention_steps(nodes: Sequence[Node], *, in_order: bool) -> tuple[Steps, Steps]:
     """Pairs (a head at the position of a key, the same head where a query may attend to it)."""
-    by_head = defaultdict(list)
+    key, query = _pairs_of_heads(nodes, lambda head: head.label)
+    attends = (key <= query) | (not in_order)
+    return key[attends], query[attends]
+
+
+def _pairs_of_heads(
+    nodes: Sequence[Node], group: Callable[[Head], Hashable]
+) -> tuple[Steps, Steps]:
+    """The numbers of all pairs of heads of the same group."""
+    groups = defaultdict(list)
     for number, node in enumerate(nodes):
         if isinstance(node, Head):
-            by_head[node.label].append(number)
+            groups[group(node)].append(number)
     pairs: list[tuple[int, int]] = []
-    for same in by_head.values():
-        pairs += product(same, same)
-    key, query = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
-    attends = key <= query if in_order else np.ones_like(key, dtype=bool)
-    return key[attends], query[attends]
+    for heads in groups.values():
+        pairs += product(heads, heads)
+    first, second = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+    return first, second

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeAlias
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
@@ -55,13 +57,23 @@ class Backend(ABC):
         super().__init_subclass__(**kwargs)
         Backend.classes[of] = cls
 
-    @abstractmethod
+    @cached_property
     def shape(self) -> ModelShape:
-        """Return sizes and kinds."""
+        """Sizes and kinds."""
+        return self.read_shape()
+
+    @cached_property
+    def weights(self) -> ModelWeights:
+        """A view of the weights."""
+        return self.read_weights()
 
     @abstractmethod
-    def weights(self) -> ModelWeights:
-        """Return a view of the weights."""
+    def read_shape(self) -> ModelShape:
+        """Return sizes and kinds as they are now."""
+
+    @abstractmethod
+    def read_weights(self) -> ModelWeights:
+        """Return a view of the weights as they are now."""
 
     @abstractmethod
     def modules(self) -> Iterator[nn.Module]:
@@ -120,16 +132,32 @@ class Backend(ABC):
         """Say why the residual stream is not the sum of the model's components."""
 
 
+_UNCHANGED: WeakKeyDictionary[Any, Backend] = WeakKeyDictionary()
+
+
 def backend(model: object) -> Backend:
     """Return how a model is read and run; anything but a model of TransformerLens is refused."""
     for kind, implementation in Backend.classes.items():
         if isinstance(model, kind):
-            return implementation(model)
+            return _UNCHANGED.get(model) or implementation(model)
     known = tuple(Backend.classes)
     inside = [name for name in INSIDE if isinstance(getattr(model, name, None), known)]
     remedy = f"hand over its .{inside[0]}" if inside else "load it with circuits.load_model"
     kinds = " or a ".join(kind.__name__ for kind in reversed(known))
     raise InputError(f"expected a {kinds}, got {type(model).__name__}; {remedy}.")
+
+
+@contextmanager
+def unchanged(model: Model) -> Iterator[None]:
+    """Read the sizes of a model once in all that is done inside, where nothing may change them."""
+    if model in _UNCHANGED:
+        yield
+        return
+    _UNCHANGED[model] = backend(model)
+    try:
+        yield
+    finally:
+        del _UNCHANGED[model]
 
 
 def check_class(model: object) -> None:
@@ -139,12 +167,12 @@ def check_class(model: object) -> None:
 
 def shape_of(model: Model) -> ModelShape:
     """Return the sizes and kinds of a model."""
-    return backend(model).shape()
+    return backend(model).shape
 
 
 def weights_of(model: Model) -> ModelWeights:
     """Return a view of a model's weights, and its layers as functions of tensors."""
-    return backend(model).weights()
+    return backend(model).weights
 
 
 def hook_names(model: Model) -> tuple[str, ...]:

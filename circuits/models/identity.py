@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from circuits.graph.edges import SLOTS
 from circuits.graph.graph import Graph, check_is_graph
 from circuits.graph.identity import ModelIdentity
-from circuits.models.backend import Model, backend
+from circuits.models.backend import Model, backend, shape_of
 from circuits.models.changes import hooks_by_kind, turn
 from circuits.models.hook_points import NORMS
 from circuits.models.layers.functional import AttentionSettings, NormWeights, WeightedMLP
@@ -58,7 +58,7 @@ def check_fits(model: Model, graph: Graph) -> None:
     check_is_graph(graph)
     if graph.model is None:
         return
-    here, there = backend(model).shape().comparable(), graph.model
+    here, there = shape_of(model).comparable(), graph.model
     differences = []
     # A graph that was made without a model has the sizes that decide which edges there are.
     for name, size in there.shape.items():
@@ -94,9 +94,9 @@ def identity(model: Model) -> ModelIdentity:
     """
     check_weights(model)
     found = backend(model)
-    shape = found.shape()
+    shape = found.shape
     kinds: list[Any] = [shape.comparable(), shape.causal]
-    weights = found.weights()
+    weights = found.weights
     try:
         settings, named = [*kinds, *_settings(weights)], list(_named(weights))
     # Parts that a user has replaced may lack the weights that are looked for, and raise anything.

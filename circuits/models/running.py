@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from circuits.models.backend import Hooks, Model, backend, shape_of
+from circuits.models.backend import Hooks, Model, backend, shape_of, unchanged
 from circuits.models.changes import Own, because, changes, named, turn
 from circuits.models.overflow import check_size
 from circuits.system.errors import InputError
@@ -70,7 +70,7 @@ def copies_per_head(model: Model, slot: str) -> int:
 @contextlib.contextmanager
 def frozen(model: Model) -> Iterator[None]:
     """Take the model's turn, in evaluation mode, without gradients of weights or modes of torch."""
-    with turn(model), without_modes(), contextlib.ExitStack() as stack:
+    with turn(model), unchanged(model), without_modes(), contextlib.ExitStack() as stack:
         here = backend(model)
         training = [module for module in here.modules() if module.training]
         evaluating = [(module, "training", False) for module in training]

@@ -203,8 +203,11 @@ def _pairs(
     tokens, mask, scored = prompts
     lengths = mask.sum(1).tolist()
     # What acts on the last position, or on all, acts on real tokens here.
-    each = [[given[row : row + 1, :n] for given in prompts] for row, n in enumerate(lengths)]
-    expected = torch.cat([alone(model, *prompt) for prompt in each])
+    runs = []
+    for row, length in enumerate(lengths):
+        prompt = [given[row : row + 1, :length] for given in prompts]
+        runs.append(alone(model, *prompt))
+    expected = torch.cat(runs)
     # Circuits run as copies of the prompts, each with other activations.
     others = (tokens + 1) % shape_of(model).d_vocab
     beside = torch.cat([tokens, tokens, others])
@@ -220,7 +223,8 @@ def _model_logits(model: Model, tokens: Tokens, mask: Mask, scored: Mask) -> Ten
 
 
 def _logits(model: Model, tokens: Tokens, mask: Mask, scored: Mask) -> Tensor:
-    return scored_logits(model, run_to_residual(model, tokens, mask), scored)
+    residual = run_to_residual(model, tokens, mask)
+    return scored_logits(model, residual, scored)
 
 
 @torch.enable_grad()

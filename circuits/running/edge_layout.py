@@ -124,12 +124,12 @@ class EdgeLayout:
 
 
 def _targets(model: Model) -> tuple[HookedTarget, ...]:
+    shape = shape_of(model)
     targets: list[HookedTarget] = []
-    for layer in range(shape_of(model).n_layers):
+    for layer in range(shape.n_layers):
         first = Head(layer, 0)
-        n_heads = shape_of(model).n_heads
-        targets += [(first, slot, n_heads) for slot in SLOTS]
-        if not shape_of(model).attn_only:
+        targets += [(first, slot, shape.n_heads) for slot in SLOTS]
+        if not shape.attn_only:
             targets.append((MLP(layer), None, 1))
     return (*targets, (Logits(), None, 1))
 

@@ -18,9 +18,12 @@ from circuits.system.messages import suggestion
 from circuits.tasks.task import Task
 
 Noise = Float[Tensor, "batch pos d_model"]
+Tokens = Int[Tensor, " pos"]
 
 
-def embedding_noise(model: Model, task: Task, scale: float, seed: int, span: str | None) -> Noise:
+def embedding_noise(
+    model: Model, task: Task, scale: float, seed: int = 0, span: str | None = None
+) -> Noise:
     """Gaussian noise for the clean prompts; zero outside of the span, or of the prompts as given.
 
     Its standard deviation is `scale` times that of all entries of W_E.
@@ -33,19 +36,20 @@ def embedding_noise(model: Model, task: Task, scale: float, seed: int, span: str
     noised = task.prompt_mask if span is None else task.positions[span]
     cfg = shape_of(model)
     noise = torch.zeros(*noised.shape, cfg.d_model)
-    for row, length in enumerate(task.lengths.tolist()):
-        tokens = task.clean[row, :length]
-        noise[row, :length] = _normal(tokens, cfg.d_model, seed)
+    lengths = task.lengths.tolist()
+    for tokens, row, length in zip(task.clean, noise, lengths, strict=True):
+        row[:length] = _normal(tokens[:length], cfg.d_model, seed)
     deviation = scale * weights_of(model).embedding_deviation()
     weights = noised.cpu()[..., None]
     scaled = noise * weights * deviation
     return scaled.to(cfg.device, cfg.dtype)
 
 
-def _normal(tokens: Int[Tensor, " pos"], width: int, seed: int) -> Float[Tensor, "pos width"]:
+def _normal(tokens: Tokens, width: int, seed: int) -> Tensor:
     """Standard normal numbers, the same wherever these tokens are a prompt."""
     ids = tokens.cpu().numpy().tobytes()
-    digest = blake2b(f"{seed} ".encode() + ids, digest_size=8).digest()
+    named = f"{seed} ".encode() + ids
+    digest = blake2b(named, digest_size=8).digest()
     # Drawn on the CPU, whose generator gives the same numbers on every machine; 63 bits fit it.
     own_seed = int.from_bytes(digest, "little") >> 1
     generator = torch.Generator().manual_seed(own_seed)

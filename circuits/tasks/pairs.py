@@ -31,11 +31,14 @@ def pair_of(given: Any) -> PromptPair:
         given = TableRow.of_cells(given._fields, given)
     elif isinstance(given, np.void | np.ndarray):
         names, cells = given.dtype.names, given.tolist()
-        given = TableRow.of_cells(names, cells) if names and not given.ndim else cells
+        if names and not given.ndim:
+            cells = TableRow.of_cells(names, cells)
+        given = cells
     if isinstance(given, Mapping):
         return PromptPair(**pair_fields(given))
     if isinstance(given, list | tuple) and 2 <= len(given) <= 4:
-        return PromptPair(**plain_fields(dict(zip(FIELDS, given, strict=False))))
+        named = dict(zip(FIELDS, given, strict=False))
+        return PromptPair(**plain_fields(named))
     raise InputError(f"{shown(given)} is no prompt pair; give {FORMS}.")
 
 
@@ -61,7 +64,8 @@ def pair_rows(given: Any) -> Iterator[Row]:
 
 def _is_single(given: Any) -> bool:
     if isinstance(given, tuple):
-        return bool(given) and all(isinstance(each, str) or is_missing(each) for each in given[:2])
+        prompts = given[:2]
+        return bool(given) and all(isinstance(each, str) or is_missing(each) for each in prompts)
     if not isinstance(given, Mapping | pd.Series):
         return isinstance(given, PromptPair | np.void)
     clean = given.get("clean", given.get("prompt"))
@@ -78,4 +82,5 @@ def _rows_of_columns(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     if len(set(lengths.values())) > 1:
         counts = ", ".join(f"{name} has {length}" for name, length in lengths.items())
         raise InputError(f"columns of different lengths ({counts}); give an entry for each prompt.")
-    return [dict(zip(listed, cells, strict=True)) for cells in zip(*listed.values(), strict=True)]
+    rows = zip(*listed.values(), strict=True)
+    return [dict(zip(listed, cells, strict=True)) for cells in rows]

@@ -67,8 +67,9 @@ class EncodedPair:
     @property
     def parts(self) -> list[str]:
         """What the pair has besides its prompts, which all pairs of a task have."""
+        _, _, *spans = self.fields
         lacking = ["corrupted=None"] if self.pair.corrupted is None else []
-        return [*self.answers, *list(self.fields)[2:], *lacking]
+        return [*self.answers, *spans, *lacking]
 
     @property
     def n_scored(self) -> int:
@@ -131,7 +132,8 @@ class PromptTokenizer:
         for name, is_inside in spans.items():
             fields[f"span {name}"] = is_inside + [False] * len(forced)
         pairing += range(len(corrupted), len(fields["corrupted"]))
-        return EncodedPair(pair, fields, answers, pairing, self._remark(pair, clean))
+        remark = self._remark(pair, clean)
+        return EncodedPair(pair, fields, answers, pairing, remark)
 
     def _corrupted(self, pair: PromptPair, clean: TokenIds) -> TokenIds:
         if pair.corrupted is None:
@@ -269,12 +271,14 @@ class PromptTokenizer:
             return []
 
         def unknown(pieces: Iterable[str]) -> list[str]:
-            return [piece for piece in dict.fromkeys(pieces) if unk_id in self._ids(piece)]
+            different = dict.fromkeys(pieces)
+            return [piece for piece in different if unk_id in self._ids(piece)]
 
         words = unknown(text.replace(unk, " ").split())
         if words or self._knows(text, ids):
             return words
-        return unknown(filter(str.isspace, text.replace(unk, ""))) or [text]
+        spaces = filter(str.isspace, text.replace(unk, ""))
+        return unknown(spaces) or [text]
 
     def _dropped(self, text: str) -> list[str]:
         """The characters without which the text would be read alike, though they are no spaces."""
@@ -293,13 +297,14 @@ class PromptTokenizer:
             return False
         if character not in self.blank:
             alone = self._tried(character)
-            self.blank[character] = alone is not None and not self._text(alone).strip()
+            is_seen = alone is None or self._text(alone).strip()
+            self.blank[character] = not is_seen
         return self.blank[character]
 
     def _knows(self, text: str, ids: TokenIds) -> bool:
         """Whether these ids of a text stand for all of it; it may spell the unknown token out."""
-        unk = self.tokenizer.unk_token
-        return unk is None or ids.count(self.tokenizer.unk_token_id) <= text.count(unk)
+        unk, unk_id = self.tokenizer.unk_token, self.tokenizer.unk_token_id
+        return unk is None or ids.count(unk_id) <= text.count(unk)
 
     def _answers(self, pair: PromptPair, prompt_ids: TokenIds, *, single: bool) -> Answers:
         """By kind of answers, the tokens of each scored position; see `EncodedPair`."""
@@ -392,8 +397,8 @@ class PromptTokenizer:
     def _remark(self, pair: PromptPair, prompt_ids: TokenIds) -> str | None:
         """On the space before an answer, if another one than the given may be meant."""
         prompt, trimmed = pair.clean, pair.clean.rstrip(" ")
-        words = [each for each in pair.answers + pair.wrong_answers if isinstance(each, str)]
-        for word in words:
+        answers = pair.answers + pair.wrong_answers
+        for word in (each for each in answers if isinstance(each, str)):
             lacks_space = _lacks_space(prompt, word)
             if trimmed == prompt and not lacks_space:
                 continue
@@ -401,7 +406,8 @@ class PromptTokenizer:
             given = self._continuation(prompt, prompt_ids, word) or []
             n_given = len(prompt_ids) + len(given)
             # Most tokenizers put a space into the token after it.
-            if trimmed != prompt and len(self.with_bos(self._ids(trimmed + spaced))) < n_given:
+            without = self.with_bos(self._ids(trimmed + spaced))
+            if trimmed != prompt and len(without) < n_given:
                 return (
                     f"the answer {word!r} comes after the space that {shorten(prompt)} ends with; "
                     f"write {spaced!r}, and leave out that space."
@@ -428,7 +434,8 @@ class PromptTokenizer:
         if self.bos is None:
             return offsets
         # A BOS that is put in front stands for no characters.
-        return offsets[own - 1 :] if own else [(0, 0), *offsets]
+        offsets = [(0, 0), *offsets]
+        return offsets[own:]
 
     def _spans(self, text: str, named: Mapping[str, CharSpan]) -> dict[str, list[bool]]:
         """By name, whether a span holds each token of a text."""
@@ -515,15 +522,18 @@ class Fitting:
         """Those with the fields that most have; all of them if none are to be left out."""
         if not self.skip or not encoded:
             return list(encoded)
-        [(usual, _)] = Counter(tuple(each.parts) for each in encoded).most_common(1)
+        counts = Counter(tuple(each.parts) for each in encoded)
+        usual = max(counts, key=counts.__getitem__)
         kept = [each for each in encoded if tuple(each.parts) == usual]
-        if len(kept) < len(encoded):
-            self.left_out["other fields than most prompts have"] += len(encoded) - len(kept)
+        n_others = len(encoded) - len(kept)
+        if n_others:
+            self.left_out["other fields than most prompts have"] += n_others
         return kept
 
     def told(self) -> str:
         """Why pairs were left out, such as "an empty prompt (3)"."""
-        return ", ".join(f"{reason} ({count})" for reason, count in self.left_out.items())
+        counts = self.left_out.items()
+        return ", ".join(f"{reason} ({count})" for reason, count in counts)
 
 
 def fitting(model: Model, prepend_bos: bool | None, skip: bool) -> Fitting:
@@ -549,7 +559,8 @@ def prompt_tokens(model: Model, prompt: Prompt, prepend_bos: bool | None = None)
         _check_padding(model.tokenizer, shape_of(model), tokens.tolist(), "the prompt", remedy)
     else:
         mask = as_tensor(mask, "attention_mask").reshape(1, -1)
-        tokens = tokens[check_mask(mask, None, "right", tokens[None])[0]]
+        (is_real,) = check_mask(mask, None, "right", tokens[None])
+        tokens = tokens[is_real]
     if not _checked_choice(prepend_bos) or not len(tokens):
         return tokens
     encoder = PromptTokenizer.of(model, prepend_bos)
@@ -576,7 +587,8 @@ def _given_tokens(prompt: Any) -> PromptTokens:
 
 def _called(role: str, text: str, forced: TokenIds | None = None) -> str:
     """What errors call a prompt, with the tokens of its answer after it."""
-    return f"the {role} prompt {shorten(text)}{' with its answer' if forced else ''}"
+    end = " with its answer" if forced else ""
+    return f"the {role} prompt {shorten(text)}{end}"
 
 
 def _check_padding(tokenizer: Any, cfg: Any, ids: TokenIds, called: str, remedy: str) -> None:
@@ -597,7 +609,8 @@ def _checked_choice(prepend_bos: Any) -> bool | None:
 def _check_no_answer_is_wrong(
     pair: PromptPair, right: list[TokenIds], wrong: list[TokenIds]
 ) -> None:
-    both = [word for word, ids in zip(pair.wrong_answers, wrong, strict=True) if ids in right]
+    by_word = zip(pair.wrong_answers, wrong, strict=True)
+    both = [word for word, ids in by_word if ids in right]
     if both:
         raise DoesNotFit(
             f"{quoted(map(str, both))} is both an answer and a wrong answer of "
@@ -627,7 +640,8 @@ def _check_differ(pair: PromptPair, clean: TokenIds, corrupted: TokenIds) -> Non
 
 def _lacks_space(prompt: str, word: str) -> bool:
     # "4.5" is one number.
-    is_apart = prompt[-1:] in ENDS and word[:1].isalnum() and not prompt[-2:-1].isdigit()
+    is_number = prompt[-2:-1].isdigit()
+    is_apart = prompt[-1:] in ENDS and word[:1].isalnum() and not is_number
     return is_apart or _fuses(prompt, word)
 
 

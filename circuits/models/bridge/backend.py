@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from circuits.models.backend import Backend, Changes, Hook, Hooks, Inputs
@@ -18,8 +19,8 @@ from circuits.models.bridge import parts
 from circuits.models.bridge.changes import (
     INNER,
     all_modules,
-    changes,
-    hooked_points,
+    hook_points,
+    hooked,
     is_known,
     note_known,
     problems,
@@ -28,7 +29,7 @@ from circuits.models.bridge.changes import (
 from circuits.models.bridge.run import Pass
 from circuits.models.bridge.shape import bridge_shape, unreadable, unsupported
 from circuits.models.bridge.weights import BridgeWeights
-from circuits.models.changes import Own, hooks_by_kind
+from circuits.models.changes import A_HOOK, Own, hooks_by_kind
 from circuits.models.layers.shape import ModelShape
 from circuits.models.running import Expected, check_were_run
 from circuits.models.tolerance import TOLERANCE, logit_gap
@@ -62,13 +63,18 @@ class BridgeBackend(Backend, of=TransformerBridge):
 
     model: TransformerBridge
 
-    def shape(self) -> ModelShape:
+    @cached_property
+    def points(self) -> dict[str, HookPoint]:
+        """The hook points that a run calls, by the names of activations."""
+        return hook_points(self.model)
+
+    def read_shape(self) -> ModelShape:
         """Return sizes and kinds, from the modules as far as they tell."""
         return bridge_shape(self.model)
 
-    def weights(self) -> BridgeWeights:
+    def read_weights(self) -> BridgeWeights:
         """Return a view of the weights."""
-        return BridgeWeights(self.model, self.shape())
+        return BridgeWeights(self.model, self.shape)
 
     def modules(self) -> Iterator[nn.Module]:
         """Return all modules, those of the wrapped model as well."""
@@ -93,9 +99,9 @@ class BridgeBackend(Backend, of=TransformerBridge):
                 seen[name] = None
             return activation
 
-        shape = self.shape()
+        shape = self.shape
         token = torch.zeros(1, 1, dtype=torch.long, device=shape.device)
-        noting = Pass(self.weights(), at, lambda name: True)
+        noting = Pass(self.read_weights(), at, lambda name: True)
         with torch.no_grad():
             noting.to_logits(noting.to_residual(token, shape.n_layers))
         return tuple(seen)
@@ -108,7 +114,7 @@ class BridgeBackend(Backend, of=TransformerBridge):
             # Those that count the passes.
             if isinstance(hook, Own):
                 hook(self.model, (tokens,))
-        last = self.shape().n_layers if layers is None else layers
+        last = self.shape.n_layers if layers is None else layers
         residual = self._pass(tokens.shape).to_residual(tokens, last)
         return self.last_step(residual) if layers is None else residual
 
@@ -144,7 +150,7 @@ class BridgeBackend(Backend, of=TransformerBridge):
 
     def changes(self) -> Changes:
         """Describe the hooks of a user that a run honours."""
-        return changes(self.model)
+        return dict.fromkeys(hooked(self.points), A_HOOK)
 
     def problems(self) -> Iterator[str]:
         """Say why the model cannot be run as it is."""
@@ -157,7 +163,7 @@ class BridgeBackend(Backend, of=TransformerBridge):
 
     def computed(self) -> dict[str, Any]:
         """Return the hooks of a user."""
-        points = hooked_points(self.model)
+        points = hooked(self.points)
         return {name: hooks_by_kind(point) for name, point in points.items()}
 
     def first_fingerprint(self) -> None:
@@ -165,7 +171,7 @@ class BridgeBackend(Backend, of=TransformerBridge):
 
     def last_step_changed(self) -> bool:
         """Whether the unembedding has a hook."""
-        return "unembed.hook_out" in hooked_points(self.model)
+        return "unembed.hook_out" in hooked(self.points)
 
     def unsupported(self) -> Iterator[str]:
         """Say why the residual stream is not the sum of the model's components."""
@@ -176,7 +182,7 @@ class BridgeBackend(Backend, of=TransformerBridge):
         if is_known(self.model):
             return
         generator = torch.Generator().manual_seed(0)
-        shape = self.shape()
+        shape = self.shape
         tokens = torch.randint(shape.d_vocab, (1, min(N_TOKENS, shape.n_ctx)), generator=generator)
         tokens = tokens.to(shape.device)
         with torch.no_grad():
@@ -197,7 +203,7 @@ class BridgeBackend(Backend, of=TransformerBridge):
 
     def _pass(self, shape: Sequence[int] | None) -> Pass:
         expected = Expected(self.model, shape)
-        points = hooked_points(self.model)
+        points = hooked(self.points)
         ours: dict[str, list[_Named]] = {}
         for hook in _ACTIVE.get(self.model, ()):
             ours.setdefault(hook.name, []).append(hook)
@@ -213,4 +219,6 @@ class BridgeBackend(Backend, of=TransformerBridge):
         def is_hooked(name: str) -> bool:
             return name in points or name in ours
 
-        return Pass(self.weights(), at, is_hooked)
+        weights = self.weights
+        assert isinstance(weights, BridgeWeights)
+        return Pass(weights, at, is_hooked)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from circuits.models.backend import Changes
-from circuits.models.changes import A_HOOK, WHOLE, hooks_on, is_compiled
+from circuits.models.changes import WHOLE, hooks_on, is_compiled
 
 # Where the pass of this package computes an activation, and a bridge's hook point for it; some of
 # them take the axes of heads as one. Scores are none of them: they are masked or scaled before the
@@ -71,14 +70,9 @@ def hook_points(model: TransformerBridge) -> dict[str, HookPoint]:
     return {name: point for name, point in found.items() if point is not None}
 
 
-def hooked_points(model: TransformerBridge) -> dict[str, HookPoint]:
-    """Return those of `hook_points` that have hooks of a user."""
-    return {name: point for name, point in hook_points(model).items() if any(hooks_on(point))}
-
-
-def changes(model: TransformerBridge) -> Changes:
-    """Describe the hooks of a user that a run honours."""
-    return dict.fromkeys(hooked_points(model), A_HOOK)
+def hooked(points: Mapping[str, HookPoint]) -> dict[str, HookPoint]:
+    """Return those that have hooks of a user."""
+    return {name: point for name, point in points.items() if any(hooks_on(point))}
 
 
 def all_modules(model: TransformerBridge) -> Iterator[tuple[str, nn.Module]]:
@@ -95,18 +89,19 @@ def problems(model: TransformerBridge) -> Iterator[str]:
     """Say why a bridge cannot be run as it is."""
     honoured = set(hook_points(model).values())
     for name, module in all_modules(model):
-        where = _called(name, module)
         if is_compiled(module):
+            where = _called(name, module)
             yield f"{where} is compiled, and hooks do not reach into it; use it uncompiled"
         if module in honoured:
             continue
         if any(_is_users(hook) for hook in hooks_on(module)):
             yield (
-                f"it has a hook at {where}, which the run of a circuit does not compute; put it at "
-                "the output of a head (hook_z), an MLP (hook_mlp_out) or a layer, or remove it "
-                "with reset_hooks()"
+                f"it has a hook at {_called(name, module)}, which the run of a circuit does not "
+                "compute; put it at the output of a head (hook_z), an MLP (hook_mlp_out) or a "
+                "layer, or remove it with reset_hooks()"
             )
         if "forward" in vars(module) and _is_users(vars(module)["forward"]):
+            where = _called(name, module)
             yield f"it has another forward method at {where}; load the model anew"
     yield from _unusable_weights(model)
 

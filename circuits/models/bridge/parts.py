@@ -7,6 +7,7 @@ read here is the wrapped module, so that nothing depends on how the wrappers com
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -29,7 +30,7 @@ ACTIVATION_SETTINGS = (
 )  # fmt: skip
 
 # Of a model, by kind of layer.
-_TABLES: WeakKeyDictionary[nn.Module, dict[Any, tuple[Table, Table] | None]] = WeakKeyDictionary()
+_ROTATIONS: WeakKeyDictionary[nn.Module, dict[Any, Rotation | None]] = WeakKeyDictionary()
 # Which number is added to the weight of a kind of norm; None where the equation is another.
 _OFFSETS: dict[type, int | None] = {}
 
@@ -37,7 +38,9 @@ _OFFSETS: dict[type, int | None] = {}
 def child(owner: Any, name: str) -> Any:
     """Return a part of a bridge, or None if it has none of this name, or one that does nothing."""
     found = owner._modules.get(name)
-    return None if found is None or isinstance(original(found), nn.Identity) else found
+    if found is None or isinstance(original(found), nn.Identity):
+        return None
+    return found
 
 
 def original(component: Any) -> Any:
@@ -51,6 +54,17 @@ def original(component: Any) -> Any:
 def config_of(model: TransformerBridge) -> Any:
     """Return the configuration of the wrapped model, or the bridge's own if it has none."""
     return getattr(model.original_model, "config", model.cfg)
+
+
+def first_of(owner: Any, *names: str) -> Any:
+    """Return the first attribute that there is and that is not None; None if there is none."""
+    found = (getattr(owner, name, None) for name in names)
+    return next((each for each in found if each is not None), None)
+
+
+def setting(model: TransformerBridge, *names: str) -> Any:
+    """Return what the configuration states under the first of these names, None if nothing."""
+    return first_of(config_of(model), *names)
 
 
 def matrix(component: Any) -> Float[Tensor, "d_in d_out"]:
@@ -81,56 +95,56 @@ def norm_weights(component: Any) -> NormWeights:
     name = type(module).__name__
     centres = "RMS" not in name
     weight: Tensor | None = getattr(module, "weight", None)
-    eps = _first(module, "variance_epsilon", "eps", "epsilon", default=1e-5)
-    plain = NormWeights(module, centres, weight, getattr(module, "bias", None), eps)
+    eps = first_of(module, "variance_epsilon", "eps", "epsilon")
+    eps = 1e-5 if eps is None else eps
+    plain = NormWeights(module, centres, weight, bias(component), eps)
     offset = _offset(plain)
     if offset is None:
-        return NormWeights(module, centres, None, None, eps, is_plain=False)
+        return replace(plain, weight=None, bias=None, is_plain=False)
     if not offset or weight is None:
         return plain
     # Gemma: y = (1 + w) x / s
-    return NormWeights(module, centres, weight + offset, plain.bias, eps)
+    return replace(plain, weight=weight + offset)
 
 
 def activation(model: TransformerBridge, mlp: Any) -> Any:
     """Return the activation function of an MLP."""
-    module = original(mlp)
-    found = _first(module, *ACTIVATION_MODULES, default=None)
+    found = first_of(original(mlp), *ACTIVATION_MODULES)
     if found is not None:
         return found
-    name = _first(config_of(model), *ACTIVATION_SETTINGS, default=None)
-    return ACT2FN[name] if isinstance(name, str) else _first(mlp, "_activation_fn", default=None)
+    name = setting(model, *ACTIVATION_SETTINGS)
+    return ACT2FN[name] if isinstance(name, str) else first_of(mlp, "_activation_fn")
 
 
-def rotation(model: TransformerBridge, layer: int, n_ctx: int) -> Rotation | None:
+def rotation(model: Any, layer: int, n_ctx: int) -> Rotation | None:
     """Return the rotation of a layer's queries and keys; None where there is none."""
     attention = original(model.blocks[layer].attn)
     if not _rotates(attention):
         return None
-    tables = _tables(model, layer, n_ctx)
-    if tables is None:
-        return None
-    cos, sin = tables
-    adjacent = _turns_adjacent(attention)
-    # [ctx, pairs]: both dimensions of a pair have the same angle.
-    if adjacent:
-        return Rotation(cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1), adjacent)
-    return Rotation(torch.cat([cos, cos], -1), torch.cat([sin, sin], -1), adjacent)
+    kind = getattr(attention, "layer_type", None)
+    like = next(model.original_model.parameters())
+    known = _ROTATIONS.setdefault(model, {})
+    key = kind, like.device, like.dtype
+    if key not in known:
+        length = min(n_ctx, LONGEST)
+        known[key] = _made_rotation(model, attention, length)
+    return known[key]
 
 
 def slopes(model: TransformerBridge, n_heads: int) -> Float[Tensor, " head"] | None:
     """Return the slopes of ALiBi, if the model has it."""
-    names = vars(sys.modules[type(original(model.blocks[0].attn)).__module__])
-    if build := names.get("build_mpt_alibi_tensor"):
-        alibi = build(n_heads, 2, alibi_bias_max=config_of(model).attn_config.alibi_bias_max)
-        return alibi[:, 0, 1] - alibi[:, 0, 0]
-    build = names.get("build_alibi_tensor")
-    if build is None or not getattr(config_of(model), "alibi", True):
-        return None
-    alibi = build(torch.ones(1, 2), n_heads, torch.float32)
-    slope = alibi[:, 0, 1]
-    # Falcon scales the sum of scores and slopes, BLOOM only the scores.
     attention = original(model.blocks[0].attn)
+    names = _names_beside(attention)
+    if build := names.get("build_mpt_alibi_tensor"):
+        largest = setting(model, "attn_config").alibi_bias_max
+        alibi = build(n_heads, 2, alibi_bias_max=largest)[:, 0]
+        return alibi[:, 1] - alibi[:, 0]
+    build = names.get("build_alibi_tensor")
+    if build is None or setting(model, "alibi") is False:
+        return None
+    mask = torch.ones(1, 2)
+    slope = build(mask, n_heads, torch.float32)[:, 0, 1]
+    # Falcon scales the sum of scores and slopes, BLOOM only the scores.
     is_scaled = "Falcon" in type(attention).__name__
     return slope * attention.inv_norm_factor if is_scaled else slope
 
@@ -145,23 +159,29 @@ def _offset(norm: NormWeights) -> int | None:
 
 @torch.no_grad()
 def _found_offset(norm: NormWeights) -> int | None:
-    module, weight = norm.module, norm.weight
-    like = weight if weight is not None else torch.zeros(_width(module))
+    weight = norm.weight
+    like = torch.zeros(_width(norm.module)) if weight is None else weight
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 3, like.shape[-1], generator=generator).to(like)
-    expected = module(x)
+    size = (1, 3, like.shape[-1])
+    x = torch.randn(size, generator=generator).to(like)
+    expected = norm.module(x)
+    largest = expected.abs().max()
     for offset in (0, 1):
         shifted = None if weight is None else weight + offset
-        tried = NormWeights(module, norm.centres, shifted, norm.bias, norm.eps)
-        gap = (tried(x) - expected).abs().max()
-        if gap < 0.01 * expected.abs().max():
+        gap = replace(norm, weight=shifted)(x) - expected
+        if gap.abs().max() < 0.01 * largest:
             return offset
     return None
 
 
 def _width(module: nn.Module) -> int:
-    shape = _first(module, "normalized_shape", default=(2,))
+    shape = first_of(module, "normalized_shape") or (2,)
     return int(shape[-1])
+
+
+def _names_beside(module: nn.Module) -> dict[str, Any]:
+    """What is defined in the file of a module's class."""
+    return vars(sys.modules[type(module).__module__])
 
 
 def _rotates(attention: nn.Module) -> bool:
@@ -173,27 +193,32 @@ def _rotates(attention: nn.Module) -> bool:
 
 def _turns_adjacent(attention: nn.Module) -> bool:
     """Whether pairs are dimensions 2i and 2i + 1, not i and i + half the width."""
-    names = vars(sys.modules[type(attention).__module__])
+    names = _names_beside(attention)
     if "rotate_every_two" in names or type(attention).__name__ == "NativeAttention":
         return True
     turn = names.get("rotate_half")
-    return turn is not None and bool(turn(torch.arange(4.0))[1] == 0)
-
-
-def _tables(model: TransformerBridge, layer: int, n_ctx: int) -> tuple[Table, Table] | None:
-    attention = original(model.blocks[layer].attn)
-    kind = getattr(attention, "layer_type", None)
-    like = next(model.original_model.parameters())
-    known = _TABLES.setdefault(model, {})
-    key = kind, like.device, like.dtype
-    if key not in known:
-        known[key] = _made_tables(model, attention, kind, min(n_ctx, LONGEST))
-    return known[key]
+    if turn is None:
+        return False
+    turned = turn(torch.arange(4.0))
+    return bool(turned[1] == 0)
 
 
 @torch.no_grad()
-def _made_tables(
-    model: TransformerBridge, attention: nn.Module, kind: str | None, length: int
+def _made_rotation(model: TransformerBridge, attention: nn.Module, length: int) -> Rotation | None:
+    tables = _tables(model, attention, length)
+    if tables is None:
+        return None
+    # [ctx, pairs]: both dimensions of a pair have the same angle.
+    adjacent = _turns_adjacent(attention)
+    if adjacent:
+        cos, sin = (table.repeat_interleave(2, -1) for table in tables)
+    else:
+        cos, sin = (table.repeat(1, 2) for table in tables)
+    return Rotation(cos, sin, adjacent)
+
+
+def _tables(
+    model: TransformerBridge, attention: nn.Module, length: int
 ) -> tuple[Table, Table] | None:
     """The cosine and sine of each position and pair of dimensions."""
     embedded = getattr(attention, "embed_positions", None)
@@ -203,33 +228,28 @@ def _made_tables(
         return cos, sin
     native = getattr(attention, "rotary", None)
     if native is not None:
-        return native.cos_cached[:length, ::2], native.sin_cached[:length, ::2]
-    modules = model.original_model.named_modules()
-    found = [module for name, module in modules if name.endswith("rotary_emb")]
+        both = native.cos_cached, native.sin_cached
+        cos, sin = (table[:length, ::2] for table in both)
+        return cos, sin
+    modules = dict(model.original_model.named_modules())
+    found = [name for name in modules if name.endswith("rotary_emb")]
     if not found:
         return None
     like = next(model.original_model.parameters())
-    positions = torch.arange(length, device=like.device)[None]
-    rotary = original(found[0])
+    positions = torch.arange(length, device=like.device)
+    rotary = original(modules[found[0]])
     takes_kind = "layer_type" in signature(rotary.forward).parameters
-    chosen = {"layer_type": kind} if takes_kind else {}
-    cos, sin = rotary(like.new_zeros(1, 1, 1), positions, **chosen)
+    chosen = {"layer_type": attention.layer_type} if takes_kind else {}
+    states = like.new_zeros(1, 1, 1)
+    cos, sin = rotary(states, positions[None], **chosen)
     return _per_pair(cos[0]), _per_pair(sin[0])
 
 
 def _per_pair(table: Float[Tensor, "ctx rotated"]) -> Table:
     """Reduce a table in which each pair's angle may be there twice."""
-    half = table.shape[-1] // 2
-    if torch.equal(table[:, :half], table[:, half:]):
-        return table[:, :half]
-    if torch.equal(table[:, ::2], table[:, 1::2]):
-        return table[:, ::2]
-    return table
-
-
-def _first(owner: Any, *names: str, default: Any) -> Any:
-    for name in names:
-        found = getattr(owner, name, None)
-        if found is not None:
-            return found
-    return default
+    half = table.shape[1] // 2
+    halves = table[:, :half], table[:, half:]
+    if torch.equal(*halves):
+        return halves[0]
+    turns = table[:, ::2], table[:, 1::2]
+    return turns[0] if torch.equal(*turns) else table

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ from circuits.models.layers.shape import ModelShape
 
 Point = Callable[[str, Tensor], Tensor]
 Tokens = Int[Tensor, "batch pos"]
-Residual = Float[Tensor, "batch pos d_model"]
+Stream = Float[Tensor, "batch pos d_model"]
+Logits = Float[Tensor, "batch pos vocab"]
 Inputs = Float[Tensor, "batch pos *head d_model"]
 Heads = Float[Tensor, "batch pos head d_head"]
 
@@ -50,7 +52,7 @@ class Pass:
         """The model's."""
         return self.weights.shape
 
-    def to_residual(self, tokens: Tokens, layers: int) -> Residual:
+    def to_residual(self, tokens: Tokens, layers: int) -> Stream:
         """Run to the residual stream after some layers."""
         rows, positions = self.weights.embedded(tokens)
         stream = self.at("hook_embed", rows)
@@ -64,18 +66,18 @@ class Pass:
                 stream = self.at(f"blocks.{layer + 1}.hook_resid_pre", stream)
         return stream
 
-    def to_logits(self, residual: Residual) -> Float[Tensor, "batch pos vocab"]:
+    def to_logits(self, stream: Stream) -> Logits:
         """Run from the final residual stream to logits."""
         unembedding = self.weights.unembedding()
         final = self.weights.norm(None, "ln_final")
-        normed = self._normed("ln_final", final, residual)
+        normed = self._normed("ln_final", final, stream)
         logits = normed @ unembedding.weight + unembedding.bias
         logits = self.at("unembed.hook_out", logits)
         if unembedding.scale != 1:
             logits = logits * unembedding.scale
         return soft_capped(logits, unembedding.soft_cap)
 
-    def _block(self, layer: int, stream: Residual) -> Residual:
+    def _block(self, layer: int, stream: Stream) -> Stream:
         # mid = x + attention(x),   out = mid + MLP(mid), or with parallel blocks MLP(x)
         name = f"blocks.{layer}"
         middle = stream + self._attention(layer, stream)
@@ -89,25 +91,27 @@ class Pass:
             after = middle + self._mlp(layer, read)
         return self.at(f"{name}.hook_resid_post", after)
 
-    def _attention(self, layer: int, stream: Residual) -> Residual:
+    def _attention(self, layer: int, stream: Stream) -> Stream:
         """What a layer's attention writes."""
         name = f"blocks.{layer}"
         settings = self.weights.attention_settings(layer)
-        assert settings is not None
-        q, k, v = (self._projected(layer, slot, stream, settings) for slot in "qkv")
+        projected = partial(self._projected, layer, settings, stream)
+        q, k, v = map(projected, "qkv")
         # S = cap(q k^T / scale) + bias,  A = softmax(S),  z = A v
-        scores = torch.einsum("bqhe,bkhe->bhqk", q, k) / settings.scale
-        scores = soft_capped(scores, settings.soft_cap) + _bias(settings, scores)
+        products = torch.einsum("bqhe,bkhe->bhqk", q, k)
+        scores = soft_capped(products / settings.scale, settings.soft_cap)
+        scores = scores + _bias(settings, scores)
         scores = self.at(f"{name}.attn.hook_attn_scores", scores)
-        pattern = self.at(f"{name}.attn.hook_pattern", _pattern(settings, scores).to(v.dtype))
+        pattern = _pattern(settings, scores).to(v.dtype)
+        pattern = self.at(f"{name}.attn.hook_pattern", pattern)
         z = torch.einsum("bhqk,bkhe->bqhe", pattern, v)
         z = self.at(f"{name}.attn.o.hook_in", z)
         if self.shape.has_norms_after:
             z = self._shared(layer, z)
         z = self.at(f"{name}.attn.hook_z", z)
         # sum over heads of z_h W_O[h], and b_O
-        output = self.weights.head_output(layer).flatten(0, 1)
-        written = z.flatten(2) @ output + self.weights.output_bias(layer)
+        written = _summed(z, self.weights.head_output(layer))
+        written = written + self.weights.output_bias(layer)
         return self.at(f"{name}.hook_attn_out", written)
 
     def _shared(self, layer: int, z: Heads) -> Heads:
@@ -115,12 +119,13 @@ class Pass:
         # s = sqrt(mean(y^2) + eps)   with   y = sum over heads of z_h W_O[h]
         norm = self.weights.norm(layer, "ln1_post")
         assert norm is not None
-        summed = z.flatten(2) @ self.weights.output_projection(layer).flatten(0, 1)
-        scale = self.at(f"blocks.{layer}.ln1_post.hook_scale", norm.scale(summed))
+        summed = _summed(z, self.weights.output_projection(layer))
+        name = f"blocks.{layer}.ln1_post.hook_scale"
+        scale = self.at(name, norm.scale(summed))
         return z / scale[..., None]
 
     def _projected(
-        self, layer: int, slot: str, stream: Residual, settings: AttentionSettings
+        self, layer: int, settings: AttentionSettings, stream: Stream, slot: str
     ) -> Heads:
         """The q, k or v of a layer's heads."""
         name = f"blocks.{layer}"
@@ -129,7 +134,8 @@ class Pass:
             # One copy for each query head.
             copies = stream[:, :, None].expand(-1, -1, self.shape.n_heads, -1)
             inputs = self.at(f"{name}.hook_{slot}_input", copies)
-        normed = self._normed(f"{name}.ln1", self.weights.norm(layer, "ln1"), inputs)
+        norm = self.weights.norm(layer, "ln1")
+        normed = self._normed(f"{name}.ln1", norm, inputs)
         weight = self.weights.projection(layer, slot)
         bias = self.weights.projection_bias(layer, slot)
         if normed.dim() == 4:
@@ -139,42 +145,47 @@ class Pass:
             found = found + bias.repeat_interleave(repeats, 0)
         else:
             matrix = weight.transpose(0, 1).flatten(1)
-            found = (normed @ matrix).unflatten(-1, bias.shape) + bias
+            product = normed @ matrix
+            found = product.unflatten(-1, bias.shape) + bias
         found = self.at(f"{name}.attn.hook_{slot}", found)
         # Norm per head, clipping and rotation, then shared heads once for each query head.
-        positions = torch.arange(found.shape[1], device=found.device)
-        found = _turned(settings, slot, found, positions)
+        found = _turned(settings, slot, found)
         repeats = self.shape.n_heads // found.shape[2]
         return found if repeats == 1 else found.repeat_interleave(repeats, 2)
 
-    def _mlp(self, layer: int, read: Residual) -> Residual:
+    def _mlp(self, layer: int, read: Stream) -> Stream:
         """What a layer's MLP writes."""
         name = f"blocks.{layer}"
         mlp = self.weights.feed_forward(layer)
-        normed = self._normed(f"{name}.ln2", self.weights.norm(layer, "ln2"), read)
+        before, after = (self.weights.norm(layer, its) for its in ("ln2", "ln2_post"))
+        normed = self._normed(f"{name}.ln2", before, read)
         normed = self.at(f"{name}.mlp.hook_in", normed)
         if isinstance(mlp, WeightedMLP):
             written = self._weighted_mlp(layer, mlp, normed)
         else:
             written = self.weights.experts(layer, normed)
         written = self.at(f"{name}.mlp", written)
-        written = self._normed(f"{name}.ln2_post", self.weights.norm(layer, "ln2_post"), written)
+        written = self._normed(f"{name}.ln2_post", after, written)
         return self.at(f"{name}.hook_mlp_out", written)
 
-    def _weighted_mlp(self, layer: int, mlp: WeightedMLP, normed: Residual) -> Residual:
-        name, activation = f"blocks.{layer}", self.weights.activation(layer)
+    def _weighted_mlp(self, layer: int, mlp: WeightedMLP, normed: Stream) -> Stream:
+        name = f"blocks.{layer}"
+        # As it is in the model; that of `mlp` may be a faster one without gradients.
+        activation = self.weights.activation(layer)
         if mlp.weight_gate is None:
-            pre = self.at(f"{name}.mlp.hook_pre", normed @ mlp.weight_in + mlp.bias_in)
+            pre = _linear(normed, mlp.weight_in, mlp.bias_in)
+            pre = self.at(f"{name}.mlp.hook_pre", pre)
             hidden = activation(pre)
         else:
-            pre = self.at(f"{name}.mlp.hook_pre", _linear(normed, mlp.weight_gate, mlp.bias_gate))
+            pre = _linear(normed, mlp.weight_gate, mlp.bias_gate)
+            pre = self.at(f"{name}.mlp.hook_pre", pre)
             linear = _linear(normed, mlp.weight_in, mlp.bias_linear)
             linear = self.at(f"{name}.mlp.hook_pre_linear", linear)
             hidden = activation(pre) * linear + mlp.bias_in
         hidden = self.at(f"{name}.mlp.hook_post", hidden)
         return hidden @ mlp.weight_out + mlp.bias_out
 
-    def _normed(self, name: str, norm: NormWeights | None, x: Inputs) -> Inputs:
+    def _normed(self, name: str, norm: NormWeights | None, x: Tensor) -> Tensor:
         if norm is None:
             return x
         if not self.is_hooked(f"{name}.hook_scale") or not norm.is_plain:
@@ -188,16 +199,23 @@ class Pass:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x @ weight if bias is None else x @ weight + bias
+    product = x @ weight
+    return product if bias is None else product + bias
 
 
-def _turned(settings: AttentionSettings, slot: str, found: Heads, positions: Tensor) -> Heads:
+def _summed(z: Heads, output: Float[Tensor, "head d_head d_model"]) -> Stream:
+    """The sum over heads of z_h W_O[h]."""
+    return z.flatten(2) @ output.flatten(0, 1)
+
+
+def _turned(settings: AttentionSettings, slot: str, found: Heads) -> Heads:
     if slot in settings.norms:
         found = settings.norms[slot](found)
     if settings.clip is not None:
         found = found.clamp(-settings.clip, settings.clip)
     if settings.rotation is not None and slot != "v":
         # Its positions are the second last axis.
+        positions = torch.arange(found.shape[1], device=found.device)
         turned: Any = settings.rotation(found.transpose(1, 2), positions)
         found = turned.transpose(1, 2)
     return found
@@ -209,10 +227,10 @@ def _bias(settings: AttentionSettings, scores: Tensor) -> Tensor:
     queries = torch.arange(n_queries, device=scores.device)
     keys = torch.arange(n_keys, device=scores.device)
     distance = keys - queries[:, None]
-    seen = (distance <= 0) & (distance > -settings.reach)
+    is_seen = (distance <= 0) & (distance > -settings.reach)
     slopes = settings.slopes.view(-1, 1, 1)
     linear = slopes * distance.clamp(max=0)
-    return linear.to(scores).masked_fill(~seen, -torch.inf)
+    return linear.to(scores).masked_fill(~is_seen, -torch.inf)
 
 
 def _pattern(settings: AttentionSettings, scores: Tensor) -> Tensor:
@@ -220,5 +238,7 @@ def _pattern(settings: AttentionSettings, scores: Tensor) -> Tensor:
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if settings.sinks is None:
         return wide.softmax(-1)
-    column = settings.sinks.to(wide).view(-1, 1, 1).expand_as(wide[..., :1])
-    return torch.cat([wide, column], -1).softmax(-1)[..., :-1]
+    sinks = settings.sinks.to(wide).view(-1, 1, 1)
+    column = sinks.expand_as(wide[..., :1])
+    pattern = torch.cat([wide, column], -1).softmax(-1)
+    return pattern[..., :-1]

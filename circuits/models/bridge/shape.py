@@ -23,28 +23,31 @@ ATTENTION = (
     "_Cohere2AttentionBridge",
     "_SmolLM3AttentionBridge",
 )
+NORMS = ("ln1", "ln2", "ln1_post", "ln2_post")
 LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 
 
 def bridge_shape(model: TransformerBridge) -> ModelShape:
     """Return sizes and kinds, from the modules as far as they tell."""
-    cfg, config = model.cfg, parts.config_of(model)
+    cfg, d_head = model.cfg, model.cfg.d_head
     block: Any = model.blocks[0]
     mlp = parts.child(block, "mlp")
-    linear = None if mlp is None else parts.child(mlp, "in")
+    linear = mlp and parts.child(mlp, "in")
+    gate = mlp and parts.child(mlp, "gate")
     weight = next(model.original_model.parameters())
-    d_head = cfg.d_head
-    keys = parts.child(parts.child(block, "attn"), "k")
+    vocabulary, _ = parts.original(model.embed).weight.shape
+    _, unembedded = parts.matrix(model.unembed).shape
+    keys = parts.matrix(block.attn.k)
     return ModelShape(
         model_name=str(cfg.model_name),
         n_layers=len(model.blocks),
         n_heads=cfg.n_heads,
-        n_key_value_heads=parts.matrix(keys).shape[1] // d_head,
+        n_key_value_heads=keys.shape[1] // d_head,
         d_model=cfg.d_model,
         d_head=d_head,
-        d_mlp=cfg.d_mlp if linear is None else parts.matrix(linear).shape[1],
-        d_vocab=len(parts.original(model.embed).weight),
-        d_vocab_out=parts.matrix(model.unembed).shape[1],
+        d_mlp=parts.matrix(linear).shape[1] if linear else cfg.d_mlp,
+        d_vocab=vocabulary,
+        d_vocab_out=unembedded,
         n_ctx=_context(model),
         dtype=weight.dtype,
         device=weight.device,
@@ -53,11 +56,11 @@ def bridge_shape(model: TransformerBridge) -> ModelShape:
         causal=getattr(cfg, "attention_dir", "causal") == "causal",
         attn_only=mlp is None,
         parallel_attn_mlp=_is_parallel(model),
-        gated_mlp=mlp is not None and parts.child(mlp, "gate") is not None and linear is not None,
+        gated_mlp=bool(gate and linear),
         has_norms=parts.child(model, "ln_final") is not None,
         has_norms_before=parts.child(block, "ln1") is not None,
         has_norms_after=parts.child(block, "ln1_post") is not None,
-        clips=bool(getattr(config, "clip_qkv", None)),
+        clips=bool(parts.setting(model, "clip_qkv")),
         n_devices=1,
     )
 
@@ -66,7 +69,7 @@ def unreadable(model: TransformerBridge) -> Iterator[str]:
     """Say why the pass of this package cannot compute what the model does."""
     for block in model.blocks:
         attention = parts.child(block, "attn")
-        if attention is None or parts.child(attention, "q") is None:
+        if not attention or not parts.child(attention, "q"):
             kind = type(parts.original(attention or block)).__name__
             yield f"layers that are no attention with queries, keys and values ({kind})"
             return
@@ -89,7 +92,8 @@ def unsupported(model: TransformerBridge) -> Iterator[str]:
     if parts.child(first, "ln1") is None:
         yield "norms after attention and MLP, and none before"
     found = parts.norm_weights(norm)
-    if found.centres or found.bias is not None or parts.bias(first.attn.o) is not None:
+    biases = found.bias, parts.bias(first.attn.o)
+    if found.centres or any(bias is not None for bias in biases):
         yield "a bias or a mean in its norms after attention, of which heads have no share"
 
 
@@ -97,9 +101,9 @@ def _unknown_norms(model: TransformerBridge) -> Iterator[str]:
     block: Any = model.blocks[0]
     for slot in "qk":
         norm = parts.child(block.attn, f"{slot}_norm")
-        weight = None if norm is None else getattr(parts.original(norm), "weight", None)
         if norm is None:
             continue
+        weight = getattr(parts.original(norm), "weight", None)
         if weight is None or weight.dim() > 1:
             yield "query and key norms that differ between heads"
             return
@@ -108,20 +112,19 @@ def _unknown_norms(model: TransformerBridge) -> Iterator[str]:
             return
     if getattr(model.cfg, "qk_norm_after_rope", False):
         yield "query and key norms after the rotation"
-    places = [(block, name) for name in ("ln1", "ln2", "ln1_post", "ln2_post")]
-    for owner, name in [*places, (model, "ln_final")]:
-        norm = parts.child(owner, name)
-        if norm is not None and not parts.norm_weights(norm).is_plain:
-            yield f"norms of a class that is not known ({type(parts.original(norm)).__name__})"
+    found = [parts.child(block, name) for name in NORMS]
+    for norm in [*found, parts.child(model, "ln_final")]:
+        if norm and not parts.norm_weights(norm).is_plain:
+            kind = type(parts.original(norm)).__name__
+            yield f"norms of a class that is not known ({kind})"
             return
 
 
 def _context(model: TransformerBridge) -> int:
-    config = parts.config_of(model)
-    sizes = [getattr(config, name, None) for name in LENGTHS]
-    found = [size for size in sizes if isinstance(size, int) and size > 0]
-    longest = found[0] if found else int(model.cfg.n_ctx)
-    rope: Any = getattr(config, "rope_parameters", None) or {}
+    sizes = (parts.setting(model, name) for name in LENGTHS)
+    known = [size for size in sizes if isinstance(size, int) and size > 0]
+    longest = known[0] if known else model.cfg.n_ctx
+    rope: Any = parts.setting(model, "rope_parameters") or {}
     if rope.get("rope_type") == "longrope":
         # Longer prompts are turned by other angles, from their first token on.
         longest = rope.get("original_max_position_embeddings") or longest
@@ -141,10 +144,8 @@ def _is_parallel(model: TransformerBridge) -> bool:
     block: Any = model.blocks[0]
     if parts.child(block, "mlp") is None:
         return False
-    if parts.child(block, "ln2") is None and parts.child(block, "ln2_post") is None:
-        return parts.child(block, "ln1") is not None
-    config = parts.config_of(model)
-    for name in ("use_parallel_residual", "parallel_attn"):
-        if (stated := getattr(config, name, None)) is not None:
-            return bool(stated)
-    return bool(model.cfg.parallel_attn_mlp)
+    before, *norms_of_mlp = (parts.child(block, name) for name in ("ln1", "ln2", "ln2_post"))
+    if not any(norms_of_mlp):
+        return before is not None
+    stated = parts.setting(model, "use_parallel_residual", "parallel_attn")
+    return bool(model.cfg.parallel_attn_mlp if stated is None else stated)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -37,6 +36,7 @@ from circuits.models.layers.weights import (
     SlotWeights,
 )
 
+Activation = Callable[[Tensor], Tensor]
 # Parts of a bridge that are no more than the linear maps of an MLP.
 LINEAR_MLPS = ("MLPBridge", "BloomMLPBridge", "GatedMLPBridge", "JointGateUpMLPBridge")
 # Classes of transformers that compute GELU in its tanh approximation.
@@ -72,9 +72,7 @@ class BridgeWeights(ModelWeights):
         # OPT keeps two rows before the first position.
         return module.weight[getattr(module, "offset", 0) :]
 
-    def embedded(
-        self, tokens: Tensor
-    ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "pos d_model"] | None]:
+    def embedded(self, tokens: Tensor) -> tuple[Residual, PositionEmbedding | None]:
         """Return what the token and the position embedding write."""
         table = self.embedding()
         rows = table[tokens] * self._embedding_scale()
@@ -108,18 +106,26 @@ class BridgeWeights(ModelWeights):
         found = parts.full_bias(self._attention(layer).o)
         return self._scaled(found)
 
-    def attention_settings(self, layer: int) -> AttentionSettings | None:
+    def attention_settings(self, layer: int) -> AttentionSettings:
         """Return what heads compute beside weights."""
+        if layer not in self._settings:
+            self._settings[layer] = self._read_settings(layer)
+        return self._settings[layer]
+
+    @cached_property
+    def _settings(self) -> dict[int, AttentionSettings]:
+        return {}
+
+    def _read_settings(self, layer: int) -> AttentionSettings:
         attention = parts.original(self._attention(layer))
-        config, shape = parts.config_of(self.model), self.shape
-        rotation = None
+        shape, rotation = self.shape, None
         slopes = parts.slopes(self.model, shape.n_heads)
         if slopes is None:
             slopes = torch.zeros(1)
         if shape.positions == "rotary":
             rotation = parts.rotation(self.model, layer, shape.n_ctx)
         soft_cap = getattr(attention, "attn_logit_softcapping", None)
-        clip = getattr(config, "clip_qkv", None)
+        clip = parts.setting(self.model, "clip_qkv")
         return AttentionSettings(
             scale=_score_divisor(attention),
             soft_cap=soft_cap or 0.0,
@@ -128,8 +134,8 @@ class BridgeWeights(ModelWeights):
             rotation=rotation,
             slopes=slopes.to(self.embedding()),
             sinks=getattr(attention, "sinks", None),
-            causal=self.shape.causal,
-            reach=window(attention, config, layer),
+            causal=shape.causal,
+            reach=window(attention, parts.config_of(self.model), layer),
         )
 
     def feed_forward(self, layer: int) -> FeedForward:
@@ -142,7 +148,7 @@ class BridgeWeights(ModelWeights):
         activation = self.activation(layer)
         if type(activation).__name__ in GELU_TANH:
             activation = gelu_tanh
-        linear, out = parts.child(mlp, "in"), parts.child(mlp, "out")
+        linear, gate, out = (parts.child(mlp, its) for its in ("in", "gate", "out"))
         plain = WeightedMLP(
             norm,
             weight_in=parts.matrix(linear),
@@ -153,7 +159,6 @@ class BridgeWeights(ModelWeights):
             activation=activation,
             norm_after=self.norm(layer, "ln2_post"),
         )
-        gate = parts.child(mlp, "gate")
         if gate is None:
             return plain
         return replace(
@@ -166,8 +171,9 @@ class BridgeWeights(ModelWeights):
 
     def experts(self, layer: int, normed: Residual) -> Residual:
         """Compute an MLP by the wrapped model's own module, from what the norm before it gives."""
+        mlp = parts.original(self._block(layer).mlp)
         with turn(self.model):
-            written = parts.original(self._block(layer).mlp)(normed)
+            written = mlp(normed)
         if isinstance(written, tuple):
             # The second is the choice of experts.
             written = written[0]
@@ -183,21 +189,21 @@ class BridgeWeights(ModelWeights):
             found |= _of_experts(plain, parameter, is_interleaved)
         return found
 
-    def activation(self, layer: int) -> Callable[[Tensor], Tensor]:
+    def activation(self, layer: int) -> Activation:
         """Return the activation function of an MLP."""
         return parts.activation(self.model, self._block(layer).mlp)
 
     def unembedding(self) -> Unembedding:
         """Return the final norm and the unembedding as a function of tensors."""
-        config = parts.config_of(self.model)
         # Cohere multiplies the logits by a number, Granite divides them.
-        scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1)
+        factor = parts.setting(self.model, "logit_scale")
+        divisor = parts.setting(self.model, "logits_scaling")
         return Unembedding(
             self.norm(None, "ln_final") or _identity,
             parts.matrix(self.model.unembed),
             parts.full_bias(self.model.unembed),
-            soft_cap=float(getattr(config, "final_logit_softcapping", None) or 0),
-            scale=float(scale),
+            soft_cap=float(parts.setting(self.model, "final_logit_softcapping") or 0),
+            scale=float(factor or 1) / float(divisor or 1),
         )
 
     @property
@@ -213,24 +219,30 @@ class BridgeWeights(ModelWeights):
 
     def _qk_norms(self, layer: int) -> dict[str, Norm]:
         attention = self._block(layer).attn
-        found = {slot: parts.child(attention, f"{slot}_norm") for slot in "qk"}
-        return {slot: parts.norm_weights(norm) for slot, norm in found.items() if norm is not None}
+        found: dict[str, Norm] = {}
+        for slot in "qk":
+            norm = parts.child(attention, f"{slot}_norm")
+            if norm is not None:
+                found[slot] = parts.norm_weights(norm)
+        return found
 
     def _embedding_scale(self) -> float | Tensor:
         module = parts.original(self.model.embed)
-        config = parts.config_of(self.model)
         # Granite; Gemma 3 has the scale in the module, Gemma 1 and 2 in the model.
-        if multiplier := getattr(config, "embedding_multiplier", None):
-            return float(multiplier)
-        if (scale := getattr(module, "embed_scale", None)) is not None:
-            return scale.to(module.weight) if isinstance(scale, Tensor) else float(scale)
-        if getattr(config, "model_type", "") in ("gemma", "gemma2"):
-            return torch.tensor(self.shape.d_model**0.5, dtype=module.weight.dtype)
+        scale = parts.setting(self.model, "embedding_multiplier")
+        scale = parts.first_of(module, "embed_scale") if scale is None else scale
+        if isinstance(scale, Tensor):
+            return scale.to(module.weight)
+        if scale is not None:
+            return float(scale)
+        if parts.setting(self.model, "model_type") in ("gemma", "gemma2"):
+            root = self.shape.d_model**0.5
+            return torch.tensor(root, dtype=module.weight.dtype)
         return 1.0
 
     def _residual_scale(self) -> float:
         """What outputs are multiplied by before they are added to the residual stream (Granite)."""
-        return float(getattr(parts.config_of(self.model), "residual_multiplier", None) or 1)
+        return float(parts.setting(self.model, "residual_multiplier") or 1)
 
     def _scaled(self, weight: Tensor) -> Tensor:
         scale = self._residual_scale()
@@ -242,26 +254,25 @@ def window(attention: Any, config: Any, layer: int) -> float:
     kinds = getattr(config, "layer_types", None)
     if kinds and layer < len(kinds) and "sliding" not in kinds[layer]:
         return math.inf
-    if getattr(attention, "attention_type", "") in ("local", "global"):
-        # GPT-Neo
-        is_local = attention.attention_type == "local"
-        return config.window_size if is_local else math.inf
-    size = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
-    if size is None or getattr(config, "use_sliding_window", True) is False:
+    # GPT-Neo
+    kind = getattr(attention, "attention_type", None)
+    if kind in ("local", "global"):
+        return config.window_size if kind == "local" else math.inf
+    owner = attention if hasattr(attention, "sliding_window") else config
+    size = getattr(owner, "sliding_window", None)
+    if size is None or getattr(config, "use_sliding_window", None) is False:
         return math.inf
     return float(size)
 
 
 def _score_divisor(attention: Any) -> float:
     """What attention scores are divided by."""
-    for name in ("scaling", "inv_norm_factor", "softmax_scale"):
-        if (factor := getattr(attention, name, None)) is not None:
-            return 1 / float(factor)
+    factor = parts.first_of(attention, "scaling", "inv_norm_factor", "softmax_scale")
+    if factor is not None:
+        return 1 / float(factor)
     # GPT-J and TransformerLens' own class; GPT-Neo does not divide.
-    for name in ("scale_attn", "scale"):
-        if (divisor := getattr(attention, name, None)) is not None:
-            return float(divisor)
-    return 1.0
+    divisor = parts.first_of(attention, "scale_attn", "scale")
+    return 1.0 if divisor is None else float(divisor)
 
 
 def _of_experts(name: str, parameter: Tensor, is_interleaved: bool) -> dict[str, Tensor]:
@@ -295,4 +306,5 @@ def _identity(x: Residual) -> Residual:
 
 def _experts(norm: Norm, mlp: Norm, after: Norm, residual: Residual, product: Multiply) -> Residual:
     normed = norm(residual).flatten(0, -2)
-    return after(mlp(normed[None])).view(residual.shape)
+    written = after(mlp(normed[None]))
+    return written.view(residual.shape)

@@ -46,7 +46,7 @@ class HookedTransformerBackend(Backend, of=HookedTransformer):
 
     model: HookedTransformer
 
-    def shape(self) -> ModelShape:
+    def read_shape(self) -> ModelShape:
         """Return sizes and kinds, as its settings say."""
         cfg = self.model.cfg
         return ModelShape(
@@ -75,9 +75,9 @@ class HookedTransformerBackend(Backend, of=HookedTransformer):
             n_devices=cfg.n_devices,
         )
 
-    def weights(self) -> HookedTransformerWeights:
+    def read_weights(self) -> HookedTransformerWeights:
         """Return a view of the weights."""
-        return HookedTransformerWeights(self.model, self.shape())
+        return HookedTransformerWeights(self.model, self.shape)
 
     def modules(self) -> Iterator[nn.Module]:
         """Return all modules."""
@@ -85,7 +85,11 @@ class HookedTransformerBackend(Backend, of=HookedTransformer):
 
     def parameters(self) -> Mapping[str, Tensor]:
         """Return all parameters by name."""
-        return dict(self.model.named_parameters())
+        found = dict(self.model.named_parameters())
+        if self.shape.positions == "alibi":
+            # There is one, which no run reads, and which loading leaves as memory happens to be.
+            found.pop("pos_embed.W_pos")
+        return found
 
     def hook_names(self) -> tuple[str, ...]:
         """Return the names of all hook points."""

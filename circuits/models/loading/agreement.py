@@ -75,15 +75,16 @@ def disagreement(model: Model, expected: SourceRun, settings: Any) -> str | None
         logits = unembed(model, last)
     if len(expected.streams) != len(names):
         return f"it has {len(names)} layers, and its source {len(expected.streams)}"
-    for layer, (name, stream) in enumerate(zip(names, expected.streams, strict=True)):
-        gap = relative_gap(streams[name].float(), stream.to(shape.device).float())
+    for layer, (name, theirs) in enumerate(zip(names, expected.streams, strict=True)):
+        stream = streams[name].float()
+        gap = relative_gap(stream, theirs.to(stream))
         if not gap <= tolerance:
             where = "the embedding" if layer == 0 else f"the output of layer {layer - 1}"
             return f"{where} differs by {gap:.1%}{likely(settings)}"
     if logits.shape != expected.logits.shape:
         return f"it has {logits.shape[-1]} logits, and its source {expected.logits.shape[-1]}"
-    rows = [each.flatten(0, 1).float() for each in (logits, expected.logits.to(shape.device))]
-    gap = logit_gap(*rows)
+    rows = logits.flatten(0, 1).float()
+    gap = logit_gap(rows, expected.logits.flatten(0, 1).to(rows))
     if not gap <= tolerance:
         return f"the logits differ by {gap:.1%}{likely(settings)}"
     return None
@@ -105,7 +106,8 @@ def likely(settings: Any) -> str:
 
 def _tokens(source: Source) -> Int[Tensor, "batch pos"]:
     settings = source.model.config
-    window = getattr(settings, "sliding_window", None) or getattr(settings, "window_size", None)
+    windows = (getattr(settings, name, None) for name in ("sliding_window", "window_size"))
+    window = next(filter(None, windows), None)
     length = N_TOKENS
     if isinstance(window, int) and window + N_TOKENS // 2 <= LONGEST:
         length = max(length, window + N_TOKENS // 2)
@@ -115,7 +117,8 @@ def _tokens(source: Source) -> Int[Tensor, "batch pos"]:
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(vocabulary, (length,), generator=generator)]
     if source.tokenizer is not None:
-        ids = source.tokenizer(TEXT, add_special_tokens=True)["input_ids"][:length]
+        encoded = source.tokenizer(TEXT, add_special_tokens=True)
+        ids = encoded["input_ids"][:length]
         if len(ids) == length and max(ids) < vocabulary:
             rows.append(torch.tensor(ids))
     return torch.stack(rows)

@@ -26,17 +26,18 @@ def to_hooked_transformer(source: Source, placement: Placement) -> HookedTransfo
 
     Raises errors of every type where TransformerLens does not know the model.
     """
-    place: dict[str, Any] = {"device": str(placement.device), "dtype": placement.dtype}
     with tempfile.TemporaryDirectory() as parent:
         # TransformerLens guesses the architecture from words in the path, such as "llama". Under
         # a neutral path it reads config.json instead.
         neutral = Path(parent, "checkpoint")
         settings = source.model.config
+        stated = settings.to_dict()
         if not hasattr(settings, CONTEXT) and hasattr(settings, "n_positions"):
-            settings = type(settings)(**settings.to_dict(), n_ctx=settings.n_positions)
+            settings = type(settings)(**stated, n_ctx=settings.n_positions)
         settings.save_pretrained(neutral)
         path = str(neutral)
-        config = conversion.get_pretrained_model_config(path, **place, **NO_CODE)
+        options = placement.of_lens | NO_CODE
+        config = conversion.get_pretrained_model_config(path, **options)
         config.init_weights = False
         weights = conversion.get_pretrained_state_dict(
             path, config, source.model, dtype=placement.dtype, **NO_CODE
@@ -57,11 +58,12 @@ def to_hooked_transformer(source: Source, placement: Placement) -> HookedTransfo
 
 def by_name(name: str, placement: Placement) -> HookedTransformer:
     """Load a model that is published in TransformerLens' own format."""
-    place: dict[str, Any] = {"device": str(placement.device), "dtype": placement.dtype}
-    config = conversion.get_pretrained_model_config(name, **place, **NO_CODE)
+    options = placement.of_lens | NO_CODE
+    config = conversion.get_pretrained_model_config(name, **options)
     if config.trust_remote_code:
         raise ValueError(f"TransformerLens would load it with {TRUST}")
-    return HookedTransformer.from_pretrained_no_processing(name, **place, **NO_CODE).eval()
+    model = HookedTransformer.from_pretrained_no_processing(name, **options)
+    return model.eval()
 
 
 def _is_needed(name: str, config: HookedTransformerConfig) -> bool:

@@ -203,7 +203,8 @@ def _check_when_called(bridge: TransformerBridge, name: str, expected: SourceRun
     with frozen(bridge):
         mask = torch.ones_like(expected.tokens)
         found = run_to_logits(bridge, expected.tokens, mask.bool())
-    gap = logit_gap(found.flatten(0, 1).float(), expected.logits.flatten(0, 1).float())
+    ours, theirs = (each.flatten(0, 1).float() for each in (found, expected.logits))
+    gap = logit_gap(ours, theirs)
     if not gap <= TOLERANCE[found.dtype]:
         raise InputError(
             f"{name} cannot be loaded: in this version of TransformerLens a TransformerBridge "
@@ -217,8 +218,7 @@ def _of_lens(name: str, placement: Placement) -> Model:
         try:
             if HAS_HOOKED_TRANSFORMER:
                 return conversion.by_name(name, placement)
-            place: dict[str, Any] = {"device": str(placement.device), "dtype": placement.dtype}
-            return TransformerBridge.boot_transformers(name, **place)
+            return TransformerBridge.boot_transformers(name, **placement.of_lens)
         except OSError as error:
             raise InputError(
                 f"the weights of {name!r} cannot be downloaded: {first_line(error)} "

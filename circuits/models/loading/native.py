@@ -36,6 +36,8 @@ LACKED: dict[str, tuple[object, ...]] = {
 }  # fmt: skip
 
 # The configurations that models were built from.
+Weights = Mapping[str, Tensor]
+Named = Iterator[tuple[str, Tensor]]
 _CONFIGS: WeakKeyDictionary[TransformerBridge, dict[str, Any]] = WeakKeyDictionary()
 
 
@@ -94,16 +96,16 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """What of a configuration can be written to a file; types and devices are chosen anew."""
     kinds = (str, int, float, bool, list, type(None))
     left = {"device", "dtype"}
-    items = config.items()
-    return {name: value for name, value in items if isinstance(value, kinds) and name not in left}
+    kept = ((name, value) for name, value in config.items() if name not in left)
+    return {name: value for name, value in kept if isinstance(value, kinds)}
 
 
 def weights_of(model: TransformerBridge) -> dict[str, Tensor]:
     """Return views of the weights, by TransformerLens' names of those of a HookedTransformer."""
-    return dict(_named(backend(model).weights()))
+    return dict(_named(backend(model).weights))
 
 
-def weights_named_as(given: Mapping[str, Tensor], model: TransformerBridge) -> Mapping[str, Tensor]:
+def weights_named_as(given: Weights, model: TransformerBridge) -> Weights:
     """Return the model's weights by the names that are given: of TransformerLens or of bridges."""
     named_as_bridge = model.state_dict()
     if given.keys() <= named_as_bridge.keys():
@@ -112,13 +114,13 @@ def weights_named_as(given: Mapping[str, Tensor], model: TransformerBridge) -> M
 
 
 @torch.no_grad()
-def fill(weights: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+def fill(weights: Weights, given: Weights) -> None:
     """Copy numbers into a model's weights."""
     for name, view in weights.items():
         view.copy_(given[name])
 
 
-def _named(weights: ModelWeights) -> Iterator[tuple[str, Tensor]]:
+def _named(weights: ModelWeights) -> Named:
     shape = weights.shape
     yield "embed.W_E", weights.embedding()
     positions = weights.position_embedding()
@@ -143,14 +145,14 @@ def _named(weights: ModelWeights) -> Iterator[tuple[str, Tensor]]:
     yield "unembed.b_U", unembedding.bias
 
 
-def _of_norm(name: str, norm: NormWeights | None) -> Iterator[tuple[str, Tensor]]:
+def _of_norm(name: str, norm: NormWeights | None) -> Named:
     if norm is not None and norm.weight is not None:
         yield f"{name}.w", norm.weight
     if norm is not None and norm.bias is not None:
         yield f"{name}.b", norm.bias
 
 
-def _of_mlp(name: str, mlp: Any) -> Iterator[tuple[str, Tensor]]:
+def _of_mlp(name: str, mlp: Any) -> Named:
     assert isinstance(mlp, WeightedMLP)
     yield f"{name}.W_in", mlp.weight_in
     yield f"{name}.b_in", mlp.bias_in

@@ -69,7 +69,8 @@ def refusals(problem: str) -> Iterator[None]:
 def reason(error: BaseException) -> str:
     """Tell an error of another library in a few words."""
     words = str(error).split()
-    return " ".join([type(error).__name__, *words])[:LONGEST_REASON]
+    told = " ".join([type(error).__name__, *words])
+    return told[:LONGEST_REASON]
 
 
 def first_line(error: BaseException) -> str:

@@ -158,12 +158,12 @@ def load_saved(folder: Path, placement: Placement, backend: BackendName | None) 
     """Load what `save_model` wrote."""
     content = read_json(folder / CONFIG_FILE, FORMAT, FORMAT_VERSION)
     weights, _ = read_tensors(folder / WEIGHTS_FILE, FORMAT, FORMAT_VERSION)
-    place: dict[str, Any] = {"device": placement.device, "dtype": placement.dtype}
+    place = {**placement.of_lens, "backend": backend}
     try:
         _check_digests(folder, content)
         has_tokenizer = (folder / "tokenizer.json").is_file()
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder) if has_tokenizer else None
-        return build_model(content["config"], weights, tokenizer, backend=backend, **place)
+        return build_model(content["config"], weights, tokenizer, **place)
     except InputError:
         raise
     # The libraries for tokenizers and models raise errors of every type for files that are damaged.
@@ -185,11 +185,13 @@ def _tokenizer_files(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, byt
         return {}
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+        paths = sorted(Path(folder).iterdir())
+        return {path.name: path.read_bytes() for path in paths}
 
 
 def _without_derived(state: Weights) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if not name.endswith(DERIVED_BUFFERS)}
+    kept = (name for name in state if not name.endswith(DERIVED_BUFFERS))
+    return {name: state[name] for name in kept}
 
 
 def _check_weights(needed: Weights, given: Weights) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from circuits.models import shape_of
 from circuits.running.incremental.plan import Plan, Step
 from circuits.running.incremental.sublayer_run import TaskModel
 
@@ -43,7 +42,7 @@ class Cost:
 
 def _step_cost(step: Step, model: TaskModel) -> tuple[int, int]:
     """The numbers that a step holds at once, and the multiplications that it makes."""
-    cfg, slot = shape_of(model.model), step.block.slot
+    cfg, slot = model.shape, step.block.slot
     written = len(step.numbers) * len(step.tokens)
     read = 0
     for update in step.inputs:

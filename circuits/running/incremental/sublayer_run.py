@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from circuits.graph.graph import EdgeMask, Graph
 from circuits.models import Model, shape_of, weights_of
 from circuits.models.layers.functional import Attention, FeedForward, Multiply, Unembedding
+from circuits.models.layers.shape import ModelShape
 from circuits.running.edge_layout import EdgeLayout
 from circuits.running.incremental.base_state import BaseRun, ByBlock, BySlot, Outputs, Projected
 from circuits.running.incremental.plan import (
@@ -78,6 +80,11 @@ class TaskModel:
             model, task, layout, possible, blocks, window, spans, attention, mlps, unembedding
         )
 
+    @cached_property
+    def shape(self) -> ModelShape:
+        """The model's."""
+        return shape_of(self.model)
+
     @property
     def embeddings(self) -> slice:
         """The embeddings, which are the first sources and read nothing."""
@@ -95,7 +102,7 @@ class TaskModel:
 
     def no_keys(self, like: Outputs) -> ByBlock:
         """Zeros as keys and values of the other positions, for a run of all that is read."""
-        cfg = shape_of(self.model)
+        cfg = self.shape
         zeros = like.new_zeros(cfg.n_heads, *self.window.readable.shape, cfg.d_head)
         return dict.fromkeys(self.blocks, zeros)
 
@@ -132,7 +139,7 @@ class TaskModel:
                 written_here = read[block.sources].sum(0)
                 stream = stream + written_here + bias
             if block.slot == "mlp":
-                if shape_of(self.model).parallel_attn_mlp:
+                if self.shape.parallel_attn_mlp:
                     result.inputs[block] = before_attention
                 mlp = self.mlps[block.layer]
                 outputs[block.sources] = mlp(result.inputs[block], multiply)
