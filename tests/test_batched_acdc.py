@@ -12,6 +12,9 @@ import circuits
 from circuits.cli.parsing.methods import options_of
 from circuits.discovery.search.edge_order import edge_groups, edge_order
 
+# Whole methods run: types are checked where each is tested.
+pytestmark = pytest.mark.usefixtures("unchecked_types")
+
 # Batch sizes change the last bits.
 ROUNDING = 1e-5
 GROUPS = ["target", "layer", 7]

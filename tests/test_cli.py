@@ -20,6 +20,9 @@ from circuits.cli.parsing.method_source import UnreadableError, described_in, sh
 from circuits.cli.parsing.methods import describe, describe_method
 from circuits.cli.parsing.read import OPTIONS, read_arguments
 
+# Whole methods run: types are checked where each is tested.
+pytestmark = pytest.mark.usefixtures("unchecked_types")
+
 METHOD_OF_ONES_OWN = '''
 from dataclasses import dataclass
 from typing import ClassVar, Literal

@@ -42,6 +42,9 @@ from circuits.runs.circuit_run import (
 from circuits.system.code_digest import code_digest
 from circuits.system.files import read_json, read_tensors, write_json, write_tensors
 
+# Whole methods run: types are checked where each is tested.
+pytestmark = pytest.mark.usefixtures("unchecked_types")
+
 DISCOVER = [
     "discover",
     "--method",
