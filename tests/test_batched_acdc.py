@@ -282,7 +282,7 @@ def test_of_two_edges_that_do_the_same_work_one_stays_when_verified(group):
 @pytest.mark.parametrize("group", ["target", 7])
 def test_interrupted_after_any_group_the_run_goes_on_bit_for_bit(group, tmp_path):
     model, task, path = (
-        small_model("llama"),
+        small_model("gpt2"),
         random_task(batch=4, ragged=True),
         tmp_path / "checkpoint.safetensors",
     )

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from architectures import of_hooked_transformers
 
 import circuits
 from circuits.cli.main import main
@@ -220,13 +221,20 @@ def test_ids_are_taken_as_they_are_unless_bos_is_asked_for(toy_world: Model) -> 
         assert prompt_tokens(toy_world, given, prepend_bos).tolist() == expected
 
 
-def test_a_bos_that_does_not_exist_cannot_be_asked_for(
-    toy_world: Model, monkeypatch: pytest.MonkeyPatch, unchecked_types: None
+def test_whether_bos_is_put_in_front_is_true_false_or_none(
+    toy_world: Model, unchecked_types: None
 ) -> None:
     for value in ("no", torch.tensor([1, 1]), [True]):
         for prompt in (TEXT, [319, 372]):
             with pytest.raises(circuits.InputError, match=r"prepend_bos=.*: give True, False or"):
                 prompt_tokens(toy_world, prompt, value)  # type: ignore[arg-type]
+
+
+# A bridge gives every tokenizer a BOS that is put on it.
+@of_hooked_transformers
+def test_a_bos_that_does_not_exist_cannot_be_put_in_front(
+    toy_world: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     without_bos = copy.deepcopy(toy_world.tokenizer)
     without_bos.bos_token = None
     monkeypatch.setattr(toy_world, "tokenizer", without_bos)

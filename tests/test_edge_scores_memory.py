@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, random_model, random_task
+from architectures import ARCHITECTURES, of_hooked_transformers, random_model, random_task
 from test_propagation_rules import Conductance
 
 import circuits
@@ -188,6 +188,7 @@ def test_no_pass_is_made_twice(method, passes, model, task):
     assert counted["forward_passes"] == passes
 
 
+@of_hooked_transformers
 def test_a_users_flags_of_hooks_change_nothing_and_are_put_back(task):
     model = random_model("llama")
     graph, plain = circuits.component_graph(model), EAP().discover(model, random_task()).scores

@@ -16,6 +16,7 @@ from circuits.attribution.pooling import effects
 from circuits.evaluation.compare import compare
 from circuits.evaluation.similarity import coarse_overlap, coarsened
 from circuits.graph.nodes import Feature
+from circuits.models import weights_of
 from circuits.running.noise import embedding_noise
 
 # Many models and methods: types are checked where each is tested.
@@ -94,11 +95,9 @@ class Definition:
         return torch.cat(rows)
 
     def read(self, layer, residual):
-        return (
-            self.model.blocks[layer].ln2(residual)
-            if self.transcoders.reads == "mlp_input"
-            else residual
-        )
+        if self.transcoders.reads != "mlp_input":
+            return residual
+        return weights_of(self.model).norm(layer, "ln2")(residual)
 
     def active(self, layer, residual):
         activations = self.transcoders.encode(layer, self.read(layer, residual[None]))[0]

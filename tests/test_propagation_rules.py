@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from architectures import random_model, random_task
+from architectures import of_hooked_transformers, random_model, random_task
 
 import circuits
 from circuits.discovery.gradients.edge_scores import GradientPoint
@@ -152,6 +152,7 @@ def by_autograd(model, task, hooks):
     return torch.tensor(scores)
 
 
+@of_hooked_transformers
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_relevance_by_rules_is_that_of_hooks_on_every_nonlinear_part(architecture):
     model, task = random_model(architecture), random_task(batch=3)
@@ -162,6 +163,7 @@ def test_relevance_by_rules_is_that_of_hooks_on_every_nonlinear_part(architectur
     assert (found - plain).abs().max() > 1e-2, "the rules make a difference"
 
 
+@of_hooked_transformers
 def test_without_rules_the_reference_is_eap():
     model, task = random_model("llama"), random_task(batch=3)
     reference = by_autograd(model, task, [])
@@ -187,6 +189,7 @@ def test_for_edges_from_the_embedding_pieces_of_the_line_are_integrated_gradient
     assert (found.scores - expected.scores)[~embedding].abs().max() > 1e-3
 
 
+@of_hooked_transformers
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_a_hook_that_changes_nothing_changes_no_score(architecture):
     """Gradients of a hooked model are taken in another way, at separate inputs of heads."""
@@ -200,6 +203,7 @@ def test_a_hook_that_changes_nothing_changes_no_score(architecture):
         torch.testing.assert_close(found.neurons, expected.neurons, atol=1e-5, rtol=1e-4)
 
 
+@of_hooked_transformers
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_relp_as_hooks_around_eap_is_relp(architecture):
     model, task = random_model(architecture), random_task(several=True)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from architectures import random_model, random_task, weight
+from architectures import of_hooked_transformers, random_model, random_task, weight
 from safetensors import safe_open
 
 import circuits
@@ -679,6 +679,7 @@ def test_what_differs_in_value_differs_in_digest_and_what_is_made_alike_does_not
     assert one == same != two
 
 
+@of_hooked_transformers
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "name", ["the scale of a quantised tensor", "a sparse tensor", "a complex tensor"]
@@ -692,6 +693,7 @@ def test_a_buffer_of_any_kind_is_part_of_a_model(name, model):
     assert digests[0] != digests[1] and not digests[0].unknown
 
 
+@of_hooked_transformers
 def test_a_buffer_without_values_is_named(model):
     changed = copy.deepcopy(model)
     changed.blocks[0].mlp.extra = Filled(torch.empty(2, device="meta"))
@@ -817,7 +819,8 @@ def test_a_hook_that_only_notes_down_what_it_sees_is_the_same_afterwards(log, mo
     for notes in (ACTIVATIONS, TIMES, SEEN):
         notes.clear()
     before = code_digest(model)
-    model(random_task().clean)
+    with torch.no_grad():
+        model(random_task().clean)
     assert (code_digest(model) == before) == is_same
 
 
@@ -827,6 +830,7 @@ def test_a_hook_that_only_notes_down_what_it_sees_is_the_same_afterwards(log, mo
 SLOWER = "ignore:.*is run by the reference executor:UserWarning"
 
 
+@of_hooked_transformers
 @pytest.mark.filterwarnings(SLOWER)
 def test_a_changed_model_is_another_run_and_another_evaluation(model, tmp_path):
     model, task = copy.deepcopy(model), random_task()
@@ -856,6 +860,7 @@ def test_a_changed_model_is_another_run_and_another_evaluation(model, tmp_path):
         assert run(circuits.EAP(), model, task, out=tmp_path).folder == plain.folder
 
 
+@of_hooked_transformers
 def test_a_stored_graph_is_not_that_of_a_changed_model(toy_world, tmp_path):
     model, method = copy.deepcopy(toy_world), circuits.AttributionGraph("toy-world-plt")
     circuits.run_graph(method, model, "Dallas is in", out=tmp_path)
@@ -867,6 +872,7 @@ def test_a_stored_graph_is_not_that_of_a_changed_model(toy_world, tmp_path):
     assert found.graph.nodes.activation.allclose(expected.nodes.activation, equal_nan=True)
 
 
+@of_hooked_transformers
 def test_a_method_that_is_put_into_a_class_of_another_package_changes_the_digest(
     model, monkeypatch
 ):

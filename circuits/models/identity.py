@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules import module as every_module
+from transformer_lens.config import TransformerLensConfig
 from transformers import PreTrainedTokenizerFast
 
 from circuits.graph.edges import SLOTS
 from circuits.graph.graph import Graph, check_is_graph
 from circuits.graph.identity import ModelIdentity
 from circuits.models.backend import Model, backend, shape_of
-from circuits.models.changes import hooks_by_kind, turn
+from circuits.models.changes import Own, hooks_by_kind, turn
 from circuits.models.hook_points import NORMS
 from circuits.models.layers.functional import AttentionSettings, NormWeights, WeightedMLP
 from circuits.models.layers.weights import ModelWeights
@@ -27,6 +28,21 @@ from circuits.models.overflow import check_weights
 from circuits.system.code_digest import stand_in
 from circuits.system.errors import InputError
 from circuits.system.tensors import plain_tensor
+
+# Prefixes of settings that change no logit: hook flags, where a model is, where it came from.
+NOT_ARCHITECTURE = (
+    "use_attn_result", "use_attn_in", "use_split_qkv_input", "use_hook_mlp_in", "use_hook_tokens",
+    "ungroup_grouped_query_attention", "model_name", "original_architecture", "n_params", "dtype",
+    "device", "n_devices", "seed", "init_", "load_", "tokenizer", "default_prepend_bos",
+    "checkpoint", "from_checkpoint", "trust_remote_code",
+)  # fmt: skip
+
+# What torch keeps in every module, and what TransformerLens notes down in its own.
+OF_TORCH = {*vars(nn.Module()), "_compiled_call_impl"}
+OF_LENS = {
+    "mod_dict", "hook_dict", "fwd_hooks", "bwd_hooks", "is_caching", "context_level", "dataset",
+    "tokenizer", "alibi",
+}  # fmt: skip
 
 # What a tokenizer notes down about its calls, and about the files it was loaded from.
 OF_TOKENIZERS = {
@@ -195,6 +211,49 @@ def _computed_by(model: Model) -> dict[str, Any]:
         parts = backend(model).computed()
         on_all = hooks_by_kind(every_module, "_global")
     return {"weights": identity(model).weights, "all modules": on_all, **parts}
+
+
+@stand_in.register(nn.Module)
+def _held_by(module: nn.Module) -> Any:
+    if type(module).__module__.startswith("torch._dynamo."):
+        # Compiled, with what the compiler notes down.
+        return module._modules["_orig_mod"]
+    parts = module._parameters, module._modules
+    return values_and_hooks(module), module.training, *parts
+
+
+def values_and_hooks(module: nn.Module) -> tuple[Any, ...]:
+    """Return the class of a module, and what it holds that is not this package's."""
+    is_lens = type(module).__module__.startswith("transformer_lens.")
+    noted = OF_TORCH | OF_LENS if is_lens else OF_TORCH
+    values = {}
+    for name, value in sorted(vars(module).items()):
+        if name not in noted and not isinstance(value, Own):
+            values[name] = value
+    buffers = {}
+    for name, buffer in module._buffers.items():
+        # Masks and tables of positions can be large.
+        buffers[name] = buffer if buffer is None else _told(buffer)
+    return type(module), values, buffers, hooks_by_kind(module)
+
+
+def _told(buffer: Tensor) -> Any:
+    try:
+        return str(buffer.dtype), tuple(buffer.shape), checksum(buffer)
+    except (RuntimeError, NotImplementedError, TypeError, KeyError):
+        # One without values, such as on "meta", is named where the digest meets it.
+        return buffer
+
+
+@stand_in.register(TransformerLensConfig)
+def architecture(cfg: TransformerLensConfig) -> str:
+    """Return the settings that change logits, in an order that does not depend on the model's."""
+    settings = vars(cfg)
+    texts = {}
+    for name in sorted(settings):
+        if not name.startswith(NOT_ARCHITECTURE):
+            texts[name] = str(settings[name])
+    return json.dumps(texts)
 
 
 @stand_in.register(PreTrainedTokenizerFast)
