@@ -138,7 +138,9 @@ def main(config: Config) -> None:
         "Backup": lambda: backup(lab, members, set.union(*kept.values())),
     }
     circuit = circuit_of_heads(lab, members, found)
-    drawing = circuits.draw_circuit(circuit, title=f"IOI heads of {model.cfg.model_name}")
+    types = {head: kind for kind, heads in members.items() for head in heads}
+    title = f"IOI heads of {model.cfg.model_name}"
+    drawing = circuits.draw_circuit(circuit, title=title, types=types)
     (config.out / "heads.svg").write_text(drawing)
     text = lab.described(train)
     for title, made in tables.items():
