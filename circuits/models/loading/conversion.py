@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformer_lens import (
     HookedTransformer,
@@ -43,10 +44,13 @@ def to_hooked_transformer(source: Source, placement: Placement) -> HookedTransfo
             path, config, source.model, dtype=placement.dtype, **NO_CODE
         )
         model = HookedTransformer(config, source.tokenizer, move_to_device=False)
-    needed = [name for name in model.state_dict() if _is_needed(name, config)]
-    missing = [name for name in needed if name not in weights]
-    if missing:
-        raise ValueError(f"its conversion has no {missing[0]}")
+    for name, empty in model.state_dict().items():
+        # Biases that a conversion leaves out are zero.
+        if ".W_" not in name or name in weights:
+            continue
+        if _is_read(name, config):
+            raise ValueError(f"its conversion has no {name}")
+        weights[name] = torch.zeros_like(empty)
     state = model.fill_missing_keys(weights)
     own = _with_memory_of_its_own(state)
     # Assigned, not copied: the files are mapped into memory, and stay there once.
@@ -66,10 +70,9 @@ def by_name(name: str, placement: Placement) -> HookedTransformer:
     return model.eval()
 
 
-def _is_needed(name: str, config: HookedTransformerConfig) -> bool:
-    """Whether a model needs this weight; biases that a conversion leaves out are zero."""
-    is_used = name != "pos_embed.W_pos" or config.positional_embedding_type == "standard"
-    return ".W_" in name and is_used
+def _is_read(name: str, config: HookedTransformerConfig) -> bool:
+    """Whether a run reads this weight."""
+    return name != "pos_embed.W_pos" or config.positional_embedding_type == "standard"
 
 
 def _with_memory_of_its_own(state: dict[str, Tensor]) -> dict[str, Tensor]:
