@@ -8,7 +8,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from architectures import of_hooked_transformers
 from safetensors import safe_open
 
 import circuits
@@ -107,7 +106,6 @@ def test_the_training_script_makes_the_shipped_tokenizer(
     assert training.make_tokenizer().get_vocab() == model.tokenizer.get_vocab()
 
 
-@of_hooked_transformers
 def test_training_interrupted_and_resumed_equals_training_without_a_break(
     training: ModuleType, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
