@@ -1,5 +1,6 @@
 """What load_model gives computes what the files' own model does, or is refused with the reason."""
 
+import json
 import warnings
 from pathlib import Path
 
@@ -11,11 +12,12 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import circuits
-from circuits.models import HAS_HOOKED_TRANSFORMER, run_to_residual, unembed
+from circuits.models import HAS_HOOKED_TRANSFORMER, run_to_residual, shape_of, unembed
 from circuits.models.bridge import weights as bridge_weights
 from circuits.models.identity import identity
 
 VOCAB = 64
+HOOKED = "hooked_transformer"
 LLAMA = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -89,6 +91,44 @@ def test_a_conversion_that_is_another_model_gives_way_to_a_bridge_and_the_reason
 
 
 @needs_hooked_transformer
+def test_in_a_small_type_too_a_conversion_that_is_another_model_gives_way(tmp_path, said):
+    # The left-out biases are small, and hardly larger than rounding where numbers are largest.
+    config = transformers.Qwen3Config(**LLAMA, attention_bias=True, head_dim=8)
+    source = checkpoint(tmp_path, config)
+    with torch.no_grad():
+        for name, parameter in source.named_parameters():
+            if name.endswith("proj.bias"):
+                parameter.mul_(0.6)
+    source.save_pretrained(tmp_path)
+    model = circuits.load_model(tmp_path, device="cpu", dtype=torch.bfloat16)
+    assert type(model).__name__ == "TransformerBridge"
+    assert any("attention_bias=True" in text for text in said)
+
+
+@needs_hooked_transformer
+def test_a_window_that_is_longer_than_the_prompts_compared_is_not_lost(tmp_path, said):
+    # TransformerLens 3.9 leaves it out.
+    window = {"sliding_window": 200, "use_sliding_window": True, "max_window_layers": 1}
+    config = transformers.Qwen2Config(**LLAMA | {"max_position_embeddings": 512}, **window)
+    source = checkpoint(tmp_path, config)
+    model = circuits.load_model(tmp_path, device="cpu")
+    assert any("layer 1 attends to inf tokens, and its source to 200" in text for text in said)
+    tokens = torch.randint(VOCAB, (1, 300), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model, tokens), source(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_a_model_takes_no_longer_prompts_than_its_configuration_says(tmp_path):
+    # TransformerLens 3.9 says 2048 for every Mistral. Positions would be turned by other angles.
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    checkpoint(tmp_path, transformers.MistralConfig(**LLAMA, rope_parameters=rope))
+    model = circuits.load_model(tmp_path, device="cpu")
+    assert shape_of(model).n_ctx == 128
+    with pytest.raises(circuits.InputError, match="128"):
+        circuits.EAP().discover(model, circuits.Task.from_tokens(torch.ones(1, 129).long()))
+
+
+@needs_hooked_transformer
 def test_a_conversion_that_is_another_model_is_refused_if_one_insists_on_it(tmp_path):
     checkpoint(tmp_path, transformers.LlamaConfig(**LLAMA, mlp_bias=True))
     with pytest.raises(circuits.InputError, match="mlp_bias=True; use backend='bridge'"):
@@ -139,12 +179,42 @@ def test_a_folder_in_bfloat16_stays_mapped_from_its_file(backend, tmp_path):
         ({"backend": "lens"}, "backend='lens': choose 'hooked_transformer' or 'bridge'"),
         ({"device_map": {"": "meta"}}, "cannot be"),
         ({"device_map": "nonsense"}, "nonsense"),
+        ({"backend": "hooked_transformer", "device_map": "cpu"}, "device|no such class"),
     ],
 )
 def test_a_choice_that_cannot_be_is_one_line(chosen, told, tmp_path, unchecked_types):
     checkpoint(tmp_path, transformers.LlamaConfig(**LLAMA))
     with pytest.raises(circuits.InputError, match=told):
         circuits.load_model(tmp_path, device="cpu", **chosen)
+
+
+def test_what_a_folder_lacks_or_says_wrongly_is_one_line(tmp_path):
+    config = transformers.LlamaConfig(**LLAMA)
+    checkpoint(tmp_path, config)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 0}))
+    with pytest.raises(circuits.InputError, match="num_hidden_layers is 0; correct it"):
+        circuits.load_model(tmp_path, device="cpu")
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    for file in tmp_path.glob("*token*"):
+        file.unlink()
+    with pytest.raises(circuits.InputError, match="has no tokenizer files, such as"):
+        circuits.load_model(tmp_path, device="cpu")
+    file = tmp_path / "model.bin"
+    file.touch()
+    with pytest.raises(circuits.InputError, match=r"model\.bin is a file of another kind"):
+        circuits.load_model(file, device="cpu")
+    with pytest.raises(circuits.InputError, match=r"model\.gguf does not exist"):
+        circuits.load_model(tmp_path / "model.gguf", device="cpu")
+
+
+def test_a_model_is_built_in_a_class_that_there_is(unchecked_types):
+    model = circuits.load_model("toy-world", device="cpu", backend="bridge")
+    parts = model.cfg.to_dict() if hasattr(model.cfg, "to_dict") else {}
+    with pytest.raises(circuits.InputError, match="backend='lens': choose"):
+        circuits.build_model(parts, {}, backend="lens")
+    with pytest.raises(circuits.InputError, match="backend='bridge'"):
+        circuits.build_model({"architecture": "TransformerLensNative"}, {}, backend=HOOKED)
 
 
 def test_a_model_over_several_devices_is_refused(tmp_path):

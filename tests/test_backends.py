@@ -5,9 +5,11 @@ from functools import cache, partial
 import pytest
 import torch
 from finite_differences import differentiated_by_hand
+from random_transcoders import random_transcoders
 from zoo import READ, REFUSED, SINCE_4, bridge_to, config_of, hugging_face_model, word_tokenizer
 
 import circuits
+from circuits.attribution.local_model import freeze
 from circuits.models import (
     HAS_HOOKED_TRANSFORMER,
     residual_hook,
@@ -31,6 +33,8 @@ IN_BOTH = (
     "toy-world", "gpt2", "llama", "qwen2", "qwen3", "pythia", "mistral", "mixtral", "opt", "phi3",
     "gpt-oss", "gptj", "bloom",
 )  # fmt: skip
+# Without and with a scale or a bound of the logits.
+OF_LOGITS = ("llama", "granite", "cohere", "cohere2", "gemma2")
 # A norm after attention and MLP.
 AFTER = ("gemma2", "gemma3", "glm4")
 ALL = [*READ, *([] if HAS_HOOKED_TRANSFORMER else SINCE_4)]
@@ -277,6 +281,25 @@ def test_what_no_circuit_is_found_in_is_refused_by_its_property(name, folder_of)
 def test_bridges_that_compute_something_else_than_their_source_are_refused(name, folder_of):
     with pytest.raises(circuits.InputError, match=r"computes other logits .*newer transformer"):
         circuits.load_model(folder_of(name), device="cpu")
+
+
+@pytest.mark.parametrize("name", [each for each in ALL if each in OF_LOGITS])
+@torch.no_grad()
+def test_attribution_graphs_have_the_models_logits(name, load):
+    model = load(name)
+    prompt = task_of(model).clean[0]
+    [local] = freeze(model, random_transcoders(model), [prompt])
+    expected = run_to_logits(model, prompt[None], torch.ones_like(prompt[None]).bool())
+    assert_same(local.logits(slice(None)), expected[0])
+
+
+@pytest.mark.parametrize("name", ["llama", "granite", "gemma2", "gemma3"])
+@torch.no_grad()
+def test_noise_is_in_proportion_to_what_embeddings_write(name, load):
+    model = load(name)
+    written = run_to_residual(model, torch.arange(96)[None], torch.ones(1, 96).bool(), layers=0)
+    deviation = weights_of(model).embedding_deviation()
+    assert deviation == pytest.approx(float(written.std()), rel=1e-3)
 
 
 # Heads that share a norm

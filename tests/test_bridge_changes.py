@@ -1,7 +1,9 @@
 """Bridges that a user has made or changed: a run honours it, or the change is named."""
 
+import contextlib
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from zoo import bridge_to, config_of, hugging_face_model
 
 import circuits
 from circuits.models import HAS_HOOKED_TRANSFORMER, changes, counting_passes
+from circuits.models.bridge import parts
 from circuits.models.identity import identity
 
 # Many models and methods: types are checked where each is tested.
@@ -169,6 +172,46 @@ def test_another_forward_of_a_class_is_refused(task, monkeypatch):
     monkeypatch.setattr(kind, "forward", lambda norm, x: plain(norm, x) * 0.5)
     with pytest.raises(circuits.InputError, match="run layer by layer, give other logits"):
         circuits.EAP().discover(model, task)
+
+
+def test_other_angles_of_positions_are_run_at_once(task):
+    model = model_of()
+    circuits.EAP().discover(model, task)
+    with torch.no_grad():
+        model.original_model.model.rotary_emb.inv_freq.mul_(0.3)
+    assert_runs_are_the_models(model, task)
+
+
+def test_a_bridge_in_training_mode_is_run_without_dropout(task):
+    model = model_of("gpt2")
+    model.train()
+    with torch.no_grad():
+        model.original_model.transformer.h[0].mlp.c_fc.weight.mul_(1.1)
+    found = circuits.EAP().discover(model, task).scores
+    assert model.training
+    model.eval()
+    assert torch.equal(found, circuits.EAP().discover(model, task).scores)
+
+
+@pytest.mark.parametrize("weight", [torch.nan, 0.0, 500.0])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_norms_of_one_model_say_nothing_of_those_of_another(name, weight, task, monkeypatch):
+    monkeypatch.setattr(parts, "_OFFSETS", {})
+    odd = model_of(name)
+    with torch.no_grad():
+        odd.original_model.model.layers[0].input_layernorm.weight[0] = weight
+    with contextlib.suppress(circuits.InputError):
+        circuits.EAP().discover(odd, task)
+    assert_runs_are_the_models(model_of(name), task)
+
+
+@pytest.mark.parametrize("name", ["opt-350m", "opt with norms after", "olmo2", "deepseek"])
+def test_a_bridge_of_what_no_circuit_is_found_in_is_refused_in_one_line(name):
+    model = model_of(name)
+    for use in (circuits.component_graph, partial(circuits.load_task, "ioi", n=2)):
+        with pytest.raises(circuits.InputError, match=r"has |cannot be run") as error:
+            use(model)
+        assert "\n" not in str(error.value)
 
 
 def test_a_replaced_module_is_refused(task):

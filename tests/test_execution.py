@@ -31,6 +31,9 @@ from circuits.running.ablation import NAMES
 from circuits.running.noise import embedding_noise
 from circuits.tasks.task import Task
 
+# Many models and circuits: types are checked where each is tested.
+pytestmark = pytest.mark.usefixtures("unchecked_types")
+
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 every_executor = pytest.mark.parametrize("executor", ["hooks", "incremental"])
 

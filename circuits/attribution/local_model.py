@@ -52,7 +52,7 @@ from circuits.models import (
     weights_of,
 )
 from circuits.models.changes import Changes
-from circuits.models.layers.functional import LinearNorm, soft_capped
+from circuits.models.layers.functional import LinearNorm, Unembedding, soft_capped
 from circuits.models.source_outputs import keepers
 from circuits.models.tolerance import TOLERANCE, logit_gap, relative_gap
 from circuits.system.errors import InputError, NotFiniteError
@@ -296,11 +296,11 @@ def _freeze(model: Model, transcoders: Transcoders, prompts: Sequence[Prompt]) -
         weights = _layer_weights(model, transcoders, layer)
         frozen_layers = [_frozen_layer(model, transcoders, layer, weights, run) for run in runs]
         by_layer.append(frozen_layers)
-    unembedding = weights_of(model).unembedding()
+    unembedding = weights_of(model).unembedding().with_scaled_weights()
     mean_unembedding = unembedding.weight.mean(1, dtype=dtype)
     by_prompt = zip(prompts, runs, *by_layer, strict=True)
     local_models = [
-        _local_model(model, prompt, layers, mean_unembedding, run)
+        _local_model(model, prompt, layers, unembedding, mean_unembedding, run)
         for prompt, run, *layers in by_prompt
     ]
     if found := changes(model):
@@ -441,11 +441,11 @@ def _local_model(
     model: Model,
     prompt: Prompt,
     layers: Sequence[FrozenLayer],
+    unembedding: Unembedding,
     mean_unembedding: ModelVector,
     run: Activations,
 ) -> LocalModel:
     residual = run[FINAL_RESIDUAL]
-    unembedding = weights_of(model).unembedding()
     return LocalModel(
         tokens=prompt.long().to(residual.device),
         layers=layers,

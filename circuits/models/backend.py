@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from circuits.models.layers.shape import ModelShape
 from circuits.models.layers.weights import ModelWeights
 from circuits.system.errors import InputError
+from circuits.system.kinds import one_of
 
 try:
     from transformer_lens import HookedTransformer
@@ -158,6 +159,18 @@ def unchanged(model: Model) -> Iterator[None]:
         yield
     finally:
         del _UNCHANGED[model]
+
+
+def check_backend(backend: BackendName | None) -> None:
+    """Refuse a class that there is not, or not in this version of TransformerLens."""
+    if backend is None:
+        return
+    one_of(backend, "backend", get_args(BackendName))
+    if backend == "hooked_transformer" and not HAS_HOOKED_TRANSFORMER:
+        raise InputError(
+            "backend='hooked_transformer': this version of TransformerLens has no such class; use "
+            "backend='bridge', or install transformer-lens<4."
+        )
 
 
 def check_class(model: object) -> None:

@@ -95,7 +95,8 @@ def check_model(model: Model) -> None:
     with turn(model):
         problems = list(found.problems())
     if problems:
-        raise InputError(f"{found.shape.model_name} cannot be run as it is: {problems[0]}.")
+        name = model.cfg.model_name
+        raise InputError(f"{name} cannot be run as it is: {problems[0]}.")
 
 
 def check_unchanged(model: Model) -> None:

@@ -26,7 +26,7 @@ def embedding_noise(
 ) -> Noise:
     """Gaussian noise for the clean prompts; zero outside of the span, or of the prompts as given.
 
-    Its standard deviation is `scale` times that of all entries of W_E.
+    Its standard deviation is `scale` times that of all entries of W_E, as they are written.
     """
     if span is not None and span not in task.positions:
         raise InputError(

@@ -31,8 +31,10 @@ from circuits.models.bridge.shape import bridge_shape, unreadable, unsupported
 from circuits.models.bridge.weights import BridgeWeights
 from circuits.models.changes import A_HOOK, Own, hooks_by_kind
 from circuits.models.layers.shape import ModelShape
-from circuits.models.running import Expected, check_were_run
+from circuits.models.running import Expected, check_were_run, frozen
 from circuits.models.tolerance import TOLERANCE, logit_gap
+from circuits.system.errors import InputError
+from circuits.system.memory import is_out_of_memory
 
 Context = Iterator[None]
 
@@ -70,7 +72,13 @@ class BridgeBackend(Backend, of=TransformerBridge):
 
     def read_shape(self) -> ModelShape:
         """Return sizes and kinds, from the modules as far as they tell."""
-        return bridge_shape(self.model)
+        try:
+            return bridge_shape(self.model)
+        # Of architectures that are not known, parts may be missing, and raise anything.
+        except Exception as error:
+            for part in unreadable(self.model):
+                raise InputError(f"this model has {part}; take another model.") from error
+            raise
 
     def read_weights(self) -> BridgeWeights:
         """Return a view of the weights."""
@@ -134,13 +142,15 @@ class BridgeBackend(Backend, of=TransformerBridge):
             yield
         finally:
             del active[before:]
-        check_were_run(self.model, [hook.name for hook in added if not hook.was_run])
+        lost = (hook.name for hook in added if not hook.was_run)
+        check_were_run(self.model, lost)
 
     @contextlib.contextmanager
     def received(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
         """Record what modules are given."""
         seen: dict[str, Tensor] = {}
-        hooks = [(f"{name}.hook_in", partial(seen.__setitem__, name)) for name in names]
+        notes = {name: partial(seen.__setitem__, name) for name in names}
+        hooks = [(f"{name}.hook_in", note) for name, note in notes.items()]
         with self.hooked(hooks, None):
             yield seen
 
@@ -156,6 +166,7 @@ class BridgeBackend(Backend, of=TransformerBridge):
         """Say why the model cannot be run as it is."""
         for part in unreadable(self.model):
             yield f"it has {part}; circuits are not found in such models"
+            return
         found = list(problems(self.model))
         yield from found
         if not found and not self.changes():
@@ -183,13 +194,24 @@ class BridgeBackend(Backend, of=TransformerBridge):
             return
         generator = torch.Generator().manual_seed(0)
         shape = self.shape
-        tokens = torch.randint(shape.d_vocab, (1, min(N_TOKENS, shape.n_ctx)), generator=generator)
+        size = (1, min(N_TOKENS, shape.n_ctx))
+        tokens = torch.randint(shape.d_vocab, size, generator=generator)
         tokens = tokens.to(shape.device)
-        with torch.no_grad():
-            # Not by calls, which are counted.
-            here = self.last_step(self._pass(tokens.shape).to_residual(tokens, shape.n_layers))
-            there = self.model.forward(tokens, attention_mask=torch.ones_like(tokens))
-        gap = logit_gap(here[0].float(), there[0].float())
+        try:
+            with frozen(self.model), torch.no_grad():
+                # Not by calls, which are counted.
+                residual = self._pass(tokens.shape).to_residual(tokens, shape.n_layers)
+                here = self.last_step(residual)
+                mask = torch.ones_like(tokens)
+                there = self.model.forward(tokens, attention_mask=mask)
+        # Of architectures that are not known.
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            yield f"it cannot be run ({type(error).__name__}: {str(error)[:80]!r})"
+            return
+        rows = (logits[0].float() for logits in (here, there))
+        gap = logit_gap(*rows)
         if math.isnan(gap):
             # Of weights that are not finite or too large, which runs will name.
             return

@@ -50,11 +50,18 @@ def is_known(model: TransformerBridge) -> bool:
 
 def _inside(model: TransformerBridge) -> Any:
     """What tells whether modules compute something else: their parameters, and their code."""
-    parameters = model.original_model.parameters()
-    versions = [(id(each), None if each.is_inference() else each._version) for each in parameters]
+    inner = model.original_model
+    tensors = *inner.parameters(), *inner.buffers()
+    versions = [version(each) for each in tensors]
     modules = [module for _, module in all_modules(model)]
     code = {type(module): getattr(type(module), "forward", None) for module in modules}
     return versions, [id(module) for module in modules], code
+
+
+def version(values: Tensor) -> tuple[int, int | None]:
+    """What changes when a tensor is replaced or written to."""
+    counted = None if values.is_inference() else values._version
+    return id(values), counted
 
 
 def hook_points(model: TransformerBridge) -> dict[str, HookPoint]:
@@ -100,7 +107,8 @@ def problems(model: TransformerBridge) -> Iterator[str]:
                 "compute; put it at the output of a head (hook_z), an MLP (hook_mlp_out) or a "
                 "layer, or remove it with reset_hooks()"
             )
-        if "forward" in vars(module) and _is_users(vars(module)["forward"]):
+        forward = vars(module).get("forward")
+        if forward is not None and _is_users(forward):
             where = _called(name, module)
             yield f"it has another forward method at {where}; load the model anew"
     yield from _unusable_weights(model)

@@ -7,6 +7,7 @@ read here is the wrapped module, so that nothing depends on how the wrappers com
 from __future__ import annotations
 
 import sys
+from copy import copy
 from dataclasses import replace
 from inspect import signature
 from typing import Any
@@ -19,6 +20,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
+from circuits.models.bridge.changes import version
 from circuits.models.layers.functional import NormWeights, Rotation
 
 # Angles of positions are known up to this one.
@@ -123,8 +125,10 @@ def rotation(model: Any, layer: int, n_ctx: int) -> Rotation | None:
         return None
     kind = getattr(attention, "layer_type", None)
     like = next(model.original_model.parameters())
+    rotary = _rotary(model)
+    buffers = [] if rotary is None else [version(each) for each in rotary.buffers()]
     known = _ROTATIONS.setdefault(model, {})
-    key = kind, like.device, like.dtype
+    key = kind, like.device, like.dtype, *buffers
     if key not in known:
         length = min(n_ctx, LONGEST)
         known[key] = _made_rotation(model, attention, length)
@@ -159,19 +163,28 @@ def _offset(norm: NormWeights) -> int | None:
 
 @torch.no_grad()
 def _found_offset(norm: NormWeights) -> int | None:
-    weight = norm.weight
-    like = torch.zeros(_width(norm.module)) if weight is None else weight
-    generator = torch.Generator().manual_seed(0)
-    size = (1, 3, like.shape[-1])
-    x = torch.randn(size, generator=generator).to(like)
-    expected = norm.module(x)
-    largest = expected.abs().max()
+    # A copy whose weights are known: those of the model may be anything.
+    module = copy(norm.module)
+    width = _width(module) if norm.weight is None else norm.weight.shape[-1]
+    given = {name: torch.full((width,), 0.5) for name in _named_parameters(module)}
+    module._parameters = {name: nn.Parameter(values) for name, values in given.items()}
+    x = torch.randn((1, 3, width), generator=torch.Generator().manual_seed(0))
+    try:
+        expected = module.forward(x)
+    # A norm of a kind that is not known may need anything.
+    except Exception:
+        return None
+    weight, bias = given.get("weight"), given.get("bias")
     for offset in (0, 1):
         shifted = None if weight is None else weight + offset
-        gap = replace(norm, weight=shifted)(x) - expected
-        if gap.abs().max() < 0.01 * largest:
+        found = NormWeights(module, norm.centres, shifted, bias, norm.eps)(x)
+        if (found - expected).abs().max() < 0.01:
             return offset
     return None
+
+
+def _named_parameters(module: nn.Module) -> list[str]:
+    return [name for name, values in module._parameters.items() if values is not None]
 
 
 def _width(module: nn.Module) -> int:
@@ -217,6 +230,14 @@ def _made_rotation(model: TransformerBridge, attention: nn.Module, length: int) 
     return Rotation(cos, sin, adjacent)
 
 
+def _rotary(model: TransformerBridge) -> Any:
+    """The module that computes angles, if one does so for all layers."""
+    for name, module in model.original_model.named_modules():
+        if name.endswith("rotary_emb"):
+            return original(module)
+    return None
+
+
 def _tables(
     model: TransformerBridge, attention: nn.Module, length: int
 ) -> tuple[Table, Table] | None:
@@ -231,13 +252,11 @@ def _tables(
         both = native.cos_cached, native.sin_cached
         cos, sin = (table[:length, ::2] for table in both)
         return cos, sin
-    modules = dict(model.original_model.named_modules())
-    found = [name for name in modules if name.endswith("rotary_emb")]
-    if not found:
+    rotary = _rotary(model)
+    if rotary is None:
         return None
     like = next(model.original_model.parameters())
     positions = torch.arange(length, device=like.device)
-    rotary = original(modules[found[0]])
     takes_kind = "layer_type" in signature(rotary.forward).parameters
     chosen = {"layer_type": attention.layer_type} if takes_kind else {}
     states = like.new_zeros(1, 1, 1)

@@ -48,7 +48,7 @@ def bridge_shape(model: TransformerBridge) -> ModelShape:
         d_mlp=parts.matrix(linear).shape[1] if linear else cfg.d_mlp,
         d_vocab=vocabulary,
         d_vocab_out=unembedded,
-        n_ctx=_context(model),
+        n_ctx=context(parts.config_of(model)) or int(cfg.n_ctx),
         dtype=weight.dtype,
         device=weight.device,
         positions=_positions(model),
@@ -67,6 +67,9 @@ def bridge_shape(model: TransformerBridge) -> ModelShape:
 
 def unreadable(model: TransformerBridge) -> Iterator[str]:
     """Say why the pass of this package cannot compute what the model does."""
+    if not hasattr(model, "blocks"):
+        yield "no blocks of attention and MLP one after the other"
+        return
     for block in model.blocks:
         attention = parts.child(block, "attn")
         if not attention or not parts.child(attention, "q"):
@@ -120,11 +123,14 @@ def _unknown_norms(model: TransformerBridge) -> Iterator[str]:
             return
 
 
-def _context(model: TransformerBridge) -> int:
-    sizes = (parts.setting(model, name) for name in LENGTHS)
+def context(settings: Any) -> int | None:
+    """Return how many tokens a configuration allows, as far as positions are known."""
+    sizes = (getattr(settings, name, None) for name in LENGTHS)
     known = [size for size in sizes if isinstance(size, int) and size > 0]
-    longest = known[0] if known else model.cfg.n_ctx
-    rope: Any = parts.setting(model, "rope_parameters") or {}
+    if not known:
+        return None
+    longest = known[0]
+    rope: Any = getattr(settings, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         # Longer prompts are turned by other angles, from their first token on.
         longest = rope.get("original_max_position_embeddings") or longest

@@ -63,6 +63,10 @@ class BridgeWeights(ModelWeights):
         """Return W_E, before it is scaled or normalized."""
         return parts.original(self.model.embed).weight
 
+    def embedding_deviation(self) -> float:
+        """Return the standard deviation of what the token embedding writes."""
+        return super().embedding_deviation() * float(self._embedding_scale())
+
     def position_embedding(self) -> PositionEmbedding | None:
         """Return W_pos, if there is one."""
         found = parts.child(self.model, "pos_embed")

@@ -88,7 +88,7 @@ class HookedTransformerBackend(Backend, of=HookedTransformer):
         found = dict(self.model.named_parameters())
         if self.shape.positions == "alibi":
             # There is one, which no run reads, and which loading leaves as memory happens to be.
-            found.pop("pos_embed.W_pos")
+            found.pop("pos_embed.W_pos", None)
         return found
 
     def hook_names(self) -> tuple[str, ...]:
@@ -144,7 +144,7 @@ class HookedTransformerBackend(Backend, of=HookedTransformer):
     def inputs(self, kind: Inputs) -> Context:
         """Set flags, so that hooks see separate inputs, or none that makes a pass slow."""
         is_shared = self.model.cfg.n_key_value_heads is not None
-        with contextlib.ExitStack() as stack:
+        with turn(self.model), contextlib.ExitStack() as stack:
             flags: list[str] = []
             if kind == "separate":
                 # One copy of the residual stream for every head's q, k and v, and one for the MLP.
@@ -190,7 +190,10 @@ class HookedTransformerBackend(Backend, of=HookedTransformer):
         cfg = self.model.cfg
         architecture = cfg.original_architecture
         if cfg.use_normalization_before_and_after:
-            yield "norms after attention and MLP, as in Gemma 2 and 3"
+            yield (
+                "norms after attention and MLP, as in Gemma 2 and 3, which are read from a bridge "
+                "(load_model with backend='bridge')"
+            )
         if architecture in POST_NORM_ARCHITECTURES:
             yield f"norms after attention and MLP ({architecture})"
         if cfg.positional_embedding_type == "shortformer":

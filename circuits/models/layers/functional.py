@@ -402,6 +402,13 @@ class Unembedding:
     soft_cap: float
     scale: float = 1.0
 
+    def with_scaled_weights(self) -> Unembedding:
+        """Return the same function without a scale of its own."""
+        if self.scale == 1:
+            return self
+        weight, bias = (each * self.scale for each in (self.weight, self.bias))
+        return replace(self, weight=weight, bias=bias, scale=1.0)
+
     def __call__(self, residual: Residual, product: Multiply) -> VocabLogits:
         """Compute the logits at each token."""
         # cap(scale (n W_U + b_U))   with   n = norm(x)

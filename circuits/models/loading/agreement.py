@@ -10,13 +10,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from circuits.models.backend import Model, shape_of
+from circuits.models.backend import Model, shape_of, weights_of
+from circuits.models.bridge.weights import window
 from circuits.models.hook_points import residual_hook
 from circuits.models.loading.source import Source
 from circuits.models.overflow import check_weights
 from circuits.models.running import frozen, run_to_residual, unembed
 from circuits.models.source_outputs import keepers
-from circuits.models.tolerance import TOLERANCE, logit_gap, relative_gap
+from circuits.models.tolerance import (
+    ROW_TOLERANCE,
+    TOLERANCE,
+    logit_gap,
+    relative_gap,
+    row_gap,
+)
 
 N_TOKENS = 16
 # A window of attention shows in prompts that are longer than it, up to this length.
@@ -60,12 +67,19 @@ def computed_by(source: Source) -> SourceRun:
 
 
 @torch.no_grad()
-def disagreement(model: Model, expected: SourceRun, settings: Any) -> str | None:
-    """Say how a model differs from its source, if it does by more than rounding."""
+def disagreement(
+    model: Model, expected: SourceRun, settings: Any, *, is_converted: bool
+) -> str | None:
+    """Say how a model differs from its source, if it does by more than rounding.
+
+    Args:
+        is_converted: it computes in the same order as the source, so that less is rounding.
+    """
     # What is not finite agrees with nothing, and is named.
     check_weights(model)
     shape = shape_of(model)
     tolerance = TOLERANCE[shape.dtype]
+    row_tolerance = ROW_TOLERANCE[shape.dtype] if is_converted else tolerance
     tokens = expected.tokens.to(shape.device)
     mask = torch.ones_like(tokens).bool()
     names = [residual_hook(layer) for layer in range(shape.n_layers)]
@@ -78,15 +92,33 @@ def disagreement(model: Model, expected: SourceRun, settings: Any) -> str | None
     for layer, (name, theirs) in enumerate(zip(names, expected.streams, strict=True)):
         stream = streams[name].float()
         gap = relative_gap(stream, theirs.to(stream))
-        if not gap <= tolerance:
+        mean_gap = row_gap(stream, theirs.to(stream))
+        if not (gap <= tolerance and mean_gap <= row_tolerance):
             where = "the embedding" if layer == 0 else f"the output of layer {layer - 1}"
+            gap = max(gap, mean_gap)
             return f"{where} differs by {gap:.1%}{likely(settings)}"
     if logits.shape != expected.logits.shape:
         return f"it has {logits.shape[-1]} logits, and its source {expected.logits.shape[-1]}"
     rows = logits.flatten(0, 1).float()
-    gap = logit_gap(rows, expected.logits.flatten(0, 1).to(rows))
-    if not gap <= tolerance:
+    theirs = expected.logits.flatten(0, 1).to(rows)
+    gap, mean_gap = logit_gap(rows, theirs), row_gap(rows, theirs)
+    if not (gap <= tolerance and mean_gap <= row_tolerance):
+        gap = max(gap, mean_gap)
         return f"the logits differ by {gap:.1%}{likely(settings)}"
+    return None
+
+
+def other_window(model: Model, settings: Any) -> str | None:
+    """Say where attention reaches another number of tokens than the configuration says.
+
+    Windows are often longer than the prompts on which models are compared.
+    """
+    shape, weights = shape_of(model), weights_of(model)
+    for layer in range(shape.n_layers):
+        found = weights.attention_settings(layer)
+        stated = min(window(None, settings, layer), shape.n_ctx)
+        if found is not None and min(found.reach, shape.n_ctx) != stated:
+            return f"layer {layer} attends to {found.reach:g} tokens, and its source to {stated:g}"
     return None
 
 

@@ -14,6 +14,7 @@ from transformer_lens import (
     loading_from_pretrained as conversion,
 )
 
+from circuits.models.bridge.shape import context
 from circuits.models.loading.placement import Placement
 from circuits.models.loading.refusals import NO_CODE, TRUST
 from circuits.models.loading.source import Source
@@ -40,6 +41,10 @@ def to_hooked_transformer(source: Source, placement: Placement) -> HookedTransfo
         options = placement.of_lens | NO_CODE
         config = conversion.get_pretrained_model_config(path, **options)
         config.init_weights = False
+        stated = context(source.model.config)
+        if stated is not None and config.positional_embedding_type != "standard":
+            # TransformerLens has numbers of its own for some architectures.
+            config.n_ctx = min(config.n_ctx, stated)
         weights = conversion.get_pretrained_state_dict(
             path, config, source.model, dtype=placement.dtype, **NO_CODE
         )

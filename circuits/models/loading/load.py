@@ -9,10 +9,16 @@ from typing import Any
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from circuits.models.backend import HAS_HOOKED_TRANSFORMER, BackendName, Model
+from circuits.models.backend import HAS_HOOKED_TRANSFORMER, BackendName, Model, check_backend
 from circuits.models.bridge.changes import note_known
 from circuits.models.bridge.shape import unreadable
-from circuits.models.loading.agreement import SourceRun, computed_by, disagreement, likely
+from circuits.models.loading.agreement import (
+    SourceRun,
+    computed_by,
+    disagreement,
+    likely,
+    other_window,
+)
 from circuits.models.loading.placement import Placement
 from circuits.models.loading.refusals import first_line, reason, refusals, running_no_code
 from circuits.models.loading.saved import FORMAT, chosen_device, load_saved
@@ -31,14 +37,13 @@ from circuits.models.tolerance import TOLERANCE, logit_gap
 from circuits.system.device import dtype_called
 from circuits.system.errors import InputError, NotFiniteError
 from circuits.system.files import path_of, read_json_object
-from circuits.system.kinds import one_of
 from circuits.system.torch_modes import without_modes
 
 if HAS_HOOKED_TRANSFORMER:
     from circuits.models.loading import conversion
 
 ASSETS = Path(__file__).parents[2] / "assets"
-BACKENDS = ("hooked_transformer", "bridge")
+GGUF = ".gguf"
 # Who publishes models in TransformerLens' own format.
 NOT_OF_TRANSFORMERS = ("NeelNanda/", "ArthurConmy/", "Baidicoot/")
 
@@ -86,8 +91,9 @@ def load_model(
     # A folder of this name in the working directory does not hide the model that ships.
     is_embedded = isinstance(name_or_path, str) and name_or_path == EMBEDDED
     path = ASSETS / EMBEDDED if is_embedded else path_of(name_or_path)
-    if backend is not None:
-        _check_backend(backend)
+    check_backend(backend)
+    if backend == "hooked_transformer" and device_map is not None:
+        raise InputError("device_map is for backend='bridge'; give device= instead.")
     with running_no_code():
         placement = Placement(chosen_device(device), dtype_called(dtype), device_map)
         if path.is_dir():
@@ -100,10 +106,13 @@ def load_model(
             if read_json_object(path / CONFIG_FILE, "configuration").get("format") == FORMAT:
                 return load_saved(path, placement, backend)
             source = from_folder(path, placement)
-        elif path.is_file() and path.suffix == ".gguf":
+        elif path.is_file() and path.suffix == GGUF:
             source = from_gguf(path, placement)
         else:
             name = str(name_or_path)
+            if path.suffix == GGUF or path.is_file():
+                what = "is a file of another kind" if path.is_file() else "does not exist"
+                raise InputError(f"{path} {what}; of single files, .gguf is read.")
             if official_name(name).startswith(NOT_OF_TRANSFORMERS):
                 return _of_lens(name, placement)
             source = from_hub(name, placement)
@@ -144,7 +153,11 @@ def _converted(
     """Make a HookedTransformer, or say why there is none that computes the same."""
     try:
         model = conversion.to_hooked_transformer(source, placement)
-        why = None if expected is None else disagreement(model, expected, source.model.config)
+        settings = source.model.config
+        if expected is None:
+            return model, None
+        why = other_window(model, settings)
+        why = why or disagreement(model, expected, settings, is_converted=True)
     except NotFiniteError:
         raise
     # Conversions raise errors of every type.
@@ -174,7 +187,9 @@ def _bridged(source: Source, placement: Placement, expected: SourceRun | None) -
                 f"{source.called} cannot be loaded: it has {found}, and circuits are not found in "
                 "such models; take another model."
             )
-        why = None if expected is None else disagreement(bridge, expected, settings)
+        why = None
+        if expected is not None:
+            why = disagreement(bridge, expected, settings, is_converted=False)
     if why is not None:
         raise InputError(
             f"{source.called} cannot be loaded: run layer by layer, {why}. Circuits in it would be "
@@ -224,12 +239,3 @@ def _of_lens(name: str, placement: Placement) -> Model:
                 f"the weights of {name!r} cannot be downloaded: {first_line(error)} "
                 "Download them elsewhere and give the folder."
             ) from error
-
-
-def _check_backend(backend: BackendName) -> None:
-    one_of(backend, "backend", BACKENDS)
-    if backend == "hooked_transformer" and not HAS_HOOKED_TRANSFORMER:
-        raise InputError(
-            "backend='hooked_transformer': this version of TransformerLens has no such class; use "
-            "backend='bridge', or install transformer-lens<4."
-        )

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from circuits.models.backend import HAS_HOOKED_TRANSFORMER, BackendName, Model, check_class
+from circuits.models.backend import (
+    HAS_HOOKED_TRANSFORMER,
+    BackendName,
+    Model,
+    check_backend,
+    check_class,
+)
 from circuits.models.loading import native
 from circuits.models.loading.placement import Placement
 from circuits.models.loading.refusals import first_line, running_no_code
@@ -73,6 +79,7 @@ def build_model(
         InputError: the configuration makes no model; a weight is missing, unknown or of another
             shape than it needs.
     """
+    check_backend(backend)
     for name, given in {"config": config, "weights": weights}.items():
         expect(given, Mapping, f"a dict as {name}", "see a model's cfg.to_dict() and state_dict()")
     if tokenizer is not None:
@@ -88,7 +95,10 @@ def build_model(
     }
     own = _without_derived(weights)
     with running_no_code():
-        is_bridged = backend == "bridge" or config.get("architecture") == native.NATIVE
+        is_native = config.get("architecture") == native.NATIVE
+        if is_native and backend == "hooked_transformer":
+            raise InputError("this is the configuration of a bridge; use backend='bridge'.")
+        is_bridged = backend == "bridge" or is_native
         if is_bridged or not HAS_HOOKED_TRANSFORMER:
             made = native.build({**config, **fixed}, tokenizer, placement)
             here = native.weights_named_as(own, made)

@@ -37,6 +37,10 @@ NO_DECODERS = {
 ATTENTION = ("full_attention", "sliding_attention", "attention")
 
 
+# What files of tokenizers are called.
+TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "merges.txt")
+
+
 @dataclass(frozen=True)
 class Source:
     """A model of transformers, and where it comes from.
@@ -123,9 +127,19 @@ def _read(
             **NO_CODE,
         )
         model, loaded = found
+        _check_has_tokenizer(called, Path(place))
         tokenizer = AutoTokenizer.from_pretrained(place, **NO_CODE)
     _check_complete(called, model.state_dict(), loaded)
     return Source(called, name, place, model.eval(), tokenizer)
+
+
+def _check_has_tokenizer(called: str, place: Path) -> None:
+    found = (file for pattern in TOKENIZER_FILES for file in place.glob(pattern))
+    if place.is_dir() and not any(found):
+        raise InputError(
+            f"{called} has no tokenizer files, such as tokenizer.json; save the tokenizer there as "
+            "well, with its save_pretrained."
+        )
 
 
 def _check_is_decoder(called: str, settings: Any) -> None:
@@ -146,8 +160,9 @@ def _check_is_decoder(called: str, settings: Any) -> None:
     if quantized is not None:
         how = getattr(quantized, "quant_method", None) or dict(quantized).get("quant_method")
         raise InputError(
-            f"{called} holds quantized weights ({how}); circuits need plain ones; give a "
-            "complete folder in float32, bfloat16 or float16, or a GGUF file, which is dequantized."
+            f"{called} holds quantized weights ({how or 'it does not say how'}); circuits need "
+            "plain ones; give a complete folder in float32, bfloat16 or float16, or a GGUF file, "
+            "which is dequantized."
         )
 
 
@@ -165,6 +180,8 @@ def _check_layers(folder: Path) -> None:
             ) from error
     for name in LAYER_COUNTS:
         n_layers = content.get(name)
+        if isinstance(n_layers, int) and n_layers < 1:
+            raise InputError(f"{folder / CONFIG_FILE}: {name} is {n_layers}; correct it.")
         if isinstance(n_layers, int) and n_layers > n_tensors > 0:
             raise InputError(
                 f"{folder / CONFIG_FILE}: {name} is {n_layers}, but the folder holds {n_tensors} "
