@@ -147,7 +147,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {**OF_OPT, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
         "token embeddings of another width",
     ),
-    "opt with norms after": ("OPT", {**OF_OPT, "do_layer_norm_before": False}, "final_layer_norm"),
+    "opt with norms after": ("OPT", {**OF_OPT, "do_layer_norm_before": False}, "norms of a class"),
     "olmoe": ("Olmoe", {**UNSHARED, **EXPERTS}, "query and key norms that mix heads"),
     "olmo2": ("Olmo2", SHARED, "query and key norms that mix heads"),
     "olmo3": ("Olmo3", {**SHARED, "sliding_window": 8}, "query and key norms that mix heads"),
