@@ -147,7 +147,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {**OF_OPT, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
         "token embeddings of another width",
     ),
-    "opt with norms after": ("OPT", {**OF_OPT, "do_layer_norm_before": False}, "norms of a class"),
+    "opt with norms after": (
+        "OPT",
+        {**OF_OPT, "do_layer_norm_before": False},
+        "do_layer_norm_before",
+    ),
     "olmoe": ("Olmoe", {**UNSHARED, **EXPERTS}, "query and key norms that mix heads"),
     "olmo2": ("Olmo2", SHARED, "query and key norms that mix heads"),
     "olmo3": ("Olmo3", {**SHARED, "sliding_window": 8}, "query and key norms that mix heads"),

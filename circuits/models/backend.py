@@ -133,6 +133,7 @@ class Backend(ABC):
         """Say why the residual stream is not the sum of the model's components."""
 
 
+# Models in which nothing may change now (`unchanged`), with what has been read of them.
 _UNCHANGED: WeakKeyDictionary[Any, Backend] = WeakKeyDictionary()
 
 
@@ -161,12 +162,12 @@ def unchanged(model: Model) -> Iterator[None]:
         del _UNCHANGED[model]
 
 
-def check_backend(backend: BackendName | None) -> None:
+def check_backend(name: BackendName | None) -> None:
     """Refuse a class that there is not, or not in this version of TransformerLens."""
-    if backend is None:
+    if name is None:
         return
-    one_of(backend, "backend", get_args(BackendName))
-    if backend == "hooked_transformer" and not HAS_HOOKED_TRANSFORMER:
+    one_of(name, "backend", get_args(BackendName))
+    if name == "hooked_transformer" and not HAS_HOOKED_TRANSFORMER:
         raise InputError(
             "backend='hooked_transformer': this version of TransformerLens has no such class; use "
             "backend='bridge', or install transformer-lens<4."

@@ -118,8 +118,11 @@ def _unknown_norms(model: TransformerBridge) -> Iterator[str]:
     found = [parts.child(block, name) for name in NORMS]
     for norm in [*found, parts.child(model, "ln_final")]:
         if norm and not parts.norm_weights(norm).is_plain:
-            kind = type(parts.original(norm)).__name__
-            yield f"norms of a class that is not known ({kind})"
+            module = parts.original(norm)
+            if module is norm:
+                yield "no norm where its class has one, as OPT with do_layer_norm_before=False"
+                return
+            yield f"norms of a class that is not known ({type(module).__name__})"
             return
 
 

@@ -35,9 +35,9 @@ LACKED: dict[str, tuple[object, ...]] = {
     "act_fn": ("gelu", "gelu_new", "relu", "silu", None),
 }  # fmt: skip
 
-# The configurations that models were built from.
 Weights = Mapping[str, Tensor]
 Named = Iterator[tuple[str, Tensor]]
+# The configurations that models were built from.
 _CONFIGS: WeakKeyDictionary[TransformerBridge, dict[str, Any]] = WeakKeyDictionary()
 
 
