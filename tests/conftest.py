@@ -2,6 +2,7 @@
 model loaded once.
 """
 
+import gc
 import multiprocessing
 from collections.abc import Iterator
 
@@ -15,6 +16,11 @@ from circuits.tasks.families import task_families
 from circuits.tasks.family import REGISTRY
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported out of garbage collections, which would look at all of it each time."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

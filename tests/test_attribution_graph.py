@@ -124,6 +124,7 @@ def local_residual(model, graph: FeatureGraph) -> torch.Tensor:
     return run_to_residual(model, tokens, torch.ones_like(tokens).bool())[0]
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", WITH_MLPS)
 @torch.no_grad()

@@ -124,6 +124,7 @@ ENTRANCES = [name for name in vars(Entrances) if not name.startswith("_")]
 ENTRANCES = [name for name in ENTRANCES if name not in ("file", "command")]
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("name", ENTRANCES)
 def test_every_entrance_of_text_puts_bos_in_front_once_or_leaves_text_as_it_is(
     name: str, toy_world: Model, transcoders: circuits.Transcoders, tmp_path: Path

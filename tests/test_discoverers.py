@@ -18,6 +18,8 @@ from circuits.discovery.discoverer import CircuitDiscoverer, Resumable
 from circuits.models import counting_passes
 from circuits.system.files import read_tensors, write_tensors
 
+pytestmark = pytest.mark.usefixtures("unchecked_types")
+
 REQUIRED = {
     "acdc": {"threshold": 0.02},
     "batched-acdc": {"threshold": 0.02, "verify": True},

@@ -3,7 +3,7 @@
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pandas.testing
@@ -48,9 +48,13 @@ def plain_logits(model, tokens, task) -> torch.Tensor:
     return torch.cat(rows)
 
 
+def padded_task() -> Task:
+    return random_task(ragged=True, several=True)
+
+
 @pytest.fixture(scope="module")
 def task() -> Task:
-    return random_task(ragged=True, several=True)
+    return padded_task()
 
 
 @every_executor
@@ -85,31 +89,37 @@ def nodes_of(model) -> list[Node]:
     ]
 
 
-def patched_logits(model, task, node: Node) -> torch.Tensor:
-    """The clean run with one node's output replaced by the corrupted run's, with TransformerLens'
+def written_at(node: Node) -> str:
+    """The hook point of what a node writes."""
+    if isinstance(node, Head):
+        return f"blocks.{node.layer}.attn.hook_z"
+    return f"blocks.{node.layer}.hook_mlp_out"
+
+
+@cache
+@torch.no_grad()
+def patched_logits(architecture: str) -> dict[Node, torch.Tensor]:
+    """By node, the clean run with its output replaced by the corrupted run's, with TransformerLens'
     own hooks.
     """
-    name = (
-        f"blocks.{node.layer}.attn.hook_z"
-        if isinstance(node, Head)
-        else f"blocks.{node.layer}.hook_mlp_out"
-    )
-    rows = []
-    for i in range(len(task)):
-        _, cache = model.run_with_cache(task.corrupted[i : i + 1, : task.lengths[i]])
+    model, task = random_model(architecture), padded_task()
+    nodes = nodes_of(model)
+    names = [written_at(node) for node in nodes]
+    rows = {node: [] for node in nodes}
+    for i, length in enumerate(task.lengths.tolist()):
+        clean, corrupted = (tokens[i : i + 1, :length] for tokens in (task.clean, task.corrupted))
+        _, kept = model.run_with_cache(corrupted, names_filter=names)
+        for node, name in zip(nodes, names, strict=True):
 
-        def patch(activation, hook, corrupted=cache[name]):
-            if isinstance(node, MLP):
-                return corrupted
-            activation[:, :, node.head] = corrupted[:, :, node.head]
-            return activation
+            def patch(activation, hook, node=node, corrupted=kept[name]):
+                if isinstance(node, MLP):
+                    return corrupted
+                activation[:, :, node.head] = corrupted[:, :, node.head]
+                return activation
 
-        with torch.no_grad():
-            logits = model.run_with_hooks(
-                task.clean[i : i + 1, : task.lengths[i]], fwd_hooks=[(name, patch)]
-            )
-        rows.append(logits[0, task.scored[i, : task.lengths[i]]])
-    return torch.cat(rows)
+            logits = model.run_with_hooks(clean, fwd_hooks=[(name, patch)])
+            rows[node].append(logits[0, task.scored[i, :length]])
+    return {node: torch.cat(each) for node, each in rows.items()}
 
 
 @every_executor
@@ -126,7 +136,7 @@ def test_ablating_every_edge_into_a_node_is_patching_its_output(architecture, ta
     ):
         torch.testing.assert_close(
             logits,
-            patched_logits(model, task, node),
+            patched_logits(architecture)[node],
             atol=1e-4,
             rtol=0,
             msg=lambda text, node=node: f"{node}: {text}",
@@ -147,7 +157,7 @@ def test_ablating_every_edge_out_of_a_node_is_patching_its_output(architecture, 
     ):
         torch.testing.assert_close(
             logits,
-            patched_logits(model, task, node),
+            patched_logits(architecture)[node],
             atol=1e-4,
             rtol=0,
             msg=lambda text, node=node: f"{node}: {text}",

@@ -109,6 +109,7 @@ def test_exact_patching_gives_the_effect_tables_of_compiled_programs(name, mode)
         assert scores[edge] == pytest.approx(effect, abs=1e-4 * abs(effect) + 5e-5), edge
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(
     "architecture", [name for name in ARCHITECTURES if name != "bidirectional"]
 )
@@ -146,6 +147,7 @@ def test_a_nodes_score_is_the_sum_of_its_edges_scores():
     assert attribution.layers()[0, 1] == pytest.approx(of_node[circuits.MLP(0)], abs=1e-5)
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(
     "method", [EAP(), EAPIG(), EAPIG(along="activations", steps=2), EAP(ablation="mean")], ids=repr
 )

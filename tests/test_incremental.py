@@ -35,6 +35,7 @@ def assert_equal(reference, incremental, kept) -> None:
     torch.testing.assert_close(incremental.logits(kept), reference.logits(kept), atol=1e-4, rtol=0)
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("ablation", ABLATIONS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_random_circuits_are_those_of_the_reference(architecture, ablation):
@@ -47,6 +48,7 @@ def test_random_circuits_are_those_of_the_reference(architecture, ablation):
         assert_equal(reference, incremental, random_masks(graph, 0.4, 0.2, 0.05, 0))
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_candidates_near_a_circuit_are_those_of_the_reference(architecture):
     model, task = random_model(architecture), random_task(ragged=True)
@@ -74,6 +76,7 @@ def test_every_edge_alone_is_as_in_the_reference(architecture):
     assert_equal(reference, incremental, ~torch.eye(len(graph), dtype=torch.bool))
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_circuits_that_share_what_heads_read_are_those_of_the_reference(architecture, monkeypatch):
     whole, used = DistinctHeads.write_changes, []

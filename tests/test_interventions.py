@@ -21,6 +21,7 @@ def before_soft_cap(model, logits: torch.Tensor) -> torch.Tensor:
     return logits if cap is None or cap <= 0 else cap * torch.atanh((logits / cap).double()).float()
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", WITH_MLPS)
 @torch.no_grad()

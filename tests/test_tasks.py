@@ -118,6 +118,7 @@ def words_under(model: Model, task: Task, span: str) -> list[str]:
 # Text
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("name", TASKS)
 def test_a_task_has_the_prompts_asked_for_all_different_and_aligned(name: str, toy: Model) -> None:
     task = circuits.load_task(name, toy, n=100, seed=3)
@@ -134,6 +135,7 @@ def test_the_shipped_tasks_are_those_of_the_design() -> None:
     assert set(TASKS) <= set(circuits.task_names())
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("name", TASKS)
 def test_no_prompt_of_one_split_is_in_the_other_whatever_the_seeds(name: str) -> None:
     family = make_family(name)
@@ -150,6 +152,7 @@ def test_no_prompt_of_one_split_is_in_the_other_whatever_the_seeds(name: str) ->
     assert all(split_of(text) == split for split, some in texts.items() for text in some)
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("name", TASKS)
 def test_words_are_shared_between_the_splits(name: str) -> None:
     family = make_family(name)
@@ -263,6 +266,7 @@ DIGESTS = {
 }
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_the_text_of_a_task_and_a_seed_stays_what_it_was() -> None:
     for name, expected in DIGESTS.items():
         digest = blake2b(digest_size=8)
@@ -435,6 +439,7 @@ def test_names_are_no_places_and_no_word_is_listed_twice() -> None:
 # Tokens
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_the_embedded_tokenizer_knows_every_word_of_every_task(toy: Model) -> None:
     places = [
         word for state, (capital, cities) in STATES.items() for word in (state, capital, *cities)
@@ -548,6 +553,7 @@ def test_too_few_fitting_prompts_is_an_error_that_names_words_and_model(bpe: Mod
         circuits.load_task("two_hop", bpe, n=5)
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_asking_for_more_prompts_than_there_are_says_how_many_there_are(toy: Model) -> None:
     with pytest.raises(
         circuits.InputError,

@@ -10,6 +10,8 @@ from random_transcoders import random_transcoders
 
 import circuits
 
+pytestmark = pytest.mark.usefixtures("unchecked_types")
+
 PROMPT = [3, 14, 15, 9, 26, 5, 35, 8]
 
 

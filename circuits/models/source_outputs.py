@@ -278,11 +278,11 @@ def output_groups(nodes: Sequence[Node]) -> Iterator[tuple[str, slice]]:
 
 def keepers(recorded: dict[str, Tensor], names: Iterable[str]) -> Hooks:
     """Return hooks that store the activations at these points, detached, in `recorded`."""
+    return [(name, partial(_keep, recorded, name)) for name in names]
 
-    def keep(name: str, activation: Tensor) -> None:
-        recorded[name] = activation.detach()
 
-    return [(name, partial(keep, name)) for name in names]
+def _keep(recorded: dict[str, Tensor], name: str, activation: Tensor) -> None:
+    recorded[name] = activation.detach()
 
 
 def recording_hooks(model: Model, nodes: Sequence[Node], outputs: OutputRows) -> Hooks:

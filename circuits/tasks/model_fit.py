@@ -1,5 +1,6 @@
 """Whether a task fits a model."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,12 +54,14 @@ def _check_padding(model: Model, task: Task) -> None:
         "pass attention_mask to Task.from_tokens (all ones if it is text), or lengths and their "
         "padding_side."
     )
-
-    def name(prompt: int) -> str:
-        role, number = divmod(prompt, len(task))
-        return f"{ROLES[role]} prompt {number} of task {task.name!r}"
-
     # Together, as what only the corrupted prompts end with is padding. Both have one shape here.
     tokens = torch.cat([task.clean, task.corrupted])
     real = torch.cat([task.mask, task.corrupted_mask])
-    check_no_padding(model.tokenizer, shape_of(model), tokens, real, name, remedy)
+    called = partial(_called, task)
+    check_no_padding(model.tokenizer, shape_of(model), tokens, real, called, remedy)
+
+
+def _called(task: Task, row: int) -> str:
+    """What errors call a row of clean prompts, with corrupted ones after them."""
+    role, number = divmod(row, len(task))
+    return f"{ROLES[role]} prompt {number} of task {task.name!r}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
@@ -276,14 +276,14 @@ class Task:
         # Indices of prompts, whatever they were selected by.
         index = torch.arange(len(self))[prompt_indices(indices, len(self))]
         index = index.to(self.scored.device)
-        rows, n_rows = self._rows_of(index), len(self.row_prompt)
-
-        def select(name: str, tensor: Tensor) -> Tensor:
-            by_row = name in ANSWER_FIELDS and len(tensor) == n_rows
-            return tensor[rows if by_row else index]
-
+        rows = self._rows_of(index)
         prompts = self.prompts and tuple(self.prompts[number] for number in index)
-        return replace(self._with_tensors(select), prompts=prompts)
+        selected = self._with_tensors(partial(self._selected, index, rows))
+        return replace(selected, prompts=prompts)
+
+    def _selected(self, index: Tensor, rows: Tensor, name: str, tensor: Tensor) -> Tensor:
+        by_row = name in ANSWER_FIELDS and len(tensor) == len(self.row_prompt)
+        return tensor[rows if by_row else index]
 
     def _rows_of(self, index: Tensor) -> Tensor:
         # The number of each scored row, where it is scored
@@ -353,12 +353,7 @@ class Task:
         Raises:
             InputError: there is no such device, or it cannot be used.
         """
-
-        def moved(_: str, tensor: Tensor) -> Tensor:
-            # No gradient passes a tensor that was made in inference mode, but its copy.
-            return tensor.to(device, copy=tensor.is_inference())
-
-        return self._with_tensors(moved)
+        return self._with_tensors(partial(_moved, device))
 
     def digest(self) -> str:
         """A hash of the name, the metric and every tensor; the same on every device."""
@@ -396,6 +391,11 @@ class Task:
             fields[name] = None if tensor is None else change(name, tensor)
         spans = {span: change("positions", mask) for span, mask in self.positions.items()}
         return replace(self, **fields, positions=spans)
+
+
+def _moved(device: Any, name: str, tensor: Tensor) -> Tensor:
+    # No gradient passes a tensor that was made in inference mode, but its copy.
+    return tensor.to(device, copy=tensor.is_inference())
 
 
 def _task_of_fitting(

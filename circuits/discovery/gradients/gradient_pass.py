@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from itertools import starmap
 
 import torch
@@ -213,7 +214,9 @@ class GradientPass:
     ) -> tuple[Residual, Logits]:
         """Run `tokens`, keep activations in `seen`, and return what the logits read, and them."""
         model = self.model
-        hooks = [(name, _put(value)) for name, value in override.items()]
+        hooks: list[tuple[str, Hook]] = []
+        for name, value in override.items():
+            hooks.append((name, partial(_put, value)))
         hooks += self._keeping_hooks(seen)
         with hooked(model, self.rules.hooks(model)):
             final = run_to_residual(model, tokens, task.mask, hooks)
@@ -277,7 +280,7 @@ class GradientPass:
             if isinstance(node, Head) and slot and not self.separate:
                 name = projection_hook(node.layer, slot)
                 copies[name] = copies_per_head(self.model, slot)
-        return [(name, _keep(seen, name, number)) for name, number in copies.items()]
+        return [(name, partial(_keep, seen, name, number)) for name, number in copies.items()]
 
 
 def read_hook(model: Model, node: Node, slot: str | None, separate: bool) -> str:
@@ -299,21 +302,14 @@ def is_embedding(node: Node) -> bool:
     return isinstance(node, Embed | TokenEmbed | PosEmbed)
 
 
-def _keep(seen: dict[str, Tensor], name: str, copies: int) -> Hook:
+def _keep(seen: dict[str, Tensor], name: str, copies: int, activation: Tensor) -> Tensor:
     """Keep an activation with its history; shared heads are first copied for each query head."""
-
-    def keep(activation: Tensor) -> Tensor:
-        if copies > 1:
-            activation = activation.repeat_interleave(copies, dim=2)
-        seen[name] = activation
-        return activation
-
-    return keep
+    if copies > 1:
+        activation = activation.repeat_interleave(copies, dim=2)
+    seen[name] = activation
+    return activation
 
 
-def _put(value: Tensor | None) -> Hook:
-    def put(activation: Tensor) -> Tensor:
-        given = activation if value is None else value
-        return given.detach().requires_grad_()
-
-    return put
+def _put(value: Tensor | None, activation: Tensor) -> Tensor:
+    given = activation if value is None else value
+    return given.detach().requires_grad_()
