@@ -293,7 +293,7 @@ def test_attribution_graphs_have_the_models_logits(name, load):
     assert_same(local.logits(slice(None)), expected[0])
 
 
-@pytest.mark.parametrize("name", ["llama", "granite", "gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "granite", "gemma2", "gemma3", "bloom"])
 @torch.no_grad()
 def test_noise_is_in_proportion_to_what_embeddings_write(name, load):
     model = load(name)

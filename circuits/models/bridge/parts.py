@@ -20,7 +20,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from circuits.models.bridge.changes import version
+from circuits.models.bridge.changes import state
 from circuits.models.layers.functional import NormWeights, Rotation
 
 # Angles of positions are known up to this one.
@@ -31,10 +31,11 @@ ACTIVATION_SETTINGS = (
     "hidden_act", "hidden_activation", "activation_function", "activation", "act_fn",
 )  # fmt: skip
 
-# Of a model, by kind of layer.
-_ROTATIONS: WeakKeyDictionary[nn.Module, dict[Any, Rotation | None]] = WeakKeyDictionary()
+# Of a model, by kind of layer: what the angles were made of, and their tables.
+Turning = tuple[Any, Rotation | None]
+_ROTATIONS: WeakKeyDictionary[nn.Module, dict[Any, Turning]] = WeakKeyDictionary()
 # Which number is added to the weight of a kind of norm; None where the equation is another.
-_OFFSETS: dict[type, int | None] = {}
+_OFFSETS: dict[Any, int | None] = {}
 
 
 def child(owner: Any, name: str) -> Any:
@@ -125,14 +126,21 @@ def rotation(model: Any, layer: int, n_ctx: int) -> Rotation | None:
         return None
     kind = getattr(attention, "layer_type", None)
     like = next(model.original_model.parameters())
-    rotary = _rotary(model)
-    buffers = [] if rotary is None else [version(each) for each in rotary.buffers()]
+    turning = _rotary(model) or first_of(attention, "rotary") or attention
+    made_of = like.device, like.dtype, state(turning)
     known = _ROTATIONS.setdefault(model, {})
-    key = kind, like.device, like.dtype, *buffers
-    if key not in known:
-        length = min(n_ctx, LONGEST)
-        known[key] = _made_rotation(model, attention, length)
-    return known[key]
+    before, found = known.get(kind, (None, None))
+    if before != made_of:
+        found = _made_rotation(model, attention, min(n_ctx, LONGEST))
+        known[kind] = made_of, found
+    return found
+
+
+def clip(model: TransformerBridge, layer: int) -> float | None:
+    """Return the largest number that queries, keys and values may be, if there is one."""
+    attention = original(model.blocks[layer].attn)
+    stated = setting(model, "clip_qkv")
+    return getattr(attention, "clip_qkv", stated)
 
 
 def slopes(model: TransformerBridge, n_heads: int) -> Float[Tensor, " head"] | None:
@@ -154,8 +162,8 @@ def slopes(model: TransformerBridge, n_heads: int) -> Float[Tensor, " head"] | N
 
 
 def _offset(norm: NormWeights) -> int | None:
-    """What is added to a norm's weight, found out once for each class by trying it."""
-    kind = type(norm.module)
+    """What is added to a norm's weight, found out once for each kind by trying it."""
+    kind = type(norm.module), norm.weight is None, norm.bias is None
     if kind not in _OFFSETS:
         _OFFSETS[kind] = _found_offset(norm)
     return _OFFSETS[kind]
@@ -166,8 +174,11 @@ def _found_offset(norm: NormWeights) -> int | None:
     # A copy whose weights are known: those of the model may be anything.
     module = copy(norm.module)
     width = _width(module) if norm.weight is None else norm.weight.shape[-1]
-    given = {name: torch.full((width,), 0.5) for name in _named_parameters(module)}
-    module._parameters = {name: nn.Parameter(values) for name, values in given.items()}
+    given: dict[str, nn.Parameter | None] = dict(module._parameters)
+    for name, values in given.items():
+        if values is not None:
+            given[name] = nn.Parameter(torch.full((width,), 0.5))
+    module._parameters = given
     x = torch.randn((1, 3, width), generator=torch.Generator().manual_seed(0))
     try:
         expected = module.forward(x)
@@ -181,10 +192,6 @@ def _found_offset(norm: NormWeights) -> int | None:
         if (found - expected).abs().max() < 0.01:
             return offset
     return None
-
-
-def _named_parameters(module: nn.Module) -> list[str]:
-    return [name for name, values in module._parameters.items() if values is not None]
 
 
 def _width(module: nn.Module) -> int:

@@ -60,7 +60,7 @@ def bridge_shape(model: TransformerBridge) -> ModelShape:
         has_norms=parts.child(model, "ln_final") is not None,
         has_norms_before=parts.child(block, "ln1") is not None,
         has_norms_after=parts.child(block, "ln1_post") is not None,
-        clips=bool(parts.setting(model, "clip_qkv")),
+        clips=bool(parts.clip(model, 0)),
         n_devices=1,
     )
 

@@ -63,10 +63,6 @@ class BridgeWeights(ModelWeights):
         """Return W_E, before it is scaled or normalized."""
         return parts.original(self.model.embed).weight
 
-    def embedding_deviation(self) -> float:
-        """Return the standard deviation of what the token embedding writes."""
-        return super().embedding_deviation() * float(self._embedding_scale())
-
     def position_embedding(self) -> PositionEmbedding | None:
         """Return W_pos, if there is one."""
         found = parts.child(self.model, "pos_embed")
@@ -79,15 +75,20 @@ class BridgeWeights(ModelWeights):
     def embedded(self, tokens: Tensor) -> tuple[Residual, PositionEmbedding | None]:
         """Return what the token and the position embedding write."""
         table = self.embedding()
-        rows = table[tokens] * self._embedding_scale()
-        component = parts.child(self.model, "embed_ln")
-        if component is not None:
-            norm = parts.norm_weights(component)
-            rows = norm(rows)
+        rows = self.written(table[tokens])
         positions = self.position_embedding()
         if positions is not None:
             positions = positions[: tokens.shape[1]]
         return rows, positions
+
+    def written(self, rows: Residual) -> Residual:
+        """Return what is written for rows of W_E."""
+        rows = rows * self._embedding_scale()
+        component = parts.child(self.model, "embed_ln")
+        if component is None:
+            return rows
+        norm = parts.norm_weights(component)
+        return norm(rows)
 
     def projection(self, layer: int, slot: str) -> SlotWeights:
         """Return W_Q, W_K or W_V."""
@@ -129,11 +130,10 @@ class BridgeWeights(ModelWeights):
         if shape.positions == "rotary":
             rotation = parts.rotation(self.model, layer, shape.n_ctx)
         soft_cap = getattr(attention, "attn_logit_softcapping", None)
-        clip = parts.setting(self.model, "clip_qkv")
         return AttentionSettings(
             scale=_score_divisor(attention),
             soft_cap=soft_cap or 0.0,
-            clip=getattr(attention, "clip_qkv", clip),
+            clip=parts.clip(self.model, layer),
             norms=self._qk_norms(layer),
             rotation=rotation,
             slopes=slopes.to(self.embedding()),
@@ -199,15 +199,17 @@ class BridgeWeights(ModelWeights):
 
     def unembedding(self) -> Unembedding:
         """Return the final norm and the unembedding as a function of tensors."""
-        # Cohere multiplies the logits by a number, Granite divides them.
-        factor = parts.setting(self.model, "logit_scale")
+        # Cohere multiplies the logits by a number, Granite divides them. MPT has a setting of
+        # Cohere's name, which transformers does not read.
+        factor = parts.first_of(self.model.original_model, "logit_scale")
         divisor = parts.setting(self.model, "logits_scaling")
+        scale = 1.0 if factor is None else float(factor)
         return Unembedding(
             self.norm(None, "ln_final") or _identity,
             parts.matrix(self.model.unembed),
             parts.full_bias(self.model.unembed),
             soft_cap=float(parts.setting(self.model, "final_logit_softcapping") or 0),
-            scale=float(factor or 1) / float(divisor or 1),
+            scale=scale / float(divisor or 1),
         )
 
     @property
@@ -246,7 +248,8 @@ class BridgeWeights(ModelWeights):
 
     def _residual_scale(self) -> float:
         """What outputs are multiplied by before they are added to the residual stream (Granite)."""
-        return float(parts.setting(self.model, "residual_multiplier") or 1)
+        scale = parts.setting(self.model, "residual_multiplier")
+        return 1.0 if scale is None else float(scale)
 
     def _scaled(self, weight: Tensor) -> Tensor:
         scale = self._residual_scale()
@@ -255,13 +258,13 @@ class BridgeWeights(ModelWeights):
 
 def window(attention: Any, config: Any, layer: int) -> float:
     """Return to how many last positions a layer attends; infinity if to all."""
+    # GPT-Neo
+    kinds = getattr(config, "attention_layers", None)
+    if kinds:
+        return config.window_size if kinds[layer] == "local" else math.inf
     kinds = getattr(config, "layer_types", None)
     if kinds and layer < len(kinds) and "sliding" not in kinds[layer]:
         return math.inf
-    # GPT-Neo
-    kind = getattr(attention, "attention_type", None)
-    if kind in ("local", "global"):
-        return config.window_size if kind == "local" else math.inf
     owner = attention if hasattr(attention, "sliding_window") else config
     size = getattr(owner, "sliding_window", None)
     if size is None or getattr(config, "use_sliding_window", None) is False:

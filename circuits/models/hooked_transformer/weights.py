@@ -70,6 +70,14 @@ class HookedTransformerWeights(ModelWeights):
         """Return W_E."""
         return part_of(self.model, "embed.W_E")
 
+    def written(self, rows: Residual) -> Residual:
+        """Return what is written for rows of W_E."""
+        if not self.model.cfg.post_embedding_ln:
+            return rows
+        module: Any = self.model.embed
+        norm = norm_weights(module.ln)
+        return norm(rows)
+
     def projection(self, layer: int, slot: str) -> SlotWeights:
         """Return W_Q, W_K or W_V."""
         return self._unrepeated(layer, f"W_{slot.upper()}", slot)

@@ -100,9 +100,11 @@ class NormWeights:
         if not self.is_plain:
             return self.module(x)
         size = x.shape[-1:]
+        # Weights of norms may be kept in float32 where all else is smaller.
+        weight, bias = _in_type_of(x, self.weight), _in_type_of(x, self.bias)
         if self.centres:
-            return functional.layer_norm(x, size, self.weight, self.bias, self.eps)
-        return functional.rms_norm(x, size, self.weight, self.eps)
+            return functional.layer_norm(x, size, weight, bias, self.eps)
+        return functional.rms_norm(x, size, weight, self.eps)
 
     def centred(self, x: Residual) -> Residual:
         """What is divided by `scale`."""
@@ -292,6 +294,10 @@ def _product_of_variants(
     flat = rows @ b[:, 0]
     product = flat.unflatten(2, by_prompt.shape[2:4])
     return product.transpose(1, 2)
+
+
+def _in_type_of(x: Residual, parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.to(x)
 
 
 @dataclass(frozen=True, eq=False)

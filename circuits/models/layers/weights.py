@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 
@@ -19,6 +20,7 @@ from circuits.models.layers.functional import (
     Residual,
     Scale,
     Unembedding,
+    WeightedMLP,
 )
 from circuits.models.layers.shape import ModelShape
 
@@ -28,6 +30,8 @@ OutputWeights = Float[Tensor, "head d_head d_model"]
 ModelVector = Float[Tensor, " d_model"]
 Embedding = Float[Tensor, "vocab d_model"]
 PositionEmbedding = Float[Tensor, "ctx d_model"]
+# Of an embedding, of which a copy in float64 can be large.
+ROWS_AT_A_TIME = 1 << 14
 
 
 class ModelWeights(ABC):
@@ -94,6 +98,14 @@ class ModelWeights(ABC):
     def mlp_parameters(self, layer: int) -> Mapping[str, Tensor]:
         """Return the parameters of an MLP that is no `WeightedMLP`, such as of experts."""
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether an MLP is more than two linear maps and a gate, such as a mixture of experts."""
+        if self.shape.attn_only:
+            return False
+        layers = map(self.feed_forward, range(self.shape.n_layers))
+        return not all(isinstance(mlp, WeightedMLP) for mlp in layers)
+
     @abstractmethod
     def activation(self, layer: int) -> Callable[[Tensor], Tensor]:
         """Return the activation function of an MLP."""
@@ -118,10 +130,20 @@ class ModelWeights(ABC):
             norm_after=self.norm(layer, "ln1_post"),
         )
 
+    def written(self, rows: Residual) -> Residual:
+        """Return what is written for rows of W_E, which some models scale or normalize."""
+        return rows
+
+    @torch.no_grad()
     def embedding_deviation(self) -> float:
-        """Return the standard deviation of all entries of the token embedding W_E."""
-        embedding = self.embedding().detach()
-        return float(embedding.float().std())
+        """Return the standard deviation of what the token embedding writes, over all tokens."""
+        total, squares, table = 0.0, 0.0, self.embedding()
+        for rows in table.split(ROWS_AT_A_TIME):
+            numbers = self.written(rows).double()
+            total += float(numbers.sum())
+            squares += float(numbers.square().sum())
+        mean = total / table.numel()
+        return math.sqrt(max(0.0, squares / table.numel() - mean**2))
 
     def normalized(self, layer: int | None, residual: Residual) -> tuple[Residual, Scale] | None:
         """Normalize as before attention, or by the final norm, without the norm's weight and bias.

@@ -20,6 +20,7 @@ from circuits.models.source_outputs import keepers
 from circuits.models.tolerance import (
     ROW_TOLERANCE,
     TOLERANCE,
+    compared_rows,
     logit_gap,
     relative_gap,
     row_gap,
@@ -82,6 +83,7 @@ def disagreement(
     row_tolerance = ROW_TOLERANCE[shape.dtype] if is_converted else tolerance
     tokens = expected.tokens.to(shape.device)
     mask = torch.ones_like(tokens).bool()
+    weights = weights_of(model)
     names = [residual_hook(layer) for layer in range(shape.n_layers)]
     streams: dict[str, Tensor] = {}
     with frozen(model):
@@ -90,18 +92,16 @@ def disagreement(
     if len(expected.streams) != len(names):
         return f"it has {len(names)} layers, and its source {len(expected.streams)}"
     for layer, (name, theirs) in enumerate(zip(names, expected.streams, strict=True)):
-        stream = streams[name].float()
-        gap = relative_gap(stream, theirs.to(stream))
-        mean_gap = row_gap(stream, theirs.to(stream))
+        compared = compared_rows(weights, streams[name], theirs)
+        gap, mean_gap = relative_gap(*compared), row_gap(*compared)
         if not (gap <= tolerance and mean_gap <= row_tolerance):
             where = "the embedding" if layer == 0 else f"the output of layer {layer - 1}"
             gap = max(gap, mean_gap)
             return f"{where} differs by {gap:.1%}{likely(settings)}"
     if logits.shape != expected.logits.shape:
         return f"it has {logits.shape[-1]} logits, and its source {expected.logits.shape[-1]}"
-    rows = logits.flatten(0, 1).float()
-    theirs = expected.logits.flatten(0, 1).to(rows)
-    gap, mean_gap = logit_gap(rows, theirs), row_gap(rows, theirs)
+    compared = compared_rows(weights, logits, expected.logits)
+    gap, mean_gap = logit_gap(*compared), row_gap(*compared)
     if not (gap <= tolerance and mean_gap <= row_tolerance):
         gap = max(gap, mean_gap)
         return f"the logits differ by {gap:.1%}{likely(settings)}"

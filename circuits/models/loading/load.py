@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from circuits.models.backend import HAS_HOOKED_TRANSFORMER, BackendName, Model, check_backend
+from circuits.models.backend import (
+    HAS_HOOKED_TRANSFORMER,
+    BackendName,
+    Model,
+    check_backend,
+    shape_of,
+    weights_of,
+)
 from circuits.models.bridge.changes import note_known
 from circuits.models.bridge.shape import unreadable
 from circuits.models.loading.agreement import (
@@ -33,7 +40,7 @@ from circuits.models.loading.source import (
     official_name,
 )
 from circuits.models.running import frozen, run_to_logits
-from circuits.models.tolerance import TOLERANCE, logit_gap
+from circuits.models.tolerance import TOLERANCE, compared_rows, logit_gap
 from circuits.system.device import dtype_called
 from circuits.system.errors import InputError, NotFiniteError
 from circuits.system.files import path_of, read_json_object
@@ -79,7 +86,8 @@ def load_model(
         backend: "hooked_transformer" or "bridge", the class of TransformerLens to load. None takes
             a HookedTransformer where this version of TransformerLens has it and it agrees with its
             source, else a TransformerBridge, with a warning that says why.
-        device_map: as in transformers; it must put the whole model on one device.
+        device_map: as in transformers, for its checkpoints; it must put the whole model on one
+            device.
         check: False skips the comparison.
 
     Raises:
@@ -104,6 +112,11 @@ def load_model(
                 )
             # Folders of checkpoints have a config.json as well.
             if read_json_object(path / CONFIG_FILE, "configuration").get("format") == FORMAT:
+                if device_map is not None:
+                    raise InputError(
+                        f"device_map is for checkpoints of transformers, and {path} is none; give "
+                        "device= instead."
+                    )
                 return load_saved(path, placement, backend)
             source = from_folder(path, placement)
         elif path.is_file() and path.suffix == GGUF:
@@ -209,17 +222,24 @@ def _only_device(source: Source) -> torch.device:
             f"{source.called} cannot be loaded over {len(spread)} devices: circuits are found in a "
             "model on one device; give device= instead of device_map, or a smaller dtype."
         )
-    return next(source.model.parameters()).device
+    device = next(source.model.parameters()).device
+    if device.type == "meta":
+        raise InputError(
+            f"this device_map keeps the weights of {source.called} out of memory; give device= "
+            "instead."
+        )
+    return device
 
 
 @torch.no_grad()
 def _check_when_called(bridge: TransformerBridge, name: str, expected: SourceRun) -> None:
     """Refuse a bridge that computes something else than its source when it is called itself."""
+    tokens = expected.tokens.to(shape_of(bridge).device)
+    mask = torch.ones_like(tokens).bool()
     with frozen(bridge):
-        mask = torch.ones_like(expected.tokens)
-        found = run_to_logits(bridge, expected.tokens, mask.bool())
-    ours, theirs = (each.flatten(0, 1).float() for each in (found, expected.logits))
-    gap = logit_gap(ours, theirs)
+        found = run_to_logits(bridge, tokens, mask)
+    compared = compared_rows(weights_of(bridge), found, expected.logits)
+    gap = logit_gap(*compared)
     if not gap <= TOLERANCE[found.dtype]:
         raise InputError(
             f"{name} cannot be loaded: in this version of TransformerLens a TransformerBridge "

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import transformers
 from transformers import dynamic_module_utils as remote_code
 
 from circuits.models.backend import HAS_HOOKED_TRANSFORMER
@@ -26,14 +27,27 @@ TIME_TO_ANSWER = "TIME_OUT_REMOTE_CODE"
 _LOADING = threading.RLock()
 
 
+class NoProcessor:
+    """Stands for what reads images and sounds, which are not asked for here."""
+
+    @staticmethod
+    def from_pretrained(*args: Any, **kwargs: Any) -> None:
+        """Return none."""
+
+
 @contextlib.contextmanager
 def running_no_code() -> Iterator[None]:
     """Run no code that comes with a model, ask nobody whether it should be, and fail by no warning.
 
     `trust_remote_code=False` is not enough: TransformerLens loads a tokenizer a second time without
     it, in which case transformers asks on the terminal, and takes it for true for some names.
+    Where a model also reads images, TransformerLens looks for what prepares them, and installs
+    packages with pip if that cannot be read.
     """
-    changed: list[tuple[Any, str, Any]] = [(remote_code, TIME_TO_ANSWER, 0)]
+    changed: list[tuple[Any, str, Any]] = [
+        (remote_code, TIME_TO_ANSWER, 0),
+        (transformers, "AutoProcessor", NoProcessor),
+    ]
     if HAS_HOOKED_TRANSFORMER:
         changed.append((conversion, "NEED_REMOTE_CODE_MODELS", ()))
     with _LOADING, warnings_passed_on(), contextlib.ExitStack() as stack:
