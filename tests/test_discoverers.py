@@ -15,7 +15,7 @@ from random_transcoders import random_transcoders
 import circuits
 from circuits.discovery.checkpoint import FORMAT, FORMAT_VERSION
 from circuits.discovery.discoverer import CircuitDiscoverer, Resumable
-from circuits.models import counting_passes
+from circuits.models import HAS_HOOKED_TRANSFORMER, counting_passes
 from circuits.system.files import read_tensors, write_tensors
 
 pytestmark = pytest.mark.usefixtures("unchecked_types")
@@ -227,9 +227,13 @@ def test_a_checkpoint_is_refused_when_what_its_metric_reads_or_the_model_has_cha
             lambda: setattr(model.blocks[1].ln1, "eps", model.cfg.eps),
         ),
     }
-    for change, undo in changes.values():
+    refusals = dict.fromkeys(changes, "belongs to a run with other settings")
+    if not HAS_HOOKED_TRANSFORMER:
+        # This bridge itself goes on with the old one.
+        refusals["an epsilon"] = "give other logits"
+    for name, (change, undo) in changes.items():
         change()
-        with pytest.raises(circuits.InputError, match="belongs to a run with other settings"):
+        with pytest.raises(circuits.InputError, match=refusals[name]):
             search()
         undo()
         # The metric also notes down its calls, which changes nothing.
