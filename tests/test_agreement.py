@@ -266,6 +266,18 @@ def test_experts_in_a_small_type_that_compute_something_else_are_refused(tmp_pat
         circuits.load_model(tmp_path, device="cpu", dtype=torch.float16, backend="bridge")
 
 
+def test_a_lost_window_that_few_tokens_pass_is_seen_among_experts_too(tmp_path, monkeypatch):
+    config = config_of("gpt-oss")
+    config.sliding_window = 48
+    hugging_face_model(config).save_pretrained(tmp_path)
+    word_tokenizer(96).save_pretrained(tmp_path)
+    small = {"dtype": torch.float16, "backend": "bridge"}
+    circuits.load_model(tmp_path, device="cpu", **small)
+    monkeypatch.setattr(bridge_weights, "window", lambda *_: float("inf"))
+    with pytest.raises(circuits.InputError, match="run layer by layer, the output of layer 0"):
+        circuits.load_model(tmp_path, device="cpu", **small)
+
+
 def test_what_a_folder_lacks_or_says_wrongly_is_one_line(tmp_path):
     config = transformers.LlamaConfig(**LLAMA)
     checkpoint(tmp_path, config)

@@ -18,6 +18,7 @@ from circuits.models.overflow import check_weights
 from circuits.models.running import frozen, run_to_residual, unembed
 from circuits.models.source_outputs import keepers
 from circuits.models.tolerance import (
+    PAST_WINDOW,
     ROW_TOLERANCE,
     TOLERANCE,
     compared_rows,
@@ -141,8 +142,8 @@ def _tokens(source: Source) -> Int[Tensor, "batch pos"]:
     windows = (getattr(settings, name, None) for name in ("sliding_window", "window_size"))
     window = next(filter(None, windows), None)
     length = N_TOKENS
-    if isinstance(window, int) and window + N_TOKENS // 2 <= LONGEST:
-        length = max(length, window + N_TOKENS // 2)
+    if isinstance(window, int) and window + PAST_WINDOW <= LONGEST:
+        length = max(length, window + PAST_WINDOW)
     longest = getattr(settings, "max_position_embeddings", None) or length
     length = min(length, longest)
     vocabulary = source.model.get_input_embeddings().weight.shape[0]
