@@ -9,7 +9,7 @@ from replay import assert_sequential
 
 import circuits
 from circuits.discovery.methods.acdc import ACDC
-from circuits.discovery.search.edge_order import edge_order
+from circuits.discovery.search.edge_order import Trial, edge_order
 
 # Many models and methods: types are checked where each is tested.
 pytestmark = pytest.mark.usefixtures("unchecked_types")
@@ -408,3 +408,26 @@ class TestSweep:
         graph = circuits.component_graph(model, positions=8)
         record = ACDC(0.02).discover(model, task, graph=graph).record
         assert record["saving"] == len(graph) * 2 * 5 / record["node_evaluations"]
+
+
+@pytest.mark.parametrize("speculate", [True, False])
+def test_the_grouped_order_tries_slots_before_their_edges(speculate):
+    model, task = random_model("gpt2"), random_task()
+    circuit = ACDC(0.02, order="grouped", speculate=speculate).discover(model, task)
+    assert_sequential(circuit, model, task, 0.02, order="grouped")
+    every = ACDC(0.02).discover(model, task)
+    assert circuit.record["evaluations"] < every.record["evaluations"]
+
+
+def test_the_grouped_order_has_each_slot_once_but_the_logits_only_edge_by_edge():
+    graph = circuits.component_graph(random_model("gpt2"))
+    trials = edge_order(graph, "grouped")
+    together, alone = (
+        [trial.edges for trial in trials if trial.together == group] for group in (True, False)
+    )
+    assert sorted(edge for edges in alone for edge in edges) == [*range(len(graph))]
+    into_logits = [edges for edges in alone if str(graph.edges[edges[0]].target) == "logits"]
+    assert {*together} == {*alone} - {*into_logits}
+    for edges in together:
+        places = [trials.index(Trial(edges, group)) for group in (True, False)]
+        assert places == sorted(places)

@@ -1,5 +1,6 @@
 """The incremental executor against the reference, and what it does when it cannot go on."""
 
+import math
 import warnings
 
 import pytest
@@ -8,12 +9,15 @@ from architectures import ARCHITECTURES, random_model, random_task
 
 import circuits
 from circuits.models.backend import backend
+from circuits.models.layers.packed import CALLS_BEFORE, PackedProduct
 from circuits.running.ablation import get_ablation
 from circuits.running.hooked import HookedExecutor
 from circuits.running.incremental.batch import VariantRun
 from circuits.running.incremental.executor import IncrementalExecutor
+from circuits.running.incremental.rates import measured
 from circuits.running.incremental.shared_inputs import DistinctHeads
 from circuits.running.incremental.sublayer_run import TaskModel
+from circuits.running.variants import Variants
 from circuits.system.messages import warn_once
 
 ABLATIONS = ["resample", "zero", "mean"]
@@ -305,3 +309,85 @@ class TestMemory:
             circuits.run_circuit(
                 model, circuits.Circuit.full(circuits.component_graph(model)), task, max_memory=0
             )
+
+
+class TestTheLogits:
+    """They are computed a few circuits at a time, and of few tokens if no others are read."""
+
+    @pytest.fixture
+    def executor(self):
+        model, task = random_model("gpt2"), random_task()
+        graph = circuits.component_graph(model)
+        return IncrementalExecutor.prepare(model, graph, task, get_ablation("resample"))
+
+    @pytest.fixture
+    def kept(self, executor):
+        return torch.rand(7, len(executor.whole.kept)) < 0.9
+
+    def test_are_the_same_in_pieces(self, executor, kept, monkeypatch):
+        expected = executor.logits(kept)
+        monkeypatch.setitem(vars(executor.model), "unembedded_together", 2)
+        torch.testing.assert_close(executor.logits(kept), expected, atol=1e-5, rtol=0)
+
+    def test_are_those_of_some_tokens(self, executor, kept):
+        tokens = torch.tensor([5, 2])
+        expected = executor.logits(kept)[..., tokens]
+        found = executor.at_tokens(tokens).logits(kept)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+    def test_of_a_wide_vocabulary_are_products_with_a_copy(self):
+        weight, rows, bias = torch.randn(64, 70_000), torch.randn(5, 64), torch.randn(70_000)
+        expected = rows.double() @ weight.double() + bias
+        product = PackedProduct(most_bytes=1 << 30)
+        for _ in range(CALLS_BEFORE + 1):
+            found = product(rows, weight, bias)
+            torch.testing.assert_close(found.double(), expected, atol=1e-3, rtol=1e-4)
+        assert product.has_copy
+
+    @pytest.mark.parametrize(
+        ("size", "dtype", "most_bytes"),
+        [
+            (70_000, torch.float64, 1 << 30),
+            (100, torch.float32, 1 << 30),
+            (70_000, torch.float32, 9),
+        ],
+        ids=["float64", "small", "too large"],
+    )
+    def test_are_plain_products_otherwise(self, size, dtype, most_bytes):
+        weight, rows = torch.randn(64, size, dtype=dtype), torch.randn(5, 64, dtype=dtype)
+        product = PackedProduct(most_bytes)
+        for _ in range(CALLS_BEFORE + 1):
+            torch.testing.assert_close(product(rows, weight), rows @ weight)
+        assert not product.has_copy
+
+
+class TestVariants:
+    def test_are_what_masks_say(self):
+        kept = torch.rand(6, 40) < 0.8
+        kept[:, :10] = True
+        variants = Variants.of(kept)
+        assert len(variants.edges) <= 30
+        assert torch.equal(variants.dense(), kept)
+        assert torch.equal(variants.union, kept.any(0))
+        assert variants.n_kept == int(kept.sum())
+        assert torch.equal(variants[2:4].dense(), kept[2:4])
+        other = torch.rand(40) < 0.5
+        differing = variants.differing_from(other)
+        assert differing.tolist() == (kept != other).any(0).nonzero()[:, 0].tolist()
+        assert torch.equal(torch.from_numpy(variants.keep(differing)), kept[:, differing])
+
+    def test_can_include_the_circuit_itself(self):
+        circuit = torch.tensor([True, False, True, True])
+        without = Variants.without_each(circuit, [0, 3])
+        expected = [[False, False, True, True], [True, False, True, False], circuit.tolist()]
+        assert without.with_circuit().dense().tolist() == expected
+
+
+def test_rates_of_a_device_are_measured_to_a_power_of_two():
+    rates = measured(torch.device("cpu"))
+    for overhead in (rates.step, rates.weight):
+        assert overhead > 0
+        assert math.log2(overhead).is_integer()
+    # A step is no product of large matrices, and no row of a product takes as long as reading one.
+    assert 1e4 < rates.step < 1e11
+    assert rates.weight < 1e3

@@ -370,3 +370,41 @@ def test_an_answer_counts_once_however_often_it_is_given(task, logits, clean):
         torch.testing.assert_close(metric(logits, clean, repeated), expected)
     weighted = Task.from_tokens([[1]], answers=[[5, -1, 3, 5, 3, 4]])
     assert weighted.answers.tolist() == [[5, 3, 4]]
+
+
+def answers_only(logits, clean_logits, task):
+    """Twice the logit difference, from no other logits than those of answers."""
+    return 2 * METRICS["logit_difference"].function(logits, clean_logits, task)
+
+
+def test_a_metric_that_reads_answers_only_is_given_these_and_finds_the_same_circuit():
+    model, task = random_model("gpt2"), random_task()
+    widths = set()
+
+    def recording(logits, clean_logits, task):
+        widths.add(logits.shape[-1])
+        return answers_only(logits, clean_logits, task)
+
+    full, few = (
+        circuits.ACDC(
+            0.01, metric=circuits.Metric("mine", function, "lower_is_damage", reads=reads)
+        ).discover(model, task)
+        for function, reads in ((answers_only, "vocabulary"), (recording, "answers"))
+    )
+    tokens = {*task.answers.flatten().tolist(), *task.wrong_answers.flatten().tolist()} - {-1}
+    assert widths == {len(tokens)}
+    assert torch.equal(few.kept, full.kept)
+    torch.testing.assert_close(few.scores, full.scores, atol=1e-5, rtol=0, equal_nan=True)
+
+
+def test_answers_are_numbered_among_themselves_and_padding_stays(task):
+    tokens, numbered = task.numbering_answers()
+    assert tokens.tolist() == [0, 1, 2, 3, 5, 6]
+    assert numbered.answers.tolist() == [[0, 1], [2, -1], [3, -1]]
+    assert numbered.wrong_answers.tolist() == [[2, -1], [0, 1], [4, 5]]
+    assert torch.equal(numbered.clean, task.clean)
+
+
+def test_a_metric_that_reads_something_else_is_refused(unchecked_types):
+    with pytest.raises(circuits.InputError, match="reads='answer': choose"):
+        circuits.Metric("mine", answers_only, "lower_is_damage", reads="answer")

@@ -17,6 +17,7 @@ from circuits.running.ablation import check_corrupted
 from circuits.running.executor import Executor, get_executor
 from circuits.running.incremental.executor import IncrementalExecutor
 from circuits.running.settings import Counts, KeptEdges, RunSettings
+from circuits.running.variants import Variants
 from circuits.system.ranks import in_slices, totals
 from circuits.tasks.metrics import Metric
 from circuits.tasks.model_fit import check_task
@@ -28,7 +29,8 @@ class DamageMeter:
     """Measures damage: the metric, in its unit, with the sign that makes larger values worse.
 
     Attributes:
-        clean_logits: of the whole model on the clean prompts.
+        clean_logits: of the whole model on the clean prompts; of the answers only if the metric
+            reads no others, as the task then numbers them.
         reaching_logits: from kept edges to those of them from which a path leads to the logits.
         exact: a meter in float32, if this one computes in lower precision.
     """
@@ -53,6 +55,11 @@ class DamageMeter:
         executor = get_executor(model, graph, task, settings)
         # Keeping every edge is the whole model, whichever edges the graph has.
         whole = ~graph.mask([])
+        if metric.reads == "answers" and isinstance(executor, IncrementalExecutor):
+            tokens, numbered = task.numbering_answers()
+            # Without answers the metric says what is missing.
+            if len(tokens):
+                task, executor = numbered, executor.at_tokens(tokens)
         clean = executor.logits(whole[None])[0]
         reaching = reaching_logits(model, graph)
         meter = DamageMeter(executor, metric, clean, task, reaching)
@@ -63,19 +70,23 @@ class DamageMeter:
         exact = replace(meter, executor=executor.exact())
         return replace(meter, exact=exact)
 
-    def __call__(self, kept: KeptEdges) -> Float[Tensor, " variant"]:
+    def __call__(self, circuits: Variants | KeptEdges) -> Float[Tensor, " variant"]:
         """Damage of every circuit, mean over scored rows."""
-        by_row = self.by_row(kept)
+        by_row = self.by_row(circuits)
         return by_row.mean(-1, dtype=torch.float64)
 
-    def by_row(self, kept: KeptEdges) -> Float[Tensor, "variant scored"]:
+    def by_row(self, circuits: Variants | KeptEdges) -> Float[Tensor, "variant scored"]:
         """Damage of every circuit at every scored row; ranks share the circuits.
 
         Raises NotFiniteError if the logits or the metric of one of the circuits are not finite.
         """
+        variants = circuits if isinstance(circuits, Variants) else Variants.of(circuits)
         run = self.executor.map
-        by_row = in_slices(len(kept), lambda mine: run(kept[mine], self._of_logits))
-        return by_row.cpu()
+
+        def measure(mine: slice) -> Tensor:
+            return run(variants[mine], self._of_logits)
+
+        return in_slices(len(variants), measure).cpu()
 
     def _of_logits(self, logits: Tensor) -> Tensor:
         return self.metric.damage(logits, self.clean_logits, self.task)

@@ -14,6 +14,7 @@ from circuits.running.hooked import HookedExecutor
 from circuits.running.incremental.executor import IncrementalExecutor
 from circuits.running.incremental.sublayer_run import UnsupportedError
 from circuits.running.settings import KeptEdges, OfLogits, RunSettings, VariantLogits
+from circuits.running.variants import Variants
 from circuits.system.errors import InputError
 from circuits.system.memory import shrinking
 from circuits.system.messages import warn_once
@@ -31,7 +32,7 @@ class Executor(Protocol):
     def logits(self, kept: KeptEdges) -> VariantLogits:
         """Logits of every circuit at every scored row."""
 
-    def map(self, kept: KeptEdges, function: OfLogits) -> Tensor:
+    def map(self, variants: Variants, function: OfLogits) -> Tensor:
         """`function` of the logits, applied to a few circuits at a time."""
 
     def near(self, kept: EdgeMask) -> None:

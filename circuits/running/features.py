@@ -51,6 +51,7 @@ from circuits.models import (
 from circuits.models.component_graph import REST
 from circuits.running.ablation import NAMES, Ablation, add_sums, mean_of
 from circuits.running.settings import NO_RUNS, Counts, KeptEdges, OfLogits, VariantLogits
+from circuits.running.variants import Variants
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget
 from circuits.tasks.metrics import check_finite
@@ -160,11 +161,11 @@ class FeatureExecutor:
 
     def logits(self, kept: KeptEdges) -> VariantLogits:
         """Logits of every circuit at every scored row."""
-        return self.map(kept, lambda logits: logits)
+        return self.map(Variants.of(kept), lambda logits: logits)
 
-    def map(self, kept: KeptEdges, function: OfLogits) -> Tensor:
+    def map(self, variants: Variants, function: OfLogits) -> Tensor:
         """`function` of the logits, one circuit at a time."""
-        circuits = [self._kept_nodes(row) for row in kept]
+        circuits = [*map(self._kept_nodes, variants.dense())]
         with frozen(self.model), plain_inputs(self.model), torch.no_grad():
             tasks = self._parts(self.task)
             parts = [self._part_logits(prompts, circuits) for prompts in tasks]

@@ -39,6 +39,7 @@ from circuits.models.source_outputs import check_honoured, recording_hooks
 from circuits.running.ablation import Ablation, Counterfactuals
 from circuits.running.edge_layout import AblatedEdges, EdgeLayout, check_runnable
 from circuits.running.settings import NO_RUNS, Counts, KeptEdges, OfLogits, VariantLogits
+from circuits.running.variants import Variants
 from circuits.system.memory import in_steps, memory_budget
 from circuits.tasks.metrics import check_finite
 from circuits.tasks.task import Task
@@ -100,9 +101,9 @@ class HookedExecutor:
         self.counts["batches"] += 1
         return logits
 
-    def map(self, kept: KeptEdges, function: OfLogits) -> Tensor:
+    def map(self, variants: Variants, function: OfLogits) -> Tensor:
         """`function` of the logits."""
-        return function(self.logits(kept))
+        return function(self.logits(variants.dense()))
 
     def near(self, kept: EdgeMask) -> None:
         """Ignored: nothing is reused from circuit to circuit."""

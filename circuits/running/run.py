@@ -31,7 +31,7 @@ from circuits.system.errors import InputError
 from circuits.system.kinds import one_of
 from circuits.system.memory import memory_budget
 from circuits.system.numbers import WholeNumber
-from circuits.system.tensors import as_tensor
+from circuits.system.tensors import as_tensor, joined
 from circuits.system.torch_modes import without_modes
 from circuits.tasks.metrics import check_finite
 from circuits.tasks.model_fit import check_task
@@ -142,7 +142,7 @@ def run_variants(
     for own_graph, part, own_settings in parts_that_fit(model, graph, task, settings):
         executor = get_executor(model, own_graph, part, own_settings)
         logits.append(executor.logits(kept))
-    return logits[0] if len(logits) == 1 else torch.cat(logits, dim=1)
+    return joined(logits, axis=1)
 
 
 def parts_that_fit(

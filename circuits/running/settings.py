@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from circuits.running.ablation import Ablation, get_ablation
 from circuits.running.precision import Precision, get_precision
+from circuits.running.variants import KeptEdges as KeptEdges
 from circuits.system.kinds import one_of
 from circuits.system.numbers import WholeNumber, whole
 from circuits.tasks.metrics import Metric, get_metric
@@ -23,7 +24,6 @@ ExecutorName = Literal["auto", "incremental", "hooks"]
 RESAMPLE = Ablation("resample")
 
 # What executors run, return and count.
-KeptEdges = Bool[Tensor, "variant edge"]
 VariantLogits = Float[Tensor, "variant scored vocab"]
 OfLogits = Callable[[Tensor], Tensor]
 Counts = dict[str, int]

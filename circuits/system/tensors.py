@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from hashlib import blake2b
 from typing import Any
 
@@ -81,6 +81,16 @@ def _labels_of(given: Any, axis: str) -> Any:
     """The labels of a series or frame of pandas; None for others, of which lists have a method."""
     index = getattr(given, axis, None)
     return index if hasattr(index, "is_monotonic_increasing") else None
+
+
+def joined(parts: Sequence[Tensor], axis: int = 0) -> Tensor:
+    """Concatenate tensors; a single one is not copied.
+
+    >>> joined([torch.ones(2)]).shape
+    torch.Size([2])
+    """
+    only = len(parts) == 1
+    return parts[0] if only else torch.cat([*parts], axis)
 
 
 def plain_tensor(tensor: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from circuits.tasks.task import Task
 
 MetricFunction = Callable[[Tensor, Tensor, Task], Tensor]
 Direction = Literal["higher_is_damage", "lower_is_damage"]
+Reads = Literal["vocabulary", "answers"]
 
 # What rounding may change: a share, and an absolute difference
 TOLERANCES = (1e-3, 1e-4)
@@ -61,12 +62,16 @@ class Metric(CheckedFields):
             ("lower_is_damage", as for a logit difference).
         vectorised: set it if `function` also maps logits [variant, scored, vocab] to
             [variant, scored], each variant as if alone; one call then does for several circuits.
+        reads: "answers" says that the value depends on no logits but those of the task's answers
+            and wrong answers. Searches then compute only these: the logits may be a selection of
+            columns, in which the task's answers are numbered.
     """
 
     name: str
     function: MetricFunction
     direction: Direction
     vectorised: bool = False
+    reads: Reads = "vocabulary"
 
     def __post_init__(self) -> None:
         if not callable(self.function):
@@ -234,8 +239,8 @@ def kl(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
     # sum_v p_model(v) (log p_model(v) - log p_circuit(v))
     log_p_model = clean_logits.log_softmax(-1)
     log_ratio = log_p_model - logits.log_softmax(-1)
-    terms = log_p_model.exp() * log_ratio
-    return terms.sum(-1)
+    # One pass over the vocabulary, which is most of what a metric costs.
+    return torch.linalg.vecdot(log_p_model.exp(), log_ratio)
 
 
 def logit_difference(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
@@ -286,7 +291,8 @@ _DIRECTIONS: dict[MetricFunction, Direction] = {
 }
 for _function, _direction in _DIRECTIONS.items():
     _name = _function.__name__
-    METRICS[_name] = Metric(_name, _function, _direction)
+    _reads: Reads = "answers" if _function is logit_difference else "vocabulary"
+    METRICS[_name] = Metric(_name, _function, _direction, reads=_reads)
 # Users may add metrics of their own to METRICS.
 _SHIPPED = dict(METRICS)
 

@@ -343,6 +343,29 @@ class Task:
         """The wrong next tokens of each scored row, padded with -1."""
         return self._by_row(self.wrong_answers)
 
+    def numbering_answers(self) -> tuple[Int[Tensor, " token"], Task]:
+        """The distinct tokens among all answers, and this task with answers numbered in these.
+
+        >>> import circuits
+        >>> task = circuits.load_task("ioi", circuits.load_model("toy-world"), n=8)
+        >>> tokens, numbered = task.numbering_answers()
+        >>> bool((tokens[numbered.answers] == task.answers).all())
+        True
+        """
+        none = self.clean.new_empty(0)
+        given = [none if each is None else each for each in (self.answers, self.wrong_answers)]
+        every = torch.cat([each.flatten() for each in given])
+        tokens = every[every >= 0].unique()
+
+        def numbered(name: str, tensor: Tensor) -> Tensor:
+            if name not in ANSWER_FIELDS:
+                return tensor
+            numbers = torch.searchsorted(tokens, tensor)
+            # Padding stays -1.
+            return numbers.masked_fill(tensor < 0, -1)
+
+        return tokens, self._with_tensors(numbered)
+
     def _by_row(self, tokens: OptionalTensor) -> OptionalTensor:
         return None if tokens is None else validation.by_row(tokens, self.row_prompt)
 

@@ -29,6 +29,7 @@ from circuits.models import Model, check_model, shape_of
 from circuits.models.component_graph import component_graph
 from circuits.running.ablation import Ablation
 from circuits.running.damage import DamageMeter
+from circuits.running.variants import Variants
 from circuits.system.errors import InputError
 from circuits.system.kinds import one_of
 from circuits.system.ranks import ranks
@@ -66,9 +67,9 @@ class PatchingState(TensorState):
 
     def measure(self, meter: DamageMeter, step: slice, whole: OneDamage) -> None:
         """Measure the damage without each of some edges, against that of the whole graph."""
-        rows = step.stop - step.start
-        without = torch.ones(rows, len(self.scores), dtype=torch.bool)
-        without[:, step].fill_diagonal_(False)
+        every_edge = torch.ones_like(self.scores, dtype=torch.bool)
+        edges = range(step.start, step.stop)
+        without = Variants.without_each(every_edge, edges)
         counts: dict[str, int] = {}
         with meter.counting(counts):
             # score(e) = L(G \ e) - L(G)

@@ -29,6 +29,7 @@ from circuits.graph.circuit import Circuit
 from circuits.models import Model
 from circuits.running.ablation import Ablation
 from circuits.running.damage import DamageMeter
+from circuits.running.variants import Variants
 from circuits.system.errors import InputError
 from circuits.tasks.metrics import Metric
 from circuits.tasks.task import Task
@@ -260,9 +261,9 @@ class BatchedSearch:
         """The damage without each of some edges, alone."""
         damages = []
         # L(H \ e) for each edge e
-        for some in torch.tensor(edges).split(LARGEST_BATCH):
-            without = self.state.kept.repeat(len(some), 1)
-            without.scatter_(1, some[:, None], False)
+        for start in range(0, len(edges), LARGEST_BATCH):
+            some = edges[start : start + LARGEST_BATCH]
+            without = Variants.without_each(self.state.kept, some)
             damages.append(self.meter(without))
         return torch.cat(damages)
 

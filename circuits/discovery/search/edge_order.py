@@ -16,7 +16,7 @@ from circuits.graph.graph import EdgeMask, Graph
 from circuits.graph.nodes import MLP, Head, Logits, Node
 from circuits.system.errors import InputError
 
-OrderName = Literal["topological", "original"]
+OrderName = Literal["topological", "original", "grouped"]
 GroupName = Literal["target", "layer"]
 TargetSlot = tuple[Node, str | None]
 SLOT_ORDER = "vkq"  # v is tried first
@@ -42,15 +42,19 @@ def edge_order(graph: Graph, order: OrderName, tried: EdgeMask | None = None) ->
     (github.com/ArthurConmy/Automatic-Circuit-Discovery). In each layer the MLP; then, as group
     tests, v of all heads from the highest, k of all heads, q of all heads; then the edges of these
     slots one by one, in the same order.
+
+    "grouped": "topological" with group tests. Before the edges into a layer's MLP come those into
+    it all at once; before those into a layer's heads come the group tests of all their slots. What
+    passes is removed without its edges being tried, so the circuit may be another one.
     """
     _check_order(graph, order)
     slots = _edges_by_slot(graph, tried)
     trials: list[Trial] = []
     rank = partial(_rank, graph, order)
     targets = sorted(slots, key=rank)
-    for (_, kind), some in groupby(targets, key=_layer_and_kind):
+    for (layer, kind), some in groupby(targets, key=_layer_and_kind):
         edges = [tuple(slots[target]) for target in some]
-        if order == "original" and kind == HEADS:
+        if _has_group_tests(order, layer, kind):
             trials += [Trial(each, together=True) for each in edges]
         trials += map(Trial, edges)
     return trials
@@ -96,7 +100,9 @@ def edge_groups(
 
 def _check_order(graph: Graph, order: OrderName) -> None:
     if order not in get_args(OrderName):
-        raise InputError(f"there is no order {order!r}; choose 'topological' or 'original'.")
+        raise InputError(
+            f"there is no order {order!r}; choose 'topological', 'original' or 'grouped'."
+        )
     if order == "original" and graph.positions is not None:
         raise InputError(
             "the original code knows no positions; use order='topological' for a graph split by "
@@ -127,6 +133,13 @@ def _rank(graph: Graph, order: OrderName, target: TargetSlot) -> tuple[float, ..
     if order == "original":
         return -layer, kind, slot_rank, node_rank
     return -layer, kind, node_rank, slot_rank
+
+
+def _has_group_tests(order: OrderName, layer: float, kind: int) -> bool:
+    """Whether all edges into a slot of this kind are tried together before they are tried alone."""
+    if order == "grouped":
+        return math.isfinite(layer)
+    return order == "original" and kind == HEADS
 
 
 def _layer_and_kind(target: TargetSlot) -> tuple[float, int]:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.discovery.search.confirmation import Damages, Increases, StateIndices, confirm
 from circuits.discovery.search.state import Decisions, Group, Search, without_each
+from circuits.running.variants import Variants
 from circuits.system.errors import NotFiniteError
 
-CircuitMasks = Bool[Tensor, "circuit edge"]
 Rows = Int[np.ndarray, " row"]
 Measured = tuple[Increases, Damages]
 
@@ -44,7 +43,7 @@ class Measurement:
         state.measured += 1
         return found
 
-    def many(self, without: CircuitMasks, before: Rows) -> Measured:
+    def many(self, without: Variants, before: Rows) -> Measured:
         """L(row) - L(before[row]) for every row, and L of every row and of H, the circuit so far.
 
         Args:
@@ -58,7 +57,7 @@ class Measurement:
             values = np.array([*damages, state.damage])
             return values[:-1] - values[before], values
         # H is measured with the others, because rounding depends on what the executor starts from.
-        states = torch.cat([without, state.kept[None]])
+        states = without.with_circuit()
         values = self._in_low_precision(states).numpy().copy()
         increases = values[:-1] - values[before]
         if self.confirms:
@@ -66,7 +65,7 @@ class Measurement:
         return increases, values
 
     def _confirm(
-        self, increases: Increases, values: Damages, before: Rows, states: CircuitMasks
+        self, increases: Increases, values: Damages, before: Rows, states: Variants
     ) -> None:
         exact = self.search.meter.exact
         assert exact is not None
@@ -76,13 +75,12 @@ class Measurement:
             return np.abs(away)
 
         def measure(some: StateIndices) -> Damages:
-            rows = torch.from_numpy(some)
-            return exact(states[rows]).numpy()
+            return exact(states[some]).numpy()
 
         noise, sample = self.search.state, self.search.at_new_target
         confirm(increases, values, before, distance, measure, noise, sample=sample)
 
-    def _in_low_precision(self, states: CircuitMasks) -> Float[Tensor, " state"]:
+    def _in_low_precision(self, states: Variants) -> Float[Tensor, " state"]:
         meter = self.search.meter
         try:
             return meter(states)

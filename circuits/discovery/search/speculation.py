@@ -125,13 +125,20 @@ class Speculation:
         if self.learns:
             known = state.stays.numpy()
             for group, stay in zip(decided, stays, strict=False):
-                first = group[0]
-                similar = self._kind == self._kind[first]
-                known[similar] = stay
+                kind = self._kind[group[0]]
+                known[self._alike[kind]] = stay
 
     @cached_property
     def _kind(self) -> Int[np.ndarray, " edge"]:
         """The same number for edges from one source into the same slot of any target."""
         graph = self.search.space.graph
-        kind = graph.source * 4 + graph.slot
+        # The slot of a target without slots is -1.
+        kind = graph.source * 4 + graph.slot + 1
         return kind.numpy()
+
+    @cached_property
+    def _alike(self) -> list[Int[np.ndarray, " alike"]]:
+        """The edges of each kind."""
+        by_kind = self._kind.argsort(kind="stable")
+        ends = np.bincount(self._kind).cumsum()
+        return np.split(by_kind, ends[:-1])

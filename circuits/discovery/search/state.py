@@ -18,6 +18,7 @@ from circuits.discovery.search.edge_order import Trial
 from circuits.discovery.search_space import SearchSpace
 from circuits.graph.graph import EdgeMask
 from circuits.running.damage import DamageMeter
+from circuits.running.variants import Variants
 from circuits.system.errors import InputError
 
 NEVER, BEFORE = 1 << 62, -1
@@ -192,9 +193,7 @@ class Search:
         return groups
 
 
-def without_each(
-    kept: EdgeMask, groups: list[Group], expected: Decisions
-) -> Bool[Tensor, "group edge"]:
+def without_each(kept: EdgeMask, groups: list[Group], expected: Decisions) -> Variants:
     """For each group, H without it and without the groups before it that are expected to go."""
     numbers = np.arange(len(groups))
     sizes = list(map(len, groups))
@@ -202,10 +201,7 @@ def without_each(
     row = numbers[:, None]
     gone_before = (row > group_of_edge) & ~expected[group_of_edge]
     gone = gone_before | (row == group_of_edge)
-    shape = (len(groups), 1)
-    without = np.tile(kept.numpy(), shape)
-    without[:, np.concatenate(groups)] = ~gone
-    return torch.from_numpy(without)
+    return Variants(kept, np.concatenate(groups), ~gone)
 
 
 def damage_at_start(space: SearchSpace, meter: DamageMeter) -> float:

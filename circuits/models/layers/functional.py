@@ -415,6 +415,12 @@ class Unembedding:
         weight, bias = (each * self.scale for each in (self.weight, self.bias))
         return replace(self, weight=weight, bias=bias, scale=1.0)
 
+    def at_tokens(self, tokens: Int[Tensor, " token"]) -> Unembedding:
+        """Return the function that gives the logits of some tokens only."""
+        columns = self.weight.detach().T[tokens]
+        bias = self.bias.detach()[tokens]
+        return replace(self, weight=columns.T, bias=bias)
+
     def __call__(self, residual: Residual, product: Multiply) -> VocabLogits:
         """Compute the logits at each token."""
         # cap(scale (n W_U + b_U))   with   n = norm(x)

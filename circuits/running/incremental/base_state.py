@@ -12,7 +12,6 @@ from torch import Tensor
 from circuits.graph.graph import EdgeMask
 from circuits.models.layers.functional import HeadSelection
 from circuits.running.incremental.plan import Needs, Place, Plan, SplitEdges, Step, TargetBlock
-from circuits.running.settings import KeptEdges
 
 TokenMask = Bool[Tensor, " token"]
 Outputs = Float[Tensor, "source token d_model"]
@@ -47,8 +46,8 @@ class BaseRun:
     plans: dict[bytes, Plan] = field(init=False, default_factory=dict)
     _private: set[int] = field(init=False, default_factory=set)
 
-    def contains(self, kept: EdgeMask | KeptEdges) -> bool:
-        """Whether every variant keeps a subset of this circuit's edges."""
+    def contains(self, kept: EdgeMask) -> bool:
+        """Whether these edges are among this circuit's."""
         added = kept.numpy() > self.kept.numpy()
         return not added.any()
 

@@ -6,6 +6,7 @@ those of the base. A run stores the change out_u - out0_u of every source u that
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -59,12 +60,18 @@ class VariantRun:
         return VariantRun(self.model, self.base, edge_changes, self.plan, self.background)
 
     @torch.inference_mode()
-    def execute(self) -> Logits:
-        """Run, and return the logits of every variant."""
-        residual = self._final_residual()
+    def execute(self) -> Residual:
+        """Run, and return the final residual stream of every variant."""
+        return self._final_residual()
+
+    def logits(self, residual: Residual) -> Iterator[Logits]:
+        """The logits of every variant, a few variants at a time."""
         product = self._product(self.plan.into_logits)
-        logits = self.model.unembedding(residual, product)
-        return logits[1:] if self.background.rounds_changes else logits
+        if self.background.rounds_changes:
+            yield self.model.unembed(residual, product)[1:]
+            return
+        for few in residual.split(self.model.unembedded_together):
+            yield self.model.unembed(few, product)
 
     def commit(self, kept: EdgeMask) -> None:
         """Run, and turn the base into a base run of the first variant, whose edges are `kept`."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from circuits.running.incremental.plan import Plan, Step
+from circuits.running.incremental.rates import Rates
 from circuits.running.incremental.sublayer_run import TaskModel
 
-# Multiplications that take as long as the fixed overhead of a step. The figure for a CPU was
-# measured. The one for a GPU is a guess: similar overhead, products a hundred times as fast.
-OVERHEAD = {"cpu": 1e7, "cuda": 1e9}
+# Weights of up to this many bytes stay in a cache between batches.
+CACHE_BYTES = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -24,40 +24,57 @@ class Cost:
     @staticmethod
     def of(plan: Plan, model: TaskModel) -> Cost:
         """The cost of a plan if no two circuits share the inputs of a head."""
-        weight = model.unembedding.weight
-        peak = products = n_rows = 0
-        for step in plan.steps:
-            numbers, step_products = _step_cost(step, model)
-            peak = max(peak, numbers)
-            products += step_products
+        of_logits = model.unembedding.weight
+        costs = [_StepCost.of(step, model) for step in plan.steps]
+        n_rows = 0
         for tokens, sources in plan.changed.items():
             n_rows += len(sources) * len(tokens)
-        held = n_rows * weight.shape[0] + peak
-        on_cpu = weight.device.type == "cpu"
-        overhead = OVERHEAD["cpu" if on_cpu else "cuda"]
-        overhead *= 1 + len(plan.steps)
-        n_bytes = held * weight.element_size()
+        peak = max((each.numbers for each in costs), default=0)
+        held = n_rows * of_logits.shape[0] + peak
+        rates = Rates.of(of_logits.device)
+        overhead = rates.step * (1 + len(costs))
+        n_weights = sum(each.weights for each in costs)
+        if n_weights * of_logits.element_size() > CACHE_BYTES:
+            overhead += rates.weight * n_weights
+        products = sum(each.products for each in costs)
+        n_bytes = held * of_logits.element_size()
         return Cost(max(1, n_bytes), overhead / max(1, products))
 
 
-def _step_cost(step: Step, model: TaskModel) -> tuple[int, int]:
-    """The numbers that a step holds at once, and the multiplications that it makes."""
-    cfg, slot = model.shape, step.block.slot
-    written = len(step.numbers) * len(step.tokens)
-    read = 0
-    for update in step.inputs:
-        read += len(update.rows) * len(update.tokens)
-    inputs = 4 * read * cfg.d_model
-    if slot == "logits":
-        logits = written * cfg.d_vocab_out
-        return inputs + 5 * logits, logits * cfg.d_model
-    if slot == "mlp":
-        hidden = written * (cfg.d_mlp or 0)
-        n_matrices = 2 + cfg.gated_mlp
-        return inputs + 3 * hidden, n_matrices * hidden * cfg.d_model
-    projected = read * cfg.d_head
-    scores = written * model.window.readable.shape[1]
-    outputs = written * cfg.d_model
-    products = (read + written) * cfg.d_head * cfg.d_model
-    attention = 3 * (projected + scores) + 2 * outputs
-    return inputs + attention, products
+@dataclass(frozen=True)
+class _StepCost:
+    """Of a step for one circuit: the numbers that it holds at once, and what it multiplies."""
+
+    numbers: int
+    products: int
+    # How many weights are read, however many circuits there are.
+    weights: int
+
+    @staticmethod
+    def of(step: Step, model: TaskModel) -> _StepCost:
+        cfg, slot = model.shape, step.block.slot
+        written = len(step.numbers) * len(step.tokens)
+        read = 0
+        for update in step.inputs:
+            read += len(update.rows) * len(update.tokens)
+        inputs = 4 * read * cfg.d_model
+        if slot == "logits":
+            of_logits = model.unembedding.weight
+            logits = written * of_logits.shape[1]
+            products = logits * cfg.d_model
+            return _StepCost(inputs + 5 * logits, products, of_logits.numel())
+        if slot == "mlp":
+            d_mlp = cfg.d_mlp or 0
+            weights_of_neuron = (2 + cfg.gated_mlp) * cfg.d_model
+            hidden = written * d_mlp
+            products = hidden * weights_of_neuron
+            return _StepCost(inputs + 3 * hidden, products, d_mlp * weights_of_neuron)
+        projected = read * cfg.d_head
+        scores = written * model.window.readable.shape[1]
+        outputs = written * cfg.d_model
+        weights_of_slot = cfg.d_head * cfg.d_model
+        products = (read + written) * weights_of_slot
+        attention = 3 * (projected + scores) + 2 * outputs
+        n_slots = 1 + len(step.inputs)
+        weights = len(step.numbers) * n_slots * weights_of_slot
+        return _StepCost(inputs + attention, products, weights)

@@ -12,7 +12,7 @@ from circuits.running.incremental.base_state import BaseRun, Outputs
 from circuits.running.incremental.plan import Indices, row_selection
 from circuits.running.incremental.sublayer_run import TaskModel
 from circuits.running.incremental.tokens import TokenSet, Window
-from circuits.running.settings import KeptEdges
+from circuits.running.variants import Variants
 
 Signs = Float[np.ndarray, "variant span _ _"]
 Differences = Float[Tensor, "column 1 token d_model"]
@@ -66,25 +66,24 @@ class EdgeChanges:
 
     @staticmethod
     def of(
-        model: TaskModel, base: BaseRun, source_differences: SourceDifferences, kept: KeptEdges
+        model: TaskModel, base: BaseRun, source_differences: SourceDifferences, variants: Variants
     ) -> EdgeChanges:
         """Compare variants with the base."""
-        new = kept.numpy()
-        old = base.kept.numpy()
-        differs = (new != old).any(axis=0)
-        changed = np.flatnonzero(differs)
+        changed = variants.differing_from(base.kept)
+        old = base.kept.numpy()[changed]
+        new = variants.keep(changed)
         span, target, source = model.layout.places(changed)
         n_spans, n_targets, n_sources = model.layout.shape
         rows, columns = _distinct(target), _columns(source)
         row_of = _places(rows, n_targets)
         column_of = _places(columns, n_sources)
         n_rows, n_columns = len(rows) + 1, len(columns) + 1
-        shape = (len(kept), n_spans, n_rows, n_columns)
+        shape = (len(variants), n_spans, n_rows, n_columns)
         signs = np.zeros(shape, dtype=np.float32)
         between = span, row_of[target], column_of[source]
         # M[u, r] - M0[u, r]
-        signs[:, *between] = new[:, changed]
-        signs[:, *between] -= old[changed]
+        signs[:, *between] = new
+        signs[:, *between] -= old
         return EdgeChanges(model, base, source_differences, rows, columns, row_of, column_of, signs)
 
     def of_variants(self, variants: slice, *, base_first: bool) -> EdgeChanges:

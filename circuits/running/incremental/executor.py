@@ -50,11 +50,13 @@ from circuits.running.incremental.cost import Cost
 from circuits.running.incremental.edge_changes import EdgeChanges, SourceDifferences
 from circuits.running.incremental.plan import Indices, Plan, make_plan
 from circuits.running.incremental.sublayer_run import TaskModel, UnsupportedError
-from circuits.running.incremental.tokens import TokenSet, Window
+from circuits.running.incremental.tokens import TokenIndex, TokenSet, Window
 from circuits.running.precision import EXACT, Background, Precision
 from circuits.running.settings import NO_RUNS, Counts, KeptEdges, OfLogits
+from circuits.running.variants import Variants
 from circuits.system.errors import InputError
 from circuits.system.memory import in_steps, memory_budget, shrinking
+from circuits.system.tensors import joined
 from circuits.tasks.metrics import check_finite
 from circuits.tasks.task import Task
 
@@ -113,23 +115,28 @@ class IncrementalExecutor:
         """The same executor without a background; both share their base runs."""
         return replace(self, background=EXACT)
 
+    def at_tokens(self, tokens: TokenIndex) -> IncrementalExecutor:
+        """The same executor, for the logits of some tokens only; both share their base runs."""
+        unembedding = self.model.unembedding.at_tokens(tokens)
+        model = replace(self.model, unembedding=unembedding)
+        return replace(self, model=model)
+
     def logits(self, kept: KeptEdges) -> Logits:
         """Logits of every circuit at every scored token."""
-        return self.map(kept, lambda logits: logits)
+        return self.map(Variants.of(kept), lambda logits: logits)
 
-    def map(self, kept: KeptEdges, function: OfLogits) -> Tensor:
+    def map(self, variants: Variants, function: OfLogits) -> Tensor:
         """Apply a function to the logits batch by batch, so that they need not all fit in memory.
 
         Args:
             function: from the logits of a batch [variant, scored, vocab] to [variant, ...].
         """
-        kept = kept.cpu()
-        base = self._nearest_base(kept)
-        run = self._variant_run(base, kept)
+        base = self._nearest_base(variants)
+        run = self._variant_run(base, variants)
         step = partial(self._apply, function, run)
-        steps = in_steps(step, len(kept), self._n_fitting(run), "circuit")
+        steps = in_steps(step, len(variants), self._n_fitting(run), "circuit")
         results = [result for _, result in steps]
-        return results[0] if len(results) == 1 else torch.cat(results)
+        return joined(results)
 
     def _n_fitting(self, run: VariantRun) -> int:
         """How many variants of a run fit into memory together; at least one."""
@@ -142,12 +149,16 @@ class IncrementalExecutor:
 
     def _apply(self, function: OfLogits, run: VariantRun, variants: slice) -> Tensor:
         batch = run.of_variants(variants)
-        # A copy made outside of inference mode, since `function` may write to it.
-        logits = batch.execute().clone()
+        residual = batch.execute()
         self.counts["node_evaluations"] += batch.n_evaluated
         self.counts["batches"] += 1
-        check_finite(logits, self.model.model)
-        return function(logits)
+        found = []
+        # Not in inference mode, since `function` may write to the logits.
+        with torch.no_grad():
+            for logits in batch.logits(residual.clone()):
+                check_finite(logits, self.model.model)
+                found.append(function(logits))
+        return joined(found)
 
     def near(self, kept: EdgeMask) -> None:
         """Compute the circuits that follow, mostly subsets of this one, from a base run of it."""
@@ -156,7 +167,7 @@ class IncrementalExecutor:
             base = self.bases["near"] = self.whole.copy()
         if torch.equal(kept, base.kept):
             return
-        run = self._variant_run(base, kept[None])
+        run = self._variant_run(base, Variants.of(kept[None]))
         # Changes of the base itself are never rounded: all else is computed from it.
         if self.background.rounds_changes:
             run.background = EXACT
@@ -167,19 +178,17 @@ class IncrementalExecutor:
         """Overhead of a batch whose circuits drop some of these edges, in units of one circuit."""
         base = self.bases.get("near", self.whole)
         targets = self.model.layout.target.numpy()[edges]
-        kept = base.kept[None]
-        plan = self._plan(base, kept, np.unique(targets))
+        plan = self._plan(base, base.kept, np.unique(targets))
         return Cost.of(plan, self.model).fixed
 
-    def _nearest_base(self, kept: KeptEdges) -> BaseRun:
+    def _nearest_base(self, variants: Variants) -> BaseRun:
         near = self.bases.get("near")
-        if near is not None and near.contains(kept):
+        if near is not None and near.contains(variants.union):
             return near
         # Edges that the graph lacks are always kept: then no circuit is without edges.
-        n_edges = kept.shape[1]
+        n_edges = len(variants.common)
         complete = self.whole.mask.sum() == n_edges
-        n_kept = int(kept.sum())
-        if not complete or 2 * n_kept > kept.numel():
+        if not complete or 2 * variants.n_kept > n_edges * len(variants):
             return self.whole
         if "empty" not in self.bases:
             self.bases["empty"] = self._run_empty_circuit()
@@ -198,19 +207,19 @@ class IncrementalExecutor:
             empty.outputs[embeddings] = clean.outputs[embeddings]
         return empty
 
-    def _variant_run(self, base: BaseRun, kept: KeptEdges) -> VariantRun:
-        edge_changes = EdgeChanges.of(self.model, base, self.source_differences, kept)
-        plan = self._plan(base, kept, edge_changes.rows)
+    def _variant_run(self, base: BaseRun, variants: Variants) -> VariantRun:
+        edge_changes = EdgeChanges.of(self.model, base, self.source_differences, variants)
+        plan = self._plan(base, variants.union, edge_changes.rows)
         return VariantRun(self.model, base, edge_changes, plan, self.background)
 
-    def _plan(self, base: BaseRun, kept: KeptEdges, targets: Indices) -> Plan:
-        """What to recompute if edges into these targets change."""
+    def _plan(self, base: BaseRun, union: EdgeMask, targets: Indices) -> Plan:
+        """What to recompute if edges into these targets change, and variants keep others."""
         model, key = self.model, targets.tobytes()
         plan = partial(make_plan, model.blocks, model.window)
         if base is not self.bases.get("near"):
-            mask = model.mask(kept.any(0))
+            mask = model.mask(union)
             return plan(mask, model.needs(mask), targets)
-        # KeptEdges are subsets of the "near" circuit: one plan for its edges serves them all.
+        # Variants are subsets of the "near" circuit: one plan for its edges serves them all.
         if key not in base.plans:
             base.plans[key] = plan(base.mask, base.needs, targets)
         return base.plans[key]

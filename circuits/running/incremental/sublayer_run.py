@@ -13,7 +13,14 @@ from torch import Tensor
 
 from circuits.graph.graph import EdgeMask, Graph
 from circuits.models import Model, shape_of, weights_of
-from circuits.models.layers.functional import Attention, FeedForward, Multiply, Unembedding
+from circuits.models.layers.functional import (
+    Attention,
+    FeedForward,
+    Multiply,
+    Unembedding,
+    multiply,
+)
+from circuits.models.layers.packed import PackedProduct
 from circuits.models.layers.shape import ModelShape
 from circuits.running.edge_layout import EdgeLayout
 from circuits.running.incremental.base_state import BaseRun, ByBlock, BySlot, Outputs, Projected
@@ -27,6 +34,7 @@ from circuits.running.incremental.plan import (
     target_blocks,
 )
 from circuits.running.incremental.tokens import TokenIndex, TokenSet, Window
+from circuits.system.memory import memory_budget
 from circuits.tasks.task import Task
 from circuits.tasks.token_spans import token_spans
 
@@ -36,7 +44,13 @@ Bias = Float[Tensor, "#head batch query key"]
 Biases = dict[tuple[int, TokenSet], Bias]
 EdgeWeights = Float[Tensor, "#variant span target source"]
 BySource = Float[Tensor, "source _ token d_model"]
+Stream = Float[Tensor, "*rows _"]
 WeightedSum = Float[Tensor, "target variant token d_model"]
+
+# The most that a second copy of the unembedding may take.
+PACKED_BYTES = 1 << 30
+# How many logits are held at once on a CPU.
+CACHED_NUMBERS, ALL_VARIANTS = 1 << 21, 1 << 62
 
 
 class UnsupportedError(Exception):
@@ -89,6 +103,28 @@ class TaskModel:
     def embeddings(self) -> slice:
         """The embeddings, which are the first sources and read nothing."""
         return slice(self.blocks[0].sources.start)
+
+    @cached_property
+    def wide_product(self) -> PackedProduct:
+        """Multiplies by the unembedding."""
+        budget = memory_budget(self.shape.device, cpu_bytes=PACKED_BYTES)
+        return PackedProduct(budget)
+
+    @cached_property
+    def unembedded_together(self) -> int:
+        """Of how many variants the logits are computed at once."""
+        if self.shape.device.type != "cpu":
+            return ALL_VARIANTS
+        # Further operations on logits are several times as fast while these are in a cache.
+        vocabulary = self.unembedding.weight.shape[1]
+        logits = len(self.window.scored) * vocabulary
+        return max(1, CACHED_NUMBERS // logits)
+
+    def unembed(self, residual: Stream, product: Multiply) -> Stream:
+        """The logits, from the residual stream."""
+        if product is multiply:
+            product = self.wide_product
+        return self.unembedding(residual, product)
 
     def mask(self, kept: EdgeMask) -> SplitEdges:
         """M[u, r] by span; 0 where the model cannot have an edge."""
