@@ -80,7 +80,7 @@ class DamageMeter:
 
         Raises NotFiniteError if the logits or the metric of one of the circuits are not finite.
         """
-        variants = circuits if isinstance(circuits, Variants) else Variants.of(circuits)
+        variants = Variants.of(circuits)
         run = self.executor.map
 
         def measure(mine: slice) -> Tensor:

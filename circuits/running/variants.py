@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -31,19 +33,23 @@ class Variants:
     stays: Stays
 
     @staticmethod
-    def of(kept: KeptEdges) -> Variants:
-        """The circuits with these masks."""
-        masks = kept.cpu()
+    def of(circuits: Variants | KeptEdges) -> Variants:
+        """The circuits with these masks; variants are returned as they are."""
+        if isinstance(circuits, Variants):
+            return circuits
+        masks = circuits.cpu().numpy()
         common = masks.any(0)
-        some = (masks != common).any(0)
-        edges = np.flatnonzero(some.numpy())
-        return Variants(common, edges, masks.numpy()[:, edges])
+        differ = masks != common
+        edges = np.flatnonzero(differ.any(0))
+        stays = masks[:, edges]
+        return Variants(torch.from_numpy(common), edges, stays)
 
     @staticmethod
     def without_each(common: EdgeMask, edges: Sequence[int]) -> Variants:
         """A circuit without each of some edges, alone."""
         numbers = np.array(edges, dtype=np.int64)
-        return Variants(common, numbers, ~np.eye(len(numbers), dtype=bool))
+        gone = np.eye(len(numbers), dtype=bool)
+        return Variants(common, numbers, ~gone)
 
     def __len__(self) -> int:
         """The number of circuits."""
@@ -56,9 +62,10 @@ class Variants:
     def with_circuit(self) -> Variants:
         """These, and the circuit itself as the last."""
         kept = self.common.numpy()[self.edges]
-        return replace(self, stays=np.vstack([self.stays, kept]))
+        stays = np.vstack([self.stays, kept])
+        return replace(self, stays=stays)
 
-    @property
+    @cached_property
     def union(self) -> EdgeMask:
         """The edges that some variant keeps."""
         kept = self.common.clone()
@@ -68,25 +75,26 @@ class Variants:
     @property
     def n_kept(self) -> int:
         """The number of edges of all variants together."""
-        n_common = int(self.common.sum()) - int(self.common.numpy()[self.edges].sum())
+        common = self.common.numpy().copy()
+        common[self.edges] = False
+        n_common = int(common.sum())
         return len(self) * n_common + int(self.stays.sum())
 
-    def differing_from(self, other: EdgeMask) -> Numbers:
-        """The edges, in order, in which some variant differs from another circuit."""
+    def differing_from(self, other: EdgeMask) -> tuple[Numbers, Stays]:
+        """The edges in which some variant differs from another circuit, and which it keeps."""
+        common = self.common.numpy()
         theirs = other.numpy()
-        differs = self.common.numpy() != theirs
-        of_some = self.stays != theirs[self.edges]
-        differs[self.edges] = of_some.any(0)
-        return np.flatnonzero(differs)
-
-    def keep(self, numbers: Numbers) -> Stays:
-        """Which of some edges, given in order, each variant keeps."""
-        shape = (len(self), 1)
-        kept = np.tile(self.common.numpy()[numbers], shape)
-        asked = np.isin(self.edges, numbers)
-        places = np.searchsorted(numbers, self.edges[asked])
-        kept[:, places] = self.stays[:, asked]
-        return kept
+        differs = common != theirs
+        of_variants = self.stays != theirs[self.edges]
+        some = of_variants.any(0)
+        differs[self.edges] = some
+        numbers = np.flatnonzero(differs)
+        shape = (len(self), len(numbers))
+        stays = np.empty(shape, dtype=bool)
+        stays[:] = common[numbers]
+        places = np.searchsorted(numbers, self.edges[some])
+        stays[:, places] = self.stays[:, some]
+        return numbers, stays
 
     def dense(self) -> KeptEdges:
         """A mask for each circuit."""

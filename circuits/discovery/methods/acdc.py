@@ -22,7 +22,7 @@ from typing_extensions import override
 from circuits.discovery.checkpoint import Checkpoint
 from circuits.discovery.discoverer import SPEED_ONLY, Progress, Resumable, progress_of, report_part
 from circuits.discovery.gradients.edge_scores import EdgeScoring, GradientPoint
-from circuits.discovery.search.edge_order import OrderName, chains
+from circuits.discovery.search.edge_order import Chain, OrderName, chains
 from circuits.discovery.search.measurement import Measurement
 from circuits.discovery.search.speculation import Speculation
 from circuits.discovery.search.state import Search, SearchState
@@ -119,12 +119,12 @@ class ACDC(Resumable):
     def find_within(
         self, model: Model, task: Task, space: SearchSpace, saved: Checkpoint, progress: Progress
     ) -> Circuit:
+        order = chains(space.graph, self.order, space.tried)
         if saved.is_new:
-            order = chains(space.graph, self.order, space.tried)
             progress(0, len(order))
         guess = self._guess(model, space.graph, task)
         meter = self.meter(model, space.graph, task)
-        return self._search(space, meter, saved, progress, guess)
+        return self._search(space, order, meter, saved, progress, guess)
 
     @without_modes()
     def sweep(
@@ -177,12 +177,13 @@ class ACDC(Resumable):
             check_is_circuit(guess)
             stays = kept_over(space.graph, guess, "guess")
         meter = self.meter(model, space.graph, task)
+        order = chains(space.graph, self.order, space.tried)
         found: dict[float, Circuit] = {}
         report = progress_of(progress)
         pairs = zip(methods, saved_at, strict=True)
         for number, (method, saved) in enumerate(pairs):
             reporting = partial(report_part, report, number, len(methods))
-            circuit = method._search(space, meter, saved, reporting, stays)
+            circuit = method._search(space, order, meter, saved, reporting, stays)
             found[method.threshold] = circuit
             stays = circuit.kept
         return [found[threshold] for threshold in wanted]
@@ -190,13 +191,13 @@ class ACDC(Resumable):
     def _search(
         self,
         space: SearchSpace,
+        order: list[Chain],
         meter: DamageMeter,
         saved: Checkpoint,
         progress: Progress,
         stays: EdgeMask | None,
     ) -> Circuit:
         """Search from the saved state on; `stays=None` guesses from the search's own decisions."""
-        order = chains(space.graph, self.order, space.tried)
         state = SearchState.start(space, meter, stays)
         search = Search(space, meter, order, state, saved, progress)
         measure = Measurement(search, self.threshold, self.absolute, self._confirms)

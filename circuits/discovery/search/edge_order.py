@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from typing import Literal, get_args
+
+import numpy as np
+from jaxtyping import Int
 
 from circuits.graph.graph import EdgeMask, Graph
 from circuits.graph.nodes import MLP, Head, Logits, Node
@@ -18,9 +20,12 @@ from circuits.system.errors import InputError
 
 OrderName = Literal["topological", "original", "grouped"]
 GroupName = Literal["target", "layer"]
-TargetSlot = tuple[Node, str | None]
-SLOT_ORDER = "vkq"  # v is tried first
+EdgeNumbers = Int[np.ndarray, " edge"]
+Stage = tuple[float, int]
+"""A layer, infinite for the logits, and a kind: within a layer the MLP comes before the heads."""
 NOT_HEADS, HEADS = 0, 1
+# When the slots q, k and v have their turn, and -1, the slot of targets that have none.
+SLOT_TURNS = np.array([2, 1, 0, 0])
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,10 @@ class Trial:
 
     edges: tuple[int, ...]
     together: bool = False
+
+
+Chain = list[Trial]
+"""Trials into one target, or the group tests of one layer."""
 
 
 def edge_order(graph: Graph, order: OrderName, tried: EdgeMask | None = None) -> list[Trial]:
@@ -48,25 +57,29 @@ def edge_order(graph: Graph, order: OrderName, tried: EdgeMask | None = None) ->
     passes is removed without its edges being tried, so the circuit may be another one.
     """
     _check_order(graph, order)
-    slots = _edges_by_slot(graph, tried)
+    stages = _stages(graph)
+    slots = _slots_in_order(graph, order, tried, stages)
+
+    def stage_of(edges: tuple[int, ...]) -> Stage:
+        return stages[int(graph.target[edges[0]])]
+
     trials: list[Trial] = []
-    rank = partial(_rank, graph, order)
-    targets = sorted(slots, key=rank)
-    for (layer, kind), some in groupby(targets, key=_layer_and_kind):
-        edges = [tuple(slots[target]) for target in some]
-        if _has_group_tests(order, layer, kind):
+    for stage, some in groupby(slots, key=stage_of):
+        edges = list(some)
+        if _has_group_tests(order, stage):
             trials += [Trial(each, together=True) for each in edges]
         trials += map(Trial, edges)
     return trials
 
 
-def chains(graph: Graph, order: OrderName, tried: EdgeMask | None = None) -> list[list[Trial]]:
-    """The trials of an order, in groups: those into one target, or the group tests of one layer."""
+def chains(graph: Graph, order: OrderName, tried: EdgeMask | None = None) -> list[Chain]:
+    """The trials of an order, in chains."""
+    stages = _stages(graph)
 
-    def chain_of(trial: Trial) -> tuple[bool, object]:
-        edge = graph.edges[trial.edges[0]]
-        layer, _ = _layer_and_kind((edge.target, edge.slot))
-        return trial.together, layer if trial.together else edge.target
+    def chain_of(trial: Trial) -> tuple[bool, float]:
+        target = int(graph.target[trial.edges[0]])
+        layer, _ = stages[target]
+        return trial.together, layer if trial.together else target
 
     trials = edge_order(graph, order, tried)
     groups = groupby(trials, key=chain_of)
@@ -88,11 +101,11 @@ def edge_groups(
         starts = range(0, len(edges), group)
         return [tuple(edges[start : start + group]) for start in starts]
 
-    def group_of(index: int) -> object:
-        edge = graph.edges[index]
-        if group == "target":
-            return edge.target
-        return _layer_and_kind((edge.target, edge.slot))
+    stages = _stages(graph)
+
+    def group_of(edge: int) -> int | Stage:
+        target = int(graph.target[edge])
+        return target if group == "target" else stages[target]
 
     groups = groupby(edges, key=group_of)
     return [tuple(part) for _, part in groups]
@@ -110,41 +123,48 @@ def _check_order(graph: Graph, order: OrderName) -> None:
         )
 
 
-def _edges_by_slot(graph: Graph, tried: EdgeMask | None) -> dict[TargetSlot, list[int]]:
+def _slots_in_order(
+    graph: Graph, order: OrderName, tried: EdgeMask | None, stages: dict[int, Stage]
+) -> list[tuple[int, ...]]:
     """The edges into each slot of each target, from the most downstream source up."""
-    slots: dict[TargetSlot, list[int]] = {}
-    order = graph.source.argsort(descending=True, stable=True)
+    edges = np.arange(len(graph))
     if tried is not None:
-        order = order[tried[order]]
-    for index in order.tolist():
-        edge = graph.edges[index]
-        slot = (edge.target, edge.slot)
-        slots.setdefault(slot, []).append(index)
-    return slots
-
-
-def _rank(graph: Graph, order: OrderName, target: TargetSlot) -> tuple[float, ...]:
-    """Targets of lower rank come first."""
-    node, slot = target
-    layer, kind = _layer_and_kind(target)
-    slot_rank = SLOT_ORDER.index(slot or "v")
+        edges = np.flatnonzero(tried.numpy())
+    if not len(edges):
+        return []
+    columns = (graph.source, graph.target, graph.slot)
+    source, target, slot = (column.numpy()[edges] for column in columns)
+    by_edge = [stages[node] for node in target.tolist()]
+    layer, kind = np.array(by_edge).T
     # The highest head comes first and, as a node's positions follow each other, the last one.
-    node_rank = -graph.node_index[node]
+    turns = [SLOT_TURNS[slot], -target]
     if order == "original":
-        return -layer, kind, slot_rank, node_rank
-    return -layer, kind, node_rank, slot_rank
+        turns.reverse()
+    # The last key counts most.
+    in_order = np.lexsort([-source, *turns, kind, -layer])
+    places = np.stack([target, slot])
+    steps = np.diff(places[:, in_order])
+    starts = 1 + np.flatnonzero(steps.any(0))
+    parts = np.split(edges[in_order], starts)
+    return [tuple(part.tolist()) for part in parts]
 
 
-def _has_group_tests(order: OrderName, layer: float, kind: int) -> bool:
+def _has_group_tests(order: OrderName, stage: Stage) -> bool:
     """Whether all edges into a slot of this kind are tried together before they are tried alone."""
+    layer, kind = stage
     if order == "grouped":
         return math.isfinite(layer)
     return order == "original" and kind == HEADS
 
 
-def _layer_and_kind(target: TargetSlot) -> tuple[float, int]:
-    """The layer (the logits above all), and the kind; within a layer the MLP is tried first."""
-    match target[0]:
+def _stages(graph: Graph) -> dict[int, Stage]:
+    """The stage of each target, by its number among the graph's nodes."""
+    numbers = graph.target.unique().tolist()
+    return {number: _stage(graph.nodes[number]) for number in numbers}
+
+
+def _stage(target: Node) -> Stage:
+    match target:
         case Logits():
             return math.inf, NOT_HEADS
         case MLP(layer=layer):
@@ -152,6 +172,6 @@ def _layer_and_kind(target: TargetSlot) -> tuple[float, int]:
         case Head(layer=layer):
             return layer, HEADS
     raise InputError(
-        f"{target[0]} is not a target in a component graph; searches over edges need a component "
+        f"{target} is not a target in a component graph; searches over edges need a component "
         "graph."
     )

@@ -8,22 +8,23 @@ is that of `sequential`; a good guess only makes it cheaper.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
-import torch
 from jaxtyping import Int
 
+from circuits.discovery.search.confirmation import Increases
 from circuits.discovery.search.measurement import Measured, Measurement
 from circuits.discovery.search.state import Decisions, Group, Search, without_each
 from circuits.system.errors import NotFiniteError
 from circuits.system.ranks import ranks
 
 Batch = list[Group]
+Numbers = Int[np.ndarray, " _"]
 
-# How often a guess fails that rests on a measurement in a neighbouring state.
-WRONG_AFTER_MEASURING = 0.08
 # The most decisions to speculate on at once, for each of the ranks that share them.
 LARGEST_BATCH = 256
 
@@ -44,12 +45,12 @@ class Speculation:
             state = self.search.state
             if state.decided == 0:
                 state.surveyed = 0
-            batch = groups[: self._batch_size()]
+            batch = groups[: self._batch_size(len(groups))]
             with state.counting(self.search.meter):
                 self._decide(batch, self._expected(batch))
 
-    def _batch_size(self) -> int:
-        """The number of decisions that makes an accepted decision cheapest."""
+    def _batch_size(self, most: int) -> int:
+        """The number of decisions, up to `most`, that makes an accepted decision cheapest."""
         search, world = self.search, ranks().world
         state = search.state
         assert search.fixed_cost is not None
@@ -57,27 +58,37 @@ class Speculation:
         fixed_cost = search.fixed_cost * world
         # Guesses fail as often as they did so far; at first, one in eight.
         wrong_unmeasured = (state.wrong + 1) / (state.evaluations + 8)
-        sizes = 1 + np.arange(LARGEST_BATCH * world)
-        measured_before = sizes <= state.surveyed - state.decided
+        largest = min(most, LARGEST_BATCH * world)
+        sizes = 1 + np.arange(largest)
+        wrong = np.full(largest, wrong_unmeasured)
+        measured = self._seen[:largest]
+        doubts = self.measure.doubts(measured)
+        wrong[: len(doubts)] = doubts
         # accepted(k) = 1 + sum over j < k of P(the first j guesses hold)
-        wrong = np.where(measured_before, WRONG_AFTER_MEASURING, wrong_unmeasured)
         holds = (1 - wrong).cumprod()
         accepted = 1 + holds.cumsum() - holds
         best = (accepted / (fixed_cost + sizes)).argmax()
         return int(sizes[best])
 
+    @property
+    def _seen(self) -> Increases:
+        """What was measured of the next groups, in other states."""
+        state = self.search.state
+        seen = state.seen.numpy()
+        return seen[state.decided : state.surveyed]
+
     def _expected(self, batch: Batch) -> Decisions:
         """What was seen when a group was measured in another state, or else the guess."""
-        state = self.search.state
-        start = state.decided
-        stop = start + len(batch)
-        expected = state.expected.numpy()
-        stays = state.stays.numpy()
-        first_guessed = max(start, state.surveyed)
-        for row in range(first_guessed, stop):
-            group = batch[row - start]
-            expected[row] = stays[group].any()
-        return expected[start:stop].copy()
+        seen = self._seen[: len(batch)]
+        expected = ~self.measure.harmless(seen)
+        guessed = batch[len(seen) :]
+        if not guessed:
+            return expected
+        edges, firsts = _flat(guessed)
+        known = self.search.state.stays.numpy()
+        stays = known[self._example[edges]]
+        by_group = np.logical_or.reduceat(stays, firsts)
+        return np.append(expected, by_group)
 
     def _decide(self, batch: Batch, expected: Decisions) -> None:
         """Measure a batch, and decide on as many of its groups as the guesses allow."""
@@ -88,7 +99,7 @@ class Speculation:
         surprises = np.flatnonzero(stays != expected)
         # Up to and including the first surprise, states were those of the sequential search.
         now = slice(surprises[0] + 1 if len(surprises) else len(batch))
-        self._learn(batch, stays, batch[now])
+        self._learn(increases, stays, batch[now])
         self.search.state.wrong += len(surprises) > 0
         self.search.decide_all(batch[now], increases[now], values[now], stays[now])
 
@@ -115,30 +126,35 @@ class Speculation:
         before[before < 0] = len(batch)
         return self.measure.many(without, before)
 
-    def _learn(self, batch: Batch, stays: Decisions, decided: Batch) -> None:
+    def _learn(self, increases: Increases, stays: Decisions, decided: Batch) -> None:
         """Let what was measured guide the guesses to come."""
         state = self.search.state
-        stop = state.decided + len(batch)
-        state.expected[state.decided : stop] = torch.from_numpy(stays)
+        stop = state.decided + len(increases)
+        state.seen.numpy()[state.decided : stop] = increases
         state.surveyed = max(state.surveyed, stop)
-        state.measured += len(batch)
+        state.measured += len(increases)
         if self.learns:
             known = state.stays.numpy()
-            for group, stay in zip(decided, stays, strict=False):
-                kind = self._kind[group[0]]
-                known[self._alike[kind]] = stay
+            examples = self._example[[group[0] for group in decided]]
+            # Of several edges of a kind the last counts.
+            known[examples] = stays[: len(decided)]
 
     @cached_property
-    def _kind(self) -> Int[np.ndarray, " edge"]:
-        """The same number for edges from one source into the same slot of any target."""
+    def _example(self) -> Numbers:
+        """The edge whose guess holds for each edge: itself, or the first that is like it."""
         graph = self.search.space.graph
-        # The slot of a target without slots is -1.
-        kind = graph.source * 4 + graph.slot + 1
-        return kind.numpy()
+        if not self.learns:
+            return np.arange(len(graph))
+        # Alike are edges from one source into the same slot of any target; -1 is that of MLPs.
+        kinds = graph.source * 4 + graph.slot
+        found = np.unique(kinds.numpy(), return_index=True, return_inverse=True)
+        _, first, kind = found
+        return first[kind]
 
-    @cached_property
-    def _alike(self) -> list[Int[np.ndarray, " alike"]]:
-        """The edges of each kind."""
-        by_kind = self._kind.argsort(kind="stable")
-        ends = np.bincount(self._kind).cumsum()
-        return np.split(by_kind, ends[:-1])
+
+def _flat(groups: Sequence[Group]) -> tuple[Numbers, Numbers]:
+    """The edges of several groups, and where each group begins."""
+    sizes = np.array([0, *map(len, groups)])
+    every = chain.from_iterable(groups)
+    edges = np.fromiter(every, np.int64)
+    return edges, sizes.cumsum()[:-1]

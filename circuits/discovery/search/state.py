@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from circuits.discovery.checkpoint import Checkpoint, TensorState
 from circuits.discovery.discoverer import EdgeScores, Progress
 from circuits.discovery.search.confirmation import Damages, Increases, Noise
-from circuits.discovery.search.edge_order import Trial
+from circuits.discovery.search.edge_order import Chain
 from circuits.discovery.search_space import SearchSpace
 from circuits.graph.graph import EdgeMask
 from circuits.running.damage import DamageMeter
@@ -24,6 +24,7 @@ from circuits.system.errors import InputError
 NEVER, BEFORE = 1 << 62, -1
 Group = list[int]
 """Edges that are removed together; most groups have one edge."""
+Seen = Float[Tensor, " group"]
 Decisions = Bool[np.ndarray, " group"]
 """True for groups that stay."""
 
@@ -74,8 +75,8 @@ class SearchState(Removals, Noise):
     began: int = 0
     # For each edge of the graph, whether it is expected to stay
     stays: EdgeMask
-    # For each group of the current chain, whether it is expected to stay
-    expected: EdgeMask
+    # For each group of the current chain, the increase measured last, if it was surveyed
+    seen: Seen
     # The number of groups of the current chain that have been measured
     surveyed: int = 0
     # measured and wrong: states measured, and decisions guessed wrong, in the whole search
@@ -93,7 +94,7 @@ class SearchState(Removals, Noise):
             damage=damage_at_start(space, meter),
             removed_at=torch.where(kept, NEVER, BEFORE),
             stays=none if stays is None else stays,
-            expected=none.clone(),
+            seen=torch.zeros(kept.shape, dtype=torch.float64),
         )
 
     def remove(self, edges: Sequence[int]) -> None:
@@ -111,7 +112,7 @@ class Search:
 
     space: SearchSpace
     meter: DamageMeter
-    chains: list[list[Trial]]
+    chains: list[Chain]
     state: SearchState
     # Where the state is saved after every decision
     saved: Checkpoint
@@ -175,7 +176,7 @@ class Search:
             for number in range(self.state.announced):
                 self.meter.near(self.state.removed_at > number)
 
-    def _groups(self, chain: list[Trial]) -> list[Group]:
+    def _groups(self, chain: Chain) -> list[Group]:
         """The groups of a chain, given H when the chain began."""
         # Edges into a target that no longer reaches the logits are removed untried.
         at_start = self.state.removed_at > self.state.began

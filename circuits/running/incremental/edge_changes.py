@@ -69,9 +69,8 @@ class EdgeChanges:
         model: TaskModel, base: BaseRun, source_differences: SourceDifferences, variants: Variants
     ) -> EdgeChanges:
         """Compare variants with the base."""
-        changed = variants.differing_from(base.kept)
+        changed, new = variants.differing_from(base.kept)
         old = base.kept.numpy()[changed]
-        new = variants.keep(changed)
         span, target, source = model.layout.places(changed)
         n_spans, n_targets, n_sources = model.layout.shape
         rows, columns = _distinct(target), _columns(source)

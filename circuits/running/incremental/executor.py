@@ -215,7 +215,7 @@ class IncrementalExecutor:
     def _plan(self, base: BaseRun, union: EdgeMask, targets: Indices) -> Plan:
         """What to recompute if edges into these targets change, and variants keep others."""
         model, key = self.model, targets.tobytes()
-        plan = partial(make_plan, model.blocks, model.window)
+        plan = partial(make_plan, model.sublayers, model.window)
         if base is not self.bases.get("near"):
             mask = model.mask(union)
             return plan(mask, model.needs(mask), targets)

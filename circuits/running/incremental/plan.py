@@ -12,7 +12,7 @@ scored tokens are enough.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress, groupby
 from operator import attrgetter
@@ -182,29 +182,37 @@ class Plan:
 
 
 def make_plan(
-    blocks: Blocks, window: Window, mask: SplitEdges, needs: Needs, targets: Indices
+    groups: Sequence[Blocks], window: Window, mask: SplitEdges, needs: Needs, targets: Indices
 ) -> Plan:
-    """Plan a run of variants that keep edges of `mask`, and change edges into `targets`."""
+    """Plan a run of variants that keep edges of `mask`, and change edges into `targets`.
+
+    Args:
+        groups: the `sublayers` of the model.
+    """
     kept = np.any(mask, axis=0)
     scored = window.scored
     plan = Plan([], {scored: [], window.all: []})
     edges_change = np.zeros(len(kept), dtype=bool)
     edges_change[targets] = True
     affected = edges_change.copy()
-    for group in sublayers(blocks):
+    changes = np.zeros_like(kept[0])
+    first_target = min(targets, default=0)
+    for group in groups:
         first, last = group[0].rows, group[-1].rows
         rows = slice(first.start, last.stop)
+        # What is upstream of all targets stays as it is.
+        if rows.stop <= first_target:
+            continue
         # A kept edge from a changed source affects its target.
-        changed = plan.changed[scored]
-        if changed:
-            from_changed = kept[rows][:, changed]
-            affected[rows] |= from_changed.any(1)
+        from_changed = kept[rows] & changes
+        affected[rows] |= from_changed.any(1)
         if not affected[rows].any():
             continue
         # Heads of a layer do not read each other: `changed` grows after all steps of the layer.
         steps = _sublayer_steps(plan, group, window, needs, affected[rows], edges_change)
         for step in list(steps):
             plan.steps.append(step)
+            changes[step.sources] = True
             for tokens in {step.tokens, scored}:
                 plan.changed[tokens] += step.sources
     return plan

@@ -47,7 +47,8 @@ def measured(device: torch.device) -> Rates:
     wide = torch.ones(WIDE, WIDE, device=device)
     few = torch.ones(1, device=device)
     product = _seconds(lambda: square @ square, device)
-    reading = _seconds(lambda: wide[:1] @ wide, device)
+    row = wide[:1]
+    reading = _seconds(lambda: row @ wide, device)
     operation = _seconds(lambda: few + few, device)
     per_second = SIZE**3 / product
     step = OPERATIONS * operation * per_second

@@ -99,6 +99,11 @@ class TaskModel:
         """The model's."""
         return shape_of(self.model)
 
+    @cached_property
+    def sublayers(self) -> Sequence[Blocks]:
+        """The blocks of each sublayer, in order of computation."""
+        return [*sublayers(self.blocks)]
+
     @property
     def embeddings(self) -> slice:
         """The embeddings, which are the first sources and read nothing."""
@@ -164,7 +169,7 @@ class TaskModel:
         # What targets read of each source u: out_u, or c_u in the circuit without edges.
         read = outputs if is_whole else written
         stream = before_attention = written[self.embeddings].sum(0, keepdim=True)
-        for group in sublayers(self.blocks):
+        for group in self.sublayers:
             block = group[0]
             result.inputs |= dict.fromkeys(group, stream)
             if block.slot == "q":
