@@ -87,9 +87,10 @@ class ACDC(Resumable):
         precision: the type of what is computed downstream of the edges under test: "bfloat16",
             "float16", "float8_e4m3" or "int8", or in Python a `Precision`. None is float32
             throughout. What comes near the threshold is measured again in float32.
-        guess: what speculation expects. "own": an edge is decided like the last one from its source
-            into such a slot; "removed": every edge is removed; "eap": an edge stays if its EAP
-            score (gradient taken at both ends) reaches the threshold.
+        guess: what speculation expects. "own": an edge stays if removing the last one from its
+            source into such a slot raised the damage by two thresholds; "removed": every edge is
+            removed; "eap": an edge stays if its EAP score (gradient taken at both ends) reaches the
+            threshold.
         max_memory: bytes that one step may take; None chooses from the memory that is free.
 
     >>> import circuits

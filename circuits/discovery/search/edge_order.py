@@ -61,7 +61,8 @@ def edge_order(graph: Graph, order: OrderName, tried: EdgeMask | None = None) ->
     slots = _slots_in_order(graph, order, tried, stages)
 
     def stage_of(edges: tuple[int, ...]) -> Stage:
-        return stages[int(graph.target[edges[0]])]
+        target = graph.target[edges[0]]
+        return stages[int(target)]
 
     trials: list[Trial] = []
     for stage, some in groupby(slots, key=stage_of):
@@ -77,7 +78,8 @@ def chains(graph: Graph, order: OrderName, tried: EdgeMask | None = None) -> lis
     stages = _stages(graph)
 
     def chain_of(trial: Trial) -> tuple[bool, float]:
-        target = int(graph.target[trial.edges[0]])
+        first, *_ = trial.edges
+        target = int(graph.target[first])
         layer, _ = stages[target]
         return trial.together, layer if trial.together else target
 
@@ -134,8 +136,8 @@ def _slots_in_order(
         return []
     columns = (graph.source, graph.target, graph.slot)
     source, target, slot = (column.numpy()[edges] for column in columns)
-    by_edge = [stages[node] for node in target.tolist()]
-    layer, kind = np.array(by_edge).T
+    by_edge = map(stages.__getitem__, target.tolist())
+    layer, kind = np.array([*by_edge]).T
     # The highest head comes first and, as a node's positions follow each other, the last one.
     turns = [SLOT_TURNS[slot], -target]
     if order == "original":

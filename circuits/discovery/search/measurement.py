@@ -14,13 +14,8 @@ from circuits.running.variants import Variants
 from circuits.system.errors import NotFiniteError
 
 Rows = Int[np.ndarray, " row"]
-Chances = Float[np.ndarray, " row"]
 Measured = tuple[Increases, Damages]
 
-# How often a decision is another one than where it was last measured, in a neighbouring state:
-# seldom, but often if the increase was close to the threshold there. Counted on toy-world, a random
-# model and SmolLM2.
-SELDOM, OFTEN, NARROWNESS = 0.01, 0.45, 3
 TINY = 1e-12
 
 
@@ -39,14 +34,9 @@ class Measurement:
         """Whether removals that raise the damage by this much are below the threshold."""
         return self._compared(increases) < self.threshold
 
-    def doubts(self, increases: Increases) -> Chances:
-        """How likely it is that removals are decided otherwise in a neighbouring state."""
-        # The chance falls with a power of the ratio of increase and threshold, whichever is larger.
-        threshold = max(self.threshold, TINY)
-        ratio = self._compared(increases) / threshold
-        ratio = ratio.clip(min=TINY)
-        nearness = np.minimum(ratio, 1 / ratio)
-        return (OFTEN * nearness**NARROWNESS).clip(min=SELDOM)
+    def ratios(self, increases: Increases) -> Increases:
+        """Increases, or their sizes if these are compared, as multiples of the threshold."""
+        return self._compared(increases) / max(self.threshold, TINY)
 
     def one(self, edges: Group) -> Measured:
         """L(H without the edges) - L(H), and L(H without the edges), with H the circuit so far."""

@@ -24,6 +24,7 @@ from circuits.system.errors import InputError
 NEVER, BEFORE = 1 << 62, -1
 Group = list[int]
 """Edges that are removed together; most groups have one edge."""
+Guesses = Float[Tensor, " edge"]
 Seen = Float[Tensor, " group"]
 Decisions = Bool[np.ndarray, " group"]
 """True for groups that stay."""
@@ -73,8 +74,9 @@ class SearchState(Removals, Noise):
     announced: int = 0
     # `announced` when the current chain began
     began: int = 0
-    # For each edge of the graph, whether it is expected to stay
-    stays: EdgeMask
+    # For each edge of the graph, by how much its removal is guessed to raise the damage: 0 if
+    # nothing is known, infinitely if it is expected to stay
+    guessed: Guesses
     # For each group of the current chain, the increase measured last, if it was surveyed
     seen: Seen
     # The number of groups of the current chain that have been measured
@@ -87,13 +89,15 @@ class SearchState(Removals, Noise):
     def start(space: SearchSpace, meter: DamageMeter, stays: EdgeMask | None) -> SearchState:
         """Nothing tried; `stays=None` expects that all edges go."""
         kept = space.kept.clone()
-        none = torch.zeros_like(kept)
+        guessed = torch.zeros(kept.shape, dtype=torch.float64)
+        if stays is not None:
+            guessed[stays] = torch.inf
         return SearchState(
             kept=kept,
             scores=torch.full(kept.shape, torch.nan, dtype=torch.float32),
             damage=damage_at_start(space, meter),
             removed_at=torch.where(kept, NEVER, BEFORE),
-            stays=none if stays is None else stays,
+            guessed=guessed,
             seen=torch.zeros(kept.shape, dtype=torch.float64),
         )
 
