@@ -20,6 +20,7 @@ from circuits.graph.graph import EdgeMask
 from circuits.running.damage import DamageMeter
 from circuits.running.variants import Variants
 from circuits.system.errors import InputError
+from circuits.system.ranks import on_first
 
 NEVER, BEFORE = 1 << 62, -1
 Group = list[int]
@@ -171,7 +172,9 @@ class Search:
             state.announced += 1
         if self.at_new_target or self.fixed_cost is None:
             first = groups[targets.index(target)]
-            self.fixed_cost = self.meter.executor.fixed_cost(first)
+            # GPUs are measured, so ranks may differ, but they take the same batches.
+            fixed_cost = self.meter.executor.fixed_cost
+            self.fixed_cost = on_first(lambda: fixed_cost(first))
 
     def _resume(self) -> None:
         """Restore the state, and lead the executor along its history, for equal rounding."""

@@ -419,14 +419,15 @@ class Unembedding:
         """Return the function that gives the logits of some tokens only."""
         columns = self.weight.detach().T[tokens]
         bias = self.bias.detach()[tokens]
-        return replace(self, weight=columns.T, bias=bias)
+        # In float64 sums hardly depend on how many rows there are: nothing changed is exactly 0.
+        return replace(self, weight=columns.T.double(), bias=bias.double())
 
     def __call__(self, residual: Residual, product: Multiply) -> VocabLogits:
         """Compute the logits at each token."""
         # cap(scale (n W_U + b_U))   with   n = norm(x)
         normed = self.norm(residual)
-        rows = normed.flatten(0, -2)
-        logits = product(rows, self.weight, self.bias)
+        rows = normed.flatten(0, -2).to(self.weight)
+        logits = product(rows, self.weight, self.bias).to(residual)
         if self.scale != 1:
             logits = logits * self.scale
         capped = soft_capped(logits, self.soft_cap)

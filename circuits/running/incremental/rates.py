@@ -10,7 +10,8 @@ from math import log2
 
 import torch
 
-# What a step does besides its products: this many operations on small tensors. Counted on a CPU.
+# What a step does besides its products takes as long as about this many operations on a small
+# tensor: some 35 of them, counted on a CPU, and the Python around them.
 OPERATIONS = 80
 # A product of this many rows and columns is bound by multiplications; one of a single row with
 # a matrix of this many rows and columns by the reading of the matrix.
