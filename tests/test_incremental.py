@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from architectures import ARCHITECTURES, random_model, random_task
 
 import circuits
 from circuits.models.backend import backend
-from circuits.models.layers.packed import CALLS_BEFORE, PackedProduct
+from circuits.models.layers.functional import multiply
+from circuits.models.layers.packed import CALLS_BEFORE, PackedProduct, packed
 from circuits.running.ablation import get_ablation
 from circuits.running.hooked import HookedExecutor
 from circuits.running.incremental.batch import VariantRun
@@ -335,14 +337,29 @@ class TestTheLogits:
         found = executor.at_tokens(tokens).logits(kept)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
-    def test_of_a_wide_vocabulary_are_products_with_a_copy(self):
+    def test_of_some_tokens_do_not_depend_on_what_is_computed_with_them(self, executor):
+        # Else edges without any effect would not score exactly 0.
+        few = executor.model.unembedding.at_tokens(torch.tensor([5, 2]))
+        stream = torch.randn(64, executor.model.shape.d_model)
+        together = few(stream, multiply)
+        alone = [few(row[None], multiply) for row in stream]
+        assert torch.equal(together, torch.cat(alone))
+
+    def test_take_no_more_memory_than_the_user_allows(self, executor, kept):
+        model = replace(executor.model, max_memory=1 << 14)
+        assert 1 <= model.unembedded_together < executor.model.unembedded_together
+        assert model.wide_product.most_bytes == 1 << 14
+        assert replace(model, max_memory=1).unembedded_together == 1
+
+    def test_of_a_wide_vocabulary_are_products_with_a_copy(self, copies):
         weight, rows, bias = torch.randn(64, 70_000), torch.randn(5, 64), torch.randn(70_000)
         expected = rows.double() @ weight.double() + bias
         product = PackedProduct(most_bytes=1 << 30)
         for _ in range(CALLS_BEFORE + 1):
             found = product(rows, weight, bias)
             torch.testing.assert_close(found.double(), expected, atol=1e-3, rtol=1e-4)
-        assert product.has_copy
+        (copy,) = copies
+        assert copy is not None
 
     @pytest.mark.parametrize(
         ("size", "dtype", "most_bytes"),
@@ -353,12 +370,25 @@ class TestTheLogits:
         ],
         ids=["float64", "small", "too large"],
     )
-    def test_are_plain_products_otherwise(self, size, dtype, most_bytes):
+    def test_are_plain_products_otherwise(self, copies, size, dtype, most_bytes):
         weight, rows = torch.randn(64, size, dtype=dtype), torch.randn(5, 64, dtype=dtype)
         product = PackedProduct(most_bytes)
         for _ in range(CALLS_BEFORE + 1):
             torch.testing.assert_close(product(rows, weight), rows @ weight)
-        assert not product.has_copy
+        assert not any(copies)
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """What tries to copy a matrix gave: a product, or None."""
+    tries = []
+
+    def recording(weight):
+        tries.append(packed(weight))
+        return tries[-1]
+
+    monkeypatch.setattr("circuits.models.layers.packed.packed", recording)
+    return tries
 
 
 class TestVariants:
@@ -381,6 +411,13 @@ class TestVariants:
         without = Variants.without_each(circuit, [0, 3])
         expected = [[False, False, True, True], [True, False, True, False], circuit.tolist()]
         assert without.with_circuit().dense().tolist() == expected
+
+    def test_that_are_the_other_circuit_differ_nowhere(self):
+        circuit = torch.tensor([True, False, True, True])
+        without = Variants.without_each(circuit, [2])
+        differing, stays = without.differing_from(without.dense()[0])
+        assert differing.tolist() == []
+        assert stays.shape == (1, 0)
 
 
 def test_rates_of_a_device_are_measured_to_a_power_of_two():

@@ -16,8 +16,8 @@ from circuits.models.component_graph import reaching_logits
 from circuits.running.ablation import check_corrupted
 from circuits.running.executor import Executor, get_executor
 from circuits.running.incremental.executor import IncrementalExecutor
-from circuits.running.settings import Counts, KeptEdges, RunSettings
-from circuits.running.variants import Variants
+from circuits.running.settings import Counts, RunSettings
+from circuits.running.variants import KeptEdges, Variants
 from circuits.system.ranks import in_slices, totals
 from circuits.tasks.metrics import Metric
 from circuits.tasks.model_fit import check_task

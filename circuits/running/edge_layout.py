@@ -16,7 +16,7 @@ from circuits.graph.graph import Graph
 from circuits.graph.nodes import MLP, Head, Logits, Node, TokenEmbed, at_position
 from circuits.models import Model, check_fits, shape_of
 from circuits.models.component_graph import check_supported, component_nodes, sources_of
-from circuits.running.settings import KeptEdges
+from circuits.running.variants import KeptEdges
 from circuits.system.errors import InputError
 from circuits.tasks.model_fit import check_task
 from circuits.tasks.task import Task

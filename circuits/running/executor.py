@@ -13,8 +13,8 @@ from circuits.running.features import FeatureExecutor
 from circuits.running.hooked import HookedExecutor
 from circuits.running.incremental.executor import IncrementalExecutor
 from circuits.running.incremental.sublayer_run import UnsupportedError
-from circuits.running.settings import KeptEdges, OfLogits, RunSettings, VariantLogits
-from circuits.running.variants import Variants
+from circuits.running.settings import OfLogits, RunSettings, VariantLogits
+from circuits.running.variants import KeptEdges, Variants
 from circuits.system.errors import InputError
 from circuits.system.memory import shrinking
 from circuits.system.messages import warn_once

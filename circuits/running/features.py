@@ -50,8 +50,8 @@ from circuits.models import (
 )
 from circuits.models.component_graph import REST
 from circuits.running.ablation import NAMES, Ablation, add_sums, mean_of
-from circuits.running.settings import NO_RUNS, Counts, KeptEdges, OfLogits, VariantLogits
-from circuits.running.variants import Variants
+from circuits.running.settings import NO_RUNS, Counts, OfLogits, VariantLogits
+from circuits.running.variants import KeptEdges, Variants
 from circuits.system.errors import InputError
 from circuits.system.memory import memory_budget
 from circuits.tasks.metrics import check_finite

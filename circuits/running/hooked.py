@@ -38,8 +38,8 @@ from circuits.models.component_graph import sources_of
 from circuits.models.source_outputs import check_honoured, recording_hooks
 from circuits.running.ablation import Ablation, Counterfactuals
 from circuits.running.edge_layout import AblatedEdges, EdgeLayout, check_runnable
-from circuits.running.settings import NO_RUNS, Counts, KeptEdges, OfLogits, VariantLogits
-from circuits.running.variants import Variants
+from circuits.running.settings import NO_RUNS, Counts, OfLogits, VariantLogits
+from circuits.running.variants import KeptEdges, Variants
 from circuits.system.memory import in_steps, memory_budget
 from circuits.tasks.metrics import check_finite
 from circuits.tasks.task import Task

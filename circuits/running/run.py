@@ -26,7 +26,8 @@ from circuits.models.component_graph import component_nodes
 from circuits.running.ablation import Ablation, check_corrupted, with_means_taken
 from circuits.running.edge_layout import check_runnable
 from circuits.running.executor import get_executor
-from circuits.running.settings import ExecutorName, KeptEdges, RunSettings, VariantLogits
+from circuits.running.settings import ExecutorName, RunSettings, VariantLogits
+from circuits.running.variants import KeptEdges
 from circuits.system.errors import InputError
 from circuits.system.kinds import one_of
 from circuits.system.memory import memory_budget

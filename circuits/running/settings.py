@@ -11,7 +11,6 @@ from torch import Tensor
 
 from circuits.running.ablation import Ablation, get_ablation
 from circuits.running.precision import Precision, get_precision
-from circuits.running.variants import KeptEdges as KeptEdges
 from circuits.system.kinds import one_of
 from circuits.system.numbers import WholeNumber, whole
 from circuits.tasks.metrics import Metric, get_metric

@@ -239,7 +239,7 @@ def kl(logits: CircuitLogits, clean_logits: RowLogits, task: Task) -> Values:
     # sum_v p_model(v) (log p_model(v) - log p_circuit(v))
     log_p_model = clean_logits.log_softmax(-1)
     log_ratio = log_p_model - logits.log_softmax(-1)
-    # One pass over the vocabulary, which is most of what a metric costs.
+    # Multiplied and summed in one pass: passes over the vocabulary are what a metric costs.
     return torch.linalg.vecdot(log_p_model.exp(), log_ratio)
 
 

@@ -78,7 +78,7 @@ def chains(graph: Graph, order: OrderName, tried: EdgeMask | None = None) -> lis
     stages = _stages(graph)
 
     def chain_of(trial: Trial) -> tuple[bool, float]:
-        first, *_ = trial.edges
+        first = trial.edges[0]
         target = int(graph.target[first])
         layer, _ = stages[target]
         return trial.together, layer if trial.together else target

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from circuits.discovery.search.confirmation import Damages, Increases, StateIndices, confirm
-from circuits.discovery.search.state import Decisions, Group, Search, without_each
+from circuits.discovery.search.state import Decisions, Group, Search, without_in_turn
 from circuits.running.variants import Variants
 from circuits.system.errors import NotFiniteError
 
@@ -42,7 +42,7 @@ class Measurement:
         """L(H without the edges) - L(H), and L(H without the edges), with H the circuit so far."""
         state = self.search.state
         removed = np.array([False])
-        without = without_each(state.kept, [edges], removed)
+        without = without_in_turn(state.kept, [edges], removed)
         with state.counting(self.search.meter):
             whole = np.array([1])
             found = self.many(without, before=whole)

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 
 from circuits.discovery.search.confirmation import Increases
 from circuits.discovery.search.measurement import TINY, Measured, Measurement
-from circuits.discovery.search.state import Decisions, Group, Search, without_each
+from circuits.discovery.search.state import Decisions, Group, Search, without_in_turn
 from circuits.system.errors import NotFiniteError
 from circuits.system.ranks import ranks
 
@@ -43,7 +43,7 @@ class Speculation:
 
     search: Search
     measure: Measurement
-    # Each decision becomes the guess for edges from the same source into the same slot of other
+    # Each measurement becomes the guess for edges from the same source into the same slot of other
     # targets
     learns: bool
 
@@ -123,7 +123,7 @@ class Speculation:
     def _measured(self, batch: Batch, expected: Decisions) -> Measured:
         """Each removal as if the groups before it were decided as expected."""
         kept = self.search.state.kept
-        without = without_each(kept, batch, expected)
+        without = without_in_turn(kept, batch, expected)
         # A row is compared with the last row before it that is expected to go, or with H.
         rows = np.arange(len(batch))
         gone = np.where(expected, -1, rows)

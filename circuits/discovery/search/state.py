@@ -201,7 +201,7 @@ class Search:
         return groups
 
 
-def without_each(kept: EdgeMask, groups: list[Group], expected: Decisions) -> Variants:
+def without_in_turn(kept: EdgeMask, groups: list[Group], expected: Decisions) -> Variants:
     """For each group, H without it and without the groups before it that are expected to go."""
     numbers = np.arange(len(groups))
     sizes = list(map(len, groups))

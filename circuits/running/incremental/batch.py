@@ -66,12 +66,13 @@ class VariantRun:
 
     def logits(self, residual: Residual) -> Iterator[Logits]:
         """The logits of every variant, a few variants at a time."""
-        product = self._product(self.plan.into_logits)
-        if self.background.rounds_changes:
-            yield self.model.unembed(residual, product)[1:]
-            return
-        for few in residual.split(self.model.unembedded_together):
-            yield self.model.unembed(few, product)
+        model, inputs = self.model, self.plan.into_logits
+        n_bases = int(self.background.rounds_changes)
+        base, variants = residual[:n_bases], residual[n_bases:]
+        for few in variants.split(model.unembedded_together):
+            rows = torch.cat([base, few])
+            product = self._product(inputs, len(rows))
+            yield model.unembed(rows, product)[n_bases:]
 
     def commit(self, kept: EdgeMask) -> None:
         """Run, and turn the base into a base run of the first variant, whose edges are `kept`."""
@@ -122,7 +123,7 @@ class VariantRun:
 
     def _write_changes(self, step: Step, into: Outputs) -> None:
         """Write out_u - out0_u of the nodes of a step."""
-        product = self._product(step.inputs)
+        product = self._product(step.inputs, self.n_variants)
         old = self.base.written(step)
         distinct = self._distinct_heads(step)
         if distinct is not None:
@@ -225,12 +226,12 @@ class VariantRun:
         weights = torch.from_numpy(mask[None])
         return weights.to(self.base.outputs)
 
-    def _product(self, inputs: list[InputUpdate]) -> Multiply:
-        """How to multiply in a step in which these inputs change."""
+    def _product(self, inputs: list[InputUpdate], n_variants: int) -> Multiply:
+        """How to multiply variants in a step in which these inputs change."""
         # Nodes into which edges change are under investigation: their changes are not rounded.
         if any(update.edges_change for update in inputs):
             return self.background.product_of_values
-        return self.background.product_of_changes(self.n_variants)
+        return self.background.product_of_changes(n_variants)
 
     def _record(self, name: Activation, place: Place, values: Tensor) -> None:
         """In `commit`, remember what to write into the base."""

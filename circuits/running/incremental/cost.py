@@ -59,10 +59,9 @@ class _StepCost:
             read += len(update.rows) * len(update.tokens)
         inputs = 4 * read * cfg.d_model
         if slot == "logits":
-            of_logits = model.unembedding.weight
-            logits = written * of_logits.shape[1]
-            products = logits * cfg.d_model
-            return _StepCost(inputs + 5 * logits, products, of_logits.numel())
+            # The logits of a few variants at a time are held, which is no part of their cost.
+            n_weights = model.unembedding.weight.numel()
+            return _StepCost(inputs, written * n_weights, n_weights)
         if slot == "mlp":
             d_mlp = cfg.d_mlp or 0
             weights_of_neuron = (2 + cfg.gated_mlp) * cfg.d_model

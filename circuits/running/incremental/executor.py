@@ -49,11 +49,11 @@ from circuits.running.incremental.batch import Logits, VariantRun
 from circuits.running.incremental.cost import Cost
 from circuits.running.incremental.edge_changes import EdgeChanges, SourceDifferences
 from circuits.running.incremental.plan import Indices, Plan, make_plan
-from circuits.running.incremental.sublayer_run import TaskModel, UnsupportedError
+from circuits.running.incremental.sublayer_run import LOGITS_SHARE, TaskModel, UnsupportedError
 from circuits.running.incremental.tokens import TokenIndex, TokenSet, Window
 from circuits.running.precision import EXACT, Background, Precision
-from circuits.running.settings import NO_RUNS, Counts, KeptEdges, OfLogits
-from circuits.running.variants import Variants
+from circuits.running.settings import NO_RUNS, Counts, OfLogits
+from circuits.running.variants import KeptEdges, Variants
 from circuits.system.errors import InputError
 from circuits.system.memory import in_steps, memory_budget, shrinking
 from circuits.system.tensors import joined
@@ -104,7 +104,7 @@ class IncrementalExecutor:
         product = background.product_of_values
         with frozen(model), torch.no_grad():
             _check_changes(model, component_nodes(model, graph.splits_embedding), task)
-            task_model = TaskModel.of(model, graph, task, window)
+            task_model = TaskModel.of(model, graph, task, window, max_memory)
             whole = _run_clean_prompts(task_model, product)
             replacing = _counterfactuals(task_model, ablation, whole, product)
         differences = SourceDifferences.of(whole, replacing, window)
@@ -141,7 +141,9 @@ class IncrementalExecutor:
     def _n_fitting(self, run: VariantRun) -> int:
         """How many variants of a run fit into memory together; at least one."""
         cost = Cost.of(run.plan, self.model)
-        n_fitting = self.budget // cost.bytes
+        # The rest is for logits.
+        room = self.budget - self.budget // LOGITS_SHARE
+        n_fitting = room // cost.bytes
         # If changes are rounded, the base runs along as one more variant.
         if self.background.rounds_changes:
             n_fitting -= 1

@@ -37,7 +37,7 @@ class Rates:
         return ON_CPU if device.type == "cpu" else measured(device)
 
 
-# Measured on AMD EPYC, one core.
+# On AMD EPYC, one core. With a weight of 4 or 16 a search of SmolLM2 took 3 % longer.
 ON_CPU = Rates(step=1e7, weight=8.0)
 
 

@@ -49,8 +49,10 @@ WeightedSum = Float[Tensor, "target variant token d_model"]
 
 # The most that a second copy of the unembedding may take.
 PACKED_BYTES = 1 << 30
-# How many logits are held at once on a CPU.
-CACHED_NUMBERS, ALL_VARIANTS = 1 << 21, 1 << 62
+# Logits take up to this share of a step's memory, with what metrics make of them, which is some
+# copies. On a CPU the step is smaller: operations on logits are several times as fast in a cache.
+LOGITS_SHARE, COPIES_OF_LOGITS = 4, 5
+LOGIT_BYTES = 160 << 20
 
 
 class UnsupportedError(Exception):
@@ -74,12 +76,16 @@ class TaskModel:
     attention: Sequence[Attention]
     mlps: Sequence[FeedForward]
     unembedding: Unembedding
+    # The user's limit of what a step may take, in bytes
+    max_memory: int | None
     # Cache of what is added to the attention scores, by layer and queries: minus infinity where a
     # query may not attend, and ALiBi.
     biases: Biases = field(default_factory=dict)
 
     @staticmethod
-    def of(model: Model, graph: Graph, task: Task, window: Window) -> TaskModel:
+    def of(
+        model: Model, graph: Graph, task: Task, window: Window, max_memory: int | None
+    ) -> TaskModel:
         """Read the functions from the weights; raises UnsupportedError if it cannot."""
         attention, mlps = _layers(model)
         unembedding = weights_of(model).unembedding()
@@ -90,9 +96,8 @@ class TaskModel:
         spans, tokens = token_spans(graph, task), window.all
         if spans is not None:
             spans = spans[tokens.prompts, tokens.positions]
-        return TaskModel(
-            model, task, layout, possible, blocks, window, spans, attention, mlps, unembedding
-        )
+        known = (spans, attention, mlps, unembedding, max_memory)
+        return TaskModel(model, task, layout, possible, blocks, window, *known)
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -112,18 +117,21 @@ class TaskModel:
     @cached_property
     def wide_product(self) -> PackedProduct:
         """Multiplies by the unembedding."""
-        budget = memory_budget(self.shape.device, cpu_bytes=PACKED_BYTES)
+        budget = memory_budget(self.shape.device, self.max_memory, cpu_bytes=PACKED_BYTES)
         return PackedProduct(budget)
 
     @cached_property
     def unembedded_together(self) -> int:
         """Of how many variants the logits are computed at once."""
-        if self.shape.device.type != "cpu":
-            return ALL_VARIANTS
-        # Further operations on logits are several times as fast while these are in a cache.
-        vocabulary = self.unembedding.weight.shape[1]
-        logits = len(self.window.scored) * vocabulary
-        return max(1, CACHED_NUMBERS // logits)
+        budget = memory_budget(self.shape.device, self.max_memory, cpu_bytes=LOGIT_BYTES)
+        return max(1, budget // LOGITS_SHARE // self.logit_bytes)
+
+    @property
+    def logit_bytes(self) -> int:
+        """What the logits of one variant take, with what metrics make of them."""
+        weight = self.unembedding.weight
+        logits = len(self.window.scored) * weight.shape[1]
+        return COPIES_OF_LOGITS * logits * weight.element_size()
 
     def unembed(self, residual: Stream, product: Multiply) -> Stream:
         """The logits, from the residual stream."""
